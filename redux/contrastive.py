@@ -1,0 +1,52 @@
+"""CLIP's contrastive objective on captions: a step for the image tower alone, where no pretrained one is at hand.
+
+Shapes: images = captions = pairs of the micro-batch, length (caption tokens).
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
+
+from redux.model import Tower, caption_config, vision_config
+
+
+def build(tower: Tower, tokenizer: PreTrainedTokenizerBase, length: int) -> CLIPModel:
+    """A new CLIP with random weights (seed torch before) for captions of at most `length` tokens."""
+    config = CLIPConfig(
+        text_config=caption_config(tower, tokenizer, length).to_dict(),
+        vision_config=vision_config(tower).to_dict(),
+        projection_dim=tower.hidden_size,
+    )
+    return CLIPModel(config)
+
+
+class Contrastive(nn.Module):
+    """A CLIPModel whose forward gives the loss, so that it trains like every other model."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(
+        self,
+        pixel_values: Float[Tensor, "pairs 3 height width"],
+        input_ids: Int[Tensor, "pairs length"],
+        attention_mask: Int[Tensor, "pairs length"],
+    ) -> Float[Tensor, ""]:
+        output = self.clip(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask)
+        return contrastive_loss(output.logits_per_image, input_ids)
+
+
+def contrastive_loss(
+    logits: Float[Tensor, "images captions"], captions: Int[Tensor, "captions length"]
+) -> Float[Tensor, ""]:
+    """Symmetric cross-entropy of image and caption (Radford et al. 2021, figure 3).
+
+    Pairs with equal captions are each other's positives and share the target evenly (Yang et al. 2022, UniCL, eq. 3):
+    with a few words many captions of a batch are the same, and none of them is a negative.
+    """
+    equal = (captions.unsqueeze(0) == captions.unsqueeze(1)).all(dim=-1).to(logits.dtype)
+    target = equal / equal.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

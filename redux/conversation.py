@@ -1,0 +1,126 @@
+"""From a LLaVA conversation to token ids and labels.
+
+The whole conversation is tokenised once, and labels follow from the character spans of the assistant's text.  LLaVA
+tokenises pieces and adds up their lengths; where a tokenizer merges across a seam, the lengths disagree and the sample
+is silently masked.  Here a token that straddles a span is an error that names it.
+
+A conversation is a list of turns {"from": "human" | "gpt", "value": text} in which `<image>` stands for the image.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+IMAGE = "<image>"
+IGNORE = -100
+"""Label of tokens that are not predicted, as torch's cross-entropy ignores it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """How turns become text.  The assistant's text and its `end` are what the model learns to say.
+
+    system: opens the conversation.  human, assistant: stand before a turn of that role.  end: closes the assistant's.
+    """
+
+    system: str
+    human: str
+    assistant: str
+    end: str
+
+    def spans(self, turns: Sequence[dict]) -> Iterator[tuple[str, bool]]:
+        """(text, learned) pieces whose concatenation is the conversation.
+
+        ValueError where roles do not alternate human, gpt, human, ...
+        """
+        yield self.system, False
+        for number, turn in enumerate(turns):
+            role = ("human", "gpt")[number % 2]
+            if turn["from"] != role:
+                raise ValueError(f"turn {number + 1}: got role {turn['from']!r}, allowed: {role!r}")
+            if role == "human":
+                yield self.human + self.question(turn["value"]), False
+                yield self.assistant, False
+            else:
+                yield f" {turn['value']}{self.end}" if self.assistant else turn["value"] + self.end, True
+
+    def question(self, text: str) -> str:
+        """A human turn's text; LLaVA's stage 1 (an empty `human`) discards all of it but the image."""
+        if self.human:
+            return text
+        return IMAGE if IMAGE in text else ""
+
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. "
+)
+TEMPLATES = {
+    "plain": Template(system="", human="", assistant="", end="\n"),
+    "vicuna_v1": Template(system=VICUNA_SYSTEM, human="USER: ", assistant=" ASSISTANT:", end="</s>"),
+    "vicuna_bare": Template(system="", human="USER: ", assistant=" ASSISTANT:", end="</s>"),
+}
+"""LLaVA-1.5's two templates (haotian-liu/LLaVA, conversation.py), and vicuna_v1 without its system prompt."""
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict], template: Template, image_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(input_ids, labels) of a conversation, each (length,) int64; labels are IGNORE but for what the assistant says.
+
+    Each `<image>` becomes `image_tokens` tokens.  A conversation that ends with a human turn ends ready to be answered.
+    """
+    text, spans = "", []
+    for piece, learned in template.spans(turns):
+        spans.append((len(text), len(text) + len(piece), learned))
+        text += piece
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    learned = [_learned(span, spans, text) for span in encoded["offset_mapping"]]
+    ids = np.asarray(encoded["input_ids"], np.int64)
+    repeats = np.where(ids == tokenizer.convert_tokens_to_ids(IMAGE), image_tokens, 1)
+    labels = np.where(learned, ids, IGNORE)
+    return ids.repeat(repeats), labels.repeat(repeats)
+
+
+def _learned(token: tuple[int, int], spans: Sequence[tuple[int, int, bool]], text: str) -> bool:
+    """Whether the characters of a token are the assistant's; special tokens without characters are not."""
+    start, end = token
+    inside = {learned for first, last, learned in spans if first < end and start < last}
+    if len(inside) > 1:
+        raise ValueError(f"token {text[start:end]!r} at character {start} is partly the assistant's, partly not")
+    return inside == {True}
+
+
+def pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> np.ndarray:
+    """(rows, longest) array, filled up with `value`."""
+    result = np.full((len(rows), max(map(len, rows))), value, np.int64)
+    for line, row in zip(result, rows, strict=True):
+        line[len(line) - len(row) if left else 0 :][: len(row)] = row
+    return result
+
+
+def word_tokenizer(texts: Iterable[str], length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words and single marks, learned from `texts`; words are numbered by count, then alphabet.
+
+    For small closed vocabularies such as easy-VQA's: one token a word keeps conversations short.
+    """
+    special = ["<unk>", "<s>", "</s>", "<pad>", IMAGE]
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+:?|[^\w\s]"), "removed", invert=True)
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=[IMAGE],
+        model_max_length=length,
+        padding_side="right",
+    )

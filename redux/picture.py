@@ -1,0 +1,132 @@
+"""What was kept, merged and dropped, drawn over the image.
+
+A token count says how much was removed; only a picture says whether it was the right part.  Kept patches therefore stay
+as they are, inside a thin outline; the patches of one cluster share one translucent tint, so that the image can still
+be judged below it; dropped patches turn grey and dark.
+
+The tint is a colour and a texture: eight colours that the colour-blind can tell apart (Okabe and Ito 2008), each plain,
+then in stripes, then in stripes the other way, then in a check.  So 32 clusters look different before any two look alike.
+
+Cost: one pass in numpy over a picture of about `size` pixels a side, some milliseconds.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+
+COLOURS = np.array(
+    [
+        (230, 159, 0),  # orange
+        (86, 180, 233),  # sky blue
+        (0, 158, 115),  # bluish green
+        (204, 121, 167),  # reddish purple
+        (240, 228, 66),  # yellow
+        (0, 114, 178),  # blue
+        (213, 94, 0),  # vermillion
+        (120, 94, 160),  # violet, for Okabe and Ito's black, which would read as dropped
+    ],
+    dtype=np.float32,
+)
+TEXTURES = 4
+TINT, STRIPE = 0.62, 0.28  # opacity of a tint, and of the lighter half of a texture
+DARK, LIGHT = 0.45, 0.6  # opacity of the outlines: black around a patch, white inside it
+
+
+def grid(patches: int) -> int:
+    """Patches a side.  Raises ValueError where they do not fill a square."""
+    side = round(patches**0.5)
+    if side * side != patches or not patches:
+        raise ValueError(f"patches: got {patches}, allowed: a square number, row by row")
+    return side
+
+
+def enlarge(image: Image.Image, patches: int, size: int = 256) -> Image.Image:
+    """The image at about `size` pixels a side: a whole number of pixels, a multiple of 4, for each patch."""
+    side = grid(patches)
+    cell = 4 * max(1, round(size / side / 4))
+    return image.convert("RGB").resize((cell * side, cell * side), Image.Resampling.BICUBIC)
+
+
+def draw(
+    image: Image.Image, slot: Int[np.ndarray, "patches"], merged: Bool[np.ndarray, "patches"], size: int = 256
+) -> Image.Image:
+    """Show where each patch went.
+
+    image: what the image tower saw; one that is not square is stretched.
+    slot[p]: the output token that holds patch p, -1 if it was dropped.  Patches are numbered row by row.
+    merged[p]: whether patch p is part of a cluster; a patch that is neither merged nor dropped was kept.
+    Raises ValueError where the patches do not fill a square.
+    """
+    side = grid(slot.size)
+    picture = np.asarray(enlarge(image, slot.size, size)).astype(np.float32)
+    cell = picture.shape[0] // side
+    dropped = slot < 0
+    clustered = merged & ~dropped
+    picture = np.where(_spread(dropped, cell)[..., None], _grey(picture), picture)
+    picture = _tinted(picture, np.where(clustered, slot, -1), cell)
+    edges = _edges(slot, cell)
+    picture = _blend(picture, 0, DARK * edges)
+    kept = _spread(~merged & ~dropped, cell)
+    # a white line within the black one: whatever the image's colour, one of the two is seen
+    picture = _blend(picture, 255, LIGHT * (kept & ~edges & _ring(side, cell)))
+    return Image.fromarray(picture.round().astype(np.uint8))
+
+
+def _spread(values: np.ndarray, cell: int) -> np.ndarray:
+    """One value a patch -> one value a pixel."""
+    side = grid(values.size)
+    return values.reshape(side, side).repeat(cell, axis=0).repeat(cell, axis=1)
+
+
+def _blend(
+    picture: Float[np.ndarray, "height width 3"],
+    colour: Float[np.ndarray, "height width 3"] | int,
+    opacity: Float[np.ndarray, "height width"],
+) -> Float[np.ndarray, "height width 3"]:
+    opacity = opacity[..., None].astype(np.float32)
+    return picture * (1 - opacity) + np.float32(colour) * opacity
+
+
+def _grey(picture: Float[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width 3"]:
+    """Dark, but lighter than black, so that a dropped black patch differs from a kept one."""
+    luma = picture @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    return (40 + 0.2 * luma)[..., None].repeat(3, axis=2)
+
+
+def _tinted(
+    picture: Float[np.ndarray, "height width 3"], slot: Int[np.ndarray, "patches"], cell: int
+) -> Float[np.ndarray, "height width 3"]:
+    """Tint by rank among the slots given; -1 is left alone."""
+    clusters = np.unique(slot[slot >= 0])
+    rank = _spread(np.searchsorted(clusters, slot), cell)
+    dense = _textures(cell, picture.shape[0])[rank // len(COLOURS) % TEXTURES, *np.indices(rank.shape)]
+    opacity = np.where(dense, TINT, STRIPE) * _spread(slot >= 0, cell)
+    return _blend(picture, COLOURS[rank % len(COLOURS)], opacity)
+
+
+def _textures(cell: int, width: int) -> Bool[np.ndarray, "textures width width"]:
+    """Where each texture is dense.  Its period divides the patch, so it runs on from patch to patch."""
+    row, column = np.indices((width, width))
+    period = cell // 2
+    half = max(1, period // 2)
+    down, up = (row + column) % period < half, (row - column) % period < half
+    return np.stack([np.ones_like(down), down, up, (row // half + column // half) % 2 == 0])
+
+
+def _edges(slot: Int[np.ndarray, "patches"], cell: int) -> Bool[np.ndarray, "height width"]:
+    """One pixel on either side of each border between patches of different tokens, and around the image.
+
+    Dropped patches are one dark area, without borders between them.
+    """
+    area = np.pad(_spread(slot, cell), 1, constant_values=-2)
+    here = area[1:-1, 1:-1]
+    return (
+        (here != area[:-2, 1:-1]) | (here != area[2:, 1:-1]) | (here != area[1:-1, :-2]) | (here != area[1:-1, 2:])
+    )
+
+
+def _ring(side: int, cell: int) -> Bool[np.ndarray, "height width"]:
+    """The second pixel from the edge of each patch."""
+    place = np.arange(side * cell) % cell
+    outer = (place < 2) | (place >= cell - 2)
+    return outer[:, None] | outer[None, :]
