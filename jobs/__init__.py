@@ -1,0 +1,1 @@
+"""Values and the command line: job files, their one schema, and `redux …`. May import pipelines and redux."""

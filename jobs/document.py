@@ -1,0 +1,265 @@
+"""A YAML file and `section.key=value` overrides, read as one tree of plain dataclasses.
+
+The dataclasses live beside the code they configure and know nothing of YAML or pydantic; this module alone turns text
+into them, strictly: an unknown key, a bool for a number or a number in quotes is an error, since a run that silently
+ignores or reinterprets a value costs days. A reader of the error has only that one line, so it names the file, the
+dotted path, the value and what is allowed there.
+"""
+
+import difflib
+import json
+import re
+import types
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import annotated_types
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+T = TypeVar("T")
+
+# `1e-3` and `1.5e3` are text to YAML 1.1, which wants a dot and a signed exponent; to everyone else they are numbers
+_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_SHOWN_CHARS = 80  # a longer value is cut: the error stays one line of a terminal
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+    Any: "anything",
+    Path: "a path",
+}
+_BOUNDS = {
+    annotated_types.Gt: (">", "gt"),
+    annotated_types.Ge: (">=", "ge"),
+    annotated_types.Lt: ("<", "lt"),
+    annotated_types.Le: ("<=", "le"),
+    annotated_types.MultipleOf: ("a multiple of", "multiple_of"),
+    annotated_types.MinLen: ("of length >=", "min_length"),
+    annotated_types.MaxLen: ("of length <=", "max_length"),
+}
+
+
+class JobError(ValueError):
+    """A document that cannot be used. Its text is one line, fit to be shown as it is."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def read(path: Path, overrides: Sequence[str], schema: type[T]) -> T:
+    """The `schema` that the YAML file at `path` describes, after `overrides` such as `train.pretrain.epochs=2`.
+
+    Raises JobError, whose text is one line, for every way in which file or overrides can be wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    tree = _parse(text, str(path))
+    for override in overrides:
+        _set(tree, override)
+    try:
+        # JSON is the strict form in which a list may fill a tuple and 1 a float, yet "1" or true fill neither
+        return cast(T, _adapter(schema).validate_json(json.dumps([tree]), strict=True)[0])
+    except ValidationError as error:
+        raise JobError(f"{path}: {_summary(error, tree, schema)}") from error
+
+
+def write(value: Any) -> str:
+    """YAML of every field of a dataclass tree, defaults included; `read` gives an equal tree back."""
+    plain = _adapter(type(value)).dump_python((value,), mode="json")[0]
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _adapter(schema: type) -> TypeAdapter[Any]:
+    # pydantic takes settings for a container but not for a dataclass; from the container they reach every dataclass in
+    # it, so a one-tuple around the schema makes the whole tree strict without a mark on any of its classes
+    strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    container: Any = types.GenericAlias(tuple, (schema,))
+    return TypeAdapter(container, config=strict)
+
+
+# --- YAML ------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which exponents are numbers, dates are text and a repeated key is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[Hashable] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.tag != "tag:yaml.org,2002:str":
+                raise yaml.composer.ComposerError(None, None, "a key must be text", key.start_mark)
+            if key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: text that looks like a number to it is put in quotes."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        # through JSON, so that sections which share an anchor become separate before an override changes one of them
+        return json.loads(json.dumps(yaml.load(text, Loader=_Loader)))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        raise JobError(f"{source}:{where} {error.problem or error.context}") from error
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise JobError(f"{source}: not plain YAML: {error}") from error
+
+
+def _set(tree: Any, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise JobError(f"override {override!r}: not of the form section.key=value")
+    section = tree
+    for depth, key in enumerate(keys):
+        if not isinstance(section, dict):
+            above = ".".join(keys[:depth]) or "the file"
+            raise JobError(f"override {override!r}: {above} is {_shown(section)}, it has no keys to set")
+        if depth == len(keys) - 1:
+            section[key] = _parse(text, f"override {override!r}")
+        elif section.get(key) is None:
+            section[key] = {}  # a section that is absent, or written without content, which YAML reads as null
+        section = section[key]
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def _summary(error: ValidationError, tree: Any, schema: type) -> str:
+    """The first problem, and how many others there are. Unknown keys first: a misspelt key also shows up as missing."""
+    found: dict[tuple[str | int, ...], ErrorDetails] = {}
+    for detail in sorted(error.errors(), key=lambda each: each["type"] != "unexpected_keyword_argument"):
+        # one problem for each place: a union reports every one of its members
+        found.setdefault(_location(detail, tree), detail)
+    location, detail = next(iter(found.items()))
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    dotted = ".".join(str(key) for key in location)
+    return f"{dotted + ': ' if dotted else ''}{_problem(detail, location, schema)}{more}"
+
+
+def _location(detail: ErrorDetails, tree: Any) -> tuple[str | int, ...]:
+    """Where in the document: pydantic's own path without the marks it adds for members of a union and for keys."""
+    trail: list[str | int] = []
+    value = tree
+    for key in detail["loc"][1:]:
+        inside = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+        if key in inside:
+            value = value[key]
+            trail.append(key)
+    return (*trail, detail["loc"][-1]) if detail["type"] == "missing" else tuple(trail)
+
+
+def _problem(detail: ErrorDetails, location: tuple[str | int, ...], schema: type) -> str:
+    if detail["type"] == "unexpected_keyword_argument":
+        key = str(location[-1])
+        allowed = _keys(_type_at(schema, location[:-1]))
+        near = difflib.get_close_matches(key, allowed, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ","
+        return f"unknown key{hint} got {_shown(detail['input'])}, allowed keys: {', '.join(allowed)}"
+    if detail["type"] in ("value_error", "assertion_error"):
+        return str(detail.get("ctx", {}).get("error", detail["msg"]))
+    allowed_here = _allowed(_type_at(schema, location))
+    if detail["type"] == "missing":
+        return f"missing, allowed: {allowed_here}"
+    if detail["loc"][-1:] == ("[key]",):
+        return f"key {_shown(detail['input'])} does not fit, {detail['msg']}"
+    return f"got {_shown(detail['input'])}, allowed: {allowed_here}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 1] + "…"
+
+
+def _type_at(hint: Any, location: Sequence[str | int]) -> Any:
+    """The annotation of the place `location` in a value of type `hint`; Any where it cannot be told."""
+    if not location:
+        return hint
+    key, rest = location[0], location[1:]
+    for member in _members(hint):
+        if is_dataclass(member):
+            hints = get_type_hints(member, include_extras=True)
+            if isinstance(key, str) and key in hints:
+                return _type_at(hints[key], rest)
+        arguments = get_args(member)
+        origin = get_origin(member)
+        if isinstance(origin, type) and issubclass(origin, Mapping):
+            return _type_at(arguments[1], rest)
+        if origin in (list, tuple) and isinstance(key, int):
+            fixed = origin is tuple and arguments[-1] is not Ellipsis
+            return _type_at(arguments[key if fixed and key < len(arguments) else 0], rest)
+    return Any
+
+
+def _members(hint: Any) -> Iterator[Any]:
+    """The alternatives of a union, without their annotations; the type itself when it is none."""
+    if get_origin(hint) is Annotated:
+        yield from _members(get_args(hint)[0])
+    elif get_origin(hint) in (Union, types.UnionType):
+        for member in get_args(hint):
+            yield from _members(member)
+    else:
+        yield hint
+
+
+def _keys(hint: Any) -> list[str]:
+    return [each.name for member in _members(hint) if is_dataclass(member) for each in fields(member) if each.init]
+
+
+def _allowed(hint: Any) -> str:
+    """What may stand where `hint` is asked for, in words: 'a whole number >= 1', "'a' or 'b'", 'a list of text'."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return " ".join([_allowed(arguments[0]), *_bounds(arguments[1:])])
+    if origin is Literal:
+        return " or ".join(_shown(value) for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_allowed(member) for member in arguments)
+    if origin in (list, tuple):
+        members = dict.fromkeys(_allowed(member) for member in arguments if member is not Ellipsis)
+        return f"a list of {', '.join(members)}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a section whose every value is {_allowed(arguments[1])}"
+    if is_dataclass(hint):
+        required = [each.name for each in fields(hint) if each.default is each.default_factory is MISSING]
+        return f"a section with the keys {', '.join(_keys(hint))}" + (
+            f" (needed: {', '.join(required)})" if required else ""
+        )
+    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _bounds(marks: Sequence[Any]) -> Iterator[str]:
+    flat: list[Any] = []
+    for mark in marks:
+        flat.extend(mark if isinstance(mark, annotated_types.GroupedMetadata) else [mark])
+    for mark in flat:
+        if getattr(mark, "pattern", None):
+            yield f"that matches {mark.pattern}"
+        elif type(mark) in _BOUNDS:
+            words, attribute = _BOUNDS[type(mark)]
+            yield f"{words} {getattr(mark, attribute)}"
