@@ -1,0 +1,108 @@
+"""The command line: `redux VERB …`.
+
+Only argparse is imported here; a verb imports what it needs when it is called, so that help and mistakes in the
+arguments answer at once instead of after torch and Ray have been loaded.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+EXIT_MISUSE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0 done, 2 a job that cannot be run, 130 interrupted."""
+    arguments = _parse(argv)
+    # a scheduler's SIGTERM is Ctrl-C by other means: both unwind the same way, so neither leaves a process behind
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        arguments.verb(arguments)
+    except ValueError as error:
+        print(f"redux: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_MISUSE
+    except KeyboardInterrupt:
+        print("redux: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from jobs import schema
+
+    job = schema.load(arguments.job, arguments.overrides)
+    from jobs.run import run
+
+    run(job, arguments.into / job.name)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse closes a list of positionals at the first option, so overrides written after --into are left over
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides.extend(rest)
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="redux",
+        description="Train vision-language models that follow instructions, by spending fewer image tokens.",
+        epilog="redux VERB --help explains a verb. A first one: redux run jobs/quickstart.yaml",
+    )
+    parser.add_argument("--version", action=_Version)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    run = verbs.add_parser(
+        "run",
+        help="run a job file, from images to report",
+        description="Run a job file: make shards, train, evaluate, report. A finished job is left as it is; an "
+        "interrupted one goes on from its last checkpoint. Runs on a Ray started for the purpose, or on the cluster "
+        "that the environment variable RAY_ADDRESS names.",
+        epilog="example: redux run jobs/quickstart.yaml seed=1 name=quickstart-1",
+    )
+    run.add_argument("job", metavar="JOB", type=Path, help="a job file, such as jobs/quickstart.yaml")
+    run.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="put another value, written as in YAML, in place of the file's",
+    )
+    run.add_argument(
+        "--into",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs"),
+        help="the run folder is DIR/NAME (default: %(default)s)",
+    )
+    run.set_defaults(verb=_run)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for: the look-up costs more than the rest of the parser."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"redux {version('redux-vlm')}")
+        parser.exit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

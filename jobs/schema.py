@@ -1,0 +1,46 @@
+"""What a job file may say: one tree of dataclasses, each defined beside the code that it configures.
+
+Importing this module imports torch and Ray, since the owners do; so the command line imports it inside its verbs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, MinLen
+from pydantic import StringConstraints
+
+from jobs import document
+from pipelines.evaluate import Evaluate
+from pipelines.report import Report
+from pipelines.shards import Data
+from pipelines.train import Stage
+from redux.model import Model
+
+# the name of a job and those of its stages become names of folders, which must not lead out of the run's own
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run, from images to report."""
+
+    name: Name
+    seed: Annotated[int, Ge(0)] = 0
+    workers: Annotated[int, Ge(1)] = 1  # training processes, each with a GPU where there are GPUs
+    data: Data
+    model: Model
+    train: Annotated[dict[Name, Stage], MinLen(1)]  # in the order of the file
+    evaluate: Evaluate
+    report: Report
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Job:
+    """The job of a YAML file after `section.key=value` overrides. Raises ValueError with one clear line."""
+    return document.read(path, overrides, Job)
+
+
+def dump(job: Job) -> str:
+    """The job as YAML with every default written out; `load` reads an equal job back."""
+    return document.write(job)

@@ -1,0 +1,124 @@
+"""The command line as a user meets it: its exit codes, its one line for a mistake, and how it ends when interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jobs import command
+
+QUICKSTART = Path("jobs/quickstart.yaml")
+ROOT = Path(__file__).parents[2]
+HEAVY = {"ray", "torch", "transformers", "deepspeed", "pydantic", "yaml", "numpy"}
+
+
+def redux(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The installed console script, as a shell would start it."""
+    script = Path(sysconfig.get_path("scripts")) / "redux"
+    return subprocess.run(
+        [script, *arguments], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120,
+        env=os.environ | environment,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any, Path], None]], None]:
+    """Puts a function in the place of the work that `redux run` starts, and a job of one name in that of the schema."""
+
+    def replace(function: Callable[[Any, Path], None]) -> None:
+        for name, content in {
+            "schema": {"load": lambda path, overrides: SimpleNamespace(name="a", path=path, overrides=overrides)},
+            "run": {"run": function},
+        }.items():
+            module = ModuleType(f"jobs.{name}")
+            vars(module).update(content)
+            monkeypatch.setitem(sys.modules, f"jobs.{name}", module)
+            monkeypatch.setattr(f"jobs.{name}", module, raising=False)
+
+    return replace
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    for arguments in (["--help"], ["run", "--help"], ["--version"], ["run"]):
+        program = (
+            "import sys\nfrom jobs.command import main\n"
+            f"try: main({arguments})\nexcept SystemExit: print('LOADED', *sys.modules)"
+        )
+        output = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+        loaded = {name.partition(".")[0] for name in output.stdout.partition("LOADED")[2].split()}
+        assert "argparse" in loaded
+        assert not loaded & HEAVY
+
+
+def test_help_shows_an_example() -> None:
+    assert "redux run" in redux("--help").stdout + redux("run", "--help").stdout
+    assert f"redux run {QUICKSTART}" in redux("run", "--help").stdout
+
+
+def test_a_mistake_in_a_job_is_one_line_and_exit_2_before_ray_starts(tmp_path: Path) -> None:
+    job, ray = tmp_path / "job.yaml", tmp_path / "ray"
+    job.write_text("nmae: a\n")
+    ray.mkdir()
+    ended = redux("run", job, "--into", tmp_path / "runs", RAY_TMPDIR=str(ray), RAY_ADDRESS="")
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith(
+        f"redux: {job}: nmae: unknown key, did you mean 'name'? got 'a', allowed keys: name,"
+    )
+    assert ended.stderr.count("\n") == 1
+    assert not list(ray.iterdir()), "Ray was started"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_run_hands_over_the_job_and_its_folder(work: Any) -> None:
+    seen = []
+    work(lambda job, folder: seen.append((job, folder)))
+    assert command.main(["run", "x.yaml"]) == 0
+    assert command.main(["run", "x.yaml", "a.b=1", "--into", "elsewhere", "c=2"]) == 0
+    assert [folder for _, folder in seen] == [Path("runs/a"), Path("elsewhere/a")]
+    assert [(job.path, job.overrides) for job, _ in seen] == [(Path("x.yaml"), []), (Path("x.yaml"), ["a.b=1", "c=2"])]
+
+
+def test_a_mistake_found_later_is_one_line_too(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(job: Any, folder: Path) -> None:
+        raise ValueError("workers: got 3,\nallowed: a divisor of 32")
+
+    work(fail)
+    assert command.main(["run", "x.yaml"]) == 2
+    assert capsys.readouterr().err == "redux: workers: got 3, allowed: a divisor of 32\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_unwinds_the_work_and_exits_130(
+    work: Any, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    unwound = []
+
+    def interrupted(job: Any, folder: Path) -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            unwound.append(folder)
+
+    work(interrupted)
+    assert command.main(["run", "x.yaml"]) == 130
+    assert unwound == [Path("runs/a")]
+    assert capsys.readouterr().err.count("\n") == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_error_of_ours_keeps_its_traceback(work: Any) -> None:
+    def fail(job: Any, folder: Path) -> None:
+        raise RuntimeError("a bug")
+
+    work(fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        command.main(["run", "x.yaml"])
