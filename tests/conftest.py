@@ -1,0 +1,24 @@
+"""What tests share: one Ray for the whole session, started by the first test that asks for it."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """The module `ray`, initialised on a local Ray with two CPUs; it ends with the session.
+
+    Starting takes seconds, so it is shared, and imported here so that tests without it do not pay for it.
+    """
+    import ray
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # set before Ray starts, so that its workers inherit it
+    # address="local": a Ray that happens to run on the machine is not a test's to use
+    ray.init(address="local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()

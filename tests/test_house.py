@@ -1,0 +1,78 @@
+"""The plan of the house holds: its floors and arrows, its tools, its tree."""
+
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ("redux", "pipelines", "jobs", "cluster", "tests")
+TOP = {*FLOORS, "pyproject.toml", "README.md", "LICENSE"}
+
+
+def output_of(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def tracked() -> list[Path]:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return [Path(name) for name in listing.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        (sys.executable, "-m", "ruff", "check"),
+        (sys.executable, "-m", "ruff", "format", "--check"),
+        (sys.executable, "-m", "mypy"),
+        (str(Path(sysconfig.get_path("scripts"), "lint-imports")),),
+    ],
+    ids=["ruff-check", "ruff-format", "mypy", "import-linter"],
+)
+def test_the_tools_have_nothing_to_say(command: tuple[str, ...]) -> None:
+    ended = output_of(*command)
+    assert ended.returncode == 0, f"\n{ended.stdout}"
+
+
+def test_the_top_level_holds_the_floors_and_nothing_else() -> None:
+    assert {path.parts[0] for path in tracked() if not path.parts[0].startswith(".")} <= TOP
+
+
+def test_the_readme_prints_the_real_tree() -> None:
+    """Each floor with what lies directly in it; `__init__.py` says only that a folder is a package."""
+    section = re.search(r"^## The house\n.*?^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert section, "README.md has no code block under the heading 'The house'"
+    printed, folder = set(), ""
+    for line in section[1].splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith(" ") else name
+        printed.add(folder + name if line.startswith(" ") else name)
+        assert len(line.split()) > 1, f"{name} has no annotation"
+    real = {f"{path.parts[0]}/" if len(path.parts) > 1 else path.name for path in tracked()}
+    for path in tracked():
+        if len(path.parts) > 1 and path.name != "__init__.py":
+            real.add("/".join(path.parts[:2]) + ("/" if len(path.parts) > 2 else ""))
+    assert printed == {name for name in real if not name.startswith(".")}
+
+
+def test_every_python_file_opens_with_why() -> None:
+    files = [path for path in tracked() if path.suffix == ".py"]
+    assert files
+    assert not [str(path) for path in files if not (ROOT / path).read_text().startswith(('"""', 'r"""'))]
+
+
+def test_the_library_loads_neither_cluster_nor_job_file() -> None:
+    """What import-linter reads from the text, seen when the library really is imported."""
+    modules = [".".join(path.with_suffix("").parts) for path in tracked() if path.match("redux/*.py")]
+    assert modules
+    program = f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\nprint(*sys.modules)"
+    ended = output_of(sys.executable, "-c", program)
+    assert ended.returncode == 0, f"\n{ended.stdout}"
+    loaded = {name.partition(".")[0] for name in ended.stdout.split()}
+    assert "redux" in loaded
+    assert not loaded & {"ray", "deepspeed", "pydantic", "pipelines", "jobs"}
