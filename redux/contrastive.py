@@ -12,10 +12,13 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 from redux.model import Tower, caption_config, vision_config
 
 
-def build(tower: Tower, tokenizer: PreTrainedTokenizerBase, length: int) -> CLIPModel:
-    """A new CLIP with random weights (seed torch before) for captions of at most `length` tokens."""
+def build(tower: Tower, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
+    """A new CLIP with random weights (seed torch before) for captions of at most CONTEXT tokens."""
+    if tokenizer.eos_token_id == 2:
+        # transformers keeps a fault of old checkpoints alive under this number: it pools at the largest id
+        raise ValueError("tokenizer: </s> has number 2, allowed: any other, or CLIP's text tower reads the wrong token")
     config = CLIPConfig(
-        text_config=caption_config(tower, tokenizer, length).to_dict(),
+        text_config=caption_config(tower, tokenizer).to_dict(),
         vision_config=vision_config(tower).to_dict(),
         projection_dim=tower.hidden_size,
     )

@@ -107,7 +107,8 @@ def word_tokenizer(texts: Iterable[str], length: int) -> PreTrainedTokenizerFast
 
     For small closed vocabularies such as easy-VQA's: one token a word keeps conversations short.
     """
-    special = ["<unk>", "<s>", "</s>", "<pad>", IMAGE]
+    # "</s>" must not be number 2: transformers' CLIP text tower then pools at the largest id instead of at the end
+    special = ["<unk>", "<s>", "<pad>", "</s>", IMAGE]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+:?|[^\w\s]"), "removed", invert=True)

@@ -34,6 +34,9 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's training images, in 0..1 (OpenAI CLIP)."""
 
+CONTEXT = 77
+"""Tokens of a caption that CLIP's text tower reads at most."""
+
 PARTS = {"tower": "model.vision_tower", "projector": "model.multi_modal_projector", "language": ""}
 """The parts of the model that train or stay frozen on their own: name -> prefix of the parameters; the last is the rest."""
 
@@ -247,7 +250,7 @@ def vision_config(tower: Tower) -> CLIPVisionConfig:
     return CLIPVisionConfig(**dataclasses.asdict(tower), projection_dim=tower.hidden_size)
 
 
-def caption_config(tower: Tower, tokenizer: PreTrainedTokenizerBase, length: int) -> CLIPTextConfig:
+def caption_config(tower: Tower, tokenizer: PreTrainedTokenizerBase) -> CLIPTextConfig:
     """A text tower of the image tower's width and half its depth, for CLIP's objective on short captions."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -256,7 +259,7 @@ def caption_config(tower: Tower, tokenizer: PreTrainedTokenizerBase, length: int
         num_attention_heads=tower.num_attention_heads,
         intermediate_size=tower.intermediate_size,
         projection_dim=tower.hidden_size,
-        max_position_embeddings=length,
+        max_position_embeddings=CONTEXT,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,0 +1,69 @@
+"""easy-VQA (PyPI `easy-vqa`, MIT) as records of LLaVA's JSON form: real images and questions that need no hub.
+
+Each image holds one coloured shape, and the questions are its only annotations.  About ten questions an image become
+one conversation, as in LLaVA's instruction mixture; its caption says what the answers settle and no more.
+
+    {"id": "train/7", "image": PATH, "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt", …}]}
+"""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import easy_vqa
+
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+TYPES = {**dict.fromkeys(COLOURS, "colour"), **dict.fromkeys(SHAPES, "shape"), "yes": "yes/no", "no": "yes/no"}
+"""Type of a question by its answer; these are all 13 answers."""
+
+Questions = list[tuple[str, str]]
+
+
+def conversations(split: Literal["train", "test"]) -> list[dict]:
+    """One conversation an image with all its questions, in the order of image numbers."""
+    return [
+        _record(split, image, path, [turn for question, answer in asked for turn in (question, answer)])
+        for image, path, asked in _images(split)
+    ]
+
+
+def captions(split: Literal["train", "test"]) -> list[dict]:
+    """One caption an image."""
+    return [_record(split, image, path, ["", caption(asked)]) for image, path, asked in _images(split)]
+
+
+def caption(asked: Questions) -> str:
+    """What the questions and answers settle of the image: "a teal circle", "a teal shape", "a circle" or "a shape".
+
+    An attribute is settled by an answer that names it, a question that takes it for granted ("what color is the
+    circle?"), a "yes" to it, or by a "no" to all the others of its kind.
+    """
+    words = (_settled(asked, COLOURS) or "", _settled(asked, SHAPES) or "shape")
+    return " ".join(["a", *filter(None, words)])
+
+
+def _settled(asked: Questions, kind: tuple[str, ...]) -> str | None:
+    left = set(kind)
+    for question, answer in asked:
+        named = {answer, *re.findall(r"\w+", question)} & set(kind)
+        if not named:
+            continue
+        denied = bool(re.search(r"\b(not|no)\b", question)) != (answer == "no")
+        left = left - named if denied else left & named
+    return left.pop() if len(left) == 1 else None
+
+
+def _record(split: str, image: int, path: str, texts: list[str]) -> dict:
+    turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    return {"id": f"{split}/{image}", "image": path, "conversations": turns}
+
+
+def _images(split: str) -> list[tuple[int, str, Questions]]:
+    """(number, path, questions with answers) of each image."""
+    asked: dict[int, Questions] = {}
+    for question, answer, image in zip(*getattr(easy_vqa, f"get_{split}_questions")(), strict=True):
+        asked.setdefault(image, []).append((question, answer))
+    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
+    return [(image, str(Path(paths[image])), asked[image]) for image in sorted(asked)]
