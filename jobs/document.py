@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 # `1e-3` and `1.5e3` are text to YAML 1.1, which wants a dot and a signed exponent; to everyone else they are numbers
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_URGENCY = {"unexpected_keyword_argument": 0, "missing": 2}  # a misspelt key is also a missing one: name it first
 _SHOWN_CHARS = 80  # a longer value is cut: the error stays one line of a terminal
 
 _NAMES = {
@@ -151,15 +152,19 @@ def _set(tree: Any, override: str) -> None:
 
 
 def _summary(error: ValidationError, tree: Any, schema: type) -> str:
-    """The first problem, and how many others there are. Unknown keys first: a misspelt key also shows up as missing."""
+    """The first problem, and how many others there are."""
     found: dict[tuple[str | int, ...], ErrorDetails] = {}
-    for detail in sorted(error.errors(), key=lambda each: each["type"] != "unexpected_keyword_argument"):
+    for detail in sorted(error.errors(), key=lambda each: _URGENCY.get(each["type"], 1)):
         # one problem for each place: a union reports every one of its members
         found.setdefault(_location(detail, tree), detail)
     location, detail = next(iter(found.items()))
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    problem = _problem(detail, location, schema)
+    # a check of a dataclass starts with the name of one of its fields, which goes on the path
+    of_field = detail["type"] == "value_error" and problem.partition(":")[0] in _keys(_type_at(schema, location))
+    separator = "." if of_field else ": "
     dotted = ".".join(str(key) for key in location)
-    return f"{dotted + ': ' if dotted else ''}{_problem(detail, location, schema)}{more}"
+    return f"{dotted + separator if dotted else ''}{problem}{more}"
 
 
 def _location(detail: ErrorDetails, tree: Any) -> tuple[str | int, ...]:

@@ -154,9 +154,14 @@ def test_a_misspelt_key_comes_before_the_missing_one_and_others_are_counted(tmp_
     assert message.endswith(" (and 2 more)")
 
 
-def test_a_check_of_the_dataclass_itself_keeps_its_words(tmp_path: Path) -> None:
+def test_a_wrong_value_comes_before_a_missing_key(tmp_path: Path) -> None:
+    message = mistake(tmp_path, "train: {s: {epochs: many}}")
+    assert message == "job.yaml: train.s.epochs: got 'many', allowed: a number > 0 (and 1 more)"
+
+
+def test_a_check_of_the_dataclass_itself_keeps_its_words_on_the_whole_path(tmp_path: Path) -> None:
     assert mistake(tmp_path, GOOD, "train.pretrain.precision=bf16") == (
-        "job.yaml: train.pretrain: precision: got 'bf16' with nothing frozen, allowed: 'fp32'"
+        "job.yaml: train.pretrain.precision: got 'bf16' with nothing frozen, allowed: 'fp32'"
     )
 
 
