@@ -27,7 +27,7 @@ def tracked() -> list[Path]:
 @pytest.mark.parametrize(
     "command",
     [
-        (sys.executable, "-m", "ruff", "check"),
+        (sys.executable, "-m", "ruff", "check", "--output-format=concise"),
         (sys.executable, "-m", "ruff", "format", "--check"),
         (sys.executable, "-m", "mypy"),
         (str(Path(sysconfig.get_path("scripts"), "lint-imports")),),
