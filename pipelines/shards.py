@@ -48,7 +48,7 @@ class Sample:
 
 
 def make(records: Sequence[dict], out: Path, samples_per_shard: int) -> None:
-    """Write records (LLaVA's form, `image` a path) as shards in `out`, then the index; without an index there is no set.
+    """Write records (LLaVA's form, `image` a path) as shards in `out`, then the index, which makes it a set.
 
     ValueError names a record whose image cannot be read.
     """

@@ -13,7 +13,7 @@ Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all so far), 
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -96,7 +96,9 @@ class Inhibition:
     cache: FocusCache | None
 
     @classmethod
-    def of(cls, ratios: tuple[float, ...], image: Bool[Tensor, "batch rows"], cache: FocusCache | None) -> Self | None:
+    def of(
+        cls, ratios: tuple[float, ...], image: Bool[Tensor, "batch rows"], cache: FocusCache | None
+    ) -> "Inhibition | None":
         """The inhibition for new tokens of which `image` are image tokens; None where no image is in sight."""
         if cache is not None:
             cache.image = image = image if cache.image is None else torch.cat([cache.image, image], dim=1)
@@ -142,7 +144,8 @@ def mean_weights(
 ) -> Float[Tensor, "batch rows keys"]:
     """A: attention weights, mean over heads, added up head by head.  A row that sees no key is all zero."""
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-    hidden, total = ~visible[:, 0], 0.0
+    hidden = ~visible[:, 0]
+    total = torch.zeros(1, device=query.device)
     for head in range(heads):
         scores = query[:, head] @ key[:, head // groups].transpose(1, 2) * scale
         total = total + scores.float().masked_fill_(hidden, torch.finfo(torch.float32).min).softmax(dim=-1)

@@ -3,7 +3,6 @@
 Shapes: images = captions = pairs of the micro-batch, length (caption tokens).
 """
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,10 +25,16 @@ def build(tower: Tower, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
 
 
 class Contrastive(nn.Module):
-    """A CLIPModel whose forward gives the loss, so that it trains like every other model."""
+    """A CLIPModel whose forward gives the loss, so that it trains like every other model.
+
+    scale: log of the logits' scale, (1,); DeepSpeed cannot broadcast CLIP's own, a parameter without dimensions.
+    """
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
+        self.scale = nn.Parameter(clip.logit_scale.detach().reshape(1).clone())
+        del clip.logit_scale
+        clip.register_buffer("logit_scale", self.scale.detach()[0].clone())
         self.clip = clip
 
     def forward(
@@ -39,7 +44,12 @@ class Contrastive(nn.Module):
         attention_mask: Int[Tensor, "pairs length"],
     ) -> Float[Tensor, ""]:
         output = self.clip(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask)
-        return contrastive_loss(output.logits_per_image, input_ids)
+        return contrastive_loss(output.image_embeds @ output.text_embeds.T * self.scale.exp(), input_ids)
+
+    def trained(self) -> CLIPModel:
+        """The CLIPModel with what was learned, to be saved."""
+        self.clip.logit_scale.copy_(self.scale.detach()[0])
+        return self.clip
 
 
 def contrastive_loss(

@@ -73,15 +73,16 @@ def encode(
 
     Each `<image>` becomes `image_tokens` tokens.  A conversation that ends with a human turn ends ready to be answered.
     """
-    text, spans = "", []
+    text = ""
+    spans: list[tuple[int, int, bool]] = []
     for piece, learned in template.spans(turns):
         spans.append((len(text), len(text) + len(piece), learned))
         text += piece
     encoded = tokenizer(text, return_offsets_mapping=True)
-    learned = [_learned(span, spans, text) for span in encoded["offset_mapping"]]
+    said = [_learned(span, spans, text) for span in encoded["offset_mapping"]]
     ids = np.asarray(encoded["input_ids"], np.int64)
     repeats = np.where(ids == tokenizer.convert_tokens_to_ids(IMAGE), image_tokens, 1)
-    labels = np.where(learned, ids, IGNORE)
+    labels = np.where(said, ids, IGNORE)
     return ids.repeat(repeats), labels.repeat(repeats)
 
 

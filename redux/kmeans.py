@@ -1,4 +1,4 @@
-"""Batched spherical K-means for the redundant tokens of VMTC (section "Visual-Modality Token Compression" of the paper).
+"""Batched spherical K-means for the redundant tokens of VMTC.
 
 The paper clusters "based on cosine similarity" and says nothing of seeds, iterations or empty clusters.  Training must
 give the same clusters again when activations are recomputed or a run resumes, so nothing here is random; a GPU must not
@@ -20,8 +20,8 @@ from torch.nn import functional as F
 def kmeans(tokens: Float[Tensor, "batch tokens dim"], clusters: int, iterations: int) -> Int[Tensor, "batch tokens"]:
     """Cluster number of each token.  Every cluster in 0..clusters-1 holds at least one token.
 
-    Seeds are `clusters` tokens at equal strides of the order in which the tokens arrive; VMTC hands them over by falling
-    importance, so the seeds span it.  Raises ValueError where there are fewer tokens than clusters.
+    Seeds are `clusters` tokens at equal strides of the order in which the tokens arrive; VMTC hands them over by
+    falling importance, so the seeds span it.  Raises ValueError where there are fewer tokens than clusters.
     """
     count = tokens.shape[1]
     if not 1 <= clusters <= count:

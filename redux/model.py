@@ -9,7 +9,7 @@ Shapes: batch, images, patches, tokens (visual tokens that reach the language mo
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
@@ -38,7 +38,7 @@ CONTEXT = 77
 """Tokens of a caption that CLIP's text tower reads at most."""
 
 PARTS = {"tower": "model.vision_tower", "projector": "model.multi_modal_projector", "language": ""}
-"""The parts of the model that train or stay frozen on their own: name -> prefix of the parameters; the last is the rest."""
+"""Parts of the model that train or stay frozen on their own: prefix of their parameters' names; the last is the rest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Tower(Transformer):
     patch_size: Annotated[int, Ge(1)]
 
     def __post_init__(self) -> None:
-        super(Tower, self).__post_init__()
+        super().__post_init__()
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size: got {self.patch_size}, allowed: a divisor of image_size, {self.image_size}")
         if self.num_hidden_layers < 2:
@@ -82,19 +82,17 @@ class Language(Transformer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model to build from nothing: its sizes, the two modules (null: off) and the conversation template."""
+    """A model to build from nothing: its sizes, the two modules (null: off)."""
 
     tower: Tower
     language: Language
     vmtc: VMTC | None = VMTC()
     cmai: CMAI | None = CMAI()
-    template: Literal["plain", "vicuna_v1", "vicuna_bare"] = "vicuna_v1"
 
     def __post_init__(self) -> None:
         if self.vmtc is not None:
-            patches = (self.tower.image_size // self.tower.patch_size) ** 2
             try:
-                self.vmtc.schedule(patches, self.tower.num_hidden_layers - 1)
+                image_tokens(self)
             except ValueError as error:
                 raise ValueError(f"vmtc.{error}") from None
 
@@ -140,7 +138,8 @@ class ReduxModel(LlavaModel):
         self, pixel_values: Float[Tensor, "images 3 height width"]
     ) -> tuple[Float[Tensor, "images tokens dim"], Fate]:
         """Features of the layer that LLaVA reads, class token dropped, and where each patch went."""
-        tower, stages = self.vision_tower, self.config.stages
+        tower: Any = self.vision_tower
+        stages = self.config.stages
         hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
         fate = Fate.untouched(hidden.shape[0], hidden.shape[1] - 1, hidden.device)
         for number, block in enumerate(tower.encoder.layers[: self.config.depth]):
@@ -151,13 +150,13 @@ class ReduxModel(LlavaModel):
         return hidden[:, 1:], fate
 
     def _compressing_block(
-        self, block: nn.Module, hidden: Float[Tensor, "images patches+1 dim"], stage: Stage, fate: Fate
+        self, block: Any, hidden: Float[Tensor, "images patches+1 dim"], stage: Stage, fate: Fate
     ) -> tuple[Float[Tensor, "images out+1 dim"], Fate]:
         """One ViT block (eq. 1, 2) with VMTC between attention and MLP.
 
         Queries, keys and values are computed once and serve both the attention and the importance score.
         """
-        attention: Any = block.self_attn
+        attention = block.self_attn
         normed = block.layer_norm1(hidden)
         query, key, value = (
             project(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
@@ -194,25 +193,35 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
             self.set_attn_implementation({"text_config": ATTENTION})
 
     def forward(
-        self, input_ids: Tensor | None = None, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
     ) -> Any:
         """As LlavaForConditionalGeneration's; CMAI needs `input_ids`, since they tell image tokens from text."""
-        if not self.ratios:
-            return super().forward(
-                input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
-            )
-        if input_ids is None:
-            raise ValueError("input_ids: got None, allowed: token ids, which CMAI needs to tell image tokens from text")
-        if past_key_values is None and (self.config.text_config.use_cache if use_cache is None else use_cache):
-            past_key_values = FocusCache(config=self.config.text_config)
-        if not isinstance(past_key_values, FocusCache | None):
-            raise ValueError(f"past_key_values: got {type(past_key_values).__name__}, allowed: redux.cmai.FocusCache")
-        inhibition = Inhibition.of(self.ratios, input_ids == self.config.image_token_id, past_key_values)
+        if self.ratios:
+            if input_ids is None:
+                raise ValueError("input_ids: got None, allowed: token ids, which tell CMAI image tokens from text")
+            if past_key_values is None and (self.config.text_config.use_cache if use_cache is None else use_cache):
+                past_key_values = FocusCache(config=self.config.text_config)
+            if not isinstance(past_key_values, FocusCache | None):
+                kind = type(past_key_values).__name__
+                raise ValueError(f"past_key_values: got {kind}, allowed: redux.cmai.FocusCache")
+            image = input_ids == self.config.image_token_id
+            kwargs["inhibition"] = Inhibition.of(self.ratios, image, past_key_values)
         return super().forward(
             input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            inhibition=inhibition,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
 
@@ -228,6 +237,12 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
         for name, parameter in self.named_parameters():
             result[next(part for part, prefix in PARTS.items() if name.startswith(prefix))].append(parameter)
         return result
+
+
+def image_tokens(model: Model) -> int:
+    """Visual tokens of one image that reach the language model."""
+    patches = (model.tower.image_size // model.tower.patch_size) ** 2
+    return model.vmtc.tokens(patches, model.tower.num_hidden_layers - 1) if model.vmtc else patches
 
 
 def build(model: Model, tokenizer: PreTrainedTokenizerBase) -> ReduxForConditionalGeneration:

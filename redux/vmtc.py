@@ -39,7 +39,7 @@ class VMTC:
     stages: number of compressing blocks, equally spaced over the blocks in use.
     cluster_share: share of a stage's output tokens that are merged clusters; 0 drops the redundant tokens.
     merge: weights within a cluster; "raw" sums IPS(j) z_j as eq. 7 prints it, "normalized" divides by their sum.
-    order: "spatial" keeps tokens in the order of their place in the image, "rank" is eq. 8: by importance, then clusters.
+    order: "spatial" keeps tokens in the order of their place in the image, "rank" is eq. 8, by importance.
     iterations: of K-means.
     """
 
@@ -70,7 +70,7 @@ class VMTC:
         """
         if self.stages > blocks:
             raise ValueError(f"stages: got {self.stages}, allowed: 1 to {blocks}, the blocks in use of the image tower")
-        result = []
+        result: list[Stage] = []
         for number in range(1, self.stages + 1):
             out = round(patches * (1 - self.ratio) ** (number / self.stages))
             clusters = round(out * self.cluster_share)

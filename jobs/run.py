@@ -1,0 +1,143 @@
+"""A job from images to report, step by step; what is finished is not done again.
+
+runs/NAME/job.yaml        the job as resolved; another job under the same name is refused
+runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step: what a second run goes by
+runs/NAME/shards/SET/     captions, conversations, test
+"""
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs import schema
+from jobs.schema import Job
+from pipelines import cluster, easy_vqa, evaluate, report, shards, train
+from redux.conversation import TEMPLATES, word_tokenizer
+
+PROGRESS = "progress.jsonl"
+SCORES = "scores.json"
+
+
+def run(job: Job, folder: Path) -> None:
+    """Do what is left of the job in its run folder.  ValueError where the folder holds another job."""
+    clock = time.monotonic()
+    folder = folder.resolve()
+    _claim(job, folder)
+    done = _finished(folder)
+    left = {name: step for name, step in steps(job, folder).items() if name not in done}
+    if not left:
+        print(f"{job.name} is finished; its report: {folder / 'report.html'}")
+        return
+    if done:
+        print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
+    with cluster.session():
+        for name, step in left.items():
+            step()
+            now = time.monotonic()
+            with (folder / PROGRESS).open("a") as file:
+                file.write(json.dumps({"step": name, "wall_s": now - clock}) + "\n")
+            clock = now
+    _summarise(folder)
+    print(f"{job.name} is finished; its report: {folder / 'report.html'}")
+
+
+def steps(job: Job, folder: Path) -> dict[str, Callable[[], None]]:
+    """The steps of a job by name, in order: shards, each training stage, evaluation, report."""
+    test, tokenizer = folder / "shards" / "test", folder / "tokenizer"
+    result: dict[str, Callable[[], None]] = {"shards": lambda: _shards(job, folder, tokenizer)}
+    start: Path | None = None
+    for name, stage in job.train.items():
+        plan = train.Plan(
+            name=name,
+            stage=stage,
+            model=job.model,
+            seed=job.seed,
+            workers=job.workers,
+            run=folder,
+            shards=folder / "shards" / stage.data,
+            tokenizer=tokenizer,
+            start=start,
+        )
+        result[name] = functools.partial(train.fit, plan)
+        start, template = plan.result, stage.template
+    assert start is not None  # the schema asks for a stage
+    model: Path = start
+
+    def answer() -> None:
+        _write(folder / SCORES, evaluate.evaluate(model, test, folder, job.evaluate, template))
+
+    def describe() -> None:
+        _summarise(folder)
+        report.write(folder, evaluate.examples(model, test, folder / evaluate.FILE, job.report.examples))
+
+    return {**result, "evaluate": answer, "report": describe}
+
+
+def _claim(job: Job, folder: Path) -> None:
+    """Write the resolved job; ValueError where the folder holds one that says anything else."""
+    path, resolved = folder / "job.yaml", schema.dump(job)
+    if path.exists():
+        before, now = (yaml.safe_load(text) for text in (path.read_text(), resolved))
+        for key, old, new in _differences(before, now):
+            raise ValueError(
+                f"{path}: this run was started with {key} = {old!r}, not {new!r}; "
+                "give the job another name, or the run another folder by --into"
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(resolved)
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before | now:
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+    elif before != now:
+        yield path, before, now
+
+
+def _finished(folder: Path) -> list[str]:
+    return [entry["step"] for entry in _progress(folder)]
+
+
+def _progress(folder: Path) -> list[dict]:
+    path = folder / PROGRESS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _summarise(folder: Path) -> None:
+    """metrics.json: the scores, and wall-clock seconds by step and in all, from the command's start."""
+    times = {f"wall_s.{entry['step']}": entry["wall_s"] for entry in _progress(folder)}
+    scores = json.loads((folder / SCORES).read_text())
+    _write(folder / "metrics.json", {**scores, "wall_s": sum(times.values()), **times})
+
+
+def _write(path: Path, values: dict[str, float]) -> None:
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def _shards(job: Job, folder: Path, tokenizer: Path) -> None:
+    """Captions and conversations of the training images, conversations of the test images; and the tokenizer."""
+    sets = {
+        "captions": easy_vqa.captions("train"),
+        "conversations": easy_vqa.conversations("train"),
+        "test": easy_vqa.conversations("test"),
+    }
+    for name, records in sets.items():
+        shards.make(records, folder / "shards" / name, job.data.samples_per_shard)
+    templates = [TEMPLATES[stage.template] for stage in job.train.values()]
+    texts = (
+        "".join(piece for piece, _ in template.spans(record["conversations"]))
+        for name in ("captions", "conversations")
+        for record in sets[name]
+        for template in templates
+    )
+    word_tokenizer(texts, job.model.language.max_position_embeddings).save_pretrained(tokenizer)

@@ -1,0 +1,167 @@
+"""Batch inference over every test question, each asked alone, and the score.
+
+rows in:   number of a batch of images
+rows out:  one row a question: id, image, question, answer, response
+resources: `actors` actors share the CPUs, or take a GPU each
+
+answers.jsonl   {"id", "image", "question", "answer", "response", "type", "correct"}, in the order of the test set
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from annotated_types import Ge
+from PIL import Image
+from ray.data import ExecutionOptions
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from pipelines.easy_vqa import TYPES
+from pipelines.ingest import pixels
+from pipelines.report import Example
+from pipelines.shards import Sample, Shards
+from redux.conversation import IMAGE, TEMPLATES, encode, pad
+from redux.model import IMAGE_MEAN, IMAGE_STD, ReduxForConditionalGeneration
+
+FILE = "answers.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Settings.  images: of a batch, with all their questions; actors: models at work at a time."""
+
+    images: Annotated[int, Ge(1)] = 16
+    actors: Annotated[int, Ge(1)] = 1
+    max_new_tokens: Annotated[int, Ge(1)] = 8
+
+
+class Answerer:
+    """An actor with the model: answers all questions of a batch of images, greedily."""
+
+    def __init__(self, model: Path, shards: Path, settings: Evaluate, template: str) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cpu":
+            torch.set_num_threads(max(len(os.sched_getaffinity(0)) // settings.actors, 1))
+        self.model = ReduxForConditionalGeneration.from_pretrained(model).eval().to(self.device)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.shards, self.settings, self.template = Shards(shards), settings, TEMPLATES[template]
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
+        first = int(rows["id"][0]) * self.settings.images
+        samples = self.shards.read(range(first, min(first + self.settings.images, len(self.shards))))
+        asked = [(sample, *pair) for sample in samples for pair in questions(sample)]
+        return {
+            "id": [f"{sample.key}/{number}" for sample in samples for number, _ in enumerate(questions(sample))],
+            "image": [sample.key for sample, _, _ in asked],
+            "question": [question for _, question, _ in asked],
+            "answer": [answer for _, _, answer in asked],
+            "response": self.answer(samples, [(sample.key, question) for sample, question, _ in asked]),
+        }
+
+    @torch.inference_mode()
+    def answer(self, samples: list[Sample], asked: list[tuple[str, str]]) -> list[str]:
+        """Responses to (sample key, question) pairs."""
+        size = self.model.config.vision_config.image_size
+        images = {sample.key: pixels(sample.image, size) for sample in samples}
+        tokens, padding = self.model.config.image_seq_length, self.tokenizer.pad_token_id
+        prompts = [
+            encode(self.tokenizer, [{"from": "human", "value": f"{IMAGE}\n{question}"}], self.template, tokens)[0]
+            for _, question in asked
+        ]
+        mask = pad([np.ones_like(prompt) for prompt in prompts], 0, left=True)
+        ids = torch.from_numpy(pad(prompts, padding, left=True)).to(self.device)
+        generated = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.from_numpy(mask).to(self.device),
+            pixel_values=normalised(np.stack([images[key] for key, _ in asked])).to(self.device),
+            max_new_tokens=self.settings.max_new_tokens,
+            do_sample=False,
+        )
+        decoded = self.tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in decoded]
+
+
+def normalised(images: np.ndarray) -> torch.Tensor:
+    """(images, 3, height, width) uint8 to the floats that CLIP reads."""
+    mean, std = (torch.tensor(value).view(3, 1, 1) * 255 for value in (IMAGE_MEAN, IMAGE_STD))
+    return (torch.from_numpy(images).float() - mean) / std
+
+
+def questions(sample: Sample) -> Iterator[tuple[str, str]]:
+    """(question, answer) of each round of a conversation."""
+    texts = [turn["value"].removeprefix(f"{IMAGE}\n") for turn in sample.record["conversations"]]
+    return zip(texts[::2], texts[1::2], strict=True)
+
+
+def evaluate(model: Path, shards: Path, run: Path, settings: Evaluate, template: str) -> dict[str, float]:
+    """Answer every question of the shards into run/answers.jsonl; returns the scores by name."""
+    count = len(Shards(shards))
+    batches = math.ceil(count / settings.images)
+    gpu = ray.cluster_resources().get("GPU", 0) >= settings.actors
+    answers = ray.data.range(batches, override_num_blocks=batches).map_batches(
+        Answerer,
+        fn_constructor_args=(model, shards, settings, template),
+        batch_size=None,
+        concurrency=settings.actors,
+        num_cpus=0.5,
+        num_gpus=1 if gpu else None,
+    )
+    answers.context.execution_options = ExecutionOptions(preserve_order=True)
+    unfinished, entries = run / f".{FILE}", []
+    with unfinished.open("w") as file, tqdm(desc="evaluate", unit="question") as bar:
+        for row in answers.iter_rows():
+            entries.append(entry := judged(row))
+            file.write(json.dumps(entry) + "\n")
+            bar.update()
+    os.replace(unfinished, run / FILE)
+    return scores(entries)
+
+
+def judged(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the type of its question and whether the response is the answer, word for word."""
+    return {**row, "type": TYPES[row["answer"]], "correct": row["response"] == row["answer"]}
+
+
+def scores(entries: list[dict]) -> dict[str, float]:
+    """Accuracy over all questions and over those of each type."""
+    result = {"easy_vqa.questions": len(entries), "easy_vqa.accuracy": _share(entries)}
+    for kind in sorted({entry["type"] for entry in entries}):
+        result[f"easy_vqa.accuracy.{kind}"] = _share([entry for entry in entries if entry["type"] == kind])
+    return result
+
+
+def _share(entries: list[dict]) -> float:
+    return sum(entry["correct"] for entry in entries) / len(entries)
+
+
+def examples(model: Path, shards: Path, answers: Path, count: int) -> list[Example]:
+    """`count` answered questions on different images, evenly spread over the test set, with what VMTC did to each."""
+    entries = [json.loads(line) for line in answers.read_text().splitlines()]
+    by_image = {entry["image"]: entry for entry in reversed(entries)}
+    stored, llava = Shards(shards), ReduxForConditionalGeneration.from_pretrained(model).eval()
+    result = []
+    for number in range(0, len(stored), max(len(stored) // count, 1))[:count] if count else ():
+        [sample] = stored.read([number])
+        image, entry = pixels(sample.image, llava.config.vision_config.image_size), by_image[sample.key]
+        with torch.inference_mode():
+            _, fate = llava.model.encode_images(normalised(image[None]))
+        result.append(
+            Example(
+                image=Image.fromarray(image.transpose(1, 2, 0)),
+                question=entry["question"],
+                answer=entry["answer"],
+                response=entry["response"],
+                slot=fate.slot[0].numpy(),
+                merged=fate.merged[0].numpy(),
+            )
+        )
+    return result
