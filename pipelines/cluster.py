@@ -9,13 +9,12 @@ from contextlib import contextmanager
 import ray
 import ray.data
 import torch
+from transformers.utils.logging import disable_progress_bar
 
-# read by ray and deepspeed when they are imported, here and in every worker
+# read by deepspeed, tokenizers and transformers when they are imported, here and in every worker
 ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
+    **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}),
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
@@ -23,20 +22,23 @@ ENVIRONMENT = {
 
 @contextmanager
 def session() -> Iterator[None]:
-    """Ray for the length of a with block, quiet but for progress bars and warnings."""
-    environment = {**ENVIRONMENT, **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})}
-    environment = {name: os.environ.setdefault(name, value) for name, value in environment.items()}
+    """Ray for the length of a with block, quiet but for progress bars and errors."""
+    environment = {name: os.environ.setdefault(name, value) for name, value in ENVIRONMENT.items()}
+    disable_progress_bar()  # of transformers, which would show one for each file it reads
+    own = "RAY_ADDRESS" not in os.environ
+    if own:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of what Ray's C++ side prints over the bars
     terminate = signal.getsignal(signal.SIGTERM)
     ray.init(
-        address=os.environ.get("RAY_ADDRESS", "local"),
+        address="local" if own else os.environ["RAY_ADDRESS"],
         runtime_env={"env_vars": environment},
-        include_dashboard=None if "RAY_ADDRESS" in os.environ else False,
+        include_dashboard=False if own else None,
         logging_level=logging.ERROR,
         log_to_driver=False,  # what went wrong in a worker comes back as an exception
     )
     signal.signal(signal.SIGTERM, terminate)  # Ray puts its own in place
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # each long step has a bar of its own
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False  # each long step has a bar of its own
     try:
         yield
     finally:

@@ -104,20 +104,21 @@ def questions(sample: Sample) -> Iterator[tuple[str, str]]:
 
 def evaluate(model: Path, shards: Path, run: Path, settings: Evaluate, template: str) -> dict[str, float]:
     """Answer every question of the shards into run/answers.jsonl; returns the scores by name."""
-    count = len(Shards(shards))
-    batches = math.ceil(count / settings.images)
+    stored = Shards(shards)
+    batches = math.ceil(len(stored) / settings.images)
     gpu = ray.cluster_resources().get("GPU", 0) >= settings.actors
     answers = ray.data.range(batches, override_num_blocks=batches).map_batches(
         Answerer,
         fn_constructor_args=(model, shards, settings, template),
         batch_size=None,
-        concurrency=settings.actors,
+        compute=ray.data.ActorPoolStrategy(size=settings.actors),
         num_cpus=0.5,
         num_gpus=1 if gpu else None,
     )
     answers.context.execution_options = ExecutionOptions(preserve_order=True)
     unfinished, entries = run / f".{FILE}", []
-    with unfinished.open("w") as file, tqdm(desc="evaluate", unit="question") as bar:
+    asked = sum(len(list(questions(sample))) for sample in stored.read(range(len(stored))))
+    with unfinished.open("w") as file, tqdm(desc="evaluate", total=asked, unit="question") as bar:
         for row in answers.iter_rows():
             entries.append(entry := judged(row))
             file.write(json.dumps(entry) + "\n")

@@ -130,7 +130,7 @@ def pixels(image: bytes, size: int) -> UInt8[np.ndarray, "3 size size"]:
         square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in IMAGE_MEAN))
         square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         picture = square.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(picture).transpose(2, 0, 1)
+    return np.array(picture).transpose(2, 0, 1)
 
 
 @functools.cache

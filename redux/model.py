@@ -38,7 +38,7 @@ CONTEXT = 77
 """Tokens of a caption that CLIP's text tower reads at most."""
 
 PARTS = {"tower": "model.vision_tower", "projector": "model.multi_modal_projector", "language": ""}
-"""Parts of the model that train or stay frozen on their own: prefix of their parameters' names; the last is the rest."""
+"""Parts of the model that train or stay frozen on their own: prefix of their parameters' names; last, the rest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
