@@ -35,6 +35,19 @@ class Job:
     evaluate: Evaluate
     report: Report
 
+    def __post_init__(self) -> None:
+        objectives = [stage.objective for stage in self.train.values()]
+        if objectives != sorted(objectives) or objectives[-1] != "language":
+            raise ValueError(
+                f"train: got objectives {', '.join(objectives)}, allowed: any contrastive stages first, then at least "
+                "one language stage"
+            )
+        for name, stage in self.train.items():
+            try:
+                stage.accumulation(self.workers)
+            except ValueError as error:
+                raise ValueError(f"train.{name}.{error}") from None
+
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Job:
     """The job of a YAML file after `section.key=value` overrides. Raises ValueError with one clear line."""

@@ -1,0 +1,150 @@
+"""The command itself, on a job of the smallest size: real Ray, real DeepSpeed workers, all of easy-VQA."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+JOB = """
+name: tiny
+workers: 2
+data: {source: easy-vqa, samples_per_shard: 1500}
+model:
+  tower:
+    image_size: 64
+    patch_size: 16
+    hidden_size: 16
+    num_hidden_layers: 4
+    num_attention_heads: 2
+    intermediate_size: 16
+  language: {hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 16}
+train:
+  tower:
+    objective: contrastive
+    data: captions
+    epochs: 0.004
+    global_batch: 8
+    micro_batch: 4
+    learning_rate: {tower: 1e-3}
+  instruct:
+    objective: language
+    data: conversations
+    template: vicuna_bare
+    epochs: 0.02
+    global_batch: 16
+    micro_batch: 4
+    learning_rate: {projector: 1e-3, language: 1e-3}
+    checkpoint_every: 2
+    shuffle_rounds: true
+evaluate: {images: 100, max_new_tokens: 2}
+report: {examples: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("job") / "tiny.yaml"
+    path.write_text(JOB)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(job: Path, ray_cluster: Any) -> tuple[Path, str]:
+    """A run to its end on a Ray that was already there: (run folder, what it printed)."""
+    address = ray_cluster.get_runtime_context().gcs_address
+    done = subprocess.run(
+        command(job, "whole"), env={**os.environ, "RAY_ADDRESS": address}, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    return job.parent / "whole" / "tiny", done.stdout + done.stderr
+
+
+def command(job: Path, into: str) -> list[str]:
+    return [sys.executable, "-m", "jobs.command", "run", str(job), "--into", str(job.parent / into)]
+
+
+def losses(run: Path) -> list[tuple[str, int, float]]:
+    entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(entry["stage"], entry["step"], entry["loss"]) for entry in entries]
+
+
+def test_a_run_leaves_everything_in_its_folder(finished: tuple[Path, str]) -> None:
+    run, printed = finished
+    assert [(stage, step) for stage, step, _ in losses(run)] == [
+        *(("tower", step) for step in (1, 2)),
+        *(("instruct", step) for step in (1, 2, 3, 4, 5)),
+    ]
+    scores = json.loads((run / "metrics.json").read_text())
+    assert scores["easy_vqa.questions"] == 9673
+    assert 0 <= scores["easy_vqa.accuracy"] <= 1
+    assert scores["wall_s"] > 0
+    assert len((run / "answers.jsonl").read_text().splitlines()) == 9673
+    assert (run / "report.html").stat().st_size > 10_000
+    assert list((run / "tensorboard" / "instruct").glob("events.*"))
+    assert (run / "checkpoints" / "instruct" / "model" / "model.safetensors").exists()
+    for bar in ("shards captions", "tower", "instruct", "evaluate"):
+        assert re.search(rf"{bar}: 100%", printed), f"no finished progress bar {bar!r}"
+
+
+def test_a_ray_that_was_there_goes_on(finished: tuple[Path, str], ray_cluster: Any) -> None:
+    assert ray_cluster.get(ray_cluster.put(1)) == 1
+
+
+def test_a_part_without_a_rate_stays_as_it_was(finished: tuple[Path, str]) -> None:
+    from transformers import CLIPModel
+
+    from redux.model import ReduxForConditionalGeneration
+
+    run, _ = finished
+    before = CLIPModel.from_pretrained(run / "checkpoints" / "tower" / "model").vision_model.state_dict()
+    after = ReduxForConditionalGeneration.from_pretrained(run / "checkpoints" / "instruct" / "model").model.vision_tower
+    assert all(tensor.equal(before[name]) for name, tensor in after.state_dict().items())
+
+
+def test_a_second_run_says_so_and_does_nothing(finished: tuple[Path, str], job: Path) -> None:
+    run, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    again = subprocess.run(command(job, "whole"), text=True, capture_output=True, check=True)
+    assert "finished" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_another_job_under_the_same_name_is_refused(finished: tuple[Path, str], job: Path) -> None:
+    refused = subprocess.run([*command(job, "whole"), "seed=1"], text=True, capture_output=True)
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) == 1
+    assert "seed" in refused.stderr
+
+
+def test_an_interrupted_run_leaves_no_process_and_goes_on_to_the_same_end(
+    finished: tuple[Path, str], job: Path
+) -> None:
+    """Ctrl-C after step 3 of 5, with a checkpoint at step 2: then the same losses and answers as undisturbed."""
+    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(command(job, "cut"), env=alone, stderr=subprocess.PIPE, start_new_session=True)
+    assert process.stderr
+    seen = b""
+    while not re.search(rb"instruct:[^\r]*\| [34]/5 ", seen):
+        part = os.read(process.stderr.fileno(), 4096)
+        assert part, f"ended too early:\n{seen.decode()}"
+        seen += part
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert started
+    process.send_signal(signal.SIGINT)
+    process.stderr.read()
+    assert process.wait(timeout=60) == 130
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert not alive
+
+    run = job.parent / "cut" / "tiny"
+    subprocess.run(command(job, "cut"), env=alone, check=True, capture_output=True)
+    undisturbed, _ = finished
+    assert losses(run) == losses(undisturbed)
+    assert (run / "answers.jsonl").read_text() == (undisturbed / "answers.jsonl").read_text()
