@@ -1,0 +1,288 @@
+"""Arrays of a micro-batch are what images and records say, and Ray Data brings them in order, from any place on."""
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer
+
+from pipelines.ingest import Micro, captions, conversations, dataset, pixels, shuffled
+from pipelines.order import Order
+from pipelines.shards import Sample, Shards
+from redux.conversation import IGNORE, IMAGE
+from redux.model import CONTEXT
+
+SIDE = 16
+IMAGE_TOKENS = 5
+MEAN = (122, 116, 104)  # CLIP's mean colour in whole steps of 255
+GLOBAL_BATCH = 8
+
+
+@pytest.fixture(scope="session")
+def micro(stored: Shards, tokenizer: Path) -> Micro:
+    """Micro-batches of 4; 22 samples are no multiple of the global batch, so epochs meet within one."""
+    return Micro(
+        shards=stored,
+        order=Order(samples=len(stored), global_batch=GLOBAL_BATCH, seed=3),
+        size=4,
+        image_size=SIDE,
+        tokenizer=tokenizer,
+        collate=conversations("vicuna_bare", IMAGE_TOKENS),
+        flip=True,
+        shuffle_rounds=True,
+    )
+
+
+def png(array: np.ndarray | Image.Image) -> bytes:
+    file = io.BytesIO()
+    (array if isinstance(array, Image.Image) else Image.fromarray(array)).save(file, "png")
+    return file.getvalue()
+
+
+def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def talk(rounds: int, first: str = f"{IMAGE}\n") -> Sample:
+    turns = []
+    for number in range(rounds):
+        turns += [{"from": "human", "value": f"question {number}?"}, {"from": "gpt", "value": f"answer {number}"}]
+    turns[0]["value"] = first + turns[0]["value"]
+    return Sample("key", b"", {"id": "key", "conversations": turns})
+
+
+def pairs(sample: Sample) -> list[tuple[str, str]]:
+    values = [turn["value"].removeprefix(f"{IMAGE}\n") for turn in sample.record["conversations"]]
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def drawn(micro: Micro) -> dict[bytes, tuple[str, bool]]:
+    """(key, whether mirrored) of every picture that the samples can give."""
+    result = {}
+    for sample in micro.shards.read(range(len(micro.shards))):
+        array = pixels(sample.image, micro.image_size)
+        result[array.tobytes()] = (sample.key, False)
+        result[array[:, :, ::-1].tobytes()] = (sample.key, True)
+    assert len(result) == 2 * len(micro.shards)
+    return result
+
+
+def seen(micro: Micro, numbers: Sequence[int]) -> list[tuple[str, bool]]:
+    """(key, whether mirrored) of each sample in the micro-batches with these numbers."""
+    names = drawn(micro)
+    return [names[row.tobytes()] for number in numbers for row in micro(number)["pixel_values"]]
+
+
+def said(micro: Micro, numbers: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of each sample without padding."""
+    result = []
+    for number in numbers:
+        batch = micro(number)
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+            result.append((ids[mask == 1].tolist(), labels[mask == 1].tolist()))
+    return result
+
+
+def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one
+    )
+
+
+def test_an_image_of_the_right_size_is_taken_as_it_is():
+    image = noise(SIDE, SIDE)
+    assert np.array_equal(pixels(png(image), SIDE).transpose(1, 2, 0), image)
+    assert pixels(png(image), SIDE).dtype == np.uint8
+
+
+@pytest.mark.parametrize(("width", "height"), [(30, 10), (10, 30), (30, 13), (30, 29)])
+def test_padding_is_centred_and_has_the_mean_colour(width: int, height: int):
+    image = noise(width, height)
+    padded = pixels(png(image), 30).transpose(1, 2, 0)
+    left, top = (30 - width) // 2, (30 - height) // 2
+    inside = np.zeros((30, 30), bool)
+    inside[top : top + height, left : left + width] = True
+    assert np.array_equal(padded[inside].reshape(image.shape), image)
+    assert (padded[~inside] == MEAN).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(16, 16), (12, 6), (5, 9), (1, 7), (40, 31)])
+@pytest.mark.parametrize("size", [8, 16, 33])
+def test_pixels_are_those_of_a_padded_square_that_pillow_resized(width: int, height: int, size: int):
+    image, side = noise(width, height), max(width, height)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = MEAN
+    square[(side - height) // 2 :, (side - width) // 2 :][:height, :width] = image
+    expected = np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC))
+    assert np.array_equal(pixels(png(image), size).transpose(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
+def test_an_image_of_any_mode_has_three_channels(mode: str):
+    image = Image.fromarray(noise(SIDE, SIDE)).convert(mode)
+    assert np.array_equal(pixels(png(image), SIDE).transpose(1, 2, 0), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 7])
+def test_shuffling_keeps_every_question_with_its_answer_and_the_image_first(rounds: int):
+    sample, orders = talk(rounds), set()
+    for seed in range(60):
+        mixed = shuffled(sample, np.random.default_rng(seed))
+        turns = mixed.record["conversations"]
+        assert sorted(pairs(mixed)) == sorted(pairs(sample))
+        assert turns[0]["value"].startswith(f"{IMAGE}\n")
+        assert sum(turn["value"].count(IMAGE) for turn in turns) == 1
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * rounds
+        orders.add(tuple(pairs(mixed)))
+    assert len(orders) == min(rounds, 2) if rounds < 3 else len(orders) > 50
+    assert sample == talk(rounds), "the sample itself is as it was"
+
+
+def test_shuffling_a_conversation_without_an_image_adds_none():
+    mixed = shuffled(talk(5, first=""), np.random.default_rng(0))
+    assert not any(IMAGE in turn["value"] for turn in mixed.record["conversations"])
+
+
+def test_labels_are_the_answers_and_each_image_is_as_many_tokens_as_the_model_gives_it(micro: Micro):
+    tokenizer, keys = AutoTokenizer.from_pretrained(micro.tokenizer), [key for key, _ in seen(micro, range(6))]
+    records = {sample.key: sample for sample in micro.shards.read(range(len(micro.shards)))}
+    for key, (ids, labels) in zip(keys, said(micro, range(6)), strict=True):
+        assert ids.count(tokenizer.convert_tokens_to_ids(IMAGE)) == IMAGE_TOKENS
+        learned = [label for label in labels if label != IGNORE]
+        assert learned == [token for token, label in zip(ids, labels, strict=True) if label != IGNORE]
+        answers = tokenizer.decode(learned).split("</s>")[:-1]
+        assert sorted(answer.strip() for answer in answers) == sorted(answer for _, answer in pairs(records[key]))
+
+
+def test_rows_are_padded_on_the_right_with_what_is_neither_attended_nor_learned(micro: Micro):
+    padding = AutoTokenizer.from_pretrained(micro.tokenizer).pad_token_id
+    widths = set()
+    for number in range(6):
+        batch = micro(number)
+        lengths = batch["attention_mask"].sum(axis=1)
+        assert lengths.max() == batch["input_ids"].shape[1], "no wider than the longest"
+        beyond = np.arange(batch["input_ids"].shape[1]) >= lengths[:, None]
+        assert np.array_equal(batch["attention_mask"] == 0, beyond)
+        assert (batch["input_ids"][beyond] == padding).all()
+        assert (batch["labels"][beyond] == IGNORE).all()
+        widths.add(tuple(lengths))
+    assert len(widths) > 1
+
+
+def test_a_conversation_that_is_too_long_names_the_sample_and_the_limit(tokenizer: Path):
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    samples = [talk(1), replace(talk(40), key="test/99")]
+    with pytest.raises(ValueError, match=rf"sample test/99: \d+ tokens, allowed: {loaded.model_max_length}, "):
+        conversations("vicuna_bare", IMAGE_TOKENS)(loaded, samples)
+
+
+def test_a_conversation_may_be_as_long_as_the_limit_and_no_longer(tokenizer: Path):
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    fits = loaded.model_max_length - len(said_alone(loaded, 0))
+    assert len(said_alone(loaded, fits)) == loaded.model_max_length
+    with pytest.raises(ValueError, match=f"{loaded.model_max_length + 1} tokens"):
+        said_alone(loaded, fits + 1)
+
+
+def said_alone(tokenizer: Any, image_tokens: int) -> list[int]:
+    return conversations("vicuna_bare", image_tokens)(tokenizer, [talk(2)])["input_ids"][0].tolist()
+
+
+def test_captions_are_what_the_assistant_says_and_equal_ones_are_equal_rows(micro: Micro):
+    tokenizer = AutoTokenizer.from_pretrained(micro.tokenizer)
+    samples = micro.shards.read(range(len(micro.shards)))
+    batch = captions(tokenizer, samples)
+    texts = [sample.record["conversations"][1]["value"] for sample in samples]
+    for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], texts, strict=True):
+        assert tokenizer.decode(ids[mask == 1]).replace(" ", "") == f"<s>{text}</s>"
+    rows = [row.tobytes() for row in batch["input_ids"]]
+    for one, text in zip(rows, texts, strict=True):
+        assert [row == one for row in rows] == [other == text for other in texts]
+    assert batch["input_ids"].shape[1] == batch["attention_mask"].sum(axis=1).max() < CONTEXT
+
+
+def test_a_micro_batch_is_a_pure_function_of_its_number(micro: Micro):
+    asked = {number: micro(number) for number in (5, 0, 3)}
+    again = replace(micro, shards=Shards(micro.shards.folder))
+    for number in (0, 3, 5):
+        assert equal(again(number), asked[number])
+        assert (asked[number]["number"] == number).all()
+
+
+def test_flips_and_orders_of_rounds_belong_to_the_place_in_the_stream_not_to_the_micro_batch(micro: Micro):
+    """40 places, in micro-batches of 4, 2, 1 and 8: the same samples, mirrored and shuffled alike."""
+    pictures, texts = seen(micro, range(10)), said(micro, range(10))
+    for size in (1, 2, 8):
+        other = replace(micro, size=size)
+        assert seen(other, range(40 // size)) == pictures
+        assert said(other, range(40 // size)) == texts
+
+
+def test_about_half_of_the_images_are_mirrored_anew_each_epoch_and_by_seed(micro: Micro):
+    mirrored = [flip for _, flip in seen(micro, range(55))]  # ten epochs
+    assert 80 < sum(mirrored) < 140
+    again = replace(micro, order=replace(micro.order, seed=4))
+    assert [flip for _, flip in seen(again, range(55))] != mirrored
+    both = set(seen(micro, range(55)))
+    assert len(both) > 40, "nearly every image comes both ways"
+
+
+def test_without_flip_and_shuffle_the_samples_are_as_stored(micro: Micro):
+    plain = replace(micro, flip=False, shuffle_rounds=False)
+    numbers = np.concatenate([plain.order.batch(number) for number in range(3)])
+    stored = plain.shards.read(numbers)
+    assert seen(plain, range(6)) == [(sample.key, False) for sample in stored]
+    ids = plain.collate(AutoTokenizer.from_pretrained(plain.tokenizer), stored)
+    expected = [row[mask == 1].tolist() for row, mask in zip(ids["input_ids"], ids["attention_mask"], strict=True)]
+    assert [row for row, _ in said(plain, range(6))] == expected
+
+
+@pytest.mark.parametrize(("size", "workers"), [(8, 1), (4, 1), (4, 2), (2, 1), (2, 2), (2, 4), (1, 8), (1, 4)])
+def test_a_global_batch_has_the_same_samples_at_any_number_of_workers(micro: Micro, size: int, workers: int):
+    """Rank r computes micro-batches r, r + workers, ...; what all have after each step is the order's global batch."""
+    shared = replace(micro, size=size)
+    per_rank = GLOBAL_BATCH // (size * workers)
+    for step in range(4):
+        turns = [(step * per_rank + turn) * workers + rank for turn in range(per_rank) for rank in range(workers)]
+        keys = [key for key, _ in seen(shared, turns)]
+        assert keys == [micro.shards.keys[number] for number in micro.order.batch(step)]
+
+
+def blocks(data: Any) -> list[dict[str, np.ndarray]]:
+    return list(data.iter_batches(batch_size=None))
+
+
+def in_order(data: Any) -> Any:
+    from ray.data import ExecutionOptions
+
+    data.context.execution_options = ExecutionOptions(preserve_order=True)
+    return data
+
+
+def matches(got: Sequence[dict[str, np.ndarray]], micro: Micro, numbers: Sequence[int]) -> bool:
+    return len(got) == len(numbers) and all(equal(one, micro(n)) for one, n in zip(got, numbers, strict=True))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_data_gives_the_micro_batches_in_order(micro: Micro):
+    assert matches(blocks(in_order(dataset(micro, 0, 9))), micro, range(9))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_from_a_later_start_ray_data_gives_the_rest_of_the_same_stream(micro: Micro):
+    assert matches(blocks(in_order(dataset(micro, 5, 9))), micro, range(5, 9))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_get_every_other_micro_batch_in_order(micro: Micro):
+    shards = in_order(dataset(micro, 2, 12)).streaming_split(2, equal=True)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(blocks, shards)
+    assert matches(first, micro, range(2, 12, 2))
+    assert matches(second, micro, range(3, 12, 2))
