@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -125,9 +126,10 @@ class Inhibition:
         t2i = weights.gather(2, columns) * (text_row.unsqueeze(-1) & self.valid.unsqueeze(1))
         earlier = t2i
         if self.cache is not None:
-            if layer in self.cache.rows:
-                earlier = torch.cat([self.cache.rows[layer], t2i], dim=1)
-            self.cache.rows[layer] = earlier
+            past = self.cache.rows.get(layer, t2i[:, :0])
+            # tokens before the first image have no rows yet, and none before an image's tokens attends to these: zeros
+            past = F.pad(past, (0, t2i.shape[2] - past.shape[2], keys - rows - past.shape[1], 0))
+            self.cache.rows[layer] = earlier = torch.cat([past, t2i], dim=1)
         focus = focus_score(weights, t2i, earlier, self.image)
         seen = visible[:, 0].expand(-1, rows, -1).gather(2, columns) & self.valid.unsqueeze(1)
         kept = above_quantile(focus, seen, self.ratios[layer]) | ~text_row.unsqueeze(-1) | ~self.valid.unsqueeze(1)
@@ -144,11 +146,14 @@ def mean_weights(
 ) -> Float[Tensor, "batch rows keys"]:
     """A: attention weights, mean over heads, added up head by head.  A row that sees no key is all zero."""
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-    hidden = ~visible[:, 0]
-    total = torch.zeros(1, device=query.device)
+    hidden = ~visible[:, 0].expand(query.shape[0], query.shape[2], -1)
+    # finite, so that a row that sees nothing has no NaN; added by the product itself, which saves two passes
+    bias = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+    bias.masked_fill_(hidden, torch.finfo(query.dtype).min)
+    total = torch.zeros_like(bias, dtype=torch.float32)
     for head in range(heads):
-        scores = query[:, head] @ key[:, head // groups].transpose(1, 2) * scale
-        total = total + scores.float().masked_fill_(hidden, torch.finfo(torch.float32).min).softmax(dim=-1)
+        scores = torch.baddbmm(bias, query[:, head], key[:, head // groups].transpose(1, 2), alpha=scale)
+        total += scores.softmax(dim=-1, dtype=torch.float32)
     return (total / heads).masked_fill_(hidden, 0.0)
 
 

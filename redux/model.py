@@ -100,6 +100,9 @@ class Model:
 class ReduxConfig(LlavaConfig):
     """LlavaConfig and the settings of the two modules, as dictionaries; None turns a module off."""
 
+    # its signature does not tell that transformers lets it take any other key, which a runtime checker would refuse
+    __no_type_check__ = True
+
     vmtc: dict | None = None
     cmai: dict | None = None
 
@@ -150,11 +153,12 @@ class ReduxModel(LlavaModel):
         return hidden[:, 1:], fate
 
     def _compressing_block(
-        self, block: Any, hidden: Float[Tensor, "images patches+1 dim"], stage: Stage, fate: Fate
-    ) -> tuple[Float[Tensor, "images out+1 dim"], Fate]:
+        self, block: Any, hidden: Float[Tensor, "images all dim"], stage: Stage, fate: Fate
+    ) -> tuple[Float[Tensor, "images fewer dim"], Fate]:
         """One ViT block (eq. 1, 2) with VMTC between attention and MLP.
 
         Queries, keys and values are computed once and serve both the attention and the importance score.
+        Shapes: all = patches + 1, fewer = out + 1, with the class token.
         """
         attention = block.self_attn
         normed = block.layer_norm1(hidden)
@@ -207,7 +211,10 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
         if self.ratios:
             if input_ids is None:
                 raise ValueError("input_ids: got None, allowed: token ids, which tell CMAI image tokens from text")
-            if past_key_values is None and (self.config.text_config.use_cache if use_cache is None else use_cache):
+            caching = self.config.text_config.use_cache if use_cache is None else use_cache
+            # recomputation would write a second time into a cache; transformers' layers take theirs away as well
+            recomputing = self.training and self.is_gradient_checkpointing
+            if past_key_values is None and caching and not recomputing:
                 past_key_values = FocusCache(config=self.config.text_config)
             if not isinstance(past_key_values, FocusCache | None):
                 kind = type(past_key_values).__name__

@@ -90,11 +90,11 @@ class VMTC:
 
 
 def importance(
-    query: Float[Tensor, "batch heads 1 head_dim"], keys: Float[Tensor, "batch heads patches+1 head_dim"], scale: float
-) -> Float[Tensor, "batch patches"]:
+    query: Float[Tensor, "batch heads 1 head_dim"], keys: Float[Tensor, "batch heads tokens head_dim"], scale: float
+) -> Float[Tensor, "batch tokens-1"]:
     """IPS: attention weight from the class token to each patch token, mean over heads.
 
-    The softmax runs over all patches + 1 keys; the class token's weight on itself is left out afterwards.
+    The softmax runs over all tokens = patches + 1 keys; the class token's weight on itself is left out afterwards.
     """
     return (query @ keys.transpose(-1, -2) * scale).softmax(dim=-1).mean(dim=1)[:, 0, 1:]
 

@@ -1,0 +1,63 @@
+"""A word tokenizer and tiny models, shared: every one is random but seeded, so a failure comes again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from redux.cmai import CMAI
+from redux.conversation import TEMPLATES, word_tokenizer
+from redux.model import Language, Model, ReduxForConditionalGeneration, Tower, build
+from redux.vmtc import VMTC
+
+TEXTS = (
+    "USER: <image>\nIs it a red circle? ASSISTANT: yes, it is.",
+    "What colour is the shape? A blue square.\nNo, green triangle!",
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer([*TEXTS, TEMPLATES["vicuna_v1"].system], 128)
+
+
+@pytest.fixture(scope="session")
+def tower() -> Tower:
+    """32 px in patches of 8 px: 16 patches, of which VMTC's defaults leave 8."""
+    return Tower(
+        hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer: PreTrainedTokenizerFast, tower: Tower) -> Callable[..., ReduxForConditionalGeneration]:
+    """Builds a model of the given modules with always the same weights."""
+
+    def make(vmtc: VMTC | None = VMTC(), cmai: CMAI | None = CMAI(), layers: int = 3) -> ReduxForConditionalGeneration:
+        language = Language(hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64)
+        torch.manual_seed(0)
+        model = build(Model(tower=tower, language=language, vmtc=vmtc, cmai=cmai), tokenizer).eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() > 1:  # attention of weights as initialised is all but uniform
+                    weight.mul_(8)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sample(tokenizer: PreTrainedTokenizerFast) -> Callable[..., dict[str, Any]]:
+    """Builds the inputs of one conversation for a model; `seed` chooses image and words, `text` their number."""
+
+    def make(model: ReduxForConditionalGeneration, text: int = 12, seed: int = 0) -> dict[str, Any]:
+        draw = torch.Generator().manual_seed(seed)
+        words = torch.randint(5, len(tokenizer), (text,), generator=draw).tolist()
+        image = [model.config.image_token_id] * model.config.image_seq_length
+        ids = torch.tensor([[tokenizer.bos_token_id, words[0], *image, *words[1:]]])
+        side = model.config.vision_config.image_size
+        return {"input_ids": ids, "pixel_values": torch.randn(1, 3, side, side, generator=draw)}
+
+    return make
