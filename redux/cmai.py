@@ -127,7 +127,7 @@ class Inhibition:
         earlier = t2i
         if self.cache is not None:
             past = self.cache.rows.get(layer, t2i[:, :0])
-            # tokens before the first image have no rows yet, and none before an image's tokens attends to these: zeros
+            # text before an image attends to none of it: what the cache lacks, rows and columns, is zero
             past = F.pad(past, (0, t2i.shape[2] - past.shape[2], keys - rows - past.shape[1], 0))
             self.cache.rows[layer] = earlier = torch.cat([past, t2i], dim=1)
         focus = focus_score(weights, t2i, earlier, self.image)

@@ -213,7 +213,7 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
                 raise ValueError("input_ids: got None, allowed: token ids, which tell CMAI image tokens from text")
             caching = self.config.text_config.use_cache if use_cache is None else use_cache
             # recomputation would write a second time into a cache; transformers' layers take theirs away as well
-            recomputing = self.training and self.is_gradient_checkpointing
+            recomputing = self.training and self.is_activation_checkpointing
             if past_key_values is None and caching and not recomputing:
                 past_key_values = FocusCache(config=self.config.text_config)
             if not isinstance(past_key_values, FocusCache | None):

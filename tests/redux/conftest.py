@@ -35,7 +35,9 @@ def tower() -> Tower:
 def tiny(tokenizer: PreTrainedTokenizerFast, tower: Tower) -> Callable[..., ReduxForConditionalGeneration]:
     """Builds a model of the given modules with always the same weights."""
 
-    def make(vmtc: VMTC | None = VMTC(), cmai: CMAI | None = CMAI(), layers: int = 3) -> ReduxForConditionalGeneration:
+    on = (VMTC(), CMAI())
+
+    def make(vmtc: VMTC | None = on[0], cmai: CMAI | None = on[1], layers: int = 3) -> ReduxForConditionalGeneration:
         language = Language(hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64)
         torch.manual_seed(0)
         model = build(Model(tower=tower, language=language, vmtc=vmtc, cmai=cmai), tokenizer).eval()

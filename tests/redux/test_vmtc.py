@@ -163,7 +163,7 @@ def test_importance_is_the_class_tokens_row_of_the_full_attention_map() -> None:
 def test_fate_follows_every_patch_through_all_stages() -> None:
     vmtc = VMTC(ratio=0.7, cluster_share=0.3)
     fate = Fate.untouched(3, 20, torch.device("cpu"))
-    where, merged = [[[patch for patch in range(20)] for _ in range(3)], [[False] * 20 for _ in range(3)]]
+    where, merged = [[list(range(20)) for _ in range(3)], [[False] * 20 for _ in range(3)]]
     tokens, _ = example()
     for number, stage in enumerate([Stage(0, 10, 5), Stage(1, 11, 0), Stage(2, 3, 4)]):
         ips = noise(3, tokens.shape[1], seed=number).softmax(dim=-1)
@@ -204,5 +204,5 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, wrong: dict[s
 def test_a_schedule_needs_blocks_and_tokens() -> None:
     with pytest.raises(ValueError, match="stages: got 3, allowed: 1 to 2"):
         VMTC().schedule(576, 2)
-    with pytest.raises(ValueError, match="ratio: got 0.99, which leaves none of 16"):
+    with pytest.raises(ValueError, match=r"ratio: got 0\.99, which leaves none of 16"):
         VMTC(ratio=0.99).schedule(16, 4)
