@@ -1,0 +1,147 @@
+"""Labels cover what the assistant says and nothing else, in the words of LLaVA's own templates."""
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from redux.conversation import IGNORE, TEMPLATES, Template, encode, pad, word_tokenizer
+
+TALK = [
+    {"from": "human", "value": "<image>\nIs it a red circle?"},
+    {"from": "gpt", "value": "yes, it is."},
+    {"from": "human", "value": "What colour is the shape?"},
+    {"from": "gpt", "value": "blue"},
+]
+CAPTION = [{"from": "human", "value": "What is the shape? <image>\n"}, {"from": "gpt", "value": "A blue square."}]
+
+
+def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def text_of(template: Template, turns: list[dict]) -> str:
+    return "".join(text for text, _ in template.spans(turns))
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "vicuna_bare"])
+def test_labels_are_the_assistants_words_and_the_end(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    ids, labels = encode(tokenizer, TALK, TEMPLATES[name], 3)
+    assert labels[labels != IGNORE].tolist() == ids_of(tokenizer, "yes, it is.</s> blue</s>")
+    assert tokenizer.decode(labels[labels != IGNORE]) == "yes, it is. </s> blue </s>"
+    assert np.array_equal(ids[labels != IGNORE], labels[labels != IGNORE])
+    # one stretch an answer, right behind "ASSISTANT:"
+    starts = np.flatnonzero((labels[1:] != IGNORE) & (labels[:-1] == IGNORE))
+    assert tokenizer.convert_ids_to_tokens(ids[starts]) == ["ASSISTANT:", "ASSISTANT:"]
+
+
+def test_labels_of_a_caption_are_the_caption_and_its_line_break(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids, labels = encode(tokenizer, CAPTION, TEMPLATES["plain"], 3)
+    said = ids_of(tokenizer, "A blue square.\n")
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    assert ids.tolist() == [tokenizer.bos_token_id, image, image, image, *said]
+    assert labels.tolist() == [IGNORE] * 4 + said
+
+
+def test_the_words_are_known_to_the_tokenizer_of_these_tests(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Else equal numbers of unknown words would prove nothing."""
+    for name, turns in (("vicuna_v1", TALK), ("plain", CAPTION)):
+        assert tokenizer.unk_token_id not in encode(tokenizer, turns, TEMPLATES[name], 1)[0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 8])
+def test_each_image_is_as_many_tokens_as_asked_for(tokenizer: PreTrainedTokenizerFast, count: int) -> None:
+    turns = [{"from": "human", "value": "<image>\n<image>\nIs it a red circle?"}, TALK[1]]
+    ids, labels = encode(tokenizer, turns, TEMPLATES["vicuna_v1"], count)
+    image = ids == tokenizer.convert_tokens_to_ids("<image>")
+    assert image.sum() == 2 * count
+    assert (labels[image] == IGNORE).all()
+    once = encode(tokenizer, turns, TEMPLATES["vicuna_v1"], 1)[0]
+    assert ids[~image].tolist() == [number for number in once if number != tokenizer.convert_tokens_to_ids("<image>")]
+
+
+def test_the_text_is_that_of_llavas_vicuna_v1() -> None:
+    """As haotian-liu/LLaVA's conv_vicuna_v1.get_prompt() prints a conversation that waits for an answer."""
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "a"},
+        {"from": "human", "value": "q2"},
+    ]
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    assert text_of(TEMPLATES["vicuna_v1"], turns) == f"{system} USER: q ASSISTANT: a</s>USER: q2 ASSISTANT:"
+    assert text_of(TEMPLATES["vicuna_bare"], turns) == "USER: q ASSISTANT: a</s>USER: q2 ASSISTANT:"
+
+
+def test_the_plain_template_keeps_only_the_image_of_what_the_human_says() -> None:
+    assert text_of(TEMPLATES["plain"], CAPTION) == "<image>A blue square.\n"
+    assert text_of(TEMPLATES["plain"], [{"from": "human", "value": "no image"}, CAPTION[1]]) == "A blue square.\n"
+
+
+def test_a_question_ends_ready_to_be_answered(tokenizer: PreTrainedTokenizerFast) -> None:
+    asked, labels = encode(tokenizer, TALK[:3], TEMPLATES["vicuna_v1"], 3)
+    whole, _ = encode(tokenizer, TALK, TEMPLATES["vicuna_v1"], 3)
+    assert np.array_equal(asked, whole[: len(asked)])
+    assert tokenizer.convert_ids_to_tokens(int(asked[-1])) == "ASSISTANT:"
+    assert labels[-1] == IGNORE
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (TALK[1:], "turn 1: got role 'gpt', allowed: 'human'"),
+        ([TALK[0], TALK[2]], "turn 2: got role 'human', allowed: 'gpt'"),
+        ([{"from": "system", "value": ""}], "turn 1: got role 'system'"),
+    ],
+    ids=["gpt first", "human twice", "unknown"],
+)
+def test_roles_out_of_turn_are_refused(tokenizer: PreTrainedTokenizerFast, turns: list[dict], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode(tokenizer, turns, TEMPLATES["vicuna_v1"], 3)
+
+
+def test_a_token_across_the_seam_is_refused_and_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    seamless = Template(system="", human="USER: ", assistant="", end="</s>")
+    turns = [{"from": "human", "value": "is it red"}, {"from": "gpt", "value": "circle"}]
+    with pytest.raises(ValueError, match="token 'redcircle' at character 12 is partly the assistant's"):
+        encode(tokenizer, turns, seamless, 1)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_fills_one_side(left: bool) -> None:
+    rows = [np.array([1, 2, 3]), np.array([4]), np.array([], dtype=np.int64)]
+    expected = [[1, 2, 3], [9, 9, 4], [9, 9, 9]] if left else [[1, 2, 3], [4, 9, 9], [9, 9, 9]]
+    padded = pad(rows, 9, left=left)
+    assert padded.dtype == np.int64
+    assert padded.tolist() == expected
+
+
+TEXTS = ["b a a. c c", "USER: a c? ASSISTANT: b, c!\na"]
+
+
+def test_a_word_tokenizer_is_the_same_again_in_whatever_order_its_texts_come() -> None:
+    vocabularies = [word_tokenizer(texts, 64).get_vocab() for texts in (TEXTS, TEXTS, TEXTS[::-1])]
+    assert vocabularies[0] == vocabularies[1] == vocabularies[2]
+    ordered = sorted(vocabularies[0], key=vocabularies[0].__getitem__)
+    # special tokens; then by count, and by alphabet where counts are equal
+    assert ordered[:5] == ["<unk>", "<s>", "<pad>", "</s>", "<image>"]
+    assert ordered[5:8] == ["a", "c", "b"]
+
+
+def test_a_word_tokenizer_gives_back_what_it_read() -> None:
+    tokenizer = word_tokenizer(TEXTS, 64)
+    ids = tokenizer("a c? b, c!")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a c? b, c!"
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("a\n<image>USER: x")["input_ids"])
+    assert tokens == ["<s>", "a", "\n", "<image>", "USER:", "<unk>"]
+
+
+def test_the_end_is_not_number_two_where_clip_would_pool_at_the_largest_id() -> None:
+    tokenizer = word_tokenizer(TEXTS, 64)
+    assert tokenizer.eos_token == "</s>"
+    assert tokenizer.eos_token_id != 2
+    assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}) == 4
+    assert tokenizer.model_max_length == 64
