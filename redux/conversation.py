@@ -73,26 +73,20 @@ def encode(
 
     Each `<image>` becomes `image_tokens` tokens.  A conversation that ends with a human turn ends ready to be answered.
     """
-    text = ""
-    spans: list[tuple[int, int, bool]] = []
-    for piece, learned in template.spans(turns):
-        spans.append((len(text), len(text) + len(piece), learned))
-        text += piece
+    pieces = list(template.spans(turns))
+    text = "".join(piece for piece, _ in pieces)
     encoded = tokenizer(text, return_offsets_mapping=True)
-    said = [_learned(span, spans, text) for span in encoded["offset_mapping"]]
     ids = np.asarray(encoded["input_ids"], np.int64)
+    start, end = np.asarray(encoded["offset_mapping"]).T
+    # characters that the assistant says before each place; a token's own are the difference of two
+    spoken = np.cumsum([0, *np.repeat([said for _, said in pieces], [len(piece) for piece, _ in pieces])])
+    said = spoken[end] - spoken[start]
+    if (torn := np.flatnonzero((said > 0) & (said < end - start))).size:
+        first = slice(start[torn[0]], end[torn[0]])
+        raise ValueError(f"token {text[first]!r} at character {first.start} is partly the assistant's, partly not")
+    labels = np.where(said > 0, ids, IGNORE)
     repeats = np.where(ids == tokenizer.convert_tokens_to_ids(IMAGE), image_tokens, 1)
-    labels = np.where(said, ids, IGNORE)
     return ids.repeat(repeats), labels.repeat(repeats)
-
-
-def _learned(token: tuple[int, int], spans: Sequence[tuple[int, int, bool]], text: str) -> bool:
-    """Whether the characters of a token are the assistant's; special tokens without characters are not."""
-    start, end = token
-    inside = {learned for first, last, learned in spans if first < end and start < last}
-    if len(inside) > 1:
-        raise ValueError(f"token {text[start:end]!r} at character {start} is partly the assistant's, partly not")
-    return inside == {True}
 
 
 def pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> np.ndarray:
