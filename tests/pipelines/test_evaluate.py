@@ -1,6 +1,7 @@
 """Every question is asked alone and answered alike in any company, and the scores are what a hand counts."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,17 @@ def model(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of a tiny model only wait for each other, long where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def answerer(model: Path, stored: Shards, images: int = 4) -> Answerer:
-    return Answerer(model, stored.folder, Evaluate(images=images, max_new_tokens=5), TEMPLATE)
+    return Answerer(model, stored.folder, Evaluate(images=images, actors=1024, max_new_tokens=5), TEMPLATE)
 
 
 def answered(model: Path, stored: Shards, images: int) -> list[dict]:
@@ -72,6 +82,12 @@ def test_an_answer_depends_on_the_image_and_on_the_question(model: Path, stored:
     assert len(set(one_question)) > 1
     words = [f"is there {word} shape number 1?" for word in ("red", "blue", "green", "no red", "no no blue")]
     assert len(set(actor.answer(samples, [(samples[0].key, question) for question in words]))) > 1
+
+
+def test_special_tokens_are_no_part_of_a_response(model: Path, stored: Shards):
+    actor, samples = answerer(model, stored), stored.read([0])
+    actor.model.lm_head.weight.data.zero_()  # equal scores: always token 0, <unk>
+    assert actor.answer(samples, [(samples[0].key, "is there red shape number 1?")]) == [""]
 
 
 @pytest.mark.parametrize("images", [1, 4, 5, 22, 100])
