@@ -1,6 +1,6 @@
 """A word tokenizer and tiny models, shared: every one is random but seeded, so a failure comes again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,15 @@ TEXTS = (
     "USER: <image>\nIs it a red circle? ASSISTANT: yes, it is.",
     "What colour is the shape? A blue square.\nNo, green triangle!",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower by threads, many times so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -123,6 +123,16 @@ def test_keep_equals_the_slow_loop(ratio: float) -> None:
         assert torch.equal(keep[sequence] & visible, expected & visible)
 
 
+def test_each_layer_has_its_own_ratio() -> None:
+    query, key = noise(2, 4, KEYS, 8), noise(2, 4, KEYS, 8, seed=1)
+    layers = Inhibition.of((0.4, 0.95), IMAGE, None)
+    assert layers is not None
+    kept = [layers.keep(layer, query, key, causal(), 1.0) for layer in (0, 1)]
+    for ratio, keep in zip((0.4, 0.95), kept, strict=True):
+        assert torch.equal(keep, inhibition(ratio).keep(0, query, key, causal(), 1.0))
+    assert not torch.equal(*kept)
+
+
 @pytest.mark.parametrize("pieces", [(8, 1, 1, 1, 1, 1, 1), (2, 3, 9), (1,) * KEYS, (10, 4)], ids=str)
 def test_keep_piece_by_piece_equals_keep_at_once(pieces: tuple[int, ...]) -> None:
     """Wherever the sequence is cut: in the text before an image, within one, between two."""

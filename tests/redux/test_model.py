@@ -11,7 +11,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrained
 
 from redux.cmai import CMAI, FocusCache
 from redux.model import PARTS, Language, Model, ReduxConfig, ReduxForConditionalGeneration, Tower, Transformer
-from redux.vmtc import VMTC
+from redux.vmtc import VMTC, compress
 
 Tiny = Callable[..., ReduxForConditionalGeneration]
 Sample = Callable[..., dict[str, Any]]
@@ -186,6 +186,34 @@ def test_image_seq_length_is_the_number_of_tokens_that_come_out(tiny: Tiny, vmtc
     assert int(fate.slot.max()) == model.config.image_seq_length - 1
 
 
+def test_a_compressing_block_compresses_between_its_attention_and_its_mlp(tiny: Tiny) -> None:
+    """Importance here from the full attention map of all heads, the block put together from the tower's own parts."""
+    vmtc = VMTC(stages=1)
+    model = tiny(vmtc=vmtc)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tower: Any = model.model.vision_tower
+    (stage,) = vmtc.schedule(16, 4)
+    hidden = tower.pre_layrnorm(tower.embeddings(images))
+    for number, block in enumerate(tower.encoder.layers[:4]):
+        if number != stage.block:
+            hidden = block(hidden, attention_mask=None)
+            continue
+        normed = block.layer_norm1(hidden)
+        hidden = hidden + block.self_attn(normed)[0]
+        query, key = (
+            project(normed).unflatten(-1, (4, 8)).transpose(1, 2)
+            for project in (block.self_attn.q_proj, block.self_attn.k_proj)
+        )
+        weights = (query @ key.transpose(2, 3) / 8**0.5).softmax(dim=-1).mean(dim=1)
+        patches, slot, cluster = compress(hidden[:, 1:], weights[:, 0, 1:], stage, vmtc)
+        hidden = torch.cat([hidden[:, :1], patches], dim=1)
+        hidden = hidden + block.mlp(block.layer_norm2(hidden))
+    tokens, fate = model.model.encode_images(images)
+    torch.testing.assert_close(tokens, hidden[:, 1:], rtol=1e-4, atol=1e-5)
+    assert torch.equal(fate.slot, slot)
+    assert torch.equal(fate.merged, cluster.gather(1, slot))
+
+
 def test_images_are_encoded_alone_as_in_a_batch(tiny: Tiny) -> None:
     model = tiny()
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -216,7 +244,9 @@ def test_recomputed_activations_give_the_same_gradients(tiny: Tiny, sample: Samp
         if recompute:
             model.activation_checkpointing_enable()
         inputs = sample(model)
-        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        output = model(**inputs, labels=inputs["input_ids"])
+        output.loss.backward()
+        assert isinstance(output.past_key_values, FocusCache) != recompute, "written when recomputed, read by nobody"
         return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
     once, twice = gradients(False), gradients(True)

@@ -50,15 +50,13 @@ def test_half_of_64_patches_in_three_stages_of_a_small_tower() -> None:
     assert [stage.kept + stage.clusters for stage in VMTC().schedule(64, 4)] == [51, 40, 32]
 
 
-@pytest.mark.parametrize("patches", [1, 16, 64, 576])
+@pytest.mark.parametrize("patches", [16, 64, 576])
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.89])
 @pytest.mark.parametrize("share", [0.0, 1 / 6, 1.0])
 def test_a_stage_never_makes_more_clusters_than_it_has_redundant_tokens(
     patches: int, ratio: float, share: float
 ) -> None:
     vmtc = VMTC(ratio=ratio, cluster_share=share)
-    if round(patches * (1 - ratio)) < 1:
-        pytest.skip("leaves no token")
     before = patches
     for stage in vmtc.schedule(patches, 23):
         assert 0 <= stage.clusters <= before - stage.kept
