@@ -34,7 +34,7 @@ class Saved:
 
 def newest(folder: Path) -> Saved | None:
     """The complete checkpoint with the highest cursor; what is incomplete or damaged is passed over."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
         if (saved := _verified(path)) is not None:
             return saved
         print(f"checkpoint {path} is incomplete or damaged: passed over")
@@ -44,15 +44,19 @@ def newest(folder: Path) -> Saved | None:
 def _verified(path: Path) -> Saved | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["files"] != _listing(path):
+        if manifest["files"] != _listing(path) or path.name != _name(manifest["cursor"]):
             return None
         return Saved(path, manifest["cursor"], manifest["workers"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+def _name(cursor: int) -> str:
+    return f"step-{cursor:06d}"
+
+
 def _listing(path: Path) -> dict[str, list]:
-    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != MANIFEST)
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.endswith(MANIFEST))
     return {str(file.relative_to(path)): [file.stat().st_size, _checksum(file)] for file in files}
 
 
@@ -63,7 +67,7 @@ def _checksum(file: Path) -> str:
 
 def save(engine: Any, folder: Path, cursor: int) -> None:
     """Save the engine after `cursor` global batches.  Every rank calls it; `folder` is the run's storage."""
-    name = f"step-{cursor:06d}"
+    name = _name(cursor)
     with tempfile.TemporaryDirectory() as temporary:
         engine.save_checkpoint(temporary, tag=TAG)
         ray.train.report(

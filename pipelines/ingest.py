@@ -34,7 +34,7 @@ Batch = dict[str, np.ndarray]
 class Micro:
     """What micro-batch `number` holds: slice `number` of the stream of global batches, as arrays.
 
-    flip: mirror every other image.  shuffle_rounds: the rounds of a conversation in another order each time.
+    flip: mirror every other image.  rounds: see `draw_rounds`; None leaves conversations as they are.
     collate: the text side of a batch, from the samples and the tokenizer saved at `tokenizer`.
     """
 
@@ -45,7 +45,7 @@ class Micro:
     tokenizer: Path
     collate: Callable[[PreTrainedTokenizerBase, Sequence[Sample]], Batch]
     flip: bool
-    shuffle_rounds: bool
+    rounds: int | None
 
     def __call__(self, number: int) -> Batch:
         first = number * self.size
@@ -61,8 +61,8 @@ class Micro:
         image = pixels(sample.image, self.image_size)
         if self.flip and chance.random() < 0.5:
             image = image[:, :, ::-1]
-        if self.shuffle_rounds:
-            sample = shuffled(sample, chance)
+        if self.rounds:
+            sample = draw_rounds(sample, self.rounds, chance)
         return image, sample
 
 
@@ -79,12 +79,15 @@ def dataset(micro: Micro, start: int, stop: int) -> ray.data.Dataset:
 def captions(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> Batch:
     """CLIP's side of a batch: what the assistant says first, as `<s> caption </s>`.
 
-    input_ids, attention_mask: (samples, CONTEXT) int64, of one width so that equal captions are equal rows.
+    input_ids, attention_mask: (samples, longest) int64, padded on the right; what is longer than CONTEXT is cut.
     """
-    texts = [sample.record["conversations"][1]["value"] + tokenizer.eos_token for sample in samples]
-    encoded = tokenizer(texts, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="np")
-    longest = int(encoded["attention_mask"].sum(axis=1).max())
-    return {name: encoded[name][:, :longest].astype(np.int64) for name in ("input_ids", "attention_mask")}
+    texts = [sample.record["conversations"][1]["value"] for sample in samples]
+    cut = tokenizer(texts, truncation=True, max_length=CONTEXT - 1)["input_ids"]
+    rows = [np.array([*ids, tokenizer.eos_token_id]) for ids in cut]
+    return {
+        "input_ids": pad(rows, tokenizer.pad_token_id),
+        "attention_mask": pad([np.ones_like(row) for row in rows], 0),
+    }
 
 
 def conversations(template: str, image_tokens: int) -> Callable[[PreTrainedTokenizerBase, Sequence[Sample]], Batch]:
@@ -110,13 +113,14 @@ def conversations(template: str, image_tokens: int) -> Callable[[PreTrainedToken
     return collate
 
 
-def shuffled(sample: Sample, chance: np.random.Generator) -> Sample:
-    """The sample with its rounds in another order; the image still opens the conversation."""
+def draw_rounds(sample: Sample, rounds: int, chance: np.random.Generator) -> Sample:
+    """The sample with at most `rounds` of its rounds, in another order; the image still opens the conversation."""
     turns = sample.record["conversations"]
-    texts = [turn["value"].removeprefix(f"{IMAGE}\n") for turn in turns]
-    order = [index for start in chance.permutation(len(turns) // 2) for index in (2 * start, 2 * start + 1)]
-    mixed = [{**turns[index], "value": texts[index]} for index in order]
-    if texts[0] != turns[0]["value"]:
+    if len(turns) % 2:
+        raise ValueError(f"sample {sample.key}: {len(turns)} turns, allowed: an even number, so that each is answered")
+    bare = [{**turn, "value": turn["value"].replace(IMAGE, "").strip()} for turn in turns]
+    mixed = [turn for start in chance.permutation(len(turns) // 2)[:rounds] for turn in bare[2 * start : 2 * start + 2]]
+    if any(IMAGE in turn["value"] for turn in turns):
         mixed[0]["value"] = f"{IMAGE}\n{mixed[0]['value']}"
     return replace(sample, record={**sample.record, "conversations": mixed})
 

@@ -31,7 +31,7 @@ class Order:
 
     def batches(self, epochs: float) -> int:
         """Global batches of that many epochs; the last may reach into the next epoch, so that it is full."""
-        return -(-round(epochs * self.samples) // self.global_batch)
+        return -(-max(round(epochs * self.samples), 1) // self.global_batch)
 
     def batch(self, number: int) -> Int[np.ndarray, " global_batch"]:
         """Sample numbers of global batch `number`, counted from 0 over all epochs."""

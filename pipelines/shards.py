@@ -13,6 +13,7 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,15 @@ class Sample:
 def make(records: Sequence[dict], out: Path, samples_per_shard: int) -> None:
     """Write records (LLaVA's form, `image` a path) as shards in `out`, then the index, which makes it a set.
 
-    ValueError names a record whose image cannot be read.
+    What lay there before is gone.  ValueError names a record whose image cannot be read, an id that WebDataset would
+    split at a dot, and ids that are not unique.
     """
+    [(most, times)] = Counter(record["id"] for record in records).most_common(1) or [("", 0)]
+    if times > 1:
+        raise ValueError(f"{out}: record {most!r} comes {times} times, allowed: once")
     out.mkdir(parents=True, exist_ok=True)
+    for old in (out / INDEX, *out.glob("*.tar")):  # the index first: without it there is no set
+        old.unlink(missing_ok=True)
     shards = [records[first : first + samples_per_shard] for first in range(0, len(records), samples_per_shard)]
     rows: list[dict] = []
     with tqdm(total=len(records), desc=f"shards {out.name}", unit="sample") as bar:
@@ -71,6 +78,8 @@ def make(records: Sequence[dict], out: Path, samples_per_shard: int) -> None:
 
 def _member(record: dict) -> dict:
     path = Path(record["image"])
+    if not isinstance(record["id"], str) or "." in record["id"]:
+        raise ValueError(f"record {record['id']!r}: allowed: an id of text without a dot")
     try:
         image = path.read_bytes()
     except OSError as error:

@@ -21,7 +21,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from ray.data import ExecutionOptions
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
@@ -46,8 +46,9 @@ class Stage:
     warmup: share of the steps over which the rate rises to its peak; from there it falls as a half cosine to 0.
     micro_batch: samples a worker computes at once.  zero: DeepSpeed's ZeRO stage.
     checkpoint_every: steps between checkpoints.
-    flip: mirror every other image at random.  shuffle_rounds: the rounds of a conversation in another order each
-        time, so that each question also comes first, without the answers to others before it.
+    flip: mirror every other image at random.
+    rounds: of a conversation, at most so many at a time, drawn anew and in another order each epoch, so that questions
+        also come first, without the answers to others before them; null takes conversations as they are.
     """
 
     objective: Literal["contrastive", "language"]
@@ -57,14 +58,14 @@ class Stage:
     global_batch: Annotated[int, Ge(1)]
     micro_batch: Annotated[int, Ge(1)]
     learning_rate: dict[Literal["tower", "projector", "language"], Annotated[float, Gt(0)]]
-    warmup: Annotated[float, Ge(0)] = 0.03
+    warmup: Annotated[float, Ge(0), Le(1)] = 0.03
     weight_decay: Annotated[float, Ge(0)] = 0.0
     clip: Annotated[float, Gt(0)] = 1.0
     zero: Literal[0, 1, 2] = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_every: Annotated[int, Ge(1)] = 100
     flip: bool = False
-    shuffle_rounds: bool = False
+    rounds: Annotated[int, Ge(1)] | None = None
 
     def __post_init__(self) -> None:
         if not self.learning_rate:
@@ -123,7 +124,7 @@ class Plan:
             tokenizer=self.tokenizer,
             collate=collate,
             flip=stage.flip,
-            shuffle_rounds=stage.shuffle_rounds,
+            rounds=stage.rounds,
         )
 
 

@@ -42,7 +42,7 @@ train:
     micro_batch: 4
     learning_rate: {projector: 1e-3, language: 1e-3}
     checkpoint_every: 2
-    shuffle_rounds: true
+    rounds: 3
 evaluate: {images: 100, max_new_tokens: 2}
 report: {examples: 2}
 """

@@ -1,6 +1,7 @@
 """Arrays of a micro-batch are what images and records say, and Ray Data brings them in order, from any place on."""
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-from pipelines.ingest import Micro, captions, conversations, dataset, pixels, shuffled
+from pipelines.ingest import Micro, captions, conversations, dataset, draw_rounds, pixels
 from pipelines.order import Order
 from pipelines.shards import Sample, Shards
 from redux.conversation import IGNORE, IMAGE
@@ -35,7 +36,7 @@ def micro(stored: Shards, tokenizer: Path) -> Micro:
         tokenizer=tokenizer,
         collate=conversations("vicuna_bare", IMAGE_TOKENS),
         flip=True,
-        shuffle_rounds=True,
+        rounds=99,
     )
 
 
@@ -133,7 +134,7 @@ def test_an_image_of_any_mode_has_three_channels(mode: str):
 def test_shuffling_keeps_every_question_with_its_answer_and_the_image_first(rounds: int):
     sample, orders = talk(rounds), set()
     for seed in range(60):
-        mixed = shuffled(sample, np.random.default_rng(seed))
+        mixed = draw_rounds(sample, 99, np.random.default_rng(seed))
         turns = mixed.record["conversations"]
         assert sorted(pairs(mixed)) == sorted(pairs(sample))
         assert turns[0]["value"].startswith(f"{IMAGE}\n")
@@ -144,8 +145,23 @@ def test_shuffling_keeps_every_question_with_its_answer_and_the_image_first(roun
     assert sample == talk(rounds), "the sample itself is as it was"
 
 
+def test_a_draw_of_fewer_rounds_takes_each_of_them_as_often():
+    sample = talk(5)
+    draws = [pairs(draw_rounds(sample, 2, np.random.default_rng(seed))) for seed in range(500)]
+    assert all(len(draw) == len({*draw}) == 2 and {*draw} <= {*pairs(sample)} for draw in draws)
+    counts = Counter(pair for draw in draws for pair in draw)
+    assert all(150 < counts[pair] < 250 for pair in pairs(sample))
+
+
+def test_a_question_without_an_answer_is_refused_by_name():
+    sample = talk(2)
+    cut = replace(sample, record={**sample.record, "conversations": sample.record["conversations"][:-1]})
+    with pytest.raises(ValueError, match=rf"sample {sample.key}: 3 turns"):
+        draw_rounds(cut, 2, np.random.default_rng(0))
+
+
 def test_shuffling_a_conversation_without_an_image_adds_none():
-    mixed = shuffled(talk(5, first=""), np.random.default_rng(0))
+    mixed = draw_rounds(talk(5, first=""), 99, np.random.default_rng(0))
     assert not any(IMAGE in turn["value"] for turn in mixed.record["conversations"])
 
 
@@ -234,7 +250,7 @@ def test_about_half_of_the_images_are_mirrored_anew_each_epoch_and_by_seed(micro
 
 
 def test_without_flip_and_shuffle_the_samples_are_as_stored(micro: Micro):
-    plain = replace(micro, flip=False, shuffle_rounds=False)
+    plain = replace(micro, flip=False, rounds=None)
     numbers = np.concatenate([plain.order.batch(number) for number in range(3)])
     stored = plain.shards.read(numbers)
     assert seen(plain, range(6)) == [(sample.key, False) for sample in stored]

@@ -147,3 +147,25 @@ def test_a_folder_without_an_index_is_no_set(tmp_path: Path):
 
 def test_a_finished_set_has_no_other_files_than_tars_and_index(stored: Shards):
     assert {path.name for path in stored.folder.iterdir()} == {INDEX, *stored.names}
+
+
+def test_an_id_that_comes_twice_is_refused_before_anything_is_written(records: list[dict], tmp_path: Path):
+    with pytest.raises(ValueError, match=re.escape(f"record {records[1]['id']!r} comes 2 times")):
+        make([*records, records[1]], tmp_path / "out", 3)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["a.b", 7])
+def test_an_id_that_webdataset_would_split_or_not_take_is_refused(records: list[dict], tmp_path: Path, name: Any):
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
+        make([{**records[0], "id": name}], tmp_path, 3)
+
+
+def test_making_again_leaves_nothing_of_what_was_there(records: list[dict], tmp_path: Path):
+    make(records, tmp_path, 1)
+    make(records[:1], tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.tar", INDEX]
+    with pytest.raises(ValueError, match="image"):
+        make([{**records[0], "image": "nowhere.png"}], tmp_path, 1)
+    with pytest.raises(ValueError, match=INDEX):
+        Shards(tmp_path)
