@@ -26,11 +26,11 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from pipelines.easy_vqa import TYPES
-from pipelines.ingest import pixels
 from pipelines.report import Example
 from pipelines.shards import Sample, Shards
 from redux.conversation import IMAGE, TEMPLATES, encode, pad
-from redux.model import IMAGE_MEAN, IMAGE_STD, ReduxForConditionalGeneration
+from redux.image import pixels
+from redux.model import ReduxForConditionalGeneration, normalise
 
 FILE = "answers.jsonl"
 
@@ -82,18 +82,12 @@ class Answerer:
         generated = self.model.generate(
             input_ids=ids,
             attention_mask=torch.from_numpy(mask).to(self.device),
-            pixel_values=normalised(np.stack([images[key] for key, _ in asked])).to(self.device),
+            pixel_values=normalise(torch.from_numpy(np.stack([images[key] for key, _ in asked])).to(self.device)),
             max_new_tokens=self.settings.max_new_tokens,
             do_sample=False,
         )
         decoded = self.tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in decoded]
-
-
-def normalised(images: np.ndarray) -> torch.Tensor:
-    """(images, 3, height, width) uint8 to the floats that CLIP reads."""
-    mean, std = (torch.tensor(value).view(3, 1, 1) * 255 for value in (IMAGE_MEAN, IMAGE_STD))
-    return (torch.from_numpy(images).float() - mean) / std
 
 
 def questions(sample: Sample) -> Iterator[tuple[str, str]]:
@@ -154,7 +148,7 @@ def examples(model: Path, shards: Path, answers: Path, count: int) -> list[Examp
         [sample] = stored.read([number])
         image, entry = pixels(sample.image, llava.config.vision_config.image_size), by_image[sample.key]
         with torch.inference_mode():
-            _, fate = llava.model.encode_images(normalised(image[None]))
+            _, fate = llava.model.encode_images(normalise(torch.from_numpy(image[None])))
         result.append(
             Example(
                 image=Image.fromarray(image.transpose(1, 2, 0)),

@@ -1,8 +1,8 @@
 """Ray Data executes the order: a dataset over micro-batch numbers whose tasks read just their samples.
 
-    rows in:   number of a micro-batch
-    rows out:  one row a sample, one block a micro-batch; columns as the collation gives them, and
-               number (of the micro-batch), pixel_values (3, size, size) uint8
+    rows in:   number of a block
+    rows out:  one row a micro-batch, each block for one worker; columns as the collation gives them, and
+               number (of the micro-batch), pixel_values (samples, 3, size, size) uint8
     resources: 1 CPU a task; decoding, tokenising and padding happen there, scaling to floats in the trainer
 
 A task is a pure function of (settings, number), so what Ray computes again after a lost node has the same bytes.
@@ -10,24 +10,25 @@ Images travel as uint8: a quarter of the bytes of floats.
 """
 
 import functools
-import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import ray.data
 from jaxtyping import UInt8
-from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipelines.order import Order
 from pipelines.shards import Sample, Shards
-from redux.conversation import IGNORE, IMAGE, TEMPLATES, encode, pad
-from redux.model import CONTEXT, IMAGE_MEAN
+from redux.conversation import CONTEXT, IGNORE, IMAGE, TEMPLATES, encode, pad
+from redux.image import pixels
 
 Batch = dict[str, np.ndarray]
+
+BLOCK = 64
+"""Samples of a block, at most, where a micro-batch is smaller: a block costs Ray the same whatever it holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Micro:
         stored = self.shards.read(self.order.batch(batch)[within : within + self.size])
         images, samples = zip(*(self._vary(sample, first + place) for place, sample in enumerate(stored)), strict=True)
         text = self.collate(_tokenizer(self.tokenizer), samples)
-        return {"number": np.full(self.size, number), "pixel_values": np.stack(images), **text}
+        return {"number": np.array(number), "pixel_values": np.stack(images), **text}
 
     def _vary(self, sample: Sample, place: int) -> tuple[UInt8[np.ndarray, "3 size size"], Sample]:
         """The sample's pixels and the sample, varied as asked for by chance of (seed, place in the stream)."""
@@ -66,14 +67,29 @@ class Micro:
         return image, sample
 
 
-def dataset(micro: Micro, start: int, stop: int) -> ray.data.Dataset:
-    """Micro-batches start..stop-1 in order, one block each.  Iterate with preserve_order."""
+def dataset(micro: Micro, start: int, stop: int, workers: int) -> ray.data.Dataset:
+    """Micro-batches start..stop-1 for that many workers; stop - start is a multiple of workers.
 
-    def read(rows: Batch) -> Batch:
-        return micro(int(rows["id"][0]) + start)
+    Worker r gets start + r, start + r + workers, ...: blocks are dealt to the workers in turn, so block b holds the
+    next few of worker b % workers.  Iterate with preserve_order.
+    """
+    span = max(BLOCK // micro.size, 1)
 
-    count = stop - start
+    def read(rows: Batch) -> dict[str, list]:
+        turn, worker = divmod(int(rows["id"][0]), workers)
+        first = start + turn * span * workers + worker
+        batches = [micro(number) for number in range(first, min(first + span * workers, stop), workers)]
+        return {name: [batch[name] for batch in batches] for name in batches[0]}
+
+    count = -(-(stop - start) // (workers * span)) * workers
     return ray.data.range(count, override_num_blocks=count).map_batches(read, batch_size=None)
+
+
+def micro_batches(blocks: Iterable[Batch]) -> Iterator[Batch]:
+    """The rows of a worker's blocks one by one, as `Micro` made them."""
+    for block in blocks:
+        for row in range(len(block["number"])):
+            yield {name: column[row] for name, column in block.items()}
 
 
 def captions(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> Batch:
@@ -123,18 +139,6 @@ def draw_rounds(sample: Sample, rounds: int, chance: np.random.Generator) -> Sam
     if any(IMAGE in turn["value"] for turn in turns):
         mixed[0]["value"] = f"{IMAGE}\n{mixed[0]['value']}"
     return replace(sample, record={**sample.record, "conversations": mixed})
-
-
-def pixels(image: bytes, size: int) -> UInt8[np.ndarray, "3 size size"]:
-    """The image, padded to a square with CLIP's mean colour and resized: LLaVA-1.5's stage 2."""
-    with Image.open(io.BytesIO(image)) as opened:
-        picture = opened.convert("RGB")
-    if picture.size != (size, size):
-        side = max(picture.size)
-        square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in IMAGE_MEAN))
-        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        picture = square.resize((size, size), Image.Resampling.BICUBIC)
-    return np.array(picture).transpose(2, 0, 1)
 
 
 @functools.cache

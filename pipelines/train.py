@@ -21,7 +21,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from ray.data import ExecutionOptions
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
@@ -32,7 +32,7 @@ from pipelines.order import Order
 from pipelines.shards import Shards
 from redux import contrastive, model
 from redux.contrastive import Contrastive
-from redux.model import IMAGE_MEAN, IMAGE_STD, ReduxForConditionalGeneration
+from redux.model import ReduxForConditionalGeneration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class Stage:
     data: the set of shards.  template: of its conversations (objective "language").
     learning_rate: peak for each part; a part that is not named is frozen.
     warmup: share of the steps over which the rate rises to its peak; from there it falls as a half cosine to 0.
+    beta2: of AdamW; 0.95 forgets old gradients sooner and helps small models in small batches over plateaus.
     micro_batch: samples a worker computes at once.  zero: DeepSpeed's ZeRO stage.
     checkpoint_every: steps between checkpoints.
     flip: mirror every other image at random.
@@ -59,6 +60,7 @@ class Stage:
     micro_batch: Annotated[int, Ge(1)]
     learning_rate: dict[Literal["tower", "projector", "language"], Annotated[float, Gt(0)]]
     warmup: Annotated[float, Ge(0), Le(1)] = 0.03
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
     weight_decay: Annotated[float, Ge(0)] = 0.0
     clip: Annotated[float, Gt(0)] = 1.0
     zero: Literal[0, 1, 2] = 2
@@ -139,10 +141,15 @@ def fit(plan: Plan) -> None:
         f"{plan.stage.global_batch} = {plan.workers} workers x {plan.stage.micro_batch} x {accumulation}"
     )
 
+    folder, workers = plan.folder, plan.workers
+
     def remaining() -> ray.data.Dataset:
-        """Called again at every start of the workers: what the newest checkpoint has not seen."""
-        saved = checkpoint.newest(plan.folder)
-        return ingest.dataset(micro, (saved.cursor if saved else 0) * per_step, steps * per_step)
+        """Called again at every start of the workers: what the newest checkpoint has not seen.
+
+        Names nothing of this module, so that the process that calls it need not load torch and transformers.
+        """
+        saved = checkpoint.newest(folder)
+        return ingest.dataset(micro, (saved.cursor if saved else 0) * per_step, steps * per_step, workers)
 
     gpus = ray.cluster_resources().get("GPU", 0) >= plan.workers
     trainer = TorchTrainer(
@@ -238,15 +245,14 @@ def training_steps(engine: Any, plan: Plan, cursor: int, steps: int) -> Iterator
 
 def _batches(engine: Any, consumed: int) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's micro-batches as tensors on its device, checked to be the ones that are its turn."""
-    mean, std = (torch.tensor(value, device=engine.device).view(3, 1, 1) * 255 for value in (IMAGE_MEAN, IMAGE_STD))
-    shard = ray.train.get_dataset_shard("train")
-    for number, arrays in enumerate(shard.iter_batches(batch_size=None, prefetch_batches=4), start=consumed):
-        due = number * engine.dp_world_size + engine.global_rank
-        if not (arrays["number"] == due).all():
-            raise RuntimeError(f"rank {engine.global_rank}: got micro-batch {arrays['number'][0]}, due was {due}")
+    blocks = ray.train.get_dataset_shard("train").iter_batches(batch_size=None, prefetch_batches=2)
+    for turn, arrays in enumerate(ingest.micro_batches(blocks), start=consumed):
+        due = turn * engine.dp_world_size + engine.global_rank
+        if arrays["number"] != due:
+            raise RuntimeError(f"rank {engine.global_rank}: got micro-batch {arrays['number']}, due was {due}")
         batch = {name: torch.from_numpy(np.array(array)).to(engine.device) for name, array in arrays.items()}
         del batch["number"]
-        batch["pixel_values"] = ((batch["pixel_values"].float() - mean) / std).to(engine.communication_data_type)
+        batch["pixel_values"] = model.normalise(batch["pixel_values"]).to(engine.communication_data_type)
         yield batch
 
 
@@ -275,7 +281,9 @@ def _engine(plan: Plan, steps: int) -> Any:
         parameter.requires_grad_(False)
     rates = plan.stage.learning_rate
     groups = [{"params": [p.requires_grad_() for p in parts[part]], "lr": rate} for part, rate in rates.items()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=plan.stage.weight_decay)
+    optimizer = torch.optim.AdamW(
+        groups, betas=(0.9, plan.stage.beta2), weight_decay=plan.stage.weight_decay, fused=True
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(steps, plan.stage.warmup))
     engine, *_ = deepspeed.initialize(
         model=module,

@@ -130,7 +130,7 @@ class Inhibition:
             # text before an image attends to none of it: what the cache lacks, rows and columns, is zero
             past = F.pad(past, (0, t2i.shape[2] - past.shape[2], keys - rows - past.shape[1], 0))
             self.cache.rows[layer] = earlier = torch.cat([past, t2i], dim=1)
-        focus = focus_score(weights, t2i, earlier, self.image)
+        focus = focus_score(weights, t2i, earlier)
         seen = visible[:, 0].expand(-1, rows, -1).gather(2, columns) & self.valid.unsqueeze(1)
         kept = above_quantile(focus, seen, self.ratios[layer]) | ~text_row.unsqueeze(-1) | ~self.valid.unsqueeze(1)
         # filled-up columns point at text keys; True there leaves those alone
@@ -161,16 +161,14 @@ def focus_score(
     weights: Float[Tensor, "batch rows keys"],
     t2i: Float[Tensor, "batch rows image"],
     earlier: Float[Tensor, "batch keys image"],
-    image: Bool[Tensor, "batch keys"],
 ) -> Float[Tensor, "batch rows image"]:
     """F_t2i of eq. 11 for the last `rows` of `keys` tokens; `earlier` holds A_t2i of all of them.
 
-    Eq. 9 takes the text keys before the row's own position; eq. 10 is one matrix product; rows of `earlier` that belong
-    to image tokens are zero, so only text neighbours count.
+    Eq. 9 takes the text keys before the row's own position: rows of `earlier` that belong to image tokens are zero, so
+    only text neighbours count in the one matrix product of eq. 10.
     """
     rows, keys = weights.shape[1:]
-    neighbour = weights.masked_fill(image.unsqueeze(1), 0.0).tril(keys - rows - 1)  # eq. 9
-    return neighbour @ earlier + t2i  # eq. 10, 11
+    return weights.tril(keys - rows - 1) @ earlier + t2i  # eq. 9, 10, 11
 
 
 def above_quantile(

@@ -18,6 +18,9 @@ IMAGE = "<image>"
 IGNORE = -100
 """Label of tokens that are not predicted, as torch's cross-entropy ignores it."""
 
+CONTEXT = 77
+"""Tokens of a caption that CLIP's text tower reads at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Template:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -28,14 +28,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from redux.cmai import ATTENTION, CMAI, FocusCache, Inhibition
+from redux.conversation import CONTEXT
+from redux.image import MEAN, STD
 from redux.vmtc import VMTC, Fate, Stage, compress, importance
-
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's training images, in 0..1 (OpenAI CLIP)."""
-
-CONTEXT = 77
-"""Tokens of a caption that CLIP's text tower reads at most."""
 
 PARTS = {"tower": "model.vision_tower", "projector": "model.multi_modal_projector", "language": ""}
 """Parts of the model that train or stay frozen on their own: prefix of their parameters' names; last, the rest."""
@@ -246,6 +241,12 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
         return result
 
 
+def normalise(images: UInt8[Tensor, "images 3 height width"]) -> Float[Tensor, "images 3 height width"]:
+    """Pixels in 0..255 as CLIP reads them: mean 0 and deviation 1 over its training images."""
+    mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) * 255 for value in (MEAN, STD))
+    return (images.float() - mean) / std
+
+
 def image_tokens(model: Model) -> int:
     """Visual tokens of one image that reach the language model."""
     patches = (model.tower.image_size // model.tower.patch_size) ** 2
@@ -255,10 +256,12 @@ def image_tokens(model: Model) -> int:
 def build(model: Model, tokenizer: PreTrainedTokenizerBase) -> ReduxForConditionalGeneration:
     """A new model with random weights (seed torch before) whose vocabulary is the tokenizer's."""
     sizes = dataclasses.asdict(model.language)
+    # "small init" (Nguyen & Salazar 2019, arXiv 1910.05895); where dim is small, LLaMA's fixed 0.02 learns far slower
+    spread = (2 / (5 * model.language.hidden_size)) ** 0.5
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = ReduxConfig(
         vision_config=vision_config(model.tower).to_dict(),
-        text_config=LlamaConfig(vocab_size=len(tokenizer), **sizes, **special).to_dict(),
+        text_config=LlamaConfig(vocab_size=len(tokenizer), initializer_range=spread, **sizes, **special).to_dict(),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vmtc=dataclasses.asdict(model.vmtc) if model.vmtc else None,
         cmai=dataclasses.asdict(model.cmai) if model.cmai else None,

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from pipelines.evaluate import Answerer, Evaluate, examples, judged, normalised, questions, scores
+from pipelines.evaluate import Answerer, Evaluate, examples, judged, questions, scores
 from pipelines.ingest import pixels
 from pipelines.shards import Sample, Shards
 from redux.cmai import CMAI
-from redux.model import IMAGE_MEAN, IMAGE_STD, Language, Model, Tower, build
+from redux.model import Language, Model, Tower, build
 from redux.vmtc import VMTC
 
 TEMPLATE = "vicuna_bare"
@@ -116,14 +116,6 @@ def test_a_conversation_that_ends_with_a_question_is_refused():
     turns = [{"from": "human", "value": "<image>\nis there?"}]
     with pytest.raises(ValueError, match="zip"):
         list(questions(Sample("key", b"", {"conversations": turns})))
-
-
-def test_normalised_pixels_are_those_of_clip():
-    images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), dtype=np.uint8)
-    floats = normalised(images).numpy()
-    for channel in range(3):
-        expected = (images[:, channel] / 255 - IMAGE_MEAN[channel]) / IMAGE_STD[channel]
-        assert floats[:, channel] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(

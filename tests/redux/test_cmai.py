@@ -69,7 +69,7 @@ def test_focus_score_equals_the_loops_of_equations_9_to_11(rows: int) -> None:
     weights = eager(noise(2, 4, KEYS, 8), noise(2, 4, KEYS, 8, seed=1), causal(), 1.0).mean(dim=1)
     for sequence, image in zip(weights, IMAGE, strict=True):
         t2i = (sequence[:, image] * ~image.unsqueeze(1)).unsqueeze(0)
-        focus = focus_score(sequence[-rows:].unsqueeze(0), t2i[:, -rows:], t2i, image.unsqueeze(0))[0]
+        focus = focus_score(sequence[-rows:].unsqueeze(0), t2i[:, -rows:], t2i)[0]
         columns = image.nonzero()[:, 0].tolist()
         for (j, k), expected in slow_focus(sequence, image).items():
             if j >= KEYS - rows:
@@ -215,7 +215,8 @@ def test_inhibition_reaches_text_behind_the_image_alone(tiny: Tiny, sample: Call
     before, behind = image.long().cumsum(dim=0) == 0, ~image & (image.long().cumsum(dim=0) > 0)
     assert (difference[image] == 0).all()
     assert (difference[before] == 0).all()
-    assert (difference[behind] > 1e-4).all()
+    assert (difference[behind] > 0).all()
+    assert difference[behind].median() > 1e-3
 
 
 def test_text_before_an_image_stays_as_it_is_however_deep(tiny: Tiny, sample: Callable[..., dict]) -> None:
