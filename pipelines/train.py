@@ -45,7 +45,7 @@ class Stage:
     learning_rate: peak for each part; a part that is not named is frozen.
     warmup: share of the steps over which the rate rises to its peak; from there it falls as a half cosine to 0.
     beta2: of AdamW; 0.95 forgets old gradients sooner and helps small models in small batches over plateaus.
-    micro_batch: samples a worker computes at once.  zero: DeepSpeed's ZeRO stage.
+    micro_batch: samples a worker computes at once.  zero: DeepSpeed's ZeRO stage (0 would report no gradient norm).
     checkpoint_every: steps between checkpoints.
     flip: mirror every other image at random.
     rounds: of a conversation, at most so many at a time, drawn anew and in another order each epoch, so that questions
@@ -63,7 +63,7 @@ class Stage:
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
     weight_decay: Annotated[float, Ge(0)] = 0.0
     clip: Annotated[float, Gt(0)] = 1.0
-    zero: Literal[0, 1, 2] = 2
+    zero: Literal[1, 2] = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_every: Annotated[int, Ge(1)] = 100
     flip: bool = False
