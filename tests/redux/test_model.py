@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from redux.cmai import CMAI, FocusCache
-from redux.model import PARTS, Language, Model, ReduxConfig, ReduxForConditionalGeneration, Tower, Transformer
+from redux.model import PARTS, Language, Model, ReduxConfig, ReduxForConditionalGeneration, Tower, Transformer, build
 from redux.vmtc import VMTC, compress
 
 Tiny = Callable[..., ReduxForConditionalGeneration]
@@ -310,3 +310,13 @@ def test_settings_that_do_not_fit_the_tower_are_named() -> None:
         Model(tower=tower, language=Language(**SIZE), vmtc=VMTC(ratio=0.99, stages=2))
     with pytest.raises(ValueError, match=r"ratio: got 2\.0"):
         ReduxConfig(vmtc={"ratio": 2.0})
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_the_language_model_starts_with_small_init(
+    tokenizer: PreTrainedTokenizerFast, tower: Tower, width: int
+) -> None:
+    language = Language(hidden_size=width, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256)
+    decoder = build(Model(tower=tower, language=language), tokenizer).model.language_model
+    for weight in (decoder.embed_tokens.weight[3:], decoder.layers[0].mlp.up_proj.weight):  # the padding's row is zero
+        assert float(weight.std()) == pytest.approx((2 / (5 * width)) ** 0.5, rel=0.1)
