@@ -53,7 +53,7 @@ def tiny(tokenizer: PreTrainedTokenizerFast, tower: Tower) -> Callable[..., Redu
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.dim() > 1:  # attention of weights as initialised is all but uniform
-                    weight.mul_(8)
+                    weight.mul_(0.16 / weight.std())
         return model
 
     return make

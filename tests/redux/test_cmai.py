@@ -215,8 +215,7 @@ def test_inhibition_reaches_text_behind_the_image_alone(tiny: Tiny, sample: Call
     before, behind = image.long().cumsum(dim=0) == 0, ~image & (image.long().cumsum(dim=0) > 0)
     assert (difference[image] == 0).all()
     assert (difference[before] == 0).all()
-    assert (difference[behind] > 0).all()
-    assert difference[behind].median() > 1e-3
+    assert (difference[behind] > 1e-4).all()
 
 
 def test_text_before_an_image_stays_as_it_is_however_deep(tiny: Tiny, sample: Callable[..., dict]) -> None:
