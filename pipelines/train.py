@@ -212,7 +212,7 @@ def training_steps(engine: Any, plan: Plan, cursor: int, steps: int) -> Iterator
     accumulation = plan.stage.accumulation(engine.dp_world_size)
     batches = _batches(engine, cursor * accumulation)
     for step in range(cursor + 1, steps + 1):
-        rate = engine.optimizer.param_groups[0]["lr"]
+        rate = max(group["lr"] for group in engine.optimizer.param_groups)  # of the part that learns fastest
         loss = samples = tokens = data_s = compute_s = 0.0
         for _ in range(accumulation):
             clock = time.perf_counter()
