@@ -160,8 +160,10 @@ def _summary(error: ValidationError, tree: Any, schema: type) -> str:
     location, detail = next(iter(found.items()))
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     problem = _problem(detail, location, schema)
-    # a check of a dataclass starts with the name of one of its fields, which goes on the path
-    of_field = detail["type"] == "value_error" and problem.partition(":")[0] in _keys(_type_at(schema, location))
+    # a check of a dataclass starts with the name of one of its fields, or a place within it, which goes on the path
+    of_field = detail["type"] == "value_error" and problem.partition(":")[0].partition(".")[0] in _keys(
+        _type_at(schema, location)
+    )
     separator = "." if of_field else ": "
     dotted = ".".join(str(key) for key in location)
     return f"{dotted + separator if dotted else ''}{problem}{more}"

@@ -3,6 +3,8 @@
 runs/NAME/job.yaml        the job as resolved; another job under the same name is refused
 runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step: what a second run goes by
 runs/NAME/shards/SET/     captions, conversations, test
+runs/NAME/tokenizer/      learned from the training sets
+runs/NAME/scores.json     the evaluation's, which metrics.json takes up
 """
 
 import functools
@@ -90,8 +92,11 @@ def _claim(job: Job, folder: Path) -> None:
                 "give the job another name, or the run another folder by --into"
             )
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(resolved)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _put(path, resolved)
+        except OSError as error:
+            raise ValueError(f"{folder}: no run folder can be made here: {error.strerror}") from None
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -112,15 +117,20 @@ def _progress(folder: Path) -> list[dict]:
 
 
 def _summarise(folder: Path) -> None:
-    """metrics.json: the scores, and wall-clock seconds by step and in all, from the command's start."""
+    """metrics.json: the scores, and wall-clock seconds by step and in all, of the runs that finished the steps."""
     times = {f"wall_s.{entry['step']}": entry["wall_s"] for entry in _progress(folder)}
     scores = json.loads((folder / SCORES).read_text())
     _write(folder / "metrics.json", {**scores, "wall_s": sum(times.values()), **times})
 
 
 def _write(path: Path, values: dict[str, float]) -> None:
+    _put(path, json.dumps(values, indent=2) + "\n")
+
+
+def _put(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
     unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(values, indent=2) + "\n")
+    unfinished.write_text(text)
     os.replace(unfinished, path)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Ge, MinLen
+from annotated_types import Ge, Lt, MinLen
 from pydantic import StringConstraints
 
 from jobs import document
@@ -17,6 +17,9 @@ from pipelines.report import Report
 from pipelines.shards import Data
 from pipelines.train import Stage
 from redux.model import Model
+
+OTHER_STEPS = ("shards", "evaluate", "report")
+"""What a job does besides its stages: names that no stage may have."""
 
 # the name of a job and those of its stages become names of folders, which must not lead out of the run's own
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -27,7 +30,7 @@ class Job:
     """One run, from images to report."""
 
     name: Name
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     workers: Annotated[int, Ge(1)] = 1  # training processes, each with a GPU where there are GPUs
     data: Data
     model: Model
@@ -42,7 +45,14 @@ class Job:
                 f"train: got objectives {', '.join(objectives)}, allowed: any contrastive stages first, then at least "
                 "one language stage"
             )
+        if list(self.train.values())[-1].template == "plain":
+            last = list(self.train)[-1]
+            raise ValueError(
+                f"train.{last}.template: got plain, allowed: a template with questions, as the last stage is asked some"
+            )
         for name, stage in self.train.items():
+            if name in OTHER_STEPS:
+                raise ValueError(f"train: got a stage {name}, allowed: any other name than {', '.join(OTHER_STEPS)}")
             try:
                 stage.accumulation(self.workers)
             except ValueError as error:

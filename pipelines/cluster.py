@@ -25,7 +25,7 @@ def session() -> Iterator[None]:
     """Ray for the length of a with block, quiet but for progress bars and errors."""
     environment = {name: os.environ.setdefault(name, value) for name, value in ENVIRONMENT.items()}
     disable_progress_bar()  # of transformers, which would show one for each file it reads
-    own = "RAY_ADDRESS" not in os.environ
+    own = not os.environ.get("RAY_ADDRESS")
     if own:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of what Ray's C++ side prints over the bars
     terminate = signal.getsignal(signal.SIGTERM)

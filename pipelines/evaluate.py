@@ -155,6 +155,7 @@ def examples(model: Path, shards: Path, answers: Path, count: int) -> list[Examp
                 question=entry["question"],
                 answer=entry["answer"],
                 response=entry["response"],
+                correct=entry["correct"],
                 slot=fate.slot[0].numpy(),
                 merged=fate.merged[0].numpy(),
             )

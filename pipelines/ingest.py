@@ -28,7 +28,9 @@ from redux.image import pixels
 Batch = dict[str, np.ndarray]
 
 BLOCK = 64
-"""Samples of a block, at most, where a micro-batch is smaller: a block costs Ray the same whatever it holds."""
+BLOCK_BYTES = 64 * 2**20
+"""Samples and bytes of pixels of a block, at most, where a micro-batch is smaller: a block costs Ray the same whatever
+it holds, but one beyond 128 MiB is cut in two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def dataset(micro: Micro, start: int, stop: int, workers: int) -> ray.data.Datas
     Worker r gets start + r, start + r + workers, ...: blocks are dealt to the workers in turn, so block b holds the
     next few of worker b % workers.  Iterate with preserve_order.
     """
-    span = max(BLOCK // micro.size, 1)
+    span = max(min(BLOCK, BLOCK_BYTES // (3 * micro.image_size**2)) // micro.size, 1)
 
     def read(rows: Batch) -> dict[str, list]:
         turn, worker = divmod(int(rows["id"][0]), workers)

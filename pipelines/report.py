@@ -2,7 +2,7 @@
 
 Everything is inside it: images as data URIs, plots as SVG.  It runs no script and, by its content security policy,
 could not; texts from questions and answers are escaped.  It shows what the run folder holds and leaves out what it
-does not, so a job without an evaluation has a report too.
+does not.
 
 Cost: every line of `metrics.jsonl` and `answers.jsonl` is read into memory; a run of 10,000 steps and 10,000 questions
 takes about two seconds, most of it matplotlib.  Importing this module costs nothing: job files are validated against
@@ -59,13 +59,9 @@ class Example:
     question: str
     answer: str
     response: str
+    correct: bool
     slot: np.ndarray
     merged: np.ndarray
-
-    @property
-    def correct(self) -> bool:
-        """Whether the response is the reference answer, capitals and a full stop apart."""
-        return self.response.strip().rstrip(".").casefold() == self.answer.strip().casefold()
 
 
 class Score(NamedTuple):
@@ -219,11 +215,11 @@ def _name(job: str) -> str | None:
 
 
 def _stages(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Steps by stage, in order.  A resumed run repeats the steps since its checkpoint: the later line counts."""
-    steps: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    """Steps by stage, in the order of the record."""
+    steps: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for line in lines:
-        steps[line["stage"]][line["step"]] = line
-    return {stage: [rows[step] for step in sorted(rows)] for stage, rows in steps.items()}
+        steps[line["stage"]].append(line)
+    return dict(steps)
 
 
 def _total(metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]]) -> Score | None:

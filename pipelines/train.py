@@ -72,6 +72,8 @@ class Stage:
     def __post_init__(self) -> None:
         if not self.learning_rate:
             raise ValueError("learning_rate: got {}, allowed: a rate for at least one of tower, projector, language")
+        if self.objective == "contrastive" and self.micro_batch < 2:
+            raise ValueError("micro_batch: got 1, allowed: at least 2, as objective contrastive compares samples")
         if self.objective == "contrastive" and set(self.learning_rate) != {"tower"}:
             raise ValueError(
                 f"learning_rate: got {self.learning_rate}, allowed: tower alone, which is all that objective "
@@ -131,7 +133,9 @@ class Plan:
 
 
 def fit(plan: Plan) -> None:
-    """Train the stage to its end, from its newest checkpoint if there is one."""
+    """Train the stage to its end, from its newest checkpoint if there is one; with a model it is at its end."""
+    if plan.result.exists():
+        return
     micro = plan.micro()
     accumulation = plan.stage.accumulation(plan.workers)
     steps = micro.order.batches(plan.stage.epochs)
@@ -146,7 +150,7 @@ def fit(plan: Plan) -> None:
     def remaining() -> ray.data.Dataset:
         """Called again at every start of the workers: what the newest checkpoint has not seen.
 
-        Names nothing of this module, so that the process that calls it need not load torch and transformers.
+        Names nothing of this module, so that the process that calls it need not load transformers' models.
         """
         saved = checkpoint.newest(folder)
         return ingest.dataset(micro, (saved.cursor if saved else 0) * per_step, steps * per_step, workers)
@@ -190,6 +194,8 @@ def _progress(plan: Plan, bar: tqdm) -> str:
 def train_worker(config: dict[str, Any]) -> None:
     """One rank: the stage from its newest checkpoint to its end."""
     plan, steps = config["plan"], config["steps"]
+    if plan.result.exists():
+        return  # the workers were started anew after the last step
     engine = _engine(plan, steps)
     saved = checkpoint.newest(plan.folder)
     cursor = saved.cursor if saved else 0

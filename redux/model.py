@@ -28,7 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from redux.cmai import ATTENTION, CMAI, FocusCache, Inhibition
-from redux.conversation import CONTEXT
+from redux.conversation import CONTEXT, IMAGE
 from redux.image import MEAN, STD
 from redux.vmtc import VMTC, Fate, Stage, compress, importance
 
@@ -74,6 +74,14 @@ class Language(Transformer):
 
     max_position_embeddings: Annotated[int, Ge(1)] = 2048
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError(
+                f"num_attention_heads: got {self.num_attention_heads}, allowed: one that gives heads of even width, "
+                "which rotary positions need"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
@@ -85,11 +93,15 @@ class Model:
     cmai: CMAI | None = CMAI()
 
     def __post_init__(self) -> None:
-        if self.vmtc is not None:
-            try:
-                image_tokens(self)
-            except ValueError as error:
-                raise ValueError(f"vmtc.{error}") from None
+        try:
+            tokens = image_tokens(self)
+        except ValueError as error:
+            raise ValueError(f"vmtc.{error}") from None
+        if self.language.max_position_embeddings <= tokens:
+            raise ValueError(
+                f"language.max_position_embeddings: got {self.language.max_position_embeddings}, "
+                f"allowed: more than the {tokens} tokens of an image"
+            )
 
 
 class ReduxConfig(LlavaConfig):
@@ -262,7 +274,7 @@ def build(model: Model, tokenizer: PreTrainedTokenizerBase) -> ReduxForCondition
     config = ReduxConfig(
         vision_config=vision_config(model.tower).to_dict(),
         text_config=LlamaConfig(vocab_size=len(tokenizer), initializer_range=spread, **sizes, **special).to_dict(),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         vmtc=dataclasses.asdict(model.vmtc) if model.vmtc else None,
         cmai=dataclasses.asdict(model.cmai) if model.cmai else None,
         **special,

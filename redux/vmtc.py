@@ -75,7 +75,9 @@ class VMTC:
             out = round(patches * (1 - self.ratio) ** (number / self.stages))
             clusters = round(out * self.cluster_share)
             if out < 1:
-                raise ValueError(f"ratio: got {self.ratio}, which leaves none of {patches} patch tokens")
+                raise ValueError(
+                    f"ratio: got {self.ratio}, allowed: one that leaves at least 1 of {patches} patch tokens"
+                )
             # the last tokens of a spatial grid can all be needed: no more clusters than tokens left over
             before = result[-1].kept + result[-1].clusters if result else patches
             if out == before:

@@ -1,5 +1,6 @@
 """Every job file that ships is a job, says all that it needs to, and survives being written out."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,33 @@ def test_the_numbers_of_a_job_are_checked() -> None:
 def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
     with pytest.raises(ValueError, match="train"):
         schema.load(SHIPPED[0], ["train={../up: {}}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.instruct.template=plain", "train.instruct.template: got plain, allowed: "),
+        ("train.tower.micro_batch=1", "train.tower.micro_batch: got 1, allowed: at least 2"),
+        ("train.instruct.zero=0", "train.instruct.zero: got 0, allowed: 1 or 2"),
+        ("seed=4294967296", "seed: got 4294967296, allowed: a whole number >= 0 < 4294967296"),
+        ("workers=3", "train.tower.global_batch: got 64, allowed: a multiple of 96"),
+        ("model.vmtc.stages=99", "model.vmtc.stages: got 99, allowed: 1 to 4"),
+        ("model.vmtc.ratio=0.999", "model.vmtc.ratio: got 0.999, allowed: one that leaves at least 1 of 64"),
+        (
+            "model.language.hidden_size=12",
+            "model.language.num_attention_heads: got 4, allowed: one that gives heads of",
+        ),
+        ("model.language.max_position_embeddings=32", "model.language.max_position_embeddings: got 32, allowed: more"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_at_its_place(override: str, line: str) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(line)}[^\n]*$"):
+        schema.load(FOLDER / "quickstart.yaml", [override])
+
+
+@pytest.mark.parametrize("name", ["shards", "evaluate", "report"])
+def test_a_stage_cannot_take_the_name_of_another_step(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text((FOLDER / "quickstart.yaml").read_text().replace("  pretrain:", f"  {name}:"))
+    with pytest.raises(ValueError, match=f"train: got a stage {name}, allowed: any other name"):
+        schema.load(path)

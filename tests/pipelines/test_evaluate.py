@@ -160,14 +160,14 @@ def test_a_type_that_was_not_asked_has_no_score():
 def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questions(
     model: Path, stored: Shards, tmp_path: Path, count: int
 ):
-    rows = answered(model, stored, 8)
+    rows = [judged(row) for row in answered(model, stored, 8)]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {(row["image"], row["question"], row["answer"], row["response"]) for row in rows}
+    given = {(row["image"], row["question"], row["answer"], row["response"], row["correct"]) for row in rows}
     pictures = {pixels(sample.image, 16).tobytes(): sample.key for sample in stored.read(range(len(stored)))}
     shown = []
     for example in examples(model, stored.folder, tmp_path / "answers.jsonl", count):
         key = pictures[np.asarray(example.image).transpose(2, 0, 1).tobytes()]
-        assert (key, example.question, example.answer, example.response) in given
+        assert (key, example.question, example.answer, example.response, example.correct) in given
         shown.append(stored.keys.index(key))
     assert len(shown) == len(set(shown)) == count
     assert shown == sorted(shown)
@@ -175,7 +175,7 @@ def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questi
 
 
 def test_an_example_says_where_each_patch_went(model: Path, stored: Shards, tmp_path: Path):
-    rows = answered(model, stored, 8)
+    rows = [judged(row) for row in answered(model, stored, 8)]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for example in examples(model, stored.folder, tmp_path / "answers.jsonl", 5):
         slot, merged = np.asarray(example.slot), np.asarray(example.merged)

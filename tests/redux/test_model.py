@@ -306,7 +306,7 @@ def test_settings_that_do_not_fit_the_tower_are_named() -> None:
     tower = Tower(**SIZE, image_size=32, patch_size=8)
     with pytest.raises(ValueError, match=r"vmtc\.stages: got 3, allowed: 1 to 2"):
         Model(tower=tower, language=Language(**SIZE), vmtc=VMTC())
-    with pytest.raises(ValueError, match=r"vmtc\.ratio: got 0\.99, which leaves none of 16"):
+    with pytest.raises(ValueError, match=r"vmtc\.ratio: got 0\.99, allowed: one that leaves at least 1 of 16"):
         Model(tower=tower, language=Language(**SIZE), vmtc=VMTC(ratio=0.99, stages=2))
     with pytest.raises(ValueError, match=r"ratio: got 2\.0"):
         ReduxConfig(vmtc={"ratio": 2.0})

@@ -202,5 +202,5 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, wrong: dict[s
 def test_a_schedule_needs_blocks_and_tokens() -> None:
     with pytest.raises(ValueError, match="stages: got 3, allowed: 1 to 2"):
         VMTC().schedule(576, 2)
-    with pytest.raises(ValueError, match=r"ratio: got 0\.99, which leaves none of 16"):
+    with pytest.raises(ValueError, match=r"ratio: got 0\.99, allowed: one that leaves at least 1 of 16"):
         VMTC(ratio=0.99).schedule(16, 4)
