@@ -8,12 +8,10 @@ from contextlib import contextmanager
 
 import ray
 import ray.data
-import torch
 from transformers.utils.logging import disable_progress_bar
 
-# read by deepspeed, tokenizers and transformers when they are imported, here and in every worker
+# read by tokenizers and transformers when they are imported, here and in every worker
 ENVIRONMENT = {
-    **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}),
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -43,3 +41,10 @@ def session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def require(cpus: float, what: str) -> None:
+    """ValueError where Ray runs on this machine alone and has fewer CPUs: what needs them would wait without end."""
+    have = ray.cluster_resources().get("CPU", 0)
+    if not os.environ.get("RAY_ADDRESS") and have < cpus:
+        raise ValueError(f"{what} needs {cpus:g} CPUs, allowed: {have:g}, which this machine has")

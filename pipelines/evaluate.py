@@ -25,6 +25,7 @@ from ray.data import ExecutionOptions
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from pipelines import cluster
 from pipelines.easy_vqa import TYPES
 from pipelines.report import Example
 from pipelines.shards import Sample, Shards
@@ -100,6 +101,7 @@ def evaluate(model: Path, shards: Path, run: Path, settings: Evaluate, template:
     """Answer every question of the shards into run/answers.jsonl; returns the scores by name."""
     stored = Shards(shards)
     batches = math.ceil(len(stored) / settings.images)
+    cluster.require(settings.actors / 2 + 1, f"evaluate with actors = {settings.actors}")
     gpu = ray.cluster_resources().get("GPU", 0) >= settings.actors
     answers = ray.data.range(batches, override_num_blocks=batches).map_batches(
         Answerer,

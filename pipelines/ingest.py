@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import ray.data
 from jaxtyping import UInt8
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipelines.order import Order
 from pipelines.shards import Sample, Shards
@@ -146,5 +146,7 @@ def draw_rounds(sample: Sample, rounds: int, chance: np.random.Generator) -> Sam
 @functools.cache
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Read once a process; a task is one thread, so the tokenizer must not start its own."""
+    from transformers import AutoTokenizer  # brings torch along, which Ray's coordinator of the tasks does without
+
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return AutoTokenizer.from_pretrained(folder)

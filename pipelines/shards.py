@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pyarrow as pa
-import webdataset
 from annotated_types import Ge
 from pyarrow import parquet
 from tqdm import tqdm
@@ -54,6 +53,8 @@ def make(records: Sequence[dict], out: Path, samples_per_shard: int) -> None:
     What lay there before is gone.  ValueError names a record whose image cannot be read, an id that WebDataset would
     split at a dot, and ids that are not unique.
     """
+    import webdataset  # brings torch along, which readers do without
+
     [(most, times)] = Counter(record["id"] for record in records).most_common(1) or [("", 0)]
     if times > 1:
         raise ValueError(f"{out}: record {most!r} comes {times} times, allowed: once")

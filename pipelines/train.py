@@ -27,7 +27,7 @@ from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
-from pipelines import checkpoint, ingest, metrics
+from pipelines import checkpoint, cluster, ingest, metrics
 from pipelines.order import Order
 from pipelines.shards import Shards
 from redux import contrastive, model
@@ -155,11 +155,12 @@ def fit(plan: Plan) -> None:
         saved = checkpoint.newest(folder)
         return ingest.dataset(micro, (saved.cursor if saved else 0) * per_step, steps * per_step, workers)
 
+    # half a CPU each: the tasks that read and decode need one, too
+    cluster.require(plan.workers / 2 + 1, f"train.{plan.name} with workers = {plan.workers}")
     gpus = ray.cluster_resources().get("GPU", 0) >= plan.workers
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"plan": plan, "steps": steps},
-        # half a CPU each: the tasks that read and decode need some too
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers, use_gpu=gpus, resources_per_worker={"CPU": 0.5, **({"GPU": 1} if gpus else {})}
         ),
@@ -275,9 +276,13 @@ class _Language(torch.nn.Module):
 
 def _engine(plan: Plan, steps: int) -> Any:
     """The stage's model in a DeepSpeed engine."""
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed reads it while it is imported
+
     import deepspeed
 
-    if not torch.cuda.is_available():
+    if cpu:
         # one core each, or the ranks fight; the shared-memory op would compile for half a minute at first use
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // plan.workers, 1))
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,4 +1,4 @@
-"""An image as the tower reads it: LLaVA-1.5's padded square.  No torch here: who only reads data starts fast."""
+"""An image as the tower reads it: LLaVA-1.5's padded square.  No torch here: readers do without."""
 
 import io
 

@@ -6,6 +6,7 @@ import pytest
 import ray
 
 from jobs import schema
+from pipelines import cluster
 from pipelines.train import Plan, Schedule, fit
 
 QUICKSTART = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
@@ -42,3 +43,13 @@ def test_the_rate_rises_to_its_peak_and_falls_to_nothing(steps: int, warmup: flo
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert min(rates) > 0
     assert schedule(steps) in (0.0, 1.0) if peak == steps - 1 else schedule(steps) == 0.0
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_this_machine_has_no_room_for_is_refused_instead_of_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    have = ray.cluster_resources()["CPU"]
+    cluster.require(have, "all of it")
+    with pytest.raises(ValueError, match=rf"train.tower with workers = 99 needs {have + 1:g} CPUs, allowed: {have:g}"):
+        cluster.require(have + 1, "train.tower with workers = 99")
+    monkeypatch.setenv("RAY_ADDRESS", "a cluster that may grow")
+    cluster.require(have + 1, "train.tower with workers = 99")
