@@ -10,7 +10,7 @@ import ray
 import ray.data
 from transformers.utils.logging import disable_progress_bar
 
-# read by tokenizers and transformers when they are imported, here and in every worker
+# read by tokenizers and transformers, here and in every worker; a task is one thread, so tokenizers must not start more
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -23,7 +23,7 @@ def session() -> Iterator[None]:
     """Ray for the length of a with block, quiet but for progress bars and errors."""
     environment = {name: os.environ.setdefault(name, value) for name, value in ENVIRONMENT.items()}
     disable_progress_bar()  # of transformers, which would show one for each file it reads
-    own = not os.environ.get("RAY_ADDRESS")
+    own = _own()
     if own:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of what Ray's C++ side prints over the bars
     terminate = signal.getsignal(signal.SIGTERM)
@@ -46,5 +46,10 @@ def session() -> Iterator[None]:
 def require(cpus: float, what: str) -> None:
     """ValueError where Ray runs on this machine alone and has fewer CPUs: what needs them would wait without end."""
     have = ray.cluster_resources().get("CPU", 0)
-    if not os.environ.get("RAY_ADDRESS") and have < cpus:
+    if _own() and have < cpus:
         raise ValueError(f"{what} needs {cpus:g} CPUs, allowed: {have:g}, which this machine has")
+
+
+def _own() -> bool:
+    """Whether the run starts a Ray of its own, since none is named."""
+    return not os.environ.get("RAY_ADDRESS")

@@ -112,13 +112,13 @@ def evaluate(model: Path, shards: Path, run: Path, settings: Evaluate, template:
         num_gpus=1 if gpu else None,
     )
     answers.context.execution_options = ExecutionOptions(preserve_order=True)
-    unfinished, entries = run / f".{FILE}", []
-    asked = sum(len(list(questions(sample))) for sample in stored.read(range(len(stored))))
-    with unfinished.open("w") as file, tqdm(desc="evaluate", total=asked, unit="question") as bar:
+    unfinished, entries, image = run / f".{FILE}", [], None
+    with unfinished.open("w") as file, tqdm(desc="evaluate", total=len(stored), unit="image") as bar:
         for row in answers.iter_rows():
             entries.append(entry := judged(row))
             file.write(json.dumps(entry) + "\n")
-            bar.update()
+            bar.update(row["image"] != image)  # at the first question of each
+            image = row["image"]
     os.replace(unfinished, run / FILE)
     return scores(entries)
 

@@ -10,7 +10,6 @@ Images travel as uint8: a quarter of the bytes of floats.
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,8 +144,7 @@ def draw_rounds(sample: Sample, rounds: int, chance: np.random.Generator) -> Sam
 
 @functools.cache
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Read once a process; a task is one thread, so the tokenizer must not start its own."""
+    """Read once a process."""
     from transformers import AutoTokenizer  # brings torch along, which Ray's coordinator of the tasks does without
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return AutoTokenizer.from_pretrained(folder)

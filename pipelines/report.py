@@ -259,10 +259,9 @@ def _throughput(stage: str, rows: Sequence[Mapping[str, Any]]) -> Throughput:
 
 
 def _spans(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Seconds of each step of the job ("wall_s.tower", not "wall_s.tower.start"), and what no step accounts for."""
+    """Seconds of each step of the job ("wall_s.tower"), and what no step accounts for."""
     prefix = "wall_s."
     spans = [(name.removeprefix(prefix), seconds) for name, seconds in metrics.items() if name.startswith(prefix)]
-    spans = [(name, seconds) for name, seconds in spans if "." not in name]
     rest = metrics.get("wall_s", 0.0) - sum(seconds for _, seconds in spans)
     return [*spans, ("between steps", rest)] if spans and rest >= 0.5 else spans
 

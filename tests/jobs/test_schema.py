@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs import schema
+from jobs.run import steps
 
 FOLDER = Path(__file__).parents[2] / "jobs"
 SHIPPED = sorted(FOLDER.rglob("*.yaml"))
@@ -69,3 +70,8 @@ def test_a_stage_cannot_take_the_name_of_another_step(name: str, tmp_path: Path)
     path.write_text((FOLDER / "quickstart.yaml").read_text().replace("  pretrain:", f"  {name}:"))
     with pytest.raises(ValueError, match=f"train: got a stage {name}, allowed: any other name"):
         schema.load(path)
+
+
+def test_the_names_refused_are_those_of_the_steps_that_are_no_stages(tmp_path: Path) -> None:
+    job = schema.load(FOLDER / "quickstart.yaml")
+    assert tuple(name for name in steps(job, tmp_path) if name not in job.train) == schema.OTHER_STEPS
