@@ -1,0 +1,43 @@
+"""Token compression (VMTC) and attention inhibition (CMAI) for vision-language models, on torch and transformers.
+
+    model = redux.ReduxForConditionalGeneration.from_pretrained("llava-hf/llava-1.5-7b-hf", vmtc=redux.VMTC(tokens=64))
+    redux.inhibit(another_model_of_transformers, redux.CMAI())
+
+A name is imported when it is first used: readers of conversations and images do without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from redux.cmai import CMAI as CMAI
+    from redux.model import ReduxConfig as ReduxConfig
+    from redux.model import ReduxForConditionalGeneration as ReduxForConditionalGeneration
+    from redux.plugin import inhibit as inhibit
+    from redux.presets import PRESETS as PRESETS
+    from redux.presets import Preset as Preset
+    from redux.pretrained import assemble as assemble
+    from redux.reduction import Reduction as Reduction
+    from redux.vmtc import VMTC as VMTC
+
+_ROOMS = {
+    "CMAI": "cmai",
+    "PRESETS": "presets",
+    "Preset": "presets",
+    "Reduction": "reduction",
+    "ReduxConfig": "model",
+    "ReduxForConditionalGeneration": "model",
+    "VMTC": "vmtc",
+    "assemble": "pretrained",
+    "inhibit": "plugin",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'redux' has no attribute {name!r}")
+    return getattr(import_module(f"redux.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_ROOMS]

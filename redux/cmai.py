@@ -5,15 +5,24 @@ focus score F = A_n2i + A_t2i reaches the gamma-th quantile of its row.  Inhibit
 softmax, so the row renormalises.  The mask is a threshold: no gradient flows through F, and a pair whose score equals
 the threshold stays, so equal inputs give equal masks however often activations are recomputed.
 
-A is the mean over heads of the attention weights of the un-inhibited map, added up head by head: one (text x keys) map
-a layer is alive at a time, never heads x text x keys.  Generated tokens are text tokens; a `FocusCache` keeps their
-rows of A_t2i beside the keys and values, so decoding equals the full forward pass.
+A is a mean over heads of the un-inhibited map.  Of attention weights it is added up head by head where maps are large,
+which takes more time than all heads at once; of raw scores it is one product over the heads laid side by side.  So a
+few (text x keys) maps of one layer are alive at a time, never heads x text x keys.  Rows up to the first text behind an
+image can lose nothing and are left out.  Generated tokens are text tokens; a `FocusCache` keeps their rows of A_t2i
+beside the keys and values, so decoding equals the full forward pass.
+
+Where the paper is silent or speaks against itself, `CMAI` has an option.  It calls QK^T the attention score and then
+speaks of A as weights; a product of signed scores is no weighting, so the default is weights.  One mask serves all
+heads, since the paper's A is an average and a mask a head would be the heads x text x image map that is avoided here.
+Text of earlier turns, and text about other images, is a neighbour like any other.
 
 Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all so far), image (columns of image tokens).
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,33 +32,76 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from redux.settings import require
+
 ATTENTION = "cmai"
+
+AT_ONCE = 2**20
+"""Attention weights that may be alive at a time, of all heads together: those of a decoded token, not of a prompt."""
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda depth: depth,
+    "constant": lambda depth: 1.0,
+    "cosine": lambda depth: (1 - math.cos(math.pi * depth)) / 2,
+    "step": lambda depth: float(depth >= 0.5),
+}
+"""How gamma rises from its minimum (0) to its maximum (1) over the layers, from the first (0) to the last (1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CMAI:
-    """Settings of the inhibition.
+    """Settings of the inhibition; the defaults are the paper's, read as the module's text says.
 
-    maximum: ratio of image tokens inhibited for each text token in the last layer, 0 <= maximum < 1.  The ratio rises
-        linearly from 0 in the first layer.
+    maximum: gamma, the ratio of image tokens inhibited for each text token, in the last layer; 0 <= maximum < 1.
+    minimum: gamma in the first layer; 0 <= minimum <= maximum.  maximum / layers gives maximum (l + 1) / layers.
+    schedule: how gamma goes from one to the other; "constant" is the maximum in every layer, "step" in the later half.
+    scores: what A averages over heads; "weights" after the softmax, "scores" QK^T as the paper's words have it,
+        "scaled" QK^T / sqrt(d_k).
+    focus: "neighbourhood" is eq. 11; the others are the rivals of Table 5: "tia" is A_t2i alone, "sum" adds the rows of
+        A_t2i of all text tokens up to the row's own, "discounted" adds them times discount^distance, in text tokens.
+    discount: of "discounted", 0 < discount <= 1; the paper does not give its own.
+    preamble: whether text before the first image counts in the softmax of "weights".
+    quantile: "lower" keeps from the score at rank floor(gamma (n - 1)) on, "linear" interpolates between two ranks,
+        "count" inhibits floor(gamma n), equal scores by their place.
+    active: when pairs are inhibited at all.
+    generated: whether tokens that are decoded on a cache are inhibited as well.
+
+    >>> CMAI(maximum=0.6).ratios(4)
+    (0.0, 0.2, 0.4, 0.6)
+    >>> CMAI(maximum=0.6, schedule="step").ratios(4)
+    (0.0, 0.0, 0.6, 0.6)
     """
 
     maximum: float = 0.6
+    minimum: float = 0.0
+    schedule: Literal["linear", "constant", "cosine", "step"] = "linear"
+    scores: Literal["weights", "scores", "scaled"] = "weights"
+    focus: Literal["neighbourhood", "tia", "sum", "discounted"] = "neighbourhood"
+    discount: float = 0.9
+    preamble: bool = True
+    quantile: Literal["lower", "linear", "count"] = "lower"
+    active: Literal["always", "training", "inference"] = "always"
+    generated: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.maximum < 1:
-            raise ValueError(f"maximum: got {self.maximum!r}, allowed: 0 <= maximum < 1")
+        require(
+            self,
+            maximum=("0 <= maximum < 1", lambda maximum: 0 <= maximum < 1),
+            minimum=(f"0 <= minimum <= maximum, {self.maximum}", lambda minimum: 0 <= minimum <= self.maximum),
+            discount=("0 < discount <= 1", lambda discount: 0 < discount <= 1),
+        )
 
     def ratios(self, layers: int) -> tuple[float, ...]:
-        """gamma of each layer, linear from 0 to `maximum`."""
-        return tuple(self.maximum * layer / max(layers - 1, 1) for layer in range(layers))
+        """gamma of each layer."""
+        rise = [SCHEDULES[self.schedule](layer / max(layers - 1, 1)) for layer in range(layers)]
+        return tuple(round(self.minimum + (self.maximum - self.minimum) * share, 12) for share in rise)
 
 
 class FocusCache(DynamicCache):
     """Keys and values as in transformers, and beside them what CMAI needs of earlier tokens.
 
     image: which of the keys so far are image tokens, (batch, keys).
-    rows: by layer, A_t2i of every token so far, (batch, keys, image); the rows of image tokens are zero.
+    rows: by layer, A_t2i of the latest tokens, (batch, earlier, image); those before see no image or are part of one.
     """
 
     image: Tensor | None = None
@@ -70,10 +122,15 @@ class FocusCache(DynamicCache):
         super().batch_select_indices(indices)
         self._select(lambda kept: kept[indices])
 
+    def reset(self) -> None:
+        super().reset()
+        self.image, self.rows = None, {}
+
     def crop(self, tokens_to_remove: int) -> None:
+        before = self.get_seq_length()
         super().crop(tokens_to_remove)
-        length = self.get_seq_length()
-        self._select(lambda kept: kept[:, :length])
+        removed = before - self.get_seq_length()
+        self._select(lambda kept: kept[:, : max(kept.shape[1] - removed, 0)])
 
     def _select(self, choose: Any) -> None:
         if self.image is not None:
@@ -88,26 +145,34 @@ class Inhibition:
     ratios: gamma of each layer.
     image: which keys are image tokens.
     columns, valid: their positions, left-aligned; rows with fewer image tokens are filled up, and not valid there.
+    first: position of the first text token behind an image, in any sequence of the batch.
     """
 
+    cmai: CMAI
     ratios: tuple[float, ...]
     image: Bool[Tensor, "batch keys"]
     columns: Int[Tensor, "batch image"]
     valid: Bool[Tensor, "batch image"]
+    first: int
     cache: FocusCache | None
 
     @classmethod
     def of(
-        cls, ratios: tuple[float, ...], image: Bool[Tensor, "batch rows"], cache: FocusCache | None
+        cls, cmai: CMAI, layers: int, image: Bool[Tensor, "batch rows"], cache: FocusCache | None, training: bool
     ) -> "Inhibition | None":
-        """The inhibition for new tokens of which `image` are image tokens; None where no image is in sight."""
+        """The inhibition for new tokens of which `image` are image tokens; None where there is nothing to inhibit."""
+        decoding = cache is not None and cache.image is not None
         if cache is not None:
             cache.image = image = image if cache.image is None else torch.cat([cache.image, image], dim=1)
-        width = int(image.sum(dim=1).max())
-        if width == 0:
+        if cmai.active == ("inference" if training else "training") or (decoding and not cmai.generated):
+            return None
+        behind = (~image & (image.cumsum(dim=1) > 0)).any(dim=0)
+        # the one place where a GPU waits for the host, once for all layers
+        width, first = torch.stack([image.sum(dim=1).max(), (~behind).cumprod(dim=0).sum()]).tolist()
+        if first == image.shape[1]:
             return None
         columns = image.long().argsort(dim=1, descending=True, stable=True)[:, :width]
-        return cls(ratios, image, columns, image.gather(1, columns), cache)
+        return cls(cmai, cmai.ratios(layers), image, columns, image.gather(1, columns), first, cache)
 
     @torch.no_grad()
     def keep(
@@ -118,69 +183,157 @@ class Inhibition:
         visible: Bool[Tensor, "batch 1 rows keys"],
         scale: float,
     ) -> Bool[Tensor, "batch 1 rows keys"]:
-        """Which pairs stay: every pair but those of a text row and an image key below the row's threshold."""
-        rows, keys = query.shape[2], key.shape[2]
-        weights = mean_weights(query, key, visible, scale)
-        text_row = ~self.image[:, keys - rows :]
-        columns = self.columns.unsqueeze(1).expand(-1, rows, -1)
-        t2i = weights.gather(2, columns) * (text_row.unsqueeze(-1) & self.valid.unsqueeze(1))
-        earlier = t2i
-        if self.cache is not None:
-            past = self.cache.rows.get(layer, t2i[:, :0])
-            # text before an image attends to none of it: what the cache lacks, rows and columns, is zero
-            past = F.pad(past, (0, t2i.shape[2] - past.shape[2], keys - rows - past.shape[1], 0))
-            self.cache.rows[layer] = earlier = torch.cat([past, t2i], dim=1)
-        focus = focus_score(weights, t2i, earlier)
-        seen = visible[:, 0].expand(-1, rows, -1).gather(2, columns) & self.valid.unsqueeze(1)
-        kept = above_quantile(focus, seen, self.ratios[layer]) | ~text_row.unsqueeze(-1) | ~self.valid.unsqueeze(1)
+        """Which pairs stay: every pair but those of a text row and an image key that falls below the row's quantile."""
+        batch, _, rows, _ = query.shape
+        keys = key.shape[2]
+        result = visible.new_ones(batch, rows, keys)
+        start = max(self.first - (keys - rows), 0)
+        query, seen = query[:, :, start:], visible[:, 0].expand(batch, rows, keys)[:, start:]
+        attention = self._attention(query, key, seen, scale)
+        text_row = ~self.image[:, keys - rows + start :]
+        columns = self.columns.unsqueeze(1).expand(-1, rows - start, -1)
+        t2i = attention.gather(2, columns) * (text_row.unsqueeze(-1) & self.valid.unsqueeze(1))
+        focus = t2i
+        if self.cmai.focus != "tia":
+            focus = focus_score(self._others(attention, seen), t2i, self._earlier(layer, t2i))
+        choices = seen.gather(2, columns) & self.valid.unsqueeze(1)
+        kept = above_quantile(focus, choices, self.ratios[layer], self.cmai.quantile)
         # filled-up columns point at text keys; True there leaves those alone
-        full = torch.ones_like(weights, dtype=torch.bool)
-        return full.scatter(2, columns, kept).unsqueeze(1)
+        kept = kept | ~text_row.unsqueeze(-1) | ~self.valid.unsqueeze(1)
+        result[:, start:].scatter_(2, columns, kept)
+        return result.unsqueeze(1)
+
+    def _attention(
+        self,
+        query: Float[Tensor, "batch heads rows head_dim"],
+        key: Float[Tensor, "batch kv_heads keys head_dim"],
+        seen: Bool[Tensor, "batch rows keys"],
+        scale: float,
+    ) -> Float[Tensor, "batch rows keys"]:
+        """A of the chosen kind."""
+        if self.cmai.scores != "weights":
+            return mean_scores(query, key, seen, scale if self.cmai.scores == "scaled" else 1.0)
+        weights = mean_weights(query, key, seen, scale)
+        if self.cmai.preamble:
+            return weights
+        weights = weights * (self.image.cumsum(dim=1) > 0).unsqueeze(1)
+        return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+    def _others(
+        self, attention: Float[Tensor, "batch rows keys"], seen: Bool[Tensor, "batch rows keys"]
+    ) -> Float[Tensor, "batch rows keys"]:
+        """What the A_t2i of each earlier text token counts for in a row's focus: A_t2n of eq. 9, or a rival of it."""
+        match self.cmai.focus:
+            case "sum":
+                return seen.to(attention.dtype)
+            case "discounted":
+                place = (seen & ~self.image.unsqueeze(1)).cumsum(
+                    dim=2
+                )  # among the text that the row sees; it is the last
+                return self.cmai.discount ** (place[:, :, -1:] - place).to(attention.dtype) * seen
+        return attention
+
+    def _earlier(self, layer: int, t2i: Float[Tensor, "batch rows image"]) -> Float[Tensor, "batch earlier image"]:
+        """A_t2i of the tokens so far that see an image: those of the cache, which takes up the new ones, and these."""
+        if self.cache is None:
+            return t2i
+        past = self.cache.rows.get(layer, t2i[:, :0])
+        past = F.pad(past, (0, t2i.shape[2] - past.shape[2]))  # no earlier token saw a later image
+        self.cache.rows[layer] = earlier = torch.cat([past, t2i], dim=1)
+        return earlier
 
 
 def mean_weights(
     query: Float[Tensor, "batch heads rows head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
-    visible: Bool[Tensor, "batch 1 rows keys"],
+    seen: Bool[Tensor, "batch rows keys"],
     scale: float,
 ) -> Float[Tensor, "batch rows keys"]:
-    """A: attention weights, mean over heads, added up head by head.  A row that sees no key is all zero."""
-    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-    hidden = ~visible[:, 0].expand(query.shape[0], query.shape[2], -1)
+    """A: attention weights, mean over heads; head by head beyond AT_ONCE.  A row that sees no key is all zero."""
+    (batch, heads, rows, _), keys = query.shape, key.shape[2]
     # finite, so that a row that sees nothing has no NaN; added by the product itself, which saves two passes
-    bias = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
-    bias.masked_fill_(hidden, torch.finfo(query.dtype).min)
-    total = torch.zeros_like(bias, dtype=torch.float32)
-    for head in range(heads):
-        scores = torch.baddbmm(bias, query[:, head], key[:, head // groups].transpose(1, 2), alpha=scale)
-        total += scores.softmax(dim=-1, dtype=torch.float32)
-    return (total / heads).masked_fill_(hidden, 0.0)
+    bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
+    bias.masked_fill_(~seen, torch.finfo(query.dtype).min)
+    if batch * heads * rows * keys <= AT_ONCE:
+        shared = query.unflatten(1, (key.shape[1], -1)) @ key.unsqueeze(2).transpose(3, 4) * scale
+        total = (shared.flatten(1, 2) + bias.unsqueeze(1)).softmax(dim=-1, dtype=torch.float32).sum(dim=1)
+    else:
+        total = torch.zeros_like(bias, dtype=torch.float32)
+        for head in range(heads):
+            scores = torch.baddbmm(bias, query[:, head], key[:, head * key.shape[1] // heads].mT, alpha=scale)
+            total += scores.softmax(dim=-1, dtype=torch.float32)
+    return total.div_(heads).masked_fill_(~seen, 0.0)
+
+
+def mean_scores(
+    query: Float[Tensor, "batch heads rows head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    seen: Bool[Tensor, "batch rows keys"],
+    scale: float,
+) -> Float[Tensor, "batch rows keys"]:
+    """A: scale QK^T, mean over heads; zero where a row does not see a key.
+
+    The sum over heads is one product of the heads side by side; queries that share a key head are added up before.
+    """
+    queries = query.unflatten(1, (key.shape[1], -1)).sum(dim=2)
+    product = queries.transpose(1, 2).flatten(2) @ key.transpose(1, 2).flatten(2).transpose(1, 2)
+    return (product.float() * (scale / query.shape[1])).masked_fill_(~seen, 0.0)
 
 
 def focus_score(
-    weights: Float[Tensor, "batch rows keys"],
+    others: Float[Tensor, "batch rows keys"],
     t2i: Float[Tensor, "batch rows image"],
-    earlier: Float[Tensor, "batch keys image"],
+    earlier: Float[Tensor, "batch earlier image"],
 ) -> Float[Tensor, "batch rows image"]:
-    """F_t2i of eq. 11 for the last `rows` of `keys` tokens; `earlier` holds A_t2i of all of them.
+    """F_t2i of eq. 11 for the last `rows` of `keys` tokens; `earlier` holds A_t2i of the last ones, others have none.
 
     Eq. 9 takes the text keys before the row's own position: rows of `earlier` that belong to image tokens are zero, so
     only text neighbours count in the one matrix product of eq. 10.
+
+    The last of six tokens, two of the image (1, 2) and four of text (3 to 6), where token 4 alone looked at the image:
+
+    >>> t2i = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [0.2, 0.1], [0.6, 0.2], [0.1, 0.3], [0.1, 0.2]]])
+    >>> attention = torch.tensor([[[0.1, 0.2, 0.1, 0.5, 0.0, 0.1]]])
+    >>> focus_score(attention, t2i[:, -1:], t2i)  # 0.1 * 0.2 + 0.5 * 0.6 + 0.1, 0.1 * 0.1 + 0.5 * 0.2 + 0.2
+    tensor([[[0.4200, 0.3100]]])
+
+    By its own attention (0.1, 0.2) the last token would lose the first image token; with its neighbours', the second.
     """
-    rows, keys = weights.shape[1:]
-    return weights.tril(keys - rows - 1) @ earlier + t2i  # eq. 9, 10, 11
+    rows, keys = others.shape[1:]
+    return others.tril(keys - rows - 1)[:, :, keys - earlier.shape[1] :] @ earlier + t2i  # eq. 9, 10, 11
 
 
 def above_quantile(
-    focus: Float[Tensor, "batch rows image"], seen: Bool[Tensor, "batch rows image"], ratio: float
+    focus: Float[Tensor, "batch rows image"],
+    seen: Bool[Tensor, "batch rows image"],
+    ratio: float,
+    quantile: Literal["lower", "linear", "count"] = "lower",
 ) -> Bool[Tensor, "batch rows image"]:
-    """Pairs at or above the ratio-th quantile (lower) of the image tokens that the row sees.
+    """Pairs at or above the ratio-th quantile of the n image tokens that the row sees.
 
-    With n seen and distinct scores, floor(ratio (n - 1)) fall; a row of equal scores loses none.
+    By "lower", floor(ratio (n - 1)) distinct scores fall; a row of equal scores loses none.  By "count" floor(ratio n)
+    fall whatever they are, of equal scores the first.
+
+    >>> focus = torch.tensor([[[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]]])
+    >>> above_quantile(focus, focus > 0, 0.5).int()  # from the score at rank floor(0.5 * 5) on
+    tensor([[[0, 0, 1, 1, 1, 1]]], dtype=torch.int32)
+    >>> above_quantile(focus, focus > 0, 0.5, "linear").int()  # from 0.35 on
+    tensor([[[0, 0, 0, 1, 1, 1]]], dtype=torch.int32)
     """
-    ordered = focus.masked_fill(~seen, torch.inf).sort(dim=-1).values
-    rank = (ratio * (seen.sum(dim=-1, keepdim=True) - 1)).floor().long().clamp_min(0)
-    return focus >= ordered.gather(2, rank)
+    count = seen.sum(dim=-1, keepdim=True)
+    ordered, order = focus.masked_fill(~seen, torch.inf).sort(dim=-1, stable=True)
+    # in float64 and a trifle more, so that what is a whole number on paper is not rounded below it
+    if quantile == "count":
+        return order.argsort(dim=-1) >= (ratio * count.double() + 1e-9).floor()
+    rank = ratio * (count - 1).clamp_min(0).double()
+    below = (rank + 1e-9).floor().long()
+    threshold = ordered.gather(2, below)
+    if quantile == "linear":
+        above = ordered.gather(2, torch.minimum(below + 1, (count - 1).clamp_min(0)))
+        part = (rank - below).clamp_min(0).to(focus.dtype)
+        # a row that sees no image has only infinities here, and nothing to lose
+        threshold = threshold.where(above == threshold, threshold + part * (above - threshold))
+    return focus >= threshold
 
 
 def attention(

@@ -5,34 +5,65 @@ give the same clusters again when activations are recomputed or a run resumes, s
 wait for the host, so nothing here looks at a value: the number of iterations is fixed and empty clusters are refilled
 by index arithmetic.  Exactly c clusters come out, none empty, so that shapes stay static.
 
-Cost: (iterations + 1) products of (tokens x dim) by (dim x clusters) for each image, a small part of one ViT block.
+Cost: 2 iterations + 1 products of (tokens x dim) by (dim x clusters) for each image, a small part of one ViT block.
 
 Shapes: batch, tokens, dim; clusters = c.
 """
+
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+Seeds = Literal["strided", "farthest", "random"]
+
 
 @torch.no_grad()
-def kmeans(tokens: Float[Tensor, "batch tokens dim"], clusters: int, iterations: int) -> Int[Tensor, "batch tokens"]:
+def kmeans(
+    tokens: Float[Tensor, "batch tokens dim"], clusters: int, iterations: int, seeds: Seeds = "strided"
+) -> Int[Tensor, "batch tokens"]:
     """Cluster number of each token.  Every cluster in 0..clusters-1 holds at least one token.
 
-    Seeds are `clusters` tokens at equal strides of the order in which the tokens arrive; VMTC hands them over by
-    falling importance, so the seeds span it.  Raises ValueError where there are fewer tokens than clusters.
+    seeds: which tokens the centroids start from.  "strided" takes them at equal strides of the order in which the
+        tokens arrive; VMTC hands them over by falling importance, so the seeds span it.  "farthest" takes the first
+        token, then again and again the one least like all seeds before it; "random" takes always the same places,
+        drawn once from seed 0.
+    Raises ValueError where there are fewer tokens than clusters.
+
+    >>> tokens = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [-1.0, 0.1], [-1.0, 0.0]]])
+    >>> kmeans(tokens, clusters=3, iterations=5)
+    tensor([[0, 0, 1, 1, 2, 2]])
     """
     count = tokens.shape[1]
     if not 1 <= clusters <= count:
         raise ValueError(f"clusters: got {clusters}, allowed: 1 to {count}, the number of tokens to cluster")
     unit = F.normalize(tokens.float(), dim=-1)
-    seeds = torch.arange(clusters, device=tokens.device) * count // clusters
-    centroids = unit[:, seeds]
+    centroids = unit.gather(1, _seeds(unit, clusters, seeds).unsqueeze(-1).expand(-1, -1, unit.shape[-1]))
     for _ in range(iterations):
         members = F.one_hot(_assign(unit, centroids), clusters).to(unit.dtype)
         centroids = F.normalize(members.transpose(1, 2) @ unit, dim=-1)
     return _assign(unit, centroids)
+
+
+def _seeds(unit: Float[Tensor, "batch tokens dim"], clusters: int, seeds: Seeds) -> Int[Tensor, "batch clusters"]:
+    batch, count, _ = unit.shape
+    if seeds == "farthest":
+        chosen = torch.zeros(batch, 1, dtype=torch.long, device=unit.device)
+        likeness = torch.full((batch, count), -torch.inf, device=unit.device)
+        for _ in range(clusters - 1):
+            last = unit.gather(1, chosen[:, -1:, None].expand(-1, -1, unit.shape[-1]))
+            # a token chosen once, or equal to one that was, is the last to be chosen
+            likeness = torch.maximum(likeness, (unit @ last.transpose(1, 2)).squeeze(-1))
+            likeness = likeness.scatter(1, chosen[:, -1:], torch.inf)
+            chosen = torch.cat([chosen, likeness.argmin(dim=1, keepdim=True)], dim=1)
+        return chosen
+    if seeds == "random":
+        places = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:clusters].to(unit.device)
+    else:
+        places = torch.arange(clusters, device=unit.device) * count // clusters
+    return places.expand(batch, -1)
 
 
 def _assign(

@@ -2,13 +2,17 @@
 
 transformers' own classes do the work; nothing is added to their weights, so a plain LLaVA checkpoint loads as it is and
 what is saved opens in plain transformers.  Two seams are used: the image features (the tower's blocks are run here, one
-by one, up to the layer that LLaVA reads: the block above it is never computed) and the attention function of the
-language model.
+by one, up to the layer that LLaVA reads: the block above it is never computed) and, by `redux.plugin`, the attention
+function of the language model.
+
+The tower is any ViT of CLIP's or SigLIP's build.  SigLIP has no class token, so there IPS is the attention that a patch
+receives from all others.
 
 Shapes: batch, images, patches, tokens (visual tokens that reach the language model), dim.
 """
 
 import dataclasses
+import os
 from typing import Annotated, Any
 
 import torch
@@ -25,12 +29,25 @@ from transformers import (
     LlavaModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from redux.cmai import ATTENTION, CMAI, FocusCache, Inhibition
+from redux.cmai import CMAI
 from redux.conversation import CONTEXT, IMAGE
 from redux.image import MEAN, STD
-from redux.vmtc import VMTC, Fate, Stage, compress, importance
+from redux.plugin import inhibit
+from redux.reduction import Reduction, reduce
+from redux.remote import fetched
+from redux.vmtc import VMTC, Fate, Stage, compress, importance, received
+
+METHODS: dict[str, Any] = {"vmtc": VMTC, "cmai": CMAI, "reduction": Reduction}
+"""What a configuration may hold beside LLaVA's own, as dictionaries; None is off."""
+
+FEATURES = ("vision_feature_layer", "vision_feature_select_strategy")
+"""What of the tower LLaVA reads: fields of its configuration that a call may override."""
 
 PARTS = {"tower": "model.vision_tower", "projector": "model.multi_modal_projector", "language": ""}
 """Parts of the model that train or stay frozen on their own: prefix of their parameters' names; last, the rest."""
@@ -85,18 +102,21 @@ class Language(Transformer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model to build from nothing: its sizes, the two modules (null: off)."""
+    """A model to build from nothing: its sizes, the two modules (null: off), or in VMTC's place a rival of it."""
 
     tower: Tower
     language: Language
     vmtc: VMTC | None = VMTC()
     cmai: CMAI | None = CMAI()
+    reduction: Reduction | None = None
 
     def __post_init__(self) -> None:
+        if self.vmtc and self.reduction:
+            raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other null")
         try:
             tokens = image_tokens(self)
         except ValueError as error:
-            raise ValueError(f"vmtc.{error}") from None
+            raise ValueError(f"{'vmtc' if self.vmtc else 'reduction'}.{error}") from None
         if self.language.max_position_embeddings <= tokens:
             raise ValueError(
                 f"language.max_position_embeddings: got {self.language.max_position_embeddings}, "
@@ -105,22 +125,49 @@ class Model:
 
 
 class ReduxConfig(LlavaConfig):
-    """LlavaConfig and the settings of the two modules, as dictionaries; None turns a module off."""
+    """LlavaConfig and the settings of the method, as dictionaries; None turns a part of it off.
+
+    A model reads them when it is built.
+    """
 
     # its signature does not tell that transformers lets it take any other key, which a runtime checker would refuse
     __no_type_check__ = True
 
     vmtc: dict | None = None
     cmai: dict | None = None
+    reduction: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name, kind in METHODS.items():
+            if isinstance(value := getattr(self, name), kind):
+                setattr(self, name, dataclasses.asdict(value))
+            elif not isinstance(value, dict | None):
+                raise ValueError(
+                    f"{name}: got {value!r}, allowed: redux.{kind.__name__}, a dictionary of its fields or None"
+                )
         super().__post_init__(**kwargs)
-        self.image_seq_length = self.vmtc_settings.tokens(self.patches, self.depth) if self.vmtc else self.patches
+        layers, read = self.vision_config.num_hidden_layers, self.vision_feature_layer
+        for layer in [read] if isinstance(read, int) else read:
+            if not -layers - 1 <= layer <= layers:
+                raise ValueError(f"vision_feature_layer: got {layer}, allowed: {-layers - 1} to {layers}")
+        if self.vmtc is not None and self.reduction is not None:
+            raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other None")
+        self.settings("cmai")  # a mistake is told before anything is built
+        self.image_seq_length = self.tokens + (self.whole and self.has_class_token)
 
-    @property
-    def vmtc_settings(self) -> VMTC:
-        """VMTC of this model; ValueError or TypeError for settings it does not have."""
-        return VMTC(**(self.vmtc or {}))
+    def settings(self, name: str) -> Any:
+        """The part of the method under a name of `METHODS`, None if off; ValueError for settings it does not have."""
+        if (values := getattr(self, name)) is None:
+            return None
+        known = {field.name for field in dataclasses.fields(METHODS[name])}
+        needed = {field.name for field in dataclasses.fields(METHODS[name]) if field.default is dataclasses.MISSING}
+        if wrong := (values.keys() - known) | (needed - values.keys()):
+            problem = "got" if wrong & values.keys() else "missing"
+            raise ValueError(f"{name}: {problem} {', '.join(sorted(wrong))}, allowed: {', '.join(sorted(known))}")
+        # JSON, which configurations are saved as, has lists only
+        return METHODS[name](
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
 
     @property
     def patches(self) -> int:
@@ -128,15 +175,35 @@ class ReduxConfig(LlavaConfig):
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
     @property
+    def tokens(self) -> int:
+        """Visual tokens of one image that reach the language model, a class token apart."""
+        if reduction := self.settings("reduction"):
+            return reduction.count(self.patches)
+        return next((stage.out for stage in reversed(self.stages.values())), self.patches)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token of the tower is a feature, a class token among them, or the first is left out."""
+        return self.vision_feature_select_strategy == "full"
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the tower puts a class token first, as CLIP's does and SigLIP's does not."""
+        return "siglip" not in self.vision_config.model_type
+
+    @property
     def depth(self) -> int:
         """Blocks of the tower that contribute: the layer LLaVA reads, counted from the first block."""
         layer = self.vision_feature_layer
+        if not isinstance(layer, int):
+            raise ValueError(f"vision_feature_layer: got {layer}, allowed with vmtc or reduction: one layer")
         return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
 
     @property
     def stages(self) -> dict[int, Stage]:
         """The compressing blocks, by block number."""
-        return {s.block: s for s in self.vmtc_settings.schedule(self.patches, self.depth)} if self.vmtc else {}
+        vmtc = self.settings("vmtc")
+        return {stage.block: stage for stage in vmtc.schedule(self.patches, self.depth)} if vmtc else {}
 
 
 class ReduxModel(LlavaModel):
@@ -144,44 +211,124 @@ class ReduxModel(LlavaModel):
 
     config: ReduxConfig
 
+    def __init__(self, config: ReduxConfig) -> None:
+        super().__init__(config)
+        self.vmtc, self.reduction, self.stages = config.settings("vmtc"), config.settings("reduction"), config.stages
+        if self.vmtc or self.reduction:
+            self._check_tower()
+
+    @property
+    def runs_blocks(self) -> bool:
+        """Whether the tower's blocks can be run one by one: it is of CLIP's build, and one layer of it is read."""
+        blocks: Any = getattr(getattr(self.vision_tower, "encoder", None), "layers", None)
+        parts = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
+        return (
+            isinstance(self.config.vision_feature_layer, int)
+            and bool(blocks)
+            and all(hasattr(blocks[0], part) for part in parts)
+            and hasattr(blocks[0].self_attn, "q_proj")
+        )
+
+    def _check_tower(self) -> None:
+        config, kind = self.config, self.config.vision_config.model_type
+        if not self.runs_blocks:
+            raise ValueError(
+                f"vision_config: got a tower {kind}, allowed with vmtc or reduction: one of CLIP's or SigLIP's build"
+            )
+        if not (config.has_class_token or config.whole):
+            raise ValueError(
+                f"vision_feature_select_strategy: got default, allowed: full, as {kind} has no class token to leave out"
+            )
+        if self.reduction and self.reduction.method == "prumerge":
+            last = config.vision_config.num_hidden_layers - 1
+            if not config.has_class_token or config.depth != last:
+                raise ValueError(
+                    "reduction.method: got prumerge, allowed: any other, as that one needs a class token and features "
+                    f"of layer {last}, below the last block"
+                )
+
     def encode_images(
         self, pixel_values: Float[Tensor, "images 3 height width"]
     ) -> tuple[Float[Tensor, "images tokens dim"], Fate]:
-        """Features of the layer that LLaVA reads, class token dropped, and where each patch went."""
+        """Features of the layer that LLaVA reads, and where each patch went.
+
+        They begin with the class token where the configuration keeps it (`vision_feature_select_strategy` full).
+        """
         tower: Any = self.vision_tower
-        stages = self.config.stages
-        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
-        fate = Fate.untouched(hidden.shape[0], hidden.shape[1] - 1, hidden.device)
+        first = int(self.config.has_class_token)
+        hidden = tower.embeddings(pixel_values)
+        if hasattr(tower, "pre_layrnorm"):
+            hidden = tower.pre_layrnorm(hidden)
+        fate = Fate.untouched(hidden.shape[0], hidden.shape[1] - first, hidden.device)
+        bias = None
         for number, block in enumerate(tower.encoder.layers[: self.config.depth]):
-            if number in stages:
-                hidden, fate = self._compressing_block(block, hidden, stages[number], fate)
+            if number in self.stages:
+                hidden, fate = self._compressing_block(block, hidden, self.stages[number], fate, bias)
+                if self.vmtc.proportional:
+                    bias = F.pad(fate.sizes(hidden.shape[1] - first).to(hidden.dtype).log(), (first, 0))
             else:
-                hidden = block(hidden, attention_mask=None)
-        return hidden[:, 1:], fate
+                hidden = block(hidden, attention_mask=None if bias is None else bias[:, None, None])
+        classes, patches = hidden.split([first, hidden.shape[1] - first], dim=1)
+        if self.reduction:
+            patches, *moved = reduce(patches, self.reduction, self._last_attention(hidden))
+            fate = fate.then(*moved)
+        return torch.cat([classes, patches], dim=1) if self.config.whole else patches, fate
 
     def _compressing_block(
-        self, block: Any, hidden: Float[Tensor, "images all dim"], stage: Stage, fate: Fate
+        self,
+        block: Any,
+        hidden: Float[Tensor, "images all dim"],
+        stage: Stage,
+        fate: Fate,
+        bias: Float[Tensor, "images all"] | None,
     ) -> tuple[Float[Tensor, "images fewer dim"], Fate]:
         """One ViT block (eq. 1, 2) with VMTC between attention and MLP.
 
-        Queries, keys and values are computed once and serve both the attention and the importance score.
-        Shapes: all = patches + 1, fewer = out + 1, with the class token.
+        Queries, keys and values are computed once and serve both the attention and the importance score.  The block's
+        parts are called, not the block: its own hooks do not run, and its activations are kept, not recomputed.
+        Shapes: all = patches, fewer = out, both with the class token where there is one.
         """
-        attention = block.self_attn
+        attention, first = block.self_attn, int(self.config.has_class_token)
         normed = block.layer_norm1(hidden)
         query, key, value = (
             project(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, scale=attention.scale)
+        mask = None if bias is None else bias[:, None, None]
+        dropout = attention.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=attention.scale
+        )
         hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-        ips = importance(query[:, :, :1], key, attention.scale)
-        patches, slot, cluster = compress(hidden[:, 1:], ips, stage, self.config.vmtc_settings)
-        hidden = torch.cat([hidden[:, :1], patches], dim=1)
+        ips = (
+            importance(query[:, :, :1], key, attention.scale, bias)
+            if first
+            else received(query, key, attention.scale, bias)
+        )
+        similar = key.transpose(1, 2).flatten(2)[:, first:] if self.vmtc.similarity == "keys" else None
+        patches, slot, cluster = compress(hidden[:, first:], ips, stage, self.vmtc, similar)
+        hidden = torch.cat([hidden[:, :first], patches], dim=1)
         return hidden + block.mlp(block.layer_norm2(hidden)), fate.then(slot, cluster)
+
+    def _last_attention(
+        self, hidden: Float[Tensor, "images all dim"]
+    ) -> tuple[Float[Tensor, "images dim"], Float[Tensor, "images all dim"]] | None:
+        """What PruMerge goes by: class token's query and all keys of the last block, which is not computed itself."""
+        if self.reduction.method != "prumerge":
+            return None
+        tower: Any = self.vision_tower
+        block = tower.encoder.layers[-1]
+        normed = block.layer_norm1(hidden)
+        return block.self_attn.q_proj(normed[:, 0]), block.self_attn.k_proj(normed)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """As LlavaModel's: `pooler_output` is a list of (tokens, dim), one an image, projected."""
+        others = {name: kwargs[name] for name in FEATURES if kwargs.get(name) not in (None, getattr(self.config, name))}
+        if others and (self.vmtc or self.reduction):
+            name, value = others.popitem()
+            raise ValueError(f"{name}: got {value}, allowed with vmtc or reduction: {getattr(self.config, name)}")
+        if others or kwargs.get("output_hidden_states") or not self.runs_blocks:
+            return super().get_image_features(pixel_values, **kwargs)
         features, _ = self.encode_images(pixel_values)
         projected = self.multi_modal_projector(features)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
@@ -198,52 +345,28 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = ReduxModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.ratios = CMAI(**config.cmai).ratios(config.text_config.num_hidden_layers) if config.cmai else ()
         self.post_init()
-        if self.ratios:
-            self.set_attn_implementation({"text_config": ATTENTION})
+        inhibit(self, config.settings("cmai"))
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> Any:
-        """As LlavaForConditionalGeneration's; CMAI needs `input_ids`, since they tell image tokens from text."""
-        if self.ratios:
-            if input_ids is None:
-                raise ValueError("input_ids: got None, allowed: token ids, which tell CMAI image tokens from text")
-            caching = self.config.text_config.use_cache if use_cache is None else use_cache
-            # recomputation would write a second time into a cache; transformers' layers take theirs away as well
-            recomputing = self.training and self.is_activation_checkpointing
-            if past_key_values is None and caching and not recomputing:
-                past_key_values = FocusCache(config=self.config.text_config)
-            if not isinstance(past_key_values, FocusCache | None):
-                kind = type(past_key_values).__name__
-                raise ValueError(f"past_key_values: got {kind}, allowed: redux.cmai.FocusCache")
-            image = input_ids == self.config.image_token_id
-            kwargs["inhibition"] = Inhibition.of(self.ratios, image, past_key_values)
-        return super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, config: Any = None, **kwargs: Any
+    ) -> "ReduxForConditionalGeneration":
+        """As transformers', of a folder, hub id or URL (s3://) of a model of ours or of a plain LLaVA.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' generate, on a cache that also holds CMAI's focus."""
-        if self.ratios and kwargs.get("use_cache", True) and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = FocusCache(config=self.config.text_config)
-        return super().generate(*args, **kwargs)
+        vmtc, cmai, reduction: settings in place of those that the folder holds; None turns that part off.
+        """
+        if pretrained_model_name_or_path is None:  # weights that are in memory
+            return super().from_pretrained(None, *args, config=config, **kwargs)
+        changes = {name: kwargs.pop(name) for name in (*METHODS, *FEATURES) if name in kwargs}
+        with fetched(pretrained_model_name_or_path) as folder:
+            if config is None or isinstance(config, str | os.PathLike):
+                where = {
+                    name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs
+                }
+                config = cls.config_class.from_pretrained(config or folder, **where)
+            config = cls.config_class(**{**config.to_dict(), **changes})
+            return super().from_pretrained(folder, *args, config=config, **kwargs)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters of each part in `PARTS`."""
@@ -251,6 +374,11 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
         for name, parameter in self.named_parameters():
             result[next(part for part, prefix in PARTS.items() if name.startswith(prefix))].append(parameter)
         return result
+
+
+# transformers finds the names that older LLaVA checkpoints use by the name of its class
+for _ours, _theirs in (("ReduxModel", "LlavaModel"), ("ReduxForConditionalGeneration", "llava")):
+    register_checkpoint_conversion_mapping(_ours, get_checkpoint_conversion_mapping(_theirs), overwrite=True)
 
 
 def normalise(images: UInt8[Tensor, "images 3 height width"]) -> Float[Tensor, "images 3 height width"]:
@@ -262,7 +390,9 @@ def normalise(images: UInt8[Tensor, "images 3 height width"]) -> Float[Tensor, "
 def image_tokens(model: Model) -> int:
     """Visual tokens of one image that reach the language model."""
     patches = (model.tower.image_size // model.tower.patch_size) ** 2
-    return model.vmtc.tokens(patches, model.tower.num_hidden_layers - 1) if model.vmtc else patches
+    if model.reduction:
+        return model.reduction.count(patches)
+    return model.vmtc.tokens_left(patches, model.tower.num_hidden_layers - 1) if model.vmtc else patches
 
 
 def build(model: Model, tokenizer: PreTrainedTokenizerBase) -> ReduxForConditionalGeneration:
@@ -275,8 +405,7 @@ def build(model: Model, tokenizer: PreTrainedTokenizerBase) -> ReduxForCondition
         vision_config=vision_config(model.tower).to_dict(),
         text_config=LlamaConfig(vocab_size=len(tokenizer), initializer_range=spread, **sizes, **special).to_dict(),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        vmtc=dataclasses.asdict(model.vmtc) if model.vmtc else None,
-        cmai=dataclasses.asdict(model.cmai) if model.cmai else None,
+        **{name: getattr(model, name) for name in METHODS},
         **special,
     )
     return ReduxForConditionalGeneration(config)

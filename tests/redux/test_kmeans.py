@@ -1,22 +1,40 @@
 """K-means gives exactly c clusters, none empty, the same every time, and those of the textbook where it can."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from redux.kmeans import kmeans
+from redux.kmeans import Seeds, kmeans
+
+SEEDS = get_args(Seeds)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def textbook(tokens: np.ndarray, clusters: int, iterations: int) -> np.ndarray:
+def chosen(unit: np.ndarray, clusters: int, seeds: Seeds) -> list[int]:
+    """The tokens that K-means starts from."""
+    if seeds == "strided":
+        return [number * len(unit) // clusters for number in range(clusters)]
+    if seeds == "random":
+        return torch.randperm(len(unit), generator=torch.Generator().manual_seed(0))[:clusters].tolist()
+    places = [0]
+    while len(places) < clusters:
+        places.append(
+            min(range(len(unit)), key=lambda token: max(float(unit[token] @ unit[place]) for place in places))
+        )
+    return places
+
+
+def textbook(tokens: np.ndarray, clusters: int, iterations: int, seeds: Seeds = "strided") -> np.ndarray:
     """Spherical K-means of one image, token by token; refuses to meet an empty cluster."""
     unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
-    centroids = [unit[number * len(unit) // clusters] for number in range(clusters)]
+    centroids = [unit[place] for place in chosen(unit, clusters, seeds)]
     for _ in range(iterations):
         label = np.array([max(range(clusters), key=lambda c: float(token @ centroids[c])) for token in unit])
         assert set(label) == set(range(clusters)), "not an example for the textbook"
@@ -27,14 +45,15 @@ def textbook(tokens: np.ndarray, clusters: int, iterations: int) -> np.ndarray:
 
 @pytest.mark.parametrize("clusters", [1, 2, 7, 19, 20])
 @pytest.mark.parametrize("kind", ["noise", "constant", "zero", "two kinds"])
-def test_every_cluster_holds_a_token(kind: str, clusters: int) -> None:
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_every_cluster_holds_a_token(kind: str, clusters: int, seeds: Seeds) -> None:
     tokens = {
         "noise": noise(3, 20, 8),
         "constant": torch.ones(3, 20, 8),
         "zero": torch.zeros(3, 20, 8),
         "two kinds": F.one_hot(torch.arange(20) % 2, 8).float().expand(3, -1, -1),
     }[kind]
-    label = kmeans(tokens, clusters, 10)
+    label = kmeans(tokens, clusters, 10, seeds)
     assert label.shape == (3, 20)
     for row in label.tolist():
         assert set(row) == set(range(clusters))
@@ -48,19 +67,21 @@ def test_refilling_leaves_the_tokens_that_fit_best_where_they_are() -> None:
     assert not of_kind[0] & of_kind[1]
 
 
-def test_the_same_tokens_give_the_same_clusters() -> None:
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_the_same_tokens_give_the_same_clusters(seeds: Seeds) -> None:
     tokens = noise(2, 30, 8)
     torch.manual_seed(1)
-    first = kmeans(tokens, 6, 10)
+    first = kmeans(tokens, 6, 10, seeds)
     torch.manual_seed(2)
-    assert torch.equal(first, kmeans(tokens.clone(), 6, 10))
+    assert torch.equal(first, kmeans(tokens.clone(), 6, 10, seeds))
 
 
-def test_images_of_a_batch_do_not_see_each_other() -> None:
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_images_of_a_batch_do_not_see_each_other(seeds: Seeds) -> None:
     tokens = noise(4, 30, 8)
     tokens[2] = 1.0
-    alone = [kmeans(image.unsqueeze(0), 6, 10)[0] for image in tokens]
-    assert torch.equal(kmeans(tokens, 6, 10), torch.stack(alone))
+    alone = [kmeans(image.unsqueeze(0), 6, 10, seeds)[0] for image in tokens]
+    assert torch.equal(kmeans(tokens, 6, 10, seeds), torch.stack(alone))
 
 
 def test_clusters_far_apart_are_found() -> None:
@@ -79,10 +100,11 @@ def test_length_does_not_matter_only_direction() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("iterations", [1, 3, 10])
-def test_equals_the_textbook_where_no_cluster_is_empty(seed: int, iterations: int) -> None:
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_equals_the_textbook_where_no_cluster_is_empty(seed: int, iterations: int, seeds: Seeds) -> None:
     tokens = noise(40, 6, seed=seed)
-    label = kmeans(tokens.unsqueeze(0), 4, iterations)[0]
-    assert np.array_equal(label.numpy(), textbook(tokens.double().numpy(), 4, iterations))
+    label = kmeans(tokens.unsqueeze(0), 4, iterations, seeds)[0]
+    assert np.array_equal(label.numpy(), textbook(tokens.double().numpy(), 4, iterations, seeds))
 
 
 @pytest.mark.parametrize("clusters", [-1, 0, 11])

@@ -1,5 +1,9 @@
 """VMTC keeps, clusters and merges as equations 5 to 8 say, token by token, and says where each patch went."""
 
+import math
+import random
+import re
+from itertools import pairwise
 from typing import Any
 
 import jaxtyping
@@ -8,7 +12,10 @@ import torch
 from torch import Tensor
 
 from redux.kmeans import kmeans
-from redux.vmtc import VMTC, Fate, Stage, compress, importance
+from redux.vmtc import VMTC, Fate, Stage, compress, importance, received
+
+WEIGHTS: list[Any] = ["normalized", "raw", "total"]
+ORDERS: list[Any] = ["spatial", "rank"]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -29,7 +36,8 @@ def slow(tokens: Tensor, ips: Tensor, stage: Stage, vmtc: VMTC) -> tuple[Tensor,
         label = kmeans(tokens[redundant].unsqueeze(0), stage.clusters, vmtc.iterations)[0].tolist()
         for cluster in range(stage.clusters):
             members = [patch for patch, number in zip(redundant, label, strict=True) if number == cluster]
-            total = sum(float(ips[patch]) for patch in members) if vmtc.merge == "normalized" else 1.0
+            shared = {"normalized": members, "total": redundant}.get(vmtc.weights)
+            total = sum(float(ips[patch]) for patch in shared) if shared else 1.0
             merged = torch.stack([ips[patch] * tokens[patch] for patch in members]).sum(dim=0) / total  # eq. 7
             outputs.append((merged, members, True))
     if vmtc.order == "spatial":
@@ -43,7 +51,43 @@ def test_half_of_576_patches_in_three_stages() -> None:
     assert [stage.block for stage in stages] == [5, 11, 17]
     assert [stage.kept + stage.clusters for stage in stages] == [457, 363, 288]
     assert [stage.clusters for stage in stages] == [round(out / 6) for out in (457, 363, 288)]
-    assert VMTC().tokens(576, 23) == 288
+    assert VMTC().tokens_left(576, 23) == 288
+
+
+@pytest.mark.parametrize(("tokens", "outs"), [(288, [457, 363, 288]), (64, [277, 133, 64]), (36, [229, 91, 36])])
+def test_the_papers_budgets_of_tokens(tokens: int, outs: list[int]) -> None:
+    assert [stage.out for stage in VMTC(tokens=tokens).schedule(576, 23)] == outs
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("fall", ["geometric", "linear"])
+@pytest.mark.parametrize("stages", [1, 2, 6, (0, 22), (-3, -1)], ids=str)
+def test_a_ratio_is_met_however_it_is_spread(ratio: float, fall: Any, stages: Any) -> None:
+    schedule = VMTC(ratio=ratio, fall=fall, stages=stages).schedule(576, 23)
+    assert schedule[-1].out == round(576 * (1 - ratio))
+    assert all(one.out >= other.out and one.block < other.block for one, other in pairwise(schedule))
+
+
+def test_a_geometric_fall_keeps_the_same_share_and_a_linear_one_removes_the_same_number() -> None:
+    assert [stage.out for stage in VMTC(tokens=10, stages=2).schedule(1000, 23)] == [100, 10]
+    assert [stage.out for stage in VMTC(tokens=10, stages=3, fall="linear").schedule(1000, 23)] == [670, 340, 10]
+
+
+def test_stages_by_number_of_the_block() -> None:
+    assert [stage.block for stage in VMTC(stages=(1, 7, -1)).schedule(576, 23)] == [1, 7, 22]
+
+
+def test_kept_and_clusters_of_each_stage() -> None:
+    vmtc = VMTC(kept=(300, 100, 50), clusters=(30, 0, 14))
+    assert vmtc.schedule(576, 23) == (Stage(5, 300, 30), Stage(11, 100, 0), Stage(17, 50, 14))
+    assert vmtc.tokens_left(576, 23) == 64
+
+
+@pytest.mark.parametrize("clusters", [0, 1, 7, (9, 0, 2)], ids=str)
+def test_a_number_of_clusters_is_taken_from_the_budget(clusters: Any) -> None:
+    schedule = VMTC(tokens=64, clusters=clusters).schedule(576, 23)
+    assert tuple(stage.clusters for stage in schedule) == (clusters if isinstance(clusters, tuple) else (clusters,) * 3)
+    assert [stage.out for stage in schedule] == [277, 133, 64]
 
 
 def test_half_of_64_patches_in_three_stages_of_a_small_tower() -> None:
@@ -64,11 +108,11 @@ def test_a_stage_never_makes_more_clusters_than_it_has_redundant_tokens(
     assert before == round(patches * (1 - ratio))
 
 
-@pytest.mark.parametrize("merge", ["normalized", "raw"])
-@pytest.mark.parametrize("order", ["spatial", "rank"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("stage", [Stage(0, 9, 4), Stage(0, 9, 1), Stage(0, 9, 11), Stage(0, 9, 0), Stage(0, 0, 5)])
-def test_compress_equals_equations_5_to_8_token_by_token(merge: Any, order: Any, stage: Stage) -> None:
-    vmtc = VMTC(merge=merge, order=order)
+def test_compress_equals_equations_5_to_8_token_by_token(weights: Any, order: Any, stage: Stage) -> None:
+    vmtc = VMTC(weights=weights, order=order)
     tokens, ips = example()
     outputs, slot, cluster = compress(tokens, ips, stage, vmtc)
     for image in range(len(tokens)):
@@ -79,7 +123,45 @@ def test_compress_equals_equations_5_to_8_token_by_token(merge: Any, order: Any,
         assert held == [sorted(patches) for patches in members]
 
 
-@pytest.mark.parametrize("order", ["spatial", "rank"])
+@pytest.mark.parametrize("seed", range(20))
+def test_compress_equals_the_equations_at_random_shapes_and_settings(seed: int) -> None:
+    draw = random.Random(seed)
+    patches, batch, dim = draw.randint(2, 60), draw.randint(1, 4), draw.randint(2, 16)
+    kept = draw.randint(0, patches)
+    clusters = draw.randint(0 if kept else 1, patches - kept) if kept < patches else 0
+    vmtc = VMTC(weights=draw.choice(WEIGHTS), order=draw.choice(ORDERS), iterations=draw.randint(1, 6))
+    tokens, ips = noise(batch, patches, dim, seed=seed), noise(batch, patches + 1, seed=seed + 1).softmax(dim=-1)[:, 1:]
+    outputs, slot, cluster = compress(tokens, ips, Stage(0, kept, clusters), vmtc)
+    for image in range(batch):
+        expected, members, merged = slow(tokens[image], ips[image], Stage(0, kept, clusters), vmtc)
+        torch.testing.assert_close(outputs[image], expected, rtol=1e-4, atol=1e-5)
+        assert cluster[image].tolist() == merged
+        held = [[patch for patch in range(patches) if slot[image, patch] == out] for out in range(len(expected))]
+        assert held == [sorted(patches) for patches in members]
+
+
+@pytest.mark.parametrize("seeds", ["strided", "farthest", "random"])
+def test_clusters_are_made_by_what_is_to_be_alike(seeds: Any) -> None:
+    (tokens, ips), keys = example(), noise(3, 20, 5, seed=7)
+    _, slot, _ = compress(tokens, ips, Stage(0, 9, 4), VMTC(order="rank", seeds=seeds), keys)
+    redundant = ips.argsort(dim=-1, descending=True)[:, 9:]
+    label = kmeans(keys.gather(1, redundant.unsqueeze(-1).expand(-1, -1, 5)), 4, 10, seeds)
+    assert torch.equal(slot.gather(1, redundant), label + 9)
+
+
+@pytest.mark.parametrize("weights", ["normalized", "total"])
+def test_bfloat16_comes_close(weights: Any) -> None:
+    """Stated bound: tokens that both keep or merge alike differ by 2 %, and that is most of them."""
+    tokens, ips = noise(4, 100, 32), noise(4, 101, seed=1).softmax(dim=-1)[:, 1:]
+    vmtc = VMTC(weights=weights)
+    full, slot, _ = compress(tokens, ips, Stage(0, 60, 1), vmtc)
+    half, slot_of_half, _ = compress(tokens.bfloat16(), ips.bfloat16(), Stage(0, 60, 1), vmtc)
+    alike = torch.stack([(slot == out).eq(slot_of_half == out).all(dim=1) for out in range(61)], dim=1)
+    assert alike.float().mean() > 0.5
+    torch.testing.assert_close(half.float()[alike], full[alike], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_every_output_holds_an_input_and_every_input_is_held(order: Any) -> None:
     tokens, ips = example()
     _, slot, _ = compress(tokens, ips, Stage(0, 9, 4), VMTC(order=order))
@@ -98,12 +180,12 @@ def test_without_clusters_redundant_tokens_are_dropped() -> None:
         assert torch.equal(outputs[image], tokens[image][slot[image] >= 0])
 
 
-@pytest.mark.parametrize("merge", ["normalized", "raw"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("weight", [1 / 21, 0.0])
-def test_a_constant_image_gives_numbers(merge: Any, weight: float) -> None:
+def test_a_constant_image_gives_numbers(weights: Any, weight: float) -> None:
     tokens = torch.ones(2, 20, 8, requires_grad=True)
     ips = torch.full((2, 20), weight, requires_grad=True)
-    outputs, slot, _ = compress(tokens, ips, Stage(0, 9, 4), VMTC(merge=merge))
+    outputs, slot, _ = compress(tokens, ips, Stage(0, 9, 4), VMTC(weights=weights))
     outputs.square().sum().backward()
     assert outputs.isfinite().all()
     assert tokens.grad is not None
@@ -132,7 +214,7 @@ def test_nothing_removed_is_nothing_changed() -> None:
 def test_one_raw_cluster_is_the_fused_token_of_evit() -> None:
     """EViT (Liang et al. 2022), evit.py: sum of non_topk x non_topk_attn, behind the tokens kept by rank."""
     tokens, ips = example()
-    outputs, _, _ = compress(tokens, ips, Stage(0, 9, 1), VMTC(merge="raw", order="rank"))
+    outputs, _, _ = compress(tokens, ips, Stage(0, 9, 1), VMTC(weights="raw", order="rank"))
     _, top = ips.topk(9)
     others = torch.ones_like(ips, dtype=torch.bool).scatter(1, top, False)
     fused = (tokens * (ips * others).unsqueeze(-1)).sum(dim=1)
@@ -156,6 +238,36 @@ def test_importance_is_the_class_tokens_row_of_the_full_attention_map() -> None:
     query, keys = noise(2, 4, 21, 8), noise(2, 4, 21, 8, seed=1)
     full = (query @ keys.transpose(-1, -2) * 0.3).softmax(dim=-1).mean(dim=1)
     torch.testing.assert_close(importance(query[:, :, :1], keys, 0.3), full[:, 0, 1:])
+
+
+def test_what_a_patch_receives_is_the_mean_of_its_column_of_the_full_attention_map() -> None:
+    query, keys = noise(2, 4, 21, 8), noise(2, 4, 21, 8, seed=1)
+    full = (query @ keys.transpose(-1, -2) * 0.3).softmax(dim=-1).mean(dim=(1, 2))
+    torch.testing.assert_close(received(query, keys, 0.3), full)
+
+
+def test_in_bfloat16_importance_hardly_ties() -> None:
+    """Its own 8 bits would leave some 80 values among 576 patches."""
+    query, keys = noise(1, 16, 577, 8).bfloat16() * 0.3, noise(1, 16, 577, 8, seed=1).bfloat16()
+    for ips in (importance(query[:, :, :1], keys, 0.3), received(query, keys, 0.3)):
+        assert ips.unique().numel() > 550
+
+
+def test_a_bias_of_log_two_counts_a_key_twice() -> None:
+    query, keys = noise(1, 2, 6, 4), noise(1, 2, 6, 4, seed=1)
+    bias = torch.zeros(1, 6)
+    bias[0, -1] = math.log(2)
+    doubled = torch.cat([keys, keys[:, :, -1:]], dim=2)
+    once, twice = importance(query[:, :, :1], keys, 0.5, bias), importance(query[:, :, :1], doubled, 0.5)
+    torch.testing.assert_close(once[:, :-1], twice[:, :-2])
+    torch.testing.assert_close(once[:, -1], twice[:, -2:].sum(dim=1))
+    full = (query @ doubled.transpose(-1, -2) * 0.5).softmax(dim=-1).mean(dim=(1, 2))
+    torch.testing.assert_close(received(query, keys, 0.5, bias)[:, :-1], full[:, :-2])
+
+
+def test_sizes_count_the_patches_that_each_token_holds() -> None:
+    fate = Fate(torch.tensor([[0, 0, 2, -1, 2, 2], [1, 1, 1, 0, 2, -1]]), torch.zeros(2, 6, dtype=torch.bool))
+    assert fate.sizes(3).tolist() == [[2, 0, 3], [1, 3, 1]]
 
 
 def test_fate_follows_every_patch_through_all_stages() -> None:
@@ -187,7 +299,27 @@ def test_fate_follows_every_patch_through_all_stages() -> None:
         {"cluster_share": 1.1},
         {"cluster_share": -0.1},
         {"iterations": 0},
-        {"merge": "mean"},
+        {"tokens": 0},
+        {"clusters": -1},
+        {"clusters": (4, 4)},
+        {"kept": (8, 4)},
+        {"kept": (8, 4, -1)},
+        {"stages": ()},
+        {"stages": [1, 2]},
+        {"stages": True},
+        {"stages": (1.5, 2)},
+        {"stages": "3"},
+        {"tokens": 1.5},
+        {"tokens": True},
+        {"ratio": "0.5"},
+        {"ratio": math.nan},
+        {"clusters": 1.5},
+        {"iterations": math.inf},
+        {"proportional": "no"},
+        {"fall": "square"},
+        {"similarity": "values"},
+        {"seeds": "plusplus"},
+        {"weights": "mean"},
         {"order": "random"},
     ],
     ids=str,
@@ -195,12 +327,40 @@ def test_fate_follows_every_patch_through_all_stages() -> None:
 def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would name some of these first
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f"{name}: got {value!r}, allowed: "):
+    with pytest.raises(ValueError, match=re.escape(f"{name}: got {value!r}, allowed: ")):
         VMTC(**wrong)
 
 
-def test_a_schedule_needs_blocks_and_tokens() -> None:
-    with pytest.raises(ValueError, match="stages: got 3, allowed: 1 to 2"):
-        VMTC().schedule(576, 2)
-    with pytest.raises(ValueError, match=r"ratio: got 0\.99, allowed: one that leaves at least 1 of 16"):
-        VMTC(ratio=0.99).schedule(16, 4)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ratio": 0.5, "tokens": 64}, "tokens: got 64 besides ratio, allowed: one of the two"),
+        ({"tokens": 64, "kept": (9, 9, 9), "clusters": 0}, r"kept: got \(9, 9, 9\) besides tokens"),
+        ({"kept": (9, 9, 9)}, "clusters: got None, allowed: a number, or one for each stage, as kept is given"),
+    ],
+    ids=str,
+)
+def test_a_budget_is_given_once(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        VMTC(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"stages": 5}, "stages: got 5, allowed: 1 to 4, the blocks in use"),
+        ({"stages": (1, 4)}, r"stages: got \(1, 4\), allowed: ascending numbers up to 3, the last block in use"),
+        ({"stages": (-5,)}, r"stages: got \(-5,\), allowed: ascending numbers up to 3"),
+        ({"stages": (2, 1)}, r"stages: got \(2, 1\), allowed: ascending numbers up to 3"),
+        ({"ratio": 0.99}, r"ratio: got 0\.99, allowed: one that leaves at least 1 of 16"),
+        ({"tokens": 17}, "tokens: got 17, allowed: 1 to 16, the patch tokens of an image"),
+        ({"tokens": 4, "clusters": 5}, "clusters: got 5, allowed: up to 4, all tokens that leave block 3"),
+        ({"kept": (16, 9, 2), "clusters": 1}, r"kept: got \(16, 9, 2\), with 1 clusters at block 1, allowed: 1 to 16"),
+        ({"kept": (9, 9, 2), "clusters": (1, 2, 1)}, r"with 2 clusters at block 2, allowed: 1 to 10 tokens in all"),
+        ({"kept": (9, 2, 0), "clusters": 0}, r"with 0 clusters at block 3, allowed: 1 to 2"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_a_tower_of_16_patches_and_4_blocks_is_named(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        VMTC(**settings).schedule(16, 4)

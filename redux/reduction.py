@@ -1,0 +1,244 @@
+"""The paper's rivals of VMTC: fewer image tokens after the image tower, before the projector.
+
+SPD, the paper's "spatial down-sampling", says neither how it pools nor at which ratio, so three ways are here:
+"average", "stride" and "bilinear" make a smaller square grid of the square grid of patches.  Plain pooling and "random"
+places beat many published methods, so no comparison should go without them.  "prumerge" is LLaVA-PruMerge (Shang et
+al. 2024, arXiv 2403.15388), after the authors' code (github.com/42Shawn/LLaVA-PruMerge, clip_encoder.py): the tokens
+to which the class token attends most, each with its most similar tokens added, and one token of all the rest.
+
+Tokens that are mixed are one product with a matrix of weights, (out x patches): no loop over images or tokens, no wait
+for the host, and, unlike those of torch's own pooling on a GPU, gradients that are the same each time.  It is taken in
+float32, so that bfloat16 rounds a result once.
+
+Cost: that product, and for "prumerge" a second one of the same size, between keys, and a sort of each of its rows: of
+576 patches at most 1.4 GFLOP an image, where the tower of CLIP ViT-L/14 takes some 370.
+
+Shapes: batch, patches, out (tokens left), dim; width of queries and keys, heads side by side.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from redux.picture import grid
+from redux.settings import require
+
+SPATIAL = ("average", "stride", "bilinear")
+
+Reduced = tuple[Float[Tensor, "batch out dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]
+"""(tokens', slot, cluster), as `vmtc.compress` gives them."""
+
+Last = tuple[Float[Tensor, "batch width"], Float[Tensor, "batch patches+1 width"]]
+"""The class token's query and all keys, the class token's first, of the tower's last block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """Settings of a reduction.  The budget is one of `tokens` and `ratio`.
+
+    method: a name in METHODS.
+    tokens: visual tokens left; a square number for "average", "stride" and "bilinear", at least 2 for "prumerge".
+    ratio: share of the patch tokens removed, 0 <= ratio < 1; the spatial methods take the nearest square number.
+    seed: of "random".
+    neighbours: of "prumerge", how many of the most similar tokens are added to each token kept.
+    weights: of "prumerge"; "raw" are the attention weights as in the authors' code, "normalized" divides by their sum,
+        so that each token is a weighted mean of patches.
+
+    >>> Reduction(method="average", ratio=0.75).count(576), Reduction(method="random", ratio=0.9).count(576)
+    (144, 58)
+    >>> Reduction(method="average", ratio=0.9).count(576)  # 64 is nearer to 57.6 than 49
+    64
+    """
+
+    method: Literal["average", "stride", "bilinear", "random", "prumerge"]
+    tokens: int | None = None
+    ratio: float | None = None
+    seed: int = 0
+    neighbours: int = 32
+    weights: Literal["raw", "normalized"] = "raw"
+
+    def __post_init__(self) -> None:
+        square = ("a square number, at least 1", lambda tokens: tokens >= 1 and tokens == math.isqrt(tokens) ** 2)
+        least = (f"at least {self._least}", lambda tokens: tokens >= self._least)
+        require(
+            self,
+            tokens=square if self.method in SPATIAL else least,
+            ratio=("0 <= ratio < 1", lambda ratio: 0 <= ratio < 1),
+            neighbours=("at least 1", lambda neighbours: neighbours >= 1),
+        )
+        if (self.tokens is None) == (self.ratio is None):
+            raise ValueError(f"tokens, ratio: got {self.tokens!r}, {self.ratio!r}, allowed: exactly one of the two")
+
+    @property
+    def _least(self) -> int:
+        return 2 if self.method == "prumerge" else 1
+
+    def count(self, patches: int) -> int:
+        """Visual tokens that leave.
+
+        Raises ValueError where there are fewer patches, where too few would be left or, for the spatial methods, where
+        the patches do not fill a square.
+        """
+        squares = [side**2 for side in range(1, grid(patches) + 1)] if self.method in SPATIAL else []
+        wanted = self.tokens or patches * (1 - (self.ratio or 0))
+        count = min(squares, key=lambda square: abs(square - wanted), default=round(wanted))
+        if wanted > patches or count < self._least:
+            name = "tokens" if self.tokens else "ratio"
+            allowed = f"one that leaves {self._least} to {patches} of {patches} patch tokens"
+            raise ValueError(f"{name}: got {getattr(self, name)}, allowed: {allowed}")
+        return count
+
+
+def reduce(features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: Last | None = None) -> Reduced:
+    """Fewer tokens, (tokens', slot, cluster).
+
+    features: of the patches alone, row by row.
+    last: what "prumerge" goes by, the other methods do not look at it.
+    slot[p] is the output token that holds patch p, -1 if it was dropped; a pooled token holds the patches whose centre
+    lies in its cell of the image.  cluster[o] tells whether output token o is made of several patches.
+    Raises ValueError as `Reduction.count`, and for "prumerge" without `last`.
+
+    Nine patches to four: the windows of "average" overlap, the centre of the image lies in the last cell.
+
+    >>> features = torch.arange(9.0).reshape(1, 9, 1)
+    >>> tokens, slot, cluster = reduce(features, Reduction(method="average", tokens=4))
+    >>> tokens.flatten().tolist(), slot.tolist()
+    ([2.0, 3.0, 5.0, 6.0], [[0, 1, 1, 2, 3, 3, 2, 3, 3]])
+    >>> tokens, slot, cluster = reduce(features, Reduction(method="stride", tokens=4))
+    >>> tokens.flatten().tolist(), slot.tolist()
+    ([0.0, 2.0, 6.0, 8.0], [[0, -1, 1, -1, -1, -1, 2, -1, 3]])
+    """
+    return METHODS[reduction.method](features, reduction, last)
+
+
+def average(features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: Last | None) -> Reduced:
+    """The mean of the patches that a cell touches: torch's adaptive average pooling.
+
+    Where the new side does not divide the old one, a patch on a border counts in full on both sides of it.
+    """
+    side, out, place, cell = _sides(features, reduction)
+    touches = ((place + 1) * out > cell * side) & (place * out < (cell + 1) * side)
+    return _pool(features, touches.float())
+
+
+def bilinear(features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: Last | None) -> Reduced:
+    """Weights that fall linearly from a cell's centre to those beside it: torch's bilinear with antialiasing.
+
+    Without antialiasing only the two patches next to the centre would count: half the side would be "average" again,
+    a third of it "stride".
+    """
+    side, out, place, cell = _sides(features, reduction)
+    distance = ((place + 0.5) * out / side - (cell + 0.5)).abs()  # between centres, in cells
+    return _pool(features, (1 - distance).relu())
+
+
+def stride(features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: Last | None) -> Reduced:
+    """The patch in the middle of each cell, the others dropped; 24 to 12 a side takes 1, 3, 5, ... of each side."""
+    side, out, _, cell = _sides(features, reduction)
+    middle = (2 * cell + 1) * side // (2 * out)
+    return _pick(features, (middle * side + middle.T).flatten())
+
+
+def random(features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: Last | None) -> Reduced:
+    """Random patches, in the order of their place: the same places for every image, in every batch and every run."""
+    patches = features.shape[1]
+    shuffled = torch.randperm(patches, generator=torch.Generator().manual_seed(reduction.seed))
+    places = shuffled[: reduction.count(patches)].sort().values
+    return _pick(features, places.to(features.device, non_blocking=True))
+
+
+def prumerge(features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: Last | None) -> Reduced:
+    """LLaVA-PruMerge: out - 1 tokens by falling attention, each with its neighbours added; behind them one of the rest.
+
+    The weight of a patch is the class token's attention in the last block, over all heads' dimensions at once.  A token
+    kept is itself plus the weighted sum of the `neighbours` tokens, kept or not, whose keys are most similar to its
+    own; the last token is the weighted sum of all that were not kept, and their slot.  Tokens that were kept count as
+    patches and not as clusters, although something was added to them.
+
+    The authors keep, image by image, the outliers of the attention; here the number is fixed, as in the branch that
+    their code of PruMerge+ marks "for training", since a batch needs images of one length.  The evenly spaced tokens
+    that PruMerge+ adds are left out.  `tokens` equal to the patches is no identity: the last is still weighted.
+    """
+    if last is None:
+        raise ValueError("last: got None, allowed: query and keys; a tower with a class token is needed")
+    query, keys = last
+    batch, patches, _ = features.shape
+    kept_count = reduction.count(patches) - 1
+    attention = _attention(query, keys)
+    kept = attention.argsort(dim=-1, descending=True, stable=True)[:, :kept_count]
+    near = attention.new_zeros(batch, kept_count, patches).scatter(2, _nearest(keys[:, 1:], kept, reduction), 1)
+    rest = torch.ones_like(attention).scatter(1, kept, 0).unsqueeze(1)
+    weights = torch.cat([near, rest], dim=1) * attention.unsqueeze(1)
+    weights = weights.scatter(2, kept.unsqueeze(-1), 1)
+    if reduction.weights == "normalized":
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    number = torch.arange(kept_count + 1, device=kept.device).expand(batch, -1)
+    slot = torch.full_like(attention, kept_count, dtype=torch.long).scatter(1, kept, number[:, :-1])
+    return _mix(weights, features), slot, number == kept_count
+
+
+METHODS: dict[str, Callable[..., Reduced]] = {
+    "average": average,
+    "stride": stride,
+    "bilinear": bilinear,
+    "random": random,
+    "prumerge": prumerge,
+}
+
+
+def _sides(
+    features: Float[Tensor, "batch patches dim"], reduction: Reduction
+) -> tuple[int, int, Int[Tensor, "side"], Int[Tensor, "out 1"]]:
+    """Patches a side, cells a side, and their numbers: of the patches in a row, of the cells in a column."""
+    patches = features.shape[1]
+    side, out = grid(patches), grid(reduction.count(patches))
+    return side, out, torch.arange(side, device=features.device), torch.arange(out, device=features.device).unsqueeze(1)
+
+
+def _pool(features: Float[Tensor, "batch patches dim"], weights: Float[Tensor, "cells side"]) -> Reduced:
+    """Pool rows and columns alike.  weights: of the patches of a side in the cells of a side, before normalising."""
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    out, side = weights.shape
+    cell = (2 * torch.arange(side, device=features.device) + 1) * out // (2 * side)
+    slot = (cell.unsqueeze(1) * out + cell).flatten().expand(features.shape[:2])
+    tokens = _mix(torch.kron(weights, weights), features)
+    return tokens, slot, torch.full(tokens.shape[:2], out < side, device=features.device)
+
+
+def _pick(features: Float[Tensor, "batch patches dim"], places: Int[Tensor, "out"]) -> Reduced:
+    tokens = features.index_select(1, places)
+    slot = places.new_full(features.shape[1:2], -1).scatter(0, places, torch.arange(len(places), device=places.device))
+    return tokens, slot.expand(features.shape[:2]), torch.zeros_like(tokens[..., 0], dtype=torch.bool)
+
+
+def _mix(
+    weights: Float[Tensor, "*images out patches"], features: Float[Tensor, "batch patches dim"]
+) -> Float[Tensor, "batch out dim"]:
+    """weights: one matrix for all images, or one for each."""
+    return (weights @ features.float()).to(features.dtype)
+
+
+def _attention(
+    query: Float[Tensor, "batch width"], keys: Float[Tensor, "batch tokens width"]
+) -> Float[Tensor, "batch tokens-1"]:
+    """From the class token to each patch; the softmax runs over the class token as well."""
+    scores = (keys.float() @ query.float().unsqueeze(-1)).squeeze(-1) * query.shape[-1] ** -0.5
+    return scores.softmax(dim=-1)[:, 1:]
+
+
+@torch.no_grad()
+def _nearest(
+    keys: Float[Tensor, "batch patches width"], kept: Int[Tensor, "batch kept"], reduction: Reduction
+) -> Int[Tensor, "batch kept near"]:
+    """The patches whose keys have the highest cosine with that of each token kept, itself apart."""
+    unit = F.normalize(keys.float(), dim=-1)
+    own = unit.gather(1, kept.unsqueeze(-1).expand(-1, -1, unit.shape[-1]))
+    cosine = (own @ unit.transpose(1, 2)).scatter(2, kept.unsqueeze(-1), -torch.inf)
+    near = min(reduction.neighbours, keys.shape[1] - 1)
+    return cosine.argsort(dim=-1, descending=True, stable=True)[..., :near]

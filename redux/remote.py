@@ -1,0 +1,28 @@
+"""Checkpoints that lie in a bucket: their files are fetched for as long as they are read.
+
+transformers opens folders and hub ids.  Any URL that fsspec knows (s3:// with the package s3fs) becomes a folder here;
+it is gone when the weights are in memory, since a cache of whole models fills disks unnoticed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike, fspath
+from tempfile import TemporaryDirectory
+
+import fsspec
+
+
+@contextmanager
+def fetched(path: str | PathLike) -> Iterator[str]:
+    """The path itself, or where it is a URL a local folder with its files.  ValueError where there are none."""
+    url = fspath(path)
+    if "://" not in url:
+        yield url
+        return
+    with TemporaryDirectory() as folder:
+        try:
+            files, inside = fsspec.url_to_fs(url)
+            files.get(f"{inside.rstrip('/')}/", folder, recursive=True)
+        except (ImportError, OSError, ValueError) as error:
+            raise ValueError(f"path: got {url}, allowed: a folder or URL that can be read; {error}") from error
+        yield folder
