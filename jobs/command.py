@@ -42,6 +42,12 @@ def _run(arguments: argparse.Namespace) -> None:
     run(job, arguments.into / job.name)
 
 
+def _cost(arguments: argparse.Namespace) -> None:
+    from jobs import cost
+
+    print(cost.table(arguments.presets, arguments.model, arguments.text))
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -88,7 +94,26 @@ def _parser() -> argparse.ArgumentParser:
         help="the run folder is DIR/NAME (default: %(default)s)",
     )
     run.set_defaults(verb=_run)
+    cost = verbs.add_parser(
+        "cost",
+        help="show what the paper's configurations leave of an image, and what they cost",
+        description="Show, for each preset of redux.presets, the tokens of an image, what each compressing block keeps "
+        "and merges, and FLOPs and bytes of the KV cache for a prompt of one image: computed, nothing is run.",
+        epilog="example: redux cost default tokens-64 --model runs/quickstart/checkpoints/instruct/model",
+    )
+    cost.add_argument("presets", metavar="PRESET", nargs="*", help="a name in the table (default: all)")
+    cost.add_argument(
+        "--model", default="7b", help="7b or 13b for LLaVA-1.5, or the folder of a LLaVA (default: %(default)s)"
+    )
+    cost.add_argument("--text", metavar="N", type=_count, default=64, help="text tokens (default: %(default)s)")
+    cost.set_defaults(verb=_cost)
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, allowed: a whole number >= 1")
+    return int(text)
 
 
 class _Version(argparse.Action):

@@ -122,3 +122,32 @@ def test_an_error_of_ours_keeps_its_traceback(work: Any) -> None:
     work(fail)
     with pytest.raises(RuntimeError, match="a bug"):
         command.main(["run", "x.yaml"])
+
+
+def test_cost_prints_the_stages_and_tokens_of_each_preset() -> None:
+    told = redux("cost", "default", "tokens-64", "tokens-36")
+    assert told.returncode == 0
+    rows = {line.split()[0]: line for line in told.stdout.splitlines()}
+    assert list(rows) == ["preset", "default", "tokens-64", "tokens-36"]
+    assert rows["default"].split()[1] == "288"
+    assert "5: 381+76, 11: 303+60, 17: 240+48" in rows["default"]
+    assert rows["tokens-64"].split()[1] == "64"
+    assert "17: 53+11" in rows["tokens-64"]
+    assert rows["tokens-36"].split()[1] == "36"
+    assert "17: 30+6" in rows["tokens-36"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing"], "preset: got nothing, allowed: default, "),
+        (["--model", "8b"], "--model: got 8b, allowed: 7b, 13b, or the folder of a LLaVA"),
+        (["--text", "0"], "argument --text: got 0, allowed: a whole number >= 1"),
+    ],
+    ids=str,
+)
+def test_what_cost_cannot_show_is_named_in_a_line(arguments: list[str], said: str) -> None:
+    told = redux("cost", *arguments)
+    assert told.returncode == 2
+    assert said in told.stderr.splitlines()[-1]
+    assert not told.stdout
