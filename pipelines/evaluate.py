@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import ray
@@ -29,7 +29,8 @@ from pipelines import cluster
 from pipelines.easy_vqa import TYPES
 from pipelines.report import Example
 from pipelines.shards import Sample, Shards
-from redux.conversation import IMAGE, TEMPLATES, encode, pad
+from redux.answer import answer, answer_from_descriptions
+from redux.conversation import IMAGE, TEMPLATES
 from redux.image import pixels
 from redux.model import ReduxForConditionalGeneration, normalise
 
@@ -38,11 +39,17 @@ FILE = "answers.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Settings.  images: of a batch, with all their questions; actors: models at work at a time."""
+    """Settings.
+
+    images: of a batch, with all their questions.
+    actors: models at work at a time.
+    image: how the model knows it: "seen", or "described" by itself beforehand, the upper limit of Table 1.
+    """
 
     images: Annotated[int, Ge(1)] = 16
     actors: Annotated[int, Ge(1)] = 1
     max_new_tokens: Annotated[int, Ge(1)] = 8
+    image: Literal["seen", "described"] = "seen"
 
 
 class Answerer:
@@ -68,27 +75,17 @@ class Answerer:
             "response": self.answer(samples, [(sample.key, question) for sample, question, _ in asked]),
         }
 
-    @torch.inference_mode()
     def answer(self, samples: list[Sample], asked: list[tuple[str, str]]) -> list[str]:
         """Responses to (sample key, question) pairs."""
         size = self.model.config.vision_config.image_size
-        images = {sample.key: pixels(sample.image, size) for sample in samples}
-        tokens, padding = self.model.config.image_seq_length, self.tokenizer.pad_token_id
-        prompts = [
-            encode(self.tokenizer, [{"from": "human", "value": f"{IMAGE}\n{question}"}], self.template, tokens)[0]
-            for _, question in asked
-        ]
-        mask = pad([np.ones_like(prompt) for prompt in prompts], 0, left=True)
-        ids = torch.from_numpy(pad(prompts, padding, left=True)).to(self.device)
-        generated = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.from_numpy(mask).to(self.device),
-            pixel_values=normalise(torch.from_numpy(np.stack([images[key] for key, _ in asked])).to(self.device)),
-            max_new_tokens=self.settings.max_new_tokens,
-            do_sample=False,
-        )
-        decoded = self.tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in decoded]
+        images = torch.from_numpy(np.stack([pixels(sample.image, size) for sample in samples]))
+        number = {sample.key: place for place, sample in enumerate(samples)}
+        shows, told = [number[key] for key, _ in asked], [question for _, question in asked]
+        if self.settings.image == "described":
+            return answer_from_descriptions(
+                self.model, self.tokenizer, self.template, told, images, shows, self.settings.max_new_tokens
+            )
+        return answer(self.model, self.tokenizer, self.template, told, images[shows], self.settings.max_new_tokens)
 
 
 def questions(sample: Sample) -> Iterator[tuple[str, str]]:

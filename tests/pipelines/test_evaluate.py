@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,16 @@ def test_an_answer_depends_on_the_image_and_on_the_question(model: Path, stored:
     assert len(set(one_question)) > 1
     words = [f"is there {word} shape number 1?" for word in ("red", "blue", "green", "no red", "no no blue")]
     assert len(set(actor.answer(samples, [(samples[0].key, question) for question in words]))) > 1
+
+
+def test_a_described_image_is_answered_from_its_description(model: Path, stored: Shards):
+    actor, samples = answerer(model, stored), stored.read(range(12))
+    asked = [(sample.key, "is there red shape number 1?") for sample in samples]
+    actor.settings = replace(actor.settings, image="described")
+    actor.model.generation_config.suppress_tokens = [actor.model.config.image_token_id]
+    described = actor.answer(samples, asked)
+    actor.settings = replace(actor.settings, image="seen")
+    assert described != actor.answer(samples, asked)
 
 
 def test_special_tokens_are_no_part_of_a_response(model: Path, stored: Shards):
