@@ -1,61 +1,252 @@
-"""The tower gets LLaVA's padded square, scaled as CLIP's training images were."""
+"""The tower gets LLaVA's pixels, to the bit: what transformers' CLIP processor makes of its padded or whole picture."""
 
 import io
+import subprocess
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from redux.image import MEAN, STD, pixels
+from redux.image import MEAN, STD, Fit, Way, pixels, prepared
 from redux.model import normalise
 
 SIDE = 16
 MEAN_COLOUR = (122, 116, 104)  # CLIP's, in whole steps of 255
+FITS: list[Fit] = ["pad", "crop"]
+SEEDS = range(40)
+
+every_fit = pytest.mark.parametrize("fit", FITS)
 
 
-def png(array: np.ndarray | Image.Image) -> bytes:
-    file = io.BytesIO()
-    (array if isinstance(array, Image.Image) else Image.fromarray(array)).save(file, "png")
-    return file.getvalue()
+def file(picture: Image.Image, kind: str = "png", **options: object) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
 
 
-def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_an_image_of_the_right_size_is_taken_as_it_is():
-    image = noise(SIDE, SIDE)
-    assert np.array_equal(pixels(png(image), SIDE).transpose(1, 2, 0), image)
-    assert pixels(png(image), SIDE).dtype == np.uint8
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours, an edge, and the noise of a sensor."""
+    picture = np.array(noise(width // 40 + 1, height // 40 + 1, seed).resize((width, height)), dtype=float)
+    picture[height // 3 :, width // 4 : width // 2] /= 2
+    picture += np.random.default_rng(seed).normal(0, 6, picture.shape)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
-@pytest.mark.parametrize(("width", "height"), [(30, 10), (10, 30), (30, 13), (30, 29)])
-def test_padding_is_centred_and_has_the_mean_colour(width: int, height: int):
-    image = noise(width, height)
-    padded = pixels(png(image), 30).transpose(1, 2, 0)
-    left, top = (30 - width) // 2, (30 - height) // 2
-    inside = np.zeros((30, 30), bool)
-    inside[top : top + height, left : left + width] = True
-    assert np.array_equal(padded[inside].reshape(image.shape), image)
-    assert (padded[~inside] == MEAN_COLOUR).all()
+def shape(seed: int) -> tuple[int, int, int]:
+    """Width, height and size by chance, small ones and long ones as often as others."""
+    chance = np.random.default_rng(seed)
+    width, height = np.exp(chance.uniform(0, 5.5, 2)).astype(int).tolist()
+    return width, height, int(chance.choice([1, 8, 33, 98]))
 
 
-@pytest.mark.parametrize(("width", "height"), [(16, 16), (12, 6), (5, 9), (1, 7), (40, 31)])
-@pytest.mark.parametrize("size", [8, 16, 33])
-def test_pixels_are_those_of_a_padded_square_that_pillow_resized(width: int, height: int, size: int):
-    image, side = noise(width, height), max(width, height)
-    square = np.empty((side, side, 3), np.uint8)
-    square[:] = MEAN_COLOUR
-    square[(side - height) // 2 :, (side - width) // 2 :][:height, :width] = image
-    expected = np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC))
-    assert np.array_equal(pixels(png(image), size).transpose(1, 2, 0), expected)
+def llava(image: bytes, size: int, fit: Fit) -> np.ndarray:
+    """LLaVA's dataset, its expand2square, and its processor but for the floats."""
+    picture = Image.open(io.BytesIO(image)).convert("RGB")
+    picture.info.pop("transparency", None)  # where it is left, transformers 5 makes white of it; LLaVA's 4.37 did not
+    if fit == "pad":
+        width, height = picture.size
+        if width > height:
+            square = Image.new("RGB", (width, width), MEAN_COLOUR)
+            square.paste(picture, (0, (width - height) // 2))
+            picture = square
+        elif height > width:
+            square = Image.new("RGB", (height, height), MEAN_COLOUR)
+            square.paste(picture, ((height - width) // 2, 0))
+            picture = square
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        do_rescale=False,
+        do_normalize=False,
+    )
+    with mock.patch.object(Image.Image, "resize", across_then_down):
+        return processor(picture)["pixel_values"][0]
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
-def test_an_image_of_any_mode_has_three_channels(mode: str):
-    image = Image.fromarray(noise(SIDE, SIDE)).convert(mode)
-    assert np.array_equal(pixels(png(image), SIDE).transpose(1, 2, 0), np.asarray(image.convert("RGB")))
+whole_resize = Image.Image.resize
+
+
+def across_then_down(picture: Image.Image, size: tuple[int, int], resample: int, reducing_gap: None) -> Image.Image:
+    """Resizing as before Pillow 13, which resizes a picture more than twice as high as wide down first."""
+    return whole_resize(whole_resize(picture, (size[0], picture.height), resample), size, resample)
+
+
+def apart(image: bytes, size: int, fit: Fit) -> np.ndarray:
+    """By how many of 255 levels the fast way is off."""
+    return np.abs(pixels(image, size, fit, "fast").astype(int) - pixels(image, size, fit))
+
+
+@every_fit
+@pytest.mark.parametrize("seed", SEEDS)
+def test_pixels_are_llavas(seed: int, fit: Fit):
+    width, height, size = shape(seed)
+    image = file(noise(width, height, seed))
+    got = pixels(image, size, fit)
+    assert got.dtype == np.uint8
+    assert np.array_equal(got, llava(image, size, fit))
+
+
+@every_fit
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (480, 640), (500, 333), (336, 336), (337, 336), (336, 335)])
+def test_pixels_of_a_photo_are_llavas(width: int, height: int, fit: Fit):
+    image = file(photo(width, height), "jpeg")
+    assert np.array_equal(pixels(image, 336, fit), llava(image, 336, fit))
+
+
+@every_fit
+@pytest.mark.parametrize("size", [1, 7, 16])
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 2), (1, 700), (700, 1), (3, 200), (200, 3)])
+def test_pixels_of_a_tiny_or_long_image_are_llavas(width: int, height: int, size: int, fit: Fit):
+    image = file(noise(width, height))
+    assert np.array_equal(pixels(image, size, fit), llava(image, size, fit))
+
+
+def of_mode(mode: str) -> bytes:
+    picture, levels = photo(50, 30), np.arange(1500).reshape(30, 50)
+    match mode:
+        case "CMYK":
+            return file(picture.convert("CMYK"), "jpeg")
+        case "16 bits":
+            return file(Image.fromarray((levels * 43).astype(np.uint16)))
+        case "32 bits":
+            return file(Image.fromarray(levels.astype(np.int32)), "tiff")
+        case "P with one transparent":
+            return file(picture.quantize(30), transparency=3)
+        case "P with some transparent":
+            return file(picture.quantize(30), transparency=bytes(range(0, 240, 8)))
+        case "RGB with one transparent":
+            return file(picture, transparency=picture.getpixel((0, 0)))
+        case "animated":
+            return file(picture.quantize(30), "gif", save_all=True, append_images=[photo(50, 30, 1).quantize(30)])
+        case "EXIF":
+            exif = Image.Exif()
+            exif[274] = 6  # turned by a quarter
+            return file(picture, "jpeg", exif=exif)
+    return file(picture.convert(mode))
+
+
+TRANSPARENT = ["P with one transparent", "P with some transparent", "RGB with one transparent"]
+MODES = ["L", "LA", "P", "1", "RGBA", "CMYK", "16 bits", "32 bits", *TRANSPARENT, "animated", "EXIF"]
+
+
+@every_fit
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # Pillow's advice
+def test_pixels_of_any_mode_are_llavas(mode: str, fit: Fit):
+    image = of_mode(mode)
+    assert np.array_equal(pixels(image, SIDE, fit), llava(image, SIDE, fit))
+    assert apart(image, SIDE, fit).max() <= 2
+
+
+@every_fit
+def test_an_image_of_the_right_size_is_taken_as_it_is(fit: Fit):
+    picture = noise(SIDE, SIDE)
+    assert np.array_equal(pixels(file(picture), SIDE, fit).transpose(1, 2, 0), np.asarray(picture))
+
+
+@every_fit
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_fast_way_is_at_most_two_levels_off(seed: int, fit: Fit):
+    width, height, size = shape(seed)
+    assert apart(file(noise(width, height, seed), "ppm"), size, fit).max() <= 2
+
+
+@every_fit
+def test_the_fast_way_is_hardly_off_in_a_photo(fit: Fit):
+    levels = np.stack([apart(file(photo(640, 480, seed), "jpeg"), 336, fit) for seed in range(3)])
+    assert levels.max() <= 2
+    assert levels.mean() < 0.01
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1", "grey", "CMYK", "RGB"])
+def test_the_fast_way_decodes_a_jpeg_as_pillow_does(subsampling: str, progressive: bool):
+    picture, options = photo(99, 99), {"quality": 90, "progressive": progressive}
+    match subsampling:
+        case "grey":
+            image = file(picture.convert("L"), "jpeg", **options)
+        case "CMYK":
+            image = file(picture.convert("CMYK"), "jpeg", **options)
+        case "RGB":
+            image = file(picture, "jpeg", keep_rgb=True, **options)
+        case _:
+            image = file(picture, "jpeg", subsampling=subsampling, **options)
+    assert np.array_equal(pixels(image, 99, way="fast"), pixels(image, 99))
+
+
+@every_fit
+@pytest.mark.parametrize("seed", SEEDS[:10])
+def test_a_prepared_image_has_the_same_pixels(seed: int, fit: Fit):
+    width, height, size = shape(seed)
+    image = file(noise(width, height, seed))
+    expected, stored = pixels(image, size, fit), prepared(image, size, fit)
+    for again in FITS:
+        assert np.array_equal(pixels(stored, size, again), expected)
+        assert np.array_equal(pixels(stored, size, again, "fast"), expected)
+
+
+def test_a_prepared_image_is_one_to_webdataset():
+    from webdataset.autodecode import imagehandler
+
+    image = file(noise(30, 20))
+    assert np.array_equal(imagehandler("rgb8")("ppm", prepared(image, SIDE)), pixels(image, SIDE).transpose(1, 2, 0))
+
+
+KINDS = ["jpeg", "png", "gif", "bmp", "ppm", "tiff", "webp"]
+
+
+@pytest.mark.parametrize("way", ["exact", "fast"])
+@pytest.mark.parametrize("left", [0.01, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize(("kind", "options"), [("jpeg", {"progressive": True}), *((kind, {}) for kind in KINDS)])
+@pytest.mark.filterwarnings("ignore:Truncated File Read")  # Pillow says it of TIFF twice
+def test_a_truncated_image_is_an_error(kind: str, options: dict[str, bool], left: float, way: Way):
+    image = file(photo(60, 40), kind, **options)
+    with pytest.raises(ValueError, match=r"^an image that Pillow cannot read: |^not an image that Pillow knows: "):
+        pixels(image[: int(left * len(image))], SIDE, way=way)
+
+
+def test_an_error_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"^not an image that Pillow knows: 5 bytes that begin with b'<html'$"):
+        pixels(b"<html", SIDE)
+    with pytest.raises(ValueError, match=r"^an image that Pillow cannot read: OSError: .*truncated"):
+        pixels(file(noise(30, 30), "jpeg")[:-50], SIDE)
+
+
+@pytest.mark.parametrize("way", ["exact", "fast"])
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_a_decompression_bomb_is_an_error(kind: str, way: Way, monkeypatch: pytest.MonkeyPatch):
+    image = file(Image.new("RGB", (40, 30)), kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
+    with pytest.raises(ValueError, match="DecompressionBombError: Image size \\(1200 pixels\\) exceeds limit"):
+        pixels(image, SIDE, way=way)
+
+
+def test_an_image_too_long_to_pad_or_to_crop_is_an_error():
+    image = file(noise(1, 14_000))
+    with pytest.raises(ValueError, match="too large or too long: 14000 x 14000 pixels"):
+        pixels(image, SIDE)
+    with pytest.raises(ValueError, match="too large or too long: 336 x 4704000 pixels"):
+        pixels(image, 336, "crop")
+
+
+def test_the_fast_way_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with pytest.raises(ValueError, match=r'pip install "redux-vlm\[fast\]"'):
+        pixels(file(noise(8, 8)), SIDE, way="fast")
+
+
+def test_the_exact_way_does_without_torch():
+    read = "import sys; from redux.image import pixels; pixels(sys.stdin.buffer.read(), 4)"
+    code = f"{read}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], input=file(noise(8, 6)), check=True)
 
 
 def test_normalised_pixels_are_those_of_clip() -> None:

@@ -1,0 +1,89 @@
+"""Time to make one image's pixels: exact, fast, and from a file prepared before.
+
+    python jobs/bench/pixels.py
+
+JPEGs of 640 x 480 as a camera might make them, smooth colours with edges and noise, on one core; needs redux-vlm[fast].
+The result is printed and added to pixels.jsonl beside this file; ratios within one run are what can be compared.
+"""
+
+import argparse
+import datetime
+import io
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import PIL
+import simplejpeg
+import torch
+from PIL import Image
+
+from redux.image import Fit, pixels, prepared
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--size", type=int, default=336, help="default: %(default)s")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    files = [photo(seed) for seed in range(arguments.images)]
+    fits = {fit: measure(files, arguments.size, fit) for fit in get_args(Fit)}
+    for fit, ways in fits.items():
+        print(f"{fit:5}", *(f"{way} {ms:.2f} ms  " for way, ms in ways.items()))
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.machine(),
+        "versions": {module.__name__: module.__version__ for module in (PIL, simplejpeg, torch)},
+        **{"images": arguments.images, "size": arguments.size},
+        "jpeg_kb": round(statistics.mean(map(len, files)) / 1e3),
+        "prepared_kb": round(len(prepared(files[0], arguments.size)) / 1e3),
+        "ms": fits,
+    }
+    with Path(__file__).with_suffix(".jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def measure(files: list[bytes], size: int, fit: Fit) -> dict[str, float]:
+    """Median time of each way in milliseconds; an image's ways follow each other, so that all see the same machine."""
+    times: dict[str, list[float]] = {"exact": [], "fast": [], "prepared": []}
+    pixels(files[0], size, fit, "fast")  # what torch loads once
+    for image in files:
+        square = prepared(image, size, fit)
+        times["exact"].append(_ms(pixels, image, size, fit))
+        times["fast"].append(_ms(pixels, image, size, fit, "fast"))
+        times["prepared"].append(_ms(pixels, square, size, fit))
+    return {way: round(statistics.median(each), 3) for way, each in times.items()}
+
+
+def photo(seed: int, width: int = 640, height: int = 480) -> bytes:
+    chance = np.random.default_rng(seed)
+    colours = Image.fromarray(chance.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8))
+    picture = np.array(colours.resize((width, height), Image.Resampling.BICUBIC), dtype=float)
+    y, x = np.ogrid[:height, :width]
+    for _ in range(20):
+        disc = np.hypot(x - chance.uniform(0, width), y - chance.uniform(0, height)) < chance.uniform(20, 120)
+        picture[disc] = picture[disc] / 2 + chance.uniform(0, 128, 3)
+    picture += chance.normal(0, 6, picture.shape)
+    file = io.BytesIO()
+    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(file, "jpeg", quality=90)
+    return file.getvalue()
+
+
+def _ms(function: Callable[..., object], *arguments: object, repeats: int = 3) -> float:
+    """The shortest time: what else the machine does only adds."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function(*arguments)
+        times.append(time.perf_counter() - start)
+    return min(times) * 1e3
+
+
+if __name__ == "__main__":
+    main()
