@@ -1,0 +1,91 @@
+"""Time and peak memory of one global batch out of an epoch of a billion samples.
+
+    python jobs/bench/order.py
+
+Each way to order runs in a process of its own and builds batches from all over the epoch, the first of them cold;
+shards hold 10,000 samples, and lengths are computed instead of read.  Times are of the processor, which a busy machine
+does not change much; the peak is that of the whole process, numpy included.  The result is printed and added to
+order.jsonl beside this file.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.grouping import Groups
+from pipelines.order import Order
+
+SAMPLES = 10**9
+WAYS = ("global", "mixture", "window", "groups")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--global-batch", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--way", choices=WAYS, help="measure one way in this process and print it")
+    arguments = parser.parse_args()
+    if arguments.way:
+        print(json.dumps(measure(arguments.way, arguments.global_batch)))
+        return
+    ways = {}
+    for way in WAYS:
+        command = [sys.executable, __file__, "--way", way, "--global-batch", str(arguments.global_batch)]
+        ways[way] = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+        print(
+            f"{way:8} first {ways[way]['first_ms']:6.2f} ms, median {ways[way]['median_ms']:6.2f} ms, "
+            f"worst {ways[way]['worst_ms']:6.2f} ms, {ways[way]['peak_mib']:4.0f} MiB",
+            flush=True,
+        )
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.machine(),
+        **{"samples": SAMPLES, "global_batch": arguments.global_batch},
+        "ways": ways,
+    }
+    with Path(__file__).with_suffix(".jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def order(way: str, global_batch: int) -> Order:
+    """A billion samples, in that way."""
+    if way == "mixture":
+        weights = (0.62, 0.25, 0.08, 0.05)
+        return Order(samples=(SAMPLES // 4,) * 4, global_batch=global_batch, seed=0, weights=weights)
+    if way == "window":
+        shards = (np.full(SAMPLES // 10_000, 10_000),)
+        return Order(samples=(SAMPLES,), global_batch=global_batch, seed=0, shuffle="window", shards=shards)
+    if way == "groups":
+        groups = Groups(counts=(SAMPLES // 16 * 15, SAMPLES // 16), lengths=lengths, megabatch=50)
+        return Order(samples=(SAMPLES,), global_batch=global_batch, seed=0, groups=groups)
+    return Order(samples=(SAMPLES,), global_batch=global_batch, seed=0)
+
+
+def lengths(numbers: np.ndarray) -> np.ndarray:
+    """Text lengths that look like chance."""
+    return (numbers * 2654435761 % 2039).astype(np.uint16)
+
+
+def measure(way: str, global_batch: int, repeats: int = 50) -> dict[str, float]:
+    """Milliseconds of a batch and MiB of the process."""
+    one = order(way, global_batch)
+    np.random.SeedSequence(0)  # numpy loads its module at first use
+    times = []
+    for number in np.linspace(0, one.batches(1) - 1, repeats).astype(int).tolist():
+        start = time.process_time()
+        one.batch(number)
+        times.append((time.process_time() - start) * 1e3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux: in KiB
+    return {"first_ms": times[0], "median_ms": statistics.median(times), "worst_ms": max(times), "peak_mib": peak}
+
+
+if __name__ == "__main__":
+    main()
