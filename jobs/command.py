@@ -7,9 +7,10 @@ arguments answer at once instead of after torch and Ray have been loaded.
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 EXIT_MISUSE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -40,6 +41,15 @@ def _run(arguments: argparse.Namespace) -> None:
     from jobs.run import run
 
     run(job, arguments.into / job.name)
+
+
+def _shards(verb: str) -> Callable[[argparse.Namespace], None]:
+    def call(arguments: argparse.Namespace) -> None:
+        from jobs import shards
+
+        getattr(shards, verb)(arguments)
+
+    return call
 
 
 def _cost(arguments: argparse.Namespace) -> None:
@@ -94,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the run folder is DIR/NAME (default: %(default)s)",
     )
     run.set_defaults(verb=_run)
+    _add_shards(verbs)
     cost = verbs.add_parser(
         "cost",
         help="show what the paper's configurations leave of an image, and what they cost",
@@ -108,6 +119,55 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--text", metavar="N", type=_count, default=64, help="text tokens (default: %(default)s)")
     cost.set_defaults(verb=_cost)
     return parser
+
+
+def _add_shards(verbs: Any) -> None:
+    shards = verbs.add_parser(
+        "shards",
+        help="make, index or verify WebDataset shards",
+        description="Make WebDataset shards of LLaVA's JSON files, index those of others, verify what is there. "
+        "Folders are local or any URL that fsspec knows, such as s3://bucket/folder.",
+    ).add_subparsers(metavar="WHAT", required=True)
+    make = shards.add_parser(
+        "make",
+        help="make shards of a JSON file and its images",
+        description="Write the records of a JSON file of LLaVA's form, and their images, as shards with an index. "
+        "Records that cannot be used are listed in quarantine.jsonl with a reason. An interrupted making goes on when "
+        "it is started again.",
+        epilog="example: redux shards make --json llava_v1_5_mix665k.json --images data --out s3://bucket/mix665k "
+        "--tolerance 0.001",
+    )
+    source = make.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--json", metavar="FILE", help="a list of records: id, image (none for text alone), conversations"
+    )
+    source.add_argument("--easy-vqa", choices=("train", "test"), help="easy-VQA's conversations instead of a file")
+    make.add_argument("--images", metavar="DIR", default=".", help="folder of the images (default: here)")
+    make.add_argument("--out", metavar="URI", required=True, help="folder of the shards")
+    make.add_argument("--samples-per-shard", metavar="N", type=_count, default=1000, help="default: %(default)s")
+    make.add_argument("--words", metavar="N", type=_count, help="keep longer records out (default: keep any)")
+    make.add_argument(
+        "--tolerance", metavar="SHARE", type=_share, default=0.0,
+        help="fail if more than this share of the records cannot be used (default: %(default)s)",
+    )  # fmt: skip
+    make.set_defaults(verb=_shards("make"))
+    for name, text in {
+        "index": "write the index of tars that others made",
+        "verify": "check that a set is what its index says, byte for byte",
+    }.items():
+        verb = shards.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        verb.add_argument("folder", metavar="URI", help="folder of the shards")
+        verb.set_defaults(verb=_shards(name))
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"got {text}, allowed: a number from 0 to 1")
+    return share
 
 
 def _count(text: str) -> int:

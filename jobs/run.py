@@ -142,7 +142,8 @@ def _shards(job: Job, folder: Path, tokenizer: Path) -> None:
         "test": easy_vqa.conversations("test"),
     }
     for name, records in sets.items():
-        shards.make(records, folder / "shards" / name, job.data.samples_per_shard)
+        making = shards.Making(samples_per_shard=job.data.samples_per_shard)
+        shards.make(records, str(easy_vqa.FOLDER), str(folder / "shards" / name), making)
     templates = [TEMPLATES[stage.template] for stage in job.train.values()]
     texts = (
         "".join(piece for piece, _ in template.spans(record["conversations"]))

@@ -3,7 +3,8 @@
 Each image holds one coloured shape, and the questions are its only annotations.  About ten questions an image become
 one conversation, as in LLaVA's instruction mixture; its caption says what the answers settle and no more.
 
-    {"id": "train/7", "image": PATH, "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt", …}]}
+    {"id": "train/7", "image": "train/images/7.png",
+     "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt", …}]}
 """
 
 import re
@@ -16,6 +17,9 @@ COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 TYPES = {**dict.fromkeys(COLOURS, "colour"), **dict.fromkeys(SHAPES, "shape"), "yes": "yes/no", "no": "yes/no"}
 """Type of a question by its answer; these are all 13 answers."""
+
+FOLDER = Path(easy_vqa.__file__).parent / "data"
+"""Where the images' paths start."""
 
 Questions = list[tuple[str, str]]
 
@@ -66,4 +70,4 @@ def _images(split: str) -> list[tuple[int, str, Questions]]:
     for question, answer, image in zip(*getattr(easy_vqa, f"get_{split}_questions")(), strict=True):
         asked.setdefault(image, []).append((question, answer))
     paths = getattr(easy_vqa, f"get_{split}_image_paths")()
-    return [(image, str(Path(paths[image])), asked[image]) for image in sorted(asked)]
+    return [(image, Path(paths[image]).relative_to(FOLDER).as_posix(), asked[image]) for image in sorted(asked)]

@@ -68,8 +68,8 @@ class Answerer:
         samples = self.shards.read(range(first, min(first + self.settings.images, len(self.shards))))
         asked = [(sample, *pair) for sample in samples for pair in questions(sample)]
         return {
-            "id": [f"{sample.key}/{number}" for sample in samples for number, _ in enumerate(questions(sample))],
-            "image": [sample.key for sample, _, _ in asked],
+            "id": [f"{sample.id}/{number}" for sample in samples for number, _ in enumerate(questions(sample))],
+            "image": [sample.id for sample, _, _ in asked],
             "question": [question for _, question, _ in asked],
             "answer": [answer for _, _, answer in asked],
             "response": self.answer(samples, [(sample.key, question) for sample, question, _ in asked]),
@@ -145,7 +145,7 @@ def examples(model: Path, shards: Path, answers: Path, count: int) -> list[Examp
     result = []
     for number in range(0, len(stored), max(len(stored) // count, 1))[:count] if count else ():
         [sample] = stored.read([number])
-        image, entry = pixels(sample.image, llava.config.vision_config.image_size), by_image[sample.key]
+        image, entry = pixels(sample.image, llava.config.vision_config.image_size), by_image[sample.id]
         with torch.inference_mode():
             _, fate = llava.model.encode_images(normalise(torch.from_numpy(image[None])))
         result.append(

@@ -2,7 +2,7 @@
 
     rows in:   number of a block
     rows out:  one row a micro-batch, each block for one worker; columns as the collation gives them, and
-               number (of the micro-batch), pixel_values (samples, 3, size, size) uint8
+               number (of the micro-batch), pixel_values (images, 3, size, size) uint8; text alone has no image
     resources: 1 CPU a task; decoding, tokenising and padding happen there, scaling to floats in the trainer
 
 A task is a pure function of (settings, number), so what Ray computes again after a lost node has the same bytes.
@@ -52,16 +52,19 @@ class Micro:
     def __call__(self, number: int) -> Batch:
         first = number * self.size
         batch, within = divmod(first, self.order.global_batch)
-        stored = self.shards.read(self.order.batch(batch)[within : within + self.size])
-        images, samples = zip(*(self._vary(sample, first + place) for place, sample in enumerate(stored)), strict=True)
-        text = self.collate(_tokenizer(self.tokenizer), samples)
-        return {"number": np.array(number), "pixel_values": np.stack(images), **text}
+        _, samples = self.order.batch(batch)
+        stored = self.shards.read(samples[within : within + self.size])
+        varied = [self._vary(sample, first + place) for place, sample in enumerate(stored)]
+        shape = (-1, 3, self.image_size, self.image_size)
+        images = np.array([image for image, _ in varied if image is not None], np.uint8).reshape(shape)
+        text = self.collate(_tokenizer(self.tokenizer), [sample for _, sample in varied])
+        return {"number": np.array(number), "pixel_values": images, **text}
 
-    def _vary(self, sample: Sample, place: int) -> tuple[UInt8[np.ndarray, "3 size size"], Sample]:
-        """The sample's pixels and the sample, varied as asked for by chance of (seed, place in the stream)."""
+    def _vary(self, sample: Sample, place: int) -> tuple[UInt8[np.ndarray, "3 size size"] | None, Sample]:
+        """The sample's pixels, if any, and the sample, varied as asked for by chance of (seed, place in the stream)."""
         chance = np.random.default_rng((self.order.seed, place))
-        image = pixels(sample.image, self.image_size)
-        if self.flip and chance.random() < 0.5:
+        image = pixels(sample.image, self.image_size) if sample.image else None
+        if self.flip and chance.random() < 0.5 and image is not None:
             image = image[:, :, ::-1]
         if self.rounds:
             sample = draw_rounds(sample, self.rounds, chance)
@@ -98,6 +101,8 @@ def captions(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> B
 
     input_ids, attention_mask: (samples, longest) int64, padded on the right; what is longer than CONTEXT is cut.
     """
+    if bare := next((sample for sample in samples if not sample.image), None):
+        raise ValueError(f"sample {bare.key}: text alone, allowed in a contrastive stage: an image and its caption")
     texts = [sample.record["conversations"][1]["value"] for sample in samples]
     cut = tokenizer(texts, truncation=True, max_length=CONTEXT - 1)["input_ids"]
     rows = [np.array([*ids, tokenizer.eos_token_id]) for ids in cut]

@@ -122,7 +122,7 @@ class Plan:
         collate = ingest.conversations(stage.template, tokens) if stage.objective == "language" else ingest.captions
         return ingest.Micro(
             shards=shards,
-            order=Order(samples=len(shards), global_batch=stage.global_batch, seed=self.seed),
+            order=Order(samples=(len(shards),), global_batch=stage.global_batch, seed=self.seed),
             size=stage.micro_batch,
             image_size=self.model.tower.image_size,
             tokenizer=self.tokenizer,
@@ -229,7 +229,7 @@ def training_steps(engine: Any, plan: Plan, cursor: int, steps: int) -> Iterator
             engine.backward(output)
             engine.step()
             loss += output.item() / accumulation
-            samples += len(batch["pixel_values"])
+            samples += len(batch["input_ids"])
             tokens += batch["attention_mask"].sum().item()
             compute_s += time.perf_counter() - now
         sums = torch.tensor([loss, samples, tokens, data_s, compute_s], dtype=torch.float64, device=engine.device)

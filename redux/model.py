@@ -329,9 +329,14 @@ class ReduxModel(LlavaModel):
             raise ValueError(f"{name}: got {value}, allowed with vmtc or reduction: {getattr(self.config, name)}")
         if others or kwargs.get("output_hidden_states") or not self.runs_blocks:
             return super().get_image_features(pixel_values, **kwargs)
-        features, _ = self.encode_images(pixel_values)
-        projected = self.multi_modal_projector(features)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
+        if len(pixel_values):
+            features, _ = self.encode_images(pixel_values)
+            return BaseModelOutputWithPooling(features, pooler_output=list(self.multi_modal_projector(features)))
+        # a batch of text alone: an image of which nothing is taken, so that the tower has its gradients, zeros, as on
+        # ranks with images; without them ranks would wait for each other
+        features, _ = self.encode_images(pixel_values.new_zeros(1, *pixel_values.shape[1:]))
+        nothing = self.multi_modal_projector(features[:0]).flatten(0, 1)
+        return BaseModelOutputWithPooling(features[:0], pooler_output=[nothing])
 
 
 class ReduxForConditionalGeneration(LlavaForConditionalGeneration):

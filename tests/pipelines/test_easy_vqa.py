@@ -4,13 +4,12 @@ import itertools
 import re
 from collections import Counter
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import easy_vqa as package
 import pytest
 
-from pipelines.easy_vqa import COLOURS, SHAPES, TYPES, caption, captions, conversations
+from pipelines.easy_vqa import COLOURS, FOLDER, SHAPES, TYPES, caption, captions, conversations
 
 Split = Literal["train", "test"]
 SPLITS = pytest.mark.parametrize("split", ["train", "test"])
@@ -56,11 +55,11 @@ def test_every_image_is_one_record_and_its_file_bears_its_number(split: Split):
     assert len(told(split)) == {"train": 4_000, "test": 1_000}[split]
     for record in told(split):
         image = int(record["id"].split("/")[1])
-        assert Path(record["image"]).samefile(paths[image])
+        assert (FOLDER / record["image"]).samefile(paths[image])
 
 
 def test_no_image_of_training_is_an_image_of_the_test():
-    train, test = ({Path(record["image"]) for record in told(split)} for split in ("train", "test"))
+    train, test = ({FOLDER / record["image"] for record in told(split)} for split in ("train", "test"))
     assert (len(train), len(test)) == (4_000, 1_000)
     assert train.isdisjoint(test)
     assert {path.read_bytes() for path in train}.isdisjoint({path.read_bytes() for path in test})

@@ -105,7 +105,7 @@ def test_special_tokens_are_no_part_of_a_response(model: Path, stored: Shards):
 def test_every_question_is_asked_once_in_the_order_of_the_set(model: Path, stored: Shards, images: int):
     rows = answered(model, stored, images)
     expected = [
-        (f"{sample.key}/{number}", sample.key, question, answer)
+        (f"{sample.id}/{number}", sample.id, question, answer)
         for sample in stored.read(range(len(stored)))
         for number, (question, answer) in enumerate(questions(sample))
     ]
@@ -174,12 +174,13 @@ def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questi
     rows = [judged(row) for row in answered(model, stored, 8)]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {(row["image"], row["question"], row["answer"], row["response"], row["correct"]) for row in rows}
-    pictures = {pixels(sample.image, 16).tobytes(): sample.key for sample in stored.read(range(len(stored)))}
-    shown = []
+    samples = stored.read(range(len(stored)))
+    pictures = {pixels(sample.image, 16).tobytes(): sample.id for sample in samples}
+    numbers, shown = {sample.id: number for number, sample in enumerate(samples)}, []
     for example in examples(model, stored.folder, tmp_path / "answers.jsonl", count):
         key = pictures[np.asarray(example.image).transpose(2, 0, 1).tobytes()]
         assert (key, example.question, example.answer, example.response, example.correct) in given
-        shown.append(stored.keys.index(key))
+        shown.append(numbers[key])
     assert len(shown) == len(set(shown)) == count
     assert shown == sorted(shown)
     assert count < 2 or shown[-1] - shown[0] >= len(stored) // 2, "spread over the set"

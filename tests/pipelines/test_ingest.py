@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from pipelines.ingest import BLOCK, Micro, captions, conversations, dataset, draw_rounds, micro_batches
 from pipelines.order import Order
-from pipelines.shards import Sample, Shards
+from pipelines.shards import Making, Sample, Shards, make
 from redux.conversation import CONTEXT, IGNORE, IMAGE
 from redux.image import pixels
 
@@ -27,7 +27,7 @@ def micro(stored: Shards, tokenizer: Path) -> Micro:
     """Micro-batches of 4; 22 samples are no multiple of the global batch, so epochs meet within one."""
     return Micro(
         shards=stored,
-        order=Order(samples=len(stored), global_batch=GLOBAL_BATCH, seed=3),
+        order=Order(samples=(len(stored),), global_batch=GLOBAL_BATCH, seed=3),
         size=4,
         image_size=SIDE,
         tokenizer=tokenizer,
@@ -204,7 +204,7 @@ def test_about_half_of_the_images_are_mirrored_anew_each_epoch_and_by_seed(micro
 
 def test_without_flip_and_shuffle_the_samples_are_as_stored(micro: Micro):
     plain = replace(micro, flip=False, rounds=None)
-    numbers = np.concatenate([plain.order.batch(number) for number in range(3)])
+    numbers = np.concatenate([plain.order.batch(number)[1] for number in range(3)])
     stored = plain.shards.read(numbers)
     assert seen(plain, range(6)) == [(sample.key, False) for sample in stored]
     ids = plain.collate(AutoTokenizer.from_pretrained(plain.tokenizer), stored)
@@ -220,7 +220,7 @@ def test_a_global_batch_has_the_same_samples_at_any_number_of_workers(micro: Mic
     for step in range(4):
         turns = [(step * per_rank + turn) * workers + rank for turn in range(per_rank) for rank in range(workers)]
         keys = [key for key, _ in seen(shared, turns)]
-        assert keys == [micro.shards.keys[number] for number in micro.order.batch(step)]
+        assert keys == [micro.shards.keys[number] for number in micro.order.batch(step)[1]]
 
 
 def batches(data: Any) -> list[dict[str, np.ndarray]]:
@@ -253,3 +253,45 @@ def test_two_workers_get_every_other_micro_batch_in_order(micro: Micro):
         first, second = pool.map(batches, shards)
     assert matches(first, micro, range(2, stop, 2))
     assert matches(second, micro, range(3, stop, 2))
+
+
+@pytest.fixture(scope="module")
+def mixed(
+    ray_cluster: Any, micro: Micro, records: list[dict], pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Micro:
+    """The same micro-batches of a set in which only every fifth record has an image."""
+    given = [dict(record) for record in records]
+    for number, record in enumerate(given):
+        if number % 5:
+            del record["image"]
+            turns = [{**turn, "value": turn["value"].removeprefix(f"{IMAGE}\n")} for turn in record["conversations"]]
+            record["conversations"] = turns
+    folder = tmp_path_factory.mktemp("mixed")
+    make(given, str(pictures), str(folder), Making(samples_per_shard=5))
+    return replace(micro, shards=Shards(folder))
+
+
+def test_a_micro_batch_has_the_images_of_its_samples_and_all_their_texts(mixed: Micro):
+    """As many image tokens as images fill; text alone, also in every sample of a batch, has neither."""
+    image = AutoTokenizer.from_pretrained(mixed.tokenizer).convert_tokens_to_ids(IMAGE)
+    counts = []
+    for number in range(22):
+        batch = mixed(number)
+        counts.append(len(batch["pixel_values"]))
+        assert batch["pixel_values"].shape[1:] == (3, SIDE, SIDE)
+        assert len(batch["input_ids"]) == mixed.size
+        assert (batch["input_ids"] == image).sum() == counts[-1] * IMAGE_TOKENS
+    assert 0 in counts
+    assert len(set(counts)) > 2
+
+
+def test_micro_batches_with_and_without_images_travel_through_ray(mixed: Micro):
+    blocks = dataset(mixed, 0, 20, workers=2).iter_batches(batch_size=None)
+    found = {int(row["number"]): row for row in micro_batches(blocks)}
+    assert sorted(found) == list(range(20))
+    assert all(equal(found[number], mixed(number)) for number in found)
+
+
+def test_text_alone_has_no_place_in_a_contrastive_stage(mixed: Micro):
+    with pytest.raises(ValueError, match="text alone, allowed in a contrastive stage: an image and its caption"):
+        [replace(mixed, collate=captions)(number) for number in range(6)]

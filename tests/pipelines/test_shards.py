@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import numpy as np
 import pytest
 import webdataset
 
-from pipelines.shards import INDEX, Shards, index, make
+from pipelines import storage
+from pipelines.records import REASONS
+from pipelines.shards import INDEX, QUARANTINE, SUMMARY, Making, Shards, index, make
 
 
 def tars(stored: Shards) -> list[Path]:
-    return sorted(stored.folder.glob("*.tar"))
+    return sorted(Path(stored.folder).glob("*.tar"))
 
 
-def images(records: list[dict]) -> dict[str, bytes]:
-    return {record["id"]: Path(record["image"]).read_bytes() for record in records}
+def files(records: list[dict], pictures: Path) -> list[bytes]:
+    return [(pictures / record["image"]).read_bytes() for record in records]
 
 
 @pytest.fixture
@@ -30,12 +33,14 @@ def copy(stored: Shards, tmp_path: Path) -> Shards:
     return Shards(shutil.copytree(stored.folder, tmp_path / "copy"))
 
 
-def test_webdataset_reads_every_sample_with_its_image_and_record(stored: Shards, records: list[dict]):
+def test_webdataset_reads_every_sample_with_its_image_and_record(stored: Shards, records: list[dict], pictures: Path):
     read = list(webdataset.WebDataset([str(tar) for tar in tars(stored)], shardshuffle=False))
-    assert [sample["__key__"] for sample in read] == [record["id"] for record in records] == stored.keys
-    for sample, ours in zip(read, stored.read(range(len(stored))), strict=True):
-        assert sample["png"] == ours.image == images(records)[ours.key]
-        assert json.loads(sample["json"]) == ours.record
+    assert [sample["__key__"] for sample in read] == [f"{number:09d}" for number in range(len(records))] == stored.keys
+    numbers = range(len(stored))
+    for sample, ours, image, record in zip(read, stored.read(numbers), files(records, pictures), records, strict=True):
+        assert sample["png"] == ours.image == image
+        assert json.loads(sample["json"]) == ours.record == record
+        assert ours.id == record["id"]
 
 
 def test_ray_data_reads_every_sample_with_its_image_and_record(ray_cluster: Any, stored: Shards):
@@ -47,18 +52,13 @@ def test_ray_data_reads_every_sample_with_its_image_and_record(ray_cluster: Any,
         assert json.loads(row["json"]) == ours[row["__key__"]].record
 
 
-def test_samples_come_in_the_order_in_which_they_are_asked_for(stored: Shards, records: list[dict]):
+def test_samples_come_in_the_order_in_which_they_are_asked_for(stored: Shards, records: list[dict], pictures: Path):
     asked = np.random.default_rng(0).integers(0, len(records), 60)
     for number, sample in zip(asked, stored.read(asked), strict=True):
-        assert sample.key == records[number]["id"]
-        assert sample.image == Path(records[number]["image"]).read_bytes()
+        assert sample.id == records[number]["id"]
+        assert sample.image == (pictures / records[number]["image"]).read_bytes()
         assert sample.record["conversations"] == records[number]["conversations"]
     assert stored.read([]) == []
-
-
-def test_a_record_is_kept_but_for_its_image_which_gets_the_name_it_has_in_the_tar(stored: Shards, records: list[dict]):
-    for before, sample in zip(records, stored.read(range(len(records))), strict=True):
-        assert sample.record == {**before, "image": f"{before['id']}.png"}
 
 
 def test_shards_hold_as_many_samples_as_asked_and_the_last_one_the_rest(stored: Shards):
@@ -88,7 +88,7 @@ def test_a_foreign_tar_is_indexed_as_one_of_ours(tmp_path: Path):
             member = tarfile.TarInfo(name)
             member.size = len(text)
             tar.addfile(member, io.BytesIO(text))
-    rows = list(index(tmp_path / "foreign.tar"))
+    rows = list(index((tmp_path / "foreign.tar").read_bytes(), "foreign.tar"))
     assert [(row["key"], row["offset"], row["length"]) for row in rows] == [
         ("a", 0, 512 + 512 + 512 + 512),
         ("b/c", 2048, 512 + 512 + 512),
@@ -99,7 +99,7 @@ def test_a_foreign_tar_is_indexed_as_one_of_ours(tmp_path: Path):
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 0.99])
 def test_a_flipped_bit_anywhere_in_a_sample_is_an_error_that_names_tar_and_sample(copy: Shards, place: float):
     for number in (0, 7, 21):
-        path = copy.folder / copy.names[number]
+        path = Path(copy.folder) / copy.names[number]
         whole = path.read_bytes()
         damaged = bytearray(whole)
         damaged[copy.offsets[number] + int(copy.lengths[number] * place)] ^= 1
@@ -111,33 +111,28 @@ def test_a_flipped_bit_anywhere_in_a_sample_is_an_error_that_names_tar_and_sampl
         path.write_bytes(whole)
 
 
-def test_a_tar_that_was_cut_short_is_an_error_that_names_tar_and_sample(copy: Shards):
-    path = copy.folder / copy.names[4]
+def test_a_tar_that_was_cut_short_is_an_error_that_names_the_tar(copy: Shards):
+    path = Path(copy.folder) / copy.names[4]
     path.write_bytes(path.read_bytes()[: copy.offsets[4] + 700])
-    with pytest.raises(ValueError, match=re.escape(f"{path}: sample {copy.keys[4]}: ")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ") + ".*the file ends at"):
         copy.read([4])
     assert copy.read([3])[0].key == copy.keys[3]
 
 
-def test_making_shards_twice_gives_equal_bytes(stored: Shards, records: list[dict], tmp_path: Path):
-    make(records, tmp_path, samples_per_shard=5)
+def test_a_member_that_only_unpickling_could_read_is_refused(tmp_path: Path):
+    with tarfile.open(tmp_path / "foreign.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.pkl"))
+    with pytest.raises(ValueError, match=r"foreign\.tar: member a\.pkl, allowed: what can be read without unpickling"):
+        list(index((tmp_path / "foreign.tar").read_bytes(), "foreign.tar"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_making_shards_twice_gives_equal_bytes(stored: Shards, records: list[dict], pictures: Path, tmp_path: Path):
+    make(records, str(pictures), str(tmp_path), Making(samples_per_shard=5))
     for tar in tars(stored):
         assert (tmp_path / tar.name).read_bytes() == tar.read_bytes()
     again = Shards(tmp_path)
     assert (again.keys, again.sums) == (stored.keys, stored.sums)
-
-
-@pytest.mark.parametrize("missing", [0, 7, 21])
-def test_a_missing_image_names_record_and_path_and_leaves_no_set(records: list[dict], tmp_path: Path, missing: int):
-    path = tmp_path / "none.png"
-    broken = [{**record, "image": str(path)} if n == missing else record for n, record in enumerate(records)]
-    out = tmp_path / "out"
-    with pytest.raises(ValueError, match=f"record test/{missing}: image {path}: No such file"):
-        make(broken, out, samples_per_shard=5)
-    with pytest.raises(ValueError, match=f"{out}: no shards here, {INDEX} is missing"):
-        Shards(out)
-    make(records, out, samples_per_shard=5)
-    assert len(Shards(out)) == len(records)
 
 
 def test_a_folder_without_an_index_is_no_set(tmp_path: Path):
@@ -145,27 +140,94 @@ def test_a_folder_without_an_index_is_no_set(tmp_path: Path):
         Shards(tmp_path)
 
 
-def test_a_finished_set_has_no_other_files_than_tars_and_index(stored: Shards):
-    assert {path.name for path in stored.folder.iterdir()} == {INDEX, *stored.names}
+def test_a_finished_set_has_no_other_files_than_these(stored: Shards):
+    names = {path.name for path in Path(stored.folder).iterdir() if path.is_file()}
+    assert names == {INDEX, QUARANTINE, SUMMARY, *stored.names}
+    assert not storage.names(f"{stored.folder}/unfinished")
 
 
-def test_an_id_that_comes_twice_is_refused_before_anything_is_written(records: list[dict], tmp_path: Path):
-    with pytest.raises(ValueError, match=re.escape(f"record {records[1]['id']!r} comes 2 times")):
-        make([*records, records[1]], tmp_path / "out", 3)
-    assert not (tmp_path / "out").exists()
+def spoilt(records: list[dict], pictures: Path) -> tuple[list[Any], dict[int, str]]:
+    """The records, some of them spoilt, and the reason of each of those by number."""
+    (pictures / "cut.png").write_bytes((pictures / "0.png").read_bytes()[:60])
+    (pictures / "gif.jpg").write_bytes((pictures / "0.png").read_bytes())
+    result, reasons = [dict(record) for record in records], {}
+    for number, (changes, reason) in {
+        1: ({"image": "none.png"}, "missing image"),
+        2: ({"image": "cut.png"}, "broken image"),
+        5: ({"image": "gif.jpg"}, "mislabelled image"),
+        6: ({"image": "../images/0.png"}, "outside"),
+        9: ({"conversations": []}, "roles"),
+        21: ({"id": None}, "malformed"),
+    }.items():
+        result[number] |= changes
+        reasons[number] = reason
+    result[14] = {
+        "id": "test/14",
+        "conversations": [
+            {**turn, "value": turn["value"].removeprefix("<image>\n")} for turn in records[14]["conversations"]
+        ],
+    }
+    result += [records[3], "no record"]
+    return result, {**reasons, 22: "duplicate", 23: "malformed"}
 
 
-@pytest.mark.parametrize("name", ["a.b", 7])
-def test_an_id_that_webdataset_would_split_or_not_take_is_refused(records: list[dict], tmp_path: Path, name: Any):
-    with pytest.raises(ValueError, match=re.escape(repr(name))):
-        make([{**records[0], "id": name}], tmp_path, 3)
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_kept(
+    records: list[dict], pictures: Path, tmp_path: Path, size: int
+):
+    given, reasons = spoilt(records, pictures)
+    summary = make(given, str(pictures), str(tmp_path), Making(samples_per_shard=size, tolerance=0.5))
+    listed = [json.loads(line) for line in (tmp_path / QUARANTINE).read_text().splitlines()]
+    assert {entry["number"]: entry["reason"] for entry in listed} == reasons
+    assert set(reasons.values()) <= REASONS.keys()
+    assert summary["quarantined"] == Counter(reasons.values())
+    assert summary["records"] == len(given) == summary["kept"] + sum(summary["quarantined"].values())
+    kept = [number for number in range(len(given)) if number not in reasons]
+    stored = Shards(tmp_path)
+    assert stored.keys == [f"{number:09d}" for number in kept]
+    assert [sample.record for sample in stored.read(range(len(stored)))] == [given[number] for number in kept]
+    assert stored.has_image.tolist() == ["image" in given[number] for number in kept]
+    assert stored.read([kept.index(14)])[0].image == b""
 
 
-def test_making_again_leaves_nothing_of_what_was_there(records: list[dict], tmp_path: Path):
-    make(records, tmp_path, 1)
-    make(records[:1], tmp_path, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.tar", INDEX]
-    with pytest.raises(ValueError, match="image"):
-        make([{**records[0], "image": "nowhere.png"}], tmp_path, 1)
-    with pytest.raises(ValueError, match=INDEX):
+@pytest.mark.usefixtures("ray_cluster")
+def test_past_the_tolerated_share_there_is_a_list_but_no_set(records: list[dict], pictures: Path, tmp_path: Path):
+    given, reasons = spoilt(records, pictures)
+    with pytest.raises(ValueError, match=r"8 of 24 records cannot be used \(.*1 duplicate.*\), allowed: 30\.00%"):
+        make(given, str(pictures), str(tmp_path), Making(samples_per_shard=5, tolerance=0.3))
+    assert len((tmp_path / QUARANTINE).read_text().splitlines()) == len(reasons)
+    with pytest.raises(ValueError, match="no shards here"):
         Shards(tmp_path)
+    make(given, str(pictures), str(tmp_path), Making(samples_per_shard=5, tolerance=0.4))
+    assert len(Shards(tmp_path)) == 16
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_second_start_makes_only_what_is_missing_and_a_third_nothing(
+    stored: Shards, records: list[dict], pictures: Path, tmp_path: Path
+):
+    making = Making(samples_per_shard=5)
+    missing = pictures / records[17]["image"]
+    image = missing.read_bytes()
+    missing.unlink()
+    with pytest.raises(ValueError, match="1 missing image"):
+        make(records, str(pictures), str(tmp_path), making)
+    first = tmp_path / "000000.tar"
+    written = first.stat().st_mtime_ns
+    missing.write_bytes(image)
+    make(records, str(pictures), str(tmp_path), making)
+    assert first.stat().st_mtime_ns == written
+    assert Shards(tmp_path).sums == stored.sums
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    make(records, str(pictures), str(tmp_path), making)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_shards_of_something_else_are_left_alone(records: list[dict], pictures: Path, tmp_path: Path):
+    make(records, str(pictures), str(tmp_path), Making(samples_per_shard=5))
+    for given, making in ((records[1:], Making(samples_per_shard=5)), (records, Making(samples_per_shard=6))):
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: holds shards of other records or settings")):
+            make(given, str(pictures), str(tmp_path), making)
+    assert len(Shards(tmp_path)) == len(records)

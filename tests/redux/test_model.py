@@ -496,6 +496,20 @@ def test_the_tower_compiles_to_one_graph_that_gives_the_same() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_text_alone_gives_the_tower_a_gradient_of_zeros(tiny: Tiny) -> None:
+    """On every parameter that images would reach, so that ranks with and without images reduce the same buckets."""
+    model = tiny().train()
+    ids = torch.tensor([[1, 7, 8, 9], [1, 10, 11, 12]])
+    expected = tiny(vmtc=None, cmai=None).train()(input_ids=ids, labels=ids).loss
+    loss = model(input_ids=ids, labels=ids, pixel_values=torch.zeros(0, 3, 32, 32)).loss
+    loss.backward()
+    assert torch.equal(loss, expected)
+    core: Any = model.model
+    for weight in [*core.vision_tower.encoder.layers[:-1].parameters(), *core.multi_modal_projector.parameters()]:
+        assert weight.grad is not None
+        assert not weight.grad.any()
+
+
 @pytest.mark.parametrize("trained", [("projector",), ("projector", "language"), tuple(PARTS)], ids=str)
 def test_gradients_reach_all_that_is_trained_and_nothing_that_is_frozen(
     tiny: Tiny, sample: Sample, trained: tuple[str, ...]
