@@ -100,8 +100,8 @@ def length(record: dict) -> int:
 
 def inside(path: str) -> str | None:
     """The path within the image folder; None for one that leads out of it."""
-    normal = posixpath.normpath(path.replace("\\\\", "/"))
-    return None if normal.startswith(("/", "..")) or "://" in path or normal == "." else normal
+    normal = posixpath.normpath(path.replace("\\", "/"))
+    return None if normal.startswith("/") or normal.split("/")[0] in ("..", ".") or "://" in path else normal
 
 
 def image_fault(name: str, image: bytes) -> str | None:

@@ -8,14 +8,12 @@ printed and added to inhibition.jsonl beside this file; ratios within one run ar
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from jobs.bench.record import append, each
 
 WAYS = ("plain", "eager", "weights", "scores")
 """Attention without CMAI; with it on maps of all heads; and redux.cmai by its two kinds of score."""
@@ -31,22 +29,11 @@ def main() -> None:
     if arguments.way:
         print(json.dumps(measure(arguments.way, arguments.heads, arguments.image, arguments.text)))
         return
-    sizes = ["--heads", str(arguments.heads), "--image", str(arguments.image), "--text", str(arguments.text)]
-    ways = {}
-    for way in WAYS:
-        told = subprocess.run(
-            [sys.executable, __file__, "--way", way, *sizes], capture_output=True, check=True, text=True
-        )
-        ways[way] = json.loads(told.stdout.splitlines()[-1])
-        print(f"{way:8} {ways[way]['peak_mib']:8.0f} MiB {ways[way]['seconds'] * 1e3:8.0f} ms", flush=True)
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.machine(),
-        **{"heads": arguments.heads, "image": arguments.image, "text": arguments.text},
-        "ways": ways,
-    }
-    with Path(__file__).with_suffix(".jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    sizes, ways = {"heads": arguments.heads, "image": arguments.image, "text": arguments.text}, {}
+    for way, told in each(__file__, WAYS, **sizes):
+        ways[way] = told
+        print(f"{way:8} {told['peak_mib']:8.0f} MiB {told['seconds'] * 1e3:8.0f} ms", flush=True)
+    append(__file__, **sizes, ways=ways)
 
 
 def measure(way: str, heads: int, image: int, text: int, repeats: int = 5) -> dict[str, float | str]:

@@ -9,18 +9,14 @@ order.jsonl beside this file.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import resource
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
+from jobs.bench.record import append, each
 from pipelines.grouping import Groups
 from pipelines.order import Order
 
@@ -37,22 +33,14 @@ def main() -> None:
         print(json.dumps(measure(arguments.way, arguments.global_batch)))
         return
     ways = {}
-    for way in WAYS:
-        command = [sys.executable, __file__, "--way", way, "--global-batch", str(arguments.global_batch)]
-        ways[way] = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    for way, told in each(__file__, WAYS, global_batch=arguments.global_batch):
+        ways[way] = told
         print(
-            f"{way:8} first {ways[way]['first_ms']:6.2f} ms, median {ways[way]['median_ms']:6.2f} ms, "
-            f"worst {ways[way]['worst_ms']:6.2f} ms, {ways[way]['peak_mib']:4.0f} MiB",
+            f"{way:8} first {told['first_ms']:6.2f} ms, median {told['median_ms']:6.2f} ms, "
+            f"worst {told['worst_ms']:6.2f} ms, {told['peak_mib']:4.0f} MiB",
             flush=True,
         )
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.machine(),
-        **{"samples": SAMPLES, "global_batch": arguments.global_batch},
-        "ways": ways,
-    }
-    with Path(__file__).with_suffix(".jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append(__file__, samples=SAMPLES, global_batch=arguments.global_batch, ways=ways)
 
 
 def order(way: str, global_batch: int) -> Order:

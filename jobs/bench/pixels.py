@@ -7,14 +7,10 @@ The result is printed and added to pixels.jsonl beside this file; ratios within 
 """
 
 import argparse
-import datetime
 import io
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -23,6 +19,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from jobs.bench.record import append
 from redux.image import Fit, pixels, prepared
 
 
@@ -36,17 +33,15 @@ def main() -> None:
     fits = {fit: measure(files, arguments.size, fit) for fit in get_args(Fit)}
     for fit, ways in fits.items():
         print(f"{fit:5}", *(f"{way} {ms:.2f} ms  " for way, ms in ways.items()))
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.machine(),
-        "versions": {module.__name__: module.__version__ for module in (PIL, simplejpeg, torch)},
-        **{"images": arguments.images, "size": arguments.size},
-        "jpeg_kb": round(statistics.mean(map(len, files)) / 1e3),
-        "prepared_kb": round(len(prepared(files[0], arguments.size)) / 1e3),
-        "ms": fits,
-    }
-    with Path(__file__).with_suffix(".jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append(
+        __file__,
+        versions={module.__name__: module.__version__ for module in (PIL, simplejpeg, torch)},
+        images=arguments.images,
+        size=arguments.size,
+        jpeg_kb=round(statistics.mean(map(len, files)) / 1e3),
+        prepared_kb=round(len(prepared(files[0], arguments.size)) / 1e3),
+        ms=fits,
+    )
 
 
 def measure(files: list[bytes], size: int, fit: Fit) -> dict[str, float]:

@@ -67,6 +67,7 @@ def test_what_llavas_mixtures_hold_is_kept(record: dict) -> None:
         ({**GOOD, "image": "/etc/passwd"}, "outside"),
         ({**GOOD, "image": "s3://other/c.jpg"}, "outside"),
         ({**GOOD, "image": "..\\c.jpg"}, "outside"),
+        ({**GOOD, "image": "b\\..\\..\\c.jpg"}, "outside"),
     ],
     ids=str,
 )
@@ -82,7 +83,8 @@ def test_length_is_the_number_of_words_without_the_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "within"), [("a/b.jpg", "a/b.jpg"), ("./a//b.jpg", "a/b.jpg"), ("a/../b.jpg", "b.jpg")]
+    ("path", "within"),
+    [("a/b.jpg", "a/b.jpg"), ("./a//b.jpg", "a/b.jpg"), ("a/../b.jpg", "b.jpg"), ("..a/b.jpg", "..a/b.jpg")],
 )
 def test_a_path_within_the_folder_is_made_plain(path: str, within: str) -> None:
     assert inside(path) == within

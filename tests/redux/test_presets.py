@@ -89,4 +89,4 @@ def test_the_library_offers_what_its_first_page_names() -> None:
         assert getattr(redux, name) is not None
     assert redux.PRESETS is PRESETS
     with pytest.raises(AttributeError, match="module 'redux' has no attribute 'VMTCC'"):
-        redux.VMTCC  # noqa: B018
+        _ = redux.VMTCC
