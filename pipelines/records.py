@@ -32,7 +32,7 @@ REASONS = {
     "outside": "the image's path leads out of the image folder",
     "missing image": "there is no such file",
     "mislabelled image": "the file is of another format than its name says",
-    "broken image": "the file is truncated, or no image that Pillow reads",
+    "broken image": "the file is truncated, no image that Pillow reads, or too large a one",
 }
 """Why a record is kept out of the shards."""
 

@@ -1,74 +1,106 @@
 """WebDataset shards and the index beside them: made on Ray Data, checked, read by byte ranges.
 
-Shards are plain tars that any WebDataset tool reads: of each sample the image file as it came and `json`, the record.
-The index gives every sample's shard, byte range and checksum, so that one sample is one ranged read: training can take
-any sample at any time, in any order, without streaming the tar before it.  Nothing in a shard is ever unpickled.
+Shards are plain tars that any WebDataset tool reads: of each sample the image, as it came or prepared, and `json`, the
+record.  The index gives every sample's shard, byte range and checksum, so that one sample is one ranged read: training
+can take any sample at any time, in any order, without streaming the tar before it.  Nothing in a shard is ever
+unpickled.
 
     out/000000.tar, 000001.tar, ...     KEY.jpg (or png, ...), KEY.json, KEY.jpg, ...; KEY the record's number
-    out/index.parquet                   a row a sample, in the order of the records: SCHEMA
+    out/index.arrow                     a row a sample, in the order of the records: SCHEMA
     out/quarantine.jsonl                {"number", "id", "reason"} of each record that is in no shard
     out/summary.json                    what was asked, records put in, samples kept, records kept out by reason
 
 The index comes last: without it there is no set.  Before, `out/unfinished/` holds a part of it for each shard that is
 there, which is what a second start goes on from.  Folders may be on any file system that fsspec knows.
+
+The index is an Arrow IPC file of one uncompressed record batch, about 100 bytes a sample.  On a local path it is mapped
+into memory: a process pays for the pages that it touches, and all processes of a machine share them; so it is replaced
+and never written to in place, which would end who reads it.  From a bucket each process reads it whole.
 """
 
+import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import posixpath
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
+from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
 import ray.data
-from annotated_types import Ge
-from pyarrow import parquet
+from annotated_types import Ge, Le
+from jaxtyping import Bool, Int32, Int64
+from pyarrow import ipc
 from tqdm import tqdm
 
 from pipelines import records as check
 from pipelines import storage
+from redux.image import Fit, prepared
 
-INDEX, QUARANTINE, SUMMARY, UNFINISHED = "index.parquet", "quarantine.jsonl", "summary.json", "unfinished"
+INDEX, QUARANTINE, SUMMARY, UNFINISHED = "index.arrow", "quarantine.jsonl", "summary.json", "unfinished"
 SCHEMA = pa.schema(
     {
-        "key": pa.string(),
-        "shard": pa.string(),
+        "key": pa.large_string(),
+        "shard": pa.dictionary(pa.int32(), pa.string()),
         "offset": pa.int64(),
         "length": pa.int64(),
-        "sha256": pa.string(),
-        "image": pa.bool_(),
+        "sha256": pa.binary(32),
+        "record_at": pa.int64(),
+        "record_size": pa.int64(),
+        "image_at": pa.int64(),
+        "image_size": pa.int64(),
         "words": pa.int32(),
     }
 )
+"""Of each sample: its name, tar, range of bytes and their checksum; within the range the record and the image file,
+of size 0 for text alone; and the words of all turns.
+
+Samples of a shard stand together, and the dictionary has the shards in the order of their samples.
+"""
 BLOCK = 512
 """Bytes of a block of a tar, to which every member is filled up."""
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".pyd", ".npy", ".npz")
+MADE = ("captions", "conversations", "test")
+"""The sets that a job makes of easy-VQA."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where samples come from, and how many of them a shard holds."""
+    """Where samples come from.
+
+    source: what the job makes sets of: captions, conversations and test.  samples_per_shard: of these sets.
+    sets: folders or URLs of other sets by name, as `redux shards make` left them.
+    tolerance: share of an epoch's samples that may turn out bad, and be replaced by others, before a stage stops.
+    """
 
     source: Literal["easy-vqa"] = "easy-vqa"
     samples_per_shard: Annotated[int, Ge(1)] = 1000
+    sets: dict[str, str] = field(default_factory=dict)
+    tolerance: Annotated[float, Ge(0), Le(1)] = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
     """How records become shards.
 
-    samples_per_shard: records put in, kept or not.
+    samples_per_shard: records put in, kept or not.  A shard is made in the memory of one task.
     words: a record with more is kept out; None takes any length.
+    size, fit: images are stored padded or cropped to a square and resized to size x size pixels, as
+        redux.image.prepared makes them: 3 size² bytes each.  None stores files as they came.
     tolerance: share of the records that may be kept out before the whole fails.
     """
 
     samples_per_shard: Annotated[int, Ge(1)] = 1000
     words: Annotated[int, Ge(1)] | None = None
+    size: Annotated[int, Ge(1)] | None = None
+    fit: Fit = "pad"
     tolerance: float = 0.0
 
 
@@ -104,23 +136,23 @@ def make(records: Sequence[Any], images: str, out: str, making: Making) -> dict[
     storage.write(path, _json({"asked": asked}))
     seen: set[bytes] = set()
     faults = [_fault(record, making, seen) for record in records]
-    size = making.samples_per_shard
+    each = making.samples_per_shard
     done, left = set(storage.names(storage.join(out, UNFINISHED))), []
     with tqdm(total=len(records), desc=f"shards {posixpath.basename(out.rstrip('/'))}", unit="record") as bar:
-        for number, first in enumerate(range(0, len(records), size)):
-            part = slice(first, first + size)
-            if f"{number:06d}.parquet" in done:
+        for number, first in enumerate(range(0, len(records), each)):
+            part = slice(first, first + each)
+            if f"{number:06d}.arrow" in done:
                 bar.update(len(records[part]))
                 continue
             given = {"records": _json(records[part]), "faults": _json(faults[part])}
             left.append({"shard": number, "first": first, **given})
         if left:
             rows = ray.data.from_items(left, override_num_blocks=len(left)).map(
-                _shard, fn_args=(images, out), num_cpus=1
+                _shard, fn_args=(images, out, making), num_cpus=1
             )
             for row in rows.iter_rows():
                 bar.update(row["records"])
-    return _finish(records, out, making, asked, -(-len(records) // size))
+    return _finish(records, out, making, asked, -(-len(records) // each))
 
 
 def _fault(record: Any, making: Making, seen: set[bytes]) -> str | None:
@@ -131,7 +163,7 @@ def _fault(record: Any, making: Making, seen: set[bytes]) -> str | None:
     return check.fault(record, making.words)
 
 
-def _shard(block: dict[str, Any], images: str, out: str) -> dict[str, Any]:
+def _shard(block: dict[str, Any], images: str, out: str, making: Making) -> dict[str, Any]:
     """Write one shard, then its part of the index."""
     import webdataset  # brings torch along, which readers do without
 
@@ -143,37 +175,42 @@ def _shard(block: dict[str, Any], images: str, out: str) -> dict[str, Any]:
         for number, (record, fault) in enumerate(zip(given, faults, strict=True), start=block["first"]):
             member = {"__key__": f"{number:09d}", "json": record}
             if not fault and "image" in record:
-                fault, image = _image(storage.join(images, check.inside(record["image"]) or ""))
+                fault, image = _image(storage.join(images, check.inside(record["image"]) or ""), making)
                 suffix = posixpath.splitext(record["image"])[1].lower().removeprefix(".") or "img"
-                member = {"__key__": member["__key__"], suffix: image, "json": record}
+                member = {"__key__": member["__key__"], "ppm" if making.size else suffix: image, "json": record}
             if fault:
                 name = record.get("id") if isinstance(record, dict) else None
                 out_of.append({"number": number, "id": name, "reason": fault})
                 continue
             tar.write(member)
-            kept.append({"image": "image" in record, "words": check.length(record)})
+            kept.append(check.length(record))
     data, name = buffer.getvalue(), f"{block['shard']:06d}.tar"
-    rows = [{**row, **more} for row, more in zip(index(data, name), kept, strict=True)]
+    rows = [{**row, "words": words} for row, words in zip(index(data, name), kept, strict=True)]
     storage.write(storage.join(out, name), data)
     table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"quarantine": json.dumps(out_of)})
-    sink = io.BytesIO()
-    parquet.write_table(table, sink)
-    storage.write(storage.join(out, UNFINISHED, f"{block['shard']:06d}.parquet"), sink.getvalue())
+    storage.write(storage.join(out, UNFINISHED, f"{block['shard']:06d}.arrow"), ipc_file(table))
     return {"records": len(given)}
 
 
-def _image(url: str) -> tuple[str | None, bytes]:
+def _image(url: str, making: Making) -> tuple[str | None, bytes]:
+    """The reason to keep the image out, if any, and the bytes to store."""
     try:
         image = storage.read(url)
     except ValueError:  # not there, or nobody may read it
         return "missing image", b""
-    return check.image_fault(url, image), image
+    fault = check.image_fault(url, image)
+    if fault or not making.size:
+        return fault, image
+    try:
+        return None, prepared(image, making.size, making.fit)
+    except ValueError:  # a square of it would be too large
+        return "broken image", b""
 
 
 def _finish(records: Sequence[Any], out: str, making: Making, asked: dict, shards: int) -> dict[str, Any]:
     """The parts together as the index, the quarantine list and the summary."""
-    names = [storage.join(out, UNFINISHED, f"{number:06d}.parquet") for number in range(shards)]
-    parts = [parquet.read_table(io.BytesIO(storage.read(name))) for name in names]
+    names = [storage.join(out, UNFINISHED, f"{number:06d}.arrow") for number in range(shards)]
+    parts = [ipc.open_file(storage.read(name)).read_all() for name in names]
     listed = [entry for part in parts for entry in json.loads(part.schema.metadata[b"quarantine"])]
     storage.write(storage.join(out, QUARANTINE), b"".join(_json(entry) + b"\n" for entry in listed))
     reasons = dict(sorted(Counter(entry["reason"] for entry in listed).items()))
@@ -206,32 +243,49 @@ def _json(value: Any) -> bytes:
 
 def write_index(out: str, table: pa.Table) -> None:
     """The index, which makes the folder a set."""
+    storage.write(storage.join(out, INDEX), ipc_file(table))
+
+
+def ipc_file(table: pa.Table) -> bytes:
+    """The table as an Arrow IPC file of one record batch."""
+    batch = pa.RecordBatch.from_arrays([column.combine_chunks() for column in table.columns], schema=table.schema)
     sink = io.BytesIO()
-    parquet.write_table(table, sink)
-    storage.write(storage.join(out, INDEX), sink.getvalue())
+    with ipc.new_file(sink, table.schema) as file:
+        file.write_batch(batch)
+    return sink.getvalue()
 
 
 def index(tar: bytes, name: str) -> Iterator[dict]:
-    """Rows of the index for one tar, also a foreign one: members of a sample stand together and share the key.
+    """Rows of the index but for the words, of one tar, also a foreign one: members of a sample stand together and share
+    the key.
 
-    A key is, as for WebDataset, the path up to the first dot of its last part.  ValueError for a member that only
-    unpickling could read.
+    A key is, as for WebDataset, the path up to the first dot of its last part.  The record is the member .json, the
+    image the first of the others.  ValueError for a member that only unpickling could read.
     """
     with tarfile.open(fileobj=io.BytesIO(tar)) as opened:
         members = [member for member in opened.getmembers() if member.isfile()]
     for member in members:
         if member.name.lower().endswith(PICKLES):
             raise ValueError(f"{name}: member {member.name}, allowed: what can be read without unpickling")
-    keys = [_key(member.name) for member in members]
-    first = 0
-    for number in range(1, len(members) + 1):
-        if number < len(members) and keys[number] == keys[first]:
-            continue
-        start, last = members[first].offset, members[number - 1]
+    for key, together in itertools.groupby(members, lambda member: _key(member.name)):
+        sample = list(together)
+        start, last = sample[0].offset, sample[-1]
         length = last.offset_data + -(-last.size // BLOCK) * BLOCK - start
-        digest = hashlib.sha256(tar[start : start + length]).hexdigest()
-        yield {"key": keys[first], "shard": name, "offset": start, "length": length, "sha256": digest}
-        first = number
+        record, image = (
+            next((each for each in sample if each.name.endswith(".json") == is_record), None)
+            for is_record in (True, False)
+        )
+        yield {
+            "key": key,
+            "shard": name,
+            "offset": start,
+            "length": length,
+            "sha256": hashlib.sha256(tar[start : start + length]).digest(),
+            "record_at": record.offset_data - start if record else 0,
+            "record_size": record.size if record else 0,
+            "image_at": image.offset_data - start if image else 0,
+            "image_size": image.size if image else 0,
+        }
 
 
 def _key(name: str) -> str:
@@ -242,43 +296,144 @@ def _key(name: str) -> str:
 class Shards:
     """A finished set of shards: `len`, and any samples by number.
 
-    Small enough to travel to a task: columns of the index, no file handle.
+    It travels to a task as little more than its folder's name; there the index is opened at the first look-up, once a
+    process.  A set made anew in the same folder is seen by what is constructed after it.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
+        """ValueError where there is no index, or no valid one; its rows are checked as they are read."""
         self.folder = os.fspath(folder)
-        path = storage.join(self.folder, INDEX)
-        if not storage.exists(path):
-            raise ValueError(f"{self.folder}: no shards here, {INDEX} is missing")
-        table = parquet.read_table(io.BytesIO(storage.read(path)))
-        self.keys, self.names, self.sums = (table[name].to_pylist() for name in ("key", "shard", "sha256"))
-        self.offsets, self.lengths, self.words = (table[name].to_numpy() for name in ("offset", "length", "words"))
-        self.has_image = table["image"].to_numpy(zero_copy_only=False)
+        self._opening = uuid4().hex
+        self._length = _open(self.folder, self._opening)[1].num_rows
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return self._length
+
+    def __iter__(self) -> Iterator[Sample]:
+        """All samples, in the order of the index."""
+        for first in range(0, len(self), 64):
+            yield from self.read(range(first, min(first + 64, len(self))))
+
+    @property
+    def names(self) -> list[str]:
+        """Of each shard the file's name, in the order of the index."""
+        return self._rows["shard"].dictionary.to_pylist()
+
+    @property
+    def sizes(self) -> Int64[np.ndarray, " shards"]:
+        """Of each shard how many samples it holds, in the order of the index."""
+        shard = self._rows["shard"]
+        # the shards' numbers ascend, so that a search finds where each starts in a few pages of them
+        return np.diff(np.searchsorted(shard.indices.to_numpy(), np.arange(len(shard.dictionary) + 1)))
+
+    @property
+    def words(self) -> Int32[np.ndarray, " samples"]:
+        """Of each sample the words of all turns; a view of the index."""
+        return self._rows["words"].to_numpy()
+
+    @property
+    def has_image(self) -> Bool[np.ndarray, " samples"]:
+        """Of each sample whether it has an image; a byte a sample."""
+        return self._rows["image_size"].to_numpy() > 0
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the index in hex: the same for the same samples in the same order.  Reads all of the index."""
+        return hashlib.sha256(self._opened[0]).hexdigest()
+
+    @property
+    def prepared(self) -> tuple[int, Fit] | None:
+        """Size and fit of images that are stored as squares; None where they are stored as they came."""
+        path = storage.join(self.folder, SUMMARY)  # which sets of others lack
+        asked = json.loads(storage.read(path))["asked"] if storage.exists(path) else {}
+        return (asked["size"], asked["fit"]) if asked.get("size") else None
+
+    def key(self, number: int) -> str:
+        """The sample's name in its tar."""
+        return self.rows([number])[0]["key"]
+
+    def rows(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """Rows of the index: SCHEMA's columns.  IndexError where there is no such number, ValueError for a bad row."""
+        asked, table = np.array([int(number) for number in numbers], np.int64), self._rows
+        if (wrong := asked[(asked < 0) | (asked >= len(self))]).size:
+            raise IndexError(f"{self.folder}: got sample {wrong[0]}, allowed: 0 to {len(self) - 1}")
+        # Arrow follows what a damaged row says out of the file
+        shard = table["shard"].indices.to_numpy()[asked]
+        if ((shard < 0) | (shard >= len(table["shard"].dictionary))).any():
+            raise _damaged(self.folder, "a row of no shard")
+        try:
+            for number in asked.tolist():
+                table["key"].slice(number, 1).validate(full=True)
+        except pa.ArrowException as error:
+            raise _damaged(self.folder, error) from None
+        return table.take(pa.array(asked)).to_pylist()
+
+    def check(self) -> None:
+        """Read all of the index.  ValueError where it is damaged."""
+        try:
+            self._rows.validate(full=True)
+        except pa.ArrowException as error:
+            raise _damaged(self.folder, error) from None
+        shard = self._rows["shard"]
+        steps = np.diff(shard.indices.to_numpy(), prepend=-1, append=len(shard.dictionary))
+        if ((steps != 0) & (steps != 1)).any() or len(set(self.names)) < len(self.names):
+            raise _damaged(self.folder, "samples of a shard do not stand together")
 
     def read(self, numbers: Iterable[int]) -> list[Sample]:
         """The samples with these numbers, in this order.  ValueError where stored bytes are not those of the index."""
-        asked = [int(number) for number in numbers]
-        ranges = [
-            (storage.join(self.folder, self.names[n]), int(self.offsets[n]), int(self.offsets[n] + self.lengths[n]))
-            for n in asked
-        ]
-        return [
-            self._sample(number, data, url)
-            for number, data, (url, _, _) in zip(asked, storage.read_ranges(ranges), ranges, strict=True)
-        ]
+        return read([(self, number) for number in numbers])
 
-    def _sample(self, number: int, data: bytes, url: str) -> Sample:
-        if hashlib.sha256(data).hexdigest() != self.sums[number]:
-            raise ValueError(f"{url}: sample {self.keys[number]}: bytes differ from the index's checksum")
-        image, record = b"", {}
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            for member in tar:
-                body = tar.extractfile(member).read()  # type: ignore[union-attr]
-                if member.name.endswith(".json"):
-                    record = json.loads(body)
-                else:
-                    image = body
-        return Sample(self.keys[number], image, record)
+    @property
+    def _opened(self) -> tuple[pa.Buffer, pa.RecordBatch]:
+        opened = _open(self.folder, self._opening)
+        if opened[1].num_rows != len(self):
+            raise ValueError(f"{self.folder}: {INDEX} has {opened[1].num_rows} samples now, it had {len(self)}")
+        return opened
+
+    @property
+    def _rows(self) -> pa.RecordBatch:
+        return self._opened[1]
+
+
+@functools.lru_cache(maxsize=64)  # more than a mixture has sets
+def _open(folder: str, opening: str) -> tuple[pa.Buffer, pa.RecordBatch]:
+    """The index file and its rows, once a process for each opening, as the file may be replaced between two."""
+    path = storage.join(folder, INDEX)
+    if not storage.exists(path):
+        raise ValueError(f"{folder}: no shards here, {INDEX} is missing")
+    data = pa.py_buffer(storage.mapped(path))
+    try:
+        file = ipc.open_file(data)
+        if not file.schema.equals(SCHEMA) or file.num_record_batches != 1:
+            raise _damaged(folder, "other columns, or more than one batch")
+        rows = file.get_batch(0)
+        rows.validate()
+        rows["shard"].dictionary.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(folder, error) from None
+    if any(column.null_count for column in rows.columns):
+        raise _damaged(folder, "rows with nulls")
+    return data, rows
+
+
+def _damaged(folder: str, why: object) -> ValueError:
+    return ValueError(f"{storage.join(folder, INDEX)}: not an index of shards, or damaged: {why}")
+
+
+def read(wanted: Sequence[tuple[Shards, int]]) -> list[Sample]:
+    """Samples of several sets, side by side, in this order; as `Shards.read`."""
+    found: dict[int, dict[str, Any]] = {}
+    for shards in dict.fromkeys(shards for shards, _ in wanted):
+        places = [place for place, (one, _) in enumerate(wanted) if one is shards]
+        found |= zip(places, shards.rows(wanted[place][1] for place in places), strict=True)
+    rows = [found[place] for place in range(len(wanted))]
+    urls = [storage.join(shards.folder, row["shard"]) for (shards, _), row in zip(wanted, rows, strict=True)]
+    ranges = [(url, row["offset"], row["offset"] + row["length"]) for url, row in zip(urls, rows, strict=True)]
+    return [_sample(*each) for each in zip(rows, storage.read_ranges(ranges), urls, strict=True)]
+
+
+def _sample(row: dict[str, Any], data: bytes, url: str) -> Sample:
+    if hashlib.sha256(data).digest() != row["sha256"]:
+        raise ValueError(f"{url}: sample {row['key']}: bytes differ from the index's checksum")
+    image, record = (data[row[f"{part}_at"] : row[f"{part}_at"] + row[f"{part}_size"]] for part in ("image", "record"))
+    return Sample(row["key"], image, json.loads(record))

@@ -15,6 +15,7 @@ can be tried again, and one by one where a filesystem is not asynchronous (hf://
 """
 
 import logging
+import mmap
 import os
 import posixpath
 import re
@@ -123,6 +124,15 @@ def read(url: str) -> bytes:
     return _retried(url, once)
 
 
+def mapped(url: str) -> bytes | mmap.mmap:
+    """The whole of a large file: a local one mapped into memory, others read in ranges, side by side."""
+    length = size(url)
+    if _is_local(url) and length:
+        with open(_open(url)[1], "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return b"".join(read_ranges([(url, at, min(at + BLOCK, length)) for at in range(0, length, BLOCK)]))
+
+
 def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
     """The bytes of each range, in this order, each of exactly its length.
 
@@ -229,6 +239,11 @@ def remove(url: str) -> None:
 def join(url: str, *names: str) -> str:
     """The URL of what lies under `url`."""
     return posixpath.join(url, *names)
+
+
+def absolute(url: str) -> str:
+    """The URL, or the local path from the root on, without a slash at its end."""
+    return os.path.abspath(url.rpartition("://")[2]) if _is_local(url) else url.rstrip("/")
 
 
 def retries() -> dict[str, int]:

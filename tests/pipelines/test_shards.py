@@ -3,24 +3,39 @@
 import io
 import itertools
 import json
+import pickle
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import webdataset
+from PIL import Image
 
 from pipelines import storage
 from pipelines.records import REASONS
-from pipelines.shards import INDEX, QUARANTINE, SUMMARY, Making, Shards, index, make
+from pipelines.shards import INDEX, QUARANTINE, SCHEMA, SUMMARY, Making, Shards, index, make, write_index
+from redux.image import pixels
 
 
 def tars(stored: Shards) -> list[Path]:
     return sorted(Path(stored.folder).glob("*.tar"))
+
+
+def rows(shards: Shards) -> list[dict[str, Any]]:
+    return shards.rows(range(len(shards)))
+
+
+def keys(shards: Shards) -> list[str]:
+    return [row["key"] for row in rows(shards)]
 
 
 def files(records: list[dict], pictures: Path) -> list[bytes]:
@@ -35,7 +50,7 @@ def copy(stored: Shards, tmp_path: Path) -> Shards:
 
 def test_webdataset_reads_every_sample_with_its_image_and_record(stored: Shards, records: list[dict], pictures: Path):
     read = list(webdataset.WebDataset([str(tar) for tar in tars(stored)], shardshuffle=False))
-    assert [sample["__key__"] for sample in read] == [f"{number:09d}" for number in range(len(records))] == stored.keys
+    assert [sample["__key__"] for sample in read] == [f"{number:09d}" for number in range(len(records))] == keys(stored)
     numbers = range(len(stored))
     for sample, ours, image, record in zip(read, stored.read(numbers), files(records, pictures), records, strict=True):
         assert sample["png"] == ours.image == image
@@ -62,7 +77,8 @@ def test_samples_come_in_the_order_in_which_they_are_asked_for(stored: Shards, r
 
 
 def test_shards_hold_as_many_samples_as_asked_and_the_last_one_the_rest(stored: Shards):
-    held = [(name, len(list(group))) for name, group in itertools.groupby(stored.names)]
+    held = [(name, len(list(group))) for name, group in itertools.groupby(row["shard"] for row in rows(stored))]
+    assert held == list(zip(stored.names, stored.sizes, strict=True))
     assert held == [(f"{number:06d}.tar", 5) for number in range(4)] + [("000004.tar", 2)]
     assert [tar.name for tar in tars(stored)] == [name for name, _ in held]
 
@@ -72,12 +88,11 @@ def test_the_byte_ranges_of_the_index_are_whole_tar_members_and_leave_nothing_ou
         with tarfile.open(path) as tar:
             members = tar.getmembers()
         ends = [*(member.offset for member in members[1:]), members[-1].offset_data + -(-members[-1].size // 512) * 512]
-        mine = [number for number, name in enumerate(stored.names) if name == path.name]
-        for place, number in enumerate(mine):
+        for place, row in enumerate(row for row in rows(stored) if row["shard"] == path.name):
             pair = members[2 * place : 2 * place + 2]
-            assert {member.name for member in pair} == {f"{stored.keys[number]}.{suffix}" for suffix in ("png", "json")}
-            assert stored.offsets[number] == pair[0].offset
-            assert stored.offsets[number] + stored.lengths[number] == ends[2 * place + 1]
+            assert {member.name for member in pair} == {f"{row['key']}.{suffix}" for suffix in ("png", "json")}
+            assert row["offset"] == pair[0].offset
+            assert row["offset"] + row["length"] == ends[2 * place + 1]
         assert not path.read_bytes()[ends[-1] :].strip(b"\0"), "nothing but the end of the archive"
 
 
@@ -99,24 +114,26 @@ def test_a_foreign_tar_is_indexed_as_one_of_ours(tmp_path: Path):
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 0.99])
 def test_a_flipped_bit_anywhere_in_a_sample_is_an_error_that_names_tar_and_sample(copy: Shards, place: float):
     for number in (0, 7, 21):
-        path = Path(copy.folder) / copy.names[number]
+        (row,) = copy.rows([number])
+        path = Path(copy.folder) / row["shard"]
         whole = path.read_bytes()
         damaged = bytearray(whole)
-        damaged[copy.offsets[number] + int(copy.lengths[number] * place)] ^= 1
+        damaged[row["offset"] + int(row["length"] * place)] ^= 1
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=re.escape(f"{path}: sample {copy.keys[number]}: ")):
+        with pytest.raises(ValueError, match=re.escape(f"{path}: sample {copy.key(number)}: ")):
             copy.read([number])
         others = [other for other in range(len(copy)) if other != number]
-        assert [sample.key for sample in copy.read(others)] == [copy.keys[other] for other in others]
+        assert [sample.key for sample in copy.read(others)] == [copy.key(other) for other in others]
         path.write_bytes(whole)
 
 
 def test_a_tar_that_was_cut_short_is_an_error_that_names_the_tar(copy: Shards):
-    path = Path(copy.folder) / copy.names[4]
-    path.write_bytes(path.read_bytes()[: copy.offsets[4] + 700])
+    (row,) = copy.rows([4])
+    path = Path(copy.folder) / row["shard"]
+    path.write_bytes(path.read_bytes()[: row["offset"] + 700])
     with pytest.raises(ValueError, match=re.escape(f"{path}: ") + ".*the file ends at"):
         copy.read([4])
-    assert copy.read([3])[0].key == copy.keys[3]
+    assert copy.read([3])[0].key == copy.key(3)
 
 
 def test_a_member_that_only_unpickling_could_read_is_refused(tmp_path: Path):
@@ -131,13 +148,202 @@ def test_making_shards_twice_gives_equal_bytes(stored: Shards, records: list[dic
     make(records, str(pictures), str(tmp_path), Making(samples_per_shard=5))
     for tar in tars(stored):
         assert (tmp_path / tar.name).read_bytes() == tar.read_bytes()
-    again = Shards(tmp_path)
-    assert (again.keys, again.sums) == (stored.keys, stored.sums)
+    assert Shards(tmp_path).fingerprint == stored.fingerprint
 
 
 def test_a_folder_without_an_index_is_no_set(tmp_path: Path):
     with pytest.raises(ValueError, match=f"{tmp_path}: no shards here, {INDEX} is missing"):
         Shards(tmp_path)
+
+
+def test_the_index_says_of_each_sample_its_words_and_whether_it_has_an_image(stored: Shards, records: list[dict]):
+    said = [" ".join(turn["value"] for turn in record["conversations"]) for record in records]
+    assert stored.words.tolist() == [len(text.replace("<image>", "").split()) for text in said]
+    assert stored.has_image.tolist() == [True] * len(records)
+    assert [stored.words.dtype, stored.has_image.dtype, stored.sizes.dtype] == [np.int32, bool, np.int64]
+
+
+@pytest.mark.parametrize("number", [-1, 22])
+def test_a_number_of_no_sample_is_an_error(stored: Shards, number: int):
+    with pytest.raises(IndexError, match=f"got sample {number}, allowed: 0 to 21"):
+        stored.read([0, number])
+
+
+def table(samples: int, each: int = 1000, word: int = 1) -> pa.Table:
+    """An index of that many samples, as far as nobody reads them."""
+    number = np.arange(samples)
+    shards = [f"{shard:06d}.tar" for shard in range(-(-samples // each))]
+    columns = {
+        "key": pa.array(number).cast(pa.large_string()),
+        "shard": pa.DictionaryArray.from_arrays((number // each).astype(np.int32), shards),
+        "offset": number % each * 1024,
+        "length": np.full(samples, 1024),
+        "sha256": pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(32), samples, [None, pa.py_buffer(bytes(32) * samples)]
+        ),
+        "record_at": np.full(samples, 512),
+        "record_size": np.full(samples, 512),
+        "image_at": np.full(samples, 512),
+        "image_size": (number % 3 > 0) * 512,
+        "words": np.full(samples, word, np.int32),
+    }
+    return pa.table(columns, SCHEMA)
+
+
+def test_rows_are_those_that_were_written(tmp_path: Path):
+    parts = [table(5), table(0), table(7)]
+    parts[2] = parts[2].set_column(1, "shard", pa.array(["b.tar"] * 4 + ["c.tar"] * 3, SCHEMA.field("shard").type))
+    write_index(str(tmp_path), pa.concat_tables(parts))
+    shards = Shards(tmp_path)
+    shards.check()
+    assert rows(shards) == [row for part in parts for row in part.to_pylist()]
+    assert (shards.names, shards.sizes.tolist()) == (["000000.tar", "b.tar", "c.tar"], [5, 4, 3])
+    assert shards.rows([7, 2]) == [rows(shards)[7], rows(shards)[2]]
+
+
+def test_a_set_without_samples_is_a_set(tmp_path: Path):
+    write_index(str(tmp_path), table(0))
+    shards = Shards(tmp_path)
+    shards.check()
+    assert (len(shards), shards.sizes.tolist(), shards.words.tolist(), shards.read([])) == (0, [], [], [])
+
+
+def test_shards_travel_as_the_name_of_their_folder(tmp_path: Path):
+    write_index(str(tmp_path), table(100_000))
+    shards = Shards(tmp_path)
+    travelled = pickle.dumps(shards)
+    assert len(travelled) < 400 + len(str(tmp_path))
+    arrived = pickle.loads(travelled)
+    assert (len(arrived), arrived.folder, arrived.fingerprint) == (len(shards), shards.folder, shards.fingerprint)
+    assert arrived.rows([99_999]) == shards.rows([99_999])
+
+
+def test_an_index_that_was_replaced_is_seen_by_what_is_constructed_then(tmp_path: Path):
+    write_index(str(tmp_path), table(10))
+    before = Shards(tmp_path)
+    write_index(str(tmp_path), table(10, word=2))
+    after = pickle.loads(pickle.dumps(Shards(tmp_path)))
+    assert (before.words.max(), after.words.max()) == (1, 2)
+    assert before.fingerprint != after.fingerprint
+
+
+def test_an_index_that_was_replaced_before_a_task_opens_it_is_an_error(tmp_path: Path):
+    write_index(str(tmp_path), table(10))
+    travelled = pickle.dumps(Shards(tmp_path))
+    write_index(str(tmp_path), table(11))
+    program = f"import pickle; pickle.loads({travelled!r}).words"
+    ended = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    assert f"ValueError: {tmp_path}: {INDEX} has 11 samples now, it had 10" in ended.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's own memory there")
+def test_a_process_that_looks_up_few_samples_does_not_hold_the_index(tmp_path: Path):
+    """A mapped file's pages are the page cache's; what counts is the memory that a process has to itself."""
+    write_index(str(tmp_path), table(1_000_000))
+    program = f"""
+import re
+from pathlib import Path
+from pipelines.shards import Shards
+def own():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = own()
+shards = Shards({str(tmp_path)!r})
+assert [row["key"] for row in shards.rows([999_999, 5])] == ["999999", "5"]
+assert shards.sizes.tolist() == [1000] * 1000 and shards.words[-1] == 1
+print(own() - before)"""
+    grown = int(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout)
+    assert grown < 5e6 < 50e6 < (tmp_path / INDEX).stat().st_size
+
+
+def test_a_set_in_a_bucket_is_read_as_a_local_one(stored: Shards, monkeypatch: pytest.MonkeyPatch):
+    memory = fsspec.filesystem("memory")
+    memory.put(stored.folder, "/bucket/set", recursive=True)
+    monkeypatch.setattr(storage, "BLOCK", 1000)  # the index takes several ranges
+    try:
+        shards = Shards("memory://bucket/set")
+        assert shards.fingerprint == stored.fingerprint
+        assert shards.read([21, 0]) == stored.read([21, 0])
+        memory.rm(f"/bucket/set/{INDEX}")
+        assert shards.words.tolist() == stored.words.tolist(), "the index is read once"
+        with pytest.raises(ValueError, match="memory://bucket/set: no shards here"):
+            Shards("memory://bucket/set")
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_an_index_of_something_else_is_named(tmp_path: Path):
+    path = tmp_path / INDEX
+    write_index(str(tmp_path), table(10).drop(["words"]))
+    others = [path.read_bytes(), b"", b"PAR1" * 100]
+    write_index(str(tmp_path), table(10).set_column(6, "words", pa.array([None] * 10, pa.int32())))
+    for data in [*others, path.read_bytes()]:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=f"{path}: not an index of shards, or damaged: "):
+            Shards(tmp_path)
+
+
+def test_a_damaged_index_is_an_error_or_other_rows_but_never_a_crash(tmp_path: Path):
+    """Arrow believes what an index says of itself; followed out of the file, that ends the process."""
+    write_index(str(tmp_path), table(22, each=5))
+    path, chance = tmp_path / INDEX, np.random.default_rng(0)
+    whole = path.read_bytes()
+    refused = []
+    for _ in range(500):
+        at, kind = int(chance.integers(len(whole))), chance.integers(3)
+        other = bytes([int(chance.integers(256))])
+        damaged = [whole[:at], whole[:at] + other + whole[at + 1 :], whole[:at] + bytes(64) + whole[at + 64 :]][kind]
+        path.unlink()  # as a mapped file is replaced, not written to
+        path.write_bytes(damaged)
+        try:
+            shards = Shards(tmp_path)
+            assert [len(column) for column in (shards.words, shards.has_image, rows(shards))] == [len(shards)] * 3
+            assert len(shards.sizes) == len(shards.names)
+            shards.check()
+        except ValueError as error:
+            refused.append((kind, str(path) in str(error)))
+    counts = Counter(refused)
+    assert counts.keys() == {(0, True), (1, True), (2, True)}
+    assert min(counts.values()) > 20
+
+
+@pytest.mark.parametrize("names", [["a.tar", "b.tar", "a.tar"], ["a.tar", "c.tar", "b.tar"]])
+def test_shards_that_do_not_stand_together_are_found(tmp_path: Path, names: list[str]):
+    mixed = pa.DictionaryArray.from_arrays(
+        pa.array([["a.tar", "b.tar", "c.tar"].index(name) for name in names], pa.int32()), ["a.tar", "b.tar", "c.tar"]
+    )
+    write_index(str(tmp_path), table(3).set_column(1, "shard", mixed))
+    with pytest.raises(ValueError, match="samples of a shard do not stand together"):
+        Shards(tmp_path).check()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_prepared_shards_hold_the_pixels_of_the_originals(
+    records: list[dict], pictures: Path, tmp_path: Path, fit: Any
+):
+    making = Making(samples_per_shard=5, size=10, fit=fit)
+    make(records, str(pictures), str(tmp_path), making)
+    shards = Shards(tmp_path)
+    for sample, record, image in zip(shards.read(range(len(shards))), records, files(records, pictures), strict=True):
+        assert sample.record == record
+        assert sample.image.startswith(b"P6\n10 10\n255\n")
+        assert (pixels(sample.image, 10) == pixels(image, 10, fit)).all()
+    read = list(webdataset.WebDataset([str(tar) for tar in tars(shards)], shardshuffle=False).decode("rgb8"))
+    assert [sample["__key__"] for sample in read] == keys(shards)
+    for sample, image in zip(read, files(records, pictures), strict=True):
+        assert (sample["ppm"].transpose(2, 0, 1) == pixels(image, 10, fit)).all()
+    for other in (Making(samples_per_shard=5, size=12, fit=fit), Making(samples_per_shard=5)):
+        with pytest.raises(ValueError, match="holds shards of other records or settings"):
+            make(records, str(pictures), str(tmp_path), other)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_image_whose_square_would_be_too_large_is_broken(records: list[dict], pictures: Path, tmp_path: Path):
+    Image.new("RGB", (14_000, 1)).save(pictures / "long.png")
+    given = [{**records[0], "image": "long.png"}, records[1]]
+    assert make(given, str(pictures), str(tmp_path / "files"), Making())["kept"] == 2
+    summary = make(given, str(pictures), str(tmp_path / "prepared"), Making(size=8, tolerance=0.5))
+    assert (summary["kept"], summary["quarantined"]) == (1, {"broken image": 1})
 
 
 def test_a_finished_set_has_no_other_files_than_these(stored: Shards):
@@ -185,7 +391,7 @@ def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_kept(
     assert summary["records"] == len(given) == summary["kept"] + sum(summary["quarantined"].values())
     kept = [number for number in range(len(given)) if number not in reasons]
     stored = Shards(tmp_path)
-    assert stored.keys == [f"{number:09d}" for number in kept]
+    assert keys(stored) == [f"{number:09d}" for number in kept]
     assert [sample.record for sample in stored.read(range(len(stored)))] == [given[number] for number in kept]
     assert stored.has_image.tolist() == ["image" in given[number] for number in kept]
     assert stored.read([kept.index(14)])[0].image == b""
@@ -218,7 +424,7 @@ def test_a_second_start_makes_only_what_is_missing_and_a_third_nothing(
     missing.write_bytes(image)
     make(records, str(pictures), str(tmp_path), making)
     assert first.stat().st_mtime_ns == written
-    assert Shards(tmp_path).sums == stored.sums
+    assert Shards(tmp_path).fingerprint == stored.fingerprint
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     make(records, str(pictures), str(tmp_path), making)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
