@@ -147,17 +147,33 @@ def _add_shards(verbs: Any) -> None:
     make.add_argument("--samples-per-shard", metavar="N", type=_count, default=1000, help="default: %(default)s")
     make.add_argument("--words", metavar="N", type=_count, help="keep longer records out (default: keep any)")
     make.add_argument(
+        "--size", metavar="N", type=_count,
+        help="store images as squares of N x N pixels, which load twenty times faster; 340 kB each for 336",
+    )  # fmt: skip
+    make.add_argument(
+        "--fit", choices=("pad", "crop"), default="pad", help="how --size makes squares (default: %(default)s)"
+    )
+    make.add_argument(
         "--tolerance", metavar="SHARE", type=_share, default=0.0,
         help="fail if more than this share of the records cannot be used (default: %(default)s)",
     )  # fmt: skip
     make.set_defaults(verb=_shards("make"))
-    for name, text in {
-        "index": "write the index of tars that others made",
-        "verify": "check that a set is what its index says, byte for byte",
-    }.items():
-        verb = shards.add_parser(name, help=text, description=f"{text.capitalize()}.")
-        verb.add_argument("folder", metavar="URI", help="folder of the shards")
-        verb.set_defaults(verb=_shards(name))
+    index = shards.add_parser(
+        "index",
+        help="write the index of tars that others made",
+        description="Write the index of WebDataset tars that others made. Each sample needs a json, LLaVA's record.",
+    )
+    verify = shards.add_parser(
+        "verify",
+        help="check that a set is what its index says, and what a run used of it",
+        description="Check a set against its index, byte for byte. With --consumed, instead check by a run's log, "
+        "consumed.jsonl, that each stage used each sample exactly once an epoch.",
+        epilog="example: redux shards verify runs/quickstart/shards/captions --consumed runs/quickstart",
+    )
+    verify.add_argument("--consumed", metavar="RUN", type=Path, help="the folder of a run that trained on the set")
+    for name, parser in (("index", index), ("verify", verify)):
+        parser.add_argument("folder", metavar="URI", help="folder of the shards")
+        parser.set_defaults(verb=_shards(name))
 
 
 def _share(text: str) -> float:

@@ -8,6 +8,7 @@ runs/NAME/scores.json     the evaluation's, which metrics.json takes up
 """
 
 import functools
+import itertools
 import json
 import os
 import time
@@ -19,9 +20,10 @@ import yaml
 
 from jobs import schema
 from jobs.schema import Job
-from pipelines import cluster, easy_vqa, evaluate, report, shards, train
+from pipelines import cluster, easy_vqa, evaluate, report, shards, storage, train
 from redux.conversation import TEMPLATES, word_tokenizer
 
+JOB = "job.yaml"
 PROGRESS = "progress.jsonl"
 SCORES = "scores.json"
 
@@ -51,8 +53,9 @@ def run(job: Job, folder: Path) -> None:
 
 def steps(job: Job, folder: Path) -> dict[str, Callable[[], None]]:
     """The steps of a job by name, in order: shards, each training stage, evaluation, report."""
-    test, tokenizer = folder / "shards" / "test", folder / "tokenizer"
-    result: dict[str, Callable[[], None]] = {"shards": lambda: _shards(job, folder, tokenizer)}
+    sets, tokenizer = locations(job, folder), folder / "tokenizer"
+    test = sets["test"]
+    result: dict[str, Callable[[], None]] = {"shards": lambda: _shards(job, sets, tokenizer)}
     start: Path | None = None
     for name, stage in job.train.items():
         plan = train.Plan(
@@ -62,28 +65,35 @@ def steps(job: Job, folder: Path) -> dict[str, Callable[[], None]]:
             seed=job.seed,
             workers=job.workers,
             run=folder,
-            shards=folder / "shards" / stage.data,
+            sets={name: sets[name] for name in stage.mixture},
+            tolerance=job.data.tolerance,
             tokenizer=tokenizer,
             start=start,
         )
         result[name] = functools.partial(train.fit, plan)
-        start, template = plan.result, stage.template
+        start, last = plan.result, stage
     assert start is not None  # the schema asks for a stage
     model: Path = start
 
     def answer() -> None:
-        _write(folder / SCORES, evaluate.evaluate(model, test, folder, job.evaluate, template))
+        _write(folder / SCORES, evaluate.evaluate(model, test, folder, job.evaluate, last.template, last.fit))
 
     def describe() -> None:
         _summarise(folder)
-        report.write(folder, evaluate.examples(model, test, folder / evaluate.FILE, job.report.examples))
+        report.write(folder, evaluate.examples(model, test, folder / evaluate.FILE, job.report.examples, last.fit))
 
     return {**result, "evaluate": answer, "report": describe}
 
 
+def locations(job: Job, folder: Path) -> dict[str, str]:
+    """Where each set of shards lies: those that the job makes, and those that it names."""
+    named = {name: storage.absolute(url) for name, url in job.data.sets.items()}
+    return {name: str(folder / "shards" / name) for name in shards.MADE} | named
+
+
 def _claim(job: Job, folder: Path) -> None:
     """Write the resolved job; ValueError where the folder holds one that says anything else."""
-    path, resolved = folder / "job.yaml", schema.dump(job)
+    path, resolved = folder / JOB, schema.dump(job)
     if path.exists():
         before, now = (yaml.safe_load(text) for text in (path.read_text(), resolved))
         for key, old, new in _differences(before, now):
@@ -134,21 +144,21 @@ def _put(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def _shards(job: Job, folder: Path, tokenizer: Path) -> None:
+def _shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
     """Captions and conversations of the training images, conversations of the test images; and the tokenizer."""
-    sets = {
+    records = {
         "captions": easy_vqa.captions("train"),
         "conversations": easy_vqa.conversations("train"),
         "test": easy_vqa.conversations("test"),
     }
-    for name, records in sets.items():
-        making = shards.Making(samples_per_shard=job.data.samples_per_shard)
-        shards.make(records, str(easy_vqa.FOLDER), str(folder / "shards" / name), making)
+    making = shards.Making(samples_per_shard=job.data.samples_per_shard)
+    for name in shards.MADE:
+        shards.make(records[name], str(easy_vqa.FOLDER), sets[name], making)
     templates = [TEMPLATES[stage.template] for stage in job.train.values()]
+    others = (sample.record for name in job.data.sets for sample in shards.Shards(sets[name]))
     texts = (
         "".join(piece for piece, _ in template.spans(record["conversations"]))
-        for name in ("captions", "conversations")
-        for record in sets[name]
+        for record in itertools.chain(records["captions"], records["conversations"], others)
         for template in templates
     )
     word_tokenizer(texts, job.model.language.max_position_embeddings).save_pretrained(tokenizer)

@@ -1,8 +1,11 @@
 """`redux shards …`: sets of shards made, indexed and verified from the command line."""
 
 import argparse
+from pathlib import Path
 
-from pipelines import audit, cluster, easy_vqa, records, shards, storage
+from jobs import schema
+from jobs.run import JOB, locations
+from pipelines import audit, cluster, consumed, easy_vqa, records, shards, storage
 
 
 def make(arguments: argparse.Namespace) -> None:
@@ -12,7 +15,11 @@ def make(arguments: argparse.Namespace) -> None:
     else:
         given, images = records.read(storage.read(arguments.json), arguments.json), arguments.images
     making = shards.Making(
-        samples_per_shard=arguments.samples_per_shard, words=arguments.words, tolerance=arguments.tolerance
+        samples_per_shard=arguments.samples_per_shard,
+        words=arguments.words,
+        size=arguments.size,
+        fit=arguments.fit,
+        tolerance=arguments.tolerance,
     )
     with cluster.session():
         summary = shards.make(given, images, arguments.out, making)
@@ -28,11 +35,40 @@ def index(arguments: argparse.Namespace) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> None:
-    """Whether a set is what its index says; ValueError with the first fault where not, after a line for each."""
-    with cluster.session():
-        wrong = audit.verify(arguments.folder)
+    """Whether a set is what its index says, or a run used each sample once an epoch; ValueError after a line for each
+    fault.
+    """
+    if arguments.consumed:
+        proven, wrong = _consumed(arguments.folder, arguments.consumed)
+    else:
+        proven = [f"{arguments.folder}: every byte is as the index says"]
+        with cluster.session():
+            wrong = audit.verify(arguments.folder)
     for line in wrong:
         print(line)
     if wrong:
         raise ValueError(f"{arguments.folder}: {len(wrong)} faults, allowed: none")
-    print(f"{arguments.folder}: every byte is as the index says")
+    print("\n".join(proven))
+
+
+def _consumed(folder: str, run: Path) -> tuple[list[str], list[str]]:
+    """What is proven of the set by the run's log, and what is wrong."""
+    job = schema.load(run / JOB)
+    sets = locations(job, run.resolve())
+    names = [name for name, url in sets.items() if url == storage.absolute(folder)]
+    if not names:
+        raise ValueError(f"{folder}: is no set of {run}, allowed: {', '.join(sets.values())}")
+    log, samples, proven, wrong = run / consumed.FILE, len(shards.Shards(folder)), [], []
+    if not log.exists():
+        raise ValueError(f"{log}: not there, allowed: a run that has trained")
+    for name in names:
+        with log.open("rb") as lines:
+            proofs, found = consumed.prove(lines, str(log), name, samples)
+        wrong += found
+        for proof in proofs:
+            proven.append(
+                f"{proof.stage}: {proof.steps} steps used {proof.samples} samples of {name}: each of its {samples} "
+                f"once in each of {proof.epochs} epochs, {proof.begun} once in the epoch begun; {proof.replaced} "
+                "replaced"
+            )
+    return proven, wrong

@@ -31,7 +31,7 @@ from pipelines.report import Example
 from pipelines.shards import Sample, Shards
 from redux.answer import answer, answer_from_descriptions
 from redux.conversation import IMAGE, TEMPLATES
-from redux.image import pixels
+from redux.image import Fit, pixels
 from redux.model import ReduxForConditionalGeneration, normalise
 
 FILE = "answers.jsonl"
@@ -55,13 +55,13 @@ class Evaluate:
 class Answerer:
     """An actor with the model: answers all questions of a batch of images, greedily."""
 
-    def __init__(self, model: Path, shards: Path, settings: Evaluate, template: str) -> None:
+    def __init__(self, model: Path, shards: str, settings: Evaluate, template: str, fit: Fit) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(max(len(os.sched_getaffinity(0)) // settings.actors, 1))
         self.model = ReduxForConditionalGeneration.from_pretrained(model).eval().to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.shards, self.settings, self.template = Shards(shards), settings, TEMPLATES[template]
+        self.shards, self.settings, self.template, self.fit = Shards(shards), settings, TEMPLATES[template], fit
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
         first = int(rows["id"][0]) * self.settings.images
@@ -78,7 +78,7 @@ class Answerer:
     def answer(self, samples: list[Sample], asked: list[tuple[str, str]]) -> list[str]:
         """Responses to (sample key, question) pairs."""
         size = self.model.config.vision_config.image_size
-        images = torch.from_numpy(np.stack([pixels(sample.image, size) for sample in samples]))
+        images = torch.from_numpy(np.stack([pixels(sample.image, size, self.fit) for sample in samples]))
         number = {sample.key: place for place, sample in enumerate(samples)}
         shows, told = [number[key] for key, _ in asked], [question for _, question in asked]
         if self.settings.image == "described":
@@ -94,15 +94,20 @@ def questions(sample: Sample) -> Iterator[tuple[str, str]]:
     return zip(texts[::2], texts[1::2], strict=True)
 
 
-def evaluate(model: Path, shards: Path, run: Path, settings: Evaluate, template: str) -> dict[str, float]:
-    """Answer every question of the shards into run/answers.jsonl; returns the scores by name."""
+def evaluate(
+    model: Path, shards: str, run: Path, settings: Evaluate, template: str, fit: Fit = "pad"
+) -> dict[str, float]:
+    """Answer every question of the shards into run/answers.jsonl; returns the scores by name.
+
+    template, fit: of conversations and images, as the model was trained.
+    """
     stored = Shards(shards)
     batches = math.ceil(len(stored) / settings.images)
     cluster.require(settings.actors / 2 + 1, f"evaluate with actors = {settings.actors}")
     gpu = ray.cluster_resources().get("GPU", 0) >= settings.actors
     answers = ray.data.range(batches, override_num_blocks=batches).map_batches(
         Answerer,
-        fn_constructor_args=(model, shards, settings, template),
+        fn_constructor_args=(model, shards, settings, template, fit),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=settings.actors),
         num_cpus=0.5,
@@ -137,7 +142,7 @@ def _share(entries: list[dict]) -> float:
     return sum(entry["correct"] for entry in entries) / len(entries)
 
 
-def examples(model: Path, shards: Path, answers: Path, count: int) -> list[Example]:
+def examples(model: Path, shards: str, answers: Path, count: int, fit: Fit = "pad") -> list[Example]:
     """`count` answered questions on different images, evenly spread over the test set, with what VMTC did to each."""
     entries = [json.loads(line) for line in answers.read_text().splitlines()]
     by_image = {entry["image"]: entry for entry in reversed(entries)}
@@ -145,7 +150,8 @@ def examples(model: Path, shards: Path, answers: Path, count: int) -> list[Examp
     result = []
     for number in range(0, len(stored), max(len(stored) // count, 1))[:count] if count else ():
         [sample] = stored.read([number])
-        image, entry = pixels(sample.image, llava.config.vision_config.image_size), by_image[sample.id]
+        image = pixels(sample.image, llava.config.vision_config.image_size, fit)
+        entry = by_image[sample.id]
         with torch.inference_mode():
             _, fate = llava.model.encode_images(normalise(torch.from_numpy(image[None])))
         result.append(

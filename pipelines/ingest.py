@@ -1,138 +1,223 @@
-"""Ray Data executes the order: a dataset over micro-batch numbers whose tasks read just their samples.
+"""Ray Data executes the order: a dataset over micro-batch numbers whose readers fetch just their samples.
 
     rows in:   number of a block
-    rows out:  one row a micro-batch, each block for one worker; columns as the collation gives them, and
-               number (of the micro-batch), pixel_values (images, 3, size, size) uint8; text alone has no image
-    resources: 1 CPU a task; decoding, tokenising and padding happen there, scaling to floats in the trainer
+    rows out:  one row a micro-batch, each block for one worker; columns as `Reader` says
+    resources: 1 CPU a reader, as many readers as the cluster has CPUs to spare; reading, decoding, tokenising and
+               padding happen there, scaling to floats in the trainer
 
-A task is a pure function of (settings, number), so what Ray computes again after a lost node has the same bytes.
-Images travel as uint8: a quarter of the bytes of floats.
+What a reader returns is a pure function of (settings, number), so what Ray computes again after a lost node has the
+same bytes.  Images travel as uint8, a quarter of the bytes of floats, and lie in a block as they lie in Ray's object
+store, so that they are copied once.
+
+Readers are actors, with a few blocks waiting for each: Ray Data learns of finished blocks by polling ten times a
+second, twice for a task, so that a task's CPU would rest for 0.2 seconds after each block (jobs/bench/ingest.md).
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray.data
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from transformers import PreTrainedTokenizerBase
 
+from pipelines import storage
 from pipelines.order import Order
-from pipelines.shards import Sample, Shards
+from pipelines.shards import Sample, Shards, read
 from redux.conversation import CONTEXT, IGNORE, IMAGE, TEMPLATES, encode, pad
-from redux.image import pixels
+from redux.image import Fit, Way, pixels
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
+Row = dict[str, Int[np.ndarray, " length"]]
+"""The text side of a sample: input_ids, and labels where there are any."""
 
 BLOCK = 64
 BLOCK_BYTES = 64 * 2**20
 """Samples and bytes of pixels of a block, at most, where a micro-batch is smaller: a block costs Ray the same whatever
 it holds, but one beyond 128 MiB is cut in two."""
 
+BLOCKS = 4096
+"""Blocks up to which they are of BLOCK samples; in a longer run they are larger, since Ray Data takes 0.8 ms for each
+block before the first one comes."""
+
+AHEAD = 3
+"""Blocks that a reader works at or that wait for it."""
+
+TRIES = 20
+"""Samples tried in place of one that cannot be used, before that is an error."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Micro:
+class Reader:
     """What micro-batch `number` holds: slice `number` of the stream of global batches, as arrays.
 
+    sources: the sets of shards by name, in the order's order.
+    fit, way: how images become pixels; see redux.image.
+    encode: the text side of a sample, with the tokenizer saved at `tokenizer`.
     flip: mirror every other image.  rounds: see `draw_rounds`; None leaves conversations as they are.
-    collate: the text side of a batch, from the samples and the tokenizer saved at `tokenizer`.
+
+    A sample that cannot be used (bytes that are not the index's, a broken image, a conversation that does not fit) is
+    replaced by one of the same source, drawn by (seed, place in the stream, try), and reported.  A store that does not
+    answer is no such case: that is an error.
     """
 
-    shards: Shards
+    sources: Mapping[str, Shards]
     order: Order
     size: int
     image_size: int
     tokenizer: Path
-    collate: Callable[[PreTrainedTokenizerBase, Sequence[Sample]], Batch]
-    flip: bool
-    rounds: int | None
+    encode: Callable[[PreTrainedTokenizerBase, Sample], Row]
+    fit: Fit = "pad"
+    way: Way = "exact"
+    flip: bool = False
+    rounds: int | None = None
 
-    def __call__(self, number: int) -> Batch:
+    def __call__(self, number: int, room: UInt8[np.ndarray, "size height width 3"] | None = None) -> Batch:
+        """The micro-batch's columns.
+
+        number: of the micro-batch.
+        pixel_values: (images, height, width, 3) uint8, within `room` if given; text alone has no image.
+        input_ids, labels, attention_mask: (samples, longest) int64, padded on the right.
+        source, sample: (samples,) int64, the sample used and the number of its source.
+        replaced: JSON, a list of {"set", "place", "due", "used", "reason"}, one for each sample that was replaced;
+            place: in the stream.
+        """
         first = number * self.size
         batch, within = divmod(first, self.order.global_batch)
-        _, samples = self.order.batch(batch)
-        stored = self.shards.read(samples[within : within + self.size])
-        varied = [self._vary(sample, first + place) for place, sample in enumerate(stored)]
-        shape = (-1, 3, self.image_size, self.image_size)
-        images = np.array([image for image, _ in varied if image is not None], np.uint8).reshape(shape)
-        text = self.collate(_tokenizer(self.tokenizer), [sample for _, sample in varied])
-        return {"number": np.array(number), "pixel_values": images, **text}
+        source, due = (column[within : within + self.size] for column in _global_batch(self.order, batch))
+        if room is None:
+            room = np.empty((self.size, self.image_size, self.image_size, 3), np.uint8)
+        rows, used, replaced, images = [], due.copy(), [], 0
+        for turn, stored in enumerate(self._stored(source, due)):
+            row, image, entry = self._sound(first + turn, int(source[turn]), int(due[turn]), stored)
+            rows.append(row)
+            if image is not None:
+                room[images] = image
+                images += 1
+            if entry:
+                replaced.append(entry)
+                used[turn] = entry["used"]
+        return {
+            "number": number,
+            "pixel_values": room[:images],
+            **_padded(rows, _tokenizer(self.tokenizer).pad_token_id),
+            "source": source,
+            "sample": used,
+            "replaced": json.dumps(replaced),
+        }
 
-    def _vary(self, sample: Sample, place: int) -> tuple[UInt8[np.ndarray, "3 size size"] | None, Sample]:
-        """The sample's pixels, if any, and the sample, varied as asked for by chance of (seed, place in the stream)."""
-        chance = np.random.default_rng((self.order.seed, place))
-        image = pixels(sample.image, self.image_size) if sample.image else None
-        if self.flip and chance.random() < 0.5 and image is not None:
-            image = image[:, :, ::-1]
-        if self.rounds:
+    def block(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Columns of several micro-batches, one a row; full ones without another copy of their images."""
+        room = np.empty((len(numbers), self.size, self.image_size, self.image_size, 3), np.uint8)
+        batches = [self(number, space) for number, space in zip(numbers, room, strict=True)]
+        columns: dict[str, Any] = {name: [batch[name] for batch in batches] for name in batches[0]}
+        if all(len(images) == self.size for images in columns["pixel_values"]):
+            columns["pixel_values"] = room
+        return columns
+
+    def _stored(self, source: Int[np.ndarray, " size"], due: Int[np.ndarray, " size"]) -> list[Sample | None]:
+        """The samples that are due, read together; None for each where one of them is not as the index says."""
+        sets = list(self.sources.values())
+        try:
+            return list(read([(sets[one], int(number)) for one, number in zip(source, due, strict=True)]))
+        except ValueError:
+            return [None] * len(due)
+
+    def _sound(
+        self, place: int, source: int, due: int, stored: Sample | None
+    ) -> tuple[Row, UInt8[np.ndarray, "height width 3"] | None, dict[str, Any] | None]:
+        """(row, image, entry of `replaced`) of the sample that is due at this place, or of the one in its stead."""
+        name, shards = list(self.sources.items())[source]
+        used, reason = due, ""
+        for attempt in range(1, TRIES + 1):
+            try:
+                row, image = self._made(stored or shards.read([used])[0], place)
+            except ValueError as error:
+                reason = reason or _reason(shards, used, error)
+                chance = np.random.default_rng((self.order.seed, place, attempt))
+                used, stored = int(chance.integers(len(shards))), None
+            else:
+                entry = {"set": name, "place": place, "due": due, "used": used, "reason": reason}
+                return row, image, entry if reason else None
+        raise ValueError(f"{shards.folder}: sample {due} and {TRIES - 1} drawn in its place cannot be used: {reason}")
+
+    def _made(self, sample: Sample, place: int) -> tuple[Row, UInt8[np.ndarray, "height width 3"] | None]:
+        """The sample's text and image, varied as asked for by chance of (seed, place in the stream)."""
+        chance = np.random.default_rng((self.order.seed, place)) if self.flip or self.rounds else None
+        image = pixels(sample.image, self.image_size, self.fit, self.way).transpose(1, 2, 0) if sample.image else None
+        if self.flip and chance and chance.random() < 0.5 and image is not None:
+            image = image[:, ::-1]
+        if self.rounds and chance:
             sample = draw_rounds(sample, self.rounds, chance)
-        return image, sample
+        return self.encode(_tokenizer(self.tokenizer), sample), image
 
 
-def dataset(micro: Micro, start: int, stop: int, workers: int) -> ray.data.Dataset:
+def dataset(reader: Reader, start: int, stop: int, workers: int) -> ray.data.Dataset:
     """Micro-batches start..stop-1 for that many workers; stop - start is a multiple of workers.
 
     Worker r gets start + r, start + r + workers, ...: blocks are dealt to the workers in turn, so block b holds the
     next few of worker b % workers.  Iterate with preserve_order.
     """
-    span = max(min(BLOCK, BLOCK_BYTES // (3 * micro.image_size**2)) // micro.size, 1)
-
-    def read(rows: Batch) -> dict[str, list]:
-        turn, worker = divmod(int(rows["id"][0]), workers)
-        first = start + turn * span * workers + worker
-        batches = [micro(number) for number in range(first, min(first + span * workers, stop), workers)]
-        return {name: [batch[name] for batch in batches] for name in batches[0]}
-
+    samples = max(BLOCK, (stop - start) * reader.size // BLOCKS)
+    span = max(min(samples, BLOCK_BYTES // (3 * reader.image_size**2)) // reader.size, 1)
     count = -(-(stop - start) // (workers * span)) * workers
-    return ray.data.range(count, override_num_blocks=count).map_batches(read, batch_size=None)
+    return ray.data.from_items([{"id": number} for number in range(count)], override_num_blocks=count).map_batches(
+        _Block,
+        fn_constructor_args=(reader, start, stop, workers, span),
+        batch_size=None,
+        num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_tasks_in_flight_per_actor=AHEAD),
+    )
+
+
+class _Block:
+    """An actor: from the number of a block to its micro-batches."""
+
+    def __init__(self, reader: Reader, start: int, stop: int, workers: int, span: int) -> None:
+        self.reader, self.start, self.stop, self.workers, self.span = reader, start, stop, workers, span
+
+    def __call__(self, rows: Batch) -> dict[str, Any]:
+        turn, worker = divmod(int(rows["id"][0]), self.workers)
+        first = self.start + turn * self.span * self.workers + worker
+        stop = min(first + self.span * self.workers, self.stop)
+        return self.reader.block(range(first, stop, self.workers))
 
 
 def micro_batches(blocks: Iterable[Batch]) -> Iterator[Batch]:
-    """The rows of a worker's blocks one by one, as `Micro` made them."""
+    """The rows of a worker's blocks one by one, as `Reader` made them."""
     for block in blocks:
         for row in range(len(block["number"])):
             yield {name: column[row] for name, column in block.items()}
 
 
-def captions(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> Batch:
-    """CLIP's side of a batch: what the assistant says first, as `<s> caption </s>`.
-
-    input_ids, attention_mask: (samples, longest) int64, padded on the right; what is longer than CONTEXT is cut.
-    """
-    if bare := next((sample for sample in samples if not sample.image), None):
-        raise ValueError(f"sample {bare.key}: text alone, allowed in a contrastive stage: an image and its caption")
-    texts = [sample.record["conversations"][1]["value"] for sample in samples]
-    cut = tokenizer(texts, truncation=True, max_length=CONTEXT - 1)["input_ids"]
-    rows = [np.array([*ids, tokenizer.eos_token_id]) for ids in cut]
-    return {
-        "input_ids": pad(rows, tokenizer.pad_token_id),
-        "attention_mask": pad([np.ones_like(row) for row in rows], 0),
-    }
+def caption(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
+    """CLIP's side of a sample: what the assistant says first, as `<s> caption </s>`; beyond CONTEXT it is cut."""
+    if not sample.image:
+        raise ValueError(f"sample {sample.key}: text alone, allowed in a contrastive stage: an image and its caption")
+    ids = tokenizer(sample.record["conversations"][1]["value"], truncation=True, max_length=CONTEXT - 1)["input_ids"]
+    return {"input_ids": np.array([*ids, tokenizer.eos_token_id])}
 
 
-def conversations(template: str, image_tokens: int) -> Callable[[PreTrainedTokenizerBase, Sequence[Sample]], Batch]:
-    """LLaVA's side of a batch: input_ids, labels and attention_mask, (samples, longest) int64, padded on the right."""
+def conversation(template: str, image_tokens: int) -> Callable[[PreTrainedTokenizerBase, Sample], Row]:
+    """LLaVA's side of a sample: input_ids and labels."""
 
-    def collate(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> Batch:
-        rows = []
-        for sample in samples:
+    def row(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
+        try:
             ids, labels = encode(tokenizer, sample.record["conversations"], TEMPLATES[template], image_tokens)
-            if len(ids) > tokenizer.model_max_length:
-                raise ValueError(
-                    f"sample {sample.key}: {len(ids)} tokens, allowed: {tokenizer.model_max_length}, "
-                    "model.language.max_position_embeddings"
-                )
-            rows.append((ids, labels, np.ones_like(ids)))
-        ids, labels, mask = zip(*rows, strict=True)
-        return {
-            "input_ids": pad(ids, tokenizer.pad_token_id),
-            "labels": pad(labels, IGNORE),
-            "attention_mask": pad(mask, 0),
-        }
+        except ValueError as error:
+            raise ValueError(f"sample {sample.key}: {error}") from None
+        if len(ids) > tokenizer.model_max_length:
+            raise ValueError(
+                f"sample {sample.key}: {len(ids)} tokens, allowed: {tokenizer.model_max_length}, "
+                "model.language.max_position_embeddings"
+            )
+        return {"input_ids": ids, "labels": labels}
 
-    return collate
+    return row
 
 
 def draw_rounds(sample: Sample, rounds: int, chance: np.random.Generator) -> Sample:
@@ -147,9 +232,32 @@ def draw_rounds(sample: Sample, rounds: int, chance: np.random.Generator) -> Sam
     return replace(sample, record={**sample.record, "conversations": mixed})
 
 
+def _reason(shards: Shards, number: int, error: ValueError) -> str:
+    """Why the sample cannot be used, after its tar and its name."""
+    try:
+        [row] = shards.rows([number])
+    except ValueError:  # the index is damaged there, which is what the error says
+        return str(error)
+    tar, name = storage.join(shards.folder, row["shard"]), f"sample {row['key']}"
+    return f"{tar}: {name}: {str(error).removeprefix(f'{tar}: ').removeprefix(f'{name}: ')}"
+
+
+def _padded(rows: Sequence[Row], padding: int) -> dict[str, Int[np.ndarray, "samples longest"]]:
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    mask = [np.ones_like(ids) for ids in columns["input_ids"]]
+    fill = {"input_ids": padding, "labels": IGNORE}
+    return {**{name: pad(column, fill[name]) for name, column in columns.items()}, "attention_mask": pad(mask, 0)}
+
+
+@functools.lru_cache(maxsize=4)
+def _global_batch(order: Order, number: int) -> tuple[Int[np.ndarray, " samples"], Int[np.ndarray, " samples"]]:
+    """Kept, as several micro-batches are slices of one."""
+    return order.batch(number)
+
+
 @functools.cache
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Read once a process."""
-    from transformers import AutoTokenizer  # brings torch along, which Ray's coordinator of the tasks does without
+    from transformers import AutoTokenizer  # brings torch along, which Ray's coordinator of the readers does without
 
     return AutoTokenizer.from_pretrained(folder)

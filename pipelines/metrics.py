@@ -1,36 +1,49 @@
-"""What a run writes down while it trains, from one place: a line a step, and TensorBoard's events beside it.
+"""What a run writes down while it trains, from one place: a line a step in two files, and TensorBoard's events.
 
-    metrics.jsonl   {"stage", "step", "loss", "learning_rate", "grad_norm", "samples", "tokens", "data_s", "compute_s"}
+    metrics.jsonl    {"stage", "step", "loss", "learning_rate", "grad_norm", "samples", "replaced", "tokens", "data_s",
+                     "compute_s"}
+    consumed.jsonl   the samples of the step; see pipelines/consumed.py
 
 A step stands once: what a resumed run is about to do again is cut off first, a line torn by a crash too.
 """
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
+
+from pipelines import consumed
+from pipelines.consumed import Used
 
 FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """The record of one stage, open for steps after `cursor`; `run` is the run folder."""
+    """The record of one stage, open for steps after `cursor`; `run` is the run folder.
+
+    replaced: samples of the stage so far that stood in for others.
+    """
 
     def __init__(self, run: Path, stage: str, cursor: int) -> None:
         self.stage = stage
-        _cut(run / FILE, stage, cursor)
-        self.file = (run / FILE).open("a")
+        _cut(run / consumed.FILE, stage, cursor)
+        self.replaced = sum(entry["replaced"] for entry in _cut(run / FILE, stage, cursor) if entry["stage"] == stage)
+        self.used, self.file = (run / consumed.FILE).open("a"), (run / FILE).open("a")
         self.events = SummaryWriter(run / "tensorboard" / stage, purge_step=cursor + 1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float], used: Used) -> None:
         """Append one step; it is on its way to the disk when this returns."""
-        self.file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
-        self.file.flush()
+        self.replaced += len(used.replaced)
+        for file, entry in ((self.used, asdict(used)), (self.file, values)):
+            file.write(json.dumps({"stage": self.stage, "step": step, **entry}) + "\n")
+            file.flush()
         for name, value in values.items():
             self.events.add_scalar(name, value, step)
 
     def close(self) -> None:
+        self.used.close()
         self.file.close()
         self.events.close()
 
@@ -46,12 +59,14 @@ def last(run: Path) -> dict | None:
     return json.loads(whole.rpartition(b"\n")[2]) if whole else None
 
 
-def _cut(path: Path, stage: str, cursor: int) -> None:
-    """Drop this stage's lines after step `cursor`, and whatever is no whole line."""
+def _cut(path: Path, stage: str, cursor: int) -> list[dict]:
+    """Drop this stage's lines after step `cursor`, and whatever is no whole line; returns the entries that are left."""
     if not path.exists():
-        return
+        return []
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    kept = [line for line in whole if (entry := json.loads(line))["stage"] != stage or entry["step"] <= cursor]
+    entries = [(line, json.loads(line)) for line in whole]
+    kept = [(line, entry) for line, entry in entries if entry["stage"] != stage or entry["step"] <= cursor]
     temporary = path.with_suffix(".part")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(line for line, _ in kept))
     os.replace(temporary, path)
+    return [entry for _, entry in kept]

@@ -21,17 +21,20 @@ import ray
 import ray.train
 import torch
 import torch.distributed
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from ray.data import ExecutionOptions
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
-from pipelines import checkpoint, cluster, ingest, metrics
-from pipelines.order import Order
+from pipelines import checkpoint, cluster, consumed, ingest, metrics
+from pipelines.consumed import Used
+from pipelines.grouping import Groups
+from pipelines.order import Order, Shuffle
 from pipelines.shards import Shards
 from redux import contrastive, model
 from redux.contrastive import Contrastive
+from redux.image import Fit, Way
 from redux.model import ReduxForConditionalGeneration
 
 
@@ -41,7 +44,15 @@ class Stage:
 
     objective: "contrastive" trains the image tower alone, with CLIP's objective on captions; "language" the whole
         LLaVA, with next-token prediction.
-    data: the set of shards.  template: of its conversations (objective "language").
+    data: the set of shards, or a mixture: names of sets with their shares of each global batch.
+    template: of the conversations (objective "language").
+    epochs: of all sets together, whatever their shares; or steps: global batches.
+    shuffle: "global" takes samples from anywhere; "window" mixes them within `window` shards at a time, which keeps
+        reads near each other; "none" leaves them as they are stored.
+    groups: batches of one modality and of similar lengths, sorted within so many global batches at a time, as LLaVA
+        does for conversations; null mixes them.
+    fit: images padded to a square (LLaVA's stage 2) or cropped (its stage 1).
+    pixels: "exact" equals LLaVA's to the bit; "fast" does not, by a grey level or two (redux/image.py).
     learning_rate: peak for each part; a part that is not named is frozen.
     warmup: share of the steps over which the rate rises to its peak; from there it falls as a half cosine to 0.
     beta2: of AdamW; 0.95 forgets old gradients sooner and helps small models in small batches over plateaus.
@@ -53,9 +64,15 @@ class Stage:
     """
 
     objective: Literal["contrastive", "language"]
-    data: Literal["captions", "conversations"]
+    data: str | Annotated[dict[str, Annotated[float, Gt(0)]], MinLen(1)]
     template: Literal["plain", "vicuna_v1", "vicuna_bare"] = "vicuna_v1"
-    epochs: Annotated[float, Gt(0)]
+    epochs: Annotated[float, Gt(0)] | None = None
+    steps: Annotated[int, Ge(1)] | None = None
+    shuffle: Shuffle = "global"
+    window: Annotated[int, Ge(1)] = 8
+    groups: Annotated[int, Ge(1)] | None = None
+    fit: Fit = "pad"
+    pixels: Way = "exact"
     global_batch: Annotated[int, Ge(1)]
     micro_batch: Annotated[int, Ge(1)]
     learning_rate: dict[Literal["tower", "projector", "language"], Annotated[float, Gt(0)]]
@@ -72,6 +89,13 @@ class Stage:
     def __post_init__(self) -> None:
         if not self.learning_rate:
             raise ValueError("learning_rate: got {}, allowed: a rate for at least one of tower, projector, language")
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"epochs: got {self.epochs}, and steps {self.steps}, allowed: one of the two")
+        if self.groups and (self.shuffle != "global" or len(self.mixture) > 1):
+            raise ValueError(
+                f"groups: got {self.groups} with shuffle {self.shuffle} and {len(self.mixture)} sets, allowed: groups "
+                "with shuffle global and one set"
+            )
         if self.objective == "contrastive" and self.micro_batch < 2:
             raise ValueError("micro_batch: got 1, allowed: at least 2, as objective contrastive compares samples")
         if self.objective == "contrastive" and set(self.learning_rate) != {"tower"}:
@@ -79,6 +103,11 @@ class Stage:
                 f"learning_rate: got {self.learning_rate}, allowed: tower alone, which is all that objective "
                 "contrastive trains"
             )
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """Shares of the sets by name."""
+        return {self.data: 1.0} if isinstance(self.data, str) else self.data
 
     def accumulation(self, workers: int) -> int:
         """Micro-batches that each worker adds up to a global batch.  ValueError where that is no whole number."""
@@ -93,7 +122,11 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that a worker needs to know of its stage.  start: the model of the stage before, if there is one."""
+    """All that a worker needs to know of its stage.
+
+    sets: where each set of the mixture lies.  start: the model of the stage before, if there is one.
+    tolerance: share of an epoch's samples that may be replaced before the run stops.
+    """
 
     name: str
     stage: Stage
@@ -101,7 +134,8 @@ class Plan:
     seed: int
     workers: int
     run: Path
-    shards: Path
+    sets: dict[str, str]
+    tolerance: float
     tokenizer: Path
     start: Path | None
 
@@ -115,34 +149,61 @@ class Plan:
         """The model that the stage makes."""
         return self.folder / "model"
 
-    def micro(self) -> ingest.Micro:
+    def reader(self) -> ingest.Reader:
         """What Ray Data reads."""
-        stage, shards = self.stage, Shards(self.shards)
+        stage = self.stage
+        sources = {name: Shards(self.sets[name]) for name in stage.mixture}
+        wanted = (self.model.tower.image_size, stage.fit)
+        for name, shards in sources.items():
+            if shards.prepared not in (None, wanted):
+                raise ValueError(
+                    f"train.{self.name}.data: {name} has images prepared as {shards.prepared}, allowed: {wanted}, by "
+                    "model.tower.image_size and fit, or images as they came"
+                )
+        groups = None
+        if stage.groups:
+            [shards] = sources.values()
+            groups = Groups.of(shards.has_image, shards.words, stage.groups)
+        order = Order(
+            samples=tuple(map(len, sources.values())),
+            weights=() if isinstance(stage.data, str) else tuple(stage.data.values()),
+            global_batch=stage.global_batch,
+            seed=self.seed,
+            shuffle=stage.shuffle,
+            window=stage.window,
+            shards=tuple(shards.sizes for shards in sources.values()) if stage.shuffle == "window" else (),
+            groups=groups,
+        )
         tokens = model.image_tokens(self.model)
-        collate = ingest.conversations(stage.template, tokens) if stage.objective == "language" else ingest.captions
-        return ingest.Micro(
-            shards=shards,
-            order=Order(samples=(len(shards),), global_batch=stage.global_batch, seed=self.seed),
+        return ingest.Reader(
+            sources=sources,
+            order=order,
             size=stage.micro_batch,
             image_size=self.model.tower.image_size,
             tokenizer=self.tokenizer,
-            collate=collate,
+            encode=ingest.conversation(stage.template, tokens) if stage.objective == "language" else ingest.caption,
+            fit=stage.fit,
+            way=stage.pixels,
             flip=stage.flip,
             rounds=stage.rounds,
         )
+
+    def steps(self, order: Order) -> int:
+        """Global batches of the stage."""
+        return self.stage.steps or order.batches(self.stage.epochs or 0)
 
 
 def fit(plan: Plan) -> None:
     """Train the stage to its end, from its newest checkpoint if there is one; with a model it is at its end."""
     if plan.result.exists():
         return
-    micro = plan.micro()
+    reader = plan.reader()
     accumulation = plan.stage.accumulation(plan.workers)
-    steps = micro.order.batches(plan.stage.epochs)
+    samples, steps = sum(reader.order.samples), plan.steps(reader.order)
     per_step = accumulation * plan.workers
     print(
-        f"{plan.name}: {len(micro.shards)} samples x {plan.stage.epochs} epochs = {steps} steps of "
-        f"{plan.stage.global_batch} = {plan.workers} workers x {plan.stage.micro_batch} x {accumulation}"
+        f"{plan.name}: {steps} steps of {plan.stage.global_batch} = {plan.workers} workers x {plan.stage.micro_batch} "
+        f"x {accumulation}: {steps * plan.stage.global_batch / samples:.4g} epochs of {samples} samples"
     )
 
     folder, workers = plan.folder, plan.workers
@@ -153,14 +214,14 @@ def fit(plan: Plan) -> None:
         Names nothing of this module, so that the process that calls it need not load transformers' models.
         """
         saved = checkpoint.newest(folder)
-        return ingest.dataset(micro, (saved.cursor if saved else 0) * per_step, steps * per_step, workers)
+        return ingest.dataset(reader, (saved.cursor if saved else 0) * per_step, steps * per_step, workers)
 
-    # half a CPU each: the tasks that read and decode need one, too
+    # half a CPU each: what reads and decodes needs one, too
     cluster.require(plan.workers / 2 + 1, f"train.{plan.name} with workers = {plan.workers}")
     gpus = ray.cluster_resources().get("GPU", 0) >= plan.workers
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"plan": plan, "steps": steps},
+        train_loop_config={"plan": plan, "steps": steps, "samples": samples},
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers, use_gpu=gpus, resources_per_worker={"CPU": 0.5, **({"GPU": 1} if gpus else {})}
         ),
@@ -194,7 +255,7 @@ def _progress(plan: Plan, bar: tqdm) -> str:
 
 def train_worker(config: dict[str, Any]) -> None:
     """One rank: the stage from its newest checkpoint to its end."""
-    plan, steps = config["plan"], config["steps"]
+    plan, steps, budget = config["plan"], config["steps"], int(config["plan"].tolerance * config["samples"])
     if plan.result.exists():
         return  # the workers were started anew after the last step
     engine = _engine(plan, steps)
@@ -203,9 +264,14 @@ def train_worker(config: dict[str, Any]) -> None:
     if saved:
         checkpoint.restore(engine, saved)
     record = metrics.Metrics(plan.run, plan.name, cursor) if engine.global_rank == 0 else None
-    for step, values in training_steps(engine, plan, cursor, steps):
+    for step, values, used in training_steps(engine, plan, cursor, steps):
         if record:
-            record.write(step, values)
+            record.write(step, values, used)
+            if record.replaced > budget:
+                raise ValueError(
+                    f"{plan.name}: {record.replaced} samples had to be replaced, allowed: {budget}, data.tolerance; at "
+                    f"last {used.replaced[-1]['reason']}; {plan.run / consumed.FILE} lists them"
+                )
         if step % plan.stage.checkpoint_every == 0 and step < steps:
             checkpoint.save(engine, plan.folder, step)
     if record:
@@ -214,24 +280,27 @@ def train_worker(config: dict[str, Any]) -> None:
     torch.distributed.barrier()  # nobody leaves while rank 0 saves
 
 
-def training_steps(engine: Any, plan: Plan, cursor: int, steps: int) -> Iterator[tuple[int, dict[str, float]]]:
-    """Do global batches cursor+1..steps; yields (step, what it was like, over all ranks)."""
+def training_steps(engine: Any, plan: Plan, cursor: int, steps: int) -> Iterator[tuple[int, dict[str, float], Used]]:
+    """Do global batches cursor+1..steps; yields (step, what it was like and which samples it used, over all ranks)."""
     accumulation = plan.stage.accumulation(engine.dp_world_size)
     batches = _batches(engine, cursor * accumulation)
     for step in range(cursor + 1, steps + 1):
         rate = max(group["lr"] for group in engine.optimizer.param_groups)  # of the part that learns fastest
         loss = samples = tokens = data_s = compute_s = 0.0
+        mine = []
         for _ in range(accumulation):
             clock = time.perf_counter()
-            batch = next(batches)
+            batch, columns = next(batches)
             data_s += (now := time.perf_counter()) - clock
             output = engine(**batch)
             engine.backward(output)
             engine.step()
+            mine.append(columns)
             loss += output.item() / accumulation
             samples += len(batch["input_ids"])
             tokens += batch["attention_mask"].sum().item()
             compute_s += time.perf_counter() - now
+        used = consumed.gather(mine, list(plan.stage.mixture), engine.device)
         sums = torch.tensor([loss, samples, tokens, data_s, compute_s], dtype=torch.float64, device=engine.device)
         torch.distributed.all_reduce(sums)
         loss, samples, tokens, data_s, compute_s = sums.tolist()
@@ -243,24 +312,30 @@ def training_steps(engine: Any, plan: Plan, cursor: int, steps: int) -> Iterator
                 "learning_rate": rate,
                 "grad_norm": float(engine.get_global_grad_norm()),
                 "samples": int(samples),
+                "replaced": len(used.replaced),
                 "tokens": int(tokens),
                 "data_s": data_s / world,
                 "compute_s": compute_s / world,
             },
+            used,
         )
 
 
-def _batches(engine: Any, consumed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's micro-batches as tensors on its device, checked to be the ones that are its turn."""
+def _batches(engine: Any, done: int) -> Iterator[tuple[dict[str, torch.Tensor], ingest.Batch]]:
+    """This rank's micro-batches after the first `done`, as tensors on its device and as they came.
+
+    Each is checked to be the one whose turn it is.
+    """
     blocks = ray.train.get_dataset_shard("train").iter_batches(batch_size=None, prefetch_batches=2)
-    for turn, arrays in enumerate(ingest.micro_batches(blocks), start=consumed):
+    for turn, columns in enumerate(ingest.micro_batches(blocks), start=done):
         due = turn * engine.dp_world_size + engine.global_rank
-        if arrays["number"] != due:
-            raise RuntimeError(f"rank {engine.global_rank}: got micro-batch {arrays['number']}, due was {due}")
-        batch = {name: torch.from_numpy(np.array(array)).to(engine.device) for name, array in arrays.items()}
-        del batch["number"]
-        batch["pixel_values"] = model.normalise(batch["pixel_values"]).to(engine.communication_data_type)
-        yield batch
+        if columns["number"] != due:
+            raise RuntimeError(f"rank {engine.global_rank}: got micro-batch {columns['number']}, due was {due}")
+        names = ("pixel_values", "input_ids", "labels", "attention_mask")
+        batch = {name: torch.tensor(columns[name], device=engine.device) for name in names if name in columns}
+        images = batch["pixel_values"].movedim(-1, 1).contiguous()
+        batch["pixel_values"] = model.normalise(images).to(engine.communication_data_type)
+        yield batch, columns
 
 
 class _Language(torch.nn.Module):

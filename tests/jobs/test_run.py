@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
+from pipelines import shards
+
 JOB = """
 name: tiny
 workers: 2
-data: {source: easy-vqa, samples_per_shard: 1500}
+data: {source: easy-vqa, samples_per_shard: 1500, sets: {talk: TALK}}
 model:
   tower:
     image_size: 64
@@ -35,9 +38,9 @@ train:
     learning_rate: {tower: 1e-3}
   instruct:
     objective: language
-    data: conversations
+    data: {conversations: 3, talk: 1}
     template: vicuna_bare
-    epochs: 0.02
+    steps: 5
     global_batch: 16
     micro_batch: 4
     learning_rate: {projector: 1e-3, language: 1e-3}
@@ -49,10 +52,17 @@ report: {examples: 2}
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def job(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job that also trains on a set made before, of text alone."""
     path = tmp_path_factory.mktemp("job") / "tiny.yaml"
-    path.write_text(JOB)
+    talk = [{"id": n, "conversations": [turn("human", f"is {n} odd?"), turn("gpt", "yes")]} for n in range(1, 21, 2)]
+    shards.make(talk, ".", str(path.parent / "talk"), shards.Making(samples_per_shard=3))
+    path.write_text(JOB.replace("TALK", str(path.parent / "talk")))
     return path
+
+
+def turn(role: str, text: str) -> dict[str, str]:
+    return {"from": role, "value": text}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +78,11 @@ def finished(job: Path, ray_cluster: Any) -> tuple[Path, str]:
 
 def command(job: Path, into: str) -> list[str]:
     return [sys.executable, "-m", "jobs.command", "run", str(job), "--into", str(job.parent / into)]
+
+
+def verify(folder: Path, run: Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "jobs.command", "shards", "verify", str(folder), "--consumed", str(run)]
+    return subprocess.run(words, text=True, capture_output=True)
 
 
 def losses(run: Path) -> list[tuple[str, int, float]]:
@@ -91,6 +106,29 @@ def test_a_run_leaves_everything_in_its_folder(finished: tuple[Path, str]) -> No
     assert (run / "checkpoints" / "instruct" / "model" / "model.safetensors").exists()
     for bar in ("shards captions", "tower", "instruct", "evaluate"):
         assert re.search(rf"{bar}: 100%", printed), f"no finished progress bar {bar!r}"
+
+
+def test_a_run_is_proven_to_have_used_each_sample_once(finished: tuple[Path, str], job: Path) -> None:
+    """Batches of 16 with 4 of a set of 10: two epochs of it in five steps."""
+    run, _ = finished
+    assert verify(job.parent / "talk", run).stdout == (
+        "instruct: 5 steps used 20 samples of talk: each of its 10 once in each of 2 epochs, 0 once in the epoch "
+        "begun; 0 replaced\n"
+    )
+    assert "tower: 2 steps used 16 samples of captions" in verify(run / "shards" / "captions", run).stdout
+    assert "is no set of" in verify(job.parent, run).stderr
+
+
+def test_a_run_that_used_a_sample_twice_is_found_out(finished: tuple[Path, str], job: Path, tmp_path: Path) -> None:
+    run, _ = finished
+    shutil.copy(run / "job.yaml", tmp_path)
+    lines = list(map(json.loads, (run / "consumed.jsonl").read_text().splitlines()))
+    twice = lines[-1]["samples"]["talk"]
+    twice[0] = twice[1]
+    (tmp_path / "consumed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = verify(job.parent / "talk", tmp_path)
+    assert found.returncode == 2
+    assert f"epoch 1: 1 samples came again: {twice[0]}" in found.stdout
 
 
 def test_a_ray_that_was_there_goes_on(finished: tuple[Path, str], ray_cluster: Any) -> None:
@@ -148,3 +186,4 @@ def test_an_interrupted_run_leaves_no_process_and_goes_on_to_the_same_end(
     undisturbed, _ = finished
     assert losses(run) == losses(undisturbed)
     assert (run / "answers.jsonl").read_text() == (undisturbed / "answers.jsonl").read_text()
+    assert (run / "consumed.jsonl").read_text() == (undisturbed / "consumed.jsonl").read_text()

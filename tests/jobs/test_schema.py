@@ -1,5 +1,6 @@
 """Every job file that ships is a job, says all that it needs to, and survives being written out."""
 
+import json
 import re
 from pathlib import Path
 
@@ -56,12 +57,30 @@ def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
             "model.language.hidden_size=24",
             "model.language.num_attention_heads: got 8, allowed: one that gives heads of",
         ),
+        ("train.tower.data=caption", "train.tower.data: got caption, allowed: captions, conversations, test, those of"),
+        (
+            "train.instruct.data={conversations: 0}",
+            'train.instruct.data: got {"conversations": 0}, allowed: text or a section whose every value is a number >',
+        ),
+        ("train.instruct.data={}", "train.instruct.data: got {}, allowed: "),
+        ("train.instruct.steps=9", "train.instruct.epochs: got 6.0, and steps 9, allowed: one of the two"),
+        ("train.instruct.epochs=null", "train.instruct.epochs: got None, and steps None, allowed: one of the two"),
+        ("data.sets={test: a}", "data.sets: got test, allowed: other names than captions, conversations, test"),
+        ("data.tolerance=2", "data.tolerance: got 2, allowed: a number >= 0 <= 1"),
         ("model.language.max_position_embeddings=32", "model.language.max_position_embeddings: got 32, allowed: more"),
     ],
 )
 def test_what_cannot_be_run_is_refused_at_its_place(override: str, line: str) -> None:
     with pytest.raises(ValueError, match=f"{re.escape(line)}[^\n]*$"):
         schema.load(FOLDER / "quickstart.yaml", [override])
+
+
+@pytest.mark.parametrize("change", [{"shuffle": "window"}, {"data": {"captions": 1, "conversations": 1}}])
+def test_groups_take_one_set_and_shuffle_all_of_it(change: dict) -> None:
+    overrides = [f"train.instruct.{key}={json.dumps(value)}" for key, value in {"groups": 2, **change}.items()]
+    with pytest.raises(ValueError, match=r"train.instruct.groups: got 2 with shuffle \w+ and \d sets, allowed: "):
+        schema.load(FOLDER / "quickstart.yaml", overrides)
+    schema.load(FOLDER / "quickstart.yaml", overrides[:1])
 
 
 @pytest.mark.parametrize("name", ["shards", "evaluate", "report"])

@@ -1,16 +1,40 @@
-"""What tests of the Ray floor share: a set of shards that anyone can make in a second, and a tokenizer for it."""
+"""What tests of the Ray floor share: a set of shards that anyone can make in a second, a tokenizer for it, and an S3.
 
+S3 is moto's server in a process of its own, behind a proxy that answers with the faults it is told to.
+"""
+
+import re
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
+import ray.data
 from PIL import Image
 
-from pipelines import shards
+from pipelines import shards, storage
 from pipelines.shards import Making, Shards
+from pipelines.storage import Retry
 from redux.conversation import TEMPLATES, word_tokenizer
 
+BUCKET = "floor"
+FAST = Retry(tries=8, deadline_s=20, first_wait_s=0.01, longest_wait_s=0.05, connect_timeout_s=2, read_timeout_s=3)
+ANSWERS = {
+    "SlowDown": (503, "Please reduce your request rate."),
+    "InternalError": (500, "We encountered an internal error. Please try again."),
+    "ExpiredToken": (400, "The provided token has expired."),
+    "InvalidTokenId": (403, "The security token included in the request is invalid"),
+    "AccessDenied": (403, "Access Denied"),
+}
 SIZES = ((8, 8), (16, 16), (12, 6), (5, 9))
 COLOURS = ("red", "blue", "green")
 
@@ -54,3 +78,184 @@ def tokenizer(records: list[dict], tmp_path_factory: pytest.TempPathFactory) -> 
     pieces = [piece for record in records for piece, _ in TEMPLATES["vicuna_bare"].spans(record["conversations"])]
     word_tokenizer(pieces, length=96).save_pretrained(folder)
     return folder
+
+
+class Here:
+    """A dataset of items as far as the floor asks Ray Data for it, computed at once, in order and in this process."""
+
+    def __init__(self, items: list[dict[str, Any]], override_num_blocks: int) -> None:
+        assert override_num_blocks == len(items)
+        self.items = items
+
+    def map(self, task: Callable[..., dict[str, Any]], fn_args: tuple[Any, ...], num_cpus: int) -> "Here":
+        return Here([task(item, *fn_args) for item in self.items], len(self.items))
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        return iter(self.items)
+
+    def map_batches(self, actor: Callable[..., Any], fn_constructor_args: tuple[Any, ...], **_: Any) -> list[Any]:
+        compute = actor(*fn_constructor_args)
+        return [compute({name: np.array([value]) for name, value in item.items()}) for item in self.items]
+
+
+@pytest.fixture(scope="session")
+def in_process() -> Callable[[], AbstractContextManager[None]]:
+    """Within it Ray Data's part is done in this process, by `Here`: for many small cases."""
+
+    @contextmanager
+    def patched() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ray.data, "from_items", Here)
+            yield
+
+    return patched
+
+
+class Proxy(ThreadingHTTPServer):
+    """Passes requests on to the store, but answers with the next of `faults` while there are any.
+
+    Beyond `ANSWERS`: `stall` never answers, `drop` does what is asked and closes without a word, `cut` closes amid the
+    body, `short` leaves out half of it and says so in the length, `trickle` sends it a byte each tenth of a second.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, store: tuple[str, int]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.store = store
+        self.closed = threading.Event()
+        self.clear()
+
+    def clear(self) -> None:
+        self.faults: deque[str] = deque()
+        self.always = ""
+        self.latency = 0.0
+        self.expired: tuple[str, str] | None = None
+        self.asked: list[str] = []
+        self.key = ""
+
+    def next_fault(self, signed: str) -> str:
+        if found := re.search(r"Credential=(\w+)/", signed):
+            self.key = found[1]
+        if self.expired and self.key == self.expired[0]:
+            return self.expired[1]
+        try:
+            return self.faults.popleft()
+        except IndexError:
+            return self.always
+
+    def handle_error(self, request: object, address: object) -> None:
+        """A client that gave up is what is tested here."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.asked.append(f"{self.command} {self.path.partition('?')[0]}")
+        fault = self.server.next_fault(self.headers.get("Authorization", ""))
+        if self.server.latency:
+            self.server.closed.wait(self.server.latency)
+        if fault in ANSWERS:
+            status, message = ANSWERS[fault]
+            text = f'<?xml version="1.0"?><Error><Code>{fault}</Code><Message>{message}</Message></Error>'
+            self.answer(status, [("Content-Type", "application/xml")], text.encode())
+        elif fault == "stall":
+            self.rfile.read(1)  # returns when the client gives up
+            self.close_connection = True
+        else:
+            self.pass_on(body, fault)
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_any  # noqa: N815
+
+    def pass_on(self, body: bytes, fault: str) -> None:
+        onward = HTTPConnection(*self.server.store)
+        onward.request(self.command, self.path, body, dict(self.headers))
+        answer = onward.getresponse()
+        data = answer.read()
+        onward.close()
+        # moto knows no HEAD of its own: the length is that of the file
+        length = answer.headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
+        headers = [(name, value) for name, value in answer.getheaders() if name not in ("Content-Length", "Connection")]
+        if fault == "drop":
+            self.close_connection = True
+        elif fault == "short" and answer.status == 206:
+            self.answer(answer.status, headers, data[: len(data) // 2])
+        else:
+            self.answer(answer.status, headers, data, length, fault)
+
+    def answer(
+        self, status: int, headers: list[tuple[str, str]], data: bytes, length: str = "", fault: str = ""
+    ) -> None:
+        self.send_response(status)
+        for name, value in [*headers, ("Content-Length", length or str(len(data)))]:
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault == "trickle":
+            for byte in data:
+                self.wfile.write(bytes([byte]))
+                if self.server.closed.wait(0.1):
+                    return
+        elif fault == "cut":
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+        else:
+            self.wfile.write(data)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Proxy]:
+    """The proxy before a store with one empty bucket."""
+    command = [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    log = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert log.stdout
+    port = next(int(found[1]) for line in log.stdout if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line)))
+    threading.Thread(target=log.stdout.read, daemon=True).start()  # a full pipe would stop it
+    proxy = Proxy(("127.0.0.1", port))
+    threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    maker = HTTPConnection("127.0.0.1", port)
+    maker.request("PUT", f"/{BUCKET}")
+    assert maker.getresponse().status == 200
+    yield proxy
+    proxy.closed.set()
+    proxy.shutdown()
+    proxy.server_close()
+    log.terminate()
+    log.wait()
+
+
+@pytest.fixture
+def proxy(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The proxy without faults, and this process's credentials for it."""
+    server.clear()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_address[1]}",
+        "AWS_ACCESS_KEY_ID": "FIRSTKEY",
+        "AWS_SECRET_ACCESS_KEY": "a-secret-of-ours",
+        "AWS_SESSION_TOKEN": "a-token-of-ours",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.clear()
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> Retry:
+    """The policy of retries that tests can wait for, in force; nothing was retried so far."""
+    monkeypatch.setattr(storage, "RETRY", FAST)
+    monkeypatch.setattr(storage, "_seen", [])
+    return FAST
+
+
+@pytest.fixture
+def bucket(proxy: Proxy) -> str:
+    return f"s3://{BUCKET}/{uuid4()}"

@@ -1,5 +1,6 @@
 """Arrays of a micro-batch are what images and records say, and Ray Data brings them in order, from any place on."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pipelines.ingest import BLOCK, Micro, captions, conversations, dataset, draw_rounds, micro_batches
+from pipelines.ingest import BLOCK, Reader, caption, conversation, dataset, draw_rounds, micro_batches
 from pipelines.order import Order
 from pipelines.shards import Making, Sample, Shards, make
 from redux.conversation import CONTEXT, IGNORE, IMAGE
@@ -23,15 +24,15 @@ GLOBAL_BATCH = 8
 
 
 @pytest.fixture(scope="session")
-def micro(stored: Shards, tokenizer: Path) -> Micro:
+def reader(stored: Shards, tokenizer: Path) -> Reader:
     """Micro-batches of 4; 22 samples are no multiple of the global batch, so epochs meet within one."""
-    return Micro(
-        shards=stored,
+    return Reader(
+        sources={"all": stored},
         order=Order(samples=(len(stored),), global_batch=GLOBAL_BATCH, seed=3),
         size=4,
         image_size=SIDE,
         tokenizer=tokenizer,
-        collate=conversations("vicuna_bare", IMAGE_TOKENS),
+        encode=conversation("vicuna_bare", IMAGE_TOKENS),
         flip=True,
         rounds=99,
     )
@@ -45,33 +46,38 @@ def talk(rounds: int, first: str = f"{IMAGE}\n") -> Sample:
     return Sample("key", b"", {"id": "key", "conversations": turns})
 
 
+def only(reader: Reader) -> Shards:
+    [shards] = reader.sources.values()
+    return shards
+
+
 def pairs(sample: Sample) -> list[tuple[str, str]]:
     values = [turn["value"].removeprefix(f"{IMAGE}\n") for turn in sample.record["conversations"]]
     return list(zip(values[::2], values[1::2], strict=True))
 
 
-def drawn(micro: Micro) -> dict[bytes, tuple[str, bool]]:
+def drawn(reader: Reader) -> dict[bytes, tuple[str, bool]]:
     """(key, whether mirrored) of every picture that the samples can give."""
     result = {}
-    for sample in micro.shards.read(range(len(micro.shards))):
-        array = pixels(sample.image, micro.image_size)
+    for sample in only(reader).read(range(len(only(reader)))):
+        array = pixels(sample.image, reader.image_size).transpose(1, 2, 0)
         result[array.tobytes()] = (sample.key, False)
-        result[array[:, :, ::-1].tobytes()] = (sample.key, True)
-    assert len(result) == 2 * len(micro.shards)
+        result[array[:, ::-1].tobytes()] = (sample.key, True)
+    assert len(result) == 2 * len(only(reader))
     return result
 
 
-def seen(micro: Micro, numbers: Sequence[int]) -> list[tuple[str, bool]]:
+def seen(reader: Reader, numbers: Sequence[int]) -> list[tuple[str, bool]]:
     """(key, whether mirrored) of each sample in the micro-batches with these numbers."""
-    names = drawn(micro)
-    return [names[row.tobytes()] for number in numbers for row in micro(number)["pixel_values"]]
+    names = drawn(reader)
+    return [names[row.tobytes()] for number in numbers for row in reader(number)["pixel_values"]]
 
 
-def said(micro: Micro, numbers: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def said(reader: Reader, numbers: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Ids and labels of each sample without padding."""
     result = []
     for number in numbers:
-        batch = micro(number)
+        batch = reader(number)
         for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
             result.append((ids[mask == 1].tolist(), labels[mask == 1].tolist()))
     return result
@@ -79,7 +85,8 @@ def said(micro: Micro, numbers: Sequence[int]) -> list[tuple[list[int], list[int
 
 def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
     return one.keys() == other.keys() and all(
-        np.array_equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one
+        np.array_equal(one[name], other[name]) and np.asarray(one[name]).dtype == np.asarray(other[name]).dtype
+        for name in one
     )
 
 
@@ -118,10 +125,10 @@ def test_shuffling_a_conversation_without_an_image_adds_none():
     assert not any(IMAGE in turn["value"] for turn in mixed.record["conversations"])
 
 
-def test_labels_are_the_answers_and_each_image_is_as_many_tokens_as_the_model_gives_it(micro: Micro):
-    tokenizer, keys = AutoTokenizer.from_pretrained(micro.tokenizer), [key for key, _ in seen(micro, range(6))]
-    records = {sample.key: sample for sample in micro.shards.read(range(len(micro.shards)))}
-    for key, (ids, labels) in zip(keys, said(micro, range(6)), strict=True):
+def test_labels_are_the_answers_and_each_image_is_as_many_tokens_as_the_model_gives_it(reader: Reader):
+    tokenizer, keys = AutoTokenizer.from_pretrained(reader.tokenizer), [key for key, _ in seen(reader, range(6))]
+    records = {sample.key: sample for sample in only(reader).read(range(len(only(reader))))}
+    for key, (ids, labels) in zip(keys, said(reader, range(6)), strict=True):
         assert ids.count(tokenizer.convert_tokens_to_ids(IMAGE)) == IMAGE_TOKENS
         learned = [label for label in labels if label != IGNORE]
         assert learned == [token for token, label in zip(ids, labels, strict=True) if label != IGNORE]
@@ -129,11 +136,11 @@ def test_labels_are_the_answers_and_each_image_is_as_many_tokens_as_the_model_gi
         assert sorted(answer.strip() for answer in answers) == sorted(answer for _, answer in pairs(records[key]))
 
 
-def test_rows_are_padded_on_the_right_with_what_is_neither_attended_nor_learned(micro: Micro):
-    padding = AutoTokenizer.from_pretrained(micro.tokenizer).pad_token_id
+def test_rows_are_padded_on_the_right_with_what_is_neither_attended_nor_learned(reader: Reader):
+    padding = AutoTokenizer.from_pretrained(reader.tokenizer).pad_token_id
     widths = set()
     for number in range(6):
-        batch = micro(number)
+        batch = reader(number)
         lengths = batch["attention_mask"].sum(axis=1)
         assert lengths.max() == batch["input_ids"].shape[1], "no wider than the longest"
         beyond = np.arange(batch["input_ids"].shape[1]) >= lengths[:, None]
@@ -146,9 +153,16 @@ def test_rows_are_padded_on_the_right_with_what_is_neither_attended_nor_learned(
 
 def test_a_conversation_that_is_too_long_names_the_sample_and_the_limit(tokenizer: Path):
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    samples = [talk(1), replace(talk(40), key="test/99")]
     with pytest.raises(ValueError, match=rf"sample test/99: \d+ tokens, allowed: {loaded.model_max_length}, "):
-        conversations("vicuna_bare", IMAGE_TOKENS)(loaded, samples)
+        conversation("vicuna_bare", IMAGE_TOKENS)(loaded, replace(talk(40), key="test/99"))
+
+
+@pytest.mark.parametrize("roles", ["human human", "gpt human", "human user"])
+def test_a_conversation_of_wrong_roles_names_the_sample(tokenizer: Path, roles: str):
+    turns = [{"from": role, "value": "a question"} for role in roles.split()]
+    sample = replace(talk(1), key="test/7", record={"conversations": turns})
+    with pytest.raises(ValueError, match=r"sample test/7: turn \d: got role"):
+        conversation("vicuna_bare", IMAGE_TOKENS)(AutoTokenizer.from_pretrained(tokenizer), sample)
 
 
 def test_a_conversation_may_be_as_long_as_the_limit_and_no_longer(tokenizer: Path):
@@ -160,67 +174,66 @@ def test_a_conversation_may_be_as_long_as_the_limit_and_no_longer(tokenizer: Pat
 
 
 def said_alone(tokenizer: Any, image_tokens: int) -> list[int]:
-    return conversations("vicuna_bare", image_tokens)(tokenizer, [talk(2)])["input_ids"][0].tolist()
+    return conversation("vicuna_bare", image_tokens)(tokenizer, talk(2))["input_ids"].tolist()
 
 
-def test_captions_are_what_the_assistant_says_and_equal_ones_are_equal_rows(micro: Micro):
-    tokenizer = AutoTokenizer.from_pretrained(micro.tokenizer)
-    samples = micro.shards.read(range(len(micro.shards)))
-    batch = captions(tokenizer, samples)
+def test_captions_are_what_the_assistant_says_and_equal_ones_are_equal_rows(reader: Reader):
+    tokenizer = AutoTokenizer.from_pretrained(reader.tokenizer)
+    samples = only(reader).read(range(len(only(reader))))
+    ids = [caption(tokenizer, sample)["input_ids"] for sample in samples]
     texts = [sample.record["conversations"][1]["value"] for sample in samples]
-    for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], texts, strict=True):
-        assert tokenizer.decode(ids[mask == 1]).replace(" ", "") == f"<s>{text}</s>"
-    rows = [row.tobytes() for row in batch["input_ids"]]
-    for one, text in zip(rows, texts, strict=True):
-        assert [row == one for row in rows] == [other == text for other in texts]
-    assert batch["input_ids"].shape[1] == batch["attention_mask"].sum(axis=1).max() < CONTEXT
+    for one, text in zip(ids, texts, strict=True):
+        assert tokenizer.decode(one).replace(" ", "") == f"<s>{text}</s>"
+        assert [np.array_equal(one, row) for row in ids] == [other == text for other in texts]
+    long = replace(samples[0], record={"conversations": [{}, {"value": "yes " * 200}]})
+    assert len(caption(tokenizer, long)["input_ids"]) == CONTEXT
 
 
-def test_a_micro_batch_is_a_pure_function_of_its_number(micro: Micro):
-    asked = {number: micro(number) for number in (5, 0, 3)}
-    again = replace(micro, shards=Shards(micro.shards.folder))
+def test_a_micro_batch_is_a_pure_function_of_its_number(reader: Reader):
+    asked = {number: reader(number) for number in (5, 0, 3)}
+    again = replace(reader, sources={"all": Shards(only(reader).folder)})
     for number in (0, 3, 5):
         assert equal(again(number), asked[number])
         assert asked[number]["number"] == number
 
 
-def test_flips_and_orders_of_rounds_belong_to_the_place_in_the_stream_not_to_the_micro_batch(micro: Micro):
+def test_flips_and_orders_of_rounds_belong_to_the_place_in_the_stream_not_to_the_micro_batch(reader: Reader):
     """40 places, in micro-batches of 4, 2, 1 and 8: the same samples, mirrored and shuffled alike."""
-    pictures, texts = seen(micro, range(10)), said(micro, range(10))
+    pictures, texts = seen(reader, range(10)), said(reader, range(10))
     for size in (1, 2, 8):
-        other = replace(micro, size=size)
+        other = replace(reader, size=size)
         assert seen(other, range(40 // size)) == pictures
         assert said(other, range(40 // size)) == texts
 
 
-def test_about_half_of_the_images_are_mirrored_anew_each_epoch_and_by_seed(micro: Micro):
-    mirrored = [flip for _, flip in seen(micro, range(55))]  # ten epochs
+def test_about_half_of_the_images_are_mirrored_anew_each_epoch_and_by_seed(reader: Reader):
+    mirrored = [flip for _, flip in seen(reader, range(55))]  # ten epochs
     assert 80 < sum(mirrored) < 140
-    again = replace(micro, order=replace(micro.order, seed=4))
+    again = replace(reader, order=replace(reader.order, seed=4))
     assert [flip for _, flip in seen(again, range(55))] != mirrored
-    both = set(seen(micro, range(55)))
+    both = set(seen(reader, range(55)))
     assert len(both) > 40, "nearly every image comes both ways"
 
 
-def test_without_flip_and_shuffle_the_samples_are_as_stored(micro: Micro):
-    plain = replace(micro, flip=False, rounds=None)
+def test_without_flip_and_shuffle_the_samples_are_as_stored(reader: Reader):
+    plain = replace(reader, flip=False, rounds=None)
     numbers = np.concatenate([plain.order.batch(number)[1] for number in range(3)])
-    stored = plain.shards.read(numbers)
+    stored = only(plain).read(numbers)
     assert seen(plain, range(6)) == [(sample.key, False) for sample in stored]
-    ids = plain.collate(AutoTokenizer.from_pretrained(plain.tokenizer), stored)
-    expected = [row[mask == 1].tolist() for row, mask in zip(ids["input_ids"], ids["attention_mask"], strict=True)]
+    loaded = AutoTokenizer.from_pretrained(plain.tokenizer)
+    expected = [plain.encode(loaded, sample)["input_ids"].tolist() for sample in stored]
     assert [row for row, _ in said(plain, range(6))] == expected
 
 
 @pytest.mark.parametrize(("size", "workers"), [(8, 1), (4, 1), (4, 2), (2, 1), (2, 2), (2, 4), (1, 8), (1, 4)])
-def test_a_global_batch_has_the_same_samples_at_any_number_of_workers(micro: Micro, size: int, workers: int):
+def test_a_global_batch_has_the_same_samples_at_any_number_of_workers(reader: Reader, size: int, workers: int):
     """Rank r computes micro-batches r, r + workers, ...; what all have after each step is the order's global batch."""
-    shared = replace(micro, size=size)
+    shared = replace(reader, size=size)
     per_rank = GLOBAL_BATCH // (size * workers)
     for step in range(4):
         turns = [(step * per_rank + turn) * workers + rank for turn in range(per_rank) for rank in range(workers)]
         keys = [key for key, _ in seen(shared, turns)]
-        assert keys == [micro.shards.keys[number] for number in micro.order.batch(step)[1]]
+        assert keys == [only(reader).key(number) for number in reader.order.batch(step)[1]]
 
 
 def batches(data: Any) -> list[dict[str, np.ndarray]]:
@@ -234,31 +247,31 @@ def in_order(data: Any) -> Any:
     return data
 
 
-def matches(got: Sequence[dict[str, np.ndarray]], micro: Micro, numbers: Sequence[int]) -> bool:
-    return len(got) == len(numbers) and all(equal(one, micro(n)) for one, n in zip(got, numbers, strict=True))
+def matches(got: Sequence[dict[str, np.ndarray]], reader: Reader, numbers: Sequence[int]) -> bool:
+    return len(got) == len(numbers) and all(equal(one, reader(n)) for one, n in zip(got, numbers, strict=True))
 
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("start", [0, 5])
-def test_from_any_start_ray_data_gives_the_rest_of_the_stream_in_order(micro: Micro, start: int):
-    assert matches(batches(in_order(dataset(micro, start, 40, workers=1))), micro, range(start, 40))
+def test_from_any_start_ray_data_gives_the_rest_of_the_stream_in_order(reader: Reader, start: int):
+    assert matches(batches(in_order(dataset(reader, start, 40, workers=1))), reader, range(start, 40))
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_two_workers_get_every_other_micro_batch_in_order(micro: Micro):
+def test_two_workers_get_every_other_micro_batch_in_order(reader: Reader):
     """Two turns of full blocks, and one of short ones."""
-    stop = 2 + 2 * (2 * BLOCK // micro.size + 3)
-    shards = in_order(dataset(micro, 2, stop, workers=2)).streaming_split(2, equal=True)
+    stop = 2 + 2 * (2 * BLOCK // reader.size + 3)
+    shards = in_order(dataset(reader, 2, stop, workers=2)).streaming_split(2, equal=True)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(batches, shards)
-    assert matches(first, micro, range(2, stop, 2))
-    assert matches(second, micro, range(3, stop, 2))
+    assert matches(first, reader, range(2, stop, 2))
+    assert matches(second, reader, range(3, stop, 2))
 
 
 @pytest.fixture(scope="module")
 def mixed(
-    ray_cluster: Any, micro: Micro, records: list[dict], pictures: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Micro:
+    ray_cluster: Any, reader: Reader, records: list[dict], pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Reader:
     """The same micro-batches of a set in which only every fifth record has an image."""
     given = [dict(record) for record in records]
     for number, record in enumerate(given):
@@ -268,30 +281,35 @@ def mixed(
             record["conversations"] = turns
     folder = tmp_path_factory.mktemp("mixed")
     make(given, str(pictures), str(folder), Making(samples_per_shard=5))
-    return replace(micro, shards=Shards(folder))
+    return replace(reader, sources={"mixed": Shards(folder)})
 
 
-def test_a_micro_batch_has_the_images_of_its_samples_and_all_their_texts(mixed: Micro):
+def test_a_micro_batch_has_the_images_of_its_samples_and_all_their_texts(mixed: Reader):
     """As many image tokens as images fill; text alone, also in every sample of a batch, has neither."""
     image = AutoTokenizer.from_pretrained(mixed.tokenizer).convert_tokens_to_ids(IMAGE)
     counts = []
     for number in range(22):
         batch = mixed(number)
         counts.append(len(batch["pixel_values"]))
-        assert batch["pixel_values"].shape[1:] == (3, SIDE, SIDE)
+        assert batch["pixel_values"].shape[1:] == (SIDE, SIDE, 3)
         assert len(batch["input_ids"]) == mixed.size
         assert (batch["input_ids"] == image).sum() == counts[-1] * IMAGE_TOKENS
     assert 0 in counts
     assert len(set(counts)) > 2
 
 
-def test_micro_batches_with_and_without_images_travel_through_ray(mixed: Micro):
+def test_micro_batches_with_and_without_images_travel_through_ray(mixed: Reader):
     blocks = dataset(mixed, 0, 20, workers=2).iter_batches(batch_size=None)
     found = {int(row["number"]): row for row in micro_batches(blocks)}
     assert sorted(found) == list(range(20))
     assert all(equal(found[number], mixed(number)) for number in found)
 
 
-def test_text_alone_has_no_place_in_a_contrastive_stage(mixed: Micro):
-    with pytest.raises(ValueError, match="text alone, allowed in a contrastive stage: an image and its caption"):
-        [replace(mixed, collate=captions)(number) for number in range(6)]
+def test_text_alone_has_no_place_in_a_contrastive_stage(mixed: Reader):
+    for number in range(6):
+        batch = replace(mixed, encode=caption)(number)
+        assert len(batch["pixel_values"]) == mixed.size
+        for entry in json.loads(batch["replaced"]):
+            assert "text alone, allowed in a contrastive stage: an image and its caption" in entry["reason"]
+            assert not only(mixed).has_image[entry["due"]]
+            assert only(mixed).has_image[entry["used"]]

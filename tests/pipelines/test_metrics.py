@@ -1,11 +1,14 @@
 """The record of a run has every step once, whatever the crash, and TensorBoard reads the same numbers."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipelines import consumed
+from pipelines.consumed import Used
 from pipelines.metrics import FILE, Metrics, last
 
 
@@ -13,8 +16,14 @@ def write(run: Path, stage: str, cursor: int, stop: int, shift: float = 0) -> No
     """Steps cursor+1..stop of a stage; their values are floats of 32 bits."""
     record = Metrics(run, stage, cursor)
     for step in range(cursor + 1, stop + 1):
-        record.write(step, {"loss": 1 / 2**step + shift, "samples": step * 8})
+        record.write(step, {"loss": 1 / 2**step + shift, "replaced": step % 2}, used(step))
     record.close()
+
+
+def used(step: int) -> Used:
+    """Two samples, every other step one of them in place of another."""
+    entry = {"set": "a", "at": 1, "due": step, "used": 2 * step, "reason": "broken image"}
+    return Used({"a": [3 * step, 2 * step]}, [entry] * (step % 2))
 
 
 def entries(run: Path) -> list[dict]:
@@ -33,15 +42,15 @@ def append(run: Path, text: str) -> None:
 def test_a_line_holds_the_stage_the_step_and_what_was_written(tmp_path: Path):
     write(tmp_path, "tower", 0, 2)
     assert entries(tmp_path) == [
-        {"stage": "tower", "step": 1, "loss": 0.5, "samples": 8},
-        {"stage": "tower", "step": 2, "loss": 0.25, "samples": 16},
+        {"stage": "tower", "step": 1, "loss": 0.5, "replaced": 1},
+        {"stage": "tower", "step": 2, "loss": 0.25, "replaced": 0},
     ]
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path):
     record = Metrics(tmp_path, "tower", 0)
     for step in range(1, 4):
-        record.write(step, {"loss": step})
+        record.write(step, {"loss": step}, used(step))
         assert last(tmp_path) == {"stage": "tower", "step": step, "loss": step}
     record.close()
 
@@ -72,6 +81,21 @@ def test_a_line_torn_at_any_place_is_cut(tmp_path: Path):
         assert last(tmp_path) == json.loads(whole[:start].splitlines()[-1])
         write(tmp_path, "tower", 3, 4)
         assert (tmp_path / FILE).read_bytes() == whole, stop
+
+
+@pytest.mark.parametrize("cursor", [0, 3, 7, 10])
+def test_samples_stand_once_a_step_too_and_replaced_ones_are_counted_on(tmp_path: Path, cursor: int):
+    write(tmp_path, "tower", 0, 10)
+    with (tmp_path / consumed.FILE).open("a") as file:
+        file.write('{"stage": "tower", "step": 11, "sam')
+    record = Metrics(tmp_path, "tower", cursor)
+    assert record.replaced == (cursor + 1) // 2
+    for step in range(cursor + 1, 13):
+        record.write(step, {"loss": 0, "replaced": step % 2}, used(step))
+    record.close()
+    assert record.replaced == 6
+    lines = [json.loads(line) for line in (tmp_path / consumed.FILE).read_text().splitlines()]
+    assert lines == [{"stage": "tower", "step": step, **asdict(used(step))} for step in range(1, 13)]
 
 
 def test_a_line_torn_in_another_stage_is_cut_too(tmp_path: Path):
@@ -107,7 +131,7 @@ def test_tensorboard_reads_the_numbers_of_the_record(tmp_path: Path):
     for stage in ("tower", "instruct"):
         lines = [entry for entry in entries(tmp_path) if entry["stage"] == stage]
         assert scalars(tmp_path, stage) == {
-            name: [(entry["step"], entry[name]) for entry in lines] for name in ("loss", "samples")
+            name: [(entry["step"], entry[name]) for entry in lines] for name in ("loss", "replaced")
         }
 
 

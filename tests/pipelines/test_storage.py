@@ -1,7 +1,4 @@
-"""What was written is what is read, from any store, through every fault that passes; one that stays is said at once.
-
-S3 is moto's server in a process of its own, behind a proxy that answers with the faults it is told to.
-"""
+"""What was written is what is read, from any store, through every fault that passes; one that stays is said at once."""
 
 import logging
 import multiprocessing
@@ -14,13 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -29,153 +24,9 @@ import s3fs
 from pipelines import storage
 from pipelines.storage import Retry, join
 
-BUCKET = "floor"
-FAST = Retry(tries=8, deadline_s=20, first_wait_s=0.01, longest_wait_s=0.05, connect_timeout_s=2, read_timeout_s=3)
-ANSWERS = {
-    "SlowDown": (503, "Please reduce your request rate."),
-    "InternalError": (500, "We encountered an internal error. Please try again."),
-    "ExpiredToken": (400, "The provided token has expired."),
-    "InvalidTokenId": (403, "The security token included in the request is invalid"),
-    "AccessDenied": (403, "Access Denied"),
-}
+pytestmark = pytest.mark.usefixtures("fast")
+
 PASSING = ("SlowDown", "InternalError", "stall", "drop", "cut", "short")
-
-
-class Proxy(ThreadingHTTPServer):
-    """Passes requests on to the store, but answers with the next of `faults` while there are any.
-
-    Beyond `ANSWERS`: `stall` never answers, `drop` does what is asked and closes without a word, `cut` closes amid the
-    body, `short` leaves out half of it and says so in the length, `trickle` sends it a byte each tenth of a second.
-    """
-
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 128
-
-    def __init__(self, store: tuple[str, int]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.store = store
-        self.closed = threading.Event()
-        self.clear()
-
-    def clear(self) -> None:
-        self.faults: deque[str] = deque()
-        self.always = ""
-        self.latency = 0.0
-        self.expired: tuple[str, str] | None = None
-        self.asked: list[str] = []
-        self.key = ""
-
-    def next_fault(self, signed: str) -> str:
-        if found := re.search(r"Credential=(\w+)/", signed):
-            self.key = found[1]
-        if self.expired and self.key == self.expired[0]:
-            return self.expired[1]
-        try:
-            return self.faults.popleft()
-        except IndexError:
-            return self.always
-
-    def handle_error(self, request: object, address: object) -> None:
-        """A client that gave up is what is tested here."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Proxy
-
-    def log_message(self, format: str, *args: object) -> None: ...
-
-    def handle_any(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.asked.append(f"{self.command} {self.path.partition('?')[0]}")
-        fault = self.server.next_fault(self.headers.get("Authorization", ""))
-        if self.server.latency:
-            self.server.closed.wait(self.server.latency)
-        if fault in ANSWERS:
-            status, message = ANSWERS[fault]
-            text = f'<?xml version="1.0"?><Error><Code>{fault}</Code><Message>{message}</Message></Error>'
-            self.answer(status, [("Content-Type", "application/xml")], text.encode())
-        elif fault == "stall":
-            self.rfile.read(1)  # returns when the client gives up
-            self.close_connection = True
-        else:
-            self.pass_on(body, fault)
-
-    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_any  # noqa: N815
-
-    def pass_on(self, body: bytes, fault: str) -> None:
-        onward = HTTPConnection(*self.server.store)
-        onward.request(self.command, self.path, body, dict(self.headers))
-        answer = onward.getresponse()
-        data = answer.read()
-        onward.close()
-        # moto knows no HEAD of its own: the length is that of the file
-        length = answer.headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
-        headers = [(name, value) for name, value in answer.getheaders() if name not in ("Content-Length", "Connection")]
-        if fault == "drop":
-            self.close_connection = True
-        elif fault == "short" and answer.status == 206:
-            self.answer(answer.status, headers, data[: len(data) // 2])
-        else:
-            self.answer(answer.status, headers, data, length, fault)
-
-    def answer(
-        self, status: int, headers: list[tuple[str, str]], data: bytes, length: str = "", fault: str = ""
-    ) -> None:
-        self.send_response(status)
-        for name, value in [*headers, ("Content-Length", length or str(len(data)))]:
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if fault == "trickle":
-            for byte in data:
-                self.wfile.write(bytes([byte]))
-                if self.server.closed.wait(0.1):
-                    return
-        elif fault == "cut":
-            self.wfile.write(data[: len(data) // 2])
-            self.close_connection = True
-        else:
-            self.wfile.write(data)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Proxy]:
-    """The proxy before a store with one empty bucket."""
-    command = [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-    log = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert log.stdout
-    port = next(int(found[1]) for line in log.stdout if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line)))
-    threading.Thread(target=log.stdout.read, daemon=True).start()  # a full pipe would stop it
-    proxy = Proxy(("127.0.0.1", port))
-    threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    maker = HTTPConnection("127.0.0.1", port)
-    maker.request("PUT", f"/{BUCKET}")
-    assert maker.getresponse().status == 200
-    yield proxy
-    proxy.closed.set()
-    proxy.shutdown()
-    proxy.server_close()
-    log.terminate()
-    log.wait()
-
-
-@pytest.fixture
-def proxy(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The proxy without faults, and this process's credentials for it."""
-    server.clear()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_address[1]}",
-        "AWS_ACCESS_KEY_ID": "FIRSTKEY",
-        "AWS_SECRET_ACCESS_KEY": "a-secret-of-ours",
-        "AWS_SESSION_TOKEN": "a-token-of-ours",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    yield server
-    server.clear()
 
 
 @pytest.fixture
@@ -186,34 +37,18 @@ def fresh() -> Iterator[None]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "RETRY", FAST)
-    monkeypatch.setattr(storage, "_seen", [])
-
-
 @pytest.fixture
-def impatient(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(fast: Retry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time-outs that a test can wait for; a busy machine may add some of its own."""
-    monkeypatch.setattr(storage, "RETRY", replace(FAST, tries=20, read_timeout_s=0.4))
+    monkeypatch.setattr(storage, "RETRY", replace(fast, tries=20, read_timeout_s=0.4))
 
 
 @pytest.fixture(params=["path", "file", "memory", "s3"])
 def home(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A folder of its own in each kind of store."""
     if request.param == "s3":
-        request.getfixturevalue("proxy")
-    return {
-        "path": str(tmp_path),
-        "file": f"file://{tmp_path}",
-        "memory": f"memory://{uuid4()}",
-        "s3": f"s3://{BUCKET}/{uuid4()}",
-    }[request.param]
-
-
-@pytest.fixture
-def bucket(proxy: Proxy) -> str:
-    return f"s3://{BUCKET}/{uuid4()}"
+        return request.getfixturevalue("bucket")
+    return {"path": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{uuid4()}"}[request.param]
 
 
 def some(length: int, seed: int = 0) -> bytes:
@@ -259,7 +94,7 @@ def test_ranges_come_in_order_and_whole_however_they_lie(home: str, monkeypatch:
     assert storage.read_ranges([]) == []
 
 
-def test_what_others_write_is_seen_at_once(proxy: Proxy, bucket: str) -> None:
+def test_what_others_write_is_seen_at_once(proxy: Any, bucket: str) -> None:
     storage.write(join(bucket, "x"), b"1")
     assert storage.names(bucket) == ["x"]
     other = s3fs.S3FileSystem(skip_instance_cache=True)
@@ -308,7 +143,7 @@ def test_what_is_not_there_is_said_in_one_line(home: str) -> None:
     ],
 )
 def test_a_url_that_cannot_be_used_is_said_in_one_line(
-    proxy: Proxy, url: str, message: str, monkeypatch: pytest.MonkeyPatch
+    proxy: Any, url: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
     with pytest.raises(ValueError, match=message) as caught:
@@ -330,7 +165,7 @@ KINDS = {
 
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_fault_that_passes_is_waited_out(
-    proxy: Proxy, bucket: str, fault: str, impatient: None, caplog: pytest.LogCaptureFixture
+    proxy: Any, bucket: str, fault: str, impatient: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     url, data = join(bucket, "x"), some(5000)
     acts: list[tuple[str, Callable[[], object], object]] = [
@@ -357,13 +192,13 @@ def test_a_fault_that_passes_is_waited_out(
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == len(counts), "once a kind and process"
     for line in warned:
-        assert line.startswith(f"s3://{BUCKET}/")
+        assert line.startswith(bucket)
         assert "of-ours" not in line
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_nothing_is_lost_in_a_mixture_of_faults(
-    proxy: Proxy, bucket: str, seed: int, impatient: None, monkeypatch: pytest.MonkeyPatch
+    proxy: Any, bucket: str, seed: int, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "GAP", 0)
     draw = random.Random(seed)
@@ -385,11 +220,11 @@ def test_nothing_is_lost_in_a_mixture_of_faults(
 
 @pytest.mark.parametrize("fault", ["SlowDown", "cut", "short", "ExpiredToken"])
 def test_faults_over_the_limit_end_in_one_clear_error(
-    proxy: Proxy, bucket: str, fault: str, monkeypatch: pytest.MonkeyPatch
+    proxy: Any, bucket: str, fault: str, fast: Retry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = join(bucket, "x")
     storage.write(url, some(100))
-    monkeypatch.setattr(storage, "RETRY", replace(FAST, tries=3))
+    monkeypatch.setattr(storage, "RETRY", replace(fast, tries=3))
     proxy.asked.clear()
     proxy.always = fault
     with pytest.raises(OSError, match=rf"^{url}: given up after 3 tries in \d+\.\d s, at last .*: \w+: ") as caught:
@@ -402,10 +237,10 @@ def test_faults_over_the_limit_end_in_one_clear_error(
 
 
 @pytest.mark.parametrize("fault", ["SlowDown", "stall", "trickle"])
-def test_the_deadline_holds(proxy: Proxy, bucket: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_deadline_holds(proxy: Any, bucket: str, fault: str, fast: Retry, monkeypatch: pytest.MonkeyPatch) -> None:
     url = join(bucket, "x")
     storage.write(url, some(4000))
-    monkeypatch.setattr(storage, "RETRY", replace(FAST, tries=10_000, deadline_s=1.5, read_timeout_s=0.4))
+    monkeypatch.setattr(storage, "RETRY", replace(fast, tries=10_000, deadline_s=1.5, read_timeout_s=0.4))
     monkeypatch.setattr(storage, "GAP", 0)
     proxy.always = fault
     started = time.monotonic()
@@ -414,7 +249,7 @@ def test_the_deadline_holds(proxy: Proxy, bucket: str, fault: str, monkeypatch: 
     assert time.monotonic() - started < 5
 
 
-def test_what_does_not_pass_is_not_tried_again(proxy: Proxy, bucket: str) -> None:
+def test_what_does_not_pass_is_not_tried_again(proxy: Any, bucket: str) -> None:
     url = join(bucket, "x")
     storage.write(url, b"x")
     cases: list[tuple[str, Callable[[], object], str, int]] = [
@@ -454,7 +289,7 @@ def test_what_does_not_pass_is_not_tried_again(proxy: Proxy, bucket: str) -> Non
     ],
 )
 def test_credentials_that_expired_are_read_again(
-    proxy: Proxy, bucket: str, answer: str, act: str, monkeypatch: pytest.MonkeyPatch
+    proxy: Any, bucket: str, answer: str, act: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = join(bucket, "x")
     storage.write(url, b"0123456789")
@@ -478,18 +313,18 @@ def test_credentials_that_expired_are_read_again(
 
 
 def test_no_credentials_at_all_are_no_access(
-    proxy: Proxy, fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bucket: str, fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=f"^s3://{BUCKET}/x: no access, allowed: credentials"):
-        storage.read(f"s3://{BUCKET}/x")
+    with pytest.raises(ValueError, match=f"^{bucket}/x: no access, allowed: credentials"):
+        storage.read(f"{bucket}/x")
 
 
-def test_requests_go_out_side_by_side_and_near_ranges_as_one(proxy: Proxy, bucket: str) -> None:
+def test_requests_go_out_side_by_side_and_near_ranges_as_one(proxy: Any, bucket: str) -> None:
     far = [(join(bucket, f"{number}"), 0, 100) for number in range(20)]
     for url, _, _ in far:
         storage.write(url, some(100_000))
@@ -505,7 +340,7 @@ def test_requests_go_out_side_by_side_and_near_ranges_as_one(proxy: Proxy, bucke
     assert len(proxy.asked) == 1
 
 
-def test_a_forked_process_reads_on_its_own(proxy: Proxy, bucket: str, fresh: None) -> None:
+def test_a_forked_process_reads_on_its_own(proxy: Any, bucket: str, fresh: None) -> None:
     url = join(bucket, "x")
     storage.write(url, b"from the parent")
     context = multiprocessing.get_context("fork")
@@ -587,9 +422,9 @@ def test_links_are_files(tmp_path: Path) -> None:
     assert storage.size(str(tmp_path / "link to there")) == 5
 
 
-def test_nobody_listening_is_a_dropped_connection(monkeypatch: pytest.MonkeyPatch, proxy: Proxy, fresh: None) -> None:
+def test_nobody_listening_is_a_dropped_connection(monkeypatch: pytest.MonkeyPatch, bucket: str, fresh: None) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
-        with pytest.raises(OSError, match=f"s3://{BUCKET}/x: given up after 8 tries .*, at last connection"):
-            storage.write(f"s3://{BUCKET}/x", b"")
+        with pytest.raises(OSError, match=f"{bucket}/x: given up after 8 tries .*, at last connection"):
+            storage.write(f"{bucket}/x", b"")

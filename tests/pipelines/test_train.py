@@ -99,7 +99,8 @@ def test_a_stage_that_has_its_model_is_left_alone(tmp_path: Path, monkeypatch: p
         seed=0,
         workers=1,
         run=tmp_path,
-        shards=tmp_path / "none",
+        sets={"captions": str(tmp_path / "none")},
+        tolerance=0,
         tokenizer=tmp_path / "none",
         start=None,
     )

@@ -1,0 +1,345 @@
+"""A sample that cannot be used is replaced by one of its source, always the same, and named; all others are as before.
+
+A set with nothing that can be used is an error, and so is a store that does not answer.
+"""
+
+import errno
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from ray.data import ExecutionOptions
+
+from pipelines import storage
+from pipelines.consumed import prove
+from pipelines.ingest import Reader, conversation, dataset, micro_batches
+from pipelines.order import Order
+from pipelines.shards import SCHEMA, Making, Shards, index, make, write_index
+from pipelines.storage import Retry
+
+SIDE = 16
+GLOBAL_BATCH = 8
+STEPS = 9
+FLIPPED, BROKEN, REMOVED, CUT, LONG = 2, 3, range(5, 10), range(12, 15), 23
+"""What is wrong with which samples: one byte; the image file; their tar; the rest of their tar; the conversation."""
+BAD = {FLIPPED, BROKEN, *REMOVED, *CUT, LONG}
+
+
+@pytest.fixture(scope="module")
+def sound(
+    in_process: Callable[[], AbstractContextManager[None]],
+    records: list[dict],
+    pictures: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Shards:
+    """30 samples in shards of 5, one with more to say than the tokenizer takes."""
+    given = [{**records[number % 22], "id": number} for number in range(30)]
+    turns = given[LONG]["conversations"]
+    given[LONG]["conversations"] = turns + turns[-2:] * 40
+    folder = tmp_path_factory.mktemp("sound")
+    with in_process():
+        make(given, str(pictures), str(folder), Making(samples_per_shard=5))
+    return Shards(folder)
+
+
+@pytest.fixture(scope="module")
+def few(
+    in_process: Callable[[], AbstractContextManager[None]], sound: Shards, pictures: Path, tmp_path_factory: Any
+) -> Shards:
+    """13 of the samples, number 6 the long one, in one shard."""
+    folder = tmp_path_factory.mktemp("few")
+    with in_process():
+        records = [sample.record for sample in sound.read(range(LONG - 6, 30))]
+        make(records, str(pictures), str(folder), Making())
+    return Shards(folder)
+
+
+@pytest.fixture(scope="module")
+def harmed(sound: Shards, tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """A copy in which BAD samples are of no use."""
+    folder = tmp_path_factory.mktemp("harmed") / "set"
+    shutil.copytree(sound.folder, folder)
+    spoil_image(folder, Shards(folder), [BROKEN])
+    harm(folder, FLIPPED)
+    (folder / sound.names[1]).unlink()
+    (row,) = sound.rows([CUT[0]])
+    tar = folder / row["shard"]
+    tar.write_bytes(tar.read_bytes()[: row["offset"] + 700])
+    return Shards(folder)
+
+
+def harm(folder: Path, number: int) -> None:
+    """Flip a byte amid the sample."""
+    (row,) = Shards(folder).rows([number])
+    data = bytearray((folder / row["shard"]).read_bytes())
+    data[row["offset"] + row["length"] // 2] ^= 255
+    (folder / row["shard"]).write_bytes(data)
+
+
+def spoil_image(folder: Path, shards: Shards, numbers: Sequence[int]) -> None:
+    """Cut the samples' images in their tars, with an index that says that all is well."""
+    rows, words = shards.rows(range(len(shards))), shards.words.tolist()
+    for number in numbers:
+        row = rows[number]
+        data = bytearray((folder / row["shard"]).read_bytes())
+        start = row["offset"] + row["image_at"]
+        data[start + 45 : start + row["image_size"]] = bytes(row["image_size"] - 45)
+        (folder / row["shard"]).write_bytes(data)
+    again = [row for name in shards.names for row in index((folder / name).read_bytes(), name)]
+    said = [{**row, "words": count} for row, count in zip(again, words, strict=True)]
+    write_index(str(folder), pa.Table.from_pylist(said, SCHEMA))
+
+
+def read_by(tokenizer: Path, *sets: Shards) -> Reader:
+    return Reader(
+        sources={f"set {number}": shards for number, shards in enumerate(sets)},
+        order=Order(samples=tuple(map(len, sets)), global_batch=GLOBAL_BATCH, seed=3),
+        size=2,
+        image_size=SIDE,
+        tokenizer=tokenizer,
+        encode=conversation("vicuna_bare", 5),
+    )
+
+
+def flat(batches: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, int, bytes]], list[dict[str, Any]]]:
+    """(source, sample used, all that a model sees of it) at each place of the stream, and what was replaced."""
+    rows, replaced = [], []
+    for batch in batches:
+        replaced += json.loads(batch["replaced"])
+        columns = (batch[name] for name in ("source", "sample", "input_ids", "labels", "attention_mask"))
+        for source, sample, ids, labels, mask, image in zip(*columns, batch["pixel_values"], strict=True):
+            seen = b"".join(array.tobytes() for array in (ids[mask == 1], labels[mask == 1], image))
+            rows.append((int(source), int(sample), seen))
+    return rows, replaced
+
+
+def whole(reader: Reader) -> tuple[list[tuple[int, int, bytes]], list[dict[str, Any]]]:
+    """The same of the first STEPS global batches."""
+    return flat([reader(number) for number in range(STEPS * GLOBAL_BATCH // reader.size)])
+
+
+def test_bad_samples_are_replaced_and_named_and_others_are_as_before(sound: Shards, harmed: Shards, tokenizer: Path):
+    """Over two epochs; what stands in is seen as it is where it is due itself."""
+    reader = read_by(tokenizer, harmed)
+    rows, replaced = whole(reader)
+    due = np.concatenate([reader.order.batch(step)[1] for step in range(STEPS)]).tolist()
+    assert {number for number in due if number in BAD} == BAD
+    plain = replace(reader, sources={"set 0": sound}, order=replace(reader.order, shuffle="none"), size=1)
+    seen = {number: flat([plain(number)])[0][0][2] for number in range(len(sound)) if number != LONG}
+    entries = {entry["place"]: entry for entry in replaced}
+    assert len(entries) == len(replaced)
+    assert [place for place, number in enumerate(due) if number in BAD] == [*entries]
+    for place, (number, (_, sample, content)) in enumerate(zip(due, rows, strict=True)):
+        assert content == seen[sample]
+        if number in BAD:
+            entry = entries[place]
+            assert (entry["set"], entry["due"], entry["used"]) == ("set 0", number, sample)
+            assert sample not in BAD
+        else:
+            assert sample == number
+    assert len({entry["used"] for entry in replaced}) > 5, "by chance, not always one"
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (FLIPPED, "bytes differ from the index's checksum"),
+        (BROKEN, "an image that Pillow cannot read: .*"),
+        (REMOVED[1], "not there, .*"),
+        (CUT[0], "bytes past its end are wanted; .*"),
+        (CUT[1], "bytes past its end are wanted; .*"),
+        (LONG, r"\d+ tokens, allowed: 96, .*"),
+    ],
+)
+def test_the_reason_names_tar_and_sample(harmed: Shards, tokenizer: Path, number: int, why: str):
+    _, replaced = whole(read_by(tokenizer, harmed))
+    [row] = harmed.rows([number])
+    tar = f"{harmed.folder}/{row['shard']}"
+    for entry in replaced:
+        if entry["due"] == number:
+            assert re.fullmatch(f"{re.escape(tar)}: sample {row['key']}: {why}", entry["reason"])
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_replacements_do_not_depend_on_the_size_of_micro_batches(harmed: Shards, tokenizer: Path, size: int):
+    reader = read_by(tokenizer, harmed)
+    assert whole(replace(reader, size=size)) == whole(reader)
+
+
+def test_replacements_are_of_the_same_source(few: Shards, harmed: Shards, tokenizer: Path):
+    """Both sets have bad samples, and the second has more."""
+    rows, replaced = whole(read_by(tokenizer, few, harmed))
+    bad = {"set 0": {6}, "set 1": BAD}
+    for entry in replaced:
+        assert entry["due"] in bad[entry["set"]]
+        assert entry["used"] not in bad[entry["set"]]
+        source, sample, _ = rows[entry["place"]]
+        assert (f"set {source}", sample) == (entry["set"], entry["used"])
+    assert {entry["set"] for entry in replaced} == {*bad}
+    assert not any(sample in bad[f"set {source}"] for source, sample, _ in rows)
+    seen = {row[:2]: row[2] for row in rows}
+    assert all(seen[row[:2]] == row[2] for row in rows)
+    assert all(
+        seen.get((1, sample + 17), content) == content for (source, sample), content in seen.items() if not source
+    )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_on_ray_replacements_after_a_restart_are_those_from_the_start(few: Shards, harmed: Shards, tokenizer: Path):
+    reader, first, turns = read_by(tokenizer, few, harmed), 4 * GLOBAL_BATCH, GLOBAL_BATCH // 2
+    data = dataset(read_by(tokenizer, Shards(few.folder), Shards(harmed.folder)), 4 * turns, STEPS * turns, workers=2)
+    data.context.execution_options = ExecutionOptions(preserve_order=True)
+    blocks = micro_batches(data.iter_batches(batch_size=None))
+    rows, replaced = flat(sorted(blocks, key=lambda batch: batch["number"]))
+    before, entries = whole(reader)
+    assert rows == before[first:]
+    assert replaced == [entry for entry in entries if entry["place"] >= first]
+
+
+@pytest.mark.parametrize("why", ["not there", "an image that Pillow cannot read"])
+def test_a_set_with_nothing_usable_is_one_error_that_names_folder_and_reason(
+    sound: Shards, tokenizer: Path, tmp_path: Path, why: str
+):
+    folder = Path(shutil.copytree(sound.folder, tmp_path / "set"))
+    if why == "not there":
+        for name in sound.names:
+            (folder / name).unlink()
+    else:
+        spoil_image(folder, sound, range(len(sound)))
+    with pytest.raises(
+        ValueError, match=rf"^{folder}: sample \d+ and 19 drawn in its place cannot be used: "
+    ) as caught:
+        read_by(tokenizer, Shards(folder))(0)
+    assert re.search(rf"used: {folder}/00000\d\.tar: sample 0000000\d\d: {why}", str(caught.value))
+    assert "\n" not in str(caught.value)
+    assert caught.value.__context__ is None
+
+
+def test_a_disk_that_does_not_answer_is_an_error(harmed: Shards, tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whichever read it is that fails, among them those of samples that are tried in place of others."""
+    read, reader = storage._Local.cat_file, read_by(tokenizer, Shards(harmed.folder))
+    expected, left = [reader(number) for number in range(8)], 0
+
+    def cat_file(path: str, start: int = 0, end: int | None = None) -> bytes:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.EIO, "Input/output error", path)
+        return read(path, start, end)
+
+    monkeypatch.setattr(storage._Local, "cat_file", cat_file)
+    for answers in range(16):
+        left, got = answers, []
+        with pytest.raises(OSError, match=f"^{harmed.folder}/00000.*Input/output error"):
+            got.extend(reader(number) for number in range(8))
+        assert flat(got) == flat(expected[: len(got)])
+
+
+@pytest.mark.parametrize("fault", ["SlowDown", "ExpiredToken"])
+def test_a_bucket_that_does_not_answer_is_an_error(
+    sound: Shards,
+    tokenizer: Path,
+    proxy: Any,
+    bucket: str,
+    fast: Retry,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+):
+    monkeypatch.setattr(storage, "RETRY", replace(fast, tries=3))
+    for name in storage.names(sound.folder):
+        storage.write(storage.join(bucket, name), storage.read(storage.join(sound.folder, name)))
+    reader = replace(read_by(tokenizer, Shards(bucket)), size=1)
+    assert reader(0)["replaced"] == "[]"
+    proxy.always = fault
+    with pytest.raises(OSError, match=f"^{bucket}/00000.*: given up after 3 tries"):
+        reader(1)
+
+
+# Gathered from real processes
+
+RANK = """
+import dataclasses, json, sys
+import numpy as np
+import torch
+import torch.distributed as dist
+from pipelines.consumed import gather
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+for world in (3, 2):
+    if rank < world:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
+        with open(f"{folder}/given{world}.json") as file:
+            steps = json.load(file)
+        used = []
+        for step in steps:
+            mine = [{name: value if name == "replaced" else np.array(value) for name, value in one.items()}
+                    for one in step[rank::world]]
+            used.append(dataclasses.asdict(gather(mine, ["set 0", "set 1"], torch.device("cpu"))))
+        with open(f"{folder}/used{world}-{rank}.json", "w") as file:
+            json.dump(used, file)
+        dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def gathered(
+    few: Shards, harmed: Shards, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, list[list[dict[str, Any]]]]:
+    """By the number of workers, what each says that all used in each step: two micro-batches of two a worker."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for world in (2, 3):
+        reader = mixed_by(tokenizer, few, harmed, world)
+        batches = [reader(number) for number in range(STEPS * 2 * world)]
+        plain = [
+            {**{name: batch[name].tolist() for name in ("source", "sample")}, "replaced": batch["replaced"]}
+            for batch in batches
+        ]
+        steps = [plain[first : first + 2 * world] for first in range(0, len(plain), 2 * world)]
+        (folder / f"given{world}.json").write_text(json.dumps(steps))
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, folder, str(rank)]) for rank in range(3)]
+    assert [rank.wait() for rank in ranks] == [0] * 3
+    return {
+        world: [json.loads((folder / f"used{world}-{rank}.json").read_text()) for rank in range(world)]
+        for world in (2, 3)
+    }
+
+
+def mixed_by(tokenizer: Path, few: Shards, harmed: Shards, world: int) -> Reader:
+    reader = read_by(tokenizer, few, harmed)
+    return replace(reader, order=replace(reader.order, global_batch=4 * world))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_rank_says_the_same_of_what_all_used(gathered: dict[int, list[list[dict[str, Any]]]], world: int):
+    assert len(gathered[world]) == world
+    assert all(one == gathered[world][0] for one in gathered[world])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_all_ranks_used_is_the_global_batch_by_set_with_replaced_ones_in_their_places(
+    gathered: dict[int, list[list[dict[str, Any]]]], few: Shards, harmed: Shards, tokenizer: Path, world: int
+):
+    reader = mixed_by(tokenizer, few, harmed, world)
+    steps, replaced = gathered[world][0], 0
+    for step, used in enumerate(steps):
+        source, due = reader.order.batch(step)
+        samples = {name: [*numbers] for name, numbers in used["samples"].items()}
+        for entry in used["replaced"]:
+            assert samples[entry["set"]][entry["at"]] == entry["used"] != entry["due"]
+            samples[entry["set"]][entry["at"]] = entry["due"]
+        assert samples == {f"set {one}": due[source == one].tolist() for one in range(2)}
+        replaced += len(used["replaced"])
+    assert replaced > 10
+    log = [{"stage": "instruct", "step": step, **used} for step, used in enumerate(steps, start=1)]
+    for name, shards in reader.sources.items():
+        assert prove([json.dumps(line).encode() + b"\n" for line in log], "consumed.jsonl", name, len(shards))[1] == []

@@ -1,0 +1,450 @@
+"""The stream of global batches is one and the same however many workers take it, wherever they are started again.
+
+Neither the speed of ranks and readers, nor a reader that is killed, nor a store full of faults changes it.  Sets are of
+random size, in shards of random size; what is run on Ray is a few rich cases, what needs no Ray is many.
+"""
+
+import hashlib
+import os
+import random
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from PIL import Image
+from ray.data import ExecutionOptions
+
+from pipelines import ingest, storage
+from pipelines.grouping import Groups
+from pipelines.ingest import Reader, conversation, dataset, micro_batches
+from pipelines.order import Order
+from pipelines.shards import Making, Shards, make
+from pipelines.storage import Retry
+from redux.conversation import IMAGE
+
+SIDE = 8
+InProcess = Callable[[], AbstractContextManager[None]]
+Told = tuple[int, int, str]
+"""Source, sample, and a digest of all that a model sees of it."""
+
+
+@pytest.fixture(scope="module")
+def pool(in_process: InProcess, records: list[dict], tmp_path_factory: pytest.TempPathFactory) -> list[Shards]:
+    """Sets of which none, some and all samples are text alone; some records are kept out, so shards differ in size."""
+    chance, images, sets = np.random.default_rng(0), tmp_path_factory.mktemp("images"), []
+    for share in (0, 0, 0.4, 0.7, 1):
+        given: list[dict] = []
+        for number in range(chance.integers(20, 80)):
+            turns = [dict(turn) for turn in records[chance.integers(len(records))]["conversations"]]
+            record = {"id": number, "conversations": turns}
+            if chance.random() < share:
+                turns[0]["value"] = turns[0]["value"].removeprefix(f"{IMAGE}\n")
+            else:
+                record["image"] = f"{uuid4()}.png"
+                noise = chance.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(images / record["image"])
+            given += [record] * (2 if chance.random() < 0.1 else 1)
+        making = Making(samples_per_shard=int(chance.integers(1, 15)), tolerance=1)
+        folder = tmp_path_factory.mktemp("set")
+        with in_process():
+            assert make(given, str(images), str(folder), making)["quarantined"]
+        sets.append(Shards(folder))
+    return sets
+
+
+@pytest.fixture(scope="module")
+def long(in_process: InProcess, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """400 samples of one size in shards of 24."""
+    turns = [{"from": "human", "value": f"{IMAGE}\nis there red shape?"}, {"from": "gpt", "value": "yes"}]
+    given = [{"id": f"{number:04d}", "image": "0.png", "conversations": turns} for number in range(400)]
+    folder = tmp_path_factory.mktemp("long")
+    with in_process():
+        make(given, str(pictures), str(folder), Making(samples_per_shard=24, size=SIDE))
+    return Shards(folder)
+
+
+def read_by(tokenizer: Path, order: Order, sets: Sequence[Shards]) -> Reader:
+    """A reader that varies each sample, of global batches as a whole."""
+    return Reader(
+        sources={f"set {number}": shards for number, shards in enumerate(sets)},
+        order=order,
+        size=order.global_batch,
+        image_size=SIDE,
+        tokenizer=tokenizer,
+        encode=conversation("vicuna_bare", 2),
+        flip=True,
+        rounds=2,
+    )
+
+
+class Sizes:
+    """As much of a set as an order is made from, of random sizes."""
+
+    def __init__(self, chance: np.random.Generator) -> None:
+        self.sizes = chance.integers(1, chance.integers(2, 20), chance.integers(1, 15))
+        self.has_image = chance.random(len(self)) < chance.random()
+        self.words = chance.integers(1, 99, len(self))
+
+    def __len__(self) -> int:
+        return int(self.sizes.sum())
+
+
+def mixture(pool: Sequence[Any], chance: np.random.Generator, kind: str) -> tuple[Order, list[Any]]:
+    """An order of that kind over some sets: "weights", "plain" (no weights, not shuffled), "window" or "groups"."""
+    count = 1 if kind == "groups" else int(chance.integers(1, 4))
+    taken = [pool[number] for number in chance.permutation(len(pool))[:count]]
+    order = Order(
+        samples=tuple(map(len, taken)),
+        global_batch=int(chance.choice([4, 6, 8, 12, 24])),
+        seed=int(chance.integers(1000)),
+        weights=tuple(chance.uniform(0.5, 5, count).round(2).tolist()) if kind != "plain" else (),
+        shuffle={"window": "window", "plain": "none"}.get(kind, "global"),
+        window=int(chance.integers(1, 5)),
+        shards=tuple(shards.sizes for shards in taken) if kind == "window" else (),
+        groups=Groups.of(taken[0].has_image, taken[0].words, int(chance.integers(1, 4))) if kind == "groups" else None,
+    )
+    return order, taken
+
+
+@dataclass
+class Run:
+    """Steps start..stop-1 of a job that would have gone on, by so many workers with micro-batches of a size."""
+
+    start: int
+    stop: int
+    workers: int
+    size: int
+
+
+def runs(chance: np.random.Generator, global_batch: int, steps: int, count: int) -> list[Run]:
+    """So many runs, each by another number of workers than the one before it."""
+    borders, result, workers = sorted(chance.permutation(range(1, steps))[: count - 1].tolist()), [], 0
+    for start, stop in zip([0, *borders], [*borders, steps], strict=True):
+        workers = int(chance.choice([n for n in range(1, 5) if global_batch % n == 0 and n != workers]))
+        share = global_batch // workers
+        size = int(chance.choice([n for n in range(1, share + 1) if share % n == 0]))
+        result.append(Run(start, stop, workers, size))
+    return result
+
+
+def stream(reader: Reader, ranks: Sequence[list[dict[str, Any]]]) -> list[Told]:
+    """What the ranks got, turn by turn: the global batches' order."""
+    return [told for turn in zip(*ranks, strict=True) for batch in turn for told in tell(reader, batch)]
+
+
+def tell(reader: Reader, batch: dict[str, Any]) -> Iterator[Told]:
+    assert batch["replaced"] == "[]"
+    sets, images = list(reader.sources.values()), iter(batch["pixel_values"])
+    columns = (batch[name] for name in ("source", "sample", "input_ids", "labels", "attention_mask"))
+    for source, sample, ids, labels, mask in zip(*columns, strict=True):
+        image = next(images) if sets[source].has_image[sample] else np.empty(0)
+        seen = b"".join(array.tobytes() for array in (ids[mask == 1], labels[mask == 1], image))
+        yield int(source), int(sample), hashlib.sha256(seen).hexdigest()
+    assert next(images, None) is None
+
+
+def undisturbed(reader: Reader, steps: range) -> list[Told]:
+    """What one reader computes alone."""
+    return [told for step in steps for told in tell(reader, reader(step))]
+
+
+def places(told: Sequence[Told]) -> list[tuple[int, int]]:
+    return [(source, sample) for source, sample, _ in told]
+
+
+def ordered(order: Order, steps: range) -> list[tuple[int, int]]:
+    """(source, sample) of these global batches, as the order alone has them."""
+    return [pair for step in steps for pair in zip(*map(np.ndarray.tolist, order.batch(step)), strict=True)]
+
+
+def is_once_an_epoch(order: Order, pairs: Sequence[tuple[int, int]]) -> bool:
+    for source, samples in enumerate(order.samples):
+        mine = [sample for one, sample in pairs if one == source]
+        epochs = [mine[at : at + samples] for at in range(0, len(mine), samples)]
+        if any(len({*epoch}) < len(epoch) or not {*epoch} <= {*range(samples)} for epoch in epochs):
+            return False
+    return True
+
+
+# Without Ray
+
+
+class Numbers(Reader):
+    """Says which samples are due, and reads none."""
+
+    def _stored(self, source: np.ndarray, due: np.ndarray) -> list[None]:
+        return [None] * len(due)
+
+    def _sound(self, place: int, source: int, due: int, stored: None) -> tuple[Any, None, None]:
+        return {"input_ids": np.array([due])}, None, None
+
+
+def dealt(in_process: InProcess, reader: Reader, run: Run, steps: int) -> list[list[dict[str, Any]]]:
+    """What the ranks get whose workers are dealt blocks in turn, as the tests on Ray show that they are."""
+    per_step = reader.order.global_batch // run.size
+    with in_process():
+        blocks: Any = dataset(replace(reader, size=run.size), run.start * per_step, steps * per_step, run.workers)
+    due = (run.stop - run.start) * per_step // run.workers
+    return [list(islice(micro_batches(blocks[rank :: run.workers]), due)) for rank in range(run.workers)]
+
+
+@pytest.mark.parametrize("kind", ["weights", "plain", "window", "groups"])
+@pytest.mark.parametrize("seed", range(40))
+def test_the_order_survives_any_restarts_at_other_world_sizes(
+    in_process: InProcess,
+    tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    kind: str,
+):
+    chance = np.random.default_rng((seed, len(kind)))
+    sets = [Sizes(chance) for _ in range(3)]
+    order = mixture(sets, chance, kind)[0]
+    steps = order.batches(2.3)
+    pairs: list[tuple[int, int]] = []
+    for run in runs(chance, order.global_batch, steps, int(chance.integers(1, 6))):
+        monkeypatch.setattr(ingest, "BLOCK", int(chance.integers(1, 65)))
+        ranks = dealt(in_process, Numbers(**vars(read_by(tokenizer, order, []))), run, steps)
+        pairs += [
+            pair
+            for turn in zip(*ranks, strict=True)
+            for batch in turn
+            for pair in zip(batch["source"].tolist(), batch["sample"].tolist(), strict=True)
+        ]
+    assert pairs == ordered(order, range(steps))
+    assert is_once_an_epoch(order, pairs)
+
+
+@pytest.mark.parametrize("kind", ["weights", "plain", "window", "groups"])
+@pytest.mark.parametrize("seed", range(4))
+def test_all_that_a_model_sees_survives_any_restarts_at_other_world_sizes(
+    in_process: InProcess,
+    pool: list[Shards],
+    tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    kind: str,
+):
+    chance = np.random.default_rng((seed, len(kind)))
+    order, sets = mixture(pool, chance, kind)
+    reader, steps = read_by(tokenizer, order, sets), order.batches(1.2)
+    told: list[Told] = []
+    for run in runs(chance, order.global_batch, steps, 3):
+        monkeypatch.setattr(ingest, "BLOCK", int(chance.integers(1, 65)))
+        told += stream(reader, dealt(in_process, reader, run, steps))
+    assert told == undisturbed(reader, range(steps))
+    assert places(told) == ordered(order, range(steps))
+
+
+# On Ray
+
+
+def played(
+    reader: Reader, run: Run, steps: int, wait: Callable[[int], None] = lambda _: None
+) -> list[list[dict[str, Any]]]:
+    """What the ranks get, each in a thread, until the run stops amid what Ray Data reads ahead.
+
+    wait: called with its rank before each of a rank's micro-batches.
+    """
+    per_step = reader.order.global_batch // run.size
+    data = dataset(replace(reader, size=run.size), run.start * per_step, steps * per_step, run.workers)
+    data.context.execution_options = ExecutionOptions(preserve_order=True)
+    shards = data.streaming_split(run.workers, equal=True)
+    due = (run.stop - run.start) * per_step // run.workers
+
+    def rank(number: int) -> list[dict[str, Any]]:
+        got = []
+        for turn, batch in enumerate(islice(micro_batches(shards[number].iter_batches(batch_size=None)), due)):
+            assert batch["number"] == run.start * per_step + turn * run.workers + number
+            wait(number)
+            got.append(batch)
+        return got
+
+    with ThreadPoolExecutor(run.workers) as pool:
+        return list(pool.map(rank, range(run.workers)))
+
+
+def dawdle(rank: int) -> None:
+    """Ranks compute now long, now short, the later ones longer."""
+    time.sleep(random.choice((0, 0, 0.01, 0.03)) * rank)
+
+
+def slowly(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """Some samples take long."""
+
+    def row(tokenizer: Any, sample: Any) -> Any:
+        time.sleep(int(sample.key) * 7919 % 13 / 1000)
+        return encode(tokenizer, sample)
+
+    return row
+
+
+def deadly(encode: Callable[..., Any], marker: Path, key: str) -> Callable[..., Any]:
+    """The first process to come to the sample is killed by it."""
+
+    def row(tokenizer: Any, sample: Any) -> Any:
+        if sample.key == key:
+            try:
+                with open(marker, "x") as file:
+                    file.write(str(os.getpid()))
+            except FileExistsError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return encode(tokenizer, sample)
+
+    return row
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("kind", "seed", "count", "slow", "killed"),
+    [("weights", 1, 3, True, False), ("window", 0, 2, False, True), ("groups", 9, 2, True, False)],
+)
+def test_on_ray_the_stream_survives_restarts_at_other_world_sizes_slow_ones_and_killed_ones(
+    pool: list[Shards],
+    tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kind: str,
+    seed: int,
+    count: int,
+    slow: bool,
+    killed: bool,
+):
+    chance = np.random.default_rng((seed, len(kind)))
+    order, sets = mixture(pool, chance, kind)
+    reader, steps = read_by(tokenizer, order, sets), order.batches(2.2)
+    disturbed = replace(reader, encode=slowly(reader.encode)) if slow else reader
+    told: list[Told] = []
+    for number, run in enumerate(runs(chance, order.global_batch, steps, count)):
+        monkeypatch.setattr(ingest, "BLOCK", int(chance.integers(4, 33)))
+        faulty, marker = disturbed, tmp_path / str(number)
+        if killed and number == 1:
+            source, sample = ordered(order, range(run.start, run.stop))[
+                (run.stop - run.start) * order.global_batch // 2
+            ]
+            faulty = replace(disturbed, encode=deadly(disturbed.encode, marker, sets[source].key(sample)))
+        told += stream(reader, played(faulty, run, steps, dawdle if slow else lambda _: None))
+        assert marker.exists() == (faulty is not disturbed)
+    assert told == undisturbed(reader, range(steps))
+    assert places(told) == ordered(order, range(steps))
+    assert is_once_an_epoch(order, places(told))
+
+
+# Going on
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_going_on_costs_the_same_from_any_place(
+    long: Shards, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, size: int
+):
+    """Calls, ranges and bytes of the first micro-batch; an epoch has 25 global batches."""
+    order = Order(samples=(len(long),), global_batch=16, seed=5)
+    reader, read, asked = replace(read_by(tokenizer, order, [long]), size=size), storage.read_ranges, []
+
+    def counted(ranges: Sequence[storage.Range]) -> list[bytes]:
+        asked.append((len(ranges), sum(stop - start for _, start, stop in ranges)))
+        return read(ranges)
+
+    monkeypatch.setattr(storage, "read_ranges", counted)
+    for step in (0, 1, 12, 24, 25, 10**6):
+        asked.clear()
+        replace(reader, sources={"set 0": Shards(long.folder)})(step * 16 // size)
+        assert asked == [(size, size * 2048)]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_on_ray_nothing_before_the_start_is_read(long: Shards, tokenizer: Path, tmp_path: Path):
+    """From 95 % of an epoch to its end."""
+    order, log = Order(samples=(len(long),), global_batch=4, seed=5), tmp_path / "log"
+    reader = read_by(tokenizer, order, [long])
+    encode = reader.encode
+
+    def logged(tokenizer: Any, sample: Any) -> Any:
+        with open(log, "a") as file:  # O_APPEND: lines of several processes do not mix
+            file.write(f"{sample.key}\n")
+        return encode(tokenizer, sample)
+
+    run = Run(95, 100, workers=2, size=1)
+    told = stream(reader, played(replace(reader, encode=logged), run, 100))
+    assert places(told) == ordered(order, range(95, 100))
+    assert sorted(log.read_text().split()) == sorted(long.key(sample) for _, sample in places(told))
+
+
+# A store full of faults
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("seed", [0])
+def test_on_ray_a_store_full_of_faults_gives_what_the_local_folder_gives(
+    proxy: Any,
+    bucket: str,
+    fast: Retry,
+    stored: Shards,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+):
+    """All kinds of faults by turns, and credentials that expire three times and are renewed in a file."""
+    monkeypatch.setattr(ingest, "BLOCK", 8)
+    monkeypatch.setattr(storage, "RETRY", replace(fast, tries=30, deadline_s=60, read_timeout_s=0.5))
+    monkeypatch.setattr(storage, "GAP", 0)
+    credentials = tmp_path / "credentials"
+
+    def renew() -> None:
+        text = f"[default]\naws_access_key_id = KEY{uuid4().hex}\naws_secret_access_key = a-secret-of-ours\n"
+        storage.write(str(credentials), text.encode())
+
+    class Script(deque[str]):
+        """The proxy's faults; at "expire" the key that it has just seen becomes worthless, and there is another."""
+
+        def popleft(self) -> str:
+            fault = super().popleft()
+            if fault != "expire":
+                return fault
+            renew()
+            proxy.expired = (proxy.key, "ExpiredToken")
+            return "ExpiredToken"
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+    renew()
+    for name in storage.names(stored.folder):
+        storage.write(storage.join(bucket, name), storage.read(storage.join(stored.folder, name)))
+    proxy.asked.clear()
+    kinds = ["SlowDown", "InternalError", "cut", "short", "drop"] * 6 + ["stall"] * 3 + ["expire"] * 3 + [""] * 30
+    proxy.faults = Script(random.Random(seed).sample(kinds, len(kinds)))
+    order = Order(samples=(len(stored),), global_batch=8, seed=seed)
+    local = read_by(tokenizer, order, [stored])
+
+    class Carried(dict[str, Shards]):
+        """Sources that bring along what S3 is reached with: Ray's workers know nothing of this test."""
+
+        def __reduce__(self) -> Any:
+            environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+            return arrive, (dict(self), environment, storage.RETRY, storage.GAP)
+
+    def arrive(sources: dict[str, Shards], environment: dict[str, str], retry: Retry, gap: int) -> Carried:
+        os.environ.update(environment)
+        storage.RETRY, storage.GAP = retry, gap
+        return Carried(sources)
+
+    remote = replace(local, sources=Carried({"set 0": Shards(bucket)}))
+    told = stream(local, played(remote, Run(0, 12, workers=2, size=2), 12))
+    assert told == undisturbed(local, range(12))
+    assert not proxy.faults
+    assert len(proxy.asked) > len(kinds)
+    assert f"aws_access_key_id = {proxy.key}\n" in credentials.read_text()
