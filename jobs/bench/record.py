@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-def each(script: str, ways: Iterable[str], **options: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def each(script: str, ways: Iterable[str], **options: int | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(way, what the script called with `--way way --option value` prints as its last line, JSON)."""
     given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     for way in ways:

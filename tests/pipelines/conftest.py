@@ -132,15 +132,15 @@ class Proxy(ThreadingHTTPServer):
         self.faults: deque[str] = deque()
         self.always = ""
         self.latency = 0.0
-        self.expired: tuple[str, str] | None = None
+        self.expired: dict[str, str] = {}  # answers to keys
         self.asked: list[str] = []
         self.key = ""
 
     def next_fault(self, signed: str) -> str:
         if found := re.search(r"Credential=(\w+)/", signed):
             self.key = found[1]
-        if self.expired and self.key == self.expired[0]:
-            return self.expired[1]
+            if found[1] in self.expired:
+                return self.expired[found[1]]
         try:
             return self.faults.popleft()
         except IndexError:

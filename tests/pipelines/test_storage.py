@@ -293,7 +293,7 @@ def test_credentials_that_expired_are_read_again(
 ) -> None:
     url = join(bucket, "x")
     storage.write(url, b"0123456789")
-    proxy.expired = (proxy.key, answer)
+    proxy.expired[proxy.key] = answer
     # while the first wait lasts, some other program renews them
     renewed = f"KEY{uuid4().hex}"
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: monkeypatch.setenv("AWS_ACCESS_KEY_ID", renewed))
