@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import yaml
 from jobs import schema
 from jobs.schema import Job
 from pipelines import cluster, easy_vqa, evaluate, report, shards, storage, train
+from pipelines import records as check
 from redux.conversation import TEMPLATES, word_tokenizer
 
 JOB = "job.yaml"
@@ -32,6 +34,7 @@ def run(job: Job, folder: Path) -> None:
     """Do what is left of the job in its run folder.  ValueError where the folder holds another job."""
     clock = time.monotonic()
     folder = folder.resolve()
+    job = _located(job)
     _claim(job, folder)
     done = _finished(folder)
     left = {name: step for name, step in steps(job, folder).items() if name not in done}
@@ -85,10 +88,18 @@ def steps(job: Job, folder: Path) -> dict[str, Callable[[], None]]:
     return {**result, "evaluate": answer, "report": describe}
 
 
+def _located(job: Job) -> Job:
+    """The job with its sets' paths from the root on.  ValueError where a set is missing or empty."""
+    sets = {name: storage.absolute(url) for name, url in job.data.sets.items()}
+    for name, url in sets.items():
+        if not len(shards.Shards(url)):
+            raise ValueError(f"data.sets.{name}: {url} has no samples, allowed: at least one")
+    return replace(job, data=replace(job.data, sets=sets))
+
+
 def locations(job: Job, folder: Path) -> dict[str, str]:
     """Where each set of shards lies: those that the job makes, and those that it names."""
-    named = {name: storage.absolute(url) for name, url in job.data.sets.items()}
-    return {name: str(folder / "shards" / name) for name in shards.MADE} | named
+    return {name: str(folder / "shards" / name) for name in shards.MADE} | job.data.sets
 
 
 def _claim(job: Job, folder: Path) -> None:
@@ -97,10 +108,13 @@ def _claim(job: Job, folder: Path) -> None:
     if path.exists():
         before, now = (yaml.safe_load(text) for text in (path.read_text(), resolved))
         for key, old, new in _differences(before, now):
-            raise ValueError(
-                f"{path}: this run was started with {key} = {old!r}, not {new!r}; "
-                "give the job another name, or the run another folder by --into"
-            )
+            if key != "data.tolerance":  # more may be tolerated after all
+                raise ValueError(
+                    f"{path}: this run was started with {key} = {old!r}, not {new!r}; "
+                    "give the job another name, or the run another folder by --into"
+                )
+        if before != now:
+            _put(path, resolved)
     else:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +169,13 @@ def _shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
     for name in shards.MADE:
         shards.make(records[name], str(easy_vqa.FOLDER), sets[name], making)
     templates = [TEMPLATES[stage.template] for stage in job.train.values()]
-    others = (sample.record for name in job.data.sets for sample in shards.Shards(sets[name]))
+    mixed = {name for stage in job.train.values() for name in stage.mixture}
+    others = (
+        record
+        for name in sorted(mixed - {*shards.MADE})
+        for record in shards.Shards(sets[name]).records()
+        if check.fault({"id": name, **record}, None) is None
+    )
     texts = (
         "".join(piece for piece, _ in template.spans(record["conversations"]))
         for record in itertools.chain(records["captions"], records["conversations"], others)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jobs import schema
 from jobs.run import JOB, locations
-from pipelines import audit, cluster, consumed, easy_vqa, records, shards, storage
+from pipelines import audit, cluster, consumed, easy_vqa, metrics, records, shards, storage
 
 
 def make(arguments: argparse.Namespace) -> None:
@@ -54,10 +54,11 @@ def verify(arguments: argparse.Namespace) -> None:
 def _consumed(folder: str, run: Path) -> tuple[list[str], list[str]]:
     """What is proven of the set by the run's log, and what is wrong."""
     job = schema.load(run / JOB)
-    sets = locations(job, run.resolve())
+    used = {name for stage in job.train.values() for name in stage.mixture}
+    sets = {name: url for name, url in locations(job, run.resolve()).items() if name in used}
     names = [name for name, url in sets.items() if url == storage.absolute(folder)]
     if not names:
-        raise ValueError(f"{folder}: is no set of {run}, allowed: {', '.join(sets.values())}")
+        raise ValueError(f"{folder}: {run} did not train on it, allowed: {', '.join(sets.values())}")
     log, samples, proven, wrong = run / consumed.FILE, len(shards.Shards(folder)), [], []
     if not log.exists():
         raise ValueError(f"{log}: not there, allowed: a run that has trained")
@@ -66,6 +67,8 @@ def _consumed(folder: str, run: Path) -> tuple[list[str], list[str]]:
             proofs, found = consumed.prove(lines, str(log), name, samples)
         wrong += found
         for proof in proofs:
+            if (steps := metrics.steps(run, proof.stage)) != proof.steps:
+                wrong.append(f"{log}: stage {proof.stage} ends with step {proof.steps}, {metrics.FILE} with {steps}")
             proven.append(
                 f"{proof.stage}: {proof.steps} steps used {proof.samples} samples of {name}: each of its {samples} "
                 f"once in each of {proof.epochs} epochs, {proof.begun} once in the epoch begun; {proof.replaced} "

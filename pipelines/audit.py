@@ -45,7 +45,7 @@ def verify(folder: str) -> list[str]:
     shards, wrong = Shards(folder), []
     shards.check()
     if storage.exists(summary := storage.join(folder, SUMMARY)):
-        kept = json.loads(storage.read(summary))["kept"]
+        kept = json.loads(storage.read(summary)).get("kept", len(shards))
         if kept != len(shards):
             wrong.append(f"{summary}: says {kept} samples were kept, the index has {len(shards)}")
     sizes = shards.sizes
@@ -108,4 +108,5 @@ def _record(row: dict[str, Any], sample: bytes) -> dict | None:
         record = json.loads(sample[row["record_at"] : row["record_at"] + row["record_size"]])
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("conversations"), list) else None
+    whole = {"id": row["key"], **record} if isinstance(record, dict) else record
+    return None if records.fault(whole, None) == "malformed" else record

@@ -3,8 +3,8 @@
     consumed.jsonl   {"stage", "step", "samples": {SET: [numbers]},
                       "replaced": [{"set", "at", "due", "used", "reason"}]}
 
-Numbers are rows of the set's index, in the order of the global batch.  They come from the reader that checked the
-sample's bytes against that row, not from the order that asked for it; and the proof knows nothing of the order.
+Numbers are rows of the set's index, in the order of the global batch, as readers told them after the bytes they read
+had that row's checksum.  The proof knows nothing of the order that asked for them.
 replaced: at this place of the set's numbers stands `used` where `due` was to come.
 """
 
@@ -121,8 +121,9 @@ class _Stage:
             yield f"step {number}: {size} samples, allowed: {self.size}, as in the first"
         for entry in step["replaced"]:
             if entry["set"] == name:
-                if numbers[entry["at"] : entry["at"] + 1] != [entry["used"]]:
-                    yield f"step {number}: sample {entry['used']} is said to replace another, but was not used there"
+                used = entry["used"]
+                if numbers[entry["at"] : entry["at"] + 1] != [used] or not 0 <= used < len(self.seen):
+                    yield f"step {number}: sample {used} is said to replace another, but was not used there"
                     continue
                 numbers[entry["at"]] = entry["due"]
                 proof.replaced += 1

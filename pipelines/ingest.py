@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipelines import storage
 from pipelines.order import Order
+from pipelines.records import REASONS, fault
 from pipelines.shards import Sample, Shards, read
 from redux.conversation import CONTEXT, IGNORE, IMAGE, TEMPLATES, encode, pad
 from redux.image import Fit, Way, pixels
@@ -35,14 +36,17 @@ Batch = dict[str, Any]
 Row = dict[str, Int[np.ndarray, " length"]]
 """The text side of a sample: input_ids, and labels where there are any."""
 
-BLOCK = 64
+BLOCK_SAMPLES = 64
 BLOCK_BYTES = 64 * 2**20
-"""Samples and bytes of pixels of a block, at most, where a micro-batch is smaller: a block costs Ray the same whatever
-it holds, but one beyond 128 MiB is cut in two."""
+"""Samples and bytes of a block, at most, where a micro-batch is smaller: a block costs Ray the same whatever it holds,
+but one beyond 128 MiB is cut in two."""
+
+TEXT_BYTES = 24 * 2048
+"""Counted for a sample's text: three columns of 8 bytes a token."""
 
 BLOCKS = 4096
-"""Blocks up to which they are of BLOCK samples; in a longer run they are larger, since Ray Data takes 0.8 ms for each
-block before the first one comes."""
+"""Blocks up to which they are of BLOCK_SAMPLES; in a longer run they are larger, since Ray Data takes 0.8 ms for each
+block before the first one comes.  At 336 pixels BLOCK_BYTES sets in: 100 million samples wait for ten minutes."""
 
 AHEAD = 3
 """Blocks that a reader works at or that wait for it."""
@@ -147,6 +151,10 @@ class Reader:
 
     def _made(self, sample: Sample, place: int) -> tuple[Row, UInt8[np.ndarray, "height width 3"] | None]:
         """The sample's text and image, varied as asked for by chance of (seed, place in the stream)."""
+        # tars of others may hold anything; an image without a tag would go to another sample's
+        form = {"id": sample.key, "conversations": sample.record.get("conversations")}
+        if reason := fault({**form, "image": "image"} if sample.image else form, None):
+            raise ValueError(f"{reason}: {REASONS[reason]}")
         chance = np.random.default_rng((self.order.seed, place)) if self.flip or self.rounds else None
         image = pixels(sample.image, self.image_size, self.fit, self.way).transpose(1, 2, 0) if sample.image else None
         if self.flip and chance and chance.random() < 0.5 and image is not None:
@@ -162,8 +170,8 @@ def dataset(reader: Reader, start: int, stop: int, workers: int) -> ray.data.Dat
     Worker r gets start + r, start + r + workers, ...: blocks are dealt to the workers in turn, so block b holds the
     next few of worker b % workers.  Iterate with preserve_order.
     """
-    samples = max(BLOCK, (stop - start) * reader.size // BLOCKS)
-    span = max(min(samples, BLOCK_BYTES // (3 * reader.image_size**2)) // reader.size, 1)
+    samples = max(BLOCK_SAMPLES, (stop - start) * reader.size // BLOCKS)
+    span = max(min(samples, BLOCK_BYTES // (3 * reader.image_size**2 + TEXT_BYTES)) // reader.size, 1)
     count = -(-(stop - start) // (workers * span)) * workers
     return ray.data.from_items([{"id": number} for number in range(count)], override_num_blocks=count).map_batches(
         _Block,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from pipelines import consumed
+from pipelines import consumed, storage
 from pipelines.consumed import Used
 
 FILE = "metrics.jsonl"
@@ -59,6 +59,12 @@ def last(run: Path) -> dict | None:
     return json.loads(whole.rpartition(b"\n")[2]) if whole else None
 
 
+def steps(run: Path, stage: str) -> int:
+    """The stage's last step on record, 0 before the first."""
+    with (run / FILE).open() as file:
+        return max((entry["step"] for entry in map(json.loads, file) if entry["stage"] == stage), default=0)
+
+
 def _cut(path: Path, stage: str, cursor: int) -> list[dict]:
     """Drop this stage's lines after step `cursor`, and whatever is no whole line; returns the entries that are left."""
     if not path.exists():
@@ -66,7 +72,5 @@ def _cut(path: Path, stage: str, cursor: int) -> list[dict]:
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
     entries = [(line, json.loads(line)) for line in whole]
     kept = [(line, entry) for line, entry in entries if entry["stage"] != stage or entry["step"] <= cursor]
-    temporary = path.with_suffix(".part")
-    temporary.write_text("".join(line for line, _ in kept))
-    os.replace(temporary, path)
+    storage.write(str(path), "".join(line for line, _ in kept).encode())
     return [entry for _, entry in kept]

@@ -18,6 +18,7 @@ into memory: a process pays for the pages that it touches, and all processes of 
 and never written to in place, which would end who reads it.  From a bucket each process reads it whole.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -64,7 +65,7 @@ of size 0 for text alone; and the words of all turns.
 
 Samples of a shard stand together, and the dictionary has the shards in the order of their samples.
 """
-BLOCK = 512
+TAR_BLOCK = 512
 """Bytes of a block of a tar, to which every member is filled up."""
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".pyd", ".npy", ".npz")
 MADE = ("captions", "conversations", "test")
@@ -77,7 +78,7 @@ class Data:
 
     source: what the job makes sets of: captions, conversations and test.  samples_per_shard: of these sets.
     sets: folders or URLs of other sets by name, as `redux shards make` left them.
-    tolerance: share of an epoch's samples that may turn out bad, and be replaced by others, before a stage stops.
+    tolerance: share of a stage's samples that may turn out bad, and be replaced by others, before it stops.
     """
 
     source: Literal["easy-vqa"] = "easy-vqa"
@@ -270,7 +271,7 @@ def index(tar: bytes, name: str) -> Iterator[dict]:
     for key, together in itertools.groupby(members, lambda member: _key(member.name)):
         sample = list(together)
         start, last = sample[0].offset, sample[-1]
-        length = last.offset_data + -(-last.size // BLOCK) * BLOCK - start
+        length = last.offset_data + -(-last.size // TAR_BLOCK) * TAR_BLOCK - start
         record, image = (
             next((each for each in sample if each.name.endswith(".json") == is_record), None)
             for is_record in (True, False)
@@ -309,10 +310,15 @@ class Shards:
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[Sample]:
-        """All samples, in the order of the index."""
+    def records(self) -> Iterator[Any]:
+        """All records in the order of the index, unchecked; where one cannot be read some are left out."""
         for first in range(0, len(self), 64):
-            yield from self.read(range(first, min(first + 64, len(self))))
+            ranges = []
+            for row in self.rows(range(first, min(first + 64, len(self)))):
+                start = row["offset"] + row["record_at"]
+                ranges.append((storage.join(self.folder, row["shard"]), start, start + row["record_size"]))
+            with contextlib.suppress(ValueError):
+                yield from map(json.loads, storage.read_ranges(ranges))
 
     @property
     def names(self) -> list[str]:
@@ -345,7 +351,7 @@ class Shards:
     def prepared(self) -> tuple[int, Fit] | None:
         """Size and fit of images that are stored as squares; None where they are stored as they came."""
         path = storage.join(self.folder, SUMMARY)  # which sets of others lack
-        asked = json.loads(storage.read(path))["asked"] if storage.exists(path) else {}
+        asked = json.loads(storage.read(path)).get("asked", {}) if storage.exists(path) else {}
         return (asked["size"], asked["fit"]) if asked.get("size") else None
 
     def key(self, number: int) -> str:

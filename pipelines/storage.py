@@ -242,8 +242,8 @@ def join(url: str, *names: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """The URL, or the local path from the root on, without a slash at its end."""
-    return os.path.abspath(url.rpartition("://")[2]) if _is_local(url) else url.rstrip("/")
+    """The URL, or the local path from the root on and without links; no slash at its end."""
+    return os.path.realpath(url.rpartition("://")[2]) if _is_local(url) else url.rstrip("/")
 
 
 def retries() -> dict[str, int]:

@@ -125,7 +125,7 @@ class Plan:
     """All that a worker needs to know of its stage.
 
     sets: where each set of the mixture lies.  start: the model of the stage before, if there is one.
-    tolerance: share of an epoch's samples that may be replaced before the run stops.
+    tolerance: share of the stage's samples that may be replaced before it stops.
     """
 
     name: str
@@ -221,7 +221,7 @@ def fit(plan: Plan) -> None:
     gpus = ray.cluster_resources().get("GPU", 0) >= plan.workers
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"plan": plan, "steps": steps, "samples": samples},
+        train_loop_config={"plan": plan, "steps": steps},
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers, use_gpu=gpus, resources_per_worker={"CPU": 0.5, **({"GPU": 1} if gpus else {})}
         ),
@@ -255,7 +255,8 @@ def _progress(plan: Plan, bar: tqdm) -> str:
 
 def train_worker(config: dict[str, Any]) -> None:
     """One rank: the stage from its newest checkpoint to its end."""
-    plan, steps, budget = config["plan"], config["steps"], int(config["plan"].tolerance * config["samples"])
+    plan, steps = config["plan"], config["steps"]
+    budget = plan.tolerance * steps * plan.stage.global_batch
     if plan.result.exists():
         return  # the workers were started anew after the last step
     engine = _engine(plan, steps)
@@ -267,10 +268,10 @@ def train_worker(config: dict[str, Any]) -> None:
     for step, values, used in training_steps(engine, plan, cursor, steps):
         if record:
             record.write(step, values, used)
-            if record.replaced > budget:
+            if used.replaced and record.replaced > budget:
                 raise ValueError(
-                    f"{plan.name}: {record.replaced} samples had to be replaced, allowed: {budget}, data.tolerance; at "
-                    f"last {used.replaced[-1]['reason']}; {plan.run / consumed.FILE} lists them"
+                    f"train.{plan.name}: {record.replaced} samples had to be replaced, allowed: {budget:g}, by "
+                    f"data.tolerance; at last {used.replaced[-1]['reason']}; {plan.run / consumed.FILE} lists them"
                 )
         if step % plan.stage.checkpoint_every == 0 and step < steps:
             checkpoint.save(engine, plan.folder, step)

@@ -11,9 +11,11 @@ import io
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import ray
@@ -21,10 +23,11 @@ import ray.data
 from PIL import Image
 
 from jobs.bench.record import append
-from pipelines import cluster
+from pipelines import cluster, storage
 from pipelines.ingest import Reader, conversation, dataset, micro_batches
 from pipelines.order import Order
 from pipelines.shards import Making, Shards, make
+from pipelines.storage import read_ranges
 from redux.conversation import IMAGE, word_tokenizer
 
 SIZE, BATCH, WORKERS = 336, 16, 2
@@ -44,7 +47,7 @@ def main() -> None:
         for _ in range(arguments.repeats):
             for name, place in places.items():
                 seconds[name].append(first(reader, place, steps))
-        read = {name: bytes_of(reader, place) for name, place in places.items()}
+        read = {name: bytes_read(reader, place) for name, place in places.items()}
     medians = {name: round(statistics.median(values), 2) for name, values in seconds.items()}
     for name, median in medians.items():
         print(f"{name:6} {median:6.2f} s to the first batch, {read[name]} bytes of the shards in it")
@@ -100,10 +103,18 @@ def number(shard: Any) -> int:
     return int(next(micro_batches(shard.iter_batches(batch_size=None)))["number"])
 
 
-def bytes_of(reader: Reader, step: int) -> int:
-    """Of the shards, for one global batch."""
-    [shards] = reader.sources.values()
-    return sum(row["length"] for row in shards.rows(reader.order.batch(step)[1]))
+def bytes_read(reader: Reader, step: int) -> int:
+    """Asked of the storage for one global batch."""
+    asked: list[storage.Range] = []
+
+    def counted(ranges: Sequence[storage.Range]) -> list[bytes]:
+        asked.extend(ranges)
+        return read_ranges(ranges)
+
+    with patch.object(storage, "read_ranges", counted):
+        for rank in range(WORKERS):
+            reader(step * WORKERS + rank)
+    return sum(stop - start for _, start, stop in asked)
 
 
 if __name__ == "__main__":

@@ -116,12 +116,13 @@ def test_a_run_is_proven_to_have_used_each_sample_once(finished: tuple[Path, str
         "begun; 0 replaced\n"
     )
     assert "tower: 2 steps used 16 samples of captions" in verify(run / "shards" / "captions", run).stdout
-    assert "is no set of" in verify(job.parent, run).stderr
+    assert "did not train on it, allowed: " in verify(job.parent, run).stderr
 
 
 def test_a_run_that_used_a_sample_twice_is_found_out(finished: tuple[Path, str], job: Path, tmp_path: Path) -> None:
     run, _ = finished
-    shutil.copy(run / "job.yaml", tmp_path)
+    for name in ("job.yaml", "metrics.jsonl"):
+        shutil.copy(run / name, tmp_path)
     lines = list(map(json.loads, (run / "consumed.jsonl").read_text().splitlines()))
     twice = lines[-1]["samples"]["talk"]
     twice[0] = twice[1]
@@ -129,6 +130,8 @@ def test_a_run_that_used_a_sample_twice_is_found_out(finished: tuple[Path, str],
     found = verify(job.parent / "talk", tmp_path)
     assert found.returncode == 2
     assert f"epoch 1: 1 samples came again: {twice[0]}" in found.stdout
+    (tmp_path / "consumed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    assert "stage instruct ends with step 4, metrics.jsonl with 5" in verify(job.parent / "talk", tmp_path).stdout
 
 
 def test_a_ray_that_was_there_goes_on(finished: tuple[Path, str], ray_cluster: Any) -> None:

@@ -95,7 +95,7 @@ def test_foreign_tars_get_the_index_that_ours_have(stored: Shards, copy: Shards)
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("body", [b"no json", b"[]", b"{}"])
+@pytest.mark.parametrize("body", [b"no json", b"[]", b"{}", b'{"conversations": [1]}', b'{"conversations": [{}]}'])
 def test_a_sample_without_a_record_is_named(tmp_path: Path, body: bytes):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("x.jpg", "x.json"):

@@ -4,11 +4,13 @@ A set with nothing that can be used is an error, and so is a store that does not
 """
 
 import errno
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -166,6 +168,41 @@ def test_the_reason_names_tar_and_sample(harmed: Shards, tokenizer: Path, number
     tar = f"{harmed.folder}/{row['shard']}"
     [reason] = {entry["reason"] for entry in replaced if entry["due"] == number}
     assert re.fullmatch(f"{re.escape(tar)}: sample {row['key']}: {why}", reason)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (["what?", "a"], "image without tag"),
+        (["<image><image>what?", "a"], "tags"),
+        (["<image>what?", ""], "empty turn"),
+        (["<image>what?"], "roles"),
+        ([], "roles"),
+        (None, "malformed"),
+    ],
+)
+def test_records_that_others_made_are_looked_at_when_they_are_read(
+    pictures: Path, tokenizer: Path, tmp_path: Path, values: list[str] | None, reason: str
+):
+    """Where images and tags disagree, images would go to the texts of other samples."""
+    file = tmp_path / "a.tar"
+    with tarfile.open(file, "w") as tar:
+        for number in range(8):
+            texts = values if number == 5 else ["<image>what?", "a"]
+            turns = texts and [{"from": ("human", "gpt")[turn % 2], "value": text} for turn, text in enumerate(texts)]
+            image = (pictures / f"{number}.png").read_bytes()
+            for suffix, body in (("png", image), ("json", json.dumps({"conversations": turns}).encode())):
+                member = tarfile.TarInfo(f"{number}.{suffix}")
+                member.size = len(body)
+                tar.addfile(member, io.BytesIO(body))
+    rows = [{**row, "words": 2} for row in index(file.read_bytes(), file.name)]
+    write_index(str(tmp_path), pa.Table.from_pylist(rows, SCHEMA))
+    reader = replace(read_by(tokenizer, Shards(tmp_path)), size=GLOBAL_BATCH)
+    batch = reader(0)
+    [entry] = json.loads(batch["replaced"])
+    assert entry["due"] == 5
+    assert entry["reason"].startswith(f"{file}: sample 5: {reason}: ")
+    assert len(batch["pixel_values"]) == GLOBAL_BATCH
 
 
 @pytest.mark.parametrize("size", [1, 4, 8])

@@ -214,7 +214,7 @@ def test_the_order_survives_any_restarts_at_other_world_sizes(
     steps = order.batches(2.3)
     pairs: list[tuple[int, int]] = []
     for run in runs(chance, order.global_batch, steps, int(chance.integers(1, 6))):
-        monkeypatch.setattr(ingest, "BLOCK", int(chance.integers(1, 65)))
+        monkeypatch.setattr(ingest, "BLOCK_SAMPLES", int(chance.integers(1, 65)))
         ranks = dealt(in_process, Numbers(**vars(read_by(tokenizer, order, []))), run, steps)
         pairs += [
             pair
@@ -241,7 +241,7 @@ def test_all_that_a_model_sees_survives_any_restarts_at_other_world_sizes(
     reader, steps = read_by(tokenizer, order, sets), order.batches(1.2)
     told: list[Told] = []
     for run in runs(chance, order.global_batch, steps, 3):
-        monkeypatch.setattr(ingest, "BLOCK", int(chance.integers(1, 65)))
+        monkeypatch.setattr(ingest, "BLOCK_SAMPLES", int(chance.integers(1, 65)))
         told += stream(reader, dealt(in_process, reader, run, steps))
     assert told == undisturbed(reader, range(steps))
     assert places(told) == ordered(order, range(steps))
@@ -329,7 +329,7 @@ def test_on_ray_the_stream_survives_restarts_at_other_world_sizes_slow_ranks_and
     disturbed = replace(reader, encode=slowly(reader.encode)) if slow else reader
     told: list[Told] = []
     for number, run in enumerate(runs(chance, order.global_batch, steps, count)):
-        monkeypatch.setattr(ingest, "BLOCK", int(chance.integers(4, 33)))
+        monkeypatch.setattr(ingest, "BLOCK_SAMPLES", int(chance.integers(4, 33)))
         faulty, marker = disturbed, tmp_path / str(number)
         if killed and number == 1:
             source, sample = ordered(order, range(run.start, run.stop))[
@@ -399,7 +399,7 @@ def test_on_ray_a_store_full_of_faults_gives_what_the_local_folder_gives(
     seed: int,
 ):
     """All kinds of faults by turns, and credentials that expire three times and are renewed in a file."""
-    monkeypatch.setattr(ingest, "BLOCK", 8)
+    monkeypatch.setattr(ingest, "BLOCK_SAMPLES", 8)
     monkeypatch.setattr(storage, "RETRY", replace(fast, tries=30, deadline_s=60, read_timeout_s=0.5))
     monkeypatch.setattr(storage, "GAP", 0)
     credentials, lock = tmp_path / "credentials", threading.Lock()

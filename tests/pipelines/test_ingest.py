@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pipelines.ingest import BLOCK, Reader, caption, conversation, dataset, draw_rounds, micro_batches
+from pipelines.ingest import BLOCK_SAMPLES, Reader, caption, conversation, dataset, draw_rounds, micro_batches
 from pipelines.order import Order
 from pipelines.shards import Making, Sample, Shards, make
 from redux.conversation import CONTEXT, IGNORE, IMAGE
@@ -260,7 +260,7 @@ def test_from_any_start_ray_data_gives_the_rest_of_the_stream_in_order(reader: R
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_get_every_other_micro_batch_in_order(reader: Reader):
     """Two turns of full blocks, and one of short ones."""
-    stop = 2 + 2 * (2 * BLOCK // reader.size + 3)
+    stop = 2 + 2 * (2 * BLOCK_SAMPLES // reader.size + 3)
     shards = in_order(dataset(reader, 2, stop, workers=2)).streaming_split(2, equal=True)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(batches, shards)
