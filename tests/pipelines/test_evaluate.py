@@ -55,7 +55,7 @@ def one_thread() -> Iterator[None]:
 
 
 def answerer(model: Path, stored: Shards, images: int = 4) -> Answerer:
-    return Answerer(model, stored.folder, Evaluate(images=images, actors=1024, max_new_tokens=5), TEMPLATE)
+    return Answerer(model, stored.folder, Evaluate(images=images, actors=1024, max_new_tokens=5), TEMPLATE, "pad")
 
 
 def answered(model: Path, stored: Shards, images: int) -> list[dict]:
