@@ -99,7 +99,7 @@ def _located(job: Job) -> Job:
 
 def locations(job: Job, folder: Path) -> dict[str, str]:
     """Where each set of shards lies: those that the job makes, and those that it names."""
-    return {name: str(folder / "shards" / name) for name in shards.MADE} | job.data.sets
+    return {name: str(folder / "shards" / name) for name in easy_vqa.SETS} | job.data.sets
 
 
 def _claim(job: Job, folder: Path) -> None:
@@ -160,19 +160,15 @@ def _put(path: Path, text: str) -> None:
 
 def _shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
     """Captions and conversations of the training images, conversations of the test images; and the tokenizer."""
-    records = {
-        "captions": easy_vqa.captions("train"),
-        "conversations": easy_vqa.conversations("train"),
-        "test": easy_vqa.conversations("test"),
-    }
+    records = {name: given() for name, given in easy_vqa.SETS.items()}
     making = shards.Making(samples_per_shard=job.data.samples_per_shard)
-    for name in shards.MADE:
-        shards.make(records[name], str(easy_vqa.FOLDER), sets[name], making)
+    for name, given in records.items():
+        shards.make(given, str(easy_vqa.FOLDER), sets[name], making)
     templates = [TEMPLATES[stage.template] for stage in job.train.values()]
     mixed = {name for stage in job.train.values() for name in stage.mixture}
     others = (
         record
-        for name in sorted(mixed - {*shards.MADE})
+        for name in sorted(mixed - records.keys())
         for record in shards.Shards(sets[name]).records()
         if check.fault({"id": name, **record}, None) is None
     )

@@ -12,9 +12,10 @@ from annotated_types import Ge, Lt, MinLen
 from pydantic import StringConstraints
 
 from jobs import document
+from pipelines.easy_vqa import SETS
 from pipelines.evaluate import Evaluate
 from pipelines.report import Report
-from pipelines.shards import MADE, Data
+from pipelines.shards import Data
 from pipelines.train import Stage
 from redux.model import Model
 
@@ -50,11 +51,11 @@ class Job:
             raise ValueError(
                 f"train.{last}.template: got plain, allowed: a template with questions, as the last stage is asked some"
             )
-        if taken := self.data.sets.keys() & set(MADE):
-            raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(MADE)}")
+        if taken := self.data.sets.keys() & SETS.keys():
+            raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(SETS)}")
         for name, stage in self.train.items():
-            if unknown := stage.mixture.keys() - {*MADE, *self.data.sets}:
-                allowed = ", ".join([*MADE, *self.data.sets])
+            if unknown := stage.mixture.keys() - {*SETS, *self.data.sets}:
+                allowed = ", ".join([*SETS, *self.data.sets])
                 raise ValueError(f"train.{name}.data: got {min(unknown)}, allowed: {allowed}, those of data.sets")
             if name in OTHER_STEPS:
                 raise ValueError(f"train: got a stage {name}, allowed: any other name than {', '.join(OTHER_STEPS)}")

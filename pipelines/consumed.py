@@ -91,8 +91,9 @@ def prove(lines: Iterable[bytes], log: str, name: str, samples: int) -> tuple[li
         if step is None:
             wrong.append(f"{log}: line {number}: no step, allowed: an object with stage, step, samples of each set")
             continue
-        stage = stages.setdefault(step["stage"], _Stage(Proof(step["stage"]), bytearray(samples)))
-        wrong += [f"{log}: stage {step['stage']}: {fault}" for fault in stage.take(step, name)]
+        if (key := step["stage"]) not in stages:
+            stages[key] = _Stage(Proof(key), bytearray(samples))
+        wrong += [f"{log}: stage {key}: {fault}" for fault in stages[key].take(step, name)]
     wrong += [f"{log}: stage {key}: {fault}" for key, stage in stages.items() for fault in stage.repeated()]
     proofs = [stage.proof for stage in stages.values() if stage.proof.samples]
     if not proofs:

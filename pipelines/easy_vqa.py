@@ -8,6 +8,8 @@ one conversation, as in LLaVA's instruction mixture; its caption says what the a
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +37,14 @@ def conversations(split: Literal["train", "test"]) -> list[dict]:
 def captions(split: Literal["train", "test"]) -> list[dict]:
     """One caption an image."""
     return [_record(split, image, path, ["", caption(asked)]) for image, path, asked in _images(split)]
+
+
+SETS: dict[str, Callable[[], list[dict]]] = {
+    "captions": partial(captions, "train"),
+    "conversations": partial(conversations, "train"),
+    "test": partial(conversations, "test"),
+}
+"""What a job makes of easy-VQA, by name."""
 
 
 def caption(asked: Questions) -> str:

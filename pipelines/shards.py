@@ -68,15 +68,13 @@ Samples of a shard stand together, and the dictionary has the shards in the orde
 TAR_BLOCK = 512
 """Bytes of a block of a tar, to which every member is filled up."""
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".pyd", ".npy", ".npz")
-MADE = ("captions", "conversations", "test")
-"""The sets that a job makes of easy-VQA."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Where samples come from.
 
-    source: what the job makes sets of: captions, conversations and test.  samples_per_shard: of these sets.
+    source: what the job makes sets of, those of easy_vqa.SETS.  samples_per_shard: of these sets.
     sets: folders or URLs of other sets by name, as `redux shards make` left them.
     tolerance: share of a stage's samples that may turn out bad, and be replaced by others, before it stops.
     """

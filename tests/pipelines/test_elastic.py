@@ -34,6 +34,7 @@ from pipelines.storage import Retry
 from redux.conversation import IMAGE
 
 SIDE = 8
+PACE = random.Random(0)
 InProcess = Callable[[], AbstractContextManager[None]]
 Told = tuple[int, int, str]
 """Source, sample, and a digest of all that a model sees of it."""
@@ -276,8 +277,8 @@ def played(
 
 
 def dawdle(rank: int) -> None:
-    """Ranks compute now long, now short, the later ones longer."""
-    time.sleep(random.choice((0, 0, 0.01, 0.03)) * rank)
+    """Ranks compute now long, now short, the later ones longer; it is what is tested, not a wait for something."""
+    time.sleep(PACE.choice((0, 0, 0.01, 0.03)) * rank)
 
 
 def slowly(encode: Callable[..., Any]) -> Callable[..., Any]:
