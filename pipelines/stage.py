@@ -1,0 +1,264 @@
+"""What one training stage is told: its settings, and the plan that a run makes of them.
+
+What follows from other values is derived, not configured: accumulation from the number of workers, steps from epochs,
+learning rate from the step.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+from pipelines import ingest, storage
+from pipelines.grouping import Groups
+from pipelines.order import Order, Shuffle
+from pipelines.shards import Shards
+from redux import model
+from redux.image import Fit, Way
+
+Part = Literal["tower", "projector", "language"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters in the language model's linear layers (arXiv 2106.09685), trained in place of its weights.
+
+    alpha: the adapters' output is scaled by alpha / rank.
+    """
+
+    rank: Annotated[int, Ge(1)] = 128
+    alpha: Annotated[float, Gt(0)] = 256
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Settings of one stage.
+
+    objective: "contrastive" trains the image tower alone, with CLIP's objective on captions; "language" the whole
+        LLaVA, with next-token prediction.
+    data: the set of shards, or a mixture: names of sets with their shares of each global batch.
+    template: of the conversations (objective "language").
+    epochs: of all sets together, whatever their shares; or steps: global batches.
+    shuffle: "global" takes samples from anywhere; "window" mixes them within `window` shards at a time, which keeps
+        reads near each other; "none" leaves them as they are stored.
+    groups: batches of one modality and of similar lengths, sorted within so many global batches at a time, as LLaVA
+        does for conversations; null mixes them.
+    fit: images padded to a square (LLaVA's stage 2) or cropped (its stage 1).
+    pixels: "exact" equals LLaVA's to the bit; "fast" does not, by a grey level or two (redux/image.py).
+    learning_rate: peak for each part; a part that is not named is frozen.
+    lora: adapters take the place of the language model's weights; its learning rate is then theirs.
+    loss: mean over the tokens of a global batch, or over its samples, each counting for the mean of its tokens.
+    warmup: share of the steps over which the rate rises to its peak; from there it falls as a half cosine to 0.
+    beta2: of AdamW; 0.95 forgets old gradients sooner and helps small models in small batches over plateaus.
+    micro_batch: samples a worker computes at once.
+    zero: DeepSpeed's ZeRO stage: what is divided among workers. 0 nothing, 1 optimizer states, 2 gradients too, 3
+        weights too.
+    activation_checkpointing: compute activations again in the backward pass instead of keeping them.
+    checkpoint_every: steps between checkpoints.  keep_last, keep_best: how many of them stay, the newest and those
+        with the lowest mean loss since the checkpoint before.
+    nonfinite: what to do when loss or gradient is NaN or infinite: "skip" the update, "rollback" to the last
+        checkpoint and pass over that batch, or "stop".
+    max_nonfinite: such batches after which the stage stops.
+    flip: mirror every other image at random.
+    rounds: of a conversation, at most so many at a time, drawn anew and in another order each epoch, so that questions
+        also come first, without the answers to others before them; null takes conversations as they are.
+    """
+
+    objective: Literal["contrastive", "language"]
+    data: str | Annotated[dict[str, Annotated[float, Gt(0)]], MinLen(1)]
+    template: Literal["plain", "vicuna_v1", "vicuna_bare"] = "vicuna_v1"
+    epochs: Annotated[float, Gt(0)] | None = None
+    steps: Annotated[int, Ge(1)] | None = None
+    shuffle: Shuffle = "global"
+    window: Annotated[int, Ge(1)] = 8
+    groups: Annotated[int, Ge(1)] | None = None
+    fit: Fit = "pad"
+    pixels: Way = "exact"
+    global_batch: Annotated[int, Ge(1)]
+    micro_batch: Annotated[int, Ge(1)]
+    learning_rate: dict[Part, Annotated[float, Gt(0)]]
+    lora: Lora | None = None
+    loss: Literal["token", "sample"] = "token"
+    warmup: Annotated[float, Ge(0), Le(1)] = 0.03
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    clip: Annotated[float, Gt(0)] = 1.0
+    zero: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False
+    checkpoint_every: Annotated[int, Ge(1)] = 100
+    keep_last: Annotated[int, Ge(1)] = 2
+    keep_best: Annotated[int, Ge(0)] = 0
+    nonfinite: Literal["skip", "rollback", "stop"] = "skip"
+    max_nonfinite: Annotated[int, Ge(0)] = 10
+    flip: bool = False
+    rounds: Annotated[int, Ge(1)] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate:
+            raise ValueError("learning_rate: got {}, allowed: a rate for at least one of tower, projector, language")
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"epochs: got {self.epochs}, and steps {self.steps}, allowed: one of the two")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"global_batch: got {self.global_batch}, allowed: a multiple of micro_batch, {self.micro_batch}"
+            )
+        if self.groups and (self.shuffle != "global" or len(self.mixture) > 1):
+            raise ValueError(
+                f"groups: got {self.groups} with shuffle {self.shuffle} and {len(self.mixture)} sets, allowed: groups "
+                "with shuffle global and one set"
+            )
+        if self.objective == "contrastive" and self.micro_batch < 2:
+            raise ValueError("micro_batch: got 1, allowed: at least 2, as objective contrastive compares samples")
+        if self.objective == "contrastive" and set(self.learning_rate) != {"tower"}:
+            raise ValueError(
+                f"learning_rate: got {self.learning_rate}, allowed: tower alone, which is all that objective "
+                "contrastive trains"
+            )
+        if self.lora and "language" not in self.learning_rate:
+            raise ValueError("lora: got one, allowed: null, as learning_rate has none for language")
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """Shares of the sets by name."""
+        return {self.data: 1.0} if isinstance(self.data, str) else self.data
+
+    def usable(self, workers: int) -> int:
+        """How many of so many workers share the global batch evenly: the most that do."""
+        micro_batches = self.global_batch // self.micro_batch
+        return next(count for count in range(min(workers, micro_batches), 0, -1) if micro_batches % count == 0)
+
+    def accumulation(self, workers: int) -> int:
+        """Micro-batches that each worker adds up to a global batch.  ValueError where that is no whole number."""
+        together = self.micro_batch * workers
+        if self.global_batch % together:
+            raise ValueError(
+                f"global_batch: got {self.global_batch}, allowed: a multiple of {together}, "
+                f"{workers} workers x micro_batch {self.micro_batch}"
+            )
+        return self.global_batch // together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """How a run meets faults.
+
+    restarts: of the workers in a row that may get no further than the one before; after that the run stops.
+    watchdog_s: seconds without a finished step after which a worker counts as hung and all are started again; the
+        first batch and the slowest step must fit in.
+    grace_s: after SIGTERM, seconds for a last checkpoint; schedulers give 30 or more before they kill.
+    """
+
+    restarts: Annotated[int, Ge(0)] = 3
+    watchdog_s: Annotated[float, Gt(0)] = 900
+    grace_s: Annotated[float, Ge(0)] = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that the workers of a stage need to know.
+
+    workers: fewest and most of them.
+    checkpoints: folder or URL that every worker can reach.
+    sets: where each set of the mixture lies.
+    start: the model to begin with, that of the stage before or a pretrained one; None builds `model` from nothing.
+    image_size, image_tokens: pixels of a side, and tokens that reach the language model.
+    tolerance: share of the stage's samples that may be replaced before it stops.
+    job: the whole job file as resolved; it goes into each checkpoint.
+    changed: go on from a checkpoint of other data or another model.
+    """
+
+    name: str
+    stage: Stage
+    model: model.Model | None
+    seed: int
+    workers: tuple[int, int]
+    run: Path
+    checkpoints: str
+    sets: dict[str, str]
+    tolerance: float
+    tokenizer: Path
+    start: str | None
+    image_size: int
+    image_tokens: int
+    recovery: Recovery = Recovery()
+    job: str = ""
+    changed: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Where this stage's checkpoints lie."""
+        return storage.join(self.checkpoints, self.name)
+
+    @property
+    def result(self) -> str:
+        """The model that the stage makes."""
+        return storage.join(self.folder, "model")
+
+    def sources(self) -> dict[str, Shards]:
+        """The sets of the mixture.  ValueError where images were prepared in another way than the stage wants."""
+        sources = {name: Shards(self.sets[name]) for name in self.stage.mixture}
+        wanted = (self.image_size, self.stage.fit)
+        for name, shards in sources.items():
+            if shards.prepared not in (None, wanted):
+                raise ValueError(
+                    f"train.{self.name}.data: {name} has images prepared as {shards.prepared}, allowed: {wanted}, by "
+                    "the image tower's size and fit, or images as they came"
+                )
+        return sources
+
+    def reader(self) -> ingest.Reader:
+        """What Ray Data reads."""
+        stage, sources = self.stage, self.sources()
+        groups = None
+        if stage.groups:
+            [shards] = sources.values()
+            groups = Groups.of(shards.has_image, shards.words, stage.groups)
+        order = Order(
+            samples=tuple(map(len, sources.values())),
+            weights=() if isinstance(stage.data, str) else tuple(stage.data.values()),
+            global_batch=stage.global_batch,
+            seed=self.seed,
+            shuffle=stage.shuffle,
+            window=stage.window,
+            shards=tuple(shards.sizes for shards in sources.values()) if stage.shuffle == "window" else (),
+            groups=groups,
+        )
+        language = stage.objective == "language"
+        return ingest.Reader(
+            sources=sources,
+            order=order,
+            size=stage.micro_batch,
+            image_size=self.image_size,
+            tokenizer=self.tokenizer,
+            encode=ingest.conversation(stage.template, self.image_tokens) if language else ingest.caption,
+            fit=stage.fit,
+            way=stage.pixels,
+            flip=stage.flip,
+            rounds=stage.rounds,
+        )
+
+    def steps(self, order: Order) -> int:
+        """Global batches of the stage."""
+        return self.stage.steps or order.batches(self.stage.epochs or 0)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this stage goes with, beside its own settings: the contents of the sets."""
+        return {name: shards.fingerprint for name, shards in self.sources().items()}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Share of the peak learning rate at a step (from 0): linear warm-up, then half a cosine down to 0."""
+
+    steps: int
+    warmup: float
+
+    def __call__(self, step: int) -> float:
+        rising = max(round(self.steps * self.warmup), 1)
+        if step < rising:
+            return (step + 1) / rising
+        return float(0.5 * (1 + np.cos(np.pi * min((step - rising) / max(self.steps - rising, 1), 1.0))))
