@@ -26,6 +26,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from annotated_types import Ge
 
+from pipelines import ledger
+from pipelines.ledger import Account
+
 if TYPE_CHECKING:
     import numpy as np
     import PIL.Image
@@ -34,6 +37,17 @@ if TYPE_CHECKING:
 
 PACKAGES = ("redux-vlm", "torch", "ray", "transformers", "deepspeed")
 STAGES = {"tower": "Image tower", "pretrain": "Pretraining", "instruct": "Instruction tuning"}
+# parts of the wall time: what they are called, their colour and its opacity
+PARTS = {
+    "productive": ("computing", "good", 1.0),
+    "evaluation": ("evaluating", "accent", 1.0),
+    "data": ("waiting for data", "accent", 0.6),
+    "checkpoint": ("checkpoints", "accent", 0.35),
+    "startup": ("starting up", "faint", 0.7),
+    "other": ("anything else", "faint", 0.35),
+    "restart": ("restarting", "bad", 0.5),
+    "lost": ("done twice", "bad", 1.0),
+}
 CONFUSIONS = 8
 # colours of the plots are variables of the page's style, so that they follow its light and dark scheme; matplotlib
 # accepts no variable, so it draws in stand-ins
@@ -111,6 +125,17 @@ class Throughput(NamedTuple):
         return self.data_s / self.loop_s if self.loop_s else math.nan
 
 
+class Part(NamedTuple):
+    """A part of the wall time, its share of all, and the share of those before it."""
+
+    name: str
+    seconds: float
+    share: float
+    before: float
+    colour: str
+    opacity: float
+
+
 class Plot(NamedTuple):
     """A stage's loss curve, drawn."""
 
@@ -137,8 +162,9 @@ class Panel(NamedTuple):
 def write(run: Path, examples: Sequence[Example]) -> Path:
     """Write `run/report.html` from what the run folder holds, and return its path.
 
-    Read, where present: job.yaml, metrics.json (flat: dotted name -> number), metrics.jsonl (one step a line) and
-    answers.jsonl (one test question a line).  A reader of the old report never sees half of the new one.
+    Read, where present: job.yaml, metrics.json (flat: dotted name -> number), metrics.jsonl (one step a line),
+    answers.jsonl (one test question a line) and ledger.jsonl (one event a line).  A reader of the old report never sees
+    half of the new one.
     """
     page = _render(run, examples)
     report = run / "report.html"
@@ -172,6 +198,7 @@ def _render(run: Path, examples: Sequence[Example]) -> str:
     metrics = json.loads(_text(run / "metrics.json") or "{}")
     stages = _stages(_lines(run / "metrics.jsonl"))
     answers = _lines(run / "answers.jsonl")
+    account = ledger.read(run).account
     # every text is escaped, whatever the template's file name
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -193,6 +220,8 @@ def _render(run: Path, examples: Sequence[Example]) -> str:
         plots=[_plot(stage, rows) for stage, rows in stages.items()],
         throughput=[_throughput(stage, rows) for stage, rows in stages.items()],
         spans=_spans(metrics),
+        account=account,
+        parts=_parts(account),
         wall_s=metrics.get("wall_s"),
         panels=[_panel(example) for example in examples],
         versions=_versions(),
@@ -264,6 +293,17 @@ def _spans(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
     spans = [(name.removeprefix(prefix), seconds) for name, seconds in metrics.items() if name.startswith(prefix)]
     rest = metrics.get("wall_s", 0.0) - sum(seconds for _, seconds in spans)
     return [*spans, ("between steps", rest)] if spans and rest >= 0.5 else spans
+
+
+def _parts(account: Account) -> list[Part]:
+    """None before any time has passed."""
+    total, before = account.total, 0.0
+    parts = []
+    for key, (name, colour, opacity) in PARTS.items() if total else ():
+        seconds = getattr(account, key)
+        parts.append(Part(name, seconds, seconds / total, before, colour, opacity))
+        before += seconds / total
+    return parts
 
 
 def _plot(stage: str, rows: Sequence[Mapping[str, Any]]) -> Plot:

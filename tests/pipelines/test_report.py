@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,16 @@ def answers() -> list[dict[str, Any]]:
     return rows
 
 
+def events() -> list[dict[str, Any]]:
+    """Two steps, a crash 20 seconds later that undoes one, and that one again: 100 seconds in all."""
+    times: list[tuple[float, str, dict[str, Any]]] = [
+        (0, "launch", {}), (4, "start", {"cursor": 0}), (20, "step", {"step": 1, "data_s": 1, "compute_s": 10}),
+        (35, "step", {"step": 2, "data_s": 2, "compute_s": 13}), (55, "start", {"cursor": 1}),
+        (80, "step", {"step": 2, "data_s": 8, "compute_s": 15}), (95, "evaluate", {"wall_s": 12.5}), (100, "end", {}),
+    ]  # fmt: skip
+    return [{"at": 1.7e9 + at, "event": event, "stage": "tower", "stall_s": 0, **more} for at, event, more in times]
+
+
 def jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -138,11 +149,37 @@ def test_wall_time_is_split_among_the_steps_and_what_is_left(run: Path):
     assert read.row("between steps")[2:] == ["5.0 s", "1 %"]
 
 
+def test_the_parts_of_the_wall_time_are_told_and_drawn(run: Path):
+    assert "Where the time went" not in page(run).words
+    jsonl(run / "ledger.jsonl", events())
+    read = page(run)
+    expected = {
+        "computing": 25, "evaluating": 12.5, "waiting for data": 0, "checkpoints": 0, "starting up": 10,
+        "anything else": 7.5, "restarting": 30, "done twice": 15
+    }  # fmt: skip
+    assert {name: read.row(name)[1:] for name in expected} == {
+        name: [f"{seconds:.1f} s", f"{seconds:.1f} %"] for name, seconds in expected.items()
+    }
+    assert ["all", "1 min 40 s", ""] in read.rows
+    assert "Goodput 25.0 %" in read.words
+    assert "1 restart, 1 step done twice" in " ".join(read.words.split())
+    bars = [attrs for attrs in read.attributes("rect") if "var(--" in (attrs.get("fill") or "")]
+    assert [float(bar["width"] or 0) for bar in bars] == [seconds for seconds in expected.values() if seconds]
+    places = [(float(bar["x"] or 0), float(bar["width"] or 0)) for bar in bars]
+    assert all(x + width == after for (x, width), (after, _) in pairwise([*places, (100.0, 0.0)]))
+
+
+def test_a_ledger_in_which_no_time_has_passed_shows_nothing(run: Path):
+    jsonl(run / "ledger.jsonl", events()[:1])
+    assert "Where the time went" not in page(run).words
+
+
 def test_numbers_nobody_foresaw_are_shown(run: Path):
     assert page(run).row("goodput.unheard_of") == ["goodput.unheard_of", "0.875"]
 
 
 def test_nothing_comes_from_elsewhere_and_nothing_runs(run: Path):
+    jsonl(run / "ledger.jsonl", events())
     read = page(run, [example()])
     for tag, attrs in read.tags:
         for name in ("src", "href", "xlink:href", "srcset", "data"):
@@ -175,22 +212,27 @@ def test_examples_show_counts_and_verdicts(run: Path):
 
 
 def test_page_can_be_read_aloud(run: Path):
+    jsonl(run / "ledger.jsonl", events())
     read = page(run, [example()])
     assert read.attributes("html")[0]["lang"] == "en"
     assert all(attrs.get("scope") in ("row", "col") for attrs in read.attributes("th"))
     assert all(attrs.get("role") == "img" and attrs.get("aria-label") for attrs in read.attributes("svg"))
-    assert len(read.attributes("svg")) == 2
+    assert len(read.attributes("svg")) == 3
 
 
 def test_ids_are_unique_and_every_reference_within_the_page_is_met(run: Path):
+    jsonl(run / "ledger.jsonl", events())
     text = write(run, [example()]).read_text(encoding="utf-8")
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="#|url\(#|aria-labelledby=")([^")]+)', text)) <= set(ids)
 
 
-@pytest.mark.parametrize("files", [(), ("job.yaml",), ("metrics.jsonl",), ("answers.jsonl",), ("metrics.json",)])
+@pytest.mark.parametrize(
+    "files", [(), ("job.yaml",), ("metrics.jsonl",), ("answers.jsonl",), ("metrics.json",), ("ledger.jsonl",)]
+)
 def test_a_run_folder_with_pieces_missing_has_a_report(run: Path, files: tuple[str, ...]):
+    jsonl(run / "ledger.jsonl", events())
     for file in run.iterdir():
         if file.name not in files:
             file.unlink()
