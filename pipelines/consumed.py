@@ -11,11 +11,12 @@ replaced: at this place of the set's numbers stands `used` where `due` was to co
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
+
+if TYPE_CHECKING:
+    import torch
 
 FILE = "consumed.jsonl"
 SHOWN = 5
@@ -30,11 +31,14 @@ class Used:
     replaced: list[dict[str, Any]]
 
 
-def gather(mine: Sequence[dict[str, Any]], names: Sequence[str], device: torch.device) -> Used:
+def gather(mine: Sequence[dict[str, Any]], names: Sequence[str], device: "torch.device") -> Used:
     """What all ranks used in a global batch, from each rank's micro-batches as `ingest.Reader` made them.
 
     names: of the sources, in the order's order.  A collective: every rank calls it.
     """
+    import torch  # which the process that writes the log does without
+    import torch.distributed as dist
+
     own = torch.from_numpy(np.array([[one["source"], one["sample"]] for one in mine])).to(device)
     ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(ranks, own)

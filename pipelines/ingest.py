@@ -182,6 +182,13 @@ def dataset(reader: Reader, start: int, stop: int, workers: int) -> ray.data.Dat
     )
 
 
+def streams(reader: Reader, start: int, stop: int, workers: int) -> list[ray.data.DataIterator]:
+    """The dataset's blocks dealt to the workers in order, one stream each; it is read while the first one lives."""
+    data = dataset(reader, start, stop, workers)
+    data.context.execution_options.preserve_order = True
+    return data.streaming_split(workers, equal=True)
+
+
 class _Block:
     """An actor: from the number of a block to its micro-batches."""
 

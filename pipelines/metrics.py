@@ -1,7 +1,7 @@
-"""What a run writes down while it trains, from one place: a line a step in two files, and TensorBoard's events.
+"""What a run writes down while it trains: a line a step that counted, in two files.
 
-    metrics.jsonl    {"stage", "step", "loss", "learning_rate", "grad_norm", "samples", "replaced", "tokens", "data_s",
-                     "compute_s"}
+    metrics.jsonl    {"stage", "step", "loss", "learning_rate", "grad_norm", "samples", "replaced", "skipped",
+                     "tokens", "data_s", "compute_s", "stall_s", "slowest", "slowest_s"}
     consumed.jsonl   the samples of the step; see pipelines/consumed.py
 
 A step stands once: what a resumed run is about to do again is cut off first, a line torn by a crash too.
@@ -12,8 +12,6 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from pipelines import consumed, storage
 from pipelines.consumed import Used
 
@@ -23,40 +21,33 @@ FILE = "metrics.jsonl"
 class Metrics:
     """The record of one stage, open for steps after `cursor`; `run` is the run folder.
 
-    replaced: samples of the stage so far that stood in for others.
+    replaced, skipped: samples of the stage so far that stood in for others, and steps that changed no weights.
     """
 
     def __init__(self, run: Path, stage: str, cursor: int) -> None:
         self.stage = stage
         _cut(run / consumed.FILE, stage, cursor)
-        self.replaced = sum(entry["replaced"] for entry in _cut(run / FILE, stage, cursor) if entry["stage"] == stage)
-        self.used, self.file = (run / consumed.FILE).open("a"), (run / FILE).open("a")
-        self.events = SummaryWriter(run / "tensorboard" / stage, purge_step=cursor + 1)
+        kept = [entry for entry in _cut(run / FILE, stage, cursor) if entry["stage"] == stage]
+        self.replaced, self.skipped = (sum(entry.get(name, 0) for entry in kept) for name in ("replaced", "skipped"))
+        self.files = (run / consumed.FILE).open("a"), (run / FILE).open("a")
 
-    def write(self, step: int, values: dict[str, float], used: Used) -> None:
-        """Append one step; it is on its way to the disk when this returns."""
+    def write(self, step: int, values: dict[str, float | None], used: Used) -> None:
+        """Append one step; what is not finite has become None."""
         self.replaced += len(used.replaced)
-        for file, entry in ((self.used, asdict(used)), (self.file, values)):
-            file.write(json.dumps({"stage": self.stage, "step": step, **entry}) + "\n")
+        self.skipped += int(values["skipped"] or 0)
+        for file, entry in zip(self.files, (asdict(used), values), strict=True):
+            file.write(json.dumps({"stage": self.stage, "step": step, **entry}, allow_nan=False) + "\n")
             file.flush()
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """What was written survives a machine that fails when this returns."""
+        for file in self.files:
+            os.fsync(file.fileno())
 
     def close(self) -> None:
-        self.used.close()
-        self.file.close()
-        self.events.close()
-
-
-def last(run: Path) -> dict | None:
-    """The last whole line on record, None before the first."""
-    try:
-        with (run / FILE).open("rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - 4096, 0))
-            whole = file.read().rpartition(b"\n")[0]
-    except FileNotFoundError:
-        return None
-    return json.loads(whole.rpartition(b"\n")[2]) if whole else None
+        self.sync()
+        for file in self.files:
+            file.close()
 
 
 def steps(run: Path, stage: str) -> int:

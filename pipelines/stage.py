@@ -59,9 +59,9 @@ class Stage:
     activation_checkpointing: compute activations again in the backward pass instead of keeping them.
     checkpoint_every: steps between checkpoints.  keep_last, keep_best: how many of them stay, the newest and those
         with the lowest mean loss since the checkpoint before.
-    nonfinite: what to do when loss or gradient is NaN or infinite: "skip" the update, "rollback" to the last
-        checkpoint and pass over that batch, or "stop".
-    max_nonfinite: such batches after which the stage stops.
+    nonfinite: what to do when the loss or gradient of a batch is NaN or infinite: "skip" its update, or "rollback" to
+        the last checkpoint first, in case the machine was at fault, and skip it if that happens again.
+    max_nonfinite: skipped batches after which the stage stops.
     flip: mirror every other image at random.
     rounds: of a conversation, at most so many at a time, drawn anew and in another order each epoch, so that questions
         also come first, without the answers to others before them; null takes conversations as they are.
@@ -92,7 +92,7 @@ class Stage:
     checkpoint_every: Annotated[int, Ge(1)] = 100
     keep_last: Annotated[int, Ge(1)] = 2
     keep_best: Annotated[int, Ge(0)] = 0
-    nonfinite: Literal["skip", "rollback", "stop"] = "skip"
+    nonfinite: Literal["skip", "rollback"] = "skip"
     max_nonfinite: Annotated[int, Ge(0)] = 10
     flip: bool = False
     rounds: Annotated[int, Ge(1)] | None = None

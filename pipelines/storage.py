@@ -19,6 +19,7 @@ import mmap
 import os
 import posixpath
 import re
+import shutil
 import stat
 import time
 from bisect import bisect_right
@@ -209,7 +210,15 @@ def size(url: str) -> int:
 
 def names(url: str) -> list[str]:
     """Names of the files directly in a folder, sorted; [] also where it is missing: object stores cannot tell."""
+    return [name for name in _listed(url, "file") if not name.endswith(PARTIAL)]
 
+
+def folders(url: str) -> list[str]:
+    """Names of the folders directly in a folder, sorted; [] also where it is missing."""
+    return _listed(url, "directory")
+
+
+def _listed(url: str, kind: str) -> list[str]:
     def once(files: Any, path: str, seconds: float) -> list[str]:
         try:
             infos = _ask(files, "ls", path, detail=True, seconds=seconds)
@@ -217,10 +226,18 @@ def names(url: str) -> list[str]:
             if _answer(error)[0] == "NoSuchBucket":
                 raise
             return []
-        found = (posixpath.basename(info["name"]) for info in infos if info["type"] == "file")
-        return sorted(name for name in found if name and not name.endswith(PARTIAL))
+        found = (posixpath.basename(info["name"].rstrip("/")) for info in infos if info["type"] == kind)
+        return sorted(name for name in found if name)
 
     return _retried(url, once)
+
+
+def remove_folder(url: str) -> None:
+    """Remove the files directly in a folder, and a local folder itself, if it is there."""
+    for name in names(url):
+        remove(join(url, name))
+    if _is_local(url):
+        shutil.rmtree(_open(url)[1], ignore_errors=True)
 
 
 def remove(url: str) -> None:
@@ -287,7 +304,10 @@ class _Local:
     @staticmethod
     def ls(path: str, detail: bool = True) -> list[dict[str, str]]:
         with os.scandir(path) as entries:
-            return [{"name": entry.name, "type": "file" if entry.is_file() else "other"} for entry in entries]
+            return [
+                {"name": entry.name, "type": "file" if entry.is_file() else "directory" if entry.is_dir() else "other"}
+                for entry in entries
+            ]
 
     rm_file = os.remove
 

@@ -1,0 +1,53 @@
+"""From a checkpoint to a folder that `from_pretrained` opens: the stage's model, or that after any step.
+
+One way for both: the model as it was before the first step, with the checkpoint's trained weights in place of its own.
+It runs without DeepSpeed and at once, so a model of many ZeRO-3 workers needs no gathering, only the memory that it
+takes: 4 bytes a parameter.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from pipelines import checkpoint, engine, storage
+from pipelines.checkpoint import MANIFEST, Damaged
+from pipelines.stage import Plan
+
+
+def model(plan: Plan, cursor: int) -> None:
+    """Write the stage's model, as it was after so many steps, and its tokenizer."""
+    write(plan, checkpoint.read(storage.join(plan.folder, checkpoint.name(cursor))), plan.result)
+
+
+def write(plan: Plan, saved: checkpoint.Saved, out: str) -> None:
+    """Write the model of a checkpoint, and its tokenizer, to a folder or URL.  ValueError where it is damaged.
+
+    The weights have the precision in which the stage computed.
+    """
+    module, parts = engine.trainee(plan)
+    trained = {id(one) for part in plan.stage.learning_rate for one in parts[part]}
+    mine = {name: one for name, one in module.named_parameters() if id(one) in trained}
+    try:
+        weights = checkpoint.weights(saved, {name: one.shape for name, one in mine.items()})
+    except Damaged as error:
+        raise ValueError(str(error)) from None
+    with torch.no_grad():
+        for name, one in mine.items():
+            one.copy_(weights[name])
+    whole = engine.trained(module, plan).to(engine.DTYPES[plan.stage.precision])
+    with tempfile.TemporaryDirectory() as folder:
+        whole.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(plan.tokenizer).save_pretrained(folder)
+        files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+        for path in files:
+            storage.write(storage.join(out, path.name), path.read_bytes())
+        sizes = {path.name: path.stat().st_size for path in files}
+        storage.write(storage.join(out, MANIFEST), json.dumps({"from": saved.url, "files": sizes}).encode())
+
+
+def finished(url: str) -> bool:
+    """Whether a model was written there to its end."""
+    return storage.exists(storage.join(url, MANIFEST))

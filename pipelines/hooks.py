@@ -1,0 +1,231 @@
+"""What happens beside the steps: each a hook that every rank calls after every step.
+
+Hooks on all ranks must come to the same decision at the same step, or they would wait for each other without end.  So
+what one rank alone knows (its upload is done, the driver wants a stop) it gives as a vote, and the votes travel as sums
+in the one reduction that a step makes anyway.
+"""
+
+import faulthandler
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ray
+import ray.train
+import torch.distributed as dist
+
+from pipelines import checkpoint, fragments, storage
+from pipelines.checkpoint import File, Manifest, Upload
+from pipelines.consumed import Used
+from pipelines.stage import Plan
+
+
+@dataclass
+class Step:
+    """A global batch that was done.
+
+    values: what it was like.  votes: sums over ranks, by name.
+    stopping: this is the last one for now.  save: a checkpoint is asked for.
+    """
+
+    number: int
+    last: bool
+    values: dict[str, float]
+    used: Used
+    votes: dict[str, float]
+    stopping: bool = False
+    save: bool = False
+
+
+class Hook:
+    """Does nothing."""
+
+    votes: ClassVar[Sequence[str]] = ()
+
+    def vote(self) -> dict[str, float]:
+        """This rank's votes, asked for before a step is summed up; 0 where nothing is said."""
+        return {}
+
+    def __call__(self, step: Step) -> None:
+        """After a step."""
+
+    def close(self) -> None:
+        """After the last step, or when something went wrong."""
+
+
+class Watchdog(Hook):
+    """Ends this process where no step is finished in time, so that all workers are started again.
+
+    A thread of the interpreter's C code, which also works while the hung code holds Python's lock.  The stacks of all
+    threads are left in `folder`.
+    """
+
+    def __init__(self, seconds: float, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.seconds = seconds
+        self.file = (folder / f"rank-{rank}.txt").open("w")
+        self._wait()
+
+    def __call__(self, step: Step) -> None:
+        self._wait()
+
+    def close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self.file.close()
+
+    def _wait(self) -> None:
+        faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.file)
+
+
+class Recording(Hook):
+    """Rank 0 sends each step to the recorder, and passes on that the driver wants a stop."""
+
+    votes = ("stop",)
+
+    def __init__(self, recorder: Any, first: bool) -> None:
+        self.recorder, self.first = recorder, first
+        self.answer: Any = None
+
+    def vote(self) -> dict[str, float]:
+        return {"stop": float(self.answer is not None and ray.get(self.answer))}
+
+    def __call__(self, step: Step) -> None:
+        step.stopping = step.stopping or step.votes["stop"] > 0
+        if self.first:
+            self.answer = self.recorder.write.remote(step.number, step.values, step.used)
+
+    def close(self) -> None:
+        if self.answer is not None:
+            ray.get(self.answer)
+
+
+class Preemption(Hook):
+    """Asks for a checkpoint when Ray says that a machine of the workers is about to go."""
+
+    votes = ("ask",)
+    EVERY_S = 5
+    """As often as Ray itself looks; asking is a barrier of a few milliseconds, which rank 0's clock calls."""
+
+    def __init__(self, recorder: Any, first: bool) -> None:
+        self.recorder, self.first = recorder, first
+        self.asked = time.monotonic()
+        self.known: Any = None
+
+    def vote(self) -> dict[str, float]:
+        return {"ask": float(self.first and time.monotonic() - self.asked > self.EVERY_S)}
+
+    def __call__(self, step: Step) -> None:
+        if not step.votes["ask"]:
+            return
+        self.asked = time.monotonic()
+        info = ray.train.get_preemption_info()
+        nodes = info and info.preempted_node_to_ranks
+        if nodes and nodes != self.known:
+            step.save = True
+            if self.first:
+                ranks = sorted(rank for each in nodes.values() for rank in each)
+                self.recorder.say.remote(f"ranks {ranks} will be preempted: a checkpoint after step {step.number}")
+        self.known = nodes
+
+
+@dataclass
+class Checkpoints(Hook):
+    """Saves the engine now and then; its upload goes on beside the next steps, and is made a checkpoint at one of them.
+
+    Storage that does not take one is no reason to stop training, but after the last step nothing else is left to do.
+    """
+
+    votes = ("stored", "unstored")
+
+    engine: Any
+    plan: Plan
+    recorder: Any
+    data: dict[str, str]
+    model: dict[str, Any]
+    upload: Upload | None = None
+    saved: int = 0
+    losses: list[float] = field(default_factory=list)
+    _manifest: dict[str, Any] = field(default_factory=dict)
+    _commit: Future[None] | None = None
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    def vote(self) -> dict[str, float]:
+        done = self.upload is not None and self.upload.done
+        failed = done and self.upload is not None and self.upload.failed
+        return {"stored": float(done and not failed), "unstored": float(failed)}
+
+    def __call__(self, step: Step) -> None:
+        self.losses.append(step.values["loss"])
+        workers = dist.get_world_size()
+        if self.upload and step.votes["stored"] + step.votes["unstored"] == workers:
+            self._finish()
+        due = step.number % self.plan.stage.checkpoint_every == 0
+        if (due or step.save or step.last or step.stopping) and step.number != self.saved:
+            self._begin(step)
+        if step.last or step.stopping:
+            self._finish()
+            failed = self._wait()
+            if failed and step.last:
+                raise OSError(failed)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False)
+
+    def _begin(self, step: Step) -> None:
+        self._finish()  # the one before, should storage be slower than training
+        url = storage.join(self.plan.folder, checkpoint.name(step.number))
+        finite = [loss for loss in self.losses if loss == loss]
+        self._manifest = {
+            "cursor": step.number,
+            "updates": fragments.updates(self.engine),
+            "workers": dist.get_world_size(),
+            "loss": sum(finite) / len(finite) if finite else float("inf"),
+            "data": self.data,
+            "model": self.model,
+        }
+        self.losses = []
+        self.saved = step.number
+        self.upload = Upload(url, dist.get_rank(), fragments.owned(self.engine))
+
+    def _finish(self) -> None:
+        """Wait for all ranks' uploads and make them a checkpoint; one that storage did not take is said, no more."""
+        if self.upload is None:
+            return
+        upload, self.upload = self.upload, None
+        error = upload.error()
+        parts: list[tuple[str, dict[str, File]]] = [("", {})] * dist.get_world_size()
+        dist.all_gather_object(parts, (error, {} if error else upload.result()))
+        if dist.get_rank():
+            return
+        self._wait()
+        if errors := [text for text, _ in parts if text]:
+            self._commit = self._pool.submit(self._give_up, upload.url, errors[0])
+            return
+        files = {name: file for _, each in parts for name, file in each.items()}
+        self._commit = self._pool.submit(self._make, upload.url, Manifest(**self._manifest, files=files))
+
+    def _make(self, url: str, manifest: Manifest) -> None:
+        ray.get(self.recorder.sync.remote())  # the record reaches the cursor
+        checkpoint.commit(url, manifest, self.plan.job)
+        checkpoint.prune(self.plan.folder, self.plan.stage.keep_last, self.plan.stage.keep_best)
+
+    def _give_up(self, url: str, why: str) -> None:
+        storage.remove_folder(url)
+        raise OSError(why)
+
+    def _wait(self) -> str:
+        """For the commit before; what storage did not take, which is said, or ""."""
+        if self._commit is None:
+            return ""
+        error = self._commit.exception()
+        self._commit = None
+        if error is None:
+            return ""
+        if not isinstance(error, OSError | ValueError):
+            raise error
+        said = f"{self.plan.name}: no checkpoint after step {self._manifest['cursor']}: {error}"
+        self.recorder.say.remote(said)
+        return said

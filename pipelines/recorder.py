@@ -1,0 +1,176 @@
+"""The one process that writes a stage's record, and through which its driver and its workers hear of each other.
+
+An actor on the driver's machine, since the run folder is there, while workers come and go on any.  It outlives them: it
+knows how far they got, whether they get any further, and what the driver wants.  Rank 0 sends each step without waiting
+for it and looks at the answer to the one before, so the record costs a step nothing but the sending.
+
+It does without torch, or it would take its three seconds of CPU from the workers that start beside it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines import consumed, ledger
+from pipelines.consumed import Used
+from pipelines.metrics import Metrics
+from pipelines.trackers import Trackers
+
+SHOWN = ("loss", "learning_rate", "grad_norm", "samples", "replaced", "skipped", "tokens", "data_s", "compute_s")
+"""Of a step, what trackers get."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a record is of.
+
+    run: the run folder, on this machine.  job: the whole job, shown by trackers.
+    restarts: of the workers in a row without a step further than before.
+    max_replaced: samples of the stage.  max_skipped: steps of the stage.
+    """
+
+    run: Path
+    stage: str
+    name: str
+    job: Mapping[str, Any]
+    trackers: Sequence[str]
+    restarts: int
+    max_replaced: float
+    max_skipped: int
+
+
+@dataclass
+class News:
+    """What the driver shows: the last step and its loss, and what was said since it last asked."""
+
+    step: int
+    loss: float | None
+    said: list[str]
+    failed: str
+
+
+class Recorder:
+    """An actor; see `start`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics: Metrics | None = None
+        self.trackers: Trackers | None = None
+        self.ledger = ledger.read(settings.run)
+        self.gauges = {name: Gauge(name, tag_keys=("run", "stage")) for name in ledger.gauges(self.ledger.account)}
+        self.furthest = self.starts = 0
+        self.news = News(0, None, [], "")
+        self.stopping = False
+        self._note("launch")
+
+    def begin(self, workers: int, cursor: int, said: Sequence[str]) -> bool:
+        """A group of workers goes on after global batch `cursor`; False if they must not: the driver will say why."""
+        self.news.said += said
+        self.starts += 1
+        if self.news.failed or self.stopping:
+            return False
+        if self.starts > 1:
+            self.news.said.append(f"{self.settings.stage}: started again, {workers} workers, after step {cursor}")
+        if self.starts > self.settings.restarts + 1:
+            self.fail(
+                f"train.{self.settings.stage}: {self.starts - 1} starts in a row came no further than step "
+                f"{self.furthest}, allowed: {self.settings.restarts}, recovery.restarts; at last: {self._last_words()}"
+            )
+            return False
+        self._close()
+        settings = self.settings
+        self.metrics = Metrics(settings.run, settings.stage, cursor)
+        self.trackers = Trackers(settings.trackers, settings.run, settings.name, settings.stage, cursor, settings.job)
+        self.news.step = cursor
+        self._note("start", workers=workers, cursor=cursor)
+        return True
+
+    def write(self, step: int, values: dict[str, float], used: Used) -> bool:
+        """Record one step; returns whether the workers are to stop after a checkpoint: the driver wants it, or more
+        went wrong than the job tolerates, which the driver will say.
+        """
+        assert self.metrics
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.metrics.write(step, finite, used)
+        if values["skipped"]:
+            self.say(f"{self.settings.stage}: loss or gradient of step {step} was not finite: its update was skipped")
+        self._note("step", step=step, **{name: values[name] for name in ("data_s", "compute_s", "stall_s")})
+        if self.trackers:
+            shown = {name: value for name in SHOWN if (value := finite[name]) is not None}
+            self.trackers.write(step, shown | {"goodput": self.ledger.account.goodput})
+        if step > self.furthest:
+            self.furthest, self.starts = step, 1
+        self.news.step, self.news.loss = step, finite["loss"]
+        if not self.news.failed:
+            self.news.failed = self._fault(step, used)
+        return self.stopping or bool(self.news.failed)
+
+    def sync(self) -> None:
+        """Steps written so far are on disk; a checkpoint may now say that they were done."""
+        if self.metrics:
+            self.metrics.sync()
+
+    def say(self, text: str) -> None:
+        """Something that the user should read."""
+        self.news.said.append(text)
+
+    def fail(self, text: str) -> None:
+        """A mistake of the user's: starting again would not help."""
+        self.news.failed = self.news.failed or text
+
+    def stop(self) -> None:
+        """Workers are to stop after a checkpoint, and not to start again."""
+        self.stopping = True
+
+    def hear(self) -> News:
+        """What happened since the last time."""
+        news = News(self.news.step, self.news.loss, self.news.said, self.news.failed)
+        self.news.said = []
+        return news
+
+    def close(self, event: str) -> None:
+        """The stage is at its end, or was stopped: `event` of the ledger."""
+        self._note(event)
+        self._close()
+
+    def _fault(self, step: int, used: Used) -> str:
+        assert self.metrics
+        settings, where = self.settings, f"train.{self.settings.stage}"
+        if used.replaced and self.metrics.replaced > settings.max_replaced:
+            return (
+                f"{where}: {self.metrics.replaced} samples had to be replaced, allowed: {settings.max_replaced:g}, by "
+                f"data.tolerance; at last {used.replaced[-1]['reason']}; {settings.run / consumed.FILE} lists them"
+            )
+        if self.metrics.skipped > settings.max_skipped:
+            return (
+                f"{where}.max_nonfinite: loss or gradient of {self.metrics.skipped} steps was not finite, at last of "
+                f"step {step}, allowed: {settings.max_skipped}; {settings.run / consumed.FILE} has its samples"
+            )
+        return ""
+
+    def _note(self, event: str, **values: Any) -> None:
+        self.ledger.add(ledger.note(self.settings.run, event, self.settings.stage, **values))
+        tags = {"run": self.settings.name, "stage": self.settings.stage}
+        for name, value in ledger.gauges(self.ledger.account).items():
+            self.gauges[name].set(value, tags)
+
+    def _last_words(self) -> str:
+        return next((one for one in reversed(self.news.said) if one.startswith("rank ")), "no worker said why")
+
+    def _close(self) -> None:
+        for one in (self.metrics, self.trackers):
+            if one:
+                one.close()
+        self.metrics = self.trackers = None
+
+
+def start(settings: Settings) -> Any:
+    """The actor's handle, on this machine; it ends with the handle."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Recorder).options(num_cpus=0, scheduling_strategy=here).remote(settings)
