@@ -42,7 +42,7 @@ Piece = tuple[str, str, int, int]
 """Name of the parameter, state, first element, length."""
 
 
-class Damaged(Exception):
+class DamagedError(Exception):
     """A checkpoint that cannot be trusted, and why."""
 
 
@@ -77,7 +77,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: bytes) -> "Manifest":
-        """Raises `Damaged` for what `to_json` did not write."""
+        """Raises `DamagedError` for what `to_json` did not write."""
         try:
             fields = json.loads(text)
             files = {
@@ -86,7 +86,7 @@ class Manifest:
             }
             return cls(**fields, files=files)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise Damaged(f"{MANIFEST} cannot be read: {error}") from None
+            raise DamagedError(f"{MANIFEST} cannot be read: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -104,25 +104,24 @@ def name(cursor: int) -> str:
 
 def candidates(folder: str) -> Iterator[Saved | str]:
     """The checkpoints of a stage, newest first; in place of one without a valid manifest, why it has none."""
-    steps = [one for one in storage.folders(folder) if one.startswith("step-")]
-    for one in sorted(steps, key=lambda one: (len(one), one), reverse=True):
+    for one in sorted(_steps(folder), key=_age, reverse=True):
         try:
             yield read(storage.join(folder, one))
-        except Damaged as error:
+        except DamagedError as error:
             yield str(error)
 
 
 def read(url: str) -> Saved:
-    """The checkpoint at a URL.  Raises `Damaged` where its manifest is missing or no manifest."""
+    """The checkpoint at a URL.  Raises `DamagedError` where its manifest is missing or no manifest."""
     path = storage.join(url, MANIFEST)
     if not storage.exists(path):
-        raise Damaged(f"{url}: no {MANIFEST}: its writing was interrupted")
+        raise DamagedError(f"{url}: no {MANIFEST}: its writing was interrupted")
     try:
         manifest = Manifest.from_json(storage.read(path))
-    except Damaged as error:
-        raise Damaged(f"{url}: {error}") from None
+    except DamagedError as error:
+        raise DamagedError(f"{url}: {error}") from None
     if not url.endswith(name(manifest.cursor)):
-        raise Damaged(f"{url}: {MANIFEST} is that of {name(manifest.cursor)}")
+        raise DamagedError(f"{url}: {MANIFEST} is that of {name(manifest.cursor)}")
     return Saved(url, manifest)
 
 
@@ -191,29 +190,51 @@ def _key(piece: Piece) -> str:
 
 
 def commit(url: str, manifest: Manifest, job: str) -> None:
-    """Make the uploaded parts a checkpoint."""
+    """Make the uploaded parts a checkpoint; what else an interrupted writing left there is removed."""
     storage.write(storage.join(url, JOB), job.encode())
     storage.write(storage.join(url, MANIFEST), manifest.to_json().encode())
+    for file in set(storage.names(url)) - {*manifest.files, JOB, MANIFEST}:
+        storage.remove(storage.join(url, file))
 
 
 def prune(folder: str, last: int, best: int) -> None:
-    """Remove all checkpoints but the newest `last` and the `best` of lowest loss, and what has no manifest.
+    """Keep the newest `last` checkpoints and the `best` of lowest loss; older ones go, with or without a manifest.
 
-    The manifest goes first, so that what is half removed does not exist.
+    The manifest goes first, so that what is half removed does not exist.  Newer than the newest is one being written.
     """
-    there = {one: storage.join(folder, one) for one in storage.folders(folder) if one.startswith("step-")}
     saved = [one for one in candidates(folder) if isinstance(one, Saved)]
-    kept = {one.url for one in [*saved[:last], *sorted(saved, key=lambda one: one.manifest.loss)[:best]]}
-    for url in there.values():
-        if url not in kept:
-            storage.remove(storage.join(url, MANIFEST))
-            storage.remove_folder(url)
+    kept = [*saved[:last], *sorted(saved, key=lambda one: one.manifest.loss)[:best]]
+    names = {name(one.manifest.cursor) for one in kept}
+    for step in _steps(folder):
+        if step not in names and _age(step) < max(map(_age, names), default=(0, "")):
+            _remove(storage.join(folder, step))
+
+
+def clear(folder: str) -> None:
+    """Remove what an interrupted writing left: checkpoints without any manifest.  Nobody may be writing one."""
+    for step in _steps(folder):
+        if not storage.exists(storage.join(folder, step, MANIFEST)):
+            _remove(storage.join(folder, step))
+
+
+def _remove(url: str) -> None:
+    storage.remove(storage.join(url, MANIFEST))
+    storage.remove_folder(url)
+
+
+def _steps(folder: str) -> list[str]:
+    return [one for one in storage.folders(folder) if one.startswith("step-")]
+
+
+def _age(step: str) -> tuple[int, str]:
+    """Sorts names of checkpoints by their cursor."""
+    return len(step), step
 
 
 def load(saved: Saved, wanted: Sequence[Fragment]) -> list[dict[str, Tensor]]:
     """For each fragment its states as the checkpoint has them, checked but not yet put in place.
 
-    Raises `Damaged` where a file is missing, has another size or checksum, or holds not all of a fragment.
+    Raises `DamagedError` where a file is missing, has another size or checksum, or holds not all of a fragment.
     """
     result = [{state: torch.empty(one.length, dtype=torch.float32) for state in one.states} for one in wanted]
     missing = [dict.fromkeys(one.states, one.length) for one in wanted]
@@ -243,7 +264,7 @@ def load(saved: Saved, wanted: Sequence[Fragment]) -> list[dict[str, Tensor]]:
         list(pool.map(take, needed))
     for one, left in zip(wanted, missing, strict=True):
         if any(left.values()):
-            raise Damaged(f"{saved.url}: {one.name} is not there, or not all of it")
+            raise DamagedError(f"{saved.url}: {one.name} is not there, or not all of it")
     return result
 
 
@@ -259,11 +280,11 @@ def _checked(saved: Saved, file: str) -> Iterator[tuple[Piece, Tensor]]:
     try:
         data = storage.read(url)
     except ValueError as error:  # a store that does not answer is no damage, but an OSError
-        raise Damaged(str(error)) from None
+        raise DamagedError(str(error)) from None
     if len(data) != about.bytes:
-        raise Damaged(f"{url}: {len(data)} bytes, its manifest says {about.bytes}")
+        raise DamagedError(f"{url}: {len(data)} bytes, its manifest says {about.bytes}")
     if hashlib.sha256(data).hexdigest() != about.sha256:
-        raise Damaged(f"{url}: its bytes have another checksum than its manifest says")
+        raise DamagedError(f"{url}: its bytes have another checksum than its manifest says")
     tensors = safetensors.torch.load(data)
     for piece in about.pieces:
         yield piece, tensors[_key(piece)]
@@ -294,7 +315,7 @@ def _shown(value: Any) -> str:
 
 
 def restore(folder: str, wanted: Sequence[Fragment], check: Any) -> tuple[Manifest | None, list[str]]:
-    """Load the newest checkpoint that is whole into `wanted`; returns its manifest, and why newer ones were passed over.
+    """Load the newest whole checkpoint into `wanted`; returns its manifest, and why newer ones were passed over.
 
     check: called with (url, manifest) of one before it is used, to raise ValueError if it must not be.
     Every rank calls it with its own fragments, and all get the same checkpoint.
@@ -312,7 +333,7 @@ def restore(folder: str, wanted: Sequence[Fragment], check: Any) -> tuple[Manife
         states, why = None, ""
         try:
             states = load(one, wanted)
-        except Damaged as error:
+        except DamagedError as error:
             why = str(error)
         whys: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(whys, why)

@@ -10,11 +10,12 @@ import ray
 import ray.data
 from transformers.utils.logging import disable_progress_bar
 
-# read by tokenizers and transformers, here and in every worker; a task is one thread, so tokenizers must not start more
+# read by libraries here and in every worker; a task is one thread, so tokenizers must not start more
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed; Ray's own is 2
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from pipelines import checkpoint, engine, storage
-from pipelines.checkpoint import MANIFEST, Damaged
+from pipelines.checkpoint import MANIFEST, DamagedError
 from pipelines.stage import Plan
 
 
@@ -32,7 +32,7 @@ def write(plan: Plan, saved: checkpoint.Saved, out: str) -> None:
     mine = {name: one for name, one in module.named_parameters() if id(one) in trained}
     try:
         weights = checkpoint.weights(saved, {name: one.shape for name, one in mine.items()})
-    except Damaged as error:
+    except DamagedError as error:
         raise ValueError(str(error)) from None
     with torch.no_grad():
         for name, one in mine.items():

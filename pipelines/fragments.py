@@ -19,7 +19,7 @@ STATES = ("weight", *MOMENTS)
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements from `start` on of the flattened parameter `name`; states: the live tensors by name, each of `length`."""
+    """Elements from `start` on of the flattened parameter `name`; states: live tensors, each of `length`."""
 
     name: str
     start: int

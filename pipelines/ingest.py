@@ -186,6 +186,7 @@ def streams(reader: Reader, start: int, stop: int, workers: int) -> list[ray.dat
     """The dataset's blocks dealt to the workers in order, one stream each; it is read while the first one lives."""
     data = dataset(reader, start, stop, workers)
     data.context.execution_options.preserve_order = True
+    data.context.enable_progress_bars = False
     return data.streaming_split(workers, equal=True)
 
 

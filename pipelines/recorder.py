@@ -9,6 +9,7 @@ It does without torch, or it would take its three seconds of CPU from the worker
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class Recorder:
         self.settings = settings
         self.metrics: Metrics | None = None
         self.trackers: Trackers | None = None
+        self.pool = ThreadPoolExecutor(1)  # what shows numbers elsewhere may take its time
         self.ledger = ledger.read(settings.run)
         self.gauges = {name: Gauge(name, tag_keys=("run", "stage")) for name in ledger.gauges(self.ledger.account)}
         self.furthest = self.starts = 0
@@ -86,7 +88,7 @@ class Recorder:
         self._close()
         settings = self.settings
         self.metrics = Metrics(settings.run, settings.stage, cursor)
-        self.trackers = Trackers(settings.trackers, settings.run, settings.name, settings.stage, cursor, settings.job)
+        self.pool.submit(self._track, cursor)
         self.news.step = cursor
         self._note("start", workers=workers, cursor=cursor)
         return True
@@ -101,9 +103,9 @@ class Recorder:
         if values["skipped"]:
             self.say(f"{self.settings.stage}: loss or gradient of step {step} was not finite: its update was skipped")
         self._note("step", step=step, **{name: values[name] for name in ("data_s", "compute_s", "stall_s")})
-        if self.trackers:
-            shown = {name: value for name in SHOWN if (value := finite[name]) is not None}
-            self.trackers.write(step, shown | {"goodput": self.ledger.account.goodput})
+        shown = {name: value for name in SHOWN if (value := finite[name]) is not None}
+        goodput = self.ledger.account.goodput
+        self.pool.submit(lambda: self.trackers and self.trackers.write(step, shown | {"goodput": goodput}))
         if step > self.furthest:
             self.furthest, self.starts = step, 1
         self.news.step, self.news.loss = step, finite["loss"]
@@ -163,14 +165,18 @@ class Recorder:
     def _last_words(self) -> str:
         return next((one for one in reversed(self.news.said) if one.startswith("rank ")), "no worker said why")
 
+    def _track(self, cursor: int) -> None:
+        of = self.settings
+        self.trackers = Trackers(of.trackers, of.run, of.name, of.stage, cursor, of.job)
+
     def _close(self) -> None:
-        for one in (self.metrics, self.trackers):
-            if one:
-                one.close()
+        if self.metrics:
+            self.metrics.close()
+        self.pool.submit(lambda: self.trackers and self.trackers.close()).result()
         self.metrics = self.trackers = None
 
 
 def start(settings: Settings) -> Any:
-    """The actor's handle, on this machine; it ends with the handle."""
+    """The actor's handle, on this machine; `ray.kill` ends it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Recorder).options(num_cpus=0, scheduling_strategy=here).remote(settings)

@@ -39,7 +39,7 @@ HookMaker = Callable[[Any, Plan], Hook]
 """From the engine and the plan to one more hook."""
 
 
-class RolledBack(Exception):
+class NotFiniteError(Exception):
     """A step's loss or gradient was not finite; it is to be done again from the last checkpoint."""
 
     def __init__(self, step: int) -> None:
@@ -67,8 +67,22 @@ def fit(plan: Plan, settings: recorder.Settings, more: Sequence[HookMaker] = ())
     )
     # half a CPU each: what reads and decodes needs one, too
     cluster.require(fewest / 2 + 1, f"train.{plan.name} with workers = {fewest}")
-    gpus = ray.cluster_resources().get("GPU", 0) >= fewest
     actor = recorder.start(settings)
+    try:
+        _train(plan, reader, steps, actor, more)
+        export.model(plan, steps)
+        ray.get(actor.close.remote("end"))
+    except KeyboardInterrupt:
+        ray.get(actor.close.remote("stop"))
+        raise
+    finally:
+        ray.kill(actor)
+
+
+def _train(plan: Plan, reader: ingest.Reader, steps: int, actor: Any, more: Sequence[HookMaker]) -> None:
+    """Have Ray's workers do the steps, and show how it goes."""
+    fewest, most = plan.workers
+    gpus = ray.cluster_resources().get("GPU", 0) >= fewest
     with tempfile.TemporaryDirectory() as scratch:  # Ray Train wants a folder, of which nothing is needed later
         trainer = TorchTrainer(
             train_worker,
@@ -95,10 +109,7 @@ def fit(plan: Plan, settings: recorder.Settings, more: Sequence[HookMaker] = ())
                 bar.write(f"{plan.name}: stopping after a checkpoint; Ctrl-C again stops at once")
                 ray.get(actor.stop.remote())
                 wait([future], timeout=plan.recovery.grace_s)
-                ray.get(actor.close.remote("stop"))
                 raise
-    export.model(plan, steps)
-    ray.get(actor.close.remote("end"))
 
 
 def _follow(actor: Any, future: Future[Any], bar: tqdm) -> None:
@@ -157,7 +168,7 @@ def _work(plan: Plan, reader: ingest.Reader, steps: int, recorder: Any, more: Se
                 if step.stopping:
                     break
             break
-        except RolledBack as error:
+        except NotFiniteError as error:
             again.add(error.step)
         finally:
             for hook in mine[1:]:
@@ -201,6 +212,7 @@ def _restore(trained: Any, plan: Plan, identity: dict[str, Any], recorder: Any, 
         raise RuntimeError(f"step {max(again)} is to be done again, but there is no checkpoint before it")
     allowed = [False]
     if dist.get_rank() == 0:
+        checkpoint.clear(plan.folder)
         said = [f"{plan.name}: passed over {why}" for why in passed]
         allowed = [ray.get(recorder.begin.remote(dist.get_world_size(), cursor, said))]
     dist.broadcast_object_list(allowed, src=0)
@@ -255,7 +267,7 @@ def training_steps(
         dist.all_reduce(sums)
         loss, samples, tokens, data_s, compute_s, stall_s, *rest = sums.tolist()
         if not applied and plan.stage.nonfinite == "rollback" and number not in again:
-            raise RolledBack(number)
+            raise NotFiniteError(number)
         slowest = max(range(workers), key=rest.__getitem__)
         values = {
             "loss": loss,
