@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,8 +24,11 @@ from PIL import Image
 
 from pipelines import shards, storage
 from pipelines.shards import Making, Shards
+from pipelines.stage import Plan
 from pipelines.storage import Retry
 from redux.conversation import TEMPLATES, word_tokenizer
+from redux.model import image_tokens
+from tests.pipelines import small
 
 BUCKET = "floor"
 FAST = Retry(tries=8, deadline_s=20, first_wait_s=0.01, longest_wait_s=0.05, connect_timeout_s=2, read_timeout_s=3)
@@ -259,3 +263,50 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> Retry:
 @pytest.fixture
 def bucket(proxy: Proxy) -> str:
     return f"s3://{BUCKET}/{uuid4()}"
+
+
+@pytest.fixture(scope="session")
+def new_plan(
+    ray_cluster: Any, records: list[dict], pictures: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Plan]:
+    """A small stage of a run of its own, on records of which each third is text alone.
+
+    Arguments change the stage; `plan` is a dictionary of changes of the plan.
+    """
+    folder = tmp_path_factory.mktemp("mixed")
+    texts = [
+        {
+            **record,
+            "conversations": [
+                {**turn, "value": turn["value"].replace("<image>\n", "")} for turn in record["conversations"]
+            ],
+        }
+        for record in records
+    ]
+    for record in texts:
+        del record["image"]
+    mixed = [
+        text if number % 3 == 0 else record for number, (record, text) in enumerate(zip(records, texts, strict=True))
+    ]
+    shards.make(mixed, str(pictures), str(folder), Making(samples_per_shard=5))
+
+    def make(plan: dict[str, Any] | None = None, **stage: Any) -> Plan:
+        run = tmp_path_factory.mktemp("run")
+        made = Plan(
+            name="small",
+            stage=replace(small.STAGE, **stage),
+            model=small.MODEL,
+            seed=0,
+            workers=(2, 2),
+            run=run,
+            checkpoints=str(run / "checkpoints"),
+            sets={"set": str(folder)},
+            tolerance=0,
+            tokenizer=tokenizer,
+            start=None,
+            image_size=small.MODEL.tower.image_size,
+            image_tokens=image_tokens(small.MODEL),
+        )
+        return replace(made, **(plan or {}))
+
+    return make

@@ -60,6 +60,8 @@ class _Happens(Hook):
             case "hang":
                 threading.Event().wait()
             case "nan":
-                self.handle = self.engine.module.register_forward_hook(lambda module, given, output: output * float("nan"))
+                self.handle = self.engine.module.register_forward_hook(
+                    lambda module, given, output: output * float("nan")
+                )
             case kind:
                 raise AssertionError(kind)

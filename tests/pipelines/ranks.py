@@ -1,48 +1,95 @@
-"""Training without Ray: real DeepSpeed ranks in processes of their own, batches made in each, so that tests are quick."""
+"""Training without Ray: real DeepSpeed ranks in processes of their own that make their batches themselves."""
 
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from pipelines import train
+from pipelines import checkpoint, fragments, train
+from pipelines.checkpoint import Manifest, Upload
+from pipelines.hooks import Hook, Step
 from pipelines.ingest import Batch, Reader
+from pipelines.stage import Plan
 
 
 def run(folder: Path, workers: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """What `work(*args)` returns on each of so many ranks."""
     context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
     store = folder / f"store-{len(list(folder.glob('store-*')))}"
+    results = [Path(f"{store}-{rank}.pt") for rank in range(workers)]
     processes = [
-        context.Process(target=_rank, args=(rank, workers, store, results, work, args)) for rank in range(workers)
+        context.Process(target=_rank, args=(rank, workers, store, results[rank], work, args)) for rank in range(workers)
     ]
     for process in processes:
         process.start()
-    given = {}
-    while len(given) < workers:
-        rank, value, error = results.get()
-        assert not error, f"rank {rank}: {error}"
-        given[rank] = value
     for process in processes:
         process.join()
-    return [given[rank] for rank in range(workers)]
+    values = []
+    for process, result in zip(processes, results, strict=True):
+        assert process.exitcode == 0, f"{result.name}: exit code {process.exitcode}"
+        values.append(torch.load(result, weights_only=False))
+    return values
 
 
-def _rank(rank: int, workers: int, store: Path, results: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, workers: int, store: Path, result: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers), "DS_ACCELERATOR": "cpu"}
+    train._batches = read_here
     try:
-        train._batches = read_here
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
-        value = work(*args)
+        torch.save(work(*args), result)
         dist.barrier()
-        results.put((rank, value, ""))
     except BaseException:
-        results.put((rank, None, traceback.format_exc()))
+        traceback.print_exc()
+        os._exit(1)  # the others are told by a broken connection
 
 
 def read_here(trained: Any, reader: Reader, done: int, stop: int) -> Iterator[Batch]:
     """As `train._batches`, without Ray Data."""
     return (reader(turn * trained.dp_world_size + trained.global_rank) for turn in range(done, stop))
+
+
+def workers() -> int:
+    return dist.get_world_size()
+
+
+def steps(trained: Any, plan: Plan, cursor: int, stop: int, hooks: tuple[Hook, ...] = ()) -> Iterator[Step]:
+    return train.training_steps(trained, plan, plan.reader(), cursor, stop, hooks, set())
+
+
+def save(trained: Any, plan: Plan, cursor: int) -> None:
+    """A checkpoint, waited for."""
+    url = f"{plan.folder}/{checkpoint.name(cursor)}"
+    parts: list[Any] = [None] * workers()
+    dist.all_gather_object(parts, Upload(url, dist.get_rank(), fragments.owned(trained)).result())
+    if dist.get_rank() == 0:
+        files = {name: file for part in parts for name, file in part.items()}
+        checkpoint.commit(url, Manifest(cursor, fragments.updates(trained), workers(), 0.0, {}, {}, files), "job")
+    dist.barrier()
+
+
+def state(trained: Any) -> dict[str, torch.Tensor]:
+    """Every weight and moment whole, put together from all ranks' fragments; each element is there once."""
+    mine = [
+        (one.name, one.start, {name: each.clone() for name, each in one.states.items()})
+        for one in fragments.owned(trained)
+    ]
+    all_ranks: list[Any] = [None] * workers()
+    dist.all_gather_object(all_ranks, mine)
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for name, start, states in (piece for rank in all_ranks for piece in rank):
+        for kind, tensor in states.items():
+            pieces.setdefault(f"{name}/{kind}", []).append((start, tensor))
+    whole = {}
+    for name, parts in pieces.items():
+        parts.sort(key=lambda part: part[0])
+        reached = 0
+        for start, tensor in parts:
+            assert start == reached, f"{name}: a gap or an overlap at {reached}"
+            reached += len(tensor)
+        whole[name] = torch.cat([tensor for _, tensor in parts])
+    return whole

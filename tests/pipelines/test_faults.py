@@ -6,68 +6,21 @@ two steps apart.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import ray
 from ray.util.placement_group import placement_group_table
 from safetensors.torch import load_file
 
 from pipelines import checkpoint, ledger, recorder, storage, train
-from pipelines.shards import Shards
-from pipelines.stage import Plan, Recovery, Stage
-from redux.model import Language, Model, Tower, image_tokens
+from pipelines.stage import Plan
 from tests.pipelines.faults import Fault
-
-STEPS = 8
-SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
-MODEL = Model(
-    tower=Tower(image_size=16, patch_size=4, num_hidden_layers=4, **SIZES), language=Language(num_hidden_layers=2, **SIZES)
-)
-STAGE = Stage(
-    objective="language",
-    data="set",
-    template="vicuna_bare",
-    steps=STEPS,
-    global_batch=8,
-    micro_batch=2,
-    learning_rate={"tower": 1e-3, "projector": 1e-3, "language": 1e-3},
-    checkpoint_every=2,
-)
+from tests.pipelines.small import STAGE, STEPS
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 NewPlan = Callable[..., Plan]
-
-
-@pytest.fixture(scope="module")
-def new_plan(stored: Shards, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> NewPlan:
-    """A stage of a run of its own; arguments are changes of the stage, `plan` those of the plan."""
-
-    def make(plan: dict[str, Any] | None = None, **stage: Any) -> Plan:
-        run = tmp_path_factory.mktemp("run")
-        return replace(
-            Plan(
-                name="small",
-                stage=replace(STAGE, **stage),
-                model=MODEL,
-                seed=0,
-                workers=(2, 2),
-                run=run,
-                checkpoints=str(run / "checkpoints"),
-                sets={"set": stored.folder},
-                tolerance=0,
-                tokenizer=tokenizer,
-                start=None,
-                image_size=16,
-                image_tokens=image_tokens(MODEL),
-            ),
-            **(plan or {}),
-        )
-
-    return make
 
 
 def fit(plan: Plan, faults: Sequence[Fault] = ()) -> None:
@@ -132,7 +85,9 @@ def files(plan: Plan) -> set[str]:
 
 def test_an_undisturbed_run_has_each_step_once_and_keeps_the_newest_checkpoints(undisturbed: Plan) -> None:
     assert [step for step, _ in losses(undisturbed)] == list(range(1, STEPS + 1))
-    there = [one.manifest.cursor for one in checkpoint.candidates(undisturbed.folder) if isinstance(one, checkpoint.Saved)]
+    there = [
+        one.manifest.cursor for one in checkpoint.candidates(undisturbed.folder) if isinstance(one, checkpoint.Saved)
+    ]
     assert there == [8, 6]
     spent = account(undisturbed)
     assert (spent.restarts, spent.lost_steps, spent.lost, spent.restart) == (0, 0, 0, 0)

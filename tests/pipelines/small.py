@@ -1,0 +1,21 @@
+"""A stage that trains in seconds."""
+
+from pipelines.stage import Stage
+from redux.model import Language, Model, Tower
+
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+MODEL = Model(
+    tower=Tower(image_size=16, patch_size=4, num_hidden_layers=4, **SIZES),
+    language=Language(num_hidden_layers=2, **SIZES),
+)
+STEPS = 8
+STAGE = Stage(
+    objective="language",
+    data="set",
+    template="vicuna_bare",
+    steps=STEPS,
+    global_batch=8,
+    micro_batch=2,
+    learning_rate={"tower": 1e-3, "projector": 1e-3, "language": 1e-3},
+    checkpoint_every=2,
+)
