@@ -105,7 +105,11 @@ def configured(
         eye = _config("tower", folder, TOWERS)
     with fetched(language, [gguf_file or CONFIG_NAME], "language") as folder:
         voice = _config("language", folder, LANGUAGES, gguf_file)
-    config = _joined(eye, voice, feature_layer, vmtc=vmtc, cmai=cmai, reduction=reduction)
+    plain = _joined(eye, voice, feature_layer)
+    try:
+        config = ReduxConfig(**{**plain.to_dict(), "vmtc": vmtc, "cmai": cmai, "reduction": reduction})
+    except ValueError as error:
+        raise ValueError(f"{'vmtc' if vmtc else 'reduction'}.{error}") from None
     positions = config.text_config.max_position_embeddings
     if positions <= config.image_seq_length:
         raise ValueError(

@@ -32,7 +32,12 @@ def llava(tokenizer: PreTrainedTokenizerFast, on: bool = True) -> ReduxForCondit
     """A model that is always the same, with both modules or neither."""
     torch.manual_seed(0)
     methods: dict[str, Any] = {"vmtc": VMTC(), "cmai": CMAI()} if on else {"vmtc": None, "cmai": None}
-    return build(Model(tower=TOWER, language=LANGUAGE, **methods), tokenizer).eval()
+    model = build(Model(tower=TOWER, language=LANGUAGE, **methods), tokenizer).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:  # attention of weights as initialised is all but uniform
+                weight.mul_(0.16 / weight.std())
+    return model
 
 
 def inputs(model: Any) -> dict[str, Tensor]:
@@ -51,7 +56,7 @@ def adapted(tokenizer: PreTrainedTokenizerFast, on: bool = True, steps: int = 3)
     """A model whose adapters have learned something, and nothing else has."""
     model = llava(tokenizer, on)
     lora.wrap(model, LORA)
-    optimizer = torch.optim.SGD(lora.adapters(model), lr=5.0)
+    optimizer = torch.optim.SGD(lora.adapters(model), lr=0.5)
     model.train()
     for _ in range(steps):
         model(**inputs(model)).loss.backward()
@@ -104,7 +109,7 @@ def test_both_modules_work_on_an_adapted_model(tokenizer: PreTrainedTokenizerFas
         last = model(input_ids=given["input_ids"][:, -1:], past_key_values=cache).logits
     torch.testing.assert_close(last[:, -1], said[:, -1], atol=1e-5, rtol=1e-5)
     redux.inhibit(model, None)
-    assert not torch.allclose(logits(model), said, atol=1e-5)
+    assert not torch.allclose(logits(model), said, atol=1e-3)
 
 
 @pytest.mark.parametrize("on", [True, False], ids=["modules on", "modules off"])
