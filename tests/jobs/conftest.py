@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 WORDS = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions. USER: Is there a red or a blue shape in the image? ASSISTANT: yes, it is.\n"
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: Is there a red or a blue shape? ASSISTANT: yes, one is.\n"
 )
 
 

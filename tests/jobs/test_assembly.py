@@ -1,4 +1,4 @@
-"""A job that starts from pretrained parts: what is refused at its start, what it assembles, what its stages are told."""
+"""A job that starts from pretrained parts: what is refused at once, what it assembles, what its stages are told."""
 
 import json
 from collections.abc import Callable
@@ -196,7 +196,9 @@ def test_any_number_of_a_range_of_workers_will_do(load: Callable[..., Job]) -> N
 
 def test_a_file_of_weights_needs_a_model_from_a_folder() -> None:
     path = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
-    with pytest.raises(ValueError, match="model.gguf_file: got a.gguf, allowed: null, as language is built from sizes"):
+    with pytest.raises(
+        ValueError, match=r"model\.gguf_file: got a.gguf, allowed: null, as language is built from sizes"
+    ):
         schema.load(path, ["model.gguf_file=a.gguf"])
 
 
