@@ -24,7 +24,7 @@ import yaml
 
 from jobs import schema
 from jobs.schema import Job
-from pipelines import cluster, easy_vqa, evaluate, lora, report, shards, storage, train
+from pipelines import cluster, easy_vqa, evaluate, lora, report, shards, storage, trackers, train
 from pipelines import records as check
 from pipelines.stage import Plan
 from redux import pretrained
@@ -136,6 +136,7 @@ def _located(job: Job) -> Job:
     for name, url in sets.items():
         if not len(shards.Shards(url)):
             raise ValueError(f"data.sets.{name}: {url} has no samples, allowed: at least one")
+    trackers.require(job.trackers)
     for name, stage in job.train.items():
         if stage.lora:
             lora.require(f"train.{name}.lora")

@@ -6,7 +6,7 @@ Importing this module imports torch and Ray, since the owners do; so the command
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge, Lt, MinLen
 from pydantic import StringConstraints
@@ -17,6 +17,7 @@ from pipelines.evaluate import Evaluate
 from pipelines.report import Report
 from pipelines.shards import Data
 from pipelines.stage import Recovery, Stage
+from pipelines.trackers import Name as Tracker
 from redux.model import Model
 
 OTHER_STEPS = ("shards", "assemble", "evaluate", "report")
@@ -25,7 +26,6 @@ OTHER_STEPS = ("shards", "assemble", "evaluate", "report")
 # the name of a job and those of its stages become names of folders, which must not lead out of the run's own
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Workers = Annotated[int, Ge(1)]
-Tracker = Literal["tensorboard", "mlflow", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)

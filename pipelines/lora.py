@@ -20,7 +20,7 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def require(what: str = "lora") -> None:
     """ValueError where peft is not installed.  what: the setting that asks for it."""
     if find_spec("peft") is None:
-        raise ValueError(f'{what}: got one without the package peft, allowed after pip install -e ".[lora]"')
+        raise ValueError(f'{what}: got one, allowed: null; pip install "redux-vlm[lora]" adds the package peft')
 
 
 def wrap(llava: ReduxForConditionalGeneration, lora: Lora) -> None:

@@ -152,7 +152,7 @@ def _mistakes(name: str, path: str | PathLike, kinds: Mapping[str, Any], gguf_fi
     try:
         yield
     except ImportError as error:
-        raise ValueError(f'{name}: got {path}, allowed after pip install -e ".[pretrained]": {error}') from error
+        raise ValueError(f'{name}: got {path}, pip install "redux-vlm[pretrained]" may help: {error}') from error
     except OSError as error:
         if gguf_file:
             raise ValueError(f"gguf_file: got {gguf_file}, allowed: a file in {path}") from error
