@@ -98,14 +98,14 @@ def test_the_adapters_in_the_header_are_those_of_llavas_script(path: Path) -> No
 
 @pytest.fixture(scope="module")
 def sets(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of captions, and of conversations of which a third is text alone."""
+    """Folders of captions, and of conversations; from number 12 on these are text alone."""
     folder = tmp_path_factory.mktemp("sets")
     for number in range(24):
         colour = np.random.default_rng(number).integers(0, 256, (20, 28, 3), np.uint8)
         Image.fromarray(colour).save(folder / f"{number}.png")
     seen = [record(number, f"{number}.png", "Is there a red shape?") for number in range(24)]
-    told = [record(number, None, "Is the user polite?") for number in range(24, 36)]
-    for name, records in {"llava-pretrain": seen, "mix665k": seen + told}.items():
+    told = [record(number, None, "Is the user polite?") for number in range(24, 48)]
+    for name, records in {"llava-pretrain": seen, "mix665k": seen[:12] + told}.items():
         shards.make(records, str(folder), str(folder / name), shards.Making(samples_per_shard=10))
     return {name: str(folder / name) for name in SAMPLES}
 
@@ -183,6 +183,13 @@ def test_a_twin_runs_to_its_end(twin: Path) -> None:
     assert (twin / "report.html").stat().st_size > 10_000
     assert not (twin / "answers.jsonl").exists()
     assert "wall_s.instruct" in json.loads((twin / "metrics.json").read_text())
+
+
+def test_a_twin_learns_from_text_alone_too(twin: Path) -> None:
+    """Its first batch is, whole, since batches are of one modality; so the tower sees no image on any worker."""
+    lines = [json.loads(line) for line in (twin / "consumed.jsonl").read_text().splitlines()]
+    batches = [line["samples"]["mix665k"] for line in lines if line["stage"] == "instruct"]
+    assert [{number >= 12 for number in batch} for batch in batches] == [{True}, {False}]
 
 
 def test_each_stage_of_a_twin_trains_what_it_names(twin: Path) -> None:
