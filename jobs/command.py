@@ -40,7 +40,7 @@ def _run(arguments: argparse.Namespace) -> None:
     job = schema.load(arguments.job, arguments.overrides)
     from jobs.run import run
 
-    run(job, arguments.into / job.name)
+    run(job, arguments.into / job.name, arguments.changed)
 
 
 def _shards(verb: str) -> Callable[[argparse.Namespace], None]:
@@ -102,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("runs"),
         help="the run folder is DIR/NAME (default: %(default)s)",
+    )
+    run.add_argument(
+        "--changed",
+        action="store_true",
+        help="go on although the job, its data or its model differ from those that the run was started with",
     )
     run.set_defaults(verb=_run)
     _add_shards(verbs)

@@ -249,7 +249,8 @@ def _allowed(hint: Any) -> str:
         return " or ".join(_allowed(member) for member in arguments)
     if origin in (list, tuple):
         members = dict.fromkeys(_allowed(member) for member in arguments if member is not Ellipsis)
-        return f"a list of {', '.join(members)}"
+        count = f"{len(arguments)} values, each " if origin is tuple and ... not in arguments else ""
+        return f"a list of {count}{', '.join(members)}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a section whose every value is {_allowed(arguments[1])}"
     if is_dataclass(hint):

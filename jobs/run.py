@@ -3,7 +3,8 @@
 runs/NAME/job.yaml        the job as resolved; another job under the same name is refused
 runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step: what a second run goes by
 runs/NAME/shards/SET/     captions, conversations, test
-runs/NAME/tokenizer/      learned from the training sets
+runs/NAME/tokenizer/      learned from the training sets, where a model starts from nothing
+runs/NAME/assembled/      where it starts from pretrained parts: they and a projector as one model, with its tokenizer
 runs/NAME/scores.json     the evaluation's, which metrics.json takes up
 """
 
@@ -11,33 +12,49 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import yaml
 
 from jobs import schema
 from jobs.schema import Job
-from pipelines import cluster, easy_vqa, evaluate, report, shards, storage, train
+from pipelines import cluster, easy_vqa, evaluate, lora, report, shards, storage, trackers, train
 from pipelines import records as check
+from pipelines.stage import Plan
+from redux import pretrained
 from redux.conversation import TEMPLATES, word_tokenizer
+from redux.model import Model, ReduxConfig, Tower, image_tokens
+
+T = TypeVar("T")
 
 JOB = "job.yaml"
 PROGRESS = "progress.jsonl"
 SCORES = "scores.json"
+ASSEMBLED = "assembled"
+
+FREE = ("data.tolerance", "workers", "recovery", "trackers")
+"""What of a job may be another when it goes on: none of it decides what is learned."""
 
 
-def run(job: Job, folder: Path) -> None:
-    """Do what is left of the job in its run folder.  ValueError where the folder holds another job."""
+def run(job: Job, folder: Path, changed: bool = False) -> None:
+    """Do what is left of the job in its run folder.
+
+    changed: go on although the folder holds another job, or checkpoints of other data or another model; otherwise that
+    is a ValueError.
+    """
     clock = time.monotonic()
     folder = folder.resolve()
     job = _located(job)
-    _claim(job, folder)
+    work = steps(job, folder, changed)
+    _claim(job, folder, changed)
     done = _finished(folder)
-    left = {name: step for name, step in steps(job, folder).items() if name not in done}
+    left = {name: step for name, step in work.items() if name not in done}
     if not left:
         print(f"{job.name} is finished; its report: {folder / 'report.html'}")
         return
@@ -54,64 +71,115 @@ def run(job: Job, folder: Path) -> None:
     print(f"{job.name} is finished; its report: {folder / 'report.html'}")
 
 
-def steps(job: Job, folder: Path) -> dict[str, Callable[[], None]]:
-    """The steps of a job by name, in order: shards, each training stage, evaluation, report."""
-    sets, tokenizer = locations(job, folder), folder / "tokenizer"
-    test = sets["test"]
-    result: dict[str, Callable[[], None]] = {"shards": lambda: _shards(job, sets, tokenizer)}
-    start: Path | None = None
+def steps(job: Job, folder: Path, changed: bool = False) -> dict[str, Callable[[], None]]:
+    """The steps of a job by name, in order: shards, parts put together, each training stage, evaluation, report.
+
+    ValueError where the model's pretrained parts cannot be read or do not go together.
+    """
+    sets, tokenizer, result = locations(job, folder), folder / "tokenizer", {}
+    image_size, image_tokens = _image(job.model, folder)
+    start: str | None = None
+    if job.data.source or not job.model.pretrained:
+        result["shards"] = lambda: _shards(job, sets, tokenizer)
+    if job.model.pretrained:
+        tokenizer = folder / ASSEMBLED
+        start = str(tokenizer)
+        result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
     for name, stage in job.train.items():
-        plan = train.Plan(
+        plan = Plan(
             name=name,
             stage=stage,
-            model=job.model,
+            model=None if job.model.pretrained else job.model,
             seed=job.seed,
-            workers=job.workers,
+            workers=job.worker_range,
             run=folder,
+            checkpoints=storage.join(job.checkpoints, job.name) if job.checkpoints else str(folder / "checkpoints"),
             sets={name: sets[name] for name in stage.mixture},
             tolerance=job.data.tolerance,
             tokenizer=tokenizer,
             start=start,
+            image_size=image_size,
+            image_tokens=image_tokens,
+            recovery=job.recovery,
+            job=schema.dump(job),
+            changed=changed,
         )
         result[name] = functools.partial(train.fit, plan)
         start, last = plan.result, stage
     assert start is not None  # the schema asks for a stage
-    model: Path = start
+    model, settings = start, job.evaluate
+    if settings is None:
+        result["report"] = lambda: _report(folder, [])
+        return result
+    test = sets["test"]
 
     def answer() -> None:
-        _write(folder / SCORES, evaluate.evaluate(model, test, folder, job.evaluate, last.template, last.fit))
+        _write(folder / SCORES, evaluate.evaluate(model, test, folder, settings, last.template, last.fit))
 
     def describe() -> None:
-        _summarise(folder)
-        report.write(folder, evaluate.examples(model, test, folder / evaluate.FILE, job.report.examples, last.fit))
+        _report(folder, evaluate.examples(model, test, folder / evaluate.FILE, job.report.examples, last.fit))
 
     return {**result, "evaluate": answer, "report": describe}
 
 
+def locations(job: Job, folder: Path) -> dict[str, str]:
+    """Where each set of shards lies: those that the job makes, and those that it names."""
+    return {name: str(folder / "shards" / name) for name in job.made} | job.data.sets
+
+
 def _located(job: Job) -> Job:
-    """The job with its sets' paths from the root on.  ValueError where a set is missing or empty."""
+    """The job with its paths from the root on.
+
+    ValueError where a set is missing or empty, or a package is missing that the job needs.
+    """
     sets = {name: storage.absolute(url) for name, url in job.data.sets.items()}
     for name, url in sets.items():
         if not len(shards.Shards(url)):
             raise ValueError(f"data.sets.{name}: {url} has no samples, allowed: at least one")
-    return replace(job, data=replace(job.data, sets=sets))
+    trackers.require(job.trackers)
+    for name, stage in job.train.items():
+        if stage.lora:
+            lora.require(f"train.{name}.lora")
+    return replace(
+        job,
+        checkpoints=job.checkpoints and storage.absolute(job.checkpoints),
+        data=replace(job.data, sets=sets),
+        model=replace(job.model, tower=_path(job.model.tower), language=_path(job.model.language)),
+    )
 
 
-def locations(job: Job, folder: Path) -> dict[str, str]:
-    """Where each set of shards lies: those that the job makes, and those that it names."""
-    return {name: str(folder / "shards" / name) for name in easy_vqa.SETS} | job.data.sets
+def _path(part: T) -> T | str:
+    """A folder from the root on; anything else, such as a hub id, as it is."""
+    return storage.absolute(part) if isinstance(part, str) and Path(part).is_dir() else part
 
 
-def _claim(job: Job, folder: Path) -> None:
-    """Write the resolved job; ValueError where the folder holds one that says anything else."""
+def _image(model: Model, folder: Path) -> tuple[int, int]:
+    """Pixels of an image's side, and tokens of it that reach the language model."""
+    if isinstance(model.tower, Tower):
+        return model.tower.image_size, image_tokens(model)
+    assert isinstance(model.language, str)  # the two go together
+    whole = folder / ASSEMBLED
+    try:
+        config = (
+            ReduxConfig.from_pretrained(whole)  # the parts themselves are no longer needed
+            if whole.exists()
+            else pretrained.configured(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
+        )
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
+    return config.vision_config.image_size, config.image_seq_length
+
+
+def _claim(job: Job, folder: Path, changed: bool) -> None:
+    """Write the resolved job; ValueError where the folder holds one that says anything else that tells in a result."""
     path, resolved = folder / JOB, schema.dump(job)
     if path.exists():
         before, now = (yaml.safe_load(text) for text in (path.read_text(), resolved))
         for key, old, new in _differences(before, now):
-            if key != "data.tolerance":  # more may be tolerated after all
+            if not changed and key.partition(".")[0] not in FREE and key not in FREE:
                 raise ValueError(
                     f"{path}: this run was started with {key} = {old!r}, not {new!r}; "
-                    "give the job another name, or the run another folder by --into"
+                    "give the job another name, or the run another folder by --into; --changed goes on all the same"
                 )
         if before != now:
             _put(path, resolved)
@@ -143,8 +211,13 @@ def _progress(folder: Path) -> list[dict]:
 def _summarise(folder: Path) -> None:
     """metrics.json: the scores, and wall-clock seconds by step and in all, of the runs that finished the steps."""
     times = {f"wall_s.{entry['step']}": entry["wall_s"] for entry in _progress(folder)}
-    scores = json.loads((folder / SCORES).read_text())
+    scores = json.loads((folder / SCORES).read_text()) if (folder / SCORES).exists() else {}
     _write(folder / "metrics.json", {**scores, "wall_s": sum(times.values()), **times})
+
+
+def _report(folder: Path, examples: Sequence[report.Example]) -> None:
+    _summarise(folder)
+    report.write(folder, examples)
 
 
 def _write(path: Path, values: dict[str, float]) -> None:
@@ -159,11 +232,13 @@ def _put(path: Path, text: str) -> None:
 
 
 def _shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
-    """Captions and conversations of the training images, conversations of the test images; and the tokenizer."""
-    records = {name: given() for name, given in easy_vqa.SETS.items()}
+    """The sets that the job makes of easy-VQA; and, for a model that starts from nothing, a tokenizer."""
+    records = {name: easy_vqa.SETS[name]() for name in job.made}
     making = shards.Making(samples_per_shard=job.data.samples_per_shard)
     for name, given in records.items():
         shards.make(given, str(easy_vqa.FOLDER), sets[name], making)
+    if isinstance(job.model.language, str):
+        return
     templates = [TEMPLATES[stage.template] for stage in job.train.values()]
     mixed = {name for stage in job.train.values() for name in stage.mixture}
     others = (
@@ -172,9 +247,33 @@ def _shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
         for record in shards.Shards(sets[name]).records()
         if check.fault({"id": name, **record}, None) is None
     )
+    own = (records[name] for name in records if name != "test")
     texts = (
         "".join(piece for piece, _ in template.spans(record["conversations"]))
-        for record in itertools.chain(records["captions"], records["conversations"], others)
+        for record in itertools.chain(*own, others)
         for template in templates
     )
     word_tokenizer(texts, job.model.language.max_position_embeddings).save_pretrained(tokenizer)
+
+
+def _assemble(job: Job, folder: Path) -> None:
+    """The model made of pretrained parts, and its tokenizer, in a folder that is there whole or not at all."""
+    if folder.exists():
+        return
+    model = job.model
+    assert isinstance(model.tower, str)
+    assert isinstance(model.language, str)
+    half = all(stage.precision == "bf16" for stage in job.train.values())
+    torch.manual_seed(job.seed)
+    whole, tokenizer = pretrained.assemble(
+        model.tower,
+        model.language,
+        gguf_file=model.gguf_file,
+        **model.methods,
+        dtype=torch.bfloat16 if half else torch.float32,
+    )
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    whole.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    os.replace(unfinished, folder)

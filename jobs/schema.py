@@ -16,49 +16,86 @@ from pipelines.easy_vqa import SETS
 from pipelines.evaluate import Evaluate
 from pipelines.report import Report
 from pipelines.shards import Data
-from pipelines.train import Stage
+from pipelines.stage import Recovery, Stage
+from pipelines.trackers import Name as Tracker
 from redux.model import Model
 
-OTHER_STEPS = ("shards", "evaluate", "report")
+OTHER_STEPS = ("shards", "assemble", "evaluate", "report")
 """What a job does besides its stages: names that no stage may have."""
 
 # the name of a job and those of its stages become names of folders, which must not lead out of the run's own
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Workers = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run, from images to report."""
+    """One run, from images to report.
+
+    workers: training processes, each with a GPU where there are GPUs; or the fewest and the most of them.
+    checkpoints: folder or URL that every worker can reach, where this job's lie in a folder of its name; null keeps
+        them in the run folder.
+    train: the stages, in the order of the file.
+    evaluate: null where nothing is asked after the training.
+    trackers: what besides the run folder shows metrics.
+    """
 
     name: Name
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
-    workers: Annotated[int, Ge(1)] = 1  # training processes, each with a GPU where there are GPUs
+    workers: Workers | tuple[Workers, Workers] = 1
+    checkpoints: str | None = None
     data: Data
     model: Model
-    train: Annotated[dict[Name, Stage], MinLen(1)]  # in the order of the file
-    evaluate: Evaluate
-    report: Report
+    train: Annotated[dict[Name, Stage], MinLen(1)]
+    recovery: Recovery = Recovery()
+    evaluate: Evaluate | None = None
+    report: Report = Report()
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
+        fewest, most = self.worker_range
+        if fewest > most:
+            raise ValueError(f"workers: got {[fewest, most]}, allowed: the fewest first")
+        if self.evaluate and not self.data.source:
+            raise ValueError("evaluate: got settings, allowed: null, as data.source is null: there is no test set")
+        if taken := self.data.sets.keys() & set(self.made):
+            raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(self.made)}")
+        self._check_objectives()
+        for name, stage in self.train.items():
+            self._check_stage(name, stage)
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """Names of the sets that the job makes itself."""
+        return tuple(SETS) if self.data.source else ()
+
+    def _check_objectives(self) -> None:
         objectives = [stage.objective for stage in self.train.values()]
+        told = f"train: got objectives {', '.join(objectives)}"
+        if self.model.pretrained and "contrastive" in objectives:
+            raise ValueError(f"{told}, allowed: language alone, as model.tower is pretrained")
         if objectives != sorted(objectives) or objectives[-1] != "language":
-            raise ValueError(
-                f"train: got objectives {', '.join(objectives)}, allowed: any contrastive stages first, then at least "
-                "one language stage"
-            )
-        if list(self.train.values())[-1].template == "plain":
-            last = list(self.train)[-1]
+            raise ValueError(f"{told}, allowed: any contrastive stages first, then at least one language stage")
+        last, stage = list(self.train.items())[-1]
+        if self.evaluate and stage.template == "plain":
             raise ValueError(
                 f"train.{last}.template: got plain, allowed: a template with questions, as the last stage is asked some"
             )
-        if taken := self.data.sets.keys() & SETS.keys():
-            raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(SETS)}")
-        for name, stage in self.train.items():
-            if unknown := stage.mixture.keys() - {*SETS, *self.data.sets}:
-                allowed = ", ".join([*SETS, *self.data.sets])
-                raise ValueError(f"train.{name}.data: got {min(unknown)}, allowed: {allowed}, those of data.sets")
-            if name in OTHER_STEPS:
-                raise ValueError(f"train: got a stage {name}, allowed: any other name than {', '.join(OTHER_STEPS)}")
+
+    def _check_stage(self, name: str, stage: Stage) -> None:
+        sets = [*self.made, *self.data.sets]
+        if unknown := stage.mixture.keys() - set(sets):
+            raise ValueError(
+                f"train.{name}.data: got {min(unknown)}, allowed: {', '.join(sets) or 'none'}, those of data.sets"
+            )
+        if name in OTHER_STEPS:
+            raise ValueError(f"train: got a stage {name}, allowed: any other name than {', '.join(OTHER_STEPS)}")
+        if isinstance(self.workers, int):  # of a range those train that share the batch evenly; see Stage.usable
             try:
                 stage.accumulation(self.workers)
             except ValueError as error:

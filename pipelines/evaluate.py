@@ -33,6 +33,7 @@ from redux.answer import answer, answer_from_descriptions
 from redux.conversation import IMAGE, TEMPLATES
 from redux.image import Fit, pixels
 from redux.model import ReduxForConditionalGeneration, normalise
+from redux.remote import fetched
 
 FILE = "answers.jsonl"
 
@@ -55,12 +56,13 @@ class Evaluate:
 class Answerer:
     """An actor with the model: answers all questions of a batch of images, greedily."""
 
-    def __init__(self, model: Path, shards: str, settings: Evaluate, template: str, fit: Fit) -> None:
+    def __init__(self, model: str, shards: str, settings: Evaluate, template: str, fit: Fit) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(max(len(os.sched_getaffinity(0)) // settings.actors, 1))
-        self.model = ReduxForConditionalGeneration.from_pretrained(model).eval().to(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        with fetched(model) as folder:
+            self.model = ReduxForConditionalGeneration.from_pretrained(folder).eval().to(self.device)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.shards, self.settings, self.template, self.fit = Shards(shards), settings, TEMPLATES[template], fit
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
@@ -95,10 +97,11 @@ def questions(sample: Sample) -> Iterator[tuple[str, str]]:
 
 
 def evaluate(
-    model: Path, shards: str, run: Path, settings: Evaluate, template: str, fit: Fit = "pad"
+    model: str | Path, shards: str, run: Path, settings: Evaluate, template: str, fit: Fit = "pad"
 ) -> dict[str, float]:
     """Answer every question of the shards into run/answers.jsonl; returns the scores by name.
 
+    model: folder or URL.
     template, fit: of conversations and images, as the model was trained.
     """
     stored = Shards(shards)
@@ -107,7 +110,7 @@ def evaluate(
     gpu = ray.cluster_resources().get("GPU", 0) >= settings.actors
     answers = ray.data.range(batches, override_num_blocks=batches).map_batches(
         Answerer,
-        fn_constructor_args=(model, shards, settings, template, fit),
+        fn_constructor_args=(str(model), shards, settings, template, fit),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=settings.actors),
         num_cpus=0.5,
@@ -142,7 +145,7 @@ def _share(entries: list[dict]) -> float:
     return sum(entry["correct"] for entry in entries) / len(entries)
 
 
-def examples(model: Path, shards: str, answers: Path, count: int, fit: Fit = "pad") -> list[Example]:
+def examples(model: str | Path, shards: str, answers: Path, count: int, fit: Fit = "pad") -> list[Example]:
     """`count` answered questions on different images, evenly spread over the test set, with what VMTC did to each."""
     entries = [json.loads(line) for line in answers.read_text().splitlines()]
     by_image = {entry["image"]: entry for entry in reversed(entries)}

@@ -218,18 +218,24 @@ def caption(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
     return {"input_ids": np.array([*ids, tokenizer.eos_token_id])}
 
 
-def conversation(template: str, image_tokens: int) -> Callable[[PreTrainedTokenizerBase, Sample], Row]:
-    """LLaVA's side of a sample: input_ids and labels."""
+def conversation(
+    template: str, image_tokens: int, length: int | None = None
+) -> Callable[[PreTrainedTokenizerBase, Sample], Row]:
+    """LLaVA's side of a sample: input_ids and labels.
+
+    length: tokens after which a sample is cut off, as in LLaVA; None refuses one that is longer than the model's
+    positions.
+    """
 
     def row(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
         try:
-            ids, labels = encode(tokenizer, sample.record["conversations"], TEMPLATES[template], image_tokens)
+            ids, labels = encode(tokenizer, sample.record["conversations"], TEMPLATES[template], image_tokens, length)
         except ValueError as error:
             raise ValueError(f"sample {sample.key}: {error}") from None
         if len(ids) > tokenizer.model_max_length:
             raise ValueError(
                 f"sample {sample.key}: {len(ids)} tokens, allowed: {tokenizer.model_max_length}, "
-                "model.language.max_position_embeddings"
+                "the language model's max_position_embeddings"
             )
         return {"input_ids": ids, "labels": labels}
 

@@ -74,12 +74,13 @@ PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".pyd", ".npy", ".npz")
 class Data:
     """Where samples come from.
 
-    source: what the job makes sets of, those of easy_vqa.SETS.  samples_per_shard: of these sets.
+    source: what the job makes sets of, those of easy_vqa.SETS; null makes none, and leaves nothing to test on.
+    samples_per_shard: of these sets.
     sets: folders or URLs of other sets by name, as `redux shards make` left them.
     tolerance: share of a stage's samples that may turn out bad, and be replaced by others, before it stops.
     """
 
-    source: Literal["easy-vqa"] = "easy-vqa"
+    source: Literal["easy-vqa"] | None = "easy-vqa"
     samples_per_shard: Annotated[int, Ge(1)] = 1000
     sets: dict[str, str] = field(default_factory=dict)
     tolerance: Annotated[float, Ge(0), Le(1)] = 0.001

@@ -44,6 +44,7 @@ def answer(
         attention_mask=torch.from_numpy(mask).to(model.device),
         **seen,
         max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,  # what the templates end with, whatever the checkpoint's own settings say
         do_sample=False,
     )
     decoded = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)

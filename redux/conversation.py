@@ -15,6 +15,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 IMAGE = "<image>"
+EOS = "</s>"
+"""Vicuna's end of text.  In a template it stands for that of the tokenizer at hand, whatever its name there."""
+
 IGNORE = -100
 """Label of tokens that are not predicted, as torch's cross-entropy ignores it."""
 
@@ -27,6 +30,7 @@ class Template:
     """How turns become text.  The assistant's text and its `end` are what the model learns to say.
 
     system: opens the conversation.  human, assistant: stand before a turn of that role.  end: closes the assistant's.
+    An EOS in `end` is the tokenizer's own.
     """
 
     system: str
@@ -34,11 +38,12 @@ class Template:
     assistant: str
     end: str
 
-    def spans(self, turns: Sequence[dict]) -> Iterator[tuple[str, bool]]:
+    def spans(self, turns: Sequence[dict], eos: str = EOS) -> Iterator[tuple[str, bool]]:
         """(text, learned) pieces whose concatenation is the conversation.
 
         ValueError where roles do not alternate human, gpt, human, ...
         """
+        end = self.end.replace(EOS, eos)
         yield self.system, False
         for number, turn in enumerate(turns):
             role = ("human", "gpt")[number % 2]
@@ -48,7 +53,7 @@ class Template:
                 yield self.human + self.question(turn["value"]), False
                 yield self.assistant, False
             else:
-                yield f" {turn['value']}{self.end}" if self.assistant else turn["value"] + self.end, True
+                yield f" {turn['value']}{end}" if self.assistant else turn["value"] + end, True
 
     def question(self, text: str) -> str:
         """A human turn's text; LLaVA's stage 1 (an empty `human`) discards all of it but the image."""
@@ -63,20 +68,26 @@ VICUNA_SYSTEM = (
 )
 TEMPLATES = {
     "plain": Template(system="", human="", assistant="", end="\n"),
-    "vicuna_v1": Template(system=VICUNA_SYSTEM, human="USER: ", assistant=" ASSISTANT:", end="</s>"),
-    "vicuna_bare": Template(system="", human="USER: ", assistant=" ASSISTANT:", end="</s>"),
+    "vicuna_v1": Template(system=VICUNA_SYSTEM, human="USER: ", assistant=" ASSISTANT:", end=EOS),
+    "vicuna_bare": Template(system="", human="USER: ", assistant=" ASSISTANT:", end=EOS),
 }
 """LLaVA-1.5's two templates (haotian-liu/LLaVA, conversation.py), and vicuna_v1 without its system prompt."""
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict], template: Template, image_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[dict],
+    template: Template,
+    image_tokens: int,
+    length: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(input_ids, labels) of a conversation, each (length,) int64; labels are IGNORE but for what the assistant says.
 
     Each `<image>` becomes `image_tokens` tokens.  A conversation that ends with a human turn ends ready to be answered.
+    length: tokens after which it is cut off, those of images counted, as LLaVA does; None leaves it whole.
+    ValueError where the cut would go through an image, or leave nothing of what the assistant says.
     """
-    pieces = list(template.spans(turns))
+    pieces = list(template.spans(turns, tokenizer.eos_token or EOS))
     text = "".join(piece for piece, _ in pieces)
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids = np.asarray(encoded["input_ids"], np.int64)
@@ -88,8 +99,16 @@ def encode(
         first = slice(start[torn[0]], end[torn[0]])
         raise ValueError(f"token {text[first]!r} at character {first.start} is partly the assistant's, partly not")
     labels = np.where(said > 0, ids, IGNORE)
-    repeats = np.where(ids == tokenizer.convert_tokens_to_ids(IMAGE), image_tokens, 1)
-    return ids.repeat(repeats), labels.repeat(repeats)
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    repeats = np.where(ids == image, image_tokens, 1)
+    ids, labels = ids.repeat(repeats), labels.repeat(repeats)
+    if length is None or len(ids) <= length:
+        return ids, labels
+    if (ids[length:] == image).any():
+        raise ValueError(f"{len(ids)} tokens, cut off after {length} within or before the image")
+    if (labels[:length] == IGNORE).all():  # a batch of such would have no loss
+        raise ValueError(f"{len(ids)} tokens, cut off after {length} before any answer")
+    return ids[:length], labels[:length]
 
 
 def pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> np.ndarray:

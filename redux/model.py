@@ -102,10 +102,15 @@ class Language(Transformer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model to build from nothing: its sizes, the two modules (null: off), or in VMTC's place a rival of it."""
+    """A model: its two parts, the modules of the method (null: off), or in VMTC's place a rival of it.
 
-    tower: Tower
-    language: Language
+    tower, language: sizes of parts to build from nothing; or folders, hub ids or URLs (s3://) of pretrained ones.
+    gguf_file: the file in `language` that holds language model and tokenizer.
+    """
+
+    tower: Tower | str
+    language: Language | str
+    gguf_file: str | None = None
     vmtc: VMTC | None = VMTC()
     cmai: CMAI | None = CMAI()
     reduction: Reduction | None = None
@@ -113,6 +118,15 @@ class Model:
     def __post_init__(self) -> None:
         if self.vmtc and self.reduction:
             raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other null")
+        if isinstance(self.tower, str) != isinstance(self.language, str):
+            raise ValueError(
+                f"language: got {_kind(self.language)} beside a tower of {_kind(self.tower)}, allowed: sizes for both, "
+                "or pretrained ones"
+            )
+        if isinstance(self.tower, str) or isinstance(self.language, str):
+            return  # redux.pretrained.configured knows the rest
+        if self.gguf_file:
+            raise ValueError(f"gguf_file: got {self.gguf_file}, allowed: null, as language is built from sizes")
         try:
             tokens = image_tokens(self)
         except ValueError as error:
@@ -122,6 +136,20 @@ class Model:
                 f"language.max_position_embeddings: got {self.language.max_position_embeddings}, "
                 f"allowed: more than the {tokens} tokens of an image"
             )
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the parts are taken from checkpoints."""
+        return isinstance(self.tower, str)
+
+    @property
+    def methods(self) -> dict[str, Any]:
+        """The settings of the method, by their names in `METHODS`."""
+        return {name: getattr(self, name) for name in METHODS}
+
+
+def _kind(part: Transformer | str) -> str:
+    return part if isinstance(part, str) else "sizes"
 
 
 class ReduxConfig(LlavaConfig):
@@ -393,7 +421,8 @@ def normalise(images: UInt8[Tensor, "images 3 height width"]) -> Float[Tensor, "
 
 
 def image_tokens(model: Model) -> int:
-    """Visual tokens of one image that reach the language model."""
+    """Visual tokens of one image that reach the language model, of one that is built from sizes."""
+    assert isinstance(model.tower, Tower)
     patches = (model.tower.image_size // model.tower.patch_size) ** 2
     if model.reduction:
         return model.reduction.count(patches)
@@ -402,6 +431,8 @@ def image_tokens(model: Model) -> int:
 
 def build(model: Model, tokenizer: PreTrainedTokenizerBase) -> ReduxForConditionalGeneration:
     """A new model with random weights (seed torch before) whose vocabulary is the tokenizer's."""
+    assert isinstance(model.tower, Tower)
+    assert isinstance(model.language, Language)
     sizes = dataclasses.asdict(model.language)
     # "small init" (Nguyen & Salazar 2019, arXiv 1910.05895); where dim is small, LLaMA's fixed 0.02 learns far slower
     spread = (2 / (5 * model.language.hidden_size)) ** 0.5
@@ -410,7 +441,7 @@ def build(model: Model, tokenizer: PreTrainedTokenizerBase) -> ReduxForCondition
         vision_config=vision_config(model.tower).to_dict(),
         text_config=LlamaConfig(vocab_size=len(tokenizer), initializer_range=spread, **sizes, **special).to_dict(),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        **{name: getattr(model, name) for name in METHODS},
+        **model.methods,
         **special,
     )
     return ReduxForConditionalGeneration(config)

@@ -7,20 +7,23 @@ holds exactly what is stored in half precision, and training starts from it.  It
 bfloat16 half of that.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
 from transformers import (
     AddedToken,
     AutoTokenizer,
+    CLIPVisionConfig,
     CLIPVisionModel,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     SiglipVisionModel,
 )
+from transformers.utils import CONFIG_NAME
 
 from redux.cmai import CMAI
 from redux.conversation import IMAGE
@@ -42,8 +45,8 @@ LANGUAGES = {"llama": LlamaForCausalLM}
 
 
 def assemble(
-    tower: str | Path,
-    language: str | Path,
+    tower: str | PathLike,
+    language: str | PathLike,
     *,
     gguf_file: str | None = None,
     vmtc: VMTC | None = None,
@@ -58,23 +61,20 @@ def assemble(
     gguf_file: the file in `language` that holds language model and tokenizer.
     feature_layer: the tower's layer that LLaVA reads, as transformers counts: 0 is what enters the first block.
     """
-    with fetched(tower) as folder:
+    with fetched(tower, what="tower") as folder:
         eye = load("tower", folder, TOWERS, dtype)
-    layers = eye.config.num_hidden_layers
-    if not -layers - 1 <= feature_layer <= layers:
-        raise ValueError(f"feature_layer: got {feature_layer}, allowed: {-layers - 1} to {layers}")
-    with fetched(language) as folder:
+    with fetched(language, what="language") as folder:
         voice = load("language", folder, LANGUAGES, dtype, gguf_file)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
     prepare(tokenizer)
+    # many tokenizers name no limit, or 10^30
+    tokenizer.model_max_length = min(tokenizer.model_max_length, voice.config.max_position_embeddings)
     grow(voice, len(tokenizer))
-    config = ReduxConfig(
-        vision_config=eye.config.to_dict(),
-        text_config=voice.config.to_dict(),
+    config = _joined(
+        eye.config,
+        voice.config,
+        feature_layer,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        vision_feature_layer=feature_layer,
-        # "default" leaves out the class token, which SigLIP's tower does not have
-        vision_feature_select_strategy="default" if isinstance(eye, CLIPVisionModel) else "full",
         vmtc=vmtc,
         cmai=cmai,
         reduction=reduction,
@@ -87,20 +87,90 @@ def assemble(
     return model, tokenizer
 
 
-def load(
-    name: str, path: str | Path, kinds: Mapping[str, Any], dtype: torch.dtype, gguf_file: str | None = None
-) -> Any:
-    """The model of one of `kinds` in `path`; ValueError that says so where there is none, or not all of it."""
-    allowed = f"folder or hub id of a checkpoint of model_type {', '.join(kinds)}"
+def configured(
+    tower: str | PathLike,
+    language: str | PathLike,
+    *,
+    gguf_file: str | None = None,
+    vmtc: VMTC | None = None,
+    cmai: CMAI | None = None,
+    reduction: Reduction | None = None,
+    feature_layer: int = -2,
+) -> ReduxConfig:
+    """The configuration that `assemble` would give, but for what the tokenizer decides; no weights are read.
+
+    Takes and refuses what `assemble` does.  Of a bucket only configurations are fetched, and a GGUF file, which is one.
+    """
+    with fetched(tower, [CONFIG_NAME], "tower") as folder:
+        eye = _config("tower", folder, TOWERS)
+    with fetched(language, [gguf_file or CONFIG_NAME], "language") as folder:
+        voice = _config("language", folder, LANGUAGES, gguf_file)
+    plain = _joined(eye, voice, feature_layer)
     try:
+        config = ReduxConfig(**{**plain.to_dict(), "vmtc": vmtc, "cmai": cmai, "reduction": reduction})
+    except ValueError as error:
+        raise ValueError(f"{'vmtc' if vmtc else 'reduction'}.{error}") from None
+    positions = config.text_config.max_position_embeddings
+    if positions <= config.image_seq_length:
+        raise ValueError(
+            f"language: got {language} of {positions} positions, allowed: more than the {config.image_seq_length} "
+            "tokens of an image"
+        )
+    with torch.device("meta"):  # all that a model refuses when it is built
+        ReduxForConditionalGeneration(config)
+    return config
+
+
+def _joined(eye: PreTrainedConfig, voice: PreTrainedConfig, feature_layer: int, **others: Any) -> ReduxConfig:
+    layers = eye.num_hidden_layers
+    if not -layers - 1 <= feature_layer <= layers:
+        raise ValueError(f"feature_layer: got {feature_layer}, allowed: {-layers - 1} to {layers}")
+    return ReduxConfig(
+        vision_config=eye.to_dict(),
+        text_config=voice.to_dict(),
+        vision_feature_layer=feature_layer,
+        # "default" leaves out the class token, which SigLIP's tower does not have
+        vision_feature_select_strategy="default" if isinstance(eye, CLIPVisionConfig) else "full",
+        **others,
+    )
+
+
+def _config(
+    name: str, path: str | PathLike, kinds: Mapping[str, Any], gguf_file: str | None = None
+) -> PreTrainedConfig:
+    """The configuration of one of `kinds` in `path`, that of its part where it has several; ValueError for another."""
+    with _mistakes(name, path, kinds, gguf_file):
         kind = PreTrainedConfig.get_config_dict(path, gguf_file=gguf_file)[0].get("model_type")
         if kind not in kinds:
-            raise ValueError(f"{name}: got {path} of model_type {kind}, allowed: {allowed}")
-        model, loading = kinds[kind].from_pretrained(path, gguf_file=gguf_file, dtype=dtype, output_loading_info=True)
+            raise ValueError(f"{name}: got {path} of model_type {kind}, allowed: {_checkpoint(kinds)}")
+        return kinds[kind].config_class.from_pretrained(path, gguf_file=gguf_file)
+
+
+@contextmanager
+def _mistakes(name: str, path: str | PathLike, kinds: Mapping[str, Any], gguf_file: str | None) -> Iterator[None]:
+    """What cannot be read is a ValueError that says where."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f'{name}: got {path}, pip install "redux-vlm[pretrained]" may help: {error}') from error
     except OSError as error:
         if gguf_file:
             raise ValueError(f"gguf_file: got {gguf_file}, allowed: a file in {path}") from error
-        raise ValueError(f"{name}: got {path}, allowed: {allowed}") from error
+        raise ValueError(f"{name}: got {path}, allowed: {_checkpoint(kinds)}") from error
+
+
+def _checkpoint(kinds: Mapping[str, Any]) -> str:
+    return f"folder or hub id of a checkpoint of model_type {', '.join(kinds)}"
+
+
+def load(
+    name: str, path: str | PathLike, kinds: Mapping[str, Any], dtype: torch.dtype, gguf_file: str | None = None
+) -> Any:
+    """The model of one of `kinds` in `path`; ValueError that says so where there is none, or not all of it."""
+    config = _config(name, path, kinds, gguf_file)
+    with _mistakes(name, path, kinds, gguf_file):
+        kind: Any = next(kind for kind in kinds.values() if isinstance(config, kind.config_class))
+        model, loading = kind.from_pretrained(path, gguf_file=gguf_file, dtype=dtype, output_loading_info=True)
     if missing := loading["missing_keys"]:
         raise ValueError(f"{name}: got {path} without {min(missing)}, allowed: a checkpoint with all weights")
     if gguf_file:
@@ -110,7 +180,12 @@ def load(
 
 
 def prepare(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer `<image>`, and a token to pad with: the unknown one as in LLaVA, or else the end of text."""
+    """Give the tokenizer `<image>`, and a token to pad with: the unknown one as in LLaVA, or else the end of text.
+
+    ValueError where it has no token for the end of text: nobody could tell when an answer is over.
+    """
+    if tokenizer.eos_token is None:
+        raise ValueError(f"language: got the tokenizer of {tokenizer.name_or_path}, allowed: one with an eos_token")
     tokenizer.add_tokens(AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -29,10 +29,10 @@ def redux(*arguments: str | Path, **environment: str) -> subprocess.CompletedPro
 
 
 @pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any, Path], None]], None]:
+def work(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any, Path, bool], None]], None]:
     """Puts a function in the place of the work that `redux run` starts, and a job of one name in that of the schema."""
 
-    def replace(function: Callable[[Any, Path], None]) -> None:
+    def replace(function: Callable[[Any, Path, bool], None]) -> None:
         for name, content in {
             "schema": {"load": lambda path, overrides: SimpleNamespace(name="a", path=path, overrides=overrides)},
             "run": {"run": function},
@@ -79,15 +79,18 @@ def test_a_mistake_in_a_job_is_one_line_and_exit_2_before_ray_starts(tmp_path: P
 
 def test_run_hands_over_the_job_and_its_folder(work: Any) -> None:
     seen = []
-    work(lambda job, folder: seen.append((job, folder)))
+    work(lambda job, folder, changed: seen.append((job, folder, changed)))
     assert command.main(["run", "x.yaml"]) == 0
-    assert command.main(["run", "x.yaml", "a.b=1", "--into", "elsewhere", "c=2"]) == 0
-    assert [folder for _, folder in seen] == [Path("runs/a"), Path("elsewhere/a")]
-    assert [(job.path, job.overrides) for job, _ in seen] == [(Path("x.yaml"), []), (Path("x.yaml"), ["a.b=1", "c=2"])]
+    assert command.main(["run", "x.yaml", "a.b=1", "--into", "elsewhere", "--changed", "c=2"]) == 0
+    assert [(folder, changed) for _, folder, changed in seen] == [
+        (Path("runs/a"), False),
+        (Path("elsewhere/a"), True),
+    ]
+    assert [(job.path, job.overrides) for job, *_ in seen] == [(Path("x.yaml"), []), (Path("x.yaml"), ["a.b=1", "c=2"])]
 
 
 def test_a_mistake_found_later_is_one_line_too(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(job: Any, folder: Path) -> None:
+    def fail(job: Any, folder: Path, changed: bool) -> None:
         raise ValueError("workers: got 3,\nallowed: a divisor of 32")
 
     work(fail)
@@ -102,7 +105,7 @@ def test_a_signal_unwinds_the_work_and_exits_130(
     before = signal.getsignal(signal.SIGTERM)
     unwound = []
 
-    def interrupted(job: Any, folder: Path) -> None:
+    def interrupted(job: Any, folder: Path, changed: bool) -> None:
         try:
             signal.raise_signal(number)
         finally:
@@ -116,7 +119,7 @@ def test_a_signal_unwinds_the_work_and_exits_130(
 
 
 def test_an_error_of_ours_keeps_its_traceback(work: Any) -> None:
-    def fail(job: Any, folder: Path) -> None:
+    def fail(job: Any, folder: Path, changed: bool) -> None:
         raise RuntimeError("a bug")
 
     work(fail)

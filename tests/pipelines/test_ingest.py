@@ -157,6 +157,19 @@ def test_a_conversation_that_is_too_long_names_the_sample_and_the_limit(tokenize
         conversation("vicuna_bare", IMAGE_TOKENS)(loaded, replace(talk(40), key="test/99"))
 
 
+def test_a_conversation_that_is_too_long_can_be_cut_off_instead(tokenizer: Path):
+    """As LLaVA does: the same tokens up to the length, those of the image counted."""
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    whole = conversation("vicuna_bare", IMAGE_TOKENS)(loaded, talk(3))
+    length = len(whole["input_ids"]) - 5
+    cut = conversation("vicuna_bare", IMAGE_TOKENS, length)(loaded, talk(3))
+    assert all(np.array_equal(cut[name], whole[name][:length]) for name in ("input_ids", "labels"))
+    longer = conversation("vicuna_bare", IMAGE_TOKENS, loaded.model_max_length)(loaded, talk(40))
+    assert len(longer["input_ids"]) == loaded.model_max_length
+    with pytest.raises(ValueError, match=r"sample \S+: \d+ tokens, cut off after 3 within or before the image"):
+        conversation("vicuna_bare", IMAGE_TOKENS, 3)(loaded, talk(3))
+
+
 @pytest.mark.parametrize("roles", ["human human", "gpt human", "human user"])
 def test_a_conversation_of_wrong_roles_names_the_sample(tokenizer: Path, roles: str):
     turns = [{"from": role, "value": "a question"} for role in roles.split()]

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from redux.conversation import IGNORE, TEMPLATES, Template, encode, pad, word_tokenizer
+from redux.conversation import EOS, IGNORE, TEMPLATES, Template, encode, pad, word_tokenizer
 
 TALK = [
     {"from": "human", "value": "<image>\nIs it a red circle?"},
@@ -106,6 +107,71 @@ def test_a_token_across_the_seam_is_refused_and_named(tokenizer: PreTrainedToken
     turns = [{"from": "human", "value": "is it red"}, {"from": "gpt", "value": "circle"}]
     with pytest.raises(ValueError, match="token 'redcircle' at character 12 is partly the assistant's"):
         encode(tokenizer, turns, seamless, 1)
+
+
+@pytest.fixture(scope="module")
+def smol() -> PreTrainedTokenizerFast:
+    """Of SmolLM2's kind: bytes, no token before the text, and an end of another name than Vicuna's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=["<image>"]
+    )
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "vicuna_bare"])
+def test_an_answer_ends_with_the_tokenizers_own_end(smol: PreTrainedTokenizerFast, name: str) -> None:
+    ids, labels = encode(smol, TALK, TEMPLATES[name], 3)
+    said = labels[labels != IGNORE]
+    assert smol.decode(said) == " yes, it is.<|im_end|> blue<|im_end|>"
+    assert (said == smol.eos_token_id).sum() == (ids == smol.eos_token_id).sum() == 2
+    assert labels[-1] == smol.eos_token_id
+    assert EOS not in smol.decode(ids)
+
+
+def test_a_template_without_the_end_of_text_keeps_its_own(smol: PreTrainedTokenizerFast) -> None:
+    ids, labels = encode(smol, CAPTION, TEMPLATES["plain"], 3)
+    assert smol.decode(labels[labels != IGNORE]) == "A blue square.\n"
+    assert smol.eos_token_id not in ids
+
+
+def test_where_the_end_has_vicunas_name_the_text_is_vicunas(tokenizer: PreTrainedTokenizerFast) -> None:
+    for name in TEMPLATES:
+        spans = list(TEMPLATES[name].spans(TALK, str(tokenizer.eos_token)))
+        assert spans == list(TEMPLATES[name].spans(TALK))
+
+
+@pytest.mark.parametrize("length", [30, 40, 50, 1000])
+def test_a_long_conversation_is_cut_off_after_its_images_are_counted(
+    tokenizer: PreTrainedTokenizerFast, length: int
+) -> None:
+    """As LLaVA's prepare_inputs_labels_for_multimodal does with tokenizer_model_max_length."""
+    whole = encode(tokenizer, [*TALK, *TALK[2:] * 6], TEMPLATES["vicuna_bare"], 16)
+    assert 50 < len(whole[0]) < 1000
+    for cut, column in zip(
+        encode(tokenizer, [*TALK, *TALK[2:] * 6], TEMPLATES["vicuna_bare"], 16, length), whole, strict=True
+    ):
+        assert np.array_equal(cut, column[:length])
+
+
+@pytest.mark.parametrize(
+    ("turns", "length", "message"),
+    [
+        (TALK, 10, r"\d+ tokens, cut off after 10 within or before the image"),
+        ([TALK[2], TALK[3], *TALK[:2]], 14, r"\d+ tokens, cut off after 14 within or before the image"),
+        (TALK, 25, r"\d+ tokens, cut off after 25 before any answer"),
+    ],
+    ids=["within the image", "before the image", "within the question"],
+)
+def test_a_cut_leaves_the_image_whole_and_something_to_learn(
+    tokenizer: PreTrainedTokenizerFast, turns: list[dict], length: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode(tokenizer, turns, TEMPLATES["vicuna_bare"], 16, length)
 
 
 @pytest.mark.parametrize("left", [False, True])

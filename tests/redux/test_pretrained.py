@@ -38,9 +38,12 @@ from transformers import (
     ViTConfig,
 )
 
+from redux.answer import answer
 from redux.cmai import CMAI
+from redux.conversation import TEMPLATES
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
-from redux.pretrained import assemble
+from redux.pretrained import assemble, configured
+from redux.reduction import Reduction
 from redux.vmtc import VMTC
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 64}
@@ -364,6 +367,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
     files = s3fs.S3FileSystem()
     files.mkdir("models")
     yield files
+    files.rm("models", recursive=True)  # the server's memory is the process's
     server.stop()
 
 
@@ -386,3 +390,87 @@ def test_parts_and_whole_are_read_from_a_bucket(saved: Callable[..., Path], buck
     for missing in ("s3://models/nothing", "s3://nowhere/tower", "unheard://models/tower"):
         with pytest.raises(ValueError, match=f"path: got {missing}, allowed: a folder or URL that can be read"):
             ReduxForConditionalGeneration.from_pretrained(missing)
+
+
+@pytest.mark.parametrize("methods", [{}, {"vmtc": VMTC(tokens=5), "cmai": CMAI()}], ids=["off", "on"])
+@pytest.mark.parametrize("kind", TOWERS)
+def test_the_configuration_is_known_before_the_weights(
+    towers: dict[str, Path], language: Path, kind: str, methods: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = assemble(towers[kind], language, **methods)[0].config
+    for reader in (CLIPVisionModel, SiglipVisionModel, LlamaForCausalLM):
+        monkeypatch.setattr(reader, "from_pretrained", None)
+    config = configured(towers[kind], language, **methods)
+    assert config.image_seq_length == expected.image_seq_length
+    assert config.vision_config.image_size == 32
+    for name in ("vmtc", "cmai", "reduction", "vision_feature_layer", "vision_feature_select_strategy"):
+        assert getattr(config, name) == getattr(expected, name)
+
+
+def test_what_assemble_refuses_is_refused_by_the_configuration(
+    tower: Path, language: Path, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    short = saved(lambda: speaker(max_position_embeddings=16), plain_tokenizer())
+    cases: list[tuple[Path, Path, dict[str, Any], str]] = [
+        (language, language, {}, f"tower: got {language} of model_type llama, allowed: "),
+        (tower, tmp_path, {}, f"language: got {tmp_path}"),
+        (tower, language, {"gguf_file": "no.gguf"}, f"gguf_file: got no.gguf, allowed: a file in {language}"),
+        (tower, language, {"feature_layer": 9}, "feature_layer: got 9, allowed: -6 to 5"),
+        (tower, language, {"vmtc": VMTC(tokens=17)}, "vmtc.tokens: got 17"),
+        (tower, language, {"vmtc": VMTC(stages=9)}, "vmtc.stages: got 9"),
+        (tower, language, {"reduction": Reduction(method="average", tokens=25)}, "reduction.tokens: got 25"),
+        (tower, short, {}, f"language: got {short} of 16 positions, allowed: more than the 16 tokens of an image"),
+    ]
+    for seen, spoken, options, message in cases:
+        with pytest.raises(ValueError, match="got") as caught:
+            configured(seen, spoken, **options)
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)
+
+
+def test_of_a_bucket_only_the_configurations_are_fetched(
+    tower: Path, language: Path, bucket: s3fs.S3FileSystem
+) -> None:
+    for name, folder in {"eye": tower, "voice": language}.items():
+        bucket.put(str(folder / "config.json"), f"models/{name}/config.json")
+    config = configured("s3://models/eye", "s3://models/voice/", vmtc=VMTC())
+    assert config.image_seq_length == 8
+    with pytest.raises(ValueError, match="language: got s3://models/nothing, allowed: a folder or URL that can be"):
+        configured("s3://models/eye", "s3://models/nothing")
+
+
+def test_no_text_may_be_longer_than_the_positions(tower: Path, saved: Callable[..., Path]) -> None:
+    """A tokenizer that names no limit gets the language model's, one with a smaller limit keeps its own."""
+    limits = []
+    for own in (None, 24):
+        tokenizer = plain_tokenizer()
+        if own:
+            tokenizer.model_max_length = own
+        limits.append(
+            assemble(tower, saved(lambda: speaker(max_position_embeddings=32), tokenizer))[1].model_max_length
+        )
+    assert limits == [32, 24]
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(tower: Path, saved: Callable[..., Path]) -> None:
+    endless = plain_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(ValueError, match=r"language: got the tokenizer of .*, allowed: one with an eos_token"):
+        assemble(tower, saved(speaker, endless))
+
+
+def test_an_answer_stops_at_the_tokenizers_end(tower: Path, saved: Callable[..., Path]) -> None:
+    """Whatever the language model's own configuration has as its end."""
+    model, tokenizer = assemble(tower, saved(lambda: speaker(eos_token_id=5), plain_tokenizer()))
+    assert tokenizer.eos_token_id == model.generation_config.eos_token_id == 2
+    said: list[int] = []
+
+    def note(module: Any, args: Any, output: Tensor) -> Tensor:
+        output[:] = 0
+        output[..., 2 if len(said) == 3 else 7] = 1
+        said.append(len(said))
+        return output
+
+    model.lm_head.register_forward_hook(note)
+    assert answer(model, tokenizer, TEMPLATES["vicuna_bare"], ["is it red ?"], None, 20) == ["circle circle circle"]
+    assert len(said) == 4

@@ -1,0 +1,228 @@
+"""A job that starts from pretrained parts: what is refused at once, what it assembles, what its stages are told."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from jobs import schema
+from jobs.run import JOB, _claim, _located, run, steps
+from jobs.schema import Job
+from pipelines import train
+from pipelines.stage import Plan, Recovery
+from redux.model import ReduxForConditionalGeneration
+from redux.pretrained import assemble
+
+STAGES = {
+    "pretrain": {"template": "plain", "fit": "crop", "learning_rate": {"projector": 1e-3}},
+    "instruct": {"template": "vicuna_v1", "learning_rate": {"projector": 1e-3, "language": 1e-3}},
+}
+STAGE = {"objective": "language", "data": "talk", "steps": 2, "global_batch": 8, "micro_batch": 2, "precision": "bf16"}
+NO_SETS = ("data.sets={}", "data.source=easy-vqa", *(f"train.{name}.data=captions" for name in STAGES))
+"""Overrides by which a job makes its sets itself, so that none has to be there."""
+
+
+@pytest.fixture
+def load(parts: dict[str, str], tmp_path: Path) -> Callable[..., Job]:
+    """The job of the parts, with overrides."""
+
+    def load(*overrides: str) -> Job:
+        path = tmp_path / "parts.yaml"
+        model = {part: parts[part] for part in ("tower", "language")}
+        data = {"source": None, "sets": {"talk": "nowhere"}}
+        train = {name: STAGE | stage for name, stage in STAGES.items()}
+        path.write_text(json.dumps({"name": "parts", "workers": 2, "data": data, "model": model, "train": train}))
+        return schema.load(path, overrides)
+
+    return load
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Plan]]:
+    """The plans that the stages of a job are given."""
+
+    def told(job: Job, folder: Path, **options: Any) -> list[Plan]:
+        plans: list[Any] = []
+        monkeypatch.setattr(train, "fit", plans.append)
+        work = steps(job, folder, **options)
+        for name in job.train:
+            work[name]()
+        return plans
+
+    return told
+
+
+def test_the_parts_are_assembled_before_the_first_stage(load: Callable[..., Job], tmp_path: Path) -> None:
+    assert list(steps(load(), tmp_path)) == ["assemble", "pretrain", "instruct", "report"]
+    easy = load("data.source=easy-vqa", "evaluate={}")
+    assert list(steps(easy, tmp_path)) == ["shards", "assemble", "pretrain", "instruct", "evaluate", "report"]
+
+
+def test_what_is_assembled_is_what_assemble_gives(
+    load: Callable[..., Job], parts: dict[str, str], tmp_path: Path
+) -> None:
+    job = load("seed=3")
+    steps(job, tmp_path)["assemble"]()
+    whole = tmp_path / "assembled"
+    model = ReduxForConditionalGeneration.from_pretrained(whole, dtype="auto")
+    torch.manual_seed(3)
+    expected, _ = assemble(parts["tower"], parts["language"], **job.model.methods, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+    assert model.config.to_dict().keys() == expected.config.to_dict().keys()
+    tokenizer = AutoTokenizer.from_pretrained(whole)
+    assert tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
+    assert tokenizer.model_max_length == 256  # of the language model's positions; its tokenizer names no limit
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["assembled"]
+
+
+def test_it_is_there_whole_or_not_at_all(
+    load: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = steps(load(), tmp_path)["assemble"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ReduxForConditionalGeneration, "save_pretrained", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step()
+    assert not (tmp_path / "assembled").exists()
+    step()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "assembled").iterdir()}
+    step()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "assembled").iterdir()} == before
+
+
+def test_where_a_stage_is_in_full_precision_so_is_what_it_starts_from(load: Callable[..., Job], tmp_path: Path) -> None:
+    steps(load("train.instruct.precision=fp32"), tmp_path)["assemble"]()
+    model = ReduxForConditionalGeneration.from_pretrained(tmp_path / "assembled", dtype="auto")
+    assert model.dtype == torch.float32
+
+
+def test_plans_say_where_to_start_and_how_large_images_are(
+    load: Callable[..., Job], told: Callable[..., list[Plan]], tmp_path: Path
+) -> None:
+    job = load("workers=[1, 4]", "recovery.restarts=7")
+    first, second = told(job, tmp_path, changed=True)
+    whole = tmp_path / "assembled"
+    assert (first.start, first.tokenizer, first.model) == (str(whole), whole, None)
+    assert (second.start, second.tokenizer) == (first.result, whole)
+    assert first.checkpoints == str(tmp_path / "checkpoints")
+    for plan in (first, second):
+        assert (plan.image_size, plan.image_tokens) == (32, 8)
+        assert plan.workers == (1, 4)
+        assert plan.recovery == Recovery(restarts=7)
+        assert plan.changed
+        assert plan.job == schema.dump(job)
+    [plan, _] = told(load("model.vmtc=null", "workers=2"), tmp_path / "other")
+    assert plan.image_tokens == 16
+    assert plan.workers == (2, 2)
+
+
+def test_checkpoints_of_two_jobs_in_one_bucket_do_not_meet(
+    load: Callable[..., Job], told: Callable[..., list[Plan]], tmp_path: Path
+) -> None:
+    plans = [told(load("checkpoints=s3://bucket/all", f"name={name}"), tmp_path) for name in ("a", "b")]
+    assert [plan.folder for plan, _ in plans] == ["s3://bucket/all/a/pretrain", "s3://bucket/all/b/pretrain"]
+    assert plans[0][1].start == "s3://bucket/all/a/pretrain/model"
+
+
+def test_the_parts_are_read_once(load: Callable[..., Job], parts: dict[str, str], tmp_path: Path) -> None:
+    """What is assembled needs them no more, so a run goes on without them."""
+    steps(load(), tmp_path)["assemble"]()
+    gone = load(f"model.tower={tmp_path}/gone")
+    steps(gone, tmp_path)
+    with pytest.raises(ValueError, match=f"^model.tower: got {tmp_path}/gone, allowed: folder or hub id"):
+        steps(gone, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.tower=LANGUAGE", "model.tower: got LANGUAGE of model_type llama, allowed: "),
+        ("model.language=TOWER", "model.language: got TOWER of model_type clip, allowed: "),
+        ("model.vmtc.stages=99", "model.vmtc.stages: got 99, allowed: 1 to 4"),
+        ("model.gguf_file=no.gguf", "model.gguf_file: got no.gguf, allowed: a file in LANGUAGE"),
+    ],
+)
+def test_what_cannot_be_assembled_is_told_at_the_start(
+    load: Callable[..., Job], parts: dict[str, str], tmp_path: Path, override: str, message: str
+) -> None:
+    """Before Ray starts, before a run folder is made."""
+    for part in ("tower", "language"):
+        override, message = (text.replace(part.upper(), parts[part]) for text in (override, message))
+    job = load(override, *NO_SETS)
+    with pytest.raises(ValueError, match="got") as caught:
+        run(job, tmp_path / "run")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.language={}"], "model.language: "),
+        (["model.tower=TOWER", "model.language=SIZES"], "model.language: got sizes beside a tower of TOWER, allowed: "),
+        (
+            ["train.pretrain.objective=contrastive", "train.pretrain.learning_rate={tower: 1}"],
+            "train: got objectives contrastive, language, allowed: language alone, as model.tower is pretrained",
+        ),
+        (["evaluate={}"], "evaluate: got settings, allowed: null, as data.source is null"),
+        (["workers=[3, 2]"], "workers: got [3, 2], allowed: the fewest first"),
+        (["workers=[3]"], "workers: got [3], allowed: a whole number >= 1 or a list of 2 values, each a whole number"),
+        (["workers=3"], "train.pretrain.global_batch: got 8, allowed: a multiple of 6"),
+        (["train.pretrain.data=captions"], "train.pretrain.data: got captions, allowed: talk, those of data.sets"),
+        (["trackers=[paper]"], "trackers.0: got 'paper', allowed: 'tensorboard' or 'mlflow' or 'wandb'"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_the_file_says_wrong_is_told_at_its_place(
+    load: Callable[..., Job], overrides: list[str], message: str
+) -> None:
+    sizes = "{hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 16}"
+    with pytest.raises(ValueError, match="got") as caught:
+        load(*(override.replace("SIZES", sizes) for override in overrides))
+    assert str(caught.value).partition(".yaml: ")[2].startswith(message)
+
+
+def test_any_number_of_a_range_of_workers_will_do(load: Callable[..., Job]) -> None:
+    job = load("workers=[1, 3]", "trackers=[mlflow, wandb]")
+    assert job.worker_range == (1, 3)
+    assert load("workers=2").worker_range == (2, 2)
+
+
+def test_a_file_of_weights_needs_a_model_from_a_folder() -> None:
+    path = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
+    with pytest.raises(
+        ValueError, match=r"model\.gguf_file: got a.gguf, allowed: null, as language is built from sizes"
+    ):
+        schema.load(path, ["model.gguf_file=a.gguf"])
+
+
+def test_another_job_goes_on_only_if_that_is_wanted(load: Callable[..., Job], tmp_path: Path) -> None:
+    _claim(load(), tmp_path, changed=False)
+    other = load("train.instruct.steps=3")
+    with pytest.raises(ValueError, match=r"started with train.instruct.steps = 2, not 3; .*--changed"):
+        _claim(other, tmp_path, changed=False)
+    assert schema.load(tmp_path / JOB) == load()
+    _claim(other, tmp_path, changed=True)
+    assert schema.load(tmp_path / JOB) == other
+
+
+def test_what_decides_nothing_may_change_without_a_word(load: Callable[..., Job], tmp_path: Path) -> None:
+    _claim(load(), tmp_path, changed=False)
+    other = load("workers=[1, 4]", "recovery.restarts=9", "trackers=[]", "data.tolerance=0.5")
+    _claim(other, tmp_path, changed=False)
+    assert schema.load(tmp_path / JOB) == other
+
+
+def test_folders_are_written_from_the_root_on_and_hub_ids_as_they_are(
+    load: Callable[..., Job], parts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(parts["tower"]).parent)
+    job = load(f"model.tower={Path(parts['tower']).name}", "model.language=some/hub-id", *NO_SETS)
+    model = _located(job).model
+    assert (model.tower, model.language) == (str(Path(parts["tower"]).resolve()), "some/hub-id")

@@ -1,0 +1,228 @@
+"""LLaVA-1.5's recipe: its numbers in the files that ship, and each of these files run in small, from end to end.
+
+A twin is the file itself with tiny parts, tiny sets, smaller batches and two steps a stage; ZeRO, precision, template,
+fit, grouping and what trains are the file's own.
+"""
+
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jobs import schema
+from jobs.run import steps
+from pipelines import shards
+from pipelines.order import Order
+from redux.cmai import CMAI
+from redux.vmtc import VMTC
+
+FOLDER = Path(__file__).parents[2] / "jobs"
+FILES = sorted(FOLDER.glob("llava-1.5-*.yaml"))
+SAMPLES = {"llava-pretrain": 558_128, "mix665k": 665_298}
+"""Records of LLaVA's two files."""
+
+BATCH = {"global_batch": 8, "micro_batch": 2, "epochs": "null", "steps": 2}
+
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+def lora(path: Path) -> list[str]:
+    """The overrides that the file's header gives for adapters."""
+    lines = re.findall(r"^# +(.*)$", path.read_text().partition("\n\n")[0], re.MULTILINE)
+    [command] = re.findall(r"redux run (?:.|\n)*?[^\\]$", "\n".join(lines), re.MULTILINE)
+    verb, said, file, *overrides = shlex.split(command.replace("\\\n", " "))
+    assert (verb, said, file) == ("redux", "run", f"jobs/{path.name}")
+    return overrides
+
+
+@each_file
+def test_the_numbers_are_those_of_llavas_scripts(path: Path) -> None:
+    """scripts/v1_5/pretrain.sh and finetune.sh of haotian-liu/LLaVA, c121f043."""
+    job = schema.load(path)
+    first, second = job.train.values()
+    size = re.search(r"\d+b", path.stem)
+    assert size
+    assert job.model.tower == "openai/clip-vit-large-patch14-336"
+    assert job.model.language == f"lmsys/vicuna-{size[0]}-v1.5"
+    assert job.workers == 8
+    assert (first.template, first.fit, first.groups, first.learning_rate) == (
+        "plain",
+        "crop",
+        None,
+        {"projector": 1e-3},
+    )
+    rates = {"projector": 2e-5, "language": 2e-5}
+    assert (second.template, second.fit, second.groups, second.learning_rate) == ("vicuna_v1", "pad", 1, rates)
+    assert [stage.zero for stage in (first, second)] == [2, 3]
+    assert [stage.global_batch for stage in (first, second)] == [256, 128]
+    assert [stage.micro_batch for stage in (first, second)] == [32, 16]
+    for stage in (first, second):
+        assert stage.accumulation(8) == 1
+        assert (stage.epochs, stage.warmup, stage.weight_decay, stage.beta2, stage.clip) == (1, 0.03, 0, 0.999, 1)
+        assert (stage.precision, stage.activation_checkpointing, stage.pixels) == ("bf16", True, "exact")
+        assert not stage.flip
+        assert stage.rounds is None
+    methods = (VMTC(), CMAI()) if "redux" in path.stem else (None, None)
+    assert (job.model.vmtc, job.model.cmai, job.model.reduction) == (*methods, None)
+
+
+@each_file
+def test_an_epoch_has_the_steps_that_llava_reports(path: Path) -> None:
+    counted = {}
+    for name, stage in schema.load(path).train.items():
+        [source] = stage.mixture
+        order = Order(samples=(SAMPLES[source],), global_batch=stage.global_batch, seed=0)
+        counted[name] = order.batches(stage.epochs or 0)
+    assert counted == {"pretrain": 2181, "instruct": 5198}
+
+
+@each_file
+def test_the_adapters_in_the_header_are_those_of_llavas_script(path: Path) -> None:
+    job = schema.load(path, lora(path))
+    stage = job.train["instruct"]
+    assert stage.lora
+    assert (stage.lora.rank, stage.lora.alpha, stage.lora.dropout) == (128, 256, 0.05)
+    assert stage.learning_rate == {"projector": 2e-5, "language": 2e-4}
+    assert job.name == f"{path.stem}-lora"
+
+
+@pytest.fixture(scope="module")
+def sets(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of captions, and of conversations; from number 12 on these are text alone."""
+    folder = tmp_path_factory.mktemp("sets")
+    for number in range(24):
+        colour = np.random.default_rng(number).integers(0, 256, (20, 28, 3), np.uint8)
+        Image.fromarray(colour).save(folder / f"{number}.png")
+    seen = [record(number, f"{number}.png", "Is there a red shape?") for number in range(24)]
+    told = [record(number, None, "Is the user polite?") for number in range(24, 48)]
+    for name, records in {"llava-pretrain": seen, "mix665k": seen[:12] + told}.items():
+        shards.make(records, str(folder), str(folder / name), shards.Making(samples_per_shard=10))
+    return {name: str(folder / name) for name in SAMPLES}
+
+
+def record(number: int, image: str | None, question: str) -> dict[str, Any]:
+    turns = [("human", f"<image>\n{question}" if image else question), ("gpt", "yes, it is." if number % 2 else "no")]
+    shown = {"image": image} if image else {}
+    return {"id": number, **shown, "conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+def small(path: Path, parts: dict[str, str], sets: dict[str, str]) -> list[str]:
+    """Overrides that make the twin of a file."""
+    return [
+        "workers=2",
+        f"data.sets={json.dumps(sets)}",
+        *(f"model.{part}={folder}" for part, folder in parts.items()),
+        *(f"train.{stage}.{key}={value}" for stage in ("pretrain", "instruct") for key, value in BATCH.items()),
+    ]
+
+
+@each_file
+def test_a_twin_is_assembled_as_the_file_says(
+    path: Path, parts: dict[str, str], sets: dict[str, str], tmp_path: Path
+) -> None:
+    from redux.model import ReduxForConditionalGeneration
+
+    job = schema.load(path, small(path, parts, sets))
+    steps(job, tmp_path)["assemble"]()
+    model = ReduxForConditionalGeneration.from_pretrained(tmp_path / "assembled", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert model.config.image_seq_length == (8 if "redux" in path.stem else 16)
+    assert (model.config.settings("vmtc"), model.config.settings("cmai")) == (job.model.vmtc, job.model.cmai)
+
+
+def run(path: Path, overrides: list[str], into: Path, address: str) -> Path:
+    """`redux run` in a process of its own, to its end; the run folder."""
+    name = schema.load(path, overrides).name
+    words = [sys.executable, "-m", "jobs.command", "run", str(path), *overrides, "--into", str(into)]
+    done = subprocess.run(words, env={**os.environ, "RAY_ADDRESS": address}, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return into / name
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """Of a model by part, in float32."""
+    from redux.model import ReduxForConditionalGeneration
+
+    model = ReduxForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return {part: [weight.detach() for weight in tensors] for part, tensors in model.parts().items()}
+
+
+def same(one: list[Any], other: list[Any]) -> bool:
+    return all(map(torch.equal, one, other))
+
+
+@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
+def twin(
+    request: pytest.FixtureRequest,
+    parts: dict[str, str],
+    sets: dict[str, str],
+    ray_cluster: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The run folder of each file's twin."""
+    path, address = request.param, ray_cluster.get_runtime_context().gcs_address
+    return run(path, small(path, parts, sets), tmp_path_factory.mktemp("twin"), address)
+
+
+def test_a_twin_runs_to_its_end(twin: Path) -> None:
+    lines = [json.loads(line) for line in (twin / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        (stage, step) for stage in ("pretrain", "instruct") for step in (1, 2)
+    ]
+    assert all(math.isfinite(line["loss"]) and line["samples"] == 8 and not line["replaced"] for line in lines)
+    assert (twin / "report.html").stat().st_size > 10_000
+    assert not (twin / "answers.jsonl").exists()
+    assert "wall_s.instruct" in json.loads((twin / "metrics.json").read_text())
+
+
+def test_a_twin_learns_from_text_alone_too(twin: Path) -> None:
+    """Its first batch is, whole, since batches are of one modality; so the tower sees no image on any worker."""
+    lines = [json.loads(line) for line in (twin / "consumed.jsonl").read_text().splitlines()]
+    batches = [line["samples"]["mix665k"] for line in lines if line["stage"] == "instruct"]
+    assert [{number >= 12 for number in batch} for batch in batches] == [{True}, {False}]
+
+
+def test_each_stage_of_a_twin_trains_what_it_names(twin: Path) -> None:
+    before = weights(twin / "assembled")
+    first, second = (weights(twin / "checkpoints" / stage / "model") for stage in ("pretrain", "instruct"))
+    assert same(first["tower"], before["tower"])
+    assert same(second["tower"], before["tower"])
+    assert same(first["language"], before["language"])
+    assert not same(first["projector"], before["projector"])
+    assert not same(second["language"], first["language"])
+
+
+def test_what_a_twin_made_answers(twin: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from redux.answer import answer
+    from redux.conversation import TEMPLATES
+    from redux.model import ReduxForConditionalGeneration
+
+    folder = twin / "checkpoints" / "instruct" / "model"
+    model = ReduxForConditionalGeneration.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    assert len(answer(model, tokenizer, TEMPLATES["vicuna_v1"], ["Is there a red shape?"], images, 3)) == 1
+
+
+def test_a_twin_with_adapters_leaves_a_plain_model(
+    parts: dict[str, str], sets: dict[str, str], ray_cluster: Any, tmp_path: Path
+) -> None:
+    """As the header says, at a smaller rank: the language model has learned, and no adapter is left in it."""
+    path = FOLDER / "llava-1.5-7b-redux.yaml"
+    overrides = [*small(path, parts, sets), *lora(path), "train.instruct.lora.rank=4"]
+    folder = run(path, overrides, tmp_path, ray_cluster.get_runtime_context().gcs_address)
+    first, second = (weights(folder / "checkpoints" / stage / "model") for stage in ("pretrain", "instruct"))
+    assert [weight.shape for weight in second["language"]] == [weight.shape for weight in first["language"]]
+    assert not same(second["language"], first["language"])
