@@ -14,17 +14,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import yaml
 
 from jobs import schema
 from jobs.schema import Job
-from pipelines import cluster, easy_vqa, evaluate, lora, report, shards, storage, trackers, train
+from pipelines import checkpoint, cluster, easy_vqa, evaluate, lora, report, shards, storage, trackers, train
 from pipelines import records as check
 from pipelines.stage import Plan
 from redux import pretrained
@@ -102,6 +102,8 @@ def steps(job: Job, folder: Path, changed: bool = False) -> dict[str, Callable[[
             image_tokens=image_tokens,
             recovery=job.recovery,
             job=schema.dump(job),
+            title=job.name,
+            trackers=tuple(job.trackers),
             changed=changed,
         )
         result[name] = functools.partial(train.fit, plan)
@@ -175,7 +177,7 @@ def _claim(job: Job, folder: Path, changed: bool) -> None:
     path, resolved = folder / JOB, schema.dump(job)
     if path.exists():
         before, now = (yaml.safe_load(text) for text in (path.read_text(), resolved))
-        for key, old, new in _differences(before, now):
+        for key, old, new in checkpoint.differences(before, now):
             if not changed and key.partition(".")[0] not in FREE and key not in FREE:
                 raise ValueError(
                     f"{path}: this run was started with {key} = {old!r}, not {new!r}; "
@@ -189,14 +191,6 @@ def _claim(job: Job, folder: Path, changed: bool) -> None:
             _put(path, resolved)
         except OSError as error:
             raise ValueError(f"{folder}: no run folder can be made here: {error.strerror}") from None
-
-
-def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before | now:
-            yield from _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
-    elif before != now:
-        yield path, before, now
 
 
 def _finished(folder: Path) -> list[str]:

@@ -69,14 +69,15 @@ def trainee(plan: Plan) -> tuple[Trainee, dict[str, list[torch.nn.Parameter]]]:
     tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer)
     before = load(plan.start) if plan.start else None
     if plan.stage.objective == "contrastive":
-        assert plan.model
+        assert plan.model is not None
+        assert isinstance(plan.model.tower, model.Tower)
         clip = before if isinstance(before, CLIPModel) else contrastive.build(plan.model.tower, tokenizer)
         module: Trainee = Pairs(clip)
         return module, {"tower": list(module.parameters())}
     if isinstance(before, ReduxForConditionalGeneration):
         llava = before
     else:
-        assert plan.model
+        assert plan.model is not None
         llava = model.build(plan.model, tokenizer)
     if isinstance(before, CLIPModel):
         llava.model.vision_tower.load_state_dict(before.vision_model.state_dict())

@@ -31,14 +31,14 @@ SHOWN = ("loss", "learning_rate", "grad_norm", "samples", "replaced", "skipped",
 class Settings:
     """What a record is of.
 
-    run: the run folder, on this machine.  job: the whole job, shown by trackers.
+    run: the run folder, on this machine.  title: the job's name.  job: all of it, which trackers show.
     restarts: of the workers in a row without a step further than before.
     max_replaced: samples of the stage.  max_skipped: steps of the stage.
     """
 
     run: Path
     stage: str
-    name: str
+    title: str
     job: Mapping[str, Any]
     trackers: Sequence[str]
     restarts: int
@@ -105,7 +105,7 @@ class Recorder:
         self._note("step", step=step, **{name: values[name] for name in ("data_s", "compute_s", "stall_s")})
         shown = {name: value for name in SHOWN if (value := finite[name]) is not None}
         goodput = self.ledger.account.goodput
-        self.pool.submit(lambda: self.trackers and self.trackers.write(step, shown | {"goodput": goodput}))
+        self.pool.submit(self._show, step, shown | {"goodput": goodput})
         if step > self.furthest:
             self.furthest, self.starts = step, 1
         self.news.step, self.news.loss = step, finite["loss"]
@@ -158,7 +158,7 @@ class Recorder:
 
     def _note(self, event: str, **values: Any) -> None:
         self.ledger.add(ledger.note(self.settings.run, event, self.settings.stage, **values))
-        tags = {"run": self.settings.name, "stage": self.settings.stage}
+        tags = {"run": self.settings.title, "stage": self.settings.stage}
         for name, value in ledger.gauges(self.ledger.account).items():
             self.gauges[name].set(value, tags)
 
@@ -167,12 +167,17 @@ class Recorder:
 
     def _track(self, cursor: int) -> None:
         of = self.settings
-        self.trackers = Trackers(of.trackers, of.run, of.name, of.stage, cursor, of.job)
+        self.trackers = Trackers(of.trackers, of.run, of.title, of.stage, cursor, of.job)
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
+        if self.trackers:
+            self.trackers.write(step, values)
 
     def _close(self) -> None:
         if self.metrics:
             self.metrics.close()
-        self.pool.submit(lambda: self.trackers and self.trackers.close()).result()
+        if self.trackers:
+            self.pool.submit(self.trackers.close).result()
         self.metrics = self.trackers = None
 
 

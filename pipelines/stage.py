@@ -167,7 +167,8 @@ class Plan:
     start: the model to begin with, that of the stage before or a pretrained one; None builds `model` from nothing.
     image_size, image_tokens: pixels of a side, and tokens that reach the language model.
     tolerance: share of the stage's samples that may be replaced before it stops.
-    job: the whole job file as resolved; it goes into each checkpoint.
+    job: the whole job file as resolved; it goes into each checkpoint.  title: the job's name.
+    trackers: where its numbers are shown.
     changed: go on from a checkpoint of other data or another model.
     """
 
@@ -186,6 +187,8 @@ class Plan:
     image_tokens: int
     recovery: Recovery = Recovery()
     job: str = ""
+    title: str = ""
+    trackers: tuple[str, ...] = ("tensorboard",)
     changed: bool = False
 
     @property

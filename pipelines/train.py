@@ -23,6 +23,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+import yaml
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
@@ -47,7 +48,7 @@ class NotFiniteError(Exception):
         self.step = step
 
 
-def fit(plan: Plan, settings: recorder.Settings, more: Sequence[HookMaker] = ()) -> None:
+def fit(plan: Plan, more: Sequence[HookMaker] = ()) -> None:
     """Train the stage to its end, from its newest checkpoint if there is one; with a model it is at its end.
 
     more: hooks after each step, besides the stage's own.
@@ -67,7 +68,18 @@ def fit(plan: Plan, settings: recorder.Settings, more: Sequence[HookMaker] = ())
     )
     # half a CPU each: what reads and decodes needs one, too
     cluster.require(fewest / 2 + 1, f"train.{plan.name} with workers = {fewest}")
-    actor = recorder.start(settings)
+    actor = recorder.start(
+        recorder.Settings(
+            run=plan.run,
+            stage=plan.name,
+            title=plan.title,
+            job=yaml.safe_load(plan.job) or {},
+            trackers=plan.trackers,
+            restarts=plan.recovery.restarts,
+            max_replaced=plan.tolerance * steps * plan.stage.global_batch,
+            max_skipped=plan.stage.max_nonfinite,
+        )
+    )
     try:
         _train(plan, reader, steps, actor, more)
         export.model(plan, steps)
@@ -297,7 +309,7 @@ def _batches(trained: Any, reader: ingest.Reader, done: int, stop: int) -> Itera
     splits: list[Any] = [None] * workers
     if rank == 0:
         splits = list(ingest.streams(reader, done * workers, stop * workers, workers))
-    own = [None]
+    own: list[Any] = [None]
     dist.scatter_object_list(own, splits, src=0)
     blocks = own[0].iter_batches(batch_size=None, prefetch_batches=2)
     for turn, batch in enumerate(ingest.micro_batches(blocks), start=done):

@@ -5,7 +5,7 @@ two steps apart.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,13 @@ import pytest
 from ray.util.placement_group import placement_group_table
 from safetensors.torch import load_file
 
-from pipelines import checkpoint, ledger, recorder, storage, train
+from pipelines import checkpoint, ledger, storage, train
 from pipelines.stage import Plan
 from tests.pipelines.faults import Fault
 from tests.pipelines.small import STAGE, STEPS
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 NewPlan = Callable[..., Plan]
-
-
-def fit(plan: Plan, faults: Sequence[Fault] = ()) -> None:
-    settings = recorder.Settings(
-        run=plan.run,
-        stage=plan.name,
-        name="test",
-        job={},
-        trackers=["tensorboard"],
-        restarts=plan.recovery.restarts,
-        max_replaced=0,
-        max_skipped=plan.stage.max_nonfinite,
-    )
-    train.fit(plan, settings, faults)
 
 
 def lines(plan: Plan, file: str) -> list[dict[str, Any]]:
@@ -52,7 +38,7 @@ def account(plan: Plan) -> ledger.Account:
 @pytest.fixture(scope="module")
 def undisturbed(new_plan: NewPlan) -> Plan:
     plan = new_plan()
-    fit(plan)
+    train.fit(plan)
     return plan
 
 
@@ -100,7 +86,7 @@ def test_a_run_through_one_fault_after_the_other_ends_the_same(
     """An exception, os._exit and SIGKILL, on one rank or the other, each past a checkpoint."""
     plan = new_plan()
     kinds = [("raise", 3, 1), ("exit", 5, 0), ("SIGKILL", 7, 1)]
-    fit(plan, [Fault(kind, step, rank, tmp_path) for kind, step, rank in kinds])
+    train.fit(plan, [Fault(kind, step, rank, tmp_path) for kind, step, rank in kinds])
     assert len(list(tmp_path.iterdir())) == 3
     assert_same_end(plan, undisturbed)
     spent = account(plan)
