@@ -58,6 +58,13 @@ def _cost(arguments: argparse.Namespace) -> None:
     print(cost.table(arguments.presets, arguments.model, arguments.text))
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from jobs import export
+
+    url = export.write(arguments.run, arguments.stage, arguments.step, arguments.out)
+    print(f"{arguments.out}: the model of {url}")
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -110,6 +117,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(verb=_run)
     _add_shards(verbs)
+    export = verbs.add_parser(
+        "export",
+        help="write a checkpoint of a run as a model that from_pretrained opens",
+        description="Write the model as it was after a step that was checkpointed, with its tokenizer, to a folder or "
+        "URL. Its weights are those of the checkpoint, checked, where the stage trained them, and those that the stage "
+        "began with elsewhere; LoRA's adapters are merged.",
+        epilog="example: redux export runs/quickstart --stage pretrain --out pretrained",
+    )
+    export.add_argument("run", metavar="RUN", type=Path, help="the folder of a run")
+    export.add_argument("--stage", metavar="NAME", help="default: the last one")
+    export.add_argument("--step", metavar="N", type=_count, help="default: the newest one")
+    export.add_argument("--out", metavar="URI", required=True, help="a folder that is empty or not there")
+    export.set_defaults(verb=_export)
     cost = verbs.add_parser(
         "cost",
         help="show what the paper's configurations leave of an image, and what they cost",

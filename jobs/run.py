@@ -24,7 +24,7 @@ import yaml
 
 from jobs import schema
 from jobs.schema import Job
-from pipelines import checkpoint, cluster, easy_vqa, evaluate, lora, report, shards, storage, trackers, train
+from pipelines import checkpoint, cluster, easy_vqa, evaluate, ledger, lora, report, shards, storage, trackers, train
 from pipelines import records as check
 from pipelines.stage import Plan
 from redux import pretrained
@@ -36,6 +36,7 @@ T = TypeVar("T")
 JOB = "job.yaml"
 PROGRESS = "progress.jsonl"
 SCORES = "scores.json"
+TOKENIZER = "tokenizer"
 ASSEMBLED = "assembled"
 
 FREE = ("data.tolerance", "workers", "recovery", "trackers")
@@ -76,17 +77,42 @@ def steps(job: Job, folder: Path, changed: bool = False) -> dict[str, Callable[[
 
     ValueError where the model's pretrained parts cannot be read or do not go together.
     """
-    sets, tokenizer, result = locations(job, folder), folder / "tokenizer", {}
-    image_size, image_tokens = _image(job.model, folder)
-    start: str | None = None
+    sets, result = locations(job, folder), {}
+    stages = plans(job, folder, changed)
     if job.data.source or not job.model.pretrained:
-        result["shards"] = lambda: _shards(job, sets, tokenizer)
+        result["shards"] = lambda: _shards(job, sets, folder / TOKENIZER)
     if job.model.pretrained:
-        tokenizer = folder / ASSEMBLED
-        start = str(tokenizer)
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
+    result |= {name: functools.partial(train.fit, plan) for name, plan in stages.items()}
+    name, plan = list(stages.items())[-1]
+    model, last, settings = plan.result, plan.stage, job.evaluate
+    if settings is None:
+        result["report"] = lambda: _report(folder, [])
+        return result
+    test = sets["test"]
+
+    def answer() -> None:
+        clock = time.monotonic()
+        _write(folder / SCORES, evaluate.evaluate(model, test, folder, settings, last.template, last.fit))
+        ledger.note(folder, "evaluate", name, wall_s=time.monotonic() - clock)
+
+    def describe() -> None:
+        _report(folder, evaluate.examples(model, test, folder / evaluate.FILE, job.report.examples, last.fit))
+
+    return {**result, "evaluate": answer, "report": describe}
+
+
+def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
+    """What the workers of each stage are told, by name and in order; each begins with the model of the one before.
+
+    ValueError where the model's pretrained parts cannot be read or do not go together.
+    """
+    sets, result = locations(job, folder), dict[str, Plan]()
+    image_size, image_tokens = _image(job.model, folder)
+    tokenizer = folder / (ASSEMBLED if job.model.pretrained else TOKENIZER)
+    start = str(tokenizer) if job.model.pretrained else None
     for name, stage in job.train.items():
-        plan = Plan(
+        result[name] = Plan(
             name=name,
             stage=stage,
             model=None if job.model.pretrained else job.model,
@@ -106,22 +132,8 @@ def steps(job: Job, folder: Path, changed: bool = False) -> dict[str, Callable[[
             trackers=tuple(job.trackers),
             changed=changed,
         )
-        result[name] = functools.partial(train.fit, plan)
-        start, last = plan.result, stage
-    assert start is not None  # the schema asks for a stage
-    model, settings = start, job.evaluate
-    if settings is None:
-        result["report"] = lambda: _report(folder, [])
-        return result
-    test = sets["test"]
-
-    def answer() -> None:
-        _write(folder / SCORES, evaluate.evaluate(model, test, folder, settings, last.template, last.fit))
-
-    def describe() -> None:
-        _report(folder, evaluate.examples(model, test, folder / evaluate.FILE, job.report.examples, last.fit))
-
-    return {**result, "evaluate": answer, "report": describe}
+        start = result[name].result
+    return result
 
 
 def locations(job: Job, folder: Path) -> dict[str, str]:

@@ -3,7 +3,9 @@
     ledger.jsonl   {"at": unix seconds, "event", "stage", ...}, one line an event:
 
     launch      the driver begins a stage or goes on with it
-    start       {"workers", "cursor"}: a group of workers begins, after global batch `cursor`
+    fault       {}: Ray has found that workers failed
+    start       {"workers", "cursor", "restore_s"}: a group of workers begins, after global batch `cursor`; it took so
+                long to have an engine with the checkpoint in it
     step        {"step", "data_s", "compute_s", "stall_s"}: global batch `step` is done; since the event before, the
                 workers waited for data, computed, and stood still for a checkpoint that long
     evaluate    {"wall_s"}: an evaluation that took that long is done

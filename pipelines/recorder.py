@@ -67,14 +67,19 @@ class Recorder:
         self.ledger = ledger.read(settings.run)
         self.gauges = {name: Gauge(name, tag_keys=("run", "stage")) for name in ledger.gauges(self.ledger.account)}
         self.furthest = self.starts = 0
+        self.cause = "no worker said why"
         self.news = News(0, None, [], "")
         self.stopping = False
         self._note("launch")
 
-    def begin(self, workers: int, cursor: int, said: Sequence[str]) -> bool:
-        """A group of workers goes on after global batch `cursor`; False if they must not: the driver will say why."""
+    def begin(self, workers: int, cursor: int, restore_s: float, said: Sequence[str]) -> bool:
+        """A group of workers goes on after global batch `cursor`; False if they must not: the driver will say why.
+
+        restore_s: since they entered the train function.
+        """
         self.news.said += said
         self.starts += 1
+        self.furthest = max(self.furthest, cursor)
         if self.news.failed or self.stopping:
             return False
         if self.starts > 1:
@@ -82,7 +87,7 @@ class Recorder:
         if self.starts > self.settings.restarts + 1:
             self.fail(
                 f"train.{self.settings.stage}: {self.starts - 1} starts in a row came no further than step "
-                f"{self.furthest}, allowed: {self.settings.restarts}, recovery.restarts; at last: {self._last_words()}"
+                f"{self.furthest}, allowed: {self.settings.restarts}, recovery.restarts; at last: {self.cause}"
             )
             return False
         self._close()
@@ -90,7 +95,7 @@ class Recorder:
         self.metrics = Metrics(settings.run, settings.stage, cursor)
         self.pool.submit(self._track, cursor)
         self.news.step = cursor
-        self._note("start", workers=workers, cursor=cursor)
+        self._note("start", workers=workers, cursor=cursor, restore_s=restore_s)
         return True
 
     def write(self, step: int, values: dict[str, float], used: Used) -> bool:
@@ -112,6 +117,13 @@ class Recorder:
         if not self.news.failed:
             self.news.failed = self._fault(step, used)
         return self.stopping or bool(self.news.failed)
+
+    def fault(self, told: Mapping[int, str]) -> None:
+        """Ray found that workers failed, and why, by rank; it will start all of them again."""
+        self._note("fault")
+        causes = [f"rank {rank}: {why}" for rank, why in sorted(told.items())]
+        self.news.said += causes
+        self.cause = causes[0]
 
     def sync(self) -> None:
         """Steps written so far are on disk; a checkpoint may now say that they were done."""
@@ -161,9 +173,6 @@ class Recorder:
         tags = {"run": self.settings.title, "stage": self.settings.stage}
         for name, value in ledger.gauges(self.ledger.account).items():
             self.gauges[name].set(value, tags)
-
-    def _last_words(self) -> str:
-        return next((one for one in reversed(self.news.said) if one.startswith("rank ")), "no worker said why")
 
     def _track(self, cursor: int) -> None:
         of = self.settings

@@ -41,6 +41,7 @@ class Stage:
         LLaVA, with next-token prediction.
     data: the set of shards, or a mixture: names of sets with their shares of each global batch.
     template: of the conversations (objective "language").
+    length: tokens after which a sample is cut off, as LLaVA does; null replaces one that exceeds the model's positions.
     epochs: of all sets together, whatever their shares; or steps: global batches.
     shuffle: "global" takes samples from anywhere; "window" mixes them within `window` shards at a time, which keeps
         reads near each other; "none" leaves them as they are stored.
@@ -70,6 +71,7 @@ class Stage:
     objective: Literal["contrastive", "language"]
     data: str | Annotated[dict[str, Annotated[float, Gt(0)]], MinLen(1)]
     template: Literal["plain", "vicuna_v1", "vicuna_bare"] = "vicuna_v1"
+    length: Annotated[int, Ge(1)] | None = None
     epochs: Annotated[float, Gt(0)] | None = None
     steps: Annotated[int, Ge(1)] | None = None
     shuffle: Shuffle = "global"
@@ -237,7 +239,7 @@ class Plan:
             size=stage.micro_batch,
             image_size=self.image_size,
             tokenizer=self.tokenizer,
-            encode=ingest.conversation(stage.template, self.image_tokens) if language else ingest.caption,
+            encode=ingest.conversation(stage.template, self.image_tokens, stage.length) if language else ingest.caption,
             fit=stage.fit,
             way=stage.pixels,
             flip=stage.flip,

@@ -108,6 +108,7 @@ def _train(plan: Plan, reader: ingest.Reader, steps: int, actor: Any, more: Sequ
                 name=plan.name,
                 storage_path=scratch,
                 failure_config=ray.train.FailureConfig(max_failures=RESTARTS),
+                callbacks=[Faults(actor)],
             ),
         )
         # in a thread of its own: fit() in the main thread takes Ctrl-C for itself and exits with 0
@@ -141,20 +142,32 @@ def _follow(actor: Any, future: Future[Any], bar: tqdm) -> None:
     future.result()
 
 
+class Faults(ray.train.UserCallback):
+    """Tells the recorder why workers will be started again."""
+
+    def __init__(self, recorder: Any) -> None:
+        self.recorder = recorder
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train's controller."""
+        told = {}
+        for rank, error in worker_exceptions.items():
+            cause = getattr(error, "_base_exc", error)  # Ray's wrapper around what the worker raised
+            told[rank] = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        ray.get(self.recorder.fault.remote(told))
+
+
 def train_worker(config: dict[str, Any]) -> None:
-    """One rank, from the newest checkpoint to the end; what goes wrong is told to the recorder."""
-    actor, rank = config["recorder"], ray.train.get_context().get_world_rank()
+    """One rank, from the newest checkpoint to the end; a mistake of the user's is told to the recorder."""
     try:
         _work(**config)
     except ValueError as error:
-        ray.get(actor.fail.remote(str(error)))
-        raise
-    except Exception as error:
-        ray.get(actor.say.remote(f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"))
+        ray.get(config["recorder"].fail.remote(str(error)))
         raise
 
 
 def _work(plan: Plan, reader: ingest.Reader, steps: int, recorder: Any, more: Sequence[HookMaker]) -> None:
+    entered = time.monotonic()
     if not _join(plan):
         return
     dog = hooks.Watchdog(plan.recovery.watchdog_s, plan.run / "stacks" / plan.name, dist.get_rank())
@@ -162,7 +175,7 @@ def _work(plan: Plan, reader: ingest.Reader, steps: int, recorder: Any, more: Se
     identity = engine.identity(trained)
     again: set[int] = set()
     while True:
-        cursor = _restore(trained, plan, identity, recorder, again)
+        cursor = _restore(trained, plan, identity, recorder, again, entered)
         if cursor is None or cursor == steps:
             break
         first = dist.get_rank() == 0
@@ -209,7 +222,9 @@ def _join(plan: Plan) -> bool:
     return True
 
 
-def _restore(trained: Any, plan: Plan, identity: dict[str, Any], recorder: Any, again: set[int]) -> int | None:
+def _restore(
+    trained: Any, plan: Plan, identity: dict[str, Any], recorder: Any, again: set[int], entered: float
+) -> int | None:
     """Load the newest whole checkpoint; returns its cursor, or None if the workers must not go on."""
 
     def check(url: str, manifest: checkpoint.Manifest) -> None:
@@ -226,7 +241,8 @@ def _restore(trained: Any, plan: Plan, identity: dict[str, Any], recorder: Any, 
     if dist.get_rank() == 0:
         checkpoint.clear(plan.folder)
         said = [f"{plan.name}: passed over {why}" for why in passed]
-        allowed = [ray.get(recorder.begin.remote(dist.get_world_size(), cursor, said))]
+        restore_s = time.monotonic() - entered
+        allowed = [ray.get(recorder.begin.remote(dist.get_world_size(), cursor, restore_s, said))]
     dist.broadcast_object_list(allowed, src=0)
     return cursor if allowed[0] else None
 

@@ -65,6 +65,7 @@ def test_the_numbers_are_those_of_llavas_scripts(path: Path) -> None:
     assert (second.template, second.fit, second.groups, second.learning_rate) == ("vicuna_v1", "pad", 1, rates)
     assert [stage.zero for stage in (first, second)] == [2, 3]
     assert [stage.global_batch for stage in (first, second)] == [256, 128]
+    assert [stage.length for stage in (first, second)] == [2048, 2048]
     assert [stage.micro_batch for stage in (first, second)] == [32, 16]
     for stage in (first, second):
         assert stage.accumulation(8) == 1
@@ -161,7 +162,8 @@ def same(one: list[Any], other: list[Any]) -> bool:
     return all(map(torch.equal, one, other))
 
 
-@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
+# in small, those of 13b differ from those of 7b in their name alone
+@pytest.fixture(scope="module", params=[path for path in FILES if "7b" in path.stem], ids=lambda path: path.stem)
 def twin(
     request: pytest.FixtureRequest,
     parts: dict[str, str],

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipelines import shards
+from pipelines import ledger, metrics, shards
 
 JOB = """
 name: tiny
@@ -40,15 +40,18 @@ train:
     objective: language
     data: {conversations: 3, talk: 1}
     template: vicuna_bare
-    steps: 5
+    steps: 60
     global_batch: 16
     micro_batch: 4
     learning_rate: {projector: 1e-3, language: 1e-3}
-    checkpoint_every: 2
+    checkpoint_every: 7
     rounds: 3
 evaluate: {images: 100, max_new_tokens: 2}
 report: {examples: 2}
 """
+
+
+ALONE = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,7 @@ def test_a_run_leaves_everything_in_its_folder(finished: tuple[Path, str]) -> No
     run, printed = finished
     assert [(stage, step) for stage, step, _ in losses(run)] == [
         *(("tower", step) for step in (1, 2)),
-        *(("instruct", step) for step in (1, 2, 3, 4, 5)),
+        *(("instruct", step) for step in range(1, 61)),
     ]
     scores = json.loads((run / "metrics.json").read_text())
     assert scores["easy_vqa.questions"] == 9673
@@ -109,10 +112,10 @@ def test_a_run_leaves_everything_in_its_folder(finished: tuple[Path, str]) -> No
 
 
 def test_a_run_is_proven_to_have_used_each_sample_once(finished: tuple[Path, str], job: Path) -> None:
-    """Batches of 16 with 4 of a set of 10: two epochs of it in five steps."""
+    """Batches of 16 with 4 of a set of 10: two epochs of it in five steps, and 60 are done."""
     run, _ = finished
     assert verify(job.parent / "talk", run).stdout == (
-        "instruct: 5 steps used 20 samples of talk: each of its 10 once in each of 2 epochs, 0 once in the epoch "
+        "instruct: 60 steps used 240 samples of talk: each of its 10 once in each of 24 epochs, 0 once in the epoch "
         "begun; 0 replaced\n"
     )
     assert "tower: 2 steps used 16 samples of captions" in verify(run / "shards" / "captions", run).stdout
@@ -129,9 +132,9 @@ def test_a_run_that_used_a_sample_twice_is_found_out(finished: tuple[Path, str],
     (tmp_path / "consumed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = verify(job.parent / "talk", tmp_path)
     assert found.returncode == 2
-    assert f"epoch 1: 1 samples came again: {twice[0]}" in found.stdout
+    assert f"epoch 23: 1 samples came again: {twice[0]}" in found.stdout
     (tmp_path / "consumed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
-    assert "stage instruct ends with step 4, metrics.jsonl with 5" in verify(job.parent / "talk", tmp_path).stdout
+    assert "stage instruct ends with step 59, metrics.jsonl with 60" in verify(job.parent / "talk", tmp_path).stdout
 
 
 def test_a_ray_that_was_there_goes_on(finished: tuple[Path, str], ray_cluster: Any) -> None:
@@ -164,29 +167,38 @@ def test_another_job_under_the_same_name_is_refused(finished: tuple[Path, str], 
     assert "seed" in refused.stderr
 
 
-def test_an_interrupted_run_leaves_no_process_and_goes_on_to_the_same_end(
-    finished: tuple[Path, str], job: Path
-) -> None:
-    """Ctrl-C after step 3 of 5, with a checkpoint at step 2: then the same losses and answers as undisturbed."""
-    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.Popen(command(job, "cut"), env=alone, stderr=subprocess.PIPE, start_new_session=True)
+def test_a_run_that_is_killed_and_then_stopped_goes_on_to_the_same_end(finished: tuple[Path, str], job: Path) -> None:
+    """First SIGKILL of the driver, then SIGTERM, which makes a checkpoint in its grace; each leaves no process."""
+    run = job.parent / "cut" / "tiny"
+    assert stopped(job, after=10, by=signal.SIGKILL) == -signal.SIGKILL
+    assert stopped(job, after=30, by=signal.SIGTERM) == 130
+    before = ledger.read(run).account
+    assert 0 < before.lost_steps <= 2 * 7 - 1, "one interval, and what was done while one was being written"
+    last = metrics.steps(run, "instruct")
+    assert (run / "checkpoints" / "instruct" / f"step-{last:06d}" / "manifest.json").exists()
+
+    subprocess.run(command(job, "cut"), env=ALONE, check=True, capture_output=True)
+    undisturbed, _ = finished
+    assert ledger.read(run).account.lost_steps == before.lost_steps, "the checkpoint in the grace lost nothing"
+    assert losses(run) == losses(undisturbed)
+    assert (run / "answers.jsonl").read_text() == (undisturbed / "answers.jsonl").read_text()
+    assert (run / "consumed.jsonl").read_text() == (undisturbed / "consumed.jsonl").read_text()
+
+
+def stopped(job: Path, after: int, by: signal.Signals) -> int:
+    """Exit code of a run that gets a signal after a step of the last stage; when it is gone, so are its processes."""
+    process = subprocess.Popen(command(job, "cut"), env=ALONE, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stderr
     seen = b""
-    while not re.search(rb"instruct:[^\r]*\| [34]/5 ", seen):
+    while not any(int(step) >= after for step in re.findall(rb"instruct:[^\r]*\| (\d+)/60 ", seen)):
         part = os.read(process.stderr.fileno(), 4096)
         assert part, f"ended too early:\n{seen.decode()}"
         seen += part
     started = psutil.Process(process.pid).children(recursive=True)
     assert started
-    process.send_signal(signal.SIGINT)
-    process.stderr.read()
-    assert process.wait(timeout=60) == 130
-    _, alive = psutil.wait_procs(started, timeout=30)
+    process.send_signal(by)
+    code = process.wait(timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=120)  # Ray's agents notice the end of the rest after a minute
     assert not alive
-
-    run = job.parent / "cut" / "tiny"
-    subprocess.run(command(job, "cut"), env=alone, check=True, capture_output=True)
-    undisturbed, _ = finished
-    assert losses(run) == losses(undisturbed)
-    assert (run / "answers.jsonl").read_text() == (undisturbed / "answers.jsonl").read_text()
-    assert (run / "consumed.jsonl").read_text() == (undisturbed / "consumed.jsonl").read_text()
+    process.stderr.close()
+    return code

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,5 +64,7 @@ class _Happens(Hook):
                 self.handle = self.engine.module.register_forward_hook(
                     lambda module, given, output: output * float("nan")
                 )
+            case "slow":
+                self.engine.module.register_forward_pre_hook(lambda module, given: time.sleep(0.3))
             case kind:
                 raise AssertionError(kind)

@@ -94,3 +94,50 @@ def test_a_run_through_one_fault_after_the_other_ends_the_same(
     assert spent.lost_steps <= 3 * STAGE.checkpoint_every
     assert spent.lost > 0
     assert spent.restart > 0
+
+
+def test_a_batch_that_is_not_finite_is_named_and_skipped_or_done_again(
+    undisturbed: Plan, new_plan: NewPlan, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rolled back, a fault of the machine is undone; one that comes again is skipped."""
+    plan = new_plan(nonfinite="rollback")
+    train.fit(plan, [Fault("nan", 2, 0, tmp_path)])
+    assert_same_end(plan, undisturbed)
+
+    plan = new_plan(nonfinite="rollback")
+    train.fit(plan, [Fault("nan", 4, 0, tmp_path, times=2)])
+    entries = lines(plan, "metrics.jsonl")
+    assert [entry["step"] for entry in entries if entry["skipped"]] == [5]
+    assert entries[4]["loss"] is None
+    assert losses(plan)[:4] == losses(undisturbed)[:4]
+    assert all(entry["loss"] is not None for entry in entries[5:])
+    assert "loss or gradient of step 5 was not finite" in capfd.readouterr().err
+
+
+def test_too_many_batches_that_are_not_finite_end_with_one_line(new_plan: NewPlan, tmp_path: Path) -> None:
+    plan = new_plan(max_nonfinite=0)
+    with pytest.raises(ValueError, match=r"train\.small\.max_nonfinite: loss or gradient of 1 steps .* of step 3"):
+        train.fit(plan, [Fault("nan", 2, 1, tmp_path)])
+
+
+def test_a_rank_that_hangs_is_found(undisturbed: Plan, new_plan: NewPlan, tmp_path: Path) -> None:
+    """SIGSTOP also stops the rank's own watchdog; the others' find it."""
+    plan = new_plan({"recovery": Recovery(watchdog_s=45)})
+    train.fit(plan, [Fault("SIGSTOP", 3, 1, tmp_path)])
+    assert_same_end(plan, undisturbed)
+    assert "pipelines/train.py" in (plan.run / "stacks" / plan.name / "rank-0.txt").read_text()
+
+
+def test_workers_that_get_no_further_are_given_up(new_plan: NewPlan, tmp_path: Path) -> None:
+    plan = new_plan({"recovery": Recovery(restarts=1)})
+    with pytest.raises(ValueError, match=r"2 starts in a row came no further than step 3, .*made for the test"):
+        train.fit(plan, [Fault("raise", 3, 1, tmp_path, times=9)])
+
+
+def test_a_slow_rank_is_no_fault_and_named(undisturbed: Plan, new_plan: NewPlan, tmp_path: Path) -> None:
+    plan = new_plan()
+    train.fit(plan, [Fault("slow", 2, 1, tmp_path)])
+    assert_same_end(plan, undisturbed)
+    late = lines(plan, "metrics.jsonl")[2:]
+    assert all(entry["slowest"] == 1 and entry["slowest_s"] > 0.1 for entry in late)
+    assert account(plan).restarts == 0
