@@ -70,10 +70,12 @@ class Recorder:
         self.cause = "no worker said why"
         self.news = News(0, None, [], "")
         self.stopping = False
+        self.rolled_back = set[int]()
         self._note("launch")
 
-    def begin(self, workers: int, cursor: int, restore_s: float, said: Sequence[str]) -> bool:
-        """A group of workers goes on after global batch `cursor`; False if they must not: the driver will say why.
+    def begin(self, workers: int, cursor: int, restore_s: float, said: Sequence[str]) -> set[int] | None:
+        """A group of workers goes on after global batch `cursor`; returns steps that were rolled back, or None if they
+        must not go on: the driver will say why.
 
         restore_s: since they entered the train function.
         """
@@ -81,7 +83,7 @@ class Recorder:
         self.starts += 1
         self.furthest = max(self.furthest, cursor)
         if self.news.failed or self.stopping:
-            return False
+            return None
         if self.starts > 1:
             self.news.said.append(f"{self.settings.stage}: started again, {workers} workers, after step {cursor}")
         if self.starts > self.settings.restarts + 1:
@@ -89,14 +91,14 @@ class Recorder:
                 f"train.{self.settings.stage}: {self.starts - 1} starts in a row came no further than step "
                 f"{self.furthest}, allowed: {self.settings.restarts}, recovery.restarts; at last: {self.cause}"
             )
-            return False
+            return None
         self._close()
         settings = self.settings
         self.metrics = Metrics(settings.run, settings.stage, cursor)
         self.pool.submit(self._track, cursor)
         self.news.step = cursor
         self._note("start", workers=workers, cursor=cursor, restore_s=restore_s)
-        return True
+        return self.rolled_back
 
     def write(self, step: int, values: dict[str, float], used: Used) -> bool:
         """Record one step; returns whether the workers are to stop after a checkpoint: the driver wants it, or more
@@ -137,6 +139,10 @@ class Recorder:
     def fail(self, text: str) -> None:
         """A mistake of the user's: starting again would not help."""
         self.news.failed = self.news.failed or text
+
+    def roll_back(self, step: int) -> None:
+        """The step was not finite; if that happens again, it is the batch's fault and not the machine's."""
+        self.rolled_back.add(step)
 
     def stop(self) -> None:
         """Workers are to stop after a checkpoint, and not to start again."""

@@ -44,7 +44,7 @@ class NotFiniteError(Exception):
     """A step's loss or gradient was not finite; it is to be done again from the last checkpoint."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(step)
+        super().__init__(f"loss or gradient of step {step} was not finite")
         self.step = step
 
 
@@ -164,6 +164,9 @@ def train_worker(config: dict[str, Any]) -> None:
     except ValueError as error:
         ray.get(config["recorder"].fail.remote(str(error)))
         raise
+    except NotFiniteError as error:
+        ray.get(config["recorder"].roll_back.remote(error.step))
+        raise
 
 
 def _work(plan: Plan, reader: ingest.Reader, steps: int, recorder: Any, more: Sequence[HookMaker]) -> None:
@@ -173,11 +176,9 @@ def _work(plan: Plan, reader: ingest.Reader, steps: int, recorder: Any, more: Se
     dog = hooks.Watchdog(plan.recovery.watchdog_s, plan.run / "stacks" / plan.name, dist.get_rank())
     trained = engine.build(plan, dist.get_world_size())
     identity = engine.identity(trained)
-    again: set[int] = set()
-    while True:
-        cursor = _restore(trained, plan, identity, recorder, again, entered)
-        if cursor is None or cursor == steps:
-            break
+    begun = _restore(trained, plan, identity, recorder, entered)
+    if begun and begun[0] < steps:
+        cursor, again = begun
         first = dist.get_rank() == 0
         mine = [
             dog,
@@ -186,18 +187,13 @@ def _work(plan: Plan, reader: ingest.Reader, steps: int, recorder: Any, more: Se
             hooks.Checkpoints(trained, plan, recorder, plan.identity(), identity),
             *(make(trained, plan) for make in more),
         ]
-        try:
-            for step in training_steps(trained, plan, reader, cursor, steps, mine, again):
-                for hook in mine:
-                    hook(step)
-                if step.stopping:
-                    break
-            break
-        except NotFiniteError as error:
-            again.add(error.step)
-        finally:
-            for hook in mine[1:]:
-                hook.close()
+        for step in training_steps(trained, plan, reader, cursor, steps, mine, again):
+            for hook in mine:
+                hook(step)
+            if step.stopping:
+                break
+        for hook in mine[1:]:
+            hook.close()
     dog.close()
     dist.barrier()  # nobody leaves while another still needs it
 
@@ -223,9 +219,11 @@ def _join(plan: Plan) -> bool:
 
 
 def _restore(
-    trained: Any, plan: Plan, identity: dict[str, Any], recorder: Any, again: set[int], entered: float
-) -> int | None:
-    """Load the newest whole checkpoint; returns its cursor, or None if the workers must not go on."""
+    trained: Any, plan: Plan, identity: dict[str, Any], recorder: Any, entered: float
+) -> tuple[int, set[int]] | None:
+    """Load the newest whole checkpoint; returns its cursor and the steps that were rolled back once, or None if the
+    workers must not go on.
+    """
 
     def check(url: str, manifest: checkpoint.Manifest) -> None:
         checkpoint.agree(url, manifest, plan.changed, plan.identity(), identity)
@@ -235,16 +233,14 @@ def _restore(
     if manifest:
         fragments.refresh(trained, manifest.updates)
         cursor = manifest.cursor
-    elif again:
-        raise RuntimeError(f"step {max(again)} is to be done again, but there is no checkpoint before it")
-    allowed = [False]
+    begun: list[set[int] | None] = [None]
     if dist.get_rank() == 0:
         checkpoint.clear(plan.folder)
         said = [f"{plan.name}: passed over {why}" for why in passed]
         restore_s = time.monotonic() - entered
-        allowed = [ray.get(recorder.begin.remote(dist.get_world_size(), cursor, restore_s, said))]
-    dist.broadcast_object_list(allowed, src=0)
-    return cursor if allowed[0] else None
+        begun = [ray.get(recorder.begin.remote(dist.get_world_size(), cursor, restore_s, said))]
+    dist.broadcast_object_list(begun, src=0)
+    return None if begun[0] is None else (cursor, begun[0])
 
 
 def training_steps(
@@ -260,7 +256,7 @@ def training_steps(
 
     again: steps that were rolled back once; these are skipped if they are not finite.
     """
-    workers, device = trained.dp_world_size, trained.device
+    rank, workers = trained.global_rank, trained.dp_world_size
     accumulation = plan.stage.accumulation(workers)
     batches = _batches(trained, reader, cursor * accumulation, steps * accumulation)
     schedule = Schedule(steps, plan.stage.warmup)
@@ -271,49 +267,57 @@ def training_steps(
         clock = time.perf_counter()
         mine = [next(batches) for _ in range(accumulation)]
         data_s = (started := time.perf_counter()) - clock
-        loss = forward_s = 0.0
-        for batch, weight in zip(mine, _weights(mine, plan, workers, device), strict=True):
-            torch.manual_seed((plan.seed << 32) + int(batch["number"]))
-            before = time.perf_counter()
-            output = trained(**_tensors(batch, trained), weight=weight)
-            forward_s += time.perf_counter() - before
-            trained.backward(output * (accumulation * workers))  # DeepSpeed takes the mean over both
-            loss += output.item()
-            if batch is mine[-1]:
-                applied, norm = engine.update(trained)
-            else:
-                trained.step()
-        used = consumed.gather(mine, list(plan.stage.mixture), device)
+        loss, forward_s, applied, norm = _learn(trained, plan, mine)
+        used = consumed.gather(mine, list(plan.stage.mixture), trained.device)
         votes = {name: value for hook in hooks for name, value in hook.vote().items()}
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in mine)
-        samples = sum(len(batch["input_ids"]) for batch in mine)
-        busy = [0.0] * workers
-        busy[trained.global_rank] = data_s + forward_s
-        compute_s = time.perf_counter() - started
-        own = [loss, samples, tokens, data_s, compute_s, stall_s, *busy, *(votes.get(name, 0.0) for name in names)]
-        sums = torch.tensor(own, dtype=torch.float64, device=device)
+        own = {
+            "loss": loss,
+            "samples": sum(len(batch["input_ids"]) for batch in mine),
+            "tokens": sum(int(batch["attention_mask"].sum()) for batch in mine),
+            "data_s": data_s / workers,
+            "compute_s": (time.perf_counter() - started) / workers,
+            "stall_s": stall_s / workers,
+            **{name: votes.get(name, 0.0) for name in names},
+            **{f"rank {each}": data_s + forward_s if each == rank else 0.0 for each in range(workers)},
+        }
+        sums = torch.tensor(list(own.values()), dtype=torch.float64, device=trained.device)
         dist.all_reduce(sums)
-        loss, samples, tokens, data_s, compute_s, stall_s, *rest = sums.tolist()
+        summed = dict(zip(own, sums.tolist(), strict=True))
         if not applied and plan.stage.nonfinite == "rollback" and number not in again:
             raise NotFiniteError(number)
-        slowest = max(range(workers), key=rest.__getitem__)
+        busy = [summed.pop(f"rank {each}") for each in range(workers)]
+        votes = {name: summed.pop(name) for name in names}
         values = {
-            "loss": loss,
+            **summed,
+            "samples": int(summed["samples"]),
+            "tokens": int(summed["tokens"]),
             "learning_rate": rate,
             "grad_norm": norm,
-            "samples": int(samples),
             "replaced": len(used.replaced),
             "skipped": int(not applied),
-            "tokens": int(tokens),
-            "data_s": data_s / workers,
-            "compute_s": compute_s / workers,
-            "stall_s": stall_s / workers,
-            "slowest": slowest,
-            "slowest_s": rest[slowest] - sum(rest[:workers]) / workers,
+            "slowest": max(range(workers), key=busy.__getitem__),
+            "slowest_s": max(busy) - sum(busy) / workers,
         }
         clock = time.perf_counter()
-        yield Step(number, number == steps, values, used, dict(zip(names, rest[workers:], strict=True)))
+        yield Step(number, number == steps, values, used, votes)
         stall_s = time.perf_counter() - clock
+
+
+def _learn(trained: Any, plan: Plan, mine: Sequence[ingest.Batch]) -> tuple[float, float, bool, float]:
+    """This rank's part of a global batch: (its part of the loss, seconds forward, whether weights changed, norm)."""
+    scale = len(mine) * trained.dp_world_size  # DeepSpeed takes the mean over both
+    parts: list[tuple[float, float]] = []
+    for batch, weight in zip(mine, _weights(mine, plan, trained.device), strict=True):
+        if parts:
+            trained.step()
+        torch.manual_seed((plan.seed << 32) + int(batch["number"]))
+        clock = time.perf_counter()
+        output = trained(**_tensors(batch, trained), weight=weight)
+        forward_s = time.perf_counter() - clock
+        trained.backward(output * scale)
+        parts.append((output.item(), forward_s))
+    loss, seconds = map(sum, zip(*parts, strict=True))
+    return loss, seconds, *engine.update(trained)
 
 
 def _batches(trained: Any, reader: ingest.Reader, done: int, stop: int) -> Iterator[ingest.Batch]:
@@ -335,7 +339,7 @@ def _batches(trained: Any, reader: ingest.Reader, done: int, stop: int) -> Itera
         yield batch
 
 
-def _weights(mine: Sequence[ingest.Batch], plan: Plan, workers: int, device: torch.device) -> list[torch.Tensor]:
+def _weights(mine: Sequence[ingest.Batch], plan: Plan, device: torch.device) -> list[torch.Tensor]:
     """For each micro-batch the weights of its samples, so that the weighted sum over the global batch is its loss.
 
     Of a token: one over all learned tokens of the global batch, or over those of its sample times all samples.
