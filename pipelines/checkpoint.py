@@ -73,13 +73,18 @@ class Manifest:
     files: dict[str, File]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        """With a checksum of its own, as it has those of the files: a digit may be wrong and the text still be JSON."""
+        text = json.dumps(asdict(self))
+        return json.dumps({"sha256": _sha256(text.encode()), "manifest": json.loads(text)})
 
     @classmethod
     def from_json(cls, text: bytes) -> "Manifest":
         """Raises `DamagedError` for what `to_json` did not write."""
         try:
-            fields = json.loads(text)
+            whole = json.loads(text)
+            fields = whole["manifest"]
+            if whole["sha256"] != _sha256(json.dumps(fields).encode()):
+                raise DamagedError(f"{MANIFEST} has another checksum than it says")
             files = {
                 name: File(file["bytes"], file["sha256"], [tuple(piece) for piece in file["pieces"]])
                 for name, file in fields.pop("files").items()
@@ -166,8 +171,12 @@ class Upload:
             file = f"rank-{self.rank:04d}-{number:02d}.safetensors"
             data = safetensors.torch.save({_key(piece): tensor for piece, tensor in part})
             storage.write(storage.join(self.url, file), data)
-            files[file] = File(len(data), hashlib.sha256(data).hexdigest(), [piece for piece, _ in part])
+            files[file] = File(len(data), _sha256(data), [piece for piece, _ in part])
         return files
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _packed(copies: list[tuple[Piece, Tensor]]) -> Iterator[list[tuple[Piece, Tensor]]]:
@@ -283,7 +292,7 @@ def _checked(saved: Saved, file: str) -> Iterator[tuple[Piece, Tensor]]:
         raise DamagedError(str(error)) from None
     if len(data) != about.bytes:
         raise DamagedError(f"{url}: {len(data)} bytes, its manifest says {about.bytes}")
-    if hashlib.sha256(data).hexdigest() != about.sha256:
+    if _sha256(data) != about.sha256:
         raise DamagedError(f"{url}: its bytes have another checksum than its manifest says")
     tensors = safetensors.torch.load(data)
     for piece in about.pieces:
