@@ -206,17 +206,18 @@ def commit(url: str, manifest: Manifest, job: str) -> None:
         storage.remove(storage.join(url, file))
 
 
-def prune(folder: str, last: int, best: int) -> None:
-    """Keep the newest `last` checkpoints and the `best` of lowest loss; older ones go, with or without a manifest.
+def prune(folder: str, cursor: int, last: int, best: int) -> None:
+    """Of the checkpoints up to `cursor`, the newest, keep the newest `last` and the `best` of lowest loss.
 
-    The manifest goes first, so that what is half removed does not exist.  Newer than the newest is one being written.
+    Others before it go, with or without a manifest; that goes first, so that what is half removed does not exist.  What
+    is newer is being written, or was passed over as damaged: neither is touched, nor counts as one that is kept.
     """
-    saved = [one for one in candidates(folder) if isinstance(one, Saved)]
+    newest = _age(name(cursor))
+    steps = [one for one in _steps(folder) if _age(one) <= newest]
+    saved = [one for one in candidates(folder) if isinstance(one, Saved) and one.manifest.cursor <= cursor]
     kept = [*saved[:last], *sorted(saved, key=lambda one: one.manifest.loss)[:best]]
-    names = {name(one.manifest.cursor) for one in kept}
-    for step in _steps(folder):
-        if step not in names and _age(step) < max(map(_age, names), default=(0, "")):
-            _remove(storage.join(folder, step))
+    for step in {*steps} - {name(one.manifest.cursor) for one in kept} - {name(cursor)}:
+        _remove(storage.join(folder, step))
 
 
 def clear(folder: str) -> None:

@@ -210,7 +210,7 @@ class Checkpoints(Hook):
     def _make(self, url: str, manifest: Manifest) -> None:
         ray.get(self.recorder.sync.remote())  # the record reaches the cursor
         checkpoint.commit(url, manifest, self.plan.job)
-        checkpoint.prune(self.plan.folder, self.plan.stage.keep_last, self.plan.stage.keep_best)
+        checkpoint.prune(self.plan.folder, manifest.cursor, self.plan.stage.keep_last, self.plan.stage.keep_best)
 
     def _give_up(self, url: str, why: str) -> None:
         storage.remove_folder(url)
