@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -410,11 +411,10 @@ def test_an_upload_that_storage_does_not_take_says_so_and_makes_no_checkpoint(pr
 
 def test_what_is_uploaded_is_the_state_when_it_began(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, url = state(10), storage.join(folder, checkpoint.name(10))
-    write, changed = storage.write, []
+    write, changed = storage.write, threading.Event()
 
     def write_late(url: str, data: bytes) -> None:
-        while not changed:
-            pass
+        changed.wait()
         write(url, data)
 
     monkeypatch.setattr(storage, "write", write_late)
@@ -422,7 +422,7 @@ def test_what_is_uploaded_is_the_state_when_it_began(folder: str, monkeypatch: p
     for states in whole.values():
         for tensor in states.values():
             tensor.zero_()
-    changed.append(True)
+    changed.set()
     files = upload.result()
     checkpoint.commit(url, Manifest(10, 10, 1, 0, {}, {}, files), "job")
     assert json.loads((Path(url) / MANIFEST).read_text())["manifest"]["cursor"] == 10
