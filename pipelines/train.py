@@ -166,11 +166,12 @@ def _work(plan: Plan, reader: ingest.Reader, steps: int, recorder: Any, more: Se
         if cursor is None or cursor == steps:
             break
         first = dist.get_rank() == 0
+        saving = hooks.Checkpoints(trained, plan, recorder, plan.identity(), identity)
         mine = [
             dog,
             hooks.Recording(recorder, first),
             hooks.Preemption(recorder, first),
-            hooks.Checkpoints(trained, plan, recorder, plan.identity(), identity),
+            saving,
             *(make(trained, plan) for make in more),
         ]
         try:
@@ -182,6 +183,7 @@ def _work(plan: Plan, reader: ingest.Reader, steps: int, recorder: Any, more: Se
             break
         except NotFiniteError as error:
             again.add(error.step)
+            saving.finish()  # or it would be written beside what comes next, which begins with clearing
         finally:
             for hook in mine[1:]:
                 hook.close()
