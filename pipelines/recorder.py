@@ -90,6 +90,7 @@ class Recorder:
         self.metrics = Metrics(settings.run, settings.stage, cursor)
         self.pool.submit(self._track, cursor)
         self.news.step = cursor
+        self.furthest = max(self.furthest, cursor)
         self._note("start", workers=workers, cursor=cursor)
         return True
 

@@ -86,9 +86,10 @@ def test_a_step_further_allows_as_many_starts_again(new: Callable[..., Recorder]
 
 def test_workers_that_never_say_why_are_told_of_too(new: Callable[..., Recorder]) -> None:
     recorder = new(restarts=0)
-    assert recorder.begin(2, 0, [])
-    assert not recorder.begin(2, 0, [])
-    assert "0, recovery.restarts; at last: no worker said why" in recorder.hear().failed
+    assert recorder.begin(2, 40, [])
+    assert not recorder.begin(2, 40, [])
+    told = "came no further than step 40, allowed: 0, recovery.restarts; at last: no worker said why"
+    assert told in recorder.hear().failed
 
 
 def test_after_a_mistake_or_a_stop_no_workers_start_again(new: Callable[..., Recorder]) -> None:
