@@ -73,13 +73,18 @@ class Manifest:
     files: dict[str, File]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        """With a checksum of its own, as it has those of the files: a digit may be wrong and the text still be JSON."""
+        text = json.dumps(asdict(self))
+        return json.dumps({"sha256": _sha256(text.encode()), "manifest": json.loads(text)})
 
     @classmethod
     def from_json(cls, text: bytes) -> "Manifest":
         """Raises `DamagedError` for what `to_json` did not write."""
         try:
-            fields = json.loads(text)
+            whole = json.loads(text)
+            fields = whole["manifest"]
+            if whole["sha256"] != _sha256(json.dumps(fields).encode()):
+                raise DamagedError(f"{MANIFEST} has another checksum than it says")
             files = {
                 name: File(file["bytes"], file["sha256"], [tuple(piece) for piece in file["pieces"]])
                 for name, file in fields.pop("files").items()
@@ -166,8 +171,12 @@ class Upload:
             file = f"rank-{self.rank:04d}-{number:02d}.safetensors"
             data = safetensors.torch.save({_key(piece): tensor for piece, tensor in part})
             storage.write(storage.join(self.url, file), data)
-            files[file] = File(len(data), hashlib.sha256(data).hexdigest(), [piece for piece, _ in part])
+            files[file] = File(len(data), _sha256(data), [piece for piece, _ in part])
         return files
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _packed(copies: list[tuple[Piece, Tensor]]) -> Iterator[list[tuple[Piece, Tensor]]]:
@@ -197,17 +206,18 @@ def commit(url: str, manifest: Manifest, job: str) -> None:
         storage.remove(storage.join(url, file))
 
 
-def prune(folder: str, last: int, best: int) -> None:
-    """Keep the newest `last` checkpoints and the `best` of lowest loss; older ones go, with or without a manifest.
+def prune(folder: str, cursor: int, last: int, best: int) -> None:
+    """Of the checkpoints up to `cursor`, the newest, keep the newest `last` and the `best` of lowest loss.
 
-    The manifest goes first, so that what is half removed does not exist.  Newer than the newest is one being written.
+    Others before it go, with or without a manifest; that goes first, so that what is half removed does not exist.  What
+    is newer is being written, or was passed over as damaged: neither is touched, nor counts as one that is kept.
     """
-    saved = [one for one in candidates(folder) if isinstance(one, Saved)]
+    newest = _age(name(cursor))
+    steps = [one for one in _steps(folder) if _age(one) <= newest]
+    saved = [one for one in candidates(folder) if isinstance(one, Saved) and one.manifest.cursor <= cursor]
     kept = [*saved[:last], *sorted(saved, key=lambda one: one.manifest.loss)[:best]]
-    names = {name(one.manifest.cursor) for one in kept}
-    for step in _steps(folder):
-        if step not in names and _age(step) < max(map(_age, names), default=(0, "")):
-            _remove(storage.join(folder, step))
+    for step in {*steps} - {name(one.manifest.cursor) for one in kept} - {name(cursor)}:
+        _remove(storage.join(folder, step))
 
 
 def clear(folder: str) -> None:
@@ -283,7 +293,7 @@ def _checked(saved: Saved, file: str) -> Iterator[tuple[Piece, Tensor]]:
         raise DamagedError(str(error)) from None
     if len(data) != about.bytes:
         raise DamagedError(f"{url}: {len(data)} bytes, its manifest says {about.bytes}")
-    if hashlib.sha256(data).hexdigest() != about.sha256:
+    if _sha256(data) != about.sha256:
         raise DamagedError(f"{url}: its bytes have another checksum than its manifest says")
     tensors = safetensors.torch.load(data)
     for piece in about.pieces:

@@ -6,9 +6,11 @@ in the one reduction that a step makes anyway.
 """
 
 import faulthandler
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -149,7 +151,7 @@ class Checkpoints(Hook):
     saved: int = 0
     losses: list[float] = field(default_factory=list)
     _manifest: dict[str, Any] = field(default_factory=dict)
-    _commit: Future[None] | None = None
+    _commit: Future[str] | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def vote(self) -> dict[str, float]:
@@ -182,7 +184,7 @@ class Checkpoints(Hook):
             "cursor": step.number,
             "updates": fragments.updates(self.engine),
             "workers": dist.get_world_size(),
-            "loss": sum(finite) / len(finite) if finite else float("inf"),
+            "loss": sum(finite) / len(finite) if finite else sys.float_info.max,
             "data": self.data,
             "model": self.model,
         }
@@ -201,31 +203,31 @@ class Checkpoints(Hook):
         if dist.get_rank():
             return
         self._wait()
-        if errors := [text for text, _ in parts if text]:
-            self._commit = self._pool.submit(self._give_up, upload.url, errors[0])
-            return
         files = {name: file for _, each in parts for name, file in each.items()}
-        self._commit = self._pool.submit(self._make, upload.url, Manifest(**self._manifest, files=files))
+        manifest = Manifest(**self._manifest, files=files)
+        self._commit = self._pool.submit(self._settle, upload.url, manifest, [text for text, _ in parts if text])
 
-    def _make(self, url: str, manifest: Manifest) -> None:
-        ray.get(self.recorder.sync.remote())  # the record reaches the cursor
-        checkpoint.commit(url, manifest, self.plan.job)
-        checkpoint.prune(self.plan.folder, self.plan.stage.keep_last, self.plan.stage.keep_best)
-
-    def _give_up(self, url: str, why: str) -> None:
-        storage.remove_folder(url)
-        raise OSError(why)
+    def _settle(self, url: str, manifest: Manifest, errors: list[str]) -> str:
+        """Make the checkpoint, or say why there is none; returns what was said."""
+        of = self.plan
+        try:
+            if errors:
+                raise OSError(errors[0])
+            ray.get(self.recorder.sync.remote())  # the record reaches the cursor
+            checkpoint.commit(url, manifest, of.job)
+        except (OSError, ValueError) as error:
+            said = f"{of.name}: no checkpoint after step {manifest.cursor}: {error}"
+            self.recorder.say.remote(said)
+            with suppress(OSError, ValueError):  # a store that is away; what is left goes with the next that is made
+                storage.remove_folder(url)
+            return said
+        try:
+            checkpoint.prune(of.folder, manifest.cursor, of.stage.keep_last, of.stage.keep_best)
+        except (OSError, ValueError) as error:
+            self.recorder.say.remote(f"{of.name}: checkpoints before step {manifest.cursor} stay for now: {error}")
+        return ""
 
     def _wait(self) -> str:
-        """For the commit before; what storage did not take, which is said, or ""."""
-        if self._commit is None:
-            return ""
-        error = self._commit.exception()
-        self._commit = None
-        if error is None:
-            return ""
-        if not isinstance(error, OSError | ValueError):
-            raise error
-        said = f"{self.plan.name}: no checkpoint after step {self._manifest['cursor']}: {error}"
-        self.recorder.say.remote(said)
-        return said
+        """For the commit before: what of it storage did not take, or ""."""
+        commit, self._commit = self._commit, None
+        return commit.result() if commit else ""

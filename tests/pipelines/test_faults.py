@@ -5,18 +5,27 @@ two steps apart.
 """
 
 import json
+import os
+import random
+import re
+import resource
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 from ray._common.test_utils import wait_for_condition
 from ray.util.placement_group import placement_group_table
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
-from pipelines import checkpoint, ledger, storage, train
-from pipelines.stage import Plan
+from pipelines import checkpoint, export, ledger, storage, train
+from pipelines.hooks import Hook, Step
+from pipelines.stage import Plan, Recovery
+from pipelines.storage import Retry
 from tests.pipelines.faults import Fault
 from tests.pipelines.small import STAGE, STEPS
 
@@ -144,3 +153,96 @@ def test_a_slow_rank_is_no_fault_and_named(undisturbed: Plan, new_plan: NewPlan,
     late = lines(plan, "metrics.jsonl")[2:]
     assert all(entry["slowest"] == 1 and entry["slowest_s"] > 0.1 for entry in late)
     assert account(plan).restarts == 0
+
+
+@dataclass(frozen=True)
+class NoRoom:
+    """After step `start`, until after step `stop`, the kernel refuses to write files of more than 1 KB on rank 1."""
+
+    start: int
+    stop: int
+
+    def __call__(self, engine: Any, plan: Plan) -> Hook:
+        return _NoRoom(self.start, self.stop)
+
+
+class _NoRoom(Hook):
+    def __init__(self, start: int, stop: int) -> None:
+        self.limits = {start: 1024, stop: resource.RLIM_INFINITY}
+
+    def __call__(self, step: Step) -> None:
+        if dist.get_rank() == 1 and step.number in self.limits:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limits[step.number], resource.RLIM_INFINITY))
+
+
+def test_without_room_for_a_checkpoint_training_goes_on_and_a_later_one_works(
+    undisturbed: Plan, new_plan: NewPlan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After step 6 there may or may not be room in time."""
+    plan = new_plan(keep_last=9)
+    train.fit(plan, [NoRoom(3, 6)])
+    assert losses(plan) == losses(undisturbed)
+    there = {one.manifest.cursor for one in checkpoint.candidates(plan.folder) if isinstance(one, checkpoint.Saved)}
+    told = {
+        int(found) for found in re.findall(r"small: no checkpoint after step (\d): rank 1: .*too large", shown(capsys))
+    }
+    assert there - {6} == {2, 8}
+    assert told - {6} == {4}
+    assert there | told == {2, 4, 6, 8}
+    assert not there & told
+    names = {path.parent.name for path in Path(plan.folder).glob("step-*/*")}
+    assert names == set(map(checkpoint.name, there))
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> str:
+    out, err = capsys.readouterr()
+    return out + err
+
+
+class Reaches:
+    """A hook that does nothing, and brings the way to S3 to the workers: they were there before this test."""
+
+    def __reduce__(self) -> Any:
+        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        return _arrive, (environment, storage.RETRY)
+
+    def __call__(self, engine: Any, plan: Plan) -> Hook:
+        return Hook()
+
+
+def _arrive(environment: dict[str, str], retry: Retry) -> Reaches:
+    os.environ.update(environment)
+    storage.RETRY = retry
+    return Reaches()
+
+
+def test_a_stage_whose_checkpoints_are_in_a_bucket_goes_on_from_there_through_its_faults(
+    undisturbed: Plan,
+    new_plan: NewPlan,
+    proxy: Any,
+    bucket: str,
+    fast: Retry,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Answers of no, none, or half of one: to uploads, to restores after a restart, to the model at the end."""
+    monkeypatch.setattr(storage, "RETRY", replace(fast, tries=30, deadline_s=60, read_timeout_s=0.5))
+    plan = new_plan({"checkpoints": bucket})
+    kinds = ["SlowDown", "InternalError", "drop", "cut"] * 8 + ["stall"] * 4 + [""] * 40
+    proxy.faults = deque(random.Random(0).sample(kinds, len(kinds)))
+    train.fit(plan, [Reaches(), Fault("raise", 5, 1, tmp_path)])
+    assert list(tmp_path.iterdir())
+    assert len(proxy.faults) < 30, "most were served"
+    proxy.clear()
+    assert losses(plan) == losses(undisturbed)
+    assert account(plan).lost_steps <= 3
+    assert storage.folders(plan.folder) == ["model", "step-000006", "step-000008"]
+    assert export.finished(plan.result)
+    name = "model.safetensors"
+    mine = load(storage.read(storage.join(plan.result, name)))
+    theirs = load_file(Path(undisturbed.result) / name)
+    assert mine.keys() == theirs.keys()
+    assert all(mine[name].equal(theirs[name]) for name in mine)
+    asked = len(proxy.asked)
+    train.fit(plan)
+    assert [one.split()[0] for one in proxy.asked[asked:]] == ["HEAD"], "a finished stage has nothing to do"

@@ -1,23 +1,26 @@
-"""The record of a run has every step once, whatever the crash, and TensorBoard reads the same numbers."""
+"""The record of a run has every step once, whatever the crash."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipelines import consumed
+from pipelines import consumed, metrics
 from pipelines.consumed import Used
-from pipelines.metrics import FILE, Metrics, last
+from pipelines.metrics import FILE, Metrics
 
 
 def write(run: Path, stage: str, cursor: int, stop: int, shift: float = 0) -> None:
-    """Steps cursor+1..stop of a stage; their values are floats of 32 bits."""
+    """Steps cursor+1..stop of a stage; every fourth changed no weights."""
     record = Metrics(run, stage, cursor)
     for step in range(cursor + 1, stop + 1):
-        record.write(step, {"loss": 1 / 2**step + shift, "replaced": step % 2}, used(step))
+        record.write(step, values(step, shift), used(step))
     record.close()
+
+
+def values(step: int, shift: float = 0) -> dict[str, float | None]:
+    return {"loss": 1 / 2**step + shift, "replaced": step % 2, "skipped": int(step % 4 == 0)}
 
 
 def used(step: int) -> Used:
@@ -42,16 +45,16 @@ def append(run: Path, text: str) -> None:
 def test_a_line_holds_the_stage_the_step_and_what_was_written(tmp_path: Path):
     write(tmp_path, "tower", 0, 2)
     assert entries(tmp_path) == [
-        {"stage": "tower", "step": 1, "loss": 0.5, "replaced": 1},
-        {"stage": "tower", "step": 2, "loss": 0.25, "replaced": 0},
+        {"stage": "tower", "step": 1, "loss": 0.5, "replaced": 1, "skipped": 0},
+        {"stage": "tower", "step": 2, "loss": 0.25, "replaced": 0, "skipped": 0},
     ]
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path):
     record = Metrics(tmp_path, "tower", 0)
     for step in range(1, 4):
-        record.write(step, {"loss": step}, used(step))
-        assert last(tmp_path) == {"stage": "tower", "step": step, "loss": step}
+        record.write(step, values(step), used(step))
+        assert entries(tmp_path)[-1] == {"stage": "tower", "step": step, **values(step)}
     record.close()
 
 
@@ -78,7 +81,6 @@ def test_a_line_torn_at_any_place_is_cut(tmp_path: Path):
     start = whole[:-1].rindex(b"\n") + 1
     for stop in range(start, len(whole)):
         (tmp_path / FILE).write_bytes(whole[:stop])
-        assert last(tmp_path) == json.loads(whole[:start].splitlines()[-1])
         write(tmp_path, "tower", 3, 4)
         assert (tmp_path / FILE).read_bytes() == whole, stop
 
@@ -89,11 +91,11 @@ def test_samples_stand_once_a_step_too_and_replaced_ones_are_counted_on(tmp_path
     with (tmp_path / consumed.FILE).open("a") as file:
         file.write('{"stage": "tower", "step": 11, "sam')
     record = Metrics(tmp_path, "tower", cursor)
-    assert record.replaced == (cursor + 1) // 2
+    assert (record.replaced, record.skipped) == ((cursor + 1) // 2, cursor // 4)
     for step in range(cursor + 1, 13):
-        record.write(step, {"loss": 0, "replaced": step % 2}, used(step))
+        record.write(step, values(step), used(step))
     record.close()
-    assert record.replaced == 6
+    assert (record.replaced, record.skipped) == (6, 3)
     lines = [json.loads(line) for line in (tmp_path / consumed.FILE).read_text().splitlines()]
     assert lines == [{"stage": "tower", "step": step, **asdict(used(step))} for step in range(1, 13)]
 
@@ -105,37 +107,23 @@ def test_a_line_torn_in_another_stage_is_cut_too(tmp_path: Path):
     assert steps(tmp_path) == [("tower", 1), ("tower", 2), ("instruct", 1)]
 
 
-def test_before_the_first_line_there_is_no_last(tmp_path: Path):
-    assert last(tmp_path) is None
-    append(tmp_path, "")
-    assert last(tmp_path) is None
-    append(tmp_path, '{"stage": "tow')
-    assert last(tmp_path) is None
+def test_what_is_not_finite_must_have_become_null_before(tmp_path: Path):
+    record = Metrics(tmp_path, "tower", 0)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        record.write(1, values(1) | {"loss": float("nan")}, used(1))
+    record.close()
+    write(tmp_path, "tower", 0, 2)
+    assert steps(tmp_path) == [("tower", 1), ("tower", 2)]
 
 
-def test_the_last_line_is_found_at_the_end_of_a_long_record(tmp_path: Path):
-    write(tmp_path, "tower", 0, 500)
-    assert (tmp_path / FILE).stat().st_size > 3 * 4096
-    assert steps(tmp_path)[-1] == ("tower", 500)
-    assert last(tmp_path) == entries(tmp_path)[-1]
+def test_the_counts_of_other_stages_are_theirs(tmp_path: Path):
+    write(tmp_path, "tower", 0, 8)
+    record = Metrics(tmp_path, "instruct", 0)
+    assert (record.replaced, record.skipped) == (0, 0)
+    record.close()
 
 
-def scalars(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(run / "tensorboard" / stage), size_guidance={"scalars": 0}).Reload()
-    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
-
-
-def test_tensorboard_reads_the_numbers_of_the_record(tmp_path: Path):
-    for stage, stop in (("tower", 20), ("instruct", 7)):
-        write(tmp_path, stage, 0, stop)
-    for stage in ("tower", "instruct"):
-        lines = [entry for entry in entries(tmp_path) if entry["stage"] == stage]
-        assert scalars(tmp_path, stage) == {
-            name: [(entry["step"], entry[name]) for entry in lines] for name in ("loss", "replaced")
-        }
-
-
-def test_tensorboard_reads_a_resumed_record_with_each_step_once(tmp_path: Path):
-    write(tmp_path, "tower", 0, 10)
-    write(tmp_path, "tower", 6, 12, shift=4)
-    assert scalars(tmp_path, "tower")["loss"] == [(entry["step"], entry["loss"]) for entry in entries(tmp_path)]
+def test_the_last_step_on_record_is_that_of_the_stage(tmp_path: Path):
+    write(tmp_path, "tower", 0, 5)
+    write(tmp_path, "instruct", 0, 2)
+    assert [metrics.steps(tmp_path, stage) for stage in ("tower", "instruct", "another")] == [5, 2, 0]

@@ -1,0 +1,197 @@
+"""A run that comes no further ends with the reason, one that does goes on; each thing that is said is heard once.
+
+The actor's class in this process; as an actor it is in every stage of test_faults.py.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import consumed, ledger, metrics
+from pipelines.consumed import Used
+from pipelines.recorder import Recorder, Settings
+
+ENTRY = {"set": "a", "at": 0, "due": 1, "used": 2, "reason": "broken image"}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(
+        run=tmp_path, stage="tower", title="job", job={}, trackers=(), restarts=2, max_replaced=3, max_skipped=1
+    )
+
+
+@pytest.fixture
+def new(settings: Settings) -> Iterator[Callable[..., Recorder]]:
+    made: list[Recorder] = []
+
+    def make(**changes: Any) -> Recorder:
+        made.append(Recorder(replace(settings, **changes)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close("stop")
+
+
+def do(recorder: Recorder, *steps: int, replaced: int = 0, **values: float) -> list[bool]:
+    """What the recorder answers to each step."""
+    whole = {"loss": 1.0, "skipped": 0, "replaced": replaced, "data_s": 0.1, "compute_s": 0.2, "stall_s": 0.0} | values
+    used = Used({"a": [1]}, [ENTRY] * replaced)
+    for name in ("learning_rate", "grad_norm", "samples", "tokens"):
+        whole.setdefault(name, 1)
+    return [recorder.write(step, whole, used) for step in steps]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# Starts
+
+
+def test_starts_in_a_row_that_come_no_further_end_the_run(new: Callable[..., Recorder]) -> None:
+    recorder = new()
+    assert recorder.begin(2, 0, 1.0, []) is not None
+    do(recorder, 1, 2, 3)
+    recorder.fault({1: "RuntimeError: out of luck"})
+    assert recorder.begin(2, 2, 1.0, []) is not None
+    do(recorder, 3)
+    recorder.fault({0: "OSError: away"})
+    assert recorder.begin(2, 2, 1.0, []) is not None
+    assert recorder.begin(2, 2, 1.0, []) is None
+    told = (
+        "train.tower: 3 starts in a row came no further than step 3, allowed: 2, recovery.restarts; at last: "
+        "rank 0: OSError: away"
+    )
+    assert recorder.hear().failed == told
+    assert recorder.begin(2, 2, 1.0, []) is None, "for good"
+
+
+def test_a_step_further_allows_as_many_starts_again(new: Callable[..., Recorder]) -> None:
+    recorder = new()
+    for step in range(1, 20):
+        assert recorder.begin(2, step - 1, 1.0, []) is not None
+        assert recorder.begin(2, step - 1, 1.0, []) is not None
+        do(recorder, step)
+    for _ in range(2):
+        assert recorder.begin(2, 19, 1.0, []) is not None
+    assert recorder.begin(2, 19, 1.0, []) is None
+
+
+def test_workers_that_never_say_why_are_told_of_too(new: Callable[..., Recorder]) -> None:
+    recorder = new(restarts=0)
+    assert recorder.begin(2, 40, 1.0, []) is not None
+    assert recorder.begin(2, 40, 1.0, []) is None
+    told = "came no further than step 40, allowed: 0, recovery.restarts; at last: no worker said why"
+    assert told in recorder.hear().failed
+
+
+def test_after_a_mistake_or_a_stop_no_workers_start_again(new: Callable[..., Recorder]) -> None:
+    for end in (lambda one: one.fail("a typo"), lambda one: one.stop()):
+        recorder = new()
+        assert recorder.begin(2, 0, 1.0, []) is not None
+        assert do(recorder, 1) == [False]
+        end(recorder)
+        assert do(recorder, 2) == [True], "those that train stop, too"
+        assert recorder.begin(2, 2, 1.0, []) is None
+
+
+def test_the_first_mistake_is_the_one_to_tell(new: Callable[..., Recorder]) -> None:
+    recorder = new()
+    recorder.fail("a typo")
+    recorder.fail("what followed from it")
+    assert recorder.hear().failed == "a typo"
+
+
+# What is heard
+
+
+def test_each_thing_that_is_said_is_heard_once(new: Callable[..., Recorder]) -> None:
+    recorder = new()
+    assert recorder.begin(2, 0, 1.0, ["tower: passed over step-000004"]) is not None
+    recorder.say("one")
+    news = recorder.hear()
+    assert (news.step, news.loss, news.said, news.failed) == (0, None, ["tower: passed over step-000004", "one"], "")
+    do(recorder, 1, loss=0.5)
+    news = recorder.hear()
+    assert (news.step, news.loss, news.said) == (1, 0.5, [])
+    assert recorder.begin(1, 0, 1.0, []) is not None
+    news = recorder.hear()
+    assert (news.step, news.said) == (0, ["tower: started again, 1 workers, after step 0"])
+    assert recorder.hear().said == []
+
+
+# What is written
+
+
+def test_numbers_that_are_not_finite_are_null_on_record(new: Callable[..., Recorder], tmp_path: Path) -> None:
+    recorder = new()
+    recorder.begin(2, 0, 1.0, [])
+    do(recorder, 1, loss=math.nan, grad_norm=math.inf, skipped=1)
+    recorder.sync()
+    [line] = (tmp_path / metrics.FILE).read_text().splitlines()
+    entry = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert (entry["loss"], entry["grad_norm"], entry["skipped"]) == (None, None, 1)
+    news = recorder.hear()
+    assert news.loss is None
+    assert news.said == ["tower: loss or gradient of step 1 was not finite: its update was skipped"]
+
+
+def test_steps_done_again_stand_once_on_record_and_count_as_lost(new: Callable[..., Recorder], tmp_path: Path) -> None:
+    recorder = new()
+    recorder.begin(2, 0, 1.0, [])
+    do(recorder, 1, 2, 3)
+    recorder.begin(2, 1, 1.0, [])
+    do(recorder, 2, 3, 4)
+    recorder.sync()
+    for file in (metrics.FILE, consumed.FILE):
+        assert [entry["step"] for entry in lines(tmp_path / file)] == [1, 2, 3, 4]
+    spent = ledger.read(tmp_path).account
+    assert (spent.restarts, spent.lost_steps) == (1, 2)
+
+
+# What is not tolerated
+
+
+def test_more_replaced_samples_than_tolerated_stop_the_workers_with_the_reason(
+    new: Callable[..., Recorder], tmp_path: Path
+) -> None:
+    recorder = new()
+    recorder.begin(2, 0, 1.0, [])
+    assert do(recorder, 1, replaced=3) + do(recorder, 2) == [False, False]
+    assert do(recorder, 3, replaced=1) + do(recorder, 4) == [True, True]
+    told = (
+        f"train.tower: 4 samples had to be replaced, allowed: 3, by data.tolerance; at last broken image; "
+        f"{tmp_path / consumed.FILE} lists them"
+    )
+    assert recorder.hear().failed == told
+
+
+def test_more_steps_that_are_not_finite_than_tolerated_stop_the_workers_with_the_reason(
+    new: Callable[..., Recorder], tmp_path: Path
+) -> None:
+    recorder = new()
+    recorder.begin(2, 0, 1.0, [])
+    assert do(recorder, 1, skipped=1) + do(recorder, 2) == [False, False]
+    assert do(recorder, 3, skipped=1) == [True]
+    told = (
+        "train.tower.max_nonfinite: loss or gradient of 2 steps was not finite, at last of step 3, allowed: 1; "
+        f"{tmp_path / consumed.FILE} has its samples"
+    )
+    assert recorder.hear().failed == told
+
+
+def test_what_steps_that_are_done_again_counted_counts_once(new: Callable[..., Recorder]) -> None:
+    recorder = new()
+    recorder.begin(2, 0, 1.0, [])
+    do(recorder, 1, replaced=2)
+    do(recorder, 2, replaced=1, skipped=1)
+    recorder.begin(2, 1, 1.0, [])
+    assert do(recorder, 2, replaced=1, skipped=1) == [False]
+    assert do(recorder, 3, replaced=1) == [True]
