@@ -163,7 +163,14 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 
 # in small, those of 13b differ from those of 7b in their name alone
-@pytest.fixture(scope="module", params=[path for path in FILES if "7b" in path.stem], ids=lambda path: path.stem)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(path, marks=[] if "redux" in path.stem else pytest.mark.slow, id=path.stem)
+        for path in FILES
+        if "7b" in path.stem
+    ],
+)
 def twin(
     request: pytest.FixtureRequest,
     parts: dict[str, str],
@@ -218,6 +225,7 @@ def test_what_a_twin_made_answers(twin: Path) -> None:
     assert len(answer(model, tokenizer, TEMPLATES["vicuna_v1"], ["Is there a red shape?"], images, 3)) == 1
 
 
+@pytest.mark.slow
 def test_a_twin_with_adapters_leaves_a_plain_model(
     parts: dict[str, str], sets: dict[str, str], ray_cluster: Any, tmp_path: Path
 ) -> None:

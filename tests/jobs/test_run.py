@@ -152,6 +152,26 @@ def test_a_part_without_a_rate_stays_as_it_was(finished: tuple[Path, str]) -> No
     assert all(tensor.equal(before[name]) for name, tensor in after.state_dict().items())
 
 
+def test_any_checkpoint_becomes_a_model(finished: tuple[Path, str], tmp_path: Path) -> None:
+    from redux.model import ReduxForConditionalGeneration
+
+    run, _ = finished
+    made = ReduxForConditionalGeneration.from_pretrained(run / "checkpoints" / "instruct" / "model").state_dict()
+    for step, same in ((60, True), (56, False)):
+        assert export(run, tmp_path / str(step), "--step", str(step)).returncode == 0
+        model = ReduxForConditionalGeneration.from_pretrained(tmp_path / str(step)).state_dict()
+        assert all(tensor.equal(made[name]) for name, tensor in model.items()) == same
+    refused = export(run, tmp_path / "none", "--step", "7")
+    assert refused.returncode == 2
+    assert refused.stderr == "redux: step: got 7, allowed: 56, 60\n"
+    assert not (tmp_path / "none").exists()
+
+
+def export(run: Path, out: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.command", "export", str(run), "--out", str(out), *words]
+    return subprocess.run(command, text=True, capture_output=True)
+
+
 def test_a_second_run_says_so_and_does_nothing(finished: tuple[Path, str], job: Path) -> None:
     run, _ = finished
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}

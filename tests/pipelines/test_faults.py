@@ -132,6 +132,7 @@ def test_too_many_batches_that_are_not_finite_end_with_one_line(new_plan: NewPla
         train.fit(plan, [Fault("nan", 2, 1, tmp_path)])
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_found(undisturbed: Plan, new_plan: NewPlan, tmp_path: Path) -> None:
     """SIGSTOP also stops the rank's own watchdog; the others' find it."""
     plan = new_plan({"recovery": Recovery(watchdog_s=45)})
@@ -140,12 +141,14 @@ def test_a_rank_that_hangs_is_found(undisturbed: Plan, new_plan: NewPlan, tmp_pa
     assert "pipelines/train.py" in (plan.run / "stacks" / plan.name / "rank-0.txt").read_text()
 
 
+@pytest.mark.slow
 def test_workers_that_get_no_further_are_given_up(new_plan: NewPlan, tmp_path: Path) -> None:
     plan = new_plan({"recovery": Recovery(restarts=1)})
     with pytest.raises(ValueError, match=r"2 starts in a row came no further than step 3, .*made for the test"):
         train.fit(plan, [Fault("raise", 3, 1, tmp_path, times=9)])
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_no_fault_and_named(undisturbed: Plan, new_plan: NewPlan, tmp_path: Path) -> None:
     plan = new_plan()
     train.fit(plan, [Fault("slow", 2, 1, tmp_path)])
