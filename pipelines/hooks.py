@@ -7,7 +7,6 @@ in the one reduction that a step makes anyway.
 
 import faulthandler
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
-import ray.train
 import torch.distributed as dist
+from ray.train.v2._internal.execution.context import get_train_context
 
 from pipelines import checkpoint, fragments, storage
 from pipelines.checkpoint import File, Manifest, Upload
@@ -105,32 +104,32 @@ class Recording(Hook):
 
 
 class Preemption(Hook):
-    """Asks for a checkpoint when Ray says that a machine of the workers is about to go."""
+    """Asks for a checkpoint when Ray says that a machine of the workers is about to go.
 
-    votes = ("ask",)
-    EVERY_S = 5
-    """As often as Ray itself looks; asking is a barrier of a few milliseconds, which rank 0's clock calls."""
+    What Ray told rank 0 counts.  `ray.train.get_preemption_info` would ask all workers, and wait without end for those
+    that the global batch cannot be shared with.
+    """
+
+    votes = ("leaving",)
 
     def __init__(self, recorder: Any, first: bool) -> None:
         self.recorder, self.first = recorder, first
-        self.asked = time.monotonic()
-        self.known: Any = None
+        self.told: dict[str, list[int]] = {}
+        self.known: dict[str, list[int]] = {}
 
     def vote(self) -> dict[str, float]:
-        return {"ask": float(self.first and time.monotonic() - self.asked > self.EVERY_S)}
+        info = get_train_context().preemption_context.preemption_info
+        self.told = info.preempted_node_to_ranks if info else {}
+        return {"leaving": float(self.first and self.told != self.known)}
 
     def __call__(self, step: Step) -> None:
-        if not step.votes["ask"]:
+        if not step.votes["leaving"]:
             return
-        self.asked = time.monotonic()
-        info = ray.train.get_preemption_info()
-        nodes = info and info.preempted_node_to_ranks
-        if nodes and nodes != self.known:
-            step.save = True
-            if self.first:
-                ranks = sorted(rank for each in nodes.values() for rank in each)
-                self.recorder.say.remote(f"ranks {ranks} will be preempted: a checkpoint after step {step.number}")
-        self.known = nodes
+        step.save = True
+        self.known = self.told
+        if self.first:
+            ranks = sorted(rank for each in self.known.values() for rank in each)
+            self.recorder.say.remote(f"ranks {ranks} will be preempted: a checkpoint after step {step.number}")
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
     rows in:   number of a block
     rows out:  one row a micro-batch, each block for one worker; columns as `Reader` says
-    resources: 1 CPU a reader, as many readers as the cluster has CPUs to spare; reading, decoding, tokenising and
-               padding happen there, scaling to floats in the trainer
+    resources: 1 CPU a reader, as many readers as the cluster has CPUs to spare; where workers may take all CPUs, one
+               reader a worker beside them; reading, decoding, tokenising and padding happen there, scaling to floats
+               in the trainer
 
 What a reader returns is a pure function of (settings, number), so what Ray computes again after a lost node has the
 same bytes.  Images travel as uint8, a quarter of the bytes of floats, and lie in a block as they lie in Ray's object
@@ -164,8 +165,10 @@ class Reader:
         return self.encode(_tokenizer(self.tokenizer), sample), image
 
 
-def dataset(reader: Reader, start: int, stop: int, workers: int) -> ray.data.Dataset:
+def dataset(reader: Reader, start: int, stop: int, workers: int, spare: bool = True) -> ray.data.Dataset:
     """Micro-batches start..stop-1 for that many workers; stop - start is a multiple of workers.
+
+    spare: whether workers leave CPUs to readers.
 
     Worker r gets start + r, start + r + workers, ...: blocks are dealt to the workers in turn, so block b holds the
     next few of worker b % workers.  Iterate with preserve_order.
@@ -177,14 +180,16 @@ def dataset(reader: Reader, start: int, stop: int, workers: int) -> ray.data.Dat
         _Block,
         fn_constructor_args=(reader, start, stop, workers, span),
         batch_size=None,
-        num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_tasks_in_flight_per_actor=AHEAD),
+        num_cpus=int(spare),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=None if spare else workers, max_tasks_in_flight_per_actor=AHEAD
+        ),
     )
 
 
-def streams(reader: Reader, start: int, stop: int, workers: int) -> list[ray.data.DataIterator]:
+def streams(reader: Reader, start: int, stop: int, workers: int, spare: bool = True) -> list[ray.data.DataIterator]:
     """The dataset's blocks dealt to the workers in order, one stream each; it is read while the first one lives."""
-    data = dataset(reader, start, stop, workers)
+    data = dataset(reader, start, stop, workers, spare)
     data.context.execution_options.preserve_order = True
     data.context.enable_progress_bars = False
     return data.streaming_split(workers, equal=True)

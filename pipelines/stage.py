@@ -152,11 +152,14 @@ class Recovery:
     watchdog_s: seconds without a finished step after which a worker counts as hung and all are started again; the
         first batch and the slowest step must fit in.
     grace_s: after SIGTERM, seconds for a last checkpoint; schedulers give 30 or more before they kill.
+    resize_s: for a range of workers, seconds between looks whether machines have come or gone; a change starts all
+        workers again from the last checkpoint.
     """
 
     restarts: Annotated[int, Ge(0)] = 3
     watchdog_s: Annotated[float, Gt(0)] = 900
     grace_s: Annotated[float, Ge(0)] = 25
+    resize_s: Annotated[float, Gt(0)] = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +195,12 @@ class Plan:
     title: str = ""
     trackers: tuple[str, ...] = ("tensorboard",)
     changed: bool = False
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers follows that of the machines."""
+        fewest, most = self.workers
+        return fewest < most
 
     @property
     def folder(self) -> str:

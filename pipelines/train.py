@@ -66,8 +66,9 @@ def fit(plan: Plan, more: Sequence[HookMaker] = ()) -> None:
         + (f"{most} workers" if fewest == most else f"{fewest} to {most} workers")
         + f" x {plan.stage.micro_batch} x {plan.stage.accumulation(plan.stage.usable(most))}"
     )
-    # half a CPU each: what reads and decodes needs one, too
-    cluster.require(fewest / 2 + 1, f"train.{plan.name} with workers = {fewest}")
+    worker = _resources(plan)
+    readers = 1 if _spare(plan, "GPU" in worker) else 0
+    cluster.require(fewest * worker["CPU"] + readers, f"train.{plan.name} with workers = {fewest}")
     actor = recorder.start(
         recorder.Settings(
             run=plan.run,
@@ -94,15 +95,16 @@ def fit(plan: Plan, more: Sequence[HookMaker] = ()) -> None:
 def _train(plan: Plan, reader: ingest.Reader, steps: int, actor: Any, more: Sequence[HookMaker]) -> None:
     """Have Ray's workers do the steps, and show how it goes."""
     fewest, most = plan.workers
-    gpus = ray.cluster_resources().get("GPU", 0) >= fewest
+    resources = _resources(plan)
     with tempfile.TemporaryDirectory() as scratch:  # Ray Train wants a folder, of which nothing is needed later
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"plan": plan, "reader": reader, "steps": steps, "recorder": actor, "more": tuple(more)},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=fewest if fewest == most else (fewest, most),
-                use_gpu=gpus,
-                resources_per_worker={"CPU": 0.5, **({"GPU": 1} if gpus else {})},
+                num_workers=(fewest, most) if plan.elastic else fewest,
+                elastic_resize_monitor_interval_s=plan.recovery.resize_s,
+                use_gpu="GPU" in resources,
+                resources_per_worker=resources,
             ),
             run_config=ray.train.RunConfig(
                 name=plan.name,
@@ -123,6 +125,21 @@ def _train(plan: Plan, reader: ingest.Reader, steps: int, actor: Any, more: Sequ
                 ray.get(actor.stop.remote())
                 wait([future], timeout=plan.recovery.grace_s)
                 raise
+
+
+def _resources(plan: Plan) -> dict[str, float]:
+    """What a worker asks of Ray.
+
+    Half a CPU, where it leaves the others to readers; Ray can only tell how many workers fit by whole ones.
+    """
+    if ray.cluster_resources().get("GPU", 0) >= plan.workers[0]:
+        return {"CPU": 0.5, "GPU": 1}
+    return {"CPU": 0.5 if _spare(plan, gpus=False) else 1}
+
+
+def _spare(plan: Plan, gpus: bool) -> bool:
+    """Whether workers leave CPUs to readers: not if they take as many machines as come, and GPUs do not limit them."""
+    return gpus or not plan.elastic
 
 
 def _follow(actor: Any, future: Future[Any], bar: tqdm) -> None:
@@ -258,7 +275,8 @@ def training_steps(
     """
     rank, workers = trained.global_rank, trained.dp_world_size
     accumulation = plan.stage.accumulation(workers)
-    batches = _batches(trained, reader, cursor * accumulation, steps * accumulation)
+    spare = _spare(plan, gpus=trained.device.type != "cpu")
+    batches = _batches(trained, reader, cursor * accumulation, steps * accumulation, spare)
     schedule = Schedule(steps, plan.stage.warmup)
     names = [name for hook in hooks for name in hook.votes]
     stall_s = 0.0
@@ -320,15 +338,15 @@ def _learn(trained: Any, plan: Plan, mine: Sequence[ingest.Batch]) -> tuple[floa
     return loss, seconds, *engine.update(trained)
 
 
-def _batches(trained: Any, reader: ingest.Reader, done: int, stop: int) -> Iterator[ingest.Batch]:
+def _batches(trained: Any, reader: ingest.Reader, done: int, stop: int, spare: bool) -> Iterator[ingest.Batch]:
     """This rank's micro-batches from number `done` of each rank's up to `stop`, read by Ray Data's workers.
 
-    Each is checked to be the one whose turn it is.
+    Each is checked to be the one whose turn it is.  spare: whether the workers leave CPUs to the readers.
     """
     rank, workers = trained.global_rank, trained.dp_world_size
     splits: list[Any] = [None] * workers
     if rank == 0:
-        splits = list(ingest.streams(reader, done * workers, stop * workers, workers))
+        splits = list(ingest.streams(reader, done * workers, stop * workers, workers, spare))
     own: list[Any] = [None]
     dist.scatter_object_list(own, splits, src=0)
     blocks = own[0].iter_batches(batch_size=None, prefetch_batches=2)

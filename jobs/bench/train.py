@@ -169,7 +169,7 @@ def bare(folder: Path) -> None:
 
     dist.init_process_group("gloo")
 
-    def made(trained: Any, reader: Reader, done: int, stop: int) -> Iterator[Batch]:
+    def made(trained: Any, reader: Reader, done: int, stop: int, spare: bool) -> Iterator[Batch]:
         return iter([reader(turn * 2 + trained.global_rank) for turn in range(done, stop)])
 
     train._batches = made

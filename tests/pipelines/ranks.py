@@ -48,7 +48,7 @@ def _rank(rank: int, workers: int, store: Path, result: Path, work: Callable[...
         os._exit(1)  # the others are told by a broken connection
 
 
-def read_here(trained: Any, reader: Reader, done: int, stop: int) -> Iterator[Batch]:
+def read_here(trained: Any, reader: Reader, done: int, stop: int, spare: bool) -> Iterator[Batch]:
     """As `train._batches`, without Ray Data."""
     return (reader(turn * trained.dp_world_size + trained.global_rank) for turn in range(done, stop))
 
