@@ -14,9 +14,10 @@ storage, where a crash cannot lose it, and where another driver finds it.
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
@@ -113,10 +114,7 @@ def _train(plan: Plan, reader: ingest.Reader, steps: int, actor: Any, more: Sequ
                 callbacks=[Faults(actor)],
             ),
         )
-        # in a thread of its own: fit() in the main thread takes Ctrl-C for itself and exits with 0
-        pool = ThreadPoolExecutor(1)
-        future = pool.submit(trainer.fit)
-        pool.shutdown(wait=False)
+        future = _aside(trainer.fit)
         with tqdm(desc=plan.name, total=steps, unit="step") as bar:
             try:
                 _follow(actor, future, bar)
@@ -125,6 +123,23 @@ def _train(plan: Plan, reader: ingest.Reader, steps: int, actor: Any, more: Sequ
                 ray.get(actor.stop.remote())
                 wait([future], timeout=plan.recovery.grace_s)
                 raise
+
+
+def _aside(work: Callable[[], Any]) -> Future[Any]:
+    """Do it in a thread of its own, which ends with the process.
+
+    Ray Train's fit() in the main thread takes Ctrl-C for itself and exits with 0, and has no end where Ray has ended.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _resources(plan: Plan) -> dict[str, float]:
