@@ -53,7 +53,7 @@ def fit(plan: Plan, more: Sequence[HookMaker] = ()) -> None:
     """Train the stage to its end, from its newest checkpoint if there is one; with a model it is at its end.
 
     more: hooks after each step, besides the stage's own.
-    Raises ValueError for what the user must change, and RuntimeError after faults in a row without a step between.
+    Raises ValueError for what the user must change, and after recovery.restarts starts that came no further.
     Ctrl-C makes a checkpoint first, for which there are recovery.grace_s seconds.
     """
     if export.finished(plan.result):
@@ -86,7 +86,7 @@ def fit(plan: Plan, more: Sequence[HookMaker] = ()) -> None:
         _train(plan, reader, steps, actor, more)
         export.model(plan, steps)
         ray.get(actor.close.remote("end"))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ValueError):
         ray.get(actor.close.remote("stop"))
         raise
     finally:
