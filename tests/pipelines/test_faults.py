@@ -219,6 +219,7 @@ def _arrive(environment: dict[str, str], retry: Retry) -> Reaches:
     return Reaches()
 
 
+@pytest.mark.slow
 def test_a_stage_whose_checkpoints_are_in_a_bucket_goes_on_from_there_through_its_faults(
     undisturbed: Plan,
     new_plan: NewPlan,
