@@ -4,11 +4,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch.distributed as dist
+from ray.train.v2._internal.execution.context import get_train_context
 
 from pipelines.hooks import Hook, Step
 from pipelines.stage import Plan
@@ -68,3 +71,53 @@ class _Happens(Hook):
                 self.engine.module.register_forward_pre_hook(lambda module, given: time.sleep(0.3))
             case kind:
                 raise AssertionError(kind)
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Keeps all ranks after a step, until a test has done to the cluster what it wants to happen there and then.
+
+    A rank that has arrived is a file in `marks`, named by the step, the number of ranks, the rank and its node's ID.
+    One named `go-STEP` lets them go on, then and whenever the step is done again; with one named `told-STEP` not before
+    Ray told them that a machine will go.
+    """
+
+    steps: tuple[int, ...]
+    marks: Path
+
+    def __call__(self, engine: Any, plan: Plan) -> Hook:
+        return _Holds(self)
+
+    def arrived(self, step: int, ranks: int) -> list[str]:
+        """Node IDs of the ranks, once all have come, else nothing."""
+        nodes = [next(self.marks.glob(f"{step}-{ranks}-{rank}-*"), None) for rank in range(ranks)]
+        return [node.name.split("-")[3] for node in nodes if node] if all(nodes) else []
+
+    def go(self, step: int, told: bool = False) -> None:
+        if told:
+            (self.marks / f"told-{step}").touch()
+        (self.marks / f"go-{step}").touch()
+
+
+class _Holds(Hook):
+    def __init__(self, hold: Hold) -> None:
+        self.hold = hold
+
+    def __call__(self, step: Step) -> None:
+        if step.number not in self.hold.steps:
+            return
+        node = ray.get_runtime_context().get_node_id()
+        (self.hold.marks / f"{step.number}-{dist.get_world_size()}-{dist.get_rank()}-{node}").touch()
+        until((self.hold.marks / f"go-{step.number}").exists)
+        if (self.hold.marks / f"told-{step.number}").exists():
+            until(lambda: get_train_context().preemption_context.preemption_info)
+
+
+def until(happened: Callable[[], Any], seconds: float = 240) -> Any:
+    """What `happened` returns, once that is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := happened()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{happened} for {seconds} s")
+        threading.Event().wait(0.02)
+    return value
