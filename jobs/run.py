@@ -8,13 +8,15 @@ runs/NAME/assembled/      where it starts from pretrained parts: they and a proj
 runs/NAME/scores.json     the evaluation's, which metrics.json takes up
 """
 
+import fcntl
 import functools
 import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -38,6 +40,7 @@ PROGRESS = "progress.jsonl"
 SCORES = "scores.json"
 TOKENIZER = "tokenizer"
 ASSEMBLED = "assembled"
+LOCK = ".lock"
 
 FREE = ("data.tolerance", "workers", "recovery", "trackers")
 """What of a job may be another when it goes on: none of it decides what is learned."""
@@ -61,7 +64,7 @@ def run(job: Job, folder: Path, changed: bool = False) -> None:
         return
     if done:
         print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
-    with cluster.session():
+    with _alone(folder), cluster.session():
         for name, step in left.items():
             step()
             now = time.monotonic()
@@ -70,6 +73,17 @@ def run(job: Job, folder: Path, changed: bool = False) -> None:
             clock = now
     _summarise(folder)
     print(f"{job.name} is finished; its report: {folder / 'report.html'}")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """ValueError where another process works on this run: each would undo what the other does."""
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is at this run, allowed: one at a time") from None
+        yield
 
 
 def steps(job: Job, folder: Path, changed: bool = False) -> dict[str, Callable[[], None]]:
@@ -211,7 +225,9 @@ def _finished(folder: Path) -> list[str]:
 
 def _progress(folder: Path) -> list[dict]:
     path = folder / PROGRESS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    # half a line, where the machine failed amid it, is of a step that will be found finished at once
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _summarise(folder: Path) -> None:

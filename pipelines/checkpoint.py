@@ -42,6 +42,10 @@ Piece = tuple[str, str, int, int]
 """Name of the parameter, state, first element, length."""
 
 
+class RefusedError(ValueError):
+    """The user must decide: going on from what is there would not be going on."""
+
+
 class DamagedError(Exception):
     """A checkpoint that cannot be trusted, and why."""
 
@@ -200,10 +204,10 @@ def _key(piece: Piece) -> str:
 
 def commit(url: str, manifest: Manifest, job: str) -> None:
     """Make the uploaded parts a checkpoint; what else an interrupted writing left there is removed."""
+    for file in set(storage.names(url)) - manifest.files.keys():
+        storage.remove(storage.join(url, file))
     storage.write(storage.join(url, JOB), job.encode())
     storage.write(storage.join(url, MANIFEST), manifest.to_json().encode())
-    for file in set(storage.names(url)) - {*manifest.files, JOB, MANIFEST}:
-        storage.remove(storage.join(url, file))
 
 
 def prune(folder: str, cursor: int, last: int, best: int) -> None:
@@ -287,10 +291,9 @@ def weights(saved: Saved, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
 
 def _checked(saved: Saved, file: str) -> Iterator[tuple[Piece, Tensor]]:
     url, about = storage.join(saved.url, file), saved.manifest.files[file]
-    try:
-        data = storage.read(url)
-    except ValueError as error:  # a store that does not answer is no damage, but an OSError
-        raise DamagedError(str(error)) from None
+    if not storage.exists(url):
+        raise DamagedError(f"{url}: not there")
+    data = storage.read(url)  # a store that does not answer, or not to us, is no damage
     if len(data) != about.bytes:
         raise DamagedError(f"{url}: {len(data)} bytes, its manifest says {about.bytes}")
     if _sha256(data) != about.sha256:
@@ -301,13 +304,17 @@ def _checked(saved: Saved, file: str) -> Iterator[tuple[Piece, Tensor]]:
 
 
 def agree(url: str, manifest: Manifest, changed: bool, data: dict[str, str], model: dict[str, Any]) -> None:
-    """ValueError where a checkpoint was made with other data or another model, unless that is `changed` knowingly."""
+    """RefusedError where a checkpoint was made with other data or another model.
+
+    `changed` knowingly, that is allowed, but not other shapes of what is trained.
+    """
     before, now = {"data": manifest.data, "model": manifest.model}, {"data": data, "model": model}
     for key, old, new in differences(before, now):
-        if not changed:
-            raise ValueError(
-                f"{url}: it was written with {key} = {_shown(old)}, not {_shown(new)}; give the job another name, or "
-                "go on all the same by --changed"
+        reshaped = key.startswith("model.trained.") and None not in (old, new)
+        if reshaped or not changed:
+            raise RefusedError(
+                f"{url}: it was written with {key} = {_shown(old)}, not {_shown(new)}; give the job another name"
+                + ("" if reshaped else ", or go on all the same by --changed")
             )
 
 
@@ -329,11 +336,16 @@ def restore(folder: str, wanted: Sequence[Fragment], check: Any) -> tuple[Manife
 
     check: called with (url, manifest) of one before it is used, to raise ValueError if it must not be.
     Every rank calls it with its own fragments, and all get the same checkpoint.
+    Raises RefusedError where there are checkpoints and none can be loaded: a start from nothing must be wanted.
     """
-    rank, passed = dist.get_rank(), list[str]()
+    rank, passed, unloaded = dist.get_rank(), list[str](), ""
     found = candidates(folder) if rank == 0 else iter(())
     while True:
         [one] = _from_first([next(found, None) if rank == 0 else None])
+        if one is None and unloaded:
+            raise RefusedError(
+                f"{folder}: none of its checkpoints can be loaded; {unloaded}; remove them to begin anew"
+            )
         if one is None:
             return None, passed
         if isinstance(one, str):
@@ -349,6 +361,7 @@ def restore(folder: str, wanted: Sequence[Fragment], check: Any) -> tuple[Manife
         dist.all_gather_object(whys, why)
         if any(whys):
             passed.append(next(filter(None, whys)))
+            unloaded = unloaded or passed[-1]
             continue
         assert states is not None
         for fragment, loaded in zip(wanted, states, strict=True):

@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
@@ -47,11 +47,15 @@ def session() -> Iterator[None]:
         ray.shutdown()
 
 
-def require(cpus: float, what: str) -> None:
-    """ValueError where Ray runs on this machine alone and has fewer CPUs: what needs them would wait without end."""
-    have = ray.cluster_resources().get("CPU", 0)
-    if _own() and have < cpus:
-        raise ValueError(f"{what} needs {cpus:g} CPUs, allowed: {have:g}, which this machine has")
+def require(needed: Mapping[str, float], what: str) -> None:
+    """ValueError where Ray runs on this machine alone and has less: what needs it would wait without end.
+
+    needed: by Ray's names, CPU or GPU.
+    """
+    for name, count in needed.items():
+        have = ray.cluster_resources().get(name, 0)
+        if _own() and have < count:
+            raise ValueError(f"{what} needs {count:g} {name}s, allowed: {have:g}, which this machine has")
 
 
 def _own() -> bool:

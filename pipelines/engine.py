@@ -120,7 +120,8 @@ def build(plan: Plan, workers: int) -> Any:
 
     if cpu:
         # one core each, or the ranks fight; the shared-memory op would compile for half a minute at first use
-        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // workers, 1))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // here, 1))
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     module, parts = trainee(plan)
     module.train()

@@ -106,7 +106,7 @@ def evaluate(
     """
     stored = Shards(shards)
     batches = math.ceil(len(stored) / settings.images)
-    cluster.require(settings.actors / 2 + 1, f"evaluate with actors = {settings.actors}")
+    cluster.require({"CPU": settings.actors / 2 + 1}, f"evaluate with actors = {settings.actors}")
     gpu = ray.cluster_resources().get("GPU", 0) >= settings.actors
     answers = ray.data.range(batches, override_num_blocks=batches).map_batches(
         Answerer,

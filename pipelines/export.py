@@ -1,8 +1,8 @@
 """From a checkpoint to a folder that `from_pretrained` opens: the stage's model, or that after any step.
 
 One way for both: the model as it was before the first step, with the checkpoint's trained weights in place of its own.
-It runs without DeepSpeed and at once, so a model of many ZeRO-3 workers needs no gathering, only the memory that it
-takes: 4 bytes a parameter.
+It runs without DeepSpeed and at once, so a model of many ZeRO-3 workers needs no gathering, only memory: that of the
+model as it is stored, and 4 bytes more for each parameter that is trained.
 """
 
 import json
@@ -15,6 +15,9 @@ from transformers import AutoTokenizer
 from pipelines import checkpoint, engine, storage
 from pipelines.checkpoint import MANIFEST, DamagedError
 from pipelines.stage import Plan
+
+SHARD = "1GB"
+"""Of a file of the model: each is in memory whole on its way to storage, and has its deadline there."""
 
 
 def model(plan: Plan, cursor: int) -> None:
@@ -39,7 +42,7 @@ def write(plan: Plan, saved: checkpoint.Saved, out: str) -> None:
             one.copy_(weights[name])
     whole = engine.trained(module, plan).to(engine.DTYPES[plan.stage.precision])
     with tempfile.TemporaryDirectory() as folder:
-        whole.save_pretrained(folder)
+        whole.save_pretrained(folder, max_shard_size=SHARD)
         AutoTokenizer.from_pretrained(plan.tokenizer).save_pretrained(folder)
         files = sorted(path for path in Path(folder).iterdir() if path.is_file())
         for path in files:

@@ -6,6 +6,7 @@ in the one reduction that a step makes anyway.
 """
 
 import faulthandler
+import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,7 +55,7 @@ class Hook:
         """After a step."""
 
     def close(self) -> None:
-        """After the last step, or when something went wrong."""
+        """After the last step; not where a fault ends the process."""
 
 
 class Watchdog(Hook):
@@ -66,8 +67,11 @@ class Watchdog(Hook):
 
     def __init__(self, seconds: float, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f"rank-{rank}-*.txt"):
+            if not path.stat().st_size:  # of a process that was killed otherwise
+                path.unlink()
         self.seconds = seconds
-        self.file = (folder / f"rank-{rank}.txt").open("w")
+        self.file = (folder / f"rank-{rank}-{os.getpid()}.txt").open("w")
         self._wait()
 
     def __call__(self, step: Step) -> None:
@@ -76,6 +80,7 @@ class Watchdog(Hook):
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self.file.close()
+        os.unlink(self.file.name)
 
     def _wait(self) -> None:
         faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.file)
@@ -167,10 +172,14 @@ class Checkpoints(Hook):
         if (due or step.save or step.last or step.stopping) and step.number != self.saved:
             self._begin(step)
         if step.last or step.stopping:
-            self._finish()
-            failed = self._wait()
+            failed = self.finish()
             if failed and step.last:
                 raise OSError(failed)
+
+    def finish(self) -> str:
+        """Wait until what is on its way is a checkpoint; why it is none, or "".  All ranks call it together."""
+        self._finish()
+        return self._wait()
 
     def close(self) -> None:
         self._pool.shutdown(wait=False)

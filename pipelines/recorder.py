@@ -8,6 +8,7 @@ It does without torch, or it would take its three seconds of CPU from the worker
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ class Recorder:
         self.pool = ThreadPoolExecutor(1)  # what shows numbers elsewhere may take its time
         self.ledger = ledger.read(settings.run)
         self.gauges = {name: Gauge(name, tag_keys=("run", "stage")) for name in ledger.gauges(self.ledger.account)}
-        self.furthest = self.starts = 0
-        self.cause = "no worker said why"
+        self.furthest = self.faults = 0
+        self.begun = False
         self.news = News(0, None, [], "")
         self.stopping = False
         self.rolled_back = set[int]()
@@ -80,25 +81,20 @@ class Recorder:
         restore_s: since they entered the train function.
         """
         self.news.said += said
-        self.starts += 1
         self.furthest = max(self.furthest, cursor)
         if self.news.failed or self.stopping:
             return None
-        if self.starts > 1:
+        if self.begun:
             self.news.said.append(f"{self.settings.stage}: started again, {workers} workers, after step {cursor}")
-        if self.starts > self.settings.restarts + 1:
-            self.fail(
-                f"train.{self.settings.stage}: {self.starts - 1} starts in a row came no further than step "
-                f"{self.furthest}, allowed: {self.settings.restarts}, recovery.restarts; at last: {self.cause}"
-            )
-            return None
+        self.begun = True
         self._close()
         settings = self.settings
         self.metrics = Metrics(settings.run, settings.stage, cursor)
         self.pool.submit(self._track, cursor)
         self.news.step = cursor
         self._note("start", workers=workers, cursor=cursor, restore_s=restore_s)
-        return self.rolled_back
+        self.fail(self._excess(cursor))
+        return None if self.news.failed else self.rolled_back
 
     def write(self, step: int, values: dict[str, float], used: Used) -> bool:
         """Record one step; returns whether the workers are to stop after a checkpoint: the driver wants it, or more
@@ -114,18 +110,25 @@ class Recorder:
         goodput = self.ledger.account.goodput
         self.pool.submit(self._show, step, shown | {"goodput": goodput})
         if step > self.furthest:
-            self.furthest, self.starts = step, 1
+            self.furthest, self.faults = step, 0
         self.news.step, self.news.loss = step, finite["loss"]
-        if not self.news.failed:
-            self.news.failed = self._fault(step, used)
+        self.fail(self._excess(step, used.replaced[-1]["reason"] if used.replaced else ""))
         return self.stopping or bool(self.news.failed)
 
     def fault(self, told: Mapping[int, str]) -> None:
-        """Ray found that workers failed, and why, by rank; it will start all of them again."""
+        """Ray found that workers failed, and why, by rank; it will start all of them again.
+
+        Too often in a row, without a step further than before, and the driver ends the run.
+        """
         self._note("fault")
         causes = [f"rank {rank}: {why}" for rank, why in sorted(told.items())]
         self.news.said += causes
-        self.cause = causes[0]
+        self.faults += 1
+        if self.faults > self.settings.restarts:
+            self.fail(
+                f"train.{self.settings.stage}: {self.faults} faults in a row without a step beyond {self.furthest}, "
+                f"allowed: {self.settings.restarts}, recovery.restarts; at last: {causes[0]}"
+            )
 
     def sync(self) -> None:
         """Steps written so far are on disk; a checkpoint may now say that they were done."""
@@ -137,7 +140,7 @@ class Recorder:
         self.news.said.append(text)
 
     def fail(self, text: str) -> None:
-        """A mistake of the user's: starting again would not help."""
+        """The run must end with this text, if it is one: starting again would not help."""
         self.news.failed = self.news.failed or text
 
     def roll_back(self, step: int) -> None:
@@ -159,13 +162,14 @@ class Recorder:
         self._note(event)
         self._close()
 
-    def _fault(self, step: int, used: Used) -> str:
+    def _excess(self, step: int, reason: str = "") -> str:
+        """What went wrong more often than the job tolerates, up to this step; "" for nothing."""
         assert self.metrics
         settings, where = self.settings, f"train.{self.settings.stage}"
-        if used.replaced and self.metrics.replaced > settings.max_replaced:
+        if self.metrics.replaced > settings.max_replaced:
             return (
                 f"{where}: {self.metrics.replaced} samples had to be replaced, allowed: {settings.max_replaced:g}, by "
-                f"data.tolerance; at last {used.replaced[-1]['reason']}; {settings.run / consumed.FILE} lists them"
+                f"data.tolerance;{f' at last {reason};' if reason else ''} {settings.run / consumed.FILE} lists them"
             )
         if self.metrics.skipped > settings.max_skipped:
             return (
@@ -182,7 +186,10 @@ class Recorder:
 
     def _track(self, cursor: int) -> None:
         of = self.settings
-        self.trackers = Trackers(of.trackers, of.run, of.title, of.stage, cursor, of.job)
+        try:
+            self.trackers = Trackers(of.trackers, of.run, of.title, of.stage, cursor, of.job, self.say)
+        except ValueError as error:  # this machine is not the one where the driver looked
+            self.say(str(error))
 
     def _show(self, step: int, values: dict[str, float]) -> None:
         if self.trackers:
@@ -199,4 +206,6 @@ class Recorder:
 def start(settings: Settings) -> Any:
     """The actor's handle, on this machine; `ray.kill` ends it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Recorder).options(num_cpus=0, scheduling_strategy=here).remote(settings)
+    told = {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "MLFLOW_"))}
+    options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": told}}
+    return ray.remote(Recorder).options(**options).remote(settings)

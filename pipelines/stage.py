@@ -55,8 +55,8 @@ class Stage:
     warmup: share of the steps over which the rate rises to its peak; from there it falls as a half cosine to 0.
     beta2: of AdamW; 0.95 forgets old gradients sooner and helps small models in small batches over plateaus.
     micro_batch: samples a worker computes at once.
-    zero: DeepSpeed's ZeRO stage: what is divided among workers. 0 nothing, 1 optimizer states, 2 gradients too, 3
-        weights too.
+    zero: DeepSpeed's ZeRO stage: what is divided among workers. 0 nothing (in bf16 it then adds gradients up in bf16,
+        so results depend a little on the number of workers), 1 optimizer states, 2 gradients too, 3 weights too.
     activation_checkpointing: compute activations again in the backward pass instead of keeping them.
     checkpoint_every: steps between checkpoints.  keep_last, keep_best: how many of them stay, the newest and those
         with the lowest mean loss since the checkpoint before.
@@ -148,10 +148,11 @@ class Stage:
 class Recovery:
     """How a run meets faults.
 
-    restarts: of the workers in a row that may get no further than the one before; after that the run stops.
-    watchdog_s: seconds without a finished step after which a worker counts as hung and all are started again; the
-        first batch and the slowest step must fit in.
-    grace_s: after SIGTERM, seconds for a last checkpoint; schedulers give 30 or more before they kill.
+    restarts: faults in a row, without a step further than any before, after which the run stops.
+    watchdog_s: seconds without a finished step after which a worker counts as hung and all are started again. All of a
+        start must fit in (loading the model and a checkpoint, the first batch), and the last checkpoint's upload.
+    grace_s: after SIGTERM, seconds for the step at hand, the next one and a last checkpoint; schedulers give 30 or
+        more before they kill.
     resize_s: for a range of workers, seconds between looks whether machines have come or gone; a change starts all
         workers again from the last checkpoint.
     """

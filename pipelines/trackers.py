@@ -23,7 +23,6 @@ of names, which after a restart need not be the order of writing; and it keeps s
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
@@ -178,17 +177,24 @@ TRACKERS: dict[str, Callable[[Path, str, str, int, Mapping[str, Any]], Tracker]]
 
 
 class Trackers:
-    """Several trackers as one that never fails: the first error of each is said on stderr and ends it for this stage.
+    """Several trackers as one that never fails: the first error of each is said and ends it for this stage.
 
     Raises ValueError as `require` does.
     """
 
     def __init__(
-        self, names: Iterable[str], run: Path, job_name: str, stage: str, cursor: int, settings: Mapping[str, Any]
+        self,
+        names: Iterable[str],
+        run: Path,
+        job_name: str,
+        stage: str,
+        cursor: int,
+        settings: Mapping[str, Any],
+        say: Callable[[str], None],
     ) -> None:
         names = list(names)
         require(names)
-        self.stage = stage
+        self.stage, self.say = stage, say
         self.open: dict[str, Tracker] = {}
         for name in names:
             try:
@@ -214,7 +220,7 @@ class Trackers:
     def _leave(self, name: str, when: str, error: Exception) -> None:
         self.open.pop(name, None)
         told = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"trackers: {name} left out of {self.stage}, it failed {when}: {told}", file=sys.stderr, flush=True)
+        self.say(f"trackers: {name} left out of {self.stage}, it failed {when}: {told}")
 
 
 def require(names: Iterable[str]) -> None:

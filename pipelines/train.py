@@ -28,14 +28,17 @@ import yaml
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
-from pipelines import checkpoint, cluster, consumed, engine, export, fragments, hooks, ingest, recorder
+from pipelines import checkpoint, cluster, consumed, engine, export, fragments, hooks, ingest, recorder, storage
 from pipelines.hooks import Hook, Step
 from pipelines.stage import Plan, Schedule
 from redux import model
 from redux.conversation import IGNORE
 
-RESTARTS = 1000
-"""Of workers, as far as Ray counts: the recorder stops those that get no further, far sooner."""
+RESTARTS = 1_000_000
+"""Of workers, as far as Ray counts: the recorder ends a run that gets no further."""
+
+ENDING_S = 60
+"""For workers to end by themselves, with a checkpoint, when the run must."""
 
 HookMaker = Callable[[Any, Plan], Hook]
 """From the engine and the plan to one more hook."""
@@ -63,13 +66,16 @@ def fit(plan: Plan, more: Sequence[HookMaker] = ()) -> None:
     fewest, most = plan.workers
     print(
         f"{plan.name}: {steps} steps of {plan.stage.global_batch} = "
-        f"{steps * plan.stage.global_batch / samples:.4g} epochs of {samples} samples, on "
+        f"{steps * plan.stage.global_batch / samples:.4g} epochs of {samples} samples, "
         + (f"{most} workers" if fewest == most else f"{fewest} to {most} workers")
         + f" x {plan.stage.micro_batch} x {plan.stage.accumulation(plan.stage.usable(most))}"
+        + f", on {'GPUs' if 'GPU' in _resources(plan) else 'CPUs'}"
     )
     worker = _resources(plan)
     readers = 1 if _spare(plan, "GPU" in worker) else 0
-    cluster.require(fewest * worker["CPU"] + readers, f"train.{plan.name} with workers = {fewest}")
+    needed = {name: fewest * each for name, each in worker.items()}
+    cluster.require({**needed, "CPU": needed["CPU"] + readers}, f"train.{plan.name} with workers = {fewest}")
+    _probe(plan.folder)
     actor = recorder.start(
         recorder.Settings(
             run=plan.run,
@@ -122,6 +128,7 @@ def _train(plan: Plan, reader: ingest.Reader, steps: int, actor: Any, more: Sequ
                 bar.write(f"{plan.name}: stopping after a checkpoint; Ctrl-C again stops at once")
                 ray.get(actor.stop.remote())
                 wait([future], timeout=plan.recovery.grace_s)
+                _show(actor, bar)
                 raise
 
 
@@ -145,9 +152,10 @@ def _aside(work: Callable[[], Any]) -> Future[Any]:
 def _resources(plan: Plan) -> dict[str, float]:
     """What a worker asks of Ray.
 
-    Half a CPU, where it leaves the others to readers; Ray can only tell how many workers fit by whole ones.
+    A GPU where there are any.  Half a CPU, where it leaves the others to readers; Ray can only tell how many workers
+    fit by whole ones.
     """
-    if ray.cluster_resources().get("GPU", 0) >= plan.workers[0]:
+    if ray.cluster_resources().get("GPU", 0):
         return {"CPU": 0.5, "GPU": 1}
     return {"CPU": 0.5 if _spare(plan, gpus=False) else 1}
 
@@ -159,19 +167,34 @@ def _spare(plan: Plan, gpus: bool) -> bool:
 
 def _follow(actor: Any, future: Future[Any], bar: tqdm) -> None:
     """Show how it goes until it ends."""
-    while True:
-        ended = wait([future], timeout=0.5).done
-        news = ray.get(actor.hear.remote())
-        for text in news.said:
-            bar.write(text)
-        bar.update(news.step - bar.n)
-        if news.loss is not None:
-            bar.set_postfix_str(f"loss {news.loss:.3f}")
-        if ended:
+    while not wait([future], timeout=0.5).done:
+        if _show(actor, bar):
+            wait([future], timeout=ENDING_S)
             break
-    if news.failed:
-        raise ValueError(news.failed)
+    if failed := _show(actor, bar):
+        raise ValueError(failed)
     future.result()
+
+
+def _show(actor: Any, bar: tqdm) -> str:
+    """Show what is new; returns why the run must end, "" while it need not."""
+    news: recorder.News = ray.get(actor.hear.remote())
+    for text in news.said:
+        bar.write(text)
+    bar.update(news.step - bar.n)
+    if news.loss is not None:
+        bar.set_postfix_str(f"loss {news.loss:.3f}")
+    return news.failed
+
+
+def _probe(folder: str) -> None:
+    """ValueError where no checkpoint can be written: better now than after the last step."""
+    path = storage.join(folder, ".probe")
+    try:
+        storage.write(path, b"")
+        storage.remove(path)
+    except OSError as error:
+        raise ValueError(f"checkpoints: {error}") from None
 
 
 class Faults(ray.train.UserCallback):
@@ -190,10 +213,10 @@ class Faults(ray.train.UserCallback):
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """One rank, from the newest checkpoint to the end; a mistake of the user's is told to the recorder."""
+    """One rank, from the newest checkpoint to the end; what the user must decide is told to the recorder."""
     try:
         _work(**config)
-    except ValueError as error:
+    except checkpoint.RefusedError as error:
         ray.get(config["recorder"].fail.remote(str(error)))
         raise
     except NotFiniteError as error:
@@ -212,19 +235,18 @@ def _work(plan: Plan, reader: ingest.Reader, steps: int, recorder: Any, more: Se
     if begun and begun[0] < steps:
         cursor, again = begun
         first = dist.get_rank() == 0
-        mine = [
-            dog,
+        beside = [
             hooks.Recording(recorder, first),
             hooks.Preemption(recorder, first),
             hooks.Checkpoints(trained, plan, recorder, plan.identity(), identity),
             *(make(trained, plan) for make in more),
         ]
-        for step in training_steps(trained, plan, reader, cursor, steps, mine, again):
-            for hook in mine:
+        for step in training_steps(trained, plan, reader, cursor, steps, [dog, *beside], again):
+            for hook in [dog, *beside]:
                 hook(step)
             if step.stopping:
                 break
-        for hook in mine[1:]:
+        for hook in beside:
             hook.close()
     dog.close()
     dist.barrier()  # nobody leaves while another still needs it
@@ -281,7 +303,7 @@ def training_steps(
     reader: ingest.Reader,
     cursor: int,
     steps: int,
-    hooks: Sequence[Hook],
+    beside: Sequence[Hook],
     again: set[int],
 ) -> Iterator[Step]:
     """Do global batches cursor+1..steps.
@@ -293,7 +315,7 @@ def training_steps(
     spare = _spare(plan, gpus=trained.device.type != "cpu")
     batches = _batches(trained, reader, cursor * accumulation, steps * accumulation, spare)
     schedule = Schedule(steps, plan.stage.warmup)
-    names = [name for hook in hooks for name in hook.votes]
+    names = [name for hook in beside for name in hook.votes]
     stall_s = 0.0
     for number in range(cursor + 1, steps + 1):
         rate = engine.set_rate(trained, schedule, number)
@@ -302,7 +324,7 @@ def training_steps(
         data_s = (started := time.perf_counter()) - clock
         loss, forward_s, applied, norm = _learn(trained, plan, mine)
         used = consumed.gather(mine, list(plan.stage.mixture), trained.device)
-        votes = {name: value for hook in hooks for name, value in hook.vote().items()}
+        votes = {name: value for hook in beside for name, value in hook.vote().items()}
         own = {
             "loss": loss,
             "samples": sum(len(batch["input_ids"]) for batch in mine),

@@ -55,41 +55,58 @@ def lines(path: Path) -> list[dict]:
 # Starts
 
 
-def test_starts_in_a_row_that_come_no_further_end_the_run(new: Callable[..., Recorder]) -> None:
+def test_faults_in_a_row_without_a_step_further_end_the_run(new: Callable[..., Recorder]) -> None:
     recorder = new()
     assert recorder.begin(2, 0, 1.0, []) is not None
     do(recorder, 1, 2, 3)
-    recorder.fault({1: "RuntimeError: out of luck"})
-    assert recorder.begin(2, 2, 1.0, []) is not None
-    do(recorder, 3)
+    for why in ("RuntimeError: out of luck", "OSError: away"):
+        recorder.fault({1: why})
+        assert recorder.begin(2, 2, 1.0, []) is not None
+        do(recorder, 3)
     recorder.fault({0: "OSError: away"})
-    assert recorder.begin(2, 2, 1.0, []) is not None
-    assert recorder.begin(2, 2, 1.0, []) is None
     told = (
-        "train.tower: 3 starts in a row came no further than step 3, allowed: 2, recovery.restarts; at last: "
+        "train.tower: 3 faults in a row without a step beyond 3, allowed: 2, recovery.restarts; at last: "
         "rank 0: OSError: away"
     )
     assert recorder.hear().failed == told
-    assert recorder.begin(2, 2, 1.0, []) is None, "for good"
+    assert recorder.begin(2, 2, 1.0, []) is None
 
 
-def test_a_step_further_allows_as_many_starts_again(new: Callable[..., Recorder]) -> None:
+def test_faults_before_any_start_end_the_run_too(new: Callable[..., Recorder]) -> None:
+    """Workers that cannot build their model never get as far as to begin."""
+    recorder = new(restarts=1)
+    recorder.fault({0: "OutOfMemoryError: no"})
+    assert not recorder.hear().failed
+    recorder.fault({0: "OutOfMemoryError: no"})
+    assert "without a step beyond 0" in recorder.hear().failed
+
+
+def test_a_step_further_allows_as_many_faults_again(new: Callable[..., Recorder]) -> None:
     recorder = new()
     for step in range(1, 20):
-        assert recorder.begin(2, step - 1, 1.0, []) is not None
+        for _ in range(2):
+            assert recorder.begin(2, step - 1, 1.0, []) is not None
+            recorder.fault({0: "OSError: away"})
         assert recorder.begin(2, step - 1, 1.0, []) is not None
         do(recorder, step)
-    for _ in range(2):
-        assert recorder.begin(2, 19, 1.0, []) is not None
-    assert recorder.begin(2, 19, 1.0, []) is None
+    assert not recorder.hear().failed
 
 
-def test_workers_that_never_say_why_are_told_of_too(new: Callable[..., Recorder]) -> None:
+def test_starts_without_a_fault_are_not_counted(new: Callable[..., Recorder]) -> None:
+    """Machines that come or go start the workers again, too."""
     recorder = new(restarts=0)
-    assert recorder.begin(2, 40, 1.0, []) is not None
-    assert recorder.begin(2, 40, 1.0, []) is None
-    told = "came no further than step 40, allowed: 0, recovery.restarts; at last: no worker said why"
-    assert told in recorder.hear().failed
+    for _ in range(9):
+        assert recorder.begin(2, 40, 1.0, []) is not None
+
+
+def test_what_was_not_tolerated_is_not_after_a_new_launch(new: Callable[..., Recorder]) -> None:
+    recorder = new()
+    assert recorder.begin(2, 0, 1.0, []) is not None
+    assert do(recorder, 1, replaced=4) == [True]
+    recorder.close("stop")
+    again = new()
+    assert again.begin(2, 1, 1.0, []) is None
+    assert "4 samples had to be replaced" in again.hear().failed
 
 
 def test_after_a_mistake_or_a_stop_no_workers_start_again(new: Callable[..., Recorder]) -> None:

@@ -195,8 +195,8 @@ def test_a_stage_for_which_there_is_no_room_starts_nothing(
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_this_machine_has_no_room_for_is_refused_instead_of_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     have = ray.cluster_resources()["CPU"]
-    cluster.require(have, "all of it")
+    cluster.require({"CPU": have}, "all of it")
     with pytest.raises(ValueError, match=rf"train.tower with workers = 99 needs {have + 1:g} CPUs, allowed: {have:g}"):
-        cluster.require(have + 1, "train.tower with workers = 99")
+        cluster.require({"CPU": have + 1}, "train.tower with workers = 99")
     monkeypatch.setenv("RAY_ADDRESS", "a cluster that may grow")
-    cluster.require(have + 1, "train.tower with workers = 99")
+    cluster.require({"CPU": have + 1}, "train.tower with workers = 99")

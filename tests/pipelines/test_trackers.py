@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 from pipelines.trackers import Trackers
 name, run, stage, cursor, stop, shift = sys.argv[1:]
-shown = Trackers([name], Path(run), "job", stage, int(cursor), {"a": {"b": 1}})
+shown = Trackers([name], Path(run), "job", stage, int(cursor), {"a": {"b": 1}}, print)
 for step in range(int(cursor) + 1, int(stop) + 1):
     shown.write(step, {"loss": step / 4 + int(shift), "replaced": step % 2})
 print("written", flush=True)
@@ -48,7 +48,7 @@ def _nothing_goes_out(monkeypatch: pytest.MonkeyPatch):
 
 def write(name: str, run: Path, stage: str, cursor: int, stop: int, shift: float = 0) -> None:
     """Steps cursor+1..stop of a stage; their values are floats of 32 bits."""
-    shown = Trackers([name], run, "job", stage, cursor, SETTINGS)
+    shown = Trackers([name], run, "job", stage, cursor, SETTINGS, print)
     for step in range(cursor + 1, stop + 1):
         shown.write(step, {"loss": step / 4 + shift, "replaced": step % 2})
     shown.close()
@@ -204,14 +204,14 @@ def test_wandb_has_the_job_and_draws_a_stage_over_its_own_steps(tmp_path: Path):
 
 
 def test_what_fails_is_said_once_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    shown = Trackers(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS)
+    shown = Trackers(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
     shown.write(1, {"loss": 0.25})
     client_of(tmp_path).delete_run(ids(tmp_path)["mlflow"])
     capsys.readouterr()
     for step in (2, 3):
         shown.write(step, {"loss": step / 4})
     shown.close()
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trackers:")]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trackers:")]
     assert len(said) == 1
     assert said[0].startswith("trackers: mlflow left out of tower, it failed at step 2: MlflowException: ")
     assert tensorboard(tmp_path, "tower")["loss"] == losses(1, 3)
@@ -222,10 +222,10 @@ def test_a_server_that_is_away_at_the_start_is_left_out(
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    shown = Trackers(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS)
+    shown = Trackers(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
     shown.write(1, {"loss": 0.25})
     shown.close()
-    assert "trackers: mlflow left out of tower, it failed at its start: " in capsys.readouterr().err
+    assert "trackers: mlflow left out of tower, it failed at its start: " in capsys.readouterr().out
     assert tensorboard(tmp_path, "tower")["loss"] == losses(1, 1)
     # nothing to go on with was noted: the next start makes a run
     assert not (tmp_path / FILE).exists()
@@ -243,7 +243,7 @@ def test_ctrl_c_is_no_failure_of_a_tracker(tmp_path: Path, monkeypatch: pytest.M
         return Interrupted()
 
     monkeypatch.setitem(TRACKERS, "tensorboard", make)
-    shown = Trackers(["tensorboard"], tmp_path, "job", "tower", 0, SETTINGS)
+    shown = Trackers(["tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
     with pytest.raises(KeyboardInterrupt):
         shown.write(1, {"loss": 0})
 
@@ -262,7 +262,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_installs_it(
     with pytest.raises(ValueError, match=message):
         require(["mlflow"])
     with pytest.raises(ValueError, match=message):
-        Trackers(["tensorboard", "mlflow"], tmp_path, "job", "tower", 0, SETTINGS)
+        Trackers(["tensorboard", "mlflow"], tmp_path, "job", "tower", 0, SETTINGS, print)
     assert not list(tmp_path.iterdir())
 
 
@@ -311,7 +311,7 @@ def test_no_tracker_loads_torch(tmp_path: Path):
 import sys
 from pathlib import Path
 from pipelines.trackers import TRACKERS, Trackers
-shown = Trackers(TRACKERS, Path({str(tmp_path)!r}), "job", "tower", 0, {{}})
+shown = Trackers(TRACKERS, Path({str(tmp_path)!r}), "job", "tower", 0, {{}}, print)
 shown.write(1, {{"loss": 1}})
 assert set(shown.open) == set(TRACKERS)
 shown.close()
