@@ -113,7 +113,7 @@ def test_loss_and_gradient_are_those_of_the_slow_reference_however_the_batch_is_
         loss = 0.0
         for rank in range(workers):
             mine = batches[rank::workers]
-            for batch, weight in zip(mine, train._weights(mine, plan, workers, CPU), strict=True):
+            for batch, weight in zip(mine, train._weights(mine, plan, CPU), strict=True):
                 part = language(**tensors(language, batch), weight=weight)
                 part.backward()
                 loss += part.item()
@@ -132,7 +132,7 @@ def test_a_global_batch_without_a_learned_token_changes_nothing(
     monkeypatch.setattr(train.dist, "all_reduce", lambda total: None)
     plan = plans[4, kind]
     batches = cut(plan, np.zeros((SAMPLES, 512), bool))
-    for batch, weight in zip(batches, train._weights(batches, plan, 1, CPU), strict=True):
+    for batch, weight in zip(batches, train._weights(batches, plan, CPU), strict=True):
         loss = language(**tensors(language, batch), weight=weight)
         loss.backward()
         assert loss.item() == 0
@@ -142,5 +142,5 @@ def test_a_global_batch_without_a_learned_token_changes_nothing(
 def test_each_pair_of_a_contrastive_batch_counts_the_same(new_plan: Callable[..., Plan]) -> None:
     plan = new_plan(objective="contrastive", learning_rate={"tower": 1e-3})
     batches = [{"input_ids": np.zeros((2, 5))}] * 2
-    weights = train._weights(batches, plan, 2, CPU)
+    weights = train._weights(batches, plan, CPU)
     assert torch.cat(weights).tolist() == [1 / 8] * 4
