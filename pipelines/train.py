@@ -48,8 +48,11 @@ class NotFiniteError(Exception):
     """A step's loss or gradient was not finite; it is to be done again from the last checkpoint."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"loss or gradient of step {step} was not finite")
+        super().__init__(step)  # by which pickle makes it anew
         self.step = step
+
+    def __str__(self) -> str:
+        return f"loss or gradient of step {self.step} was not finite"
 
 
 def fit(plan: Plan, more: Sequence[HookMaker] = ()) -> None:

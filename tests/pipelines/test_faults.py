@@ -123,7 +123,7 @@ def test_a_batch_that_is_not_finite_is_named_and_skipped_or_done_again(
     assert entries[4]["loss"] is None
     assert losses(plan)[:4] == losses(undisturbed)[:4]
     assert all(entry["loss"] is not None for entry in entries[5:])
-    assert "loss or gradient of step 5 was not finite" in capfd.readouterr().err
+    assert "small: loss or gradient of step 5 was not finite" in capfd.readouterr().out
 
 
 def test_too_many_batches_that_are_not_finite_end_with_one_line(new_plan: NewPlan, tmp_path: Path) -> None:
