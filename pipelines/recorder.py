@@ -99,8 +99,12 @@ class Recorder:
     def write(self, step: int, values: dict[str, float], used: Used) -> bool:
         """Record one step; returns whether the workers are to stop after a checkpoint: the driver wants it, or more
         went wrong than the job tolerates, which the driver will say.
+
+        A step that is not the next one comes late, from workers that are gone; it is passed over.
         """
         assert self.metrics
+        if step != self.news.step + 1:
+            return self.stopping or bool(self.news.failed)
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.metrics.write(step, finite, used)
         if values["skipped"]:

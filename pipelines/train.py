@@ -338,9 +338,7 @@ def training_steps(
             **{name: votes.get(name, 0.0) for name in names},
             **{f"rank {each}": data_s + forward_s if each == rank else 0.0 for each in range(workers)},
         }
-        sums = torch.tensor(list(own.values()), dtype=torch.float64, device=trained.device)
-        dist.all_reduce(sums)
-        summed = dict(zip(own, sums.tolist(), strict=True))
+        summed = _summed(own, trained.device)
         if not applied and plan.stage.nonfinite == "rollback" and number not in again:
             raise NotFiniteError(number)
         busy = [summed.pop(f"rank {each}") for each in range(workers)]
@@ -359,6 +357,13 @@ def training_steps(
         clock = time.perf_counter()
         yield Step(number, number == steps, values, used, votes)
         stall_s = time.perf_counter() - clock
+
+
+def _summed(own: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Sums over ranks: all that a step has to say, in one reduction."""
+    sums = torch.tensor(list(own.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return dict(zip(own, sums.tolist(), strict=True))
 
 
 def _learn(trained: Any, plan: Plan, mine: Sequence[ingest.Batch]) -> tuple[float, float, bool, float]:

@@ -20,6 +20,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 import ray.data
+import torch.distributed as dist
 from PIL import Image
 
 from pipelines import shards, storage
@@ -263,6 +264,14 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> Retry:
 @pytest.fixture
 def bucket(proxy: Proxy) -> str:
     return f"s3://{BUCKET}/{uuid4()}"
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """This process is a group of one, for what is a collective."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

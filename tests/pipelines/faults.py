@@ -19,7 +19,8 @@ from pipelines.stage import Plan
 
 @dataclass(frozen=True)
 class Fault:
-    """kind: raise, exit, SIGKILL, SIGSTOP, hang, nan (in the loss of the step after) or slow (from then on).
+    """kind: raise, exit, SIGKILL, SIGSTOP, hang, nan (in the loss of the step after) or slow (from then on, forward
+    passes sleep).
 
     marks: a folder that outlives the process, where what has happened is noted.
     """

@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from tests.pipelines import ranks
 SIZES = {"tower.weight": 211, "tower.bias": 7, "head.weight": 64}
 State = dict[str, dict[str, Tensor]]
 """Flat tensors by parameter and state."""
+
+pytestmark = pytest.mark.usefixtures("alone")  # `restore` is a collective
 
 
 def state(seed: int) -> State:
@@ -90,14 +92,6 @@ def contents(folder: str) -> dict[Path, bytes]:
 
 def cursors(folder: str) -> list[int]:
     return [one.manifest.cursor for one in checkpoint.candidates(folder) if isinstance(one, Saved)]
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """Of a group of one, as `restore` is a collective."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -52,6 +52,20 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_steps_of_workers_that_are_gone_come_late_and_change_nothing(
+    new: Callable[..., Recorder], settings: Settings
+) -> None:
+    recorder = new()
+    recorder.begin(2, 0, 1.0, [])
+    do(recorder, 1, 2, 3)
+    recorder.begin(2, 1, 1.0, [])
+    do(recorder, 4, loss=7.0)
+    do(recorder, 2, 3)
+    recorder.close("end")
+    steps = [(entry["step"], entry["loss"]) for entry in lines(settings.run / metrics.FILE)]
+    assert steps == [(1, 1.0), (2, 1.0), (3, 1.0)]
+
+
 # Starts
 
 
