@@ -35,8 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from jobs import schema
+    from jobs import schema, study
 
+    if study.written(arguments.job):
+        several = study.load(arguments.job, arguments.overrides)
+        study.conduct(several, arguments.into / several.name, arguments.changed)
+        return
     job = schema.load(arguments.job, arguments.overrides)
     from jobs.run import run
 

@@ -59,18 +59,31 @@ def read(path: Path, overrides: Sequence[str], schema: type[T]) -> T:
 
     Raises JobError, whose text is one line, for every way in which file or overrides can be wrong.
     """
+    return build(plain(path, overrides), schema, str(path))
+
+
+def plain(path: Path, overrides: Sequence[str] = ()) -> Any:
+    """The YAML file's content after overrides, unchecked."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     tree = _parse(text, str(path))
     for override in overrides:
-        _set(tree, override)
+        dotted, equals, value = override.partition("=")
+        if not equals:
+            raise JobError(f"override {override!r}: not of the form section.key=value")
+        put(tree, dotted, _parse(value, f"override {override!r}"), f"override {override!r}")
+    return tree
+
+
+def build(tree: Any, schema: type[T], source: str) -> T:
+    """The `schema` that a tree of plain values describes; an error begins with `source`."""
     try:
         # JSON is the strict form in which a list may fill a tuple and 1 a float, yet "1" or true fill neither
         return cast(T, _adapter(schema).validate_json(json.dumps([tree]), strict=True)[0])
     except ValidationError as error:
-        raise JobError(f"{path}: {_summary(error, tree, schema)}") from error
+        raise JobError(f"{source}: {_summary(error, tree, schema)}") from error
 
 
 def write(value: Any) -> str:
@@ -131,18 +144,18 @@ def _parse(text: str, source: str) -> Any:
         raise JobError(f"{source}: not plain YAML: {error}") from error
 
 
-def _set(tree: Any, override: str) -> None:
-    dotted, equals, text = override.partition("=")
+def put(tree: Any, dotted: str, value: Any, source: str) -> None:
+    """Put a value at a place of the tree, such as `train.pretrain.epochs`; an error begins with `source`."""
     keys = dotted.split(".")
-    if not equals or not all(keys):
-        raise JobError(f"override {override!r}: not of the form section.key=value")
+    if not all(keys):
+        raise JobError(f"{source}: not of the form section.key=value")
     section = tree
     for depth, key in enumerate(keys):
         if not isinstance(section, dict):
             above = ".".join(keys[:depth]) or "the file"
-            raise JobError(f"override {override!r}: {above} is {_shown(section)}, it has no keys to set")
+            raise JobError(f"{source}: {above} is {_shown(section)}, it has no keys to set")
         if depth == len(keys) - 1:
-            section[key] = _parse(text, f"override {override!r}")
+            section[key] = value
         elif section.get(key) is None:
             section[key] = {}  # a section that is absent, or written without content, which YAML reads as null
         section = section[key]

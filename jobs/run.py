@@ -23,6 +23,7 @@ from typing import TypeVar
 
 import torch
 import yaml
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs import schema
 from jobs.schema import Job
@@ -31,7 +32,8 @@ from pipelines import records as check
 from pipelines.stage import Plan
 from redux import pretrained
 from redux.conversation import TEMPLATES, word_tokenizer
-from redux.model import Model, ReduxConfig, Tower, image_tokens
+from redux.model import Language, Model, ReduxConfig, ReduxForConditionalGeneration, Tower, image_tokens
+from redux.remote import fetched
 
 T = TypeVar("T")
 
@@ -46,9 +48,10 @@ FREE = ("data.tolerance", "workers", "recovery", "trackers")
 """What of a job may be another when it goes on: none of it decides what is learned."""
 
 
-def run(job: Job, folder: Path, changed: bool = False) -> None:
+def run(job: Job, folder: Path, changed: bool = False, until: str | None = None) -> None:
     """Do what is left of the job in its run folder.
 
+    until: the last step to do; None is the last of all.
     changed: go on although the folder holds another job, or checkpoints of other data or another model; otherwise that
     is a ValueError.
     """
@@ -56,11 +59,14 @@ def run(job: Job, folder: Path, changed: bool = False) -> None:
     folder = folder.resolve()
     job = _located(job)
     work = steps(job, folder, changed)
+    if until:
+        names = list(work)
+        work = {name: work[name] for name in names[: names.index(until) + 1]}
     _claim(job, folder, changed)
     done = _finished(folder)
     left = {name: step for name, step in work.items() if name not in done}
     if not left:
-        print(f"{job.name} is finished; its report: {folder / 'report.html'}")
+        print(f"{job.name} is finished; its {until or 'report'}: {folder / ('' if until else 'report.html')}")
         return
     if done:
         print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
@@ -71,8 +77,9 @@ def run(job: Job, folder: Path, changed: bool = False) -> None:
             with (folder / PROGRESS).open("a") as file:
                 file.write(json.dumps({"step": name, "wall_s": now - clock}) + "\n")
             clock = now
-    _summarise(folder)
-    print(f"{job.name} is finished; its report: {folder / 'report.html'}")
+    if until is None:
+        _summarise(folder)
+        print(f"{job.name} is finished; its report: {folder / 'report.html'}")
 
 
 @contextmanager
@@ -93,27 +100,37 @@ def steps(job: Job, folder: Path, changed: bool = False) -> dict[str, Callable[[
     """
     sets, result = locations(job, folder), {}
     stages = plans(job, folder, changed)
-    if job.data.source or not job.model.pretrained:
+    if job.made or not job.model.pretrained:
         result["shards"] = lambda: _shards(job, sets, folder / TOKENIZER)
-    if job.model.pretrained:
+    if job.model.pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
     result |= {name: functools.partial(train.fit, plan) for name, plan in stages.items()}
-    name, plan = list(stages.items())[-1]
-    model, last, settings = plan.result, plan.stage, job.evaluate
+    settings = job.evaluate
     if settings is None:
         result["report"] = lambda: _report(folder, [])
         return result
-    test = sets["test"]
+    subject = _subject(job, settings, stages)
 
     def answer() -> None:
         clock = time.monotonic()
-        _write(folder / SCORES, evaluate.evaluate(model, test, folder, settings, last.template, last.fit))
-        ledger.note(folder, "evaluate", name, wall_s=time.monotonic() - clock)
+        _write(folder / SCORES, evaluate.evaluate(subject, folder, settings))
+        ledger.note(folder, "evaluate", list(stages)[-1] if stages else "", wall_s=time.monotonic() - clock)
 
     def describe() -> None:
-        _report(folder, evaluate.examples(model, test, folder / evaluate.FILE, job.report.examples, last.fit))
+        _report(folder, evaluate.examples(subject, folder, job.report.examples))
 
     return {**result, "evaluate": answer, "report": describe}
+
+
+def _subject(job: Job, settings: evaluate.Evaluate, stages: dict[str, Plan]) -> evaluate.Subject:
+    """Who is evaluated: what the last stage made, or without one the checkpoint."""
+    if not stages:
+        assert job.model.checkpoint
+        return evaluate.Subject(
+            model=job.model.checkpoint, template=settings.template, fit=settings.fit, methods=job.model.methods
+        )
+    plan = list(stages.values())[-1]
+    return evaluate.Subject(model=plan.result, template=plan.stage.template, fit=plan.stage.fit)
 
 
 def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
@@ -122,6 +139,8 @@ def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
     ValueError where the model's pretrained parts cannot be read or do not go together.
     """
     sets, result = locations(job, folder), dict[str, Plan]()
+    if not job.train:
+        return result
     image_size, image_tokens = _image(job.model, folder)
     tokenizer = folder / (ASSEMBLED if job.model.pretrained else TOKENIZER)
     start = str(tokenizer) if job.model.pretrained else None
@@ -172,7 +191,12 @@ def _located(job: Job) -> Job:
         job,
         checkpoints=job.checkpoints and storage.absolute(job.checkpoints),
         data=replace(job.data, sets=sets),
-        model=replace(job.model, tower=_path(job.model.tower), language=_path(job.model.language)),
+        model=replace(
+            job.model,
+            tower=_path(job.model.tower),
+            language=_path(job.model.language),
+            checkpoint=_path(job.model.checkpoint),
+        ),
     )
 
 
@@ -185,17 +209,22 @@ def _image(model: Model, folder: Path) -> tuple[int, int]:
     """Pixels of an image's side, and tokens of it that reach the language model."""
     if isinstance(model.tower, Tower):
         return model.tower.image_size, image_tokens(model)
-    assert isinstance(model.language, str)  # the two go together
     whole = folder / ASSEMBLED
     try:
-        config = (
-            ReduxConfig.from_pretrained(whole)  # the parts themselves are no longer needed
-            if whole.exists()
-            else pretrained.configured(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
-        )
+        # once it is there, what it was made of is no longer needed
+        config = ReduxConfig.from_pretrained(whole) if whole.exists() else _configured(model)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
     return config.vision_config.image_size, config.image_seq_length
+
+
+def _configured(model: Model) -> ReduxConfig:
+    """What the pretrained model, or the parts of one, will be; ValueError where that cannot be."""
+    if model.checkpoint:
+        return pretrained.reconfigured(model.checkpoint, **model.methods)
+    assert isinstance(model.tower, str)
+    assert isinstance(model.language, str)
+    return pretrained.configured(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
 
 
 def _claim(job: Job, folder: Path, changed: bool) -> None:
@@ -259,7 +288,7 @@ def _shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
     making = shards.Making(samples_per_shard=job.data.samples_per_shard)
     for name, given in records.items():
         shards.make(given, str(easy_vqa.FOLDER), sets[name], making)
-    if isinstance(job.model.language, str):
+    if not isinstance(job.model.language, Language):
         return
     templates = [TEMPLATES[stage.template] for stage in job.train.values()]
     mixed = {name for stage in job.train.values() for name in stage.mixture}
@@ -269,33 +298,33 @@ def _shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
         for record in shards.Shards(sets[name]).records()
         if check.fault({"id": name, **record}, None) is None
     )
-    own = (records[name] for name in records if name != "test")
     texts = (
         "".join(piece for piece, _ in template.spans(record["conversations"]))
-        for record in itertools.chain(*own, others)
+        for record in itertools.chain(*records.values(), others)
         for template in templates
     )
     word_tokenizer(texts, job.model.language.max_position_embeddings).save_pretrained(tokenizer)
 
 
 def _assemble(job: Job, folder: Path) -> None:
-    """The model made of pretrained parts, and its tokenizer, in a folder that is there whole or not at all."""
+    """The model to start from, and its tokenizer, in a folder that is there whole or not at all."""
     if folder.exists():
         return
-    model = job.model
-    assert isinstance(model.tower, str)
-    assert isinstance(model.language, str)
     half = all(stage.precision == "bf16" for stage in job.train.values())
     torch.manual_seed(job.seed)
-    whole, tokenizer = pretrained.assemble(
-        model.tower,
-        model.language,
-        gguf_file=model.gguf_file,
-        **model.methods,
-        dtype=torch.bfloat16 if half else torch.float32,
-    )
+    whole, tokenizer = _assembled(job.model, torch.bfloat16 if half else torch.float32)
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     whole.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     os.replace(unfinished, folder)
+
+
+def _assembled(model: Model, dtype: torch.dtype) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:
+    if model.checkpoint:
+        with fetched(model.checkpoint, what="checkpoint") as folder:
+            whole = ReduxForConditionalGeneration.from_pretrained(folder, dtype=dtype, **model.methods)
+            return whole, AutoTokenizer.from_pretrained(folder)
+    assert isinstance(model.tower, str)
+    assert isinstance(model.language, str)
+    return pretrained.assemble(model.tower, model.language, gguf_file=model.gguf_file, **model.methods, dtype=dtype)

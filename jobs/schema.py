@@ -4,11 +4,11 @@ Importing this module imports torch and Ray, since the owners do; so the command
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Ge, Lt, MinLen
+from annotated_types import Ge, Lt
 from pydantic import StringConstraints
 
 from jobs import document
@@ -35,7 +35,7 @@ class Job:
     workers: training processes, each with a GPU where there are GPUs; or the fewest and the most of them.
     checkpoints: folder or URL that every worker can reach, where this job's lie in a folder of its name; null keeps
         them in the run folder.
-    train: the stages, in the order of the file.
+    train: the stages, in the order of the file; none where model.checkpoint is only evaluated.
     evaluate: null where nothing is asked after the training.
     trackers: what besides the run folder shows metrics.
     """
@@ -46,7 +46,7 @@ class Job:
     checkpoints: str | None = None
     data: Data
     model: Model
-    train: Annotated[dict[Name, Stage], MinLen(1)]
+    train: dict[Name, Stage] = field(default_factory=dict)
     recovery: Recovery = Recovery()
     evaluate: Evaluate | None = None
     report: Report = Report()
@@ -56,10 +56,10 @@ class Job:
         fewest, most = self.worker_range
         if fewest > most:
             raise ValueError(f"workers: got {[fewest, most]}, allowed: the fewest first")
-        if self.evaluate and not self.data.source:
-            raise ValueError("evaluate: got settings, allowed: null, as data.source is null: there is no test set")
-        if taken := self.data.sets.keys() & set(self.made):
-            raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(self.made)}")
+        if not self.train and not (self.model.checkpoint and self.evaluate):
+            raise ValueError("train: got no stages, allowed: none with model.checkpoint and evaluate, else at least one")
+        if self.data.source and (taken := self.data.sets.keys() & set(SETS)):
+            raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(SETS)}")
         self._check_objectives()
         for name, stage in self.train.items():
             self._check_stage(name, stage)
@@ -71,11 +71,14 @@ class Job:
 
     @property
     def made(self) -> tuple[str, ...]:
-        """Names of the sets that the job makes itself."""
-        return tuple(SETS) if self.data.source else ()
+        """Names of the sets that the job makes itself: those that a stage trains on."""
+        used = {name for stage in self.train.values() for name in stage.mixture}
+        return tuple(name for name in SETS if name in used) if self.data.source else ()
 
     def _check_objectives(self) -> None:
         objectives = [stage.objective for stage in self.train.values()]
+        if not objectives:
+            return
         told = f"train: got objectives {', '.join(objectives)}"
         if self.model.pretrained and "contrastive" in objectives:
             raise ValueError(f"{told}, allowed: language alone, as model.tower is pretrained")
@@ -88,7 +91,7 @@ class Job:
             )
 
     def _check_stage(self, name: str, stage: Stage) -> None:
-        sets = [*self.made, *self.data.sets]
+        sets = [*(SETS if self.data.source else ()), *self.data.sets]
         if unknown := stage.mixture.keys() - set(sets):
             raise ValueError(
                 f"train.{name}.data: got {min(unknown)}, allowed: {', '.join(sets) or 'none'}, those of data.sets"

@@ -24,7 +24,10 @@ ENVIRONMENT = {
 
 @contextmanager
 def session() -> Iterator[None]:
-    """Ray for the length of a with block, quiet but for progress bars and errors."""
+    """Ray for the length of a with block, quiet but for progress bars and errors; one within another is the same."""
+    if ray.is_initialized():
+        yield
+        return
     environment = {name: os.environ.setdefault(name, value) for name, value in ENVIRONMENT.items()}
     disable_progress_bar()  # of transformers, which would show one for each file it reads
     own = _own()

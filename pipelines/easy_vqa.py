@@ -1,4 +1,5 @@
-"""easy-VQA (PyPI `easy-vqa`, MIT) as records of LLaVA's JSON form: real images and questions that need no hub.
+"""easy-VQA (PyPI `easy-vqa`, MIT): real images and questions that need no hub, as records of LLaVA's JSON form to train
+on, and as questions to be asked one by one.
 
 Each image holds one coloured shape, and the questions are its only annotations.  About ten questions an image become
 one conversation, as in LLaVA's instruction mixture; its caption says what the answers settle and no more.
@@ -7,13 +8,19 @@ one conversation, as in LLaVA's instruction mixture; its caption says what the a
      "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt", …}]}
 """
 
+import itertools
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import easy_vqa
+
+from pipelines import formats
+from redux.benchmarks import Metric, Outcome, Question, Row
+from redux.benchmarks.instructions import Asked
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -39,12 +46,58 @@ def captions(split: Literal["train", "test"]) -> list[dict]:
     return [_record(split, image, path, ["", caption(asked)]) for image, path, asked in _images(split)]
 
 
+def obedient() -> list[dict]:
+    """Text alone: two questions about each training image, which is told in words, each to be answered in a form."""
+    chance = random.Random(0)
+    told = [
+        (f"there is {caption(asked)}.", *pair) for _, _, asked in _images("train") for pair in chance.sample(asked, 2)
+    ]
+    chance.shuffle(told)
+    return formats.records(told)
+
+
 SETS: dict[str, Callable[[], list[dict]]] = {
     "captions": partial(captions, "train"),
     "conversations": partial(conversations, "train"),
-    "test": partial(conversations, "test"),
+    "formats": obedient,
 }
-"""What a job makes of easy-VQA, by name."""
+"""What a job can make of easy-VQA to train on, by name."""
+
+
+def questions() -> list[Question]:
+    """All 9,673 test questions; those about one image depend on each other."""
+    return [
+        Question(
+            id=f"test/{image}/{number}",
+            unit=f"test/{image}",
+            image=path,
+            prompt=question,
+            reference={"image": path, "answer": answer, "type": TYPES[answer]},
+        )
+        for image, path, asked in _images("test")
+        for number, (question, answer) in enumerate(asked)
+    ]
+
+
+def asked() -> list[Asked]:
+    """One question about each test image, for an instruction to go with; drawn once for all."""
+    chance = random.Random(0)
+    return [chance.choice(each) for each in _by_image(questions())]
+
+
+def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
+    """Accuracy over all questions and over those of each type, 0 to 1."""
+    kinds = sorted({row["type"] for row in rows})
+    whole = {"accuracy": Metric([Outcome("", row["unit"], right(row)) for row in rows])}
+    return whole | {
+        f"accuracy.{kind}": Metric([Outcome("", row["unit"], right(row)) for row in rows if row["type"] == kind])
+        for kind in kinds
+    }
+
+
+def right(row: Row) -> bool:
+    """Whether the response is the answer, word for word."""
+    return bool(row["response"] == row["answer"])
 
 
 def caption(asked: Questions) -> str:
@@ -72,6 +125,11 @@ def _record(split: str, image: int, path: str, texts: list[str]) -> dict:
     turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
     turns[0]["value"] = f"<image>\n{turns[0]['value']}"
     return {"id": f"{split}/{image}", "image": path, "conversations": turns}
+
+
+def _by_image(questions: list[Question]) -> Iterator[list[Asked]]:
+    for _, about in itertools.groupby(questions, key=lambda question: question.unit):
+        yield [Asked(each.id, each.image, each.prompt, each.reference["answer"]) for each in about]
 
 
 def _images(split: str) -> list[tuple[int, str, Questions]]:

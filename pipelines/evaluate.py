@@ -1,169 +1,345 @@
-"""Batch inference over every test question, each asked alone, and the score.
+"""Batch inference over the questions of benchmarks, and the scores.
 
-rows in:   number of a batch of images
-rows out:  one row a question: id, image, question, answer, response
+One Ray Data pipeline for all of them: a batch holds questions of one benchmark and similar length, the longest first,
+and its answers are on disk before the next batch of its actor is.  What was answered is not asked again: the same call
+goes on where an earlier one ended.
+
+rows in:   number of a batch
+rows out:  one block a batch: what the model said to its questions, and how long that took
 resources: `actors` actors share the CPUs, or take a GPU each
 
-answers.jsonl   {"id", "image", "question", "answer", "response", "type", "correct"}, in the order of the test set
+answers/TASK.jsonl    {"id", "unit", "prompt", …, "response"}, one line a question in the benchmark's order: all that
+                      scoring needs.  Until it is complete it is .TASK.jsonl, in the order of the answers.
+answers/speed.jsonl   {"task", "questions", "tokens", "prefill_s", "decode_s", "peak_bytes"}, one line a batch
 """
 
 import json
-import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import ray
 import ray.data
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, MinLen
 from PIL import Image
-from ray.data import ExecutionOptions
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from pipelines import cluster
-from pipelines.easy_vqa import TYPES
+from pipelines import cluster, easy_vqa, storage
+from pipelines.metrics import peak_bytes
 from pipelines.report import Example
-from pipelines.shards import Sample, Shards
-from redux.answer import answer, answer_from_descriptions
-from redux.conversation import IMAGE, TEMPLATES
+from redux import respondent
+from redux.benchmarks import BENCHMARKS, Metric, Question, Row
+from redux.benchmarks import instructions as obedience
 from redux.image import Fit, pixels
 from redux.model import ReduxForConditionalGeneration, normalise
-from redux.remote import fetched
 
-FILE = "answers.jsonl"
+FOLDER = "answers"
+SPEED = "speed.jsonl"
+
+
+class Task(NamedTuple):
+    """What can be evaluated.
+
+    questions: from the files that a job names to what is asked.  metrics: from answered questions to scores.
+    images: folder of the images, where the job need not say.
+    max_new_tokens: of an answer, where the job does not say.
+    """
+
+    questions: Callable[..., list[Question]]
+    metrics: Callable[[Sequence[Row]], dict[str, Metric]]
+    max_new_tokens: int
+    images: str | None = None
+
+
+def _instructions(prompts: str | None = None, per_task: int = 218, seed: int = 0) -> list[Question]:
+    """Those of a file that `redux instructions` froze; by default about easy-VQA's images."""
+    return obedience.read(prompts) if prompts else obedience.questions(easy_vqa.asked(), per_task, seed)
+
+
+TASKS: dict[str, Task] = {
+    "easy_vqa": Task(easy_vqa.questions, easy_vqa.metrics, 8, str(easy_vqa.FOLDER)),
+    "instructions": Task(_instructions, obedience.metrics, 1024, str(easy_vqa.FOLDER)),
+    **{name: Task(each.questions, each.metrics, each.max_new_tokens) for name, each in BENCHMARKS.items()},
+}
+Name = Literal["easy_vqa", "instructions", "vqav2", "gqa", "textvqa", "mme", "mmbench"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How a task is asked.
+
+    files: the benchmark's own, folders or URLs, by the names of its reader's arguments; easy_vqa needs none.
+    images: folder or URL of the images, where they are neither in these files nor in a package.
+    limit: ask only so many questions, evenly spread.
+    max_new_tokens: of an answer; null is the benchmark's own.
+    """
+
+    files: dict[str, str | int | bool] = field(default_factory=dict)
+    images: str | None = None
+    limit: Annotated[int, Ge(1)] | None = None
+    max_new_tokens: Annotated[int, Ge(1)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Settings.
 
-    images: of a batch, with all their questions.
+    tasks: what is asked.
+    batch: questions answered at once.
     actors: models at work at a time.
     image: how the model knows it: "seen", or "described" by itself beforehand, the upper limit of Table 1.
+    template, fit: of conversations and images, for a LLaVA that the job does not train itself.
     """
 
-    images: Annotated[int, Ge(1)] = 16
+    tasks: Annotated[Mapping[Name, Asking], MinLen(1)] = field(default_factory=lambda: {"easy_vqa": Asking()})
+    batch: Annotated[int, Ge(1)] = 64
     actors: Annotated[int, Ge(1)] = 1
-    max_new_tokens: Annotated[int, Ge(1)] = 8
     image: Literal["seen", "described"] = "seen"
+    template: Literal["vicuna_v1", "vicuna_bare"] = "vicuna_v1"
+    fit: Fit = "pad"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions of one task to be answered at once; `images` is where theirs lie."""
+
+    task: str
+    questions: list[Question]
+    images: str | None
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The model that is asked: folder, hub id or URL.
+
+    template, fit: of conversations and images, as a LLaVA was trained; any other model brings its own.
+    methods: settings of the method in place of the model's own, by their names in redux.model.METHODS.
+    """
+
+    model: str
+    template: str = "vicuna_v1"
+    fit: Fit = "pad"
+    methods: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Answerer:
-    """An actor with the model: answers all questions of a batch of images, greedily."""
+    """An actor with the model: answers batches, greedily."""
 
-    def __init__(self, model: str, shards: str, settings: Evaluate, template: str, fit: Fit) -> None:
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device == "cpu":
+    def __init__(self, subject: Subject, batches: Any, settings: Evaluate) -> None:
+        if not torch.cuda.is_available():
             torch.set_num_threads(max(len(os.sched_getaffinity(0)) // settings.actors, 1))
-        with fetched(model) as folder:
-            self.model = ReduxForConditionalGeneration.from_pretrained(folder).eval().to(self.device)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.shards, self.settings, self.template, self.fit = Shards(shards), settings, TEMPLATES[template], fit
+        self.batches: list[Batch] = ray.get(batches)
+        self.answer = respondent.load(
+            subject.model, template=subject.template, fit=subject.fit, image=settings.image, **subject.methods
+        )
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
-        first = int(rows["id"][0]) * self.settings.images
-        samples = self.shards.read(range(first, min(first + self.settings.images, len(self.shards))))
-        asked = [(sample, *pair) for sample in samples for pair in questions(sample)]
+        number = int(rows["id"][0])
+        batch = self.batches[number]
+        images = _images(batch)
+        answers = self.answer([each.prompt for each in batch.questions], images, batch.max_new_tokens)
+        count = len(batch.questions)
         return {
-            "id": [f"{sample.id}/{number}" for sample in samples for number, _ in enumerate(questions(sample))],
-            "image": [sample.id for sample, _, _ in asked],
-            "question": [question for _, question, _ in asked],
-            "answer": [answer for _, _, answer in asked],
-            "response": self.answer(samples, [(sample.key, question) for sample, question, _ in asked]),
+            "batch": [number] * count,
+            "response": answers.texts,
+            "tokens": answers.tokens,
+            "prefill_s": [answers.prefill_s] * count,
+            "decode_s": [answers.decode_s] * count,
+            "peak_bytes": [peak_bytes()] * count,
         }
 
-    def answer(self, samples: list[Sample], asked: list[tuple[str, str]]) -> list[str]:
-        """Responses to (sample key, question) pairs."""
-        size = self.model.config.vision_config.image_size
-        images = torch.from_numpy(np.stack([pixels(sample.image, size, self.fit) for sample in samples]))
-        number = {sample.key: place for place, sample in enumerate(samples)}
-        shows, told = [number[key] for key, _ in asked], [question for _, question in asked]
-        if self.settings.image == "described":
-            return answer_from_descriptions(
-                self.model, self.tokenizer, self.template, told, images, shows, self.settings.max_new_tokens
-            )
-        return answer(self.model, self.tokenizer, self.template, told, images[shows], self.settings.max_new_tokens)
+
+def _images(batch: Batch) -> list[bytes | None]:
+    """Each question's image; one that several ask about is read once."""
+    named = {each.image for each in batch.questions if isinstance(each.image, str)}
+    read = {name: storage.read(storage.join(batch.images or "", name)) for name in named}
+    return [read[each.image] if isinstance(each.image, str) else each.image for each in batch.questions]
 
 
-def questions(sample: Sample) -> Iterator[tuple[str, str]]:
-    """(question, answer) of each round of a conversation."""
-    texts = [turn["value"].removeprefix(f"{IMAGE}\n") for turn in sample.record["conversations"]]
-    return zip(texts[::2], texts[1::2], strict=True)
+def evaluate(subject: Subject, run: Path, settings: Evaluate) -> dict[str, float]:
+    """Answer what is not answered yet, into run/answers/; returns all scores by name.
 
-
-def evaluate(
-    model: str | Path, shards: str, run: Path, settings: Evaluate, template: str, fit: Fit = "pad"
-) -> dict[str, float]:
-    """Answer every question of the shards into run/answers.jsonl; returns the scores by name.
-
-    model: folder or URL.
-    template, fit: of conversations and images, as the model was trained.
+    ValueError where a task's files cannot be read or do not fit.
     """
-    stored = Shards(shards)
-    batches = math.ceil(len(stored) / settings.images)
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    asked = {name: questions(name, asking) for name, asking in settings.tasks.items()}
+    left = {name: _left(folder, name, each) for name, each in asked.items()}
+    if any(left.values()):
+        _answer(subject, folder, settings, left, sum(map(len, asked.values())))
+    for name, each in asked.items():
+        _complete(folder, name, each)
+    return scores(run, list(asked)) | speed(run)
+
+
+def questions(name: str, asking: Asking) -> list[Question]:
+    """What a task asks.  ValueError where its files cannot be read, are others than it needs, or an id comes twice."""
+    try:
+        found = TASKS[name].questions(**asking.files)
+    except TypeError as error:
+        raise ValueError(f"evaluate.tasks.{name}.files: got {', '.join(asking.files) or 'none'}: {error}") from None
+    if asking.limit:
+        found = [found[place] for place in spread(len(found), asking.limit)]
+    if not found:
+        raise ValueError(f"evaluate.tasks.{name}: no questions in {asking.files}, allowed: at least one")
+    [(most, times)] = Counter(each.id for each in found).most_common(1)
+    if times > 1:
+        raise ValueError(f"evaluate.tasks.{name}: {times} questions with the id {most}, allowed: one")
+    return found
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` of `length` places, evenly spread."""
+    count = min(length, count)
+    return [place * length // count for place in range(count)]
+
+
+def _answer(
+    subject: Subject, folder: Path, settings: Evaluate, left: Mapping[str, Sequence[Question]], total: int
+) -> None:
+    """Ask what is left; each batch's answers are appended as they come."""
     cluster.require({"CPU": settings.actors / 2 + 1}, f"evaluate with actors = {settings.actors}")
     gpu = ray.cluster_resources().get("GPU", 0) >= settings.actors
-    answers = ray.data.range(batches, override_num_blocks=batches).map_batches(
+    batches = [batch for name, each in left.items() for batch in _batches(name, each, settings)]
+    answers = ray.data.range(len(batches), override_num_blocks=len(batches)).map_batches(
         Answerer,
-        fn_constructor_args=(str(model), shards, settings, template, fit),
+        fn_constructor_args=(subject, ray.put(batches), settings),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=settings.actors),
         num_cpus=0.5,
         num_gpus=1 if gpu else None,
     )
-    answers.context.execution_options = ExecutionOptions(preserve_order=True)
-    unfinished, entries, image = run / f".{FILE}", [], None
-    with unfinished.open("w") as file, tqdm(desc="evaluate", total=len(stored), unit="image") as bar:
-        for row in answers.iter_rows():
-            entries.append(entry := judged(row))
-            file.write(json.dumps(entry) + "\n")
-            bar.update(row["image"] != image)  # at the first question of each
-            image = row["image"]
-    os.replace(unfinished, run / FILE)
-    return scores(entries)
+    done = total - sum(map(len, left.values()))
+    with tqdm(desc="evaluate", total=total, initial=done, unit="question") as bar:
+        for block in answers.iter_batches(batch_size=None):
+            batch = batches[int(block["batch"][0])]
+            with _partial(folder, batch.task).open("a") as file:
+                for question, response in zip(batch.questions, block["response"], strict=True):
+                    file.write(json.dumps(_row(question) | {"response": str(response)}) + "\n")
+            with (folder / SPEED).open("a") as file:
+                file.write(json.dumps(_spent(batch, block)) + "\n")
+            bar.update(len(batch.questions))
 
 
-def judged(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the type of its question and whether the response is the answer, word for word."""
-    return {**row, "type": TYPES[row["answer"]], "correct": row["response"] == row["answer"]}
+def _batches(name: str, left: Sequence[Question], settings: Evaluate) -> Iterator[Batch]:
+    """Questions of similar length together, so that little is padded; the longest first, as they may not fit."""
+    asking, task = settings.tasks[name], TASKS[name]
+    longest = sorted(left, key=lambda question: -len(question.prompt))
+    for first in range(0, len(longest), settings.batch):
+        part = longest[first : first + settings.batch]
+        yield Batch(name, part, asking.images or task.images, asking.max_new_tokens or task.max_new_tokens)
 
 
-def scores(entries: list[dict]) -> dict[str, float]:
-    """Accuracy over all questions and over those of each type."""
-    result = {"easy_vqa.questions": len(entries), "easy_vqa.accuracy": _share(entries)}
-    for kind in sorted({entry["type"] for entry in entries}):
-        result[f"easy_vqa.accuracy.{kind}"] = _share([entry for entry in entries if entry["type"] == kind])
+def _spent(batch: Batch, block: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {
+        "task": batch.task,
+        "questions": len(batch.questions),
+        "tokens": int(block["tokens"].sum()),
+        **{name: float(block[name][0]) for name in ("prefill_s", "decode_s")},
+        "peak_bytes": int(block["peak_bytes"][0]),
+    }
+
+
+def _row(question: Question) -> dict[str, Any]:
+    return {"id": question.id, "unit": question.unit, "prompt": question.prompt, **question.reference}
+
+
+def _partial(folder: Path, name: str) -> Path:
+    return folder / f".{name}.jsonl"
+
+
+def _left(folder: Path, name: str, asked: Sequence[Question]) -> list[Question]:
+    """Questions without an answer on file; a line that a crash tore is cut off."""
+    done = _answered(folder, name)
+    if (partial := _partial(folder, name)).exists():
+        whole = [line for line in partial.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        storage.write(str(partial), "".join(whole).encode())
+    return [question for question in asked if question.id not in done or not _same(question, done[question.id])]
+
+
+def _answered(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Rows on file by id, of a task that is complete or not."""
+    found = dict[str, dict[str, Any]]()
+    for path in (folder / f"{name}.jsonl", _partial(folder, name)):
+        if path.exists():
+            lines = path.read_text().splitlines()
+            found |= {row["id"]: row for row in (json.loads(line) for line in lines if line.endswith("}"))}
+    return found
+
+
+def _same(question: Question, row: Mapping[str, Any]) -> bool:
+    """Whether the row answers this very question: another may have had its id in an earlier call."""
+    return json.loads(json.dumps(_row(question))) == {name: row[name] for name in row if name != "response"}
+
+
+def _complete(folder: Path, name: str, asked: Sequence[Question]) -> None:
+    """All answers in the benchmark's order, in a file that is there whole or not at all."""
+    found = _answered(folder, name)
+    text = "".join(json.dumps(found[question.id]) + "\n" for question in asked)
+    storage.write(str(folder / f"{name}.jsonl"), text.encode())
+    _partial(folder, name).unlink(missing_ok=True)
+
+
+def rows(run: Path, name: str) -> list[dict[str, Any]]:
+    """A task's answered questions, in its order; none where it was not evaluated."""
+    path = run / FOLDER / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def scores(run: Path, names: Sequence[str]) -> dict[str, float]:
+    """TASK.METRIC of each task, and TASK.questions."""
+    result = {}
+    for name in names:
+        answered = rows(run, name)
+        result[f"{name}.questions"] = float(len(answered))
+        result |= {f"{name}.{metric}": each.score for metric, each in TASKS[name].metrics(answered).items()}
     return result
 
 
-def _share(entries: list[dict]) -> float:
-    return sum(entry["correct"] for entry in entries) / len(entries)
+def speed(run: Path) -> dict[str, float]:
+    """Of all batches: new tokens a second of decoding, of one actor; seconds to the first token of a question; and the
+    most memory that an actor had.
+    """
+    path = run / FOLDER / SPEED
+    spent = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    asked, tokens, first_s, decode_s = (
+        sum(each[name] for each in spent) for name in ("questions", "tokens", "prefill_s", "decode_s")
+    )
+    if not spent:
+        return {}
+    return {
+        # the first token of each answer comes with the prefill
+        **({"speed.decode_tokens_per_s": (tokens - asked) / decode_s} if decode_s else {}),
+        "speed.prefill_s_per_question": first_s / asked,
+        "speed.peak_bytes": max(each["peak_bytes"] for each in spent),
+    }
 
 
-def examples(model: str | Path, shards: str, answers: Path, count: int, fit: Fit = "pad") -> list[Example]:
-    """`count` answered questions on different images, evenly spread over the test set, with what VMTC did to each."""
-    entries = [json.loads(line) for line in answers.read_text().splitlines()]
-    by_image = {entry["image"]: entry for entry in reversed(entries)}
-    stored, llava = Shards(shards), ReduxForConditionalGeneration.from_pretrained(model).eval()
+def examples(subject: Subject, run: Path, count: int) -> list[Example]:
+    """`count` answered easy-VQA questions on different images, evenly spread, with what VMTC did to each."""
+    first = {row["image"]: row for row in reversed(rows(run, "easy_vqa"))}
+    by_image = list(reversed(first.values()))
+    if not (count and by_image):
+        return []
+    llava = ReduxForConditionalGeneration.from_pretrained(subject.model, **subject.methods).eval()
     result = []
-    for number in range(0, len(stored), max(len(stored) // count, 1))[:count] if count else ():
-        [sample] = stored.read([number])
-        image = pixels(sample.image, llava.config.vision_config.image_size, fit)
-        entry = by_image[sample.id]
+    for row in (by_image[place] for place in spread(len(by_image), count)):
+        image = pixels((easy_vqa.FOLDER / row["image"]).read_bytes(), llava.config.vision_config.image_size, subject.fit)
         with torch.inference_mode():
             _, fate = llava.model.encode_images(normalise(torch.from_numpy(image[None])))
         result.append(
             Example(
                 image=Image.fromarray(image.transpose(1, 2, 0)),
-                question=entry["question"],
-                answer=entry["answer"],
-                response=entry["response"],
-                correct=entry["correct"],
+                question=row["prompt"],
+                answer=row["answer"],
+                response=row["response"],
+                correct=easy_vqa.right(row),
                 slot=fate.slot[0].numpy(),
                 merged=fate.merged[0].numpy(),
             )

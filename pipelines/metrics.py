@@ -1,7 +1,7 @@
 """What a run writes down while it trains: a line a step that counted, in two files.
 
     metrics.jsonl    {"stage", "step", "loss", "learning_rate", "grad_norm", "samples", "replaced", "skipped",
-                     "tokens", "data_s", "compute_s", "stall_s", "slowest", "slowest_s"}
+                     "tokens", "data_s", "compute_s", "stall_s", "peak_bytes", "slowest", "slowest_s"}
     consumed.jsonl   the samples of the step; see pipelines/consumed.py
 
 A step stands once: what a resumed run is about to do again is cut off first, a line torn by a crash too.
@@ -9,6 +9,7 @@ A step stands once: what a resumed run is about to do again is cut off first, a 
 
 import json
 import os
+import resource
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,6 +49,15 @@ class Metrics:
         self.sync()
         for file in self.files:
             file.close()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has used so far: of its GPU, or without one all of it."""
+    import torch  # the recorder, which has no use for it, comes by here too
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def steps(run: Path, stage: str) -> int:

@@ -4,7 +4,7 @@ Everything is inside it: images as data URIs, plots as SVG.  It runs no script a
 could not; texts from questions and answers are escaped.  It shows what the run folder holds and leaves out what it
 does not.
 
-Cost: every line of `metrics.jsonl` and `answers.jsonl` is read into memory; a run of 10,000 steps and 10,000 questions
+Cost: every line of `metrics.jsonl` and `answers/easy_vqa.jsonl` is read into memory; a run of 10,000 steps and 10,000 questions
 takes about two seconds, most of it matplotlib.  Importing this module costs nothing: job files are validated against
 `Report`, so whatever is heavy is imported by the function that needs it.
 """
@@ -163,7 +163,7 @@ def write(run: Path, examples: Sequence[Example]) -> Path:
     """Write `run/report.html` from what the run folder holds, and return its path.
 
     Read, where present: job.yaml, metrics.json (flat: dotted name -> number), metrics.jsonl (one step a line),
-    answers.jsonl (one test question a line) and ledger.jsonl (one event a line).  A reader of the old report never sees
+    answers/easy_vqa.jsonl (one test question a line) and ledger.jsonl (one event a line).  A reader of the old report never sees
     half of the new one.
     """
     page = _render(run, examples)
@@ -197,7 +197,7 @@ def _render(run: Path, examples: Sequence[Example]) -> str:
     job = _text(run / "job.yaml")
     metrics = json.loads(_text(run / "metrics.json") or "{}")
     stages = _stages(_lines(run / "metrics.jsonl"))
-    answers = _lines(run / "answers.jsonl")
+    answers = _judged(run / "answers" / "easy_vqa.jsonl")
     account = ledger.read(run).account
     # every text is escaped, whatever the template's file name
     environment = jinja2.Environment(
@@ -234,6 +234,12 @@ def _text(path: Path) -> str:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _text(path).splitlines() if line.strip()]
+
+
+def _judged(path: Path) -> list[dict[str, Any]]:
+    from pipelines import easy_vqa
+
+    return [row | {"correct": easy_vqa.right(row)} for row in _lines(path)]
 
 
 def _name(job: str) -> str | None:

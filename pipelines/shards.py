@@ -74,7 +74,7 @@ PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".pyd", ".npy", ".npz")
 class Data:
     """Where samples come from.
 
-    source: what the job makes sets of, those of easy_vqa.SETS; null makes none, and leaves nothing to test on.
+    source: what the job makes sets of, those of easy_vqa.SETS that a stage trains on; null makes none.
     samples_per_shard: of these sets.
     sets: folders or URLs of other sets by name, as `redux shards make` left them.
     tolerance: share of a stage's samples that may turn out bad, and be replaced by others, before it stops.

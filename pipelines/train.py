@@ -28,7 +28,7 @@ import yaml
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
-from pipelines import checkpoint, cluster, consumed, engine, export, fragments, hooks, ingest, recorder, storage
+from pipelines import checkpoint, cluster, consumed, engine, export, fragments, hooks, ingest, metrics, recorder, storage
 from pipelines.hooks import Hook, Step
 from pipelines.stage import Plan, Schedule
 from redux import model
@@ -335,6 +335,7 @@ def training_steps(
             "data_s": data_s / workers,
             "compute_s": (time.perf_counter() - started) / workers,
             "stall_s": stall_s / workers,
+            "peak_bytes": metrics.peak_bytes(),
             **{name: votes.get(name, 0.0) for name in names},
             **{f"rank {each}": data_s + forward_s if each == rank else 0.0 for each in range(workers)},
         }
@@ -347,6 +348,7 @@ def training_steps(
             **summed,
             "samples": int(summed["samples"]),
             "tokens": int(summed["tokens"]),
+            "peak_bytes": int(summed["peak_bytes"]),
             "learning_rate": rate,
             "grad_norm": norm,
             "replaced": len(used.replaced),

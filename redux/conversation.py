@@ -120,7 +120,7 @@ def pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> np.ndarra
 
 
 def word_tokenizer(texts: Iterable[str], length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words and single marks, learned from `texts`; words are numbered by count, then alphabet.
+    """A tokenizer of whole words and marks, learned from `texts`; words are numbered by count, then alphabet.
 
     For small closed vocabularies such as easy-VQA's: one token a word keeps conversations short.
     """
@@ -128,7 +128,8 @@ def word_tokenizer(texts: Iterable[str], length: int) -> PreTrainedTokenizerFast
     special = ["<unk>", "<s>", "<pad>", "</s>", IMAGE]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+:?|[^\w\s]"), "removed", invert=True)
+    # marks that mean something together stay together: decoding puts blanks between tokens
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+:?|<<|>>|\*{6}|[^\w\s]"), "removed", invert=True)
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=special))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

@@ -106,11 +106,14 @@ class Model:
 
     tower, language: sizes of parts to build from nothing; or folders, hub ids or URLs (s3://) of pretrained ones.
     gguf_file: the file in `language` that holds language model and tokenizer.
+    checkpoint: folder, hub id or URL of a whole model in place of parts, whose own settings of the method give way to
+        those here.  To be trained it must be a LLaVA.
     """
 
-    tower: Tower | str
-    language: Language | str
+    tower: Tower | str | None = None
+    language: Language | str | None = None
     gguf_file: str | None = None
+    checkpoint: str | None = None
     vmtc: VMTC | None = VMTC()
     cmai: CMAI | None = CMAI()
     reduction: Reduction | None = None
@@ -118,6 +121,13 @@ class Model:
     def __post_init__(self) -> None:
         if self.vmtc and self.reduction:
             raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other null")
+        if self.checkpoint:
+            if self.tower or self.language or self.gguf_file:
+                raise ValueError("checkpoint: got one besides parts of a model, allowed: one of the two, the other null")
+            return
+        if not (self.tower and self.language):
+            missing = "language" if self.tower else "tower"
+            raise ValueError(f"{missing}: got null, allowed: sizes or a pretrained one, or a checkpoint of both")
         if isinstance(self.tower, str) != isinstance(self.language, str):
             raise ValueError(
                 f"language: got {_kind(self.language)} beside a tower of {_kind(self.tower)}, allowed: sizes for both, "
@@ -139,8 +149,8 @@ class Model:
 
     @property
     def pretrained(self) -> bool:
-        """Whether the parts are taken from checkpoints."""
-        return isinstance(self.tower, str)
+        """Whether it, or its parts, are taken from checkpoints."""
+        return not isinstance(self.tower, Tower)
 
     @property
     def methods(self) -> dict[str, Any]:
@@ -182,6 +192,10 @@ class ReduxConfig(LlavaConfig):
             raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other None")
         self.settings("cmai")  # a mistake is told before anything is built
         self.image_seq_length = self.tokens + (self.whole and self.has_class_token)
+
+    def but(self, **changes: Any) -> "ReduxConfig":
+        """The same with other values, checked anew."""
+        return type(self)(**{**self.to_dict(), **changes})
 
     def settings(self, name: str) -> Any:
         """The part of the method under a name of `METHODS`, None if off; ValueError for settings it does not have."""
@@ -398,7 +412,7 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
                     name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs
                 }
                 config = cls.config_class.from_pretrained(config or folder, **where)
-            config = cls.config_class(**{**config.to_dict(), **changes})
+            config = config.but(**changes)
             return super().from_pretrained(folder, *args, config=config, **kwargs)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:

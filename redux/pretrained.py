@@ -121,6 +121,26 @@ def configured(
     return config
 
 
+def reconfigured(checkpoint: str | PathLike, **methods: Any) -> ReduxConfig:
+    """The configuration of a whole LLaVA with these settings of the method in place of its own; no weights are read.
+
+    ValueError where it is none, or cannot have them.
+    """
+    with fetched(checkpoint, [CONFIG_NAME], "checkpoint") as folder:
+        try:
+            values, _ = PreTrainedConfig.get_config_dict(folder)
+        except OSError as error:
+            raise ValueError(f"checkpoint: got {checkpoint}, allowed: folder or hub id of a LLaVA") from error
+        if values.get("model_type") != ReduxConfig.model_type:
+            raise ValueError(
+                f"checkpoint: got {checkpoint} of model_type {values.get('model_type')}, allowed: {ReduxConfig.model_type}"
+            )
+        config = ReduxConfig.from_pretrained(folder).but(**methods)
+    with torch.device("meta"):  # all that a model refuses when it is built
+        ReduxForConditionalGeneration(config)
+    return config
+
+
 def _joined(eye: PreTrainedConfig, voice: PreTrainedConfig, feature_layer: int, **others: Any) -> ReduxConfig:
     layers = eye.num_hidden_layers
     if not -layers - 1 <= feature_layer <= layers:
