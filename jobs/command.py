@@ -62,6 +62,12 @@ def _cost(arguments: argparse.Namespace) -> None:
     print(cost.table(arguments.presets, arguments.model, arguments.text))
 
 
+def _score(arguments: argparse.Namespace) -> None:
+    from jobs import score
+
+    score.score(arguments)
+
+
 def _export(arguments: argparse.Namespace) -> None:
     from jobs import export
 
@@ -147,7 +153,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     cost.add_argument("--text", metavar="N", type=_count, default=64, help="text tokens (default: %(default)s)")
     cost.set_defaults(verb=_cost)
+    _add_score(verbs)
     return parser
+
+
+def _add_score(verbs: Any) -> None:
+    score = verbs.add_parser(
+        "score",
+        help="score a file of answers to a benchmark",
+        description="Score answers to a benchmark as its official scorer does, and print the scores as one line of "
+        "JSON. Answers are in the benchmark's official format of results, in LLaVA's, or lines {id, response}; one to "
+        "a question that is not there is an error, a missing one is wrong and counted. For instructions, answers are "
+        "lines {instruction_id, kwargs, response}, and a line {strict, loose} is printed for each.",
+        epilog="example: redux score vqav2 --answers merge.jsonl "
+        "--questions v2_OpenEnded_mscoco_val2014_questions.json v2_mscoco_val2014_annotations.json",
+    )
+    score.add_argument("task", metavar="TASK", help="vqav2, gqa, textvqa, mme, mmbench or instructions")
+    score.add_argument("--answers", metavar="FILE", required=True, help="path or URL; a folder for mme's official form")
+    score.add_argument("--questions", metavar="FILE", nargs="+", help="the benchmark's official files")
+    score.add_argument(
+        "--submission", metavar="OUT", type=Path, help="also write what vqav2's server takes, for every question"
+    )
+    score.set_defaults(verb=_score)
 
 
 def _add_shards(verbs: Any) -> None:

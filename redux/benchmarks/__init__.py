@@ -1,58 +1,77 @@
-"""What every benchmark shares: a question, an answered one as a row, and a score that knows what it was made of.
+"""The benchmarks of understanding by name: what a model is asked, and how its responses are scored.
 
-A score is kept with the outcomes that it is a mean of, each with the unit that is independent of others, so that
-intervals can be had for any metric by drawing units anew, and scoring is a pure function of rows: answers that were
-kept are scored again at any time.
+Each is a file of its own that reads the official files, asks as LLaVA-1.5 does, to the letter, and scores as the
+official scorer does; its docstring says where the two differ and what is left out.  LLaVA's evaluation differs from
+lmms-eval's: up to 128 new tokens, not 16; OCR tokens in TextVQA's prompts; only a final period dropped in GQA.
+
+A new benchmark is a file that imports from `redux.benchmarks.benchmark`, and a line in BENCHMARKS.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean
-from typing import Any, NamedTuple
+
+from redux.benchmarks import gqa, mmbench, mme, textvqa, vqav2
+from redux.benchmarks.benchmark import Benchmark as Benchmark
+from redux.benchmarks.benchmark import Metric as Metric
+from redux.benchmarks.benchmark import Outcome as Outcome
+from redux.benchmarks.benchmark import Question as Question
+from redux.benchmarks.benchmark import Row as Row
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "vqav2": Benchmark(
+        title="VQAv2",
+        questions=vqav2.questions,
+        metrics=vqav2.metrics,
+        answers=vqav2.answers,
+        max_new_tokens=128,
+        submission=vqav2.submission,
+    ),
+    "gqa": Benchmark(
+        title="GQA", questions=gqa.questions, metrics=gqa.metrics, answers=gqa.answers, max_new_tokens=128
+    ),
+    "textvqa": Benchmark(
+        title="TextVQA",
+        questions=textvqa.questions,
+        metrics=textvqa.metrics,
+        answers=textvqa.answers,
+        max_new_tokens=128,
+    ),
+    "mme": Benchmark(
+        title="MME", questions=mme.questions, metrics=mme.metrics, answers=mme.answers, max_new_tokens=128
+    ),
+    "mmbench": Benchmark(
+        title="MMBench",
+        questions=mmbench.questions,
+        metrics=mmbench.metrics,
+        answers=mmbench.answers,
+        max_new_tokens=1024,
+    ),
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """One question of a benchmark, as a model is asked it.
+def answered(questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[list[Row], int]:
+    """(rows, missing): a row for each question, in order, and how many have no answer; the response of these is None.
 
-    id: unique within its benchmark.
-    unit: what is independent of others: the image, or the question that is asked several times.
-    image: path relative to the benchmark's image folder, or the encoded image itself; None for text alone.
-    prompt: what the model is told beside the image, without any template.
-    reference: all that scoring needs later, as JSON has it.
+    answers: {question id: response}.  ValueError for one to a question that is not there.
     """
-
-    id: str
-    unit: str
-    image: str | bytes | None
-    prompt: str
-    reference: dict[str, Any]
-
-
-Row = Mapping[str, Any]
-"""An answered question as a line of answers/TASK.jsonl: {"id", "unit", "prompt", "response", **reference}."""
-
-
-class Outcome(NamedTuple):
-    """A value, the group within which means are taken, and the unit it belongs to."""
-
-    group: str
-    unit: str
-    value: float
+    known = {question.id for question in questions}
+    if unknown := [key for key in answers if key not in known]:
+        raise ValueError(f"answers: got one to {unknown[0]!r}, allowed: ids of the {len(known)} questions")
+    rows: list[Row] = [
+        {
+            "id": question.id,
+            "unit": question.unit,
+            "prompt": question.prompt,
+            "response": answers.get(question.id),
+            **question.reference,
+        }
+        for question in questions
+    ]
+    return rows, len(known - answers.keys())
 
 
-@dataclass(frozen=True)
-class Metric:
-    """weight × the sum over groups of the mean of their outcomes."""
-
-    outcomes: Sequence[Outcome]
-    weight: float = 1.0
-
-    @property
-    def score(self) -> float:
-        """0.0 without outcomes."""
-        groups: dict[str, list[float]] = defaultdict(list)
-        for outcome in self.outcomes:
-            groups[outcome.group].append(outcome.value)
-        return self.weight * sum(map(fmean, groups.values()))
+def score(name: str, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[dict[str, Metric], int]:
+    """(metrics, missing) of a benchmark's answers; those missing count as wrong."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"benchmark: got {name}, allowed: {', '.join(BENCHMARKS)}")
+    rows, missing = answered(questions, answers)
+    return BENCHMARKS[name].metrics(rows), missing

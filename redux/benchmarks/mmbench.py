@@ -1,0 +1,157 @@
+"""MMBench: questions with two to four options, each asked with its options in every rotation.  arXiv 2307.06281.
+
+A question counts only if it is right in all rotations (circular evaluation).  The official files have the rotations as
+rows of their own, rotation k under index + 1000000 k.  Where a file has none, they are made here as LLaVA's
+`--all-rounds` does: the first option moves to the end.
+
+The letter is taken from a response by the rules of open-compass/VLMEvalKit, vlmeval/utils/matching_util.py as in the
+package ms-vlmeval 0.0.20.  Its second step, to ask GPT about responses from which the rules read no letter, is not
+done: they are wrong, as under its `exact_matching`.  Since LLaVA is asked for a letter, that concerns next to none of
+its responses.  The paper's split, dev, has answers; those of test are with the official server.
+"""
+
+import base64
+import binascii
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from redux.benchmarks.benchmark import Metric, Outcome, Question, Row, means
+from redux.benchmarks.source import Found, field, matched, one, read, records, table
+
+LETTERS = "ABCD"
+ROTATION = 1_000_000
+ASK = "\nAnswer with the option's letter from the given choices directly."
+FORMS = (("index", "prediction"), ("question_id", "text"), ("id", "response"))
+CATEGORIES = ("l2-category", "category")
+
+ABSENT = {
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "NULL", "n/a", "null",
+}  # fmt: skip
+"""What pandas, by which LLaVA reads the file, takes for an empty cell; with nan and none, in any letters."""
+
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.", "I can't process this file.",
+    "I'm sorry, but without the image provided", "Cannot determine the answer",
+)  # fmt: skip
+MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+
+
+def questions(*sources: str) -> list[Question]:
+    """Of mmbench_dev_20230712.tsv: index, question, hint, A to D, answer, image (base64), category, l2-category."""
+    source, rows = one(sources), {}
+    for place, row in table(source, read(source)):
+        index = field(place, row, "index")
+        if not index.isdecimal():
+            raise ValueError(f"{place}: got index {index!r}, allowed: a whole number")
+        if int(index) in rows:
+            raise ValueError(f"{place}: got index {index} again, allowed: each once")
+        rows[int(index)] = (place, row)
+    rotated = any(index >= ROTATION for index in rows)
+    result = []
+    for index, (place, row) in rows.items():
+        options = _options(place, row)
+        image = _image(place, row, rows)
+        rounds = range(1 if rotated else len(options))
+        result += [_question(place, row, index + number * ROTATION, options, number, image) for number in rounds]
+    return result
+
+
+def _options(place: str, row: Mapping[str, str]) -> list[str]:
+    options = []
+    for letter in LETTERS:
+        if (text := _cell(row, letter)) is None:
+            break
+        options.append(text)
+    if not options:
+        raise ValueError(f"{place}: got no option, allowed: text in A, and in B to D as far as there are more")
+    return options
+
+
+def _cell(row: Mapping[str, str], column: str) -> str | None:
+    text = row.get(column) or ""
+    return None if text in ABSENT or text.lower() in ("nan", "none") else text
+
+
+def _image(place: str, row: Mapping[str, str], rows: Mapping[int, tuple[str, Mapping[str, str]]]) -> bytes:
+    """The encoded image; newer files give instead of a repeated one the index of the row that has it."""
+    code = field(place, row, "image")
+    if len(code) <= 64 and code.isdecimal() and int(code) in rows:
+        code = field(place, rows[int(code)][1], "image")
+    try:
+        return base64.b64decode(code, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{place}: got image {code[:20]!r}…, allowed: base64; {error}") from None
+
+
+def _question(
+    place: str, row: Mapping[str, str], index: int, options: list[str], turned: int, image: bytes
+) -> Question:
+    """The question with its options turned by so many places, the first to the end."""
+    shown = dict(zip(LETTERS, options[turned:] + options[:turned], strict=False))
+    hint, asked = _cell(row, "hint"), field(place, row, "question")
+    lines = [*([hint] if hint else []), asked, *(f"{letter}. {option}" for letter, option in shown.items())]
+    reference: dict[str, Any] = {"options": shown}
+    if (answer := _cell(row, "answer")) is not None:
+        if answer not in shown:
+            raise ValueError(f"{place}: got answer {answer!r}, allowed: {', '.join(shown)}")
+        reference["answer"] = LETTERS[(LETTERS.index(answer) - turned) % len(options)]
+    reference |= {name: text for name in CATEGORIES if (text := _cell(row, name)) is not None}
+    return Question(
+        id=str(index), unit=str(index % ROTATION), image=image, prompt="\n".join(lines) + ASK, reference=reference
+    )
+
+
+def letter(response: str | None, options: Mapping[str, str]) -> str | None:
+    """The option that a response names, by letter or else by text; None where the rules read none, or several."""
+    if not response or any(refusal in response for refusal in REFUSALS):
+        return None
+    words = response.translate(MARKS).split()
+    named = [option for option in options if option in words]
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:  # a letter far from the end may be an article
+        return named[0]
+    if not named and "Z" in words:  # stands for none of them
+        return None
+    if len(response) > 2 * sum(map(len, options.values())):
+        return None
+    quoted = [option for option, text in options.items() if text.lower() in response.lower()]
+    return quoted[0] if len(quoted) == 1 else None
+
+
+def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
+    """accuracy: the share of questions right in all rotations; the same by l2-category and category.
+
+    None without answers.
+    """
+    rounds = defaultdict(list)
+    for row in rows:
+        if "answer" in row:
+            rounds[row["unit"]].append(row)
+
+    def outcomes() -> Iterator[tuple[str, Outcome]]:
+        for unit, asked in rounds.items():
+            right = all(letter(row["response"], row["options"]) == row["answer"] for row in asked)
+            outcome = Outcome("", unit, float(right))
+            yield "accuracy", outcome
+            for name in CATEGORIES:
+                if name in asked[0]:
+                    yield f"{name}.{asked[0][name]}", outcome
+
+    return means(outcomes())
+
+
+def answers(source: str, questions: Sequence[Question]) -> dict[str, str]:
+    """Of a table with index and prediction, of a JSON list or lines of these, LLaVA's {question_id, text} or ours.
+
+    The server's own .xlsx is to be saved as CSV before.  LLaVA's round_id counts the rotations it makes itself.
+    """
+
+    def found() -> Iterator[Found]:
+        for record in records(source, FORMS):
+            number = record.id
+            if "round_id" in record.fields and number.isdecimal():
+                number = str(int(number) + field(record.place, record.fields, "round_id", int) * ROTATION)
+            yield Found(record.place, number, record.response)
+
+    return matched(found(), {question.id for question in questions})

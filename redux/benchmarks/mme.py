@@ -1,0 +1,136 @@
+"""MME: two yes-or-no questions about each image, in fourteen subtasks.  Fu et al., arXiv 2306.13394.
+
+A subtask's score is 100 × (share of questions right + share of images with both right); ten subtasks add up to
+perception, which papers call MME, at most 2000, and four to cognition, at most 800.  The official scorer is
+eval_tool/calculation.py: it looks for "yes", then "no", in the first four characters of a response.
+
+Questions ask for "yes or no" at their end, where LLaVA asks for a word or phrase (playground/data/eval/MME in
+haotian-liu/LLaVA, commit 32cebc38).  Images of a subtask lie in `images` with the questions in `questions_answers_YN`,
+or both beside each other.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+
+from redux.benchmarks.benchmark import SHORT, Metric, Outcome, Question, Row
+from redux.benchmarks.source import Found, field, files, matched, one, read, records
+
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+ORDER = "Please answer yes or no."
+FORMS = (("question_id", "text"), ("id", "response"))
+
+
+def questions(*sources: str) -> list[Question]:
+    """Of the folder MME_Benchmark_release_version, with a folder for each subtask.
+
+    An image that is not there is called .jpg, so that it is missed when it is read.
+    """
+    folder = one(sources).rstrip("/")
+    listed = [PurePosixPath(path) for path in files(folder)]
+    images = {_key(path): str(path) for path in listed if path.suffix != ".txt"}
+    result = []
+    for path in listed:
+        if path.suffix == ".txt" and path.parts[0] in PERCEPTION + COGNITION and len(path.parts) > 1:
+            beside = path.parent.with_name("images") if path.parent.name == "questions_answers_YN" else path.parent
+            image = images.get(_key(path), str(beside / f"{path.stem}.jpg"))
+            result += _questions(f"{folder}/{path}", _key(path), image)
+    if not result:
+        raise ValueError(f"{folder}: got no questions, allowed: a folder with subtasks such as {PERCEPTION[0]}")
+    return result
+
+
+def _questions(source: str, image_key: str, image: str) -> list[Question]:
+    """The two of an image."""
+    result = []
+    for place, line in _lines(source):
+        asked, *answer = line.strip().split("\t")
+        if [text.lower() for text in answer] not in (["yes"], ["no"]):
+            raise ValueError(f"{place}: got {line[:200]!r}, allowed: a question, a tab, Yes or No")
+        result.append(
+            Question(
+                id=f"{image_key}/{_bare(asked)}",
+                unit=image_key,
+                image=image,
+                prompt=_bare(asked) + SHORT,
+                reference={"subtask": image_key.partition("/")[0], "answer": answer[0].lower()},
+            )
+        )
+    if len({question.id for question in result}) != 2 or len(result) != 2:
+        raise ValueError(f"{source}: got {len(result)} questions, allowed: two different ones")
+    return result
+
+
+def _key(path: PurePosixPath) -> str:
+    """SUBTASK/STEM, what an image and its questions share."""
+    return f"{path.parts[0]}/{path.stem}"
+
+
+def _bare(asked: str) -> str:
+    """A question without how it is to be answered."""
+    return asked.replace(ORDER, "").replace(SHORT.strip(), "").strip()
+
+
+def _lines(source: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(read(source).replace("\r\n", "\n").split("\n"), 1):
+        if line.strip():
+            yield f"{source}: line {number}", line
+
+
+def verdict(response: str | None) -> str:
+    """yes, no or other, by the start of a response."""
+    start = (response or "").lower()[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
+    """perception and cognition in points; for each subtask its points, and acc and acc_plus from 0 to 1."""
+    images: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        images[row["subtask"]][row["unit"]].append(verdict(row["response"]) == row["answer"])
+    single, both = {}, {}
+    for subtask, answered in images.items():
+        single[subtask] = [Outcome(f"{subtask}.acc", unit, float(r)) for unit, right in answered.items() for r in right]
+        both[subtask] = [Outcome(f"{subtask}.acc_plus", unit, float(all(right))) for unit, right in answered.items()]
+    result = {}
+    for name, subtasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
+        if present := [subtask for subtask in subtasks if subtask in images]:
+            result[name] = Metric([o for subtask in present for o in single[subtask] + both[subtask]], weight=100)
+    for subtask in PERCEPTION + COGNITION:
+        if subtask in images:
+            result[subtask] = Metric(single[subtask] + both[subtask], weight=100)
+            result[f"{subtask}.acc"] = Metric(single[subtask])
+            result[f"{subtask}.acc_plus"] = Metric(both[subtask])
+    return result
+
+
+def answers(source: str, questions: Sequence[Question]) -> dict[str, str]:
+    """Of the official folder of SUBTASK.txt, or of lines {id, response} or LLaVA's {question_id, prompt, text}."""
+    known = {question.id for question in questions}
+    found = _recorded(source, known)
+    if listed := [path for path in files(source) if path.endswith(".txt")]:
+        found = (
+            answer for path in listed for answer in _official(f"{source.rstrip('/')}/{path}", PurePosixPath(path).stem)
+        )
+    else:
+        found = _recorded(source, known)
+    return matched(found, known)
+
+
+def _official(source: str, subtask: str) -> Iterator[Found]:
+    for place, line in _lines(source):
+        parts = line.split("\t")
+        if len(parts) != 4:
+            raise ValueError(f"{place}: got {len(parts)} fields, allowed: image, question, ground truth, answer")
+        yield Found(place, f"{subtask}/{PurePosixPath(parts[0]).stem}/{_bare(parts[1])}", parts[3])
+
+
+def _recorded(source: str, known: set[str]) -> Iterator[Found]:
+    for record in records(source, FORMS):
+        number = record.id
+        if number not in known and "prompt" in record.fields:  # LLaVA's is the image's path
+            number = f"{_key(PurePosixPath(number))}/{_bare(field(record.place, record.fields, 'prompt'))}"
+        yield Found(record.place, number, record.response)
