@@ -39,7 +39,7 @@ def pixels(image: bytes, size: int, fit: Fit = "pad", way: Way = "exact") -> UIn
     ValueError: no image, a truncated one, or one that Pillow takes for a decompression bomb, also after padding or
     resizing.  A JPEG damaged in its middle is what Pillow makes of it, partly grey, as it is for LLaVA.
     """
-    picture = _jpeg(image) if way == "fast" else _pillow(image)
+    picture = _jpeg(image) if way == "fast" else rgb(image)
     if picture.shape[:2] != (size, size):  # neither would change those
         if fit == "pad":
             picture = _padded(picture)
@@ -56,7 +56,8 @@ def prepared(image: bytes, size: int, fit: Fit = "pad") -> bytes:
     return b"P6\n%d %d\n255\n" % (size, size) + pixels(image, size, fit).transpose(1, 2, 0).tobytes()
 
 
-def _pillow(image: bytes) -> Picture:
+def rgb(image: bytes) -> Picture:
+    """The image file as Pillow reads it; ValueError as `pixels`."""
     try:
         with Image.open(io.BytesIO(image)) as opened:
             return np.array(opened.convert("RGB"))
@@ -69,7 +70,7 @@ def _pillow(image: bytes) -> Picture:
 
 
 def _jpeg(image: bytes) -> Picture:
-    """What `_pillow` returns and raises, in two thirds of its time for a JPEG.
+    """What `rgb` returns and raises, in two thirds of its time for a JPEG.
 
     Both decode by libjpeg-turbo with the same settings, equal to the bit for each subsampling, grey, progressive.
     """
@@ -84,7 +85,7 @@ def _jpeg(image: bytes) -> Picture:
             return simplejpeg.decode_jpeg(image)
     except ValueError:  # no JPEG, too large, or damaged, which Pillow may forgive: its word counts
         pass
-    return _pillow(image)
+    return rgb(image)
 
 
 def _padded(picture: Picture) -> UInt8[np.ndarray, "side side 3"]:

@@ -4,6 +4,7 @@ A twin is the file itself with tiny parts, tiny sets, smaller batches and two st
 fit, grouping and what trains are the file's own.
 """
 
+import io
 import json
 import math
 import os
@@ -212,17 +213,12 @@ def test_each_stage_of_a_twin_trains_what_it_names(twin: Path) -> None:
 
 
 def test_what_a_twin_made_answers(twin: Path) -> None:
-    from transformers import AutoTokenizer
+    from redux.respondent import load
 
-    from redux.answer import answer
-    from redux.conversation import TEMPLATES
-    from redux.model import ReduxForConditionalGeneration
-
-    folder = twin / "checkpoints" / "instruct" / "model"
-    model = ReduxForConditionalGeneration.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    assert len(answer(model, tokenizer, TEMPLATES["vicuna_v1"], ["Is there a red shape?"], images, 3)) == 1
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "PNG")
+    answers = load(twin / "checkpoints" / "instruct" / "model")(["Is there a red shape?"], [file.getvalue()], 3)
+    assert 1 <= answers.tokens[0] <= 3
 
 
 @pytest.mark.slow

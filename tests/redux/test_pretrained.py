@@ -38,12 +38,12 @@ from transformers import (
     ViTConfig,
 )
 
-from redux.answer import answer
 from redux.cmai import CMAI
 from redux.conversation import TEMPLATES
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
 from redux.pretrained import assemble, configured
 from redux.reduction import Reduction
+from redux.respondent import Llava
 from redux.vmtc import VMTC
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 64}
@@ -472,5 +472,6 @@ def test_an_answer_stops_at_the_tokenizers_end(tower: Path, saved: Callable[...,
         return output
 
     model.lm_head.register_forward_hook(note)
-    assert answer(model, tokenizer, TEMPLATES["vicuna_bare"], ["is it red ?"], None, 20) == ["circle circle circle"]
+    answers = Llava(model, tokenizer, TEMPLATES["vicuna_bare"])(["is it red ?"], [None], 20)
+    assert (answers.texts, answers.tokens) == (["circle circle circle"], [4])
     assert len(said) == 4

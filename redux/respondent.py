@@ -1,0 +1,359 @@
+"""Who answers questions about images: one interface to every image-text-to-text model of transformers.
+
+Numbers of two models compare only where both were asked in the same way: greedily, in batches in which padding changes
+nothing, with the tokens counted and the time taken at the same places.  A LLaVA, ours or a plain one, is asked with
+redux's own templates and pixels, as it was trained; any other model with its processor and chat template, or, where it
+is older than those, with the prompt that its authors give.
+
+The paper's upper limit (Table 1) shows what image tokens cost in following instructions: the model first describes the
+image, then answers from the description without seeing anything.  The paper gives neither prompt nor length; here both
+are arguments, and the description stands where the image stood, before the question.
+
+Cost: one generation for a batch; of a model that is not LLaVA two where prompts with and without images are mixed; for
+the upper limit one more, for images that were not described yet.  Timing adds two waits for the device to a batch.
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from redux.conversation import IMAGE, TEMPLATES, Template, encode, pad
+from redux.image import Fit, pixels, rgb
+from redux.model import ReduxForConditionalGeneration, normalise
+from redux.pretrained import TOWERS
+from redux.remote import fetched
+
+DESCRIBE = "Describe the image in detail."
+
+Known = Literal["seen", "described"]
+"""How an image is known to who answers: by itself, or by a description that the model gave of it beforehand."""
+
+PROMPTS = {
+    "blip-2": "Question: {} Answer:",  # Li et al. 2023, arXiv 2301.12597, section 4.1 and figure 4
+    "instructblip": "{}",  # Dai et al. 2023, arXiv 2305.06500: instructions in free words, no template around them
+    "paligemma": "<image>answer en {}",  # google-research/big_vision, big_vision/configs/proj/paligemma/README.md
+}
+"""How models without a chat template are asked, by model_type.  None of them answers without an image."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was said to a batch of prompts, and what it took.
+
+    texts: the answers, stripped, in the order of the prompts.
+    tokens: new tokens of each, the one that ends it counted.
+    prefill_s: wall seconds of the batch until its first new token, the image tower included; the inputs are on the
+        device before.
+    decode_s: from there to its end.
+    """
+
+    texts: list[str]
+    tokens: list[int]
+    prefill_s: float
+    decode_s: float
+
+
+@runtime_checkable
+class Respondent(Protocol):
+    """Answers prompts about images."""
+
+    def __call__(self, prompts: Sequence[str], images: Sequence[bytes | None], max_new_tokens: int) -> Answers:
+        """Greedy answers; an image is an encoded file, None where the prompt has none.
+
+        ValueError for an image that cannot be read, and for None where the model answers only about images.
+        """
+
+    def length(self, prompt: str) -> int:
+        """Tokens of the prompt by itself, by which batches of similar lengths are made."""
+
+
+@dataclass(frozen=True)
+class Llava:
+    """A LLaVA, ours or a plain one.  A batch may mix prompts with and without images.
+
+    template, fit: of conversations and images, as the model was trained.
+    """
+
+    model: ReduxForConditionalGeneration
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    fit: Fit = "pad"
+
+    def __call__(self, prompts: Sequence[str], images: Sequence[bytes | None], max_new_tokens: int) -> Answers:
+        """As `Respondent`'s."""
+        _check(prompts, images)
+        rows = [
+            self._encoded(prompt if image is None else f"{IMAGE}\n{prompt}")
+            for prompt, image in zip(prompts, images, strict=True)
+        ]
+        inputs = {
+            "input_ids": torch.from_numpy(pad(rows, self.tokenizer.pad_token_id, left=True)),
+            "attention_mask": torch.from_numpy(pad([np.ones_like(row) for row in rows], 0, left=True)),
+        }
+        if shown := [image for image in images if image is not None]:
+            size = self.model.config.vision_config.image_size
+            squares = {image: pixels(image, size, self.fit) for image in set(shown)}
+            inputs["pixel_values"] = torch.from_numpy(np.stack([squares[image] for image in shown]))
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        if shown:
+            inputs["pixel_values"] = normalise(inputs["pixel_values"]).to(self.model.dtype)
+        # what the templates end with, whatever the checkpoint's own settings say
+        return generate(self.model, self.tokenizer, inputs, [self.tokenizer.eos_token_id], max_new_tokens)
+
+    def length(self, prompt: str) -> int:
+        """As `Respondent`'s."""
+        return len(self.tokenizer(prompt)["input_ids"])
+
+    def _encoded(self, text: str) -> np.ndarray:
+        turns = [{"from": "human", "value": text}]
+        return encode(self.tokenizer, turns, self.template, self.model.config.image_seq_length)[0]
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Any other model, asked through its processor.  Its generation settings are the checkpoint's own, but greedy."""
+
+    model: Any
+    processor: Any
+
+    def __post_init__(self) -> None:
+        if not self.processor.chat_template and self.kind not in PROMPTS:
+            raise ValueError(
+                f"model_type: got {self.kind} without a chat template, allowed without: {', '.join(PROMPTS)}"
+            )
+        tokenizer = self.processor.tokenizer
+        # an encoder's padding is nowhere in the way at the end, but amid BLIP-2's image and text shifts T5's positions
+        tokenizer.padding_side = "right" if self.model.config.get_text_config().is_encoder_decoder else "left"
+        # if it was saved, processors force it on InstructBLIP's Q-Former, too, whose positions count from the left
+        tokenizer.init_kwargs.pop("padding_side", None)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    @property
+    def kind(self) -> str:
+        """The model_type."""
+        return self.model.config.model_type
+
+    def __call__(self, prompts: Sequence[str], images: Sequence[bytes | None], max_new_tokens: int) -> Answers:
+        """As `Respondent`'s; prompts with and without images are two batches, as not every processor mixes them."""
+        _check(prompts, images)
+        order, parts = [], []
+        for blind in (False, True):
+            if rows := [row for row, image in enumerate(images) if (image is None) == blind]:
+                inputs = self._inputs([prompts[row] for row in rows], [images[row] for row in rows])
+                parts.append(generate(self.model, self.processor.tokenizer, inputs, self._ends, max_new_tokens))
+                order += rows
+        places = np.argsort(order)
+        texts = [text for part in parts for text in part.texts]
+        tokens = [count for part in parts for count in part.tokens]
+        return Answers(
+            texts=[texts[place] for place in places],
+            tokens=[tokens[place] for place in places],
+            prefill_s=sum(part.prefill_s for part in parts),
+            decode_s=sum(part.decode_s for part in parts),
+        )
+
+    def length(self, prompt: str) -> int:
+        """As `Respondent`'s."""
+        return len(self.processor.tokenizer(prompt)["input_ids"])
+
+    @property
+    def _ends(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.processor.tokenizer.eos_token_id
+        return [ends] if isinstance(ends, int) else list(ends)
+
+    def _inputs(self, prompts: Sequence[str], images: Sequence[bytes | None]) -> Mapping[str, Tensor]:
+        """What the model takes; the images are there for all prompts or for none."""
+        shown = [Image.fromarray(rgb(image)) for image in images if image is not None]
+        if self.processor.chat_template:
+            inputs = self.processor.apply_chat_template(
+                [
+                    [{"role": "user", "content": [*picture, {"type": "text", "text": prompt}]}]
+                    for prompt, picture in zip(prompts, _contents(shown, len(prompts)), strict=True)
+                ],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+            )
+        elif shown:
+            texts = [PROMPTS[self.kind].format(prompt) for prompt in prompts]
+            inputs = self.processor(images=shown, text=texts, padding=True, return_tensors="pt")
+        else:
+            raise ValueError(f"image: got None, allowed for {self.kind}: an image with each prompt")
+        return inputs.to(self.model.device, self.model.dtype)
+
+
+def _check(prompts: Sequence[str], images: Sequence[bytes | None]) -> None:
+    if not prompts or len(prompts) != len(images):
+        raise ValueError(f"images: got {len(images)}, allowed: as many as prompts, {len(prompts)}, and at least one")
+
+
+def _contents(images: Sequence[Image.Image], count: int) -> list[list[dict[str, Any]]]:
+    """What stands before the text of each of `count` messages."""
+    return [[{"type": "image", "image": image}] for image in images] or [[] for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Described:
+    """The upper limit: answers from a description that the model itself gave of the image, once, before.
+
+    Describing counts as prefill, where a description was not given yet.
+    """
+
+    respondent: Respondent
+    describe: str = DESCRIBE
+    description_tokens: int = 256
+    descriptions: dict[bytes, str] = field(default_factory=dict, repr=False)
+    """By SHA-256 of the image; they stay as long as who answers."""
+
+    def __call__(self, prompts: Sequence[str], images: Sequence[bytes | None], max_new_tokens: int) -> Answers:
+        """As `Respondent`'s."""
+        keys = [None if image is None else hashlib.sha256(image).digest() for image in images]
+        new = {key: image for key, image in zip(keys, images, strict=True) if key and key not in self.descriptions}
+        spent = 0.0
+        if new:
+            said = self.respondent([self.describe] * len(new), list(new.values()), self.description_tokens)
+            self.descriptions.update(zip(new, said.texts, strict=True))
+            spent = said.prefill_s + said.decode_s
+        told = [
+            f"{self.descriptions[key]}\n{prompt}" if key else prompt for prompt, key in zip(prompts, keys, strict=True)
+        ]
+        answers = self.respondent(told, [None] * len(told), max_new_tokens)
+        return Answers(answers.texts, answers.tokens, spent + answers.prefill_s, answers.decode_s)
+
+    def length(self, prompt: str) -> int:
+        """As `Respondent`'s; the description, not known before, apart."""
+        return self.respondent.length(prompt)
+
+
+class _Start(StoppingCriteria):
+    """Never stops; notes when the first new token is there, and at which place.
+
+    generate returns new tokens alone, or behind the prompt, or behind a decoder's start token: the place tells.
+    """
+
+    def __init__(self) -> None:
+        self.place, self.time = 0, 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if not self.time:
+            self.place, self.time = input_ids.shape[1] - 1, _now(input_ids.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, Tensor],
+    ends: Sequence[int],
+    max_new_tokens: int,
+) -> Answers:
+    """Greedy answers of any generating model to a padded batch of inputs on its device.
+
+    ends: tokens that end an answer.
+    """
+    begin, first = _now(model.device), _Start()
+    sequences = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=list(ends),
+        pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=StoppingCriteriaList([first]),
+    )
+    end = _now(model.device)
+    new = sequences[:, first.place :]
+    ended = torch.isin(new, torch.tensor(ends, device=new.device)).int()
+    tokens = (ended.cumsum(dim=1) - ended == 0).sum(dim=1).tolist()  # those before which none was the end
+    own = [row[:count] for row, count in zip(new.tolist(), tokens, strict=True)]
+    texts = [text.strip() for text in tokenizer.batch_decode(own, skip_special_tokens=True)]
+    return Answers(texts, tokens, first.time - begin, end - first.time)
+
+
+def load(
+    path: str | PathLike,
+    *,
+    template: str = "vicuna_v1",
+    fit: Fit = "pad",
+    image: Known = "seen",
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> Respondent:
+    """Who answers with the model in a folder, hub id or URL (s3://).
+
+    template, fit: of conversations (a name in TEMPLATES) and images of a LLaVA, as it was trained; other models know
+        their own.
+    dtype: None is that of the checkpoint.
+    device: None is CUDA where there is one.
+    ValueError where it is no image-text-to-text model of transformers.
+    """
+    for name, value, allowed in (
+        ("template", template, tuple(TEMPLATES)),
+        ("fit", fit, get_args(Fit)),
+        ("image", image, get_args(Known)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}: got {value!r}, allowed: {', '.join(allowed)}")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with fetched(path, what="model") as folder:
+        respondent: Respondent
+        if _is_llava(folder):
+            llava = ReduxForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto").eval().to(place)
+            respondent = Llava(llava, AutoTokenizer.from_pretrained(folder), TEMPLATES[template], fit)
+        else:
+            other = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto").eval().to(place)
+            respondent = Foreign(other, _processor(folder))
+    return Described(respondent) if image == "described" else respondent
+
+
+def _is_llava(folder: str) -> bool:
+    """Whether the model is a LLaVA that redux runs, or another (Pixtral calls itself a LLaVA, too)."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(folder)
+    except OSError as error:
+        raise ValueError(f"model: got {folder}, allowed: a folder, hub id or URL of a model; {error}") from error
+    kind = config.get("model_type")
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ValueError(
+            f"model_type: got {kind} in the config.json of {folder}, "
+            "allowed: llava or another image-text-to-text model of transformers"
+        )
+    return kind == "llava" and config.get("vision_config", {}).get("model_type", "clip_vision_model") in TOWERS
+
+
+def _processor(folder: str) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except ImportError as error:  # of Qwen2.5-VL, torchvision
+        raise ValueError(f"model: got {folder}, whose processor needs another package: {error}") from error
