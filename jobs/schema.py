@@ -57,7 +57,9 @@ class Job:
         if fewest > most:
             raise ValueError(f"workers: got {[fewest, most]}, allowed: the fewest first")
         if not self.train and not (self.model.checkpoint and self.evaluate):
-            raise ValueError("train: got no stages, allowed: none with model.checkpoint and evaluate, else at least one")
+            raise ValueError(
+                "train: got no stages, allowed: none with model.checkpoint and evaluate, else at least one"
+            )
         if self.data.source and (taken := self.data.sets.keys() & set(SETS)):
             raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(SETS)}")
         self._check_objectives()

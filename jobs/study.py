@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Lt, MinLen
 
-from jobs import document, run, schema, tables
+from jobs import document, run, tables
 from jobs.schema import Job, Name
 from pipelines import cluster
 from redux.model import METHODS

@@ -129,7 +129,9 @@ def _record(split: str, image: int, path: str, texts: list[str]) -> dict:
 
 def _by_image(questions: list[Question]) -> Iterator[list[Asked]]:
     for _, about in itertools.groupby(questions, key=lambda question: question.unit):
-        yield [Asked(each.id, each.image, each.prompt, each.reference["answer"]) for each in about]
+        yield [
+            Asked(id=each.id, image=each.image, question=each.prompt, answer=each.reference["answer"]) for each in about
+        ]
 
 
 def _images(split: str) -> list[tuple[int, str, Questions]]:

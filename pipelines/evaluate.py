@@ -37,6 +37,7 @@ from redux.benchmarks import BENCHMARKS, Metric, Question, Row
 from redux.benchmarks import instructions as obedience
 from redux.image import Fit, pixels
 from redux.model import ReduxForConditionalGeneration, normalise
+from redux.respondent import Answers, Respondent
 
 FOLDER = "answers"
 SPEED = "speed.jsonl"
@@ -56,9 +57,9 @@ class Task(NamedTuple):
     images: str | None = None
 
 
-def _instructions(prompts: str | None = None, per_task: int = 218, seed: int = 0) -> list[Question]:
-    """Those of a file that `redux instructions` froze; by default about easy-VQA's images."""
-    return obedience.read(prompts) if prompts else obedience.questions(easy_vqa.asked(), per_task, seed)
+def _instructions(*prompts: str) -> list[Question]:
+    """Those of frozen files; without one about easy-VQA's images."""
+    return [each for path in prompts for each in obedience.read(path)] or obedience.questions(easy_vqa.asked())
 
 
 TASKS: dict[str, Task] = {
@@ -73,13 +74,14 @@ Name = Literal["easy_vqa", "instructions", "vqav2", "gqa", "textvqa", "mme", "mm
 class Asking:
     """How a task is asked.
 
-    files: the benchmark's own, folders or URLs, by the names of its reader's arguments; easy_vqa needs none.
-    images: folder or URL of the images, where they are neither in these files nor in a package.
+    files: the benchmark's own, paths or URLs; easy_vqa needs none, and instructions are about its images unless a file
+        is given that `redux instructions` froze.
+    images: folder or URL of the images; null where they are within the files, or in the folder that is given.
     limit: ask only so many questions, evenly spread.
     max_new_tokens: of an answer; null is the benchmark's own.
     """
 
-    files: dict[str, str | int | bool] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
     images: str | None = None
     limit: Annotated[int, Ge(1)] | None = None
     max_new_tokens: Annotated[int, Ge(1)] | None = None
@@ -106,11 +108,11 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Batch:
-    """Questions of one task to be answered at once; `images` is where theirs lie."""
+    """Questions of one task to be answered at once; `images` is the folder of theirs."""
 
-    task: str
+    task: Name
     questions: list[Question]
-    images: str | None
+    images: str
     max_new_tokens: int
 
 
@@ -134,17 +136,22 @@ class Answerer:
     def __init__(self, subject: Subject, batches: Any, settings: Evaluate) -> None:
         if not torch.cuda.is_available():
             torch.set_num_threads(max(len(os.sched_getaffinity(0)) // settings.actors, 1))
+        self.subject, self.settings = subject, settings
         self.batches: list[Batch] = ray.get(batches)
-        self.answer = respondent.load(
-            subject.model, template=subject.template, fit=subject.fit, image=settings.image, **subject.methods
-        )
+        self.model: Respondent | None = None
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
+        """One row a question; where the model, an image or a prompt cannot be used, one row with the "error"."""
         number = int(rows["id"][0])
         batch = self.batches[number]
-        images = _images(batch)
-        answers = self.answer([each.prompt for each in batch.questions], images, batch.max_new_tokens)
-        count = len(batch.questions)
+        try:
+            answers = self._answer(batch)
+        except (OSError, ValueError) as error:
+            answers = Answers([""], [0], 0.0, 0.0)
+            problem = str(error)
+        else:
+            problem = ""
+        count = len(answers.texts)
         return {
             "batch": [number] * count,
             "response": answers.texts,
@@ -152,13 +159,22 @@ class Answerer:
             "prefill_s": [answers.prefill_s] * count,
             "decode_s": [answers.decode_s] * count,
             "peak_bytes": [peak_bytes()] * count,
+            "error": [problem] * count,
         }
+
+    def _answer(self, batch: Batch) -> Answers:
+        if self.model is None:
+            of = self.subject
+            self.model = respondent.load(
+                of.model, template=of.template, fit=of.fit, image=self.settings.image, **of.methods
+            )
+        return self.model([each.prompt for each in batch.questions], _images(batch), batch.max_new_tokens)
 
 
 def _images(batch: Batch) -> list[bytes | None]:
     """Each question's image; one that several ask about is read once."""
     named = {each.image for each in batch.questions if isinstance(each.image, str)}
-    read = {name: storage.read(storage.join(batch.images or "", name)) for name in named}
+    read = {name: storage.read(storage.join(batch.images, name)) for name in named}
     return [read[each.image] if isinstance(each.image, str) else each.image for each in batch.questions]
 
 
@@ -178,19 +194,19 @@ def evaluate(subject: Subject, run: Path, settings: Evaluate) -> dict[str, float
     return scores(run, list(asked)) | speed(run)
 
 
-def questions(name: str, asking: Asking) -> list[Question]:
+def questions(name: Name, asking: Asking) -> list[Question]:
     """What a task asks.  ValueError where its files cannot be read, are others than it needs, or an id comes twice."""
     try:
-        found = TASKS[name].questions(**asking.files)
-    except TypeError as error:
-        raise ValueError(f"evaluate.tasks.{name}.files: got {', '.join(asking.files) or 'none'}: {error}") from None
+        found = TASKS[name].questions(*asking.files)
+    except ValueError as error:
+        raise ValueError(f"evaluate.tasks.{name}.files: {error}") from None
     if asking.limit:
         found = [found[place] for place in spread(len(found), asking.limit)]
     if not found:
-        raise ValueError(f"evaluate.tasks.{name}: no questions in {asking.files}, allowed: at least one")
-    [(most, times)] = Counter(each.id for each in found).most_common(1)
+        raise ValueError(f"evaluate.tasks.{name}.files: no questions in {', '.join(asking.files)}, allowed: some")
+    [(id, times)] = Counter(each.id for each in found).most_common(1)
     if times > 1:
-        raise ValueError(f"evaluate.tasks.{name}: {times} questions with the id {most}, allowed: one")
+        raise ValueError(f"evaluate.tasks.{name}.files: {times} questions with the id {id}, allowed: one")
     return found
 
 
@@ -201,7 +217,7 @@ def spread(length: int, count: int) -> list[int]:
 
 
 def _answer(
-    subject: Subject, folder: Path, settings: Evaluate, left: Mapping[str, Sequence[Question]], total: int
+    subject: Subject, folder: Path, settings: Evaluate, left: Mapping[Name, Sequence[Question]], total: int
 ) -> None:
     """Ask what is left; each batch's answers are appended as they come."""
     cluster.require({"CPU": settings.actors / 2 + 1}, f"evaluate with actors = {settings.actors}")
@@ -219,6 +235,8 @@ def _answer(
     with tqdm(desc="evaluate", total=total, initial=done, unit="question") as bar:
         for block in answers.iter_batches(batch_size=None):
             batch = batches[int(block["batch"][0])]
+            if problem := str(block["error"][0]):
+                raise ValueError(f"evaluate.tasks.{batch.task}: {problem}")
             with _partial(folder, batch.task).open("a") as file:
                 for question, response in zip(batch.questions, block["response"], strict=True):
                     file.write(json.dumps(_row(question) | {"response": str(response)}) + "\n")
@@ -227,13 +245,14 @@ def _answer(
             bar.update(len(batch.questions))
 
 
-def _batches(name: str, left: Sequence[Question], settings: Evaluate) -> Iterator[Batch]:
+def _batches(name: Name, left: Sequence[Question], settings: Evaluate) -> Iterator[Batch]:
     """Questions of similar length together, so that little is padded; the longest first, as they may not fit."""
     asking, task = settings.tasks[name], TASKS[name]
     longest = sorted(left, key=lambda question: -len(question.prompt))
     for first in range(0, len(longest), settings.batch):
         part = longest[first : first + settings.batch]
-        yield Batch(name, part, asking.images or task.images, asking.max_new_tokens or task.max_new_tokens)
+        images = asking.images or task.images or "".join(asking.files[:1])
+        yield Batch(name, part, images, asking.max_new_tokens or task.max_new_tokens)
 
 
 def _spent(batch: Batch, block: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -330,7 +349,9 @@ def examples(subject: Subject, run: Path, count: int) -> list[Example]:
     llava = ReduxForConditionalGeneration.from_pretrained(subject.model, **subject.methods).eval()
     result = []
     for row in (by_image[place] for place in spread(len(by_image), count)):
-        image = pixels((easy_vqa.FOLDER / row["image"]).read_bytes(), llava.config.vision_config.image_size, subject.fit)
+        image = pixels(
+            (easy_vqa.FOLDER / row["image"]).read_bytes(), llava.config.vision_config.image_size, subject.fit
+        )
         with torch.inference_mode():
             _, fate = llava.model.encode_images(normalise(torch.from_numpy(image[None])))
         result.append(

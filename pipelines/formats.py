@@ -87,9 +87,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, random.Random]
             "add a postscript, {postscript_marker}, at the end.",
             "close with the postscript {postscript_marker}",
         ),
-        lambda answer, given, chance: (
-            f"the answer is {answer}.\n{given['postscript_marker']} {chance.choice(FILLERS)}"
-        ),
+        lambda answer, given, chance: f"the answer is {answer}.\n{given['postscript_marker']} {chance.choice(FILLERS)}",
     ),
     "detectable_format:title": (
         (

@@ -4,8 +4,8 @@ Everything is inside it: images as data URIs, plots as SVG.  It runs no script a
 could not; texts from questions and answers are escaped.  It shows what the run folder holds and leaves out what it
 does not.
 
-Cost: every line of `metrics.jsonl` and `answers/easy_vqa.jsonl` is read into memory; a run of 10,000 steps and 10,000 questions
-takes about two seconds, most of it matplotlib.  Importing this module costs nothing: job files are validated against
+Cost: every line of `metrics.jsonl` and `answers/easy_vqa.jsonl` is read into memory; a run of 10,000 steps and 10,000
+questions takes about two seconds, most of it matplotlib.  Importing this module costs nothing: job files are validated against
 `Report`, so whatever is heavy is imported by the function that needs it.
 """
 
@@ -163,8 +163,8 @@ def write(run: Path, examples: Sequence[Example]) -> Path:
     """Write `run/report.html` from what the run folder holds, and return its path.
 
     Read, where present: job.yaml, metrics.json (flat: dotted name -> number), metrics.jsonl (one step a line),
-    answers/easy_vqa.jsonl (one test question a line) and ledger.jsonl (one event a line).  A reader of the old report never sees
-    half of the new one.
+    answers/easy_vqa.jsonl (one test question a line) and ledger.jsonl (one event a line).  A reader of the old report
+    never sees half of the new one.
     """
     page = _render(run, examples)
     report = run / "report.html"

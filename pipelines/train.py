@@ -28,7 +28,19 @@ import yaml
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
-from pipelines import checkpoint, cluster, consumed, engine, export, fragments, hooks, ingest, metrics, recorder, storage
+from pipelines import (
+    checkpoint,
+    cluster,
+    consumed,
+    engine,
+    export,
+    fragments,
+    hooks,
+    ingest,
+    metrics,
+    recorder,
+    storage,
+)
 from pipelines.hooks import Hook, Step
 from pipelines.stage import Plan, Schedule
 from redux import model

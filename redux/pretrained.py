@@ -128,13 +128,11 @@ def reconfigured(checkpoint: str | PathLike, **methods: Any) -> ReduxConfig:
     """
     with fetched(checkpoint, [CONFIG_NAME], "checkpoint") as folder:
         try:
-            values, _ = PreTrainedConfig.get_config_dict(folder)
+            kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
         except OSError as error:
             raise ValueError(f"checkpoint: got {checkpoint}, allowed: folder or hub id of a LLaVA") from error
-        if values.get("model_type") != ReduxConfig.model_type:
-            raise ValueError(
-                f"checkpoint: got {checkpoint} of model_type {values.get('model_type')}, allowed: {ReduxConfig.model_type}"
-            )
+        if kind != ReduxConfig.model_type:
+            raise ValueError(f"checkpoint: got {checkpoint} of model_type {kind}, allowed: {ReduxConfig.model_type}")
         config = ReduxConfig.from_pretrained(folder).but(**methods)
     with torch.device("meta"):  # all that a model refuses when it is built
         ReduxForConditionalGeneration(config)

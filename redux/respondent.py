@@ -309,6 +309,7 @@ def load(
     image: Known = "seen",
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    **methods: Any,
 ) -> Respondent:
     """Who answers with the model in a folder, hub id or URL (s3://).
 
@@ -316,6 +317,8 @@ def load(
         their own.
     dtype: None is that of the checkpoint.
     device: None is CUDA where there is one.
+    methods: settings of the method in place of a LLaVA's own, by their names in redux.model.METHODS; other models can
+        have none.
     ValueError where it is no image-text-to-text model of transformers.
     """
     for name, value, allowed in (
@@ -329,9 +332,13 @@ def load(
     with fetched(path, what="model") as folder:
         respondent: Respondent
         if _is_llava(folder):
-            llava = ReduxForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto").eval().to(place)
+            llava = (
+                ReduxForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", **methods).eval().to(place)
+            )
             respondent = Llava(llava, AutoTokenizer.from_pretrained(folder), TEMPLATES[template], fit)
         else:
+            if wanted := [name for name, value in methods.items() if value is not None]:
+                raise ValueError(f"{wanted[0]}: got one, allowed: None, as {path} is no LLaVA")
             other = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto").eval().to(place)
             respondent = Foreign(other, _processor(folder))
     return Described(respondent) if image == "described" else respondent

@@ -1,0 +1,7 @@
+"""x"""
+
+from pathlib import Path
+
+
+def write(runs: list[Path], out: Path) -> None:
+    """x."""
