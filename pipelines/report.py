@@ -5,8 +5,8 @@ could not; texts from questions and answers are escaped.  It shows what the run 
 does not.
 
 Cost: every line of `metrics.jsonl` and `answers/easy_vqa.jsonl` is read into memory; a run of 10,000 steps and 10,000
-questions takes about two seconds, most of it matplotlib.  Importing this module costs nothing: job files are validated against
-`Report`, so whatever is heavy is imported by the function that needs it.
+questions takes about two seconds, most of it matplotlib.  Importing this module costs nothing: job files are validated
+against `Report`, so whatever is heavy is imported by the function that needs it.
 """
 
 from __future__ import annotations

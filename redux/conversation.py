@@ -128,8 +128,10 @@ def word_tokenizer(texts: Iterable[str], length: int) -> PreTrainedTokenizerFast
     special = ["<unk>", "<s>", "<pad>", "</s>", IMAGE]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
-    # marks that mean something together stay together: decoding puts blanks between tokens
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+:?|<<|>>|\*{6}|[^\w\s]"), "removed", invert=True)
+    # what means something together stays together, such as I'm and <<: decoding puts blanks between tokens
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"\n|\w+'\w+|\w+:?|<<|>>|\*{6}|[^\w\s]"), "removed", invert=True
+    )
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=special))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

@@ -123,9 +123,7 @@ class Model:
             raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other null")
         if self.checkpoint:
             if self.tower or self.language or self.gguf_file:
-                raise ValueError(
-                    "checkpoint: got one besides parts of a model, allowed: the one or the other"
-                )
+                raise ValueError("checkpoint: got one besides parts of a model, allowed: the one or the other")
             return
         if not (self.tower and self.language):
             missing = "language" if self.tower else "tower"
