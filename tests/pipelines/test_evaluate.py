@@ -1,36 +1,45 @@
-"""Every question is asked alone and answered alike in any company, and the scores are what a hand counts."""
+"""Every question is answered once, as it would be alone, whatever company, crash or restart; scores follow from files."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from pipelines.evaluate import Answerer, Evaluate, examples, judged, questions, scores
-from pipelines.ingest import pixels
-from pipelines.shards import Sample, Shards
+from pipelines import easy_vqa, evaluate
+from pipelines.evaluate import Asking, Evaluate, Name, Subject, examples, questions, rows
+from redux import respondent
+from redux.benchmarks import Question
 from redux.cmai import CMAI
+from redux.conversation import word_tokenizer
+from redux.image import pixels
 from redux.model import Language, Model, Tower, build
 from redux.vmtc import VMTC
+from tests.pipelines.faults import until
 
 TEMPLATE = "vicuna_bare"
 PATCHES = 16
+ASKED = 60
 
 
 @pytest.fixture(scope="session")
-def model(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with both modules on and random weights, large enough that answers differ."""
-    folder, words = tmp_path_factory.mktemp("model"), AutoTokenizer.from_pretrained(tokenizer)
+    folder = tmp_path_factory.mktemp("model")
+    words = word_tokenizer((each.prompt for each in easy_vqa.questions()), 160)
     size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
     llava = build(
         Model(
             tower=Tower(image_size=16, patch_size=4, num_hidden_layers=4, **size),
-            language=Language(num_hidden_layers=2, max_position_embeddings=96, **size),
+            language=Language(num_hidden_layers=2, max_position_embeddings=160, **size),
             vmtc=VMTC(ratio=0.5, stages=2),
             cmai=CMAI(maximum=0.6),
         ),
@@ -45,6 +54,221 @@ def model(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def subject(model: Path) -> Subject:
+    return Subject(model=str(model), template=TEMPLATE)
+
+
+def settings(batch: int = 7, **tasks: Asking) -> Evaluate:
+    return Evaluate(tasks=tasks or {"easy_vqa": Asking(limit=ASKED, max_new_tokens=5)}, batch=batch)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(subject: Subject, ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder in which both built-in tasks were evaluated."""
+    run = tmp_path_factory.mktemp("undisturbed")
+    tasks = {"easy_vqa": Asking(limit=ASKED, max_new_tokens=5), "instructions": Asking(limit=ASKED, max_new_tokens=9)}
+    evaluate.evaluate(subject, run, settings(**tasks))
+    return run
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def spent(run: Path, name: str = "easy_vqa") -> int:
+    """Questions that were put to a model, as often as they were."""
+    path = run / evaluate.FOLDER / evaluate.SPEED
+    return sum(each["questions"] for each in lines(path) if each["task"] == name) if path.exists() else 0
+
+
+# What is answered
+
+
+def test_every_question_is_answered_once_in_the_order_of_the_benchmark(undisturbed: Path) -> None:
+    for name in ("easy_vqa", "instructions"):
+        asked = questions(name, Asking(limit=ASKED))
+        told = [(row["id"], row["unit"], row["prompt"]) for row in rows(undisturbed, name)]
+        assert told == [(each.id, each.unit, each.prompt) for each in asked]
+        assert spent(undisturbed, name) == len(asked) == ASKED
+    assert not list((undisturbed / evaluate.FOLDER).glob(".*"))
+
+
+def test_a_batch_gets_the_answers_that_each_question_gets_alone(subject: Subject, undisturbed: Path) -> None:
+    alone = respondent.load(subject.model, template=TEMPLATE)
+    for name, count in (("easy_vqa", 5), ("instructions", 9)):
+        said = []
+        for each in questions(name, Asking(limit=ASKED)):
+            assert isinstance(each.image, str)
+            said += alone([each.prompt], [(easy_vqa.FOLDER / each.image).read_bytes()], count).texts
+        assert said == [row["response"] for row in rows(undisturbed, name)]
+        assert len(set(said)) > ASKED // 4, "answers that differ, or equality says nothing"
+
+
+def test_scores_are_those_of_the_files_alone(undisturbed: Path) -> None:
+    found = evaluate.scores(undisturbed, ["easy_vqa", "instructions"])
+    correct = [row["response"] == row["answer"] for row in rows(undisturbed, "easy_vqa")]
+    assert found["easy_vqa.accuracy"] == sum(correct) / ASKED
+    assert found["easy_vqa.questions"] == found["instructions.questions"] == ASKED
+    assert {"instructions.strict", "instructions.loose", "instructions.both", "instructions.strict.json"} <= found.keys()
+    speed = evaluate.speed(undisturbed)
+    assert all(value > 0 for value in speed.values()), speed
+
+
+def test_scores_of_types_count_their_own_questions() -> None:
+    counted = {"yes/no": (3, 4), "colour": (1, 5), "shape": (0, 1)}  # right, asked
+    answered = [
+        {"unit": "a", "type": kind, "answer": "yes", "response": "yes" if number < right else "no"}
+        for kind, (right, asked) in counted.items()
+        for number in range(asked)
+    ]
+    assert {name: metric.score for name, metric in easy_vqa.metrics(answered).items()} == {
+        "accuracy": 0.4,
+        "accuracy.colour": 0.2,
+        "accuracy.shape": 0.0,
+        "accuracy.yes/no": 0.75,
+    }
+
+
+def test_a_limit_asks_questions_from_all_over() -> None:
+    everything = [each.id for each in questions("easy_vqa", Asking())]
+    some = [each.id for each in questions("easy_vqa", Asking(limit=100))]
+    places = [everything.index(each) for each in some]
+    assert len(everything) == 9673
+    assert set(np.diff(places)) <= {96, 97}
+    assert places[0] == 0
+    assert places[-1] > 9500
+    assert questions("easy_vqa", Asking(limit=10**6)) == questions("easy_vqa", Asking())
+
+
+# Crashes
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_on_file_is_not_asked_again(subject: Subject, undisturbed: Path, tmp_path: Path) -> None:
+    whole = rows(undisturbed, "easy_vqa")
+    folder = tmp_path / evaluate.FOLDER
+    folder.mkdir()
+    kept = [row | {"response": "on file"} for row in whole[10:30]]
+    torn = json.dumps(whole[30])[:-5]
+    (folder / ".easy_vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept) + torn)
+    evaluate.evaluate(subject, tmp_path, settings())
+    assert rows(tmp_path, "easy_vqa") == whole[:10] + kept + whole[30:]
+    assert spent(tmp_path) == ASKED - len(kept)
+    evaluate.evaluate(subject, tmp_path, settings())
+    assert spent(tmp_path) == ASKED - len(kept), "a finished task is left alone"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_another_question_under_an_old_id_is_asked(subject: Subject, undisturbed: Path, tmp_path: Path) -> None:
+    whole = rows(undisturbed, "easy_vqa")
+    (tmp_path / evaluate.FOLDER).mkdir()
+    other = [row | {"prompt": "what was that?"} for row in whole[:4]] + whole[4:]
+    (tmp_path / evaluate.FOLDER / "easy_vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    evaluate.evaluate(subject, tmp_path, settings())
+    assert rows(tmp_path, "easy_vqa") == whole
+    assert spent(tmp_path) == 4
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from pipelines import cluster, evaluate
+with cluster.session():
+    asking = evaluate.Asking(limit=60, max_new_tokens=5)
+    subject = evaluate.Subject(model=sys.argv[1], template="vicuna_bare")
+    evaluate.evaluate(subject, Path(sys.argv[2]), evaluate.Evaluate(tasks={"easy_vqa": asking}, batch=2))
+"""
+
+
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(
+    subject: Subject, undisturbed: Path, tmp_path: Path, ray_cluster: Any
+) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": ray_cluster.get_runtime_context().gcs_address}
+    command = [sys.executable, "-c", KILLED, subject.model, str(tmp_path)]
+    partial = tmp_path / evaluate.FOLDER / ".easy_vqa.jsonl"
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: partial.exists() and len(partial.read_bytes().splitlines()) > 4)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = [row["id"] for row in lines(partial)]
+    assert len(before) < ASKED, "it was killed too late"
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert (tmp_path / evaluate.FOLDER / "easy_vqa.jsonl").read_bytes() == (
+        undisturbed / evaluate.FOLDER / "easy_vqa.jsonl"
+    ).read_bytes()
+    # the batch whose answers were written last may have been killed before its time was
+    assert spent(tmp_path) in (ASKED, ASKED - 2)
+
+
+# What cannot be
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_missing_image_is_named_in_one_line(subject: Subject, tmp_path: Path) -> None:
+    asking = Asking(limit=3, images=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"evaluate\.tasks\.easy_vqa: .*nowhere/test/images/\d+\.png"):
+        evaluate.evaluate(subject, tmp_path, settings(easy_vqa=asking))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_no_such_model_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=r"evaluate\.tasks\.easy_vqa: model_type: got bert"):
+        evaluate.evaluate(Subject(model=str(tmp_path)), tmp_path, settings())
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "told"),
+    [
+        ("gqa", (), r"evaluate\.tasks\.gqa\.files: .*got nothing"),
+        ("gqa", ("nowhere.json",), r"evaluate\.tasks\.gqa\.files: nowhere\.json: cannot be read"),
+        ("instructions", ("nowhere.jsonl",), r"evaluate\.tasks\.instructions\.files: .*nowhere\.jsonl"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(name: Name, files: tuple[str, ...], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        questions(name, Asking(files=files))
+
+
+def test_an_id_that_comes_twice_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    twice = [Question(id="7", unit="7", image=None, prompt="?", reference={})] * 2
+    monkeypatch.setitem(evaluate.TASKS, "gqa", evaluate.TASKS["gqa"]._replace(questions=lambda: twice))
+    with pytest.raises(ValueError, match="2 questions with the id 7"):
+        questions("gqa", Asking())
+
+
+# Examples
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 40])
+def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questions(
+    subject: Subject, undisturbed: Path, count: int
+) -> None:
+    answered = rows(undisturbed, "easy_vqa")
+    given = {(row["image"], row["prompt"], row["answer"], row["response"]) for row in answered}
+    pictures = {
+        pixels((easy_vqa.FOLDER / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"] for row in answered
+    }
+    shown = []
+    for example in examples(subject, undisturbed, count):
+        image = pictures[np.asarray(example.image).transpose(2, 0, 1).tobytes()]
+        assert (image, example.question, example.answer, example.response) in given
+        assert example.correct == (example.answer == example.response)
+        shown.append(image)
+    assert len(shown) == len(set(shown)) == count
+
+
+def test_an_example_says_where_each_patch_went(subject: Subject, undisturbed: Path) -> None:
+    for example in examples(subject, undisturbed, 5):
+        slot, merged = np.asarray(example.slot), np.asarray(example.merged)
+        assert slot.shape == merged.shape == (PATCHES,)
+        assert set(slot) - {-1} == set(range(PATCHES // 2)), "half of the tokens reach the language model"
+        assert not merged.all()
+        kept = slot[~merged & (slot >= 0)]
+        assert len(kept) == len(set(kept)), "a kept patch has a token of its own"
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Threads of a tiny model only wait for each other, long where the machine is busy."""
@@ -52,147 +276,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def answerer(model: Path, stored: Shards, images: int = 4) -> Answerer:
-    return Answerer(model, stored.folder, Evaluate(images=images, actors=1024, max_new_tokens=5), TEMPLATE, "pad")
-
-
-def answered(model: Path, stored: Shards, images: int) -> list[dict]:
-    """All rows of all batches, as Ray Data would bring them."""
-    actor, rows = answerer(model, stored, images), []
-    for number in range(-(-len(stored) // images)):
-        columns = actor({"id": np.array([number])})
-        rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return rows
-
-
-def test_a_batch_gets_the_answers_that_each_question_gets_alone(model: Path, stored: Shards):
-    actor, samples = answerer(model, stored), stored.read(range(12))
-    asked = [(sample.key, question) for sample in samples for question, _ in questions(sample)]
-    assert len({len(question.split()) for _, question in asked}) > 1, "questions of several lengths"
-    together = actor.answer(samples, asked)
-    by_key = {sample.key: sample for sample in samples}
-    assert together == [actor.answer([by_key[key]], [(key, question)])[0] for key, question in asked]
-    assert len(set(together)) > len(asked) // 3, "answers that differ, or equality says nothing"
-
-
-def test_an_answer_depends_on_the_image_and_on_the_question(model: Path, stored: Shards):
-    actor, samples = answerer(model, stored), stored.read(range(12))
-    one_question = actor.answer(samples, [(sample.key, "is there red shape number 1?") for sample in samples])
-    assert len(set(one_question)) > 1
-    words = [f"is there {word} shape number 1?" for word in ("red", "blue", "green", "no red", "no no blue")]
-    assert len(set(actor.answer(samples, [(samples[0].key, question) for question in words]))) > 1
-
-
-def test_a_described_image_is_answered_from_its_description(model: Path, stored: Shards):
-    actor, samples = answerer(model, stored), stored.read(range(12))
-    asked = [(sample.key, "is there red shape number 1?") for sample in samples]
-    actor.settings = replace(actor.settings, image="described")
-    actor.model.generation_config.suppress_tokens = [actor.model.config.image_token_id]
-    described = actor.answer(samples, asked)
-    actor.settings = replace(actor.settings, image="seen")
-    assert described != actor.answer(samples, asked)
-
-
-def test_special_tokens_are_no_part_of_a_response(model: Path, stored: Shards):
-    actor, samples = answerer(model, stored), stored.read([0])
-    actor.model.lm_head.weight.data.zero_()  # equal scores: always token 0, <unk>
-    assert actor.answer(samples, [(samples[0].key, "is there red shape number 1?")]) == [""]
-
-
-@pytest.mark.parametrize("images", [1, 4, 5, 22, 100])
-def test_every_question_is_asked_once_in_the_order_of_the_set(model: Path, stored: Shards, images: int):
-    rows = answered(model, stored, images)
-    expected = [
-        (f"{sample.id}/{number}", sample.id, question, answer)
-        for sample in stored.read(range(len(stored)))
-        for number, (question, answer) in enumerate(questions(sample))
-    ]
-    assert [(row["id"], row["image"], row["question"], row["answer"]) for row in rows] == expected
-
-
-def test_responses_do_not_depend_on_how_many_images_are_a_batch(model: Path, stored: Shards):
-    assert answered(model, stored, 3) == answered(model, stored, 8)
-
-
-def test_questions_are_the_rounds_of_a_conversation_without_the_image(stored: Shards, records: list[dict]):
-    for record, sample in zip(records, stored.read(range(len(stored))), strict=True):
-        values = [turn["value"] for turn in record["conversations"]]
-        said = [text for pair in questions(sample) for text in pair]
-        assert said == [values[0].removeprefix("<image>\n"), *values[1:]]
-
-
-def test_a_conversation_that_ends_with_a_question_is_refused():
-    turns = [{"from": "human", "value": "<image>\nis there?"}]
-    with pytest.raises(ValueError, match="zip"):
-        list(questions(Sample("key", b"", {"conversations": turns})))
-
-
-@pytest.mark.parametrize(
-    ("answer", "response", "kind", "correct"),
-    [
-        ("yes", "yes", "yes/no", True),
-        ("no", "yes", "yes/no", False),
-        ("teal", "teal", "colour", True),
-        ("teal", "a teal circle", "colour", False),
-        ("circle", "", "shape", False),
-        ("circle", "circle circle", "shape", False),
-    ],
-)
-def test_a_response_is_correct_if_it_is_the_answer_word_for_word(answer: str, response: str, kind: str, correct: bool):
-    row = {"id": "test/0/0", "image": "test/0", "question": "?", "answer": answer, "response": response}
-    assert judged(row) == {**row, "type": kind, "correct": correct}
-
-
-def test_scores_are_shares_of_all_questions_and_of_each_type():
-    counted = {"yes/no": (3, 4), "colour": (1, 5), "shape": (0, 1)}  # right, asked
-    entries = [
-        {"type": kind, "correct": number < right} for kind, (right, asked) in counted.items() for number in range(asked)
-    ]
-    assert scores(entries) == {
-        "easy_vqa.questions": 10,
-        "easy_vqa.accuracy": 0.4,
-        "easy_vqa.accuracy.colour": 0.2,
-        "easy_vqa.accuracy.shape": 0.0,
-        "easy_vqa.accuracy.yes/no": 0.75,
-    }
-
-
-def test_a_type_that_was_not_asked_has_no_score():
-    assert set(scores([{"type": "shape", "correct": True}])) == {
-        "easy_vqa.questions",
-        "easy_vqa.accuracy",
-        "easy_vqa.accuracy.shape",
-    }
-
-
-@pytest.mark.parametrize("count", [0, 1, 5, 11, 22])
-def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questions(
-    model: Path, stored: Shards, tmp_path: Path, count: int
-):
-    rows = [judged(row) for row in answered(model, stored, 8)]
-    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {(row["image"], row["question"], row["answer"], row["response"], row["correct"]) for row in rows}
-    samples = stored.read(range(len(stored)))
-    pictures = {pixels(sample.image, 16).tobytes(): sample.id for sample in samples}
-    numbers, shown = {sample.id: number for number, sample in enumerate(samples)}, []
-    for example in examples(model, stored.folder, tmp_path / "answers.jsonl", count):
-        key = pictures[np.asarray(example.image).transpose(2, 0, 1).tobytes()]
-        assert (key, example.question, example.answer, example.response, example.correct) in given
-        shown.append(numbers[key])
-    assert len(shown) == len(set(shown)) == count
-    assert shown == sorted(shown)
-    assert count < 2 or shown[-1] - shown[0] >= len(stored) // 2, "spread over the set"
-
-
-def test_an_example_says_where_each_patch_went(model: Path, stored: Shards, tmp_path: Path):
-    rows = [judged(row) for row in answered(model, stored, 8)]
-    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for example in examples(model, stored.folder, tmp_path / "answers.jsonl", 5):
-        slot, merged = np.asarray(example.slot), np.asarray(example.merged)
-        assert slot.shape == merged.shape == (PATCHES,)
-        assert set(slot) - {-1} == set(range(PATCHES // 2)), "half of the tokens reach the language model"
-        assert not merged.all()
-        kept = slot[~merged & (slot >= 0)]
-        assert len(kept) == len(set(kept)), "a kept patch has a token of its own"

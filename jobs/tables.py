@@ -1,7 +1,0 @@
-"""x"""
-
-from pathlib import Path
-
-
-def write(runs: list[Path], out: Path) -> None:
-    """x."""
