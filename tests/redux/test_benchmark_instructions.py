@@ -76,7 +76,9 @@ def test_what_cannot_be_drawn_is_named(asked: list[Asked], per_task: int, messag
 
 
 def test_scores_are_means_of_tasks() -> None:
-    answered = rows(questions(ASKED, per_task=12), "it is red", "IT IS BLUE, I think", '{"x": 1}', "*a* **b** [c] [d]")
+    answered = rows(
+        questions(ASKED, per_task=12), "it is red", "IT IS BLUE, I think", '*{"x": 1}*', "*a* **b** [c] [d]"
+    )
     found = metrics(answered)
     for kind in ("strict", "loose"):
         by_task = [[judge(row)[kind] for row in answered if row["task"] == task] for task in range(1, 17)]
@@ -160,11 +162,15 @@ def test_lines_are_scored_one_by_one_whoever_wrote_them() -> None:
         ("{", "no JSON"),
         (b"\xff", "no JSON"),
         ("[]", "got list, allowed: an object"),
-        ('{"instruction_id": "punctuation:no_comma", "kwargs": {}}', "got no 'response', allowed: an object with "),
+        ('{"instruction_id": "punctuation:no_comma", "kwargs": {}}', "got no response, allowed: an object with "),
         ('{"instruction_id": "x", "kwargs": {}, "response": ""}', "instruction_id: got 'x', allowed: punctuation"),
-        ('{"instruction_id": ["x"], "kwargs": {}, "response": ""}', "instruction_id: got"),
+        ('{"instruction_id": ["x"], "kwargs": {}, "response": ""}', "instruction_id: got .*ids that are texts"),
+        (
+            '{"instruction_id": "punctuation:no_comma", "kwargs": null, "response": ""}',
+            "kwargs: got None, allowed: an o",
+        ),
         ('{"instruction_id": "punctuation:no_comma", "kwargs": {}, "response": 3}', "response: got 3, allowed: text"),
-        ('{"instruction_id_list": ["x"], "kwargs": [], "response": ""}', "kwargs: got .*a list as long as"),
+        ('{"instruction_id_list": ["x"], "kwargs": [], "response": ""}', r"kwargs: got \[\], allowed: an object of "),
     ],
 )
 def test_a_line_that_cannot_be_scored_is_named(line: str | bytes, message: str) -> None:
