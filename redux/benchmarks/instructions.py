@@ -139,25 +139,31 @@ def score(lines: Iterable[str | bytes], name: str) -> Iterator[dict[str, Any]]:
     """
     for where, line in _objects(lines, name):
         try:
-            if "instruction_id_list" in line:
-                ids, kwargs = _listed(line)
-                told = [(id, each, line["response"]) for id, each in zip(ids, kwargs, strict=True)]
-                yield {"strict": [strict(*each) for each in told], "loose": [loose(*each) for each in told]}
-            else:
-                one = (line["instruction_id"], line["kwargs"], line["response"])
-                yield {"strict": strict(*one), "loose": loose(*one)}
-        except KeyError as error:
-            allowed = "instruction_id (or instruction_id_list), kwargs, response"
-            raise ValueError(f"{where}: got no {error}, allowed: an object with {allowed}") from None
+            told = _told(line)
+            judged = {"strict": [strict(*each) for each in told], "loose": [loose(*each) for each in told]}
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        yield judged if LISTED in line else {kind: values[0] for kind, values in judged.items()}
 
 
-def _listed(line: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    ids, kwargs = line["instruction_id_list"], line["kwargs"]
-    if not (isinstance(ids, list) and isinstance(kwargs, list) and len(ids) == len(kwargs)):
-        raise ValueError(f"kwargs: got {kwargs!r}, allowed: a list as long as instruction_id_list, {ids!r}")
-    return ids, kwargs
+LISTED = "instruction_id_list"
+
+
+def _told(line: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
+    """(id, arguments, response) of each instruction of a line."""
+    names = (LISTED if LISTED in line else "instruction_id", "kwargs", "response")
+    if missing := [name for name in names if name not in line]:
+        raise ValueError(f"got no {missing[0]}, allowed: an object with {', '.join(names)}")
+    ids, kwargs, response = (line[name] for name in names)
+    if LISTED not in line:
+        ids, kwargs = [ids], [kwargs]
+    if not isinstance(ids, list) or not all(isinstance(id, str) for id in ids):
+        raise ValueError(f"{names[0]}: got {line[names[0]]!r}, allowed: ids that are texts")
+    if not isinstance(kwargs, list) or len(kwargs) != len(ids) or not all(isinstance(each, dict) for each in kwargs):
+        raise ValueError(f"kwargs: got {line['kwargs']!r}, allowed: an object of arguments for each instruction")
+    if not isinstance(response, str):
+        raise ValueError(f"response: got {response!r}, allowed: text")
+    return [(id, each, response) for id, each in zip(ids, kwargs, strict=True)]
 
 
 # --- the frozen file -------------------------------------------------------------------------------------------------

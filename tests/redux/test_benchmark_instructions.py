@@ -1,0 +1,218 @@
+"""The same questions go with all sixteen instructions, stay as they were drawn, and are scored row by row."""
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from redux.benchmarks import Question
+from redux.benchmarks.instructions import Asked, judge, metrics, questions, read, right, score, write
+from redux.instructions import INSTRUCTIONS, ask
+
+ASKED = [
+    Asked(id=f"q{number}", image=f"{number // 2}.png", question=f"What is {number}?", answer=("red", None)[number % 2])
+    for number in range(12)
+]
+
+
+def rows(asked: list[Question], *responses: str) -> list[dict[str, Any]]:
+    """The questions answered with the responses by turns."""
+    return [
+        {"id": q.id, "unit": q.unit, "prompt": q.prompt, "response": responses[place % len(responses)], **q.reference}
+        for place, q in enumerate(asked)
+    ]
+
+
+def test_each_task_has_the_same_questions() -> None:
+    made = questions(ASKED, per_task=5)
+    assert len(made) == 16 * 5
+    assert len({each.id for each in made}) == len(made)
+    by_task = [made[start : start + 5] for start in range(0, len(made), 5)]
+    assert (
+        len({tuple((q.unit, q.image, q.reference["question"], q.reference["answer"]) for q in t) for t in by_task}) == 1
+    )
+    assert [{q.reference["task"] for q in task} for task in by_task] == [{number} for number in range(1, 17)]
+    assert made[0].id == f"T01/{made[0].unit}"
+
+
+def test_a_prompt_is_the_question_and_what_ifeval_asks() -> None:
+    for each in questions(ASKED, per_task=12):
+        asked = ask(each.reference["instruction_id"], each.reference["kwargs"])
+        assert each.prompt == f"{each.reference['question']} {asked}"
+
+
+def test_questions_are_drawn_by_the_seed_alone() -> None:
+    made = questions(ASKED, per_task=5)
+    assert made == questions(ASKED, per_task=5)
+    assert made != questions(ASKED, per_task=5, seed=1)
+    everything = {each.id: each for each in questions(ASKED, per_task=12)}
+    assert all(everything[each.id] == each for each in made), "arguments do not depend on which others are asked"
+
+
+def test_keywords_come_from_the_callers_list() -> None:
+    made = questions(ASKED, per_task=12, keywords=["sun", "moon", "star"])
+    drawn = [tuple(q.reference["kwargs"]["keywords"]) for q in made if q.reference["task"] == 7]
+    assert len(set(drawn)) > 1
+    assert {word for words in drawn for word in words} == {"sun", "moon", "star"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "per_task", "message"),
+    [
+        (ASKED, 13, "per_task: got 13, allowed: 1 to 12"),
+        (ASKED, 0, "per_task: got 0, allowed: 1 to 12"),
+        ([*ASKED, ASKED[3]], 5, "asked: got 'q3' more than once"),
+        ([Asked(id="a", image=None, question="What?", answer=" ")], 1, "a: answer: got nothing"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(asked: list[Asked], per_task: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        questions(asked, per_task)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_means_of_tasks() -> None:
+    answered = rows(
+        questions(ASKED, per_task=12), "it is red", "IT IS BLUE, I think", '*{"x": 1}*', "*a* **b** [c] [d]"
+    )
+    found = metrics(answered)
+    for kind in ("strict", "loose"):
+        by_task = [[judge(row)[kind] for row in answered if row["task"] == task] for task in range(1, 17)]
+        assert found[kind].score == pytest.approx(fmean(map(fmean, by_task)))
+        assert 0 < found[kind].score < 1
+    assert found["strict"].score < found["loose"].score
+    for instruction in INSTRUCTIONS.values():
+        mean = fmean(judge(row)["strict"] for row in answered if row["task"] == instruction.task)
+        assert found[f"strict.{instruction.name}"].score == pytest.approx(mean)
+    assert {outcome.unit for outcome in found["strict"].outcomes} == {each.id for each in ASKED}
+
+
+def test_tasks_weigh_the_same_however_many_rows_they_have() -> None:
+    made = [q for q in questions(ASKED, per_task=12) if q.reference["task"] in (1, 9)]
+    answered = rows(made[:12] + made[12:14], "no JSON and nothing else")
+    assert metrics(answered)["strict"].score == 0.5
+
+
+def test_right_and_both_are_over_rows_with_an_answer() -> None:
+    answered = rows(questions(ASKED, per_task=12), "it is red")
+    found = metrics(answered)
+    known = [row for row in answered if row["answer"] is not None]
+    assert len(found["right"].outcomes) == len(found["both"].outcomes) == len(known) == len(answered) / 2
+    assert found["right"].score == 1
+    assert 0 < found["both"].score < 1
+    assert metrics(rows(questions(ASKED, per_task=12), "it is blue"))["both"].score == 0
+
+
+def test_without_answers_nothing_is_right_or_wrong() -> None:
+    asked = [Asked(id="a", image=None, question="What?")]
+    assert set(metrics(rows(questions(asked, 1), "red"))) == {
+        "strict",
+        "loose",
+        *(f"strict.{each.name}" for each in INSTRUCTIONS.values()),
+    }
+    assert metrics([])["strict"].score == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "gives"),
+    [
+        ("red", "IT IS RED.", True),
+        ("red", "It is reddish.", False),
+        ("red", '```json\n{"colour": "red"}\n```', True),
+        ("red", "**red**", True),
+        ("2.5 m", "about 2.5 m high", True),
+        ("2.5 m", "about 2x5 m high", False),
+        ("c++", "It says C++!", True),
+        ("yes", "Yes, there is no doubt.", True),
+        ("no", "Yes, there is no doubt.", False),
+        ("no", "I know nothing.", False),
+        ("No", "I would say: NO.", True),
+    ],
+)
+def test_an_answer_is_found_as_a_whole_word(answer: str, response: str, gives: bool) -> None:
+    assert right(answer, response) is gives
+
+
+# --- lines -----------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_scored_one_by_one_whoever_wrote_them() -> None:
+    lines = [
+        '{"instruction_id": "punctuation:no_comma", "kwargs": {}, "response": "Sure,\\nred", "more": 1}',
+        "",
+        '{"instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"], "response": "a b", '
+        '"kwargs": [{"num_words": null}, {"num_words": 3, "relation": "at least"}]}',
+    ]
+    assert list(score(lines, "a.jsonl")) == [
+        {"strict": False, "loose": True},
+        {"strict": [True, False], "loose": [True, False]},
+    ]
+    answered = rows(questions(ASKED, per_task=12), "it is red", "**IT**")
+    scored = score(map(json.dumps, answered), "b.jsonl")
+    assert list(scored) == [{key: judge(row)[key] for key in ("strict", "loose")} for row in answered]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "no JSON"),
+        (b"\xff", "no JSON"),
+        ("[]", "got list, allowed: an object"),
+        ('{"instruction_id": "punctuation:no_comma", "kwargs": {}}', "got no response, allowed: an object with "),
+        ('{"instruction_id": "x", "kwargs": {}, "response": ""}', "instruction_id: got 'x', allowed: punctuation"),
+        ('{"instruction_id": ["x"], "kwargs": {}, "response": ""}', "instruction_id: got .*ids that are texts"),
+        (
+            '{"instruction_id": "punctuation:no_comma", "kwargs": null, "response": ""}',
+            "kwargs: got None, allowed: an o",
+        ),
+        ('{"instruction_id": "punctuation:no_comma", "kwargs": {}, "response": 3}', "response: got 3, allowed: text"),
+        ('{"instruction_id_list": ["x"], "kwargs": [], "response": ""}', r"kwargs: got \[\], allowed: an object of "),
+    ],
+)
+def test_a_line_that_cannot_be_scored_is_named(line: str | bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^a\.jsonl: line 3: {message}"):
+        list(
+            score(['{"instruction_id": "punctuation:no_comma", "kwargs": {}, "response": "red"}', "", line], "a.jsonl")
+        )
+
+
+def test_questions_are_read_as_they_were_written(tmp_path: Path) -> None:
+    asked = [
+        *ASKED,
+        Asked(id="bytes", image=b"\x89PNG\x00", question="Où\u2028 est-ce?"),
+        Asked(id="n", image=None, question="?"),
+    ]
+    made = questions(asked, per_task=14)
+    write(made, tmp_path / "frozen.jsonl")
+    assert read(tmp_path / "frozen.jsonl") == made
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": "What?"}, "prompt: got 'What\\?', allowed: what its reference asks"),
+        ({"image": 3}, "image: got 3, allowed: str"),
+        ({"image": {"base64": "?"}}, "image: got .*base64"),
+        ({"extra": 1}, "got id, .*extra, allowed: id, "),
+        ({"id": "T01/q0"}, "id: got 'T01/q0' again, allowed: each once"),
+        ({"reference": {}}, "got nothing, allowed: task"),
+        ({"reference": {"task": 2}}, "task: got 2, allowed: that of punctuation:no_comma, 1"),
+        ({"reference": {"answer": 3}}, "answer: got 3, allowed: str"),
+        ({"reference": {"instruction_id": "x"}}, "instruction_id: got 'x', allowed: "),
+        ({"reference": {"kwargs": {"x": 1}}}, "punctuation:no_comma: kwargs: got 'x', allowed: none"),
+    ],
+)
+def test_a_line_that_is_no_question_is_named(tmp_path: Path, change: dict, message: str) -> None:
+    path = tmp_path / "frozen.jsonl"
+    write(questions(ASKED, per_task=12), path)
+    lines = path.read_text().splitlines()
+    line = json.loads(lines[1])
+    if change.get("reference"):
+        change = {"reference": {**line["reference"], **change["reference"]}}
+    path.write_text("\n".join([lines[0], json.dumps({**line, **change})]))
+    with pytest.raises(ValueError, match=rf"frozen\.jsonl: line 2: {message}"):
+        read(path)
