@@ -68,6 +68,12 @@ def _score(arguments: argparse.Namespace) -> None:
     score.score(arguments)
 
 
+def _tables(arguments: argparse.Namespace) -> None:
+    from jobs import tables
+
+    print(tables.tell(arguments.runs, arguments.out, tables.scorers()), end="")
+
+
 def _export(arguments: argparse.Namespace) -> None:
     from jobs import export
 
@@ -154,6 +160,21 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--text", metavar="N", type=_count, default=64, help="text tokens (default: %(default)s)")
     cost.set_defaults(verb=_cost)
     _add_score(verbs)
+    tables = verbs.add_parser(
+        "tables",
+        help="compare finished runs in the paper's tables",
+        description="Show the paper's tables over finished runs, as Markdown: scores with 95 % intervals, differences "
+        "to LLaVA, the paper's own numbers, and for each row without a run the command that makes one. Which row a run "
+        "is follows from its settings; runs that differ only in seed are one row.",
+        epilog="example: redux tables runs --out tables",
+    )
+    tables.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="the folder of a run, or a folder that holds such folders"
+    )
+    tables.add_argument(
+        "--out", metavar="DIR", type=Path, help="also write tables.md, tables.html and a CSV file for each table there"
+    )
+    tables.set_defaults(verb=_tables)
     return parser
 
 

@@ -16,7 +16,6 @@ import importlib.metadata
 import io
 import json
 import math
-import os
 import platform
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,8 +25,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from annotated_types import Ge
 
-from pipelines import ledger
+from pipelines import ledger, page
 from pipelines.ledger import Account
+from pipelines.page import ACCENT, FAINT, INK, STYLE, number, quiet, svg
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,10 +49,6 @@ PARTS = {
     "lost": ("done twice", "bad", 1.0),
 }
 CONFUSIONS = 8
-# colours of the plots are variables of the page's style, so that they follow its light and dark scheme; matplotlib
-# accepts no variable, so it draws in stand-ins
-COLOURS = {"#010203": "var(--ink)", "#040506": "var(--faint)", "#070809": "var(--line)", "#0a0b0c": "var(--accent)"}
-INK, FAINT, LINE, ACCENT = COLOURS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,15 +162,7 @@ def write(run: Path, examples: Sequence[Example]) -> Path:
     answers/easy_vqa.jsonl (one test question a line) and ledger.jsonl (one event a line).  A reader of the old report
     never sees half of the new one.
     """
-    page = _render(run, examples)
-    report = run / "report.html"
-    part = run / f".report.html.{os.getpid()}"
-    try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, report)
-    finally:
-        part.unlink(missing_ok=True)
-    return report
+    return page.write(run / "report.html", _render(run, examples))
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -192,23 +180,13 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def _render(run: Path, examples: Sequence[Example]) -> str:
-    import jinja2
-
     job = _text(run / "job.yaml")
     metrics = json.loads(_text(run / "metrics.json") or "{}")
     stages = _stages(_lines(run / "metrics.jsonl"))
     answers = _judged(run / "answers" / "easy_vqa.jsonl")
     account = ledger.read(run).account
-    # every text is escaped, whatever the template's file name
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(percent=_percent, number=_number, duration=_duration)
-    return environment.get_template("report.html.j2").render(
+    return page.render(
+        "report.html.j2",
         name=_name(job) or run.resolve().name,
         job=job,
         metrics=metrics,
@@ -322,7 +300,7 @@ def _plot(stage: str, rows: Sequence[Mapping[str, Any]]) -> Plot:
     step = np.array([row["step"] for row in rows])
     loss = _column(rows, "loss")
     smoothed = smooth(loss)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "redux", "font.family": "sans-serif", "font.size": 9}):
+    with rc_context(STYLE):
         figure = Figure(figsize=(3.7, 2.6), layout="constrained")
         axes = figure.add_subplot()
         _learning_rate(axes, step, _column(rows, "learning_rate"))
@@ -330,10 +308,10 @@ def _plot(stage: str, rows: Sequence[Mapping[str, Any]]) -> Plot:
         axes.plot(step, loss, color=ACCENT, linewidth=0.6, alpha=0.4)
         axes.plot(step, smoothed, color=ACCENT, linewidth=1.8, marker=marker, markersize=4)
         _plain(axes, loss)
-        svg = _svg(
-            figure, f"{stage}-", f"{name}: loss over {len(rows)} steps, at the end {_number(float(smoothed[-1]))}"
+        drawn = svg(
+            figure, f"{stage}-", f"{name}: loss over {len(rows)} steps, at the end {number(float(smoothed[-1]))}"
         )
-    return Plot(name, float(smoothed[-1]), len(rows), svg)
+    return Plot(name, float(smoothed[-1]), len(rows), drawn)
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
@@ -385,26 +363,7 @@ def _plain(axes: Axes, loss: np.ndarray) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("loss", color=INK)
-    axes.grid(axis="y", color=LINE, linewidth=0.6)
-    axes.tick_params(which="both", color=LINE, labelcolor=INK, length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(LINE)
-
-
-def _svg(figure: Any, prefix: str, label: str) -> Markup:
-    """The figure as an element to put in the page: its ids its own, its colours the page's."""
-    from markupsafe import Markup, escape
-
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
-    prefix = "".join(letter if letter.isalnum() else "-" for letter in prefix)
-    for mark in ('id="', 'href="#', "url(#"):
-        svg = svg.replace(mark, mark + prefix)
-    for stand_in, variable in COLOURS.items():
-        svg = svg.replace(stand_in, variable)
-    return Markup(svg)
+    quiet(axes)
 
 
 def _panel(example: Example) -> Panel:
@@ -441,26 +400,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _percent(share: float, digits: int = 1) -> str:
-    return "–" if math.isnan(share) else f"{100 * share:.{digits}f} %"
-
-
-def _number(value: float) -> str:
-    """Three digits, more only before the decimal point: 9,673, 41.2, 0.0312."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if not math.isfinite(value):
-        return "–"
-    if isinstance(value, int) or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

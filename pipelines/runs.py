@@ -1,0 +1,311 @@
+"""Finished runs, as models that can be compared: what a run is follows from its settings, never from its name.
+
+Runs that differ in nothing but the seed are one model.  Models that differ in nothing but the method (VMTC, CMAI,
+another reduction, or being told of the image instead of shown it) are one family, and only within a family is a
+difference a difference of the method.  A run that asks a checkpoint of another run is of that run's family and seed.
+
+Cost: every line of a run's answers is read and scored once, and only its outcomes are kept.
+"""
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.paper import IFEVAL
+from redux.benchmarks import Metric, Row
+from redux.cmai import CMAI
+from redux.model import ReduxConfig
+from redux.presets import Preset
+from redux.reduction import Reduction
+from redux.vmtc import VMTC
+
+METHODS: dict[str, Any] = {"vmtc": VMTC, "cmai": CMAI, "reduction": Reduction}
+
+IDLE = (
+    "name", "seed", "workers", "checkpoints", "recovery", "report", "trackers", "data.tolerance",
+    "evaluate.actors", "evaluate.images", "evaluate.image", *(f"model.{name}" for name in METHODS), "model.checkpoint",
+)  # fmt: skip
+"""What of a job makes no other family: it is the seed, the method, or tells nothing of the result."""
+
+PATCHES, BLOCKS = 576, 23
+"""Of an image in CLIP ViT-L/14 at 336 pixels: what a run has whose tower nothing is known of."""
+
+Scorers = Mapping[str, Callable[[Sequence[Row]], dict[str, Metric]]]
+"""By the name of a benchmark, what makes metrics of its rows; "strict" of the instructions has an outcome for each row,
+in order."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    job: as resolved.  source: the job that trained what it asks; its own but for runs that ask another's checkpoint.
+    numbers: of scores.json and metrics.json, flat.  metrics: of its answers, such as "gqa.accuracy".
+    """
+
+    folder: Path
+    job: dict[str, Any]
+    source: dict[str, Any]
+    numbers: dict[str, float]
+    metrics: dict[str, Metric]
+
+    @property
+    def seed(self) -> int:
+        return int(self.source.get("seed", 0))
+
+    @property
+    def trained_s(self) -> float | None:
+        """Seconds of the training loops: computing, waiting for data and standing still."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return None
+        return sum(step.get(part) or 0.0 for step in lines(path) for part in ("compute_s", "data_s", "stall_s"))
+
+    @cached_property
+    def config(self) -> ReduxConfig | None:
+        """The model's own, where the run folder has it."""
+        found = [*sorted(self.folder.glob("checkpoints/*/model/config.json")), self.folder / "assembled/config.json"]
+        return next((ReduxConfig.from_pretrained(path.parent) for path in found if path.exists()), None)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """Runs that differ in nothing but the seed, by seed.
+
+    methods: what it answers with.  described: whether it knew images by its own descriptions alone.
+    trained: whether it learned with the methods that it answers with.
+    """
+
+    runs: tuple[Run, ...]
+    methods: Preset
+    described: bool
+    trained: bool
+
+    @property
+    def job(self) -> dict[str, Any]:
+        return self.runs[0].job
+
+    @property
+    def seeds(self) -> int:
+        return len(self.runs)
+
+    @cached_property
+    def patches(self) -> int:
+        """Patch tokens of an image."""
+        if config := self.runs[0].config:
+            return config.patches
+        tower = self.runs[0].source["model"].get("tower")
+        return int(tower["image_size"] // tower["patch_size"]) ** 2 if isinstance(tower, dict) else PATCHES
+
+    @cached_property
+    def blocks(self) -> int:
+        """Blocks of the tower that are in use."""
+        if config := self.runs[0].config:
+            return config.depth
+        tower = self.runs[0].source["model"].get("tower")
+        return int(tower["num_hidden_layers"]) - 1 if isinstance(tower, dict) else BLOCKS
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of an image that reach the language model."""
+        return left(self.methods, self.patches, self.blocks)
+
+    def metrics(self, name: str) -> list[Metric]:
+        """One for each run that has it."""
+        return [run.metrics[name] for run in self.runs if name in run.metrics]
+
+    def number(self, name: str) -> float | None:
+        """The mean over runs of a number in metrics.json; None where none has it."""
+        values = [run.numbers[name] for run in self.runs if name in run.numbers]
+        return sum(values) / len(values) if values else None
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that differ in nothing but the method.
+
+    label: their sizes, and what else tells this family from the others.
+    """
+
+    label: str
+    models: tuple[Model, ...]
+
+    @property
+    def size(self) -> str | None:
+        """ "7B" or "13B" where the language model is of such a size, so that the paper has its like."""
+        language = str(self.models[0].runs[0].source["model"].get("language")).lower()
+        return next((size for size in ("7B", "13B") if f"-{size.lower()}" in language), None)
+
+
+def left(methods: Preset, patches: int = PATCHES, blocks: int = BLOCKS) -> int:
+    """Tokens of an image that a method leaves of so many patches, in a tower of so many blocks in use."""
+    if methods.reduction:
+        return methods.reduction.count(patches)
+    return methods.vmtc.tokens_left(patches, blocks) if methods.vmtc else patches
+
+
+def find(paths: Sequence[Path], scorers: Scorers) -> tuple[list[Family], list[str]]:
+    """The families of the finished runs at `paths`, and what is to be said of those left out.
+
+    paths: folders of runs, or folders that hold such folders.
+    Raises ValueError where no finished run is there, saying where it looked, or a file of one cannot be read.
+    """
+    notes, runs = [], list[Run]()
+    for folder in dict.fromkeys(folder for path in paths for folder in _folders(path)):
+        if (folder / "scores.json").exists() or (folder / "metrics.json").exists():
+            runs.append(read(folder, scorers))
+        else:
+            notes.append(f"{folder} is not finished and is left out.")
+    if not runs:
+        looked = ", ".join(f"{path}, {path}/*, {path}/*/*" for path in paths) or "nowhere"
+        raise ValueError(
+            f"runs: found none that is finished, allowed: folders with job.yaml and metrics.json at {looked}"
+        )
+    by_family = defaultdict[str, list[Run]](list)
+    for run in runs:
+        by_family[json.dumps(settings(run.source, run.job), sort_keys=True)].append(run)
+    models = {key: list(_models(family, notes)) for key, family in by_family.items()}
+    return [Family(label, tuple(models[key])) for key, label in zip(models, _labels(list(models)), strict=True)], notes
+
+
+def _folders(path: Path) -> list[Path]:
+    if (path / "job.yaml").exists():
+        return [path]
+    return [found.parent for pattern in ("*/job.yaml", "*/*/job.yaml") for found in sorted(path.glob(pattern))]
+
+
+def read(folder: Path, scorers: Scorers) -> Run:
+    """The run of a folder, its answers scored."""
+    job, numbers = _yaml(folder / "job.yaml"), dict[str, float]()
+    for name in ("scores.json", "metrics.json"):
+        if (folder / name).exists():
+            numbers |= json.loads((folder / name).read_text())
+    metrics: dict[str, Metric] = {}
+    for path in sorted((folder / "answers").glob("*.jsonl")):
+        if path.stem in scorers:
+            metrics |= _scored(path.stem, lines(path), scorers[path.stem])
+    return Run(folder, job, _source(job), numbers, metrics)
+
+
+def _scored(task: str, rows: Sequence[Row], scorer: Callable[[Sequence[Row]], dict[str, Metric]]) -> dict[str, Metric]:
+    """A benchmark's metrics by full name; of the instructions also success in each, "instructions.T1" and on."""
+    metrics = scorer(rows)
+    result = {f"{task}.{name}": metric for name, metric in metrics.items()}
+    if task == "instructions":
+        ids = [row["instruction_id"] for row in rows]
+        for column, id in IFEVAL.items():
+            own = [each for each, asked in zip(metrics["strict"].outcomes, ids, strict=True) if asked == id]
+            if own:
+                result[f"{task}.{column}"] = Metric(own)
+    return result
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file of lines; ValueError with file and line for one that is none."""
+    result = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            result.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}:{number}: got {line[:60]!r}, allowed: an object of JSON") from None
+    return result
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    job = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(job, dict) or not isinstance(job.get("model"), dict):
+        raise ValueError(f"{path}: got no section model, allowed: a job as a run writes it")
+    return job
+
+
+def _source(job: dict[str, Any]) -> dict[str, Any]:
+    """The job that trained the checkpoint that this one asks; itself, where it asks none of another run."""
+    checkpoint = job["model"].get("checkpoint")
+    above = Path(checkpoint).parents if isinstance(checkpoint, str) else ()
+    return next((_yaml(folder / "job.yaml") for folder in above if (folder / "job.yaml").exists()), job)
+
+
+def methods(job: Mapping[str, Any], shows: str = "") -> Preset:
+    """What a job's model has of the method, typed."""
+    return Preset(
+        shows=shows,
+        **{
+            name: kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            if (values := job["model"].get(name)) is not None
+            else None
+            for name, kind in METHODS.items()
+        },
+    )
+
+
+def settings(source: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a family, by dotted name: how it was trained and what was asked, without method, seed and the idle."""
+    whole = copy.deepcopy({**source, "evaluate": job.get("evaluate")})
+    flat = dict(_flat(whole))
+    return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{idle}.") for idle in IDLE)}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _models(family: Sequence[Run], notes: list[str]) -> Iterator[Model]:
+    alike = defaultdict[str, dict[int, Run]](dict)
+    for run in family:
+        kind = [asdict(methods(run.job)), asdict(methods(run.source)), _described(run)]
+        seeds = alike[json.dumps(kind, sort_keys=True)]
+        if run.seed in seeds:
+            notes.append(f"{run.folder} has settings and seed of {seeds[run.seed].folder} and is left out.")
+        else:
+            seeds[run.seed] = run
+    for seeds in alike.values():
+        runs = tuple(seeds[seed] for seed in sorted(seeds))
+        own = methods(runs[0].job)
+        yield Model(runs, own, _described(runs[0]), own == methods(runs[0].source))
+
+
+def _described(run: Run) -> bool:
+    return (run.job.get("evaluate") or {}).get("image") == "described"
+
+
+def _labels(keys: Sequence[str]) -> Iterator[str]:
+    """Sizes, and every other setting in which families differ."""
+    families = [json.loads(key) for key in keys]
+    sizes = [_sizes(each) for each in families]
+    names = dict.fromkeys(name for each in families for name in each)
+    enough = len(set(sizes)) == len(sizes)  # to tell the models themselves apart
+    differing = [
+        name
+        for name in names
+        if len({json.dumps(each.get(name)) for each in families}) > 1 and not (enough and name.startswith("model."))
+    ]
+    for size, each in zip(sizes, families, strict=True):
+        told = [f"{name} = {json.dumps(each.get(name))}" for name in differing]
+        yield ", ".join([size, *told])
+
+
+def _sizes(flat: Mapping[str, Any]) -> str:
+    if isinstance(language := flat.get("model.language"), str):
+        return Path(language).name
+    parts = [
+        f"{name} of {flat[f'model.{part}.num_hidden_layers']} × {flat[f'model.{part}.hidden_size']}"
+        for part, name in (("tower", "tower"), ("language", "language model"))
+        if f"model.{part}.hidden_size" in flat
+    ]
+    return ", ".join(parts) or "sizes unknown"
+
+
+def changes(value: Any) -> dict[str, Any]:
+    """The fields of settings that are not at their defaults."""
+    return {each.name: getattr(value, each.name) for each in fields(value) if getattr(value, each.name) != each.default}
