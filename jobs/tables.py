@@ -6,14 +6,12 @@ A CSV file has a line for each cell, so a number stands beside its interval and 
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from pipelines import comparison, page
 from pipelines.runs import Scorers, find
 from pipelines.tables import Cell, Column, Line, Table, build, prompts
-from redux.benchmarks import Metric, Outcome, Row
+from pipelines.tasks import TASKS
 
 FIELDS = (
     "family", "row", "source", "about", "column", "value", "low", "high",
@@ -103,12 +101,5 @@ def _numbers(cell: Cell) -> dict[str, float | int | None]:
 
 
 def scorers() -> Scorers:
-    """Of the benchmarks that are here."""
-    names = ("instructions", "vqav2", "gqa", "textvqa", "mme", "mmbench")
-    here = [name for name in names if find_spec(f"redux.benchmarks.{name}")]
-    return {"easy-vqa": _easy_vqa} | {name: import_module(f"redux.benchmarks.{name}").metrics for name in here}
-
-
-def _easy_vqa(rows: Sequence[Row]) -> dict[str, Metric]:
-    """Answers that are right word for word, as the evaluation counts them."""
-    return {"accuracy": Metric([Outcome("", row["unit"], float(row["response"] == row["answer"])) for row in rows])}
+    """Of all tasks."""
+    return {name: task.metrics for name, task in TASKS.items()}

@@ -226,10 +226,14 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _source(job: dict[str, Any]) -> dict[str, Any]:
-    """The job that trained the checkpoint that this one asks; itself, where it asks none of another run."""
+    """The job that trained what this one asks: itself, with the sizes of the run whose checkpoint it began with; that
+    run's where it trained nothing."""
     checkpoint = job["model"].get("checkpoint")
     above = Path(checkpoint).parents if isinstance(checkpoint, str) else ()
-    return next((_yaml(folder / "job.yaml") for folder in above if (folder / "job.yaml").exists()), job)
+    before = next((_yaml(folder / "job.yaml") for folder in above if (folder / "job.yaml").exists()), None)
+    if before is None or not job.get("train"):
+        return before or job
+    return job | {"model": job["model"] | {part: before["model"].get(part) for part in ("tower", "language")}}
 
 
 def methods(job: Mapping[str, Any], shows: str = "") -> Preset:

@@ -1,4 +1,4 @@
-"""Every question is answered once, as it would be alone, whatever company, crash or restart; scores follow from files."""
+"""Every question is answered once, as it would be alone, whatever crashes; scores follow from the files."""
 
 import json
 import os
@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from pipelines import easy_vqa, evaluate
-from pipelines.evaluate import Asking, Evaluate, Name, Subject, examples, questions, rows
+from pipelines.evaluate import Evaluate, Subject, examples, rows
+from pipelines.tasks import TASKS, Asking, Name, questions
 from redux import respondent
 from redux.benchmarks import Question
 from redux.cmai import CMAI
@@ -110,7 +111,12 @@ def test_scores_are_those_of_the_files_alone(undisturbed: Path) -> None:
     correct = [row["response"] == row["answer"] for row in rows(undisturbed, "easy_vqa")]
     assert found["easy_vqa.accuracy"] == sum(correct) / ASKED
     assert found["easy_vqa.questions"] == found["instructions.questions"] == ASKED
-    assert {"instructions.strict", "instructions.loose", "instructions.both", "instructions.strict.json"} <= found.keys()
+    assert {
+        "instructions.strict",
+        "instructions.loose",
+        "instructions.both",
+        "instructions.strict.json",
+    } <= found.keys()
     speed = evaluate.speed(undisturbed)
     assert all(value > 0 for value in speed.values()), speed
 
@@ -174,8 +180,9 @@ KILLED = """
 import sys
 from pathlib import Path
 from pipelines import cluster, evaluate
+from pipelines.tasks import Asking
 with cluster.session():
-    asking = evaluate.Asking(limit=60, max_new_tokens=5)
+    asking = Asking(limit=60, max_new_tokens=5)
     subject = evaluate.Subject(model=sys.argv[1], template="vicuna_bare")
     evaluate.evaluate(subject, Path(sys.argv[2]), evaluate.Evaluate(tasks={"easy_vqa": asking}, batch=2))
 """
@@ -233,7 +240,7 @@ def test_files_that_cannot_be_used_are_named(name: Name, files: tuple[str, ...],
 
 def test_an_id_that_comes_twice_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     twice = [Question(id="7", unit="7", image=None, prompt="?", reference={})] * 2
-    monkeypatch.setitem(evaluate.TASKS, "gqa", evaluate.TASKS["gqa"]._replace(questions=lambda: twice))
+    monkeypatch.setitem(TASKS, "gqa", TASKS["gqa"]._replace(questions=lambda: twice))
     with pytest.raises(ValueError, match="2 questions with the id 7"):
         questions("gqa", Asking())
 

@@ -1,0 +1,81 @@
+"""What a model can be asked: the benchmarks of understanding, easy-VQA, and instructions to be followed.
+
+Nothing here starts Ray, so that answers are scored without it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+from annotated_types import Ge
+
+from pipelines import easy_vqa
+from redux.benchmarks import BENCHMARKS, Metric, Question, Row
+from redux.benchmarks import instructions as obedience
+
+
+class Task(NamedTuple):
+    """What can be evaluated.
+
+    questions: from the files that a job names to what is asked.  metrics: from answered questions to scores.
+    images: folder of the images, where the job need not say.
+    max_new_tokens: of an answer, where the job does not say.
+    """
+
+    questions: Callable[..., list[Question]]
+    metrics: Callable[[Sequence[Row]], dict[str, Metric]]
+    max_new_tokens: int
+    images: str | None = None
+
+
+def _instructions(*prompts: str) -> list[Question]:
+    """Those of frozen files; without one about easy-VQA's images."""
+    return [each for path in prompts for each in obedience.read(path)] or obedience.questions(easy_vqa.asked())
+
+
+TASKS: dict[str, Task] = {
+    "easy_vqa": Task(easy_vqa.questions, easy_vqa.metrics, 8, str(easy_vqa.FOLDER)),
+    "instructions": Task(_instructions, obedience.metrics, 1024, str(easy_vqa.FOLDER)),
+    **{name: Task(each.questions, each.metrics, each.max_new_tokens) for name, each in BENCHMARKS.items()},
+}
+Name = Literal["easy_vqa", "instructions", "vqav2", "gqa", "textvqa", "mme", "mmbench"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How a task is asked.
+
+    files: the benchmark's own, paths or URLs; easy_vqa needs none, and instructions are about its images unless a file
+        is given that `redux instructions` froze.
+    images: folder or URL of the images; null where they are within the files, or in the folder that is given.
+    limit: ask only so many questions, evenly spread.
+    max_new_tokens: of an answer; null is the benchmark's own.
+    """
+
+    files: tuple[str, ...] = ()
+    images: str | None = None
+    limit: Annotated[int, Ge(1)] | None = None
+    max_new_tokens: Annotated[int, Ge(1)] | None = None
+
+
+def questions(name: Name, asking: Asking) -> list[Question]:
+    """What a task asks.  ValueError where its files cannot be read, are others than it needs, or an id comes twice."""
+    try:
+        found = TASKS[name].questions(*asking.files)
+    except ValueError as error:
+        raise ValueError(f"evaluate.tasks.{name}.files: {error}") from None
+    if asking.limit:
+        found = [found[place] for place in spread(len(found), asking.limit)]
+    if not found:
+        raise ValueError(f"evaluate.tasks.{name}.files: no questions in {', '.join(asking.files)}, allowed: some")
+    [(id, times)] = Counter(each.id for each in found).most_common(1)
+    if times > 1:
+        raise ValueError(f"evaluate.tasks.{name}.files: {times} questions with the id {id}, allowed: one")
+    return found
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` of `length` places, evenly spread."""
+    count = min(length, count)
+    return [place * length // count for place in range(count)]
