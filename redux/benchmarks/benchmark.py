@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from redux.benchmarks.source import Source
+
 SHORT = "\nAnswer the question using a single word or phrase."
 """How LLaVA-1.5 asks for short answers (haotian-liu/LLaVA, docs/Evaluation.md, commit c121f043)."""
 
@@ -100,6 +102,6 @@ class Benchmark:
     title: str
     questions: Callable[..., list[Question]]
     metrics: Callable[[Sequence[Row]], dict[str, Metric]]
-    answers: Callable[[str, Sequence[Question]], dict[str, str]]
+    answers: Callable[[Source, Sequence[Question]], dict[str, str]]
     max_new_tokens: int
     submission: Callable[[Sequence[Row]], list[dict[str, Any]]] | None = None

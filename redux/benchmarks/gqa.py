@@ -9,12 +9,12 @@ need files that GQA 1.2 no longer has, are left out.
 from collections.abc import Iterator, Sequence
 
 from redux.benchmarks.benchmark import SHORT, Metric, Outcome, Question, Row, means
-from redux.benchmarks.source import Found, document, field, matched, one, records
+from redux.benchmarks.source import Found, Source, document, field, matched, one, records
 
 FORMS = (("questionId", "prediction"), ("question_id", "text"), ("id", "response"))
 
 
-def questions(*sources: str) -> list[Question]:
+def questions(*sources: Source) -> list[Question]:
     """Of testdev_balanced_questions.json: {id: {question, imageId, answer, types, isBalanced, …}, …}."""
     source = one(sources)
     whole = document(source)
@@ -65,7 +65,7 @@ def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     return means(outcomes())
 
 
-def answers(source: str, questions: Sequence[Question]) -> dict[str, str]:
+def answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Of the official [{questionId, prediction}], or of lines {question_id, text} (LLaVA's) or {id, response}."""
     found = (Found(record.place, record.id, record.response) for record in records(source, FORMS))
     return matched(found, {question.id for question in questions})

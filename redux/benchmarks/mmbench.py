@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from redux.benchmarks.benchmark import Metric, Outcome, Question, Row, means
-from redux.benchmarks.source import Found, field, matched, one, read, records, table
+from redux.benchmarks.source import Found, Source, field, matched, one, read, records, table
 
 LETTERS = "ABCD"
 ROTATION = 1_000_000
@@ -38,7 +38,7 @@ REFUSALS = (
 MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
 
-def questions(*sources: str) -> list[Question]:
+def questions(*sources: Source) -> list[Question]:
     """Of mmbench_dev_20230712.tsv: index, question, hint, A to D, answer, image (base64), category, l2-category."""
     source, rows = one(sources), {}
     for place, row in table(source, read(source)):
@@ -141,7 +141,7 @@ def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     return means(outcomes())
 
 
-def answers(source: str, questions: Sequence[Question]) -> dict[str, str]:
+def answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Of a table with index and prediction, of a JSON list or lines of these, LLaVA's {question_id, text} or ours.
 
     The server's own .xlsx is to be saved as CSV before.  LLaVA's round_id counts the rotations it makes itself.

@@ -11,10 +11,11 @@ or both beside each other.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from os import fspath
 from pathlib import PurePosixPath
 
 from redux.benchmarks.benchmark import SHORT, Metric, Outcome, Question, Row
-from redux.benchmarks.source import Found, field, files, matched, one, read, records
+from redux.benchmarks.source import Found, Source, field, files, matched, one, read, records
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -24,7 +25,7 @@ ORDER = "Please answer yes or no."
 FORMS = (("question_id", "text"), ("id", "response"))
 
 
-def questions(*sources: str) -> list[Question]:
+def questions(*sources: Source) -> list[Question]:
     """Of the folder MME_Benchmark_release_version, with a folder for each subtask.
 
     An image that is not there is called .jpg, so that it is missed when it is read.
@@ -98,25 +99,22 @@ def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     result = {}
     for name, subtasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
         if present := [subtask for subtask in subtasks if subtask in images]:
-            result[name] = Metric([o for subtask in present for o in single[subtask] + both[subtask]], weight=100)
+            result[name] = Metric([o for subtask in present for o in single[subtask] + both[subtask]], weight=100.0)
     for subtask in PERCEPTION + COGNITION:
         if subtask in images:
-            result[subtask] = Metric(single[subtask] + both[subtask], weight=100)
+            result[subtask] = Metric(single[subtask] + both[subtask], weight=100.0)
             result[f"{subtask}.acc"] = Metric(single[subtask])
             result[f"{subtask}.acc_plus"] = Metric(both[subtask])
     return result
 
 
-def answers(source: str, questions: Sequence[Question]) -> dict[str, str]:
+def answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Of the official folder of SUBTASK.txt, or of lines {id, response} or LLaVA's {question_id, prompt, text}."""
     known = {question.id for question in questions}
+    folder = fspath(source).rstrip("/")
     found = _recorded(source, known)
-    if listed := [path for path in files(source) if path.endswith(".txt")]:
-        found = (
-            answer for path in listed for answer in _official(f"{source.rstrip('/')}/{path}", PurePosixPath(path).stem)
-        )
-    else:
-        found = _recorded(source, known)
+    if listed := [path for path in files(folder) if path.endswith(".txt")]:
+        found = (answer for path in listed for answer in _official(f"{folder}/{path}", PurePosixPath(path).stem))
     return matched(found, known)
 
 
@@ -128,7 +126,7 @@ def _official(source: str, subtask: str) -> Iterator[Found]:
         yield Found(place, f"{subtask}/{PurePosixPath(parts[0]).stem}/{_bare(parts[1])}", parts[3])
 
 
-def _recorded(source: str, known: set[str]) -> Iterator[Found]:
+def _recorded(source: Source, known: set[str]) -> Iterator[Found]:
     for record in records(source, FORMS):
         number = record.id
         if number not in known and "prompt" in record.fields:  # LLaVA's is the image's path

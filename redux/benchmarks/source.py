@@ -15,6 +15,9 @@ import fsspec
 import pyarrow
 import pyarrow.csv
 
+Source = str | PathLike[str]
+"""A path or URL."""
+
 Form = tuple[str, str]
 """Keys of the id and the answer in a record."""
 
@@ -45,7 +48,7 @@ class Found(NamedTuple):
     response: str
 
 
-def read(source: str | PathLike) -> str:
+def read(source: Source) -> str:
     """The text of a file."""
     try:
         with fsspec.open(fspath(source), "rb") as file:
@@ -54,7 +57,7 @@ def read(source: str | PathLike) -> str:
         raise ValueError(f"{source}: cannot be read, allowed: a path or URL of a file in UTF-8; {error}") from None
 
 
-def files(folder: str | PathLike) -> list[str]:
+def files(folder: Source) -> list[str]:
     """Paths in a folder, relative to it, sorted; none where it is no folder."""
     try:
         system, root = fsspec.url_to_fs(fspath(folder))
@@ -63,26 +66,26 @@ def files(folder: str | PathLike) -> list[str]:
         raise ValueError(f"{folder}: cannot be read, allowed: a path or URL of a folder; {error}") from None
 
 
-def one(sources: Sequence[str]) -> str:
+def one(sources: Sequence[Source]) -> str:
     """The only one of the sources."""
     if len(sources) != 1:
-        raise ValueError(f"questions: got {', '.join(sources) or 'nothing'}, allowed: one file or folder")
-    return sources[0]
+        raise ValueError(f"questions: got {', '.join(map(str, sources)) or 'nothing'}, allowed: one file or folder")
+    return fspath(sources[0])
 
 
-def document(source: str | PathLike) -> Any:
+def document(source: Source) -> Any:
     """The value of a JSON file."""
     return _parsed(source, read(source))
 
 
-def entries(source: str | PathLike, whole: Any, key: str) -> list[tuple[str, dict[str, Any]]]:
+def entries(source: Source, whole: Any, key: str) -> list[tuple[str, dict[str, Any]]]:
     """(place, object) of the list that a JSON file's value has under `key`."""
     if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
         raise ValueError(f"{source}: got {_keys(whole)}, allowed: an object with a list under {key!r}")
     return list(_numbered(source, whole[key]))
 
 
-def records(source: str | PathLike, forms: Sequence[Form]) -> Iterator[Record]:
+def records(source: Source, forms: Sequence[Form]) -> Iterator[Record]:
     """The answers of a JSON list, of JSON lines or, where it begins as neither, of a table; an empty file has none.
 
     forms: those that are known; a record has the first that fits.
@@ -102,7 +105,7 @@ def records(source: str | PathLike, forms: Sequence[Form]) -> Iterator[Record]:
         yield Record(place, item, _form(place, item, forms))
 
 
-def table(source: str | PathLike, text: str) -> Iterator[tuple[str, dict[str, str]]]:
+def table(source: Source, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     """(place, row) of a table with a header, cut at tabs if the header has any, else at commas; rows number from 1."""
     names, separator = _header(text)
     data = text.encode()
@@ -165,18 +168,18 @@ def _header(text: str) -> tuple[list[str], str]:
     return [name.strip('"') for name in line.split(separator)], separator
 
 
-def _numbered(source: str | PathLike, items: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _numbered(source: Source, items: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, item in enumerate(items, 1):
         yield (place := f"{source}: item {number}"), _object(place, item)
 
 
-def _lines(source: str | PathLike, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(source: Source, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield (place := f"{source}: line {number}"), _object(place, _parsed(source, line, number))
 
 
-def _parsed(source: str | PathLike, text: str, first: int = 1) -> Any:
+def _parsed(source: Source, text: str, first: int = 1) -> Any:
     """The value of JSON that begins on the line with number `first`."""
     try:
         return json.loads(text)

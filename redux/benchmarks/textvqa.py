@@ -5,27 +5,28 @@ with the words that the Rosetta OCR read in the image given in the prompt; witho
 """
 
 from collections.abc import Iterator, Sequence
+from os import fspath
 from typing import Any
 
 from redux.benchmarks.benchmark import SHORT, Metric, Outcome, Question, Row, means
-from redux.benchmarks.source import Found, document, entries, field, identity, matched, records, texts
+from redux.benchmarks.source import Found, Source, document, entries, field, identity, matched, records, texts
 from redux.benchmarks.vqa_text import agreement, evalai
 
 FORMS = (("question_id", "answer"), ("question_id", "text"), ("id", "response"))
 
 
-def questions(*sources: str, ocr: bool | None = None) -> list[Question]:
+def questions(*sources: Source, ocr: bool | None = None) -> list[Question]:
     """Of TextVQA_0.5.1_val.json and, for the words in the prompts, TextVQA_Rosetta_OCR_v0.2_val.json.
 
     sources: one file or both, in any order.
     ocr: whether prompts have the words; None where a file of them is given.
     """
-    data = {source: entries(source, document(source), "data") for source in sources}
+    data = {fspath(source): entries(source, document(source), "data") for source in sources}
     words = {source: found for source, found in data.items() if found and "ocr_tokens" in found[0][1]}
     asked = [source for source in data if source not in words]
     if len(asked) != 1 or len(words) > 1 or (ocr and not words):
         wanted = "and one of OCR tokens" if ocr else "and at most one of OCR tokens"
-        raise ValueError(f"TextVQA: got {', '.join(sources) or 'no file'}, allowed: one of questions, {wanted}")
+        raise ValueError(f"TextVQA: got {', '.join(data) or 'no file'}, allowed: one of questions, {wanted}")
     tokens = _tokens(*words.values()) if words and ocr is not False else None
     return [_question(place, entry, tokens) for place, entry in data[asked[0]]]
 
@@ -62,7 +63,7 @@ def accuracy(response: str | None, people: Sequence[str]) -> float:
     return 0.0 if response is None else agreement(evalai(response), [evalai(person) for person in people])
 
 
-def answers(source: str, questions: Sequence[Question]) -> dict[str, str]:
+def answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Of the official [{question_id, answer}], or of lines {id, response} or LLaVA's {question_id, prompt, text}.
 
     LLaVA's question_id is the image's, so the prompt tells its questions apart.

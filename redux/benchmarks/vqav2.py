@@ -9,22 +9,23 @@ The paper's split, test-dev, has no public answers: its score comes from the ser
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from os import fspath
 from typing import Any
 
 from redux.benchmarks.benchmark import SHORT, Metric, Outcome, Question, Row, Submitted, means
-from redux.benchmarks.source import Found, document, entries, field, identity, matched, records
+from redux.benchmarks.source import Found, Source, document, entries, field, identity, matched, records
 from redux.benchmarks.vqa_text import agreement, evalai, flat, processed
 
 OFFICIAL = ("question_id", "answer")
 FORMS = (OFFICIAL, ("question_id", "text"), ("id", "response"))
 
 
-def questions(*sources: str) -> list[Question]:
+def questions(*sources: Source) -> list[Question]:
     """Of v2_OpenEnded_mscoco_*_questions.json and, where people's answers are public, v2_mscoco_*_annotations.json.
 
     sources: one file or both, in any order.  Images are named as in COCO's folder of the split.
     """
-    asked, whole, references = _sorted({source: document(source) for source in sources})
+    asked, whole, references = _sorted({fspath(source): document(source) for source in sources})
     subset = field(asked, whole, "data_subtype").replace("test-dev", "test")
     result = []
     for place, entry in entries(asked, whole, "questions"):
@@ -96,7 +97,7 @@ def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     return means(outcomes())
 
 
-def answers(source: str, questions: Sequence[Question]) -> dict[str, str]:
+def answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Of the official [{question_id, answer}], or of lines {question_id, text} (LLaVA's) or {id, response}."""
 
     def found() -> Iterator[Found]:

@@ -1,0 +1,84 @@
+"""`redux score`: one line of JSON on standard output, or one line of what is wrong."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs import command
+
+
+@pytest.fixture
+def gqa(tmp_path: Path) -> Path:
+    questions = {
+        str(number): {"question": "Is it?", "imageId": f"n{number}", "answer": "yes", "isBalanced": True}
+        for number in range(4)
+    }
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(questions))
+    return path
+
+
+def test_scores_are_one_line_of_json(gqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps([{"questionId": "0", "prediction": "yes"}, {"questionId": "2", "prediction": "no"}]))
+    assert command.main(["score", "gqa", "--answers", str(answers), "--questions", str(gqa)]) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    assert told.out.count("\n") == 1
+    assert json.loads(told.out) == {"task": "gqa", "scores": {"accuracy": 0.25}, "questions": 4, "missing": 2}
+
+
+def test_a_submission_is_written_for_every_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions, answers, out = (tmp_path / name for name in ("questions.json", "answers.jsonl", "out.json"))
+    asked = [{"image_id": 1, "question": "Is it?", "question_id": number} for number in (10, 11)]
+    questions.write_text(json.dumps({"data_subtype": "test2015", "questions": asked}))
+    answers.write_text('{"question_id": 11, "text": "The Cat.", "prompt": "Is it?"}\n')
+    words = ["score", "vqav2", "--answers", str(answers), "--questions", str(questions), "--submission", str(out)]
+    assert command.main(words) == 0
+    assert json.loads(out.read_text()) == [{"question_id": 10, "answer": ""}, {"question_id": 11, "answer": "cat"}]
+    assert json.loads(capsys.readouterr().out) == {"task": "vqav2", "scores": {}, "questions": 2, "missing": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["vqav3", "--questions", "@"], "redux: TASK: got vqav3, allowed: vqav2, gqa, textvqa, mme, mmbench, instr"),
+        (["gqa"], "redux: --questions: got none, allowed: the official files of GQA"),
+        (["gqa", "--questions", "@", "@"], "redux: questions: got "),
+        (["gqa", "--questions", "@", "--submission", "x"], "redux: --submission: got task gqa, allowed: vqav2"),
+        (["gqa", "--questions", "@"], "answers: line 1: got an answer to '9', allowed: ids of the 4 questions"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line_and_exit_2(
+    words: list[str], said: str, gqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = tmp_path / "answers"
+    answers.write_text('{"id": "9", "response": "yes"}\n')
+    given = [str(gqa) if word == "@" else word for word in words]
+    assert command.main(["score", *given, "--answers", str(answers)]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert said in told.err
+    assert told.err.count("\n") == 1
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("redux.benchmarks.instructions") is None, reason="the instructions are not there"
+)
+def test_instructions_are_scored_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = tmp_path / "answers.jsonl"
+    responses = ["no commas here", "commas, here"]
+    answers.write_text(
+        "".join(
+            json.dumps({"instruction_id": "punctuation:no_comma", "kwargs": {}, "response": response}) + "\n"
+            for response in responses
+        )
+    )
+    assert command.main(["score", "instructions", "--answers", str(answers)]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
+        {"strict": True, "loose": True},
+        {"strict": False, "loose": False},
+    ]
