@@ -82,7 +82,7 @@ def entries(source: Source, whole: Any, key: str) -> list[tuple[str, dict[str, A
     """(place, object) of the list that a JSON file's value has under `key`."""
     if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
         raise ValueError(f"{source}: got {_keys(whole)}, allowed: an object with a list under {key!r}")
-    return list(_numbered(source, whole[key]))
+    return list(numbered(source, whole[key]))
 
 
 def records(source: Source, forms: Sequence[Form]) -> Iterator[Record]:
@@ -95,7 +95,7 @@ def records(source: Source, forms: Sequence[Form]) -> Iterator[Record]:
         case "":
             return
         case "[":
-            found = _numbered(source, _parsed(source, text))
+            found = numbered(source, _parsed(source, text))
         case "{":
             found = _lines(source, text)
         case _:
@@ -168,7 +168,8 @@ def _header(text: str) -> tuple[list[str], str]:
     return [name.strip('"') for name in line.split(separator)], separator
 
 
-def _numbered(source: Source, items: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def numbered(source: Source, items: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) of a list, from item 1 on.  ValueError where one is no object."""
     for number, item in enumerate(items, 1):
         yield (place := f"{source}: item {number}"), _object(place, item)
 

@@ -13,7 +13,7 @@ from os import fspath
 from typing import Any
 
 from redux.benchmarks.benchmark import SHORT, Metric, Outcome, Question, Row, Submitted, means
-from redux.benchmarks.source import Found, Source, document, entries, field, identity, matched, records
+from redux.benchmarks.source import Found, Source, document, entries, field, identity, matched, numbered, records
 from redux.benchmarks.vqa_text import agreement, evalai, flat, processed
 
 OFFICIAL = ("question_id", "answer")
@@ -46,7 +46,7 @@ def questions(*sources: Source) -> list[Question]:
 
 def _sorted(wholes: Mapping[str, Any]) -> tuple[str, Any, dict[str, dict[str, Any]] | None]:
     """The file of questions and its value, and the references of that of annotations, if there is one."""
-    asked = [source for source, whole in wholes.items() if "questions" in whole]
+    asked = [source for source, whole in wholes.items() if isinstance(whole, dict) and "questions" in whole]
     answered = [source for source in wholes if source not in asked]
     if len(asked) != 1 or len(answered) > 1:
         raise ValueError(
@@ -64,7 +64,7 @@ def _references(source: str, whole: Any) -> dict[str, dict[str, Any]]:
         if not people:
             raise ValueError(f"{place}: got no answers, allowed: those of ten people")
         references[identity(place, entry, "question_id")] = {
-            "answers": [field(f"{place}, answer {number}", given, "answer") for number, given in enumerate(people, 1)],
+            "answers": [field(where, given, "answer") for where, given in numbered(f"{place}, answers", people)],
             "answer_type": field(place, entry, "answer_type"),
         }
     return references

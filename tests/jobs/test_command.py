@@ -46,7 +46,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any, Path, bool
 
 
 def test_help_and_version_load_nothing_heavy() -> None:
-    for arguments in (["--help"], ["run", "--help"], ["--version"], ["run"]):
+    for arguments in (["--help"], ["run", "--help"], ["score", "--help"], ["--version"], ["run"]):
         program = (
             "import sys\nfrom jobs.command import main\n"
             f"try: main({arguments})\nexcept SystemExit: print('LOADED', *sys.modules)"

@@ -179,6 +179,23 @@ def test_vqav2_asks_as_llava_does(write: Write) -> None:
     assert score("vqav2", [question], {"10": "yes"}) == ({}, 0)
 
 
+@pytest.mark.parametrize(
+    ("annotation", "said"),
+    [
+        ({"answers": ["yes"], "answer_type": "other"}, "item 1, answers: item 1: got a str, allowed: an object"),
+        ({"answers": [{"answer": 1}], "answer_type": "other"}, "item 1, answers: item 1: got answer = '1'"),
+        ({"answers": [], "answer_type": "other"}, "item 1: got no answers, allowed: those of ten people"),
+        ({"answers": [{"answer": "yes"}]}, "item 1: got keys question_id, answers, allowed: answer_type, a text"),
+        ({"question_id": 5, "answers": [{"answer": "yes"}], "answer_type": "other"}, "got question 10 without an ann"),
+    ],
+)
+def test_a_bad_annotation_of_vqav2_is_named(write: Write, annotation: dict[str, Any], said: str) -> None:
+    asked_vqav2(write, [["yes"]], split="test2015")
+    annotations = write("annotations.json", {"annotations": [{"question_id": 10} | annotation]})
+    with pytest.raises(ValueError, match=said):
+        vqav2.questions(str(Path(annotations).with_name("questions.json")), annotations)
+
+
 def test_vqav2_counts_people_who_agree(write: Write) -> None:
     """An answer of 2 people: 1/3 for each of them left out, 2/3 for the eight others; of 3: 2/3 and 1; of 4: 1."""
     people = ["red"] * 4 + ["blue"] * 3 + ["green"] * 2 + ["Gray"]
@@ -406,7 +423,9 @@ def test_mme_equals_the_official_scorer(tmp_path: Path, mme_folder: str, seed: i
             for question in questions:
                 if question.reference["subtask"] == subtask:
                     asked = question.prompt.partition("\n")[0]
-                    said = rng.choice(["Yes", "No", "yes.", "no, it is not", "Not at all", "It is yes", "", "Maybe"])
+                    said = rng.choice(
+                        ["Yes", "No", "yes.", "no, it is not", "Not at all", "It yes", "It is yes", "", "Maybe"]
+                    )
                     name, truth = question.unit.partition("/")[2], question.reference["answer"].title()
                     file.write(f"{name}.txt\t{asked} Please answer yes or no.\t{truth}\t{said}\n")
     points, total = official_mme(results)
@@ -414,6 +433,14 @@ def test_mme_equals_the_official_scorer(tmp_path: Path, mme_folder: str, seed: i
     assert {subtask: got[subtask] for subtask in SUBTASKS} == pytest.approx(points)
     assert got["cognition"] == pytest.approx(points["code_reasoning"])
     assert got["perception"] + got["cognition"] == pytest.approx(total)
+
+
+@pytest.mark.parametrize(
+    ("response", "verdict"),
+    [("Yes", "yes"), ("no.", "no"), ("Not", "no"), ("I yes", "other"), (" yes", "yes"), ("", "other"), (None, "other")],
+)
+def test_mme_reads_the_first_four_characters(response: str | None, verdict: str) -> None:
+    assert mme.verdict(response) == verdict
 
 
 def test_mme_counts_questions_and_images(mme_folder: str) -> None:
@@ -645,7 +672,7 @@ def test_a_bad_line_of_mmes_official_form_is_named(write: Write, mme_folder: str
     ("name", "content", "said"),
     [
         ("vqav2", '{"questions": [', "line 1: not JSON"),
-        ("vqav2", "[]", "VQAv2: got .*, 0 of them with 'questions', allowed: one of questions"),
+        ("vqav2", "3", "VQAv2: got .*, 0 of them with 'questions', allowed: one of questions"),
         ("vqav2", '{"data_subtype": "val2014", "questions": [{"question_id": 1}]}', "item 1: got keys question_id"),
         ("gqa", "[]", "got a list, allowed: an object of questions by id"),
         ("gqa", '{"201": {"question": "Is it?"}}', "question 201: got keys question, allowed: imageId, a text"),
