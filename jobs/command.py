@@ -35,12 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from jobs import schema, study
+    from jobs import document
 
-    if study.written(arguments.job):
+    if "variants" in document.plain(arguments.job):
+        from jobs import study
+
         several = study.load(arguments.job, arguments.overrides)
         study.conduct(several, arguments.into / several.name, arguments.changed)
         return
+    from jobs import schema
+
     job = schema.load(arguments.job, arguments.overrides)
     from jobs.run import run
 
@@ -66,6 +70,12 @@ def _score(arguments: argparse.Namespace) -> None:
     from jobs import score
 
     score.score(arguments)
+
+
+def _instructions(arguments: argparse.Namespace) -> None:
+    from jobs import instructions
+
+    instructions.freeze(arguments)
 
 
 def _tables(arguments: argparse.Namespace) -> None:
@@ -107,9 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     run = verbs.add_parser(
         "run",
         help="run a job file, from images to report",
-        description="Run a job file: make shards, train, evaluate, report. A finished job is left as it is; an "
-        "interrupted one goes on from its last checkpoint. Runs on a Ray started for the purpose, or on the cluster "
-        "that the environment variable RAY_ADDRESS names.",
+        description="Run a job file: make shards, train, evaluate, report; or a study, several jobs that share their "
+        "first stages. A finished job is left as it is; an interrupted one goes on from its last checkpoint. Runs on a "
+        "Ray started for the purpose, or on the cluster that the environment variable RAY_ADDRESS names.",
         epilog="example: redux run jobs/quickstart.yaml seed=1 name=quickstart-1",
     )
     run.add_argument("job", metavar="JOB", type=Path, help="a job file, such as jobs/quickstart.yaml")
@@ -160,6 +170,24 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--text", metavar="N", type=_count, default=64, help="text tokens (default: %(default)s)")
     cost.set_defaults(verb=_cost)
     _add_score(verbs)
+    instructions = verbs.add_parser(
+        "instructions",
+        help="freeze the prompts of the sixteen instructions",
+        description="Put each of the sixteen instructions to questions about images and write the prompts, one a line, "
+        "so that every model answers the same. A job names the file at evaluate.tasks.instructions.files.",
+        epilog="example: redux instructions mm-vet.jsonl --out prompts.jsonl",
+    )
+    instructions.add_argument(
+        "questions", metavar="FILE", nargs="?", type=Path,
+        help="question_id, image and text of each as LLaVA's files have them, and answer where it is known; or id, "
+        "image, question (default: about easy-VQA's test images)",
+    )  # fmt: skip
+    instructions.add_argument("--out", metavar="FILE", type=Path, required=True, help="JSON lines")
+    instructions.add_argument(
+        "--per-task", metavar="N", type=_count, default=218, help="questions for each (default: %(default)s)"
+    )
+    instructions.add_argument("--seed", metavar="N", type=int, default=0, help="default: %(default)s")
+    instructions.set_defaults(verb=_instructions)
     tables = verbs.add_parser(
         "tables",
         help="compare finished runs in the paper's tables",

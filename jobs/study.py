@@ -61,12 +61,6 @@ class Study:
             )
 
 
-def written(path: Path) -> bool:
-    """Whether the file is a study, and not a single job."""
-    tree = document.plain(path)
-    return isinstance(tree, dict) and "variants" in tree
-
-
 def load(path: Path, overrides: Sequence[str] = ()) -> Study:
     """The study of a YAML file after overrides.  Raises ValueError with one clear line, also for any of its jobs."""
     study = document.read(path, overrides, Study)

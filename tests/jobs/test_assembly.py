@@ -170,7 +170,6 @@ def test_what_cannot_be_assembled_is_told_at_the_start(
             ["train.pretrain.objective=contrastive", "train.pretrain.learning_rate={tower: 1}"],
             "train: got objectives contrastive, language, allowed: language alone, as model.tower is pretrained",
         ),
-        (["evaluate={}"], "evaluate: got settings, allowed: null, as data.source is null"),
         (["workers=[3, 2]"], "workers: got [3, 2], allowed: the fewest first"),
         (["workers=[3]"], "workers: got [3], allowed: a whole number >= 1 or a list of 2 values, each a whole number"),
         (["workers=3"], "train.pretrain.global_batch: got 8, allowed: a multiple of 6"),

@@ -191,7 +191,7 @@ def test_a_twin_runs_to_its_end(twin: Path) -> None:
     ]
     assert all(math.isfinite(line["loss"]) and line["samples"] == 8 and not line["replaced"] for line in lines)
     assert (twin / "report.html").stat().st_size > 10_000
-    assert not (twin / "answers.jsonl").exists()
+    assert not (twin / "answers").exists()
     assert "wall_s.instruct" in json.loads((twin / "metrics.json").read_text())
 
 

@@ -46,7 +46,7 @@ train:
     learning_rate: {projector: 1e-3, language: 1e-3}
     checkpoint_every: 7
     rounds: 3
-evaluate: {images: 100, max_new_tokens: 2}
+evaluate: {tasks: {easy_vqa: {limit: 500, max_new_tokens: 2}}, batch: 250}
 report: {examples: 2}
 """
 
@@ -100,10 +100,10 @@ def test_a_run_leaves_everything_in_its_folder(finished: tuple[Path, str]) -> No
         *(("instruct", step) for step in range(1, 61)),
     ]
     scores = json.loads((run / "metrics.json").read_text())
-    assert scores["easy_vqa.questions"] == 9673
+    assert scores["easy_vqa.questions"] == 500
     assert 0 <= scores["easy_vqa.accuracy"] <= 1
     assert scores["wall_s"] > 0
-    assert len((run / "answers.jsonl").read_text().splitlines()) == 9673
+    assert len((run / "answers" / "easy_vqa.jsonl").read_text().splitlines()) == 500
     assert (run / "report.html").stat().st_size > 10_000
     assert list((run / "tensorboard" / "instruct").glob("events.*"))
     assert (run / "checkpoints" / "instruct" / "model" / "model.safetensors").exists()
@@ -201,7 +201,7 @@ def test_a_run_that_is_killed_and_then_stopped_goes_on_to_the_same_end(finished:
     undisturbed, _ = finished
     assert ledger.read(run).account.lost_steps == before.lost_steps, "the checkpoint in the grace lost nothing"
     assert losses(run) == losses(undisturbed)
-    assert (run / "answers.jsonl").read_text() == (undisturbed / "answers.jsonl").read_text()
+    assert (run / "answers" / "easy_vqa.jsonl").read_text() == (undisturbed / "answers" / "easy_vqa.jsonl").read_text()
     assert (run / "consumed.jsonl").read_text() == (undisturbed / "consumed.jsonl").read_text()
 
 

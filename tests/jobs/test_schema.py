@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from jobs import schema
+from jobs import document, schema, study
 from jobs.run import steps
 
 FOLDER = Path(__file__).parents[2] / "jobs"
-SHIPPED = sorted(FOLDER.rglob("*.yaml"))
+FILES = sorted(FOLDER.rglob("*.yaml"))
+SHIPPED = [path for path in FILES if "variants" not in document.plain(path)]
+STUDIES = [path for path in FILES if path not in SHIPPED]
 NAMES = {"quickstart", *(f"llava-1.5-{size}{method}" for size in ("7b", "13b") for method in ("", "-redux"))}
 
 
 def test_jobs_are_shipped() -> None:
     assert {path.stem for path in SHIPPED} == NAMES
+    assert {path.stem for path in STUDIES} == {"mini"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(FOLDER)))
@@ -31,6 +34,14 @@ def test_a_shipped_job_loads_and_reads_back_equal(path: Path, tmp_path: Path) ->
 def test_a_shipped_job_opens_with_what_to_expect_and_is_named_after_its_file(path: Path) -> None:
     assert path.read_text().startswith("# ")
     assert schema.load(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_a_shipped_study_opens_with_what_to_expect_and_makes_jobs(path: Path, tmp_path: Path) -> None:
+    assert path.read_text().startswith("# ")
+    several = study.load(path)
+    assert several.name == path.stem
+    assert len(study.jobs(several, tmp_path)) == len(several.variants) * len(several.seeds) + bool(several.shared)
 
 
 def test_the_numbers_of_a_job_are_checked() -> None:
@@ -58,7 +69,7 @@ def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
             "model.language.hidden_size=24",
             "model.language.num_attention_heads: got 8, allowed: one that gives heads of",
         ),
-        ("train.tower.data=caption", "train.tower.data: got caption, allowed: captions, conversations, test, those of"),
+        ("train.tower.data=caption", "train.tower.data: got caption, allowed: captions, conversations, formats, those of"),
         (
             "train.instruct.data={conversations: 0}",
             'train.instruct.data: got {"conversations": 0}, allowed: text or a section whose every value is a number >',
@@ -66,7 +77,7 @@ def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
         ("train.instruct.data={}", "train.instruct.data: got {}, allowed: "),
         ("train.instruct.steps=9", "train.instruct.epochs: got 6.0, and steps 9, allowed: one of the two"),
         ("train.instruct.epochs=null", "train.instruct.epochs: got None, and steps None, allowed: one of the two"),
-        ("data.sets={test: a}", "data.sets: got test, allowed: other names than captions, conversations, test"),
+        ("data.sets={formats: a}", "data.sets: got formats, allowed: other names than captions, conversations, formats"),
         ("data.tolerance=2", "data.tolerance: got 2, allowed: a number >= 0 <= 1"),
         ("model.language.max_position_embeddings=32", "model.language.max_position_embeddings: got 32, allowed: more"),
     ],

@@ -75,8 +75,8 @@ def answers() -> list[dict[str, Any]]:
         for number in range(asked):
             correct = number < right
             rows.append(
-                {"id": f"{kind}-{number}", "image": "0", "question": "?", "answer": f"the {kind}", "type": kind,
-                 "response": f"the {kind}" if correct else f"not the {kind}", "correct": correct}
+                {"id": f"{kind}-{number}", "unit": "0", "image": "0", "prompt": "?", "answer": f"the {kind}",
+                 "type": kind, "response": f"the {kind}" if correct else f"not the {kind}"}
             )  # fmt: skip
     return rows
 
@@ -107,7 +107,8 @@ def run(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "job.yaml").write_text("name: quick & small\nseed: 7\n")
     jsonl(folder / "metrics.jsonl", steps("tower", 40) + steps("instruct", 80))
-    jsonl(folder / "answers.jsonl", answers())
+    (folder / "answers").mkdir()
+    jsonl(folder / "answers/easy_vqa.jsonl", answers())
     metrics = {"easy_vqa.accuracy": 0.9, "easy_vqa.questions": 100, "wall_s": 700.0, "wall_s.tower": 100.0,
                "wall_s.instruct": 595.0, "goodput.unheard_of": 0.875}  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -192,7 +193,7 @@ def test_nothing_comes_from_elsewhere_and_nothing_runs(run: Path):
 def test_texts_are_escaped(run: Path):
     (run / "job.yaml").write_text(f'name: "{ATTACK}"\n')
     row = {"id": "0", "image": "0", "question": ATTACK, "answer": ATTACK, "response": ATTACK + "!", "correct": False}
-    jsonl(run / "answers.jsonl", [row | {"type": ATTACK}])
+    jsonl(run / "answers/easy_vqa.jsonl", [row | {"type": ATTACK}])
     jsonl(run / "metrics.jsonl", steps(ATTACK, 3))
     read = page(run, [example(question=ATTACK, answer=ATTACK, response=ATTACK)])
     assert "script" not in {tag for tag, _ in read.tags}
@@ -229,12 +230,12 @@ def test_ids_are_unique_and_every_reference_within_the_page_is_met(run: Path):
 
 
 @pytest.mark.parametrize(
-    "files", [(), ("job.yaml",), ("metrics.jsonl",), ("answers.jsonl",), ("metrics.json",), ("ledger.jsonl",)]
+    "files", [(), ("job.yaml",), ("metrics.jsonl",), ("answers/easy_vqa.jsonl",), ("metrics.json",), ("ledger.jsonl",)]
 )
 def test_a_run_folder_with_pieces_missing_has_a_report(run: Path, files: tuple[str, ...]):
     jsonl(run / "ledger.jsonl", events())
-    for file in run.iterdir():
-        if file.name not in files:
+    for file in run.rglob("*.*"):
+        if str(file.relative_to(run)) not in files:
             file.unlink()
     read = page(run)
     assert ("quick & small" if "job.yaml" in files else "folder") in read.words
