@@ -67,10 +67,7 @@ class Redux(lmms):
         for limit, places in self._batches(requests):
             told = [requests[place].args for place in places]
             images = [self._image(*arguments[2:]) for arguments in told]
-            prompts = [
-                context.replace(IMAGE, "").strip() if image else context
-                for (context, *_), image in zip(told, images, strict=True)
-            ]
+            prompts = [_unmarked(context) for context, *_ in told]
             batches.append(answers := self.respondent(prompts, images, limit))
             for place, (context, settings, *_), text, tokens in zip(
                 places, told, answers.texts, answers.tokens, strict=True
@@ -117,7 +114,12 @@ def _limit(settings: Mapping[str, Any]) -> int:
         raise ValueError(
             f"generation_kwargs: got {dict(settings)}, allowed: do_sample false, temperature 0, num_beams 1"
         )
-    return settings.get("max_new_tokens", MAX_NEW_TOKENS)
+    return settings.get("max_new_tokens") or MAX_NEW_TOKENS
+
+
+def _unmarked(context: str) -> str:
+    """The prompt without a task's own mark for the image, which templates and processors put in."""
+    return context.replace(IMAGE, "").strip() if IMAGE in context else context
 
 
 def _cut(text: str, settings: Mapping[str, Any]) -> str:
