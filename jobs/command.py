@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     from jobs import document
 
-    if "variants" in document.plain(arguments.job):
+    if "variants" in (document.plain(arguments.job) or ()):
         from jobs import study
 
         several = study.load(arguments.job, arguments.overrides)

@@ -62,15 +62,13 @@ def read(path: Path, overrides: Sequence[str], schema: type[T]) -> T:
     return build(plain(path, overrides), schema, str(path))
 
 
-def plain(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The YAML file's content after overrides; of it no more is checked than that it is a section."""
+def plain(path: Path, overrides: Sequence[str] = ()) -> Any:
+    """The YAML file's content after overrides, unchecked."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     tree = _parse(text, str(path))
-    if not isinstance(tree, dict):
-        raise JobError(f"{path}: got {_shown(tree)}, allowed: a section with keys")
     for override in overrides:
         dotted, equals, value = override.partition("=")
         if not equals:

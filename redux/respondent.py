@@ -47,7 +47,7 @@ Known = Literal["seen", "described"]
 """How an image is known to who answers: by itself, or by a description that the model gave of it beforehand."""
 
 PROMPTS = {
-    "blip-2": "Question: {} Answer:",  # Li et al. 2023, arXiv 2301.12597, section 4.1 and figure 4
+    "blip-2": "Question: {} Answer:",  # Li et al. 2023, arXiv 2301.12597, section 4.1, of those with OPT
     "instructblip": "{}",  # Dai et al. 2023, arXiv 2305.06500: instructions in free words, no template around them
     "paligemma": "<image>answer en {}",  # google-research/big_vision, big_vision/configs/proj/paligemma/README.md
 }
@@ -97,9 +97,14 @@ class Llava:
     template: Template
     fit: Fit = "pad"
 
+    def __post_init__(self) -> None:
+        _ensure_padding(self.tokenizer)
+
     def __call__(self, prompts: Sequence[str], images: Sequence[bytes | None], max_new_tokens: int) -> Answers:
         """As `Respondent`'s."""
         _check(prompts, images)
+        if torn := next((prompt for prompt in prompts if IMAGE in prompt), None):
+            raise ValueError(f"prompt: got {torn!r}, allowed: one without {IMAGE}, which the template puts in front")
         rows = [
             self._encoded(prompt if image is None else f"{IMAGE}\n{prompt}")
             for prompt, image in zip(prompts, images, strict=True)
@@ -144,8 +149,7 @@ class Foreign:
         tokenizer.padding_side = "right" if self.model.config.get_text_config().is_encoder_decoder else "left"
         # if it was saved, processors force it on InstructBLIP's Q-Former, too, whose positions count from the left
         tokenizer.init_kwargs.pop("padding_side", None)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        _ensure_padding(tokenizer)
 
     @property
     def kind(self) -> str:
@@ -210,6 +214,12 @@ def _check(prompts: Sequence[str], images: Sequence[bytes | None]) -> None:
         raise ValueError(f"images: got {len(images)}, allowed: as many as prompts, {len(prompts)}, and at least one")
 
 
+def _ensure_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Any token pads, as attention is masked there."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
 def _contents(images: Sequence[Image.Image], count: int) -> list[list[dict[str, Any]]]:
     """What stands before the text of each of `count` messages."""
     return [[{"type": "image", "image": image}] for image in images] or [[] for _ in range(count)]
@@ -230,6 +240,7 @@ class Described:
 
     def __call__(self, prompts: Sequence[str], images: Sequence[bytes | None], max_new_tokens: int) -> Answers:
         """As `Respondent`'s."""
+        _check(prompts, images)
         keys = [None if image is None else hashlib.sha256(image).digest() for image in images]
         new = {key: image for key, image in zip(keys, images, strict=True) if key and key not in self.descriptions}
         spent = 0.0
@@ -349,7 +360,8 @@ def _is_llava(folder: str) -> bool:
     try:
         config, _ = PreTrainedConfig.get_config_dict(folder)
     except OSError as error:
-        raise ValueError(f"model: got {folder}, allowed: a folder, hub id or URL of a model; {error}") from error
+        why = " ".join(str(error).split())
+        raise ValueError(f"model: got {folder}, allowed: a folder, hub id or URL of a model; {why}") from error
     kind = config.get("model_type")
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(
@@ -363,4 +375,5 @@ def _processor(folder: str) -> Any:
     try:
         return AutoProcessor.from_pretrained(folder)
     except ImportError as error:  # of Qwen2.5-VL, torchvision
-        raise ValueError(f"model: got {folder}, whose processor needs another package: {error}") from error
+        why = " ".join(str(error).split())
+        raise ValueError(f"model: got {folder}, whose processor needs another package: {why}") from error

@@ -29,8 +29,10 @@ def redux(*arguments: str | Path, **environment: str) -> subprocess.CompletedPro
 
 
 @pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any, Path, bool], None]], None]:
+def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable[[Any, Path, bool], None]], None]:
     """Puts a function in the place of the work that `redux run` starts, and a job of one name in that of the schema."""
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").touch()
 
     def replace(function: Callable[[Any, Path, bool], None]) -> None:
         for name, content in {

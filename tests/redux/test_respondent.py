@@ -27,9 +27,13 @@ from transformers import (
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
     OPTConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    SiglipImageProcessorPil,
     T5Config,
 )
 from transformers.utils import is_torchvision_available
@@ -130,6 +134,21 @@ def instructblip() -> tuple[Any, Any]:
     return InstructBlipForConditionalGeneration(config), processor
 
 
+def paligemma() -> tuple[Any, Any]:
+    tokenizer = words()
+    images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    images.image_seq_length = 16
+    processor = PaliGemmaProcessor(images, tokenizer)
+    config = PaliGemmaConfig(
+        text_config=text(tokenizer, **SIZE, num_key_value_heads=2, head_dim=8, model_type="gemma"),
+        vision_config={**TOWER, "model_type": "siglip_vision_model"},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        projection_dim=32,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return PaliGemmaForConditionalGeneration(config), processor
+
+
 def qwen2_5_vl() -> tuple[Any, Any]:
     if not is_torchvision_available():
         pytest.skip("torchvision, which the processor of Qwen2.5-VL needs, is not installed")
@@ -155,7 +174,7 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
-FOREIGN = {make.__name__: make for make in (idefics3, blip2, blip2_t5, instructblip, qwen2_5_vl)}
+FOREIGN = {make.__name__: make for make in (idefics3, blip2, blip2_t5, instructblip, paligemma, qwen2_5_vl)}
 CHATS = ("idefics3", "qwen2_5_vl")
 every_family = pytest.mark.parametrize("family", ["redux", "llava", *FOREIGN])
 every_mixing_family = pytest.mark.parametrize("family", ["redux", "llava", *CHATS])
@@ -316,7 +335,7 @@ def test_load_gives_the_upper_limit_where_images_are_described(asked: Callable[.
 
 @pytest.mark.parametrize("family", [family for family in FOREIGN if family not in CHATS])
 def test_a_model_that_only_answers_about_images_says_so(asked: Callable[..., Respondent], family: str) -> None:
-    with pytest.raises(ValueError, match=r"image: got None, allowed for (blip-2|instructblip): an image with each"):
+    with pytest.raises(ValueError, match=r"image: got None, allowed for (blip-2|instructblip|paligemma): an image"):
         asked(family)(PROMPTS, [IMAGES[0], None, None, None], 2)
 
 
@@ -370,6 +389,23 @@ def test_prompts_and_images_are_as_many(asked: Callable[..., Respondent]) -> Non
             asked(family)(PROMPTS, IMAGES[:3], 2)
         with pytest.raises(ValueError, match="and at least one"):
             asked(family)([], [], 2)
+
+
+def test_an_image_has_its_place_in_the_template_alone(asked: Callable[..., Respondent]) -> None:
+    for image in (IMAGES[0], None):
+        with pytest.raises(ValueError, match="prompt: got '<image> is it red', allowed: one without <image>"):
+            asked("redux")(["<image> is it red"], [image], 2)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(folders: Callable[[str], Path]) -> None:
+    folder = folders("llava")
+    whole = load(folder, template="vicuna_bare", device="cpu")
+    assert isinstance(whole, Llava)
+    bare = AutoTokenizer.from_pretrained(folder)
+    bare.pad_token = None
+    other = Llava(whole.model, bare, TEMPLATES["vicuna_bare"])
+    assert bare.pad_token == bare.eos_token
+    assert pairs(other(PROMPTS, IMAGES, 6)) == pairs(whole(PROMPTS, IMAGES, 6))
 
 
 def test_templates_are_asked_for_by_name(folders: Callable[[str], Path]) -> None:
