@@ -69,7 +69,10 @@ def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
             "model.language.hidden_size=24",
             "model.language.num_attention_heads: got 8, allowed: one that gives heads of",
         ),
-        ("train.tower.data=caption", "train.tower.data: got caption, allowed: captions, conversations, formats, those of"),
+        (
+            "train.tower.data=caption",
+            "train.tower.data: got caption, allowed: captions, conversations, formats, those of",
+        ),
         (
             "train.instruct.data={conversations: 0}",
             'train.instruct.data: got {"conversations": 0}, allowed: text or a section whose every value is a number >',
@@ -77,7 +80,10 @@ def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
         ("train.instruct.data={}", "train.instruct.data: got {}, allowed: "),
         ("train.instruct.steps=9", "train.instruct.epochs: got 6.0, and steps 9, allowed: one of the two"),
         ("train.instruct.epochs=null", "train.instruct.epochs: got None, and steps None, allowed: one of the two"),
-        ("data.sets={formats: a}", "data.sets: got formats, allowed: other names than captions, conversations, formats"),
+        (
+            "data.sets={formats: a}",
+            "data.sets: got formats, allowed: other names than captions, conversations, formats",
+        ),
         ("data.tolerance=2", "data.tolerance: got 2, allowed: a number >= 0 <= 1"),
         ("model.language.max_position_embeddings=32", "model.language.max_position_embeddings: got 32, allowed: more"),
     ],

@@ -75,4 +75,3 @@ def test_a_mistake_is_one_line_that_names_the_variant(tmp_path: Path, changes: d
     with pytest.raises(ValueError, match=told) as error:
         load(tmp_path, **changes)
     assert "\n" not in str(error.value)
-
