@@ -27,7 +27,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs import schema
 from jobs.schema import Job
-from pipelines import checkpoint, cluster, easy_vqa, evaluate, ledger, lora, report, shards, storage, trackers, train
+from pipelines import (
+    checkpoint,
+    cluster,
+    easy_vqa,
+    evaluate,
+    ledger,
+    lora,
+    report,
+    shards,
+    storage,
+    tasks,
+    trackers,
+    train,
+)
 from pipelines import records as check
 from pipelines.stage import Plan
 from redux import pretrained
@@ -177,7 +190,8 @@ def locations(job: Job, folder: Path) -> dict[str, str]:
 def _located(job: Job) -> Job:
     """The job with its paths from the root on.
 
-    ValueError where a set is missing or empty, or a package is missing that the job needs.
+    ValueError where a set or the files of a benchmark cannot be used, or a package is missing that the job needs:
+    better now than after days of training.
     """
     sets = {name: storage.absolute(url) for name, url in job.data.sets.items()}
     for name, url in sets.items():
@@ -191,6 +205,7 @@ def _located(job: Job) -> Job:
         job,
         checkpoints=job.checkpoints and storage.absolute(job.checkpoints),
         data=replace(job.data, sets=sets),
+        evaluate=job.evaluate and replace(job.evaluate, tasks=_asked(job.evaluate)),
         model=replace(
             job.model,
             tower=_path(job.model.tower),
@@ -198,6 +213,20 @@ def _located(job: Job) -> Job:
             checkpoint=_path(job.model.checkpoint),
         ),
     )
+
+
+def _asked(settings: evaluate.Evaluate) -> dict[tasks.Name, tasks.Asking]:
+    """The tasks, their files looked at once."""
+    result = dict(settings.tasks)
+    for name, asking in settings.tasks.items():
+        result[name] = replace(
+            asking,
+            files=tuple(map(storage.absolute, asking.files)),
+            images=asking.images and storage.absolute(asking.images),
+        )
+        if asking.files:
+            tasks.questions(name, result[name])
+    return result
 
 
 def _path(part: T) -> T | str:

@@ -192,6 +192,7 @@ def _render(run: Path, examples: Sequence[Example]) -> str:
         metrics=metrics,
         total=_total(metrics, answers),
         scores=_scores(answers),
+        followed=_followed(metrics),
         asked=Score("all", sum(row["correct"] for row in answers), len(answers)),
         confusions=_confusions(answers),
         wrong=sum(not row["correct"] for row in answers),
@@ -252,6 +253,19 @@ def _scores(answers: Iterable[Mapping[str, Any]]) -> list[Score]:
         asked[row["type"]] += 1
         right[row["type"]] += row["correct"]
     return [Score(name, right[name], count) for name, count in asked.most_common()]
+
+
+def _followed(metrics: Mapping[str, float]) -> list[Score]:
+    """Of each instruction how often it was followed, strictly; then of all together, and with the right answer too."""
+    prefix = "instructions.strict."
+    shares = {name.removeprefix(prefix): share for name, share in metrics.items() if name.startswith(prefix)}
+    prompts = int(metrics.get("instructions.questions", 0))
+    each = prompts // max(len(shares), 1)
+    result = [Score(name, round(share * each), each) for name, share in shares.items()]
+    means = {"all": "instructions.strict", "all, loosely": "instructions.loose", "all, and right": "instructions.both"}
+    return result + [
+        Score(name, round(metrics[of] * prompts), prompts) for name, of in means.items() if shares and of in metrics
+    ]
 
 
 def _confusions(answers: Iterable[Mapping[str, Any]]) -> list[Confusion]:

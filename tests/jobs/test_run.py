@@ -222,3 +222,26 @@ def stopped(job: Path, after: int, by: signal.Signals) -> int:
     assert not alive
     process.stderr.close()
     return code
+
+
+def test_a_model_that_is_there_is_only_evaluated(finished: tuple[Path, str], ray_cluster: Any, tmp_path: Path) -> None:
+    run, _ = finished
+    path = tmp_path / "asked.yaml"
+    path.write_text(
+        "name: asked\n"
+        "data: {source: null}\n"
+        f"model: {{checkpoint: {run}/checkpoints/instruct/model, vmtc: null, cmai: {{maximum: 0.3}}}}\n"
+        "evaluate: {tasks: {instructions: {limit: 32, max_new_tokens: 8}}, template: vicuna_bare}\n"
+    )
+    address = ray_cluster.get_runtime_context().gcs_address
+    subprocess.run(
+        [sys.executable, "-m", "jobs.command", "run", str(path), "--into", str(tmp_path)],
+        env={**os.environ, "RAY_ADDRESS": address}, check=True, capture_output=True,
+    )  # fmt: skip
+    answers = list(map(json.loads, (tmp_path / "asked" / "answers" / "instructions.jsonl").read_text().splitlines()))
+    assert len({answer["id"] for answer in answers}) == 32
+    scores = json.loads((tmp_path / "asked" / "metrics.json").read_text())
+    assert scores["instructions.questions"] == 32
+    assert {"instructions.strict", "instructions.loose", "instructions.both"} <= scores.keys()
+    assert (tmp_path / "asked" / "report.html").exists()
+    assert not (tmp_path / "asked" / "checkpoints").exists()

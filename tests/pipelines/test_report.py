@@ -127,6 +127,17 @@ def test_accuracy_by_type_equals_a_hand_count(run: Path):
     assert read.row("all")[1:4] == ["100", "90", "90.0 %"]
 
 
+def test_instructions_are_shown_one_by_one_and_together(run: Path):
+    strict = {"json": 0.25, "no comma": 1.0}
+    metrics = {f"instructions.strict.{name}": share for name, share in strict.items()}
+    metrics |= {"instructions.questions": 80, "instructions.strict": 0.625, "instructions.both": 0.1}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    read = page(run)
+    assert read.row("json")[1:4] == ["40", "10", "25.0 %"]
+    assert read.row("no comma")[1:4] == ["40", "40", "100.0 %"]
+    assert read.row("all, and right")[1:4] == ["80", "8", "10.0 %"]
+
+
 def test_wrong_answers_are_counted_most_frequent_first(run: Path):
     rows = page(run).rows
     wrong = [row for row in rows if len(row) == 4 and row[1].startswith("not ")]
