@@ -41,23 +41,26 @@ def _told(table: Table, rows: Sequence[Line]) -> str:
     if ours is None or base is None:
         absent = " and ".join(KINDS[name] for name, row in (("both", ours), ("llava", base)) if row is None)
         return f"There is no run of {absent} yet, so the method cannot be compared with what it started from."
-    names = {IF.name: "follows {} of the instructions", "both": "follows and answers right {}"}
-    names |= {name: f"is right on {name} in {{}}" for name in UNDERSTANDING} | {"MME": "reaches {} points of MME"}
+    names = {IF.name: "of instructions followed", "both": "followed and answered right"}
+    names |= {name: f"right on {name}" for name in UNDERSTANDING} | {"MME": "points of MME"}
     parts = [
-        names[column.name].format(_compared(column, row, other))
+        _compared(column, names[column.name], row, other)
         for column, row, other in zip(table.columns, ours.cells, base.cells, strict=True)
         if row and other and row.difference and column.name in names
     ]
     if not parts:
         return "VMTC + CMAI and LLaVA-1.5 were asked nothing in common, so they cannot be compared."
     seeds = " and ".join(dict.fromkeys(row.about.split(",")[0] for row in (ours, base)))
-    return f"VMTC + CMAI {'; '.join(parts)}. With {seeds} of each, nothing is told of training again."
+    return (
+        f"With VMTC + CMAI, {', '.join(parts)}. Intervals are 95 %, over items; {seeds} each say little about training "
+        "again."
+    )
 
 
-def _compared(column: Column, ours: Any, base: Any) -> str:
+def _compared(column: Column, what: str, ours: Any, base: Any) -> str:
     unit, more = " %" if column.factor == 100 else "", ours.difference
-    gap = f"{abs(more.value):.1f} {'more' if more.value > 0 else 'less'} than LLaVA-1.5's {base.value:.1f}"
-    return f"{ours.value:.1f}{unit} ({gap}, {'within noise' if more.noise else f'{more.low:+.1f} to {more.high:+.1f}'})"
+    verdict = "within noise" if more.noise else f"interval {more.low:+.1f} to {more.high:+.1f}"
+    return f"{ours.value:.1f}{unit} {what} instead of LLaVA-1.5's {base.value:.1f}{unit} ({more.value:+.1f}, {verdict})"
 
 
 def render(tables: Sequence[Table], notes: Sequence[str], prompts: Mapping[str, Sequence[Prompt]]) -> str:
@@ -133,7 +136,7 @@ def _name_points(axes: Any, rows: Sequence[Line], across: int, up: int) -> None:
     for row, point in zip(rows, at, strict=True):
         for place, (x, y, side) in enumerate(places):
             text = axes.annotate(
-                row.label, point, (x, y), textcoords="offset points", ha=side, fontsize=8,
+                _short(row.label), point, (x, y), textcoords="offset points", ha=side, fontsize=8,
                 color=SHADES.get(str(row.kind), FAINT),
             )  # fmt: skip
             box = text.get_window_extent()
@@ -142,6 +145,10 @@ def _name_points(axes: Any, rows: Sequence[Line], across: int, up: int) -> None:
                 taken.append(box)
                 break
             text.remove()
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 30 else label[:29] + "…"
 
 
 def _around(x: float, y: float) -> Any:

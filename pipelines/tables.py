@@ -340,7 +340,8 @@ def _spd() -> list[Slot]:
 
 
 def _sweep() -> list[Slot]:
-    return [Slot(f"VMTC + CMAI {ratio:.0%}", Preset(shows="", vmtc=VMTC(ratio=ratio))) for ratio in SWEEP]
+    presets = {ratio: Preset(shows="", vmtc=VMTC(ratio=ratio)) for ratio in SWEEP} | {0.5: PRESETS["default"]}
+    return [Slot(f"VMTC + CMAI {ratio:.0%}", preset) for ratio, preset in presets.items()]
 
 
 def _everything(
@@ -358,18 +359,24 @@ def _everything(
 
 def name(model: Model, family: Family) -> str:
     """What tells a model from the others of its family, in few words."""
-    own = kind(model.methods, model.described)
+    own, parts = kind(model.methods, model.described), _parts(model)
     alike = [
-        each for each in family.models if kind(each.methods, each.described) == own and each.trained == model.trained
+        each for each in family.models if (kind(each.methods, each.described), each.trained) == (own, model.trained)
     ]
-    parts = [KINDS[own] if own else " + ".join(part for part in METHODS if model.methods.methods[part])]
-    if own is None and model.described:
-        parts.append("described")
-    if not model.trained:
-        parts.append("not trained with it")
-    if len(alike) > 1 or own is None:
-        parts.append(_options(model, alike if own else family.models))
-    return ", ".join(filter(None, parts))
+    if own is None:
+        alike = [each for each in family.models if _parts(each) == parts]
+    told = [KINDS[own] if own else " + ".join(parts)]
+    told += ["described"] * (own is None and model.described) + ["not trained with it"] * (not model.trained)
+    if [each.tokens for each in alike].count(model.tokens) > 1 or (own is None and len(alike) == 1):
+        told.append(_options(model, alike if len(alike) > 1 else family.models))
+    elif len(alike) > 1:
+        told.append(f"{model.tokens} tokens")
+    return ", ".join(filter(None, told))
+
+
+def _parts(model: Model) -> list[str]:
+    names = {"vmtc": "VMTC", "cmai": "CMAI", "reduction": "Reduction"}
+    return [names[part] for part in METHODS if model.methods.methods[part]]
 
 
 # --- what is spent ---------------------------------------------------------------------------------------------------
