@@ -34,14 +34,18 @@ PROMPTS = 6
 
 @dataclass(frozen=True)
 class Column:
-    """name: as shown.  source: a metric of the model's answers, or a name in COSTS.  factor: from score to what is
-    shown; 100 for per cent.  paper: what the paper's table calls it."""
+    """A column of our tables.
+
+    source: a metric of the model's answers, or a name in COSTS.  factor: from it to what is shown; 100 for per cent.
+    paper: what the paper's table calls it.  about: what it is, where the name does not say.
+    """
 
     name: str
     source: str
     factor: float = 100.0
     paper: str | None = None
     show: str = "{:.1f}"
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Prompt:
 
 IF = Column("IF", "instructions.strict", paper="IF")
 OURS = (Column("right", "instructions.right"), Column("both", "instructions.both"))
-TASKS = tuple(Column(name, f"instructions.{name}", paper=name) for name in paper.TASKS)
+TASKS = tuple(Column(name, f"instructions.{name}", paper=name, about=about) for name, about in paper.TASKS.items())
 BENCHMARKS = (
     Column("GQA", "gqa.accuracy", paper="GQA"),
     Column("VQAv2", "vqav2.accuracy", paper="VQAv2"),
@@ -103,7 +107,7 @@ BENCHMARKS = (
     Column("easy-VQA", "easy-vqa.accuracy"),
 )
 UNDERSTANDING = {column.name: column for column in BENCHMARKS}
-PILOT = (TASKS[8], TASKS[6])
+PILOT = (Column("JSON", "instructions.T9"), Column("Keywords", "instructions.T7"))
 ABLATION = (UNDERSTANDING["GQA"], Column("TQA", "textvqa.accuracy", paper="TQA"), UNDERSTANDING["MME"], IF)
 
 LLAVA = Slot("LLaVA-1.5", PRESETS["llava"], "LLaVA-1.5-{size}")
@@ -355,6 +359,12 @@ def _everything(
         for each in compared
     }
     return Table(key, title, columns, blocks)
+
+
+def _sorted(models: Sequence[Model]) -> list[Model]:
+    """In the order of KINDS, and those that leave more of an image first."""
+    places = {own: place for place, own in enumerate(KINDS)}
+    return sorted(models, key=lambda each: (places.get(str(kind(each.methods, each.described)), 99), -each.tokens))
 
 
 def name(model: Model, family: Family) -> str:
