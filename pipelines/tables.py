@@ -355,7 +355,9 @@ def _everything(
     compared: Sequence[Comparison],
 ) -> Table:
     blocks = {
-        each.family.label: [_line(name(model, each.family), model, each, columns) for model in each.family.models]
+        each.family.label: [
+            _line(name(model, each.family), model, each, columns) for model in _sorted(each.family.models)
+        ]
         for each in compared
     }
     return Table(key, title, columns, blocks)

@@ -268,6 +268,14 @@ def test_missing_rows_have_commands_and_the_papers_numbers_stand_beside(tables: 
     assert [cell.value for cell in both.cells if cell] == list(TABLE_3.rows["VMTC, CMAI"])
 
 
+def test_all_models_are_listed_in_the_order_of_the_paper(runs: Path, tables: dict[str, Table]) -> None:
+    [rows] = tables["models"].blocks.values()
+    assert len(rows) == len({row.label for row in rows}) == 12
+    assert [row.kind for row in rows[:4]] == ["llava", "both", "both", "both"]
+    assert [row.removed for row in rows[1:4]] == sorted(row.removed for row in rows[1:4] if row.removed)
+    assert rows[-1].kind is None, "evit, for which the paper has no row"
+
+
 def test_the_sweep_has_its_runs_by_share_and_names_the_missing_tenths(tables: dict[str, Table]) -> None:
     [rows] = tables["ratios"].blocks.values()
     both = [row.removed for row in rows if row.kind == "both"]
