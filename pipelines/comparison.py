@@ -41,23 +41,26 @@ def _told(table: Table, rows: Sequence[Line]) -> str:
     if ours is None or base is None:
         absent = " and ".join(KINDS[name] for name, row in (("both", ours), ("llava", base)) if row is None)
         return f"There is no run of {absent} yet, so the method cannot be compared with what it started from."
-    names = {IF.name: "follows {} of the instructions", "both": "follows and answers right {}"}
-    names |= {name: f"is right on {name} in {{}}" for name in UNDERSTANDING} | {"MME": "reaches {} points of MME"}
+    names = {IF.name: "of instructions are followed", "both": "are followed and answered right"}
+    names |= {name: f"are right on {name}" for name in UNDERSTANDING} | {"MME": "points of MME are reached"}
     parts = [
-        names[column.name].format(_compared(column, row, other))
+        _compared(column, names[column.name], row, other)
         for column, row, other in zip(table.columns, ours.cells, base.cells, strict=True)
         if row and other and row.difference and column.name in names
     ]
     if not parts:
         return "VMTC + CMAI and LLaVA-1.5 were asked nothing in common, so they cannot be compared."
     seeds = " and ".join(dict.fromkeys(row.about.split(",")[0] for row in (ours, base)))
-    return f"VMTC + CMAI {'; '.join(parts)}. With {seeds} of each, nothing is told of training again."
+    return (
+        f"With VMTC + CMAI, {', '.join(parts)}. Intervals are 95 %, over items; {seeds} each say little about training "
+        "again."
+    )
 
 
-def _compared(column: Column, ours: Any, base: Any) -> str:
+def _compared(column: Column, what: str, ours: Any, base: Any) -> str:
     unit, more = " %" if column.factor == 100 else "", ours.difference
-    gap = f"{abs(more.value):.1f} {'more' if more.value > 0 else 'less'} than LLaVA-1.5's {base.value:.1f}"
-    return f"{ours.value:.1f}{unit} ({gap}, {'within noise' if more.noise else f'{more.low:+.1f} to {more.high:+.1f}'})"
+    verdict = "within noise" if more.noise else f"interval {more.low:+.1f} to {more.high:+.1f}"
+    return f"{ours.value:.1f}{unit} {what} instead of LLaVA-1.5's {base.value:.1f}{unit} ({more.value:+.1f}, {verdict})"
 
 
 def render(tables: Sequence[Table], notes: Sequence[str], prompts: Mapping[str, Sequence[Prompt]]) -> str:
@@ -92,7 +95,7 @@ def _tradeoff(family: str, column: Column, rows: Sequence[Line], across: int, up
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 3.8), layout="constrained")
+        figure = Figure(figsize=(4.4, 3.5), layout="constrained")
         axes = figure.add_subplot()
         for row in rows:
             x, y = row.cells[across], row.cells[up]
@@ -112,7 +115,7 @@ def _tradeoff(family: str, column: Column, rows: Sequence[Line], across: int, up
         return Drawn(
             "Understanding against instruction following",
             svg(figure, f"tradeoff-{family}-", f"{column.name} and instructions followed: {told}"),
-            f"{family}. Up and to the right is better; bars are 95 % intervals over items.",
+            f"{family}. Up and to the right is better; bars are 95 % intervals.",
         )
 
 
@@ -133,7 +136,7 @@ def _name_points(axes: Any, rows: Sequence[Line], across: int, up: int) -> None:
     for row, point in zip(rows, at, strict=True):
         for place, (x, y, side) in enumerate(places):
             text = axes.annotate(
-                row.label, point, (x, y), textcoords="offset points", ha=side, fontsize=8,
+                _short(row.label), point, (x, y), textcoords="offset points", ha=side, fontsize=8,
                 color=SHADES.get(str(row.kind), FAINT),
             )  # fmt: skip
             box = text.get_window_extent()
@@ -144,6 +147,10 @@ def _name_points(axes: Any, rows: Sequence[Line], across: int, up: int) -> None:
             text.remove()
 
 
+def _short(label: str) -> str:
+    return label if len(label) <= 30 else label[:29] + "…"
+
+
 def _around(x: float, y: float) -> Any:
     from matplotlib.transforms import Bbox
 
@@ -151,14 +158,16 @@ def _around(x: float, y: float) -> Any:
 
 
 def _ladders(table: Table) -> list[Drawn]:
-    """Each column against the share of tokens left out, a line a kind; LLaVA is where all of them begin."""
+    """Each column against the share of tokens left out, a line a kind; all of them begin with LLaVA."""
     shown = {*(column.name for column in PILOT), IF.name, "both", *UNDERSTANDING}
     drawn = []
     for family, rows in table.blocks.items():
         for place, column in enumerate(table.columns):
             points = [row for row in rows if row.source == "ours" and row.cells[place]]
             if column.name in shown and len({row.removed for row in points}) > 1:
-                drawn.append(_ladder(f"{table.key}-{family}", family, column, points, place))
+                drawn.append(
+                    _ladder(f"{table.key}-{family}", family if len(table.blocks) > 1 else "", column, points, place)
+                )
     return drawn
 
 
@@ -172,7 +181,9 @@ def _ladder(prefix: str, family: str, column: Column, rows: Sequence[Line], plac
         figure = Figure(figsize=(3.7, 2.8), layout="constrained")
         axes = figure.add_subplot()
         for name in kinds:
-            line = sorted((row for row in rows if row.kind in (name, "llava")), key=lambda row: row.removed or 0)
+            line = sorted((row for row in rows if row.kind == name), key=lambda row: row.removed or 0)
+            if len(line) > 1:  # one point is no line, and none is drawn to it
+                line = [*(row for row in rows if row.kind == "llava"), *line]
             x = [100 * (row.removed or 0) for row in line]
             y = [row.cells[place].value for row in line]  # type: ignore[union-attr]
             reach = [_reach(row.cells[place]) or [[0], [0]] for row in line]
@@ -195,5 +206,5 @@ def _unit(column: Column) -> str:
 
 
 def _words(column: Column) -> str:
-    known = {"T9": "JSON format", "T7": "Keywords", IF.name: "Instructions followed", "both": "Followed and right"}
+    known = {"JSON": "JSON format", IF.name: "Instructions followed", "both": "Followed and right"}
     return known.get(column.name, column.name)

@@ -96,7 +96,7 @@ def command(slot: Slot, family: Family) -> str:
     ranked = _ranked(family)
     like, wanted = ranked[0], _target(slot.preset, ranked)
     name = like.job.get("name", like.runs[0].folder.name)
-    overrides = [f"name={name}-{_slug(slot.label)}"]
+    overrides = [f"name={name}-{_name(slot)}"]
     for part in METHODS:
         if wanted.methods[part] != like.methods.methods[part]:
             overrides.append(f"model.{part}={_flow(wanted.methods[part])}")
@@ -138,5 +138,10 @@ def _flow(value: Any) -> str:
     return str(yaml.safe_dump(told, default_flow_style=True, width=10_000, sort_keys=False)).strip()
 
 
-def _slug(label: str) -> str:
-    return "-".join("".join(letter if letter.isalnum() else " " for letter in label.lower()).split())
+def _name(slot: Slot) -> str:
+    """Of a run, the same in every table that has the row: the preset's, or else the label in letters for a folder."""
+    if slot.described:
+        return "described"
+    assert slot.preset is not None
+    named = (name for name, preset in PRESETS.items() if preset.methods == slot.preset.methods)
+    return next(named, "-".join("".join(letter if letter.isalnum() else " " for letter in slot.label.lower()).split()))

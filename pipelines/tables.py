@@ -34,14 +34,18 @@ PROMPTS = 6
 
 @dataclass(frozen=True)
 class Column:
-    """name: as shown.  source: a metric of the model's answers, or a name in COSTS.  factor: from score to what is
-    shown; 100 for per cent.  paper: what the paper's table calls it."""
+    """A column of our tables.
+
+    source: a metric of the model's answers, or a name in COSTS.  factor: from it to what is shown; 100 for per cent.
+    paper: what the paper's table calls it.  about: what it is, where the name does not say.
+    """
 
     name: str
     source: str
     factor: float = 100.0
     paper: str | None = None
     show: str = "{:.1f}"
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Prompt:
 
 IF = Column("IF", "instructions.strict", paper="IF")
 OURS = (Column("right", "instructions.right"), Column("both", "instructions.both"))
-TASKS = tuple(Column(name, f"instructions.{name}", paper=name) for name in paper.TASKS)
+TASKS = tuple(Column(name, f"instructions.{name}", paper=name, about=about) for name, about in paper.TASKS.items())
 BENCHMARKS = (
     Column("GQA", "gqa.accuracy", paper="GQA"),
     Column("VQAv2", "vqav2.accuracy", paper="VQAv2"),
@@ -103,7 +107,7 @@ BENCHMARKS = (
     Column("easy-VQA", "easy_vqa.accuracy"),
 )
 UNDERSTANDING = {column.name: column for column in BENCHMARKS}
-PILOT = (TASKS[8], TASKS[6])
+PILOT = (Column("JSON", "instructions.T9"), Column("Keywords", "instructions.T7"))
 ABLATION = (UNDERSTANDING["GQA"], Column("TQA", "textvqa.accuracy", paper="TQA"), UNDERSTANDING["MME"], IF)
 
 LLAVA = Slot("LLaVA-1.5", PRESETS["llava"], "LLaVA-1.5-{size}")
@@ -340,7 +344,8 @@ def _spd() -> list[Slot]:
 
 
 def _sweep() -> list[Slot]:
-    return [Slot(f"VMTC + CMAI {ratio:.0%}", Preset(shows="", vmtc=VMTC(ratio=ratio))) for ratio in SWEEP]
+    presets = {ratio: Preset(shows="", vmtc=VMTC(ratio=ratio)) for ratio in SWEEP} | {0.5: PRESETS["default"]}
+    return [Slot(f"VMTC + CMAI {ratio:.0%}", preset) for ratio, preset in presets.items()]
 
 
 def _everything(
@@ -350,26 +355,40 @@ def _everything(
     compared: Sequence[Comparison],
 ) -> Table:
     blocks = {
-        each.family.label: [_line(name(model, each.family), model, each, columns) for model in each.family.models]
+        each.family.label: [
+            _line(name(model, each.family), model, each, columns) for model in _sorted(each.family.models)
+        ]
         for each in compared
     }
     return Table(key, title, columns, blocks)
 
 
+def _sorted(models: Sequence[Model]) -> list[Model]:
+    """In the order of KINDS, and those that leave more of an image first."""
+    places = {own: place for place, own in enumerate(KINDS)}
+    return sorted(models, key=lambda each: (places.get(str(kind(each.methods, each.described)), 99), -each.tokens))
+
+
 def name(model: Model, family: Family) -> str:
     """What tells a model from the others of its family, in few words."""
-    own = kind(model.methods, model.described)
+    own, parts = kind(model.methods, model.described), _parts(model)
     alike = [
-        each for each in family.models if kind(each.methods, each.described) == own and each.trained == model.trained
+        each for each in family.models if (kind(each.methods, each.described), each.trained) == (own, model.trained)
     ]
-    parts = [KINDS[own] if own else " + ".join(part for part in METHODS if model.methods.methods[part])]
-    if own is None and model.described:
-        parts.append("described")
-    if not model.trained:
-        parts.append("not trained with it")
-    if len(alike) > 1 or own is None:
-        parts.append(_options(model, alike if own else family.models))
-    return ", ".join(filter(None, parts))
+    if own is None:
+        alike = [each for each in family.models if _parts(each) == parts]
+    told = [KINDS[own] if own else " + ".join(parts)]
+    told += ["described"] * (own is None and model.described) + ["not trained with it"] * (not model.trained)
+    if [each.tokens for each in alike].count(model.tokens) > 1 or (own is None and len(alike) == 1):
+        told.append(_options(model, alike if len(alike) > 1 else family.models))
+    elif len(alike) > 1:
+        told.append(f"{model.tokens} tokens")
+    return ", ".join(filter(None, told))
+
+
+def _parts(model: Model) -> list[str]:
+    names = {"vmtc": "VMTC", "cmai": "CMAI", "reduction": "Reduction"}
+    return [names[part] for part in METHODS if model.methods.methods[part]]
 
 
 # --- what is spent ---------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_an_interval_equals_that_of_a_slow_loop_over_the_same_draws() -> None:
     first = metric(random, 12)
     ours, base = [first, same_items(first, random)], [same_items(first, random)]
     units = list(dict.fromkeys(each.unit for each in first.outcomes))
-    draws = _draws(len(units), 300, 5, 0)
+    draws = _draws(len(units), 300, 5, 0).astype(int)
     mine, other = ([slow(metrics, counts, units) for counts in draws] for metrics in (ours, base))
     told = interval(ours, samples=300, seed=5)
     assert told.value == pytest.approx(np.mean([each.score for each in ours]))
