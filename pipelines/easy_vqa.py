@@ -30,6 +30,8 @@ TYPES = {**dict.fromkeys(COLOURS, "colour"), **dict.fromkeys(SHAPES, "shape"), "
 FOLDER = Path(easy_vqa.__file__).parent / "data"
 """Where the images' paths start."""
 
+SENTENCE = ("answer in a sentence.", "use a whole sentence.", "say it in a full sentence.")
+
 Questions = list[tuple[str, str]]
 
 
@@ -46,6 +48,27 @@ def captions(split: Literal["train", "test"]) -> list[dict]:
     return [_record(split, image, path, ["", caption(asked)]) for image, path, asked in _images(split)]
 
 
+def sentences() -> list[dict]:
+    """As the conversations of the training images, but each question asks for a sentence and gets one.
+
+    Where every image is answered in one word, a model learns to look at no more of a prompt than the question.
+    """
+    chance = random.Random(0)
+    return [
+        _record(
+            "train",
+            image,
+            path,
+            [
+                text
+                for question, answer in asked
+                for text in (f"{question} {chance.choice(SENTENCE)}", f"the answer to this is {answer}.")
+            ],
+        )
+        for image, path, asked in _images("train")
+    ]
+
+
 def obedient() -> list[dict]:
     """Text alone: two questions about each training image, which is told in words, each to be answered in a form."""
     chance = random.Random(0)
@@ -59,6 +82,7 @@ def obedient() -> list[dict]:
 SETS: dict[str, Callable[[], list[dict]]] = {
     "captions": partial(captions, "train"),
     "conversations": partial(conversations, "train"),
+    "sentences": sentences,
     "formats": obedient,
 }
 """What a job can make of easy-VQA to train on, by name."""
