@@ -51,10 +51,7 @@ def _told(table: Table, rows: Sequence[Line]) -> str:
     if not parts:
         return "VMTC + CMAI and LLaVA-1.5 were asked nothing in common, so they cannot be compared."
     seeds = " and ".join(dict.fromkeys(row.about.split(",")[0] for row in (ours, base)))
-    return (
-        f"With VMTC + CMAI, {', '.join(parts)}. Intervals are 95 %, over items; {seeds} each say little about training "
-        "again."
-    )
+    return f"With VMTC + CMAI, {', '.join(parts)}. Intervals are over items; {seeds} say little about training again."
 
 
 def _compared(column: Column, what: str, ours: Any, base: Any) -> str:
