@@ -380,7 +380,7 @@ def test_without_llava_or_answers_the_summary_says_so(tmp_path: Path) -> None:
         file.unlink()
     (folder / "metrics.json").write_text(json.dumps({"easy-vqa.accuracy": 0.875}))
     text = tell([tmp_path], tmp_path / "out", SCORERS, 100)
-    assert "nothing in common" in text.partition("##")[0]
+    assert "no answers to the same questions" in text.partition("##")[0]
     assert "87.5" in text, "a number without answers is shown without an interval"
     assert Page((tmp_path / "out/tables.html").read_text())
 
