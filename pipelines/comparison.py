@@ -49,12 +49,9 @@ def _told(table: Table, rows: Sequence[Line]) -> str:
         if row and other and row.difference and column.name in names
     ]
     if not parts:
-        return "VMTC + CMAI and LLaVA-1.5 were asked nothing in common, so they cannot be compared."
+        return "VMTC + CMAI and LLaVA-1.5 left no answers to the same questions, so they cannot be compared."
     seeds = " and ".join(dict.fromkeys(row.about.split(",")[0] for row in (ours, base)))
-    return (
-        f"With VMTC + CMAI, {', '.join(parts)}. Intervals are 95 %, over items; {seeds} each say little about training "
-        "again."
-    )
+    return f"With VMTC + CMAI, {', '.join(parts)}. Intervals are over items; {seeds} say little about training again."
 
 
 def _compared(column: Column, what: str, ours: Any, base: Any) -> str:

@@ -20,13 +20,8 @@ import yaml
 
 from pipelines.paper import IFEVAL
 from redux.benchmarks import Metric, Row
-from redux.cmai import CMAI
-from redux.model import ReduxConfig
+from redux.model import METHODS, ReduxConfig
 from redux.presets import Preset
-from redux.reduction import Reduction
-from redux.vmtc import VMTC
-
-METHODS: dict[str, Any] = {"vmtc": VMTC, "cmai": CMAI, "reduction": Reduction}
 
 IDLE = (
     "name", "seed", "workers", "checkpoints", "recovery", "report", "trackers", "data.tolerance",
@@ -139,7 +134,7 @@ class Family:
 
     @property
     def size(self) -> str | None:
-        """ "7B" or "13B" where the language model is of such a size, so that the paper has its like."""
+        """Where the paper has its like: "7B" or "13B", by the name of the language model."""
         language = str(self.models[0].runs[0].source["model"].get("language")).lower()
         return next((size for size in ("7B", "13B") if f"-{size.lower()}" in language), None)
 

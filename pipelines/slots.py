@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from pipelines.runs import METHODS, PATCHES, Family, Model, changes, left
+from pipelines.runs import PATCHES, Family, Model, changes, left
+from redux.model import METHODS
 from redux.presets import PRESETS, Preset
 from redux.reduction import SPATIAL
 from redux.vmtc import VMTC

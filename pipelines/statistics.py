@@ -10,6 +10,8 @@ The intervals are over items, not over training seeds: they tell what other ques
 models.  Two or three seeds say little about what training again would give; so a difference also counts as noise where
 the seeds do not agree on its sign.
 
+Where all units did alike there is nothing to draw: of 0 right in 218 the interval is 0 to 0, which is too sure.
+
 Cost: a draw is a row of counts, one for each unit, and its score a row of a matrix product with the units' sums: 10,000
 draws of 3,488 units take 0.6 s on one core, of 218 units 0.1 s.  Counts that were drawn are kept for the next metric of
 as many units, which takes a sixth of that, in at most 160 MiB.

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines import paper, statistics
-from pipelines.runs import METHODS, Family, Model, changes, lines
+from pipelines.runs import Family, Model, changes, lines
 from pipelines.slots import Slot, command, fills, kind
 from pipelines.statistics import Difference, Interval
 from redux.benchmarks import Metric
 from redux.cost import cost, step
+from redux.model import METHODS
 from redux.presets import PRESETS, Preset
 from redux.reduction import SPATIAL, Reduction
 from redux.vmtc import VMTC
@@ -287,7 +288,8 @@ def _line(label: str, model: Model, compared: Comparison, columns: Sequence[Colu
     seeds = f"{model.seeds} seed" + "s" * (model.seeds > 1)
     about = f"{seeds}, {model.tokens} of {model.patches} tokens"
     cells = tuple(compared.cell(model, column) for column in columns)
-    return Line(label, "ours", about, cells, kind=kind(model.methods, model.described), removed=removed(model))
+    own = kind(model.methods, model.described) if model.trained else None
+    return Line(label, "ours", about, cells, kind=own, removed=removed(model))
 
 
 def _options(model: Model, beside: Sequence[Model]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from jobs import command as command_line
 from jobs import schema
 from jobs.tables import cells, tell
 from pipelines import statistics
@@ -226,6 +227,7 @@ def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path:
     found = {model.job["name"]: model for model in family.models}
     assert fills(found["limit"], SLOTS["table-1"][2])
     assert not found["later"].trained
+    assert "no run of VMTC + CMAI yet" in tell([tmp_path], None, SCORERS, 100).partition("##")[0]
     assert not any(fills(found["later"], slot) for table in SLOTS.values() for slot in table)
 
 
@@ -378,7 +380,7 @@ def test_without_llava_or_answers_the_summary_says_so(tmp_path: Path) -> None:
         file.unlink()
     (folder / "metrics.json").write_text(json.dumps({"easy-vqa.accuracy": 0.875}))
     text = tell([tmp_path], tmp_path / "out", SCORERS, 100)
-    assert "nothing in common" in text.partition("##")[0]
+    assert "no answers to the same questions" in text.partition("##")[0]
     assert "87.5" in text, "a number without answers is shown without an interval"
     assert Page((tmp_path / "out/tables.html").read_text())
 
@@ -413,3 +415,16 @@ def test_models_that_were_asked_other_things_are_not_compared(tmp_path: Path) ->
     jsonl(folder / "answers/easy-vqa.jsonl", answered(folder, "easy-vqa")[:-5])
     with pytest.raises(ValueError, match=r"easy-vqa.accuracy of .*b, .*a: .* of unit '39'"):
         tell([tmp_path], None, SCORERS, 100)
+
+
+def test_the_verb_writes_the_tables_and_tells_where_it_found_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "runs", "a", **of(PRESETS["llava"]))
+    (folder / "answers/instructions.jsonl").unlink()  # of no instruction that there is
+    assert command_line.main(["tables", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == (tmp_path / "out/tables.md").read_text()
+    assert command_line.main(["tables", str(tmp_path / "nowhere")]) == 2
+    told = capsys.readouterr().err
+    assert str(tmp_path / "nowhere") in told
+    assert told.count("\n") == 1
