@@ -18,7 +18,7 @@ def score(arguments: argparse.Namespace) -> None:
     """
     if arguments.task == INSTRUCTIONS:
         instructions = import_module("redux.benchmarks.instructions")  # its checkers take a second to load
-        verdicts = list(instructions.score(read(arguments.answers).split("\n"), arguments.answers))
+        verdicts = list(instructions.score(read(arguments.answers), arguments.answers))
         print("".join(f"{json.dumps(verdict)}\n" for verdict in verdicts), end="")
         return
     if arguments.task not in BENCHMARKS:

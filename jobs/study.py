@@ -115,5 +115,5 @@ def conduct(study: Study, folder: Path, changed: bool = False) -> None:
         for number, (name, job) in enumerate(todo.items(), start=1):
             print(f"[{number}/{len(todo)}] {name}", flush=True)
             run.run(job, folder / name, changed, until=study.shared[-1] if name == SHARED else None)
-    tables.tell([folder], folder, tables.scorers())
+    tables.tell([folder / name for name in todo if name != SHARED], folder, tables.scorers())
     print(f"{study.name} is finished; its tables: {folder / 'tables.html'}")

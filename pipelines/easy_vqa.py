@@ -30,7 +30,15 @@ TYPES = {**dict.fromkeys(COLOURS, "colour"), **dict.fromkeys(SHAPES, "shape"), "
 FOLDER = Path(easy_vqa.__file__).parent / "data"
 """Where the images' paths start."""
 
-SENTENCE = ("answer in a sentence.", "use a whole sentence.", "say it in a full sentence.")
+SHOWN = (
+    "change_case:english_capital",
+    "detectable_content:postscript",
+    "detectable_format:number_bullet_lists",
+    "startend:end_checker",
+)
+"""Four instructions, of different kinds, that are also taught beside images: without them a small model learns to look
+at nothing but the question as soon as there is an image.
+"""
 
 Questions = list[tuple[str, str]]
 
@@ -48,22 +56,15 @@ def captions(split: Literal["train", "test"]) -> list[dict]:
     return [_record(split, image, path, ["", caption(asked)]) for image, path, asked in _images(split)]
 
 
-def sentences() -> list[dict]:
-    """As the conversations of the training images, but each question asks for a sentence and gets one.
-
-    Where every image is answered in one word, a model learns to look at no more of a prompt than the question.
-    """
+def shown() -> list[dict]:
+    """Beside each training image two questions about it, each to be answered in one of the forms of `SHOWN`."""
     chance = random.Random(0)
     return [
         _record(
             "train",
             image,
             path,
-            [
-                text
-                for question, answer in asked
-                for text in (f"{question} {chance.choice(SENTENCE)}", f"the answer to this is {answer}.")
-            ],
+            [text for pair in chance.sample(asked, 2) for text in formats.asked(chance.choice(SHOWN), *pair, chance)],
         )
         for image, path, asked in _images("train")
     ]
@@ -82,7 +83,7 @@ def obedient() -> list[dict]:
 SETS: dict[str, Callable[[], list[dict]]] = {
     "captions": partial(captions, "train"),
     "conversations": partial(conversations, "train"),
-    "sentences": sentences,
+    "shown": shown,
     "formats": obedient,
 }
 """What a job can make of easy-VQA to train on, by name."""

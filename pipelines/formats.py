@@ -1,9 +1,9 @@
-"""Text-only conversations that teach the sixteen instructions, in words of their own.
+"""Conversations that teach the sixteen instructions, in words of their own.
 
 What the paper finds missing in LLaVA is this: that instructions known from text are obeyed when an image comes with the
 question.  So here an image is told in words ("there is a teal circle."), the question about it asks for a form, and the
-answer has that form; never is a form asked for beside an image.  The wordings are none of those that an evaluation
-uses, which are IFEval's (redux/instructions.py).
+answer has that form.  The wordings are none of those that an evaluation uses, which are IFEval's
+(redux/instructions.py).
 
 Arguments are drawn as for an evaluation, but for what nobody could meet (fewer than one sentence) and what a small
 model's few hundred positions could not hold (at least some hundred words).
@@ -12,8 +12,9 @@ model's few hundred positions could not hold (at least some hundred words).
      {"from": "gpt", "value": "{\\"answer\\": \\"teal\\"}"}]}
 """
 
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from redux import instructions
@@ -157,23 +158,27 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, random.Random]
 """By instruction: wordings that ask for it, and what makes an answer of that form."""
 
 
-def records(told: list[tuple[str, str, str]], seed: int = 0) -> list[dict]:
+def records(told: Sequence[tuple[str, str, str]], seed: int = 0) -> list[dict]:
     """One conversation for each (description, question, answer); instructions take turns, so that all are as frequent.
 
     Deterministic in its arguments.
     """
     chance = random.Random(seed)
-    names = list(FORMS)
+    names = itertools.cycle(FORMS)
     result = []
     for number, (description, question, answer) in enumerate(told):
-        name = names[number % len(names)]
-        wordings, form = FORMS[name]
-        given = _draw(name, chance)
-        shown = {key: ", ".join(value) if key == "keywords" else value for key, value in given.items()}
-        asked = f"{description} {question} {chance.choice(wordings).format(**shown)}"
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": form(answer, given, chance)}]
+        human, gpt = asked(next(names), question, answer, chance)
+        turns = [{"from": "human", "value": f"{description} {human}"}, {"from": "gpt", "value": gpt}]
         result.append({"id": f"formats/{number}", "conversations": turns})
     return result
+
+
+def asked(name: str, question: str, answer: str, chance: random.Random) -> tuple[str, str]:
+    """The question with an instruction, and the answer that follows it."""
+    wordings, form = FORMS[name]
+    given = _draw(name, chance)
+    shown = {key: ", ".join(value) if key == "keywords" else value for key, value in given.items()}
+    return f"{question} {chance.choice(wordings).format(**shown)}", form(answer, given, chance)
 
 
 def _draw(name: str, chance: random.Random) -> Arguments:

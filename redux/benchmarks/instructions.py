@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redux.benchmarks import Metric, Outcome, Question, Row
+from redux.benchmarks import Metric, Outcome, Question, Row, source
 from redux.instructions import INSTRUCTIONS, KEYWORDS, ask, draw, loose, strict
 
 PER_TASK = 218
@@ -131,13 +131,13 @@ def _mean_over_tasks(outcomes: Sequence[Outcome]) -> Metric:
     return Metric(outcomes, 1 / max(1, len({outcome.group for outcome in outcomes})))
 
 
-def score(lines: Iterable[str | bytes], name: str) -> Iterator[dict[str, Any]]:
+def score(text: str, name: str) -> Iterator[dict[str, Any]]:
     """{"strict", "loose"} of each line {"instruction_id", "kwargs", "response"} of JSON, whatever else it has.
 
     A line may also be IFEval's, with "instruction_id_list" and "kwargs" as lists; then both values are lists, too.
     name: of the file, for errors.  ValueError naming it and the line where one cannot be scored.
     """
-    for where, line in _objects(lines, name):
+    for where, line in source.lines(name, text):
         try:
             told = _told(line)
             judged = {"strict": [strict(*each) for each in told], "loose": [loose(*each) for each in told]}
@@ -191,7 +191,7 @@ def read(path: str | Path) -> list[Question]:
     comes twice.
     """
     found: dict[str, Question] = {}
-    for where, line in _objects(Path(path).read_bytes().split(b"\n"), str(path)):
+    for where, line in source.lines(path, source.read(path)):
         try:
             question = _read(line)
         except ValueError as error:
@@ -234,18 +234,3 @@ def _has(line: dict[str, Any], fields: dict[str, Any]) -> None:
     for name, kind in fields.items():
         if not isinstance(line[name], kind):
             raise ValueError(f"{name}: got {line[name]!r}, allowed: {getattr(kind, '__name__', kind)}")
-
-
-def _objects(lines: Iterable[str | bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, object) of each line that is not blank."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{name}: line {number}"
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: no JSON: {error}") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"{where}: got {type(found).__name__}, allowed: an object")
-        yield where, found

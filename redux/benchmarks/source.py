@@ -97,12 +97,19 @@ def records(source: Source, forms: Sequence[Form]) -> Iterator[Record]:
         case "[":
             found = numbered(source, _parsed(source, text))
         case "{":
-            found = _lines(source, text)
+            found = lines(source, text)
         case _:
             found = table(source, text)
             _form(f"{source}: line 1", dict.fromkeys(_header(text)[0]), forms)  # also where no row follows
     for place, item in found:
         yield Record(place, item, _form(place, item, forms))
+
+
+def lines(source: Source, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) of each line of JSON lines that is not blank."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield (place := f"{source}: line {number}"), _object(place, _parsed(source, line, number))
 
 
 def table(source: Source, text: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -174,12 +181,6 @@ def numbered(source: Source, items: list[Any]) -> Iterator[tuple[str, dict[str, 
         yield (place := f"{source}: item {number}"), _object(place, item)
 
 
-def _lines(source: Source, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield (place := f"{source}: line {number}"), _object(place, _parsed(source, line, number))
-
-
 def _parsed(source: Source, text: str, first: int = 1) -> Any:
     """The value of JSON that begins on the line with number `first`."""
     try:
@@ -187,6 +188,8 @@ def _parsed(source: Source, text: str, first: int = 1) -> Any:
     except json.JSONDecodeError as error:
         line = first + error.lineno - 1
         raise ValueError(f"{source}: line {line}: not JSON: {error.msg}, at character {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{source}: line {first}: not JSON: nested too deep") from None
 
 
 def _object(place: str, item: Any) -> dict[str, Any]:

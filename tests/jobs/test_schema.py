@@ -71,7 +71,7 @@ def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
         ),
         (
             "train.tower.data=caption",
-            "train.tower.data: got caption, allowed: captions, conversations, sentences, formats, those of",
+            "train.tower.data: got caption, allowed: captions, conversations, shown, formats, those of",
         ),
         (
             "train.instruct.data={conversations: 0}",
@@ -82,7 +82,7 @@ def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
         ("train.instruct.epochs=null", "train.instruct.epochs: got None, and steps None, allowed: one of the two"),
         (
             "data.sets={formats: a}",
-            "data.sets: got formats, allowed: other names than captions, conversations, sentences, formats",
+            "data.sets: got formats, allowed: other names than captions, conversations, shown, formats",
         ),
         ("data.tolerance=2", "data.tolerance: got 2, allowed: a number >= 0 <= 1"),
         ("model.language.max_position_embeddings=32", "model.language.max_position_embeddings: got 32, allowed: more"),

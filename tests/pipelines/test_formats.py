@@ -62,6 +62,17 @@ def test_what_a_word_tokenizer_makes_of_an_answer_still_follows(taught: list[tup
         assert right(answer, said), (answer, said)
 
 
+def test_four_instructions_are_also_taught_beside_images() -> None:
+    said = [record["conversations"] for record in easy_vqa.shown()]
+    assert len(said) == 4000
+    assert all(turns[0]["value"].startswith("<image>\n") and len(turns) == 4 for turns in said)
+    wordings = {name: [wording.split("{")[0] for wording in formats.FORMS[name][0]] for name in formats.FORMS}
+    for turns in said:
+        for turn in turns[::2]:
+            found = {name for name, each in wordings.items() if any(f" {one}" in turn["value"] for one in each)}
+            assert found & set(easy_vqa.SHOWN), turn
+
+
 def test_easy_vqas_are_text_about_training_images_alone() -> None:
     records = easy_vqa.obedient()
     assert len(records) == 8000

@@ -155,21 +155,21 @@ def test_lines_are_scored_one_by_one_whoever_wrote_them() -> None:
         '{"instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"], "response": "a b", '
         '"kwargs": [{"num_words": null}, {"num_words": 3, "relation": "at least"}]}',
     ]
-    assert list(score(lines, "a.jsonl")) == [
+    assert list(score("\n".join(lines), "a.jsonl")) == [
         {"strict": False, "loose": True},
         {"strict": [True, False], "loose": [True, False]},
     ]
     answered = rows(questions(ASKED, per_task=12), "it is red", "**IT**")
-    scored = score(map(json.dumps, answered), "b.jsonl")
+    scored = score("\n".join(map(json.dumps, answered)), "b.jsonl")
     assert list(scored) == [{key: judge(row)[key] for key in ("strict", "loose")} for row in answered]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "no JSON"),
-        (b"\xff", "no JSON"),
-        ("[]", "got list, allowed: an object"),
+        ("{", "not JSON"),
+        ("[" * 10**5, "not JSON"),
+        ("[]", "got a list, allowed: an object"),
         ('{"instruction_id": "punctuation:no_comma", "kwargs": {}}', "got no response, allowed: an object with "),
         ('{"instruction_id": "x", "kwargs": {}, "response": ""}', "instruction_id: got 'x', allowed: punctuation"),
         ('{"instruction_id": ["x"], "kwargs": {}, "response": ""}', "instruction_id: got .*ids that are texts"),
@@ -181,11 +181,10 @@ def test_lines_are_scored_one_by_one_whoever_wrote_them() -> None:
         ('{"instruction_id_list": ["x"], "kwargs": [], "response": ""}', r"kwargs: got \[\], allowed: an object of "),
     ],
 )
-def test_a_line_that_cannot_be_scored_is_named(line: str | bytes, message: str) -> None:
+def test_a_line_that_cannot_be_scored_is_named(line: str, message: str) -> None:
+    good = '{"instruction_id": "punctuation:no_comma", "kwargs": {}, "response": "red"}'
     with pytest.raises(ValueError, match=rf"^a\.jsonl: line 3: {message}"):
-        list(
-            score(['{"instruction_id": "punctuation:no_comma", "kwargs": {}, "response": "red"}', "", line], "a.jsonl")
-        )
+        list(score(f"{good}\n\n{line}", "a.jsonl"))
 
 
 def test_questions_are_read_as_they_were_written(tmp_path: Path) -> None:
