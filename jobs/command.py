@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     from jobs import document
 
-    if "variants" in (document.plain(arguments.job) or ()):
+    tree = document.plain(arguments.job)
+    if isinstance(tree, dict) and "variants" in tree:
         from jobs import study
 
         several = study.load(arguments.job, arguments.overrides)
@@ -178,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: redux instructions mm-vet.jsonl --out prompts.jsonl",
     )
     instructions.add_argument(
-        "questions", metavar="FILE", nargs="?", type=Path,
+        "questions", metavar="FILE", nargs="?",
         help="question_id, image and text of each as LLaVA's files have them, and answer where it is known; or id, "
         "image, question (default: about easy-VQA's test images)",
     )  # fmt: skip

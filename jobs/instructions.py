@@ -5,7 +5,6 @@ Arguments are drawn once, so that every model answers the same prompts; a job na
 """
 
 import argparse
-from pathlib import Path
 
 from pipelines import easy_vqa
 from redux.benchmarks import instructions
@@ -27,7 +26,7 @@ def freeze(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {len(prompts)} prompts")
 
 
-def read(path: Path) -> list[Asked]:
+def read(path: str) -> list[Asked]:
     """The questions of a JSON list, JSON lines or a table; each with an image, and an answer where it is known."""
     return [
         Asked(

@@ -33,6 +33,7 @@ from pipelines import (
     easy_vqa,
     evaluate,
     ledger,
+    lines,
     lora,
     report,
     shards,
@@ -84,6 +85,7 @@ def run(job: Job, folder: Path, changed: bool = False, until: str | None = None)
     if done:
         print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
     with _alone(folder), cluster.session():
+        lines.mend(folder / PROGRESS)
         for name, step in left.items():
             step()
             now = time.monotonic()
@@ -224,8 +226,7 @@ def _asked(settings: evaluate.Evaluate) -> dict[tasks.Name, tasks.Asking]:
             files=tuple(map(storage.absolute, asking.files)),
             images=asking.images and storage.absolute(asking.images),
         )
-        if asking.files:
-            tasks.questions(name, result[name])
+        evaluate.check(name, result[name])
     return result
 
 
@@ -278,19 +279,12 @@ def _claim(job: Job, folder: Path, changed: bool) -> None:
 
 
 def _finished(folder: Path) -> list[str]:
-    return [entry["step"] for entry in _progress(folder)]
-
-
-def _progress(folder: Path) -> list[dict]:
-    path = folder / PROGRESS
-    # half a line, where the machine failed amid it, is of a step that will be found finished at once
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return [entry["step"] for entry in lines.read(folder / PROGRESS)]
 
 
 def _summarise(folder: Path) -> None:
     """metrics.json: the scores, and wall-clock seconds by step and in all, of the runs that finished the steps."""
-    times = {f"wall_s.{entry['step']}": entry["wall_s"] for entry in _progress(folder)}
+    times = {f"wall_s.{entry['step']}": entry["wall_s"] for entry in lines.read(folder / PROGRESS)}
     scores = json.loads((folder / SCORES).read_text()) if (folder / SCORES).exists() else {}
     _write(folder / "metrics.json", {**scores, "wall_s": sum(times.values()), **times})
 

@@ -8,7 +8,7 @@
       llava: {model.vmtc: null, model.cmai: null}
       vmtc: {model.cmai: null}
 
-runs/NAME/study.yaml       the study as given
+runs/NAME/study.yaml       the study as it was done
 runs/NAME/shared/          the run of the shared stages
 runs/NAME/VARIANT-SEED/    a run for each variant and seed
 runs/NAME/tables.html      what came of it; see pipelines/tables.py
@@ -54,7 +54,10 @@ class Study:
             raise ValueError(f"seeds: got {list(self.seeds)}, allowed: each once")
         if taken := {"name", "seed"} & self.job.keys():
             raise ValueError(f"job: got a {min(taken)}, allowed: none, as each run has its own")
-        stages = list(self.job.get("train") or {})
+        stages = self.job.get("train", {})
+        if not isinstance(stages, dict):
+            raise ValueError(f"job.train: got {stages!r}, allowed: a section of stages")
+        stages = list(stages)
         if list(self.shared) != stages[: len(self.shared)] or (self.shared and len(self.shared) == len(stages)):
             raise ValueError(
                 f"shared: got {', '.join(self.shared)}, allowed: the first of the stages {', '.join(stages)}, not all"
@@ -69,18 +72,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Job]:
-    """The study's jobs by name, in the order in which they can be run; ValueError where a variant makes none.
+    """The study's jobs by the names of their folders, in the order in which they can be run.
 
+    ValueError where a variant makes none.
     folder: the study's.  source: an error begins with it.
     """
     result, tree = {}, study.job
     if study.shared:
-        result[SHARED] = shared = _job(tree, {}, SHARED, study.seeds[0], f"{source}: job")
+        result[SHARED] = shared = _job(tree, {}, f"{study.name}-{SHARED}", study.seeds[0], f"{source}: job")
         tree = _going_on(study, shared, folder / SHARED)
     for seed in study.seeds:
         for variant, changes in study.variants.items():
             name = f"{variant}-{seed}"
-            result[name] = _job(tree, changes, name, seed, f"{source}: variants.{variant}")
+            result[name] = _job(tree, changes, f"{study.name}-{name}", seed, f"{source}: variants.{variant}")
     return result
 
 
@@ -110,10 +114,10 @@ def conduct(study: Study, folder: Path, changed: bool = False) -> None:
     folder = folder.resolve()
     todo = jobs(study, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE).write_text(document.write(study))
     with cluster.session():
         for number, (name, job) in enumerate(todo.items(), start=1):
             print(f"[{number}/{len(todo)}] {name}", flush=True)
             run.run(job, folder / name, changed, until=study.shared[-1] if name == SHARED else None)
+    (folder / FILE).write_text(document.write(study))
     tables.tell([folder / name for name in todo if name != SHARED], folder, tables.scorers())
     print(f"{study.name} is finished; its tables: {folder / 'tables.html'}")

@@ -11,12 +11,13 @@ resources: `actors` actors share the CPUs, or take a GPU each
 answers/TASK.jsonl    {"id", "unit", "prompt", …, "response"}, one line a question in the benchmark's order: all that
                       scoring needs.  Until it is complete it is .TASK.jsonl, in the order of the answers.
 answers/speed.jsonl   {"task", "questions", "tokens", "prefill_s", "decode_s", "peak_bytes"}, one line a batch
+answers/asked.json    who was asked, and how: answers of others are never taken for theirs
 """
 
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,17 +29,19 @@ from annotated_types import Ge, MinLen
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines import cluster, easy_vqa, storage
+from pipelines import cluster, easy_vqa, lines, storage
 from pipelines.metrics import peak_bytes
 from pipelines.report import Example
 from pipelines.tasks import TASKS, Asking, Name, questions, spread
 from redux import respondent
 from redux.benchmarks import Question
 from redux.image import Fit, pixels
-from redux.model import ReduxForConditionalGeneration, normalise
+from redux.instructions import splitter
+from redux.model import METHODS, ReduxForConditionalGeneration, normalise
 from redux.respondent import Answers, Respondent
 
 FOLDER = "answers"
+ASKED = "asked.json"
 SPEED = "speed.jsonl"
 
 
@@ -101,7 +104,7 @@ class Answerer:
         batch = self.batches[number]
         try:
             answers = self._answer(batch)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, torch.OutOfMemoryError) as error:
             answers = Answers([""], [0], 0.0, 0.0)
             problem = str(error)
         else:
@@ -136,12 +139,15 @@ def _images(batch: Batch) -> list[bytes | None]:
 def evaluate(subject: Subject, run: Path, settings: Evaluate) -> dict[str, float]:
     """Answer what is not answered yet, into run/answers/; returns all scores by name.
 
-    ValueError where a task's files cannot be read or do not fit.
+    ValueError where a task's files cannot be read or do not fit, or answers of another model, or to other settings, are
+    there.
     """
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
+    _claim(folder, subject, settings)
     asked = {name: questions(name, asking) for name, asking in settings.tasks.items()}
     left = {name: _left(folder, name, each) for name, each in asked.items()}
+    lines.mend(folder / SPEED)
     if any(left.values()):
         _answer(subject, folder, settings, left, sum(map(len, asked.values())))
     for name, each in asked.items():
@@ -149,12 +155,62 @@ def evaluate(subject: Subject, run: Path, settings: Evaluate) -> dict[str, float
     return scores(run, list(asked)) | speed(run)
 
 
+def check(name: Name, asking: Asking) -> None:
+    """ValueError where a task's files cannot be read or do not fit, or the first question's image is not there."""
+    first = questions(name, asking)[0]
+    try:
+        _images(Batch(name, [first], _folder(name, asking), 0))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"evaluate.tasks.{name}.images: {error}") from None
+
+
+def _folder(name: Name, asking: Asking) -> str:
+    """Of the images."""
+    return asking.images or TASKS[name].images or "".join(asking.files[:1])
+
+
+def _claim(folder: Path, subject: Subject, settings: Evaluate) -> None:
+    """Note who is asked, how, and what counts sentences; ValueError where answers of others are there."""
+    config = respondent.settings(subject.model)
+    now = {
+        **asdict(subject),
+        "model_type": config["model_type"],
+        "methods": {name: config.get(name) for name in METHODS} | asdict(subject)["methods"],
+        "splitter": splitter(),
+        "weights": _fingerprint(subject.model),
+        "image": settings.image,
+        **{f"max_new_tokens.{name}": _new_tokens(name, asking) for name, asking in settings.tasks.items()},
+    }
+    now = json.loads(json.dumps(now))
+    path = folder / ASKED
+    before = json.loads(path.read_text()) if path.exists() else {}
+    for key, value in before.items():
+        if now.setdefault(key, value) != value:
+            raise ValueError(f"{folder}: its answers were given with {key} = {value!r}, not {now[key]!r}; move it away")
+    storage.write(str(path), json.dumps(now, indent=2).encode())
+
+
+def _fingerprint(model: str) -> dict[str, int]:
+    """Sizes and times of a model's files, which tell whether it was replaced; nothing of a hub id or a URL."""
+    files = [] if "://" in model else [path.stat() for path in Path(model).glob("*.safetensors")]
+    return {
+        "bytes": sum(file.st_size for file in files),
+        "changed_ns": max((file.st_mtime_ns for file in files), default=0),
+    }
+
+
+def _new_tokens(name: Name, asking: Asking) -> int:
+    return asking.max_new_tokens or TASKS[name].max_new_tokens
+
+
 def _answer(
     subject: Subject, folder: Path, settings: Evaluate, left: Mapping[Name, Sequence[Question]], total: int
 ) -> None:
     """Ask what is left; each batch's answers are appended as they come."""
     cluster.require({"CPU": settings.actors / 2 + 1}, f"evaluate with actors = {settings.actors}")
-    gpu = ray.cluster_resources().get("GPU", 0) >= settings.actors
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if 0 < gpus < settings.actors:
+        raise ValueError(f"evaluate.actors: got {settings.actors}, allowed: up to {gpus:g}, as many as there are GPUs")
     batches = [batch for name, each in left.items() for batch in _batches(name, each, settings)]
     answers = ray.data.range(len(batches), override_num_blocks=len(batches)).map_batches(
         Answerer,
@@ -162,7 +218,7 @@ def _answer(
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=settings.actors),
         num_cpus=0.5,
-        num_gpus=1 if gpu else None,
+        num_gpus=1 if gpus else None,
     )
     done = total - sum(map(len, left.values()))
     with tqdm(desc="evaluate", total=total, initial=done, unit="question") as bar:
@@ -180,12 +236,11 @@ def _answer(
 
 def _batches(name: Name, left: Sequence[Question], settings: Evaluate) -> Iterator[Batch]:
     """Questions of similar length together, so that little is padded; the longest first, as they may not fit."""
-    asking, task = settings.tasks[name], TASKS[name]
+    asking = settings.tasks[name]
     longest = sorted(left, key=lambda question: -len(question.prompt))
     for first in range(0, len(longest), settings.batch):
         part = longest[first : first + settings.batch]
-        images = asking.images or task.images or "".join(asking.files[:1])
-        yield Batch(name, part, images, asking.max_new_tokens or task.max_new_tokens)
+        yield Batch(name, part, _folder(name, asking), _new_tokens(name, asking))
 
 
 def _spent(batch: Batch, block: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -207,22 +262,16 @@ def _partial(folder: Path, name: str) -> Path:
 
 
 def _left(folder: Path, name: str, asked: Sequence[Question]) -> list[Question]:
-    """Questions without an answer on file; a line that a crash tore is cut off."""
+    """Questions without an answer on file."""
+    lines.mend(_partial(folder, name))
     done = _answered(folder, name)
-    if (partial := _partial(folder, name)).exists():
-        whole = [line for line in partial.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        storage.write(str(partial), "".join(whole).encode())
     return [question for question in asked if question.id not in done or not _same(question, done[question.id])]
 
 
 def _answered(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """Rows on file by id, of a task that is complete or not."""
-    found = dict[str, dict[str, Any]]()
-    for path in (folder / f"{name}.jsonl", _partial(folder, name)):
-        if path.exists():
-            lines = path.read_text().splitlines()
-            found |= {row["id"]: row for row in (json.loads(line) for line in lines if line.endswith("}"))}
-    return found
+    files = (folder / f"{name}.jsonl", _partial(folder, name))
+    return {row["id"]: row for path in files for row in lines.read(path)}
 
 
 def _same(question: Question, row: Mapping[str, Any]) -> bool:
@@ -240,8 +289,7 @@ def _complete(folder: Path, name: str, asked: Sequence[Question]) -> None:
 
 def rows(run: Path, name: str) -> list[dict[str, Any]]:
     """A task's answered questions, in its order; none where it was not evaluated."""
-    path = run / FOLDER / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return lines.read(run / FOLDER / f"{name}.jsonl")
 
 
 def scores(run: Path, names: Sequence[str]) -> dict[str, float]:
@@ -258,8 +306,7 @@ def speed(run: Path) -> dict[str, float]:
     """Of all batches: new tokens a second of decoding, of one actor; seconds to the first token of a question; and the
     most memory that an actor had.
     """
-    path = run / FOLDER / SPEED
-    spent = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    spent = lines.read(run / FOLDER / SPEED)
     asked, tokens, first_s, decode_s = (
         sum(each[name] for each in spent) for name in ("questions", "tokens", "prefill_s", "decode_s")
     )
@@ -277,7 +324,7 @@ def examples(subject: Subject, run: Path, count: int) -> list[Example]:
     """`count` answered easy-VQA questions on different images, evenly spread, with what VMTC did to each."""
     first = {row["image"]: row for row in reversed(rows(run, "easy_vqa"))}
     by_image = list(reversed(first.values()))
-    if not (count and by_image):
+    if not (count and by_image and respondent.is_llava(subject.model)):
         return []
     llava = ReduxForConditionalGeneration.from_pretrained(subject.model, **subject.methods).eval()
     result = []

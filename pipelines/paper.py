@@ -29,26 +29,6 @@ TASKS = {
 }
 """The sixteen verifiable instructions, as the section on evaluation lists them."""
 
-IFEVAL = {
-    "T1": "punctuation:no_comma",
-    "T2": "change_case:english_lowercase",
-    "T3": "change_case:english_capital",
-    "T4": "detectable_content:number_placeholders",
-    "T5": "detectable_content:postscript",
-    "T6": "detectable_format:title",
-    "T7": "keywords:existence",
-    "T8": "detectable_format:number_highlighted_sections",
-    "T9": "detectable_format:json_format",
-    "T10": "detectable_format:multiple_sections",
-    "T11": "detectable_format:number_bullet_lists",
-    "T12": "length_constraints:number_sentences",
-    "T13": "length_constraints:number_words",
-    "T14": "combination:two_responses",
-    "T15": "startend:end_checker",
-    "T16": "multi-turn:constrained_start",
-}
-"""What IFEval (Zhou et al. 2023), which the paper takes them from, calls each; the paper gives no such names."""
-
 Value = float | None
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from annotated_types import Ge
 
-from pipelines import ledger, page
+from pipelines import ledger, lines, page
 from pipelines.ledger import Account
 from pipelines.page import ACCENT, FAINT, INK, STYLE, number, quiet, svg
 
@@ -48,6 +48,7 @@ PARTS = {
     "restart": ("restarting", "bad", 0.5),
     "lost": ("done twice", "bad", 1.0),
 }
+TOGETHER = {"strict": "all, strictly", "loose": "all, loosely", "both": "all, and right"}
 CONFUSIONS = 8
 
 
@@ -88,6 +89,16 @@ class Score(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         return wilson(self.correct, self.questions)
+
+
+class Share(NamedTuple):
+    """As Score, with an interval that was drawn: prompts about one question depend on each other."""
+
+    name: str
+    questions: int
+    correct: int
+    accuracy: float
+    interval: tuple[float, float]
 
 
 class Confusion(NamedTuple):
@@ -159,8 +170,8 @@ def write(run: Path, examples: Sequence[Example]) -> Path:
     """Write `run/report.html` from what the run folder holds, and return its path.
 
     Read, where present: job.yaml, metrics.json (flat: dotted name -> number), metrics.jsonl (one step a line),
-    answers/easy_vqa.jsonl (one test question a line) and ledger.jsonl (one event a line).  A reader of the old report
-    never sees half of the new one.
+    answers/ (of easy_vqa and instructions one question a line) and ledger.jsonl (one event a line).  A reader of the old
+    report never sees half of the new one.
     """
     return page.write(run / "report.html", _render(run, examples))
 
@@ -182,7 +193,7 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 def _render(run: Path, examples: Sequence[Example]) -> str:
     job = _text(run / "job.yaml")
     metrics = json.loads(_text(run / "metrics.json") or "{}")
-    stages = _stages(_lines(run / "metrics.jsonl"))
+    stages = _stages(lines.read(run / "metrics.jsonl"))
     answers = _judged(run / "answers" / "easy_vqa.jsonl")
     account = ledger.read(run).account
     return page.render(
@@ -192,7 +203,8 @@ def _render(run: Path, examples: Sequence[Example]) -> str:
         metrics=metrics,
         total=_total(metrics, answers),
         scores=_scores(answers),
-        followed=_followed(metrics),
+        followed=_followed(lines.read(run / "answers" / "instructions.jsonl")),
+        splitter=json.loads(_text(run / "answers" / "asked.json") or "{}").get("splitter"),
         asked=Score("all", sum(row["correct"] for row in answers), len(answers)),
         confusions=_confusions(answers),
         wrong=sum(not row["correct"] for row in answers),
@@ -211,14 +223,10 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _text(path).splitlines() if line.strip()]
-
-
 def _judged(path: Path) -> list[dict[str, Any]]:
     from pipelines import easy_vqa
 
-    return [row | {"correct": easy_vqa.right(row)} for row in _lines(path)]
+    return [row | {"correct": easy_vqa.right(row)} for row in lines.read(path)]
 
 
 def _name(job: str) -> str | None:
@@ -228,10 +236,10 @@ def _name(job: str) -> str | None:
     return str(values["name"]) if isinstance(values, Mapping) and values.get("name") else None
 
 
-def _stages(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+def _stages(record: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """Steps by stage, in the order of the record."""
     steps: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for line in lines:
+    for line in record:
         steps[line["stage"]].append(line)
     return dict(steps)
 
@@ -255,17 +263,21 @@ def _scores(answers: Iterable[Mapping[str, Any]]) -> list[Score]:
     return [Score(name, right[name], count) for name, count in asked.most_common()]
 
 
-def _followed(metrics: Mapping[str, float]) -> list[Score]:
+def _followed(rows: Sequence[Mapping[str, Any]]) -> list[Share]:
     """Of each instruction how often it was followed, strictly; then of all together, and with the right answer too."""
-    prefix = "instructions.strict."
-    shares = {name.removeprefix(prefix): share for name, share in metrics.items() if name.startswith(prefix)}
-    prompts = int(metrics.get("instructions.questions", 0))
-    each = prompts // max(len(shares), 1)
-    result = [Score(name, round(share * each), each) for name, share in shares.items()]
-    means = {"all": "instructions.strict", "all, loosely": "instructions.loose", "all, and right": "instructions.both"}
-    return result + [
-        Score(name, round(metrics[of] * prompts), prompts) for name, of in means.items() if shares and of in metrics
-    ]
+    if not rows:
+        return []
+    from pipelines import statistics
+    from redux.benchmarks import instructions
+
+    metrics = instructions.metrics(rows)
+    prefix, result = "strict.", []
+    named = {name: name.removeprefix(prefix) for name in metrics if name.startswith(prefix)}
+    named |= {name: told for name, told in TOGETHER.items() if name in metrics}
+    for name, told in named.items():
+        found, asked = statistics.interval([metrics[name]]), len(metrics[name].outcomes)
+        result.append(Share(told, asked, round(found.value * asked), found.value, (found.low, found.high)))
+    return result
 
 
 def _confusions(answers: Iterable[Mapping[str, Any]]) -> list[Confusion]:

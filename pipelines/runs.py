@@ -18,14 +18,14 @@ from typing import Any
 
 import yaml
 
-from pipelines.paper import IFEVAL
+from pipelines import lines
 from redux.benchmarks import Metric, Row
 from redux.model import METHODS, ReduxConfig
 from redux.presets import Preset
 
 IDLE = (
     "name", "seed", "workers", "checkpoints", "recovery", "report", "trackers", "data.tolerance",
-    "evaluate.actors", "evaluate.images", "evaluate.image", *(f"model.{name}" for name in METHODS), "model.checkpoint",
+    "evaluate.actors", "evaluate.batch", "evaluate.image", *(f"model.{name}" for name in METHODS),
 )  # fmt: skip
 """What of a job makes no other family: it is the seed, the method, or tells nothing of the result."""
 
@@ -33,8 +33,7 @@ PATCHES, BLOCKS = 576, 23
 """Of an image in CLIP ViT-L/14 at 336 pixels: what a run has whose tower nothing is known of."""
 
 Scorers = Mapping[str, Callable[[Sequence[Row]], dict[str, Metric]]]
-"""By the name of a benchmark, what makes metrics of its rows; "strict" of the instructions has an outcome for each row,
-in order."""
+"""By the name of a task, what makes metrics of its rows."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Run:
 
     job: as resolved.  source: the job that trained what it asks; its own but for runs that ask another's checkpoint.
     numbers: of scores.json and metrics.json, flat.  metrics: of its answers, such as "gqa.accuracy".
+    asked: who was asked, and how, as the evaluation noted it.
     """
 
     folder: Path
@@ -50,6 +50,25 @@ class Run:
     source: dict[str, Any]
     numbers: dict[str, float]
     metrics: dict[str, Metric]
+    asked: dict[str, Any]
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it asked a model of another kind than LLaVA."""
+        return bool(self.asked.get("model_type", "llava") != "llava")
+
+    @property
+    def methods(self) -> Preset:
+        """What it answered with."""
+        return methods(self.asked.get("methods") or _told(self.job))
+
+    @property
+    def learned(self) -> Preset:
+        """What it was trained with; of a checkpoint from elsewhere what that has, where nothing else was asked for."""
+        if self.source is not self.job or self.job.get("train"):
+            return methods(_told(self.source))
+        own = self.asked.get("methods", {})
+        return methods({name: None if value else own.get(name) for name, value in _told(self.job).items()})
 
     @property
     def seed(self) -> int:
@@ -61,13 +80,14 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return None
-        return sum(step.get(part) or 0.0 for step in lines(path) for part in ("compute_s", "data_s", "stall_s"))
+        return sum(step.get(part) or 0.0 for step in lines.read(path) for part in ("compute_s", "data_s", "stall_s"))
 
     @cached_property
     def config(self) -> ReduxConfig | None:
         """The model's own, where the run folder has it."""
-        found = [*sorted(self.folder.glob("checkpoints/*/model/config.json")), self.folder / "assembled/config.json"]
-        return next((ReduxConfig.from_pretrained(path.parent) for path in found if path.exists()), None)
+        stages = [f"checkpoints/{stage}/model" for stage in reversed(list(self.job.get("train") or {}))]
+        found = (self.folder / name for name in (*stages, "assembled"))
+        return next((ReduxConfig.from_pretrained(path) for path in found if (path / "config.json").exists()), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +95,14 @@ class Model:
     """Runs that differ in nothing but the seed, by seed.
 
     methods: what it answers with.  described: whether it knew images by its own descriptions alone.
-    trained: whether it learned with the methods that it answers with.
+    trained: whether it learned with the methods that it answers with.  foreign: it is no LLaVA.
     """
 
     runs: tuple[Run, ...]
     methods: Preset
     described: bool
     trained: bool
+    foreign: bool
 
     @property
     def job(self) -> dict[str, Any]:
@@ -173,7 +194,9 @@ def find(paths: Sequence[Path], scorers: Scorers) -> tuple[list[Family], list[st
 def _folders(path: Path) -> list[Path]:
     if (path / "job.yaml").exists():
         return [path]
-    return [found.parent for pattern in ("*/job.yaml", "*/*/job.yaml") for found in sorted(path.glob(pattern))]
+    found = [each.parent for pattern in ("*/job.yaml", "*/*/job.yaml") for each in sorted(path.glob(pattern))]
+    # what a study trains once for all is not asked anything
+    return [folder for folder in found if not (folder.name == "shared" and (folder.parent / "study.yaml").exists())]
 
 
 def read(folder: Path, scorers: Scorers) -> Run:
@@ -181,40 +204,33 @@ def read(folder: Path, scorers: Scorers) -> Run:
     job, numbers = _yaml(folder / "job.yaml"), dict[str, float]()
     for name in ("scores.json", "metrics.json"):
         if (folder / name).exists():
-            numbers |= json.loads((folder / name).read_text())
+            numbers |= _json(folder / name)
     metrics: dict[str, Metric] = {}
     for path in sorted((folder / "answers").glob("*.jsonl")):
         if path.stem in scorers:
-            metrics |= _scored(path.stem, lines(path), scorers[path.stem])
-    return Run(folder, job, _source(job), numbers, metrics)
+            try:
+                scored = scorers[path.stem](lines.read(path))
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}: a row lacks or misuses {error}, allowed: rows as an evaluation writes"
+                ) from None
+            metrics |= {f"{path.stem}.{name}": metric for name, metric in scored.items()}
+    asked = folder / "answers" / "asked.json"
+    return Run(folder, job, _source(job), numbers, metrics, _json(asked) if asked.exists() else {})
 
 
-def _scored(task: str, rows: Sequence[Row], scorer: Callable[[Sequence[Row]], dict[str, Metric]]) -> dict[str, Metric]:
-    """A benchmark's metrics by full name; of the instructions also success in each, "instructions.T1" and on."""
-    metrics = scorer(rows)
-    result = {f"{task}.{name}": metric for name, metric in metrics.items()}
-    if task == "instructions":
-        ids = [row["instruction_id"] for row in rows]
-        for column, id in IFEVAL.items():
-            own = [each for each, asked in zip(metrics["strict"].outcomes, ids, strict=True) if asked == id]
-            if own:
-                result[f"{task}.{column}"] = Metric(own)
-    return result
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a file of lines; ValueError with file and line for one that is none."""
-    result = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            result.append(json.loads(line))
-        except ValueError:
-            raise ValueError(f"{path}:{number}: got {line[:60]!r}, allowed: an object of JSON") from None
-    return result
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: got {error}, allowed: an object of JSON") from None
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    job = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        job = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: no YAML: {error}") from None
     if not isinstance(job, dict) or not isinstance(job.get("model"), dict):
         raise ValueError(f"{path}: got no section model, allowed: a job as a run writes it")
     return job
@@ -228,16 +244,22 @@ def _source(job: dict[str, Any]) -> dict[str, Any]:
     before = next((_yaml(folder / "job.yaml") for folder in above if (folder / "job.yaml").exists()), None)
     if before is None or not job.get("train"):
         return before or job
-    return job | {"model": job["model"] | {part: before["model"].get(part) for part in ("tower", "language")}}
+    own = ("tower", "language", *(name for name in METHODS if job["model"].get(name) == "own"))
+    return job | {"model": job["model"] | {part: before["model"].get(part) for part in own}}
 
 
-def methods(job: Mapping[str, Any], shows: str = "") -> Preset:
-    """What a job's model has of the method, typed."""
+def _told(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job says of the method; what is a checkpoint's own it does not know."""
+    return {name: None if (value := job["model"].get(name)) == "own" else value for name in METHODS}
+
+
+def methods(told: Mapping[str, Any], shows: str = "") -> Preset:
+    """Settings of the method, typed."""
     return Preset(
         shows=shows,
         **{
             name: kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-            if (values := job["model"].get(name)) is not None
+            if (values := told.get(name)) is not None
             else None
             for name, kind in METHODS.items()
         },
@@ -262,7 +284,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def _models(family: Sequence[Run], notes: list[str]) -> Iterator[Model]:
     alike = defaultdict[str, dict[int, Run]](dict)
     for run in family:
-        kind = [asdict(methods(run.job)), asdict(methods(run.source)), _described(run)]
+        kind = [asdict(run.methods), asdict(run.learned), _described(run)]
         seeds = alike[json.dumps(kind, sort_keys=True)]
         if run.seed in seeds:
             notes.append(f"{run.folder} has settings and seed of {seeds[run.seed].folder} and is left out.")
@@ -270,8 +292,8 @@ def _models(family: Sequence[Run], notes: list[str]) -> Iterator[Model]:
             seeds[run.seed] = run
     for seeds in alike.values():
         runs = tuple(seeds[seed] for seed in sorted(seeds))
-        own = methods(runs[0].job)
-        yield Model(runs, own, _described(runs[0]), own == methods(runs[0].source))
+        own, foreign = runs[0].methods, runs[0].foreign
+        yield Model(runs, own, _described(runs[0]), own == runs[0].learned and not foreign, foreign)
 
 
 def _described(run: Run) -> bool:
@@ -302,7 +324,7 @@ def _sizes(flat: Mapping[str, Any]) -> str:
         for part, name in (("tower", "tower"), ("language", "language model"))
         if f"model.{part}.hidden_size" in flat
     ]
-    return ", ".join(parts) or "sizes unknown"
+    return ", ".join(parts) or Path(str(flat.get("model.checkpoint") or "sizes unknown")).name
 
 
 def changes(value: Any) -> dict[str, Any]:

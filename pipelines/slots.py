@@ -89,7 +89,8 @@ def fitting(preset: Preset, patches: int) -> Preset:
 
 
 def command(slot: Slot, family: Family) -> str:
-    """`redux run` with the job of a run of this family, under another name and with what else has to be another.
+    """`redux run` with the job of a run of this family, under another name beside it, and with what else has to be
+    another.
 
     The row's budget and parts are the preset's, whatever it leaves open is as in the family's other models.
     """
@@ -103,7 +104,8 @@ def command(slot: Slot, family: Family) -> str:
             overrides.append(f"model.{part}={_flow(wanted.methods[part])}")
     if slot.described != like.described:
         overrides.append(f"evaluate.image={'described' if slot.described else 'seen'}")
-    return shlex.join(["redux", "run", str(like.runs[0].folder / "job.yaml"), *overrides])
+    folder = like.runs[0].folder
+    return shlex.join(["redux", "run", str(folder / "job.yaml"), *overrides, "--into", str(folder.parent)])
 
 
 def _ranked(family: Family) -> list[Model]:

@@ -13,14 +13,16 @@ runs of 3,488 instructions.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pipelines import paper, statistics
-from pipelines.runs import Family, Model, changes, lines
+from pipelines import lines, paper, statistics
+from pipelines.runs import Family, Model, changes
 from pipelines.slots import Slot, command, fills, kind
 from pipelines.statistics import Difference, Interval
 from redux.benchmarks import Metric
 from redux.cost import cost, step
+from redux.instructions import INSTRUCTIONS
 from redux.model import METHODS
 from redux.presets import PRESETS, Preset
 from redux.reduction import SPATIAL, Reduction
@@ -98,7 +100,12 @@ class Prompt:
 
 IF = Column("IF", "instructions.strict", paper="IF")
 OURS = (Column("right", "instructions.right"), Column("both", "instructions.both"))
-TASKS = tuple(Column(name, f"instructions.{name}", paper=name, about=about) for name, about in paper.TASKS.items())
+TASKS = tuple(
+    Column(
+        f"T{each.task}", f"instructions.strict.{each.name}", paper=f"T{each.task}", about=paper.TASKS[f"T{each.task}"]
+    )
+    for each in INSTRUCTIONS.values()
+)
 BENCHMARKS = (
     Column("GQA", "gqa.accuracy", paper="GQA"),
     Column("VQAv2", "vqav2.accuracy", paper="VQAv2"),
@@ -373,6 +380,8 @@ def _sorted(models: Sequence[Model]) -> list[Model]:
 
 def name(model: Model, family: Family) -> str:
     """What tells a model from the others of its family, in few words."""
+    if model.foreign:
+        return Path(str(model.job["model"].get("checkpoint"))).name
     own, parts = kind(model.methods, model.described), _parts(model)
     alike = [
         each for each in family.models if (kind(each.methods, each.described), each.trained) == (own, model.trained)
@@ -446,9 +455,9 @@ def prompts(family: Family, followed: Callable[[Sequence[Any]], dict[str, Metric
     """
     answers = {}
     for model in family.models:
-        path = model.runs[0].folder / "answers" / "instructions.jsonl"
-        if path.exists() and kind(model.methods, model.described) in KINDS and model.trained:
-            answers[name(model, family)] = {row["id"]: row for row in lines(path)}
+        rows = lines.read(model.runs[0].folder / "answers" / "instructions.jsonl")
+        if rows and kind(model.methods, model.described) in KINDS and model.trained:
+            answers[name(model, family)] = {row["id"]: row for row in rows}
     if not answers:
         return []
     first = next(iter(answers.values()))

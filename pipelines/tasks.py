@@ -31,7 +31,9 @@ class Task(NamedTuple):
 
 def _instructions(*prompts: str) -> list[Question]:
     """Those of frozen files; without one about easy-VQA's images."""
-    return [each for path in prompts for each in obedience.read(path)] or obedience.questions(easy_vqa.asked())
+    if not prompts:
+        return obedience.questions(easy_vqa.asked())
+    return [each for path in prompts for each in obedience.read(path)]
 
 
 TASKS: dict[str, Task] = {
@@ -49,7 +51,8 @@ class Asking:
     files: the benchmark's own, paths or URLs; easy_vqa needs none, and instructions are about its images unless a file
         is given that `redux instructions` froze.
     images: folder or URL of the images; null where they are within the files, or in the folder that is given.
-    limit: ask only so many questions, evenly spread.
+    limit: ask only about so many images (or, where a question is asked several times, so many of these), evenly
+        spread, but all about each: some scores need them together.
     max_new_tokens: of an answer; null is the benchmark's own.
     """
 
@@ -66,7 +69,9 @@ def questions(name: Name, asking: Asking) -> list[Question]:
     except ValueError as error:
         raise ValueError(f"evaluate.tasks.{name}.files: {error}") from None
     if asking.limit:
-        found = [found[place] for place in spread(len(found), asking.limit)]
+        units = list(dict.fromkeys(each.unit for each in found))
+        kept = {units[place] for place in spread(len(units), asking.limit)}
+        found = [each for each in found if each.unit in kept]
     if not found:
         raise ValueError(f"evaluate.tasks.{name}.files: no questions in {', '.join(asking.files)}, allowed: some")
     [(id, times)] = Counter(each.id for each in found).most_common(1)

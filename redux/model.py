@@ -13,7 +13,7 @@ Shapes: batch, images, patches, tokens (visual tokens that reach the language mo
 
 import dataclasses
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
@@ -100,26 +100,33 @@ class Language(Transformer):
             )
 
 
+Own = Literal["own"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """A model: its two parts, the modules of the method (null: off), or in VMTC's place a rival of it.
 
     tower, language: sizes of parts to build from nothing; or folders, hub ids or URLs (s3://) of pretrained ones.
     gguf_file: the file in `language` that holds language model and tokenizer.
-    checkpoint: folder, hub id or URL of a whole model in place of parts, whose own settings of the method give way to
-        those here.  To be trained it must be a LLaVA.
+    checkpoint: folder, hub id or URL of a whole model in place of parts.  To be trained it must be a LLaVA.
+    vmtc, cmai, reduction: "own" is what the checkpoint has; of a model from parts it is both modules at their defaults
+        and no reduction.
     """
 
     tower: Tower | str | None = None
     language: Language | str | None = None
     gguf_file: str | None = None
     checkpoint: str | None = None
-    vmtc: VMTC | None = VMTC()
-    cmai: CMAI | None = CMAI()
-    reduction: Reduction | None = None
+    vmtc: VMTC | Own | None = "own"
+    cmai: CMAI | Own | None = "own"
+    reduction: Reduction | Own | None = "own"
 
     def __post_init__(self) -> None:
-        if self.vmtc and self.reduction:
+        for name, value in {} if self.checkpoint else {"vmtc": VMTC(), "cmai": CMAI(), "reduction": None}.items():
+            if getattr(self, name) == "own":
+                object.__setattr__(self, name, value)
+        if self.vmtc and self.reduction and "own" not in (self.vmtc, self.reduction):
             raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other null")
         if self.checkpoint:
             if self.tower or self.language or self.gguf_file:
@@ -154,8 +161,8 @@ class Model:
 
     @property
     def methods(self) -> dict[str, Any]:
-        """The settings of the method, by their names in `METHODS`."""
-        return {name: getattr(self, name) for name in METHODS}
+        """The settings of the method, by their names in `METHODS`, without those that are a checkpoint's own."""
+        return {name: value for name in METHODS if (value := getattr(self, name)) != "own"}
 
 
 def _kind(part: Transformer | str) -> str:
@@ -192,10 +199,6 @@ class ReduxConfig(LlavaConfig):
             raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other None")
         self.settings("cmai")  # a mistake is told before anything is built
         self.image_seq_length = self.tokens + (self.whole and self.has_class_token)
-
-    def but(self, **changes: Any) -> "ReduxConfig":
-        """The same with other values, checked anew."""
-        return type(self)(**{**self.to_dict(), **changes})
 
     def settings(self, name: str) -> Any:
         """The part of the method under a name of `METHODS`, None if off; ValueError for settings it does not have."""
@@ -412,7 +415,7 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
                     name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs
                 }
                 config = cls.config_class.from_pretrained(config or folder, **where)
-            config = config.but(**changes)
+            config = cls.config_class(**{**config.to_dict(), **changes})
             return super().from_pretrained(folder, *args, config=config, **kwargs)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
@@ -438,9 +441,11 @@ def image_tokens(model: Model) -> int:
     """Visual tokens of one image that reach the language model, of one that is built from sizes."""
     assert isinstance(model.tower, Tower)
     patches = (model.tower.image_size // model.tower.patch_size) ** 2
-    if model.reduction:
+    if isinstance(model.reduction, Reduction):
         return model.reduction.count(patches)
-    return model.vmtc.tokens_left(patches, model.tower.num_hidden_layers - 1) if model.vmtc else patches
+    return (
+        model.vmtc.tokens_left(patches, model.tower.num_hidden_layers - 1) if isinstance(model.vmtc, VMTC) else patches
+    )
 
 
 def build(model: Model, tokenizer: PreTrainedTokenizerBase) -> ReduxForConditionalGeneration:

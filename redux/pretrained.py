@@ -133,7 +133,7 @@ def reconfigured(checkpoint: str | PathLike, **methods: Any) -> ReduxConfig:
             raise ValueError(f"checkpoint: got {checkpoint}, allowed: folder or hub id of a LLaVA") from error
         if kind != ReduxConfig.model_type:
             raise ValueError(f"checkpoint: got {checkpoint} of model_type {kind}, allowed: {ReduxConfig.model_type}")
-        config = ReduxConfig.from_pretrained(folder).but(**methods)
+        config = ReduxConfig(**{**ReduxConfig.from_pretrained(folder).to_dict(), **methods})
     with torch.device("meta"):  # all that a model refuses when it is built
         ReduxForConditionalGeneration(config)
     return config

@@ -34,6 +34,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import CONFIG_NAME
 
 from redux.conversation import IMAGE, TEMPLATES, Template, encode, pad
 from redux.image import Fit, pixels, rgb
@@ -342,7 +343,7 @@ def load(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with fetched(path, what="model") as folder:
         respondent: Respondent
-        if _is_llava(folder):
+        if is_llava(folder):
             llava = (
                 ReduxForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", **methods).eval().to(place)
             )
@@ -355,20 +356,31 @@ def load(
     return Described(respondent) if image == "described" else respondent
 
 
-def _is_llava(folder: str) -> bool:
-    """Whether the model is a LLaVA that redux runs, or another (Pixtral calls itself a LLaVA, too)."""
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(folder)
-    except OSError as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"model: got {folder}, allowed: a folder, hub id or URL of a model; {why}") from error
-    kind = config.get("model_type")
-    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+def is_llava(path: str | PathLike) -> bool:
+    """Whether the model in a folder, hub id or URL is a LLaVA that redux runs, or another.  Raises as `settings`."""
+    config = settings(path)
+    # Pixtral calls itself a LLaVA, too
+    tower = config.get("vision_config", {}).get("model_type", "clip_vision_model")
+    return bool(config["model_type"] == "llava" and tower in TOWERS)
+
+
+def settings(path: str | PathLike) -> dict[str, Any]:
+    """The configuration of the model in a folder, hub id or URL.
+
+    ValueError where it is no image-text-to-text model of transformers.
+    """
+    with fetched(path, [CONFIG_NAME], "model") as folder:
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(folder)
+        except OSError as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"model: got {path}, allowed: a folder, hub id or URL of a model; {why}") from error
+    if (kind := config.get("model_type")) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(
-            f"model_type: got {kind} in the config.json of {folder}, "
+            f"model_type: got {kind} in the config.json of {path}, "
             "allowed: llava or another image-text-to-text model of transformers"
         )
-    return kind == "llava" and config.get("vision_config", {}).get("model_type", "clip_vision_model") in TOWERS
+    return config
 
 
 def _processor(folder: str) -> Any:

@@ -58,7 +58,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Plan]]:
 
 def test_the_parts_are_assembled_before_the_first_stage(load: Callable[..., Job], tmp_path: Path) -> None:
     assert list(steps(load(), tmp_path)) == ["assemble", "pretrain", "instruct", "report"]
-    easy = load("data.source=easy-vqa", "evaluate={}")
+    easy = load("data.source=easy-vqa", "train.pretrain.data=captions", "evaluate={}")
     assert list(steps(easy, tmp_path)) == ["shards", "assemble", "pretrain", "instruct", "evaluate", "report"]
 
 

@@ -13,7 +13,11 @@ FOLDER = Path(__file__).parents[2] / "jobs"
 FILES = sorted(FOLDER.rglob("*.yaml"))
 SHIPPED = [path for path in FILES if "variants" not in document.plain(path)]
 STUDIES = [path for path in FILES if path not in SHIPPED]
-NAMES = {"quickstart", *(f"llava-1.5-{size}{method}" for size in ("7b", "13b") for method in ("", "-redux"))}
+NAMES = {
+    "quickstart",
+    "evaluate",
+    *(f"llava-1.5-{size}{method}" for size in ("7b", "13b") for method in ("", "-redux")),
+}
 
 
 def test_jobs_are_shipped() -> None:

@@ -1,13 +1,15 @@
 """A study's jobs are what a user would write by hand, share what they can, and each mistake is told before any runs."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from jobs import study
+from jobs import command, study
 from jobs.study import Study
+from pipelines import lines
 
 FILE = Path(__file__).parents[2] / "jobs" / "reproduce" / "mini.yaml"
 
@@ -37,12 +39,13 @@ def test_variants_differ_in_what_they_say_and_in_nothing_else(tmp_path: Path) ->
     mini = study.load(FILE)
     jobs = study.jobs(mini, tmp_path)
     plain = jobs["llava-0"]
-    assert (plain.model.vmtc, plain.model.cmai, plain.model.reduction) == (None, None, None)
+    assert (plain.model.vmtc, plain.model.cmai, plain.model.reduction) == (None, None, "own")
     methods = {name: jobs[f"{name}-0"].model.methods for name in mini.variants}
-    assert [name for name, each in methods.items() if each["vmtc"]] == ["vmtc", "both"]
-    assert [name for name, each in methods.items() if each["cmai"]] == ["cmai", "both"]
-    assert [name for name, each in methods.items() if each["reduction"]] == ["spd", "random", "prumerge"]
+    assert [name for name, each in methods.items() if each.get("vmtc")] == ["vmtc", "both"]
+    assert [name for name, each in methods.items() if each.get("cmai")] == ["cmai", "both"]
+    assert [name for name, each in methods.items() if each.get("reduction")] == ["spd", "random", "prumerge"]
     for variant in mini.variants:
+        assert jobs[f"{variant}-0"].name == f"mini-{variant}-0", "names of checkpoints and trackers tell studies apart"
         assert jobs[f"{variant}-0"].seed == 0
         assert jobs[f"{variant}-1"].seed == 1
         assert jobs[f"{variant}-1"].model == jobs[f"{variant}-0"].model
@@ -69,9 +72,63 @@ def test_without_shared_stages_each_run_is_the_whole_job(tmp_path: Path) -> None
         ({"shared": ["pretrain"]}, "shared: got pretrain, allowed: the first of the stages tower, pretrain, instruct"),
         ({"shared": ["tower", "pretrain", "instruct"]}, "shared: got .*, allowed: the first of the stages .*, not all"),
         ({"job": {"name": "x"}}, "job: got a name, allowed: none"),
+        ({"job": {"train": 5}}, r"job\.train: got 5, allowed: a section of stages"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_variant(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told) as error:
         load(tmp_path, **changes)
     assert "\n" not in str(error.value)
+
+
+TINY = """
+name: tiny
+shared: [pretrain]
+seeds: [0, 1]
+job:
+  data: {samples_per_shard: 2000}
+  model:
+    tower:
+      {image_size: 16, patch_size: 8, num_hidden_layers: 3, hidden_size: 16, num_attention_heads: 2,
+       intermediate_size: 16}
+    language: {num_hidden_layers: 2, hidden_size: 16, num_attention_heads: 2, intermediate_size: 16}
+    vmtc: null
+    cmai: null
+  train:
+    pretrain: &stage
+      {objective: language, data: captions, template: plain, steps: 2, global_batch: 4, micro_batch: 4,
+       learning_rate: {projector: 1e-3}}
+    instruct: {<<: *stage, data: conversations, template: vicuna_bare}
+  evaluate: {tasks: {instructions: {limit: 2, max_new_tokens: 4}}}
+variants:
+  llava: {}
+  random: {model.reduction: {method: random, ratio: 0.5}}
+"""
+
+
+@pytest.mark.slow
+def test_a_study_trains_what_is_shared_once_and_goes_on_where_it_was(
+    tmp_path: Path, ray_cluster: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    words = ["run", str(path), "--into", str(tmp_path / "runs")]
+    assert command.main(words) == 0
+    folder = tmp_path / "runs" / "tiny"
+    runs = [f"{variant}-{seed}" for seed in (0, 1) for variant in ("llava", "random")]
+    for name in runs:
+        assert [line["step"] for line in lines.read(folder / name / "progress.jsonl")] == [
+            "assemble", "instruct", "evaluate", "report",
+        ]  # fmt: skip
+        assert (folder / name / "report.html").exists()
+    assert [line["step"] for line in lines.read(folder / "shared" / "progress.jsonl")] == ["shards", "pretrain"]
+    told = (folder / "tables.md").read_text()
+    assert "| LLaVA-1.5 | 2 seeds" in told
+    assert "shared" not in told
+    before = {name: (folder / name / "metrics.jsonl").stat().st_mtime_ns for name in [*runs[1:], "shared"]}
+    shutil.rmtree(folder / runs[0])
+    capfd.readouterr()
+    assert command.main(words) == 0
+    assert (folder / runs[0] / "report.html").exists()
+    assert before == {name: (folder / name / "metrics.jsonl").stat().st_mtime_ns for name in before}
+    assert "tiny is finished; its tables: " in capfd.readouterr().out

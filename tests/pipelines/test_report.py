@@ -128,14 +128,23 @@ def test_accuracy_by_type_equals_a_hand_count(run: Path):
 
 
 def test_instructions_are_shown_one_by_one_and_together(run: Path):
-    strict = {"json": 0.25, "no comma": 1.0}
-    metrics = {f"instructions.strict.{name}": share for name, share in strict.items()}
-    metrics |= {"instructions.questions": 80, "instructions.strict": 0.625, "instructions.both": 0.1}
-    (run / "metrics.json").write_text(json.dumps(metrics))
+    said = {"punctuation:no_comma": ["red", "yes, red"], "detectable_format:json_format": ['{"answer": "red"}', "red"]}
+    rows = [
+        {"unit": f"q{number}", "task": task, "instruction_id": id, "kwargs": {}, "answer": "red", "response": response}
+        for task, (id, responses) in zip((1, 9), said.items(), strict=True)
+        for number in range(40)
+        for response in [responses[number >= 10]]
+    ]
+    jsonl(run / "answers" / "instructions.jsonl", rows)
+    (run / "answers" / "asked.json").write_text('{"splitter": "regex"}')
     read = page(run)
     assert read.row("json")[1:4] == ["40", "10", "25.0 %"]
-    assert read.row("no comma")[1:4] == ["40", "40", "100.0 %"]
-    assert read.row("all, and right")[1:4] == ["80", "8", "10.0 %"]
+    assert read.row("no comma")[1:4] == ["40", "10", "25.0 %"]
+    assert read.row("all, strictly")[1:4] == ["80", "20", "25.0 %"]
+    assert read.row("all, and right")[1:4] == ["80", "20", "25.0 %"]
+    low, high = (float(end.split()[0]) for end in read.row("all, strictly")[4].split("–"))
+    assert high - low > 25, "forty questions, not eighty"
+    assert "regular expressions, not by Punkt" in read.words
 
 
 def test_wrong_answers_are_counted_most_frequent_first(run: Path):
@@ -276,8 +285,8 @@ def test_the_same_run_gives_the_same_bytes_and_leaves_no_other_file(run: Path):
 
 def test_a_report_that_fails_leaves_the_old_one(run: Path):
     old = write(run, []).read_bytes()
-    (run / "metrics.jsonl").write_text("{half a li")
-    with pytest.raises(json.JSONDecodeError):
+    (run / "metrics.jsonl").write_text("{half a line\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 1: got"):
         write(run, [])
     assert (run / "report.html").read_bytes() == old
 

@@ -16,12 +16,13 @@ from jobs import command as command_line
 from jobs import schema
 from jobs.tables import cells, tell
 from pipelines import statistics
-from pipelines.paper import IFEVAL, TABLE_1, TABLE_3
+from pipelines.paper import TABLE_1, TABLE_3
 from pipelines.runs import changes, find
 from pipelines.slots import command, fills, fitting
 from pipelines.tables import SLOTS, Line, Table, build, prompts
 from redux.benchmarks import Metric, Outcome, Row
 from redux.cost import cost
+from redux.instructions import INSTRUCTIONS
 from redux.presets import PRESETS, Preset, llava
 from tests.pipelines.test_report import ATTACK, Page
 
@@ -41,7 +42,11 @@ def instructions(rows: Sequence[Row]) -> dict[str, Metric]:
             1 / len(groups),
         )
 
-    return {"strict": metric(["follows"]), "right": metric(["right"]), "both": metric(["follows", "right"])}
+    whole = {"strict": metric(["follows"]), "right": metric(["right"]), "both": metric(["follows", "right"])}
+    for each in INSTRUCTIONS.values():
+        own = [outcome for outcome in whole["strict"].outcomes if outcome.group == f"T{each.task}"]
+        whole[f"strict.{each.name}"] = Metric(own)
+    return whole
 
 
 def easy_vqa(rows: Sequence[Row]) -> dict[str, Metric]:
@@ -64,20 +69,28 @@ def write_run(runs: Path, name: str, seed: int = 0, skill: float = 0.4, said: st
         section[last] = value
     (folder / "job.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
     random = np.random.default_rng([seed, *name.encode()])
-    luck = random.random((QUESTIONS, len(IFEVAL), 2)) < skill
+    luck = random.random((QUESTIONS, len(INSTRUCTIONS), 2)) < skill
     rows = [
         {
-            "id": f"{task}-{unit}", "unit": f"q{unit}", "task": task, "instruction_id": id, "kwargs": {},
+            "id": f"{task}-{unit}", "unit": f"q{unit}", "task": task, "instruction_id": each.id, "kwargs": {},
             "prompt": f"Question {unit}? {task} & more", "question": f"Question {unit}?", "answer": "right",
             "response": said + " ".join(np.array(["follows", "right"])[luck[unit, place]]),
         }
-        for place, (task, id) in enumerate(IFEVAL.items())
+        for place, each in enumerate(INSTRUCTIONS.values())
+        for task in [f"T{each.task}"]
         for unit in range(QUESTIONS)
     ]  # fmt: skip
     jsonl(folder / "answers/instructions.jsonl", rows)
     seen = random.random(200) < skill + 0.4
     rows = [
-        {"id": str(n), "unit": str(n // 5), "prompt": "what?", "answer": "a", "response": "a" if right else "b"}
+        {
+            "id": str(n),
+            "unit": str(n // 5),
+            "prompt": "what?",
+            "type": "shape",
+            "answer": "a",
+            "response": "ba"[int(right)],
+        }
         for n, right in enumerate(seen)
     ]
     jsonl(folder / "answers/easy_vqa.jsonl", rows)
@@ -141,12 +154,12 @@ def test_a_cell_is_the_mean_over_seeds_counted_by_hand(runs: Path, tables: dict[
     both = [answered(runs / name, "instructions") for name in ("b0", "b1")]
     for column, wanted in (
         ("AVG", [each for rows in both for each in rows]),
-        ("T9", [each for rows in both for each in rows if each["instruction_id"] == IFEVAL["T9"]]),
+        ("T9", [each for rows in both for each in rows if each["task"] == "T9"]),
     ):
         cell = row.cells[place(table, column)]
         assert cell is not None
         assert cell.value == pytest.approx(100 * np.mean(["follows" in each["response"] for each in wanted]))
-    seen = [each for name in ("b0", "b1") for each in answered(runs / name, "easy-vqa")]
+    seen = [each for name in ("b0", "b1") for each in answered(runs / name, "easy_vqa")]
     cell = row.cells[place(table, "easy-VQA")]
     assert cell is not None
     assert cell.value == pytest.approx(100 * np.mean([each["response"] == each["answer"] for each in seen]))
@@ -238,8 +251,8 @@ def test_the_command_of_a_missing_row_is_a_job_that_fills_it(runs: Path, tmp_pat
     [family], _ = find([tmp_path], SCORERS)
     slots = [slot for table in SLOTS.values() for slot in table if slot.preset]
     for slot in slots:
-        redux, run, job, *overrides = shlex.split(command(slot, family))
-        assert (redux, run) == ("redux", "run")
+        redux, run, job, *overrides, into, beside = shlex.split(command(slot, family))
+        assert (redux, run, into, beside) == ("redux", "run", "--into", str(tmp_path))
         made = schema.load(Path(job), overrides)
         assert made.name.startswith(f"{start}-")
         other = tmp_path / "made" / made.name
@@ -378,7 +391,7 @@ def test_without_llava_or_answers_the_summary_says_so(tmp_path: Path) -> None:
     write_run(tmp_path, "a", 0, 0.5, **of(PRESETS["llava"]))
     for file in (folder / "answers").iterdir():
         file.unlink()
-    (folder / "metrics.json").write_text(json.dumps({"easy-vqa.accuracy": 0.875}))
+    (folder / "metrics.json").write_text(json.dumps({"easy_vqa.accuracy": 0.875}))
     text = tell([tmp_path], tmp_path / "out", SCORERS, 100)
     assert "no answers to the same questions" in text.partition("##")[0]
     assert "87.5" in text, "a number without answers is shown without an interval"
@@ -401,8 +414,8 @@ def test_what_cannot_be_read_is_told_in_a_line(tmp_path: Path) -> None:
         tell([tmp_path], None, SCORERS)
     assert str(tmp_path) in str(error.value)
     folder = write_run(tmp_path, "a", **of(PRESETS["llava"]))
-    (folder / "answers/easy-vqa.jsonl").write_text('{"id": 1}\n{half\n')
-    with pytest.raises(ValueError, match=r"easy-vqa.jsonl:2: got '\{half', allowed: an object of JSON"):
+    (folder / "answers/easy_vqa.jsonl").write_text('{"id": 1}\n{half\n')
+    with pytest.raises(ValueError, match=r"easy_vqa.jsonl: line 2: got '\{half', allowed: an object of JSON"):
         tell([tmp_path], None, SCORERS)
     (folder / "metrics.json").unlink()
     write_run(tmp_path, "b", **of(PRESETS["default"]))
@@ -412,8 +425,8 @@ def test_what_cannot_be_read_is_told_in_a_line(tmp_path: Path) -> None:
 def test_models_that_were_asked_other_things_are_not_compared(tmp_path: Path) -> None:
     write_run(tmp_path, "a", **of(PRESETS["llava"]))
     folder = write_run(tmp_path, "b", **of(PRESETS["default"]))
-    jsonl(folder / "answers/easy-vqa.jsonl", answered(folder, "easy-vqa")[:-5])
-    with pytest.raises(ValueError, match=r"easy-vqa.accuracy of .*b, .*a: .* of unit '39'"):
+    jsonl(folder / "answers/easy_vqa.jsonl", answered(folder, "easy_vqa")[:-5])
+    with pytest.raises(ValueError, match=r"easy_vqa.accuracy of .*b, .*a: .* of unit '39'"):
         tell([tmp_path], None, SCORERS, 100)
 
 
