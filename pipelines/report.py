@@ -170,8 +170,8 @@ def write(run: Path, examples: Sequence[Example]) -> Path:
     """Write `run/report.html` from what the run folder holds, and return its path.
 
     Read, where present: job.yaml, metrics.json (flat: dotted name -> number), metrics.jsonl (one step a line),
-    answers/ (of easy_vqa and instructions one question a line) and ledger.jsonl (one event a line).  A reader of the old
-    report never sees half of the new one.
+    answers/ (one question a line) and ledger.jsonl (one event a line).  A reader of the old report never sees half of
+    the new one.
     """
     return page.write(run / "report.html", _render(run, examples))
 
