@@ -184,6 +184,10 @@ def find(paths: Sequence[Path], scorers: Scorers) -> tuple[list[Family], list[st
         raise ValueError(
             f"runs: found none that is finished, allowed: folders with job.yaml and metrics.json at {looked}"
         )
+    if rough := [run.folder.name for run in runs if run.asked.get("splitter") == "regex"]:
+        notes.append(
+            f"T12 of {', '.join(rough)}: sentences were counted by regular expressions, not by Punkt as in IFEval."
+        )
     by_family = defaultdict[str, list[Run]](list)
     for run in runs:
         by_family[json.dumps(settings(run.source, run.job), sort_keys=True)].append(run)

@@ -422,6 +422,34 @@ def test_what_cannot_be_read_is_told_in_a_line(tmp_path: Path) -> None:
     assert "is not finished and is left out" in tell([tmp_path], None, SCORERS, 100)
 
 
+def test_what_counted_sentences_otherwise_than_ifeval_is_told(tmp_path: Path) -> None:
+    for name, splitter in (("a", "punkt"), ("b", "regex")):
+        folder = write_run(tmp_path, name, **of(PRESETS["llava" if name == "a" else "default"]))
+        (folder / "answers" / "asked.json").write_text(json.dumps({"splitter": splitter}))
+    assert "T12 of b: sentences were counted by regular expressions" in tell([tmp_path], None, SCORERS, 100)
+
+
+def test_a_checkpoint_from_elsewhere_is_a_family_of_its_own(tmp_path: Path) -> None:
+    """Another kind of model fills no row of LLaVA's; one that answers with what it never learned neither."""
+    given = {"train": {}, "model__tower": None, "model__language": None}
+    own = dict.fromkeys(("model__vmtc", "model__cmai", "model__reduction"), "own")
+    for name, kind, more in (
+        ("blip", "blip-2", {}),
+        ("plain", "llava", {}),
+        ("later", "llava", {"model__cmai": {"maximum": 0.6}}),
+    ):
+        checkpoint = f"hub/{kind}"
+        folder = write_run(tmp_path, name, model__checkpoint=checkpoint, **{**given, **own, **more})
+        methods = {"vmtc": None, "cmai": more.get("model__cmai"), "reduction": None}
+        (folder / "answers" / "asked.json").write_text(json.dumps({"model_type": kind, "methods": methods}))
+    families, _ = find([tmp_path], SCORERS)
+    assert sorted(family.label for family in families) == ["blip-2", "llava"]
+    found = {model.runs[0].folder.name: model for family in families for model in family.models}
+    assert (found["blip"].foreign, found["blip"].trained) == (True, False)
+    assert fills(found["plain"], SLOTS["table-1"][0])
+    assert not any(fills(found[name], slot) for name in ("blip", "later") for slots in SLOTS.values() for slot in slots)
+
+
 def test_models_that_were_asked_other_things_are_not_compared(tmp_path: Path) -> None:
     write_run(tmp_path, "a", **of(PRESETS["llava"]))
     folder = write_run(tmp_path, "b", **of(PRESETS["default"]))
