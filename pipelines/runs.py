@@ -25,7 +25,8 @@ from redux.presets import Preset
 
 IDLE = (
     "name", "seed", "workers", "checkpoints", "recovery", "report", "trackers", "data.tolerance",
-    "evaluate.actors", "evaluate.batch", "evaluate.image", *(f"model.{name}" for name in METHODS),
+    *(f"evaluate.{name}" for name in ("actors", "batch", "image", "template", "fit")),
+    *(f"model.{name}" for name in METHODS),
 )  # fmt: skip
 """What of a job makes no other family: it is the seed, the method, or tells nothing of the result."""
 
@@ -112,6 +113,17 @@ class Model:
     def seeds(self) -> int:
         return len(self.runs)
 
+    @property
+    def checkpoint(self) -> str:
+        """What it began with, "" for nothing."""
+        return str(self.job["model"].get("checkpoint") or "")
+
+    @property
+    def result(self) -> str:
+        """The folder of the model that its first run made, "" where it is not there."""
+        stages = [self.runs[0].folder / "checkpoints" / stage / "model" for stage in self.job.get("train") or {}]
+        return str(stages[-1]) if stages and stages[-1].exists() else ""
+
     @cached_property
     def patches(self) -> int:
         """Patch tokens of an image."""
@@ -145,7 +157,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Family:
-    """Models that differ in nothing but the method.
+    """Models that differ in nothing but the method; and of other kinds those that were asked the same.
 
     label: their sizes, and what else tells this family from the others.
     """
@@ -188,11 +200,24 @@ def find(paths: Sequence[Path], scorers: Scorers) -> tuple[list[Family], list[st
         notes.append(
             f"T12 of {', '.join(rough)}: sentences were counted by regular expressions, not by Punkt as in IFEval."
         )
+    others = [run for run in runs if run.foreign]
     by_family = defaultdict[str, list[Run]](list)
-    for run in runs:
-        by_family[json.dumps(settings(run.source, run.job), sort_keys=True)].append(run)
+    for run in [run for run in runs if not run.foreign] or others:
+        by_family[_key(run)].append(run)
     models = {key: list(_models(family, notes)) for key, family in by_family.items()}
+    for model in _models(others, notes) if others and not by_family.keys() & {_key(run) for run in others} else ():
+        for key, family in by_family.items():
+            if _tasks(family[0]) == _tasks(model.runs[0]):
+                models[key].append(model)
     return [Family(label, tuple(models[key])) for key, label in zip(models, _labels(list(models)), strict=True)], notes
+
+
+def _key(run: Run) -> str:
+    return json.dumps(settings(run.source, run.job), sort_keys=True)
+
+
+def _tasks(run: Run) -> Any:
+    return (run.job.get("evaluate") or {}).get("tasks")
 
 
 def _folders(path: Path) -> list[Path]:

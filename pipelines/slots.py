@@ -7,6 +7,7 @@ same share of an image, whatever its sizes and its other options: 32 of 64 patch
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -39,12 +40,14 @@ class Slot:
     preset: its configuration, in a tower of CLIP ViT-L/14's sizes; None where there is nothing here that could fill it.
     paper: what the paper's table calls it, with {size} where it has both sizes.
     described: whether the model is told of the image instead of shown it.
+    checkpoint: of a row that is another model: its hub id.
     """
 
     label: str
     preset: Preset | None
     paper: str | None = None
     described: bool = False
+    checkpoint: str | None = None
 
 
 def kind(given: Preset, described: bool = False) -> str | None:
@@ -70,6 +73,8 @@ def _parts(vmtc: VMTC) -> str:
 
 def fills(model: Model, slot: Slot) -> bool:
     """Whether a model is of a row's kind and leaves as much of an image."""
+    if slot.checkpoint:
+        return model.foreign and Path(model.checkpoint).name == Path(slot.checkpoint).name
     if slot.preset is None or not model.trained:
         return False
     own, wanted = kind(model.methods, model.described), kind(slot.preset, slot.described)
@@ -94,27 +99,51 @@ def command(slot: Slot, family: Family) -> str:
 
     The row's budget and parts are the preset's, whatever it leaves open is as in the family's other models.
     """
-    assert slot.preset is not None
     ranked = _ranked(family)
+    if asked := _asked(slot, ranked):
+        return asked
+    assert slot.preset is not None
     like, wanted = ranked[0], _target(slot.preset, ranked)
-    name = like.job.get("name", like.runs[0].folder.name)
-    overrides = [f"name={name}-{_name(slot)}"]
+    overrides = [f"name={_base(like)}-{_name(slot)}"]
     for part in METHODS:
         if wanted.methods[part] != like.methods.methods[part]:
             overrides.append(f"model.{part}={_flow(wanted.methods[part])}")
     if slot.described != like.described:
         overrides.append(f"evaluate.image={'described' if slot.described else 'seen'}")
+    return _beside(like, overrides)
+
+
+def _asked(slot: Slot, ranked: Sequence[Model]) -> str:
+    """The command where nothing has to be trained: another model, or LLaVA asked in another way; else ""."""
+    plain = next((model for model in ranked if not model.foreign and kind(model.methods) == "llava"), None)
+    like = ranked[0] if slot.checkpoint else plain
+    checkpoint = slot.checkpoint or (slot.described and plain and plain.result)
+    if like is None or not checkpoint:
+        return ""
+    stage = list((like.job.get("train") or {}).values())[-1:]
+    overrides = [f"name={_base(like)}-{Path(slot.checkpoint).name if slot.checkpoint else _name(slot)}"]
+    overrides += ["train={}", f"model={{checkpoint: {checkpoint}}}"]
+    overrides += [f"evaluate.{key}={one[key]}" for one in stage for key in ("template", "fit") if not slot.checkpoint]
+    return _beside(like, overrides + ["evaluate.image=described"] * slot.described)
+
+
+def _beside(like: Model, overrides: Sequence[str]) -> str:
     folder = like.runs[0].folder
     return shlex.join(["redux", "run", str(folder / "job.yaml"), *overrides, "--into", str(folder.parent)])
+
+
+def _base(like: Model) -> str:
+    return str(like.job.get("name", like.runs[0].folder.name))
 
 
 def _ranked(family: Family) -> list[Model]:
     """Those first whose job another is best made of: trained themselves, with both modules, or one, or none."""
     order = ("both", "vmtc", "cmai", "llava")
 
-    def distance(model: Model) -> tuple[bool, int]:
+    def distance(model: Model) -> tuple[bool, bool, int]:
         own = kind(model.methods, model.described)
-        return bool(model.job["model"].get("checkpoint")), order.index(own) if own in order else len(order)
+        asked = not model.job.get("train")
+        return model.foreign, asked, order.index(own) if own in order else len(order)
 
     return sorted(family.models, key=distance)
 

@@ -131,7 +131,8 @@ SLOTS = {
         *(Slot(name, None, name) for name in list(paper.TABLE_2.rows)[:9]),
         LLAVA,
         BOTH,
-        Slot("InstructBLIP", None, "InstructBLIP-{size}, 64 tokens"),
+        Slot("InstructBLIP", None, "InstructBLIP-7B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-7b"),
+        Slot("InstructBLIP", None, "InstructBLIP-13B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-13b"),
         Slot("VMTC + CMAI, 64 of 576 tokens", PRESETS["tokens-64"], "Ours-{size}, 64 tokens"),
         Slot("BLIP-2-13B", None, "BLIP-2-13B, 36 tokens"),
         Slot("PruMerge, 36 of 576 tokens", PRESETS["prumerge"], "LLaVA-Prumerge-{size}, 36 tokens"),
@@ -272,7 +273,7 @@ def _slot(slot: Slot, compared: Comparison, columns: Sequence[Column], printed: 
     for model in models:
         label = slot.label if len(models) == 1 else f"{slot.label} ({_options(model, models) or 'defaults'})"
         yield _line(label, model, compared, columns)
-    if not models and slot.preset:
+    if not models and (slot.preset or slot.checkpoint):
         yield Line(slot.label, "missing", "missing", command=command(slot, compared.family))
     for size, name in _printed_as(slot, compared.family, printed):
         assert printed is not None
@@ -293,8 +294,10 @@ def _printed_as(slot: Slot, family: Family, printed: paper.Table | None) -> list
 
 def _line(label: str, model: Model, compared: Comparison, columns: Sequence[Column]) -> Line:
     seeds = f"{model.seeds} seed" + "s" * (model.seeds > 1)
-    about = f"{seeds}, {model.tokens} of {model.patches} tokens"
     cells = tuple(compared.cell(model, column) for column in columns)
+    if model.foreign:
+        return Line(label, "ours", "not trained here", cells)
+    about = f"{seeds}, {model.tokens} of {model.patches} tokens"
     own = kind(model.methods, model.described) if model.trained else None
     return Line(label, "ours", about, cells, kind=own, removed=removed(model))
 
@@ -381,7 +384,7 @@ def _sorted(models: Sequence[Model]) -> list[Model]:
 def name(model: Model, family: Family) -> str:
     """What tells a model from the others of its family, in few words."""
     if model.foreign:
-        return Path(str(model.job["model"].get("checkpoint"))).name
+        return Path(model.checkpoint).name
     own, parts = kind(model.methods, model.described), _parts(model)
     alike = [
         each for each in family.models if (kind(each.methods, each.described), each.trained) == (own, model.trained)

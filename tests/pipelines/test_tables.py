@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -429,25 +430,51 @@ def test_what_counted_sentences_otherwise_than_ifeval_is_told(tmp_path: Path) ->
     assert "T12 of b: sentences were counted by regular expressions" in tell([tmp_path], None, SCORERS, 100)
 
 
-def test_a_checkpoint_from_elsewhere_is_a_family_of_its_own(tmp_path: Path) -> None:
+def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) -> None:
     """Another kind of model fills no row of LLaVA's; one that answers with what it never learned neither."""
     given = {"train": {}, "model__tower": None, "model__language": None}
     own = dict.fromkeys(("model__vmtc", "model__cmai", "model__reduction"), "own")
     for name, kind, more in (
-        ("blip", "blip-2", {}),
+        ("blip", "instructblip", {}),
         ("plain", "llava", {}),
         ("later", "llava", {"model__cmai": {"maximum": 0.6}}),
     ):
-        checkpoint = f"hub/{kind}"
+        checkpoint = {"llava": "hub/llava", "instructblip": "Salesforce/instructblip-vicuna-7b"}[kind]
         folder = write_run(tmp_path, name, model__checkpoint=checkpoint, **{**given, **own, **more})
         methods = {"vmtc": None, "cmai": more.get("model__cmai"), "reduction": None}
         (folder / "answers" / "asked.json").write_text(json.dumps({"model_type": kind, "methods": methods}))
-    families, _ = find([tmp_path], SCORERS)
-    assert sorted(family.label for family in families) == ["blip-2", "llava"]
-    found = {model.runs[0].folder.name: model for family in families for model in family.models}
-    assert (found["blip"].foreign, found["blip"].trained) == (True, False)
-    assert fills(found["plain"], SLOTS["table-1"][0])
-    assert not any(fills(found[name], slot) for name in ("blip", "later") for slots in SLOTS.values() for slot in slots)
+    [family], _ = find([tmp_path], SCORERS)
+    assert family.label == "llava"
+    found = {model.runs[0].folder.name: model for model in family.models}
+    slots = [slot for table in SLOTS.values() for slot in table]
+    filled = {name: {slot.paper for slot in slots if fills(model, slot)} for name, model in found.items()}
+    assert filled["later"] == set()
+    assert filled["blip"] == {"InstructBLIP-7B, 64 tokens"}
+    assert "LLaVA-1.5-{size}" in filled["plain"]
+    assert "| InstructBLIP | not trained here |" in tell([tmp_path], None, SCORERS, 100)
+
+
+def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> None:
+    """The upper limit is a trained LLaVA told of the image; another model is its checkpoint."""
+    trained = shutil.copytree(runs / "a0", tmp_path / "a0")
+    last = list(yaml.safe_load((trained / "job.yaml").read_text())["train"])[-1]
+    (trained / "checkpoints" / last / "model").mkdir(parents=True)
+    [family], _ = find([tmp_path], SCORERS)
+    for slot in (SLOTS["table-1"][2], next(slot for slot in SLOTS["table-2"] if slot.checkpoint)):
+        _, _, job, *overrides, _, _ = shlex.split(command(slot, family))
+        made = schema.load(Path(job), overrides)
+        assert not made.train
+        folder = tmp_path / made.name
+        (folder / "answers").mkdir(parents=True)
+        (folder / "job.yaml").write_text(schema.dump(made))
+        (folder / "metrics.json").write_text("{}")
+        if slot.checkpoint:
+            (folder / "answers" / "asked.json").write_text('{"model_type": "instructblip"}')
+        else:
+            assert made.evaluate
+            assert made.evaluate.template == "vicuna_bare"
+        [again], _ = find([tmp_path], SCORERS)
+        assert sum(fills(model, slot) for model in again.models) == 1
 
 
 def test_models_that_were_asked_other_things_are_not_compared(tmp_path: Path) -> None:
