@@ -67,11 +67,3 @@ def answered(questions: Sequence[Question], answers: Mapping[str, str]) -> tuple
         for question in questions
     ]
     return rows, len(known - answers.keys())
-
-
-def score(name: str, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[dict[str, Metric], int]:
-    """(metrics, missing) of a benchmark's answers; those missing count as wrong."""
-    if name not in BENCHMARKS:
-        raise ValueError(f"benchmark: got {name}, allowed: {', '.join(BENCHMARKS)}")
-    rows, missing = answered(questions, answers)
-    return BENCHMARKS[name].metrics(rows), missing

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -66,8 +66,8 @@ def subject(model: Path) -> Subject:
     return Subject(model=str(model), template=TEMPLATE)
 
 
-def settings(batch: int = 7, **tasks: Asking) -> Evaluate:
-    return Evaluate(tasks=tasks or {"easy_vqa": LIMIT}, batch=batch)  # type: ignore[arg-type]
+def settings(**tasks: Asking) -> Evaluate:
+    return Evaluate(tasks={cast(Name, name): asking for name, asking in tasks.items()} or {"easy_vqa": LIMIT}, batch=7)
 
 
 @pytest.fixture(scope="module")

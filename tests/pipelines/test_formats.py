@@ -86,5 +86,6 @@ def test_easy_vqas_are_text_about_training_images_alone() -> None:
     assert len(records) == 8000
     assert not [record for record in records if "image" in record]
     descriptions = {easy_vqa.caption(asked) for _, _, asked in easy_vqa._images("train")}
-    assert {re.match(r"there is (.*?)\.", record["conversations"][0]["value"])[1] for record in records} <= descriptions  # type: ignore[index]
+    asked = [record["conversations"][0]["value"].removeprefix("there is ") for record in records]
+    assert {question.partition(".")[0] for question in asked} <= descriptions
     assert records == easy_vqa.obedient()
