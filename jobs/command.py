@@ -44,6 +44,12 @@ def _run(arguments: argparse.Namespace) -> None:
         several = study.load(arguments.job, arguments.overrides)
         study.conduct(several, arguments.into / several.name, arguments.changed)
         return
+    if isinstance(tree, dict) and "space" in tree:
+        from jobs import search
+
+        sought = search.load(arguments.job, arguments.overrides)
+        search.conduct(sought, arguments.into / sought.name, arguments.changed)
+        return
     from jobs import schema
 
     job = schema.load(arguments.job, arguments.overrides)
@@ -85,6 +91,13 @@ def _tables(arguments: argparse.Namespace) -> None:
     print(tables.tell(arguments.runs, arguments.out, tables.scorers()), end="")
 
 
+def _best(arguments: argparse.Namespace) -> None:
+    from jobs import search
+
+    for path in search.best(arguments.search, arguments.trials):
+        print(path)
+
+
 def _export(arguments: argparse.Namespace) -> None:
     from jobs import export
 
@@ -119,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="run a job file, from images to report",
         description="Run a job file: make shards, train, evaluate, report; or a study, several jobs that share their "
-        "first stages. A finished job is left as it is; an interrupted one goes on from its last checkpoint. Runs on a "
+        "first stages; or a search for the best settings of one. A finished job is left as it is; an interrupted one goes on from its last checkpoint. Runs on a "
         "Ray started for the purpose, or on the cluster that the environment variable RAY_ADDRESS names.",
         epilog="example: redux run jobs/quickstart.yaml seed=1 name=quickstart-1",
     )
@@ -157,6 +170,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", metavar="N", type=_count, help="default: the newest one")
     export.add_argument("--out", metavar="URI", required=True, help="a folder that is empty or not there")
     export.set_defaults(verb=_export)
+    best = verbs.add_parser(
+        "best",
+        help="write what a search found as a job file to run",
+        description="Write the job of a search, whole, with the settings of a trial. Without TRIAL it is the best one's, "
+        "where the search has one objective; where it has several, those are listed that no other trial dominates.",
+        epilog="example: redux best runs/laptop 17 && redux run runs/laptop/best.yaml",
+    )
+    best.add_argument("search", metavar="SEARCH", type=Path, help="the folder of a search")
+    best.add_argument("trials", metavar="TRIAL", nargs="*", type=int, help="number of a trial, as search.html shows it")
+    best.set_defaults(verb=_best)
     cost = verbs.add_parser(
         "cost",
         help="show what the paper's configurations leave of an image, and what they cost",

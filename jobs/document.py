@@ -7,6 +7,7 @@ dotted path, the value and what is allowed there.
 """
 
 import difflib
+import functools
 import json
 import re
 import types
@@ -92,7 +93,8 @@ def write(value: Any) -> str:
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _adapter(schema: type) -> TypeAdapter[Any]:
+@functools.cache
+def _adapter(schema: Hashable) -> TypeAdapter[Any]:
     # pydantic takes settings for a container but not for a dataclass; from the container they reach every dataclass in
     # it, so a one-tuple around the schema makes the whole tree strict without a mark on any of its classes
     strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -145,20 +147,32 @@ def _parse(text: str, source: str) -> Any:
 
 
 def put(tree: Any, dotted: str, value: Any, source: str) -> None:
-    """Put a value at a place of the tree, such as `train.pretrain.epochs`; an error begins with `source`."""
+    """Put a value at a place of the tree, such as `train.pretrain.epochs`; an error begins with `source`.
+
+    Of a list that is there the places are numbers from 0, `model.vmtc.kept.0`.
+    """
     keys = dotted.split(".")
     if not all(keys):
         raise JobError(f"{source}: not of the form section.key=value")
     section = tree
-    for depth, key in enumerate(keys):
-        if not isinstance(section, dict):
+    for depth, name in enumerate(keys):
+        key: Any = name
+        if isinstance(section, list) and name.isdecimal() and int(name) < len(section):
+            key = int(name)
+        elif not isinstance(section, dict):
             above = ".".join(keys[:depth]) or "the file"
             raise JobError(f"{source}: {above} is {_shown(section)}, it has no keys to set")
+        elif section.get(name) is None:
+            section[name] = {}  # a section that is absent, or written without content, which YAML reads as null
         if depth == len(keys) - 1:
             section[key] = value
-        elif section.get(key) is None:
-            section[key] = {}  # a section that is absent, or written without content, which YAML reads as null
         section = section[key]
+
+
+def takes(schema: type, dotted: str, kind: type) -> bool:
+    """Whether a value of this type may stand at a place of the tree, as far as its annotation tells."""
+    location = [int(key) if key.isdecimal() else key for key in dotted.split(".")]
+    return kind in _members(_type_at(schema, location))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -248,7 +262,8 @@ def _members(hint: Any) -> Iterator[Any]:
 
 
 def _keys(hint: Any) -> list[str]:
-    return [each.name for member in _members(hint) if is_dataclass(member) for each in fields(member) if each.init]
+    found = (each.name for member in _members(hint) if is_dataclass(member) for each in fields(member) if each.init)
+    return list(dict.fromkeys(found))
 
 
 def _allowed(hint: Any) -> str:

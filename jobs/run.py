@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import tenacity
 import torch
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -58,25 +59,34 @@ TOKENIZER = "tokenizer"
 ASSEMBLED = "assembled"
 LOCK = ".lock"
 
-FREE = ("data.tolerance", "workers", "recovery", "trackers")
+FREE = ("data.tolerance", "workers", "gpu_share", "recovery", "trackers")
 """What of a job may be another when it goes on: none of it decides what is learned."""
 
 
-def run(job: Job, folder: Path, changed: bool = False, until: str | None = None) -> None:
+def run(
+    job: Job,
+    folder: Path,
+    changed: bool = False,
+    until: str | None = None,
+    watch: train.Watch | None = None,
+    patience_s: float = 0,
+) -> None:
     """Do what is left of the job in its run folder.
 
     until: the last step to do; None is the last of all.
+    watch: hears how the last stage gets on.
+    patience_s: for another process that works on this run, before that is a ValueError.
     changed: go on although the folder holds another job, or checkpoints of other data or another model; otherwise that
     is a ValueError.
     """
     clock = time.monotonic()
     folder = folder.resolve()
-    job = _located(job)
-    work = steps(job, folder, changed)
+    job = located(job)
+    work = steps(job, folder, changed, watch)
     if until:
         names = list(work)
         work = {name: work[name] for name in names[: names.index(until) + 1]}
-    _claim(job, folder, changed)
+    claim(folder / JOB, schema.dump(job), FREE, changed)
     done = _finished(folder)
     left = {name: step for name, step in work.items() if name not in done}
     if not left:
@@ -84,7 +94,7 @@ def run(job: Job, folder: Path, changed: bool = False, until: str | None = None)
         return
     if done:
         print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
-    with _alone(folder), cluster.session():
+    with alone(folder, patience_s), cluster.session():
         lines.mend(folder / PROGRESS)
         for name, step in left.items():
             step()
@@ -98,17 +108,25 @@ def run(job: Job, folder: Path, changed: bool = False, until: str | None = None)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, patience_s: float = 0) -> Iterator[None]:
     """ValueError where another process works on this run: each would undo what the other does."""
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(BlockingIOError),
+        stop=tenacity.stop_after_delay(patience_s),
+        wait=tenacity.wait_fixed(0.5),
+        reraise=True,
+    )
     with (folder / LOCK).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            retrying(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder}: another process is at this run, allowed: one at a time") from None
         yield
 
 
-def steps(job: Job, folder: Path, changed: bool = False) -> dict[str, Callable[[], None]]:
+def steps(
+    job: Job, folder: Path, changed: bool = False, watch: train.Watch | None = None
+) -> dict[str, Callable[[], None]]:
     """The steps of a job by name, in order: shards, parts put together, each training stage, evaluation, report.
 
     ValueError where the model's pretrained parts cannot be read or do not go together.
@@ -119,7 +137,10 @@ def steps(job: Job, folder: Path, changed: bool = False) -> dict[str, Callable[[
         result["shards"] = lambda: _shards(job, sets, folder / TOKENIZER)
     if job.model.pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
-    result |= {name: functools.partial(train.fit, plan) for name, plan in stages.items()}
+    last = list(stages)[-1] if stages else ""
+    result |= {
+        name: functools.partial(train.fit, plan, watch=watch if name == last else None) for name, plan in stages.items()
+    }
     settings = job.evaluate
     if settings is None:
         result["report"] = lambda: _report(folder, [])
@@ -128,8 +149,8 @@ def steps(job: Job, folder: Path, changed: bool = False) -> dict[str, Callable[[
 
     def answer() -> None:
         clock = time.monotonic()
-        _write(folder / SCORES, evaluate.evaluate(subject, folder, settings))
-        ledger.note(folder, "evaluate", list(stages)[-1] if stages else "", wall_s=time.monotonic() - clock)
+        _write(folder / SCORES, evaluate.evaluate(subject, folder, settings, job.gpu_share))
+        ledger.note(folder, "evaluate", last, wall_s=time.monotonic() - clock)
 
     def describe() -> None:
         _report(folder, evaluate.examples(subject, folder, job.report.examples))
@@ -166,6 +187,7 @@ def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
             model=None if job.model.pretrained else job.model,
             seed=job.seed,
             workers=job.worker_range,
+            gpu_share=job.gpu_share,
             run=folder,
             checkpoints=storage.join(job.checkpoints, job.name) if job.checkpoints else str(folder / "checkpoints"),
             sets={name: sets[name] for name in stage.mixture},
@@ -189,7 +211,7 @@ def locations(job: Job, folder: Path) -> dict[str, str]:
     return {name: str(folder / "shards" / name) for name in job.made} | job.data.sets
 
 
-def _located(job: Job) -> Job:
+def located(job: Job) -> Job:
     """The job with its paths from the root on.
 
     ValueError where a set or the files of a benchmark cannot be used, or a package is missing that the job needs:
@@ -242,13 +264,13 @@ def _image(model: Model, folder: Path) -> tuple[int, int]:
     whole = folder / ASSEMBLED
     try:
         # once it is there, what it was made of is no longer needed
-        config = ReduxConfig.from_pretrained(whole) if whole.exists() else _configured(model)
+        config = ReduxConfig.from_pretrained(whole) if whole.exists() else configured(model)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
     return config.vision_config.image_size, config.image_seq_length
 
 
-def _configured(model: Model) -> ReduxConfig:
+def configured(model: Model) -> ReduxConfig:
     """What the pretrained model, or the parts of one, will be; ValueError where that cannot be."""
     if model.checkpoint:
         return pretrained.reconfigured(model.checkpoint, **model.methods)
@@ -257,25 +279,27 @@ def _configured(model: Model) -> ReduxConfig:
     return pretrained.configured(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
 
 
-def _claim(job: Job, folder: Path, changed: bool) -> None:
-    """Write the resolved job; ValueError where the folder holds one that says anything else that tells in a result."""
-    path, resolved = folder / JOB, schema.dump(job)
+def claim(path: Path, resolved: str, free: Sequence[str], changed: bool) -> None:
+    """Write what is done in a folder there; ValueError where the file says anything else that tells in a result.
+
+    free: sections and places that may be others.  changed: all of them may.
+    """
     if path.exists():
         before, now = (yaml.safe_load(text) for text in (path.read_text(), resolved))
         for key, old, new in checkpoint.differences(before, now):
-            if not changed and key.partition(".")[0] not in FREE and key not in FREE:
+            if not changed and key.partition(".")[0] not in free and key not in free:
                 raise ValueError(
-                    f"{path}: this run was started with {key} = {old!r}, not {new!r}; "
-                    "give the job another name, or the run another folder by --into; --changed goes on all the same"
+                    f"{path}: this was started with {key} = {old!r}, not {new!r}; "
+                    "give it another name, or another folder by --into; --changed goes on all the same"
                 )
         if before != now:
             _put(path, resolved)
     else:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             _put(path, resolved)
         except OSError as error:
-            raise ValueError(f"{folder}: no run folder can be made here: {error.strerror}") from None
+            raise ValueError(f"{path.parent}: no run folder can be made here: {error.strerror}") from None
 
 
 def _finished(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import StringConstraints
 
 from jobs import document
@@ -33,6 +33,7 @@ class Job:
     """One run, from images to report.
 
     workers: training processes, each with a GPU where there are GPUs; or the fewest and the most of them.
+    gpu_share: of a GPU, for the one worker and for each that evaluates; less than 1 lets several runs share one.
     checkpoints: folder or URL that every worker can reach, where this job's lie in a folder of its name; null keeps
         them in the run folder.
     train: the stages, in the order of the file; none where model.checkpoint is only evaluated.
@@ -43,6 +44,7 @@ class Job:
     name: Name
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     workers: Workers | tuple[Workers, Workers] = 1
+    gpu_share: Annotated[float, Gt(0), Le(1)] = 1
     checkpoints: str | None = None
     data: Data
     model: Model
@@ -56,6 +58,10 @@ class Job:
         fewest, most = self.worker_range
         if fewest > most:
             raise ValueError(f"workers: got {[fewest, most]}, allowed: the fewest first")
+        if self.gpu_share < 1 < most:
+            raise ValueError(
+                f"gpu_share: got {self.gpu_share}, allowed: 1 with several workers, as no two of them share"
+            )
         if not self.train and not (self.model.checkpoint and self.evaluate):
             raise ValueError(
                 "train: got no stages, allowed: none with model.checkpoint and evaluate, else at least one"

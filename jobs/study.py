@@ -79,28 +79,38 @@ def jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Job]:
     """
     result, tree = {}, study.job
     if study.shared:
-        result[SHARED] = shared = _job(tree, {}, f"{study.name}-{SHARED}", study.seeds[0], f"{source}: job")
-        tree = _going_on(study, shared, folder / SHARED)
+        whole = {"seed": study.seeds[0], **tree}
+        result[SHARED] = shared = build(whole, {}, f"{study.name}-{SHARED}", f"{source}: job")
+        tree = going_on(tree, study.shared, shared, folder / SHARED)
     for seed in study.seeds:
         for variant, changes in study.variants.items():
             name = f"{variant}-{seed}"
-            result[name] = _job(tree, changes, f"{study.name}-{name}", seed, f"{source}: variants.{variant}")
+            one = {"seed": seed, **tree}
+            result[name] = build(one, changes, f"{study.name}-{name}", f"{source}: variants.{variant}")
     return result
 
 
-def _going_on(study: Study, shared: Job, folder: Path) -> dict[str, Any]:
-    """The job from the last shared stage's model on, with the sets that the shared run made."""
-    made = run.locations(shared, folder)
-    return study.job | {
-        "data": study.job.get("data", {}) | {"source": None, "sets": made},
-        "model": {name: value for name, value in study.job["model"].items() if name in METHODS}
-        | {"checkpoint": run.plans(shared, folder)[study.shared[-1]].result},
-        "train": {name: stage for name, stage in study.job["train"].items() if name not in study.shared},
+def going_on(tree: dict[str, Any], stages: Sequence[str], shared: Job, folder: Path) -> dict[str, Any]:
+    """What is left of a job after these stages of the shared run: it has the last one's model, and the sets made there.
+
+    After all stages the model is only evaluated.
+    """
+    result = tree | {
+        "data": tree.get("data", {}) | {"source": None, "sets": run.locations(shared, folder)},
+        "train": {name: stage for name, stage in tree["train"].items() if name not in stages},
     }
+    if stages:
+        methods = {name: value for name, value in tree["model"].items() if name in METHODS}
+        result["model"] = {**methods, "checkpoint": run.plans(shared, folder)[stages[-1]].result}
+    if not result["train"]:
+        last = shared.train[stages[-1]]
+        result["evaluate"] = {**(tree.get("evaluate") or {}), "template": last.template, "fit": last.fit}
+    return result
 
 
-def _job(tree: Mapping[str, Any], changes: Mapping[str, Any], name: str, seed: int, source: str) -> Job:
-    own = copy.deepcopy({"name": name, "seed": seed, **tree})
+def build(tree: Mapping[str, Any], changes: Mapping[str, Any], name: str, source: str) -> Job:
+    """A job of this name with other values at some places; an error begins with `source`."""
+    own = copy.deepcopy({"name": name, **tree})
     for dotted, value in changes.items():
         document.put(own, dotted, value, f"{source}.{dotted}")
     return document.build(own, Job, source)

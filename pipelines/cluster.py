@@ -15,6 +15,7 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
+    "RAY_AIR_NEW_OUTPUT": "0",  # of Tune, which would print tables in between
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed; Ray's own is 2
     # how long workers wait for machines of which one has just died, before others are looked for; Ray's own is 60
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
@@ -59,6 +60,11 @@ def require(needed: Mapping[str, float], what: str) -> None:
         have = ray.cluster_resources().get(name, 0)
         if _own() and have < count:
             raise ValueError(f"{what} needs {count:g} {name}s, allowed: {have:g}, which this machine has")
+
+
+def gpus() -> float:
+    """GPUs that Ray has."""
+    return float(ray.cluster_resources().get("GPU", 0))
 
 
 def _own() -> bool:

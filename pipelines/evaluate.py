@@ -136,9 +136,10 @@ def _images(batch: Batch) -> list[bytes | None]:
     return [read[each.image] if isinstance(each.image, str) else each.image for each in batch.questions]
 
 
-def evaluate(subject: Subject, run: Path, settings: Evaluate) -> dict[str, float]:
+def evaluate(subject: Subject, run: Path, settings: Evaluate, gpu_share: float = 1) -> dict[str, float]:
     """Answer what is not answered yet, into run/answers/; returns all scores by name.
 
+    gpu_share: of a GPU, for each actor.
     ValueError where a task's files cannot be read or do not fit, or answers of another model, or to other settings, are
     there.
     """
@@ -149,10 +150,20 @@ def evaluate(subject: Subject, run: Path, settings: Evaluate) -> dict[str, float
     left = {name: _left(folder, name, each) for name, each in asked.items()}
     lines.mend(folder / SPEED)
     if any(left.values()):
-        _answer(subject, folder, settings, left, sum(map(len, asked.values())))
+        _answer(subject, folder, settings, left, sum(map(len, asked.values())), gpu_share)
     for name, each in asked.items():
         _complete(folder, name, each)
     return scores(run, list(asked)) | speed(run)
+
+
+def promised(settings: Evaluate) -> set[str]:
+    """Names of all that `evaluate` returns.  ValueError where a task's files cannot be read or do not fit."""
+    timed = {"decode_tokens_per_s", "prefill_s_per_question", "peak_bytes"}
+    result = {f"speed.{name}" for name in timed}
+    for name, asking in settings.tasks.items():
+        unanswered = [_row(question) | {"response": ""} for question in questions(name, asking)]
+        result |= {f"{name}.questions", *(f"{name}.{metric}" for metric in TASKS[name].metrics(unanswered))}
+    return result
 
 
 def check(name: Name, asking: Asking) -> None:
@@ -204,13 +215,20 @@ def _new_tokens(name: Name, asking: Asking) -> int:
 
 
 def _answer(
-    subject: Subject, folder: Path, settings: Evaluate, left: Mapping[Name, Sequence[Question]], total: int
+    subject: Subject,
+    folder: Path,
+    settings: Evaluate,
+    left: Mapping[Name, Sequence[Question]],
+    total: int,
+    gpu_share: float,
 ) -> None:
     """Ask what is left; each batch's answers are appended as they come."""
     cluster.require({"CPU": settings.actors / 2 + 1}, f"evaluate with actors = {settings.actors}")
     gpus = ray.cluster_resources().get("GPU", 0)
-    if 0 < gpus < settings.actors:
-        raise ValueError(f"evaluate.actors: got {settings.actors}, allowed: up to {gpus:g}, as many as there are GPUs")
+    if 0 < gpus < settings.actors * gpu_share:
+        raise ValueError(
+            f"evaluate.actors: got {settings.actors}, allowed: up to {gpus / gpu_share:g}, which {gpus:g} GPUs hold"
+        )
     batches = [batch for name, each in left.items() for batch in _batches(name, each, settings)]
     answers = ray.data.range(len(batches), override_num_blocks=len(batches)).map_batches(
         Answerer,
@@ -218,7 +236,7 @@ def _answer(
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=settings.actors),
         num_cpus=0.5,
-        num_gpus=1 if gpus else None,
+        num_gpus=gpu_share if gpus else None,
     )
     done = total - sum(map(len, left.values()))
     with tqdm(desc="evaluate", total=total, initial=done, unit="question") as bar:

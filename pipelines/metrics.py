@@ -13,7 +13,7 @@ import resource
 from dataclasses import asdict
 from pathlib import Path
 
-from pipelines import consumed, storage
+from pipelines import consumed, lines, storage
 from pipelines.consumed import Used
 
 FILE = "metrics.jsonl"
@@ -62,8 +62,19 @@ def peak_bytes() -> int:
 
 def steps(run: Path, stage: str) -> int:
     """The stage's last step on record, 0 before the first."""
-    with (run / FILE).open() as file:
-        return max((entry["step"] for entry in map(json.loads, file) if entry["stage"] == stage), default=0)
+    return max(losses(run, stage), default=0)
+
+
+def losses(run: Path, stage: str) -> dict[int, float | None]:
+    """The loss of each of the stage's steps on record; None where it was not finite."""
+    return {entry["step"]: entry["loss"] for entry in lines.read(run / FILE) if entry["stage"] == stage}
+
+
+def tokens_per_s(run: Path, stage: str) -> float:
+    """Of the stage's steps on record, all workers together; start-up and evaluation apart."""
+    steps = [entry for entry in lines.read(run / FILE) if entry["stage"] == stage]
+    spent = sum(entry[name] for entry in steps for name in ("data_s", "compute_s", "stall_s"))
+    return float(sum(entry["tokens"] for entry in steps) / spent)
 
 
 def _cut(path: Path, stage: str, cursor: int) -> list[dict]:

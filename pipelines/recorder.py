@@ -24,6 +24,9 @@ from pipelines.consumed import Used
 from pipelines.metrics import Metrics
 from pipelines.trackers import Trackers
 
+HELD = ".held"
+"""In the run folder, the placement group of the workers at work."""
+
 SHOWN = ("loss", "learning_rate", "grad_norm", "samples", "replaced", "skipped", "tokens", "data_s", "compute_s")
 """Of a step, what trackers get."""
 
@@ -74,12 +77,14 @@ class Recorder:
         self.rolled_back = set[int]()
         self._note("launch")
 
-    def begin(self, workers: int, cursor: int, restore_s: float, said: Sequence[str]) -> set[int] | None:
+    def begin(self, workers: int, cursor: int, restore_s: float, said: Sequence[str], held: str) -> set[int] | None:
         """A group of workers goes on after global batch `cursor`; returns steps that were rolled back, or None if they
         must not go on: the driver will say why.
 
         restore_s: since they entered the train function.
+        held: the placement group with what they hold, in hexadecimal digits.
         """
+        (self.settings.run / HELD).write_text(held)
         self.news.said += said
         self.furthest = max(self.furthest, cursor)
         if self.news.failed or self.stopping:

@@ -168,6 +168,7 @@ class Plan:
     """All that the workers of a stage need to know.
 
     workers: fewest and most of them.
+    gpu_share: of a GPU, for each worker.
     checkpoints: folder or URL that every worker can reach.
     sets: where each set of the mixture lies.
     start: the model to begin with, that of the stage before or a pretrained one; None builds `model` from nothing.
@@ -196,6 +197,7 @@ class Plan:
     title: str = ""
     trackers: tuple[str, ...] = ("tensorboard",)
     changed: bool = False
+    gpu_share: float = 1
 
     @property
     def elastic(self) -> bool:

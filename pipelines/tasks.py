@@ -53,13 +53,19 @@ class Asking:
     images: folder or URL of the images; null where they are within the files, or in the folder that is given.
     limit: ask only about so many images (or, where a question is asked several times, so many of these), evenly
         spread, but all about each: some scores need them together.
+    without: leave those out that a limit of so many would ask about, as they were looked at when settings were chosen.
     max_new_tokens: of an answer; null is the benchmark's own.
     """
 
     files: tuple[str, ...] = ()
     images: str | None = None
     limit: Annotated[int, Ge(1)] | None = None
+    without: Annotated[int, Ge(1)] | None = None
     max_new_tokens: Annotated[int, Ge(1)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit and self.without:
+            raise ValueError(f"without: got {self.without} besides limit, allowed: one of the two")
 
 
 def questions(name: Name, asking: Asking) -> list[Question]:
@@ -68,10 +74,10 @@ def questions(name: Name, asking: Asking) -> list[Question]:
         found = TASKS[name].questions(*asking.files)
     except ValueError as error:
         raise ValueError(f"evaluate.tasks.{name}.files: {error}") from None
-    if asking.limit:
+    if asking.limit or asking.without:
         units = list(dict.fromkeys(each.unit for each in found))
-        kept = {units[place] for place in spread(len(units), asking.limit)}
-        found = [each for each in found if each.unit in kept]
+        seen = {units[place] for place in spread(len(units), asking.limit or asking.without or 0)}
+        found = [each for each in found if (each.unit in seen) == bool(asking.limit)]
     if not found:
         raise ValueError(f"evaluate.tasks.{name}.files: no questions in {', '.join(asking.files)}, allowed: some")
     [(id, times)] = Counter(each.id for each in found).most_common(1)

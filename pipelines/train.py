@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,7 +26,9 @@ import ray.train
 import torch
 import torch.distributed as dist
 import yaml
+from ray import PlacementGroupID
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup
 from tqdm import tqdm
 
 from pipelines import (
@@ -55,6 +58,14 @@ ENDING_S = 60
 HookMaker = Callable[[Any, Plan], Hook]
 """From the engine and the plan to one more hook."""
 
+Watch = Callable[[Path, str, int, int], bool]
+"""Hears how a stage gets on: run folder, stage, the last step on record there, and how many there are; returns whether
+the stage is to stop."""
+
+
+class StoppedError(Exception):
+    """Who watches the stage wants it to stop."""
+
 
 class NotFiniteError(Exception):
     """A step's loss or gradient was not finite; it is to be done again from the last checkpoint."""
@@ -67,10 +78,11 @@ class NotFiniteError(Exception):
         return f"loss or gradient of step {self.step} was not finite"
 
 
-def fit(plan: Plan, more: Sequence[HookMaker] = ()) -> None:
+def fit(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None = None) -> None:
     """Train the stage to its end, from its newest checkpoint if there is one; with a model it is at its end.
 
     more: hooks after each step, besides the stage's own.
+    watch: called here, every now and then; the last step is among what it hears of.  StoppedError when it wants so.
     Raises ValueError for what the user must change, and after recovery.restarts starts that came no further.
     Ctrl-C makes a checkpoint first, for which there are recovery.grace_s seconds.
     """
@@ -91,6 +103,7 @@ def fit(plan: Plan, more: Sequence[HookMaker] = ()) -> None:
     needed = {name: fewest * each for name, each in worker.items()}
     cluster.require({**needed, "CPU": needed["CPU"] + readers}, f"train.{plan.name} with workers = {fewest}")
     _probe(plan.folder)
+    release(plan.run)
     actor = recorder.start(
         recorder.Settings(
             run=plan.run,
@@ -104,17 +117,20 @@ def fit(plan: Plan, more: Sequence[HookMaker] = ()) -> None:
         )
     )
     try:
-        _train(plan, reader, steps, actor, more)
+        _train(plan, reader, steps, actor, more, watch)
         export.model(plan, steps)
         ray.get(actor.close.remote("end"))
-    except (KeyboardInterrupt, ValueError):
+    except (KeyboardInterrupt, StoppedError, ValueError):
         ray.get(actor.close.remote("stop"))
         raise
     finally:
         ray.kill(actor)
+        (plan.run / recorder.HELD).unlink(missing_ok=True)
 
 
-def _train(plan: Plan, reader: ingest.Reader, steps: int, actor: Any, more: Sequence[HookMaker]) -> None:
+def _train(
+    plan: Plan, reader: ingest.Reader, steps: int, actor: Any, more: Sequence[HookMaker], watch: Watch | None
+) -> None:
     """Have Ray's workers do the steps, and show how it goes."""
     fewest, most = plan.workers
     resources = _resources(plan)
@@ -135,11 +151,11 @@ def _train(plan: Plan, reader: ingest.Reader, steps: int, actor: Any, more: Sequ
                 callbacks=[Faults(actor)],
             ),
         )
-        future = _aside(trainer.fit)
+        future = aside(trainer.fit)
         with tqdm(desc=plan.name, total=steps, unit="step") as bar:
             try:
-                _follow(actor, future, bar)
-            except KeyboardInterrupt:
+                _follow(actor, future, bar, lambda step: bool(watch and watch(plan.run, plan.name, step, steps)))
+            except (KeyboardInterrupt, StoppedError):
                 bar.write(f"{plan.name}: stopping after a checkpoint; Ctrl-C again stops at once")
                 ray.get(actor.stop.remote())
                 wait([future], timeout=plan.recovery.grace_s)
@@ -147,7 +163,7 @@ def _train(plan: Plan, reader: ingest.Reader, steps: int, actor: Any, more: Sequ
                 raise
 
 
-def _aside(work: Callable[[], Any]) -> Future[Any]:
+def aside(work: Callable[[], Any]) -> Future[Any]:
     """Do it in a thread of its own, which ends with the process.
 
     Ray Train's fit() in the main thread takes Ctrl-C for itself and exits with 0, and has no end where Ray has ended.
@@ -167,11 +183,11 @@ def _aside(work: Callable[[], Any]) -> Future[Any]:
 def _resources(plan: Plan) -> dict[str, float]:
     """What a worker asks of Ray.
 
-    A GPU where there are any.  Half a CPU, where it leaves the others to readers; Ray can only tell how many workers
-    fit by whole ones.
+    A GPU, or its share of one, where there are any.  Half a CPU, where it leaves the others to readers; Ray can only
+    tell how many workers fit by whole ones.
     """
     if ray.cluster_resources().get("GPU", 0):
-        return {"CPU": 0.5, "GPU": 1}
+        return {"CPU": 0.5, "GPU": plan.gpu_share}
     return {"CPU": 0.5 if _spare(plan, gpus=False) else 1}
 
 
@@ -180,15 +196,18 @@ def _spare(plan: Plan, gpus: bool) -> bool:
     return gpus or not plan.elastic
 
 
-def _follow(actor: Any, future: Future[Any], bar: tqdm) -> None:
+def _follow(actor: Any, future: Future[Any], bar: tqdm, stop: Callable[[int], bool]) -> None:
     """Show how it goes until it ends."""
     while not wait([future], timeout=0.5).done:
         if _show(actor, bar):
             wait([future], timeout=ENDING_S)
             break
+        if stop(bar.n):
+            raise StoppedError
     if failed := _show(actor, bar):
         raise ValueError(failed)
     future.result()
+    stop(bar.n)  # of a stage that is done nothing is left to stop
 
 
 def _show(actor: Any, bar: tqdm) -> str:
@@ -200,6 +219,18 @@ def _show(actor: Any, bar: tqdm) -> str:
     if news.loss is not None:
         bar.set_postfix_str(f"loss {news.loss:.3f}")
     return news.failed
+
+
+def release(run: Path) -> None:
+    """Give back what the workers of a driver that was killed still hold, where Ray itself goes on.
+
+    Ray Train leaves that to an actor which asks Ray's dashboard, and a Ray of one's own has none.
+    """
+    path = run / recorder.HELD
+    if path.exists():
+        held = PlacementGroup(PlacementGroupID(bytes.fromhex(path.read_text())))
+        ray.util.remove_placement_group(held)  # of one that is gone, or of another Ray, nothing comes
+        path.unlink()
 
 
 def _probe(folder: str) -> None:
@@ -307,7 +338,8 @@ def _restore(
         checkpoint.clear(plan.folder)
         said = [f"{plan.name}: passed over {why}" for why in passed]
         restore_s = time.monotonic() - entered
-        begun = [ray.get(recorder.begin.remote(dist.get_world_size(), cursor, restore_s, said))]
+        held = ray.util.get_current_placement_group().id.hex()
+        begun = [ray.get(recorder.begin.remote(dist.get_world_size(), cursor, restore_s, said, held))]
     dist.broadcast_object_list(begun, src=0)
     return None if begun[0] is None else (cursor, begun[0])
 

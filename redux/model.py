@@ -450,20 +450,25 @@ def image_tokens(model: Model) -> int:
 
 def build(model: Model, tokenizer: PreTrainedTokenizerBase) -> ReduxForConditionalGeneration:
     """A new model with random weights (seed torch before) whose vocabulary is the tokenizer's."""
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = configured(model, len(tokenizer), **special)
+    config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE)
+    return ReduxForConditionalGeneration(config)
+
+
+def configured(model: Model, words: int, **special: int) -> ReduxConfig:
+    """The configuration of a model from sizes, with a vocabulary of so many words and these special ones."""
     assert isinstance(model.tower, Tower)
     assert isinstance(model.language, Language)
     sizes = dataclasses.asdict(model.language)
     # "small init" (Nguyen & Salazar 2019, arXiv 1910.05895); where dim is small, LLaMA's fixed 0.02 learns far slower
     spread = (2 / (5 * model.language.hidden_size)) ** 0.5
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = ReduxConfig(
+    return ReduxConfig(
         vision_config=vision_config(model.tower).to_dict(),
-        text_config=LlamaConfig(vocab_size=len(tokenizer), initializer_range=spread, **sizes, **special).to_dict(),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        text_config=LlamaConfig(vocab_size=words, initializer_range=spread, **sizes, **special).to_dict(),
         **model.methods,
         **special,
     )
-    return ReduxForConditionalGeneration(config)
 
 
 def vision_config(tower: Tower) -> CLIPVisionConfig:

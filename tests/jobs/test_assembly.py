@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from jobs import schema
-from jobs.run import JOB, _claim, _located, run, steps
+from jobs.run import FREE, JOB, claim, located, run, steps
 from jobs.schema import Job
 from pipelines import train
 from pipelines.stage import Plan, Recovery
@@ -201,20 +201,24 @@ def test_a_file_of_weights_needs_a_model_from_a_folder() -> None:
         schema.load(path, ["model.gguf_file=a.gguf"])
 
 
+def claimed(job: Job, folder: Path, changed: bool = False) -> None:
+    claim(folder / JOB, schema.dump(job), FREE, changed)
+
+
 def test_another_job_goes_on_only_if_that_is_wanted(load: Callable[..., Job], tmp_path: Path) -> None:
-    _claim(load(), tmp_path, changed=False)
+    claimed(load(), tmp_path)
     other = load("train.instruct.steps=3")
     with pytest.raises(ValueError, match=r"started with train.instruct.steps = 2, not 3; .*--changed"):
-        _claim(other, tmp_path, changed=False)
+        claimed(other, tmp_path)
     assert schema.load(tmp_path / JOB) == load()
-    _claim(other, tmp_path, changed=True)
+    claimed(other, tmp_path, changed=True)
     assert schema.load(tmp_path / JOB) == other
 
 
 def test_what_decides_nothing_may_change_without_a_word(load: Callable[..., Job], tmp_path: Path) -> None:
-    _claim(load(), tmp_path, changed=False)
+    claimed(load(), tmp_path)
     other = load("workers=[1, 4]", "recovery.restarts=9", "trackers=[]", "data.tolerance=0.5")
-    _claim(other, tmp_path, changed=False)
+    claimed(other, tmp_path)
     assert schema.load(tmp_path / JOB) == other
 
 
@@ -223,5 +227,5 @@ def test_folders_are_written_from_the_root_on_and_hub_ids_as_they_are(
 ) -> None:
     monkeypatch.chdir(Path(parts["tower"]).parent)
     job = load(f"model.tower={Path(parts['tower']).name}", "model.language=some/hub-id", *NO_SETS)
-    model = _located(job).model
+    model = located(job).model
     assert (model.tower, model.language) == (str(Path(parts["tower"]).resolve()), "some/hub-id")

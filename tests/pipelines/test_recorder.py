@@ -56,9 +56,9 @@ def test_steps_of_workers_that_are_gone_come_late_and_change_nothing(
     new: Callable[..., Recorder], settings: Settings
 ) -> None:
     recorder = new()
-    recorder.begin(2, 0, 1.0, [])
+    recorder.begin(2, 0, 1.0, [], "")
     do(recorder, 1, 2, 3)
-    recorder.begin(2, 1, 1.0, [])
+    recorder.begin(2, 1, 1.0, [], "")
     do(recorder, 4, loss=7.0)
     do(recorder, 2, 3)
     recorder.close("end")
@@ -71,11 +71,11 @@ def test_steps_of_workers_that_are_gone_come_late_and_change_nothing(
 
 def test_faults_in_a_row_without_a_step_further_end_the_run(new: Callable[..., Recorder]) -> None:
     recorder = new()
-    assert recorder.begin(2, 0, 1.0, []) is not None
+    assert recorder.begin(2, 0, 1.0, [], "") is not None
     do(recorder, 1, 2, 3)
     for why in ("RuntimeError: out of luck", "OSError: away"):
         recorder.fault({1: why})
-        assert recorder.begin(2, 2, 1.0, []) is not None
+        assert recorder.begin(2, 2, 1.0, [], "") is not None
         do(recorder, 3)
     recorder.fault({0: "OSError: away"})
     told = (
@@ -83,7 +83,7 @@ def test_faults_in_a_row_without_a_step_further_end_the_run(new: Callable[..., R
         "rank 0: OSError: away"
     )
     assert recorder.hear().failed == told
-    assert recorder.begin(2, 2, 1.0, []) is None
+    assert recorder.begin(2, 2, 1.0, [], "") is None
 
 
 def test_faults_before_any_start_end_the_run_too(new: Callable[..., Recorder]) -> None:
@@ -99,9 +99,9 @@ def test_a_step_further_allows_as_many_faults_again(new: Callable[..., Recorder]
     recorder = new()
     for step in range(1, 20):
         for _ in range(2):
-            assert recorder.begin(2, step - 1, 1.0, []) is not None
+            assert recorder.begin(2, step - 1, 1.0, [], "") is not None
             recorder.fault({0: "OSError: away"})
-        assert recorder.begin(2, step - 1, 1.0, []) is not None
+        assert recorder.begin(2, step - 1, 1.0, [], "") is not None
         do(recorder, step)
     assert not recorder.hear().failed
 
@@ -110,12 +110,12 @@ def test_starts_without_a_fault_are_not_counted(new: Callable[..., Recorder]) ->
     """Machines that come or go start the workers again, too."""
     recorder = new(restarts=0)
     for _ in range(9):
-        assert recorder.begin(2, 40, 1.0, []) is not None
+        assert recorder.begin(2, 40, 1.0, [], "") is not None
 
 
 def test_what_was_not_tolerated_is_not_after_a_new_launch(new: Callable[..., Recorder]) -> None:
     recorder = new()
-    assert recorder.begin(2, 0, 1.0, []) is not None
+    assert recorder.begin(2, 0, 1.0, [], "") is not None
     assert do(recorder, 1, replaced=4) == [True]
     recorder.close("stop")
     again = new()
@@ -126,11 +126,11 @@ def test_what_was_not_tolerated_is_not_after_a_new_launch(new: Callable[..., Rec
 def test_after_a_mistake_or_a_stop_no_workers_start_again(new: Callable[..., Recorder]) -> None:
     for end in (lambda one: one.fail("a typo"), lambda one: one.stop()):
         recorder = new()
-        assert recorder.begin(2, 0, 1.0, []) is not None
+        assert recorder.begin(2, 0, 1.0, [], "") is not None
         assert do(recorder, 1) == [False]
         end(recorder)
         assert do(recorder, 2) == [True], "those that train stop, too"
-        assert recorder.begin(2, 2, 1.0, []) is None
+        assert recorder.begin(2, 2, 1.0, [], "") is None
 
 
 def test_the_first_mistake_is_the_one_to_tell(new: Callable[..., Recorder]) -> None:
@@ -163,7 +163,7 @@ def test_each_thing_that_is_said_is_heard_once(new: Callable[..., Recorder]) -> 
 
 def test_numbers_that_are_not_finite_are_null_on_record(new: Callable[..., Recorder], tmp_path: Path) -> None:
     recorder = new()
-    recorder.begin(2, 0, 1.0, [])
+    recorder.begin(2, 0, 1.0, [], "")
     do(recorder, 1, loss=math.nan, grad_norm=math.inf, skipped=1)
     recorder.sync()
     [line] = (tmp_path / metrics.FILE).read_text().splitlines()
@@ -176,9 +176,9 @@ def test_numbers_that_are_not_finite_are_null_on_record(new: Callable[..., Recor
 
 def test_steps_done_again_stand_once_on_record_and_count_as_lost(new: Callable[..., Recorder], tmp_path: Path) -> None:
     recorder = new()
-    recorder.begin(2, 0, 1.0, [])
+    recorder.begin(2, 0, 1.0, [], "")
     do(recorder, 1, 2, 3)
-    recorder.begin(2, 1, 1.0, [])
+    recorder.begin(2, 1, 1.0, [], "")
     do(recorder, 2, 3, 4)
     recorder.sync()
     for file in (metrics.FILE, consumed.FILE):
@@ -194,7 +194,7 @@ def test_more_replaced_samples_than_tolerated_stop_the_workers_with_the_reason(
     new: Callable[..., Recorder], tmp_path: Path
 ) -> None:
     recorder = new()
-    recorder.begin(2, 0, 1.0, [])
+    recorder.begin(2, 0, 1.0, [], "")
     assert do(recorder, 1, replaced=3) + do(recorder, 2) == [False, False]
     assert do(recorder, 3, replaced=1) + do(recorder, 4) == [True, True]
     told = (
@@ -208,7 +208,7 @@ def test_more_steps_that_are_not_finite_than_tolerated_stop_the_workers_with_the
     new: Callable[..., Recorder], tmp_path: Path
 ) -> None:
     recorder = new()
-    recorder.begin(2, 0, 1.0, [])
+    recorder.begin(2, 0, 1.0, [], "")
     assert do(recorder, 1, skipped=1) + do(recorder, 2) == [False, False]
     assert do(recorder, 3, skipped=1) == [True]
     told = (
@@ -220,9 +220,9 @@ def test_more_steps_that_are_not_finite_than_tolerated_stop_the_workers_with_the
 
 def test_what_steps_that_are_done_again_counted_counts_once(new: Callable[..., Recorder]) -> None:
     recorder = new()
-    recorder.begin(2, 0, 1.0, [])
+    recorder.begin(2, 0, 1.0, [], "")
     do(recorder, 1, replaced=2)
     do(recorder, 2, replaced=1, skipped=1)
-    recorder.begin(2, 1, 1.0, [])
+    recorder.begin(2, 1, 1.0, [], "")
     assert do(recorder, 2, replaced=1, skipped=1) == [False]
     assert do(recorder, 3, replaced=1) == [True]

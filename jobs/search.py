@@ -1,0 +1,284 @@
+"""A search: one job whose settings are to be found, by trials that cost less than the job itself.
+
+    name: laptop
+    trials: 40
+    job: {…}                                    # a job file without name: what is to be run in the end
+    shared: [tower, pretrain, instruct]         # of its stages, trained once; after all of them trials only evaluate
+    fidelity: {evaluate.tasks.easy_vqa.limit: 200}  # what a trial has in place of the job's, to cost less
+    space:
+      model.vmtc.tokens: {low: 4, high: 64}
+      model.cmai.maximum: {low: 0.0, high: 0.9}
+    references: {paper: {model.vmtc: {}, model.cmai: {}}}
+    objectives: {easy_vqa.accuracy: max, flops: min}
+
+runs/NAME/search.yaml      the search as it was done
+runs/NAME/study.journal    Optuna's study, which its dashboard opens
+runs/NAME/shared/          the run of what is shared: shards, and stages
+runs/NAME/trials/0007/     the run of a trial, without its weights once it has ended
+runs/NAME/search.html      what came of it; trials.csv, the same as a table; best.yaml, a job to run
+"""
+
+import functools
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge
+from optuna.trial import FrozenTrial, TrialState
+from transformers import AutoTokenizer
+
+from jobs import document, run, schema, study
+from jobs.schema import Job, Name
+from jobs.study import SHARED
+from pipelines import cluster, evaluate, front, metrics, page, storage, train
+from pipelines import search as tuning
+from pipelines.space import Range, Space, Values, check
+from pipelines.trials import Settings, Trials, Try, find
+from redux import model as redux
+from redux.cost import cost
+from redux.model import Model, ReduxConfig
+
+FILE = "search.yaml"
+BEST = "best.yaml"
+FREE = ("trials", "at_once", "retries")
+"""What of a search may be another when it goes on."""
+
+LLAMA_WORDS = 32_000
+"""The vocabulary that is assumed, for checks, until the job's own tokenizer is made."""
+
+PATIENCE_S = 60
+"""For processes of a driver that was killed to let go of a trial's folder."""
+
+LAST = 10
+"""The loss of a trial is the mean over the last of so many parts of its last stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(Settings):
+    """What a search file says.
+
+    job: a job file's content without name.
+    shared: names of its first stages, in order; the sets that the job makes are shared in any case.
+    fidelity: values by dotted path that a trial has in place of the job's.
+    text: tokens of the prompt with one image for which flops, kv_bytes and focus_bytes are computed.
+    """
+
+    name: Name
+    job: dict[str, Any]
+    shared: tuple[Name, ...] = ()
+    fidelity: Values = field(default_factory=dict)
+    text: Annotated[int, Ge(1)] = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "name" in self.job:
+            raise ValueError("job: got a name, allowed: none, as each trial has its own")
+        stages = self.job.get("train", {})
+        if not isinstance(stages, dict) or list(self.shared) != list(stages)[: len(self.shared)]:
+            raise ValueError(
+                f"shared: got {', '.join(self.shared)}, allowed: the first of the stages {', '.join(stages)}"
+            )
+
+
+class Jobs:
+    """The jobs of a search's trials, by their values.
+
+    shared: the run of what they share, and its folder, once it is done; before, a trial's job is the whole.
+    """
+
+    def __init__(self, search: Search, shared: tuple[Job, Path] | None = None) -> None:
+        self.search = search
+        self.tree = study.going_on(search.job, search.shared, *shared) if shared else search.job
+        tokenizer = shared[1] / run.TOKENIZER if shared else None
+        known = tokenizer is not None and tokenizer.exists()
+        self.words = len(AutoTokenizer.from_pretrained(tokenizer)) if known else LLAMA_WORDS
+
+    def __call__(self, values: Values, name: str = "trial") -> Job:
+        """ValueError where there is none."""
+        return study.build(self.tree, self.search.fidelity | values, f"{self.search.name}-{name}", "job")
+
+    def forecast(self, values: Values) -> dict[str, float]:
+        """What is known of a trial beforehand; ValueError where its values make no job."""
+        config = _config(self(values).model, self.words)
+        spent = cost(config, self.search.text)
+        return {
+            "flops": spent.flops,
+            "kv_bytes": spent.kv_bytes,
+            "focus_bytes": spent.focus_bytes,
+            "image_tokens": config.image_seq_length,
+        }
+
+
+def _config(model: Model, words: int) -> ReduxConfig:
+    if not model.pretrained:
+        return redux.configured(model, words)
+    begun = _begun(model.tower, model.language, model.gguf_file, model.checkpoint)
+    return ReduxConfig(**{**begun, **model.methods})
+
+
+@functools.cache
+def _begun(tower: str | None, language: str | None, gguf_file: str | None, checkpoint: str | None) -> dict[str, Any]:
+    """The configuration of what trials begin with, read once."""
+    parts = Model(tower=tower, language=language, gguf_file=gguf_file, checkpoint=checkpoint)
+    return run.configured(parts).to_dict()
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Search:
+    """The search of a YAML file after overrides.
+
+    ValueError with one clear line also where the job, a reference, or an end of what is searched cannot be.
+    """
+    search = document.read(path, overrides, Search)
+    search = replace(search, space={name: _typed(name, place) for name, place in search.space.items()})
+    try:
+        _check(search)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return search
+
+
+def _check(search: Search) -> None:
+    jobs = Jobs(search)
+    jobs({})
+    for name, values in search.references.items():
+        try:
+            jobs.forecast(values)
+        except ValueError as error:
+            raise ValueError(f"references.{name}: {error}") from None
+    touched = [*search.space, *search.fidelity, *(key for values in search.references.values() for key in values)]
+    for stage in search.shared:
+        if wrong := [key for key in touched if key.startswith(f"train.{stage}.")]:
+            raise ValueError(f"{wrong[0]}: got other values for trials, allowed: none, as the stage {stage} is shared")
+    check(Space(search.space), jobs.forecast)
+
+
+def _typed(name: str, place: Any) -> Any:
+    """A range of whole numbers, where the job takes fractions, is one of fractions."""
+    if isinstance(place, Range) and document.takes(Job, name, float) and not document.takes(Job, name, int):
+        return replace(place, low=float(place.low), high=float(place.high))
+    return place
+
+
+def _check_metrics(search: Search, job: Job) -> None:
+    """ValueError where an objective, or a metric with a limit, is none that a trial will have."""
+    known = {"flops", "kv_bytes", "focus_bytes", "image_tokens"}
+    left = [name for name in job.train if name not in search.shared]
+    if left:
+        known |= {"loss", "tokens_per_s"}
+    elif search.prune:
+        raise ValueError("prune: got a rule, allowed: null, as trials train nothing")
+    if settings := run.located(job).evaluate:
+        known |= evaluate.promised(settings)
+    for section in ("objectives", "limits"):
+        for name in getattr(search, section):
+            if name not in known:
+                raise ValueError(f"{section}: got {name}, allowed: {', '.join(sorted(known))}")
+
+
+def conduct(search: Search, folder: Path, changed: bool = False) -> None:
+    """Do what is left of the search in its folder: what is shared, trials, and what came of them.
+
+    ValueError, before anything is run, where a file cannot be read or no trial would report an objective.
+    """
+    folder = folder.resolve()
+    _check_metrics(search, Jobs(search)({}))
+    run.claim(folder / FILE, document.write(search), FREE, changed)
+    with run.alone(folder), cluster.session():
+        shared = _share(search, folder / SHARED, changed)
+        jobs = Jobs(search, shared)
+        _require(search, jobs({}))
+        trials = Trials(search, search.name, folder, jobs.forecast)
+
+        def work(trial: Try, place: Path, watch: train.Watch) -> dict[str, float]:
+            job = jobs(trial.values, str(trial.number))
+            run.run(job, place, watch=watch, patience_s=PATIENCE_S)
+            return _measured(job, place)
+
+        tuning.search(trials, folder, work, lambda trials: _show(trials, folder, jobs))
+    print(f"{search.name} is finished: {folder / 'search.html'}")
+    for line in front.summary(trials.study):
+        print(line)
+
+
+def _share(search: Search, folder: Path, changed: bool) -> tuple[Job, Path] | None:
+    """The run of what trials share, done; None where they share nothing."""
+    job = study.build(search.job, {}, f"{search.name}-{SHARED}", "job")
+    until = search.shared[-1] if search.shared else "shards"
+    if until not in run.steps(job, folder):
+        return None
+    run.run(job, folder, changed, until=until)
+    return job, folder
+
+
+def _require(search: Search, job: Job) -> None:
+    """ValueError where Ray runs here alone and has not enough for so many trials at once: they would wait for ever."""
+    fewest, most = job.worker_range
+    training = fewest * (0.5 if fewest == most else 1) if job.train else 0
+    asking = job.evaluate.actors / 2 if job.evaluate else 0
+    what = f"at_once = {search.at_once}"
+    cluster.require({"CPU": search.at_once * max(training, asking) + 1}, what)
+    if cluster.gpus():
+        workers = max(fewest if job.train else 0, job.evaluate.actors if job.evaluate else 0)
+        cluster.require({"GPU": search.at_once * workers * job.gpu_share}, what)
+
+
+def _measured(job: Job, place: Path) -> dict[str, float]:
+    """All numbers of a trial's run."""
+    result = json.loads((place / "metrics.json").read_text())
+    if job.train:
+        stage = list(job.train)[-1]
+        losses = [loss for loss in metrics.losses(place, stage).values() if loss is not None]
+        last = losses[-max(len(losses) // LAST, 1) :]
+        result |= {"loss": sum(last) / len(last), "tokens_per_s": metrics.tokens_per_s(place, stage)}
+    return result
+
+
+def _show(trials: Trials, folder: Path, jobs: Jobs) -> None:
+    """What came of the search so far; trials that have ended need their weights no more."""
+    front.write(trials.study, folder)
+    for tries in trials.ended:
+        number = tries[0].number
+        shutil.rmtree(folder / tuning.FOLDER / f"{number:04}" / run.ASSEMBLED, ignore_errors=True)
+        for plan in run.plans(jobs({}, str(number)), folder / tuning.FOLDER / f"{number:04}").values():
+            storage.remove_folder(plan.folder)
+
+
+def best(folder: Path, numbers: Sequence[int]) -> list[Path]:
+    """Write the job with the settings of these trials, whole, as files to run; returns them.
+
+    Without numbers it is the best trial's, where there is one objective.  ValueError where a trial has no result.
+    """
+    search = document.read(folder / FILE, (), Search)
+    study = find(search, search.name, folder)
+    complete = {trial.number: trial for trial in study.get_trials(states=(TrialState.COMPLETE,))}
+    found = front.front(study)
+    if not numbers and len(search.objectives) == 1 and found:
+        numbers = [found[0].number]
+    told = ", ".join(f"{trial.number} ({_values(search, trial)})" for trial in found) or "none yet"
+    if not numbers or not complete.keys() >= set(numbers):
+        got = ", ".join(map(str, numbers)) or "none"
+        raise ValueError(f"{folder}: TRIAL: got {got}, allowed: complete trials; those that no other dominates: {told}")
+    return [
+        _write(search, complete[number], folder, BEST if len(numbers) == 1 else f"best-{number}.yaml")
+        for number in numbers
+    ]
+
+
+def _write(search: Search, trial: FrozenTrial, folder: Path, name: str) -> Path:
+    reference = trial.user_attrs.get("reference")
+    values = search.references[reference] if reference else Space(search.space).values(trial.params)
+    job = study.build(search.job, values, f"{search.name}-{trial.number}", f"{folder / FILE}: job")
+    cheaper = f", with {json.dumps(search.fidelity)}" if search.fidelity else ""
+    begun = f", from what the stages {', '.join(search.shared)} had made without it" if search.shared else ""
+    told = (
+        f"# The settings of trial {trial.number} of the search {search.name}; there: {_values(search, trial)}{cheaper}{begun}.\n"
+        f"# As a whole, as it stands here, the job has not been run by the search.\n\n"
+    )
+    return page.write(folder / name, told + schema.dump(job))
+
+
+def _values(search: Search, trial: FrozenTrial) -> str:
+    return ", ".join(f"{name} {value:.6g}" for name, value in zip(search.objectives, trial.values, strict=True))
