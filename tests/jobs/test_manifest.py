@@ -8,7 +8,10 @@ own.  No cluster is asked.
 import gzip
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -240,10 +243,12 @@ def test_a_pod_ends_only_after_the_grace_that_ray_gives(render: Render, grace_s:
     assert spec["terminationGracePeriodSeconds"] >= math.ceil(grace_s) + 10
 
 
-def test_the_name_of_rays_drain_is_rays() -> None:
-    from ray._private import ray_constants
-
-    assert ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S > 0
+def test_ray_reads_the_grace_where_the_pod_has_it(render: Render) -> None:
+    [variable] = pods(parsed(render(*QUICKSTART, "recovery.grace_s=44.5")))["worker"]["spec"]["containers"][0]["env"]
+    program = "from ray._private import ray_constants as c; print(c.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S)"
+    environment = {**os.environ, variable["name"]: variable["value"]}
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert float(told.stdout) == 44.5
 
 
 def test_the_job_travels_whole(render: Render, tmp_path: Path) -> None:
