@@ -98,6 +98,24 @@ def _best(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def _manifest(arguments: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from jobs import manifest, schema
+
+    job = schema.load(arguments.job, arguments.overrides)
+    place = manifest.Place(**{one.name: getattr(arguments, one.name) for one in fields(manifest.Place)})
+    text = manifest.write(job, place)
+    if arguments.out is None:
+        print(text, end="")
+        return
+    try:
+        arguments.out.write_text(text)
+    except OSError as error:
+        raise ValueError(f"--out: {arguments.out}: {error.strerror}") from None
+    print(f"{arguments.out}: kubectl create -f {arguments.out}")
+
+
 def _export(arguments: argparse.Namespace) -> None:
     from jobs import export
 
@@ -132,8 +150,9 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="run a job file, from images to report",
         description="Run a job file: make shards, train, evaluate, report; or a study, several jobs that share their "
-        "first stages; or a search for the best settings of one. A finished job is left as it is; an interrupted one goes on from its last checkpoint. Runs on a "
-        "Ray started for the purpose, or on the cluster that the environment variable RAY_ADDRESS names.",
+        "first stages; or a search for the best settings of one. A finished job is left as it is; an interrupted one "
+        "goes on from its last checkpoint. Runs on a Ray started for the purpose, or on the cluster that the environment "
+        "variable RAY_ADDRESS names.",
         epilog="example: redux run jobs/quickstart.yaml seed=1 name=quickstart-1",
     )
     run.add_argument("job", metavar="JOB", type=Path, help="a job file, such as jobs/quickstart.yaml")
@@ -173,8 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     best = verbs.add_parser(
         "best",
         help="write what a search found as a job file to run",
-        description="Write the job of a search, whole, with the settings of a trial. Without TRIAL it is the best one's, "
-        "where the search has one objective; where it has several, those are listed that no other trial dominates.",
+        description="Write the job of a search, whole, with the settings of a trial. Without TRIAL it is the best "
+        "one's, where the search has one objective; where it has several, those are listed that no other dominates.",
         epilog="example: redux best runs/laptop 17 && redux run runs/laptop/best.yaml",
     )
     best.add_argument("search", metavar="SEARCH", type=Path, help="the folder of a search")
@@ -193,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     cost.add_argument("--text", metavar="N", type=_count, default=64, help="text tokens (default: %(default)s)")
     cost.set_defaults(verb=_cost)
+    _add_manifest(verbs)
     _add_score(verbs)
     instructions = verbs.add_parser(
         "instructions",
@@ -228,6 +248,76 @@ def _parser() -> argparse.ArgumentParser:
     )
     tables.set_defaults(verb=_tables)
     return parser
+
+
+def _add_manifest(verbs: Any) -> None:
+    manifest = verbs.add_parser(
+        "manifest",
+        help="write a job as a RayJob for Kubernetes",
+        description="Write what Kubernetes with KubeRay (1.5.1 or newer) needs to run a job: its file as a ConfigMap, "
+        "a NetworkPolicy that keeps others out, and a RayJob with GPU workers on spot machines, which is started again "
+        "and goes on when its head is lost. Numbers of pods, and the time they get to end, are those of the job file.",
+        epilog="example: redux manifest jobs/llava-1.5-7b-redux.yaml name=llava-redux data.sets.mix665k=s3://bucket/"
+        "mix665k data.sets.llava-pretrain=s3://bucket/llava-pretrain checkpoints=s3://bucket/checkpoints "
+        "--image registry/redux:0.1.0 --volume runs:/mnt/redux --out job.k8s.yaml",
+    )
+    manifest.add_argument("job", metavar="JOB", type=Path, help="a job file")
+    manifest.add_argument("overrides", metavar="section.key=value", nargs="*", help="in place of the file's values")
+    manifest.add_argument("--out", metavar="FILE", type=Path, help="default: print it")
+    add = manifest.add_argument_group("pods").add_argument
+    add("--image", metavar="IMAGE", required=True, help="as built from cluster/Dockerfile")
+    add(
+        "--volume", metavar="CLAIM:PATH", type=_pair("CLAIM:PATH"), required=True,
+        help="the PersistentVolumeClaim (ReadWriteMany) that all pods see at PATH; run folders are in PATH/runs",
+    )  # fmt: skip
+    add("--gpus-per-worker-pod", metavar="N", type=_count, default=1, help="and workers (default: %(default)s)")
+    add("--worker-cpus", metavar="N", type=_count, default=8, help="of each worker (default: %(default)s)")
+    add("--worker-memory", metavar="GIB", type=_count, default=64, help="of each worker (default: %(default)s)")
+    add("--head-cpus", metavar="N", type=_count, default=4, help="default: %(default)s")
+    add(
+        "--head-memory", metavar="GIB", type=_count, default=32,
+        help="pretrained parts are put together in it (default: %(default)s)",
+    )  # fmt: skip
+    add("--service-account", metavar="NAME", help="with rights at the cloud: buckets without keys")
+    add("--secret", metavar="NAME", help="whose keys the pods have as environment, such as WANDB_API_KEY, HF_TOKEN")
+    _add_place(manifest)
+    manifest.set_defaults(verb=_manifest)
+
+
+def _add_place(manifest: argparse.ArgumentParser) -> None:
+    add = manifest.add_argument_group("machines and faults").add_argument
+    add(
+        "--spot-label", metavar="KEY=VALUE", type=_pair("KEY=VALUE"), default=("karpenter.sh/capacity-type", "spot"),
+        help="of spot machines, for the workers alone; also their taint (default: karpenter.sh/capacity-type=spot; of "
+        "GKE cloud.google.com/gke-spot=true, of EKS eks.amazonaws.com/capacityType=SPOT)",
+    )  # fmt: skip
+    add(
+        "--node-label", metavar="KEY=VALUE", type=_pair("KEY=VALUE"), action="append", default=[],
+        help="more that worker machines must have, such as the kind of GPU; can be given again",
+    )  # fmt: skip
+    add("--queue", metavar="NAME", help="start all pods or none, when this queue has room")
+    add(
+        "--scheduler", choices=("kueue", "volcano", "yunikorn"), default="kueue",
+        help="whose queue it is; KubeRay must have been told of the latter two (default: %(default)s)",
+    )  # fmt: skip
+    add("--retries", metavar="N", type=_natural, default=3, help="of the whole job (default: %(default)s)")
+    add(
+        "--deadline", metavar="SECONDS", dest="deadline_s", type=_count,
+        help="end a try after so long, and try no more (default: never)",
+    )  # fmt: skip
+    add(
+        "--redis", metavar="HOST:PORT", type=_pair("HOST:PORT"),
+        help="keep Ray's own state there, which then outlives its head; the job's driver does not, see --retries",
+    )  # fmt: skip
+    add("--redis-secret", metavar="NAME:KEY", type=_pair("NAME:KEY"), help="the Secret with its password")
+    add(
+        "--egress", metavar="CIDR:PORT", type=_pair("CIDR:PORT"), action="append", default=[],
+        help="what pods may reach besides each other, DNS and HTTPS; can be given again",
+    )  # fmt: skip
+    add(
+        "--operator-namespace", metavar="NAME", default="kuberay-system",
+        help="KubeRay's, which may ask the head how the job does (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _add_score(verbs: Any) -> None:
@@ -319,6 +409,25 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text}, allowed: a whole number >= 1")
     return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text}, allowed: a whole number >= 0")
+    return int(text)
+
+
+def _pair(form: str) -> Callable[[str], tuple[str, str]]:
+    """Two words as `form` has them, such as KEY=VALUE or HOST:PORT."""
+    separator = "=" if "=" in form else ":"
+
+    def pair(text: str) -> tuple[str, str]:
+        left, _, right = text.rpartition(separator)
+        if not left or not right or (form.endswith("PORT") and not right.isdecimal()):
+            raise argparse.ArgumentTypeError(f"got {text}, allowed: {form}")
+        return left, right
+
+    return pair
 
 
 class _Version(argparse.Action):

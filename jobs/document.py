@@ -94,7 +94,7 @@ def write(value: Any) -> str:
 
 
 @functools.cache
-def _adapter(schema: Hashable) -> TypeAdapter[Any]:
+def _adapter(schema: Any) -> TypeAdapter[Any]:
     # pydantic takes settings for a container but not for a dataclass; from the container they reach every dataclass in
     # it, so a one-tuple around the schema makes the whole tree strict without a mark on any of its classes
     strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

@@ -274,8 +274,9 @@ def _write(search: Search, trial: FrozenTrial, folder: Path, name: str) -> Path:
     cheaper = f", with {json.dumps(search.fidelity)}" if search.fidelity else ""
     begun = f", from what the stages {', '.join(search.shared)} had made without it" if search.shared else ""
     told = (
-        f"# The settings of trial {trial.number} of the search {search.name}; there: {_values(search, trial)}{cheaper}{begun}.\n"
-        f"# As a whole, as it stands here, the job has not been run by the search.\n\n"
+        f"# The settings of trial {trial.number} of the search {search.name}.\n"
+        f"# There: {_values(search, trial)}{cheaper}{begun}.\n"
+        "# The job as a whole, as it stands here, was not run by the search.\n\n"
     )
     return page.write(folder / name, told + schema.dump(job))
 

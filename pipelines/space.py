@@ -1,7 +1,7 @@
 """What a search may choose: values of a job file by dotted path, drawn together, and again where they make no job.
 
 Whether values go together (k and c with what an earlier stage left, heads with a width, …) is for the job's own checks
-to say, so the draw asks them, before Optuna hears of it: what cannot be is never a trial.  What a trial is given follows
+to say, so the draw asks them, before Optuna hears of it: what cannot be is never a trial.  What a trial gets follows
 from seed, its number and the trials before it, so a search that is started again draws on as if it had never stopped.
 """
 

@@ -48,7 +48,14 @@ def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable[
 
 
 def test_help_and_version_load_nothing_heavy() -> None:
-    for arguments in (["--help"], ["run", "--help"], ["score", "--help"], ["--version"], ["run"]):
+    for arguments in (
+        ["--help"],
+        ["run", "--help"],
+        ["score", "--help"],
+        ["manifest", "--help"],
+        ["--version"],
+        ["run"],
+    ):
         program = (
             "import sys\nfrom jobs.command import main\n"
             f"try: main({arguments})\nexcept SystemExit: print('LOADED', *sys.modules)"

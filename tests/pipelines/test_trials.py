@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from pipelines.space import Range, Values
 from pipelines.trials import HOPELESS, Limit, Prune, Settings, Trials, find

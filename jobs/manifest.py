@@ -1,0 +1,424 @@
+"""`redux manifest`: a job as objects of Kubernetes, of which KubeRay makes a Ray, starts the job and starts it again.
+
+A ConfigMap with the job as resolved, a NetworkPolicy, and a RayJob that runs `redux run` on the first.  What the job
+file says already is derived and cannot be said twice: workers become pods, recovery.grace_s the time that a pod gets
+to end.  What only the place knows, its volume, its queue, its labels, are the options.
+
+A retry is a new Ray with the same job, so what was done must lie where it is found again: the run folder on a volume
+that all pods share, checkpoints there or at a URL.  Spot machines are for the workers alone: with the head, which
+trains nothing, the driver would go too.
+
+Nothing here talks to a cluster.  The fields are those of KubeRay 1.7's RayJob (ray.io/v1), all there since 1.5.1, the
+first with token authentication.  Secrets are named, never written.
+"""
+
+import importlib.metadata
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from jobs import schema
+from jobs.schema import Job
+
+Tree = dict[str, Any]
+Pair = tuple[str, str]
+
+NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")
+"""What KubeRay takes as a RayJob's name (RFC 1035): it appends to it for services, whose names end at 63 characters."""
+
+PASSWORD = re.compile(r"(?:([\w.-]+): )?\S*://[^/@\s]*:[^/@\s]+@")
+"""In a line of YAML: its key if it has one, and a URL that says who comes and with which password."""
+
+FOLDER = "/etc/redux"
+"""Where a pod finds the job: Kubernetes mounts folders, of a ConfigMap one file for each key."""
+
+LABEL = "redux-job"
+"""On every pod of a job.  KubeRay's own label has the name of the Ray, another one for every retry."""
+
+USER = 1000
+"""The image's, whose group may write on the volume."""
+
+MARGIN_S = 15
+"""How much longer than the grace a pod has to end."""
+
+KEPT_S = 600
+"""How long a finished job's pods stay, for their logs."""
+
+IDLE_S = 300
+"""After how long without work the autoscaler takes a worker away: longer than workers take to start again."""
+
+SCHEDULERS: dict[str, Callable[[str, str], dict[str, str]]] = {
+    "kueue": lambda name, queue: {"kueue.x-k8s.io/queue-name": queue},
+    "volcano": lambda name, queue: {"volcano.sh/queue-name": queue},
+    "yunikorn": lambda name, queue: {
+        "ray.io/gang-scheduling-enabled": "true",
+        "yunikorn.apache.org/app-id": name,
+        "yunikorn.apache.org/queue": queue,
+    },
+}
+"""Labels that have all pods of a job start together or none, by scheduler, for a job's name and a queue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a job file does not say of where it runs.
+
+    image: with Redux and the Ray that is installed here.
+    volume: claim of a volume that many pods can write on at once, and where they see it.
+    gpus_per_worker_pod: a worker has one of them.  worker_cpus, worker_memory: of each worker, in cores and GiB.
+    head_cpus, head_memory: the driver's, which puts pretrained parts together in memory.
+    spot_label: key and value of spot machines' label, and of their taint if they have one.
+    node_label: more that worker machines must have, such as the kind of GPU.
+    service_account: whose rights at the cloud the pods have.  secret: whose keys are their environment.
+    scheduler, queue: who has a job wait until it fits, and in which queue.
+    retries: of the whole job.  deadline_s: for each try, after which there is no other.
+    redis, redis_secret: host and port, secret and key: where Ray's own state outlives its head.
+    egress: networks and ports that pods reach besides DNS, HTTPS and each other.
+    operator_namespace: KubeRay's, which asks the head how the job does.
+    """
+
+    image: str
+    volume: Pair
+    gpus_per_worker_pod: int
+    worker_cpus: int
+    worker_memory: int
+    head_cpus: int
+    head_memory: int
+    spot_label: Pair
+    node_label: Sequence[Pair]
+    service_account: str | None
+    secret: str | None
+    scheduler: str
+    queue: str | None
+    retries: int
+    deadline_s: int | None
+    redis: Pair | None
+    redis_secret: Pair | None
+    egress: Sequence[Pair]
+    operator_namespace: str
+
+    @property
+    def kueue(self) -> bool:
+        return self.queue is not None and self.scheduler == "kueue"
+
+
+def write(job: Job, place: Place) -> str:
+    """The manifest: YAML, three documents.  ValueError where the job cannot run so, or not go on after a fault."""
+    _check(job, place)
+    resolved = schema.dump(job)
+    _check_passwords(resolved)
+    documents = [_config_map(job.name, resolved), _network_policy(job, place), _ray_job(job, place)]
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+def _check(job: Job, place: Place) -> None:
+    if not NAME.fullmatch(job.name):
+        fit = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).lstrip("-0123456789")[:47].rstrip("-") or "job"
+        raise ValueError(
+            f"name: got {job.name}, allowed: up to 47 of a-z, 0-9 and -, of which the first is a letter and the last "
+            f"none but -, such as name={fit}"
+        )
+    (fewest, most), gpus = job.worker_range, place.gpus_per_worker_pod
+    if fewest % gpus or most % gpus:
+        workers = job.workers if isinstance(job.workers, int) else list(job.workers)
+        raise ValueError(f"workers: got {workers}, allowed: multiples of {gpus}, the GPUs of a worker pod")
+    if job.evaluate and job.evaluate.actors > fewest:
+        raise ValueError(
+            f"evaluate.actors: got {job.evaluate.actors}, allowed: up to {fewest}, as many as there are GPUs for sure"
+        )
+    if place.kueue and fewest < most:
+        raise ValueError(f"workers: got {[fewest, most]}, allowed: one number, as Kueue sets room aside for all")
+    if place.redis_secret and not place.redis:
+        raise ValueError("--redis-secret: got one without --redis, allowed: both")
+    _check_folders(job, PurePosixPath(place.volume[1]))
+
+
+def _check_folders(job: Job, volume: PurePosixPath) -> None:
+    """ValueError where the job reads or writes what only this machine has."""
+    if not volume.is_absolute() or volume == PurePosixPath("/"):
+        raise ValueError(f"--volume: got {volume}, allowed: a path from the root on, and not the root itself")
+    for where, folder in _folders(job):
+        local = folder.removeprefix("file://")
+        path = PurePosixPath(local)
+        if "://" not in local and (".." in path.parts or not path.is_relative_to(volume)):
+            raise ValueError(
+                f"{where}: got {folder}, allowed: a URL, or a path in {volume}, which all pods and a retry find again"
+            )
+
+
+def _folders(job: Job) -> Iterator[Pair]:
+    """Each folder or file that the job names, and where it does; a model's may be a hub id, which is none."""
+    if job.checkpoints:
+        yield "checkpoints", job.checkpoints
+    for name, folder in job.data.sets.items():
+        yield f"data.sets.{name}", folder
+    for part in ("tower", "language", "checkpoint"):
+        named = getattr(job.model, part)
+        if isinstance(named, str) and (named.startswith(("/", ".", "file:")) or Path(named).is_dir()):
+            yield f"model.{part}", named
+    for task, asking in job.evaluate.tasks.items() if job.evaluate else ():
+        for file in asking.files:
+            yield f"evaluate.tasks.{task}.files", file
+        if asking.images:
+            yield f"evaluate.tasks.{task}.images", asking.images
+
+
+def _check_passwords(resolved: str) -> None:
+    """ValueError where the job, which others can read as a ConfigMap, has a secret in a URL."""
+    if found := PASSWORD.search(resolved):
+        raise ValueError(
+            f"{found[1] or 'the job'}: a URL with a password, allowed: one without, and rights by --service-account"
+        )
+
+
+# --- the three objects ------------------------------------------------------------------------------------------------
+
+
+def _config_map(name: str, resolved: str) -> Tree:
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"job.yaml": resolved}}
+
+
+def _network_policy(job: Job, place: Place) -> Tree:
+    """Only the job's pods reach each other, and the operator the dashboard; out go DNS, HTTPS and what is asked for."""
+    own = {"podSelector": {"matchLabels": {LABEL: job.name}}}
+    operator = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": place.operator_namespace}},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}},
+    }
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": job.name},
+        "spec": {
+            **own,
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": [own]}, {"from": [operator], "ports": _ports("TCP", 8265)}],
+            "egress": [
+                {"to": [own]},
+                {"ports": [*_ports("UDP", 53), *_ports("TCP", 53)]},
+                # buckets, hubs, and the API server, which the autoscaler asks; some have it at 6443
+                {"ports": _ports("TCP", 443, 6443)},
+                *({"ports": _ports("TCP", int(port))} for _, port in filter(None, [place.redis])),
+                *(
+                    {"to": [{"ipBlock": {"cidr": net}}], "ports": _ports("TCP", int(port))}
+                    for net, port in place.egress
+                ),
+            ],
+        },
+    }
+
+
+def _ports(protocol: str, *ports: int) -> list[Tree]:
+    return [{"protocol": protocol, "port": port} for port in ports]
+
+
+def _ray_job(job: Job, place: Place) -> Tree:
+    into = PurePosixPath(place.volume[1]) / "runs"
+    labels = SCHEDULERS[place.scheduler](job.name, place.queue) if place.queue else {}
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": job.name, **({"labels": labels} if labels else {})},
+        "spec": _given(
+            suspend=place.kueue or None,  # until Kueue has room for it
+            entrypoint=f"redux run {FOLDER}/job.yaml --into {shlex.quote(str(into))}",
+            submissionMode="K8sJobMode",
+            backoffLimit=place.retries,
+            activeDeadlineSeconds=place.deadline_s,
+            shutdownAfterJobFinishes=True,
+            ttlSecondsAfterFinished=KEPT_S,
+            submitterPodTemplate=_submitter(job, place),
+            rayClusterSpec=_ray_cluster(job, place),
+        ),
+    }
+
+
+def _ray_cluster(job: Job, place: Place) -> Tree:
+    fewest, most = job.worker_range
+    elastic = fewest < most
+    return _given(
+        rayVersion=importlib.metadata.version("ray"),
+        authOptions={"mode": "token"},
+        enableInTreeAutoscaling=elastic,
+        autoscalerOptions={"version": "v2", "idleTimeoutSeconds": IDLE_S, "securityContext": _confined()}
+        if elastic
+        else None,
+        gcsFaultToleranceOptions=_redis(place) if place.redis else None,
+        headGroupSpec={
+            "serviceType": "ClusterIP",
+            "enableIngress": False,
+            "rayStartParams": {"num-cpus": "0"},  # the driver is there, and no task that could crowd it out
+            "template": _head(job, place),
+        },
+        workerGroupSpecs=[
+            {
+                "groupName": "gpu",
+                "replicas": fewest // place.gpus_per_worker_pod,
+                "minReplicas": fewest // place.gpus_per_worker_pod,
+                "maxReplicas": most // place.gpus_per_worker_pod,
+                "rayStartParams": {},
+                "template": _worker(job, place),
+            }
+        ],
+    )
+
+
+def _redis(place: Place) -> Tree:
+    assert place.redis
+    password = None
+    if place.redis_secret:
+        name, key = place.redis_secret
+        password = {"valueFrom": {"secretKeyRef": {"name": name, "key": key}}}
+    return _given(redisAddress=":".join(place.redis), redisPassword=password)
+
+
+# --- pods -------------------------------------------------------------------------------------------------------------
+
+
+def _head(job: Job, place: Place) -> Tree:
+    """On demand: any machine that is not labelled as spot."""
+    key, value = place.spot_label
+    other = {"nodeSelectorTerms": [{"matchExpressions": [{"key": key, "operator": "NotIn", "values": [value]}]}]}
+    container = {
+        "name": "ray-head",
+        **_container(place, cpu=place.head_cpus, memory=f"{place.head_memory}Gi"),
+        # without Ray Client's, which nothing here needs
+        "ports": [{"containerPort": 6379, "name": "gcs-server"}, {"containerPort": 8265, "name": "dashboard"}],
+    }
+    fewest, most = job.worker_range
+    return _pod(
+        job,
+        place,
+        container,
+        # the autoscaler is a container of this pod and asks Kubernetes for workers
+        automountServiceAccountToken=fewest < most,
+        affinity={"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": other}},
+    )
+
+
+def _worker(job: Job, place: Place) -> Tree:
+    key, value = place.spot_label
+    gpus, grace_s = place.gpus_per_worker_pod, job.recovery.grace_s
+    container = {
+        "name": "ray-worker",
+        **_container(
+            place,
+            cpu=gpus * place.worker_cpus,
+            memory=f"{gpus * place.worker_memory}Gi",
+            **{"nvidia.com/gpu": gpus},
+        ),
+        # on SIGTERM Ray tells the workers of a preemption and keeps them running so long; its own is 30
+        "env": [{"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": f"{grace_s:g}"}],
+    }
+    return _pod(
+        job,
+        place,
+        container,
+        automountServiceAccountToken=False,
+        terminationGracePeriodSeconds=math.ceil(grace_s) + MARGIN_S,
+        nodeSelector={key: value, **dict(place.node_label)},
+        tolerations=[
+            {"key": key, "operator": "Equal", "value": value, "effect": "NoSchedule"},
+            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+        ],
+    )
+
+
+def _submitter(job: Job, place: Place) -> Tree:
+    """Hands the job to the head and follows its log; the command is KubeRay's."""
+    container = {
+        "name": "ray-job-submitter",
+        "image": place.image,
+        "resources": _resources(cpu=1, memory="1Gi"),
+        "securityContext": _confined(),
+    }
+    return {
+        "metadata": {"labels": {LABEL: job.name}},
+        "spec": {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": False,
+            "securityContext": _user(),
+            "containers": [container],
+        },
+    }
+
+
+def _pod(job: Job, place: Place, container: Tree, **spec: Any) -> Tree:
+    """A pod of Ray's: the job and the volume in it, no rights on its machine."""
+    claim, _ = place.volume
+    return {
+        "metadata": {"labels": {LABEL: job.name}},
+        "spec": _given(
+            serviceAccountName=place.service_account,
+            securityContext=_user(),
+            **spec,
+            containers=[container],
+            volumes=[
+                {"name": "job", "configMap": {"name": job.name}},
+                {"name": "shared", "persistentVolumeClaim": {"claimName": claim}},
+            ],
+        ),
+    }
+
+
+def _container(place: Place, **resources: Any) -> Tree:
+    return _given(
+        image=place.image,
+        resources=_resources(**resources),
+        securityContext=_confined(),
+        envFrom=[{"secretRef": {"name": place.secret}}] if place.secret else None,
+        volumeMounts=[
+            {"name": "job", "mountPath": FOLDER, "readOnly": True},
+            {"name": "shared", "mountPath": place.volume[1]},
+        ],
+    )
+
+
+def _resources(**resources: Any) -> Tree:
+    """As much as is asked for and no more: what goes beyond its memory would bring others on the machine down."""
+    return {"requests": resources, "limits": resources}
+
+
+def _user() -> Tree:
+    return {
+        "runAsNonRoot": True,
+        "fsGroup": USER,
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def _confined() -> Tree:
+    return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+def _given(**values: Any) -> Tree:
+    """Those that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+# --- YAML -------------------------------------------------------------------------------------------------------------
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as such, and in quotes what some reader of YAML takes for a number."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else '"' if text[:1] in set("+-.0123456789") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)

@@ -1,0 +1,164 @@
+"""The files of cluster/ as those read them who will: Ray its cluster files, Python and a linter the Dockerfile.
+
+No cloud is asked and no image is built.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+CLUSTERS = sorted((ROOT / "cluster").glob("*.yaml"))
+DOCKERFILE = ROOT / "cluster" / "Dockerfile"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+Tree = dict[str, Any]
+
+
+def resolved(path: Path) -> Tree:
+    """The file with what Ray puts where it says nothing."""
+    from ray.autoscaler._private.util import prepare_config
+
+    return prepare_config(yaml.safe_load(path.read_text()))
+
+
+def test_there_are_clusters() -> None:
+    assert {path.stem for path in CLUSTERS} == {"aws", "gcp"}
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_ray_takes_the_file(path: Path) -> None:
+    from ray.autoscaler._private.util import validate_config
+
+    config = resolved(path)
+    validate_config(config)
+    config["docker"]["imagine"] = config["docker"]["image"]
+    with pytest.raises(jsonschema.ValidationError, match="imagine"):
+        validate_config(config)
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_the_head_is_on_demand_and_runs_no_task_and_workers_are_spot(path: Path) -> None:
+    config = resolved(path)
+    head, worker = (config["available_node_types"][name] for name in (config["head_node_type"], "worker"))
+    assert (head["resources"]["CPU"], head["max_workers"]) == (0, 0)
+    assert 1 <= worker["min_workers"] < worker["max_workers"] <= config["max_workers"]
+    spot = [re.search(r"spot|preemptible", str(one["node_config"]), re.IGNORECASE) for one in (head, worker)]
+    assert [bool(found) for found in spot] == [False, True]
+    [start] = [line for line in config["head_start_ray_commands"] if "--head" in line]
+    assert "--num-cpus=0" in start
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_nothing_is_open_to_the_world(path: Path) -> None:
+    config = resolved(path)
+    assert not re.search(r"0\.0\.0\.0|::/0", yaml.safe_dump(config))
+    assert config["provider"]["use_internal_ips"]
+    assert config["auth"]["ssh_proxy_command"]
+    assert config["auth"]["ssh_proxy_use_node_id"]
+    for node_type in config["available_node_types"].values():
+        node = node_type["node_config"]
+        if config["provider"]["type"] == "aws":
+            assert node["SecurityGroupIds"], "the group that Ray makes where none is named opens port 22 to everyone"
+        else:
+            assert node["networkInterfaces"], "the interface that Ray makes where none is named has a public address"
+            assert all("accessConfigs" not in one for one in node["networkInterfaces"])
+    [start] = [line for line in config["head_start_ray_commands"] if "--head" in line]
+    assert "--dashboard-host=127.0.0.1" in start
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_only_who_has_the_token_submits_and_no_key_is_written(path: Path) -> None:
+    config = resolved(path)
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    assert not re.search(r"AKIA|PRIVATE KEY|secret|password", path.read_text(), re.IGNORECASE)
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_machines_run_the_image_as_it_is(path: Path) -> None:
+    """Ray's defaults for these clouds install a Ray on top."""
+    config = resolved(path)
+    commands = [line for name, lines in config.items() if name.endswith("_commands") for line in lines]
+    assert commands
+    assert not [line for line in commands if "pip" in line]
+
+
+# --- the image --------------------------------------------------------------------------------------------------------
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile's instructions and their arguments, each as one line."""
+    text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE)
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines) if name]
+
+
+def argument(name: str) -> str:
+    """What a build argument is where nobody says another."""
+    [default] = [
+        rest.partition("=")[2] for kind, rest in instructions() if kind == "ARG" and rest.startswith(f"{name}=")
+    ]
+    return default
+
+
+def test_the_image_has_extras_that_are_there_and_all_they_ask_for() -> None:
+    extras, available = argument("EXTRAS").split(","), PROJECT["project"]["optional-dependencies"]
+    assert {"cluster", "fast", "instructions", "lora", "pretrained", "s3"} == set(extras) <= available.keys()
+    [listing] = [rest for kind, rest in instructions() if kind == "RUN" and "python -c" in rest]
+    words = shlex.split(listing)
+    program = words[words.index("-c") + 1]
+
+    def run(names: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program, "pyproject.toml", names], cwd=ROOT, capture_output=True, text=True
+        )
+
+    asked = run(argument("EXTRAS")).stdout.splitlines()
+    assert asked == [*PROJECT["project"]["dependencies"], *(one for name in extras for one in available[name])]
+    assert run("s3,nothing").returncode
+
+
+def test_torch_is_the_one_that_the_project_names() -> None:
+    [step] = [rest for kind, rest in instructions() if kind == "RUN" and "--index-url" in rest]
+    pattern = re.search(r"grep -o '([^']+)'", step)
+    assert pattern
+    found = re.findall(pattern[1], (ROOT / "pyproject.toml").read_text())
+    assert len(found) == 1
+    assert found[0] in PROJECT["project"]["dependencies"]
+
+
+def test_the_image_has_a_base_of_one_version_and_a_user_who_owns_what_pods_and_machines_give_it() -> None:
+    from jobs import manifest
+
+    assert re.fullmatch(r"python:3\.(11|12)\.\d+-slim-\w+", argument("BASE"))
+    users = [rest for kind, rest in instructions() if kind == "USER"]
+    assert users == [f"{manifest.USER}:{manifest.USER}"]
+    assert [rest for kind, rest in instructions() if kind == "RUN" and f"useradd --uid {manifest.USER} " in rest]
+
+
+def test_only_what_the_project_is_made_of_goes_to_the_builder() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in lines
+    project = PROJECT["project"]
+    packages = {name.partition(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]}
+    needed = {"pyproject.toml", project["readme"], *project["license-files"], *packages}
+    assert {line[1:] for line in lines if line.startswith("!")} == needed
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    hadolint = shutil.which("hadolint", path=sysconfig.get_path("scripts")) or shutil.which("hadolint")
+    if not hadolint:
+        pytest.skip("there is no hadolint for this machine, or it is not installed")
+    ended = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True)
+    assert ended.returncode == 0, f"\n{ended.stdout}{ended.stderr}"
