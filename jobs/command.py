@@ -151,8 +151,8 @@ def _parser() -> argparse.ArgumentParser:
         help="run a job file, from images to report",
         description="Run a job file: make shards, train, evaluate, report; or a study, several jobs that share their "
         "first stages; or a search for the best settings of one. A finished job is left as it is; an interrupted one "
-        "goes on from its last checkpoint. Runs on a Ray started for the purpose, or on the cluster that the environment "
-        "variable RAY_ADDRESS names.",
+        "goes on from its last checkpoint. Runs on a Ray started for the purpose, or on the cluster that the "
+        "environment variable RAY_ADDRESS names.",
         epilog="example: redux run jobs/quickstart.yaml seed=1 name=quickstart-1",
     )
     run.add_argument("job", metavar="JOB", type=Path, help="a job file, such as jobs/quickstart.yaml")

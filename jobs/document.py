@@ -7,7 +7,6 @@ dotted path, the value and what is allowed there.
 """
 
 import difflib
-import functools
 import json
 import re
 import types
@@ -93,13 +92,18 @@ def write(value: Any) -> str:
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-@functools.cache
-def _adapter(schema: Any) -> TypeAdapter[Any]:
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
+"""Made once: that takes far longer than a document does."""
+
+
+def _adapter(schema: type) -> TypeAdapter[Any]:
     # pydantic takes settings for a container but not for a dataclass; from the container they reach every dataclass in
     # it, so a one-tuple around the schema makes the whole tree strict without a mark on any of its classes
     strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    container: Any = types.GenericAlias(tuple, (schema,))
-    return TypeAdapter(container, config=strict)
+    if schema not in _ADAPTERS:
+        container: Any = types.GenericAlias(tuple, (schema,))
+        _ADAPTERS[schema] = TypeAdapter(container, config=strict)
+    return _ADAPTERS[schema]
 
 
 # --- YAML ------------------------------------------------------------------------------------------------------------
@@ -181,7 +185,7 @@ def takes(schema: type, dotted: str, kind: type) -> bool:
 def _summary(error: ValidationError, tree: Any, schema: type) -> str:
     """The first problem, and how many others there are."""
     found: dict[tuple[str | int, ...], ErrorDetails] = {}
-    for detail in sorted(error.errors(), key=lambda each: _URGENCY.get(each["type"], 1)):
+    for detail in sorted(_meant(error.errors(), tree), key=lambda each: _URGENCY.get(each["type"], 1)):
         # one problem for each place: a union reports every one of its members
         found.setdefault(_location(detail, tree), detail)
     location, detail = next(iter(found.items()))
@@ -196,16 +200,39 @@ def _summary(error: ValidationError, tree: Any, schema: type) -> str:
     return f"{dotted + separator if dotted else ''}{problem}{more}"
 
 
+def _meant(details: list[ErrorDetails], tree: Any) -> list[ErrorDetails]:
+    """The problems without those of a section that knows other keys, where a union has another that knows these."""
+    strange = {detail["loc"][:-1] for detail in details if detail["type"] == "unexpected_keyword_argument"}
+    sections = {
+        detail["loc"] if detail["type"] == "value_error" else detail["loc"][:-1]
+        for detail in details
+        if detail["type"] == "value_error" or len(detail["loc"]) > 1
+    }
+    dropped = {
+        loc
+        for loc in strange
+        if loc[-1] not in _trail(loc, tree)[-1:]  # a member's name, which pydantic adds
+        and any(other[:-1] == loc[:-1] and other not in strange for other in sections)
+    }
+    return [detail for detail in details if not any(detail["loc"][: len(loc)] == loc for loc in dropped)]
+
+
 def _location(detail: ErrorDetails, tree: Any) -> tuple[str | int, ...]:
     """Where in the document: pydantic's own path without the marks it adds for members of a union and for keys."""
+    trail = _trail(detail["loc"], tree)
+    return (*trail, detail["loc"][-1]) if detail["type"] == "missing" else trail
+
+
+def _trail(loc: Sequence[str | int], tree: Any) -> tuple[str | int, ...]:
+    """The keys of pydantic's path that are the document's."""
     trail: list[str | int] = []
     value = tree
-    for key in detail["loc"][1:]:
+    for key in loc[1:]:
         inside = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
         if key in inside:
             value = value[key]
             trail.append(key)
-    return (*trail, detail["loc"][-1]) if detail["type"] == "missing" else tuple(trail)
+    return tuple(trail)
 
 
 def _problem(detail: ErrorDetails, location: tuple[str | int, ...], schema: type) -> str:

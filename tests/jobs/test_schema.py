@@ -2,17 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from jobs import document, schema, study
+from jobs import document, schema, search, study
 from jobs.run import steps
+from pipelines.trials import Trials
 
 FOLDER = Path(__file__).parents[2] / "jobs"
 FILES = sorted(FOLDER.rglob("*.yaml"))
-SHIPPED = [path for path in FILES if "variants" not in document.plain(path)]
-STUDIES = [path for path in FILES if path not in SHIPPED]
+STUDIES = [path for path in FILES if "variants" in document.plain(path)]
+SEARCHES = [path for path in FILES if "space" in document.plain(path)]
+SHIPPED = [path for path in FILES if path not in STUDIES + SEARCHES]
 NAMES = {
     "quickstart",
     "evaluate",
@@ -23,6 +26,7 @@ NAMES = {
 def test_jobs_are_shipped() -> None:
     assert {path.stem for path in SHIPPED} == NAMES
     assert {path.stem for path in STUDIES} == {"mini"}
+    assert {path.stem for path in SEARCHES} == {"laptop", "llava-1.5-7b"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(FOLDER)))
@@ -46,6 +50,25 @@ def test_a_shipped_study_opens_with_what_to_expect_and_makes_jobs(path: Path, tm
     several = study.load(path)
     assert several.name == path.stem
     assert len(study.jobs(several, tmp_path)) == len(several.variants) * len(several.seeds) + bool(several.shared)
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_a_shipped_search_opens_with_what_to_expect_and_draws_jobs(
+    path: Path, parts: dict[str, str], tmp_path: Path
+) -> None:
+    """Of which each keeps the limits; a whole one is as large as parts without a hub allow."""
+    assert path.read_text().startswith("# ")
+    pretrained = isinstance(document.plain(path)["job"]["model"]["tower"], str)
+    asked = search.load(path, [f"job.model.{part}={folder}" for part, folder in parts.items()] if pretrained else [])
+    assert asked.name == path.stem
+    jobs, written = search.Jobs(asked), tmp_path / search.FILE
+    written.write_text(document.write(asked))
+    assert search.load(written) == asked
+    trials = Trials(replace(asked, at_once=asked.trials), asked.name, tmp_path, jobs.forecast)
+    for number in range(len(asked.references) + 12):
+        trial = trials.next(str(number))
+        assert trial
+        assert jobs(trial.values, str(number)).name == f"{path.stem}-{number}"
 
 
 def test_the_numbers_of_a_job_are_checked() -> None:

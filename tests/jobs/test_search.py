@@ -1,0 +1,254 @@
+"""A search's trials are jobs that differ in what is searched alone; what cannot be is told before anything runs."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+import yaml
+from optuna.trial import create_trial
+
+from jobs import command, run, schema, search
+from pipelines import consumed, lines
+from pipelines.trials import Trials
+from redux.cost import cost
+from redux.model import configured
+
+TINY = """
+name: tiny
+trials: 5
+at_once: 1
+shared: [pretrain]
+fidelity: {train.instruct.steps: 60, evaluate.tasks.easy_vqa.limit: 10}
+space:
+  model.vmtc.kept.0: {low: 1, high: 15}
+  model.vmtc.clusters.0: {low: 0, high: 4}
+  model.cmai.maximum: {low: 0, high: 1}
+references: {plain: {model.vmtc: null}}
+objectives: {easy_vqa.accuracy: max, flops: min}
+job:
+  workers: 1
+  data: {source: easy-vqa, samples_per_shard: 2000}
+  model:
+    tower:
+      {image_size: 32, patch_size: 8, num_hidden_layers: 3, hidden_size: 16, num_attention_heads: 2,
+       intermediate_size: 16}
+    language: {num_hidden_layers: 2, hidden_size: 16, num_attention_heads: 2, intermediate_size: 16}
+    vmtc: {stages: 1, kept: [4], clusters: [1]}
+    cmai: null
+  train:
+    pretrain: &stage
+      {objective: language, data: captions, template: plain, steps: 2, global_batch: 4, micro_batch: 4,
+       learning_rate: {projector: 1e-3}}
+    instruct: {<<: *stage, data: conversations, template: vicuna_bare, steps: 900, checkpoint_every: 5}
+  evaluate: {tasks: {easy_vqa: {max_new_tokens: 2}}}
+  report: {examples: 0}
+"""
+
+
+def write(tmp_path: Path, **changes: Any) -> Path:
+    path = tmp_path / "tiny.yaml"
+    tree = yaml.safe_load(TINY) | {name: value for name, value in changes.items() if value is not None}
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def test_a_trial_is_the_job_with_its_values_and_what_makes_it_cheaper(tmp_path: Path) -> None:
+    asked = search.load(write(tmp_path))
+    jobs = search.Jobs(asked)
+    values = {"model.vmtc.kept.0": 9, "model.vmtc.clusters.0": 2, "model.cmai.maximum": 0.5}
+    trial, whole = jobs(values, "7"), schema.load(best_of(tmp_path, values))
+    assert trial.name == "tiny-7"
+    assert (trial.train["instruct"].steps, whole.train["instruct"].steps) == (60, 900)
+    assert trial.evaluate
+    assert trial.evaluate.tasks["easy_vqa"].limit == 10
+    for job in (trial, whole):
+        assert job.model.vmtc
+        assert (job.model.vmtc.kept, job.model.vmtc.clusters) == ((9,), (2,))
+        assert job.model.cmai
+        assert job.model.cmai.maximum == 0.5
+    assert trial.seed == jobs({}, "8").seed, "the same samples in the same order"
+    assert trial.data == jobs({}, "8").data
+
+
+def best_of(tmp_path: Path, values: dict[str, Any]) -> Path:
+    """What `redux best` writes of a search with one trial of these values."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    asked = search.load(write(tmp_path, objectives={"flops": "min"}))
+    run.claim(folder / search.FILE, search.document.write(asked), (), False)
+    trials = Trials(asked, asked.name, folder, lambda drawn: {})
+    places = {name: place.distribution for name, place in asked.space.items()}
+    trials.study.add_trial(create_trial(params=values, distributions=places, value=1.0))
+    assert command.main(["best", str(folder)]) == 0
+    return folder / search.BEST
+
+
+def test_the_best_of_several_objectives_is_for_the_user_to_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = search.load(write(tmp_path))
+    run.claim(tmp_path / search.FILE, search.document.write(asked), (), False)
+    trials = Trials(asked, asked.name, tmp_path, lambda drawn: {})
+    places = {name: place.distribution for name, place in asked.space.items()}
+    for kept, values in ((9, [0.9, 9.0]), (5, [0.8, 5.0]), (6, [0.7, 6.0])):
+        drawn = {"model.vmtc.kept.0": kept, "model.vmtc.clusters.0": 1, "model.cmai.maximum": 0.0}
+        trials.study.add_trial(create_trial(params=drawn, distributions=places, values=values))
+    assert command.main(["best", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert re.search(r"1 \(easy_vqa.accuracy 0.9, flops 9\), 2 \(easy_vqa.accuracy 0.8, flops 5\)$", told.strip())
+    assert command.main(["best", str(tmp_path), "17"]) == 2
+    assert "TRIAL: got 17" in capsys.readouterr().err
+    assert command.main(["best", str(tmp_path), "1", "3"]) == 0
+    for number, kept in ((1, 9), (3, 6)):
+        job = schema.load(tmp_path / f"best-{number}.yaml")
+        assert job.name == f"tiny-{number}"
+        assert job.model.vmtc
+        assert job.model.vmtc.kept == (kept,)
+
+
+def test_what_is_known_beforehand_is_what_it_costs(tmp_path: Path) -> None:
+    asked = search.load(write(tmp_path))
+    jobs = search.Jobs(asked)
+    known = jobs.forecast({"model.vmtc.kept.0": 9, "model.cmai.maximum": 0.5})
+    config = configured(jobs({"model.vmtc.kept.0": 9, "model.cmai.maximum": 0.5}).model, search.LLAMA_WORDS)
+    spent = cost(config, 64)
+    assert known == {
+        "flops": spent.flops,
+        "kv_bytes": spent.kv_bytes,
+        "focus_bytes": spent.focus_bytes,
+        "image_tokens": 10,
+    }
+
+
+def test_a_range_of_whole_numbers_is_one_of_fractions_where_the_job_takes_those(tmp_path: Path) -> None:
+    space = search.load(write(tmp_path)).space
+    assert isinstance(space["model.cmai.maximum"].distribution, optuna.distributions.FloatDistribution)
+    assert isinstance(space["model.vmtc.kept.0"].distribution, optuna.distributions.IntDistribution)
+
+
+MAXIMUM = {"model.cmai.maximum": {"low": 0.0, "high": 0.9}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"space": {"model.cmai.maxmum": {"low": 0.0, "high": 0.9}}}, r"space\.model\.cmai\.maxmum: .*unknown key"),
+        ({"space": {"model.cmai.maximum": {"low": 0.9, "high": 0.9}}}, r"maximum\.low: got 0\.9, .*the range is empty"),
+        (
+            {"space": {"model.cmai.maximum": {"low": 2.0, "high": 3.0}}},
+            r"with which there is no job: .*0 <= maximum < 1",
+        ),
+        ({"space": {"model.cmai.schedule": {"choices": ["linear", "lineer"]}}}, 'got "lineer", with which there is no'),
+        ({"space": {"model.cmai.schedule": {"choices": []}}}, r"schedule\.choices: got \[\], allowed: .* >= 1"),
+        ({"space": {"train.pretrain.warmup": {"low": 0.0, "high": 0.5}}}, "as the stage pretrain is shared"),
+        ({"space": {}}, "space: got {}"),
+        (
+            {"references": {"paper": {"model.vmtc.ratoi": 0.5}}},
+            r"references\.paper: .*unknown key, did you mean 'ratio'",
+        ),
+        ({"shared": ["instruct"]}, "shared: got instruct, allowed: the first of the stages pretrain, instruct"),
+        ({"fidelity": {"train.instruct.stesp": 2}}, "train.instruct.stesp: unknown key"),
+        ({"limits": {"flops": {}}}, r"limits\.flops\.at_most: got None, and at_least None, allowed: one of the two"),
+        ({"prune": {"every": 20, "first": 30}}, r"prune\.first: got 30, allowed: a multiple of every, 20"),
+        ({"trials": 1}, "trials: got 1, allowed: more than the 1 references"),
+        # these two need files, and are told when the search is run
+        ({"objectives": {"easy_vqa.acuracy": "max"}}, "objectives: got easy_vqa.acuracy, allowed: easy_vqa.accuracy, "),
+        ({"limits": {"flop": {"at_most": 1}}}, "limits: got flop, allowed: easy_vqa.accuracy, "),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_runs(
+    tmp_path: Path, changes: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["run", str(write(tmp_path, **changes)), "--into", str(tmp_path / "runs")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(told, said)
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_lags_cannot_be_stopped_where_nothing_is_trained(tmp_path: Path) -> None:
+    whole = write(tmp_path, shared=["pretrain", "instruct"], fidelity={}, prune={})
+    with pytest.raises(ValueError, match="prune: got a rule, allowed: null, as trials train nothing"):
+        search.conduct(search.load(whole), tmp_path / "runs")
+
+
+def test_another_search_in_the_folder_is_refused_but_more_trials_are_not(tmp_path: Path) -> None:
+    first = search.load(write(tmp_path))
+    path = tmp_path / search.FILE
+    run.claim(path, search.document.write(first), search.FREE, False)
+    run.claim(path, search.document.write(search.load(write(tmp_path, trials=9))), search.FREE, False)
+    with pytest.raises(ValueError, match="started with seed = 0, not 1"):
+        run.claim(path, search.document.write(search.load(write(tmp_path, seed=1))), search.FREE, False)
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_after_every_death(tmp_path: Path) -> None:
+    """SIGKILL of the search's driver in mid-trial, then of a trial's worker, then of a trial's own driver.
+
+    Finished trials are kept as they are, those under way go on from their checkpoints, and as many as asked are told.
+    """
+    write(tmp_path)
+    folder = tmp_path / "runs" / "tiny"
+    with started(tmp_path) as driver:
+        await_steps(driver, folder, trial=1, more=12)
+    first = (folder / "trials" / "0000" / "metrics.jsonl").read_bytes()
+    assert study(folder) == ["COMPLETE", "RUNNING"], "nobody was left to say otherwise"
+    with started(tmp_path) as driver:
+        for trial, victim in ((1, "ray::RayTrainWorker"), (2, "ray::ImplicitFunc")):
+            await_steps(driver, folder, trial, more=12)
+            for process in driver.children(recursive=True):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith(victim):
+                    process.kill()
+        assert driver.wait(timeout=500) == 0
+    assert (folder / "trials" / "0000" / "metrics.jsonl").read_bytes() == first
+    assert study(folder) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"], "one was tried again"
+    used = [(folder / "trials" / f"{number:04}" / consumed.FILE).read_text() for number in (0, 1, 2, 4, 5)]
+    assert len(set(used)) == 1, "the same samples in the same order, however often it was killed"
+    for number in (0, 1, 2, 4, 5):
+        entries = lines.read(folder / "trials" / f"{number:04}" / "metrics.jsonl")
+        assert [entry["step"] for entry in entries] == list(range(1, 61))
+        assert not (folder / "trials" / f"{number:04}" / "checkpoints" / "instruct").exists()
+    for number in (1, 2):
+        events = lines.read(folder / "trials" / f"{number:04}" / "ledger.jsonl")
+        assert max(event["cursor"] for event in events if event["event"] == "start") > 0, "it began at a checkpoint"
+    assert "tiny is finished" in (tmp_path / "told").read_text()
+    assert (folder / "search.html").exists()
+
+
+@contextmanager
+def started(tmp_path: Path) -> Iterator[psutil.Popen]:
+    """The search's driver, with a Ray of its own; SIGKILL at the end, if it lives, and then all of it is gone."""
+    words = ["run", str(tmp_path / "tiny.yaml"), "--into", str(tmp_path / "runs")]
+    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with (tmp_path / "told").open("w") as told:
+        driver = psutil.Popen([sys.executable, "-m", "jobs.command", *words], env=alone, stdout=told, stderr=told)
+    children: list[psutil.Process] = []
+    try:
+        yield driver
+    finally:
+        if driver.is_running():
+            children = driver.children(recursive=True)
+            driver.kill()
+        driver.wait()
+        psutil.wait_procs(children, timeout=120)
+
+
+def await_steps(driver: psutil.Popen, folder: Path, trial: int, more: int) -> None:
+    """Until a trial has done so many steps more than it has now."""
+    path = folder / "trials" / f"{trial:04}" / "metrics.jsonl"
+    target = len(lines.read(path)) + more
+    while len(lines.read(path)) < target:
+        with suppress(psutil.TimeoutExpired):
+            raise AssertionError(f"the search ended with {driver.wait(timeout=0.2)}")
+
+
+def study(folder: Path) -> list[str]:
+    asked = search.document.read(folder / search.FILE, (), search.Search)
+    return [trial.state.name for trial in search.find(asked, "tiny", folder).trials]
