@@ -47,7 +47,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Plan]]:
 
     def told(job: Job, folder: Path, **options: Any) -> list[Plan]:
         plans: list[Any] = []
-        monkeypatch.setattr(train, "fit", plans.append)
+        monkeypatch.setattr(train, "fit", lambda plan, watch: plans.append(plan))
         work = steps(job, folder, **options)
         for name in job.train:
             work[name]()

@@ -119,7 +119,7 @@ def test_what_was_not_tolerated_is_not_after_a_new_launch(new: Callable[..., Rec
     assert do(recorder, 1, replaced=4) == [True]
     recorder.close("stop")
     again = new()
-    assert again.begin(2, 1, 1.0, []) is None
+    assert again.begin(2, 1, 1.0, [], "") is None
     assert "4 samples had to be replaced" in again.hear().failed
 
 
@@ -145,7 +145,7 @@ def test_the_first_mistake_is_the_one_to_tell(new: Callable[..., Recorder]) -> N
 
 def test_each_thing_that_is_said_is_heard_once(new: Callable[..., Recorder]) -> None:
     recorder = new()
-    assert recorder.begin(2, 0, 1.0, ["tower: passed over step-000004"]) is not None
+    assert recorder.begin(2, 0, 1.0, ["tower: passed over step-000004"], "") is not None
     recorder.say("one")
     news = recorder.hear()
     assert (news.step, news.loss, news.said, news.failed) == (0, None, ["tower: passed over step-000004", "one"], "")
