@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -133,7 +133,7 @@ def steps(
     """
     sets, result = locations(job, folder), {}
     stages = plans(job, folder, changed)
-    if job.made or not job.model.pretrained:
+    if job.made or job.data.make or not job.model.pretrained:
         result["shards"] = lambda: _shards(job, sets, folder / TOKENIZER)
     if job.model.pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
@@ -219,7 +219,7 @@ def located(job: Job) -> Job:
     """
     sets = {name: storage.absolute(url) for name, url in job.data.sets.items()}
     for name, url in sets.items():
-        if not len(shards.Shards(url)):
+        if name not in job.data.make and not len(shards.Shards(url)):
             raise ValueError(f"data.sets.{name}: {url} has no samples, allowed: at least one")
     trackers.require(job.trackers)
     for name, stage in job.train.items():
@@ -228,7 +228,7 @@ def located(job: Job) -> Job:
     return replace(
         job,
         checkpoints=job.checkpoints and storage.absolute(job.checkpoints),
-        data=replace(job.data, sets=sets),
+        data=replace(job.data, sets=sets, make={name: _readable(name, each) for name, each in job.data.make.items()}),
         evaluate=job.evaluate and replace(job.evaluate, tasks=_asked(job.evaluate)),
         model=replace(
             job.model,
@@ -237,6 +237,14 @@ def located(job: Job) -> Job:
             checkpoint=_path(job.model.checkpoint),
         ),
     )
+
+
+def _readable(name: str, source: shards.Source) -> shards.Source:
+    """With its paths from the root on; ValueError where there are no records."""
+    url = storage.absolute(source.json)
+    if not storage.exists(url):
+        raise ValueError(f"data.make.{name}.json: {url} is not there, allowed: a JSON file of records")
+    return replace(source, json=url, images=storage.absolute(source.images))
 
 
 def _asked(settings: evaluate.Evaluate) -> dict[tasks.Name, tasks.Asking]:
@@ -330,7 +338,10 @@ def _put(path: Path, text: str) -> None:
 
 
 def _shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
-    """The sets that the job makes of easy-VQA; and, for a model that starts from nothing, a tokenizer."""
+    """The sets that the job makes; and, for a model that starts from nothing, a tokenizer."""
+    for name, source in job.data.make.items():
+        making = shards.Making(**{each.name: getattr(source, each.name) for each in fields(shards.Making)})
+        shards.make(check.read(storage.read(source.json), source.json), source.images, sets[name], making)
     records = {name: easy_vqa.SETS[name]() for name in job.made}
     making = shards.Making(samples_per_shard=job.data.samples_per_shard)
     for name, given in records.items():

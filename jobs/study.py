@@ -96,7 +96,7 @@ def going_on(tree: dict[str, Any], stages: Sequence[str], shared: Job, folder: P
     After all stages the model is only evaluated.
     """
     result = tree | {
-        "data": tree.get("data", {}) | {"source": None, "sets": run.locations(shared, folder)},
+        "data": tree.get("data", {}) | {"source": None, "make": {}, "sets": run.locations(shared, folder)},
         "train": {name: stage for name, stage in tree["train"].items() if name not in stages},
     }
     if stages:

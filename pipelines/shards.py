@@ -71,22 +71,6 @@ PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".pyd", ".npy", ".npz")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """Where samples come from.
-
-    source: what the job makes sets of, those of easy_vqa.SETS that a stage trains on; null makes none.
-    samples_per_shard: of these sets.
-    sets: folders or URLs of other sets by name, as `redux shards make` left them.
-    tolerance: share of a stage's samples that may turn out bad, and be replaced by others, before it stops.
-    """
-
-    source: Literal["easy-vqa"] | None = "easy-vqa"
-    samples_per_shard: Annotated[int, Ge(1)] = 1000
-    sets: dict[str, str] = field(default_factory=dict)
-    tolerance: Annotated[float, Ge(0), Le(1)] = 0.001
-
-
-@dataclass(frozen=True, kw_only=True)
 class Making:
     """How records become shards.
 
@@ -101,7 +85,42 @@ class Making:
     words: Annotated[int, Ge(1)] | None = None
     size: Annotated[int, Ge(1)] | None = None
     fit: Fit = "pad"
-    tolerance: float = 0.0
+    tolerance: Annotated[float, Ge(0), Le(1)] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Making):
+    """What a set is made of.
+
+    json: file or URL of records of LLaVA's form.  images: folder or URL of their images.
+    """
+
+    json: str
+    images: str = "."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where samples come from.
+
+    source: what the job makes sets of, those of easy_vqa.SETS that a stage trains on; null makes none.
+    samples_per_shard: of these sets.
+    sets: folders or URLs of other sets by name, as `redux shards make` left them.
+    make: of these sets, those that the job is to make there itself, and of what.
+    tolerance: share of a stage's samples that may turn out bad, and be replaced by others, before it stops.
+    """
+
+    source: Literal["easy-vqa"] | None = "easy-vqa"
+    samples_per_shard: Annotated[int, Ge(1)] = 1000
+    sets: dict[str, str] = field(default_factory=dict)
+    make: dict[str, Source] = field(default_factory=dict)
+    tolerance: Annotated[float, Ge(0), Le(1)] = 0.001
+
+    def __post_init__(self) -> None:
+        if missing := self.make.keys() - self.sets.keys():
+            raise ValueError(
+                f"make: got {min(missing)}, allowed: names of sets, which say where: {', '.join(self.sets)}"
+            )
 
 
 @dataclass(frozen=True)

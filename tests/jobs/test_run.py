@@ -13,12 +13,16 @@ from typing import Any
 import psutil
 import pytest
 
-from pipelines import ledger, metrics, shards, tasks
+from pipelines import ledger, metrics, tasks
 
 JOB = """
 name: tiny
 workers: 2
-data: {source: easy-vqa, samples_per_shard: 1500, sets: {talk: TALK}}
+data:
+  source: easy-vqa
+  samples_per_shard: 1500
+  sets: {talk: TALK}
+  make: {talk: {json: TALK.json, samples_per_shard: 3}}
 model:
   tower:
     image_size: 64
@@ -56,10 +60,10 @@ ALONE = {name: value for name, value in os.environ.items() if name != "RAY_ADDRE
 
 @pytest.fixture(scope="module")
 def job(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job that also trains on a set made before, of text alone."""
+    """A job that also trains on a set that it makes of a file of records, of text alone."""
     path = tmp_path_factory.mktemp("job") / "tiny.yaml"
     talk = [{"id": n, "conversations": [turn("human", f"is {n} odd?"), turn("gpt", "yes")]} for n in range(1, 21, 2)]
-    shards.make(talk, ".", str(path.parent / "talk"), shards.Making(samples_per_shard=3))
+    (path.parent / "talk.json").write_text(json.dumps(talk))
     path.write_text(JOB.replace("TALK", str(path.parent / "talk")))
     return path
 

@@ -152,7 +152,7 @@ def test_each_thing_that_is_said_is_heard_once(new: Callable[..., Recorder]) -> 
     do(recorder, 1, loss=0.5)
     news = recorder.hear()
     assert (news.step, news.loss, news.said) == (1, 0.5, [])
-    assert recorder.begin(1, 0, 1.0, []) is not None
+    assert recorder.begin(1, 0, 1.0, [], "") is not None
     news = recorder.hear()
     assert (news.step, news.said) == (0, ["tower: started again, 1 workers, after step 0"])
     assert recorder.hear().said == []
