@@ -153,23 +153,28 @@ def _parse(text: str, source: str) -> Any:
 def put(tree: Any, dotted: str, value: Any, source: str) -> None:
     """Put a value at a place of the tree, such as `train.pretrain.epochs`; an error begins with `source`.
 
-    Of a list that is there the places are numbers from 0, `model.vmtc.kept.0`.
+    Of a list that is there the places are numbers from 0, `model.vmtc.kept.0`.  A key that is there and holds dots
+    itself, as those of a search's space do, is found as a whole.
     """
     keys = dotted.split(".")
     if not all(keys):
         raise JobError(f"{source}: not of the form section.key=value")
-    section = tree
-    for depth, name in enumerate(keys):
-        key: Any = name
-        if isinstance(section, list) and name.isdecimal() and int(name) < len(section):
-            key = int(name)
-        elif not isinstance(section, dict):
-            above = ".".join(keys[:depth]) or "the file"
+    section, done = tree, 0
+    while done < len(keys):
+        key: Any = keys[done]
+        if isinstance(section, list) and key.isdecimal() and int(key) < len(section):
+            key, taken = int(key), 1
+        elif isinstance(section, dict):
+            taken = next((n for n in range(len(keys) - done, 1, -1) if ".".join(keys[done : done + n]) in section), 1)
+            key = ".".join(keys[done : done + taken])
+        else:
+            above = ".".join(keys[:done]) or "the file"
             raise JobError(f"{source}: {above} is {_shown(section)}, it has no keys to set")
-        elif section.get(name) is None:
-            section[name] = {}  # a section that is absent, or written without content, which YAML reads as null
-        if depth == len(keys) - 1:
+        done += taken
+        if done == len(keys):
             section[key] = value
+        elif isinstance(section, dict) and section.get(key) is None:
+            section[key] = {}  # a section that is absent, or written without content, which YAML reads as null
         section = section[key]
 
 
