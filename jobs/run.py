@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tenacity
 import torch
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from jobs import schema
+from jobs import document, schema
 from jobs.schema import Job
 from pipelines import (
     checkpoint,
@@ -86,7 +86,7 @@ def run(
     if until:
         names = list(work)
         work = {name: work[name] for name in names[: names.index(until) + 1]}
-    claim(folder / JOB, schema.dump(job), FREE, changed)
+    claim(folder / JOB, job, FREE, changed)
     done = _finished(folder)
     left = {name: step for name, step in work.items() if name not in done}
     if not left:
@@ -287,20 +287,27 @@ def configured(model: Model) -> ReduxConfig:
     return pretrained.configured(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
 
 
-def claim(path: Path, resolved: str, free: Sequence[str], changed: bool) -> None:
+def claim(path: Path, what: Any, free: Sequence[str], changed: bool) -> None:
     """Write what is done in a folder there; ValueError where the file says anything else that tells in a result.
 
+    what: a job, or another tree of settings.  What the file does not say has its default: it may be from before there
+        was such a thing.
     free: sections and places that may be others.  changed: all of them may.
     """
+    resolved = document.write(what)
     if path.exists():
-        before, now = (yaml.safe_load(text) for text in (path.read_text(), resolved))
+        try:
+            written = document.write(document.read(path, (), type(what)))
+        except ValueError:
+            written = path.read_text()  # of which no more can be told than that it is another
+        before, now = yaml.safe_load(written), yaml.safe_load(resolved)
         for key, old, new in checkpoint.differences(before, now):
             if not changed and key.partition(".")[0] not in free and key not in free:
                 raise ValueError(
                     f"{path}: this was started with {key} = {old!r}, not {new!r}; "
                     "give it another name, or another folder by --into; --changed goes on all the same"
                 )
-        if before != now:
+        if path.read_text() != resolved:
             _put(path, resolved)
     else:
         try:

@@ -185,7 +185,7 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
     """
     folder = folder.resolve()
     _check_metrics(search, Jobs(search)({}))
-    run.claim(folder / FILE, document.write(search), FREE, changed)
+    run.claim(folder / FILE, search, FREE, changed)
     with run.alone(folder), cluster.session():
         shared = _share(search, folder / SHARED, changed)
         jobs = Jobs(search, shared)

@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Gt, MinLen
-from optuna import Study, create_study
+from optuna import Study, create_study, logging
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+logging.set_verbosity(logging.ERROR)  # what Optuna says of each trial, the page of a search does
 
 DRAWS = 1000
 """In a row that make no job, after which the space is said to be at fault."""

@@ -322,7 +322,6 @@ def _storage(settings: Settings, folder: Path) -> BaseStorage:
 
 def _study(settings: Settings, name: str, storage: BaseStorage) -> Study:
     """The study under a name, a new one or that of before; ValueError where that one asks for other things."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what it says of each trial is in the page
     names = list(settings.objectives)
     ways: dict[str, Literal["maximize", "minimize"]] = {"max": "maximize", "min": "minimize"}
     directions = [ways[way] for way in settings.objectives.values()]

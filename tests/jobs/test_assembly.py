@@ -202,7 +202,7 @@ def test_a_file_of_weights_needs_a_model_from_a_folder() -> None:
 
 
 def claimed(job: Job, folder: Path, changed: bool = False) -> None:
-    claim(folder / JOB, schema.dump(job), FREE, changed)
+    claim(folder / JOB, job, FREE, changed)
 
 
 def test_another_job_goes_on_only_if_that_is_wanted(load: Callable[..., Job], tmp_path: Path) -> None:
@@ -213,6 +213,16 @@ def test_another_job_goes_on_only_if_that_is_wanted(load: Callable[..., Job], tm
     assert schema.load(tmp_path / JOB) == load()
     claimed(other, tmp_path, changed=True)
     assert schema.load(tmp_path / JOB) == other
+
+
+def test_a_file_from_before_there_was_a_setting_has_its_default(load: Callable[..., Job], tmp_path: Path) -> None:
+    claimed(load(), tmp_path)
+    path = tmp_path / JOB
+    now = path.read_text()
+    path.write_text(now.replace("gpu_share: 1.0\n", ""))
+    assert path.read_text() != now
+    claimed(load(), tmp_path)
+    assert path.read_text() == now
 
 
 def test_what_decides_nothing_may_change_without_a_word(load: Callable[..., Job], tmp_path: Path) -> None:

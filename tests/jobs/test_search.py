@@ -82,7 +82,7 @@ def best_of(tmp_path: Path, values: dict[str, Any]) -> Path:
     folder = tmp_path / "runs"
     folder.mkdir()
     asked = search.load(write(tmp_path, objectives={"flops": "min"}))
-    run.claim(folder / search.FILE, search.document.write(asked), (), False)
+    run.claim(folder / search.FILE, asked, (), False)
     trials = Trials(asked, asked.name, folder, lambda drawn: {})
     places = {name: place.distribution for name, place in asked.space.items()}
     trials.study.add_trial(create_trial(params=values, distributions=places, value=1.0))
@@ -94,7 +94,7 @@ def test_the_best_of_several_objectives_is_for_the_user_to_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = search.load(write(tmp_path))
-    run.claim(tmp_path / search.FILE, search.document.write(asked), (), False)
+    run.claim(tmp_path / search.FILE, asked, (), False)
     trials = Trials(asked, asked.name, tmp_path, lambda drawn: {})
     places = {name: place.distribution for name, place in asked.space.items()}
     for kept, values in ((9, [0.9, 9.0]), (5, [0.8, 5.0]), (6, [0.7, 6.0])):
@@ -182,10 +182,10 @@ def test_what_lags_cannot_be_stopped_where_nothing_is_trained(tmp_path: Path) ->
 def test_another_search_in_the_folder_is_refused_but_more_trials_are_not(tmp_path: Path) -> None:
     first = search.load(write(tmp_path))
     path = tmp_path / search.FILE
-    run.claim(path, search.document.write(first), search.FREE, False)
-    run.claim(path, search.document.write(search.load(write(tmp_path, trials=9))), search.FREE, False)
+    run.claim(path, first, search.FREE, False)
+    run.claim(path, search.load(write(tmp_path, trials=9)), search.FREE, False)
     with pytest.raises(ValueError, match="started with seed = 0, not 1"):
-        run.claim(path, search.document.write(search.load(write(tmp_path, seed=1))), search.FREE, False)
+        run.claim(path, search.load(write(tmp_path, seed=1)), search.FREE, False)
 
 
 @pytest.mark.slow
