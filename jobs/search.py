@@ -22,6 +22,7 @@ import functools
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +37,7 @@ from jobs.study import SHARED
 from pipelines import cluster, evaluate, front, metrics, page, storage, train
 from pipelines import search as tuning
 from pipelines.space import Range, Space, Values, check
-from pipelines.trials import Settings, Trials, Try, find
+from pipelines.trials import Settings, Trials, Try, find, fit, opened
 from redux import model as redux
 from redux.cost import cost
 from redux.model import Model, ReduxConfig
@@ -76,8 +77,15 @@ class Search(Settings):
         super().__post_init__()
         if "name" in self.job:
             raise ValueError("job: got a name, allowed: none, as each trial has its own")
+        for section in ("space", "fidelity"):
+            if own := {"name", "seed"} & getattr(self, section).keys():
+                raise ValueError(
+                    f"{section}: got {min(own)}, allowed: other places, as all trials learn from the same data"
+                )
         stages = self.job.get("train", {})
-        if not isinstance(stages, dict) or list(self.shared) != list(stages)[: len(self.shared)]:
+        if not isinstance(stages, dict):
+            raise ValueError(f"job.train: got {stages!r}, allowed: a section of stages")
+        if list(self.shared) != list(stages)[: len(self.shared)]:
             raise ValueError(
                 f"shared: got {', '.join(self.shared)}, allowed: the first of the stages {', '.join(stages)}"
             )
@@ -142,17 +150,35 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Search:
 
 def _check(search: Search) -> None:
     jobs = Jobs(search)
-    jobs({})
+    whole = jobs({})
     for name, values in search.references.items():
         try:
             jobs.forecast(values)
         except ValueError as error:
             raise ValueError(f"references.{name}: {error}") from None
     touched = [*search.space, *search.fidelity, *(key for values in search.references.values() for key in values)]
-    for stage in search.shared:
-        if wrong := [key for key in touched if key.startswith(f"train.{stage}.")]:
-            raise ValueError(f"{wrong[0]}: got other values for trials, allowed: none, as the stage {stage} is shared")
-    check(Space(search.space), jobs.forecast)
+    fixed = ["data", *(f"train.{stage}" for stage in search.shared)]
+    fixed += [f"model.{part}" for part in ("tower", "language", "gguf_file", "checkpoint")] if search.shared else []
+    for key in touched:
+        if taken := [section for section in fixed if key == section or key.startswith(f"{section}.")]:
+            raise ValueError(f"{key}: got other values for trials, allowed: none, as {taken[0]} is shared by all")
+    _check_pruning(search, whole)
+    # limits too, but of a model from sizes, whose vocabulary is not known yet
+    check(
+        Space(search.space), functools.partial(fit, search, jobs.forecast) if whole.model.pretrained else jobs.forecast
+    )
+
+
+def _check_pruning(search: Search, job: Job) -> None:
+    """ValueError where no trial could be stopped early."""
+    if not search.prune:
+        return
+    left = [name for name in job.train if name not in search.shared]
+    if not left:
+        raise ValueError("prune: got a rule, allowed: null, as trials train nothing")
+    steps = job.train[left[-1]].steps
+    if steps and steps <= search.prune.first:
+        raise ValueError(f"prune.first: got {search.prune.first}, allowed: less than the {steps} steps of {left[-1]}")
 
 
 def _typed(name: str, place: Any) -> Any:
@@ -165,11 +191,8 @@ def _typed(name: str, place: Any) -> Any:
 def _check_metrics(search: Search, job: Job) -> None:
     """ValueError where an objective, or a metric with a limit, is none that a trial will have."""
     known = {"flops", "kv_bytes", "focus_bytes", "image_tokens"}
-    left = [name for name in job.train if name not in search.shared]
-    if left:
+    if len(job.train) > len(search.shared):
         known |= {"loss", "tokens_per_s"}
-    elif search.prune:
-        raise ValueError("prune: got a rule, allowed: null, as trials train nothing")
     if settings := run.located(job).evaluate:
         known |= evaluate.promised(settings)
     for section in ("objectives", "limits"):
@@ -184,12 +207,13 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
     ValueError, before anything is run, where a file cannot be read or no trial would report an objective.
     """
     folder = folder.resolve()
-    _check_metrics(search, Jobs(search)({}))
+    whole = Jobs(search)({})
+    _check_metrics(search, whole)
     run.claim(folder / FILE, search, FREE, changed)
+    opened(search, folder)  # told now, if it cannot be
     with run.alone(folder), cluster.session():
-        shared = _share(search, folder / SHARED, changed)
-        jobs = Jobs(search, shared)
-        _require(search, jobs({}))
+        _require(search, whole)
+        jobs = Jobs(search, _share(search, folder / SHARED, changed))
         trials = Trials(search, search.name, folder, jobs.forecast)
 
         def work(trial: Try, place: Path, watch: train.Watch) -> dict[str, float]:
@@ -197,7 +221,7 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
             run.run(job, place, watch=watch, patience_s=PATIENCE_S)
             return _measured(job, place)
 
-        tuning.search(trials, folder, work, lambda trials: _show(trials, folder, jobs))
+        tuning.search(trials, folder, work, functools.partial(_show, folder=folder, jobs=jobs, tidied=set()))
     print(f"{search.name} is finished: {folder / 'search.html'}")
     for line in front.summary(trials.study):
         print(line)
@@ -232,18 +256,28 @@ def _measured(job: Job, place: Path) -> dict[str, float]:
         stage = list(job.train)[-1]
         losses = [loss for loss in metrics.losses(place, stage).values() if loss is not None]
         last = losses[-max(len(losses) // LAST, 1) :]
-        result |= {"loss": sum(last) / len(last), "tokens_per_s": metrics.tokens_per_s(place, stage)}
+        result["tokens_per_s"] = metrics.tokens_per_s(place, stage)
+        if last:
+            result["loss"] = sum(last) / len(last)
     return result
 
 
-def _show(trials: Trials, folder: Path, jobs: Jobs) -> None:
-    """What came of the search so far; trials that have ended need their weights no more."""
+def _show(trials: Trials, folder: Path, jobs: Jobs, tidied: set[int]) -> None:
+    """What came of the search so far; and trials with a result need their weights no more.
+
+    Those that failed keep them, for more retries may be allowed.
+    """
     front.write(trials.study, folder)
     for tries in trials.ended:
         number = tries[0].number
-        shutil.rmtree(folder / tuning.FOLDER / f"{number:04}" / run.ASSEMBLED, ignore_errors=True)
-        for plan in run.plans(jobs({}, str(number)), folder / tuning.FOLDER / f"{number:04}").values():
-            storage.remove_folder(plan.folder)
+        if number in tidied or tries[-1].state == TrialState.FAIL:
+            continue
+        tidied.add(number)
+        place = folder / tuning.FOLDER / f"{number:04}"
+        shutil.rmtree(place / run.ASSEMBLED, ignore_errors=True)
+        for plan in run.plans(jobs({}, str(number)), place).values():
+            with suppress(OSError):  # a bucket that is away for now is no reason to end a search
+                storage.remove_tree(plan.folder)
 
 
 def best(folder: Path, numbers: Sequence[int]) -> list[Path]:

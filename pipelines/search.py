@@ -10,6 +10,7 @@ and a trial goes on from what its run folder holds.
 
 import json
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from ray import tune
 from ray.tune.experiment import Trial as Tuned
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from pipelines import metrics
@@ -52,9 +54,13 @@ def search(trials: Trials, folder: Path, work: Work, after: After) -> None:
     settings = trials.settings
     every = (settings.prune or Prune()).every
 
-    verdicts = ray.remote(num_cpus=0)(Verdicts).remote()
+    pinned = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    verdicts = ray.remote(num_cpus=0, scheduling_strategy=pinned)(Verdicts).remote()
+    place, named = os.getcwd(), {name: value for name, value in os.environ.items() if name == "RAY_ADDRESS"}
 
     def drive(config: dict[str, Any]) -> None:
+        os.chdir(place)  # out of the folder that Tune gives it: paths in a job are from here
+        os.environ.update(named)
         trial = Try(number=config["number"], values=json.loads(config["values"]))
         with suppress(StoppedError):
             found = work(trial, folder / FOLDER / f"{trial.number:04}", Reporter(every, trial.number, verdicts))
@@ -63,7 +69,8 @@ def search(trials: Trials, folder: Path, work: Work, after: After) -> None:
     for name in ("ray.tune", "ray.tune.execution.tune_controller", "ray.tune.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what went wrong is in the study
     here = f"node:{ray.util.get_node_ip_address()}"
-    with tempfile.TemporaryDirectory() as scratch, _bar(trials) as bar:  # Tune wants a folder; nothing there is needed
+    # Tune wants a folder, of which nothing is needed later
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, _bar(trials) as bar:
         tuner = tune.Tuner(
             tune.with_resources(drive, {"CPU": 0, here: 0.001}),
             tune_config=tune.TuneConfig(
@@ -81,7 +88,7 @@ def search(trials: Trials, folder: Path, work: Work, after: After) -> None:
             future.result()
         finally:
             trials.close()
-            _show(trials, bar, after)
+    after(trials)
     if trials.hopeless:
         raise ValueError(trials.hopeless)
 
@@ -167,7 +174,7 @@ class Reporter:
             self.told += self.every
             mean = sum(finite) / len(finite) if finite else sys.float_info.max
             tune.report({"step": self.told, "steps": steps, "loss": mean})  # returns when it was heard
-        return bool(ray.get(self.verdicts.lags.remote(self.number)))
+        return bool(ray.get(self.verdicts.lags.remote(self.number)))  # also what was found before a driver died
 
 
 def _bar(trials: Trials) -> tqdm:

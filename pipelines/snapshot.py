@@ -109,12 +109,17 @@ class Snapshot:
     def steps(self) -> tuple[int, int]:
         """Training steps that all trials planned, and how many of these stopping early left out."""
         early = [trial for trial in self.trials if trial.state == TrialState.PRUNED]
-        planned = sum(int(amount(trial, "steps")) for trial in self.trials)
+        planned = sum(int(amount(trial, "steps")) for trial in self.last_tries)
         return planned, sum(int(amount(trial, "steps") - amount(trial, "step")) for trial in early)
 
     @property
     def wall_s(self) -> float:
-        return sum(amount(trial, "wall_s") for trial in self.trials)
+        return sum(amount(trial, "wall_s") for trial in self.last_tries)
+
+    @property
+    def last_tries(self) -> list[FrozenTrial]:
+        """Of each setting the last trial: what those before it spent counts in that one."""
+        return list({trial.user_attrs.get("retry_of", trial.number): trial for trial in self.trials}.values())
 
 
 def feasible(trial: FrozenTrial) -> bool:

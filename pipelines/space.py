@@ -19,13 +19,13 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 logging.set_verbosity(logging.ERROR)  # what Optuna says of each trial, the page of a search does
 
-DRAWS = 1000
+DRAWS = 10_000
 """In a row that make no job, after which the space is said to be at fault."""
 
 THOUGHTFUL = 40
 """Of these draws, over which all places are left to chance, one after the other."""
 
-CHECKS = 200
+CHECKS = 2_000
 """Draws, in one of which each range, and each choice, must be fit."""
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
@@ -228,7 +228,7 @@ def check(space: Space, fit: Callable[[Values], object]) -> None:
         for fixed in asked:
             if problem := _problem(space, fit, name, (draw(fixed) for _ in range(CHECKS))):
                 got = f"{place.low} to {place.high}" if isinstance(place, Range) else json.dumps(fixed[name])
-                raise ValueError(f"space.{name}: got {got}, with which there is no job: {problem}")
+                raise ValueError(f"space.{name}: got {got}, with which no draw in {CHECKS} is a job: {problem}")
 
 
 def _problem(space: Space, fit: Callable[[Values], object], name: str, draws: Iterable[dict[str, Any]]) -> str:

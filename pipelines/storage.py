@@ -240,6 +240,13 @@ def remove_folder(url: str) -> None:
         shutil.rmtree(_open(url)[1], ignore_errors=True)
 
 
+def remove_tree(url: str) -> None:
+    """Remove a folder with all that is below it, if it is there."""
+    for name in folders(url):
+        remove_tree(join(url, name))
+    remove_folder(url)
+
+
 def remove(url: str) -> None:
     """Remove the file, if it is there: a try may have removed it whose answer was lost."""
 

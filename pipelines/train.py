@@ -125,7 +125,7 @@ def fit(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None = None) 
         raise
     finally:
         ray.kill(actor)
-        (plan.run / recorder.HELD).unlink(missing_ok=True)
+        release(plan.run)
 
 
 def _train(
@@ -155,8 +155,9 @@ def _train(
         with tqdm(desc=plan.name, total=steps, unit="step") as bar:
             try:
                 _follow(actor, future, bar, lambda step: bool(watch and watch(plan.run, plan.name, step, steps)))
-            except (KeyboardInterrupt, StoppedError):
-                bar.write(f"{plan.name}: stopping after a checkpoint; Ctrl-C again stops at once")
+            except (KeyboardInterrupt, StoppedError) as why:
+                again = "; Ctrl-C again stops at once" if isinstance(why, KeyboardInterrupt) else ""
+                bar.write(f"{plan.name}: stopping after a checkpoint{again}")
                 ray.get(actor.stop.remote())
                 wait([future], timeout=plan.recovery.grace_s)
                 _show(actor, bar)
@@ -222,7 +223,7 @@ def _show(actor: Any, bar: tqdm) -> str:
 
 
 def release(run: Path) -> None:
-    """Give back what the workers of a driver that was killed still hold, where Ray itself goes on.
+    """Give back what workers still hold that were not waited for, or whose driver was killed, where Ray itself goes on.
 
     Ray Train leaves that to an actor which asks Ray's dashboard, and a Ray of one's own has none.
     """

@@ -11,10 +11,13 @@ rungs, and leaves trials of a dead driver RUNNING for good; so the study is aske
 """
 
 import math
+import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,7 +34,7 @@ from pipelines.space import Choice, Drawing, Range, SamplerName, Space, Values
 
 JOURNAL = "study.journal"
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-KEPT = ("reference", "losses", "step", "steps", "wall_s")
+KEPT = ("reference", "losses", "step", "steps", "wall_s", "lags")
 """Of what is noted beside a trial, what goes on in the next try."""
 
 HOPELESS = 3
@@ -66,8 +69,8 @@ class Prune:
     Only the loss counts, so it goes with objectives that follow the loss; what is worse but cheaper is stopped as well.
 
     method: "asha", asynchronous successive halving (arXiv 1810.05934): of those that came to a rung, the best one in
-        `factor` goes on; rungs are at steps first, first x factor, first x factor^2, …  "median": those at least as
-        good as the median of complete trials at that step.
+        `factor` goes on; rungs are at steps first, first x factor, first x factor^2, …  "median": those whose lowest
+        loss so far is no higher than the median that complete trials had at that step, once there are five.
     every: steps between looks; the loss is the mean over them.
     """
 
@@ -134,34 +137,44 @@ Forecast = Callable[[Values], Mapping[str, float]]
 """From values to the metrics that are known beforehand; ValueError where the values make no job."""
 
 
+def fit(settings: Settings, forecast: Forecast, values: Values) -> None:
+    """ValueError where values make no job, or break a limit on what is known beforehand."""
+    known = forecast(values)
+    for name, limit in settings.limits.items():
+        if name in known and limit.excess(known[name]) > 0:
+            raise ValueError(f"{name}: got {known[name]:g}, allowed: {limit.words}")
+
+
 class Trials:
     """The trials of one search, for the one driver that has it open."""
 
     def __init__(self, settings: Settings, name: str, folder: Path, forecast: Forecast) -> None:
         self.settings, self.forecast, self.space = settings, forecast, Space(settings.space)
-        self.storage = _storage(settings, folder)
-        self.study = _study(settings, name, self.storage)
-        self.study.sampler = Drawing(self.space, settings.sampler, settings.seed, self._fit)
+        lines.mend(folder / JOURNAL)
+        self.storage = opened(settings, folder)
+        self.study = _study(settings, name, self.storage, folder)
+        self.study.sampler = Drawing(self.space, settings.sampler, settings.seed, partial(fit, settings, forecast))
         self.rungs = _Rungs(settings.prune, self._all()) if settings.prune else None
         self.live: dict[str, Trial] = {}
         self.begun: dict[str, float] = {}
-        self.lagging: set[str] = set()
         self.hopeless = ""
         self.open = True
+        self.lock = threading.RLock()  # Tune has a thread of its own
         self._park()
         self._enqueue_references()
         self._enqueue_retries()
 
     def next(self, key: str) -> Try | None:
         """What to run next, under a key of the caller's; None where nothing is for now, or ever: see `finished`."""
-        if len(self.live) >= self.settings.at_once or not self._left():
-            return None
-        trial = self.study.ask()
-        reference = trial.user_attrs.get("reference")
-        values = self.settings.references[reference] if reference else self.space.suggest(trial)
-        self._note(trial, self.forecast(values))
-        self.live[key], self.begun[key] = trial, time.monotonic()
-        return Try(number=_first(trial), values=values)
+        with self.lock:
+            if len(self.live) >= self.settings.at_once or not self._left():
+                return None
+            trial = self.study.ask()
+            reference = trial.user_attrs.get("reference")
+            values = self.settings.references[reference] if reference else self.space.suggest(trial)
+            self._note(trial, self.forecast(values))
+            self.live[key], self.begun[key] = trial, time.monotonic()
+            return Try(number=_first(trial), values=values)
 
     @property
     def finished(self) -> bool:
@@ -170,51 +183,54 @@ class Trials:
 
     def report(self, key: str, step: int, steps: int, loss: float) -> bool:
         """A trial has the loss at a step, of `steps`; returns whether it is to be stopped, as it lags behind."""
-        trial = self.live[key]
-        losses = trial.user_attrs.get("losses", {})
-        if str(step) not in losses:  # a trial that goes on says again what it had said
-            for name, value in {"losses": {**losses, str(step): loss}, "step": step, "steps": steps}.items():
-                trial.set_user_attr(name, value)
-            lags = self.rungs is not None and self.rungs.lags(_first(trial), step, loss)
-            # a reference is there to be compared with, and after the last step there is little left to be saved
-            if lags and "reference" not in trial.user_attrs and step < steps:
-                self.lagging.add(key)
-        return key in self.lagging
+        with self.lock:
+            if not self.open:
+                return False
+            trial = self.live[key]
+            losses = trial.user_attrs.get("losses", {})
+            if str(step) not in losses:  # a trial that goes on says again what it had said
+                lags = self.rungs is not None and self.rungs.lags(_first(trial), step, loss)
+                # a reference is there to be compared with, and after the last step there is little left to be saved
+                if lags and "reference" not in trial.user_attrs and step < steps:
+                    trial.set_user_attr("lags", True)
+                told = {"losses": {**losses, str(step): loss}, "step": step, "steps": steps, "wall_s": self._spent(key)}
+                for name, value in told.items():
+                    trial.set_user_attr(name, value)
+            return bool(trial.user_attrs.get("lags", False))
 
     def end(self, key: str, metrics: Mapping[str, float], error: str = "") -> None:
         """A trial is over: with these metrics, or stopped as it lagged behind, or by an error."""
-        if not self.open:  # a driver that ends takes its trials along; they only wait
-            return
-        trial = self.live.pop(key)
-        spent = trial.user_attrs.get("wall_s", 0.0) + time.monotonic() - self.begun.pop(key)
-        trial.set_user_attr("wall_s", round(spent, 3))
-        stopped = key in self.lagging and not error
-        self.lagging.discard(key)
-        if stopped:
-            self._tell(trial, TrialState.PRUNED)
-            return
-        if not error:
-            metrics = {**trial.user_attrs.get("metrics", {}), **metrics}  # some are known since it was drawn
-            self._note(trial, metrics)
-            error = _lack(metrics, [*self.settings.objectives, *self.settings.limits])
-        if error:
-            trial.set_user_attr("error", error)
-            self._tell(trial, TrialState.FAIL)
-            self._enqueue_retries()
-            if all(tries[-1].state == TrialState.FAIL for tries in self.ended) and len(self.ended) >= HOPELESS:
-                self.hopeless = f"trial {trial.number}, as all before it: {error}"
-        else:
-            self._tell(trial, TrialState.COMPLETE, [metrics[name] for name in self.settings.objectives])
+        with self.lock:
+            if not self.open:  # a driver that ends takes its trials along; they only wait
+                return
+            spent = self._spent(key)
+            trial = self.live.pop(key)
+            trial.set_user_attr("wall_s", spent)
+            if trial.user_attrs.get("lags", False) and not metrics:
+                self._tell(trial, TrialState.PRUNED)
+                return
+            if not error:
+                metrics = {**trial.user_attrs.get("metrics", {}), **metrics}  # some are known since it was drawn
+                self._note(trial, metrics)
+                error = _lack(metrics, [*self.settings.objectives, *self.settings.limits])
+            if error:
+                self._fail(trial, error)
+            else:
+                self._tell(trial, TrialState.COMPLETE, [metrics[name] for name in self.settings.objectives])
 
     def close(self) -> None:
         """The driver ends; from here on nothing is told, and what is under way waits."""
-        self.open = False
-        self._park()
+        with self.lock:
+            for key, trial in self.live.items():
+                trial.set_user_attr("wall_s", self._spent(key))
+            self.open = False
+            self._park()
 
     @property
     def ended(self) -> list[list[FrozenTrial]]:
         """The tries of each setting that needs no more of them."""
-        return [tries for tries in self._tries() if all(trial.state in ENDED for trial in tries)]
+        with self.lock:
+            return [tries for tries in self._tries() if all(trial.state in ENDED for trial in tries)]
 
     def _all(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
@@ -232,13 +248,6 @@ class Trials:
             return False
         waiting = any(trial.state == TrialState.WAITING for trial in self._all())
         return waiting or len(self._tries()) < self.settings.trials
-
-    def _fit(self, values: Values) -> None:
-        """ValueError where values make no job, or break a limit."""
-        known = self.forecast(values)
-        for name, limit in self.settings.limits.items():
-            if name in known and limit.excess(known[name]) > 0:
-                raise ValueError(f"{name}: got {known[name]:g}, allowed: {limit.words}")
 
     def _park(self) -> None:
         """What is RUNNING waits: its driver is dead, or about to be."""
@@ -267,6 +276,19 @@ class Trials:
             constraint = f"{name} {limit.words}"
             if math.isfinite(metrics.get(name, math.nan)) and constraint not in trial.constraints:
                 trial.set_constraint(constraint, limit.excess(metrics[name]))
+
+    def _spent(self, key: str) -> float:
+        """Seconds that a trial has taken so far, under all drivers."""
+        trial, now = self.live[key], time.monotonic()
+        spent, self.begun[key] = now - self.begun[key], now
+        return round(trial.user_attrs.get("wall_s", 0.0) + spent, 3)
+
+    def _fail(self, trial: Trial, error: str) -> None:
+        trial.set_user_attr("error", error)
+        self._tell(trial, TrialState.FAIL)
+        self._enqueue_retries()
+        if all(tries[-1].state == TrialState.FAIL for tries in self.ended) and len(self.ended) >= HOPELESS:
+            self.hopeless = f"trial {trial.number}, as all before it: {error}"
 
     def _tell(self, trial: Trial, state: TrialState, values: list[float] | None = None) -> None:
         self.study.tell(trial, values, state)
@@ -309,19 +331,18 @@ class _Rungs:
             self.study.tell(trial, losses[max(losses)] if state == TrialState.COMPLETE else None, state)
 
 
-def _storage(settings: Settings, folder: Path) -> BaseStorage:
+def opened(settings: Settings, folder: Path) -> BaseStorage:
+    """Where the study is kept; ValueError where that cannot be opened."""
     if settings.storage is None:
-        path = folder / JOURNAL
-        lines.mend(path)
-        return JournalStorage(JournalFileBackend(str(path)))
+        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
     try:
         return get_storage(settings.storage)
     except Exception as error:  # SQLAlchemy's many: of the address, the driver, the password
         raise ValueError(f"storage: {' '.join(str(error).split())[:200]}") from None
 
 
-def _study(settings: Settings, name: str, storage: BaseStorage) -> Study:
-    """The study under a name, a new one or that of before; ValueError where that one asks for other things."""
+def _study(settings: Settings, name: str, storage: BaseStorage, folder: Path) -> Study:
+    """The study under a name, a new one or that of before; ValueError where that one is of another search."""
     names = list(settings.objectives)
     ways: dict[str, Literal["maximize", "minimize"]] = {"max": "maximize", "min": "minimize"}
     directions = [ways[way] for way in settings.objectives.values()]
@@ -333,13 +354,17 @@ def _study(settings: Settings, name: str, storage: BaseStorage) -> Study:
         )
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         study.set_metric_names(names)
+    place = f"{socket.gethostname()}:{folder}"
+    if (theirs := study.user_attrs.setdefault("folder", place)) != place:
+        raise ValueError(f"name: got {name}, whose study in storage is that of {theirs}, allowed: another name")
+    study.set_user_attr("folder", place)
     return study
 
 
 def find(settings: Settings, name: str, folder: Path) -> Study:
     """The study of a search, to be looked at; ValueError where there is none."""
     try:
-        return optuna.load_study(study_name=name, storage=_storage(settings, folder))
+        return optuna.load_study(study_name=name, storage=opened(settings, folder))
     except KeyError:
         raise ValueError(f"{folder}: no study {name} in {settings.storage or folder / JOURNAL}") from None
 

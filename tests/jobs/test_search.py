@@ -143,11 +143,11 @@ MAXIMUM = {"model.cmai.maximum": {"low": 0.0, "high": 0.9}}
         ({"space": {"model.cmai.maximum": {"low": 0.9, "high": 0.9}}}, r"maximum\.low: got 0\.9, .*the range is empty"),
         (
             {"space": {"model.cmai.maximum": {"low": 2.0, "high": 3.0}}},
-            r"with which there is no job: .*0 <= maximum < 1",
+            r"with which no draw in .*0 <= maximum < 1",
         ),
-        ({"space": {"model.cmai.schedule": {"choices": ["linear", "lineer"]}}}, 'got "lineer", with which there is no'),
+        ({"space": {"model.cmai.schedule": {"choices": ["linear", "lineer"]}}}, 'got "lineer", with which no draw'),
         ({"space": {"model.cmai.schedule": {"choices": []}}}, r"schedule\.choices: got \[\], allowed: .* >= 1"),
-        ({"space": {"train.pretrain.warmup": {"low": 0.0, "high": 0.5}}}, "as the stage pretrain is shared"),
+        ({"space": {"train.pretrain.warmup": {"low": 0.0, "high": 0.5}}}, "as train.pretrain is shared"),
         ({"space": {}}, "space: got {}"),
         (
             {"references": {"paper": {"model.vmtc.ratoi": 0.5}}},

@@ -102,10 +102,10 @@ def test_a_space_without_any_job_is_said_to_be_at_fault() -> None:
     [
         (
             {"kept": Range(low=65, high=70)},
-            "space.kept: got 65 to 70, with which there is no job: kept: got .., allowed: .*",
+            "space.kept: got 65 to 70, with which no draw in 2000 is a job: kept: got .., allowed: .*",
         ),
-        ({"kpt": Range(low=1, high=2)}, "space.kpt: got 1 to 2, with which there is no job: kpt: unknown"),
-        ({"kind": Choice(choices=("a", "c"))}, 'space.kind: got "c", with which there is no job: kind: got c'),
+        ({"kpt": Range(low=1, high=2)}, "space.kpt: got 1 to 2, with which no draw in 2000 is a job: kpt: unknown"),
+        ({"kind": Choice(choices=("a", "c"))}, 'space.kind: got "c", with which no draw in 2000 is a job: kind: got c'),
         (
             {"kind": Choice(choices=("a", "b")), "kept": Range(low=1, high=2, when={"kind": ("c",)})},
             "space.kept: .*: its when is never true",

@@ -66,6 +66,27 @@ def test_each_end_is_told_as_what_it_was(opened: Callable[..., Trials]) -> None:
     ]  # fmt: skip
 
 
+def test_a_trial_that_lags_is_stopped_even_by_a_crash_but_not_one_that_was_done_all_the_same(
+    opened: Callable[..., Trials],
+) -> None:
+    trials = opened(at_once=9, prune=Prune(every=5, first=5))
+    for key in "abc":
+        trials.next(key)
+    trials.report("a", 5, 50, 1.0)
+    assert trials.report("b", 5, 50, 2.0)
+    assert trials.report("c", 5, 50, 3.0)
+    trials.end("b", {}, "OSError: while it stopped")
+    trials.end("c", {"good": 0.9})
+    assert [trial.state.name for trial in trials.study.trials] == ["RUNNING", "PRUNED", "COMPLETE"]
+
+
+def test_a_study_in_a_database_is_that_of_one_folder(tmp_path: Path) -> None:
+    asked = settings(storage=f"sqlite:///{tmp_path}/study.db")
+    Trials(asked, "search", tmp_path / "one", forecast)
+    with pytest.raises(ValueError, match=r"name: got search, whose study in storage is that of .*:.*/one, allowed: an"):
+        Trials(asked, "search", tmp_path / "two", forecast)
+
+
 def test_no_more_run_than_asked_for(opened: Callable[..., Trials]) -> None:
     trials = opened(trials=3)
     assert [trials.next(key) is None for key in "abc"] == [False, False, True]
@@ -153,9 +174,14 @@ def test_rungs_are_there_again(tmp_path: Path) -> None:
                     assert trials.next("a") == trial
                     for before in range(1, step):
                         assert not trials.report("a", 10 * before, 40, each[before - 1]), "what was said is said again"
-                if trials.report("a", 10 * step, 40, loss):
+                stop = trials.report("a", 10 * step, 40, loss)
+                if again:
+                    trials = open_()
+                    trials.next("a")
+                    assert trials.report("a", 10 * step, 40, loss) == stop, "a verdict outlives who gave it"
+                if stop:
                     break
-            trials.end("a", {"good": -each[-1]})
+            trials.end("a", {} if stop else {"good": -each[-1]})
         return [trial.number for trial in trials.study.trials if trial.state == TrialState.PRUNED]
 
     undisturbed = stopped(tmp_path / "one", again=False)
