@@ -191,8 +191,8 @@ def test_the_summary_counts_what_became_of_the_trials():
         "Among them: 1 given again after a crash and 1 run as reference."
     )
     assert told[-2] == (
-        "The trials took 1 h 20 min together. "
-        "Stopping early left out 2,000 of 24,600 training steps that were planned, 8 %."
+        "The trials took 1 h 18 min together. "
+        "Stopping early left out 2,000 of 24,000 training steps that were planned, 8 %."
     )
     assert "has not seen" in told[-1]
 
