@@ -40,7 +40,7 @@ def faults(text: str) -> Iterator[str]:
             case ast.Call(func=ast.Attribute(value=ast.Name(id=module), attr=name)):
                 given = {one.arg: ast.unparse(one.value) for one in node.keywords}
                 if (module, name) == ("torch", "load") and given.get("weights_only") != "True":
-                    yield f"torch.load without weights_only=True"
+                    yield "torch.load without weights_only=True"
                 if module in ("np", "numpy") and given.get("allow_pickle", "False") != "False":
                     yield f"{name} with allow_pickle"
                 loader = given.get("Loader") or (ast.unparse(node.args[1]) if len(node.args) > 1 else "")
