@@ -3,9 +3,12 @@
 Shards and checkpoints are in a bucket; the machines are those of machines.py.
 """
 
+import os
 import re
 import secrets
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +26,7 @@ import pytest
 from PIL import Image
 
 from pipelines import cluster, shards, storage
-from tests.jobs.machines import Machines, free_port, kill, lines, until
+from tests.jobs.machines import RAY, Machines, free_port, kill, lines, until
 
 JOB = """
 name: small
@@ -392,3 +395,97 @@ def told_once(machines: Machines, process: subprocess.Popen[bytes]) -> None:
 def same_end(alone: Seen, folder: Path) -> None:
     assert losses(folder) == losses(alone.folder)
     assert consumed(folder) == consumed(alone.folder)
+
+
+# The page for who operates clusters
+
+PAGE = Path(__file__).parents[2] / "cluster" / "README.md"
+BLOCKS = dict(re.findall(r"^```sh ?(\w*)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL))
+
+
+class Operator:
+    """Shells in which blocks of the page are typed as they are printed, in a home and a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.shells = folder, list[subprocess.Popen[bytes]]()
+        for name in ("home", "ray", "bin"):
+            (folder / name).mkdir()
+        (folder / "jobs").symlink_to(PAGE.parents[1] / "jobs")
+        redux = folder / "bin" / "redux"
+        redux.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m jobs.command "$@"\n')
+        redux.chmod(0o755)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        path = os.pathsep.join([str(redux.parent), str(Path(RAY).parent), kept["PATH"]])
+        self.environment = kept | {
+            "HOME": str(folder / "home"), "PATH": path, "RAY_TMPDIR": str(folder / "ray"),
+            "PYTHONPATH": str(PAGE.parents[1]),
+        }  # fmt: skip
+
+    def types(self, block: str) -> subprocess.Popen[bytes]:
+        with self.log(len(self.shells)).open("wb") as log:
+            shell = subprocess.Popen(
+                ["bash", "-ec", block], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True, preexec_fn=ctrl_c,
+            )  # fmt: skip
+        self.shells.append(shell)
+        return shell
+
+    def log(self, number: int) -> Path:
+        return self.folder / f"shell-{number}.log"
+
+    def serves(self, shell: subprocess.Popen[bytes]) -> None:
+        log = self.log(self.shells.index(shell))
+
+        def up() -> bool:
+            assert shell.poll() is None, log.read_text()
+            return "Ray runtime started" in log.read_text()
+
+        until(up)
+
+    def does(self, block: str) -> str:
+        shell = self.types(block)
+        code, said = shell.wait(500), self.log(self.shells.index(shell)).read_text()
+        assert code == 0, said[-3000:]
+        return said
+
+
+def ctrl_c() -> None:
+    """A background job, such as the suite may be, ignores Ctrl-C, and so do those that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def taken(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_page_has_these_blocks() -> None:
+    assert list(BLOCKS) == ["", "head", "node", "run", "submit"]
+
+
+@pytest.mark.slow
+def test_the_page_works_as_printed(folder: Path) -> None:
+    if taken(6399) or taken(8265):
+        pytest.skip("a port of the page is taken")
+    operator = Operator(folder)
+    try:
+        assert not operator.does(BLOCKS[""])
+        assert (folder / "home" / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+        head = operator.types(BLOCKS["head"])
+        operator.serves(head)
+        node = operator.types(BLOCKS["node"])
+        operator.serves(node)
+        assert "two-nodes is finished" in operator.does(BLOCKS["run"])
+        if (
+            subprocess.run([sys.executable, "-m", "jobs.command", "submit", "--help"], capture_output=True).returncode
+            == 0
+        ):
+            operator.does(BLOCKS["submit"])
+        for shell in (node, head):
+            started = psutil.Process(shell.pid).children(recursive=True)
+            os.killpg(shell.pid, signal.SIGINT)
+            shell.wait(60)
+            assert not psutil.wait_procs(started, timeout=90)[1]
+    finally:
+        for shell in operator.shells:
+            kill(shell)
