@@ -1,13 +1,27 @@
-"""The Ray that a run uses: the one that RAY_ADDRESS names, or one of its own that ends with it."""
+"""The Ray that a run uses: the one that RAY_ADDRESS names, or one of its own that ends with it.
 
+Who reaches a Ray runs what they like on it.  One's own therefore listens on loopback alone, asks for a token and shows
+no dashboard; a named one must ask for a token where its address is a public one.
+"""
+
+import ipaddress
 import logging
 import os
+import secrets
 import signal
+import socket
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import ray.data
+from ray import _raylet
+from ray._private import ray_constants
+from ray.exceptions import AuthenticationError
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 # read by libraries here and in every worker; a task is one thread, so tokenizers must not start more
@@ -23,32 +37,145 @@ ENVIRONMENT = {
 }
 
 
+REACH_S = 10
+"""Until a named Ray counts as not there."""
+
+LOOK_S = 1
+"""Between looks whether the head of a named Ray is there."""
+
+GONE = (
+    "the head of the cluster at {}:{} is gone; if it stays away, Ray ends this command within a minute. The same "
+    "command goes on from the last checkpoint"
+)
+
+LO = "lo0" if sys.platform == "darwin" else "lo"
+
+LOOPBACK = {
+    # Ray on Linux takes the machine's address wherever 127.0.0.1 is asked for, unless told to be as elsewhere
+    ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+    "GLOO_SOCKET_IFNAME": LO,  # workers among each other
+    "NCCL_SOCKET_IFNAME": LO,
+}
+"""What keeps a Ray and its workers on this machine."""
+
+
 @contextmanager
 def session() -> Iterator[None]:
-    """Ray for the length of a with block, quiet but for progress bars and errors; one within another is the same."""
+    """Ray for the length of a with block, quiet but for progress bars and errors; one within another is the same.
+
+    ValueError where RAY_ADDRESS names a Ray that cannot be reached, or one at a public address without a token.
+    """
     if ray.is_initialized():
         yield
         return
     environment = {name: os.environ.setdefault(name, value) for name, value in ENVIRONMENT.items()}
     disable_progress_bar()  # of transformers, which would show one for each file it reads
-    own = _own()
-    if own:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of what Ray's C++ side prints over the bars
-    terminate = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        address="local" if own else os.environ["RAY_ADDRESS"],
-        runtime_env={"env_vars": environment},
-        include_dashboard=False if own else None,
-        logging_level=logging.ERROR,
-        log_to_driver=False,  # what went wrong in a worker comes back as an exception
-    )
-    signal.signal(signal.SIGTERM, terminate)  # Ray puts its own in place
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False  # each long step has a bar of its own
+    with _private() if _own() else _named(os.environ["RAY_ADDRESS"]) as settings:
+        terminate = signal.getsignal(signal.SIGTERM)
+        _connect(runtime_env={"env_vars": environment}, **settings)
+        signal.signal(signal.SIGTERM, terminate)  # Ray puts its own in place
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        ray.data.DataContext.get_current().enable_progress_bars = False  # each long step has a bar of its own
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(**settings: Any) -> None:
+    """ray.init; ValueError where there is no Ray, or where it wants another token."""
     try:
-        yield
+        # what went wrong in a worker comes back as an exception
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        if _own():
+            raise
+        why = " ".join(str(error).split())
+        raise ValueError(f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}: {why}") from None
+
+
+@contextmanager
+def _private() -> Iterator[dict[str, Any]]:
+    """Settings of a Ray that only this process and its children reach, and the environment that makes it so."""
+    wanted = {**LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    before = {name: os.environ.get(name) for name in wanted}
+    clusters = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(wanted)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of what Ray's C++ side prints over the bars
+    ray_constants.ENABLE_RAY_CLUSTER = False  # this process has read the variable
+    _reread()
+    try:
+        yield {"address": "local", "include_dashboard": False}
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        _reread()
+
+
+def _reread() -> None:
+    """Ray's C++ side keeps what it read of the environment: the mode, and the token."""
+    _raylet.Config.initialize("")  # type: ignore[attr-defined]
+    _raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _named(address: str) -> Iterator[dict[str, Any]]:
+    """Settings of the Ray at HOST:PORT, whose head is kept an eye on.
+
+    ValueError where nothing listens there, or where the host is on no private network and Ray's token authentication
+    is off: whoever finds the port could run what they like.
+    """
+    if address == "auto":
+        yield {"address": address}
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"RAY_ADDRESS: got {address}, allowed: HOST:PORT, auto or local")
+    place = host.strip("[]"), int(port)
+    try:
+        ip = _answers(place)
+    except OSError as error:
+        raise ValueError(f"RAY_ADDRESS: nothing answers at {address}: {error.strerror or error}") from None
+    if ipaddress.ip_address(ip).is_global and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        raise ValueError(
+            f"RAY_ADDRESS: {address} is {ip}, a public address, without a token; allowed: a private or loopback "
+            "address, or RAY_AUTH_MODE=token here and where the cluster is started"
+        )
+    over = threading.Event()
+    threading.Thread(target=_watch, args=(place, over), daemon=True).start()
+    try:
+        yield {"address": address}
+    finally:
+        over.set()
+
+
+def _answers(place: tuple[str, int]) -> str:
+    """Whose address it is; OSError where nobody takes the call."""
+    with socket.create_connection(place, REACH_S) as call:
+        return str(call.getpeername()[0]).partition("%")[0]
+
+
+def _watch(place: tuple[str, int], over: threading.Event) -> None:
+    """Say it when the head is gone, and when it is back.
+
+    Ray's C++ side waits a minute for it and then ends the process: nothing in Python is asked, so it is said before.
+    """
+    gone = False
+    while not over.wait(LOOK_S):
+        try:
+            _answers(place)
+        except OSError:
+            if not gone:
+                tqdm.write(f"redux: {GONE.format(*place)}", file=sys.stderr)
+            gone = True
+        else:
+            if gone:
+                tqdm.write(f"redux: the head of the cluster at {place[0]}:{place[1]} is back", file=sys.stderr)
+            gone = False
 
 
 def require(needed: Mapping[str, float], what: str) -> None:
@@ -69,4 +196,4 @@ def gpus() -> float:
 
 def _own() -> bool:
     """Whether the run starts a Ray of its own, since none is named."""
-    return not os.environ.get("RAY_ADDRESS")
+    return os.environ.get("RAY_ADDRESS", "") in ("", "local")

@@ -63,7 +63,8 @@ class News:
 class Recorder:
     """An actor; see `start`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, environment: Mapping[str, str] | None = None) -> None:
+        os.environ.update(environment or {})
         self.settings = settings
         self.metrics: Metrics | None = None
         self.trackers: Trackers | None = None
@@ -215,6 +216,7 @@ class Recorder:
 def start(settings: Settings) -> Any:
     """The actor's handle, on this machine; `ray.kill` ends it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # keys of trackers among them: Ray logs whatever is in a runtime_env
     told = {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "MLFLOW_"))}
-    options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": told}}
-    return ray.remote(Recorder).options(**options).remote(settings)
+    options = {"num_cpus": 0, "scheduling_strategy": here}
+    return ray.remote(Recorder).options(**options).remote(settings, told)

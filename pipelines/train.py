@@ -12,7 +12,6 @@ storage, where a crash cannot lose it, and where another driver finds it.
 """
 
 import os
-import socket
 import tempfile
 import threading
 import time
@@ -42,6 +41,7 @@ from pipelines import (
     ingest,
     metrics,
     recorder,
+    rendezvous,
     storage,
 )
 from pipelines.hooks import Hook, Step
@@ -144,6 +144,7 @@ def _train(
                 use_gpu="GPU" in resources,
                 resources_per_worker=resources,
             ),
+            torch_config=rendezvous.Rendezvous(),
             run_config=ray.train.RunConfig(
                 name=plan.name,
                 storage_path=scratch,
@@ -305,9 +306,7 @@ def _join(plan: Plan) -> bool:
     usable = plan.stage.usable(workers)
     if usable == workers:
         return True
-    with socket.socket() as free:
-        free.bind(("", 0))
-        address = [f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"]
+    address = [rendezvous.url(*rendezvous.opened()) if rank == 0 else ""]
     dist.broadcast_object_list(address, src=0)
     backend = dist.get_backend()
     dist.barrier()
