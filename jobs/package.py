@@ -5,6 +5,7 @@ it finds that too much. Here every file is chosen by its name and counted before
 one archive, the same bytes for the same files, which Ray uploads as it is and only once.
 """
 
+import logging
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
@@ -35,6 +36,9 @@ MADE_HERE = ("data", "datasets", "checkpoints", "runs", "outputs", "wandb", "mlr
 
 ELSEWHERE = "submitted"
 """Folder in the package for a job file that the rest of it does not hold."""
+
+QUIET = logging.getLogger(__name__)
+"""For Ray, which would tell of every .gitignore it finds."""
 
 Unwanted = Callable[[Path], bool]
 
@@ -76,7 +80,7 @@ def files(folder: Path) -> Iterator[Path]:
 
 
 def _walk(folder: Path, unwanted: Sequence[Unwanted]) -> Iterator[Path]:
-    unwanted = [*unwanted, *ignored_in(folder, include_gitignore=True)]
+    unwanted = [*unwanted, *ignored_in(folder, include_gitignore=True, logger=QUIET)]
     for path in sorted(folder.iterdir()):
         if any(no(path) for no in unwanted):
             continue

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import psutil
 import pytest
@@ -162,30 +163,25 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def begin(environment: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-
-
 def call(arguments: list[str], folder: str, environment: dict[str, str]) -> Ended:
     """The command line in the process at hand."""
     out, err = io.StringIO(), io.StringIO()
-    before = dict(os.environ)
     os.chdir(folder)
-    os.environ.update(environment)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = command.main(arguments)
-    finally:
-        begin(before)
+    with (
+        mock.patch.dict(os.environ, environment),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = command.main(arguments)
     return Ended(code, out.getvalue(), err.getvalue())
 
 
 @contextlib.contextmanager
 def process(environment: dict[str, str]) -> Iterator[ProcessPoolExecutor]:
     """One that has this environment from its start."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=begin, initargs=(environment,)) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with mock.patch.dict(os.environ, environment, clear=True):
+            pool.submit(os.getpid).result()
         yield pool
 
 
@@ -212,7 +208,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in (*SECRETS, *MADE, *IGNORED, *TRAVEL, "pyproject.toml", "jobs/command.py", "job.yaml"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("secret")
+        (folder / name).write_text("# secret\n")
     (folder / "link.txt").unlink()
     (folder / "link.txt").symlink_to(folder / ".netrc")
     (folder / ".gitignore").write_text("ignored.txt\n/unwanted\n")
@@ -262,6 +258,14 @@ def test_a_job_file_travels_from_wherever_it_lies(checkout: Path, tmp_path: Path
         name = package.pack(checkout, job, tmp_path / "package.zip")
         with zipfile.ZipFile(tmp_path / "package.zip") as archive:
             assert archive.read(name).decode() == JOB
+
+
+def test_all_of_redux_travels() -> None:
+    """No name of its own looks like a key or like data."""
+    listed = ["git", "ls-files", "-z", "redux", "pipelines", "jobs", "pyproject.toml"]
+    tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    travel = {path.relative_to(ROOT).as_posix() for path in package.files(ROOT)}
+    assert {name for name in tracked if name and (ROOT / name).exists()} <= travel
 
 
 def test_the_same_files_are_the_same_package(checkout: Path, tmp_path: Path) -> None:
@@ -477,7 +481,7 @@ def wait_for_line(process: "subprocess.Popen[str]", text: str) -> str:
 
 def test_a_wait_that_is_interrupted_leaves_the_job_alone(redux: Redux, head: Head, checkout: Path) -> None:
     waiting = subprocess.Popen(
-        [shutil.which("redux", path=head.environment["PATH"]) or "", *("submit", "job.yaml", "name=waits-on", "--wait")],
+        [sys.executable, "-P", "-m", "jobs.command", "submit", "job.yaml", "name=waits-on", "--wait"],
         cwd=checkout, env=head.environment | {"RAY_API_SERVER_ADDRESS": head.address, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
