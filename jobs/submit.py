@@ -106,6 +106,8 @@ def _environment(names: Sequence[str], grace_s: float) -> dict[str, str]:
             )
         if name not in os.environ:
             raise ValueError(f"--env: got {name}, which is not set here, allowed: a variable that is")
+        if "$" in os.environ[name]:
+            raise ValueError(f"--env: {name} has a $ in its value, allowed: none, as Ray puts variables in its place")
     return {
         STOP: str(math.ceil(grace_s) + MARGIN_S),
         "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # a run sets variables too; those that --env names stay

@@ -51,7 +51,7 @@ train:
     objective: language
     data: captions
     template: plain
-    steps: 300
+    steps: 120
     global_batch: 8
     micro_batch: 8
     learning_rate: {projector: 1e-3, language: 1e-3}
@@ -303,12 +303,13 @@ def test_a_home_is_not_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (("--into", "runs"), "--into: got runs"),
     (("--id", "a/b"), "--id: got a/b"),
     (("--env", "NOT_SET_ANYWHERE"), "--env: got NOT_SET_ANYWHERE, which is not set"),
+    (("--env", "DOLLAR"), "--env: DOLLAR has a $ in its value"),
     (("--env", "KEY=hunter2"), "--env: got KEY=…"),
     (("checkpoints=here",), "checkpoints: got here"),
     (("data.sets={a: 's3://me:hunter2@host/a'}",), "a URL with a password"),
 ])  # fmt: skip
 def test_what_cannot_be_is_told_before_anything_is_contacted(redux: Redux, words: tuple[str, ...], told: str) -> None:
-    ended = redux("submit", "job.yaml", *words, address="http://127.0.0.1:9")
+    ended = redux("submit", "job.yaml", *words, address="http://127.0.0.1:9", DOLLAR="hunter2$HOME")
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
     assert told in ended.err
     assert "hunter2" not in ended.err
@@ -349,6 +350,18 @@ def test_an_address_that_is_none_is_told_in_one_line(redux: Redux, address: str,
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
     assert told in ended.err
     assert "hunter2" not in ended.err
+
+
+@pytest.mark.parametrize("words", [["submit"], ["jobs", "logs"], ["jobs", "stop"]])
+def test_help_answers_at_once(words: list[str]) -> None:
+    program = (
+        f"import sys\nfrom jobs.command import main\ntry: main({[*words, '--help']})\n"
+        "except SystemExit: print('LOADED', *sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(ended.stdout.partition("LOADED")[2].split())
+    assert "argparse" in loaded
+    assert not loaded & {"ray", "torch", "pydantic", "yaml"}
 
 
 def test_without_the_extra_one_line_names_it(tmp_path: Path) -> None:
@@ -416,10 +429,9 @@ def until(head: Head, id: str, pattern: str, enough: Callable[[str], bool] = boo
     async def listen() -> None:
         text = ""
         headers = {"Authorization": f"Bearer {token}"}
-        async with (
-            aiohttp.ClientSession(headers=headers) as session,
-            session.ws_connect(f"{head.address}/api/jobs/{id}/logs/tail") as log,
-        ):
+        async with aiohttp.ClientSession(headers=headers) as session:
+            # left without a word: a farewell would wait for the log's end
+            log = await session.ws_connect(f"{head.address}/api/jobs/{id}/logs/tail")
             async for message in log:
                 text += message.data
                 if any(enough(found) for found in re.findall(pattern, text)):
@@ -439,7 +451,7 @@ def test_a_run_goes_on_where_it_was_stopped_and_where_it_was_killed(redux: Redux
     (tmp_path / "job.yaml").write_text(JOB)
     words = ("submit", "job.yaml", "name=real", "--into", tmp_path / "on the cluster")
     assert redux(*words, folder=tmp_path).code == 0
-    until(head, "real", r"(\d+)/300", lambda step: int(step) >= 20)
+    until(head, "real", r"(\d+)/120", lambda step: int(step) >= 10)
     assert "real is STOPPED" in redux("jobs", "stop", "real").out
     run = tmp_path / "on the cluster" / "real"
     done = max(event["step"] for event in events(run, "step"))
@@ -448,14 +460,14 @@ def test_a_run_goes_on_where_it_was_stopped_and_where_it_was_killed(redux: Redux
         cwd=tmp_path, env=head.environment | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     started = wait_for_line(waiting, "real-2 is submitted")
-    until(head, "real-2", r"(\d+)/300", lambda step: int(step) >= done + 10)
+    until(head, "real-2", r"(\d+)/120", lambda step: int(step) >= done + 10)
     os.kill(int(jobs_api(head, "/api/jobs/real-2")["driver_info"]["pid"]), signal.SIGKILL)
     out, _ = waiting.communicate(timeout=300)
     assert waiting.returncode == 0, started + out
     assert "real-2 is FAILED" in out
     assert "real-3 is SUCCEEDED" in out
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 301))
+    assert steps == list(range(1, 121))
     assert [json.loads(line)["step"] for line in (run / "progress.jsonl").read_text().splitlines()] == [
         "shards",
         "captions",
@@ -465,7 +477,7 @@ def test_a_run_goes_on_where_it_was_stopped_and_where_it_was_killed(redux: Redux
     assert first == 0
     assert second == done, "the checkpoint at the stop is of the last step"
     assert third > second
-    in_vain = len(events(run, "step")) - 300
+    in_vain = len(events(run, "step")) - 120
     assert in_vain <= 10, "of a death, what came after the last checkpoint"
 
 
