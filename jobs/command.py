@@ -5,6 +5,7 @@ arguments answer at once instead of after torch and Ray have been loaded.
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,12 +18,12 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0 done, 2 a job that cannot be run, 130 interrupted."""
+    """Runs one verb and returns the exit code: 0 done, 2 a job that cannot be run, 130 interrupted, or a job's own."""
     arguments = _parse(argv)
     # a scheduler's SIGTERM is Ctrl-C by other means: both unwind the same way, so neither leaves a process behind
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        arguments.verb(arguments)
+        return arguments.verb(arguments) or 0
     except ValueError as error:
         print(f"redux: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISUSE
@@ -31,31 +32,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return 0
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    asked, do = _asked(arguments)
+    do(asked, arguments.into / asked.name, arguments.changed)
+
+
+def _asked(arguments: argparse.Namespace) -> tuple[Any, Callable[[Any, Path, bool], None]]:
+    """What a file asks for after overrides, checked: a study, a search or a job; and what does it."""
     from jobs import document
 
     tree = document.plain(arguments.job)
     if isinstance(tree, dict) and "variants" in tree:
         from jobs import study
 
-        several = study.load(arguments.job, arguments.overrides)
-        study.conduct(several, arguments.into / several.name, arguments.changed)
-        return
+        return study.load(arguments.job, arguments.overrides), study.conduct
     if isinstance(tree, dict) and "space" in tree:
         from jobs import search
 
-        sought = search.load(arguments.job, arguments.overrides)
-        search.conduct(sought, arguments.into / sought.name, arguments.changed)
-        return
+        return search.load(arguments.job, arguments.overrides), search.conduct
     from jobs import schema
 
-    job = schema.load(arguments.job, arguments.overrides)
+    return schema.load(arguments.job, arguments.overrides), _run_job
+
+
+def _run_job(job: Any, folder: Path, changed: bool) -> None:
     from jobs.run import run
 
-    run(job, arguments.into / job.name, arguments.changed)
+    run(job, folder, changed)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    asked, _ = _asked(arguments)
+    from dataclasses import fields
+
+    from jobs import submit
+
+    given = {one.name: getattr(arguments, one.name) for one in fields(submit.Submission) if one.name != "name"}
+    return submit.submit(submit.Submission(name=asked.name, **given))
+
+
+def _jobs(verb: str, *names: str) -> Callable[[argparse.Namespace], int]:
+    def call(arguments: argparse.Namespace) -> int:
+        from jobs import remote
+
+        code: int = getattr(remote, verb)(arguments.address, *(getattr(arguments, name) for name in names))
+        return code
+
+    return call
 
 
 def _shards(verb: str) -> Callable[[argparse.Namespace], None]:
@@ -175,6 +200,8 @@ def _parser() -> argparse.ArgumentParser:
         help="go on although the job, its data or its model differ from those that the run was started with",
     )
     run.set_defaults(verb=_run)
+    _add_submit(verbs)
+    _add_jobs(verbs)
     _add_shards(verbs)
     export = verbs.add_parser(
         "export",
@@ -248,6 +275,88 @@ def _parser() -> argparse.ArgumentParser:
     )
     tables.set_defaults(verb=_tables)
     return parser
+
+
+TOKEN = (
+    "Where the cluster asks for a token, it is taken as Ray takes it: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN, a file "
+    "that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token. Over http it goes to this machine and private networks only."
+)
+
+
+def _add_submit(verbs: Any) -> None:
+    submit = verbs.add_parser(
+        "submit",
+        help="run a job file on a cluster that is there already",
+        description="Check a job file here and have a Ray cluster run it, through Ray's Jobs API. The folder in which "
+        "this is called travels with it, and is deleted after it: without data, checkpoints, run folders, links, what "
+        ".gitignore and .rayignore name, and whatever may be a key or begins with a dot. In a checkout of Redux its "
+        "code is what runs, elsewhere the cluster's own. " + TOKEN,
+        epilog="example: redux submit jobs/quickstart.yaml --into /mnt/redux/runs --retries 3",
+    )
+    submit.add_argument("job", metavar="JOB", type=Path, help="a job file, a study or a search")
+    submit.add_argument("overrides", metavar="section.key=value", nargs="*", help="in place of the file's values")
+    _add_address(submit)
+    submit.add_argument(
+        "--into", metavar="DIR", default="~/redux/runs",
+        help="on the cluster, the run folder is DIR/NAME: where all its machines see it, if there are several, and "
+        "where it outlives them (default: %(default)s; in quotes, or this machine's ~ is meant)",
+    )  # fmt: skip
+    submit.add_argument(
+        "--id", metavar="ID",
+        help="submit it once only: the same id again shows the job that has it (default: NAME, then NAME-2, …, of "
+        "which one at a time may live)",
+    )  # fmt: skip
+    submit.add_argument(
+        "--env", metavar="NAME", action="append", default=[],
+        help="have the job see this variable with its value here; can be given again. Who has the cluster's token can "
+        "read it by Ray's API: keys are better the cluster's own, as a Secret's or by a service account's rights",
+    )  # fmt: skip
+    submit.add_argument(
+        "--wait", action="store_true", help="show its log to the end; the exit code is the job's, 130 where stopped"
+    )
+    submit.add_argument(
+        "--retries", metavar="N", type=_natural, default=0,
+        help="wait, and where it fails submit it again, up to N times; it goes on from its last checkpoint. Not where "
+        "it was stopped, or cannot be run at all (exit code 2)",
+    )  # fmt: skip
+    submit.set_defaults(verb=_submit)
+
+
+def _add_jobs(verbs: Any) -> None:
+    jobs = verbs.add_parser(
+        "jobs",
+        help="list, show, follow or stop jobs on a cluster",
+        description="What was submitted to a cluster, by `redux submit` or otherwise. " + TOKEN,
+    ).add_subparsers(metavar="WHAT", required=True)
+    listing = jobs.add_parser(
+        "list", help="a table of all jobs", description="Show all jobs of a cluster, oldest first."
+    )
+    listing.set_defaults(verb=_jobs("listing"))
+    status = jobs.add_parser(
+        "status", help="how a job does", description="Show how a job does in one line. The exit code is the job's, 130 "
+        "where it was stopped, and 0 while it lives.",
+    )  # fmt: skip
+    status.set_defaults(verb=_jobs("status", "id"))
+    logs = jobs.add_parser("logs", help="what a job says", description="Show what a job has said.")
+    logs.add_argument("-f", "--follow", action="store_true", help="until it has ended")
+    logs.set_defaults(verb=_jobs("logs", "id", "follow"))
+    stop = jobs.add_parser(
+        "stop", help="stop a job after a checkpoint", description="Stop a job and wait until it has stopped. It gets "
+        "SIGTERM, on which it makes a checkpoint, and is killed 15 s after the recovery.grace_s of its file have "
+        "passed. Submitted again, it goes on from there.",
+    )  # fmt: skip
+    stop.set_defaults(verb=_jobs("stop", "id"))
+    for parser in (status, logs, stop):
+        parser.add_argument("id", metavar="ID", help="as submit and list show it")
+    for parser in (listing, status, logs, stop):
+        _add_address(parser)
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", metavar="URL", default=os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265",
+        help="of the cluster's dashboard (default: %(default)s, which the environment's RAY_API_SERVER_ADDRESS sets)",
+    )  # fmt: skip
 
 
 def _add_manifest(verbs: Any) -> None:
