@@ -239,13 +239,14 @@ def _share(search: Search, folder: Path, changed: bool) -> tuple[Job, Path] | No
 
 def _require(search: Search, job: Job) -> None:
     """ValueError where Ray runs here alone and has not enough for so many trials at once: they would wait for ever."""
+    trains = len(job.train) > len(search.shared)
     fewest, most = job.worker_range
-    training = fewest * (0.5 if fewest == most else 1) if job.train else 0
+    training = fewest * (0.5 if fewest == most else 1) if trains else 0
     asking = job.evaluate.actors / 2 if job.evaluate else 0
     what = f"at_once = {search.at_once}"
     cluster.require({"CPU": search.at_once * max(training, asking) + 1}, what)
     if cluster.gpus():
-        workers = max(fewest if job.train else 0, job.evaluate.actors if job.evaluate else 0)
+        workers = max(fewest if trains else 0, job.evaluate.actors if job.evaluate else 0)
         cluster.require({"GPU": search.at_once * workers * job.gpu_share}, what)
 
 
