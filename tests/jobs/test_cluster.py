@@ -26,7 +26,7 @@ import pytest
 from PIL import Image
 
 from pipelines import cluster, shards, storage
-from tests.jobs.machines import RAY, Machines, free_port, kill, lines, until
+from tests.jobs.machines import RAY, Machines, kill, lines, until
 
 JOB = """
 name: small
@@ -51,9 +51,6 @@ evaluate: null
 """
 SIZES = "hidden_size: 16, num_attention_heads: 2, intermediate_size: 16"
 STEPS = 60
-PATIENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
-"""Time for a head to come back, on a busy machine."""
-
 BOUND = 1e-5
 """Of the loss, by which runs of other numbers of workers differ."""
 
@@ -267,21 +264,6 @@ def started(folder: Path, environment: dict[str, str]) -> Iterator[Machines]:
         made.close()
 
 
-@pytest.fixture
-def redis(folder: Path) -> Iterator[str]:
-    """HOST:PORT of an empty Redis."""
-    program = shutil.which("redis-server")
-    if not program:
-        pytest.skip("there is no redis-server on this machine (Debian: apt install redis-server)")
-    port = free_port()
-    server = subprocess.Popen(
-        [program, "--port", str(port), "--bind", "127.0.0.1", "--save", ""], cwd=folder, stdout=subprocess.DEVNULL
-    )
-    yield f"127.0.0.1:{port}"
-    server.kill()
-    server.wait()
-
-
 def ended(machines: Machines, process: subprocess.Popen[bytes]) -> int:
     """Its exit code; whatever happened, nothing hangs."""
     try:
@@ -364,24 +346,6 @@ def test_a_head_that_is_killed_ends_the_command_which_then_goes_on(
     machines.add()
     again = machines.command(*words)
     assert ended(machines, again) == 0, machines.log(again).read_text()[-3000:]
-    same_end(alone, folder)
-
-
-@pytest.mark.slow
-def test_with_redis_a_head_that_is_killed_and_started_again_still_has_its_nodes(
-    alone: Seen, bucket: dict[str, str], redis: str, folder: Path
-) -> None:
-    words = job(folder)
-    with started(folder, bucket | {"RAY_REDIS_ADDRESS": redis, **PATIENT}) as machines:
-        process = machines.command(*words)
-        at(machines, process, folder, 10)
-        kill(machines.head)
-        machines.start_head()
-        if ended(machines, process) != 0:
-            told_once(machines, process)
-            again = machines.command(*words)
-            assert ended(machines, again) == 0, machines.log(again).read_text()[-3000:]
-        assert [node.poll() for node in machines.nodes] == [None, None]
     same_end(alone, folder)
 
 
