@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import optuna
 from annotated_types import Ge, Lt, MinLen
@@ -163,6 +163,10 @@ class Trials:
         self._park()
         self._enqueue_references()
         self._enqueue_retries()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes down what it is given, to restore it; here that is the study's part."""
+        return {}
 
     def next(self, key: str) -> Try | None:
         """What to run next, under a key of the caller's; None where nothing is for now, or ever: see `finished`."""
