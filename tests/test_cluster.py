@@ -3,6 +3,7 @@
 No cloud is asked and no image is built.
 """
 
+import platform
 import re
 import shlex
 import shutil
@@ -130,7 +131,7 @@ def test_the_image_has_extras_that_are_there_and_all_they_ask_for() -> None:
 
 
 def test_torch_is_the_one_that_the_project_names() -> None:
-    [step] = [rest for kind, rest in instructions() if kind == "RUN" and "--index-url" in rest]
+    [step] = [rest for kind, rest in instructions() if kind == "RUN" and "TORCH_INDEX" in rest]
     pattern = re.search(r"grep -o '([^']+)'", step)
     assert pattern
     found = re.findall(pattern[1], (ROOT / "pyproject.toml").read_text())
@@ -158,7 +159,8 @@ def test_only_what_the_project_is_made_of_goes_to_the_builder() -> None:
 
 def test_hadolint_has_nothing_to_say() -> None:
     hadolint = shutil.which("hadolint", path=sysconfig.get_path("scripts")) or shutil.which("hadolint")
-    if not hadolint:
-        pytest.skip("there is no hadolint for this machine, or it is not installed")
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64") and not hadolint:
+        pytest.skip("its wheel is for Linux on x86-64 alone")
+    assert hadolint, "the extra `test` brings it"
     ended = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True)
     assert ended.returncode == 0, f"\n{ended.stdout}{ended.stderr}"

@@ -47,7 +47,7 @@ class Machines:
         self.environment = {**os.environ, **QUICK, **environment, "RAY_TMPDIR": str(folder)}
         self.environment.pop("RAY_ADDRESS", None)
         self.address = f"127.0.0.1:{self.port}"
-        self.running: list[subprocess.Popen[bytes]] = []
+        self.running: dict[subprocess.Popen[bytes], Path] = {}
         self.nodes: list[subprocess.Popen[bytes]] = []
 
     def start_head(self) -> None:
@@ -77,16 +77,16 @@ class Machines:
         return self._popen(f"command-{len(self.running)}", command, {**self.environment, "RAY_ADDRESS": self.address})
 
     def _popen(self, name: str, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        with (self.folder / f"{name}.log").open("wb") as log:
+        path = self.folder / f"{name}.log"
+        with path.open("wb") as log:
             started = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        self.running.append(started)
+        self.running[started] = path
         return started
 
     def log(self, started: subprocess.Popen[bytes]) -> Path:
-        kind = "command" if "jobs.command" in started.args else "machine"  # type: ignore[operator]
-        return self.folder / f"{kind}-{self.running.index(started)}.log"
+        return self.running[started]
 
     def close(self) -> None:
         for one in self.running:

@@ -2,7 +2,9 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +19,8 @@ STEPS = 20
 
 
 def settings(**changes: Any) -> Settings:
-    asked = {"trials": 6, "at_once": 2, "space": {"x": Range(low=0.0, high=1.0)}, "objectives": {"good": "max"}}
-    return Settings(**(asked | changes))  # type: ignore[arg-type]
+    asked = Settings(trials=6, at_once=2, space={"x": Range(low=0.0, high=1.0)}, objectives={"good": "max"})
+    return replace(asked, **changes)
 
 
 def test_crashes_stops_and_results_are_told_as_such(ray_cluster: Any, tmp_path: Path) -> None:
@@ -88,17 +90,13 @@ def test_means_are_over_whole_windows_however_late_they_are_asked_for(
     monkeypatch.setattr(search.tune, "report", told.append)
     monkeypatch.setattr(search.ray, "get", lambda reference: False)
 
-    class Never:
-        class lags:  # noqa: N801
-            @staticmethod
-            def remote(number: int) -> bool:
-                return False
+    never = SimpleNamespace(lags=SimpleNamespace(remote=lambda number: False))
 
     def record(steps: int) -> None:
         lines = [json.dumps({"stage": "s", "step": step, "loss": float(step)}) for step in range(1, steps + 1)]
         (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
 
-    hear = Reporter(10, 0, Never)
+    hear = Reporter(10, 0, never)
     record(9)
     hear(tmp_path, "s", 9, 40)
     record(15)

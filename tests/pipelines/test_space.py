@@ -7,7 +7,7 @@ from typing import Any
 import optuna
 import pytest
 
-from pipelines.space import DRAWS, SAMPLERS, Choice, Drawing, Range, Space, Values, check
+from pipelines.space import DRAWS, SAMPLERS, Choice, Drawing, Range, SamplerName, Space, Values, check
 
 STAGES = Space(
     {
@@ -68,8 +68,9 @@ def test_a_search_that_is_opened_again_draws_on_as_if_it_had_never_stopped(name:
 def test_the_model_finds_what_chance_does_not() -> None:
     space = Space({f"x{place}": Range(low=0.0, high=1.0) for place in range(6)})
     best = {}
-    for name in ("tpe", "random"):
-        of = optuna.create_study(sampler=Drawing(space, name, 0, lambda values: None))  # type: ignore[arg-type]
+    names: tuple[SamplerName, ...] = ("tpe", "random")
+    for name in names:
+        of = optuna.create_study(sampler=Drawing(space, name, 0, lambda values: None))
         for _ in range(60):
             trial = of.ask()
             of.tell(trial, sum((value - 0.3) ** 2 for value in space.suggest(trial).values()))
