@@ -1,8 +1,8 @@
 """A search by Ray Tune: several trials at a time, each a driver of its own that trains and evaluates like any run.
 
 Tune starts the drivers and hears of them; one that lags behind asks, is told so, and ends itself.  What they are given,
-and what becomes of it, is the study's to say (pipelines/trials.py).  Nothing is restored by Tune: another start asks the
-study for what is left, and a trial goes on from what its run folder holds.
+and what becomes of it, is the study's to say (pipelines/trials.py).  Nothing is restored by Tune: another start asks
+the study for what is left, and a trial goes on from what its run folder holds.
 
     drivers    on the machine of the search, where the run folders are; they ask Ray for no CPU
     training   anywhere in the cluster, with the resources that the job gives its workers
