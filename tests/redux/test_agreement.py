@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from redux.instructions import INSTRUCTIONS, SPLITTERS, ask, draw, loose, splitter, strict
+from redux.instructions import INSTRUCTIONS, ask, draw, loose, strict
+from redux.sentences import SPLITTERS, splitter
 
 pytestmark = pytest.mark.skipif(
     find_spec("lm_eval") is None or splitter() != "punkt", reason="needs lm_eval: pip install -e '.[agreement]'"

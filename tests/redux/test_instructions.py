@@ -8,19 +8,18 @@ from typing import Any
 import langdetect
 import pytest
 
-from redux import instructions
+from redux import instructions, sentences
 from redux.instructions import (
     INSTRUCTIONS,
     KEYWORDS,
     RELATIONS,
-    SPLITTERS,
     STARTERS,
     ask,
     draw,
     loose,
-    splitter,
     strict,
 )
+from redux.sentences import SPLITTERS, splitter
 
 NAMES = {each.name: id for id, each in INSTRUCTIONS.items()}
 
@@ -306,7 +305,7 @@ def test_what_counts_sentences_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     response, kwargs = "He lives in the U.K. and pays approx. 3 pounds.", {"num_sentences": 2, "relation": "less than"}
     counted = {name: len(SPLITTERS[name](response)) for name in {"regex", splitter()}}
     assert strict(NAMES["sentences"], kwargs, response) == (counted[splitter()] < 2)
-    monkeypatch.setattr(instructions, "find_spec", lambda name: None)
+    monkeypatch.setattr(sentences, "find_spec", lambda name: None)
     assert splitter() == "regex"
     assert strict(NAMES["sentences"], kwargs, response) == (counted["regex"] < 2)
 
