@@ -1,6 +1,9 @@
-"""Machines of a Ray cluster as who operates one starts them: each a `ray start --block` of its own, all on this one.
+"""Machines of a Ray cluster as who operates one has them, all on this one.
 
-What is lost is lost at once: SIGKILL for all processes of a machine.
+Each is a set of Linux namespaces: an address, a name, processes and temporary files of its own, on one network that
+leads nowhere else.  Where these are not allowed, as in most containers, all of them are this machine, at its loopback.
+
+What is lost is lost at once: SIGKILL for all processes, none of which sees another die.
 """
 
 import json
@@ -9,8 +12,9 @@ import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,191 @@ QUICK = {
 
 RAY = str(Path(sysconfig.get_path("scripts"), "ray"))
 
+NAMESPACES = ("user", "net", "mount", "uts", "pid")
+
+Process = subprocess.Popen[bytes]
+
+
+@cache
+def apart() -> bool:
+    """Whether machines can have namespaces of their own."""
+    tried = ["unshare", "--user", "--map-root-user", *(f"--{one}" for one in NAMESPACES[1:]), "--fork", "ip", "link"]
+    try:
+        return subprocess.run(tried, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def _in(process: int, namespaces: Sequence[str], command: Sequence[str]) -> list[str]:
+    """A command, in namespaces of a process."""
+    entered = [f"--{one}" for one in namespaces]
+    return ["nsenter", f"--target={process}", *entered, "--preserve-credentials", f"--wd={Path.cwd()}", *command]
+
+
+def _held(command: Sequence[str]) -> Process:
+    """Namespaces, once they are there; they last as long as the process."""
+    held = subprocess.Popen([*command, "sh", "-c", "echo there; exec sleep infinity"], stdout=subprocess.PIPE)
+    assert held.stdout
+    assert held.stdout.readline() == b"there\n", command
+    return held
+
+
+class Machine:
+    """One on which commands run.
+
+    ip: its address.  scratch: a folder of its own, under a short name since Ray's sockets lie in it.
+    """
+
+    def __init__(self, network: "Network", name: str, ip: str) -> None:
+        self.network, self.ip = network, ip
+        self.scratch = network.folder / "scratch"
+        self.running: list[Process] = []
+        self.holder: Process | None = None
+        if network.holder:
+            self._move_in(network.holder.pid, name)
+
+    def _move_in(self, network: int, name: str) -> None:
+        own, hosts = self.network.folder / name, self.network.folder / f"{name}.hosts"
+        own.mkdir()
+        hosts.write_text(f"127.0.0.1 localhost\n{self.ip} {name}\n")
+        wanted = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        self.holder = _held(_in(network, ("user", "net"), wanted))
+        [first] = psutil.Process(self.holder.pid).children()
+        self.first = first.pid
+        _shell(_in(network, ("user", "net"), ()), f"""
+            ip link add {name} type veth peer name eth0 netns {self.first}
+            ip link set {name} master switch up""")  # fmt: skip
+        _shell(_in(self.first, NAMESPACES[:-1], ()), f"""
+            hostname {name}
+            mount --bind {hosts} /etc/hosts
+            mount --bind {own} {self.scratch}
+            ip link set lo up
+            ip address add {self.ip}/24 dev eth0
+            ip link set eth0 up
+            ip route add default via {self.network.gateway}""")  # fmt: skip
+
+    def starts(self, command: Sequence[str], environment: Mapping[str, str]) -> Process:
+        """A command whose output goes to a file."""
+        path = self.network.folder / f"log-{len(self.network.logs)}"
+        inside = _in(self.first, NAMESPACES, command) if self.holder else command
+        with path.open("wb") as log:
+            started = subprocess.Popen(
+                inside, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self.running.append(started)
+        self.network.logs[started] = path
+        return started
+
+    def processes(self) -> list[psutil.Process]:
+        """All that runs there."""
+        found = []
+        for one in (self.holder, *self.running):
+            if one and one.poll() is None:
+                found += psutil.Process(one.pid).children(recursive=True)
+        return found
+
+    def lose(self) -> None:
+        for one in (self.holder, *self.running):
+            if one:
+                kill(one)
+
+
+def _shell(place: Sequence[str], script: str) -> None:
+    subprocess.run([*place, "sh", "-ec", script], check=True)
+
+
+class Network:
+    """Machines that reach each other.
+
+    folder: what all of them see, as they do all files but their scratch.  gateway: the address of what is there besides
+    them, such as buckets.
+    """
+
+    def __init__(self, folder: Path, apart: bool) -> None:
+        self.folder, self.machines, self.logs = folder, list[Machine](), dict[Process, Path]()
+        self.holder: Process | None = None
+        self.gateway = "127.0.0.1"
+        (folder / "scratch").mkdir()
+        if apart:
+            self.gateway = "10.77.0.1"
+            self.holder = _held(["unshare", "--user", "--map-root-user", "--net"])
+            _shell(_in(self.holder.pid, ("user", "net"), ()), f"""
+                ip link set lo up
+                ip link add switch type bridge
+                ip address add {self.gateway}/24 dev switch
+                ip link set switch up""")  # fmt: skip
+
+    def add(self) -> Machine:
+        number = len(self.machines) + 1
+        ip = self.gateway.rsplit(".", 1)[0] + f".{10 + number}" if self.holder else self.gateway
+        self.machines.append(Machine(self, f"machine-{number}", ip))
+        return self.machines[-1]
+
+    def besides(self, command: Sequence[str]) -> list[str]:
+        """A command, where it is reached by the gateway's address."""
+        return _in(self.holder.pid, ("user", "net"), command) if self.holder else list(command)
+
+    def said(self, started: Process) -> str:
+        return self.logs[started].read_text()
+
+    def close(self) -> None:
+        for machine in self.machines:
+            machine.lose()
+        if self.holder:
+            kill(self.holder)
+
+
+@contextmanager
+def network(folder: Path, apart: bool) -> Iterator[Network]:
+    made = Network(folder, apart)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class Cluster:
+    """A head that only keeps house, nodes of one CPU, and the commands that are run there, on the first of them."""
+
+    def __init__(self, network: Network, environment: Mapping[str, str]) -> None:
+        self.network, self.house = network, network.add()
+        self.nodes: list[Machine] = []
+        self.environment = {**os.environ, **QUICK, **environment, "RAY_TMPDIR": str(self.house.scratch)}
+        self.environment.pop("RAY_ADDRESS", None)
+        self.port = free_port()
+        self.address = f"{self.house.ip}:{self.port}"
+
+    def start(self) -> None:
+        """By the same commands each time."""
+        self.nodes.clear()
+        self.start_head()
+        self.add()
+        self.add()
+
+    def start_head(self) -> None:
+        self.head = self._ray(self.house, "--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false")
+
+    def add(self) -> None:
+        """A machine more."""
+        self.nodes.append(self.network.add())
+        self._ray(self.nodes[-1], f"--address={self.address}", "--num-cpus=1")
+
+    def _ray(self, machine: Machine, *options: str) -> Process:
+        started = machine.starts([RAY, "start", "--block", "--disable-usage-stats", *options], self.environment)
+
+        def up() -> bool:
+            assert started.poll() is None, self.network.said(started)
+            return "Ray runtime started" in self.network.said(started)
+
+        until(up, 60)
+        return started
+
+    def command(self, *words: str) -> Process:
+        """redux WORDS… on this cluster."""
+        command = [sys.executable, "-m", "jobs.command", *words]
+        first = (self.nodes or [self.house])[0]
+        return first.starts(command, {**self.environment, "RAY_ADDRESS": self.address})
+
 
 def free_port() -> int:
     with socket.socket() as tried:
@@ -36,65 +225,8 @@ def free_port() -> int:
         return int(tried.getsockname()[1])
 
 
-class Machines:
-    """A head that only keeps house, nodes of one CPU, and the commands that are run there.
-
-    folder: short, since Ray's sockets lie in it.
-    """
-
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        self.folder, self.port = folder, free_port()
-        self.environment = {**os.environ, **QUICK, **environment, "RAY_TMPDIR": str(folder)}
-        self.environment.pop("RAY_ADDRESS", None)
-        self.address = f"127.0.0.1:{self.port}"
-        self.running: dict[subprocess.Popen[bytes], Path] = {}
-        self.nodes: list[subprocess.Popen[bytes]] = []
-
-    def start_head(self) -> None:
-        """The same command each time."""
-        self.head = self._start(
-            "--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={self.folder}"
-        )
-
-    def add(self) -> None:
-        self.nodes.append(self._start(f"--address={self.address}", "--num-cpus=1"))
-
-    def _start(self, *options: str) -> subprocess.Popen[bytes]:
-        command = [RAY, "start", "--block", "--disable-usage-stats", *options]
-        started = self._popen(f"machine-{len(self.running)}", command, self.environment)
-        log = self.log(started)
-
-        def up() -> bool:
-            assert started.poll() is None, log.read_text()
-            return "Ray runtime started" in log.read_text()
-
-        until(up, 60)
-        return started
-
-    def command(self, *words: str) -> subprocess.Popen[bytes]:
-        """redux WORDS… on this cluster."""
-        command = [sys.executable, "-m", "jobs.command", *words]
-        return self._popen(f"command-{len(self.running)}", command, {**self.environment, "RAY_ADDRESS": self.address})
-
-    def _popen(self, name: str, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        path = self.folder / f"{name}.log"
-        with path.open("wb") as log:
-            started = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        self.running[started] = path
-        return started
-
-    def log(self, started: subprocess.Popen[bytes]) -> Path:
-        return self.running[started]
-
-    def close(self) -> None:
-        for one in self.running:
-            kill(one)
-
-
-def kill(started: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for it and all that it started, none of which sees another die."""
+def kill(started: Process) -> None:
+    """SIGKILL for it and all that it started."""
     if started.poll() is None:
         own = psutil.Process(started.pid)
         everyone = [own, *own.children(recursive=True)]

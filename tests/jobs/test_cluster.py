@@ -12,11 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from pipelines import cluster, shards, storage
-from tests.jobs.machines import RAY, Machines, kill, lines, until
+from pipelines import cluster, shards
+from tests.jobs.machines import QUICK, RAY, Cluster, Network, Process, apart, kill, lines, network, until
 
 JOB = """
 name: small
@@ -68,34 +66,27 @@ def short() -> Path:
 
 
 @pytest.fixture(scope="module")
-def bucket(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment by which s3://runs is reached, where `set` is a set of 22 samples."""
-    command = [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert server.stdout
-    port = next(int(found[1]) for line in server.stdout if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line)))
-    threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe would stop it
-    maker = HTTPConnection("127.0.0.1", port)
-    maker.request("PUT", "/runs")
-    assert maker.getresponse().status == 200
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "a-key-of-ours",
-        "AWS_SECRET_ACCESS_KEY": f"a-secret-{secrets.token_hex(8)}",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "WANDB_API_KEY": f"another-{secrets.token_hex(8)}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        made = make(tmp_path_factory.mktemp("set"))
-        for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
-            patch.setenv(name, environment[name])
-        for name in storage.names(made):
-            storage.write(storage.join("s3://runs/set", name), storage.read(storage.join(made, name)))
-    yield environment
-    server.terminate()
-    server.wait()
+def made(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A set of 22 samples."""
+    return make(tmp_path_factory.mktemp("set"))
+
+
+SECRETS = {
+    name: f"secret-{secrets.token_hex(16)}" for name in ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "RAY_AUTH_TOKEN")
+}
+
+
+@contextmanager
+def bucket(network: Network, made: str) -> Iterator[dict[str, str]]:
+    """The environment by which s3://runs is reached on a network, where `set` is the set that was made."""
+    settings = {"AWS_ACCESS_KEY_ID": "a-key-of-ours", "AWS_DEFAULT_REGION": "us-east-1", **SECRETS}
+    command = network.besides([sys.executable, "-m", "tests.jobs.bucket", network.gateway, made])
+    pipe, environment = subprocess.PIPE, {**os.environ, **settings}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True) as server:  # ends with stdin
+        assert server.stdout
+        url = server.stdout.readline().strip()
+        assert url, "the bucket is not there"
+        yield {"AWS_ENDPOINT_URL": url, "RAY_AUTH_MODE": "token", **settings}
 
 
 def make(folder: Path) -> str:
@@ -145,23 +136,22 @@ class Seen:
 
 
 @pytest.fixture(scope="module")
-def alone(bucket: dict[str, str]) -> Iterator[Seen]:
+def alone(made: str) -> Iterator[Seen]:
     folder = short()
-    for name in ("ray", "tmp"):
-        (folder / name).mkdir()
-    machines = Machines(folder / "ray", bucket | {"TMPDIR": str(folder / "tmp"), "RAY_ADDRESS": ""})
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-        del machines.environment[name]
-    machines.address = ""
-    process = machines.command(*job(folder))
+    (folder / "tmp").mkdir()
     try:
-        until(lambda: process.poll() is not None or losses(folder))
-        assert process.poll() is None, machines.log(process).read_text()
-        seen = look(folder, psutil.Process(process.pid))
-        assert process.wait(200) == 0, machines.log(process).read_text()
-        yield seen
+        with network(folder, apart=False) as here, bucket(here, made) as environment:
+            machine = here.add()
+            environment |= {**os.environ, **QUICK, **environment, "TMPDIR": str(folder / "tmp")}
+            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+                environment.pop(name, None)
+            process = machine.starts([sys.executable, "-m", "jobs.command", *job(folder)], environment)
+            until(lambda: process.poll() is not None or losses(folder))
+            assert process.poll() is None, here.said(process)
+            seen = look(folder, psutil.Process(process.pid))
+            assert process.wait(200) == 0, here.said(process)
+            yield seen
     finally:
-        machines.close()
         shutil.rmtree(folder)
 
 
@@ -193,8 +183,8 @@ def test_a_ray_of_its_own_asks_for_a_token_and_shows_no_dashboard(alone: Seen) -
     assert not alone.dashboard
 
 
-def test_secrets_are_in_the_environment_and_nowhere_else(alone: Seen, bucket: dict[str, str]) -> None:
-    hidden = [alone.token, bucket["AWS_SECRET_ACCESS_KEY"], bucket["WANDB_API_KEY"]]
+def test_secrets_are_in_the_environment_and_nowhere_else(alone: Seen) -> None:
+    hidden = [alone.token, SECRETS["AWS_SECRET_ACCESS_KEY"], SECRETS["WANDB_API_KEY"]]
     assert all(hidden)
     assert not [one for one in hidden if one in alone.commands]
     files = [path for path in alone.folder.rglob("*") if path.is_file()]
@@ -233,70 +223,59 @@ def test_a_public_address_needs_a_token(monkeypatch: pytest.MonkeyPatch, ip: str
 
 
 @pytest.mark.parametrize(("address", "why"), [("head", "got head, allowed: HOST:PORT"), ("127.0.0.1:1", "refused")])
-def test_a_ray_that_is_not_there_is_told_in_one_line(
-    bucket: dict[str, str], folder: Path, address: str, why: str
-) -> None:
-    machines = Machines(folder, bucket)
-    machines.address = address
-    process = machines.command(*job(folder))
-    assert process.wait(60) == 2
-    [line] = machines.log(process).read_text().splitlines()
+def test_a_ray_that_is_not_there_is_told_in_one_line(folder: Path, address: str, why: str) -> None:
+    command = [sys.executable, "-m", "jobs.command", "run", "jobs/quickstart.yaml", "--into", str(folder)]
+    ended = subprocess.run(command, env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True)
+    assert ended.returncode == 2
+    [line] = (ended.stdout + ended.stderr).splitlines()
     assert line.startswith("redux: RAY_ADDRESS: ")
     assert why in line
 
 
 @pytest.fixture
-def machines(bucket: dict[str, str], folder: Path) -> Iterator[Machines]:
-    """A head and two nodes, which ask for a token."""
-    with started(folder, bucket) as made:
-        yield made
+def cluster_of_two(made: str, folder: Path) -> Iterator[Cluster]:
+    """A head and two nodes, which ask for a token, and a bucket."""
+    with network(folder, apart()) as machines, bucket(machines, made) as environment:
+        cluster = Cluster(machines, environment)
+        cluster.start()
+        yield cluster
 
 
-@contextmanager
-def started(folder: Path, environment: dict[str, str]) -> Iterator[Machines]:
-    made = Machines(folder, environment)
-    try:
-        made.start_head()
-        made.add()
-        made.add()
-        yield made
-    finally:
-        made.close()
-
-
-def ended(machines: Machines, process: subprocess.Popen[bytes]) -> int:
+def ended(cluster: Cluster, process: Process) -> int:
     """Its exit code; whatever happened, nothing hangs."""
     try:
         return process.wait(300)
     except subprocess.TimeoutExpired:
-        raise AssertionError(machines.log(process).read_text()[-3000:]) from None
+        raise AssertionError(cluster.network.said(process)[-3000:]) from None
 
 
-def at(machines: Machines, process: subprocess.Popen[bytes], folder: Path, step: int) -> None:
+def finishes(cluster: Cluster, process: Process) -> None:
+    assert ended(cluster, process) == 0, cluster.network.said(process)[-3000:]
+
+
+def at(cluster: Cluster, process: Process, folder: Path, step: int) -> None:
     """Wait for a step."""
 
     def there() -> bool:
-        assert process.poll() is None, machines.log(process).read_text()[-3000:]
+        assert process.poll() is None, cluster.network.said(process)[-3000:]
         return bool(losses(folder)) and losses(folder)[-1][0] >= step
 
     until(there)
 
 
-def test_a_run_on_two_machines_is_that_of_one(alone: Seen, machines: Machines, folder: Path) -> None:
-    process = machines.command(*job(folder))
-    assert ended(machines, process) == 0, machines.log(process).read_text()[-3000:]
-    assert losses(folder) == losses(alone.folder)
-    assert consumed(folder) == consumed(alone.folder)
+def test_a_run_on_two_machines_is_that_of_one(alone: Seen, cluster_of_two: Cluster, folder: Path) -> None:
+    finishes(cluster_of_two, cluster_of_two.command(*job(folder)))
+    same_end(alone, folder)
     assert starts(folder) == [2]
 
 
 @contextmanager
-def still(machines: Machines) -> Iterator[None]:
+def still(cluster: Cluster) -> Iterator[None]:
     """All workers stand still, so that the run does not end before something else has happened."""
     found = [
         one
-        for machine in machines.nodes
-        for one in psutil.Process(machine.pid).children(recursive=True)
+        for machine in cluster.nodes
+        for one in machine.processes()
         if "RayTrainWorker" in one.name() + "".join(one.cmdline())
     ]
     for one in found:
@@ -310,15 +289,14 @@ def still(machines: Machines) -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_machines_that_go_and_come_do_not_show(alone: Seen, machines: Machines, folder: Path) -> None:
-    words = (*job(folder), "workers=[1, 2]")
-    process = machines.command(*words)
-    at(machines, process, folder, 10)
-    kill(machines.nodes.pop())
+def test_machines_that_go_and_come_do_not_show(alone: Seen, cluster_of_two: Cluster, folder: Path) -> None:
+    process = cluster_of_two.command(*job(folder), "workers=[1, 2]")
+    at(cluster_of_two, process, folder, 10)
+    cluster_of_two.nodes.pop().lose()
     until(lambda: starts(folder)[-1:] == [1])
-    with still(machines):
-        machines.add()
-    assert ended(machines, process) == 0, machines.log(process).read_text()[-3000:]
+    with still(cluster_of_two):
+        cluster_of_two.add()
+    finishes(cluster_of_two, process)
     assert starts(folder)[0] == 2
     assert 1 in starts(folder)
     assert starts(folder)[-1] == 2
@@ -330,27 +308,23 @@ def test_machines_that_go_and_come_do_not_show(alone: Seen, machines: Machines, 
 
 @pytest.mark.slow
 def test_a_head_that_is_killed_ends_the_command_which_then_goes_on(
-    alone: Seen, machines: Machines, folder: Path
+    alone: Seen, cluster_of_two: Cluster, folder: Path
 ) -> None:
     """Without a store of its own Ray's state is gone with the head, and so are the nodes."""
-    words = job(folder)
-    process = machines.command(*words)
-    at(machines, process, folder, 10)
-    kill(machines.head)
-    assert ended(machines, process) != 0
-    told_once(machines, process)
-    for node in machines.nodes:
-        assert node.wait(120) != 0
-    machines.start_head()
-    machines.add()
-    machines.add()
-    again = machines.command(*words)
-    assert ended(machines, again) == 0, machines.log(again).read_text()[-3000:]
+    process = cluster_of_two.command(*job(folder))
+    at(cluster_of_two, process, folder, 10)
+    kill(cluster_of_two.head)
+    assert ended(cluster_of_two, process) != 0
+    told_once(cluster_of_two, process)
+    for node in cluster_of_two.nodes:
+        assert node.running[0].wait(120) != 0
+    cluster_of_two.start()
+    finishes(cluster_of_two, cluster_of_two.command(*job(folder)))
     same_end(alone, folder)
 
 
-def told_once(machines: Machines, process: subprocess.Popen[bytes]) -> None:
-    text = machines.log(process).read_text()
+def told_once(cluster: Cluster, process: Process) -> None:
+    text = cluster.network.said(process)
     assert text.count("redux: the head of the cluster at ") == 1, text[-3000:]
     assert "The same command goes on from the last checkpoint" in text
     assert "Traceback" not in text

@@ -1,0 +1,26 @@
+"""`python -m tests.jobs.bucket HOST FOLDER`: a real S3 protocol for s3://runs, where `set` holds what the folder does.
+
+Prints its URL once it is there, and ends with who started it.
+"""
+
+import os
+import sys
+
+import s3fs
+from moto.server import ThreadedMotoServer
+
+from pipelines import storage
+
+
+def main(host: str, folder: str) -> None:
+    server = ThreadedMotoServer(ip_address=host, port=0, verbose=False)
+    server.start()
+    os.environ["AWS_ENDPOINT_URL"] = url = f"http://{host}:{server.get_host_and_port()[1]}"
+    s3fs.S3FileSystem().mkdir("runs")
+    for name in storage.names(folder):
+        storage.write(storage.join("s3://runs/set", name), storage.read(storage.join(folder, name)))
+    print(url, flush=True)
+    sys.stdin.read()
+
+
+main(*sys.argv[1:])
