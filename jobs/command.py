@@ -20,6 +20,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 0 done, 2 a job that cannot be run, 130 interrupted, or a job's own."""
     arguments = _parse(argv)
+    if not sys.stderr.isatty():  # a log of days, in which each refresh of a bar is a line; read when tqdm is imported
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     # a scheduler's SIGTERM is Ctrl-C by other means: both unwind the same way, so neither leaves a process behind
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:

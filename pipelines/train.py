@@ -217,9 +217,9 @@ def _show(actor: Any, bar: tqdm) -> str:
     news: recorder.News = ray.get(actor.hear.remote())
     for text in news.said:
         bar.write(text)
-    bar.update(news.step - bar.n)
     if news.loss is not None:
-        bar.set_postfix_str(f"loss {news.loss:.3f}")
+        bar.set_postfix_str(f"loss {news.loss:.3f}", refresh=False)
+    bar.update(news.step - bar.n)
     return news.failed
 
 

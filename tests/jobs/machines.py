@@ -56,7 +56,8 @@ def _in(process: int, namespaces: Sequence[str], command: Sequence[str]) -> list
 
 def _held(command: Sequence[str]) -> Process:
     """Namespaces, once they are there; they last as long as the process."""
-    held = subprocess.Popen([*command, "sh", "-c", "echo there; exec sleep infinity"], stdout=subprocess.PIPE)
+    stays = "echo there; sleep infinity; :"  # the shell too, as what takes leave of orphans
+    held = subprocess.Popen([*command, "sh", "-c", stays], stdout=subprocess.PIPE)
     assert held.stdout
     assert held.stdout.readline() == b"there\n", command
     return held

@@ -82,7 +82,10 @@ def bucket(network: Network, made: str) -> Iterator[dict[str, str]]:
     settings = {"AWS_ACCESS_KEY_ID": "a-key-of-ours", "AWS_DEFAULT_REGION": "us-east-1", **SECRETS}
     command = network.besides([sys.executable, "-m", "tests.jobs.bucket", network.gateway, made])
     pipe, environment = subprocess.PIPE, {**os.environ, **settings}
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True) as server:  # ends with stdin
+    with (
+        (network.folder / "bucket.log").open("wb") as log,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment, text=True) as server,
+    ):  # it ends with stdin
         assert server.stdout
         url = server.stdout.readline().strip()
         assert url, "the bucket is not there"
@@ -321,6 +324,46 @@ def test_a_head_that_is_killed_ends_the_command_which_then_goes_on(
     cluster_of_two.start()
     finishes(cluster_of_two, cluster_of_two.command(*job(folder)))
     same_end(alone, folder)
+
+
+@contextmanager
+def kept(machines: Network, store: str) -> Iterator[dict[str, str]]:
+    """A head's environment by which what Ray knows outlives it."""
+    if store == "rocksdb":
+        yield {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(machines.folder / "state")}
+        return
+    server = ["redis-server", "--port", "6390", "--bind", machines.gateway, "--save", "", "--protected-mode", "no"]
+    with subprocess.Popen(machines.besides(server), stdout=subprocess.DEVNULL) as running:
+        yield {"RAY_REDIS_ADDRESS": f"{machines.gateway}:6390"}
+        running.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not apart(), reason="Ray starts no second head where it sees nodes of the first")
+@pytest.mark.parametrize(
+    "store",
+    [
+        "rocksdb",
+        pytest.param("redis", marks=pytest.mark.skipif(not shutil.which("redis-server"), reason="no redis-server")),
+    ],
+)
+def test_a_head_whose_state_is_kept_comes_back_to_a_run_that_went_on(
+    alone: Seen, made: str, folder: Path, store: str
+) -> None:
+    with (
+        network(folder, apart()) as machines,
+        bucket(machines, made) as environment,
+        kept(machines, store) as state,
+    ):
+        cluster = Cluster(machines, environment | state | {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"})
+        cluster.start()
+        process = cluster.command(*job(folder))
+        at(cluster, process, folder, 10)
+        kill(cluster.head)
+        cluster.start_head()
+        finishes(cluster, process)
+    same_end(alone, folder)
+    assert starts(folder) == [2]
 
 
 def told_once(cluster: Cluster, process: Process) -> None:

@@ -212,7 +212,8 @@ def test_a_run_that_is_killed_and_then_stopped_goes_on_to_the_same_end(finished:
 
 def stopped(job: Path, after: int, by: signal.Signals) -> int:
     """Exit code of a run that gets a signal after a step of the last stage; when it is gone, so are its processes."""
-    process = subprocess.Popen(command(job, "cut"), env=ALONE, stderr=subprocess.PIPE, start_new_session=True)
+    shown = {**ALONE, "TQDM_MININTERVAL": "0.1"}  # as on a terminal
+    process = subprocess.Popen(command(job, "cut"), env=shown, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stderr
     seen = b""
     while not any(int(step) >= after for step in re.findall(rb"instruct:[^\r]*\| (\d+)/60 ", seen)):
