@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -126,8 +127,9 @@ def _reread() -> None:
 def _named(address: str) -> Iterator[dict[str, Any]]:
     """Settings of the Ray at HOST:PORT, whose head is kept an eye on.
 
-    ValueError where nothing listens there, or where the host is on no private network and Ray's token authentication
-    is off: whoever finds the port could run what they like.
+    ValueError where nothing listens there, where one of the two wants TLS and the other does not take it, or where the
+    host is on no private network and Ray's token authentication is off: whoever finds the port could run what they
+    like.
     """
     if address == "auto":
         yield {"address": address}
@@ -145,6 +147,7 @@ def _named(address: str) -> Iterator[dict[str, Any]]:
             f"RAY_ADDRESS: {address} is {ip}, a public address, without a token; allowed: a private or loopback "
             "address, or RAY_AUTH_MODE=token here and where the cluster is started"
         )
+    _agree_on_tls(address, place)
     over = threading.Event()
     threading.Thread(target=_watch, args=(place, over), daemon=True).start()
     try:
@@ -157,6 +160,38 @@ def _answers(place: tuple[str, int]) -> str:
     """Whose address it is; OSError where nobody takes the call."""
     with socket.create_connection(place, REACH_S) as call:
         return str(call.getpeername()[0]).partition("%")[0]
+
+
+def _agree_on_tls(address: str, place: tuple[str, int]) -> None:
+    """ValueError where Ray's channels would not come about: it would try for a minute, and end the process."""
+    wanted = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols(["h2"])
+    if wanted:
+        try:
+            context.load_verify_locations(os.environ["RAY_TLS_CA_CERT"])
+            context.load_cert_chain(os.environ["RAY_TLS_SERVER_CERT"], os.environ["RAY_TLS_SERVER_KEY"])
+        except (KeyError, OSError) as error:
+            raise ValueError(
+                f"RAY_USE_TLS: got {error!r}, allowed: with RAY_TLS_CA_CERT, RAY_TLS_SERVER_CERT and "
+                "RAY_TLS_SERVER_KEY, files in PEM form"
+            ) from None
+    else:  # only whether it would answer
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    answered = False
+    try:
+        with (
+            socket.create_connection(place, REACH_S) as call,
+            context.wrap_socket(call, server_hostname=place[0]) as tls,
+        ):
+            answered = True
+            if not tls.recv(1):  # what it makes of the certificate comes after the handshake
+                raise ConnectionError("it hung up, as on certificates that it does not trust")
+    except OSError as error:
+        if wanted:
+            raise ValueError(f"RAY_ADDRESS: {address} and RAY_USE_TLS=1 here: {error}, allowed: TLS at both") from None
+    if answered and not wanted:
+        raise ValueError(f"RAY_ADDRESS: {address} asks for TLS, allowed: RAY_USE_TLS=1 and the cluster's certificates")
 
 
 def _watch(place: tuple[str, int], over: threading.Event) -> None:

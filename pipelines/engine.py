@@ -22,6 +22,9 @@ from redux.conversation import IGNORE
 from redux.model import ReduxForConditionalGeneration
 from redux.remote import fetched
 
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed while it is imported, as accelerate does to save a model
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -112,13 +115,9 @@ def trained(module: Trainee, plan: Plan) -> CLIPModel | ReduxForConditionalGener
 
 def build(plan: Plan, workers: int) -> Any:
     """The engine, on this rank of so many: a collective."""
-    cpu = not torch.cuda.is_available()
-    if cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed reads it while it is imported
-
     import deepspeed
 
-    if cpu:
+    if not torch.cuda.is_available():
         # one core each, or the ranks fight; the shared-memory op would compile for half a minute at first use
         here = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // here, 1))

@@ -150,9 +150,12 @@ class Network:
 
     def add(self) -> Machine:
         number = len(self.machines) + 1
-        ip = self.gateway.rsplit(".", 1)[0] + f".{10 + number}" if self.holder else self.gateway
-        self.machines.append(Machine(self, f"machine-{number}", ip))
+        self.machines.append(Machine(self, f"machine-{number}", self.address(number)))
         return self.machines[-1]
+
+    def address(self, number: int) -> str:
+        """Of the first machine, the second and so on."""
+        return f"10.77.0.{10 + number}" if self.holder else self.gateway
 
     def besides(self, command: Sequence[str]) -> list[str]:
         """A command, where it is reached by the gateway's address."""

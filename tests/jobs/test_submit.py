@@ -121,6 +121,7 @@ def head() -> Iterator[Head]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(folder),  # where a run goes that says nothing else
         "DS_ACCELERATOR": "cpu",
+        "TQDM_MININTERVAL": "0.1",  # bars as on a terminal
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",  # nothing is left to wait for
     }
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"):
