@@ -32,6 +32,9 @@ STOP = "RAY_JOB_STOP_WAIT_TIME_S"
 
 RAY_STOP_S = 3
 
+UNKNOWN = "does not exist"
+"""In what Ray answers about a job that it does not know."""
+
 TRIES = 8
 """How often in a row a lost connection is made again; waits double from 1 s to 30 s, over a minute in all."""
 
@@ -140,7 +143,7 @@ def follow(client: JobSubmissionClient, id: str, say: Callable[[str], None]) -> 
                 return job
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
             failures += 1
-            if failures > TRIES or "does not exist" in str(error):
+            if failures > TRIES or UNKNOWN in str(error):
                 raise
         time.sleep(min(2**failures, 30))
 

@@ -28,7 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from jobs import document, package
 from jobs.command import EXIT_INTERRUPTED, EXIT_MISUSE
 from jobs.manifest import MARGIN_S, PASSWORD
-from jobs.remote import RUN, STOP, cluster, exit_code, follow, line, run_of, show
+from jobs.remote import RUN, STOP, UNKNOWN, cluster, exit_code, follow, line, run_of, show
 from pipelines.stage import Recovery
 
 
@@ -121,7 +121,13 @@ def _submit(client: JobSubmissionClient, asked: Submission, command: str, runtim
         one = _try(client, asked, number, command, runtime_env)
         if not (asked.wait or asked.retries):
             break
-        ended = _wait(client, one, asked.address)
+        try:
+            ended = _wait(client, one, asked.address)
+        except RuntimeError as error:
+            if UNKNOWN not in str(error) or number > asked.retries:
+                raise
+            print(f"{one} is lost: the cluster has forgotten it, as after the death of its head", flush=True)
+            continue
         if ended is None:
             return EXIT_INTERRUPTED
         if ended.status != JobStatus.FAILED or exit_code(ended) == EXIT_MISUSE or number > asked.retries:

@@ -181,15 +181,22 @@ def network(folder: Path, apart: bool) -> Iterator[Network]:
 
 
 class Cluster:
-    """A head that only keeps house, nodes of one CPU, and the commands that are run there, on the first of them."""
+    """A head that only keeps house, nodes of one CPU, and the commands that are run there.
 
-    def __init__(self, network: Network, environment: Mapping[str, str]) -> None:
+    environment: of all of them.  dashboard: whether the head has one.
+    """
+
+    def __init__(self, network: Network, environment: Mapping[str, str], dashboard: bool = False) -> None:
         self.network, self.house = network, network.add()
         self.nodes: list[Machine] = []
-        self.environment = {**os.environ, **QUICK, **environment, "RAY_TMPDIR": str(self.house.scratch)}
-        self.environment.pop("RAY_ADDRESS", None)
-        self.port = free_port()
-        self.address = f"{self.house.ip}:{self.port}"
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self.environment = {**os.environ, **QUICK, **environment, "PATH": path, "RAY_TMPDIR": str(self.house.scratch)}
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+            self.environment.pop(name, None)
+        port, shown = free_port(), free_port()
+        self.address = f"{self.house.ip}:{port}"
+        self.dashboard = f"http://127.0.0.1:{shown}" if dashboard else ""
+        self._head = ("--head", f"--port={port}", f"--dashboard-port={shown}", f"--include-dashboard={dashboard}")
 
     def start(self) -> None:
         """By the same commands each time."""
@@ -199,7 +206,7 @@ class Cluster:
         self.add()
 
     def start_head(self) -> None:
-        self.head = self._ray(self.house, "--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false")
+        self.head = self._ray(self.house, *self._head, "--num-cpus=0")
 
     def add(self) -> None:
         """A machine more."""
@@ -216,11 +223,15 @@ class Cluster:
         until(up, 60)
         return started
 
-    def command(self, *words: str) -> Process:
-        """redux WORDS… on this cluster."""
-        command = [sys.executable, "-m", "jobs.command", *words]
-        first = (self.nodes or [self.house])[0]
-        return first.starts(command, {**self.environment, "RAY_ADDRESS": self.address})
+    def runs(self, *words: str) -> Process:
+        """redux WORDS… on the first of the nodes."""
+        return self._redux(self.nodes[0], words, {"RAY_ADDRESS": self.address})
+
+    def runs_at_the_head(self, *words: str) -> Process:
+        return self._redux(self.house, words, {})
+
+    def _redux(self, machine: Machine, words: Sequence[str], environment: Mapping[str, str]) -> Process:
+        return machine.starts([sys.executable, "-m", "jobs.command", *words], {**self.environment, **environment})
 
 
 def free_port() -> int:

@@ -268,7 +268,7 @@ def at(cluster: Cluster, process: Process, folder: Path, step: int) -> None:
 
 
 def test_a_run_on_two_machines_is_that_of_one(alone: Seen, cluster_of_two: Cluster, folder: Path) -> None:
-    finishes(cluster_of_two, cluster_of_two.command(*job(folder)))
+    finishes(cluster_of_two, cluster_of_two.runs(*job(folder)))
     same_end(alone, folder)
     assert starts(folder) == [2]
 
@@ -294,7 +294,7 @@ def still(cluster: Cluster) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_machines_that_go_and_come_do_not_show(alone: Seen, cluster_of_two: Cluster, folder: Path) -> None:
-    process = cluster_of_two.command(*job(folder), "workers=[1, 2]")
+    process = cluster_of_two.runs(*job(folder), "workers=[1, 2]")
     at(cluster_of_two, process, folder, 10)
     cluster_of_two.nodes.pop().lose()
     until(lambda: starts(folder)[-1:] == [1])
@@ -315,7 +315,7 @@ def test_a_head_that_is_killed_ends_the_command_which_then_goes_on(
     alone: Seen, cluster_of_two: Cluster, folder: Path
 ) -> None:
     """Without a store of its own Ray's state is gone with the head, and so are the nodes."""
-    process = cluster_of_two.command(*job(folder))
+    process = cluster_of_two.runs(*job(folder))
     at(cluster_of_two, process, folder, 10)
     kill(cluster_of_two.head)
     assert ended(cluster_of_two, process) != 0
@@ -323,7 +323,7 @@ def test_a_head_that_is_killed_ends_the_command_which_then_goes_on(
     for node in cluster_of_two.nodes:
         assert node.running[0].wait(120) != 0
     cluster_of_two.start()
-    finishes(cluster_of_two, cluster_of_two.command(*job(folder)))
+    finishes(cluster_of_two, cluster_of_two.runs(*job(folder)))
     same_end(alone, folder)
 
 
@@ -339,15 +339,20 @@ def kept(machines: Network, store: str) -> Iterator[dict[str, str]]:
         running.terminate()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not apart(), reason="Ray starts no second head where it sees nodes of the first")
-@pytest.mark.parametrize(
+with_a_store = pytest.mark.parametrize(
     "store",
     [
         "rocksdb",
         pytest.param("redis", marks=pytest.mark.skipif(not shutil.which("redis-server"), reason="no redis-server")),
     ],
 )
+one_machine = pytest.mark.skipif(not apart(), reason="Ray starts no second head where it sees nodes of the first")
+PATIENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
+
+
+@pytest.mark.slow
+@one_machine
+@with_a_store
 def test_a_head_whose_state_is_kept_comes_back_to_a_run_that_went_on(
     alone: Seen, made: str, folder: Path, store: str
 ) -> None:
@@ -356,15 +361,57 @@ def test_a_head_whose_state_is_kept_comes_back_to_a_run_that_went_on(
         bucket(machines, made) as environment,
         kept(machines, store) as state,
     ):
-        cluster = Cluster(machines, environment | state | {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"})
+        cluster = Cluster(machines, environment | state | PATIENT)
         cluster.start()
-        process = cluster.command(*job(folder))
+        process = cluster.runs(*job(folder))
         at(cluster, process, folder, 10)
         kill(cluster.head)
         cluster.start_head()
         finishes(cluster, process)
     same_end(alone, folder)
     assert starts(folder) == [2]
+
+
+@pytest.mark.slow
+@one_machine
+@with_a_store
+def test_a_submission_outlives_the_head_on_which_it_runs(alone: Seen, made: str, folder: Path, store: str) -> None:
+    with (
+        network(folder, apart()) as machines,
+        bucket(machines, made) as environment,
+        kept(machines, store) as state,
+    ):
+        cluster = Cluster(machines, environment | state | PATIENT, dashboard=True)
+        cluster.start()
+        process = cluster.runs_at_the_head(*submit(cluster, folder))
+        at(cluster, process, folder, 10)
+        kill(cluster.head)
+        cluster.start_head()
+        finishes(cluster, process)
+        assert "small is FAILED" in machines.said(process)
+    same_end(alone, folder)
+    assert starts(folder) == [2, 2]
+
+
+@pytest.mark.slow
+def test_a_submission_that_its_cluster_forgot_is_made_again(alone: Seen, made: str, folder: Path) -> None:
+    with network(folder, apart()) as machines, bucket(machines, made) as environment:
+        cluster = Cluster(machines, environment, dashboard=True)
+        cluster.start()
+        process = cluster.runs_at_the_head(*submit(cluster, folder))
+        at(cluster, process, folder, 10)
+        kill(cluster.head)
+        for node in cluster.nodes:
+            assert node.running[0].wait(120) != 0
+        cluster.start()
+        finishes(cluster, process)
+        assert "small is lost" in machines.said(process)
+    same_end(alone, folder)
+    assert starts(folder) == [2, 2]
+
+
+def submit(cluster: Cluster, folder: Path) -> tuple[str, ...]:
+    return "submit", *job(folder)[1:], "--retries", "1", "--address", cluster.dashboard
 
 
 def told_once(cluster: Cluster, process: Process) -> None:
@@ -419,7 +466,7 @@ def test_with_tls_a_run_is_the_same_and_who_is_not_certified_is_refused(alone: S
         own = certified(folder / "own", *(machines.address(number) for number in range(1, 4)))
         secured = Cluster(machines, environment | own)
         secured.start()
-        finishes(secured, secured.command(*job(folder)))
+        finishes(secured, secured.runs(*job(folder)))
         same_end(alone, folder)
         for name in own:
             del secured.environment[name]
@@ -427,7 +474,7 @@ def test_with_tls_a_run_is_the_same_and_who_is_not_certified_is_refused(alone: S
         half = foreign | {TLS[0]: own[TLS[0]]}  # trusts the cluster, which does not trust it
         for given, told in (({}, "asks for TLS"), (foreign, "verify failed"), (half, "hung up")):
             secured.environment |= given
-            process = secured.command(*job(folder), "name=other")
+            process = secured.runs(*job(folder), "name=other")
             assert ended(secured, process) == 2
             [line] = machines.said(process).splitlines()
             assert line.startswith(f"redux: RAY_ADDRESS: {secured.address} ")
