@@ -102,7 +102,6 @@ def _private() -> Iterator[dict[str, Any]]:
     before = {name: os.environ.get(name) for name in wanted}
     clusters = ray_constants.ENABLE_RAY_CLUSTER
     os.environ.update(wanted)
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of what Ray's C++ side prints over the bars
     ray_constants.ENABLE_RAY_CLUSTER = False  # this process has read the variable
     _reread()
     try:

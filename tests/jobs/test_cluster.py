@@ -335,60 +335,56 @@ def kept(machines: Network, store: str) -> Iterator[dict[str, str]]:
         return
     server = ["redis-server", "--port", "6390", "--bind", machines.gateway, "--save", "", "--protected-mode", "no"]
     with subprocess.Popen(machines.besides(server), stdout=subprocess.DEVNULL) as running:
-        yield {"RAY_REDIS_ADDRESS": f"{machines.gateway}:6390"}
-        running.terminate()
+        try:
+            yield {"RAY_REDIS_ADDRESS": f"{machines.gateway}:6390"}
+        finally:
+            running.terminate()
 
 
-with_a_store = pytest.mark.parametrize(
-    "store",
-    [
+@pytest.fixture(
+    params=[
         "rocksdb",
         pytest.param("redis", marks=pytest.mark.skipif(not shutil.which("redis-server"), reason="no redis-server")),
-    ],
+    ]
 )
-one_machine = pytest.mark.skipif(not apart(), reason="Ray starts no second head where it sees nodes of the first")
-PATIENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
-
-
-@pytest.mark.slow
-@one_machine
-@with_a_store
-def test_a_head_whose_state_is_kept_comes_back_to_a_run_that_went_on(
-    alone: Seen, made: str, folder: Path, store: str
-) -> None:
+def cluster_with_a_store(request: pytest.FixtureRequest, made: str, folder: Path) -> Iterator[Cluster]:
+    """A head whose state outlives it, two nodes that wait for it, and a bucket."""
+    if not apart():
+        pytest.skip("Ray starts no second head where it sees nodes of the first")
     with (
         network(folder, apart()) as machines,
         bucket(machines, made) as environment,
-        kept(machines, store) as state,
+        kept(machines, request.param) as state,
     ):
-        cluster = Cluster(machines, environment | state | PATIENT)
+        patient = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
+        cluster = Cluster(machines, environment | state | patient, dashboard=True)
         cluster.start()
-        process = cluster.runs(*job(folder))
-        at(cluster, process, folder, 10)
-        kill(cluster.head)
-        cluster.start_head()
-        finishes(cluster, process)
+        yield cluster
+
+
+@pytest.mark.slow
+def test_a_head_whose_state_is_kept_comes_back_to_a_run_that_went_on(
+    alone: Seen, cluster_with_a_store: Cluster, folder: Path
+) -> None:
+    process = cluster_with_a_store.runs(*job(folder))
+    at(cluster_with_a_store, process, folder, 10)
+    kill(cluster_with_a_store.head)
+    cluster_with_a_store.start_head()
+    finishes(cluster_with_a_store, process)
     same_end(alone, folder)
     assert starts(folder) == [2]
 
 
 @pytest.mark.slow
-@one_machine
-@with_a_store
-def test_a_submission_outlives_the_head_on_which_it_runs(alone: Seen, made: str, folder: Path, store: str) -> None:
-    with (
-        network(folder, apart()) as machines,
-        bucket(machines, made) as environment,
-        kept(machines, store) as state,
-    ):
-        cluster = Cluster(machines, environment | state | PATIENT, dashboard=True)
-        cluster.start()
-        process = cluster.runs_at_the_head(*submit(cluster, folder))
-        at(cluster, process, folder, 10)
-        kill(cluster.head)
-        cluster.start_head()
-        finishes(cluster, process)
-        assert "small is FAILED" in machines.said(process)
+def test_a_submission_outlives_the_head_on_which_it_runs(
+    alone: Seen, cluster_with_a_store: Cluster, folder: Path
+) -> None:
+    process = cluster_with_a_store.runs_at_the_head(*submit(cluster_with_a_store, folder))
+    at(cluster_with_a_store, process, folder, 10)
+    kill(cluster_with_a_store.head)
+    cluster_with_a_store.start_head()
+    finishes(cluster_with_a_store, process)
+    assert "small is FAILED" in cluster_with_a_store.network.said(process)
     same_end(alone, folder)
     assert starts(folder) == [2, 2]
 
