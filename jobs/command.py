@@ -130,7 +130,9 @@ def _manifest(arguments: argparse.Namespace) -> None:
 
     from jobs import manifest, schema
 
-    job = schema.load(arguments.job, arguments.overrides)
+    job, _ = _asked(arguments)
+    if not isinstance(job, schema.Job):
+        raise ValueError(f"{arguments.job}: got a study or a search, allowed: a job; redux submit takes all three")
     place = manifest.Place(**{one.name: getattr(arguments, one.name) for one in fields(manifest.Place)})
     text = manifest.write(job, place)
     if arguments.out is None:
@@ -281,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
 
 TOKEN = (
     "Where the cluster asks for a token, it is taken as Ray takes it: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN, a file "
-    "that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token. Over http it goes to this machine and private networks only."
+    "that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token. http is for this machine and private networks only."
 )
 
 
@@ -291,8 +293,8 @@ def _add_submit(verbs: Any) -> None:
         help="run a job file on a cluster that is there already",
         description="Check a job file here and have a Ray cluster run it, through Ray's Jobs API. The folder in which "
         "this is called travels with it, and is deleted after it: without data, checkpoints, run folders, links, what "
-        ".gitignore and .rayignore name, and whatever may be a key or begins with a dot. In a checkout of Redux its "
-        "code is what runs, elsewhere the cluster's own. " + TOKEN,
+        ".gitignore and .rayignore name, and what is called like a key or begins with a dot. In a checkout of Redux "
+        "its code is what runs, elsewhere the cluster's own. " + TOKEN,
         epilog="example: redux submit jobs/quickstart.yaml --into /mnt/redux/runs --retries 3",
     )
     submit.add_argument("job", metavar="JOB", type=Path, help="a job file, a study or a search")
@@ -340,7 +342,7 @@ def _add_jobs(verbs: Any) -> None:
     )  # fmt: skip
     status.set_defaults(verb=_jobs("status", "id"))
     logs = jobs.add_parser("logs", help="what a job says", description="Show what a job has said.")
-    logs.add_argument("-f", "--follow", action="store_true", help="until it has ended")
+    logs.add_argument("-f", "--follow", action="store_true", help="until it has ended; the exit code is then the job's")
     logs.set_defaults(verb=_jobs("logs", "id", "follow"))
     stop = jobs.add_parser(
         "stop", help="stop a job after a checkpoint", description="Stop a job and wait until it has stopped. It gets "

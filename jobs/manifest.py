@@ -13,6 +13,7 @@ first with token authentication.  Secrets are named, never written.
 """
 
 import importlib.metadata
+import ipaddress
 import math
 import re
 import shlex
@@ -34,6 +35,21 @@ NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")
 
 PASSWORD = re.compile(r"(?:([\w.-]+): )?\S*://[^/@\s]*:[^/@\s]+@")
 """In a line of YAML: its key if it has one, and a URL that says who comes and with which password."""
+
+DNS = (
+    re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?"),
+    "up to 253 of a-z, 0-9, - and ., at both ends a letter or digit",
+)
+VALUE = (
+    re.compile(r"[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?"),
+    "up to 63 letters, digits, -, _ and ., at both ends a letter or digit",
+)
+KEY = re.compile(rf"({DNS[0].pattern}/)?{VALUE[0].pattern}"), f"{VALUE[1]}, perhaps behind a domain and a /"
+IMAGE = re.compile(r"[\w][\w.:/@-]*"), "a name of an image without spaces"
+"""What Kubernetes takes as names of most objects, as labels and as images, and how to say it."""
+
+TAKEN = ("/bin", "/dev", "/etc", "/home", "/lib", "/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var")
+"""Folders of an image and of Ray that a volume would hide or, of /tmp, have all pods share."""
 
 FOLDER = "/etc/redux"
 """Where a pod finds the job: Kubernetes mounts folders, of a ConfigMap one file for each key."""
@@ -137,15 +153,54 @@ def _check(job: Job, place: Place) -> None:
         )
     if place.kueue and fewest < most:
         raise ValueError(f"workers: got {[fewest, most]}, allowed: one number, as Kueue sets room aside for all")
-    if place.redis_secret and not place.redis:
-        raise ValueError("--redis-secret: got one without --redis, allowed: both")
+    _check_place(place)
     _check_folders(job, PurePosixPath(place.volume[1]))
 
 
+def _check_place(place: Place) -> None:
+    """ValueError where Kubernetes would refuse an option, or take it for something else."""
+    if place.redis_secret and not place.redis:
+        raise ValueError("--redis-secret: got one without --redis, allowed: both")
+    if place.scheduler != "kueue" and not place.queue:
+        raise ValueError(f"--scheduler: got {place.scheduler} without --queue, allowed: both")
+    if place.spot_label[0] in dict(place.node_label):
+        raise ValueError(f"--node-label: got {place.spot_label[0]}, allowed: another key than that of --spot-label")
+    names = [
+        ("--image", place.image, IMAGE),
+        ("--volume", place.volume[0], DNS),
+        ("--service-account", place.service_account, DNS),
+        ("--secret", place.secret, DNS),
+        ("--operator-namespace", place.operator_namespace, DNS),
+        ("--queue", place.queue, VALUE),
+        *(("--redis", one, DNS) for one in (place.redis or ())[:1]),
+        *(("--redis-secret", one, shape) for one, shape in zip(place.redis_secret or (), (DNS, VALUE), strict=False)),
+        *(("--spot-label", one, shape) for one, shape in zip(place.spot_label, (KEY, VALUE), strict=True)),
+        *(
+            ("--node-label", one, shape)
+            for pair in place.node_label
+            for one, shape in zip(pair, (KEY, VALUE), strict=True)
+        ),
+    ]
+    for option, name, (shape, told) in names:
+        if name is not None and not shape.fullmatch(name):
+            raise ValueError(f"{option}: got {name or 'nothing'}, allowed: {told}")
+    for option, port in [("--redis", port) for _, port in filter(None, [place.redis])] + [
+        ("--egress", port) for _, port in place.egress
+    ]:
+        if not 0 < int(port) < 65536:
+            raise ValueError(f"{option}: got port {port}, allowed: 1 to 65535")
+    for network, _ in place.egress:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as error:
+            raise ValueError(f"--egress: {error}, allowed: a network such as 10.0.0.0/8") from None
+
+
 def _check_folders(job: Job, volume: PurePosixPath) -> None:
-    """ValueError where the job reads or writes what only this machine has."""
-    if not volume.is_absolute() or volume == PurePosixPath("/"):
-        raise ValueError(f"--volume: got {volume}, allowed: a path from the root on, and not the root itself")
+    """ValueError where the job reads or writes what only this machine has, or the volume hides what a pod needs."""
+    taken = [one for one in map(PurePosixPath, TAKEN) if volume.is_relative_to(one) or one.is_relative_to(volume)]
+    if not volume.is_absolute() or ".." in volume.parts or taken:
+        raise ValueError(f"--volume: got {volume}, allowed: a folder of its own, from the root on, such as /mnt/redux")
     for where, folder in _folders(job):
         local = folder.removeprefix("file://")
         path = PurePosixPath(local)
@@ -161,9 +216,13 @@ def _folders(job: Job) -> Iterator[Pair]:
         yield "checkpoints", job.checkpoints
     for name, folder in job.data.sets.items():
         yield f"data.sets.{name}", folder
+    for name, make in job.data.make.items():
+        yield f"data.make.{name}.json", make.json
+        if make.images != type(make).images:
+            yield f"data.make.{name}.images", make.images
     for part in ("tower", "language", "checkpoint"):
         named = getattr(job.model, part)
-        if isinstance(named, str) and (named.startswith(("/", ".", "file:")) or Path(named).is_dir()):
+        if isinstance(named, str) and (named.startswith(("/", ".", "~", "file:")) or Path(named).is_dir()):
             yield f"model.{part}", named
     for task, asking in job.evaluate.tasks.items() if job.evaluate else ():
         for file in asking.files:
@@ -410,14 +469,15 @@ def _given(**values: Any) -> Tree:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as such, and in quotes what some reader of YAML takes for a number."""
+    """Writes texts of several lines as such, and in quotes what some reader of YAML takes for a number or a boolean."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in text else '"' if text[:1] in set("+-.0123456789") else None
+    other = text[:1] in set("+-.0123456789") or text.lower() in ("y", "n")
+    style = "|" if "\n" in text else '"' if other else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

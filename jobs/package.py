@@ -1,4 +1,7 @@
-"""What of a folder travels to a cluster: code and settings; no data, nothing that was made, nothing secret.
+"""What of a folder travels to a cluster: code and settings; no data, nothing that was made, nothing known as secret.
+
+What a secret is called nobody knows for sure: names that keys often have stay here, a file in which a key of a common
+form is found is refused, and .rayignore can name the rest.
 
 Ray would pack a folder too, but it knows of no secrets, follows links wherever they lead, and reads all there is before
 it finds that too much. Here every file is chosen by its name and counted before one is read, and what was chosen is
@@ -6,6 +9,7 @@ one archive, the same bytes for the same files, which Ray uploads as it is and o
 """
 
 import logging
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
@@ -16,16 +20,26 @@ from ray._private.runtime_env.packaging import get_excludes_from_ignore_files as
 LIMIT = 100 * 2**20
 """Bytes that Ray's dashboard takes in one upload: ray._private.ray_constants.DASHBOARD_CLIENT_MAX_SIZE."""
 
-SECRET = (
-    ".*",  # .env, .aws, .ssh, .netrc, .kube, and of what is not secret .git and the caches of tools
-    *("*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.gpg", "*.ppk", "*.ovpn"),
-    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "netrc", "_netrc", "*.env", "*.tfstate*", "*.tfvars"),
-    *("credentials*", "*credentials.json", "*service*account*.json", "secret", "secrets", "secret.*", "secrets.*"),
-    *("kubeconfig*", "*.kubeconfig", "*.token", "token", "*_token", "token.txt", "*_token.txt", "*.htpasswd"),
+SECRET = re.compile(
+    r"""
+      .*\.(pem|key|p12|pfx|jks|keystore|kdbx|gpg|asc|ppk|ovpn|pkcs\d*|der|tfstate|tfvars|pat)(\..*)?
+    | id_(rsa|dsa|ecdsa|ed25519).*
+    | (.*[._])?(netrc|pypirc|kubeconfig|htpasswd|s3cfg)(\..*)?
+    | (.*\.)?env(\..*)?(?<!\.py)
+    | (private|ssh|aws|gcloud|rclone|boto|kaggle|docker-?config)(\.(conf|cfg|json))?
+    | .*-[0-9a-f]{12}\.json | .*service.?account.*\.json  # as Google calls them
+    | .*(secret|credential|passw(or)?d|(access|api|private|deploy|ssh|root|aws|gcp)[._-]?keys?).*(?<!\.py)
+    | (?!special_tokens_map)(.*[._-])?(tokens?|keys?|auth)([._-].*)?(?<!\.py)
+    """,
+    re.VERBOSE,
 )
-"""Names, in lower case, of files and folders that are or may be keys."""
+"""Names, in lower case, of files and folders that are or may be keys; code may be called so."""
+
+KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY|\bA[KS]IA[0-9A-Z]{16}\b|\bhf_\w{34}\b|\bghp_\w{36}\b")
+"""What keys look like: of TLS, SSH and Google, of AWS, of the Hugging Face hub, of GitHub."""
 
 MADE = (
+    ".*",  # .git and the caches of tools; what is secret of them, such as .env, .aws, .ssh and .kube, too
     *("__pycache__", "*.py[co]", "*.egg-info", "node_modules", "*cache"),
     *("*.safetensors", "*.gguf", "*.ckpt", "*.pt", "*.pth", "*.tar", "*.tar.gz", "*.tgz", "*.zip", "*.parquet"),
 )
@@ -47,7 +61,7 @@ def pack(folder: Path, job: Path, target: Path) -> str:
     """Write the package of a folder to `target`, with the job file in any case; returns the file's place in it.
 
     What .gitignore and .rayignore name stays here, and so do links.
-    ValueError where the folder is too large, or none to give away whole.
+    ValueError where the folder is too large, or none to give away whole, or a file in it has a key.
     """
     folder, job = folder.resolve(), job.resolve()
     if folder in (Path.home().resolve(), Path(folder.anchor)):
@@ -66,8 +80,11 @@ def pack(folder: Path, job: Path, target: Path) -> str:
 def _write(target: Path, chosen: dict[str, Path]) -> None:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in sorted(chosen.items()):
+            content = path.read_bytes()
+            if KEY.search(content):
+                raise ValueError(f"{path}: got a file with a key in it, allowed: none; a .rayignore has it stay here")
             # without its own time, so that the same content is the same package
-            archive.writestr(zipfile.ZipInfo(name), path.read_bytes(), zipfile.ZIP_DEFLATED)
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
 
 
 def files(folder: Path) -> Iterator[Path]:
@@ -92,7 +109,7 @@ def _walk(folder: Path, unwanted: Sequence[Unwanted]) -> Iterator[Path]:
 
 def _unwanted(path: Path) -> bool:
     name = path.name.lower()
-    return path.is_symlink() or any(fnmatch(name, pattern) for pattern in (*SECRET, *MADE))
+    return path.is_symlink() or bool(SECRET.fullmatch(name)) or any(fnmatch(name, pattern) for pattern in MADE)
 
 
 def _check_size(folder: Path, chosen: dict[str, Path]) -> None:

@@ -1,7 +1,8 @@
 """`redux jobs …`: what was submitted to a Ray cluster, through Ray's Jobs API.
 
-The token goes with every request, so it goes nowhere in clear but to this machine or a private network. Whatever the
-cluster answers, or does not, is told in one line. Nothing of a job itself is imported, so that these verbs are quick.
+The token and what a job is given go with the requests, so these go nowhere in clear but to this machine or a private
+network, and through no proxy. Whatever the cluster answers, or does not, is told in one line. Nothing of a job itself
+is imported, so that these verbs are quick.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -36,7 +38,7 @@ UNKNOWN = "does not exist"
 """In what Ray answers about a job that it does not know."""
 
 TRIES = 8
-"""How often in a row a lost connection is made again; waits double from 1 s to 30 s, over a minute in all."""
+"""How often in a row a lost connection is made again; waits double from 2 s to 30 s, two minutes in all."""
 
 TOKEN = (
     "RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN, in the file of RAY_AUTH_TOKEN_PATH, or in "
@@ -59,6 +61,8 @@ def cluster(address: str) -> Iterator[JobSubmissionClient]:
     for name in ("dashboard_sdk", "job.sdk"):
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
     os.environ[ADDRESS] = address  # Ray's client takes this, or RAY_ADDRESS, before what it is told
+    if address.startswith("http:"):
+        os.environ["no_proxy"] = "*"  # a proxy could read all of it
     try:
         yield JobSubmissionClient(address)
     except AuthenticationError as error:
@@ -69,6 +73,11 @@ def cluster(address: str) -> Iterator[JobSubmissionClient]:
             f"{address}: no Ray answers here, allowed: where its dashboard does ({_last(error)})"
         ) from None
     except RuntimeError as error:  # what the cluster says, perhaps a traceback
+        if "No available agent" in str(error):
+            raise ValueError(
+                f"{address}: the head's dashboard agent is not there; perhaps another Ray of its machine has the port, "
+                "allowed: ray start --head --dashboard-agent-listen-port with one that is free"
+            ) from None
         raise ValueError(f"{address}: {_last(error)}") from None
 
 
@@ -78,22 +87,27 @@ def _last(error: Exception) -> str:
 
 
 def _check_address(address: str) -> None:
-    """ValueError where it is none, or where a token would be seen by others on its way."""
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"--address: got {address}, allowed: http://HOST:PORT or https://HOST:PORT")
+    """ValueError where it is none, or where a token and a job's variables would be seen by others on their way."""
+    wrong = ValueError(f"--address: got {address}, allowed: http://HOST:PORT or https://HOST:PORT")
+    try:
+        parts = urlsplit(address)
+        places = parts.hostname, parts.port
+    except ValueError:
+        raise wrong from None
     if parts.username or parts.password:
         raise ValueError(f"--address: got a password in it, allowed: {TOKEN}")
-    if parts.scheme == "https" or os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+    if parts.scheme not in ("http", "https") or None in places or parts.path or parts.query or parts.fragment:
+        raise wrong
+    if parts.scheme == "https":
         return
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(parts.hostname, None)}
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ValueError(f"{address}: no Ray answers here, allowed: where its dashboard does ({error})") from None
     if any(ipaddress.ip_address(str(one).partition("%")[0]).is_global for one in found):
         raise ValueError(
             f"--address: got {address}, allowed: https, a private network or a tunnel to this machine, as others could "
-            "read the token on its way"
+            "read the token and what a job is given on their way"
         )
 
 
@@ -152,6 +166,16 @@ def show(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def goes_on(id: str, address: str) -> int:
+    """Say to whom was interrupted that a job was not; returns the exit code."""
+    print(
+        f"redux: {id} goes on without this; redux jobs logs {id} -f shows it, redux jobs stop {id} ends it, both with "
+        f"--address {address}",
+        file=sys.stderr,
+    )
+    return EXIT_INTERRUPTED
+
+
 # --- redux jobs -------------------------------------------------------------------------------------------------------
 
 
@@ -167,8 +191,15 @@ def listing(address: str) -> int:
     return 0
 
 
+def _check_id(id: str) -> None:
+    """ValueError where it is none: Ray would put it into a URL as it is."""
+    if not re.fullmatch(r"[^\s/?#%]+", id):
+        raise ValueError(f"ID: got {id or 'nothing'}, allowed: one that redux jobs list shows")
+
+
 def status(address: str, id: str) -> int:
     """Print how a job does in one line; its exit code is the job's."""
+    _check_id(id)
     with cluster(address) as client:
         job = client.get_job_info(id)
     print(line(job))
@@ -176,24 +207,32 @@ def status(address: str, id: str) -> int:
 
 
 def logs(address: str, id: str, to_the_end: bool) -> int:
-    """Print what a job said so far, or until it has ended."""
+    """Print what a job said so far, or until it has ended; then the exit code is the job's."""
+    _check_id(id)
     with cluster(address) as client:
-        if to_the_end:
-            follow(client, id, show)
-        else:
+        if not to_the_end:
             show(client.get_job_logs(id))
-    return 0
+            return 0
+        try:
+            return exit_code(follow(client, id, show))
+        except KeyboardInterrupt:
+            return goes_on(id, address)
 
 
 def stop(address: str, id: str) -> int:
     """Stop a job, and wait until it has stopped."""
+    _check_id(id)
     with cluster(address) as client:
         job = client.get_job_info(id)
         if not job.status.is_terminal():
             grace = ((job.runtime_env or {}).get("env_vars") or {}).get(STOP, RAY_STOP_S)
             print(f"{id} is to stop; for a checkpoint it has up to {grace} s", flush=True)
             client.stop_job(id)
-            job = follow(client, id, lambda text: None)
+            try:
+                job = follow(client, id, lambda text: None)
+            except KeyboardInterrupt:
+                print(f"redux: {id} stops without this", file=sys.stderr)
+                return EXIT_INTERRUPTED
     print(line(job))
     return 0
 

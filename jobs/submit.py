@@ -11,24 +11,23 @@ A stopped job gets SIGTERM and makes a checkpoint. For that Ray gives 3 seconds;
 recovery.grace_s promises.
 """
 
-import itertools
 import math
 import os
 import re
 import shlex
-import sys
 import tempfile
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs import document, package
-from jobs.command import EXIT_INTERRUPTED, EXIT_MISUSE
+from jobs.command import EXIT_MISUSE
 from jobs.manifest import MARGIN_S, PASSWORD
-from jobs.remote import RUN, STOP, UNKNOWN, cluster, exit_code, follow, line, run_of, show
+from jobs.remote import RUN, STOP, UNKNOWN, cluster, exit_code, follow, goes_on, line, run_of, show
 from pipelines.stage import Recovery
 
 
@@ -72,11 +71,15 @@ def submit(asked: Submission) -> int:
 
 def entrypoint(asked: Submission, file: str) -> str:
     """The shell's command on the cluster: with the code that travels if it is Redux's, else with the image's."""
-    checkout = all(Path(path).is_file() for path in ("jobs/command.py", "pyproject.toml"))
-    redux = ("python", "-m", "jobs.command") if checkout else ("redux",)
+    redux = ("python", "-m", "jobs.command") if _is_redux(Path.cwd()) else ("redux",)
     home = "~/" if asked.into.startswith("~/") else ""  # the shell's there, which it would not see in quotes
     into = home + shlex.quote(asked.into.removeprefix("~/"))
     return f"exec {shlex.join([*redux, 'run', file, *asked.overrides])} --into {into}"
+
+
+def _is_redux(folder: Path) -> bool:
+    project = folder / "pyproject.toml"
+    return project.is_file() and tomllib.loads(project.read_text()).get("project", {}).get("name") == "redux-vlm"
 
 
 def _check(asked: Submission, job: Mapping[str, Any]) -> None:
@@ -87,14 +90,19 @@ def _check(asked: Submission, job: Mapping[str, Any]) -> None:
         )
     if asked.id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", asked.id):
         raise ValueError(f"--id: got {asked.id}, allowed: letters, digits, dots, _ and -, a letter or digit first")
-    checkpoints = job.get("checkpoints")
-    if checkpoints and "://" not in checkpoints and not PurePosixPath(checkpoints).is_absolute():
-        raise ValueError(
-            f"checkpoints: got {checkpoints}, allowed: a URL or a path from the root on, as the folder in which the "
-            "job runs is deleted after it"
-        )
-    if any(PASSWORD.search(override) for override in asked.overrides):
-        raise ValueError("overrides: got a URL with a password, allowed: one without, as Ray shows a job's command")
+    sets = (job.get("data") or {}).get("sets") or {}
+    named = {"checkpoints": job.get("checkpoints")} | {f"data.sets.{name}": url for name, url in sets.items()}
+    for where, url in named.items():
+        if url and "://" not in url and not PurePosixPath(url).is_absolute():
+            raise ValueError(
+                f"{where}: got {url}, allowed: a URL or a path from the root on, as the folder in which the job runs "
+                "has no data and is deleted after it"
+            )
+    for where, text in {"overrides": " ".join(asked.overrides), str(asked.job): asked.job.read_text()}.items():
+        if PASSWORD.search(text):
+            raise ValueError(
+                f"{where}: got a URL with a password, allowed: one without, as others see what is submitted"
+            )
 
 
 def _environment(names: Sequence[str], grace_s: float) -> dict[str, str]:
@@ -117,22 +125,25 @@ def _environment(names: Sequence[str], grace_s: float) -> dict[str, str]:
 
 def _submit(client: JobSubmissionClient, asked: Submission, command: str, runtime_env: dict[str, Any]) -> int:
     """Submit a job as often as it takes and is allowed; returns an exit code."""
-    for number in itertools.count(1):
+    code = 0
+    for number in range(1, asked.retries + 2):
         one = _try(client, asked, number, command, runtime_env)
         if not (asked.wait or asked.retries):
             break
         try:
-            ended = _wait(client, one, asked.address)
+            ended = follow(client, one, show)
+        except KeyboardInterrupt:
+            return goes_on(one, asked.address)
         except RuntimeError as error:
             if UNKNOWN not in str(error) or number > asked.retries:
                 raise
             print(f"{one} is lost: the cluster has forgotten it, as after the death of its head", flush=True)
             continue
-        if ended is None:
-            return EXIT_INTERRUPTED
-        if ended.status != JobStatus.FAILED or exit_code(ended) == EXIT_MISUSE or number > asked.retries:
+        print(line(ended), flush=True)
+        code = exit_code(ended)
+        if ended.status != JobStatus.FAILED or code == EXIT_MISUSE:
             break
-    return exit_code(client.get_job_info(one))
+    return code
 
 
 def _try(client: JobSubmissionClient, asked: Submission, number: int, command: str, runtime_env: dict[str, Any]) -> str:
@@ -181,18 +192,3 @@ def _taken(name: str, one: str, status: JobStatus) -> ValueError:
         f"{name}: {one} is {status}, allowed: one submission of a run at a time; another by name=…, or "
         f"redux jobs stop {one}"
     )
-
-
-def _wait(client: JobSubmissionClient, id: str, address: str) -> JobDetails | None:
-    """Show the log of a job to its end; None where that was interrupted, which leaves the job alone."""
-    try:
-        job = follow(client, id, show)
-    except KeyboardInterrupt:
-        print(
-            f"redux: {id} goes on without this; redux jobs logs {id} -f shows it, redux jobs stop {id} ends it, both "
-            f"with --address {address}",
-            file=sys.stderr,
-        )
-        return None
-    print(line(job), flush=True)
-    return job

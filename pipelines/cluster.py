@@ -134,13 +134,14 @@ def _named(address: str) -> Iterator[dict[str, Any]]:
         yield {"address": address}
         return
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or "/" in host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"RAY_ADDRESS: got {address}, allowed: HOST:PORT, auto or local")
     place = host.strip("[]"), int(port)
     try:
         ip = _answers(place)
-    except OSError as error:
-        raise ValueError(f"RAY_ADDRESS: nothing answers at {address}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"RAY_ADDRESS: nothing answers at {address}: {why}") from None
     if ipaddress.ip_address(ip).is_global and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         raise ValueError(
             f"RAY_ADDRESS: {address} is {ip}, a public address, without a token; allowed: a private or loopback "
@@ -169,7 +170,8 @@ def _agree_on_tls(address: str, place: tuple[str, int]) -> None:
     if wanted:
         try:
             context.load_verify_locations(os.environ["RAY_TLS_CA_CERT"])
-            context.load_cert_chain(os.environ["RAY_TLS_SERVER_CERT"], os.environ["RAY_TLS_SERVER_KEY"])
+            own = os.environ["RAY_TLS_SERVER_CERT"], os.environ["RAY_TLS_SERVER_KEY"]
+            context.load_cert_chain(*own, password="")  # else it would be asked for at the terminal
         except (KeyError, OSError) as error:
             raise ValueError(
                 f"RAY_USE_TLS: got {error!r}, allowed: with RAY_TLS_CA_CERT, RAY_TLS_SERVER_CERT and "

@@ -346,7 +346,37 @@ def test_secrets_are_named_not_written(render: Render) -> None:
         (["evaluate.tasks={mme: {files: ['s3://key:secret@bucket/x']}}"], "^redux: the job: a URL with a password"),
         (["checkpoints=s3://key:secret@bucket/x"], "^redux: checkpoints: a URL with a password, allowed: .*"),
         (["--redis-secret", "a:b"], "--redis-secret: got one without --redis"),
-        (["--volume", "runs:mnt"], "--volume: got mnt, allowed: a path from the root on"),
+        (
+            ["data.make={mine: {json: /home/me/a.json}}", "data.sets={mine: /mnt/redux/mine}"],
+            "data.make.mine.json: got /h",
+        ),
+        (
+            ["data.make={mine: {json: s3://b/a.json, images: coco}}", "data.sets={mine: /mnt/redux/mine}"],
+            "data.make.mine.images: got coco, allowed: a URL, or",
+        ),
+        (["model.tower=~/clip", "model.language=org/name"], "model.tower: got ~/clip, allowed: a URL, or"),
+        *(
+            (["--volume", f"runs:{path}"], f"--volume: got {path}, allowed: a folder of its own")
+            for path in ("mnt", "/", "/tmp", "/etc/redux", "/home", "/mnt/../etc", "/var/x")
+        ),
+        (["--volume", "Bad_Claim:/mnt/redux"], "--volume: got Bad_Claim, allowed: up to 253"),
+        (["--image", ""], "--image: got nothing, allowed"),
+        (["--image", "a b"], "--image: got a b, allowed"),
+        (["--service-account", ""], "--service-account: got nothing, allowed"),
+        (["--secret", "BAD name"], "--secret: got BAD name, allowed"),
+        (["--operator-namespace", "no_"], "--operator-namespace: got no_, allowed"),
+        (["--queue", "Bad Queue!"], "--queue: got Bad Queue!, allowed"),
+        (["--scheduler", "volcano"], "--scheduler: got volcano without --queue"),
+        (["--spot-label", "a b=c"], "--spot-label: got a b, allowed"),
+        (["--node-label", "a/b=c d"], "--node-label: got c d, allowed"),
+        (
+            ["--node-label", "karpenter.sh/capacity-type=on-demand"],
+            "--node-label: got karpenter.sh/capacity-type, allo",
+        ),
+        (["--redis", "a b:6379"], "--redis: got a b, allowed"),
+        (["--redis", "redis:70000"], "--redis: got port 70000, allowed: 1 to 65535"),
+        (["--egress", "10.0.0.0/8:0"], "--egress: got port 0, allowed: 1 to 65535"),
+        (["--egress", "10.0.0.1/8:80"], "--egress: 10.0.0.1/8 has host bits set, allowed: a network"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -375,6 +405,17 @@ def test_options_are_looked_at_before_the_job(
         command.main(["manifest", *map(str, QUICKSTART), *arguments])
     assert ended.value.code == 2
     assert line in capsys.readouterr().err
+
+
+def test_what_some_readers_of_yaml_take_for_a_boolean_is_quoted(render: Render) -> None:
+    text = render(*QUICKSTART, "name=y", "--node-label", "fast=N")
+    assert "name: y\n" not in text.replace("    name: y", "", 1), "but in the job file, which Redux reads"
+    assert 'fast: "N"' in text
+
+
+def test_a_study_is_no_job(render: Render) -> None:
+    with pytest.raises(ValueError, match=r"mini\.yaml: got a study or a search, allowed: a job"):
+        render(JOBS / "reproduce" / "mini.yaml", *QUICKSTART[1:])
 
 
 def test_paths_on_the_volume_and_urls_are_taken(render: Render) -> None:

@@ -74,7 +74,8 @@ sys.exit(3 if name.startswith("fails") else 2 if name.startswith("misused") else
 SECRETS = (
     *(".env", ".env.local", ".netrc", ".aws/credentials", ".ssh/id_ed25519", ".git/config", ".kube/config"),
     *("server.pem", "conf/tls.key", "conf/id_rsa", "credentials.json", "conf/Credentials", "kubeconfig", "hub.token"),
-    *("service-account.json", "secrets.yaml", "auth_token", "prod.env", "link.txt"),
+    *("service-account.json", "secrets.yaml", "auth_token", "prod.env", "link.txt", "hf-token.txt", "rootkey.csv"),
+    *("client_secret.apps.json", "a-project-0123456789ab.json", "my.env.local", "ssh_key", "passwords.txt", "keys/a"),
 )
 MADE = (
     "data/a.txt",
@@ -86,7 +87,18 @@ MADE = (
     "a.tar",
 )
 IGNORED = ("ignored.txt", "conf/notes.txt", "unwanted/x.txt")
-TRAVEL = (".gitignore", ".rayignore", "conf/data/table.py", "conf/tokens.py", "jobs/__init__.py", "readme.md")
+PROJECT = '[project]\nname = "redux-vlm"\n'
+TRAVEL = (
+    ".gitignore",
+    "keyboard.md",
+    "conf/tokenizer.json",
+    "conf/auth.py",
+    ".rayignore",
+    "conf/data/table.py",
+    "conf/tokens.py",
+    "jobs/__init__.py",
+    "readme.md",
+)
 
 
 class Ended(NamedTuple):
@@ -211,6 +223,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (*SECRETS, *MADE, *IGNORED, *TRAVEL, "pyproject.toml", "jobs/command.py", "job.yaml"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("# secret\n")
+    (folder / "pyproject.toml").write_text(PROJECT)
     (folder / "link.txt").unlink()
     (folder / "link.txt").symlink_to(folder / ".netrc")
     (folder / ".gitignore").write_text("ignored.txt\n/unwanted\n")
@@ -291,6 +304,24 @@ def test_a_folder_too_large_names_its_largest_files_and_is_not_read(tmp_path: Pa
     assert not (tmp_path / "package.zip").exists()
 
 
+KEYS = {
+    "tls": "-----BEGIN {} PRIVATE KEY-----".format("EC"),
+    "google": '{{"private_key": "-----BEGIN {}KEY"}}'.format("PRIVATE "),
+    "aws": "key = AKIA{}".format("ABCDEFGH12345678"),
+    "hub": "login('hf_{}')".format("a" * 34),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_file_with_a_key_in_it_stops_everything(checkout: Path, tmp_path: Path, key: str) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.py").write_text(KEYS[key])
+    with pytest.raises(ValueError, match=r"notes.py: got a file with a key in it, allowed: none; a .rayignore"):
+        package.pack(tmp_path / "here", checkout / "job.yaml", tmp_path / "package.zip")
+    (tmp_path / "here" / ".rayignore").write_text("notes.py\n")
+    package.pack(tmp_path / "here", checkout / "job.yaml", tmp_path / "package.zip")
+
+
 def test_a_home_is_not_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ValueError, match="would be uploaded"):
@@ -308,6 +339,7 @@ def test_a_home_is_not_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (("--env", "DOLLAR"), "--env: DOLLAR has a $ in its value"),
     (("--env", "KEY=hunter2"), "--env: got KEY=…"),
     (("checkpoints=here",), "checkpoints: got here"),
+    (("data.sets={a: here}",), "data.sets.a: got here"),
     (("data.sets={a: 's3://me:hunter2@host/a'}",), "a URL with a password"),
 ])  # fmt: skip
 def test_what_cannot_be_is_told_before_anything_is_contacted(redux: Redux, words: tuple[str, ...], told: str) -> None:
@@ -345,6 +377,10 @@ def test_without_the_token_nothing_is_done(head: Head, checkout: Path, change: d
     ("http://127.0.0.1:9", "no Ray answers here"),
     ("http://8.8.8.8:8265", "others could read the token"),
     ("10.0.0.1:8265", "allowed: http://HOST:PORT or https://HOST:PORT"),
+    ("http://10.0.0.1:8265/#/overview", "allowed: http://HOST:PORT or https://HOST:PORT"),
+    ("http://[::1", "allowed: http://HOST:PORT or https://HOST:PORT"),
+    ("http://10.0.0.1:99999", "allowed: http://HOST:PORT or https://HOST:PORT"),
+    ("http://a..b:8265", "no Ray answers here"),
     ("http://me:hunter2@10.0.0.1:8265", "got a password in it"),
 ])  # fmt: skip
 def test_an_address_that_is_none_is_told_in_one_line(redux: Redux, address: str, told: str) -> None:
@@ -352,6 +388,25 @@ def test_an_address_that_is_none_is_told_in_one_line(redux: Redux, address: str,
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
     assert told in ended.err
     assert "hunter2" not in ended.err
+
+
+def test_without_tokens_nothing_goes_out_in_clear_either(redux: Redux) -> None:
+    ended = redux("submit", "job.yaml", address="http://8.8.8.8:8265", RAY_AUTH_MODE="disabled")
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert "others could read the token and what a job is given" in ended.err
+
+
+def test_no_proxy_is_shown_the_token(redux: Redux) -> None:
+    proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
+    assert redux("jobs", "list", **proxy).code == 0
+
+
+@pytest.mark.parametrize("id", ["", "a?b", "../version", "a b"])
+@pytest.mark.parametrize("verb", ["status", "logs", "stop"])
+def test_an_id_that_is_none_is_told_in_one_line(redux: Redux, verb: str, id: str) -> None:
+    ended = redux("jobs", verb, id)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == f"redux: ID: got {id or 'nothing'}, allowed: one that redux jobs list shows\n"
 
 
 @pytest.mark.parametrize("words", [["submit"], ["jobs", "logs"], ["jobs", "stop"]])
