@@ -41,9 +41,14 @@ Process = subprocess.Popen[bytes]
 @cache
 def apart() -> bool:
     """Whether machines can have namespaces of their own."""
-    tried = ["unshare", "--user", "--map-root-user", *(f"--{one}" for one in NAMESPACES[1:]), "--fork", "ip", "link"]
+    spaces = ["unshare", "--user", "--map-root-user", *(f"--{one}" for one in NAMESPACES[1:]), "--fork", "--mount-proc"]
+    needed = """
+        ip link add switch type bridge
+        ip link add one type veth peer name other
+        mount --bind /tmp /tmp
+        command -v nsenter"""
     try:
-        return subprocess.run(tried, capture_output=True).returncode == 0
+        return subprocess.run([*spaces, "sh", "-ec", needed], capture_output=True).returncode == 0
     except OSError:
         return False
 
