@@ -36,17 +36,26 @@ NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")
 PASSWORD = re.compile(r"(?:([\w.-]+): )?\S*://[^/@\s]*:[^/@\s]+@")
 """In a line of YAML: its key if it has one, and a URL that says who comes and with which password."""
 
-DNS = (
-    re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?"),
-    "up to 253 of a-z, 0-9, - and ., at both ends a letter or digit",
-)
-VALUE = (
-    re.compile(r"[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?"),
-    "up to 63 letters, digits, -, _ and ., at both ends a letter or digit",
-)
-KEY = re.compile(rf"({DNS[0].pattern}/)?{VALUE[0].pattern}"), f"{VALUE[1]}, perhaps behind a domain and a /"
-IMAGE = re.compile(r"[\w][\w.:/@-]*"), "a name of an image without spaces"
-"""What Kubernetes takes as names of most objects, as labels and as images, and how to say it."""
+Shape = tuple[Callable[[str], object], str]
+"""Whether Kubernetes takes a text for something, and what it takes in words."""
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
+
+
+_DNS, _VALUE = r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", r"[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?"
+_ENDS = "at both ends a letter or digit"
+DNS: Shape = re.compile(_DNS).fullmatch, f"up to 253 of a-z, 0-9, - and ., {_ENDS}"
+VALUE: Shape = re.compile(_VALUE).fullmatch, f"up to 63 letters, digits, -, _ and ., {_ENDS}"
+KEY: Shape = re.compile(f"({_DNS}/)?{_VALUE}").fullmatch, f"{VALUE[1]}, perhaps behind a domain and a /"
+IMAGE: Shape = re.compile(r"\w[\w.:/@-]*").fullmatch, "an image's name"
+PORT: Shape = lambda text: 0 < int(text) < 65536, "a port, 1 to 65535"
+NETWORK: Shape = _is_network, "a network such as 10.0.0.0/8"
 
 TAKEN = ("/bin", "/dev", "/etc", "/home", "/lib", "/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var")
 """Folders of an image and of Ray that a volume would hide or, of /tmp, have all pods share."""
@@ -165,35 +174,33 @@ def _check_place(place: Place) -> None:
         raise ValueError(f"--scheduler: got {place.scheduler} without --queue, allowed: both")
     if place.spot_label[0] in dict(place.node_label):
         raise ValueError(f"--node-label: got {place.spot_label[0]}, allowed: another key than that of --spot-label")
-    names = [
-        ("--image", place.image, IMAGE),
-        ("--volume", place.volume[0], DNS),
-        ("--service-account", place.service_account, DNS),
-        ("--secret", place.secret, DNS),
-        ("--operator-namespace", place.operator_namespace, DNS),
-        ("--queue", place.queue, VALUE),
-        *(("--redis", one, DNS) for one in (place.redis or ())[:1]),
-        *(("--redis-secret", one, shape) for one, shape in zip(place.redis_secret or (), (DNS, VALUE), strict=False)),
-        *(("--spot-label", one, shape) for one, shape in zip(place.spot_label, (KEY, VALUE), strict=True)),
-        *(
-            ("--node-label", one, shape)
-            for pair in place.node_label
-            for one, shape in zip(pair, (KEY, VALUE), strict=True)
-        ),
+    for option, text, (takes, what) in _asked(place):
+        if not takes(text):
+            raise ValueError(f"{option}: got {text or 'nothing'}, allowed: {what}")
+
+
+def _asked(place: Place) -> Iterator[tuple[str, str, Shape]]:
+    """Each option that is given, and what its text is to be."""
+    yield "--image", place.image, IMAGE
+    yield "--volume", place.volume[0], DNS
+    yield "--operator-namespace", place.operator_namespace, DNS
+    if place.service_account is not None:
+        yield "--service-account", place.service_account, DNS
+    if place.secret is not None:
+        yield "--secret", place.secret, DNS
+    if place.queue is not None:
+        yield "--queue", place.queue, VALUE
+    pairs: list[tuple[str, Sequence[Pair | None], tuple[Shape, Shape]]] = [
+        ("--redis", [place.redis], (DNS, PORT)),
+        ("--redis-secret", [place.redis_secret], (DNS, VALUE)),
+        ("--spot-label", [place.spot_label], (KEY, VALUE)),
+        ("--node-label", place.node_label, (KEY, VALUE)),
+        ("--egress", place.egress, (NETWORK, PORT)),
     ]
-    for option, name, (shape, told) in names:
-        if name is not None and not shape.fullmatch(name):
-            raise ValueError(f"{option}: got {name or 'nothing'}, allowed: {told}")
-    for option, port in [("--redis", port) for _, port in filter(None, [place.redis])] + [
-        ("--egress", port) for _, port in place.egress
-    ]:
-        if not 0 < int(port) < 65536:
-            raise ValueError(f"{option}: got port {port}, allowed: 1 to 65535")
-    for network, _ in place.egress:
-        try:
-            ipaddress.ip_network(network)
-        except ValueError as error:
-            raise ValueError(f"--egress: {error}, allowed: a network such as 10.0.0.0/8") from None
+    for option, given, shapes in pairs:
+        for pair in filter(None, given):
+            for text, shape in zip(pair, shapes, strict=True):
+                yield option, text, shape
 
 
 def _check_folders(job: Job, volume: PurePosixPath) -> None:
