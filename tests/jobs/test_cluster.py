@@ -248,7 +248,7 @@ def cluster_of_two(made: str, folder: Path) -> Iterator[Cluster]:
 def ended(cluster: Cluster, process: Process) -> int:
     """Its exit code; whatever happened, nothing hangs."""
     try:
-        return process.wait(300)
+        return process.wait(600)
     except subprocess.TimeoutExpired:
         raise AssertionError(cluster.network.said(process)[-3000:]) from None
 
