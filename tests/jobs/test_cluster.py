@@ -146,7 +146,7 @@ def alone(made: str) -> Iterator[Seen]:
     try:
         with network(folder, apart=False) as here, bucket(here, made) as environment:
             machine = here.add()
-            environment |= {**os.environ, **QUICK, **environment, "TMPDIR": str(folder / "tmp")}
+            environment = {**os.environ, **QUICK, **environment, "TMPDIR": str(folder / "tmp")}
             for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
                 environment.pop(name, None)
             process = machine.starts([sys.executable, "-m", "jobs.command", *job(folder)], environment)
@@ -352,7 +352,7 @@ def cluster_with_a_store(request: pytest.FixtureRequest, made: str, folder: Path
     if not apart():
         pytest.skip("Ray starts no second head where it sees nodes of the first")
     with (
-        network(folder, apart()) as machines,
+        network(folder, apart=True) as machines,
         bucket(machines, made) as environment,
         kept(machines, request.param) as state,
     ):
