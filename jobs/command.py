@@ -209,13 +209,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_shards(verbs)
     export = verbs.add_parser(
         "export",
-        help="write a checkpoint of a run as a model that from_pretrained opens",
-        description="Write the model as it was after a step that was checkpointed, with its tokenizer, to a folder or "
-        "URL. Its weights are those of the checkpoint, checked, where the stage trained them, and those that the stage "
-        "began with elsewhere; LoRA's adapters are merged.",
+        help="write a checkpoint, or a model with other weight names, for from_pretrained",
+        description="Write the model as it was after a step that was checkpointed, with its tokenizer, chat template "
+        "and processor, to a folder or URL. Its weights are those of the checkpoint, checked, where the stage trained "
+        "them, and those that the stage began with elsewhere; LoRA's adapters are merged. A model folder is written "
+        "with transformers' names for weights that DDP, torch.compile, PEFT or the LLaVA repository named otherwise.",
         epilog="example: redux export runs/quickstart --stage pretrain --out pretrained",
     )
-    export.add_argument("run", metavar="RUN", type=Path, help="the folder of a run")
+    export.add_argument("run", metavar="RUN", type=Path, help="the folder of a run or of a model")
     export.add_argument("--stage", metavar="NAME", help="default: the last one")
     export.add_argument("--step", metavar="N", type=_count, help="default: the newest one")
     export.add_argument("--out", metavar="URI", required=True, help="a folder that is empty or not there")

@@ -1,20 +1,47 @@
-"""The model after any step of a run that was checkpointed, as a folder that `from_pretrained` opens."""
+"""A model to load with `from_pretrained`: a checkpoint of a run, or a model folder with names that need converting."""
 
+import tempfile
 from pathlib import Path
 
 from jobs import schema
 from jobs.run import JOB, plans
 from pipelines import checkpoint, export, storage
+from redux import conversion, processor
 
 
-def write(run: Path, stage: str | None, step: int | None, out: str) -> str:
-    """Write it to a folder or URL; returns the checkpoint's URL.
+def write(source: Path, stage: str | None, step: int | None, out: str) -> str:
+    """Write a model to a folder or URL; returns where its weights come from.
 
-    stage: of the run; None is the last one.  step: a checkpointed one; None is the newest.
-    ValueError where there is no such run, stage or checkpoint, or the checkpoint is damaged.
+    Args:
+        source: the folder of a run, or that of a model whose weights were saved by a wrapper or by LLaVA itself.
+        stage: of the run; None is the last one.
+        step: a checkpointed one; None is the newest.
+
+    Raises:
+        ValueError: there is no such run, model, stage or checkpoint, the checkpoint is damaged, or `out` holds files.
     """
-    if not (run / JOB).exists():
-        raise ValueError(f"{run}: no {JOB}, allowed: the folder of a run")
+    if export.finished(out) or storage.names(out):
+        raise ValueError(f"out: got {out}, which holds files, allowed: an empty or new folder")
+    if (source / JOB).exists():
+        return _write_checkpoint(source, stage, step, out)
+    if not (source / "config.json").exists():
+        raise ValueError(f"{source}: no {JOB} or config.json, allowed: the folder of a run or of a model")
+    if stage or step is not None:
+        raise ValueError(f"{source}: got a stage or a step, allowed: none for the folder of a model")
+    model, tokenizer = conversion.convert(source)
+    config = model.config
+    with tempfile.TemporaryDirectory() as folder:
+        if config.conversation_template and config.image_aspect_ratio:
+            processor.describe_training(model, tokenizer, config.conversation_template, config.image_aspect_ratio)
+            processor.build_processor(config, tokenizer).save_pretrained(folder)
+        else:
+            tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=export.SHARD)
+        export.upload(Path(folder), out, str(source))
+    return str(source)
+
+
+def _write_checkpoint(run: Path, stage: str | None, step: int | None, out: str) -> str:
     stages = plans(schema.load(run / JOB), run.resolve())
     name = stage or list(stages)[-1]
     if name not in stages:
@@ -26,7 +53,5 @@ def write(run: Path, stage: str | None, step: int | None, out: str) -> str:
     if wanted not in steps:
         there = ", ".join(map(str, sorted(steps))) or f"none: {plan.folder} has no whole checkpoint"
         raise ValueError(f"step: got {wanted}, allowed: {there}")
-    if export.finished(out) or storage.names(out):
-        raise ValueError(f"out: got {out}, which holds files, allowed: an empty or new folder")
     export.write(plan, steps[wanted], out)
     return steps[wanted].url

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import tenacity
 import torch
 import yaml
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs import document, schema
 from jobs.schema import Job
@@ -45,8 +45,8 @@ from pipelines import (
 )
 from pipelines import records as check
 from pipelines.stage import Plan
-from redux import pretrained
-from redux.conversation import TEMPLATES, word_tokenizer
+from redux import pretrained, respondent
+from redux.conversation import TEMPLATES, Template, word_tokenizer
 from redux.model import Language, Model, ReduxConfig, ReduxForConditionalGeneration, Tower, image_tokens
 from redux.remote import fetched
 
@@ -81,7 +81,7 @@ def run(
     """
     clock = time.monotonic()
     folder = folder.resolve()
-    job = located(job)
+    job = located(job, folder)
     work = steps(job, folder, changed, watch)
     if until:
         names = list(work)
@@ -134,7 +134,9 @@ def steps(
     sets, result = locations(job, folder), {}
     stages = plans(job, folder, changed)
     if job.made or job.data.make or not job.model.pretrained:
-        result["shards"] = lambda: _shards(job, sets, folder / TOKENIZER)
+        templates = [TEMPLATES[plan.template] for plan in stages.values()]
+        result["shards"] = lambda: _shards(job, sets, folder / TOKENIZER, templates)
+    _check_weights(job, folder)
     if job.model.pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""
@@ -158,15 +160,30 @@ def steps(
     return {**result, "evaluate": answer, "report": describe}
 
 
+def _check_weights(job: Job, folder: Path) -> None:
+    """ValueError where what the job starts from lacks weights or a tokenizer; weights are not read."""
+    model = job.model
+    if not model.pretrained or (folder / ASSEMBLED).exists():
+        return
+    try:
+        if not model.checkpoint:
+            pretrained.check_parts(str(model.tower), str(model.language), model.gguf_file)
+        elif job.train or respondent.is_llava(model.checkpoint):
+            configured(model)
+            pretrained.check_checkpoint(model.checkpoint)
+        else:
+            pretrained.check_checkpoint(model.checkpoint, AutoModelForImageTextToText)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
+
+
 def _subject(job: Job, settings: evaluate.Evaluate, stages: dict[str, Plan]) -> evaluate.Subject:
     """Who is evaluated: what the last stage made, or without one the checkpoint."""
-    if not stages:
-        assert job.model.checkpoint
-        return evaluate.Subject(
-            model=job.model.checkpoint, template=settings.template, fit=settings.fit, methods=job.model.methods
-        )
-    plan = list(stages.values())[-1]
-    return evaluate.Subject(model=plan.result, template=plan.stage.template, fit=plan.stage.fit)
+    asked = {name: getattr(settings, name) for name in ("template", "fit", "allow_mismatch")}
+    if stages:
+        return evaluate.Subject(model=list(stages.values())[-1].result, **asked)
+    assert job.model.checkpoint
+    return evaluate.Subject(model=job.model.checkpoint, methods=job.model.methods, **asked)
 
 
 def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
@@ -211,11 +228,12 @@ def locations(job: Job, folder: Path) -> dict[str, str]:
     return {name: str(folder / "shards" / name) for name in job.made} | job.data.sets
 
 
-def located(job: Job) -> Job:
-    """The job with its paths from the root on.
+def located(job: Job, folder: Path) -> Job:
+    """Return the job with its paths from the root on, and with templates and image fits as the model was trained.
 
-    ValueError where a set or the files of a benchmark cannot be used, or a package is missing that the job needs:
-    better now than after days of training.
+    folder: of the run; what it holds already is not looked for elsewhere.
+    ValueError where a set or the files of a benchmark cannot be used, a package is missing that the job needs, or the
+    model was trained in another way than it is to be asked: better now than after days of training.
     """
     sets = {name: storage.absolute(url) for name, url in job.data.sets.items()}
     for name, url in sets.items():
@@ -225,6 +243,7 @@ def located(job: Job) -> Job:
     for name, stage in job.train.items():
         if stage.lora:
             lora.require(f"train.{name}.lora")
+    job = _with_format(job, folder)
     return replace(
         job,
         checkpoints=job.checkpoints and storage.absolute(job.checkpoints),
@@ -237,6 +256,25 @@ def located(job: Job) -> Job:
             checkpoint=_path(job.model.checkpoint),
         ),
     )
+
+
+def _with_format(job: Job, folder: Path) -> Job:
+    """Return the job with the template and image fit of each stage and of the evaluation decided."""
+    start = folder / ASSEMBLED if (folder / ASSEMBLED).exists() else _path(job.model.checkpoint)
+    saved = respondent.settings(start) if start and (job.train or respondent.is_llava(start)) else {}
+    trained = {"template": saved.get("conversation_template"), "fit": saved.get("image_aspect_ratio")}
+    train = {name: stage.resolve_format(**trained) for name, stage in job.train.items()}
+    asked = job.evaluate
+    if asked and (saved or train):
+        last = list(train.values())[-1] if train else None
+        if last:
+            saved = {"conversation_template": last.template, "image_aspect_ratio": last.fit}
+        try:
+            template, fit = respondent.resolve_format(saved, asked.template, asked.fit, asked.allow_mismatch)
+        except ValueError as error:
+            raise ValueError(f"evaluate.{error}") from None
+        asked = replace(asked, template=template, fit=fit)
+    return replace(job, train=train, evaluate=asked)
 
 
 def _readable(name: str, source: shards.Source) -> shards.Source:
@@ -344,7 +382,7 @@ def _put(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def _shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
+def _shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence[Template]) -> None:
     """The sets that the job makes; and, for a model that starts from nothing, a tokenizer."""
     for name, source in job.data.make.items():
         making = shards.Making(**{each.name: getattr(source, each.name) for each in fields(shards.Making)})
@@ -355,7 +393,6 @@ def _shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
         shards.make(given, str(easy_vqa.FOLDER), sets[name], making)
     if not isinstance(job.model.language, Language):
         return
-    templates = [TEMPLATES[stage.template] for stage in job.train.values()]
     mixed = {name for stage in job.train.values() for name in stage.mixture}
     others = (
         record

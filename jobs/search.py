@@ -188,12 +188,12 @@ def _typed(name: str, place: Any) -> Any:
     return place
 
 
-def _check_metrics(search: Search, job: Job) -> None:
+def _check_metrics(search: Search, job: Job, folder: Path) -> None:
     """ValueError where an objective, or a metric with a limit, is none that a trial will have."""
     known = {"flops", "kv_bytes", "focus_bytes", "image_tokens"}
     if len(job.train) > len(search.shared):
         known |= {"loss", "tokens_per_s"}
-    if settings := run.located(job).evaluate:
+    if settings := run.located(job, folder).evaluate:
         known |= evaluate.promised(settings)
     for section in ("objectives", "limits"):
         for name in getattr(search, section):
@@ -208,7 +208,7 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
     """
     folder = folder.resolve()
     whole = Jobs(search)({})
-    _check_metrics(search, whole)
+    _check_metrics(search, whole, folder)
     run.claim(folder / FILE, search, FREE, changed)
     opened(search, folder)  # told now, if it cannot be
     with run.alone(folder), cluster.session():

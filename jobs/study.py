@@ -102,9 +102,6 @@ def going_on(tree: dict[str, Any], stages: Sequence[str], shared: Job, folder: P
     if stages:
         methods = {name: value for name, value in tree["model"].items() if name in METHODS}
         result["model"] = {**methods, "checkpoint": run.plans(shared, folder)[stages[-1]].result}
-    if not result["train"]:
-        last = shared.train[stages[-1]]
-        result["evaluate"] = {**(tree.get("evaluate") or {}), "template": last.template, "fit": last.fit}
     return result
 
 

@@ -35,6 +35,7 @@ from pipelines.report import Example
 from pipelines.tasks import TASKS, Asking, Name, questions, spread
 from redux import respondent
 from redux.benchmarks import Question
+from redux.conversation import TemplateName
 from redux.image import Fit, pixels
 from redux.model import METHODS, ReduxForConditionalGeneration, normalise
 from redux.respondent import Answers, Respondent
@@ -53,15 +54,18 @@ class Evaluate:
     batch: questions answered at once.
     actors: models at work at a time.
     image: how the model knows it: "seen", or "described" by itself beforehand, the upper limit of Table 1.
-    template, fit: of conversations and images, for a LLaVA that the job does not train itself.
+    template, fit: of conversations and images; null is how the model was trained, and for a LLaVA that does not say,
+        LLaVA-1.5's vicuna_v1 and pad.
+    allow_mismatch: ask the model in another way than it was trained.
     """
 
     tasks: Annotated[Mapping[Name, Asking], MinLen(1)] = field(default_factory=lambda: {"easy_vqa": Asking()})
     batch: Annotated[int, Ge(1)] = 64
     actors: Annotated[int, Ge(1)] = 1
     image: Literal["seen", "described"] = "seen"
-    template: Literal["vicuna_v1", "vicuna_bare"] = "vicuna_v1"
-    fit: Fit = "pad"
+    template: TemplateName | None = None
+    fit: Fit | None = None
+    allow_mismatch: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,14 @@ class Batch:
 class Subject:
     """The model that is asked: folder, hub id or URL.
 
-    template, fit: of conversations and images, as a LLaVA was trained; any other model brings its own.
+    template, fit, allow_mismatch: as `redux.respondent.load` takes them.
     methods: settings of the method in place of the model's own, by their names in redux.model.METHODS.
     """
 
     model: str
-    template: str = "vicuna_v1"
-    fit: Fit = "pad"
+    template: TemplateName | None = None
+    fit: Fit | None = None
+    allow_mismatch: bool = False
     methods: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -124,7 +129,12 @@ class Answerer:
         if self.model is None:
             of = self.subject
             self.model = respondent.load(
-                of.model, template=of.template, fit=of.fit, image=self.settings.image, **of.methods
+                of.model,
+                template=of.template,
+                fit=of.fit,
+                allow_mismatch=of.allow_mismatch,
+                image=self.settings.image,
+                **of.methods,
             )
         return self.model([each.prompt for each in batch.questions], _images(batch), batch.max_new_tokens)
 
@@ -345,11 +355,11 @@ def examples(subject: Subject, run: Path, count: int) -> list[Example]:
     if not (count and by_image and respondent.is_llava(subject.model)):
         return []
     llava = ReduxForConditionalGeneration.from_pretrained(subject.model, **subject.methods).eval()
+    of = subject
+    _, fit = respondent.resolve_format(llava.config.to_dict(), of.template, of.fit, of.allow_mismatch)
     result = []
     for row in (by_image[place] for place in spread(len(by_image), count)):
-        image = pixels(
-            (easy_vqa.FOLDER / row["image"]).read_bytes(), llava.config.vision_config.image_size, subject.fit
-        )
+        image = pixels((easy_vqa.FOLDER / row["image"]).read_bytes(), llava.config.vision_config.image_size, fit)
         with torch.inference_mode():
             _, fate = llava.model.encode_images(normalise(torch.from_numpy(image[None])))
         result.append(

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer
 from pipelines import checkpoint, engine, storage
 from pipelines.checkpoint import MANIFEST, DamagedError
 from pipelines.stage import Plan
+from redux import processor
+from redux.model import ReduxForConditionalGeneration
 
 SHARD = "1GB"
 """Of a file of the model: each is in memory whole on its way to storage, and has its deadline there."""
@@ -26,9 +28,9 @@ def model(plan: Plan, cursor: int) -> None:
 
 
 def write(plan: Plan, saved: checkpoint.Saved, out: str) -> None:
-    """Write the model of a checkpoint, and its tokenizer, to a folder or URL.  ValueError where it is damaged.
+    """Write the model of a checkpoint to a folder or URL, with all that is needed to ask it as it was trained.
 
-    The weights have the precision in which the stage computed.
+    The weights have the precision in which the stage computed.  ValueError where the checkpoint is damaged.
     """
     module, parts = engine.trainee(plan)
     trained = {id(one) for part in plan.stage.learning_rate for one in parts[part]}
@@ -41,14 +43,24 @@ def write(plan: Plan, saved: checkpoint.Saved, out: str) -> None:
         for name, one in mine.items():
             one.copy_(weights[name])
     whole = engine.trained(module, plan).to(engine.DTYPES[plan.stage.precision])
+    tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
+        if isinstance(whole, ReduxForConditionalGeneration):
+            processor.describe_training(whole, tokenizer, plan.template, plan.fit)
+            processor.build_processor(whole.config, tokenizer).save_pretrained(folder)
+        else:
+            tokenizer.save_pretrained(folder)
         whole.save_pretrained(folder, max_shard_size=SHARD)
-        AutoTokenizer.from_pretrained(plan.tokenizer).save_pretrained(folder)
-        files = sorted(path for path in Path(folder).iterdir() if path.is_file())
-        for path in files:
-            storage.write(storage.join(out, path.name), path.read_bytes())
-        sizes = {path.name: path.stat().st_size for path in files}
-        storage.write(storage.join(out, MANIFEST), json.dumps({"from": saved.url, "files": sizes}).encode())
+        upload(Path(folder), out, saved.url)
+
+
+def upload(folder: Path, out: str, source: str) -> None:
+    """Write the files of a local folder to a folder or URL, and last a manifest that names their source."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in files:
+        storage.write(storage.join(out, path.name), path.read_bytes())
+    sizes = {path.name: path.stat().st_size for path in files}
+    storage.write(storage.join(out, MANIFEST), json.dumps({"from": source, "files": sizes}).encode())
 
 
 def finished(url: str) -> bool:

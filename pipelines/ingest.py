@@ -30,7 +30,7 @@ from pipelines import storage
 from pipelines.order import Order
 from pipelines.records import REASONS, fault
 from pipelines.shards import Sample, Shards, read
-from redux.conversation import CONTEXT, IGNORE, IMAGE, TEMPLATES, encode, pad
+from redux.conversation import CONTEXT, IGNORE, IMAGE, TEMPLATES, TemplateName, encode, pad
 from redux.image import Fit, Way, pixels
 
 Batch = dict[str, Any]
@@ -224,7 +224,7 @@ def caption(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
 
 
 def conversation(
-    template: str, image_tokens: int, length: int | None = None
+    template: TemplateName, image_tokens: int, length: int | None = None
 ) -> Callable[[PreTrainedTokenizerBase, Sample], Row]:
     """LLaVA's side of a sample: input_ids and labels.
 

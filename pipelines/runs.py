@@ -25,7 +25,7 @@ from redux.presets import Preset
 
 IDLE = (
     "name", "seed", "workers", "checkpoints", "recovery", "report", "trackers", "data.tolerance",
-    *(f"evaluate.{name}" for name in ("actors", "batch", "image", "template", "fit")),
+    *(f"evaluate.{name}" for name in ("actors", "batch", "image", "template", "fit", "allow_mismatch")),
     *(f"model.{name}" for name in METHODS),
 )  # fmt: skip
 """What of a job makes no other family: it is the seed, the method, or tells nothing of the result."""

@@ -120,10 +120,8 @@ def _asked(slot: Slot, ranked: Sequence[Model]) -> str:
     checkpoint = slot.checkpoint or (slot.described and plain and plain.result)
     if like is None or not checkpoint:
         return ""
-    stage = list((like.job.get("train") or {}).values())[-1:]
     overrides = [f"name={_base(like)}-{Path(slot.checkpoint).name if slot.checkpoint else _name(slot)}"]
     overrides += ["train={}", f"model={{checkpoint: {checkpoint}}}"]
-    overrides += [f"evaluate.{key}={one[key]}" for one in stage for key in ("template", "fit") if not slot.checkpoint]
     return _beside(like, overrides + ["evaluate.image=described"] * slot.described)
 
 

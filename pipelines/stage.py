@@ -4,7 +4,7 @@ What follows from other values is derived, not configured: accumulation from the
 learning rate from the step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +16,14 @@ from pipelines.grouping import Groups
 from pipelines.order import Order, Shuffle
 from pipelines.shards import Shards
 from redux import model
+from redux.conversation import TemplateName
 from redux.image import Fit, Way
 
 Part = Literal["tower", "projector", "language"]
+
+TEMPLATE: TemplateName = "vicuna_v1"
+FIT: Fit = "pad"
+"""Of conversations and images in LLaVA-1.5's second stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +45,16 @@ class Stage:
     objective: "contrastive" trains the image tower alone, with CLIP's objective on captions; "language" the whole
         LLaVA, with next-token prediction.
     data: the set of shards, or a mixture: names of sets with their shares of each global batch.
-    template: of the conversations (objective "language").
+    template: of the conversations (objective "language"); null is that of model.checkpoint where it says one with
+        questions, else vicuna_v1.
     length: tokens after which a sample is cut off, as LLaVA does; null replaces one that exceeds the model's positions.
     epochs: of all sets together, whatever their shares; or steps: global batches.
     shuffle: "global" takes samples from anywhere; "window" mixes them within `window` shards at a time, which keeps
         reads near each other; "none" leaves them as they are stored.
     groups: batches of one modality and of similar lengths, sorted within so many global batches at a time, as LLaVA
         does for conversations; null mixes them.
-    fit: images padded to a square (LLaVA's stage 2) or cropped (its stage 1).
+    fit: images padded to a square (LLaVA's stage 2) or cropped (its stage 1); null is that of model.checkpoint where
+        it says one, else pad.
     pixels: "exact" equals LLaVA's to the bit; "fast" does not, by a grey level or two (redux/image.py).
     learning_rate: peak for each part; a part that is not named is frozen.
     lora: adapters take the place of the language model's weights; its learning rate is then theirs.
@@ -70,14 +77,14 @@ class Stage:
 
     objective: Literal["contrastive", "language"]
     data: str | Annotated[dict[str, Annotated[float, Gt(0)]], MinLen(1)]
-    template: Literal["plain", "vicuna_v1", "vicuna_bare"] = "vicuna_v1"
+    template: TemplateName | None = None
     length: Annotated[int, Ge(1)] | None = None
     epochs: Annotated[float, Gt(0)] | None = None
     steps: Annotated[int, Ge(1)] | None = None
     shuffle: Shuffle = "global"
     window: Annotated[int, Ge(1)] = 8
     groups: Annotated[int, Ge(1)] | None = None
-    fit: Fit = "pad"
+    fit: Fit | None = None
     pixels: Way = "exact"
     global_batch: Annotated[int, Ge(1)]
     micro_batch: Annotated[int, Ge(1)]
@@ -127,6 +134,15 @@ class Stage:
     def mixture(self) -> dict[str, float]:
         """Shares of the sets by name."""
         return {self.data: 1.0} if isinstance(self.data, str) else self.data
+
+    def resolve_format(self, template: TemplateName | None, fit: Fit | None) -> "Stage":
+        """Return the stage with a template and a fit, where it names none.
+
+        Args:
+            template, fit: those of the model that training starts from; None, or `plain`, is LLaVA-1.5's.
+        """
+        template = None if template == "plain" else template
+        return replace(self, template=self.template or template or TEMPLATE, fit=self.fit or fit or FIT)
 
     def usable(self, workers: int) -> int:
         """How many of so many workers share the global batch evenly: the most that do."""
@@ -200,6 +216,16 @@ class Plan:
     gpu_share: float = 1
 
     @property
+    def template(self) -> TemplateName:
+        """Of the conversations."""
+        return self.stage.template or TEMPLATE
+
+    @property
+    def fit(self) -> Fit:
+        """How images become squares."""
+        return self.stage.fit or FIT
+
+    @property
     def elastic(self) -> bool:
         """Whether the number of workers follows that of the machines."""
         fewest, most = self.workers
@@ -218,7 +244,7 @@ class Plan:
     def sources(self) -> dict[str, Shards]:
         """The sets of the mixture.  ValueError where images were prepared in another way than the stage wants."""
         sources = {name: Shards(self.sets[name]) for name in self.stage.mixture}
-        wanted = (self.image_size, self.stage.fit)
+        wanted = (self.image_size, self.fit)
         for name, shards in sources.items():
             if shards.prepared not in (None, wanted):
                 raise ValueError(
@@ -251,8 +277,8 @@ class Plan:
             size=stage.micro_batch,
             image_size=self.image_size,
             tokenizer=self.tokenizer,
-            encode=ingest.conversation(stage.template, self.image_tokens, stage.length) if language else ingest.caption,
-            fit=stage.fit,
+            encode=ingest.conversation(self.template, self.image_tokens, stage.length) if language else ingest.caption,
+            fit=self.fit,
             way=stage.pixels,
             flip=stage.flip,
             rounds=stage.rounds,

@@ -9,6 +9,7 @@ A conversation is a list of turns {"from": "human" | "gpt", "value": text} in wh
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -62,11 +63,13 @@ class Template:
         return IMAGE if IMAGE in text else ""
 
 
+TemplateName = Literal["plain", "vicuna_v1", "vicuna_bare"]
+
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. "
 )
-TEMPLATES = {
+TEMPLATES: dict[TemplateName, Template] = {
     "plain": Template(system="", human="", assistant="", end="\n"),
     "vicuna_v1": Template(system=VICUNA_SYSTEM, human="USER: ", assistant=" ASSISTANT:", end=EOS),
     "vicuna_bare": Template(system="", human="USER: ", assistant=" ASSISTANT:", end=EOS),

@@ -13,7 +13,7 @@ Shapes: batch, images, patches, tokens (visual tokens that reach the language mo
 
 import dataclasses
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from annotated_types import Ge
@@ -36,8 +36,9 @@ from transformers.conversion_mapping import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from redux.cmai import CMAI
-from redux.conversation import CONTEXT, IMAGE
-from redux.image import MEAN, STD
+from redux.conversation import CONTEXT, IMAGE, TEMPLATES, TemplateName
+from redux.image import MEAN, STD, Fit
+from redux.loading import check_layout, check_loading, report_damage
 from redux.plugin import inhibit
 from redux.reduction import Reduction, reduce
 from redux.remote import fetched
@@ -170,9 +171,12 @@ def _kind(part: Transformer | str) -> str:
 
 
 class ReduxConfig(LlavaConfig):
-    """LlavaConfig and the settings of the method, as dictionaries; None turns a part of it off.
+    """LlavaConfig, the settings of the method, and how the model was trained.
 
-    A model reads them when it is built.
+    Args:
+        vmtc, cmai, reduction: settings as dictionaries, read when a model is built; None turns a part off.
+        conversation_template: name in `redux.conversation.TEMPLATES` with which the model was trained, None if unknown.
+        image_aspect_ratio: how its images became squares, "pad" or "crop"; None if unknown.
     """
 
     # its signature does not tell that transformers lets it take any other key, which a runtime checker would refuse
@@ -181,6 +185,8 @@ class ReduxConfig(LlavaConfig):
     vmtc: dict | None = None
     cmai: dict | None = None
     reduction: dict | None = None
+    conversation_template: TemplateName | None = None
+    image_aspect_ratio: Fit | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, kind in METHODS.items():
@@ -197,6 +203,9 @@ class ReduxConfig(LlavaConfig):
                 raise ValueError(f"vision_feature_layer: got {layer}, allowed: {-layers - 1} to {layers}")
         if self.vmtc is not None and self.reduction is not None:
             raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other None")
+        for name, known in {"conversation_template": tuple(TEMPLATES), "image_aspect_ratio": get_args(Fit)}.items():
+            if (value := getattr(self, name)) not in (None, *known):
+                raise ValueError(f"{name}: got {value!r}, allowed: {', '.join(known)} or None")
         self.settings("cmai")  # a mistake is told before anything is built
         self.image_seq_length = self.tokens + (self.whole and self.has_class_token)
 
@@ -401,22 +410,35 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, config: Any = None, **kwargs: Any
-    ) -> "ReduxForConditionalGeneration":
-        """As transformers', of a folder, hub id or URL (s3://) of a model of ours or of a plain LLaVA.
+    ) -> Any:
+        """Load a model of ours or a plain LLaVA, with all of its weights, as transformers does.
 
-        vmtc, cmai, reduction: settings in place of those that the folder holds; None turns that part off.
+        Args:
+            pretrained_model_name_or_path: folder, hub id or URL (s3://); None for weights in memory (`state_dict`).
+            kwargs: transformers' arguments, and `vmtc`, `cmai`, `reduction`: settings in place of those that the
+                folder holds; None turns that part off.
+
+        Raises:
+            ValueError: weights are missing, unexpected or of another shape.  Of another shape they may be where
+                `ignore_mismatched_sizes` is true.
         """
-        if pretrained_model_name_or_path is None:  # weights that are in memory
+        if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, config=config, **kwargs)
         changes = {name: kwargs.pop(name) for name in (*METHODS, *FEATURES) if name in kwargs}
-        with fetched(pretrained_model_name_or_path) as folder:
+        with_info, resize = kwargs.pop("output_loading_info", False), kwargs.pop("ignore_mismatched_sizes", False)
+        with fetched(pretrained_model_name_or_path) as folder, report_damage(pretrained_model_name_or_path, "path"):
             if config is None or isinstance(config, str | os.PathLike):
-                where = {
-                    name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs
-                }
+                names = ("cache_dir", "revision", "subfolder", "token", "local_files_only")
+                where = {name: kwargs[name] for name in names if name in kwargs}
+                saved, _ = cls.config_class.get_config_dict(config or folder, **where)
+                check_layout(saved, pretrained_model_name_or_path, "path")
                 config = cls.config_class.from_pretrained(config or folder, **where)
             config = cls.config_class(**{**config.to_dict(), **changes})
-            return super().from_pretrained(folder, *args, config=config, **kwargs)
+            # a weight of another shape would be a RuntimeError that does not name it
+            options = {"ignore_mismatched_sizes": True, "output_loading_info": True, **kwargs}
+            model, found = super().from_pretrained(folder, *args, config=config, **options)
+        check_loading({**found, "mismatched_keys": set()} if resize else found, pretrained_model_name_or_path, "path")
+        return (model, found) if with_info else model
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters of each part in `PARTS`."""

@@ -10,16 +10,17 @@ bfloat16 half of that.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AddedToken,
-    AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     SiglipVisionModel,
 )
@@ -27,6 +28,7 @@ from transformers.utils import CONFIG_NAME
 
 from redux.cmai import CMAI
 from redux.conversation import IMAGE
+from redux.loading import check_layout, load_model, load_tokenizer
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
 from redux.reduction import Reduction
 from redux.remote import fetched
@@ -39,6 +41,9 @@ TOWERS = {
     "siglip_vision_model": SiglipVisionModel,
 }
 """Image towers by the model_type of the checkpoint that holds them, beside a text tower or alone."""
+
+OTHER_WEIGHTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+"""What a whole CLIP or SigLIP holds besides its image tower."""
 
 LANGUAGES = {"llama": LlamaForCausalLM}
 """Language models by model_type; CMAI is an attention function of LLaMA's."""
@@ -65,8 +70,8 @@ def assemble(
         eye = load("tower", folder, TOWERS, dtype)
     with fetched(language, what="language") as folder:
         voice = load("language", folder, LANGUAGES, dtype, gguf_file)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-    prepare(tokenizer)
+        tokenizer = load_tokenizer(folder, "language", gguf_file=gguf_file)
+    prepare(tokenizer, voice.config, language)
     # many tokenizers name no limit, or 10^30
     tokenizer.model_max_length = min(tokenizer.model_max_length, voice.config.max_position_embeddings)
     grow(voice, len(tokenizer))
@@ -121,6 +126,29 @@ def configured(
     return config
 
 
+def check_parts(tower: str | PathLike, language: str | PathLike, gguf_file: str | None = None) -> None:
+    """Check that `assemble` would find all weights and a tokenizer in two local folders; weights are not read.
+
+    What is no local folder is passed over, and so is a GGUF file, which cannot be checked without reading it.
+    Raises ValueError as `assemble`.
+    """
+    if Path(tower).is_dir():
+        load("tower", tower, TOWERS, device_map="meta")
+    if Path(language).is_dir() and not gguf_file:
+        voice = load("language", language, LANGUAGES, device_map="meta")
+        prepare(load_tokenizer(language, "language"), voice.config, language)
+
+
+def check_checkpoint(checkpoint: str | PathLike, kind: Any = ReduxForConditionalGeneration) -> None:
+    """Check that a local folder holds a whole model and its tokenizer; weights are not read.
+
+    kind: the class that loads it.  Raises ValueError where weights are missing, unexpected or of another shape.
+    """
+    if Path(checkpoint).is_dir():
+        load_model(kind, checkpoint, what="checkpoint", device_map="meta")
+        load_tokenizer(checkpoint, "checkpoint")
+
+
 def reconfigured(checkpoint: str | PathLike, **methods: Any) -> ReduxConfig:
     """The configuration of a whole LLaVA with these settings of the method in place of its own; no weights are read.
 
@@ -128,9 +156,11 @@ def reconfigured(checkpoint: str | PathLike, **methods: Any) -> ReduxConfig:
     """
     with fetched(checkpoint, [CONFIG_NAME], "checkpoint") as folder:
         try:
-            kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+            saved, _ = PreTrainedConfig.get_config_dict(folder)
         except OSError as error:
             raise ValueError(f"checkpoint: got {checkpoint}, allowed: folder or hub id of a LLaVA") from error
+        check_layout(saved, checkpoint, "checkpoint")
+        kind = saved.get("model_type")
         if kind != ReduxConfig.model_type:
             raise ValueError(f"checkpoint: got {checkpoint} of model_type {kind}, allowed: {ReduxConfig.model_type}")
         config = ReduxConfig(**{**ReduxConfig.from_pretrained(folder).to_dict(), **methods})
@@ -182,26 +212,39 @@ def _checkpoint(kinds: Mapping[str, Any]) -> str:
 
 
 def load(
-    name: str, path: str | PathLike, kinds: Mapping[str, Any], dtype: torch.dtype, gguf_file: str | None = None
+    name: str,
+    path: str | PathLike,
+    kinds: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    gguf_file: str | None = None,
+    **options: Any,
 ) -> Any:
-    """The model of one of `kinds` in `path`; ValueError that says so where there is none, or not all of it."""
+    """Load the model of one of `kinds` in `path`; ValueError that says so where there is none, or not all of it.
+
+    options: more arguments of `from_pretrained`.
+    """
     config = _config(name, path, kinds, gguf_file)
     with _mistakes(name, path, kinds, gguf_file):
         kind: Any = next(kind for kind in kinds.values() if isinstance(config, kind.config_class))
-        model, loading = kind.from_pretrained(path, gguf_file=gguf_file, dtype=dtype, output_loading_info=True)
-    if missing := loading["missing_keys"]:
-        raise ValueError(f"{name}: got {path} without {min(missing)}, allowed: a checkpoint with all weights")
+        model = load_model(kind, path, what=name, ignored=OTHER_WEIGHTS, gguf_file=gguf_file, dtype=dtype, **options)
     if gguf_file:
         # it says that the weights are packed: they no longer are, and packed ones can neither be saved nor trained
         del model.config.quantization_config
     return model
 
 
-def prepare(tokenizer: PreTrainedTokenizerBase) -> None:
+def prepare(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, language: str | PathLike) -> None:
     """Give the tokenizer `<image>`, and a token to pad with: the unknown one as in LLaVA, or else the end of text.
 
-    ValueError where it has no token for the end of text: nobody could tell when an answer is over.
+    Raises:
+        ValueError: it has no token for the end of text, so nobody could tell when an answer is over; or more tokens
+            than the language model has rows, which would be random.
     """
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"language: got {language} with {len(tokenizer)} tokens in its tokenizer, allowed: up to "
+            f"{config.vocab_size}, the rows of its embeddings"
+        )
     if tokenizer.eos_token is None:
         raise ValueError(f"language: got the tokenizer of {tokenizer.name_or_path}, allowed: one with an eos_token")
     tokenizer.add_tokens(AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)
@@ -209,9 +252,9 @@ def prepare(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
 
-def grow(language: LlamaForCausalLM, size: int) -> None:
+def grow(language: PreTrainedModel, size: int) -> None:
     """Room for `size` tokens where there is less; a new row is the mean of the old ones, an unremarkable token."""
-    old = language.config.vocab_size
+    old = language.config.get_text_config().vocab_size
     if size <= old:
         return
     language.resize_token_embeddings(size, mean_resizing=False)

@@ -27,7 +27,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -36,8 +35,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from redux.conversation import IMAGE, TEMPLATES, Template, encode, pad
+from redux.conversation import IMAGE, TEMPLATES, Template, TemplateName, encode, pad
 from redux.image import Fit, pixels, rgb
+from redux.loading import check_layout, load_model, load_tokenizer
 from redux.model import ReduxForConditionalGeneration, normalise
 from redux.pretrained import TOWERS
 from redux.remote import fetched
@@ -316,44 +316,82 @@ def generate(
 def load(
     path: str | PathLike,
     *,
-    template: str = "vicuna_v1",
-    fit: Fit = "pad",
+    template: TemplateName | None = None,
+    fit: Fit | None = None,
+    allow_mismatch: bool = False,
     image: Known = "seen",
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     **methods: Any,
 ) -> Respondent:
-    """Who answers with the model in a folder, hub id or URL (s3://).
+    """Load the model in a folder, hub id or URL (s3://), to be asked as it was trained.
 
-    template, fit: of conversations (a name in TEMPLATES) and images of a LLaVA, as it was trained; other models know
-        their own.
-    dtype: None is that of the checkpoint.
-    device: None is CUDA where there is one.
-    methods: settings of the method in place of a LLaVA's own, by their names in redux.model.METHODS; other models can
-        have none.
-    ValueError where it is no image-text-to-text model of transformers.
+    Args:
+        template, fit: of conversations (a name in TEMPLATES) and images of a LLaVA.  None is how it was trained;
+            where it does not say, LLaVA-1.5's `vicuna_v1` and `pad`.  Other models know their own.
+        allow_mismatch: ask it in another way than it was trained.
+        image: whether it sees images, or answers from its own descriptions of them.
+        dtype: None is that of the checkpoint.
+        device: None is CUDA where there is one.
+        methods: settings of the method in place of a LLaVA's own, by their names in redux.model.METHODS; other models
+            can have none.
+
+    Raises:
+        ValueError: it is no image-text-to-text model of transformers, lacks weights, or was trained in another way
+            than it is to be asked.
     """
-    for name, value, allowed in (
-        ("template", template, tuple(TEMPLATES)),
-        ("fit", fit, get_args(Fit)),
-        ("image", image, get_args(Known)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}: got {value!r}, allowed: {', '.join(allowed)}")
+    if image not in get_args(Known):
+        raise ValueError(f"image: got {image!r}, allowed: {', '.join(get_args(Known))}")
+    resolve_format({}, template, fit)  # unknown names are refused before anything is read
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options: dict[str, Any] = {"dtype": dtype or "auto"}
     with fetched(path, what="model") as folder:
         respondent: Respondent
         if is_llava(folder):
-            llava = (
-                ReduxForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", **methods).eval().to(place)
-            )
-            respondent = Llava(llava, AutoTokenizer.from_pretrained(folder), TEMPLATES[template], fit)
+            asked_by, shown_by = resolve_format(settings(folder), template, fit, allow_mismatch)
+            llava = ReduxForConditionalGeneration.from_pretrained(folder, **options, **methods).eval().to(place)
+            respondent = Llava(llava, load_tokenizer(folder, "model"), TEMPLATES[asked_by], shown_by)
         else:
             if wanted := [name for name, value in methods.items() if value is not None]:
                 raise ValueError(f"{wanted[0]}: got one, allowed: None, as {path} is no LLaVA")
-            other = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto").eval().to(place)
-            respondent = Foreign(other, _processor(folder))
+            other = load_model(AutoModelForImageTextToText, folder, what="model", **options)
+            respondent = Foreign(other.eval().to(place), _processor(folder))
     return Described(respondent) if image == "described" else respondent
+
+
+def resolve_format(
+    config: Mapping[str, Any],
+    template: TemplateName | None = None,
+    fit: Fit | None = None,
+    allow_mismatch: bool = False,
+) -> tuple[TemplateName, Fit]:
+    """Return the conversation template and the image fit with which a LLaVA is to be asked.
+
+    Args:
+        config: the content of its config.json.
+        template, fit: what is wanted; None is how it was trained.
+        allow_mismatch: whether both may be others than those of the training.
+
+    Raises:
+        ValueError: an unknown name, another one than in training, or a model that was last trained on captions alone.
+    """
+    trained = {"template": config.get("conversation_template"), "fit": config.get("image_aspect_ratio")}
+    known = {"template": tuple(TEMPLATES), "fit": get_args(Fit)}
+    for name, value in {"template": template, "fit": fit}.items():
+        if value not in (None, *known[name]):
+            raise ValueError(f"{name}: got {value!r}, allowed: {', '.join(known[name])}")
+        if value is not None and trained[name] not in (None, value) and not allow_mismatch:
+            raise ValueError(
+                f"{name}: got {value}, allowed: {trained[name]}, with which the model was trained, or any other with "
+                "allow_mismatch"
+            )
+    chosen = template or trained["template"] or "vicuna_v1"
+    if chosen == "plain":
+        raise ValueError(
+            "template: got plain, which is for captions without questions, allowed: a model that was last trained with "
+            "questions, or another template with allow_mismatch"
+        )
+    return chosen, fit or trained["fit"] or "pad"
 
 
 def is_llava(path: str | PathLike) -> bool:
@@ -365,9 +403,9 @@ def is_llava(path: str | PathLike) -> bool:
 
 
 def settings(path: str | PathLike) -> dict[str, Any]:
-    """The configuration of the model in a folder, hub id or URL.
+    """Read the configuration of the model in a folder, hub id or URL.
 
-    ValueError where it is no image-text-to-text model of transformers.
+    ValueError where it is no image-text-to-text model of transformers, or in the layout of the LLaVA repository.
     """
     with fetched(path, [CONFIG_NAME], "model") as folder:
         try:
@@ -375,6 +413,7 @@ def settings(path: str | PathLike) -> dict[str, Any]:
         except OSError as error:
             why = " ".join(str(error).split())
             raise ValueError(f"model: got {path}, allowed: a folder, hub id or URL of a model; {why}") from error
+    check_layout(config, path, "model")
     if (kind := config.get("model_type")) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(
             f"model_type: got {kind} in the config.json of {path}, "

@@ -17,7 +17,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from PIL import Image
 
-from redux.conversation import IMAGE
+from redux.conversation import IMAGE, TemplateName
 from redux.image import Fit
 from redux.respondent import Answers, Known, load
 
@@ -29,7 +29,8 @@ class Redux(lmms):
     """lmms-eval's model `redux`.
 
     pretrained: folder, hub id or URL of the model.
-    template, fit, image, dtype: as `redux.respondent.load` takes them.
+    template, fit, allow_mismatch, image, dtype: as `redux.respondent.load` takes them; without them the model is asked
+        as it was trained.
     batch_size: prompts that are answered together.
     device: of a single process; of several, as `accelerate launch` starts them, each has its own.
     """
@@ -37,8 +38,9 @@ class Redux(lmms):
     def __init__(
         self,
         pretrained: str,
-        template: str = "vicuna_v1",
-        fit: Fit = "pad",
+        template: TemplateName | None = None,
+        fit: Fit | None = None,
+        allow_mismatch: bool = False,
         image: Known = "seen",
         dtype: str | None = None,
         batch_size: int | str = 1,
@@ -55,6 +57,7 @@ class Redux(lmms):
             pretrained,
             template=template,
             fit=fit,
+            allow_mismatch=allow_mismatch,
             image=image,
             dtype=dtype,
             device=self.accelerator.device if self._world_size > 1 else device,

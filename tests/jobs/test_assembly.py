@@ -233,9 +233,9 @@ def test_what_decides_nothing_may_change_without_a_word(load: Callable[..., Job]
 
 
 def test_folders_are_written_from_the_root_on_and_hub_ids_as_they_are(
-    load: Callable[..., Job], parts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., Job], parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(parts["tower"]).parent)
     job = load(f"model.tower={Path(parts['tower']).name}", "model.language=some/hub-id", *NO_SETS)
-    model = located(job).model
+    model = located(job, tmp_path).model
     assert (model.tower, model.language) == (str(Path(parts["tower"]).resolve()), "some/hub-id")

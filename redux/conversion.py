@@ -1,0 +1,122 @@
+"""Write a copy of a LLaVA checkpoint with the names and the layout of transformers.
+
+Two kinds of checkpoints hold the right weights under names that transformers does not know: those saved from a wrapped
+model (DDP, torch.compile, PEFT), and those of the LLaVA repository, which keep one configuration for the language model
+and, mostly, no image tower.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+from redux.conversation import IMAGE
+from redux.loading import check_loading, describe_names, load_tokenizer, report_damage, strip_wrappers
+from redux.model import ReduxConfig, ReduxForConditionalGeneration
+from redux.pretrained import TOWERS, grow, load, prepare
+
+TOWER_PREFIX = "model.vision_tower.vision_tower."
+
+LAYOUT = {
+    "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
+    "model.mm_projector.2.": "model.multi_modal_projector.linear_2.",
+    f"{TOWER_PREFIX}vision_model.": "model.vision_tower.",
+    "lm_head.": "lm_head.",
+    "model.": "model.language_model.",
+}
+"""Prefixes of names in the LLaVA repository and in transformers, the first that fits."""
+
+
+IMAGE_FITS = {"pad": "pad", "square": "crop"}
+"""How images become squares, by the name for it in the LLaVA repository."""
+
+
+def convert(source: str | PathLike) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:
+    """Load a checkpoint whatever wrapper or layout its names come from.
+
+    Args:
+        source: a local folder.
+
+    Raises:
+        ValueError: it is no LLaVA, or weights are missing, unexpected or of another shape.
+    """
+    folder = Path(source)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint: got {source}, allowed: a folder with a config.json; {error}") from None
+    with report_damage(folder, "checkpoint"):
+        weights = {strip_wrappers(name): weight for name, weight in read_weights(folder).items()}
+    if hint := describe_names(weights, folder):
+        raise ValueError(f"checkpoint: got {source}{hint}")
+    tokenizer = load_tokenizer(folder, "checkpoint")
+    if "mm_vision_tower" in config:
+        return _convert_layout(config, weights, tokenizer, folder), tokenizer
+    if config.get("model_type") != ReduxConfig.model_type:
+        raise ValueError(
+            f"checkpoint: got {source} of model_type {config.get('model_type')}, allowed: {ReduxConfig.model_type}"
+        )
+    return _build(ReduxConfig.from_pretrained(folder), weights, folder), tokenizer
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read all weights of a folder, of safetensors files or else of PyTorch's; never code.  ValueError without any."""
+    files = sorted(folder.glob("*.safetensors"))
+    pickled = [] if files else sorted(folder.glob("pytorch_model*.bin"))
+    if not files and not pickled:
+        raise ValueError(f"checkpoint: got {folder}, allowed: a folder with *.safetensors or pytorch_model*.bin")
+    parts: Iterable[Mapping[str, Tensor]] = (
+        *(load_file(file) for file in files),
+        *(torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in pickled),
+    )
+    return {name: weight for part in parts for name, weight in part.items()}
+
+
+def _build(config: ReduxConfig, weights: dict[str, Tensor], folder: Path) -> ReduxForConditionalGeneration:
+    dtype = next(iter(weights.values())).dtype
+    model, found = ReduxForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    check_loading(found, folder, "checkpoint")
+    return model
+
+
+def _convert_layout(
+    config: dict[str, Any], weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> ReduxForConditionalGeneration:
+    """Build the model of a checkpoint of the LLaVA repository; its image tower is fetched where it is not within."""
+    tower = load("mm_vision_tower", config["mm_vision_tower"], TOWERS, next(iter(weights.values())).dtype)
+    if not any(name.startswith(TOWER_PREFIX) for name in weights):
+        weights |= {f"{TOWER_PREFIX}vision_model.{name}": weight for name, weight in tower.state_dict().items()}
+    renamed = {_rename(name): weight for name, weight in weights.items()}
+    text = LlamaConfig(**{name: value for name, value in config.items() if not name.startswith("mm_")})
+    prepare(tokenizer, text, folder)
+    aspect_ratio = config.get("image_aspect_ratio") or "square"
+    if aspect_ratio not in IMAGE_FITS:
+        raise ValueError(f"image_aspect_ratio: got {aspect_ratio} in {folder}, allowed: {', '.join(IMAGE_FITS)}")
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    plain = ReduxConfig(
+        vision_config=tower.config.to_dict(),
+        text_config={**text.to_dict(), "model_type": "llama"},
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=config.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="full" if config.get("mm_vision_select_feature") == "cls_patch" else "default",
+        conversation_template="vicuna_v1",
+        image_aspect_ratio=IMAGE_FITS[aspect_ratio],
+        tie_word_embeddings=text.tie_word_embeddings,
+        **special,
+    )
+    model = _build(plain, renamed, folder)
+    grow(model, len(tokenizer))
+    return model
+
+
+def _rename(name: str) -> str:
+    prefix = next((prefix for prefix in LAYOUT if name.startswith(prefix)), "")
+    return LAYOUT[prefix] + name.removeprefix(prefix) if prefix else name

@@ -1,0 +1,146 @@
+"""Load checkpoints completely, or refuse them.
+
+transformers fills what it does not find with random numbers and ignores what it does not know; both are warnings.
+A model that is partly random trains and scores like any other, so here both are errors.  What transformers itself
+calls harmless (tied heads, buffers of older versions) stays harmless.
+"""
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+CONVERSION = "redux export {path} --out DIR writes a copy with the right names"
+
+WRAPPERS = {
+    "base_model.model.": "PEFT",
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel",
+}
+"""What a wrapper puts in front of each parameter's name, and which wrapper does."""
+
+POINTER = b"version https://git-lfs"
+
+ADAPTER = re.compile(r"\.(lora_|base_layer\.|modules_to_save\.)")
+"""In names of PEFT adapters that were not merged."""
+
+
+def load_model(kind: Any, path: str | os.PathLike, *, what: str, ignored: Collection[str] = (), **options: Any) -> Any:
+    """Load a model of a transformers class with all of its weights.
+
+    Args:
+        kind: the class; its `from_pretrained` is called.
+        path: folder or hub id.
+        what: the name of the checkpoint in an error.
+        ignored: prefixes of weights that the checkpoint may hold besides those of the model.
+        options: arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of another shape, or files are damaged.
+        OSError: there is no such checkpoint.
+    """
+    with report_damage(path, what):
+        # a weight of another shape would be a RuntimeError that does not name it
+        model, found = kind.from_pretrained(
+            path, output_loading_info=True, **{"ignore_mismatched_sizes": True, **options}
+        )
+    check_loading(found, path, what, ignored)
+    return model
+
+
+@contextmanager
+def report_damage(path: str | os.PathLike | None, what: str) -> Iterator[None]:
+    """Turn what readers raise for damaged files of weights into a ValueError that names the checkpoint."""
+    try:
+        yield
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        pointers = [file.name for file in sorted(Path(path or "").glob("*")) if _is_pointer(file)]
+        why = f"{pointers[0]} is a git-lfs pointer; git lfs pull fetches the file" if pointers else _shorten(str(error))
+        raise ValueError(f"{what}: got {path} with damaged weights, allowed: complete files ({why})") from error
+
+
+def check_loading(
+    found: Mapping[str, Any], path: str | os.PathLike | None, what: str, ignored: Collection[str] = ()
+) -> None:
+    """Raise a ValueError as `load_model` if transformers' loading information tells of an incomplete load."""
+    unexpected = sorted(name for name in found["unexpected_keys"] if not name.startswith(tuple(ignored)))
+    shapes = {name: f"{name} of shape {list(got)} for {list(wanted)}" for name, got, wanted in found["mismatched_keys"]}
+    problems = {
+        "without": sorted(found["missing_keys"] - shapes.keys()),
+        "with unknown": unexpected,
+        "with": [shapes[name] for name in sorted(shapes)],
+    }
+    told = [f"{problem} {_count(names)}" for problem, names in problems.items() if names]
+    if told:
+        raise ValueError(
+            f"{what}: got {path} {', '.join(told)}, allowed: a checkpoint with exactly the model's weights"
+            + describe_names(unexpected, path)
+        )
+
+
+def describe_names(names: Collection[str], path: str | os.PathLike | None) -> str:
+    """Describe where unexpected names come from and what to do, "" where they tell nothing."""
+    if any(ADAPTER.search(f".{name}") for name in names):
+        return "; these are PEFT adapters: merge them first, by merge_and_unload"
+    for prefix, wrapper in WRAPPERS.items():
+        if any(f".{prefix}" in f".{name}" for name in names):
+            return f"; these names were saved by {wrapper}: {CONVERSION.format(path=path)}"
+    return ""
+
+
+def load_tokenizer(folder: str | os.PathLike, what: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a folder; ValueError, naming the folder, where there is none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file tokenizers raises Exception itself
+        why = " ".join(str(error).split())
+        raise ValueError(f"{what}: got {folder}, allowed: a folder with a tokenizer that can be read; {why}") from error
+
+
+def check_layout(config: Mapping[str, Any], path: str | os.PathLike, what: str) -> None:
+    """Raise a ValueError for a checkpoint in the layout of the LLaVA repository, which transformers cannot read.
+
+    Args:
+        config: the content of its config.json.
+    """
+    if "mm_vision_tower" in config and "vision_config" not in config:
+        raise ValueError(
+            f"{what}: got {path} in the layout of the LLaVA repository, allowed: that of transformers; "
+            + CONVERSION.format(path=path)
+        )
+
+
+def strip_wrappers(name: str) -> str:
+    """Return a parameter's name without what wrappers put into it.
+
+    >>> strip_wrappers("module._orig_mod.model.language_model._orig_mod.norm.weight")
+    'model.language_model.norm.weight'
+    """
+    for prefix in WRAPPERS:
+        name = name.removeprefix(prefix) if prefix != "_orig_mod." else name.replace(prefix, "")
+    return strip_wrappers(name) if name.startswith(tuple(WRAPPERS)) else name
+
+
+def _count(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _shorten(text: str) -> str:
+    """The first sentence of an error."""
+    return " ".join(text.split()).partition(". ")[0]
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether git-lfs left a pointer where a file should be."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(POINTER)) == POINTER

@@ -1,0 +1,122 @@
+"""The processor and chat template that are saved with a model, so that any program asks it as it was trained.
+
+Training reads conversations by `redux.conversation.encode` and images by `redux.image.pixels`.  Programs that load the
+saved folder (transformers, vLLM) use a processor: a chat template for the text, an image processor for the pixels, and
+the number of image tokens.  What is built here gives the same token ids and the same pixels.
+
+transformers' LlavaProcessor counts one token a patch, plus `num_additional_image_tokens`.  Where tokens are removed
+that number is negative, so the count is that of the compressed image.
+"""
+
+import json
+from typing import Any
+
+from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor, PreTrainedTokenizerBase
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from redux.conversation import EOS, IMAGE, TEMPLATES, Template, TemplateName
+from redux.image import MEAN, STD, Fit
+from redux.model import ReduxConfig, ReduxForConditionalGeneration
+
+
+def write_chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Write a conversation template as the Jinja text that `apply_chat_template` renders; None for captions.
+
+    A content is a string or a list of parts; an image part becomes `<image>` and a newline in front of the turn's
+    text.  A first message of the role system takes the place of the template's own.
+    """
+    if not template.human:
+        return None
+    text = {
+        "bos": _opening(tokenizer),
+        "system": template.system,
+        "human": template.human,
+        "assistant": template.assistant,
+        "end": template.end.replace(EOS, tokenizer.eos_token or EOS),
+        "image": IMAGE,
+    }
+    literal = {name: json.dumps(value, ensure_ascii=False) for name, value in text.items()}
+    return _CHAT_TEMPLATE % literal
+
+
+_CHAT_TEMPLATE = """\
+{%%- macro text_of(content) -%%}
+{%%- if content is string -%%}{{ content }}
+{%%- else -%%}{%%- for part in content if part.type == "text" -%%}{{ part.text }}{%%- endfor -%%}{%%- endif -%%}
+{%%- endmacro -%%}
+{%%- macro has_image(content) -%%}
+{%%- if content is not string -%%}{%%- for part in content if part.type == "image" -%%}1{%%- endfor -%%}{%%- endif -%%}
+{%%- endmacro -%%}
+{{- %(bos)s -}}
+{%%- if messages and messages[0].role == "system" -%%}
+{{- text_of(messages[0].content) ~ " " -}}
+{%%- else -%%}
+{{- %(system)s -}}
+{%%- endif -%%}
+{%%- for message in messages -%%}
+{%%- if message.role == "user" -%%}
+{{- %(human)s -}}
+{%%- if has_image(message.content) -%%}
+{{- (%(image)s ~ "\\n" ~ text_of(message.content) | trim) | trim -}}
+{%%- else -%%}
+{{- text_of(message.content) -}}
+{%%- endif -%%}
+{%%- if not loop.last or add_generation_prompt -%%}{{- %(assistant)s -}}{%%- endif -%%}
+{%%- elif message.role == "assistant" -%%}
+{{- " " ~ text_of(message.content) ~ %(end)s -}}
+{%%- endif -%%}
+{%%- endfor -%%}
+"""
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that the tokenizer puts before a text, where writing it out gives the same ids; else "".
+
+    A template that is rendered to ids gets no special tokens besides its own.
+    """
+    probe = "USER: a"
+    whole = tokenizer(probe)["input_ids"]
+    bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token
+    if whole == bare or not bos:
+        return ""
+    return bos if tokenizer(bos + probe, add_special_tokens=False)["input_ids"] == whole else ""
+
+
+def build_processor(config: ReduxConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
+    """Build the processor of a model whose configuration says how it was trained.
+
+    The tokenizer's own chat template is replaced, as the model did not learn from it.
+    """
+    size = config.vision_config.image_size
+    template = config.conversation_template and write_chat_template(TEMPLATES[config.conversation_template], tokenizer)
+    tokenizer.chat_template = template
+    options: dict[str, Any] = {
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+    }
+    pads = config.image_aspect_ratio == "pad"
+    removes_class_token = config.vision_feature_select_strategy == "default"
+    return LlavaProcessor(
+        image_processor=LlavaImageProcessorPil(do_pad=True, **options) if pads else CLIPImageProcessorPil(**options),
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=config.image_seq_length - config.patches + removes_class_token,
+        image_token=IMAGE,
+        chat_template=template,
+    )
+
+
+def describe_training(
+    model: ReduxForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, template: TemplateName, fit: Fit
+) -> None:
+    """Note in a model how it was trained: conversation template, image fit, and the tokens that end an answer or pad.
+
+    Generation settings become greedy, whatever those of the language model were before.
+    """
+    model.config.conversation_template, model.config.image_aspect_ratio = template, fit
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(do_sample=False, **special)
