@@ -237,7 +237,7 @@ def test_a_model_that_is_there_is_only_evaluated(finished: tuple[Path, str], ray
         "name: asked\n"
         "data: {source: null}\n"
         f"model: {{checkpoint: {run}/checkpoints/instruct/model, vmtc: null, cmai: {{maximum: 0.3}}}}\n"
-        "evaluate: {tasks: {instructions: {limit: 2, max_new_tokens: 8}}, template: vicuna_bare}\n"
+        "evaluate: {tasks: {instructions: {limit: 2, max_new_tokens: 8}}}\n"
     )
     address = ray_cluster.get_runtime_context().gcs_address
     subprocess.run(
