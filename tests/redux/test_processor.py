@@ -1,0 +1,147 @@
+"""Programs that load a saved folder by transformers' own classes ask the model as it was trained."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from redux import respondent
+from redux.conversation import IMAGE, TEMPLATES, TemplateName, encode
+from redux.image import Fit, pixels
+from redux.model import ReduxForConditionalGeneration, normalise
+from redux.processor import build_processor, describe_training
+from redux.respondent import Llava
+from redux.vmtc import VMTC
+
+Tiny = Callable[..., ReduxForConditionalGeneration]
+
+TURNS = {
+    "question": [("user", True, "Is it a red circle?")],
+    "without image": [("user", False, "Is it a red circle?")],
+    "spaces": [("user", True, "  Is it a red circle? \n")],
+    "image alone": [("user", True, "")],
+    "several turns": [
+        ("user", True, "Is it a red circle?"),
+        ("assistant", False, "yes, it is."),
+        ("user", False, "Is it a shape?"),
+    ],
+}
+
+
+def picture(width: int = 50, height: int = 37) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def as_file(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def saved(tiny: Tiny, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., Path]:
+    """Folder of a model that was trained with a template and an image fit."""
+
+    def save(template: TemplateName, fit: Fit = "pad", vmtc: VMTC | None = None) -> Path:
+        model = tiny(vmtc=vmtc)
+        tokenizer.chat_template = "{{ messages }}"  # one that the model did not learn from
+        describe_training(model, tokenizer, template, fit)
+        model.save_pretrained(tmp_path)
+        build_processor(model.config, tokenizer).save_pretrained(tmp_path)
+        return tmp_path
+
+    return save
+
+
+def conversation(turns: list[tuple[str, bool, str]]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """As messages of a chat, and as turns of a LLaVA record."""
+    messages, record = [], []
+    for role, shows, text in turns:
+        parts: list[dict[str, Any]] = [{"type": "image", "image": picture()}] if shows else []
+        messages.append({"role": role, "content": [*parts, {"type": "text", "text": text}]})
+        value = f"{IMAGE}\n{text.strip()}".strip() if shows else text
+        record.append({"from": {"user": "human", "assistant": "gpt"}[role], "value": value})
+    return messages, record
+
+
+@pytest.mark.parametrize("kind", TURNS)
+@pytest.mark.parametrize("vmtc", [None, VMTC()], ids=["all tokens", "half"])
+@pytest.mark.parametrize("template", ["vicuna_v1", "vicuna_bare"])
+def test_the_processor_gives_the_ids_of_training(
+    saved: Callable[..., Path], template: TemplateName, vmtc: VMTC | None, kind: str
+) -> None:
+    folder = saved(template, vmtc=vmtc)
+    messages, record = conversation(TURNS[kind])
+    processor = AutoProcessor.from_pretrained(folder)
+    got = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    count = 8 if vmtc else 16
+    expected, _ = encode(AutoTokenizer.from_pretrained(folder), record, TEMPLATES[template], count)
+    assert got["input_ids"][0] == expected.tolist()
+    assert sum(token == processor.image_token_id for token in expected) == count * any(
+        shows for _, shows, _ in TURNS[kind]
+    )
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+@pytest.mark.parametrize("size", [(50, 37), (20, 64), (32, 32)])
+def test_the_processor_gives_the_pixels_of_training(
+    saved: Callable[..., Path], fit: Fit, size: tuple[int, int]
+) -> None:
+    processor = AutoProcessor.from_pretrained(saved("vicuna_v1", fit))
+    image = picture(*size)
+    got = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+    expected = normalise(torch.from_numpy(pixels(as_file(image), 32, fit)[None].copy()))[0]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)  # the same grey levels, normalised in another order
+
+
+def test_generation_is_greedy_and_ends_as_the_template_does(saved: Callable[..., Path]) -> None:
+    folder = saved("vicuna_v1")
+    tokenizer, settings = AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+    assert (settings.eos_token_id, settings.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert not settings.do_sample
+
+
+def test_a_system_message_takes_the_place_of_the_templates(saved: Callable[..., Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(saved("vicuna_v1"))
+    system = {"role": "system", "content": "Is it red?"}
+    text = tokenizer.apply_chat_template([system, {"role": "user", "content": "yes"}], tokenize=False)
+    assert text.removeprefix(tokenizer.bos_token) == "Is it red? USER: yes"
+
+
+def test_captions_leave_no_chat_template(saved: Callable[..., Path]) -> None:
+    folder = saved("plain")
+    assert AutoTokenizer.from_pretrained(folder).chat_template is None
+    with pytest.raises(ValueError, match=r"template: got plain, .* allowed: a model that was last trained with que"):
+        respondent.load(folder)
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "vicuna_bare"])
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_a_model_is_asked_as_it_was_trained(saved: Callable[..., Path], template: TemplateName, fit: Fit) -> None:
+    folder = saved(template, fit)
+    asked = respondent.load(folder)
+    assert isinstance(asked, Llava)
+    assert (asked.template, asked.fit) == (TEMPLATES[template], fit)
+    other_fit: Fit = "crop" if fit == "pad" else "pad"
+    with pytest.raises(ValueError, match=f"fit: got {other_fit}, allowed: {fit}, with which the model was trained"):
+        respondent.load(folder, fit=other_fit)
+    other_template: TemplateName = "vicuna_bare" if template == "vicuna_v1" else "vicuna_v1"
+    with pytest.raises(ValueError, match=f"template: got {other_template}, allowed: {template}"):
+        respondent.load(folder, template=other_template)
+    mismatched = respondent.load(folder, template=other_template, fit=other_fit, allow_mismatch=True)
+    assert isinstance(mismatched, Llava)
+    assert (mismatched.template, mismatched.fit) == (TEMPLATES[other_template], other_fit)
+
+
+def test_a_model_that_does_not_say_is_asked_as_llava(tiny: Tiny, tokenizer: Any, tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked = respondent.load(tmp_path)
+    assert isinstance(asked, Llava)
+    assert (asked.template, asked.fit) == (TEMPLATES["vicuna_v1"], "pad")
