@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     if not sys.stderr.isatty():  # a log of days, in which each refresh of a bar is a line; read when tqdm is imported
         os.environ.setdefault("TQDM_MININTERVAL", "10")
+    # transformers' own bars, one a file that it reads; read when it is imported
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # a scheduler's SIGTERM is Ctrl-C by other means: both unwind the same way, so neither leaves a process behind
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -23,6 +23,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from jobs.command import EXIT_INTERRUPTED
+from redux.extras import write_install_command
 
 RUN = "redux_run"
 """Key in a submission's metadata of the name of its run."""
@@ -53,7 +54,7 @@ TOKEN = (
 def cluster(address: str) -> Iterator[JobSubmissionClient]:
     """Who speaks with the cluster at an address; ValueError, in one line, for whatever it does not answer."""
     if find_spec("aiohttp") is None or find_spec("requests") is None:
-        raise ValueError('jobs on a cluster: pip install "redux-vlm[cluster]" adds the packages that this needs')
+        raise ValueError(f"jobs on a cluster need more packages: {write_install_command('cluster')}")
     import aiohttp
 
     address = address.rstrip("/")

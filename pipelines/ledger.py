@@ -73,6 +73,18 @@ class Account:
         return self.productive / self.total if self.total else 0.0
 
 
+class Loop(NamedTuple):
+    """Seconds of a stage's training loop: those of the account's parts of the same names that are this stage's."""
+
+    productive: float
+    data: float
+    checkpoint: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
 class Step(NamedTuple):
     """Microseconds of a step, by part of the account, for as long as it stands."""
 
@@ -102,6 +114,15 @@ class Ledger:
     def account(self) -> Account:
         seconds = {part: spent / 1e6 for part, spent in self._parts.items()}
         return Account(**seconds, restarts=self._restarts, lost_steps=self._lost_steps)
+
+    @property
+    def loops(self) -> dict[str, Loop]:
+        """By stage; of all stages together they are the account's productive, data and checkpoint."""
+        return {
+            stage: Loop(*(sum(getattr(step, part) for step in steps) / 1e6 for part in Loop._fields))
+            for stage, steps in self._steps.items()
+            if steps
+        }
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Divide the time since the event before; a kind that is not known only passes time."""

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from torch import nn
 
 from pipelines.stage import Lora
+from redux.extras import write_install_command
 from redux.model import ReduxForConditionalGeneration
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -20,7 +21,7 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def require(what: str = "lora") -> None:
     """ValueError where peft is not installed.  what: the setting that asks for it."""
     if find_spec("peft") is None:
-        raise ValueError(f'{what}: got one, allowed: null; pip install "redux-vlm[lora]" adds the package peft')
+        raise ValueError(f"{what}: got one, allowed: null, or the package peft: {write_install_command('lora')}")
 
 
 def wrap(llava: ReduxForConditionalGeneration, lora: Lora) -> None:

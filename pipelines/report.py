@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from annotated_types import Ge
 
 from pipelines import ledger, lines, page
-from pipelines.ledger import Account
+from pipelines.ledger import Account, Loop
 from pipelines.page import ACCENT, FAINT, INK, STYLE, number, quiet, svg
+from redux.extras import write_install_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,25 +112,21 @@ class Confusion(NamedTuple):
 
 
 class Throughput(NamedTuple):
-    """Sums over the steps of a stage; seconds are those of its training loop, start-up apart."""
+    """Sums over the steps of a stage that stand; seconds are the ledger's, as in the account of the wall time."""
 
     stage: str
     steps: int
     samples: float
     tokens: float
-    compute_s: float
-    data_s: float
-
-    @property
-    def loop_s(self) -> float:
-        return self.compute_s + self.data_s
+    loop: Loop
 
     def per_second(self, amount: float) -> float:
-        return amount / self.loop_s if self.loop_s else math.nan
+        return amount / self.loop.total if self.loop.total else math.nan
 
     @property
     def waiting(self) -> float:
-        return self.data_s / self.loop_s if self.loop_s else math.nan
+        """Share of the loop that was spent waiting for data."""
+        return self.loop.data / self.loop.total if self.loop.total else math.nan
 
 
 class Part(NamedTuple):
@@ -195,7 +192,8 @@ def _render(run: Path, examples: Sequence[Example]) -> str:
     metrics = json.loads(_text(run / "metrics.json") or "{}")
     stages = _stages(lines.read(run / "metrics.jsonl"))
     answers = _judged(run / "answers" / "easy_vqa.jsonl")
-    account = ledger.read(run).account
+    book = ledger.read(run)
+    account, loops = book.account, book.loops
     return page.render(
         "report.html.j2",
         name=_name(job) or run.resolve().name,
@@ -204,12 +202,13 @@ def _render(run: Path, examples: Sequence[Example]) -> str:
         total=_total(metrics, answers),
         scores=_scores(answers),
         followed=_followed(lines.read(run / "answers" / "instructions.jsonl")),
+        punkt_command=write_install_command("instructions"),
         splitter=json.loads(_text(run / "answers" / "asked.json") or "{}").get("splitter"),
         asked=Score("all", sum(row["correct"] for row in answers), len(answers)),
         confusions=_confusions(answers),
         wrong=sum(not row["correct"] for row in answers),
         plots=[_plot(stage, rows) for stage, rows in stages.items()],
-        throughput=[_throughput(stage, rows) for stage, rows in stages.items()],
+        throughput=[_throughput(stage, rows, loops[stage]) for stage, rows in stages.items() if stage in loops],
         spans=_spans(metrics),
         account=account,
         parts=_parts(account),
@@ -292,9 +291,9 @@ def _confusions(answers: Iterable[Mapping[str, Any]]) -> list[Confusion]:
     ]
 
 
-def _throughput(stage: str, rows: Sequence[Mapping[str, Any]]) -> Throughput:
-    sums = (sum(row.get(key) or 0.0 for row in rows) for key in ("samples", "tokens", "compute_s", "data_s"))
-    return Throughput(STAGES.get(stage, stage), len(rows), *sums)
+def _throughput(stage: str, rows: Sequence[Mapping[str, Any]], loop: Loop) -> Throughput:
+    samples, tokens = (sum(row.get(key) or 0.0 for row in rows) for key in ("samples", "tokens"))
+    return Throughput(STAGES.get(stage, stage), len(rows), samples, tokens, loop)
 
 
 def _spans(metrics: Mapping[str, float]) -> list[tuple[str, float]]:

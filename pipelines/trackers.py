@@ -35,6 +35,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pipelines import storage
+from redux.extras import write_install_command
 
 Name = Literal["tensorboard", "mlflow", "wandb"]
 FILE = "trackers.json"
@@ -231,7 +232,7 @@ def require(names: Iterable[str]) -> None:
             raise ValueError(f"trackers: got {name}, allowed: {', '.join(allowed)}")
         if not _installed(name):
             there = ", ".join(filter(_installed, allowed))
-            raise ValueError(f'trackers: got {name}, allowed: {there}; pip install "redux-vlm[{name}]" adds it')
+            raise ValueError(f"trackers: got {name}, allowed: {there}, or {name}: {write_install_command(name)}")
         if name == "wandb":
             _require_key()
 

@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
+from redux.extras import write_install_command
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's training images, in 0..1 (OpenAI CLIP)."""
@@ -34,7 +36,7 @@ def pixels(image: bytes, size: int, fit: Fit = "pad", way: Way = "exact") -> UIn
 
     "exact" equals LLaVA-1.5 to the bit: Image.convert("RGB"), thus no turning by EXIF and transparency dropped, for
     "pad" its expand2square, then transformers' CLIP image processor on Pillow.  "fast" differs from it by at most 2 of
-    255 levels, by 0.004 on average in photos, and needs the extra redux-vlm[fast].
+    255 levels, by 0.004 on average in photos, and needs the extra `fast`.
 
     ValueError: no image, a truncated one, or one that Pillow takes for a decompression bomb, also after padding or
     resizing.  A JPEG damaged in its middle is what Pillow makes of it, partly grey, as it is for LLaVA.
@@ -77,7 +79,7 @@ def _jpeg(image: bytes) -> Picture:
     try:
         import simplejpeg
     except ImportError as error:
-        raise ValueError('way="fast" needs simplejpeg: pip install "redux-vlm[fast]"') from error
+        raise ValueError(f'way="fast" needs simplejpeg: {write_install_command("fast")}') from error
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
         _check(height, width)

@@ -5,6 +5,7 @@ A model that is partly random trains and scores like any other, so here both are
 calls harmless (tied heads, buffers of older versions) stays harmless.
 """
 
+import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -56,13 +57,21 @@ def load_model(kind: Any, path: str | os.PathLike, *, what: str, ignored: Collec
 
 @contextmanager
 def report_damage(path: str | os.PathLike | None, what: str) -> Iterator[None]:
-    """Turn what readers raise for damaged files of weights into a ValueError that names the checkpoint."""
+    """Turn what readers raise for damaged files of weights into a ValueError that names the checkpoint.
+
+    transformers' table of weights that it misses is not shown: `check_loading` says the same in one line.
+    """
+    reporter = logging.getLogger("transformers.modeling_utils")
+    level = reporter.level
+    reporter.setLevel(logging.ERROR)
     try:
         yield
     except (SafetensorError, UnpicklingError, EOFError) as error:
         pointers = [file.name for file in sorted(Path(path or "").glob("*")) if _is_pointer(file)]
         why = f"{pointers[0]} is a git-lfs pointer; git lfs pull fetches the file" if pointers else _shorten(str(error))
         raise ValueError(f"{what}: got {path} with damaged weights, allowed: complete files ({why})") from error
+    finally:
+        reporter.setLevel(level)
 
 
 def check_loading(

@@ -28,6 +28,7 @@ from transformers.utils import CONFIG_NAME
 
 from redux.cmai import CMAI
 from redux.conversation import IMAGE
+from redux.extras import write_install_command
 from redux.loading import check_layout, load_model, load_tokenizer
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
 from redux.reduction import Reduction
@@ -200,7 +201,9 @@ def _mistakes(name: str, path: str | PathLike, kinds: Mapping[str, Any], gguf_fi
     try:
         yield
     except ImportError as error:
-        raise ValueError(f'{name}: got {path}, pip install "redux-vlm[pretrained]" may help: {error}') from error
+        raise ValueError(
+            f"{name}: got {path}, which needs another package ({error}); perhaps {write_install_command('pretrained')}"
+        ) from error
     except OSError as error:
         if gguf_file:
             raise ValueError(f"gguf_file: got {gguf_file}, allowed: a file in {path}") from error

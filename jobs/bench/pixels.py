@@ -2,7 +2,8 @@
 
     python jobs/bench/pixels.py
 
-JPEGs of 640 x 480 as a camera might make them, smooth colours with edges and noise, on one core; needs redux-vlm[fast].
+JPEGs of 640 x 480 as a camera might make them, smooth colours with edges and noise, on one core; needs the
+extra `fast`.
 The result is printed and added to pixels.jsonl beside this file; ratios within one run are what can be compared.
 """
 

@@ -160,8 +160,20 @@ def test_header_holds_name_accuracy_interval_and_wall_time(run: Path):
     assert "11 min 40 s" in words
 
 
-def test_throughput_divides_by_the_seconds_of_the_loop(run: Path):
-    assert page(run).row("Instruction tuning")[1:] == ["80", "80", "8,000", "24.0 s", "8.0 s", "25.0 %"]
+def test_the_training_loop_has_the_seconds_of_the_account(run: Path):
+    """A stage's first batch is waited for while it starts up; both tables say so, and agree."""
+    steps = [
+        {"event": "step", "stage": "instruct", "step": number, "at": at, "data_s": data, "compute_s": 6, "stall_s": 1}
+        for number, at, data in ((1, 40.0, 24.0), (2, 50.0, 2.0), (3, 60.0, 3.0))
+    ]
+    launch = {"event": "launch", "stage": "instruct", "at": 0.0}
+    jsonl(run / "ledger.jsonl", [launch, *steps, {"event": "end", "stage": "instruct", "at": 60.0}])
+    read = page(run)
+    assert read.row("computing")[1] == read.row("Instruction tuning")[4] == "18.0 s"
+    assert read.row("waiting for data")[1] == read.row("Instruction tuning")[5] == "5.0 s"
+    assert read.row("checkpoints")[1] == "3.0 s"
+    assert read.row("starting up")[1] == "33.0 s"
+    assert read.row("Instruction tuning")[6] == "19.2 %"  # 5 of 26 seconds
 
 
 def test_wall_time_is_split_among_the_steps_and_what_is_left(run: Path):

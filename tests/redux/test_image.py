@@ -1,6 +1,7 @@
 """The tower gets LLaVA's pixels, to the bit: what transformers' CLIP processor makes of its padded or whole picture."""
 
 import io
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from redux.extras import write_install_command
 from redux.image import MEAN, STD, Fit, Way, pixels, prepared
 from redux.model import normalise
 
@@ -239,7 +241,7 @@ def test_an_image_too_long_to_pad_or_to_crop_is_an_error():
 
 def test_the_fast_way_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    with pytest.raises(ValueError, match=r'pip install "redux-vlm\[fast\]"'):
+    with pytest.raises(ValueError, match=re.escape(write_install_command("fast"))):
         pixels(file(noise(8, 8)), SIDE, way="fast")
 
 

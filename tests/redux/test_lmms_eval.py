@@ -20,7 +20,7 @@ from redux.respondent import load
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None,
-    reason='lmms-eval is not installed: pip install "redux-vlm[lmms-eval]", in an environment of its own',
+    reason='lmms-eval is not installed: pip install -e ".[lmms-eval]", in an environment of its own',
 )
 NAMES = {id: f"redux_{each.name.replace(' ', '_')}" for id, each in INSTRUCTIONS.items()}
 
