@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipelines import trackers
 from pipelines.trackers import FILE, TRACKERS, Tracker, Trackers, require
+from redux.extras import write_install_command
 
 SETTINGS = {"name": "job", "train": {"tower": {"epochs": 2, "data": None}}, "many": {str(n): n for n in range(150)}}
 # the port of discard, where nobody listens
@@ -313,7 +314,6 @@ def test_no_tracker_loads_torch(tmp_path: Path):
 import sys
 from pathlib import Path
 from pipelines.trackers import TRACKERS, Trackers
-from redux.extras import write_install_command
 shown = Trackers(TRACKERS, Path({str(tmp_path)!r}), "job", "tower", 0, {{}}, print)
 shown.write(1, {{"loss": 1}})
 assert set(shown.open) == set(TRACKERS)
