@@ -62,8 +62,7 @@ def report_damage(path: str | os.PathLike | None, what: str) -> Iterator[None]:
     transformers' table of weights that it misses is not shown: `check_loading` says the same in one line.
     """
     reporter = logging.getLogger("transformers.modeling_utils")
-    level = reporter.level
-    reporter.setLevel(logging.ERROR)
+    reporter.addFilter(_is_no_report)  # and not its level: at that of errors it tells of layers that are not sharded
     try:
         yield
     except (SafetensorError, UnpicklingError, EOFError) as error:
@@ -71,7 +70,7 @@ def report_damage(path: str | os.PathLike | None, what: str) -> Iterator[None]:
         why = f"{pointers[0]} is a git-lfs pointer; git lfs pull fetches the file" if pointers else _shorten(str(error))
         raise ValueError(f"{what}: got {path} with damaged weights, allowed: complete files ({why})") from error
     finally:
-        reporter.setLevel(level)
+        reporter.removeFilter(_is_no_report)
 
 
 def check_loading(
@@ -145,6 +144,10 @@ def _count(names: list[str]) -> str:
 def _shorten(text: str) -> str:
     """The first sentence of an error."""
     return " ".join(text.split()).partition(". ")[0]
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _is_pointer(file: Path) -> bool:
