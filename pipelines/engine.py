@@ -19,6 +19,7 @@ from pipelines.stage import Plan, Schedule
 from redux import contrastive, model
 from redux.contrastive import Contrastive
 from redux.conversation import IGNORE
+from redux.loading import load_model
 from redux.model import ReduxForConditionalGeneration
 from redux.remote import fetched
 
@@ -99,7 +100,7 @@ def load(path: str) -> CLIPModel | ReduxForConditionalGeneration:
     """The model in a folder or at a URL, of one of the two kinds that stages make."""
     kinds = {"clip": CLIPModel, "llava": ReduxForConditionalGeneration}
     with fetched(path) as folder:
-        return kinds[AutoConfig.from_pretrained(folder).model_type].from_pretrained(folder)
+        return load_model(kinds[AutoConfig.from_pretrained(folder).model_type], folder, what="start")
 
 
 def trained(module: Trainee, plan: Plan) -> CLIPModel | ReduxForConditionalGeneration:

@@ -15,7 +15,9 @@ from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from redux.conversation import IMAGE
 
 CONVERSION = "redux export {path} --out DIR writes a copy with the right names"
 
@@ -111,6 +113,19 @@ def load_tokenizer(folder: str | os.PathLike, what: str, **options: Any) -> PreT
     except Exception as error:  # of a damaged file tokenizers raises Exception itself
         why = " ".join(str(error).split())
         raise ValueError(f"{what}: got {folder}, allowed: a folder with a tokenizer that can be read; {why}") from error
+
+
+def check_image_token(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, path: str | os.PathLike, what: str
+) -> None:
+    """Raise a ValueError unless the tokenizer's `<image>` is the token that the model puts an image in place of."""
+    known = IMAGE in tokenizer.get_vocab()
+    if not known or tokenizer.convert_tokens_to_ids(IMAGE) != config.image_token_id:
+        got = tokenizer.convert_tokens_to_ids(IMAGE) if known else f"no {IMAGE}"
+        raise ValueError(
+            f"{what}: got {path} with {got} in its tokenizer, allowed: {IMAGE} as token {config.image_token_id}, which "
+            "the model's configuration names"
+        )
 
 
 def check_layout(config: Mapping[str, Any], path: str | os.PathLike, what: str) -> None:

@@ -29,7 +29,7 @@ from transformers.utils import CONFIG_NAME
 from redux.cmai import CMAI
 from redux.conversation import IMAGE
 from redux.extras import write_install_command
-from redux.loading import check_layout, load_model, load_tokenizer
+from redux.loading import check_image_token, check_layout, check_loading, load_model, load_tokenizer
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
 from redux.reduction import Reduction
 from redux.remote import fetched
@@ -89,7 +89,11 @@ def assemble(
     parts = {"model.vision_tower": eye, "model.language_model": voice.model, "lm_head": voice.lm_head}
     weights = {f"{part}.{name}": weight for part in parts for name, weight in parts[part].state_dict().items()}
     # takes the tensors themselves, not copies, and draws what is missing: the projector
-    model = ReduxForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    model, found = ReduxForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    drawn = {name for name in found["missing_keys"] if name.startswith("model.multi_modal_projector.")}
+    check_loading({**found, "missing_keys": found["missing_keys"] - drawn}, language, "language")
     return model, tokenizer
 
 
@@ -146,8 +150,10 @@ def check_checkpoint(checkpoint: str | PathLike, kind: Any = ReduxForConditional
     kind: the class that loads it.  Raises ValueError where weights are missing, unexpected or of another shape.
     """
     if Path(checkpoint).is_dir():
-        load_model(kind, checkpoint, what="checkpoint", device_map="meta")
-        load_tokenizer(checkpoint, "checkpoint")
+        model = load_model(kind, checkpoint, what="checkpoint", device_map="meta")
+        tokenizer = load_tokenizer(checkpoint, "checkpoint")
+        if isinstance(model, ReduxForConditionalGeneration):
+            check_image_token(tokenizer, model.config, checkpoint, "checkpoint")
 
 
 def reconfigured(checkpoint: str | PathLike, **methods: Any) -> ReduxConfig:

@@ -37,7 +37,7 @@ from transformers.utils import CONFIG_NAME
 
 from redux.conversation import IMAGE, TEMPLATES, Template, TemplateName, encode, pad
 from redux.image import Fit, pixels, rgb
-from redux.loading import check_layout, load_model, load_tokenizer
+from redux.loading import check_image_token, check_layout, load_model, load_tokenizer
 from redux.model import ReduxForConditionalGeneration, normalise
 from redux.pretrained import TOWERS
 from redux.remote import fetched
@@ -350,7 +350,9 @@ def load(
         if is_llava(folder):
             asked_by, shown_by = resolve_format(settings(folder), template, fit, allow_mismatch)
             llava = ReduxForConditionalGeneration.from_pretrained(folder, **options, **methods).eval().to(place)
-            respondent = Llava(llava, load_tokenizer(folder, "model"), TEMPLATES[asked_by], shown_by)
+            tokenizer = load_tokenizer(folder, "model")
+            check_image_token(tokenizer, llava.config, path, "model")
+            respondent = Llava(llava, tokenizer, TEMPLATES[asked_by], shown_by)
         else:
             if wanted := [name for name, value in methods.items() if value is not None]:
                 raise ValueError(f"{wanted[0]}: got one, allowed: None, as {path} is no LLaVA")
@@ -428,3 +430,7 @@ def _processor(folder: str) -> Any:
     except ImportError as error:  # of Qwen2.5-VL, torchvision
         why = " ".join(str(error).split())
         raise ValueError(f"model: got {folder}, whose processor needs another package: {why}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model: got {folder}, allowed: a folder with a processor that can be read; {error}"
+        ) from error

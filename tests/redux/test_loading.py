@@ -137,6 +137,16 @@ def test_a_tokenizer_that_cannot_be_read_is_named(whole: Path, tmp_path: Path, c
         load_tokenizer(folder, "model")
 
 
+@pytest.mark.parametrize("loader", ["asked", "checked"])
+def test_a_tokenizer_without_the_image_token_is_refused(whole: Path, tmp_path: Path, loader: str) -> None:
+    """The image's place would be an unknown word, and the model would not see it."""
+    folder = shutil.copytree(whole, tmp_path / "blind")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_token_id": 7, "image_token_index": 7}))
+    with pytest.raises(ValueError, match=f"got {folder} with 4 in its tokenizer, allowed: <image> as token 7"):
+        LOADERS[loader](folder)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
 def test_names_of_wrappers_are_converted(
     changed: Callable[[Callable[[Weights], Weights]], Path], tiny: Tiny, prefix: str
