@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redux.cost import cost
-from redux.model import METHODS, ReduxConfig
+from redux.model import ReduxConfig
 from redux.presets import PRESETS, SIZES, Preset, llava
+from redux.settings import METHODS
 
 COLUMNS = "{:<18} {:>6}  {:<40} {:>8} {:>6} {:>7}  {}"
 

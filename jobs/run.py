@@ -44,10 +44,12 @@ from pipelines import (
     train,
 )
 from pipelines import records as check
-from pipelines.stage import Plan
+from pipelines.plan import Plan
+from pipelines.sets import Making, Source
 from redux import pretrained, respondent
+from redux.architecture import Language, Model, Tower, image_tokens
 from redux.conversation import TEMPLATES, Template, word_tokenizer
-from redux.model import Language, Model, ReduxConfig, ReduxForConditionalGeneration, Tower, image_tokens
+from redux.model import ReduxConfig, ReduxForConditionalGeneration
 from redux.remote import fetched
 
 T = TypeVar("T")
@@ -177,7 +179,7 @@ def _check_weights(job: Job, folder: Path) -> None:
         raise ValueError(f"model.{error}") from None
 
 
-def _subject(job: Job, settings: evaluate.Evaluate, stages: dict[str, Plan]) -> evaluate.Subject:
+def _subject(job: Job, settings: tasks.Evaluate, stages: dict[str, Plan]) -> evaluate.Subject:
     """Who is evaluated: what the last stage made, or without one the checkpoint."""
     asked = {name: getattr(settings, name) for name in ("template", "fit", "allow_mismatch")}
     if stages:
@@ -277,7 +279,7 @@ def _with_format(job: Job, folder: Path) -> Job:
     return replace(job, train=train, evaluate=asked)
 
 
-def _readable(name: str, source: shards.Source) -> shards.Source:
+def _readable(name: str, source: Source) -> Source:
     """With its paths from the root on; ValueError where there are no records."""
     url = storage.absolute(source.json)
     if not storage.exists(url):
@@ -285,7 +287,7 @@ def _readable(name: str, source: shards.Source) -> shards.Source:
     return replace(source, json=url, images=storage.absolute(source.images))
 
 
-def _asked(settings: evaluate.Evaluate) -> dict[tasks.Name, tasks.Asking]:
+def _asked(settings: tasks.Evaluate) -> dict[tasks.Name, tasks.Asking]:
     """The tasks, their files looked at once."""
     result = dict(settings.tasks)
     for name, asking in settings.tasks.items():
@@ -385,10 +387,10 @@ def _put(path: Path, text: str) -> None:
 def _shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence[Template]) -> None:
     """The sets that the job makes; and, for a model that starts from nothing, a tokenizer."""
     for name, source in job.data.make.items():
-        making = shards.Making(**{each.name: getattr(source, each.name) for each in fields(shards.Making)})
+        making = Making(**{each.name: getattr(source, each.name) for each in fields(Making)})
         shards.make(check.read(storage.read(source.json), source.json), source.images, sets[name], making)
     records = {name: easy_vqa.SETS[name]() for name in job.made}
-    making = shards.Making(samples_per_shard=job.data.samples_per_shard)
+    making = Making(samples_per_shard=job.data.samples_per_shard)
     for name, given in records.items():
         shards.make(given, str(easy_vqa.FOLDER), sets[name], making)
     if not isinstance(job.model.language, Language):

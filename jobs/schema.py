@@ -13,12 +13,12 @@ from pydantic import StringConstraints
 
 from jobs import document
 from pipelines.easy_vqa import SETS
-from pipelines.evaluate import Evaluate
 from pipelines.report import Report
-from pipelines.shards import Data
+from pipelines.sets import Data
 from pipelines.stage import Recovery, Stage
+from pipelines.tasks import Evaluate
 from pipelines.trackers import Name as Tracker
-from redux.model import Model
+from redux.architecture import Model
 
 OTHER_STEPS = ("shards", "assemble", "evaluate", "report")
 """What a job does besides its stages: names that no stage may have."""

@@ -39,8 +39,9 @@ from pipelines import search as tuning
 from pipelines.space import Range, Space, Values, check
 from pipelines.trials import Settings, Trials, Try, find, fit, opened
 from redux import model as redux
+from redux.architecture import Model
 from redux.cost import cost
-from redux.model import Model, ReduxConfig
+from redux.model import ReduxConfig
 
 FILE = "search.yaml"
 BEST = "best.yaml"

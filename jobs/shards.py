@@ -6,6 +6,7 @@ from pathlib import Path
 from jobs import schema
 from jobs.run import JOB, locations
 from pipelines import audit, cluster, consumed, easy_vqa, metrics, records, shards, storage
+from pipelines.sets import Making
 
 
 def make(arguments: argparse.Namespace) -> None:
@@ -14,7 +15,7 @@ def make(arguments: argparse.Namespace) -> None:
         given, images = easy_vqa.conversations(arguments.easy_vqa), str(easy_vqa.FOLDER)
     else:
         given, images = records.read(storage.read(arguments.json), arguments.json), arguments.images
-    making = shards.Making(
+    making = Making(
         samples_per_shard=arguments.samples_per_shard,
         words=arguments.words,
         size=arguments.size,

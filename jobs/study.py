@@ -27,7 +27,7 @@ from annotated_types import Ge, Lt, MinLen
 from jobs import document, run, tables
 from jobs.schema import Job, Name
 from pipelines import cluster
-from redux.model import METHODS
+from redux.settings import METHODS
 
 SHARED = "shared"
 FILE = "study.yaml"

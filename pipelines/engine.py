@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
-from pipelines.stage import Plan, Schedule
+from pipelines.plan import Plan, Schedule
 from redux import contrastive, model
+from redux.architecture import Tower
 from redux.contrastive import Contrastive
 from redux.conversation import IGNORE
 from redux.loading import load_model
@@ -74,7 +75,7 @@ def trainee(plan: Plan) -> tuple[Trainee, dict[str, list[torch.nn.Parameter]]]:
     before = load(plan.start) if plan.start else None
     if plan.stage.objective == "contrastive":
         assert plan.model is not None
-        assert isinstance(plan.model.tower, model.Tower)
+        assert isinstance(plan.model.tower, Tower)
         clip = before if isinstance(before, CLIPModel) else contrastive.build(plan.model.tower, tokenizer)
         module: Trainee = Pairs(clip)
         return module, {"tower": list(module.parameters())}

@@ -19,53 +19,30 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import ray
 import ray.data
 import torch
-from annotated_types import Ge, MinLen
 from PIL import Image
 from tqdm import tqdm
 
 from pipelines import cluster, easy_vqa, lines, storage
 from pipelines.metrics import peak_bytes
 from pipelines.report import Example
-from pipelines.tasks import TASKS, Asking, Name, questions, spread
+from pipelines.tasks import TASKS, Asking, Evaluate, Name, questions, spread
 from redux import respondent
 from redux.benchmarks import Question
-from redux.conversation import TemplateName
-from redux.image import Fit, pixels
-from redux.model import METHODS, ReduxForConditionalGeneration, normalise
+from redux.image import pixels
+from redux.model import ReduxForConditionalGeneration, normalise
 from redux.respondent import Answers, Respondent
 from redux.sentences import splitter
+from redux.settings import METHODS, Fit, TemplateName
 
 FOLDER = "answers"
 ASKED = "asked.json"
 SPEED = "speed.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Settings.
-
-    tasks: what is asked.
-    batch: questions answered at once.
-    actors: models at work at a time.
-    image: how the model knows it: "seen", or "described" by itself beforehand, the upper limit of Table 1.
-    template, fit: of conversations and images; null is how the model was trained, and for a LLaVA that does not say,
-        LLaVA-1.5's vicuna_v1 and pad.
-    allow_mismatch: ask the model in another way than it was trained.
-    """
-
-    tasks: Annotated[Mapping[Name, Asking], MinLen(1)] = field(default_factory=lambda: {"easy_vqa": Asking()})
-    batch: Annotated[int, Ge(1)] = 64
-    actors: Annotated[int, Ge(1)] = 1
-    image: Literal["seen", "described"] = "seen"
-    template: TemplateName | None = None
-    fit: Fit | None = None
-    allow_mismatch: bool = False
 
 
 @dataclass(frozen=True)

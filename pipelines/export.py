@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from pipelines import checkpoint, engine, storage
 from pipelines.checkpoint import MANIFEST, DamagedError
-from pipelines.stage import Plan
+from pipelines.plan import Plan
 from redux import processor
 from redux.model import ReduxForConditionalGeneration
 

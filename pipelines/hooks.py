@@ -22,7 +22,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from pipelines import checkpoint, fragments, storage
 from pipelines.checkpoint import File, Manifest, Upload
 from pipelines.consumed import Used
-from pipelines.stage import Plan
+from pipelines.plan import Plan
 
 
 @dataclass

@@ -30,8 +30,9 @@ from pipelines import storage
 from pipelines.order import Order
 from pipelines.records import REASONS, fault
 from pipelines.shards import Sample, Shards, read
-from redux.conversation import CONTEXT, IGNORE, IMAGE, TEMPLATES, TemplateName, encode, pad
-from redux.image import Fit, Way, pixels
+from redux.conversation import CONTEXT, IGNORE, IMAGE, TEMPLATES, encode, pad
+from redux.image import pixels
+from redux.settings import Fit, TemplateName, Way
 
 Batch = dict[str, Any]
 Row = dict[str, Int[np.ndarray, " length"]]

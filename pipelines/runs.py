@@ -20,8 +20,9 @@ import yaml
 
 from pipelines import lines
 from redux.benchmarks import Metric, Row
-from redux.model import METHODS, ReduxConfig
+from redux.model import ReduxConfig
 from redux.presets import Preset
+from redux.settings import METHODS
 
 IDLE = (
     "name", "seed", "workers", "checkpoints", "recovery", "report", "trackers", "data.tolerance",

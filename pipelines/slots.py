@@ -13,10 +13,8 @@ from typing import Any
 import yaml
 
 from pipelines.runs import PATCHES, Family, Model, changes, left
-from redux.model import METHODS
 from redux.presets import PRESETS, Preset
-from redux.reduction import SPATIAL
-from redux.vmtc import VMTC
+from redux.settings import METHODS, SPATIAL, VMTC
 
 KINDS = {
     (None, None): "llava",

@@ -23,10 +23,8 @@ from pipelines.statistics import Difference, Interval
 from redux.benchmarks import Metric
 from redux.cost import cost, step
 from redux.instructions import INSTRUCTIONS
-from redux.model import METHODS
 from redux.presets import PRESETS, Preset
-from redux.reduction import SPATIAL, Reduction
-from redux.vmtc import VMTC
+from redux.settings import METHODS, SPATIAL, VMTC, Reduction
 
 TEXT = 64
 """Text tokens of the prompt whose cost is told."""

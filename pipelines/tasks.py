@@ -4,15 +4,16 @@ Nothing here starts Ray, so that answers are scored without it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
-from annotated_types import Ge
+from annotated_types import Ge, MinLen
 
 from pipelines import easy_vqa
 from redux.benchmarks import BENCHMARKS, Metric, Question, Row
 from redux.benchmarks import instructions as obedience
+from redux.settings import Fit, TemplateName
 
 
 class Task(NamedTuple):
@@ -66,6 +67,28 @@ class Asking:
     def __post_init__(self) -> None:
         if self.limit and self.without:
             raise ValueError(f"without: got {self.without} besides limit, allowed: one of the two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Settings.
+
+    tasks: what is asked.
+    batch: questions answered at once.
+    actors: models at work at a time.
+    image: how the model knows it: "seen", or "described" by itself beforehand, the upper limit of Table 1.
+    template, fit: of conversations and images; null is how the model was trained, and for a LLaVA that does not say,
+        LLaVA-1.5's vicuna_v1 and pad.
+    allow_mismatch: ask the model in another way than it was trained.
+    """
+
+    tasks: Annotated[Mapping[Name, Asking], MinLen(1)] = field(default_factory=lambda: {"easy_vqa": Asking()})
+    batch: Annotated[int, Ge(1)] = 64
+    actors: Annotated[int, Ge(1)] = 1
+    image: Literal["seen", "described"] = "seen"
+    template: TemplateName | None = None
+    fit: Fit | None = None
+    allow_mismatch: bool = False
 
 
 def questions(name: Name, asking: Asking) -> list[Question]:

@@ -45,7 +45,7 @@ from pipelines import (
     storage,
 )
 from pipelines.hooks import Hook, Step
-from pipelines.stage import Plan, Schedule
+from pipelines.plan import Plan, Schedule
 from redux import model
 from redux.conversation import IGNORE
 

@@ -10,15 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from redux.cmai import CMAI as CMAI
     from redux.model import ReduxConfig as ReduxConfig
     from redux.model import ReduxForConditionalGeneration as ReduxForConditionalGeneration
     from redux.plugin import inhibit as inhibit
     from redux.presets import PRESETS as PRESETS
     from redux.presets import Preset as Preset
     from redux.pretrained import assemble as assemble
-    from redux.reduction import Reduction as Reduction
-    from redux.vmtc import VMTC as VMTC
+    from redux.settings import CMAI as CMAI
+    from redux.settings import VMTC as VMTC
+    from redux.settings import Reduction as Reduction
 
 _ROOMS = {
     "CMAI": "cmai",

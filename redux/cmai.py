@@ -19,8 +19,6 @@ Text of earlier turns, and text about other images, is a neighbour like any othe
 Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all so far), image (columns of image tokens).
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,69 +30,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from redux.settings import require
+from redux.settings import CMAI
 
 ATTENTION = "cmai"
 
 AT_ONCE = 2**20
 """Attention weights that may be alive at a time, of all heads together: those of a decoded token, not of a prompt."""
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "linear": lambda depth: depth,
-    "constant": lambda depth: 1.0,
-    "cosine": lambda depth: (1 - math.cos(math.pi * depth)) / 2,
-    "step": lambda depth: float(depth >= 0.5),
-}
-"""How gamma rises from its minimum (0) to its maximum (1) over the layers, from the first (0) to the last (1)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CMAI:
-    """Settings of the inhibition; the defaults are the paper's, read as the module's text says.
-
-    maximum: gamma, the ratio of image tokens inhibited for each text token, in the last layer; 0 <= maximum < 1.
-    minimum: gamma in the first layer; 0 <= minimum <= maximum.  maximum / layers gives maximum (l + 1) / layers.
-    schedule: how gamma goes from one to the other; "constant" is the maximum in every layer, "step" in the later half.
-    scores: what A averages over heads; "weights" after the softmax, "scores" QK^T as the paper's words have it,
-        "scaled" QK^T / sqrt(d_k).
-    focus: "neighbourhood" is eq. 11; the others are the rivals of Table 5: "tia" is A_t2i alone, "sum" adds the rows of
-        A_t2i of all text tokens up to the row's own, "discounted" adds them times discount^distance, in text tokens.
-    discount: of "discounted", 0 < discount <= 1; the paper does not give its own.
-    preamble: whether text before the first image counts in the softmax of "weights".
-    quantile: "lower" keeps from the score at rank floor(gamma (n - 1)) on, "linear" interpolates between two ranks,
-        "count" inhibits floor(gamma n), equal scores by their place.
-    active: when pairs are inhibited at all.
-    generated: whether tokens that are decoded on a cache are inhibited as well.
-
-    >>> CMAI(maximum=0.6).ratios(4)
-    (0.0, 0.2, 0.4, 0.6)
-    >>> CMAI(maximum=0.6, schedule="step").ratios(4)
-    (0.0, 0.0, 0.6, 0.6)
-    """
-
-    maximum: float = 0.6
-    minimum: float = 0.0
-    schedule: Literal["linear", "constant", "cosine", "step"] = "linear"
-    scores: Literal["weights", "scores", "scaled"] = "weights"
-    focus: Literal["neighbourhood", "tia", "sum", "discounted"] = "neighbourhood"
-    discount: float = 0.9
-    preamble: bool = True
-    quantile: Literal["lower", "linear", "count"] = "lower"
-    active: Literal["always", "training", "inference"] = "always"
-    generated: bool = True
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            maximum=("0 <= maximum < 1", lambda maximum: 0 <= maximum < 1),
-            minimum=(f"0 <= minimum <= maximum, {self.maximum}", lambda minimum: 0 <= minimum <= self.maximum),
-            discount=("0 < discount <= 1", lambda discount: 0 < discount <= 1),
-        )
-
-    def ratios(self, layers: int) -> tuple[float, ...]:
-        """gamma of each layer."""
-        rise = [SCHEDULES[self.schedule](layer / max(layers - 1, 1)) for layer in range(layers)]
-        return tuple(round(self.minimum + (self.maximum - self.minimum) * share, 12) for share in rise)
 
 
 class FocusCache(DynamicCache):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
-from redux.model import Tower, caption_config, vision_config
+from redux.architecture import Tower
+from redux.model import caption_config, vision_config
 
 
 def build(tower: Tower, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:

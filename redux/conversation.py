@@ -9,11 +9,12 @@ A conversation is a list of turns {"from": "human" | "gpt", "value": text} in wh
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from redux.settings import TemplateName
 
 IMAGE = "<image>"
 EOS = "</s>"
@@ -62,8 +63,6 @@ class Template:
             return text
         return IMAGE if IMAGE in text else ""
 
-
-TemplateName = Literal["plain", "vicuna_v1", "vicuna_bare"]
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "

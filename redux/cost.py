@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from redux.model import ReduxConfig
-from redux.reduction import Reduction
-from redux.vmtc import VMTC, Stage
+from redux.settings import VMTC, Reduction, Stage
 
 FLOAT32 = 4
 """Bytes of a number of CMAI's focus, whatever the model's own are."""

@@ -10,22 +10,17 @@ The square stays uint8, a quarter of the bytes of floats; normalising to MEAN an
 
 import io
 import math
-from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from redux.extras import write_install_command
+from redux.settings import Fit, Way
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's training images, in 0..1 (OpenAI CLIP)."""
-
-Fit = Literal["pad", "crop"]
-"""How an image becomes a square: its shorter edges padded (LLaVA-1.5's stage 2), or the longer ones cut (stage 1)."""
-
-Way = Literal["exact", "fast"]
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
 """Height, width and RGB."""

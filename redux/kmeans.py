@@ -10,14 +10,12 @@ Cost: 2 iterations + 1 products of (tokens x dim) by (dim x clusters) for each i
 Shapes: batch, tokens, dim; clusters = c.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-Seeds = Literal["strided", "farthest", "random"]
+from redux.settings import Seeds
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
+from redux.settings import grid
+
 COLOURS = np.array(
     [
         (230, 159, 0),  # orange
@@ -30,14 +32,6 @@ COLOURS = np.array(
 TEXTURES = 4
 TINT, STRIPE = 0.62, 0.28  # opacity of a tint, and of the lighter half of a texture
 DARK, LIGHT = 0.45, 0.6  # opacity of the outlines: black around a patch, white inside it
-
-
-def grid(patches: int) -> int:
-    """Patches a side.  Raises ValueError where they do not fill a square."""
-    side = round(patches**0.5)
-    if side * side != patches or not patches:
-        raise ValueError(f"patches: got {patches}, allowed: a square number, row by row")
-    return side
 
 
 def enlarge(image: Image.Image, patches: int, size: int = 256) -> Image.Image:

@@ -22,7 +22,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from redux.cmai import ATTENTION, CMAI, FocusCache, Inhibition
+from redux.cmai import ATTENTION, FocusCache, Inhibition
+from redux.settings import CMAI
 
 TOKENS = ("image_token_id", "video_token_id")
 """Where a model's configuration has the ids of tokens that stand for pieces of an image."""

@@ -9,10 +9,8 @@ equal those of Table 3.
 
 from dataclasses import dataclass
 
-from redux.cmai import CMAI
 from redux.model import ReduxConfig
-from redux.reduction import Reduction
-from redux.vmtc import VMTC
+from redux.settings import CMAI, VMTC, Reduction
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,14 +26,12 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME
 
-from redux.cmai import CMAI
 from redux.conversation import IMAGE
 from redux.extras import write_install_command
 from redux.loading import check_image_token, check_layout, check_loading, load_model, load_tokenizer
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
-from redux.reduction import Reduction
 from redux.remote import fetched
-from redux.vmtc import VMTC
+from redux.settings import CMAI, VMTC, Reduction
 
 TOWERS = {
     "clip": CLIPVisionModel,

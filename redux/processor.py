@@ -14,9 +14,10 @@ from typing import Any
 from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from redux.conversation import EOS, IMAGE, TEMPLATES, Template, TemplateName
-from redux.image import MEAN, STD, Fit
+from redux.conversation import EOS, IMAGE, TEMPLATES, Template
+from redux.image import MEAN, STD
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
+from redux.settings import Fit, TemplateName
 
 
 def write_chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -16,83 +16,20 @@ Cost: that product, and for "prumerge" a second one of the same size, between ke
 Shapes: batch, patches, out (tokens left), dim; width of queries and keys, heads side by side.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from redux.picture import grid
-from redux.settings import require
-
-SPATIAL = ("average", "stride", "bilinear")
+from redux.settings import Reduction, grid
 
 Reduced = tuple[Float[Tensor, "batch out dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]
 """(tokens', slot, cluster), as `vmtc.compress` gives them."""
 
 Last = tuple[Float[Tensor, "batch width"], Float[Tensor, "batch patches+1 width"]]
 """The class token's query and all keys, the class token's first, of the tower's last block."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reduction:
-    """Settings of a reduction.  The budget is one of `tokens` and `ratio`.
-
-    method: a name in METHODS.
-    tokens: visual tokens left; a square number for "average", "stride" and "bilinear", at least 2 for "prumerge".
-    ratio: share of the patch tokens removed, 0 <= ratio < 1; the spatial methods take the nearest square number.
-    seed: of "random".
-    neighbours: of "prumerge", how many of the most similar tokens are added to each token kept.
-    weights: of "prumerge"; "raw" are the attention weights as in the authors' code, "normalized" divides by their sum,
-        so that each token is a weighted mean of patches.
-
-    >>> Reduction(method="average", ratio=0.75).count(576), Reduction(method="random", ratio=0.9).count(576)
-    (144, 58)
-    >>> Reduction(method="average", ratio=0.9).count(576)  # 64 is nearer to 57.6 than 49
-    64
-    """
-
-    method: Literal["average", "stride", "bilinear", "random", "prumerge"]
-    tokens: int | None = None
-    ratio: float | None = None
-    seed: int = 0
-    neighbours: int = 32
-    weights: Literal["raw", "normalized"] = "raw"
-
-    def __post_init__(self) -> None:
-        square = ("a square number, at least 1", lambda tokens: tokens >= 1 and tokens == math.isqrt(tokens) ** 2)
-        least = (f"at least {self._least}", lambda tokens: tokens >= self._least)
-        require(
-            self,
-            tokens=square if self.method in SPATIAL else least,
-            ratio=("0 <= ratio < 1", lambda ratio: 0 <= ratio < 1),
-            neighbours=("at least 1", lambda neighbours: neighbours >= 1),
-        )
-        if (self.tokens is None) == (self.ratio is None):
-            raise ValueError(f"tokens, ratio: got {self.tokens!r}, {self.ratio!r}, allowed: exactly one of the two")
-
-    @property
-    def _least(self) -> int:
-        return 2 if self.method == "prumerge" else 1
-
-    def count(self, patches: int) -> int:
-        """Visual tokens that leave.
-
-        Raises ValueError where there are fewer patches, where too few would be left or, for the spatial methods, where
-        the patches do not fill a square.
-        """
-        squares = [side**2 for side in range(1, grid(patches) + 1)] if self.method in SPATIAL else []
-        wanted = self.tokens or patches * (1 - (self.ratio or 0))
-        count = min(squares, key=lambda square: abs(square - wanted), default=round(wanted))
-        if wanted > patches or count < self._least:
-            name = "tokens" if self.tokens else "ratio"
-            allowed = f"one that leaves {self._least} to {patches} of {patches} patch tokens"
-            raise ValueError(f"{name}: got {getattr(self, name)}, allowed: {allowed}")
-        return count
 
 
 def reduce(features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: Last | None = None) -> Reduced:

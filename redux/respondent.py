@@ -35,12 +35,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from redux.conversation import IMAGE, TEMPLATES, Template, TemplateName, encode, pad
-from redux.image import Fit, pixels, rgb
+from redux.conversation import IMAGE, TEMPLATES, Template, encode, pad
+from redux.image import pixels, rgb
 from redux.loading import check_image_token, check_layout, load_model, load_tokenizer
 from redux.model import ReduxForConditionalGeneration, normalise
 from redux.pretrained import TOWERS
 from redux.remote import fetched
+from redux.settings import Fit, TemplateName
 
 DESCRIBE = "Describe the image in detail."
 

@@ -58,9 +58,11 @@ from jobs.bench.pixels import photo
 from jobs.bench.record import append, each
 from pipelines.ingest import Batch, Reader, dataset, micro_batches
 from pipelines.order import Order
-from pipelines.shards import Making, Shards, make
+from pipelines.sets import Making
+from pipelines.shards import Shards, make
 from redux.conversation import IMAGE, word_tokenizer
-from redux.image import Way, pixels
+from redux.image import pixels
+from redux.settings import Way
 
 SIZE = 336
 BATCH = 16

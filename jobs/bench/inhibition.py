@@ -41,7 +41,8 @@ def measure(way: str, heads: int, image: int, text: int, repeats: int = 5) -> di
     import torch
     from torch import nn
 
-    from redux.cmai import CMAI, Inhibition, attention
+    from redux.cmai import Inhibition, attention
+    from redux.settings import CMAI
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     keys, width = image + text, 128

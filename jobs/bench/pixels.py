@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from jobs.bench.record import append
-from redux.image import Fit, pixels, prepared
+from redux.image import pixels, prepared
+from redux.settings import Fit
 
 
 def main() -> None:

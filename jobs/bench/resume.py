@@ -26,7 +26,8 @@ from jobs.bench.record import append
 from pipelines import cluster, storage
 from pipelines.ingest import Reader, conversation, dataset, micro_batches
 from pipelines.order import Order
-from pipelines.shards import Making, Shards, make
+from pipelines.sets import Making
+from pipelines.shards import Shards, make
 from pipelines.storage import read_ranges
 from redux.conversation import IMAGE, word_tokenizer
 

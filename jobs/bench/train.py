@@ -60,10 +60,12 @@ def small(folder: Path) -> Any:
     import numpy as np
     from PIL import Image
 
-    from pipelines.shards import Making, make
-    from pipelines.stage import Plan, Stage
+    from pipelines.plan import Plan
+    from pipelines.sets import Making
+    from pipelines.shards import make
+    from pipelines.stage import Stage
+    from redux.architecture import Language, Model, Tower, image_tokens
     from redux.conversation import IMAGE, TEMPLATES, word_tokenizer
-    from redux.model import Language, Model, Tower, image_tokens
 
     noise = np.random.default_rng(0)
     records: list[dict[str, Any]] = []

@@ -17,9 +17,9 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from PIL import Image
 
-from redux.conversation import IMAGE, TemplateName
-from redux.image import Fit
+from redux.conversation import IMAGE
 from redux.respondent import Answers, Known, load
+from redux.settings import Fit, TemplateName
 
 MAX_NEW_TOKENS = 1024
 """Where a task does not say, as in lmms-eval's own adapters."""

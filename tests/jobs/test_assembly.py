@@ -13,7 +13,8 @@ from jobs import schema
 from jobs.run import FREE, JOB, claim, located, run, steps
 from jobs.schema import Job
 from pipelines import train
-from pipelines.stage import Plan, Recovery
+from pipelines.plan import Plan
+from pipelines.stage import Recovery
 from redux.model import ReduxForConditionalGeneration
 from redux.pretrained import assemble
 

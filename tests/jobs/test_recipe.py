@@ -24,8 +24,7 @@ from jobs import schema
 from jobs.run import steps
 from pipelines import shards
 from pipelines.order import Order
-from redux.cmai import CMAI
-from redux.vmtc import VMTC
+from redux.settings import CMAI, VMTC
 
 FOLDER = Path(__file__).parents[2] / "jobs"
 FILES = sorted(FOLDER.glob("llava-1.5-*.yaml"))

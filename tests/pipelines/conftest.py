@@ -24,11 +24,12 @@ import torch.distributed as dist
 from PIL import Image
 
 from pipelines import shards, storage
-from pipelines.shards import Making, Shards
-from pipelines.stage import Plan
+from pipelines.plan import Plan
+from pipelines.sets import Making
+from pipelines.shards import Shards
 from pipelines.storage import Retry
+from redux.architecture import image_tokens
 from redux.conversation import TEMPLATES, word_tokenizer
-from redux.model import image_tokens
 from tests.pipelines import small
 
 BUCKET = "floor"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ray.train.v2._internal.execution.context import get_train_context
 
 from pipelines.hooks import Hook, Step
-from pipelines.stage import Plan
+from pipelines.plan import Plan
 
 
 @dataclass(frozen=True)

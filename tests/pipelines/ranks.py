@@ -14,7 +14,7 @@ from pipelines import checkpoint, fragments, train
 from pipelines.checkpoint import Manifest, Upload
 from pipelines.hooks import Hook, Step
 from pipelines.ingest import Batch, Reader
-from pipelines.stage import Plan
+from pipelines.plan import Plan
 
 
 def run(folder: Path, workers: int, work: Callable[..., Any], *args: Any) -> list[Any]:

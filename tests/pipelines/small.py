@@ -1,7 +1,7 @@
 """A stage that trains in seconds."""
 
 from pipelines.stage import Stage
-from redux.model import Language, Model, Tower
+from redux.architecture import Language, Model, Tower
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
 MODEL = Model(

@@ -12,7 +12,8 @@ import pytest
 from pyarrow import ipc
 
 from pipelines.audit import index_tars, verify
-from pipelines.shards import INDEX, QUARANTINE, SUMMARY, Making, Shards, ipc_file, make
+from pipelines.sets import Making
+from pipelines.shards import INDEX, QUARANTINE, SUMMARY, Shards, ipc_file, make
 
 
 @pytest.fixture

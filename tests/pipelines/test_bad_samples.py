@@ -25,7 +25,8 @@ from pipelines import storage
 from pipelines.consumed import prove
 from pipelines.ingest import Reader, conversation, dataset, micro_batches
 from pipelines.order import Order
-from pipelines.shards import SCHEMA, Making, Shards, index, make, write_index
+from pipelines.sets import Making
+from pipelines.shards import SCHEMA, Shards, index, make, write_index
 from pipelines.storage import Retry
 
 SIDE = 16

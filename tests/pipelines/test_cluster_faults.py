@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from pipelines import ledger, train
-from pipelines.stage import Plan, Recovery
+from pipelines.plan import Plan
+from pipelines.stage import Recovery
 from tests.pipelines.test_faults import account, assert_same_end, lines, losses
 
 NewPlan = Callable[..., Plan]

@@ -29,7 +29,8 @@ from pipelines import ingest, storage
 from pipelines.grouping import Groups
 from pipelines.ingest import Reader, conversation, dataset, micro_batches
 from pipelines.order import Order
-from pipelines.shards import Making, Shards, make
+from pipelines.sets import Making
+from pipelines.shards import Shards, make
 from pipelines.storage import Retry
 from redux.conversation import IMAGE
 

@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from pipelines import easy_vqa, evaluate
-from pipelines.evaluate import Evaluate, Subject, examples, rows
-from pipelines.tasks import TASKS, Asking, Name, questions
+from pipelines.evaluate import Subject, examples, rows
+from pipelines.tasks import TASKS, Asking, Evaluate, Name, questions
 from redux import respondent
+from redux.architecture import Language, Model, Tower
 from redux.benchmarks import Question
-from redux.cmai import CMAI
 from redux.conversation import word_tokenizer
 from redux.image import pixels
-from redux.model import Language, Model, Tower, build
-from redux.vmtc import VMTC
+from redux.model import build
+from redux.settings import CMAI, VMTC
 from tests.pipelines.faults import until
 
 TEMPLATE = "vicuna_bare"

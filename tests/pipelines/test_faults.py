@@ -25,7 +25,8 @@ from safetensors.torch import load, load_file
 from pipelines import checkpoint, export, ledger, storage, train
 from pipelines.checkpoint import Saved
 from pipelines.hooks import Hook, Step
-from pipelines.stage import Plan, Recovery
+from pipelines.plan import Plan
+from pipelines.stage import Recovery
 from pipelines.storage import Retry
 from tests.pipelines.faults import Fault
 from tests.pipelines.small import STAGE, STEPS

@@ -22,7 +22,7 @@ from pipelines.checkpoint import Saved
 from pipelines.consumed import Used
 from pipelines.fragments import STATES, Fragment
 from pipelines.hooks import Checkpoints, Step
-from pipelines.stage import Plan
+from pipelines.plan import Plan
 from tests.pipelines import small
 
 LAST = 6

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from pipelines.ingest import BLOCK_SAMPLES, Reader, caption, conversation, dataset, draw_rounds, micro_batches
 from pipelines.order import Order
-from pipelines.shards import Making, Sample, Shards, make
+from pipelines.sets import Making
+from pipelines.shards import Sample, Shards, make
 from redux.conversation import CONTEXT, IGNORE, IMAGE
 from redux.image import pixels
 

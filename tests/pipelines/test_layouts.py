@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.stage import Plan
+from pipelines.plan import Plan
 from tests.pipelines import ranks
 
 Layout = tuple[int, str]

@@ -12,11 +12,11 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from pipelines import lora
 from pipelines.stage import Lora
-from redux.cmai import CMAI
+from redux.architecture import Language, Model, Tower
 from redux.conversation import word_tokenizer
 from redux.extras import write_install_command
-from redux.model import Language, Model, ReduxForConditionalGeneration, Tower, build
-from redux.vmtc import VMTC
+from redux.model import ReduxForConditionalGeneration, build
+from redux.settings import CMAI, VMTC
 
 TOWER = Tower(
     hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from pipelines import train
 from pipelines.engine import Language
 from pipelines.ingest import Batch
-from pipelines.stage import Plan
+from pipelines.plan import Plan
 from redux import model
 from redux.conversation import IGNORE
 from tests.pipelines import small

@@ -22,7 +22,8 @@ from PIL import Image
 
 from pipelines import storage
 from pipelines.records import REASONS
-from pipelines.shards import INDEX, QUARANTINE, SCHEMA, SUMMARY, Making, Shards, index, make, write_index
+from pipelines.sets import Making
+from pipelines.shards import INDEX, QUARANTINE, SCHEMA, SUMMARY, Shards, index, make, write_index
 from redux.image import pixels
 
 

@@ -15,7 +15,8 @@ import ray
 
 from pipelines import cluster, recorder, storage, train
 from pipelines.checkpoint import MANIFEST
-from pipelines.stage import Lora, Plan, Schedule, Stage
+from pipelines.plan import Plan, Schedule
+from pipelines.stage import Lora, Stage
 
 STAGE = Stage(
     objective="language",

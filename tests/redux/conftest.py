@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from redux.cmai import CMAI
+from redux.architecture import Language, Model, Tower
 from redux.conversation import TEMPLATES, word_tokenizer
-from redux.model import Language, Model, ReduxForConditionalGeneration, Tower, build
-from redux.vmtc import VMTC
+from redux.model import ReduxForConditionalGeneration, build
+from redux.settings import CMAI, VMTC
 
 TEXTS = (
     "USER: <image>\nIs it a red circle? ASSISTANT: yes, it is.",

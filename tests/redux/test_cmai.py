@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from redux.cmai import AT_ONCE, CMAI, FocusCache, Inhibition, above_quantile, focus_score, mean_scores, mean_weights
+from redux.cmai import AT_ONCE, FocusCache, Inhibition, above_quantile, focus_score, mean_scores, mean_weights
 from redux.model import ReduxForConditionalGeneration
+from redux.settings import CMAI
 
 KEYS = 14
 DEFAULT = CMAI()

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
+from redux.architecture import Tower
 from redux.contrastive import Contrastive, build, contrastive_loss
-from redux.model import Tower
 
 
 @pytest.fixture

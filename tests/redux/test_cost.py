@@ -16,11 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
 import redux.model
-from redux.cmai import CMAI, FocusCache, Inhibition
+from redux.cmai import FocusCache, Inhibition
 from redux.cost import Cost, cost, step
 from redux.model import ReduxConfig, ReduxForConditionalGeneration, ReduxModel
-from redux.reduction import Reduction
-from redux.vmtc import VMTC
+from redux.settings import CMAI, VMTC, Reduction
 
 TEXT = 11
 PREAMBLE = 3

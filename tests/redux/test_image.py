@@ -13,8 +13,9 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from redux.extras import write_install_command
-from redux.image import MEAN, STD, Fit, Way, pixels, prepared
+from redux.image import MEAN, STD, pixels, prepared
 from redux.model import normalise
+from redux.settings import Fit, Way
 
 SIDE = 16
 MEAN_COLOUR = (122, 116, 104)  # CLIP's, in whole steps of 255

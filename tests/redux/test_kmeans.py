@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from redux.kmeans import Seeds, kmeans
+from redux.kmeans import kmeans
+from redux.settings import Seeds
 
 SEEDS = get_args(Seeds)
 

@@ -13,13 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, CLIPVisionModel, PreTrainedTokenizerFast
 
 from redux import respondent
-from redux.cmai import CMAI
 from redux.conversation import IMAGE
 from redux.conversion import convert
 from redux.loading import load_model, load_tokenizer, strip_wrappers
 from redux.model import ReduxForConditionalGeneration
 from redux.pretrained import check_checkpoint
-from redux.vmtc import VMTC
+from redux.settings import CMAI, VMTC
 
 Tiny = Callable[..., ReduxForConditionalGeneration]
 Sample = Callable[..., dict[str, Any]]

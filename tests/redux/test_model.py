@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import Dinov2Config, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from redux.cmai import CMAI, FocusCache
-from redux.model import PARTS, Language, Model, ReduxConfig, ReduxForConditionalGeneration, Tower, Transformer, build
+from redux.architecture import Language, Model, Tower, Transformer
+from redux.cmai import FocusCache
+from redux.model import PARTS, ReduxConfig, ReduxForConditionalGeneration, build
 from redux.plugin import inhibit
-from redux.reduction import Reduction
-from redux.vmtc import VMTC, compress
+from redux.settings import CMAI, VMTC, Reduction
+from redux.vmtc import compress
 
 Tiny = Callable[..., ReduxForConditionalGeneration]
 Sample = Callable[..., dict[str, Any]]
@@ -472,7 +473,7 @@ def test_proportional_attention_counts_a_merged_token_as_the_patches_it_holds(ti
 COMPILED = """
 import torch
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
-from redux.vmtc import VMTC
+from redux.settings import VMTC
 
 sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 vision = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, **sizes}

@@ -36,8 +36,9 @@ from transformers import (
     T5Config,
 )
 
-from redux.cmai import CMAI, FocusCache
+from redux.cmai import FocusCache
 from redux.plugin import inhibit
+from redux.settings import CMAI
 
 PAD, BOS, EOS, IMAGE, VIDEO, WORDS = 0, 1, 2, 3, 4, 64
 SPECIAL = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import redux
-from redux.cmai import CMAI
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
 from redux.presets import PRESETS, SIZES, llava
-from redux.vmtc import VMTC
+from redux.settings import CMAI, VMTC
 
 Tiny = Callable[..., ReduxForConditionalGeneration]
 TOKENS = {"llava": 576, "cmai": 576, "tokens-64": 64, "tokens-36": 36, "spd": 144, "prumerge": 36}

@@ -38,13 +38,11 @@ from transformers import (
     ViTConfig,
 )
 
-from redux.cmai import CMAI
 from redux.conversation import TEMPLATES
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
 from redux.pretrained import assemble, configured
-from redux.reduction import Reduction
 from redux.respondent import Llava
-from redux.vmtc import VMTC
+from redux.settings import CMAI, VMTC, Reduction
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 64}
 EYES = {**SIZE, "image_size": 32, "patch_size": 8}

@@ -12,12 +12,12 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from redux import respondent
-from redux.conversation import IMAGE, TEMPLATES, TemplateName, encode
-from redux.image import Fit, pixels
+from redux.conversation import IMAGE, TEMPLATES, encode
+from redux.image import pixels
 from redux.model import ReduxForConditionalGeneration, normalise
 from redux.processor import build_processor, describe_training
 from redux.respondent import Llava
-from redux.vmtc import VMTC
+from redux.settings import VMTC, Fit, TemplateName
 
 Tiny = Callable[..., ReduxForConditionalGeneration]
 

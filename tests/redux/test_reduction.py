@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from redux.reduction import METHODS, SPATIAL, Reduction, reduce
+from redux.reduction import METHODS, reduce
+from redux.settings import SPATIAL, Reduction
 
 GRIDS = [(1, 1), (2, 1), (3, 2), (5, 3), (6, 3), (7, 6), (8, 8)]
 """Patches a side, cells a side."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from redux.kmeans import kmeans
-from redux.vmtc import VMTC, Fate, Stage, compress, importance, received
+from redux.settings import VMTC, Stage
+from redux.vmtc import Fate, compress, importance, received
 
 WEIGHTS: list[Any] = ["normalized", "raw", "total"]
 ORDERS: list[Any] = ["spatial", "rank"]
