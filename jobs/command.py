@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.verb(arguments) or 0
     except ValueError as error:
-        print(f"redux: {' '.join(str(error).split())}", file=sys.stderr)
+        for problem in getattr(error, "problems", [str(error)]):  # of a job file there may be several
+            print(f"redux: {' '.join(problem.split())}", file=sys.stderr)
         return EXIT_MISUSE
     except KeyboardInterrupt:
         print("redux: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -53,6 +54,9 @@ def _asked(arguments: argparse.Namespace) -> tuple[Any, Callable[[Any, Path, boo
 
         return study.load(arguments.job, arguments.overrides), study.conduct
     if isinstance(tree, dict) and "space" in tree:
+        from jobs import search_schema
+
+        search_schema.read(arguments.job, arguments.overrides)  # mistakes that are found without torch and Ray
         from jobs import search
 
         return search.load(arguments.job, arguments.overrides), search.conduct

@@ -48,10 +48,14 @@ _BOUNDS = {
 
 
 class JobError(ValueError):
-    """A document that cannot be used. Its text is one line, fit to be shown as it is."""
+    """A document that cannot be used. Its text is one line, fit to be shown as it is.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+    problems: a line for each mistake.
+    """
+
+    def __init__(self, message: str, *more: str) -> None:
+        self.problems = [" ".join(problem.split()) for problem in (message, *more)]
+        super().__init__(self.problems[0] + (f" (and {len(more)} more)" if more else ""))
 
 
 def read(path: Path, overrides: Sequence[str], schema: type[T]) -> T:
@@ -83,7 +87,7 @@ def build(tree: Any, schema: type[T], source: str) -> T:
         # JSON is the strict form in which a list may fill a tuple and 1 a float, yet "1" or true fill neither
         return cast(T, _adapter(schema).validate_json(json.dumps([tree]), strict=True)[0])
     except ValidationError as error:
-        raise JobError(f"{source}: {_summary(error, tree, schema)}") from error
+        raise JobError(*(f"{source}: {problem}" for problem in _describe(error, tree, schema))) from error
 
 
 def write(value: Any) -> str:
@@ -187,22 +191,21 @@ def takes(schema: type, dotted: str, kind: type) -> bool:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def _summary(error: ValidationError, tree: Any, schema: type) -> str:
-    """The first problem, and how many others there are."""
+def _describe(error: ValidationError, tree: Any, schema: type) -> Iterator[str]:
+    """Describe each mistake in a line, the one that explains most first."""
     found: dict[tuple[str | int, ...], ErrorDetails] = {}
     for detail in sorted(_meant(error.errors(), tree), key=lambda each: _URGENCY.get(each["type"], 1)):
         # one problem for each place: a union reports every one of its members
         found.setdefault(_location(detail, tree), detail)
-    location, detail = next(iter(found.items()))
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    problem = _problem(detail, location, schema)
-    # a check of a dataclass starts with the name of one of its fields, or a place within it, which goes on the path
-    of_field = detail["type"] == "value_error" and problem.partition(":")[0].partition(".")[0] in _keys(
-        _type_at(schema, location)
-    )
-    separator = "." if of_field else ": "
-    dotted = ".".join(str(key) for key in location)
-    return f"{dotted + separator if dotted else ''}{problem}{more}"
+    for location, detail in found.items():
+        problem = _problem(detail, location, schema)
+        # a check of a dataclass starts with the name of one of its fields, or a place in it, which goes on the path
+        of_field = detail["type"] == "value_error" and problem.partition(":")[0].partition(".")[0] in _keys(
+            _type_at(schema, location)
+        )
+        separator = "." if of_field else ": "
+        dotted = ".".join(str(key) for key in location)
+        yield f"{dotted + separator if dotted else ''}{problem}"
 
 
 def _meant(details: list[ErrorDetails], tree: Any) -> list[ErrorDetails]:

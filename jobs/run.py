@@ -27,6 +27,7 @@ import yaml
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs import document, schema
+from jobs.layout import locate_checkpoints, locate_sets
 from jobs.schema import Job
 from pipelines import (
     checkpoint,
@@ -133,7 +134,7 @@ def steps(
 
     ValueError where the model's pretrained parts cannot be read or do not go together.
     """
-    sets, result = locations(job, folder), {}
+    sets, result = locate_sets(job, folder), {}
     stages = plans(job, folder, changed)
     if job.made or job.data.make or not job.model.pretrained:
         templates = [TEMPLATES[plan.template] for plan in stages.values()]
@@ -193,7 +194,7 @@ def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
 
     ValueError where the model's pretrained parts cannot be read or do not go together.
     """
-    sets, result = locations(job, folder), dict[str, Plan]()
+    sets, result = locate_sets(job, folder), dict[str, Plan]()
     if not job.train:
         return result
     image_size, image_tokens = _image(job.model, folder)
@@ -208,7 +209,7 @@ def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
             workers=job.worker_range,
             gpu_share=job.gpu_share,
             run=folder,
-            checkpoints=storage.join(job.checkpoints, job.name) if job.checkpoints else str(folder / "checkpoints"),
+            checkpoints=locate_checkpoints(job, folder),
             sets={name: sets[name] for name in stage.mixture},
             tolerance=job.data.tolerance,
             tokenizer=tokenizer,
@@ -223,11 +224,6 @@ def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
         )
         start = result[name].result
     return result
-
-
-def locations(job: Job, folder: Path) -> dict[str, str]:
-    """Where each set of shards lies: those that the job makes, and those that it names."""
-    return {name: str(folder / "shards" / name) for name in job.made} | job.data.sets
 
 
 def located(job: Job, folder: Path) -> Job:

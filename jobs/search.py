@@ -23,21 +23,21 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from annotated_types import Ge
 from optuna.trial import FrozenTrial, TrialState
 from transformers import AutoTokenizer
 
-from jobs import document, run, schema, study
-from jobs.schema import Job, Name
+from jobs import document, run, schema, search_schema, study
+from jobs.schema import Job
+from jobs.search_schema import Search
 from jobs.study import SHARED
 from pipelines import cluster, evaluate, front, metrics, page, storage, train
 from pipelines import search as tuning
 from pipelines.space import Range, Space, Values, check
-from pipelines.trials import Settings, Trials, Try, find, fit, opened
+from pipelines.trials import Trials, Try, find, fit, opened
 from redux import model as redux
 from redux.architecture import Model
 from redux.cost import cost
@@ -56,40 +56,6 @@ PATIENCE_S = 60
 
 LAST = 10
 """The loss of a trial is the mean over the last of so many parts of its last stage."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Search(Settings):
-    """What a search file says.
-
-    job: a job file's content without name.
-    shared: names of its first stages, in order; the sets that the job makes are shared in any case.
-    fidelity: values by dotted path that a trial has in place of the job's.
-    text: tokens of the prompt with one image for which flops, kv_bytes and focus_bytes are computed.
-    """
-
-    name: Name
-    job: dict[str, Any]
-    shared: tuple[Name, ...] = ()
-    fidelity: Values = field(default_factory=dict)
-    text: Annotated[int, Ge(1)] = 64
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if "name" in self.job:
-            raise ValueError("job: got a name, allowed: none, as each trial has its own")
-        for section in ("space", "fidelity"):
-            if own := {"name", "seed"} & getattr(self, section).keys():
-                raise ValueError(
-                    f"{section}: got {min(own)}, allowed: other places, as all trials learn from the same data"
-                )
-        stages = self.job.get("train", {})
-        if not isinstance(stages, dict):
-            raise ValueError(f"job.train: got {stages!r}, allowed: a section of stages")
-        if list(self.shared) != list(stages)[: len(self.shared)]:
-            raise ValueError(
-                f"shared: got {', '.join(self.shared)}, allowed: the first of the stages {', '.join(stages)}"
-            )
 
 
 class Jobs:
@@ -140,7 +106,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Search:
 
     ValueError with one clear line also where the job, a reference, or an end of what is searched cannot be.
     """
-    search = document.read(path, overrides, Search)
+    search = search_schema.read(path, overrides)
     search = replace(search, space={name: _typed(name, place) for name, place in search.space.items()})
     try:
         _check(search)

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from jobs import schema
-from jobs.run import JOB, locations
+from jobs.layout import locate_sets
+from jobs.run import JOB
 from pipelines import audit, cluster, consumed, easy_vqa, metrics, records, shards, storage
 from pipelines.sets import Making
 
@@ -56,7 +57,7 @@ def _consumed(folder: str, run: Path) -> tuple[list[str], list[str]]:
     """What is proven of the set by the run's log, and what is wrong."""
     job = schema.load(run / JOB)
     used = {name for stage in job.train.values() for name in stage.mixture}
-    sets = {name: url for name, url in locations(job, run.resolve()).items() if name in used}
+    sets = {name: url for name, url in locate_sets(job, run.resolve()).items() if name in used}
     names = [name for name, url in sets.items() if url == storage.absolute(folder)]
     if not names:
         raise ValueError(f"{folder}: {run} did not train on it, allowed: {', '.join(sets.values())}")

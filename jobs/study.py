@@ -24,9 +24,9 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Lt, MinLen
 
-from jobs import document, run, tables
+from jobs import document
+from jobs.layout import locate_model, locate_sets
 from jobs.schema import Job, Name
-from pipelines import cluster
 from redux.settings import METHODS
 
 SHARED = "shared"
@@ -96,12 +96,12 @@ def going_on(tree: dict[str, Any], stages: Sequence[str], shared: Job, folder: P
     After all stages the model is only evaluated.
     """
     result = tree | {
-        "data": tree.get("data", {}) | {"source": None, "make": {}, "sets": run.locations(shared, folder)},
+        "data": tree.get("data", {}) | {"source": None, "make": {}, "sets": locate_sets(shared, folder)},
         "train": {name: stage for name, stage in tree["train"].items() if name not in stages},
     }
     if stages:
         methods = {name: value for name, value in tree["model"].items() if name in METHODS}
-        result["model"] = {**methods, "checkpoint": run.plans(shared, folder)[stages[-1]].result}
+        result["model"] = {**methods, "checkpoint": locate_model(shared, folder, stages[-1])}
     return result
 
 
@@ -118,6 +118,9 @@ def conduct(study: Study, folder: Path, changed: bool = False) -> None:
 
     A variant's run that was finished stays; changed: as of jobs.run.run.
     """
+    from jobs import run, tables  # with torch and Ray, which reading a study does without
+    from pipelines import cluster
+
     folder = folder.resolve()
     todo = jobs(study, folder)
     folder.mkdir(parents=True, exist_ok=True)

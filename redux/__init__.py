@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from redux.settings import Reduction as Reduction
 
 _ROOMS = {
-    "CMAI": "cmai",
+    "CMAI": "settings",
     "PRESETS": "presets",
     "Preset": "presets",
-    "Reduction": "reduction",
+    "Reduction": "settings",
     "ReduxConfig": "model",
     "ReduxForConditionalGeneration": "model",
-    "VMTC": "vmtc",
+    "VMTC": "settings",
     "assemble": "pretrained",
     "inhibit": "plugin",
 }

@@ -71,7 +71,7 @@ def test_help_shows_an_example() -> None:
     assert f"redux run {QUICKSTART}" in redux("run", "--help").stdout
 
 
-def test_a_mistake_in_a_job_is_one_line_and_exit_2_before_ray_starts(tmp_path: Path) -> None:
+def test_mistakes_in_a_job_are_a_line_each_and_exit_2_before_ray_starts(tmp_path: Path) -> None:
     job, ray = tmp_path / "job.yaml", tmp_path / "ray"
     job.write_text("nmae: a\n")
     ray.mkdir()
@@ -81,9 +81,37 @@ def test_a_mistake_in_a_job_is_one_line_and_exit_2_before_ray_starts(tmp_path: P
     assert ended.stderr.startswith(
         f"redux: {job}: nmae: unknown key, did you mean 'name'? got 'a', allowed keys: name,"
     )
-    assert ended.stderr.count("\n") == 1
+    lines = ended.stderr.splitlines()
+    assert [line.removeprefix(f"redux: {job}: ").partition(":")[0] for line in lines] == [
+        "nmae",
+        "name",
+        "data",
+        "model",
+    ]
     assert not list(ray.iterdir()), "Ray was started"
     assert not (tmp_path / "runs").exists()
+
+
+MISTAKES = {
+    "job": "name: a\nseeed: 1\ndata: {}\nmodel: {checkpoint: a/b}\nevaluate: {tasks: {gqa: {}}}\n",
+    "study": "name: a\nvariants: {b: {}}\njob: {seeed: 1, data: {}, model: {checkpoint: a/b}, evaluate: {}}\n",
+    "variant": "name: a\nvariants: {b: {seeed: 1}}\njob: {data: {}, model: {checkpoint: a/b}, evaluate: {}}\n",
+    "search": "name: a\ntrials: 2\nspace: {evaluate.batch: {low: 1, high: 2}}\nobjectives: {flops: min}\n"
+    "job: {seeed: 1, data: {}, model: {checkpoint: a/b}, evaluate: {}}\n",
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_misspelt_key_is_found_without_torch_or_ray(tmp_path: Path, kind: str) -> None:
+    """They take seconds to import."""
+    job = tmp_path / "job.yaml"
+    job.write_text(MISTAKES[kind])
+    program = f"import sys\nfrom jobs.command import main\nprint(main(['run', {str(job)!r}]), *sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    code, *loaded = ended.stdout.split()
+    assert code == "2"
+    assert "seeed: unknown key, did you mean 'seed'?" in ended.stderr
+    assert not {"torch", "ray", "transformers", "deepspeed"} & {name.partition(".")[0] for name in loaded}
 
 
 def test_run_hands_over_the_job_and_its_folder(work: Any) -> None:

@@ -1,0 +1,54 @@
+"""What a search file may say; read without torch and Ray."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge
+
+from jobs import document, study
+from jobs.schema import Name
+from pipelines.space import Values
+from pipelines.trials import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(Settings):
+    """What a search file says.
+
+    job: a job file's content without name.
+    shared: names of its first stages, in order; the sets that the job makes are shared in any case.
+    fidelity: values by dotted path that a trial has in place of the job's.
+    text: tokens of the prompt with one image for which flops, kv_bytes and focus_bytes are computed.
+    """
+
+    name: Name
+    job: dict[str, Any]
+    shared: tuple[Name, ...] = ()
+    fidelity: Values = field(default_factory=dict)
+    text: Annotated[int, Ge(1)] = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "name" in self.job:
+            raise ValueError("job: got a name, allowed: none, as each trial has its own")
+        for section in ("space", "fidelity"):
+            if own := {"name", "seed"} & getattr(self, section).keys():
+                raise ValueError(
+                    f"{section}: got {min(own)}, allowed: other places, as all trials learn from the same data"
+                )
+        stages = self.job.get("train", {})
+        if not isinstance(stages, dict):
+            raise ValueError(f"job.train: got {stages!r}, allowed: a section of stages")
+        if list(self.shared) != list(stages)[: len(self.shared)]:
+            raise ValueError(
+                f"shared: got {', '.join(self.shared)}, allowed: the first of the stages {', '.join(stages)}"
+            )
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Search:
+    """The search of a YAML file after overrides.  ValueError also where its job, as it stands, is none."""
+    search = document.read(path, overrides, Search)
+    study.build(search.job, search.fidelity, search.name, f"{path}: job")
+    return search
