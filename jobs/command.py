@@ -1,17 +1,19 @@
 """The command line: `redux VERB …`.
 
-Only argparse is imported here; a verb imports what it needs when it is called, so that help and mistakes in the
-arguments answer at once instead of after torch and Ray have been loaded.
+Only argparse and the handlers of signals are imported here; a verb imports what it needs when it is called, so that
+help and mistakes in the arguments answer at once instead of after torch and Ray have been loaded.
 """
 
 import argparse
+import errno
+import io
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
+
+from pipelines import interrupts
 
 EXIT_MISUSE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -24,19 +26,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     # transformers' own bars, one a file that it reads; read when it is imported
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # a scheduler's SIGTERM is Ctrl-C by other means: both unwind the same way, so neither leaves a process behind
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return arguments.verb(arguments) or 0
-    except ValueError as error:
-        for problem in getattr(error, "problems", [str(error)]):  # of a job file there may be several
-            print(f"redux: {' '.join(problem.split())}", file=sys.stderr)
-        return EXIT_MISUSE
-    except KeyboardInterrupt:
-        print("redux: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    _survive_lost_outputs()
+    # a scheduler's SIGTERM and a closed terminal's SIGHUP are Ctrl-C by other means: all unwind the same way
+    with interrupts.handled():
+        try:
+            return arguments.verb(arguments) or 0
+        except BaseException as error:
+            # an interrupt may come out as another error: of an import, of a library, of a Ray that is ending
+            if interrupts.received() or isinstance(error, KeyboardInterrupt):
+                print("redux: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+                return EXIT_INTERRUPTED
+            if not isinstance(error, ValueError):
+                raise
+            for problem in getattr(error, "problems", [str(error)]):  # of a job file there may be several
+                print(f"redux: {' '.join(problem.split())}", file=sys.stderr)
+            return EXIT_MISUSE
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -158,8 +162,29 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: the model of {url}")
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Output(io.FileIO):
+    """A file descriptor that may lose its reader: a closed terminal, or a `tee` that Ctrl-C ended before."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            return len(data)
+
+
+def _survive_lost_outputs() -> None:
+    """Let what is written to nobody any more be no error: it would end a run, also one that makes its checkpoint."""
+    for name, errors in {"stdout": "strict", "stderr": "backslashreplace"}.items():
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # not where a test or a notebook has replaced it
+            raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+            setattr(
+                sys,
+                name,
+                io.TextIOWrapper(raw, stream.encoding, errors, line_buffering=stream.line_buffering),
+            )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -34,6 +34,7 @@ from pipelines import (
     cluster,
     easy_vqa,
     evaluate,
+    interrupts,
     ledger,
     lines,
     lora,
@@ -100,6 +101,7 @@ def run(
     with alone(folder, patience_s), cluster.session():
         lines.mend(folder / PROGRESS)
         for name, step in left.items():
+            interrupts.check()
             step()
             now = time.monotonic()
             with (folder / PROGRESS).open("a") as file:

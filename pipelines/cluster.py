@@ -8,22 +8,29 @@ import ipaddress
 import logging
 import os
 import secrets
-import signal
+import shutil
 import socket
 import ssl
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import psutil
 import ray
 import ray.data
 from ray import _raylet
-from ray._private import ray_constants
+from ray._common.utils import get_default_ray_temp_dir
+from ray._private import ray_constants, services
+from ray._private import utils as ray_utils
 from ray.exceptions import AuthenticationError
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
+
+from pipelines import interrupts
 
 # read by libraries here and in every worker; a task is one thread, so tokenizers must not start more
 ENVIRONMENT = {
@@ -40,6 +47,9 @@ ENVIRONMENT = {
 
 REACH_S = 10
 """Until a named Ray counts as not there."""
+
+END_S = 10
+"""For the kernel to end killed processes."""
 
 LOOK_S = 1
 """Between looks whether the head of a named Ray is there."""
@@ -72,22 +82,32 @@ def session() -> Iterator[None]:
     environment = {name: os.environ.setdefault(name, value) for name, value in ENVIRONMENT.items()}
     disable_progress_bar()  # of transformers, which would show one for each file it reads
     with _private() if _own() else _named(os.environ["RAY_ADDRESS"]) as settings:
-        terminate = signal.getsignal(signal.SIGTERM)
-        _connect(runtime_env={"env_vars": environment}, **settings)
-        signal.signal(signal.SIGTERM, terminate)  # Ray puts its own in place
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        ray.data.DataContext.get_current().enable_progress_bars = False  # each long step has a bar of its own
         try:
+            _connect(runtime_env={"env_vars": environment}, **settings)
+            interrupts.check()
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            ray.data.DataContext.get_current().enable_progress_bars = False  # each long step has a bar of its own
             yield
         finally:
-            ray.shutdown()
+            with interrupts.deferred():
+                ray.shutdown()
 
 
 def _connect(**settings: Any) -> None:
     """ray.init; ValueError where there is no Ray, or where it wants another token."""
+    print(
+        "starting Ray" if _own() else f"connecting to Ray at {os.environ['RAY_ADDRESS']}", file=sys.stderr, flush=True
+    )
     try:
-        # what went wrong in a worker comes back as an exception
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
+        # Ray 2.60 would put two handlers of its own for SIGTERM in place, one of which exits with 15, the other with a
+        # stack trace; and a Ray that is started by half could not be ended in order, while a named one may take long
+        with (
+            patch.object(ray_utils, "set_sigterm_handler"),
+            patch.object(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True),
+            interrupts.deferred() if _own() else nullcontext(),
+        ):
+            # what went wrong in a worker comes back as an exception
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
         if _own():
             raise
@@ -97,16 +117,27 @@ def _connect(**settings: Any) -> None:
 
 @contextmanager
 def _private() -> Iterator[dict[str, Any]]:
-    """Settings of a Ray that only this process and its children reach, and the environment that makes it so."""
+    """Settings of a Ray that only this process and its children reach, and the environment that makes it so.
+
+    No process of it is left afterwards. Its folder, with its logs, is left where an error ended it that the user cannot
+    do anything about.
+    """
     wanted = {**LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     before = {name: os.environ.get(name) for name in wanted}
     clusters = ray_constants.ENABLE_RAY_CLUSTER
     os.environ.update(wanted)
     ray_constants.ENABLE_RAY_CLUSTER = False  # this process has read the variable
     _reread()
+    folders, keep = set(_folders()), False
     try:
-        yield {"address": "local", "include_dashboard": False}
+        with _own_sessions():
+            yield {"address": "local", "include_dashboard": False}
+    except Exception as error:
+        keep = not isinstance(error, ValueError)
+        raise
     finally:
+        if not keep:
+            _remove_folders(set(_folders()) - folders)
         ray_constants.ENABLE_RAY_CLUSTER = clusters
         for name, value in before.items():
             if value is None:
@@ -114,6 +145,58 @@ def _private() -> Iterator[dict[str, Any]]:
             else:
                 os.environ[name] = value
         _reread()
+
+
+@contextmanager
+def _own_sessions() -> Iterator[None]:
+    """Give each process that Ray starts here a session of its own, and end all of them, with what they started.
+
+    In the session of this process they would get the signals of its process group: Ctrl-C in a terminal, SIGTERM of
+    `timeout` and of schedulers. They would die before a checkpoint is made.
+
+    The kernel kills them if this process is killed (PR_SET_PDEATHSIG). Where it has no such thing, Ray has a process
+    that ends the process group, so there they stay in it.
+    """
+    started = list[int]()
+
+    class Process(services.ConsolePopen):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, start_new_session=True, **kwargs)
+            started.append(self.pid)
+
+    if not ray_utils.detect_fate_sharing_support():
+        yield
+        return
+    with patch.object(services, "ConsolePopen", Process):
+        try:
+            yield
+        finally:
+            with interrupts.deferred():
+                _end(started)
+
+
+def _end(sessions: list[int]) -> None:
+    """Kill the processes of these sessions: Ray's agents would only notice after a minute that the rest is gone."""
+    left = []
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.Error):
+            if os.getsid(process.pid) in sessions:
+                process.kill()
+                left.append(process)
+    psutil.wait_procs(left, timeout=END_S)
+
+
+def _folders() -> list[Path]:
+    """Folders of the Rays that this process has started."""
+    return list(Path(get_default_ray_temp_dir()).glob(f"session_*_{os.getpid()}"))
+
+
+def _remove_folders(folders: set[Path]) -> None:
+    latest = Path(get_default_ray_temp_dir(), "session_latest")
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        if latest.is_symlink() and latest.resolve() == folder.resolve():
+            latest.unlink(missing_ok=True)
 
 
 def _reread() -> None:

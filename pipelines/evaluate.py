@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines import cluster, easy_vqa, lines, storage
+from pipelines import cluster, easy_vqa, interrupts, lines, storage
 from pipelines.metrics import peak_bytes
 from pipelines.report import Example
 from pipelines.tasks import TASKS, Asking, Evaluate, Name, questions, spread
@@ -227,7 +227,10 @@ def _answer(
     )
     done = total - sum(map(len, left.values()))
     with tqdm(desc="evaluate", total=total, initial=done, unit="question") as bar:
+        bar.set_postfix_str("loading model")
         for block in answers.iter_batches(batch_size=None):
+            interrupts.check()
+            bar.set_postfix_str("", refresh=False)
             batch = batches[int(block["batch"][0])]
             if problem := str(block["error"][0]):
                 raise ValueError(f"evaluate.tasks.{batch.task}: {problem}")

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,21 @@ class Settings:
 
 @dataclass
 class News:
-    """What the driver shows: the last step and its loss, and what was said since it last asked."""
+    """What the driver shows: the last step and its loss, and what was said since it last asked.
+
+    phase: of workers that do no step yet.
+    starts: groups of workers that have begun so far; cursor: the step after which the last of them did.
+    at_work: whether there are workers that do steps.
+    """
 
     step: int
     loss: float | None
     said: list[str]
     failed: str
+    phase: str = "starting workers"
+    starts: int = 0
+    cursor: int = 0
+    at_work: bool = False
 
 
 class Recorder:
@@ -97,7 +106,10 @@ class Recorder:
         settings = self.settings
         self.metrics = Metrics(settings.run, settings.stage, cursor)
         self.pool.submit(self._track, cursor)
-        self.news.step = cursor
+        self.news.step = self.news.cursor = cursor
+        self.news.starts += 1
+        self.news.at_work = True
+        self.news.phase = "first batch"
         self._note("start", workers=workers, cursor=cursor, restore_s=restore_s)
         self.fail(self._excess(cursor))
         return None if self.news.failed else self.rolled_back
@@ -121,7 +133,7 @@ class Recorder:
         self.pool.submit(self._show, step, shown | {"goodput": goodput})
         if step > self.furthest:
             self.furthest, self.faults = step, 0
-        self.news.step, self.news.loss = step, finite["loss"]
+        self.news.step, self.news.loss, self.news.phase = step, finite["loss"], ""
         self.fail(self._excess(step, used.replaced[-1]["reason"] if used.replaced else ""))
         return self.stopping or bool(self.news.failed)
 
@@ -131,6 +143,7 @@ class Recorder:
         Too often in a row, without a step further than before, and the driver ends the run.
         """
         self._note("fault")
+        self.news.phase, self.news.at_work = "starting workers", False
         causes = [f"rank {rank}: {why}" for rank, why in sorted(told.items())]
         self.news.said += causes
         self.faults += 1
@@ -144,6 +157,10 @@ class Recorder:
         """Steps written so far are on disk; a checkpoint may now say that they were done."""
         if self.metrics:
             self.metrics.sync()
+
+    def enter(self, phase: str) -> None:
+        """Workers that are about to begin have come so far."""
+        self.news.phase = phase
 
     def say(self, text: str) -> None:
         """Something that the user should read."""
@@ -163,7 +180,7 @@ class Recorder:
 
     def hear(self) -> News:
         """What happened since the last time."""
-        news = News(self.news.step, self.news.loss, self.news.said, self.news.failed)
+        news = replace(self.news)
         self.news.said = []
         return news
 

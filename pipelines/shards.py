@@ -40,8 +40,8 @@ from jaxtyping import Bool, Int32, Int64
 from pyarrow import ipc
 from tqdm import tqdm
 
+from pipelines import interrupts, storage
 from pipelines import records as check
-from pipelines import storage
 from pipelines.sets import Making
 from redux.image import prepared
 from redux.settings import Fit
@@ -104,20 +104,22 @@ def make(records: Sequence[Any], images: str, out: str, making: Making) -> dict[
     seen: set[bytes] = set()
     faults = [_fault(record, making, seen) for record in records]
     each = making.samples_per_shard
-    done, left = set(storage.names(storage.join(out, UNFINISHED))), []
-    with tqdm(total=len(records), desc=f"shards {posixpath.basename(out.rstrip('/'))}", unit="record") as bar:
-        for number, first in enumerate(range(0, len(records), each)):
-            part = slice(first, first + each)
-            if f"{number:06d}.arrow" in done:
-                bar.update(len(records[part]))
-                continue
+    done, left, already = set(storage.names(storage.join(out, UNFINISHED))), list[dict[str, Any]](), 0
+    for number, first in enumerate(range(0, len(records), each)):
+        part = slice(first, first + each)
+        if f"{number:06d}.arrow" in done:
+            already += len(records[part])
+        else:
             given = {"records": _json(records[part]), "faults": _json(faults[part])}
             left.append({"shard": number, "first": first, **given})
+    title = f"shards {posixpath.basename(out.rstrip('/'))}"
+    with tqdm(desc=title, total=len(records), initial=already, unit="record") as bar:
         if left:
             rows = ray.data.from_items(left, override_num_blocks=len(left)).map(
                 _shard, fn_args=(images, out, making), num_cpus=1
             )
             for row in rows.iter_rows():
+                interrupts.check()
                 bar.update(row["records"])
     return _finish(records, out, making, asked, -(-len(records) // each))
 

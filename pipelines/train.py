@@ -39,6 +39,7 @@ from pipelines import (
     fragments,
     hooks,
     ingest,
+    interrupts,
     metrics,
     recorder,
     rendezvous,
@@ -84,7 +85,7 @@ def fit(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None = None) 
     more: hooks after each step, besides the stage's own.
     watch: called here, every now and then; the last step is among what it hears of.  StoppedError when it wants so.
     Raises ValueError for what the user must change, and after recovery.restarts starts that came no further.
-    Ctrl-C makes a checkpoint first, for which there are recovery.grace_s seconds.
+    A signal that stops the command makes a checkpoint first, for which there are recovery.grace_s seconds.
     """
     if export.finished(plan.result):
         return
@@ -124,8 +125,9 @@ def fit(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None = None) 
         ray.get(actor.close.remote("stop"))
         raise
     finally:
-        ray.kill(actor)
-        release(plan.run)
+        with interrupts.deferred():
+            ray.kill(actor)
+            release(plan.run)
 
 
 def _train(
@@ -154,14 +156,19 @@ def _train(
         )
         future = aside(trainer.fit)
         with tqdm(desc=plan.name, total=steps, unit="step") as bar:
+            progress = Progress(actor, bar)
             try:
-                _follow(actor, future, bar, lambda step: bool(watch and watch(plan.run, plan.name, step, steps)))
+                _follow(progress, future, lambda step: bool(watch and watch(plan.run, plan.name, step, steps)))
             except (KeyboardInterrupt, StoppedError) as why:
-                again = "; Ctrl-C again stops at once" if isinstance(why, KeyboardInterrupt) else ""
-                bar.write(f"{plan.name}: stopping after a checkpoint{again}")
                 ray.get(actor.stop.remote())
-                wait([future], timeout=plan.recovery.grace_s)
-                _show(actor, bar)
+                progress.show()
+                # workers that do no step have nothing to save, and end with Ray; only where the process goes on, and
+                # Ray with it, they are waited for
+                if progress.at_work or isinstance(why, StoppedError):
+                    again = "; a second signal stops at once" if isinstance(why, KeyboardInterrupt) else ""
+                    bar.write(f"{plan.name}: stopping after a checkpoint{again}")
+                    wait([future], timeout=plan.recovery.grace_s)
+                    progress.show()
                 raise
 
 
@@ -198,29 +205,54 @@ def _spare(plan: Plan, gpus: bool) -> bool:
     return gpus or not plan.elastic
 
 
-def _follow(actor: Any, future: Future[Any], bar: tqdm, stop: Callable[[int], bool]) -> None:
+def _follow(progress: "Progress", future: Future[Any], stop: Callable[[int], bool]) -> None:
     """Show how it goes until it ends."""
     while not wait([future], timeout=0.5).done:
-        if _show(actor, bar):
+        interrupts.check()
+        if progress.show():
             wait([future], timeout=ENDING_S)
             break
-        if stop(bar.n):
+        if stop(progress.bar.n):
             raise StoppedError
-    if failed := _show(actor, bar):
+    if failed := progress.show():
         raise ValueError(failed)
     future.result()
-    stop(bar.n)  # of a stage that is done nothing is left to stop
+    stop(progress.bar.n)  # of a stage that is done nothing is left to stop
 
 
-def _show(actor: Any, bar: tqdm) -> str:
-    """Show what is new; returns why the run must end, "" while it need not."""
-    news: recorder.News = ray.get(actor.hear.remote())
-    for text in news.said:
-        bar.write(text)
-    if news.loss is not None:
-        bar.set_postfix_str(f"loss {news.loss:.3f}", refresh=False)
-    bar.update(news.step - bar.n)
-    return news.failed
+class Progress:
+    """The bar of a stage, as the recorder knows it.
+
+    at_work: whether there are workers that do steps.
+    """
+
+    def __init__(self, recorder: Any, bar: tqdm) -> None:
+        self.recorder, self.bar = recorder, bar
+        self.starts, self.phase, self.at_work = 0, "", False
+
+    def show(self) -> str:
+        """Show what is new; returns why the run must end, "" while it need not."""
+        news: recorder.News = ray.get(self.recorder.hear.remote())
+        for text in news.said:
+            self.bar.write(text)
+        if news.starts != self.starts:
+            self.starts = news.starts
+            self._begin(news.cursor)
+        if news.phase != self.phase:
+            self.phase = news.phase
+            self.bar.set_postfix_str(news.phase)
+        if news.loss is not None and not news.phase:
+            self.bar.set_postfix_str(f"loss {news.loss:.3f}", refresh=False)
+        self.bar.update(news.step - self.bar.n)
+        self.at_work = news.at_work
+        return news.failed
+
+    def _begin(self, cursor: int) -> None:
+        """Count steps, and the time that they take, from here on: else rate and time left would be far too good."""
+        bar = self.bar
+        bar.initial = bar.n = bar.last_print_n = cursor
+        if not bar.disable:
+            bar.start_t = bar.last_print_t = time.time()
 
 
 def release(run: Path) -> None:
@@ -277,6 +309,8 @@ def _work(plan: Plan, reader: ingest.Reader, steps: int, recorder: Any, more: Se
     if not _join(plan):
         return
     dog = hooks.Watchdog(plan.recovery.watchdog_s, plan.run / "stacks" / plan.name, dist.get_rank())
+    if dist.get_rank() == 0:
+        recorder.enter.remote("loading model")
     trained = engine.build(plan, dist.get_world_size())
     identity = engine.identity(trained)
     begun = _restore(trained, plan, identity, recorder, entered)

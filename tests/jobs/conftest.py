@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import interrupts
+
 WORDS = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: Is there a red or a blue shape? ASSISTANT: yes, one is.\n"
@@ -15,9 +17,11 @@ WORDS = (
 @pytest.fixture(autouse=True)
 def ctrl_c() -> Iterator[None]:
     """A shell's background jobs, and what they start, ignore Ctrl-C: the suite may be one, and these tests press it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

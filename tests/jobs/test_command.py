@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from jobs import command
+from pipelines import interrupts
 
 QUICKSTART = Path("jobs/quickstart.yaml")
 ROOT = Path(__file__).parents[2]
@@ -135,11 +137,10 @@ def test_a_mistake_found_later_is_one_line_too(work: Any, capsys: pytest.Capture
     assert capsys.readouterr().err == "redux: workers: got 3, allowed: a divisor of 32\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
 def test_a_signal_unwinds_the_work_and_exits_130(
     work: Any, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM)
     unwound = []
 
     def interrupted(job: Any, folder: Path, changed: bool) -> None:
@@ -152,7 +153,74 @@ def test_a_signal_unwinds_the_work_and_exits_130(
     assert command.main(["run", "x.yaml"]) == 130
     assert unwound == [Path("runs/a")]
     assert capsys.readouterr().err.count("\n") == 1
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is signal.SIG_IGN, "another one cannot spoil the exit code"
+
+
+def test_signals_are_as_before_after_work_without_one(work: Any) -> None:
+    before = [signal.getsignal(number) for number in interrupts.SIGNALS]
+    work(lambda *arguments: None)
+    assert command.main(["run", "x.yaml"]) == 0
+    assert [signal.getsignal(number) for number in interrupts.SIGNALS] == before
+
+
+def test_an_interrupt_counts_that_comes_out_as_another_error(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def turned(job: Any, folder: Path, changed: bool) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("numpy._core failed to import") from None
+
+    work(turned)
+    assert command.main(["run", "x.yaml"]) == 130
+    assert "redux: interrupted" in capsys.readouterr().err
+
+
+def test_an_interrupt_that_is_swallowed_comes_with_the_next_look(work: Any) -> None:
+    def swallowed(job: Any, folder: Path, changed: bool) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGHUP)
+        interrupts.check()
+        pytest.fail("went on")
+
+    work(swallowed)
+    assert command.main(["run", "x.yaml"]) == 130
+
+
+def test_an_interrupt_waits_for_the_end_of_a_block_that_defers_it(work: Any) -> None:
+    steps = []
+
+    def deferring(job: Any, folder: Path, changed: bool) -> None:
+        with interrupts.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            steps.append("the block went on")
+        steps.append("and so did what follows")
+
+    work(deferring)
+    assert command.main(["run", "x.yaml"]) == 130
+    assert steps == ["the block went on"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(work: Any) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    work(lambda *arguments: signal.raise_signal(signal.SIGHUP))
+    try:
+        assert command.main(["run", "x.yaml"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_an_output_that_nobody_reads_any_more_is_no_error(name: str) -> None:
+    """A `tee` dies of the Ctrl-C that the run makes a checkpoint on."""
+    code = (
+        "import sys; from jobs import command; command._survive_lost_outputs();"
+        f"sys.stdin.read(); print('lost', file=sys.{name}, flush=True); sys.exit(7)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, **{name: subprocess.PIPE})
+    getattr(process, name).close()
+    process.communicate(b"")
+    assert process.returncode == 7
 
 
 def test_an_error_of_ours_keeps_its_traceback(work: Any) -> None:
