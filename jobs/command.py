@@ -525,8 +525,16 @@ def _add_shards(verbs: Any) -> None:
     index = shards.add_parser(
         "index",
         help="write the index of tars that others made",
-        description="Write the index of WebDataset tars that others made. Each sample needs a json, LLaVA's record.",
+        description="Write the index of WebDataset tars that others made: the samples that WebDataset reads. Each "
+        "needs KEY.json, LLaVA's record, and beside it KEY.jpg (or png, webp, ...) or no image. A key ends at the "
+        "first dot of a file's name, and members of a sample stand together (tar --sort=name). Samples that cannot be "
+        "used are listed in quarantine.jsonl with a reason; every member is counted as used, ignored or refused.",
+        epilog="example: redux shards index s3://bucket/tars-of-others",
     )
+    index.add_argument(
+        "--tolerance", metavar="SHARE", type=_share, default=0.0,
+        help="fail if more than this share of the samples cannot be used (default: %(default)s)",
+    )  # fmt: skip
     verify = shards.add_parser(
         "verify",
         help="check that a set is what its index says, and what a run used of it",
@@ -534,6 +542,7 @@ def _add_shards(verbs: Any) -> None:
         "consumed.jsonl, that each stage used each sample exactly once an epoch.",
         epilog="example: redux shards verify runs/quickstart/shards/captions --consumed runs/quickstart",
     )
+    verify.add_argument("--decode", action="store_true", help="also decode every image")
     verify.add_argument("--consumed", metavar="RUN", type=Path, help="the folder of a run that trained on the set")
     for name, parser in (("index", index), ("verify", verify)):
         parser.add_argument("folder", metavar="URI", help="folder of the shards")

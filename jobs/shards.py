@@ -1,12 +1,13 @@
 """`redux shards …`: sets of shards made, indexed and verified from the command line."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 from jobs import schema
 from jobs.layout import locate_sets
 from jobs.run import JOB
-from pipelines import audit, cluster, consumed, easy_vqa, metrics, records, shards, storage
+from pipelines import audit, cluster, consumed, easy_vqa, metrics, records, shards, storage, tars
 from pipelines.sets import Making
 
 
@@ -31,9 +32,25 @@ def make(arguments: argparse.Namespace) -> None:
 
 
 def index(arguments: argparse.Namespace) -> None:
-    """An index for tars that others made."""
+    """An index for tars that others made; prints what became of their samples and members."""
     with cluster.session():
-        print(f"{arguments.folder}: indexed {audit.index_tars(arguments.folder)} samples")
+        found = audit.index_tars(arguments.folder, arguments.tolerance)
+    print(f"{arguments.folder}: indexed {found.samples} samples in {found.tars} tars")
+    for reason, count in found.quarantined.items():
+        print(f"{count:>10} samples kept out: {reason}")
+    print(f"{found.members:>10} members, of which")
+    print(f"{found.used.total():>10} used{_by_kind(found.used)}")
+    print(f"{found.ignored.total():>10} ignored{_by_kind(found.ignored)}")
+    print(f"{found.refused:>10} refused, of samples kept out")
+    for note in found.notes:
+        print(note)
+
+
+def _by_kind(counts: Counter[str]) -> str:
+    """Counts by suffix or kind, the most first."""
+    told = ", ".join(f"{count} {tars.printable(kind)}" for kind, count in counts.most_common(20))
+    more = f", and {len(counts) - 20} other kinds" if len(counts) > 20 else ""
+    return f": {told}{more}" if told else ""
 
 
 def verify(arguments: argparse.Namespace) -> None:
@@ -43,9 +60,10 @@ def verify(arguments: argparse.Namespace) -> None:
     if arguments.consumed:
         proven, wrong = _consumed(arguments.folder, arguments.consumed)
     else:
-        proven = [f"{arguments.folder}: every byte is as the index says"]
+        decoded = ", and every image decodes" if arguments.decode else ""
+        proven = [f"{arguments.folder}: every byte is as the index says{decoded}"]
         with cluster.session():
-            wrong = audit.verify(arguments.folder)
+            wrong = audit.verify(arguments.folder, arguments.decode)
     for line in wrong:
         print(line)
     if wrong:

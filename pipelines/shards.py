@@ -22,11 +22,9 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import posixpath
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -40,7 +38,7 @@ from jaxtyping import Bool, Int32, Int64
 from pyarrow import ipc
 from tqdm import tqdm
 
-from pipelines import interrupts, storage
+from pipelines import interrupts, storage, tars
 from pipelines import records as check
 from pipelines.sets import Making
 from redux.image import prepared
@@ -66,9 +64,6 @@ of size 0 for text alone; and the words of all turns.
 
 Samples of a shard stand together, and the dictionary has the shards in the order of their samples.
 """
-TAR_BLOCK = 512
-"""Bytes of a block of a tar, to which every member is filled up."""
-PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".pyd", ".npy", ".npz")
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,7 @@ def _shard(block: dict[str, Any], images: str, out: str, making: Making) -> dict
     """Write one shard, then its part of the index."""
     import webdataset  # brings torch along, which readers do without
 
-    kept, out_of = [], []
+    kept, out_of = 0, []
     given, faults = json.loads(block["records"]), json.loads(block["faults"])
     buffer = io.BytesIO()
     # fixed times and owner: equal records give equal bytes
@@ -145,16 +140,19 @@ def _shard(block: dict[str, Any], images: str, out: str, making: Making) -> dict
             member = {"__key__": f"{number:09d}", "json": record}
             if not fault and "image" in record:
                 fault, image = _image(storage.join(images, check.inside(record["image"]) or ""), making)
-                suffix = posixpath.splitext(record["image"])[1].lower().removeprefix(".") or "img"
+                suffix = posixpath.splitext(record["image"])[1].lower().removeprefix(".")
+                suffix = suffix if suffix in tars.IMAGES else "img"  # a.json is the record, and a.txt no image
                 member = {"__key__": member["__key__"], "ppm" if making.size else suffix: image, "json": record}
             if fault:
                 name = record.get("id") if isinstance(record, dict) else None
                 out_of.append({"number": number, "id": name, "reason": fault})
                 continue
             tar.write(member)
-            kept.append(check.length(record))
+            kept += 1
     data, name = buffer.getvalue(), f"{block['shard']:06d}.tar"
-    rows = [{**row, "words": words} for row, words in zip(index(data, name), kept, strict=True)]
+    rows = tars.rows(tars.read_tar(data, name), data, name) if kept else []
+    if len(rows) != kept:
+        raise RuntimeError(f"{storage.join(out, name)}: of {kept} samples written {len(rows)} are read")
     storage.write(storage.join(out, name), data)
     table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"quarantine": json.dumps(out_of)})
     storage.write(storage.join(out, UNFINISHED, f"{block['shard']:06d}.arrow"), ipc_file(table))
@@ -222,44 +220,6 @@ def ipc_file(table: pa.Table) -> bytes:
     with ipc.new_file(sink, table.schema) as file:
         file.write_batch(batch)
     return sink.getvalue()
-
-
-def index(tar: bytes, name: str) -> Iterator[dict]:
-    """Rows of the index but for the words, of one tar, also a foreign one: members of a sample stand together and share
-    the key.
-
-    A key is, as for WebDataset, the path up to the first dot of its last part.  The record is the member .json, the
-    image the first of the others.  ValueError for a member that only unpickling could read.
-    """
-    with tarfile.open(fileobj=io.BytesIO(tar)) as opened:
-        members = [member for member in opened.getmembers() if member.isfile()]
-    for member in members:
-        if member.name.lower().endswith(PICKLES):
-            raise ValueError(f"{name}: member {member.name}, allowed: what can be read without unpickling")
-    for key, together in itertools.groupby(members, lambda member: _key(member.name)):
-        sample = list(together)
-        start, last = sample[0].offset, sample[-1]
-        length = last.offset_data + -(-last.size // TAR_BLOCK) * TAR_BLOCK - start
-        record, image = (
-            next((each for each in sample if each.name.endswith(".json") == is_record), None)
-            for is_record in (True, False)
-        )
-        yield {
-            "key": key,
-            "shard": name,
-            "offset": start,
-            "length": length,
-            "sha256": hashlib.sha256(tar[start : start + length]).digest(),
-            "record_at": record.offset_data - start if record else 0,
-            "record_size": record.size if record else 0,
-            "image_at": image.offset_data - start if image else 0,
-            "image_size": image.size if image else 0,
-        }
-
-
-def _key(name: str) -> str:
-    folder, last = posixpath.split(name)
-    return posixpath.join(folder, last.partition(".")[0])
 
 
 class Shards:
