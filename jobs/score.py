@@ -2,10 +2,11 @@
 
 import argparse
 import json
+from collections.abc import Sized
 from importlib import import_module
 from pathlib import Path
 
-from redux.benchmarks import BENCHMARKS, answered
+from redux.benchmarks import BENCHMARKS, answered, scores
 from redux.benchmarks.source import read
 
 INSTRUCTIONS = "instructions"
@@ -19,6 +20,7 @@ def score(arguments: argparse.Namespace) -> None:
     if arguments.task == INSTRUCTIONS:
         instructions = import_module("redux.benchmarks.instructions")  # its checkers take a second to load
         verdicts = list(instructions.score(read(arguments.answers), arguments.answers))
+        _require_answers(arguments.answers, verdicts)
         print("".join(f"{json.dumps(verdict)}\n" for verdict in verdicts), end="")
         return
     if arguments.task not in BENCHMARKS:
@@ -30,11 +32,22 @@ def score(arguments: argparse.Namespace) -> None:
         allowed = ", ".join(name for name, other in BENCHMARKS.items() if other.submission)
         raise ValueError(f"--submission: got task {arguments.task}, allowed: {allowed}")
     questions = benchmark.questions(*arguments.questions)
-    rows, missing = answered(questions, benchmark.answers(arguments.answers, questions))
+    if not questions:
+        raise ValueError(f"--questions: got no question in {', '.join(arguments.questions)}, allowed: at least one")
+    answers = benchmark.answers(arguments.answers, questions)
+    _require_answers(arguments.answers, answers)
+    rows, missing = answered(questions, answers)
+    metrics = benchmark.metrics(rows)
     if arguments.submission and benchmark.submission:
         _write(arguments.submission, json.dumps(benchmark.submission(rows)))
-    scores = {name: metric.score for name, metric in benchmark.metrics(rows).items()}
-    print(json.dumps({"task": arguments.task, "scores": scores, "questions": len(questions), "missing": missing}))
+    # what is handed in is scored elsewhere: here a split without reference answers is no mistake
+    found = scores(metrics, "--questions") if metrics or not arguments.submission else {}
+    print(json.dumps({"task": arguments.task, "scores": found, "questions": len(questions), "missing": missing}))
+
+
+def _require_answers(path: str, answers: Sized) -> None:
+    if not answers:
+        raise ValueError(f"--answers: got no answer in {path}, allowed: at least one")
 
 
 def _write(path: Path, text: str) -> None:

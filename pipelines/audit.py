@@ -23,6 +23,10 @@ PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst",
 """How names of compressed tars end."""
 
 
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+"""tqdm's own, with one unit for slow and fast."""
+
+
 @dataclass
 class Indexed:
     """What the tars of a new index hold.
@@ -121,16 +125,16 @@ def _refusal(folder: str, found: Indexed, listed: list[dict[str, Any]], toleranc
         return f"{folder}: no samples in {found.tars} tars, allowed: at least one"
     counts = ", ".join(f"{count} {reason}" for reason, count in found.quarantined.items())
     first = listed[0]
-    advice = ""
-    if any(reason in ("no record", "members apart") for reason in found.quarantined):
+    reasons, advice = set(found.quarantined), ""
+    if "members apart" in reasons or ("no record" in reasons and reasons & {"tag without image", "missing image"}):
         advice = (
-            "; members of a sample must stand together and share their path up to the first dot, KEY.jpg and KEY.json "
-            "(put them into one folder, and pack it by tar --sort=name)"
+            "; members of a sample must stand together and share their path up to the first dot, KEY.jpg and KEY.json: "
+            "put them into one folder, and pack it by tar --sort=name"
         )
-    if "malformed" in found.quarantined or "no record" in found.quarantined:
-        advice += (
-            "; KEY.json must hold LLaVA's record with conversations, not metadata such as img2dataset's (write a JSON "
-            "file of records, and pack it with the images by `redux shards make`)"
+    elif reasons & {"malformed", "no record"}:
+        advice = (
+            "; KEY.json must hold LLaVA's record with conversations, not metadata such as img2dataset's: write a JSON "
+            "file of records, and pack it with the images by `redux shards make`"
         )
     return (
         f"{folder}: {len(listed)} of {found.samples + len(listed)} samples cannot be used ({counts}; first "
@@ -175,7 +179,7 @@ def _each(items: list[dict[str, Any]], task: Any, name: str, *args: Any) -> Iter
         return
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(task, fn_args=args, num_cpus=1)
     dataset.context.execution_options.preserve_order = True
-    yield from tqdm(dataset.iter_rows(), total=len(items), desc=name, unit="shard")
+    yield from tqdm(dataset.iter_rows(), total=len(items), desc=name, unit="shard", bar_format=BAR)
 
 
 def _index(item: dict[str, str]) -> dict[str, Any]:

@@ -33,7 +33,8 @@ from pipelines.metrics import peak_bytes
 from pipelines.report import Example
 from pipelines.tasks import TASKS, Asking, Evaluate, Name, questions, spread
 from redux import respondent
-from redux.benchmarks import Question
+from redux.benchmarks import BENCHMARKS, Metric, Question
+from redux.benchmarks import scores as benchmark_scores
 from redux.image import pixels
 from redux.model import ReduxForConditionalGeneration, normalise
 from redux.respondent import Answers, Respondent
@@ -148,14 +149,32 @@ def promised(settings: Evaluate) -> set[str]:
     timed = {"decode_tokens_per_s", "prefill_s_per_question", "peak_bytes"}
     result = {f"speed.{name}" for name in timed}
     for name, asking in settings.tasks.items():
-        unanswered = [_row(question) | {"response": ""} for question in questions(name, asking)]
-        result |= {f"{name}.questions", *(f"{name}.{metric}" for metric in TASKS[name].metrics(unanswered))}
+        result |= {
+            f"{name}.questions",
+            *(f"{name}.{metric}" for metric in _metric_names(name, questions(name, asking))),
+        }
     return result
 
 
+def _metric_names(name: Name, asked: Sequence[Question]) -> list[str]:
+    """Metrics that the answers will have.  ValueError where there are none, and no server that would score them."""
+    metrics = TASKS[name].metrics([_row(question) | {"response": ""} for question in asked])
+    return list(_scores(name, metrics))
+
+
+def _scores(name: Name, metrics: Mapping[str, Metric]) -> dict[str, float]:
+    if not metrics and name in BENCHMARKS and BENCHMARKS[name].submission:
+        return {}  # answers to hand in: `redux score --submission`
+    return benchmark_scores(metrics, f"evaluate.tasks.{name}.files")
+
+
 def check(name: Name, asking: Asking) -> None:
-    """ValueError where a task's files cannot be read or do not fit, or the first question's image is not there."""
-    first = questions(name, asking)[0]
+    """ValueError where a task's files cannot be read, do not fit or have nothing to score by, or the first question's
+    image is not there.
+    """
+    asked = questions(name, asking)
+    _metric_names(name, asked)
+    first = asked[0]
     try:
         _images(Batch(name, [first], _folder(name, asking), 0))
     except (OSError, ValueError) as error:
@@ -300,13 +319,16 @@ def rows(run: Path, name: str) -> list[dict[str, Any]]:
     return lines.read(run / FOLDER / f"{name}.jsonl")
 
 
-def scores(run: Path, names: Sequence[str]) -> dict[str, float]:
-    """TASK.METRIC of each task, and TASK.questions."""
+def scores(run: Path, names: Sequence[Name]) -> dict[str, float]:
+    """TASK.METRIC of each task, and TASK.questions.  ValueError for a task without an answer, or without a score."""
     result = {}
     for name in names:
         answered = rows(run, name)
         result[f"{name}.questions"] = float(len(answered))
-        result |= {f"{name}.{metric}": each.score for metric, each in TASKS[name].metrics(answered).items()}
+        if not answered:
+            raise ValueError(f"evaluate.tasks.{name}: got no answer in {run / FOLDER}, allowed: a task that was asked")
+        found = _scores(name, TASKS[name].metrics(answered))
+        result |= {f"{name}.{metric}": score for metric, score in found.items()}
     return result
 
 

@@ -38,7 +38,7 @@ REASONS = {
     "no record": "no member json, LLaVA's record",
     "several records": "more than one member has conversations: a key ends at the first dot of a file's name",
     "several images": "more than one member can be the image, and the record does not tell which",
-    "members apart": "the key comes again further on: members of a sample must stand together (tar --sort=name)",
+    "members apart": "the key comes again further on, with the sample's other members",
     "sparse member": "the record or the image is stored sparse: no byte range holds it (make the tar without --sparse)",
 }
 """Why a sample of a tar is refused, beside the reasons of its record."""

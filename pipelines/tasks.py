@@ -97,12 +97,14 @@ def questions(name: Name, asking: Asking) -> list[Question]:
         found = TASKS[name].questions(*asking.files)
     except ValueError as error:
         raise ValueError(f"evaluate.tasks.{name}.files: {error}") from None
+    if not found:
+        raise ValueError(f"evaluate.tasks.{name}.files: no questions in {', '.join(asking.files)}, allowed: some")
     if asking.limit or asking.without:
         units = list(dict.fromkeys(each.unit for each in found))
         seen = {units[place] for place in spread(len(units), asking.limit or asking.without or 0)}
         found = [each for each in found if (each.unit in seen) == bool(asking.limit)]
-    if not found:
-        raise ValueError(f"evaluate.tasks.{name}.files: no questions in {', '.join(asking.files)}, allowed: some")
+        if not found:
+            raise ValueError(f"evaluate.tasks.{name}.without: got {asking.without}, allowed: up to {len(units) - 1}")
     [(id, times)] = Counter(each.id for each in found).most_common(1)
     if times > 1:
         raise ValueError(f"evaluate.tasks.{name}.files: {times} questions with the id {id}, allowed: one")

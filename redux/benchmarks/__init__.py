@@ -15,6 +15,7 @@ from redux.benchmarks.benchmark import Metric as Metric
 from redux.benchmarks.benchmark import Outcome as Outcome
 from redux.benchmarks.benchmark import Question as Question
 from redux.benchmarks.benchmark import Row as Row
+from redux.benchmarks.benchmark import scores as scores
 
 BENCHMARKS: dict[str, Benchmark] = {
     "vqav2": Benchmark(

@@ -7,6 +7,7 @@ bootstrap confidence intervals, whatever the benchmark.
 Scores of accuracy are shares from 0 to 1, as elsewhere here; MME's are its own points.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,22 @@ def means(outcomes: Iterable[tuple[str, Outcome]]) -> dict[str, Metric]:
     for name, outcome in outcomes:
         named[name].append(outcome)
     return {name: Metric(found) for name, found in named.items()}
+
+
+def scores(metrics: Mapping[str, Metric], name: str) -> dict[str, float]:
+    """Scores by name, of metrics by name.
+
+    name: what was asked, for errors.
+    ValueError where nothing was scored, or a score is no number.
+    """
+    found = {metric: each.score for metric, each in metrics.items() if each.outcomes}
+    if not found:
+        raise ValueError(
+            f"{name}: got no question with a reference answer, allowed: at least one (test splits have none)"
+        )
+    if wrong := [metric for metric, score in found.items() if not math.isfinite(score)]:
+        raise ValueError(f"{name}: got {found[wrong[0]]} for {wrong[0]}, allowed: a number")
+    return found
 
 
 class Submitted(str):

@@ -4,6 +4,7 @@ The score is M4C's, as LLaVA's eval_textvqa.py has it (haotian-liu/LLaVA, commit
 with the words that the Rosetta OCR read in the image given in the prompt; without them it is about 46.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from os import fspath
 from typing import Any
@@ -82,6 +83,12 @@ def answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
 
 
 def _asked(prompt: str) -> str:
-    """The question of a prompt, in small letters; LLaVA also knows prompts in which the words come first."""
+    """The question of a prompt, in small letters.
+
+    LLaVA's eval_textvqa.py knows three forms: the question's line before or behind the line of OCR tokens, and one line
+    "OCR tokens: ... Question: ... Short answer:".
+    """
+    if prompt.startswith("OCR tokens: ") and (found := re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)):
+        return found[1].lower()
     lines = prompt.split("\n")
     return lines[1 if len(lines) > 1 and lines[0].startswith("Reference OCR token:") else 0].lower()

@@ -65,6 +65,31 @@ def test_a_mistake_is_one_line_and_exit_2(
     assert told.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("task", ["gqa", "instructions"])
+@pytest.mark.parametrize("text", ["", "\n", "[]"])
+def test_no_answer_is_a_mistake(
+    task: str, text: str, gqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (answers := tmp_path / "answers").write_text(text)
+    assert command.main(["score", task, "--answers", str(answers), "--questions", str(gqa)]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert str(answers) in told.err
+    assert told.err.count("\n") == 1
+
+
+def test_questions_without_reference_answers_are_a_mistake(
+    gqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = json.loads(gqa.read_text())
+    for question in questions.values():
+        del question["answer"]
+    gqa.write_text(json.dumps(questions))
+    (answers := tmp_path / "answers.json").write_text(json.dumps([{"questionId": "0", "prediction": "yes"}]))
+    assert command.main(["score", "gqa", "--answers", str(answers), "--questions", str(gqa)]) == 2
+    assert "--questions: got no question with a reference answer" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("redux.benchmarks.instructions") is None, reason="the instructions are not there"
 )

@@ -1,10 +1,8 @@
 """verify finds every byte that is not as the index says; foreign tars get the index that ours have."""
 
-import io
 import json
 import re
 import shutil
-import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +11,8 @@ from pyarrow import ipc
 
 from pipelines.audit import index_tars, verify
 from pipelines.sets import Making
-from pipelines.shards import INDEX, QUARANTINE, SUMMARY, Shards, ipc_file, make
+from pipelines.shards import INDEX, QUARANTINE, SUMMARY, UNFINISHED, Shards, ipc_file, make
+from tests.pipelines.odd_tars import pack, picture, record
 
 
 @pytest.fixture
@@ -55,10 +54,8 @@ def test_a_flipped_bit_a_missing_and_a_strange_tar_are_found(copy: Shards):
         "extra.tar",
     ]
     assert row["key"] in found[0]
-    assert [line.rpartition(": ")[2] for line in found[2:]] == [
-        "goes on behind the last sample of the index",
-        "is not in the index",
-    ]
+    assert "there is more from byte" in found[2]
+    assert found[3].endswith(": is not in the index")
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -88,7 +85,10 @@ def test_a_summary_that_counts_otherwise_is_found(copy: Shards):
 def test_foreign_tars_get_the_index_that_ours_have(stored: Shards, copy: Shards):
     for name in (INDEX, QUARANTINE, SUMMARY):
         (Path(copy.folder) / name).unlink()
-    assert index_tars(copy.folder) == len(stored)
+    found = index_tars(copy.folder)
+    assert (found.tars, found.samples, found.members) == (5, len(stored), 2 * len(stored))
+    assert found.used == {"png": len(stored), "json": len(stored)}
+    assert (found.ignored.total(), found.refused, found.notes) == (0, 0, [])
     assert Shards(copy.folder).fingerprint == stored.fingerprint
     assert verify(copy.folder) == []
     with pytest.raises(ValueError, match="has an index already"):
@@ -96,14 +96,71 @@ def test_foreign_tars_get_the_index_that_ours_have(stored: Shards, copy: Shards)
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("body", [b"no json", b"[]", b"{}", b'{"conversations": [1]}', b'{"conversations": [{}]}'])
-def test_a_sample_without_a_record_is_named(tmp_path: Path, body: bytes):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in ("x.jpg", "x.json"):
-            member = tarfile.TarInfo(name)
-            member.size = len(body)
-            tar.addfile(member, io.BytesIO(body))
-    with pytest.raises(Exception, match="sample x: no json with conversations"):
+def test_samples_that_cannot_be_used_are_listed_and_counted_or_the_whole_is_refused(tmp_path: Path):
+    bodies = [record(0), b"no json", b"[]", b"{}", b'{"conversations": [1]}', b'{"conversations": [{}]}']
+    entries = [(f"{n}.{kind}", part) for n, body in enumerate(bodies) for kind, part in _members(body)]
+    (tmp_path / "a.tar").write_bytes(pack(entries))
+    (tmp_path / "b.tar").write_bytes(pack([]))
+    with pytest.raises(ValueError, match=r"5 of 6 samples cannot be used \(5 malformed; first 1 of a\.tar: .*10.00%"):
+        index_tars(str(tmp_path), tolerance=0.1)
+    assert not (tmp_path / INDEX).exists()
+    found = index_tars(str(tmp_path), tolerance=0.9)
+    assert (found.samples, dict(found.quarantined)) == (1, {"malformed": 5})
+    assert (found.members, found.used, found.ignored, found.refused) == (18, {"json": 1, "jpg": 1}, {"txt": 1}, 15)
+    listed = [json.loads(line) for line in (tmp_path / QUARANTINE).read_text().splitlines()]
+    assert [(entry["shard"], entry["key"], entry["reason"]) for entry in listed] == [
+        ("a.tar", str(n), "malformed") for n in range(1, 6)
+    ]
+    assert verify(str(tmp_path)) == []
+
+
+def _members(body: bytes, image: bytes = picture()) -> list[tuple[str, bytes]]:
+    return [("jpg", image), ("json", body), ("txt", b"a thing")]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_images_are_decoded_where_that_is_asked_for(tmp_path: Path):
+    images = [picture(), picture()[:-200], b"<html>404</html>"]
+    entries = [(f"{n}.{kind}", part) for n, image in enumerate(images) for kind, part in _members(record(n), image)]
+    (tmp_path / "a.tar").write_bytes(pack(entries))
+    index_tars(str(tmp_path))
+    assert verify(str(tmp_path)) == []
+    found = verify(str(tmp_path), decode=True)
+    assert [line.split(": ")[:3] for line in found] == [
+        [str(tmp_path / "a.tar"), f"sample {n}", "broken image"] for n in (1, 2)
+    ]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_damaged_tars_are_refused_in_one_line(tmp_path: Path):
+    (tmp_path / "a.tar").write_bytes(pack([("0.json", record(0, image=False))]))
+    for name in ("b.tar", "c.tar"):
+        (tmp_path / name).write_bytes(b"no tar")
+    with pytest.raises(ValueError, match=r"^[^\n]*b\.tar: cut, damaged or no tar [^\n]*; and 1 more tars$"):
+        index_tars(str(tmp_path))
+
+
+def test_tars_that_would_be_left_out_are_named(tmp_path: Path):
+    (tmp_path / "a.tar").write_bytes(pack([]))
+    (tmp_path / "b.tar.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"b\.tar\.gz: compressed, allowed: plain tars"):
+        index_tars(str(tmp_path))
+    (tmp_path / "b.tar.gz").unlink()
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.tar").write_bytes(pack([]))
+    with pytest.raises(ValueError, match=r"no tars here, .*; folders below have some, each is a set of its own: train"):
+        index_tars(str(tmp_path))
+    (tmp_path / UNFINISHED).mkdir()
+    (tmp_path / UNFINISHED / "000000.arrow").write_bytes(b"")
+    with pytest.raises(ValueError, match="an interrupted `redux shards make` is here"):
+        index_tars(str(tmp_path))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_tars_without_a_sample_are_no_set(tmp_path: Path):
+    (tmp_path / "a.tar").write_bytes(pack([]))
+    with pytest.raises(ValueError, match="no samples in 1 tars, allowed: at least one"):
         index_tars(str(tmp_path))
 
 

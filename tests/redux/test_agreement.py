@@ -73,6 +73,13 @@ TEXTS = (
     "\t",
     "\n",
     "\u2028\x0b",
+    "cafe\u0301 nai\u0308ve e\u0301\u0302 x\u20dd \u0301 alone",
+    "हिन्दी में एक लाल वृत्त है",
+    "ภาษาไทยไม่มีเว้นวรรค",
+    "日本語のテキスト、赤い丸。 中文文本",
+    "שָׁלוֹם عَرَبِيٌّ",
+    "1st ²nd ³ ½ x² Ⅷ ①",
+    "a_b __ a\u200db a\u200cb a\u00adb 👩\u200d💻 𝒳𝓎 𐐀",
     "",
 )
 
@@ -117,6 +124,14 @@ def test_long_prose_is_counted_the_same(original: "Original") -> None:
             seen[strict(id, kwargs, response)] += 1
             assert strict(id, kwargs, response) == original.strict(id, kwargs, response), (id, kwargs, response)
         assert min(seen.values()) > 10
+
+
+def test_words_of_any_script_are_counted_the_same(original: "Original") -> None:
+    """Each character between two letters, with a mark behind it, and after a space."""
+    id, kwargs = "length_constraints:number_words", {"num_words": 3, "relation": "at least"}
+    for code in range(0x20, 0x20000, 7):
+        response = f"a{chr(code)}b {chr(code)}\u0301"
+        assert strict(id, kwargs, response) == original.strict(id, kwargs, response), ascii(response)
 
 
 def test_sentences_are_split_at_the_same_places(original: "Original") -> None:

@@ -6,6 +6,7 @@ References follow the official scorers step by step; their tables of words are t
 import base64
 import io
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from PIL import Image
 
 from redux.benchmarks import BENCHMARKS, Metric, Outcome, Question, answered, mmbench, mme, textvqa, vqav2
 from redux.benchmarks.benchmark import Submitted
+from redux.benchmarks.benchmark import scores as benchmark_scores
 from redux.benchmarks.vqa_text import ARTICLES, CONTRACTIONS, NUMBERS, PUNCTUATION, evalai, processed
 
 Write = Callable[..., str]
@@ -55,6 +57,12 @@ def test_a_metric_is_the_weighted_sum_of_the_means_of_groups() -> None:
     assert Metric(outcomes).score == 0.75
     assert Metric(outcomes, weight=100.0).score == 75
     assert Metric([]).score == 0
+
+
+@pytest.mark.parametrize("metrics", [{}, {"accuracy": Metric([])}, {"accuracy": Metric([Outcome("", "1", math.nan)])}])
+def test_what_was_not_scored_is_an_error(metrics: dict[str, Metric]) -> None:
+    with pytest.raises(ValueError, match=r"^mine: got .*, allowed: "):
+        benchmark_scores(metrics, "mine")
 
 
 # --- VQAv2 ------------------------------------------------------------------------------------------------------------
@@ -349,6 +357,26 @@ def test_textvqa_is_soft_accuracy_and_tells_llavas_questions_apart_by_prompt(
     assert textvqa.answers(write("results.json", official), questions) == answers
     # three people said it, as three said 2 or two
     assert scores("textvqa", questions, answers) == {"accuracy": pytest.approx((0.9 + 1 + 0.9) / 3)}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{question}\nAnswer the question using a single word or phrase.",
+        "{question}\nReference OCR token: A, B\nAnswer the question using a single word or phrase.",
+        "Reference OCR token: A, B\n{question}\nAnswer the question using a single word or phrase.",
+        "OCR tokens: A, B, Question: {question} Short answer:",
+        "OCR tokens: A\nB. Question: {question} Short answer: ",
+    ],
+)
+def test_textvqa_reads_each_form_of_prompt_that_llava_reads(write: Write, textvqa_files: list[str], form: str) -> None:
+    questions = textvqa.questions(textvqa_files[0])
+    asked = [("What is the brand of this camera?", "dakota"), ("is it digital?", "yes")]
+    lines = [
+        {"question_id": "003a8ae2ef43b901", "prompt": form.format(question=question), "text": text}
+        for question, text in asked
+    ]
+    assert textvqa.answers(write("llava.jsonl", lines=lines), questions) == {"34602": "dakota", "34603": "yes"}
 
 
 def test_textvqa_equals_the_official_steps() -> None:

