@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,21 @@ def test_making_shards_twice_gives_equal_bytes(stored: Shards, records: list[dic
     for tar in tars(stored):
         assert (tmp_path / tar.name).read_bytes() == tar.read_bytes()
     assert Shards(tmp_path).fingerprint == stored.fingerprint
+
+
+def test_an_image_is_an_image_whatever_its_file_is_called(
+    in_process: Callable[[], AbstractContextManager[None]], records: list[dict], pictures: Path, tmp_path: Path
+):
+    """A member .json would be the record, one .pkl is never read, and one .txt is no image."""
+    given = []
+    for number, name in enumerate(["a.json", "b.pkl", "c.txt", "d.e.f", "g"]):
+        (tmp_path / name).write_bytes((pictures / records[number]["image"]).read_bytes())
+        given.append({**records[number], "image": name})
+    with in_process():
+        make(given, str(tmp_path), str(tmp_path / "out"), Making())
+    stored = Shards(tmp_path / "out").read(range(5))
+    assert [sample.image for sample in stored] == [(tmp_path / record["image"]).read_bytes() for record in given]
+    assert [sample.record for sample in stored] == given
 
 
 def test_a_folder_without_an_index_is_no_set(tmp_path: Path):
