@@ -16,7 +16,7 @@ import ray.data
 from pyarrow import ipc
 from tqdm import tqdm
 
-from pipelines import records, storage, tars
+from pipelines import interrupts, records, storage, tars
 from pipelines.shards import INDEX, QUARANTINE, SCHEMA, SUMMARY, UNFINISHED, Shards, ipc_file, write_index
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -179,7 +179,9 @@ def _each(items: list[dict[str, Any]], task: Any, name: str, *args: Any) -> Iter
         return
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(task, fn_args=args, num_cpus=1)
     dataset.context.execution_options.preserve_order = True
-    yield from tqdm(dataset.iter_rows(), total=len(items), desc=name, unit="shard", bar_format=BAR)
+    for row in tqdm(dataset.iter_rows(), total=len(items), desc=name, unit="shard", bar_format=BAR):
+        interrupts.check()
+        yield row
 
 
 def _index(item: dict[str, str]) -> dict[str, Any]:
