@@ -152,11 +152,13 @@ def _check(job: Job, place: Place) -> None:
             f"name: got {job.name}, allowed: up to 47 of a-z, 0-9 and -, of which the first is a letter and the last "
             f"none but -, such as name={fit}"
         )
+    if job.worker_range is None:
+        raise ValueError("workers: got auto, allowed: a number or a range, such as workers=8: pods are made for them")
     (fewest, most), gpus = job.worker_range, place.gpus_per_worker_pod
     if fewest % gpus or most % gpus:
-        workers = job.workers if isinstance(job.workers, int) else list(job.workers)
+        workers = list(job.workers) if isinstance(job.workers, tuple) else job.workers
         raise ValueError(f"workers: got {workers}, allowed: multiples of {gpus}, the GPUs of a worker pod")
-    if job.evaluate and job.evaluate.actors > fewest:
+    if job.evaluate and isinstance(job.evaluate.actors, int) and job.evaluate.actors > fewest:
         raise ValueError(
             f"evaluate.actors: got {job.evaluate.actors}, allowed: up to {fewest}, as many as there are GPUs for sure"
         )
@@ -309,6 +311,7 @@ def _ray_job(job: Job, place: Place) -> Tree:
 
 
 def _ray_cluster(job: Job, place: Place) -> Tree:
+    assert job.worker_range  # _check has seen to it
     fewest, most = job.worker_range
     elastic = fewest < most
     return _given(
@@ -360,6 +363,7 @@ def _head(job: Job, place: Place) -> Tree:
         # without Ray Client's, which nothing here needs
         "ports": [{"containerPort": 6379, "name": "gcs-server"}, {"containerPort": 8265, "name": "dashboard"}],
     }
+    assert job.worker_range  # _check has seen to it
     fewest, most = job.worker_range
     return _pod(
         job,

@@ -15,12 +15,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import ray
 import tenacity
 import torch
 import yaml
@@ -99,6 +100,7 @@ def run(
     if done:
         print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
     with alone(folder, patience_s), cluster.session():
+        _check_resources(job, left)
         lines.mend(folder / PROGRESS)
         for name, step in left.items():
             interrupts.check()
@@ -110,6 +112,30 @@ def run(
     if until is None:
         _summarise(folder)
         print(f"{job.name} is finished; its report: {folder / 'report.html'}")
+
+
+def _check_resources(job: Job, steps_left: Collection[str]) -> None:
+    """ValueError where Ray runs on this machine alone and has not what the steps left need: they would wait for ever.
+
+    The error says which numbers fit.  All is checked before the first step, so nothing is refused after hours.
+    """
+    if not cluster.is_own():
+        return
+    places = cluster.count_places(job.gpu_share)
+    stages = [stage for name, stage in job.train.items() if name in steps_left]
+    fewest = job.worker_range[0] if stages and job.worker_range else 1
+    actors = job.evaluate.actors if job.evaluate and "evaluate" in steps_left else 1
+    advice = []
+    if fewest > places:
+        advice.append(f"workers={min(stage.usable(places) for stage in stages)}")
+    if isinstance(actors, int) and actors > places:
+        advice.append(f"evaluate.actors={places}")
+    if not advice:
+        return
+    kind, wanted = ("GPU", job.gpu_share) if cluster.gpus() else ("CPU", 1)
+    needed = max(fewest, actors if isinstance(actors, int) else 1) * wanted
+    found = ray.cluster_resources().get(kind, 0)
+    raise ValueError(f"{job.name}: needs {needed:g} {kind}s, found {found:g}; set {' '.join(advice)}, or auto in place")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Importing this module imports torch and Ray, since the owners do; so the command
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import StringConstraints
@@ -26,13 +26,15 @@ OTHER_STEPS = ("shards", "assemble", "evaluate", "report")
 # the name of a job and those of its stages become names of folders, which must not lead out of the run's own
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Workers = Annotated[int, Ge(1)]
+Auto = Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One run, from images to report.
 
-    workers: training processes, each with a GPU where there are GPUs; or the fewest and the most of them.
+    workers: training processes, each with a GPU where there are GPUs; or the fewest and the most of them.  "auto" takes
+        the GPUs that Ray has when a stage begins, without any the CPUs, as far as they share the global batch evenly.
     gpu_share: of a GPU, for the one worker and for each that evaluates; less than 1 lets several runs share one.
     checkpoints: folder or URL that every worker can reach, where this job's lie in a folder of its name; null keeps
         them in the run folder.
@@ -43,7 +45,7 @@ class Job:
 
     name: Name
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
-    workers: Workers | tuple[Workers, Workers] = 1
+    workers: Workers | tuple[Workers, Workers] | Auto = "auto"
     gpu_share: Annotated[float, Gt(0), Le(1)] = 1
     checkpoints: str | None = None
     data: Data
@@ -55,7 +57,7 @@ class Job:
     trackers: tuple[Tracker, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        fewest, most = self.worker_range
+        fewest, most = self.worker_range or (1, 1)
         if fewest > most:
             raise ValueError(f"workers: got {[fewest, most]}, allowed: the fewest first")
         if self.gpu_share < 1 < most:
@@ -73,8 +75,10 @@ class Job:
             self._check_stage(name, stage)
 
     @property
-    def worker_range(self) -> tuple[int, int]:
-        """Fewest and most workers."""
+    def worker_range(self) -> tuple[int, int] | None:
+        """Fewest and most workers; None where that is decided when a stage begins."""
+        if self.workers == "auto":
+            return (1, 1) if self.gpu_share < 1 else None  # no two workers share a GPU
         return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
 
     @property

@@ -62,10 +62,11 @@ class Jobs:
     """The jobs of a search's trials, by their values.
 
     shared: the run of what they share, and its folder, once it is done; before, a trial's job is the whole.
+    counts: numbers of workers and actors.
     """
 
-    def __init__(self, search: Search, shared: tuple[Job, Path] | None = None) -> None:
-        self.search = search
+    def __init__(self, search: Search, shared: tuple[Job, Path] | None = None, counts: Values | None = None) -> None:
+        self.search, self.counts = search, counts or {}
         self.tree = study.going_on(search.job, search.shared, *shared) if shared else search.job
         tokenizer = shared[1] / run.TOKENIZER if shared else None
         known = tokenizer is not None and tokenizer.exists()
@@ -73,7 +74,7 @@ class Jobs:
 
     def __call__(self, values: Values, name: str = "trial") -> Job:
         """ValueError where there is none."""
-        return study.build(self.tree, self.search.fidelity | values, f"{self.search.name}-{name}", "job")
+        return study.build(self.tree, self.counts | self.search.fidelity | values, f"{self.search.name}-{name}", "job")
 
     def forecast(self, values: Values) -> dict[str, float]:
         """What is known of a trial beforehand; ValueError where its values make no job."""
@@ -180,7 +181,7 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
     opened(search, folder)  # told now, if it cannot be
     with run.alone(folder), cluster.session():
         _require(search, whole)
-        jobs = Jobs(search, _share(search, folder / SHARED, changed))
+        jobs = Jobs(search, _share(search, folder / SHARED, changed), _with_counts(search, whole))
         trials = Trials(search, search.name, folder, jobs.forecast)
 
         def work(trial: Try, place: Path, watch: train.Watch) -> dict[str, float]:
@@ -207,14 +208,27 @@ def _share(search: Search, folder: Path, changed: bool) -> tuple[Job, Path] | No
 def _require(search: Search, job: Job) -> None:
     """ValueError where Ray runs here alone and has not enough for so many trials at once: they would wait for ever."""
     trains = len(job.train) > len(search.shared)
-    fewest, most = job.worker_range
+    fewest, most = job.worker_range or (1, 1)
+    actors = 0 if job.evaluate is None else 1 if job.evaluate.actors == "auto" else job.evaluate.actors
     training = fewest * (0.5 if fewest == most else 1) if trains else 0
-    asking = job.evaluate.actors / 2 if job.evaluate else 0
     what = f"at_once = {search.at_once}"
-    cluster.require({"CPU": search.at_once * max(training, asking) + 1}, what)
+    cluster.require({"CPU": search.at_once * max(training, actors / 2) + 1}, what)
     if cluster.gpus():
-        workers = max(fewest if trains else 0, job.evaluate.actors if job.evaluate else 0)
+        workers = max(fewest if trains else 0, actors)
         cluster.require({"GPU": search.at_once * workers * job.gpu_share}, what)
+
+
+def _with_counts(search: Search, job: Job) -> Values:
+    """Values that divide what Ray has among the trials under way at a time, where the job leaves it open."""
+    places = max(cluster.count_places(job.gpu_share) // search.at_once, 1)
+    stages = [stage for name, stage in job.train.items() if name not in search.shared]
+    workers = next(n for n in range(places, 0, -1) if all(stage.usable(n) == n for stage in stages))
+    result: Values = {}
+    if job.worker_range is None:
+        result["workers"] = workers
+    if job.evaluate and job.evaluate.actors == "auto":
+        result["evaluate.actors"] = places if cluster.gpus() else min(places, 2)
+    return result
 
 
 def _measured(job: Job, place: Path) -> dict[str, float]:

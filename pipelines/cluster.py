@@ -81,7 +81,7 @@ def session() -> Iterator[None]:
         return
     environment = {name: os.environ.setdefault(name, value) for name, value in ENVIRONMENT.items()}
     disable_progress_bar()  # of transformers, which would show one for each file it reads
-    with _private() if _own() else _named(os.environ["RAY_ADDRESS"]) as settings:
+    with _private() if is_own() else _named(os.environ["RAY_ADDRESS"]) as settings:
         try:
             _connect(runtime_env={"env_vars": environment}, **settings)
             interrupts.check()
@@ -95,21 +95,19 @@ def session() -> Iterator[None]:
 
 def _connect(**settings: Any) -> None:
     """ray.init; ValueError where there is no Ray, or where it wants another token."""
-    print(
-        "starting Ray" if _own() else f"connecting to Ray at {os.environ['RAY_ADDRESS']}", file=sys.stderr, flush=True
-    )
+    print("starting Ray" if is_own() else f"connecting to Ray at {settings['address']}", flush=True)
     try:
         # Ray 2.60 would put two handlers of its own for SIGTERM in place, one of which exits with 15, the other with a
         # stack trace; and a Ray that is started by half could not be ended in order, while a named one may take long
         with (
             patch.object(ray_utils, "set_sigterm_handler"),
             patch.object(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True),
-            interrupts.deferred() if _own() else nullcontext(),
+            interrupts.deferred() if is_own() else nullcontext(),
         ):
             # what went wrong in a worker comes back as an exception
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
-        if _own():
+        if is_own():
             raise
         why = " ".join(str(error).split())
         raise ValueError(f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}: {why}") from None
@@ -214,8 +212,7 @@ def _named(address: str) -> Iterator[dict[str, Any]]:
     like.
     """
     if address == "auto":
-        yield {"address": address}
-        return
+        address = _find_address()
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"RAY_ADDRESS: got {address}, allowed: HOST:PORT, auto or local")
@@ -237,6 +234,19 @@ def _named(address: str) -> Iterator[dict[str, Any]]:
         yield {"address": address}
     finally:
         over.set()
+
+
+def _find_address() -> str:
+    """Find the address of the Ray that was last started on this machine, perhaps one that has ended since.
+
+    Ray itself would try to reach that for more than a minute.
+    """
+    if address := ray_utils.read_ray_address():
+        return str(address)
+    raise ValueError(
+        "RAY_ADDRESS: got auto, and no Ray was started on this machine, allowed: HOST:PORT of one, or none, and the "
+        "command starts its own"
+    )
 
 
 def _answers(place: tuple[str, int]) -> str:
@@ -304,8 +314,18 @@ def require(needed: Mapping[str, float], what: str) -> None:
     """
     for name, count in needed.items():
         have = ray.cluster_resources().get(name, 0)
-        if _own() and have < count:
+        if is_own() and have < count:
             raise ValueError(f"{what} needs {count:g} {name}s, allowed: {have:g}, which this machine has")
+
+
+def count_places(gpu_share: float = 1) -> int:
+    """Count the processes with a model that fit: one a GPU or share of one, without GPUs one a CPU.
+
+    Each takes half a CPU, and one CPU is left to read data.
+    """
+    cpus, gpu_count = int(ray.cluster_resources().get("CPU", 1)), gpus()
+    most = int(gpu_count / gpu_share) if gpu_count else cpus
+    return max(min(most, 2 * (cpus - 1)), 1)
 
 
 def gpus() -> float:
@@ -313,6 +333,6 @@ def gpus() -> float:
     return float(ray.cluster_resources().get("GPU", 0))
 
 
-def _own() -> bool:
+def is_own() -> bool:
     """Whether the run starts a Ray of its own, since none is named."""
     return os.environ.get("RAY_ADDRESS", "") in ("", "local")

@@ -74,9 +74,9 @@ class Subject:
 class Answerer:
     """An actor with the model: answers batches, greedily."""
 
-    def __init__(self, subject: Subject, batches: Any, settings: Evaluate) -> None:
+    def __init__(self, subject: Subject, batches: Any, settings: Evaluate, actors: int) -> None:
         if not torch.cuda.is_available():
-            torch.set_num_threads(max(len(os.sched_getaffinity(0)) // settings.actors, 1))
+            torch.set_num_threads(max(len(os.sched_getaffinity(0)) // actors, 1))
         self.subject, self.settings = subject, settings
         self.batches: list[Batch] = ray.get(batches)
         self.model: Respondent | None = None
@@ -229,18 +229,19 @@ def _answer(
     gpu_share: float,
 ) -> None:
     """Ask what is left; each batch's answers are appended as they come."""
-    cluster.require({"CPU": settings.actors / 2 + 1}, f"evaluate with actors = {settings.actors}")
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if 0 < gpus < settings.actors * gpu_share:
-        raise ValueError(
-            f"evaluate.actors: got {settings.actors}, allowed: up to {gpus / gpu_share:g}, which {gpus:g} GPUs hold"
-        )
     batches = [batch for name, each in left.items() for batch in _batches(name, each, settings)]
+    actors = count_actors(settings, gpu_share, len(batches))
+    cluster.require({"CPU": actors / 2 + 1}, f"evaluate with actors = {actors}")
+    gpus = cluster.gpus()
+    if 0 < gpus < actors * gpu_share:
+        raise ValueError(
+            f"evaluate.actors: got {actors}, allowed: up to {gpus / gpu_share:g}, which {gpus:g} GPUs hold"
+        )
     answers = ray.data.range(len(batches), override_num_blocks=len(batches)).map_batches(
         Answerer,
-        fn_constructor_args=(subject, ray.put(batches), settings),
+        fn_constructor_args=(subject, ray.put(batches), settings, actors),
         batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=settings.actors),
+        compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.5,
         num_gpus=gpu_share if gpus else None,
     )
@@ -259,6 +260,17 @@ def _answer(
             with (folder / SPEED).open("a") as file:
                 file.write(json.dumps(_spent(batch, block)) + "\n")
             bar.update(len(batch.questions))
+
+
+def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:
+    """Count the models at work at a time.
+
+    On CPUs two at most: each holds the whole model, and its threads use the other cores.
+    """
+    if settings.actors != "auto":
+        return settings.actors
+    places = cluster.count_places(gpu_share)
+    return max(min(places if cluster.gpus() else min(places, 2), batches), 1)
 
 
 def _batches(name: Name, left: Sequence[Question], settings: Evaluate) -> Iterator[Batch]:

@@ -4,7 +4,7 @@ What follows from other values is derived, not configured: accumulation from the
 learning rate from the step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from redux.settings import Fit, TemplateName
 class Plan:
     """All that the workers of a stage need to know.
 
-    workers: fewest and most of them.
+    workers: fewest and most of them; None is as many as fit when the stage begins.
     gpu_share: of a GPU, for each worker.
     checkpoints: folder or URL that every worker can reach.
     sets: where each set of the mixture lies.
@@ -39,7 +39,7 @@ class Plan:
     stage: Stage
     model: Model | None
     seed: int
-    workers: tuple[int, int]
+    workers: tuple[int, int] | None
     run: Path
     checkpoints: str
     sets: dict[str, str]
@@ -68,8 +68,18 @@ class Plan:
     @property
     def elastic(self) -> bool:
         """Whether the number of workers follows that of the machines."""
-        fewest, most = self.workers
+        fewest, most = self.workers or (1, 1)
         return fewest < most
+
+    def with_workers(self, places: int) -> "Plan":
+        """Return the plan with its number of workers decided.
+
+        places: how many fit; those that cannot share the global batch evenly are left out.
+        """
+        if self.workers:
+            return self
+        count = self.stage.usable(places)
+        return replace(self, workers=(count, count))
 
     @property
     def folder(self) -> str:

@@ -75,7 +75,7 @@ class Evaluate:
 
     tasks: what is asked.
     batch: questions answered at once.
-    actors: models at work at a time.
+    actors: models at work at a time; "auto" is one a GPU, without GPUs up to two.
     image: how the model knows it: "seen", or "described" by itself beforehand, the upper limit of Table 1.
     template, fit: of conversations and images; null is how the model was trained, and for a LLaVA that does not say,
         LLaVA-1.5's vicuna_v1 and pad.
@@ -84,7 +84,7 @@ class Evaluate:
 
     tasks: Annotated[Mapping[Name, Asking], MinLen(1)] = field(default_factory=lambda: {"easy_vqa": Asking()})
     batch: Annotated[int, Ge(1)] = 64
-    actors: Annotated[int, Ge(1)] = 1
+    actors: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
     image: Literal["seen", "described"] = "seen"
     template: TemplateName | None = None
     fit: Fit | None = None

@@ -89,6 +89,8 @@ def fit(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None = None) 
     """
     if export.finished(plan.result):
         return
+    plan = plan.with_workers(cluster.count_places(plan.gpu_share))
+    assert plan.workers
     reader = plan.reader()
     samples, steps = sum(reader.order.samples), plan.steps(reader.order)
     fewest, most = plan.workers
@@ -134,6 +136,7 @@ def _train(
     plan: Plan, reader: ingest.Reader, steps: int, actor: Any, more: Sequence[HookMaker], watch: Watch | None
 ) -> None:
     """Have Ray's workers do the steps, and show how it goes."""
+    assert plan.workers
     fewest, most = plan.workers
     resources = _resources(plan)
     with tempfile.TemporaryDirectory() as scratch:  # Ray Train wants a folder, of which nothing is needed later

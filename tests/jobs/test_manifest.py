@@ -26,10 +26,12 @@ Tree = dict[str, Any]
 
 JOBS = Path(__file__).parents[2] / "jobs"
 FOLDER = Path(__file__).parent / "manifests"
-QUICKSTART = (JOBS / "quickstart.yaml", "--image", "registry/redux:0.1.0", "--volume", "runs:/mnt/redux")
+AUTO = (JOBS / "quickstart.yaml", "--image", "registry/redux:0.1.0", "--volume", "runs:/mnt/redux")
+COUNTS = ("workers=2", "evaluate.actors=2")
+QUICKSTART = (*AUTO, *COUNTS)
 LLAVA = (
     *(JOBS / "llava-1.5-13b-redux.yaml", "--image", "registry/redux:0.1.0", "--volume", "runs:/mnt/redux"),
-    *("name=llava-13b-redux", "checkpoints=s3://bucket/checkpoints"),
+    *("workers=8", "name=llava-13b-redux", "checkpoints=s3://bucket/checkpoints"),
     *("data.sets={llava-pretrain: s3://bucket/llava-pretrain, mix665k: s3://bucket/mix665k}",),
 )
 EVERYTHING = (
@@ -255,7 +257,7 @@ def test_the_job_travels_whole(render: Render, tmp_path: Path) -> None:
     documents = parsed(render(*QUICKSTART, "seed=7"))
     path = tmp_path / "job.yaml"
     path.write_text(documents["ConfigMap"]["data"]["job.yaml"])
-    assert schema.load(path) == schema.load(QUICKSTART[0], ["seed=7"])
+    assert schema.load(path) == schema.load(QUICKSTART[0], [*COUNTS, "seed=7"])
     for pod in ("head", "worker"):
         spec = pods(documents)[pod]["spec"]
         volumes = {volume["name"]: volume for volume in spec["volumes"]}
@@ -331,6 +333,7 @@ def test_secrets_are_named_not_written(render: Render) -> None:
         (["name=1st"], "name: got 1st, allowed: .* the first is a letter .* such as name=st$"),
         ([f"name={'a' * 48}"], "name: got a{48}, allowed: up to 47"),
         (["workers=[3, 8]", "--gpus-per-worker-pod", "2"], r"workers: got \[3, 8\], allowed: multiples of 2"),
+        (["workers=auto"], r"workers: got auto, allowed: a number or a range, such as workers=8"),
         (["workers=[8, 4]"], r"workers: got \[8, 4\], allowed: the fewest first"),
         (["workers=[2, 8]", "--queue", "q"], r"workers: got \[2, 8\], allowed: one number, as Kueue"),
         (["evaluate.actors=3"], "evaluate.actors: got 3, allowed: up to 2"),
@@ -421,7 +424,7 @@ def test_a_model_on_this_machine_is_refused(render: Render, path: str) -> None:
 
 def test_a_study_is_no_job(render: Render) -> None:
     with pytest.raises(ValueError, match=r"mini\.yaml: got a study or a search, allowed: a job"):
-        render(JOBS / "reproduce" / "mini.yaml", *QUICKSTART[1:])
+        render(JOBS / "reproduce" / "mini.yaml", *AUTO[1:])
 
 
 def test_paths_on_the_volume_and_urls_are_taken(render: Render) -> None:

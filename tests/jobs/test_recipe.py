@@ -54,7 +54,7 @@ def test_the_numbers_are_those_of_llavas_scripts(path: Path) -> None:
     assert size
     assert job.model.tower == "openai/clip-vit-large-patch14-336"
     assert job.model.language == f"lmsys/vicuna-{size[0]}-v1.5"
-    assert job.workers == 8
+    assert [stage.accumulation(8) for stage in job.train.values()] == [1, 1]  # on 8 GPUs, as the scripts have it
     assert (first.template, first.fit, first.groups, first.learning_rate) == (
         "plain",
         "crop",

@@ -1,0 +1,108 @@
+"""A shipped job takes what a machine has; what does not fit is refused before the first shard, with what would."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from jobs import run, schema
+from jobs.schema import Job
+from pipelines import cluster, evaluate
+
+JOBS = Path(__file__).parents[2] / "jobs"
+QUICKSTART = JOBS / "quickstart.yaml"
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """Let Ray tell of so many CPUs and GPUs."""
+
+    def tell(cpus: int, gpus: int) -> None:
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus})
+        monkeypatch.setattr(cluster, "is_own", lambda: True)
+
+    return tell
+
+
+def count_workers(job: Job) -> dict[str, int]:
+    plans = run.plans(job, Path("/runs/x"))
+    decided = {name: plan.with_workers(cluster.count_places(plan.gpu_share)) for name, plan in plans.items()}
+    return {name: plan.workers[0] for name, plan in decided.items() if plan.workers}
+
+
+def every_step(job: Job) -> list[str]:
+    return ["shards", *job.train, "evaluate", "report"]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "workers", "actors"),
+    [
+        (2, 0, {"tower": 2, "pretrain": 2, "instruct": 2}, 2),
+        (64, 0, {"tower": 2, "pretrain": 2, "instruct": 2}, 2),
+        (16, 1, {"tower": 1, "pretrain": 1, "instruct": 1}, 1),
+        (16, 2, {"tower": 2, "pretrain": 2, "instruct": 2}, 2),
+        (16, 8, {"tower": 2, "pretrain": 2, "instruct": 2}, 8),
+        (3, 8, {"tower": 2, "pretrain": 2, "instruct": 2}, 4),
+    ],
+)
+def test_the_quickstart_takes_what_there_is(
+    machine, cpus: int, gpus: int, workers: dict[str, int], actors: int
+) -> None:
+    """Its stages have two micro-batches each, so a third worker would have nothing to do."""
+    machine(cpus, gpus)
+    job = schema.load(QUICKSTART)
+    run._check_resources(job, every_step(job))
+    assert count_workers(job) == workers
+    assert job.evaluate
+    assert evaluate.count_actors(job.evaluate, job.gpu_share, batches=100) == actors
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(1, 1), (2, 2), (6, 4), (8, 8)])
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.5-13b-redux"])
+def test_a_recipe_takes_the_gpus_that_share_its_batch(
+    machine, monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, workers: int
+) -> None:
+    machine(32, gpus)
+    monkeypatch.setattr(run, "_image", lambda model, folder: (336, 288))
+    job = schema.load(JOBS / f"{name}.yaml")
+    run._check_resources(job, every_step(job))
+    assert count_workers(job) == {"pretrain": workers, "instruct": workers}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["workers=2"], "quickstart: needs 2 GPUs, found 1; set workers=1, or auto"),
+        (["workers=2", "evaluate.actors=2"], "needs 2 GPUs, found 1; set workers=1 evaluate.actors=1, or auto"),
+        (["evaluate.actors=4"], "needs 4 GPUs, found 1; set evaluate.actors=1, or auto"),
+        (["workers=[2, 8]"], "needs 2 GPUs, found 1; set workers=1, or auto"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_with_ones_that_do(machine, overrides: list[str], message: str) -> None:
+    machine(16, 1)
+    job = schema.load(QUICKSTART, overrides)
+    with pytest.raises(ValueError, match=message):
+        run._check_resources(job, every_step(job))
+    run._check_resources(job, ["shards", "report"])  # what is finished needs nothing
+
+
+def test_a_share_of_a_gpu_is_for_one_worker(machine) -> None:
+    machine(16, 1)
+    job = schema.load(QUICKSTART, ["gpu_share=0.25"])
+    assert set(count_workers(job).values()) == {1}
+    assert job.evaluate
+    assert evaluate.count_actors(job.evaluate, job.gpu_share, batches=100) == 4
+
+
+def test_a_real_ray_with_one_gpu_refuses_two_workers_before_any_shard(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "jobs.command", "run", str(QUICKSTART), "workers=2", "--into", str(tmp_path)],
+        env={**environment, "RAY_OVERRIDE_RESOURCES": '{"GPU": 1}'}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert "redux: quickstart: needs 2 GPUs, found 1; set workers=1, or auto in place\n" in ended.stderr
+    assert not (tmp_path / "quickstart" / "shards").exists()
