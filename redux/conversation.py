@@ -5,6 +5,7 @@ tokenises pieces and adds up their lengths; where a tokenizer merges across a se
 is silently masked.  Here a token that straddles a span is an error that names it.
 
 A conversation is a list of turns {"from": "human" | "gpt", "value": text} in which `<image>` stands for the image.
+Wherever it stands in its turn, it is read as LLaVA's trainer reads it: at the front, on a line of its own.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,17 +52,33 @@ class Template:
             role = ("human", "gpt")[number % 2]
             if turn["from"] != role:
                 raise ValueError(f"turn {number + 1}: got role {turn['from']!r}, allowed: {role!r}")
+            text = place_image(turn["value"])
             if role == "human":
-                yield self.human + self.question(turn["value"]), False
+                yield self.human + self.question(text), False
                 yield self.assistant, False
             else:
-                yield f" {turn['value']}{end}" if self.assistant else turn["value"] + end, True
+                yield f" {text}{end}" if self.assistant else text + end, True
 
     def question(self, text: str) -> str:
         """A human turn's text; LLaVA's stage 1 (an empty `human`) discards all of it but the image."""
         if self.human:
             return text
         return IMAGE if IMAGE in text else ""
+
+
+def place_image(text: str) -> str:
+    r"""Move `<image>` to the front of its turn, as LLaVA's trainer does before anything else.
+
+    It then stands there once, and the rest of the turn on the next line, trimmed.  A turn without it stays as it is.
+
+    >>> place_image("What is this? <image>\n")
+    '<image>\nWhat is this?'
+    >>> place_image(" no image ")
+    ' no image '
+    """
+    if IMAGE not in text:
+        return text
+    return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
 
 
 VICUNA_SYSTEM = (
@@ -91,17 +108,15 @@ def encode(
     """
     pieces = list(template.spans(turns, tokenizer.eos_token or EOS))
     text = "".join(piece for piece, _ in pieces)
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    ids = np.asarray(encoded["input_ids"], np.int64)
-    start, end = np.asarray(encoded["offset_mapping"]).T
+    ids, start, end = _tokenize(tokenizer, text)
     # characters that the assistant says before each place; a token's own are the difference of two
     spoken = np.cumsum([0, *np.repeat([said for _, said in pieces], [len(piece) for piece, _ in pieces])])
     said = spoken[end] - spoken[start]
     if (torn := np.flatnonzero((said > 0) & (said < end - start))).size:
         first = slice(start[torn[0]], end[torn[0]])
         raise ValueError(f"token {text[first]!r} at character {first.start} is partly the assistant's, partly not")
-    labels = np.where(said > 0, ids, IGNORE)
     image = tokenizer.convert_tokens_to_ids(IMAGE)
+    labels = np.where((said > 0) & (ids != image), ids, IGNORE)  # nobody can say an image
     repeats = np.where(ids == image, image_tokens, 1)
     ids, labels = ids.repeat(repeats), labels.repeat(repeats)
     if length is None or len(ids) <= length:
@@ -111,6 +126,28 @@ def encode(
     if (labels[:length] == IGNORE).all():  # a batch of such would have no loss
         raise ValueError(f"{len(ids)} tokens, cut off after {length} before any answer")
     return ids[:length], labels[:length]
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokenise a text with images; returns ids, and the first character of each token and the one after its last.
+
+    The text between images is tokenised piece by piece, as in LLaVA's tokenizer_image_token: SentencePiece puts a blank
+    before a text, which LLaVA's models have learned behind each image.
+    """
+    parts = text.split(IMAGE)
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    ids, spans, first = [], [], 0
+    for number, part in enumerate(parts):
+        # what opens a text opens only the first piece
+        encoded = tokenizer(part, add_special_tokens=number == 0, return_offsets_mapping=True)
+        ids += encoded["input_ids"]
+        spans += [(first + start, first + end) for start, end in encoded["offset_mapping"]]
+        first += len(part) + len(IMAGE)
+        if number < len(parts) - 1:
+            ids.append(image)
+            spans.append((first - len(IMAGE), first))
+    start, end = np.asarray(spans, np.int64).reshape(-1, 2).T
+    return np.asarray(ids, np.int64), start, end
 
 
 def pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> np.ndarray:

@@ -51,7 +51,7 @@ def test_the_words_are_known_to_the_tokenizer_of_these_tests(tokenizer: PreTrain
 
 @pytest.mark.parametrize("count", [0, 1, 8])
 def test_each_image_is_as_many_tokens_as_asked_for(tokenizer: PreTrainedTokenizerFast, count: int) -> None:
-    turns = [{"from": "human", "value": "<image>\n<image>\nIs it a red circle?"}, TALK[1]]
+    turns = [*TALK[:2], {"from": "human", "value": "<image>\nWhat colour is the shape?"}, TALK[3]]
     ids, labels = encode(tokenizer, turns, TEMPLATES["vicuna_v1"], count)
     image = ids == tokenizer.convert_tokens_to_ids("<image>")
     assert image.sum() == 2 * count
