@@ -16,23 +16,28 @@ speaks of A as weights; a product of signed scores is no weighting, so the defau
 heads, since the paper's A is an average and a mask a head would be the heads x text x image map that is avoided here.
 Text of earlier turns, and text about other images, is a neighbour like any other.
 
-Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all so far), image (columns of image tokens).
+Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all so far), image (columns of image tokens), masks
+(batch, or 1 where all sequences share a mask).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from redux.parallel import head_mesh, mean_over_ranks
 from redux.settings import CMAI
 
 ATTENTION = "cmai"
+
+HIDDEN = -1e4
+"""A pair whose score a float mask lowers by so much, or more, is hidden: its weight is zero."""
 
 AT_ONCE = 2**20
 """Attention weights that may be alive at a time, of all heads together: those of a decoded token, not of a prompt."""
@@ -61,7 +66,7 @@ class FocusCache(DynamicCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._select(lambda kept: kept[indices])
+        self._select(lambda kept: kept[indices.to(kept.device)])
 
     def reset(self) -> None:
         super().reset()
@@ -79,6 +84,10 @@ class FocusCache(DynamicCache):
         self.rows = {layer: choose(rows) for layer, rows in self.rows.items()}
 
 
+TENSORS = ("image", "columns", "valid")
+"""Fields of an `Inhibition` that lie on a device."""
+
+
 @dataclass(frozen=True)
 class Inhibition:
     """One forward pass as the attention function sees it.
@@ -87,6 +96,7 @@ class Inhibition:
     image: which keys are image tokens.
     columns, valid: their positions, left-aligned; rows with fewer image tokens are filled up, and not valid there.
     first: position of the first text token behind an image, in any sequence of the batch.
+    elsewhere: the same on other devices, where a model lies on several.
     """
 
     cmai: CMAI
@@ -96,6 +106,16 @@ class Inhibition:
     valid: Bool[Tensor, "batch image"]
     first: int
     cache: FocusCache | None
+    elsewhere: dict[torch.device, "Inhibition"] = field(default_factory=dict, repr=False, compare=False)
+
+    def to(self, device: Any, non_blocking: bool = False) -> "Inhibition":
+        """The same on another device, copied once for all layers there; accelerate's hooks call it."""
+        if (device := torch.device(device)) == self.columns.device:
+            return self
+        if device not in self.elsewhere:
+            tensors = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in TENSORS}
+            self.elsewhere[device] = replace(self, **tensors)
+        return self.elsewhere[device]
 
     @classmethod
     def of(
@@ -104,7 +124,8 @@ class Inhibition:
         """The inhibition for new tokens of which `image` are image tokens; None where there is nothing to inhibit."""
         decoding = cache is not None and cache.image is not None
         if cache is not None:
-            cache.image = image = image if cache.image is None else torch.cat([cache.image, image], dim=1)
+            before = image[:, :0] if cache.image is None else cache.image.to(image.device)
+            cache.image = image = torch.cat([before, image], dim=1)
         if cmai.active == ("inference" if training else "training") or (decoding and not cmai.generated):
             return None
         behind = (~image & (image.cumsum(dim=1) > 0)).any(dim=0)
@@ -121,16 +142,24 @@ class Inhibition:
         layer: int,
         query: Float[Tensor, "batch heads rows head_dim"],
         key: Float[Tensor, "batch kv_heads keys head_dim"],
-        visible: Bool[Tensor, "batch 1 rows keys"],
+        visible: Bool[Tensor, "masks 1 rows keys"],
         scale: float,
+        bias: Float[Tensor, "masks 1 rows keys"] | None = None,
+        mesh: Any = None,
     ) -> Bool[Tensor, "batch 1 rows keys"]:
-        """Which pairs stay: every pair but those of a text row and an image key that falls below the row's quantile."""
+        """Which pairs stay: every pair but those of a text row and an image key that falls below the row's quantile.
+
+        visible, bias: of each pair, or of each pair in any sequence; bias is added to its score.
+        mesh: of the ranks that share the heads, see `redux.parallel`.
+        """
         batch, _, rows, _ = query.shape
         keys = key.shape[2]
         result = visible.new_ones(batch, rows, keys)
         start = max(self.first - (keys - rows), 0)
         query, seen = query[:, :, start:], visible[:, 0].expand(batch, rows, keys)[:, start:]
-        attention = self._attention(query, key, seen, scale)
+        if bias is not None:
+            bias = bias[:, 0].expand(batch, rows, keys)[:, start:]
+        attention = self._attention(query, key, seen, scale, bias, mesh)
         text_row = ~self.image[:, keys - rows + start :]
         columns = self.columns.unsqueeze(1).expand(-1, rows - start, -1)
         t2i = attention.gather(2, columns) * (text_row.unsqueeze(-1) & self.valid.unsqueeze(1))
@@ -150,14 +179,18 @@ class Inhibition:
         key: Float[Tensor, "batch kv_heads keys head_dim"],
         seen: Bool[Tensor, "batch rows keys"],
         scale: float,
+        bias: Float[Tensor, "batch rows keys"] | None,
+        mesh: Any,
     ) -> Float[Tensor, "batch rows keys"]:
         """A of the chosen kind."""
         if self.cmai.scores != "weights":
-            return mean_scores(query, key, seen, scale if self.cmai.scores == "scaled" else 1.0)
-        weights = mean_weights(query, key, seen, scale)
+            part = mean_scores(query, key, seen, scale if self.cmai.scores == "scaled" else 1.0)
+            return mean_over_ranks(part, mesh)
+        weights = mean_over_ranks(mean_weights(query, key, seen, scale, bias), mesh)
         if self.cmai.preamble:
             return weights
-        weights = weights * (self.image.cumsum(dim=1) > 0).unsqueeze(1)
+        # the first image that a row sees: packed rows hold several conversations
+        weights = weights * ((seen & self.image.unsqueeze(1)).cumsum(dim=2) > 0)
         return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
     def _others(
@@ -189,11 +222,18 @@ def mean_weights(
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     seen: Bool[Tensor, "batch rows keys"],
     scale: float,
+    bias: Float[Tensor, "batch rows keys"] | None = None,
 ) -> Float[Tensor, "batch rows keys"]:
-    """A: attention weights, mean over heads; head by head beyond AT_ONCE.  A row that sees no key is all zero."""
+    """A: attention weights, mean over heads; head by head beyond AT_ONCE.  A row that sees no key is all zero.
+
+    bias: added to the score of each pair.
+    """
     (batch, heads, rows, _), keys = query.shape, key.shape[2]
+    if bias is None:
+        bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
+    else:
+        bias = bias.to(query.dtype, copy=True, memory_format=torch.contiguous_format)
     # finite, so that a row that sees nothing has no NaN; added by the product itself, which saves two passes
-    bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
     bias.masked_fill_(~seen, torch.finfo(query.dtype).min)
     if batch * heads * rows * keys <= AT_ONCE:
         shared = query.unflatten(1, (key.shape[1], -1)) @ key.unsqueeze(2).transpose(3, 4) * scale
@@ -282,22 +322,40 @@ def attention(
     query: Float[Tensor, "batch heads rows head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys head_dim"],
-    attention_mask: Bool[Tensor, "batch 1 rows keys"],
+    attention_mask: Shaped[Tensor, "masks one rows keys"],
     inhibition: Inhibition | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch rows heads head_dim"], None]:
-    """Scaled-dot-product attention under the causal mask and, where there is one, the layer's inhibition."""
+    """Scaled-dot-product attention under the causal mask and, where there is one, the layer's inhibition.
+
+    The mask is transformers' own, of booleans, or a caller's: booleans, or floats that are added to the scores.
+    """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if inhibition is not None and inhibition.ratios[layer] > 0:
+        visible, bias = _read(attention_mask)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attention_mask = attention_mask & inhibition.keep(layer, query, key, attention_mask, scale)
+        mesh = head_mesh(module, query.shape[1])
+        kept = inhibition.to(query.device).keep(layer, query, key, visible, scale, bias, mesh)
+        attention_mask = visible & kept if bias is None else bias.masked_fill(~kept, torch.finfo(bias.dtype).min)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def _read(
+    mask: Shaped[Tensor, "masks one rows keys"],
+) -> tuple[Bool[Tensor, "masks one rows keys"], Float[Tensor, "masks one rows keys"] | None]:
+    """Which pairs a mask leaves, and what it adds to their scores; ValueError for a mask that CMAI cannot read."""
+    if mask.shape[1] != 1 or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(
+            f"attention_mask: got {mask.dtype} of shape {tuple(mask.shape)}, "
+            "allowed: booleans or floats of shape (batch, 1, rows, keys), one mask for all heads"
+        )
+    return (mask, None) if mask.dtype == torch.bool else (mask > HIDDEN, mask)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """sdpa_mask, always explicit: CMAI adds to it."""
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -1,12 +1,8 @@
 """LLaVA with token compression in the image tower (VMTC) and attention inhibition in the language model (CMAI).
 
 transformers' own classes do the work; nothing is added to their weights, so a plain LLaVA checkpoint loads as it is and
-what is saved opens in plain transformers.  Two seams are used: the image features (the tower's blocks are run here, one
-by one, up to the layer that LLaVA reads: the block above it is never computed) and, by `redux.plugin`, the attention
-function of the language model.
-
-The tower is any ViT of CLIP's or SigLIP's build.  SigLIP has no class token, so there IPS is the attention that a patch
-receives from all others.
+what is saved opens in plain transformers.  Two seams are used: the image tower (`redux.tower`) and, by `redux.plugin`,
+the attention function of the language model.
 
 Shapes: batch, images, patches, tokens (visual tokens that reach the language model), dim.
 """
@@ -18,7 +14,6 @@ from typing import Any, get_args
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     CLIPTextConfig,
     CLIPVisionConfig,
@@ -39,10 +34,10 @@ from redux.conversation import CONTEXT, IMAGE, TEMPLATES
 from redux.image import MEAN, STD
 from redux.loading import check_layout, check_loading, report_damage
 from redux.plugin import inhibit
-from redux.reduction import reduce
 from redux.remote import fetched
 from redux.settings import METHODS, Fit, Stage, TemplateName
-from redux.vmtc import Fate, compress, importance, received
+from redux.tower import CompressingBlock, Compression, Encoding, EncodingTower, extend, is_clip_like
+from redux.vmtc import Fate
 
 FEATURES = ("vision_feature_layer", "vision_feature_select_strategy")
 """What of the tower LLaVA reads: fields of its configuration that a call may override."""
@@ -148,21 +143,18 @@ class ReduxModel(LlavaModel):
 
     def __init__(self, config: ReduxConfig) -> None:
         super().__init__(config)
-        self.vmtc, self.reduction, self.stages = config.settings("vmtc"), config.settings("reduction"), config.stages
+        self.vmtc, self.reduction = config.settings("vmtc"), config.settings("reduction")
+        first = int(config.has_class_token)
+        self.compressions = {number: Compression(stage, self.vmtc, first) for number, stage in config.stages.items()}
         if self.vmtc or self.reduction:
             self._check_tower()
+        if self.runs_blocks:
+            self._extend_tower()
 
     @property
     def runs_blocks(self) -> bool:
-        """Whether the tower's blocks can be run one by one: it is of CLIP's build, and one layer of it is read."""
-        blocks: Any = getattr(getattr(self.vision_tower, "encoder", None), "layers", None)
-        parts = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
-        return (
-            isinstance(self.config.vision_feature_layer, int)
-            and bool(blocks)
-            and all(hasattr(blocks[0], part) for part in parts)
-            and hasattr(blocks[0].self_attn, "q_proj")
-        )
+        """Whether the tower is run here, block by block: it is of CLIP's build, and one layer of it is read."""
+        return isinstance(self.config.vision_feature_layer, int) and is_clip_like(self.vision_tower)
 
     def _check_tower(self) -> None:
         config, kind = self.config, self.config.vision_config.model_type
@@ -182,6 +174,15 @@ class ReduxModel(LlavaModel):
                     f"of layer {last}, below the last block"
                 )
 
+    def _extend_tower(self) -> None:
+        """Let the tower and its blocks compress; later also a tower that was put in the first one's place."""
+        tower: Any = self.vision_tower
+        extend(tower, EncodingTower)
+        for number in self.compressions:
+            extend(tower.encoder.layers[number], CompressingBlock)
+        if self.reduction and self.reduction.method == "prumerge":
+            extend(tower.encoder.layers[-1], CompressingBlock)
+
     def encode_images(
         self, pixel_values: Float[Tensor, "images 3 height width"]
     ) -> tuple[Float[Tensor, "images tokens dim"], Fate]:
@@ -189,72 +190,11 @@ class ReduxModel(LlavaModel):
 
         They begin with the class token where the configuration keeps it (`vision_feature_select_strategy` full).
         """
-        tower: Any = self.vision_tower
+        self._extend_tower()
         first = int(self.config.has_class_token)
-        hidden = tower.embeddings(pixel_values)
-        if hasattr(tower, "pre_layrnorm"):
-            hidden = tower.pre_layrnorm(hidden)
-        fate = Fate.untouched(hidden.shape[0], hidden.shape[1] - first, hidden.device)
-        bias = None
-        for number, block in enumerate(tower.encoder.layers[: self.config.depth]):
-            if number in self.stages:
-                hidden, fate = self._compressing_block(block, hidden, self.stages[number], fate, bias)
-                if self.vmtc.proportional:
-                    bias = F.pad(fate.sizes(hidden.shape[1] - first).to(hidden.dtype).log(), (first, 0))
-            else:
-                hidden = block(hidden, attention_mask=None if bias is None else bias[:, None, None])
-        classes, patches = hidden.split([first, hidden.shape[1] - first], dim=1)
-        if self.reduction:
-            patches, *moved = reduce(patches, self.reduction, self._last_attention(hidden))
-            fate = fate.then(*moved)
-        return torch.cat([classes, patches], dim=1) if self.config.whole else patches, fate
-
-    def _compressing_block(
-        self,
-        block: Any,
-        hidden: Float[Tensor, "images all dim"],
-        stage: Stage,
-        fate: Fate,
-        bias: Float[Tensor, "images all"] | None,
-    ) -> tuple[Float[Tensor, "images fewer dim"], Fate]:
-        """One ViT block (eq. 1, 2) with VMTC between attention and MLP.
-
-        Queries, keys and values are computed once and serve both the attention and the importance score.  The block's
-        parts are called, not the block: its own hooks do not run, and its activations are kept, not recomputed.
-        Shapes: all = patches, fewer = out, both with the class token where there is one.
-        """
-        attention, first = block.self_attn, int(self.config.has_class_token)
-        normed = block.layer_norm1(hidden)
-        query, key, value = (
-            project(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        mask = None if bias is None else bias[:, None, None]
-        dropout = attention.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=attention.scale
-        )
-        hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-        ips = (
-            importance(query[:, :, :1], key, attention.scale, bias)
-            if first
-            else received(query, key, attention.scale, bias)
-        )
-        similar = key.transpose(1, 2).flatten(2)[:, first:] if self.vmtc.similarity == "keys" else None
-        patches, slot, cluster = compress(hidden[:, first:], ips, stage, self.vmtc, similar)
-        hidden = torch.cat([hidden[:, :first], patches], dim=1)
-        return hidden + block.mlp(block.layer_norm2(hidden)), fate.then(slot, cluster)
-
-    def _last_attention(
-        self, hidden: Float[Tensor, "images all dim"]
-    ) -> tuple[Float[Tensor, "images dim"], Float[Tensor, "images all dim"]] | None:
-        """What PruMerge goes by: class token's query and all keys of the last block, which is not computed itself."""
-        if self.reduction.method != "prumerge":
-            return None
-        tower: Any = self.vision_tower
-        block = tower.encoder.layers[-1]
-        normed = block.layer_norm1(hidden)
-        return block.self_attn.q_proj(normed[:, 0]), block.self_attn.k_proj(normed)
+        encoding = Encoding(self.config.depth, first, self.compressions, self.reduction)
+        hidden, *fate = self.vision_tower(pixel_values, encoding=encoding)
+        return hidden if self.config.whole else hidden[:, first:], Fate(*fate)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """As LlavaModel's: `pooler_output` is a list of (tokens, dim), one an image, projected."""
@@ -262,16 +202,16 @@ class ReduxModel(LlavaModel):
         if others and (self.vmtc or self.reduction):
             name, value = others.popitem()
             raise ValueError(f"{name}: got {value}, allowed with vmtc or reduction: {getattr(self.config, name)}")
+        if not len(pixel_values):
+            # a batch of text alone: an image of which nothing is taken, so that the tower has its gradients, zeros, as
+            # on ranks with images; without them ranks would wait for each other
+            image = self.get_image_features(pixel_values.new_zeros(1, *pixel_values.shape[1:]), **kwargs)
+            image.pooler_output = [tokens[:0] for tokens in image.pooler_output]
+            return image
         if others or kwargs.get("output_hidden_states") or not self.runs_blocks:
             return super().get_image_features(pixel_values, **kwargs)
-        if len(pixel_values):
-            features, _ = self.encode_images(pixel_values)
-            return BaseModelOutputWithPooling(features, pooler_output=list(self.multi_modal_projector(features)))
-        # a batch of text alone: an image of which nothing is taken, so that the tower has its gradients, zeros, as on
-        # ranks with images; without them ranks would wait for each other
-        features, _ = self.encode_images(pixel_values.new_zeros(1, *pixel_values.shape[1:]))
-        nothing = self.multi_modal_projector(features[:0]).flatten(0, 1)
-        return BaseModelOutputWithPooling(features[:0], pooler_output=[nothing])
+        features, _ = self.encode_images(pixel_values)
+        return BaseModelOutputWithPooling(features, pooler_output=list(self.multi_modal_projector(features)))
 
 
 class ReduxForConditionalGeneration(LlavaForConditionalGeneration):

@@ -2,25 +2,29 @@
 
 A few hooks, no subclass and no second `forward` or `generate`: transformers asks for nothing else.
 
-1. The token ids that the model is called with tell which tokens are of an image.  The `generate` of Q-Former models
-   goes to their language model past their `forward`; there the ids that are embedded tell the same.
+1. The token ids that a model, or the base model within it, is called with tell which tokens are of an image.  The
+   `generate` of Q-Former models goes to their language model past their `forward`; there the ids that are embedded tell
+   the same.
 2. Before the decoder runs, `inhibition` joins its keyword arguments, which transformers hands down to the attention
    function.  Its cache has to be a `FocusCache`: an empty `DynamicCache`, as `generate` makes it, becomes one in place,
    so whoever made it goes on with the same object.
-3. After the decoder ran, or failed, the image tokens are forgotten: embeddings of unknown origin are refused.
+3. After the model ran, or failed, its ids are forgotten: embeddings of unknown origin are refused.
 
-The hooks are methods of one object on the model, so they are copied, pickled and wrapped with it.  They cost one
-comparison of the token ids a call, beside what CMAI itself costs (see `redux.cmai`).  Modules inside the decoder have
-none: recomputed activations see the same `inhibition`.
+The ids belong to a call, not to the model: threads may call one model at once, and models may call others.  A hook
+reads what it needs from the module that it is called for, so hooks are copied, pickled and replicated with their
+modules, each alone.  They cost one comparison of the token ids a call, beside what CMAI itself costs (see
+`redux.cmai`).  Modules inside the decoder have none: recomputed activations see the same `inhibition`.
 """
 
-from dataclasses import asdict
-from typing import Any
+import threading
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from redux.cmai import ATTENTION, FocusCache, Inhibition
 from redux.settings import CMAI
@@ -41,10 +45,10 @@ def inhibit(model: PreTrainedModel, cmai: CMAI | None) -> None:
     if cmai is not None:
         _check(model)
     if hasattr(model, "_inhibitor"):
-        model._inhibitor.remove()
+        model._inhibitor.remove(model)
         del model._inhibitor
     if cmai is not None:
-        model._inhibitor = _Inhibitor(model, cmai)
+        model._inhibitor = _Inhibitor.on(model, cmai)
     if hasattr(model.config, "cmai"):
         model.config.cmai = asdict(cmai) if cmai else None
 
@@ -63,8 +67,11 @@ def _check(model: PreTrainedModel) -> None:
     if forgetful:
         raise ValueError(f"cache: got {', '.join(sorted(forgetful))}, allowed: DynamicLayer, which forgets no token")
     decoder = model.get_decoder()
-    if not decoder._supports_attention_backend:
-        raise ValueError(f"model: got {type(decoder).__name__}, allowed: a language model that uses AttentionInterface")
+    if not (decoder._supports_attention_backend and decoder._supports_sdpa):
+        raise ValueError(
+            f"model: got {type(decoder).__name__}, allowed: a language model that uses AttentionInterface and has "
+            "scaled-dot-product attention"
+        )
 
 
 def _tokens(model: PreTrainedModel) -> list[int]:
@@ -73,88 +80,155 @@ def _tokens(model: PreTrainedModel) -> list[int]:
     return [token for token in ids if token is not None]
 
 
-class _Inhibitor:
-    """The hooks on one model and what they tell each other.
+class _Call(NamedTuple):
+    """A call of a model that has not ended yet.
 
-    image: which of the tokens on their way to the decoder are image tokens; None once it had them.
-    told: whether the call of the model said so; otherwise what is embedded does.
-    before: the attention implementation to go back to.
+    key: of its inhibitor.
+    ids: the token ids that it was called with, if any.
     """
 
-    def __init__(self, model: PreTrainedModel, cmai: CMAI) -> None:
-        self.cmai = cmai
-        self.tokens = _tokens(model)
-        self.image: Bool[Tensor, "*any"] | None = None
-        self.told = False
-        self.decoder = model.get_decoder()
-        if getattr(self.decoder, "_inhibited", False):
-            raise ValueError(f"model: got {type(model).__name__}, allowed: the one in which CMAI was turned on before")
-        self.decoder._inhibited = True
-        used = self.decoder.config._attn_implementation
-        self.before = "sdpa" if used == ATTENTION else used  # models may share a configuration
-        self.decoder.set_attn_implementation(ATTENTION)
-        self.handles = [
-            model.register_forward_pre_hook(self.look, with_kwargs=True),
-            model.get_input_embeddings().register_forward_pre_hook(self.note),
-            self.decoder.register_forward_pre_hook(self.add, with_kwargs=True),
-            self.decoder.register_forward_hook(self.forget, always_call=True),
-        ]
+    key: str
+    ids: Int[Tensor, "batch rows"] | None
 
-    def remove(self) -> None:
-        """Takes the hooks off again."""
+
+class _Calls(threading.local):
+    """Calls in this thread.
+
+    open: calls that have not ended, the innermost last.
+    embedded: token ids that were embedded last, outside of any call, for those models whose `generate` does so.
+    """
+
+    open: tuple[_Call, ...] = ()
+    embedded: _Call | None = None
+
+    def innermost(self, key: str) -> _Call | None:
+        """The innermost open call of a model."""
+        return next((call for call in reversed(self.open) if call.key == key), None)
+
+
+_CALLS = _Calls()
+
+
+@dataclass(frozen=True)
+class _EmbeddingHook:
+    """Before tokens are embedded: remember them.  Knows no module: PEFT copies embeddings alone, hooks included."""
+
+    key: str
+
+    def __call__(self, embedding: nn.Module, args: tuple[Any, ...]) -> None:
+        if _CALLS.innermost(self.key) is None:
+            _CALLS.embedded = _Call(self.key, args[0])
+
+
+@dataclass
+class _Inhibitor:
+    """The hooks on one model.
+
+    tokens: ids of its image tokens.
+    before: the attention implementation to go back to.
+    key: names its calls among those of other models.
+    """
+
+    cmai: CMAI
+    tokens: list[int]
+    before: str
+    key: str = field(default_factory=lambda: uuid4().hex)
+    handles: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def on(cls, model: PreTrainedModel, cmai: CMAI) -> "_Inhibitor":
+        """Put the hooks on a model; ValueError where its decoder has some of another."""
+        decoder = model.get_decoder()
+        if getattr(decoder, "_inhibited", False):
+            raise ValueError(f"model: got {type(model).__name__}, allowed: the one in which CMAI was turned on before")
+        decoder._inhibited = True
+        used = decoder.config._attn_implementation
+        result = cls(cmai, _tokens(model), "sdpa" if used == ATTENTION else used)  # models may share a configuration
+        decoder.set_attn_implementation(ATTENTION)
+        result.handles = [
+            model.register_forward_pre_hook(result.open, with_kwargs=True),
+            model.register_forward_hook(result.close, always_call=True),
+            decoder.register_forward_pre_hook(result.add, with_kwargs=True),
+            decoder.register_forward_hook(result.forget, always_call=True),
+        ]
+        base = model.base_model
+        if base is not model and base is not decoder:
+            # PEFT calls the model's `forward` past its hooks, and that calls the base model
+            result.handles.append(base.register_forward_pre_hook(result.open_within, with_kwargs=True))
+            result.handles.append(base.register_forward_hook(result.close, always_call=True))
+        if type(model).generate is not GenerationMixin.generate:
+            model.get_input_embeddings().register_forward_pre_hook(_EmbeddingHook(result.key))
+        return result
+
+    def remove(self, model: PreTrainedModel) -> None:
+        """Take the hooks off again, those on copies of the embedding as well."""
         for handle in self.handles:
             handle.remove()
-        del self.decoder._inhibited
-        self.decoder.set_attn_implementation(self.before)
+        for module in model.modules():
+            for number, hook in list(module._forward_pre_hooks.items()):
+                if hook == _EmbeddingHook(self.key):
+                    del module._forward_pre_hooks[number]
+        decoder = model.get_decoder()
+        del decoder._inhibited
+        decoder.set_attn_implementation(self.before)
 
-    def look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the model: which of the tokens that it is called with are image tokens."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        self.told = ids is not None
-        self.image = None if ids is None else self.is_image(ids)
+    def open(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model: remember the token ids that it is called with."""
+        _CALLS.open = (*_CALLS.open, _Call(self.key, kwargs.get("input_ids", args[0] if args else None)))
 
-    def note(self, embedding: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before tokens are embedded: which of them are image tokens."""
-        if not self.told:
-            self.image = self.is_image(args[0])
+    def open_within(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the base model: the same; without ids those of the model around it count."""
+        ids, around = kwargs.get("input_ids", args[0] if args else None), _CALLS.innermost(self.key)
+        if ids is None and around is not None:
+            ids = around.ids
+        _CALLS.open = (*_CALLS.open, _Call(self.key, ids))
 
-    def add(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def close(self, *_: Any) -> None:
+        """After the model, also where it failed."""
+        if _CALLS.open and _CALLS.open[-1].key == self.key:
+            _CALLS.open = _CALLS.open[:-1]
+
+    def add(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the decoder: its keyword arguments with the inhibition, on a cache that goes with it."""
-        if (used := self.decoder.config._attn_implementation) != ATTENTION:
+        if (used := decoder.config._attn_implementation) != ATTENTION:
             raise ValueError(
                 f"attn_implementation: got {used}, allowed: {ATTENTION} while CMAI is on; "
                 "redux.inhibit(model, None) turns it off"
             )
         # recomputation would write a second time into a cache; transformers' layers take theirs away as well
-        recomputing = decoder.training and self.decoder.is_activation_checkpointing
-        image = self.expected(kwargs)
-        cache = None if recomputing else self.cache(kwargs)
-        inhibition = Inhibition.of(self.cmai, self.decoder.config.num_hidden_layers, image, cache, decoder.training)
+        recomputing = decoder.training and decoder.is_activation_checkpointing
+        image = self.image(kwargs)
+        cache = None if recomputing else self.cache(decoder, kwargs)
+        inhibition = Inhibition.of(self.cmai, decoder.config.num_hidden_layers, image, cache, decoder.training)
         caching = {} if recomputing else {"past_key_values": cache}
         return args, {**kwargs, **caching, "inhibition": inhibition}
 
     def forget(self, *_: Any) -> None:
-        """After the decoder."""
-        self.image, self.told = None, False
+        """After the decoder, also where it failed: forget what was embedded for it, or by it."""
+        _CALLS.embedded = None
 
-    def is_image(self, ids: Int[Tensor, "*any"]) -> Bool[Tensor, "*any"]:
+    def image(self, kwargs: dict[str, Any]) -> Bool[Tensor, "batch rows"]:
+        """Which of the decoder's new tokens are image tokens; ValueError where nobody knows."""
+        ids = kwargs.get("input_ids")
+        if ids is None:
+            call, embedded = _CALLS.innermost(self.key), _CALLS.embedded
+            if call is None and embedded is not None and embedded.key == self.key:
+                call = embedded
+            batch, rows = kwargs["inputs_embeds"].shape[:2]
+            if call is None or call.ids is None or call.ids.shape[1:] != (rows,):
+                raise ValueError(
+                    "input_ids: got None, allowed: token ids, which tell CMAI image tokens from text; "
+                    "where input embeddings were replaced, redux.inhibit again"
+                )
+            # the generate of Q-Former models embeds the prompt once and repeats it for every beam
+            ids = call.ids.repeat_interleave(batch // len(call.ids), dim=0)
         return torch.stack([ids == token for token in self.tokens]).any(dim=0)
 
-    def expected(self, kwargs: dict[str, Any]) -> Bool[Tensor, "batch rows"]:
-        """Which of the decoder's new tokens are image tokens; ValueError where nobody knows."""
-        if kwargs.get("input_ids") is not None:
-            return self.is_image(kwargs["input_ids"])
-        batch, rows = kwargs["inputs_embeds"].shape[:2]
-        if self.image is None or self.image.shape[1:] != (rows,):
-            raise ValueError("input_ids: got None, allowed: token ids, which tell CMAI image tokens from text")
-        # the generate of Q-Former models embeds the prompt once and repeats it for every beam
-        return self.image.repeat_interleave(batch // len(self.image), dim=0)
-
-    def cache(self, kwargs: dict[str, Any]) -> FocusCache | None:
+    def cache(self, decoder: Any, kwargs: dict[str, Any]) -> FocusCache | None:
         """The cache of this call as a FocusCache; ValueError where it holds tokens unknown to CMAI."""
         cache, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None:
-            config = self.decoder.config
+            config = decoder.config
             return FocusCache(config=config) if (config.use_cache if use is None else use) else None
         tokens, kind = cache.get_seq_length(), type(cache)
         if kind is DynamicCache and tokens == 0:

@@ -13,7 +13,7 @@ where a merged token is some hundred times smaller than one that was kept.
 Shapes: batch, patches (patch tokens of this block, class token apart), out = k + c, dim.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redux.kmeans import kmeans
+from redux.parallel import mean_over_ranks
 from redux.settings import VMTC, Stage
 
 
@@ -29,17 +30,20 @@ def importance(
     keys: Float[Tensor, "batch heads tokens head_dim"],
     scale: float,
     bias: Float[Tensor, "batch tokens"] | None = None,
+    mesh: Any = None,
 ) -> Float[Tensor, "batch tokens-1"]:
     """IPS: attention weight from the class token to each patch token, mean over heads.
 
     The softmax runs over all tokens = patches + 1 keys; the class token's weight on itself is left out afterwards.
     It is taken in float32: in bfloat16 most scores would tie.
     bias: added to the scores of each key, if the block's attention does so as well.
+    mesh: of the ranks that share the heads, see `redux.parallel`.
     """
     scores = query @ keys.transpose(-1, -2) * scale
     if bias is not None:
         scores = scores + bias[:, None, None]
-    return scores.softmax(dim=-1, dtype=torch.float32).mean(dim=1)[:, 0, 1:]
+    mean = scores.softmax(dim=-1, dtype=torch.float32).mean(dim=1)[:, 0, 1:]
+    return mean_over_ranks(mean, mesh)
 
 
 def received(
@@ -47,6 +51,7 @@ def received(
     keys: Float[Tensor, "batch heads tokens head_dim"],
     scale: float,
     bias: Float[Tensor, "batch tokens"] | None = None,
+    mesh: Any = None,
 ) -> Float[Tensor, "batch tokens"]:
     """In place of IPS where a tower has no class token (SigLIP): attention weight that each patch token receives from
     all patch tokens, mean over them and over heads.  One head's map is alive at a time.
@@ -56,7 +61,7 @@ def received(
         scores = query[:, head] @ keys[:, head].transpose(1, 2) * scale
         scores = scores if bias is None else scores + bias[:, None]
         total = total + scores.softmax(dim=-1, dtype=torch.float32).mean(dim=1)
-    return total / query.shape[1]
+    return mean_over_ranks(total / query.shape[1], mesh)
 
 
 def compress(
@@ -148,8 +153,8 @@ class Fate(NamedTuple):
         return counts.scatter_add(1, column, torch.ones_like(column))[:, :tokens]
 
     def then(self, slot: Int[Tensor, "batch tokens"], cluster: Bool[Tensor, "batch out"]) -> "Fate":
-        """Follow the patches through one more `compress`."""
-        alive = self.slot >= 0
-        now = torch.where(alive, slot.gather(1, self.slot.clamp_min(0)), -1)
+        """Follow the patches through one more `compress`, to the device where that was."""
+        before, merged = self.slot.to(slot.device), self.merged.to(slot.device)
+        now = torch.where(before >= 0, slot.gather(1, before.clamp_min(0)), -1)
         in_cluster = cluster.gather(1, now.clamp_min(0)) & (now >= 0)
-        return Fate(now, self.merged | in_cluster)
+        return Fate(now, merged | in_cluster)

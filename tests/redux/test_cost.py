@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
-import redux.model
+import redux.tower
 from redux.cmai import FocusCache, Inhibition
 from redux.cost import Cost, cost, step
 from redux.model import ReduxConfig, ReduxForConditionalGeneration, ReduxModel
 from redux.settings import CMAI, VMTC, Reduction
+from redux.tower import CompressingBlock
 
 TEXT = 11
 PREAMBLE = 3
@@ -90,9 +91,9 @@ class Measured:
     def forward(self, cache: Any = None, **inputs: Any) -> tuple[Cost, Any]:
         """What one forward pass spends and leaves in the cache; and that cache."""
         self.spent.clear()
-        parts = [("compression", redux.model, name) for name in ("importance", "received", "compress", "reduce")]
+        parts = [("compression", redux.tower, name) for name in ("importance", "received", "compress", "reduce")]
         parts += [
-            ("compression", ReduxModel, "_last_attention"),
+            ("compression", CompressingBlock, "_last_attention"),
             ("encoding", ReduxModel, "encode_images"),
             ("images", ReduxModel, "get_image_features"),
             ("inhibition", Inhibition, "keep"),
