@@ -4,7 +4,8 @@ import tempfile
 from pathlib import Path
 
 from jobs import schema
-from jobs.run import JOB, plans
+from jobs.claims import JOB
+from jobs.run import plans
 from pipelines import checkpoint, export, storage
 from redux import conversion, processor
 

@@ -1,6 +1,6 @@
 """A job from images to report, step by step; what is finished is not done again.
 
-runs/NAME/job.yaml        the job as resolved; another job under the same name is refused
+runs/NAME/job.yaml        the job as resolved; jobs/claims.py says which settings may still change
 runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step: what a second run goes by
 runs/NAME/shards/SET/     captions, conversations, test
 runs/NAME/tokenizer/      learned from the training sets, where a model starts from nothing
@@ -19,19 +19,18 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import ray
 import tenacity
 import torch
-import yaml
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
-from jobs import document, schema
+from jobs import claims, schema
+from jobs.claims import ASSEMBLED, PROGRESS
 from jobs.layout import locate_checkpoints, locate_sets
 from jobs.schema import Job
 from pipelines import (
-    checkpoint,
     cluster,
     easy_vqa,
     evaluate,
@@ -57,15 +56,9 @@ from redux.remote import fetched
 
 T = TypeVar("T")
 
-JOB = "job.yaml"
-PROGRESS = "progress.jsonl"
 SCORES = "scores.json"
 TOKENIZER = "tokenizer"
-ASSEMBLED = "assembled"
 LOCK = ".lock"
-
-FREE = ("data.tolerance", "workers", "gpu_share", "recovery", "trackers")
-"""What of a job may be another when it goes on: none of it decides what is learned."""
 
 
 def run(
@@ -81,8 +74,8 @@ def run(
     until: the last step to do; None is the last of all.
     watch: hears how the last stage gets on.
     patience_s: for another process that works on this run, before that is a ValueError.
-    changed: go on although the folder holds another job, or checkpoints of other data or another model; otherwise that
-    is a ValueError.
+    changed: go on although steps were done with other settings, or checkpoints are of other data or another model;
+    otherwise that is a ValueError.
     """
     clock = time.monotonic()
     folder = folder.resolve()
@@ -91,24 +84,31 @@ def run(
     if until:
         names = list(work)
         work = {name: work[name] for name in names[: names.index(until) + 1]}
-    claim(folder / JOB, job, FREE, changed)
-    done = _finished(folder)
-    left = {name: step for name, step in work.items() if name not in done}
-    if not left:
-        print(f"{job.name} is finished; its {until or 'report'}: {folder / ('' if until else 'report.html')}")
+    finished = f"{job.name} is finished; its {until or 'report'}: {folder / ('' if until else 'report.html')}"
+    if not claims.Claim.of(folder, job).find_changes(changed) and not work.keys() - _finished(folder):
+        print(finished)
         return
-    if done:
-        print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
-    with alone(folder, patience_s), cluster.session():
-        _check_resources(job, left)
+    claims.make_folder(folder)
+    with alone(folder, patience_s):
+        # another process may have worked on this run until now, so what it did is read again
+        claims.Claim.of(folder, job).enforce(changed)
+        done = _finished(folder)
+        left = {name: step for name, step in work.items() if name not in done}
+        if not left:
+            print(finished)
+            return
+        if done:
+            print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
         lines.mend(folder / PROGRESS)
-        for name, step in left.items():
-            interrupts.check()
-            step()
-            now = time.monotonic()
-            with (folder / PROGRESS).open("a") as file:
-                file.write(json.dumps({"step": name, "wall_s": now - clock}) + "\n")
-            clock = now
+        with cluster.session():
+            _check_resources(job, left)
+            for name, step in left.items():
+                interrupts.check()
+                step()
+                now = time.monotonic()
+                with (folder / PROGRESS).open("a") as file:
+                    file.write(json.dumps({"step": name, "wall_s": now - clock}) + "\n")
+                clock = now
     if until is None:
         _summarise(folder)
         print(f"{job.name} is finished; its report: {folder / 'report.html'}")
@@ -194,7 +194,7 @@ def steps(
 def _check_weights(job: Job, folder: Path) -> None:
     """ValueError where what the job starts from lacks weights or a tokenizer; weights are not read."""
     model = job.model
-    if not model.pretrained or (folder / ASSEMBLED).exists():
+    if not model.pretrained or _find_assembled(job, folder):
         return
     try:
         if not model.checkpoint:
@@ -225,7 +225,7 @@ def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
     sets, result = locate_sets(job, folder), dict[str, Plan]()
     if not job.train:
         return result
-    image_size, image_tokens = _image(job.model, folder)
+    image_size, image_tokens = _image(job, folder)
     tokenizer = folder / (ASSEMBLED if job.model.pretrained else TOKENIZER)
     start = str(tokenizer) if job.model.pretrained else None
     for name, stage in job.train.items():
@@ -275,18 +275,14 @@ def located(job: Job, folder: Path) -> Job:
         checkpoints=job.checkpoints and storage.absolute(job.checkpoints),
         data=replace(job.data, sets=sets, make={name: _readable(name, each) for name, each in job.data.make.items()}),
         evaluate=job.evaluate and replace(job.evaluate, tasks=_asked(job.evaluate)),
-        model=replace(
-            job.model,
-            tower=_path(job.model.tower),
-            language=_path(job.model.language),
-            checkpoint=_path(job.model.checkpoint),
-        ),
+        model=_locate_parts(job.model),
     )
 
 
 def _with_format(job: Job, folder: Path) -> Job:
     """Return the job with the template and image fit of each stage and of the evaluation decided."""
-    start = folder / ASSEMBLED if (folder / ASSEMBLED).exists() else _path(job.model.checkpoint)
+    assembled = _find_assembled(job, folder)
+    start = str(assembled) if assembled else _path(job.model.checkpoint)
     saved = respondent.settings(start) if start and (job.train or respondent.is_llava(start)) else {}
     trained = {"template": saved.get("conversation_template"), "fit": saved.get("image_aspect_ratio")}
     train = {name: stage.resolve_format(**trained) for name, stage in job.train.items()}
@@ -329,14 +325,25 @@ def _path(part: T) -> T | str:
     return storage.absolute(part) if isinstance(part, str) and Path(part).is_dir() else part
 
 
-def _image(model: Model, folder: Path) -> tuple[int, int]:
+def _find_assembled(job: Job, folder: Path) -> Path | None:
+    """Return the folder of the model that a job starts from, None where there is none of this job's parts."""
+    return claims.find_assembled(folder, replace(job, model=_locate_parts(job.model)))
+
+
+def _locate_parts(model: Model) -> Model:
+    """Return a model whose folders are written from the root on."""
+    return replace(model, tower=_path(model.tower), language=_path(model.language), checkpoint=_path(model.checkpoint))
+
+
+def _image(job: Job, folder: Path) -> tuple[int, int]:
     """Pixels of an image's side, and tokens of it that reach the language model."""
+    model = job.model
     if isinstance(model.tower, Tower):
         return model.tower.image_size, image_tokens(model)
-    whole = folder / ASSEMBLED
     try:
         # once it is there, what it was made of is no longer needed
-        config = ReduxConfig.from_pretrained(whole) if whole.exists() else configured(model)
+        whole = _find_assembled(job, folder)
+        config = ReduxConfig.from_pretrained(whole) if whole else configured(model)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
     return config.vision_config.image_size, config.image_seq_length
@@ -349,36 +356,6 @@ def configured(model: Model) -> ReduxConfig:
     assert isinstance(model.tower, str)
     assert isinstance(model.language, str)
     return pretrained.configured(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
-
-
-def claim(path: Path, what: Any, free: Sequence[str], changed: bool) -> None:
-    """Write what is done in a folder there; ValueError where the file says anything else that tells in a result.
-
-    what: a job, or another tree of settings.  What the file does not say has its default: it may be from before there
-        was such a thing.
-    free: sections and places that may be others.  changed: all of them may.
-    """
-    resolved = document.write(what)
-    if path.exists():
-        try:
-            written = document.write(document.read(path, (), type(what)))
-        except ValueError:
-            written = path.read_text()  # of which no more can be told than that it is another
-        before, now = yaml.safe_load(written), yaml.safe_load(resolved)
-        for key, old, new in checkpoint.differences(before, now):
-            if not changed and key.partition(".")[0] not in free and key not in free:
-                raise ValueError(
-                    f"{path}: this was started with {key} = {old!r}, not {new!r}; "
-                    "give it another name, or another folder by --into; --changed goes on all the same"
-                )
-        if path.read_text() != resolved:
-            _put(path, resolved)
-    else:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _put(path, resolved)
-        except OSError as error:
-            raise ValueError(f"{path.parent}: no run folder can be made here: {error.strerror}") from None
 
 
 def _finished(folder: Path) -> list[str]:
@@ -398,14 +375,7 @@ def _report(folder: Path, examples: Sequence[report.Example]) -> None:
 
 
 def _write(path: Path, values: dict[str, float]) -> None:
-    _put(path, json.dumps(values, indent=2) + "\n")
-
-
-def _put(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    claims.write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
 def _shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence[Template]) -> None:

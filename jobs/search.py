@@ -30,14 +30,14 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 from transformers import AutoTokenizer
 
-from jobs import document, run, schema, search_schema, study
+from jobs import claims, document, run, schema, search_schema, study
 from jobs.schema import Job
 from jobs.search_schema import Search
 from jobs.study import SHARED
 from pipelines import cluster, evaluate, front, metrics, page, storage, train
 from pipelines import search as tuning
 from pipelines.space import Range, Space, Values, check
-from pipelines.trials import Trials, Try, find, fit, opened
+from pipelines.trials import Trials, Try, discard, find, fit, opened
 from redux import model as redux
 from redux.architecture import Model
 from redux.cost import cost
@@ -45,7 +45,7 @@ from redux.model import ReduxConfig
 
 FILE = "search.yaml"
 BEST = "best.yaml"
-FREE = ("trials", "at_once", "retries")
+FREE = ("trials", "at_once", "retries", *(f"job.{name}" for name in (*claims.FREE, "report")))
 """What of a search may be another when it goes on."""
 
 LLAMA_WORDS = 32_000
@@ -177,9 +177,9 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
     folder = folder.resolve()
     whole = Jobs(search)({})
     _check_metrics(search, whole, folder)
-    run.claim(folder / FILE, search, FREE, changed)
-    opened(search, folder)  # told now, if it cannot be
+    claims.make_folder(folder)
     with run.alone(folder), cluster.session():
+        _claim(search, folder, changed)
         _require(search, whole)
         jobs = Jobs(search, _share(search, folder / SHARED, changed), _with_counts(search, whole))
         trials = Trials(search, search.name, folder, jobs.forecast)
@@ -193,6 +193,27 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
     print(f"{search.name} is finished: {folder / 'search.html'}")
     for line in front.summary(trials.study):
         print(line)
+
+
+def _claim(search: Search, folder: Path, changed: bool) -> None:
+    """Write the search into its folder; ValueError where trials, or what they share, depend on other settings.
+
+    A study in which no trial has begun is made anew: what it holds are the references of before.
+    """
+
+    def find_use(key: str) -> str:
+        if claims.is_free(key, FREE):
+            return ""
+        if trained and key.startswith("job."):
+            return f"{SHARED}, which has begun,"
+        return "a trial" if tried else ""
+
+    tried = any((folder / tuning.FOLDER).glob("*"))
+    trained = bool(metrics.stages(folder / SHARED))
+    keys = claims.claim(folder / FILE, search, find_use, changed)
+    if not tried and not all(claims.is_free(key, FREE) for key in keys):
+        discard(search, search.name, folder)
+    opened(search, folder)  # told now, if it cannot be
 
 
 def _share(search: Search, folder: Path, changed: bool) -> tuple[Job, Path] | None:
@@ -256,7 +277,7 @@ def _show(trials: Trials, folder: Path, jobs: Jobs, tidied: set[int]) -> None:
             continue
         tidied.add(number)
         place = folder / tuning.FOLDER / f"{number:04}"
-        shutil.rmtree(place / run.ASSEMBLED, ignore_errors=True)
+        shutil.rmtree(place / claims.ASSEMBLED, ignore_errors=True)
         for plan in run.plans(jobs({}, str(number)), place).values():
             with suppress(OSError):  # a bucket that is away for now is no reason to end a search
                 storage.remove_tree(plan.folder)

@@ -5,8 +5,8 @@ from collections import Counter
 from pathlib import Path
 
 from jobs import schema
+from jobs.claims import JOB
 from jobs.layout import locate_sets
-from jobs.run import JOB
 from pipelines import audit, cluster, consumed, easy_vqa, metrics, records, shards, storage, tars
 from pipelines.sets import Making
 

@@ -144,6 +144,11 @@ def evaluate(subject: Subject, run: Path, settings: Evaluate, gpu_share: float =
     return scores(run, list(asked)) | speed(run)
 
 
+def has_answers(run: Path) -> bool:
+    """Return whether an evaluation in the run folder has given an answer."""
+    return any(path.stat().st_size for path in (run / FOLDER).glob("*.jsonl"))
+
+
 def promised(settings: Evaluate) -> set[str]:
     """Names of all that `evaluate` returns.  ValueError where a task's files cannot be read or do not fit."""
     timed = {"decode_tokens_per_s", "prefill_s_per_question", "peak_bytes"}
@@ -187,7 +192,10 @@ def _folder(name: Name, asking: Asking) -> str:
 
 
 def _claim(folder: Path, subject: Subject, settings: Evaluate) -> None:
-    """Note who is asked, how, and what counts sentences; ValueError where answers of others are there."""
+    """Note who is asked, how, and what counts sentences; ValueError where answers of others are there.
+
+    A note without answers is of an evaluation that failed at its start, and is written anew.
+    """
     config = respondent.settings(subject.model)
     now = {
         **asdict(subject),
@@ -200,7 +208,7 @@ def _claim(folder: Path, subject: Subject, settings: Evaluate) -> None:
     }
     now = json.loads(json.dumps(now))
     path = folder / ASKED
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = json.loads(path.read_text()) if path.exists() and has_answers(folder.parent) else {}
     for key, value in before.items():
         if now.setdefault(key, value) != value:
             raise ValueError(f"{folder}: its answers were given with {key} = {value!r}, not {now[key]!r}; move it away")

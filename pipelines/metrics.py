@@ -65,6 +65,11 @@ def steps(run: Path, stage: str) -> int:
     return max(losses(run, stage), default=0)
 
 
+def stages(run: Path) -> set[str]:
+    """Return the names of the stages with a step on record."""
+    return {entry["stage"] for entry in lines.read(run / FILE)}
+
+
 def losses(run: Path, stage: str) -> dict[int, float | None]:
     """The loss of each of the stage's steps on record; None where it was not finite."""
     return {entry["step"]: entry["loss"] for entry in lines.read(run / FILE) if entry["stage"] == stage}

@@ -84,14 +84,16 @@ def make(records: Sequence[Any], images: str, out: str, making: Making) -> dict[
     """Write records (LLaVA's form, `image` a path within `images`) as shards in `out`; returns the summary.
 
     Records that cannot be used go to the quarantine list with a reason of `records.REASONS`.  An interrupted making
-    goes on where it was; a finished one is left as it is.  ValueError where `out` holds shards of other records or
-    settings, or more than the tolerated share was kept out: then there is no index, but the list.
+    goes on where it was; a finished one is left as it is.  A making that failed before its first shard holds nothing.
+    ValueError where `out` holds shards of other records or settings, or more than the tolerated share was kept out:
+    then there is no index, but the list.
     """
     asked = {**asdict(making), "records": hashlib.sha256(_json(records)).hexdigest()}
     del asked["tolerance"]  # more may be tolerated after all
     path, finished = storage.join(out, SUMMARY), storage.exists(storage.join(out, INDEX))
     before = json.loads(storage.read(path)) if storage.exists(path) else {"asked": None if finished else asked}
-    if before["asked"] != asked:
+    made = finished or storage.names(storage.join(out, UNFINISHED))
+    if made and before["asked"] != asked:
         raise ValueError(f"{out}: holds shards of other records or settings, allowed: an empty folder")
     if finished:
         return before

@@ -358,11 +358,30 @@ def _study(settings: Settings, name: str, storage: BaseStorage, folder: Path) ->
         )
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         study.set_metric_names(names)
-    place = f"{socket.gethostname()}:{folder}"
+    place = _place(folder)
     if (theirs := study.user_attrs.setdefault("folder", place)) != place:
         raise ValueError(f"name: got {name}, whose study in storage is that of {theirs}, allowed: another name")
     study.set_user_attr("folder", place)
     return study
+
+
+def _place(folder: Path) -> str:
+    """Return the address of a search's folder, by which its study in a shared storage is known."""
+    return f"{socket.gethostname()}:{folder}"
+
+
+def discard(settings: Settings, name: str, folder: Path) -> None:
+    """Delete the study of this search, if there is one and none of its trials has begun."""
+    if settings.storage is None and not (folder / JOURNAL).exists():
+        return
+    storage = opened(settings, folder)
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        return
+    waiting = all(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False))
+    if waiting and study.user_attrs.get("folder") == _place(folder):
+        optuna.delete_study(study_name=name, storage=storage)
 
 
 def find(settings: Settings, name: str, folder: Path) -> Study:

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 from jobs import schema
-from jobs.run import FREE, JOB, claim, located, run, steps
+from jobs.claims import Claim
+from jobs.run import located, run, steps
 from jobs.schema import Job
 from pipelines import train
 from pipelines.plan import Plan
@@ -202,35 +203,19 @@ def test_a_file_of_weights_needs_a_model_from_a_folder() -> None:
         schema.load(path, ["model.gguf_file=a.gguf"])
 
 
-def claimed(job: Job, folder: Path, changed: bool = False) -> None:
-    claim(folder / JOB, job, FREE, changed)
-
-
-def test_another_job_goes_on_only_if_that_is_wanted(load: Callable[..., Job], tmp_path: Path) -> None:
-    claimed(load(), tmp_path)
-    other = load("train.instruct.steps=3")
-    with pytest.raises(ValueError, match=r"started with train.instruct.steps = 2, not 3; .*--changed"):
-        claimed(other, tmp_path)
-    assert schema.load(tmp_path / JOB) == load()
-    claimed(other, tmp_path, changed=True)
-    assert schema.load(tmp_path / JOB) == other
-
-
-def test_a_file_from_before_there_was_a_setting_has_its_default(load: Callable[..., Job], tmp_path: Path) -> None:
-    claimed(load(), tmp_path)
-    path = tmp_path / JOB
-    now = path.read_text()
-    path.write_text(now.replace("gpu_share: 1.0\n", ""))
-    assert path.read_text() != now
-    claimed(load(), tmp_path)
-    assert path.read_text() == now
-
-
-def test_what_decides_nothing_may_change_without_a_word(load: Callable[..., Job], tmp_path: Path) -> None:
-    claimed(load(), tmp_path)
-    other = load("workers=[1, 4]", "recovery.restarts=9", "trackers=[]", "data.tolerance=0.5")
-    claimed(other, tmp_path)
-    assert schema.load(tmp_path / JOB) == other
+def test_what_was_assembled_of_other_parts_is_not_used(
+    load: Callable[..., Job], parts: dict[str, str], tmp_path: Path
+) -> None:
+    """A run that failed before its first step may go on with other parts."""
+    first = located(load(*NO_SETS), tmp_path)
+    Claim.of(tmp_path, first).enforce()
+    steps(first, tmp_path)["assemble"]()
+    other = load(*NO_SETS, f"model.tower={tmp_path}/gone")
+    with pytest.raises(ValueError, match=f"^model.tower: got {tmp_path}/gone, allowed: folder or hub id"):
+        steps(other, tmp_path)
+    assert steps(first, tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 1}\n')
+    assert steps(other, tmp_path), "what training began with is used, and the change of the job refused or wanted"
 
 
 def test_folders_are_written_from_the_root_on_and_hub_ids_as_they_are(

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from optuna.trial import create_trial
 
-from jobs import command, run, schema, search
+from jobs import claims, command, schema, search
 from pipelines import consumed, lines
 from pipelines.trials import Trials
 from redux.cost import cost
@@ -82,7 +82,7 @@ def best_of(tmp_path: Path, values: dict[str, Any]) -> Path:
     folder = tmp_path / "runs"
     folder.mkdir()
     asked = search.load(write(tmp_path, objectives={"flops": "min"}))
-    run.claim(folder / search.FILE, asked, (), False)
+    claims.claim(folder / search.FILE, asked)
     trials = Trials(asked, asked.name, folder, lambda drawn: {})
     places = {name: place.distribution for name, place in asked.space.items()}
     trials.study.add_trial(create_trial(params=values, distributions=places, value=1.0))
@@ -94,7 +94,7 @@ def test_the_best_of_several_objectives_is_for_the_user_to_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = search.load(write(tmp_path))
-    run.claim(tmp_path / search.FILE, asked, (), False)
+    claims.claim(tmp_path / search.FILE, asked)
     trials = Trials(asked, asked.name, tmp_path, lambda drawn: {})
     places = {name: place.distribution for name, place in asked.space.items()}
     for kept, values in ((9, [0.9, 9.0]), (5, [0.8, 5.0]), (6, [0.7, 6.0])):
@@ -179,13 +179,28 @@ def test_what_lags_cannot_be_stopped_where_nothing_is_trained(tmp_path: Path) ->
         search.conduct(search.load(whole), tmp_path / "runs")
 
 
-def test_another_search_in_the_folder_is_refused_but_more_trials_are_not(tmp_path: Path) -> None:
+def test_a_search_is_bound_by_its_trials_and_what_they_share_alone(tmp_path: Path) -> None:
+    """Before a trial has begun any setting may change, and references of before are not tried."""
     first = search.load(write(tmp_path))
-    path = tmp_path / search.FILE
-    run.claim(path, first, search.FREE, False)
-    run.claim(path, search.load(write(tmp_path, trials=9)), search.FREE, False)
-    with pytest.raises(ValueError, match="started with seed = 0, not 1"):
-        run.claim(path, search.load(write(tmp_path, seed=1)), search.FREE, False)
+    search._claim(first, tmp_path, False)
+    Trials(first, first.name, tmp_path, lambda drawn: {})
+    assert len(study(tmp_path)) == 1
+    search._claim(search.load(write(tmp_path, seed=1, objectives={"flops": "min"})), tmp_path, False)
+    with pytest.raises(ValueError, match="no study tiny"):
+        study(tmp_path)
+
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 1}\n')
+    search._claim(first, tmp_path, False)
+    other_job = yaml.safe_load(TINY)["job"] | {"data": {"source": "easy-vqa", "samples_per_shard": 1}}
+    with pytest.raises(ValueError, match=r"samples_per_shard = 2000, not 1, and shared, which has begun,"):
+        search._claim(search.load(write(tmp_path, job=other_job)), tmp_path, False)
+
+    (tmp_path / "trials" / "0000").mkdir(parents=True)
+    free = yaml.safe_load(TINY)["job"] | {"workers": [1, 2], "report": {"examples": 1}}
+    search._claim(search.load(write(tmp_path, trials=9, job=free)), tmp_path, False)
+    with pytest.raises(ValueError, match="started with seed = 0, not 1, and a trial depends on it"):
+        search._claim(search.load(write(tmp_path, seed=1)), tmp_path, False)
 
 
 @pytest.mark.slow

@@ -1,0 +1,146 @@
+"""A run folder is bound by what was learned and answered in it, and by nothing else."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs import schema
+from jobs.claims import ASSEMBLED, JOB, PROGRESS, Claim
+from jobs.run import run
+from jobs.schema import Job
+from pipelines import evaluate, lines
+
+QUICKSTART = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
+"""Stages: tower, pretrain, instruct."""
+
+PREPARED = ("shards", "assemble")
+TRAINED = (*PREPARED, "tower", "pretrain", "instruct")
+FINISHED = (*TRAINED, "evaluate", "report")
+
+Begin = Callable[..., Path]
+
+
+def load(*overrides: str) -> Job:
+    return schema.load(QUICKSTART, overrides)
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Begin:
+    """Folder of a run that finished some steps, and has begun some that it did not finish."""
+
+    def begin(finished: tuple[str, ...] = (), begun: tuple[str, ...] = ()) -> Path:
+        Claim.of(tmp_path, load()).enforce()
+        (tmp_path / PROGRESS).write_text("".join(json.dumps({"step": name, "wall_s": 1}) + "\n" for name in finished))
+        stages = [name for name in (*finished, *begun) if name in ("tower", "pretrain", "instruct")]
+        (tmp_path / "metrics.jsonl").write_text("".join(f'{{"stage": "{name}", "step": 1}}\n' for name in stages))
+        (tmp_path / evaluate.FOLDER).mkdir()
+        (tmp_path / evaluate.FOLDER / evaluate.ASKED).write_text("{}")
+        if "evaluate" in (*finished, *begun):
+            (tmp_path / evaluate.FOLDER / ".easy_vqa.jsonl").write_text('{"id": "1"}\n')
+        if "assemble" in finished:
+            (tmp_path / ASSEMBLED).mkdir()
+        return tmp_path
+
+    return begin
+
+
+def finished(folder: Path) -> list[str]:
+    return [entry["step"] for entry in lines.read(folder / PROGRESS)]
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("seed=1", ("shards",)),
+        ("data.samples_per_shard=7", ("assemble",)),
+        ("model.vmtc=null", ()),
+        ("checkpoints=s3://bucket/runs", PREPARED),
+        ("train.tower.epochs=7", PREPARED),
+        ("train.instruct.template=vicuna_v1", ("assemble",)),
+        ("train.instruct.data=captions", ("assemble",)),
+        ("train.pretrain.precision=bf16", ("shards",)),
+        ("evaluate=null", PREPARED),
+    ],
+)
+def test_before_the_first_step_every_setting_may_change(begin: Begin, override: str, kept: tuple[str, ...]) -> None:
+    """What was prepared stays where it does not depend on the setting."""
+    folder = begin(PREPARED)
+    Claim.of(folder, load(override)).enforce()
+    assert schema.load(folder / JOB) == load(override)
+    assert tuple(finished(folder)) == kept
+    assert (folder / ASSEMBLED).exists() == ("assemble" in kept)
+
+
+@pytest.mark.parametrize(
+    ("done", "begun", "override", "use"),
+    [
+        (PREPARED, ("tower",), "seed=1", "tower"),
+        (PREPARED, ("tower",), "train.tower.beta2=0.5", "tower"),
+        (PREPARED, ("tower",), "checkpoints=s3://bucket/runs", "tower"),
+        ((*PREPARED, "tower"), (), "train.instruct.template=vicuna_v1", "tower"),
+        ((*PREPARED, "tower"), (), "train.instruct.precision=bf16", "tower"),
+        ((*PREPARED, "tower"), ("pretrain",), "train.pretrain.epochs=7", "pretrain"),
+        (TRAINED, ("evaluate",), "evaluate.tasks.easy_vqa.max_new_tokens=7", "evaluate"),
+        (FINISHED, (), "evaluate=null", "evaluate"),
+        (FINISHED, (), "model.cmai.maximum=0.7", "tower"),
+    ],
+)
+def test_a_setting_that_a_step_depends_on_stays(
+    begin: Begin, done: tuple[str, ...], begun: tuple[str, ...], override: str, use: str
+) -> None:
+    folder = begin(done, begun)
+    before = (folder / JOB).read_text()
+    with pytest.raises(ValueError, match=f"{override.partition('=')[0]} = .*, and {use} depends on it; .*--changed"):
+        Claim.of(folder, load(override)).enforce()
+    assert (folder / JOB).read_text() == before
+    Claim.of(folder, load(override)).enforce(changed=True)
+    assert schema.load(folder / JOB) == load(override)
+    assert tuple(finished(folder)) == done, "what was done with the old setting is not done again"
+
+
+@pytest.mark.parametrize(
+    ("done", "override"),
+    [
+        ((*PREPARED, "tower"), "train.pretrain.epochs=7"),
+        ((*PREPARED, "tower"), "train.instruct.learning_rate={projector: 1}"),
+        (TRAINED, "evaluate.tasks.easy_vqa.max_new_tokens=7"),
+        (TRAINED, "evaluate=null"),
+        *((FINISHED, free) for free in (
+            "workers=[1, 2]", "recovery.restarts=9", "trackers=[]", "data.tolerance=0.5", "gpu_share=1",
+            "evaluate.batch=7", "evaluate.actors=7",
+        )),
+    ],
+)  # fmt: skip
+def test_a_setting_of_later_steps_or_without_a_result_may_change(
+    begin: Begin, done: tuple[str, ...], override: str
+) -> None:
+    folder = begin(done)
+    Claim.of(folder, load(override)).enforce()
+    assert schema.load(folder / JOB) == load(override)
+    assert tuple(finished(folder)) == done
+    assert (folder / ASSEMBLED).exists()
+
+
+def test_another_report_is_written_anew(begin: Begin) -> None:
+    folder = begin(FINISHED)
+    Claim.of(folder, load("report.examples=3")).enforce()
+    assert tuple(finished(folder)) == FINISHED[:-1]
+
+
+def test_a_file_from_before_there_was_a_setting_has_its_default(begin: Begin) -> None:
+    path = begin(FINISHED) / JOB
+    now = path.read_text()
+    path.write_text(now.replace("gpu_share: 1.0\n", ""))
+    assert path.read_text() != now
+    Claim.of(path.parent, load()).enforce()
+    assert path.read_text() == now
+
+
+def test_a_run_that_finds_no_ray_binds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    for seed in (0, 1):
+        with pytest.raises(ValueError, match=r"127\.0\.0\.1:1"):
+            run(load(f"seed={seed}"), tmp_path / "run")
+    assert schema.load(tmp_path / "run" / JOB).seed == 1
