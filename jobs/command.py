@@ -20,7 +20,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0 done, 2 a job that cannot be run, 130 interrupted, or a job's own."""
+    """Run one verb; returns the exit code: 0 done, 2 what the user must change or mend, 130 interrupted, or a job's."""
     arguments = _parse(argv)
     if not sys.stderr.isatty():  # a log of days, in which each refresh of a bar is a line; read when tqdm is imported
         os.environ.setdefault("TQDM_MININTERVAL", "10")
@@ -36,11 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             if interrupts.received() or isinstance(error, KeyboardInterrupt):
                 print("redux: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
                 return EXIT_INTERRUPTED
-            if not isinstance(error, ValueError):
+            problems = _tell(error)
+            if not problems:
                 raise
-            for problem in getattr(error, "problems", [str(error)]):  # of a job file there may be several
-                print(f"redux: {' '.join(problem.split())}", file=sys.stderr)
+            for problem in problems:
+                print(f"redux: {problem}", file=sys.stderr)
             return EXIT_MISUSE
+
+
+def _tell(error: BaseException) -> list[str]:
+    """Lines about an error that the user can mend: of a job file there may be several; none about a mistake in the
+    code, which needs its stack trace.
+
+    A fault of a disk, a store or a machine leaves what is finished as it is.
+    """
+    from pipelines import failures
+
+    failure, cause = failures.describe(error), failures.find_cause(error)
+    if failure.kind == failures.Kind.RAISED or not isinstance(cause, Exception):
+        return []
+    if isinstance(cause, ValueError | ImportError):
+        return [" ".join(problem.split()) for problem in getattr(cause, "problems", [failure.text])]
+    return [f"{failure.text}; what is finished is safe: once this is mended, the same command goes on"]
 
 
 def _run(arguments: argparse.Namespace) -> None:

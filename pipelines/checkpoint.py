@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import safetensors.torch
@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines import storage
+from pipelines import failures, storage
+from pipelines.failures import Failure
 from pipelines.fragments import Fragment
 
 MANIFEST = "manifest.json"
@@ -164,10 +165,13 @@ class Upload:
         """This rank's files, when they are stored.  Raises what storage raised."""
         return self._future.result()
 
-    def error(self) -> str:
-        """Waits; what went wrong, "" if nothing did."""
-        failure = self._future.exception()
-        return f"rank {self.rank}: {failure}" if failure else ""
+    def error(self) -> Failure | None:
+        """Wait; returns what went wrong, None if nothing did."""
+        error = self._future.exception()
+        if error is None:
+            return None
+        failure = failures.describe(error)
+        return replace(failure, text=f"rank {self.rank}: {failure.text}")
 
     def _store(self, copies: list[tuple[Piece, Tensor]]) -> dict[str, File]:
         files = {}

@@ -85,7 +85,7 @@ def session() -> Iterator[None]:
         try:
             _connect(runtime_env={"env_vars": environment}, **settings)
             interrupts.check()
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come back as exceptions
             ray.data.DataContext.get_current().enable_progress_bars = False  # each long step has a bar of its own
             yield
         finally:

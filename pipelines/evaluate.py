@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines import cluster, easy_vqa, interrupts, lines, storage
+from pipelines import cluster, easy_vqa, failures, interrupts, lines, storage
 from pipelines.metrics import peak_bytes
 from pipelines.report import Example
 from pipelines.tasks import TASKS, Asking, Evaluate, Name, questions, spread
@@ -87,9 +87,9 @@ class Answerer:
         batch = self.batches[number]
         try:
             answers = self._answer(batch)
-        except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
             answers = Answers([""], [0], 0.0, 0.0)
-            problem = str(error)
+            problem = failures.describe(error).text
         else:
             problem = ""
         count = len(answers.texts)

@@ -19,9 +19,10 @@ import ray
 import torch.distributed as dist
 from ray.train.v2._internal.execution.context import get_train_context
 
-from pipelines import checkpoint, fragments, storage
+from pipelines import checkpoint, failures, fragments, storage
 from pipelines.checkpoint import File, Manifest, Upload
 from pipelines.consumed import Used
+from pipelines.failures import Failure, Kind
 from pipelines.plan import Plan
 
 
@@ -155,7 +156,7 @@ class Checkpoints(Hook):
     saved: int = 0
     losses: list[float] = field(default_factory=list)
     _manifest: dict[str, Any] = field(default_factory=dict)
-    _commit: Future[str] | None = None
+    _commit: Future[Failure | None] | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def vote(self) -> dict[str, float]:
@@ -174,10 +175,10 @@ class Checkpoints(Hook):
         if step.last or step.stopping:
             failed = self.finish()
             if failed and step.last:
-                raise OSError(failed)
+                raise (ValueError if failed.kind == Kind.PERMANENT else OSError)(failed.text)
 
-    def finish(self) -> str:
-        """Wait until what is on its way is a checkpoint; why it is none, or "".  All ranks call it together."""
+    def finish(self) -> Failure | None:
+        """Wait until what is on its way is a checkpoint; returns why it is none.  All ranks call it together."""
         self._finish()
         return self._wait()
 
@@ -206,36 +207,43 @@ class Checkpoints(Hook):
             return
         upload, self.upload = self.upload, None
         error = upload.error()
-        parts: list[tuple[str, dict[str, File]]] = [("", {})] * dist.get_world_size()
+        parts: list[tuple[Failure | None, dict[str, File]]] = [(None, {})] * dist.get_world_size()
         dist.all_gather_object(parts, (error, {} if error else upload.result()))
         if dist.get_rank():
             return
         self._wait()
         files = {name: file for _, each in parts for name, file in each.items()}
         manifest = Manifest(**self._manifest, files=files)
-        self._commit = self._pool.submit(self._settle, upload.url, manifest, [text for text, _ in parts if text])
+        self._commit = self._pool.submit(self._settle, upload.url, manifest, [error for error, _ in parts if error])
 
-    def _settle(self, url: str, manifest: Manifest, errors: list[str]) -> str:
+    def _settle(self, url: str, manifest: Manifest, errors: list[Failure]) -> Failure | None:
         """Make the checkpoint, or say why there is none; returns what was said."""
         of = self.plan
-        try:
-            if errors:
-                raise OSError(errors[0])
-            ray.get(self.recorder.sync.remote())  # the record reaches the cursor
-            checkpoint.commit(url, manifest, of.job)
-        except (OSError, ValueError) as error:
-            said = f"{of.name}: no checkpoint after step {manifest.cursor}: {error}"
+        failure = errors[0] if errors else self._make(url, manifest)
+        if failure:
+            said = f"{of.name}: no checkpoint after step {manifest.cursor}: {failure.text}"
             self.recorder.say.remote(said)
             with suppress(OSError, ValueError):  # a store that is away; what is left goes with the next that is made
                 storage.remove_folder(url)
-            return said
+            return Failure(failure.kind, said)
         try:
             checkpoint.prune(of.folder, manifest.cursor, of.stage.keep_last, of.stage.keep_best)
         except (OSError, ValueError) as error:
-            self.recorder.say.remote(f"{of.name}: checkpoints before step {manifest.cursor} stay for now: {error}")
-        return ""
+            why = failures.describe(error).text
+            self.recorder.say.remote(f"{of.name}: checkpoints before step {manifest.cursor} stay for now: {why}")
+        return None
 
-    def _wait(self) -> str:
-        """For the commit before: what of it storage did not take, or ""."""
+    def _make(self, url: str, manifest: Manifest) -> Failure | None:
+        """Make the checkpoint; returns why storage did not take it."""
+        try:
+            ray.get(self.recorder.sync.remote())  # the record reaches the cursor
+            checkpoint.commit(url, manifest, self.plan.job)
+        except (OSError, ValueError) as error:
+            return failures.describe(error)
+        self.recorder.save.remote(manifest.cursor)
+        return None
+
+    def _wait(self) -> Failure | None:
+        """For the commit before; returns why storage did not take it."""
         commit, self._commit = self._commit, None
-        return commit.result() if commit else ""
+        return commit.result() if commit else None

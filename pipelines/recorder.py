@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import consumed, ledger
 from pipelines.consumed import Used
+from pipelines.failures import Failure, Kind
 from pipelines.metrics import Metrics
 from pipelines.trackers import Trackers
 
@@ -80,7 +82,8 @@ class Recorder:
         self.pool = ThreadPoolExecutor(1)  # what shows numbers elsewhere may take its time
         self.ledger = ledger.read(settings.run)
         self.gauges = {name: Gauge(name, tag_keys=("run", "stage")) for name in ledger.gauges(self.ledger.account)}
-        self.furthest = self.faults = 0
+        self.furthest = self.faults = self.saved = 0
+        self.last_fault = (-1, "")
         self.begun = False
         self.news = News(0, None, [], "")
         self.stopping = False
@@ -96,7 +99,7 @@ class Recorder:
         """
         (self.settings.run / HELD).write_text(held)
         self.news.said += said
-        self.furthest = max(self.furthest, cursor)
+        self.furthest, self.saved = max(self.furthest, cursor), cursor
         if self.news.failed or self.stopping:
             return None
         if self.begun:
@@ -137,21 +140,40 @@ class Recorder:
         self.fail(self._excess(step, used.replaced[-1]["reason"] if used.replaced else ""))
         return self.stopping or bool(self.news.failed)
 
-    def fault(self, told: Mapping[int, str]) -> None:
+    def fault(self, failures: Mapping[int, Failure]) -> None:
         """Ray found that workers failed, and why, by rank; it will start all of them again.
 
-        Too often in a row, without a step further than before, and the driver ends the run.
+        The driver ends the run for what the user must mend, for the same error at the same step, and for too many
+        faults in a row without a step further than before.
         """
-        self._note("fault")
         self.news.phase, self.news.at_work = "starting workers", False
-        causes = [f"rank {rank}: {why}" for rank, why in sorted(told.items())]
-        self.news.said += causes
+        rank, cause = min(failures.items(), key=lambda item: (item[1].kind, item[0]))
+        told, where = f"rank {rank}: {cause.text}", f"train.{self.settings.stage}"
+        fault = (self.news.step, cause.pattern)
         self.faults += 1
-        if self.faults > self.settings.restarts:
+        if cause.kind == Kind.PERMANENT:
+            self.fail(f"{where}: {told}; {self._outlook()}")
+        elif cause.kind == Kind.RAISED and fault == self.last_fault:
+            self.fail(f"{where}: the same fault twice after step {self.news.step}: {told}; {self._outlook()}")
+        elif self.faults > self.settings.restarts:
             self.fail(
-                f"train.{self.settings.stage}: {self.faults} faults in a row without a step beyond {self.furthest}, "
-                f"allowed: {self.settings.restarts}, recovery.restarts; at last: {causes[0]}"
+                f"{where}: {self.faults} faults in a row without a step beyond {self.furthest}, "
+                f"allowed: {self.settings.restarts}, recovery.restarts; at last: {told}; {self._outlook()}"
             )
+        if not self.news.failed:
+            self.news.said += [f"rank {one}: {failure.text}" for one, failure in sorted(failures.items())]
+        self.last_fault = fault
+        with suppress(OSError):  # a full disk may be the fault
+            self._note("fault")
+
+    def _outlook(self) -> str:
+        """What is safe, and how to continue."""
+        safe = f"the checkpoint after step {self.saved} is safe" if self.saved else "there is no checkpoint yet"
+        return f"{safe}; the same command goes on {'from there' if self.saved else 'with this stage'}"
+
+    def save(self, cursor: int) -> None:
+        """There is a checkpoint after this step."""
+        self.saved = max(self.saved, cursor)
 
     def sync(self) -> None:
         """Steps written so far are on disk; a checkpoint may now say that they were done."""
@@ -169,6 +191,10 @@ class Recorder:
     def fail(self, text: str) -> None:
         """The run must end with this text, if it is one: starting again would not help."""
         self.news.failed = self.news.failed or text
+
+    def has_failed(self) -> bool:
+        """Whether the run must end: workers that Ray starts all the same are not to begin."""
+        return bool(self.news.failed)
 
     def roll_back(self, step: int) -> None:
         """The step was not finite; if that happens again, it is the batch's fault and not the machine's."""

@@ -28,13 +28,12 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from pipelines import metrics
+from pipelines import failures, metrics
 from pipelines.train import StoppedError, Watch, aside, release
 from pipelines.trials import Prune, Trials, Try
 
 FOLDER = "trials"
 
-ERROR_CHARS = 500
 
 Work = Callable[[Try, Path, Watch], dict[str, float]]
 """Runs a trial in a run folder, from where it was, with somebody to tell how it trains; returns its metrics."""
@@ -151,8 +150,7 @@ class Hearing(FIFOScheduler):
         release(self.folder / FOLDER / f"{trial.config['number']:04}")
         with open(trial.pickled_error_file, "rb") as file:  # which get_pickled_error seeks where it is not copied yet
             error = ray.cloudpickle.load(file)
-        cause = getattr(error, "cause", None) or error  # of what the driver raised; without one it died
-        self.trials.end(trial.trial_id, {}, f"{type(cause).__name__}: {' '.join(str(cause).split())[:ERROR_CHARS]}")
+        self.trials.end(trial.trial_id, {}, failures.describe(error).text)
 
 
 class Reporter:

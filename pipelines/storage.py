@@ -46,6 +46,8 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from pipelines.failures import PermanentError
+
 Range = tuple[str, int, int]
 """URL, first byte, byte after the last."""
 
@@ -364,7 +366,8 @@ def _retried(url: str, work: Callable[[Any, str, float], T], until: float | None
     """`work(filesystem, path, seconds left)`, tried again while faults are of the passing kind.
 
     A local path is asked once: the kernel has tried again itself before it reports a fault.
-    ValueError where the URL, what is there or the rights are not right, OSError when all tries failed.
+    ValueError where the URL, what is there, or the rights are not right, OSError when all tries failed:
+    PermanentError where credentials stay expired.
     """
     retry, started = RETRY, time.monotonic()
     until = started + retry.deadline_s if until is None else until
@@ -391,7 +394,8 @@ def _retried(url: str, work: Callable[[Any, str, float], T], until: float | None
         last, seconds = used_up.last_attempt, time.monotonic() - started
         cause = last.exception() or used_up
         tries = f"{last.attempt_number} tries in {seconds:.1f} s"
-        raise OSError(f"{_shown(url)}: given up after {tries}, at last {_kind(cause)}: {_told(cause)}") from None
+        told = f"{_shown(url)}: given up after {tries}, at last {_kind(cause)}: {_told(cause)}"
+        raise (PermanentError if _kind(cause) == EXPIRED else OSError)(told) from None
     except Exception as error:
         raise _meant(url, error) from None  # the chain may show what `_shown` hides
 
@@ -451,6 +455,8 @@ def _meant(url: str, error: Exception) -> Exception:
         return ValueError(f"{at}: bytes past its end are wanted; {told}")
     if isinstance(error, ValueError) or any(base.__name__ == "BotoCoreError" for base in type(error).__mro__):
         return ValueError(f"{at}: {told}, allowed: a path, or a URL such as s3://bucket/key")
+    if isinstance(error, OSError) and error.errno and error.strerror and _is_local(url):
+        return OSError(error.errno, error.strerror, at)
     return OSError(f"{at}: {told}") if isinstance(error, OSError) else error
 
 

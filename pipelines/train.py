@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from pipelines import (
     consumed,
     engine,
     export,
+    failures,
     fragments,
     hooks,
     ingest,
@@ -123,8 +125,9 @@ def fit(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None = None) 
         _train(plan, reader, steps, actor, more, watch)
         export.model(plan, steps)
         ray.get(actor.close.remote("end"))
-    except (KeyboardInterrupt, StoppedError, ValueError):
-        ray.get(actor.close.remote("stop"))
+    except (KeyboardInterrupt, StoppedError, ValueError, OSError):
+        with suppress(OSError):  # of a full disk; the error that ended the stage is the one to tell
+            ray.get(actor.close.remote("stop"))
         raise
     finally:
         with interrupts.deferred():
@@ -277,7 +280,7 @@ def _probe(folder: str) -> None:
         storage.write(path, b"")
         storage.remove(path)
     except OSError as error:
-        raise ValueError(f"checkpoints: {error}") from None
+        raise ValueError(f"checkpoints: {failures.describe(error).text}") from None
 
 
 class Faults(ray.train.UserCallback):
@@ -288,15 +291,14 @@ class Faults(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train's controller."""
-        told = {}
-        for rank, error in worker_exceptions.items():
-            cause = getattr(error, "_base_exc", error)  # Ray's wrapper around what the worker raised
-            told[rank] = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        told = {rank: failures.describe(error) for rank, error in worker_exceptions.items()}
         ray.get(self.recorder.fault.remote(told))
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """One rank, from the newest checkpoint to the end; what the user must decide is told to the recorder."""
+    if ray.get(config["recorder"].has_failed.remote()):
+        return
     try:
         _work(**config)
     except checkpoint.RefusedError as error:

@@ -405,7 +405,9 @@ def test_an_upload_that_storage_does_not_take_says_so_and_makes_no_checkpoint(pr
     save(bucket, 10)
     proxy.always = "SlowDown"
     upload = Upload(storage.join(bucket, checkpoint.name(20)), 3, uncut(state(20)))
-    assert upload.error().startswith(f"rank 3: {bucket}/step-000020/rank-0003-00.safetensors: given up after 8 tries")
+    assert upload.error().text.startswith(
+        f"rank 3: {bucket}/step-000020/rank-0003-00.safetensors: given up after 8 tries"
+    )
     assert upload.done
     assert upload.failed
     proxy.clear()

@@ -147,8 +147,10 @@ def test_a_rank_that_hangs_is_found(undisturbed: Plan, new_plan: NewPlan, tmp_pa
 
 @pytest.mark.slow
 def test_workers_that_get_no_further_are_given_up(new_plan: NewPlan, tmp_path: Path) -> None:
-    plan = new_plan({"recovery": Recovery(restarts=1)})
-    with pytest.raises(ValueError, match=r"2 faults in a row without a step beyond 3, .*made for the test"):
+    plan = new_plan({"recovery": Recovery(restarts=9)})
+    with pytest.raises(
+        ValueError, match=r"the same fault twice after step 3: rank 1: .*made for the test; .* step 2 is safe"
+    ):
         train.fit(plan, [Fault("raise", 3, 1, tmp_path, times=9)])
 
 

@@ -14,9 +14,11 @@ import pytest
 
 from pipelines import consumed, ledger, metrics
 from pipelines.consumed import Used
+from pipelines.failures import Failure, Kind
 from pipelines.recorder import Recorder, Settings
 
 ENTRY = {"set": "a", "at": 0, "due": 1, "used": 2, "reason": "broken image"}
+AWAY = Failure(Kind.LOST, "OSError: away")
 
 
 @pytest.fixture
@@ -74,24 +76,25 @@ def test_faults_in_a_row_without_a_step_further_end_the_run(new: Callable[..., R
     assert recorder.begin(2, 0, 1.0, [], "") is not None
     do(recorder, 1, 2, 3)
     for why in ("RuntimeError: out of luck", "OSError: away"):
-        recorder.fault({1: why})
+        recorder.fault({1: Failure(Kind.LOST, why)})
         assert recorder.begin(2, 2, 1.0, [], "") is not None
         do(recorder, 3)
-    recorder.fault({0: "OSError: away"})
+    recorder.fault({0: Failure(Kind.LOST, "OSError: away")})
     told = (
         "train.tower: 3 faults in a row without a step beyond 3, allowed: 2, recovery.restarts; at last: "
-        "rank 0: OSError: away"
+        "rank 0: OSError: away; the checkpoint after step 2 is safe; the same command goes on from there"
     )
     assert recorder.hear().failed == told
+    assert recorder.has_failed()
     assert recorder.begin(2, 2, 1.0, [], "") is None
 
 
 def test_faults_before_any_start_end_the_run_too(new: Callable[..., Recorder]) -> None:
-    """Workers that cannot build their model never get as far as to begin."""
+    """Workers that are killed while they build their model never get as far as to begin."""
     recorder = new(restarts=1)
-    recorder.fault({0: "OutOfMemoryError: no"})
+    recorder.fault({0: AWAY})
     assert not recorder.hear().failed
-    recorder.fault({0: "OutOfMemoryError: no"})
+    recorder.fault({0: AWAY})
     assert "without a step beyond 0" in recorder.hear().failed
 
 
@@ -100,10 +103,64 @@ def test_a_step_further_allows_as_many_faults_again(new: Callable[..., Recorder]
     for step in range(1, 20):
         for _ in range(2):
             assert recorder.begin(2, step - 1, 1.0, [], "") is not None
-            recorder.fault({0: "OSError: away"})
+            recorder.fault({0: AWAY})
         assert recorder.begin(2, step - 1, 1.0, [], "") is not None
         do(recorder, step)
     assert not recorder.hear().failed
+
+
+def test_what_the_user_must_mend_is_not_tried_again(new: Callable[..., Recorder]) -> None:
+    """Of several ranks the one that has the cause is told, not those that lost it."""
+    recorder = new(restarts=9)
+    assert recorder.begin(2, 0, 1.0, [], "") is not None
+    do(recorder, 1)
+    recorder.save(1)
+    recorder.fault({0: AWAY, 1: Failure(Kind.PERMANENT, "/data: No space left on device")})
+    news = recorder.hear()
+    assert news.failed == (
+        "train.tower: rank 1: /data: No space left on device; "
+        "the checkpoint after step 1 is safe; the same command goes on from there"
+    )
+    assert news.said == [], "it is told once"
+
+
+def test_the_same_error_at_the_same_step_is_tried_once_more(new: Callable[..., Recorder]) -> None:
+    def fault(number: int) -> str:
+        recorder.fault({0: AWAY, 1: Failure(Kind.RAISED, f"RuntimeError: {number}.5 GiB at 0x{number:x}")})
+        return recorder.hear().failed
+
+    recorder = new(restarts=9)
+    recorder.begin(2, 0, 1.0, [], "")
+    do(recorder, 1, 2, 3)
+    assert not fault(1)
+    recorder.begin(2, 0, 1.0, [], "")
+    do(recorder, 1, 2)
+    assert not fault(2), "at another step it may be a machine's"
+    recorder.begin(2, 0, 1.0, [], "")
+    do(recorder, 1, 2)
+    assert "the same fault twice after step 2: rank 1: RuntimeError: 3.5 GiB" in fault(3)
+
+
+def test_other_errors_at_the_same_step_and_lost_workers_are_tried_again(new: Callable[..., Recorder]) -> None:
+    recorder = new(restarts=9)
+    recorder.begin(2, 0, 1.0, [], "")
+    for kind, text in [(Kind.RAISED, "a"), (Kind.RAISED, "b"), (Kind.LOST, "killed"), (Kind.LOST, "killed")]:
+        recorder.fault({0: Failure(kind, text)})
+        assert not recorder.has_failed()
+
+
+def test_a_fault_is_told_where_the_ledger_has_no_room(
+    new: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = new()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "note", full)
+        recorder.fault({0: Failure(Kind.PERMANENT, "no room")})
+    assert "no room" in recorder.hear().failed
 
 
 def test_starts_without_a_fault_are_not_counted(new: Callable[..., Recorder]) -> None:

@@ -22,6 +22,7 @@ import pytest
 import s3fs
 
 from pipelines import storage
+from pipelines.failures import PermanentError
 from pipelines.storage import Retry, join
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -148,6 +149,7 @@ def test_a_url_that_cannot_be_used_is_said_in_one_line(
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
     with pytest.raises(ValueError, match=message) as caught:
         storage.read(url)
+    assert isinstance(caught.value, PermanentError) == (fault == "ExpiredToken"), "these do not come back by themselves"
     assert "\n" not in str(caught.value)
     assert "of-ours" not in str(caught.value)
     assert proxy.asked == []
@@ -386,8 +388,9 @@ def test_a_local_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=f"^{url}: OSError: .*No space left on device$"):
+    with pytest.raises(OSError, match="No space left on device") as caught:
         storage.write(url, b"new")
+    assert (caught.value.errno, caught.value.filename) == (28, url)
     assert storage.read(url) == b"old"
     assert os.listdir(tmp_path) == ["x"]
     assert storage.retries() == {}

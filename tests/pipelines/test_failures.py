@@ -1,0 +1,152 @@
+"""What users are told of an error: its core, whole, in one line; and what is done about it.
+
+Errors behind Ray's wrappers are those of a real Ray: a task's, an actor's constructor's, and those of Ray Data.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.data
+import torch
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from pipelines import failures
+from pipelines.failures import Kind, describe
+
+
+def caught(work: Callable[[], Any]) -> BaseException:
+    try:
+        work()
+    except Exception as error:
+        return error
+    return pytest.fail("nothing was raised")
+
+
+# Kinds and texts
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (ValueError("name: got 1,\n  allowed: 2"), Kind.PERMANENT, "name: got 1, allowed: 2"),
+        (ImportError("lmms-eval is missing"), Kind.PERMANENT, "lmms-eval is missing"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/a/b"),
+            Kind.PERMANENT,
+            "/a/b: No space left on device; free",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "/a"), Kind.PERMANENT, "/a: Read-only file system; mount it"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), Kind.PERMANENT, "/a: Permission denied; get the"),
+        (OSError(errno.EMFILE, "Too many open files"), Kind.PERMANENT, "Too many open files; raise the limit of open"),
+        (OSError("s3://a/b: given up after 9 tries"), Kind.LOST, "s3://a/b: given up after 9 tries"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset"), Kind.LOST, "Connection reset"),
+        (torch.distributed.DistNetworkError("gone"), Kind.LOST, "DistNetworkError: gone"),
+        (RuntimeError("[../gloo/tcp/pair.cc] Connection closed by peer [127.0.0.1]"), Kind.LOST, "RuntimeError: [.."),
+        (RuntimeError("shape '[2]' is invalid"), Kind.RAISED, "RuntimeError: shape '[2]' is invalid"),
+        (torch.OutOfMemoryError("no"), Kind.RAISED, "OutOfMemoryError: no; a smaller micro_batch"),
+        (KeyError("a"), Kind.RAISED, "KeyError: 'a'"),
+        (AssertionError(), Kind.RAISED, "AssertionError"),
+    ],
+)
+def test_an_error_is_one_line_and_of_a_kind(error: BaseException, kind: Kind, text: str) -> None:
+    told = describe(error)
+    assert told.kind == kind
+    assert told.text.startswith(text)
+    assert "\n" not in told.text
+
+
+def test_a_reason_is_whole_up_to_thousands_of_characters_and_then_keeps_both_ends() -> None:
+    text = "a" + "x" * 3000 + "z"
+    assert describe(ValueError(text)).text == text
+    cut = describe(ValueError("a" + "x" * 10**6 + "z")).text
+    assert len(cut) < 1.1 * failures.MAX_CHARACTERS
+    assert (cut[0], cut[-1]) == ("a", "z")
+
+
+def test_numbers_of_a_process_do_not_tell_two_errors_apart() -> None:
+    one, two = (describe(RuntimeError(f"process {n}: tried {n}.5 GiB at 0x{n:x}")) for n in (12, 934))
+    assert one.text != two.text
+    assert one.pattern == two.pattern
+    assert one.pattern != describe(RuntimeError("another")).pattern
+
+
+# Behind wrappers
+
+CORE = PermissionError(errno.EACCES, "Permission denied", "/a")
+TOLD = "/a: Permission denied; get the right to it, or name another folder"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RayTaskError("f", "trace", CORE),
+        RayTaskError("f", "trace", CORE).as_instanceof_cause(),
+        RayTaskError("f", "trace", RayTaskError("g", "trace", CORE).as_instanceof_cause()),
+        UserExceptionWithTraceback(CORE, "trace"),
+        UserExceptionWithTraceback(RayTaskError("f", "trace", CORE).as_instanceof_cause(), "trace"),
+        WorkerHealthCheckFailedError("look", RayTaskError("f", "trace", CORE)),
+        ControllerError(CORE),
+        WorkerGroupError("two", {0: RuntimeError("Connection closed"), 1: UserExceptionWithTraceback(CORE, "t")}),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_the_core_of_a_wrapper_is_told(error: BaseException) -> None:
+    assert describe(error) == failures.Failure(Kind.PERMANENT, TOLD)
+
+
+class Broken:
+    """Of which nothing works."""
+
+    def __init__(self, where: str) -> None:
+        if where == "start":
+            _refuse()
+
+    def __call__(self, row: dict) -> dict:
+        return _refuse()
+
+
+def _refuse(*_: Any) -> Any:
+    try:
+        raise KeyError("beneath")
+    except KeyError as error:
+        raise ValueError("set: got 1,\n    allowed: 2") from error
+
+
+def _deny(row: dict) -> dict:
+    raise PermissionError(errno.EACCES, "Permission denied", "/a")
+
+
+def _end(row: dict) -> dict:
+    os._exit(3)
+
+
+def _rows() -> ray.data.Dataset:
+    return ray.data.from_items([{"id": 0}], override_num_blocks=1)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_errors_of_a_real_ray_are_told_as_they_were_raised() -> None:
+    refuse = ray.remote(num_cpus=0)(_refuse)
+    broken = ray.remote(num_cpus=0)(Broken)
+    refused = failures.Failure(Kind.PERMANENT, "set: got 1, allowed: 2")
+    assert describe(caught(lambda: ray.get(refuse.remote()))) == refused
+    init = caught(lambda: ray.get(broken.remote("start").__call__.remote({})))
+    assert isinstance(init, ActorDiedError)
+    assert describe(init) == refused
+    assert describe(caught(lambda: ray.get(broken.remote("").__call__.remote({})))) == refused
+    assert describe(caught(lambda: _rows().map(_refuse).materialize())) == refused
+    assert describe(caught(lambda: _rows().map(_deny).materialize())).text == TOLD
+    assert describe(caught(lambda: ray.get(ray.remote(max_retries=0)(_end).remote({})))).kind == Kind.LOST
+
+
+def test_an_error_of_a_file_names_it(tmp_path: Path) -> None:
+    told = describe(caught(lambda: (tmp_path / "none" / "x").write_text("")))
+    assert told.text == f"{tmp_path / 'none' / 'x'}: No such file or directory"
+    assert told.kind == Kind.PERMANENT
