@@ -332,12 +332,13 @@ def attention(
     The mask is transformers' own, of booleans, or a caller's: booleans, or floats that are added to the scores.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if inhibition is not None and inhibition.ratios[layer] > 0:
+    if inhibition is not None:
         visible, bias = _read(attention_mask)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        mesh = head_mesh(module, query.shape[1])
-        kept = inhibition.to(query.device).keep(layer, query, key, visible, scale, bias, mesh)
-        attention_mask = visible & kept if bias is None else bias.masked_fill(~kept, torch.finfo(bias.dtype).min)
+        if inhibition.ratios[layer] > 0:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            mesh = head_mesh(module, query.shape[1])
+            kept = inhibition.to(query.device).keep(layer, query, key, visible, scale, bias, mesh)
+            attention_mask = visible & kept if bias is None else bias.masked_fill(~kept, torch.finfo(bias.dtype).min)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

@@ -25,7 +25,7 @@ def head_mesh(attention: nn.Module, heads: int) -> "DeviceMesh | None":
     """
     config = getattr(attention, "config", None)
     total = getattr(config, "num_attention_heads", heads)
-    if heads == total or not (dist.is_available() and dist.is_initialized()):
+    if heads == total or not isinstance(total, int) or not (dist.is_available() and dist.is_initialized()):
         return None
     for weight in attention.parameters():
         if isinstance(weight, DTensor):

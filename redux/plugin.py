@@ -200,8 +200,14 @@ class _Inhibitor:
         image = self.image(kwargs)
         cache = None if recomputing else self.cache(decoder, kwargs)
         inhibition = Inhibition.of(self.cmai, decoder.config.num_hidden_layers, image, cache, decoder.training)
-        caching = {} if recomputing else {"past_key_values": cache}
-        return args, {**kwargs, **caching, "inhibition": inhibition}
+        changed = {"inhibition": inhibition} if recomputing else {"inhibition": inhibition, "past_key_values": cache}
+        if isinstance(masks := kwargs.get("attention_mask"), dict):
+            if "full_attention" not in masks:
+                raise ValueError(
+                    f"attention_mask: got {', '.join(masks)}, allowed: full_attention, a mask for all layers"
+                )
+            changed["attention_mask"] = masks["full_attention"]  # CMAI works in no other layers
+        return args, {**kwargs, **changed}
 
     def forget(self, *_: Any) -> None:
         """After the decoder, also where it failed: forget what was embedded for it, or by it."""

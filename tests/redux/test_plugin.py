@@ -3,11 +3,13 @@
 import copy
 import itertools
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jaxtyping
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -472,6 +474,200 @@ def test_a_decoder_is_inhibited_once(fresh: Callable[[str], Any]) -> None:
     inhibit(model, STRONG)
     with pytest.raises(ValueError, match="model: got LlavaModel, allowed: the one in which CMAI was turned on before"):
         inhibit(model.model, STRONG)
+
+
+def apart(parts: list[dict[str, Tensor]], run: Callable[[dict[str, Tensor]], Tensor]) -> list[Tensor]:
+    """What each of several threads, begun at once, gets for its part."""
+    results: list[Any] = [None] * len(parts)
+
+    def work(number: int) -> None:
+        try:
+            results[number] = run(parts[number])
+        except Exception as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def two_prompts(family: str) -> list[dict[str, Tensor]]:
+    """Prompts of one length, with their images in other places."""
+    inputs = sample(family, (1,))
+    ids = inputs["input_ids"]
+    return [inputs, whole(family, inputs, ids.flip(1))]
+
+
+@every_family
+def test_threads_share_a_model(fresh: Callable[[str], Any], family: str) -> None:
+    """Each is stopped where its images are read until the other is there as well."""
+    model, parts = fresh(family), two_prompts(family)
+    inhibit(model, STRONG)
+    expected = [logits(model, **part) for part in parts]
+    assert not torch.allclose(*expected, atol=1e-2)
+    both = threading.Barrier(2, timeout=60)
+    towers = ("vision_tower", "visual", "vision_model")
+    tower = next(module for name, module in model.named_modules() if name.endswith(towers))
+
+    def hold(*_: Any) -> None:
+        both.wait()
+
+    tower.register_forward_hook(hold)
+    for found, alone in zip(apart(parts, lambda part: logits(model, **part)), expected, strict=True):
+        assert torch.equal(found, alone)
+
+
+@pytest.mark.parametrize("family", ["llava", "instructblip"])
+def test_threads_generate_with_a_model(fresh: Callable[[str], Any], family: str) -> None:
+    model, parts = fresh(family), two_prompts(family) * 2
+    inhibit(model, STRONG)
+    expected = [model.generate(**part, **LENGTH, do_sample=False) for part in parts]
+    found = apart(parts, lambda part: model.generate(**part, **LENGTH, do_sample=False))
+    for own, alone in zip(found, expected, strict=True):
+        assert torch.equal(own, alone)
+
+
+@every_family
+def test_a_call_within_a_call_changes_neither(fresh: Callable[[str], Any], family: str) -> None:
+    """Of the same model and of another."""
+    parts = two_prompts(family)
+    for model, inner in [(fresh(family), None), (fresh(family), fresh("llava"))]:
+        inhibit(model, STRONG)
+        if inner is not None:
+            inhibit(inner, STRONG)
+        inner, within = (model, parts[1]) if inner is None else (inner, sample("llava"))
+        expected = [logits(model, **parts[0]), logits(inner, **within)]
+        found: list[Tensor] = []
+
+        def call(*_: Any, inner: Any = inner, within: Any = within, found: list[Tensor] = found) -> None:
+            if not found:
+                found.append(torch.empty(0))
+                found[0] = logits(inner, **within)
+
+        model.get_input_embeddings().register_forward_hook(call)
+        assert torch.equal(logits(model, **parts[0]), expected[0])
+        assert torch.equal(found[0], expected[1])
+
+
+@every_family
+def test_a_call_that_fails_tells_the_next_one_nothing(fresh: Callable[[str], Any], family: str) -> None:
+    model, inputs = fresh(family), sample(family)
+    inhibit(model, STRONG)
+    expected, shape = logits(model, **inputs), inputs["input_ids"].shape
+    for part in (model.get_input_embeddings(), model.get_decoder()):
+        handle = part.register_forward_hook(lambda *_: 1 / 0)
+        for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
+            with pytest.raises(ZeroDivisionError):
+                call(**inputs)
+        handle.remove()
+    if family in ("instructblip", "blip2"):
+        model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long))
+    with pytest.raises(ValueError, match="input_ids: got None"):
+        model.get_decoder()(inputs_embeds=torch.zeros(*shape, 32))
+    assert torch.equal(logits(model, **inputs), expected)
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -torch.inf, -1e4], ids=str)
+@pytest.mark.parametrize("cmai", [STRONG, CMAI(maximum=0.8, scores="scores", focus="sum")], ids=["weights", "scores"])
+def test_a_mask_of_four_dimensions_is_read(fresh: Callable[[str], Any], low: float, cmai: CMAI) -> None:
+    model, inputs = fresh("llava"), sample("llava")
+    inhibit(model, cmai)
+    own = inputs.pop("attention_mask").bool()
+    expected = logits(model, **inputs, attention_mask=own.long())[own]
+    visible = own[:, None, None] & torch.ones(own.shape[1], own.shape[1], dtype=torch.bool).tril()
+    for mask in (visible, {"full_attention": visible}, torch.zeros(visible.shape).masked_fill(~visible, low)):
+        assert torch.equal(logits(model, **inputs, attention_mask=mask)[own], expected)
+    with pytest.raises(ValueError, match="attention_mask: got sliding_attention, allowed: full_attention"):
+        logits(model, **inputs, attention_mask={"sliding_attention": visible})
+    for wrong in (visible.expand(-1, 4, -1, -1), visible.long()):
+        with pytest.raises(ValueError, match=r"attention_mask: got torch\..*, allowed: booleans or floats of shape"):
+            logits(model, **inputs, attention_mask=wrong)
+
+
+def test_what_a_mask_adds_to_scores_counts_in_the_weights(fresh: Callable[[str], Any]) -> None:
+    """A bias that hides nothing; the slow loop gets it with its own mask."""
+    model, inputs = fresh("llava"), sample("llava", (1,))
+    tokens = inputs["input_ids"].shape[1]
+    visible = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    bias = torch.randn(1, 1, tokens, tokens, generator=torch.Generator().manual_seed(3)).masked_fill(
+        ~visible, -torch.inf
+    )
+    cmai = CMAI(maximum=0.8, minimum=0.8)
+    inputs["attention_mask"] = bias
+    inhibit(model, cmai)
+    fast = logits(model, **inputs, use_cache=False)
+    plain = fresh("llava")
+    decoder = plain.get_decoder()
+    decoder.set_attn_implementation("eager")
+    image = (inputs["input_ids"] == IMAGE)[0].tolist()
+    for number, ratio in enumerate(cmai.ratios(2)):
+        weights: list[Tensor] = []
+        attention = decoder.layers[number].self_attn
+        seeing = attention.register_forward_hook(lambda module, args, output, to=weights: to.append(output[1]))
+        logits(plain, **inputs, use_cache=False)
+        seeing.remove()
+        kept = slow_keep(weights[0][0].mean(dim=0).double().tolist(), image, visible, ratio)
+        assert kept.sum() < visible.sum()
+        mask = bias.masked_fill(~kept, torch.finfo(torch.float32).min)
+        attention.register_forward_pre_hook(
+            lambda module, args, kwargs, mask=mask: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
+        )
+    torch.testing.assert_close(fast, logits(plain, **inputs, use_cache=False), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cmai", [STRONG, CMAI(maximum=0.8, preamble=False)], ids=["whole", "without preamble"])
+def test_packed_conversations_are_what_each_is_alone(fresh: Callable[[str], Any], cmai: CMAI) -> None:
+    model = fresh("llava")
+    inhibit(model, cmai)
+    alone = [sample("llava", (1,)), sample("llava", (2,))]
+    ids, images = (
+        torch.cat([part[name] for part in alone], dim=axis) for name, axis in (("input_ids", 1), ("pixel_values", 0))
+    )
+    sizes = [part["input_ids"].shape[1] for part in alone]
+    visible = torch.block_diag(*[torch.ones(size, size).tril() for size in sizes]).bool()[None, None]
+    places = torch.cat([torch.arange(size) for size in sizes]).unsqueeze(0)
+    packed = logits(
+        model, input_ids=ids, pixel_values=images, attention_mask=visible, position_ids=places, use_cache=False
+    )
+    for part, found in zip(alone, packed.split(sizes, dim=1), strict=True):
+        torch.testing.assert_close(found, logits(model, **part), rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_adapters_and_a_copied_embedding_take_nothing_along(fresh: Callable[[str], Any], family: str) -> None:
+    """PEFT copies the embedding alone and calls the model past its hooks."""
+    model, inputs = fresh(family), sample(family)
+    then = logits(model, **inputs)
+    before = state(model)
+    inhibit(model, STRONG)
+    expected, told = logits(model, **inputs), model.generate(**inputs, **LENGTH, do_sample=False)
+    alone = copy.deepcopy(model.get_input_embeddings())
+    assert len(pickle.dumps(alone)) < 2 * alone.weight.nbytes
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    torch.testing.assert_close(logits(adapted.eval(), **inputs), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(adapted.generate(**inputs, **LENGTH, do_sample=False), told)
+    inhibit(model, None)
+    torch.testing.assert_close(logits(adapted, **inputs), then, rtol=1e-4, atol=1e-4)
+    restored = adapted.unload()
+    assert [hooks for _, _, *hooks in state(restored)] == [hooks for _, _, *hooks in before]
+
+
+@every_family
+def test_another_embedding_takes_the_place_of_the_first(fresh: Callable[[str], Any], family: str) -> None:
+    model, inputs = fresh(family), sample(family)
+    inhibit(model, STRONG)
+    expected, told = logits(model, **inputs), model.generate(**inputs, **LENGTH, do_sample=False)
+    other = torch.nn.Embedding.from_pretrained(model.get_input_embeddings().weight.detach().clone())
+    model.set_input_embeddings(other)
+    assert torch.equal(logits(model, **inputs), expected)
+    if family in ("instructblip", "blip2"):
+        with pytest.raises(ValueError, match=r"where input embeddings were replaced, redux\.inhibit"):
+            model.generate(**inputs, **LENGTH, do_sample=False)
+        inhibit(model, STRONG)
+    assert torch.equal(model.generate(**inputs, **LENGTH, do_sample=False), told)
 
 
 def test_an_embedding_on_the_side_tells_the_next_call_nothing(fresh: Callable[[str], Any]) -> None:
