@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,6 +52,7 @@ from pipelines.sets import Making, Source
 from redux import pretrained, respondent
 from redux.architecture import Language, Model, Tower, image_tokens
 from redux.conversation import TEMPLATES, Template, word_tokenizer
+from redux.extras import write_install_command
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
 from redux.remote import fetched
 
@@ -99,6 +101,8 @@ def run(
             return
         if done:
             print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
+        if job.checkpoints and job.train.keys() & left.keys():
+            train.probe(locate_checkpoints(job, folder))
         lines.mend(folder / PROGRESS)
         with cluster.session():
             _check_resources(job, left)
@@ -168,6 +172,7 @@ def steps(
         templates = [TEMPLATES[plan.template] for plan in stages.values()]
         result["shards"] = lambda: _shards(job, sets, folder / TOKENIZER, templates)
     _check_weights(job, folder)
+    _check_sets(job, stages)
     if job.model.pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""
@@ -206,6 +211,16 @@ def _check_weights(job: Job, folder: Path) -> None:
             pretrained.check_checkpoint(model.checkpoint, AutoModelForImageTextToText)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
+
+
+def _check_sets(job: Job, stages: dict[str, Plan]) -> None:
+    """ValueError where images of a set, also of one that is still to be made, are not as a stage reads them."""
+    for plan in stages.values():
+        for name in plan.stage.mixture:
+            if source := job.data.make.get(name):
+                plan.check_prepared(name, (source.size, source.fit) if source.size else None)
+            elif name in job.data.sets:
+                plan.check_prepared(name, shards.Shards(job.data.sets[name]).prepared)
 
 
 def _subject(job: Job, settings: tasks.Evaluate, stages: dict[str, Plan]) -> evaluate.Subject:
@@ -269,6 +284,11 @@ def located(job: Job, folder: Path) -> Job:
     for name, stage in job.train.items():
         if stage.lora:
             lora.require(f"train.{name}.lora")
+        if stage.pixels == "fast" and find_spec("simplejpeg") is None:
+            raise ValueError(
+                f"train.{name}.pixels: got fast, allowed: exact, or the package simplejpeg: "
+                + write_install_command("fast")
+            )
     job = _with_format(job, folder)
     return replace(
         job,

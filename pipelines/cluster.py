@@ -13,6 +13,7 @@ import socket
 import ssl
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -326,6 +327,23 @@ def count_places(gpu_share: float = 1) -> int:
     cpus, gpu_count = int(ray.cluster_resources().get("CPU", 1)), gpus()
     most = int(gpu_count / gpu_share) if gpu_count else cpus
     return max(min(most, 2 * (cpus - 1)), 1)
+
+
+def describe_shortage() -> str:
+    """Describe what Ray has no room for now, of all that it is to place together; "" where it lacks nothing."""
+    groups = ray.util.placement_group_table().values()
+    needed = Counter[str]()
+    for group in groups:
+        if group["state"] == "PENDING":
+            for bundle in group["bundles"].values():
+                needed.update(bundle)
+    there, free = ray.cluster_resources(), ray.available_resources()
+    lacking = [
+        f"{count:g} {name}s: Ray has {there.get(name, 0):g}, of which {free.get(name, 0):g} are free"
+        for name, count in needed.items()
+        if free.get(name, 0) < count
+    ]
+    return f"waiting for {', and for '.join(lacking)}" if lacking else ""
 
 
 def gpus() -> float:

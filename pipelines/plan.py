@@ -94,14 +94,18 @@ class Plan:
     def sources(self) -> dict[str, Shards]:
         """The sets of the mixture.  ValueError where images were prepared in another way than the stage wants."""
         sources = {name: Shards(self.sets[name]) for name in self.stage.mixture}
-        wanted = (self.image_size, self.fit)
         for name, shards in sources.items():
-            if shards.prepared not in (None, wanted):
-                raise ValueError(
-                    f"train.{self.name}.data: {name} has images prepared as {shards.prepared}, allowed: {wanted}, by "
-                    "the image tower's size and fit, or images as they came"
-                )
+            self.check_prepared(name, shards.prepared)
         return sources
+
+    def check_prepared(self, name: str, prepared: tuple[int, Fit] | None) -> None:
+        """ValueError where a set's images were prepared in another way than the stage wants; None: as they came."""
+        wanted = (self.image_size, self.fit)
+        if prepared not in (None, wanted):
+            raise ValueError(
+                f"train.{self.name}.data: {name} has images prepared as {prepared}, allowed: {wanted}, by the image "
+                "tower's size and fit, or images as they came"
+            )
 
     def reader(self) -> ingest.Reader:
         """What Ray Data reads."""

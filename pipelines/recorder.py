@@ -26,6 +26,9 @@ from pipelines.failures import Failure, Kind
 from pipelines.metrics import Metrics
 from pipelines.trackers import Trackers
 
+STARTING = "starting workers"
+"""The phase before a group of workers has begun."""
+
 HELD = ".held"
 """In the run folder, the placement group of the workers at work."""
 
@@ -65,7 +68,7 @@ class News:
     loss: float | None
     said: list[str]
     failed: str
-    phase: str = "starting workers"
+    phase: str = STARTING
     starts: int = 0
     cursor: int = 0
     at_work: bool = False
@@ -146,7 +149,7 @@ class Recorder:
         The driver ends the run for what the user must mend, for the same error at the same step, and for too many
         faults in a row without a step further than before.
         """
-        self.news.phase, self.news.at_work = "starting workers", False
+        self.news.phase, self.news.at_work = STARTING, False
         rank, cause = min(failures.items(), key=lambda item: (item[1].kind, item[0]))
         told, where = f"rank {rank}: {cause.text}", f"train.{self.settings.stage}"
         fault = (self.news.step, cause.pattern)

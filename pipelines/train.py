@@ -58,6 +58,9 @@ RESTARTS = 1_000_000
 ENDING_S = 60
 """For workers to end by themselves, with a checkpoint, when the run must."""
 
+PLACE_S = 10
+"""For Ray to place workers, after which is said what they wait for."""
+
 HookMaker = Callable[[Any, Plan], Hook]
 """From the engine and the plan to one more hook."""
 
@@ -107,7 +110,7 @@ def fit(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None = None) 
     readers = 1 if _spare(plan, "GPU" in worker) else 0
     needed = {name: fewest * each for name, each in worker.items()}
     cluster.require({**needed, "CPU": needed["CPU"] + readers}, f"train.{plan.name} with workers = {fewest}")
-    _probe(plan.folder)
+    probe(plan.folder)
     release(plan.run)
     actor = recorder.start(
         recorder.Settings(
@@ -235,6 +238,7 @@ class Progress:
     def __init__(self, recorder: Any, bar: tqdm) -> None:
         self.recorder, self.bar = recorder, bar
         self.starts, self.phase, self.at_work = 0, "", False
+        self.since, self.shortage = 0.0, ""
 
     def show(self) -> str:
         """Show what is new; returns why the run must end, "" while it need not."""
@@ -245,13 +249,22 @@ class Progress:
             self.starts = news.starts
             self._begin(news.cursor)
         if news.phase != self.phase:
-            self.phase = news.phase
+            self.phase, self.since = news.phase, time.monotonic()
             self.bar.set_postfix_str(news.phase)
+        if self.phase == recorder.STARTING and time.monotonic() - self.since > PLACE_S:
+            self._show_shortage()
         if news.loss is not None and not news.phase:
             self.bar.set_postfix_str(f"loss {news.loss:.3f}", refresh=False)
         self.bar.update(news.step - self.bar.n)
         self.at_work = news.at_work
         return news.failed
+
+    def _show_shortage(self) -> None:
+        """Say, once for each, what workers wait for that Ray cannot place."""
+        shortage = cluster.describe_shortage()
+        if shortage and shortage != self.shortage:
+            self.bar.write(f"{self.bar.desc.rstrip(': ')}: {shortage}")
+        self.shortage = shortage
 
     def _begin(self, cursor: int) -> None:
         """Count steps, and the time that they take, from here on: else rate and time left would be far too good."""
@@ -273,7 +286,7 @@ def release(run: Path) -> None:
         path.unlink()
 
 
-def _probe(folder: str) -> None:
+def probe(folder: str) -> None:
     """ValueError where no checkpoint can be written: better now than after the last step."""
     path = storage.join(folder, ".probe")
     try:
