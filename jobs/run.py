@@ -101,6 +101,7 @@ def run(
             return
         if done:
             print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
+        _check_sets(job, folder)
         if job.checkpoints and job.train.keys() & left.keys():
             train.probe(locate_checkpoints(job, folder))
         lines.mend(folder / PROGRESS)
@@ -172,7 +173,6 @@ def steps(
         templates = [TEMPLATES[plan.template] for plan in stages.values()]
         result["shards"] = lambda: _shards(job, sets, folder / TOKENIZER, templates)
     _check_weights(job, folder)
-    _check_sets(job, stages)
     if job.model.pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""
@@ -213,14 +213,15 @@ def _check_weights(job: Job, folder: Path) -> None:
         raise ValueError(f"model.{error}") from None
 
 
-def _check_sets(job: Job, stages: dict[str, Plan]) -> None:
+def _check_sets(job: Job, folder: Path) -> None:
     """ValueError where images of a set, also of one that is still to be made, are not as a stage reads them."""
-    for plan in stages.values():
-        for name in plan.stage.mixture:
-            if source := job.data.make.get(name):
-                plan.check_prepared(name, (source.size, source.fit) if source.size else None)
-            elif name in job.data.sets:
-                plan.check_prepared(name, shards.Shards(job.data.sets[name]).prepared)
+    prepared = {
+        name: shards.Shards(url).prepared for name, url in job.data.sets.items() if name not in job.data.make
+    } | {name: (source.size, source.fit) for name, source in job.data.make.items() if source.size}
+    if any(prepared.values()):
+        for plan in plans(job, folder).values():
+            for name in plan.stage.mixture:
+                plan.check_prepared(name, prepared.get(name))
 
 
 def _subject(job: Job, settings: tasks.Evaluate, stages: dict[str, Plan]) -> evaluate.Subject:
