@@ -4,7 +4,7 @@ One Ray Data pipeline for all of them: a batch holds questions of one benchmark 
 and its answers are on disk before the next batch of its actor is.  What was answered is not asked again: the same call
 goes on where an earlier one ended.
 
-rows in:   number of a batch
+rows in:   a batch and its number
 rows out:  one block a batch: what the model said to its questions, and how long that took
 resources: `actors` actors share the CPUs, or take a GPU each
 
@@ -74,17 +74,15 @@ class Subject:
 class Answerer:
     """An actor with the model: answers batches, greedily."""
 
-    def __init__(self, subject: Subject, batches: Any, settings: Evaluate, actors: int) -> None:
+    def __init__(self, subject: Subject, settings: Evaluate, actors: int) -> None:
         if not torch.cuda.is_available():
             torch.set_num_threads(max(len(os.sched_getaffinity(0)) // actors, 1))
         self.subject, self.settings = subject, settings
-        self.batches: list[Batch] = ray.get(batches)
         self.model: Respondent | None = None
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
         """One row a question; where the model, an image or a prompt cannot be used, one row with the "error"."""
-        number = int(rows["id"][0])
-        batch = self.batches[number]
+        [number], [batch] = rows["number"], rows["batch"]
         try:
             answers = self._answer(batch)
         except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
@@ -94,7 +92,7 @@ class Answerer:
             problem = ""
         count = len(answers.texts)
         return {
-            "batch": [number] * count,
+            "batch": [int(number)] * count,
             "response": answers.texts,
             "tokens": answers.tokens,
             "prefill_s": [answers.prefill_s] * count,
@@ -245,9 +243,11 @@ def _answer(
         raise ValueError(
             f"evaluate.actors: got {actors}, allowed: up to {gpus / gpu_share:g}, which {gpus:g} GPUs hold"
         )
-    answers = ray.data.range(len(batches), override_num_blocks=len(batches)).map_batches(
+    # a batch travels in its row: Ray's C++ side warns of actors whose arguments are large objects
+    rows = [{"number": number, "batch": batch} for number, batch in enumerate(batches)]
+    answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Answerer,
-        fn_constructor_args=(subject, ray.put(batches), settings, actors),
+        fn_constructor_args=(subject, settings, actors),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.5,
