@@ -13,6 +13,8 @@ from jobs import schema
 from jobs.claims import Claim
 from jobs.run import located, run, steps
 from jobs.schema import Job
+from jobs.search import Jobs
+from jobs.search import load as load_search
 from pipelines import train
 from pipelines.plan import Plan
 from pipelines.stage import Recovery
@@ -225,3 +227,74 @@ def test_folders_are_written_from_the_root_on_and_hub_ids_as_they_are(
     job = load(f"model.tower={Path(parts['tower']).name}", "model.language=some/hub-id", *NO_SETS)
     model = located(job, tmp_path).model
     assert (model.tower, model.language) == (str(Path(parts["tower"]).resolve()), "some/hub-id")
+
+
+@pytest.fixture
+def checkpoint(load: Callable[..., Job], tmp_path: Path) -> Callable[..., str]:
+    """A model that says how it was trained."""
+
+    def checkpoint(template: str | None, fit: str | None) -> str:
+        folder = tmp_path / "made"
+        steps(load(), folder)["assemble"]()
+        config = folder / "assembled" / "config.json"
+        said = {"conversation_template": template, "image_aspect_ratio": fit}
+        config.write_text(json.dumps(json.loads(config.read_text()) | said))
+        return str(folder / "assembled")
+
+    return checkpoint
+
+
+SAID = [("vicuna_bare", "crop"), ("vicuna_v1", "pad"), ("plain", "crop"), (None, None)]
+
+
+@pytest.mark.parametrize(("template", "fit"), SAID)
+@pytest.mark.parametrize("searched", [False, True])
+def test_a_job_trains_on_and_asks_as_the_checkpoint_was_trained(
+    load: Callable[..., Job],
+    checkpoint: Callable[..., str],
+    tmp_path: Path,
+    template: str | None,
+    fit: str | None,
+    searched: bool,
+) -> None:
+    model = {"checkpoint": checkpoint(template, fit)}
+    stage = STAGE | {"learning_rate": {"projector": 1e-3}, "data": "captions"}
+    tree = {"data": {"source": "easy-vqa"}, "model": model, "train": {"more": stage}, "evaluate": {}}
+
+    def locate(**changes: Any) -> Job:
+        whole = tree | changes
+        if searched:
+            space = {"model.cmai.maximum": {"low": 0.0, "high": 0.9}}
+            objectives = {"easy_vqa.accuracy": "max"}
+            search = {"name": "a", "trials": 1, "space": space, "objectives": objectives, "job": whole}
+            (tmp_path / "search.yaml").write_text(json.dumps(search))
+            return located(Jobs(load_search(tmp_path / "search.yaml"))({}), tmp_path / "run")
+        (tmp_path / "job.yaml").write_text(json.dumps(whole | {"name": "a"}))
+        return located(schema.load(tmp_path / "job.yaml"), tmp_path / "run")
+
+    job = locate()
+    expected = ("vicuna_v1" if template in (None, "plain") else template, fit or "pad")
+    assert (job.train["more"].template, job.train["more"].fit) == expected
+    assert job.evaluate
+    assert (job.evaluate.template, job.evaluate.fit) == expected
+
+    other = ("vicuna_v1" if expected[0] == "vicuna_bare" else "vicuna_bare", "pad" if expected[1] == "crop" else "crop")
+    job = locate(train={"more": stage | {"template": other[0], "fit": other[1]}})
+    assert (job.train["more"].template, job.train["more"].fit) == other, "an explicit one wins"
+    assert job.evaluate
+    assert (job.evaluate.template, job.evaluate.fit) == other, "it is asked as its last stage was trained"
+    with pytest.raises(ValueError, match=rf"evaluate.template: got {other[0]}, allowed: {expected[0]}"):
+        locate(evaluate={"template": other[0]})
+    with pytest.raises(ValueError, match=rf"evaluate.fit: got {other[1]}, allowed: {expected[1]}"):
+        locate(evaluate={"fit": other[1]})
+    wanted = locate(evaluate={"template": other[0], "fit": other[1], "allow_mismatch": True}).evaluate
+    assert wanted
+    assert (wanted.template, wanted.fit) == other
+
+    if template == "plain":
+        with pytest.raises(ValueError, match=r"evaluate.template: got plain, .*a model that was last trained with que"):
+            locate(train={})
+    else:
+        asked = locate(train={}).evaluate
+        assert asked
+        assert (asked.template, asked.fit) == expected

@@ -231,3 +231,39 @@ def test_a_twin_with_adapters_leaves_a_plain_model(
     first, second = (weights(folder / "checkpoints" / stage / "model") for stage in ("pretrain", "instruct"))
     assert [weight.shape for weight in second["language"]] == [weight.shape for weight in first["language"]]
     assert not same(second["language"], first["language"])
+
+
+def test_a_model_of_another_set_and_tokenizer_is_asked_as_it_was_trained(
+    parts: dict[str, str], sets: dict[str, str], ray_cluster: Any, tmp_path: Path
+) -> None:
+    """Its run and a job that names nothing but the model give the same answers, and LLaVA's own format gives others."""
+    from redux.respondent import load
+
+    path, images = FOLDER / "llava-1.5-7b-redux.yaml", Path(sets["mix665k"]).parent
+    questions = {
+        str(number): {"imageId": str(number), "question": "Is there a red shape?", "answer": "yes"}
+        for number in range(0, 24, 3)
+    }
+    for number in questions:
+        Image.open(images / f"{number}.png").save(tmp_path / f"{number}.jpg")
+    (tmp_path / "gqa.json").write_text(json.dumps(questions))
+    asked = {"files": [str(tmp_path / "gqa.json")], "images": str(tmp_path), "max_new_tokens": 6}
+    evaluated = f"evaluate={json.dumps({'tasks': {'gqa': asked}})}"
+    trained = ["train.instruct.template=vicuna_bare", "train.instruct.fit=crop"]
+    address = ray_cluster.get_runtime_context().gcs_address
+    folder = run(path, [*small(path, parts, sets), *trained, evaluated], tmp_path, address)
+
+    model = folder / "checkpoints" / "instruct" / "model"
+    job = tmp_path / "again.yaml"
+    job.write_text(f"name: again\ndata: {{source: null}}\nmodel: {{checkpoint: {model}}}\nevaluate: {{}}\n")
+    again = run(job, [evaluated], tmp_path, address)
+    answers = [(place / "answers" / "gqa.jsonl").read_text() for place in (folder, again)]
+    assert answers[0] == answers[1]
+    scores = [json.loads((place / "scores.json").read_text()) for place in (folder, again)]
+    assert scores[0]["gqa.accuracy"] == scores[1]["gqa.accuracy"]
+
+    rows = [json.loads(line) for line in answers[0].splitlines()]
+    photos = [(tmp_path / f"{row['id']}.jpg").read_bytes() for row in rows]
+    other = load(model, template="vicuna_v1", fit="pad", allow_mismatch=True)
+    told = other([row["prompt"] for row in rows], photos, max_new_tokens=6)
+    assert told.texts != [row["response"] for row in rows]

@@ -259,3 +259,39 @@ def test_a_model_that_is_there_is_only_evaluated(finished: tuple[Path, str], ray
     assert {"instructions.strict", "instructions.loose", "instructions.both"} <= scores.keys()
     assert (tmp_path / "asked" / "report.html").exists()
     assert not (tmp_path / "asked" / "checkpoints").exists()
+
+
+def test_a_trained_model_asked_with_no_other_key_scores_as_its_run(
+    finished: tuple[Path, str], ray_cluster: Any, tmp_path: Path
+) -> None:
+    """By a job, and by Python; asked as LLaVA is, which it was not trained as, it is refused."""
+    from pipelines import easy_vqa
+    from redux.respondent import load
+
+    run, _ = finished
+    model = run / "checkpoints" / "instruct" / "model"
+    path = tmp_path / "again.yaml"
+    task = "{tasks: {easy_vqa: {limit: 50, max_new_tokens: 2}}}"
+    path.write_text(f"name: again\ndata: {{source: null}}\nmodel: {{checkpoint: {model}}}\nevaluate: {task}\n")
+    words = [sys.executable, "-m", "jobs.command", "run", str(path), "--into", str(tmp_path)]
+    refused = subprocess.run([*words, "evaluate.template=vicuna_v1"], text=True, capture_output=True)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(
+        "redux: evaluate.template: got vicuna_v1, allowed: vicuna_bare, with which the model was trained"
+    )
+    assert not (tmp_path / "again").exists()
+
+    address = ray_cluster.get_runtime_context().gcs_address
+    subprocess.run(words, env={**os.environ, "RAY_ADDRESS": address}, check=True, capture_output=True)
+    again = tmp_path / "again"
+    scores, expected = (json.loads((folder / "metrics.json").read_text()) for folder in (again, run))
+    for name in ("easy_vqa.questions", "easy_vqa.accuracy"):
+        assert scores[name] == expected[name]
+    answers = (run / "answers" / "easy_vqa.jsonl").read_text()
+    assert (again / "answers" / "easy_vqa.jsonl").read_text() == answers
+
+    rows = [json.loads(line) for line in answers.splitlines()]
+    questions = {question.id: question for question in tasks.questions("easy_vqa", tasks.Asking(limit=50))}
+    images = [(Path(easy_vqa.FOLDER) / str(questions[row["id"]].image)).read_bytes() for row in rows]
+    told = load(model)([row["prompt"] for row in rows], images, max_new_tokens=2)
+    assert told.texts == [row["response"] for row in rows]
