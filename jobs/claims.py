@@ -20,7 +20,7 @@ import yaml
 
 from jobs import document
 from jobs.schema import Job
-from pipelines import checkpoint, evaluate, lines, metrics
+from pipelines import checkpoint, evaluate, failures, lines, metrics
 
 JOB = "job.yaml"
 PROGRESS = "progress.jsonl"
@@ -94,7 +94,8 @@ def make_folder(folder: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
     unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(text)
+    with failures.locate_errors(path):
+        unfinished.write_text(text)
     os.replace(unfinished, path)
 
 

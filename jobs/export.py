@@ -6,7 +6,7 @@ from pathlib import Path
 from jobs import schema
 from jobs.claims import JOB
 from jobs.run import plans
-from pipelines import checkpoint, export, storage
+from pipelines import checkpoint, export, failures, storage
 from redux import conversion, processor
 
 
@@ -31,7 +31,7 @@ def write(source: Path, stage: str | None, step: int | None, out: str) -> str:
         raise ValueError(f"{source}: got a stage or a step, allowed: none for the folder of a model")
     model, tokenizer = conversion.convert(source)
     config = model.config
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, failures.locate_errors(folder):
         if config.conversation_template and config.image_aspect_ratio:
             processor.describe_training(model, tokenizer, config.conversation_template, config.image_aspect_ratio)
             processor.build_processor(config, tokenizer).save_pretrained(folder)

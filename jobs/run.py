@@ -35,6 +35,7 @@ from pipelines import (
     cluster,
     easy_vqa,
     evaluate,
+    failures,
     interrupts,
     ledger,
     lines,
@@ -111,8 +112,7 @@ def run(
                 interrupts.check()
                 step()
                 now = time.monotonic()
-                with (folder / PROGRESS).open("a") as file:
-                    file.write(json.dumps({"step": name, "wall_s": now - clock}) + "\n")
+                lines.append(folder / PROGRESS, [{"step": name, "wall_s": now - clock}])
                 clock = now
     if until is None:
         _summarise(folder)
@@ -422,7 +422,8 @@ def _shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence
         for record in itertools.chain(*records.values(), others)
         for template in templates
     )
-    word_tokenizer(texts, job.model.language.max_position_embeddings).save_pretrained(tokenizer)
+    with failures.locate_errors(tokenizer):
+        word_tokenizer(texts, job.model.language.max_position_embeddings).save_pretrained(tokenizer)
 
 
 def _assemble(job: Job, folder: Path) -> None:
@@ -434,8 +435,9 @@ def _assemble(job: Job, folder: Path) -> None:
     whole, tokenizer = _assembled(job.model, torch.bfloat16 if half else torch.float32)
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    whole.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    with failures.locate_errors(folder):
+        whole.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
     os.replace(unfinished, folder)
 
 

@@ -27,6 +27,7 @@ from annotated_types import Ge, Lt, MinLen
 from jobs import document
 from jobs.layout import locate_model, locate_sets
 from jobs.schema import Job, Name
+from pipelines import failures
 from redux.settings import METHODS
 
 SHARED = "shared"
@@ -128,6 +129,7 @@ def conduct(study: Study, folder: Path, changed: bool = False) -> None:
         for number, (name, job) in enumerate(todo.items(), start=1):
             print(f"[{number}/{len(todo)}] {name}", flush=True)
             run.run(job, folder / name, changed, until=study.shared[-1] if name == SHARED else None)
-    (folder / FILE).write_text(document.write(study))
+    with failures.locate_errors(folder / FILE):
+        (folder / FILE).write_text(document.write(study))
     tables.tell([folder / name for name in todo if name != SHARED], folder, tables.scorers())
     print(f"{study.name} is finished; its tables: {folder / 'tables.html'}")

@@ -262,11 +262,12 @@ def _answer(
             batch = batches[int(block["batch"][0])]
             if problem := str(block["error"][0]):
                 raise ValueError(f"evaluate.tasks.{batch.task}: {problem}")
-            with _partial(folder, batch.task).open("a") as file:
-                for question, response in zip(batch.questions, block["response"], strict=True):
-                    file.write(json.dumps(_row(question) | {"response": str(response)}) + "\n")
-            with (folder / SPEED).open("a") as file:
-                file.write(json.dumps(_spent(batch, block)) + "\n")
+            answered = zip(batch.questions, block["response"], strict=True)
+            lines.append(
+                _partial(folder, batch.task),
+                (_row(question) | {"response": str(response)} for question, response in answered),
+            )
+            lines.append(folder / SPEED, [_spent(batch, block)])
             bar.update(len(batch.questions))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from pipelines import checkpoint, engine, storage
+from pipelines import checkpoint, engine, failures, storage
 from pipelines.checkpoint import MANIFEST, DamagedError
 from pipelines.plan import Plan
 from redux import processor
@@ -44,7 +44,7 @@ def write(plan: Plan, saved: checkpoint.Saved, out: str) -> None:
             one.copy_(weights[name])
     whole = engine.trained(module, plan).to(engine.DTYPES[plan.stage.precision])
     tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, failures.locate_errors(folder):
         if isinstance(whole, ReduxForConditionalGeneration):
             processor.describe_training(whole, tokenizer, plan.template, plan.fit)
             processor.build_processor(whole.config, tokenizer).save_pretrained(folder)

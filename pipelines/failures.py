@@ -10,7 +10,8 @@ import builtins
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -103,6 +104,28 @@ def describe(error: BaseException) -> Failure:
     return Failure(_kind(cause), _cut(_text(cause)))
 
 
+@contextmanager
+def locate_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give errors of writing the name of the file: it is missing where the kernel refuses bytes of an open file, and
+    libraries in Rust raise an error of their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _find_errno(error)
+        if not number or getattr(error, "filename", None):
+            raise
+        raise OSError(number, os.strerror(number), os.fspath(path)) from None
+
+
+def _find_errno(error: BaseException) -> int:
+    """The number of a file system's error, which libraries in Rust put in its text; 0 for another error."""
+    if isinstance(error, OSError | ValueError):
+        return getattr(error, "errno", None) or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
+
+
 def find_cause(error: BaseException) -> BaseException:
     """The error at the core of Ray's wrappers; an error of any other kind is returned as it is."""
     seen = set[int]()
@@ -112,7 +135,8 @@ def find_cause(error: BaseException) -> BaseException:
         if inner is None:
             break
         error = inner
-    return error
+    number = 0 if isinstance(error, OSError) else _find_errno(error)
+    return OSError(number, os.strerror(number)) if number else error
 
 
 def _unwrap(error: BaseException) -> BaseException | None:

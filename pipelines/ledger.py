@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipelines import failures
+
 FILE = "ledger.jsonl"
 PARTS = ("productive", "evaluation", "data", "checkpoint", "startup", "other", "restart", "lost")
 # what an interval goes to, as far as neither a step nor an evaluation says otherwise
@@ -211,7 +213,8 @@ def note(run: Path, event: str, stage: str, **values: Any) -> dict[str, Any]:
         size = os.fstat(file).st_size
         # half a line that a crash left, or another process is just writing: then one line is empty
         torn = size and os.pread(file, 1, size - 1) != b"\n"
-        os.write(file, b"\n" + line if torn else line)  # in one call, or lines of two processes could mix
+        with failures.locate_errors(run / FILE):
+            os.write(file, b"\n" + line if torn else line)  # in one call, or lines of two processes could mix
     finally:
         os.close(file)
     return entry

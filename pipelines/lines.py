@@ -1,10 +1,11 @@
 """Files of JSON lines that are appended to, and that a crash may leave with half a line at the end."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines import storage
+from pipelines import failures, storage
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -22,6 +23,12 @@ def read(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}: line {number}: got {line[:60]!r}, allowed: an object of JSON")
         result.append(found)
     return result
+
+
+def append(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Add objects to the end of a file."""
+    with failures.locate_errors(path), path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
 def mend(path: Path) -> None:

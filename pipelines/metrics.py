@@ -13,7 +13,7 @@ import resource
 from dataclasses import asdict
 from pathlib import Path
 
-from pipelines import consumed, lines, storage
+from pipelines import consumed, failures, lines, storage
 from pipelines.consumed import Used
 
 FILE = "metrics.jsonl"
@@ -37,13 +37,15 @@ class Metrics:
         self.replaced += len(used.replaced)
         self.skipped += int(values["skipped"] or 0)
         for file, entry in zip(self.files, (asdict(used), values), strict=True):
-            file.write(json.dumps({"stage": self.stage, "step": step, **entry}, allow_nan=False) + "\n")
-            file.flush()
+            with failures.locate_errors(file.name):
+                file.write(json.dumps({"stage": self.stage, "step": step, **entry}, allow_nan=False) + "\n")
+                file.flush()
 
     def sync(self) -> None:
         """What was written survives a machine that fails when this returns."""
         for file in self.files:
-            os.fsync(file.fileno())
+            with failures.locate_errors(file.name):
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         self.sync()

@@ -14,6 +14,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import failures
+
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
@@ -51,7 +53,8 @@ def write(path: Path, text: str) -> Path:
     """A reader of the old file never sees half of the new one."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(text, encoding="utf-8")
+        with failures.locate_errors(path):
+            part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

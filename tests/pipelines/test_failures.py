@@ -5,7 +5,9 @@ Errors behind Ray's wrappers are those of a real Ray: a task's, an actor's const
 
 import errno
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,16 @@ import torch
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from pipelines import failures
+from jobs import claims
+from jobs.command import EXIT_MISUSE, main
+from pipelines import failures, ledger, lines, metrics, page, storage
+from pipelines.consumed import Used
 from pipelines.failures import Kind, describe
+
+JOBS = Path(__file__).parents[2] / "jobs"
 
 
 def caught(work: Callable[[], Any]) -> BaseException:
@@ -150,3 +159,77 @@ def test_an_error_of_a_file_names_it(tmp_path: Path) -> None:
     told = describe(caught(lambda: (tmp_path / "none" / "x").write_text("")))
     assert told.text == f"{tmp_path / 'none' / 'x'}: No such file or directory"
     assert told.kind == Kind.PERMANENT
+
+
+# Disks
+
+
+@contextmanager
+def no_room(size: int = 0) -> Iterator[None]:
+    """The kernel refuses to write files of more than a few bytes, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # SIGXFSZ is ignored by Python
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def write_metrics(path: Path) -> None:
+    record = metrics.Metrics(path.parent, "tower", 0)
+    try:
+        record.write(1, {"loss": 1.0, "skipped": 0}, Used({}, []))
+    finally:
+        for file in record.files:
+            with suppress(OSError):
+                file.close()
+
+
+def write_weights(path: Path) -> None:
+    with failures.locate_errors(path):
+        save_file({"a": torch.zeros(9)}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("x", lambda path: storage.write(str(path), b"x")),
+        ("x", lambda path: lines.append(path, [{"a": 1}])),
+        ("x", lambda path: page.write(path, "x")),
+        ("x", lambda path: claims.write_atomically(path, "x")),
+        (ledger.FILE, lambda path: ledger.note(path.parent, "launch", "tower")),
+        ("consumed.jsonl", write_metrics),
+        ("x", write_weights),
+    ],
+    ids=["storage", "lines", "page", "claims", "ledger", "metrics", "weights"],
+)
+def test_a_file_that_the_kernel_does_not_take_is_named_with_what_mends_it(
+    name: str, write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    with no_room():
+        told = describe(caught(lambda: write(path)))
+    assert told == failures.Failure(
+        Kind.PERMANENT, f"{path}: File too large; raise the limit of file sizes (ulimit -f)"
+    )
+    write(path)
+
+
+def test_errors_that_are_none_of_a_disk_stay_as_they_are() -> None:
+    for error in (ValueError("config (os error 2)"), KeyError("a"), OSError("s3://a: given up")):
+        with pytest.raises(type(error)) as raised, failures.locate_errors("x"):
+            raise error
+        assert raised.value is error
+    assert describe(SafetensorError("I/O error: No space left on device (os error 28)")).kind == Kind.PERMANENT
+
+
+def test_the_command_line_tells_a_full_disk_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No stack trace, what is full, what is safe and how to go on."""
+    with no_room():
+        code = main(["run", str(JOBS / "quickstart.yaml"), "--into", str(tmp_path)])
+    lines = capsys.readouterr().err.splitlines()
+    assert code == EXIT_MISUSE
+    assert lines == [
+        f"redux: {tmp_path / 'quickstart' / 'job.yaml'}: File too large; raise the limit of file sizes (ulimit -f); "
+        "what is finished is safe: once this is mended, the same command goes on"
+    ]
