@@ -154,7 +154,7 @@ def _unwrap(error: BaseException) -> BaseException | None:
         if isinstance(inner, BaseException):
             # Ray Data's wrapper loses its cause when it is pickled; the stack trace still ends the cause's part with it
             if "UserCodeException" in _class_names(inner) and inner.__cause__ is None:
-                return _from_trace(str(getattr(error, "traceback_str", ""))) or inner
+                return _from_trace(str(error)) or inner
             return inner
     if "UserCodeException" in names:
         return error.__cause__

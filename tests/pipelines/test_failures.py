@@ -6,6 +6,7 @@ Errors behind Ray's wrappers are those of a real Ray: a task's, an actor's const
 import errno
 import os
 import resource
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import ray
 import ray.data
 import torch
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError, UserCodeException
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from safetensors import SafetensorError
@@ -108,6 +109,28 @@ TOLD = "/a: Permission denied; get the right to it, or name another folder"
 )
 def test_the_core_of_a_wrapper_is_told(error: BaseException) -> None:
     assert describe(error) == failures.Failure(Kind.PERMANENT, TOLD)
+
+
+def raise_in_ray_data() -> None:
+    try:
+        _refuse()
+    except ValueError as error:
+        raise UserCodeException("UDF failed.\nFailed after 1/1 attempts.") from error
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, lambda error: error.as_instanceof_cause()])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_core_of_ray_datas_wrapper_is_in_its_stack_trace(wrap: Callable[..., Any], depth: int) -> None:
+    """A wrapper's own cause is lost when it is pickled."""
+    trace, cause = "", UserCodeException("UDF failed.\nFailed after 1/1 attempts.")
+    try:
+        raise_in_ray_data()
+    except UserCodeException:
+        trace = traceback.format_exc()
+    error = wrap(RayTaskError("f", trace, cause))
+    for _ in range(1, depth):
+        error = wrap(RayTaskError("g", f'Traceback (most recent call last):\n  File "a", line 1\n{error}', error))
+    assert describe(error) == failures.Failure(Kind.PERMANENT, "set: got 1, allowed: 2")
 
 
 class Broken:
