@@ -192,16 +192,15 @@ class _Output(io.FileIO):
 
 
 def _survive_lost_outputs() -> None:
-    """Let what is written to nobody any more be no error: it would end a run, also one that makes its checkpoint."""
+    """Let what is written to nobody any more be no error: it would end a run, also one that makes its checkpoint.
+
+    Each line goes out at once, also to a file, where a run that is killed would take along what it has said.
+    """
     for name, errors in {"stdout": "strict", "stderr": "backslashreplace"}.items():
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):  # not where a test or a notebook has replaced it
             raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
-            setattr(
-                sys,
-                name,
-                io.TextIOWrapper(raw, stream.encoding, errors, line_buffering=stream.line_buffering),
-            )
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, errors, line_buffering=True))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

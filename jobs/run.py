@@ -75,7 +75,7 @@ def run(
     """Do what is left of the job in its run folder.
 
     until: the last step to do; None is the last of all.
-    watch: hears how the last stage gets on.
+    watch: hears how each stage gets on.
     patience_s: for another process that works on this run, before that is a ValueError.
     changed: go on although steps were done with other settings, or checkpoints are of other data or another model;
     otherwise that is a ValueError.
@@ -176,9 +176,7 @@ def steps(
     if job.model.pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""
-    result |= {
-        name: functools.partial(train.fit, plan, watch=watch if name == last else None) for name, plan in stages.items()
-    }
+    result |= {name: functools.partial(train.fit, plan, watch=watch) for name, plan in stages.items()}
     settings = job.evaluate
     if settings is None:
         result["report"] = lambda: _report(folder, [])

@@ -189,7 +189,9 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
             run.run(job, place, watch=watch, patience_s=PATIENCE_S)
             return _measured(job, place)
 
-        tuning.search(trials, folder, work, functools.partial(_show, folder=folder, jobs=jobs, tidied=set()))
+        after = functools.partial(_show, folder=folder, jobs=jobs, tidied=set())
+        stage = list(whole.train)[-1] if whole.train else None
+        tuning.search(trials, folder, work, after, stage, whole.recovery.grace_s)
     print(f"{search.name} is finished: {folder / 'search.html'}")
     for line in front.summary(trials.study):
         print(line)

@@ -13,9 +13,9 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from concurrent.futures import wait
-from contextlib import suppress
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from pipelines import failures, metrics
+from pipelines import failures, interrupts, metrics
+from pipelines.stage import Recovery
 from pipelines.train import StoppedError, Watch, aside, release
 from pipelines.trials import Prune, Trials, Try
 
@@ -41,13 +42,20 @@ Work = Callable[[Try, Path, Watch], dict[str, float]]
 After = Callable[[Trials], None]
 
 
-def search(trials: Trials, folder: Path, work: Work, after: After) -> None:
-    """Run what is left of the trials.
+def search(
+    trials: Trials, folder: Path, work: Work, after: After, stage: str | None = None, grace_s: float = Recovery.grace_s
+) -> None:
+    """Run what is left of the trials. A signal that stops the command stops those under way, which wait in the study.
 
-    folder: the search's; trial n has folder/trials/n.
-    work: is sent to the processes of the trials.
-    after: is called here whenever trials have ended.
-    Raises ValueError where one trial after another fails.  On Ctrl-C the trials under way end, and wait in the study.
+    Args:
+        folder: the search's; trial n has folder/trials/n.
+        work: is sent to the processes of the trials.
+        after: is called here whenever trials have ended.
+        stage: whose loss tells how a trial trains; None is any.
+        grace_s: for trials that train to make a checkpoint when they are stopped.
+
+    Raises:
+        ValueError: one trial after another fails.
     """
     settings = trials.settings
     every = (settings.prune or Prune()).every
@@ -60,9 +68,13 @@ def search(trials: Trials, folder: Path, work: Work, after: After) -> None:
         os.chdir(place)  # out of the folder that Tune gives it: paths in a job are from here
         os.environ.update(named)
         trial = Try(number=config["number"], values=json.loads(config["values"]))
-        with suppress(StoppedError):
-            found = work(trial, folder / FOLDER / f"{trial.number:04}", Reporter(every, trial.number, verdicts))
-            tune.report({"found": found})
+        try:
+            found = work(trial, folder / FOLDER / f"{trial.number:04}", Reporter(every, trial.number, verdicts, stage))
+        except StoppedError:
+            return
+        finally:
+            ray.get(verdicts.leave.remote(trial.number))
+        tune.report({"found": found})
 
     for name in ("ray.tune", "ray.tune.execution.tune_controller", "ray.tune.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what went wrong is in the study
@@ -82,13 +94,28 @@ def search(trials: Trials, folder: Path, work: Work, after: After) -> None:
         future = aside(tuner.fit)
         try:
             while not wait([future], timeout=0.5).done:
+                interrupts.check()
                 _show(trials, bar, after)
             future.result()
+        except KeyboardInterrupt:
+            trials.close()
+            _stop(verdicts, future, bar, grace_s)
+            raise
         finally:
             trials.close()
     after(trials)
     if trials.hopeless:
         raise ValueError(trials.hopeless)
+
+
+def _stop(verdicts: Any, future: Future[Any], bar: tqdm, grace_s: float) -> None:
+    """Have the trials that train make a checkpoint; the others have nothing to lose."""
+    end = time.monotonic() + grace_s
+    left = ray.get(verdicts.stop_all.remote())
+    if left:
+        bar.write("search: trials stop after a checkpoint; a second signal stops at once")
+    while left and time.monotonic() < end and not wait([future], timeout=0.2).done:
+        left = ray.get(verdicts.count_training.remote())
 
 
 class Asking(Searcher):
@@ -123,15 +150,30 @@ class Verdicts:
     """
 
     def __init__(self) -> None:
-        self.lagging = set[int]()
+        self.lagging, self.training = set[int](), set[int]()
+        self.over = False
 
     def stop(self, number: int) -> None:
         """The trial lags behind."""
         self.lagging.add(number)
 
-    def lags(self, number: int) -> bool:
-        """Whether the trial is to stop."""
-        return number in self.lagging
+    def stop_all(self) -> int:
+        """The search is stopped; returns how many trials train."""
+        self.over = True
+        return len(self.training)
+
+    def count_training(self) -> int:
+        """How many trials train."""
+        return len(self.training)
+
+    def lags(self, number: int, training: bool) -> bool:
+        """Whether the trial is to stop; training: whether a stage of it is under way."""
+        (self.training.add if training else self.training.discard)(number)
+        return self.over or number in self.lagging
+
+    def leave(self, number: int) -> None:
+        """The trial's driver ends."""
+        self.training.discard(number)
 
 
 class Hearing(FIFOScheduler):
@@ -154,14 +196,19 @@ class Hearing(FIFOScheduler):
 
 
 class Reporter:
-    """In a trial's driver: sends Tune the mean loss of each `every` steps, as the run folder has them."""
+    """In a trial's driver: sends Tune the mean loss of each `every` steps of a stage, as the run folder has them."""
 
-    def __init__(self, every: int, number: int, verdicts: Any) -> None:
-        self.every, self.number, self.verdicts, self.told = every, number, verdicts, 0
+    def __init__(self, every: int, number: int, verdicts: Any, stage: str | None = None) -> None:
+        self.every, self.number, self.verdicts, self.stage, self.told = every, number, verdicts, stage, 0
 
     def __call__(self, run: Path, stage: str, step: int, steps: int) -> bool:
+        if self.stage in (None, stage):
+            self._report(run, stage, step, steps)
+        return bool(ray.get(self.verdicts.lags.remote(self.number, step < steps)))
+
+    def _report(self, run: Path, stage: str, step: int, steps: int) -> None:
         if self.told + self.every > step:
-            return False
+            return
         losses = metrics.losses(run, stage)
         while self.told + self.every <= step:
             window = range(self.told + 1, self.told + self.every + 1)
@@ -171,7 +218,6 @@ class Reporter:
             self.told += self.every
             mean = sum(finite) / len(finite) if finite else sys.float_info.max
             tune.report({"step": self.told, "steps": steps, "loss": mean})  # returns when it was heard
-        return bool(ray.get(self.verdicts.lags.remote(self.number)))  # also what was found before a driver died
 
 
 def _bar(trials: Trials) -> tqdm:

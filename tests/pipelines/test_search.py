@@ -90,7 +90,7 @@ def test_means_are_over_whole_windows_however_late_they_are_asked_for(
     monkeypatch.setattr(search.tune, "report", told.append)
     monkeypatch.setattr(search.ray, "get", lambda reference: False)
 
-    never = SimpleNamespace(lags=SimpleNamespace(remote=lambda number: False))
+    never = SimpleNamespace(lags=SimpleNamespace(remote=lambda number, training: False))
 
     def record(steps: int) -> None:
         lines = [json.dumps({"stage": "s", "step": step, "loss": float(step)}) for step in range(1, steps + 1)]
