@@ -59,9 +59,8 @@ class Settings:
 class News:
     """What the driver shows: the last step and its loss, and what was said since it last asked.
 
-    phase: of workers that do no step yet.
+    phase: of workers that have done no step since they were started, so that nothing is to be saved; "" of others.
     starts: groups of workers that have begun so far; cursor: the step after which the last of them did.
-    at_work: whether there are workers that do steps.
     """
 
     step: int
@@ -71,7 +70,6 @@ class News:
     phase: str = STARTING
     starts: int = 0
     cursor: int = 0
-    at_work: bool = False
 
 
 class Recorder:
@@ -114,7 +112,6 @@ class Recorder:
         self.pool.submit(self._track, cursor)
         self.news.step = self.news.cursor = cursor
         self.news.starts += 1
-        self.news.at_work = True
         self.news.phase = "first batch"
         self._note("start", workers=workers, cursor=cursor, restore_s=restore_s)
         self.fail(self._excess(cursor))
@@ -149,7 +146,7 @@ class Recorder:
         The driver ends the run for what the user must mend, for the same error at the same step, and for too many
         faults in a row without a step further than before.
         """
-        self.news.phase, self.news.at_work = STARTING, False
+        self.news.phase = STARTING
         rank, cause = min(failures.items(), key=lambda item: (item[1].kind, item[0]))
         told, where = f"rank {rank}: {cause.text}", f"train.{self.settings.stage}"
         fault = (self.news.step, cause.pattern)

@@ -171,9 +171,9 @@ def _train(
             except (KeyboardInterrupt, StoppedError) as why:
                 ray.get(actor.stop.remote())
                 progress.show()
-                # workers that do no step have nothing to save, and end with Ray; only where the process goes on, and
-                # Ray with it, they are waited for
-                if progress.at_work or isinstance(why, StoppedError):
+                # workers that have done no step have nothing to save, and end with Ray; only where the process goes on,
+                # and Ray with it, they are waited for
+                if not progress.phase or isinstance(why, StoppedError):
                     again = "; a second signal stops at once" if isinstance(why, KeyboardInterrupt) else ""
                     bar.write(f"{plan.name}: stopping after a checkpoint{again}")
                     wait([future], timeout=plan.recovery.grace_s)
@@ -230,15 +230,13 @@ def _follow(progress: "Progress", future: Future[Any], stop: Callable[[int], boo
 
 
 class Progress:
-    """The bar of a stage, as the recorder knows it.
+    """The bar of a stage, as the recorder knows it. phase: before the first step of its workers."""
 
-    at_work: whether there are workers that do steps.
-    """
-
-    def __init__(self, recorder: Any, bar: tqdm) -> None:
-        self.recorder, self.bar = recorder, bar
-        self.starts, self.phase, self.at_work = 0, "", False
-        self.since, self.shortage = 0.0, ""
+    def __init__(self, actor: Any, bar: tqdm) -> None:
+        self.recorder, self.bar = actor, bar
+        self.starts, self.phase = 0, recorder.STARTING
+        self.since, self.shortage = time.monotonic(), ""
+        bar.set_postfix_str(self.phase)
 
     def show(self) -> str:
         """Show what is new; returns why the run must end, "" while it need not."""
@@ -256,7 +254,6 @@ class Progress:
         if news.loss is not None and not news.phase:
             self.bar.set_postfix_str(f"loss {news.loss:.3f}", refresh=False)
         self.bar.update(news.step - self.bar.n)
-        self.at_work = news.at_work
         return news.failed
 
     def _show_shortage(self) -> None:

@@ -7,14 +7,14 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._common.test_utils import wait_for_condition
 
 from pipelines import checkpoint, metrics
-from tests.jobs.stops import Command, Stopped, started
+from tests.jobs.stops import Stopped, started
 
 JOB: dict[str, Any] = {
     "name": "tiny",
@@ -82,7 +82,13 @@ def turn(role: str, text: str) -> dict[str, str]:
 
 
 def stop(
-    job: Path, into: Path, event: str, *numbers: signal.Signals, group: bool = False, words: tuple[str, ...] = (), **env: str
+    job: Path,
+    into: Path,
+    event: str,
+    *numbers: signal.Signals,
+    group: bool = False,
+    words: tuple[str, ...] = (),
+    **env: str,
 ) -> Stopped:
     """Start the job, send these signals when the event is seen, and look at what is left."""
     with started(["run", str(job), "--into", str(into), *words], env, attentive) as command:
@@ -121,13 +127,93 @@ def lost(run: Path) -> int:
     return metrics.steps(run, "instruct") - newest
 
 
-@pytest.mark.parametrize(
-    ("event", "number", "group"),
-    [("starting Ray", TERM, True), (STEP, TERM, True), (STEP, HUP, False)],
-    ids=["term-group-ray", "term-group-step", "hup-step"],
-)
-def test_a_stop_loses_no_step_and_leaves_nothing(
-    job: Path, tmp_path: Path, event: str, number: signal.Signals, group: bool
-) -> None:
-    assert_stopped(stop(job, tmp_path, event, number, group=group), tmp_path / "tiny")
-    assert lost(tmp_path / "tiny") == 0
+def test_a_signal_while_modules_are_imported_ends_the_command(job: Path, tmp_path: Path) -> None:
+    """Before there is anything to save: Python says what it has imported."""
+    stopped = stop(job, tmp_path, r"torch\._C", TERM, group=True, PYTHONPROFILEIMPORTTIME="1")
+    assert_stopped(stopped, tmp_path / "tiny")
+
+
+def test_a_signal_while_ray_starts_leaves_nothing_of_it(job: Path, tmp_path: Path) -> None:
+    assert_stopped(stop(job, tmp_path, "starting Ray", INT, group=True), tmp_path / "tiny")
+
+
+@pytest.mark.slow
+def test_a_stop_at_any_moment_loses_no_step_and_leaves_nothing(job: Path, tmp_path: Path) -> None:
+    """In one run folder, so that each start goes on where the one before was stopped."""
+    run = tmp_path / "tiny"
+    moments: list[tuple[str, tuple[signal.Signals, ...], bool]] = [
+        ("shards talk", (TERM,), False),
+        ("starting workers", (TERM,), True),
+        ("loading model", (HUP,), False),
+        ("first batch", (TERM,), True),
+        *((STEP, (number,), group) for number in (INT, TERM, HUP) for group in (False, True)),
+    ]
+    for event, numbers, group in moments:
+        before = metrics.steps(run, "instruct") if run.exists() else 0
+        assert_stopped(stop(job, tmp_path, event, *numbers, group=group), run)
+        assert lost(run) == 0, (event, numbers, group)
+        assert metrics.steps(run, "instruct") >= before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_a_second_signal_stops_at_once(job: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Also while a checkpoint is on its way, as after every step here: what is there of it does not count as one."""
+    run = tmp_path / "tiny"
+    words = ("train.instruct.checkpoint_every=1",)
+    assert_stopped(stop(job, tmp_path, STEP, number, number, group=True, words=words), run)
+    assert_stopped(stop(job, tmp_path, STEP, number, words=words), run)
+    assert lost(run) == 0
+
+
+@pytest.mark.slow
+def test_a_stop_of_an_evaluation_keeps_its_answers(job: Path, tmp_path: Path) -> None:
+    words = ("train.instruct.steps=5",)
+    answers = tmp_path / "tiny/answers/.easy_vqa.jsonl"
+    for event, number in ((r"evaluate:[^\r]*loading model", TERM), (r"evaluate:[^\r]*\| [1-9]\d*/600", INT)):
+        assert_stopped(stop(job, tmp_path, event, number, group=True, words=words), tmp_path / "tiny")
+    done = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert done
+    with started(["run", str(job), "--into", str(tmp_path), *words], {}, attentive) as command:
+        begun = command.wait_for(r"evaluate:[^\r]*\| (\d+)/600")
+        assert int(begun[1]) >= len(done), "what was answered is not asked again"
+
+
+@pytest.mark.slow
+def test_a_stop_of_a_search_loses_no_step_of_its_trials(job: Path, tmp_path: Path) -> None:
+    trial = tmp_path / "tiny/trials/0000"
+    with started(["run", str(job.parent / "search.yaml"), "--into", str(tmp_path)], {}, attentive) as command:
+        command.wait_for("search:")
+        wait_for_condition(lambda: trial.exists() and metrics.steps(trial, "instruct") > 0, timeout=240)
+        command.send(TERM, group=True)
+        stopped = command.end()
+    assert_stopped(stopped, trial)
+    assert lost(trial) == 0
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(job: Path, tmp_path: Path) -> None:
+    """The kernel sends SIGHUP, and takes nothing more that is written."""
+    run = tmp_path / "tiny"
+    controller, terminal = pty.openpty()
+    code = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+    )
+    words = [sys.executable, "-m", "jobs.command", "run", str(job), "--into", str(tmp_path)]
+    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        env=own,
+        preexec_fn=attentive,
+    )
+    os.close(terminal)
+    shown = ""
+    while not re.search(STEP, shown):
+        shown += os.read(controller, 4096).decode(errors="replace")
+    os.close(controller)
+    assert process.wait(timeout=120) == 130
+    assert lost(run) == 0
