@@ -9,12 +9,13 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import ssl
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -148,10 +149,11 @@ def _private() -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _own_sessions() -> Iterator[None]:
-    """Give each process that Ray starts here a session of its own, and end all of them, with what they started.
+    """Keep signals from the processes that Ray starts here, and end all of them, with what they started.
 
-    In the session of this process they would get the signals of its process group: Ctrl-C in a terminal, SIGTERM of
-    `timeout` and of schedulers. They would die before a checkpoint is made.
+    Each gets a session of its own. In that of this process they would get the signals of its process group: Ctrl-C in a
+    terminal, SIGTERM of `timeout` and of schedulers. They would die before a checkpoint is made. They also block these
+    signals, and so does what they start: systemd sends SIGTERM to every process of a service.
 
     The kernel kills them if this process is killed (PR_SET_PDEATHSIG). Where it has no such thing, Ray has a process
     that ends the process group, so there they stay in it.
@@ -159,9 +161,16 @@ def _own_sessions() -> Iterator[None]:
     started = list[int]()
 
     class Process(services.ConsolePopen):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, start_new_session=True, **kwargs)
+        def __init__(self, *args: Any, preexec_fn: Callable[[], None], **kwargs: Any) -> None:
+            def prepare() -> None:
+                preexec_fn()
+                signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
+
+            super().__init__(*args, start_new_session=True, preexec_fn=prepare, **kwargs)
             started.append(self.pid)
+
+        def terminate(self) -> None:
+            self.kill()
 
     if not ray_utils.detect_fate_sharing_support():
         yield

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -20,6 +21,8 @@ MARK = "REDUX_TEST_COMMAND"
 """In the environment of a command and of all that it starts."""
 
 ENDING_S = 120
+
+Receiver = Literal["command", "group", "all"]
 
 
 @dataclass(kw_only=True)
@@ -64,9 +67,15 @@ class Command:
             self.shown += part.decode(errors="replace")
         return found
 
-    def send(self, number: signal.Signals, group: bool = False) -> None:
-        """A signal to it, or to its process group."""
-        (os.killpg if group else os.kill)(self.process.pid, number)
+    def send(self, number: signal.Signals, to: Receiver = "command") -> None:
+        """A signal to it, to its process group, or to all that it has started, the command last."""
+        if to == "group":
+            os.killpg(self.process.pid, number)
+            return
+        for process in [*self.processes()] if to == "all" else []:
+            if process.pid != self.process.pid:
+                process.send_signal(number)
+        self.process.send_signal(number)
 
     def end(self) -> Stopped:
         """Wait for its end."""

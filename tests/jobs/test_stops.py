@@ -14,7 +14,7 @@ import pytest
 from ray._common.test_utils import wait_for_condition
 
 from pipelines import checkpoint, metrics
-from tests.jobs.stops import Stopped, started
+from tests.jobs.stops import Receiver, Stopped, started
 
 JOB: dict[str, Any] = {
     "name": "tiny",
@@ -86,7 +86,7 @@ def stop(
     into: Path,
     event: str,
     *numbers: signal.Signals,
-    group: bool = False,
+    to: Receiver = "command",
     words: tuple[str, ...] = (),
     **env: str,
 ) -> Stopped:
@@ -94,10 +94,10 @@ def stop(
     with started(["run", str(job), "--into", str(into), *words], env, attentive) as command:
         command.wait_for(event)
         for number in numbers[:1]:
-            command.send(number, group)
+            command.send(number, to)
         for number in numbers[1:]:
             command.wait_for("a second signal stops at once")
-            command.send(number, group)
+            command.send(number, to)
         return command.end()
 
 
@@ -129,29 +129,34 @@ def lost(run: Path) -> int:
 
 def test_a_signal_while_modules_are_imported_ends_the_command(job: Path, tmp_path: Path) -> None:
     """Before there is anything to save: Python says what it has imported."""
-    stopped = stop(job, tmp_path, r"torch\._C", TERM, group=True, PYTHONPROFILEIMPORTTIME="1")
+    stopped = stop(job, tmp_path, r"torch\._C", TERM, to="group", PYTHONPROFILEIMPORTTIME="1")
     assert_stopped(stopped, tmp_path / "tiny")
 
 
 def test_a_signal_while_ray_starts_leaves_nothing_of_it(job: Path, tmp_path: Path) -> None:
-    assert_stopped(stop(job, tmp_path, "starting Ray", INT, group=True), tmp_path / "tiny")
+    assert_stopped(stop(job, tmp_path, "starting Ray", INT, to="group"), tmp_path / "tiny")
 
 
 @pytest.mark.slow
 def test_a_stop_at_any_moment_loses_no_step_and_leaves_nothing(job: Path, tmp_path: Path) -> None:
     """In one run folder, so that each start goes on where the one before was stopped."""
     run = tmp_path / "tiny"
-    moments: list[tuple[str, tuple[signal.Signals, ...], bool]] = [
-        ("shards talk", (TERM,), False),
-        ("starting workers", (TERM,), True),
-        ("loading model", (HUP,), False),
-        ("first batch", (TERM,), True),
-        *((STEP, (number,), group) for number in (INT, TERM, HUP) for group in (False, True)),
+    moments: list[tuple[str, signal.Signals, Receiver]] = [
+        ("shards talk", TERM, "command"),
+        ("starting workers", TERM, "group"),
+        ("loading model", HUP, "command"),
+        ("first batch", TERM, "group"),
+        (STEP, INT, "command"),
+        (STEP, INT, "group"),
+        (STEP, TERM, "command"),
+        (STEP, TERM, "group"),
+        (STEP, TERM, "all"),
+        (STEP, HUP, "group"),
     ]
-    for event, numbers, group in moments:
+    for event, number, to in moments:
         before = metrics.steps(run, "instruct") if run.exists() else 0
-        assert_stopped(stop(job, tmp_path, event, *numbers, group=group), run)
-        assert lost(run) == 0, (event, numbers, group)
+        assert_stopped(stop(job, tmp_path, event, number, to=to), run)
+        assert lost(run) == 0, (event, number, to)
         assert metrics.steps(run, "instruct") >= before
 
 
@@ -161,7 +166,7 @@ def test_a_second_signal_stops_at_once(job: Path, tmp_path: Path, number: signal
     """Also while a checkpoint is on its way, as after every step here: what is there of it does not count as one."""
     run = tmp_path / "tiny"
     words = ("train.instruct.checkpoint_every=1",)
-    assert_stopped(stop(job, tmp_path, STEP, number, number, group=True, words=words), run)
+    assert_stopped(stop(job, tmp_path, STEP, number, number, to="group", words=words), run)
     assert_stopped(stop(job, tmp_path, STEP, number, words=words), run)
     assert lost(run) == 0
 
@@ -171,7 +176,7 @@ def test_a_stop_of_an_evaluation_keeps_its_answers(job: Path, tmp_path: Path) ->
     words = ("train.instruct.steps=5",)
     answers = tmp_path / "tiny/answers/.easy_vqa.jsonl"
     for event, number in ((r"evaluate:[^\r]*loading model", TERM), (r"evaluate:[^\r]*\| [1-9]\d*/600", INT)):
-        assert_stopped(stop(job, tmp_path, event, number, group=True, words=words), tmp_path / "tiny")
+        assert_stopped(stop(job, tmp_path, event, number, to="group", words=words), tmp_path / "tiny")
     done = [json.loads(line) for line in answers.read_text().splitlines()]
     assert done
     with started(["run", str(job), "--into", str(tmp_path), *words], {}, attentive) as command:
@@ -185,7 +190,7 @@ def test_a_stop_of_a_search_loses_no_step_of_its_trials(job: Path, tmp_path: Pat
     with started(["run", str(job.parent / "search.yaml"), "--into", str(tmp_path)], {}, attentive) as command:
         command.wait_for("search:")
         wait_for_condition(lambda: trial.exists() and metrics.steps(trial, "instruct") > 0, timeout=240)
-        command.send(TERM, group=True)
+        command.send(TERM, "group")
         stopped = command.end()
     assert_stopped(stopped, trial)
     assert lost(trial) == 0
