@@ -1,6 +1,7 @@
 """A model to load with `from_pretrained`: a checkpoint of a run, or a model folder with names that need converting."""
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from jobs import schema
@@ -23,6 +24,15 @@ def write(source: Path, stage: str | None, step: int | None, out: str) -> str:
     """
     if export.finished(out) or storage.names(out):
         raise ValueError(f"out: got {out}, which holds files, allowed: an empty or new folder")
+    try:
+        return _write(source, stage, step, out)
+    except BaseException:  # what is there of it would be in the way of the same command
+        with suppress(OSError, ValueError):
+            storage.remove_folder(out)
+        raise
+
+
+def _write(source: Path, stage: str | None, step: int | None, out: str) -> str:
     if (source / JOB).exists():
         return _write_checkpoint(source, stage, step, out)
     if not (source / "config.json").exists():

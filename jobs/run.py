@@ -433,10 +433,14 @@ def _assemble(job: Job, folder: Path) -> None:
     whole, tokenizer = _assembled(job.model, torch.bfloat16 if half else torch.float32)
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    with failures.locate_errors(folder):
-        whole.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-    os.replace(unfinished, folder)
+    try:
+        with failures.locate_errors(folder):
+            whole.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, folder)
+    except BaseException:  # a disk that is full, or a signal
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def _assembled(model: Model, dtype: torch.dtype) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:

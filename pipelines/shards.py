@@ -98,6 +98,8 @@ def make(records: Sequence[Any], images: str, out: str, making: Making) -> dict[
     if finished:
         return before
     storage.write(path, _json({"asked": asked}))
+    for folder in (out, storage.join(out, UNFINISHED)):
+        storage.remove_partial(folder)
     seen: set[bytes] = set()
     faults = [_fault(record, making, seen) for record in records]
     each = making.samples_per_shard

@@ -14,6 +14,7 @@ Ranges go out from a thread each and not through fsspec's cat_ranges: that waits
 can be tried again, and one by one where a filesystem is not asynchronous (hf://); threads cost 0.2 ms of CPU a request.
 """
 
+import glob
 import logging
 import mmap
 import os
@@ -26,6 +27,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http.client import IncompleteRead
@@ -240,6 +242,14 @@ def remove_folder(url: str) -> None:
         remove(join(url, name))
     if _is_local(url):
         shutil.rmtree(_open(url)[1], ignore_errors=True)
+
+
+def remove_partial(url: str) -> None:
+    """Remove files directly in a folder whose writers were killed in the middle; object stores have no such files."""
+    if _is_local(url):
+        for path in glob.glob(os.path.join(glob.escape(_open(url)[1]), f".*{PARTIAL}")):
+            with suppress(FileNotFoundError):
+                os.remove(path)
 
 
 def remove_tree(url: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from jobs import command
-from pipelines import interrupts
+from pipelines import interrupts, storage
 
 QUICKSTART = Path("jobs/quickstart.yaml")
 ROOT = Path(__file__).parents[2]
@@ -259,3 +259,20 @@ def test_what_cost_cannot_show_is_named_in_a_line(arguments: list[str], said: st
     assert told.returncode == 2
     assert said in told.stderr.splitlines()[-1]
     assert not told.stdout
+
+
+def test_an_export_that_is_stopped_leaves_nothing_in_the_way_of_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from jobs import export
+
+    out = tmp_path / "out"
+
+    def half(*arguments: Any) -> str:
+        storage.write(str(out / "config.json"), b"{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_write", half)
+    with pytest.raises(KeyboardInterrupt):
+        export.write(tmp_path, None, None, str(out))
+    assert not out.exists()

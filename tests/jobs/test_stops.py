@@ -175,12 +175,12 @@ def test_a_second_signal_stops_at_once(job: Path, tmp_path: Path, number: signal
 def test_a_stop_of_an_evaluation_keeps_its_answers(job: Path, tmp_path: Path) -> None:
     words = ("train.instruct.steps=5",)
     answers = tmp_path / "tiny/answers/.easy_vqa.jsonl"
-    for event, number in ((r"evaluate:[^\r]*loading model", TERM), (r"evaluate:[^\r]*\| [1-9]\d*/600", INT)):
+    for event, number in ((r"evaluate:[^\r]*loading model", TERM), (r"evaluate:[^\r]*\| [1-9]\d*/\d+", INT)):
         assert_stopped(stop(job, tmp_path, event, number, to="group", words=words), tmp_path / "tiny")
     done = [json.loads(line) for line in answers.read_text().splitlines()]
     assert done
     with started(["run", str(job), "--into", str(tmp_path), *words], {}, attentive) as command:
-        begun = command.wait_for(r"evaluate:[^\r]*\| (\d+)/600")
+        begun = command.wait_for(r"evaluate:[^\r]*\| (\d+)/\d+")
         assert int(begun[1]) >= len(done), "what was answered is not asked again"
 
 

@@ -431,3 +431,12 @@ def test_nobody_listening_is_a_dropped_connection(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
         with pytest.raises(OSError, match=f"{bucket}/x: given up after 8 tries .*, at last connection"):
             storage.write(f"{bucket}/x", b"")
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    storage.write(str(tmp_path / "whole"), b"x")
+    (tmp_path / f".whole.1{storage.PARTIAL}").touch()
+    (tmp_path / ".hidden").touch()
+    storage.remove_partial(str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", ".hidden"}
+    storage.remove_partial(str(tmp_path / "missing"))
