@@ -107,7 +107,8 @@ def attentive() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def assert_stopped(stopped: Stopped, run: Path) -> None:
+def assert_stopped(stopped: Stopped, run: Path, torn: int = 0) -> None:
+    """torn: how many checkpoints may be there by half, of which the next start takes none and removes each."""
     assert stopped.code == 130, stopped.shown
     assert "Traceback" not in stopped.shown
     assert stopped.shown.rstrip().endswith("the same command goes on from the last checkpoint"), stopped.shown
@@ -116,8 +117,8 @@ def assert_stopped(stopped: Stopped, run: Path) -> None:
     assert [path for path in stopped.files if not re.fullmatch(r"torchinductor_[^/]*|ray", path)] == []
     unfinished = [path for path in run.rglob("*") if re.search(r"\.(partial|tmp)|/\.held$|/\.probe$", str(path))]
     assert unfinished == []
-    for folder in (run / "checkpoints").glob("*/step-*"):
-        assert (folder / checkpoint.MANIFEST).exists(), "a checkpoint is whole or not there"
+    halves = [path for path in (run / "checkpoints").glob("*/step-*") if not (path / checkpoint.MANIFEST).exists()]
+    assert len(halves) <= torn
 
 
 def lost(run: Path) -> int:
@@ -166,7 +167,7 @@ def test_a_second_signal_stops_at_once(job: Path, tmp_path: Path, number: signal
     """Also while a checkpoint is on its way, as after every step here: what is there of it does not count as one."""
     run = tmp_path / "tiny"
     words = ("train.instruct.checkpoint_every=1",)
-    assert_stopped(stop(job, tmp_path, STEP, number, number, to="group", words=words), run)
+    assert_stopped(stop(job, tmp_path, STEP, number, number, to="group", words=words), run, torn=1)
     assert_stopped(stop(job, tmp_path, STEP, number, words=words), run)
     assert lost(run) == 0
 
