@@ -413,7 +413,7 @@ def _shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence
         record
         for name in sorted(mixed - records.keys())
         for record in shards.Shards(sets[name]).records()
-        if check.fault({"id": name, **record}, None) is None
+        if check.find_fault(record, None) is None
     )
     texts = (
         "".join(piece for piece, _ in template.spans(record["conversations"]))

@@ -24,11 +24,17 @@ def make(arguments: argparse.Namespace) -> None:
         fit=arguments.fit,
         tolerance=arguments.tolerance,
     )
+    finished = shards.is_finished(arguments.out)
     with cluster.session():
         summary = shards.make(given, images, arguments.out, making)
+    if finished:
+        print(
+            f"{arguments.out}: finished already, left as it is; images were not looked at again. To make it anew, "
+            "delete the folder or name another"
+        )
     print(f"{arguments.out}: {summary['kept']} of {summary['records']} records kept")
     for reason, count in summary["quarantined"].items():
-        print(f"{count:>10} {reason}: {records.REASONS[reason]}")
+        print(f"{count:>10} {reason}: {records.REASONS.get(reason, 'kept out by an older version')}")
 
 
 def index(arguments: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipelines import storage
 from pipelines.order import Order
-from pipelines.records import REASONS, fault
+from pipelines.records import find_fault
 from pipelines.shards import Sample, Shards, read
 from redux.conversation import CONTEXT, IGNORE, IMAGE, TEMPLATES, encode, pad
 from redux.image import pixels
@@ -154,9 +154,9 @@ class Reader:
     def _made(self, sample: Sample, place: int) -> tuple[Row, UInt8[np.ndarray, "height width 3"] | None]:
         """The sample's text and image, varied as asked for by chance of (seed, place in the stream)."""
         # tars of others may hold anything; an image without a tag would go to another sample's
-        form = {"id": sample.key, "conversations": sample.record.get("conversations")}
-        if reason := fault({**form, "image": "image"} if sample.image else form, None):
-            raise ValueError(f"{reason}: {REASONS[reason]}")
+        form = {"conversations": sample.record.get("conversations")}
+        if fault := find_fault({**form, "image": "image"} if sample.image else form, None):
+            raise ValueError(f"{fault.reason}: {fault.why}: {fault.field}: got {fault.value}")
         chance = np.random.default_rng((self.order.seed, place)) if self.flip or self.rounds else None
         image = pixels(sample.image, self.image_size, self.fit, self.way).transpose(1, 2, 0) if sample.image else None
         if self.flip and chance and chance.random() < 0.5 and image is not None:
@@ -220,7 +220,8 @@ def caption(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
     """CLIP's side of a sample: what the assistant says first, as `<s> caption </s>`; beyond CONTEXT it is cut."""
     if not sample.image:
         raise ValueError(f"sample {sample.key}: text alone, allowed in a contrastive stage: an image and its caption")
-    ids = tokenizer(sample.record["conversations"][1]["value"], truncation=True, max_length=CONTEXT - 1)["input_ids"]
+    said = sample.record["conversations"][1]["value"].replace(IMAGE, "")
+    ids = tokenizer(said, truncation=True, max_length=CONTEXT - 1)["input_ids"]
     return {"input_ids": np.array([*ids, tokenizer.eos_token_id])}
 
 

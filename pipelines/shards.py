@@ -7,7 +7,7 @@ unpickled.
 
     out/000000.tar, 000001.tar, ...     KEY.jpg (or png, ...), KEY.json, KEY.jpg, ...; KEY the record's number
     out/index.arrow                     a row a sample, in the order of the records: SCHEMA
-    out/quarantine.jsonl                {"number", "id", "reason"} of each record that is in no shard
+    out/quarantine.jsonl                {"number", "id", "reason", "field", "value", "why"} of each record in no shard
     out/summary.json                    what was asked, records put in, samples kept, records kept out by reason
 
 The index comes last: without it there is no set.  Before, `out/unfinished/` holds a part of it for each shard that is
@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from pipelines import interrupts, storage, tars
 from pipelines import records as check
+from pipelines.images import ImageFolder, OutsideError, decode
 from pipelines.sets import Making
 from redux.image import prepared
 from redux.settings import Fit
@@ -77,7 +78,8 @@ class Sample:
     @property
     def id(self) -> str:
         """The record's own id, which may repeat; the key where it has none."""
-        return str(self.record.get("id", self.key))
+        name = self.record.get("id")
+        return self.key if name is None else str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def make(records: Sequence[Any], images: str, out: str, making: Making) -> dict[str, Any]:
@@ -90,18 +92,20 @@ def make(records: Sequence[Any], images: str, out: str, making: Making) -> dict[
     """
     asked = {**asdict(making), "records": hashlib.sha256(_json(records)).hexdigest()}
     del asked["tolerance"]  # more may be tolerated after all
-    path, finished = storage.join(out, SUMMARY), storage.exists(storage.join(out, INDEX))
-    before = json.loads(storage.read(path)) if storage.exists(path) else {"asked": None if finished else asked}
+    path, finished = storage.join(out, SUMMARY), is_finished(out)
+    before = _asked_before(out, asked)
     made = finished or storage.names(storage.join(out, UNFINISHED))
     if made and before["asked"] != asked:
-        raise ValueError(f"{out}: holds shards of other records or settings, allowed: an empty folder")
+        raise ValueError(
+            f"{out}: holds shards of other records or settings, allowed: an empty folder; delete it, or name another"
+        )
     if finished:
         return before
     storage.write(path, _json({"asked": asked}))
     for folder in (out, storage.join(out, UNFINISHED)):
         storage.remove_partial(folder)
     seen: set[bytes] = set()
-    faults = [_fault(record, making, seen) for record in records]
+    faults = [_find_fault(record, making, seen) for record in records]
     each = making.samples_per_shard
     done, left, already = set(storage.names(storage.join(out, UNFINISHED))), list[dict[str, Any]](), 0
     for number, first in enumerate(range(0, len(records), each)):
@@ -123,33 +127,58 @@ def make(records: Sequence[Any], images: str, out: str, making: Making) -> dict[
     return _finish(records, out, making, asked, -(-len(records) // each))
 
 
-def _fault(record: Any, making: Making, seen: set[bytes]) -> str | None:
+def is_finished(out: str) -> bool:
+    """Whether the folder holds a finished set."""
+    return storage.exists(storage.join(out, INDEX))
+
+
+def _asked_before(out: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a making in this folder, or what begins one.
+
+    Raises:
+        ValueError: the folder holds what no making left there, which would be overwritten.
+    """
+    path, tarred = storage.join(out, SUMMARY), [name for name in storage.names(out) if name.endswith(".tar")]
+    if storage.exists(path):
+        try:
+            before = json.loads(storage.read(path))
+        except ValueError:
+            before = None
+        if isinstance(before, dict) and "asked" in before:
+            return before
+        raise ValueError(f"{path}: no summary of shards, allowed: a folder for the set alone; name another")
+    if is_finished(out):
+        return {"asked": None}
+    if tarred:
+        raise ValueError(f"{out}: holds tars that were not made here ({tarred[0]}), allowed: an empty folder")
+    return {"asked": asked}
+
+
+def _find_fault(record: Any, making: Making, seen: set[bytes]) -> check.Fault | None:
     digest = hashlib.sha256(_json(record)).digest()
     if digest in seen:
-        return "duplicate"
+        return check.Fault("duplicate", "", check.shorten(record))
     seen.add(digest)
-    return check.fault(record, making.words)
+    return check.find_fault(record, making.words)
 
 
 def _shard(block: dict[str, Any], images: str, out: str, making: Making) -> dict[str, Any]:
     """Write one shard, then its part of the index."""
     import webdataset  # brings torch along, which readers do without
 
-    kept, out_of = 0, []
+    kept, quarantined, folder = 0, [], ImageFolder(images)
     given, faults = json.loads(block["records"]), json.loads(block["faults"])
     buffer = io.BytesIO()
     # fixed times and owner: equal records give equal bytes
     with webdataset.TarWriter(buffer, mtime=0, user="redux", group="redux") as tar:
-        for number, (record, fault) in enumerate(zip(given, faults, strict=True), start=block["first"]):
+        for number, (record, found) in enumerate(zip(given, faults, strict=True), start=block["first"]):
+            fault = check.Fault(*found) if found else None
             member = {"__key__": f"{number:09d}", "json": record}
-            if not fault and "image" in record:
-                fault, image = _image(storage.join(images, check.inside(record["image"]) or ""), making)
-                suffix = posixpath.splitext(record["image"])[1].lower().removeprefix(".")
-                suffix = suffix if suffix in tars.IMAGES else "img"  # a.json is the record, and a.txt no image
-                member = {"__key__": member["__key__"], "ppm" if making.size else suffix: image, "json": record}
+            if not fault and check.has_image(record):
+                fault, suffix, image = _image(folder, record["image"], making)
+                member = {"__key__": member["__key__"], suffix: image, "json": record}
             if fault:
-                name = record.get("id") if isinstance(record, dict) else None
-                out_of.append({"number": number, "id": name, "reason": fault})
+                quarantined.append(_entry(number, record, fault))
                 continue
             tar.write(member)
             kept += 1
@@ -158,24 +187,39 @@ def _shard(block: dict[str, Any], images: str, out: str, making: Making) -> dict
     if len(rows) != kept:
         raise RuntimeError(f"{storage.join(out, name)}: of {kept} samples written {len(rows)} are read")
     storage.write(storage.join(out, name), data)
-    table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"quarantine": json.dumps(out_of)})
+    table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"quarantine": json.dumps(quarantined)})
     storage.write(storage.join(out, UNFINISHED, f"{block['shard']:06d}.arrow"), ipc_file(table))
     return {"records": len(given)}
 
 
-def _image(url: str, making: Making) -> tuple[str | None, bytes]:
-    """The reason to keep the image out, if any, and the bytes to store."""
+def _entry(number: int, record: Any, fault: check.Fault) -> dict[str, Any]:
+    """A line of the quarantine list: UTF-8, and JSON for any reader."""
+    name = record.get("id") if isinstance(record, dict) else None
+    plain = name if name is None or (isinstance(name, int) and abs(name) < 2**63) else check.shorten(name)
+    return {
+        "number": number,
+        "id": plain,
+        "reason": fault.reason,
+        "field": fault.field,
+        "value": fault.value,
+        "why": fault.why,
+    }
+
+
+def _image(folder: ImageFolder, path: str, making: Making) -> tuple[check.Fault | None, str, bytes]:
+    """The reason to keep the image out, if any; the suffix and the bytes to store."""
     try:
-        image = storage.read(url)
-    except ValueError:  # not there, or nobody may read it
-        return "missing image", b""
-    fault = check.image_fault(url, image)
-    if fault or not making.size:
-        return fault, image
-    try:
-        return None, prepared(image, making.size, making.fit)
-    except ValueError:  # a square of it would be too large
-        return "broken image", b""
+        image = folder.read(path)
+        suffix = decode(image)
+        if making.size:
+            suffix, image = "ppm", prepared(image, making.size, making.fit)
+    except OutsideError:
+        return check.Fault("outside", "image", check.shorten(path)), "", b""
+    except FileNotFoundError:
+        return check.Fault("missing image", "image", check.shorten(path)), "", b""
+    except (ValueError, MemoryError) as error:  # also where a square of it would be too large
+        return check.Fault("broken image", "image", check.shorten(path), check.shorten(str(error))), "", b""
+    return None, suffix, image
 
 
 def _finish(records: Sequence[Any], out: str, making: Making, asked: dict, shards: int) -> dict[str, Any]:
@@ -193,10 +237,7 @@ def _finish(records: Sequence[Any], out: str, making: Making, asked: dict, shard
         for name, part in zip(names, parts, strict=True):
             if json.loads(part.schema.metadata[b"quarantine"]):
                 storage.remove(name)  # a second start looks again, since files can be mended
-        raise ValueError(
-            f"{out}: {len(listed)} of {len(records)} records cannot be used ({_counts(reasons)}), allowed: "
-            f"{making.tolerance:.2%}; {storage.join(out, QUARANTINE)} lists them"
-        )
+        raise ValueError(f"{out}: {_refusal(listed, len(records), reasons, making)} {storage.join(out, QUARANTINE)}")
     storage.write(storage.join(out, SUMMARY), json.dumps(summary, indent=2).encode())
     write_index(out, pa.concat_tables([part.replace_schema_metadata() for part in parts] or [SCHEMA.empty_table()]))
     for name in names:
@@ -204,12 +245,25 @@ def _finish(records: Sequence[Any], out: str, making: Making, asked: dict, shard
     return summary
 
 
-def _counts(reasons: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+def _refusal(listed: list[dict[str, Any]], records: int, reasons: dict[str, int], making: Making) -> str:
+    """Why there is no set, with an example; where all records fail alike it is their form that is wrong."""
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    first = {"field": "", "value": "", "why": "", **listed[0]}  # an older version's part has the reason alone
+    example = f"record {first['number']}: {first['field'] or 'the record'}: got {first['value']}: {first['why']}"
+    if len(listed) == records > 1 and len(reasons) == 1 and first["reason"] not in ("missing image", "broken image"):
+        return (
+            f"all {records} records cannot be used for one reason ({counts}), so the form of the file is wrong; "
+            f"{example}; allowed: a list of records of LLaVA's form in UTF-8; all are listed in"
+        )
+    return (
+        f"{len(listed)} of {records} records cannot be used ({counts}), allowed: {making.tolerance:.2%}; first "
+        f"{example}; all are listed in"
+    )
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
+    """JSON that `json.loads` reads, halves of characters included."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def write_index(out: str, table: pa.Table) -> None:

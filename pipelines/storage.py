@@ -132,7 +132,7 @@ def read(url: str) -> bytes:
 def mapped(url: str) -> bytes | mmap.mmap:
     """The whole of a large file: a local one mapped into memory, others read in ranges, side by side."""
     length = size(url)
-    if _is_local(url) and length:
+    if is_local(url) and length:
         with open(_open(url)[1], "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return b"".join(read_ranges([(url, at, min(at + BLOCK, length)) for at in range(0, length, BLOCK)]))
@@ -145,7 +145,7 @@ def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
     before a range of it does.
     """
     until = time.monotonic() + RETRY.deadline_s
-    if all(_is_local(url) for url, _, _ in ranges):
+    if all(is_local(url) for url, _, _ in ranges):
         return [_read_block(one, until) for one in ranges]
     wanted = [one for one in ranges if one[1] < one[2]]
     columns = ([one[part] for one in wanted] for part in range(3))
@@ -240,7 +240,7 @@ def remove_folder(url: str) -> None:
     """Remove the files directly in a folder, and a local folder itself, if it is there."""
     for name in names(url):
         remove(join(url, name))
-    if _is_local(url):
+    if is_local(url):
         shutil.rmtree(_open(url)[1], ignore_errors=True)
 
 
@@ -279,7 +279,7 @@ def join(url: str, *names: str) -> str:
 
 def absolute(url: str) -> str:
     """The URL, or the local path from the root on and without links; no slash at its end."""
-    return os.path.realpath(url.rpartition("://")[2]) if _is_local(url) else url.rstrip("/")
+    return os.path.realpath(url.rpartition("://")[2]) if is_local(url) else url.rstrip("/")
 
 
 def retries() -> dict[str, int]:
@@ -331,13 +331,14 @@ class _Local:
     rm_file = os.remove
 
 
-def _is_local(url: str) -> bool:
+def is_local(url: str) -> bool:
+    """Whether the URL is a path on this machine."""
     return split_protocol(url)[0] in (None, "file", "local")
 
 
 def _open(url: str) -> tuple[Any, str]:
     """The process's filesystem for the URL, and the path there."""
-    if _is_local(url):
+    if is_local(url):
         return _Local, url.rpartition("://")[2]
     options: dict[str, Any] = {"use_listings_cache": False}  # others write too
     on_s3 = split_protocol(url)[0] in ("s3", "s3a")
@@ -392,7 +393,7 @@ def _retried(url: str, work: Callable[[Any, str, float], T], until: float | None
             raise
 
     try:
-        if _is_local(url):
+        if is_local(url):
             return once()
         return Retrying(
             retry=retry_if_exception(lambda error: _kind(error) is not None),
@@ -465,7 +466,7 @@ def _meant(url: str, error: Exception) -> Exception:
         return ValueError(f"{at}: bytes past its end are wanted; {told}")
     if isinstance(error, ValueError) or any(base.__name__ == "BotoCoreError" for base in type(error).__mro__):
         return ValueError(f"{at}: {told}, allowed: a path, or a URL such as s3://bucket/key")
-    if isinstance(error, OSError) and error.errno and error.strerror and _is_local(url):
+    if isinstance(error, OSError) and error.errno and error.strerror and is_local(url):
         return OSError(error.errno, error.strerror, at)
     return OSError(f"{at}: {told}") if isinstance(error, OSError) else error
 

@@ -323,10 +323,11 @@ def _settle(sample: TarSample, data: Bytes) -> None:
         return
     if sample.image:
         said = {**said, "image": f"image.{sample.image.suffix}"}  # the tar's, whatever path it had before
-    elif "image" in said:
+    elif records.has_image(said):
         sample.fault = "missing image"
         return
-    sample.fault = records.fault({"id": plain_text(sample.key), **said}, None)
+    found = records.find_fault(said, None)
+    sample.fault = found and found.reason
     if not sample.fault:
         sample.words = records.length(said)
 

@@ -146,6 +146,58 @@ def test_an_image_is_an_image_whatever_its_file_is_called(
     assert [sample.record for sample in stored] == given
 
 
+def test_a_member_has_the_suffix_of_its_images_format(
+    in_process: Callable[[], AbstractContextManager[None]], records: list[dict], pictures: Path, tmp_path: Path
+):
+    for name in ("a.jpg", "b.JPEG", "c.txt"):
+        (tmp_path / name).write_bytes((pictures / records[0]["image"]).read_bytes())
+    given = [{**records[0], "image": name} for name in ("a.jpg", "b.JPEG", "c.txt")]
+    with in_process():
+        make(given, str(tmp_path), str(tmp_path / "out"), Making())
+    with tarfile.open(tmp_path / "out" / "000000.tar") as tar:
+        assert [Path(name).suffix for name in tar.getnames() if not name.endswith(".json")] == [".png"] * 3
+
+
+def test_records_that_all_fail_alike_are_of_another_form(
+    in_process: Callable[[], AbstractContextManager[None]], records: list[dict], pictures: Path, tmp_path: Path
+):
+    turns = [{"from": "user", "value": "<image>"}, {"from": "assistant", "value": "A."}]
+    given = [{**record, "conversations": turns} for record in records]
+    with (
+        in_process(),
+        pytest.raises(ValueError, match=r'the form of the file is wrong.*got user: turns are not "human'),
+    ):
+        make(given, str(pictures), str(tmp_path), Making())
+
+
+def test_odd_values_leave_a_list_that_is_json_in_utf8(
+    in_process: Callable[[], AbstractContextManager[None]], records: list[dict], pictures: Path, tmp_path: Path
+):
+    ids = ["\ud83d", 10**1000, float("nan"), {"a": ["\udc00"]}, "x" * 1000, None, True, 7]
+    given = [{**records[0], "id": name, "image": "none\ud83d.png"} for name in ids]
+    kept = [{**records[0], "id": name, "more\ud83d": float("inf")} for name in ids]
+    with in_process():
+        summary = make([*given, *kept], str(pictures), str(tmp_path), Making(tolerance=0.5))
+    assert (summary["kept"], summary["quarantined"]) == (len(ids), {"missing image": len(ids)})
+    for line in (tmp_path / QUARANTINE).read_text("utf-8").splitlines():
+        entry = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+        assert (entry["field"], entry["value"]) == ("image", "none\\ud83d.png")
+        assert len(line) < 1000
+    assert all(sample.id.encode() for sample in Shards(tmp_path).read(range(len(ids))))
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    in_process: Callable[[], AbstractContextManager[None]], records: list[dict], pictures: Path, tmp_path: Path
+):
+    for name, data in (("000000.tar", b"mine"), (SUMMARY, b"mine"), (SUMMARY, b"{}")):
+        out = tmp_path / f"{name}{len(data)}"
+        out.mkdir()
+        (out / name).write_bytes(data)
+        with in_process(), pytest.raises(ValueError, match=re.escape(str(out)) + ".*allowed: a"):
+            make(records, str(pictures), str(out), Making())
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == {name: data}
+
+
 def test_a_folder_without_an_index_is_no_set(tmp_path: Path):
     with pytest.raises(ValueError, match=f"{tmp_path}: no shards here, {INDEX} is missing"):
         Shards(tmp_path)
@@ -350,15 +402,14 @@ def test_a_finished_set_has_no_other_files_than_these(stored: Shards):
 def spoilt(records: list[dict], pictures: Path) -> tuple[list[Any], dict[int, str]]:
     """The records, some of them spoilt, and the reason of each of those by number."""
     (pictures / "cut.png").write_bytes((pictures / "0.png").read_bytes()[:60])
-    (pictures / "gif.jpg").write_bytes((pictures / "0.png").read_bytes())
     result, reasons = [dict(record) for record in records], {}
     for number, (changes, reason) in {
         1: ({"image": "none.png"}, "missing image"),
         2: ({"image": "cut.png"}, "broken image"),
-        5: ({"image": "gif.jpg"}, "mislabelled image"),
+        5: ({"video": "gif.mp4"}, "video"),
         6: ({"image": "../images/0.png"}, "outside"),
         9: ({"conversations": []}, "roles"),
-        21: ({"id": None}, "malformed"),
+        21: ({"conversations": None}, "malformed"),
     }.items():
         result[number] |= changes
         reasons[number] = reason
@@ -381,6 +432,15 @@ def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_kept(
     summary = make(given, str(pictures), str(tmp_path), Making(samples_per_shard=size, tolerance=0.5))
     listed = [json.loads(line) for line in (tmp_path / QUARANTINE).read_text().splitlines()]
     assert {entry["number"]: entry["reason"] for entry in listed} == reasons
+    assert {(entry["field"], entry["value"]) for entry in listed} >= {
+        ("image", "none.png"),
+        ("image", "../images/0.png"),
+        ("video", "gif.mp4"),
+        ("conversations", "0 turns"),
+        ("conversations", "null"),
+        ("", "no record"),
+    }
+    assert all(entry["why"].startswith(REASONS[entry["reason"]]) for entry in listed)
     assert set(reasons.values()) <= REASONS.keys()
     assert summary["quarantined"] == Counter(reasons.values())
     assert summary["records"] == len(given) == summary["kept"] + sum(summary["quarantined"].values())
