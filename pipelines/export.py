@@ -7,6 +7,7 @@ model as it is stored, and 4 bytes more for each parameter that is trained.
 
 import json
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -55,12 +56,21 @@ def write(plan: Plan, saved: checkpoint.Saved, out: str) -> None:
 
 
 def upload(folder: Path, out: str, source: str) -> None:
-    """Write the files of a local folder to a folder or URL, and last a manifest that names their source."""
+    """Write the files of a local folder to a folder or URL, and last a manifest that names their source.
+
+    Where not all can be written, what is there is removed, so that the same command can be given again.
+    """
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    for path in files:
-        storage.write(storage.join(out, path.name), path.read_bytes())
-    sizes = {path.name: path.stat().st_size for path in files}
-    storage.write(storage.join(out, MANIFEST), json.dumps({"from": source, "files": sizes}).encode())
+    try:
+        for path in files:
+            storage.write(storage.join(out, path.name), path.read_bytes())
+        sizes = {path.name: path.stat().st_size for path in files}
+        storage.write(storage.join(out, MANIFEST), json.dumps({"from": source, "files": sizes}).encode())
+    except BaseException:
+        for path in files:
+            with suppress(OSError, ValueError):
+                storage.remove(storage.join(out, path.name))
+        raise
 
 
 def finished(url: str) -> bool:

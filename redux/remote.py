@@ -11,10 +11,15 @@ from tempfile import TemporaryDirectory
 
 import fsspec
 
+MISTAKES = (ImportError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
+"""Errors of a store that the same URL will meet again; others may pass."""
+
 
 @contextmanager
 def fetched(source: str | PathLike, names: Sequence[str] = (), what: str = "path") -> Iterator[str]:
-    """The path itself, or where it is a URL a local folder with its files.  ValueError where there are none.
+    """The path itself, or where it is a URL a local folder with its files.
+
+    ValueError where there are none, or nobody may read them; OSError where the store or the disk here is at fault.
 
     names: of the files that are wanted; all where empty.  what: the source is called in an error.
     """
@@ -29,6 +34,16 @@ def fetched(source: str | PathLike, names: Sequence[str] = (), what: str = "path
                 files.get([f"{inside.rstrip('/')}/{name}" for name in names], [path.join(folder, n) for n in names])
             else:
                 files.get(f"{inside.rstrip('/')}/", folder, recursive=True)
-        except (ImportError, OSError, ValueError) as error:
-            raise ValueError(f"{what}: got {url}, allowed: a folder or URL that can be read; {error}") from error
+        except Exception as error:
+            raise explain_error(error, f"{what}: got {url}", "a folder or URL that can be read") from error
         yield folder
+
+
+def explain_error(error: Exception, place: str, allowed: str) -> ValueError | OSError:
+    """An error of a store, each of which has its own, in one line: a ValueError where the URL or the rights are not
+    right, an OSError where the store or the disk here is at fault.
+    """
+    why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, MISTAKES) or "Credential" in type(error).__name__:
+        return ValueError(f"{place}, allowed: {allowed}; {why}")
+    return OSError(f"{place}: the store or the disk here is at fault; {why}")

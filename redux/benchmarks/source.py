@@ -15,6 +15,8 @@ import fsspec
 import pyarrow
 import pyarrow.csv
 
+from redux.remote import explain_error
+
 Source = str | PathLike[str]
 """A path or URL."""
 
@@ -53,8 +55,8 @@ def read(source: Source) -> str:
     try:
         with fsspec.open(fspath(source), "rb") as file:
             return file.read().decode("utf-8-sig")  # spreadsheets write a byte order mark
-    except (ImportError, OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
-        raise ValueError(f"{source}: cannot be read, allowed: a path or URL of a file in UTF-8; {error}") from None
+    except Exception as error:
+        raise explain_error(error, f"{source}: cannot be read", "a path or URL of a file in UTF-8") from None
 
 
 def files(folder: Source) -> list[str]:
@@ -62,8 +64,8 @@ def files(folder: Source) -> list[str]:
     try:
         system, root = fsspec.url_to_fs(fspath(folder))
         return sorted(path[len(root) :].lstrip("/") for path in system.find(root)) if system.isdir(root) else []
-    except (ImportError, OSError, ValueError) as error:
-        raise ValueError(f"{folder}: cannot be read, allowed: a path or URL of a folder; {error}") from None
+    except Exception as error:
+        raise explain_error(error, f"{folder}: cannot be read", "a path or URL of a folder") from None
 
 
 def one(sources: Sequence[Source]) -> str:

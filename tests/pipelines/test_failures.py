@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from jobs import claims
 from jobs.command import EXIT_MISUSE, main
-from pipelines import failures, ledger, lines, metrics, page, storage
+from pipelines import export, failures, ledger, lines, metrics, page, storage
 from pipelines.consumed import Used
 from pipelines.failures import Kind, describe
 
@@ -236,6 +236,18 @@ def test_a_file_that_the_kernel_does_not_take_is_named_with_what_mends_it(
         Kind.PERMANENT, f"{path}: File too large; raise the limit of file sizes (ulimit -f)"
     )
     write(path)
+
+
+def test_an_export_that_does_not_fit_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    made, out = tmp_path / "made", str(tmp_path / "out")
+    made.mkdir()
+    (made / "config.json").write_bytes(b"{}")
+    (made / "model.safetensors").write_bytes(bytes(100))
+    with no_room(50), pytest.raises(OSError, match="File too large"):
+        export.upload(made, out, "here")
+    assert storage.names(out) == []
+    export.upload(made, out, "here")
+    assert export.finished(out)
 
 
 def test_errors_that_are_none_of_a_disk_stay_as_they_are() -> None:

@@ -134,6 +134,14 @@ def test_what_is_not_there_is_said_in_one_line(home: str) -> None:
     assert storage.retries() == {}
 
 
+@pytest.mark.parametrize("name", ["file/x", "file/x/y"])
+def test_a_path_through_a_file_is_a_mistake(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    for work in (lambda url: storage.write(url, b""), storage.read):
+        with pytest.raises(ValueError, match=f"^{tmp_path}/{name}: .*allowed: "):
+            work(str(tmp_path / name))
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
@@ -149,7 +157,6 @@ def test_a_url_that_cannot_be_used_is_said_in_one_line(
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
     with pytest.raises(ValueError, match=message) as caught:
         storage.read(url)
-    assert isinstance(caught.value, PermanentError) == (fault == "ExpiredToken"), "these do not come back by themselves"
     assert "\n" not in str(caught.value)
     assert "of-ours" not in str(caught.value)
     assert proxy.asked == []
@@ -231,6 +238,7 @@ def test_faults_over_the_limit_end_in_one_clear_error(
     proxy.always = fault
     with pytest.raises(OSError, match=rf"^{url}: given up after 3 tries in \d+\.\d s, at last .*: \w+: ") as caught:
         storage.read_ranges([(url, 0, 60)])
+    assert isinstance(caught.value, PermanentError) == (fault == "ExpiredToken"), "these do not come back by themselves"
     assert "\n" not in str(caught.value)
     assert "of-ours" not in str(caught.value)
     # a body that is short may be all there is, so the size is asked for
