@@ -246,7 +246,7 @@ def remove_folder(url: str) -> None:
 
 def remove_partial(url: str) -> None:
     """Remove files directly in a folder whose writers were killed in the middle; object stores have no such files."""
-    if _is_local(url):
+    if is_local(url):
         for path in glob.glob(os.path.join(glob.escape(_open(url)[1]), f".*{PARTIAL}")):
             with suppress(FileNotFoundError):
                 os.remove(path)
