@@ -15,12 +15,15 @@ from typing import Any
 
 from pipelines import interrupts
 
+EXIT_FAULT = 1  # it may pass: `redux submit --retries` tries again
 EXIT_MISUSE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 2 what the user must change or mend, 130 interrupted, or a job's."""
+    """Run one verb; returns the exit code: 0 done, 1 a fault that may pass, 2 what the user must change, 130
+    interrupted, or a job's own.
+    """
     arguments = _parse(argv)
     if not sys.stderr.isatty():  # a log of days, in which each refresh of a bar is a line; read when tqdm is imported
         os.environ.setdefault("TQDM_MININTERVAL", "10")
@@ -36,28 +39,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             if interrupts.received() or isinstance(error, KeyboardInterrupt):
                 print("redux: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
                 return EXIT_INTERRUPTED
-            problems = _tell(error)
+            code, problems = _describe(error)
             if not problems:
                 raise
             for problem in problems:
                 print(f"redux: {problem}", file=sys.stderr)
-            return EXIT_MISUSE
+            return code
 
 
-def _tell(error: BaseException) -> list[str]:
-    """Lines about an error that the user can mend: of a job file there may be several; none about a mistake in the
-    code, which needs its stack trace.
+def _describe(error: BaseException) -> tuple[int, list[str]]:
+    """Describe an error that the user can mend: the exit code, and lines, of a job file perhaps several.
 
-    A fault of a disk, a store or a machine leaves what is finished as it is.
+    There are none for a mistake in the code, which needs its stack trace.  A fault of a disk, a store or a machine
+    leaves what is finished as it is.
     """
     from pipelines import failures
 
     failure, cause = failures.describe(error), failures.find_cause(error)
     if failure.kind == failures.Kind.RAISED or not isinstance(cause, Exception):
-        return []
+        return EXIT_FAULT, []
     if isinstance(cause, ValueError | ImportError):
-        return [" ".join(problem.split()) for problem in getattr(cause, "problems", [failure.text])]
-    return [f"{failure.text}; what is finished is safe: once this is mended, the same command goes on"]
+        return EXIT_MISUSE, [" ".join(problem.split()) for problem in getattr(cause, "problems", [failure.text])]
+    code = EXIT_FAULT if failure.kind == failures.Kind.LOST else EXIT_MISUSE
+    return code, [f"{failure.text}; what is finished is safe: once this is mended, the same command goes on"]
 
 
 def _run(arguments: argparse.Namespace) -> None:

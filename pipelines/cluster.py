@@ -108,8 +108,10 @@ def _connect(**settings: Any) -> None:
         ):
             # what went wrong in a worker comes back as an exception
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
-    except (ConnectionError, RuntimeError, AuthenticationError) as error:
-        if is_own():
+    except Exception as error:
+        if "timed out during startup" in str(error):  # Ray 2.60 raises Exception itself, after 30 s
+            raise TimeoutError("Ray did not start in time, as on a machine with too much other work") from None
+        if is_own() or not isinstance(error, ConnectionError | RuntimeError | AuthenticationError):
             raise
         why = " ".join(str(error).split())
         raise ValueError(f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}: {why}") from None
