@@ -234,7 +234,7 @@ def shorten(value: Any) -> str:
 
 def _shorten(text: str, limit: int = SHOWN) -> str:
     text = text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
-    return text.encode("utf-8", "backslashreplace").decode()
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _text(value: Any) -> str:

@@ -186,6 +186,7 @@ def test_length_is_the_number_of_words_without_the_image() -> None:
 def test_a_value_is_shown_in_part_and_as_any_file_can_hold_it() -> None:
     assert shorten("a" * 1000) == "a" * 200 + "… (1000 characters)"
     assert shorten("\udc00é") == "\\udc00é"
+    assert shorten("a\n\u2028\x1b b") == "a\\n\\u2028\\x1b b"
     assert shorten({"a": float("nan")}) == '{"a": NaN}'
 
 

@@ -1,0 +1,100 @@
+"""Whatever a record or an image file holds, it is kept or listed: no traceback, no hang, nothing lost without a line.
+
+REDUX_FUZZ=10000 tries so many of each; the default is a part of it.
+"""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from pipelines.records import REASONS, find_fault, read
+from pipelines.shards import QUARANTINE, Making, Shards, make
+from redux.conversation import TEMPLATES, encode, word_tokenizer
+from redux.image import pixels
+from tests.pipelines.odd_records import odd_image, odd_record, picture
+
+NUMBER = int(os.environ.get("REDUX_FUZZ", "400"))
+
+
+def listed(out: Path, total: int) -> dict[int, str]:
+    """Reasons by number; each line is JSON in UTF-8, with a field and a value."""
+    reasons = {}
+    for line in (out / QUARANTINE).read_text("utf-8").splitlines():
+        entry = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert entry.keys() == {"number", "id", "reason", "field", "value", "why"}
+        assert entry["why"].startswith(REASONS[entry["reason"]])
+        assert len(line) < 2000
+        reasons[entry["number"]] = entry["reason"]
+    assert reasons.keys() <= set(range(total))
+    return reasons
+
+
+@pytest.mark.parametrize("form", ["list", "lines"])
+def test_each_record_is_kept_or_listed(
+    in_process: Callable[[], AbstractContextManager[None]], tmp_path: Path, form: str
+) -> None:
+    chance = random.Random(form)
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(picture("PNG"))
+    (tmp_path / "cut.jpg").write_bytes(picture()[:99])
+    texts = [odd_record(chance) for _ in range(NUMBER // 2)]
+    if form == "list":
+        text = f"[{', '.join(texts)}]"
+    else:
+        text = "\n".join([json.dumps({"conversations": []}), *texts])
+        texts = [*texts, ""]
+    given = read(text.encode("utf-8", "surrogatepass"), "x.json")
+    assert len(given) == len(texts)
+    out = tmp_path / "out"
+    with in_process():
+        summary = make(given, str(tmp_path), str(out), Making(samples_per_shard=100, tolerance=1))
+    reasons = listed(out, len(given))
+    assert summary["kept"] + len(reasons) == len(given)
+    assert len(set(reasons.values())) >= 8
+    assert summary["kept"] > len(given) / 4
+    stored = Shards(out)
+    kept = stored.read(range(len(stored)))
+    assert [int(sample.key) for sample in kept] == [number for number in range(len(given)) if number not in reasons]
+    tokenizer = word_tokenizer(["USER: ASSISTANT: red 0 1 . \n"], 512)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    for sample in kept:
+        assert find_fault(sample.record, None) is None
+        ids, labels = encode(tokenizer, sample.record["conversations"], TEMPLATES["vicuna_v1"], 1)
+        assert (ids == image).sum() == bool(sample.image)
+        assert (labels != image).all()
+        assert sample.id.encode() is not None
+        if sample.image:
+            assert pixels(sample.image, 8).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("size", [None, 8])
+def test_each_image_is_kept_or_listed(
+    in_process: Callable[[], AbstractContextManager[None]], tmp_path: Path, size: int | None
+) -> None:
+    chance = random.Random(size or 0)
+    images = [odd_image(chance) for _ in range(NUMBER // 2)]
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A."}]
+    for number, image in enumerate(images):
+        (tmp_path / f"{number}.jpg").write_bytes(image)
+    given = [{"id": number, "image": f"{number}.jpg", "conversations": turns} for number in range(len(images))]
+    out = tmp_path / "out"
+    with in_process():
+        summary = make(given, str(tmp_path), str(out), Making(samples_per_shard=100, tolerance=1, size=size))
+    reasons = listed(out, len(given))
+    assert set(reasons.values()) == {"broken image"}
+    assert summary["kept"] + len(reasons) == len(given)
+    assert len(given) / 5 < summary["kept"] < len(given)
+    stored = Shards(out)
+    for sample in stored.read(range(len(stored))):
+        number = int(sample.key)
+        if size is None:
+            assert sample.image == images[number]
+            assert pixels(sample.image, 8, "crop").shape == (3, 8, 8)
+        else:
+            assert (pixels(sample.image, 8) == pixels(images[number], 8)).all()
