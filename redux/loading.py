@@ -11,10 +11,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from redux.conversation import IMAGE
@@ -27,6 +25,9 @@ WRAPPERS = {
     "module.": "DistributedDataParallel",
 }
 """What a wrapper puts in front of each parameter's name, and which wrapper does."""
+
+DAMAGE = ("SafetensorError", "UnpicklingError", "EOFError")
+"""Errors, by name, that readers raise for damaged files of weights; nothing here unpickles."""
 
 POINTER = b"version https://git-lfs"
 
@@ -67,7 +68,9 @@ def report_damage(path: str | os.PathLike | None, what: str) -> Iterator[None]:
     reporter.addFilter(_is_no_report)  # and not its level: at that of errors it tells of layers that are not sharded
     try:
         yield
-    except (SafetensorError, UnpicklingError, EOFError) as error:
+    except Exception as error:
+        if type(error).__name__ not in DAMAGE:
+            raise
         pointers = [file.name for file in sorted(Path(path or "").glob("*")) if _is_pointer(file)]
         why = f"{pointers[0]} is a git-lfs pointer; git lfs pull fetches the file" if pointers else _shorten(str(error))
         raise ValueError(f"{what}: got {path} with damaged weights, allowed: complete files ({why})") from error
