@@ -17,14 +17,10 @@ from pyarrow import ipc
 from tqdm import tqdm
 
 from pipelines import images, interrupts, records, storage, tars
-from pipelines.shards import INDEX, QUARANTINE, SCHEMA, SUMMARY, UNFINISHED, Shards, ipc_file, write_index
+from pipelines.shards import BAR, INDEX, QUARANTINE, SCHEMA, SUMMARY, UNFINISHED, Shards, ipc_file, write_index
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 """How names of compressed tars end."""
-
-
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-"""tqdm's own, with one unit for slow and fast."""
 
 
 @dataclass

@@ -33,7 +33,7 @@ REASONS = {
     "duplicate": "the same as an earlier record in everything",
     "roles": 'turns are not "human" and "gpt" by turns, from a human\'s to a gpt\'s',
     "empty turn": "somebody says nothing",
-    "broken text": "half of a character (a lone surrogate), which no tokenizer reads",
+    "broken text": "half of a character (a lone surrogate), or bytes that are not UTF-8, which no tokenizer reads",
     "video": "about a video, which is neither image nor text",
     "audio": "about a sound, which is neither image nor text",
     "point cloud": "about a point cloud, which is neither image nor text",

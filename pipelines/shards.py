@@ -45,6 +45,8 @@ from pipelines.sets import Making
 from redux.image import prepared
 from redux.settings import Fit
 
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+"""tqdm's own, with one unit for slow and fast."""
 INDEX, QUARANTINE, SUMMARY, UNFINISHED = "index.arrow", "quarantine.jsonl", "summary.json", "unfinished"
 SCHEMA = pa.schema(
     {
@@ -116,7 +118,7 @@ def make(records: Sequence[Any], images: str, out: str, making: Making) -> dict[
             given = {"records": _json(records[part]), "faults": _json(faults[part])}
             left.append({"shard": number, "first": first, **given})
     title = f"shards {posixpath.basename(out.rstrip('/'))}"
-    with tqdm(desc=title, total=len(records), initial=already, unit="record") as bar:
+    with tqdm(desc=title, total=len(records), initial=already, unit="record", bar_format=BAR) as bar:
         if left:
             rows = ray.data.from_items(left, override_num_blocks=len(left)).map(
                 _shard, fn_args=(images, out, making), num_cpus=1
@@ -250,7 +252,7 @@ def _refusal(listed: list[dict[str, Any]], records: int, reasons: dict[str, int]
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     first = {"field": "", "value": "", "why": "", **listed[0]}  # an older version's part has the reason alone
     example = f"record {first['number']}: {first['field'] or 'the record'}: got {first['value']}: {first['why']}"
-    if len(listed) == records > 1 and len(reasons) == 1 and first["reason"] not in ("missing image", "broken image"):
+    if len(listed) == records and len(reasons) == 1 and first["reason"] not in ("missing image", "broken image"):
         return (
             f"all {records} records cannot be used for one reason ({counts}), so the form of the file is wrong; "
             f"{example}; allowed: a list of records of LLaVA's form in UTF-8; all are listed in"

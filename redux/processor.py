@@ -35,6 +35,7 @@ def write_chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) 
         "assistant": template.assistant,
         "end": template.end.replace(EOS, tokenizer.eos_token or EOS),
         "image": IMAGE,
+        "gap": _gap(tokenizer),
     }
     literal = {name: json.dumps(value, ensure_ascii=False) for name, value in text.items()}
     return _CHAT_TEMPLATE % literal
@@ -58,7 +59,8 @@ _CHAT_TEMPLATE = """\
 {%%- if message.role == "user" -%%}
 {{- %(human)s -}}
 {%%- if has_image(message.content) -%%}
-{{- (%(image)s ~ "\\n" ~ text_of(message.content) | trim) | trim -}}
+{{- (%(image)s ~ "\\n" ~ text_of(message.content) | trim) | trim
+    | replace(%(image)s ~ "\\n", %(image)s ~ %(gap)s ~ "\\n", 1) -}}
 {%%- else -%%}
 {{- text_of(message.content) -}}
 {%%- endif -%%}
@@ -82,6 +84,19 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
     if whole == bare or not bos:
         return ""
     return bos if tokenizer(bos + probe, add_special_tokens=False)["input_ids"] == whole else ""
+
+
+def _gap(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands between an image and the text behind it, so that the text as a whole gives the ids of `encode`.
+
+    SentencePiece puts a blank before a text, and `encode` reads what follows an image as one.  Vicuna's tokenizer does
+    so only at the very front of a whole text, where the blank must then be written.
+    """
+    text = "\na"
+    wanted = [tokenizer.convert_tokens_to_ids(IMAGE), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return next(
+        (gap for gap in ("", " ") if tokenizer(IMAGE + gap + text, add_special_tokens=False)["input_ids"] == wanted), ""
+    )
 
 
 def build_processor(config: ReduxConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:

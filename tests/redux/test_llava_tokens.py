@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from redux.conversation import IGNORE, IMAGE, TEMPLATES, VICUNA_SYSTEM, encode, place_image
+from redux.processor import write_chat_template
 
 IMAGE_INDEX = -200
 """LLaVA's number for an image among token ids."""
@@ -207,6 +208,23 @@ def test_the_image_stands_in_front_of_its_turn(text: str, moved: str) -> None:
     assert place_image(moved) == moved
     asked = "".join(piece for piece, _ in TEMPLATES["vicuna_bare"].spans([{"from": "human", "value": text}]))
     assert asked == f"USER: {moved} ASSISTANT:"
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "vicuna_bare"])
+def test_a_chat_template_gives_the_same_tokens(llama: PreTrainedTokenizerBase, name: str) -> None:
+    """As programs write the text: all of it in one, tokenised as a whole."""
+    chat = write_chat_template(TEMPLATES[name], llama)
+    for texts in (["What?"], [""], ["  red \n"], ["What?", "red", "a?"], ["", " a", "What?", "b"]):
+        messages, turns = [], []
+        for number, text in enumerate(texts):
+            parts = [{"type": "text", "text": text}]
+            role = ("user", "assistant")[number % 2]
+            messages.append({"role": role, "content": [{"type": "image"}, *parts] if number == 0 else parts})
+            turns.append({"from": ("human", "gpt")[number % 2], "value": IMAGE * (number == 0) + text})
+        asks = len(texts) % 2 == 1
+        written = llama.apply_chat_template(messages, chat_template=chat, tokenize=False, add_generation_prompt=asks)
+        ids = llama(written, add_special_tokens=not written.startswith("<s>"))["input_ids"]
+        assert ids == encode(llama, turns, TEMPLATES[name], 1)[0].tolist(), texts
 
 
 def test_numpy_types_stay(llama: PreTrainedTokenizerBase) -> None:
