@@ -56,7 +56,9 @@ def index_tars(folder: str, tolerance: float = 0.0) -> Indexed:
             cannot be used; and where more samples than tolerated are kept out: then there is the list, but no index.
     """
     if storage.exists(storage.join(folder, INDEX)):
-        raise ValueError(f"{folder}: has an index already, allowed: tars without one")
+        raise ValueError(
+            f"{folder}: has an index already, allowed: tars without one; delete {INDEX} to index them anew"
+        )
     if storage.names(storage.join(folder, UNFINISHED)):
         raise ValueError(f"{folder}: an interrupted `redux shards make` is here, allowed: start that again instead")
     names, notes = _tars(folder)
