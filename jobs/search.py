@@ -200,7 +200,7 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
 def _claim(search: Search, folder: Path, changed: bool) -> None:
     """Write the search into its folder; ValueError where trials, or what they share, depend on other settings.
 
-    A study in which no trial has begun is made anew: what it holds are the references of before.
+    A study in which no trial has begun is deleted and created again, as it holds the references of an earlier file.
     """
 
     def find_use(key: str) -> str:
@@ -215,7 +215,7 @@ def _claim(search: Search, folder: Path, changed: bool) -> None:
     keys = claims.claim(folder / FILE, search, find_use, changed)
     if not tried and not all(claims.is_free(key, FREE) for key in keys):
         discard(search, search.name, folder)
-    opened(search, folder)  # told now, if it cannot be
+    opened(search, folder)  # an error in `storage` comes before any work
 
 
 def _share(search: Search, folder: Path, changed: bool) -> tuple[Job, Path] | None:

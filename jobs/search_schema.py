@@ -1,4 +1,4 @@
-"""What a search file may say; read without torch and Ray."""
+"""Schema of a search file; read without torch and Ray."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from pipelines.trials import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class Search(Settings):
-    """What a search file says.
+    """Content of a search file.
 
     job: a job file's content without name.
     shared: names of its first stages, in order; the sets that the job makes are shared in any case.

@@ -29,7 +29,7 @@ def make(arguments: argparse.Namespace) -> None:
         summary = shards.make(given, images, arguments.out, making)
     if finished:
         print(
-            f"{arguments.out}: finished already, left as it is; images were not looked at again. To make it anew, "
+            f"{arguments.out}: already finished and unchanged; images were not read again. To make the set again, "
             "delete the folder or name another"
         )
     print(f"{arguments.out}: {summary['kept']} of {summary['records']} records kept")
@@ -54,9 +54,9 @@ def index(arguments: argparse.Namespace) -> None:
 
 def _by_kind(counts: Counter[str]) -> str:
     """Counts by suffix or kind, the most first."""
-    told = ", ".join(f"{count} {tars.printable(kind)}" for kind, count in counts.most_common(20))
+    listing = ", ".join(f"{count} {tars.printable(kind)}" for kind, count in counts.most_common(20))
     more = f", and {len(counts) - 20} other kinds" if len(counts) > 20 else ""
-    return f": {told}{more}" if told else ""
+    return f": {listing}{more}" if listing else ""
 
 
 def verify(arguments: argparse.Namespace) -> None:

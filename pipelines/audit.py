@@ -25,7 +25,7 @@ PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst",
 
 @dataclass
 class Indexed:
-    """What the tars of a new index hold.
+    """Members and samples of the tars of a new index.
 
     samples: in the index.  quarantined: samples kept out, by reason.  members: all of the tars; each is used, ignored
     or refused.  used, ignored: members by suffix or kind.  refused: members of samples that were kept out.
@@ -57,7 +57,7 @@ def index_tars(folder: str, tolerance: float = 0.0) -> Indexed:
     """
     if storage.exists(storage.join(folder, INDEX)):
         raise ValueError(
-            f"{folder}: has an index already, allowed: tars without one; delete {INDEX} to index them anew"
+            f"{folder}: has an index already, allowed: tars without one; delete {INDEX} to index them again"
         )
     if storage.names(storage.join(folder, UNFINISHED)):
         raise ValueError(f"{folder}: an interrupted `redux shards make` is here, allowed: start that again instead")
@@ -69,13 +69,13 @@ def index_tars(folder: str, tolerance: float = 0.0) -> Indexed:
             errors.append(row["error"])
             continue
         tables.append(ipc.open_file(row["index"]).read_all())
-        told = json.loads(row["told"])
-        listed += told["quarantine"]
-        found.notes += told["notes"]
-        found.members += told["members"]
-        found.refused += told["refused"]
-        found.used += Counter(told["used"])
-        found.ignored += Counter(told["ignored"])
+        report = json.loads(row["report"])
+        listed += report["quarantine"]
+        found.notes += report["notes"]
+        found.members += report["members"]
+        found.refused += report["refused"]
+        found.used += Counter(report["used"])
+        found.ignored += Counter(report["ignored"])
     if errors:
         raise ValueError(errors[0] + (f"; and {len(errors) - 1} more tars" if errors[1:] else ""))
     found.samples = sum(map(len, tables))
@@ -183,14 +183,14 @@ def _each(items: list[dict[str, Any]], task: Any, name: str, *args: Any) -> Iter
 
 
 def _index(item: dict[str, str]) -> dict[str, Any]:
-    """The part of the index of one tar, and what else is told of it."""
+    """Return the part of the index of one tar, and its counts and notes."""
     name = item["tar"].rpartition("/")[2]
     try:
         data = storage.mapped(item["tar"])
         tar = tars.read_tar(data, item["tar"])
     except ValueError as error:
-        return {"index": b"", "told": "", "error": str(error)}
-    told = {
+        return {"index": b"", "report": "", "error": str(error)}
+    report = {
         "quarantine": [
             {"shard": name, "key": tars.plain_text(sample.key), "reason": sample.fault, "why": _why(sample)}
             for sample in tar.samples
@@ -203,7 +203,7 @@ def _index(item: dict[str, str]) -> dict[str, Any]:
         "notes": tar.notes,
     }
     table = pa.Table.from_pylist(tars.rows(tar, data, name), SCHEMA)
-    return {"index": ipc_file(table), "told": json.dumps(told), "error": ""}
+    return {"index": ipc_file(table), "report": json.dumps(report), "error": ""}
 
 
 def _why(sample: tars.TarSample) -> str:
@@ -230,7 +230,7 @@ def _verify(item: dict[str, Any], shards: Shards, decode: bool) -> dict[str, lis
                 images.decode(image)
             except ValueError as error:
                 wrong.append(f"{tar}: sample {row['key']}: broken image: {error}")
-    if not any("checksum" in line for line in wrong):  # a damaged header would only be told twice
+    if not any("checksum" in line for line in wrong):  # a damaged header would only be reported twice
         wrong += _differences(data, item["tar"], tar, rows)
     return {"wrong": wrong}
 

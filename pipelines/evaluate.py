@@ -192,7 +192,7 @@ def _folder(name: Name, asking: Asking) -> str:
 def _claim(folder: Path, subject: Subject, settings: Evaluate) -> None:
     """Note who is asked, how, and what counts sentences; ValueError where answers of others are there.
 
-    A note without answers is of an evaluation that failed at its start, and is written anew.
+    A note without answers is of an evaluation that failed at its start, and is replaced.
     """
     config = respondent.settings(subject.model)
     now = {

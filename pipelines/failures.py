@@ -87,7 +87,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Failure:
-    """An error as it is told."""
+    """Kind and text of an error."""
 
     kind: Kind
     text: str
@@ -164,7 +164,7 @@ def _unwrap(error: BaseException) -> BaseException | None:
 
 
 def _from_trace(trace: str) -> BaseException | None:
-    """The last error of a stack trace that is not Ray's wrapper, made anew; None where there is none."""
+    """The last error of a stack trace that is not Ray's wrapper, as a new exception; None where there is none."""
     for part in reversed(_CHAINED.split(trace)):
         lines = part.strip().splitlines()
         frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]

@@ -221,11 +221,11 @@ class Checkpoints(Hook):
         of = self.plan
         failure = errors[0] if errors else self._make(url, manifest)
         if failure:
-            said = f"{of.name}: no checkpoint after step {manifest.cursor}: {failure.text}"
-            self.recorder.say.remote(said)
+            message = f"{of.name}: no checkpoint after step {manifest.cursor}: {failure.text}"
+            self.recorder.say.remote(message)
             with suppress(OSError, ValueError):  # a store that is away; what is left goes with the next that is made
                 storage.remove_folder(url)
-            return Failure(failure.kind, said)
+            return Failure(failure.kind, message)
         try:
             checkpoint.prune(of.folder, manifest.cursor, of.stage.keep_last, of.stage.keep_best)
         except (OSError, ValueError) as error:

@@ -220,8 +220,8 @@ def caption(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
     """CLIP's side of a sample: what the assistant says first, as `<s> caption </s>`; beyond CONTEXT it is cut."""
     if not sample.image:
         raise ValueError(f"sample {sample.key}: text alone, allowed in a contrastive stage: an image and its caption")
-    said = sample.record["conversations"][1]["value"].replace(IMAGE, "")
-    ids = tokenizer(said, truncation=True, max_length=CONTEXT - 1)["input_ids"]
+    caption_text = sample.record["conversations"][1]["value"].replace(IMAGE, "")
+    ids = tokenizer(caption_text, truncation=True, max_length=CONTEXT - 1)["input_ids"]
     return {"input_ids": np.array([*ids, tokenizer.eos_token_id])}
 
 

@@ -46,14 +46,14 @@ def handled() -> Iterator[None]:
     exit code.
     """
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    mine = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    handled_signals = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
     _State.received = _State.deferrals = 0
-    for number in mine:
+    for number in handled_signals:
         signal.signal(number, _receive)
     try:
         yield
     finally:
-        for number in mine:
+        for number in handled_signals:
             signal.signal(number, signal.SIG_IGN if _State.received else before[number])
 
 

@@ -1,4 +1,4 @@
-"""What the workers of a training stage are given: its settings, and where everything lies.
+"""Plan of a training stage for its workers: its settings, and where everything lies.
 
 What follows from other values is derived, not configured: accumulation from the number of workers, steps from epochs,
 learning rate from the step.

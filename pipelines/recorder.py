@@ -148,17 +148,17 @@ class Recorder:
         """
         self.news.phase = STARTING
         rank, cause = min(failures.items(), key=lambda item: (item[1].kind, item[0]))
-        told, where = f"rank {rank}: {cause.text}", f"train.{self.settings.stage}"
+        reason, where = f"rank {rank}: {cause.text}", f"train.{self.settings.stage}"
         fault = (self.news.step, cause.pattern)
         self.faults += 1
         if cause.kind == Kind.PERMANENT:
-            self.fail(f"{where}: {told}; {self._outlook()}")
+            self.fail(f"{where}: {reason}; {self._outlook()}")
         elif cause.kind == Kind.RAISED and fault == self.last_fault:
-            self.fail(f"{where}: the same fault twice after step {self.news.step}: {told}; {self._outlook()}")
+            self.fail(f"{where}: the same fault twice after step {self.news.step}: {reason}; {self._outlook()}")
         elif self.faults > self.settings.restarts:
             self.fail(
                 f"{where}: {self.faults} faults in a row without a step beyond {self.furthest}, "
-                f"allowed: {self.settings.restarts}, recovery.restarts; at last: {told}; {self._outlook()}"
+                f"allowed: {self.settings.restarts}, recovery.restarts; at last: {reason}; {self._outlook()}"
             )
         if not self.news.failed:
             self.news.said += [f"rank {one}: {failure.text}" for one, failure in sorted(failures.items())]

@@ -197,15 +197,15 @@ def _find_content_fault(record: dict, words: int | None) -> Fault | None:
     """The first turn that cannot be trained on."""
     turns, tagged = record["conversations"], []
     for number, turn in enumerate(turns):
-        said, name = turn["value"], f"conversations[{number}].value"
-        if not _is_unicode(said):
-            return Fault("broken text", name, shorten(said))
-        if reason := _find_other_tag(said, number % 2 == 1):
-            return Fault(reason, name, shorten(said))
-        tags = place_image(said).count(IMAGE)
+        text, name = turn["value"], f"conversations[{number}].value"
+        if not _is_unicode(text):
+            return Fault("broken text", name, shorten(text))
+        if reason := _find_other_tag(text, number % 2 == 1):
+            return Fault(reason, name, shorten(text))
+        tags = place_image(text).count(IMAGE)
         tagged += [name] * tags
-        if not said.replace(IMAGE, "").strip() and (number % 2 or not tags):
-            return Fault("empty turn", name, shorten(said))
+        if not text.replace(IMAGE, "").strip() and (number % 2 or not tags):
+            return Fault("empty turn", name, shorten(text))
     if has_image(record) and not tagged:
         return Fault("image without tag", "conversations[0].value", shorten(turns[0]["value"]))
     if tagged and not has_image(record):

@@ -1,4 +1,4 @@
-"""What a job file says of data: sets that are there, sets to be made, and what is tolerated.
+"""Data section of a job file: sets that are there, sets to be made, and what is tolerated.
 
 Plain Python: a mistake in a job file is found without Ray.
 """

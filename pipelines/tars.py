@@ -107,7 +107,7 @@ class TarSample:
 
 @dataclass
 class Tar:
-    """What a tar holds.
+    """Content of a tar.
 
     samples: in its order, refused ones too.  outside: how many members are of no sample, by kind.  notes: lines on what
         is read otherwise than people may think.
@@ -315,21 +315,21 @@ def _settle(sample: TarSample, data: Bytes) -> None:
     if any(member.sparse and _last(member) in IMAGES | {"json"} for member in sample.members):
         sample.fault = "sparse member"
         return
-    said, sample.fault = _record(sample, data)
+    record, sample.fault = _record(sample, data)
     if sample.fault:
         return
-    sample.image, sample.fault = _image(sample, said, data)
+    sample.image, sample.fault = _image(sample, record, data)
     if sample.fault:
         return
     if sample.image:
-        said = {**said, "image": f"image.{sample.image.suffix}"}  # the tar's, whatever path it had before
-    elif records.has_image(said):
+        record = {**record, "image": f"image.{sample.image.suffix}"}  # the tar's, whatever path it had before
+    elif records.has_image(record):
         sample.fault = "missing image"
         return
-    found = records.find_fault(said, None)
+    found = records.find_fault(record, None)
     sample.fault = found and found.reason
     if not sample.fault:
-        sample.words = records.length(said)
+        sample.words = records.length(record)
 
 
 def _record(sample: TarSample, data: Bytes) -> tuple[Any, str | None]:

@@ -301,8 +301,8 @@ class Faults(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train's controller."""
-        told = {rank: failures.describe(error) for rank, error in worker_exceptions.items()}
-        ray.get(self.recorder.fault.remote(told))
+        described = {rank: failures.describe(error) for rank, error in worker_exceptions.items()}
+        ray.get(self.recorder.fault.remote(described))
 
 
 def train_worker(config: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ LAYOUT = {
 
 
 IMAGE_FITS = {"pad": "pad", "square": "crop"}
-"""How images become squares, by the name for it in the LLaVA repository."""
+"""Image fit by its name in the LLaVA repository."""
 
 
 def convert(source: str | PathLike) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:

@@ -24,7 +24,7 @@ WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "module.": "DistributedDataParallel",
 }
-"""What a wrapper puts in front of each parameter's name, and which wrapper does."""
+"""Prefixes of parameter names, and the wrapper that adds each."""
 
 DAMAGE = ("SafetensorError", "UnpicklingError", "EOFError")
 """Errors, by name, that readers raise for damaged files of weights; nothing here unpickles."""
@@ -89,10 +89,10 @@ def check_loading(
         "with unknown": unexpected,
         "with": [shapes[name] for name in sorted(shapes)],
     }
-    told = [f"{problem} {_count(names)}" for problem, names in problems.items() if names]
-    if told:
+    descriptions = [f"{problem} {_count(names)}" for problem, names in problems.items() if names]
+    if descriptions:
         raise ValueError(
-            f"{what}: got {path} {', '.join(told)}, allowed: a checkpoint with exactly the model's weights"
+            f"{what}: got {path} {', '.join(descriptions)}, allowed: a checkpoint with exactly the model's weights"
             + describe_names(unexpected, path)
         )
 
@@ -169,7 +169,7 @@ def _is_no_report(record: logging.LogRecord) -> bool:
 
 
 def _is_pointer(file: Path) -> bool:
-    """Whether git-lfs left a pointer where a file should be."""
+    """Tell whether a file is a git-lfs pointer in place of its content."""
     if not file.is_file():
         return False
     with file.open("rb") as opened:

@@ -42,7 +42,7 @@ TOWERS = {
 """Image towers by the model_type of the checkpoint that holds them, beside a text tower or alone."""
 
 OTHER_WEIGHTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
-"""What a whole CLIP or SigLIP holds besides its image tower."""
+"""Prefixes of weights that a whole CLIP or SigLIP holds besides its image tower."""
 
 LANGUAGES = {"llama": LlamaForCausalLM}
 """Language models by model_type; CMAI is an attention function of LLaMA's."""
