@@ -50,6 +50,7 @@ from pipelines import (
 from pipelines import records as check
 from pipelines.plan import Plan
 from pipelines.sets import Making, Source
+from pipelines.stage import count_shared_workers
 from redux import pretrained, respondent
 from redux.architecture import Language, Model, Tower, image_tokens
 from redux.conversation import TEMPLATES, Template, word_tokenizer
@@ -127,12 +128,12 @@ def _check_resources(job: Job, steps_left: Collection[str]) -> None:
     if not cluster.is_own():
         return
     places = cluster.count_places(job.gpu_share)
-    stages = [stage for name, stage in job.train.items() if name in steps_left]
-    fewest = job.worker_range[0] if stages and job.worker_range else 1
+    trains = bool(job.train.keys() & set(steps_left))
+    fewest = job.worker_range[0] if trains and job.worker_range else 1
     actors = job.evaluate.actors if job.evaluate and "evaluate" in steps_left else 1
     advice = []
     if fewest > places:
-        advice.append(f"workers={min(stage.usable(places) for stage in stages)}")
+        advice.append(f"workers={count_shared_workers(job.train.values(), places)}")
     if isinstance(actors, int) and actors > places:
         advice.append(f"evaluate.actors={places}")
     if not advice:

@@ -37,6 +37,7 @@ from jobs.study import SHARED
 from pipelines import cluster, evaluate, front, metrics, page, storage, train
 from pipelines import search as tuning
 from pipelines.space import Range, Space, Values, check
+from pipelines.stage import count_shared_workers
 from pipelines.trials import Trials, Try, discard, find, fit, opened
 from redux import model as redux
 from redux.architecture import Model
@@ -245,10 +246,9 @@ def _with_counts(search: Search, job: Job) -> Values:
     """Values that divide what Ray has among the trials under way at a time, where the job leaves it open."""
     places = max(cluster.count_places(job.gpu_share) // search.at_once, 1)
     stages = [stage for name, stage in job.train.items() if name not in search.shared]
-    workers = next(n for n in range(places, 0, -1) if all(stage.usable(n) == n for stage in stages))
     result: Values = {}
     if job.worker_range is None:
-        result["workers"] = workers
+        result["workers"] = count_shared_workers(stages, places)
     if job.evaluate and job.evaluate.actors == "auto":
         result["evaluate.actors"] = places if cluster.gpus() else min(places, 2)
     return result

@@ -155,7 +155,7 @@ def _fold(name: str) -> str:
 
 
 def _is_file(path: str) -> bool | None:
-    """Tell whether a path is a regular file; None if nothing is there.  Reading a pipe or device would not end."""
+    """Tell if a path is a regular file; None if nothing is there.  Reading a pipe or device would not end."""
     try:
         return S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):  # too long a name, a circle of links, a null character

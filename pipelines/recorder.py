@@ -167,7 +167,7 @@ class Recorder:
             self._note("fault")
 
     def _outlook(self) -> str:
-        """What is safe, and how to continue."""
+        """Describe what is safe, and how to continue."""
         safe = f"the checkpoint after step {self.saved} is safe" if self.saved else "there is no checkpoint yet"
         return f"{safe}; the same command goes on {'from there' if self.saved else 'with this stage'}"
 
@@ -193,7 +193,7 @@ class Recorder:
         self.news.failed = self.news.failed or text
 
     def has_failed(self) -> bool:
-        """Whether the run must end: workers that Ray starts all the same are not to begin."""
+        """Tell if the run must end: workers that Ray starts all the same are not to begin."""
         return bool(self.news.failed)
 
     def roll_back(self, step: int) -> None:

@@ -218,7 +218,7 @@ def _find_content_fault(record: dict, words: int | None) -> Fault | None:
 
 
 def has_image(record: dict) -> bool:
-    """Whether the record names an image; null is none."""
+    """Tell if the record names an image; null is none."""
     return record.get("image") is not None
 
 

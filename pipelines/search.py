@@ -199,7 +199,8 @@ class Reporter:
     """In a trial's driver: sends Tune the mean loss of each `every` steps of a stage, as the run folder has them."""
 
     def __init__(self, every: int, number: int, verdicts: Any, stage: str | None = None) -> None:
-        self.every, self.number, self.verdicts, self.stage, self.told = every, number, verdicts, stage, 0
+        self.every, self.number, self.verdicts, self.stage = every, number, verdicts, stage
+        self.reported = 0
 
     def __call__(self, run: Path, stage: str, step: int, steps: int) -> bool:
         if self.stage in (None, stage):
@@ -207,17 +208,17 @@ class Reporter:
         return bool(ray.get(self.verdicts.lags.remote(self.number, step < steps)))
 
     def _report(self, run: Path, stage: str, step: int, steps: int) -> None:
-        if self.told + self.every > step:
+        if self.reported + self.every > step:
             return
         losses = metrics.losses(run, stage)
-        while self.told + self.every <= step:
-            window = range(self.told + 1, self.told + self.every + 1)
+        while self.reported + self.every <= step:
+            window = range(self.reported + 1, self.reported + self.every + 1)
             if not all(each in losses for each in window):
                 break  # the record is being cut back to a checkpoint; it will be asked again
             finite = [loss for each in window if (loss := losses[each]) is not None]
-            self.told += self.every
+            self.reported += self.every
             mean = sum(finite) / len(finite) if finite else sys.float_info.max
-            tune.report({"step": self.told, "steps": steps, "loss": mean})  # returns when it was heard
+            tune.report({"step": self.reported, "steps": steps, "loss": mean})  # returns when it was heard
 
 
 def _bar(trials: Trials) -> tqdm:

@@ -130,7 +130,7 @@ def make(records: Sequence[Any], images: str, out: str, making: Making) -> dict[
 
 
 def is_finished(out: str) -> bool:
-    """Whether the folder holds a finished set."""
+    """Tell if the folder holds a finished set."""
     return storage.exists(storage.join(out, INDEX))
 
 

@@ -3,6 +3,7 @@
 Without torch and Ray, so that a mistake in a job file is found at once.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -150,6 +151,11 @@ class Stage:
                 f"{workers} workers x micro_batch {self.micro_batch}"
             )
         return self.global_batch // together
+
+
+def count_shared_workers(stages: Iterable[Stage], most: int) -> int:
+    """Count the workers, at most so many, that share the global batch of every stage evenly."""
+    return next(count for count in range(most, 0, -1) if all(stage.usable(count) == count for stage in stages))
 
 
 @dataclass(frozen=True, kw_only=True)

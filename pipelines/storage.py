@@ -332,7 +332,7 @@ class _Local:
 
 
 def is_local(url: str) -> bool:
-    """Whether the URL is a path on this machine."""
+    """Tell if the URL is a path on this machine."""
     return split_protocol(url)[0] in (None, "file", "local")
 
 

@@ -377,7 +377,7 @@ def _image(sample: TarSample, record: dict, data: Bytes) -> tuple[Member | None,
 
 
 def _is_image(member: Member, data: Bytes) -> bool:
-    """Whether the bytes of a member begin as an image does, and its suffix says nothing else."""
+    """Tell if the bytes of a member begin as an image does, and its suffix says nothing else."""
     if member.sparse or _last(member) in TEXTS:
         return False
     try:

@@ -169,7 +169,7 @@ def _is_no_report(record: logging.LogRecord) -> bool:
 
 
 def _is_pointer(file: Path) -> bool:
-    """Tell whether a file is a git-lfs pointer in place of its content."""
+    """Tell if a file is a git-lfs pointer in place of its content."""
     if not file.is_file():
         return False
     with file.open("rb") as opened:

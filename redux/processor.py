@@ -87,7 +87,7 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _gap(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands between an image and the text behind it, so that the text as a whole gives the ids of `encode`.
+    """Text between an image and the text behind it, so that the text as a whole gives the ids of `encode`.
 
     SentencePiece puts a blank before a text, and `encode` reads what follows an image as one.  Vicuna's tokenizer does
     so only at the very front of a whole text, where the blank must then be written.

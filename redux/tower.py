@@ -29,7 +29,7 @@ from redux.vmtc import Fate, compress, importance, received
 
 
 class Compression(NamedTuple):
-    """What a block does to its tokens; first: tokens before the patches, 1 with a class token, else 0."""
+    """Compression of one block; first: tokens before the patches, 1 with a class token, else 0."""
 
     stage: Stage
     vmtc: VMTC
@@ -37,7 +37,7 @@ class Compression(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """What a tower does to an image.
+    """Compression of a tower.
 
     depth: blocks that are computed.
     first: tokens before the patches, 1 with a class token, else 0.
@@ -52,7 +52,7 @@ class Encoding(NamedTuple):
 
 
 def is_clip_like(tower: nn.Module) -> bool:
-    """Whether the tower's blocks can be run one by one: it is of CLIP's build."""
+    """Tell if the tower's blocks can be run one by one: it is of CLIP's build."""
     blocks: Any = getattr(getattr(tower, "encoder", None), "layers", None)
     parts = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
     return bool(blocks) and all(hasattr(blocks[0], part) for part in parts) and hasattr(blocks[0].self_attn, "q_proj")

@@ -89,6 +89,16 @@ def test_numbers_that_do_not_fit_are_refused_with_ones_that_do(machine, override
     run._check_resources(job, ["shards", "report"])  # what is finished needs nothing
 
 
+def test_the_number_that_is_proposed_suits_every_stage(machine) -> None:
+    """Stages that have four and six micro-batches have two workers in common, on three GPUs."""
+    machine(16, 3)
+    batches = ["train.tower.global_batch=128", "train.pretrain.global_batch=96", "train.instruct.global_batch=48"]
+    job = schema.load(QUICKSTART, [*batches, "workers=[4, 8]"])
+    with pytest.raises(ValueError, match="needs 4 GPUs, found 3; set workers=2, or auto"):
+        run._check_resources(job, every_step(job))
+    schema.load(QUICKSTART, [*batches, "workers=2"])
+
+
 def test_a_share_of_a_gpu_is_for_one_worker(machine) -> None:
     machine(16, 1)
     job = schema.load(QUICKSTART, ["gpu_share=0.25"])
