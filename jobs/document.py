@@ -24,6 +24,9 @@ T = TypeVar("T")
 
 # `1e-3` and `1.5e3` are text to YAML 1.1, which wants a dot and a signed exponent; to everyone else they are numbers
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+_NOT_DECIMAL = re.compile(r"[-+]?0[\dxb_]|.*:")
+"""Octal, hexadecimal, binary and base 60, as YAML 1.1 writes them."""
 _URGENCY = {"unexpected_keyword_argument": 0, "missing": 2}  # a misspelt key is also a missing one: name it first
 _SHOWN_CHARS = 80  # a longer value is cut: the error stays one line of a terminal
 
@@ -114,7 +117,15 @@ def _adapter(schema: type) -> TypeAdapter[Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which exponents are numbers, dates are text and a repeated key is an error."""
+    """Safe YAML in which exponents are numbers, dates are text, and an error is a repeated key or a number that is not
+    decimal: YAML 1.1 reads 0100 as 64 and 1:40 as 100.
+    """
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        if _NOT_DECIMAL.match(node.value):
+            problem = f"got {node.value}, allowed: a decimal number without a leading zero, or text in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -130,12 +141,16 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads: text that looks like a number to it is put in quotes."""
 
 
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()

@@ -61,6 +61,18 @@ GONE = (
     "command goes on from the last checkpoint"
 )
 
+MAX_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
+"""Longest path of a Unix socket."""
+
+LONGEST_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""Longest path of a socket in the folder of a Ray."""
+
+SETTINGS = b"\x04"
+"""Type of the frame that both sides of HTTP/2 send first (RFC 9113, section 6.5)."""
+
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + SETTINGS + bytes(5)
+"""First bytes of a client of HTTP/2, on which gRPC runs (RFC 9113, section 3.4): magic text and empty settings."""
+
 LO = "lo0" if sys.platform == "darwin" else "lo"
 
 LOOPBACK = {
@@ -124,7 +136,7 @@ def _private() -> Iterator[dict[str, Any]]:
     No process of it is left afterwards. Its folder, with its logs, is left where an error ended it that the user cannot
     do anything about.
     """
-    wanted = {**LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    wanted = {**LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **_find_short_folder()}
     before = {name: os.environ.get(name) for name in wanted}
     clusters = ray_constants.ENABLE_RAY_CLUSTER
     os.environ.update(wanted)
@@ -147,6 +159,20 @@ def _private() -> Iterator[dict[str, Any]]:
             else:
                 os.environ[name] = value
         _reread()
+
+
+def _find_short_folder() -> dict[str, str]:
+    """Environment that moves Ray's folder to /tmp where TMPDIR is too long a path for its sockets.
+
+    Schedulers give a job such a TMPDIR. ValueError where RAY_TMPDIR itself is too long.
+    """
+    longest = Path(get_default_ray_temp_dir(), LONGEST_SOCKET)
+    excess = len(os.fsencode(longest)) - MAX_SOCKET_BYTES
+    if excess <= 0:
+        return {}
+    if own := os.environ.get("RAY_TMPDIR"):
+        raise ValueError(f"RAY_TMPDIR: got {own}, allowed: a path that is {excess} bytes shorter, for Ray's sockets")
+    return {"RAY_TMPDIR": "/tmp"}
 
 
 @contextmanager
@@ -240,6 +266,7 @@ def _named(address: str) -> Iterator[dict[str, Any]]:
             "address, or RAY_AUTH_MODE=token here and where the cluster is started"
         )
     _agree_on_tls(address, place)
+    _check_protocol(address, place)
     over = threading.Event()
     threading.Thread(target=_watch, args=(place, over), daemon=True).start()
     try:
@@ -298,6 +325,21 @@ def _agree_on_tls(address: str, place: tuple[str, int]) -> None:
             raise ValueError(f"RAY_ADDRESS: {address} and RAY_USE_TLS=1 here: {error}, allowed: TLS at both") from None
     if answered and not wanted:
         raise ValueError(f"RAY_ADDRESS: {address} asks for TLS, allowed: RAY_USE_TLS=1 and the cluster's certificates")
+
+
+def _check_protocol(address: str, place: tuple[str, int]) -> None:
+    """ValueError where another kind of server listens: Ray would try to reach its head there for minutes."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return  # the server chose HTTP/2 already
+    answer = b""
+    with suppress(OSError), socket.create_connection(place, REACH_S) as call:
+        call.sendall(HTTP2_PREFACE)
+        answer = call.makefile("rb").read(9)
+    if answer[3:4] != SETTINGS:
+        raise ValueError(
+            f"RAY_ADDRESS: what listens at {address} is not the head of a Ray cluster, allowed: HOST:PORT that "
+            "`ray start --head` printed (the port is 6379 if none was chosen)"
+        )
 
 
 def _watch(place: tuple[str, int], over: threading.Event) -> None:

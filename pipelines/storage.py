@@ -458,9 +458,9 @@ def _meant(url: str, error: Exception) -> Exception:
     at, told = _shown(url), _told(error)
     if isinstance(error, ImportError):
         return ValueError(f"{at}: a package is missing: {told}")
-    if isinstance(error, FileExistsError):
+    if isinstance(error, FileExistsError | NotADirectoryError):
         return ValueError(f"{at}: {told}, allowed: a path whose folders are folders")
-    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+    if isinstance(error, FileNotFoundError | IsADirectoryError):
         return ValueError(f"{at}: not there, allowed: a file that is; {told}")
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
         return ValueError(f"{at}: no access, allowed: credentials and rights for it; {told}")
