@@ -146,7 +146,6 @@ class Recorder:
         The driver ends the run for what the user must mend, for the same error at the same step, and for too many
         faults in a row without a step further than before.
         """
-        self.news.phase = STARTING
         rank, cause = min(failures.items(), key=lambda item: (item[1].kind, item[0]))
         reason, where = f"rank {rank}: {cause.text}", f"train.{self.settings.stage}"
         fault = (self.news.step, cause.pattern)
@@ -161,6 +160,7 @@ class Recorder:
                 f"allowed: {self.settings.restarts}, recovery.restarts; at last: {reason}; {self._outlook()}"
             )
         if not self.news.failed:
+            self.news.phase = STARTING
             self.news.said += [f"rank {one}: {failure.text}" for one, failure in sorted(failures.items())]
         self.last_fault = fault
         with suppress(OSError):  # a full disk may be the fault

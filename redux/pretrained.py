@@ -28,7 +28,14 @@ from transformers.utils import CONFIG_NAME
 
 from redux.conversation import IMAGE
 from redux.extras import write_install_command
-from redux.loading import check_image_token, check_layout, check_loading, load_model, load_tokenizer
+from redux.loading import (
+    check_image_token,
+    check_layout,
+    check_loading,
+    load_model,
+    load_tokenizer,
+    report_damage,
+)
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
 from redux.remote import fetched
 from redux.settings import CMAI, VMTC, Reduction
@@ -87,9 +94,10 @@ def assemble(
     parts = {"model.vision_tower": eye, "model.language_model": voice.model, "lm_head": voice.lm_head}
     weights = {f"{part}.{name}": weight for part in parts for name, weight in parts[part].state_dict().items()}
     # takes the tensors themselves, not copies, and draws what is missing: the projector
-    model, found = ReduxForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
+    with report_damage(language, "language"):
+        model, found = ReduxForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
     drawn = {name for name in found["missing_keys"] if name.startswith("model.multi_modal_projector.")}
     check_loading({**found, "missing_keys": found["missing_keys"] - drawn}, language, "language")
     return model, tokenizer

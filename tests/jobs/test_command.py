@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -31,7 +31,21 @@ def redux(*arguments: str | Path, **environment: str) -> subprocess.CompletedPro
 
 
 @pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable[[Any, Path, bool], None]], None]:
+def attentive() -> Iterator[None]:
+    """Signals have an effect: a suite in the background ignores Ctrl-C, and one under nohup ignores SIGHUP."""
+    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    for number, handler in before.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def work(
+    attentive: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[Callable[[Any, Path, bool], None]], None]:
     """Puts a function in the place of the work that `redux run` starts, and a job of one name in that of the schema."""
     monkeypatch.chdir(tmp_path)
     Path("x.yaml").touch()

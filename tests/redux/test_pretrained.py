@@ -163,6 +163,14 @@ def test_it_comes_back_with_its_modules(towers: dict[str, Path], language: Path,
     assert torch.equal(logits(again, tokens), logits(model, tokens))
 
 
+def test_a_projector_that_is_drawn_is_no_cause_for_alarm(
+    tower: Path, language: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would print a table of weights that it misses."""
+    assemble(tower, language)
+    assert "MISSING" not in caplog.text + "".join(capfd.readouterr())
+
+
 def test_a_tokenizer_gets_an_image_token_and_one_to_pad_with(tower: Path, language: Path) -> None:
     model, tokenizer = assemble(tower, language)
     assert tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id == 12
