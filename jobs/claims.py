@@ -20,7 +20,9 @@ import yaml
 
 from jobs import document
 from jobs.schema import Job
-from pipelines import checkpoint, evaluate, failures, lines, metrics
+from pipelines.core import failures, jsonl
+from pipelines.evaluation import evaluate
+from pipelines.training import checkpoint, metrics
 
 JOB = "job.yaml"
 PROGRESS = "progress.jsonl"
@@ -140,7 +142,7 @@ class Claim:
         keys = claim(self.folder / JOB, self.job, self.find_use, changed)
         outdated = set().union(*(self.find_dependents(key) for key in keys if not self.find_use(key)))
         path = self.folder / PROGRESS
-        entries = lines.read(path)
+        entries = jsonl.read(path)
         if any(entry["step"] in outdated for entry in entries):
             kept = [entry for entry in entries if entry["step"] not in outdated]
             write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))

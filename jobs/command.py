@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines import interrupts
+from pipelines.core import interrupts
 
 EXIT_FAULT = 1  # it may pass: `redux submit --retries` tries again
 EXIT_MISUSE = 2
@@ -53,7 +53,7 @@ def _describe(error: BaseException) -> tuple[int, list[str]]:
     There are none for a mistake in the code, which needs its stack trace.  A fault of a disk, a store or a machine
     leaves what is finished as it is.
     """
-    from pipelines import failures
+    from pipelines.core import failures
 
     failure, cause = failures.describe(error), failures.find_cause(error)
     if failure.kind == failures.Kind.RAISED or not isinstance(cause, Exception):
@@ -100,7 +100,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     asked, _ = _asked(arguments)
     from dataclasses import fields
 
-    from jobs import submit
+    from jobs.cluster import submit
 
     given = {one.name: getattr(arguments, one.name) for one in fields(submit.Submission) if one.name != "name"}
     return submit.submit(submit.Submission(name=asked.name, **given))
@@ -108,7 +108,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 def _jobs(verb: str, *names: str) -> Callable[[argparse.Namespace], int]:
     def call(arguments: argparse.Namespace) -> int:
-        from jobs import remote
+        from jobs.cluster import remote
 
         code: int = getattr(remote, verb)(arguments.address, *(getattr(arguments, name) for name in names))
         return code
@@ -159,7 +159,8 @@ def _best(arguments: argparse.Namespace) -> None:
 def _manifest(arguments: argparse.Namespace) -> None:
     from dataclasses import fields
 
-    from jobs import manifest, schema
+    from jobs import schema
+    from jobs.cluster import manifest
 
     job, _ = _asked(arguments)
     if not isinstance(job, schema.Job):
@@ -222,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="redux",
         description="Train vision-language models that follow instructions, by spending fewer image tokens.",
-        epilog="redux VERB --help explains a verb. A first one: redux run jobs/quickstart.yaml",
+        epilog="redux VERB --help explains a verb. A first one: redux run jobs/recipes/quickstart.yaml",
     )
     parser.add_argument("--version", action=_Version)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
@@ -233,9 +234,9 @@ def _parser() -> argparse.ArgumentParser:
         "first stages; or a search for the best settings of one. A finished job is left as it is; an interrupted one "
         "goes on from its last checkpoint. Runs on a Ray started for the purpose, or on the cluster that the "
         "environment variable RAY_ADDRESS names.",
-        epilog="example: redux run jobs/quickstart.yaml seed=1 name=quickstart-1",
+        epilog="example: redux run jobs/recipes/quickstart.yaml seed=1 name=quickstart-1",
     )
-    run.add_argument("job", metavar="JOB", type=Path, help="a job file, such as jobs/quickstart.yaml")
+    run.add_argument("job", metavar="JOB", type=Path, help="a job file, such as jobs/recipes/quickstart.yaml")
     run.add_argument(
         "overrides",
         metavar="section.key=value",
@@ -347,7 +348,7 @@ def _add_submit(verbs: Any) -> None:
         "this is called travels with it, and is deleted after it: without data, checkpoints, run folders, links, what "
         ".gitignore and .rayignore name, and what is called like a key or begins with a dot. In a checkout of Redux "
         "its code is what runs, elsewhere the cluster's own. " + TOKEN,
-        epilog="example: redux submit jobs/quickstart.yaml --into /mnt/redux/runs --retries 3",
+        epilog="example: redux submit jobs/recipes/quickstart.yaml --into /mnt/redux/runs --retries 3",
     )
     submit.add_argument("job", metavar="JOB", type=Path, help="a job file, a study or a search")
     submit.add_argument("overrides", metavar="section.key=value", nargs="*", help="in place of the file's values")
@@ -422,7 +423,7 @@ def _add_manifest(verbs: Any) -> None:
         description="Write what Kubernetes with KubeRay (1.5.1 or newer) needs to run a job: its file as a ConfigMap, "
         "a NetworkPolicy that keeps others out, and a RayJob with GPU workers on spot machines, which is started again "
         "and goes on when its head is lost. Numbers of pods, and the time they get to end, are those of the job file.",
-        epilog="example: redux manifest jobs/llava-1.5-7b-redux.yaml name=llava-redux data.sets.mix665k=s3://bucket/"
+        epilog="example: redux manifest jobs/recipes/llava-1.5-7b-redux.yaml name=llava-redux data.sets.mix665k=s3://bucket/"
         "mix665k data.sets.llava-pretrain=s3://bucket/llava-pretrain checkpoints=s3://bucket/checkpoints "
         "--image registry/redux:0.1.0 --volume runs:/mnt/redux --out job.k8s.yaml",
     )

@@ -7,7 +7,8 @@ from pathlib import Path
 from jobs import schema
 from jobs.claims import JOB
 from jobs.run import plans
-from pipelines import checkpoint, export, failures, storage
+from pipelines.core import failures, storage
+from pipelines.training import checkpoint, export
 from redux import conversion, processor
 
 

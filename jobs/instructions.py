@@ -6,7 +6,7 @@ Arguments are drawn once, so that every model answers the same prompts; a job na
 
 import argparse
 
-from pipelines import easy_vqa
+from pipelines.data import easy_vqa
 from redux.benchmarks import instructions
 from redux.benchmarks.instructions import Asked
 from redux.benchmarks.source import Form, field, records

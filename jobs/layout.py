@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jobs.schema import Job
-from pipelines import storage
+from pipelines.core import storage
 
 
 def locate_sets(job: Job, folder: Path) -> dict[str, str]:

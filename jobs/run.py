@@ -31,32 +31,21 @@ from jobs import claims, schema
 from jobs.claims import ASSEMBLED, PROGRESS
 from jobs.layout import locate_checkpoints, locate_sets
 from jobs.schema import Job
-from pipelines import (
-    cluster,
-    easy_vqa,
-    evaluate,
-    failures,
-    interrupts,
-    ledger,
-    lines,
-    lora,
-    report,
-    shards,
-    storage,
-    tasks,
-    trackers,
-    train,
-)
-from pipelines import records as check
-from pipelines.plan import Plan
-from pipelines.sets import Making, Source
-from pipelines.stage import count_shared_workers
+from pipelines.core import cluster, failures, interrupts, jsonl, storage
+from pipelines.data import easy_vqa, shards
+from pipelines.data import records as check
+from pipelines.data.options import Making, Source
+from pipelines.evaluation import evaluate, tasks
+from pipelines.report import run_report
+from pipelines.training import driver, ledger, lora, trackers
+from pipelines.training.plan import Plan
+from pipelines.training.stage import count_shared_workers
 from redux import pretrained, respondent
 from redux.architecture import Language, Model, Tower, image_tokens
 from redux.conversation import TEMPLATES, Template, word_tokenizer
 from redux.extras import write_install_command
+from redux.hub import fetched
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
-from redux.remote import fetched
 
 T = TypeVar("T")
 
@@ -70,7 +59,7 @@ def run(
     folder: Path,
     changed: bool = False,
     until: str | None = None,
-    watch: train.Watch | None = None,
+    watch: driver.Watch | None = None,
     patience_s: float = 0,
 ) -> None:
     """Do what is left of the job in its run folder.
@@ -105,15 +94,15 @@ def run(
             print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
         _check_sets(job, folder)
         if job.checkpoints and job.train.keys() & left.keys():
-            train.probe(locate_checkpoints(job, folder))
-        lines.mend(folder / PROGRESS)
+            driver.probe(locate_checkpoints(job, folder))
+        jsonl.mend(folder / PROGRESS)
         with cluster.session():
             _check_resources(job, left)
             for name, step in left.items():
                 interrupts.check()
                 step()
                 now = time.monotonic()
-                lines.append(folder / PROGRESS, [{"step": name, "wall_s": now - clock}])
+                jsonl.append(folder / PROGRESS, [{"step": name, "wall_s": now - clock}])
                 clock = now
     if until is None:
         _summarise(folder)
@@ -162,7 +151,7 @@ def alone(folder: Path, patience_s: float = 0) -> Iterator[None]:
 
 
 def steps(
-    job: Job, folder: Path, changed: bool = False, watch: train.Watch | None = None
+    job: Job, folder: Path, changed: bool = False, watch: driver.Watch | None = None
 ) -> dict[str, Callable[[], None]]:
     """The steps of a job by name, in order: shards, parts put together, each training stage, evaluation, report.
 
@@ -177,7 +166,7 @@ def steps(
     if job.model.pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""
-    result |= {name: functools.partial(train.fit, plan, watch=watch) for name, plan in stages.items()}
+    result |= {name: functools.partial(driver.fit, plan, watch=watch) for name, plan in stages.items()}
     settings = job.evaluate
     if settings is None:
         result["report"] = lambda: _report(folder, [])
@@ -379,19 +368,19 @@ def configured(model: Model) -> ReduxConfig:
 
 
 def _finished(folder: Path) -> list[str]:
-    return [entry["step"] for entry in lines.read(folder / PROGRESS)]
+    return [entry["step"] for entry in jsonl.read(folder / PROGRESS)]
 
 
 def _summarise(folder: Path) -> None:
     """metrics.json: the scores, and wall-clock seconds by step and in all, of the runs that finished the steps."""
-    times = {f"wall_s.{entry['step']}": entry["wall_s"] for entry in lines.read(folder / PROGRESS)}
+    times = {f"wall_s.{entry['step']}": entry["wall_s"] for entry in jsonl.read(folder / PROGRESS)}
     scores = json.loads((folder / SCORES).read_text()) if (folder / SCORES).exists() else {}
     _write(folder / "metrics.json", {**scores, "wall_s": sum(times.values()), **times})
 
 
-def _report(folder: Path, examples: Sequence[report.Example]) -> None:
+def _report(folder: Path, examples: Sequence[evaluate.Example]) -> None:
     _summarise(folder)
-    report.write(folder, examples)
+    run_report.write(folder, examples)
 
 
 def _write(path: Path, values: dict[str, float]) -> None:

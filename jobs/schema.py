@@ -12,12 +12,12 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import StringConstraints
 
 from jobs import document
-from pipelines.easy_vqa import SETS
-from pipelines.report import Report
-from pipelines.sets import Data
-from pipelines.stage import Recovery, Stage
-from pipelines.tasks import Evaluate
-from pipelines.trackers import Name as Tracker
+from pipelines.data.easy_vqa import SETS
+from pipelines.data.options import Data
+from pipelines.evaluation.tasks import Evaluate
+from pipelines.report.run_report import Report
+from pipelines.training.stage import Recovery, Stage
+from pipelines.training.trackers import Name as Tracker
 from redux.architecture import Model
 
 OTHER_STEPS = ("shards", "assemble", "evaluate", "report")

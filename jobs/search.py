@@ -34,11 +34,15 @@ from jobs import claims, document, run, schema, search_schema, study
 from jobs.schema import Job
 from jobs.search_schema import Search
 from jobs.study import SHARED
-from pipelines import cluster, evaluate, front, metrics, page, storage, train
-from pipelines import search as tuning
-from pipelines.space import Range, Space, Values, check
-from pipelines.stage import count_shared_workers
-from pipelines.trials import Trials, Try, discard, find, fit, opened
+from pipelines.core import cluster, storage
+from pipelines.evaluation import evaluate
+from pipelines.report import page
+from pipelines.search import driver as tuning
+from pipelines.search import search_page
+from pipelines.search.space import Range, Space, Values, check
+from pipelines.search.trials import Trials, Try, discard, find, fit, opened
+from pipelines.training import driver, metrics
+from pipelines.training.stage import count_shared_workers
 from redux import model as redux
 from redux.architecture import Model
 from redux.cost import cost
@@ -185,7 +189,7 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
         jobs = Jobs(search, _share(search, folder / SHARED, changed), _with_counts(search, whole))
         trials = Trials(search, search.name, folder, jobs.forecast)
 
-        def work(trial: Try, place: Path, watch: train.Watch) -> dict[str, float]:
+        def work(trial: Try, place: Path, watch: driver.Watch) -> dict[str, float]:
             job = jobs(trial.values, str(trial.number))
             run.run(job, place, watch=watch, patience_s=PATIENCE_S)
             return _measured(job, place)
@@ -194,7 +198,7 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
         stage = list(whole.train)[-1] if whole.train else None
         tuning.search(trials, folder, work, after, stage, whole.recovery.grace_s)
     print(f"{search.name} is finished: {folder / 'search.html'}")
-    for line in front.summary(trials.study):
+    for line in search_page.summary(trials.study):
         print(line)
 
 
@@ -272,7 +276,7 @@ def _show(trials: Trials, folder: Path, jobs: Jobs, tidied: set[int]) -> None:
 
     Those that failed keep them, for more retries may be allowed.
     """
-    front.write(trials.study, folder)
+    search_page.write(trials.study, folder)
     for tries in trials.ended:
         number = tries[0].number
         if number in tidied or tries[-1].state == TrialState.FAIL:
@@ -293,7 +297,7 @@ def best(folder: Path, numbers: Sequence[int]) -> list[Path]:
     search = document.read(folder / FILE, (), Search)
     study = find(search, search.name, folder)
     complete = {trial.number: trial for trial in study.get_trials(states=(TrialState.COMPLETE,))}
-    found = front.front(study)
+    found = search_page.front(study)
     if not numbers and len(search.objectives) == 1 and found:
         numbers = [found[0].number]
     told = ", ".join(f"{trial.number} ({_values(search, trial)})" for trial in found) or "none yet"

@@ -9,8 +9,8 @@ from annotated_types import Ge
 
 from jobs import document, study
 from jobs.schema import Name
-from pipelines.space import Values
-from pipelines.trials import Settings
+from pipelines.search.space import Values
+from pipelines.search.trials import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

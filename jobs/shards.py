@@ -7,8 +7,10 @@ from pathlib import Path
 from jobs import schema
 from jobs.claims import JOB
 from jobs.layout import locate_sets
-from pipelines import audit, cluster, consumed, easy_vqa, metrics, records, shards, storage, tars
-from pipelines.sets import Making
+from pipelines.core import cluster, storage
+from pipelines.data import audit, consumed, easy_vqa, records, shards, tars
+from pipelines.data.options import Making
+from pipelines.training import metrics
 
 
 def make(arguments: argparse.Namespace) -> None:

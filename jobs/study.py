@@ -11,7 +11,7 @@
 runs/NAME/study.yaml       the study as it was done
 runs/NAME/shared/          the run of the shared stages
 runs/NAME/VARIANT-SEED/    a run for each variant and seed
-runs/NAME/tables.html      what came of it; see pipelines/tables.py
+runs/NAME/tables.html      what came of it; see pipelines/report/tables.py
 
 Each run is a job like any other: it can be run, looked at and resumed alone, by its job.yaml.
 """
@@ -27,7 +27,7 @@ from annotated_types import Ge, Lt, MinLen
 from jobs import document
 from jobs.layout import locate_model, locate_sets
 from jobs.schema import Job, Name
-from pipelines import failures
+from pipelines.core import failures
 from redux.settings import METHODS
 
 SHARED = "shared"
@@ -119,8 +119,8 @@ def conduct(study: Study, folder: Path, changed: bool = False) -> None:
 
     A variant's run that was finished stays; changed: as of jobs.run.run.
     """
-    from jobs import run, tables  # with torch and Ray, which reading a study does without
-    from pipelines import cluster
+    from jobs import run, tables
+    from pipelines.core import cluster
 
     folder = folder.resolve()
     todo = jobs(study, folder)

@@ -8,10 +8,10 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipelines import comparison, page
-from pipelines.runs import Scorers, find
-from pipelines.tables import Cell, Column, Line, Table, build, prompts
-from pipelines.tasks import TASKS
+from pipelines.evaluation.tasks import TASKS
+from pipelines.report import comparison, page
+from pipelines.report.runs import Scorers, find
+from pipelines.report.tables import Cell, Column, Line, Table, build, prompts
 
 FIELDS = (
     "family", "row", "source", "about", "column", "value", "low", "high",

@@ -31,10 +31,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from redux.architecture import Language, Model, Tower
 from redux.conversation import CONTEXT, IMAGE, TEMPLATES
+from redux.hub import fetched
 from redux.image import MEAN, STD
 from redux.loading import check_layout, check_loading, report_damage
 from redux.plugin import inhibit
-from redux.remote import fetched
 from redux.settings import METHODS, Fit, Stage, TemplateName
 from redux.tower import CompressingBlock, Compression, Encoding, EncodingTower, extend, is_clip_like
 from redux.vmtc import Fate

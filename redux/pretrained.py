@@ -28,6 +28,7 @@ from transformers.utils import CONFIG_NAME
 
 from redux.conversation import IMAGE
 from redux.extras import write_install_command
+from redux.hub import fetched
 from redux.loading import (
     check_image_token,
     check_layout,
@@ -37,7 +38,6 @@ from redux.loading import (
     report_damage,
 )
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
-from redux.remote import fetched
 from redux.settings import CMAI, VMTC, Reduction
 
 TOWERS = {

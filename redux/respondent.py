@@ -36,11 +36,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import CONFIG_NAME
 
 from redux.conversation import IMAGE, TEMPLATES, Template, encode, pad
+from redux.hub import fetched
 from redux.image import pixels, rgb
 from redux.loading import check_image_token, check_layout, load_model, load_tokenizer
 from redux.model import ReduxForConditionalGeneration, normalise
 from redux.pretrained import TOWERS
-from redux.remote import fetched
 from redux.settings import Fit, TemplateName
 
 DESCRIBE = "Describe the image in detail."

@@ -140,7 +140,7 @@ def test_torch_is_the_one_that_the_project_names() -> None:
 
 
 def test_the_image_has_a_base_of_one_version_and_a_user_who_owns_what_pods_and_machines_give_it() -> None:
-    from jobs import manifest
+    from jobs.cluster import manifest
 
     assert re.fullmatch(r"python:3\.(11|12)\.\d+-slim-\w+", argument("BASE"))
     users = [rest for kind, rest in instructions() if kind == "USER"]

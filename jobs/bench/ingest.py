@@ -12,7 +12,7 @@ the process that takes the batches: 16 images of uint8 each, every image once, w
     energon             Megatron-Energon over our shards
     torchdata           StatefulDataLoader over our shards, any sample by its byte range
     ray                 ray.data.read_webdataset over our shards
-    redux-*             pipelines.ingest: pixels exact, fast, or prepared before (shards of their own); PASSES epochs
+    redux-*             pipelines.data.ingest: pixels exact, fast, or prepared before (own shards); PASSES epochs
 
 Each reading has a process of its own, with files in memory, and each round takes every way once.  Time starts where
 the loader is imported, so the first batch takes what starts its workers, or Ray and its workers.  The steady rate is
@@ -56,10 +56,10 @@ from tqdm import tqdm
 
 from jobs.bench.pixels import photo
 from jobs.bench.record import append, each
-from pipelines.ingest import Batch, Reader, dataset, micro_batches
-from pipelines.order import Order
-from pipelines.sets import Making
-from pipelines.shards import Shards, make
+from pipelines.data.ingest import Batch, Reader, dataset, micro_batches
+from pipelines.data.options import Making
+from pipelines.data.order import Order
+from pipelines.data.shards import Shards, make
 from redux.conversation import IMAGE, word_tokenizer
 from redux.image import pixels
 from redux.settings import Way

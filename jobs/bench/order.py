@@ -17,8 +17,8 @@ import time
 import numpy as np
 
 from jobs.bench.record import append, each
-from pipelines.grouping import Groups
-from pipelines.order import Order
+from pipelines.data.grouping import Groups
+from pipelines.data.order import Order
 
 SAMPLES = 10**9
 WAYS = ("global", "mixture", "window", "groups")

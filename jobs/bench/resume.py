@@ -23,12 +23,12 @@ import ray.data
 from PIL import Image
 
 from jobs.bench.record import append
-from pipelines import cluster, storage
-from pipelines.ingest import Reader, conversation, dataset, micro_batches
-from pipelines.order import Order
-from pipelines.sets import Making
-from pipelines.shards import Shards, make
-from pipelines.storage import read_ranges
+from pipelines.core import cluster, storage
+from pipelines.core.storage import read_ranges
+from pipelines.data.ingest import Reader, conversation, dataset, micro_batches
+from pipelines.data.options import Making
+from pipelines.data.order import Order
+from pipelines.data.shards import Shards, make
 from redux.conversation import IMAGE, word_tokenizer
 
 SIZE, BATCH, WORKERS = 336, 16, 2

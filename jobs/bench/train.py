@@ -5,7 +5,7 @@
 One run has all of it, on a LLaVA of 8 million parameters whose step takes 0.6 s, two workers: the stage as it
 is trained under Ray (checkpoints every 10 steps); the same loop under torchrun and DeepSpeed without Ray, its batches
 made in the process; and the stage again with a worker killed by SIGKILL.  The result is printed and added to
-train.jsonl.
+driver.jsonl.
 
 Steps are compared by their median, the first ones left out, in which readers still work beside the trainers.
 """
@@ -41,15 +41,16 @@ def main() -> None:
     if arguments.bare:
         bare(Path(arguments.bare))
         return
-    from pipelines import cluster, train
+    from pipelines.core import cluster
+    from pipelines.training import driver
 
     with tempfile.TemporaryDirectory() as folder:
         with cluster.session():
             plan = small(Path(folder))
-            train.fit(plan)
+            driver.fit(plan)
             killed = renamed(plan, "killed")
             at = killed.run / "killed-at"
-            train.fit(killed, [Kill(KILLED, at)])
+            driver.fit(killed, [Kill(KILLED, at)])
         append(
             __file__, **measured(seconds(plan), by_torchrun(plan), events(plan), events(killed), float(at.read_text()))
         )
@@ -60,10 +61,10 @@ def small(folder: Path) -> Any:
     import numpy as np
     from PIL import Image
 
-    from pipelines.plan import Plan
-    from pipelines.sets import Making
-    from pipelines.shards import make
-    from pipelines.stage import Stage
+    from pipelines.data.options import Making
+    from pipelines.data.shards import make
+    from pipelines.training.plan import Plan
+    from pipelines.training.stage import Stage
     from redux.architecture import Language, Model, Tower, image_tokens
     from redux.conversation import IMAGE, TEMPLATES, word_tokenizer
 
@@ -126,7 +127,7 @@ class Kill:
     at: Path
 
     def __call__(self, engine: Any, plan: Any) -> Any:
-        from pipelines.hooks import Hook, Step
+        from pipelines.training.hooks import Hook, Step
 
         kill = self
 
@@ -140,7 +141,7 @@ class Kill:
 
 
 def events(plan: Any) -> list[dict[str, Any]]:
-    from pipelines import ledger
+    from pipelines.training import ledger
 
     return [json.loads(line) for line in (plan.run / ledger.FILE).read_text().splitlines()]
 
@@ -166,19 +167,19 @@ def bare(folder: Path) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch.distributed as dist
 
-    from pipelines import engine, train
-    from pipelines.ingest import Batch, Reader
+    from pipelines.data.ingest import Batch, Reader
+    from pipelines.training import driver, engine
 
     dist.init_process_group("gloo")
 
     def made(trained: Any, reader: Reader, done: int, stop: int, spare: bool) -> Iterator[Batch]:
         return iter([reader(turn * 2 + trained.global_rank) for turn in range(done, stop)])
 
-    train._batches = made
+    driver._batches = made
     plan = pickle.loads((folder / "plan.pickle").read_bytes())
     trained = engine.build(plan, 2)
     times = []
-    for _ in train.training_steps(trained, plan, plan.reader(), 0, STEPS, [], set()):
+    for _ in driver.training_steps(trained, plan, plan.reader(), 0, STEPS, [], set()):
         times.append(time.time())
     if trained.global_rank == 0:
         (folder / "bare.json").write_text(

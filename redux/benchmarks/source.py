@@ -15,7 +15,7 @@ import fsspec
 import pyarrow
 import pyarrow.csv
 
-from redux.remote import explain_error
+from redux.hub import explain_error
 
 Source = str | PathLike[str]
 """A path or URL."""

@@ -9,7 +9,7 @@ import sys
 import s3fs
 from moto.server import ThreadedMotoServer
 
-from pipelines import storage
+from pipelines.core import storage
 
 
 def main(host: str, folder: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import interrupts
+from pipelines.core import interrupts
 
 WORDS = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "

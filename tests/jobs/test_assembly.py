@@ -15,9 +15,9 @@ from jobs.run import located, run, steps
 from jobs.schema import Job
 from jobs.search import Jobs
 from jobs.search import load as load_search
-from pipelines import train
-from pipelines.plan import Plan
-from pipelines.stage import Recovery
+from pipelines.training import driver
+from pipelines.training.plan import Plan
+from pipelines.training.stage import Recovery
 from redux.model import ReduxForConditionalGeneration
 from redux.pretrained import assemble
 
@@ -51,7 +51,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Plan]]:
 
     def told(job: Job, folder: Path, **options: Any) -> list[Plan]:
         plans: list[Any] = []
-        monkeypatch.setattr(train, "fit", lambda plan, watch: plans.append(plan))
+        monkeypatch.setattr(driver, "fit", lambda plan, watch: plans.append(plan))
         work = steps(job, folder, **options)
         for name in job.train:
             work[name]()
@@ -198,7 +198,7 @@ def test_any_number_of_a_range_of_workers_will_do(load: Callable[..., Job]) -> N
 
 
 def test_a_file_of_weights_needs_a_model_from_a_folder() -> None:
-    path = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
+    path = Path(__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
     with pytest.raises(
         ValueError, match=r"model\.gguf_file: got a.gguf, allowed: null, as language is built from sizes"
     ):

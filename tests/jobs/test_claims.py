@@ -10,9 +10,10 @@ from jobs import schema
 from jobs.claims import ASSEMBLED, JOB, PROGRESS, Claim
 from jobs.run import run
 from jobs.schema import Job
-from pipelines import evaluate, lines
+from pipelines.core import jsonl
+from pipelines.evaluation import evaluate
 
-QUICKSTART = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
 """Stages: tower, pretrain, instruct."""
 
 PREPARED = ("shards", "assemble")
@@ -47,7 +48,7 @@ def begin(tmp_path: Path) -> Begin:
 
 
 def finished(folder: Path) -> list[str]:
-    return [entry["step"] for entry in lines.read(folder / PROGRESS)]
+    return [entry["step"] for entry in jsonl.read(folder / PROGRESS)]
 
 
 @pytest.mark.parametrize(

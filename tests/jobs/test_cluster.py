@@ -24,7 +24,8 @@ import pytest
 import trustme
 from PIL import Image
 
-from pipelines import cluster, shards
+from pipelines.core import cluster
+from pipelines.data import shards
 from tests.jobs.machines import QUICK, RAY, Cluster, Network, Process, apart, kill, lines, network, until
 
 JOB = """
@@ -240,7 +241,7 @@ def test_a_public_address_needs_a_token(monkeypatch: pytest.MonkeyPatch, ip: str
 
 @pytest.mark.parametrize(("address", "why"), [("head", "got head, allowed: HOST:PORT"), ("127.0.0.1:1", "refused")])
 def test_a_ray_that_is_not_there_is_told_in_one_line(folder: Path, address: str, why: str) -> None:
-    command = [sys.executable, "-m", "jobs.command", "run", "jobs/quickstart.yaml", "--into", str(folder)]
+    command = [sys.executable, "-m", "jobs.command", "run", "jobs/recipes/quickstart.yaml", "--into", str(folder)]
     ended = subprocess.run(command, env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True)
     assert ended.returncode == 2
     [line] = (ended.stdout + ended.stderr).splitlines()

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from jobs import command
-from pipelines import interrupts, storage
+from pipelines.core import interrupts, storage
 
-QUICKSTART = Path("jobs/quickstart.yaml")
+QUICKSTART = Path("jobs/recipes/quickstart.yaml")
 ROOT = Path(__file__).parents[2]
 HEAVY = {"ray", "torch", "transformers", "deepspeed", "pydantic", "yaml", "numpy"}
 

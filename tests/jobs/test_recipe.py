@@ -22,11 +22,11 @@ from PIL import Image
 
 from jobs import schema
 from jobs.run import steps
-from pipelines import shards
-from pipelines.order import Order
+from pipelines.data import shards
+from pipelines.data.order import Order
 from redux.settings import CMAI, VMTC
 
-FOLDER = Path(__file__).parents[2] / "jobs"
+FOLDER = Path(__file__).parents[2] / "jobs" / "recipes"
 FILES = sorted(FOLDER.glob("llava-1.5-*.yaml"))
 SAMPLES = {"llava-pretrain": 558_128, "mix665k": 665_298}
 """Records of LLaVA's two files."""

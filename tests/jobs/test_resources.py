@@ -10,9 +10,10 @@ import ray
 
 from jobs import run, schema
 from jobs.schema import Job
-from pipelines import cluster, evaluate
+from pipelines.core import cluster
+from pipelines.evaluation import evaluate
 
-JOBS = Path(__file__).parents[2] / "jobs"
+JOBS = Path(__file__).parents[2] / "jobs" / "recipes"
 QUICKSTART = JOBS / "quickstart.yaml"
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from pipelines import ledger, metrics, tasks
+from pipelines.evaluation import tasks
+from pipelines.training import ledger, metrics
 
 JOB = """
 name: tiny
@@ -270,7 +271,7 @@ def test_a_trained_model_asked_with_no_other_key_scores_as_its_run(
     finished: tuple[Path, str], ray_cluster: Any, tmp_path: Path
 ) -> None:
     """By a job, and by Python; asked as LLaVA is, which it was not trained as, it is refused."""
-    from pipelines import easy_vqa
+    from pipelines.data import easy_vqa
     from redux.respondent import load
 
     run, _ = finished

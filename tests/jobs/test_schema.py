@@ -9,9 +9,9 @@ import pytest
 
 from jobs import document, schema, search, study
 from jobs.run import steps
-from pipelines.trials import Trials
+from pipelines.search.trials import Trials
 
-FOLDER = Path(__file__).parents[2] / "jobs"
+FOLDER = Path(__file__).parents[2] / "jobs" / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
 STUDIES = [path for path in FILES if "variants" in document.plain(path)]
 SEARCHES = [path for path in FILES if "space" in document.plain(path)]

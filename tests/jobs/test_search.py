@@ -15,8 +15,9 @@ import yaml
 from optuna.trial import create_trial
 
 from jobs import claims, command, schema, search
-from pipelines import consumed, lines
-from pipelines.trials import Trials
+from pipelines.core import jsonl
+from pipelines.data import consumed
+from pipelines.search.trials import Trials
 from redux.cost import cost
 from redux.model import configured
 
@@ -227,11 +228,11 @@ def test_a_search_goes_on_after_every_death(tmp_path: Path) -> None:
     used = [(folder / "trials" / f"{number:04}" / consumed.FILE).read_text() for number in (0, 1, 2, 4, 5)]
     assert len(set(used)) == 1, "the same samples in the same order, however often it was killed"
     for number in (0, 1, 2, 4, 5):
-        entries = lines.read(folder / "trials" / f"{number:04}" / "metrics.jsonl")
+        entries = jsonl.read(folder / "trials" / f"{number:04}" / "metrics.jsonl")
         assert [entry["step"] for entry in entries] == list(range(1, 61))
         assert not (folder / "trials" / f"{number:04}" / "checkpoints" / "instruct").exists()
     for number in (1, 2):
-        events = lines.read(folder / "trials" / f"{number:04}" / "ledger.jsonl")
+        events = jsonl.read(folder / "trials" / f"{number:04}" / "ledger.jsonl")
         assert max(event["cursor"] for event in events if event["event"] == "start") > 0, "it began at a checkpoint"
     assert "tiny is finished" in (tmp_path / "told").read_text()
     assert (folder / "search.html").exists()
@@ -258,8 +259,8 @@ def started(tmp_path: Path) -> Iterator[psutil.Popen]:
 def await_steps(driver: psutil.Popen, folder: Path, trial: int, more: int) -> None:
     """Until a trial has done so many steps more than it has now."""
     path = folder / "trials" / f"{trial:04}" / "metrics.jsonl"
-    target = len(lines.read(path)) + more
-    while len(lines.read(path)) < target:
+    target = len(jsonl.read(path)) + more
+    while len(jsonl.read(path)) < target:
         with suppress(psutil.TimeoutExpired):
             raise AssertionError(f"the search ended with {driver.wait(timeout=0.2)}")
 

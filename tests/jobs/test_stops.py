@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from ray._common.test_utils import wait_for_condition
 
-from pipelines import checkpoint, metrics
+from pipelines.training import checkpoint, metrics
 from tests.jobs.stops import Receiver, Stopped, started
 
 JOB: dict[str, Any] = {

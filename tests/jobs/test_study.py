@@ -9,9 +9,9 @@ import yaml
 
 from jobs import command, study
 from jobs.study import Study
-from pipelines import lines
+from pipelines.core import jsonl
 
-FILE = Path(__file__).parents[2] / "jobs" / "reproduce" / "mini.yaml"
+FILE = Path(__file__).parents[2] / "jobs" / "recipes" / "reproduce" / "mini.yaml"
 
 
 def load(tmp_path: Path, **changes: Any) -> Study:
@@ -117,11 +117,11 @@ def test_a_study_trains_what_is_shared_once_and_goes_on_where_it_was(
     folder = tmp_path / "runs" / "tiny"
     runs = [f"{variant}-{seed}" for seed in (0, 1) for variant in ("llava", "random")]
     for name in runs:
-        assert [line["step"] for line in lines.read(folder / name / "progress.jsonl")] == [
+        assert [line["step"] for line in jsonl.read(folder / name / "progress.jsonl")] == [
             "assemble", "instruct", "evaluate", "report",
         ]  # fmt: skip
         assert (folder / name / "report.html").exists()
-    assert [line["step"] for line in lines.read(folder / "shared" / "progress.jsonl")] == ["shards", "pretrain"]
+    assert [line["step"] for line in jsonl.read(folder / "shared" / "progress.jsonl")] == ["shards", "pretrain"]
     told = (folder / "tables.md").read_text()
     assert "| LLaVA-1.5 | 2 seeds" in told
     assert "shared" not in told

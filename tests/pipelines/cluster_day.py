@@ -24,7 +24,8 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import placement_group_table
 
-from pipelines import cluster, train
+from pipelines.core import cluster
+from pipelines.training import driver
 from tests.pipelines.faults import Hold, until
 
 HELD = (3, 5, 7)
@@ -189,7 +190,7 @@ SCENARIOS: dict[str, tuple[Callable[[Day], dict[str, Any]], int]] = {
 def fit(folder: Path) -> None:
     plan = pickle.loads((folder / "plan.pickle").read_bytes())
     with cluster.session():
-        train.fit(plan, [Hold(HELD, folder / "marks")])
+        driver.fit(plan, [Hold(HELD, folder / "marks")])
         left = [one for one in placement_group_table().values() if one["state"] != "REMOVED"]
     assert not left
 

@@ -23,11 +23,12 @@ import ray.data
 import torch.distributed as dist
 from PIL import Image
 
-from pipelines import shards, storage
-from pipelines.plan import Plan
-from pipelines.sets import Making
-from pipelines.shards import Shards
-from pipelines.storage import Retry
+from pipelines.core import storage
+from pipelines.core.storage import Retry
+from pipelines.data import shards
+from pipelines.data.options import Making
+from pipelines.data.shards import Shards
+from pipelines.training.plan import Plan
 from redux.architecture import image_tokens
 from redux.conversation import TEMPLATES, word_tokenizer
 from tests.pipelines import small

@@ -13,8 +13,8 @@ import ray
 import torch.distributed as dist
 from ray.train.v2._internal.execution.context import get_train_context
 
-from pipelines.hooks import Hook, Step
-from pipelines.plan import Plan
+from pipelines.training.hooks import Hook, Step
+from pipelines.training.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from pipelines import checkpoint, fragments, train
-from pipelines.checkpoint import Manifest, Upload
-from pipelines.hooks import Hook, Step
-from pipelines.ingest import Batch, Reader
-from pipelines.plan import Plan
+from pipelines.data.ingest import Batch, Reader
+from pipelines.training import checkpoint, driver, fragments
+from pipelines.training.checkpoint import Manifest, Upload
+from pipelines.training.hooks import Hook, Step
+from pipelines.training.plan import Plan
 
 
 def run(folder: Path, workers: int, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -38,7 +38,7 @@ def run(folder: Path, workers: int, work: Callable[..., Any], *args: Any) -> lis
 
 def _rank(rank: int, workers: int, store: Path, result: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers), "DS_ACCELERATOR": "cpu"}
-    train._batches = read_here
+    driver._batches = read_here
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
         torch.save(work(*args), result)
@@ -49,7 +49,7 @@ def _rank(rank: int, workers: int, store: Path, result: Path, work: Callable[...
 
 
 def read_here(trained: Any, reader: Reader, done: int, stop: int, spare: bool) -> Iterator[Batch]:
-    """As `train._batches`, without Ray Data."""
+    """As `driver._batches`, without Ray Data."""
     return (reader(turn * trained.dp_world_size + trained.global_rank) for turn in range(done, stop))
 
 
@@ -58,7 +58,7 @@ def workers() -> int:
 
 
 def steps(trained: Any, plan: Plan, cursor: int, stop: int, hooks: tuple[Hook, ...] = ()) -> Iterator[Step]:
-    return train.training_steps(trained, plan, plan.reader(), cursor, stop, hooks, set())
+    return driver.training_steps(trained, plan, plan.reader(), cursor, stop, hooks, set())
 
 
 def save(trained: Any, plan: Plan, cursor: int) -> None:

@@ -1,6 +1,6 @@
 """A stage that trains in seconds."""
 
-from pipelines.stage import Stage
+from pipelines.training.stage import Stage
 from redux.architecture import Language, Model, Tower
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}

@@ -21,13 +21,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines import storage, tars
-from pipelines.consumed import prove
-from pipelines.ingest import Reader, conversation, dataset, micro_batches
-from pipelines.order import Order
-from pipelines.sets import Making
-from pipelines.shards import SCHEMA, Shards, make, write_index
-from pipelines.storage import Retry
+from pipelines.core import storage
+from pipelines.core.storage import Retry
+from pipelines.data import tars
+from pipelines.data.consumed import prove
+from pipelines.data.ingest import Reader, conversation, dataset, micro_batches
+from pipelines.data.options import Making
+from pipelines.data.order import Order
+from pipelines.data.shards import SCHEMA, Shards, make, write_index
 
 SIDE = 16
 GLOBAL_BATCH = 8
@@ -324,7 +325,7 @@ import dataclasses, datetime, json, sys
 import numpy as np
 import torch
 import torch.distributed as dist
-from pipelines.consumed import gather
+from pipelines.data.consumed import gather
 
 folder, rank = sys.argv[1], int(sys.argv[2])
 for world in (3, 2):

@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from pipelines import ledger, train
-from pipelines.plan import Plan
-from pipelines.stage import Recovery
+from pipelines.training import driver, ledger
+from pipelines.training.plan import Plan
+from pipelines.training.stage import Recovery
 from tests.pipelines.test_faults import account, assert_same_end, lines, losses
 
 NewPlan = Callable[..., Plan]
@@ -33,7 +33,7 @@ BOUND = 1e-5
 
 
 def done(plan: Plan) -> Plan:
-    train.fit(plan)
+    driver.fit(plan)
     return plan
 
 

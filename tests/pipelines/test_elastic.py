@@ -25,13 +25,14 @@ import pytest
 from PIL import Image
 from ray.data import ExecutionOptions
 
-from pipelines import ingest, storage
-from pipelines.grouping import Groups
-from pipelines.ingest import Reader, conversation, dataset, micro_batches
-from pipelines.order import Order
-from pipelines.sets import Making
-from pipelines.shards import Shards, make
-from pipelines.storage import Retry
+from pipelines.core import storage
+from pipelines.core.storage import Retry
+from pipelines.data import ingest
+from pipelines.data.grouping import Groups
+from pipelines.data.ingest import Reader, conversation, dataset, micro_batches
+from pipelines.data.options import Making
+from pipelines.data.order import Order
+from pipelines.data.shards import Shards, make
 from redux.conversation import IMAGE
 
 SIDE = 8

@@ -22,12 +22,13 @@ from ray._common.test_utils import wait_for_condition
 from ray.util.placement_group import placement_group_table
 from safetensors.torch import load, load_file
 
-from pipelines import checkpoint, export, ledger, storage, train
-from pipelines.checkpoint import Saved
-from pipelines.hooks import Hook, Step
-from pipelines.plan import Plan
-from pipelines.stage import Recovery
-from pipelines.storage import Retry
+from pipelines.core import storage
+from pipelines.core.storage import Retry
+from pipelines.training import checkpoint, driver, export, ledger
+from pipelines.training.checkpoint import Saved
+from pipelines.training.hooks import Hook, Step
+from pipelines.training.plan import Plan
+from pipelines.training.stage import Recovery
 from tests.pipelines.faults import Fault
 from tests.pipelines.small import STAGE, STEPS
 
@@ -50,7 +51,7 @@ def account(plan: Plan) -> ledger.Account:
 @pytest.fixture(scope="module")
 def undisturbed(new_plan: NewPlan) -> Plan:
     plan = new_plan()
-    train.fit(plan)
+    driver.fit(plan)
     return plan
 
 
@@ -100,7 +101,7 @@ def test_a_run_through_one_fault_after_the_other_ends_the_same(
     """An exception, os._exit and SIGKILL, on one rank or the other, each past a checkpoint."""
     plan = new_plan()
     kinds = [("raise", 3, 1), ("exit", 5, 0), ("SIGKILL", 7, 1)]
-    train.fit(plan, [Fault(kind, step, rank, tmp_path) for kind, step, rank in kinds])
+    driver.fit(plan, [Fault(kind, step, rank, tmp_path) for kind, step, rank in kinds])
     assert len(list(tmp_path.iterdir())) == 3
     assert_same_end(plan, undisturbed)
     spent = account(plan)
@@ -115,11 +116,11 @@ def test_a_batch_that_is_not_finite_is_named_and_skipped_or_done_again(
 ) -> None:
     """Rolled back, a fault of the machine is undone; one that comes again is skipped."""
     plan = new_plan(nonfinite="rollback")
-    train.fit(plan, [Fault("nan", 2, 0, tmp_path)])
+    driver.fit(plan, [Fault("nan", 2, 0, tmp_path)])
     assert_same_end(plan, undisturbed)
 
     plan = new_plan(nonfinite="rollback")
-    train.fit(plan, [Fault("nan", 4, 0, tmp_path, times=2)])
+    driver.fit(plan, [Fault("nan", 4, 0, tmp_path, times=2)])
     entries = lines(plan, "metrics.jsonl")
     assert [entry["step"] for entry in entries if entry["skipped"]] == [5]
     assert entries[4]["loss"] is None
@@ -131,18 +132,18 @@ def test_a_batch_that_is_not_finite_is_named_and_skipped_or_done_again(
 def test_too_many_batches_that_are_not_finite_end_with_one_line(new_plan: NewPlan, tmp_path: Path) -> None:
     plan = new_plan(max_nonfinite=0)
     with pytest.raises(ValueError, match=r"train\.small\.max_nonfinite: loss or gradient of 1 steps .* of step 3"):
-        train.fit(plan, [Fault("nan", 2, 1, tmp_path)])
+        driver.fit(plan, [Fault("nan", 2, 1, tmp_path)])
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_found(undisturbed: Plan, new_plan: NewPlan, tmp_path: Path) -> None:
     """SIGSTOP also stops the rank's own watchdog; the others' find it."""
     plan = new_plan({"recovery": Recovery(watchdog_s=45)})
-    train.fit(plan, [Fault("SIGSTOP", 3, 1, tmp_path)])
+    driver.fit(plan, [Fault("SIGSTOP", 3, 1, tmp_path)])
     assert_same_end(plan, undisturbed)
     [stacks] = (plan.run / "stacks" / plan.name).iterdir()
     assert stacks.name.startswith("rank-0-")
-    assert "pipelines/train.py" in stacks.read_text()
+    assert "pipelines/training/driver.py" in stacks.read_text()
 
 
 @pytest.mark.slow
@@ -151,13 +152,13 @@ def test_workers_that_get_no_further_are_given_up(new_plan: NewPlan, tmp_path: P
     with pytest.raises(
         ValueError, match=r"the same fault twice after step 3: rank 1: .*made for the test; .* step 2 is safe"
     ):
-        train.fit(plan, [Fault("raise", 3, 1, tmp_path, times=9)])
+        driver.fit(plan, [Fault("raise", 3, 1, tmp_path, times=9)])
 
 
 @pytest.mark.slow
 def test_a_slow_rank_is_no_fault_and_named(undisturbed: Plan, new_plan: NewPlan, tmp_path: Path) -> None:
     plan = new_plan()
-    train.fit(plan, [Fault("slow", 2, 1, tmp_path)])
+    driver.fit(plan, [Fault("slow", 2, 1, tmp_path)])
     assert_same_end(plan, undisturbed)
     late = lines(plan, "metrics.jsonl")[2:]
     assert all(entry["slowest"] == 1 and entry["slowest_s"] > 0.1 for entry in late)
@@ -189,7 +190,7 @@ def test_without_room_for_a_checkpoint_training_goes_on_and_a_later_one_works(
 ) -> None:
     """After step 6 there may or may not be room in time."""
     plan = new_plan(keep_last=9)
-    train.fit(plan, [NoRoom(3, 6)])
+    driver.fit(plan, [NoRoom(3, 6)])
     assert losses(plan) == losses(undisturbed)
     there = {one.manifest.cursor for one in checkpoint.candidates(plan.folder) if isinstance(one, checkpoint.Saved)}
     told = {
@@ -262,7 +263,7 @@ def test_a_stage_whose_checkpoints_are_in_a_bucket_goes_on_from_there_through_it
     plan = new_plan({"checkpoints": bucket})
     kinds = ["SlowDown", "InternalError", "drop", "cut"] * 8 + ["stall"] * 4 + [""] * 40
     proxy.faults = deque(random.Random(0).sample(kinds, len(kinds)))
-    train.fit(plan, [Reaches(), OnceStored(tmp_path)])
+    driver.fit(plan, [Reaches(), OnceStored(tmp_path)])
     [broken] = tmp_path.iterdir()
     assert len(proxy.faults) < 30, "most were served"
     proxy.clear()
@@ -276,5 +277,5 @@ def test_a_stage_whose_checkpoints_are_in_a_bucket_goes_on_from_there_through_it
     assert mine.keys() == theirs.keys()
     assert all(mine[name].equal(theirs[name]) for name in mine)
     asked = len(proxy.asked)
-    train.fit(plan)
+    driver.fit(plan)
     assert [one.split()[0] for one in proxy.asked[asked:]] == ["HEAD"], "a finished stage has nothing to do"

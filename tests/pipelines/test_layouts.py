@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.plan import Plan
+from pipelines.training.plan import Plan
 from tests.pipelines import ranks
 
 Layout = tuple[int, str]
@@ -24,7 +24,7 @@ SAVED, STEPS = 2, 4
 
 def train(plan: Plan, cursor: int, stop: int, into: str | None) -> tuple[list[float], list[float], dict[str, Any]]:
     """On a rank: steps cursor+1..stop of STEPS; (losses, norms, all weights and moments at the end as checkpointed)."""
-    from pipelines import checkpoint, engine, fragments
+    from pipelines.training import checkpoint, engine, fragments
 
     trained = engine.build(plan, ranks.workers())
     if cursor:

@@ -1,0 +1,1 @@
+"""Base of all stages: storage, errors, signals, the Ray session and JSON Lines."""

@@ -1,0 +1,1 @@
+"""Samples: records to WebDataset shards, their index, the order of samples, and their way to the workers."""

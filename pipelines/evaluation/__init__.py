@@ -1,0 +1,1 @@
+"""Answers of a trained model to benchmark questions, and their scores."""

@@ -1,0 +1,567 @@
+"""A job on a cluster: what travels there, who may submit, and that a run goes on after a stop and after a death.
+
+One head on loopback that asks for a token serves all tests. The command line is called in a process of its own, since
+Ray reads once whether there are tokens; for most tests what it submits is a checkout whose `jobs.command` says what it
+was given and does as the job's name has it, so that they cost no training.
+"""
+
+import asyncio
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import psutil
+import pytest
+
+from jobs import command
+from jobs.cluster import package
+from redux.extras import write_install_command
+
+ROOT = Path(__file__).parents[3]
+
+JOB = """
+name: small
+seed: 0
+data: {source: easy-vqa, samples_per_shard: 4000}
+model:
+  tower:
+    image_size: 64
+    patch_size: 16
+    hidden_size: 16
+    num_hidden_layers: 4
+    num_attention_heads: 2
+    intermediate_size: 16
+  language: {hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 16}
+train:
+  captions:
+    objective: language
+    data: captions
+    template: plain
+    steps: 120
+    global_batch: 8
+    micro_batch: 8
+    learning_rate: {projector: 1e-3, language: 1e-3}
+    checkpoint_every: 5
+"""
+
+CHECKOUT = '''
+"""Stands in for Redux."""
+import json, os, pathlib, signal, sys
+name = next((word.removeprefix("name=") for word in sys.argv if word.startswith("name=")), "")
+files = sorted(str(path) for path in pathlib.Path().rglob("*") if path.is_file() and path.suffix != ".pyc")
+print(json.dumps({"argv": sys.argv[1:], "files": files, "greeting": os.environ.get("GREETING")}))
+if name.startswith("waits"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("a checkpoint"))
+    print("ready", flush=True)
+    signal.pause()
+sys.exit(3 if name.startswith("fails") else 2 if name.startswith("misused") else 0)
+'''
+
+SECRETS = (
+    *(".env", ".env.local", ".netrc", ".aws/credentials", ".ssh/id_ed25519", ".git/config", ".kube/config"),
+    *("server.pem", "conf/tls.key", "conf/id_rsa", "credentials.json", "conf/Credentials", "kubeconfig", "hub.token"),
+    *("service-account.json", "secrets.yaml", "auth_token", "prod.env", "link.txt", "hf-token.txt", "rootkey.csv"),
+    *("client_secret.apps.json", "a-project-0123456789ab.json", "my.env.local", "ssh_key", "passwords.txt", "keys/a"),
+)
+MADE = (
+    "data/a.txt",
+    "runs/x/metrics.jsonl",
+    "checkpoints/x",
+    "wandb/x",
+    "conf/__pycache__/x.py",
+    "w.safetensors",
+    "a.tar",
+)
+IGNORED = ("ignored.txt", "conf/notes.txt", "unwanted/x.txt")
+PROJECT = '[project]\nname = "redux-vlm"\n'
+TRAVEL = (
+    ".gitignore",
+    "keyboard.md",
+    "conf/tokenizer.json",
+    "conf/auth.py",
+    ".rayignore",
+    "conf/data/table.py",
+    "conf/tokens.py",
+    "jobs/__init__.py",
+    "readme.md",
+)
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Head(NamedTuple):
+    address: str
+    environment: dict[str, str]
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A Ray with a token, on loopback, that ends with the module and takes its processes with it."""
+    folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # sockets are in it, and their paths must be short
+    token = folder / "token"
+    token.write_text("0123456789abcdef" * 4)
+    dashboard, agent, client = free_ports(3)
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(folder),  # where a run goes that says nothing else
+        "DS_ACCELERATOR": "cpu",
+        "TQDM_MININTERVAL": "0.1",  # bars as on a terminal
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",  # nothing is left to wait for
+    }
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"):
+        environment.pop(name, None)
+    process = subprocess.Popen(
+        [
+            *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
+            *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--port=0", f"--dashboard-port={dashboard}"),
+            *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"),
+            *("--num-cpus=2", "--num-gpus=0", f"--temp-dir={folder}/ray"),
+        ],
+        env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        _until_it_answers(dashboard, process)
+        yield Head(f"http://127.0.0.1:{dashboard}", environment)
+    finally:
+        _end(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _until_it_answers(port: int, process: "subprocess.Popen[bytes]") -> None:
+    import requests
+    import tenacity
+
+    for attempt in tenacity.Retrying(stop=tenacity.stop_after_delay(120), wait=tenacity.wait_fixed(0.5), reraise=True):
+        with attempt:
+            assert process.poll() is None
+            requests.get(f"http://127.0.0.1:{port}/api/gcs_healthz", timeout=5).raise_for_status()
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ray's own, and all that descends from them."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        mine = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.terminate()
+        _, left = psutil.wait_procs(mine, timeout=20)
+        for one in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
+
+
+def call(arguments: list[str], folder: str, environment: dict[str, str]) -> Ended:
+    """The command line in the process at hand."""
+    out, err = io.StringIO(), io.StringIO()
+    os.chdir(folder)
+    with (
+        mock.patch.dict(os.environ, environment),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = command.main(arguments)
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def process(environment: dict[str, str]) -> Iterator[ProcessPoolExecutor]:
+    """One that has this environment from its start."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with mock.patch.dict(os.environ, environment, clear=True):
+            pool.submit(os.getpid).result()
+        yield pool
+
+
+Redux = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def redux(head: Head, checkout: Path) -> Iterator[Redux]:
+    """`redux WORD…` of someone who has the token, in the folder of the checkout."""
+    with process(head.environment) as pool:
+
+        def run(*words: object, folder: Path = checkout, address: str = head.address, **environment: str) -> Ended:
+            future: Future[Ended] = pool.submit(
+                call, [*map(str, words), "--address", address], str(folder), environment
+            )
+            return future.result()
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that counts as Redux's, with much in it that must stay here."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in (*SECRETS, *MADE, *IGNORED, *TRAVEL, "pyproject.toml", "jobs/command.py", "job.yaml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("# secret\n")
+    (folder / "pyproject.toml").write_text(PROJECT)
+    (folder / "link.txt").unlink()
+    (folder / "link.txt").symlink_to(folder / ".netrc")
+    (folder / ".gitignore").write_text("ignored.txt\n/unwanted\n")
+    (folder / "conf" / ".rayignore").write_text("notes.txt\n")
+    (folder / "jobs" / "command.py").write_text(CHECKOUT)
+    (folder / "job.yaml").write_text(JOB)
+    return folder
+
+
+def jobs_api(head: Head, path: str) -> Any:
+    import requests
+
+    token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    answer = requests.get(head.address + path, headers={"Authorization": f"Bearer {token}"}, timeout=30)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def said(text: str) -> dict[str, Any]:
+    """What the stand-in was given."""
+    [line] = [line for line in text.splitlines() if line.startswith("{")]
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+# --- what travels -----------------------------------------------------------------------------------------------------
+
+
+def test_code_travels_and_secrets_and_data_do_not_and_a_variable_only_by_its_name(redux: Redux) -> None:
+    ended = redux("submit", "job.yaml", "name=travels", "--env", "GREETING", "--wait", GREETING="hello", OTHER="x")
+    assert ended.code == 0, ended
+    given = said(ended.out)
+    assert given["greeting"] == "hello"
+    assert "hello" not in ended.out.replace(json.dumps(given), "")
+    assert given["argv"][:3] == ["run", "job.yaml", "name=travels"]
+    assert given["argv"][-1].endswith("/redux/runs")
+    assert set(given["files"]) == {"job.yaml", "pyproject.toml", "jobs/command.py", *TRAVEL} - {
+        ".gitignore",
+        ".rayignore",
+    }
+    assert redux("submit", "job.yaml", "name=travels", "--wait").out.count('"greeting": null') == 1
+
+
+def test_a_job_file_travels_from_wherever_it_lies(checkout: Path, tmp_path: Path) -> None:
+    for job in (checkout / "runs" / "best.yaml", tmp_path / "elsewhere.yaml"):
+        job.write_text(JOB)
+        name = package.pack(checkout, job, tmp_path / "package.zip")
+        with zipfile.ZipFile(tmp_path / "package.zip") as archive:
+            assert archive.read(name).decode() == JOB
+
+
+def test_all_of_redux_travels() -> None:
+    """No name of its own looks like a key or like data."""
+    listed = ["git", "ls-files", "-z", "redux", "pipelines", "jobs", "pyproject.toml"]
+    tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    travel = {path.relative_to(ROOT).as_posix() for path in package.files(ROOT)}
+    assert {name for name in tracked if name and (ROOT / name).exists()} <= travel
+
+
+def test_the_same_files_are_the_same_package(checkout: Path, tmp_path: Path) -> None:
+    for name in ("a.zip", "b.zip"):
+        package.pack(checkout, checkout / "job.yaml", tmp_path / name)
+        os.utime(checkout / "job.yaml", (0, 10**9))
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_a_folder_too_large_names_its_largest_files_and_is_not_read(tmp_path: Path) -> None:
+    for name, size in {
+        "job.yaml": 9,
+        "small.txt": 5,
+        "large.bin": package.LIMIT,
+        "larger.bin": 2 * package.LIMIT,
+    }.items():
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+    with pytest.raises(ValueError, match=r"got 300 MiB .*larger.bin \(200 MiB\), large.bin \(100 MiB\)"):
+        package.pack(tmp_path, tmp_path / "job.yaml", tmp_path / "package.zip")
+    assert not (tmp_path / "package.zip").exists()
+
+
+KEYS = {
+    "tls": "-----BEGIN {} PRIVATE KEY-----".format("EC"),
+    "google": '{{"private_key": "-----BEGIN {}KEY"}}'.format("PRIVATE "),
+    "aws": "key = AKIA{}".format("ABCDEFGH12345678"),
+    "hub": "login('hf_{}')".format("a" * 34),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_file_with_a_key_in_it_stops_everything(checkout: Path, tmp_path: Path, key: str) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.py").write_text(KEYS[key])
+    with pytest.raises(ValueError, match=r"notes.py: got a file with a key in it, allowed: none; a .rayignore"):
+        package.pack(tmp_path / "here", checkout / "job.yaml", tmp_path / "package.zip")
+    (tmp_path / "here" / ".rayignore").write_text("notes.py\n")
+    package.pack(tmp_path / "here", checkout / "job.yaml", tmp_path / "package.zip")
+
+
+def test_a_home_is_not_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="would be uploaded"):
+        package.pack(tmp_path, tmp_path / "job.yaml", tmp_path / "package.zip")
+
+
+# --- who may, and what may be -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (("learning=1",), "learning"),
+    (("--into", "runs"), "--into: got runs"),
+    (("--id", "a/b"), "--id: got a/b"),
+    (("--env", "NOT_SET_ANYWHERE"), "--env: got NOT_SET_ANYWHERE, which is not set"),
+    (("--env", "DOLLAR"), "--env: DOLLAR has a $ in its value"),
+    (("--env", "KEY=hunter2"), "--env: got KEY=…"),
+    (("checkpoints=here",), "checkpoints: got here"),
+    (("data.sets={a: here}",), "data.sets.a: got here"),
+    (("data.sets={a: 's3://me:hunter2@host/a'}",), "a URL with a password"),
+])  # fmt: skip
+def test_what_cannot_be_is_told_before_anything_is_contacted(redux: Redux, words: tuple[str, ...], told: str) -> None:
+    ended = redux("submit", "job.yaml", *words, address="http://127.0.0.1:9", DOLLAR="hunter2$HOME")
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert told in ended.err
+    assert "hunter2" not in ended.err
+
+
+VERBS = (
+    ("submit", "job.yaml", "name=nobody"),
+    ("jobs", "list"),
+    *(("jobs", verb, "travels") for verb in ("status", "logs", "stop")),
+    ("jobs", "logs", "-f", "travels"),
+)
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"RAY_AUTH_TOKEN": "wrong"}, "another than its token"),
+    ({"RAY_AUTH_MODE": "disabled"}, "no token"),
+    ({"RAY_AUTH_TOKEN_PATH": ""}, "no token"),
+], ids=["wrong", "off", "missing"])  # fmt: skip
+def test_without_the_token_nothing_is_done(head: Head, checkout: Path, change: dict[str, str], told: str) -> None:
+    before = jobs_api(head, "/api/jobs/")
+    environment = {name: value for name, value in (head.environment | change).items() if value}
+    with process(environment) as pool:
+        for words in VERBS:
+            ended = pool.submit(call, [*words, "--address", head.address], str(checkout), {}).result()
+            assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1), words
+            assert f"refused, got {told}, allowed: RAY_AUTH_MODE=token" in ended.err
+    assert jobs_api(head, "/api/jobs/") == before
+
+
+@pytest.mark.parametrize(("address", "told"), [
+    ("http://127.0.0.1:9", "no Ray answers here"),
+    ("http://8.8.8.8:8265", "others could read the token"),
+    ("10.0.0.1:8265", "allowed: http://HOST:PORT or https://HOST:PORT"),
+    ("http://10.0.0.1:8265/#/overview", "allowed: http://HOST:PORT or https://HOST:PORT"),
+    ("http://[::1", "allowed: http://HOST:PORT or https://HOST:PORT"),
+    ("http://10.0.0.1:99999", "allowed: http://HOST:PORT or https://HOST:PORT"),
+    ("http://a..b:8265", "no Ray answers here"),
+    ("http://me:hunter2@10.0.0.1:8265", "got a password in it"),
+])  # fmt: skip
+def test_an_address_that_is_none_is_told_in_one_line(redux: Redux, address: str, told: str) -> None:
+    ended = redux("jobs", "list", address=address)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert told in ended.err
+    assert "hunter2" not in ended.err
+
+
+def test_without_tokens_nothing_goes_out_in_clear_either(redux: Redux) -> None:
+    ended = redux("submit", "job.yaml", address="http://8.8.8.8:8265", RAY_AUTH_MODE="disabled")
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert "others could read the token and what a job is given" in ended.err
+
+
+def test_no_proxy_is_shown_the_token(redux: Redux) -> None:
+    proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
+    assert redux("jobs", "list", **proxy).code == 0
+
+
+@pytest.mark.parametrize("id", ["", "a?b", "../version", "a b"])
+@pytest.mark.parametrize("verb", ["status", "logs", "stop"])
+def test_an_id_that_is_none_is_told_in_one_line(redux: Redux, verb: str, id: str) -> None:
+    ended = redux("jobs", verb, id)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == f"redux: ID: got {id or 'nothing'}, allowed: one that redux jobs list shows\n"
+
+
+@pytest.mark.parametrize("words", [["submit"], ["jobs", "logs"], ["jobs", "stop"]])
+def test_help_answers_at_once(words: list[str]) -> None:
+    program = (
+        f"import sys\nfrom jobs.command import main\ntry: main({[*words, '--help']})\n"
+        "except SystemExit: print('LOADED', *sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(ended.stdout.partition("LOADED")[2].split())
+    assert "argparse" in loaded
+    assert not loaded & {"ray", "torch", "pydantic", "yaml"}
+
+
+def test_without_the_extra_one_line_names_it(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['aiohttp'] = None; from jobs.command import main; sys.exit(main(['jobs', 'list']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert write_install_command("cluster") in ended.stderr
+
+
+# --- one at a time ----------------------------------------------------------------------------------------------------
+
+
+def test_one_submission_of_a_run_lives_at_a_time_and_stops_after_its_own_grace(redux: Redux, head: Head) -> None:
+    first = redux("submit", "job.yaml", "name=waits", "recovery.grace_s=7")
+    assert first.out.startswith("waits is submitted")
+    until(head, "waits", "ready")
+    for words in ((), ("--id", "another")):
+        second = redux("submit", "job.yaml", "name=waits", *words)
+        assert second.code == 2
+        assert "waits is RUNNING, allowed: one submission of a run at a time" in second.err
+    assert redux("jobs", "status", "waits").code == 0
+    stopped = redux("jobs", "stop", "waits")
+    assert stopped.code == 0
+    assert "up to 22 s" in stopped.out
+    assert "waits is STOPPED" in stopped.out
+    assert "a checkpoint" in redux("jobs", "logs", "waits").out
+    assert redux("jobs", "status", "waits").code == 130
+    assert "waits is STOPPED" in redux("jobs", "stop", "waits").out
+    assert redux("submit", "job.yaml", "name=waits").out.startswith("waits-2 is submitted")
+    listed = redux("jobs", "list").out
+    assert re.search(r"^waits +waits +STOPPED ", listed, re.MULTILINE)
+    assert re.search(r"^waits-2 +waits +(PENDING|RUNNING) ", listed, re.MULTILINE)
+    redux("jobs", "stop", "waits-2")
+
+
+def test_an_id_is_submitted_once(redux: Redux, head: Head) -> None:
+    words = ("submit", "job.yaml", "name=fails", "--id", "mine", "--wait")
+    first, again = redux(*words), redux(*words)
+    assert (first.code, again.code) == (3, 3)
+    assert said(first.out) == said(again.out)
+    assert "mine is FAILED" in again.out
+    assert [job["submission_id"] for job in jobs_api(head, "/api/jobs/")].count("mine") == 1
+    assert "which is fails, allowed: an id of other" in redux("submit", "job.yaml", "name=other", "--id", "mine").err
+
+
+@pytest.mark.parametrize(("name", "code", "tries"), [("fails-often", 3, 3), ("misused", 2, 1), ("works", 0, 1)])
+def test_what_failed_is_tried_again_unless_that_is_in_vain(redux: Redux, name: str, code: int, tries: int) -> None:
+    ended = redux("submit", "job.yaml", f"name={name}", "--retries", 2)
+    assert ended.code == code
+    ids = [name, *(f"{name}-{number}" for number in range(2, tries + 1))]
+    assert re.findall(r"^(\S+) is submitted, try \d of 3", ended.out, re.MULTILINE) == ids
+
+
+# --- a real run -------------------------------------------------------------------------------------------------------
+
+
+def until(head: Head, id: str, pattern: str, enough: Callable[[str], bool] = bool) -> None:
+    """Wait until a job has said so."""
+    import aiohttp
+
+    token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+
+    async def listen() -> None:
+        text = ""
+        headers = {"Authorization": f"Bearer {token}"}
+        async with aiohttp.ClientSession(headers=headers) as session:
+            # left without a word: a farewell would wait for the log's end
+            log = await session.ws_connect(f"{head.address}/api/jobs/{id}/logs/tail")
+            async for message in log:
+                text += message.data
+                if any(enough(found) for found in re.findall(pattern, text)):
+                    return
+        raise AssertionError(f"{id} never said {pattern}:\n{text}")
+
+    asyncio.run(asyncio.wait_for(listen(), 240))
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "ledger.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == kind]
+
+
+def test_a_run_goes_on_where_it_was_stopped_and_where_it_was_killed(redux: Redux, head: Head, tmp_path: Path) -> None:
+    """From a folder that is no checkout, so with the Redux that the cluster has."""
+    (tmp_path / "job.yaml").write_text(JOB)
+    words = ("submit", "job.yaml", "name=real", "--into", tmp_path / "on the cluster")
+    assert redux(*words, folder=tmp_path).code == 0
+    until(head, "real", r"(\d+)/120", lambda step: int(step) >= 10)
+    assert "real is STOPPED" in redux("jobs", "stop", "real").out
+    run = tmp_path / "on the cluster" / "real"
+    done = max(event["step"] for event in events(run, "step"))
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "jobs.command", *map(str, words), "--retries", "1", "--address", head.address],
+        cwd=tmp_path, env=head.environment | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    started = wait_for_line(waiting, "real-2 is submitted")
+    until(head, "real-2", r"(\d+)/120", lambda step: int(step) >= done + 10)
+    os.kill(int(jobs_api(head, "/api/jobs/real-2")["driver_info"]["pid"]), signal.SIGKILL)
+    out, _ = waiting.communicate(timeout=300)
+    assert waiting.returncode == 0, started + out
+    assert "real-2 is FAILED" in out
+    assert "real-3 is SUCCEEDED" in out
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 121))
+    assert [json.loads(line)["step"] for line in (run / "progress.jsonl").read_text().splitlines()] == [
+        "shards",
+        "captions",
+        "report",
+    ]
+    first, second, third = (event["cursor"] for event in events(run, "start"))
+    assert first == 0
+    assert second == done, "the checkpoint at the stop is of the last step"
+    assert third > second
+    in_vain = len(events(run, "step")) - 120
+    assert in_vain <= 10, "of a death, what came after the last checkpoint"
+
+
+def wait_for_line(process: "subprocess.Popen[str]", text: str) -> str:
+    assert process.stdout
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"never said {text}:\n{seen}")
+
+
+def test_a_wait_that_is_interrupted_leaves_the_job_alone(redux: Redux, head: Head, checkout: Path) -> None:
+    waiting = subprocess.Popen(
+        [sys.executable, "-P", "-m", "jobs.command", "submit", "job.yaml", "name=waits-on", "--wait"],
+        cwd=checkout, env=head.environment | {"RAY_API_SERVER_ADDRESS": head.address, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_line(waiting, "ready")
+    begun = time.monotonic()
+    waiting.send_signal(signal.SIGINT)
+    _, err = waiting.communicate(timeout=60)
+    assert waiting.returncode == 130
+    assert "waits-on goes on without this; redux jobs logs waits-on -f shows it" in err
+    assert time.monotonic() - begun < 30
+    assert "waits-on is RUNNING" in redux("jobs", "status", "waits-on").out
+    redux("jobs", "stop", "waits-on")

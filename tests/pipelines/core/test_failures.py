@@ -1,0 +1,272 @@
+"""What users are told of an error: its core, whole, in one line; and what is done about it.
+
+Errors behind Ray's wrappers are those of a real Ray: a task's, an actor's constructor's, and those of Ray Data.
+"""
+
+import errno
+import os
+import resource
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.data
+import torch
+from ray.exceptions import ActorDiedError, RayTaskError, UserCodeException
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from jobs import claims
+from jobs.command import EXIT_MISUSE, main
+from pipelines.core import failures, jsonl, storage
+from pipelines.core.failures import Kind, describe
+from pipelines.data.consumed import Used
+from pipelines.report import page
+from pipelines.training import export, ledger, metrics
+
+JOBS = Path(__file__).parents[3] / "jobs" / "recipes"
+
+
+def caught(work: Callable[[], Any]) -> BaseException:
+    try:
+        work()
+    except Exception as error:
+        return error
+    return pytest.fail("nothing was raised")
+
+
+# Kinds and texts
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (ValueError("name: got 1,\n  allowed: 2"), Kind.PERMANENT, "name: got 1, allowed: 2"),
+        (ImportError("lmms-eval is missing"), Kind.PERMANENT, "lmms-eval is missing"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/a/b"),
+            Kind.PERMANENT,
+            "/a/b: No space left on device; free",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "/a"), Kind.PERMANENT, "/a: Read-only file system; mount it"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), Kind.PERMANENT, "/a: Permission denied; get the"),
+        (OSError(errno.EMFILE, "Too many open files"), Kind.PERMANENT, "Too many open files; raise the limit of open"),
+        (OSError("s3://a/b: given up after 9 tries"), Kind.LOST, "s3://a/b: given up after 9 tries"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset"), Kind.LOST, "Connection reset"),
+        (torch.distributed.DistNetworkError("gone"), Kind.LOST, "DistNetworkError: gone"),
+        (RuntimeError("[../gloo/tcp/pair.cc] Connection closed by peer [127.0.0.1]"), Kind.LOST, "RuntimeError: [.."),
+        (RuntimeError("shape '[2]' is invalid"), Kind.RAISED, "RuntimeError: shape '[2]' is invalid"),
+        (torch.OutOfMemoryError("no"), Kind.RAISED, "OutOfMemoryError: no; a smaller micro_batch"),
+        (KeyError("a"), Kind.RAISED, "KeyError: 'a'"),
+        (AssertionError(), Kind.RAISED, "AssertionError"),
+    ],
+)
+def test_an_error_is_one_line_and_of_a_kind(error: BaseException, kind: Kind, text: str) -> None:
+    told = describe(error)
+    assert told.kind == kind
+    assert told.text.startswith(text)
+    assert "\n" not in told.text
+
+
+def test_a_reason_is_whole_up_to_thousands_of_characters_and_then_keeps_both_ends() -> None:
+    text = "a" + "x" * 3000 + "z"
+    assert describe(ValueError(text)).text == text
+    cut = describe(ValueError("a" + "x" * 10**6 + "z")).text
+    assert len(cut) < 1.1 * failures.MAX_CHARACTERS
+    assert (cut[0], cut[-1]) == ("a", "z")
+
+
+def test_numbers_of_a_process_do_not_tell_two_errors_apart() -> None:
+    one, two = (describe(RuntimeError(f"process {n}: tried {n}.5 GiB at 0x{n:x}")) for n in (12, 934))
+    assert one.text != two.text
+    assert one.pattern == two.pattern
+    assert one.pattern != describe(RuntimeError("another")).pattern
+
+
+# Behind wrappers
+
+CORE = PermissionError(errno.EACCES, "Permission denied", "/a")
+TOLD = "/a: Permission denied; get the right to it, or name another folder"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RayTaskError("f", "trace", CORE),
+        RayTaskError("f", "trace", CORE).as_instanceof_cause(),
+        RayTaskError("f", "trace", RayTaskError("g", "trace", CORE).as_instanceof_cause()),
+        UserExceptionWithTraceback(CORE, "trace"),
+        UserExceptionWithTraceback(RayTaskError("f", "trace", CORE).as_instanceof_cause(), "trace"),
+        WorkerHealthCheckFailedError("look", RayTaskError("f", "trace", CORE)),
+        ControllerError(CORE),
+        WorkerGroupError("two", {0: RuntimeError("Connection closed"), 1: UserExceptionWithTraceback(CORE, "t")}),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_the_core_of_a_wrapper_is_told(error: BaseException) -> None:
+    assert describe(error) == failures.Failure(Kind.PERMANENT, TOLD)
+
+
+def raise_in_ray_data() -> None:
+    try:
+        _refuse()
+    except ValueError as error:
+        raise UserCodeException("UDF failed.\nFailed after 1/1 attempts.") from error
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, lambda error: error.as_instanceof_cause()])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_core_of_ray_datas_wrapper_is_in_its_stack_trace(wrap: Callable[..., Any], depth: int) -> None:
+    """A wrapper's own cause is lost when it is pickled."""
+    trace, cause = "", UserCodeException("UDF failed.\nFailed after 1/1 attempts.")
+    try:
+        raise_in_ray_data()
+    except UserCodeException:
+        trace = traceback.format_exc()
+    error = wrap(RayTaskError("f", trace, cause))
+    for _ in range(1, depth):
+        error = wrap(RayTaskError("g", f'Traceback (most recent call last):\n  File "a", line 1\n{error}', error))
+    assert describe(error) == failures.Failure(Kind.PERMANENT, "set: got 1, allowed: 2")
+
+
+class Broken:
+    """Of which nothing works."""
+
+    def __init__(self, where: str) -> None:
+        if where == "start":
+            _refuse()
+
+    def __call__(self, row: dict) -> dict:
+        return _refuse()
+
+
+def _refuse(*_: Any) -> Any:
+    try:
+        raise KeyError("beneath")
+    except KeyError as error:
+        raise ValueError("set: got 1,\n    allowed: 2") from error
+
+
+def _deny(row: dict) -> dict:
+    raise PermissionError(errno.EACCES, "Permission denied", "/a")
+
+
+def _end(row: dict) -> dict:
+    os._exit(3)
+
+
+def _rows() -> ray.data.Dataset:
+    return ray.data.from_items([{"id": 0}], override_num_blocks=1)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_errors_of_a_real_ray_are_told_as_they_were_raised() -> None:
+    refuse = ray.remote(num_cpus=0)(_refuse)
+    broken = ray.remote(num_cpus=0)(Broken)
+    refused = failures.Failure(Kind.PERMANENT, "set: got 1, allowed: 2")
+    assert describe(caught(lambda: ray.get(refuse.remote()))) == refused
+    init = caught(lambda: ray.get(broken.remote("start").__call__.remote({})))
+    assert isinstance(init, ActorDiedError)
+    assert describe(init) == refused
+    assert describe(caught(lambda: ray.get(broken.remote("").__call__.remote({})))) == refused
+    assert describe(caught(lambda: _rows().map(_refuse).materialize())) == refused
+    assert describe(caught(lambda: _rows().map(_deny).materialize())).text == TOLD
+    assert describe(caught(lambda: ray.get(ray.remote(max_retries=0)(_end).remote({})))).kind == Kind.LOST
+
+
+def test_an_error_of_a_file_names_it(tmp_path: Path) -> None:
+    told = describe(caught(lambda: (tmp_path / "none" / "x").write_text("")))
+    assert told.text == f"{tmp_path / 'none' / 'x'}: No such file or directory"
+    assert told.kind == Kind.PERMANENT
+
+
+# Disks
+
+
+@contextmanager
+def no_room(size: int = 0) -> Iterator[None]:
+    """The kernel refuses to write files of more than a few bytes, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # SIGXFSZ is ignored by Python
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def write_metrics(path: Path) -> None:
+    record = metrics.Metrics(path.parent, "tower", 0)
+    try:
+        record.write(1, {"loss": 1.0, "skipped": 0}, Used({}, []))
+    finally:
+        for file in record.files:
+            with suppress(OSError):
+                file.close()
+
+
+def write_weights(path: Path) -> None:
+    with failures.locate_errors(path):
+        save_file({"a": torch.zeros(9)}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("x", lambda path: storage.write(str(path), b"x")),
+        ("x", lambda path: jsonl.append(path, [{"a": 1}])),
+        ("x", lambda path: page.write(path, "x")),
+        ("x", lambda path: claims.write_atomically(path, "x")),
+        (ledger.FILE, lambda path: ledger.note(path.parent, "launch", "tower")),
+        ("consumed.jsonl", write_metrics),
+        ("x", write_weights),
+    ],
+    ids=["storage", "lines", "page", "claims", "ledger", "metrics", "weights"],
+)
+def test_a_file_that_the_kernel_does_not_take_is_named_with_what_mends_it(
+    name: str, write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    with no_room():
+        told = describe(caught(lambda: write(path)))
+    assert told == failures.Failure(
+        Kind.PERMANENT, f"{path}: File too large; raise the limit of file sizes (ulimit -f)"
+    )
+    write(path)
+
+
+def test_an_export_that_does_not_fit_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    made, out = tmp_path / "made", str(tmp_path / "out")
+    made.mkdir()
+    (made / "config.json").write_bytes(b"{}")
+    (made / "model.safetensors").write_bytes(bytes(100))
+    with no_room(50), pytest.raises(OSError, match="File too large"):
+        export.upload(made, out, "here")
+    assert storage.names(out) == []
+    export.upload(made, out, "here")
+    assert export.finished(out)
+
+
+def test_errors_that_are_none_of_a_disk_stay_as_they_are() -> None:
+    for error in (ValueError("config (os error 2)"), KeyError("a"), OSError("s3://a: given up")):
+        with pytest.raises(type(error)) as raised, failures.locate_errors("x"):
+            raise error
+        assert raised.value is error
+    assert describe(SafetensorError("I/O error: No space left on device (os error 28)")).kind == Kind.PERMANENT
+
+
+def test_the_command_line_tells_a_full_disk_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No stack trace, what is full, what is safe and how to go on."""
+    with no_room():
+        code = main(["run", str(JOBS / "quickstart.yaml"), "--into", str(tmp_path)])
+    lines = capsys.readouterr().err.splitlines()
+    assert code == EXIT_MISUSE
+    assert lines == [
+        f"redux: {tmp_path / 'quickstart' / 'job.yaml'}: File too large; raise the limit of file sizes (ulimit -f); "
+        "what is finished is safe: once this is mended, the same command goes on"
+    ]

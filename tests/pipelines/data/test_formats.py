@@ -1,0 +1,91 @@
+"""What teaches an instruction follows it, gives the right answer, and is worded unlike any evaluation."""
+
+import random
+import re
+
+import pytest
+
+from pipelines.data import easy_vqa, formats
+from redux import instructions
+from redux.benchmarks.instructions import right
+from redux.conversation import TEMPLATES, word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def taught() -> list[tuple[str, dict, str, str, str]]:
+    """(instruction, arguments, answer, what is asked, what is said), of records made with the arguments noted."""
+    result, draw = [], formats._draw
+    told = [("there is a shape.", "what is it?", list(easy_vqa.TYPES)[number % 13]) for number in range(1600)]
+    chance = random.Random(0)
+    for (_, _, answer), record in zip(told, formats.records(told), strict=True):
+        name = list(formats.FORMS)[len(result) % 16]
+        given = draw(name, chance)
+        chance.choice(formats.FORMS[name][0])
+        formats.FORMS[name][1](answer, given, chance)
+        human, gpt = (turn["value"] for turn in record["conversations"])
+        result.append((name, given, answer, human, gpt))
+    return result
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[\w{}]+", text.lower())
+
+
+def test_each_answer_follows_its_instruction_and_is_right(taught: list[tuple[str, dict, str, str, str]]) -> None:
+    for name, given, answer, human, gpt in taught:
+        assert instructions.strict(name, given, gpt), (name, given, human, gpt)
+        assert right(answer, gpt), (answer, gpt)
+
+
+def test_arguments_are_part_of_what_is_asked(taught: list[tuple[str, dict, str, str, str]]) -> None:
+    for _, given, _, human, _ in taught:
+        for value in given.values():
+            assert all(str(each) in human for each in (value if isinstance(value, list) else [value]))
+
+
+def test_all_instructions_are_taught_alike_and_in_words_that_no_evaluation_uses(
+    taught: list[tuple[str, dict, str, str, str]],
+) -> None:
+    assert formats.FORMS.keys() == instructions.INSTRUCTIONS.keys()
+    for name, (wordings, _) in formats.FORMS.items():
+        evaluated = words(instructions.INSTRUCTIONS[name].text)
+        for wording in wordings:
+            own = words(wording)
+            runs = {tuple(own[place : place + 5]) for place in range(len(own) - 4)}
+            same = runs & {tuple(evaluated[place : place + 5]) for place in range(len(evaluated) - 4)}
+            assert not same, f"{wording}: five words in a row are those of the evaluation"
+            assert own != evaluated
+    assert {name for name, *_ in taught[:16]} == {name for name, *_ in taught[-16:]} == set(formats.FORMS)
+
+
+def test_what_a_word_tokenizer_makes_of_an_answer_still_follows(taught: list[tuple[str, dict, str, str, str]]) -> None:
+    """It puts blanks between tokens: marks that mean something together must be one."""
+    template = TEMPLATES["vicuna_bare"]
+    turns = [[{"from": "human", "value": human}, {"from": "gpt", "value": gpt}] for _, _, _, human, gpt in taught]
+    texts = ["".join(piece for piece, _ in template.spans(each)) for each in turns]
+    tokenizer = word_tokenizer(texts, 512)
+    for name, given, answer, _, gpt in taught:
+        said = tokenizer.decode(tokenizer(gpt)["input_ids"], skip_special_tokens=True)
+        assert instructions.strict(name, given, said), (name, given, said)
+        assert right(answer, said), (answer, said)
+
+
+def test_four_instructions_are_also_taught_beside_images() -> None:
+    said = [record["conversations"] for record in easy_vqa.shown()]
+    assert len(said) == 4000
+    assert all(turns[0]["value"].startswith("<image>\n") and len(turns) == 4 for turns in said)
+    wordings = {name: [wording.split("{")[0] for wording in formats.FORMS[name][0]] for name in formats.FORMS}
+    for turns in said:
+        for turn in turns[::2]:
+            found = {name for name, each in wordings.items() if any(f" {one}" in turn["value"] for one in each)}
+            assert found & set(easy_vqa.SHOWN), turn
+
+
+def test_easy_vqas_are_text_about_training_images_alone() -> None:
+    records = easy_vqa.obedient()
+    assert len(records) == 8000
+    assert not [record for record in records if "image" in record]
+    descriptions = {easy_vqa.caption(asked) for _, _, asked in easy_vqa._images("train")}
+    asked = [record["conversations"][0]["value"].removeprefix("there is ") for record in records]
+    assert {question.partition(".")[0] for question in asked} <= descriptions
+    assert records == easy_vqa.obedient()

@@ -1,0 +1,329 @@
+"""Arrays of a micro-batch are what images and records say, and Ray Data brings them in order, from any place on."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from pipelines.data.ingest import BLOCK_SAMPLES, Reader, caption, conversation, dataset, draw_rounds, micro_batches
+from pipelines.data.options import Making
+from pipelines.data.order import Order
+from pipelines.data.shards import Sample, Shards, make
+from redux.conversation import CONTEXT, IGNORE, IMAGE
+from redux.image import pixels
+
+SIDE = 16
+IMAGE_TOKENS = 5
+GLOBAL_BATCH = 8
+
+
+@pytest.fixture(scope="session")
+def reader(stored: Shards, tokenizer: Path) -> Reader:
+    """Micro-batches of 4; 22 samples are no multiple of the global batch, so epochs meet within one."""
+    return Reader(
+        sources={"all": stored},
+        order=Order(samples=(len(stored),), global_batch=GLOBAL_BATCH, seed=3),
+        size=4,
+        image_size=SIDE,
+        tokenizer=tokenizer,
+        encode=conversation("vicuna_bare", IMAGE_TOKENS),
+        flip=True,
+        rounds=99,
+    )
+
+
+def talk(rounds: int, first: str = f"{IMAGE}\n") -> Sample:
+    turns = []
+    for number in range(rounds):
+        turns += [{"from": "human", "value": f"question {number}?"}, {"from": "gpt", "value": f"answer {number}"}]
+    turns[0]["value"] = first + turns[0]["value"]
+    return Sample("key", b"", {"id": "key", "conversations": turns})
+
+
+def only(reader: Reader) -> Shards:
+    [shards] = reader.sources.values()
+    return shards
+
+
+def pairs(sample: Sample) -> list[tuple[str, str]]:
+    values = [turn["value"].removeprefix(f"{IMAGE}\n") for turn in sample.record["conversations"]]
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def drawn(reader: Reader) -> dict[bytes, tuple[str, bool]]:
+    """(key, whether mirrored) of every picture that the samples can give."""
+    result = {}
+    for sample in only(reader).read(range(len(only(reader)))):
+        array = pixels(sample.image, reader.image_size).transpose(1, 2, 0)
+        result[array.tobytes()] = (sample.key, False)
+        result[array[:, ::-1].tobytes()] = (sample.key, True)
+    assert len(result) == 2 * len(only(reader))
+    return result
+
+
+def seen(reader: Reader, numbers: Sequence[int]) -> list[tuple[str, bool]]:
+    """(key, whether mirrored) of each sample in the micro-batches with these numbers."""
+    names = drawn(reader)
+    return [names[row.tobytes()] for number in numbers for row in reader(number)["pixel_values"]]
+
+
+def said(reader: Reader, numbers: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of each sample without padding."""
+    result = []
+    for number in numbers:
+        batch = reader(number)
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+            result.append((ids[mask == 1].tolist(), labels[mask == 1].tolist()))
+    return result
+
+
+def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[name], other[name]) and np.asarray(one[name]).dtype == np.asarray(other[name]).dtype
+        for name in one
+    )
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 7])
+def test_shuffling_keeps_every_question_with_its_answer_and_the_image_first(rounds: int):
+    sample, orders = talk(rounds), set()
+    for seed in range(60):
+        mixed = draw_rounds(sample, 99, np.random.default_rng(seed))
+        turns = mixed.record["conversations"]
+        assert sorted(pairs(mixed)) == sorted(pairs(sample))
+        assert turns[0]["value"].startswith(f"{IMAGE}\n")
+        assert sum(turn["value"].count(IMAGE) for turn in turns) == 1
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * rounds
+        orders.add(tuple(pairs(mixed)))
+    assert len(orders) == min(rounds, 2) if rounds < 3 else len(orders) > 50
+    assert sample == talk(rounds), "the sample itself is as it was"
+
+
+def test_a_draw_of_fewer_rounds_takes_each_of_them_as_often():
+    sample = talk(5)
+    draws = [pairs(draw_rounds(sample, 2, np.random.default_rng(seed))) for seed in range(500)]
+    assert all(len(draw) == len({*draw}) == 2 and {*draw} <= {*pairs(sample)} for draw in draws)
+    counts = Counter(pair for draw in draws for pair in draw)
+    assert all(150 < counts[pair] < 250 for pair in pairs(sample))
+
+
+def test_a_question_without_an_answer_is_refused_by_name():
+    sample = talk(2)
+    cut = replace(sample, record={**sample.record, "conversations": sample.record["conversations"][:-1]})
+    with pytest.raises(ValueError, match=rf"sample {sample.key}: 3 turns"):
+        draw_rounds(cut, 2, np.random.default_rng(0))
+
+
+def test_shuffling_a_conversation_without_an_image_adds_none():
+    mixed = draw_rounds(talk(5, first=""), 99, np.random.default_rng(0))
+    assert not any(IMAGE in turn["value"] for turn in mixed.record["conversations"])
+
+
+def test_labels_are_the_answers_and_each_image_is_as_many_tokens_as_the_model_gives_it(reader: Reader):
+    tokenizer, keys = AutoTokenizer.from_pretrained(reader.tokenizer), [key for key, _ in seen(reader, range(6))]
+    records = {sample.key: sample for sample in only(reader).read(range(len(only(reader))))}
+    for key, (ids, labels) in zip(keys, said(reader, range(6)), strict=True):
+        assert ids.count(tokenizer.convert_tokens_to_ids(IMAGE)) == IMAGE_TOKENS
+        learned = [label for label in labels if label != IGNORE]
+        assert learned == [token for token, label in zip(ids, labels, strict=True) if label != IGNORE]
+        answers = tokenizer.decode(learned).split("</s>")[:-1]
+        assert sorted(answer.strip() for answer in answers) == sorted(answer for _, answer in pairs(records[key]))
+
+
+def test_rows_are_padded_on_the_right_with_what_is_neither_attended_nor_learned(reader: Reader):
+    padding = AutoTokenizer.from_pretrained(reader.tokenizer).pad_token_id
+    widths = set()
+    for number in range(6):
+        batch = reader(number)
+        lengths = batch["attention_mask"].sum(axis=1)
+        assert lengths.max() == batch["input_ids"].shape[1], "no wider than the longest"
+        beyond = np.arange(batch["input_ids"].shape[1]) >= lengths[:, None]
+        assert np.array_equal(batch["attention_mask"] == 0, beyond)
+        assert (batch["input_ids"][beyond] == padding).all()
+        assert (batch["labels"][beyond] == IGNORE).all()
+        widths.add(tuple(lengths))
+    assert len(widths) > 1
+
+
+def test_a_conversation_that_is_too_long_names_the_sample_and_the_limit(tokenizer: Path):
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    with pytest.raises(ValueError, match=rf"sample test/99: \d+ tokens, allowed: {loaded.model_max_length}, "):
+        conversation("vicuna_bare", IMAGE_TOKENS)(loaded, replace(talk(40), key="test/99"))
+
+
+def test_a_conversation_that_is_too_long_can_be_cut_off_instead(tokenizer: Path):
+    """As LLaVA does: the same tokens up to the length, those of the image counted."""
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    whole = conversation("vicuna_bare", IMAGE_TOKENS)(loaded, talk(3))
+    length = len(whole["input_ids"]) - 5
+    cut = conversation("vicuna_bare", IMAGE_TOKENS, length)(loaded, talk(3))
+    assert all(np.array_equal(cut[name], whole[name][:length]) for name in ("input_ids", "labels"))
+    longer = conversation("vicuna_bare", IMAGE_TOKENS, loaded.model_max_length)(loaded, talk(40))
+    assert len(longer["input_ids"]) == loaded.model_max_length
+    with pytest.raises(ValueError, match=r"sample \S+: \d+ tokens, cut off after 3 within or before the image"):
+        conversation("vicuna_bare", IMAGE_TOKENS, 3)(loaded, talk(3))
+
+
+@pytest.mark.parametrize("roles", ["human human", "gpt human", "human user"])
+def test_a_conversation_of_wrong_roles_names_the_sample(tokenizer: Path, roles: str):
+    turns = [{"from": role, "value": "a question"} for role in roles.split()]
+    sample = replace(talk(1), key="test/7", record={"conversations": turns})
+    with pytest.raises(ValueError, match=r"sample test/7: turn \d: got role"):
+        conversation("vicuna_bare", IMAGE_TOKENS)(AutoTokenizer.from_pretrained(tokenizer), sample)
+
+
+def test_a_conversation_may_be_as_long_as_the_limit_and_no_longer(tokenizer: Path):
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    fits = loaded.model_max_length - len(said_alone(loaded, 0))
+    assert len(said_alone(loaded, fits)) == loaded.model_max_length
+    with pytest.raises(ValueError, match=f"{loaded.model_max_length + 1} tokens"):
+        said_alone(loaded, fits + 1)
+
+
+def said_alone(tokenizer: Any, image_tokens: int) -> list[int]:
+    return conversation("vicuna_bare", image_tokens)(tokenizer, talk(2))["input_ids"].tolist()
+
+
+def test_captions_are_what_the_assistant_says_and_equal_ones_are_equal_rows(reader: Reader):
+    tokenizer = AutoTokenizer.from_pretrained(reader.tokenizer)
+    samples = only(reader).read(range(len(only(reader))))
+    ids = [caption(tokenizer, sample)["input_ids"] for sample in samples]
+    texts = [sample.record["conversations"][1]["value"] for sample in samples]
+    for one, text in zip(ids, texts, strict=True):
+        assert tokenizer.decode(one).replace(" ", "") == f"<s>{text}</s>"
+        assert [np.array_equal(one, row) for row in ids] == [other == text for other in texts]
+    long = replace(samples[0], record={"conversations": [{}, {"value": "yes " * 200}]})
+    assert len(caption(tokenizer, long)["input_ids"]) == CONTEXT
+
+
+def test_a_micro_batch_is_a_pure_function_of_its_number(reader: Reader):
+    asked = {number: reader(number) for number in (5, 0, 3)}
+    again = replace(reader, sources={"all": Shards(only(reader).folder)})
+    for number in (0, 3, 5):
+        assert equal(again(number), asked[number])
+        assert asked[number]["number"] == number
+
+
+def test_flips_and_orders_of_rounds_belong_to_the_place_in_the_stream_not_to_the_micro_batch(reader: Reader):
+    """40 places, in micro-batches of 4, 2, 1 and 8: the same samples, mirrored and shuffled alike."""
+    pictures, texts = seen(reader, range(10)), said(reader, range(10))
+    for size in (1, 2, 8):
+        other = replace(reader, size=size)
+        assert seen(other, range(40 // size)) == pictures
+        assert said(other, range(40 // size)) == texts
+
+
+def test_about_half_of_the_images_are_mirrored_anew_each_epoch_and_by_seed(reader: Reader):
+    mirrored = [flip for _, flip in seen(reader, range(55))]  # ten epochs
+    assert 80 < sum(mirrored) < 140
+    again = replace(reader, order=replace(reader.order, seed=4))
+    assert [flip for _, flip in seen(again, range(55))] != mirrored
+    both = set(seen(reader, range(55)))
+    assert len(both) > 40, "nearly every image comes both ways"
+
+
+def test_without_flip_and_shuffle_the_samples_are_as_stored(reader: Reader):
+    plain = replace(reader, flip=False, rounds=None)
+    numbers = np.concatenate([plain.order.batch(number)[1] for number in range(3)])
+    stored = only(plain).read(numbers)
+    assert seen(plain, range(6)) == [(sample.key, False) for sample in stored]
+    loaded = AutoTokenizer.from_pretrained(plain.tokenizer)
+    expected = [plain.encode(loaded, sample)["input_ids"].tolist() for sample in stored]
+    assert [row for row, _ in said(plain, range(6))] == expected
+
+
+@pytest.mark.parametrize(("size", "workers"), [(8, 1), (4, 1), (4, 2), (2, 1), (2, 2), (2, 4), (1, 8), (1, 4)])
+def test_a_global_batch_has_the_same_samples_at_any_number_of_workers(reader: Reader, size: int, workers: int):
+    """Rank r computes micro-batches r, r + workers, ...; what all have after each step is the order's global batch."""
+    shared = replace(reader, size=size)
+    per_rank = GLOBAL_BATCH // (size * workers)
+    for step in range(4):
+        turns = [(step * per_rank + turn) * workers + rank for turn in range(per_rank) for rank in range(workers)]
+        keys = [key for key, _ in seen(shared, turns)]
+        assert keys == [only(reader).key(number) for number in reader.order.batch(step)[1]]
+
+
+def batches(data: Any) -> list[dict[str, np.ndarray]]:
+    return list(micro_batches(data.iter_batches(batch_size=None)))
+
+
+def in_order(data: Any) -> Any:
+    from ray.data import ExecutionOptions
+
+    data.context.execution_options = ExecutionOptions(preserve_order=True)
+    return data
+
+
+def matches(got: Sequence[dict[str, np.ndarray]], reader: Reader, numbers: Sequence[int]) -> bool:
+    return len(got) == len(numbers) and all(equal(one, reader(n)) for one, n in zip(got, numbers, strict=True))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("start", [0, 5])
+def test_from_any_start_ray_data_gives_the_rest_of_the_stream_in_order(reader: Reader, start: int):
+    assert matches(batches(in_order(dataset(reader, start, 40, workers=1))), reader, range(start, 40))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_get_every_other_micro_batch_in_order(reader: Reader):
+    """Two turns of full blocks, and one of short ones."""
+    stop = 2 + 2 * (2 * BLOCK_SAMPLES // reader.size + 3)
+    shards = in_order(dataset(reader, 2, stop, workers=2)).streaming_split(2, equal=True)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(batches, shards)
+    assert matches(first, reader, range(2, stop, 2))
+    assert matches(second, reader, range(3, stop, 2))
+
+
+@pytest.fixture(scope="module")
+def mixed(
+    ray_cluster: Any, reader: Reader, records: list[dict], pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Reader:
+    """The same micro-batches of a set in which only every fifth record has an image."""
+    given = [dict(record) for record in records]
+    for number, record in enumerate(given):
+        if number % 5:
+            del record["image"]
+            turns = [{**turn, "value": turn["value"].removeprefix(f"{IMAGE}\n")} for turn in record["conversations"]]
+            record["conversations"] = turns
+    folder = tmp_path_factory.mktemp("mixed")
+    make(given, str(pictures), str(folder), Making(samples_per_shard=5))
+    return replace(reader, sources={"mixed": Shards(folder)})
+
+
+def test_a_micro_batch_has_the_images_of_its_samples_and_all_their_texts(mixed: Reader):
+    """As many image tokens as images fill; text alone, also in every sample of a batch, has neither."""
+    image = AutoTokenizer.from_pretrained(mixed.tokenizer).convert_tokens_to_ids(IMAGE)
+    counts = []
+    for number in range(22):
+        batch = mixed(number)
+        counts.append(len(batch["pixel_values"]))
+        assert batch["pixel_values"].shape[1:] == (SIDE, SIDE, 3)
+        assert len(batch["input_ids"]) == mixed.size
+        assert (batch["input_ids"] == image).sum() == counts[-1] * IMAGE_TOKENS
+    assert 0 in counts
+    assert len(set(counts)) > 2
+
+
+def test_micro_batches_with_and_without_images_travel_through_ray(mixed: Reader):
+    blocks = dataset(mixed, 0, 20, workers=2).iter_batches(batch_size=None)
+    found = {int(row["number"]): row for row in micro_batches(blocks)}
+    assert sorted(found) == list(range(20))
+    assert all(equal(found[number], mixed(number)) for number in found)
+
+
+def test_text_alone_has_no_place_in_a_contrastive_stage(mixed: Reader):
+    for number in range(6):
+        batch = replace(mixed, encode=caption)(number)
+        assert len(batch["pixel_values"]) == mixed.size
+        for entry in json.loads(batch["replaced"]):
+            assert "text alone, allowed in a contrastive stage: an image and its caption" in entry["reason"]
+            assert not only(mixed).has_image[entry["due"]]
+            assert only(mixed).has_image[entry["used"]]

@@ -1,0 +1,248 @@
+"""Every way in which a record cannot be used has its reason, and nothing that LLaVA's trainer reads has one."""
+
+import json
+from typing import Any
+
+import pytest
+
+from pipelines.data.records import DEPTH, MISSING, REASONS, find_fault, has_image, length, read, shorten
+
+ASK = {"from": "human", "value": "<image>\nis it red?"}
+SAY = {"from": "gpt", "value": "yes"}
+MORE = [{"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes, sure"}]
+GOOD: dict[str, Any] = {"id": "a", "image": "b/c.jpg", "conversations": [ASK, SAY, *MORE]}
+TEXT = {"id": "t", "conversations": MORE}
+
+
+def turn(number: int, **changes: Any) -> dict[str, Any]:
+    """The good record with another turn."""
+    turns = [*GOOD["conversations"]]
+    turns[number] = {**turns[number], **changes}
+    return {**GOOD, "conversations": turns}
+
+
+def asks(question: str, answer: str = "It is.") -> dict[str, Any]:
+    """A record of text alone."""
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def without(name: str, record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        GOOD,
+        TEXT,
+        {**GOOD, "id": 7},
+        {**GOOD, "id": 7.5},
+        {**GOOD, "id": None},
+        {**GOOD, "id": ["a"]},
+        without("id", GOOD),
+        {**TEXT, "model": ""},
+        {**TEXT, "image": None},
+        {**TEXT, "video": None, "images": [], "audio": ""},
+        {**GOOD, "score": float("nan"), "more": {"k\ud83d": [None]}, "": 1},
+        {**GOOD, "image_url": "https://a/b.jpg", "images": ["b/c.jpg"], "image_id": 3},
+        {**TEXT, "image_id": 3, "video_id": "x", "source": "a.mp4"},
+        turn(0, weight=1, name="image"),
+        turn(0, value="is it red?\n<image>"),
+        turn(0, value="<image>\n"),  # a caption: nothing is asked
+        turn(0, value="<image><image>"),  # LLaVA's trainer makes one of them
+        {**GOOD, "conversations": [*MORE, {"from": "human", "value": "<image>"}, SAY]},
+        {**GOOD, "conversations": [MORE[0], {"from": "gpt", "value": "yes <image>"}]},
+        turn(2, value="and <b>this</b>?"),
+    ],
+    ids=ascii,
+)
+def test_what_llavas_trainer_reads_is_kept(record: dict) -> None:
+    assert find_fault(record, None) is None
+
+
+@pytest.mark.parametrize(
+    ("record", "reason", "field", "value"),
+    [
+        (None, "malformed", "", "null"),
+        ([1], "malformed", "", "[1]"),
+        ({**GOOD, "conversations": None}, "malformed", "conversations", "null"),
+        ({"id": "a", "messages": []}, "malformed", "conversations", f'{MISSING}; there are ["id", "messages"]'),
+        ({**GOOD, "conversations": ["a"]}, "malformed", "conversations[0]", "a"),
+        (turn(1, value=None), "malformed", "conversations[1].value", "null"),
+        (turn(1, value=3), "malformed", "conversations[1].value", "3"),
+        ({**TEXT, "conversations": [{"value": "a"}]}, "malformed", "conversations[0].from", MISSING),
+        ({**GOOD, "image": ["b.jpg"]}, "image form", "image", '["b.jpg"]'),
+        ({**GOOD, "image": 3}, "image form", "image", "3"),
+        ({**GOOD, "conversations": []}, "roles", "conversations", "0 turns"),
+        ({**GOOD, "conversations": [ASK]}, "roles", "conversations", "1 turns"),
+        ({**GOOD, "conversations": [ASK, SAY, MORE[1]]}, "roles", "conversations[2].from", "gpt"),
+        ({**TEXT, "conversations": MORE[::-1]}, "roles", "conversations[0].from", "gpt"),
+        (turn(0, **{"from": "Human"}), "roles", "conversations[0].from", "Human"),
+        (turn(1, **{"from": "assistant"}), "roles", "conversations[1].from", "assistant"),
+        (turn(1, value=" "), "empty turn", "conversations[1].value", " "),
+        (turn(1, value="<image>"), "empty turn", "conversations[1].value", "<image>"),
+        (turn(2, value=""), "empty turn", "conversations[2].value", ""),
+        (asks(" "), "empty turn", "conversations[0].value", " "),
+        (turn(1, value="Great \ud83d"), "broken text", "conversations[1].value", "Great \\ud83d"),
+        (turn(0, value="is it red?"), "image without tag", "conversations[0].value", "is it red?"),
+        (without("image", GOOD), "tag without image", "image", MISSING),
+        ({**GOOD, "image": None}, "tag without image", "image", "null"),
+        (turn(2, value="<image> sure?"), "tags", "conversations[2].value", "<image>"),
+        (turn(1, value="yes <image>"), "tags", "conversations[1].value", "<image>"),
+        (turn(0, value="<ima<image>ge>?"), "tags", "conversations[0].value", "<image>"),
+    ],
+    ids=ascii,
+)
+def test_what_cannot_be_used_has_its_reason_with_the_field_and_its_value(
+    record: Any, reason: str, field: str, value: str
+) -> None:
+    fault = find_fault(record, None)
+    assert fault is not None
+    assert (fault.reason, fault.field, fault.value) == (reason, field, value)
+    assert fault.why == REASONS[reason]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({**TEXT, "video": "x.mp4"}, "video"),
+        ({**GOOD, "videos": ["x.mp4"]}, "video"),
+        ({**TEXT, "video_path": "x.mp4"}, "video"),
+        ({**TEXT, "audio": {"path": "x.wav"}}, "audio"),
+        ({**TEXT, "speech": "x.wav"}, "audio"),
+        ({**TEXT, "point_cloud": "x.ply"}, "point cloud"),
+        ({**TEXT, "images": ["a.jpg"]}, "image form"),
+        ({**TEXT, "Image": "a.jpg"}, "image form"),
+        ({**TEXT, "image_file": "a.jpg"}, "image form"),
+        ({**TEXT, "imagePath": "a.jpg"}, "image form"),
+        ({"conversations": [{**MORE[0], "image": "a.jpg"}, MORE[1]]}, "image form"),
+        ({"conversations": [{**MORE[0], "video": "a.mp4"}, MORE[1]]}, "video"),
+        ({"video": "x.mp4", "QA": []}, "video"),
+        (asks("<video>\nWhat happens?"), "video"),
+        (asks("What happens in <video>?"), "video"),
+        (turn(0, value="<image>\n<video>"), "video"),
+        (asks("<|video_pad|> What?"), "video"),
+        (asks("<audio>\nWho speaks?"), "audio"),
+        (asks("<|AUDIO|>Who?"), "audio"),
+        (asks("<|audio_bos|>Who?"), "audio"),
+        (asks("<speech>\nAnswer."), "audio"),
+        (asks("<point>\nWhat is it?"), "point cloud"),
+        (asks("<Image>\nWhat?"), "image form"),
+        (asks("<IMAGE>\nWhat?"), "image form"),
+        (asks("<img>a.jpg</img>What?"), "image form"),
+        (asks("Picture 1: <img>a.jpg</img>\nWhat?"), "image form"),
+        (asks("What is in <image 1>?"), "image form"),
+        (asks("<image_1> and <image2>?"), "image form"),
+        (asks("<ImageHere>What?"), "image form"),
+        (asks("<im_start><im_end>What?"), "image form"),
+        (asks("<|vision_start|><|image_pad|><|vision_end|>What?"), "image form"),
+        (asks("[IMG]What?"), "image form"),
+        (turn(0, value="<Image><image></Image>\nWhat?"), "image form"),
+        (turn(0, value="(<image>./</image>)\nWhat?"), "image form"),
+        (asks("Draw it.", "Here it is:\n<image_token>\nDone."), "image form"),
+    ],
+    ids=ascii,
+)
+def test_content_that_is_neither_an_image_nor_text_is_kept_out_under_its_name(record: dict, reason: str) -> None:
+    fault = find_fault(record, None)
+    assert fault is not None
+    assert fault.reason == reason
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        asks("What does the <video> tag do?"),
+        asks("What is a <audio> element?"),
+        asks("Explain `<video>`."),
+        asks('What is "<img>" in HTML?'),
+        asks("Mend this:\n```html\n<video>\n</video>\n```"),
+        asks("Mend this: <div><video></video></div>"),
+        asks("What is wrong with <img src='a.jpg'>?"),
+        asks("What is <video controls src='a.mp4'>?"),
+        asks("How do I play a film?", "Use <video> for films, and <audio> for sound."),
+        asks("How do I play a film?", "So:\n```\n<video>\n```"),
+        asks("<|im_start|>user"),
+        asks("List<Image> images = new List<Image>();", "a"),
+        asks("if a<b and c>d: <points to it>, <visually>"),
+        asks("I saw a video. [image]"),
+    ],
+    ids=ascii,
+)
+def test_text_about_tags_is_text(record: dict) -> None:
+    assert find_fault(record, None) is None
+
+
+def test_length_is_the_number_of_words_without_the_image() -> None:
+    assert length(GOOD) == 3 + 1 + 1 + 2
+    assert find_fault(GOOD, 7) is None
+    fault = find_fault(GOOD, 6)
+    assert fault is not None
+    assert (fault.reason, fault.value) == ("too long", "7 words")
+    assert has_image(GOOD)
+    assert not has_image({**TEXT, "image": None})
+
+
+def test_a_value_is_shown_in_part_and_as_any_file_can_hold_it() -> None:
+    assert shorten("a" * 1000) == "a" * 200 + "… (1000 characters)"
+    assert shorten("\udc00é") == "\\udc00é"
+    assert shorten("a\n\u2028\x1b b") == "a\\n\\u2028\\x1b b"
+    assert shorten({"a": float("nan")}) == '{"a": NaN}'
+
+
+DEEP = "[" * 5000 + "]" * 5000
+LINES = [json.dumps({**TEXT, "id": number}) for number in range(3)]
+LISTED = [json.loads(line) for line in LINES]
+
+
+@pytest.mark.parametrize(
+    ("text", "records"),
+    [
+        (json.dumps(LISTED).encode(), LISTED),
+        ("\n".join(LINES).encode(), LISTED),
+        ("\r\n\r\n".join([*LINES, ""]).encode(), LISTED),
+        (b"\xef\xbb\xbf" + json.dumps(LISTED).encode(), LISTED),
+        (json.dumps(LISTED).encode("utf-16"), LISTED),
+        ("\n".join(LINES).encode("utf-16-le"), LISTED),
+        (LINES[0].encode(), LISTED[:1]),
+        (json.dumps(LISTED[0], indent=1).encode(), LISTED[:1]),
+        ("\n".join(['{"cut', *LINES]).encode(), ['{"cut', *LISTED]),
+        ("\n".join([LINES[0], DEEP, "9" * 5000]).encode(), [LISTED[0], DEEP, "9" * 5000]),
+        (f"[{LINES[0]}, {DEEP},\n{LINES[1]} , {'9' * 5000}, \"],[\", null]".encode(),
+         [LISTED[0], DEEP, LISTED[1], "9" * 5000, "],[", None]),
+        (f'[{LINES[0]}, {{"id": {DEEP}}}]'.encode(), [LISTED[0], f'{{"id": {DEEP}}}']),
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_records_are_read_from_a_list_and_from_lines(text: bytes, records: list) -> None:
+    assert read(text, "x.json") == records
+
+
+def test_one_records_bytes_or_depth_are_that_records_matter() -> None:
+    latin = json.dumps(asks("Café?"), ensure_ascii=False).encode("latin-1")
+    cut = json.dumps(asks("What?", "Great 😀"), ensure_ascii=False).encode().replace("😀".encode(), "😀".encode()[:2])
+    deep = {**TEXT, "more": json.loads("[" * DEPTH + "]" * DEPTH)}
+    for one in (latin, cut, json.dumps(deep).encode()):
+        records = read(b"[" + one + b"," + LINES[0].encode() + b"]", "x.json")
+        faults = [find_fault(record, None) for record in records]
+        assert faults[1] is None
+        assert faults[0] is not None
+        assert faults[0].reason in ("broken text", "malformed")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"{", "x.json: not JSON: "),
+        (b"\xff", "x.json: not JSON: "),
+        (b"", "x.json: an empty file"),
+        (b" \n", "x.json: an empty file"),
+        (b"[]", "x.json: no records"),
+        (b'"a"', "x.json: got str"),
+        (b'{"data": []}', "x.json: got one object with data"),
+        (b'[{"id": 1}, {"i', "x.json: not JSON: "),
+    ],
+)
+def test_a_file_without_records_is_named_with_what_is_allowed(text: bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=said + r".*allowed: a list of records as JSON, or JSON lines, one record a"):
+        read(text, "x.json")

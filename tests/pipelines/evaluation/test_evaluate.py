@@ -1,0 +1,323 @@
+"""Every question is answered once, as it would be alone, whatever crashes; scores follow from the files."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.data import easy_vqa
+from pipelines.evaluation import evaluate
+from pipelines.evaluation.evaluate import Subject, examples, rows
+from pipelines.evaluation.tasks import TASKS, Asking, Evaluate, Name, questions
+from redux import respondent
+from redux.architecture import Language, Model, Tower
+from redux.benchmarks import Question
+from redux.conversation import word_tokenizer
+from redux.image import pixels
+from redux.model import build
+from redux.settings import CMAI, VMTC
+from tests.pipelines.faults import until
+
+TEMPLATE = "vicuna_bare"
+PATCHES = 16
+LIMIT = Asking(limit=6, max_new_tokens=5)
+FEW = Asking(limit=4, max_new_tokens=9)
+ASKINGS: dict[Name, Asking] = {"easy_vqa": LIMIT, "instructions": FEW}
+ASKED = len(questions("easy_vqa", LIMIT))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with both modules on and random weights, large enough that answers differ."""
+    folder = tmp_path_factory.mktemp("model")
+    words = word_tokenizer((each.prompt for each in easy_vqa.questions()), 160)
+    size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    llava = build(
+        Model(
+            tower=Tower(image_size=16, patch_size=4, num_hidden_layers=4, **size),
+            language=Language(num_hidden_layers=2, max_position_embeddings=160, **size),
+            vmtc=VMTC(ratio=0.5, stages=2),
+            cmai=CMAI(maximum=0.6),
+        ),
+        words,
+    )
+    with torch.no_grad():
+        for parameter in llava.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    llava.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def subject(model: Path) -> Subject:
+    return Subject(model=str(model), template=TEMPLATE)
+
+
+def settings(**tasks: Asking) -> Evaluate:
+    return Evaluate(tasks={cast(Name, name): asking for name, asking in tasks.items()} or {"easy_vqa": LIMIT}, batch=7)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(subject: Subject, ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder in which both built-in tasks were evaluated."""
+    run = tmp_path_factory.mktemp("undisturbed")
+    evaluate.evaluate(subject, run, settings(easy_vqa=LIMIT, instructions=FEW))
+    return run
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def spent(run: Path, name: str = "easy_vqa") -> int:
+    """Questions that were put to a model, as often as they were."""
+    path = run / evaluate.FOLDER / evaluate.SPEED
+    return sum(each["questions"] for each in lines(path) if each["task"] == name) if path.exists() else 0
+
+
+# What is answered
+
+
+def test_every_question_is_answered_once_in_the_order_of_the_benchmark(undisturbed: Path) -> None:
+    for name, asking in ASKINGS.items():
+        asked = questions(name, asking)
+        told = [(row["id"], row["unit"], row["prompt"]) for row in rows(undisturbed, name)]
+        assert told == [(each.id, each.unit, each.prompt) for each in asked]
+        assert spent(undisturbed, name) == len(asked)
+    assert not list((undisturbed / evaluate.FOLDER).glob(".*"))
+
+
+def test_a_batch_gets_the_answers_that_each_question_gets_alone(subject: Subject, undisturbed: Path) -> None:
+    alone = respondent.load(subject.model, template=TEMPLATE)
+    for name, asking in ASKINGS.items():
+        said = []
+        for each in questions(name, asking):
+            assert isinstance(each.image, str)
+            assert asking.max_new_tokens
+            image = (easy_vqa.FOLDER / each.image).read_bytes()
+            said += alone([each.prompt], [image], asking.max_new_tokens).texts
+        assert said == [row["response"] for row in rows(undisturbed, name)]
+        assert len(set(said)) > len(said) // 4, "answers that differ, or equality says nothing"
+
+
+def test_scores_are_those_of_the_files_alone(undisturbed: Path) -> None:
+    found = evaluate.scores(undisturbed, ["easy_vqa", "instructions"])
+    correct = [row["response"] == row["answer"] for row in rows(undisturbed, "easy_vqa")]
+    assert found["easy_vqa.accuracy"] == sum(correct) / ASKED
+    assert found["easy_vqa.questions"] == ASKED
+    assert found["instructions.questions"] == 4 * 16
+    assert {
+        "instructions.strict",
+        "instructions.loose",
+        "instructions.both",
+        "instructions.strict.json",
+    } <= found.keys()
+    speed = evaluate.speed(undisturbed)
+    assert all(value > 0 for value in speed.values()), speed
+
+
+def test_scores_of_types_count_their_own_questions() -> None:
+    counted = {"yes/no": (3, 4), "colour": (1, 5), "shape": (0, 1)}  # right, asked
+    answered = [
+        {"unit": "a", "type": kind, "answer": "yes", "response": "yes" if number < right else "no"}
+        for kind, (right, asked) in counted.items()
+        for number in range(asked)
+    ]
+    assert {name: metric.score for name, metric in easy_vqa.metrics(answered).items()} == {
+        "accuracy": 0.4,
+        "accuracy.colour": 0.2,
+        "accuracy.shape": 0.0,
+        "accuracy.yes/no": 0.75,
+    }
+
+
+def test_a_limit_asks_about_images_from_all_over_and_all_about_each() -> None:
+    everything = questions("easy_vqa", Asking())
+    units = list(dict.fromkeys(each.unit for each in everything))
+    some = questions("easy_vqa", Asking(limit=90))
+    kept = [units.index(unit) for unit in dict.fromkeys(each.unit for each in some)]
+    assert (len(everything), len(units), len(kept)) == (9673, 1000, 90)
+    assert set(np.diff(kept)) == {11, 12}
+    assert some == [each for each in everything if units.index(each.unit) in kept]
+    assert questions("easy_vqa", Asking(limit=10**6)) == everything
+
+
+# Crashes
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_on_file_is_not_asked_again(subject: Subject, undisturbed: Path, tmp_path: Path) -> None:
+    whole = rows(undisturbed, "easy_vqa")
+    folder = tmp_path / evaluate.FOLDER
+    folder.mkdir()
+    kept = [row | {"response": "on file"} for row in whole[10:30]]
+    (folder / ".easy_vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    evaluate.evaluate(subject, tmp_path, settings())
+    assert rows(tmp_path, "easy_vqa") == whole[:10] + kept + whole[30:]
+    assert spent(tmp_path) == ASKED - len(kept)
+    evaluate.evaluate(subject, tmp_path, settings())
+    assert spent(tmp_path) == ASKED - len(kept), "a finished task is left alone"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_another_question_under_an_old_id_is_asked(subject: Subject, undisturbed: Path, tmp_path: Path) -> None:
+    whole = rows(undisturbed, "easy_vqa")
+    (tmp_path / evaluate.FOLDER).mkdir()
+    other = [row | {"prompt": "what was that?"} for row in whole[:4]] + whole[4:]
+    (tmp_path / evaluate.FOLDER / "easy_vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    evaluate.evaluate(subject, tmp_path, settings())
+    assert rows(tmp_path, "easy_vqa") == whole
+    assert spent(tmp_path) == 4
+
+
+def test_whatever_of_the_last_line_was_written_it_is_asked_again_and_no_other(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    """At every byte at which a crash can tear it; those of instructions have braces within."""
+    first, last = (json.dumps(row) + "\n" for row in rows(undisturbed, "instructions")[:2])
+    asked = questions("instructions", FEW)[:2]
+    for length in range(len(last) + 1):
+        (tmp_path / ".instructions.jsonl").write_text(first + last[:length])
+        left = evaluate._left(tmp_path, "instructions", asked)
+        assert left == ([] if length == len(last) else asked[1:])
+        assert (tmp_path / ".instructions.jsonl").read_text() == first + (last if not left else "")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_answers_of_others_are_not_taken(subject: Subject, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    twin = str(shutil.copytree(subject.model, tmp_path / "twin"))
+    for other, told in (
+        ((replace(subject, template="vicuna_v1"), settings()), "template = 'vicuna_bare', not 'vicuna_v1'"),
+        ((replace(subject, model=twin), settings()), f"not {twin!r}"),
+        ((subject, settings(easy_vqa=replace(LIMIT, max_new_tokens=6))), "max_new_tokens.easy_vqa = 5, not 6"),
+        ((subject, replace(settings(), image="described")), "image = 'seen', not 'described'"),
+    ):
+        who, how = other
+        with pytest.raises(ValueError, match=re.escape(told)):
+            evaluate.evaluate(who, tmp_path, how)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from pipelines.core import cluster
+from pipelines.evaluation import evaluate
+from pipelines.evaluation.tasks import Asking
+with cluster.session():
+    asking = Asking(limit=6, max_new_tokens=5)
+    subject = evaluate.Subject(model=sys.argv[1], template="vicuna_bare")
+    evaluate.evaluate(subject, Path(sys.argv[2]), evaluate.Evaluate(tasks={"easy_vqa": asking}, batch=2))
+"""
+
+
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(
+    subject: Subject, undisturbed: Path, tmp_path: Path, ray_cluster: Any
+) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": ray_cluster.get_runtime_context().gcs_address}
+    command = [sys.executable, "-c", KILLED, subject.model, str(tmp_path)]
+    partial = tmp_path / evaluate.FOLDER / ".easy_vqa.jsonl"
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: partial.exists() and len(partial.read_bytes().splitlines()) > 4)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = [row["id"] for row in lines(partial)]
+    assert len(before) < ASKED, "it was killed too late"
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert (tmp_path / evaluate.FOLDER / "easy_vqa.jsonl").read_bytes() == (
+        undisturbed / evaluate.FOLDER / "easy_vqa.jsonl"
+    ).read_bytes()
+    # the batch whose answers were written last may have been killed before its time was
+    assert spent(tmp_path) in (ASKED, ASKED - 2)
+
+
+# What cannot be
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_missing_image_is_named_in_one_line(subject: Subject, tmp_path: Path) -> None:
+    asking = Asking(limit=1, images=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"evaluate\.tasks\.easy_vqa: .*nowhere/test/images/\d+\.png"):
+        evaluate.evaluate(subject, tmp_path, settings(easy_vqa=asking))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_no_such_model_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="model_type: got bert"):
+        evaluate.evaluate(Subject(model=str(tmp_path)), tmp_path, settings())
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "told"),
+    [
+        ("gqa", (), r"evaluate\.tasks\.gqa\.files: .*got nothing"),
+        ("easy_vqa", ("x",), r"evaluate\.tasks\.easy_vqa\.files: got x, allowed: none"),
+        ("gqa", ("nowhere.json",), r"evaluate\.tasks\.gqa\.files: nowhere\.json: cannot be read"),
+        ("instructions", ("nowhere.jsonl",), r"evaluate\.tasks\.instructions\.files: .*nowhere\.jsonl"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(name: Name, files: tuple[str, ...], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        questions(name, Asking(files=files))
+
+
+def test_an_id_that_comes_twice_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    twice = [Question(id="7", unit="7", image=None, prompt="?", reference={})] * 2
+    monkeypatch.setitem(TASKS, "gqa", TASKS["gqa"]._replace(questions=lambda: twice))
+    with pytest.raises(ValueError, match="2 questions with the id 7"):
+        questions("gqa", Asking())
+
+
+# Examples
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questions(
+    subject: Subject, undisturbed: Path, count: int
+) -> None:
+    answered = rows(undisturbed, "easy_vqa")
+    given = {(row["image"], row["prompt"], row["answer"], row["response"]) for row in answered}
+    pictures = {
+        pixels((easy_vqa.FOLDER / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"] for row in answered
+    }
+    shown = []
+    for example in examples(subject, undisturbed, count):
+        image = pictures[np.asarray(example.image).transpose(2, 0, 1).tobytes()]
+        assert (image, example.question, example.answer, example.response) in given
+        assert example.correct == (example.answer == example.response)
+        shown.append(image)
+    assert len(shown) == len(set(shown)) == count
+
+
+def test_an_example_says_where_each_patch_went(subject: Subject, undisturbed: Path) -> None:
+    for example in examples(subject, undisturbed, 5):
+        slot, merged = np.asarray(example.slot), np.asarray(example.merged)
+        assert slot.shape == merged.shape == (PATCHES,)
+        assert set(slot) - {-1} == set(range(PATCHES // 2)), "half of the tokens reach the language model"
+        assert not merged.all()
+        kept = slot[~merged & (slot >= 0)]
+        assert len(kept) == len(set(kept)), "a kept patch has a token of its own"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of a tiny model only wait for each other, long where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

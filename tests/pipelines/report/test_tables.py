@@ -1,0 +1,498 @@
+"""Tables say what the answers say, put each run in its row by its settings alone, and tell how to fill the others."""
+
+import csv
+import io
+import json
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from tests.pipelines.test_report import ATTACK, Page
+
+from jobs import command as command_line
+from jobs import schema
+from jobs.tables import cells, tell
+from pipelines.evaluation import statistics
+from pipelines.report.paper import TABLE_1, TABLE_3
+from pipelines.report.runs import changes, find
+from pipelines.report.table_rows import command, fills, fitting
+from pipelines.report.tables import SLOTS, Line, Table, build, prompts
+from redux.benchmarks import Metric, Outcome, Row
+from redux.cost import cost
+from redux.instructions import INSTRUCTIONS
+from redux.presets import PRESETS, Preset, llava
+
+ROOT = Path(__file__).parents[3]
+QUESTIONS = 30
+JOB = schema.dump(schema.load(ROOT / "jobs/recipes/quickstart.yaml"))
+SMALL = {"stages": 3, "iterations": 4}
+
+
+def instructions(rows: Sequence[Row]) -> dict[str, Metric]:
+    """A response is followed and right as it says of itself."""
+    groups = {row["task"] for row in rows}
+
+    def metric(words: Sequence[str]) -> Metric:
+        return Metric(
+            [Outcome(row["task"], row["unit"], float(all(word in row["response"] for word in words))) for row in rows],
+            1 / len(groups),
+        )
+
+    whole = {"strict": metric(["follows"]), "right": metric(["right"]), "both": metric(["follows", "right"])}
+    for each in INSTRUCTIONS.values():
+        own = [outcome for outcome in whole["strict"].outcomes if outcome.group == f"T{each.task}"]
+        whole[f"strict.{each.name}"] = Metric(own)
+    return whole
+
+
+def easy_vqa(rows: Sequence[Row]) -> dict[str, Metric]:
+    return {"accuracy": Metric([Outcome("", row["unit"], float(row["response"] == row["answer"])) for row in rows])}
+
+
+SCORERS = {"instructions": instructions, "easy_vqa": easy_vqa}
+
+
+def write_run(runs: Path, name: str, seed: int = 0, skill: float = 0.4, said: str = "", **changes: Any) -> Path:
+    """A finished run whose model follows and is right by chance; `changes` are dotted names of its job."""
+    folder = runs / name
+    (folder / "answers").mkdir(parents=True)
+    job = yaml.safe_load(JOB) | {"name": name, "seed": seed}
+    for dotted, value in changes.items():
+        section = job
+        *path, last = dotted.split("__")
+        for key in path:
+            section = section[key]
+        section[last] = value
+    (folder / "job.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
+    random = np.random.default_rng([seed, *name.encode()])
+    luck = random.random((QUESTIONS, len(INSTRUCTIONS), 2)) < skill
+    rows = [
+        {
+            "id": f"{task}-{unit}", "unit": f"q{unit}", "task": task, "instruction_id": each.id, "kwargs": {},
+            "prompt": f"Question {unit}? {task} & more", "question": f"Question {unit}?", "answer": "right",
+            "response": said + " ".join(np.array(["follows", "right"])[luck[unit, place]]),
+        }
+        for place, each in enumerate(INSTRUCTIONS.values())
+        for task in [f"T{each.task}"]
+        for unit in range(QUESTIONS)
+    ]  # fmt: skip
+    jsonl(folder / "answers/instructions.jsonl", rows)
+    seen = random.random(200) < skill + 0.4
+    rows = [
+        {
+            "id": str(n),
+            "unit": str(n // 5),
+            "prompt": "what?",
+            "type": "shape",
+            "answer": "a",
+            "response": "ba"[int(right)],
+        }
+        for n, right in enumerate(seen)
+    ]
+    jsonl(folder / "answers/easy_vqa.jsonl", rows)
+    steps = [{"stage": "instruct", "step": n, "compute_s": 2.0, "data_s": 1.0, "stall_s": 0.0} for n in (1, 2)]
+    jsonl(folder / "metrics.jsonl", steps)
+    numbers = {"wall_s.evaluate": 120.0, "speed.peak_bytes": 2**30, "speed.decode_tokens_per_s": 50.0 * (1 + skill)}
+    (folder / "metrics.json").write_text(json.dumps(numbers))
+    return folder
+
+
+def jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def of(methods: Preset) -> dict[str, Any]:
+    """The preset on the small tower, as changes of the job."""
+    small = fitting(methods, 64)
+    told = {name: part and changes(part) for name, part in small.methods.items()}
+    if told["vmtc"] is not None and "stages" not in told["vmtc"]:
+        told["vmtc"] = SMALL | told["vmtc"]
+    return {f"model__{name}": part for name, part in told.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA and both modules with two seeds; one of each other kind but SPD."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        write_run(folder, f"a{seed}", seed, 0.35, **of(PRESETS["llava"]))
+        write_run(folder, f"b{seed}", seed, 0.55, **of(PRESETS["default"]))
+    for number, name in enumerate(("vmtc", "cmai", "lwp", "tia", "tokens-64", "prumerge", "evit")):
+        write_run(folder, f"c{number}", 0, 0.3 + number / 20, **of(PRESETS[name]))
+    write_run(folder, "d", 0, 0.6, **of(PRESETS["llava"]), evaluate__image="described")
+    for tenth in (2, 8):
+        ratio = {"vmtc": SMALL | {"ratio": tenth / 10}}
+        write_run(folder, f"e{tenth}", 0, 0.5, model__vmtc=ratio["vmtc"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tables(runs: Path) -> dict[str, Table]:
+    return {table.key: table for table in build(find([runs], SCORERS)[0], samples=400)}
+
+
+def line(table: Table, label: str, source: str = "ours") -> Line:
+    [family] = table.blocks.values()
+    return next(row for row in family if row.label.startswith(label) and row.source == source)
+
+
+def answered(folder: Path, task: str) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (folder / f"answers/{task}.jsonl").read_text().splitlines()]
+
+
+def place(table: Table, column: str) -> int:
+    return [each.name for each in table.columns].index(column)
+
+
+def test_a_cell_is_the_mean_over_seeds_counted_by_hand(runs: Path, tables: dict[str, Table]) -> None:
+    table = tables["table-1"]
+    row = line(table, "VMTC + CMAI")
+    both = [answered(runs / name, "instructions") for name in ("b0", "b1")]
+    for column, wanted in (
+        ("AVG", [each for rows in both for each in rows]),
+        ("T9", [each for rows in both for each in rows if each["task"] == "T9"]),
+    ):
+        cell = row.cells[place(table, column)]
+        assert cell is not None
+        assert cell.value == pytest.approx(100 * np.mean(["follows" in each["response"] for each in wanted]))
+    seen = [each for name in ("b0", "b1") for each in answered(runs / name, "easy_vqa")]
+    cell = row.cells[place(table, "easy-VQA")]
+    assert cell is not None
+    assert cell.value == pytest.approx(100 * np.mean([each["response"] == each["answer"] for each in seen]))
+
+
+def test_intervals_and_differences_are_those_of_statistics(runs: Path, tables: dict[str, Table]) -> None:
+    ours, base = (
+        [instructions(answered(runs / f"{letter}{seed}", "instructions"))["strict"] for seed in (0, 1)]
+        for letter in "ba"
+    )
+    cell = line(tables["table-3"], "VMTC + CMAI").cells[place(tables["table-3"], "IF")]
+    assert cell is not None
+    assert cell.interval == statistics.interval(ours, 400).scaled(100)
+    assert cell.difference == statistics.difference(ours, base, 400).scaled(100)
+    assert not cell.difference.noise
+    own = line(tables["table-3"], "neither").cells[place(tables["table-3"], "IF")]
+    assert own is not None
+    assert own.difference is None
+
+
+def test_each_preset_fills_its_row_and_no_other(tmp_path: Path) -> None:
+    rows = {
+        "llava": {"LLaVA-1.5", "neither"}, "default": {"VMTC + CMAI", "LWP + MG + CLST", "Neighbourhood"},
+        "spd": {"SPD"}, "vmtc": {"VMTC", "no CMAI"}, "cmai": {"CMAI", "no VMTC"}, "llp": {"LLP"}, "lwp": {"LWP"},
+        "lwp-mg": {"LWP + MG"}, "tia": {"TIA"}, "sum-tia": {"Sum TIA"}, "discounted-sum-tia": {"Discounted Sum TIA"},
+        "tokens-64": {"VMTC + CMAI, 64 of 576 tokens"}, "tokens-36": {"VMTC + CMAI, 36 of 576 tokens"},
+        "prumerge": {"PruMerge, 36 of 576 tokens"}, "random": {"Random places"}, "evit": set(),
+    }  # fmt: skip
+    slots = [slot for table in SLOTS.values() for slot in table]
+    for name in rows:
+        write_run(tmp_path, name, **of(PRESETS[name]))
+    write_run(tmp_path, "described", **of(PRESETS["llava"]), evaluate__image="described")
+    [family], _ = find([tmp_path], SCORERS)
+    found = {model.job["name"]: {slot.label for slot in slots if fills(model, slot)} for model in family.models}
+    assert found == rows | {"described": {"Upper limit"}}
+
+
+def test_other_ways_of_down_sampling_and_other_names_make_no_difference(tmp_path: Path) -> None:
+    for method in ("stride", "bilinear"):
+        write_run(tmp_path, f"llava-{method}", **of(PRESETS["llava"]) | {
+            "model__reduction": {"method": method, "tokens": 16}
+        })  # fmt: skip
+    [family], _ = find([tmp_path], SCORERS)
+    [table] = [table for table in build([family], 100) if table.key == "table-1"]
+    labels = [row.label for row in table.blocks[family.label] if row.source == "ours"]
+    assert labels == ["SPD (reduction.method = bilinear)", "SPD (reduction.method = stride)"]
+
+
+def test_runs_that_differ_only_in_seed_are_one_row_and_a_copy_is_left_out(tmp_path: Path) -> None:
+    for number, seed in enumerate((0, 1, 1)):
+        write_run(tmp_path, f"run-{number}", seed, **of(PRESETS["default"]))
+    [family], notes = find([tmp_path], SCORERS)
+    [model] = family.models
+    assert [run.seed for run in model.runs] == [0, 1]
+    assert len(notes) == 1
+    assert "run-2" in notes[0]
+
+
+def test_other_sizes_or_data_are_another_family_and_other_machines_are_not(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", 0, **of(PRESETS["llava"]))
+    write_run(tmp_path, "b", 1, **of(PRESETS["llava"]), workers=7, evaluate__actors=1)
+    write_run(tmp_path, "c", 0, **of(PRESETS["llava"]), train__instruct__epochs=7)
+    families, _ = find([tmp_path], SCORERS)
+    assert sorted(len(family.models[0].runs) for family in families) == [1, 2]
+    assert any("train.instruct.epochs = 7" in family.label for family in families)
+    table = next(table for table in build(families, 100) if table.key == "table-3")
+    assert len(table.blocks) == 2
+
+
+def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path: Path) -> None:
+    write_run(tmp_path, "trained", 5, **of(PRESETS["llava"]))
+    checkpoint = str(tmp_path / "trained/checkpoints/instruct/model")
+    limit = of(PRESETS["llava"]) | {"train": {}, "model__checkpoint": checkpoint, "evaluate__image": "described"}
+    write_run(tmp_path, "limit", 0, **limit)
+    write_run(tmp_path, "later", 0, **of(PRESETS["default"]) | {"train": {}, "model__checkpoint": checkpoint})
+    [family], _ = find([tmp_path], SCORERS)
+    assert {run.seed for model in family.models for run in model.runs} == {5}
+    found = {model.job["name"]: model for model in family.models}
+    assert fills(found["limit"], SLOTS["table-1"][2])
+    assert not found["later"].trained
+    assert "no run of VMTC + CMAI yet" in tell([tmp_path], None, SCORERS, 100).partition("##")[0]
+    assert not any(fills(found["later"], slot) for table in SLOTS.values() for slot in table)
+
+
+@pytest.mark.parametrize("start", ["b0", "c2", "c3", "a0"])
+def test_the_command_of_a_missing_row_is_a_job_that_fills_it(runs: Path, tmp_path: Path, start: str) -> None:
+    """Whatever run its family has, and every row: the words are read as a shell and the schema read them."""
+    (tmp_path / start).symlink_to(runs / start)
+    [family], _ = find([tmp_path], SCORERS)
+    slots = [slot for table in SLOTS.values() for slot in table if slot.preset]
+    for slot in slots:
+        redux, run, job, *overrides, into, beside = shlex.split(command(slot, family))
+        assert (redux, run, into, beside) == ("redux", "run", "--into", str(tmp_path))
+        made = schema.load(Path(job), overrides)
+        assert made.name.startswith(f"{start}-")
+        other = tmp_path / "made" / made.name
+        other.mkdir(parents=True, exist_ok=True)
+        (other / "job.yaml").write_text(schema.dump(made))
+        (other / "metrics.json").write_text("{}")
+        [again], _ = find([other], SCORERS)
+        assert fills(again.models[0], slot), slot.label
+        if made.model.vmtc and slot.preset != PRESETS["llp"] and start != "a0":
+            assert made.model.vmtc.iterations == 4, "the family's own option"
+
+
+def test_a_row_that_several_tables_have_is_made_by_one_command(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "c1").symlink_to(runs / "c1")
+    [family], _ = find([tmp_path], SCORERS)
+    commands = {command(slot, family) for slots in SLOTS.values() for slot in slots if slot.preset}
+    assert len({shlex.split(each)[3] for each in commands}) == len(commands)
+
+
+def test_missing_rows_have_commands_and_the_papers_numbers_stand_beside(tables: dict[str, Table]) -> None:
+    missing = line(tables["table-1"], "SPD", "missing")
+    assert missing.command.startswith("redux run ")
+    beside = [row for rows in tables["table-1"].blocks.values() for row in rows if row.source == "paper"]
+    assert [row.about for row in beside[:2]] == ["paper, 7B, other data", "paper, 13B, other data"]
+    shown = [cell and cell.value for cell in beside[0].cells]
+    assert shown[: place(tables["table-1"], "AVG") + 1] == list(TABLE_1.rows["LLaVA-1.5-7B"][1:])
+    both = line(tables["table-3"], "VMTC + CMAI", "paper")
+    assert [cell.value for cell in both.cells if cell] == list(TABLE_3.rows["VMTC, CMAI"])
+
+
+def test_all_models_are_listed_in_the_order_of_the_paper(runs: Path, tables: dict[str, Table]) -> None:
+    [rows] = tables["models"].blocks.values()
+    assert len(rows) == len({row.label for row in rows}) == 12
+    assert [row.kind for row in rows[:4]] == ["llava", "both", "both", "both"]
+    assert [row.removed for row in rows[1:4]] == sorted(row.removed for row in rows[1:4] if row.removed)
+    assert rows[-1].kind is None, "evit, for which the paper has no row"
+
+
+def test_the_sweep_has_its_runs_by_share_and_names_the_missing_tenths(tables: dict[str, Table]) -> None:
+    [rows] = tables["ratios"].blocks.values()
+    both = [row.removed for row in rows if row.kind == "both"]
+    assert both == sorted(both)
+    assert len(both) == 4
+    missing = [row.label for row in rows if row.source == "missing"]
+    assert missing == [f"VMTC + CMAI {share}" for share in ("0%", "10%", "30%", "40%", "60%", "70%", "90%")]
+
+
+def test_costs_are_means_over_seeds_and_shares_of_llavas(runs: Path, tables: dict[str, Table]) -> None:
+    table = tables["spent"]
+    row = line(table, "VMTC + CMAI, 32")
+    told = {column.source: cell for column, cell in zip(table.columns, row.cells, strict=True)}
+    assert told["training"] is not None
+    assert told["training"].value == pytest.approx(6 / 60)
+    assert told["training"].ratio == pytest.approx(1.0)
+    assert told["decode"] is not None
+    assert told["decode"].ratio == pytest.approx(1.55 / 1.35)
+    assert told["prompt"] is None, "no model is in the run folder"
+
+
+def test_what_a_run_folder_holds_of_its_model_gives_flops(tmp_path: Path) -> None:
+    for name in ("llava", "default"):
+        folder = write_run(tmp_path, name, **of(PRESETS[name]))
+        llava("7b", PRESETS[name]).save_pretrained(folder / "checkpoints/instruct/model")
+    families, _ = find([tmp_path], SCORERS)
+    table = next(table for table in build(families, 100) if table.key == "spent")
+    column = [each.source for each in table.columns].index("prompt")
+    flops = {row.label: row.cells[column] for rows in table.blocks.values() for row in rows}
+    whole, ours = (cost(llava("7b", PRESETS[name]), 64).flops for name in ("llava", "default"))
+    assert flops["LLaVA-1.5"] is not None
+    assert flops["LLaVA-1.5"].value == pytest.approx(whole / 1e9)
+    assert flops["VMTC + CMAI"] is not None
+    assert flops["VMTC + CMAI"].ratio == pytest.approx(ours / whole)
+
+
+def test_csv_has_every_cell_and_nothing_is_lost(tables: dict[str, Table]) -> None:
+    for table in tables.values():
+        rows = list(csv.DictReader(io.StringIO(cells(table))))
+        told = [(line, column, cell) for lines in table.blocks.values() for line in lines
+                for column, cell in zip(table.columns, line.cells, strict=False) if cell]  # fmt: skip
+        read = [row for row in rows if row["column"]]
+        assert len(read) == len(told)
+        for row, (line_, column, cell) in zip(read, told, strict=True):
+            assert (row["row"], row["source"], row["column"]) == (line_.label, line_.source, column.name)
+            assert float(row["value"]) == cell.value
+            if cell.interval:
+                assert (float(row["low"]), float(row["high"])) == (cell.interval.low, cell.interval.high)
+            if cell.difference:
+                assert (float(row["difference"]), row["noise"]) == (
+                    cell.difference.value, str(int(cell.difference.noise)),
+                )  # fmt: skip
+        assert [row["command"] for row in rows if row["command"]] == [
+            line_.command for lines in table.blocks.values() for line_ in lines if line_.command
+        ]
+
+
+def test_the_page_runs_nothing_and_escapes_what_models_say(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", 0, 0.4, ATTACK, **of(PRESETS["llava"]))
+    write_run(tmp_path, "b", 0, 0.6, ATTACK, **of(PRESETS["default"]))
+    text = tell([tmp_path], tmp_path / "out", SCORERS, 100)
+    assert (tmp_path / "out/tables.md").read_text() == text
+    page = (tmp_path / "out/tables.html").read_text()
+    read = Page(page)
+    assert not {"script", "link", "iframe", "object", "img"} & {tag for tag, _ in read.tags}
+    assert not [name for _, attrs in read.tags for name in attrs if name.startswith("on")]
+    assert any("default-src 'none'" in (attrs.get("content") or "") for attrs in read.attributes("meta"))
+    assert read.words.count(ATTACK) == 12, "six prompts, two models"
+    assert "With VMTC + CMAI, " in read.words
+    ids = [attrs["id"] for _, attrs in read.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert all(attrs.get("role") == "img" and attrs.get("aria-label") for attrs in read.attributes("svg"))
+    assert len(read.attributes("svg")) >= 1
+
+
+def test_the_page_says_what_the_tables_say(runs: Path, tmp_path: Path) -> None:
+    text = tell([runs], tmp_path, SCORERS, 100)
+    read = Page((tmp_path / "tables.html").read_text())
+    told = " ".join(read.words.split())
+    [cell] = [row for row in text.splitlines() if row.startswith("| SPD | missing")][:1]
+    assert cell
+    assert "no run yet" in told
+    assert "model.reduction={method: average, ratio: 0.75}" in told
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "tables.md", "tables.html", *(f"{key}.csv" for key in (*SLOTS, "models", "figure-2", "ratios", "spent")),
+    }  # fmt: skip
+
+
+def test_equal_models_are_said_to_be_within_noise(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", 0, 0.5, **of(PRESETS["llava"]))
+    write_run(tmp_path, "b", 0, 0.5, **of(PRESETS["default"]))
+    assert "within noise" in tell([tmp_path], None, SCORERS, 400).partition("##")[0]
+
+
+def test_without_llava_or_answers_the_summary_says_so(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "b", 0, 0.5, **of(PRESETS["default"]))
+    assert "There is no run of LLaVA-1.5 yet" in tell([tmp_path], None, SCORERS, 100).partition("##")[0]
+    write_run(tmp_path, "a", 0, 0.5, **of(PRESETS["llava"]))
+    for file in (folder / "answers").iterdir():
+        file.unlink()
+    (folder / "metrics.json").write_text(json.dumps({"easy_vqa.accuracy": 0.875}))
+    text = tell([tmp_path], tmp_path / "out", SCORERS, 100)
+    assert "no answers to the same questions" in text.partition("##")[0]
+    assert "87.5" in text, "a number without answers is shown without an interval"
+    assert Page((tmp_path / "out/tables.html").read_text())
+
+
+def test_the_prompts_are_the_same_for_all_and_marked_by_the_scorer(runs: Path) -> None:
+    [family], _ = find([runs], SCORERS)
+    told = prompts(family, instructions)
+    assert len(told) == 6
+    for prompt in told:
+        assert len({label for label, *_ in prompt.said}) == len(prompt.said) == len(family.models) - 1, "all but evit"
+        assert all(followed == ("follows" in response) for _, response, followed in prompt.said)
+
+
+def test_what_cannot_be_read_is_told_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"runs: found none that is finished, allowed: folders with job.yaml and metrics.json at "
+    ) as error:
+        tell([tmp_path], None, SCORERS)
+    assert str(tmp_path) in str(error.value)
+    folder = write_run(tmp_path, "a", **of(PRESETS["llava"]))
+    (folder / "answers/easy_vqa.jsonl").write_text('{"id": 1}\n{half\n')
+    with pytest.raises(ValueError, match=r"easy_vqa.jsonl: line 2: got '\{half', allowed: an object of JSON"):
+        tell([tmp_path], None, SCORERS)
+    (folder / "metrics.json").unlink()
+    write_run(tmp_path, "b", **of(PRESETS["default"]))
+    assert "is not finished and is left out" in tell([tmp_path], None, SCORERS, 100)
+
+
+def test_what_counted_sentences_otherwise_than_ifeval_is_told(tmp_path: Path) -> None:
+    for name, splitter in (("a", "punkt"), ("b", "regex")):
+        folder = write_run(tmp_path, name, **of(PRESETS["llava" if name == "a" else "default"]))
+        (folder / "answers" / "asked.json").write_text(json.dumps({"splitter": splitter}))
+    assert "T12 of b: sentences were counted by regular expressions" in tell([tmp_path], None, SCORERS, 100)
+
+
+def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) -> None:
+    """Another kind of model fills no row of LLaVA's; one that answers with what it never learned neither."""
+    given = {"train": {}, "model__tower": None, "model__language": None}
+    own = dict.fromkeys(("model__vmtc", "model__cmai", "model__reduction"), "own")
+    for name, kind, more in (
+        ("blip", "instructblip", {}),
+        ("plain", "llava", {}),
+        ("later", "llava", {"model__cmai": {"maximum": 0.6}}),
+    ):
+        checkpoint = {"llava": "hub/llava", "instructblip": "Salesforce/instructblip-vicuna-7b"}[kind]
+        folder = write_run(tmp_path, name, model__checkpoint=checkpoint, **{**given, **own, **more})
+        methods = {"vmtc": None, "cmai": more.get("model__cmai"), "reduction": None}
+        (folder / "answers" / "asked.json").write_text(json.dumps({"model_type": kind, "methods": methods}))
+    [family], _ = find([tmp_path], SCORERS)
+    assert family.label == "llava"
+    found = {model.runs[0].folder.name: model for model in family.models}
+    slots = [slot for table in SLOTS.values() for slot in table]
+    filled = {name: {slot.paper for slot in slots if fills(model, slot)} for name, model in found.items()}
+    assert filled["later"] == set()
+    assert filled["blip"] == {"InstructBLIP-7B, 64 tokens"}
+    assert "LLaVA-1.5-{size}" in filled["plain"]
+    assert "| InstructBLIP | not trained here |" in tell([tmp_path], None, SCORERS, 100)
+
+
+def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> None:
+    """The upper limit is a trained LLaVA told of the image; another model is its checkpoint."""
+    trained = shutil.copytree(runs / "a0", tmp_path / "a0")
+    last = list(yaml.safe_load((trained / "job.yaml").read_text())["train"])[-1]
+    (trained / "checkpoints" / last / "model").mkdir(parents=True)
+    [family], _ = find([tmp_path], SCORERS)
+    for slot in (SLOTS["table-1"][2], next(slot for slot in SLOTS["table-2"] if slot.checkpoint)):
+        _, _, job, *overrides, _, _ = shlex.split(command(slot, family))
+        made = schema.load(Path(job), overrides)
+        assert not made.train
+        folder = tmp_path / made.name
+        (folder / "answers").mkdir(parents=True)
+        (folder / "job.yaml").write_text(schema.dump(made))
+        (folder / "metrics.json").write_text("{}")
+        if slot.checkpoint:
+            (folder / "answers" / "asked.json").write_text('{"model_type": "instructblip"}')
+        else:
+            assert made.evaluate
+            assert made.evaluate.template is None  # the model itself says how it was trained
+        [again], _ = find([tmp_path], SCORERS)
+        assert sum(fills(model, slot) for model in again.models) == 1
+
+
+def test_models_that_were_asked_other_things_are_not_compared(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", **of(PRESETS["llava"]))
+    folder = write_run(tmp_path, "b", **of(PRESETS["default"]))
+    jsonl(folder / "answers/easy_vqa.jsonl", answered(folder, "easy_vqa")[:-5])
+    with pytest.raises(ValueError, match=r"easy_vqa.accuracy of .*b, .*a: .* of unit '39'"):
+        tell([tmp_path], None, SCORERS, 100)
+
+
+def test_the_verb_writes_the_tables_and_tells_where_it_found_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "runs", "a", **of(PRESETS["llava"]))
+    (folder / "answers/instructions.jsonl").unlink()  # of no instruction that there is
+    assert command_line.main(["tables", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == (tmp_path / "out/tables.md").read_text()
+    assert command_line.main(["tables", str(tmp_path / "nowhere")]) == 2
+    told = capsys.readouterr().err
+    assert str(tmp_path / "nowhere") in told
+    assert told.count("\n") == 1

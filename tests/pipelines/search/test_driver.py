@@ -1,0 +1,106 @@
+"""Ray Tune runs the trials: several at a time, each in a process of its own; the study is told what becomes of each."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from pipelines.search import driver
+from pipelines.search.driver import Reporter
+from pipelines.search.space import Range
+from pipelines.search.trials import Prune, Settings, Trials, Try
+
+STEPS = 20
+
+
+def settings(**changes: Any) -> Settings:
+    asked = Settings(trials=6, at_once=2, space={"x": Range(low=0.0, high=1.0)}, objectives={"good": "max"})
+    return replace(asked, **changes)
+
+
+def test_crashes_stops_and_results_are_told_as_such(ray_cluster: Any, tmp_path: Path) -> None:
+    def work(trial: Try, place: Path, watch: Any) -> dict[str, float]:
+        place.mkdir(parents=True, exist_ok=True)
+        tries = len(list(place.glob("try-*")))
+        (place / f"try-{tries}").touch()
+        if tries == 0 and trial.number == 1:
+            raise OSError("no space left")
+        if tries == 0 and trial.number == 2:
+            os._exit(1)
+        try:
+            with (place / "metrics.jsonl").open("w") as file:
+                for step in range(1, STEPS + 1):
+                    file.write(json.dumps({"stage": "s", "step": step, "loss": 1 - trial.values["x"]}) + "\n")
+                    file.flush()
+                    if watch(place, "s", step, STEPS):
+                        raise driver.StoppedError
+            return {"good": trial.values["x"]}
+        finally:
+            (place / "left").touch()
+
+    asked = settings(references={"paper": {"x": 0.5}}, prune=Prune(every=5, first=5, factor=2))
+    trials = Trials(asked, "toy", tmp_path, lambda values: {})
+    seen: list[int] = []
+    driver.search(trials, tmp_path, work, lambda told: seen.append(len(told.ended)))
+    found = {trial.number: trial for trial in trials.study.trials}
+    assert len(found) == 6 + 2, "two crashed and were tried again"
+    assert seen[-1] == 6
+    failed = [trial for trial in found.values() if trial.state == TrialState.FAIL]
+    assert [trial.number for trial in failed] == [1, 2]
+    assert failed[0].user_attrs["error"] == "no space left"
+    assert "died" in failed[1].user_attrs["error"]
+    again = {trial.user_attrs["retry_of"]: trial for trial in found.values() if "retry_of" in trial.user_attrs}
+    for number in (1, 2):
+        assert again[number].params == found[number].params
+        assert again[number].state in (TrialState.COMPLETE, TrialState.PRUNED)
+        assert len(list((tmp_path / "trials" / f"{number:04}").glob("try-*"))) == 2, "in the same folder"
+    assert found[0].user_attrs["reference"] == "paper"
+    assert found[0].value == 0.5
+    stopped = [trial for trial in found.values() if trial.state == TrialState.PRUNED]
+    assert stopped, "of six with these losses some lag behind"
+    for trial in stopped:
+        first = trial.user_attrs.get("retry_of", trial.number)
+        assert trial.user_attrs["step"] < STEPS
+        place = tmp_path / "trials" / f"{first:04}"
+        assert (place / "left").exists(), "it ended by itself, and left nothing running"
+        said = len((place / "metrics.jsonl").read_text().splitlines())
+        assert said == trial.user_attrs["step"], "it stopped where it was told to"
+
+
+def test_where_every_trial_fails_the_search_ends_with_the_reason(ray_cluster: Any, tmp_path: Path) -> None:
+    def work(trial: Try, place: Path, watch: Any) -> dict[str, float]:
+        raise ValueError("data.sets.a: no such bucket")
+
+    trials = Trials(settings(retries=0), "toy", tmp_path, lambda values: {})
+    with pytest.raises(ValueError, match=r"as all before it: data\.sets\.a: no such bucket"):
+        driver.search(trials, tmp_path, work, lambda told: None)
+    assert all(trial.state == TrialState.FAIL for trial in trials.study.trials)
+
+
+def test_means_are_over_whole_windows_however_late_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the record was cut back to a checkpoint in between, and of a run that goes on in the middle."""
+    told: list[dict[str, float]] = []
+    monkeypatch.setattr(driver.tune, "report", told.append)
+    monkeypatch.setattr(driver.ray, "get", lambda reference: False)
+
+    never = SimpleNamespace(lags=SimpleNamespace(remote=lambda number, training: False))
+
+    def record(steps: int) -> None:
+        lines = [json.dumps({"stage": "s", "step": step, "loss": float(step)}) for step in range(1, steps + 1)]
+        (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+
+    hear = Reporter(10, 0, never)
+    record(9)
+    hear(tmp_path, "s", 9, 40)
+    record(15)
+    hear(tmp_path, "s", 23, 40)
+    record(31)
+    hear(tmp_path, "s", 31, 40)
+    assert told == [{"step": 10 * n, "steps": 40, "loss": 10 * n - 4.5} for n in (1, 2, 3)]

@@ -1,0 +1,191 @@
+"""A checkpoint is there after its step or it is said why not, and training goes on: of storage no hook makes a fault.
+
+One rank and a real storage; the recorder is a list.  Whole stages on Ray are in test_faults.py.
+"""
+
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.core import storage
+from pipelines.data.consumed import Used
+from pipelines.training import checkpoint, fragments, hooks
+from pipelines.training.checkpoint import Saved
+from pipelines.training.fragments import STATES, Fragment
+from pipelines.training.hooks import Checkpoints, Step
+from pipelines.training.plan import Plan
+from tests.pipelines import small
+
+LAST = 6
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def saving(said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
+    """A checkpoint each two steps of a state that is 1 KB, and a recorder that hears what is said."""
+    recorder = SimpleNamespace(
+        say=SimpleNamespace(remote=said.append),
+        sync=SimpleNamespace(remote=lambda: said.append("synced")),
+        save=SimpleNamespace(remote=lambda cursor: None),
+    )
+    whole = Fragment("weight", 0, {one: torch.arange(90.0) for one in STATES})
+    monkeypatch.setattr(hooks.ray, "get", lambda given: given)
+    monkeypatch.setattr(fragments, "owned", lambda engine: [whole])
+    monkeypatch.setattr(fragments, "updates", lambda engine: 1)
+    plan: Any = Plan(
+        name="small",
+        stage=replace(small.STAGE, checkpoint_every=2, keep_last=9),
+        model=None,
+        seed=0,
+        workers=(1, 1),
+        run=tmp_path,
+        checkpoints=str(tmp_path / "checkpoints"),
+        sets={},
+        tolerance=0,
+        tokenizer=tmp_path,
+        start=None,
+        image_size=1,
+        image_tokens=1,
+    )
+    return Checkpoints(None, plan, recorder, {}, {})
+
+
+def do(saving: Checkpoints, *numbers: int, **about: Any) -> None:
+    for number in numbers:
+        saving(Step(number, number == LAST, {"loss": float(number)}, Used({}, []), saving.vote(), **about))
+
+
+def there(saving: Checkpoints) -> list[int]:
+    found = [one.manifest.cursor for one in checkpoint.candidates(saving.plan.folder) if isinstance(one, Saved)]
+    assert len(found) == len(list(Path(saving.plan.folder).glob("*"))), "something half written is left"
+    return found[::-1]
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """The kernel refuses to write files of more than a few bytes, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # SIGXFSZ is ignored by Python
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_checkpoints_are_made_at_their_steps_at_the_last_and_when_asked_for(saving: Checkpoints) -> None:
+    do(saving, 1, 2)
+    do(saving, 3, save=True)
+    do(saving, 4, 5, 6)
+    assert there(saving) == [2, 3, 4, 6]
+    losses = {one.manifest.cursor: one.manifest.loss for one in checkpoint.candidates(saving.plan.folder)}
+    assert losses == {2: 1.5, 3: 3.0, 4: 4.0, 6: 5.5}
+
+
+def test_a_stop_leaves_a_whole_checkpoint(saving: Checkpoints) -> None:
+    do(saving, 1, 2)
+    do(saving, 3, stopping=True)
+    assert there(saving) == [2, 3]
+
+
+def test_the_record_is_on_disk_before_a_checkpoint_says_that_its_steps_were_done(
+    saving: Checkpoints, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = checkpoint.commit
+    monkeypatch.setattr(checkpoint, "commit", lambda *args: (said.append("committed"), commit(*args)))
+    do(saving, 1, 2, 3, 4, 5, 6)
+    assert said == ["synced", "committed"] * 3
+
+
+def test_without_room_there_is_no_checkpoint_it_is_said_and_the_next_one_works(
+    saving: Checkpoints, said: list[str]
+) -> None:
+    do(saving, 1, 2)
+    saving.finish()
+    with no_room():
+        do(saving, 3, 4)
+        saving.finish()
+        assert there(saving) == [2]
+    do(saving, 5, 6)
+    assert there(saving) == [2, 6]
+    [told] = [text for text in said if text != "synced"]
+    assert told.startswith("small: no checkpoint after step 4: rank 0: ")
+    assert "File too large" in told
+
+
+def test_a_checkpoint_that_cannot_be_committed_is_taken_back(
+    saving: Checkpoints, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = storage.write
+
+    def refuse(url: str, data: bytes) -> None:
+        if url.endswith("step-000004/manifest.json"):
+            raise OSError("no more room")
+        write(url, data)
+
+    monkeypatch.setattr(storage, "write", refuse)
+    do(saving, 1, 2, 3, 4, 5)
+    saving.finish()
+    assert there(saving) == [2]
+    assert said[-1] == "small: no checkpoint after step 4: no more room"
+    do(saving, 6)
+    assert there(saving) == [2, 6]
+
+
+def test_after_the_last_step_a_checkpoint_that_is_missing_is_an_error(saving: Checkpoints) -> None:
+    with no_room(), pytest.raises(ValueError, match=r"no checkpoint after step 6: rank 0: .*File too large"):
+        do(saving, 6)
+
+
+def test_old_checkpoints_that_storage_does_not_remove_make_the_new_one_no_worse(
+    saving: Checkpoints, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError("not now")
+
+    monkeypatch.setattr(checkpoint, "prune", refuse)
+    do(saving, 5, 6)
+    assert there(saving) == [6]
+    assert said == ["synced", "small: checkpoints before step 6 stay for now: not now"]
+
+
+def test_a_step_waits_for_no_upload(saving: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, free = storage.write, threading.Event()
+
+    def slowly(url: str, data: bytes) -> None:
+        free.wait()
+        write(url, data)
+
+    monkeypatch.setattr(storage, "write", slowly)
+    do(saving, 1, 2, 3)
+    assert there(saving) == []
+    free.set()
+    saving.finish()
+    assert there(saving) == [2]
+
+
+def test_the_watchdog_ends_a_process_that_hangs_and_leaves_its_stacks(tmp_path: Path) -> None:
+    program = (
+        "import sys, threading; from pathlib import Path; from pipelines.training.hooks import Watchdog\n"
+        "dog = Watchdog(0.5, Path(sys.argv[1]), 3)\n"
+        "def stuck(): threading.Event().wait()\n"
+        "stuck()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=100)
+    assert ended.returncode == 1
+    assert "in stuck" in next(tmp_path.glob("rank-3-*.txt")).read_text()

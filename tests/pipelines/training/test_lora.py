@@ -1,0 +1,167 @@
+"""Adapters train in place of the language model's weights, and merged into them they say what they said before."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from pipelines.training import lora
+from pipelines.training.stage import Lora
+from redux.architecture import Language, Model, Tower
+from redux.conversation import word_tokenizer
+from redux.extras import write_install_command
+from redux.model import ReduxForConditionalGeneration, build
+from redux.settings import CMAI, VMTC
+
+TOWER = Tower(
+    hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8
+)
+LANGUAGE = Language(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+LORA = Lora(rank=4, alpha=8, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer(["is it a red circle ? yes , no"], 64)
+
+
+def llava(tokenizer: PreTrainedTokenizerFast, on: bool = True) -> ReduxForConditionalGeneration:
+    """A model that is always the same, with both modules or neither."""
+    torch.manual_seed(0)
+    methods: dict[str, Any] = {"vmtc": VMTC(), "cmai": CMAI()} if on else {"vmtc": None, "cmai": None}
+    model = build(Model(tower=TOWER, language=LANGUAGE, **methods), tokenizer).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:  # attention of weights as initialised is all but uniform
+                weight.mul_(0.16 / weight.std())
+    return model
+
+
+def inputs(model: Any) -> dict[str, Tensor]:
+    image = [model.config.image_token_id] * (8 if getattr(model.config, "vmtc", None) else 16)
+    ids = torch.tensor([[1, *image, 5, 6, 7, 8, 9]])
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=model.dtype)
+    return {"input_ids": ids, "pixel_values": pixels, "labels": ids}
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(**inputs(model)).logits
+
+
+def adapted(tokenizer: PreTrainedTokenizerFast, on: bool = True, steps: int = 3) -> ReduxForConditionalGeneration:
+    """A model whose adapters have learned something, and nothing else has."""
+    model = llava(tokenizer, on)
+    lora.wrap(model, LORA)
+    optimizer = torch.optim.SGD(lora.adapters(model), lr=0.5)
+    model.train()
+    for _ in range(steps):
+        model(**inputs(model)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_adapters_are_in_the_language_models_linear_layers_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = llava(tokenizer)
+    before = {name for name, _ in model.named_parameters()}
+    lora.wrap(model, LORA)
+    new = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert len(new) == 2 * len(lora.LAYERS) * LANGUAGE.num_hidden_layers == len(lora.adapters(model))
+    assert all(name.startswith("model.language_model.layers.") for name in new)
+    assert {name.replace(".base_layer", "") for name, _ in model.named_parameters()} - new == before
+    parts = model.parts()
+    assert {id(one) for one in parts["language"] if one.requires_grad} == {id(one) for one in lora.adapters(model)}
+    assert all(parameter.requires_grad for part in ("tower", "projector") for parameter in parts[part])
+    assert {parameter.shape[0] if "lora_A" in name else parameter.shape[1]
+            for name, parameter in model.named_parameters() if name in new} == {LORA.rank}  # fmt: skip
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["modules on", "modules off"])
+def test_new_adapters_change_nothing(tokenizer: PreTrainedTokenizerFast, on: bool) -> None:
+    model = llava(tokenizer, on)
+    expected = logits(model)
+    lora.wrap(model, LORA)
+    assert torch.equal(logits(model), expected)
+
+
+def test_training_them_leaves_all_else_bit_equal(tokenizer: PreTrainedTokenizerFast) -> None:
+    before = llava(tokenizer)
+    model = adapted(tokenizer)
+    stored = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()}
+    assert all(torch.equal(stored[name], weight) for name, weight in before.state_dict().items())
+    assert not torch.allclose(logits(model), logits(before), atol=1e-2)
+
+
+def test_both_modules_work_on_an_adapted_model(tokenizer: PreTrainedTokenizerFast) -> None:
+    """With CMAI turned off it says something else; decoding with caches equals the whole pass."""
+    import redux
+
+    model = adapted(tokenizer)
+    said = logits(model)
+    given = {name: value for name, value in inputs(model).items() if name != "labels"}
+    with torch.no_grad():
+        shorter = {**given, "input_ids": given["input_ids"][:, :-1]}
+        cache = model(**shorter, use_cache=True).past_key_values
+        last = model(input_ids=given["input_ids"][:, -1:], past_key_values=cache).logits
+    torch.testing.assert_close(last[:, -1], said[:, -1], atol=1e-5, rtol=1e-5)
+    redux.inhibit(model, None)
+    assert not torch.allclose(logits(model), said, atol=1e-3)
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["modules on", "modules off"])
+def test_merged_it_says_the_same_and_opens_anywhere(
+    tokenizer: PreTrainedTokenizerFast, on: bool, tmp_path: Path
+) -> None:
+    """Within 1e-5 in float32, of logits of a size of about 1: the order of additions."""
+    model = adapted(tokenizer, on)
+    expected, names = logits(model), set(llava(tokenizer, on).state_dict())
+    merged = lora.merge(model)
+    assert merged is model
+    assert set(merged.state_dict()) == names
+    assert not lora.adapters(merged)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    merged.save_pretrained(tmp_path)
+    again, loading = ReduxForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values())
+    assert torch.equal(logits(again), logits(merged))
+    plain, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values())
+    if not on:
+        assert torch.equal(logits(plain), logits(merged))
+
+
+def test_in_half_precision_adapters_are_so_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Merged weights are rounded to 8 bits of mantissa: logits of a size of about 1 move by 0.05 at most."""
+    model = adapted(tokenizer).to(torch.bfloat16)
+    expected = logits(model)
+    torch.testing.assert_close(logits(lora.merge(model)), expected, atol=0.05, rtol=0.05)
+    fresh = llava(tokenizer).to(torch.bfloat16)
+    lora.wrap(fresh, LORA)
+    assert {parameter.dtype for parameter in lora.adapters(fresh)} == {torch.bfloat16}
+
+
+def test_a_model_is_wrapped_once_and_again_when_merged(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = adapted(tokenizer)
+    with pytest.raises(ValueError, match="lora: got a model with adapters, allowed: one without"):
+        lora.wrap(model, LORA)
+    lora.wrap(lora.merge(model), LORA)
+    assert len(lora.adapters(model)) == 2 * len(lora.LAYERS) * LANGUAGE.num_hidden_layers
+
+
+def test_adapters_follow_torchs_seed(tokenizer: PreTrainedTokenizerFast) -> None:
+    one, other = ([weight.clone() for weight in lora.adapters(adapted(tokenizer, steps=0))] for _ in range(2))
+    assert all(map(torch.equal, one, other))
+
+
+def test_without_peft_the_extra_is_named(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    for call in (lambda: lora.wrap(llava(tokenizer), LORA), lambda: lora.require("lora")):
+        with pytest.raises(ValueError, match=re.escape(write_install_command("lora"))):
+            call()

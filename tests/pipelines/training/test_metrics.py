@@ -1,0 +1,130 @@
+"""The record of a run has every step once, whatever the crash."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from pipelines.data import consumed
+from pipelines.data.consumed import Used
+from pipelines.training import metrics
+from pipelines.training.metrics import FILE, Metrics
+
+
+def write(run: Path, stage: str, cursor: int, stop: int, shift: float = 0) -> None:
+    """Steps cursor+1..stop of a stage; every fourth changed no weights."""
+    record = Metrics(run, stage, cursor)
+    for step in range(cursor + 1, stop + 1):
+        record.write(step, values(step, shift), used(step))
+    record.close()
+
+
+def values(step: int, shift: float = 0) -> dict[str, float | None]:
+    return {"loss": 1 / 2**step + shift, "replaced": step % 2, "skipped": int(step % 4 == 0)}
+
+
+def used(step: int) -> Used:
+    """Two samples, every other step one of them in place of another."""
+    entry = {"set": "a", "at": 1, "due": step, "used": 2 * step, "reason": "broken image"}
+    return Used({"a": [3 * step, 2 * step]}, [entry] * (step % 2))
+
+
+def entries(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / FILE).read_text().splitlines()]
+
+
+def steps(run: Path) -> list[tuple[str, int]]:
+    return [(entry["stage"], entry["step"]) for entry in entries(run)]
+
+
+def append(run: Path, text: str) -> None:
+    with (run / FILE).open("a") as file:
+        file.write(text)
+
+
+def test_a_line_holds_the_stage_the_step_and_what_was_written(tmp_path: Path):
+    write(tmp_path, "tower", 0, 2)
+    assert entries(tmp_path) == [
+        {"stage": "tower", "step": 1, "loss": 0.5, "replaced": 1, "skipped": 0},
+        {"stage": "tower", "step": 2, "loss": 0.25, "replaced": 0, "skipped": 0},
+    ]
+
+
+def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path):
+    record = Metrics(tmp_path, "tower", 0)
+    for step in range(1, 4):
+        record.write(step, values(step), used(step))
+        assert entries(tmp_path)[-1] == {"stage": "tower", "step": step, **values(step)}
+    record.close()
+
+
+@pytest.mark.parametrize("cursor", [0, 3, 7, 10])
+def test_a_resumed_record_has_each_step_once_and_the_later_values(tmp_path: Path, cursor: int):
+    write(tmp_path, "tower", 0, 10)
+    write(tmp_path, "tower", cursor, 12, shift=4)
+    assert steps(tmp_path) == [("tower", step) for step in range(1, 13)]
+    assert [entry["loss"] > 4 for entry in entries(tmp_path)] == [step > cursor for step in range(1, 13)]
+
+
+def test_the_lines_of_other_stages_stay(tmp_path: Path):
+    write(tmp_path, "tower", 0, 5)
+    write(tmp_path, "instruct", 0, 4)
+    before = entries(tmp_path)[:5]
+    write(tmp_path, "instruct", 2, 3)
+    assert entries(tmp_path)[:5] == before
+    assert steps(tmp_path)[5:] == [("instruct", 1), ("instruct", 2), ("instruct", 3)]
+
+
+def test_a_line_torn_at_any_place_is_cut(tmp_path: Path):
+    write(tmp_path, "tower", 0, 4)
+    whole = (tmp_path / FILE).read_bytes()
+    start = whole[:-1].rindex(b"\n") + 1
+    for stop in range(start, len(whole)):
+        (tmp_path / FILE).write_bytes(whole[:stop])
+        write(tmp_path, "tower", 3, 4)
+        assert (tmp_path / FILE).read_bytes() == whole, stop
+
+
+@pytest.mark.parametrize("cursor", [0, 3, 7, 10])
+def test_samples_stand_once_a_step_too_and_replaced_ones_are_counted_on(tmp_path: Path, cursor: int):
+    write(tmp_path, "tower", 0, 10)
+    with (tmp_path / consumed.FILE).open("a") as file:
+        file.write('{"stage": "tower", "step": 11, "sam')
+    record = Metrics(tmp_path, "tower", cursor)
+    assert (record.replaced, record.skipped) == ((cursor + 1) // 2, cursor // 4)
+    for step in range(cursor + 1, 13):
+        record.write(step, values(step), used(step))
+    record.close()
+    assert (record.replaced, record.skipped) == (6, 3)
+    lines = [json.loads(line) for line in (tmp_path / consumed.FILE).read_text().splitlines()]
+    assert lines == [{"stage": "tower", "step": step, **asdict(used(step))} for step in range(1, 13)]
+
+
+def test_a_line_torn_in_another_stage_is_cut_too(tmp_path: Path):
+    write(tmp_path, "tower", 0, 2)
+    append(tmp_path, '{"stage": "tower", "st')
+    write(tmp_path, "instruct", 0, 1)
+    assert steps(tmp_path) == [("tower", 1), ("tower", 2), ("instruct", 1)]
+
+
+def test_what_is_not_finite_must_have_become_null_before(tmp_path: Path):
+    record = Metrics(tmp_path, "tower", 0)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        record.write(1, values(1) | {"loss": float("nan")}, used(1))
+    record.close()
+    write(tmp_path, "tower", 0, 2)
+    assert steps(tmp_path) == [("tower", 1), ("tower", 2)]
+
+
+def test_the_counts_of_other_stages_are_theirs(tmp_path: Path):
+    write(tmp_path, "tower", 0, 8)
+    record = Metrics(tmp_path, "instruct", 0)
+    assert (record.replaced, record.skipped) == (0, 0)
+    record.close()
+
+
+def test_the_last_step_on_record_is_that_of_the_stage(tmp_path: Path):
+    write(tmp_path, "tower", 0, 5)
+    write(tmp_path, "instruct", 0, 2)
+    assert [metrics.steps(tmp_path, stage) for stage in ("tower", "instruct", "another")] == [5, 2, 0]

@@ -1,0 +1,204 @@
+"""What a stage refuses and derives, how its learning rate goes, and when it has nothing to do.
+
+The training itself runs as a whole in test_faults.py and tests/jobs.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from pipelines.core import cluster, storage
+from pipelines.training import driver, recorder
+from pipelines.training.checkpoint import MANIFEST
+from pipelines.training.plan import Plan, Schedule
+from pipelines.training.stage import Lora, Stage
+
+STAGE = Stage(
+    objective="language",
+    data="conversations",
+    epochs=1,
+    global_batch=64,
+    micro_batch=8,
+    learning_rate={"language": 1e-3},
+)
+
+
+def stage(**changes: Any) -> Stage:
+    return replace(STAGE, **changes)
+
+
+def test_workers_and_accumulation_make_up_the_global_batch():
+    for micro in (1, 2, 4, 8, 16, 32, 64):
+        for workers in (1, 2, 4, 8):
+            if micro * workers <= 64:
+                assert stage(micro_batch=micro).accumulation(workers) * micro * workers == 64
+
+
+def test_as_many_workers_are_used_as_share_the_global_batch():
+    for seed in range(200):
+        chance = random.Random(seed)
+        micro, turns, workers = chance.randint(1, 9), chance.randint(1, 40), chance.randint(1, 50)
+        one = stage(global_batch=micro * turns, micro_batch=micro)
+        assert one.usable(workers) == max(count for count in range(1, workers + 1) if turns % count == 0)
+        assert one.accumulation(one.usable(workers)) * one.usable(workers) == turns
+
+
+@pytest.mark.parametrize(("micro", "workers", "multiple"), [(8, 3, 24), (32, 4, 128)])
+def test_a_global_batch_that_workers_cannot_share_is_refused_with_what_would_do(
+    micro: int, workers: int, multiple: int
+):
+    allowed = f"global_batch: got 64, allowed: a multiple of {multiple}, {workers} workers x micro_batch {micro}"
+    with pytest.raises(ValueError, match=allowed):
+        stage(micro_batch=micro).accumulation(workers)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a batch that micro-batches do not fill": (
+        {"micro_batch": 7},
+        r"^global_batch: got 64, allowed: a multiple of micro_batch, 7$",
+    ),
+    "epochs and steps": ({"steps": 9}, "^epochs: got 1, and steps 9, allowed: one of the two$"),
+    "neither epochs nor steps": ({"epochs": None}, "^epochs: got None, and steps None, allowed: one of the two$"),
+    "groups in windows": (
+        {"groups": 4, "shuffle": "window"},
+        "^groups: got 4 with shuffle window and 1 sets, allowed: groups with shuffle global and one set$",
+    ),
+    "groups of a mixture": (
+        {"groups": 4, "data": {"a": 1, "b": 2}},
+        "^groups: got 4 with shuffle global and 2 sets, allowed: groups with shuffle global and one set$",
+    ),
+    "comparing one sample with none": (
+        {"objective": "contrastive", "micro_batch": 1, "learning_rate": {"tower": 1}},
+        "^micro_batch: got 1, allowed: at least 2",
+    ),
+    "adapters that do not learn": (
+        {"lora": Lora(), "learning_rate": {"projector": 1}},
+        "^lora: got one, allowed: null, as learning_rate has none for language$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_contradict_each_other_are_refused_with_what_would_do(case: str):
+    changes, told = REFUSED[case]
+    with pytest.raises(ValueError, match=told):
+        stage(**changes)
+
+
+def test_one_set_is_a_mixture_of_one():
+    assert stage(data="a").mixture == {"a": 1}
+    assert stage(data={"a": 3, "b": 1}).mixture == {"a": 3, "b": 1}
+
+
+def test_a_stage_that_trains_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"learning_rate: got {}, allowed: .*tower, projector, language"):
+        stage(learning_rate={})
+
+
+@pytest.mark.parametrize("rates", [{"language": 1e-3}, {"tower": 1e-3, "projector": 1e-3}])
+def test_the_contrastive_objective_trains_the_tower_and_nothing_else(rates: dict[str, float]):
+    with pytest.raises(ValueError, match=r"learning_rate: got .*, allowed: tower alone"):
+        stage(objective="contrastive", learning_rate=rates)
+    stage(objective="contrastive", learning_rate={"tower": 1e-3})
+
+
+@pytest.mark.parametrize("parts", [("tower",), ("projector",), ("language",), ("tower", "projector", "language")])
+def test_the_language_objective_trains_any_parts(parts: tuple[str, ...]):
+    assert set(stage(learning_rate=dict.fromkeys(parts, 1e-3)).learning_rate) == set(parts)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 10, 101, 1000])
+@pytest.mark.parametrize("warmup", [0, 0.03, 0.1, 0.5])
+def test_the_rate_rises_to_its_peak_and_falls_to_nothing(steps: int, warmup: float):
+    rates = [Schedule(steps, warmup)(step) for step in range(steps + 1)]
+    rising = rates.index(1) + 1
+    assert rising == pytest.approx(max(steps * warmup, 1), abs=0.5)
+    assert all(before < after for before, after in pairwise(rates[:rising]))
+    assert all(before > after for before, after in pairwise(rates[rising:]))
+    assert max(rates) == 1
+    assert min(rates[:-1]) > 0, "no step without learning"
+    assert rates[-1] == 0
+
+
+def test_the_warm_up_is_a_line_and_the_fall_half_a_cosine():
+    rate = Schedule(steps=110, warmup=10 / 110)
+    assert [rate(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1])
+    assert [rate(10 + step) for step in (0, 25, 50, 75, 100)] == pytest.approx(
+        [1, 0.853553, 0.5, 0.146447, 0], abs=1e-6
+    )
+
+
+def test_the_rate_stays_down_after_the_last_step():
+    rate = Schedule(steps=20, warmup=0.1)
+    assert [rate(step) for step in (20, 21, 1000)] == pytest.approx([0, 0, 0], abs=1e-12)
+
+
+# The plan
+
+
+def test_steps_follow_from_epochs_or_are_given(new_plan: Callable[..., Plan]) -> None:
+    """Of 22 samples in batches of 8; the last epoch's end fills no batch of its own."""
+    for epochs, steps in ((1, 3), (2, 6), (0.5, 2), (8 / 22, 1)):
+        plan = new_plan(epochs=epochs, steps=None)
+        assert abs(plan.steps(plan.reader().order) - epochs * 22 / 8) < 1, (epochs, steps)
+    plan = new_plan(steps=5)
+    assert plan.steps(plan.reader().order) == 5
+
+
+def test_a_stage_s_checkpoints_and_model_have_a_folder_of_its_own(new_plan: Callable[..., Plan]) -> None:
+    plan = new_plan({"checkpoints": "s3://bucket/job"})
+    assert (plan.folder, plan.result) == ("s3://bucket/job/small", "s3://bucket/job/small/model")
+
+
+def test_a_checkpoint_goes_with_the_contents_of_the_sets_not_with_where_they_lie(
+    new_plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    plan = new_plan()
+    folder = Path(plan.sets["set"])
+    for name in storage.names(str(folder)):
+        storage.write(str(tmp_path / name), storage.read(str(folder / name)))
+    assert replace(plan, sets={"set": str(tmp_path)}).identity() == plan.identity()
+
+
+# The driver
+
+
+def test_a_stage_that_has_its_model_is_left_alone(
+    new_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between the saving of the model and the job's own record of it: neither sets nor Ray are touched."""
+    plan = new_plan({"sets": {"set": str(tmp_path / "none")}})
+    with pytest.raises(ValueError, match="no shards here"):
+        driver.fit(plan)
+    storage.write(storage.join(plan.result, "model.safetensors"), b"what a crash left")
+    with pytest.raises(ValueError, match="no shards here"):
+        driver.fit(plan)
+    storage.write(storage.join(plan.result, MANIFEST), b"{}")
+    for module, name in ((ray, "cluster_resources"), (recorder, "start")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("asked Ray"))
+    driver.fit(plan)
+
+
+def test_a_stage_for_which_there_is_no_room_starts_nothing(
+    new_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "start", lambda *_: pytest.fail("started"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match=r"^driver.small with workers = 8 needs 5 CPUs, allowed: 2, which"):
+        driver.fit(new_plan({"workers": (8, 8)}))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_this_machine_has_no_room_for_is_refused_instead_of_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    have = ray.cluster_resources()["CPU"]
+    cluster.require({"CPU": have}, "all of it")
+    with pytest.raises(ValueError, match=rf"train.tower with workers = 99 needs {have + 1:g} CPUs, allowed: {have:g}"):
+        cluster.require({"CPU": have + 1}, "train.tower with workers = 99")
+    monkeypatch.setenv("RAY_ADDRESS", "a cluster that may grow")
+    cluster.require({"CPU": have + 1}, "train.tower with workers = 99")

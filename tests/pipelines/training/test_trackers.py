@@ -1,0 +1,323 @@
+"""A tracker shows the steps of a run under one id, whatever was killed in between, and its own failures stay its own.
+
+Numbers are read back through each library's reader; for W&B that is `wandb leet inspect`, over the files of a run.
+"""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipelines.training import trackers
+from pipelines.training.trackers import FILE, TRACKERS, Tracker, Trackers, require
+from redux.extras import write_install_command
+
+SETTINGS = {"name": "job", "train": {"tower": {"epochs": 2, "data": None}}, "many": {str(n): n for n in range(150)}}
+# the port of discard, where nobody listens
+AWAY = "http://127.0.0.1:9"
+CUT_OFF = {"DO_NOT_TRACK": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_BASE_URL": AWAY}
+WRITER = """
+import sys
+from pathlib import Path
+from pipelines.training.trackers import Trackers
+name, run, stage, cursor, stop, shift = sys.argv[1:]
+shown = Trackers([name], Path(run), "job", stage, int(cursor), {"a": {"b": 1}}, print)
+for step in range(int(cursor) + 1, int(stop) + 1):
+    shown.write(step, {"loss": step / 4 + int(shift), "replaced": step % 2})
+print("written", flush=True)
+sys.stdin.read()
+shown.close()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_out(monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in os.environ if name.startswith(("MLFLOW_", "WANDB_"))]:
+        monkeypatch.delenv(name)
+    for name, value in {**CUT_OFF, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def write(name: str, run: Path, stage: str, cursor: int, stop: int, shift: float = 0) -> None:
+    """Steps cursor+1..stop of a stage; their values are floats of 32 bits."""
+    shown = Trackers([name], run, "job", stage, cursor, SETTINGS, print)
+    for step in range(cursor + 1, stop + 1):
+        shown.write(step, {"loss": step / 4 + shift, "replaced": step % 2})
+    shown.close()
+
+
+def tensorboard(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run / "tensorboard" / stage), size_guidance={"scalars": 0}).Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def mlflow(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
+    client, identity = client_of(run), ids(run)["mlflow"]
+    found = {}
+    for key in client.get_run(identity).data.metrics:
+        if key.startswith(f"{stage}/"):
+            history = sorted(client.get_metric_history(identity, key), key=lambda metric: metric.timestamp)
+            found[key.partition("/")[2]] = [(metric.step, metric.value) for metric in history]
+    return found
+
+
+def wandb(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for file in sorted(run.glob(f"wandb/offline-run-*-{ids(run)['wandb']}*/*.wandb")):
+        for record in records(file):
+            item = record.get("history", {}).get("item", {})
+            for key, value in item.items():
+                if key.startswith(f"{stage}/") and key != f"{stage}/step":
+                    found.setdefault(key.partition("/")[2], []).append((item[f"{stage}/step"], value))
+    return found
+
+
+READERS = {"tensorboard": tensorboard, "mlflow": mlflow, "wandb": wandb}
+
+
+def client_of(run: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{run / 'mlflow.db'}")
+
+
+def ids(run: Path) -> dict[str, str]:
+    return json.loads((run / FILE).read_text())
+
+
+def records(file: Path) -> Iterator[dict]:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    lines = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.splitlines()
+    return map(json.loads, lines)
+
+
+def losses(start: int, stop: int, shift: float = 0) -> list[tuple[int, float]]:
+    return [(step, step / 4 + shift) for step in range(start, stop + 1)]
+
+
+def kill_after_writing(name: str, run: Path, cursor: int, stop: int, shift: int, shown: list) -> None:
+    """In a process of its own, killed by SIGKILL once all it wrote can be read: W&B needs up to a second for that."""
+    command = [sys.executable, "-c", WRITER, name, str(run), "tower", str(cursor), str(stop), str(shift)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout
+        assert writer.stdout.readline() == b"written\n"
+        until = time.monotonic() + (30 if name == "wandb" else 0)
+        while (found := READERS[name](run, "tower").get("loss")) != shown and time.monotonic() < until:
+            pass
+        writer.kill()
+    assert found == shown
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_stage_s_numbers_are_read_back_whole(tmp_path: Path, name: str):
+    write(name, tmp_path, "tower", 0, 20)
+    write(name, tmp_path, "instruct", 0, 7, shift=2)
+    for stage, stop, shift in (("tower", 20, 0), ("instruct", 7, 2)):
+        replaced = [(step, step % 2) for step in range(1, stop + 1)]
+        assert READERS[name](tmp_path, stage) == {"loss": losses(1, stop, shift), "replaced": replaced}
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_killed_runs_go_on_under_the_same_id(tmp_path: Path, name: str):
+    kill_after_writing(name, tmp_path, 0, 5, 0, losses(1, 5))
+    before = ids(tmp_path) if name != "tensorboard" else None
+    # what MLflow and W&B were given they keep, and the later value of a step is the one that counts
+    kept = losses(1, 3) if name == "tensorboard" else losses(1, 5)
+    kill_after_writing(name, tmp_path, 3, 7, 1, kept + losses(4, 7, 1))
+    assert before is None or (ids(tmp_path) == before and list(before) == [name])
+
+
+def test_tensorboard_has_each_step_once_after_many_restarts_in_a_second(tmp_path: Path):
+    for shift in range(15):
+        write("tensorboard", tmp_path, "tower", shift, shift + 4, shift)
+    expected = [one for shift in range(15) for one in losses(shift + 1, shift + 1, shift)] + losses(16, 18, 14)
+    assert tensorboard(tmp_path, "tower")["loss"] == expected
+
+
+def test_tensorboard_has_each_step_once_when_the_next_machine_s_clock_is_behind(tmp_path: Path):
+    write("tensorboard", tmp_path, "tower", 0, 6)
+    (file,) = (tmp_path / "tensorboard" / "tower").iterdir()
+    file.rename(file.with_name(f"events.out.tfevents.{int(time.time()) + 3600:010d}.zebra.1.0"))
+    write("tensorboard", tmp_path, "tower", 2, 4, shift=3)
+    assert tensorboard(tmp_path, "tower")["loss"] == losses(1, 2) + losses(3, 4, 3)
+
+
+@pytest.mark.parametrize("torn", [1, 8, 20])
+def test_tensorboard_goes_on_after_an_event_torn_by_a_crash(tmp_path: Path, torn: int):
+    write("tensorboard", tmp_path, "tower", 0, 6)
+    (file,) = (tmp_path / "tensorboard" / "tower").iterdir()
+    os.truncate(file, file.stat().st_size - torn)
+    write("tensorboard", tmp_path, "tower", 4, 8, shift=3)
+    assert tensorboard(tmp_path, "tower")["loss"] == losses(1, 4) + losses(5, 8, 3)
+
+
+def test_mlflow_has_the_job_once_and_knows_whether_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "towers")
+    write("mlflow", tmp_path, "tower", 0, 1)
+    shown = TRACKERS["mlflow"](tmp_path, "job", "instruct", 0, SETTINGS)
+    client, identity = client_of(tmp_path), ids(tmp_path)["mlflow"]
+    assert client.get_run(identity).info.status == "RUNNING"
+    shown.close()
+    experiment = client.get_experiment_by_name("towers").experiment_id
+    (run,) = client.search_runs([experiment])
+    assert (run.info.run_id, run.info.run_name, run.info.status) == (identity, "job", "FINISHED")
+    many = {f"many.{n}": str(n) for n in range(150)}
+    assert run.data.params == {"name": "job", "train.tower.epochs": "2", "train.tower.data": "None", **many}
+
+
+def test_two_jobs_share_an_experiment_of_the_store_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    for run in (tmp_path / "one", tmp_path / "two"):
+        run.mkdir()
+        write("mlflow", run, "tower", 0, 1)
+        assert not (run / "mlflow.db").exists()
+    client = client_of(tmp_path)
+    runs = client.search_runs([client.get_experiment_by_name("redux").experiment_id])
+    assert {run.info.run_id for run in runs} == {ids(tmp_path / name)["mlflow"] for name in ("one", "two")}
+
+
+def test_wandb_has_the_job_and_draws_a_stage_over_its_own_steps(tmp_path: Path):
+    write("wandb", tmp_path, "tower", 0, 2)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    found = list(records(file))
+    (run,) = (record["run"] for record in found if record["type"] == "run")
+    config = {name: value for name, value in run["config"]["update"].items() if name != "_wandb"}
+    assert (run["run_id"], run["project"], run["display_name"], config) == (
+        ids(tmp_path)["wandb"],
+        "redux",
+        "job",
+        SETTINGS,
+    )
+    metrics = [record["metric"] for record in found if record["type"] == "metric"]
+    assert [(one.get("name"), one.get("glob_name"), one.get("step_metric")) for one in metrics] == [
+        ("tower/step", None, None),
+        (None, "tower/*", "tower/step"),
+    ]
+
+
+def test_what_fails_is_said_once_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shown = Trackers(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
+    shown.write(1, {"loss": 0.25})
+    client_of(tmp_path).delete_run(ids(tmp_path)["mlflow"])
+    capsys.readouterr()
+    for step in (2, 3):
+        shown.write(step, {"loss": step / 4})
+    shown.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trackers:")]
+    assert len(said) == 1
+    assert said[0].startswith("trackers: mlflow left out of tower, it failed at step 2: MlflowException: ")
+    assert tensorboard(tmp_path, "tower")["loss"] == losses(1, 3)
+
+
+def test_a_server_that_is_away_at_the_start_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    shown = Trackers(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
+    shown.write(1, {"loss": 0.25})
+    shown.close()
+    assert "trackers: mlflow left out of tower, it failed at its start: " in capsys.readouterr().out
+    assert tensorboard(tmp_path, "tower")["loss"] == losses(1, 1)
+    # nothing to go on with was noted: the next start makes a run
+    assert not (tmp_path / FILE).exists()
+
+
+def test_ctrl_c_is_no_failure_of_a_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Interrupted:
+        def write(self, step: int, values: Mapping[str, float]) -> None:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            pass
+
+    def make(*_: Any) -> Tracker:
+        return Interrupted()
+
+    monkeypatch.setitem(TRACKERS, "tensorboard", make)
+    shown = Trackers(["tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
+    with pytest.raises(KeyboardInterrupt):
+        shown.write(1, {"loss": 0})
+
+
+def test_a_name_that_is_no_tracker_s_is_refused():
+    with pytest.raises(ValueError, match=r"^trackers: got comet, allowed: tensorboard, mlflow, wandb$"):
+        require(["tensorboard", "comet"])
+    assert set(TRACKERS) == set(trackers.get_args(trackers.Name))
+
+
+def test_a_tracker_that_is_not_installed_is_refused_with_what_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    command = re.escape(write_install_command("mlflow"))
+    message = f"^trackers: got mlflow, allowed: tensorboard, wandb, or mlflow: {command}$"
+    with pytest.raises(ValueError, match=message):
+        require(["mlflow"])
+    with pytest.raises(ValueError, match=message):
+        Trackers(["tensorboard", "mlflow"], tmp_path, "job", "tower", 0, SETTINGS, print)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "trackers: got wandb without a key: set WANDB_API_KEY, or WANDB_MODE=offline to send it later"),
+        ({"WANDB_API_KEY": "short"}, "trackers: got wandb, whose credentials are no good: WANDB_API_KEY invalid"),
+        ({"WANDB_API_KEY": "0" * 40}, "fine"),
+        ({"WANDB_MODE": "offline"}, "fine"),
+    ],
+    ids=["neither", "bad key", "key", "offline"],
+)
+def test_wandb_without_a_key_is_refused_and_never_asked_for_even_at_a_terminal(
+    tmp_path: Path, environment: dict[str, str], said: str
+):
+    program = """
+from pipelines.training.trackers import require
+try:
+    require(["wandb"])
+    print("fine")
+except ValueError as error:
+    print(error)
+"""
+    terminal, theirs = pty.openpty()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", program],
+            env=clean | {"HOME": str(tmp_path), "TERM": "xterm", **CUT_OFF, **environment},
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        os.close(terminal)
+        os.close(theirs)
+    assert ended.stdout.splitlines()[-1].startswith(said)
+
+
+def test_no_tracker_loads_torch(tmp_path: Path):
+    """The process that writes is small: torch alone would cost it seconds and hundreds of megabytes."""
+    program = f"""
+import sys
+from pathlib import Path
+from pipelines.training.trackers import TRACKERS, Trackers
+shown = Trackers(TRACKERS, Path({str(tmp_path)!r}), "job", "tower", 0, {{}}, print)
+shown.write(1, {{"loss": 1}})
+assert set(shown.open) == set(TRACKERS)
+shown.close()
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
