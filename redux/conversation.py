@@ -172,7 +172,7 @@ def word_tokenizer(texts: Iterable[str], length: int) -> PreTrainedTokenizerFast
         Regex(r"\n|\w+'\w+|\w+:?|<<|>>|\*{6}|[^\w\s]"), "removed", invert=True
     )
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=special))
+    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=special, show_progress=False))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,10 @@ def attentive() -> None:
 
 
 def assert_stopped(stopped: Stopped, run: Path, torn: int = 0) -> None:
-    """torn: how many checkpoints may be there by half, of which the next start takes none and removes each."""
+    """torn: how many checkpoints may be there by half, of which the next start takes none and removes each.
+
+    After a second signal it may be two: one that is being committed, and the one of the stop that is being uploaded.
+    """
     assert stopped.code == 130, stopped.shown
     assert "Traceback" not in stopped.shown
     assert stopped.shown.count("redux: interrupted; the same command goes on from the last checkpoint\n") == 1
@@ -167,7 +171,7 @@ def test_a_second_signal_stops_at_once(job: Path, tmp_path: Path, number: signal
     """Also while a checkpoint is on its way, as after every step here: what is there of it does not count as one."""
     run = tmp_path / "tiny"
     words = ("train.instruct.checkpoint_every=1",)
-    assert_stopped(stop(job, tmp_path, STEP, number, number, to="group", words=words), run, torn=1)
+    assert_stopped(stop(job, tmp_path, STEP, number, number, to="group", words=words), run, torn=2)
     assert_stopped(stop(job, tmp_path, STEP, number, words=words), run)
     assert lost(run) == 0
 
@@ -202,6 +206,7 @@ def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(job: Path, tmp
     """The kernel sends SIGHUP, and takes nothing more that is written."""
     run = tmp_path / "tiny"
     controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))  # a bar of no width shows nothing
     code = (
         "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
     )
