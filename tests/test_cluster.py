@@ -152,7 +152,7 @@ def test_only_what_the_project_is_made_of_goes_to_the_builder() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in lines
     project = PROJECT["project"]
-    packages = {name.partition(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]}
+    packages = {name.rstrip("*") for name in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]}
     needed = {"pyproject.toml", project["readme"], *project["license-files"], *packages}
     assert {line[1:] for line in lines if line.startswith("!")} == needed
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from tests.pipelines.test_report import ATTACK, Page
+from tests.pipelines.report.test_run_report import ATTACK, Page
 
 from jobs import command as command_line
 from jobs import schema

@@ -16,7 +16,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.exceptions import ExperimentalWarning
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from tests.pipelines.test_report import ATTACK, Page
+from tests.pipelines.report.test_run_report import ATTACK, Page
 
 from pipelines.search import search_page, search_plots
 from pipelines.search.snapshot import Snapshot, brief

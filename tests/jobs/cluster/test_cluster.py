@@ -492,7 +492,7 @@ def test_with_tls_a_run_is_the_same_and_who_is_not_certified_is_refused(alone: S
 
 # The page for who operates clusters
 
-PAGE = Path(__file__).parents[2] / "cluster" / "README.md"
+PAGE = Path(__file__).parents[3] / "cluster" / "README.md"
 BLOCKS = dict(re.findall(r"^```sh ?(\w*)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL))
 
 

@@ -21,7 +21,7 @@ import pytest
 from pipelines.training import driver, ledger
 from pipelines.training.plan import Plan
 from pipelines.training.stage import Recovery
-from tests.pipelines.test_faults import account, assert_same_end, lines, losses
+from tests.pipelines.training.test_faults import account, assert_same_end, lines, losses
 
 NewPlan = Callable[..., Plan]
 
