@@ -29,7 +29,8 @@ PROGRESS = "progress.jsonl"
 ASSEMBLED = "assembled"
 
 FREE = (
-    "data.tolerance", "workers", "gpu_share", "recovery", "trackers", "evaluate.batch", "evaluate.actors",
+    "data.max_bad_fraction", "num_workers", "gpu_share", "recovery", "trackers",
+    "evaluate.batch_size", "evaluate.num_actors",
 )  # fmt: skip
 """Settings of a job that change no result."""
 
@@ -68,7 +69,7 @@ def find_changes(
         if (use := find_use(key)) and not changed:
             raise ValueError(
                 f"{path}: this was started with {key} = {old!r}, not {new!r}, and {use} depends on it; "
-                "give it another name, or another folder by --into; --changed goes on all the same"
+                "give it another name, or another folder by --runs-dir; --allow-changes goes on all the same"
             )
         result.append(key)
     return result

@@ -66,7 +66,7 @@ def _describe(error: BaseException) -> tuple[int, list[str]]:
 
 def _run(arguments: argparse.Namespace) -> None:
     asked, do = _asked(arguments)
-    do(asked, arguments.into / asked.name, arguments.changed)
+    do(asked, arguments.runs_dir / asked.name, arguments.allow_changes)
 
 
 def _asked(arguments: argparse.Namespace) -> tuple[Any, Callable[[Any, Path, bool], None]]:
@@ -211,7 +211,7 @@ def _survive_lost_outputs() -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse closes a list of positionals at the first option, so overrides written after --into are left over
+    # argparse closes a list of positionals at the first option, so overrides written after --runs-dir are left over
     if any(word.startswith("-") for word in rest) or (rest and "overrides" not in arguments):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -244,14 +244,14 @@ def _parser() -> argparse.ArgumentParser:
         help="put another value, written as in YAML, in place of the file's",
     )
     run.add_argument(
-        "--into",
+        "--runs-dir",
         metavar="DIR",
         type=Path,
         default=Path("runs"),
         help="the run folder is DIR/NAME (default: %(default)s)",
     )
     run.add_argument(
-        "--changed",
+        "--allow-changes",
         action="store_true",
         help="go on although the job, its data or its model differ from those that the run was started with",
     )
@@ -348,13 +348,13 @@ def _add_submit(verbs: Any) -> None:
         "this is called travels with it, and is deleted after it: without data, checkpoints, run folders, links, what "
         ".gitignore and .rayignore name, and what is called like a key or begins with a dot. In a checkout of Redux "
         "its code is what runs, elsewhere the cluster's own. " + TOKEN,
-        epilog="example: redux submit jobs/recipes/quickstart.yaml --into /mnt/redux/runs --retries 3",
+        epilog="example: redux submit jobs/recipes/quickstart.yaml --runs-dir /mnt/redux/runs --retries 3",
     )
     submit.add_argument("job", metavar="JOB", type=Path, help="a job file, a study or a search")
     submit.add_argument("overrides", metavar="section.key=value", nargs="*", help="in place of the file's values")
     _add_address(submit)
     submit.add_argument(
-        "--into", metavar="DIR", default="~/redux/runs",
+        "--runs-dir", metavar="DIR", default="~/redux/runs",
         help="on the cluster, the run folder is DIR/NAME: where all its machines see it, if there are several, and "
         "where it outlives them (default: %(default)s; in quotes, or this machine's ~ is meant)",
     )  # fmt: skip

@@ -119,12 +119,12 @@ def _check_resources(job: Job, steps_left: Collection[str]) -> None:
     places = cluster.count_places(job.gpu_share)
     trains = bool(job.train.keys() & set(steps_left))
     fewest = job.worker_range[0] if trains and job.worker_range else 1
-    actors = job.evaluate.actors if job.evaluate and "evaluate" in steps_left else 1
+    actors = job.evaluate.num_actors if job.evaluate and "evaluate" in steps_left else 1
     advice = []
     if fewest > places:
-        advice.append(f"workers={count_shared_workers(job.train.values(), places)}")
+        advice.append(f"num_workers={count_shared_workers(job.train.values(), places)}")
     if isinstance(actors, int) and actors > places:
-        advice.append(f"evaluate.actors={places}")
+        advice.append(f"evaluate.num_actors={places}")
     if not advice:
         return
     kind, wanted = ("GPU", job.gpu_share) if cluster.gpus() else ("CPU", 1)
@@ -166,7 +166,7 @@ def steps(
     if job.model.pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""
-    result |= {name: functools.partial(driver.fit, plan, watch=watch) for name, plan in stages.items()}
+    result |= {name: functools.partial(driver.train_stage, plan, watch=watch) for name, plan in stages.items()}
     settings = job.evaluate
     if settings is None:
         result["report"] = lambda: _report(folder, [])
@@ -205,7 +205,11 @@ def _check_sets(job: Job, folder: Path) -> None:
     """ValueError where images of a set, also of one that is still to be made, are not as a stage reads them."""
     prepared = {
         name: shards.Shards(url).prepared for name, url in job.data.sets.items() if name not in job.data.make
-    } | {name: (source.size, source.fit) for name, source in job.data.make.items() if source.size}
+    } | {
+        name: (source.image_size, source.image_aspect_ratio)
+        for name, source in job.data.make.items()
+        if source.image_size
+    }
     if any(prepared.values()):
         for plan in plans(job, folder).values():
             for name in plan.stage.mixture:
@@ -214,7 +218,7 @@ def _check_sets(job: Job, folder: Path) -> None:
 
 def _subject(job: Job, settings: tasks.Evaluate, stages: dict[str, Plan]) -> evaluate.Subject:
     """Who is evaluated: what the last stage made, or without one the checkpoint."""
-    asked = {name: getattr(settings, name) for name in ("template", "fit", "allow_mismatch")}
+    asked = {name: getattr(settings, name) for name in ("template", "image_aspect_ratio", "allow_mismatch")}
     if stages:
         return evaluate.Subject(model=list(stages.values())[-1].result, **asked)
     assert job.model.checkpoint
@@ -243,7 +247,7 @@ def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
             run=folder,
             checkpoints=locate_checkpoints(job, folder),
             sets={name: sets[name] for name in stage.mixture},
-            tolerance=job.data.tolerance,
+            tolerance=job.data.max_bad_fraction,
             tokenizer=tokenizer,
             start=start,
             image_size=image_size,
@@ -273,9 +277,9 @@ def located(job: Job, folder: Path) -> Job:
     for name, stage in job.train.items():
         if stage.lora:
             lora.require(f"train.{name}.lora")
-        if stage.pixels == "fast" and find_spec("simplejpeg") is None:
+        if stage.image_backend == "fast" and find_spec("simplejpeg") is None:
             raise ValueError(
-                f"train.{name}.pixels: got fast, allowed: exact, or the package simplejpeg: "
+                f"train.{name}.image_backend: got fast, allowed: exact, or the package simplejpeg: "
                 + write_install_command("fast")
             )
     job = _with_format(job, folder)
@@ -293,18 +297,20 @@ def _with_format(job: Job, folder: Path) -> Job:
     assembled = _find_assembled(job, folder)
     start = str(assembled) if assembled else _path(job.model.checkpoint)
     saved = respondent.settings(start) if start and (job.train or respondent.is_llava(start)) else {}
-    trained = {"template": saved.get("conversation_template"), "fit": saved.get("image_aspect_ratio")}
+    trained = {"template": saved.get("conversation_template"), "image_aspect_ratio": saved.get("image_aspect_ratio")}
     train = {name: stage.resolve_format(**trained) for name, stage in job.train.items()}
     asked = job.evaluate
     if asked and (saved or train):
         last = list(train.values())[-1] if train else None
         if last:
-            saved = {"conversation_template": last.template, "image_aspect_ratio": last.fit}
+            saved = {"conversation_template": last.template, "image_aspect_ratio": last.image_aspect_ratio}
         try:
-            template, fit = respondent.resolve_format(saved, asked.template, asked.fit, asked.allow_mismatch)
+            template, image_aspect_ratio = respondent.resolve_format(
+                saved, asked.template, asked.image_aspect_ratio, asked.allow_mismatch
+            )
         except ValueError as error:
             raise ValueError(f"evaluate.{error}") from None
-        asked = replace(asked, template=template, fit=fit)
+        asked = replace(asked, template=template, image_aspect_ratio=image_aspect_ratio)
     return replace(job, train=train, evaluate=asked)
 
 

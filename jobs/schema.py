@@ -33,19 +33,28 @@ Auto = Literal["auto"]
 class Job:
     """One run, from images to report.
 
-    workers: training processes, each with a GPU where there are GPUs; or the fewest and the most of them.  "auto" takes
-        the GPUs that Ray has when a stage begins, without any the CPUs, as far as they share the global batch evenly.
-    gpu_share: of a GPU, for the one worker and for each that evaluates; less than 1 lets several runs share one.
-    checkpoints: folder or URL that every worker can reach, where this job's lie in a folder of its name; null keeps
-        them in the run folder.
-    train: the stages, in the order of the file; none where model.checkpoint is only evaluated.
-    evaluate: null where nothing is asked after the training.
-    trackers: what besides the run folder shows metrics.
+    Args:
+        name: name of the run and of its folder.
+        seed: seed of everything that is random.
+        num_workers: number of training processes, each with a GPU where there are GPUs; or [fewest, most]. "auto" takes
+            the GPUs of Ray when a stage begins, or its CPUs if it has no GPU, as far as they divide the global batch
+            evenly.
+        gpu_share: share of a GPU for the only worker and for each evaluation actor. Less than 1 lets several runs share
+            a GPU.
+        checkpoints: folder or URL for checkpoints that every worker can reach; a folder with the name of the job is
+            made there. null keeps them in the run folder.
+        data: where samples come from.
+        model: parts of the model, or a checkpoint, and its compression and inhibition.
+        train: the training stages by name, in order. Empty if model.checkpoint is only evaluated.
+        recovery: reaction to faults and stops.
+        evaluate: evaluation after training. null skips it.
+        report: the HTML report of the run.
+        trackers: experiment trackers that get the metrics besides the run folder.
     """
 
     name: Name
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
-    workers: Workers | tuple[Workers, Workers] | Auto = "auto"
+    num_workers: Workers | tuple[Workers, Workers] | Auto = "auto"
     gpu_share: Annotated[float, Gt(0), Le(1)] = 1
     checkpoints: str | None = None
     data: Data
@@ -59,7 +68,7 @@ class Job:
     def __post_init__(self) -> None:
         fewest, most = self.worker_range or (1, 1)
         if fewest > most:
-            raise ValueError(f"workers: got {[fewest, most]}, allowed: the fewest first")
+            raise ValueError(f"num_workers: got {[fewest, most]}, allowed: the fewest first")
         if self.gpu_share < 1 < most:
             raise ValueError(
                 f"gpu_share: got {self.gpu_share}, allowed: 1 with several workers, as no two of them share"
@@ -77,9 +86,9 @@ class Job:
     @property
     def worker_range(self) -> tuple[int, int] | None:
         """Fewest and most workers; None where that is decided when a stage begins."""
-        if self.workers == "auto":
+        if self.num_workers == "auto":
             return (1, 1) if self.gpu_share < 1 else None  # no two workers share a GPU
-        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
 
     @property
     def made(self) -> tuple[str, ...]:
@@ -110,9 +119,9 @@ class Job:
             )
         if name in OTHER_STEPS:
             raise ValueError(f"train: got a stage {name}, allowed: any other name than {', '.join(OTHER_STEPS)}")
-        if isinstance(self.workers, int):  # of a range those train that share the batch evenly; see Stage.usable
+        if isinstance(self.num_workers, int):  # of a range those train that share the batch evenly; see Stage.usable
             try:
-                stage.accumulation(self.workers)
+                stage.accumulation(self.num_workers)
             except ValueError as error:
                 raise ValueError(f"train.{name}.{error}") from None
 

@@ -7,7 +7,7 @@
     fidelity: {evaluate.tasks.easy_vqa.limit: 200}  # what a trial has in place of the job's, to cost less
     space:
       model.vmtc.tokens: {low: 4, high: 64}
-      model.cmai.maximum: {low: 0.0, high: 0.9}
+      model.cmai.gamma_max: {low: 0.0, high: 0.9}
     references: {paper: {model.vmtc: {}, model.cmai: {}}}
     objectives: {easy_vqa.accuracy: max, flops: min}
 
@@ -50,7 +50,7 @@ from redux.model import ReduxConfig
 
 FILE = "search.yaml"
 BEST = "best.yaml"
-FREE = ("trials", "at_once", "retries", *(f"job.{name}" for name in (*claims.FREE, "report")))
+FREE = ("num_trials", "max_concurrent_trials", "retries", *(f"job.{name}" for name in (*claims.FREE, "report")))
 """What of a search may be another when it goes on."""
 
 LLAMA_WORDS = 32_000
@@ -237,24 +237,24 @@ def _require(search: Search, job: Job) -> None:
     """ValueError where Ray runs here alone and has not enough for so many trials at once: they would wait for ever."""
     trains = len(job.train) > len(search.shared)
     fewest, most = job.worker_range or (1, 1)
-    actors = 0 if job.evaluate is None else 1 if job.evaluate.actors == "auto" else job.evaluate.actors
+    actors = 0 if job.evaluate is None else 1 if job.evaluate.num_actors == "auto" else job.evaluate.num_actors
     training = fewest * (0.5 if fewest == most else 1) if trains else 0
-    what = f"at_once = {search.at_once}"
-    cluster.require({"CPU": search.at_once * max(training, actors / 2) + 1}, what)
+    what = f"max_concurrent_trials = {search.max_concurrent_trials}"
+    cluster.require({"CPU": search.max_concurrent_trials * max(training, actors / 2) + 1}, what)
     if cluster.gpus():
         workers = max(fewest if trains else 0, actors)
-        cluster.require({"GPU": search.at_once * workers * job.gpu_share}, what)
+        cluster.require({"GPU": search.max_concurrent_trials * workers * job.gpu_share}, what)
 
 
 def _with_counts(search: Search, job: Job) -> Values:
     """Values that divide what Ray has among the trials under way at a time, where the job leaves it open."""
-    places = max(cluster.count_places(job.gpu_share) // search.at_once, 1)
+    places = max(cluster.count_places(job.gpu_share) // search.max_concurrent_trials, 1)
     stages = [stage for name, stage in job.train.items() if name not in search.shared]
     result: Values = {}
     if job.worker_range is None:
-        result["workers"] = count_shared_workers(stages, places)
-    if job.evaluate and job.evaluate.actors == "auto":
-        result["evaluate.actors"] = places if cluster.gpus() else min(places, 2)
+        result["num_workers"] = count_shared_workers(stages, places)
+    if job.evaluate and job.evaluate.num_actors == "auto":
+        result["evaluate.num_actors"] = places if cluster.gpus() else min(places, 2)
     return result
 
 

@@ -21,10 +21,10 @@ def make(arguments: argparse.Namespace) -> None:
         given, images = records.read(storage.read(arguments.json), arguments.json), arguments.images
     making = Making(
         samples_per_shard=arguments.samples_per_shard,
-        words=arguments.words,
-        size=arguments.size,
-        fit=arguments.fit,
-        tolerance=arguments.tolerance,
+        max_words=arguments.words,
+        image_size=arguments.size,
+        image_aspect_ratio=arguments.image_aspect_ratio,
+        max_bad_fraction=arguments.tolerance,
     )
     finished = shards.is_finished(arguments.out)
     with cluster.session():

@@ -26,7 +26,9 @@ Picture = UInt8[np.ndarray, "_ _ 3"]
 """Height, width and RGB."""
 
 
-def pixels(image: bytes, size: int, fit: Fit = "pad", way: Way = "exact") -> UInt8[np.ndarray, "3 size size"]:
+def pixels(
+    image: bytes, size: int, image_aspect_ratio: Fit = "pad", way: Way = "exact"
+) -> UInt8[np.ndarray, "3 size size"]:
     """The image file as RGB, padded or cropped to a square and resized to size x size pixels.
 
     "exact" equals LLaVA-1.5 to the bit: Image.convert("RGB"), thus no turning by EXIF and transparency dropped, for
@@ -38,19 +40,19 @@ def pixels(image: bytes, size: int, fit: Fit = "pad", way: Way = "exact") -> UIn
     """
     picture = _jpeg(image) if way == "fast" else rgb(image)
     if picture.shape[:2] != (size, size):  # neither would change those
-        if fit == "pad":
+        if image_aspect_ratio == "pad":
             picture = _padded(picture)
         picture = _cropped(picture, size, way)
     return picture.transpose(2, 0, 1)
 
 
-def prepared(image: bytes, size: int, fit: Fit = "pad") -> bytes:
+def prepared(image: bytes, size: int, image_aspect_ratio: Fit = "pad") -> bytes:
     """The image file made into what `pixels` takes as it is: a PPM file of those pixels, 3 size² bytes and a header.
 
     At 336 that is 339 kB and 0.3 ms to load.  Of the formats that keep every bit and that WebDataset decodes, BMP, TGA
     and TIFF are no smaller; PNG takes 150 kB and 4 ms, WebP 110 to 150 kB and 3 ms, half the time from the JPEG.
     """
-    return b"P6\n%d %d\n255\n" % (size, size) + pixels(image, size, fit).transpose(1, 2, 0).tobytes()
+    return b"P6\n%d %d\n255\n" % (size, size) + pixels(image, size, image_aspect_ratio).transpose(1, 2, 0).tobytes()
 
 
 def rgb(image: bytes) -> Picture:

@@ -35,7 +35,7 @@ from redux.hub import fetched
 from redux.image import MEAN, STD
 from redux.loading import check_layout, check_loading, report_damage
 from redux.plugin import inhibit
-from redux.settings import METHODS, Fit, Stage, TemplateName
+from redux.settings import FORMER_NAMES, METHODS, Fit, Stage, TemplateName
 from redux.tower import CompressingBlock, Compression, Encoding, EncodingTower, extend, is_clip_like
 from redux.vmtc import Fate
 
@@ -68,7 +68,9 @@ class ReduxConfig(LlavaConfig):
         for name, kind in METHODS.items():
             if isinstance(value := getattr(self, name), kind):
                 setattr(self, name, dataclasses.asdict(value))
-            elif not isinstance(value, dict | None):
+            elif isinstance(value, dict):
+                setattr(self, name, {FORMER_NAMES.get(key, key): setting for key, setting in value.items()})
+            elif value is not None:
                 raise ValueError(
                     f"{name}: got {value!r}, allowed: redux.{kind.__name__}, a dictionary of its fields or None"
                 )

@@ -127,12 +127,15 @@ def build_processor(config: ReduxConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def describe_training(
-    model: ReduxForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, template: TemplateName, fit: Fit
+    model: ReduxForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    template: TemplateName,
+    image_aspect_ratio: Fit,
 ) -> None:
     """Note in a model how it was trained: conversation template, image fit, and the tokens that end an answer or pad.
 
     Generation settings become greedy, whatever those of the language model were before.
     """
-    model.config.conversation_template, model.config.image_aspect_ratio = template, fit
+    model.config.conversation_template, model.config.image_aspect_ratio = template, image_aspect_ratio
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(do_sample=False, **special)

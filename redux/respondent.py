@@ -45,7 +45,7 @@ from redux.settings import Fit, TemplateName
 
 DESCRIBE = "Describe the image in detail."
 
-Known = Literal["seen", "described"]
+ImageInput = Literal["pixels", "caption"]
 """How an image is known to who answers: by itself, or by a description that the model gave of it beforehand."""
 
 PROMPTS = {
@@ -97,7 +97,7 @@ class Llava:
     model: ReduxForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
     template: Template
-    fit: Fit = "pad"
+    image_aspect_ratio: Fit = "pad"
 
     def __post_init__(self) -> None:
         _ensure_padding(self.tokenizer)
@@ -117,7 +117,7 @@ class Llava:
         }
         if shown := [image for image in images if image is not None]:
             size = self.model.config.vision_config.image_size
-            squares = {image: pixels(image, size, self.fit) for image in set(shown)}
+            squares = {image: pixels(image, size, self.image_aspect_ratio) for image in set(shown)}
             inputs["pixel_values"] = torch.from_numpy(np.stack([squares[image] for image in shown]))
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         if shown:
@@ -318,9 +318,9 @@ def load(
     path: str | PathLike,
     *,
     template: TemplateName | None = None,
-    fit: Fit | None = None,
+    image_aspect_ratio: Fit | None = None,
     allow_mismatch: bool = False,
-    image: Known = "seen",
+    image_input: ImageInput = "pixels",
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     **methods: Any,
@@ -341,15 +341,15 @@ def load(
         ValueError: it is no image-text-to-text model of transformers, lacks weights, or was trained in another way
             than it is to be asked.
     """
-    if image not in get_args(Known):
-        raise ValueError(f"image: got {image!r}, allowed: {', '.join(get_args(Known))}")
-    resolve_format({}, template, fit)  # unknown names are refused before anything is read
+    if image_input not in get_args(ImageInput):
+        raise ValueError(f"image_input: got {image_input!r}, allowed: {', '.join(get_args(ImageInput))}")
+    resolve_format({}, template, image_aspect_ratio)  # unknown names are refused before anything is read
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {"dtype": dtype or "auto"}
     with fetched(path, what="model") as folder:
         respondent: Respondent
         if is_llava(folder):
-            asked_by, shown_by = resolve_format(settings(folder), template, fit, allow_mismatch)
+            asked_by, shown_by = resolve_format(settings(folder), template, image_aspect_ratio, allow_mismatch)
             llava = ReduxForConditionalGeneration.from_pretrained(folder, **options, **methods).eval().to(place)
             tokenizer = load_tokenizer(folder, "model")
             check_image_token(tokenizer, llava.config, path, "model")
@@ -359,13 +359,13 @@ def load(
                 raise ValueError(f"{wanted[0]}: got one, allowed: None, as {path} is no LLaVA")
             other = load_model(AutoModelForImageTextToText, folder, what="model", **options)
             respondent = Foreign(other.eval().to(place), _processor(folder))
-    return Described(respondent) if image == "described" else respondent
+    return Described(respondent) if image_input == "caption" else respondent
 
 
 def resolve_format(
     config: Mapping[str, Any],
     template: TemplateName | None = None,
-    fit: Fit | None = None,
+    image_aspect_ratio: Fit | None = None,
     allow_mismatch: bool = False,
 ) -> tuple[TemplateName, Fit]:
     """Return the conversation template and the image fit with which a LLaVA is to be asked.
@@ -378,9 +378,9 @@ def resolve_format(
     Raises:
         ValueError: an unknown name, another one than in training, or a model that was last trained on captions alone.
     """
-    trained = {"template": config.get("conversation_template"), "fit": config.get("image_aspect_ratio")}
-    known = {"template": tuple(TEMPLATES), "fit": get_args(Fit)}
-    for name, value in {"template": template, "fit": fit}.items():
+    trained = {"template": config.get("conversation_template"), "image_aspect_ratio": config.get("image_aspect_ratio")}
+    known = {"template": tuple(TEMPLATES), "image_aspect_ratio": get_args(Fit)}
+    for name, value in {"template": template, "image_aspect_ratio": image_aspect_ratio}.items():
         if value not in (None, *known[name]):
             raise ValueError(f"{name}: got {value!r}, allowed: {', '.join(known[name])}")
         if value is not None and trained[name] not in (None, value) and not allow_mismatch:
@@ -394,7 +394,7 @@ def resolve_format(
             "template: got plain, which is for captions without questions, allowed: a model that was last trained with "
             "questions, or another template with allow_mismatch"
         )
-    return chosen, fit or trained["fit"] or "pad"
+    return chosen, image_aspect_ratio or trained["image_aspect_ratio"] or "pad"
 
 
 def is_llava(path: str | PathLike) -> bool:

@@ -97,7 +97,8 @@ class VMTC:
     cluster_share: c as a share of a stage's output tokens, where `clusters` says nothing.
     stages: how many blocks compress, equally spaced over the blocks in use, or which, by number from 0, or from the
         end, where -1 is the last block in use.
-    fall: how a total is spread over the stages; "geometric" removes the same share in each, "linear" the same number.
+    budget_schedule: how a total is spread over the stages; "geometric" removes the same share in each, "linear" the
+        same number.
     similarity: what clusters are made by; the tokens themselves or their attention "keys", as PruMerge does.
     weights: of a token within its cluster; "raw" is IPS(j), as eq. 7 prints it, "normalized" divides by the cluster's
         sum of IPS, "total" by that of all redundant tokens.
@@ -119,7 +120,7 @@ class VMTC:
     clusters: int | tuple[int, ...] | None = None
     cluster_share: float = 1 / 6
     stages: int | tuple[int, ...] = 3
-    fall: Literal["geometric", "linear"] = "geometric"
+    budget_schedule: Literal["geometric", "linear"] = "geometric"
     similarity: Literal["tokens", "keys"] = "tokens"
     weights: Literal["normalized", "raw", "total"] = "normalized"
     order: Literal["spatial", "rank"] = "spatial"
@@ -208,7 +209,7 @@ class VMTC:
         if round(patches * left) < 1:
             raise ValueError(f"ratio: got {self.ratio}, allowed: one that leaves at least 1 of {patches} patch tokens")
         parts = [number / stages for number in range(1, stages + 1)]
-        if self.fall == "linear":
+        if self.budget_schedule == "linear":
             return tuple(round(patches * (1 - (1 - left) * part)) for part in parts)
         return tuple(round(patches * left**part) for part in parts)
 
@@ -230,8 +231,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 class CMAI:
     """Settings of the inhibition; the defaults are the paper's, read as the module's text says.
 
-    maximum: gamma, the ratio of image tokens inhibited for each text token, in the last layer; 0 <= maximum < 1.
-    minimum: gamma in the first layer; 0 <= minimum <= maximum.  maximum / layers gives maximum (l + 1) / layers.
+    gamma_max: gamma, the ratio of image tokens inhibited for each text token, in the last layer; 0 <= gamma_max < 1.
+    gamma_min: gamma in the first layer; 0 <= gamma_min <= gamma_max.  gamma_max / layers gives
+        gamma_max (l + 1) / layers.
     schedule: how gamma goes from one to the other; "constant" is the maximum in every layer, "step" in the later half.
     scores: what A averages over heads; "weights" after the softmax, "scores" QK^T as the paper's words have it,
         "scaled" QK^T / sqrt(d_k).
@@ -244,14 +246,14 @@ class CMAI:
     active: when pairs are inhibited at all.
     generated: whether tokens that are decoded on a cache are inhibited as well.
 
-    >>> CMAI(maximum=0.6).ratios(4)
+    >>> CMAI(gamma_max=0.6).ratios(4)
     (0.0, 0.2, 0.4, 0.6)
-    >>> CMAI(maximum=0.6, schedule="step").ratios(4)
+    >>> CMAI(gamma_max=0.6, schedule="step").ratios(4)
     (0.0, 0.0, 0.6, 0.6)
     """
 
-    maximum: float = 0.6
-    minimum: float = 0.0
+    gamma_max: float = 0.6
+    gamma_min: float = 0.0
     schedule: Literal["linear", "constant", "cosine", "step"] = "linear"
     scores: Literal["weights", "scores", "scaled"] = "weights"
     focus: Literal["neighbourhood", "tia", "sum", "discounted"] = "neighbourhood"
@@ -264,15 +266,15 @@ class CMAI:
     def __post_init__(self) -> None:
         require(
             self,
-            maximum=("0 <= maximum < 1", lambda maximum: 0 <= maximum < 1),
-            minimum=(f"0 <= minimum <= maximum, {self.maximum}", lambda minimum: 0 <= minimum <= self.maximum),
+            gamma_max=("0 <= gamma_max < 1", lambda gamma: 0 <= gamma < 1),
+            gamma_min=(f"0 <= gamma_min <= gamma_max, {self.gamma_max}", lambda gamma: 0 <= gamma <= self.gamma_max),
             discount=("0 < discount <= 1", lambda discount: 0 < discount <= 1),
         )
 
     def ratios(self, layers: int) -> tuple[float, ...]:
         """gamma of each layer."""
         rise = [SCHEDULES[self.schedule](layer / max(layers - 1, 1)) for layer in range(layers)]
-        return tuple(round(self.minimum + (self.maximum - self.minimum) * share, 12) for share in rise)
+        return tuple(round(self.gamma_min + (self.gamma_max - self.gamma_min) * share, 12) for share in rise)
 
 
 SPATIAL = ("average", "stride", "bilinear")
@@ -334,6 +336,9 @@ class Reduction:
             raise ValueError(f"{name}: got {getattr(self, name)}, allowed: {allowed}")
         return count
 
+
+FORMER_NAMES = {"maximum": "gamma_max", "minimum": "gamma_min", "fall": "budget_schedule"}
+"""Fields of settings that had other names when older models were saved."""
 
 METHODS: dict[str, Any] = {"vmtc": VMTC, "cmai": CMAI, "reduction": Reduction}
 """What a configuration may hold beside LLaVA's own, as dictionaries; None is off."""

@@ -241,7 +241,7 @@ def make_files(root: Path, images: int, squares: bool) -> dict[str, Marks]:
     with scratch(), ray_session():
         make(records, str(root / "photos"), str(root / "shards"), making)
         if squares:
-            make(records, str(root / "photos"), str(root / "squares"), replace(making, size=SIZE))
+            make(records, str(root / "photos"), str(root / "squares"), replace(making, image_size=SIZE))
     return {"exact": exact, "fast": fast}
 
 
@@ -469,7 +469,7 @@ def ray_data(root: Path) -> Iterator[Marks]:
 
 
 def _pixels(rows: Batch) -> Batch:
-    return {"pixels": np.stack([pixels(image, SIZE, "pad") for image in rows["jpg"]])}
+    return {"image_backend": np.stack([pixels(image, SIZE, "pad") for image in rows["jpg"]])}
 
 
 def redux(root: Path, passes: int, way: Way = "exact", folder: str = "shards") -> Iterator[Marks]:
@@ -477,7 +477,7 @@ def redux(root: Path, passes: int, way: Way = "exact", folder: str = "shards") -
     shards = Shards(root / folder)
     reader = Reader(
         sources={"photos": shards},
-        order=Order(samples=(len(shards),), global_batch=BATCH, seed=0),
+        order=Order(samples=(len(shards),), global_batch_size=BATCH, seed=0),
         size=BATCH,
         image_size=SIZE,
         tokenizer=root / "tokenizer",

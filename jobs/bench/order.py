@@ -30,31 +30,31 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS, help="measure one way in this process and print it")
     arguments = parser.parse_args()
     if arguments.way:
-        print(json.dumps(measure(arguments.way, arguments.global_batch)))
+        print(json.dumps(measure(arguments.way, arguments.global_batch_size)))
         return
     ways = {}
-    for way, told in each(__file__, WAYS, global_batch=arguments.global_batch):
+    for way, told in each(__file__, WAYS, global_batch_size=arguments.global_batch_size):
         ways[way] = told
         print(
             f"{way:8} first {told['first_ms']:6.2f} ms, median {told['median_ms']:6.2f} ms, "
             f"worst {told['worst_ms']:6.2f} ms, {told['peak_mib']:4.0f} MiB",
             flush=True,
         )
-    append(__file__, samples=SAMPLES, global_batch=arguments.global_batch, ways=ways)
+    append(__file__, samples=SAMPLES, global_batch_size=arguments.global_batch_size, ways=ways)
 
 
-def order(way: str, global_batch: int) -> Order:
+def order(way: str, global_batch_size: int) -> Order:
     """A billion samples, in that way."""
     if way == "mixture":
         weights = (0.62, 0.25, 0.08, 0.05)
-        return Order(samples=(SAMPLES // 4,) * 4, global_batch=global_batch, seed=0, weights=weights)
+        return Order(samples=(SAMPLES // 4,) * 4, global_batch_size=global_batch_size, seed=0, weights=weights)
     if way == "window":
         shards = (np.full(SAMPLES // 10_000, 10_000),)
-        return Order(samples=(SAMPLES,), global_batch=global_batch, seed=0, shuffle="window", shards=shards)
-    if way == "groups":
+        return Order(samples=(SAMPLES,), global_batch_size=global_batch_size, seed=0, shuffle="window", shards=shards)
+    if way == "group_by_length":
         groups = Groups(counts=(SAMPLES // 16 * 15, SAMPLES // 16), lengths=lengths, megabatch=50)
-        return Order(samples=(SAMPLES,), global_batch=global_batch, seed=0, groups=groups)
-    return Order(samples=(SAMPLES,), global_batch=global_batch, seed=0)
+        return Order(samples=(SAMPLES,), global_batch_size=global_batch_size, seed=0, groups=groups)
+    return Order(samples=(SAMPLES,), global_batch_size=global_batch_size, seed=0)
 
 
 def lengths(numbers: np.ndarray) -> np.ndarray:
@@ -62,9 +62,9 @@ def lengths(numbers: np.ndarray) -> np.ndarray:
     return (numbers * 2654435761 % 2039).astype(np.uint16)
 
 
-def measure(way: str, global_batch: int, repeats: int = 50) -> dict[str, float]:
+def measure(way: str, global_batch_size: int, repeats: int = 50) -> dict[str, float]:
     """Milliseconds of a batch and MiB of the process."""
-    one = order(way, global_batch)
+    one = order(way, global_batch_size)
     np.random.SeedSequence(0)  # numpy loads its module at first use
     times = []
     for number in np.linspace(0, one.batches(1) - 1, repeats).astype(int).tolist():

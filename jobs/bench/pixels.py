@@ -32,9 +32,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     files = [photo(seed) for seed in range(arguments.images)]
-    fits = {fit: measure(files, arguments.size, fit) for fit in get_args(Fit)}
-    for fit, ways in fits.items():
-        print(f"{fit:5}", *(f"{way} {ms:.2f} ms  " for way, ms in ways.items()))
+    fits = {
+        image_aspect_ratio: measure(files, arguments.size, image_aspect_ratio) for image_aspect_ratio in get_args(Fit)
+    }
+    for image_aspect_ratio, ways in fits.items():
+        print(f"{image_aspect_ratio:5}", *(f"{way} {ms:.2f} ms  " for way, ms in ways.items()))
     append(
         __file__,
         versions={module.__name__: module.__version__ for module in (PIL, simplejpeg, torch)},
@@ -46,15 +48,15 @@ def main() -> None:
     )
 
 
-def measure(files: list[bytes], size: int, fit: Fit) -> dict[str, float]:
+def measure(files: list[bytes], size: int, image_aspect_ratio: Fit) -> dict[str, float]:
     """Median time of each way in milliseconds; an image's ways follow each other, so that all see the same machine."""
     times: dict[str, list[float]] = {"exact": [], "fast": [], "prepared": []}
-    pixels(files[0], size, fit, "fast")  # what torch loads once
+    pixels(files[0], size, image_aspect_ratio, "fast")  # what torch loads once
     for image in files:
-        square = prepared(image, size, fit)
-        times["exact"].append(_ms(pixels, image, size, fit))
-        times["fast"].append(_ms(pixels, image, size, fit, "fast"))
-        times["prepared"].append(_ms(pixels, square, size, fit))
+        square = prepared(image, size, image_aspect_ratio)
+        times["exact"].append(_ms(pixels, image, size, image_aspect_ratio))
+        times["fast"].append(_ms(pixels, image, size, image_aspect_ratio, "fast"))
+        times["prepared"].append(_ms(pixels, square, size, image_aspect_ratio))
     return {way: round(statistics.median(each), 3) for way, each in times.items()}
 
 

@@ -72,11 +72,11 @@ def small(folder: Path, samples: int) -> Reader:
         {"id": f"{n:06d}", "image": "noise.png", "conversations": [{"from": "human", "value": IMAGE}, said(n)]}
         for n in range(samples)
     ]
-    make(records, str(folder), str(folder / "shards"), Making(samples_per_shard=200, size=SIZE))
+    make(records, str(folder), str(folder / "shards"), Making(samples_per_shard=200, image_size=SIZE))
     word_tokenizer(["photo"], 32).save_pretrained(folder / "tokenizer")
     return Reader(
         sources={"noise": Shards(folder / "shards")},
-        order=Order(samples=(samples,), global_batch=BATCH * WORKERS, seed=0),
+        order=Order(samples=(samples,), global_batch_size=BATCH * WORKERS, seed=0),
         size=BATCH,
         image_size=SIZE,
         tokenizer=folder / "tokenizer",

@@ -47,10 +47,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         with cluster.session():
             plan = small(Path(folder))
-            driver.fit(plan)
+            driver.train_stage(plan)
             killed = renamed(plan, "killed")
             at = killed.run / "killed-at"
-            driver.fit(killed, [Kill(KILLED, at)])
+            driver.train_stage(killed, [Kill(KILLED, at)])
         append(
             __file__, **measured(seconds(plan), by_torchrun(plan), events(plan), events(killed), float(at.read_text()))
         )
@@ -89,10 +89,10 @@ def small(folder: Path) -> Any:
         data="set",
         template="vicuna_bare",
         steps=STEPS,
-        global_batch=16,
-        micro_batch=4,
+        global_batch_size=16,
+        micro_batch_size=4,
         learning_rate={"tower": 1e-4, "projector": 1e-4, "language": 1e-4},
-        checkpoint_every=EVERY,
+        save_steps=EVERY,
     )
     plan = Plan(
         name="stage",

@@ -153,17 +153,20 @@ def _check(job: Job, place: Place) -> None:
             f"none but -, such as name={fit}"
         )
     if job.worker_range is None:
-        raise ValueError("workers: got auto, allowed: a number or a range, such as workers=8: pods are made for them")
+        raise ValueError(
+            "num_workers: got auto, allowed: a number or a range, such as num_workers=8: pods are made for them"
+        )
     (fewest, most), gpus = job.worker_range, place.gpus_per_worker_pod
     if fewest % gpus or most % gpus:
-        workers = list(job.workers) if isinstance(job.workers, tuple) else job.workers
-        raise ValueError(f"workers: got {workers}, allowed: multiples of {gpus}, the GPUs of a worker pod")
-    if job.evaluate and isinstance(job.evaluate.actors, int) and job.evaluate.actors > fewest:
+        workers = list(job.num_workers) if isinstance(job.num_workers, tuple) else job.num_workers
+        raise ValueError(f"num_workers: got {workers}, allowed: multiples of {gpus}, the GPUs of a worker pod")
+    if job.evaluate and isinstance(job.evaluate.num_actors, int) and job.evaluate.num_actors > fewest:
         raise ValueError(
-            f"evaluate.actors: got {job.evaluate.actors}, allowed: up to {fewest}, as many as there are GPUs for sure"
+            f"evaluate.num_actors: got {job.evaluate.num_actors}, allowed: up to {fewest}, "
+            "the GPUs that are certain to be there"
         )
     if place.kueue and fewest < most:
-        raise ValueError(f"workers: got {[fewest, most]}, allowed: one number, as Kueue sets room aside for all")
+        raise ValueError(f"num_workers: got {[fewest, most]}, allowed: one number, as Kueue sets room aside for all")
     _check_place(place)
     _check_folders(job, PurePosixPath(place.volume[1]))
 
@@ -298,7 +301,7 @@ def _ray_job(job: Job, place: Place) -> Tree:
         "metadata": {"name": job.name, **({"labels": labels} if labels else {})},
         "spec": _given(
             suspend=place.kueue or None,  # until Kueue has room for it
-            entrypoint=f"redux run {FOLDER}/job.yaml --into {shlex.quote(str(into))}",
+            entrypoint=f"redux run {FOLDER}/job.yaml --runs-dir {shlex.quote(str(into))}",
             submissionMode="K8sJobMode",
             backoffLimit=place.retries,
             activeDeadlineSeconds=place.deadline_s,

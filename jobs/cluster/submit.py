@@ -47,7 +47,7 @@ class Submission:
     overrides: Sequence[str]
     name: str
     address: str
-    into: str
+    runs_dir: str
     id: str | None
     env: Sequence[str]
     wait: bool
@@ -73,9 +73,9 @@ def submit(asked: Submission) -> int:
 def entrypoint(asked: Submission, file: str) -> str:
     """The shell's command on the cluster: with the code that travels if it is Redux's, else with the image's."""
     redux = ("python", "-m", "jobs.command") if _is_redux(Path.cwd()) else ("redux",)
-    home = "~/" if asked.into.startswith("~/") else ""  # the shell's there, which it would not see in quotes
-    into = home + shlex.quote(asked.into.removeprefix("~/"))
-    return f"exec {shlex.join([*redux, 'run', file, *asked.overrides])} --into {into}"
+    home = "~/" if asked.runs_dir.startswith("~/") else ""  # the shell's there, which it would not see in quotes
+    runs_dir = home + shlex.quote(asked.runs_dir.removeprefix("~/"))
+    return f"exec {shlex.join([*redux, 'run', file, *asked.overrides])} --runs-dir {into}"
 
 
 def _is_redux(folder: Path) -> bool:
@@ -84,10 +84,10 @@ def _is_redux(folder: Path) -> bool:
 
 
 def _check(asked: Submission, job: Mapping[str, Any]) -> None:
-    if not (PurePosixPath(asked.into).is_absolute() or asked.into.startswith("~/")):
+    if not (PurePosixPath(asked.runs_dir).is_absolute() or asked.runs_dir.startswith("~/")):
         raise ValueError(
-            f"--into: got {asked.into}, allowed: a path on the cluster from the root on, or '~/…', as the folder in "
-            "which the job runs is deleted after it"
+            f"--runs-dir: got {asked.into}, allowed: a path on the cluster from the root on, or '~/…', as the "
+            "working folder of a job is deleted after it"
         )
     if asked.id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", asked.id):
         raise ValueError(f"--id: got {asked.id}, allowed: letters, digits, dots, _ and -, a letter or digit first")

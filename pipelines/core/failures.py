@@ -57,7 +57,7 @@ HINTS = {
 }
 """Advice on a fault of a file system."""
 
-CLASS_HINTS = {"OutOfMemoryError": "a smaller micro_batch needs less memory"}
+CLASS_HINTS = {"OutOfMemoryError": "a smaller micro_batch_size needs less memory"}
 """Advice on an error by the name of its class."""
 
 _CHAINED = re.compile(

@@ -54,39 +54,39 @@ class Groups:
         return cls(counts=counts, lengths=lengths.__getitem__, megabatch=megabatch, numbers=numbers)
 
     def arrange(
-        self, within: Int[np.ndarray, " places"], global_batch: int, seed: int, epoch: int
+        self, within: Int[np.ndarray, " places"], global_batch_size: int, seed: int, epoch: int
     ) -> Int[np.ndarray, " places"]:
         """Samples at these places of an epoch: a whole global batch, or all of one that lies in this epoch."""
         samples = sum(self.counts)
-        head = min(-epoch * samples % global_batch, samples)  # places in a batch that began in the epoch before
-        full = (samples - head) // global_batch
-        pure = np.array(self.counts) // global_batch
+        head = min(-epoch * samples % global_batch_size, samples)  # places in a batch that began in the epoch before
+        full = (samples - head) // global_batch_size
+        pure = np.array(self.counts) // global_batch_size
         if pure.sum() > full:
             pure[pure.argmax()] -= 1  # the epoch's head and tail need its samples
-        filled = int(pure.sum()) * global_batch
+        filled = int(pure.sum()) * global_batch_size
         since = within - head
-        batch = int(since[0]) // global_batch
+        batch = int(since[0]) // global_batch_size
         if 0 <= batch < full:
             drawn = int(permute(np.array([batch]), full, seed, epoch, 0)[0])
             if drawn < pure.sum():
-                return self._similar(drawn, pure, global_batch, seed, epoch)
-            since += (drawn - batch) * global_batch
+                return self._similar(drawn, pure, global_batch_size, seed, epoch)
+            since += (drawn - batch) * global_batch_size
         # what is left over goes to the mixed batches, then to the tail of the epoch, then to its head
         place = since + (samples if batch < 0 else 0) - filled
-        return self._left_over(place, pure * global_batch, seed, epoch)
+        return self._left_over(place, pure * global_batch_size, seed, epoch)
 
     def _similar(
-        self, batch: int, pure: Int[np.ndarray, " modalities"], global_batch: int, seed: int, epoch: int
-    ) -> Int[np.ndarray, " global_batch"]:
+        self, batch: int, pure: Int[np.ndarray, " modalities"], global_batch_size: int, seed: int, epoch: int
+    ) -> Int[np.ndarray, " global_batch_size"]:
         """Samples of a batch of one modality, by length; batches are counted through the modalities."""
         ends = np.cumsum(pure)
         modality = int(np.searchsorted(ends, batch, side="right"))
         megabatch, turn = divmod(batch - int(ends[modality] - pure[modality]), self.megabatch)
         stop = min((megabatch + 1) * self.megabatch, int(pure[modality]))
-        ranks = np.arange(megabatch * self.megabatch * global_batch, stop * global_batch)
+        ranks = np.arange(megabatch * self.megabatch * global_batch_size, stop * global_batch_size)
         samples = self._members(modality, ranks, seed, epoch)
         by_length = samples[np.argsort(self.lengths(samples), kind="stable")]
-        return by_length[turn * global_batch : (turn + 1) * global_batch]
+        return by_length[turn * global_batch_size : (turn + 1) * global_batch_size]
 
     def _left_over(
         self, place: Int[np.ndarray, " places"], taken: Int[np.ndarray, " modalities"], seed: int, epoch: int

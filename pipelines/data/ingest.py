@@ -77,7 +77,7 @@ class Reader:
     image_size: int
     tokenizer: Path
     encode: Callable[[PreTrainedTokenizerBase, Sample], Row]
-    fit: Fit = "pad"
+    image_aspect_ratio: Fit = "pad"
     way: Way = "exact"
     flip: bool = False
     rounds: int | None = None
@@ -93,7 +93,7 @@ class Reader:
             place: in the stream.
         """
         first = number * self.size
-        batch, within = divmod(first, self.order.global_batch)
+        batch, within = divmod(first, self.order.global_batch_size)
         source, due = (column[within : within + self.size] for column in _global_batch(self.order, batch))
         if room is None:
             room = np.empty((self.size, self.image_size, self.image_size, 3), np.uint8)
@@ -158,7 +158,11 @@ class Reader:
         if fault := find_fault({**form, "image": "image"} if sample.image else form, None):
             raise ValueError(f"{fault.reason}: {fault.why}: {fault.field}: got {fault.value}")
         chance = np.random.default_rng((self.order.seed, place)) if self.flip or self.rounds else None
-        image = pixels(sample.image, self.image_size, self.fit, self.way).transpose(1, 2, 0) if sample.image else None
+        image = (
+            pixels(sample.image, self.image_size, self.image_aspect_ratio, self.way).transpose(1, 2, 0)
+            if sample.image
+            else None
+        )
         if self.flip and chance and chance.random() < 0.5 and image is not None:
             image = image[:, ::-1]
         if self.rounds and chance:

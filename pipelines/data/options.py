@@ -13,27 +13,32 @@ from redux.settings import Fit
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """How records become shards.
+    """Settings for turning records into shards.
 
-    samples_per_shard: records put in, kept or not.  A shard is made in the memory of one task.
-    words: a record with more is kept out; None takes any length.
-    size, fit: images are stored padded or cropped to a square and resized to size x size pixels, as
-        redux.image.prepared makes them: 3 size² bytes each.  None stores files as they came.
-    tolerance: share of the records that may be kept out before the whole fails.
+    Args:
+        samples_per_shard: number of records that go into one shard, including those that are rejected. One task holds a
+            whole shard in memory.
+        max_words: reject records with more words. null accepts any length.
+        image_size: store images as squares of this many pixels, 3 image_size² bytes each, as redux.image.prepared
+            makes them. null stores the files unchanged.
+        image_aspect_ratio: "pad" or "crop": how stored squares are made.
+        max_bad_fraction: share of the records that may be rejected before the whole set is refused.
     """
 
     samples_per_shard: Annotated[int, Ge(1)] = 1000
-    words: Annotated[int, Ge(1)] | None = None
-    size: Annotated[int, Ge(1)] | None = None
-    fit: Fit = "pad"
-    tolerance: Annotated[float, Ge(0), Le(1)] = 0.0
+    max_words: Annotated[int, Ge(1)] | None = None
+    image_size: Annotated[int, Ge(1)] | None = None
+    image_aspect_ratio: Fit = "pad"
+    max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Making):
-    """What a set is made of.
+    """Source of a set that the job makes.
 
-    json: file or URL of records of LLaVA's form.  images: folder or URL of their images.
+    Args:
+        json: file or URL of the records, in LLaVA's form.
+        images: folder or URL of their images.
     """
 
     json: str
@@ -42,20 +47,22 @@ class Source(Making):
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where samples come from.
+    """Data of a job.
 
-    source: what the job makes sets of, those of easy_vqa.SETS that a stage trains on; null makes none.
-    samples_per_shard: of these sets.
-    sets: folders or URLs of other sets by name, as `redux shards make` left them.
-    make: of these sets, those that the job is to make there itself, and of what.
-    tolerance: share of a stage's samples that may turn out bad, and be replaced by others, before it stops.
+    Args:
+        source: "easy-vqa" makes the sets of easy-VQA that a stage uses. null makes none.
+        samples_per_shard: number of samples in a shard of these sets.
+        sets: other sets: name to folder or URL, as written by `redux shards make`.
+        make: sets among these that the job makes before training, and their sources.
+        max_bad_fraction: share of the samples of a stage that may be unreadable and replaced by others before the stage
+            stops.
     """
 
     source: Literal["easy-vqa"] | None = "easy-vqa"
     samples_per_shard: Annotated[int, Ge(1)] = 1000
     sets: dict[str, str] = field(default_factory=dict)
     make: dict[str, Source] = field(default_factory=dict)
-    tolerance: Annotated[float, Ge(0), Le(1)] = 0.001
+    max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.001
 
     def __post_init__(self) -> None:
         if missing := self.make.keys() - self.sets.keys():

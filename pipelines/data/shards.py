@@ -48,6 +48,15 @@ from redux.settings import Fit
 
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 """tqdm's own, with one unit for slow and fast."""
+
+FORMER_NAMES = {
+    "words": "max_words",
+    "size": "image_size",
+    "fit": "image_aspect_ratio",
+    "tolerance": "max_bad_fraction",
+}
+"""Settings that had other names when older sets were made."""
+
 INDEX, QUARANTINE, SUMMARY, UNFINISHED = "index.arrow", "quarantine.jsonl", "summary.json", "unfinished"
 SCHEMA = pa.schema(
     {
@@ -94,7 +103,7 @@ def make(records: Sequence[Any], images: str, out: str, making: Making) -> dict[
     then there is no index, but the list.
     """
     asked = {**asdict(making), "records": hashlib.sha256(_json(records)).hexdigest()}
-    del asked["tolerance"]  # more may be tolerated after all
+    del asked["max_bad_fraction"]  # more may be tolerated after all
     path, finished = storage.join(out, SUMMARY), is_finished(out)
     before = _asked_before(out, asked)
     made = finished or storage.names(storage.join(out, UNFINISHED))
@@ -135,6 +144,11 @@ def is_finished(out: str) -> bool:
     return storage.exists(storage.join(out, INDEX))
 
 
+def _current_names(asked: dict[str, Any]) -> dict[str, Any]:
+    """Settings in a summary under the names they have now; sets that are in use were made under others."""
+    return {FORMER_NAMES.get(name, name): value for name, value in asked.items()}
+
+
 def _asked_before(out: str, asked: dict[str, Any]) -> dict[str, Any]:
     """The summary of a making in this folder, or what begins one.
 
@@ -148,7 +162,7 @@ def _asked_before(out: str, asked: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             before = None
         if isinstance(before, dict) and "asked" in before:
-            return before
+            return {**before, "asked": _current_names(before["asked"])}
         raise ValueError(f"{path}: no summary of shards, allowed: a folder for the set alone; name another")
     if is_finished(out):
         return {"asked": None}
@@ -162,7 +176,7 @@ def _find_fault(record: Any, making: Making, seen: set[bytes]) -> check.Fault | 
     if digest in seen:
         return check.Fault("duplicate", "", check.shorten(record))
     seen.add(digest)
-    return check.find_fault(record, making.words)
+    return check.find_fault(record, making.max_words)
 
 
 def _shard(block: dict[str, Any], images: str, out: str, making: Making) -> dict[str, Any]:
@@ -214,8 +228,8 @@ def _image(folder: ImageFolder, path: str, making: Making) -> tuple[check.Fault 
     try:
         image = folder.read(path)
         suffix = decode(image)
-        if making.size:
-            suffix, image = "ppm", prepared(image, making.size, making.fit)
+        if making.image_size:
+            suffix, image = "ppm", prepared(image, making.image_size, making.image_aspect_ratio)
     except OutsideError:
         return check.Fault("outside", "image", check.shorten(path)), "", b""
     except FileNotFoundError:
@@ -236,7 +250,7 @@ def _finish(records: Sequence[Any], out: str, making: Making, asked: dict, shard
     summary = {"asked": asked, "records": len(records), "kept": kept, "quarantined": reasons}
     if kept + len(listed) != len(records):
         raise RuntimeError(f"{out}: {len(records)} records became {kept} samples and {len(listed)} in quarantine")
-    if len(listed) > making.tolerance * len(records):
+    if len(listed) > making.max_bad_fraction * len(records):
         for name, part in zip(names, parts, strict=True):
             if json.loads(part.schema.metadata[b"quarantine"]):
                 storage.remove(name)  # a second start looks again, since files can be mended
@@ -259,7 +273,7 @@ def _refusal(listed: list[dict[str, Any]], records: int, reasons: dict[str, int]
             f"{example}; allowed: a list of records of LLaVA's form in UTF-8; all are listed in"
         )
     return (
-        f"{len(listed)} of {records} records cannot be used ({counts}), allowed: {making.tolerance:.2%}; first "
+        f"{len(listed)} of {records} records cannot be used ({counts}), allowed: {making.max_bad_fraction:.2%}; first "
         f"{example}; all are listed in"
     )
 
@@ -340,8 +354,8 @@ class Shards:
     def prepared(self) -> tuple[int, Fit] | None:
         """Size and fit of images that are stored as squares; None where they are stored as they came."""
         path = storage.join(self.folder, SUMMARY)  # which sets of others lack
-        asked = json.loads(storage.read(path)).get("asked", {}) if storage.exists(path) else {}
-        return (asked["size"], asked["fit"]) if asked.get("size") else None
+        asked = _current_names(json.loads(storage.read(path)).get("asked", {})) if storage.exists(path) else {}
+        return (asked["image_size"], asked["image_aspect_ratio"]) if asked.get("image_size") else None
 
     def key(self, number: int) -> str:
         """The sample's name in its tar."""

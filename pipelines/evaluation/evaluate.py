@@ -66,7 +66,7 @@ class Subject:
 
     model: str
     template: TemplateName | None = None
-    fit: Fit | None = None
+    image_aspect_ratio: Fit | None = None
     allow_mismatch: bool = False
     methods: Mapping[str, Any] = field(default_factory=dict)
 
@@ -107,9 +107,9 @@ class Answerer:
             self.model = respondent.load(
                 of.model,
                 template=of.template,
-                fit=of.fit,
+                image_aspect_ratio=of.image_aspect_ratio,
                 allow_mismatch=of.allow_mismatch,
-                image=self.settings.image,
+                image_input=self.settings.image_input,
                 **of.methods,
             )
         return self.model([each.prompt for each in batch.questions], _images(batch), batch.max_new_tokens)
@@ -201,7 +201,7 @@ def _claim(folder: Path, subject: Subject, settings: Evaluate) -> None:
         "methods": {name: config.get(name) for name in METHODS} | asdict(subject)["methods"],
         "splitter": splitter(),
         "weights": _fingerprint(subject.model),
-        "image": settings.image,
+        "image_input": settings.image_input,
         **{f"max_new_tokens.{name}": _new_tokens(name, asking) for name, asking in settings.tasks.items()},
     }
     now = json.loads(json.dumps(now))
@@ -241,7 +241,7 @@ def _answer(
     gpus = cluster.gpus()
     if 0 < gpus < actors * gpu_share:
         raise ValueError(
-            f"evaluate.actors: got {actors}, allowed: up to {gpus / gpu_share:g}, which {gpus:g} GPUs hold"
+            f"evaluate.num_actors: got {actors}, allowed: up to {gpus / gpu_share:g}, which {gpus:g} GPUs hold"
         )
     # a batch travels in its row: Ray's C++ side warns of actors whose arguments are large objects
     rows = [{"number": number, "batch": batch} for number, batch in enumerate(batches)]
@@ -276,8 +276,8 @@ def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:
 
     On CPUs two at most: each holds the whole model, and its threads use the other cores.
     """
-    if settings.actors != "auto":
-        return settings.actors
+    if settings.num_actors != "auto":
+        return settings.num_actors
     places = cluster.count_places(gpu_share)
     return max(min(places if cluster.gpus() else min(places, 2), batches), 1)
 
@@ -286,8 +286,8 @@ def _batches(name: Name, left: Sequence[Question], settings: Evaluate) -> Iterat
     """Questions of similar length together, so that little is padded; the longest first, as they may not fit."""
     asking = settings.tasks[name]
     longest = sorted(left, key=lambda question: -len(question.prompt))
-    for first in range(0, len(longest), settings.batch):
-        part = longest[first : first + settings.batch]
+    for first in range(0, len(longest), settings.batch_size):
+        part = longest[first : first + settings.batch_size]
         yield Batch(name, part, _folder(name, asking), _new_tokens(name, asking))
 
 
@@ -392,10 +392,14 @@ def examples(subject: Subject, run: Path, count: int) -> list[Example]:
         return []
     llava = ReduxForConditionalGeneration.from_pretrained(subject.model, **subject.methods).eval()
     of = subject
-    _, fit = respondent.resolve_format(llava.config.to_dict(), of.template, of.fit, of.allow_mismatch)
+    _, image_aspect_ratio = respondent.resolve_format(
+        llava.config.to_dict(), of.template, of.image_aspect_ratio, of.allow_mismatch
+    )
     result = []
     for row in (by_image[place] for place in spread(len(by_image), count)):
-        image = pixels((easy_vqa.FOLDER / row["image"]).read_bytes(), llava.config.vision_config.image_size, fit)
+        image = pixels(
+            (easy_vqa.FOLDER / row["image"]).read_bytes(), llava.config.vision_config.image_size, image_aspect_ratio
+        )
         with torch.inference_mode():
             _, fate = llava.model.encode_images(normalise(torch.from_numpy(image[None])))
         result.append(

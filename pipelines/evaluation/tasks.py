@@ -47,47 +47,53 @@ Name = Literal["easy_vqa", "instructions", "vqav2", "gqa", "textvqa", "mme", "mm
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """How a task is asked.
+    """Settings of one evaluation task.
 
-    files: the benchmark's own, paths or URLs; easy_vqa needs none, and instructions are about its images unless a file
-        is given that `redux instructions` froze.
-    images: folder or URL of the images; null where they are within the files, or in the folder that is given.
-    limit: ask only about so many images (or, where a question is asked several times, so many of these), evenly
-        spread, but all about each: some scores need them together.
-    without: leave those out that a limit of so many would ask about, as they were looked at when settings were chosen.
-    max_new_tokens: of an answer; null is the benchmark's own.
+    Args:
+        files: the files of the benchmark, paths or URLs. easy_vqa needs none. instructions uses the images of easy-VQA
+            unless it gets a file that `redux instructions` wrote.
+        images: folder or URL of the images. null if they are inside the files or in the folder of the benchmark.
+        limit: number of images that are asked about, evenly spaced, with all questions about each of them. For a
+            benchmark that asks each question several times: number of questions.
+        exclude_first: leave out the images that a limit of this number would ask about. For results that must not use
+            the images by which settings were chosen.
+        max_new_tokens: maximum length of an answer in tokens. null is the benchmark's own.
     """
 
     files: tuple[str, ...] = ()
     images: str | None = None
     limit: Annotated[int, Ge(1)] | None = None
-    without: Annotated[int, Ge(1)] | None = None
+    exclude_first: Annotated[int, Ge(1)] | None = None
     max_new_tokens: Annotated[int, Ge(1)] | None = None
 
     def __post_init__(self) -> None:
-        if self.limit and self.without:
-            raise ValueError(f"without: got {self.without} besides limit, allowed: one of the two")
+        if self.limit and self.exclude_first:
+            raise ValueError(f"exclude_first: got {self.exclude_first} besides limit, allowed: one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Settings.
+    """Settings of the evaluation.
 
-    tasks: what is asked.
-    batch: questions answered at once.
-    actors: models at work at a time; "auto" is one a GPU, without GPUs up to two.
-    image: how the model knows it: "seen", or "described" by itself beforehand, the upper limit of Table 1.
-    template, fit: of conversations and images; null is how the model was trained, and for a LLaVA that does not say,
-        LLaVA-1.5's vicuna_v1 and pad.
-    allow_mismatch: ask the model in another way than it was trained.
+    Args:
+        tasks: the benchmarks, by name, each with its settings.
+        batch_size: questions answered at a time by one model.
+        num_actors: number of models that answer in parallel. "auto" is one per GPU; without GPUs, at most two.
+        image_input: "pixels" shows the image to the model; "caption" shows it a caption that it has written itself,
+            the upper limit of the paper's Table 1.
+        template: conversation template. null is the one the model was trained with; for a LLaVA that does not name it,
+            vicuna_v1.
+        image_aspect_ratio: "pad" or "crop". null is the one the model was trained with; for a LLaVA that does not name
+            it, pad.
+        allow_mismatch: allow a template or an image_aspect_ratio that differs from the training.
     """
 
     tasks: Annotated[Mapping[Name, Asking], MinLen(1)] = field(default_factory=lambda: {"easy_vqa": Asking()})
-    batch: Annotated[int, Ge(1)] = 64
-    actors: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
-    image: Literal["seen", "described"] = "seen"
+    batch_size: Annotated[int, Ge(1)] = 64
+    num_actors: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
+    image_input: Literal["pixels", "caption"] = "pixels"
     template: TemplateName | None = None
-    fit: Fit | None = None
+    image_aspect_ratio: Fit | None = None
     allow_mismatch: bool = False
 
 
@@ -99,12 +105,14 @@ def questions(name: Name, asking: Asking) -> list[Question]:
         raise ValueError(f"evaluate.tasks.{name}.files: {error}") from None
     if not found:
         raise ValueError(f"evaluate.tasks.{name}.files: no questions in {', '.join(asking.files)}, allowed: some")
-    if asking.limit or asking.without:
+    if asking.limit or asking.exclude_first:
         units = list(dict.fromkeys(each.unit for each in found))
-        seen = {units[place] for place in spread(len(units), asking.limit or asking.without or 0)}
+        seen = {units[place] for place in spread(len(units), asking.limit or asking.exclude_first or 0)}
         found = [each for each in found if (each.unit in seen) == bool(asking.limit)]
         if not found:
-            raise ValueError(f"evaluate.tasks.{name}.without: got {asking.without}, allowed: up to {len(units) - 1}")
+            raise ValueError(
+                f"evaluate.tasks.{name}.exclude_first: got {asking.exclude_first}, allowed: up to {len(units) - 1}"
+            )
     [(id, times)] = Counter(each.id for each in found).most_common(1)
     if times > 1:
         raise ValueError(f"evaluate.tasks.{name}.files: {times} questions with the id {id}, allowed: one")

@@ -25,8 +25,9 @@ from redux.presets import Preset
 from redux.settings import METHODS
 
 IDLE = (
-    "name", "seed", "workers", "checkpoints", "recovery", "report", "trackers", "data.tolerance",
-    *(f"evaluate.{name}" for name in ("actors", "batch", "image", "template", "fit", "allow_mismatch")),
+    "name", "seed", "num_workers", "checkpoints", "recovery", "report", "trackers", "data.max_bad_fraction",
+    "evaluate.num_actors", "evaluate.batch_size", "evaluate.image_input", "evaluate.template",
+    "evaluate.image_aspect_ratio", "evaluate.allow_mismatch",
     *(f"model.{name}" for name in METHODS),
 )  # fmt: skip
 """What of a job makes no other family: it is the seed, the method, or tells nothing of the result."""
@@ -327,7 +328,7 @@ def _models(family: Sequence[Run], notes: list[str]) -> Iterator[Model]:
 
 
 def _described(run: Run) -> bool:
-    return (run.job.get("evaluate") or {}).get("image") == "described"
+    return (run.job.get("evaluate") or {}).get("image_input") == "caption"
 
 
 def _labels(keys: Sequence[str]) -> Iterator[str]:

@@ -107,7 +107,7 @@ def command(slot: Slot, family: Family) -> str:
         if wanted.methods[part] != like.methods.methods[part]:
             overrides.append(f"model.{part}={_flow(wanted.methods[part])}")
     if slot.described != like.described:
-        overrides.append(f"evaluate.image={'described' if slot.described else 'seen'}")
+        overrides.append(f"evaluate.image_input={'described' if slot.described else 'seen'}")
     return _beside(like, overrides)
 
 
@@ -120,12 +120,12 @@ def _asked(slot: Slot, ranked: Sequence[Model]) -> str:
         return ""
     overrides = [f"name={_base(like)}-{Path(slot.checkpoint).name if slot.checkpoint else _name(slot)}"]
     overrides += ["train={}", f"model={{checkpoint: {checkpoint}}}"]
-    return _beside(like, overrides + ["evaluate.image=described"] * slot.described)
+    return _beside(like, overrides + ["evaluate.image_input=caption"] * slot.described)
 
 
 def _beside(like: Model, overrides: Sequence[str]) -> str:
     folder = like.runs[0].folder
-    return shlex.join(["redux", "run", str(folder / "job.yaml"), *overrides, "--into", str(folder.parent)])
+    return shlex.join(["redux", "run", str(folder / "job.yaml"), *overrides, "--runs-dir", str(folder.parent)])
 
 
 def _base(like: Model) -> str:

@@ -223,7 +223,7 @@ class Reporter:
 
 
 def _bar(trials: Trials) -> tqdm:
-    return tqdm(desc="search", total=trials.settings.trials, initial=len(trials.ended), unit="trial")
+    return tqdm(desc="search", total=trials.settings.num_trials, initial=len(trials.ended), unit="trial")
 
 
 def _show(trials: Trials, bar: tqdm, after: After) -> None:

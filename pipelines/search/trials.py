@@ -94,8 +94,8 @@ class Prune:
 class Settings:
     """What is searched, and how.
 
-    trials: settings that are tried in all, references among them.
-    at_once: trials under way at a time.
+    num_trials: settings that are tried in all, references among them.
+    max_concurrent_trials: trials under way at a time.
     seed: of the sampler; that of the job decides what every trial trains on, the same samples in the same order.
     sampler: "tpe" models which values are good (Optuna's), "nsga2" is evolution, "random" the yardstick for both.
     space: by dotted path of the job, in the order in which values are put there.
@@ -107,8 +107,8 @@ class Settings:
     storage: of the study, a URL as Optuna and its dashboard take; null is a journal in the search's folder.
     """
 
-    trials: Annotated[int, Ge(1)]
-    at_once: Annotated[int, Ge(1)] = 1
+    num_trials: Annotated[int, Ge(1)]
+    max_concurrent_trials: Annotated[int, Ge(1)] = 1
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     sampler: SamplerName = "tpe"
     space: Annotated[dict[str, Range | Choice], MinLen(1)]
@@ -121,8 +121,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         Space(self.space)
-        if self.trials <= len(self.references):
-            raise ValueError(f"trials: got {self.trials}, allowed: more than the {len(self.references)} references")
+        if self.num_trials <= len(self.references):
+            raise ValueError(
+                f"num_trials: got {self.num_trials}, allowed: more than the {len(self.references)} references"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +173,7 @@ class Trials:
     def next(self, key: str) -> Try | None:
         """What to run next, under a key of the caller's; None where nothing is for now, or ever: see `finished`."""
         with self.lock:
-            if len(self.live) >= self.settings.at_once or not self._left():
+            if len(self.live) >= self.settings.max_concurrent_trials or not self._left():
                 return None
             trial = self.study.ask()
             reference = trial.user_attrs.get("reference")
@@ -251,7 +253,7 @@ class Trials:
         if self.hopeless or not self.open:
             return False
         waiting = any(trial.state == TrialState.WAITING for trial in self._all())
-        return waiting or len(self._tries()) < self.settings.trials
+        return waiting or len(self._tries()) < self.settings.num_trials
 
     def _park(self) -> None:
         """What is RUNNING waits: its driver is dead, or about to be."""

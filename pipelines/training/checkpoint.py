@@ -318,7 +318,7 @@ def agree(url: str, manifest: Manifest, changed: bool, data: dict[str, str], mod
         if reshaped or not changed:
             raise RefusedError(
                 f"{url}: it was written with {key} = {_shown(old)}, not {_shown(new)}; give the job another name"
-                + ("" if reshaped else ", or go on all the same by --changed")
+                + ("" if reshaped else ", or go on all the same by --allow-changes")
             )
 
 

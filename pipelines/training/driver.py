@@ -71,7 +71,7 @@ class NotFiniteError(Exception):
         return f"loss or gradient of step {self.step} was not finite"
 
 
-def fit(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None = None) -> None:
+def train_stage(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None = None) -> None:
     """Train the stage to its end, from its newest checkpoint if there is one; with a model it is at its end.
 
     more: hooks after each step, besides the stage's own.
@@ -87,10 +87,10 @@ def fit(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None = None) 
     samples, steps = sum(reader.order.samples), plan.steps(reader.order)
     fewest, most = plan.workers
     print(
-        f"{plan.name}: {steps} steps of {plan.stage.global_batch} = "
-        f"{steps * plan.stage.global_batch / samples:.4g} epochs of {samples} samples, "
+        f"{plan.name}: {steps} steps of {plan.stage.global_batch_size} = "
+        f"{steps * plan.stage.global_batch_size / samples:.4g} epochs of {samples} samples, "
         + (f"{most} workers" if fewest == most else f"{fewest} to {most} workers")
-        + f" x {plan.stage.micro_batch} x {plan.stage.accumulation(plan.stage.usable(most))}"
+        + f" x {plan.stage.micro_batch_size} x {plan.stage.accumulation(plan.stage.usable(most))}"
         + f", on {'GPUs' if 'GPU' in _resources(plan) else 'CPUs'}"
     )
     worker = _resources(plan)
@@ -107,8 +107,8 @@ def fit(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None = None) 
             job=yaml.safe_load(plan.job) or {},
             trackers=plan.trackers,
             restarts=plan.recovery.restarts,
-            max_replaced=plan.tolerance * steps * plan.stage.global_batch,
-            max_skipped=plan.stage.max_nonfinite,
+            max_replaced=plan.tolerance * steps * plan.stage.global_batch_size,
+            max_skipped=plan.stage.max_nonfinite_steps,
         )
     )
     try:
@@ -397,7 +397,7 @@ def training_steps(
     accumulation = plan.stage.accumulation(workers)
     spare = _spare(plan, gpus=trained.device.type != "cpu")
     batches = _batches(trained, reader, cursor * accumulation, steps * accumulation, spare)
-    schedule = Schedule(steps, plan.stage.warmup)
+    schedule = Schedule(steps, plan.stage.warmup_ratio)
     names = [name for hook in beside for name in hook.votes]
     stall_s = 0.0
     for number in range(cursor + 1, steps + 1):
@@ -420,7 +420,7 @@ def training_steps(
             **{f"rank {each}": data_s + forward_s if each == rank else 0.0 for each in range(workers)},
         }
         summed = _summed(own, trained.device)
-        if not applied and plan.stage.nonfinite == "rollback" and number not in again:
+        if not applied and plan.stage.on_nonfinite == "rollback" and number not in again:
             raise NotFiniteError(number)
         busy = [summed.pop(f"rank {each}") for each in range(workers)]
         votes = {name: summed.pop(name) for name in names}
@@ -491,11 +491,11 @@ def _weights(mine: Sequence[ingest.Batch], plan: Plan, device: torch.device) -> 
     """
     stage = plan.stage
     if stage.objective == "contrastive":
-        share = 1 / stage.global_batch
+        share = 1 / stage.global_batch_size
         return [torch.full((len(batch["input_ids"]),), share, device=device) for batch in mine]
     counts = [torch.tensor((batch["labels"][:, 1:] != IGNORE).sum(axis=1), device=device) for batch in mine]
-    if stage.loss == "sample":
-        return [1 / (count.clamp(min=1) * stage.global_batch) for count in counts]
+    if stage.loss_reduction == "sample":
+        return [1 / (count.clamp(min=1) * stage.global_batch_size) for count in counts]
     total = torch.stack([count.sum() for count in counts]).sum()
     dist.all_reduce(total)
     return [1 / total.clamp(min=1).expand_as(count) for count in counts]

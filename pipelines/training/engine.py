@@ -139,14 +139,14 @@ def build(plan: Plan, workers: int) -> Any:
         model=module,
         optimizer=optimizer,
         config={
-            "train_batch_size": stage.global_batch,
-            "train_micro_batch_size_per_gpu": stage.micro_batch,
-            "gradient_clipping": stage.clip,
-            "zero_optimization": {"stage": stage.zero},
+            "train_batch_size": stage.global_batch_size,
+            "train_micro_batch_size_per_gpu": stage.micro_batch_size,
+            "gradient_clipping": stage.max_grad_norm,
+            "zero_optimization": {"stage": stage.zero_stage},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": half},
             # how many micro-batches a worker adds up depends on the number of workers; in bf16 the sum would, too
-            **({"data_types": {"grad_accum_dtype": "fp32"}} if half and stage.zero else {}),
+            **({"data_types": {"grad_accum_dtype": "fp32"}} if half and stage.zero_stage else {}),
             "steps_per_print": None,
         },
     )

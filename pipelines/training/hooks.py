@@ -170,7 +170,7 @@ class Checkpoints(Hook):
         workers = dist.get_world_size()
         if self.upload and step.votes["stored"] + step.votes["unstored"] == workers:
             self._finish()
-        due = step.number % self.plan.stage.checkpoint_every == 0
+        due = step.number % self.plan.stage.save_steps == 0
         if (due or step.save or step.last or step.stopping) and step.number != self.saved:
             self._begin(step)
         if step.last or step.stopping:
@@ -228,7 +228,7 @@ class Checkpoints(Hook):
                 storage.remove_folder(url)
             return Failure(failure.kind, message)
         try:
-            checkpoint.prune(of.folder, manifest.cursor, of.stage.keep_last, of.stage.keep_best)
+            checkpoint.prune(of.folder, manifest.cursor, of.stage.save_total_limit, of.stage.save_best_limit)
         except (OSError, ValueError) as error:
             why = failures.describe(error).text
             self.recorder.say.remote(f"{of.name}: checkpoints before step {manifest.cursor} stay for now: {why}")

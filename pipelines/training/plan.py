@@ -62,9 +62,9 @@ class Plan:
         return self.stage.template or TEMPLATE
 
     @property
-    def fit(self) -> Fit:
+    def image_aspect_ratio(self) -> Fit:
         """How images become squares."""
-        return self.stage.fit or FIT
+        return self.stage.image_aspect_ratio or FIT
 
     @property
     def elastic(self) -> bool:
@@ -101,7 +101,7 @@ class Plan:
 
     def check_prepared(self, name: str, prepared: tuple[int, Fit] | None) -> None:
         """ValueError where a set's images were prepared in another way than the stage wants; None: as they came."""
-        wanted = (self.image_size, self.fit)
+        wanted = (self.image_size, self.image_aspect_ratio)
         if prepared not in (None, wanted):
             raise ValueError(
                 f"train.{self.name}.data: {name} has images prepared as {prepared}, allowed: {wanted}, by the image "
@@ -112,13 +112,13 @@ class Plan:
         """What Ray Data reads."""
         stage, sources = self.stage, self.sources()
         groups = None
-        if stage.groups:
+        if stage.group_by_length:
             [shards] = sources.values()
-            groups = Groups.of(shards.has_image, shards.words, stage.groups)
+            groups = Groups.of(shards.has_image, shards.words, stage.group_by_length)
         order = Order(
             samples=tuple(map(len, sources.values())),
             weights=() if isinstance(stage.data, str) else tuple(stage.data.values()),
-            global_batch=stage.global_batch,
+            global_batch_size=stage.global_batch_size,
             seed=self.seed,
             shuffle=stage.shuffle,
             window=stage.window,
@@ -129,14 +129,16 @@ class Plan:
         return ingest.Reader(
             sources=sources,
             order=order,
-            size=stage.micro_batch,
+            size=stage.micro_batch_size,
             image_size=self.image_size,
             tokenizer=self.tokenizer,
-            encode=ingest.conversation(self.template, self.image_tokens, stage.length) if language else ingest.caption,
-            fit=self.fit,
-            way=stage.pixels,
-            flip=stage.flip,
-            rounds=stage.rounds,
+            encode=ingest.conversation(self.template, self.image_tokens, stage.max_length)
+            if language
+            else ingest.caption,
+            image_aspect_ratio=self.image_aspect_ratio,
+            way=stage.image_backend,
+            flip=stage.random_flip,
+            rounds=stage.max_rounds,
         )
 
     def steps(self, order: Order) -> int:

@@ -222,13 +222,14 @@ class Recorder:
         settings, where = self.settings, f"train.{self.settings.stage}"
         if self.metrics.replaced > settings.max_replaced:
             return (
-                f"{where}: {self.metrics.replaced} samples had to be replaced, allowed: {settings.max_replaced:g}, by "
-                f"data.tolerance;{f' at last {reason};' if reason else ''} {settings.run / consumed.FILE} lists them"
+                f"{where}: {self.metrics.replaced} samples were replaced, allowed: {settings.max_replaced:g} "
+                f"(data.max_bad_fraction);{f' the last: {reason};' if reason else ''} "
+                f"{settings.run / consumed.FILE} lists them"
             )
         if self.metrics.skipped > settings.max_skipped:
             return (
-                f"{where}.max_nonfinite: loss or gradient of {self.metrics.skipped} steps was not finite, at last of "
-                f"step {step}, allowed: {settings.max_skipped}; {settings.run / consumed.FILE} has its samples"
+                f"{where}.max_nonfinite_steps: loss or gradient of {self.metrics.skipped} steps was not finite, the "
+                f"last at step {step}, allowed: {settings.max_skipped}; {settings.run / consumed.FILE} lists its samples"
             )
         return ""
 

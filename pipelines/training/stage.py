@@ -21,9 +21,12 @@ FIT: Fit = "pad"
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adapters in the language model's linear layers (arXiv 2106.09685), trained in place of its weights.
+    """Low-rank adapters (arXiv 2106.09685) on the linear layers of the language model, trained in place of its weights.
 
-    alpha: the adapters' output is scaled by alpha / rank.
+    Args:
+        rank: rank of each adapter.
+        alpha: scale; the output of an adapter is multiplied by alpha / rank.
+        dropout: probability of dropping an input of an adapter while training.
     """
 
     rank: Annotated[int, Ge(1)] = 128
@@ -33,124 +36,144 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Settings of one stage.
+    """Configuration of one training stage.
 
-    objective: "contrastive" trains the image tower alone, with CLIP's objective on captions; "language" the whole
-        LLaVA, with next-token prediction.
-    data: the set of shards, or a mixture: names of sets with their shares of each global batch.
-    template: of the conversations (objective "language"); null is that of model.checkpoint where it says one with
-        questions, else vicuna_v1.
-    length: tokens after which a sample is cut off, as LLaVA does; null replaces one that exceeds the model's positions.
-    epochs: of all sets together, whatever their shares; or steps: global batches.
-    shuffle: "global" takes samples from anywhere; "window" mixes them within `window` shards at a time, which keeps
-        reads near each other; "none" leaves them as they are stored.
-    groups: batches of one modality and of similar lengths, sorted within so many global batches at a time, as LLaVA
-        does for conversations; null mixes them.
-    fit: images padded to a square (LLaVA's stage 2) or cropped (its stage 1); null is that of model.checkpoint where
-        it says one, else pad.
-    pixels: "exact" equals LLaVA's to the bit; "fast" does not, by a grey level or two (redux/image.py).
-    learning_rate: peak for each part; a part that is not named is frozen.
-    lora: adapters take the place of the language model's weights; its learning rate is then theirs.
-    loss: mean over the tokens of a global batch, or over its samples, each counting for the mean of its tokens.
-    warmup: share of the steps over which the rate rises to its peak; from there it falls as a half cosine to 0.
-    beta2: of AdamW; 0.95 forgets old gradients sooner and helps small models in small batches over plateaus.
-    micro_batch: samples a worker computes at once.
-    zero: DeepSpeed's ZeRO stage: what is divided among workers. 0 nothing (in bf16 it then adds gradients up in bf16,
-        so results depend a little on the number of workers), 1 optimizer states, 2 gradients too, 3 weights too.
-    activation_checkpointing: compute activations again in the backward pass instead of keeping them.
-    checkpoint_every: steps between checkpoints.  keep_last, keep_best: how many of them stay, the newest and those
-        with the lowest mean loss since the checkpoint before.
-    nonfinite: what to do when the loss or gradient of a batch is NaN or infinite: "skip" its update, or "rollback" to
-        the last checkpoint first, in case the machine was at fault, and skip it if that happens again.
-    max_nonfinite: skipped batches after which the stage stops.
-    flip: mirror every other image at random.
-    rounds: of a conversation, at most so many at a time, drawn anew and in another order each epoch, so that questions
-        also come first, without the answers to others before them; null takes conversations as they are.
+    Args:
+        objective: "contrastive" trains the image tower alone, with CLIP's objective on captions; "language" trains
+            LLaVA with next-token prediction.
+        data: name of a set of shards, or a mixture: set names with their shares of each global batch.
+        template: conversation template. null takes the template of model.checkpoint if it names one for questions,
+            otherwise vicuna_v1.
+        max_length: tokens after which a sample is truncated, as LLaVA does. null replaces a sample that exceeds the
+            positions of the model by another one.
+        epochs: passes over the data of all sets together. Set either this or steps.
+        steps: number of global batches.
+        shuffle: "global" draws samples from the whole set; "window" mixes samples within `window` shards at a time,
+            so that reads stay close together; "none" keeps the stored order.
+        window: number of shards that are mixed at a time by shuffle "window".
+        group_by_length: number of global batches that are sorted together into batches of one modality and of similar
+            lengths, as LLaVA does for conversations. null mixes all samples.
+        image_aspect_ratio: "pad" pads images to a square (LLaVA's stage 2), "crop" cuts them (its stage 1). null takes
+            that of model.checkpoint if it names one, otherwise pad.
+        image_backend: "exact" computes LLaVA's pixels bit for bit; "fast" differs by one or two grey levels.
+        global_batch_size: samples of one optimizer step, over all workers.
+        micro_batch_size: samples that one worker computes at a time.
+        learning_rate: peak learning rate of each part: tower, projector, language. A part without one is frozen.
+        lora: adapters that are trained in place of the weights of the language model, at its learning rate. null
+            trains the weights.
+        loss_reduction: "token" averages over the tokens of a global batch; "sample" averages over its samples, each of
+            which is the average of its tokens.
+        warmup_ratio: share of the steps in which the learning rate rises to its peak. It then falls along a half cosine
+            to 0.
+        beta2: decay of AdamW's second moment. 0.95 adapts sooner and helps small models with small batches.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: norm to which gradients are clipped.
+        zero_stage: DeepSpeed's ZeRO stage: what is divided among workers. 0 nothing (in bf16, gradients are then summed
+            in bf16, so results depend slightly on the number of workers), 1 optimizer states, 2 also gradients, 3 also
+            weights.
+        precision: "fp32" or "bf16" for weights and activations; the optimizer keeps fp32 in both.
+        activation_checkpointing: recompute activations in the backward pass instead of keeping them. Saves memory.
+        save_steps: steps between checkpoints.
+        save_total_limit: number of newest checkpoints that are kept.
+        save_best_limit: number of checkpoints that are kept besides these: those with the lowest mean loss since the
+            checkpoint before.
+        on_nonfinite: reaction to a NaN or infinite loss or gradient. "skip" leaves the update out; "rollback" first
+            repeats the steps since the last checkpoint, in case of a hardware fault, and skips the update if it
+            happens again.
+        max_nonfinite_steps: number of skipped updates after which the stage stops.
+        random_flip: mirror every second image, chosen at random.
+        max_rounds: largest number of question-answer rounds of a conversation that are trained at a time, drawn again
+            in a new order each epoch, so that each question also comes first. null keeps conversations whole.
     """
 
     objective: Literal["contrastive", "language"]
     data: str | Annotated[dict[str, Annotated[float, Gt(0)]], MinLen(1)]
     template: TemplateName | None = None
-    length: Annotated[int, Ge(1)] | None = None
+    max_length: Annotated[int, Ge(1)] | None = None
     epochs: Annotated[float, Gt(0)] | None = None
     steps: Annotated[int, Ge(1)] | None = None
     shuffle: Shuffle = "global"
     window: Annotated[int, Ge(1)] = 8
-    groups: Annotated[int, Ge(1)] | None = None
-    fit: Fit | None = None
-    pixels: Way = "exact"
-    global_batch: Annotated[int, Ge(1)]
-    micro_batch: Annotated[int, Ge(1)]
+    group_by_length: Annotated[int, Ge(1)] | None = None
+    image_aspect_ratio: Fit | None = None
+    image_backend: Way = "exact"
+    global_batch_size: Annotated[int, Ge(1)]
+    micro_batch_size: Annotated[int, Ge(1)]
     learning_rate: dict[Part, Annotated[float, Gt(0)]]
     lora: Lora | None = None
-    loss: Literal["token", "sample"] = "token"
-    warmup: Annotated[float, Ge(0), Le(1)] = 0.03
+    loss_reduction: Literal["token", "sample"] = "token"
+    warmup_ratio: Annotated[float, Ge(0), Le(1)] = 0.03
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    clip: Annotated[float, Gt(0)] = 1.0
-    zero: Literal[0, 1, 2, 3] = 2
+    max_grad_norm: Annotated[float, Gt(0)] = 1.0
+    zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
-    checkpoint_every: Annotated[int, Ge(1)] = 100
-    keep_last: Annotated[int, Ge(1)] = 2
-    keep_best: Annotated[int, Ge(0)] = 0
-    nonfinite: Literal["skip", "rollback"] = "skip"
-    max_nonfinite: Annotated[int, Ge(0)] = 10
-    flip: bool = False
-    rounds: Annotated[int, Ge(1)] | None = None
+    save_steps: Annotated[int, Ge(1)] = 100
+    save_total_limit: Annotated[int, Ge(1)] = 2
+    save_best_limit: Annotated[int, Ge(0)] = 0
+    on_nonfinite: Literal["skip", "rollback"] = "skip"
+    max_nonfinite_steps: Annotated[int, Ge(0)] = 10
+    random_flip: bool = False
+    max_rounds: Annotated[int, Ge(1)] | None = None
 
     def __post_init__(self) -> None:
         if not self.learning_rate:
             raise ValueError("learning_rate: got {}, allowed: a rate for at least one of tower, projector, language")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"epochs: got {self.epochs}, and steps {self.steps}, allowed: one of the two")
-        if self.global_batch % self.micro_batch:
+        if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
-                f"global_batch: got {self.global_batch}, allowed: a multiple of micro_batch, {self.micro_batch}"
+                f"global_batch_size: got {self.global_batch_size}, allowed: a multiple of micro_batch_size, "
+                f"{self.micro_batch_size}"
             )
-        if self.groups and (self.shuffle != "global" or len(self.mixture) > 1):
+        if self.group_by_length and (self.shuffle != "global" or len(self.mixture) > 1):
             raise ValueError(
-                f"groups: got {self.groups} with shuffle {self.shuffle} and {len(self.mixture)} sets, allowed: groups "
-                "with shuffle global and one set"
+                f"group_by_length: got {self.group_by_length} with shuffle {self.shuffle} and {len(self.mixture)} "
+                "sets, allowed: null, or shuffle global and one set"
             )
-        if self.objective == "contrastive" and self.micro_batch < 2:
-            raise ValueError("micro_batch: got 1, allowed: at least 2, as objective contrastive compares samples")
+        if self.objective == "contrastive" and self.micro_batch_size < 2:
+            raise ValueError("micro_batch_size: got 1, allowed: at least 2, as objective contrastive compares samples")
         if self.objective == "contrastive" and set(self.learning_rate) != {"tower"}:
             raise ValueError(
                 f"learning_rate: got {self.learning_rate}, allowed: tower alone, which is all that objective "
                 "contrastive trains"
             )
         if self.lora and "language" not in self.learning_rate:
-            raise ValueError("lora: got one, allowed: null, as learning_rate has none for language")
+            raise ValueError("lora: requires learning_rate.language, the learning rate of the adapters")
 
     @property
     def mixture(self) -> dict[str, float]:
         """Shares of the sets by name."""
         return {self.data: 1.0} if isinstance(self.data, str) else self.data
 
-    def resolve_format(self, template: TemplateName | None, fit: Fit | None) -> "Stage":
+    def resolve_format(self, template: TemplateName | None, image_aspect_ratio: Fit | None) -> "Stage":
         """Return the stage with a template and a fit, where it names none.
 
         Args:
             template, fit: those of the model that training starts from; None, or `plain`, is LLaVA-1.5's.
         """
         template = None if template == "plain" else template
-        return replace(self, template=self.template or template or TEMPLATE, fit=self.fit or fit or FIT)
+        return replace(
+            self,
+            template=self.template or template or TEMPLATE,
+            image_aspect_ratio=self.image_aspect_ratio or image_aspect_ratio or FIT,
+        )
 
     def usable(self, workers: int) -> int:
         """How many of so many workers share the global batch evenly: the most that do."""
-        micro_batches = self.global_batch // self.micro_batch
+        micro_batches = self.global_batch_size // self.micro_batch_size
         return next(count for count in range(min(workers, micro_batches), 0, -1) if micro_batches % count == 0)
 
     def accumulation(self, workers: int) -> int:
         """Micro-batches that each worker adds up to a global batch.  ValueError where that is no whole number."""
-        together = self.micro_batch * workers
-        if self.global_batch % together:
+        together = self.micro_batch_size * workers
+        if self.global_batch_size % together:
             raise ValueError(
-                f"global_batch: got {self.global_batch}, allowed: a multiple of {together}, "
-                f"{workers} workers x micro_batch {self.micro_batch}"
+                f"global_batch_size: got {self.global_batch_size}, allowed: a multiple of {together}, "
+                f"{workers} workers x micro_batch_size {self.micro_batch_size}"
             )
-        return self.global_batch // together
+        return self.global_batch_size // together
 
 
 def count_shared_workers(stages: Iterable[Stage], most: int) -> int:
@@ -160,15 +183,17 @@ def count_shared_workers(stages: Iterable[Stage], most: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """How a run meets faults.
+    """Reaction of a run to faults and stops.
 
-    restarts: faults in a row, without a step further than any before, after which the run stops.
-    watchdog_s: seconds without a finished step after which a worker counts as hung and all are started again. All of a
-        start must fit in (loading the model and a checkpoint, the first batch), and the last checkpoint's upload.
-    grace_s: after SIGTERM, seconds for the step at hand, the next one and a last checkpoint; schedulers give 30 or
-        more before they kill.
-    resize_s: for a range of workers, seconds between looks whether machines have come or gone; a change starts all
-        workers again from the last checkpoint.
+    Args:
+        restarts: number of consecutive faults, without progress in between, after which the run stops.
+        watchdog_s: seconds without a finished step after which a worker counts as hung and all workers are restarted.
+            It has to cover a whole start (loading the model and a checkpoint, first batch) and the upload of a
+            checkpoint.
+        grace_s: seconds that a run gets after SIGTERM for the current step, one more and a last checkpoint. Most
+            schedulers kill after 30 or more.
+        resize_s: for a range of workers, seconds between two looks at the cluster for machines that came or went. A
+            change restarts all workers from the last checkpoint.
     """
 
     restarts: Annotated[int, Ge(0)] = 3

@@ -18,7 +18,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from PIL import Image
 
 from redux.conversation import IMAGE
-from redux.respondent import Answers, Known, load
+from redux.respondent import Answers, ImageInput, load
 from redux.settings import Fit, TemplateName
 
 MAX_NEW_TOKENS = 1024
@@ -39,9 +39,9 @@ class Redux(lmms):
         self,
         pretrained: str,
         template: TemplateName | None = None,
-        fit: Fit | None = None,
+        image_aspect_ratio: Fit | None = None,
         allow_mismatch: bool = False,
-        image: Known = "seen",
+        image_input: ImageInput = "pixels",
         dtype: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
@@ -56,9 +56,9 @@ class Redux(lmms):
         self.respondent = load(
             pretrained,
             template=template,
-            fit=fit,
+            image_aspect_ratio=image_aspect_ratio,
             allow_mismatch=allow_mismatch,
-            image=image,
+            image_input=image_input,
             dtype=dtype,
             device=self.accelerator.device if self._world_size > 1 else device,
         )

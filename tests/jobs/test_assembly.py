@@ -22,10 +22,17 @@ from redux.model import ReduxForConditionalGeneration
 from redux.pretrained import assemble
 
 STAGES = {
-    "pretrain": {"template": "plain", "fit": "crop", "learning_rate": {"projector": 1e-3}},
+    "pretrain": {"template": "plain", "image_aspect_ratio": "crop", "learning_rate": {"projector": 1e-3}},
     "instruct": {"template": "vicuna_v1", "learning_rate": {"projector": 1e-3, "language": 1e-3}},
 }
-STAGE = {"objective": "language", "data": "talk", "steps": 2, "global_batch": 8, "micro_batch": 2, "precision": "bf16"}
+STAGE = {
+    "objective": "language",
+    "data": "talk",
+    "steps": 2,
+    "global_batch_size": 8,
+    "micro_batch_size": 2,
+    "precision": "bf16",
+}
 NO_SETS = ("data.sets={}", "data.source=easy-vqa", *(f"train.{name}.data=captions" for name in STAGES))
 """Overrides by which a job makes its sets itself, so that none has to be there."""
 
@@ -39,7 +46,7 @@ def load(parts: dict[str, str], tmp_path: Path) -> Callable[..., Job]:
         model = {part: parts[part] for part in ("tower", "language")}
         data = {"source": None, "sets": {"talk": "nowhere"}}
         train = {name: STAGE | stage for name, stage in STAGES.items()}
-        path.write_text(json.dumps({"name": "parts", "workers": 2, "data": data, "model": model, "train": train}))
+        path.write_text(json.dumps({"name": "parts", "num_workers": 2, "data": data, "model": model, "train": train}))
         return schema.load(path, overrides)
 
     return load
@@ -51,7 +58,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Plan]]:
 
     def told(job: Job, folder: Path, **options: Any) -> list[Plan]:
         plans: list[Any] = []
-        monkeypatch.setattr(driver, "fit", lambda plan, watch: plans.append(plan))
+        monkeypatch.setattr(driver, "image_aspect_ratio", lambda plan, watch: plans.append(plan))
         work = steps(job, folder, **options)
         for name in job.train:
             work[name]()
@@ -108,7 +115,7 @@ def test_where_a_stage_is_in_full_precision_so_is_what_it_starts_from(load: Call
 def test_plans_say_where_to_start_and_how_large_images_are(
     load: Callable[..., Job], told: Callable[..., list[Plan]], tmp_path: Path
 ) -> None:
-    job = load("workers=[1, 4]", "recovery.restarts=7")
+    job = load("num_workers=[1, 4]", "recovery.restarts=7")
     first, second = told(job, tmp_path, changed=True)
     whole = tmp_path / "assembled"
     assert (first.start, first.tokenizer, first.model) == (str(whole), whole, None)
@@ -120,7 +127,7 @@ def test_plans_say_where_to_start_and_how_large_images_are(
         assert plan.recovery == Recovery(restarts=7)
         assert plan.changed
         assert plan.job == schema.dump(job)
-    [plan, _] = told(load("model.vmtc=null", "workers=2"), tmp_path / "other")
+    [plan, _] = told(load("model.vmtc=null", "num_workers=2"), tmp_path / "other")
     assert plan.image_tokens == 16
     assert plan.workers == (2, 2)
 
@@ -174,9 +181,12 @@ def test_what_cannot_be_assembled_is_told_at_the_start(
             ["train.pretrain.objective=contrastive", "train.pretrain.learning_rate={tower: 1}"],
             "train: got objectives contrastive, language, allowed: language alone, as model.tower is pretrained",
         ),
-        (["workers=[3, 2]"], "workers: got [3, 2], allowed: the fewest first"),
-        (["workers=[3]"], "workers: got [3], allowed: a whole number >= 1 or a list of 2 values, each a whole number"),
-        (["workers=3"], "train.pretrain.global_batch: got 8, allowed: a multiple of 6"),
+        (["num_workers=[3, 2]"], "num_workers: got [3, 2], allowed: the fewest first"),
+        (
+            ["num_workers=[3]"],
+            "num_workers: got [3], allowed: a whole number >= 1 or a list of 2 values, each a whole number",
+        ),
+        (["num_workers=3"], "train.pretrain.global_batch_size: got 8, allowed: a multiple of 6"),
         (["train.pretrain.data=captions"], "train.pretrain.data: got captions, allowed: talk, those of data.sets"),
         (["trackers=[paper]"], "trackers.0: got 'paper', allowed: 'tensorboard' or 'mlflow' or 'wandb'"),
     ],
@@ -192,9 +202,9 @@ def test_what_the_file_says_wrong_is_told_at_its_place(
 
 
 def test_any_number_of_a_range_of_workers_will_do(load: Callable[..., Job]) -> None:
-    job = load("workers=[1, 3]", "trackers=[mlflow, wandb]")
+    job = load("num_workers=[1, 3]", "trackers=[mlflow, wandb]")
     assert job.worker_range == (1, 3)
-    assert load("workers=2").worker_range == (2, 2)
+    assert load("num_workers=2").worker_range == (2, 2)
 
 
 def test_a_file_of_weights_needs_a_model_from_a_folder() -> None:
@@ -233,11 +243,11 @@ def test_folders_are_written_from_the_root_on_and_hub_ids_as_they_are(
 def checkpoint(load: Callable[..., Job], tmp_path: Path) -> Callable[..., str]:
     """A model that says how it was trained."""
 
-    def checkpoint(template: str | None, fit: str | None) -> str:
+    def checkpoint(template: str | None, image_aspect_ratio: str | None) -> str:
         folder = tmp_path / "made"
         steps(load(), folder)["assemble"]()
         config = folder / "assembled" / "config.json"
-        said = {"conversation_template": template, "image_aspect_ratio": fit}
+        said = {"conversation_template": template, "image_aspect_ratio": image_aspect_ratio}
         config.write_text(json.dumps(json.loads(config.read_text()) | said))
         return str(folder / "assembled")
 
@@ -247,49 +257,51 @@ def checkpoint(load: Callable[..., Job], tmp_path: Path) -> Callable[..., str]:
 SAID = [("vicuna_bare", "crop"), ("vicuna_v1", "pad"), ("plain", "crop"), (None, None)]
 
 
-@pytest.mark.parametrize(("template", "fit"), SAID)
+@pytest.mark.parametrize(("template", "image_aspect_ratio"), SAID)
 @pytest.mark.parametrize("searched", [False, True])
 def test_a_job_trains_on_and_asks_as_the_checkpoint_was_trained(
     load: Callable[..., Job],
     checkpoint: Callable[..., str],
     tmp_path: Path,
     template: str | None,
-    fit: str | None,
+    image_aspect_ratio: str | None,
     searched: bool,
 ) -> None:
-    model = {"checkpoint": checkpoint(template, fit)}
+    model = {"checkpoint": checkpoint(template, image_aspect_ratio)}
     stage = STAGE | {"learning_rate": {"projector": 1e-3}, "data": "captions"}
     tree = {"data": {"source": "easy-vqa"}, "model": model, "train": {"more": stage}, "evaluate": {}}
 
     def locate(**changes: Any) -> Job:
         whole = tree | changes
         if searched:
-            space = {"model.cmai.maximum": {"low": 0.0, "high": 0.9}}
+            space = {"model.cmai.gamma_max": {"low": 0.0, "high": 0.9}}
             objectives = {"easy_vqa.accuracy": "max"}
-            search = {"name": "a", "trials": 1, "space": space, "objectives": objectives, "job": whole}
+            search = {"name": "a", "num_trials": 1, "space": space, "objectives": objectives, "job": whole}
             (tmp_path / "search.yaml").write_text(json.dumps(search))
             return located(Jobs(load_search(tmp_path / "search.yaml"))({}), tmp_path / "run")
         (tmp_path / "job.yaml").write_text(json.dumps(whole | {"name": "a"}))
         return located(schema.load(tmp_path / "job.yaml"), tmp_path / "run")
 
     job = locate()
-    expected = ("vicuna_v1" if template in (None, "plain") else template, fit or "pad")
-    assert (job.train["more"].template, job.train["more"].fit) == expected
+    expected = ("vicuna_v1" if template in (None, "plain") else template, image_aspect_ratio or "pad")
+    assert (job.train["more"].template, job.train["more"].image_aspect_ratio) == expected
     assert job.evaluate
-    assert (job.evaluate.template, job.evaluate.fit) == expected
+    assert (job.evaluate.template, job.evaluate.image_aspect_ratio) == expected
 
     other = ("vicuna_v1" if expected[0] == "vicuna_bare" else "vicuna_bare", "pad" if expected[1] == "crop" else "crop")
-    job = locate(train={"more": stage | {"template": other[0], "fit": other[1]}})
-    assert (job.train["more"].template, job.train["more"].fit) == other, "an explicit one wins"
+    job = locate(train={"more": stage | {"template": other[0], "image_aspect_ratio": other[1]}})
+    assert (job.train["more"].template, job.train["more"].image_aspect_ratio) == other, "an explicit one wins"
     assert job.evaluate
-    assert (job.evaluate.template, job.evaluate.fit) == other, "it is asked as its last stage was trained"
+    assert (job.evaluate.template, job.evaluate.image_aspect_ratio) == other, (
+        "it is asked as its last stage was trained"
+    )
     with pytest.raises(ValueError, match=rf"evaluate.template: got {other[0]}, allowed: {expected[0]}"):
         locate(evaluate={"template": other[0]})
-    with pytest.raises(ValueError, match=rf"evaluate.fit: got {other[1]}, allowed: {expected[1]}"):
-        locate(evaluate={"fit": other[1]})
-    wanted = locate(evaluate={"template": other[0], "fit": other[1], "allow_mismatch": True}).evaluate
+    with pytest.raises(ValueError, match=rf"evaluate.image_aspect_ratio: got {other[1]}, allowed: {expected[1]}"):
+        locate(evaluate={"image_aspect_ratio": other[1]})
+    wanted = locate(evaluate={"template": other[0], "image_aspect_ratio": other[1], "allow_mismatch": True}).evaluate
     assert wanted
-    assert (wanted.template, wanted.fit) == other
+    assert (wanted.template, wanted.image_aspect_ratio) == other
 
     if template == "plain":
         with pytest.raises(ValueError, match=r"evaluate.template: got plain, .*a model that was last trained with que"):
@@ -297,4 +309,4 @@ def test_a_job_trains_on_and_asks_as_the_checkpoint_was_trained(
     else:
         asked = locate(train={}).evaluate
         assert asked
-        assert (asked.template, asked.fit) == expected
+        assert (asked.template, asked.image_aspect_ratio) == expected

@@ -85,7 +85,7 @@ def test_before_the_first_step_every_setting_may_change(begin: Begin, override: 
         ((*PREPARED, "tower"), ("pretrain",), "train.pretrain.epochs=7", "pretrain"),
         (TRAINED, ("evaluate",), "evaluate.tasks.easy_vqa.max_new_tokens=7", "evaluate"),
         (FINISHED, (), "evaluate=null", "evaluate"),
-        (FINISHED, (), "model.cmai.maximum=0.7", "tower"),
+        (FINISHED, (), "model.cmai.gamma_max=0.7", "tower"),
     ],
 )
 def test_a_setting_that_a_step_depends_on_stays(
@@ -93,7 +93,9 @@ def test_a_setting_that_a_step_depends_on_stays(
 ) -> None:
     folder = begin(done, begun)
     before = (folder / JOB).read_text()
-    with pytest.raises(ValueError, match=f"{override.partition('=')[0]} = .*, and {use} depends on it; .*--changed"):
+    with pytest.raises(
+        ValueError, match=f"{override.partition('=')[0]} = .*, and {use} depends on it; .*--allow-changes"
+    ):
         Claim.of(folder, load(override)).enforce()
     assert (folder / JOB).read_text() == before
     Claim.of(folder, load(override)).enforce(changed=True)
@@ -109,8 +111,8 @@ def test_a_setting_that_a_step_depends_on_stays(
         (TRAINED, "evaluate.tasks.easy_vqa.max_new_tokens=7"),
         (TRAINED, "evaluate=null"),
         *((FINISHED, free) for free in (
-            "workers=[1, 2]", "recovery.restarts=9", "trackers=[]", "data.tolerance=0.5", "gpu_share=1",
-            "evaluate.batch=7", "evaluate.actors=7",
+            "num_workers=[1, 2]", "recovery.restarts=9", "trackers=[]", "data.max_bad_fraction=0.5", "gpu_share=1",
+            "evaluate.batch_size=7", "evaluate.num_actors=7",
         )),
     ],
 )  # fmt: skip

@@ -91,7 +91,7 @@ def test_mistakes_in_a_job_are_a_line_each_and_exit_2_before_ray_starts(tmp_path
     job, ray = tmp_path / "job.yaml", tmp_path / "ray"
     job.write_text("nmae: a\n")
     ray.mkdir()
-    ended = redux("run", job, "--into", tmp_path / "runs", RAY_TMPDIR=str(ray), RAY_ADDRESS="")
+    ended = redux("run", job, "--runs-dir", tmp_path / "runs", RAY_TMPDIR=str(ray), RAY_ADDRESS="")
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert ended.stderr.startswith(
@@ -112,7 +112,7 @@ MISTAKES = {
     "job": "name: a\nseeed: 1\ndata: {}\nmodel: {checkpoint: a/b}\nevaluate: {tasks: {gqa: {}}}\n",
     "study": "name: a\nvariants: {b: {}}\njob: {seeed: 1, data: {}, model: {checkpoint: a/b}, evaluate: {}}\n",
     "variant": "name: a\nvariants: {b: {seeed: 1}}\njob: {data: {}, model: {checkpoint: a/b}, evaluate: {}}\n",
-    "search": "name: a\ntrials: 2\nspace: {evaluate.batch: {low: 1, high: 2}}\nobjectives: {flops: min}\n"
+    "search": "name: a\nnum_trials: 2\nspace: {evaluate.batch_size: {low: 1, high: 2}}\nobjectives: {flops: min}\n"
     "job: {seeed: 1, data: {}, model: {checkpoint: a/b}, evaluate: {}}\n",
 }
 
@@ -134,7 +134,7 @@ def test_run_hands_over_the_job_and_its_folder(work: Any) -> None:
     seen = []
     work(lambda job, folder, changed: seen.append((job, folder, changed)))
     assert command.main(["run", "x.yaml"]) == 0
-    assert command.main(["run", "x.yaml", "a.b=1", "--into", "elsewhere", "--changed", "c=2"]) == 0
+    assert command.main(["run", "x.yaml", "a.b=1", "--runs-dir", "elsewhere", "--allow-changes", "c=2"]) == 0
     assert [(folder, changed) for _, folder, changed in seen] == [
         (Path("runs/a"), False),
         (Path("elsewhere/a"), True),
@@ -144,7 +144,7 @@ def test_run_hands_over_the_job_and_its_folder(work: Any) -> None:
 
 def test_a_mistake_found_later_is_one_line_too(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(job: Any, folder: Path, changed: bool) -> None:
-        raise ValueError("workers: got 3,\nallowed: a divisor of 32")
+        raise ValueError("num_workers: got 3,\nallowed: a divisor of 32")
 
     work(fail)
     assert command.main(["run", "x.yaml"]) == 2

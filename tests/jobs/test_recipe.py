@@ -31,7 +31,7 @@ FILES = sorted(FOLDER.glob("llava-1.5-*.yaml"))
 SAMPLES = {"llava-pretrain": 558_128, "mix665k": 665_298}
 """Records of LLaVA's two files."""
 
-BATCH = {"global_batch": 8, "micro_batch": 2, "epochs": "null", "steps": 2}
+BATCH = {"global_batch_size": 8, "micro_batch_size": 2, "epochs": "null", "steps": 2}
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -55,24 +55,35 @@ def test_the_numbers_are_those_of_llavas_scripts(path: Path) -> None:
     assert job.model.tower == "openai/clip-vit-large-patch14-336"
     assert job.model.language == f"lmsys/vicuna-{size[0]}-v1.5"
     assert [stage.accumulation(8) for stage in job.train.values()] == [1, 1]  # on 8 GPUs, as the scripts have it
-    assert (first.template, first.fit, first.groups, first.learning_rate) == (
+    assert (first.template, first.image_aspect_ratio, first.group_by_length, first.learning_rate) == (
         "plain",
         "crop",
         None,
         {"projector": 1e-3},
     )
     rates = {"projector": 2e-5, "language": 2e-5}
-    assert (second.template, second.fit, second.groups, second.learning_rate) == ("vicuna_v1", "pad", 1, rates)
-    assert [stage.zero for stage in (first, second)] == [2, 3]
-    assert [stage.global_batch for stage in (first, second)] == [256, 128]
-    assert [stage.length for stage in (first, second)] == [2048, 2048]
-    assert [stage.micro_batch for stage in (first, second)] == [32, 16]
+    assert (second.template, second.image_aspect_ratio, second.group_by_length, second.learning_rate) == (
+        "vicuna_v1",
+        "pad",
+        1,
+        rates,
+    )
+    assert [stage.zero_stage for stage in (first, second)] == [2, 3]
+    assert [stage.global_batch_size for stage in (first, second)] == [256, 128]
+    assert [stage.max_length for stage in (first, second)] == [2048, 2048]
+    assert [stage.micro_batch_size for stage in (first, second)] == [32, 16]
     for stage in (first, second):
         assert stage.accumulation(8) == 1
-        assert (stage.epochs, stage.warmup, stage.weight_decay, stage.beta2, stage.clip) == (1, 0.03, 0, 0.999, 1)
-        assert (stage.precision, stage.activation_checkpointing, stage.pixels) == ("bf16", True, "exact")
-        assert not stage.flip
-        assert stage.rounds is None
+        assert (stage.epochs, stage.warmup_ratio, stage.weight_decay, stage.beta2, stage.max_grad_norm) == (
+            1,
+            0.03,
+            0,
+            0.999,
+            1,
+        )
+        assert (stage.precision, stage.activation_checkpointing, stage.image_backend) == ("bf16", True, "exact")
+        assert not stage.random_flip
+        assert stage.max_rounds is None
     methods = (VMTC(), CMAI()) if "redux" in path.stem else (None, None)
     assert (job.model.vmtc, job.model.cmai, job.model.reduction) == (*methods, None)
 
@@ -82,7 +93,7 @@ def test_an_epoch_has_the_steps_that_llava_reports(path: Path) -> None:
     counted = {}
     for name, stage in schema.load(path).train.items():
         [source] = stage.mixture
-        order = Order(samples=(SAMPLES[source],), global_batch=stage.global_batch, seed=0)
+        order = Order(samples=(SAMPLES[source],), global_batch_size=stage.global_batch_size, seed=0)
         counted[name] = order.batches(stage.epochs or 0)
     assert counted == {"pretrain": 2181, "instruct": 5198}
 
@@ -120,7 +131,7 @@ def record(number: int, image: str | None, question: str) -> dict[str, Any]:
 def small(path: Path, parts: dict[str, str], sets: dict[str, str]) -> list[str]:
     """Overrides that make the twin of a file."""
     return [
-        "workers=2",
+        "num_workers=2",
         f"data.sets={json.dumps(sets)}",
         *(f"model.{part}={folder}" for part, folder in parts.items()),
         *(f"train.{stage}.{key}={value}" for stage in ("pretrain", "instruct") for key, value in BATCH.items()),
@@ -144,7 +155,7 @@ def test_a_twin_is_assembled_as_the_file_says(
 def run(path: Path, overrides: list[str], into: Path, address: str) -> Path:
     """`redux run` in a process of its own, to its end; the run folder."""
     name = schema.load(path, overrides).name
-    words = [sys.executable, "-m", "jobs.command", "run", str(path), *overrides, "--into", str(into)]
+    words = [sys.executable, "-m", "jobs.command", "run", str(path), *overrides, "--runs-dir", str(into)]
     done = subprocess.run(words, env={**os.environ, "RAY_ADDRESS": address}, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return into / name
@@ -249,7 +260,7 @@ def test_a_model_of_another_set_and_tokenizer_is_asked_as_it_was_trained(
     (tmp_path / "gqa.json").write_text(json.dumps(questions))
     asked = {"files": [str(tmp_path / "gqa.json")], "images": str(tmp_path), "max_new_tokens": 6}
     evaluated = f"evaluate={json.dumps({'tasks': {'gqa': asked}})}"
-    trained = ["train.instruct.template=vicuna_bare", "train.instruct.fit=crop"]
+    trained = ["train.instruct.template=vicuna_bare", "train.instruct.image_aspect_ratio=crop"]
     address = ray_cluster.get_runtime_context().gcs_address
     folder = run(path, [*small(path, parts, sets), *trained, evaluated], tmp_path, address)
 
@@ -264,6 +275,6 @@ def test_a_model_of_another_set_and_tokenizer_is_asked_as_it_was_trained(
 
     rows = [json.loads(line) for line in answers[0].splitlines()]
     photos = [(tmp_path / f"{row['id']}.jpg").read_bytes() for row in rows]
-    other = load(model, template="vicuna_v1", fit="pad", allow_mismatch=True)
+    other = load(model, template="vicuna_v1", image_aspect_ratio="pad", allow_mismatch=True)
     told = other([row["prompt"] for row in rows], photos, max_new_tokens=6)
     assert told.texts != [row["response"] for row in rows]

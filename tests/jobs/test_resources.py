@@ -76,10 +76,13 @@ def test_a_recipe_takes_the_gpus_that_share_its_batch(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["workers=2"], "quickstart: needs 2 GPUs, found 1; set workers=1, or auto"),
-        (["workers=2", "evaluate.actors=2"], "needs 2 GPUs, found 1; set workers=1 evaluate.actors=1, or auto"),
-        (["evaluate.actors=4"], "needs 4 GPUs, found 1; set evaluate.actors=1, or auto"),
-        (["workers=[2, 8]"], "needs 2 GPUs, found 1; set workers=1, or auto"),
+        (["num_workers=2"], "quickstart: needs 2 GPUs, found 1; set num_workers=1, or auto"),
+        (
+            ["num_workers=2", "evaluate.num_actors=2"],
+            "needs 2 GPUs, found 1; set num_workers=1 evaluate.num_actors=1, or auto",
+        ),
+        (["evaluate.num_actors=4"], "needs 4 GPUs, found 1; set evaluate.num_actors=1, or auto"),
+        (["num_workers=[2, 8]"], "needs 2 GPUs, found 1; set num_workers=1, or auto"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused_with_ones_that_do(machine, overrides: list[str], message: str) -> None:
@@ -93,11 +96,15 @@ def test_numbers_that_do_not_fit_are_refused_with_ones_that_do(machine, override
 def test_the_number_that_is_proposed_suits_every_stage(machine) -> None:
     """Stages that have four and six micro-batches have two workers in common, on three GPUs."""
     machine(16, 3)
-    batches = ["train.tower.global_batch=128", "train.pretrain.global_batch=96", "train.instruct.global_batch=48"]
-    job = schema.load(QUICKSTART, [*batches, "workers=[4, 8]"])
-    with pytest.raises(ValueError, match="needs 4 GPUs, found 3; set workers=2, or auto"):
+    batches = [
+        "train.tower.global_batch_size=128",
+        "train.pretrain.global_batch_size=96",
+        "train.instruct.global_batch_size=48",
+    ]
+    job = schema.load(QUICKSTART, [*batches, "num_workers=[4, 8]"])
+    with pytest.raises(ValueError, match="needs 4 GPUs, found 3; set num_workers=2, or auto"):
         run._check_resources(job, every_step(job))
-    schema.load(QUICKSTART, [*batches, "workers=2"])
+    schema.load(QUICKSTART, [*batches, "num_workers=2"])
 
 
 def test_a_share_of_a_gpu_is_for_one_worker(machine) -> None:
@@ -111,9 +118,9 @@ def test_a_share_of_a_gpu_is_for_one_worker(machine) -> None:
 def test_a_real_ray_with_one_gpu_refuses_two_workers_before_any_shard(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     ended = subprocess.run(
-        [sys.executable, "-m", "jobs.command", "run", str(QUICKSTART), "workers=2", "--into", str(tmp_path)],
+        [sys.executable, "-m", "jobs.command", "run", str(QUICKSTART), "num_workers=2", "--runs-dir", str(tmp_path)],
         env={**environment, "RAY_OVERRIDE_RESOURCES": '{"GPU": 1}'}, capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == 2
-    assert "redux: quickstart: needs 2 GPUs, found 1; set workers=1, or auto in place\n" in ended.stderr
+    assert "redux: quickstart: needs 2 GPUs, found 1; set num_workers=1, or auto in place\n" in ended.stderr
     assert not (tmp_path / "quickstart" / "shards").exists()

@@ -18,7 +18,7 @@ from pipelines.training import ledger, metrics
 
 JOB = """
 name: tiny
-workers: 2
+num_workers: 2
 data:
   source: easy-vqa
   samples_per_shard: 1500
@@ -38,20 +38,20 @@ train:
     objective: contrastive
     data: captions
     epochs: 0.004
-    global_batch: 8
-    micro_batch: 4
+    global_batch_size: 8
+    micro_batch_size: 4
     learning_rate: {tower: 1e-3}
   instruct:
     objective: language
     data: {conversations: 3, talk: 1}
     template: vicuna_bare
     steps: 60
-    global_batch: 16
-    micro_batch: 4
+    global_batch_size: 16
+    micro_batch_size: 4
     learning_rate: {projector: 1e-3, language: 1e-3}
-    checkpoint_every: 7
-    rounds: 3
-evaluate: {tasks: {easy_vqa: {limit: 50, max_new_tokens: 2}}, batch: 250}
+    save_steps: 7
+    max_rounds: 3
+evaluate: {tasks: {easy_vqa: {limit: 50, max_new_tokens: 2}}, batch_size: 250}
 report: {examples: 2}
 """
 
@@ -91,7 +91,7 @@ def finished(job: Path, ray_cluster: Any) -> tuple[Path, str]:
 
 
 def command(job: Path, into: str) -> list[str]:
-    return [sys.executable, "-m", "jobs.command", "run", str(job), "--into", str(job.parent / into)]
+    return [sys.executable, "-m", "jobs.command", "run", str(job), "--runs-dir", str(job.parent / into)]
 
 
 def verify(folder: Path, run: Path) -> subprocess.CompletedProcess[str]:
@@ -250,12 +250,12 @@ def test_a_model_that_is_there_is_only_evaluated(finished: tuple[Path, str], ray
     path.write_text(
         "name: asked\n"
         "data: {source: null}\n"
-        f"model: {{checkpoint: {run}/checkpoints/instruct/model, vmtc: null, cmai: {{maximum: 0.3}}}}\n"
+        f"model: {{checkpoint: {run}/checkpoints/instruct/model, vmtc: null, cmai: {{gamma_max: 0.3}}}}\n"
         "evaluate: {tasks: {instructions: {limit: 2, max_new_tokens: 8}}}\n"
     )
     address = ray_cluster.get_runtime_context().gcs_address
     subprocess.run(
-        [sys.executable, "-m", "jobs.command", "run", str(path), "--into", str(tmp_path)],
+        [sys.executable, "-m", "jobs.command", "run", str(path), "--runs-dir", str(tmp_path)],
         env={**os.environ, "RAY_ADDRESS": address}, check=True, capture_output=True,
     )  # fmt: skip
     answers = list(map(json.loads, (tmp_path / "asked" / "answers" / "instructions.jsonl").read_text().splitlines()))
@@ -279,7 +279,7 @@ def test_a_trained_model_asked_with_no_other_key_scores_as_its_run(
     path = tmp_path / "again.yaml"
     task = "{tasks: {easy_vqa: {limit: 50, max_new_tokens: 2}}}"
     path.write_text(f"name: again\ndata: {{source: null}}\nmodel: {{checkpoint: {model}}}\nevaluate: {task}\n")
-    words = [sys.executable, "-m", "jobs.command", "run", str(path), "--into", str(tmp_path)]
+    words = [sys.executable, "-m", "jobs.command", "run", str(path), "--runs-dir", str(tmp_path)]
     refused = subprocess.run([*words, "evaluate.template=vicuna_v1"], text=True, capture_output=True)
     assert refused.returncode == 2
     assert refused.stderr.startswith(

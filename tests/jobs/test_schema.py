@@ -64,7 +64,7 @@ def test_a_shipped_search_opens_with_what_to_expect_and_draws_jobs(
     jobs, written = search.Jobs(asked), tmp_path / search.FILE
     written.write_text(document.write(asked))
     assert search.load(written) == asked
-    trials = Trials(replace(asked, at_once=asked.trials), asked.name, tmp_path, jobs.forecast)
+    trials = Trials(replace(asked, max_concurrent_trials=asked.num_trials), asked.name, tmp_path, jobs.forecast)
     for number in range(len(asked.references) + 12):
         trial = trials.next(str(number))
         assert trial
@@ -72,7 +72,7 @@ def test_a_shipped_search_opens_with_what_to_expect_and_draws_jobs(
 
 
 def test_the_numbers_of_a_job_are_checked() -> None:
-    for override in ("workers=0", "seed=-1", "name=../up", "train={}", "nmae=a", "workers=true"):
+    for override in ("num_workers=0", "seed=-1", "name=../up", "train={}", "nmae=a", "num_workers=true"):
         with pytest.raises(ValueError, match=r"^[^\n]+$(?!\n)"):
             schema.load(FOLDER / "quickstart.yaml", [override])
 
@@ -86,10 +86,10 @@ def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
     ("override", "line"),
     [
         ("train.instruct.template=plain", "train.instruct.template: got plain, allowed: "),
-        ("train.tower.micro_batch=1", "train.tower.micro_batch: got 1, allowed: at least 2"),
-        ("train.instruct.zero=4", "train.instruct.zero: got 4, allowed: 0 or 1 or 2 or 3"),
+        ("train.tower.micro_batch_size=1", "train.tower.micro_batch_size: got 1, allowed: at least 2"),
+        ("train.instruct.zero_stage=4", "train.instruct.zero_stage: got 4, allowed: 0 or 1 or 2 or 3"),
         ("seed=4294967296", "seed: got 4294967296, allowed: a whole number >= 0 < 4294967296"),
-        ("workers=3", "train.tower.global_batch: got 64, allowed: a multiple of 96"),
+        ("num_workers=3", "train.tower.global_batch_size: got 64, allowed: a multiple of 96"),
         ("model.vmtc.stages=99", "model.vmtc.stages: got 99, allowed: 1 to 4"),
         ("model.vmtc.ratio=0.999", "model.vmtc.ratio: got 0.999, allowed: one that leaves at least 1 of 64"),
         (
@@ -111,7 +111,7 @@ def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
             "data.sets={formats: a}",
             "data.sets: got formats, allowed: other names than captions, conversations, shown, formats",
         ),
-        ("data.tolerance=2", "data.tolerance: got 2, allowed: a number >= 0 <= 1"),
+        ("data.max_bad_fraction=2", "data.max_bad_fraction: got 2, allowed: a number >= 0 <= 1"),
         ("model.language.max_position_embeddings=32", "model.language.max_position_embeddings: got 32, allowed: more"),
     ],
 )
@@ -122,8 +122,10 @@ def test_what_cannot_be_run_is_refused_at_its_place(override: str, line: str) ->
 
 @pytest.mark.parametrize("change", [{"shuffle": "window"}, {"data": {"captions": 1, "conversations": 1}}])
 def test_groups_take_one_set_and_shuffle_all_of_it(change: dict) -> None:
-    overrides = [f"train.instruct.{key}={json.dumps(value)}" for key, value in {"groups": 2, **change}.items()]
-    with pytest.raises(ValueError, match=r"train.instruct.groups: got 2 with shuffle \w+ and \d sets, allowed: "):
+    overrides = [f"train.instruct.{key}={json.dumps(value)}" for key, value in {"group_by_length": 2, **change}.items()]
+    with pytest.raises(
+        ValueError, match=r"train.instruct.group_by_length: got 2 with shuffle \w+ and \d sets, allowed: "
+    ):
         schema.load(FOLDER / "quickstart.yaml", overrides)
     schema.load(FOLDER / "quickstart.yaml", overrides[:1])
 

@@ -23,18 +23,18 @@ from redux.model import configured
 
 TINY = """
 name: tiny
-trials: 5
-at_once: 1
+num_trials: 5
+max_concurrent_trials: 1
 shared: [pretrain]
 fidelity: {train.instruct.steps: 60, evaluate.tasks.easy_vqa.limit: 10}
 space:
   model.vmtc.kept.0: {low: 1, high: 15}
   model.vmtc.clusters.0: {low: 0, high: 4}
-  model.cmai.maximum: {low: 0, high: 1}
+  model.cmai.gamma_max: {low: 0, high: 1}
 references: {plain: {model.vmtc: null}}
 objectives: {easy_vqa.accuracy: max, flops: min}
 job:
-  workers: 1
+  num_workers: 1
   data: {source: easy-vqa, samples_per_shard: 2000}
   model:
     tower:
@@ -45,9 +45,9 @@ job:
     cmai: null
   train:
     pretrain: &stage
-      {objective: language, data: captions, template: plain, steps: 2, global_batch: 4, micro_batch: 4,
+      {objective: language, data: captions, template: plain, steps: 2, global_batch_size: 4, micro_batch_size: 4,
        learning_rate: {projector: 1e-3}}
-    instruct: {<<: *stage, data: conversations, template: vicuna_bare, steps: 900, checkpoint_every: 5}
+    instruct: {<<: *stage, data: conversations, template: vicuna_bare, steps: 900, save_steps: 5}
   evaluate: {tasks: {easy_vqa: {max_new_tokens: 2}}}
   report: {examples: 0}
 """
@@ -63,7 +63,7 @@ def write(tmp_path: Path, **changes: Any) -> Path:
 def test_a_trial_is_the_job_with_its_values_and_what_makes_it_cheaper(tmp_path: Path) -> None:
     asked = search.load(write(tmp_path))
     jobs = search.Jobs(asked)
-    values = {"model.vmtc.kept.0": 9, "model.vmtc.clusters.0": 2, "model.cmai.maximum": 0.5}
+    values = {"model.vmtc.kept.0": 9, "model.vmtc.clusters.0": 2, "model.cmai.gamma_max": 0.5}
     trial, whole = jobs(values, "7"), schema.load(best_of(tmp_path, values))
     assert trial.name == "tiny-7"
     assert (trial.train["instruct"].steps, whole.train["instruct"].steps) == (60, 900)
@@ -73,7 +73,7 @@ def test_a_trial_is_the_job_with_its_values_and_what_makes_it_cheaper(tmp_path: 
         assert job.model.vmtc
         assert (job.model.vmtc.kept, job.model.vmtc.clusters) == ((9,), (2,))
         assert job.model.cmai
-        assert job.model.cmai.maximum == 0.5
+        assert job.model.cmai.gamma_max == 0.5
     assert trial.seed == jobs({}, "8").seed, "the same samples in the same order"
     assert trial.data == jobs({}, "8").data
 
@@ -99,7 +99,7 @@ def test_the_best_of_several_objectives_is_for_the_user_to_name(
     trials = Trials(asked, asked.name, tmp_path, lambda drawn: {})
     places = {name: place.distribution for name, place in asked.space.items()}
     for kept, values in ((9, [0.9, 9.0]), (5, [0.8, 5.0]), (6, [0.7, 6.0])):
-        drawn = {"model.vmtc.kept.0": kept, "model.vmtc.clusters.0": 1, "model.cmai.maximum": 0.0}
+        drawn = {"model.vmtc.kept.0": kept, "model.vmtc.clusters.0": 1, "model.cmai.gamma_max": 0.0}
         trials.study.add_trial(create_trial(params=drawn, distributions=places, values=values))
     assert command.main(["best", str(tmp_path)]) == 2
     told = capsys.readouterr().err
@@ -117,8 +117,8 @@ def test_the_best_of_several_objectives_is_for_the_user_to_name(
 def test_what_is_known_beforehand_is_what_it_costs(tmp_path: Path) -> None:
     asked = search.load(write(tmp_path))
     jobs = search.Jobs(asked)
-    known = jobs.forecast({"model.vmtc.kept.0": 9, "model.cmai.maximum": 0.5})
-    config = configured(jobs({"model.vmtc.kept.0": 9, "model.cmai.maximum": 0.5}).model, search.LLAMA_WORDS)
+    known = jobs.forecast({"model.vmtc.kept.0": 9, "model.cmai.gamma_max": 0.5})
+    config = configured(jobs({"model.vmtc.kept.0": 9, "model.cmai.gamma_max": 0.5}).model, search.LLAMA_WORDS)
     spent = cost(config, 64)
     assert known == {
         "flops": spent.flops,
@@ -130,25 +130,28 @@ def test_what_is_known_beforehand_is_what_it_costs(tmp_path: Path) -> None:
 
 def test_a_range_of_whole_numbers_is_one_of_fractions_where_the_job_takes_those(tmp_path: Path) -> None:
     space = search.load(write(tmp_path)).space
-    assert isinstance(space["model.cmai.maximum"].distribution, optuna.distributions.FloatDistribution)
+    assert isinstance(space["model.cmai.gamma_max"].distribution, optuna.distributions.FloatDistribution)
     assert isinstance(space["model.vmtc.kept.0"].distribution, optuna.distributions.IntDistribution)
 
 
-MAXIMUM = {"model.cmai.maximum": {"low": 0.0, "high": 0.9}}
+MAXIMUM = {"model.cmai.gamma_max": {"low": 0.0, "high": 0.9}}
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"space": {"model.cmai.maxmum": {"low": 0.0, "high": 0.9}}}, r"space\.model\.cmai\.maxmum: .*unknown key"),
-        ({"space": {"model.cmai.maximum": {"low": 0.9, "high": 0.9}}}, r"maximum\.low: got 0\.9, .*the range is empty"),
         (
-            {"space": {"model.cmai.maximum": {"low": 2.0, "high": 3.0}}},
-            r"with which no draw in .*0 <= maximum < 1",
+            {"space": {"model.cmai.gamma_max": {"low": 0.9, "high": 0.9}}},
+            r"gamma_max\.low: got 0\.9, .*the range is empty",
+        ),
+        (
+            {"space": {"model.cmai.gamma_max": {"low": 2.0, "high": 3.0}}},
+            r"with which no draw in .*0 <= gamma_max < 1",
         ),
         ({"space": {"model.cmai.schedule": {"choices": ["linear", "lineer"]}}}, 'got "lineer", with which no draw'),
         ({"space": {"model.cmai.schedule": {"choices": []}}}, r"schedule\.choices: got \[\], allowed: .* >= 1"),
-        ({"space": {"train.pretrain.warmup": {"low": 0.0, "high": 0.5}}}, "as train.pretrain is shared"),
+        ({"space": {"train.pretrain.warmup_ratio": {"low": 0.0, "high": 0.5}}}, "as train.pretrain is shared"),
         ({"space": {}}, "space: got {}"),
         (
             {"references": {"paper": {"model.vmtc.ratoi": 0.5}}},
@@ -158,7 +161,7 @@ MAXIMUM = {"model.cmai.maximum": {"low": 0.0, "high": 0.9}}
         ({"fidelity": {"train.instruct.stesp": 2}}, "train.instruct.stesp: unknown key"),
         ({"limits": {"flops": {}}}, r"limits\.flops\.at_most: got None, and at_least None, allowed: one of the two"),
         ({"prune": {"every": 20, "first": 30}}, r"prune\.first: got 30, allowed: a multiple of every, 20"),
-        ({"trials": 1}, "trials: got 1, allowed: more than the 1 references"),
+        ({"num_trials": 1}, "num_trials: got 1, allowed: more than the 1 references"),
         # these two need files, and are told when the search is run
         ({"objectives": {"easy_vqa.acuracy": "max"}}, "objectives: got easy_vqa.acuracy, allowed: easy_vqa.accuracy, "),
         ({"limits": {"flop": {"at_most": 1}}}, "limits: got flop, allowed: easy_vqa.accuracy, "),
@@ -167,7 +170,7 @@ MAXIMUM = {"model.cmai.maximum": {"low": 0.0, "high": 0.9}}
 def test_a_mistake_is_one_line_before_anything_runs(
     tmp_path: Path, changes: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main(["run", str(write(tmp_path, **changes)), "--into", str(tmp_path / "runs")]) == 2
+    assert command.main(["run", str(write(tmp_path, **changes)), "--runs-dir", str(tmp_path / "runs")]) == 2
     said = capsys.readouterr().err
     assert re.search(told, said)
     assert len(said.splitlines()) == 1
@@ -198,7 +201,7 @@ def test_a_search_is_bound_by_its_trials_and_what_they_share_alone(tmp_path: Pat
         search._claim(search.load(write(tmp_path, job=other_job)), tmp_path, False)
 
     (tmp_path / "trials" / "0000").mkdir(parents=True)
-    free = yaml.safe_load(TINY)["job"] | {"workers": [1, 2], "report": {"examples": 1}}
+    free = yaml.safe_load(TINY)["job"] | {"num_workers": [1, 2], "report": {"examples": 1}}
     search._claim(search.load(write(tmp_path, trials=9, job=free)), tmp_path, False)
     with pytest.raises(ValueError, match="started with seed = 0, not 1, and a trial depends on it"):
         search._claim(search.load(write(tmp_path, seed=1)), tmp_path, False)
@@ -241,7 +244,7 @@ def test_a_search_goes_on_after_every_death(tmp_path: Path) -> None:
 @contextmanager
 def started(tmp_path: Path) -> Iterator[psutil.Popen]:
     """The search's driver, with a Ray of its own; SIGKILL at the end, if it lives, and then all of it is gone."""
-    words = ["run", str(tmp_path / "tiny.yaml"), "--into", str(tmp_path / "runs")]
+    words = ["run", str(tmp_path / "tiny.yaml"), "--runs-dir", str(tmp_path / "runs")]
     alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (tmp_path / "told").open("w") as told:
         driver = psutil.Popen([sys.executable, "-m", "jobs.command", *words], env=alone, stdout=told, stderr=told)

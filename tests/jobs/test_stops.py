@@ -19,7 +19,7 @@ from tests.jobs.stops import Receiver, Stopped, started
 
 JOB: dict[str, Any] = {
     "name": "tiny",
-    "workers": 1,
+    "num_workers": 1,
     "model": {
         "tower": {
             "image_size": 32,
@@ -43,20 +43,20 @@ JOB: dict[str, Any] = {
             "data": {"talk": 1},
             "template": "vicuna_bare",
             "steps": 2000,
-            "global_batch": 4,
-            "micro_batch": 4,
+            "global_batch_size": 4,
+            "micro_batch_size": 4,
             "learning_rate": {"projector": 1e-3, "language": 1e-3},
-            "checkpoint_every": 1500,
+            "save_steps": 1500,
         }
     },
-    "evaluate": {"tasks": {"easy_vqa": {"limit": 600, "max_new_tokens": 16}}, "batch": 8},
+    "evaluate": {"tasks": {"easy_vqa": {"limit": 600, "max_new_tokens": 16}}, "batch_size": 8},
     "report": {"examples": 0},
 }
 
 STEP = r"instruct:[^\r]*\| [1-9]\d*/2000 \[[^\r]*loss"
 SEARCH = {
     "name": "tiny",
-    "trials": 1,
+    "num_trials": 1,
     "space": {"train.instruct.learning_rate.projector": {"low": 0.001, "high": 0.01}},
     "objectives": {"loss": "min"},
 }
@@ -92,7 +92,7 @@ def stop(
     **env: str,
 ) -> Stopped:
     """Start the job, send these signals when the event is seen, and look at what is left."""
-    with started(["run", str(job), "--into", str(into), *words], env, attentive) as command:
+    with started(["run", str(job), "--runs-dir", str(into), *words], env, attentive) as command:
         command.wait_for(event)
         for number in numbers[:1]:
             command.send(number, to)
@@ -170,7 +170,7 @@ def test_a_stop_at_any_moment_loses_no_step_and_leaves_nothing(job: Path, tmp_pa
 def test_a_second_signal_stops_at_once(job: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Also while a checkpoint is on its way, as after every step here: what is there of it does not count as one."""
     run = tmp_path / "tiny"
-    words = ("train.instruct.checkpoint_every=1",)
+    words = ("train.instruct.save_steps=1",)
     assert_stopped(stop(job, tmp_path, STEP, number, number, to="group", words=words), run, torn=2)
     assert_stopped(stop(job, tmp_path, STEP, number, words=words), run)
     assert lost(run) == 0
@@ -184,7 +184,7 @@ def test_a_stop_of_an_evaluation_keeps_its_answers(job: Path, tmp_path: Path) ->
         assert_stopped(stop(job, tmp_path, event, number, to="group", words=words), tmp_path / "tiny")
     done = [json.loads(line) for line in answers.read_text().splitlines()]
     assert done
-    with started(["run", str(job), "--into", str(tmp_path), *words], {}, attentive) as command:
+    with started(["run", str(job), "--runs-dir", str(tmp_path), *words], {}, attentive) as command:
         begun = command.wait_for(r"evaluate:[^\r]*\| (\d+)/\d+")
         assert int(begun[1]) >= len(done), "what was answered is not asked again"
 
@@ -192,7 +192,7 @@ def test_a_stop_of_an_evaluation_keeps_its_answers(job: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_stop_of_a_search_loses_no_step_of_its_trials(job: Path, tmp_path: Path) -> None:
     trial = tmp_path / "tiny/trials/0000"
-    with started(["run", str(job.parent / "search.yaml"), "--into", str(tmp_path)], {}, attentive) as command:
+    with started(["run", str(job.parent / "search.yaml"), "--runs-dir", str(tmp_path)], {}, attentive) as command:
         command.wait_for("search:")
         wait_for_condition(lambda: trial.exists() and metrics.steps(trial, "instruct") > 0, timeout=240)
         command.send(TERM, "group")
@@ -210,7 +210,7 @@ def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(job: Path, tmp
     code = (
         "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
     )
-    words = [sys.executable, "-m", "jobs.command", "run", str(job), "--into", str(tmp_path)]
+    words = [sys.executable, "-m", "jobs.command", "run", str(job), "--runs-dir", str(tmp_path)]
     own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words],

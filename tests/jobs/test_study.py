@@ -96,7 +96,7 @@ job:
     cmai: null
   train:
     pretrain: &stage
-      {objective: language, data: captions, template: plain, steps: 2, global_batch: 4, micro_batch: 4,
+      {objective: language, data: captions, template: plain, steps: 2, global_batch_size: 4, micro_batch_size: 4,
        learning_rate: {projector: 1e-3}}
     instruct: {<<: *stage, data: conversations, template: vicuna_bare}
   evaluate: {tasks: {instructions: {limit: 2, max_new_tokens: 4}}}
@@ -112,7 +112,7 @@ def test_a_study_trains_what_is_shared_once_and_goes_on_where_it_was(
 ) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
-    words = ["run", str(path), "--into", str(tmp_path / "runs")]
+    words = ["run", str(path), "--runs-dir", str(tmp_path / "runs")]
     assert command.main(words) == 0
     folder = tmp_path / "runs" / "tiny"
     runs = [f"{variant}-{seed}" for seed in (0, 1) for variant in ("llava", "random")]

@@ -14,8 +14,8 @@ STAGE = Stage(
     data="set",
     template="vicuna_bare",
     steps=STEPS,
-    global_batch=8,
-    micro_batch=2,
+    global_batch_size=8,
+    micro_batch_size=2,
     learning_rate={"tower": 1e-3, "projector": 1e-3, "language": 1e-3},
-    checkpoint_every=2,
+    save_steps=2,
 )

@@ -197,7 +197,7 @@ VARIANTS = [
 @pytest.mark.parametrize("cmai", VARIANTS, ids=name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_keep_equals_the_slow_loop(cmai: CMAI, ratio: float, dtype: torch.dtype) -> None:
-    cmai = replace(cmai, maximum=ratio)
+    cmai = replace(cmai, gamma_max=ratio)
     query, key = (value.to(dtype) for value in (noise(2, 4, KEYS, 8), noise(2, 2, KEYS, 8, seed=1)))
     keep = inhibition(cmai).keep(1, query, key, causal(), 0.7)[:, 0]
     visible = causal()[0, 0]
@@ -213,7 +213,7 @@ def test_keep_equals_the_slow_loop_at_random_shapes_and_settings(seed: int) -> N
     """Heads that share keys, images anywhere, padding on either side."""
     draw = random.Random(seed)
     keys, kv_heads, groups, dim = draw.randint(4, 24), draw.randint(1, 3), draw.randint(1, 3), draw.randint(2, 8)
-    cmai = replace(draw.choice(VARIANTS), maximum=draw.uniform(0.3, 0.95))
+    cmai = replace(draw.choice(VARIANTS), gamma_max=draw.uniform(0.3, 0.95))
     image = torch.tensor([[draw.random() < 0.5 for _ in range(keys)] for _ in range(2)])
     image[:, 1], image[:, -1] = True, False
     visible = causal(keys, keys)
@@ -226,7 +226,7 @@ def test_keep_equals_the_slow_loop_at_random_shapes_and_settings(seed: int) -> N
         seen = visible[row, 0]
         attention = slow_attention(query[row], key[row], image[row], seen, 0.7, cmai)
         focus = slow_focus(attention, image[row], cmai)
-        expected = slow_keep(focus, seen, image[row], cmai.maximum, cmai.quantile)
+        expected = slow_keep(focus, seen, image[row], cmai.gamma_max, cmai.quantile)
         assert torch.equal(keep[row] & seen, expected & seen)
 
 
@@ -247,9 +247,9 @@ def test_in_bfloat16_few_pairs_change_sides(cmai: CMAI) -> None:
 
 def test_each_layer_has_its_own_ratio() -> None:
     query, key = noise(2, 4, KEYS, 8), noise(2, 4, KEYS, 8, seed=1)
-    kept = [inhibition(CMAI(minimum=0.4, maximum=0.95)).keep(layer, query, key, causal(), 1.0) for layer in (0, 1)]
+    kept = [inhibition(CMAI(gamma_min=0.4, gamma_max=0.95)).keep(layer, query, key, causal(), 1.0) for layer in (0, 1)]
     for ratio, keep in zip((0.4, 0.95), kept, strict=True):
-        assert torch.equal(keep, inhibition(CMAI(maximum=ratio)).keep(1, query, key, causal(), 1.0))
+        assert torch.equal(keep, inhibition(CMAI(gamma_max=ratio)).keep(1, query, key, causal(), 1.0))
     assert not torch.equal(*kept)
 
 
@@ -273,7 +273,7 @@ def test_keep_piece_by_piece_equals_keep_at_once(pieces: tuple[int, ...], cmai: 
 
 
 def test_text_keys_and_image_rows_are_never_inhibited() -> None:
-    strong = inhibition(CMAI(maximum=0.95))
+    strong = inhibition(CMAI(gamma_max=0.95))
     keep = strong.keep(1, noise(2, 4, KEYS, 8), noise(2, 4, KEYS, 8, seed=1), causal(), 1.0)[:, 0]
     assert not keep.all()
     for sequence, image in zip(keep, IMAGE, strict=True):
@@ -338,28 +338,28 @@ def test_no_map_of_every_head_is_made(cmai: CMAI) -> None:
     ],
 )
 def test_the_ratio_goes_from_minimum_to_maximum_as_scheduled(schedule: Any, ratios: tuple[float, ...]) -> None:
-    assert CMAI(maximum=0.6, minimum=0.1, schedule=schedule).ratios(5) == pytest.approx(ratios, abs=1e-6)
+    assert CMAI(gamma_max=0.6, gamma_min=0.1, schedule=schedule).ratios(5) == pytest.approx(ratios, abs=1e-6)
 
 
 def test_a_single_layer_is_the_first_of_a_rising_schedule() -> None:
-    assert CMAI(maximum=0.6).ratios(1) == (0.0,)
+    assert CMAI(gamma_max=0.6).ratios(1) == (0.0,)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"maximum": 1.0},
-        {"maximum": -0.1},
-        {"minimum": 0.7},
+        {"gamma_max": 1.0},
+        {"gamma_max": -0.1},
+        {"gamma_min": 0.7},
         {"discount": 0.0},
         {"scores": "logits"},
         {"focus": "mean"},
         {"schedule": "square"},
         {"quantile": "upper"},
         {"active": "never"},
-        {"maximum": "0.6"},
-        {"maximum": math.nan},
-        {"maximum": True},
+        {"gamma_max": "0.6"},
+        {"gamma_max": math.nan},
+        {"gamma_max": True},
         {"preamble": None},
         {"generated": "x"},
     ],
@@ -376,7 +376,7 @@ Tiny = Callable[..., ReduxForConditionalGeneration]
 
 
 def test_a_maximum_of_zero_is_no_inhibition_bit_for_bit(tiny: Tiny, sample: Callable[..., dict]) -> None:
-    zero, off = tiny(cmai=CMAI(maximum=0.0)), tiny(cmai=None)
+    zero, off = tiny(cmai=CMAI(gamma_max=0.0)), tiny(cmai=None)
     inputs = sample(zero)
     with torch.no_grad():
         assert torch.equal(zero(**inputs).logits, off(**inputs).logits)
@@ -384,7 +384,7 @@ def test_a_maximum_of_zero_is_no_inhibition_bit_for_bit(tiny: Tiny, sample: Call
 
 def test_inhibition_reaches_text_behind_the_image_alone(tiny: Tiny, sample: Callable[..., dict]) -> None:
     """Layer 0 has ratio 0, so with two layers the image rows of layer 1 see what they saw without CMAI."""
-    strong, none = (tiny(cmai=CMAI(maximum=maximum), layers=2) for maximum in (0.9, 0.0))
+    strong, none = (tiny(cmai=CMAI(gamma_max=maximum), layers=2) for maximum in (0.9, 0.0))
     inputs = sample(strong)
     with torch.no_grad():
         difference = (strong(**inputs).logits - none(**inputs).logits).abs().amax(dim=-1)[0]
@@ -396,7 +396,7 @@ def test_inhibition_reaches_text_behind_the_image_alone(tiny: Tiny, sample: Call
 
 
 def test_text_before_an_image_stays_as_it_is_however_deep(tiny: Tiny, sample: Callable[..., dict]) -> None:
-    strong, none = (tiny(cmai=CMAI(maximum=maximum)) for maximum in (0.9, 0.0))
+    strong, none = (tiny(cmai=CMAI(gamma_max=maximum)) for maximum in (0.9, 0.0))
     inputs = sample(strong)
     with torch.no_grad():
         assert torch.equal(strong(**inputs).logits[:, :2], none(**inputs).logits[:, :2])

@@ -22,7 +22,7 @@ MEAN_COLOUR = (122, 116, 104)  # CLIP's, in whole steps of 255
 FITS: list[Fit] = ["pad", "crop"]
 SEEDS = range(40)
 
-every_fit = pytest.mark.parametrize("fit", FITS)
+every_fit = pytest.mark.parametrize("image_aspect_ratio", FITS)
 
 
 def file(picture: Image.Image, kind: str = "png", **options: object) -> bytes:
@@ -50,11 +50,11 @@ def shape(seed: int) -> tuple[int, int, int]:
     return width, height, int(chance.choice([1, 8, 33, 98]))
 
 
-def llava(image: bytes, size: int, fit: Fit) -> np.ndarray:
+def llava(image: bytes, size: int, image_aspect_ratio: Fit) -> np.ndarray:
     """LLaVA's dataset, its expand2square, and its processor but for the floats."""
     picture = Image.open(io.BytesIO(image)).convert("RGB")
     picture.info.pop("transparency", None)  # where it is left, transformers 5 makes white of it; LLaVA's 4.37 did not
-    if fit == "pad":
+    if image_aspect_ratio == "pad":
         width, height = picture.size
         if width > height:
             square = Image.new("RGB", (width, width), MEAN_COLOUR)
@@ -82,34 +82,34 @@ def across_then_down(picture: Image.Image, size: tuple[int, int], resample: int,
     return whole_resize(whole_resize(picture, (size[0], picture.height), resample), size, resample)
 
 
-def apart(image: bytes, size: int, fit: Fit) -> np.ndarray:
+def apart(image: bytes, size: int, image_aspect_ratio: Fit) -> np.ndarray:
     """By how many of 255 levels the fast way is off."""
-    return np.abs(pixels(image, size, fit, "fast").astype(int) - pixels(image, size, fit))
+    return np.abs(pixels(image, size, image_aspect_ratio, "fast").astype(int) - pixels(image, size, image_aspect_ratio))
 
 
 @every_fit
 @pytest.mark.parametrize("seed", SEEDS)
-def test_pixels_are_llavas(seed: int, fit: Fit):
+def test_pixels_are_llavas(seed: int, image_aspect_ratio: Fit):
     width, height, size = shape(seed)
     image = file(noise(width, height, seed))
-    got = pixels(image, size, fit)
+    got = pixels(image, size, image_aspect_ratio)
     assert got.dtype == np.uint8
-    assert np.array_equal(got, llava(image, size, fit))
+    assert np.array_equal(got, llava(image, size, image_aspect_ratio))
 
 
 @every_fit
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (480, 640), (500, 333), (336, 336), (337, 336), (336, 335)])
-def test_pixels_of_a_photo_are_llavas(width: int, height: int, fit: Fit):
+def test_pixels_of_a_photo_are_llavas(width: int, height: int, image_aspect_ratio: Fit):
     image = file(photo(width, height), "jpeg")
-    assert np.array_equal(pixels(image, 336, fit), llava(image, 336, fit))
+    assert np.array_equal(pixels(image, 336, image_aspect_ratio), llava(image, 336, image_aspect_ratio))
 
 
 @every_fit
 @pytest.mark.parametrize("size", [1, 7, 16])
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 2), (1, 700), (700, 1), (3, 200), (200, 3)])
-def test_pixels_of_a_tiny_or_long_image_are_llavas(width: int, height: int, size: int, fit: Fit):
+def test_pixels_of_a_tiny_or_long_image_are_llavas(width: int, height: int, size: int, image_aspect_ratio: Fit):
     image = file(noise(width, height))
-    assert np.array_equal(pixels(image, size, fit), llava(image, size, fit))
+    assert np.array_equal(pixels(image, size, image_aspect_ratio), llava(image, size, image_aspect_ratio))
 
 
 def of_mode(mode: str) -> bytes:
@@ -143,28 +143,28 @@ MODES = ["L", "LA", "P", "1", "RGBA", "CMYK", "16 bits", "32 bits", *TRANSPARENT
 @every_fit
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # Pillow's advice
-def test_pixels_of_any_mode_are_llavas(mode: str, fit: Fit):
+def test_pixels_of_any_mode_are_llavas(mode: str, image_aspect_ratio: Fit):
     image = of_mode(mode)
-    assert np.array_equal(pixels(image, SIDE, fit), llava(image, SIDE, fit))
-    assert apart(image, SIDE, fit).max() <= 2
+    assert np.array_equal(pixels(image, SIDE, image_aspect_ratio), llava(image, SIDE, image_aspect_ratio))
+    assert apart(image, SIDE, image_aspect_ratio).max() <= 2
 
 
 @every_fit
-def test_an_image_of_the_right_size_is_taken_as_it_is(fit: Fit):
+def test_an_image_of_the_right_size_is_taken_as_it_is(image_aspect_ratio: Fit):
     picture = noise(SIDE, SIDE)
-    assert np.array_equal(pixels(file(picture), SIDE, fit).transpose(1, 2, 0), np.asarray(picture))
+    assert np.array_equal(pixels(file(picture), SIDE, image_aspect_ratio).transpose(1, 2, 0), np.asarray(picture))
 
 
 @every_fit
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_fast_way_is_at_most_two_levels_off(seed: int, fit: Fit):
+def test_the_fast_way_is_at_most_two_levels_off(seed: int, image_aspect_ratio: Fit):
     width, height, size = shape(seed)
-    assert apart(file(noise(width, height, seed), "ppm"), size, fit).max() <= 2
+    assert apart(file(noise(width, height, seed), "ppm"), size, image_aspect_ratio).max() <= 2
 
 
 @every_fit
-def test_the_fast_way_is_hardly_off_in_a_photo(fit: Fit):
-    levels = np.stack([apart(file(photo(640, 480, seed), "jpeg"), 336, fit) for seed in range(3)])
+def test_the_fast_way_is_hardly_off_in_a_photo(image_aspect_ratio: Fit):
+    levels = np.stack([apart(file(photo(640, 480, seed), "jpeg"), 336, image_aspect_ratio) for seed in range(3)])
     assert levels.max() <= 2
     assert levels.mean() < 0.01
 
@@ -187,10 +187,10 @@ def test_the_fast_way_decodes_a_jpeg_as_pillow_does(subsampling: str, progressiv
 
 @every_fit
 @pytest.mark.parametrize("seed", SEEDS[:10])
-def test_a_prepared_image_has_the_same_pixels(seed: int, fit: Fit):
+def test_a_prepared_image_has_the_same_pixels(seed: int, image_aspect_ratio: Fit):
     width, height, size = shape(seed)
     image = file(noise(width, height, seed))
-    expected, stored = pixels(image, size, fit), prepared(image, size, fit)
+    expected, stored = pixels(image, size, image_aspect_ratio), prepared(image, size, image_aspect_ratio)
     for again in FITS:
         assert np.array_equal(pixels(stored, size, again), expected)
         assert np.array_equal(pixels(stored, size, again, "fast"), expected)

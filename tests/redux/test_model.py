@@ -70,7 +70,7 @@ def test_each_module_changes_what_llava_says(tiny: Tiny, sample: Sample) -> None
 
 
 @pytest.mark.parametrize("vmtc", [VMTC(ratio=0.0), VMTC(tokens=16, stages=(0, 1, -1))], ids=str)
-@pytest.mark.parametrize("cmai", [CMAI(maximum=0.0), CMAI(maximum=0.0, focus="sum", scores="scores")], ids=str)
+@pytest.mark.parametrize("cmai", [CMAI(gamma_max=0.0), CMAI(gamma_max=0.0, focus="sum", scores="scores")], ids=str)
 def test_keeping_all_and_inhibiting_nothing_is_llava_bit_for_bit(
     tiny: Tiny, sample: Sample, vmtc: VMTC, cmai: CMAI
 ) -> None:
@@ -81,11 +81,11 @@ def test_keeping_all_and_inhibiting_nothing_is_llava_bit_for_bit(
 
 
 def test_a_saved_model_comes_back_with_its_modules(tiny: Tiny, sample: Sample, tmp_path: Path) -> None:
-    model = tiny(vmtc=VMTC(ratio=0.4, order="rank"), cmai=CMAI(maximum=0.3))
+    model = tiny(vmtc=VMTC(ratio=0.4, order="rank"), cmai=CMAI(gamma_max=0.3))
     model.save_pretrained(tmp_path)
     again = ReduxForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert again.config.settings("vmtc") == VMTC(ratio=0.4, order="rank")
-    assert again.config.settings("cmai") == CMAI(maximum=0.3)
+    assert again.config.settings("cmai") == CMAI(gamma_max=0.3)
     assert again.config.image_seq_length == model.config.image_seq_length
     assert torch.equal(logits(again, **sample(model)), logits(model, **sample(model)))
 
@@ -131,7 +131,7 @@ VARIANTS = [
     None,
     *(CMAI(focus=focus, scores=scores) for focus in chosen("focus") for scores in chosen("scores")),
     *(CMAI(schedule=schedule) for schedule in chosen("schedule")),
-    CMAI(maximum=0.95, quantile="count"),
+    CMAI(gamma_max=0.95, quantile="count"),
     CMAI(quantile="linear", preamble=False),
 ]
 
@@ -292,7 +292,7 @@ def test_several_images_text_alone_and_several_turns_go_in_one_batch(tiny: Tiny,
         VMTC(),
         VMTC(ratio=0.7, cluster_share=1.0),
         VMTC(ratio=0.25, stages=1),
-        VMTC(tokens=5, clusters=1, stages=(0, -1), fall="linear"),
+        VMTC(tokens=5, clusters=1, stages=(0, -1), budget_schedule="linear"),
         VMTC(kept=(9, 3, 3), clusters=(2, 2, 0), similarity="keys", seeds="farthest", proportional=True),
     ],
     ids=str,
@@ -429,7 +429,7 @@ def test_other_fields_of_the_configuration_may_be_given_along(tiny: Tiny, sample
 
 def test_inhibition_turned_on_or_off_later_is_saved(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny(cmai=None)
-    for cmai in (CMAI(maximum=0.5), None):
+    for cmai in (CMAI(gamma_max=0.5), None):
         inhibit(model, cmai)
         model.save_pretrained(tmp_path)
         assert ReduxForConditionalGeneration.from_pretrained(tmp_path).config.settings("cmai") == cmai
@@ -555,7 +555,7 @@ def test_recomputed_activations_give_the_same_gradients(tiny: Tiny, sample: Samp
     """And so the same masks and the same clusters."""
 
     def gradients(recompute: bool) -> dict[str, Tensor]:
-        model = tiny(cmai=CMAI(maximum=0.9)).train()
+        model = tiny(cmai=CMAI(gamma_max=0.9)).train()
         if recompute:
             model.activation_checkpointing_enable()
         inputs = sample(model)

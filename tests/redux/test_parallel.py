@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from redux.model import ReduxConfig, ReduxForConditionalGeneration
 from redux.settings import CMAI, VMTC, Reduction
 
-STRONG = CMAI(maximum=0.9, minimum=0.5)
+STRONG = CMAI(gamma_max=0.9, gamma_min=0.5)
 WHOLE_TOWER = {
     "model.vision_tower.encoder.layers.*.self_attn." + name: "colwise" for name in ("q_proj", "k_proj", "v_proj")
 }
@@ -123,7 +123,7 @@ def replicate() -> Any:
 
 SPLIT: dict[str, dict[str, Any]] = {
     "weights": {"cmai": STRONG, "vmtc": VMTC(stages=2)},
-    "scores": {"cmai": CMAI(maximum=0.9, minimum=0.5, scores="scaled"), "reduction": PRUMERGE},
+    "scores": {"cmai": CMAI(gamma_max=0.9, gamma_min=0.5, scores="scaled"), "reduction": PRUMERGE},
     "tower": {"plan": WHOLE_TOWER, "vmtc": KEYS},
     "prumerge": {"plan": WHOLE_TOWER, "reduction": PRUMERGE},
     "train": {"train": True, "cmai": STRONG, "vmtc": VMTC(stages=2)},

@@ -46,7 +46,7 @@ PAD, BOS, EOS, IMAGE, VIDEO, WORDS = 0, 1, 2, 3, 4, 64
 SPECIAL = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 SIZE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 STEADY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-STRONG = CMAI(maximum=0.8, minimum=0.5)
+STRONG = CMAI(gamma_max=0.8, gamma_min=0.5)
 
 
 def llama(**other: Any) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def state(model: PreTrainedModel) -> list[Any]:
 def test_a_maximum_of_zero_is_no_inhibition(fresh: Callable[[str], Any], family: str) -> None:
     model, inputs = fresh(family), sample(family)
     before = logits(model, **inputs)
-    inhibit(model, CMAI(maximum=0.0))
+    inhibit(model, CMAI(gamma_max=0.0))
     own = inputs["attention_mask"].bool()
     torch.testing.assert_close(logits(model, **inputs)[own], before[own], rtol=1e-5, atol=1e-5)
 
@@ -209,13 +209,13 @@ def test_off_again_the_model_is_what_it_was(fresh: Callable[[str], Any], family:
     model, inputs = fresh(family), sample(family)
     then, before = logits(model, **inputs), state(model)  # transformers itself leaves things on a model that ran
     inhibit(model, STRONG)
-    inhibit(model, CMAI(maximum=0.3))  # other settings take the place of the first
+    inhibit(model, CMAI(gamma_max=0.3))  # other settings take the place of the first
     on = logits(model, **inputs)
     assert not torch.allclose(on, then, atol=1e-3)
     inhibit(model, None)
     assert state(model) == before
     assert torch.equal(logits(model, **inputs), then)
-    inhibit(model, CMAI(maximum=0.3))
+    inhibit(model, CMAI(gamma_max=0.3))
     assert torch.equal(logits(model, **inputs), on)
 
 
@@ -352,7 +352,7 @@ def test_copies_go_their_own_ways(fresh: Callable[[str], Any], family: str) -> N
     off = logits(model, **inputs)
     for other in (copied, pickled):
         assert torch.equal(logits(other, **inputs), on)
-        inhibit(other, CMAI(maximum=0.3))
+        inhibit(other, CMAI(gamma_max=0.3))
     assert torch.equal(logits(model, **inputs), off)
     inhibit(model, STRONG)
     for other in (copied, pickled):
@@ -571,7 +571,7 @@ def test_a_call_that_fails_tells_the_next_one_nothing(fresh: Callable[[str], Any
 
 
 @pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -torch.inf, -1e4], ids=str)
-@pytest.mark.parametrize("cmai", [STRONG, CMAI(maximum=0.8, scores="scores", focus="sum")], ids=["weights", "scores"])
+@pytest.mark.parametrize("cmai", [STRONG, CMAI(gamma_max=0.8, scores="scores", focus="sum")], ids=["weights", "scores"])
 def test_a_mask_of_four_dimensions_is_read(fresh: Callable[[str], Any], low: float, cmai: CMAI) -> None:
     model, inputs = fresh("llava"), sample("llava")
     inhibit(model, cmai)
@@ -595,7 +595,7 @@ def test_what_a_mask_adds_to_scores_counts_in_the_weights(fresh: Callable[[str],
     bias = torch.randn(1, 1, tokens, tokens, generator=torch.Generator().manual_seed(3)).masked_fill(
         ~visible, -torch.inf
     )
-    cmai = CMAI(maximum=0.8, minimum=0.8)
+    cmai = CMAI(gamma_max=0.8, gamma_min=0.8)
     inputs["attention_mask"] = bias
     inhibit(model, cmai)
     fast = logits(model, **inputs, use_cache=False)
@@ -618,7 +618,7 @@ def test_what_a_mask_adds_to_scores_counts_in_the_weights(fresh: Callable[[str],
     torch.testing.assert_close(fast, logits(plain, **inputs, use_cache=False), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cmai", [STRONG, CMAI(maximum=0.8, preamble=False)], ids=["whole", "without preamble"])
+@pytest.mark.parametrize("cmai", [STRONG, CMAI(gamma_max=0.8, preamble=False)], ids=["whole", "without preamble"])
 def test_packed_conversations_are_what_each_is_alone(fresh: Callable[[str], Any], cmai: CMAI) -> None:
     model = fresh("llava")
     inhibit(model, cmai)
@@ -696,7 +696,7 @@ def test_image_tokens_beyond_the_vocabulary_count_though_they_are_never_embedded
     assert not torch.allclose(model(**inputs).logits, off, atol=1e-3)
 
 
-@pytest.mark.parametrize("wrong", [{"maximum": 0.3}, "default", {}], ids=str)
+@pytest.mark.parametrize("wrong", [{"gamma_max": 0.3}, "default", {}], ids=str)
 def test_what_is_not_cmai_is_named(wrong: Any, fresh: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=r"cmai: got .*, allowed: redux\.CMAI, or None to turn it off"):

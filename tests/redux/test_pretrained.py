@@ -152,7 +152,7 @@ def test_saved_without_modules_it_opens_in_plain_transformers(
 
 @pytest.mark.parametrize("kind", ["CLIP", "SigLIP"])
 def test_it_comes_back_with_its_modules(towers: dict[str, Path], language: Path, tmp_path: Path, kind: str) -> None:
-    vmtc, cmai = VMTC(ratio=0.4), CMAI(maximum=0.3)
+    vmtc, cmai = VMTC(ratio=0.4), CMAI(gamma_max=0.3)
     model, _ = assemble(towers[kind], language, vmtc=vmtc, cmai=cmai)
     model.save_pretrained(tmp_path)
     again = ReduxForConditionalGeneration.from_pretrained(tmp_path)

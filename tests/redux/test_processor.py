@@ -48,10 +48,10 @@ def as_file(image: Image.Image) -> bytes:
 def saved(tiny: Tiny, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., Path]:
     """Folder of a model that was trained with a template and an image fit."""
 
-    def save(template: TemplateName, fit: Fit = "pad", vmtc: VMTC | None = None) -> Path:
+    def save(template: TemplateName, image_aspect_ratio: Fit = "pad", vmtc: VMTC | None = None) -> Path:
         model = tiny(vmtc=vmtc)
         tokenizer.chat_template = "{{ messages }}"  # one that the model did not learn from
-        describe_training(model, tokenizer, template, fit)
+        describe_training(model, tokenizer, template, image_aspect_ratio)
         model.save_pretrained(tmp_path)
         build_processor(model.config, tokenizer).save_pretrained(tmp_path)
         return tmp_path
@@ -88,15 +88,15 @@ def test_the_processor_gives_the_ids_of_training(
     )
 
 
-@pytest.mark.parametrize("fit", ["pad", "crop"])
+@pytest.mark.parametrize("image_aspect_ratio", ["pad", "crop"])
 @pytest.mark.parametrize("size", [(50, 37), (20, 64), (32, 32)])
 def test_the_processor_gives_the_pixels_of_training(
-    saved: Callable[..., Path], fit: Fit, size: tuple[int, int]
+    saved: Callable[..., Path], image_aspect_ratio: Fit, size: tuple[int, int]
 ) -> None:
-    processor = AutoProcessor.from_pretrained(saved("vicuna_v1", fit))
+    processor = AutoProcessor.from_pretrained(saved("vicuna_v1", image_aspect_ratio))
     image = picture(*size)
     got = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
-    expected = normalise(torch.from_numpy(pixels(as_file(image), 32, fit)[None].copy()))[0]
+    expected = normalise(torch.from_numpy(pixels(as_file(image), 32, image_aspect_ratio)[None].copy()))[0]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)  # the same grey levels, normalised in another order
 
 
@@ -122,21 +122,25 @@ def test_captions_leave_no_chat_template(saved: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "vicuna_bare"])
-@pytest.mark.parametrize("fit", ["pad", "crop"])
-def test_a_model_is_asked_as_it_was_trained(saved: Callable[..., Path], template: TemplateName, fit: Fit) -> None:
-    folder = saved(template, fit)
+@pytest.mark.parametrize("image_aspect_ratio", ["pad", "crop"])
+def test_a_model_is_asked_as_it_was_trained(
+    saved: Callable[..., Path], template: TemplateName, image_aspect_ratio: Fit
+) -> None:
+    folder = saved(template, image_aspect_ratio)
     asked = respondent.load(folder)
     assert isinstance(asked, Llava)
-    assert (asked.template, asked.fit) == (TEMPLATES[template], fit)
-    other_fit: Fit = "crop" if fit == "pad" else "pad"
-    with pytest.raises(ValueError, match=f"fit: got {other_fit}, allowed: {fit}, with which the model was trained"):
-        respondent.load(folder, fit=other_fit)
+    assert (asked.template, asked.image_aspect_ratio) == (TEMPLATES[template], image_aspect_ratio)
+    other_fit: Fit = "crop" if image_aspect_ratio == "pad" else "pad"
+    with pytest.raises(
+        ValueError, match=f"image_aspect_ratio: got {other_fit}, allowed: {fit}, with which the model was trained"
+    ):
+        respondent.load(folder, image_aspect_ratio=other_fit)
     other_template: TemplateName = "vicuna_bare" if template == "vicuna_v1" else "vicuna_v1"
     with pytest.raises(ValueError, match=f"template: got {other_template}, allowed: {template}"):
         respondent.load(folder, template=other_template)
-    mismatched = respondent.load(folder, template=other_template, fit=other_fit, allow_mismatch=True)
+    mismatched = respondent.load(folder, template=other_template, image_aspect_ratio=other_fit, allow_mismatch=True)
     assert isinstance(mismatched, Llava)
-    assert (mismatched.template, mismatched.fit) == (TEMPLATES[other_template], other_fit)
+    assert (mismatched.template, mismatched.image_aspect_ratio) == (TEMPLATES[other_template], other_fit)
 
 
 def test_a_model_that_does_not_say_is_asked_as_llava(tiny: Tiny, tokenizer: Any, tmp_path: Path) -> None:
@@ -144,4 +148,4 @@ def test_a_model_that_does_not_say_is_asked_as_llava(tiny: Tiny, tokenizer: Any,
     tokenizer.save_pretrained(tmp_path)
     asked = respondent.load(tmp_path)
     assert isinstance(asked, Llava)
-    assert (asked.template, asked.fit) == (TEMPLATES["vicuna_v1"], "pad")
+    assert (asked.template, asked.image_aspect_ratio) == (TEMPLATES["vicuna_v1"], "pad")

@@ -299,7 +299,10 @@ def test_a_plain_llava_is_read_by_the_class_of_ours(asked: Callable[..., Respond
 
 
 def test_padding_and_cropping_show_different_squares(asked: Callable[..., Respondent]) -> None:
-    assert asked("redux", fit="pad")(PROMPTS, IMAGES, 8).texts != asked("redux", fit="crop")(PROMPTS, IMAGES, 8).texts
+    assert (
+        asked("redux", image_aspect_ratio="pad")(PROMPTS, IMAGES, 8).texts
+        != asked("redux", image_aspect_ratio="crop")(PROMPTS, IMAGES, 8).texts
+    )
 
 
 @every_mixing_family
@@ -330,7 +333,7 @@ def test_the_upper_limit_describes_each_image_once_and_answers_without_it(
 
 
 def test_load_gives_the_upper_limit_where_images_are_described(asked: Callable[..., Respondent]) -> None:
-    assert isinstance(asked("redux", image="described"), Described)
+    assert isinstance(asked("redux", image_input="caption"), Described)
 
 
 @pytest.mark.parametrize("family", [family for family in FOREIGN if family not in CHATS])
@@ -362,7 +365,9 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"template": "v0"}, {"fit": "stretch"}, {"image": "guessed"}], ids=lambda wrong: next(iter(wrong))
+    "wrong",
+    [{"template": "v0"}, {"image_aspect_ratio": "stretch"}, {"image": "guessed"}],
+    ids=lambda wrong: next(iter(wrong)),
 )
 def test_what_load_does_not_know_is_named_before_anything_is_read(
     wrong: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

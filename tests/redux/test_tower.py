@@ -223,7 +223,7 @@ from redux.model import ReduxConfig, ReduxForConditionalGeneration
 
 sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 vision = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, **sizes}
-methods = {"vmtc": {"tokens": 8, "stages": 1, "iterations": 2}, "cmai": {"maximum": 0.8, "minimum": 0.5}}
+methods = {"vmtc": {"tokens": 8, "stages": 1, "iterations": 2}, "cmai": {"gamma_max": 0.8, "gamma_min": 0.5}}
 torch.manual_seed(0)
 torch.set_num_threads(1)
 config = ReduxConfig(vision_config=vision, text_config={**sizes, "vocab_size": 64}, image_token_index=63, **methods)

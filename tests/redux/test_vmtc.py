@@ -61,17 +61,21 @@ def test_the_papers_budgets_of_tokens(tokens: int, outs: list[int]) -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
-@pytest.mark.parametrize("fall", ["geometric", "linear"])
+@pytest.mark.parametrize("budget_schedule", ["geometric", "linear"])
 @pytest.mark.parametrize("stages", [1, 2, 6, (0, 22), (-3, -1)], ids=str)
-def test_a_ratio_is_met_however_it_is_spread(ratio: float, fall: Any, stages: Any) -> None:
-    schedule = VMTC(ratio=ratio, fall=fall, stages=stages).schedule(576, 23)
+def test_a_ratio_is_met_however_it_is_spread(ratio: float, budget_schedule: Any, stages: Any) -> None:
+    schedule = VMTC(ratio=ratio, budget_schedule=budget_schedule, stages=stages).schedule(576, 23)
     assert schedule[-1].out == round(576 * (1 - ratio))
     assert all(one.out >= other.out and one.block < other.block for one, other in pairwise(schedule))
 
 
 def test_a_geometric_fall_keeps_the_same_share_and_a_linear_one_removes_the_same_number() -> None:
     assert [stage.out for stage in VMTC(tokens=10, stages=2).schedule(1000, 23)] == [100, 10]
-    assert [stage.out for stage in VMTC(tokens=10, stages=3, fall="linear").schedule(1000, 23)] == [670, 340, 10]
+    assert [stage.out for stage in VMTC(tokens=10, stages=3, budget_schedule="linear").schedule(1000, 23)] == [
+        670,
+        340,
+        10,
+    ]
 
 
 def test_stages_by_number_of_the_block() -> None:
@@ -317,7 +321,7 @@ def test_fate_follows_every_patch_through_all_stages() -> None:
         {"clusters": 1.5},
         {"iterations": math.inf},
         {"proportional": "no"},
-        {"fall": "square"},
+        {"budget_schedule": "square"},
         {"similarity": "values"},
         {"seeds": "plusplus"},
         {"weights": "mean"},

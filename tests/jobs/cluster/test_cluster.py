@@ -30,7 +30,7 @@ from tests.jobs.machines import QUICK, RAY, Cluster, Network, Process, apart, ki
 
 JOB = """
 name: small
-workers: 2
+num_workers: 2
 checkpoints: s3://runs/FOLDER
 data: {source: null, sets: {set: "s3://runs/set"}}
 recovery: {resize_s: 1}
@@ -43,10 +43,10 @@ train:
     data: set
     template: vicuna_bare
     steps: STEPS
-    global_batch: 8
-    micro_batch: 2
+    global_batch_size: 8
+    micro_batch_size: 2
     learning_rate: {tower: 1e-3, projector: 1e-3, language: 1e-3}
-    checkpoint_every: 4
+    save_steps: 4
 evaluate: null
 """
 SIZES = "hidden_size: 16, num_attention_heads: 2, intermediate_size: 16"
@@ -110,7 +110,7 @@ def job(folder: Path, steps: int = STEPS) -> tuple[str, ...]:
     """Words for redux, by which the job runs in folder/small."""
     path = folder / "job.yaml"
     path.write_text(JOB.replace("SIZES", SIZES).replace("STEPS", str(steps)).replace("FOLDER", folder.name))
-    return "run", str(path), "--into", str(folder)
+    return "run", str(path), "--runs-dir", str(folder)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -241,7 +241,7 @@ def test_a_public_address_needs_a_token(monkeypatch: pytest.MonkeyPatch, ip: str
 
 @pytest.mark.parametrize(("address", "why"), [("head", "got head, allowed: HOST:PORT"), ("127.0.0.1:1", "refused")])
 def test_a_ray_that_is_not_there_is_told_in_one_line(folder: Path, address: str, why: str) -> None:
-    command = [sys.executable, "-m", "jobs.command", "run", "jobs/recipes/quickstart.yaml", "--into", str(folder)]
+    command = [sys.executable, "-m", "jobs.command", "run", "jobs/recipes/quickstart.yaml", "--runs-dir", str(folder)]
     ended = subprocess.run(command, env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True)
     assert ended.returncode == 2
     [line] = (ended.stdout + ended.stderr).splitlines()
@@ -307,7 +307,7 @@ def still(cluster: Cluster) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_machines_that_go_and_come_do_not_show(alone: Seen, cluster_of_two: Cluster, folder: Path) -> None:
-    process = cluster_of_two.runs(*job(folder), "workers=[1, 2]")
+    process = cluster_of_two.runs(*job(folder), "num_workers=[1, 2]")
     at(cluster_of_two, process, folder, 10)
     cluster_of_two.nodes.pop().lose()
     until(lambda: starts(folder)[-1:] == [1])

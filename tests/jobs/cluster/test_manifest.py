@@ -28,11 +28,11 @@ Tree = dict[str, Any]
 JOBS = Path(__file__).parents[3] / "jobs" / "recipes"
 FOLDER = Path(__file__).parent / "manifests"
 AUTO = (JOBS / "quickstart.yaml", "--image", "registry/redux:0.1.0", "--volume", "runs:/mnt/redux")
-COUNTS = ("workers=2", "evaluate.actors=2")
+COUNTS = ("num_workers=2", "evaluate.num_actors=2")
 QUICKSTART = (*AUTO, *COUNTS)
 LLAVA = (
     *(JOBS / "llava-1.5-13b-redux.yaml", "--image", "registry/redux:0.1.0", "--volume", "runs:/mnt/redux"),
-    *("workers=8", "name=llava-13b-redux", "checkpoints=s3://bucket/checkpoints"),
+    *("num_workers=8", "name=llava-13b-redux", "checkpoints=s3://bucket/checkpoints"),
     *("data.sets={llava-pretrain: s3://bucket/llava-pretrain, mix665k: s3://bucket/mix665k}",),
 )
 EVERYTHING = (
@@ -42,7 +42,7 @@ EVERYTHING = (
     *("--deadline", "864000", "--redis", "redis.default:6380", "--redis-secret", "redis:password"),
     *("--egress", "10.0.0.0/8:9000", "--operator-namespace", "ray"),
 )
-GOLDEN = {"quickstart": (*QUICKSTART, "workers=[2, 8]"), "llava-13b-redux": (*LLAVA, *EVERYTHING)}
+GOLDEN = {"quickstart": (*QUICKSTART, "num_workers=[2, 8]"), "llava-13b-redux": (*LLAVA, *EVERYTHING)}
 
 Render = Callable[..., str]
 
@@ -111,7 +111,7 @@ VARIANTS = {
     "fixed": QUICKSTART,
     "elastic": GOLDEN["quickstart"],
     "everything": GOLDEN["llava-13b-redux"],
-    "volcano": (*LLAVA, "--queue", "q", "--scheduler", "volcano", "workers=[8, 16]"),
+    "volcano": (*LLAVA, "--queue", "q", "--scheduler", "volcano", "num_workers=[8, 16]"),
     "yunikorn": (*LLAVA, "--queue", "root.q", "--scheduler", "yunikorn"),
     "redis without a password": (*QUICKSTART, "--redis", "redis:6379"),
 }
@@ -188,8 +188,8 @@ SIZE = {
         (["seed=1"], {JOB}),
         (["recovery.restarts=9"], {JOB}),
         (["recovery.grace_s=60.5"], {JOB, *GRACE}),
-        (["workers=4", *(f"train.{stage}.micro_batch=2" for stage in STAGES)], {JOB, *REPLICAS}),
-        (["workers=[2, 8]"], RANGE),
+        (["num_workers=4", *(f"train.{stage}.micro_batch_size=2" for stage in STAGES)], {JOB, *REPLICAS}),
+        (["num_workers=[2, 8]"], RANGE),
         (["--retries", "0"], {"RayJob.spec.backoffLimit"}),
         (["--deadline", "60"], {"RayJob.spec.activeDeadlineSeconds"}),
         (["--gpus-per-worker-pod", "2"], {*REPLICAS, *SIZE}),
@@ -223,8 +223,12 @@ def test_a_change_changes_what_it_should_and_nothing_else(render: Render, change
 def test_pods_hold_all_workers_and_no_more(render: Render, fewest: int, most: int, per_pod: int) -> None:
     # numbers that shares the quickstart's batches, or a range, of which they need not
     workers = f"[{fewest}, {most}]" if fewest < most else fewest
-    job = ("train.tower.global_batch=384", "train.pretrain.global_batch=192", "train.instruct.global_batch=48")
-    documents = parsed(render(*QUICKSTART, f"workers={workers}", *job, "--gpus-per-worker-pod", per_pod))
+    job = (
+        "train.tower.global_batch_size=384",
+        "train.pretrain.global_batch_size=192",
+        "train.instruct.global_batch_size=48",
+    )
+    documents = parsed(render(*QUICKSTART, f"num_workers={workers}", *job, "--gpus-per-worker-pod", per_pod))
     cluster = documents["RayJob"]["spec"]["rayClusterSpec"]
     [group] = cluster["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -269,7 +273,7 @@ def test_the_job_travels_whole(render: Render, tmp_path: Path) -> None:
             "runs",
             "/mnt/redux",
         )
-    assert documents["RayJob"]["spec"]["entrypoint"] == "redux run /etc/redux/job.yaml --into /mnt/redux/runs"
+    assert documents["RayJob"]["spec"]["entrypoint"] == "redux run /etc/redux/job.yaml --runs-dir /mnt/redux/runs"
 
 
 @pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
@@ -333,11 +337,11 @@ def test_secrets_are_named_not_written(render: Render) -> None:
         (["name=llava-1.5"], "name: got llava-1.5, allowed: up to 47 of a-z, 0-9 and -, .* such as name=llava-1-5$"),
         (["name=1st"], "name: got 1st, allowed: .* the first is a letter .* such as name=st$"),
         ([f"name={'a' * 48}"], "name: got a{48}, allowed: up to 47"),
-        (["workers=[3, 8]", "--gpus-per-worker-pod", "2"], r"workers: got \[3, 8\], allowed: multiples of 2"),
-        (["workers=auto"], r"workers: got auto, allowed: a number or a range, such as workers=8"),
-        (["workers=[8, 4]"], r"workers: got \[8, 4\], allowed: the fewest first"),
-        (["workers=[2, 8]", "--queue", "q"], r"workers: got \[2, 8\], allowed: one number, as Kueue"),
-        (["evaluate.actors=3"], "evaluate.actors: got 3, allowed: up to 2"),
+        (["num_workers=[3, 8]", "--gpus-per-worker-pod", "2"], r"num_workers: got \[3, 8\], allowed: multiples of 2"),
+        (["num_workers=auto"], r"num_workers: got auto, allowed: a number or a range, such as num_workers=8"),
+        (["num_workers=[8, 4]"], r"num_workers: got \[8, 4\], allowed: the fewest first"),
+        (["num_workers=[2, 8]", "--queue", "q"], r"num_workers: got \[2, 8\], allowed: one number, as Kueue"),
+        (["evaluate.num_actors=3"], "evaluate.num_actors: got 3, allowed: up to 2"),
         (
             ["checkpoints=/data/checkpoints"],
             "checkpoints: got /data/checkpoints, allowed: a URL, or a path in /mnt/redux",

@@ -54,10 +54,10 @@ train:
     data: captions
     template: plain
     steps: 120
-    global_batch: 8
-    micro_batch: 8
+    global_batch_size: 8
+    micro_batch_size: 8
     learning_rate: {projector: 1e-3, language: 1e-3}
-    checkpoint_every: 5
+    save_steps: 5
 """
 
 CHECKOUT = '''
@@ -335,7 +335,7 @@ def test_a_home_is_not_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("words", "told"), [
     (("learning=1",), "learning"),
-    (("--into", "runs"), "--into: got runs"),
+    (("--runs-dir", "runs"), "--runs-dir: got runs"),
     (("--id", "a/b"), "--id: got a/b"),
     (("--env", "NOT_SET_ANYWHERE"), "--env: got NOT_SET_ANYWHERE, which is not set"),
     (("--env", "DOLLAR"), "--env: DOLLAR has a $ in its value"),
@@ -508,7 +508,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 def test_a_run_goes_on_where_it_was_stopped_and_where_it_was_killed(redux: Redux, head: Head, tmp_path: Path) -> None:
     """From a folder that is no checkout, so with the Redux that the cluster has."""
     (tmp_path / "job.yaml").write_text(JOB)
-    words = ("submit", "job.yaml", "name=real", "--into", tmp_path / "on the cluster")
+    words = ("submit", "job.yaml", "name=real", "--runs-dir", tmp_path / "on the cluster")
     assert redux(*words, folder=tmp_path).code == 0
     until(head, "real", r"(\d+)/120", lambda step: int(step) >= 10)
     assert "real is STOPPED" in redux("jobs", "stop", "real").out

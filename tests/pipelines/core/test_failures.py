@@ -62,7 +62,7 @@ def caught(work: Callable[[], Any]) -> BaseException:
         (torch.distributed.DistNetworkError("gone"), Kind.LOST, "DistNetworkError: gone"),
         (RuntimeError("[../gloo/tcp/pair.cc] Connection closed by peer [127.0.0.1]"), Kind.LOST, "RuntimeError: [.."),
         (RuntimeError("shape '[2]' is invalid"), Kind.RAISED, "RuntimeError: shape '[2]' is invalid"),
-        (torch.OutOfMemoryError("no"), Kind.RAISED, "OutOfMemoryError: no; a smaller micro_batch"),
+        (torch.OutOfMemoryError("no"), Kind.RAISED, "OutOfMemoryError: no; a smaller micro_batch_size"),
         (KeyError("a"), Kind.RAISED, "KeyError: 'a'"),
         (AssertionError(), Kind.RAISED, "AssertionError"),
     ],
@@ -263,7 +263,7 @@ def test_errors_that_are_none_of_a_disk_stay_as_they_are() -> None:
 def test_the_command_line_tells_a_full_disk_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No stack trace, what is full, what is safe and how to go on."""
     with no_room():
-        code = main(["run", str(JOBS / "quickstart.yaml"), "--into", str(tmp_path)])
+        code = main(["run", str(JOBS / "quickstart.yaml"), "--runs-dir", str(tmp_path)])
     lines = capsys.readouterr().err.splitlines()
     assert code == EXIT_MISUSE
     assert lines == [

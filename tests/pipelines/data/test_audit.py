@@ -29,7 +29,7 @@ def test_a_whole_set_has_no_fault(stored: Shards):
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_shard_of_which_nothing_was_kept_is_no_fault(records: list[dict], pictures: Path, tmp_path: Path):
     given = [{**record, "image": "none.png"} for record in records[:2]] + records[2:4]
-    make(given, str(pictures), str(tmp_path), Making(samples_per_shard=2, tolerance=0.5))
+    make(given, str(pictures), str(tmp_path), Making(samples_per_shard=2, max_bad_fraction=0.5))
     assert len(Shards(tmp_path)) == 2
     assert verify(str(tmp_path)) == []
 

@@ -115,7 +115,7 @@ def index_all(file: Path) -> list[dict[str, Any]]:
 def read_by(tokenizer: Path, *sets: Shards) -> Reader:
     return Reader(
         sources={f"set {number}": shards for number, shards in enumerate(sets)},
-        order=Order(samples=tuple(map(len, sets)), global_batch=GLOBAL_BATCH, seed=3),
+        order=Order(samples=tuple(map(len, sets)), global_batch_size=GLOBAL_BATCH, seed=3),
         size=2,
         image_size=SIDE,
         tokenizer=tokenizer,
@@ -375,7 +375,7 @@ def gathered(
 
 def mixed_by(tokenizer: Path, few: Shards, harmed: Shards, world: int) -> Reader:
     reader = read_by(tokenizer, few, harmed)
-    return replace(reader, order=replace(reader.order, global_batch=4 * world))
+    return replace(reader, order=replace(reader.order, global_batch_size=4 * world))
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -16,7 +16,7 @@ def run(
     samples: int = 10, batch: int = 4, steps: int = 9, stage: str = "instruct", seed: int = 0
 ) -> list[dict[str, Any]]:
     """What a run logs that draws two of a set "a" for each of a set "b"."""
-    order = Order(samples=(samples, 7), global_batch=batch + batch // 2, weights=(2, 1), seed=seed)
+    order = Order(samples=(samples, 7), global_batch_size=batch + batch // 2, weights=(2, 1), seed=seed)
     log = []
     for step in range(1, steps + 1):
         sources, numbers = order.batch(step - 1)

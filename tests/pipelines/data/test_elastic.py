@@ -58,7 +58,7 @@ def pool(in_process: InProcess, records: list[dict], tmp_path_factory: pytest.Te
                 noise = chance.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(images / record["image"])
             given += [record] * (2 if chance.random() < 0.1 else 1)
-        making = Making(samples_per_shard=int(chance.integers(1, 15)), tolerance=1)
+        making = Making(samples_per_shard=int(chance.integers(1, 15)), max_bad_fraction=1)
         folder = tmp_path_factory.mktemp("set")
         with in_process():
             assert make(given, str(images), str(folder), making)["quarantined"]
@@ -73,7 +73,7 @@ def long(in_process: InProcess, pictures: Path, tmp_path_factory: pytest.TempPat
     given = [{"id": f"{number:04d}", "image": "0.png", "conversations": turns} for number in range(400)]
     folder = tmp_path_factory.mktemp("long")
     with in_process():
-        make(given, str(pictures), str(folder), Making(samples_per_shard=24, size=SIDE))
+        make(given, str(pictures), str(folder), Making(samples_per_shard=24, image_size=SIDE))
     return Shards(folder)
 
 
@@ -82,7 +82,7 @@ def read_by(tokenizer: Path, order: Order, sets: Sequence[Shards]) -> Reader:
     return Reader(
         sources={f"set {number}": shards for number, shards in enumerate(sets)},
         order=order,
-        size=order.global_batch,
+        size=order.global_batch_size,
         image_size=SIDE,
         tokenizer=tokenizer,
         encode=conversation("vicuna_bare", 2),
@@ -109,7 +109,7 @@ def mixture(pool: Sequence[Any], chance: np.random.Generator, kind: str) -> tupl
     taken = [pool[number] for number in chance.permutation(len(pool))[:count]]
     order = Order(
         samples=tuple(map(len, taken)),
-        global_batch=int(chance.choice([4, 6, 8, 12, 24])),
+        global_batch_size=int(chance.choice([4, 6, 8, 12, 24])),
         seed=int(chance.integers(1000)),
         weights=tuple(chance.uniform(0.5, 5, count).round(2).tolist()) if kind != "plain" else (),
         shuffle={"window": "window", "plain": "none"}.get(kind, "global"),
@@ -130,12 +130,12 @@ class Run:
     size: int
 
 
-def runs(chance: np.random.Generator, global_batch: int, steps: int, count: int) -> list[Run]:
+def runs(chance: np.random.Generator, global_batch_size: int, steps: int, count: int) -> list[Run]:
     """So many runs, each by another number of workers than the one before it."""
     borders, result, workers = sorted(chance.permutation(range(1, steps))[: count - 1].tolist()), [], 0
     for start, stop in zip([0, *borders], [*borders, steps], strict=True):
-        workers = int(chance.choice([n for n in range(1, 5) if global_batch % n == 0 and n != workers]))
-        share = global_batch // workers
+        workers = int(chance.choice([n for n in range(1, 5) if global_batch_size % n == 0 and n != workers]))
+        share = global_batch_size // workers
         size = int(chance.choice([n for n in range(1, share + 1) if share % n == 0]))
         result.append(Run(start, stop, workers, size))
     return result
@@ -195,7 +195,7 @@ class Numbers(Reader):
 
 def dealt(in_process: InProcess, reader: Reader, run: Run, steps: int) -> list[list[dict[str, Any]]]:
     """What the ranks get whose workers are dealt blocks in turn, as the tests on Ray show that they are."""
-    per_step = reader.order.global_batch // run.size
+    per_step = reader.order.global_batch_size // run.size
     with in_process():
         blocks: Any = dataset(replace(reader, size=run.size), run.start * per_step, steps * per_step, run.workers)
     due = (run.stop - run.start) * per_step // run.workers
@@ -216,7 +216,7 @@ def test_the_order_survives_any_restarts_at_other_world_sizes(
     order = mixture(sets, chance, kind)[0]
     steps = order.batches(2.3)
     pairs: list[tuple[int, int]] = []
-    for run in runs(chance, order.global_batch, steps, int(chance.integers(1, 6))):
+    for run in runs(chance, order.global_batch_size, steps, int(chance.integers(1, 6))):
         monkeypatch.setattr(ingest, "BLOCK_SAMPLES", int(chance.integers(1, 65)))
         ranks = dealt(in_process, Numbers(**vars(read_by(tokenizer, order, []))), run, steps)
         pairs += [
@@ -243,7 +243,7 @@ def test_all_that_a_model_sees_survives_any_restarts_at_other_world_sizes(
     order, sets = mixture(pool, chance, kind)
     reader, steps = read_by(tokenizer, order, sets), order.batches(1.2)
     told: list[Told] = []
-    for run in runs(chance, order.global_batch, steps, 3):
+    for run in runs(chance, order.global_batch_size, steps, 3):
         monkeypatch.setattr(ingest, "BLOCK_SAMPLES", int(chance.integers(1, 65)))
         told += stream(reader, dealt(in_process, reader, run, steps))
     assert told == undisturbed(reader, range(steps))
@@ -260,7 +260,7 @@ def played(
 
     wait: called with its rank before each of a rank's micro-batches.
     """
-    per_step = reader.order.global_batch // run.size
+    per_step = reader.order.global_batch_size // run.size
     data = dataset(replace(reader, size=run.size), run.start * per_step, steps * per_step, run.workers)
     data.context.execution_options = ExecutionOptions(preserve_order=True)
     shards = data.streaming_split(run.workers, equal=True)
@@ -331,12 +331,12 @@ def test_on_ray_the_stream_survives_restarts_at_other_world_sizes_slow_ranks_and
     reader, steps = read_by(tokenizer, order, sets), order.batches(2.2)
     disturbed = replace(reader, encode=slowly(reader.encode)) if slow else reader
     told: list[Told] = []
-    for number, run in enumerate(runs(chance, order.global_batch, steps, count)):
+    for number, run in enumerate(runs(chance, order.global_batch_size, steps, count)):
         monkeypatch.setattr(ingest, "BLOCK_SAMPLES", int(chance.integers(4, 33)))
         faulty, marker = disturbed, tmp_path / str(number)
         if killed and number == 1:
             source, sample = ordered(order, range(run.start, run.stop))[
-                (run.stop - run.start) * order.global_batch // 2
+                (run.stop - run.start) * order.global_batch_size // 2
             ]
             faulty = replace(disturbed, encode=deadly(disturbed.encode, marker, sets[source].key(sample)))
         told += stream(reader, played(faulty, run, steps, dawdle if slow else lambda _: None))
@@ -354,7 +354,7 @@ def test_going_on_costs_the_same_from_any_place(
     long: Shards, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ):
     """Calls, ranges and bytes of the first micro-batch; an epoch has 25 global batches."""
-    order = Order(samples=(len(long),), global_batch=16, seed=5)
+    order = Order(samples=(len(long),), global_batch_size=16, seed=5)
     reader, read, asked = replace(read_by(tokenizer, order, [long]), size=size), storage.read_ranges, []
 
     def counted(ranges: Sequence[storage.Range]) -> list[bytes]:
@@ -371,7 +371,7 @@ def test_going_on_costs_the_same_from_any_place(
 @pytest.mark.usefixtures("ray_cluster")
 def test_on_ray_nothing_before_the_start_is_read(long: Shards, tokenizer: Path, tmp_path: Path):
     """From 95 % of an epoch to its end."""
-    order, log = Order(samples=(len(long),), global_batch=4, seed=5), tmp_path / "log"
+    order, log = Order(samples=(len(long),), global_batch_size=4, seed=5), tmp_path / "log"
     reader = read_by(tokenizer, order, [long])
     encode = reader.encode
 
@@ -433,7 +433,7 @@ def test_on_ray_a_store_full_of_faults_gives_what_the_local_folder_gives(
     proxy.asked.clear()
     kinds = ["SlowDown", "InternalError", "cut", "short", "drop"] * 6 + ["stall"] * 3 + ["expire"] * 3 + [""] * 30
     proxy.faults = Script(random.Random(seed).sample(kinds, len(kinds)))
-    order = Order(samples=(len(stored),), global_batch=8, seed=seed)
+    order = Order(samples=(len(stored),), global_batch_size=8, seed=seed)
     local = read_by(tokenizer, order, [stored])
 
     class Carried(dict[str, Shards]):

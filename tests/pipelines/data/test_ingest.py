@@ -29,7 +29,7 @@ def reader(stored: Shards, tokenizer: Path) -> Reader:
     """Micro-batches of 4; 22 samples are no multiple of the global batch, so epochs meet within one."""
     return Reader(
         sources={"all": stored},
-        order=Order(samples=(len(stored),), global_batch=GLOBAL_BATCH, seed=3),
+        order=Order(samples=(len(stored),), global_batch_size=GLOBAL_BATCH, seed=3),
         size=4,
         image_size=SIDE,
         tokenizer=tokenizer,

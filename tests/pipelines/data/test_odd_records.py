@@ -53,7 +53,7 @@ def test_each_record_is_kept_or_listed(
     assert len(given) == len(texts)
     out = tmp_path / "out"
     with in_process():
-        summary = make(given, str(tmp_path), str(out), Making(samples_per_shard=100, tolerance=1))
+        summary = make(given, str(tmp_path), str(out), Making(samples_per_shard=100, max_bad_fraction=1))
     reasons = listed(out, len(given))
     assert summary["kept"] + len(reasons) == len(given)
     assert len(set(reasons.values())) >= 8
@@ -85,7 +85,9 @@ def test_each_image_is_kept_or_listed(
     given = [{"id": number, "image": f"{number}.jpg", "conversations": turns} for number in range(len(images))]
     out = tmp_path / "out"
     with in_process():
-        summary = make(given, str(tmp_path), str(out), Making(samples_per_shard=100, tolerance=1, size=size))
+        summary = make(
+            given, str(tmp_path), str(out), Making(samples_per_shard=100, max_bad_fraction=1, image_size=size)
+        )
     reasons = listed(out, len(given))
     assert set(reasons.values()) == {"broken image"}
     assert summary["kept"] + len(reasons) == len(given)

@@ -51,9 +51,9 @@ def columns(samples: int, modalities: int = 2, seed: int = 0) -> tuple[np.ndarra
     return drawn.astype(np.uint8), chance.integers(1, 300, samples).astype(np.uint16)
 
 
-def grouped(samples: int, global_batch: int, seed: int = 3, megabatch: int = 3, modalities: int = 2) -> Order:
+def grouped(samples: int, global_batch_size: int, seed: int = 3, megabatch: int = 3, modalities: int = 2) -> Order:
     groups = Groups.of(*columns(samples, modalities), megabatch)
-    return Order(samples=(samples,), global_batch=global_batch, seed=seed, groups=groups)
+    return Order(samples=(samples,), global_batch_size=global_batch_size, seed=seed, groups=groups)
 
 
 def orders() -> dict[str, Order]:
@@ -61,11 +61,11 @@ def orders() -> dict[str, Order]:
     shards = (SHARDS, SHARDS[:4])
     held = tuple(int(sizes.sum()) for sizes in shards)
     return {
-        "one source": Order(samples=(101,), global_batch=8, seed=3),
-        "mixture": Order(samples=(101, 67, 5), global_batch=8, seed=3),
-        "weights": Order(samples=(101, 67, 5), global_batch=8, seed=3, weights=(0.3, 0.5, 0.2)),
-        "window": Order(samples=held, global_batch=8, seed=3, shuffle="window", window=2, shards=shards),
-        "none": Order(samples=(101, 67), global_batch=8, seed=3, shuffle="none"),
+        "one source": Order(samples=(101,), global_batch_size=8, seed=3),
+        "mixture": Order(samples=(101, 67, 5), global_batch_size=8, seed=3),
+        "weights": Order(samples=(101, 67, 5), global_batch_size=8, seed=3, weights=(0.3, 0.5, 0.2)),
+        "window": Order(samples=held, global_batch_size=8, seed=3, shuffle="window", window=2, shards=shards),
+        "none": Order(samples=(101, 67), global_batch_size=8, seed=3, shuffle="none"),
         "groups": grouped(101, 8),
     }
 
@@ -78,8 +78,8 @@ KINDS = orders()
 
 def test_the_order_of_one_source_is_the_one_that_results_were_trained_in():
     digest = hashlib.sha256()
-    for samples, global_batch, seed in ((64, 8, 0), (100, 7, 1), (1000, 64, 2), (4097, 32, 3), (10**9, 256, 4)):
-        order = Order(samples=(samples,), global_batch=global_batch, seed=seed)
+    for samples, global_batch_size, seed in ((64, 8, 0), (100, 7, 1), (1000, 64, 2), (4097, 32, 3), (10**9, 256, 4)):
+        order = Order(samples=(samples,), global_batch_size=global_batch_size, seed=seed)
         for number in (*range(40), 12345):
             source, sample = order.batch(number)
             assert not source.any()
@@ -88,17 +88,19 @@ def test_the_order_of_one_source_is_the_one_that_results_were_trained_in():
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 7, 8, 17, 64, 101, 256])
-@pytest.mark.parametrize("global_batch", [1, 3, 8])
+@pytest.mark.parametrize("global_batch_size", [1, 3, 8])
 @pytest.mark.parametrize("kind", ["global", "window", "none", "groups"])
-def test_batches_go_over_the_seams_of_epochs_without_loss(samples: int, global_batch: int, kind: str):
+def test_batches_go_over_the_seams_of_epochs_without_loss(samples: int, global_batch_size: int, kind: str):
     if kind == "groups":
-        order = grouped(samples, global_batch)
+        order = grouped(samples, global_batch_size)
     else:
         shards = np.diff(np.unique([0, samples, *np.random.default_rng(samples).integers(0, samples, 9)]))
-        order = Order(samples=(samples,), global_batch=global_batch, seed=7, shuffle=kind, window=3, shards=(shards,))
-    epochs = 3 if samples < 64 or global_batch == 8 else 1
+        order = Order(
+            samples=(samples,), global_batch_size=global_batch_size, seed=7, shuffle=kind, window=3, shards=(shards,)
+        )
+    epochs = 3 if samples < 64 or global_batch_size == 8 else 1
     flat = stream(order, order.batches(epochs))
-    assert len(flat) - global_batch < epochs * samples <= len(flat)
+    assert len(flat) - global_batch_size < epochs * samples <= len(flat)
     for epoch in range(epochs):
         one = flat[epoch * samples : (epoch + 1) * samples]
         assert np.array_equal(np.sort(one), np.arange(samples)), epoch
@@ -106,15 +108,15 @@ def test_batches_go_over_the_seams_of_epochs_without_loss(samples: int, global_b
 
 @pytest.mark.parametrize("kind", ["global", "groups"])
 def test_a_batch_larger_than_the_set_holds_whole_epochs(kind: str):
-    order = Order(samples=(3,), global_batch=10, seed=0) if kind == "global" else grouped(3, 10)
+    order = Order(samples=(3,), global_batch_size=10, seed=0) if kind == "global" else grouped(3, 10)
     batch = order.batch(2)[1]  # places 20..29: the end of epoch 6 up to epoch 9
     assert sorted(batch[1:4]) == sorted(batch[4:7]) == sorted(batch[7:10]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("coarse", [2, 4, 8])
 def test_the_stream_of_one_source_does_not_depend_on_the_global_batch(coarse: int):
-    fine = stream(Order(samples=(73,), global_batch=1, seed=5), 144)
-    assert np.array_equal(stream(Order(samples=(73,), global_batch=coarse, seed=5), 144 // coarse), fine)
+    fine = stream(Order(samples=(73,), global_batch_size=1, seed=5), 144)
+    assert np.array_equal(stream(Order(samples=(73,), global_batch_size=coarse, seed=5), 144 // coarse), fine)
 
 
 @pytest.mark.parametrize(("epochs", "batches"), [(1, 7), (2, 13), (0.5, 4), (3, 19), (0.02, 1)])
@@ -122,7 +124,7 @@ def test_the_stream_of_one_source_does_not_depend_on_the_global_batch(coarse: in
 def test_batches_are_the_fewest_that_hold_the_epochs_and_say_what_of_them_is_real(
     samples: tuple[int, ...], epochs: float, batches: int
 ):
-    order = Order(samples=samples, global_batch=8, seed=0)
+    order = Order(samples=samples, global_batch_size=8, seed=0)
     assert order.batches(epochs) == batches
     real = [order.real(number, epochs) for number in range(batches + 2)]
     assert sum(real) == round(50 * epochs)
@@ -176,13 +178,13 @@ def test_every_seed_and_every_epoch_has_an_order_of_its_own(name: str):
 
 
 @pytest.mark.parametrize("weights", MIXTURES)
-@pytest.mark.parametrize("global_batch", [1, 3, 8, 64])
-def test_each_batch_and_the_whole_run_keep_the_ratio(weights: tuple[float, ...], global_batch: int):
-    exact = np.array(weights) / sum(weights) * global_batch
+@pytest.mark.parametrize("global_batch_size", [1, 3, 8, 64])
+def test_each_batch_and_the_whole_run_keep_the_ratio(weights: tuple[float, ...], global_batch_size: int):
+    exact = np.array(weights) / sum(weights) * global_batch_size
     total = np.zeros(len(weights), int)
     for number in range(200):
-        starts, counts = share([Fraction(str(weight)) for weight in weights], global_batch, number)
-        assert sum(counts) == global_batch
+        starts, counts = share([Fraction(str(weight)) for weight in weights], global_batch_size, number)
+        assert sum(counts) == global_batch_size
         assert (np.abs(counts - exact) < 1).all(), number
         assert np.array_equal(starts, total), number
         total += counts
@@ -194,12 +196,12 @@ def test_ratios_hold_for_mixtures_by_chance():
     chance = np.random.default_rng(0)
     for _ in range(60):
         weights = [Fraction(int(weight)) for weight in chance.integers(1, 60, chance.integers(2, 9))]
-        global_batch = int(chance.integers(1, 70))
-        exact = np.array(weights, float) / float(sum(weights)) * global_batch
+        global_batch_size = int(chance.integers(1, 70))
+        exact = np.array(weights, float) / float(sum(weights)) * global_batch_size
         for number in map(int, chance.integers(0, 2 * sum(weights), 12)):
-            starts, counts = share(weights, global_batch, number)
+            starts, counts = share(weights, global_batch_size, number)
             assert (np.abs(counts - exact) < 1).all()
-            assert np.array_equal(np.add(starts, counts), share(weights, global_batch, number + 1)[0])
+            assert np.array_equal(np.add(starts, counts), share(weights, global_batch_size, number + 1)[0])
             assert np.abs(starts - exact * number).max() < (1 if len(weights) < 4 else 1.2)
 
 
@@ -213,9 +215,9 @@ def test_ratios_hold_far_into_a_run(far: int):
 
 
 @pytest.mark.parametrize("weights", [(), (0.2, 0.3, 0.5), (1, 1, 30)])
-@pytest.mark.parametrize("global_batch", [1, 7, 32])
-def test_each_source_goes_through_its_own_epochs(weights: tuple[float, ...], global_batch: int):
-    order = Order(samples=(67, 101, 5), global_batch=global_batch, seed=9, weights=weights)
+@pytest.mark.parametrize("global_batch_size", [1, 7, 32])
+def test_each_source_goes_through_its_own_epochs(weights: tuple[float, ...], global_batch_size: int):
+    order = Order(samples=(67, 101, 5), global_batch_size=global_batch_size, seed=9, weights=weights)
     source, sample = np.concatenate([order.batch(number) for number in range(order.batches(4))], axis=1)
     for one, samples in enumerate(order.samples):
         mine = sample[source == one]
@@ -226,7 +228,7 @@ def test_each_source_goes_through_its_own_epochs(weights: tuple[float, ...], glo
 
 
 def test_batches_are_those_of_a_slow_reference():
-    order = Order(samples=(67, 101, 5), global_batch=9, seed=2, weights=(1, 2, 0.5))
+    order = Order(samples=(67, 101, 5), global_batch_size=9, seed=2, weights=(1, 2, 0.5))
     streams = [
         iter(np.concatenate([permute(np.arange(samples), samples, 2, epoch, *key) for epoch in range(70)]))
         for samples, key in zip(order.samples, [(), (1,), (2,)], strict=True)
@@ -237,7 +239,7 @@ def test_batches_are_those_of_a_slow_reference():
 
 
 def test_any_slice_of_a_batch_has_about_the_ratio_of_the_whole():
-    order = Order(samples=(500, 300, 200), global_batch=60, seed=1)
+    order = Order(samples=(500, 300, 200), global_batch_size=60, seed=1)
     for number in range(20):
         source, _ = order.batch(number)
         for first in range(0, 60, 10):
@@ -246,7 +248,7 @@ def test_any_slice_of_a_batch_has_about_the_ratio_of_the_whole():
 
 def test_equal_sources_are_not_ordered_alike():
     source, sample = np.concatenate(
-        [Order(samples=(100, 100), global_batch=20, seed=1).batch(number) for number in range(10)], axis=1
+        [Order(samples=(100, 100), global_batch_size=20, seed=1).batch(number) for number in range(10)], axis=1
     )
     assert (sample[source == 0] == sample[source == 1]).sum() < 10
 
@@ -277,42 +279,44 @@ def test_samples_mix_within_windows_of_shards_and_not_beyond(window: int, seed: 
 
 def slow_groups(order: Order, modality: np.ndarray, lengths: np.ndarray, epoch: int) -> np.ndarray:
     """A whole grouped epoch, put together as the docstring of `grouping` tells it."""
-    global_batch, samples, seed = order.global_batch, order.samples[0], order.seed
-    head = min((global_batch - epoch * samples % global_batch) % global_batch, samples)
-    full = (samples - head) // global_batch
+    global_batch_size, samples, seed = order.global_batch_size, order.samples[0], order.seed
+    head = min((global_batch_size - epoch * samples % global_batch_size) % global_batch_size, samples)
+    full = (samples - head) // global_batch_size
     members = []
     for one, name in enumerate(np.unique(modality)):
         numbers = np.flatnonzero(modality == name)
         members.append(numbers[permute(np.arange(len(numbers)), len(numbers), seed, epoch, 1, one)])
-    pure = [len(numbers) // global_batch for numbers in members]
+    pure = [len(numbers) // global_batch_size for numbers in members]
     if sum(pure) > full:
         pure[pure.index(max(pure))] -= 1
     batches, left = [], []
     for numbers, count in zip(members, pure, strict=True):
-        taken, rest = np.split(numbers, [count * global_batch])
+        taken, rest = np.split(numbers, [count * global_batch_size])
         left.extend(rest)
-        size = order.groups.megabatch * global_batch
+        size = order.groups.megabatch * global_batch_size
         for first in range(0, len(taken), size):
             megabatch = sorted(taken[first : first + size], key=lambda number: lengths[number])
-            batches += [megabatch[at : at + global_batch] for at in range(0, len(megabatch), global_batch)]
-    mixed = (full - sum(pure)) * global_batch
-    batches += [left[at : at + global_batch] for at in range(0, mixed, global_batch)]
-    tail = samples - head - full * global_batch
+            batches += [megabatch[at : at + global_batch_size] for at in range(0, len(megabatch), global_batch_size)]
+    mixed = (full - sum(pure)) * global_batch_size
+    batches += [left[at : at + global_batch_size] for at in range(0, mixed, global_batch_size)]
+    tail = samples - head - full * global_batch_size
     shuffled = [batches[at] for at in permute(np.arange(full), full, seed, epoch, 0)] if full else []
     return np.array([*left[mixed + tail :], *itertools.chain(*shuffled), *left[mixed : mixed + tail]])
 
 
 @pytest.mark.parametrize(
-    ("samples", "global_batch", "megabatch", "modalities"),
+    ("samples", "global_batch_size", "megabatch", "modalities"),
     [(1, 1, 1, 1), (3, 8, 2, 2), (97, 8, 3, 2), (128, 8, 2, 1), (500, 16, 4, 3), (499, 7, 50, 4), (64, 32, 1, 2)],
 )
 @pytest.mark.parametrize("seed", [0, 5])
-def test_groups_are_those_of_a_slow_reference(samples: int, global_batch: int, megabatch: int, modalities: int, seed):
-    order = grouped(samples, global_batch, seed, megabatch, modalities)
+def test_groups_are_those_of_a_slow_reference(
+    samples: int, global_batch_size: int, megabatch: int, modalities: int, seed
+):
+    order = grouped(samples, global_batch_size, seed, megabatch, modalities)
     modality, lengths = columns(samples, modalities)
     epochs = np.concatenate([slow_groups(order, modality, lengths, epoch) for epoch in range(4)])
-    batches = 4 * samples // global_batch
-    assert np.array_equal(stream(order, batches) if batches else [], epochs[: batches * global_batch])
+    batches = 4 * samples // global_batch_size
+    assert np.array_equal(stream(order, batches) if batches else [], epochs[: batches * global_batch_size])
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3])
@@ -328,7 +332,11 @@ def test_batches_are_of_one_modality_but_for_one_more_than_there_are_modalities(
 def test_groups_pad_less_than_chance_and_as_megabatches_say():
     _, lengths = columns(4000)
     wasted = []
-    for order in (Order(samples=(4000,), global_batch=16, seed=0), grouped(4000, 16, megabatch=1), grouped(4000, 16)):
+    for order in (
+        Order(samples=(4000,), global_batch_size=16, seed=0),
+        grouped(4000, 16, megabatch=1),
+        grouped(4000, 16),
+    ):
         taken = [lengths[order.batch(number)[1]].astype(int) for number in range(250)]
         wasted.append(sum((one.max() - one).sum() for one in taken))
     assert wasted[2] < wasted[1] * 0.6
@@ -346,7 +354,7 @@ def test_an_index_numbered_by_modality_gives_the_same_order_as_its_columns():
 
 
 def grouped_by(groups: Groups) -> Order:
-    return Order(samples=(300,), global_batch=8, seed=1, groups=groups)
+    return Order(samples=(300,), global_batch_size=8, seed=1, groups=groups)
 
 
 # Permutations
@@ -406,10 +414,10 @@ def of_a_billion() -> None:
     samples = 10**9
     groups = Groups(counts=(900_000_001, 99_999_999), lengths=lengths, megabatch=50)
     kinds = [
-        Order(samples=(samples,), global_batch=256, seed=0),
-        Order(samples=(samples // 2, samples // 3, samples // 6 + 1), global_batch=256, seed=0),
-        Order(samples=(samples,), global_batch=256, seed=0, shuffle="window", shards=(np.full(100_000, 10_000),)),
-        Order(samples=(samples,), global_batch=256, seed=0, groups=groups),
+        Order(samples=(samples,), global_batch_size=256, seed=0),
+        Order(samples=(samples // 2, samples // 3, samples // 6 + 1), global_batch_size=256, seed=0),
+        Order(samples=(samples,), global_batch_size=256, seed=0, shuffle="window", shards=(np.full(100_000, 10_000),)),
+        Order(samples=(samples,), global_batch_size=256, seed=0, groups=groups),
     ]
     for order in kinds:
         for number in (0, 3_906_249, 10**7):  # the second is the epoch's last
@@ -438,7 +446,7 @@ def test_a_batch_of_a_billion_samples_takes_little_memory_and_few_rows_of_the_in
         ({"samples": (0,)}, r"samples: got \(0,\), allowed: at least one source"),
         ({"samples": ()}, r"samples: got \(\), allowed"),
         ({"samples": (4, -1)}, r"samples: got \(4, -1\), allowed"),
-        ({"global_batch": 0}, "global_batch: got 0, allowed: at least 1"),
+        ({"global_batch_size": 0}, "global_batch_size: got 0, allowed: at least 1"),
         ({"seed": -1}, "seed: got -1, allowed: at least 0"),
         ({"weights": (1,)}, r"weights: got \(1,\), allowed: .* 2 sources"),
         ({"weights": (1, 0)}, r"weights: got \(1, 0\), allowed"),
@@ -452,7 +460,7 @@ def test_a_batch_of_a_billion_samples_takes_little_memory_and_few_rows_of_the_in
 )
 def test_what_makes_no_order_is_refused_by_name(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        Order(**{"samples": (4, 5), "global_batch": 1, "seed": 0} | changes)
+        Order(**{"samples": (4, 5), "global_batch_size": 1, "seed": 0} | changes)
 
 
 @pytest.mark.parametrize(
@@ -472,7 +480,7 @@ def test_what_makes_no_order_is_refused_by_name(changes: dict[str, Any], message
 )
 def test_what_has_no_answer_is_refused_by_name(call: Callable[[Order], Any], message: str):
     with pytest.raises(ValueError, match=message):
-        call(Order(samples=(4,), global_batch=1, seed=0))
+        call(Order(samples=(4,), global_batch_size=1, seed=0))
 
 
 if __name__ == "__main__":

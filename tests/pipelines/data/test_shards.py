@@ -177,7 +177,7 @@ def test_odd_values_leave_a_list_that_is_json_in_utf8(
     given = [{**records[0], "id": name, "image": "none\ud83d.png"} for name in ids]
     kept = [{**records[0], "id": name, "more\ud83d": float("inf")} for name in ids]
     with in_process():
-        summary = make([*given, *kept], str(pictures), str(tmp_path), Making(tolerance=0.5))
+        summary = make([*given, *kept], str(pictures), str(tmp_path), Making(max_bad_fraction=0.5))
     assert (summary["kept"], summary["quarantined"]) == (len(ids), {"missing image": len(ids)})
     for line in (tmp_path / QUARANTINE).read_text("utf-8").splitlines():
         entry = json.loads(line, parse_constant=lambda name: pytest.fail(name))
@@ -364,22 +364,25 @@ def test_shards_that_do_not_stand_together_are_found(tmp_path: Path, names: list
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("fit", ["pad", "crop"])
+@pytest.mark.parametrize("image_aspect_ratio", ["pad", "crop"])
 def test_prepared_shards_hold_the_pixels_of_the_originals(
-    records: list[dict], pictures: Path, tmp_path: Path, fit: Any
+    records: list[dict], pictures: Path, tmp_path: Path, image_aspect_ratio: Any
 ):
-    making = Making(samples_per_shard=5, size=10, fit=fit)
+    making = Making(samples_per_shard=5, image_size=10, image_aspect_ratio=image_aspect_ratio)
     make(records, str(pictures), str(tmp_path), making)
     shards = Shards(tmp_path)
     for sample, record, image in zip(shards.read(range(len(shards))), records, files(records, pictures), strict=True):
         assert sample.record == record
         assert sample.image.startswith(b"P6\n10 10\n255\n")
-        assert (pixels(sample.image, 10) == pixels(image, 10, fit)).all()
+        assert (pixels(sample.image, 10) == pixels(image, 10, image_aspect_ratio)).all()
     read = list(webdataset.WebDataset([str(tar) for tar in tars(shards)], shardshuffle=False).decode("rgb8"))
     assert [sample["__key__"] for sample in read] == keys(shards)
     for sample, image in zip(read, files(records, pictures), strict=True):
-        assert (sample["ppm"].transpose(2, 0, 1) == pixels(image, 10, fit)).all()
-    for other in (Making(samples_per_shard=5, size=12, fit=fit), Making(samples_per_shard=5)):
+        assert (sample["ppm"].transpose(2, 0, 1) == pixels(image, 10, image_aspect_ratio)).all()
+    for other in (
+        Making(samples_per_shard=5, image_size=12, image_aspect_ratio=image_aspect_ratio),
+        Making(samples_per_shard=5),
+    ):
         with pytest.raises(ValueError, match="holds shards of other records or settings"):
             make(records, str(pictures), str(tmp_path), other)
 
@@ -389,7 +392,7 @@ def test_an_image_whose_square_would_be_too_large_is_broken(records: list[dict],
     Image.new("RGB", (14_000, 1)).save(pictures / "long.png")
     given = [{**records[0], "image": "long.png"}, records[1]]
     assert make(given, str(pictures), str(tmp_path / "files"), Making())["kept"] == 2
-    summary = make(given, str(pictures), str(tmp_path / "prepared"), Making(size=8, tolerance=0.5))
+    summary = make(given, str(pictures), str(tmp_path / "prepared"), Making(image_size=8, max_bad_fraction=0.5))
     assert (summary["kept"], summary["quarantined"]) == (1, {"broken image": 1})
 
 
@@ -429,7 +432,7 @@ def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_kept(
     records: list[dict], pictures: Path, tmp_path: Path, size: int
 ):
     given, reasons = spoilt(records, pictures)
-    summary = make(given, str(pictures), str(tmp_path), Making(samples_per_shard=size, tolerance=0.5))
+    summary = make(given, str(pictures), str(tmp_path), Making(samples_per_shard=size, max_bad_fraction=0.5))
     listed = [json.loads(line) for line in (tmp_path / QUARANTINE).read_text().splitlines()]
     assert {entry["number"]: entry["reason"] for entry in listed} == reasons
     assert {(entry["field"], entry["value"]) for entry in listed} >= {
@@ -456,11 +459,11 @@ def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_kept(
 def test_past_the_tolerated_share_there_is_a_list_but_no_set(records: list[dict], pictures: Path, tmp_path: Path):
     given, reasons = spoilt(records, pictures)
     with pytest.raises(ValueError, match=r"8 of 24 records cannot be used \(.*1 duplicate.*\), allowed: 30\.00%"):
-        make(given, str(pictures), str(tmp_path), Making(samples_per_shard=5, tolerance=0.3))
+        make(given, str(pictures), str(tmp_path), Making(samples_per_shard=5, max_bad_fraction=0.3))
     assert len((tmp_path / QUARANTINE).read_text().splitlines()) == len(reasons)
     with pytest.raises(ValueError, match="no shards here"):
         Shards(tmp_path)
-    make(given, str(pictures), str(tmp_path), Making(samples_per_shard=5, tolerance=0.4))
+    make(given, str(pictures), str(tmp_path), Making(samples_per_shard=5, max_bad_fraction=0.4))
     assert len(Shards(tmp_path)) == 16
 
 

@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tower=Tower(image_size=16, patch_size=4, num_hidden_layers=4, **size),
             language=Language(num_hidden_layers=2, max_position_embeddings=160, **size),
             vmtc=VMTC(ratio=0.5, stages=2),
-            cmai=CMAI(maximum=0.6),
+            cmai=CMAI(gamma_max=0.6),
         ),
         words,
     )
@@ -68,7 +68,9 @@ def subject(model: Path) -> Subject:
 
 
 def settings(**tasks: Asking) -> Evaluate:
-    return Evaluate(tasks={cast(Name, name): asking for name, asking in tasks.items()} or {"easy_vqa": LIMIT}, batch=7)
+    return Evaluate(
+        tasks={cast(Name, name): asking for name, asking in tasks.items()} or {"easy_vqa": LIMIT}, batch_size=7
+    )
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +207,7 @@ def test_answers_of_others_are_not_taken(subject: Subject, undisturbed: Path, tm
         ((replace(subject, template="vicuna_v1"), settings()), "template = 'vicuna_bare', not 'vicuna_v1'"),
         ((replace(subject, model=twin), settings()), f"not {twin!r}"),
         ((subject, settings(easy_vqa=replace(LIMIT, max_new_tokens=6))), "max_new_tokens.easy_vqa = 5, not 6"),
-        ((subject, replace(settings(), image="described")), "image = 'seen', not 'described'"),
+        ((subject, replace(settings(), image_input="caption")), "image_input = 'pixels', not 'caption'"),
     ):
         who, how = other
         with pytest.raises(ValueError, match=re.escape(told)):

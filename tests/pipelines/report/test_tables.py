@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from tests.pipelines.report.test_run_report import ATTACK, Page
 
 from jobs import command as command_line
 from jobs import schema
@@ -26,6 +25,7 @@ from redux.benchmarks import Metric, Outcome, Row
 from redux.cost import cost
 from redux.instructions import INSTRUCTIONS
 from redux.presets import PRESETS, Preset, llava
+from tests.pipelines.report.test_run_report import ATTACK, Page
 
 ROOT = Path(__file__).parents[3]
 QUESTIONS = 30
@@ -124,7 +124,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_run(folder, f"b{seed}", seed, 0.55, **of(PRESETS["default"]))
     for number, name in enumerate(("vmtc", "cmai", "lwp", "tia", "tokens-64", "prumerge", "evit")):
         write_run(folder, f"c{number}", 0, 0.3 + number / 20, **of(PRESETS[name]))
-    write_run(folder, "d", 0, 0.6, **of(PRESETS["llava"]), evaluate__image="described")
+    write_run(folder, "d", 0, 0.6, **of(PRESETS["llava"]), evaluate__image_input="caption")
     for tenth in (2, 8):
         ratio = {"vmtc": SMALL | {"ratio": tenth / 10}}
         write_run(folder, f"e{tenth}", 0, 0.5, model__vmtc=ratio["vmtc"])
@@ -192,7 +192,7 @@ def test_each_preset_fills_its_row_and_no_other(tmp_path: Path) -> None:
     slots = [slot for table in SLOTS.values() for slot in table]
     for name in rows:
         write_run(tmp_path, name, **of(PRESETS[name]))
-    write_run(tmp_path, "described", **of(PRESETS["llava"]), evaluate__image="described")
+    write_run(tmp_path, "described", **of(PRESETS["llava"]), evaluate__image_input="caption")
     [family], _ = find([tmp_path], SCORERS)
     found = {model.job["name"]: {slot.label for slot in slots if fills(model, slot)} for model in family.models}
     assert found == rows | {"described": {"Upper limit"}}
@@ -233,7 +233,7 @@ def test_other_sizes_or_data_are_another_family_and_other_machines_are_not(tmp_p
 def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path: Path) -> None:
     write_run(tmp_path, "trained", 5, **of(PRESETS["llava"]))
     checkpoint = str(tmp_path / "trained/checkpoints/instruct/model")
-    limit = of(PRESETS["llava"]) | {"train": {}, "model__checkpoint": checkpoint, "evaluate__image": "described"}
+    limit = of(PRESETS["llava"]) | {"train": {}, "model__checkpoint": checkpoint, "evaluate__image_input": "caption"}
     write_run(tmp_path, "limit", 0, **limit)
     write_run(tmp_path, "later", 0, **of(PRESETS["default"]) | {"train": {}, "model__checkpoint": checkpoint})
     [family], _ = find([tmp_path], SCORERS)
@@ -253,7 +253,7 @@ def test_the_command_of_a_missing_row_is_a_job_that_fills_it(runs: Path, tmp_pat
     slots = [slot for table in SLOTS.values() for slot in table if slot.preset]
     for slot in slots:
         redux, run, job, *overrides, into, beside = shlex.split(command(slot, family))
-        assert (redux, run, into, beside) == ("redux", "run", "--into", str(tmp_path))
+        assert (redux, run, into, beside) == ("redux", "run", "--runs-dir", str(tmp_path))
         made = schema.load(Path(job), overrides)
         assert made.name.startswith(f"{start}-")
         other = tmp_path / "made" / made.name
@@ -437,7 +437,7 @@ def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) ->
     for name, kind, more in (
         ("blip", "instructblip", {}),
         ("plain", "llava", {}),
-        ("later", "llava", {"model__cmai": {"maximum": 0.6}}),
+        ("later", "llava", {"model__cmai": {"gamma_max": 0.6}}),
     ):
         checkpoint = {"llava": "hub/llava", "instructblip": "Salesforce/instructblip-vicuna-7b"}[kind]
         folder = write_run(tmp_path, name, model__checkpoint=checkpoint, **{**given, **own, **more})

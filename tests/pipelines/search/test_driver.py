@@ -19,7 +19,9 @@ STEPS = 20
 
 
 def settings(**changes: Any) -> Settings:
-    asked = Settings(trials=6, at_once=2, space={"x": Range(low=0.0, high=1.0)}, objectives={"good": "max"})
+    asked = Settings(
+        num_trials=6, max_concurrent_trials=2, space={"x": Range(low=0.0, high=1.0)}, objectives={"good": "max"}
+    )
     return replace(asked, **changes)
 
 

@@ -16,10 +16,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.exceptions import ExperimentalWarning
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from tests.pipelines.report.test_run_report import ATTACK, Page
 
 from pipelines.search import search_page, search_plots
 from pipelines.search.snapshot import Snapshot, brief
+from tests.pipelines.report.test_run_report import ATTACK, Page
 
 UP, DOWN = "maximize", "minimize"
 RATE = FloatDistribution(1e-4, 1e-2, log=True)

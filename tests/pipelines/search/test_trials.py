@@ -16,7 +16,9 @@ SPACE = {"x": Range(low=0.0, high=1.0), "y": Range(low=0.0, high=1.0)}
 
 
 def settings(**changes: Any) -> Settings:
-    return Settings(**({"trials": 12, "at_once": 2, "space": SPACE, "objectives": {"good": "max"}} | changes))
+    return Settings(
+        **({"num_trials": 12, "max_concurrent_trials": 2, "space": SPACE, "objectives": {"good": "max"}} | changes)
+    )
 
 
 def forecast(values: Values) -> dict[str, float]:
@@ -45,7 +47,7 @@ def finish(trials: Trials, good: Callable[[Values], float] = lambda values: valu
 
 
 def test_each_end_is_told_as_what_it_was(opened: Callable[..., Trials]) -> None:
-    trials = opened(at_once=9, retries=0, prune=Prune(every=5, first=5))
+    trials = opened(max_concurrent_trials=9, retries=0, prune=Prune(every=5, first=5))
     for key in "abcde":
         trials.next(key)
     assert not trials.report("a", 5, 50, 1.0)
@@ -69,7 +71,7 @@ def test_each_end_is_told_as_what_it_was(opened: Callable[..., Trials]) -> None:
 def test_a_trial_that_lags_is_stopped_even_by_a_crash_but_not_one_that_was_done_all_the_same(
     opened: Callable[..., Trials],
 ) -> None:
-    trials = opened(at_once=9, prune=Prune(every=5, first=5))
+    trials = opened(max_concurrent_trials=9, prune=Prune(every=5, first=5))
     for key in "abc":
         trials.next(key)
     trials.report("a", 5, 50, 1.0)
@@ -161,7 +163,10 @@ def test_rungs_are_there_again(tmp_path: Path) -> None:
     def stopped(folder: Path, again: bool) -> list[int]:
         def open_() -> Trials:
             return Trials(
-                settings(trials=30, at_once=1, prune=Prune(every=10, first=10, factor=2)), "s", folder, forecast
+                settings(trials=30, max_concurrent_trials=1, prune=Prune(every=10, first=10, factor=2)),
+                "s",
+                folder,
+                forecast,
             )
 
         folder.mkdir()
@@ -220,7 +225,7 @@ def test_a_limit_on_what_is_known_is_never_broken_and_one_on_what_is_measured_is
 
 
 def test_where_nothing_works_the_search_ends_and_says_why(opened: Callable[..., Trials]) -> None:
-    trials = opened(retries=1, at_once=1)
+    trials = opened(retries=1, max_concurrent_trials=1)
     for _ in range(2 * HOPELESS):
         assert trials.next("a")
         trials.end("a", {}, "ValueError: no such bucket")

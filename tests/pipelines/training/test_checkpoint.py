@@ -281,7 +281,9 @@ def test_other_data_or_another_model_is_refused_unless_it_is_meant() -> None:
     data, model = manifest.data, manifest.model
     checkpoint.agree("url", manifest, False, data, model)
     other = {"config": {"size": 4, "heads": {"count": 3}}}
-    with pytest.raises(ValueError, match=r"^url: it was written with model.config.heads.count = 2, not 3; .*--changed"):
+    with pytest.raises(
+        ValueError, match=r"^url: it was written with model.config.heads.count = 2, not 3; .*--allow-changes"
+    ):
         checkpoint.agree("url", manifest, False, data, other)
     with pytest.raises(ValueError, match=r"^url: it was written with data.b = 'two', not 'three'"):
         checkpoint.agree("url", manifest, False, data | {"b": "three"}, model)

@@ -33,13 +33,13 @@ BOUND = 1e-5
 
 
 def done(plan: Plan) -> Plan:
-    driver.fit(plan)
+    driver.train_stage(plan)
     return plan
 
 
 @pytest.fixture(scope="module")
 def undisturbed(new_plan: NewPlan) -> Plan:
-    return done(new_plan(checkpoint_every=EVERY))
+    return done(new_plan(save_steps=EVERY))
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_machine_that_dies_costs_no_more_than_a_checkpoint_interval(undisturbe
 @pytest.mark.slow
 def test_a_machine_that_gives_notice_is_left_with_a_checkpoint(undisturbed: Plan, folder: Path) -> None:
     """None was due; and a third worker, whom the global batch has nothing for, keeps nobody waiting."""
-    stage = replace(undisturbed.stage, checkpoint_every=100)
+    stage = replace(undisturbed.stage, save_steps=100)
     plan, said = spend(replace(undisturbed, stage=stage, workers=(3, 3)), "preempted", folder)
     [saved] = said["saved"]
     assert saved in ("step-000003", "step-000004")  # notice came before step 4
@@ -124,7 +124,7 @@ def test_without_its_head_a_driver_ends_and_the_same_command_goes_on_elsewhere(u
 
 @pytest.mark.slow
 def test_workers_follow_machines_that_come_and_go(new_plan: NewPlan, folder: Path) -> None:
-    undisturbed = done(new_plan(checkpoint_every=EVERY, global_batch=12))
+    undisturbed = done(new_plan(save_steps=EVERY, global_batch_size=12))
     elastic = replace(undisturbed, workers=(1, 3), recovery=Recovery(resize_s=1))
     plan, said = spend(elastic, "resized", folder)
     groups = [one["workers"] for one in lines(plan, ledger.FILE) if one["event"] == "start"]

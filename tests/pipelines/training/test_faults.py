@@ -51,7 +51,7 @@ def account(plan: Plan) -> ledger.Account:
 @pytest.fixture(scope="module")
 def undisturbed(new_plan: NewPlan) -> Plan:
     plan = new_plan()
-    driver.fit(plan)
+    driver.train_stage(plan)
     return plan
 
 
@@ -101,12 +101,12 @@ def test_a_run_through_one_fault_after_the_other_ends_the_same(
     """An exception, os._exit and SIGKILL, on one rank or the other, each past a checkpoint."""
     plan = new_plan()
     kinds = [("raise", 3, 1), ("exit", 5, 0), ("SIGKILL", 7, 1)]
-    driver.fit(plan, [Fault(kind, step, rank, tmp_path) for kind, step, rank in kinds])
+    driver.train_stage(plan, [Fault(kind, step, rank, tmp_path) for kind, step, rank in kinds])
     assert len(list(tmp_path.iterdir())) == 3
     assert_same_end(plan, undisturbed)
     spent = account(plan)
     assert spent.restarts == 3
-    assert spent.lost_steps <= 3 * STAGE.checkpoint_every
+    assert spent.lost_steps <= 3 * STAGE.save_steps
     assert spent.lost > 0
     assert spent.restart > 0
 
@@ -116,11 +116,11 @@ def test_a_batch_that_is_not_finite_is_named_and_skipped_or_done_again(
 ) -> None:
     """Rolled back, a fault of the machine is undone; one that comes again is skipped."""
     plan = new_plan(nonfinite="rollback")
-    driver.fit(plan, [Fault("nan", 2, 0, tmp_path)])
+    driver.train_stage(plan, [Fault("nan", 2, 0, tmp_path)])
     assert_same_end(plan, undisturbed)
 
     plan = new_plan(nonfinite="rollback")
-    driver.fit(plan, [Fault("nan", 4, 0, tmp_path, times=2)])
+    driver.train_stage(plan, [Fault("nan", 4, 0, tmp_path, times=2)])
     entries = lines(plan, "metrics.jsonl")
     assert [entry["step"] for entry in entries if entry["skipped"]] == [5]
     assert entries[4]["loss"] is None
@@ -130,16 +130,18 @@ def test_a_batch_that_is_not_finite_is_named_and_skipped_or_done_again(
 
 
 def test_too_many_batches_that_are_not_finite_end_with_one_line(new_plan: NewPlan, tmp_path: Path) -> None:
-    plan = new_plan(max_nonfinite=0)
-    with pytest.raises(ValueError, match=r"train\.small\.max_nonfinite: loss or gradient of 1 steps .* of step 3"):
-        driver.fit(plan, [Fault("nan", 2, 1, tmp_path)])
+    plan = new_plan(max_nonfinite_steps=0)
+    with pytest.raises(
+        ValueError, match=r"train\.small\.max_nonfinite_steps: loss or gradient of 1 steps .* of step 3"
+    ):
+        driver.train_stage(plan, [Fault("nan", 2, 1, tmp_path)])
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_found(undisturbed: Plan, new_plan: NewPlan, tmp_path: Path) -> None:
     """SIGSTOP also stops the rank's own watchdog; the others' find it."""
     plan = new_plan({"recovery": Recovery(watchdog_s=45)})
-    driver.fit(plan, [Fault("SIGSTOP", 3, 1, tmp_path)])
+    driver.train_stage(plan, [Fault("SIGSTOP", 3, 1, tmp_path)])
     assert_same_end(plan, undisturbed)
     [stacks] = (plan.run / "stacks" / plan.name).iterdir()
     assert stacks.name.startswith("rank-0-")
@@ -152,13 +154,13 @@ def test_workers_that_get_no_further_are_given_up(new_plan: NewPlan, tmp_path: P
     with pytest.raises(
         ValueError, match=r"the same fault twice after step 3: rank 1: .*made for the test; .* step 2 is safe"
     ):
-        driver.fit(plan, [Fault("raise", 3, 1, tmp_path, times=9)])
+        driver.train_stage(plan, [Fault("raise", 3, 1, tmp_path, times=9)])
 
 
 @pytest.mark.slow
 def test_a_slow_rank_is_no_fault_and_named(undisturbed: Plan, new_plan: NewPlan, tmp_path: Path) -> None:
     plan = new_plan()
-    driver.fit(plan, [Fault("slow", 2, 1, tmp_path)])
+    driver.train_stage(plan, [Fault("slow", 2, 1, tmp_path)])
     assert_same_end(plan, undisturbed)
     late = lines(plan, "metrics.jsonl")[2:]
     assert all(entry["slowest"] == 1 and entry["slowest_s"] > 0.1 for entry in late)
@@ -189,8 +191,8 @@ def test_without_room_for_a_checkpoint_training_goes_on_and_a_later_one_works(
     undisturbed: Plan, new_plan: NewPlan, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """After step 6 there may or may not be room in time."""
-    plan = new_plan(keep_last=9)
-    driver.fit(plan, [NoRoom(3, 6)])
+    plan = new_plan(save_total_limit=9)
+    driver.train_stage(plan, [NoRoom(3, 6)])
     assert losses(plan) == losses(undisturbed)
     there = {one.manifest.cursor for one in checkpoint.candidates(plan.folder) if isinstance(one, checkpoint.Saved)}
     told = {
@@ -263,12 +265,12 @@ def test_a_stage_whose_checkpoints_are_in_a_bucket_goes_on_from_there_through_it
     plan = new_plan({"checkpoints": bucket})
     kinds = ["SlowDown", "InternalError", "drop", "cut"] * 8 + ["stall"] * 4 + [""] * 40
     proxy.faults = deque(random.Random(0).sample(kinds, len(kinds)))
-    driver.fit(plan, [Reaches(), OnceStored(tmp_path)])
+    driver.train_stage(plan, [Reaches(), OnceStored(tmp_path)])
     [broken] = tmp_path.iterdir()
     assert len(proxy.faults) < 30, "most were served"
     proxy.clear()
     assert losses(plan) == losses(undisturbed)
-    assert account(plan).lost_steps <= int(broken.name) - STAGE.checkpoint_every, "it went on from a checkpoint"
+    assert account(plan).lost_steps <= int(broken.name) - STAGE.save_steps, "it went on from a checkpoint"
     assert storage.folders(plan.folder) == ["model", "step-000006", "step-000008"]
     assert export.finished(plan.result)
     name = "model.safetensors"
@@ -277,5 +279,5 @@ def test_a_stage_whose_checkpoints_are_in_a_bucket_goes_on_from_there_through_it
     assert mine.keys() == theirs.keys()
     assert all(mine[name].equal(theirs[name]) for name in mine)
     asked = len(proxy.asked)
-    driver.fit(plan)
+    driver.train_stage(plan)
     assert [one.split()[0] for one in proxy.asked[asked:]] == ["HEAD"], "a finished stage has nothing to do"

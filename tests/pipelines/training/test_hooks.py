@@ -50,7 +50,7 @@ def saving(said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(fragments, "updates", lambda engine: 1)
     plan: Any = Plan(
         name="small",
-        stage=replace(small.STAGE, checkpoint_every=2, keep_last=9),
+        stage=replace(small.STAGE, save_steps=2, save_total_limit=9),
         model=None,
         seed=0,
         workers=(1, 1),

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 def plans(new_plan: Callable[..., Plan]) -> dict[tuple[int, str], Plan]:
     sizes = {micro for micro, _ in CUTS}
     return {
-        (micro, loss): new_plan(global_batch=SAMPLES, micro_batch=micro, loss=loss)
+        (micro, loss): new_plan(global_batch_size=SAMPLES, micro_batch_size=micro, loss=loss)
         for micro in sizes
         for loss in ("token", "sample")
     }
@@ -57,7 +57,7 @@ def masks(seed: int) -> np.ndarray:
 
 def cut(plan: Plan, learned: np.ndarray) -> list[Batch]:
     """The global batch in micro-batches, with these labels."""
-    micro = plan.stage.micro_batch
+    micro = plan.stage.micro_batch_size
     batches = [plan.reader()(number) for number in range(SAMPLES // micro)]
     for number, batch in enumerate(batches):
         mask = learned[number * micro :][:micro, : batch["input_ids"].shape[1]]
@@ -81,7 +81,7 @@ def slow(language: Language, plan: Plan, learned: np.ndarray) -> tuple[float, di
         chances = language.llava(**inputs).logits[0, :-1].log_softmax(-1)
         samples.append([-chances[place, label] for place, label in enumerate(labels.tolist()) if label != IGNORE])
     tokens = [loss for losses in samples for loss in losses]
-    if plan.stage.loss == "token":
+    if plan.stage.loss_reduction == "token":
         total = torch.stack(tokens).mean()
     else:
         total = torch.stack([torch.stack(losses).mean() for losses in samples if losses]).sum() / SAMPLES

@@ -256,7 +256,7 @@ def test_more_replaced_samples_than_tolerated_stop_the_workers_with_the_reason(
     assert do(recorder, 1, replaced=3) + do(recorder, 2) == [False, False]
     assert do(recorder, 3, replaced=1) + do(recorder, 4) == [True, True]
     told = (
-        f"train.tower: 4 samples had to be replaced, allowed: 3, by data.tolerance; at last broken image; "
+        f"train.tower: 4 samples had to be replaced, allowed: 3, by data.max_bad_fraction; at last broken image; "
         f"{tmp_path / consumed.FILE} lists them"
     )
     assert recorder.hear().failed == told
@@ -270,7 +270,7 @@ def test_more_steps_that_are_not_finite_than_tolerated_stop_the_workers_with_the
     assert do(recorder, 1, skipped=1) + do(recorder, 2) == [False, False]
     assert do(recorder, 3, skipped=1) == [True]
     told = (
-        "train.tower.max_nonfinite: loss or gradient of 2 steps was not finite, at last of step 3, allowed: 1; "
+        "train.tower.max_nonfinite_steps: loss or gradient of 2 steps was not finite, at last of step 3, allowed: 1; "
         f"{tmp_path / consumed.FILE} has its samples"
     )
     assert recorder.hear().failed == told

@@ -23,8 +23,8 @@ STAGE = Stage(
     objective="language",
     data="conversations",
     epochs=1,
-    global_batch=64,
-    micro_batch=8,
+    global_batch_size=64,
+    micro_batch_size=8,
     learning_rate={"language": 1e-3},
 )
 
@@ -37,14 +37,14 @@ def test_workers_and_accumulation_make_up_the_global_batch():
     for micro in (1, 2, 4, 8, 16, 32, 64):
         for workers in (1, 2, 4, 8):
             if micro * workers <= 64:
-                assert stage(micro_batch=micro).accumulation(workers) * micro * workers == 64
+                assert stage(micro_batch_size=micro).accumulation(workers) * micro * workers == 64
 
 
 def test_as_many_workers_are_used_as_share_the_global_batch():
     for seed in range(200):
         chance = random.Random(seed)
         micro, turns, workers = chance.randint(1, 9), chance.randint(1, 40), chance.randint(1, 50)
-        one = stage(global_batch=micro * turns, micro_batch=micro)
+        one = stage(global_batch_size=micro * turns, micro_batch_size=micro)
         assert one.usable(workers) == max(count for count in range(1, workers + 1) if turns % count == 0)
         assert one.accumulation(one.usable(workers)) * one.usable(workers) == turns
 
@@ -53,29 +53,31 @@ def test_as_many_workers_are_used_as_share_the_global_batch():
 def test_a_global_batch_that_workers_cannot_share_is_refused_with_what_would_do(
     micro: int, workers: int, multiple: int
 ):
-    allowed = f"global_batch: got 64, allowed: a multiple of {multiple}, {workers} workers x micro_batch {micro}"
+    allowed = (
+        f"global_batch_size: got 64, allowed: a multiple of {multiple}, {workers} workers x micro_batch_size {micro}"
+    )
     with pytest.raises(ValueError, match=allowed):
-        stage(micro_batch=micro).accumulation(workers)
+        stage(micro_batch_size=micro).accumulation(workers)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a batch that micro-batches do not fill": (
-        {"micro_batch": 7},
-        r"^global_batch: got 64, allowed: a multiple of micro_batch, 7$",
+        {"micro_batch_size": 7},
+        r"^global_batch_size: got 64, allowed: a multiple of micro_batch_size, 7$",
     ),
     "epochs and steps": ({"steps": 9}, "^epochs: got 1, and steps 9, allowed: one of the two$"),
     "neither epochs nor steps": ({"epochs": None}, "^epochs: got None, and steps None, allowed: one of the two$"),
     "groups in windows": (
-        {"groups": 4, "shuffle": "window"},
+        {"group_by_length": 4, "shuffle": "window"},
         "^groups: got 4 with shuffle window and 1 sets, allowed: groups with shuffle global and one set$",
     ),
     "groups of a mixture": (
-        {"groups": 4, "data": {"a": 1, "b": 2}},
+        {"group_by_length": 4, "data": {"a": 1, "b": 2}},
         "^groups: got 4 with shuffle global and 2 sets, allowed: groups with shuffle global and one set$",
     ),
     "comparing one sample with none": (
-        {"objective": "contrastive", "micro_batch": 1, "learning_rate": {"tower": 1}},
-        "^micro_batch: got 1, allowed: at least 2",
+        {"objective": "contrastive", "micro_batch_size": 1, "learning_rate": {"tower": 1}},
+        "^micro_batch_size: got 1, allowed: at least 2",
     ),
     "adapters that do not learn": (
         {"lora": Lora(), "learning_rate": {"projector": 1}},
@@ -175,14 +177,14 @@ def test_a_stage_that_has_its_model_is_left_alone(
     """Interrupted between the saving of the model and the job's own record of it: neither sets nor Ray are touched."""
     plan = new_plan({"sets": {"set": str(tmp_path / "none")}})
     with pytest.raises(ValueError, match="no shards here"):
-        driver.fit(plan)
+        driver.train_stage(plan)
     storage.write(storage.join(plan.result, "model.safetensors"), b"what a crash left")
     with pytest.raises(ValueError, match="no shards here"):
-        driver.fit(plan)
+        driver.train_stage(plan)
     storage.write(storage.join(plan.result, MANIFEST), b"{}")
     for module, name in ((ray, "cluster_resources"), (recorder, "start")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("asked Ray"))
-    driver.fit(plan)
+    driver.train_stage(plan)
 
 
 def test_a_stage_for_which_there_is_no_room_starts_nothing(
@@ -191,7 +193,7 @@ def test_a_stage_for_which_there_is_no_room_starts_nothing(
     monkeypatch.setattr(recorder, "start", lambda *_: pytest.fail("started"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ValueError, match=r"^driver.small with workers = 8 needs 5 CPUs, allowed: 2, which"):
-        driver.fit(new_plan({"workers": (8, 8)}))
+        driver.train_stage(new_plan({"workers": (8, 8)}))
 
 
 @pytest.mark.usefixtures("ray_cluster")
