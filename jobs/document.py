@@ -10,15 +10,16 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast
 
-import annotated_types
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, to_jsonable_python
+
+from jobs.former_names import FORMER_KEYS
+from jobs.type_text import describe_type, find_type, format_value, list_field_names, list_members
 
 T = TypeVar("T")
 
@@ -28,26 +29,6 @@ _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _NOT_DECIMAL = re.compile(r"[-+]?0[\dxb_]|.*:")
 """Octal, hexadecimal, binary and base 60, as YAML 1.1 writes them."""
 _URGENCY = {"unexpected_keyword_argument": 0, "missing": 2}  # a misspelt key is also a missing one: name it first
-_SHOWN_CHARS = 80  # a longer value is cut: the error stays one line of a terminal
-
-_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    type(None): "null",
-    Any: "anything",
-    Path: "a path",
-}
-_BOUNDS = {
-    annotated_types.Gt: (">", "gt"),
-    annotated_types.Ge: (">=", "ge"),
-    annotated_types.Lt: ("<", "lt"),
-    annotated_types.Le: ("<=", "le"),
-    annotated_types.MultipleOf: ("a multiple of", "multiple_of"),
-    annotated_types.MinLen: ("of length >=", "min_length"),
-    annotated_types.MaxLen: ("of length <=", "max_length"),
-}
 
 
 class JobError(ValueError):
@@ -97,6 +78,21 @@ def write(value: Any) -> str:
     """YAML of every field of a dataclass tree, defaults included; `read` gives an equal tree back."""
     plain = _adapter(type(value)).dump_python((value,), mode="json")[0]
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def write_plain(value: Any) -> Any:
+    """Write a dataclass tree, or a default of one, as plain values."""
+    return to_jsonable_python(value)
+
+
+def build_json_schema(schema: type) -> dict[str, Any]:
+    """Build the JSON Schema of documents of this kind; `$defs` holds one definition per dataclass."""
+    generated = _adapter(schema).json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$defs": generated["$defs"],
+        **generated["prefixItems"][0],
+    }
 
 
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}
@@ -188,7 +184,7 @@ def put(tree: Any, dotted: str, value: Any, source: str) -> None:
             key = ".".join(keys[done : done + taken])
         else:
             above = ".".join(keys[:done]) or "the file"
-            raise JobError(f"{source}: {above} is {_shown(section)}, it has no keys to set")
+            raise JobError(f"{source}: {above} is {format_value(section)}, it has no keys to set")
         done += taken
         if done == len(keys):
             section[key] = value
@@ -200,7 +196,7 @@ def put(tree: Any, dotted: str, value: Any, source: str) -> None:
 def takes(schema: type, dotted: str, kind: type) -> bool:
     """Whether a value of this type may stand at a place of the tree, as far as its annotation tells."""
     location = [int(key) if key.isdecimal() else key for key in dotted.split(".")]
-    return kind in _members(_type_at(schema, location))
+    return kind in list_members(find_type(schema, location))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -215,8 +211,8 @@ def _describe(error: ValidationError, tree: Any, schema: type) -> Iterator[str]:
     for location, detail in found.items():
         problem = _problem(detail, location, schema)
         # a check of a dataclass starts with the name of one of its fields, or a place in it, which goes on the path
-        of_field = detail["type"] == "value_error" and problem.partition(":")[0].partition(".")[0] in _keys(
-            _type_at(schema, location)
+        of_field = detail["type"] == "value_error" and problem.partition(":")[0].partition(".")[0] in list_field_names(
+            find_type(schema, location)
         )
         separator = "." if of_field else ": "
         dotted = ".".join(str(key) for key in location)
@@ -261,91 +257,17 @@ def _trail(loc: Sequence[str | int], tree: Any) -> tuple[str | int, ...]:
 def _problem(detail: ErrorDetails, location: tuple[str | int, ...], schema: type) -> str:
     if detail["type"] == "unexpected_keyword_argument":
         key = str(location[-1])
-        allowed = _keys(_type_at(schema, location[:-1]))
+        allowed = list_field_names(find_type(schema, location[:-1]))
+        if (successor := FORMER_KEYS.get(key)) in allowed:
+            return f"this key is now {successor}"
         near = difflib.get_close_matches(key, allowed, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ","
-        return f"unknown key{hint} got {_shown(detail['input'])}, allowed keys: {', '.join(allowed)}"
+        return f"unknown key{hint} got {format_value(detail['input'])}, allowed keys: {', '.join(allowed)}"
     if detail["type"] in ("value_error", "assertion_error"):
         return str(detail.get("ctx", {}).get("error", detail["msg"]))
-    allowed_here = _allowed(_type_at(schema, location))
+    allowed_here = describe_type(find_type(schema, location))
     if detail["type"] == "missing":
         return f"missing, allowed: {allowed_here}"
     if detail["loc"][-1:] == ("[key]",):
-        return f"key {_shown(detail['input'])} does not fit, {detail['msg']}"
-    return f"got {_shown(detail['input'])}, allowed: {allowed_here}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 1] + "…"
-
-
-def _type_at(hint: Any, location: Sequence[str | int]) -> Any:
-    """The annotation of the place `location` in a value of type `hint`; Any where it cannot be told."""
-    if not location:
-        return hint
-    key, rest = location[0], location[1:]
-    for member in _members(hint):
-        if is_dataclass(member):
-            hints = get_type_hints(member, include_extras=True)
-            if isinstance(key, str) and key in hints:
-                return _type_at(hints[key], rest)
-        arguments = get_args(member)
-        origin = get_origin(member)
-        if isinstance(origin, type) and issubclass(origin, Mapping):
-            return _type_at(arguments[1], rest)
-        if origin in (list, tuple) and isinstance(key, int):
-            fixed = origin is tuple and arguments[-1] is not Ellipsis
-            return _type_at(arguments[key if fixed and key < len(arguments) else 0], rest)
-    return Any
-
-
-def _members(hint: Any) -> Iterator[Any]:
-    """The alternatives of a union, without their annotations; the type itself when it is none."""
-    if get_origin(hint) is Annotated:
-        yield from _members(get_args(hint)[0])
-    elif get_origin(hint) in (Union, types.UnionType):
-        for member in get_args(hint):
-            yield from _members(member)
-    else:
-        yield hint
-
-
-def _keys(hint: Any) -> list[str]:
-    found = (each.name for member in _members(hint) if is_dataclass(member) for each in fields(member) if each.init)
-    return list(dict.fromkeys(found))
-
-
-def _allowed(hint: Any) -> str:
-    """What may stand where `hint` is asked for, in words: 'a whole number >= 1', "'a' or 'b'", 'a list of text'."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return " ".join([_allowed(arguments[0]), *_bounds(arguments[1:])])
-    if origin is Literal:
-        return " or ".join(_shown(value) for value in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_allowed(member) for member in arguments)
-    if origin in (list, tuple):
-        members = dict.fromkeys(_allowed(member) for member in arguments if member is not Ellipsis)
-        count = f"{len(arguments)} values, each " if origin is tuple and ... not in arguments else ""
-        return f"a list of {count}{', '.join(members)}"
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"a section whose every value is {_allowed(arguments[1])}"
-    if is_dataclass(hint):
-        required = [each.name for each in fields(hint) if each.default is each.default_factory is MISSING]
-        return f"a section with the keys {', '.join(_keys(hint))}" + (
-            f" (needed: {', '.join(required)})" if required else ""
-        )
-    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def _bounds(marks: Sequence[Any]) -> Iterator[str]:
-    flat: list[Any] = []
-    for mark in marks:
-        flat.extend(mark if isinstance(mark, annotated_types.GroupedMetadata) else [mark])
-    for mark in flat:
-        if getattr(mark, "pattern", None):
-            yield f"that matches {mark.pattern}"
-        elif type(mark) in _BOUNDS:
-            words, attribute = _BOUNDS[type(mark)]
-            yield f"{words} {getattr(mark, attribute)}"
+        return f"key {format_value(detail['input'])} does not fit, {detail['msg']}"
+    return f"got {format_value(detail['input'])}, allowed: {allowed_here}"

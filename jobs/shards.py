@@ -21,10 +21,10 @@ def make(arguments: argparse.Namespace) -> None:
         given, images = records.read(storage.read(arguments.json), arguments.json), arguments.images
     making = Making(
         samples_per_shard=arguments.samples_per_shard,
-        max_words=arguments.words,
-        image_size=arguments.size,
+        max_words=arguments.max_words,
+        image_size=arguments.image_size,
         image_aspect_ratio=arguments.image_aspect_ratio,
-        max_bad_fraction=arguments.tolerance,
+        max_bad_fraction=arguments.max_bad_fraction,
     )
     finished = shards.is_finished(arguments.out)
     with cluster.session():
@@ -42,7 +42,7 @@ def make(arguments: argparse.Namespace) -> None:
 def index(arguments: argparse.Namespace) -> None:
     """An index for tars that others made; prints what became of their samples and members."""
     with cluster.session():
-        found = audit.index_tars(arguments.folder, arguments.tolerance)
+        found = audit.index_tars(arguments.folder, arguments.max_bad_fraction)
     print(f"{arguments.folder}: indexed {found.samples} samples in {found.tars} tars")
     for reason, count in found.quarantined.items():
         print(f"{count:>10} samples kept out: {reason}")

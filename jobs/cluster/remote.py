@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from jobs.command import EXIT_INTERRUPTED
+from jobs.exit_codes import EXIT_INTERRUPTED
 from redux.extras import write_install_command
 
 RUN = "redux_run"

@@ -28,7 +28,7 @@ from jobs import document
 from jobs.cluster import package
 from jobs.cluster.manifest import MARGIN_S, PASSWORD
 from jobs.cluster.remote import RUN, STOP, UNKNOWN, cluster, exit_code, follow, goes_on, line, run_of, show
-from jobs.command import EXIT_MISUSE
+from jobs.exit_codes import EXIT_MISUSE
 from pipelines.training.stage import Recovery
 
 
@@ -37,7 +37,7 @@ class Submission:
     """What is asked for.
 
     job, overrides: a file that was checked, and values in place of its own.  name: of its run.
-    into: folder of the run folders, on the cluster.
+    runs_dir: folder of the run folders, on the cluster.
     id: None derives one from the name.
     env: names of variables here that the job is to have.
     wait: follow it to its end.  retries: how often it is submitted again where it fails.
@@ -75,7 +75,7 @@ def entrypoint(asked: Submission, file: str) -> str:
     redux = ("python", "-m", "jobs.command") if _is_redux(Path.cwd()) else ("redux",)
     home = "~/" if asked.runs_dir.startswith("~/") else ""  # the shell's there, which it would not see in quotes
     runs_dir = home + shlex.quote(asked.runs_dir.removeprefix("~/"))
-    return f"exec {shlex.join([*redux, 'run', file, *asked.overrides])} --runs-dir {into}"
+    return f"exec {shlex.join([*redux, 'run', file, *asked.overrides])} --runs-dir {runs_dir}"
 
 
 def _is_redux(folder: Path) -> bool:
@@ -86,7 +86,7 @@ def _is_redux(folder: Path) -> bool:
 def _check(asked: Submission, job: Mapping[str, Any]) -> None:
     if not (PurePosixPath(asked.runs_dir).is_absolute() or asked.runs_dir.startswith("~/")):
         raise ValueError(
-            f"--runs-dir: got {asked.into}, allowed: a path on the cluster from the root on, or '~/…', as the "
+            f"--runs-dir: got {asked.runs_dir}, allowed: a path on the cluster from the root on, or '~/…', as the "
             "working folder of a job is deleted after it"
         )
     if asked.id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", asked.id):

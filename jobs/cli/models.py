@@ -1,0 +1,126 @@
+"""`redux export`, `cost`, `score` and `instructions`: models, their cost, and answers to benchmarks."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from jobs.cli.arguments import parse_count
+
+
+def add_parsers(verbs: Any) -> None:
+    """Add the parsers of this group."""
+    _add_export(verbs)
+    _add_cost(verbs)
+    _add_score(verbs)
+    _add_instructions(verbs)
+
+
+def _add_export(verbs: Any) -> None:
+    export = verbs.add_parser(
+        "export",
+        help="write a checkpoint as a model folder for from_pretrained",
+        description="Write the model at a checkpoint, with tokenizer, chat template and processor, to a folder or URL. "
+        "Weights that the stage trained come from the checkpoint and are verified; the others are those the stage "
+        "started from. LoRA adapters are merged. If RUN is a model folder, its weights are written under "
+        "transformers' names; DDP, torch.compile, PEFT and the LLaVA repository use others.",
+        epilog="example: redux export runs/quickstart --stage pretrain --out pretrained",
+    )
+    export.add_argument("run", metavar="RUN", type=Path, help="folder of a run or of a model")
+    export.add_argument("--stage", metavar="NAME", help="training stage (default: the last one)")
+    export.add_argument("--step", metavar="N", type=parse_count, help="step of the checkpoint (default: the newest)")
+    export.add_argument("--out", metavar="URI", required=True, help="folder or URL; it must be empty or missing")
+    export.set_defaults(verb=_export)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from jobs import export
+
+    url = export.write(arguments.run, arguments.stage, arguments.step, arguments.out)
+    print(f"{arguments.out}: the model of {url}")
+
+
+def _add_cost(verbs: Any) -> None:
+    cost = verbs.add_parser(
+        "cost",
+        help="show image tokens, FLOPs and memory of the paper's configurations",
+        description="Show for each preset of redux.presets: tokens of an image, tokens that each compression stage "
+        "keeps and merges, and FLOPs and KV-cache bytes of a prompt with one image. Everything is computed from the "
+        "configuration; no model runs.",
+        epilog="example: redux cost default tokens-64 --model runs/quickstart/checkpoints/instruct/model",
+    )
+    cost.add_argument("presets", metavar="PRESET", nargs="*", help="a name in the table (default: all)")
+    cost.add_argument(
+        "--model", default="7b", help="7b or 13b for LLaVA-1.5, or the folder of a LLaVA (default: %(default)s)"
+    )
+    cost.add_argument(
+        "--text", metavar="N", type=parse_count, default=64, help="text tokens of the prompt (default: %(default)s)"
+    )
+    cost.set_defaults(verb=_cost)
+
+
+def _cost(arguments: argparse.Namespace) -> None:
+    from jobs import cost
+
+    print(cost.table(arguments.presets, arguments.model, arguments.text))
+
+
+def _add_score(verbs: Any) -> None:
+    score = verbs.add_parser(
+        "score",
+        help="score a file of answers to a benchmark",
+        description="Score answers to a benchmark as its official scorer does, and print the scores as one line of "
+        "JSON. Answers are in the benchmark's official result format, in LLaVA's format, or lines {id, response}. An "
+        "answer to an unknown question is an error; a missing answer counts as wrong. For instructions, answers are "
+        "lines {instruction_id, kwargs, response}, and a line {strict, loose} is printed for each.",
+        epilog="example: redux score vqav2 --answers merge.jsonl "
+        "--questions v2_OpenEnded_mscoco_val2014_questions.json v2_mscoco_val2014_annotations.json",
+    )
+    score.add_argument("task", metavar="TASK", help="vqav2, gqa, textvqa, mme, mmbench or instructions")
+    score.add_argument(
+        "--answers", metavar="FILE", required=True, help="path or URL; a folder for the official format of MME"
+    )
+    score.add_argument("--questions", metavar="FILE", nargs="+", help="the official files of the benchmark")
+    score.add_argument(
+        "--submission", metavar="OUT", type=Path, help="also write a file for the VQAv2 server, with every question"
+    )
+    score.set_defaults(verb=_score)
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from jobs import score
+
+    score.score(arguments)
+
+
+def _add_instructions(verbs: Any) -> None:
+    instructions = verbs.add_parser(
+        "instructions",
+        help="write the prompts of the sixteen instruction tasks to a file",
+        description="Combine each of the sixteen instructions with questions about images, and write one prompt per "
+        "line, so that every model answers the same prompts. A job names the file in "
+        "evaluate.tasks.instructions.files.",
+        epilog="example: redux instructions mm-vet.jsonl --out prompts.jsonl",
+    )
+    instructions.add_argument(
+        "questions",
+        metavar="FILE",
+        nargs="?",
+        help="lines with question_id, image and text as in LLaVA's files, and answer if known; or with id, image and "
+        "question (default: questions about the test images of easy-VQA)",
+    )
+    instructions.add_argument("--out", metavar="FILE", type=Path, required=True, help="file of JSON lines")
+    instructions.add_argument(
+        "--per-task",
+        metavar="N",
+        type=parse_count,
+        default=218,
+        help="questions per instruction (default: %(default)s)",
+    )
+    instructions.add_argument("--seed", metavar="N", type=int, default=0, help="random seed (default: %(default)s)")
+    instructions.set_defaults(verb=_instructions)
+
+
+def _instructions(arguments: argparse.Namespace) -> None:
+    from jobs import instructions
+
+    instructions.freeze(arguments)

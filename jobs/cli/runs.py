@@ -1,0 +1,124 @@
+"""`redux run`, `best` and `tables`: run job files, and read what runs found."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.cli.arguments import EXAMPLE_JOB, add_job
+
+
+def add_parsers(verbs: Any) -> None:
+    """Add the parsers of this group."""
+    _add_run(verbs)
+    _add_best(verbs)
+    _add_tables(verbs)
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, Callable[[Any, Path, bool], None]]:
+    """Load and check a job, a study or a search.
+
+    Returns:
+        Its settings, and the function that runs it: (settings, run folder, allow changes).
+
+    Raises:
+        ValueError: the file or an override is wrong.
+    """
+    from jobs import document
+
+    tree = document.plain(arguments.job)
+    if isinstance(tree, dict) and "variants" in tree:
+        from jobs import study
+
+        return study.load(arguments.job, arguments.overrides), study.conduct
+    if isinstance(tree, dict) and "space" in tree:
+        from jobs import search_schema
+
+        search_schema.read(arguments.job, arguments.overrides)  # finds most mistakes before torch and Ray are imported
+        from jobs import search
+
+        return search.load(arguments.job, arguments.overrides), search.conduct
+    from jobs import schema
+
+    return schema.load(arguments.job, arguments.overrides), _run_job
+
+
+def _run_job(job: Any, folder: Path, allow_changes: bool) -> None:
+    from jobs.run import run
+
+    run(job, folder, allow_changes)
+
+
+def _add_run(verbs: Any) -> None:
+    run = verbs.add_parser(
+        "run",
+        help="run a job file, from images to report",
+        description="Run a job file: make shards, train, evaluate, write a report. The file may also be a study "
+        "(several jobs that share their first stages) or a search for good settings. The same command resumes an "
+        "interrupted run from its last checkpoint and leaves a finished run unchanged. The command starts a Ray of its "
+        "own, or uses the cluster that the variable RAY_ADDRESS names.",
+        epilog=f"example: redux run {EXAMPLE_JOB} seed=1 name=quickstart-1",
+    )
+    add_job(run, f"a job file, such as {EXAMPLE_JOB}")
+    run.add_argument(
+        "--runs-dir",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs"),
+        help="the run folder is DIR/NAME (default: %(default)s)",
+    )
+    run.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="resume even if the job, its data or its model have changed since the run was started",
+    )
+    run.set_defaults(verb=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    settings, execute = load(arguments)
+    execute(settings, arguments.runs_dir / settings.name, arguments.allow_changes)
+
+
+def _add_best(verbs: Any) -> None:
+    best = verbs.add_parser(
+        "best",
+        help="write the best trial of a search as a job file",
+        description="Write the complete job of a search with the settings of one trial. Without TRIAL it takes the "
+        "best trial of a search with one objective, and lists the Pareto front of a search with several.",
+        epilog="example: redux best runs/laptop 17 && redux run runs/laptop/best.yaml",
+    )
+    best.add_argument("search", metavar="SEARCH", type=Path, help="folder of a search")
+    best.add_argument("trials", metavar="TRIAL", nargs="*", type=int, help="number of a trial, as in search.html")
+    best.set_defaults(verb=_best)
+
+
+def _best(arguments: argparse.Namespace) -> None:
+    from jobs import search
+
+    for path in search.best(arguments.search, arguments.trials):
+        print(path)
+
+
+def _add_tables(verbs: Any) -> None:
+    tables = verbs.add_parser(
+        "tables",
+        help="compare finished runs in the paper's tables",
+        description="Print the paper's tables over finished runs as Markdown: scores with 95 % intervals, differences "
+        "to LLaVA, the paper's own numbers, and for each row without a run the command that makes one. The settings of "
+        "a run decide its row. Runs that differ only in their seed share a row.",
+        epilog="example: redux tables runs --out tables",
+    )
+    tables.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, or a folder that holds run folders"
+    )
+    tables.add_argument(
+        "--out", metavar="DIR", type=Path, help="also write tables.md, tables.html and one CSV file per table there"
+    )
+    tables.set_defaults(verb=_tables)
+
+
+def _tables(arguments: argparse.Namespace) -> None:
+    from jobs import tables
+
+    print(tables.tell(arguments.runs, arguments.out, tables.scorers()), end="")

@@ -1,0 +1,43 @@
+"""Names that keys and options had before; an error for one names its successor."""
+
+FORMER_KEYS = {
+    "actors": "num_actors",
+    "at_once": "max_concurrent_trials",
+    "batch": "batch_size",
+    "checkpoint_every": "save_steps",
+    "clip": "max_grad_norm",
+    "fall": "budget_schedule",
+    "fit": "image_aspect_ratio",
+    "flip": "random_flip",
+    "global_batch": "global_batch_size",
+    "groups": "group_by_length",
+    "image": "image_input",
+    "keep_best": "save_best_limit",
+    "keep_last": "save_total_limit",
+    "length": "max_length",
+    "loss": "loss_reduction",
+    "max_nonfinite": "max_nonfinite_steps",
+    "maximum": "gamma_max",
+    "micro_batch": "micro_batch_size",
+    "minimum": "gamma_min",
+    "nonfinite": "on_nonfinite",
+    "pixels": "image_backend",
+    "rounds": "max_rounds",
+    "size": "image_size",
+    "tolerance": "max_bad_fraction",
+    "trials": "num_trials",
+    "warmup": "warmup_ratio",
+    "without": "exclude_first",
+    "words": "max_words",
+    "workers": "num_workers",
+    "zero": "zero_stage",
+}
+
+FORMER_OPTIONS = {
+    "--changed": "--allow-changes",
+    "--fit": "--image-aspect-ratio",
+    "--into": "--runs-dir",
+    "--size": "--image-size",
+    "--tolerance": "--max-bad-fraction",
+    "--words": "--max-words",
+}

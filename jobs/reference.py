@@ -1,0 +1,211 @@
+"""Reference of the keys of job, study and search files, read from the dataclasses that define them.
+
+A key's meaning is its entry in the docstring of its dataclass, its type and default are those of the field, and its
+example is the value in a shipped file.  So the reference cannot differ from the code.
+"""
+
+import difflib
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from jobs import document, type_text
+from jobs.schema import Job
+from jobs.search_schema import Search
+from jobs.study import Study
+
+SCHEMAS: dict[str, type] = {"job": Job, "study": Study, "search": Search}
+
+RECIPES = Path(__file__).parent / "recipes"
+
+INTRODUCTION = """\
+# Keys of job files
+
+<!-- Written by `redux explain > jobs/REFERENCE.md`; do not edit. -->
+
+`redux explain KEY` prints one entry, `redux schema` the JSON Schema for editors. A `*` stands for a name that you
+choose: of a stage, a set, a task, a variant or a trial. A key without a default is required.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyEntry:
+    """One key of a file.
+
+    Args:
+        path: dotted path, with * for a name that the user chooses.
+        type: allowed values in words.
+        default: value as JSON; None if the key is required.
+        meaning: description from the docstring.
+        example: value in a shipped file as JSON; None if no file has one.
+    """
+
+    path: str
+    type: str
+    default: str | None
+    meaning: str
+    example: str | None
+
+
+def list_keys(kind: str) -> list[KeyEntry]:
+    """List the keys of a kind of file, in the order of their dataclasses."""
+    return list(_walk(SCHEMAS[kind], "", _load_examples(kind)))
+
+
+def explain(key: str) -> str:
+    """Describe a key, or all keys of a section, of whichever kind of file has it.
+
+    Raises:
+        ValueError: no file has such a key.
+    """
+    entries = {kind: list_keys(kind) for kind in SCHEMAS}
+    wanted = re.sub(r"^job\.", "", key)
+    for kind, found in entries.items():
+        matches = [entry for entry in found if _is_match(entry.path, wanted)]
+        below = [entry for entry in found if _is_match(entry.path.rpartition(".")[0], wanted)]
+        if matches or below:
+            parts = [f"{entry.path} ({kind} file)\n{_write_lines(entry)}" for entry in matches]
+            parts += [f"{entry.path}\n{_write_lines(entry)}" for entry in below]
+            return "\n".join(parts)
+    paths = [entry.path for found in entries.values() for entry in found]
+    near = difflib.get_close_matches(wanted, paths, n=3, cutoff=0.5)
+    near += [path for path in paths if path.rpartition(".")[2] == wanted.rpartition(".")[2] and path not in near]
+    raise ValueError(f"KEY: got {key}, allowed: a key of a file, such as {', '.join(near[:5] or ['train.*.epochs'])}")
+
+
+def write_reference() -> str:
+    """Write the reference of all kinds of files as Markdown."""
+    parts = [INTRODUCTION]
+    for kind in SCHEMAS:
+        parts.append(f"\n## {kind.capitalize()} files\n")
+        sections: dict[str, list[KeyEntry]] = {}
+        for entry in list_keys(kind):
+            sections.setdefault(entry.path.rpartition(".")[0], []).append(entry)
+        for section, entries in sections.items():
+            parts.append(f"\n### {f'`{section}`' if section else 'Top level'}\n\n{_write_table(entries)}")
+    return "".join(parts)
+
+
+def write_json_schema(kind: str) -> str:
+    """Write the JSON Schema of a kind of file, with the meaning of each key as its description."""
+    whole = document.build_json_schema(SCHEMAS[kind])
+    for definition, cls in _find_classes(SCHEMAS[kind]).items():
+        meanings = read_meanings(cls)
+        for name, key in whole["$defs"].get(definition, {}).get("properties", {}).items():
+            key["description"] = meanings.get(name, "")
+    return json.dumps(whole, indent=1)
+
+
+def read_meanings(cls: type) -> dict[str, str]:
+    """Read what the docstrings of a dataclass and its bases say of each field: entries `name: text`."""
+    names = {field.name for field in fields(cls)}
+    meanings: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        current: tuple[str, ...] = ()
+        for line in inspect.cleandoc(base.__dict__.get("__doc__") or "").splitlines():
+            entry = re.match(r"\s*(\w+(?:, \w+)*): (.*)", line)
+            if entry and names.issuperset(entry[1].split(", ")):
+                current = tuple(entry[1].split(", "))
+                meanings |= dict.fromkeys(current, entry[2])
+            elif current and line.startswith(" "):
+                meanings |= {name: f"{meanings[name]} {line.strip()}" for name in current}
+            else:
+                current = ()
+    return meanings
+
+
+def _walk(cls: type, prefix: str, examples: list[Any]) -> Iterator[KeyEntry]:
+    hints, meanings = get_type_hints(cls, include_extras=True), read_meanings(cls)
+    for field in fields(cls):
+        path, hint = f"{prefix}{field.name}", hints[field.name]
+        found = [tree[field.name] for tree in examples if isinstance(tree, dict) and field.name in tree]
+        yield KeyEntry(
+            path=path,
+            type=_describe_type(hint),
+            default=_default(field),
+            meaning=meanings.get(field.name, ""),
+            example=next((_shorten(value) for value in found if value not in (None, {}, [])), None),
+        )
+        for member in type_text.list_members(hint):
+            if is_dataclass(member) and isinstance(member, type):
+                yield from _walk(member, f"{path}.", found)
+            elif isinstance(origin := get_origin(member), type) and issubclass(origin, Mapping):
+                values = [value for tree in found if isinstance(tree, dict) for value in tree.values()]
+                for value in type_text.list_members(get_args(member)[1]):
+                    if is_dataclass(value) and isinstance(value, type):
+                        yield from _walk(value, f"{path}.*.", values)
+
+
+def _describe_type(hint: Any) -> str:
+    """Describe a type; sections by that word alone, as their keys have entries of their own."""
+    words = [
+        "a section" if is_dataclass(member) else type_text.describe_type(hint if len(members) == 1 else member)
+        for members in [list(type_text.list_members(hint))]
+        for member in members
+    ]
+    return " or ".join(dict.fromkeys(words))
+
+
+def _default(field: Field[Any]) -> str | None:
+    if field.default is not MISSING:
+        value = field.default
+    elif field.default_factory is not MISSING:
+        value = field.default_factory()
+    else:
+        return None
+    return "a section with its defaults" if is_dataclass(value) else _shorten(document.write_plain(value))
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _load_examples(kind: str) -> list[Any]:
+    trees = [document.plain(path) for path in sorted(RECIPES.rglob("*.yaml"))]
+    marks = {"study": "variants", "search": "space"}
+    if kind in marks:
+        return [tree for tree in trees if marks[kind] in tree]
+    return [tree for tree in trees if not set(marks.values()) & tree.keys()]
+
+
+def _is_match(path: str, wanted: str) -> bool:
+    """Tell if a path with * is the wanted one, which may have a name in the place of a *."""
+    return bool(path) and re.fullmatch(re.escape(path).replace(r"\*", r"[^.]+"), wanted) is not None
+
+
+def _find_classes(cls: type) -> dict[str, type]:
+    """Find a dataclass and all that its fields hold, by class name."""
+    found = {cls.__name__: cls}
+    for hint in get_type_hints(cls, include_extras=True).values():
+        for member in type_text.list_members(hint):
+            for inner in (member, *get_args(member)):
+                for value in type_text.list_members(inner):
+                    if is_dataclass(value) and isinstance(value, type) and value.__name__ not in found:
+                        found |= _find_classes(value)
+    return found
+
+
+def _write_lines(entry: KeyEntry) -> str:
+    lines = {"type": entry.type, "default": entry.default or "none, required", "meaning": entry.meaning}
+    if entry.example:
+        lines["example"] = f"{entry.path.rpartition('.')[2]}: {entry.example}"
+    return "".join(f"  {name + ':':9}{text}\n" for name, text in lines.items())
+
+
+def _write_table(entries: list[KeyEntry]) -> str:
+    rows = ["| key | type | default | meaning | example |", "|---|---|---|---|---|"]
+    for entry in entries:
+        cells = (
+            f"`{entry.path.rpartition('.')[2]}`",
+            entry.type,
+            f"`{entry.default}`" if entry.default else "",
+            entry.meaning,
+            f"`{entry.example}`" if entry.example else "",
+        )
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"

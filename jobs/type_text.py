@@ -1,0 +1,109 @@
+"""Type hints of settings in words: allowed values, keys of sections, and the type at a place of a file."""
+
+import json
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import annotated_types
+
+_MAX_CHARS = 80  # longer values are cut, so that an error stays one line of a terminal
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+    Any: "anything",
+    Path: "a path",
+}
+_BOUNDS = {
+    annotated_types.Gt: (">", "gt"),
+    annotated_types.Ge: (">=", "ge"),
+    annotated_types.Lt: ("<", "lt"),
+    annotated_types.Le: ("<=", "le"),
+    annotated_types.MultipleOf: ("a multiple of", "multiple_of"),
+    annotated_types.MinLen: ("of length >=", "min_length"),
+    annotated_types.MaxLen: ("of length <=", "max_length"),
+}
+
+
+def format_value(value: Any) -> str:
+    """Format a value for an error message, cut to one line."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 1] + "…"
+
+
+def find_type(hint: Any, location: Sequence[str | int]) -> Any:
+    """Find the annotation at a location (keys and list indices) inside a type; Any if it has none."""
+    if not location:
+        return hint
+    key, rest = location[0], location[1:]
+    for member in list_members(hint):
+        if is_dataclass(member):
+            hints = get_type_hints(member, include_extras=True)
+            if isinstance(key, str) and key in hints:
+                return find_type(hints[key], rest)
+        arguments = get_args(member)
+        origin = get_origin(member)
+        if isinstance(origin, type) and issubclass(origin, Mapping):
+            return find_type(arguments[1], rest)
+        if origin in (list, tuple) and isinstance(key, int):
+            fixed = origin is tuple and arguments[-1] is not Ellipsis
+            return find_type(arguments[key if fixed and key < len(arguments) else 0], rest)
+    return Any
+
+
+def list_members(hint: Any) -> Iterator[Any]:
+    """List the members of a union, without their annotations; of another type, itself."""
+    if get_origin(hint) is Annotated:
+        yield from list_members(get_args(hint)[0])
+    elif get_origin(hint) in (Union, types.UnionType):
+        for member in get_args(hint):
+            yield from list_members(member)
+    else:
+        yield hint
+
+
+def list_field_names(hint: Any) -> list[str]:
+    """List the keys of a section of this type."""
+    found = (each.name for member in list_members(hint) if is_dataclass(member) for each in fields(member) if each.init)
+    return list(dict.fromkeys(found))
+
+
+def describe_type(hint: Any) -> str:
+    """Describe the values that a type allows, such as 'a whole number >= 1', "'a' or 'b'" or 'a list of text'."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return " ".join([describe_type(arguments[0]), *_bounds(arguments[1:])])
+    if origin is Literal:
+        return " or ".join(format_value(value) for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe_type(member) for member in arguments)
+    if origin in (list, tuple):
+        members = dict.fromkeys(describe_type(member) for member in arguments if member is not Ellipsis)
+        count = f"{len(arguments)} values, each " if origin is tuple and ... not in arguments else ""
+        return f"a list of {count}{', '.join(members)}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a section whose every value is {describe_type(arguments[1])}"
+    if is_dataclass(hint):
+        required = [each.name for each in fields(hint) if each.default is each.default_factory is MISSING]
+        return f"a section with the keys {', '.join(list_field_names(hint))}" + (
+            f" (needed: {', '.join(required)})" if required else ""
+        )
+    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _bounds(marks: Sequence[Any]) -> Iterator[str]:
+    flat: list[Any] = []
+    for mark in marks:
+        flat.extend(mark if isinstance(mark, annotated_types.GroupedMetadata) else [mark])
+    for mark in flat:
+        if getattr(mark, "pattern", None):
+            yield f"that matches {mark.pattern}"
+        elif type(mark) in _BOUNDS:
+            words, attribute = _BOUNDS[type(mark)]
+            yield f"{words} {getattr(mark, attribute)}"
