@@ -107,7 +107,7 @@ def command(slot: Slot, family: Family) -> str:
         if wanted.methods[part] != like.methods.methods[part]:
             overrides.append(f"model.{part}={_flow(wanted.methods[part])}")
     if slot.described != like.described:
-        overrides.append(f"evaluate.image_input={'described' if slot.described else 'seen'}")
+        overrides.append(f"evaluate.image_input={'caption' if slot.described else 'pixels'}")
     return _beside(like, overrides)
 
 

@@ -148,7 +148,7 @@ def test_a_mistake_found_later_is_one_line_too(work: Any, capsys: pytest.Capture
 
     work(fail)
     assert command.main(["run", "x.yaml"]) == 2
-    assert capsys.readouterr().err == "redux: workers: got 3, allowed: a divisor of 32\n"
+    assert capsys.readouterr().err == "redux: num_workers: got 3, allowed: a divisor of 32\n"
 
 
 @pytest.mark.parametrize("number", interrupts.SIGNALS)
