@@ -1,10 +1,10 @@
-"""Claim a folder for a job: other settings are refused where something was learned or answered with those before.
+"""Claim a run folder for a job: refuse changed settings once a training step or an answer depends on them.
 
-A run that failed at its start has learned nothing, so the corrected job may go on in its folder.  Preparations (shards,
-assembled parts) bind nothing: a setting that they depend on may change until the first training step, and they are made
-again.  Settings that change no result may change at any time.
+A run that failed at its start has trained nothing, so the corrected job may use its folder. Settings that shards and
+assembled parts depend on may change until the first training step; both are then made again. Settings that change no
+result may change at any time.
 
-Cost: the lines of metrics.jsonl are read once.
+Cost: reads the lines of metrics.jsonl once.
 """
 
 import itertools
@@ -28,58 +28,59 @@ JOB = "job.yaml"
 PROGRESS = "progress.jsonl"
 ASSEMBLED = "assembled"
 
-FREE = (
+MAY_CHANGE_ON_RESUME = (
     "data.max_bad_fraction", "num_workers", "gpu_share", "recovery", "trackers",
     "evaluate.batch_size", "evaluate.num_actors",
 )  # fmt: skip
-"""Settings of a job that change no result."""
+"""Settings of a job that change no result of a finished step."""
 
 PREPARATIONS = {"shards", "assemble"}
-"""Steps that are done again where their settings change before the first training step."""
+"""Steps that are repeated if their settings change before the first training step."""
 
 
-def is_free(key: str, free: Collection[str]) -> bool:
-    """Return whether a dotted path is one of `free` or lies in one.
+def may_change(key: str, sections: Collection[str]) -> bool:
+    """Tell if a dotted path is one of these sections or lies in one.
 
     >>> is_free("recovery.restarts", FREE), is_free("evaluate.batch_size", FREE)
     (True, False)
     """
-    return any(f"{key}.".startswith(f"{name}.") for name in free)
+    return any(f"{key}.".startswith(f"{name}.") for name in sections)
 
 
 def find_changes(
-    path: Path, settings: Any, find_use: Callable[[str], str] = lambda key: "", changed: bool = False
+    path: Path, settings: Any, find_use: Callable[[str], str] = lambda key: "", allow_changes: bool = False
 ) -> list[str]:
-    """Return the dotted paths at which settings differ from those in a file; none where there is no file.
+    """Find the dotted paths at which settings differ from those in a file; none if the file does not exist.
 
     Args:
-        settings: a job, or another tree of settings.  What the file does not say has its default: it may be from
-            before there was such a setting.
-        find_use: names what depends on the value in the file at a dotted path, "" where nothing does.
-        changed: all may differ.
+        path: the file.
+        settings: a job, or another tree of settings. A key that the file lacks has its default: the file may be older
+            than the key.
+        find_use: returns the name of what depends on the value at a dotted path, "" if nothing does.
+        allow_changes: accept every difference.
 
     Raises:
-        ValueError: something depends on a value that differs.
+        ValueError: something depends on a value that differs, or an earlier version of Redux wrote the file.
     """
     if not path.exists():
         return []
     now = yaml.safe_load(document.write(settings))
     result = []
     for key, old, new in checkpoint.differences(_read(path, type(settings)), now):
-        if (use := find_use(key)) and not changed:
+        if (use := find_use(key)) and not allow_changes:
             raise ValueError(
                 f"{path}: this was started with {key} = {old!r}, not {new!r}, and {use} depends on it; "
-                "give it another name, or another folder by --runs-dir; --allow-changes goes on all the same"
+                "choose another name or another --runs-dir, or continue with --allow-changes"
             )
         result.append(key)
     return result
 
 
 def claim(
-    path: Path, settings: Any, find_use: Callable[[str], str] = lambda key: "", changed: bool = False
+    path: Path, settings: Any, find_use: Callable[[str], str] = lambda key: "", allow_changes: bool = False
 ) -> list[str]:
-    """Write settings to a file in the folder that they are for; arguments and result as of `find_changes`."""
-    result = find_changes(path, settings, find_use, changed)
+    """Write settings to the file in their folder; arguments, result and errors as for `find_changes`."""
+    result = find_changes(path, settings, find_use, allow_changes)
     resolved = document.write(settings)
     if not path.exists() or path.read_text() != resolved:
         write_atomically(path, resolved)
@@ -87,7 +88,7 @@ def claim(
 
 
 def make_folder(folder: Path) -> None:
-    """Make a run folder; ValueError where none can be made."""
+    """Make a run folder; ValueError if that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,7 +96,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file that exists only when it is complete."""
     unfinished = path.with_name(f".{path.name}")
     with failures.locate_errors(path):
         unfinished.write_text(text)
@@ -103,9 +104,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def find_assembled(folder: Path, job: Job) -> Path | None:
-    """Return the folder of assembled parts in a run folder, None where they are not there or of another model.
+    """Find the assembled model in a run folder; None if there is none, or if it is outdated.
 
-    Of another model they may be once a stage has learned from them: then that is refused, or wanted.
+    It is outdated if the model section has changed and no stage has trained from it. After training, a changed model is
+    refused elsewhere, or was allowed by the user.
     """
     assembled = folder / ASSEMBLED
     if not assembled.exists():
@@ -116,31 +118,34 @@ def find_assembled(folder: Path, job: Job) -> Path | None:
 
 @dataclass(frozen=True)
 class Claim:
-    """Claim of a run folder by a job: the settings that its steps depend on, and those that are begun.
+    """Claim of a run folder by a job: which steps depend on which settings, and which have started.
 
-    stages: names of the training stages, in order, of the job in the folder and of the job that is to go on.
-    begun: stages with a training step on record, and "evaluate" where there are answers.
+    Args:
+        folder: run folder.
+        job: the job that is to run.
+        stages: names of the training stages, in order, of the job in the folder and of `job`.
+        started: stages with a recorded training step, and "evaluate" if there are answers.
     """
 
     folder: Path
     job: Job
     stages: tuple[list[str], list[str]]
-    begun: frozenset[str]
+    started: frozenset[str]
 
     @classmethod
     def of(cls, folder: Path, job: Job) -> "Claim":
         """Read what the folder holds."""
         before = _read(folder / JOB, Job).get("train") if (folder / JOB).exists() else None
-        begun = metrics.stages(folder) | ({"evaluate"} if evaluate.has_answers(folder) else set())
-        return cls(folder, job, (list(before or {}), list(job.train)), frozenset(begun))
+        started = metrics.stages(folder) | ({"evaluate"} if evaluate.has_answers(folder) else set())
+        return cls(folder, job, (list(before or {}), list(job.train)), frozenset(started))
 
-    def find_changes(self, changed: bool = False) -> list[str]:
-        """Return the settings that differ from those in the folder; ValueError where a step has used one of them."""
-        return find_changes(self.folder / JOB, self.job, self.find_use, changed)
+    def find_changes(self, allow_changes: bool = False) -> list[str]:
+        """Find the settings that differ from those in the folder; ValueError if a step has used one of them."""
+        return find_changes(self.folder / JOB, self.job, self.find_use, allow_changes)
 
-    def enforce(self, changed: bool = False) -> None:
-        """Write the job into the folder, and have preparations and a report with other settings made again."""
-        keys = claim(self.folder / JOB, self.job, self.find_use, changed)
+    def enforce(self, allow_changes: bool = False) -> None:
+        """Write the job into the folder, and mark outdated preparations and an outdated report as unfinished."""
+        keys = claim(self.folder / JOB, self.job, self.find_use, allow_changes)
         outdated = set().union(*(self.find_dependents(key) for key in keys if not self.find_use(key)))
         path = self.folder / PROGRESS
         entries = jsonl.read(path)
@@ -151,15 +156,15 @@ class Claim:
             shutil.rmtree(self.folder / ASSEMBLED, ignore_errors=True)
 
     def find_use(self, key: str) -> str:
-        """Return the first step that has begun and depends on a setting, "" where there is none."""
+        """Find the first step that has started and depends on a setting; "" if there is none."""
         steps = self.find_dependents(key)
-        if steps & PREPARATIONS:  # every stage learns from what they made
+        if steps & PREPARATIONS:  # every stage trains on what they made
             steps = steps.union(*self.stages)
-        return next((name for name in (*self._all_stages, "evaluate") if name in steps & self.begun), "")
+        return next((name for name in (*self._all_stages, "evaluate") if name in steps & self.started), "")
 
     def find_dependents(self, key: str) -> set[str]:
-        """Return the steps whose results depend on the setting at a dotted path."""
-        if is_free(key, FREE):
+        """Find the steps whose results depend on the setting at a dotted path."""
+        if may_change(key, MAY_CHANGE_ON_RESUME):
             return set()
         section, _, rest = key.partition(".")
         if section == "report":
@@ -184,10 +189,19 @@ class Claim:
 
 
 def _read(path: Path, kind: type) -> dict[str, Any]:
-    """Read a tree of settings with its defaults; as it stands where it is not of the kind any more."""
+    """Read a tree of settings with its defaults, or unchecked if it is no longer valid.
+
+    Raises:
+        ValueError: the file has keys of an earlier version, whose values cannot be compared.
+    """
     try:
         written = document.write(document.read(path, (), kind))
-    except ValueError:
+    except document.JobError as error:
+        if former := next((problem for problem in error.problems if document.FORMER_KEY in problem), None):
+            raise ValueError(
+                f"{former}; an earlier version of Redux started this run: finish it with that version, or choose "
+                "another name"
+            ) from None
         written = path.read_text()
     found = yaml.safe_load(written)
     return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""What each preset leaves of an image and what it costs, as a table for the terminal."""
+"""Image tokens and cost of each preset, as a table for the terminal (`redux cost`)."""
 
 import json
 from collections.abc import Sequence
@@ -12,29 +12,33 @@ from redux.settings import METHODS
 COLUMNS = "{:<18} {:>6}  {:<40} {:>8} {:>6} {:>7}  {}"
 
 
-def table(names: Sequence[str], model: str, text: int) -> str:
-    """One row a preset, for a prompt of one image and `text` tokens.
+def format_costs(names: Sequence[str], model: str, text: int) -> str:
+    """Format one row per preset, for a prompt with one image.
 
-    names: of presets, all where empty.
-    model: "7b" or "13b" for LLaVA-1.5, or the folder of a LLaVA, whose own settings become the first row.
-    Raises ValueError for a preset or folder that is not there, or settings that do not fit the model.
+    Args:
+        names: names of presets; empty takes all.
+        model: "7b" or "13b" for LLaVA-1.5, or the folder of a LLaVA, whose saved settings become the first row.
+        text: text tokens of the prompt.
+
+    Raises:
+        ValueError: a preset or the folder does not exist, or a preset does not fit the model.
     """
     if unknown := [name for name in names if name not in PRESETS]:
         raise ValueError(f"preset: got {unknown[0]}, allowed: {', '.join(PRESETS)}")
     rows = {name: PRESETS[name] for name in names or PRESETS}
-    saved = None if model in SIZES else _saved(Path(model))
+    saved = None if model in SIZES else _read_config(Path(model))
     if saved:
-        own = {part: saved.settings(part) for part in METHODS}
-        rows = {"(as saved)": Preset(shows="the folder's own settings", **own), **rows}
+        methods = {name: saved.settings(name) for name in METHODS}
+        rows = {"(as saved)": Preset(shows="settings of the folder", **methods), **rows}
 
-    def sized(preset: Preset) -> ReduxConfig:
+    def build_config(preset: Preset) -> ReduxConfig:
         return ReduxConfig(**{**saved.to_dict(), **preset.methods}) if saved else llava(model, preset)
 
-    whole = cost(sized(PRESETS["llava"]), text)
-    lines = [COLUMNS.format("preset", "tokens", "block: kept + clusters", "GFLOPs", "share", "KV MiB", "what it is")]
+    llava_cost = cost(build_config(PRESETS["llava"]), text)
+    lines = [COLUMNS.format("preset", "tokens", "block: kept + clusters", "GFLOPs", "share", "KV MiB", "description")]
     for name, preset in rows.items():
         try:
-            config = sized(preset)
+            config = build_config(preset)
             spent = cost(config, text)
         except ValueError as error:
             if name in names:
@@ -47,20 +51,20 @@ def table(names: Sequence[str], model: str, text: int) -> str:
                 name,
                 config.image_seq_length,
                 stages or "-",
-                _short(spent.flops / 1e9),
-                f"{spent.flops / whole.flops:.0%}",
-                _short(spent.kv_bytes / 2**20),
+                _format_number(spent.flops / 1e9),
+                f"{spent.flops / llava_cost.flops:.0%}",
+                _format_number(spent.kv_bytes / 2**20),
                 preset.shows,
             )
         )
     return "\n".join(lines)
 
 
-def _short(number: float) -> str:
+def _format_number(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _saved(folder: Path) -> ReduxConfig:
+def _read_config(folder: Path) -> ReduxConfig:
     try:
         if json.loads((folder / "config.json").read_text())["model_type"] == "llava":
             return ReduxConfig.from_pretrained(folder)

@@ -23,6 +23,9 @@ from jobs.type_text import describe_type, find_type, format_value, list_field_na
 
 T = TypeVar("T")
 
+FORMER_KEY = "this key is now"
+"""Beginning of the problem of a key that was renamed."""
+
 # `1e-3` and `1.5e3` are text to YAML 1.1, which wants a dot and a signed exponent; to everyone else they are numbers
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
@@ -259,7 +262,7 @@ def _problem(detail: ErrorDetails, location: tuple[str | int, ...], schema: type
         key = str(location[-1])
         allowed = list_field_names(find_type(schema, location[:-1]))
         if (successor := FORMER_KEYS.get(key)) in allowed:
-            return f"this key is now {successor}"
+            return f"{FORMER_KEY} {successor}"
         near = difflib.get_close_matches(key, allowed, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ","
         return f"unknown key{hint} got {format_value(detail['input'])}, allowed keys: {', '.join(allowed)}"

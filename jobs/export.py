@@ -1,4 +1,4 @@
-"""A model to load with `from_pretrained`: a checkpoint of a run, or a model folder with names that need converting."""
+"""Export a model for `from_pretrained`: from a checkpoint of a run, or from a model folder with other weight names."""
 
 import tempfile
 from contextlib import suppress
@@ -6,28 +6,32 @@ from pathlib import Path
 
 from jobs import schema
 from jobs.claims import JOB
-from jobs.run import plans
+from jobs.run import plan_stages
 from pipelines.core import failures, storage
 from pipelines.training import checkpoint, export
 from redux import conversion, processor
 
 
 def write(source: Path, stage: str | None, step: int | None, out: str) -> str:
-    """Write a model to a folder or URL; returns where its weights come from.
+    """Write a model to a folder or URL.
 
     Args:
-        source: the folder of a run, or that of a model whose weights were saved by a wrapper or by LLaVA itself.
-        stage: of the run; None is the last one.
-        step: a checkpointed one; None is the newest.
+        source: folder of a run, or of a model whose weights a wrapper or LLaVA itself saved.
+        stage: training stage of the run; None is the last one.
+        step: step of the checkpoint; None is the newest.
+        out: folder or URL, empty or new.
+
+    Returns:
+        The folder or URL that the weights come from.
 
     Raises:
-        ValueError: there is no such run, model, stage or checkpoint, the checkpoint is damaged, or `out` holds files.
+        ValueError: no such run, model, stage or checkpoint exists, the checkpoint is damaged, or `out` holds files.
     """
     if export.finished(out) or storage.names(out):
         raise ValueError(f"out: got {out}, which holds files, allowed: an empty or new folder")
     try:
         return _write(source, stage, step, out)
-    except BaseException:  # what is there of it would be in the way of the same command
+    except BaseException:  # an incomplete model would block the same command
         with suppress(OSError, ValueError):
             storage.remove_folder(out)
         raise
@@ -54,13 +58,13 @@ def _write(source: Path, stage: str | None, step: int | None, out: str) -> str:
 
 
 def _write_checkpoint(run: Path, stage: str | None, step: int | None, out: str) -> str:
-    stages = plans(schema.load(run / JOB), run.resolve())
+    stages = plan_stages(schema.load(run / JOB), run.resolve())
     name = stage or list(stages)[-1]
     if name not in stages:
         raise ValueError(f"stage: got {name}, allowed: {', '.join(stages)}")
     plan = stages[name]
-    whole = [one for one in checkpoint.candidates(plan.folder) if isinstance(one, checkpoint.Saved)]
-    steps = {one.manifest.cursor: one for one in whole}
+    saved = [found for found in checkpoint.candidates(plan.folder) if isinstance(found, checkpoint.Saved)]
+    steps = {found.manifest.cursor: found for found in saved}
     wanted = max(steps, default=0) if step is None else step
     if wanted not in steps:
         there = ", ".join(map(str, sorted(steps))) or f"none: {plan.folder} has no whole checkpoint"

@@ -1,6 +1,6 @@
-"""`redux instructions`: questions about images, each with each of the sixteen instructions, frozen to a file.
+"""Write prompts that combine questions about images with the sixteen instructions (`redux instructions`).
 
-Arguments are drawn once, so that every model answers the same prompts; a job names the file at
+Arguments of the instructions are drawn once, so that every model answers the same prompts. A job names the file in
 `evaluate.tasks.instructions.files`.
 """
 
@@ -12,12 +12,12 @@ from redux.benchmarks.instructions import Asked
 from redux.benchmarks.source import Form, field, records
 
 FORMS: tuple[Form, ...] = (("question_id", "text"), ("id", "question"), ("id", "prompt"))
-"""Of a question: LLaVA's files, and others."""
+"""Fields of a question's id and text, in LLaVA's files and in others."""
 
 
-def freeze(arguments: argparse.Namespace) -> None:
-    """Write the prompts and say how many.  ValueError where a question or the file cannot be used."""
-    asked = read(arguments.questions) if arguments.questions else easy_vqa.asked()
+def write_prompts(arguments: argparse.Namespace) -> None:
+    """Write the prompts and print their number; ValueError if a question or the output file cannot be used."""
+    asked = read_questions(arguments.questions) if arguments.questions else easy_vqa.asked()
     prompts = instructions.questions(asked, arguments.per_task, arguments.seed)
     try:
         instructions.write(prompts, arguments.out)
@@ -26,14 +26,14 @@ def freeze(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {len(prompts)} prompts")
 
 
-def read(path: str) -> list[Asked]:
-    """The questions of a JSON list, JSON lines or a table; each with an image, and an answer where it is known."""
+def read_questions(path: str) -> list[Asked]:
+    """Read questions from a JSON list, JSON lines or a table: each with an image, and an answer if it has one."""
     return [
         Asked(
-            id=each.id,
-            image=field(each.place, each.fields, "image"),
-            question=each.response,
-            answer=field(each.place, each.fields, "answer") if each.fields.get("answer") else None,
+            id=record.id,
+            image=field(record.place, record.fields, "image"),
+            question=record.response,
+            answer=field(record.place, record.fields, "answer") if record.fields.get("answer") else None,
         )
-        for each in records(path, FORMS)
+        for record in records(path, FORMS)
     ]

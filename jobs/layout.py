@@ -1,4 +1,4 @@
-"""Where a run keeps what later runs read: its sets of shards, and the models of its stages."""
+"""Locations inside a run folder that later runs read: sets of shards, checkpoints, and models of stages."""
 
 from pathlib import Path
 
@@ -7,18 +7,15 @@ from pipelines.core import storage
 
 
 def locate_sets(job: Job, folder: Path) -> dict[str, str]:
-    """Return where each set of shards lies: those that the job makes, and those that it names.
-
-    folder: of the run.
-    """
+    """Locate each set of shards, both those that the job makes and those that it names, in a run folder."""
     return {name: str(folder / "shards" / name) for name in job.made} | job.data.sets
 
 
 def locate_checkpoints(job: Job, folder: Path) -> str:
-    """Return the folder or URL in which each stage has a folder of its name."""
+    """Locate the folder or URL that holds one folder per stage."""
     return storage.join(job.checkpoints, job.name) if job.checkpoints else str(folder / "checkpoints")
 
 
 def locate_model(job: Job, folder: Path, stage: str) -> str:
-    """Return the folder or URL of the model that a stage makes."""
+    """Locate the folder or URL of the model that a stage makes."""
     return storage.join(locate_checkpoints(job, folder), stage, "model")

@@ -1,11 +1,11 @@
-"""A job from images to report, step by step; what is finished is not done again.
+"""Run a job step by step, from images to report. Finished steps are skipped.
 
-runs/NAME/job.yaml        the job as resolved; jobs/claims.py says which settings may still change
-runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step: what a second run goes by
+runs/NAME/job.yaml        resolved job; jobs/claims.py decides which settings may still change
+runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step; the next start reads it
 runs/NAME/shards/SET/     captions, conversations, test
-runs/NAME/tokenizer/      learned from the training sets, where a model starts from nothing
-runs/NAME/assembled/      where it starts from pretrained parts: they and a projector as one model, with its tokenizer
-runs/NAME/scores.json     the evaluation's, which metrics.json takes up
+runs/NAME/tokenizer/      trained on the training sets, for a model that is built from sizes
+runs/NAME/assembled/      for a model from pretrained parts: these and a projector as one model, with its tokenizer
+runs/NAME/scores.json     scores of the evaluation; metrics.json repeats them
 """
 
 import fcntl
@@ -57,42 +57,49 @@ LOCK = ".lock"
 def run(
     job: Job,
     folder: Path,
-    changed: bool = False,
+    allow_changes: bool = False,
     until: str | None = None,
     watch: driver.Watch | None = None,
     patience_s: float = 0,
 ) -> None:
-    """Do what is left of the job in its run folder.
+    """Run the unfinished steps of a job in its run folder.
 
-    until: the last step to do; None is the last of all.
-    watch: hears how each stage gets on.
-    patience_s: for another process that works on this run, before that is a ValueError.
-    changed: go on although steps were done with other settings, or checkpoints are of other data or another model;
-    otherwise that is a ValueError.
+    Args:
+        job: the job as loaded.
+        folder: run folder.
+        allow_changes: continue even if finished steps used other settings, or checkpoints have other data or another
+            model.
+        until: last step to run; None runs all.
+        watch: called during training, see `pipelines.training.driver`.
+        patience_s: seconds to wait for another process that works on this run.
+
+    Raises:
+        ValueError: the job cannot run here, settings changed that finished steps used, or another process works on
+            this run.
     """
     clock = time.monotonic()
     folder = folder.resolve()
-    job = located(job, folder)
-    work = steps(job, folder, changed, watch)
+    job = resolve_job(job, folder)
+    work = list_steps(job, folder, allow_changes, watch)
     if until:
         names = list(work)
         work = {name: work[name] for name in names[: names.index(until) + 1]}
     finished = f"{job.name} is finished; its {until or 'report'}: {folder / ('' if until else 'report.html')}"
-    if not claims.Claim.of(folder, job).find_changes(changed) and not work.keys() - _finished(folder):
+    if not claims.Claim.of(folder, job).find_changes(allow_changes) and not work.keys() - _list_finished(folder):
         print(finished)
         return
     claims.make_folder(folder)
-    with alone(folder, patience_s):
-        # another process may have worked on this run until now, so what it did is read again
-        claims.Claim.of(folder, job).enforce(changed)
-        done = _finished(folder)
+    with run_lock(folder, patience_s):
+        # another process may have worked on this run until now, so its progress is read again
+        claims.Claim.of(folder, job).enforce(allow_changes)
+        done = _list_finished(folder)
         left = {name: step for name, step in work.items() if name not in done}
         if not left:
             print(finished)
             return
         if done:
             print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
-        _check_sets(job, folder)
+        _check_stored_images(job, folder)
         if job.checkpoints and job.train.keys() & left.keys():
             driver.probe(locate_checkpoints(job, folder))
         jsonl.mend(folder / PROGRESS)
@@ -105,14 +112,17 @@ def run(
                 jsonl.append(folder / PROGRESS, [{"step": name, "wall_s": now - clock}])
                 clock = now
     if until is None:
-        _summarise(folder)
+        _write_metrics(folder)
         print(f"{job.name} is finished; its report: {folder / 'report.html'}")
 
 
 def _check_resources(job: Job, steps_left: Collection[str]) -> None:
-    """ValueError where Ray runs on this machine alone and has not what the steps left need: they would wait for ever.
+    """Check that a Ray of this machine alone has the CPUs and GPUs of all unfinished steps; they would wait forever.
 
-    The error says which numbers fit.  All is checked before the first step, so nothing is refused after hours.
+    This runs before the first step, so that nothing is refused after hours of work.
+
+    Raises:
+        ValueError: resources are missing; the text names numbers that fit.
     """
     if not cluster.is_own():
         return
@@ -134,8 +144,16 @@ def _check_resources(job: Job, steps_left: Collection[str]) -> None:
 
 
 @contextmanager
-def alone(folder: Path, patience_s: float = 0) -> Iterator[None]:
-    """ValueError where another process works on this run: each would undo what the other does."""
+def run_lock(folder: Path, patience_s: float = 0) -> Iterator[None]:
+    """Lock a run folder against other processes.
+
+    Args:
+        folder: run folder.
+        patience_s: seconds to wait for a process that holds the lock.
+
+    Raises:
+        ValueError: another process still holds the lock.
+    """
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(BlockingIOError),
         stop=tenacity.stop_after_delay(patience_s),
@@ -146,22 +164,23 @@ def alone(folder: Path, patience_s: float = 0) -> Iterator[None]:
         try:
             retrying(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder}: another process is at this run, allowed: one at a time") from None
+            raise ValueError(f"{folder}: another process works on this run, allowed: one at a time") from None
         yield
 
 
-def steps(
-    job: Job, folder: Path, changed: bool = False, watch: driver.Watch | None = None
+def list_steps(
+    job: Job, folder: Path, allow_changes: bool = False, watch: driver.Watch | None = None
 ) -> dict[str, Callable[[], None]]:
-    """The steps of a job by name, in order: shards, parts put together, each training stage, evaluation, report.
+    """List the steps of a job by name, in order: shards, assemble, each training stage, evaluate, report.
 
-    ValueError where the model's pretrained parts cannot be read or do not go together.
+    Raises:
+        ValueError: pretrained parts of the model cannot be read or do not fit together.
     """
     sets, result = locate_sets(job, folder), {}
-    stages = plans(job, folder, changed)
+    stages = plan_stages(job, folder, allow_changes)
     if job.made or job.data.make or not job.model.pretrained:
         templates = [TEMPLATES[plan.template] for plan in stages.values()]
-        result["shards"] = lambda: _shards(job, sets, folder / TOKENIZER, templates)
+        result["shards"] = lambda: _make_shards(job, sets, folder / TOKENIZER, templates)
     _check_weights(job, folder)
     if job.model.pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
@@ -169,23 +188,27 @@ def steps(
     result |= {name: functools.partial(driver.train_stage, plan, watch=watch) for name, plan in stages.items()}
     settings = job.evaluate
     if settings is None:
-        result["report"] = lambda: _report(folder, [])
+        result["report"] = lambda: _write_report(folder, [])
         return result
-    subject = _subject(job, settings, stages)
+    subject = _choose_evaluated_model(job, settings, stages)
 
     def answer() -> None:
         clock = time.monotonic()
-        _write(folder / SCORES, evaluate.evaluate(subject, folder, settings, job.gpu_share))
+        _write_json(folder / SCORES, evaluate.evaluate(subject, folder, settings, job.gpu_share))
         ledger.note(folder, "evaluate", last, wall_s=time.monotonic() - clock)
 
     def describe() -> None:
-        _report(folder, evaluate.examples(subject, folder, job.report.examples))
+        _write_report(folder, evaluate.examples(subject, folder, job.report.examples))
 
     return {**result, "evaluate": answer, "report": describe}
 
 
 def _check_weights(job: Job, folder: Path) -> None:
-    """ValueError where what the job starts from lacks weights or a tokenizer; weights are not read."""
+    """Check that the checkpoint or the parts have all weights and a tokenizer, without reading the weights.
+
+    Raises:
+        ValueError: something is missing.
+    """
     model = job.model
     if not model.pretrained or _find_assembled(job, folder):
         return
@@ -193,7 +216,7 @@ def _check_weights(job: Job, folder: Path) -> None:
         if not model.checkpoint:
             pretrained.check_parts(str(model.tower), str(model.language), model.gguf_file)
         elif job.train or respondent.is_llava(model.checkpoint):
-            configured(model)
+            build_config(model)
             pretrained.check_checkpoint(model.checkpoint)
         else:
             pretrained.check_checkpoint(model.checkpoint, AutoModelForImageTextToText)
@@ -201,8 +224,14 @@ def _check_weights(job: Job, folder: Path) -> None:
         raise ValueError(f"model.{error}") from None
 
 
-def _check_sets(job: Job, folder: Path) -> None:
-    """ValueError where images of a set, also of one that is still to be made, are not as a stage reads them."""
+def _check_stored_images(job: Job, folder: Path) -> None:
+    """Check that images stored as squares have the size and aspect ratio that the stages read.
+
+    Sets that the job still has to make are checked as well.
+
+    Raises:
+        ValueError: a stage reads other images.
+    """
     prepared = {
         name: shards.Shards(url).prepared for name, url in job.data.sets.items() if name not in job.data.make
     } | {
@@ -211,13 +240,13 @@ def _check_sets(job: Job, folder: Path) -> None:
         if source.image_size
     }
     if any(prepared.values()):
-        for plan in plans(job, folder).values():
+        for plan in plan_stages(job, folder).values():
             for name in plan.stage.mixture:
                 plan.check_prepared(name, prepared.get(name))
 
 
-def _subject(job: Job, settings: tasks.Evaluate, stages: dict[str, Plan]) -> evaluate.Subject:
-    """Who is evaluated: what the last stage made, or without one the checkpoint."""
+def _choose_evaluated_model(job: Job, settings: tasks.Evaluate, stages: dict[str, Plan]) -> evaluate.Subject:
+    """Choose the model to evaluate: the result of the last stage, or model.checkpoint if there is no stage."""
     asked = {name: getattr(settings, name) for name in ("template", "image_aspect_ratio", "allow_mismatch")}
     if stages:
         return evaluate.Subject(model=list(stages.values())[-1].result, **asked)
@@ -225,15 +254,16 @@ def _subject(job: Job, settings: tasks.Evaluate, stages: dict[str, Plan]) -> eva
     return evaluate.Subject(model=job.model.checkpoint, methods=job.model.methods, **asked)
 
 
-def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
-    """What the workers of each stage are told, by name and in order; each begins with the model of the one before.
+def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str, Plan]:
+    """Plan the stages of a job, by name and in order. Each stage starts from the model of the one before.
 
-    ValueError where the model's pretrained parts cannot be read or do not go together.
+    Raises:
+        ValueError: pretrained parts of the model cannot be read or do not fit together.
     """
     sets, result = locate_sets(job, folder), dict[str, Plan]()
     if not job.train:
         return result
-    image_size, image_tokens = _image(job, folder)
+    image_size, image_tokens = _measure_image(job, folder)
     tokenizer = folder / (ASSEMBLED if job.model.pretrained else TOKENIZER)
     start = str(tokenizer) if job.model.pretrained else None
     for name, stage in job.train.items():
@@ -256,18 +286,24 @@ def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
             job=schema.dump(job),
             title=job.name,
             trackers=tuple(job.trackers),
-            changed=changed,
+            changed=allow_changes,
         )
         start = result[name].result
     return result
 
 
-def located(job: Job, folder: Path) -> Job:
-    """Return the job with its paths from the root on, and with templates and image fits as the model was trained.
+def resolve_job(job: Job, folder: Path) -> Job:
+    """Resolve a job: absolute paths, and templates and aspect ratios as the model was trained.
 
-    folder: of the run; what it holds already is not looked for elsewhere.
-    ValueError where a set or the files of a benchmark cannot be used, a package is missing that the job needs, or the
-    model was trained in another way than it is to be asked: better now than after days of training.
+    All that can be refused is refused here, before days of training.
+
+    Args:
+        job: the job as loaded.
+        folder: run folder; parts that were assembled there are not searched elsewhere.
+
+    Raises:
+        ValueError: a set or a benchmark file cannot be used, a package is missing, or the evaluation contradicts the
+            training of the model.
     """
     sets = {name: storage.absolute(url) for name, url in job.data.sets.items()}
     for name, url in sets.items():
@@ -282,20 +318,22 @@ def located(job: Job, folder: Path) -> Job:
                 f"train.{name}.image_backend: got fast, allowed: exact, or the package simplejpeg: "
                 + write_install_command("fast")
             )
-    job = _with_format(job, folder)
+    job = _resolve_formats(job, folder)
     return replace(
         job,
         checkpoints=job.checkpoints and storage.absolute(job.checkpoints),
-        data=replace(job.data, sets=sets, make={name: _readable(name, each) for name, each in job.data.make.items()}),
-        evaluate=job.evaluate and replace(job.evaluate, tasks=_asked(job.evaluate)),
+        data=replace(
+            job.data, sets=sets, make={name: _resolve_source(name, source) for name, source in job.data.make.items()}
+        ),
+        evaluate=job.evaluate and replace(job.evaluate, tasks=_resolve_tasks(job.evaluate)),
         model=_locate_parts(job.model),
     )
 
 
-def _with_format(job: Job, folder: Path) -> Job:
-    """Return the job with the template and image fit of each stage and of the evaluation decided."""
+def _resolve_formats(job: Job, folder: Path) -> Job:
+    """Resolve the template and the aspect ratio of each stage and of the evaluation."""
     assembled = _find_assembled(job, folder)
-    start = str(assembled) if assembled else _path(job.model.checkpoint)
+    start = str(assembled) if assembled else _absolute_folder(job.model.checkpoint)
     saved = respondent.settings(start) if start and (job.train or respondent.is_llava(start)) else {}
     trained = {"template": saved.get("conversation_template"), "image_aspect_ratio": saved.get("image_aspect_ratio")}
     train = {name: stage.resolve_format(**trained) for name, stage in job.train.items()}
@@ -314,16 +352,16 @@ def _with_format(job: Job, folder: Path) -> Job:
     return replace(job, train=train, evaluate=asked)
 
 
-def _readable(name: str, source: Source) -> Source:
-    """With its paths from the root on; ValueError where there are no records."""
+def _resolve_source(name: str, source: Source) -> Source:
+    """Make the paths of a source absolute; ValueError if its records do not exist."""
     url = storage.absolute(source.json)
     if not storage.exists(url):
         raise ValueError(f"data.make.{name}.json: {url} is not there, allowed: a JSON file of records")
     return replace(source, json=url, images=storage.absolute(source.images))
 
 
-def _asked(settings: tasks.Evaluate) -> dict[tasks.Name, tasks.Asking]:
-    """The tasks, their files looked at once."""
+def _resolve_tasks(settings: tasks.Evaluate) -> dict[tasks.Name, tasks.Asking]:
+    """Make the paths of all tasks absolute and check their files."""
     result = dict(settings.tasks)
     for name, asking in settings.tasks.items():
         result[name] = replace(
@@ -335,37 +373,42 @@ def _asked(settings: tasks.Evaluate) -> dict[tasks.Name, tasks.Asking]:
     return result
 
 
-def _path(part: T) -> T | str:
-    """A folder from the root on; anything else, such as a hub id, as it is."""
+def _absolute_folder(part: T) -> T | str:
+    """Make a folder's path absolute; anything else, such as a hub id, stays as it is."""
     return storage.absolute(part) if isinstance(part, str) and Path(part).is_dir() else part
 
 
 def _find_assembled(job: Job, folder: Path) -> Path | None:
-    """Return the folder of the model that a job starts from, None where there is none of this job's parts."""
+    """Find the assembled model of this job's parts in the run folder; None if there is none."""
     return claims.find_assembled(folder, replace(job, model=_locate_parts(job.model)))
 
 
 def _locate_parts(model: Model) -> Model:
-    """Return a model whose folders are written from the root on."""
-    return replace(model, tower=_path(model.tower), language=_path(model.language), checkpoint=_path(model.checkpoint))
+    """Make the folders of a model's parts absolute."""
+    return replace(
+        model,
+        tower=_absolute_folder(model.tower),
+        language=_absolute_folder(model.language),
+        checkpoint=_absolute_folder(model.checkpoint),
+    )
 
 
-def _image(job: Job, folder: Path) -> tuple[int, int]:
-    """Pixels of an image's side, and tokens of it that reach the language model."""
+def _measure_image(job: Job, folder: Path) -> tuple[int, int]:
+    """Return the side of an image in pixels, and the number of its tokens that reach the language model."""
     model = job.model
     if isinstance(model.tower, Tower):
         return model.tower.image_size, image_tokens(model)
     try:
-        # once it is there, what it was made of is no longer needed
+        # once the model is assembled, its parts are no longer needed
         whole = _find_assembled(job, folder)
-        config = ReduxConfig.from_pretrained(whole) if whole else configured(model)
+        config = ReduxConfig.from_pretrained(whole) if whole else build_config(model)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
     return config.vision_config.image_size, config.image_seq_length
 
 
-def configured(model: Model) -> ReduxConfig:
-    """What the pretrained model, or the parts of one, will be; ValueError where that cannot be."""
+def build_config(model: Model) -> ReduxConfig:
+    """Build the configuration of a pretrained model or of pretrained parts; ValueError if they do not fit together."""
     if model.checkpoint:
         return pretrained.reconfigured(model.checkpoint, **model.methods)
     assert isinstance(model.tower, str)
@@ -373,30 +416,30 @@ def configured(model: Model) -> ReduxConfig:
     return pretrained.configured(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
 
 
-def _finished(folder: Path) -> list[str]:
+def _list_finished(folder: Path) -> list[str]:
     return [entry["step"] for entry in jsonl.read(folder / PROGRESS)]
 
 
-def _summarise(folder: Path) -> None:
-    """metrics.json: the scores, and wall-clock seconds by step and in all, of the runs that finished the steps."""
+def _write_metrics(folder: Path) -> None:
+    """Write metrics.json: scores, and wall-clock seconds of each finished step and of all."""
     times = {f"wall_s.{entry['step']}": entry["wall_s"] for entry in jsonl.read(folder / PROGRESS)}
     scores = json.loads((folder / SCORES).read_text()) if (folder / SCORES).exists() else {}
-    _write(folder / "metrics.json", {**scores, "wall_s": sum(times.values()), **times})
+    _write_json(folder / "metrics.json", {**scores, "wall_s": sum(times.values()), **times})
 
 
-def _report(folder: Path, examples: Sequence[evaluate.Example]) -> None:
-    _summarise(folder)
+def _write_report(folder: Path, examples: Sequence[evaluate.Example]) -> None:
+    _write_metrics(folder)
     run_report.write(folder, examples)
 
 
-def _write(path: Path, values: dict[str, float]) -> None:
+def _write_json(path: Path, values: dict[str, float]) -> None:
     claims.write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
-def _shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence[Template]) -> None:
-    """The sets that the job makes; and, for a model that starts from nothing, a tokenizer."""
+def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence[Template]) -> None:
+    """Make the sets of the job and, for a model that is built from sizes, a tokenizer."""
     for name, source in job.data.make.items():
-        making = Making(**{each.name: getattr(source, each.name) for each in fields(Making)})
+        making = Making(**{field.name: getattr(source, field.name) for field in fields(Making)})
         shards.make(check.read(storage.read(source.json), source.json), source.images, sets[name], making)
     records = {name: easy_vqa.SETS[name]() for name in job.made}
     making = Making(samples_per_shard=job.data.samples_per_shard)
@@ -421,12 +464,12 @@ def _shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence
 
 
 def _assemble(job: Job, folder: Path) -> None:
-    """The model to start from, and its tokenizer, in a folder that is there whole or not at all."""
+    """Assemble the initial model and its tokenizer in a folder that exists only when complete."""
     if folder.exists():
         return
     half = all(stage.precision == "bf16" for stage in job.train.values())
     torch.manual_seed(job.seed)
-    whole, tokenizer = _assembled(job.model, torch.bfloat16 if half else torch.float32)
+    whole, tokenizer = _load_or_assemble(job.model, torch.bfloat16 if half else torch.float32)
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -434,12 +477,14 @@ def _assemble(job: Job, folder: Path) -> None:
             whole.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
         os.replace(unfinished, folder)
-    except BaseException:  # a disk that is full, or a signal
+    except BaseException:  # such as a full disk or a signal
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
-def _assembled(model: Model, dtype: torch.dtype) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:
+def _load_or_assemble(
+    model: Model, dtype: torch.dtype
+) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:
     if model.checkpoint:
         with fetched(model.checkpoint, what="checkpoint") as folder:
             whole = ReduxForConditionalGeneration.from_pretrained(folder, dtype=dtype, **model.methods)

@@ -1,4 +1,4 @@
-"""`redux score …`: files of answers, ours or another system's, scored as the benchmark's official scorer does."""
+"""Score files of answers, from Redux or another system, as the official scorer does (`redux score`)."""
 
 import argparse
 import json
@@ -13,9 +13,10 @@ INSTRUCTIONS = "instructions"
 
 
 def score(arguments: argparse.Namespace) -> None:
-    """Prints the scores of a task's answers as JSON; for instructions, which need no questions, a line for each answer.
+    """Print the scores of a task's answers as JSON; for instructions, one line per answer.
 
-    ValueError for a task, a file or an answer that is not what it must be.
+    Raises:
+        ValueError: the task is unknown, or a file or an answer is wrong.
     """
     if arguments.task == INSTRUCTIONS:
         instructions = import_module("redux.benchmarks.instructions")  # its checkers take a second to load
@@ -40,7 +41,7 @@ def score(arguments: argparse.Namespace) -> None:
     metrics = benchmark.metrics(rows)
     if arguments.submission and benchmark.submission:
         _write(arguments.submission, json.dumps(benchmark.submission(rows)))
-    # what is handed in is scored elsewhere: here a split without reference answers is no mistake
+    # a submission is scored elsewhere, so a split without reference answers is no mistake here
     found = scores(metrics, "--questions") if metrics or not arguments.submission else {}
     print(json.dumps({"task": arguments.task, "scores": found, "questions": len(questions), "missing": missing}))
 

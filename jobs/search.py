@@ -1,21 +1,21 @@
-"""A search: one job whose settings are to be found, by trials that cost less than the job itself.
+"""Search for good settings of a job, by trials that cost less than the job itself.
 
     name: laptop
-    trials: 40
-    job: {…}                                    # a job file without name: what is to be run in the end
-    shared: [tower, pretrain, instruct]         # of its stages, trained once; after all of them trials only evaluate
-    fidelity: {evaluate.tasks.easy_vqa.limit: 200}  # what a trial has in place of the job's, to cost less
+    num_trials: 40
+    job: {…}                                    # a job file without name, for which settings are searched
+    shared: [tower, pretrain, instruct]         # stages trained once for all trials
+    fidelity: {evaluate.tasks.easy_vqa.limit: 200}  # values that replace the job's in a trial, to make it cheaper
     space:
       model.vmtc.tokens: {low: 4, high: 64}
       model.cmai.gamma_max: {low: 0.0, high: 0.9}
     references: {paper: {model.vmtc: {}, model.cmai: {}}}
     objectives: {easy_vqa.accuracy: max, flops: min}
 
-runs/NAME/search.yaml      the search as it was done
-runs/NAME/study.journal    Optuna's study, which its dashboard opens
-runs/NAME/shared/          the run of what is shared: shards, and stages
-runs/NAME/trials/0007/     the run of a trial, without its weights once it has ended
-runs/NAME/search.html      what came of it; trials.csv, the same as a table; best.yaml, a job to run
+runs/NAME/search.yaml      the resolved search
+runs/NAME/study.journal    Optuna study; optuna-dashboard opens it
+runs/NAME/shared/          run of the shared shards and stages
+runs/NAME/trials/0007/     run of a trial; its weights are deleted when it has ended
+runs/NAME/search.html      results; trials.csv has them as a table, best.yaml is a job to run
 """
 
 import functools
@@ -50,40 +50,49 @@ from redux.model import ReduxConfig
 
 FILE = "search.yaml"
 BEST = "best.yaml"
-FREE = ("num_trials", "max_concurrent_trials", "retries", *(f"job.{name}" for name in (*claims.FREE, "report")))
-"""What of a search may be another when it goes on."""
+SEARCH_MAY_CHANGE_ON_RESUME = (
+    "num_trials",
+    "max_concurrent_trials",
+    "retries",
+    *(f"job.{name}" for name in (*claims.MAY_CHANGE_ON_RESUME, "report")),
+)
+"""Settings of a search that change no result of a finished trial."""
 
-LLAMA_WORDS = 32_000
-"""The vocabulary that is assumed, for checks, until the job's own tokenizer is made."""
+LLAMA_VOCABULARY = 32_000
+"""Vocabulary size that checks assume until the tokenizer of the job exists."""
 
 PATIENCE_S = 60
-"""For processes of a driver that was killed to let go of a trial's folder."""
+"""Seconds that processes of a killed driver get to release the folder of a trial."""
 
-LAST = 10
-"""The loss of a trial is the mean over the last of so many parts of its last stage."""
+LOSS_PARTS = 10
+"""The loss of a trial is the mean over the last of this many parts of its last stage."""
 
 
-class Jobs:
-    """The jobs of a search's trials, by their values.
+class TrialJobs:
+    """Jobs of the trials of a search, by their values.
 
-    shared: the run of what they share, and its folder, once it is done; before, a trial's job is the whole.
-    counts: numbers of workers and actors.
+    Args:
+        search: the search.
+        shared: job and folder of the finished shared run. None before it: a trial's job then has all stages.
+        counts: numbers of workers and actors, by dotted path.
     """
 
     def __init__(self, search: Search, shared: tuple[Job, Path] | None = None, counts: Values | None = None) -> None:
         self.search, self.counts = search, counts or {}
-        self.tree = study.going_on(search.job, search.shared, *shared) if shared else search.job
+        self.tree = study.continue_from(search.job, search.shared, *shared) if shared else search.job
         tokenizer = shared[1] / run.TOKENIZER if shared else None
         known = tokenizer is not None and tokenizer.exists()
-        self.words = len(AutoTokenizer.from_pretrained(tokenizer)) if known else LLAMA_WORDS
+        self.vocabulary = len(AutoTokenizer.from_pretrained(tokenizer)) if known else LLAMA_VOCABULARY
 
     def __call__(self, values: Values, name: str = "trial") -> Job:
-        """ValueError where there is none."""
-        return study.build(self.tree, self.counts | self.search.fidelity | values, f"{self.search.name}-{name}", "job")
+        """Build the job of a trial; ValueError if these values make no job."""
+        return study.build_job(
+            self.tree, self.counts | self.search.fidelity | values, f"{self.search.name}-{name}", "job"
+        )
 
     def forecast(self, values: Values) -> dict[str, float]:
-        """What is known of a trial beforehand; ValueError where its values make no job."""
-        config = _config(self(values).model, self.words)
+        """Compute the metrics of a trial that are known without running it; ValueError if its values make no job."""
+        config = _build_config(self(values).model, self.vocabulary)
         spent = cost(config, self.search.text)
         return {
             "flops": spent.flops,
@@ -93,27 +102,30 @@ class Jobs:
         }
 
 
-def _config(model: Model, words: int) -> ReduxConfig:
+def _build_config(model: Model, vocabulary: int) -> ReduxConfig:
     if not model.pretrained:
-        return redux.configured(model, words)
-    begun = _begun(model.tower, model.language, model.gguf_file, model.checkpoint)
-    return ReduxConfig(**{**begun, **model.methods})
+        return redux.configured(model, vocabulary)
+    start = _read_start_config(model.tower, model.language, model.gguf_file, model.checkpoint)
+    return ReduxConfig(**{**start, **model.methods})
 
 
 @functools.cache
-def _begun(tower: str | None, language: str | None, gguf_file: str | None, checkpoint: str | None) -> dict[str, Any]:
-    """The configuration of what trials begin with, read once."""
+def _read_start_config(
+    tower: str | None, language: str | None, gguf_file: str | None, checkpoint: str | None
+) -> dict[str, Any]:
+    """Read the configuration of the model that trials start from, once per process."""
     parts = Model(tower=tower, language=language, gguf_file=gguf_file, checkpoint=checkpoint)
-    return run.configured(parts).to_dict()
+    return run.build_config(parts).to_dict()
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Search:
-    """The search of a YAML file after overrides.
+    """Load the search of a YAML file after overrides.
 
-    ValueError with one clear line also where the job, a reference, or an end of what is searched cannot be.
+    Raises:
+        ValueError: the search, its job, a reference or an end of a range is wrong.
     """
     search = search_schema.read(path, overrides)
-    search = replace(search, space={name: _typed(name, place) for name, place in search.space.items()})
+    search = replace(search, space={name: _match_type(name, values) for name, values in search.space.items()})
     try:
         _check(search)
     except ValueError as error:
@@ -122,7 +134,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Search:
 
 
 def _check(search: Search) -> None:
-    jobs = Jobs(search)
+    jobs = TrialJobs(search)
     whole = jobs({})
     for name, values in search.references.items():
         try:
@@ -136,14 +148,14 @@ def _check(search: Search) -> None:
         if taken := [section for section in fixed if key == section or key.startswith(f"{section}.")]:
             raise ValueError(f"{key}: got other values for trials, allowed: none, as {taken[0]} is shared by all")
     _check_pruning(search, whole)
-    # limits too, but of a model from sizes, whose vocabulary is not known yet
+    # limits are checked too, except for a model from sizes, whose vocabulary is not known yet
     check(
         Space(search.space), functools.partial(fit, search, jobs.forecast) if whole.model.pretrained else jobs.forecast
     )
 
 
 def _check_pruning(search: Search, job: Job) -> None:
-    """ValueError where no trial could be stopped early."""
+    """Check that trials can be stopped early; ValueError if they cannot."""
     if not search.prune:
         return
     left = [name for name in job.train if name not in search.shared]
@@ -154,19 +166,19 @@ def _check_pruning(search: Search, job: Job) -> None:
         raise ValueError(f"prune.first: got {search.prune.first}, allowed: less than the {steps} steps of {left[-1]}")
 
 
-def _typed(name: str, place: Any) -> Any:
-    """A range of whole numbers, where the job takes fractions, is one of fractions."""
-    if isinstance(place, Range) and document.takes(Job, name, float) and not document.takes(Job, name, int):
-        return replace(place, low=float(place.low), high=float(place.high))
-    return place
+def _match_type(name: str, values: Any) -> Any:
+    """Turn a range of whole numbers into one of floats if the key takes floats."""
+    if isinstance(values, Range) and document.takes(Job, name, float) and not document.takes(Job, name, int):
+        return replace(values, low=float(values.low), high=float(values.high))
+    return values
 
 
 def _check_metrics(search: Search, job: Job, folder: Path) -> None:
-    """ValueError where an objective, or a metric with a limit, is none that a trial will have."""
+    """Check that trials will report each objective and each metric with a limit; ValueError otherwise."""
     known = {"flops", "kv_bytes", "focus_bytes", "image_tokens"}
     if len(job.train) > len(search.shared):
         known |= {"loss", "tokens_per_s"}
-    if settings := run.located(job, folder).evaluate:
+    if settings := run.resolve_job(job, folder).evaluate:
         known |= evaluate.promised(settings)
     for section in ("objectives", "limits"):
         for name in getattr(search, section):
@@ -174,42 +186,43 @@ def _check_metrics(search: Search, job: Job, folder: Path) -> None:
                 raise ValueError(f"{section}: got {name}, allowed: {', '.join(sorted(known))}")
 
 
-def conduct(search: Search, folder: Path, changed: bool = False) -> None:
-    """Do what is left of the search in its folder: what is shared, trials, and what came of them.
+def run_search(search: Search, folder: Path, allow_changes: bool = False) -> None:
+    """Run the unfinished parts of a search in its folder: shared stages, trials, and the page of results.
 
-    ValueError, before anything is run, where a file cannot be read or no trial would report an objective.
+    Raises:
+        ValueError: a file cannot be read, or no trial would report an objective. Nothing has run then.
     """
     folder = folder.resolve()
-    whole = Jobs(search)({})
+    whole = TrialJobs(search)({})
     _check_metrics(search, whole, folder)
     claims.make_folder(folder)
-    with run.alone(folder), cluster.session():
-        _claim(search, folder, changed)
+    with run.run_lock(folder), cluster.session():
+        _claim(search, folder, allow_changes)
         _require(search, whole)
-        jobs = Jobs(search, _share(search, folder / SHARED, changed), _with_counts(search, whole))
+        jobs = TrialJobs(search, _share(search, folder / SHARED, allow_changes), _divide_resources(search, whole))
         trials = Trials(search, search.name, folder, jobs.forecast)
 
-        def work(trial: Try, place: Path, watch: driver.Watch) -> dict[str, float]:
+        def run_trial(trial: Try, trial_folder: Path, watch: driver.Watch) -> dict[str, float]:
             job = jobs(trial.values, str(trial.number))
-            run.run(job, place, watch=watch, patience_s=PATIENCE_S)
-            return _measured(job, place)
+            run.run(job, trial_folder, watch=watch, patience_s=PATIENCE_S)
+            return _read_metrics(job, trial_folder)
 
-        after = functools.partial(_show, folder=folder, jobs=jobs, tidied=set())
+        after = functools.partial(_write_results, folder=folder, jobs=jobs, cleaned=set())
         stage = list(whole.train)[-1] if whole.train else None
-        tuning.search(trials, folder, work, after, stage, whole.recovery.grace_s)
+        tuning.search(trials, folder, run_trial, after, stage, whole.recovery.grace_s)
     print(f"{search.name} is finished: {folder / 'search.html'}")
     for line in search_page.summary(trials.study):
         print(line)
 
 
-def _claim(search: Search, folder: Path, changed: bool) -> None:
-    """Write the search into its folder; ValueError where trials, or what they share, depend on other settings.
+def _claim(search: Search, folder: Path, allow_changes: bool) -> None:
+    """Write the search into its folder; ValueError if trials or shared stages depend on other settings.
 
-    A study in which no trial has begun is deleted and created again, as it holds the references of an earlier file.
+    A study without a started trial is deleted and created again, because it holds the references of the earlier file.
     """
 
     def find_use(key: str) -> str:
-        if claims.is_free(key, FREE):
+        if claims.may_change(key, SEARCH_MAY_CHANGE_ON_RESUME):
             return ""
         if trained and key.startswith("job."):
             return f"{SHARED}, which has begun,"
@@ -217,24 +230,24 @@ def _claim(search: Search, folder: Path, changed: bool) -> None:
 
     tried = any((folder / tuning.FOLDER).glob("*"))
     trained = bool(metrics.stages(folder / SHARED))
-    keys = claims.claim(folder / FILE, search, find_use, changed)
-    if not tried and not all(claims.is_free(key, FREE) for key in keys):
+    keys = claims.claim(folder / FILE, search, find_use, allow_changes)
+    if not tried and not all(claims.may_change(key, SEARCH_MAY_CHANGE_ON_RESUME) for key in keys):
         discard(search, search.name, folder)
-    opened(search, folder)  # an error in `storage` comes before any work
+    opened(search, folder)  # reports a wrong `storage` before any work
 
 
-def _share(search: Search, folder: Path, changed: bool) -> tuple[Job, Path] | None:
-    """The run of what trials share, done; None where they share nothing."""
-    job = study.build(search.job, {}, f"{search.name}-{SHARED}", "job")
+def _share(search: Search, folder: Path, allow_changes: bool) -> tuple[Job, Path] | None:
+    """Run the shared stages; returns their job and folder, or None if trials share nothing."""
+    job = study.build_job(search.job, {}, f"{search.name}-{SHARED}", "job")
     until = search.shared[-1] if search.shared else "shards"
-    if until not in run.steps(job, folder):
+    if until not in run.list_steps(job, folder):
         return None
-    run.run(job, folder, changed, until=until)
+    run.run(job, folder, allow_changes, until=until)
     return job, folder
 
 
 def _require(search: Search, job: Job) -> None:
-    """ValueError where Ray runs here alone and has not enough for so many trials at once: they would wait for ever."""
+    """Check that a Ray of this machine alone has room for the concurrent trials; they would wait forever."""
     trains = len(job.train) > len(search.shared)
     fewest, most = job.worker_range or (1, 1)
     actors = 0 if job.evaluate is None else 1 if job.evaluate.num_actors == "auto" else job.evaluate.num_actors
@@ -246,8 +259,8 @@ def _require(search: Search, job: Job) -> None:
         cluster.require({"GPU": search.max_concurrent_trials * workers * job.gpu_share}, what)
 
 
-def _with_counts(search: Search, job: Job) -> Values:
-    """Values that divide what Ray has among the trials under way at a time, where the job leaves it open."""
+def _divide_resources(search: Search, job: Job) -> Values:
+    """Divide the CPUs or GPUs of Ray among the concurrent trials, for counts that the job leaves open."""
     places = max(cluster.count_places(job.gpu_share) // search.max_concurrent_trials, 1)
     stages = [stage for name, stage in job.train.items() if name not in search.shared]
     result: Values = {}
@@ -258,41 +271,49 @@ def _with_counts(search: Search, job: Job) -> Values:
     return result
 
 
-def _measured(job: Job, place: Path) -> dict[str, float]:
-    """All numbers of a trial's run."""
-    result = json.loads((place / "metrics.json").read_text())
+def _read_metrics(job: Job, trial_folder: Path) -> dict[str, float]:
+    """Read all metrics of a trial's run."""
+    result = json.loads((trial_folder / "metrics.json").read_text())
     if job.train:
         stage = list(job.train)[-1]
-        losses = [loss for loss in metrics.losses(place, stage).values() if loss is not None]
-        last = losses[-max(len(losses) // LAST, 1) :]
-        result["tokens_per_s"] = metrics.tokens_per_s(place, stage)
+        losses = [loss for loss in metrics.losses(trial_folder, stage).values() if loss is not None]
+        last = losses[-max(len(losses) // LOSS_PARTS, 1) :]
+        result["tokens_per_s"] = metrics.tokens_per_s(trial_folder, stage)
         if last:
             result["loss"] = sum(last) / len(last)
     return result
 
 
-def _show(trials: Trials, folder: Path, jobs: Jobs, tidied: set[int]) -> None:
-    """What came of the search so far; and trials with a result need their weights no more.
+def _write_results(trials: Trials, folder: Path, jobs: TrialJobs, cleaned: set[int]) -> None:
+    """Write the page of results, and delete the weights of trials that have a result.
 
-    Those that failed keep them, for more retries may be allowed.
+    Failed trials keep their weights, because more retries may be allowed later.
     """
     search_page.write(trials.study, folder)
     for tries in trials.ended:
         number = tries[0].number
-        if number in tidied or tries[-1].state == TrialState.FAIL:
+        if number in cleaned or tries[-1].state == TrialState.FAIL:
             continue
-        tidied.add(number)
-        place = folder / tuning.FOLDER / f"{number:04}"
-        shutil.rmtree(place / claims.ASSEMBLED, ignore_errors=True)
-        for plan in run.plans(jobs({}, str(number)), place).values():
-            with suppress(OSError):  # a bucket that is away for now is no reason to end a search
+        cleaned.add(number)
+        trial_folder = folder / tuning.FOLDER / f"{number:04}"
+        shutil.rmtree(trial_folder / claims.ASSEMBLED, ignore_errors=True)
+        for plan in run.plan_stages(jobs({}, str(number)), trial_folder).values():
+            with suppress(OSError):  # a bucket that cannot be reached must not end the search
                 storage.remove_tree(plan.folder)
 
 
 def best(folder: Path, numbers: Sequence[int]) -> list[Path]:
-    """Write the job with the settings of these trials, whole, as files to run; returns them.
+    """Write the complete job with the settings of each of these trials.
 
-    Without numbers it is the best trial's, where there is one objective.  ValueError where a trial has no result.
+    Args:
+        folder: folder of the search.
+        numbers: numbers of trials; none takes the best trial of a search with one objective.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ValueError: a trial has no result.
     """
     search = document.read(folder / FILE, (), Search)
     study = find(search, search.name, folder)
@@ -300,10 +321,10 @@ def best(folder: Path, numbers: Sequence[int]) -> list[Path]:
     found = search_page.front(study)
     if not numbers and len(search.objectives) == 1 and found:
         numbers = [found[0].number]
-    told = ", ".join(f"{trial.number} ({_values(search, trial)})" for trial in found) or "none yet"
+    front = ", ".join(f"{trial.number} ({_values(search, trial)})" for trial in found) or "none yet"
     if not numbers or not complete.keys() >= set(numbers):
         got = ", ".join(map(str, numbers)) or "none"
-        raise ValueError(f"{folder}: TRIAL: got {got}, allowed: complete trials; those that no other dominates: {told}")
+        raise ValueError(f"{folder}: TRIAL: got {got}, allowed: complete trials; the Pareto front: {front}")
     return [
         _write(search, complete[number], folder, BEST if len(numbers) == 1 else f"best-{number}.yaml")
         for number in numbers
@@ -313,7 +334,7 @@ def best(folder: Path, numbers: Sequence[int]) -> list[Path]:
 def _write(search: Search, trial: FrozenTrial, folder: Path, name: str) -> Path:
     reference = trial.user_attrs.get("reference")
     values = search.references[reference] if reference else Space(search.space).values(trial.params)
-    job = study.build(search.job, values, f"{search.name}-{trial.number}", f"{folder / FILE}: job")
+    job = study.build_job(search.job, values, f"{search.name}-{trial.number}", f"{folder / FILE}: job")
     cheaper = f", with {json.dumps(search.fidelity)}" if search.fidelity else ""
     begun = f", from what the stages {', '.join(search.shared)} had made without it" if search.shared else ""
     told = (

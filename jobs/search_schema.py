@@ -50,5 +50,5 @@ class Search(Settings):
 def read(path: Path, overrides: Sequence[str] = ()) -> Search:
     """The search of a YAML file after overrides.  ValueError also where its job, as it stands, is none."""
     search = document.read(path, overrides, Search)
-    study.build(search.job, search.fidelity, search.name, f"{path}: job")
+    study.build_job(search.job, search.fidelity, search.name, f"{path}: job")
     return search

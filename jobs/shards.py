@@ -1,4 +1,4 @@
-"""`redux shards …`: sets of shards made, indexed and verified from the command line."""
+"""Make, index and verify sets of shards from the command line (`redux shards`)."""
 
 import argparse
 from collections import Counter
@@ -14,7 +14,7 @@ from pipelines.training import metrics
 
 
 def make(arguments: argparse.Namespace) -> None:
-    """Shards of a JSON file of LLaVA's form with its images, or of easy-VQA."""
+    """Make shards from a JSON file in LLaVA's form and its images, or from easy-VQA."""
     if arguments.easy_vqa:
         given, images = easy_vqa.conversations(arguments.easy_vqa), str(easy_vqa.FOLDER)
     else:
@@ -40,30 +40,32 @@ def make(arguments: argparse.Namespace) -> None:
 
 
 def index(arguments: argparse.Namespace) -> None:
-    """An index for tars that others made; prints what became of their samples and members."""
+    """Write the index of tars from elsewhere, and print the counts of their samples and members."""
     with cluster.session():
         found = audit.index_tars(arguments.folder, arguments.max_bad_fraction)
     print(f"{arguments.folder}: indexed {found.samples} samples in {found.tars} tars")
     for reason, count in found.quarantined.items():
-        print(f"{count:>10} samples kept out: {reason}")
+        print(f"{count:>10} rejected samples: {reason}")
     print(f"{found.members:>10} members, of which")
     print(f"{found.used.total():>10} used{_by_kind(found.used)}")
     print(f"{found.ignored.total():>10} ignored{_by_kind(found.ignored)}")
-    print(f"{found.refused:>10} refused, of samples kept out")
+    print(f"{found.refused:>10} refused, in rejected samples")
     for note in found.notes:
         print(note)
 
 
 def _by_kind(counts: Counter[str]) -> str:
-    """Counts by suffix or kind, the most first."""
+    """Format counts by suffix or kind, largest first."""
     listing = ", ".join(f"{count} {tars.printable(kind)}" for kind, count in counts.most_common(20))
     more = f", and {len(counts) - 20} other kinds" if len(counts) > 20 else ""
     return f": {listing}{more}" if listing else ""
 
 
 def verify(arguments: argparse.Namespace) -> None:
-    """Whether a set is what its index says, or a run used each sample once an epoch; ValueError after a line for each
-    fault.
+    """Check a set against its index, or that a run used each sample once per epoch.
+
+    Raises:
+        ValueError: there are faults; each was printed on a line.
     """
     if arguments.consumed:
         proven, wrong = _consumed(arguments.folder, arguments.consumed)
@@ -80,7 +82,7 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def _consumed(folder: str, run: Path) -> tuple[list[str], list[str]]:
-    """What is proven of the set by the run's log, and what is wrong."""
+    """Check the set against the log of a run; returns what is proven and what is wrong."""
     job = schema.load(run / JOB)
     used = {name for stage in job.train.values() for name in stage.mixture}
     sets = {name: url for name, url in locate_sets(job, run.resolve()).items() if name in used}

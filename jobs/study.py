@@ -1,19 +1,19 @@
-"""A study: one job in several variants and with several seeds, whose first stages are trained once for all.
+"""Run a study: one job in several variants and with several seeds, which share their first stages.
 
     name: mini
     seeds: [0, 1]
-    shared: [tower, pretrain]      # trained once, with the job's own model; variants go on from what they made
+    shared: [tower, pretrain]      # trained once, with the job's own model; variants start from the result
     job: {…}                       # a job file without name and seed
     variants:
       llava: {model.vmtc: null, model.cmai: null}
       vmtc: {model.cmai: null}
 
-runs/NAME/study.yaml       the study as it was done
-runs/NAME/shared/          the run of the shared stages
-runs/NAME/VARIANT-SEED/    a run for each variant and seed
-runs/NAME/tables.html      what came of it; see pipelines/report/tables.py
+runs/NAME/study.yaml       the resolved study
+runs/NAME/shared/          run of the shared stages
+runs/NAME/VARIANT-SEED/    run of one variant with one seed
+runs/NAME/tables.html      results; see pipelines/report/tables.py
 
-Each run is a job like any other: it can be run, looked at and resumed alone, by its job.yaml.
+Each run is an ordinary job: its job.yaml can be run and resumed on its own.
 """
 
 import copy
@@ -36,12 +36,14 @@ FILE = "study.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What a study file says.
+    """Content of a study file.
 
-    seeds: each variant is trained with each of them; what is shared is trained with the first.
-    shared: names of the job's first stages, in order.
-    job: a job file's content without name and seed.
-    variants: for each, values to put in place of the job's, by dotted path.
+    Args:
+        name: name of the study and of its folder.
+        seeds: seeds with which each variant is trained. Shared stages use the first.
+        shared: names of the job's first stages, in order, that are trained once for all variants.
+        job: content of a job file without name and seed.
+        variants: the variants by name, each with the values that replace the job's, by dotted path.
     """
 
     name: Name
@@ -66,35 +68,46 @@ class Study:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Study:
-    """The study of a YAML file after overrides.  Raises ValueError with one clear line, also for any of its jobs."""
+    """Load the study of a YAML file after overrides; ValueError if it or one of its jobs is wrong."""
     study = document.read(path, overrides, Study)
-    jobs(study, Path(), str(path))
+    list_jobs(study, Path(), str(path))
     return study
 
 
-def jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Job]:
-    """The study's jobs by the names of their folders, in the order in which they can be run.
+def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Job]:
+    """List the jobs of a study by the names of their folders, in an order in which they can be run.
 
-    ValueError where a variant makes none.
-    folder: the study's.  source: an error begins with it.
+    Args:
+        study: the study.
+        folder: folder of the study.
+        source: beginning of an error message.
+
+    Raises:
+        ValueError: a variant makes no valid job.
     """
     result, tree = {}, study.job
     if study.shared:
         whole = {"seed": study.seeds[0], **tree}
-        result[SHARED] = shared = build(whole, {}, f"{study.name}-{SHARED}", f"{source}: job")
-        tree = going_on(tree, study.shared, shared, folder / SHARED)
+        result[SHARED] = shared = build_job(whole, {}, f"{study.name}-{SHARED}", f"{source}: job")
+        tree = continue_from(tree, study.shared, shared, folder / SHARED)
     for seed in study.seeds:
         for variant, changes in study.variants.items():
             name = f"{variant}-{seed}"
-            one = {"seed": seed, **tree}
-            result[name] = build(one, changes, f"{study.name}-{name}", f"{source}: variants.{variant}")
+            seeded = {"seed": seed, **tree}
+            result[name] = build_job(seeded, changes, f"{study.name}-{name}", f"{source}: variants.{variant}")
     return result
 
 
-def going_on(tree: dict[str, Any], stages: Sequence[str], shared: Job, folder: Path) -> dict[str, Any]:
-    """What is left of a job after these stages of the shared run: it has the last one's model, and the sets made there.
+def continue_from(tree: dict[str, Any], stages: Sequence[str], shared: Job, folder: Path) -> dict[str, Any]:
+    """Continue a job after stages of the shared run: with the model of the last of them, and the sets made there.
 
     After all stages the model is only evaluated.
+
+    Args:
+        tree: content of the job.
+        stages: names of the finished stages.
+        shared: job of the shared run.
+        folder: folder of the shared run.
     """
     result = tree | {
         "data": tree.get("data", {}) | {"source": None, "make": {}, "sets": locate_sets(shared, folder)},
@@ -106,30 +119,33 @@ def going_on(tree: dict[str, Any], stages: Sequence[str], shared: Job, folder: P
     return result
 
 
-def build(tree: Mapping[str, Any], changes: Mapping[str, Any], name: str, source: str) -> Job:
-    """A job of this name with other values at some places; an error begins with `source`."""
-    own = copy.deepcopy({"name": name, **tree})
+def build_job(tree: Mapping[str, Any], changes: Mapping[str, Any], name: str, source: str) -> Job:
+    """Build a job with a name and changed values, by dotted path; an error message begins with `source`."""
+    copied = copy.deepcopy({"name": name, **tree})
     for dotted, value in changes.items():
-        document.put(own, dotted, value, f"{source}.{dotted}")
-    return document.build(own, Job, source)
+        document.put(copied, dotted, value, f"{source}.{dotted}")
+    return document.build(copied, Job, source)
 
 
-def conduct(study: Study, folder: Path, changed: bool = False) -> None:
-    """Do what is left of the study in its folder: each job in turn, then the tables.
+def run_study(study: Study, folder: Path, allow_changes: bool = False) -> None:
+    """Run the unfinished jobs of a study in its folder, one after the other, then write the tables.
 
-    A variant's run that was finished stays; changed: as of jobs.run.run.
+    Args:
+        study: the study.
+        folder: folder of the study.
+        allow_changes: as for `jobs.run.run`.
     """
     from jobs import run, tables
     from pipelines.core import cluster
 
     folder = folder.resolve()
-    todo = jobs(study, folder)
+    runs = list_jobs(study, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with cluster.session():
-        for number, (name, job) in enumerate(todo.items(), start=1):
-            print(f"[{number}/{len(todo)}] {name}", flush=True)
-            run.run(job, folder / name, changed, until=study.shared[-1] if name == SHARED else None)
+        for number, (name, job) in enumerate(runs.items(), start=1):
+            print(f"[{number}/{len(runs)}] {name}", flush=True)
+            run.run(job, folder / name, allow_changes, until=study.shared[-1] if name == SHARED else None)
     with failures.locate_errors(folder / FILE):
         (folder / FILE).write_text(document.write(study))
-    tables.tell([folder / name for name in todo if name != SHARED], folder, tables.scorers())
+    tables.write_tables([folder / name for name in runs if name != SHARED], folder, tables.load_scorers())
     print(f"{study.name} is finished; its tables: {folder / 'tables.html'}")

@@ -1,6 +1,6 @@
-"""`redux tables`: finished runs in the paper's tables, as Markdown, as CSV and as one page.
+"""Write the paper's tables over finished runs (`redux tables`) as Markdown, CSV and one HTML page.
 
-A CSV file has a line for each cell, so a number stands beside its interval and no program has to take cells apart.
+A CSV file has one line per cell, so that a program finds each number and its interval in columns of their own.
 """
 
 import csv
@@ -19,16 +19,24 @@ FIELDS = (
 )  # fmt: skip
 
 
-def tell(runs: Sequence[Path], out: Path | None, scorers: Scorers, samples: int = 10_000) -> str:
-    """The tables as Markdown; with `out`, that, a page and CSV files are also written there.
+def write_tables(runs: Sequence[Path], out: Path | None, scorers: Scorers, samples: int = 10_000) -> str:
+    """Write the tables over runs.
 
-    runs: folders of runs, or folders that hold such folders.
-    samples: draws of each bootstrap.
-    Raises ValueError where there is no finished run, saying where it looked.
+    Args:
+        runs: folders of runs, or folders that hold such folders.
+        out: folder for Markdown, HTML and CSV files; None writes no files.
+        scorers: functions from answered questions to metrics, by task.
+        samples: draws of each bootstrap.
+
+    Returns:
+        The tables as Markdown.
+
+    Raises:
+        ValueError: there is no finished run.
     """
     families, notes = find(runs, scorers)
     tables = build(families, samples)
-    text = markdown(tables, [*comparison.summary(tables), *notes])
+    text = format_markdown(tables, [*comparison.summary(tables), *notes])
     if out:
         followed = scorers.get("instructions")
         asked = {family.label: prompts(family, followed) for family in families} if followed else {}
@@ -36,12 +44,12 @@ def tell(runs: Sequence[Path], out: Path | None, scorers: Scorers, samples: int 
         page.write(out / "tables.md", text)
         page.write(out / "tables.html", comparison.render(tables, notes, asked))
         for table in tables:
-            page.write(out / f"{table.key}.csv", cells(table))
+            page.write(out / f"{table.key}.csv", format_csv(table))
     return text
 
 
-def markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
-    """Each table with its missing rows' commands below it."""
+def format_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Format each table as Markdown, with the commands of its missing rows below it."""
     parts = ["\n\n".join(notes)]
     for table in tables:
         parts.append(f"## {table.title}")
@@ -58,12 +66,12 @@ def _rows(columns: Sequence[Column], rows: Sequence[Line]) -> Iterator[str]:
     yield "| | | " + " | ".join(column.name for column in columns) + " |"
     yield "|---|---|" + "---:|" * len(columns)
     for line in rows:
-        told = [_told(column, cell) for column, cell in zip(columns, line.cells, strict=False)]
-        told += [""] * (len(columns) - len(told))
-        yield "| " + " | ".join(text.replace("|", "\\|") for text in (line.label, line.about, *told)) + " |"
+        texts = [_format_cell(column, cell) for column, cell in zip(columns, line.cells, strict=False)]
+        texts += [""] * (len(columns) - len(texts))
+        yield "| " + " | ".join(text.replace("|", "\\|") for text in (line.label, line.about, *texts)) + " |"
 
 
-def _told(column: Column, cell: Cell | None) -> str:
+def _format_cell(column: Column, cell: Cell | None) -> str:
     if cell is None:
         return ""
     text = column.show.format(cell.value)
@@ -74,8 +82,8 @@ def _told(column: Column, cell: Cell | None) -> str:
     return text + (f"; {cell.ratio:.2f} of LLaVA's" if cell.ratio is not None else "")
 
 
-def cells(table: Table) -> str:
-    """CSV, a line for each cell; a missing row has one line, with its command."""
+def format_csv(table: Table) -> str:
+    """Format a table as CSV with one line per cell; a missing row has one line with its command."""
     file = io.StringIO()
     writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
     writer.writeheader()
@@ -91,15 +99,19 @@ def cells(table: Table) -> str:
 
 
 def _numbers(cell: Cell) -> dict[str, float | int | None]:
-    told: dict[str, float | int | None] = {"value": cell.value, "ratio": cell.ratio}
+    numbers: dict[str, float | int | None] = {"value": cell.value, "ratio": cell.ratio}
     if cell.interval:
-        told |= {"low": cell.interval.low, "high": cell.interval.high}
-    if more := cell.difference:
-        told |= {"difference": more.value, "difference_low": more.low, "difference_high": more.high}
-        told["noise"] = int(more.noise)
-    return told
+        numbers |= {"low": cell.interval.low, "high": cell.interval.high}
+    if difference := cell.difference:
+        numbers |= {
+            "difference": difference.value,
+            "difference_low": difference.low,
+            "difference_high": difference.high,
+            "noise": int(difference.noise),
+        }
+    return numbers
 
 
-def scorers() -> Scorers:
-    """Of all tasks."""
+def load_scorers() -> Scorers:
+    """Load the scorers of all tasks."""
     return {name: task.metrics for name, task in TASKS.items()}

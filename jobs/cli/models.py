@@ -61,7 +61,7 @@ def _add_cost(verbs: Any) -> None:
 def _cost(arguments: argparse.Namespace) -> None:
     from jobs import cost
 
-    print(cost.table(arguments.presets, arguments.model, arguments.text))
+    print(cost.format_costs(arguments.presets, arguments.model, arguments.text))
 
 
 def _add_score(verbs: Any) -> None:
@@ -123,4 +123,4 @@ def _add_instructions(verbs: Any) -> None:
 def _instructions(arguments: argparse.Namespace) -> None:
     from jobs import instructions
 
-    instructions.freeze(arguments)
+    instructions.write_prompts(arguments)

@@ -30,14 +30,14 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Callable[[Any, Path, bool]
     if isinstance(tree, dict) and "variants" in tree:
         from jobs import study
 
-        return study.load(arguments.job, arguments.overrides), study.conduct
+        return study.load(arguments.job, arguments.overrides), study.run_study
     if isinstance(tree, dict) and "space" in tree:
         from jobs import search_schema
 
         search_schema.read(arguments.job, arguments.overrides)  # finds most mistakes before torch and Ray are imported
         from jobs import search
 
-        return search.load(arguments.job, arguments.overrides), search.conduct
+        return search.load(arguments.job, arguments.overrides), search.run_search
     from jobs import schema
 
     return schema.load(arguments.job, arguments.overrides), _run_job
@@ -121,4 +121,4 @@ def _add_tables(verbs: Any) -> None:
 def _tables(arguments: argparse.Namespace) -> None:
     from jobs import tables
 
-    print(tables.tell(arguments.runs, arguments.out, tables.scorers()), end="")
+    print(tables.write_tables(arguments.runs, arguments.out, tables.load_scorers()), end="")

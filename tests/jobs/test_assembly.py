@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from jobs import schema
 from jobs.claims import Claim
-from jobs.run import located, run, steps
+from jobs.run import list_steps, resolve_job, run
 from jobs.schema import Job
 from jobs.search import Jobs
 from jobs.search import load as load_search
@@ -59,7 +59,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Plan]]:
     def told(job: Job, folder: Path, **options: Any) -> list[Plan]:
         plans: list[Any] = []
         monkeypatch.setattr(driver, "image_aspect_ratio", lambda plan, watch: plans.append(plan))
-        work = steps(job, folder, **options)
+        work = list_steps(job, folder, **options)
         for name in job.train:
             work[name]()
         return plans
@@ -68,16 +68,16 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Plan]]:
 
 
 def test_the_parts_are_assembled_before_the_first_stage(load: Callable[..., Job], tmp_path: Path) -> None:
-    assert list(steps(load(), tmp_path)) == ["assemble", "pretrain", "instruct", "report"]
+    assert list(list_steps(load(), tmp_path)) == ["assemble", "pretrain", "instruct", "report"]
     easy = load("data.source=easy-vqa", "train.pretrain.data=captions", "evaluate={}")
-    assert list(steps(easy, tmp_path)) == ["shards", "assemble", "pretrain", "instruct", "evaluate", "report"]
+    assert list(list_steps(easy, tmp_path)) == ["shards", "assemble", "pretrain", "instruct", "evaluate", "report"]
 
 
 def test_what_is_assembled_is_what_assemble_gives(
     load: Callable[..., Job], parts: dict[str, str], tmp_path: Path
 ) -> None:
     job = load("seed=3")
-    steps(job, tmp_path)["assemble"]()
+    list_steps(job, tmp_path)["assemble"]()
     whole = tmp_path / "assembled"
     model = ReduxForConditionalGeneration.from_pretrained(whole, dtype="auto")
     torch.manual_seed(3)
@@ -94,7 +94,7 @@ def test_what_is_assembled_is_what_assemble_gives(
 def test_it_is_there_whole_or_not_at_all(
     load: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = steps(load(), tmp_path)["assemble"]
+    step = list_steps(load(), tmp_path)["assemble"]
     with monkeypatch.context() as patch:
         patch.setattr(ReduxForConditionalGeneration, "save_pretrained", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -107,7 +107,7 @@ def test_it_is_there_whole_or_not_at_all(
 
 
 def test_where_a_stage_is_in_full_precision_so_is_what_it_starts_from(load: Callable[..., Job], tmp_path: Path) -> None:
-    steps(load("train.instruct.precision=fp32"), tmp_path)["assemble"]()
+    list_steps(load("train.instruct.precision=fp32"), tmp_path)["assemble"]()
     model = ReduxForConditionalGeneration.from_pretrained(tmp_path / "assembled", dtype="auto")
     assert model.dtype == torch.float32
 
@@ -142,11 +142,11 @@ def test_checkpoints_of_two_jobs_in_one_bucket_do_not_meet(
 
 def test_the_parts_are_read_once(load: Callable[..., Job], parts: dict[str, str], tmp_path: Path) -> None:
     """What is assembled needs them no more, so a run goes on without them."""
-    steps(load(), tmp_path)["assemble"]()
+    list_steps(load(), tmp_path)["assemble"]()
     gone = load(f"model.tower={tmp_path}/gone")
-    steps(gone, tmp_path)
+    list_steps(gone, tmp_path)
     with pytest.raises(ValueError, match=f"^model.tower: got {tmp_path}/gone, allowed: folder or hub id"):
-        steps(gone, tmp_path / "other")
+        list_steps(gone, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -219,15 +219,15 @@ def test_what_was_assembled_of_other_parts_is_not_used(
     load: Callable[..., Job], parts: dict[str, str], tmp_path: Path
 ) -> None:
     """A run that failed before its first step may go on with other parts."""
-    first = located(load(*NO_SETS), tmp_path)
+    first = resolve_job(load(*NO_SETS), tmp_path)
     Claim.of(tmp_path, first).enforce()
-    steps(first, tmp_path)["assemble"]()
+    list_steps(first, tmp_path)["assemble"]()
     other = load(*NO_SETS, f"model.tower={tmp_path}/gone")
     with pytest.raises(ValueError, match=f"^model.tower: got {tmp_path}/gone, allowed: folder or hub id"):
-        steps(other, tmp_path)
-    assert steps(first, tmp_path)
+        list_steps(other, tmp_path)
+    assert list_steps(first, tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 1}\n')
-    assert steps(other, tmp_path), "what training began with is used, and the change of the job refused or wanted"
+    assert list_steps(other, tmp_path), "what training began with is used, and the change of the job refused or wanted"
 
 
 def test_folders_are_written_from_the_root_on_and_hub_ids_as_they_are(
@@ -235,7 +235,7 @@ def test_folders_are_written_from_the_root_on_and_hub_ids_as_they_are(
 ) -> None:
     monkeypatch.chdir(Path(parts["tower"]).parent)
     job = load(f"model.tower={Path(parts['tower']).name}", "model.language=some/hub-id", *NO_SETS)
-    model = located(job, tmp_path).model
+    model = resolve_job(job, tmp_path).model
     assert (model.tower, model.language) == (str(Path(parts["tower"]).resolve()), "some/hub-id")
 
 
@@ -245,7 +245,7 @@ def checkpoint(load: Callable[..., Job], tmp_path: Path) -> Callable[..., str]:
 
     def checkpoint(template: str | None, image_aspect_ratio: str | None) -> str:
         folder = tmp_path / "made"
-        steps(load(), folder)["assemble"]()
+        list_steps(load(), folder)["assemble"]()
         config = folder / "assembled" / "config.json"
         said = {"conversation_template": template, "image_aspect_ratio": image_aspect_ratio}
         config.write_text(json.dumps(json.loads(config.read_text()) | said))
@@ -278,9 +278,9 @@ def test_a_job_trains_on_and_asks_as_the_checkpoint_was_trained(
             objectives = {"easy_vqa.accuracy": "max"}
             search = {"name": "a", "num_trials": 1, "space": space, "objectives": objectives, "job": whole}
             (tmp_path / "search.yaml").write_text(json.dumps(search))
-            return located(Jobs(load_search(tmp_path / "search.yaml"))({}), tmp_path / "run")
+            return resolve_job(Jobs(load_search(tmp_path / "search.yaml"))({}), tmp_path / "run")
         (tmp_path / "job.yaml").write_text(json.dumps(whole | {"name": "a"}))
-        return located(schema.load(tmp_path / "job.yaml"), tmp_path / "run")
+        return resolve_job(schema.load(tmp_path / "job.yaml"), tmp_path / "run")
 
     job = locate()
     expected = ("vicuna_v1" if template in (None, "plain") else template, image_aspect_ratio or "pad")

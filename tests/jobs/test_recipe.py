@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from jobs import schema
-from jobs.run import steps
+from jobs.run import list_steps
 from pipelines.data import shards
 from pipelines.data.order import Order
 from redux.settings import CMAI, VMTC
@@ -145,7 +145,7 @@ def test_a_twin_is_assembled_as_the_file_says(
     from redux.model import ReduxForConditionalGeneration
 
     job = schema.load(path, small(path, parts, sets))
-    steps(job, tmp_path)["assemble"]()
+    list_steps(job, tmp_path)["assemble"]()
     model = ReduxForConditionalGeneration.from_pretrained(tmp_path / "assembled", dtype="auto")
     assert model.dtype == torch.bfloat16
     assert model.config.image_seq_length == (8 if "redux" in path.stem else 16)

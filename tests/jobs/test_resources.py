@@ -29,7 +29,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 
 
 def count_workers(job: Job) -> dict[str, int]:
-    plans = run.plans(job, Path("/runs/x"))
+    plans = run.plan_stages(job, Path("/runs/x"))
     decided = {name: plan.with_workers(cluster.count_places(plan.gpu_share)) for name, plan in plans.items()}
     return {name: plan.workers[0] for name, plan in decided.items() if plan.workers}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs import document, schema, search, study
-from jobs.run import steps
+from jobs.run import list_steps
 from pipelines.search.trials import Trials
 
 FOLDER = Path(__file__).parents[2] / "jobs" / "recipes"
@@ -49,7 +49,7 @@ def test_a_shipped_study_opens_with_what_to_expect_and_makes_jobs(path: Path, tm
     assert path.read_text().startswith("# ")
     several = study.load(path)
     assert several.name == path.stem
-    assert len(study.jobs(several, tmp_path)) == len(several.variants) * len(several.seeds) + bool(several.shared)
+    assert len(study.list_jobs(several, tmp_path)) == len(several.variants) * len(several.seeds) + bool(several.shared)
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: str(path.relative_to(FOLDER)))
@@ -145,6 +145,6 @@ def test_the_names_refused_are_those_of_the_steps_that_are_no_stages(parts: dict
         schema.load(FOLDER / "quickstart.yaml", ["evaluate=null"]),
         schema.load(FOLDER / "llava-1.5-7b.yaml", pretrained),
     ]
-    found = [tuple(name for name in steps(job, tmp_path) if name not in job.train) for job in jobs]
+    found = [tuple(name for name in list_steps(job, tmp_path) if name not in job.train) for job in jobs]
     assert found == [("shards", "evaluate", "report"), ("shards", "report"), ("assemble", "report")]
     assert {name for names in found for name in names} == set(schema.OTHER_STEPS)

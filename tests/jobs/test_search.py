@@ -62,7 +62,7 @@ def write(tmp_path: Path, **changes: Any) -> Path:
 
 def test_a_trial_is_the_job_with_its_values_and_what_makes_it_cheaper(tmp_path: Path) -> None:
     asked = search.load(write(tmp_path))
-    jobs = search.Jobs(asked)
+    jobs = search.TrialJobs(asked)
     values = {"model.vmtc.kept.0": 9, "model.vmtc.clusters.0": 2, "model.cmai.gamma_max": 0.5}
     trial, whole = jobs(values, "7"), schema.load(best_of(tmp_path, values))
     assert trial.name == "tiny-7"
@@ -116,9 +116,9 @@ def test_the_best_of_several_objectives_is_for_the_user_to_name(
 
 def test_what_is_known_beforehand_is_what_it_costs(tmp_path: Path) -> None:
     asked = search.load(write(tmp_path))
-    jobs = search.Jobs(asked)
+    jobs = search.TrialJobs(asked)
     known = jobs.forecast({"model.vmtc.kept.0": 9, "model.cmai.gamma_max": 0.5})
-    config = configured(jobs({"model.vmtc.kept.0": 9, "model.cmai.gamma_max": 0.5}).model, search.LLAMA_WORDS)
+    config = configured(jobs({"model.vmtc.kept.0": 9, "model.cmai.gamma_max": 0.5}).model, search.LLAMA_VOCABULARY)
     spent = cost(config, 64)
     assert known == {
         "flops": spent.flops,
@@ -180,7 +180,7 @@ def test_a_mistake_is_one_line_before_anything_runs(
 def test_what_lags_cannot_be_stopped_where_nothing_is_trained(tmp_path: Path) -> None:
     whole = write(tmp_path, shared=["pretrain", "instruct"], fidelity={}, prune={})
     with pytest.raises(ValueError, match="prune: got a rule, allowed: null, as trials train nothing"):
-        search.conduct(search.load(whole), tmp_path / "runs")
+        search.run_search(search.load(whole), tmp_path / "runs")
 
 
 def test_a_search_is_bound_by_its_trials_and_what_they_share_alone(tmp_path: Path) -> None:

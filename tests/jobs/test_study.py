@@ -22,7 +22,7 @@ def load(tmp_path: Path, **changes: Any) -> Study:
 
 def test_variants_go_on_from_what_the_shared_run_leaves(tmp_path: Path) -> None:
     mini = study.load(FILE)
-    jobs = study.jobs(mini, tmp_path)
+    jobs = study.list_jobs(mini, tmp_path)
     shared = jobs.pop(study.SHARED)
     assert list(shared.train) == ["tower", "pretrain", "instruct"], "its tokenizer knows the words of all stages"
     assert list(jobs) == [f"{variant}-{seed}" for seed in mini.seeds for variant in mini.variants]
@@ -37,7 +37,7 @@ def test_variants_go_on_from_what_the_shared_run_leaves(tmp_path: Path) -> None:
 
 def test_variants_differ_in_what_they_say_and_in_nothing_else(tmp_path: Path) -> None:
     mini = study.load(FILE)
-    jobs = study.jobs(mini, tmp_path)
+    jobs = study.list_jobs(mini, tmp_path)
     plain = jobs["llava-0"]
     assert (plain.model.vmtc, plain.model.cmai, plain.model.reduction) == (None, None, "own")
     methods = {name: jobs[f"{name}-0"].model.methods for name in mini.variants}
@@ -52,7 +52,7 @@ def test_variants_differ_in_what_they_say_and_in_nothing_else(tmp_path: Path) ->
 
 
 def test_without_shared_stages_each_run_is_the_whole_job(tmp_path: Path) -> None:
-    jobs = study.jobs(load(tmp_path, shared=[], seeds=[3]), tmp_path)
+    jobs = study.list_jobs(load(tmp_path, shared=[], seeds=[3]), tmp_path)
     assert study.SHARED not in jobs
     for job in jobs.values():
         assert list(job.train) == ["tower", "pretrain", "instruct"]
