@@ -1,6 +1,6 @@
-"""What a job file may say: one tree of dataclasses, each defined beside the code that it configures.
+"""Schema of a job file: one tree of dataclasses, each defined next to the code that it configures.
 
-Importing this module imports torch and Ray, since the owners do; so the command line imports it inside its verbs.
+Importing this module loads neither torch nor Ray, so a wrong job file is reported at once.
 """
 
 from collections.abc import Sequence
@@ -85,14 +85,14 @@ class Job:
 
     @property
     def worker_range(self) -> tuple[int, int] | None:
-        """Fewest and most workers; None where that is decided when a stage begins."""
+        """Fewest and most workers; None if that is decided when a stage begins."""
         if self.num_workers == "auto":
             return (1, 1) if self.gpu_share < 1 else None  # no two workers share a GPU
         return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
 
     @property
     def made(self) -> tuple[str, ...]:
-        """Names of the sets that the job makes itself: those that a stage trains on."""
+        """Names of the sets that the job makes from its source: those that a stage trains on."""
         used = {name for stage in self.train.values() for name in stage.mixture}
         return tuple(name for name in SETS if name in used) if self.data.source else ()
 
@@ -127,10 +127,10 @@ class Job:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Job:
-    """The job of a YAML file after `section.key=value` overrides. Raises ValueError with one clear line."""
+    """Load the job of a YAML file after `section.key=value` overrides; ValueError if it is wrong."""
     return document.read(path, overrides, Job)
 
 
 def dump(job: Job) -> str:
-    """The job as YAML with every default written out; `load` reads an equal job back."""
+    """Write a job as YAML with all defaults; `load` reads an equal job back."""
     return document.write(job)

@@ -17,10 +17,13 @@ from pipelines.search.trials import Settings
 class Search(Settings):
     """Content of a search file.
 
-    job: a job file's content without name.
-    shared: names of its first stages, in order; the sets that the job makes are shared in any case.
-    fidelity: values by dotted path that a trial has in place of the job's.
-    text: tokens of the prompt with one image for which flops, kv_bytes and focus_bytes are computed.
+    Args:
+        name: name of the search and of its folder.
+        job: content of a job file without name.
+        shared: names of the first stages of the job, in order, that are trained once for all trials. Sets that the job
+            makes are always shared.
+        fidelity: values that replace the job's in a trial, by dotted path, to make trials cheaper.
+        text: text tokens of the prompt with one image for which flops, kv_bytes and focus_bytes are computed.
     """
 
     name: Name
@@ -48,7 +51,7 @@ class Search(Settings):
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Search:
-    """The search of a YAML file after overrides.  ValueError also where its job, as it stands, is none."""
+    """Read the search of a YAML file after overrides; ValueError if it or its job is wrong."""
     search = document.read(path, overrides, Search)
     study.build_job(search.job, search.fidelity, search.name, f"{path}: job")
     return search

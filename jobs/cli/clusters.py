@@ -215,7 +215,9 @@ def _manifest(arguments: argparse.Namespace) -> None:
     job, _ = load(arguments)
     if not isinstance(job, schema.Job):
         raise ValueError(f"{arguments.job}: got a study or a search, allowed: a job; redux submit takes all three")
-    place = manifest.Place(**{field.name: getattr(arguments, field.name) for field in fields(manifest.Place)})
+    place = manifest.KubernetesOptions(
+        **{field.name: getattr(arguments, field.name) for field in fields(manifest.KubernetesOptions)}
+    )
     text = manifest.write(job, place)
     if arguments.out is None:
         print(text, end="")

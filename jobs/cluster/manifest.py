@@ -1,15 +1,15 @@
-"""`redux manifest`: a job as objects of Kubernetes, of which KubeRay makes a Ray, starts the job and starts it again.
+"""Write a job as Kubernetes objects for KubeRay, which creates a Ray cluster and starts the job (`redux manifest`).
 
-A ConfigMap with the job as resolved, a NetworkPolicy, and a RayJob that runs `redux run` on the first.  What the job
-file says already is derived and cannot be said twice: workers become pods, recovery.grace_s the time that a pod gets
-to end.  What only the place knows, its volume, its queue, its labels, are the options.
+The objects are a ConfigMap with the resolved job, a NetworkPolicy, and a RayJob that runs `redux run` on the ConfigMap.
+What the job file says is derived, not configured again: workers become pods, recovery.grace_s becomes the grace period
+of a pod. Options hold only what depends on the cluster: its volume, queue and labels.
 
-A retry is a new Ray with the same job, so what was done must lie where it is found again: the run folder on a volume
-that all pods share, checkpoints there or at a URL.  Spot machines are for the workers alone: with the head, which
-trains nothing, the driver would go too.
+A retry is a new Ray cluster with the same job, so results must be stored where it finds them: the run folder on a
+volume that all pods share, checkpoints there or at a URL. Only workers run on spot machines: if the head were lost, the
+driver would be lost with it.
 
-Nothing here talks to a cluster.  The fields are those of KubeRay 1.7's RayJob (ray.io/v1), all there since 1.5.1, the
-first with token authentication.  Secrets are named, never written.
+This module never contacts a cluster. Fields are those of KubeRay 1.7's RayJob (ray.io/v1); all exist since 1.5.1, the
+first version with token authentication. Secrets are named, never written.
 """
 
 import importlib.metadata
@@ -57,7 +57,7 @@ IMAGE: Shape = re.compile(r"\w[\w.:/@-]*").fullmatch, "an image's name"
 PORT: Shape = lambda text: 0 < int(text) < 65536, "a port, 1 to 65535"
 NETWORK: Shape = _is_network, "a network such as 10.0.0.0/8"
 
-TAKEN = ("/bin", "/dev", "/etc", "/home", "/lib", "/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var")
+RESERVED_DIRS = ("/bin", "/dev", "/etc", "/home", "/lib", "/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var")
 """Folders of an image and of Ray that a volume would hide or, of /tmp, have all pods share."""
 
 FOLDER = "/etc/redux"
@@ -69,7 +69,7 @@ LABEL = "redux-job"
 USER = 1000
 """The image's, whose group may write on the volume."""
 
-MARGIN_S = 15
+STOP_MARGIN_S = 15
 """How much longer than the grace a pod has to end."""
 
 KEPT_S = 600
@@ -91,21 +91,29 @@ SCHEDULERS: dict[str, Callable[[str, str], dict[str, str]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """What a job file does not say of where it runs.
+class KubernetesOptions:
+    """Options of a cluster that a job file does not hold.
 
-    image: with Redux and the Ray that is installed here.
-    volume: claim of a volume that many pods can write on at once, and where they see it.
-    gpus_per_worker_pod: a worker has one of them.  worker_cpus, worker_memory: of each worker, in cores and GiB.
-    head_cpus, head_memory: the driver's, which puts pretrained parts together in memory.
-    spot_label: key and value of spot machines' label, and of their taint if they have one.
-    node_label: more that worker machines must have, such as the kind of GPU.
-    service_account: whose rights at the cloud the pods have.  secret: whose keys are their environment.
-    scheduler, queue: who has a job wait until it fits, and in which queue.
-    retries: of the whole job.  deadline_s: for each try, after which there is no other.
-    redis, redis_secret: host and port, secret and key: where Ray's own state outlives its head.
-    egress: networks and ports that pods reach besides DNS, HTTPS and each other.
-    operator_namespace: KubeRay's, which asks the head how the job does.
+    Args:
+        image: container image with Redux and the same version of Ray as here.
+        volume: claim of a volume that many pods can write at once, and its mount path.
+        gpus_per_worker_pod: GPUs of a worker pod; each worker has one.
+        worker_cpus: cores of each worker.
+        worker_memory: memory of each worker in GiB.
+        head_cpus: cores of the head.
+        head_memory: memory of the head in GiB; the driver assembles pretrained parts in it.
+        spot_label: key and value of the label, and of the taint if there is one, of spot machines.
+        node_label: further labels that worker machines must have, such as the type of GPU.
+        service_account: service account of the pods, for rights in the cloud.
+        secret: Secret whose keys become environment variables.
+        scheduler: scheduler of the queue.
+        queue: queue in which the job waits until all its pods fit.
+        retries: restarts of the whole job.
+        deadline_s: seconds after which a try ends without another one.
+        redis: host and port of a Redis in which Ray's state outlives the head.
+        redis_secret: Secret and key with the password of Redis.
+        egress: networks and ports that pods may reach besides DNS, HTTPS and each other.
+        operator_namespace: namespace of KubeRay, which asks the head for the status of the job.
     """
 
     image: str
@@ -133,8 +141,8 @@ class Place:
         return self.queue is not None and self.scheduler == "kueue"
 
 
-def write(job: Job, place: Place) -> str:
-    """The manifest: YAML, three documents.  ValueError where the job cannot run so, or not go on after a fault."""
+def write(job: Job, place: KubernetesOptions) -> str:
+    """Write the manifest as YAML with three documents; ValueError if the job cannot run or resume this way."""
     _check(job, place)
     resolved = schema.dump(job)
     _check_passwords(resolved)
@@ -145,7 +153,7 @@ def write(job: Job, place: Place) -> str:
 # --- what cannot be ---------------------------------------------------------------------------------------------------
 
 
-def _check(job: Job, place: Place) -> None:
+def _check(job: Job, place: KubernetesOptions) -> None:
     if not NAME.fullmatch(job.name):
         fit = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).lstrip("-0123456789")[:47].rstrip("-") or "job"
         raise ValueError(
@@ -171,8 +179,8 @@ def _check(job: Job, place: Place) -> None:
     _check_folders(job, PurePosixPath(place.volume[1]))
 
 
-def _check_place(place: Place) -> None:
-    """ValueError where Kubernetes would refuse an option, or take it for something else."""
+def _check_place(place: KubernetesOptions) -> None:
+    """Check the options; ValueError if Kubernetes would refuse or misread one."""
     if place.redis_secret and not place.redis:
         raise ValueError("--redis-secret: got one without --redis, allowed: both")
     if place.scheduler != "kueue" and not place.queue:
@@ -184,8 +192,8 @@ def _check_place(place: Place) -> None:
             raise ValueError(f"{option}: got {text or 'nothing'}, allowed: {what}")
 
 
-def _asked(place: Place) -> Iterator[tuple[str, str, Shape]]:
-    """Each option that is given, and what its text is to be."""
+def _asked(place: KubernetesOptions) -> Iterator[tuple[str, str, Shape]]:
+    """List the options that are set, each with the pattern of its text."""
     yield "--image", place.image, IMAGE
     yield "--volume", place.volume[0], DNS
     yield "--operator-namespace", place.operator_namespace, DNS
@@ -209,8 +217,10 @@ def _asked(place: Place) -> Iterator[tuple[str, str, Shape]]:
 
 
 def _check_folders(job: Job, volume: PurePosixPath) -> None:
-    """ValueError where the job reads or writes what only this machine has, or the volume hides what a pod needs."""
-    taken = [one for one in map(PurePosixPath, TAKEN) if volume.is_relative_to(one) or one.is_relative_to(volume)]
+    """Check paths; ValueError if the job uses a path of this machine alone, or the volume hides a path of a pod."""
+    taken = [
+        one for one in map(PurePosixPath, RESERVED_DIRS) if volume.is_relative_to(one) or one.is_relative_to(volume)
+    ]
     if not volume.is_absolute() or ".." in volume.parts or taken:
         raise ValueError(f"--volume: got {volume}, allowed: a folder of its own, from the root on, such as /mnt/redux")
     for where, folder in _folders(job):
@@ -223,7 +233,7 @@ def _check_folders(job: Job, volume: PurePosixPath) -> None:
 
 
 def _folders(job: Job) -> Iterator[Pair]:
-    """Each folder or file that the job names, and where it does; a model's may be a hub id, which is none."""
+    """List the folders and files of a job, with their keys. A model may also be a hub id, which is not listed."""
     if job.checkpoints:
         yield "checkpoints", job.checkpoints
     for name, folder in job.data.sets.items():
@@ -244,7 +254,7 @@ def _folders(job: Job) -> Iterator[Pair]:
 
 
 def _check_passwords(resolved: str) -> None:
-    """ValueError where the job, which others can read as a ConfigMap, has a secret in a URL."""
+    """Check that no URL of the job holds a secret, since others can read the ConfigMap; ValueError otherwise."""
     if found := PASSWORD.search(resolved):
         raise ValueError(
             f"{found[1] or 'the job'}: a URL with a password, allowed: one without, and rights by --service-account"
@@ -258,8 +268,8 @@ def _config_map(name: str, resolved: str) -> Tree:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"job.yaml": resolved}}
 
 
-def _network_policy(job: Job, place: Place) -> Tree:
-    """Only the job's pods reach each other, and the operator the dashboard; out go DNS, HTTPS and what is asked for."""
+def _network_policy(job: Job, place: KubernetesOptions) -> Tree:
+    """Allow traffic among the pods of the job, from the operator to the dashboard, and out to DNS, HTTPS and egress."""
     own = {"podSelector": {"matchLabels": {LABEL: job.name}}}
     operator = {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": place.operator_namespace}},
@@ -292,7 +302,7 @@ def _ports(protocol: str, *ports: int) -> list[Tree]:
     return [{"protocol": protocol, "port": port} for port in ports]
 
 
-def _ray_job(job: Job, place: Place) -> Tree:
+def _ray_job(job: Job, place: KubernetesOptions) -> Tree:
     into = PurePosixPath(place.volume[1]) / "runs"
     labels = SCHEDULERS[place.scheduler](job.name, place.queue) if place.queue else {}
     return {
@@ -313,7 +323,7 @@ def _ray_job(job: Job, place: Place) -> Tree:
     }
 
 
-def _ray_cluster(job: Job, place: Place) -> Tree:
+def _ray_cluster(job: Job, place: KubernetesOptions) -> Tree:
     assert job.worker_range  # _check has seen to it
     fewest, most = job.worker_range
     elastic = fewest < most
@@ -344,7 +354,7 @@ def _ray_cluster(job: Job, place: Place) -> Tree:
     )
 
 
-def _redis(place: Place) -> Tree:
+def _redis(place: KubernetesOptions) -> Tree:
     assert place.redis
     password = None
     if place.redis_secret:
@@ -356,8 +366,8 @@ def _redis(place: Place) -> Tree:
 # --- pods -------------------------------------------------------------------------------------------------------------
 
 
-def _head(job: Job, place: Place) -> Tree:
-    """On demand: any machine that is not labelled as spot."""
+def _head(job: Job, place: KubernetesOptions) -> Tree:
+    """Build the head pod, on any machine that is not labelled as spot."""
     key, value = place.spot_label
     other = {"nodeSelectorTerms": [{"matchExpressions": [{"key": key, "operator": "NotIn", "values": [value]}]}]}
     container = {
@@ -378,7 +388,7 @@ def _head(job: Job, place: Place) -> Tree:
     )
 
 
-def _worker(job: Job, place: Place) -> Tree:
+def _worker(job: Job, place: KubernetesOptions) -> Tree:
     key, value = place.spot_label
     gpus, grace_s = place.gpus_per_worker_pod, job.recovery.grace_s
     container = {
@@ -397,7 +407,7 @@ def _worker(job: Job, place: Place) -> Tree:
         place,
         container,
         automountServiceAccountToken=False,
-        terminationGracePeriodSeconds=math.ceil(grace_s) + MARGIN_S,
+        terminationGracePeriodSeconds=math.ceil(grace_s) + STOP_MARGIN_S,
         nodeSelector={key: value, **dict(place.node_label)},
         tolerations=[
             {"key": key, "operator": "Equal", "value": value, "effect": "NoSchedule"},
@@ -406,8 +416,8 @@ def _worker(job: Job, place: Place) -> Tree:
     )
 
 
-def _submitter(job: Job, place: Place) -> Tree:
-    """Hands the job to the head and follows its log; the command is KubeRay's."""
+def _submitter(job: Job, place: KubernetesOptions) -> Tree:
+    """Build the pod that submits the job to the head and follows its log; KubeRay sets its command."""
     container = {
         "name": "ray-job-submitter",
         "image": place.image,
@@ -425,8 +435,8 @@ def _submitter(job: Job, place: Place) -> Tree:
     }
 
 
-def _pod(job: Job, place: Place, container: Tree, **spec: Any) -> Tree:
-    """A pod of Ray's: the job and the volume in it, no rights on its machine."""
+def _pod(job: Job, place: KubernetesOptions, container: Tree, **spec: Any) -> Tree:
+    """Build a pod of Ray with the job and the volume, without rights on its machine."""
     claim, _ = place.volume
     return {
         "metadata": {"labels": {LABEL: job.name}},
@@ -443,7 +453,7 @@ def _pod(job: Job, place: Place, container: Tree, **spec: Any) -> Tree:
     }
 
 
-def _container(place: Place, **resources: Any) -> Tree:
+def _container(place: KubernetesOptions, **resources: Any) -> Tree:
     return _given(
         image=place.image,
         resources=_resources(**resources),
@@ -457,7 +467,7 @@ def _container(place: Place, **resources: Any) -> Tree:
 
 
 def _resources(**resources: Any) -> Tree:
-    """As much as is asked for and no more: what goes beyond its memory would bring others on the machine down."""
+    """Request exactly the limits: a pod that exceeds its memory would evict others on the machine."""
     return {"requests": resources, "limits": resources}
 
 
@@ -475,7 +485,7 @@ def _confined() -> Tree:
 
 
 def _given(**values: Any) -> Tree:
-    """Those that are not None."""
+    """Drop keys whose value is None."""
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -483,7 +493,7 @@ def _given(**values: Any) -> Tree:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as such, and in quotes what some reader of YAML takes for a number or a boolean."""
+    """Write texts of several lines as blocks, and quote what some YAML reader takes for a number or a boolean."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

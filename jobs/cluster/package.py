@@ -1,11 +1,11 @@
-"""What of a folder travels to a cluster: code and settings; no data, nothing that was made, nothing known as secret.
+"""Package a folder for a cluster: code and settings, without data, results and secrets.
 
-What a secret is called nobody knows for sure: names that keys often have stay here, a file in which a key of a common
-form is found is refused, and .rayignore can name the rest.
+No rule finds every secret. Files with names that keys often have are left out, a file that holds a key of a common form
+is refused, and .rayignore can list more.
 
-Ray would pack a folder too, but it knows of no secrets, follows links wherever they lead, and reads all there is before
-it finds that too much. Here every file is chosen by its name and counted before one is read, and what was chosen is
-one archive, the same bytes for the same files, which Ray uploads as it is and only once.
+Ray could package a folder itself, but it knows no secrets, follows every link, and reads all files before it finds that
+they are too large. Here each file is selected by its name and counted before any is read. The result is one archive,
+with the same bytes for the same files, which Ray uploads unchanged and only once.
 """
 
 import logging
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files as ignored_in
 
-LIMIT = 100 * 2**20
+MAX_PACKAGE_BYTES = 100 * 2**20
 """Bytes that Ray's dashboard takes in one upload: ray._private.ray_constants.DASHBOARD_CLIENT_MAX_SIZE."""
 
 SECRET = re.compile(
@@ -36,16 +36,28 @@ SECRET = re.compile(
 """Names, in lower case, of files and folders that are or may be keys; code may be called so."""
 
 KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY|\bA[KS]IA[0-9A-Z]{16}\b|\bhf_\w{34}\b|\bghp_\w{36}\b")
-"""What keys look like: of TLS, SSH and Google, of AWS, of the Hugging Face hub, of GitHub."""
+"""Forms of keys: of TLS, SSH and Google, of AWS, of the Hugging Face hub, of GitHub."""
 
-MADE = (
+EXCLUDED_DIRS = (
     ".*",  # .git and the caches of tools; what is secret of them, such as .env, .aws, .ssh and .kube, too
     *("__pycache__", "*.py[co]", "*.egg-info", "node_modules", "*cache"),
     *("*.safetensors", "*.gguf", "*.ckpt", "*.pt", "*.pth", "*.tar", "*.tar.gz", "*.tgz", "*.zip", "*.parquet"),
 )
-"""Names of what programs leave behind, of weights and of data."""
+"""Names of files that programs generate, of weights and of data."""
 
-MADE_HERE = ("data", "datasets", "checkpoints", "runs", "outputs", "wandb", "mlruns", "build", "dist", "venv", "env")
+EXCLUDED_TOP_DIRS = (
+    "data",
+    "datasets",
+    "checkpoints",
+    "runs",
+    "outputs",
+    "wandb",
+    "mlruns",
+    "build",
+    "dist",
+    "venv",
+    "env",
+)
 """The same of folders at the top alone: further down, code may be called so."""
 
 ELSEWHERE = "submitted"
@@ -57,16 +69,24 @@ QUIET = logging.getLogger(__name__)
 Unwanted = Callable[[Path], bool]
 
 
-def pack(folder: Path, job: Path, target: Path) -> str:
-    """Write the package of a folder to `target`, with the job file in any case; returns the file's place in it.
+def write_package(folder: Path, job: Path, target: Path) -> str:
+    """Write the package of a folder, with the job file; links and files in .gitignore and .rayignore are left out.
 
-    What .gitignore and .rayignore name stays here, and so do links.
-    ValueError where the folder is too large, or none to give away whole, or a file in it has a key.
+    Args:
+        folder: folder to package.
+        job: the job file, inside or outside the folder.
+        target: archive to write.
+
+    Returns:
+        Path of the job file inside the package.
+
+    Raises:
+        ValueError: the folder is too large, must not be copied as a whole, or a file in it holds a key.
     """
     folder, job = folder.resolve(), job.resolve()
     if folder in (Path.home().resolve(), Path(folder.anchor)):
         raise ValueError(f"{folder}: this folder would be uploaded, allowed: one of code and job files alone")
-    chosen = {path.relative_to(folder).as_posix(): path for path in files(folder)}
+    chosen = {path.relative_to(folder).as_posix(): path for path in list_files(folder)}
     own = job.relative_to(folder).as_posix() if job.is_relative_to(folder) else f"{ELSEWHERE}/{job.name}"
     chosen[own] = job
     _check_size(folder, chosen)
@@ -87,11 +107,11 @@ def _write(target: Path, chosen: dict[str, Path]) -> None:
             archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
 
 
-def files(folder: Path) -> Iterator[Path]:
-    """The files of a folder that may travel, at any depth."""
+def list_files(folder: Path) -> Iterator[Path]:
+    """List the files of a folder that may be packaged, at any depth."""
 
     def made_here(path: Path) -> bool:
-        return path.parent == folder and path.name.lower() in MADE_HERE and path.is_dir()
+        return path.parent == folder and path.name.lower() in EXCLUDED_TOP_DIRS and path.is_dir()
 
     yield from _walk(folder, [_unwanted, made_here])
 
@@ -109,15 +129,16 @@ def _walk(folder: Path, unwanted: Sequence[Unwanted]) -> Iterator[Path]:
 
 def _unwanted(path: Path) -> bool:
     name = path.name.lower()
-    return path.is_symlink() or bool(SECRET.fullmatch(name)) or any(fnmatch(name, pattern) for pattern in MADE)
+    return path.is_symlink() or bool(SECRET.fullmatch(name)) or any(fnmatch(name, pattern) for pattern in EXCLUDED_DIRS)
 
 
 def _check_size(folder: Path, chosen: dict[str, Path]) -> None:
     sizes = {name: path.stat().st_size for name, path in chosen.items()}
-    if (total := sum(sizes.values())) >= LIMIT:
+    if (total := sum(sizes.values())) >= MAX_PACKAGE_BYTES:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
         told = ", ".join(f"{name} ({sizes[name] / 2**20:.0f} MiB)" for name in largest)
         raise ValueError(
-            f"{folder}: got {total / 2**20:.0f} MiB to upload, allowed: less than {LIMIT >> 20}; a .rayignore can name "
+            f"{folder}: got {total / 2**20:.0f} MiB to upload, allowed: less than "
+            f"{MAX_PACKAGE_BYTES >> 20}; a .rayignore can name "
             f"what is to stay, largest are {told}"
         )

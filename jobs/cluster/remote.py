@@ -1,8 +1,8 @@
-"""`redux jobs …`: what was submitted to a Ray cluster, through Ray's Jobs API.
+"""Work with the jobs of a Ray cluster through Ray's Jobs API (`redux jobs`).
 
-The token and what a job is given go with the requests, so these go nowhere in clear but to this machine or a private
-network, and through no proxy. Whatever the cluster answers, or does not, is told in one line. Nothing of a job itself
-is imported, so that these verbs are quick.
+Requests carry the token and the variables of a job. So unencrypted requests go only to this machine or to a private
+network, and never through a proxy. Every failure is reported in one line. This module imports no job code, so these
+verbs answer quickly.
 """
 
 import asyncio
@@ -51,8 +51,8 @@ TOKEN = (
 
 
 @contextlib.contextmanager
-def cluster(address: str) -> Iterator[JobSubmissionClient]:
-    """Who speaks with the cluster at an address; ValueError, in one line, for whatever it does not answer."""
+def connect(address: str) -> Iterator[JobSubmissionClient]:
+    """Connect to the cluster at an address; ValueError in one line for any failure of a request."""
     if find_spec("aiohttp") is None or find_spec("requests") is None:
         raise ValueError(f"jobs on a cluster need more packages: {write_install_command('cluster')}")
     import aiohttp
@@ -88,7 +88,7 @@ def _last(error: Exception) -> str:
 
 
 def _check_address(address: str) -> None:
-    """ValueError where it is none, or where a token and a job's variables would be seen by others on their way."""
+    """Check an address; ValueError if it is none, or if others could read the token and variables on the way."""
     wrong = ValueError(f"--address: got {address}, allowed: http://HOST:PORT or https://HOST:PORT")
     try:
         parts = urlsplit(address)
@@ -115,13 +115,13 @@ def _check_address(address: str) -> None:
 # --- what was submitted -----------------------------------------------------------------------------------------------
 
 
-def run_of(job: JobDetails) -> str | None:
-    """The name of its run; None of a job that was not submitted here."""
+def find_run_name(job: JobDetails) -> str | None:
+    """Return the name of the run of a job; None if the job was not submitted by Redux."""
     return (job.metadata or {}).get(RUN)
 
 
-def exit_code(job: JobDetails) -> int:
-    """That of the job: 0 also while it lives, 130 where it was stopped, 1 where it failed without one."""
+def find_exit_code(job: JobDetails) -> int:
+    """Return the exit code of a job: 0 while it is active, 130 if it was stopped, 1 if it failed without a code."""
     if job.status == JobStatus.STOPPED:
         return EXIT_INTERRUPTED
     if job.status != JobStatus.FAILED:
@@ -130,24 +130,24 @@ def exit_code(job: JobDetails) -> int:
     return code if code > 0 else 128 - code  # by a signal, as a shell reports it
 
 
-def follow(client: JobSubmissionClient, id: str, say: Callable[[str], None]) -> JobDetails:
-    """Hand on the log of a job until it has ended; returns how it did.
+def follow(client: JobSubmissionClient, id: str, write_text: Callable[[str], None]) -> JobDetails:
+    """Print the log of a job until it ends; returns its final status.
 
-    A connection that is lost is made again, and what was said is not said twice.
+    A lost connection is made again, and lines that were printed are not repeated.
     """
     import aiohttp
 
-    said = failures = 0
+    printed = failures = 0
 
     async def tail() -> None:
-        nonlocal said, failures
+        nonlocal printed, failures
         seen = 0
         async for text in client.tail_job_logs(id):
-            new = text[max(said - seen, 0) :]
+            new = text[max(printed - seen, 0) :]
             seen += len(text)
             if new:
-                say(new)
-                said, failures = seen, 0
+                write_text(new)
+                printed, failures = seen, 0
 
     while True:
         try:
@@ -163,12 +163,12 @@ def follow(client: JobSubmissionClient, id: str, say: Callable[[str], None]) -> 
         time.sleep(min(2**failures, 30))
 
 
-def show(text: str) -> None:
+def print_log(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def goes_on(id: str, address: str) -> int:
-    """Say to whom was interrupted that a job was not; returns the exit code."""
+def report_detached(id: str, address: str) -> int:
+    """Tell an interrupted user that the job itself continues; returns the exit code."""
     print(
         f"redux: {id} goes on without this; redux jobs logs {id} -f shows it, redux jobs stop {id} ends it, both with "
         f"--address {address}",
@@ -181,8 +181,8 @@ def goes_on(id: str, address: str) -> int:
 
 
 def listing(address: str) -> int:
-    """Print the cluster's jobs as a table, the oldest first."""
-    with cluster(address) as client:
+    """Print the jobs of a cluster as a table, oldest first."""
+    with connect(address) as client:
         jobs = [job for job in client.list_jobs() if job.submission_id]
     rows: list[tuple[str, ...]] = [("ID", "NAME", "STATUS", "SINCE", "DURATION", "MESSAGE")]
     rows += [_row(job) for job in sorted(jobs, key=lambda job: job.start_time or 0)]
@@ -193,37 +193,37 @@ def listing(address: str) -> int:
 
 
 def _check_id(id: str) -> None:
-    """ValueError where it is none: Ray would put it into a URL as it is."""
+    """Check an id; ValueError if it is none, because Ray puts it into a URL unchanged."""
     if not re.fullmatch(r"[^\s/?#%]+", id):
         raise ValueError(f"ID: got {id or 'nothing'}, allowed: one that redux jobs list shows")
 
 
 def status(address: str, id: str) -> int:
-    """Print how a job does in one line; its exit code is the job's."""
+    """Print the status of a job in one line; returns the exit code of the job."""
     _check_id(id)
-    with cluster(address) as client:
+    with connect(address) as client:
         job = client.get_job_info(id)
-    print(line(job))
-    return exit_code(job)
+    print(describe_status(job))
+    return find_exit_code(job)
 
 
 def logs(address: str, id: str, to_the_end: bool) -> int:
-    """Print what a job said so far, or until it has ended; then the exit code is the job's."""
+    """Print the log of a job so far, or until it ends; then returns the exit code of the job."""
     _check_id(id)
-    with cluster(address) as client:
+    with connect(address) as client:
         if not to_the_end:
-            show(client.get_job_logs(id))
+            print_log(client.get_job_logs(id))
             return 0
         try:
-            return exit_code(follow(client, id, show))
+            return find_exit_code(follow(client, id, print_log))
         except KeyboardInterrupt:
-            return goes_on(id, address)
+            return report_detached(id, address)
 
 
 def stop(address: str, id: str) -> int:
-    """Stop a job, and wait until it has stopped."""
+    """Stop a job and wait until it has ended."""
     _check_id(id)
-    with cluster(address) as client:
+    with connect(address) as client:
         job = client.get_job_info(id)
         if not job.status.is_terminal():
             grace = ((job.runtime_env or {}).get("env_vars") or {}).get(STOP, RAY_STOP_S)
@@ -234,12 +234,12 @@ def stop(address: str, id: str) -> int:
             except KeyboardInterrupt:
                 print(f"redux: {id} stops without this", file=sys.stderr)
                 return EXIT_INTERRUPTED
-    print(line(job))
+    print(describe_status(job))
     return 0
 
 
-def line(job: JobDetails) -> str:
-    """How a job does."""
+def describe_status(job: JobDetails) -> str:
+    """Describe the status of a job in one line."""
     id, name, status, since, duration, message = _row(job)
     return f"{id} is {status} (run {name}, since {since}, {duration}): {message}"
 
@@ -250,7 +250,7 @@ def _row(job: JobDetails) -> tuple[str, ...]:
     lasted = (ended or datetime.datetime.now().astimezone()) - begun
     return (
         job.submission_id or "-",
-        run_of(job) or "-",
+        find_run_name(job) or "-",
         str(job.status),
         begun.strftime("%Y-%m-%d %H:%M"),
         str(datetime.timedelta(seconds=max(round(lasted.total_seconds()), 0))),

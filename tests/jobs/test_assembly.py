@@ -13,7 +13,7 @@ from jobs import schema
 from jobs.claims import Claim
 from jobs.run import list_steps, resolve_job, run
 from jobs.schema import Job
-from jobs.search import Jobs
+from jobs.search import TrialJobs
 from jobs.search import load as load_search
 from pipelines.training import driver
 from pipelines.training.plan import Plan
@@ -278,7 +278,7 @@ def test_a_job_trains_on_and_asks_as_the_checkpoint_was_trained(
             objectives = {"easy_vqa.accuracy": "max"}
             search = {"name": "a", "num_trials": 1, "space": space, "objectives": objectives, "job": whole}
             (tmp_path / "search.yaml").write_text(json.dumps(search))
-            return resolve_job(Jobs(load_search(tmp_path / "search.yaml"))({}), tmp_path / "run")
+            return resolve_job(TrialJobs(load_search(tmp_path / "search.yaml"))({}), tmp_path / "run")
         (tmp_path / "job.yaml").write_text(json.dumps(whole | {"name": "a"}))
         return resolve_job(schema.load(tmp_path / "job.yaml"), tmp_path / "run")
 

@@ -79,7 +79,7 @@ SECRETS = (
     *("service-account.json", "secrets.yaml", "auth_token", "prod.env", "link.txt", "hf-token.txt", "rootkey.csv"),
     *("client_secret.apps.json", "a-project-0123456789ab.json", "my.env.local", "ssh_key", "passwords.txt", "keys/a"),
 )
-MADE = (
+EXCLUDED_DIRS = (
     "data/a.txt",
     "runs/x/metrics.jsonl",
     "checkpoints/x",
@@ -222,7 +222,7 @@ def redux(head: Head, checkout: Path) -> Iterator[Redux]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that counts as Redux's, with much in it that must stay here."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in (*SECRETS, *MADE, *IGNORED, *TRAVEL, "pyproject.toml", "jobs/command.py", "job.yaml"):
+    for name in (*SECRETS, *EXCLUDED_DIRS, *IGNORED, *TRAVEL, "pyproject.toml", "jobs/command.py", "job.yaml"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("# secret\n")
     (folder / "pyproject.toml").write_text(PROJECT)
@@ -272,7 +272,7 @@ def test_code_travels_and_secrets_and_data_do_not_and_a_variable_only_by_its_nam
 def test_a_job_file_travels_from_wherever_it_lies(checkout: Path, tmp_path: Path) -> None:
     for job in (checkout / "runs" / "best.yaml", tmp_path / "elsewhere.yaml"):
         job.write_text(JOB)
-        name = package.pack(checkout, job, tmp_path / "package.zip")
+        name = package.write_package(checkout, job, tmp_path / "package.zip")
         with zipfile.ZipFile(tmp_path / "package.zip") as archive:
             assert archive.read(name).decode() == JOB
 
@@ -281,13 +281,13 @@ def test_all_of_redux_travels() -> None:
     """No name of its own looks like a key or like data."""
     listed = ["git", "ls-files", "-z", "redux", "pipelines", "jobs", "pyproject.toml"]
     tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    travel = {path.relative_to(ROOT).as_posix() for path in package.files(ROOT)}
+    travel = {path.relative_to(ROOT).as_posix() for path in package.list_files(ROOT)}
     assert {name for name in tracked if name and (ROOT / name).exists()} <= travel
 
 
 def test_the_same_files_are_the_same_package(checkout: Path, tmp_path: Path) -> None:
     for name in ("a.zip", "b.zip"):
-        package.pack(checkout, checkout / "job.yaml", tmp_path / name)
+        package.write_package(checkout, checkout / "job.yaml", tmp_path / name)
         os.utime(checkout / "job.yaml", (0, 10**9))
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
 
@@ -296,13 +296,13 @@ def test_a_folder_too_large_names_its_largest_files_and_is_not_read(tmp_path: Pa
     for name, size in {
         "job.yaml": 9,
         "small.txt": 5,
-        "large.bin": package.LIMIT,
-        "larger.bin": 2 * package.LIMIT,
+        "large.bin": package.MAX_PACKAGE_BYTES,
+        "larger.bin": 2 * package.MAX_PACKAGE_BYTES,
     }.items():
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
     with pytest.raises(ValueError, match=r"got 300 MiB .*larger.bin \(200 MiB\), large.bin \(100 MiB\)"):
-        package.pack(tmp_path, tmp_path / "job.yaml", tmp_path / "package.zip")
+        package.write_package(tmp_path, tmp_path / "job.yaml", tmp_path / "package.zip")
     assert not (tmp_path / "package.zip").exists()
 
 
@@ -319,15 +319,15 @@ def test_a_file_with_a_key_in_it_stops_everything(checkout: Path, tmp_path: Path
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "notes.py").write_text(KEYS[key])
     with pytest.raises(ValueError, match=r"notes.py: got a file with a key in it, allowed: none; a .rayignore"):
-        package.pack(tmp_path / "here", checkout / "job.yaml", tmp_path / "package.zip")
+        package.write_package(tmp_path / "here", checkout / "job.yaml", tmp_path / "package.zip")
     (tmp_path / "here" / ".rayignore").write_text("notes.py\n")
-    package.pack(tmp_path / "here", checkout / "job.yaml", tmp_path / "package.zip")
+    package.write_package(tmp_path / "here", checkout / "job.yaml", tmp_path / "package.zip")
 
 
 def test_a_home_is_not_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ValueError, match="would be uploaded"):
-        package.pack(tmp_path, tmp_path / "job.yaml", tmp_path / "package.zip")
+        package.write_package(tmp_path, tmp_path / "job.yaml", tmp_path / "package.zip")
 
 
 # --- who may, and what may be -----------------------------------------------------------------------------------------
