@@ -95,7 +95,7 @@ def write_entrypoint(submission: Submission, file: str) -> str:
     redux = ("python", "-m", "jobs.command") if _is_redux(Path.cwd()) else ("redux",)
     home = "~/" if submission.runs_dir.startswith("~/") else ""  # the shell's there, which it would not see in quotes
     runs_dir = home + shlex.quote(submission.runs_dir.removeprefix("~/"))
-    return f"exec {shlex.join([*redux, 'run', file, *asked.overrides])} --runs-dir {runs_dir}"
+    return f"exec {shlex.join([*redux, 'run', file, *submission.overrides])} --runs-dir {runs_dir}"
 
 
 def _is_redux(folder: Path) -> bool:
