@@ -8,10 +8,11 @@ import difflib
 import inspect
 import json
 import re
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from jobs import document, type_text
 from jobs.schema import Job
@@ -94,8 +95,9 @@ def write_json_schema(kind: str) -> str:
     """Write the JSON Schema of a kind of file, with the meaning of each key as its description."""
     whole = document.build_json_schema(SCHEMAS[kind])
     for definition, cls in _find_classes(SCHEMAS[kind]).items():
-        meanings = read_meanings(cls)
-        for name, key in whole["$defs"].get(definition, {}).get("properties", {}).items():
+        meanings, section = read_meanings(cls), whole["$defs"].get(definition, {})
+        section["description"] = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0]
+        for name, key in section.get("properties", {}).items():
             key["description"] = meanings.get(name, "")
     return json.dumps(whole, indent=1)
 
@@ -141,13 +143,17 @@ def _walk(cls: type, prefix: str, examples: list[Any]) -> Iterator[KeyEntry]:
 
 
 def _describe_type(hint: Any) -> str:
-    """Describe a type; sections by that word alone, as their keys have entries of their own."""
-    words = [
-        "a section" if is_dataclass(member) else type_text.describe_type(hint if len(members) == 1 else member)
-        for members in [list(type_text.list_members(hint))]
-        for member in members
-    ]
-    return " or ".join(dict.fromkeys(words))
+    """Describe a type; sections in one word, because their keys have entries of their own."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_describe_type(member) for member in get_args(hint)))
+    if is_dataclass(hint):
+        return "a section"
+    if get_origin(hint) is Annotated and not isinstance(get_args(hint)[0], type):
+        return _describe_type(get_args(hint)[0])
+    origin = get_origin(hint)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a section by name: {_describe_type(get_args(hint)[1])}"
+    return type_text.describe_type(hint)
 
 
 def _default(field: Field[Any]) -> str | None:

@@ -1,6 +1,5 @@
 """The plan of the house holds: its floors and arrows, its tools, its tree."""
 
-import re
 import subprocess
 import sys
 import sysconfig
@@ -41,24 +40,6 @@ def test_the_tools_have_nothing_to_say(command: tuple[str, ...]) -> None:
 
 def test_the_top_level_holds_the_floors_and_nothing_else() -> None:
     assert {path.parts[0] for path in tracked() if not path.parts[0].startswith(".")} <= TOP
-
-
-def test_the_readme_prints_the_real_tree() -> None:
-    """Each floor with what lies directly in it; `__init__.py` says only that a folder is a package."""
-    section = re.search(r"^## The house\n.*?^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert section, "README.md has no code block under the heading 'The house'"
-    printed, folder = set(), ""
-    for line in section[1].splitlines():
-        name = line.split()[0]
-        folder = folder if line.startswith(" ") else name
-        printed.add(folder + name if line.startswith(" ") else name)
-        assert len(line.split()) > 1, f"{name} has no annotation"
-    real = {f"{path.parts[0]}/" if len(path.parts) > 1 else path.name for path in tracked()}
-    for path in tracked():
-        if len(path.parts) > 1 and path.name != "__init__.py":
-            real.add("/".join(path.parts[:2]) + ("/" if len(path.parts) > 2 else ""))
-    real = {name for name in real if not name.startswith(".")}
-    assert (sorted(printed - real), sorted(real - printed)) == ([], []), "(only printed, only real)"
 
 
 def test_every_python_file_opens_with_why() -> None:
