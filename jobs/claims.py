@@ -24,7 +24,7 @@ from pipelines.core import failures, jsonl
 from pipelines.evaluation import evaluate
 from pipelines.training import checkpoint, metrics
 
-JOB = "job.yaml"
+JOB_FILE = "job.yaml"
 PROGRESS = "progress.jsonl"
 ASSEMBLED = "assembled"
 
@@ -112,7 +112,7 @@ def find_assembled(folder: Path, job: Job) -> Path | None:
     assembled = folder / ASSEMBLED
     if not assembled.exists():
         return None
-    outdated = any(key.partition(".")[0] == "model" for key in find_changes(folder / JOB, job))
+    outdated = any(key.partition(".")[0] == "model" for key in find_changes(folder / JOB_FILE, job))
     return None if outdated and not metrics.stages(folder) else assembled
 
 
@@ -135,17 +135,17 @@ class Claim:
     @classmethod
     def of(cls, folder: Path, job: Job) -> "Claim":
         """Read what the folder holds."""
-        before = _read(folder / JOB, Job).get("train") if (folder / JOB).exists() else None
+        before = _read(folder / JOB_FILE, Job).get("train") if (folder / JOB_FILE).exists() else None
         started = metrics.stages(folder) | ({"evaluate"} if evaluate.has_answers(folder) else set())
         return cls(folder, job, (list(before or {}), list(job.train)), frozenset(started))
 
     def find_changes(self, allow_changes: bool = False) -> list[str]:
         """Find the settings that differ from those in the folder; ValueError if a step has used one of them."""
-        return find_changes(self.folder / JOB, self.job, self.find_use, allow_changes)
+        return find_changes(self.folder / JOB_FILE, self.job, self.find_use, allow_changes)
 
     def enforce(self, allow_changes: bool = False) -> None:
         """Write the job into the folder, and mark outdated preparations and an outdated report as unfinished."""
-        keys = claim(self.folder / JOB, self.job, self.find_use, allow_changes)
+        keys = claim(self.folder / JOB_FILE, self.job, self.find_use, allow_changes)
         outdated = set().union(*(self.find_dependents(key) for key in keys if not self.find_use(key)))
         path = self.folder / PROGRESS
         entries = jsonl.read(path)

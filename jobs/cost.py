@@ -9,7 +9,7 @@ from redux.model import ReduxConfig
 from redux.presets import PRESETS, SIZES, Preset, llava
 from redux.settings import METHODS
 
-COLUMNS = "{:<18} {:>6}  {:<40} {:>8} {:>6} {:>7}  {}"
+COST_COLUMNS = "{:<18} {:>6}  {:<40} {:>8} {:>6} {:>7}  {}"
 
 
 def format_costs(names: Sequence[str], model: str, text: int) -> str:
@@ -35,7 +35,9 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
         return ReduxConfig(**{**saved.to_dict(), **preset.methods}) if saved else llava(model, preset)
 
     llava_cost = cost(build_config(PRESETS["llava"]), text)
-    lines = [COLUMNS.format("preset", "tokens", "block: kept + clusters", "GFLOPs", "share", "KV MiB", "description")]
+    lines = [
+        COST_COLUMNS.format("preset", "tokens", "block: kept + clusters", "GFLOPs", "share", "KV MiB", "description")
+    ]
     for name, preset in rows.items():
         try:
             config = build_config(preset)
@@ -47,7 +49,7 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
             continue
         stages = ", ".join(f"{stage.block}: {stage.kept}+{stage.clusters}" for stage in config.stages.values())
         lines.append(
-            COLUMNS.format(
+            COST_COLUMNS.format(
                 name,
                 config.image_seq_length,
                 stages or "-",

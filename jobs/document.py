@@ -197,7 +197,7 @@ def put(tree: Any, dotted: str, value: Any, source: str) -> None:
 
 
 def takes(schema: type, dotted: str, kind: type) -> bool:
-    """Whether a value of this type may stand at a place of the tree, as far as its annotation tells."""
+    """Tell if a value of this type is allowed at a place of the tree, as far as its annotation says."""
     location = [int(key) if key.isdecimal() else key for key in dotted.split(".")]
     return kind in list_members(find_type(schema, location))
 
@@ -240,7 +240,7 @@ def _meant(details: list[ErrorDetails], tree: Any) -> list[ErrorDetails]:
 
 
 def _location(detail: ErrorDetails, tree: Any) -> tuple[str | int, ...]:
-    """Where in the document: pydantic's own path without the marks it adds for members of a union and for keys."""
+    """Locate a problem in the document: pydantic's path without the marks it adds for union members and keys."""
     trail = _trail(detail["loc"], tree)
     return (*trail, detail["loc"][-1]) if detail["type"] == "missing" else trail
 

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from jobs import schema
-from jobs.claims import JOB
+from jobs.claims import JOB_FILE
 from jobs.run import plan_stages
 from pipelines.core import failures, storage
 from pipelines.training import checkpoint, export
@@ -38,10 +38,10 @@ def write(source: Path, stage: str | None, step: int | None, out: str) -> str:
 
 
 def _write(source: Path, stage: str | None, step: int | None, out: str) -> str:
-    if (source / JOB).exists():
+    if (source / JOB_FILE).exists():
         return _write_checkpoint(source, stage, step, out)
     if not (source / "config.json").exists():
-        raise ValueError(f"{source}: no {JOB} or config.json, allowed: the folder of a run or of a model")
+        raise ValueError(f"{source}: no {JOB_FILE} or config.json, allowed: the folder of a run or of a model")
     if stage or step is not None:
         raise ValueError(f"{source}: got a stage or a step, allowed: none for the folder of a model")
     model, tokenizer = conversion.convert(source)
@@ -58,7 +58,7 @@ def _write(source: Path, stage: str | None, step: int | None, out: str) -> str:
 
 
 def _write_checkpoint(run: Path, stage: str | None, step: int | None, out: str) -> str:
-    stages = plan_stages(schema.load(run / JOB), run.resolve())
+    stages = plan_stages(schema.load(run / JOB_FILE), run.resolve())
     name = stage or list(stages)[-1]
     if name not in stages:
         raise ValueError(f"stage: got {name}, allowed: {', '.join(stages)}")

@@ -11,7 +11,7 @@ from redux.benchmarks import instructions
 from redux.benchmarks.instructions import Asked
 from redux.benchmarks.source import Form, field, records
 
-FORMS: tuple[Form, ...] = (("question_id", "text"), ("id", "question"), ("id", "prompt"))
+QUESTION_FORMS: tuple[Form, ...] = (("question_id", "text"), ("id", "question"), ("id", "prompt"))
 """Fields of a question's id and text, in LLaVA's files and in others."""
 
 
@@ -35,5 +35,5 @@ def read_questions(path: str) -> list[Asked]:
             question=record.response,
             answer=field(record.place, record.fields, "answer") if record.fields.get("answer") else None,
         )
-        for record in records(path, FORMS)
+        for record in records(path, QUESTION_FORMS)
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from redux.benchmarks import BENCHMARKS, answered, scores
 from redux.benchmarks.source import read
 
-INSTRUCTIONS = "instructions"
+INSTRUCTIONS_TASK = "instructions"
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -18,14 +18,14 @@ def score(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: the task is unknown, or a file or an answer is wrong.
     """
-    if arguments.task == INSTRUCTIONS:
+    if arguments.task == INSTRUCTIONS_TASK:
         instructions = import_module("redux.benchmarks.instructions")  # its checkers take a second to load
         verdicts = list(instructions.score(read(arguments.answers), arguments.answers))
         _require_answers(arguments.answers, verdicts)
         print("".join(f"{json.dumps(verdict)}\n" for verdict in verdicts), end="")
         return
     if arguments.task not in BENCHMARKS:
-        raise ValueError(f"TASK: got {arguments.task}, allowed: {', '.join(BENCHMARKS)}, {INSTRUCTIONS}")
+        raise ValueError(f"TASK: got {arguments.task}, allowed: {', '.join(BENCHMARKS)}, {INSTRUCTIONS_TASK}")
     benchmark = BENCHMARKS[arguments.task]
     if not arguments.questions:
         raise ValueError(f"--questions: got none, allowed: the official files of {benchmark.title}")

@@ -48,7 +48,7 @@ from redux.architecture import Model
 from redux.cost import cost
 from redux.model import ReduxConfig
 
-FILE = "search.yaml"
+SEARCH_FILE = "search.yaml"
 BEST = "best.yaml"
 SEARCH_MAY_CHANGE_ON_RESUME = (
     "num_trials",
@@ -230,7 +230,7 @@ def _claim(search: Search, folder: Path, allow_changes: bool) -> None:
 
     tried = any((folder / tuning.FOLDER).glob("*"))
     trained = bool(metrics.stages(folder / SHARED))
-    keys = claims.claim(folder / FILE, search, find_use, allow_changes)
+    keys = claims.claim(folder / SEARCH_FILE, search, find_use, allow_changes)
     if not tried and not all(claims.may_change(key, SEARCH_MAY_CHANGE_ON_RESUME) for key in keys):
         discard(search, search.name, folder)
     opened(search, folder)  # reports a wrong `storage` before any work
@@ -315,7 +315,7 @@ def best(folder: Path, numbers: Sequence[int]) -> list[Path]:
     Raises:
         ValueError: a trial has no result.
     """
-    search = document.read(folder / FILE, (), Search)
+    search = document.read(folder / SEARCH_FILE, (), Search)
     study = find(search, search.name, folder)
     complete = {trial.number: trial for trial in study.get_trials(states=(TrialState.COMPLETE,))}
     found = search_page.front(study)
@@ -334,7 +334,7 @@ def best(folder: Path, numbers: Sequence[int]) -> list[Path]:
 def _write(search: Search, trial: FrozenTrial, folder: Path, name: str) -> Path:
     reference = trial.user_attrs.get("reference")
     values = search.references[reference] if reference else Space(search.space).values(trial.params)
-    job = study.build_job(search.job, values, f"{search.name}-{trial.number}", f"{folder / FILE}: job")
+    job = study.build_job(search.job, values, f"{search.name}-{trial.number}", f"{folder / SEARCH_FILE}: job")
     cheaper = f", with {json.dumps(search.fidelity)}" if search.fidelity else ""
     begun = f", from what the stages {', '.join(search.shared)} had made without it" if search.shared else ""
     told = (

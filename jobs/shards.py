@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from jobs import schema
-from jobs.claims import JOB
+from jobs.claims import JOB_FILE
 from jobs.layout import locate_sets
 from pipelines.core import cluster, storage
 from pipelines.data import audit, consumed, easy_vqa, records, shards, tars
@@ -83,7 +83,7 @@ def verify(arguments: argparse.Namespace) -> None:
 
 def _consumed(folder: str, run: Path) -> tuple[list[str], list[str]]:
     """Check the set against the log of a run; returns what is proven and what is wrong."""
-    job = schema.load(run / JOB)
+    job = schema.load(run / JOB_FILE)
     used = {name for stage in job.train.values() for name in stage.mixture}
     sets = {name: url for name, url in locate_sets(job, run.resolve()).items() if name in used}
     names = [name for name, url in sets.items() if url == storage.absolute(folder)]

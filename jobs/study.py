@@ -31,7 +31,7 @@ from pipelines.core import failures
 from redux.settings import METHODS
 
 SHARED = "shared"
-FILE = "study.yaml"
+STUDY_FILE = "study.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False) -> None:
         for number, (name, job) in enumerate(runs.items(), start=1):
             print(f"[{number}/{len(runs)}] {name}", flush=True)
             run.run(job, folder / name, allow_changes, until=study.shared[-1] if name == SHARED else None)
-    with failures.locate_errors(folder / FILE):
-        (folder / FILE).write_text(document.write(study))
+    with failures.locate_errors(folder / STUDY_FILE):
+        (folder / STUDY_FILE).write_text(document.write(study))
     tables.write_tables([folder / name for name in runs if name != SHARED], folder, tables.load_scorers())
     print(f"{study.name} is finished; its tables: {folder / 'tables.html'}")

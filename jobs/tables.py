@@ -13,7 +13,7 @@ from pipelines.report import comparison, page
 from pipelines.report.runs import Scorers, find
 from pipelines.report.tables import Cell, Column, Line, Table, build, prompts
 
-FIELDS = (
+CSV_FIELDS = (
     "family", "row", "source", "about", "column", "value", "low", "high",
     "difference", "difference_low", "difference_high", "noise", "ratio", "command",
 )  # fmt: skip
@@ -85,7 +85,7 @@ def _format_cell(column: Column, cell: Cell | None) -> str:
 def format_csv(table: Table) -> str:
     """Format a table as CSV with one line per cell; a missing row has one line with its command."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+    writer = csv.DictWriter(file, CSV_FIELDS, lineterminator="\n")
     writer.writeheader()
     for family, rows in table.blocks.items():
         for line in rows:

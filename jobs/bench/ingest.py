@@ -64,10 +64,10 @@ from redux.conversation import IMAGE, word_tokenizer
 from redux.image import pixels
 from redux.settings import Way
 
-SIZE = 336
-BATCH = 16
-WORKERS = 2
-PARTS = 8
+INGEST_SIZE = 336
+INGEST_BATCH = 16
+INGEST_WORKERS = 2
+INGEST_PARTS = 8
 """Shards, all of one size where PARTS divides the images: what a loader gives a worker is whole shards."""
 BUFFER = 100
 """Samples among which loaders of whole shards shuffle."""
@@ -106,11 +106,11 @@ Marks = list[int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=2000, help=f"a multiple of {BATCH}, default: %(default)s")
+    parser.add_argument("--images", type=int, default=2000, help=f"a multiple of {INGEST_BATCH}, default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3, help="readings of each way, default: %(default)s")
-    parser.add_argument("--ways", default=",".join(WAYS), help="default: %(default)s")
+    parser.add_argument("--ways", default=",".join(INGEST_WAYS), help="default: %(default)s")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "redux-ingest"))
-    parser.add_argument("--way", choices=WAYS, help="measure one way in this process and print it")
+    parser.add_argument("--way", choices=INGEST_WAYS, help="measure one way in this process and print it")
     parser.add_argument("--convert", type=int, default=0, help="1, with --way: only make the files that the way reads")
     arguments = parser.parse_args()
     root = arguments.folder.resolve() / str(arguments.images)
@@ -118,10 +118,10 @@ def main() -> None:
         print(json.dumps(convert(arguments.way, root) if arguments.convert else measure(arguments.way, root)))
         return
     ways = arguments.ways.split(",")
-    if unknown := set(ways) - set(WAYS):
-        parser.error(f"--ways: got {', '.join(sorted(unknown))}, allowed: {', '.join(WAYS)}")
-    if arguments.images % BATCH or arguments.images < PARTS * BATCH:
-        parser.error(f"--images: got {arguments.images}, allowed: multiples of {BATCH} from {PARTS * BATCH} on")
+    if unknown := set(ways) - set(INGEST_WAYS):
+        parser.error(f"--ways: got {', '.join(sorted(unknown))}, allowed: {', '.join(INGEST_WAYS)}")
+    if arguments.images % INGEST_BATCH or arguments.images < INGEST_PARTS * INGEST_BATCH:
+        parser.error(f"--images: got {arguments.images}, allowed: multiples of {INGEST_BATCH} from {INGEST_PARTS * INGEST_BATCH} on")
     run(ways, root, arguments.images, arguments.repeats)
 
 
@@ -159,9 +159,9 @@ def run(ways: list[str], root: Path, images: int, repeats: int) -> None:
         __file__,
         versions={name: installed[name] for name in VERSIONS if name in installed},
         images=images,
-        size=SIZE,
-        batch=BATCH,
-        workers=WORKERS,
+        size=INGEST_SIZE,
+        batch=INGEST_BATCH,
+        workers=INGEST_WORKERS,
         ways=medians,
         readings=readings,
     )
@@ -169,14 +169,14 @@ def run(ways: list[str], root: Path, images: int, repeats: int) -> None:
 
 def measure(way: str, root: Path) -> dict[str, float]:
     """Samples/s, seconds to the first batch, and what tells whether every image came once and as it should."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:WORKERS])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:INGEST_WORKERS])
     warnings.simplefilter("ignore")  # what peers say to every reading
     load(way)
     found: Marks = []
     arrivals = []
     with scratch():
         start = time.perf_counter()
-        for batch in WAYS[way](root):
+        for batch in INGEST_WAYS[way](root):
             found += batch
             arrivals.append((len(found), time.perf_counter() - start))
     quarter, since = next((count, seconds) for count, seconds in arrivals if 4 * count >= len(found))
@@ -229,7 +229,7 @@ def checksum(found: Marks) -> int:
 def make_files(root: Path, images: int, squares: bool) -> dict[str, Marks]:
     """Photos and shards, where they are not there yet; returns the marks of exact and of fast pixels."""
     (root / "photos").mkdir(parents=True, exist_ok=True)
-    with multiprocessing.Pool(WORKERS, torch.set_num_threads, (1,)) as pool:
+    with multiprocessing.Pool(INGEST_WORKERS, torch.set_num_threads, (1,)) as pool:
         left = [(number, path) for number, path in enumerate(photos(root, images)) if not path.exists()]
         list(tqdm(pool.imap(_photo, left), "photos", len(left), unit="image"))
         both = list(tqdm(pool.imap(_both, photos(root, images)), "pixels", images, unit="image"))
@@ -237,11 +237,11 @@ def make_files(root: Path, images: int, squares: bool) -> dict[str, Marks]:
     if len({*exact}) < images or len({*fast}) < images:
         raise RuntimeError(f"{root}: images that are equal to `marks`")
     records = [_record(number) for number in range(images)]
-    making = Making(samples_per_shard=-(-images // PARTS))
+    making = Making(samples_per_shard=-(-images // INGEST_PARTS))
     with scratch(), ray_session():
         make(records, str(root / "photos"), str(root / "shards"), making)
         if squares:
-            make(records, str(root / "photos"), str(root / "squares"), replace(making, image_size=SIZE))
+            make(records, str(root / "photos"), str(root / "squares"), replace(making, image_size=INGEST_SIZE))
     return {"exact": exact, "fast": fast}
 
 
@@ -257,7 +257,7 @@ def _photo(task: tuple[int, Path]) -> None:
 
 
 def _both(path: Path) -> tuple[int, int]:
-    exact, fast = marks(pixels(path.read_bytes(), SIZE, "pad", way) for way in ("exact", "fast"))
+    exact, fast = marks(pixels(path.read_bytes(), INGEST_SIZE, "pad", way) for way in ("exact", "fast"))
     return exact, fast
 
 
@@ -272,9 +272,9 @@ def convert(way: str, root: Path) -> dict[str, str]:
         load(way)
     except ImportError as error:
         return {"missing": str(error)}
-    if way in FORMATS:
+    if way in INGEST_FORMATS:
         with scratch():
-            FORMATS[way](root)
+            INGEST_FORMATS[way](root)
     return {}
 
 
@@ -285,7 +285,7 @@ def to_litdata(root: Path) -> None:
     if not (out / "index.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         inputs = [str(path) for path in sorted((root / "photos").glob("*.jpg"))]
-        litdata.optimize(_bytes, inputs, str(out), chunk_bytes="64MB", num_workers=WORKERS, start_method="fork")
+        litdata.optimize(_bytes, inputs, str(out), chunk_bytes="64MB", num_workers=INGEST_WORKERS, start_method="fork")
 
 
 def _bytes(path: str) -> bytes:
@@ -308,10 +308,14 @@ def to_energon(root: Path) -> None:
 
     if not (root / "shards" / ".nv-meta" / "dataset.yaml").exists():
         given = ["--non-interactive", "--force-overwrite", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset"]
-        command.main([str(root / "shards"), *given, "--num-workers", str(WORKERS)], standalone_mode=False)
+        command.main([str(root / "shards"), *given, "--num-workers", str(INGEST_WORKERS)], standalone_mode=False)
 
 
-FORMATS: dict[str, Callable[[Path], None]] = {"litdata": to_litdata, "mosaicml": to_mosaicml, "energon": to_energon}
+INGEST_FORMATS: dict[str, Callable[[Path], None]] = {
+    "litdata": to_litdata,
+    "mosaicml": to_mosaicml,
+    "energon": to_energon,
+}
 
 
 # ways: each gives the marks of batch after batch
@@ -319,17 +323,17 @@ FORMATS: dict[str, Callable[[Path], None]] = {"litdata": to_litdata, "mosaicml":
 
 def bare(root: Path, way: Way) -> Iterator[Marks]:
     paths = sorted((root / "photos").glob("*.jpg"))
-    with multiprocessing.Pool(WORKERS, torch.set_num_threads, (1,)) as pool:
-        parts = [paths[first : first + BATCH] for first in range(0, len(paths), BATCH)]
+    with multiprocessing.Pool(INGEST_WORKERS, torch.set_num_threads, (1,)) as pool:
+        parts = [paths[first : first + INGEST_BATCH] for first in range(0, len(paths), INGEST_BATCH)]
         yield from pool.imap_unordered(partial(_bare, way=way), parts)
 
 
 def _bare(paths: list[Path], way: Way) -> Marks:
-    return marks(pixels(path.read_bytes(), SIZE, "pad", way) for path in paths)
+    return marks(pixels(path.read_bytes(), INGEST_SIZE, "pad", way) for path in paths)
 
 
 def tensor(image: bytes) -> torch.Tensor:
-    return torch.from_numpy(pixels(image, SIZE, "pad"))
+    return torch.from_numpy(pixels(image, INGEST_SIZE, "pad"))
 
 
 def batches(loader: Iterable[torch.Tensor]) -> Iterator[Marks]:
@@ -343,14 +347,14 @@ def webdataset(root: Path) -> Iterator[Marks]:
 
     urls = [str(path) for path in sorted((root / "shards").glob("*.tar"))]
     data = wds.WebDataset(urls, shardshuffle=len(urls)).shuffle(BUFFER).map(lambda sample: tensor(sample["jpg"]))
-    return batches(DataLoader(data, BATCH, num_workers=WORKERS))
+    return batches(DataLoader(data, INGEST_BATCH, num_workers=INGEST_WORKERS))
 
 
 def litdata(root: Path) -> Iterator[Marks]:
     from litdata import StreamingDataLoader, StreamingDataset
 
     data = StreamingDataset(str(root / "litdata"), shuffle=True, drop_last=False, transform=tensor)
-    return batches(StreamingDataLoader(data, batch_size=BATCH, num_workers=WORKERS))
+    return batches(StreamingDataLoader(data, batch_size=INGEST_BATCH, num_workers=INGEST_WORKERS))
 
 
 def mosaicml(root: Path) -> Iterator[Marks]:
@@ -360,8 +364,8 @@ def mosaicml(root: Path) -> Iterator[Marks]:
         def __getitem__(self, number: int) -> torch.Tensor:
             return tensor(super().__getitem__(number)["image"])
 
-    data = Stored(local=str(root / "mosaicml"), batch_size=BATCH, shuffle=True)
-    return batches(DataLoader(data, BATCH, num_workers=WORKERS))
+    data = Stored(local=str(root / "mosaicml"), batch_size=INGEST_BATCH, shuffle=True)
+    return batches(DataLoader(data, INGEST_BATCH, num_workers=INGEST_WORKERS))
 
 
 def energon(root: Path) -> Iterator[Marks]:
@@ -401,8 +405,8 @@ def energon(root: Path) -> Iterator[Marks]:
 
     data = get_train_dataset(
         root / "shards",
-        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=WORKERS),
-        batch_size=BATCH,
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=INGEST_WORKERS),
+        batch_size=INGEST_BATCH,
         shuffle_buffer_size=BUFFER,
         max_samples_per_sequence=BUFFER,
         task_encoder=Encoder(),
@@ -429,7 +433,7 @@ def torchdata(root: Path) -> Iterator[Marks]:
     from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-not-found]
 
     data = ByNumber(Shards(root / "shards"))
-    return batches(StatefulDataLoader(data, BATCH, shuffle=True, num_workers=WORKERS))
+    return batches(StatefulDataLoader(data, INGEST_BATCH, shuffle=True, num_workers=INGEST_WORKERS))
 
 
 @contextmanager
@@ -437,7 +441,7 @@ def ray_session() -> Iterator[None]:
     """A Ray of its own with WORKERS cores, quiet, its files among the temporary ones."""
     ray.init(
         address="local",
-        num_cpus=WORKERS,
+        num_cpus=INGEST_WORKERS,
         include_dashboard=False,
         logging_level=logging.ERROR,
         log_to_driver=False,
@@ -463,13 +467,13 @@ def ray_data(root: Path) -> Iterator[Marks]:
             shuffle="files",
             override_num_blocks=len(paths),  # or pixels were made in tasks of their own, after the files are split
         )
-        data = data.map_batches(_pixels, batch_size=BATCH)
-        for batch in data.iter_batches(batch_size=BATCH, prefetch_batches=2):
+        data = data.map_batches(_pixels, batch_size=INGEST_BATCH)
+        for batch in data.iter_batches(batch_size=INGEST_BATCH, prefetch_batches=2):
             yield marks(batch["pixels"])
 
 
 def _pixels(rows: Batch) -> Batch:
-    return {"image_backend": np.stack([pixels(image, SIZE, "pad") for image in rows["jpg"]])}
+    return {"image_backend": np.stack([pixels(image, INGEST_SIZE, "pad") for image in rows["jpg"]])}
 
 
 def redux(root: Path, passes: int, way: Way = "exact", folder: str = "shards") -> Iterator[Marks]:
@@ -477,23 +481,23 @@ def redux(root: Path, passes: int, way: Way = "exact", folder: str = "shards") -
     shards = Shards(root / folder)
     reader = Reader(
         sources={"photos": shards},
-        order=Order(samples=(len(shards),), global_batch_size=BATCH, seed=0),
-        size=BATCH,
-        image_size=SIZE,
+        order=Order(samples=(len(shards),), global_batch_size=INGEST_BATCH, seed=0),
+        size=INGEST_BATCH,
+        image_size=INGEST_SIZE,
         tokenizer=root / "tokenizer",
         encode=lambda tokenizer, sample: {"input_ids": np.zeros(1, np.int64)},
         way=way,
     )
     word_tokenizer(["photo"], 32).save_pretrained(reader.tokenizer)
     with ray_session():
-        data = dataset(reader, 0, passes * len(shards) // BATCH, workers=1)
+        data = dataset(reader, 0, passes * len(shards) // INGEST_BATCH, workers=1)
         data.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
         [shard] = data.streaming_split(1, equal=True)
         for batch in micro_batches(shard.iter_batches(batch_size=None, prefetch_batches=2)):
             yield marks(batch["pixel_values"].transpose(0, 3, 1, 2))
 
 
-WAYS: dict[str, Callable[[Path], Iterator[Marks]]] = {
+INGEST_WAYS: dict[str, Callable[[Path], Iterator[Marks]]] = {
     "bare": partial(bare, way="exact"),
     "bare-fast": partial(bare, way="fast"),
     "webdataset": webdataset,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jobs.bench.record import append, each
 
-WAYS = ("plain", "eager", "weights", "scores")
+INHIBITION_WAYS = ("plain", "eager", "weights", "scores")
 """Attention without CMAI; with it on maps of all heads; and redux.cmai by its two kinds of score."""
 
 
@@ -24,13 +24,13 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--image", type=int, default=576, help="image tokens, default: %(default)s")
     parser.add_argument("--text", type=int, default=512, help="text tokens, default: %(default)s")
-    parser.add_argument("--way", choices=WAYS, help="measure one way in this process and print it")
+    parser.add_argument("--way", choices=INHIBITION_WAYS, help="measure one way in this process and print it")
     arguments = parser.parse_args()
     if arguments.way:
         print(json.dumps(measure(arguments.way, arguments.heads, arguments.image, arguments.text)))
         return
     sizes, ways = {"heads": arguments.heads, "image": arguments.image, "text": arguments.text}, {}
-    for way, told in each(__file__, WAYS, **sizes):
+    for way, told in each(__file__, INHIBITION_WAYS, **sizes):
         ways[way] = told
         print(f"{way:8} {told['peak_mib']:8.0f} MiB {told['seconds'] * 1e3:8.0f} ms", flush=True)
     append(__file__, **sizes, ways=ways)

@@ -21,19 +21,19 @@ from pipelines.data.grouping import Groups
 from pipelines.data.order import Order
 
 SAMPLES = 10**9
-WAYS = ("global", "mixture", "window", "groups")
+ORDER_WAYS = ("global", "mixture", "window", "groups")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--global-batch", type=int, default=256, help="default: %(default)s")
-    parser.add_argument("--way", choices=WAYS, help="measure one way in this process and print it")
+    parser.add_argument("--way", choices=ORDER_WAYS, help="measure one way in this process and print it")
     arguments = parser.parse_args()
     if arguments.way:
         print(json.dumps(measure(arguments.way, arguments.global_batch_size)))
         return
     ways = {}
-    for way, told in each(__file__, WAYS, global_batch_size=arguments.global_batch_size):
+    for way, told in each(__file__, ORDER_WAYS, global_batch_size=arguments.global_batch_size):
         ways[way] = told
         print(
             f"{way:8} first {told['first_ms']:6.2f} ms, median {told['median_ms']:6.2f} ms, "

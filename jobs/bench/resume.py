@@ -31,7 +31,7 @@ from pipelines.data.order import Order
 from pipelines.data.shards import Shards, make
 from redux.conversation import IMAGE, word_tokenizer
 
-SIZE, BATCH, WORKERS = 336, 16, 2
+RESUME_SIZE, RESUME_BATCH, RESUME_WORKERS = 336, 16, 2
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=3200, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     arguments = parser.parse_args()
-    steps = arguments.samples // (BATCH * WORKERS)
+    steps = arguments.samples // (RESUME_BATCH * RESUME_WORKERS)
     places = {"start": 0, "95 %": int(0.95 * steps)}
     seconds: dict[str, list[float]] = {name: [] for name in places}
     with tempfile.TemporaryDirectory() as folder, cluster.session():
@@ -72,13 +72,13 @@ def small(folder: Path, samples: int) -> Reader:
         {"id": f"{n:06d}", "image": "noise.png", "conversations": [{"from": "human", "value": IMAGE}, said(n)]}
         for n in range(samples)
     ]
-    make(records, str(folder), str(folder / "shards"), Making(samples_per_shard=200, image_size=SIZE))
+    make(records, str(folder), str(folder / "shards"), Making(samples_per_shard=200, image_size=RESUME_SIZE))
     word_tokenizer(["photo"], 32).save_pretrained(folder / "tokenizer")
     return Reader(
         sources={"noise": Shards(folder / "shards")},
-        order=Order(samples=(samples,), global_batch_size=BATCH * WORKERS, seed=0),
-        size=BATCH,
-        image_size=SIZE,
+        order=Order(samples=(samples,), global_batch_size=RESUME_BATCH * RESUME_WORKERS, seed=0),
+        size=RESUME_BATCH,
+        image_size=RESUME_SIZE,
         tokenizer=folder / "tokenizer",
         encode=conversation("plain", image_tokens=1),
     )
@@ -91,11 +91,11 @@ def said(number: int) -> dict[str, str]:
 def first(reader: Reader, step: int, steps: int) -> float:
     """Seconds until every worker has its first micro-batch of that step."""
     start = time.perf_counter()
-    data = dataset(reader, step * WORKERS, steps * WORKERS, WORKERS)
+    data = dataset(reader, step * RESUME_WORKERS, steps * RESUME_WORKERS, RESUME_WORKERS)
     data.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        numbers = list(pool.map(number, data.streaming_split(WORKERS, equal=True)))
-    if sorted(numbers) != [step * WORKERS + rank for rank in range(WORKERS)]:
+    with ThreadPoolExecutor(RESUME_WORKERS) as pool:
+        numbers = list(pool.map(number, data.streaming_split(RESUME_WORKERS, equal=True)))
+    if sorted(numbers) != [step * RESUME_WORKERS + rank for rank in range(RESUME_WORKERS)]:
         raise RuntimeError(f"step {step}: got micro-batches {numbers}")
     return time.perf_counter() - start
 
@@ -113,8 +113,8 @@ def bytes_read(reader: Reader, step: int) -> int:
         return read_ranges(ranges)
 
     with patch.object(storage, "read_ranges", counted):
-        for rank in range(WORKERS):
-            reader(step * WORKERS + rank)
+        for rank in range(RESUME_WORKERS):
+            reader(step * RESUME_WORKERS + rank)
     return sum(stop - start for _, start, stop in asked)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-KINDS = ("job", "study", "search")
+FILE_KINDS = ("job", "study", "search")
 
 
 def add_parsers(verbs: Any) -> None:
@@ -20,7 +20,9 @@ def _add_schema(verbs: Any) -> None:
         "and check keys with it.",
         epilog="example: redux schema job > job.schema.json",
     )
-    schema.add_argument("kind", metavar="KIND", nargs="?", choices=KINDS, default="job", help="job, study or search")
+    schema.add_argument(
+        "kind", metavar="KIND", nargs="?", choices=FILE_KINDS, default="job", help="job, study or search"
+    )
     schema.set_defaults(verb=_schema)
 
 

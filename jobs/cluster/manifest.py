@@ -52,15 +52,15 @@ _DNS, _VALUE = r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", r"[A-Za-z0-9]([-_.A-Za-z
 _ENDS = "at both ends a letter or digit"
 DNS: Shape = re.compile(_DNS).fullmatch, f"up to 253 of a-z, 0-9, - and ., {_ENDS}"
 VALUE: Shape = re.compile(_VALUE).fullmatch, f"up to 63 letters, digits, -, _ and ., {_ENDS}"
-KEY: Shape = re.compile(f"({_DNS}/)?{_VALUE}").fullmatch, f"{VALUE[1]}, perhaps behind a domain and a /"
-IMAGE: Shape = re.compile(r"\w[\w.:/@-]*").fullmatch, "an image's name"
+LABEL_KEY: Shape = re.compile(f"({_DNS}/)?{_VALUE}").fullmatch, f"{VALUE[1]}, perhaps behind a domain and a /"
+IMAGE_NAME: Shape = re.compile(r"\w[\w.:/@-]*").fullmatch, "an image's name"
 PORT: Shape = lambda text: 0 < int(text) < 65536, "a port, 1 to 65535"
 NETWORK: Shape = _is_network, "a network such as 10.0.0.0/8"
 
 RESERVED_DIRS = ("/bin", "/dev", "/etc", "/home", "/lib", "/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var")
 """Folders of an image and of Ray that a volume would hide or, of /tmp, have all pods share."""
 
-FOLDER = "/etc/redux"
+JOB_MOUNT = "/etc/redux"
 """Where a pod finds the job: Kubernetes mounts folders, of a ConfigMap one file for each key."""
 
 LABEL = "redux-job"
@@ -194,7 +194,7 @@ def _check_place(place: KubernetesOptions) -> None:
 
 def _asked(place: KubernetesOptions) -> Iterator[tuple[str, str, Shape]]:
     """List the options that are set, each with the pattern of its text."""
-    yield "--image", place.image, IMAGE
+    yield "--image", place.image, IMAGE_NAME
     yield "--volume", place.volume[0], DNS
     yield "--operator-namespace", place.operator_namespace, DNS
     if place.service_account is not None:
@@ -206,8 +206,8 @@ def _asked(place: KubernetesOptions) -> Iterator[tuple[str, str, Shape]]:
     pairs: list[tuple[str, Sequence[Pair | None], tuple[Shape, Shape]]] = [
         ("--redis", [place.redis], (DNS, PORT)),
         ("--redis-secret", [place.redis_secret], (DNS, VALUE)),
-        ("--spot-label", [place.spot_label], (KEY, VALUE)),
-        ("--node-label", place.node_label, (KEY, VALUE)),
+        ("--spot-label", [place.spot_label], (LABEL_KEY, VALUE)),
+        ("--node-label", place.node_label, (LABEL_KEY, VALUE)),
         ("--egress", place.egress, (NETWORK, PORT)),
     ]
     for option, given, shapes in pairs:
@@ -311,7 +311,7 @@ def _ray_job(job: Job, place: KubernetesOptions) -> Tree:
         "metadata": {"name": job.name, **({"labels": labels} if labels else {})},
         "spec": _given(
             suspend=place.kueue or None,  # until Kueue has room for it
-            entrypoint=f"redux run {FOLDER}/job.yaml --runs-dir {shlex.quote(str(into))}",
+            entrypoint=f"redux run {JOB_MOUNT}/job.yaml --runs-dir {shlex.quote(str(into))}",
             submissionMode="K8sJobMode",
             backoffLimit=place.retries,
             activeDeadlineSeconds=place.deadline_s,
@@ -460,7 +460,7 @@ def _container(place: KubernetesOptions, **resources: Any) -> Tree:
         securityContext=_confined(),
         envFrom=[{"secretRef": {"name": place.secret}}] if place.secret else None,
         volumeMounts=[
-            {"name": "job", "mountPath": FOLDER, "readOnly": True},
+            {"name": "job", "mountPath": JOB_MOUNT, "readOnly": True},
             {"name": "shared", "mountPath": place.volume[1]},
         ],
     )

@@ -35,7 +35,7 @@ SECRET = re.compile(
 )
 """Names, in lower case, of files and folders that are or may be keys; code may be called so."""
 
-KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY|\bA[KS]IA[0-9A-Z]{16}\b|\bhf_\w{34}\b|\bghp_\w{36}\b")
+KEY_TEXT = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY|\bA[KS]IA[0-9A-Z]{16}\b|\bhf_\w{34}\b|\bghp_\w{36}\b")
 """Forms of keys: of TLS, SSH and Google, of AWS, of the Hugging Face hub, of GitHub."""
 
 EXCLUDED_DIRS = (
@@ -101,7 +101,7 @@ def _write(target: Path, chosen: dict[str, Path]) -> None:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in sorted(chosen.items()):
             content = path.read_bytes()
-            if KEY.search(content):
+            if KEY_TEXT.search(content):
                 raise ValueError(f"{path}: got a file with a key in it, allowed: none; a .rayignore has it stay here")
             # without its own time, so that the same content is the same package
             archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)

@@ -38,7 +38,7 @@ RAY_STOP_S = 3
 UNKNOWN = "does not exist"
 """In what Ray answers about a job that it does not know."""
 
-TRIES = 8
+RECONNECTS = 8
 """How often in a row a lost connection is made again; waits double from 2 s to 30 s, two minutes in all."""
 
 TOKEN = (
@@ -158,7 +158,7 @@ def follow(client: JobSubmissionClient, id: str, write_text: Callable[[str], Non
                 return job
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
             failures += 1
-            if failures > TRIES or UNKNOWN in str(error):
+            if failures > RECONNECTS or UNKNOWN in str(error):
                 raise
         time.sleep(min(2**failures, 30))
 

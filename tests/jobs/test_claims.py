@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs import schema
-from jobs.claims import ASSEMBLED, JOB, PROGRESS, Claim
+from jobs.claims import ASSEMBLED, JOB_FILE, PROGRESS, Claim
 from jobs.run import run
 from jobs.schema import Job
 from pipelines.core import jsonl
@@ -69,7 +69,7 @@ def test_before_the_first_step_every_setting_may_change(begin: Begin, override: 
     """What was prepared stays where it does not depend on the setting."""
     folder = begin(PREPARED)
     Claim.of(folder, load(override)).enforce()
-    assert schema.load(folder / JOB) == load(override)
+    assert schema.load(folder / JOB_FILE) == load(override)
     assert tuple(finished(folder)) == kept
     assert (folder / ASSEMBLED).exists() == ("assemble" in kept)
 
@@ -92,14 +92,14 @@ def test_a_setting_that_a_step_depends_on_stays(
     begin: Begin, done: tuple[str, ...], begun: tuple[str, ...], override: str, use: str
 ) -> None:
     folder = begin(done, begun)
-    before = (folder / JOB).read_text()
+    before = (folder / JOB_FILE).read_text()
     with pytest.raises(
         ValueError, match=f"{override.partition('=')[0]} = .*, and {use} depends on it; .*--allow-changes"
     ):
         Claim.of(folder, load(override)).enforce()
-    assert (folder / JOB).read_text() == before
+    assert (folder / JOB_FILE).read_text() == before
     Claim.of(folder, load(override)).enforce(changed=True)
-    assert schema.load(folder / JOB) == load(override)
+    assert schema.load(folder / JOB_FILE) == load(override)
     assert tuple(finished(folder)) == done, "what was done with the old setting is not done again"
 
 
@@ -121,7 +121,7 @@ def test_a_setting_of_later_steps_or_without_a_result_may_change(
 ) -> None:
     folder = begin(done)
     Claim.of(folder, load(override)).enforce()
-    assert schema.load(folder / JOB) == load(override)
+    assert schema.load(folder / JOB_FILE) == load(override)
     assert tuple(finished(folder)) == done
     assert (folder / ASSEMBLED).exists()
 
@@ -133,7 +133,7 @@ def test_another_report_is_written_anew(begin: Begin) -> None:
 
 
 def test_a_file_from_before_there_was_a_setting_has_its_default(begin: Begin) -> None:
-    path = begin(FINISHED) / JOB
+    path = begin(FINISHED) / JOB_FILE
     now = path.read_text()
     path.write_text(now.replace("gpu_share: 1.0\n", ""))
     assert path.read_text() != now
@@ -146,4 +146,4 @@ def test_a_run_that_finds_no_ray_binds_nothing(tmp_path: Path, monkeypatch: pyte
     for seed in (0, 1):
         with pytest.raises(ValueError, match=r"127\.0\.0\.1:1"):
             run(load(f"seed={seed}"), tmp_path / "run")
-    assert schema.load(tmp_path / "run" / JOB).seed == 1
+    assert schema.load(tmp_path / "run" / JOB_FILE).seed == 1

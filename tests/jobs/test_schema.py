@@ -61,7 +61,7 @@ def test_a_shipped_search_opens_with_what_to_expect_and_draws_jobs(
     pretrained = isinstance(document.plain(path)["job"]["model"]["tower"], str)
     asked = search.load(path, [f"job.model.{part}={folder}" for part, folder in parts.items()] if pretrained else [])
     assert asked.name == path.stem
-    jobs, written = search.Jobs(asked), tmp_path / search.FILE
+    jobs, written = search.TrialJobs(asked), tmp_path / search.SEARCH_FILE
     written.write_text(document.write(asked))
     assert search.load(written) == asked
     trials = Trials(replace(asked, max_concurrent_trials=asked.num_trials), asked.name, tmp_path, jobs.forecast)

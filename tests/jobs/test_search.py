@@ -83,7 +83,7 @@ def best_of(tmp_path: Path, values: dict[str, Any]) -> Path:
     folder = tmp_path / "runs"
     folder.mkdir()
     asked = search.load(write(tmp_path, objectives={"flops": "min"}))
-    claims.claim(folder / search.FILE, asked)
+    claims.claim(folder / search.SEARCH_FILE, asked)
     trials = Trials(asked, asked.name, folder, lambda drawn: {})
     places = {name: place.distribution for name, place in asked.space.items()}
     trials.study.add_trial(create_trial(params=values, distributions=places, value=1.0))
@@ -95,7 +95,7 @@ def test_the_best_of_several_objectives_is_for_the_user_to_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = search.load(write(tmp_path))
-    claims.claim(tmp_path / search.FILE, asked)
+    claims.claim(tmp_path / search.SEARCH_FILE, asked)
     trials = Trials(asked, asked.name, tmp_path, lambda drawn: {})
     places = {name: place.distribution for name, place in asked.space.items()}
     for kept, values in ((9, [0.9, 9.0]), (5, [0.8, 5.0]), (6, [0.7, 6.0])):
@@ -269,5 +269,5 @@ def await_steps(driver: psutil.Popen, folder: Path, trial: int, more: int) -> No
 
 
 def study(folder: Path) -> list[str]:
-    asked = search.document.read(folder / search.FILE, (), search.Search)
+    asked = search.document.read(folder / search.SEARCH_FILE, (), search.Search)
     return [trial.state.name for trial in search.find(asked, "tiny", folder).trials]
