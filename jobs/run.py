@@ -32,7 +32,7 @@ from jobs.claims import ASSEMBLED, PROGRESS
 from jobs.layout import locate_checkpoints, locate_sets
 from jobs.schema import Job
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
-from pipelines.data import easy_vqa, shards
+from pipelines.data import easy_vqa, shard_index, shard_writer
 from pipelines.data import records as check
 from pipelines.data.options import Making, Source
 from pipelines.evaluation import evaluate, tasks
@@ -204,7 +204,7 @@ def _check_weights(job: Job, folder: Path) -> None:
 def _check_sets(job: Job, folder: Path) -> None:
     """ValueError where images of a set, also of one that is still to be made, are not as a stage reads them."""
     prepared = {
-        name: shards.Shards(url).prepared for name, url in job.data.sets.items() if name not in job.data.make
+        name: shard_index.Shards(url).prepared for name, url in job.data.sets.items() if name not in job.data.make
     } | {
         name: (source.image_size, source.image_aspect_ratio)
         for name, source in job.data.make.items()
@@ -271,7 +271,7 @@ def located(job: Job, folder: Path) -> Job:
     """
     sets = {name: storage.absolute(url) for name, url in job.data.sets.items()}
     for name, url in sets.items():
-        if name not in job.data.make and not len(shards.Shards(url)):
+        if name not in job.data.make and not len(shard_index.Shards(url)):
             raise ValueError(f"data.sets.{name}: {url} has no samples, allowed: at least one")
     trackers.require(job.trackers)
     for name, stage in job.train.items():
@@ -397,18 +397,18 @@ def _shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence
     """The sets that the job makes; and, for a model that starts from nothing, a tokenizer."""
     for name, source in job.data.make.items():
         making = Making(**{each.name: getattr(source, each.name) for each in fields(Making)})
-        shards.make(check.read(storage.read(source.json), source.json), source.images, sets[name], making)
+        shard_writer.make(check.read(storage.read(source.json), source.json), source.images, sets[name], making)
     records = {name: easy_vqa.SETS[name]() for name in job.made}
     making = Making(samples_per_shard=job.data.samples_per_shard)
     for name, given in records.items():
-        shards.make(given, str(easy_vqa.FOLDER), sets[name], making)
+        shard_writer.make(given, str(easy_vqa.FOLDER), sets[name], making)
     if not isinstance(job.model.language, Language):
         return
     mixed = {name for stage in job.train.values() for name in stage.mixture}
     others = (
         record
         for name in sorted(mixed - records.keys())
-        for record in shards.Shards(sets[name]).records()
+        for record in shard_index.Shards(sets[name]).records()
         if check.find_fault(record, None) is None
     )
     texts = (

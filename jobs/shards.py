@@ -8,7 +8,7 @@ from jobs import schema
 from jobs.claims import JOB
 from jobs.layout import locate_sets
 from pipelines.core import cluster, storage
-from pipelines.data import audit, consumed, easy_vqa, records, shards, tars
+from pipelines.data import audit, consumed, easy_vqa, records, shard_index, shard_writer, tars
 from pipelines.data.options import Making
 from pipelines.training import metrics
 
@@ -26,9 +26,9 @@ def make(arguments: argparse.Namespace) -> None:
         image_aspect_ratio=arguments.image_aspect_ratio,
         max_bad_fraction=arguments.max_bad_fraction,
     )
-    finished = shards.is_finished(arguments.out)
+    finished = shard_index.is_finished(arguments.out)
     with cluster.session():
-        summary = shards.make(given, images, arguments.out, making)
+        summary = shard_writer.make(given, images, arguments.out, making)
     if finished:
         print(
             f"{arguments.out}: already finished and unchanged; images were not read again. To make the set again, "
@@ -87,7 +87,7 @@ def _consumed(folder: str, run: Path) -> tuple[list[str], list[str]]:
     names = [name for name, url in sets.items() if url == storage.absolute(folder)]
     if not names:
         raise ValueError(f"{folder}: {run} did not train on it, allowed: {', '.join(sets.values())}")
-    log, samples, proven, wrong = run / consumed.FILE, len(shards.Shards(folder)), [], []
+    log, samples, proven, wrong = run / consumed.FILE, len(shard_index.Shards(folder)), [], []
     if not log.exists():
         raise ValueError(f"{log}: not there, allowed: a run that has trained")
     for name in names:

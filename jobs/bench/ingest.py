@@ -59,7 +59,8 @@ from jobs.bench.record import append, each
 from pipelines.data.ingest import Batch, Reader, dataset, micro_batches
 from pipelines.data.options import Making
 from pipelines.data.order import Order
-from pipelines.data.shards import Shards, make
+from pipelines.data.shard_index import Shards
+from pipelines.data.shard_writer import make
 from redux.conversation import IMAGE, word_tokenizer
 from redux.image import pixels
 from redux.settings import Way

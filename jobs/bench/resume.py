@@ -28,7 +28,8 @@ from pipelines.core.storage import read_ranges
 from pipelines.data.ingest import Reader, conversation, dataset, micro_batches
 from pipelines.data.options import Making
 from pipelines.data.order import Order
-from pipelines.data.shards import Shards, make
+from pipelines.data.shard_index import Shards
+from pipelines.data.shard_writer import make
 from redux.conversation import IMAGE, word_tokenizer
 
 SIZE, BATCH, WORKERS = 336, 16, 2

@@ -62,7 +62,7 @@ def small(folder: Path) -> Any:
     from PIL import Image
 
     from pipelines.data.options import Making
-    from pipelines.data.shards import make
+    from pipelines.data.shard_writer import make
     from pipelines.training.plan import Plan
     from pipelines.training.stage import Stage
     from redux.architecture import Language, Model, Tower, image_tokens

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from pipelines.core import interrupts, storage
 from pipelines.data import images, records, tars
-from pipelines.data.shards import BAR, INDEX, QUARANTINE, SCHEMA, SUMMARY, UNFINISHED, Shards, ipc_file, write_index
+from pipelines.data.shard_index import INDEX, QUARANTINE, SCHEMA, SUMMARY, UNFINISHED, Shards
+from pipelines.data.shard_writer import BAR, ipc_file, write_index
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 """How names of compressed tars end."""

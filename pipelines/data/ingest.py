@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from pipelines.core import storage
 from pipelines.data.order import Order
 from pipelines.data.records import find_fault
-from pipelines.data.shards import Sample, Shards, read
+from pipelines.data.shard_index import Sample, Shards, read
 from redux.conversation import CONTEXT, IGNORE, IMAGE, TEMPLATES, encode, pad
 from redux.image import pixels
 from redux.settings import Fit, TemplateName, Way

@@ -159,7 +159,7 @@ def read_tar(data: Bytes, name: str) -> Tar:
 
 
 def rows(tar: Tar, data: Bytes, name: str) -> list[dict[str, Any]]:
-    """Rows of the index, one for each kept sample: `pipelines.data.shards.SCHEMA`."""
+    """Rows of the index, one for each kept sample: `pipelines.data.shard_index.SCHEMA`."""
     return [
         {
             "key": plain_text(sample.key),

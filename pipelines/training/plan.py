@@ -14,7 +14,7 @@ from pipelines.core import storage
 from pipelines.data import ingest
 from pipelines.data.grouping import Groups
 from pipelines.data.order import Order
-from pipelines.data.shards import Shards
+from pipelines.data.shard_index import Shards
 from pipelines.training.stage import FIT, TEMPLATE, Recovery, Stage
 from redux.architecture import Model
 from redux.settings import Fit, TemplateName

@@ -25,7 +25,8 @@ import trustme
 from PIL import Image
 
 from pipelines.core import cluster
-from pipelines.data import shards
+from pipelines.data import shard_writer
+from pipelines.data.options import Making
 from tests.jobs.machines import QUICK, RAY, Cluster, Network, Process, apart, kill, lines, network, until
 
 JOB = """
@@ -102,7 +103,7 @@ def make(folder: Path) -> str:
         turns = [("human", f"<image>\nis shape number {number} red?"), ("gpt", ("yes", "no")[number % 2])]
         said = [{"from": who, "value": text} for who, text in turns]
         records.append({"id": str(number), "image": f"{number}.png", "conversations": said})
-    shards.make(records, str(folder), str(folder / "made"), shards.Making(samples_per_shard=5))
+    shard_writer.make(records, str(folder), str(folder / "made"), Making(samples_per_shard=5))
     return str(folder / "made")
 
 

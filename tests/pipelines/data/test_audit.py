@@ -11,7 +11,8 @@ from pyarrow import ipc
 
 from pipelines.data.audit import index_tars, verify
 from pipelines.data.options import Making
-from pipelines.data.shards import INDEX, QUARANTINE, SUMMARY, UNFINISHED, Shards, ipc_file, make
+from pipelines.data.shard_index import INDEX, QUARANTINE, SUMMARY, UNFINISHED, Shards
+from pipelines.data.shard_writer import ipc_file, make
 from tests.pipelines.odd_tars import pack, picture, record
 
 

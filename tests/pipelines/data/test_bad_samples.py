@@ -28,7 +28,8 @@ from pipelines.data.consumed import prove
 from pipelines.data.ingest import Reader, conversation, dataset, micro_batches
 from pipelines.data.options import Making
 from pipelines.data.order import Order
-from pipelines.data.shards import SCHEMA, Shards, make, write_index
+from pipelines.data.shard_index import SCHEMA, Shards
+from pipelines.data.shard_writer import make, write_index
 
 SIDE = 16
 GLOBAL_BATCH = 8

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from pipelines.data.ingest import BLOCK_SAMPLES, Reader, caption, conversation, dataset, draw_rounds, micro_batches
 from pipelines.data.options import Making
 from pipelines.data.order import Order
-from pipelines.data.shards import Sample, Shards, make
+from pipelines.data.shard_index import Sample, Shards
+from pipelines.data.shard_writer import make
 from redux.conversation import CONTEXT, IGNORE, IMAGE
 from redux.image import pixels
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.data.options import Making
 from pipelines.data.records import REASONS, find_fault, read
-from pipelines.data.shards import QUARANTINE, Making, Shards, make
+from pipelines.data.shard_index import QUARANTINE, Shards
+from pipelines.data.shard_writer import make
 from redux.conversation import TEMPLATES, encode, word_tokenizer
 from redux.image import pixels
 from tests.pipelines.odd_records import odd_image, odd_record, picture

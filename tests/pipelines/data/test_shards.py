@@ -24,7 +24,8 @@ from PIL import Image
 from pipelines.core import storage
 from pipelines.data.options import Making
 from pipelines.data.records import REASONS
-from pipelines.data.shards import INDEX, QUARANTINE, SCHEMA, SUMMARY, Shards, make, write_index
+from pipelines.data.shard_index import INDEX, QUARANTINE, SCHEMA, SUMMARY, Shards
+from pipelines.data.shard_writer import make, write_index
 from redux.image import pixels
 
 
@@ -290,7 +291,7 @@ def test_a_process_that_looks_up_few_samples_does_not_hold_the_index(tmp_path: P
     program = f"""
 import re
 from pathlib import Path
-from pipelines.data.shards import Shards
+from pipelines.data.shard_index import Shards
 def own():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = own()
