@@ -291,6 +291,7 @@ def test_a_process_that_looks_up_few_samples_does_not_hold_the_index(tmp_path: P
     program = f"""
 import re
 from pathlib import Path
+import pandas  # pyarrow loads it on first use
 from pipelines.data.shard_index import Shards
 def own():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
