@@ -17,7 +17,7 @@ FORMS: tuple[Form, ...] = (("question_id", "text"), ("id", "question"), ("id", "
 
 def freeze(arguments: argparse.Namespace) -> None:
     """Write the prompts and say how many.  ValueError where a question or the file cannot be used."""
-    asked = read(arguments.questions) if arguments.questions else easy_vqa.asked()
+    asked = read(arguments.questions) if arguments.questions else easy_vqa.draw_questions()
     prompts = instructions.questions(asked, arguments.per_task, arguments.seed)
     try:
         instructions.write(prompts, arguments.out)

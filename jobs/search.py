@@ -183,7 +183,7 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
     whole = Jobs(search)({})
     _check_metrics(search, whole, folder)
     claims.make_folder(folder)
-    with run.alone(folder), cluster.session():
+    with run.alone(folder), cluster.open_session():
         _claim(search, folder, changed)
         _require(search, whole)
         jobs = Jobs(search, _share(search, folder / SHARED, changed), _with_counts(search, whole))
@@ -240,21 +240,21 @@ def _require(search: Search, job: Job) -> None:
     actors = 0 if job.evaluate is None else 1 if job.evaluate.num_actors == "auto" else job.evaluate.num_actors
     training = fewest * (0.5 if fewest == most else 1) if trains else 0
     what = f"max_concurrent_trials = {search.max_concurrent_trials}"
-    cluster.require({"CPU": search.max_concurrent_trials * max(training, actors / 2) + 1}, what)
-    if cluster.gpus():
+    cluster.require_resources({"CPU": search.max_concurrent_trials * max(training, actors / 2) + 1}, what)
+    if cluster.count_gpus():
         workers = max(fewest if trains else 0, actors)
-        cluster.require({"GPU": search.max_concurrent_trials * workers * job.gpu_share}, what)
+        cluster.require_resources({"GPU": search.max_concurrent_trials * workers * job.gpu_share}, what)
 
 
 def _with_counts(search: Search, job: Job) -> Values:
     """Values that divide what Ray has among the trials under way at a time, where the job leaves it open."""
-    places = max(cluster.count_places(job.gpu_share) // search.max_concurrent_trials, 1)
+    places = max(cluster.count_model_processes(job.gpu_share) // search.max_concurrent_trials, 1)
     stages = [stage for name, stage in job.train.items() if name not in search.shared]
     result: Values = {}
     if job.worker_range is None:
         result["num_workers"] = count_shared_workers(stages, places)
     if job.evaluate and job.evaluate.num_actors == "auto":
-        result["evaluate.num_actors"] = places if cluster.gpus() else min(places, 2)
+        result["evaluate.num_actors"] = places if cluster.count_gpus() else min(places, 2)
     return result
 
 

@@ -125,7 +125,7 @@ def conduct(study: Study, folder: Path, changed: bool = False) -> None:
     folder = folder.resolve()
     todo = jobs(study, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with cluster.session():
+    with cluster.open_session():
         for number, (name, job) in enumerate(todo.items(), start=1):
             print(f"[{number}/{len(todo)}] {name}", flush=True)
             run.run(job, folder / name, changed, until=study.shared[-1] if name == SHARED else None)

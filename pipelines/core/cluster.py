@@ -35,7 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 from pipelines.core import interrupts
 
 # read by libraries here and in every worker; a task is one thread, so tokenizers must not start more
-ENVIRONMENT = {
+LIBRARY_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -47,45 +47,45 @@ ENVIRONMENT = {
 }
 
 
-REACH_S = 10
+CONNECT_TIMEOUT_S = 10
 """Until a named Ray counts as not there."""
 
-END_S = 10
+KILL_TIMEOUT_S = 10
 """For the kernel to end killed processes."""
 
-LOOK_S = 1
+HEAD_POLL_S = 1
 """Between looks whether the head of a named Ray is there."""
 
-GONE = (
+HEAD_GONE_MESSAGE = (
     "the head of the cluster at {}:{} is gone; if it stays away, Ray ends this command within a minute. The same "
     "command goes on from the last checkpoint"
 )
 
-MAX_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
+MAX_SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 """Longest path of a Unix socket."""
 
-LONGEST_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+LONGEST_SOCKET_PATH = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 """Longest path of a socket in the folder of a Ray."""
 
-SETTINGS = b"\x04"
+HTTP2_SETTINGS_TYPE = b"\x04"
 """Type of the frame that both sides of HTTP/2 send first (RFC 9113, section 6.5)."""
 
-HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + SETTINGS + bytes(5)
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + HTTP2_SETTINGS_TYPE + bytes(5)
 """First bytes of a client of HTTP/2, on which gRPC runs (RFC 9113, section 3.4): magic text and empty settings."""
 
-LO = "lo0" if sys.platform == "darwin" else "lo"
+LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
-LOOPBACK = {
+LOOPBACK_ENVIRONMENT = {
     # Ray on Linux takes the machine's address wherever 127.0.0.1 is asked for, unless told to be as elsewhere
     ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
-    "GLOO_SOCKET_IFNAME": LO,  # workers among each other
-    "NCCL_SOCKET_IFNAME": LO,
+    "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,  # workers among each other
+    "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
 }
 """What keeps a Ray and its workers on this machine."""
 
 
 @contextmanager
-def session() -> Iterator[None]:
+def open_session() -> Iterator[None]:
     """Ray for the length of a with block, quiet but for progress bars and errors; one within another is the same.
 
     ValueError where RAY_ADDRESS names a Ray that cannot be reached, or one at a public address without a token.
@@ -93,72 +93,77 @@ def session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    environment = {name: os.environ.setdefault(name, value) for name, value in ENVIRONMENT.items()}
+    environment = {name: os.environ.setdefault(name, value) for name, value in LIBRARY_ENVIRONMENT.items()}
     disable_progress_bar()  # of transformers, which would show one for each file it reads
-    with _private() if is_own() else _named(os.environ["RAY_ADDRESS"]) as settings:
+    with _private_settings() if is_private() else _cluster_settings(os.environ["RAY_ADDRESS"]) as settings:
         try:
             _connect(runtime_env={"env_vars": environment}, **settings)
-            interrupts.check()
+            interrupts.raise_if_interrupted()
             logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come back as exceptions
             ray.data.DataContext.get_current().enable_progress_bars = False  # each long step has a bar of its own
             yield
         finally:
-            with interrupts.deferred():
+            with interrupts.defer_signals():
                 ray.shutdown()
 
 
 def _connect(**settings: Any) -> None:
     """ray.init; ValueError where there is no Ray, or where it wants another token."""
-    print("starting Ray" if is_own() else f"connecting to Ray at {settings['address']}", flush=True)
+    print("starting Ray" if is_private() else f"connecting to Ray at {settings['address']}", flush=True)
     try:
         # Ray 2.60 would put two handlers of its own for SIGTERM in place, one of which exits with 15, the other with a
         # stack trace; and a Ray that is started by half could not be ended in order, while a named one may take long
         with (
             patch.object(ray_utils, "set_sigterm_handler"),
             patch.object(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True),
-            interrupts.deferred() if is_own() else nullcontext(),
+            interrupts.defer_signals() if is_private() else nullcontext(),
         ):
             # what went wrong in a worker comes back as an exception
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
     except Exception as error:
         if "timed out during startup" in str(error):  # Ray 2.60 raises Exception itself, after 30 s
             raise TimeoutError("Ray did not start in time, as on a machine with too much other work") from None
-        if is_own() or not isinstance(error, ConnectionError | RuntimeError | AuthenticationError):
+        if is_private() or not isinstance(error, ConnectionError | RuntimeError | AuthenticationError):
             raise
         why = " ".join(str(error).split())
         raise ValueError(f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}: {why}") from None
 
 
 @contextmanager
-def _private() -> Iterator[dict[str, Any]]:
+def _private_settings() -> Iterator[dict[str, Any]]:
     """Settings of a Ray that only this process and its children reach, and the environment that makes it so.
 
     No process of it is left afterwards. Its folder, with its logs, is left where an error ended it that the user cannot
     do anything about.
     """
-    wanted = {**LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **_find_short_folder()}
+    wanted = {
+        **LOOPBACK_ENVIRONMENT,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        **_find_short_folder(),
+    }
     before = {name: os.environ.get(name) for name in wanted}
     clusters = ray_constants.ENABLE_RAY_CLUSTER
     os.environ.update(wanted)
     ray_constants.ENABLE_RAY_CLUSTER = False  # this process has read the variable
-    _reread()
-    folders, keep = set(_folders()), False
+    _reload_environment()
+    folders, keep = set(_list_session_folders()), False
     try:
-        with _own_sessions():
+        with _isolate_processes():
             yield {"address": "local", "include_dashboard": False}
     except Exception as error:
         keep = not isinstance(error, ValueError)
         raise
     finally:
         if not keep:
-            _remove_folders(set(_folders()) - folders)
+            _remove_session_folders(set(_list_session_folders()) - folders)
         ray_constants.ENABLE_RAY_CLUSTER = clusters
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-        _reread()
+        _reload_environment()
 
 
 def _find_short_folder() -> dict[str, str]:
@@ -166,8 +171,8 @@ def _find_short_folder() -> dict[str, str]:
 
     Schedulers give a job such a TMPDIR. ValueError where RAY_TMPDIR itself is too long.
     """
-    longest = Path(get_default_ray_temp_dir(), LONGEST_SOCKET)
-    excess = len(os.fsencode(longest)) - MAX_SOCKET_BYTES
+    longest = Path(get_default_ray_temp_dir(), LONGEST_SOCKET_PATH)
+    excess = len(os.fsencode(longest)) - MAX_SOCKET_PATH_BYTES
     if excess <= 0:
         return {}
     if own := os.environ.get("RAY_TMPDIR"):
@@ -176,7 +181,7 @@ def _find_short_folder() -> dict[str, str]:
 
 
 @contextmanager
-def _own_sessions() -> Iterator[None]:
+def _isolate_processes() -> Iterator[None]:
     """Keep signals from the processes that Ray starts here, and end all of them, with what they started.
 
     Each gets a session of its own. In that of this process they would get the signals of its process group: Ctrl-C in a
@@ -207,11 +212,11 @@ def _own_sessions() -> Iterator[None]:
         try:
             yield
         finally:
-            with interrupts.deferred():
-                _end(started)
+            with interrupts.defer_signals():
+                _kill_sessions(started)
 
 
-def _end(sessions: list[int]) -> None:
+def _kill_sessions(sessions: list[int]) -> None:
     """Kill the processes of these sessions: Ray's agents would only notice after a minute that the rest is gone."""
     left = []
     for process in psutil.process_iter():
@@ -219,15 +224,15 @@ def _end(sessions: list[int]) -> None:
             if os.getsid(process.pid) in sessions:
                 process.kill()
                 left.append(process)
-    psutil.wait_procs(left, timeout=END_S)
+    psutil.wait_procs(left, timeout=KILL_TIMEOUT_S)
 
 
-def _folders() -> list[Path]:
+def _list_session_folders() -> list[Path]:
     """Folders of the Rays that this process has started."""
     return list(Path(get_default_ray_temp_dir()).glob(f"session_*_{os.getpid()}"))
 
 
-def _remove_folders(folders: set[Path]) -> None:
+def _remove_session_folders(folders: set[Path]) -> None:
     latest = Path(get_default_ray_temp_dir(), "session_latest")
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
@@ -235,14 +240,14 @@ def _remove_folders(folders: set[Path]) -> None:
             latest.unlink(missing_ok=True)
 
 
-def _reread() -> None:
+def _reload_environment() -> None:
     """Ray's C++ side keeps what it read of the environment: the mode, and the token."""
     _raylet.Config.initialize("")  # type: ignore[attr-defined]
     _raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
 
 
 @contextmanager
-def _named(address: str) -> Iterator[dict[str, Any]]:
+def _cluster_settings(address: str) -> Iterator[dict[str, Any]]:
     """Settings of the Ray at HOST:PORT, whose head is kept an eye on.
 
     ValueError where nothing listens there, where one of the two wants TLS and the other does not take it, or where the
@@ -256,7 +261,7 @@ def _named(address: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"RAY_ADDRESS: got {address}, allowed: HOST:PORT, auto or local")
     place = host.strip("[]"), int(port)
     try:
-        ip = _answers(place)
+        ip = _resolve_peer(place)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise ValueError(f"RAY_ADDRESS: nothing answers at {address}: {why}") from None
@@ -265,10 +270,10 @@ def _named(address: str) -> Iterator[dict[str, Any]]:
             f"RAY_ADDRESS: {address} is {ip}, a public address, without a token; allowed: a private or loopback "
             "address, or RAY_AUTH_MODE=token here and where the cluster is started"
         )
-    _agree_on_tls(address, place)
+    _check_tls(address, place)
     _check_protocol(address, place)
     over = threading.Event()
-    threading.Thread(target=_watch, args=(place, over), daemon=True).start()
+    threading.Thread(target=_watch_head, args=(place, over), daemon=True).start()
     try:
         yield {"address": address}
     finally:
@@ -288,13 +293,13 @@ def _find_address() -> str:
     )
 
 
-def _answers(place: tuple[str, int]) -> str:
+def _resolve_peer(place: tuple[str, int]) -> str:
     """Whose address it is; OSError where nobody takes the call."""
-    with socket.create_connection(place, REACH_S) as call:
+    with socket.create_connection(place, CONNECT_TIMEOUT_S) as call:
         return str(call.getpeername()[0]).partition("%")[0]
 
 
-def _agree_on_tls(address: str, place: tuple[str, int]) -> None:
+def _check_tls(address: str, place: tuple[str, int]) -> None:
     """ValueError where Ray's channels would not come about: it would try for a minute, and end the process."""
     wanted = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -314,7 +319,7 @@ def _agree_on_tls(address: str, place: tuple[str, int]) -> None:
     answered = False
     try:
         with (
-            socket.create_connection(place, REACH_S) as call,
+            socket.create_connection(place, CONNECT_TIMEOUT_S) as call,
             context.wrap_socket(call, server_hostname=place[0]) as tls,
         ):
             answered = True
@@ -332,28 +337,28 @@ def _check_protocol(address: str, place: tuple[str, int]) -> None:
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return  # the server chose HTTP/2 already
     answer = b""
-    with suppress(OSError), socket.create_connection(place, REACH_S) as call:
+    with suppress(OSError), socket.create_connection(place, CONNECT_TIMEOUT_S) as call:
         call.sendall(HTTP2_PREFACE)
         answer = call.makefile("rb").read(9)
-    if answer[3:4] != SETTINGS:
+    if answer[3:4] != HTTP2_SETTINGS_TYPE:
         raise ValueError(
             f"RAY_ADDRESS: what listens at {address} is not the head of a Ray cluster, allowed: HOST:PORT that "
             "`ray start --head` printed (the port is 6379 if none was chosen)"
         )
 
 
-def _watch(place: tuple[str, int], over: threading.Event) -> None:
+def _watch_head(place: tuple[str, int], over: threading.Event) -> None:
     """Say it when the head is gone, and when it is back.
 
     Ray's C++ side waits a minute for it and then ends the process: nothing in Python is asked, so it is said before.
     """
     gone = False
-    while not over.wait(LOOK_S):
+    while not over.wait(HEAD_POLL_S):
         try:
-            _answers(place)
+            _resolve_peer(place)
         except OSError:
             if not gone:
-                tqdm.write(f"redux: {GONE.format(*place)}", file=sys.stderr)
+                tqdm.write(f"redux: {HEAD_GONE_MESSAGE.format(*place)}", file=sys.stderr)
             gone = True
         else:
             if gone:
@@ -361,23 +366,23 @@ def _watch(place: tuple[str, int], over: threading.Event) -> None:
             gone = False
 
 
-def require(needed: Mapping[str, float], what: str) -> None:
+def require_resources(needed: Mapping[str, float], what: str) -> None:
     """ValueError where Ray runs on this machine alone and has less: what needs it would wait without end.
 
     needed: by Ray's names, CPU or GPU.
     """
     for name, count in needed.items():
         have = ray.cluster_resources().get(name, 0)
-        if is_own() and have < count:
+        if is_private() and have < count:
             raise ValueError(f"{what} needs {count:g} {name}s, allowed: {have:g}, which this machine has")
 
 
-def count_places(gpu_share: float = 1) -> int:
+def count_model_processes(gpu_share: float = 1) -> int:
     """Count the processes with a model that fit: one a GPU or share of one, without GPUs one a CPU.
 
     Each takes half a CPU, and one CPU is left to read data.
     """
-    cpus, gpu_count = int(ray.cluster_resources().get("CPU", 1)), gpus()
+    cpus, gpu_count = int(ray.cluster_resources().get("CPU", 1)), count_gpus()
     most = int(gpu_count / gpu_share) if gpu_count else cpus
     return max(min(most, 2 * (cpus - 1)), 1)
 
@@ -399,11 +404,11 @@ def describe_shortage() -> str:
     return f"waiting for {', and for '.join(lacking)}" if lacking else ""
 
 
-def gpus() -> float:
+def count_gpus() -> float:
     """GPUs that Ray has."""
     return float(ray.cluster_resources().get("GPU", 0))
 
 
-def is_own() -> bool:
+def is_private() -> bool:
     """Whether the run starts a Ray of its own, since none is named."""
     return os.environ.get("RAY_ADDRESS", "") in ("", "local")

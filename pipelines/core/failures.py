@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 
-MAX_CHARACTERS = 4000
+MAX_REASON_CHARACTERS = 4000
 """Length of a reason; a longer one loses its middle."""
 
 PERMANENT_ERRNOS = {
@@ -44,7 +44,7 @@ LOST_TEXTS = re.compile(
 )
 """Texts of a RuntimeError by which torch.distributed tells that a peer is gone."""
 
-HINTS = {
+ERRNO_HINTS = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space there, or raise the quota",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
@@ -60,12 +60,12 @@ HINTS = {
 CLASS_HINTS = {"OutOfMemoryError": "a smaller micro_batch_size needs less memory"}
 """Advice on an error by the name of its class."""
 
-_CHAINED = re.compile(
+_CHAIN_SEPARATOR = re.compile(
     r"^(?:The above exception was the direct cause of the following exception|"
     r"During handling of the above exception, another exception occurred):$",
     re.MULTILINE,
 )
-_ERROR = re.compile(r"([A-Za-z_][\w.]*)(?:: (.*))?$", re.DOTALL)
+_ERROR_LINE = re.compile(r"([A-Za-z_][\w.]*)(?:: (.*))?$", re.DOTALL)
 
 
 class PermanentError(OSError):
@@ -98,10 +98,10 @@ class Failure:
         return re.sub(r"0x[0-9a-f]+|\b[0-9a-f]{12,}\b|\d+(\.\d+)?", "#", self.text)
 
 
-def describe(error: BaseException) -> Failure:
+def classify_error(error: BaseException) -> Failure:
     """The failure that an error is, as its innermost error tells."""
     cause = find_cause(error)
-    return Failure(_kind(cause), _cut(_text(cause)))
+    return Failure(_classify(cause), _shorten_middle(_format_error(cause)))
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def _unwrap(error: BaseException) -> BaseException | None:
     names = _class_names(error)
     if "WorkerGroupError" in names:
         failures = getattr(error, "worker_failures", {}).values()
-        return min(map(find_cause, failures), key=_kind, default=None)
+        return min(map(find_cause, failures), key=_classify, default=None)
     for name, attribute in (
         ("RayTaskError", "cause"),
         ("UserExceptionWithTraceback", "_base_exc"),
@@ -154,30 +154,30 @@ def _unwrap(error: BaseException) -> BaseException | None:
         if isinstance(inner, BaseException):
             # Ray Data's wrapper loses its cause when it is pickled; the stack trace still ends the cause's part with it
             if "UserCodeException" in _class_names(inner) and inner.__cause__ is None:
-                return _from_trace(str(error)) or inner
+                return _parse_trace(str(error)) or inner
             return inner
     if "UserCodeException" in names:
         return error.__cause__
     if "ActorDiedError" in names and getattr(error, "actor_init_failed", False):
-        return _from_trace(str(error))
+        return _parse_trace(str(error))
     return None
 
 
-def _from_trace(trace: str) -> BaseException | None:
+def _parse_trace(trace: str) -> BaseException | None:
     """The last error of a stack trace that is not Ray's wrapper, as a new exception; None where there is none."""
-    for part in reversed(_CHAINED.split(trace)):
+    for part in reversed(_CHAIN_SEPARATOR.split(trace)):
         lines = part.strip().splitlines()
         frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
         rest = lines[frames[-1] + 1 if frames else 1 :]
         while rest and rest[0].startswith("    "):  # the frame's line of code
             rest = rest[1:]
-        found = _ERROR.match("\n".join(rest))
+        found = _ERROR_LINE.match("\n".join(rest))
         if found and not found[1].startswith("ray."):
-            return _remake(found[1].rpartition(".")[2], (found[2] or "").strip())
+            return _rebuild_error(found[1].rpartition(".")[2], (found[2] or "").strip())
     return None
 
 
-def _remake(name: str, text: str) -> BaseException:
+def _rebuild_error(name: str, text: str) -> BaseException:
     known = getattr(builtins, name, None)
     if not (isinstance(known, type) and issubclass(known, Exception)):
         return type(name, (Exception,), {})(text)
@@ -185,7 +185,7 @@ def _remake(name: str, text: str) -> BaseException:
     return OSError(int(number[1]), number[2], number[3]) if number else known(text)
 
 
-def _kind(error: BaseException) -> Kind:
+def _classify(error: BaseException) -> Kind:
     names = _class_names(error)
     if names & LOST_CLASSES:
         return Kind.LOST
@@ -202,11 +202,11 @@ def _class_names(error: BaseException) -> set[str]:
     return {base.__name__ for base in type(error).__mro__}
 
 
-def _text(error: BaseException) -> str:
+def _format_error(error: BaseException) -> str:
     """An error in one line: an error of a file names the file, the fault and what mends it."""
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        where = " -> ".join(os.fsdecode(name) for name in _files(error))
-        hint = f"; {HINTS[error.errno]}" if error.errno in HINTS else ""
+        where = " -> ".join(os.fsdecode(name) for name in _file_names(error))
+        hint = f"; {ERRNO_HINTS[error.errno]}" if error.errno in ERRNO_HINTS else ""
         return f"{where}: {error.strerror}{hint}" if where else f"{error.strerror}{hint}"
     name, text = type(error).__name__, " ".join(str(error).split())
     hint = f"; {CLASS_HINTS[name]}" if name in CLASS_HINTS else ""
@@ -216,12 +216,12 @@ def _text(error: BaseException) -> str:
     return (text if type(error) in (OSError, PermanentError) and text else f"{name}: {text}" if text else name) + hint
 
 
-def _files(error: OSError) -> Iterable[str | bytes]:
+def _file_names(error: OSError) -> Iterable[str | bytes]:
     return (name for name in (error.filename, error.filename2) if isinstance(name, str | bytes))
 
 
-def _cut(text: str) -> str:
-    if len(text) <= MAX_CHARACTERS:
+def _shorten_middle(text: str) -> str:
+    if len(text) <= MAX_REASON_CHARACTERS:
         return text
-    half = MAX_CHARACTERS // 2
+    half = MAX_REASON_CHARACTERS // 2
     return f"{text[:half]} [...] {text[-half:]}"

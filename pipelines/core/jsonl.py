@@ -14,7 +14,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     ValueError, naming file and line, for any other that is no object.
     """
     result = []
-    for number, line in enumerate(_whole(path).splitlines(), start=1):
+    for number, line in enumerate(_read_whole_lines(path).splitlines(), start=1):
         try:
             found = json.loads(line)
         except ValueError:
@@ -31,12 +31,12 @@ def append(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
-def mend(path: Path) -> None:
+def drop_partial_line(path: Path) -> None:
     """Cut half a line off, so that the next one does not go on from it."""
-    if path.exists() and path.stat().st_size > len(whole := _whole(path).encode()):
+    if path.exists() and path.stat().st_size > len(whole := _read_whole_lines(path).encode()):
         storage.write(str(path), whole)
 
 
-def _whole(path: Path) -> str:
+def _read_whole_lines(path: Path) -> str:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return text[: text.rfind("\n") + 1]

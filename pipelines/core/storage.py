@@ -50,29 +50,31 @@ from tenacity import (
 
 from pipelines.core.failures import PermanentError
 
-Range = tuple[str, int, int]
+ByteRange = tuple[str, int, int]
 """URL, first byte, byte after the last."""
 
 T = TypeVar("T")
 
-CONCURRENCY = 64
+MAX_CONCURRENT_REQUESTS = 64
 """Requests of one call that are on their way together."""
 
-GAP = 128 * 2**10
+MAX_GAP_BYTES = 128 * 2**10
 """Bytes between two ranges of a file up to which one request takes both: what arrives in the time a request costs."""
 
-BLOCK = 8 * 2**20
+MAX_BLOCK_BYTES = 8 * 2**20
 """Bytes that ranges read as one do not exceed together, so that large reads keep going out side by side."""
 
-PARTIAL = ".partial"
+PARTIAL_SUFFIX = ".partial"
 """How a local file ends that is being written; `names` does not show it."""
 
-EXPIRED = "expired credentials"
+EXPIRED_CREDENTIALS = "expired credentials"
 """The kind of fault after which a fresh filesystem reads the credentials again."""
 
-CODES = {
-    **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"), EXPIRED),
-    **dict.fromkeys(("InvalidToken", "InvalidTokenId"), EXPIRED),
+TRANSIENT_CODES = {
+    **dict.fromkeys(
+        ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"), EXPIRED_CREDENTIALS
+    ),
+    **dict.fromkeys(("InvalidToken", "InvalidTokenId"), EXPIRED_CREDENTIALS),
     **dict.fromkeys(("SlowDown", "TooManyRequests", "TooManyRequestsException", "ServiceUnavailable"), "throttled"),
     **dict.fromkeys(("Throttling", "ThrottlingException", "ThrottledException", "RequestLimitExceeded"), "throttled"),
     "InternalError": "server error",
@@ -81,10 +83,10 @@ CODES = {
 }
 """Codes of S3 and its like for what passes with time, and what it is called here."""
 
-STATUSES = {408: "time-out", 429: "throttled", 503: "throttled"}
+TRANSIENT_STATUSES = {408: "time-out", 429: "throttled", 503: "throttled"}
 """The same for stores whose answers have no code."""
 
-CLASSES = {
+TRANSIENT_CLASSES = {
     **dict.fromkeys(("TimeoutError", "Timeout", "TimeoutException"), "time-out"),
     **dict.fromkeys(("IncompleteRead", "IncompleteReadError", "ResponseStreamingError"), "truncated body"),
     **dict.fromkeys(("ClientPayloadError", "FlexibleChecksumError"), "truncated body"),
@@ -95,7 +97,7 @@ CLASSES = {
 
 logger = logging.getLogger(__name__)
 
-_seen: list[str] = []  # kinds of faults retried; appending needs no lock, which a fork could find held
+_retried_kinds: list[str] = []  # kinds of faults retried; appending needs no lock, which a fork could find held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,22 +125,24 @@ def read(url: str) -> bytes:
     def once(files: Any, path: str, seconds: float) -> bytes:
         # s3fs would first ask for the size, and no answer to that has a body which says what is wrong
         options = {"max_concurrency": 1} if "s3" in files.protocol else {}
-        data: bytes = _ask(files, "cat_file", path, seconds=seconds, **options)
+        data: bytes = _call(files, "cat_file", path, seconds=seconds, **options)
         return data
 
-    return _retried(url, once)
+    return _run_with_retries(url, once)
 
 
-def mapped(url: str) -> bytes | mmap.mmap:
+def map_file(url: str) -> bytes | mmap.mmap:
     """The whole of a large file: a local one mapped into memory, others read in ranges, side by side."""
-    length = size(url)
+    length = get_size(url)
     if is_local(url) and length:
-        with open(_open(url)[1], "rb") as file:
+        with open(_open_filesystem(url)[1], "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return b"".join(read_ranges([(url, at, min(at + BLOCK, length)) for at in range(0, length, BLOCK)]))
+    return b"".join(
+        read_ranges([(url, at, min(at + MAX_BLOCK_BYTES, length)) for at in range(0, length, MAX_BLOCK_BYTES)])
+    )
 
 
-def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
+def read_ranges(ranges: Sequence[ByteRange]) -> list[bytes]:
     """The bytes of each range, in this order, each of exactly its length.
 
     From a store near ranges of a file are read as one, and all side by side.  ValueError names the file that ends
@@ -149,8 +153,8 @@ def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
         return [_read_block(one, until) for one in ranges]
     wanted = [one for one in ranges if one[1] < one[2]]
     columns = ([one[part] for one in wanted] for part in range(3))
-    blocks: list[Range] = list(zip(*merge_offset_ranges(*columns, GAP, BLOCK), strict=True))
-    with ThreadPoolExecutor(CONCURRENCY) as pool:
+    blocks: list[ByteRange] = list(zip(*merge_offset_ranges(*columns, MAX_GAP_BYTES, MAX_BLOCK_BYTES), strict=True))
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         held = list(pool.map(partial(_read_block, until=until), blocks))
     firsts = [block[:2] for block in blocks]
     result = []
@@ -165,19 +169,19 @@ def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
     return result
 
 
-def _read_block(block: Range, until: float) -> bytes:
+def _read_block(block: ByteRange, until: float) -> bytes:
     url, start, stop = block
 
     def once(files: Any, path: str, seconds: float) -> bytes:
-        data: bytes = _ask(files, "cat_file", path, start=start, end=stop, seconds=seconds)
+        data: bytes = _call(files, "cat_file", path, start=start, end=stop, seconds=seconds)
         if missing := stop - start - len(data):
-            size = _info(files, path, seconds)["size"]
+            size = _get_info(files, path, seconds)["size"]
             if size < stop:
                 raise EOFError(f"got {start} to {stop}, the file ends at {size}")
             raise IncompleteRead(data, missing)
         return data
 
-    return _retried(url, once, until)
+    return _run_with_retries(url, once, until)
 
 
 def write(url: str, data: bytes) -> None:
@@ -185,7 +189,7 @@ def write(url: str, data: bytes) -> None:
 
     Folders above are made.  On S3 it is one put up to 100 MB, and parts that appear together above.
     """
-    _retried(url, lambda files, path, seconds: _ask(files, "pipe_file", path, data, seconds=seconds))
+    _run_with_retries(url, lambda files, path, seconds: _call(files, "pipe_file", path, data, seconds=seconds))
 
 
 def exists(url: str) -> bool:
@@ -193,68 +197,68 @@ def exists(url: str) -> bool:
 
     def once(files: Any, path: str, seconds: float) -> bool:
         try:
-            return bool(_info(files, path, seconds)["type"] == "file")
+            return bool(_get_info(files, path, seconds)["type"] == "file")
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    return _retried(url, once)
+    return _run_with_retries(url, once)
 
 
-def size(url: str) -> int:
+def get_size(url: str) -> int:
     """Bytes that the file holds."""
 
     def once(files: Any, path: str, seconds: float) -> int:
-        info = _info(files, path, seconds)
+        info = _get_info(files, path, seconds)
         if info["type"] != "file":
             raise IsADirectoryError("a folder")
         return int(info["size"])
 
-    return _retried(url, once)
+    return _run_with_retries(url, once)
 
 
-def names(url: str) -> list[str]:
+def list_files(url: str) -> list[str]:
     """Names of the files directly in a folder, sorted; [] also where it is missing: object stores cannot tell."""
-    return [name for name in _listed(url, "file") if not name.endswith(PARTIAL)]
+    return [name for name in _list_entries(url, "file") if not name.endswith(PARTIAL_SUFFIX)]
 
 
-def folders(url: str) -> list[str]:
+def list_folders(url: str) -> list[str]:
     """Names of the folders directly in a folder, sorted; [] also where it is missing."""
-    return _listed(url, "directory")
+    return _list_entries(url, "directory")
 
 
-def _listed(url: str, kind: str) -> list[str]:
+def _list_entries(url: str, kind: str) -> list[str]:
     def once(files: Any, path: str, seconds: float) -> list[str]:
         try:
-            infos = _ask(files, "ls", path, detail=True, seconds=seconds)
+            infos = _call(files, "ls", path, detail=True, seconds=seconds)
         except FileNotFoundError as error:
-            if _answer(error)[0] == "NoSuchBucket":
+            if _parse_response(error)[0] == "NoSuchBucket":
                 raise
             return []
         found = (posixpath.basename(info["name"].rstrip("/")) for info in infos if info["type"] == kind)
         return sorted(name for name in found if name)
 
-    return _retried(url, once)
+    return _run_with_retries(url, once)
 
 
 def remove_folder(url: str) -> None:
     """Remove the files directly in a folder, and a local folder itself, if it is there."""
-    for name in names(url):
+    for name in list_files(url):
         remove(join(url, name))
     if is_local(url):
-        shutil.rmtree(_open(url)[1], ignore_errors=True)
+        shutil.rmtree(_open_filesystem(url)[1], ignore_errors=True)
 
 
 def remove_partial(url: str) -> None:
     """Remove files directly in a folder whose writers were killed in the middle; object stores have no such files."""
     if is_local(url):
-        for path in glob.glob(os.path.join(glob.escape(_open(url)[1]), f".*{PARTIAL}")):
+        for path in glob.glob(os.path.join(glob.escape(_open_filesystem(url)[1]), f".*{PARTIAL_SUFFIX}")):
             with suppress(FileNotFoundError):
                 os.remove(path)
 
 
 def remove_tree(url: str) -> None:
     """Remove a folder with all that is below it, if it is there."""
-    for name in folders(url):
+    for name in list_folders(url):
         remove_tree(join(url, name))
     remove_folder(url)
 
@@ -264,12 +268,12 @@ def remove(url: str) -> None:
 
     def once(files: Any, path: str, seconds: float) -> None:
         try:
-            _ask(files, "rm_file", path, seconds=seconds)
+            _call(files, "rm_file", path, seconds=seconds)
         except FileNotFoundError as error:
-            if _answer(error)[0] == "NoSuchBucket":
+            if _parse_response(error)[0] == "NoSuchBucket":
                 raise
 
-    _retried(url, once)
+    _run_with_retries(url, once)
 
 
 def join(url: str, *names: str) -> str:
@@ -277,17 +281,17 @@ def join(url: str, *names: str) -> str:
     return posixpath.join(url, *names)
 
 
-def absolute(url: str) -> str:
+def make_absolute(url: str) -> str:
     """The URL, or the local path from the root on and without links; no slash at its end."""
     return os.path.realpath(url.rpartition("://")[2]) if is_local(url) else url.rstrip("/")
 
 
-def retries() -> dict[str, int]:
+def count_retries() -> dict[str, int]:
     """How often this process tried again so far, by kind of fault."""
-    return dict(Counter(_seen))
+    return dict(Counter(_retried_kinds))
 
 
-class _Local:
+class _LocalFiles:
     """Of local files what is asked of a filesystem here, without fsspec's layers; writing is whole or not at all."""
 
     async_impl = False
@@ -303,7 +307,7 @@ class _Local:
     def pipe_file(path: str, data: bytes) -> None:
         folder, name = os.path.split(os.path.abspath(path))
         os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, f".{name}.{uuid4().hex}{PARTIAL}")
+        temporary = os.path.join(folder, f".{name}.{uuid4().hex}{PARTIAL_SUFFIX}")
         try:
             with open(temporary, "xb") as file:
                 file.write(data)
@@ -336,17 +340,17 @@ def is_local(url: str) -> bool:
     return split_protocol(url)[0] in (None, "file", "local")
 
 
-def _open(url: str) -> tuple[Any, str]:
+def _open_filesystem(url: str) -> tuple[Any, str]:
     """The process's filesystem for the URL, and the path there."""
     if is_local(url):
-        return _Local, url.rpartition("://")[2]
+        return _LocalFiles, url.rpartition("://")[2]
     options: dict[str, Any] = {"use_listings_cache": False}  # others write too
     on_s3 = split_protocol(url)[0] in ("s3", "s3a")
     if on_s3:
         options["config_kwargs"] = {
             "connect_timeout": RETRY.connect_timeout_s,
             "read_timeout": RETRY.read_timeout_s,
-            "max_pool_connections": CONCURRENCY,
+            "max_pool_connections": MAX_CONCURRENT_REQUESTS,
             "retries": {"total_max_attempts": 1},
             **fsspec.config.conf.get("s3", {}).get("config_kwargs", {}),
         }
@@ -356,24 +360,24 @@ def _open(url: str) -> tuple[Any, str]:
     return files, path
 
 
-def _ask(files: Any, method: str, *args: Any, seconds: float, **kwargs: Any) -> Any:
+def _call(files: Any, method: str, *args: Any, seconds: float, **kwargs: Any) -> Any:
     """What the filesystem's method answers; an asynchronous one is given up after so many seconds."""
     if files.async_impl:
         return sync(files.loop, getattr(files, f"_{method}"), *args, timeout=seconds, **kwargs)
     return getattr(files, method)(*args, **kwargs)
 
 
-def _info(files: Any, path: str, seconds: float) -> dict[str, Any]:
+def _get_info(files: Any, path: str, seconds: float) -> dict[str, Any]:
     try:
-        info: dict[str, Any] = _ask(files, "info", path, seconds=seconds)
+        info: dict[str, Any] = _call(files, "info", path, seconds=seconds)
     except OSError as error:
-        if _answer(error)[0] in ("400", "403"):  # S3 answers HEAD without a body; its answer to GET says why
-            _ask(files, "cat_file", path, start=0, end=1, seconds=seconds)
+        if _parse_response(error)[0] in ("400", "403"):  # S3 answers HEAD without a body; its answer to GET says why
+            _call(files, "cat_file", path, start=0, end=1, seconds=seconds)
         raise
     return info
 
 
-def _retried(url: str, work: Callable[[Any, str, float], T], until: float | None = None) -> T:
+def _run_with_retries(url: str, work: Callable[[Any, str, float], T], until: float | None = None) -> T:
     """`work(filesystem, path, seconds left)`, tried again while faults are of the passing kind.
 
     A local path is asked once: the kernel has tried again itself before it reports a fault.
@@ -384,11 +388,11 @@ def _retried(url: str, work: Callable[[Any, str, float], T], until: float | None
     until = started + retry.deadline_s if until is None else until
 
     def once() -> T:
-        files, path = _open(url)
+        files, path = _open_filesystem(url)
         try:
             return work(files, path, max(until - time.monotonic(), 1e-3))  # zero would be no limit
         except Exception as error:
-            if _kind(error) == EXPIRED:
+            if _transient_kind(error) == EXPIRED_CREDENTIALS:
                 files.clear_instance_cache()
             raise
 
@@ -396,47 +400,47 @@ def _retried(url: str, work: Callable[[Any, str, float], T], until: float | None
         if is_local(url):
             return once()
         return Retrying(
-            retry=retry_if_exception(lambda error: _kind(error) is not None),
+            retry=retry_if_exception(lambda error: _transient_kind(error) is not None),
             wait=wait_random_exponential(multiplier=retry.first_wait_s, max=retry.longest_wait_s),
             stop=stop_after_attempt(retry.tries) | stop_before_delay(until - started),
-            before_sleep=partial(_note, url),
+            before_sleep=partial(_log_retry, url),
         )(once)
     except RetryError as used_up:
         last, seconds = used_up.last_attempt, time.monotonic() - started
         cause = last.exception() or used_up
         tries = f"{last.attempt_number} tries in {seconds:.1f} s"
-        told = f"{_shown(url)}: given up after {tries}, at last {_kind(cause)}: {_told(cause)}"
-        raise (PermanentError if _kind(cause) == EXPIRED else OSError)(told) from None
+        told = f"{_redact(url)}: given up after {tries}, at last {_transient_kind(cause)}: {_message(cause)}"
+        raise (PermanentError if _transient_kind(cause) == EXPIRED_CREDENTIALS else OSError)(told) from None
     except Exception as error:
-        raise _meant(url, error) from None  # the chain may show what `_shown` hides
+        raise _to_user_error(url, error) from None  # the chain may show what `_shown` hides
 
 
-def _note(url: str, state: RetryCallState) -> None:
+def _log_retry(url: str, state: RetryCallState) -> None:
     assert state.outcome is not None
     error = state.outcome.exception()
     assert error is not None
-    kind = str(_kind(error))
-    level = logging.DEBUG if kind in _seen else logging.WARNING
-    _seen.append(kind)
+    kind = str(_transient_kind(error))
+    level = logging.DEBUG if kind in _retried_kinds else logging.WARNING
+    _retried_kinds.append(kind)
     note = "%s: try %d failed, %s: %s; the next in %.1f s; more of this kind are only counted"
-    logger.log(level, note, _shown(url), state.attempt_number, kind, _told(error), state.upcoming_sleep)
+    logger.log(level, note, _redact(url), state.attempt_number, kind, _message(error), state.upcoming_sleep)
 
 
-def _kind(error: BaseException) -> str | None:
+def _transient_kind(error: BaseException) -> str | None:
     """What a fault is called that passes with time; None for one that stays."""
-    code, status = _answer(error)
-    if code in CODES:
-        return CODES[code]
-    classes = {base.__name__ for one in _causes(error) for base in type(one).__mro__}
-    for name, kind in CLASSES.items():
+    code, status = _parse_response(error)
+    if code in TRANSIENT_CODES:
+        return TRANSIENT_CODES[code]
+    classes = {base.__name__ for one in _iterate_causes(error) for base in type(one).__mro__}
+    for name, kind in TRANSIENT_CLASSES.items():
         if name in classes:
             return kind
-    return STATUSES.get(status, "server error" if status >= 500 else None)
+    return TRANSIENT_STATUSES.get(status, "server error" if status >= 500 else None)
 
 
-def _answer(error: BaseException) -> tuple[str, int]:
+def _parse_response(error: BaseException) -> tuple[str, int]:
     """The store's code and HTTP status as the libraries' errors carry them; ("", 0) without an answer."""
-    for one in _causes(error):
+    for one in _iterate_causes(error):
         response = getattr(one, "response", None)
         if isinstance(response, dict):  # botocore
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
@@ -447,15 +451,15 @@ def _answer(error: BaseException) -> tuple[str, int]:
     return "", 0
 
 
-def _causes(error: BaseException | None) -> Iterable[BaseException]:
+def _iterate_causes(error: BaseException | None) -> Iterable[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def _meant(url: str, error: Exception) -> Exception:
+def _to_user_error(url: str, error: Exception) -> Exception:
     """An error that stays, in words that name the URL and what to do; one of ours that is a mistake, as it is."""
-    at, told = _shown(url), _told(error)
+    at, told = _redact(url), _message(error)
     if isinstance(error, ImportError):
         return ValueError(f"{at}: a package is missing: {told}")
     if isinstance(error, FileExistsError | NotADirectoryError):
@@ -464,7 +468,7 @@ def _meant(url: str, error: Exception) -> Exception:
         return ValueError(f"{at}: not there, allowed: a file that is; {told}")
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
         return ValueError(f"{at}: no access, allowed: credentials and rights for it; {told}")
-    if isinstance(error, EOFError) or _answer(error)[1] == 416:
+    if isinstance(error, EOFError) or _parse_response(error)[1] == 416:
         return ValueError(f"{at}: bytes past its end are wanted; {told}")
     if isinstance(error, ValueError) or any(base.__name__ == "BotoCoreError" for base in type(error).__mro__):
         return ValueError(f"{at}: {told}, allowed: a path, or a URL such as s3://bucket/key")
@@ -473,13 +477,13 @@ def _meant(url: str, error: Exception) -> Exception:
     return OSError(f"{at}: {told}") if isinstance(error, OSError) else error
 
 
-def _told(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     """The first cause in one line."""
-    *_, first = _causes(error)
+    *_, first = _iterate_causes(error)
     text = " ".join(str(first).split())
-    return _shown(f"{type(first).__name__}: {text}" if text else type(first).__name__)
+    return _redact(f"{type(first).__name__}: {text}" if text else type(first).__name__)
 
 
-def _shown(text: str) -> str:
+def _redact(text: str) -> str:
     """A URL, or a text with URLs, without what may be credentials: user:password@ and a signed query."""
     return re.sub(r"(?<=://)[^/\s@]*@|\?\S*", "", text)
