@@ -54,7 +54,7 @@ def caught(work: Callable[[], Any]) -> BaseException:
             Kind.PERMANENT,
             "/a/b: No space left on device; free",
         ),
-        (OSError(errno.EROFS, "Read-only file system", "/a"), Kind.PERMANENT, "/a: Read-only file system; mount it"),
+        (OSError(errno.EROFS, "Read-only file system", "/a"), Kind.PERMANENT, "/a: Read-only file system; remount it"),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), Kind.PERMANENT, "/a: Permission denied; get the"),
         (OSError(errno.EMFILE, "Too many open files"), Kind.PERMANENT, "Too many open files; raise the limit of open"),
         (OSError("s3://a/b: given up after 9 tries"), Kind.LOST, "s3://a/b: given up after 9 tries"),
@@ -92,7 +92,7 @@ def test_numbers_of_a_process_do_not_tell_two_errors_apart() -> None:
 # Behind wrappers
 
 CORE = PermissionError(errno.EACCES, "Permission denied", "/a")
-TOLD = "/a: Permission denied; get the right to it, or name another folder"
+TOLD = "/a: Permission denied; get permission for it, or choose another folder"
 
 
 @pytest.mark.parametrize(

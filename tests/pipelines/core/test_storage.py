@@ -117,13 +117,13 @@ def test_what_is_not_there_is_said_in_one_line(home: str) -> None:
     storage.write(join(home, "short"), b"0123456789")
     missing = join(home, "missing")
     cases: list[tuple[Callable[[], object], str]] = [
-        (lambda: storage.read(missing), f"{missing}: not there, allowed: a file that is"),
+        (lambda: storage.read(missing), f"{missing}: not found, allowed: an existing file"),
         (lambda: storage.get_size(missing), f"{missing}: not there"),
         (lambda: storage.get_size(home), f"{home}: not there"),
         (lambda: storage.read_ranges([(missing, 0, 5)]), f"{missing}: not there"),
         (
             lambda: storage.read_ranges([(join(home, "short"), 4, 11)]),
-            f"{home}/short: bytes past its end are wanted; EOFError: got 4 to 11, ",
+            f"{home}/short: bytes past its end were requested; EOFError: got 4 to 11, ",
         ),
         (lambda: storage.read_ranges([(join(home, "short"), 20, 30)]), f"{home}/short: bytes past its end"),
     ]
@@ -330,7 +330,7 @@ def test_no_credentials_at_all_are_no_access(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=f"^{bucket}/x: no access, allowed: credentials"):
+    with pytest.raises(ValueError, match=f"^{bucket}/x: access denied, allowed: credentials"):
         storage.read(f"{bucket}/x")
 
 

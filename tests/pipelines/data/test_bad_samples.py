@@ -169,8 +169,8 @@ def test_bad_samples_are_replaced_and_named_and_others_are_as_before(sound: Shar
         (FLIPPED, "bytes differ from the index's checksum"),
         (BROKEN, "an image that Pillow cannot read: .*"),
         (REMOVED[1], "not there, .*"),
-        (CUT[0], "bytes past its end are wanted; .*"),
-        (CUT[1], "bytes past its end are wanted; .*"),
+        (CUT[0], "bytes past its end were requested; .*"),
+        (CUT[1], "bytes past its end were requested; .*"),
         (LONG, r"\d+ tokens, allowed: 96, .*"),
     ],
 )
