@@ -263,12 +263,12 @@ def test_what_does_not_pass_is_not_tried_again(proxy: Any, bucket: str) -> None:
     url = join(bucket, "x")
     storage.write(url, b"x")
     cases: list[tuple[str, Callable[[], object], str, int]] = [
-        ("AccessDenied", lambda: storage.read(url), f"{url}: no access, .*AccessDenied", 1),
-        ("AccessDenied", lambda: storage.read_ranges([(url, 0, 1)]), f"{url}: no access", 1),
-        ("AccessDenied", lambda: storage.write(url, b"y"), f"{url}: no access", 1),
-        ("AccessDenied", lambda: storage.list_files(bucket), f"{bucket}: no access", 1),
+        ("AccessDenied", lambda: storage.read(url), f"{url}: access denied, .*AccessDenied", 1),
+        ("AccessDenied", lambda: storage.read_ranges([(url, 0, 1)]), f"{url}: access denied", 1),
+        ("AccessDenied", lambda: storage.write(url, b"y"), f"{url}: access denied", 1),
+        ("AccessDenied", lambda: storage.list_files(bucket), f"{bucket}: access denied", 1),
         # the answer to HEAD does not say why: that to a second question does
-        ("AccessDenied", lambda: storage.exists(url), f"{url}: no access, .*AccessDenied", 2),
+        ("AccessDenied", lambda: storage.exists(url), f"{url}: access denied, .*AccessDenied", 2),
         ("", lambda: storage.read(f"{url}y"), f"{url}y: not there, .*NoSuchKey", 1),
         ("", lambda: storage.read("s3://no-such-bucket/x"), "no-such-bucket/x: not there, .*NoSuchBucket", 1),
         ("", lambda: storage.write("s3://no-such-bucket/x", b""), "no-such-bucket/x: not there", 1),
