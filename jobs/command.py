@@ -30,12 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _survive_lost_outputs()
     # a scheduler's SIGTERM and a closed terminal's SIGHUP are Ctrl-C by other means: all unwind the same way
-    with interrupts.handled():
+    with interrupts.handle_signals():
         try:
             return arguments.verb(arguments) or 0
         except BaseException as error:
             # an interrupt may come out as another error: of an import, of a library, of a Ray that is ending
-            if interrupts.received() or isinstance(error, KeyboardInterrupt):
+            if interrupts.was_interrupted() or isinstance(error, KeyboardInterrupt):
                 print("redux: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
                 return EXIT_INTERRUPTED
             code, problems = _describe(error)
@@ -54,7 +54,7 @@ def _describe(error: BaseException) -> tuple[int, list[str]]:
     """
     from pipelines.core import failures
 
-    failure, cause = failures.describe(error), failures.find_cause(error)
+    failure, cause = failures.classify_error(error), failures.find_cause(error)
     if failure.kind == failures.Kind.RAISED or not isinstance(cause, Exception):
         return EXIT_FAULT, []
     if isinstance(cause, ValueError | ImportError):

@@ -27,7 +27,7 @@ def write(source: Path, stage: str | None, step: int | None, out: str) -> str:
     Raises:
         ValueError: no such run, model, stage or checkpoint exists, the checkpoint is damaged, or `out` holds files.
     """
-    if export.finished(out) or storage.names(out):
+    if export.finished(out) or storage.list_files(out):
         raise ValueError(f"out: got {out}, which holds files, allowed: an empty or new folder")
     try:
         return _write(source, stage, step, out)

@@ -17,7 +17,7 @@ QUESTION_FORMS: tuple[Form, ...] = (("question_id", "text"), ("id", "question"),
 
 def write_prompts(arguments: argparse.Namespace) -> None:
     """Write the prompts and print their number; ValueError if a question or the output file cannot be used."""
-    asked = read_questions(arguments.questions) if arguments.questions else easy_vqa.asked()
+    asked = read_questions(arguments.questions) if arguments.questions else easy_vqa.draw_questions()
     prompts = instructions.questions(asked, arguments.per_task, arguments.seed)
     try:
         instructions.write(prompts, arguments.out)

@@ -32,9 +32,9 @@ from jobs.claims import ASSEMBLED, PROGRESS
 from jobs.layout import locate_checkpoints, locate_sets
 from jobs.schema import Job
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
-from pipelines.data import easy_vqa, shards
+from pipelines.data import easy_vqa, shard_index, shard_writer
 from pipelines.data import records as check
-from pipelines.data.options import Making, Source
+from pipelines.data.options import SetSource, ShardOptions
 from pipelines.evaluation import evaluate, tasks
 from pipelines.report import run_report
 from pipelines.training import driver, ledger, lora, trackers
@@ -102,11 +102,11 @@ def run(
         _check_stored_images(job, folder)
         if job.checkpoints and job.train.keys() & left.keys():
             driver.probe(locate_checkpoints(job, folder))
-        jsonl.mend(folder / PROGRESS)
-        with cluster.session():
+        jsonl.drop_partial_line(folder / PROGRESS)
+        with cluster.open_session():
             _check_resources(job, left)
             for name, step in left.items():
-                interrupts.check()
+                interrupts.raise_if_interrupted()
                 step()
                 now = time.monotonic()
                 jsonl.append(folder / PROGRESS, [{"step": name, "wall_s": now - clock}])
@@ -124,9 +124,9 @@ def _check_resources(job: Job, steps_left: Collection[str]) -> None:
     Raises:
         ValueError: resources are missing; the text names numbers that fit.
     """
-    if not cluster.is_own():
+    if not cluster.is_private():
         return
-    places = cluster.count_places(job.gpu_share)
+    places = cluster.count_model_processes(job.gpu_share)
     trains = bool(job.train.keys() & set(steps_left))
     fewest = job.worker_range[0] if trains and job.worker_range else 1
     actors = job.evaluate.num_actors if job.evaluate and "evaluate" in steps_left else 1
@@ -137,7 +137,7 @@ def _check_resources(job: Job, steps_left: Collection[str]) -> None:
         advice.append(f"evaluate.num_actors={places}")
     if not advice:
         return
-    kind, wanted = ("GPU", job.gpu_share) if cluster.gpus() else ("CPU", 1)
+    kind, wanted = ("GPU", job.gpu_share) if cluster.count_gpus() else ("CPU", 1)
     needed = max(fewest, actors if isinstance(actors, int) else 1) * wanted
     found = ray.cluster_resources().get(kind, 0)
     raise ValueError(f"{job.name}: needs {needed:g} {kind}s, found {found:g}; set {' '.join(advice)}, or auto in place")
@@ -233,7 +233,9 @@ def _check_stored_images(job: Job, folder: Path) -> None:
         ValueError: a stage reads other images.
     """
     prepared = {
-        name: shards.Shards(url).prepared for name, url in job.data.sets.items() if name not in job.data.make
+        name: shard_index.Shards(url).prepared_format
+        for name, url in job.data.sets.items()
+        if name not in job.data.make
     } | {
         name: (source.image_size, source.image_aspect_ratio)
         for name, source in job.data.make.items()
@@ -305,9 +307,9 @@ def resolve_job(job: Job, folder: Path) -> Job:
         ValueError: a set or a benchmark file cannot be used, a package is missing, or the evaluation contradicts the
             training of the model.
     """
-    sets = {name: storage.absolute(url) for name, url in job.data.sets.items()}
+    sets = {name: storage.make_absolute(url) for name, url in job.data.sets.items()}
     for name, url in sets.items():
-        if name not in job.data.make and not len(shards.Shards(url)):
+        if name not in job.data.make and not len(shard_index.Shards(url)):
             raise ValueError(f"data.sets.{name}: {url} has no samples, allowed: at least one")
     trackers.require(job.trackers)
     for name, stage in job.train.items():
@@ -321,7 +323,7 @@ def resolve_job(job: Job, folder: Path) -> Job:
     job = _resolve_formats(job, folder)
     return replace(
         job,
-        checkpoints=job.checkpoints and storage.absolute(job.checkpoints),
+        checkpoints=job.checkpoints and storage.make_absolute(job.checkpoints),
         data=replace(
             job.data, sets=sets, make={name: _resolve_source(name, source) for name, source in job.data.make.items()}
         ),
@@ -352,12 +354,12 @@ def _resolve_formats(job: Job, folder: Path) -> Job:
     return replace(job, train=train, evaluate=asked)
 
 
-def _resolve_source(name: str, source: Source) -> Source:
+def _resolve_source(name: str, source: SetSource) -> SetSource:
     """Make the paths of a source absolute; ValueError if its records do not exist."""
-    url = storage.absolute(source.json)
+    url = storage.make_absolute(source.json)
     if not storage.exists(url):
         raise ValueError(f"data.make.{name}.json: {url} is not there, allowed: a JSON file of records")
-    return replace(source, json=url, images=storage.absolute(source.images))
+    return replace(source, json=url, images=storage.make_absolute(source.images))
 
 
 def _resolve_tasks(settings: tasks.Evaluate) -> dict[tasks.Name, tasks.Asking]:
@@ -366,8 +368,8 @@ def _resolve_tasks(settings: tasks.Evaluate) -> dict[tasks.Name, tasks.Asking]:
     for name, asking in settings.tasks.items():
         result[name] = replace(
             asking,
-            files=tuple(map(storage.absolute, asking.files)),
-            images=asking.images and storage.absolute(asking.images),
+            files=tuple(map(storage.make_absolute, asking.files)),
+            images=asking.images and storage.make_absolute(asking.images),
         )
         evaluate.check(name, result[name])
     return result
@@ -375,7 +377,7 @@ def _resolve_tasks(settings: tasks.Evaluate) -> dict[tasks.Name, tasks.Asking]:
 
 def _absolute_folder(part: T) -> T | str:
     """Make a folder's path absolute; anything else, such as a hub id, stays as it is."""
-    return storage.absolute(part) if isinstance(part, str) and Path(part).is_dir() else part
+    return storage.make_absolute(part) if isinstance(part, str) and Path(part).is_dir() else part
 
 
 def _find_assembled(job: Job, folder: Path) -> Path | None:
@@ -439,20 +441,22 @@ def _write_json(path: Path, values: dict[str, float]) -> None:
 def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence[Template]) -> None:
     """Make the sets of the job and, for a model that is built from sizes, a tokenizer."""
     for name, source in job.data.make.items():
-        making = Making(**{field.name: getattr(source, field.name) for field in fields(Making)})
-        shards.make(check.read(storage.read(source.json), source.json), source.images, sets[name], making)
-    records = {name: easy_vqa.SETS[name]() for name in job.made}
-    making = Making(samples_per_shard=job.data.samples_per_shard)
+        making = ShardOptions(**{field.name: getattr(source, field.name) for field in fields(ShardOptions)})
+        shard_writer.make_shards(
+            check.parse_records(storage.read(source.json), source.json), source.images, sets[name], making
+        )
+    records = {name: easy_vqa.EASY_VQA_SETS[name]() for name in job.made}
+    making = ShardOptions(samples_per_shard=job.data.samples_per_shard)
     for name, given in records.items():
-        shards.make(given, str(easy_vqa.FOLDER), sets[name], making)
+        shard_writer.make_shards(given, str(easy_vqa.PACKAGE_IMAGES), sets[name], making)
     if not isinstance(job.model.language, Language):
         return
     mixed = {name for stage in job.train.values() for name in stage.mixture}
     others = (
         record
         for name in sorted(mixed - records.keys())
-        for record in shards.Shards(sets[name]).records()
-        if check.find_fault(record, None) is None
+        for record in shard_index.Shards(sets[name]).iterate_records()
+        if check.find_rejection(record, None) is None
     )
     texts = (
         "".join(piece for piece, _ in template.spans(record["conversations"]))

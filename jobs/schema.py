@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import StringConstraints
 
 from jobs import document
-from pipelines.data.easy_vqa import SETS
+from pipelines.data.easy_vqa import EASY_VQA_SETS
 from pipelines.data.options import Data
 from pipelines.evaluation.tasks import Evaluate
 from pipelines.report.run_report import Report
@@ -77,8 +77,8 @@ class Job:
             raise ValueError(
                 "train: got no stages, allowed: none with model.checkpoint and evaluate, else at least one"
             )
-        if self.data.source and (taken := self.data.sets.keys() & set(SETS)):
-            raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(SETS)}")
+        if self.data.source and (taken := self.data.sets.keys() & set(EASY_VQA_SETS)):
+            raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(EASY_VQA_SETS)}")
         self._check_objectives()
         for name, stage in self.train.items():
             self._check_stage(name, stage)
@@ -94,7 +94,7 @@ class Job:
     def made(self) -> tuple[str, ...]:
         """Names of the sets that the job makes from its source: those that a stage trains on."""
         used = {name for stage in self.train.values() for name in stage.mixture}
-        return tuple(name for name in SETS if name in used) if self.data.source else ()
+        return tuple(name for name in EASY_VQA_SETS if name in used) if self.data.source else ()
 
     def _check_objectives(self) -> None:
         objectives = [stage.objective for stage in self.train.values()]
@@ -112,7 +112,7 @@ class Job:
             )
 
     def _check_stage(self, name: str, stage: Stage) -> None:
-        sets = [*(SETS if self.data.source else ()), *self.data.sets]
+        sets = [*(EASY_VQA_SETS if self.data.source else ()), *self.data.sets]
         if unknown := stage.mixture.keys() - set(sets):
             raise ValueError(
                 f"train.{name}.data: got {min(unknown)}, allowed: {', '.join(sets) or 'none'}, those of data.sets"

@@ -196,7 +196,7 @@ def run_search(search: Search, folder: Path, allow_changes: bool = False) -> Non
     whole = TrialJobs(search)({})
     _check_metrics(search, whole, folder)
     claims.make_folder(folder)
-    with run.run_lock(folder), cluster.session():
+    with run.run_lock(folder), cluster.open_session():
         _claim(search, folder, allow_changes)
         _require(search, whole)
         jobs = TrialJobs(search, _share(search, folder / SHARED, allow_changes), _divide_resources(search, whole))
@@ -253,21 +253,21 @@ def _require(search: Search, job: Job) -> None:
     actors = 0 if job.evaluate is None else 1 if job.evaluate.num_actors == "auto" else job.evaluate.num_actors
     training = fewest * (0.5 if fewest == most else 1) if trains else 0
     what = f"max_concurrent_trials = {search.max_concurrent_trials}"
-    cluster.require({"CPU": search.max_concurrent_trials * max(training, actors / 2) + 1}, what)
-    if cluster.gpus():
+    cluster.require_resources({"CPU": search.max_concurrent_trials * max(training, actors / 2) + 1}, what)
+    if cluster.count_gpus():
         workers = max(fewest if trains else 0, actors)
-        cluster.require({"GPU": search.max_concurrent_trials * workers * job.gpu_share}, what)
+        cluster.require_resources({"GPU": search.max_concurrent_trials * workers * job.gpu_share}, what)
 
 
 def _divide_resources(search: Search, job: Job) -> Values:
     """Divide the CPUs or GPUs of Ray among the concurrent trials, for counts that the job leaves open."""
-    places = max(cluster.count_places(job.gpu_share) // search.max_concurrent_trials, 1)
+    places = max(cluster.count_model_processes(job.gpu_share) // search.max_concurrent_trials, 1)
     stages = [stage for name, stage in job.train.items() if name not in search.shared]
     result: Values = {}
     if job.worker_range is None:
         result["num_workers"] = count_shared_workers(stages, places)
     if job.evaluate and job.evaluate.num_actors == "auto":
-        result["evaluate.num_actors"] = places if cluster.gpus() else min(places, 2)
+        result["evaluate.num_actors"] = places if cluster.count_gpus() else min(places, 2)
     return result
 
 

@@ -8,27 +8,27 @@ from jobs import schema
 from jobs.claims import JOB_FILE
 from jobs.layout import locate_sets
 from pipelines.core import cluster, storage
-from pipelines.data import audit, consumed, easy_vqa, records, shards, tars
-from pipelines.data.options import Making
+from pipelines.data import audit, consumed, easy_vqa, records, shard_index, shard_writer, tars
+from pipelines.data.options import ShardOptions
 from pipelines.training import metrics
 
 
 def make(arguments: argparse.Namespace) -> None:
     """Make shards from a JSON file in LLaVA's form and its images, or from easy-VQA."""
     if arguments.easy_vqa:
-        given, images = easy_vqa.conversations(arguments.easy_vqa), str(easy_vqa.FOLDER)
+        given, images = easy_vqa.make_conversations(arguments.easy_vqa), str(easy_vqa.PACKAGE_IMAGES)
     else:
-        given, images = records.read(storage.read(arguments.json), arguments.json), arguments.images
-    making = Making(
+        given, images = records.parse_records(storage.read(arguments.json), arguments.json), arguments.images
+    making = ShardOptions(
         samples_per_shard=arguments.samples_per_shard,
         max_words=arguments.max_words,
         image_size=arguments.image_size,
         image_aspect_ratio=arguments.image_aspect_ratio,
         max_bad_fraction=arguments.max_bad_fraction,
     )
-    finished = shards.is_finished(arguments.out)
-    with cluster.session():
-        summary = shards.make(given, images, arguments.out, making)
+    finished = shard_index.is_finished(arguments.out)
+    with cluster.open_session():
+        summary = shard_writer.make_shards(given, images, arguments.out, making)
     if finished:
         print(
             f"{arguments.out}: already finished and unchanged; images were not read again. To make the set again, "
@@ -36,12 +36,12 @@ def make(arguments: argparse.Namespace) -> None:
         )
     print(f"{arguments.out}: {summary['kept']} of {summary['records']} records kept")
     for reason, count in summary["quarantined"].items():
-        print(f"{count:>10} {reason}: {records.REASONS.get(reason, 'kept out by an older version')}")
+        print(f"{count:>10} {reason}: {records.RECORD_REASONS.get(reason, 'kept out by an older version')}")
 
 
 def index(arguments: argparse.Namespace) -> None:
     """Write the index of tars from elsewhere, and print the counts of their samples and members."""
-    with cluster.session():
+    with cluster.open_session():
         found = audit.index_tars(arguments.folder, arguments.max_bad_fraction)
     print(f"{arguments.folder}: indexed {found.samples} samples in {found.tars} tars")
     for reason, count in found.quarantined.items():
@@ -56,7 +56,7 @@ def index(arguments: argparse.Namespace) -> None:
 
 def _by_kind(counts: Counter[str]) -> str:
     """Format counts by suffix or kind, largest first."""
-    listing = ", ".join(f"{count} {tars.printable(kind)}" for kind, count in counts.most_common(20))
+    listing = ", ".join(f"{count} {tars.escape_unprintable(kind)}" for kind, count in counts.most_common(20))
     more = f", and {len(counts) - 20} other kinds" if len(counts) > 20 else ""
     return f": {listing}{more}" if listing else ""
 
@@ -72,8 +72,8 @@ def verify(arguments: argparse.Namespace) -> None:
     else:
         decoded = ", and every image decodes" if arguments.decode else ""
         proven = [f"{arguments.folder}: every byte is as the index says{decoded}"]
-        with cluster.session():
-            wrong = audit.verify(arguments.folder, arguments.decode)
+        with cluster.open_session():
+            wrong = audit.verify_set(arguments.folder, arguments.decode)
     for line in wrong:
         print(line)
     if wrong:
@@ -86,15 +86,15 @@ def _consumed(folder: str, run: Path) -> tuple[list[str], list[str]]:
     job = schema.load(run / JOB_FILE)
     used = {name for stage in job.train.values() for name in stage.mixture}
     sets = {name: url for name, url in locate_sets(job, run.resolve()).items() if name in used}
-    names = [name for name, url in sets.items() if url == storage.absolute(folder)]
+    names = [name for name, url in sets.items() if url == storage.make_absolute(folder)]
     if not names:
         raise ValueError(f"{folder}: {run} did not train on it, allowed: {', '.join(sets.values())}")
-    log, samples, proven, wrong = run / consumed.FILE, len(shards.Shards(folder)), [], []
+    log, samples, proven, wrong = run / consumed.CONSUMED_FILE, len(shard_index.Shards(folder)), [], []
     if not log.exists():
         raise ValueError(f"{log}: not there, allowed: a run that has trained")
     for name in names:
         with log.open("rb") as lines:
-            proofs, found = consumed.prove(lines, str(log), name, samples)
+            proofs, found = consumed.verify_coverage(lines, str(log), name, samples)
         wrong += found
         for proof in proofs:
             if (steps := metrics.steps(run, proof.stage)) != proof.steps:

@@ -141,7 +141,7 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False) -> None:
     folder = folder.resolve()
     runs = list_jobs(study, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with cluster.session():
+    with cluster.open_session():
         for number, (name, job) in enumerate(runs.items(), start=1):
             print(f"[{number}/{len(runs)}] {name}", flush=True)
             run.run(job, folder / name, allow_changes, until=study.shared[-1] if name == SHARED else None)

@@ -56,10 +56,11 @@ from tqdm import tqdm
 
 from jobs.bench.pixels import photo
 from jobs.bench.record import append, each
-from pipelines.data.ingest import Batch, Reader, dataset, micro_batches
-from pipelines.data.options import Making
+from pipelines.data.ingest import Batch, Reader, iterate_micro_batches, make_dataset
+from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
-from pipelines.data.shards import Shards, make
+from pipelines.data.shard_index import Shards
+from pipelines.data.shard_writer import make_shards
 from redux.conversation import IMAGE, word_tokenizer
 from redux.image import pixels
 from redux.settings import Way
@@ -121,7 +122,9 @@ def main() -> None:
     if unknown := set(ways) - set(INGEST_WAYS):
         parser.error(f"--ways: got {', '.join(sorted(unknown))}, allowed: {', '.join(INGEST_WAYS)}")
     if arguments.images % INGEST_BATCH or arguments.images < INGEST_PARTS * INGEST_BATCH:
-        parser.error(f"--images: got {arguments.images}, allowed: multiples of {INGEST_BATCH} from {INGEST_PARTS * INGEST_BATCH} on")
+        parser.error(
+            f"--images: got {arguments.images}, allowed: multiples of {INGEST_BATCH} from {INGEST_PARTS * INGEST_BATCH} on"
+        )
     run(ways, root, arguments.images, arguments.repeats)
 
 
@@ -237,11 +240,11 @@ def make_files(root: Path, images: int, squares: bool) -> dict[str, Marks]:
     if len({*exact}) < images or len({*fast}) < images:
         raise RuntimeError(f"{root}: images that are equal to `marks`")
     records = [_record(number) for number in range(images)]
-    making = Making(samples_per_shard=-(-images // INGEST_PARTS))
+    making = ShardOptions(samples_per_shard=-(-images // INGEST_PARTS))
     with scratch(), ray_session():
-        make(records, str(root / "photos"), str(root / "shards"), making)
+        make_shards(records, str(root / "photos"), str(root / "shards"), making)
         if squares:
-            make(records, str(root / "photos"), str(root / "squares"), replace(making, image_size=INGEST_SIZE))
+            make_shards(records, str(root / "photos"), str(root / "squares"), replace(making, image_size=INGEST_SIZE))
     return {"exact": exact, "fast": fast}
 
 
@@ -426,7 +429,7 @@ class ByNumber(Dataset):
 
     def __getitems__(self, numbers: list[int]) -> list[torch.Tensor]:
         """A batch at once, as torch asks for it where it can."""
-        return [tensor(sample.image) for sample in self.shards.read(numbers)]
+        return [tensor(sample.image) for sample in self.shards.read_samples(numbers)]
 
 
 def torchdata(root: Path) -> Iterator[Marks]:
@@ -490,10 +493,10 @@ def redux(root: Path, passes: int, way: Way = "exact", folder: str = "shards") -
     )
     word_tokenizer(["photo"], 32).save_pretrained(reader.tokenizer)
     with ray_session():
-        data = dataset(reader, 0, passes * len(shards) // INGEST_BATCH, workers=1)
+        data = make_dataset(reader, 0, passes * len(shards) // INGEST_BATCH, workers=1)
         data.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
         [shard] = data.streaming_split(1, equal=True)
-        for batch in micro_batches(shard.iter_batches(batch_size=None, prefetch_batches=2)):
+        for batch in iterate_micro_batches(shard.iter_batches(batch_size=None, prefetch_batches=2)):
             yield marks(batch["pixel_values"].transpose(0, 3, 1, 2))
 
 

@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from jobs.bench.record import append, each
-from pipelines.data.grouping import Groups
+from pipelines.data.grouping import LengthGroups
 from pipelines.data.order import Order
 
 SAMPLES = 10**9
@@ -52,7 +52,7 @@ def order(way: str, global_batch_size: int) -> Order:
         shards = (np.full(SAMPLES // 10_000, 10_000),)
         return Order(samples=(SAMPLES,), global_batch_size=global_batch_size, seed=0, shuffle="window", shards=shards)
     if way == "group_by_length":
-        groups = Groups(counts=(SAMPLES // 16 * 15, SAMPLES // 16), lengths=lengths, megabatch=50)
+        groups = LengthGroups(counts=(SAMPLES // 16 * 15, SAMPLES // 16), lengths=lengths, megabatch=50)
         return Order(samples=(SAMPLES,), global_batch_size=global_batch_size, seed=0, groups=groups)
     return Order(samples=(SAMPLES,), global_batch_size=global_batch_size, seed=0)
 

@@ -25,10 +25,11 @@ from PIL import Image
 from jobs.bench.record import append
 from pipelines.core import cluster, storage
 from pipelines.core.storage import read_ranges
-from pipelines.data.ingest import Reader, conversation, dataset, micro_batches
-from pipelines.data.options import Making
+from pipelines.data.ingest import Reader, iterate_micro_batches, make_conversation_encoder, make_dataset
+from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
-from pipelines.data.shards import Shards, make
+from pipelines.data.shard_index import Shards
+from pipelines.data.shard_writer import make_shards
 from redux.conversation import IMAGE, word_tokenizer
 
 RESUME_SIZE, RESUME_BATCH, RESUME_WORKERS = 336, 16, 2
@@ -42,7 +43,7 @@ def main() -> None:
     steps = arguments.samples // (RESUME_BATCH * RESUME_WORKERS)
     places = {"start": 0, "95 %": int(0.95 * steps)}
     seconds: dict[str, list[float]] = {name: [] for name in places}
-    with tempfile.TemporaryDirectory() as folder, cluster.session():
+    with tempfile.TemporaryDirectory() as folder, cluster.open_session():
         reader = small(Path(folder), arguments.samples)
         first(reader, 0, steps)  # what is loaded once
         for _ in range(arguments.repeats):
@@ -72,7 +73,9 @@ def small(folder: Path, samples: int) -> Reader:
         {"id": f"{n:06d}", "image": "noise.png", "conversations": [{"from": "human", "value": IMAGE}, said(n)]}
         for n in range(samples)
     ]
-    make(records, str(folder), str(folder / "shards"), Making(samples_per_shard=200, image_size=RESUME_SIZE))
+    make_shards(
+        records, str(folder), str(folder / "shards"), ShardOptions(samples_per_shard=200, image_size=RESUME_SIZE)
+    )
     word_tokenizer(["photo"], 32).save_pretrained(folder / "tokenizer")
     return Reader(
         sources={"noise": Shards(folder / "shards")},
@@ -80,7 +83,7 @@ def small(folder: Path, samples: int) -> Reader:
         size=RESUME_BATCH,
         image_size=RESUME_SIZE,
         tokenizer=folder / "tokenizer",
-        encode=conversation("plain", image_tokens=1),
+        encode=make_conversation_encoder("plain", image_tokens=1),
     )
 
 
@@ -91,7 +94,7 @@ def said(number: int) -> dict[str, str]:
 def first(reader: Reader, step: int, steps: int) -> float:
     """Seconds until every worker has its first micro-batch of that step."""
     start = time.perf_counter()
-    data = dataset(reader, step * RESUME_WORKERS, steps * RESUME_WORKERS, RESUME_WORKERS)
+    data = make_dataset(reader, step * RESUME_WORKERS, steps * RESUME_WORKERS, RESUME_WORKERS)
     data.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     with ThreadPoolExecutor(RESUME_WORKERS) as pool:
         numbers = list(pool.map(number, data.streaming_split(RESUME_WORKERS, equal=True)))
@@ -101,14 +104,14 @@ def first(reader: Reader, step: int, steps: int) -> float:
 
 
 def number(shard: Any) -> int:
-    return int(next(micro_batches(shard.iter_batches(batch_size=None)))["number"])
+    return int(next(iterate_micro_batches(shard.iter_batches(batch_size=None)))["number"])
 
 
 def bytes_read(reader: Reader, step: int) -> int:
     """Asked of the storage for one global batch."""
-    asked: list[storage.Range] = []
+    asked: list[storage.ByteRange] = []
 
-    def counted(ranges: Sequence[storage.Range]) -> list[bytes]:
+    def counted(ranges: Sequence[storage.ByteRange]) -> list[bytes]:
         asked.extend(ranges)
         return read_ranges(ranges)
 

@@ -45,7 +45,7 @@ def main() -> None:
     from pipelines.training import driver
 
     with tempfile.TemporaryDirectory() as folder:
-        with cluster.session():
+        with cluster.open_session():
             plan = small(Path(folder))
             driver.train_stage(plan)
             killed = renamed(plan, "killed")
@@ -61,8 +61,8 @@ def small(folder: Path) -> Any:
     import numpy as np
     from PIL import Image
 
-    from pipelines.data.options import Making
-    from pipelines.data.shards import make
+    from pipelines.data.options import ShardOptions
+    from pipelines.data.shard_writer import make_shards
     from pipelines.training.plan import Plan
     from pipelines.training.stage import Stage
     from redux.architecture import Language, Model, Tower, image_tokens
@@ -75,7 +75,7 @@ def small(folder: Path) -> Any:
         turns = [("human", f"{IMAGE}\nwhich is it?"), ("gpt", f"number {number} of all")]
         told = [{"from": role, "value": text} for role, text in turns]
         records.append({"id": str(number), "image": f"{number}.png", "conversations": told})
-    make(records, str(folder), str(folder / "set"), Making(samples_per_shard=16))
+    make_shards(records, str(folder), str(folder / "set"), ShardOptions(samples_per_shard=16))
     template = TEMPLATES["vicuna_bare"]
     texts = ["".join(piece for piece, _ in template.spans(record["conversations"])) for record in records]
     word_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")

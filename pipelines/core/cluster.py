@@ -1,7 +1,7 @@
-"""The Ray that a run uses: the one that RAY_ADDRESS names, or one of its own that ends with it.
+"""Connection to Ray: the cluster that RAY_ADDRESS names, or a private Ray that ends with the run.
 
-Who reaches a Ray runs what they like on it.  One's own therefore listens on loopback alone, asks for a token and shows
-no dashboard; a named one must ask for a token where its address is a public one.
+Anyone who can connect to a Ray can run any code on it. A private Ray therefore listens on loopback only, requires a
+token and shows no dashboard. A named cluster with a public address must require a token.
 """
 
 import ipaddress
@@ -34,163 +34,177 @@ from transformers.utils.logging import disable_progress_bar
 
 from pipelines.core import interrupts
 
-# read by libraries here and in every worker; a task is one thread, so tokenizers must not start more
-ENVIRONMENT = {
+# Libraries read these variables here and in every worker. A task uses one thread, so tokenizers must not start more.
+LIBRARY_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
-    "RAY_AIR_NEW_OUTPUT": "0",  # of Tune, which would print tables in between
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed; Ray's own is 2
-    # how long workers wait for machines of which one has just died, before others are looked for; Ray's own is 60
+    "RAY_AIR_NEW_OUTPUT": "0",  # or Tune prints tables between our lines
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # delay until a dead worker is noticed; Ray's default is 2
+    # time that workers wait for a machine that has just died, before Ray looks for others; Ray's default is 60
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # how soon a notice is heard; Ray's own is 5 of perhaps 30
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a notice may come only 30 s ahead; Ray's default is 5
 }
 
 
-REACH_S = 10
-"""Until a named Ray counts as not there."""
+CONNECT_TIMEOUT_S = 10
+"""Time-out of a connection to a named cluster."""
 
-END_S = 10
-"""For the kernel to end killed processes."""
+KILL_TIMEOUT_S = 10
+"""Time that the kernel gets to end killed processes."""
 
-LOOK_S = 1
-"""Between looks whether the head of a named Ray is there."""
+HEAD_POLL_S = 1
+"""Interval between checks of the head of a named cluster."""
 
-GONE = (
-    "the head of the cluster at {}:{} is gone; if it stays away, Ray ends this command within a minute. The same "
-    "command goes on from the last checkpoint"
+HEAD_GONE_MESSAGE = (
+    "the head of the cluster at {}:{} is gone; if it does not come back, Ray ends this command within a minute. The "
+    "same command goes on from the last checkpoint"
 )
 
-MAX_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
-"""Longest path of a Unix socket."""
+MAX_SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
+"""Maximum length of the path of a Unix socket."""
 
-LONGEST_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-"""Longest path of a socket in the folder of a Ray."""
+LONGEST_SOCKET_PATH = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""Longest relative path of a socket in Ray's folder."""
 
-SETTINGS = b"\x04"
-"""Type of the frame that both sides of HTTP/2 send first (RFC 9113, section 6.5)."""
+HTTP2_SETTINGS_TYPE = b"\x04"
+"""Type of the SETTINGS frame, which both sides of HTTP/2 send first (RFC 9113, section 6.5)."""
 
-HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + SETTINGS + bytes(5)
-"""First bytes of a client of HTTP/2, on which gRPC runs (RFC 9113, section 3.4): magic text and empty settings."""
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + HTTP2_SETTINGS_TYPE + bytes(5)
+"""First bytes of an HTTP/2 client (RFC 9113, section 3.4): magic text and empty settings. gRPC runs on HTTP/2."""
 
-LO = "lo0" if sys.platform == "darwin" else "lo"
+LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
-LOOPBACK = {
-    # Ray on Linux takes the machine's address wherever 127.0.0.1 is asked for, unless told to be as elsewhere
+LOOPBACK_ENVIRONMENT = {
+    # on Linux, Ray replaces 127.0.0.1 by the machine's address unless this is "0", as on other systems
     ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
-    "GLOO_SOCKET_IFNAME": LO,  # workers among each other
-    "NCCL_SOCKET_IFNAME": LO,
+    "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,  # connections between workers
+    "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
 }
-"""What keeps a Ray and its workers on this machine."""
+"""Environment that keeps Ray and its workers on the loopback interface."""
 
 
 @contextmanager
-def session() -> Iterator[None]:
-    """Ray for the length of a with block, quiet but for progress bars and errors; one within another is the same.
+def open_session() -> Iterator[None]:
+    """Connect to Ray for the length of a with block. A nested block reuses the session.
 
-    ValueError where RAY_ADDRESS names a Ray that cannot be reached, or one at a public address without a token.
+    Ray prints nothing but progress bars and errors.
+
+    Raises:
+        ValueError: RAY_ADDRESS names a cluster that cannot be reached, or one at a public address without a token.
+        TimeoutError: a private Ray did not start in time.
     """
     if ray.is_initialized():
         yield
         return
-    environment = {name: os.environ.setdefault(name, value) for name, value in ENVIRONMENT.items()}
-    disable_progress_bar()  # of transformers, which would show one for each file it reads
-    with _private() if is_own() else _named(os.environ["RAY_ADDRESS"]) as settings:
+    environment = {name: os.environ.setdefault(name, value) for name, value in LIBRARY_ENVIRONMENT.items()}
+    disable_progress_bar()  # transformers would show one bar per file that it reads
+    with _private_settings() if is_private() else _cluster_settings(os.environ["RAY_ADDRESS"]) as settings:
         try:
             _connect(runtime_env={"env_vars": environment}, **settings)
-            interrupts.check()
-            logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come back as exceptions
-            ray.data.DataContext.get_current().enable_progress_bars = False  # each long step has a bar of its own
+            interrupts.raise_if_interrupted()
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here as exceptions
+            ray.data.DataContext.get_current().enable_progress_bars = False  # long steps have bars of ours
             yield
         finally:
-            with interrupts.deferred():
+            with interrupts.defer_signals():
                 ray.shutdown()
 
 
 def _connect(**settings: Any) -> None:
-    """ray.init; ValueError where there is no Ray, or where it wants another token."""
-    print("starting Ray" if is_own() else f"connecting to Ray at {settings['address']}", flush=True)
+    """Call ray.init. Raise ValueError if there is no Ray, or if it requires another token."""
+    print("starting Ray" if is_private() else f"connecting to Ray at {settings['address']}", flush=True)
     try:
-        # Ray 2.60 would put two handlers of its own for SIGTERM in place, one of which exits with 15, the other with a
-        # stack trace; and a Ray that is started by half could not be ended in order, while a named one may take long
+        # Ray 2.60 installs two SIGTERM handlers: one exits with 15, the other prints a stack trace. Both are disabled.
+        # Signals wait while a private Ray starts, since a half-started Ray cannot be stopped cleanly. Connecting to a
+        # named cluster may take long, so there they do not wait.
         with (
             patch.object(ray_utils, "set_sigterm_handler"),
             patch.object(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True),
-            interrupts.deferred() if is_own() else nullcontext(),
+            interrupts.defer_signals() if is_private() else nullcontext(),
         ):
-            # what went wrong in a worker comes back as an exception
+            # errors of workers are raised here as exceptions, so their logs are not needed
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
     except Exception as error:
-        if "timed out during startup" in str(error):  # Ray 2.60 raises Exception itself, after 30 s
-            raise TimeoutError("Ray did not start in time, as on a machine with too much other work") from None
-        if is_own() or not isinstance(error, ConnectionError | RuntimeError | AuthenticationError):
+        if "timed out during startup" in str(error):  # Ray 2.60 raises a bare Exception after 30 s
+            raise TimeoutError("Ray did not start in time; the machine may be overloaded") from None
+        if is_private() or not isinstance(error, ConnectionError | RuntimeError | AuthenticationError):
             raise
-        why = " ".join(str(error).split())
-        raise ValueError(f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}: {why}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}: {reason}") from None
 
 
 @contextmanager
-def _private() -> Iterator[dict[str, Any]]:
-    """Settings of a Ray that only this process and its children reach, and the environment that makes it so.
+def _private_settings() -> Iterator[dict[str, Any]]:
+    """Set up the environment of a private Ray, and yield its arguments of ray.init.
 
-    No process of it is left afterwards. Its folder, with its logs, is left where an error ended it that the user cannot
-    do anything about.
+    Only this process and its children can connect to a private Ray. All its processes are ended afterwards. Its folder
+    with the logs stays only after an error that the user cannot fix (anything but ValueError).
     """
-    wanted = {**LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **_find_short_folder()}
-    before = {name: os.environ.get(name) for name in wanted}
-    clusters = ray_constants.ENABLE_RAY_CLUSTER
-    os.environ.update(wanted)
-    ray_constants.ENABLE_RAY_CLUSTER = False  # this process has read the variable
-    _reread()
-    folders, keep = set(_folders()), False
+    environment = {
+        **LOOPBACK_ENVIRONMENT,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        **_find_short_folder(),
+    }
+    before = {name: os.environ.get(name) for name in environment}
+    enable_cluster = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(environment)
+    ray_constants.ENABLE_RAY_CLUSTER = False  # ray read the variable when it was imported
+    _reload_environment()
+    folders = set(_list_session_folders())
+    keep_folder = False
     try:
-        with _own_sessions():
+        with _isolate_processes():
             yield {"address": "local", "include_dashboard": False}
     except Exception as error:
-        keep = not isinstance(error, ValueError)
+        keep_folder = not isinstance(error, ValueError)
         raise
     finally:
-        if not keep:
-            _remove_folders(set(_folders()) - folders)
-        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        if not keep_folder:
+            _remove_session_folders(set(_list_session_folders()) - folders)
+        # restore the environment, so that a later session may use a named cluster
+        ray_constants.ENABLE_RAY_CLUSTER = enable_cluster
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-        _reread()
+        _reload_environment()
 
 
 def _find_short_folder() -> dict[str, str]:
-    """Environment that moves Ray's folder to /tmp where TMPDIR is too long a path for its sockets.
+    """Return the variable that moves Ray's folder to /tmp if TMPDIR is too long a path for Ray's sockets.
 
-    Schedulers give a job such a TMPDIR. ValueError where RAY_TMPDIR itself is too long.
+    Some schedulers give jobs such a TMPDIR. ValueError if RAY_TMPDIR itself is too long.
     """
-    longest = Path(get_default_ray_temp_dir(), LONGEST_SOCKET)
-    excess = len(os.fsencode(longest)) - MAX_SOCKET_BYTES
+    longest = Path(get_default_ray_temp_dir(), LONGEST_SOCKET_PATH)
+    excess = len(os.fsencode(longest)) - MAX_SOCKET_PATH_BYTES
     if excess <= 0:
         return {}
-    if own := os.environ.get("RAY_TMPDIR"):
-        raise ValueError(f"RAY_TMPDIR: got {own}, allowed: a path that is {excess} bytes shorter, for Ray's sockets")
+    if ray_tmpdir := os.environ.get("RAY_TMPDIR"):
+        raise ValueError(
+            f"RAY_TMPDIR: got {ray_tmpdir}, allowed: a path that is {excess} bytes shorter, for Ray's sockets"
+        )
     return {"RAY_TMPDIR": "/tmp"}
 
 
 @contextmanager
-def _own_sessions() -> Iterator[None]:
-    """Keep signals from the processes that Ray starts here, and end all of them, with what they started.
+def _isolate_processes() -> Iterator[None]:
+    """Start Ray's processes in new sessions with signals blocked, and kill them and their children at the end.
 
-    Each gets a session of its own. In that of this process they would get the signals of its process group: Ctrl-C in a
-    terminal, SIGTERM of `timeout` and of schedulers. They would die before a checkpoint is made. They also block these
-    signals, and so does what they start: systemd sends SIGTERM to every process of a service.
+    In this process's session they would get the signals of its process group: Ctrl-C in a terminal, SIGTERM of
+    `timeout` and of schedulers. They would end before a checkpoint is written. They and their children also block
+    these signals, because systemd sends SIGTERM to every process of a service.
 
-    The kernel kills them if this process is killed (PR_SET_PDEATHSIG). Where it has no such thing, Ray has a process
-    that ends the process group, so there they stay in it.
+    The kernel kills them if this process is killed (PR_SET_PDEATHSIG). On systems without that call, Ray has a process
+    that ends the process group, so there they stay in this session.
     """
-    started = list[int]()
+    started = list[int]()  # process ids, each also the id of a session
 
-    class Process(services.ConsolePopen):
+    class IsolatedProcess(services.ConsolePopen):
         def __init__(self, *args: Any, preexec_fn: Callable[[], None], **kwargs: Any) -> None:
-            def prepare() -> None:
+            def prepare() -> None:  # runs in the child, between fork and exec
                 preexec_fn()
                 signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
 
@@ -203,31 +217,31 @@ def _own_sessions() -> Iterator[None]:
     if not ray_utils.detect_fate_sharing_support():
         yield
         return
-    with patch.object(services, "ConsolePopen", Process):
+    with patch.object(services, "ConsolePopen", IsolatedProcess):
         try:
             yield
         finally:
-            with interrupts.deferred():
-                _end(started)
+            with interrupts.defer_signals():
+                _kill_sessions(started)
 
 
-def _end(sessions: list[int]) -> None:
-    """Kill the processes of these sessions: Ray's agents would only notice after a minute that the rest is gone."""
-    left = []
+def _kill_sessions(sessions: list[int]) -> None:
+    """Kill the processes of these sessions. Ray's agents would notice only after a minute that the others are gone."""
+    killed = []
     for process in psutil.process_iter():
         with suppress(OSError, psutil.Error):
             if os.getsid(process.pid) in sessions:
                 process.kill()
-                left.append(process)
-    psutil.wait_procs(left, timeout=END_S)
+                killed.append(process)
+    psutil.wait_procs(killed, timeout=KILL_TIMEOUT_S)
 
 
-def _folders() -> list[Path]:
-    """Folders of the Rays that this process has started."""
+def _list_session_folders() -> list[Path]:
+    """List the folders of Ray sessions that this process has started."""
     return list(Path(get_default_ray_temp_dir()).glob(f"session_*_{os.getpid()}"))
 
 
-def _remove_folders(folders: set[Path]) -> None:
+def _remove_session_folders(folders: set[Path]) -> None:
     latest = Path(get_default_ray_temp_dir(), "session_latest")
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
@@ -235,175 +249,183 @@ def _remove_folders(folders: set[Path]) -> None:
             latest.unlink(missing_ok=True)
 
 
-def _reread() -> None:
-    """Ray's C++ side keeps what it read of the environment: the mode, and the token."""
+def _reload_environment() -> None:
+    """Let Ray's C++ side read the authentication mode and the token again: it caches both."""
     _raylet.Config.initialize("")  # type: ignore[attr-defined]
     _raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
 
 
 @contextmanager
-def _named(address: str) -> Iterator[dict[str, Any]]:
-    """Settings of the Ray at HOST:PORT, whose head is kept an eye on.
+def _cluster_settings(address: str) -> Iterator[dict[str, Any]]:
+    """Check the cluster at HOST:PORT, watch its head in a thread, and yield the arguments of ray.init.
 
-    ValueError where nothing listens there, where one of the two wants TLS and the other does not take it, or where the
-    host is on no private network and Ray's token authentication is off: whoever finds the port could run what they
-    like.
+    Raises:
+        ValueError: nothing listens there; only one side uses TLS; or the address is public and token authentication is
+            off, so that anyone who finds the port could run any code.
     """
     if address == "auto":
         address = _find_address()
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"RAY_ADDRESS: got {address}, allowed: HOST:PORT, auto or local")
-    place = host.strip("[]"), int(port)
+    endpoint = host.strip("[]"), int(port)
     try:
-        ip = _answers(place)
+        ip = _resolve_peer(endpoint)
     except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ValueError(f"RAY_ADDRESS: nothing answers at {address}: {why}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"RAY_ADDRESS: nothing answers at {address}: {reason}") from None
     if ipaddress.ip_address(ip).is_global and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         raise ValueError(
             f"RAY_ADDRESS: {address} is {ip}, a public address, without a token; allowed: a private or loopback "
             "address, or RAY_AUTH_MODE=token here and where the cluster is started"
         )
-    _agree_on_tls(address, place)
-    _check_protocol(address, place)
-    over = threading.Event()
-    threading.Thread(target=_watch, args=(place, over), daemon=True).start()
+    # Ray itself would retry for minutes and then end the process, so TLS and the protocol are checked first
+    _check_tls(address, endpoint)
+    _check_protocol(address, endpoint)
+    stopped = threading.Event()
+    threading.Thread(target=_watch_head, args=(endpoint, stopped), daemon=True).start()
     try:
         yield {"address": address}
     finally:
-        over.set()
+        stopped.set()
 
 
 def _find_address() -> str:
-    """Find the address of the Ray that was last started on this machine, perhaps one that has ended since.
+    """Find the address of the Ray that was last started on this machine. It may have ended since.
 
-    Ray itself would try to reach that for more than a minute.
+    The caller checks the address, because Ray itself would retry for more than a minute.
     """
     if address := ray_utils.read_ray_address():
         return str(address)
     raise ValueError(
-        "RAY_ADDRESS: got auto, and no Ray was started on this machine, allowed: HOST:PORT of one, or none, and the "
-        "command starts its own"
+        "RAY_ADDRESS: got auto, and no Ray was started on this machine, allowed: HOST:PORT of a cluster, or unset to "
+        "start a private Ray"
     )
 
 
-def _answers(place: tuple[str, int]) -> str:
-    """Whose address it is; OSError where nobody takes the call."""
-    with socket.create_connection(place, REACH_S) as call:
-        return str(call.getpeername()[0]).partition("%")[0]
+def _resolve_peer(endpoint: tuple[str, int]) -> str:
+    """Connect and return the IP address of the other side. OSError if nothing accepts the connection."""
+    with socket.create_connection(endpoint, CONNECT_TIMEOUT_S) as connection:
+        return str(connection.getpeername()[0]).partition("%")[0]
 
 
-def _agree_on_tls(address: str, place: tuple[str, int]) -> None:
-    """ValueError where Ray's channels would not come about: it would try for a minute, and end the process."""
-    wanted = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+def _check_tls(address: str, endpoint: tuple[str, int]) -> None:
+    """Raise ValueError if both sides do not agree on TLS. Ray would retry for a minute and then end the process."""
+    uses_tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
-    if wanted:
+    # certificates as Ray reads them; without TLS here, only the other side's answer matters
+    if uses_tls:
         try:
             context.load_verify_locations(os.environ["RAY_TLS_CA_CERT"])
-            own = os.environ["RAY_TLS_SERVER_CERT"], os.environ["RAY_TLS_SERVER_KEY"]
-            context.load_cert_chain(*own, password="")  # else it would be asked for at the terminal
+            certificate = os.environ["RAY_TLS_SERVER_CERT"], os.environ["RAY_TLS_SERVER_KEY"]
+            context.load_cert_chain(*certificate, password="")  # without a password, OpenSSL asks at the terminal
         except (KeyError, OSError) as error:
             raise ValueError(
                 f"RAY_USE_TLS: got {error!r}, allowed: with RAY_TLS_CA_CERT, RAY_TLS_SERVER_CERT and "
                 "RAY_TLS_SERVER_KEY, files in PEM form"
             ) from None
-    else:  # only whether it would answer
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    else:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    # a handshake with the other side
     answered = False
     try:
         with (
-            socket.create_connection(place, REACH_S) as call,
-            context.wrap_socket(call, server_hostname=place[0]) as tls,
+            socket.create_connection(endpoint, CONNECT_TIMEOUT_S) as connection,
+            context.wrap_socket(connection, server_hostname=endpoint[0]) as tls,
         ):
             answered = True
-            if not tls.recv(1):  # what it makes of the certificate comes after the handshake
+            if not tls.recv(1):  # in TLS 1.3 a server rejects the client's certificate after the handshake
                 raise ConnectionError("it hung up, as on certificates that it does not trust")
     except OSError as error:
-        if wanted:
+        if uses_tls:
             raise ValueError(f"RAY_ADDRESS: {address} and RAY_USE_TLS=1 here: {error}, allowed: TLS at both") from None
-    if answered and not wanted:
+    if answered and not uses_tls:
         raise ValueError(f"RAY_ADDRESS: {address} asks for TLS, allowed: RAY_USE_TLS=1 and the cluster's certificates")
 
 
-def _check_protocol(address: str, place: tuple[str, int]) -> None:
-    """ValueError where another kind of server listens: Ray would try to reach its head there for minutes."""
+def _check_protocol(address: str, endpoint: tuple[str, int]) -> None:
+    """Raise ValueError if the server does not speak HTTP/2. Ray would retry for minutes to reach its head there."""
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-        return  # the server chose HTTP/2 already
+        return  # the server has chosen HTTP/2 in the TLS handshake
     answer = b""
-    with suppress(OSError), socket.create_connection(place, REACH_S) as call:
-        call.sendall(HTTP2_PREFACE)
-        answer = call.makefile("rb").read(9)
-    if answer[3:4] != SETTINGS:
+    with suppress(OSError), socket.create_connection(endpoint, CONNECT_TIMEOUT_S) as connection:
+        connection.sendall(HTTP2_PREFACE)
+        answer = connection.makefile("rb").read(9)  # a frame's header: 3 bytes of length, then the type
+    if answer[3:4] != HTTP2_SETTINGS_TYPE:
         raise ValueError(
             f"RAY_ADDRESS: what listens at {address} is not the head of a Ray cluster, allowed: HOST:PORT that "
             "`ray start --head` printed (the port is 6379 if none was chosen)"
         )
 
 
-def _watch(place: tuple[str, int], over: threading.Event) -> None:
-    """Say it when the head is gone, and when it is back.
+def _watch_head(endpoint: tuple[str, int], stopped: threading.Event) -> None:
+    """Print a line when the head of the cluster disappears, and another when it is back.
 
-    Ray's C++ side waits a minute for it and then ends the process: nothing in Python is asked, so it is said before.
+    Ray's C++ side waits a minute for the head and then ends the process without calling Python. The user must know the
+    reason before that.
     """
-    gone = False
-    while not over.wait(LOOK_S):
+    is_gone = False
+    while not stopped.wait(HEAD_POLL_S):
         try:
-            _answers(place)
+            _resolve_peer(endpoint)
         except OSError:
-            if not gone:
-                tqdm.write(f"redux: {GONE.format(*place)}", file=sys.stderr)
-            gone = True
+            if not is_gone:
+                tqdm.write(f"redux: {HEAD_GONE_MESSAGE.format(*endpoint)}", file=sys.stderr)
+            is_gone = True
         else:
-            if gone:
-                tqdm.write(f"redux: the head of the cluster at {place[0]}:{place[1]} is back", file=sys.stderr)
-            gone = False
+            if is_gone:
+                tqdm.write(f"redux: the head of the cluster at {endpoint[0]}:{endpoint[1]} is back", file=sys.stderr)
+            is_gone = False
 
 
-def require(needed: Mapping[str, float], what: str) -> None:
-    """ValueError where Ray runs on this machine alone and has less: what needs it would wait without end.
+def require_resources(needed: Mapping[str, float], consumer: str) -> None:
+    """Raise ValueError if a private Ray has fewer resources than needed: the consumer would wait forever.
 
-    needed: by Ray's names, CPU or GPU.
+    Args:
+        needed: amounts by Ray's names of resources, "CPU" or "GPU".
+        consumer: name of the part that needs them, for the message.
     """
     for name, count in needed.items():
-        have = ray.cluster_resources().get(name, 0)
-        if is_own() and have < count:
-            raise ValueError(f"{what} needs {count:g} {name}s, allowed: {have:g}, which this machine has")
+        available = ray.cluster_resources().get(name, 0)
+        if is_private() and available < count:
+            raise ValueError(f"{consumer} needs {count:g} {name}s, allowed: {available:g}, which this machine has")
 
 
-def count_places(gpu_share: float = 1) -> int:
-    """Count the processes with a model that fit: one a GPU or share of one, without GPUs one a CPU.
+def count_model_processes(gpu_share: float = 1) -> int:
+    """Count the processes with a model that fit on the cluster.
 
-    Each takes half a CPU, and one CPU is left to read data.
+    With GPUs, one process per GPU or share of a GPU; without, one per CPU. Each takes half a CPU, and one CPU is left
+    for reading data.
     """
-    cpus, gpu_count = int(ray.cluster_resources().get("CPU", 1)), gpus()
-    most = int(gpu_count / gpu_share) if gpu_count else cpus
-    return max(min(most, 2 * (cpus - 1)), 1)
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    gpu_count = count_gpus()
+    limit = int(gpu_count / gpu_share) if gpu_count else cpus
+    return max(min(limit, 2 * (cpus - 1)), 1)
 
 
 def describe_shortage() -> str:
-    """Describe what Ray has no room for now, of all that it is to place together; "" where it lacks nothing."""
-    groups = ray.util.placement_group_table().values()
+    """Describe the resources that pending placement groups still lack, or return "" if none is lacking."""
     needed = Counter[str]()
-    for group in groups:
+    for group in ray.util.placement_group_table().values():
         if group["state"] == "PENDING":
             for bundle in group["bundles"].values():
                 needed.update(bundle)
-    there, free = ray.cluster_resources(), ray.available_resources()
+    total, free = ray.cluster_resources(), ray.available_resources()
     lacking = [
-        f"{count:g} {name}s: Ray has {there.get(name, 0):g}, of which {free.get(name, 0):g} are free"
+        f"{count:g} {name}s: Ray has {total.get(name, 0):g}, of which {free.get(name, 0):g} are free"
         for name, count in needed.items()
         if free.get(name, 0) < count
     ]
     return f"waiting for {', and for '.join(lacking)}" if lacking else ""
 
 
-def gpus() -> float:
-    """GPUs that Ray has."""
+def count_gpus() -> float:
+    """Count the GPUs of the cluster."""
     return float(ray.cluster_resources().get("GPU", 0))
 
 
-def is_own() -> bool:
-    """Whether the run starts a Ray of its own, since none is named."""
+def is_private() -> bool:
+    """Tell if the run starts a private Ray, because RAY_ADDRESS names no cluster."""
     return os.environ.get("RAY_ADDRESS", "") in ("", "local")

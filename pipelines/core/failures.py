@@ -1,9 +1,9 @@
-"""Reasons of failures: the innermost error behind Ray's wrappers, whether it would recur, and its text in one line.
+"""Classification of errors: the cause behind Ray's wrappers, the reaction to it, and its text in one line.
 
-Ray wraps what a worker, a reader or an actor raised, once for each process that passes it on, and the text of a wrapper
-is a whole stack trace.  What the user can mend is the error at its core.
+Ray wraps an error of a worker, a reader or an actor once for each process that passes it on. The text of a wrapper is
+a whole stack trace. The user can only fix the innermost error.
 
-This module imports neither Ray nor torch: the command line uses it for every error, also where neither is loaded.
+This module imports neither Ray nor torch, because the command line uses it for every error, even if neither is loaded.
 """
 
 import builtins
@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 
-MAX_CHARACTERS = 4000
-"""Length of a reason; a longer one loses its middle."""
+MAX_REASON_CHARACTERS = 4000
+"""Maximum length of a reason. The middle of a longer one is cut out."""
 
 PERMANENT_ERRNOS = {
     errno.EACCES,
@@ -33,51 +33,53 @@ PERMANENT_ERRNOS = {
     errno.EPERM,
     errno.EROFS,
 }
-"""Faults of a file system that stay until somebody mends them."""
+"""Errors of a file system that stay until somebody fixes them."""
 
 LOST_CLASSES = {"RayError", "RayTrainError", "DistError", "ConnectionError", "TimeoutError", "EOFError"}
-"""Base classes of errors about another process or machine that is gone, by name."""
+"""Names of base classes of errors that mean: another process or machine is gone."""
 
 LOST_TEXTS = re.compile(
     r"connection (closed|reset|refused|timed out)|broken pipe|socket (closed|timeout)|timed out|gloo|nccl",
     re.IGNORECASE,
 )
-"""Texts of a RuntimeError by which torch.distributed tells that a peer is gone."""
+"""Texts of a RuntimeError with which torch.distributed reports a lost peer."""
 
-HINTS = {
+ERRNO_HINTS = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space there, or raise the quota",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the limit of open files (sysctl fs.file-max)",
-    errno.EROFS: "mount it for writing, or name another folder",
-    errno.EACCES: "get the right to it, or name another folder",
-    errno.EPERM: "get the right to it, or name another folder",
-    errno.ENAMETOOLONG: "name a shorter path",
+    errno.EROFS: "remount it writable, or choose another folder",
+    errno.EACCES: "get permission for it, or choose another folder",
+    errno.EPERM: "get permission for it, or choose another folder",
+    errno.ENAMETOOLONG: "choose a shorter path",
 }
-"""Advice on a fault of a file system."""
+"""Advice for errors of a file system, by error number."""
 
 CLASS_HINTS = {"OutOfMemoryError": "a smaller micro_batch_size needs less memory"}
-"""Advice on an error by the name of its class."""
+"""Advice for an error, by the name of its class."""
 
-_CHAINED = re.compile(
+_CHAIN_SEPARATOR = re.compile(
     r"^(?:The above exception was the direct cause of the following exception|"
     r"During handling of the above exception, another exception occurred):$",
     re.MULTILINE,
 )
-_ERROR = re.compile(r"([A-Za-z_][\w.]*)(?:: (.*))?$", re.DOTALL)
+_ERROR_LINE = re.compile(r"([A-Za-z_][\w.]*)(?:: (.*))?$", re.DOTALL)
 
 
 class PermanentError(OSError):
-    """A fault of a store that stays until somebody mends it; the text names the store."""
+    """Error of a store that stays until somebody fixes it. The text names the store."""
 
 
 class Kind(IntEnum):
-    """Reaction to an error, the most telling first: of several ranks' errors it is the cause of the others.
+    """Kind of a failure, which decides about restarts.
 
-    PERMANENT: it stays until the user mends something; nothing is started again.
-    RAISED: code failed; if the same comes again at the same step, nothing is started again.
-    LOST: a process, a machine or a connection is gone; all is started again, as often as the job allows.
+    Kinds are sorted: if several ranks fail, the lowest kind is taken as the cause of the others.
+
+    PERMANENT: the error stays until the user fixes something. The stage is not restarted.
+    RAISED: code raised an error. The stage is restarted, unless the same error occurs again at the same step.
+    LOST: a process, a machine or a connection is gone. The stage is restarted, as often as the job allows.
     """
 
     PERMANENT = 0
@@ -94,20 +96,21 @@ class Failure:
 
     @property
     def pattern(self) -> str:
-        """The text without the numbers that differ from one process to the next."""
+        """The text without numbers, which differ between processes."""
         return re.sub(r"0x[0-9a-f]+|\b[0-9a-f]{12,}\b|\d+(\.\d+)?", "#", self.text)
 
 
-def describe(error: BaseException) -> Failure:
-    """The failure that an error is, as its innermost error tells."""
+def classify_error(error: BaseException) -> Failure:
+    """Find the cause of an error and return its kind and text."""
     cause = find_cause(error)
-    return Failure(_kind(cause), _cut(_text(cause)))
+    return Failure(_classify(cause), _shorten_middle(_format_error(cause)))
 
 
 @contextmanager
 def locate_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Give errors of writing the name of the file: it is missing where the kernel refuses bytes of an open file, and
-    libraries in Rust raise an error of their own.
+    """Add the file's name to errors of the block.
+
+    The name is missing if the kernel refuses a write to an open file. Libraries in Rust raise errors of another class.
     """
     try:
         yield
@@ -119,7 +122,7 @@ def locate_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _find_errno(error: BaseException) -> int:
-    """The number of a file system's error, which libraries in Rust put in its text; 0 for another error."""
+    """Return the errno of a file system's error, or 0. Libraries in Rust put it in the text."""
     if isinstance(error, OSError | ValueError):
         return getattr(error, "errno", None) or 0
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -127,7 +130,7 @@ def _find_errno(error: BaseException) -> int:
 
 
 def find_cause(error: BaseException) -> BaseException:
-    """The error at the core of Ray's wrappers; an error of any other kind is returned as it is."""
+    """Return the innermost error behind Ray's wrappers, or the error itself if it is not wrapped."""
     seen = set[int]()
     while id(error) not in seen:
         seen.add(id(error))
@@ -140,10 +143,13 @@ def find_cause(error: BaseException) -> BaseException:
 
 
 def _unwrap(error: BaseException) -> BaseException | None:
+    """Return the error that a wrapper of Ray 2.60 holds, or None if this is no wrapper."""
     names = _class_names(error)
+    # of several workers, the error of the lowest kind
     if "WorkerGroupError" in names:
         failures = getattr(error, "worker_failures", {}).values()
-        return min(map(find_cause, failures), key=_kind, default=None)
+        return min(map(find_cause, failures), key=_classify, default=None)
+    # wrappers that hold their cause in an attribute
     for name, attribute in (
         ("RayTaskError", "cause"),
         ("UserExceptionWithTraceback", "_base_exc"),
@@ -152,32 +158,34 @@ def _unwrap(error: BaseException) -> BaseException | None:
     ):
         inner = getattr(error, attribute, None) if name in names else None
         if isinstance(inner, BaseException):
-            # Ray Data's wrapper loses its cause when it is pickled; the stack trace still ends the cause's part with it
+            # Ray Data's wrapper loses its cause when it is pickled, but the stack trace still contains it
             if "UserCodeException" in _class_names(inner) and inner.__cause__ is None:
-                return _from_trace(str(error)) or inner
+                return _parse_trace(str(error)) or inner
             return inner
+    # wrappers that hold their cause elsewhere
     if "UserCodeException" in names:
         return error.__cause__
     if "ActorDiedError" in names and getattr(error, "actor_init_failed", False):
-        return _from_trace(str(error))
+        return _parse_trace(str(error))
     return None
 
 
-def _from_trace(trace: str) -> BaseException | None:
-    """The last error of a stack trace that is not Ray's wrapper, as a new exception; None where there is none."""
-    for part in reversed(_CHAINED.split(trace)):
+def _parse_trace(trace: str) -> BaseException | None:
+    """Rebuild the last error of a stack trace that is not a wrapper of Ray, or return None."""
+    for part in reversed(_CHAIN_SEPARATOR.split(trace)):
         lines = part.strip().splitlines()
         frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
         rest = lines[frames[-1] + 1 if frames else 1 :]
-        while rest and rest[0].startswith("    "):  # the frame's line of code
+        while rest and rest[0].startswith("    "):  # the source line of the frame
             rest = rest[1:]
-        found = _ERROR.match("\n".join(rest))
+        found = _ERROR_LINE.match("\n".join(rest))
         if found and not found[1].startswith("ray."):
-            return _remake(found[1].rpartition(".")[2], (found[2] or "").strip())
+            return _rebuild_error(found[1].rpartition(".")[2], (found[2] or "").strip())
     return None
 
 
-def _remake(name: str, text: str) -> BaseException:
+def _rebuild_error(name: str, text: str) -> BaseException:
+    """Make an exception with this class name and text. OSError gets its errno and file name back."""
     known = getattr(builtins, name, None)
     if not (isinstance(known, type) and issubclass(known, Exception)):
         return type(name, (Exception,), {})(text)
@@ -185,7 +193,7 @@ def _remake(name: str, text: str) -> BaseException:
     return OSError(int(number[1]), number[2], number[3]) if number else known(text)
 
 
-def _kind(error: BaseException) -> Kind:
+def _classify(error: BaseException) -> Kind:
     names = _class_names(error)
     if names & LOST_CLASSES:
         return Kind.LOST
@@ -202,26 +210,26 @@ def _class_names(error: BaseException) -> set[str]:
     return {base.__name__ for base in type(error).__mro__}
 
 
-def _text(error: BaseException) -> str:
-    """An error in one line: an error of a file names the file, the fault and what mends it."""
+def _format_error(error: BaseException) -> str:
+    """Format an error as one line. File errors name the file, the problem and the advice."""
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        where = " -> ".join(os.fsdecode(name) for name in _files(error))
-        hint = f"; {HINTS[error.errno]}" if error.errno in HINTS else ""
-        return f"{where}: {error.strerror}{hint}" if where else f"{error.strerror}{hint}"
+        files = " -> ".join(os.fsdecode(name) for name in _file_names(error))
+        hint = f"; {ERRNO_HINTS[error.errno]}" if error.errno in ERRNO_HINTS else ""
+        return f"{files}: {error.strerror}{hint}" if files else f"{error.strerror}{hint}"
     name, text = type(error).__name__, " ".join(str(error).split())
     hint = f"; {CLASS_HINTS[name]}" if name in CLASS_HINTS else ""
     if isinstance(error, ValueError | ImportError) and text:
         return text
-    # an OSError without a number is one of pipelines.core.storage, which names the place itself
+    # an OSError without errno comes from pipelines.core.storage, whose text names the URL
     return (text if type(error) in (OSError, PermanentError) and text else f"{name}: {text}" if text else name) + hint
 
 
-def _files(error: OSError) -> Iterable[str | bytes]:
+def _file_names(error: OSError) -> Iterable[str | bytes]:
     return (name for name in (error.filename, error.filename2) if isinstance(name, str | bytes))
 
 
-def _cut(text: str) -> str:
-    if len(text) <= MAX_CHARACTERS:
+def _shorten_middle(text: str) -> str:
+    if len(text) <= MAX_REASON_CHARACTERS:
         return text
-    half = MAX_CHARACTERS // 2
+    half = MAX_REASON_CHARACTERS // 2
     return f"{text[:half]} [...] {text[-half:]}"

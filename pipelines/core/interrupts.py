@@ -1,7 +1,7 @@
-"""Signals that stop a command: SIGINT (Ctrl-C), SIGTERM and SIGHUP, each raised as KeyboardInterrupt.
+"""Signals that stop a command: SIGINT (Ctrl-C), SIGTERM and SIGHUP. Each raises KeyboardInterrupt.
 
-The main thread gets the exception wherever it is, so a library may swallow it or turn it into another one. Every
-signal is therefore counted as well: loops that do the work ask for the count, and the command line trusts it for its
+The exception is raised at any line of the main thread, so a library may swallow it or replace it by another one.
+Every signal is therefore counted as well. Loops that do the work check the count, and the command line uses it for its
 exit code.
 """
 
@@ -14,60 +14,60 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class _State:
-    """Signals of this process: how many came, and how many blocks that must not be interrupted are entered."""
+class _SignalState:
+    """Number of signals that this process has received, and of `defer_signals` blocks that it is in."""
 
     received = 0
     deferrals = 0
 
 
-def _receive(signum: int, frame: FrameType | None) -> None:
-    _State.received += 1
-    if not _State.deferrals:
+def _handle_signal(signum: int, frame: FrameType | None) -> None:
+    _SignalState.received += 1
+    if not _SignalState.deferrals:
         raise KeyboardInterrupt
 
 
-def received() -> bool:
-    """Return whether a signal came since the handlers were installed."""
-    return _State.received > 0
+def was_interrupted() -> bool:
+    """Tell if a signal has come since the handlers were installed."""
+    return _SignalState.received > 0
 
 
-def check() -> None:
-    """Raise KeyboardInterrupt if a signal came, also one whose exception was swallowed. For loops that do work."""
-    if _State.received and not _State.deferrals:
+def raise_if_interrupted() -> None:
+    """Raise KeyboardInterrupt if a signal has come, even if its exception was swallowed. Call it in long loops."""
+    if _SignalState.received and not _SignalState.deferrals:
         raise KeyboardInterrupt
 
 
 @contextmanager
-def handled() -> Iterator[None]:
-    """Install the handlers. A signal that is ignored, as SIGHUP under nohup, stays ignored.
+def handle_signals() -> Iterator[None]:
+    """Install the handlers for the length of a with block.
 
-    After a signal the process is about to end, so further ones are ignored from here on: they could only spoil its
-    exit code.
+    A signal that is ignored, such as SIGHUP under nohup, stays ignored. After a signal the process is about to end, so
+    further signals are ignored from the end of the block on: they would only change its exit code.
     """
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    handled_signals = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    _State.received = _State.deferrals = 0
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    handled_signals = [number for number, handler in previous.items() if handler is not signal.SIG_IGN]
+    _SignalState.received = _SignalState.deferrals = 0
     for number in handled_signals:
-        signal.signal(number, _receive)
+        signal.signal(number, _handle_signal)
     try:
         yield
     finally:
         for number in handled_signals:
-            signal.signal(number, signal.SIG_IGN if _State.received else before[number])
+            signal.signal(number, signal.SIG_IGN if _SignalState.received else previous[number])
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Let the block end before a signal that comes during it raises KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():  # the others are never interrupted
+def defer_signals() -> Iterator[None]:
+    """Delay the KeyboardInterrupt of a signal until the block has ended."""
+    if threading.current_thread() is not threading.main_thread():  # Python runs signal handlers in the main thread only
         yield
         return
-    count = _State.received
-    _State.deferrals += 1
+    count = _SignalState.received
+    _SignalState.deferrals += 1
     try:
         yield
     finally:
-        _State.deferrals -= 1
-    if _State.received > count:
-        check()
+        _SignalState.deferrals -= 1
+    if _SignalState.received > count:
+        raise_if_interrupted()

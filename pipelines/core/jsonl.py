@@ -1,4 +1,4 @@
-"""Files of JSON lines that are appended to, and that a crash may leave with half a line at the end."""
+"""JSON Lines files that are appended to. A crash may leave a partial line at the end."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,34 +9,37 @@ from pipelines.core import failures, storage
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, none where it is missing; half a line at its end is passed over.
+    """Read the objects of a file. A missing file has none, and a partial line at the end is skipped.
 
-    ValueError, naming file and line, for any other that is no object.
+    Raises:
+        ValueError: another line is not a JSON object. The message names file and line.
     """
-    result = []
-    for number, line in enumerate(_whole(path).splitlines(), start=1):
+    objects = []
+    for number, line in enumerate(_read_whole_lines(path).splitlines(), start=1):
         try:
-            found = json.loads(line)
+            value = json.loads(line)
         except ValueError:
-            found = None
-        if not isinstance(found, dict):
+            value = None
+        if not isinstance(value, dict):
             raise ValueError(f"{path}: line {number}: got {line[:60]!r}, allowed: an object of JSON")
-        result.append(found)
-    return result
+        objects.append(value)
+    return objects
 
 
 def append(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Add objects to the end of a file."""
+    """Append objects to a file."""
     with failures.locate_errors(path), path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
-def mend(path: Path) -> None:
-    """Cut half a line off, so that the next one does not go on from it."""
-    if path.exists() and path.stat().st_size > len(whole := _whole(path).encode()):
-        storage.write(str(path), whole)
+def drop_partial_line(path: Path) -> None:
+    """Remove a partial line at the end, so that the next append starts a new line."""
+    lines = _read_whole_lines(path).encode()
+    if path.exists() and path.stat().st_size > len(lines):
+        storage.write(str(path), lines)
 
 
-def _whole(path: Path) -> str:
+def _read_whole_lines(path: Path) -> str:
+    """Read the text up to the last line break; "" for a missing file."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return text[: text.rfind("\n") + 1]

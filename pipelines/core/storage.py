@@ -1,17 +1,21 @@
-"""Every byte that the data floor reads or writes: local paths and any URL that fsspec knows, by the same functions.
+"""Storage access: reads and writes of local paths and of all URLs that fsspec supports, with retries.
 
-A URL is a `str`; a local path is one without scheme.  s3:// needs the package s3fs, gs:// gcsfs, hf:// huggingface_hub.
+A URL is a `str`; a local path is a URL without scheme. s3:// needs the package s3fs, gs:// needs gcsfs, hf:// needs
+huggingface_hub.
 
-One policy of retries, `RETRY`, stands for all stores.  The libraries bring their own below it (s3fs five tries around
-botocore's five), which multiply and are silent; for S3 they are switched off, so that a try is a request, counted in
-`retries`, and the deadline holds.  Ray's retries cannot stand in: they match the texts of Arrow's errors, not s3fs's.
+One retry policy, `RETRY`, applies to all stores. The libraries have retries of their own (s3fs five tries, each around
+five of botocore), which multiply and are silent. For S3 they are switched off, so a try is one request, is counted in
+`count_retries`, and respects the deadline. Ray's retries are no substitute: they match the texts of Arrow's errors, not
+those of s3fs.
 
-A try asks fsspec for its filesystem anew, which keeps one a process: nothing is open at import, nothing is pickled,
-a forked process gets its own, and after expired credentials the next one reads environment and profile again.
+Every try asks fsspec for the filesystem, and fsspec caches one per process. So nothing is open at import, nothing is
+pickled, and a forked process gets a new one. After expired credentials, the next one reads environment and profile
+again.
 
-Costs: 1.5 ms of CPU a request to S3 (aiobotocore), which is why near ranges are read as one; 0.02 ms a local range.
-Ranges go out from a thread each and not through fsspec's cat_ranges: that waits for the slowest of a batch before any
-can be tried again, and one by one where a filesystem is not asynchronous (hf://); threads cost 0.2 ms of CPU a request.
+Costs: 1.5 ms of CPU per request to S3 (aiobotocore), so near ranges are merged; 0.02 ms per local range. Each range is
+read by a thread and not by fsspec's cat_ranges. That function waits for the slowest range of a batch before any can be
+retried, and reads one after the other if a filesystem is not asynchronous (hf://). Threads cost 0.2 ms of CPU per
+request.
 """
 
 import glob
@@ -50,60 +54,65 @@ from tenacity import (
 
 from pipelines.core.failures import PermanentError
 
-Range = tuple[str, int, int]
+ByteRange = tuple[str, int, int]
 """URL, first byte, byte after the last."""
 
 T = TypeVar("T")
 
-CONCURRENCY = 64
-"""Requests of one call that are on their way together."""
+MAX_CONCURRENT_REQUESTS = 64
+"""Requests of one call that run at the same time."""
 
-GAP = 128 * 2**10
-"""Bytes between two ranges of a file up to which one request takes both: what arrives in the time a request costs."""
+MAX_GAP_BYTES = 128 * 2**10
+"""Maximum gap between two ranges of a file that one request reads: the bytes that arrive in the time of a request."""
 
-BLOCK = 8 * 2**20
-"""Bytes that ranges read as one do not exceed together, so that large reads keep going out side by side."""
+MAX_BLOCK_BYTES = 8 * 2**20
+"""Maximum size of a merged read, so that large reads still run in parallel."""
 
-PARTIAL = ".partial"
-"""How a local file ends that is being written; `names` does not show it."""
+PARTIAL_SUFFIX = ".partial"
+"""Suffix of a local file that is being written. `list_files` skips such files."""
 
-EXPIRED = "expired credentials"
-"""The kind of fault after which a fresh filesystem reads the credentials again."""
+EXPIRED_CREDENTIALS = "expired credentials"
+"""Kind of the errors after which a new filesystem reads the credentials again."""
 
-CODES = {
-    **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"), EXPIRED),
-    **dict.fromkeys(("InvalidToken", "InvalidTokenId"), EXPIRED),
+TRANSIENT_CODES = {
+    **dict.fromkeys(
+        ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"), EXPIRED_CREDENTIALS
+    ),
+    **dict.fromkeys(("InvalidToken", "InvalidTokenId"), EXPIRED_CREDENTIALS),
     **dict.fromkeys(("SlowDown", "TooManyRequests", "TooManyRequestsException", "ServiceUnavailable"), "throttled"),
     **dict.fromkeys(("Throttling", "ThrottlingException", "ThrottledException", "RequestLimitExceeded"), "throttled"),
     "InternalError": "server error",
     "RequestTimeout": "time-out",
     "IncompleteBody": "truncated body",
 }
-"""Codes of S3 and its like for what passes with time, and what it is called here."""
+"""Kinds of transient errors by error code of S3 and compatible stores."""
 
-STATUSES = {408: "time-out", 429: "throttled", 503: "throttled"}
-"""The same for stores whose answers have no code."""
+TRANSIENT_STATUSES = {408: "time-out", 429: "throttled", 503: "throttled"}
+"""Kinds of transient errors by HTTP status, for stores whose responses have no code."""
 
-CLASSES = {
+TRANSIENT_CLASSES = {
     **dict.fromkeys(("TimeoutError", "Timeout", "TimeoutException"), "time-out"),
     **dict.fromkeys(("IncompleteRead", "IncompleteReadError", "ResponseStreamingError"), "truncated body"),
     **dict.fromkeys(("ClientPayloadError", "FlexibleChecksumError"), "truncated body"),
     **dict.fromkeys(("ConnectionError", "ClientConnectionError", "TransportError", "HTTPClientError"), "connection"),
     "ResponseParserError": "server error",
 }
-"""The same for errors without an answer, the first that fits.  By name, since few of the libraries are installed."""
+"""Kinds of transient errors without a response, by class name; the first match counts.
+
+Names, because few of the libraries are installed.
+"""
 
 logger = logging.getLogger(__name__)
 
-_seen: list[str] = []  # kinds of faults retried; appending needs no lock, which a fork could find held
+_retried_kinds: list[str] = []  # appending needs no lock, and a fork could copy a locked one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """How long faults that pass are waited out, in seconds.
+    """Retry policy for transient errors; times in seconds.
 
-    A wait is drawn between zero and a limit that starts at `first_wait_s` and doubles up to `longest_wait_s`.  The
-    deadline is that of a whole call, transfer included: what takes longer to move is not for one call.
+    A wait is drawn between zero and a limit that starts at `first_wait_s` and doubles up to `longest_wait_s`. The
+    deadline covers a whole call including the transfer, so larger transfers need several calls.
     """
 
     tries: int = 10
@@ -118,177 +127,190 @@ RETRY = Retry()
 
 
 def read(url: str) -> bytes:
-    """The whole file in one request; large ones are faster in ranges."""
+    """Read a whole file in one request. Large files are faster in ranges: see `map_file`."""
 
-    def once(files: Any, path: str, seconds: float) -> bytes:
-        # s3fs would first ask for the size, and no answer to that has a body which says what is wrong
+    def attempt(files: Any, path: str, seconds: float) -> bytes:
+        # otherwise s3fs asks for the size first (HEAD), and a failed HEAD has no body that gives the reason
         options = {"max_concurrency": 1} if "s3" in files.protocol else {}
-        data: bytes = _ask(files, "cat_file", path, seconds=seconds, **options)
+        data: bytes = _call(files, "cat_file", path, seconds=seconds, **options)
         return data
 
-    return _retried(url, once)
+    return _run_with_retries(url, attempt)
 
 
-def mapped(url: str) -> bytes | mmap.mmap:
-    """The whole of a large file: a local one mapped into memory, others read in ranges, side by side."""
-    length = size(url)
+def map_file(url: str) -> bytes | mmap.mmap:
+    """Read a large file: map a local one into memory, read others in parallel ranges."""
+    length = get_size(url)
     if is_local(url) and length:
-        with open(_open(url)[1], "rb") as file:
+        with open(_open_filesystem(url)[1], "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return b"".join(read_ranges([(url, at, min(at + BLOCK, length)) for at in range(0, length, BLOCK)]))
+    return b"".join(
+        read_ranges([(url, start, min(start + MAX_BLOCK_BYTES, length)) for start in range(0, length, MAX_BLOCK_BYTES)])
+    )
 
 
-def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
-    """The bytes of each range, in this order, each of exactly its length.
+def read_ranges(ranges: Sequence[ByteRange]) -> list[bytes]:
+    """Read byte ranges of files.
 
-    From a store near ranges of a file are read as one, and all side by side.  ValueError names the file that ends
-    before a range of it does.
+    Local ranges are read one after the other. Remote ranges are read in parallel, near ranges of a file as one block.
+
+    Returns:
+        The bytes of each range, in the order of `ranges`, each of exactly its length.
+
+    Raises:
+        ValueError: a file ends before one of its ranges. The message names the file.
     """
-    until = time.monotonic() + RETRY.deadline_s
+    deadline = time.monotonic() + RETRY.deadline_s
     if all(is_local(url) for url, _, _ in ranges):
-        return [_read_block(one, until) for one in ranges]
-    wanted = [one for one in ranges if one[1] < one[2]]
-    columns = ([one[part] for one in wanted] for part in range(3))
-    blocks: list[Range] = list(zip(*merge_offset_ranges(*columns, GAP, BLOCK), strict=True))
-    with ThreadPoolExecutor(CONCURRENCY) as pool:
-        held = list(pool.map(partial(_read_block, until=until), blocks))
-    firsts = [block[:2] for block in blocks]
+        return [_read_block(block, deadline) for block in ranges]
+    # merge near ranges into blocks; empty ranges need no request
+    nonempty = [byte_range for byte_range in ranges if byte_range[1] < byte_range[2]]
+    columns = ([byte_range[part] for byte_range in nonempty] for part in range(3))  # URLs, starts, stops
+    blocks: list[ByteRange] = list(zip(*merge_offset_ranges(*columns, MAX_GAP_BYTES, MAX_BLOCK_BYTES), strict=True))
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
+        contents = list(pool.map(partial(_read_block, deadline=deadline), blocks))
+    # cut the ranges out of the blocks
+    block_starts = [block[:2] for block in blocks]
     result = []
     for url, start, stop in ranges:
         if start < stop:
-            number = bisect_right(firsts, (url, start)) - 1  # of those that start no later, the last holds the range
-            first = firsts[number][1]
-            result.append(held[number][start - first : stop - first])
+            number = bisect_right(block_starts, (url, start)) - 1  # the last block that starts at or before the range
+            first = block_starts[number][1]
+            result.append(contents[number][start - first : stop - first])
         else:
             result.append(b"")
         assert len(result[-1]) == stop - start
     return result
 
 
-def _read_block(block: Range, until: float) -> bytes:
+def _read_block(block: ByteRange, deadline: float) -> bytes:
+    """Read one range. EOFError inside `attempt` means that the file is too short; a short response is retried."""
     url, start, stop = block
 
-    def once(files: Any, path: str, seconds: float) -> bytes:
-        data: bytes = _ask(files, "cat_file", path, start=start, end=stop, seconds=seconds)
+    def attempt(files: Any, path: str, seconds: float) -> bytes:
+        data: bytes = _call(files, "cat_file", path, start=start, end=stop, seconds=seconds)
         if missing := stop - start - len(data):
-            size = _info(files, path, seconds)["size"]
+            size = _get_info(files, path, seconds)["size"]
             if size < stop:
                 raise EOFError(f"got {start} to {stop}, the file ends at {size}")
             raise IncompleteRead(data, missing)
         return data
 
-    return _retried(url, once, until)
+    return _run_with_retries(url, attempt, deadline)
 
 
 def write(url: str, data: bytes) -> None:
-    """Make or replace the file, whole or not at all: readers see what was there before, or all of `data`.
+    """Write or replace a file atomically: readers see the previous content or all of `data`.
 
-    Folders above are made.  On S3 it is one put up to 100 MB, and parts that appear together above.
+    Parent folders are created. On S3, up to 100 MB is one put; larger data is a multipart upload that appears at once.
     """
-    _retried(url, lambda files, path, seconds: _ask(files, "pipe_file", path, data, seconds=seconds))
+    _run_with_retries(url, lambda files, path, seconds: _call(files, "pipe_file", path, data, seconds=seconds))
 
 
 def exists(url: str) -> bool:
-    """Whether a file is there; a folder is none, since object stores have no folders."""
+    """Tell if a file exists. False for a folder, because object stores have no folders."""
 
-    def once(files: Any, path: str, seconds: float) -> bool:
+    def attempt(files: Any, path: str, seconds: float) -> bool:
         try:
-            return bool(_info(files, path, seconds)["type"] == "file")
+            return bool(_get_info(files, path, seconds)["type"] == "file")
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    return _retried(url, once)
+    return _run_with_retries(url, attempt)
 
 
-def size(url: str) -> int:
-    """Bytes that the file holds."""
+def get_size(url: str) -> int:
+    """Return the size of a file in bytes."""
 
-    def once(files: Any, path: str, seconds: float) -> int:
-        info = _info(files, path, seconds)
+    def attempt(files: Any, path: str, seconds: float) -> int:
+        info = _get_info(files, path, seconds)
         if info["type"] != "file":
             raise IsADirectoryError("a folder")
         return int(info["size"])
 
-    return _retried(url, once)
+    return _run_with_retries(url, attempt)
 
 
-def names(url: str) -> list[str]:
-    """Names of the files directly in a folder, sorted; [] also where it is missing: object stores cannot tell."""
-    return [name for name in _listed(url, "file") if not name.endswith(PARTIAL)]
+def list_files(url: str) -> list[str]:
+    """List the names of the files directly in a folder, sorted.
+
+    Returns [] if the folder is missing, because object stores cannot tell the difference.
+    """
+    return [name for name in _list_entries(url, "file") if not name.endswith(PARTIAL_SUFFIX)]
 
 
-def folders(url: str) -> list[str]:
-    """Names of the folders directly in a folder, sorted; [] also where it is missing."""
-    return _listed(url, "directory")
+def list_folders(url: str) -> list[str]:
+    """List the names of the folders directly in a folder, sorted; [] if it is missing."""
+    return _list_entries(url, "directory")
 
 
-def _listed(url: str, kind: str) -> list[str]:
-    def once(files: Any, path: str, seconds: float) -> list[str]:
+def _list_entries(url: str, kind: str) -> list[str]:
+    def attempt(files: Any, path: str, seconds: float) -> list[str]:
         try:
-            infos = _ask(files, "ls", path, detail=True, seconds=seconds)
+            infos = _call(files, "ls", path, detail=True, seconds=seconds)
         except FileNotFoundError as error:
-            if _answer(error)[0] == "NoSuchBucket":
+            if _parse_response(error)[0] == "NoSuchBucket":
                 raise
             return []
-        found = (posixpath.basename(info["name"].rstrip("/")) for info in infos if info["type"] == kind)
-        return sorted(name for name in found if name)
+        basenames = (posixpath.basename(info["name"].rstrip("/")) for info in infos if info["type"] == kind)
+        return sorted(name for name in basenames if name)
 
-    return _retried(url, once)
+    return _run_with_retries(url, attempt)
 
 
 def remove_folder(url: str) -> None:
-    """Remove the files directly in a folder, and a local folder itself, if it is there."""
-    for name in names(url):
+    """Remove the files directly in a folder, and the folder itself if it is local."""
+    for name in list_files(url):
         remove(join(url, name))
     if is_local(url):
-        shutil.rmtree(_open(url)[1], ignore_errors=True)
+        shutil.rmtree(_open_filesystem(url)[1], ignore_errors=True)
 
 
 def remove_partial(url: str) -> None:
-    """Remove files directly in a folder whose writers were killed in the middle; object stores have no such files."""
+    """Remove partial files directly in a folder, left by killed writers. Object stores have none."""
     if is_local(url):
-        for path in glob.glob(os.path.join(glob.escape(_open(url)[1]), f".*{PARTIAL}")):
+        for path in glob.glob(os.path.join(glob.escape(_open_filesystem(url)[1]), f".*{PARTIAL_SUFFIX}")):
             with suppress(FileNotFoundError):
                 os.remove(path)
 
 
 def remove_tree(url: str) -> None:
-    """Remove a folder with all that is below it, if it is there."""
-    for name in folders(url):
+    """Remove a folder with all files and folders in it, if it exists."""
+    for name in list_folders(url):
         remove_tree(join(url, name))
     remove_folder(url)
 
 
 def remove(url: str) -> None:
-    """Remove the file, if it is there: a try may have removed it whose answer was lost."""
+    """Remove a file. A missing file is no error: an earlier try may have removed it, and its response was lost."""
 
-    def once(files: Any, path: str, seconds: float) -> None:
+    def attempt(files: Any, path: str, seconds: float) -> None:
         try:
-            _ask(files, "rm_file", path, seconds=seconds)
+            _call(files, "rm_file", path, seconds=seconds)
         except FileNotFoundError as error:
-            if _answer(error)[0] == "NoSuchBucket":
+            if _parse_response(error)[0] == "NoSuchBucket":
                 raise
 
-    _retried(url, once)
+    _run_with_retries(url, attempt)
 
 
 def join(url: str, *names: str) -> str:
-    """The URL of what lies under `url`."""
+    """Join a URL and names with slashes."""
     return posixpath.join(url, *names)
 
 
-def absolute(url: str) -> str:
-    """The URL, or the local path from the root on and without links; no slash at its end."""
+def make_absolute(url: str) -> str:
+    """Return the URL, or the absolute local path with links resolved, without a slash at the end."""
     return os.path.realpath(url.rpartition("://")[2]) if is_local(url) else url.rstrip("/")
 
 
-def retries() -> dict[str, int]:
-    """How often this process tried again so far, by kind of fault."""
-    return dict(Counter(_seen))
+def count_retries() -> dict[str, int]:
+    """Count the retries of this process so far, by kind of error."""
+    return dict(Counter(_retried_kinds))
 
 
-class _Local:
-    """Of local files what is asked of a filesystem here, without fsspec's layers; writing is whole or not at all."""
+class _LocalFiles:
+    """Local filesystem with the methods used here, without fsspec's overhead and with atomic writes."""
 
     async_impl = False
     protocol = ("file", "local")
@@ -303,12 +325,12 @@ class _Local:
     def pipe_file(path: str, data: bytes) -> None:
         folder, name = os.path.split(os.path.abspath(path))
         os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, f".{name}.{uuid4().hex}{PARTIAL}")
+        temporary = os.path.join(folder, f".{name}.{uuid4().hex}{PARTIAL_SUFFIX}")
         try:
             with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())  # or a machine that fails may keep the name and lose the bytes
+                os.fsync(file.fileno())  # before the rename: a crash must not keep the name and lose the bytes
             os.replace(temporary, path)
         except BaseException:
             if os.path.exists(temporary):
@@ -336,17 +358,18 @@ def is_local(url: str) -> bool:
     return split_protocol(url)[0] in (None, "file", "local")
 
 
-def _open(url: str) -> tuple[Any, str]:
-    """The process's filesystem for the URL, and the path there."""
+def _open_filesystem(url: str) -> tuple[Any, str]:
+    """Return this process's filesystem for the URL, and the path in it."""
     if is_local(url):
-        return _Local, url.rpartition("://")[2]
-    options: dict[str, Any] = {"use_listings_cache": False}  # others write too
+        return _LocalFiles, url.rpartition("://")[2]
+    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write to the same folders
     on_s3 = split_protocol(url)[0] in ("s3", "s3a")
+    # botocore's retries are switched off here and those of s3fs below: see the module's docstring
     if on_s3:
         options["config_kwargs"] = {
             "connect_timeout": RETRY.connect_timeout_s,
             "read_timeout": RETRY.read_timeout_s,
-            "max_pool_connections": CONCURRENCY,
+            "max_pool_connections": MAX_CONCURRENT_REQUESTS,
             "retries": {"total_max_attempts": 1},
             **fsspec.config.conf.get("s3", {}).get("config_kwargs", {}),
         }
@@ -356,130 +379,146 @@ def _open(url: str) -> tuple[Any, str]:
     return files, path
 
 
-def _ask(files: Any, method: str, *args: Any, seconds: float, **kwargs: Any) -> Any:
-    """What the filesystem's method answers; an asynchronous one is given up after so many seconds."""
+def _call(files: Any, method: str, *args: Any, seconds: float, **kwargs: Any) -> Any:
+    """Call a method of the filesystem. An asynchronous one is cancelled after `seconds`."""
     if files.async_impl:
         return sync(files.loop, getattr(files, f"_{method}"), *args, timeout=seconds, **kwargs)
     return getattr(files, method)(*args, **kwargs)
 
 
-def _info(files: Any, path: str, seconds: float) -> dict[str, Any]:
+def _get_info(files: Any, path: str, seconds: float) -> dict[str, Any]:
     try:
-        info: dict[str, Any] = _ask(files, "info", path, seconds=seconds)
+        info: dict[str, Any] = _call(files, "info", path, seconds=seconds)
     except OSError as error:
-        if _answer(error)[0] in ("400", "403"):  # S3 answers HEAD without a body; its answer to GET says why
-            _ask(files, "cat_file", path, start=0, end=1, seconds=seconds)
+        if _parse_response(error)[0] in (
+            "400",
+            "403",
+        ):  # S3's response to HEAD has no body; that to GET gives the reason
+            _call(files, "cat_file", path, start=0, end=1, seconds=seconds)
         raise
     return info
 
 
-def _retried(url: str, work: Callable[[Any, str, float], T], until: float | None = None) -> T:
-    """`work(filesystem, path, seconds left)`, tried again while faults are of the passing kind.
+def _run_with_retries(url: str, work: Callable[[Any, str, float], T], deadline: float | None = None) -> T:
+    """Run `work(filesystem, path, seconds_left)`, and retry it after transient errors.
 
-    A local path is asked once: the kernel has tried again itself before it reports a fault.
-    ValueError where the URL, what is there, or the rights are not right, OSError when all tries failed:
-    PermanentError where credentials stay expired.
+    A local path is tried once, because the kernel retries before it reports an error.
+
+    Args:
+        url: the file or folder that `work` uses.
+        work: one request.
+        deadline: time of `time.monotonic` after which no try starts; None allows RETRY.deadline_s from now.
+
+    Raises:
+        ValueError: the URL is wrong, the file is missing or has another type, or access is denied.
+        PermanentError: credentials stay expired.
+        OSError: all tries failed.
     """
     retry, started = RETRY, time.monotonic()
-    until = started + retry.deadline_s if until is None else until
+    deadline = started + retry.deadline_s if deadline is None else deadline
 
-    def once() -> T:
-        files, path = _open(url)
+    def attempt() -> T:
+        files, path = _open_filesystem(url)
         try:
-            return work(files, path, max(until - time.monotonic(), 1e-3))  # zero would be no limit
+            return work(files, path, max(deadline - time.monotonic(), 1e-3))  # 0 would mean no limit
         except Exception as error:
-            if _kind(error) == EXPIRED:
-                files.clear_instance_cache()
+            if _transient_kind(error) == EXPIRED_CREDENTIALS:
+                files.clear_instance_cache()  # the next try makes a filesystem that reads the credentials again
             raise
 
     try:
         if is_local(url):
-            return once()
+            return attempt()
         return Retrying(
-            retry=retry_if_exception(lambda error: _kind(error) is not None),
+            retry=retry_if_exception(lambda error: _transient_kind(error) is not None),
             wait=wait_random_exponential(multiplier=retry.first_wait_s, max=retry.longest_wait_s),
-            stop=stop_after_attempt(retry.tries) | stop_before_delay(until - started),
-            before_sleep=partial(_note, url),
-        )(once)
-    except RetryError as used_up:
-        last, seconds = used_up.last_attempt, time.monotonic() - started
-        cause = last.exception() or used_up
-        tries = f"{last.attempt_number} tries in {seconds:.1f} s"
-        told = f"{_shown(url)}: given up after {tries}, at last {_kind(cause)}: {_told(cause)}"
-        raise (PermanentError if _kind(cause) == EXPIRED else OSError)(told) from None
+            stop=stop_after_attempt(retry.tries) | stop_before_delay(deadline - started),
+            before_sleep=partial(_log_retry, url),
+        )(attempt)
+    except RetryError as exhausted:
+        last = exhausted.last_attempt
+        cause = last.exception() or exhausted
+        kind = _transient_kind(cause)
+        tries = f"{last.attempt_number} tries in {time.monotonic() - started:.1f} s"
+        text = f"{_redact(url)}: given up after {tries}, at last {kind}: {_message(cause)}"
+        raise (PermanentError if kind == EXPIRED_CREDENTIALS else OSError)(text) from None
     except Exception as error:
-        raise _meant(url, error) from None  # the chain may show what `_shown` hides
+        raise _to_user_error(url, error) from None  # a chained error could show what `_redact` removes
 
 
-def _note(url: str, state: RetryCallState) -> None:
+def _log_retry(url: str, state: RetryCallState) -> None:
+    """Log a failed try: the first error of each kind as a warning, further ones for debugging."""
     assert state.outcome is not None
     error = state.outcome.exception()
     assert error is not None
-    kind = str(_kind(error))
-    level = logging.DEBUG if kind in _seen else logging.WARNING
-    _seen.append(kind)
-    note = "%s: try %d failed, %s: %s; the next in %.1f s; more of this kind are only counted"
-    logger.log(level, note, _shown(url), state.attempt_number, kind, _told(error), state.upcoming_sleep)
+    kind = str(_transient_kind(error))
+    level = logging.DEBUG if kind in _retried_kinds else logging.WARNING
+    _retried_kinds.append(kind)
+    message = "%s: try %d failed, %s: %s; the next in %.1f s; more of this kind are only counted"
+    logger.log(level, message, _redact(url), state.attempt_number, kind, _message(error), state.upcoming_sleep)
 
 
-def _kind(error: BaseException) -> str | None:
-    """What a fault is called that passes with time; None for one that stays."""
-    code, status = _answer(error)
-    if code in CODES:
-        return CODES[code]
-    classes = {base.__name__ for one in _causes(error) for base in type(one).__mro__}
-    for name, kind in CLASSES.items():
+def _transient_kind(error: BaseException) -> str | None:
+    """Return the kind of a transient error, or None for an error that stays."""
+    code, status = _parse_response(error)
+    if code in TRANSIENT_CODES:
+        return TRANSIENT_CODES[code]
+    classes = {base.__name__ for cause in _iterate_causes(error) for base in type(cause).__mro__}
+    for name, kind in TRANSIENT_CLASSES.items():
         if name in classes:
             return kind
-    return STATUSES.get(status, "server error" if status >= 500 else None)
+    return TRANSIENT_STATUSES.get(status, "server error" if status >= 500 else None)
 
 
-def _answer(error: BaseException) -> tuple[str, int]:
-    """The store's code and HTTP status as the libraries' errors carry them; ("", 0) without an answer."""
-    for one in _causes(error):
-        response = getattr(one, "response", None)
+def _parse_response(error: BaseException) -> tuple[str, int]:
+    """Return the store's error code and HTTP status from a library's error; ("", 0) without a response."""
+    for cause in _iterate_causes(error):
+        response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             return str(response.get("Error", {}).get("Code", "")), int(status)
-        for holder, name in ((response, "status_code"), (one, "status_code"), (one, "status"), (one, "code")):
-            if isinstance(number := getattr(holder, name, None), int) and 400 <= number < 600:
-                return str(number), number
+        # requests, httpx, aiohttp and gcsfs keep the status in different attributes
+        for owner, name in ((response, "status_code"), (cause, "status_code"), (cause, "status"), (cause, "code")):
+            status = getattr(owner, name, None)
+            if isinstance(status, int) and 400 <= status < 600:
+                return str(status), status
     return "", 0
 
 
-def _causes(error: BaseException | None) -> Iterable[BaseException]:
+def _iterate_causes(error: BaseException | None) -> Iterable[BaseException]:
+    """Yield the error, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def _meant(url: str, error: Exception) -> Exception:
-    """An error that stays, in words that name the URL and what to do; one of ours that is a mistake, as it is."""
-    at, told = _shown(url), _told(error)
+def _to_user_error(url: str, error: Exception) -> Exception:
+    """Turn a permanent error into one that names the URL and the remedy. Other errors, such as bugs, are returned."""
+    name, message = _redact(url), _message(error)
     if isinstance(error, ImportError):
-        return ValueError(f"{at}: a package is missing: {told}")
+        return ValueError(f"{name}: a package is missing: {message}")
     if isinstance(error, FileExistsError | NotADirectoryError):
-        return ValueError(f"{at}: {told}, allowed: a path whose folders are folders")
+        return ValueError(f"{name}: {message}, allowed: a path whose folders are folders")
     if isinstance(error, FileNotFoundError | IsADirectoryError):
-        return ValueError(f"{at}: not there, allowed: a file that is; {told}")
+        return ValueError(f"{name}: not found, allowed: an existing file; {message}")
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
-        return ValueError(f"{at}: no access, allowed: credentials and rights for it; {told}")
-    if isinstance(error, EOFError) or _answer(error)[1] == 416:
-        return ValueError(f"{at}: bytes past its end are wanted; {told}")
+        return ValueError(f"{name}: access denied, allowed: credentials with permission; {message}")
+    if isinstance(error, EOFError) or _parse_response(error)[1] == 416:
+        return ValueError(f"{name}: bytes past its end were requested; {message}")
     if isinstance(error, ValueError) or any(base.__name__ == "BotoCoreError" for base in type(error).__mro__):
-        return ValueError(f"{at}: {told}, allowed: a path, or a URL such as s3://bucket/key")
+        return ValueError(f"{name}: {message}, allowed: a path, or a URL such as s3://bucket/key")
     if isinstance(error, OSError) and error.errno and error.strerror and is_local(url):
-        return OSError(error.errno, error.strerror, at)
-    return OSError(f"{at}: {told}") if isinstance(error, OSError) else error
+        return OSError(error.errno, error.strerror, name)
+    return OSError(f"{name}: {message}") if isinstance(error, OSError) else error
 
 
-def _told(error: BaseException) -> str:
-    """The first cause in one line."""
-    *_, first = _causes(error)
+def _message(error: BaseException) -> str:
+    """Format the first cause of an error as one line."""
+    *_, first = _iterate_causes(error)
     text = " ".join(str(first).split())
-    return _shown(f"{type(first).__name__}: {text}" if text else type(first).__name__)
+    return _redact(f"{type(first).__name__}: {text}" if text else type(first).__name__)
 
 
-def _shown(text: str) -> str:
-    """A URL, or a text with URLs, without what may be credentials: user:password@ and a signed query."""
+def _redact(text: str) -> str:
+    """Remove possible credentials from a text with URLs: user:password@ and the query of a signed URL."""
     return re.sub(r"(?<=://)[^/\s@]*@|\?\S*", "", text)

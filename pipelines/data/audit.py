@@ -18,14 +18,15 @@ from tqdm import tqdm
 
 from pipelines.core import interrupts, storage
 from pipelines.data import images, records, tars
-from pipelines.data.shards import BAR, INDEX, QUARANTINE, SCHEMA, SUMMARY, UNFINISHED, Shards, ipc_file, write_index
+from pipelines.data.shard_index import INDEX_FILE, INDEX_SCHEMA, QUARANTINE_FILE, SUMMARY_FILE, UNFINISHED_DIR, Shards
+from pipelines.data.shard_writer import BAR_FORMAT, to_ipc_bytes, write_index
 
-PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 """How names of compressed tars end."""
 
 
 @dataclass
-class Indexed:
+class IndexReport:
     """Members and samples of the tars of a new index.
 
     samples: in the index.  quarantined: samples kept out, by reason.  members: all of the tars; each is used, ignored
@@ -43,7 +44,7 @@ class Indexed:
     notes: list[str] = field(default_factory=list)
 
 
-def index_tars(folder: str, tolerance: float = 0.0) -> Indexed:
+def index_tars(folder: str, tolerance: float = 0.0) -> IndexReport:
     """Write the index of a folder of tars that others made: the samples that WebDataset reads from them.
 
     Samples that cannot be used are listed in quarantine.jsonl with a reason of `tars.REASONS` or `records.REASONS`.
@@ -56,16 +57,16 @@ def index_tars(folder: str, tolerance: float = 0.0) -> Indexed:
         ValueError: one line, where there are no tars, an index already, or an unfinished making; where a tar as a whole
             cannot be used; and where more samples than tolerated are kept out: then there is the list, but no index.
     """
-    if storage.exists(storage.join(folder, INDEX)):
+    if storage.exists(storage.join(folder, INDEX_FILE)):
         raise ValueError(
-            f"{folder}: has an index already, allowed: tars without one; delete {INDEX} to index them again"
+            f"{folder}: has an index already, allowed: tars without one; delete {INDEX_FILE} to index them again"
         )
-    if storage.names(storage.join(folder, UNFINISHED)):
+    if storage.list_files(storage.join(folder, UNFINISHED_DIR)):
         raise ValueError(f"{folder}: an interrupted `redux shards make` is here, allowed: start that again instead")
-    names, notes = _tars(folder)
-    found = Indexed(tars=len(names), notes=notes)
+    names, notes = _list_tars(folder)
+    found = IndexReport(tars=len(names), notes=notes)
     tables, listed, errors = [], [], []
-    for row in _each([{"tar": storage.join(folder, name)} for name in names], _index, "index"):
+    for row in _map_tars([{"tar": storage.join(folder, name)} for name in names], _index_tar, "index"):
         if row["error"]:
             errors.append(row["error"])
             continue
@@ -83,26 +84,26 @@ def index_tars(folder: str, tolerance: float = 0.0) -> Indexed:
     found.quarantined = Counter(entry["reason"] for entry in listed)
     if found.members != found.used.total() + found.ignored.total() + found.refused:
         raise RuntimeError(f"{folder}: {found}: members do not add up")
-    storage.write(storage.join(folder, QUARANTINE), "".join(json.dumps(entry) + "\n" for entry in listed).encode())
+    storage.write(storage.join(folder, QUARANTINE_FILE), "".join(json.dumps(entry) + "\n" for entry in listed).encode())
     if not found.samples or len(listed) > tolerance * (found.samples + len(listed)):
-        raise ValueError(_refusal(folder, found, listed, tolerance))
+        raise ValueError(_describe_refusal(folder, found, listed, tolerance))
     write_index(folder, pa.concat_tables(tables))
     return found
 
 
-def _tars(folder: str) -> tuple[list[str], list[str]]:
+def _list_tars(folder: str) -> tuple[list[str], list[str]]:
     """Names of the tars directly in a folder, and notes on others; ValueError where there are none to be read."""
-    names = storage.names(folder)
-    if packed := [name for name in names if name.lower().endswith(PACKED)]:
+    names = storage.list_files(folder)
+    if packed := [name for name in names if name.lower().endswith(COMPRESSED_SUFFIXES)]:
         raise ValueError(
             f"{storage.join(folder, packed[0])}: compressed, allowed: plain tars, of which a byte range is a sample"
             + (f"; and {len(packed) - 1} more" if packed[1:] else "")
         )
-    if unsaid := [name for name in names if tars.plain_text(name) != name]:
+    if unsaid := [name for name in names if tars.to_utf8(name) != name]:
         raise ValueError(f"{folder}: got the file name {unsaid[0]!a}, allowed: names in UTF-8")
     below = {
-        name: sum(_is_tar(each) for each in storage.names(storage.join(folder, name)))
-        for name in storage.folders(folder)
+        name: sum(_is_tar(each) for each in storage.list_files(storage.join(folder, name)))
+        for name in storage.list_folders(folder)
     }
     below = {name: count for name, count in below.items() if count}
     if not any(map(_is_tar, names)):
@@ -118,7 +119,7 @@ def _is_tar(name: str) -> bool:
     return name.lower().endswith(".tar")
 
 
-def _refusal(folder: str, found: Indexed, listed: list[dict[str, Any]], tolerance: float) -> str:
+def _describe_refusal(folder: str, found: IndexReport, listed: list[dict[str, Any]], tolerance: float) -> str:
     """The line on why there is no index."""
     if not listed:
         return f"{folder}: no samples in {found.tars} tars, allowed: at least one"
@@ -137,12 +138,12 @@ def _refusal(folder: str, found: Indexed, listed: list[dict[str, Any]], toleranc
         )
     return (
         f"{folder}: {len(listed)} of {found.samples + len(listed)} samples cannot be used ({counts}; first "
-        f"{tars.printable(first['key'])} of {first['shard']}: {first['why']}), allowed: {tolerance:.2%}"
-        f"{advice}; {storage.join(folder, QUARANTINE)} lists them"
+        f"{tars.escape_unprintable(first['key'])} of {first['shard']}: {first['why']}), allowed: {tolerance:.2%}"
+        f"{advice}; {storage.join(folder, QUARANTINE_FILE)} lists them"
     )
 
 
-def verify(folder: str, decode: bool = False) -> list[str]:
+def verify_set(folder: str, decode: bool = False) -> list[str]:
     """What is wrong with a set, a line each; empty where every byte is as the index says.
 
     Checked are that each shard is there and has no sample that the index lacks, every sample's checksum and record and
@@ -156,44 +157,46 @@ def verify(folder: str, decode: bool = False) -> list[str]:
         ValueError: where the index is missing or damaged.
     """
     shards, wrong = Shards(folder), []
-    shards.check()
-    if storage.exists(summary := storage.join(folder, SUMMARY)):
+    shards.validate()
+    if storage.exists(summary := storage.join(folder, SUMMARY_FILE)):
         kept = json.loads(storage.read(summary)).get("kept", len(shards))
         if kept != len(shards):
             wrong.append(f"{summary}: says {kept} samples were kept, the index has {len(shards)}")
-    sizes = shards.sizes
-    rows = dict(zip(shards.names, zip((np.cumsum(sizes) - sizes).tolist(), sizes.tolist(), strict=True), strict=True))
-    for name in storage.names(folder):
+    sizes = shards.shard_sizes
+    rows = dict(
+        zip(shards.shard_names, zip((np.cumsum(sizes) - sizes).tolist(), sizes.tolist(), strict=True), strict=True)
+    )
+    for name in storage.list_files(folder):
         if _is_tar(name) and name not in rows:
             rows[name] = (0, 0)
     items = [{"tar": name, "first": first, "rows": count} for name, (first, count) in rows.items()]
-    for found in _each(items, _verify, "verify", shards, decode):
+    for found in _map_tars(items, _verify_tar, "verify", shards, decode):
         wrong += found["wrong"]
     return wrong
 
 
-def _each(items: list[dict[str, Any]], task: Any, name: str, *args: Any) -> Iterator[dict]:
+def _map_tars(items: list[dict[str, Any]], task: Any, name: str, *args: Any) -> Iterator[dict]:
     """What the task says of each tar, in their order."""
     if not items:  # Ray Data makes no dataset of nothing
         return
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(task, fn_args=args, num_cpus=1)
     dataset.context.execution_options.preserve_order = True
-    for row in tqdm(dataset.iter_rows(), total=len(items), desc=name, unit="shard", bar_format=BAR):
-        interrupts.check()
+    for row in tqdm(dataset.iter_rows(), total=len(items), desc=name, unit="shard", bar_format=BAR_FORMAT):
+        interrupts.raise_if_interrupted()
         yield row
 
 
-def _index(item: dict[str, str]) -> dict[str, Any]:
+def _index_tar(item: dict[str, str]) -> dict[str, Any]:
     """Return the part of the index of one tar, and its counts and notes."""
     name = item["tar"].rpartition("/")[2]
     try:
-        data = storage.mapped(item["tar"])
+        data = storage.map_file(item["tar"])
         tar = tars.read_tar(data, item["tar"])
     except ValueError as error:
         return {"index": b"", "report": "", "error": str(error)}
     report = {
         "quarantine": [
-            {"shard": name, "key": tars.plain_text(sample.key), "reason": sample.fault, "why": _why(sample)}
+            {"shard": name, "key": tars.to_utf8(sample.key), "reason": sample.fault, "why": _explain_rejection(sample)}
             for sample in tar.samples
             if sample.fault
         ],
@@ -203,24 +206,24 @@ def _index(item: dict[str, str]) -> dict[str, Any]:
         "refused": tar.refused,
         "notes": tar.notes,
     }
-    table = pa.Table.from_pylist(tars.rows(tar, data, name), SCHEMA)
-    return {"index": ipc_file(table), "report": json.dumps(report), "error": ""}
+    table = pa.Table.from_pylist(tars.make_index_rows(tar, data, name), INDEX_SCHEMA)
+    return {"index": to_ipc_bytes(table), "report": json.dumps(report), "error": ""}
 
 
-def _why(sample: tars.TarSample) -> str:
+def _explain_rejection(sample: tars.TarSample) -> str:
     """A refused sample's reason in words, and its members."""
-    why = (tars.REASONS | records.REASONS)[sample.fault or ""]
-    return f"{why}; it has {', '.join(tars.printable(member.name) for member in sample.members)}"
+    why = (tars.TAR_REASONS | records.RECORD_REASONS)[sample.fault or ""]
+    return f"{why}; it has {', '.join(tars.escape_unprintable(member.name) for member in sample.members)}"
 
 
-def _verify(item: dict[str, Any], shards: Shards, decode: bool) -> dict[str, list[str]]:
+def _verify_tar(item: dict[str, Any], shards: Shards, decode: bool) -> dict[str, list[str]]:
     """Lines on what is wrong with one tar."""
     tar, wrong = storage.join(shards.folder, item["tar"]), []
     try:
-        data = storage.mapped(tar)
+        data = storage.map_file(tar)
     except ValueError as error:
         return {"wrong": [str(error)]}
-    rows = shards.rows(range(item["first"], item["first"] + item["rows"]))
+    rows = shards.read_rows(range(item["first"], item["first"] + item["rows"]))
     for row in rows:
         part = data[row["offset"] : row["offset"] + row["length"]]
         if hashlib.sha256(part).digest() != row["sha256"]:
@@ -228,28 +231,28 @@ def _verify(item: dict[str, Any], shards: Shards, decode: bool) -> dict[str, lis
         elif decode and row["image_size"]:
             image = part[row["image_at"] : row["image_at"] + row["image_size"]]
             try:
-                images.decode(image)
+                images.check_image(image)
             except ValueError as error:
                 wrong.append(f"{tar}: sample {row['key']}: broken image: {error}")
     if not any("checksum" in line for line in wrong):  # a damaged header would only be reported twice
-        wrong += _differences(data, item["tar"], tar, rows)
+        wrong += _compare_with_index(data, item["tar"], tar, rows)
     return {"wrong": wrong}
 
 
-def _differences(data: tars.Bytes, name: str, url: str, rows: list[dict[str, Any]]) -> list[str]:
+def _compare_with_index(data: tars.BytesLike, name: str, url: str, rows: list[dict[str, Any]]) -> list[str]:
     """Lines on where the index says otherwise what a tar holds."""
     try:
         tar = tars.read_tar(data, url)
     except ValueError as error:
         return [str(error)]
     refused = {sample.offset: sample for sample in tar.samples if sample.fault}
-    held = {row["offset"]: row for row in tars.rows(tar, data, name)}
+    held = {row["offset"]: row for row in tars.make_index_rows(tar, data, name)}
     if held and not rows:
         return [f"{url}: is not in the index"]
     wrong = []
     for row in rows:
         if sample := refused.get(row["offset"]):
-            wrong.append(f"{url}: sample {row['key']}: {sample.fault}: {_why(sample)}")
+            wrong.append(f"{url}: sample {row['key']}: {sample.fault}: {_explain_rejection(sample)}")
         elif held.pop(row["offset"], None) != row:
             wrong.append(f"{url}: sample {row['key']}: the index says otherwise what it holds")
     if held:

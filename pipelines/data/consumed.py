@@ -18,20 +18,20 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-FILE = "consumed.jsonl"
-SHOWN = 5
+CONSUMED_FILE = "consumed.jsonl"
+MAX_LISTED_SAMPLES = 5
 """Sample numbers that a fault names at most."""
 
 
 @dataclass(frozen=True)
-class Used:
+class ConsumedSamples:
     """Samples of a global batch by set, and those among them that stand in for others."""
 
     samples: dict[str, list[int]]
     replaced: list[dict[str, Any]]
 
 
-def gather(mine: Sequence[dict[str, Any]], names: Sequence[str], device: "torch.device") -> Used:
+def gather_samples(mine: Sequence[dict[str, Any]], names: Sequence[str], device: "torch.device") -> ConsumedSamples:
     """What all ranks used in a global batch, from each rank's micro-batches as `ingest.Reader` made them.
 
     names: of the sources, in the order's order.  A collective: every rank calls it.
@@ -50,11 +50,11 @@ def gather(mine: Sequence[dict[str, Any]], names: Sequence[str], device: "torch.
     if count.item():
         lists: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(lists, replaced)
-        replaced = [_at(entry, source) for entries in lists for entry in entries]
-    return Used({name: sample[source == number].tolist() for number, name in enumerate(names)}, replaced)
+        replaced = [_locate_replacement(entry, source) for entries in lists for entry in entries]
+    return ConsumedSamples({name: sample[source == number].tolist() for number, name in enumerate(names)}, replaced)
 
 
-def _at(entry: dict[str, Any], source: np.ndarray) -> dict[str, Any]:
+def _locate_replacement(entry: dict[str, Any], source: np.ndarray) -> dict[str, Any]:
     """The entry with its place in the stream turned into that among the set's samples of the batch."""
     place = entry["place"] % len(source)
     at = int((source[:place] == source[place]).sum())
@@ -62,7 +62,7 @@ def _at(entry: dict[str, Any], source: np.ndarray) -> dict[str, Any]:
 
 
 @dataclass
-class Proof:
+class Coverage:
     """What a stage used of a set: steps of the stage, samples, whole epochs, samples of the epoch begun, replaced ones.
 
     Samples count as due: one that was replaced was used in its place.
@@ -76,7 +76,7 @@ class Proof:
     replaced: int = 0
 
 
-def prove(lines: Iterable[bytes], log: str, name: str, samples: int) -> tuple[list[Proof], list[str]]:
+def verify_coverage(lines: Iterable[bytes], log: str, name: str, samples: int) -> tuple[list[Coverage], list[str]]:
     """What each stage used of a set, and what is wrong, a line each: none where every epoch has each sample once.
 
     lines: of the log, with their ends; one without is what a crash left of the last, and is ignored.  log: its name.
@@ -86,17 +86,17 @@ def prove(lines: Iterable[bytes], log: str, name: str, samples: int) -> tuple[li
     of those that replaced them, cut into epochs of `samples`, are each number from 0 once in a whole epoch, and none
     twice in the epoch begun.  Epochs count from 0.  In memory is a byte a sample for each stage.
     """
-    stages: dict[str, _Stage] = {}
+    stages: dict[str, _StageProgress] = {}
     wrong = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):
             break
-        step = _step(line)
+        step = _parse_step(line)
         if step is None:
             wrong.append(f"{log}: line {number}: no step, allowed: an object with stage, step, samples of each set")
             continue
         if (key := step["stage"]) not in stages:
-            stages[key] = _Stage(Proof(key), bytearray(samples))
+            stages[key] = _StageProgress(Coverage(key), bytearray(samples))
         wrong += [f"{log}: stage {key}: {fault}" for fault in stages[key].take(step, name)]
     wrong += [f"{log}: stage {key}: {fault}" for key, stage in stages.items() for fault in stage.repeated()]
     proofs = [stage.proof for stage in stages.values() if stage.proof.samples]
@@ -106,10 +106,10 @@ def prove(lines: Iterable[bytes], log: str, name: str, samples: int) -> tuple[li
 
 
 @dataclass
-class _Stage:
+class _StageProgress:
     """How far a stage is.  seen: of each sample whether the epoch begun has had it.  size: of its global batches."""
 
-    proof: Proof
+    proof: Coverage
     seen: bytearray
     size: int = 0
     again: list[int] = field(default_factory=list)
@@ -133,7 +133,7 @@ class _Stage:
                 numbers[entry["at"]] = entry["due"]
                 proof.replaced += 1
         if outside := [sample for sample in numbers if not 0 <= sample < len(self.seen)]:
-            yield f"step {number}: samples {_few(outside)}, allowed: 0 to {len(self.seen) - 1}"
+            yield f"step {number}: samples {_format_samples(outside)}, allowed: 0 to {len(self.seen) - 1}"
         for sample in numbers:
             if sample not in outside:
                 if self.seen[sample]:
@@ -146,23 +146,23 @@ class _Stage:
 
     def repeated(self) -> Iterator[str]:
         if self.again:
-            yield f"epoch {self.proof.epochs}: {len(self.again)} samples came again: {_few(self.again)}"
+            yield f"epoch {self.proof.epochs}: {len(self.again)} samples came again: {_format_samples(self.again)}"
 
     def _end(self) -> Iterator[str]:
         yield from self.repeated()
         if count := self.seen.count(0):
             lost = [at for at, seen in enumerate(self.seen) if not seen]
-            yield f"epoch {self.proof.epochs}: {count} samples did not come: {_few(lost)}"
+            yield f"epoch {self.proof.epochs}: {count} samples did not come: {_format_samples(lost)}"
         self.seen, self.again = bytearray(len(self.seen)), []
         self.proof.epochs += 1
         self.proof.begun = 0
 
 
-def _few(samples: list[int]) -> str:
-    return ", ".join(map(str, samples[:SHOWN])) + (", ..." if len(samples) > SHOWN else "")
+def _format_samples(samples: list[int]) -> str:
+    return ", ".join(map(str, samples[:MAX_LISTED_SAMPLES])) + (", ..." if len(samples) > MAX_LISTED_SAMPLES else "")
 
 
-def _step(line: bytes) -> dict[str, Any] | None:
+def _parse_step(line: bytes) -> dict[str, Any] | None:
     """The log's line; None for one that is not of its form."""
     try:
         step = json.loads(line)

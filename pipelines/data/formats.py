@@ -21,47 +21,49 @@ from redux import instructions
 
 Arguments = dict[str, Any]
 
-FILLERS = ("that is all", "this is what it shows", "nothing else is there", "so it is", "look at it again")
+FILLER_SENTENCES = ("that is all", "this is what it shows", "nothing else is there", "so it is", "look at it again")
 """Sentences that an answer is drawn out with."""
 
-MARKS = ("name", "place", "date", "email", "number")
+PLACEHOLDER_NAMES = ("name", "place", "date", "email", "number")
 """Placeholders."""
 
 
-def _keywords(answer: str, given: Arguments, chance: random.Random) -> str:
+def _write_keywords(answer: str, given: Arguments, chance: random.Random) -> str:
     return f"the answer is {answer} with {' and '.join(given['keywords'])}"
 
 
-def _placeholders(answer: str, given: Arguments, chance: random.Random) -> str:
-    marks = " ".join(f"[{mark}]" for mark in chance.sample(MARKS, given["num_placeholders"]))
+def _write_placeholders(answer: str, given: Arguments, chance: random.Random) -> str:
+    marks = " ".join(f"[{mark}]" for mark in chance.sample(PLACEHOLDER_NAMES, given["num_placeholders"]))
     return f"the answer is {answer} {marks}"
 
 
-def _highlights(answer: str, given: Arguments, chance: random.Random) -> str:
-    return " ".join([f"*{answer}*", *(f"*{each}*" for each in chance.sample(FILLERS, given["num_highlights"] - 1))])
+def _write_highlights(answer: str, given: Arguments, chance: random.Random) -> str:
+    return " ".join(
+        [f"*{answer}*", *(f"*{each}*" for each in chance.sample(FILLER_SENTENCES, given["num_highlights"] - 1))]
+    )
 
 
-def _sections(answer: str, given: Arguments, chance: random.Random) -> str:
+def _write_sections(answer: str, given: Arguments, chance: random.Random) -> str:
     mark, count = given["section_spliter"], given["num_sections"]
-    said = [answer, *_fillers(count - 1, chance)]
+    said = [answer, *_draw_fillers(count - 1, chance)]
     return "\n".join(f"{mark} {number} {each}" for number, each in enumerate(said, start=1))
 
 
-def _bullets(answer: str, given: Arguments, chance: random.Random) -> str:
-    return "\n".join(f"* {each}" for each in [answer, *_fillers(given["num_bullets"] - 1, chance)])
+def _write_bullets(answer: str, given: Arguments, chance: random.Random) -> str:
+    return "\n".join(f"* {each}" for each in [answer, *_draw_fillers(given["num_bullets"] - 1, chance)])
 
 
-def _sentences(answer: str, given: Arguments, chance: random.Random) -> str:
+def _write_sentences(answer: str, given: Arguments, chance: random.Random) -> str:
     count = given["num_sentences"] if given["relation"] == "at least" else 1
-    return " ".join(f"{each}." for each in [f"The answer is {answer}", *_fillers(count - 1, chance, capital=True)])
+    return " ".join(f"{each}." for each in [f"The answer is {answer}", *_draw_fillers(count - 1, chance, capital=True)])
 
 
-def _fillers(count: int, chance: random.Random, capital: bool = False) -> list[str]:
-    said = chance.choices(FILLERS, k=count)
+def _draw_fillers(count: int, chance: random.Random, capital: bool = False) -> list[str]:
+    said = chance.choices(FILLER_SENTENCES, k=count)
     return [each.capitalize() for each in said] if capital else said
 
 
-FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, random.Random], str]]] = {
+INSTRUCTION_FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, random.Random], str]]] = {
     "punctuation:no_comma": (
         ("do not write a comma.", "leave out commas.", "your answer must be without commas."),
         lambda answer, given, chance: f"the answer is {answer}",
@@ -80,7 +82,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, random.Random]
             "add at least {num_placeholders} placeholders such as [name].",
             "use square brackets for {num_placeholders} placeholders.",
         ),
-        _placeholders,
+        _write_placeholders,
     ),
     "detectable_content:postscript": (
         (
@@ -88,7 +90,9 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, random.Random]
             "add a postscript, {postscript_marker}, at the end.",
             "close with the postscript {postscript_marker}",
         ),
-        lambda answer, given, chance: f"the answer is {answer}.\n{given['postscript_marker']} {chance.choice(FILLERS)}",
+        lambda answer, given, chance: (
+            f"the answer is {answer}.\n{given['postscript_marker']} {chance.choice(FILLER_SENTENCES)}"
+        ),
     ),
     "detectable_format:title": (
         (
@@ -96,11 +100,11 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, random.Random]
             "start with a title, such as <<title>>.",
             "your answer needs a title wrapped in << and >>.",
         ),
-        lambda answer, given, chance: f"<<{chance.choice(FILLERS)}>>\nthe answer is {answer}",
+        lambda answer, given, chance: f"<<{chance.choice(FILLER_SENTENCES)}>>\nthe answer is {answer}",
     ),
     "keywords:existence": (
         ("use the keywords {keywords}.", "the keywords {keywords} must be there.", "include the words {keywords}."),
-        _keywords,
+        _write_keywords,
     ),
     "detectable_format:number_highlighted_sections": (
         (
@@ -108,7 +112,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, random.Random]
             "put {num_highlights} highlighted parts between asterisks.",
             "at least {num_highlights} sections must be highlighted.",
         ),
-        _highlights,
+        _write_highlights,
     ),
     "detectable_format:json_format": (
         ("answer in JSON.", "use the JSON format.", "your output must be JSON, wrapped in braces."),
@@ -120,7 +124,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, random.Random]
             "make {num_sections} sections that begin with {section_spliter}.",
             "divide it into {num_sections} sections marked {section_spliter} 1 and so on.",
         ),
-        _sections,
+        _write_sections,
     ),
     "detectable_format:number_bullet_lists": (
         (
@@ -128,11 +132,11 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, random.Random]
             "make a list of exactly {num_bullets} bullets.",
             "use {num_bullets} markdown bullet points.",
         ),
-        _bullets,
+        _write_bullets,
     ),
     "length_constraints:number_sentences": (
         ("write {relation} {num_sentences} sentences.", "use {relation} {num_sentences} sentences."),
-        _sentences,
+        _write_sentences,
     ),
     "length_constraints:number_words": (
         ("write {relation} {num_words} words.", "use {relation} {num_words} words."),
@@ -158,37 +162,37 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, random.Random]
 """By instruction: wordings that ask for it, and what makes an answer of that form."""
 
 
-def records(told: Sequence[tuple[str, str, str]], seed: int = 0) -> list[dict]:
+def make_records(told: Sequence[tuple[str, str, str]], seed: int = 0) -> list[dict]:
     """One conversation for each (description, question, answer); instructions take turns, so that all are as frequent.
 
     Deterministic in its arguments.
     """
     chance = random.Random(seed)
-    names = itertools.cycle(FORMS)
+    names = itertools.cycle(INSTRUCTION_FORMS)
     result = []
     for number, (description, question, answer) in enumerate(told):
-        human, gpt = asked(next(names), question, answer, chance)
+        human, gpt = add_instruction(next(names), question, answer, chance)
         turns = [{"from": "human", "value": f"{description} {human}"}, {"from": "gpt", "value": gpt}]
         result.append({"id": f"formats/{number}", "conversations": turns})
     return result
 
 
-def asked(name: str, question: str, answer: str, chance: random.Random) -> tuple[str, str]:
+def add_instruction(name: str, question: str, answer: str, chance: random.Random) -> tuple[str, str]:
     """The question with an instruction, and the answer that follows it."""
-    wordings, form = FORMS[name]
-    given = _draw(name, chance)
+    wordings, form = INSTRUCTION_FORMS[name]
+    given = _draw_arguments(name, chance)
     shown = {key: ", ".join(value) if key == "keywords" else value for key, value in given.items()}
     return f"{question} {chance.choice(wordings).format(**shown)}", form(answer, given, chance)
 
 
-def _draw(name: str, chance: random.Random) -> Arguments:
+def _draw_arguments(name: str, chance: random.Random) -> Arguments:
     """Arguments as an evaluation draws them, that a short answer can meet."""
-    while not _fits(given := instructions.draw(name, chance)):
+    while not _is_feasible(given := instructions.draw(name, chance)):
         pass
     return given
 
 
-def _fits(given: Arguments) -> bool:
+def _is_feasible(given: Arguments) -> bool:
     if given.get("relation") == "less than":
         return given.get("num_sentences") != 1
     return "num_words" not in given

@@ -21,7 +21,7 @@ from pipelines.data.permutation import permute
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Groups:
+class LengthGroups:
     """Modalities and lengths of a source.
 
     counts: samples of each modality.  megabatch: global batches that are sorted by length together.

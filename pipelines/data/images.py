@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipelines.core import storage
 
-SUFFIXES = {
+SUFFIX_BY_FORMAT = {
     "JPEG": "jpg",
     "MPO": "jpg",  # of phones: a JPEG with a second one behind
     "PNG": "png",
@@ -35,10 +35,10 @@ SUFFIXES = {
 }
 """Suffix of an image in a tar by Pillow's name of its format; `img` for others."""
 
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
-def decode(image: bytes) -> str:
+def check_image(image: bytes) -> str:
     """Decode an image file as training will; returns the suffix of its format, whatever it is called.
 
     Raises:
@@ -48,7 +48,7 @@ def decode(image: bytes) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes that training takes
             with Image.open(io.BytesIO(image)) as opened:
-                suffix = SUFFIXES.get(opened.format or "", "img")
+                suffix = SUFFIX_BY_FORMAT.get(opened.format or "", "img")
                 opened.convert("RGB")
     except Exception as error:  # OSError, SyntaxError, struct.error, MemoryError, ...: each format has its own
         raise ValueError(" ".join(f"{type(error).__name__}: {error}".split())) from None
@@ -105,7 +105,7 @@ class ImageFolder:
     def _readings(self, path: str) -> list[str]:
         if path[:7].lower() == "file://":
             written = [path[7:], unquote(path[7:])] if self.is_local else []
-        elif SCHEME.match(path):
+        elif URL_SCHEME.match(path):
             written = [path.removeprefix(f"{self.url}/")] if path.startswith(f"{self.url}/") else []
         else:
             written = [path]
@@ -126,16 +126,16 @@ class ImageFolder:
     def _find(self, name: str) -> str | None:
         """The local file of that name; None where there is none, or what is there is no file."""
         at = self.roots[0]
-        if (whole := _is_file(os.path.join(at, name))) is not None:
+        if (whole := _is_regular_file(os.path.join(at, name))) is not None:
             return os.path.join(at, name) if whole else None
         for part in name.split("/"):
             if not os.path.lexists(os.path.join(at, part)):
-                fitting = self._listed(at).get(_fold(part), [])
+                fitting = self._listed(at).get(_fold_name(part), [])
                 if len(fitting) != 1:
                     return None
                 [part] = fitting
             at = os.path.join(at, part)
-        return at if _is_file(at) else None
+        return at if _is_regular_file(at) else None
 
     def _listed(self, folder: str) -> dict[str, list[str]]:
         """Names in a folder by what is left of them without capitals and composition."""
@@ -143,18 +143,18 @@ class ImageFolder:
             names: dict[str, list[str]] = {}
             try:
                 for name in os.listdir(folder):
-                    names.setdefault(_fold(name), []).append(name)
+                    names.setdefault(_fold_name(name), []).append(name)
             except (OSError, ValueError):
                 pass
             self._names[folder] = names
         return self._names[folder]
 
 
-def _fold(name: str) -> str:
+def _fold_name(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def _is_file(path: str) -> bool | None:
+def _is_regular_file(path: str) -> bool | None:
     """Tell if a path is a regular file; None if nothing is there.  Reading a pipe or device would not end."""
     try:
         return S_ISREG(os.stat(path).st_mode)

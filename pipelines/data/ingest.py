@@ -28,32 +28,32 @@ from transformers import PreTrainedTokenizerBase
 
 from pipelines.core import storage
 from pipelines.data.order import Order
-from pipelines.data.records import find_fault
-from pipelines.data.shards import Sample, Shards, read
+from pipelines.data.records import find_rejection
+from pipelines.data.shard_index import Shards, StoredSample, read_samples
 from redux.conversation import CONTEXT, IGNORE, IMAGE, TEMPLATES, encode, pad
 from redux.image import pixels
 from redux.settings import Fit, TemplateName, Way
 
 Batch = dict[str, Any]
-Row = dict[str, Int[np.ndarray, " length"]]
+TextRow = dict[str, Int[np.ndarray, " length"]]
 """The text side of a sample: input_ids, and labels where there are any."""
 
-BLOCK_SAMPLES = 64
-BLOCK_BYTES = 64 * 2**20
+MAX_BLOCK_SAMPLES = 64
+MAX_IMAGE_BLOCK_BYTES = 64 * 2**20
 """Samples and bytes of a block, at most, where a micro-batch is smaller: a block costs Ray the same whatever it holds,
 but one beyond 128 MiB is cut in two."""
 
-TEXT_BYTES = 24 * 2048
+TEXT_BYTES_PER_SAMPLE = 24 * 2048
 """Counted for a sample's text: three columns of 8 bytes a token."""
 
-BLOCKS = 4096
+MAX_SMALL_BLOCKS = 4096
 """Blocks up to which they are of BLOCK_SAMPLES; in a longer run they are larger, since Ray Data takes 0.8 ms for each
 block before the first one comes.  At 336 pixels BLOCK_BYTES sets in: 100 million samples wait for ten minutes."""
 
-AHEAD = 3
+MAX_BLOCKS_IN_FLIGHT = 3
 """Blocks that a reader works at or that wait for it."""
 
-TRIES = 20
+MAX_SAMPLE_TRIES = 20
 """Samples tried in place of one that cannot be used, before that is an error."""
 
 
@@ -76,7 +76,7 @@ class Reader:
     size: int
     image_size: int
     tokenizer: Path
-    encode: Callable[[PreTrainedTokenizerBase, Sample], Row]
+    encode: Callable[[PreTrainedTokenizerBase, StoredSample], TextRow]
     image_aspect_ratio: Fit = "pad"
     way: Way = "exact"
     flip: bool = False
@@ -94,7 +94,7 @@ class Reader:
         """
         first = number * self.size
         batch, within = divmod(first, self.order.global_batch_size)
-        source, due = (column[within : within + self.size] for column in _global_batch(self.order, batch))
+        source, due = (column[within : within + self.size] for column in _cached_global_batch(self.order, batch))
         if room is None:
             room = np.empty((self.size, self.image_size, self.image_size, 3), np.uint8)
         rows, used, replaced, images = [], due.copy(), [], 0
@@ -110,7 +110,7 @@ class Reader:
         return {
             "number": number,
             "pixel_values": room[:images],
-            **_padded(rows, _tokenizer(self.tokenizer).pad_token_id),
+            **_pad_rows(rows, _load_tokenizer(self.tokenizer).pad_token_id),
             "source": source,
             "sample": used,
             "replaced": json.dumps(replaced),
@@ -125,37 +125,39 @@ class Reader:
             columns["pixel_values"] = room
         return columns
 
-    def _stored(self, source: Int[np.ndarray, " size"], due: Int[np.ndarray, " size"]) -> list[Sample | None]:
+    def _stored(self, source: Int[np.ndarray, " size"], due: Int[np.ndarray, " size"]) -> list[StoredSample | None]:
         """The samples that are due, read together; None for each where one of them is not as the index says."""
         sets = list(self.sources.values())
         try:
-            return list(read([(sets[one], int(number)) for one, number in zip(source, due, strict=True)]))
+            return list(read_samples([(sets[one], int(number)) for one, number in zip(source, due, strict=True)]))
         except ValueError:
             return [None] * len(due)
 
     def _sound(
-        self, place: int, source: int, due: int, stored: Sample | None
-    ) -> tuple[Row, UInt8[np.ndarray, "height width 3"] | None, dict[str, Any] | None]:
+        self, place: int, source: int, due: int, stored: StoredSample | None
+    ) -> tuple[TextRow, UInt8[np.ndarray, "height width 3"] | None, dict[str, Any] | None]:
         """(row, image, entry of `replaced`) of the sample that is due at this place, or of the one in its stead."""
         name, shards = list(self.sources.items())[source]
         used, reason = due, ""
-        for attempt in range(1, TRIES + 1):
+        for attempt in range(1, MAX_SAMPLE_TRIES + 1):
             try:
-                row, image = self._made(stored or shards.read([used])[0], place)
+                row, image = self._made(stored or shards.read_samples([used])[0], place)
             except ValueError as error:
-                reason = reason or _reason(shards, used, error)
+                reason = reason or _describe_failure(shards, used, error)
                 chance = np.random.default_rng((self.order.seed, place, attempt))
                 used, stored = int(chance.integers(len(shards))), None
             else:
                 entry = {"set": name, "place": place, "due": due, "used": used, "reason": reason}
                 return row, image, entry if reason else None
-        raise ValueError(f"{shards.folder}: sample {due} and {TRIES - 1} drawn in its place cannot be used: {reason}")
+        raise ValueError(
+            f"{shards.folder}: sample {due} and {MAX_SAMPLE_TRIES - 1} drawn in its place cannot be used: {reason}"
+        )
 
-    def _made(self, sample: Sample, place: int) -> tuple[Row, UInt8[np.ndarray, "height width 3"] | None]:
+    def _made(self, sample: StoredSample, place: int) -> tuple[TextRow, UInt8[np.ndarray, "height width 3"] | None]:
         """The sample's text and image, varied as asked for by chance of (seed, place in the stream)."""
         # tars of others may hold anything; an image without a tag would go to another sample's
         form = {"conversations": sample.record.get("conversations")}
-        if fault := find_fault({**form, "image": "image"} if sample.image else form, None):
+        if fault := find_rejection({**form, "image": "image"} if sample.image else form, None):
             raise ValueError(f"{fault.reason}: {fault.why}: {fault.field}: got {fault.value}")
         chance = np.random.default_rng((self.order.seed, place)) if self.flip or self.rounds else None
         image = (
@@ -167,10 +169,10 @@ class Reader:
             image = image[:, ::-1]
         if self.rounds and chance:
             sample = draw_rounds(sample, self.rounds, chance)
-        return self.encode(_tokenizer(self.tokenizer), sample), image
+        return self.encode(_load_tokenizer(self.tokenizer), sample), image
 
 
-def dataset(reader: Reader, start: int, stop: int, workers: int, spare: bool = True) -> ray.data.Dataset:
+def make_dataset(reader: Reader, start: int, stop: int, workers: int, spare: bool = True) -> ray.data.Dataset:
     """Micro-batches start..stop-1 for that many workers; stop - start is a multiple of workers.
 
     spare: whether workers leave CPUs to readers.
@@ -178,29 +180,33 @@ def dataset(reader: Reader, start: int, stop: int, workers: int, spare: bool = T
     Worker r gets start + r, start + r + workers, ...: blocks are dealt to the workers in turn, so block b holds the
     next few of worker b % workers.  Iterate with preserve_order.
     """
-    samples = max(BLOCK_SAMPLES, (stop - start) * reader.size // BLOCKS)
-    span = max(min(samples, BLOCK_BYTES // (3 * reader.image_size**2 + TEXT_BYTES)) // reader.size, 1)
+    samples = max(MAX_BLOCK_SAMPLES, (stop - start) * reader.size // MAX_SMALL_BLOCKS)
+    span = max(
+        min(samples, MAX_IMAGE_BLOCK_BYTES // (3 * reader.image_size**2 + TEXT_BYTES_PER_SAMPLE)) // reader.size, 1
+    )
     count = -(-(stop - start) // (workers * span)) * workers
     return ray.data.from_items([{"id": number} for number in range(count)], override_num_blocks=count).map_batches(
-        _Block,
+        _BlockReader,
         fn_constructor_args=(reader, start, stop, workers, span),
         batch_size=None,
         num_cpus=int(spare),
         compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=None if spare else workers, max_tasks_in_flight_per_actor=AHEAD
+            min_size=1, max_size=None if spare else workers, max_tasks_in_flight_per_actor=MAX_BLOCKS_IN_FLIGHT
         ),
     )
 
 
-def streams(reader: Reader, start: int, stop: int, workers: int, spare: bool = True) -> list[ray.data.DataIterator]:
+def make_streams(
+    reader: Reader, start: int, stop: int, workers: int, spare: bool = True
+) -> list[ray.data.DataIterator]:
     """The dataset's blocks dealt to the workers in order, one stream each; it is read while the first one lives."""
-    data = dataset(reader, start, stop, workers, spare)
+    data = make_dataset(reader, start, stop, workers, spare)
     data.context.execution_options.preserve_order = True
     data.context.enable_progress_bars = False
     return data.streaming_split(workers, equal=True)
 
 
-class _Block:
+class _BlockReader:
     """An actor: from the number of a block to its micro-batches."""
 
     def __init__(self, reader: Reader, start: int, stop: int, workers: int, span: int) -> None:
@@ -213,14 +219,14 @@ class _Block:
         return self.reader.block(range(first, stop, self.workers))
 
 
-def micro_batches(blocks: Iterable[Batch]) -> Iterator[Batch]:
+def iterate_micro_batches(blocks: Iterable[Batch]) -> Iterator[Batch]:
     """The rows of a worker's blocks one by one, as `Reader` made them."""
     for block in blocks:
         for row in range(len(block["number"])):
             yield {name: column[row] for name, column in block.items()}
 
 
-def caption(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
+def encode_caption(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> TextRow:
     """CLIP's side of a sample: what the assistant says first, as `<s> caption </s>`; beyond CONTEXT it is cut."""
     if not sample.image:
         raise ValueError(f"sample {sample.key}: text alone, allowed in a contrastive stage: an image and its caption")
@@ -229,16 +235,16 @@ def caption(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
     return {"input_ids": np.array([*ids, tokenizer.eos_token_id])}
 
 
-def conversation(
+def make_conversation_encoder(
     template: TemplateName, image_tokens: int, length: int | None = None
-) -> Callable[[PreTrainedTokenizerBase, Sample], Row]:
+) -> Callable[[PreTrainedTokenizerBase, StoredSample], TextRow]:
     """LLaVA's side of a sample: input_ids and labels.
 
     length: tokens after which a sample is cut off, as in LLaVA; None refuses one that is longer than the model's
     positions.
     """
 
-    def row(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
+    def row(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> TextRow:
         try:
             ids, labels = encode(tokenizer, sample.record["conversations"], TEMPLATES[template], image_tokens, length)
         except ValueError as error:
@@ -253,7 +259,7 @@ def conversation(
     return row
 
 
-def draw_rounds(sample: Sample, rounds: int, chance: np.random.Generator) -> Sample:
+def draw_rounds(sample: StoredSample, rounds: int, chance: np.random.Generator) -> StoredSample:
     """The sample with at most `rounds` of its rounds, in another order; the image still opens the conversation."""
     turns = sample.record["conversations"]
     if len(turns) % 2:
@@ -265,17 +271,17 @@ def draw_rounds(sample: Sample, rounds: int, chance: np.random.Generator) -> Sam
     return replace(sample, record={**sample.record, "conversations": mixed})
 
 
-def _reason(shards: Shards, number: int, error: ValueError) -> str:
+def _describe_failure(shards: Shards, number: int, error: ValueError) -> str:
     """Why the sample cannot be used, after its tar and its name."""
     try:
-        [row] = shards.rows([number])
+        [row] = shards.read_rows([number])
     except ValueError:  # the index is damaged there, which is what the error says
         return str(error)
     tar, name = storage.join(shards.folder, row["shard"]), f"sample {row['key']}"
     return f"{tar}: {name}: {str(error).removeprefix(f'{tar}: ').removeprefix(f'{name}: ')}"
 
 
-def _padded(rows: Sequence[Row], padding: int) -> dict[str, Int[np.ndarray, "samples longest"]]:
+def _pad_rows(rows: Sequence[TextRow], padding: int) -> dict[str, Int[np.ndarray, "samples longest"]]:
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     mask = [np.ones_like(ids) for ids in columns["input_ids"]]
     fill = {"input_ids": padding, "labels": IGNORE}
@@ -283,13 +289,13 @@ def _padded(rows: Sequence[Row], padding: int) -> dict[str, Int[np.ndarray, "sam
 
 
 @functools.lru_cache(maxsize=4)
-def _global_batch(order: Order, number: int) -> tuple[Int[np.ndarray, " samples"], Int[np.ndarray, " samples"]]:
+def _cached_global_batch(order: Order, number: int) -> tuple[Int[np.ndarray, " samples"], Int[np.ndarray, " samples"]]:
     """Kept, as several micro-batches are slices of one."""
     return order.batch(number)
 
 
 @functools.cache
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Read once a process."""
     from transformers import AutoTokenizer  # brings torch along, which Ray's coordinator of the readers does without
 

@@ -12,7 +12,7 @@ from redux.settings import Fit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Making:
+class ShardOptions:
     """Settings for turning records into shards.
 
     Args:
@@ -33,7 +33,7 @@ class Making:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source(Making):
+class SetSource(ShardOptions):
     """Source of a set that the job makes.
 
     Args:
@@ -61,7 +61,7 @@ class Data:
     source: Literal["easy-vqa"] | None = "easy-vqa"
     samples_per_shard: Annotated[int, Ge(1)] = 1000
     sets: dict[str, str] = field(default_factory=dict)
-    make: dict[str, Source] = field(default_factory=dict)
+    make: dict[str, SetSource] = field(default_factory=dict)
     max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.001
 
     def __post_init__(self) -> None:

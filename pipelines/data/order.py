@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Int
 
-from pipelines.data.grouping import Groups
+from pipelines.data.grouping import LengthGroups
 from pipelines.data.permutation import permute, permute_windows
 
 Shuffle = Literal["global", "window", "none"]
@@ -49,7 +49,7 @@ class Order:
     shuffle: Shuffle = "global"
     window: int = 8
     shards: tuple[Int[np.ndarray, " shards"], ...] = ()
-    groups: Groups | None = None
+    groups: LengthGroups | None = None
 
     def __post_init__(self) -> None:
         if not self.samples or min(self.samples) < 1:
@@ -96,7 +96,7 @@ class Order:
         """
         if number < 0:
             raise ValueError(f"number: got {number}, allowed: at least 0")
-        starts, counts = share(
+        starts, counts = count_source_samples(
             [Fraction(str(weight)) for weight in self.weights or self.samples], self.global_batch_size, number
         )
         source = np.repeat(np.arange(len(counts)), counts)
@@ -132,7 +132,7 @@ class Order:
         return within
 
 
-def share(weights: list[Fraction], global_batch_size: int, number: int) -> tuple[list[int], list[int]]:
+def count_source_samples(weights: list[Fraction], global_batch_size: int, number: int) -> tuple[list[int], list[int]]:
     """Of each source: how many samples global batches 0..number-1 hold, and how many batch `number` holds.
 
     Whatever the weights' sum; a mixture of 1 to 2 in batches of 4 goes 1+3, 2+2, 1+3, and again.

@@ -12,8 +12,8 @@ import functools
 import numpy as np
 from jaxtyping import Int
 
-ROUNDS = 4
-FEW = 64
+FEISTEL_ROUNDS = 4
+MIN_FEISTEL_SAMPLES = 64
 """Below this many numbers the permutation is a sorted table."""
 
 
@@ -22,10 +22,10 @@ def permute(
 ) -> Int[np.ndarray, " places"]:
     """Where a seeded permutation of 0..samples-1 sends `place`; another one each epoch and each stream."""
     chance = np.random.SeedSequence((seed, epoch), spawn_key=stream)
-    if samples < FEW:
+    if samples < MIN_FEISTEL_SAMPLES:
         return np.argsort(chance.generate_state(samples, np.uint64))[place]
     half = ((samples - 1).bit_length() + 1) // 2
-    keys = chance.generate_state(ROUNDS, np.uint64)
+    keys = chance.generate_state(FEISTEL_ROUNDS, np.uint64)
     result = _feistel(place.astype(np.uint64), half, keys)
     while (outside := result >= samples).any():
         result[outside] = _feistel(result[outside], half, keys)
@@ -44,7 +44,7 @@ def permute_windows(
 
     shards: how many samples each holds; sample numbers count through them.
     """
-    order = _whole(len(shards), seed, epoch, *stream, 0)
+    order = _cached_permutation(len(shards), seed, epoch, *stream, 0)
     sizes = shards.astype(np.int64)[order]
     ends = np.cumsum(sizes)
     borders = np.concatenate([[0], ends[window - 1 : -1 : window], ends[-1:]])
@@ -60,7 +60,7 @@ def permute_windows(
 
 
 @functools.lru_cache(maxsize=8)
-def _whole(samples: int, seed: int, epoch: int, *stream: int) -> Int[np.ndarray, " samples"]:
+def _cached_permutation(samples: int, seed: int, epoch: int, *stream: int) -> Int[np.ndarray, " samples"]:
     """A whole permutation, kept, as one of shards serves every batch of an epoch; not to be written to."""
     return permute(np.arange(samples), samples, seed, epoch, *stream)
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from redux.conversation import IMAGE, place_image
 
-REASONS = {
+RECORD_REASONS = {
     "malformed": "not an object with conversations, a list of turns, each with from and value as text",
     "duplicate": "the same as an earlier record in everything",
     "roles": 'turns are not "human" and "gpt" by turns, from a human\'s to a gpt\'s',
@@ -48,16 +48,16 @@ REASONS = {
 }
 """Why a record is kept out of the shards."""
 
-SHOWN = 200
+MAX_SHOWN_CHARACTERS = 200
 """Characters of a value that the quarantine list shows."""
 
-DEPTH = 100
+MAX_DEPTH = 100
 """Levels of lists and objects in a record, at most; Python's own JSON reader and writer end at some hundreds."""
 
 MISSING = "(missing)"
 
 
-class Fault(NamedTuple):
+class RecordRejection(NamedTuple):
     """The reason to keep a record out, the field with its value as the quarantine list shows it, and details."""
 
     reason: str
@@ -68,13 +68,13 @@ class Fault(NamedTuple):
     @property
     def why(self) -> str:
         """The reason in words."""
-        return f"{REASONS[self.reason]}: {self.detail}" if self.detail else REASONS[self.reason]
+        return f"{RECORD_REASONS[self.reason]}: {self.detail}" if self.detail else RECORD_REASONS[self.reason]
 
 
 # --- files of records ------------------------------------------------------------------------------------------------
 
 
-def read(text: bytes, name: str) -> list[Any]:
+def parse_records(text: bytes, name: str) -> list[Any]:
     """Read the records of a file, unchecked: a JSON list, JSON lines, or one record.
 
     What Python cannot read of a record (nested too deep, a number of thousands of digits, a damaged line among JSON
@@ -89,9 +89,9 @@ def read(text: bytes, name: str) -> list[Any]:
     except (ValueError, RecursionError) as error:  # a ValueError of digits is no JSONDecodeError
         if decoded.lstrip().startswith("["):
             broken = isinstance(error, json.JSONDecodeError)
-            records = error if broken else [_read_alone(part) for part in _split(decoded)]
+            records = error if broken else [_parse_record(part) for part in _split_list(decoded)]
         else:
-            lines = [_read_alone(line) for line in decoded.split("\n") if line.strip()]
+            lines = [_parse_record(line) for line in decoded.split("\n") if line.strip()]
             records = lines if any(isinstance(line, dict) for line in lines) else error
     if isinstance(records, dict) and "conversations" in records:
         records = [records]
@@ -103,7 +103,7 @@ def read(text: bytes, name: str) -> list[Any]:
         else:
             got = f"got {type(records).__name__}" if records != [] else "no records"
         raise ValueError(f"{name}: {got}, allowed: a list of records as JSON, or JSON lines, one record a line")
-    return [_shorten(_text(record)) if _is_deep(record) else record for record in records]
+    return [_shorten(_to_json(record)) if _is_too_deep(record) else record for record in records]
 
 
 def _decode(text: bytes) -> str:
@@ -115,14 +115,14 @@ def _decode(text: bytes) -> str:
         return text.decode("utf-8", "surrogateescape")
 
 
-def _read_alone(text: str) -> Any:
+def _parse_record(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text.strip()
 
 
-def _split(text: str) -> Iterator[str]:
+def _split_list(text: str) -> Iterator[str]:
     """The elements of a JSON list, unread: what stands between its commas."""
     depth = first = 0
     for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[\]{},]', text, re.DOTALL):
@@ -137,9 +137,9 @@ def _split(text: str) -> Iterator[str]:
         yield rest
 
 
-def _is_deep(value: Any) -> bool:
+def _is_too_deep(value: Any) -> bool:
     level = [value]
-    for _ in range(DEPTH):
+    for _ in range(MAX_DEPTH):
         level = [
             inner
             for each in level
@@ -155,65 +155,67 @@ def _is_deep(value: Any) -> bool:
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-def find_fault(record: Any, words: int | None) -> Fault | None:
+def find_rejection(record: Any, words: int | None) -> RecordRejection | None:
     """Find the reason to keep a record out, its image file apart; None for a good one.
 
     words: at most so many, of all turns together.
     """
-    return _find_form_fault(record) or _find_content_fault(record, words)
+    return _find_form_rejection(record) or _find_content_rejection(record, words)
 
 
-def _find_form_fault(record: Any) -> Fault | None:
+def _find_form_rejection(record: Any) -> RecordRejection | None:
     """The first field of another type or name than LLaVA's."""
     if not isinstance(record, dict):
-        return Fault("malformed", "", shorten(record))
-    if fault := _find_other_media(record, "", has_image(record)):
+        return RecordRejection("malformed", "", shorten(record))
+    if fault := _find_media_field(record, "", has_image(record)):
         return fault
     if "conversations" not in record:
-        return Fault("malformed", "conversations", f"{MISSING}; there are {shorten(list(record))}")
+        return RecordRejection("malformed", "conversations", f"{MISSING}; there are {shorten(list(record))}")
     turns = record["conversations"]
     if not isinstance(turns, list):
-        return Fault("malformed", "conversations", shorten(turns))
+        return RecordRejection("malformed", "conversations", shorten(turns))
     for number, turn in enumerate(turns):
         name = f"conversations[{number}]"
         if not isinstance(turn, dict):
-            return Fault("malformed", name, shorten(turn))
+            return RecordRejection("malformed", name, shorten(turn))
         for field in ("from", "value"):
             if not isinstance(turn.get(field), str):
-                return Fault("malformed", f"{name}.{field}", shorten(turn[field]) if field in turn else MISSING)
-        if fault := _find_other_media(turn, f"{name}.", has_image(record)):
+                return RecordRejection(
+                    "malformed", f"{name}.{field}", shorten(turn[field]) if field in turn else MISSING
+                )
+        if fault := _find_media_field(turn, f"{name}.", has_image(record)):
             return fault
     if has_image(record) and not isinstance(record["image"], str):
-        return Fault("image form", "image", shorten(record["image"]))
+        return RecordRejection("image form", "image", shorten(record["image"]))
     for number, turn in enumerate(turns):
         if turn["from"] != ("human", "gpt")[number % 2]:
-            return Fault("roles", f"conversations[{number}].from", shorten(turn["from"]))
+            return RecordRejection("roles", f"conversations[{number}].from", shorten(turn["from"]))
     if not turns or len(turns) % 2:
-        return Fault("roles", "conversations", f"{len(turns)} turns")
+        return RecordRejection("roles", "conversations", f"{len(turns)} turns")
     return None
 
 
-def _find_content_fault(record: dict, words: int | None) -> Fault | None:
+def _find_content_rejection(record: dict, words: int | None) -> RecordRejection | None:
     """The first turn that cannot be trained on."""
     turns, tagged = record["conversations"], []
     for number, turn in enumerate(turns):
         text, name = turn["value"], f"conversations[{number}].value"
         if not _is_unicode(text):
-            return Fault("broken text", name, shorten(text))
-        if reason := _find_other_tag(text, number % 2 == 1):
-            return Fault(reason, name, shorten(text))
+            return RecordRejection("broken text", name, shorten(text))
+        if reason := _find_media_tag(text, number % 2 == 1):
+            return RecordRejection(reason, name, shorten(text))
         tags = place_image(text).count(IMAGE)
         tagged += [name] * tags
         if not text.replace(IMAGE, "").strip() and (number % 2 or not tags):
-            return Fault("empty turn", name, shorten(text))
+            return RecordRejection("empty turn", name, shorten(text))
     if has_image(record) and not tagged:
-        return Fault("image without tag", "conversations[0].value", shorten(turns[0]["value"]))
+        return RecordRejection("image without tag", "conversations[0].value", shorten(turns[0]["value"]))
     if tagged and not has_image(record):
-        return Fault("tag without image", "image", shorten(record["image"]) if "image" in record else MISSING)
+        return RecordRejection("tag without image", "image", shorten(record["image"]) if "image" in record else MISSING)
     if len(tagged) > 1:
-        return Fault("tags", tagged[1], IMAGE)
-    if words is not None and (count := length(record)) > words:
-        return Fault("too long", "conversations", f"{count} words")
+        return RecordRejection("tags", tagged[1], IMAGE)
+    if words is not None and (count := count_words(record)) > words:
+        return RecordRejection("too long", "conversations", f"{count} words")
     return None
 
 
@@ -222,22 +224,22 @@ def has_image(record: dict) -> bool:
     return record.get("image") is not None
 
 
-def length(record: dict) -> int:
+def count_words(record: dict) -> int:
     """Words of all turns, the image's tag not counted."""
     return sum(len(turn["value"].replace(IMAGE, "").split()) for turn in record["conversations"])
 
 
 def shorten(value: Any) -> str:
     """A value as one short line of text that any file can hold."""
-    return _shorten(value if isinstance(value, str) else _text(value))
+    return _shorten(value if isinstance(value, str) else _to_json(value))
 
 
-def _shorten(text: str, limit: int = SHOWN) -> str:
+def _shorten(text: str, limit: int = MAX_SHOWN_CHARACTERS) -> str:
     text = text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
-def _text(value: Any) -> str:
+def _to_json(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError):
@@ -254,36 +256,37 @@ def _is_unicode(text: str) -> bool:
 
 # --- content that is neither image nor text --------------------------------------------------------------------------
 
-_HOLDERS = "paths?|files?|file_?names?|names?|urls?|uris?|list|bytes|base64|data"
-_FIELDS = {
+_CONTAINER_WORDS = "paths?|files?|file_?names?|names?|urls?|uris?|list|bytes|base64|data"
+_MEDIA_FIELDS = {
     "video": "videos?",
     "audio": "audios?|speech|sounds?|wavs?",
     "point cloud": "point_?clouds?|pcds?",
     "image form": "images?|imgs?|pictures?|photos?",
 }
-_OTHER_FIELDS = {
-    reason: re.compile(rf"(?:{names})(?:_?(?:{_HOLDERS}))?", re.IGNORECASE) for reason, names in _FIELDS.items()
+_MEDIA_FIELD_PATTERNS = {
+    reason: re.compile(rf"(?:{names})(?:_?(?:{_CONTAINER_WORDS}))?", re.IGNORECASE)
+    for reason, names in _MEDIA_FIELDS.items()
 }
 """Fields that hold other content, by reason; those of images count where the record has no `image`."""
 
-_PARTS = "start|end|begin|bos|eos|pad|patch|here|placeholder|soft|token|content|context|feature|embed|file|path"
-_NAMES = {
+_TAG_WORDS = "start|end|begin|bos|eos|pad|patch|here|placeholder|soft|token|content|context|feature|embed|file|path"
+_MEDIA_NAMES = {
     "video": "videos?|vid",
     "audio": "audios?|speech|sounds?|wav",
     "point cloud": "point_?clouds?|points?|pcd",
     "image form": "images?|imgs?|pictures?|photos?|vision|visual",
 }
-_BARE = {
-    reason: rf"<(?-i:(?!image>))(?:\|/?|/)?(?:{names})(?:[ _-]?(?:{_PARTS}))*[ _-]?\d* ?/?\|?>"
-    for reason, names in _NAMES.items()
+_BARE_TAGS = {
+    reason: rf"<(?-i:(?!image>))(?:\|/?|/)?(?:{names})(?:[ _-]?(?:{_TAG_WORDS}))*[ _-]?\d* ?/?\|?>"
+    for reason, names in _MEDIA_NAMES.items()
 }
-_BARE["image form"] += r"|</?im_(?:start|end|patch)>|(?-i:\[IMG\])"
-_OTHER_TAGS = {
+_BARE_TAGS["image form"] += r"|</?im_(?:start|end|patch)>|(?-i:\[IMG\])"
+_MEDIA_TAG_PATTERNS = {
     reason: (
         re.compile(rf"(?<![A-Za-z0-9_])(?:{tag})(?!\s*(?:tags?|elements?|attributes?)\b)", re.IGNORECASE),
         re.compile(rf"^\s*(?:{tag})\s*$", re.IGNORECASE | re.MULTILINE),
     )
-    for reason, tag in _BARE.items()
+    for reason, tag in _BARE_TAGS.items()
 }
 """Other trainers' tags, by reason: anywhere, and alone on a line."""
 
@@ -291,26 +294,26 @@ _QUOTED = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\"<[^\"\n]*>\"|'<[^'\n]*>'|“
 _MARKUP = re.compile(r"<(?:!doctype|html|head|body|div|span|p|ul|table|script|source)\b", re.IGNORECASE)
 
 
-def _find_other_media(fields: dict, prefix: str, with_image: bool) -> Fault | None:
+def _find_media_field(fields: dict, prefix: str, with_image: bool) -> RecordRejection | None:
     """A field that holds content which LLaVA does not read."""
     for field, value in fields.items():
-        reason = _other_field(field)
+        reason = _media_of_field(field)
         if not reason or not value or (not prefix and field == "image") or (reason == "image form" and with_image):
             continue
-        return Fault(reason, prefix + shorten(field), shorten(value))
+        return RecordRejection(reason, prefix + shorten(field), shorten(value))
     return None
 
 
 @functools.lru_cache(maxsize=1024)
-def _other_field(name: str) -> str | None:
-    return next((reason for reason, names in _OTHER_FIELDS.items() if names.fullmatch(name)), None)
+def _media_of_field(name: str) -> str | None:
+    return next((reason for reason, names in _MEDIA_FIELD_PATTERNS.items() if names.fullmatch(name)), None)
 
 
-def _find_other_tag(text: str, is_answer: bool) -> str | None:
+def _find_media_tag(text: str, is_answer: bool) -> str | None:
     """The reason of a tag that stands for content which LLaVA does not read."""
     if "<" not in text and "[IMG]" not in text:
         return None
     if _MARKUP.search(text):
         return None
     plain = _QUOTED.sub(" ", text)
-    return next((reason for reason, tags in _OTHER_TAGS.items() if tags[is_answer].search(plain)), None)
+    return next((reason for reason, tags in _MEDIA_TAG_PATTERNS.items() if tags[is_answer].search(plain)), None)

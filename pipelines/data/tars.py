@@ -34,7 +34,7 @@ from PIL import Image
 
 from pipelines.data import records
 
-REASONS = {
+TAR_REASONS = {
     "no record": "no member json, LLaVA's record",
     "several records": "more than one member has conversations: a key ends at the first dot of a file's name",
     "several images": "more than one member can be the image, and the record does not tell which",
@@ -43,30 +43,30 @@ REASONS = {
 }
 """Why a sample of a tar is refused, beside the reasons of its record."""
 
-_IMAGES = "apng avif bmp dib gif ico img jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
-IMAGES = frozenset(_IMAGES.split())
+_IMAGE_SUFFIXES = "apng avif bmp dib gif ico img jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
+IMAGE_SUFFIXES = frozenset(_IMAGE_SUFFIXES.split())
 """Suffixes of images; `img` is what `redux shards make` writes where a file's name has no suffix of these."""
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
+RECOGNIZED_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
 """Pillow's formats by which bytes without a telling suffix are known."""
-_TEXTS = "cls csv html id index json jsonl text tsv txt xml yaml yml"
-TEXTS = frozenset(_TEXTS.split())
+_TEXT_SUFFIXES = "cls csv html id index json jsonl text tsv txt xml yaml yml"
+TEXT_SUFFIXES = frozenset(_TEXT_SUFFIXES.split())
 """Suffixes of what is no image, whatever its bytes."""
-PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".pyd", ".npy", ".npz")
-COMPRESSED = {
+PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".pyd", ".npy", ".npz")
+COMPRESSION_MAGIC = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 """Programs by the first bytes of what they compress."""
-KINDS = {tarfile.DIRTYPE: "folder", tarfile.LNKTYPE: "hard link", tarfile.SYMTYPE: "symbolic link"}
-CHUNK = 2**20
+MEMBER_KINDS = {tarfile.DIRTYPE: "folder", tarfile.LNKTYPE: "hard link", tarfile.SYMTYPE: "symbolic link"}
+HASH_CHUNK_BYTES = 2**20
 
-Bytes = bytes | mmap.mmap
+BytesLike = bytes | mmap.mmap
 
 
 @dataclass(frozen=True)
-class Member:
+class TarMember:
     """A file in a tar: its suffix in small letters, and where it begins, has its bytes and ends."""
 
     name: str
@@ -86,9 +86,9 @@ class TarSample:
     """
 
     key: str
-    members: list[Member]
-    record: Member | None = None
-    image: Member | None = None
+    members: list[TarMember]
+    record: TarMember | None = None
+    image: TarMember | None = None
     words: int = 0
     fault: str | None = None
 
@@ -101,7 +101,7 @@ class TarSample:
         return self.members[-1].end - self.offset
 
     @property
-    def used(self) -> list[Member]:
+    def used(self) -> list[TarMember]:
         return [] if self.fault else [member for member in (self.record, self.image) if member]
 
 
@@ -139,7 +139,7 @@ class Tar:
         return sum(len(sample.members) for sample in self.samples if sample.fault)
 
 
-def read_tar(data: Bytes, name: str) -> Tar:
+def read_tar(data: BytesLike, name: str) -> Tar:
     """List what a tar holds.
 
     Args:
@@ -150,19 +150,19 @@ def read_tar(data: Bytes, name: str) -> Tar:
         ValueError: one line, where the tar as a whole is refused.
     """
     tar = Tar()
-    for sample in _grouped(_members(data, name, tar), name):
-        _settle(sample, data)
+    for sample in _group_samples(_read_members(data, name, tar), name):
+        _resolve_sample(sample, data)
         tar.samples.append(sample)
-    _refuse_apart(tar, name)
+    _reject_split_samples(tar, name)
     assert sum(tar.used.values()) + sum(tar.ignored.values()) + tar.refused == tar.members, name
     return tar
 
 
-def rows(tar: Tar, data: Bytes, name: str) -> list[dict[str, Any]]:
-    """Rows of the index, one for each kept sample: `pipelines.data.shards.SCHEMA`."""
+def make_index_rows(tar: Tar, data: BytesLike, name: str) -> list[dict[str, Any]]:
+    """Rows of the index, one for each kept sample: `pipelines.data.shard_index.SCHEMA`."""
     return [
         {
-            "key": plain_text(sample.key),
+            "key": to_utf8(sample.key),
             "shard": name,
             "offset": sample.offset,
             "length": sample.length,
@@ -177,12 +177,12 @@ def rows(tar: Tar, data: Bytes, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def plain_text(name: str) -> str:
+def to_utf8(name: str) -> str:
     r"""A name as UTF-8 can write it: bytes of other encodings become `\udcXX`."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def printable(name: str) -> str:
+def escape_unprintable(name: str) -> str:
     """A name as one line shows it."""
     return name if name.isprintable() else ascii(name)[1:-1]
 
@@ -190,41 +190,44 @@ def printable(name: str) -> str:
 # --- as WebDataset reads ---------------------------------------------------------------------------------------------
 
 
-def _members(data: Bytes, name: str, tar: Tar) -> Iterator[Member]:
+def _read_members(data: BytesLike, name: str, tar: Tar) -> Iterator[TarMember]:
     """Files that WebDataset groups into samples; the others are counted in `tar`."""
     from webdataset.tariterators import base_plus_ext  # brings torch along, which readers do without
 
     end = 0
-    for info, end in _headers(data, name):
+    for info, end in _read_headers(data, name):
         tar.members += 1
         if not info.isreg():
-            tar.outside[KINDS.get(info.type, "device")] += 1
-        elif _is_meta(info.name):
+            tar.outside[MEMBER_KINDS.get(info.type, "device")] += 1
+        elif _is_metadata(info.name):
             tar.outside["metadata"] += 1
         elif (suffix := base_plus_ext(info.name)[1]) is None:
             tar.outside["no suffix"] += 1
-        elif info.name.lower().endswith(PICKLES):
-            raise ValueError(f"{name}: member {printable(info.name)}, allowed: what can be read without unpickling")
+        elif info.name.lower().endswith(PICKLE_SUFFIXES):
+            raise ValueError(
+                f"{name}: member {escape_unprintable(info.name)}, allowed: what can be read without unpickling"
+            )
         elif suffix.startswith("__"):
             raise ValueError(
-                f"{name}: member {printable(info.name)}, allowed: a suffix that WebDataset does not keep for itself"
+                f"{name}: member {escape_unprintable(info.name)}, allowed: a suffix that WebDataset does not keep for "
+                "itself"
             )
         else:
-            yield Member(info.name, suffix.lower(), info.offset, info.offset_data, info.size, end, info.issparse())
+            yield TarMember(info.name, suffix.lower(), info.offset, info.offset_data, info.size, end, info.issparse())
     if end == len(data):
         tar.notes.append(f"{name}: ends without the two blocks of zeros that end a tar: it may have been cut")
-    if (at := _next_byte(data, end)) is not None:
+    if (at := _find_nonzero_byte(data, end)) is not None:
         raise ValueError(
             f"{name}: WebDataset reads {tar.members} members and stops at byte {end}, and there is more from byte "
             f"{at} on, allowed: one whole tar (not two behind one another, nor a damaged or cut one)"
         )
 
 
-def _headers(data: Bytes, name: str) -> Iterator[tuple[tarfile.TarInfo, int]]:
+def _read_headers(data: BytesLike, name: str) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Each member of the tar, and the byte at which the next one begins."""
     try:
         # a mapped file cannot seek behind its end, which is how tarfile finds that one is cut
-        file = io.BytesIO(data) if isinstance(data, bytes) else _Seekable(data)
+        file = io.BytesIO(data) if isinstance(data, bytes) else _SeekableMap(data)
         with tarfile.open(fileobj=file, mode="r:") as opened:
             begin = -1
             while info := opened.next():
@@ -236,7 +239,7 @@ def _headers(data: Bytes, name: str) -> Iterator[tuple[tarfile.TarInfo, int]]:
     except GeneratorExit:
         raise
     except Exception as error:  # a damaged header brings up more than tarfile's own errors
-        for magic, program in COMPRESSED.items():
+        for magic, program in COMPRESSION_MAGIC.items():
             if data[: len(magic)] == magic:
                 raise ValueError(
                     f"{name}: compressed by {program}, allowed: plain tars, of which a byte range is a sample"
@@ -244,7 +247,7 @@ def _headers(data: Bytes, name: str) -> Iterator[tuple[tarfile.TarInfo, int]]:
         raise ValueError(f"{name}: cut, damaged or no tar ({error}), allowed: a whole tar") from None
 
 
-class _Seekable(io.RawIOBase):
+class _SeekableMap(io.RawIOBase):
     """A mapped file as a file that can be read, of which nothing is copied before."""
 
     def __init__(self, data: mmap.mmap) -> None:
@@ -273,17 +276,17 @@ class _Seekable(io.RawIOBase):
         return found
 
 
-def _is_meta(name: str) -> bool:
+def _is_metadata(name: str) -> bool:
     """Metadata of the tar, as `webdataset.tariterators.tar_file_iterator` leaves it out."""
     whole = "/" not in name and name.startswith("__") and name.endswith("__")
     return whole or re.match(r"__[^/]*__($|/)", name) is not None
 
 
-def _grouped(members: Iterator[Member], name: str) -> Iterator[TarSample]:
+def _group_samples(members: Iterator[TarMember], name: str) -> Iterator[TarSample]:
     """The members as WebDataset's samples."""
     from webdataset.tariterators import group_by_keys
 
-    last: Member | None = None
+    last: TarMember | None = None
 
     def entries() -> Iterator[dict[str, Any]]:
         nonlocal last
@@ -297,28 +300,28 @@ def _grouped(members: Iterator[Member], name: str) -> Iterator[TarSample]:
         except ValueError as error:
             if len(error.args) > 1 and last:  # WebDataset adds to its own, and not to those of `members`
                 raise ValueError(
-                    f"{name}: member {printable(last.name)}: got a second .{printable(last.suffix)} of one sample, "
-                    "allowed: one"
+                    f"{name}: member {escape_unprintable(last.name)}: got a second "
+                    f".{escape_unprintable(last.suffix)} of one sample, allowed: one"
                 ) from None
             raise
         if sample is None:
             return
         key = str(sample["__key__"])
-        yield TarSample(key, [each for each in sample.values() if isinstance(each, Member)])
+        yield TarSample(key, [each for each in sample.values() if isinstance(each, TarMember)])
 
 
 # --- which member is what --------------------------------------------------------------------------------------------
 
 
-def _settle(sample: TarSample, data: Bytes) -> None:
+def _resolve_sample(sample: TarSample, data: BytesLike) -> None:
     """Find the sample's record and image, or the reason to refuse it."""
-    if any(member.sparse and _last(member) in IMAGES | {"json"} for member in sample.members):
+    if any(member.sparse and _last_suffix(member) in IMAGE_SUFFIXES | {"json"} for member in sample.members):
         sample.fault = "sparse member"
         return
-    record, sample.fault = _record(sample, data)
+    record, sample.fault = _find_record(sample, data)
     if sample.fault:
         return
-    sample.image, sample.fault = _image(sample, record, data)
+    sample.image, sample.fault = _find_image(sample, record, data)
     if sample.fault:
         return
     if sample.image:
@@ -326,17 +329,17 @@ def _settle(sample: TarSample, data: Bytes) -> None:
     elif records.has_image(record):
         sample.fault = "missing image"
         return
-    found = records.find_fault(record, None)
+    found = records.find_rejection(record, None)
     sample.fault = found and found.reason
     if not sample.fault:
-        sample.words = records.length(record)
+        sample.words = records.count_words(record)
 
 
-def _record(sample: TarSample, data: Bytes) -> tuple[Any, str | None]:
+def _find_record(sample: TarSample, data: BytesLike) -> tuple[Any, str | None]:
     """The sample's record, unchecked, or the reason that it has none; notes the member."""
     plain = [member for member in sample.members if member.suffix == "json"]
     dotted = [member for member in sample.members if member.suffix.endswith(".json")]
-    values = {member.name: _json(data, member) for member in plain + dotted}
+    values = {member.name: _parse_json(data, member) for member in plain + dotted}
     talks = [
         member
         for member in plain + dotted
@@ -351,22 +354,22 @@ def _record(sample: TarSample, data: Bytes) -> tuple[Any, str | None]:
     return value, None if isinstance(value, dict) and "conversations" in value else "malformed"
 
 
-def _last(member: Member) -> str:
+def _last_suffix(member: TarMember) -> str:
     """The last part of a member's suffix."""
     return member.suffix.rpartition(".")[2]
 
 
-def _json(data: Bytes, member: Member) -> Any:
+def _parse_json(data: BytesLike, member: TarMember) -> Any:
     try:
         return json.loads(data[member.at : member.at + member.size])
     except (ValueError, RecursionError):
         return None
 
 
-def _image(sample: TarSample, record: dict, data: Bytes) -> tuple[Member | None, str | None]:
+def _find_image(sample: TarSample, record: dict, data: BytesLike) -> tuple[TarMember | None, str | None]:
     """The sample's image, if it has one, or the reason to refuse the sample."""
-    plain = [member for member in sample.members if member.suffix in IMAGES]
-    dotted = [member for member in sample.members if _last(member) in IMAGES]
+    plain = [member for member in sample.members if member.suffix in IMAGE_SUFFIXES]
+    dotted = [member for member in sample.members if _last_suffix(member) in IMAGE_SUFFIXES]
     if len(plain) > 1 and isinstance(named := record.get("image"), str):
         suffix = posixpath.splitext(named)[1].lower().removeprefix(".")
         plain = [member for member in plain if member.suffix == suffix] or plain
@@ -376,18 +379,18 @@ def _image(sample: TarSample, record: dict, data: Bytes) -> tuple[Member | None,
     return (found[0] if found else None), None
 
 
-def _is_image(member: Member, data: Bytes) -> bool:
+def _is_image(member: TarMember, data: BytesLike) -> bool:
     """Tell if the bytes of a member begin as an image does, and its suffix says nothing else."""
-    if member.sparse or _last(member) in TEXTS:
+    if member.sparse or _last_suffix(member) in TEXT_SUFFIXES:
         return False
     try:
-        with Image.open(io.BytesIO(data[member.at : member.at + member.size]), formats=FORMATS):
+        with Image.open(io.BytesIO(data[member.at : member.at + member.size]), formats=RECOGNIZED_FORMATS):
             return True
     except Exception:  # each of Pillow's formats has its own errors
         return False
 
 
-def _refuse_apart(tar: Tar, name: str) -> None:
+def _reject_split_samples(tar: Tar, name: str) -> None:
     """Refuse all samples of a key that comes again, where one of them is not whole; note keys that repeat."""
     by_key: dict[str, list[TarSample]] = {}
     for sample in tar.samples:
@@ -399,23 +402,23 @@ def _refuse_apart(tar: Tar, name: str) -> None:
             for sample in same:
                 sample.fault = "members apart"
         else:
-            tar.notes.append(f"{name}: {len(same)} samples have the key {printable(key)}; all are kept")
+            tar.notes.append(f"{name}: {len(same)} samples have the key {escape_unprintable(key)}; all are kept")
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
 
-def _sha256(data: Bytes, offset: int, length: int) -> bytes:
+def _sha256(data: BytesLike, offset: int, length: int) -> bytes:
     digest = hashlib.sha256()
-    for at in range(offset, offset + length, CHUNK):
-        digest.update(data[at : min(at + CHUNK, offset + length)])
+    for at in range(offset, offset + length, HASH_CHUNK_BYTES):
+        digest.update(data[at : min(at + HASH_CHUNK_BYTES, offset + length)])
     return digest.digest()
 
 
-def _next_byte(data: Bytes, start: int) -> int | None:
+def _find_nonzero_byte(data: BytesLike, start: int) -> int | None:
     """The place of the first byte from `start` on that is not zero."""
-    for at in range(start, len(data), CHUNK):
-        part = data[at : at + CHUNK]
+    for at in range(start, len(data), HASH_CHUNK_BYTES):
+        part = data[at : at + HASH_CHUNK_BYTES]
         if rest := part.lstrip(b"\0"):
             return at + len(part) - len(rest)
     return None

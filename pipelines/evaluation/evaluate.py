@@ -87,7 +87,7 @@ class Answerer:
             answers = self._answer(batch)
         except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
             answers = Answers([""], [0], 0.0, 0.0)
-            problem = failures.describe(error).text
+            problem = failures.classify_error(error).text
         else:
             problem = ""
         count = len(answers.texts)
@@ -134,7 +134,7 @@ def evaluate(subject: Subject, run: Path, settings: Evaluate, gpu_share: float =
     _claim(folder, subject, settings)
     asked = {name: questions(name, asking) for name, asking in settings.tasks.items()}
     left = {name: _left(folder, name, each) for name, each in asked.items()}
-    jsonl.mend(folder / SPEED)
+    jsonl.drop_partial_line(folder / SPEED)
     if any(left.values()):
         _answer(subject, folder, settings, left, sum(map(len, asked.values())), gpu_share)
     for name, each in asked.items():
@@ -237,8 +237,8 @@ def _answer(
     """Ask what is left; each batch's answers are appended as they come."""
     batches = [batch for name, each in left.items() for batch in _batches(name, each, settings)]
     actors = count_actors(settings, gpu_share, len(batches))
-    cluster.require({"CPU": actors / 2 + 1}, f"evaluate with actors = {actors}")
-    gpus = cluster.gpus()
+    cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate with actors = {actors}")
+    gpus = cluster.count_gpus()
     if 0 < gpus < actors * gpu_share:
         raise ValueError(
             f"evaluate.num_actors: got {actors}, allowed: up to {gpus / gpu_share:g}, which {gpus:g} GPUs hold"
@@ -257,7 +257,7 @@ def _answer(
     with tqdm(desc="evaluate", total=total, initial=done, unit="question") as bar:
         bar.set_postfix_str("loading model")
         for block in answers.iter_batches(batch_size=None):
-            interrupts.check()
+            interrupts.raise_if_interrupted()
             bar.set_postfix_str("", refresh=False)
             batch = batches[int(block["batch"][0])]
             if problem := str(block["error"][0]):
@@ -278,8 +278,8 @@ def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:
     """
     if settings.num_actors != "auto":
         return settings.num_actors
-    places = cluster.count_places(gpu_share)
-    return max(min(places if cluster.gpus() else min(places, 2), batches), 1)
+    places = cluster.count_model_processes(gpu_share)
+    return max(min(places if cluster.count_gpus() else min(places, 2), batches), 1)
 
 
 def _batches(name: Name, left: Sequence[Question], settings: Evaluate) -> Iterator[Batch]:
@@ -311,7 +311,7 @@ def _partial(folder: Path, name: str) -> Path:
 
 def _left(folder: Path, name: str, asked: Sequence[Question]) -> list[Question]:
     """Questions without an answer on file."""
-    jsonl.mend(_partial(folder, name))
+    jsonl.drop_partial_line(_partial(folder, name))
     done = _answered(folder, name)
     return [question for question in asked if question.id not in done or not _same(question, done[question.id])]
 
@@ -398,7 +398,9 @@ def examples(subject: Subject, run: Path, count: int) -> list[Example]:
     result = []
     for row in (by_image[place] for place in spread(len(by_image), count)):
         image = pixels(
-            (easy_vqa.FOLDER / row["image"]).read_bytes(), llava.config.vision_config.image_size, image_aspect_ratio
+            (easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes(),
+            llava.config.vision_config.image_size,
+            image_aspect_ratio,
         )
         with torch.inference_mode():
             _, fate = llava.model.encode_images(normalise(torch.from_numpy(image[None])))
@@ -408,7 +410,7 @@ def examples(subject: Subject, run: Path, count: int) -> list[Example]:
                 question=row["prompt"],
                 answer=row["answer"],
                 response=row["response"],
-                correct=easy_vqa.right(row),
+                correct=easy_vqa.is_correct(row),
                 slot=fate.slot[0].numpy(),
                 merged=fate.merged[0].numpy(),
             )

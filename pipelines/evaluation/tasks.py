@@ -33,13 +33,13 @@ class Task(NamedTuple):
 def _instructions(*prompts: str) -> list[Question]:
     """Those of frozen files; without one about easy-VQA's images."""
     if not prompts:
-        return obedience.questions(easy_vqa.asked())
+        return obedience.questions(easy_vqa.draw_questions())
     return [each for path in prompts for each in obedience.read(path)]
 
 
 TASKS: dict[str, Task] = {
-    "easy_vqa": Task(easy_vqa.questions, easy_vqa.metrics, 8, str(easy_vqa.FOLDER)),
-    "instructions": Task(_instructions, obedience.metrics, 1024, str(easy_vqa.FOLDER)),
+    "easy_vqa": Task(easy_vqa.load_questions, easy_vqa.compute_metrics, 8, str(easy_vqa.PACKAGE_IMAGES)),
+    "instructions": Task(_instructions, obedience.metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)),
     **{name: Task(each.questions, each.metrics, each.max_new_tokens) for name, each in BENCHMARKS.items()},
 }
 Name = Literal["easy_vqa", "instructions", "vqav2", "gqa", "textvqa", "mme", "mmbench"]

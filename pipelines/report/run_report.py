@@ -216,7 +216,7 @@ def _text(path: Path) -> str:
 def _judged(path: Path) -> list[dict[str, Any]]:
     from pipelines.data import easy_vqa
 
-    return [row | {"correct": easy_vqa.right(row)} for row in jsonl.read(path)]
+    return [row | {"correct": easy_vqa.is_correct(row)} for row in jsonl.read(path)]
 
 
 def _name(job: str) -> str | None:

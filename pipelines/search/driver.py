@@ -95,7 +95,7 @@ def search(
         future = aside(tuner.fit)
         try:
             while not wait([future], timeout=0.5).done:
-                interrupts.check()
+                interrupts.raise_if_interrupted()
                 _show(trials, bar, after)
             future.result()
         except KeyboardInterrupt:
@@ -193,7 +193,7 @@ class Hearing(FIFOScheduler):
         release(self.folder / FOLDER / f"{trial.config['number']:04}")
         with open(trial.pickled_error_file, "rb") as file:  # which get_pickled_error seeks where it is not copied yet
             error = ray.cloudpickle.load(file)
-        self.trials.end(trial.trial_id, {}, failures.describe(error).text)
+        self.trials.end(trial.trial_id, {}, failures.classify_error(error).text)
 
 
 class Reporter:

@@ -152,7 +152,7 @@ class Trials:
 
     def __init__(self, settings: Settings, name: str, folder: Path, forecast: Forecast) -> None:
         self.settings, self.forecast, self.space = settings, forecast, Space(settings.space)
-        jsonl.mend(folder / JOURNAL)
+        jsonl.drop_partial_line(folder / JOURNAL)
         self.storage = opened(settings, folder)
         self.study = _study(settings, name, self.storage, folder)
         self.study.sampler = Drawing(self.space, settings.sampler, settings.seed, partial(fit, settings, forecast))

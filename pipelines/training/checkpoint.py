@@ -170,7 +170,7 @@ class Upload:
         error = self._future.exception()
         if error is None:
             return None
-        failure = failures.describe(error)
+        failure = failures.classify_error(error)
         return replace(failure, text=f"rank {self.rank}: {failure.text}")
 
     def _store(self, copies: list[tuple[Piece, Tensor]]) -> dict[str, File]:
@@ -208,7 +208,7 @@ def _key(piece: Piece) -> str:
 
 def commit(url: str, manifest: Manifest, job: str) -> None:
     """Make the uploaded parts a checkpoint; what else an interrupted writing left there is removed."""
-    for file in set(storage.names(url)) - manifest.files.keys():
+    for file in set(storage.list_files(url)) - manifest.files.keys():
         storage.remove(storage.join(url, file))
     storage.write(storage.join(url, JOB), job.encode())
     storage.write(storage.join(url, MANIFEST), manifest.to_json().encode())
@@ -241,7 +241,7 @@ def _remove(url: str) -> None:
 
 
 def _steps(folder: str) -> list[str]:
-    return [one for one in storage.folders(folder) if one.startswith("step-")]
+    return [one for one in storage.list_folders(folder) if one.startswith("step-")]
 
 
 def _age(step: str) -> tuple[int, str]:

@@ -81,7 +81,7 @@ def train_stage(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None 
     """
     if export.finished(plan.result):
         return
-    plan = plan.with_workers(cluster.count_places(plan.gpu_share))
+    plan = plan.with_workers(cluster.count_model_processes(plan.gpu_share))
     assert plan.workers
     reader = plan.reader()
     samples, steps = sum(reader.order.samples), plan.steps(reader.order)
@@ -96,7 +96,7 @@ def train_stage(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None 
     worker = _resources(plan)
     readers = 1 if _spare(plan, "GPU" in worker) else 0
     needed = {name: fewest * each for name, each in worker.items()}
-    cluster.require({**needed, "CPU": needed["CPU"] + readers}, f"train.{plan.name} with workers = {fewest}")
+    cluster.require_resources({**needed, "CPU": needed["CPU"] + readers}, f"train.{plan.name} with workers = {fewest}")
     probe(plan.folder)
     release(plan.run)
     actor = recorder.start(
@@ -120,7 +120,7 @@ def train_stage(plan: Plan, more: Sequence[HookMaker] = (), watch: Watch | None 
             ray.get(actor.close.remote("stop"))
         raise
     finally:
-        with interrupts.deferred():
+        with interrupts.defer_signals():
             ray.kill(actor)
             release(plan.run)
 
@@ -204,7 +204,7 @@ def _spare(plan: Plan, gpus: bool) -> bool:
 def _follow(progress: "Progress", future: Future[Any], stop: Callable[[int], bool]) -> None:
     """Show how it goes until it ends."""
     while not wait([future], timeout=0.5).done:
-        interrupts.check()
+        interrupts.raise_if_interrupted()
         if progress.show():
             wait([future], timeout=ENDING_S)
             break
@@ -277,7 +277,7 @@ def probe(folder: str) -> None:
         storage.write(path, b"")
         storage.remove(path)
     except OSError as error:
-        raise ValueError(f"checkpoints: {failures.describe(error).text}") from None
+        raise ValueError(f"checkpoints: {failures.classify_error(error).text}") from None
 
 
 class Faults(ray.train.UserCallback):
@@ -288,7 +288,7 @@ class Faults(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train's controller."""
-        described = {rank: failures.describe(error) for rank, error in worker_exceptions.items()}
+        described = {rank: failures.classify_error(error) for rank, error in worker_exceptions.items()}
         ray.get(self.recorder.fault.remote(described))
 
 
@@ -406,7 +406,7 @@ def training_steps(
         mine = [next(batches) for _ in range(accumulation)]
         data_s = (started := time.perf_counter()) - clock
         loss, forward_s, applied, norm = _learn(trained, plan, mine)
-        used = consumed.gather(mine, list(plan.stage.mixture), trained.device)
+        used = consumed.gather_samples(mine, list(plan.stage.mixture), trained.device)
         votes = {name: value for hook in beside for name, value in hook.vote().items()}
         own = {
             "loss": loss,
@@ -473,11 +473,11 @@ def _batches(trained: Any, reader: ingest.Reader, done: int, stop: int, spare: b
     rank, workers = trained.global_rank, trained.dp_world_size
     splits: list[Any] = [None] * workers
     if rank == 0:
-        splits = list(ingest.streams(reader, done * workers, stop * workers, workers, spare))
+        splits = list(ingest.make_streams(reader, done * workers, stop * workers, workers, spare))
     own: list[Any] = [None]
     dist.scatter_object_list(own, splits, src=0)
     blocks = own[0].iter_batches(batch_size=None, prefetch_batches=2)
-    for turn, batch in enumerate(ingest.micro_batches(blocks), start=done):
+    for turn, batch in enumerate(ingest.iterate_micro_batches(blocks), start=done):
         due = turn * workers + rank
         if batch["number"] != due:
             raise RuntimeError(f"rank {rank}: got micro-batch {batch['number']}, due was {due}")

@@ -21,7 +21,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from pipelines.core import failures, storage
 from pipelines.core.failures import Failure, Kind
-from pipelines.data.consumed import Used
+from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import checkpoint, fragments
 from pipelines.training.checkpoint import File, Manifest, Upload
 from pipelines.training.plan import Plan
@@ -38,7 +38,7 @@ class Step:
     number: int
     last: bool
     values: dict[str, float]
-    used: Used
+    used: ConsumedSamples
     votes: dict[str, float]
     stopping: bool = False
     save: bool = False
@@ -230,7 +230,7 @@ class Checkpoints(Hook):
         try:
             checkpoint.prune(of.folder, manifest.cursor, of.stage.save_total_limit, of.stage.save_best_limit)
         except (OSError, ValueError) as error:
-            why = failures.describe(error).text
+            why = failures.classify_error(error).text
             self.recorder.say.remote(f"{of.name}: checkpoints before step {manifest.cursor} stay for now: {why}")
         return None
 
@@ -240,7 +240,7 @@ class Checkpoints(Hook):
             ray.get(self.recorder.sync.remote())  # the record reaches the cursor
             checkpoint.commit(url, manifest, self.plan.job)
         except (OSError, ValueError) as error:
-            return failures.describe(error)
+            return failures.classify_error(error)
         self.recorder.save.remote(manifest.cursor)
         return None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipelines.core import failures, jsonl, storage
 from pipelines.data import consumed
-from pipelines.data.consumed import Used
+from pipelines.data.consumed import ConsumedSamples
 
 FILE = "metrics.jsonl"
 
@@ -28,12 +28,12 @@ class Metrics:
 
     def __init__(self, run: Path, stage: str, cursor: int) -> None:
         self.stage = stage
-        _cut(run / consumed.FILE, stage, cursor)
+        _cut(run / consumed.CONSUMED_FILE, stage, cursor)
         kept = [entry for entry in _cut(run / FILE, stage, cursor) if entry["stage"] == stage]
         self.replaced, self.skipped = (sum(entry.get(name, 0) for entry in kept) for name in ("replaced", "skipped"))
-        self.files = (run / consumed.FILE).open("a"), (run / FILE).open("a")
+        self.files = (run / consumed.CONSUMED_FILE).open("a"), (run / FILE).open("a")
 
-    def write(self, step: int, values: dict[str, float | None], used: Used) -> None:
+    def write(self, step: int, values: dict[str, float | None], used: ConsumedSamples) -> None:
         """Append one step; what is not finite has become None."""
         self.replaced += len(used.replaced)
         self.skipped += int(values["skipped"] or 0)

@@ -12,9 +12,9 @@ import numpy as np
 
 from pipelines.core import storage
 from pipelines.data import ingest
-from pipelines.data.grouping import Groups
+from pipelines.data.grouping import LengthGroups
 from pipelines.data.order import Order
-from pipelines.data.shards import Shards
+from pipelines.data.shard_index import Shards
 from pipelines.training.stage import FIT, TEMPLATE, Recovery, Stage
 from redux.architecture import Model
 from redux.settings import Fit, TemplateName
@@ -96,7 +96,7 @@ class Plan:
         """The sets of the mixture.  ValueError where images were prepared in another way than the stage wants."""
         sources = {name: Shards(self.sets[name]) for name in self.stage.mixture}
         for name, shards in sources.items():
-            self.check_prepared(name, shards.prepared)
+            self.check_prepared(name, shards.prepared_format)
         return sources
 
     def check_prepared(self, name: str, prepared: tuple[int, Fit] | None) -> None:
@@ -114,7 +114,7 @@ class Plan:
         groups = None
         if stage.group_by_length:
             [shards] = sources.values()
-            groups = Groups.of(shards.has_image, shards.words, stage.group_by_length)
+            groups = LengthGroups.of(shards.has_image, shards.word_counts, stage.group_by_length)
         order = Order(
             samples=tuple(map(len, sources.values())),
             weights=() if isinstance(stage.data, str) else tuple(stage.data.values()),
@@ -122,7 +122,7 @@ class Plan:
             seed=self.seed,
             shuffle=stage.shuffle,
             window=stage.window,
-            shards=tuple(shards.sizes for shards in sources.values()) if stage.shuffle == "window" else (),
+            shards=tuple(shards.shard_sizes for shards in sources.values()) if stage.shuffle == "window" else (),
             groups=groups,
         )
         language = stage.objective == "language"
@@ -132,9 +132,9 @@ class Plan:
             size=stage.micro_batch_size,
             image_size=self.image_size,
             tokenizer=self.tokenizer,
-            encode=ingest.conversation(self.template, self.image_tokens, stage.max_length)
+            encode=ingest.make_conversation_encoder(self.template, self.image_tokens, stage.max_length)
             if language
-            else ingest.caption,
+            else ingest.encode_caption,
             image_aspect_ratio=self.image_aspect_ratio,
             way=stage.image_backend,
             flip=stage.random_flip,

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.core.failures import Failure, Kind
 from pipelines.data import consumed
-from pipelines.data.consumed import Used
+from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import ledger
 from pipelines.training.metrics import Metrics
 from pipelines.training.trackers import Trackers
@@ -118,7 +118,7 @@ class Recorder:
         self.fail(self._excess(cursor))
         return None if self.news.failed else self.rolled_back
 
-    def write(self, step: int, values: dict[str, float], used: Used) -> bool:
+    def write(self, step: int, values: dict[str, float], used: ConsumedSamples) -> bool:
         """Record one step; returns whether the workers are to stop after a checkpoint: the driver wants it, or more
         went wrong than the job tolerates, which the driver will say.
 
@@ -224,12 +224,13 @@ class Recorder:
             return (
                 f"{where}: {self.metrics.replaced} samples were replaced, allowed: {settings.max_replaced:g} "
                 f"(data.max_bad_fraction);{f' the last: {reason};' if reason else ''} "
-                f"{settings.run / consumed.FILE} lists them"
+                f"{settings.run / consumed.CONSUMED_FILE} lists them"
             )
         if self.metrics.skipped > settings.max_skipped:
             return (
                 f"{where}.max_nonfinite_steps: loss or gradient of {self.metrics.skipped} steps was not finite, the "
-                f"last at step {step}, allowed: {settings.max_skipped}; {settings.run / consumed.FILE} lists them"
+                f"last at step {step}, allowed: {settings.max_skipped}; "
+                f"{settings.run / consumed.CONSUMED_FILE} lists them"
             )
         return ""
 

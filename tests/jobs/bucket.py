@@ -17,7 +17,7 @@ def main(host: str, folder: str) -> None:
     server.start()
     os.environ["AWS_ENDPOINT_URL"] = url = f"http://{host}:{server.get_host_and_port()[1]}"
     s3fs.S3FileSystem().mkdir("runs")
-    for name in storage.names(folder):
+    for name in storage.list_files(folder):
         storage.write(storage.join("s3://runs/set", name), storage.read(storage.join(folder, name)))
     print(url, flush=True)
     sys.stdin.read()

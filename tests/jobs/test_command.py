@@ -193,7 +193,7 @@ def test_an_interrupt_that_is_swallowed_comes_with_the_next_look(work: Any) -> N
     def swallowed(job: Any, folder: Path, changed: bool) -> None:
         with suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGHUP)
-        interrupts.check()
+        interrupts.raise_if_interrupted()
         pytest.fail("went on")
 
     work(swallowed)
@@ -204,7 +204,7 @@ def test_an_interrupt_waits_for_the_end_of_a_block_that_defers_it(work: Any) -> 
     steps = []
 
     def deferring(job: Any, folder: Path, changed: bool) -> None:
-        with interrupts.deferred():
+        with interrupts.defer_signals():
             signal.raise_signal(signal.SIGTERM)
             steps.append("the block went on")
         steps.append("and so did what follows")

@@ -22,7 +22,8 @@ from PIL import Image
 
 from jobs import schema
 from jobs.run import list_steps
-from pipelines.data import shards
+from pipelines.data import shard_writer
+from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from redux.settings import CMAI, VMTC
 
@@ -118,7 +119,7 @@ def sets(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     seen = [record(number, f"{number}.png", "Is there a red shape?") for number in range(24)]
     told = [record(number, None, "Is the user polite?") for number in range(24, 48)]
     for name, records in {"llava-pretrain": seen, "mix665k": seen[:12] + told}.items():
-        shards.make(records, str(folder), str(folder / name), shards.Making(samples_per_shard=10))
+        shard_writer.make_shards(records, str(folder), str(folder / name), ShardOptions(samples_per_shard=10))
     return {name: str(folder / name) for name in SAMPLES}
 
 

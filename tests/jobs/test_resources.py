@@ -23,14 +23,14 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 
     def tell(cpus: int, gpus: int) -> None:
         monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus})
-        monkeypatch.setattr(cluster, "is_own", lambda: True)
+        monkeypatch.setattr(cluster, "is_private", lambda: True)
 
     return tell
 
 
 def count_workers(job: Job) -> dict[str, int]:
     plans = run.plan_stages(job, Path("/runs/x"))
-    decided = {name: plan.with_workers(cluster.count_places(plan.gpu_share)) for name, plan in plans.items()}
+    decided = {name: plan.with_workers(cluster.count_model_processes(plan.gpu_share)) for name, plan in plans.items()}
     return {name: plan.workers[0] for name, plan in decided.items() if plan.workers}
 
 

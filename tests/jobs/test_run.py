@@ -298,6 +298,6 @@ def test_a_trained_model_asked_with_no_other_key_scores_as_its_run(
 
     rows = [json.loads(line) for line in answers.splitlines()]
     questions = {question.id: question for question in tasks.questions("easy_vqa", tasks.Asking(limit=50))}
-    images = [(Path(easy_vqa.FOLDER) / str(questions[row["id"]].image)).read_bytes() for row in rows]
+    images = [(Path(easy_vqa.PACKAGE_IMAGES) / str(questions[row["id"]].image)).read_bytes() for row in rows]
     told = load(model)([row["prompt"] for row in rows], images, max_new_tokens=2)
     assert told.texts == [row["response"] for row in rows]

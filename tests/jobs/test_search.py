@@ -228,7 +228,7 @@ def test_a_search_goes_on_after_every_death(tmp_path: Path) -> None:
         assert driver.wait(timeout=500) == 0
     assert (folder / "trials" / "0000" / "metrics.jsonl").read_bytes() == first
     assert study(folder) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"], "one was tried again"
-    used = [(folder / "trials" / f"{number:04}" / consumed.FILE).read_text() for number in (0, 1, 2, 4, 5)]
+    used = [(folder / "trials" / f"{number:04}" / consumed.CONSUMED_FILE).read_text() for number in (0, 1, 2, 4, 5)]
     assert len(set(used)) == 1, "the same samples in the same order, however often it was killed"
     for number in (0, 1, 2, 4, 5):
         entries = jsonl.read(folder / "trials" / f"{number:04}" / "metrics.jsonl")

@@ -189,7 +189,7 @@ SCENARIOS: dict[str, tuple[Callable[[Day], dict[str, Any]], int]] = {
 
 def fit(folder: Path) -> None:
     plan = pickle.loads((folder / "plan.pickle").read_bytes())
-    with cluster.session():
+    with cluster.open_session():
         driver.train_stage(plan, [Hold(HELD, folder / "marks")])
         left = [one for one in placement_group_table().values() if one["state"] != "REMOVED"]
     assert not left

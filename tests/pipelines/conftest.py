@@ -25,9 +25,9 @@ from PIL import Image
 
 from pipelines.core import storage
 from pipelines.core.storage import Retry
-from pipelines.data import shards
-from pipelines.data.options import Making
-from pipelines.data.shards import Shards
+from pipelines.data import shard_writer
+from pipelines.data.options import ShardOptions
+from pipelines.data.shard_index import Shards
 from pipelines.training.plan import Plan
 from redux.architecture import image_tokens
 from redux.conversation import TEMPLATES, word_tokenizer
@@ -74,7 +74,7 @@ def records(pictures: Path) -> list[dict]:
 def stored(ray_cluster: Any, records: list[dict], pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
     """The records as five shards; a test that writes there makes a set of its own."""
     folder = tmp_path_factory.mktemp("shards")
-    shards.make(records, str(pictures), str(folder), Making(samples_per_shard=5))
+    shard_writer.make_shards(records, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
     return Shards(folder)
 
 
@@ -259,7 +259,7 @@ def proxy(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 def fast(monkeypatch: pytest.MonkeyPatch) -> Retry:
     """The policy of retries that tests can wait for, in force; nothing was retried so far."""
     monkeypatch.setattr(storage, "RETRY", FAST)
-    monkeypatch.setattr(storage, "_seen", [])
+    monkeypatch.setattr(storage, "_retried_kinds", [])
     return FAST
 
 
@@ -299,7 +299,7 @@ def new_plan(
     mixed = [
         text if number % 3 == 0 else record for number, (record, text) in enumerate(zip(records, texts, strict=True))
     ]
-    shards.make(mixed, str(pictures), str(folder), Making(samples_per_shard=5))
+    shard_writer.make_shards(mixed, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
 
     def make(plan: dict[str, Any] | None = None, **stage: Any) -> Plan:
         run = tmp_path_factory.mktemp("run")

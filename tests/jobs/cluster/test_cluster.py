@@ -25,7 +25,8 @@ import trustme
 from PIL import Image
 
 from pipelines.core import cluster
-from pipelines.data import shards
+from pipelines.data import shard_writer
+from pipelines.data.options import ShardOptions
 from tests.jobs.machines import QUICK, RAY, Cluster, Network, Process, apart, kill, lines, network, until
 
 JOB = """
@@ -102,7 +103,7 @@ def make(folder: Path) -> str:
         turns = [("human", f"<image>\nis shape number {number} red?"), ("gpt", ("yes", "no")[number % 2])]
         said = [{"from": who, "value": text} for who, text in turns]
         records.append({"id": str(number), "image": f"{number}.png", "conversations": said})
-    shards.make(records, str(folder), str(folder / "made"), shards.Making(samples_per_shard=5))
+    shard_writer.make_shards(records, str(folder), str(folder / "made"), ShardOptions(samples_per_shard=5))
     return str(folder / "made")
 
 
@@ -226,15 +227,15 @@ def test_secrets_are_in_the_environment_and_nowhere_else(alone: Seen) -> None:
     ],
 )
 def test_a_public_address_needs_a_token(monkeypatch: pytest.MonkeyPatch, ip: str, mode: str, refused: bool) -> None:
-    monkeypatch.setattr(cluster, "_answers", lambda place: ip)
+    monkeypatch.setattr(cluster, "_resolve_peer", lambda place: ip)
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     if not refused:
-        with cluster._named("head:6379") as settings:
+        with cluster._cluster_settings("head:6379") as settings:
             assert settings == {"address": "head:6379"}
         return
     with (
         pytest.raises(ValueError, match=f"RAY_ADDRESS: head:6379 is {ip}, a public address"),
-        cluster._named("head:6379"),
+        cluster._cluster_settings("head:6379"),
     ):
         pass
 
@@ -454,7 +455,7 @@ def test_tls_without_a_file_of_it_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     for each, path in (certified(tmp_path / "files", "127.0.0.1") | {name: str(tmp_path / "none")}).items():
         monkeypatch.setenv(each, path)
     with pytest.raises(ValueError, match=r"RAY_USE_TLS: got .*allowed: with RAY_TLS_CA_CERT"):
-        cluster._agree_on_tls("head:6379", ("127.0.0.1", 9))
+        cluster._check_tls("head:6379", ("127.0.0.1", 9))
 
 
 def test_tls_where_the_cluster_has_none_is_told(
@@ -462,11 +463,11 @@ def test_tls_where_the_cluster_has_none_is_told(
 ) -> None:
     address = ray_cluster.get_runtime_context().gcs_address
     host, _, port = address.rpartition(":")
-    cluster._agree_on_tls(address, (host, int(port)))
+    cluster._check_tls(address, (host, int(port)))
     for name, value in certified(tmp_path / "files", host).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"RAY_ADDRESS: {address} and RAY_USE_TLS=1 here: .*allowed: TLS at both"):
-        cluster._agree_on_tls(address, (host, int(port)))
+        cluster._check_tls(address, (host, int(port)))
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def test_what_workers_wait_for_is_said() -> None:
 )
 def test_auto_names_a_ray_that_answers(monkeypatch: pytest.MonkeyPatch, known: str | None, message: str) -> None:
     monkeypatch.setattr(ray_utils, "read_ray_address", lambda: known)
-    with pytest.raises(ValueError, match=message), cluster._named("auto"):
+    with pytest.raises(ValueError, match=message), cluster._cluster_settings("auto"):
         pass
 
 
@@ -53,14 +53,14 @@ def test_another_server_is_no_ray(answer: bytes) -> None:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with (
             pytest.raises(ValueError, match=f"RAY_ADDRESS: what listens at {address} is not the head of a Ray cluster"),
-            cluster._named(address),
+            cluster._cluster_settings(address),
         ):
             pass
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_ray_is_taken_for_one() -> None:
-    with cluster._named(ray.get_runtime_context().gcs_address) as settings:
+    with cluster._cluster_settings(ray.get_runtime_context().gcs_address) as settings:
         assert settings
 
 

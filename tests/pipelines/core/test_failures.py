@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from jobs import claims
 from jobs.command import EXIT_MISUSE, main
 from pipelines.core import failures, jsonl, storage
-from pipelines.core.failures import Kind, describe
-from pipelines.data.consumed import Used
+from pipelines.core.failures import Kind, classify_error
+from pipelines.data.consumed import ConsumedSamples
 from pipelines.report import page
 from pipelines.training import export, ledger, metrics
 
@@ -54,7 +54,7 @@ def caught(work: Callable[[], Any]) -> BaseException:
             Kind.PERMANENT,
             "/a/b: No space left on device; free",
         ),
-        (OSError(errno.EROFS, "Read-only file system", "/a"), Kind.PERMANENT, "/a: Read-only file system; mount it"),
+        (OSError(errno.EROFS, "Read-only file system", "/a"), Kind.PERMANENT, "/a: Read-only file system; remount it"),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), Kind.PERMANENT, "/a: Permission denied; get the"),
         (OSError(errno.EMFILE, "Too many open files"), Kind.PERMANENT, "Too many open files; raise the limit of open"),
         (OSError("s3://a/b: given up after 9 tries"), Kind.LOST, "s3://a/b: given up after 9 tries"),
@@ -68,7 +68,7 @@ def caught(work: Callable[[], Any]) -> BaseException:
     ],
 )
 def test_an_error_is_one_line_and_of_a_kind(error: BaseException, kind: Kind, text: str) -> None:
-    told = describe(error)
+    told = classify_error(error)
     assert told.kind == kind
     assert told.text.startswith(text)
     assert "\n" not in told.text
@@ -76,23 +76,23 @@ def test_an_error_is_one_line_and_of_a_kind(error: BaseException, kind: Kind, te
 
 def test_a_reason_is_whole_up_to_thousands_of_characters_and_then_keeps_both_ends() -> None:
     text = "a" + "x" * 3000 + "z"
-    assert describe(ValueError(text)).text == text
-    cut = describe(ValueError("a" + "x" * 10**6 + "z")).text
-    assert len(cut) < 1.1 * failures.MAX_CHARACTERS
+    assert classify_error(ValueError(text)).text == text
+    cut = classify_error(ValueError("a" + "x" * 10**6 + "z")).text
+    assert len(cut) < 1.1 * failures.MAX_REASON_CHARACTERS
     assert (cut[0], cut[-1]) == ("a", "z")
 
 
 def test_numbers_of_a_process_do_not_tell_two_errors_apart() -> None:
-    one, two = (describe(RuntimeError(f"process {n}: tried {n}.5 GiB at 0x{n:x}")) for n in (12, 934))
+    one, two = (classify_error(RuntimeError(f"process {n}: tried {n}.5 GiB at 0x{n:x}")) for n in (12, 934))
     assert one.text != two.text
     assert one.pattern == two.pattern
-    assert one.pattern != describe(RuntimeError("another")).pattern
+    assert one.pattern != classify_error(RuntimeError("another")).pattern
 
 
 # Behind wrappers
 
 CORE = PermissionError(errno.EACCES, "Permission denied", "/a")
-TOLD = "/a: Permission denied; get the right to it, or name another folder"
+TOLD = "/a: Permission denied; get permission for it, or choose another folder"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ TOLD = "/a: Permission denied; get the right to it, or name another folder"
     ids=lambda error: type(error).__name__,
 )
 def test_the_core_of_a_wrapper_is_told(error: BaseException) -> None:
-    assert describe(error) == failures.Failure(Kind.PERMANENT, TOLD)
+    assert classify_error(error) == failures.Failure(Kind.PERMANENT, TOLD)
 
 
 def raise_in_ray_data() -> None:
@@ -132,7 +132,7 @@ def test_the_core_of_ray_datas_wrapper_is_in_its_stack_trace(wrap: Callable[...,
     error = wrap(RayTaskError("f", trace, cause))
     for _ in range(1, depth):
         error = wrap(RayTaskError("g", f'Traceback (most recent call last):\n  File "a", line 1\n{error}', error))
-    assert describe(error) == failures.Failure(Kind.PERMANENT, "set: got 1, allowed: 2")
+    assert classify_error(error) == failures.Failure(Kind.PERMANENT, "set: got 1, allowed: 2")
 
 
 class Broken:
@@ -170,18 +170,18 @@ def test_errors_of_a_real_ray_are_told_as_they_were_raised() -> None:
     refuse = ray.remote(num_cpus=0)(_refuse)
     broken = ray.remote(num_cpus=0)(Broken)
     refused = failures.Failure(Kind.PERMANENT, "set: got 1, allowed: 2")
-    assert describe(caught(lambda: ray.get(refuse.remote()))) == refused
+    assert classify_error(caught(lambda: ray.get(refuse.remote()))) == refused
     init = caught(lambda: ray.get(broken.remote("start").__call__.remote({})))
     assert isinstance(init, ActorDiedError)
-    assert describe(init) == refused
-    assert describe(caught(lambda: ray.get(broken.remote("").__call__.remote({})))) == refused
-    assert describe(caught(lambda: _rows().map(_refuse).materialize())) == refused
-    assert describe(caught(lambda: _rows().map(_deny).materialize())).text == TOLD
-    assert describe(caught(lambda: ray.get(ray.remote(max_retries=0)(_end).remote({})))).kind == Kind.LOST
+    assert classify_error(init) == refused
+    assert classify_error(caught(lambda: ray.get(broken.remote("").__call__.remote({})))) == refused
+    assert classify_error(caught(lambda: _rows().map(_refuse).materialize())) == refused
+    assert classify_error(caught(lambda: _rows().map(_deny).materialize())).text == TOLD
+    assert classify_error(caught(lambda: ray.get(ray.remote(max_retries=0)(_end).remote({})))).kind == Kind.LOST
 
 
 def test_an_error_of_a_file_names_it(tmp_path: Path) -> None:
-    told = describe(caught(lambda: (tmp_path / "none" / "x").write_text("")))
+    told = classify_error(caught(lambda: (tmp_path / "none" / "x").write_text("")))
     assert told.text == f"{tmp_path / 'none' / 'x'}: No such file or directory"
     assert told.kind == Kind.PERMANENT
 
@@ -203,7 +203,7 @@ def no_room(size: int = 0) -> Iterator[None]:
 def write_metrics(path: Path) -> None:
     record = metrics.Metrics(path.parent, "tower", 0)
     try:
-        record.write(1, {"loss": 1.0, "skipped": 0}, Used({}, []))
+        record.write(1, {"loss": 1.0, "skipped": 0}, ConsumedSamples({}, []))
     finally:
         for file in record.files:
             with suppress(OSError):
@@ -233,7 +233,7 @@ def test_a_file_that_the_kernel_does_not_take_is_named_with_what_mends_it(
 ) -> None:
     path = tmp_path / name
     with no_room():
-        told = describe(caught(lambda: write(path)))
+        told = classify_error(caught(lambda: write(path)))
     assert told == failures.Failure(
         Kind.PERMANENT, f"{path}: File too large; raise the limit of file sizes (ulimit -f)"
     )
@@ -247,7 +247,7 @@ def test_an_export_that_does_not_fit_leaves_nothing_in_the_way(tmp_path: Path) -
     (made / "model.safetensors").write_bytes(bytes(100))
     with no_room(50), pytest.raises(OSError, match="File too large"):
         export.upload(made, out, "here")
-    assert storage.names(out) == []
+    assert storage.list_files(out) == []
     export.upload(made, out, "here")
     assert export.finished(out)
 
@@ -257,7 +257,7 @@ def test_errors_that_are_none_of_a_disk_stay_as_they_are() -> None:
         with pytest.raises(type(error)) as raised, failures.locate_errors("x"):
             raise error
         assert raised.value is error
-    assert describe(SafetensorError("I/O error: No space left on device (os error 28)")).kind == Kind.PERMANENT
+    assert classify_error(SafetensorError("I/O error: No space left on device (os error 28)")).kind == Kind.PERMANENT
 
 
 def test_the_command_line_tells_a_full_disk_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

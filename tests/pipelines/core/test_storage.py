@@ -57,29 +57,29 @@ def some(length: int, seed: int = 0) -> bytes:
 
 
 def test_what_is_written_is_read_listed_and_removed(home: str) -> None:
-    assert storage.names(home) == []
+    assert storage.list_files(home) == []
     contents = {"b.tar": some(100_000), "a.json": b"{}", "empty": b""}
     for name, data in contents.items():
         storage.write(join(home, "set", name), data)
     storage.write(join(home, "set", "below", "c"), b"not of this folder")
     folder = join(home, "set")
-    assert storage.names(folder) == ["a.json", "b.tar", "empty"] == storage.names(f"{folder}/")
+    assert storage.list_files(folder) == ["a.json", "b.tar", "empty"] == storage.list_files(f"{folder}/")
     for name, data in contents.items():
         url = join(folder, name)
-        assert (storage.read(url), storage.size(url), storage.exists(url)) == (data, len(data), True)
+        assert (storage.read(url), storage.get_size(url), storage.exists(url)) == (data, len(data), True)
     storage.write(join(folder, "a.json"), b"[]")
     assert storage.read(join(folder, "a.json")) == b"[]"
     for _ in range(2):  # also what is gone already
         storage.remove(join(folder, "b.tar"))
-    assert storage.names(folder) == ["a.json", "empty"]
+    assert storage.list_files(folder) == ["a.json", "empty"]
     assert not storage.exists(join(folder, "b.tar"))
     assert not storage.exists(folder), "a folder is no file"
-    assert storage.retries() == {}
+    assert storage.count_retries() == {}
 
 
 def test_ranges_come_in_order_and_whole_however_they_lie(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "GAP", 50)
-    monkeypatch.setattr(storage, "BLOCK", 3000)
+    monkeypatch.setattr(storage, "MAX_GAP_BYTES", 50)
+    monkeypatch.setattr(storage, "MAX_BLOCK_BYTES", 3000)
     contents = {join(home, str(number)): some(20_000, number) for number in range(3)}
     for url, data in contents.items():
         storage.write(url, data)
@@ -97,12 +97,12 @@ def test_ranges_come_in_order_and_whole_however_they_lie(home: str, monkeypatch:
 
 def test_what_others_write_is_seen_at_once(proxy: Any, bucket: str) -> None:
     storage.write(join(bucket, "x"), b"1")
-    assert storage.names(bucket) == ["x"]
+    assert storage.list_files(bucket) == ["x"]
     other = s3fs.S3FileSystem(skip_instance_cache=True)
     for name in ("x", "y"):
         other.pipe_file(join(bucket, name), b"22")
-    assert storage.names(bucket) == ["x", "y"]
-    assert (storage.size(join(bucket, "x")), storage.exists(join(bucket, "y"))) == (2, True)
+    assert storage.list_files(bucket) == ["x", "y"]
+    assert (storage.get_size(join(bucket, "x")), storage.exists(join(bucket, "y"))) == (2, True)
 
 
 def test_stores_may_be_mixed_in_one_call(tmp_path: Path, bucket: str) -> None:
@@ -117,13 +117,13 @@ def test_what_is_not_there_is_said_in_one_line(home: str) -> None:
     storage.write(join(home, "short"), b"0123456789")
     missing = join(home, "missing")
     cases: list[tuple[Callable[[], object], str]] = [
-        (lambda: storage.read(missing), f"{missing}: not there, allowed: a file that is"),
-        (lambda: storage.size(missing), f"{missing}: not there"),
-        (lambda: storage.size(home), f"{home}: not there"),
+        (lambda: storage.read(missing), f"{missing}: not found, allowed: an existing file"),
+        (lambda: storage.get_size(missing), f"{missing}: not there"),
+        (lambda: storage.get_size(home), f"{home}: not there"),
         (lambda: storage.read_ranges([(missing, 0, 5)]), f"{missing}: not there"),
         (
             lambda: storage.read_ranges([(join(home, "short"), 4, 11)]),
-            f"{home}/short: bytes past its end are wanted; EOFError: got 4 to 11, ",
+            f"{home}/short: bytes past its end were requested; EOFError: got 4 to 11, ",
         ),
         (lambda: storage.read_ranges([(join(home, "short"), 20, 30)]), f"{home}/short: bytes past its end"),
     ]
@@ -131,7 +131,7 @@ def test_what_is_not_there_is_said_in_one_line(home: str) -> None:
         with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
             work()
         assert "\n" not in str(caught.value)
-    assert storage.retries() == {}
+    assert storage.count_retries() == {}
 
 
 @pytest.mark.parametrize("name", ["file/x", "file/x/y"])
@@ -181,8 +181,8 @@ def test_a_fault_that_passes_is_waited_out(
         ("PUT", lambda: storage.write(url, data), None),
         ("range", lambda: storage.read_ranges([(url, 10, 4000)]), [data[10:4000]]),
         ("GET", lambda: storage.read(url), data),
-        ("HEAD", lambda: storage.size(url), len(data)),
-        ("GET", lambda: storage.names(bucket), ["x"]),
+        ("HEAD", lambda: storage.get_size(url), len(data)),
+        ("GET", lambda: storage.list_files(bucket), ["x"]),
         ("DELETE", lambda: storage.remove(url), None),
         ("HEAD", lambda: storage.exists(url), False),
     ]
@@ -194,7 +194,7 @@ def test_a_fault_that_passes_is_waited_out(
                 proxy.faults.extend([fault] * (3 if fault == "drop" else 1))
             assert act() == expected
     assert not proxy.faults
-    counts = storage.retries()
+    counts = storage.count_retries()
     # aiobotocore takes a list that is cut short for a lost connection
     assert counts.keys() - ({"connection"} if fault == "cut" else set()) == {KINDS[fault]}
     assert sum(counts.values()) >= sum(method in hit for method, _, _ in acts)
@@ -209,14 +209,14 @@ def test_a_fault_that_passes_is_waited_out(
 def test_nothing_is_lost_in_a_mixture_of_faults(
     proxy: Any, bucket: str, seed: int, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "GAP", 0)
+    monkeypatch.setattr(storage, "MAX_GAP_BYTES", 0)
     draw = random.Random(seed)
     mixed = [fault for fault in PASSING for _ in range(1 if fault == "stall" else 8)] + [""] * 30
     contents = {join(bucket, f"{number:02d}"): some(3000, number) for number in range(8)}
     proxy.faults.extend(draw.sample(mixed, 20))
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(storage.write, contents, contents.values()))
-    assert storage.names(bucket) == [f"{number:02d}" for number in range(8)]
+    assert storage.list_files(bucket) == [f"{number:02d}" for number in range(8)]
     ranges = [(url, start, start + draw.randrange(1, 300)) for url in contents for start in range(0, 3000, 300)]
     draw.shuffle(ranges)
     proxy.faults.extend(draw.sample(mixed, len(mixed)))
@@ -224,7 +224,7 @@ def test_nothing_is_lost_in_a_mixture_of_faults(
     assert not proxy.faults
     proxy.faults.extend(fault for fault in draw.sample(mixed, 20) if fault != "short")
     assert {url: storage.read(url) for url in contents} == contents
-    assert sum(storage.retries().values()) > 20
+    assert sum(storage.count_retries().values()) > 20
 
 
 @pytest.mark.parametrize("fault", ["SlowDown", "cut", "short", "ExpiredToken"])
@@ -243,7 +243,7 @@ def test_faults_over_the_limit_end_in_one_clear_error(
     assert "of-ours" not in str(caught.value)
     # a body that is short may be all there is, so the size is asked for
     assert len(proxy.asked) == (6 if fault == "short" else 3), "a try is one request: no library tries again below"
-    assert sum(storage.retries().values()) == 2
+    assert sum(storage.count_retries().values()) == 2
 
 
 @pytest.mark.parametrize("fault", ["SlowDown", "stall", "trickle"])
@@ -251,7 +251,7 @@ def test_the_deadline_holds(proxy: Any, bucket: str, fault: str, fast: Retry, mo
     url = join(bucket, "x")
     storage.write(url, some(4000))
     monkeypatch.setattr(storage, "RETRY", replace(fast, tries=10_000, deadline_s=1.5, read_timeout_s=0.4))
-    monkeypatch.setattr(storage, "GAP", 0)
+    monkeypatch.setattr(storage, "MAX_GAP_BYTES", 0)
     proxy.always = fault
     started = time.monotonic()
     with pytest.raises(OSError, match=f"^{url}: given up after"):
@@ -263,16 +263,16 @@ def test_what_does_not_pass_is_not_tried_again(proxy: Any, bucket: str) -> None:
     url = join(bucket, "x")
     storage.write(url, b"x")
     cases: list[tuple[str, Callable[[], object], str, int]] = [
-        ("AccessDenied", lambda: storage.read(url), f"{url}: no access, .*AccessDenied", 1),
-        ("AccessDenied", lambda: storage.read_ranges([(url, 0, 1)]), f"{url}: no access", 1),
-        ("AccessDenied", lambda: storage.write(url, b"y"), f"{url}: no access", 1),
-        ("AccessDenied", lambda: storage.names(bucket), f"{bucket}: no access", 1),
+        ("AccessDenied", lambda: storage.read(url), f"{url}: access denied, .*AccessDenied", 1),
+        ("AccessDenied", lambda: storage.read_ranges([(url, 0, 1)]), f"{url}: access denied", 1),
+        ("AccessDenied", lambda: storage.write(url, b"y"), f"{url}: access denied", 1),
+        ("AccessDenied", lambda: storage.list_files(bucket), f"{bucket}: access denied", 1),
         # the answer to HEAD does not say why: that to a second question does
-        ("AccessDenied", lambda: storage.exists(url), f"{url}: no access, .*AccessDenied", 2),
+        ("AccessDenied", lambda: storage.exists(url), f"{url}: access denied, .*AccessDenied", 2),
         ("", lambda: storage.read(f"{url}y"), f"{url}y: not there, .*NoSuchKey", 1),
         ("", lambda: storage.read("s3://no-such-bucket/x"), "no-such-bucket/x: not there, .*NoSuchBucket", 1),
         ("", lambda: storage.write("s3://no-such-bucket/x", b""), "no-such-bucket/x: not there", 1),
-        ("", lambda: storage.names("s3://no-such-bucket/x"), "no-such-bucket/x: not there", 1),
+        ("", lambda: storage.list_files("s3://no-such-bucket/x"), "no-such-bucket/x: not there", 1),
     ]
     for fault, work, message, requests in cases:
         proxy.always = fault
@@ -281,7 +281,7 @@ def test_what_does_not_pass_is_not_tried_again(proxy: Any, bucket: str) -> None:
             work()
         assert len(proxy.asked) == requests, message
         assert "of-ours" not in str(caught.value)
-    assert storage.retries() == {}
+    assert storage.count_retries() == {}
     proxy.always = ""
     assert storage.read(url) == b"x"
 
@@ -311,14 +311,14 @@ def test_credentials_that_expired_are_read_again(
         "read": lambda: storage.read(url),
         "read_ranges": lambda: storage.read_ranges([(url, 2, 5)])[0],
         "write": lambda: storage.write(url, b"new"),
-        "size": lambda: storage.size(url),
+        "size": lambda: storage.get_size(url),
         "exists": lambda: storage.exists(url),
-        "names": lambda: storage.names(bucket),
+        "names": lambda: storage.list_files(bucket),
         "remove": lambda: storage.remove(url),
     }
     expected = {"read": b"0123456789", "read_ranges": b"234", "size": 10, "exists": True, "names": ["x"]}
     assert work[act]() == expected.get(act)
-    assert storage.retries() == {"expired credentials": 1}
+    assert storage.count_retries() == {"expired credentials": 1}
     assert proxy.key == renewed
 
 
@@ -330,7 +330,7 @@ def test_no_credentials_at_all_are_no_access(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=f"^{bucket}/x: no access, allowed: credentials"):
+    with pytest.raises(ValueError, match=f"^{bucket}/x: access denied, allowed: credentials"):
         storage.read(f"{bucket}/x")
 
 
@@ -376,7 +376,7 @@ def test_nobody_sees_half_a_local_file(tmp_path: Path) -> None:
         looks = 0
         while not done.is_set():
             assert storage.read(url) in versions
-            assert storage.names(str(tmp_path)) == ["x"]
+            assert storage.list_files(str(tmp_path)) == ["x"]
             looks += 1
         return looks
 
@@ -401,7 +401,7 @@ def test_a_local_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypa
     assert (caught.value.errno, caught.value.filename) == (28, url)
     assert storage.read(url) == b"old"
     assert os.listdir(tmp_path) == ["x"]
-    assert storage.retries() == {}
+    assert storage.count_retries() == {}
 
 
 def test_a_local_write_that_is_killed_leaves_what_was_there(tmp_path: Path) -> None:
@@ -419,7 +419,7 @@ def test_a_local_write_that_is_killed_leaves_what_was_there(tmp_path: Path) -> N
     assert writer.wait() == -signal.SIGKILL
     writer.stdout.close()
     assert storage.read(url) == b"old"
-    assert storage.names(str(tmp_path)) == ["x"]
+    assert storage.list_files(str(tmp_path)) == ["x"]
     storage.write(url, b"new")
     assert storage.read(url) == b"new"
 
@@ -429,8 +429,8 @@ def test_links_are_files(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("there", "folder"):
         (tmp_path / f"link to {name}").symlink_to(tmp_path / name)
-    assert storage.names(str(tmp_path)) == ["link to there", "there"]
-    assert storage.size(str(tmp_path / "link to there")) == 5
+    assert storage.list_files(str(tmp_path)) == ["link to there", "there"]
+    assert storage.get_size(str(tmp_path / "link to there")) == 5
 
 
 def test_nobody_listening_is_a_dropped_connection(monkeypatch: pytest.MonkeyPatch, bucket: str, fresh: None) -> None:
@@ -443,7 +443,7 @@ def test_nobody_listening_is_a_dropped_connection(monkeypatch: pytest.MonkeyPatc
 
 def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     storage.write(str(tmp_path / "whole"), b"x")
-    (tmp_path / f".whole.1{storage.PARTIAL}").touch()
+    (tmp_path / f".whole.1{storage.PARTIAL_SUFFIX}").touch()
     (tmp_path / ".hidden").touch()
     storage.remove_partial(str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"whole", ".hidden"}

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import ipc
 
-from pipelines.data.audit import index_tars, verify
-from pipelines.data.options import Making
-from pipelines.data.shards import INDEX, QUARANTINE, SUMMARY, UNFINISHED, Shards, ipc_file, make
+from pipelines.data.audit import index_tars, verify_set
+from pipelines.data.options import ShardOptions
+from pipelines.data.shard_index import INDEX_FILE, QUARANTINE_FILE, SUMMARY_FILE, UNFINISHED_DIR, Shards
+from pipelines.data.shard_writer import make_shards, to_ipc_bytes
 from tests.pipelines.odd_tars import pack, picture, record
 
 
@@ -23,21 +24,21 @@ def copy(stored: Shards, tmp_path: Path) -> Shards:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_whole_set_has_no_fault(stored: Shards):
-    assert verify(stored.folder) == []
+    assert verify_set(stored.folder) == []
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_shard_of_which_nothing_was_kept_is_no_fault(records: list[dict], pictures: Path, tmp_path: Path):
     given = [{**record, "image": "none.png"} for record in records[:2]] + records[2:4]
-    make(given, str(pictures), str(tmp_path), Making(samples_per_shard=2, max_bad_fraction=0.5))
+    make_shards(given, str(pictures), str(tmp_path), ShardOptions(samples_per_shard=2, max_bad_fraction=0.5))
     assert len(Shards(tmp_path)) == 2
-    assert verify(str(tmp_path)) == []
+    assert verify_set(str(tmp_path)) == []
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_flipped_bit_a_missing_and_a_strange_tar_are_found(copy: Shards):
     folder = Path(copy.folder)
-    (row,) = copy.rows([7])
+    (row,) = copy.read_rows([7])
     path = folder / row["shard"]
     damaged = bytearray(path.read_bytes())
     damaged[row["offset"] + 600] ^= 1
@@ -46,7 +47,7 @@ def test_a_flipped_bit_a_missing_and_a_strange_tar_are_found(copy: Shards):
     shutil.copy(folder / "000000.tar", folder / "extra.tar")
     with (folder / "000004.tar").open("ab") as tar:
         tar.write(b"x")
-    found = verify(copy.folder)
+    found = verify_set(copy.folder)
     assert [re.sub(r"^.*/", "", line.split(":")[0]) for line in found] == [
         row["shard"],
         "000003.tar",
@@ -61,36 +62,36 @@ def test_a_flipped_bit_a_missing_and_a_strange_tar_are_found(copy: Shards):
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("column", ["image_size", "words"])
 def test_an_index_that_says_otherwise_of_a_sample_is_found(copy: Shards, column: str):
-    path = Path(copy.folder) / INDEX
+    path = Path(copy.folder) / INDEX_FILE
     table = ipc.open_file(path.read_bytes()).read_all()
     values = table[column].to_pylist()
     values[7] += 1
     place = table.schema.get_field_index(column)
     changed = table.set_column(place, column, pa.array(values, table.schema.field(column).type))
     path.unlink()
-    path.write_bytes(ipc_file(changed))
-    (found,) = verify(copy.folder)
-    assert f"sample {copy.key(7)}: the index says otherwise" in found
+    path.write_bytes(to_ipc_bytes(changed))
+    (found,) = verify_set(copy.folder)
+    assert f"sample {copy.get_key(7)}: the index says otherwise" in found
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_summary_that_counts_otherwise_is_found(copy: Shards):
-    path = Path(copy.folder) / SUMMARY
+    path = Path(copy.folder) / SUMMARY_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "kept": 21}))
-    (found,) = verify(copy.folder)
+    (found,) = verify_set(copy.folder)
     assert "says 21 samples were kept, the index has 22" in found
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_foreign_tars_get_the_index_that_ours_have(stored: Shards, copy: Shards):
-    for name in (INDEX, QUARANTINE, SUMMARY):
+    for name in (INDEX_FILE, QUARANTINE_FILE, SUMMARY_FILE):
         (Path(copy.folder) / name).unlink()
     found = index_tars(copy.folder)
     assert (found.tars, found.samples, found.members) == (5, len(stored), 2 * len(stored))
     assert found.used == {"png": len(stored), "json": len(stored)}
     assert (found.ignored.total(), found.refused, found.notes) == (0, 0, [])
     assert Shards(copy.folder).fingerprint == stored.fingerprint
-    assert verify(copy.folder) == []
+    assert verify_set(copy.folder) == []
     with pytest.raises(ValueError, match="has an index already"):
         index_tars(copy.folder)
 
@@ -103,15 +104,15 @@ def test_samples_that_cannot_be_used_are_listed_and_counted_or_the_whole_is_refu
     (tmp_path / "b.tar").write_bytes(pack([]))
     with pytest.raises(ValueError, match=r"5 of 6 samples cannot be used \(5 malformed; first 1 of a\.tar: .*10.00%"):
         index_tars(str(tmp_path), tolerance=0.1)
-    assert not (tmp_path / INDEX).exists()
+    assert not (tmp_path / INDEX_FILE).exists()
     found = index_tars(str(tmp_path), tolerance=0.9)
     assert (found.samples, dict(found.quarantined)) == (1, {"malformed": 5})
     assert (found.members, found.used, found.ignored, found.refused) == (18, {"json": 1, "jpg": 1}, {"txt": 1}, 15)
-    listed = [json.loads(line) for line in (tmp_path / QUARANTINE).read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / QUARANTINE_FILE).read_text().splitlines()]
     assert [(entry["shard"], entry["key"], entry["reason"]) for entry in listed] == [
         ("a.tar", str(n), "malformed") for n in range(1, 6)
     ]
-    assert verify(str(tmp_path)) == []
+    assert verify_set(str(tmp_path)) == []
 
 
 def _members(body: bytes, image: bytes = picture()) -> list[tuple[str, bytes]]:
@@ -124,8 +125,8 @@ def test_images_are_decoded_where_that_is_asked_for(tmp_path: Path):
     entries = [(f"{n}.{kind}", part) for n, image in enumerate(images) for kind, part in _members(record(n), image)]
     (tmp_path / "a.tar").write_bytes(pack(entries))
     index_tars(str(tmp_path))
-    assert verify(str(tmp_path)) == []
-    found = verify(str(tmp_path), decode=True)
+    assert verify_set(str(tmp_path)) == []
+    found = verify_set(str(tmp_path), decode=True)
     assert [line.split(": ")[:3] for line in found] == [
         [str(tmp_path / "a.tar"), f"sample {n}", "broken image"] for n in (1, 2)
     ]
@@ -151,8 +152,8 @@ def test_tars_that_would_be_left_out_are_named(tmp_path: Path):
     (tmp_path / "train" / "a.tar").write_bytes(pack([]))
     with pytest.raises(ValueError, match=r"no tars here, .*; folders below have some, each is a set of its own: train"):
         index_tars(str(tmp_path))
-    (tmp_path / UNFINISHED).mkdir()
-    (tmp_path / UNFINISHED / "000000.arrow").write_bytes(b"")
+    (tmp_path / UNFINISHED_DIR).mkdir()
+    (tmp_path / UNFINISHED_DIR / "000000.arrow").write_bytes(b"")
     with pytest.raises(ValueError, match="an interrupted `redux shards make` is here"):
         index_tars(str(tmp_path))
 
@@ -166,8 +167,8 @@ def test_tars_without_a_sample_are_no_set(tmp_path: Path):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_set_without_samples_has_no_fault(tmp_path: Path):
-    make([], ".", str(tmp_path), Making())
-    assert verify(str(tmp_path)) == []
+    make_shards([], ".", str(tmp_path), ShardOptions())
+    assert verify_set(str(tmp_path)) == []
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -175,4 +176,4 @@ def test_a_folder_without_tars_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match="no tars here"):
         index_tars(str(tmp_path))
     with pytest.raises(ValueError, match="no shards here"):
-        verify(str(tmp_path))
+        verify_set(str(tmp_path))

@@ -24,11 +24,12 @@ import pytest
 from pipelines.core import storage
 from pipelines.core.storage import Retry
 from pipelines.data import tars
-from pipelines.data.consumed import prove
-from pipelines.data.ingest import Reader, conversation, dataset, micro_batches
-from pipelines.data.options import Making
+from pipelines.data.consumed import verify_coverage
+from pipelines.data.ingest import Reader, iterate_micro_batches, make_conversation_encoder, make_dataset
+from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
-from pipelines.data.shards import SCHEMA, Shards, make, write_index
+from pipelines.data.shard_index import INDEX_SCHEMA, Shards
+from pipelines.data.shard_writer import make_shards, write_index
 
 SIDE = 16
 GLOBAL_BATCH = 8
@@ -51,7 +52,7 @@ def sound(
     given[LONG]["conversations"] = turns + turns[-2:] * 40
     folder = tmp_path_factory.mktemp("sound")
     with in_process():
-        make(given, str(pictures), str(folder), Making(samples_per_shard=5))
+        make_shards(given, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
     return Shards(folder)
 
 
@@ -63,7 +64,7 @@ def few(
     folder = tmp_path_factory.mktemp("few")
     with in_process():
         records = [sample.record for sample in sound.read(range(LONG - 6, 30))]
-        make(records, str(pictures), str(folder), Making())
+        make_shards(records, str(pictures), str(folder), ShardOptions())
     return Shards(folder)
 
 
@@ -83,7 +84,7 @@ def harmed(sound: Shards, tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 def harm(folder: Path, number: int) -> None:
     """Flip a byte amid the sample."""
-    (row,) = Shards(folder).rows([number])
+    (row,) = Shards(folder).read_rows([number])
     data = bytearray((folder / row["shard"]).read_bytes())
     data[row["offset"] + row["length"] // 2] ^= 255
     (folder / row["shard"]).write_bytes(data)
@@ -91,16 +92,16 @@ def harm(folder: Path, number: int) -> None:
 
 def spoil_image(folder: Path, shards: Shards, numbers: Sequence[int]) -> None:
     """Cut the samples' images in their tars, with an index that says that all is well."""
-    rows, words = shards.rows(range(len(shards))), shards.words.tolist()
+    rows, words = shards.read_rows(range(len(shards))), shards.word_counts.tolist()
     for number in numbers:
         row = rows[number]
         data = bytearray((folder / row["shard"]).read_bytes())
         start = row["offset"] + row["image_at"]
         data[start + 45 : start + row["image_size"]] = bytes(row["image_size"] - 45)
         (folder / row["shard"]).write_bytes(data)
-    again = [row for name in shards.names for row in index_all(folder / name)]
+    again = [row for name in shards.shard_names for row in index_all(folder / name)]
     said = [{**row, "words": count} for row, count in zip(again, words, strict=True)]
-    write_index(str(folder), pa.Table.from_pylist(said, SCHEMA))
+    write_index(str(folder), pa.Table.from_pylist(said, INDEX_SCHEMA))
 
 
 def index_all(file: Path) -> list[dict[str, Any]]:
@@ -109,7 +110,7 @@ def index_all(file: Path) -> list[dict[str, Any]]:
     tar = tars.read_tar(data, file.name)
     for sample in tar.samples:
         sample.fault = None
-    return tars.rows(tar, data, file.name)
+    return tars.make_index_rows(tar, data, file.name)
 
 
 def read_by(tokenizer: Path, *sets: Shards) -> Reader:
@@ -119,7 +120,7 @@ def read_by(tokenizer: Path, *sets: Shards) -> Reader:
         size=2,
         image_size=SIDE,
         tokenizer=tokenizer,
-        encode=conversation("vicuna_bare", 5),
+        encode=make_conversation_encoder("vicuna_bare", 5),
     )
 
 
@@ -168,8 +169,8 @@ def test_bad_samples_are_replaced_and_named_and_others_are_as_before(sound: Shar
         (FLIPPED, "bytes differ from the index's checksum"),
         (BROKEN, "an image that Pillow cannot read: .*"),
         (REMOVED[1], "not there, .*"),
-        (CUT[0], "bytes past its end are wanted; .*"),
-        (CUT[1], "bytes past its end are wanted; .*"),
+        (CUT[0], "bytes past its end were requested; .*"),
+        (CUT[1], "bytes past its end were requested; .*"),
         (LONG, r"\d+ tokens, allowed: 96, .*"),
     ],
 )
@@ -207,7 +208,7 @@ def test_records_that_others_made_are_looked_at_when_they_are_read(
                 member.size = len(body)
                 tar.addfile(member, io.BytesIO(body))
     rows = [{**row, "words": 2} for row in index_all(file)]
-    write_index(str(tmp_path), pa.Table.from_pylist(rows, SCHEMA))
+    write_index(str(tmp_path), pa.Table.from_pylist(rows, INDEX_SCHEMA))
     reader = replace(read_by(tokenizer, Shards(tmp_path)), size=GLOBAL_BATCH)
     batch = reader(0)
     [entry] = json.loads(batch["replaced"])
@@ -252,8 +253,8 @@ def test_replacements_after_a_restart_are_those_from_the_start(
     first, turns = start * GLOBAL_BATCH, GLOBAL_BATCH // 2
     again = read_by(tokenizer, Shards(few.folder), Shards(harmed.folder))
     with in_process():
-        blocks = dataset(again, start * turns, STEPS * turns, workers)
-    rows, replaced = flat(sorted(micro_batches(blocks), key=lambda batch: batch["number"]))
+        blocks = make_dataset(again, start * turns, STEPS * turns, workers)
+    rows, replaced = flat(sorted(iterate_micro_batches(blocks), key=lambda batch: batch["number"]))
     before, entries = whole(read_by(tokenizer, few, harmed))
     assert rows == before[first:]
     assert replaced == [entry for entry in entries if entry["place"] >= first] != []
@@ -280,7 +281,7 @@ def test_a_set_with_nothing_usable_is_one_error_that_names_folder_and_reason(
 
 def test_a_disk_that_does_not_answer_is_an_error(harmed: Shards, tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
     """Whichever read it is that fails, among them those of samples that are tried in place of others."""
-    read, reader = storage._Local.cat_file, read_by(tokenizer, Shards(harmed.folder))
+    read, reader = storage._LocalFiles.cat_file, read_by(tokenizer, Shards(harmed.folder))
     expected, left = [reader(number) for number in range(8)], 0
 
     def cat_file(path: str, start: int = 0, end: int | None = None) -> bytes:
@@ -290,7 +291,7 @@ def test_a_disk_that_does_not_answer_is_an_error(harmed: Shards, tokenizer: Path
             raise OSError(errno.EIO, "Input/output error", path)
         return read(path, start, end)
 
-    monkeypatch.setattr(storage._Local, "cat_file", cat_file)
+    monkeypatch.setattr(storage._LocalFiles, "cat_file", cat_file)
     for answers in range(16):
         left, got = answers, []
         with pytest.raises(OSError, match=f"Input/output error: '{harmed.folder}/00000"):
@@ -309,7 +310,7 @@ def test_a_bucket_that_does_not_answer_is_an_error(
     fault: str,
 ):
     monkeypatch.setattr(storage, "RETRY", replace(fast, tries=3))
-    for name in storage.names(sound.folder):
+    for name in storage.list_files(sound.folder):
         storage.write(storage.join(bucket, name), storage.read(storage.join(sound.folder, name)))
     reader = replace(read_by(tokenizer, Shards(bucket)), size=1)
     assert reader(0)["replaced"] == "[]"
@@ -401,4 +402,7 @@ def test_what_all_ranks_used_is_the_global_batch_by_set_with_replaced_ones_in_th
     assert replaced > 10
     log = [{"stage": "instruct", "step": step, **used} for step, used in enumerate(steps, start=1)]
     for name, shards in reader.sources.items():
-        assert prove([json.dumps(line).encode() + b"\n" for line in log], "consumed.jsonl", name, len(shards))[1] == []
+        assert (
+            verify_coverage([json.dumps(line).encode() + b"\n" for line in log], "consumed.jsonl", name, len(shards))[1]
+            == []
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.data.consumed import Proof, prove
+from pipelines.data.consumed import Coverage, verify_coverage
 from pipelines.data.order import Order
 
 
@@ -30,7 +30,7 @@ def lines(log: list[dict[str, Any]]) -> list[bytes]:
 
 
 def faults(log: list[dict[str, Any]], samples: int = 10) -> list[str]:
-    return prove(lines(log), "consumed.jsonl", "a", samples)[1]
+    return verify_coverage(lines(log), "consumed.jsonl", "a", samples)[1]
 
 
 def replace(log: list[dict[str, Any]], step: int, place: int, by: int) -> None:
@@ -44,13 +44,13 @@ def replace(log: list[dict[str, Any]], step: int, place: int, by: int) -> None:
 @pytest.mark.parametrize(("samples", "batch"), [(10, 4), (12, 4), (3, 8), (1, 2), (1000, 2)])
 def test_a_run_that_used_every_sample_once_an_epoch_is_shown_to(samples: int, batch: int):
     log = run(samples, batch) + run(samples, batch, steps=2, stage="align", seed=1)
-    used, wrong = prove(lines(log), "consumed.jsonl", "a", samples)
+    used, wrong = verify_coverage(lines(log), "consumed.jsonl", "a", samples)
     assert wrong == []
     assert used == [
-        Proof(stage, steps, steps * batch, steps * batch // samples, steps * batch % samples)
+        Coverage(stage, steps, steps * batch, steps * batch // samples, steps * batch % samples)
         for stage, steps in (("instruct", 9), ("align", 2))
     ]
-    assert prove(lines(log), "consumed.jsonl", "b", 7)[1] == []
+    assert verify_coverage(lines(log), "consumed.jsonl", "b", 7)[1] == []
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -64,9 +64,9 @@ def test_samples_that_were_replaced_count_as_those_that_were_due(seed: int):
             if number in bad:
                 replace(log, step, place, int(chance.choice(good)))
                 count += 1
-    used, wrong = prove(lines(log), "consumed.jsonl", "a", 10)
+    used, wrong = verify_coverage(lines(log), "consumed.jsonl", "a", 10)
     assert wrong == []
-    assert used == [Proof("instruct", 9, 36, 3, 6, count)]
+    assert used == [Coverage("instruct", 9, 36, 3, 6, count)]
     next(step for step in log if step["replaced"])["replaced"].clear()
     assert faults(log)
 
@@ -194,7 +194,7 @@ def test_a_fault_names_few_of_many_samples():
 )
 def test_a_line_that_is_no_step_is_named(line: bytes):
     given = [*lines(run(steps=8)), line + b"\n"]
-    used, (wrong,) = prove(given, "runs/x/consumed.jsonl", "a", 10)
+    used, (wrong,) = verify_coverage(given, "runs/x/consumed.jsonl", "a", 10)
     assert wrong == "runs/x/consumed.jsonl: line 9: no step, allowed: an object with stage, step, samples of each set"
     assert used[0].steps == 8
 
@@ -203,12 +203,12 @@ def test_a_line_that_is_no_step_is_named(line: bytes):
 def test_a_line_that_a_crash_left_is_not_counted(length: int):
     given = lines(run())
     torn = [*given[:8], given[8][:length]]
-    assert prove(torn, "consumed.jsonl", "a", 10) == prove(given[:8], "consumed.jsonl", "a", 10)
-    assert prove([*given[:8], given[8][:-1]], "consumed.jsonl", "a", 10)[0][0].steps == 8
+    assert verify_coverage(torn, "consumed.jsonl", "a", 10) == verify_coverage(given[:8], "consumed.jsonl", "a", 10)
+    assert verify_coverage([*given[:8], given[8][:-1]], "consumed.jsonl", "a", 10)[0][0].steps == 8
 
 
 def test_a_set_that_no_step_used_is_named():
-    assert prove(lines(run()), "consumed.jsonl", "c", 10) == (
+    assert verify_coverage(lines(run()), "consumed.jsonl", "c", 10) == (
         [],
         ["consumed.jsonl: no step used a sample of c"],
     )

@@ -9,7 +9,15 @@ from typing import Literal
 import easy_vqa as package
 import pytest
 
-from pipelines.data.easy_vqa import COLOURS, FOLDER, SHAPES, TYPES, caption, captions, conversations
+from pipelines.data.easy_vqa import (
+    ANSWER_COLOURS,
+    ANSWER_SHAPES,
+    PACKAGE_IMAGES,
+    QUESTION_TYPES,
+    derive_caption,
+    make_captions,
+    make_conversations,
+)
 
 Split = Literal["train", "test"]
 SPLITS = pytest.mark.parametrize("split", ["train", "test"])
@@ -17,7 +25,7 @@ SPLITS = pytest.mark.parametrize("split", ["train", "test"])
 
 @cache
 def told(split: Split) -> list[dict]:
-    return conversations(split)
+    return make_conversations(split)
 
 
 def rounds(record: dict) -> list[tuple[str, str]]:
@@ -28,8 +36,8 @@ def rounds(record: dict) -> list[tuple[str, str]]:
 def true_of(colour: str, shape: str, question: str, answer: str) -> bool:
     """Whether an image of one shape in one colour allows this answer: read from the question's words one by one."""
     words = question.rstrip("?").split()
-    fits = all(word == colour for word in words if word in COLOURS)
-    fits = fits and all(word == shape for word in words if word in SHAPES)
+    fits = all(word == colour for word in words if word in ANSWER_COLOURS)
+    fits = fits and all(word == shape for word in words if word in ANSWER_SHAPES)
     if answer in ("yes", "no"):
         asserted = "not" not in words and "no" not in words
         return fits == (asserted == (answer == "yes"))
@@ -55,11 +63,11 @@ def test_every_image_is_one_record_and_its_file_bears_its_number(split: Split):
     assert len(told(split)) == {"train": 4_000, "test": 1_000}[split]
     for record in told(split):
         image = int(record["id"].split("/")[1])
-        assert (FOLDER / record["image"]).samefile(paths[image])
+        assert (PACKAGE_IMAGES / record["image"]).samefile(paths[image])
 
 
 def test_no_image_of_training_is_an_image_of_the_test():
-    train, test = ({FOLDER / record["image"] for record in told(split)} for split in ("train", "test"))
+    train, test = ({PACKAGE_IMAGES / record["image"] for record in told(split)} for split in ("train", "test"))
     assert (len(train), len(test)) == (4_000, 1_000)
     assert train.isdisjoint(test)
     assert {path.read_bytes() for path in train}.isdisjoint({path.read_bytes() for path in test})
@@ -77,12 +85,12 @@ def test_turns_alternate_and_the_image_stands_once_and_first(split: Split):
 @SPLITS
 def test_a_caption_says_what_every_image_that_fits_the_answers_has_and_nothing_else(split: Split):
     """Slow reference: of the 24 images there can be, those that allow every answer."""
-    made = captions(split)
+    made = make_captions(split)
     assert [(record["id"], record["image"]) for record in made] == [(r["id"], r["image"]) for r in told(split)]
     for record, asked in zip(made, map(rounds, told(split)), strict=True):
         fitting = [
             pair
-            for pair in itertools.product(COLOURS, SHAPES)
+            for pair in itertools.product(ANSWER_COLOURS, ANSWER_SHAPES)
             if all(true_of(*pair, question, answer) for question, answer in asked)
         ]
         assert fitting, record["id"]
@@ -95,7 +103,7 @@ def test_a_caption_says_what_every_image_that_fits_the_answers_has_and_nothing_e
 
 @SPLITS
 def test_a_caption_names_every_colour_and_shape_that_was_an_answer(split: Split):
-    for record, asked in zip(captions(split), map(rounds, told(split)), strict=True):
+    for record, asked in zip(make_captions(split), map(rounds, told(split)), strict=True):
         words = record["conversations"][1]["value"].split()
         named = {answer for _, answer in asked} - {"yes", "no"}
         assert named <= set(words), record["id"]
@@ -114,12 +122,12 @@ def test_a_caption_names_every_colour_and_shape_that_was_an_answer(split: Split)
     ],
 )
 def test_a_caption_follows_from_what_is_asked_affirmed_and_denied(asked: list[tuple[str, str]], said: str):
-    assert caption(asked) == said
+    assert derive_caption(asked) == said
 
 
 def test_the_thirteen_answers_of_the_package_have_a_type_each():
-    assert set(TYPES) == set(package.get_answers())
-    assert Counter(TYPES.values()) == {"colour": 8, "shape": 3, "yes/no": 2}
+    assert set(QUESTION_TYPES) == set(package.get_answers())
+    assert Counter(QUESTION_TYPES.values()) == {"colour": 8, "shape": 3, "yes/no": 2}
 
 
 @SPLITS
@@ -128,4 +136,4 @@ def test_the_type_of_an_answer_is_the_type_of_its_question(split: Split):
     for record in told(split):
         for question, answer in rounds(record):
             kind = next(kind for pattern, kind in kinds if re.search(pattern, question))
-            assert TYPES[answer] == kind, question
+            assert QUESTION_TYPES[answer] == kind, question

@@ -28,11 +28,12 @@ from ray.data import ExecutionOptions
 from pipelines.core import storage
 from pipelines.core.storage import Retry
 from pipelines.data import ingest
-from pipelines.data.grouping import Groups
-from pipelines.data.ingest import Reader, conversation, dataset, micro_batches
-from pipelines.data.options import Making
+from pipelines.data.grouping import LengthGroups
+from pipelines.data.ingest import Reader, iterate_micro_batches, make_conversation_encoder, make_dataset
+from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
-from pipelines.data.shards import Shards, make
+from pipelines.data.shard_index import Shards
+from pipelines.data.shard_writer import make_shards
 from redux.conversation import IMAGE
 
 SIDE = 8
@@ -58,10 +59,10 @@ def pool(in_process: InProcess, records: list[dict], tmp_path_factory: pytest.Te
                 noise = chance.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(images / record["image"])
             given += [record] * (2 if chance.random() < 0.1 else 1)
-        making = Making(samples_per_shard=int(chance.integers(1, 15)), max_bad_fraction=1)
+        making = ShardOptions(samples_per_shard=int(chance.integers(1, 15)), max_bad_fraction=1)
         folder = tmp_path_factory.mktemp("set")
         with in_process():
-            assert make(given, str(images), str(folder), making)["quarantined"]
+            assert make_shards(given, str(images), str(folder), making)["quarantined"]
         sets.append(Shards(folder))
     return sets
 
@@ -73,7 +74,7 @@ def long(in_process: InProcess, pictures: Path, tmp_path_factory: pytest.TempPat
     given = [{"id": f"{number:04d}", "image": "0.png", "conversations": turns} for number in range(400)]
     folder = tmp_path_factory.mktemp("long")
     with in_process():
-        make(given, str(pictures), str(folder), Making(samples_per_shard=24, image_size=SIDE))
+        make_shards(given, str(pictures), str(folder), ShardOptions(samples_per_shard=24, image_size=SIDE))
     return Shards(folder)
 
 
@@ -85,7 +86,7 @@ def read_by(tokenizer: Path, order: Order, sets: Sequence[Shards]) -> Reader:
         size=order.global_batch_size,
         image_size=SIDE,
         tokenizer=tokenizer,
-        encode=conversation("vicuna_bare", 2),
+        encode=make_conversation_encoder("vicuna_bare", 2),
         flip=True,
         rounds=2,
     )
@@ -114,8 +115,10 @@ def mixture(pool: Sequence[Any], chance: np.random.Generator, kind: str) -> tupl
         weights=tuple(chance.uniform(0.5, 5, count).round(2).tolist()) if kind != "plain" else (),
         shuffle={"window": "window", "plain": "none"}.get(kind, "global"),
         window=int(chance.integers(1, 5)),
-        shards=tuple(shards.sizes for shards in taken) if kind == "window" else (),
-        groups=Groups.of(taken[0].has_image, taken[0].words, int(chance.integers(1, 4))) if kind == "groups" else None,
+        shards=tuple(shards.shard_sizes for shards in taken) if kind == "window" else (),
+        groups=LengthGroups.of(taken[0].has_image, taken[0].word_counts, int(chance.integers(1, 4)))
+        if kind == "groups"
+        else None,
     )
     return order, taken
 
@@ -197,9 +200,9 @@ def dealt(in_process: InProcess, reader: Reader, run: Run, steps: int) -> list[l
     """What the ranks get whose workers are dealt blocks in turn, as the tests on Ray show that they are."""
     per_step = reader.order.global_batch_size // run.size
     with in_process():
-        blocks: Any = dataset(replace(reader, size=run.size), run.start * per_step, steps * per_step, run.workers)
+        blocks: Any = make_dataset(replace(reader, size=run.size), run.start * per_step, steps * per_step, run.workers)
     due = (run.stop - run.start) * per_step // run.workers
-    return [list(islice(micro_batches(blocks[rank :: run.workers]), due)) for rank in range(run.workers)]
+    return [list(islice(iterate_micro_batches(blocks[rank :: run.workers]), due)) for rank in range(run.workers)]
 
 
 @pytest.mark.parametrize("kind", ["weights", "plain", "window", "groups"])
@@ -217,7 +220,7 @@ def test_the_order_survives_any_restarts_at_other_world_sizes(
     steps = order.batches(2.3)
     pairs: list[tuple[int, int]] = []
     for run in runs(chance, order.global_batch_size, steps, int(chance.integers(1, 6))):
-        monkeypatch.setattr(ingest, "BLOCK_SAMPLES", int(chance.integers(1, 65)))
+        monkeypatch.setattr(ingest, "MAX_BLOCK_SAMPLES", int(chance.integers(1, 65)))
         ranks = dealt(in_process, Numbers(**vars(read_by(tokenizer, order, []))), run, steps)
         pairs += [
             pair
@@ -244,7 +247,7 @@ def test_all_that_a_model_sees_survives_any_restarts_at_other_world_sizes(
     reader, steps = read_by(tokenizer, order, sets), order.batches(1.2)
     told: list[Told] = []
     for run in runs(chance, order.global_batch_size, steps, 3):
-        monkeypatch.setattr(ingest, "BLOCK_SAMPLES", int(chance.integers(1, 65)))
+        monkeypatch.setattr(ingest, "MAX_BLOCK_SAMPLES", int(chance.integers(1, 65)))
         told += stream(reader, dealt(in_process, reader, run, steps))
     assert told == undisturbed(reader, range(steps))
     assert places(told) == ordered(order, range(steps))
@@ -261,14 +264,14 @@ def played(
     wait: called with its rank before each of a rank's micro-batches.
     """
     per_step = reader.order.global_batch_size // run.size
-    data = dataset(replace(reader, size=run.size), run.start * per_step, steps * per_step, run.workers)
+    data = make_dataset(replace(reader, size=run.size), run.start * per_step, steps * per_step, run.workers)
     data.context.execution_options = ExecutionOptions(preserve_order=True)
     shards = data.streaming_split(run.workers, equal=True)
     due = (run.stop - run.start) * per_step // run.workers
 
     def rank(number: int) -> list[dict[str, Any]]:
         got = []
-        for turn, batch in enumerate(islice(micro_batches(shards[number].iter_batches(batch_size=None)), due)):
+        for turn, batch in enumerate(islice(iterate_micro_batches(shards[number].iter_batches(batch_size=None)), due)):
             assert batch["number"] == run.start * per_step + turn * run.workers + number
             wait(number)
             got.append(batch)
@@ -332,13 +335,13 @@ def test_on_ray_the_stream_survives_restarts_at_other_world_sizes_slow_ranks_and
     disturbed = replace(reader, encode=slowly(reader.encode)) if slow else reader
     told: list[Told] = []
     for number, run in enumerate(runs(chance, order.global_batch_size, steps, count)):
-        monkeypatch.setattr(ingest, "BLOCK_SAMPLES", int(chance.integers(4, 33)))
+        monkeypatch.setattr(ingest, "MAX_BLOCK_SAMPLES", int(chance.integers(4, 33)))
         faulty, marker = disturbed, tmp_path / str(number)
         if killed and number == 1:
             source, sample = ordered(order, range(run.start, run.stop))[
                 (run.stop - run.start) * order.global_batch_size // 2
             ]
-            faulty = replace(disturbed, encode=deadly(disturbed.encode, marker, sets[source].key(sample)))
+            faulty = replace(disturbed, encode=deadly(disturbed.encode, marker, sets[source].get_key(sample)))
         told += stream(reader, played(faulty, run, steps, dawdle if slow else lambda _: None))
         assert marker.exists() == (faulty is not disturbed)
     assert told == undisturbed(reader, range(steps))
@@ -357,7 +360,7 @@ def test_going_on_costs_the_same_from_any_place(
     order = Order(samples=(len(long),), global_batch_size=16, seed=5)
     reader, read, asked = replace(read_by(tokenizer, order, [long]), size=size), storage.read_ranges, []
 
-    def counted(ranges: Sequence[storage.Range]) -> list[bytes]:
+    def counted(ranges: Sequence[storage.ByteRange]) -> list[bytes]:
         asked.append((len(ranges), sum(stop - start for _, start, stop in ranges)))
         return read(ranges)
 
@@ -402,9 +405,9 @@ def test_on_ray_a_store_full_of_faults_gives_what_the_local_folder_gives(
     seed: int,
 ):
     """All kinds of faults by turns, and credentials that expire three times and are renewed in a file."""
-    monkeypatch.setattr(ingest, "BLOCK_SAMPLES", 8)
+    monkeypatch.setattr(ingest, "MAX_BLOCK_SAMPLES", 8)
     monkeypatch.setattr(storage, "RETRY", replace(fast, tries=30, deadline_s=60, read_timeout_s=0.5))
-    monkeypatch.setattr(storage, "GAP", 0)
+    monkeypatch.setattr(storage, "MAX_GAP_BYTES", 0)
     credentials, lock = tmp_path / "credentials", threading.Lock()
 
     def renew() -> None:
@@ -427,7 +430,7 @@ def test_on_ray_a_store_full_of_faults_gives_what_the_local_folder_gives(
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
     renew()
-    for name in storage.names(stored.folder):
+    for name in storage.list_files(stored.folder):
         storage.write(storage.join(bucket, name), storage.read(storage.join(stored.folder, name)))
     remote = Shards(bucket)
     proxy.asked.clear()
@@ -441,11 +444,11 @@ def test_on_ray_a_store_full_of_faults_gives_what_the_local_folder_gives(
 
         def __reduce__(self) -> Any:
             environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-            return arrive, (dict(self), environment, storage.RETRY, storage.GAP)
+            return arrive, (dict(self), environment, storage.RETRY, storage.MAX_GAP_BYTES)
 
     def arrive(sources: dict[str, Shards], environment: dict[str, str], retry: Retry, gap: int) -> Carried:
         os.environ.update(environment)
-        storage.RETRY, storage.GAP = retry, gap
+        storage.RETRY, storage.MAX_GAP_BYTES = retry, gap
         return Carried(sources)
 
     carried = replace(local, sources=Carried({"set 0": remote}))

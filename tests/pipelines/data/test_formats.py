@@ -14,14 +14,14 @@ from redux.conversation import TEMPLATES, word_tokenizer
 @pytest.fixture(scope="module")
 def taught() -> list[tuple[str, dict, str, str, str]]:
     """(instruction, arguments, answer, what is asked, what is said), of records made with the arguments noted."""
-    result, draw = [], formats._draw
-    told = [("there is a shape.", "what is it?", list(easy_vqa.TYPES)[number % 13]) for number in range(1600)]
+    result, draw = [], formats._draw_arguments
+    told = [("there is a shape.", "what is it?", list(easy_vqa.QUESTION_TYPES)[number % 13]) for number in range(1600)]
     chance = random.Random(0)
-    for (_, _, answer), record in zip(told, formats.records(told), strict=True):
-        name = list(formats.FORMS)[len(result) % 16]
+    for (_, _, answer), record in zip(told, formats.make_records(told), strict=True):
+        name = list(formats.INSTRUCTION_FORMS)[len(result) % 16]
         given = draw(name, chance)
-        chance.choice(formats.FORMS[name][0])
-        formats.FORMS[name][1](answer, given, chance)
+        chance.choice(formats.INSTRUCTION_FORMS[name][0])
+        formats.INSTRUCTION_FORMS[name][1](answer, given, chance)
         human, gpt = (turn["value"] for turn in record["conversations"])
         result.append((name, given, answer, human, gpt))
     return result
@@ -46,8 +46,8 @@ def test_arguments_are_part_of_what_is_asked(taught: list[tuple[str, dict, str, 
 def test_all_instructions_are_taught_alike_and_in_words_that_no_evaluation_uses(
     taught: list[tuple[str, dict, str, str, str]],
 ) -> None:
-    assert formats.FORMS.keys() == instructions.INSTRUCTIONS.keys()
-    for name, (wordings, _) in formats.FORMS.items():
+    assert formats.INSTRUCTION_FORMS.keys() == instructions.INSTRUCTIONS.keys()
+    for name, (wordings, _) in formats.INSTRUCTION_FORMS.items():
         evaluated = words(instructions.INSTRUCTIONS[name].text)
         for wording in wordings:
             own = words(wording)
@@ -55,7 +55,7 @@ def test_all_instructions_are_taught_alike_and_in_words_that_no_evaluation_uses(
             same = runs & {tuple(evaluated[place : place + 5]) for place in range(len(evaluated) - 4)}
             assert not same, f"{wording}: five words in a row are those of the evaluation"
             assert own != evaluated
-    assert {name for name, *_ in taught[:16]} == {name for name, *_ in taught[-16:]} == set(formats.FORMS)
+    assert {name for name, *_ in taught[:16]} == {name for name, *_ in taught[-16:]} == set(formats.INSTRUCTION_FORMS)
 
 
 def test_what_a_word_tokenizer_makes_of_an_answer_still_follows(taught: list[tuple[str, dict, str, str, str]]) -> None:
@@ -71,21 +71,24 @@ def test_what_a_word_tokenizer_makes_of_an_answer_still_follows(taught: list[tup
 
 
 def test_four_instructions_are_also_taught_beside_images() -> None:
-    said = [record["conversations"] for record in easy_vqa.shown()]
+    said = [record["conversations"] for record in easy_vqa.make_image_instructions()]
     assert len(said) == 4000
     assert all(turns[0]["value"].startswith("<image>\n") and len(turns) == 4 for turns in said)
-    wordings = {name: [wording.split("{")[0] for wording in formats.FORMS[name][0]] for name in formats.FORMS}
+    wordings = {
+        name: [wording.split("{")[0] for wording in formats.INSTRUCTION_FORMS[name][0]]
+        for name in formats.INSTRUCTION_FORMS
+    }
     for turns in said:
         for turn in turns[::2]:
             found = {name for name, each in wordings.items() if any(f" {one}" in turn["value"] for one in each)}
-            assert found & set(easy_vqa.SHOWN), turn
+            assert found & set(easy_vqa.INSTRUCTIONS_WITH_IMAGES), turn
 
 
 def test_easy_vqas_are_text_about_training_images_alone() -> None:
-    records = easy_vqa.obedient()
+    records = easy_vqa.make_text_instructions()
     assert len(records) == 8000
     assert not [record for record in records if "image" in record]
-    descriptions = {easy_vqa.caption(asked) for _, _, asked in easy_vqa._images("train")}
+    descriptions = {easy_vqa.derive_caption(asked) for _, _, asked in easy_vqa._load_images("train")}
     asked = [record["conversations"][0]["value"].removeprefix("there is ") for record in records]
     assert {question.partition(".")[0] for question in asked} <= descriptions
-    assert records == easy_vqa.obedient()
+    assert records == easy_vqa.make_text_instructions()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.images import ImageFolder, OutsideError, decode
+from pipelines.data.images import ImageFolder, OutsideError, check_image
 
 NAMES = [
     "with space.jpg", "hash#1.jpg", "what?.jpg", "100%25.jpg", "[1].jpg", "a&b+c.jpg", "ä.jpg", "back\\slash.jpg",
@@ -101,12 +101,12 @@ def file(kind: str, mode: str = "RGB", size: tuple[int, int] = (60, 40), **how: 
      ("AVIF", "RGB", "avif"), ("ICO", "RGBA", "ico"), ("TGA", "RGB", "tga"), ("PCX", "RGB", "img")],
 )  # fmt: skip
 def test_what_decodes_is_an_image_of_its_formats_suffix(kind: str, mode: str, suffix: str) -> None:
-    assert decode(file(kind, mode)) == suffix
+    assert check_image(file(kind, mode)) == suffix
 
 
 def test_a_phones_jpeg_with_a_second_picture_is_a_jpeg() -> None:
     second = Image.new("RGB", (32, 24))
-    assert decode(file("MPO", save_all=True, append_images=[second])) == "jpg"
+    assert check_image(file("MPO", save_all=True, append_images=[second])) == "jpg"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
@@ -114,17 +114,17 @@ def test_a_phones_jpeg_with_a_second_picture_is_a_jpeg() -> None:
 def test_a_file_cut_anywhere_is_broken(kind: str, share: float) -> None:
     whole = file(kind)
     with pytest.raises(ValueError, match=r"\w"):
-        decode(whole[: int(len(whole) * share)])
+        check_image(whole[: int(len(whole) * share)])
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"\0\0\0\x18ftypheic" + b"\0" * 60, b"<svg/>"])
 def test_what_is_no_image_is_broken(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"^UnidentifiedImageError: "):
-        decode(data)
+        check_image(data)
 
 
 def test_a_bomb_is_broken_and_what_training_takes_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="DecompressionBombError"):
-        decode(file("PNG"))
-    assert decode(file("PNG", size=(50, 30))) == "png"
+        check_image(file("PNG"))
+    assert check_image(file("PNG", size=(50, 30))) == "png"

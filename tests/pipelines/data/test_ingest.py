@@ -12,10 +12,19 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pipelines.data.ingest import BLOCK_SAMPLES, Reader, caption, conversation, dataset, draw_rounds, micro_batches
-from pipelines.data.options import Making
+from pipelines.data.ingest import (
+    MAX_BLOCK_SAMPLES,
+    Reader,
+    draw_rounds,
+    encode_caption,
+    iterate_micro_batches,
+    make_conversation_encoder,
+    make_dataset,
+)
+from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
-from pipelines.data.shards import Sample, Shards, make
+from pipelines.data.shard_index import Shards, StoredSample
+from pipelines.data.shard_writer import make_shards
 from redux.conversation import CONTEXT, IGNORE, IMAGE
 from redux.image import pixels
 
@@ -33,18 +42,18 @@ def reader(stored: Shards, tokenizer: Path) -> Reader:
         size=4,
         image_size=SIDE,
         tokenizer=tokenizer,
-        encode=conversation("vicuna_bare", IMAGE_TOKENS),
+        encode=make_conversation_encoder("vicuna_bare", IMAGE_TOKENS),
         flip=True,
         rounds=99,
     )
 
 
-def talk(rounds: int, first: str = f"{IMAGE}\n") -> Sample:
+def talk(rounds: int, first: str = f"{IMAGE}\n") -> StoredSample:
     turns = []
     for number in range(rounds):
         turns += [{"from": "human", "value": f"question {number}?"}, {"from": "gpt", "value": f"answer {number}"}]
     turns[0]["value"] = first + turns[0]["value"]
-    return Sample("key", b"", {"id": "key", "conversations": turns})
+    return StoredSample("key", b"", {"id": "key", "conversations": turns})
 
 
 def only(reader: Reader) -> Shards:
@@ -52,7 +61,7 @@ def only(reader: Reader) -> Shards:
     return shards
 
 
-def pairs(sample: Sample) -> list[tuple[str, str]]:
+def pairs(sample: StoredSample) -> list[tuple[str, str]]:
     values = [turn["value"].removeprefix(f"{IMAGE}\n") for turn in sample.record["conversations"]]
     return list(zip(values[::2], values[1::2], strict=True))
 
@@ -155,20 +164,20 @@ def test_rows_are_padded_on_the_right_with_what_is_neither_attended_nor_learned(
 def test_a_conversation_that_is_too_long_names_the_sample_and_the_limit(tokenizer: Path):
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     with pytest.raises(ValueError, match=rf"sample test/99: \d+ tokens, allowed: {loaded.model_max_length}, "):
-        conversation("vicuna_bare", IMAGE_TOKENS)(loaded, replace(talk(40), key="test/99"))
+        make_conversation_encoder("vicuna_bare", IMAGE_TOKENS)(loaded, replace(talk(40), key="test/99"))
 
 
 def test_a_conversation_that_is_too_long_can_be_cut_off_instead(tokenizer: Path):
     """As LLaVA does: the same tokens up to the length, those of the image counted."""
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    whole = conversation("vicuna_bare", IMAGE_TOKENS)(loaded, talk(3))
+    whole = make_conversation_encoder("vicuna_bare", IMAGE_TOKENS)(loaded, talk(3))
     length = len(whole["input_ids"]) - 5
-    cut = conversation("vicuna_bare", IMAGE_TOKENS, length)(loaded, talk(3))
+    cut = make_conversation_encoder("vicuna_bare", IMAGE_TOKENS, length)(loaded, talk(3))
     assert all(np.array_equal(cut[name], whole[name][:length]) for name in ("input_ids", "labels"))
-    longer = conversation("vicuna_bare", IMAGE_TOKENS, loaded.model_max_length)(loaded, talk(40))
+    longer = make_conversation_encoder("vicuna_bare", IMAGE_TOKENS, loaded.model_max_length)(loaded, talk(40))
     assert len(longer["input_ids"]) == loaded.model_max_length
     with pytest.raises(ValueError, match=r"sample \S+: \d+ tokens, cut off after 3 within or before the image"):
-        conversation("vicuna_bare", IMAGE_TOKENS, 3)(loaded, talk(3))
+        make_conversation_encoder("vicuna_bare", IMAGE_TOKENS, 3)(loaded, talk(3))
 
 
 @pytest.mark.parametrize("roles", ["human human", "gpt human", "human user"])
@@ -176,7 +185,7 @@ def test_a_conversation_of_wrong_roles_names_the_sample(tokenizer: Path, roles: 
     turns = [{"from": role, "value": "a question"} for role in roles.split()]
     sample = replace(talk(1), key="test/7", record={"conversations": turns})
     with pytest.raises(ValueError, match=r"sample test/7: turn \d: got role"):
-        conversation("vicuna_bare", IMAGE_TOKENS)(AutoTokenizer.from_pretrained(tokenizer), sample)
+        make_conversation_encoder("vicuna_bare", IMAGE_TOKENS)(AutoTokenizer.from_pretrained(tokenizer), sample)
 
 
 def test_a_conversation_may_be_as_long_as_the_limit_and_no_longer(tokenizer: Path):
@@ -188,19 +197,19 @@ def test_a_conversation_may_be_as_long_as_the_limit_and_no_longer(tokenizer: Pat
 
 
 def said_alone(tokenizer: Any, image_tokens: int) -> list[int]:
-    return conversation("vicuna_bare", image_tokens)(tokenizer, talk(2))["input_ids"].tolist()
+    return make_conversation_encoder("vicuna_bare", image_tokens)(tokenizer, talk(2))["input_ids"].tolist()
 
 
 def test_captions_are_what_the_assistant_says_and_equal_ones_are_equal_rows(reader: Reader):
     tokenizer = AutoTokenizer.from_pretrained(reader.tokenizer)
     samples = only(reader).read(range(len(only(reader))))
-    ids = [caption(tokenizer, sample)["input_ids"] for sample in samples]
+    ids = [encode_caption(tokenizer, sample)["input_ids"] for sample in samples]
     texts = [sample.record["conversations"][1]["value"] for sample in samples]
     for one, text in zip(ids, texts, strict=True):
         assert tokenizer.decode(one).replace(" ", "") == f"<s>{text}</s>"
         assert [np.array_equal(one, row) for row in ids] == [other == text for other in texts]
     long = replace(samples[0], record={"conversations": [{}, {"value": "yes " * 200}]})
-    assert len(caption(tokenizer, long)["input_ids"]) == CONTEXT
+    assert len(encode_caption(tokenizer, long)["input_ids"]) == CONTEXT
 
 
 def test_a_micro_batch_is_a_pure_function_of_its_number(reader: Reader):
@@ -251,7 +260,7 @@ def test_a_global_batch_has_the_same_samples_at_any_number_of_workers(reader: Re
 
 
 def batches(data: Any) -> list[dict[str, np.ndarray]]:
-    return list(micro_batches(data.iter_batches(batch_size=None)))
+    return list(iterate_micro_batches(data.iter_batches(batch_size=None)))
 
 
 def in_order(data: Any) -> Any:
@@ -268,14 +277,14 @@ def matches(got: Sequence[dict[str, np.ndarray]], reader: Reader, numbers: Seque
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("start", [0, 5])
 def test_from_any_start_ray_data_gives_the_rest_of_the_stream_in_order(reader: Reader, start: int):
-    assert matches(batches(in_order(dataset(reader, start, 40, workers=1))), reader, range(start, 40))
+    assert matches(batches(in_order(make_dataset(reader, start, 40, workers=1))), reader, range(start, 40))
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_get_every_other_micro_batch_in_order(reader: Reader):
     """Two turns of full blocks, and one of short ones."""
-    stop = 2 + 2 * (2 * BLOCK_SAMPLES // reader.size + 3)
-    shards = in_order(dataset(reader, 2, stop, workers=2)).streaming_split(2, equal=True)
+    stop = 2 + 2 * (2 * MAX_BLOCK_SAMPLES // reader.size + 3)
+    shards = in_order(make_dataset(reader, 2, stop, workers=2)).streaming_split(2, equal=True)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(batches, shards)
     assert matches(first, reader, range(2, stop, 2))
@@ -294,7 +303,7 @@ def mixed(
             turns = [{**turn, "value": turn["value"].removeprefix(f"{IMAGE}\n")} for turn in record["conversations"]]
             record["conversations"] = turns
     folder = tmp_path_factory.mktemp("mixed")
-    make(given, str(pictures), str(folder), Making(samples_per_shard=5))
+    make_shards(given, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
     return replace(reader, sources={"mixed": Shards(folder)})
 
 
@@ -313,15 +322,15 @@ def test_a_micro_batch_has_the_images_of_its_samples_and_all_their_texts(mixed: 
 
 
 def test_micro_batches_with_and_without_images_travel_through_ray(mixed: Reader):
-    blocks = dataset(mixed, 0, 20, workers=2).iter_batches(batch_size=None)
-    found = {int(row["number"]): row for row in micro_batches(blocks)}
+    blocks = make_dataset(mixed, 0, 20, workers=2).iter_batches(batch_size=None)
+    found = {int(row["number"]): row for row in iterate_micro_batches(blocks)}
     assert sorted(found) == list(range(20))
     assert all(equal(found[number], mixed(number)) for number in found)
 
 
 def test_text_alone_has_no_place_in_a_contrastive_stage(mixed: Reader):
     for number in range(6):
-        batch = replace(mixed, encode=caption)(number)
+        batch = replace(mixed, encode=encode_caption)(number)
         assert len(batch["pixel_values"]) == mixed.size
         for entry in json.loads(batch["replaced"]):
             assert "text alone, allowed in a contrastive stage: an image and its caption" in entry["reason"]

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.records import REASONS, find_fault, read
-from pipelines.data.shards import QUARANTINE, Making, Shards, make
+from pipelines.data.options import ShardOptions
+from pipelines.data.records import RECORD_REASONS, find_rejection, parse_records
+from pipelines.data.shard_index import QUARANTINE_FILE, Shards
+from pipelines.data.shard_writer import make_shards
 from redux.conversation import TEMPLATES, encode, word_tokenizer
 from redux.image import pixels
 from tests.pipelines.odd_records import odd_image, odd_record, picture
@@ -24,10 +26,10 @@ NUMBER = int(os.environ.get("REDUX_FUZZ", "400"))
 def listed(out: Path, total: int) -> dict[int, str]:
     """Reasons by number; each line is JSON in UTF-8, with a field and a value."""
     reasons = {}
-    for line in (out / QUARANTINE).read_text("utf-8").splitlines():
+    for line in (out / QUARANTINE_FILE).read_text("utf-8").splitlines():
         entry = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
         assert entry.keys() == {"number", "id", "reason", "field", "value", "why"}
-        assert entry["why"].startswith(REASONS[entry["reason"]])
+        assert entry["why"].startswith(RECORD_REASONS[entry["reason"]])
         assert len(line) < 2000
         reasons[entry["number"]] = entry["reason"]
     assert reasons.keys() <= set(range(total))
@@ -49,22 +51,22 @@ def test_each_record_is_kept_or_listed(
     else:
         text = "\n".join([json.dumps({"conversations": []}), *texts])
         texts = [*texts, ""]
-    given = read(text.encode("utf-8", "surrogatepass"), "x.json")
+    given = parse_records(text.encode("utf-8", "surrogatepass"), "x.json")
     assert len(given) == len(texts)
     out = tmp_path / "out"
     with in_process():
-        summary = make(given, str(tmp_path), str(out), Making(samples_per_shard=100, max_bad_fraction=1))
+        summary = make_shards(given, str(tmp_path), str(out), ShardOptions(samples_per_shard=100, max_bad_fraction=1))
     reasons = listed(out, len(given))
     assert summary["kept"] + len(reasons) == len(given)
     assert len(set(reasons.values())) >= 8
     assert summary["kept"] > len(given) / 4
     stored = Shards(out)
-    kept = stored.read(range(len(stored)))
+    kept = stored.read_samples(range(len(stored)))
     assert [int(sample.key) for sample in kept] == [number for number in range(len(given)) if number not in reasons]
     tokenizer = word_tokenizer(["USER: ASSISTANT: red 0 1 . \n"], 512)
     image = tokenizer.convert_tokens_to_ids("<image>")
     for sample in kept:
-        assert find_fault(sample.record, None) is None
+        assert find_rejection(sample.record, None) is None
         ids, labels = encode(tokenizer, sample.record["conversations"], TEMPLATES["vicuna_v1"], 1)
         assert (ids == image).sum() == bool(sample.image)
         assert (labels != image).all()
@@ -85,15 +87,15 @@ def test_each_image_is_kept_or_listed(
     given = [{"id": number, "image": f"{number}.jpg", "conversations": turns} for number in range(len(images))]
     out = tmp_path / "out"
     with in_process():
-        summary = make(
-            given, str(tmp_path), str(out), Making(samples_per_shard=100, max_bad_fraction=1, image_size=size)
+        summary = make_shards(
+            given, str(tmp_path), str(out), ShardOptions(samples_per_shard=100, max_bad_fraction=1, image_size=size)
         )
     reasons = listed(out, len(given))
     assert set(reasons.values()) == {"broken image"}
     assert summary["kept"] + len(reasons) == len(given)
     assert len(given) / 5 < summary["kept"] < len(given)
     stored = Shards(out)
-    for sample in stored.read(range(len(stored))):
+    for sample in stored.read_samples(range(len(stored))):
         number = int(sample.key)
         if size is None:
             assert sample.image == images[number]

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.data.grouping import Groups
-from pipelines.data.order import Order, share
+from pipelines.data.grouping import LengthGroups
+from pipelines.data.order import Order, count_source_samples
 from pipelines.data.permutation import permute, permute_windows
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 16, 17, 31, 63, 64, 65, 100, 255, 256, 257, 1000, 4000)
@@ -52,7 +52,7 @@ def columns(samples: int, modalities: int = 2, seed: int = 0) -> tuple[np.ndarra
 
 
 def grouped(samples: int, global_batch_size: int, seed: int = 3, megabatch: int = 3, modalities: int = 2) -> Order:
-    groups = Groups.of(*columns(samples, modalities), megabatch)
+    groups = LengthGroups.of(*columns(samples, modalities), megabatch)
     return Order(samples=(samples,), global_batch_size=global_batch_size, seed=seed, groups=groups)
 
 
@@ -183,7 +183,7 @@ def test_each_batch_and_the_whole_run_keep_the_ratio(weights: tuple[float, ...],
     exact = np.array(weights) / sum(weights) * global_batch_size
     total = np.zeros(len(weights), int)
     for number in range(200):
-        starts, counts = share([Fraction(str(weight)) for weight in weights], global_batch_size, number)
+        starts, counts = count_source_samples([Fraction(str(weight)) for weight in weights], global_batch_size, number)
         assert sum(counts) == global_batch_size
         assert (np.abs(counts - exact) < 1).all(), number
         assert np.array_equal(starts, total), number
@@ -199,16 +199,18 @@ def test_ratios_hold_for_mixtures_by_chance():
         global_batch_size = int(chance.integers(1, 70))
         exact = np.array(weights, float) / float(sum(weights)) * global_batch_size
         for number in map(int, chance.integers(0, 2 * sum(weights), 12)):
-            starts, counts = share(weights, global_batch_size, number)
+            starts, counts = count_source_samples(weights, global_batch_size, number)
             assert (np.abs(counts - exact) < 1).all()
-            assert np.array_equal(np.add(starts, counts), share(weights, global_batch_size, number + 1)[0])
+            assert np.array_equal(
+                np.add(starts, counts), count_source_samples(weights, global_batch_size, number + 1)[0]
+            )
             assert np.abs(starts - exact * number).max() < (1 if len(weights) < 4 else 1.2)
 
 
 @pytest.mark.parametrize("far", [10**9, 10**15])
 def test_ratios_hold_far_into_a_run(far: int):
     weights = (0.6180339887, 0.3, 0.0819660113)
-    starts, counts = share([Fraction(str(weight)) for weight in weights], 256, far)
+    starts, counts = count_source_samples([Fraction(str(weight)) for weight in weights], 256, far)
     for start, count, weight in zip(starts, counts, weights, strict=True):
         assert abs(start - Fraction(str(weight)) * 256 * far) < 1
         assert abs(count - weight * 256) < 1
@@ -346,14 +348,14 @@ def test_groups_pad_less_than_chance_and_as_megabatches_say():
 def test_an_index_numbered_by_modality_gives_the_same_order_as_its_columns():
     modality, lengths = columns(300)
     modality = np.sort(modality)
-    held = grouped_by(Groups.of(modality, lengths, 2))
+    held = grouped_by(LengthGroups.of(modality, lengths, 2))
     counts = tuple(np.bincount(modality).tolist())
-    asked = grouped_by(Groups(counts=counts, lengths=lambda rows: lengths[rows], megabatch=2))
+    asked = grouped_by(LengthGroups(counts=counts, lengths=lambda rows: lengths[rows], megabatch=2))
     for number in range(80):
         assert np.array_equal(held.batch(number), asked.batch(number))
 
 
-def grouped_by(groups: Groups) -> Order:
+def grouped_by(groups: LengthGroups) -> Order:
     return Order(samples=(300,), global_batch_size=8, seed=1, groups=groups)
 
 
@@ -412,7 +414,7 @@ def of_a_billion() -> None:
         return (numbers * 2654435761 % 2039).astype(np.uint16)
 
     samples = 10**9
-    groups = Groups(counts=(900_000_001, 99_999_999), lengths=lengths, megabatch=50)
+    groups = LengthGroups(counts=(900_000_001, 99_999_999), lengths=lengths, megabatch=50)
     kinds = [
         Order(samples=(samples,), global_batch_size=256, seed=0),
         Order(samples=(samples // 2, samples // 3, samples // 6 + 1), global_batch_size=256, seed=0),
@@ -455,7 +457,7 @@ def test_a_batch_of_a_billion_samples_takes_little_memory_and_few_rows_of_the_in
         ({"window": 0}, "window: got 0, allowed: at least 1 shard"),
         ({"shuffle": "window"}, r"shards: got \(\) samples, allowed: \(4, 5\)"),
         ({"shards": (np.array([4]), np.array([4]))}, r"shards: got \(4, 4\) samples, allowed: \(4, 5\)"),
-        ({"groups": Groups.of(np.zeros(9), np.ones(9), 1)}, r"groups: got 9 samples, .* one source"),
+        ({"groups": LengthGroups.of(np.zeros(9), np.ones(9), 1)}, r"groups: got 9 samples, .* one source"),
     ],
 )
 def test_what_makes_no_order_is_refused_by_name(changes: dict[str, Any], message: str):
@@ -469,11 +471,11 @@ def test_what_makes_no_order_is_refused_by_name(changes: dict[str, Any], message
         (lambda order: order.batch(-1), "number: got -1, allowed: at least 0"),
         (lambda order: order.batches(0), "epochs: got 0, allowed: above 0"),
         (lambda order: order.real(0, float("inf")), "epochs: got inf, allowed: above 0"),
-        (lambda _: Groups.of(np.zeros(3), np.ones(2), 1), "lengths: got 2, allowed: 3"),
-        (lambda _: Groups.of(np.zeros(3), np.ones(3), 0), "megabatch: got 0, allowed: at least 1"),
-        (lambda _: Groups(counts=(0, 3), lengths=len, megabatch=1), r"counts: got \(0, 3\), allowed"),
+        (lambda _: LengthGroups.of(np.zeros(3), np.ones(2), 1), "lengths: got 2, allowed: 3"),
+        (lambda _: LengthGroups.of(np.zeros(3), np.ones(3), 0), "megabatch: got 0, allowed: at least 1"),
+        (lambda _: LengthGroups(counts=(0, 3), lengths=len, megabatch=1), r"counts: got \(0, 3\), allowed"),
         (
-            lambda _: Groups(counts=(3,), lengths=len, megabatch=1, numbers=np.arange(2)),
+            lambda _: LengthGroups(counts=(3,), lengths=len, megabatch=1, numbers=np.arange(2)),
             "numbers: got 2, allowed: 3",
         ),
     ],

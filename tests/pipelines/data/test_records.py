@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 
-from pipelines.data.records import DEPTH, MISSING, REASONS, find_fault, has_image, length, read, shorten
+from pipelines.data.records import (
+    MAX_DEPTH,
+    MISSING,
+    RECORD_REASONS,
+    count_words,
+    find_rejection,
+    has_image,
+    parse_records,
+    shorten,
+)
 
 ASK = {"from": "human", "value": "<image>\nis it red?"}
 SAY = {"from": "gpt", "value": "yes"}
@@ -57,7 +66,7 @@ def without(name: str, record: dict[str, Any]) -> dict[str, Any]:
     ids=ascii,
 )
 def test_what_llavas_trainer_reads_is_kept(record: dict) -> None:
-    assert find_fault(record, None) is None
+    assert find_rejection(record, None) is None
 
 
 @pytest.mark.parametrize(
@@ -96,10 +105,10 @@ def test_what_llavas_trainer_reads_is_kept(record: dict) -> None:
 def test_what_cannot_be_used_has_its_reason_with_the_field_and_its_value(
     record: Any, reason: str, field: str, value: str
 ) -> None:
-    fault = find_fault(record, None)
+    fault = find_rejection(record, None)
     assert fault is not None
     assert (fault.reason, fault.field, fault.value) == (reason, field, value)
-    assert fault.why == REASONS[reason]
+    assert fault.why == RECORD_REASONS[reason]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +153,7 @@ def test_what_cannot_be_used_has_its_reason_with_the_field_and_its_value(
     ids=ascii,
 )
 def test_content_that_is_neither_an_image_nor_text_is_kept_out_under_its_name(record: dict, reason: str) -> None:
-    fault = find_fault(record, None)
+    fault = find_rejection(record, None)
     assert fault is not None
     assert fault.reason == reason
 
@@ -170,13 +179,13 @@ def test_content_that_is_neither_an_image_nor_text_is_kept_out_under_its_name(re
     ids=ascii,
 )
 def test_text_about_tags_is_text(record: dict) -> None:
-    assert find_fault(record, None) is None
+    assert find_rejection(record, None) is None
 
 
 def test_length_is_the_number_of_words_without_the_image() -> None:
-    assert length(GOOD) == 3 + 1 + 1 + 2
-    assert find_fault(GOOD, 7) is None
-    fault = find_fault(GOOD, 6)
+    assert count_words(GOOD) == 3 + 1 + 1 + 2
+    assert find_rejection(GOOD, 7) is None
+    fault = find_rejection(GOOD, 6)
     assert fault is not None
     assert (fault.reason, fault.value) == ("too long", "7 words")
     assert has_image(GOOD)
@@ -215,16 +224,16 @@ LISTED = [json.loads(line) for line in LINES]
     ids=range(12),
 )  # fmt: skip
 def test_records_are_read_from_a_list_and_from_lines(text: bytes, records: list) -> None:
-    assert read(text, "x.json") == records
+    assert parse_records(text, "x.json") == records
 
 
 def test_one_records_bytes_or_depth_are_that_records_matter() -> None:
     latin = json.dumps(asks("Café?"), ensure_ascii=False).encode("latin-1")
     cut = json.dumps(asks("What?", "Great 😀"), ensure_ascii=False).encode().replace("😀".encode(), "😀".encode()[:2])
-    deep = {**TEXT, "more": json.loads("[" * DEPTH + "]" * DEPTH)}
+    deep = {**TEXT, "more": json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH)}
     for one in (latin, cut, json.dumps(deep).encode()):
-        records = read(b"[" + one + b"," + LINES[0].encode() + b"]", "x.json")
-        faults = [find_fault(record, None) for record in records]
+        records = parse_records(b"[" + one + b"," + LINES[0].encode() + b"]", "x.json")
+        faults = [find_rejection(record, None) for record in records]
         assert faults[1] is None
         assert faults[0] is not None
         assert faults[0].reason in ("broken text", "malformed")
@@ -245,4 +254,4 @@ def test_one_records_bytes_or_depth_are_that_records_matter() -> None:
 )
 def test_a_file_without_records_is_named_with_what_is_allowed(text: bytes, said: str) -> None:
     with pytest.raises(ValueError, match=said + r".*allowed: a list of records as JSON, or JSON lines, one record a"):
-        read(text, "x.json")
+        parse_records(text, "x.json")

@@ -22,9 +22,10 @@ import webdataset
 from PIL import Image
 
 from pipelines.core import storage
-from pipelines.data.options import Making
-from pipelines.data.records import REASONS
-from pipelines.data.shards import INDEX, QUARANTINE, SCHEMA, SUMMARY, Shards, make, write_index
+from pipelines.data.options import ShardOptions
+from pipelines.data.records import RECORD_REASONS
+from pipelines.data.shard_index import INDEX_FILE, INDEX_SCHEMA, QUARANTINE_FILE, SUMMARY_FILE, Shards
+from pipelines.data.shard_writer import make_shards, write_index
 from redux.image import pixels
 
 
@@ -33,7 +34,7 @@ def tars(stored: Shards) -> list[Path]:
 
 
 def rows(shards: Shards) -> list[dict[str, Any]]:
-    return shards.rows(range(len(shards)))
+    return shards.read_rows(range(len(shards)))
 
 
 def keys(shards: Shards) -> list[str]:
@@ -54,7 +55,9 @@ def test_webdataset_reads_every_sample_with_its_image_and_record(stored: Shards,
     read = list(webdataset.WebDataset([str(tar) for tar in tars(stored)], shardshuffle=False))
     assert [sample["__key__"] for sample in read] == [f"{number:09d}" for number in range(len(records))] == keys(stored)
     numbers = range(len(stored))
-    for sample, ours, image, record in zip(read, stored.read(numbers), files(records, pictures), records, strict=True):
+    for sample, ours, image, record in zip(
+        read, stored.read_samples(numbers), files(records, pictures), records, strict=True
+    ):
         assert sample["png"] == ours.image == image
         assert json.loads(sample["json"]) == ours.record == record
         assert ours.id == record["id"]
@@ -62,7 +65,7 @@ def test_webdataset_reads_every_sample_with_its_image_and_record(stored: Shards,
 
 def test_ray_data_reads_every_sample_with_its_image_and_record(ray_cluster: Any, stored: Shards):
     rows = ray_cluster.data.read_webdataset([str(tar) for tar in tars(stored)], decoder=None).take_all()
-    ours = {sample.key: sample for sample in stored.read(range(len(stored)))}
+    ours = {sample.key: sample for sample in stored.read_samples(range(len(stored)))}
     assert sorted(row["__key__"] for row in rows) == sorted(ours)
     for row in rows:
         assert row["png"] == ours[row["__key__"]].image
@@ -71,16 +74,16 @@ def test_ray_data_reads_every_sample_with_its_image_and_record(ray_cluster: Any,
 
 def test_samples_come_in_the_order_in_which_they_are_asked_for(stored: Shards, records: list[dict], pictures: Path):
     asked = np.random.default_rng(0).integers(0, len(records), 60)
-    for number, sample in zip(asked, stored.read(asked), strict=True):
+    for number, sample in zip(asked, stored.read_samples(asked), strict=True):
         assert sample.id == records[number]["id"]
         assert sample.image == (pictures / records[number]["image"]).read_bytes()
         assert sample.record["conversations"] == records[number]["conversations"]
-    assert stored.read([]) == []
+    assert stored.read_samples([]) == []
 
 
 def test_shards_hold_as_many_samples_as_asked_and_the_last_one_the_rest(stored: Shards):
     held = [(name, len(list(group))) for name, group in itertools.groupby(row["shard"] for row in rows(stored))]
-    assert held == list(zip(stored.names, stored.sizes, strict=True))
+    assert held == list(zip(stored.shard_names, stored.shard_sizes, strict=True))
     assert held == [(f"{number:06d}.tar", 5) for number in range(4)] + [("000004.tar", 2)]
     assert [tar.name for tar in tars(stored)] == [name for name, _ in held]
 
@@ -101,31 +104,31 @@ def test_the_byte_ranges_of_the_index_are_whole_tar_members_and_leave_nothing_ou
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 0.99])
 def test_a_flipped_bit_anywhere_in_a_sample_is_an_error_that_names_tar_and_sample(copy: Shards, place: float):
     for number in (0, 7, 21):
-        (row,) = copy.rows([number])
+        (row,) = copy.read_rows([number])
         path = Path(copy.folder) / row["shard"]
         whole = path.read_bytes()
         damaged = bytearray(whole)
         damaged[row["offset"] + int(row["length"] * place)] ^= 1
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=re.escape(f"{path}: sample {copy.key(number)}: ")):
-            copy.read([number])
+        with pytest.raises(ValueError, match=re.escape(f"{path}: sample {copy.get_key(number)}: ")):
+            copy.read_samples([number])
         others = [other for other in range(len(copy)) if other != number]
-        assert [sample.key for sample in copy.read(others)] == [copy.key(other) for other in others]
+        assert [sample.key for sample in copy.read_samples(others)] == [copy.get_key(other) for other in others]
         path.write_bytes(whole)
 
 
 def test_a_tar_that_was_cut_short_is_an_error_that_names_the_tar(copy: Shards):
-    (row,) = copy.rows([4])
+    (row,) = copy.read_rows([4])
     path = Path(copy.folder) / row["shard"]
     path.write_bytes(path.read_bytes()[: row["offset"] + 700])
     with pytest.raises(ValueError, match=re.escape(f"{path}: ") + ".*the file ends at"):
-        copy.read([4])
-    assert copy.read([3])[0].key == copy.key(3)
+        copy.read_samples([4])
+    assert copy.read_samples([3])[0].key == copy.get_key(3)
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_making_shards_twice_gives_equal_bytes(stored: Shards, records: list[dict], pictures: Path, tmp_path: Path):
-    make(records, str(pictures), str(tmp_path), Making(samples_per_shard=5))
+    make_shards(records, str(pictures), str(tmp_path), ShardOptions(samples_per_shard=5))
     for tar in tars(stored):
         assert (tmp_path / tar.name).read_bytes() == tar.read_bytes()
     assert Shards(tmp_path).fingerprint == stored.fingerprint
@@ -140,8 +143,8 @@ def test_an_image_is_an_image_whatever_its_file_is_called(
         (tmp_path / name).write_bytes((pictures / records[number]["image"]).read_bytes())
         given.append({**records[number], "image": name})
     with in_process():
-        make(given, str(tmp_path), str(tmp_path / "out"), Making())
-    stored = Shards(tmp_path / "out").read(range(5))
+        make_shards(given, str(tmp_path), str(tmp_path / "out"), ShardOptions())
+    stored = Shards(tmp_path / "out").read_samples(range(5))
     assert [sample.image for sample in stored] == [(tmp_path / record["image"]).read_bytes() for record in given]
     assert [sample.record for sample in stored] == given
 
@@ -153,7 +156,7 @@ def test_a_member_has_the_suffix_of_its_images_format(
         (tmp_path / name).write_bytes((pictures / records[0]["image"]).read_bytes())
     given = [{**records[0], "image": name} for name in ("a.jpg", "b.JPEG", "c.txt")]
     with in_process():
-        make(given, str(tmp_path), str(tmp_path / "out"), Making())
+        make_shards(given, str(tmp_path), str(tmp_path / "out"), ShardOptions())
     with tarfile.open(tmp_path / "out" / "000000.tar") as tar:
         assert [Path(name).suffix for name in tar.getnames() if not name.endswith(".json")] == [".png"] * 3
 
@@ -167,7 +170,7 @@ def test_records_that_all_fail_alike_are_of_another_form(
         in_process(),
         pytest.raises(ValueError, match=r'the form of the file is wrong.*got user: turns are not "human'),
     ):
-        make(given, str(pictures), str(tmp_path), Making())
+        make_shards(given, str(pictures), str(tmp_path), ShardOptions())
 
 
 def test_odd_values_leave_a_list_that_is_json_in_utf8(
@@ -177,43 +180,43 @@ def test_odd_values_leave_a_list_that_is_json_in_utf8(
     given = [{**records[0], "id": name, "image": "none\ud83d.png"} for name in ids]
     kept = [{**records[0], "id": name, "more\ud83d": float("inf")} for name in ids]
     with in_process():
-        summary = make([*given, *kept], str(pictures), str(tmp_path), Making(max_bad_fraction=0.5))
+        summary = make_shards([*given, *kept], str(pictures), str(tmp_path), ShardOptions(max_bad_fraction=0.5))
     assert (summary["kept"], summary["quarantined"]) == (len(ids), {"missing image": len(ids)})
-    for line in (tmp_path / QUARANTINE).read_text("utf-8").splitlines():
+    for line in (tmp_path / QUARANTINE_FILE).read_text("utf-8").splitlines():
         entry = json.loads(line, parse_constant=lambda name: pytest.fail(name))
         assert (entry["field"], entry["value"]) == ("image", "none\\ud83d.png")
         assert len(line) < 1000
-    assert all(sample.id.encode() for sample in Shards(tmp_path).read(range(len(ids))))
+    assert all(sample.id.encode() for sample in Shards(tmp_path).read_samples(range(len(ids))))
 
 
 def test_a_folder_of_something_else_is_left_alone(
     in_process: Callable[[], AbstractContextManager[None]], records: list[dict], pictures: Path, tmp_path: Path
 ):
-    for name, data in (("000000.tar", b"mine"), (SUMMARY, b"mine"), (SUMMARY, b"{}")):
+    for name, data in (("000000.tar", b"mine"), (SUMMARY_FILE, b"mine"), (SUMMARY_FILE, b"{}")):
         out = tmp_path / f"{name}{len(data)}"
         out.mkdir()
         (out / name).write_bytes(data)
         with in_process(), pytest.raises(ValueError, match=re.escape(str(out)) + ".*allowed: a"):
-            make(records, str(pictures), str(out), Making())
+            make_shards(records, str(pictures), str(out), ShardOptions())
         assert {path.name: path.read_bytes() for path in out.iterdir()} == {name: data}
 
 
 def test_a_folder_without_an_index_is_no_set(tmp_path: Path):
-    with pytest.raises(ValueError, match=f"{tmp_path}: no shards here, {INDEX} is missing"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: no shards here, {INDEX_FILE} is missing"):
         Shards(tmp_path)
 
 
 def test_the_index_says_of_each_sample_its_words_and_whether_it_has_an_image(stored: Shards, records: list[dict]):
     said = [" ".join(turn["value"] for turn in record["conversations"]) for record in records]
-    assert stored.words.tolist() == [len(text.replace("<image>", "").split()) for text in said]
+    assert stored.word_counts.tolist() == [len(text.replace("<image>", "").split()) for text in said]
     assert stored.has_image.tolist() == [True] * len(records)
-    assert [stored.words.dtype, stored.has_image.dtype, stored.sizes.dtype] == [np.int32, bool, np.int64]
+    assert [stored.word_counts.dtype, stored.has_image.dtype, stored.shard_sizes.dtype] == [np.int32, bool, np.int64]
 
 
 @pytest.mark.parametrize("number", [-1, 22])
 def test_a_number_of_no_sample_is_an_error(stored: Shards, number: int):
     with pytest.raises(IndexError, match=f"got sample {number}, allowed: 0 to 21"):
-        stored.read([0, number])
+        stored.read_samples([0, number])
 
 
 def table(samples: int, each: int = 1000, word: int = 1) -> pa.Table:
@@ -234,25 +237,32 @@ def table(samples: int, each: int = 1000, word: int = 1) -> pa.Table:
         "image_size": (number % 3 > 0) * 512,
         "words": np.full(samples, word, np.int32),
     }
-    return pa.table(columns, SCHEMA)
+    return pa.table(columns, INDEX_SCHEMA)
 
 
 def test_rows_are_those_that_were_written(tmp_path: Path):
     parts = [table(5), table(0), table(7)]
-    parts[2] = parts[2].set_column(1, "shard", pa.array(["b.tar"] * 4 + ["c.tar"] * 3, SCHEMA.field("shard").type))
+    parts[2] = parts[2].set_column(
+        1, "shard", pa.array(["b.tar"] * 4 + ["c.tar"] * 3, INDEX_SCHEMA.field("shard").type)
+    )
     write_index(str(tmp_path), pa.concat_tables(parts))
     shards = Shards(tmp_path)
-    shards.check()
+    shards.validate()
     assert rows(shards) == [row for part in parts for row in part.to_pylist()]
-    assert (shards.names, shards.sizes.tolist()) == (["000000.tar", "b.tar", "c.tar"], [5, 4, 3])
-    assert shards.rows([7, 2]) == [rows(shards)[7], rows(shards)[2]]
+    assert (shards.shard_names, shards.shard_sizes.tolist()) == (["000000.tar", "b.tar", "c.tar"], [5, 4, 3])
+    assert shards.read_rows([7, 2]) == [rows(shards)[7], rows(shards)[2]]
 
 
 def test_a_set_without_samples_is_a_set(tmp_path: Path):
     write_index(str(tmp_path), table(0))
     shards = Shards(tmp_path)
-    shards.check()
-    assert (len(shards), shards.sizes.tolist(), shards.words.tolist(), shards.read([])) == (0, [], [], [])
+    shards.validate()
+    assert (len(shards), shards.shard_sizes.tolist(), shards.word_counts.tolist(), shards.read_samples([])) == (
+        0,
+        [],
+        [],
+        [],
+    )
 
 
 def test_shards_travel_as_the_name_of_their_folder(tmp_path: Path):
@@ -262,7 +272,7 @@ def test_shards_travel_as_the_name_of_their_folder(tmp_path: Path):
     assert len(travelled) < 400 + len(str(tmp_path))
     arrived = pickle.loads(travelled)
     assert (len(arrived), arrived.folder, arrived.fingerprint) == (len(shards), shards.folder, shards.fingerprint)
-    assert arrived.rows([99_999]) == shards.rows([99_999])
+    assert arrived.read_rows([99_999]) == shards.read_rows([99_999])
 
 
 def test_an_index_that_was_replaced_is_seen_by_what_is_constructed_then(tmp_path: Path):
@@ -270,7 +280,7 @@ def test_an_index_that_was_replaced_is_seen_by_what_is_constructed_then(tmp_path
     before = Shards(tmp_path)
     write_index(str(tmp_path), table(10, word=2))
     after = pickle.loads(pickle.dumps(Shards(tmp_path)))
-    assert (before.words.max(), after.words.max()) == (1, 2)
+    assert (before.word_counts.max(), after.word_counts.max()) == (1, 2)
     assert before.fingerprint != after.fingerprint
 
 
@@ -278,9 +288,9 @@ def test_an_index_that_was_replaced_before_a_task_opens_it_is_an_error(tmp_path:
     write_index(str(tmp_path), table(10))
     travelled = pickle.dumps(Shards(tmp_path))
     write_index(str(tmp_path), table(11))
-    program = f"import pickle; pickle.loads({travelled!r}).words"
+    program = f"import pickle; pickle.loads({travelled!r}).word_counts"
     ended = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
-    assert f"ValueError: {tmp_path}: {INDEX} has 11 samples now, it had 10" in ended.stderr
+    assert f"ValueError: {tmp_path}: {INDEX_FILE} has 11 samples now, it had 10" in ended.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's own memory there")
@@ -290,28 +300,29 @@ def test_a_process_that_looks_up_few_samples_does_not_hold_the_index(tmp_path: P
     program = f"""
 import re
 from pathlib import Path
-from pipelines.data.shards import Shards
+import pandas  # pyarrow loads it on first use
+from pipelines.data.shard_index import Shards
 def own():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = own()
 shards = Shards({str(tmp_path)!r})
-assert [row["key"] for row in shards.rows([999_999, 5])] == ["999999", "5"]
-assert shards.sizes.tolist() == [1000] * 1000 and shards.words[-1] == 1
+assert [row["key"] for row in shards.read_rows([999_999, 5])] == ["999999", "5"]
+assert shards.shard_sizes.tolist() == [1000] * 1000 and shards.word_counts[-1] == 1
 print(own() - before)"""
     grown = int(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout)
-    assert grown < 5e6 < 50e6 < (tmp_path / INDEX).stat().st_size
+    assert grown < 5e6 < 50e6 < (tmp_path / INDEX_FILE).stat().st_size
 
 
 def test_a_set_in_a_bucket_is_read_as_a_local_one(stored: Shards, monkeypatch: pytest.MonkeyPatch):
     memory = fsspec.filesystem("memory")
     memory.put(stored.folder, "/bucket/set", recursive=True)
-    monkeypatch.setattr(storage, "BLOCK", 1000)  # the index takes several ranges
+    monkeypatch.setattr(storage, "MAX_BLOCK_BYTES", 1000)  # the index takes several ranges
     try:
         shards = Shards("memory://bucket/set")
         assert shards.fingerprint == stored.fingerprint
-        assert shards.read([21, 0]) == stored.read([21, 0])
-        memory.rm(f"/bucket/set/{INDEX}")
-        assert shards.words.tolist() == stored.words.tolist(), "the index is read once"
+        assert shards.read_samples([21, 0]) == stored.read_samples([21, 0])
+        memory.rm(f"/bucket/set/{INDEX_FILE}")
+        assert shards.word_counts.tolist() == stored.word_counts.tolist(), "the index is read once"
         with pytest.raises(ValueError, match="memory://bucket/set: no shards here"):
             Shards("memory://bucket/set")
     finally:
@@ -319,7 +330,7 @@ def test_a_set_in_a_bucket_is_read_as_a_local_one(stored: Shards, monkeypatch: p
 
 
 def test_an_index_of_something_else_is_named(tmp_path: Path):
-    path = tmp_path / INDEX
+    path = tmp_path / INDEX_FILE
     write_index(str(tmp_path), table(10).drop(["words"]))
     others = [path.read_bytes(), b"", b"PAR1" * 100]
     write_index(str(tmp_path), table(10).set_column(6, "words", pa.array([None] * 10, pa.int32())))
@@ -332,7 +343,7 @@ def test_an_index_of_something_else_is_named(tmp_path: Path):
 def test_a_damaged_index_is_an_error_or_other_rows_but_never_a_crash(tmp_path: Path):
     """Arrow believes what an index says of itself; followed out of the file, that ends the process."""
     write_index(str(tmp_path), table(22, each=5))
-    path, chance = tmp_path / INDEX, np.random.default_rng(0)
+    path, chance = tmp_path / INDEX_FILE, np.random.default_rng(0)
     whole = path.read_bytes()
     refused = []
     for _ in range(500):
@@ -343,9 +354,9 @@ def test_a_damaged_index_is_an_error_or_other_rows_but_never_a_crash(tmp_path: P
         path.write_bytes(damaged)
         try:
             shards = Shards(tmp_path)
-            assert [len(column) for column in (shards.words, shards.has_image, rows(shards))] == [len(shards)] * 3
-            assert len(shards.sizes) == len(shards.names)
-            shards.check()
+            assert [len(column) for column in (shards.word_counts, shards.has_image, rows(shards))] == [len(shards)] * 3
+            assert len(shards.shard_sizes) == len(shards.shard_names)
+            shards.validate()
         except ValueError as error:
             refused.append((kind, str(path) in str(error)))
     counts = Counter(refused)
@@ -360,7 +371,7 @@ def test_shards_that_do_not_stand_together_are_found(tmp_path: Path, names: list
     )
     write_index(str(tmp_path), table(3).set_column(1, "shard", mixed))
     with pytest.raises(ValueError, match="samples of a shard do not stand together"):
-        Shards(tmp_path).check()
+        Shards(tmp_path).validate()
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -368,10 +379,12 @@ def test_shards_that_do_not_stand_together_are_found(tmp_path: Path, names: list
 def test_prepared_shards_hold_the_pixels_of_the_originals(
     records: list[dict], pictures: Path, tmp_path: Path, image_aspect_ratio: Any
 ):
-    making = Making(samples_per_shard=5, image_size=10, image_aspect_ratio=image_aspect_ratio)
-    make(records, str(pictures), str(tmp_path), making)
+    making = ShardOptions(samples_per_shard=5, image_size=10, image_aspect_ratio=image_aspect_ratio)
+    make_shards(records, str(pictures), str(tmp_path), making)
     shards = Shards(tmp_path)
-    for sample, record, image in zip(shards.read(range(len(shards))), records, files(records, pictures), strict=True):
+    for sample, record, image in zip(
+        shards.read_samples(range(len(shards))), records, files(records, pictures), strict=True
+    ):
         assert sample.record == record
         assert sample.image.startswith(b"P6\n10 10\n255\n")
         assert (pixels(sample.image, 10) == pixels(image, 10, image_aspect_ratio)).all()
@@ -380,26 +393,28 @@ def test_prepared_shards_hold_the_pixels_of_the_originals(
     for sample, image in zip(read, files(records, pictures), strict=True):
         assert (sample["ppm"].transpose(2, 0, 1) == pixels(image, 10, image_aspect_ratio)).all()
     for other in (
-        Making(samples_per_shard=5, image_size=12, image_aspect_ratio=image_aspect_ratio),
-        Making(samples_per_shard=5),
+        ShardOptions(samples_per_shard=5, image_size=12, image_aspect_ratio=image_aspect_ratio),
+        ShardOptions(samples_per_shard=5),
     ):
         with pytest.raises(ValueError, match="holds shards of other records or settings"):
-            make(records, str(pictures), str(tmp_path), other)
+            make_shards(records, str(pictures), str(tmp_path), other)
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_image_whose_square_would_be_too_large_is_broken(records: list[dict], pictures: Path, tmp_path: Path):
     Image.new("RGB", (14_000, 1)).save(pictures / "long.png")
     given = [{**records[0], "image": "long.png"}, records[1]]
-    assert make(given, str(pictures), str(tmp_path / "files"), Making())["kept"] == 2
-    summary = make(given, str(pictures), str(tmp_path / "prepared"), Making(image_size=8, max_bad_fraction=0.5))
+    assert make_shards(given, str(pictures), str(tmp_path / "files"), ShardOptions())["kept"] == 2
+    summary = make_shards(
+        given, str(pictures), str(tmp_path / "prepared"), ShardOptions(image_size=8, max_bad_fraction=0.5)
+    )
     assert (summary["kept"], summary["quarantined"]) == (1, {"broken image": 1})
 
 
 def test_a_finished_set_has_no_other_files_than_these(stored: Shards):
     names = {path.name for path in Path(stored.folder).iterdir() if path.is_file()}
-    assert names == {INDEX, QUARANTINE, SUMMARY, *stored.names}
-    assert not storage.names(f"{stored.folder}/unfinished")
+    assert names == {INDEX_FILE, QUARANTINE_FILE, SUMMARY_FILE, *stored.shard_names}
+    assert not storage.list_files(f"{stored.folder}/unfinished")
 
 
 def spoilt(records: list[dict], pictures: Path) -> tuple[list[Any], dict[int, str]]:
@@ -432,8 +447,10 @@ def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_kept(
     records: list[dict], pictures: Path, tmp_path: Path, size: int
 ):
     given, reasons = spoilt(records, pictures)
-    summary = make(given, str(pictures), str(tmp_path), Making(samples_per_shard=size, max_bad_fraction=0.5))
-    listed = [json.loads(line) for line in (tmp_path / QUARANTINE).read_text().splitlines()]
+    summary = make_shards(
+        given, str(pictures), str(tmp_path), ShardOptions(samples_per_shard=size, max_bad_fraction=0.5)
+    )
+    listed = [json.loads(line) for line in (tmp_path / QUARANTINE_FILE).read_text().splitlines()]
     assert {entry["number"]: entry["reason"] for entry in listed} == reasons
     assert {(entry["field"], entry["value"]) for entry in listed} >= {
         ("image", "none.png"),
@@ -443,27 +460,27 @@ def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_kept(
         ("conversations", "null"),
         ("", "no record"),
     }
-    assert all(entry["why"].startswith(REASONS[entry["reason"]]) for entry in listed)
-    assert set(reasons.values()) <= REASONS.keys()
+    assert all(entry["why"].startswith(RECORD_REASONS[entry["reason"]]) for entry in listed)
+    assert set(reasons.values()) <= RECORD_REASONS.keys()
     assert summary["quarantined"] == Counter(reasons.values())
     assert summary["records"] == len(given) == summary["kept"] + sum(summary["quarantined"].values())
     kept = [number for number in range(len(given)) if number not in reasons]
     stored = Shards(tmp_path)
     assert keys(stored) == [f"{number:09d}" for number in kept]
-    assert [sample.record for sample in stored.read(range(len(stored)))] == [given[number] for number in kept]
+    assert [sample.record for sample in stored.read_samples(range(len(stored)))] == [given[number] for number in kept]
     assert stored.has_image.tolist() == ["image" in given[number] for number in kept]
-    assert stored.read([kept.index(14)])[0].image == b""
+    assert stored.read_samples([kept.index(14)])[0].image == b""
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_past_the_tolerated_share_there_is_a_list_but_no_set(records: list[dict], pictures: Path, tmp_path: Path):
     given, reasons = spoilt(records, pictures)
     with pytest.raises(ValueError, match=r"8 of 24 records cannot be used \(.*1 duplicate.*\), allowed: 30\.00%"):
-        make(given, str(pictures), str(tmp_path), Making(samples_per_shard=5, max_bad_fraction=0.3))
-    assert len((tmp_path / QUARANTINE).read_text().splitlines()) == len(reasons)
+        make_shards(given, str(pictures), str(tmp_path), ShardOptions(samples_per_shard=5, max_bad_fraction=0.3))
+    assert len((tmp_path / QUARANTINE_FILE).read_text().splitlines()) == len(reasons)
     with pytest.raises(ValueError, match="no shards here"):
         Shards(tmp_path)
-    make(given, str(pictures), str(tmp_path), Making(samples_per_shard=5, max_bad_fraction=0.4))
+    make_shards(given, str(pictures), str(tmp_path), ShardOptions(samples_per_shard=5, max_bad_fraction=0.4))
     assert len(Shards(tmp_path)) == 16
 
 
@@ -471,27 +488,30 @@ def test_past_the_tolerated_share_there_is_a_list_but_no_set(records: list[dict]
 def test_a_second_start_makes_only_what_is_missing_and_a_third_nothing(
     stored: Shards, records: list[dict], pictures: Path, tmp_path: Path
 ):
-    making = Making(samples_per_shard=5)
+    making = ShardOptions(samples_per_shard=5)
     missing = pictures / records[17]["image"]
     image = missing.read_bytes()
     missing.unlink()
     with pytest.raises(ValueError, match="1 missing image"):
-        make(records, str(pictures), str(tmp_path), making)
+        make_shards(records, str(pictures), str(tmp_path), making)
     first = tmp_path / "000000.tar"
     written = first.stat().st_mtime_ns
     missing.write_bytes(image)
-    make(records, str(pictures), str(tmp_path), making)
+    make_shards(records, str(pictures), str(tmp_path), making)
     assert first.stat().st_mtime_ns == written
     assert Shards(tmp_path).fingerprint == stored.fingerprint
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    make(records, str(pictures), str(tmp_path), making)
+    make_shards(records, str(pictures), str(tmp_path), making)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_shards_of_something_else_are_left_alone(records: list[dict], pictures: Path, tmp_path: Path):
-    make(records, str(pictures), str(tmp_path), Making(samples_per_shard=5))
-    for given, making in ((records[1:], Making(samples_per_shard=5)), (records, Making(samples_per_shard=6))):
+    make_shards(records, str(pictures), str(tmp_path), ShardOptions(samples_per_shard=5))
+    for given, making in (
+        (records[1:], ShardOptions(samples_per_shard=5)),
+        (records, ShardOptions(samples_per_shard=6)),
+    ):
         with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: holds shards of other records or settings")):
-            make(given, str(pictures), str(tmp_path), making)
+            make_shards(given, str(pictures), str(tmp_path), making)
     assert len(Shards(tmp_path)) == len(records)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipelines.data.tars import Tar, read_tar, rows
+from pipelines.data.tars import Tar, make_index_rows, read_tar
 from tests.pipelines.odd_tars import PICTURES, Entry, odd_tar, pack, picture, record
 
 JPG, WEBP = PICTURES["jpg"], PICTURES["webp"]
@@ -67,7 +67,7 @@ def test_odd_and_damaged_tars_are_read_as_webdataset_reads_them_or_refused_in_on
         assert tar.used.total() + tar.ignored.total() + tar.refused == tar.members, seed
         with tarfile.open(fileobj=io.BytesIO(data)) as opened:
             assert len(opened.getmembers()) == tar.members, seed
-        for row, good in zip(rows(tar, data, "a.tar"), tar.kept, strict=True):
+        for row, good in zip(make_index_rows(tar, data, "a.tar"), tar.kept, strict=True):
             part = data[row["offset"] : row["offset"] + row["length"]]
             assert good.record
             assert json.loads(part[row["record_at"] :][: row["record_size"]])["conversations"], seed
@@ -219,7 +219,7 @@ def test_names_of_any_encoding_and_length_have_keys_in_utf_8():
         data = pack([(f"{name}.json", record(0, image=False)) for name in names], form)
         tar = read_tar(data, "a.tar")
         assert [sample.key for sample in tar.kept] == names
-        assert [row["key"] for row in rows(tar, data, "a.tar")] == ["ä/é", r"caf\udce9", "x" * 300, "a\nb"]
+        assert [row["key"] for row in make_index_rows(tar, data, "a.tar")] == ["ä/é", r"caf\udce9", "x" * 300, "a\nb"]
 
 
 def test_a_sparse_image_is_refused():
@@ -245,7 +245,7 @@ def test_samples_behind_ten_gigabytes_are_found_where_they_are(tmp_path: Path):
         file.write(tail)
     with (tmp_path / "a.tar").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         tar = read_tar(data, "a.tar")
-        found = rows(tar, data, "a.tar")
+        found = make_index_rows(tar, data, "a.tar")
         assert [row["offset"] for row in found] == [0, 1024 + 512 + size]
         start = found[1]["offset"] + found[1]["image_at"]
         assert data[start : start + found[1]["image_size"]] == JPG

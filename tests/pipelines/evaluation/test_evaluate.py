@@ -41,7 +41,7 @@ ASKED = len(questions("easy_vqa", LIMIT))
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with both modules on and random weights, large enough that answers differ."""
     folder = tmp_path_factory.mktemp("model")
-    words = word_tokenizer((each.prompt for each in easy_vqa.questions()), 160)
+    words = word_tokenizer((each.prompt for each in easy_vqa.load_questions()), 160)
     size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
     llava = build(
@@ -110,7 +110,7 @@ def test_a_batch_gets_the_answers_that_each_question_gets_alone(subject: Subject
         for each in questions(name, asking):
             assert isinstance(each.image, str)
             assert asking.max_new_tokens
-            image = (easy_vqa.FOLDER / each.image).read_bytes()
+            image = (easy_vqa.PACKAGE_IMAGES / each.image).read_bytes()
             said += alone([each.prompt], [image], asking.max_new_tokens).texts
         assert said == [row["response"] for row in rows(undisturbed, name)]
         assert len(set(said)) > len(said) // 4, "answers that differ, or equality says nothing"
@@ -139,7 +139,7 @@ def test_scores_of_types_count_their_own_questions() -> None:
         for kind, (right, asked) in counted.items()
         for number in range(asked)
     ]
-    assert {name: metric.score for name, metric in easy_vqa.metrics(answered).items()} == {
+    assert {name: metric.score for name, metric in easy_vqa.compute_metrics(answered).items()} == {
         "accuracy": 0.4,
         "accuracy.colour": 0.2,
         "accuracy.shape": 0.0,
@@ -220,7 +220,7 @@ from pathlib import Path
 from pipelines.core import cluster
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.tasks import Asking
-with cluster.session():
+with cluster.open_session():
     asking = Asking(limit=6, max_new_tokens=5)
     subject = evaluate.Subject(model=sys.argv[1], template="vicuna_bare")
     evaluate.evaluate(subject, Path(sys.argv[2]), evaluate.Evaluate(tasks={"easy_vqa": asking}, batch=2))
@@ -295,7 +295,8 @@ def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questi
     answered = rows(undisturbed, "easy_vqa")
     given = {(row["image"], row["prompt"], row["answer"], row["response"]) for row in answered}
     pictures = {
-        pixels((easy_vqa.FOLDER / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"] for row in answered
+        pixels((easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"]
+        for row in answered
     }
     shown = []
     for example in examples(subject, undisturbed, count):

@@ -383,7 +383,7 @@ def test_through_faults_that_pass_a_checkpoint_is_whole_and_comes_back_bit_by_bi
     proxy.clear()
     checkpoint.prune(bucket, 20, 1, 0)
     assert restored(bucket) == (20, [])
-    assert storage.folders(bucket) == ["step-000020"]
+    assert storage.list_folders(bucket) == ["step-000020"]
 
 
 @pytest.mark.usefixtures("fast")

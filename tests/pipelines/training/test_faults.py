@@ -80,7 +80,7 @@ def assert_same_end(plan: Plan, undisturbed: Plan) -> None:
 
 def files(plan: Plan) -> set[str]:
     found = {str(path.relative_to(plan.folder)) for path in Path(plan.folder).rglob("*") if path.is_file()}
-    assert not [name for name in found if name.endswith(storage.PARTIAL)]
+    assert not [name for name in found if name.endswith(storage.PARTIAL_SUFFIX)]
     return found
 
 
@@ -271,7 +271,7 @@ def test_a_stage_whose_checkpoints_are_in_a_bucket_goes_on_from_there_through_it
     proxy.clear()
     assert losses(plan) == losses(undisturbed)
     assert account(plan).lost_steps <= int(broken.name) - STAGE.save_steps, "it went on from a checkpoint"
-    assert storage.folders(plan.folder) == ["model", "step-000006", "step-000008"]
+    assert storage.list_folders(plan.folder) == ["model", "step-000006", "step-000008"]
     assert export.finished(plan.result)
     name = "model.safetensors"
     mine = load(storage.read(storage.join(plan.result, name)))

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from pipelines.core import storage
-from pipelines.data.consumed import Used
+from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import checkpoint, fragments, hooks
 from pipelines.training.checkpoint import Saved
 from pipelines.training.fragments import STATES, Fragment
@@ -68,7 +68,7 @@ def saving(said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def do(saving: Checkpoints, *numbers: int, **about: Any) -> None:
     for number in numbers:
-        saving(Step(number, number == LAST, {"loss": float(number)}, Used({}, []), saving.vote(), **about))
+        saving(Step(number, number == LAST, {"loss": float(number)}, ConsumedSamples({}, []), saving.vote(), **about))
 
 
 def there(saving: Checkpoints) -> list[int]:

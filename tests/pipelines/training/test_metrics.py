@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.data import consumed
-from pipelines.data.consumed import Used
+from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import metrics
 from pipelines.training.metrics import FILE, Metrics
 
@@ -24,10 +24,10 @@ def values(step: int, shift: float = 0) -> dict[str, float | None]:
     return {"loss": 1 / 2**step + shift, "replaced": step % 2, "skipped": int(step % 4 == 0)}
 
 
-def used(step: int) -> Used:
+def used(step: int) -> ConsumedSamples:
     """Two samples, every other step one of them in place of another."""
     entry = {"set": "a", "at": 1, "due": step, "used": 2 * step, "reason": "broken image"}
-    return Used({"a": [3 * step, 2 * step]}, [entry] * (step % 2))
+    return ConsumedSamples({"a": [3 * step, 2 * step]}, [entry] * (step % 2))
 
 
 def entries(run: Path) -> list[dict]:
@@ -89,7 +89,7 @@ def test_a_line_torn_at_any_place_is_cut(tmp_path: Path):
 @pytest.mark.parametrize("cursor", [0, 3, 7, 10])
 def test_samples_stand_once_a_step_too_and_replaced_ones_are_counted_on(tmp_path: Path, cursor: int):
     write(tmp_path, "tower", 0, 10)
-    with (tmp_path / consumed.FILE).open("a") as file:
+    with (tmp_path / consumed.CONSUMED_FILE).open("a") as file:
         file.write('{"stage": "tower", "step": 11, "sam')
     record = Metrics(tmp_path, "tower", cursor)
     assert (record.replaced, record.skipped) == ((cursor + 1) // 2, cursor // 4)
@@ -97,7 +97,7 @@ def test_samples_stand_once_a_step_too_and_replaced_ones_are_counted_on(tmp_path
         record.write(step, values(step), used(step))
     record.close()
     assert (record.replaced, record.skipped) == (6, 3)
-    lines = [json.loads(line) for line in (tmp_path / consumed.FILE).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / consumed.CONSUMED_FILE).read_text().splitlines()]
     assert lines == [{"stage": "tower", "step": step, **asdict(used(step))} for step in range(1, 13)]
 
 

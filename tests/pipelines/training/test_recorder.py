@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.core.failures import Failure, Kind
 from pipelines.data import consumed
-from pipelines.data.consumed import Used
+from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import ledger, metrics
 from pipelines.training.recorder import Recorder, Settings
 
@@ -45,7 +45,7 @@ def new(settings: Settings) -> Iterator[Callable[..., Recorder]]:
 def do(recorder: Recorder, *steps: int, replaced: int = 0, **values: float) -> list[bool]:
     """What the recorder answers to each step."""
     whole = {"loss": 1.0, "skipped": 0, "replaced": replaced, "data_s": 0.1, "compute_s": 0.2, "stall_s": 0.0} | values
-    used = Used({"a": [1]}, [ENTRY] * replaced)
+    used = ConsumedSamples({"a": [1]}, [ENTRY] * replaced)
     for name in ("learning_rate", "grad_norm", "samples", "tokens"):
         whole.setdefault(name, 1)
     return [recorder.write(step, whole, used) for step in steps]
@@ -239,7 +239,7 @@ def test_steps_done_again_stand_once_on_record_and_count_as_lost(new: Callable[.
     recorder.begin(2, 1, 1.0, [], "")
     do(recorder, 2, 3, 4)
     recorder.sync()
-    for file in (metrics.FILE, consumed.FILE):
+    for file in (metrics.FILE, consumed.CONSUMED_FILE):
         assert [entry["step"] for entry in lines(tmp_path / file)] == [1, 2, 3, 4]
     spent = ledger.read(tmp_path).account
     assert (spent.restarts, spent.lost_steps) == (1, 2)
@@ -257,7 +257,7 @@ def test_more_replaced_samples_than_tolerated_stop_the_workers_with_the_reason(
     assert do(recorder, 3, replaced=1) + do(recorder, 4) == [True, True]
     told = (
         f"train.tower: 4 samples had to be replaced, allowed: 3, by data.max_bad_fraction; at last broken image; "
-        f"{tmp_path / consumed.FILE} lists them"
+        f"{tmp_path / consumed.CONSUMED_FILE} lists them"
     )
     assert recorder.hear().failed == told
 
@@ -271,7 +271,7 @@ def test_more_steps_that_are_not_finite_than_tolerated_stop_the_workers_with_the
     assert do(recorder, 3, skipped=1) == [True]
     told = (
         "train.tower.max_nonfinite_steps: loss or gradient of 2 steps was not finite, at last of step 3, allowed: 1; "
-        f"{tmp_path / consumed.FILE} has its samples"
+        f"{tmp_path / consumed.CONSUMED_FILE} has its samples"
     )
     assert recorder.hear().failed == told
 

@@ -163,7 +163,7 @@ def test_a_checkpoint_goes_with_the_contents_of_the_sets_not_with_where_they_lie
 ) -> None:
     plan = new_plan()
     folder = Path(plan.sets["set"])
-    for name in storage.names(str(folder)):
+    for name in storage.list_files(str(folder)):
         storage.write(str(tmp_path / name), storage.read(str(folder / name)))
     assert replace(plan, sets={"set": str(tmp_path)}).identity() == plan.identity()
 
@@ -199,8 +199,8 @@ def test_a_stage_for_which_there_is_no_room_starts_nothing(
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_this_machine_has_no_room_for_is_refused_instead_of_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     have = ray.cluster_resources()["CPU"]
-    cluster.require({"CPU": have}, "all of it")
+    cluster.require_resources({"CPU": have}, "all of it")
     with pytest.raises(ValueError, match=rf"train.tower with workers = 99 needs {have + 1:g} CPUs, allowed: {have:g}"):
-        cluster.require({"CPU": have + 1}, "train.tower with workers = 99")
+        cluster.require_resources({"CPU": have + 1}, "train.tower with workers = 99")
     monkeypatch.setenv("RAY_ADDRESS", "a cluster that may grow")
-    cluster.require({"CPU": have + 1}, "train.tower with workers = 99")
+    cluster.require_resources({"CPU": have + 1}, "train.tower with workers = 99")
