@@ -1,8 +1,12 @@
 """The plan of the house holds: its floors and arrows, its tools, its tree."""
 
+import ast
+import io
+import re
 import subprocess
 import sys
 import sysconfig
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -59,3 +63,51 @@ def test_the_library_loads_neither_cluster_nor_job_file() -> None:
     loaded = {name.partition(".")[0] for name in ended.stdout.split()}
     assert "redux" in loaded
     assert not loaded & {"ray", "deepspeed", "pydantic", "pipelines", "jobs"}
+
+
+SOURCES = ("redux", "pipelines", "jobs")
+
+CLAUSE_OPENERS = {"What", "Whether", "Of", "Who", "How", "Where", "When", "Which", "Why", "That", "Those", "As", "If"}
+"""First words that begin a clause instead of an imperative or a noun phrase."""
+
+
+def parse_sources() -> dict[Path, ast.Module]:
+    paths = [path for path in tracked() if path.suffix == ".py" and path.parts[0] in SOURCES]
+    return {path: ast.parse((ROOT / path).read_text()) for path in paths}
+
+
+def test_docstrings_open_with_an_imperative_or_a_noun_phrase() -> None:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    openers = {
+        f"{path}:{getattr(node, 'lineno', 1)}": re.match(r"\W*(\w*)", docstring)[1]  # type: ignore[index]
+        for path, tree in parse_sources().items()
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and (docstring := ast.get_docstring(node))
+    }
+    assert {place: word for place, word in openers.items() if word in CLAUSE_OPENERS} == {}
+
+
+def test_names_of_classes_and_public_constants_occur_once() -> None:
+    places: dict[str, set[str]] = {}
+    for path, tree in parse_sources().items():
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)]
+            names = [name for name in names if name.isupper() and len(name) > 1]
+            for name in [*names, *([node.name] if isinstance(node, ast.ClassDef) else [])]:
+                if not name.startswith("_"):
+                    places.setdefault(name, set()).add(str(path))
+    assert {name: sorted(found) for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_pipelines_have_comments_where_a_reader_needs_them() -> None:
+    """At least 4 comments per 100 lines: at boundaries of processes, in long functions, at workarounds."""
+    lines = comments = 0
+    for path in parse_sources():
+        if path.parts[0] == "pipelines":
+            text = (ROOT / path).read_text()
+            lines += sum(bool(line.strip()) for line in text.splitlines())
+            comments += sum(
+                token.type == tokenize.COMMENT for token in tokenize.generate_tokens(io.StringIO(text).readline)
+            )
+    assert 100 * comments / lines >= 4
