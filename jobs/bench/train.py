@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,19 +166,16 @@ def bare(folder: Path) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch.distributed as dist
 
-    from pipelines.data.ingest import Batch, Reader
-    from pipelines.training import driver, engine
+    from pipelines.training import engine, worker
 
     dist.init_process_group("gloo")
 
-    def made(trained: Any, reader: Reader, done: int, stop: int, spare: bool) -> Iterator[Batch]:
-        return iter([reader(turn * 2 + trained.global_rank) for turn in range(done, stop)])
-
-    driver._batches = made
     plan = pickle.loads((folder / "plan.pickle").read_bytes())
     trained = engine.build(plan, 2)
     times = []
-    for _ in driver.training_steps(trained, plan, plan.reader(), 0, STEPS, [], set()):
+    reader, accumulation = plan.reader(), plan.stage.accumulation(2)
+    batches = iter([reader(turn * 2 + trained.global_rank) for turn in range(STEPS * accumulation)])
+    for _ in worker.training_steps(trained, plan, batches, 0, STEPS, [], set()):
         times.append(time.time())
     if trained.global_rank == 0:
         (folder / "bare.json").write_text(

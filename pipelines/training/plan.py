@@ -72,6 +72,10 @@ class Plan:
         fewest, most = self.workers or (1, 1)
         return fewest < most
 
+    def leaves_cpus_to_readers(self, gpus: bool) -> bool:
+        """Tell if workers leave CPUs to readers: not if they take all machines that come and GPUs do not limit them."""
+        return gpus or not self.elastic
+
     def with_workers(self, places: int) -> "Plan":
         """Return the plan with its number of workers decided.
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from pipelines.data.ingest import Batch, Reader
-from pipelines.training import checkpoint, driver, fragments
+from pipelines.data.ingest import Batch
+from pipelines.training import checkpoint, fragments, worker
 from pipelines.training.checkpoint import Manifest, Upload
 from pipelines.training.hooks import Hook, Step
 from pipelines.training.plan import Plan
@@ -38,7 +38,6 @@ def run(folder: Path, workers: int, work: Callable[..., Any], *args: Any) -> lis
 
 def _rank(rank: int, workers: int, store: Path, result: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers), "DS_ACCELERATOR": "cpu"}
-    driver._batches = read_here
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
         torch.save(work(*args), result)
@@ -48,9 +47,12 @@ def _rank(rank: int, workers: int, store: Path, result: Path, work: Callable[...
         os._exit(1)  # the others are told by a broken connection
 
 
-def read_here(trained: Any, reader: Reader, done: int, stop: int, spare: bool) -> Iterator[Batch]:
-    """As `driver._batches`, without Ray Data."""
-    return (reader(turn * trained.dp_world_size + trained.global_rank) for turn in range(done, stop))
+def read_here(trained: Any, plan: Plan, cursor: int, stop: int) -> Iterator[Batch]:
+    """This rank's micro-batches, read in its own process without Ray Data."""
+    reader, workers = plan.reader(), trained.dp_world_size
+    accumulation = plan.stage.accumulation(workers)
+    for turn in range(cursor * accumulation, stop * accumulation):
+        yield reader(turn * workers + trained.global_rank)
 
 
 def workers() -> int:
@@ -58,7 +60,8 @@ def workers() -> int:
 
 
 def steps(trained: Any, plan: Plan, cursor: int, stop: int, hooks: tuple[Hook, ...] = ()) -> Iterator[Step]:
-    return driver.training_steps(trained, plan, plan.reader(), cursor, stop, hooks, set())
+    batches = read_here(trained, plan, cursor, stop)
+    return worker.training_steps(trained, plan, batches, cursor, stop, hooks, set())
 
 
 def save(trained: Any, plan: Plan, cursor: int) -> None:

@@ -115,11 +115,11 @@ def test_a_batch_that_is_not_finite_is_named_and_skipped_or_done_again(
     undisturbed: Plan, new_plan: NewPlan, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Rolled back, a fault of the machine is undone; one that comes again is skipped."""
-    plan = new_plan(nonfinite="rollback")
+    plan = new_plan(on_nonfinite="rollback")
     driver.train_stage(plan, [Fault("nan", 2, 0, tmp_path)])
     assert_same_end(plan, undisturbed)
 
-    plan = new_plan(nonfinite="rollback")
+    plan = new_plan(on_nonfinite="rollback")
     driver.train_stage(plan, [Fault("nan", 4, 0, tmp_path, times=2)])
     entries = lines(plan, "metrics.jsonl")
     assert [entry["step"] for entry in entries if entry["skipped"]] == [5]
@@ -145,7 +145,7 @@ def test_a_rank_that_hangs_is_found(undisturbed: Plan, new_plan: NewPlan, tmp_pa
     assert_same_end(plan, undisturbed)
     [stacks] = (plan.run / "stacks" / plan.name).iterdir()
     assert stacks.name.startswith("rank-0-")
-    assert "pipelines/training/driver.py" in stacks.read_text()
+    assert "pipelines/training/worker.py" in stacks.read_text()
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def each(jobs: list[tuple[Any, ...]]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def plans(new_plan: Callable[..., Plan]) -> dict[Layout, Plan]:
-    return {(zero, precision): new_plan(zero=zero, precision=precision) for zero, precision in LAYOUTS}
+    return {(zero, precision): new_plan(zero_stage=zero, precision=precision) for zero, precision in LAYOUTS}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_any_layout_goes_on_from_another(
 def test_a_run_on_four_then_two_then_three_workers_is_the_run_on_one(
     new_plan: Callable[..., Plan], tmp_path: Path
 ) -> None:
-    plan = new_plan(global_batch_size=12, micro_batch_size=1, zero=3)
+    plan = new_plan(global_batch_size=12, micro_batch_size=1, zero_stage=3)
     [undisturbed] = ranks.run(tmp_path, 1, each, [(replace(plan, checkpoints=str(tmp_path / "one")), 0, STEPS, None)])[
         0
     ]

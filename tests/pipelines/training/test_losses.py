@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from pipelines.data.ingest import Batch
-from pipelines.training import driver
+from pipelines.training import worker
 from pipelines.training.engine import Language
 from pipelines.training.plan import Plan
 from redux import model
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 def plans(new_plan: Callable[..., Plan]) -> dict[tuple[int, str], Plan]:
     sizes = {micro for micro, _ in CUTS}
     return {
-        (micro, loss): new_plan(global_batch_size=SAMPLES, micro_batch_size=micro, loss=loss)
+        (micro, loss): new_plan(global_batch_size=SAMPLES, micro_batch_size=micro, loss_reduction=loss)
         for micro in sizes
         for loss in ("token", "sample")
     }
@@ -91,7 +91,7 @@ def slow(language: Language, plan: Plan, learned: np.ndarray) -> tuple[float, di
 
 def tensors(language: Language, batch: Batch) -> dict[str, Tensor]:
     trained: Any = SimpleNamespace(module=language, device=CPU)
-    return driver._tensors(batch, trained)
+    return worker._tensors(batch, trained)
 
 
 @pytest.mark.parametrize("kind", ["token", "sample"])
@@ -106,14 +106,14 @@ def test_loss_and_gradient_are_those_of_the_slow_reference_however_the_batch_is_
     learned = masks(seed)
     expected, slope, count = slow(language, plans[1, kind], learned)
     assert count > 20
-    monkeypatch.setattr(driver.dist, "all_reduce", lambda total: total.fill_(count))
+    monkeypatch.setattr(worker.dist, "all_reduce", lambda total: total.fill_(count))
     for micro, workers in CUTS:
         plan = plans[micro, kind]
         batches = cut(plan, learned)
         loss = 0.0
         for rank in range(workers):
             mine = batches[rank::workers]
-            for batch, weight in zip(mine, driver._weights(mine, plan, CPU), strict=True):
+            for batch, weight in zip(mine, worker._weights(mine, plan, CPU), strict=True):
                 part = language(**tensors(language, batch), weight=weight)
                 part.backward()
                 loss += part.item()
@@ -129,10 +129,10 @@ def test_loss_and_gradient_are_those_of_the_slow_reference_however_the_batch_is_
 def test_a_global_batch_without_a_learned_token_changes_nothing(
     kind: str, plans: dict[tuple[int, str], Plan], language: Language, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver.dist, "all_reduce", lambda total: None)
+    monkeypatch.setattr(worker.dist, "all_reduce", lambda total: None)
     plan = plans[4, kind]
     batches = cut(plan, np.zeros((SAMPLES, 512), bool))
-    for batch, weight in zip(batches, driver._weights(batches, plan, CPU), strict=True):
+    for batch, weight in zip(batches, worker._weights(batches, plan, CPU), strict=True):
         loss = language(**tensors(language, batch), weight=weight)
         loss.backward()
         assert loss.item() == 0
@@ -142,5 +142,5 @@ def test_a_global_batch_without_a_learned_token_changes_nothing(
 def test_each_pair_of_a_contrastive_batch_counts_the_same(new_plan: Callable[..., Plan]) -> None:
     plan = new_plan(objective="contrastive", learning_rate={"tower": 1e-3})
     batches = [{"input_ids": np.zeros((2, 5))}] * 2
-    weights = driver._weights(batches, plan, CPU)
+    weights = worker._weights(batches, plan, CPU)
     assert torch.cat(weights).tolist() == [1 / 8] * 4
