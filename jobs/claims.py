@@ -65,7 +65,7 @@ def find_changes(
         return []
     now = yaml.safe_load(document.write(settings))
     result = []
-    for key, old, new in checkpoint.differences(_read(path, type(settings)), now):
+    for key, old, new in checkpoint.find_differences(_read(path, type(settings)), now):
         if (use := find_use(key)) and not changed:
             raise ValueError(
                 f"{path}: this was started with {key} = {old!r}, not {new!r}, and {use} depends on it; "
@@ -111,7 +111,7 @@ def find_assembled(folder: Path, job: Job) -> Path | None:
     if not assembled.exists():
         return None
     outdated = any(key.partition(".")[0] == "model" for key in find_changes(folder / JOB, job))
-    return None if outdated and not metrics.stages(folder) else assembled
+    return None if outdated and not metrics.read_stages(folder) else assembled
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Claim:
     def of(cls, folder: Path, job: Job) -> "Claim":
         """Read what the folder holds."""
         before = _read(folder / JOB, Job).get("train") if (folder / JOB).exists() else None
-        begun = metrics.stages(folder) | ({"evaluate"} if evaluate.has_answers(folder) else set())
+        begun = metrics.read_stages(folder) | ({"evaluate"} if evaluate.has_answers(folder) else set())
         return cls(folder, job, (list(before or {}), list(job.train)), frozenset(begun))
 
     def find_changes(self, changed: bool = False) -> list[str]:

@@ -38,7 +38,7 @@ from pipelines.data.options import Making, Source
 from pipelines.evaluation import evaluate, tasks
 from pipelines.report import run_report
 from pipelines.training import driver, ledger, lora, trackers
-from pipelines.training.plan import Plan
+from pipelines.training.plan import StagePlan
 from pipelines.training.stage import count_shared_workers
 from redux import pretrained, respondent
 from redux.architecture import Language, Model, Tower, image_tokens
@@ -59,7 +59,7 @@ def run(
     folder: Path,
     changed: bool = False,
     until: str | None = None,
-    watch: driver.Watch | None = None,
+    watch: driver.StopCallback | None = None,
     patience_s: float = 0,
 ) -> None:
     """Do what is left of the job in its run folder.
@@ -94,7 +94,7 @@ def run(
             print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
         _check_sets(job, folder)
         if job.checkpoints and job.train.keys() & left.keys():
-            driver.probe(locate_checkpoints(job, folder))
+            driver.check_writable(locate_checkpoints(job, folder))
         jsonl.mend(folder / PROGRESS)
         with cluster.session():
             _check_resources(job, left)
@@ -151,7 +151,7 @@ def alone(folder: Path, patience_s: float = 0) -> Iterator[None]:
 
 
 def steps(
-    job: Job, folder: Path, changed: bool = False, watch: driver.Watch | None = None
+    job: Job, folder: Path, changed: bool = False, watch: driver.StopCallback | None = None
 ) -> dict[str, Callable[[], None]]:
     """The steps of a job by name, in order: shards, parts put together, each training stage, evaluation, report.
 
@@ -166,7 +166,7 @@ def steps(
     if job.model.pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""
-    result |= {name: functools.partial(driver.train_stage, plan, watch=watch) for name, plan in stages.items()}
+    result |= {name: functools.partial(driver.train_stage, plan, should_stop=watch) for name, plan in stages.items()}
     settings = job.evaluate
     if settings is None:
         result["report"] = lambda: _report(folder, [])
@@ -176,7 +176,7 @@ def steps(
     def answer() -> None:
         clock = time.monotonic()
         _write(folder / SCORES, evaluate.evaluate(subject, folder, settings, job.gpu_share))
-        ledger.note(folder, "evaluate", last, wall_s=time.monotonic() - clock)
+        ledger.append_event(folder, "evaluate", last, wall_s=time.monotonic() - clock)
 
     def describe() -> None:
         _report(folder, evaluate.examples(subject, folder, job.report.examples))
@@ -216,7 +216,7 @@ def _check_sets(job: Job, folder: Path) -> None:
                 plan.check_prepared(name, prepared.get(name))
 
 
-def _subject(job: Job, settings: tasks.Evaluate, stages: dict[str, Plan]) -> evaluate.Subject:
+def _subject(job: Job, settings: tasks.Evaluate, stages: dict[str, StagePlan]) -> evaluate.Subject:
     """Who is evaluated: what the last stage made, or without one the checkpoint."""
     asked = {name: getattr(settings, name) for name in ("template", "image_aspect_ratio", "allow_mismatch")}
     if stages:
@@ -225,19 +225,19 @@ def _subject(job: Job, settings: tasks.Evaluate, stages: dict[str, Plan]) -> eva
     return evaluate.Subject(model=job.model.checkpoint, methods=job.model.methods, **asked)
 
 
-def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
+def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, StagePlan]:
     """What the workers of each stage are told, by name and in order; each begins with the model of the one before.
 
     ValueError where the model's pretrained parts cannot be read or do not go together.
     """
-    sets, result = locate_sets(job, folder), dict[str, Plan]()
+    sets, result = locate_sets(job, folder), dict[str, StagePlan]()
     if not job.train:
         return result
     image_size, image_tokens = _image(job, folder)
     tokenizer = folder / (ASSEMBLED if job.model.pretrained else TOKENIZER)
     start = str(tokenizer) if job.model.pretrained else None
     for name, stage in job.train.items():
-        result[name] = Plan(
+        result[name] = StagePlan(
             name=name,
             stage=stage,
             model=None if job.model.pretrained else job.model,
@@ -247,16 +247,16 @@ def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
             run=folder,
             checkpoints=locate_checkpoints(job, folder),
             sets={name: sets[name] for name in stage.mixture},
-            tolerance=job.data.max_bad_fraction,
+            max_bad_fraction=job.data.max_bad_fraction,
             tokenizer=tokenizer,
             start=start,
             image_size=image_size,
             image_tokens=image_tokens,
             recovery=job.recovery,
             job=schema.dump(job),
-            title=job.name,
+            job_name=job.name,
             trackers=tuple(job.trackers),
-            changed=changed,
+            allow_changes=changed,
         )
         start = result[name].result
     return result
@@ -273,10 +273,10 @@ def located(job: Job, folder: Path) -> Job:
     for name, url in sets.items():
         if name not in job.data.make and not len(shards.Shards(url)):
             raise ValueError(f"data.sets.{name}: {url} has no samples, allowed: at least one")
-    trackers.require(job.trackers)
+    trackers.check_trackers(job.trackers)
     for name, stage in job.train.items():
         if stage.lora:
-            lora.require(f"train.{name}.lora")
+            lora.require_peft(f"train.{name}.lora")
         if stage.image_backend == "fast" and find_spec("simplejpeg") is None:
             raise ValueError(
                 f"train.{name}.image_backend: got fast, allowed: exact, or the package simplejpeg: "

@@ -189,7 +189,7 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
         jobs = Jobs(search, _share(search, folder / SHARED, changed), _with_counts(search, whole))
         trials = Trials(search, search.name, folder, jobs.forecast)
 
-        def work(trial: Try, place: Path, watch: driver.Watch) -> dict[str, float]:
+        def work(trial: Try, place: Path, watch: driver.StopCallback) -> dict[str, float]:
             job = jobs(trial.values, str(trial.number))
             run.run(job, place, watch=watch, patience_s=PATIENCE_S)
             return _measured(job, place)
@@ -216,7 +216,7 @@ def _claim(search: Search, folder: Path, changed: bool) -> None:
         return "a trial" if tried else ""
 
     tried = any((folder / tuning.FOLDER).glob("*"))
-    trained = bool(metrics.stages(folder / SHARED))
+    trained = bool(metrics.read_stages(folder / SHARED))
     keys = claims.claim(folder / FILE, search, find_use, changed)
     if not tried and not all(claims.is_free(key, FREE) for key in keys):
         discard(search, search.name, folder)
@@ -263,9 +263,9 @@ def _measured(job: Job, place: Path) -> dict[str, float]:
     result = json.loads((place / "metrics.json").read_text())
     if job.train:
         stage = list(job.train)[-1]
-        losses = [loss for loss in metrics.losses(place, stage).values() if loss is not None]
+        losses = [loss for loss in metrics.read_losses(place, stage).values() if loss is not None]
         last = losses[-max(len(losses) // LAST, 1) :]
-        result["tokens_per_s"] = metrics.tokens_per_s(place, stage)
+        result["tokens_per_s"] = metrics.compute_tokens_per_s(place, stage)
         if last:
             result["loss"] = sum(last) / len(last)
     return result

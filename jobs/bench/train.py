@@ -62,7 +62,7 @@ def small(folder: Path) -> Any:
 
     from pipelines.data.options import Making
     from pipelines.data.shards import make
-    from pipelines.training.plan import Plan
+    from pipelines.training.plan import StagePlan
     from pipelines.training.stage import Stage
     from redux.architecture import Language, Model, Tower, image_tokens
     from redux.conversation import IMAGE, TEMPLATES, word_tokenizer
@@ -93,7 +93,7 @@ def small(folder: Path) -> Any:
         learning_rate={"tower": 1e-4, "projector": 1e-4, "language": 1e-4},
         save_steps=EVERY,
     )
-    plan = Plan(
+    plan = StagePlan(
         name="stage",
         stage=stage,
         model=model,
@@ -102,7 +102,7 @@ def small(folder: Path) -> Any:
         run=folder,
         checkpoints=str(folder / "checkpoints"),
         sets={"set": str(folder / "set")},
-        tolerance=0,
+        max_bad_fraction=0,
         tokenizer=folder / "tokenizer",
         start=None,
         image_size=64,
@@ -126,12 +126,12 @@ class Kill:
     at: Path
 
     def __call__(self, engine: Any, plan: Any) -> Any:
-        from pipelines.training.hooks import Hook, Step
+        from pipelines.training.hooks import Hook, StepResult
 
         kill = self
 
         class Now(Hook):
-            def __call__(self, step: Step) -> None:
+            def on_step_end(self, step: StepResult) -> None:
                 if step.number == kill.step and engine.global_rank == 1 and not kill.at.exists():
                     kill.at.write_text(str(time.time()))
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -142,7 +142,7 @@ class Kill:
 def events(plan: Any) -> list[dict[str, Any]]:
     from pipelines.training import ledger
 
-    return [json.loads(line) for line in (plan.run / ledger.FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (plan.run / ledger.LEDGER_FILE).read_text().splitlines()]
 
 
 def seconds(plan: Any) -> list[float]:
@@ -171,11 +171,11 @@ def bare(folder: Path) -> None:
     dist.init_process_group("gloo")
 
     plan = pickle.loads((folder / "plan.pickle").read_bytes())
-    trained = engine.build(plan, 2)
+    trained = engine.build_engine(plan, 2)
     times = []
-    reader, accumulation = plan.reader(), plan.stage.accumulation(2)
+    reader, accumulation = plan.build_reader(), plan.stage.count_accumulation_steps(2)
     batches = iter([reader(turn * 2 + trained.global_rank) for turn in range(STEPS * accumulation)])
-    for _ in worker.training_steps(trained, plan, batches, 0, STEPS, [], set()):
+    for _ in worker.run_training_steps(trained, plan, batches, 0, STEPS, [], set()):
         times.append(time.time())
     if trained.global_rank == 0:
         (folder / "bare.json").write_text(

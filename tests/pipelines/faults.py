@@ -13,8 +13,8 @@ import ray
 import torch.distributed as dist
 from ray.train.v2._internal.execution.context import get_train_context
 
-from pipelines.training.hooks import Hook, Step
-from pipelines.training.plan import Plan
+from pipelines.training.hooks import Hook, StepResult
+from pipelines.training.plan import StagePlan
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Fault:
     marks: Path
     times: int = 1
 
-    def __call__(self, engine: Any, plan: Plan) -> Hook:
+    def __call__(self, engine: Any, plan: StagePlan) -> Hook:
         return _Happens(self, engine)
 
     def due(self, step: int) -> bool:
@@ -50,7 +50,7 @@ class _Happens(Hook):
         self.fault, self.engine = fault, engine
         self.handle: Any = None
 
-    def __call__(self, step: Step) -> None:
+    def on_step_end(self, step: StepResult) -> None:
         if self.handle:
             self.handle.remove()
         if not self.fault.due(step.number):
@@ -86,7 +86,7 @@ class Hold:
     steps: tuple[int, ...]
     marks: Path
 
-    def __call__(self, engine: Any, plan: Plan) -> Hook:
+    def __call__(self, engine: Any, plan: StagePlan) -> Hook:
         return _Holds(self)
 
     def arrived(self, step: int, ranks: int) -> list[str]:
@@ -104,7 +104,7 @@ class _Holds(Hook):
     def __init__(self, hold: Hold) -> None:
         self.hold = hold
 
-    def __call__(self, step: Step) -> None:
+    def on_step_end(self, step: StepResult) -> None:
         if step.number not in self.hold.steps:
             return
         node = ray.get_runtime_context().get_node_id()

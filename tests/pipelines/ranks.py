@@ -13,8 +13,8 @@ import torch.multiprocessing
 from pipelines.data.ingest import Batch
 from pipelines.training import checkpoint, fragments, worker
 from pipelines.training.checkpoint import Manifest, Upload
-from pipelines.training.hooks import Hook, Step
-from pipelines.training.plan import Plan
+from pipelines.training.hooks import Hook, StepResult
+from pipelines.training.plan import StagePlan
 
 
 def run(folder: Path, workers: int, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -47,10 +47,10 @@ def _rank(rank: int, workers: int, store: Path, result: Path, work: Callable[...
         os._exit(1)  # the others are told by a broken connection
 
 
-def read_here(trained: Any, plan: Plan, cursor: int, stop: int) -> Iterator[Batch]:
+def read_here(trained: Any, plan: StagePlan, cursor: int, stop: int) -> Iterator[Batch]:
     """This rank's micro-batches, read in its own process without Ray Data."""
-    reader, workers = plan.reader(), trained.dp_world_size
-    accumulation = plan.stage.accumulation(workers)
+    reader, workers = plan.build_reader(), trained.dp_world_size
+    accumulation = plan.stage.count_accumulation_steps(workers)
     for turn in range(cursor * accumulation, stop * accumulation):
         yield reader(turn * workers + trained.global_rank)
 
@@ -59,19 +59,19 @@ def workers() -> int:
     return dist.get_world_size()
 
 
-def steps(trained: Any, plan: Plan, cursor: int, stop: int, hooks: tuple[Hook, ...] = ()) -> Iterator[Step]:
+def steps(trained: Any, plan: StagePlan, cursor: int, stop: int, hooks: tuple[Hook, ...] = ()) -> Iterator[StepResult]:
     batches = read_here(trained, plan, cursor, stop)
-    return worker.training_steps(trained, plan, batches, cursor, stop, hooks, set())
+    return worker.run_training_steps(trained, plan, batches, cursor, stop, hooks, set())
 
 
-def save(trained: Any, plan: Plan, cursor: int) -> None:
+def save(trained: Any, plan: StagePlan, cursor: int) -> None:
     """A checkpoint, waited for."""
-    url = f"{plan.folder}/{checkpoint.name(cursor)}"
+    url = f"{plan.folder}/{checkpoint.format_name(cursor)}"
     parts: list[Any] = [None] * workers()
-    dist.all_gather_object(parts, Upload(url, dist.get_rank(), fragments.owned(trained)).result())
+    dist.all_gather_object(parts, Upload(url, dist.get_rank(), fragments.owned_fragments(trained)).result())
     if dist.get_rank() == 0:
         files = {name: file for part in parts for name, file in part.items()}
-        checkpoint.commit(url, Manifest(cursor, fragments.updates(trained), workers(), 0.0, {}, {}, files), "job")
+        checkpoint.commit(url, Manifest(cursor, fragments.count_updates(trained), workers(), 0.0, {}, {}, files), "job")
     dist.barrier()
 
 
@@ -79,7 +79,7 @@ def state(trained: Any) -> dict[str, torch.Tensor]:
     """Every weight and moment whole, put together from all ranks' fragments; each element is there once."""
     mine = [
         (one.name, one.start, {name: each.clone() for name, each in one.states.items()})
-        for one in fragments.owned(trained)
+        for one in fragments.owned_fragments(trained)
     ]
     all_ranks: list[Any] = [None] * workers()
     dist.all_gather_object(all_ranks, mine)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.training.plan import Plan
+from pipelines.training.plan import StagePlan
 from tests.pipelines import ranks
 
 Layout = tuple[int, str]
@@ -22,17 +22,19 @@ BOUND = {"fp32": 1e-6, "bf16": 0.02}
 SAVED, STEPS = 2, 4
 
 
-def train(plan: Plan, cursor: int, stop: int, into: str | None) -> tuple[list[float], list[float], dict[str, Any]]:
+def train(plan: StagePlan, cursor: int, stop: int, into: str | None) -> tuple[list[float], list[float], dict[str, Any]]:
     """On a rank: steps cursor+1..stop of STEPS; (losses, norms, all weights and moments at the end as checkpointed)."""
     from pipelines.training import checkpoint, engine, fragments
 
-    trained = engine.build(plan, ranks.workers())
+    trained = engine.build_engine(plan, ranks.workers())
     if cursor:
-        manifest, passed = checkpoint.restore(plan.folder, fragments.held(trained), lambda url, manifest: None)
+        manifest, passed = checkpoint.restore_newest(
+            plan.folder, fragments.local_fragments(trained), lambda url, manifest: None
+        )
         assert manifest
         assert manifest.cursor == cursor
         assert not passed
-        fragments.refresh(trained, manifest.updates)
+        fragments.copy_masters_to_model(trained, manifest.updates)
     steps = list(itertools.islice(ranks.steps(trained, plan, cursor, STEPS), stop - cursor))
     if into:
         ranks.save(trained, replace(plan, checkpoints=into), stop)
@@ -45,19 +47,19 @@ def each(jobs: list[tuple[Any, ...]]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def plans(new_plan: Callable[..., Plan]) -> dict[Layout, Plan]:
+def plans(new_plan: Callable[..., StagePlan]) -> dict[Layout, StagePlan]:
     return {(zero, precision): new_plan(zero_stage=zero, precision=precision) for zero, precision in LAYOUTS}
 
 
 @pytest.fixture(scope="module")
-def whole(plans: dict[Layout, Plan], tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Any]:
+def whole(plans: dict[Layout, StagePlan], tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Any]:
     """Runs that were not interrupted, on two ranks."""
     done = ranks.run(tmp_path_factory.mktemp("whole"), 2, each, [(plans[one], 0, STEPS, None) for one in LAYOUTS])
     return dict(zip(LAYOUTS, done[0], strict=True))
 
 
 @pytest.fixture(scope="module")
-def halves(plans: dict[Layout, Plan], tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Any]:
+def halves(plans: dict[Layout, StagePlan], tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Any]:
     """The same, saved after SAVED steps; their state then."""
     folder = tmp_path_factory.mktemp("halves")
     jobs = [(plans[one], 0, SAVED, plans[one].checkpoints) for one in LAYOUTS]
@@ -75,7 +77,7 @@ def test_every_layout_computes_the_same(whole: dict[Layout, Any]) -> None:
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_any_layout_loads_any_other(
-    workers: int, plans: dict[Layout, Plan], halves: dict[Layout, Any], tmp_path: Path
+    workers: int, plans: dict[Layout, StagePlan], halves: dict[Layout, Any], tmp_path: Path
 ) -> None:
     """Saved by two ranks: every weight and moment, bit for bit."""
     pairs = [(one, other) for one in LAYOUTS for other in LAYOUTS if one[1] == other[1]]
@@ -87,7 +89,7 @@ def test_any_layout_loads_any_other(
 
 
 def test_any_layout_goes_on_from_another(
-    plans: dict[Layout, Plan], whole: dict[Layout, Any], halves: dict[Layout, Any], tmp_path: Path
+    plans: dict[Layout, StagePlan], whole: dict[Layout, Any], halves: dict[Layout, Any], tmp_path: Path
 ) -> None:
     """Four ranks of one ZeRO stage after two of the one below."""
     pairs = [((zero, precision), ((zero + 1) % 4, precision)) for zero, precision in LAYOUTS]
@@ -97,7 +99,7 @@ def test_any_layout_goes_on_from_another(
 
 
 def test_a_run_on_four_then_two_then_three_workers_is_the_run_on_one(
-    new_plan: Callable[..., Plan], tmp_path: Path
+    new_plan: Callable[..., StagePlan], tmp_path: Path
 ) -> None:
     plan = new_plan(global_batch_size=12, micro_batch_size=1, zero_stage=3)
     [undisturbed] = ranks.run(tmp_path, 1, each, [(replace(plan, checkpoints=str(tmp_path / "one")), 0, STEPS, None)])[
