@@ -275,7 +275,7 @@ def test_what_one_rank_finds_damaged_all_pass_over(folder: str, tmp_path: Path) 
         checkpoint.commit(url, Manifest(cursor, cursor, 3, 0, {}, {}, files), "job")
     flip(Path(folder) / "step-000030" / "rank-0000-00.safetensors")  # tower.weight
     flip(Path(folder) / "step-000020" / "rank-0002-00.safetensors")  # head.weight
-    for cursor, passed, right in ranks.run(tmp_path, 2, one_sees_damage, folder):
+    for cursor, passed, right in ranks.run_on_ranks(tmp_path, 2, one_sees_damage, folder):
         assert (cursor, right) == (10, True)
         assert ["rank-0000" in passed[0], "rank-0002" in passed[1]] == [True, True]
         assert len(passed) == 2

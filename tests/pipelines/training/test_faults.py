@@ -29,7 +29,7 @@ from pipelines.training.checkpoint import SavedCheckpoint
 from pipelines.training.hooks import Hook, StepResult
 from pipelines.training.plan import StagePlan
 from pipelines.training.stage import Recovery
-from tests.pipelines.faults import Fault
+from tests.pipelines.faults import InjectedFault
 from tests.pipelines.small import STAGE, STEPS
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -103,7 +103,7 @@ def test_a_run_through_one_fault_after_the_other_ends_the_same(
     """An exception, os._exit and SIGKILL, on one rank or the other, each past a checkpoint."""
     plan = new_plan()
     kinds = [("raise", 3, 1), ("exit", 5, 0), ("SIGKILL", 7, 1)]
-    driver.train_stage(plan, [Fault(kind, step, rank, tmp_path) for kind, step, rank in kinds])
+    driver.train_stage(plan, [InjectedFault(kind, step, rank, tmp_path) for kind, step, rank in kinds])
     assert len(list(tmp_path.iterdir())) == 3
     assert_same_end(plan, undisturbed)
     spent = account(plan)
@@ -118,11 +118,11 @@ def test_a_batch_that_is_not_finite_is_named_and_skipped_or_done_again(
 ) -> None:
     """Rolled back, a fault of the machine is undone; one that comes again is skipped."""
     plan = new_plan(on_nonfinite="rollback")
-    driver.train_stage(plan, [Fault("nan", 2, 0, tmp_path)])
+    driver.train_stage(plan, [InjectedFault("nan", 2, 0, tmp_path)])
     assert_same_end(plan, undisturbed)
 
     plan = new_plan(on_nonfinite="rollback")
-    driver.train_stage(plan, [Fault("nan", 4, 0, tmp_path, times=2)])
+    driver.train_stage(plan, [InjectedFault("nan", 4, 0, tmp_path, times=2)])
     entries = lines(plan, "metrics.jsonl")
     assert [entry["step"] for entry in entries if entry["skipped"]] == [5]
     assert entries[4]["loss"] is None
@@ -136,14 +136,14 @@ def test_too_many_batches_that_are_not_finite_end_with_one_line(new_plan: NewPla
     with pytest.raises(
         ValueError, match=r"train\.small\.max_nonfinite_steps: loss or gradient of 1 steps .* of step 3"
     ):
-        driver.train_stage(plan, [Fault("nan", 2, 1, tmp_path)])
+        driver.train_stage(plan, [InjectedFault("nan", 2, 1, tmp_path)])
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_found(undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path) -> None:
     """SIGSTOP also stops the rank's own watchdog; the others' find it."""
     plan = new_plan({"recovery": Recovery(watchdog_s=45)})
-    driver.train_stage(plan, [Fault("SIGSTOP", 3, 1, tmp_path)])
+    driver.train_stage(plan, [InjectedFault("SIGSTOP", 3, 1, tmp_path)])
     assert_same_end(plan, undisturbed)
     [stacks] = (plan.run / "stacks" / plan.name).iterdir()
     assert stacks.name.startswith("rank-0-")
@@ -156,13 +156,13 @@ def test_workers_that_get_no_further_are_given_up(new_plan: NewPlan, tmp_path: P
     with pytest.raises(
         ValueError, match=r"the same fault twice after step 3: rank 1: .*made for the test; .* step 2 is safe"
     ):
-        driver.train_stage(plan, [Fault("raise", 3, 1, tmp_path, times=9)])
+        driver.train_stage(plan, [InjectedFault("raise", 3, 1, tmp_path, times=9)])
 
 
 @pytest.mark.slow
 def test_a_slow_rank_is_no_fault_and_named(undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path) -> None:
     plan = new_plan()
-    driver.train_stage(plan, [Fault("slow", 2, 1, tmp_path)])
+    driver.train_stage(plan, [InjectedFault("slow", 2, 1, tmp_path)])
     assert_same_end(plan, undisturbed)
     late = lines(plan, "metrics.jsonl")[2:]
     assert all(entry["slowest"] == 1 and entry["slowest_s"] > 0.1 for entry in late)
