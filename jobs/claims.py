@@ -66,7 +66,7 @@ def find_changes(
         return []
     now = yaml.safe_load(document.write(settings))
     result = []
-    for key, old, new in checkpoint.differences(_read(path, type(settings)), now):
+    for key, old, new in checkpoint.find_differences(_read(path, type(settings)), now):
         if (use := find_use(key)) and not allow_changes:
             raise ValueError(
                 f"{path}: this was started with {key} = {old!r}, not {new!r}, and {use} depends on it; "
@@ -113,7 +113,7 @@ def find_assembled(folder: Path, job: Job) -> Path | None:
     if not assembled.exists():
         return None
     outdated = any(key.partition(".")[0] == "model" for key in find_changes(folder / JOB_FILE, job))
-    return None if outdated and not metrics.stages(folder) else assembled
+    return None if outdated and not metrics.read_stages(folder) else assembled
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Claim:
     def of(cls, folder: Path, job: Job) -> "Claim":
         """Read what the folder holds."""
         before = _read(folder / JOB_FILE, Job).get("train") if (folder / JOB_FILE).exists() else None
-        started = metrics.stages(folder) | ({"evaluate"} if evaluate.has_answers(folder) else set())
+        started = metrics.read_stages(folder) | ({"evaluate"} if evaluate.has_answers(folder) else set())
         return cls(folder, job, (list(before or {}), list(job.train)), frozenset(started))
 
     def find_changes(self, allow_changes: bool = False) -> list[str]:

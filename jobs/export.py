@@ -27,7 +27,7 @@ def write(source: Path, stage: str | None, step: int | None, out: str) -> str:
     Raises:
         ValueError: no such run, model, stage or checkpoint exists, the checkpoint is damaged, or `out` holds files.
     """
-    if export.finished(out) or storage.list_files(out):
+    if export.is_complete(out) or storage.list_files(out):
         raise ValueError(f"out: got {out}, which holds files, allowed: an empty or new folder")
     try:
         return _write(source, stage, step, out)
@@ -52,8 +52,8 @@ def _write(source: Path, stage: str | None, step: int | None, out: str) -> str:
             processor.build_processor(config, tokenizer).save_pretrained(folder)
         else:
             tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder, max_shard_size=export.SHARD)
-        export.upload(Path(folder), out, str(source))
+        model.save_pretrained(folder, max_shard_size=export.MAX_SHARD_SIZE)
+        export.upload_folder(Path(folder), out, str(source))
     return str(source)
 
 
@@ -63,11 +63,13 @@ def _write_checkpoint(run: Path, stage: str | None, step: int | None, out: str) 
     if name not in stages:
         raise ValueError(f"stage: got {name}, allowed: {', '.join(stages)}")
     plan = stages[name]
-    saved = [found for found in checkpoint.candidates(plan.folder) if isinstance(found, checkpoint.Saved)]
+    saved = [
+        found for found in checkpoint.list_newest_first(plan.folder) if isinstance(found, checkpoint.SavedCheckpoint)
+    ]
     steps = {found.manifest.cursor: found for found in saved}
     wanted = max(steps, default=0) if step is None else step
     if wanted not in steps:
         there = ", ".join(map(str, sorted(steps))) or f"none: {plan.folder} has no whole checkpoint"
         raise ValueError(f"step: got {wanted}, allowed: {there}")
-    export.write(plan, steps[wanted], out)
+    export.export_checkpoint(plan, steps[wanted], out)
     return steps[wanted].url

@@ -38,7 +38,7 @@ from pipelines.data.options import SetSource, ShardOptions
 from pipelines.evaluation import evaluate, tasks
 from pipelines.report import run_report
 from pipelines.training import driver, ledger, lora, trackers
-from pipelines.training.plan import Plan
+from pipelines.training.plan import StagePlan
 from pipelines.training.stage import count_shared_workers
 from redux import pretrained, respondent
 from redux.architecture import Language, Model, Tower, image_tokens
@@ -59,7 +59,7 @@ def run(
     folder: Path,
     allow_changes: bool = False,
     until: str | None = None,
-    watch: driver.Watch | None = None,
+    watch: driver.StopCallback | None = None,
     patience_s: float = 0,
 ) -> None:
     """Run the unfinished steps of a job in its run folder.
@@ -101,7 +101,7 @@ def run(
             print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
         _check_stored_images(job, folder)
         if job.checkpoints and job.train.keys() & left.keys():
-            driver.probe(locate_checkpoints(job, folder))
+            driver.check_writable(locate_checkpoints(job, folder))
         jsonl.drop_partial_line(folder / PROGRESS)
         with cluster.open_session():
             _check_resources(job, left)
@@ -169,7 +169,7 @@ def run_lock(folder: Path, patience_s: float = 0) -> Iterator[None]:
 
 
 def list_steps(
-    job: Job, folder: Path, allow_changes: bool = False, watch: driver.Watch | None = None
+    job: Job, folder: Path, allow_changes: bool = False, watch: driver.StopCallback | None = None
 ) -> dict[str, Callable[[], None]]:
     """List the steps of a job by name, in order: shards, assemble, each training stage, evaluate, report.
 
@@ -185,7 +185,7 @@ def list_steps(
     if job.model.pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""
-    result |= {name: functools.partial(driver.train_stage, plan, watch=watch) for name, plan in stages.items()}
+    result |= {name: functools.partial(driver.train_stage, plan, should_stop=watch) for name, plan in stages.items()}
     settings = job.evaluate
     if settings is None:
         result["report"] = lambda: _write_report(folder, [])
@@ -195,7 +195,7 @@ def list_steps(
     def answer() -> None:
         clock = time.monotonic()
         _write_json(folder / SCORES, evaluate.evaluate(subject, folder, settings, job.gpu_share))
-        ledger.note(folder, "evaluate", last, wall_s=time.monotonic() - clock)
+        ledger.append_event(folder, "evaluate", last, wall_s=time.monotonic() - clock)
 
     def describe() -> None:
         _write_report(folder, evaluate.examples(subject, folder, job.report.examples))
@@ -247,7 +247,7 @@ def _check_stored_images(job: Job, folder: Path) -> None:
                 plan.check_prepared(name, prepared.get(name))
 
 
-def _choose_evaluated_model(job: Job, settings: tasks.Evaluate, stages: dict[str, Plan]) -> evaluate.Subject:
+def _choose_evaluated_model(job: Job, settings: tasks.Evaluate, stages: dict[str, StagePlan]) -> evaluate.Subject:
     """Choose the model to evaluate: the result of the last stage, or model.checkpoint if there is no stage."""
     asked = {name: getattr(settings, name) for name in ("template", "image_aspect_ratio", "allow_mismatch")}
     if stages:
@@ -256,20 +256,20 @@ def _choose_evaluated_model(job: Job, settings: tasks.Evaluate, stages: dict[str
     return evaluate.Subject(model=job.model.checkpoint, methods=job.model.methods, **asked)
 
 
-def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str, Plan]:
-    """Plan the stages of a job, by name and in order. Each stage starts from the model of the one before.
+def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str, StagePlan]:
+    """StagePlan the stages of a job, by name and in order. Each stage starts from the model of the one before.
 
     Raises:
         ValueError: pretrained parts of the model cannot be read or do not fit together.
     """
-    sets, result = locate_sets(job, folder), dict[str, Plan]()
+    sets, result = locate_sets(job, folder), dict[str, StagePlan]()
     if not job.train:
         return result
     image_size, image_tokens = _measure_image(job, folder)
     tokenizer = folder / (ASSEMBLED if job.model.pretrained else TOKENIZER)
     start = str(tokenizer) if job.model.pretrained else None
     for name, stage in job.train.items():
-        result[name] = Plan(
+        result[name] = StagePlan(
             name=name,
             stage=stage,
             model=None if job.model.pretrained else job.model,
@@ -279,16 +279,16 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
             run=folder,
             checkpoints=locate_checkpoints(job, folder),
             sets={name: sets[name] for name in stage.mixture},
-            tolerance=job.data.max_bad_fraction,
+            max_bad_fraction=job.data.max_bad_fraction,
             tokenizer=tokenizer,
             start=start,
             image_size=image_size,
             image_tokens=image_tokens,
             recovery=job.recovery,
             job=schema.dump(job),
-            title=job.name,
+            job_name=job.name,
             trackers=tuple(job.trackers),
-            changed=allow_changes,
+            allow_changes=allow_changes,
         )
         start = result[name].result
     return result
@@ -311,10 +311,10 @@ def resolve_job(job: Job, folder: Path) -> Job:
     for name, url in sets.items():
         if name not in job.data.make and not len(shard_index.Shards(url)):
             raise ValueError(f"data.sets.{name}: {url} has no samples, allowed: at least one")
-    trackers.require(job.trackers)
+    trackers.check_trackers(job.trackers)
     for name, stage in job.train.items():
         if stage.lora:
-            lora.require(f"train.{name}.lora")
+            lora.require_peft(f"train.{name}.lora")
         if stage.image_backend == "fast" and find_spec("simplejpeg") is None:
             raise ValueError(
                 f"train.{name}.image_backend: got fast, allowed: exact, or the package simplejpeg: "

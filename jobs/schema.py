@@ -17,7 +17,7 @@ from pipelines.data.options import Data
 from pipelines.evaluation.tasks import Evaluate
 from pipelines.report.run_report import Report
 from pipelines.training.stage import Recovery, Stage
-from pipelines.training.trackers import Name as Tracker
+from pipelines.training.trackers import TrackerName as Tracker
 from redux.architecture import Model
 
 OTHER_STEPS = ("shards", "assemble", "evaluate", "report")
@@ -119,9 +119,11 @@ class Job:
             )
         if name in OTHER_STEPS:
             raise ValueError(f"train: got a stage {name}, allowed: any other name than {', '.join(OTHER_STEPS)}")
-        if isinstance(self.num_workers, int):  # of a range those train that share the batch evenly; see Stage.usable
+        if isinstance(
+            self.num_workers, int
+        ):  # of a range those train that share the batch evenly; see Stage.count_usable_workers
             try:
-                stage.accumulation(self.num_workers)
+                stage.count_accumulation_steps(self.num_workers)
             except ValueError as error:
                 raise ValueError(f"train.{name}.{error}") from None
 

@@ -202,7 +202,7 @@ def run_search(search: Search, folder: Path, allow_changes: bool = False) -> Non
         jobs = TrialJobs(search, _share(search, folder / SHARED, allow_changes), _divide_resources(search, whole))
         trials = Trials(search, search.name, folder, jobs.forecast)
 
-        def run_trial(trial: Try, trial_folder: Path, watch: driver.Watch) -> dict[str, float]:
+        def run_trial(trial: Try, trial_folder: Path, watch: driver.StopCallback) -> dict[str, float]:
             job = jobs(trial.values, str(trial.number))
             run.run(job, trial_folder, watch=watch, patience_s=PATIENCE_S)
             return _read_metrics(job, trial_folder)
@@ -229,7 +229,7 @@ def _claim(search: Search, folder: Path, allow_changes: bool) -> None:
         return "a trial" if tried else ""
 
     tried = any((folder / tuning.FOLDER).glob("*"))
-    trained = bool(metrics.stages(folder / SHARED))
+    trained = bool(metrics.read_stages(folder / SHARED))
     keys = claims.claim(folder / SEARCH_FILE, search, find_use, allow_changes)
     if not tried and not all(claims.may_change(key, SEARCH_MAY_CHANGE_ON_RESUME) for key in keys):
         discard(search, search.name, folder)
@@ -276,9 +276,9 @@ def _read_metrics(job: Job, trial_folder: Path) -> dict[str, float]:
     result = json.loads((trial_folder / "metrics.json").read_text())
     if job.train:
         stage = list(job.train)[-1]
-        losses = [loss for loss in metrics.losses(trial_folder, stage).values() if loss is not None]
+        losses = [loss for loss in metrics.read_losses(trial_folder, stage).values() if loss is not None]
         last = losses[-max(len(losses) // LOSS_PARTS, 1) :]
-        result["tokens_per_s"] = metrics.tokens_per_s(trial_folder, stage)
+        result["tokens_per_s"] = metrics.compute_tokens_per_s(trial_folder, stage)
         if last:
             result["loss"] = sum(last) / len(last)
     return result

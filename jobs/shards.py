@@ -97,8 +97,10 @@ def _consumed(folder: str, run: Path) -> tuple[list[str], list[str]]:
             proofs, found = consumed.verify_coverage(lines, str(log), name, samples)
         wrong += found
         for proof in proofs:
-            if (steps := metrics.steps(run, proof.stage)) != proof.steps:
-                wrong.append(f"{log}: stage {proof.stage} ends with step {proof.steps}, {metrics.FILE} with {steps}")
+            if (steps := metrics.read_last_step(run, proof.stage)) != proof.steps:
+                wrong.append(
+                    f"{log}: stage {proof.stage} ends with step {proof.steps}, {metrics.METRICS_FILE} with {steps}"
+                )
             proven.append(
                 f"{proof.stage}: {proof.steps} steps used {proof.samples} samples of {name}: each of its {samples} "
                 f"once in each of {proof.epochs} epochs, {proof.begun} once in the epoch begun; {proof.replaced} "

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from redux.model import ReduxConfig
-from redux.settings import VMTC, Reduction, Stage
+from redux.settings import VMTC, CompressionStage, Reduction
 
 FLOAT32 = 4
 """Bytes of a number of CMAI's focus, whatever the model's own are."""
@@ -124,7 +124,7 @@ def _features(config: ReduxConfig) -> int:
     return config.tokens + (config.whole and config.has_class_token)
 
 
-def _tower(config: ReduxConfig, stages: tuple[Stage, ...]) -> int:
+def _tower(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> int:
     tower, first = config.vision_config, int(config.has_class_token)
     dim, out = tower.hidden_size, {stage.block: stage.out for stage in stages}
     flops = product(config.patches, tower.num_channels * tower.patch_size**2, dim)  # convolution into patches
@@ -138,7 +138,7 @@ def _tower(config: ReduxConfig, stages: tuple[Stage, ...]) -> int:
     return flops
 
 
-def _compression(config: ReduxConfig, stages: tuple[Stage, ...]) -> int:
+def _compression(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> int:
     vmtc, reduction = config.settings("vmtc"), config.settings("reduction")
     if vmtc:
         given = (config.patches, *(stage.out for stage in stages))
@@ -146,7 +146,7 @@ def _compression(config: ReduxConfig, stages: tuple[Stage, ...]) -> int:
     return _reduction(config, reduction) if reduction else 0
 
 
-def _stage(config: ReduxConfig, vmtc: VMTC, stage: Stage, patches: int) -> int:
+def _stage(config: ReduxConfig, vmtc: VMTC, stage: CompressionStage, patches: int) -> int:
     """VMTC at one block that is given `patches` patch tokens."""
     dim, redundant = config.vision_config.hidden_size, patches - stage.kept
     importance = product(1, dim, patches + 1) if config.has_class_token else product(patches, dim, patches)

@@ -35,7 +35,7 @@ from redux.hub import fetched
 from redux.image import MEAN, STD
 from redux.loading import check_layout, check_loading, report_damage
 from redux.plugin import inhibit
-from redux.settings import FORMER_NAMES, METHODS, Fit, Stage, TemplateName
+from redux.settings import FORMER_NAMES, METHODS, CompressionStage, Fit, TemplateName
 from redux.tower import CompressingBlock, Compression, Encoding, EncodingTower, extend, is_clip_like
 from redux.vmtc import Fate
 
@@ -132,7 +132,7 @@ class ReduxConfig(LlavaConfig):
         return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
 
     @property
-    def stages(self) -> dict[int, Stage]:
+    def stages(self) -> dict[int, CompressionStage]:
         """The compressing blocks, by block number."""
         vmtc = self.settings("vmtc")
         return {stage.block: stage for stage in vmtc.schedule(self.patches, self.depth)} if vmtc else {}

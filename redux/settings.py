@@ -72,7 +72,7 @@ def grid(patches: int) -> int:
     return side
 
 
-class Stage(NamedTuple):
+class CompressionStage(NamedTuple):
     """What one compressing block does: patch tokens kept (k) and clusters made of the rest (c)."""
 
     block: int
@@ -160,7 +160,7 @@ class VMTC:
         if self.kept is not None and self.clusters is None:
             raise ValueError("clusters: got None, allowed: a number, or one for each stage, as kept is given")
 
-    def schedule(self, patches: int, blocks: int) -> tuple[Stage, ...]:
+    def schedule(self, patches: int, blocks: int) -> tuple[CompressionStage, ...]:
         """The compressing blocks of a tower that uses `blocks` blocks on `patches` patch tokens.
 
         576 patches, 23 blocks, 50 % in 3 stages: blocks 5, 11, 17 (from 0) put out 457, 363 and 288 tokens.
@@ -172,7 +172,7 @@ class VMTC:
             outs = tuple(kept + (clusters or 0) for kept, clusters in zip(self.kept, numbers, strict=True))
         else:
             outs = self._outs(patches, len(places))
-        result: list[Stage] = []
+        result: list[CompressionStage] = []
         for place, before, out, clusters in zip(places, (patches, *outs), outs, numbers, strict=False):
             if not 1 <= out <= before:
                 raise ValueError(
@@ -185,7 +185,7 @@ class VMTC:
                 clusters = 0  # nothing is redundant
             if clusters > out:
                 raise ValueError(f"clusters: got {clusters}, allowed: up to {out}, all tokens that leave block {place}")
-            result.append(Stage(place, out - clusters, clusters))
+            result.append(CompressionStage(place, out - clusters, clusters))
         return tuple(result)
 
     def _places(self, blocks: int) -> tuple[int, ...]:

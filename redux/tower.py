@@ -24,14 +24,14 @@ from torch.nn import functional as F
 
 from redux.parallel import head_mesh, join_heads
 from redux.reduction import reduce
-from redux.settings import VMTC, Reduction, Stage
+from redux.settings import VMTC, CompressionStage, Reduction
 from redux.vmtc import Fate, compress, importance, received
 
 
 class Compression(NamedTuple):
     """Compression of one block; first: tokens before the patches, 1 with a class token, else 0."""
 
-    stage: Stage
+    stage: CompressionStage
     vmtc: VMTC
     first: int
 

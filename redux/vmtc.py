@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from redux.kmeans import kmeans
 from redux.parallel import mean_over_ranks
-from redux.settings import VMTC, Stage
+from redux.settings import VMTC, CompressionStage
 
 
 def importance(
@@ -67,7 +67,7 @@ def received(
 def compress(
     tokens: Float[Tensor, "batch patches dim"],
     ips: Float[Tensor, "batch patches"],
-    stage: Stage,
+    stage: CompressionStage,
     vmtc: VMTC,
     similar: Float[Tensor, "batch patches width"] | None = None,
 ) -> tuple[Float[Tensor, "batch out dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]:
@@ -81,7 +81,7 @@ def compress(
 
     >>> tokens = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [5.0, 5.0], [9.0, 1.0]]])
     >>> ips = torch.tensor([[0.1, 0.1, 0.1, 0.3, 0.25, 0.05]])
-    >>> merged, slot, cluster = compress(tokens, ips, Stage(0, kept=2, clusters=2), VMTC(order="rank"))
+    >>> merged, slot, cluster = compress(tokens, ips, CompressionStage(0, kept=2, clusters=2), VMTC(order="rank"))
     >>> merged  # token 3, token 4, and by weight tokens 0, 1 and 5, (0.1 * 1 + 0.1 * 2 + 0.05 * 9) / 0.25; and token 2
     tensor([[[0.0000, 3.0000],
              [5.0000, 5.0000],

@@ -1,13 +1,13 @@
-"""What Ray and checkpoints cost a step, what a fault costs, and the goodput of a large run that follows.
+"""Cost per step of Ray and checkpoints, cost of a fault, and the goodput that follows for a large run.
 
     python jobs/bench/train.py
 
-One run has all of it, on a LLaVA of 8 million parameters whose step takes 0.6 s, two workers: the stage as it
-is trained under Ray (checkpoints every 10 steps); the same loop under torchrun and DeepSpeed without Ray, its batches
-made in the process; and the stage again with a worker killed by SIGKILL.  The result is printed and added to
-driver.jsonl.
+All of it is measured with two workers on a LLaVA of 8 million parameters, whose step takes 0.6 s: the stage under Ray
+with a checkpoint every 10 steps; the same loop under torchrun and DeepSpeed without Ray, with micro-batches that are
+read before the loop; and the stage again with a worker killed by SIGKILL. The script prints the result and appends it
+to train.jsonl.
 
-Steps are compared by their median, the first ones left out, in which readers still work beside the trainers.
+Steps are compared by their median. The first ones are left out, because readers still work beside the trainers then.
 """
 
 import argparse
@@ -20,65 +20,93 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.bench.record import append
 
-STEPS, EVERY, KILLED, WARM = 60, 10, 35, 20
-"""Of a run; between checkpoints; after which a worker is killed; left out of medians."""
+if TYPE_CHECKING:
+    from pipelines.training.engine import DeepSpeedEngineProtocol
+    from pipelines.training.hooks import Hook
+    from pipelines.training.plan import StagePlan
 
-NODES, HOURS = 1000, 3
-"""Of the large run: nodes, and hours between two faults."""
+BENCH_STEPS = 60
+"""Steps of a run."""
+
+SAVE_STEPS = 10
+"""Steps between checkpoints."""
+
+KILL_STEP = 35
+"""Step after which a worker is killed."""
+
+WARMUP_STEPS = 20
+"""First steps, which are left out of medians."""
+
+NODES = 1000
+"""Nodes of the large run."""
+
+HOURS_BETWEEN_FAULTS = 3
+"""Mean time between two faults of the large run."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bare", metavar="FOLDER", help="what torchrun calls: the loop without Ray")
+    parser.add_argument("--bare", metavar="FOLDER", help="called by torchrun: run the loop without Ray")
     arguments = parser.parse_args()
     if arguments.bare:
-        bare(Path(arguments.bare))
+        train_without_ray(Path(arguments.bare))
         return
     from pipelines.core import cluster
     from pipelines.training import driver
 
     with tempfile.TemporaryDirectory() as folder:
         with cluster.open_session():
-            plan = small(Path(folder))
+            plan = build_plan(Path(folder))
             driver.train_stage(plan)
-            killed = renamed(plan, "killed")
-            at = killed.run / "killed-at"
-            driver.train_stage(killed, [Kill(KILLED, at)])
+            killed_plan = move_run(plan, "killed")
+            kill_time_file = killed_plan.run / "killed-at"
+            driver.train_stage(killed_plan, [KillWorker(KILL_STEP, kill_time_file)])
         append(
-            __file__, **measured(seconds(plan), by_torchrun(plan), events(plan), events(killed), float(at.read_text()))
+            __file__,
+            **summarize(
+                measure_steps(plan),
+                train_by_torchrun(plan),
+                read_events(plan),
+                read_events(killed_plan),
+                float(kill_time_file.read_text()),
+            ),
         )
 
 
-def small(folder: Path) -> Any:
-    """The plan of a stage on images and texts of noise."""
+def build_plan(folder: Path) -> "StagePlan":
+    """Build the plan of a stage on images and texts of random noise."""
     import numpy as np
     from PIL import Image
 
     from pipelines.data.options import ShardOptions
     from pipelines.data.shard_writer import make_shards
-    from pipelines.training.plan import Plan
+    from pipelines.training.plan import StagePlan
     from pipelines.training.stage import Stage
     from redux.architecture import Language, Model, Tower, image_tokens
     from redux.conversation import IMAGE, TEMPLATES, word_tokenizer
 
+    # Data: 64 samples in shards of 16, and a tokenizer of their words.
     noise = np.random.default_rng(0)
     records: list[dict[str, Any]] = []
     for number in range(64):
         Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        turns = [("human", f"{IMAGE}\nwhich is it?"), ("gpt", f"number {number} of all")]
-        told = [{"from": role, "value": text} for role, text in turns]
-        records.append({"id": str(number), "image": f"{number}.png", "conversations": told})
+        conversation = [
+            {"from": "human", "value": f"{IMAGE}\nwhich is it?"},
+            {"from": "gpt", "value": f"number {number} of all"},
+        ]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": conversation})
     make_shards(records, str(folder), str(folder / "set"), ShardOptions(samples_per_shard=16))
     template = TEMPLATES["vicuna_bare"]
     texts = ["".join(piece for piece, _ in template.spans(record["conversations"])) for record in records]
     word_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
+
+    # Model and stage.
     sizes = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 768}
     model = Model(
         tower=Tower(image_size=64, patch_size=8, num_hidden_layers=6, **sizes),
@@ -88,13 +116,13 @@ def small(folder: Path) -> Any:
         objective="language",
         data="set",
         template="vicuna_bare",
-        steps=STEPS,
+        steps=BENCH_STEPS,
         global_batch_size=16,
         micro_batch_size=4,
         learning_rate={"tower": 1e-4, "projector": 1e-4, "language": 1e-4},
-        save_steps=EVERY,
+        save_steps=SAVE_STEPS,
     )
-    plan = Plan(
+    plan = StagePlan(
         name="stage",
         stage=stage,
         model=model,
@@ -103,130 +131,146 @@ def small(folder: Path) -> Any:
         run=folder,
         checkpoints=str(folder / "checkpoints"),
         sets={"set": str(folder / "set")},
-        tolerance=0,
+        max_bad_fraction=0,
         tokenizer=folder / "tokenizer",
         start=None,
         image_size=64,
         image_tokens=image_tokens(model),
     )
-    return renamed(plan, "undisturbed")
+    return move_run(plan, "undisturbed")
 
 
-def renamed(plan: Any, name: str) -> Any:
-    """The plan of another run beside it."""
+def move_run(plan: "StagePlan", name: str) -> "StagePlan":
+    """Return the plan with a new run folder beside its tokenizer."""
     run = plan.tokenizer.parent / name
     run.mkdir()
     return replace(plan, run=run, checkpoints=str(run / "checkpoints"))
 
 
 @dataclass(frozen=True)
-class Kill:
-    """A hook: SIGKILL of rank 1 after a step, once; the file `at` then holds the time."""
+class KillWorker:
+    """Factory of a hook that kills rank 1 after a step, once, and writes the time into a file."""
 
     step: int
-    at: Path
+    time_file: Path
 
-    def __call__(self, engine: Any, plan: Any) -> Any:
-        from pipelines.training.hooks import Hook, Step
+    def __call__(self, engine: "DeepSpeedEngineProtocol", plan: "StagePlan") -> "Hook":
+        from pipelines.training.hooks import Hook, StepResult
 
         kill = self
 
-        class Now(Hook):
-            def __call__(self, step: Step) -> None:
-                if step.number == kill.step and engine.global_rank == 1 and not kill.at.exists():
-                    kill.at.write_text(str(time.time()))
+        class KillHook(Hook):
+            def on_step_end(self, step: StepResult) -> None:
+                if step.number == kill.step and engine.global_rank == 1 and not kill.time_file.exists():
+                    kill.time_file.write_text(str(time.time()))
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        return Now()
+        return KillHook()
 
 
-def events(plan: Any) -> list[dict[str, Any]]:
+def read_events(plan: "StagePlan") -> list[dict[str, Any]]:
+    """Read the events of the run's ledger."""
     from pipelines.training import ledger
 
-    return [json.loads(line) for line in (plan.run / ledger.FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (plan.run / ledger.LEDGER_FILE).read_text().splitlines()]
 
 
-def seconds(plan: Any) -> list[float]:
-    """Of each step after the first ones, apart from what it stood still for checkpoints."""
-    steps = [event for event in events(plan) if event["event"] == "step"]
-    pairs = zip(steps[WARM - 1 :], steps[WARM:], strict=False)
+def measure_steps(plan: "StagePlan") -> list[float]:
+    """Return the seconds of each step after the warm-up, without its pause for a checkpoint."""
+    steps = [event for event in read_events(plan) if event["event"] == "step"]
+    pairs = zip(steps[WARMUP_STEPS - 1 :], steps[WARMUP_STEPS:], strict=False)
     return [after["at"] - before["at"] - after["stall_s"] for before, after in pairs]
 
 
-def by_torchrun(plan: Any) -> list[float]:
-    """The same steps in two processes of torchrun's."""
-    folder = renamed(plan, "bare").run
+def train_by_torchrun(plan: "StagePlan") -> list[float]:
+    """Run the same steps in two processes of torchrun, and return the seconds of each step after the warm-up."""
+    folder = move_run(plan, "bare").run
     (folder / "plan.pickle").write_bytes(pickle.dumps(plan))
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, "--bare", str(folder)]
-    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, "--bare", str(folder)]
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return json.loads((folder / "bare.json").read_text())
 
 
-def bare(folder: Path) -> None:
-    """A rank: the loop on batches that are made before it starts."""
+def train_without_ray(folder: Path) -> None:
+    """Run the training loop in this rank of torchrun, on micro-batches that are read before it starts."""
+    # DeepSpeed reads this variable when it is imported.
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch.distributed as dist
 
-    from pipelines.data.ingest import Batch, Reader
-    from pipelines.training import driver, engine
+    from pipelines.training.engine import build_engine
+    from pipelines.training.worker import run_training_steps
 
     dist.init_process_group("gloo")
-
-    def made(trained: Any, reader: Reader, done: int, stop: int, spare: bool) -> Iterator[Batch]:
-        return iter([reader(turn * 2 + trained.global_rank) for turn in range(done, stop)])
-
-    driver._batches = made
     plan = pickle.loads((folder / "plan.pickle").read_bytes())
-    trained = engine.build(plan, 2)
+    engine = build_engine(plan, 2)
+    reader, accumulation_steps = plan.build_reader(), plan.stage.count_accumulation_steps(2)
+    batches = iter([reader(turn * 2 + engine.global_rank) for turn in range(BENCH_STEPS * accumulation_steps)])
     times = []
-    for _ in driver.training_steps(trained, plan, plan.reader(), 0, STEPS, [], set()):
+    for _ in run_training_steps(engine, plan, batches, 0, BENCH_STEPS, [], set()):
         times.append(time.time())
-    if trained.global_rank == 0:
-        (folder / "bare.json").write_text(
-            json.dumps([after - before for before, after in zip(times[WARM - 1 :], times[WARM:], strict=False)])
-        )
+    if engine.global_rank == 0:
+        pairs = zip(times[WARMUP_STEPS - 1 :], times[WARMUP_STEPS:], strict=False)
+        (folder / "bare.json").write_text(json.dumps([after - before for before, after in pairs]))
 
 
-def measured(
-    ours: list[float], without: list[float], undisturbed: list[dict[str, Any]], killed: list[dict[str, Any]], at: float
+def summarize(
+    ray_steps: list[float],
+    torchrun_steps: list[float],
+    undisturbed: list[dict[str, Any]],
+    killed: list[dict[str, Any]],
+    killed_at: float,
 ) -> dict[str, Any]:
-    """The figures, printed too."""
-    step, plain = statistics.median(ours), statistics.median(without)
+    """Compute the figures and print them.
+
+    Args:
+        ray_steps: seconds of steps under Ray.
+        torchrun_steps: seconds of steps under torchrun.
+        undisturbed: events of the run under Ray.
+        killed: events of the run with a killed worker.
+        killed_at: unix time of the kill.
+    """
+    # Steps, and pauses in the steps that follow a checkpoint.
+    step, torchrun_step = statistics.median(ray_steps), statistics.median(torchrun_steps)
     steps = [event for event in undisturbed if event["event"] == "step"]
-    stalls = [event["stall_s"] for event in steps if event["step"] > WARM and (event["step"] - 1) % EVERY == 0]
+    stalls = [
+        event["stall_s"] for event in steps if event["step"] > WARMUP_STEPS and (event["step"] - 1) % SAVE_STEPS == 0
+    ]
     stall = statistics.median(stalls)
+
+    # Recovery: from the kill through the detection and the start of new workers to their first step.
     fault = next(event for event in killed if event["event"] == "fault")
     start = next(event for event in killed if event["event"] == "start" and event["at"] > fault["at"])
     first = next(event for event in killed if event["event"] == "step" and event["at"] > start["at"])
     entered = start["at"] - start["restore_s"]
     spans = {
-        "detection": fault["at"] - at,
+        "detection": fault["at"] - killed_at,
         "start": entered - fault["at"],
         "restore": start["restore_s"],
         "first_batch_and_step": first["at"] - start["at"],
     }
     recovery = sum(spans.values())
-    # per fault: half an interval is lost, and the recovery; an interval costs a stall.  The interval that loses least
-    # is that of Young (1974): sqrt(2 x stall x time between faults)
-    between = HOURS * 3600
+
+    # A fault costs half a checkpoint interval and the recovery; an interval costs one pause. The best interval is that
+    # of Young (1974): sqrt(2 x pause x time between faults).
+    between = HOURS_BETWEEN_FAULTS * 3600
     interval = max((2 * stall * between) ** 0.5, step)
-    predicted = 1 - stall / interval - (interval / 2 + recovery) / between
-    print(f"step: {step:.3f} s under Ray, {plain:.3f} s under torchrun: {step / plain:.3f}")
-    print(f"checkpoint: {stall:.3f} s of standing still, {stall / step:.2f} steps")
+    goodput = 1 - stall / interval - (interval / 2 + recovery) / between
+    print(f"step: {step:.3f} s under Ray, {torchrun_step:.3f} s under torchrun: {step / torchrun_step:.3f}")
+    print(f"checkpoint: pause of {stall:.3f} s, {stall / step:.2f} steps")
     print("SIGKILL to next step: " + ", ".join(f"{name} {span:.1f} s" for name, span in spans.items()))
     print(
-        f"{NODES} nodes with one fault in {HOURS} h: with a checkpoint every {interval:.0f} s, "
+        f"{NODES} nodes with one fault in {HOURS_BETWEEN_FAULTS} h: with a checkpoint every {interval:.0f} s, "
         f"goodput = 1 - {stall:.2f} / {interval:.0f} - ({interval:.0f} / 2 + {recovery:.1f}) / {between} "
-        f"= {predicted:.4f}"
+        f"= {goodput:.4f}"
     )
     return {
         "step_s": round(step, 4),
-        "torchrun_step_s": round(plain, 4),
-        "ratio": round(step / plain, 4),
+        "torchrun_step_s": round(torchrun_step, 4),
+        "ratio": round(step / torchrun_step, 4),
         "stall_s": round(stall, 4),
         "stall_steps": round(stall / step, 3),
         "recovery_s": {name: round(span, 2) for name, span in spans.items()},
-        "goodput": round(predicted, 4),
+        "goodput": round(goodput, 4),
     }
 
 

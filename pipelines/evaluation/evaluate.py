@@ -31,7 +31,7 @@ from tqdm import tqdm
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
 from pipelines.data import easy_vqa
 from pipelines.evaluation.tasks import TASKS, Asking, Evaluate, Name, questions, spread
-from pipelines.training.metrics import peak_bytes
+from pipelines.training.metrics import measure_peak_bytes
 from redux import respondent
 from redux.benchmarks import BENCHMARKS, Metric, Question
 from redux.benchmarks import scores as benchmark_scores
@@ -97,7 +97,7 @@ class Answerer:
             "tokens": answers.tokens,
             "prefill_s": [answers.prefill_s] * count,
             "decode_s": [answers.decode_s] * count,
-            "peak_bytes": [peak_bytes()] * count,
+            "peak_bytes": [measure_peak_bytes()] * count,
             "error": [problem] * count,
         }
 

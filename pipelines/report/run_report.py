@@ -29,7 +29,7 @@ from pipelines.core import jsonl
 from pipelines.report import page
 from pipelines.report.page import ACCENT, FAINT, INK, STYLE, number, quiet, svg
 from pipelines.training import ledger
-from pipelines.training.ledger import Account, Loop
+from pipelines.training.ledger import Account, LoopTime
 from redux.extras import write_install_command
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Throughput(NamedTuple):
     steps: int
     samples: float
     tokens: float
-    loop: Loop
+    loop: LoopTime
 
     def per_second(self, amount: float) -> float:
         return amount / self.loop.total if self.loop.total else math.nan
@@ -183,7 +183,7 @@ def _render(run: Path, examples: Sequence[Example]) -> str:
     metrics = json.loads(_text(run / "metrics.json") or "{}")
     stages = _stages(jsonl.read(run / "metrics.jsonl"))
     answers = _judged(run / "answers" / "easy_vqa.jsonl")
-    book = ledger.read(run)
+    book = ledger.read_ledger(run)
     account, loops = book.account, book.loops
     return page.render(
         "report.html.j2",
@@ -282,7 +282,7 @@ def _confusions(answers: Iterable[Mapping[str, Any]]) -> list[Confusion]:
     ]
 
 
-def _throughput(stage: str, rows: Sequence[Mapping[str, Any]], loop: Loop) -> Throughput:
+def _throughput(stage: str, rows: Sequence[Mapping[str, Any]], loop: LoopTime) -> Throughput:
     samples, tokens = (sum(row.get(key) or 0.0 for row in rows) for key in ("samples", "tokens"))
     return Throughput(STAGES.get(stage, stage), len(rows), samples, tokens, loop)
 

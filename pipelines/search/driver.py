@@ -31,13 +31,13 @@ from tqdm import tqdm
 from pipelines.core import failures, interrupts
 from pipelines.search.trials import Prune, Trials, Try
 from pipelines.training import metrics
-from pipelines.training.driver import StoppedError, Watch, aside, release
+from pipelines.training.driver import StopCallback, StoppedError, remove_placement_group, run_in_background
 from pipelines.training.stage import Recovery
 
 FOLDER = "trials"
 
 
-Work = Callable[[Try, Path, Watch], dict[str, float]]
+Work = Callable[[Try, Path, StopCallback], dict[str, float]]
 """Runs a trial in a run folder, from where it was, with somebody to tell how it trains; returns its metrics."""
 
 After = Callable[[Trials], None]
@@ -92,7 +92,7 @@ def search(
             ),
             run_config=tune.RunConfig(name="search", storage_path=scratch, verbose=0),
         )
-        future = aside(tuner.fit)
+        future = run_in_background(tuner.fit)
         try:
             while not wait([future], timeout=0.5).done:
                 interrupts.raise_if_interrupted()
@@ -190,7 +190,7 @@ class Hearing(FIFOScheduler):
         return self.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: Tuned) -> None:
-        release(self.folder / FOLDER / f"{trial.config['number']:04}")
+        remove_placement_group(self.folder / FOLDER / f"{trial.config['number']:04}")
         with open(trial.pickled_error_file, "rb") as file:  # which get_pickled_error seeks where it is not copied yet
             error = ray.cloudpickle.load(file)
         self.trials.end(trial.trial_id, {}, failures.classify_error(error).text)
@@ -211,7 +211,7 @@ class Reporter:
     def _report(self, run: Path, stage: str, step: int, steps: int) -> None:
         if self.reported + self.every > step:
             return
-        losses = metrics.losses(run, stage)
+        losses = metrics.read_losses(run, stage)
         while self.reported + self.every <= step:
             window = range(self.reported + 1, self.reported + self.every + 1)
             if not all(each in losses for each in window):

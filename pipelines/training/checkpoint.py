@@ -1,23 +1,23 @@
-"""Checkpoints: the trained weights and their Adam moments in pieces, and a manifest that was written last.
+"""Checkpoints: the trained weights and their Adam moments in pieces, and a manifest that is written last.
 
     step-000100/
-      rank-0000-00.safetensors  pieces of parameters, fp32, as pipelines/training/fragments.py names them
-      job.yaml                  the job as resolved
-      manifest.json             cursor, updates, data, model, and each file's size, SHA-256 and pieces
+      rank-0000-00.safetensors  pieces of parameters in fp32, named as in pipelines/training/fragments.py
+      job.yaml                  the resolved job
+      manifest.json             cursor, updates, data, model, and size, SHA-256 and pieces of each file
 
-A directory without a valid manifest does not exist.  Pieces know their place in the parameter and nothing of the number
-of workers or the ZeRO stage, so any other layout loads them without a conversion; DeepSpeed's own checkpoints would
-have to be converted (its universal form), and are pickles.  What stays frozen is not saved: it follows from the plan.
-Neither are random states and the learning rate: they follow from seed and step.
+A folder without a valid manifest is not a checkpoint. A piece stores its position in its parameter. It does not depend
+on the number of workers or on the ZeRO stage, so every layout loads every checkpoint without a conversion. DeepSpeed's
+own checkpoints would need a conversion (its universal format) and are pickles. Frozen weights are not saved, because
+they follow from the plan. Random states and the learning rate are not saved, because they follow from seed and step.
 
-Cost: 12 bytes a trained parameter.  Training stands still while each worker copies its share in memory; upload and
-checksums happen in a thread beside it.  Loading reads whole the files that hold a piece of the worker's share, which at
-the same number of workers is each file once; the checksum is computed of the same bytes.
+Cost: 12 bytes per trained parameter. Training pauses while each worker copies its share in memory. A background thread
+then uploads the copy and computes the checksums. To load, a worker reads every file that holds a piece of its share in
+full; with an unchanged number of workers, each file is read once. The checksum is computed from the same bytes.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -32,28 +32,28 @@ from pipelines.core.failures import Failure
 from pipelines.training.fragments import Fragment
 
 MANIFEST = "manifest.json"
-JOB = "job.yaml"
-FILE_BYTES = 512 * 2**20
-"""Of a file, at most; a larger piece has one of its own."""
+JOB_FILE = "job.yaml"
+MAX_FILE_BYTES = 512 * 2**20
+"""Largest size of a file of several pieces. A larger piece has a file of its own."""
 
-READERS = 4
-"""Files that a worker reads and checks side by side; each is in memory whole."""
+CONCURRENT_READS = 4
+"""Files that a worker reads and checks at the same time. Each is in memory as a whole."""
 
 Piece = tuple[str, str, int, int]
-"""Name of the parameter, state, first element, length."""
+"""Name of the parameter, name of the state, first element, number of elements."""
 
 
 class RefusedError(ValueError):
-    """The user must decide: going on from what is there would not be going on."""
+    """A restore that needs a decision of the user, because it would not continue the stored run."""
 
 
 class DamagedError(Exception):
-    """A checkpoint that cannot be trusted, and why."""
+    """A checkpoint that is incomplete or corrupt; the message gives the reason."""
 
 
 @dataclass(frozen=True)
-class File:
-    """What the manifest says of a file.  pieces: in the file's order."""
+class FileEntry:
+    """Entry of one file in the manifest. The pieces have the order of the file."""
 
     bytes: int
     sha256: str
@@ -62,11 +62,16 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds.
+    """Contents of a checkpoint.
 
-    cursor: global batches done.  updates: of the weights, fewer where batches were passed over.
-    workers: that wrote it.  loss: mean of the steps since the checkpoint before.
-    data: fingerprint of each set.  model: the configuration.
+    Args:
+        cursor: number of finished global batches.
+        updates: number of weight updates; smaller than the cursor if updates were skipped.
+        workers: number of workers that wrote the checkpoint.
+        loss: mean over the steps since the previous checkpoint.
+        data: fingerprint of each set of shards.
+        model: configuration of the model, and names and shapes of its trained parameters.
+        files: entries by file name.
     """
 
     cursor: int
@@ -75,24 +80,28 @@ class Manifest:
     loss: float
     data: dict[str, str]
     model: dict[str, Any]
-    files: dict[str, File]
+    files: dict[str, FileEntry]
 
     def to_json(self) -> str:
-        """With a checksum of its own, as it has those of the files: a digit may be wrong and the text still be JSON."""
+        """Serialize the manifest with its own SHA-256, because a text with a flipped digit can still be JSON."""
         text = json.dumps(asdict(self))
         return json.dumps({"sha256": _sha256(text.encode()), "manifest": json.loads(text)})
 
     @classmethod
     def from_json(cls, text: bytes) -> "Manifest":
-        """Raises `DamagedError` for what `to_json` did not write."""
+        """Parse the output of `to_json`.
+
+        Raises:
+            DamagedError: the text is not a manifest, or its SHA-256 does not match.
+        """
         try:
-            whole = json.loads(text)
-            fields = whole["manifest"]
-            if whole["sha256"] != _sha256(json.dumps(fields).encode()):
-                raise DamagedError(f"{MANIFEST} has another checksum than it says")
+            document = json.loads(text)
+            fields = document["manifest"]
+            if document["sha256"] != _sha256(json.dumps(fields).encode()):
+                raise DamagedError(f"{MANIFEST} does not match its checksum")
             files = {
-                name: File(file["bytes"], file["sha256"], [tuple(piece) for piece in file["pieces"]])
-                for name, file in fields.pop("files").items()
+                name: FileEntry(entry["bytes"], entry["sha256"], [tuple(piece) for piece in entry["pieces"]])
+                for name, entry in fields.pop("files").items()
             }
             return cls(**fields, files=files)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -100,29 +109,33 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint whose manifest is whole; whether its files are, shows when they are read."""
+class SavedCheckpoint:
+    """A checkpoint with a valid manifest. Its files are checked when they are loaded."""
 
     url: str
     manifest: Manifest
 
 
-def name(cursor: int) -> str:
-    """Of the checkpoint after so many global batches."""
+def format_name(cursor: int) -> str:
+    """Return the folder name of the checkpoint after so many global batches."""
     return f"step-{cursor:06d}"
 
 
-def candidates(folder: str) -> Iterator[Saved | str]:
-    """The checkpoints of a stage, newest first; in place of one without a valid manifest, why it has none."""
-    for one in sorted(_steps(folder), key=_age, reverse=True):
+def list_newest_first(folder: str) -> Iterator[SavedCheckpoint | str]:
+    """Yield the checkpoints of a stage, newest first; for a folder without a valid manifest, yield the reason."""
+    for step in sorted(_list_steps(folder), key=_sort_key, reverse=True):
         try:
-            yield read(storage.join(folder, one))
+            yield read_checkpoint(storage.join(folder, step))
         except DamagedError as error:
             yield str(error)
 
 
-def read(url: str) -> Saved:
-    """The checkpoint at a URL.  Raises `DamagedError` where its manifest is missing or no manifest."""
+def read_checkpoint(url: str) -> SavedCheckpoint:
+    """Read the manifest of the checkpoint at a URL.
+
+    Raises:
+        DamagedError: the manifest is missing, invalid, or belongs to another step.
+    """
     path = storage.join(url, MANIFEST)
     if not storage.exists(path):
         raise DamagedError(f"{url}: no {MANIFEST}: its writing was interrupted")
@@ -130,23 +143,24 @@ def read(url: str) -> Saved:
         manifest = Manifest.from_json(storage.read(path))
     except DamagedError as error:
         raise DamagedError(f"{url}: {error}") from None
-    if not url.endswith(name(manifest.cursor)):
-        raise DamagedError(f"{url}: {MANIFEST} is that of {name(manifest.cursor)}")
-    return Saved(url, manifest)
+    if not url.endswith(format_name(manifest.cursor)):
+        raise DamagedError(f"{url}: {MANIFEST} is that of {format_name(manifest.cursor)}")
+    return SavedCheckpoint(url, manifest)
 
 
 class Upload:
-    """This rank's part of a checkpoint, on its way to storage in a thread of its own.
+    """Upload of this rank's part of a checkpoint, in a background thread.
 
-    Constructing it copies the pieces, which is all that training waits for.
+    The constructor copies the fragments to CPU memory. Training waits for this copy and for nothing else.
     """
 
     def __init__(self, url: str, rank: int, pieces: Iterable[Fragment]) -> None:
-        self.url, self.rank = url, rank
+        self.url = url
+        self.rank = rank
         copies = [
-            ((one.name, state, one.start, one.length), tensor.detach().to("cpu", copy=True))
-            for one in pieces
-            for state, tensor in one.states.items()
+            ((fragment.name, state, fragment.start, fragment.length), tensor.detach().to("cpu", copy=True))
+            for fragment in pieces
+            for state, tensor in fragment.states.items()
         ]
         pool = ThreadPoolExecutor(1)
         self._future = pool.submit(self._store, copies)
@@ -158,222 +172,284 @@ class Upload:
 
     @property
     def failed(self) -> bool:
-        """Once done: whether storage did not take it."""
+        """True if storage refused the upload. Blocks until the upload is done."""
         return self._future.exception() is not None
 
-    def result(self) -> dict[str, File]:
-        """This rank's files, when they are stored.  Raises what storage raised."""
+    def result(self) -> dict[str, FileEntry]:
+        """Wait for the upload and return the entries of this rank's files. Raises the error of the storage."""
         return self._future.result()
 
     def error(self) -> Failure | None:
-        """Wait; returns what went wrong, None if nothing did."""
+        """Wait for the upload and return its error, or None if it succeeded."""
         error = self._future.exception()
         if error is None:
             return None
         failure = failures.classify_error(error)
         return replace(failure, text=f"rank {self.rank}: {failure.text}")
 
-    def _store(self, copies: list[tuple[Piece, Tensor]]) -> dict[str, File]:
-        files = {}
-        for number, part in enumerate(_packed(copies)):
-            file = f"rank-{self.rank:04d}-{number:02d}.safetensors"
-            data = safetensors.torch.save({_key(piece): tensor for piece, tensor in part})
-            storage.write(storage.join(self.url, file), data)
-            files[file] = File(len(data), _sha256(data), [piece for piece, _ in part])
-        return files
+    def _store(self, copies: list[tuple[Piece, Tensor]]) -> dict[str, FileEntry]:
+        entries = {}
+        for number, group in enumerate(_group_by_size(copies)):
+            name = f"rank-{self.rank:04d}-{number:02d}.safetensors"
+            data = safetensors.torch.save({_tensor_key(piece): tensor for piece, tensor in group})
+            storage.write(storage.join(self.url, name), data)
+            entries[name] = FileEntry(len(data), _sha256(data), [piece for piece, _ in group])
+        return entries
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _packed(copies: list[tuple[Piece, Tensor]]) -> Iterator[list[tuple[Piece, Tensor]]]:
-    """Pieces in groups of at most FILE_BYTES; what was yielded is let go."""
-    part: list[tuple[Piece, Tensor]] = []
+def _group_by_size(copies: list[tuple[Piece, Tensor]]) -> Iterator[list[tuple[Piece, Tensor]]]:
+    """Yield the pieces in groups of at most MAX_FILE_BYTES. Empties `copies`, so that written groups are freed."""
+    group: list[tuple[Piece, Tensor]] = []
     size = 0
     while copies:
         piece, tensor = copies.pop(0)
-        if part and size + tensor.nbytes > FILE_BYTES:
-            yield part
-            part, size = [], 0
-        part.append((piece, tensor))
+        if group and size + tensor.nbytes > MAX_FILE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append((piece, tensor))
         size += tensor.nbytes
-    if part:
-        yield part
+    if group:
+        yield group
 
 
-def _key(piece: Piece) -> str:
+def _tensor_key(piece: Piece) -> str:
     return "{1}/{0}/{2}".format(*piece)
 
 
 def commit(url: str, manifest: Manifest, job: str) -> None:
-    """Make the uploaded parts a checkpoint; what else an interrupted writing left there is removed."""
-    for file in set(storage.list_files(url)) - manifest.files.keys():
-        storage.remove(storage.join(url, file))
-    storage.write(storage.join(url, JOB), job.encode())
+    """Turn uploaded parts into a checkpoint: remove leftovers of an interrupted write, then write the manifest last.
+
+    Args:
+        url: folder of the checkpoint.
+        manifest: contents, including all files that the ranks uploaded.
+        job: text of the resolved job.
+    """
+    for name in set(storage.list_files(url)) - manifest.files.keys():
+        storage.remove(storage.join(url, name))
+    storage.write(storage.join(url, JOB_FILE), job.encode())
     storage.write(storage.join(url, MANIFEST), manifest.to_json().encode())
 
 
 def prune(folder: str, cursor: int, last: int, best: int) -> None:
-    """Of the checkpoints up to `cursor`, the newest, keep the newest `last` and the `best` of lowest loss.
+    """Remove old checkpoints, and folders without a manifest, up to the newest checkpoint.
 
-    Others before it go, with or without a manifest; that goes first, so that what is half removed does not exist.  What
-    is newer is being written, or was passed over as damaged: neither is touched, nor counts as one that is kept.
+    Folders with a larger cursor stay and do not count as kept: they are being written or were skipped as damaged.
+
+    Args:
+        folder: checkpoints of the stage.
+        cursor: cursor of the newest checkpoint.
+        last: number of newest checkpoints that are kept.
+        best: number of checkpoints with the lowest loss that are kept besides these.
     """
-    newest = _age(name(cursor))
-    steps = [one for one in _steps(folder) if _age(one) <= newest]
-    saved = [one for one in candidates(folder) if isinstance(one, Saved) and one.manifest.cursor <= cursor]
-    kept = [*saved[:last], *sorted(saved, key=lambda one: one.manifest.loss)[:best]]
-    for step in {*steps} - {name(one.manifest.cursor) for one in kept} - {name(cursor)}:
+    newest = _sort_key(format_name(cursor))
+    steps = [step for step in _list_steps(folder) if _sort_key(step) <= newest]
+    checkpoints = [
+        saved
+        for saved in list_newest_first(folder)
+        if isinstance(saved, SavedCheckpoint) and saved.manifest.cursor <= cursor
+    ]
+    kept = [*checkpoints[:last], *sorted(checkpoints, key=lambda saved: saved.manifest.loss)[:best]]
+    for step in {*steps} - {format_name(saved.manifest.cursor) for saved in kept} - {format_name(cursor)}:
         _remove(storage.join(folder, step))
 
 
-def clear(folder: str) -> None:
-    """Remove what an interrupted writing left: checkpoints without any manifest.  Nobody may be writing one."""
-    for step in _steps(folder):
+def remove_incomplete(folder: str) -> None:
+    """Remove folders without a manifest, which an interrupted write left. No rank may be writing a checkpoint."""
+    for step in _list_steps(folder):
         if not storage.exists(storage.join(folder, step, MANIFEST)):
             _remove(storage.join(folder, step))
 
 
 def _remove(url: str) -> None:
+    # The manifest goes first: after an interruption the rest is no longer a checkpoint.
     storage.remove(storage.join(url, MANIFEST))
     storage.remove_folder(url)
 
 
-def _steps(folder: str) -> list[str]:
-    return [one for one in storage.list_folders(folder) if one.startswith("step-")]
+def _list_steps(folder: str) -> list[str]:
+    return [name for name in storage.list_folders(folder) if name.startswith("step-")]
 
 
-def _age(step: str) -> tuple[int, str]:
-    """Sorts names of checkpoints by their cursor."""
+def _sort_key(step: str) -> tuple[int, str]:
+    """Sort names of checkpoints by cursor, also beyond six digits."""
     return len(step), step
 
 
-def load(saved: Saved, wanted: Sequence[Fragment]) -> list[dict[str, Tensor]]:
-    """For each fragment its states as the checkpoint has them, checked but not yet put in place.
+def load_fragments(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> list[dict[str, Tensor]]:
+    """Load the states of fragments from a checkpoint and check them. Does not write into the fragments.
 
-    Raises `DamagedError` where a file is missing, has another size or checksum, or holds not all of a fragment.
+    Args:
+        saved: checkpoint of any layout.
+        wanted: fragments whose states are loaded; their tensors give the shapes.
+
+    Returns:
+        For each fragment, its states by name: fp32 tensors of shape (length,).
+
+    Raises:
+        DamagedError: a file is missing, has another size or checksum, or a part of a fragment is not stored.
     """
-    result = [{state: torch.empty(one.length, dtype=torch.float32) for state in one.states} for one in wanted]
-    missing = [dict.fromkeys(one.states, one.length) for one in wanted]
-    places: dict[tuple[str, str], list[int]] = {}
-    for number, one in enumerate(wanted):
-        for state in one.states:
-            places.setdefault((one.name, state), []).append(number)
+    result = [
+        {state: torch.empty(fragment.length, dtype=torch.float32) for state in fragment.states} for fragment in wanted
+    ]
+    # Number of elements of each fragment that are not loaded yet.
+    missing = [dict.fromkeys(fragment.states, fragment.length) for fragment in wanted]
+    indices: dict[tuple[str, str], list[int]] = {}
+    for index, fragment in enumerate(wanted):
+        for state in fragment.states:
+            indices.setdefault((fragment.name, state), []).append(index)
 
-    def take(file: str) -> None:
-        for (parameter, state, start, length), tensor in _checked(saved, file):
-            for number in places.get((parameter, state), []):
-                one = wanted[number]
-                first, stop = max(start, one.start), min(start + length, one.stop)
+    def copy_file(file: str) -> None:
+        """Copy the overlap of every piece of the file with every wanted fragment of the same parameter."""
+        for (parameter, state, start, length), tensor in _read_checked(saved, file):
+            for index in indices.get((parameter, state), []):
+                fragment = wanted[index]
+                first, stop = max(start, fragment.start), min(start + length, fragment.stop)
                 if first < stop:
-                    result[number][state][first - one.start : stop - one.start] = tensor[first - start : stop - start]
-                    missing[number][state] -= stop - first
+                    target = result[index][state][first - fragment.start : stop - fragment.start]
+                    target.copy_(tensor[first - start : stop - start])
+                    missing[index][state] -= stop - first
 
-    def touches(pieces: list[Piece]) -> bool:
+    def overlaps(pieces: list[Piece]) -> bool:
         return any(
-            start < wanted[number].stop and wanted[number].start < start + length
+            start < wanted[index].stop and wanted[index].start < start + length
             for parameter, state, start, length in pieces
-            for number in places.get((parameter, state), [])
+            for index in indices.get((parameter, state), [])
         )
 
-    needed = [file for file, about in saved.manifest.files.items() if touches(about.pieces)]
-    with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(take, needed))
-    for one, left in zip(wanted, missing, strict=True):
-        if any(left.values()):
-            raise DamagedError(f"{saved.url}: {one.name} is not there, or not all of it")
+    # Read only the files that hold a piece of a wanted fragment.
+    needed = [name for name, entry in saved.manifest.files.items() if overlaps(entry.pieces)]
+    with ThreadPoolExecutor(CONCURRENT_READS) as pool:
+        list(pool.map(copy_file, needed))
+    for fragment, counts in zip(wanted, missing, strict=True):
+        if any(counts.values()):
+            raise DamagedError(f"{saved.url}: {fragment.name} is missing or incomplete")
     return result
 
 
-def weights(saved: Saved, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """The trained weights whole, fp32, by name."""
-    wanted = [Fragment(one, 0, {"weight": torch.empty(shape.numel())}) for one, shape in shapes.items()]
-    loaded = load(saved, wanted)
-    return {one: states["weight"].view(shape) for (one, shape), states in zip(shapes.items(), loaded, strict=True)}
+def load_weights(saved: SavedCheckpoint, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Load whole trained weights in fp32, by name of the parameter."""
+    wanted = [Fragment(name, 0, {"weight": torch.empty(shape.numel())}) for name, shape in shapes.items()]
+    loaded = load_fragments(saved, wanted)
+    return {name: states["weight"].view(shape) for (name, shape), states in zip(shapes.items(), loaded, strict=True)}
 
 
-def _checked(saved: Saved, file: str) -> Iterator[tuple[Piece, Tensor]]:
-    url, about = storage.join(saved.url, file), saved.manifest.files[file]
+def _read_checked(saved: SavedCheckpoint, file: str) -> Iterator[tuple[Piece, Tensor]]:
+    """Read one file, compare it with its entry in the manifest, and yield its pieces."""
+    url, entry = storage.join(saved.url, file), saved.manifest.files[file]
     if not storage.exists(url):
-        raise DamagedError(f"{url}: not there")
-    data = storage.read(url)  # a store that does not answer, or not to us, is no damage
-    if len(data) != about.bytes:
-        raise DamagedError(f"{url}: {len(data)} bytes, its manifest says {about.bytes}")
-    if _sha256(data) != about.sha256:
-        raise DamagedError(f"{url}: its bytes have another checksum than its manifest says")
+        raise DamagedError(f"{url} is missing")
+    # An unreachable store or a rejected credential raises OSError or ValueError here. That is not damage.
+    data = storage.read(url)
+    if len(data) != entry.bytes:
+        raise DamagedError(f"{url}: {len(data)} bytes, its manifest says {entry.bytes}")
+    if _sha256(data) != entry.sha256:
+        raise DamagedError(f"{url}: its checksum differs from that in its manifest")
     tensors = safetensors.torch.load(data)
-    for piece in about.pieces:
-        yield piece, tensors[_key(piece)]
+    for piece in entry.pieces:
+        yield piece, tensors[_tensor_key(piece)]
 
 
-def agree(url: str, manifest: Manifest, changed: bool, data: dict[str, str], model: dict[str, Any]) -> None:
-    """RefusedError where a checkpoint was made with other data or another model.
+def check_compatible(
+    url: str, manifest: Manifest, allow_changes: bool, data: dict[str, str], model: dict[str, Any]
+) -> None:
+    """Compare a checkpoint with the data and the model of the stage.
 
-    `changed` knowingly, that is allowed, but not other shapes of what is trained.
+    Args:
+        url: address of the checkpoint, for the message.
+        manifest: its manifest.
+        allow_changes: accept differences, except in shapes of trained parameters.
+        data: fingerprint of each set of the stage.
+        model: description of the model, as `engine.describe_model` returns it.
+
+    Raises:
+        RefusedError: the checkpoint was written with other data or another model.
     """
     before, now = {"data": manifest.data, "model": manifest.model}, {"data": data, "model": model}
-    for key, old, new in differences(before, now):
-        reshaped = key.startswith("model.trained.") and None not in (old, new)
-        if reshaped or not changed:
+    for key, old, new in find_differences(before, now):
+        is_reshaped = key.startswith("model.trained.") and None not in (old, new)
+        if is_reshaped or not allow_changes:
             raise RefusedError(
-                f"{url}: it was written with {key} = {_shown(old)}, not {_shown(new)}; give the job another name"
-                + ("" if reshaped else ", or go on all the same by --allow-changes")
+                f"{url}: it was written with {key} = {_shorten(old)}, not {_shorten(new)}; give the job another name"
+                + ("" if is_reshaped else ", or continue with --allow-changes")
             )
 
 
-def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted path, value before, value now) of each value that is not the same in two trees of dictionaries."""
+def find_differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted path, value before, value now) for each difference between two trees of dictionaries."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before | now:
-            yield from differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+            yield from find_differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
     elif before != now:
         yield path, before, now
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return repr(value)[:80]
 
 
-def restore(folder: str, wanted: Sequence[Fragment], check: Any) -> tuple[Manifest | None, list[str]]:
-    """Load the newest whole checkpoint into `wanted`; returns its manifest, and why newer ones were passed over.
+def restore_newest(
+    folder: str, wanted: Sequence[Fragment], check: Callable[[str, Manifest], None]
+) -> tuple[Manifest | None, list[str]]:
+    """Load the newest intact checkpoint into the fragments. A collective: all ranks load the same checkpoint.
 
-    check: called with (url, manifest) of one before it is used, to raise ValueError if it must not be.
-    Every rank calls it with its own fragments, and all get the same checkpoint.
-    Raises RefusedError where there are checkpoints and none can be loaded: a start from nothing must be wanted.
+    Args:
+        folder: checkpoints of the stage.
+        wanted: fragments of this rank; their tensors are overwritten.
+        check: called with (url, manifest) before a checkpoint is loaded; raises ValueError to refuse it.
+
+    Returns:
+        Manifest of the loaded checkpoint, or None if there is none; and the reasons for which newer checkpoints were
+        skipped.
+
+    Raises:
+        RefusedError: there are checkpoints, but none can be loaded. A start from step 0 then needs the user's consent.
     """
-    rank, passed, unloaded = dist.get_rank(), list[str](), ""
-    found = candidates(folder) if rank == 0 else iter(())
+    rank, skipped, first_error = dist.get_rank(), list[str](), ""
+    # Rank 0 alone lists the storage, so that all ranks see the same candidates in the same order.
+    candidates = list_newest_first(folder) if rank == 0 else iter(())
+
+    # Each turn tries one candidate and ends on all ranks in the same way, because each turn has collectives.
     while True:
-        [one] = _from_first([next(found, None) if rank == 0 else None])
-        if one is None and unloaded:
+        [candidate] = _broadcast([next(candidates, None) if rank == 0 else None])
+        if candidate is None and first_error:
             raise RefusedError(
-                f"{folder}: none of its checkpoints can be loaded; {unloaded}; remove them to begin anew"
+                f"{folder}: none of its checkpoints can be loaded; {first_error}; remove them to start from step 0"
             )
-        if one is None:
-            return None, passed
-        if isinstance(one, str):
-            passed.append(one)
+        if candidate is None:
+            return None, skipped
+
+        # A folder without a valid manifest comes as the reason.
+        if isinstance(candidate, str):
+            skipped.append(candidate)
             continue
-        check(one.url, one.manifest)
-        states, why = None, ""
+        check(candidate.url, candidate.manifest)
+
+        # Load into new tensors: another rank may find damage, and then no rank may keep what it loaded.
+        states, error_text = None, ""
         try:
-            states = load(one, wanted)
+            states = load_fragments(candidate, wanted)
         except DamagedError as error:
-            why = str(error)
-        whys: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(whys, why)
-        if any(whys):
-            passed.append(next(filter(None, whys)))
-            unloaded = unloaded or passed[-1]
+            error_text = str(error)
+        errors: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(errors, error_text)
+        if any(errors):
+            skipped.append(next(filter(None, errors)))
+            first_error = first_error or skipped[-1]
             continue
+
+        # Every rank has its whole share. Write it into the live tensors.
         assert states is not None
         for fragment, loaded in zip(wanted, states, strict=True):
             for state, tensor in loaded.items():
                 fragment.states[state].data.copy_(tensor)
-        return one.manifest, passed
+        return candidate.manifest, skipped
 
 
-def _from_first(values: list[Any]) -> list[Any]:
+def _broadcast(values: list[Any]) -> list[Any]:
+    """Overwrite the list on all ranks with that of rank 0."""
     dist.broadcast_object_list(values, src=0)
     return values

@@ -1,13 +1,13 @@
-"""The stage's model in a DeepSpeed engine, at any ZeRO stage and precision.
+"""The model of a stage in a DeepSpeed engine, for every ZeRO stage and precision.
 
-Weights are held and updated in fp32 whatever they are computed in.  What is random in a micro-batch (dropout of LoRA)
-is drawn by its number, and the learning rate follows from the step: neither is state that a checkpoint must hold, and
-neither depends on how many workers there are.
+The optimizer keeps and updates weights in fp32 in every precision. Random numbers of a micro-batch (dropout of LoRA)
+are seeded by its number, and the learning rate follows from the step. Both are therefore no state of a checkpoint and
+do not depend on the number of workers.
 """
 
 import json
 import os
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
-from pipelines.training.plan import Plan, Schedule
+from pipelines.training.plan import LearningRateSchedule, StagePlan
 from redux import contrastive, model
 from redux.architecture import Tower
 from redux.contrastive import Contrastive
@@ -25,13 +25,14 @@ from redux.loading import load_model
 from redux.model import ReduxForConditionalGeneration
 
 if not torch.cuda.is_available():
-    os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed while it is imported, as accelerate does to save a model
+    # DeepSpeed reads this variable when it is imported, and accelerate imports DeepSpeed to save a model.
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Language(torch.nn.Module):
-    """LLaVA whose forward gives the loss, so that it trains like every other model."""
+class LlavaWithLoss(torch.nn.Module):
+    """LLaVA with a forward pass that returns the loss."""
 
     def __init__(self, llava: ReduxForConditionalGeneration) -> None:
         super().__init__()
@@ -40,9 +41,10 @@ class Language(torch.nn.Module):
     def forward(
         self, labels: Int[Tensor, "samples length"], weight: Float[Tensor, " samples"], **batch: Tensor
     ) -> Float[Tensor, ""]:
-        """Sum over samples of weight times the cross-entropy of their labelled tokens.
+        """Return the sum over samples of the sample's weight times the cross-entropy of its labelled tokens.
 
-        Logits are computed for these alone: of 2,048 tokens and 32,000 words they would take 262 MB a sample.
+        Logits are computed for labelled tokens only. For all 2,048 tokens of a sample and 32,000 words they would take
+        262 MB.
         """
         hidden = self.llava.model(**batch, use_cache=False).last_hidden_state
         learned = labels[:, 1:] != IGNORE
@@ -51,8 +53,8 @@ class Language(torch.nn.Module):
         return (losses * weight[:, None].expand_as(learned)[learned]).sum()
 
 
-class Pairs(torch.nn.Module):
-    """A CLIP that learns: the loss of a micro-batch, whose samples weigh the same, times their weight."""
+class ClipWithLoss(torch.nn.Module):
+    """CLIP with a forward pass that returns the contrastive loss, times the summed weight of the samples."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
@@ -62,79 +64,117 @@ class Pairs(torch.nn.Module):
         return self.pairs(**batch) * weight.sum()
 
 
-Trainee = Language | Pairs
+ModuleWithLoss = LlavaWithLoss | ClipWithLoss
 
 
-def trainee(plan: Plan) -> tuple[Trainee, dict[str, list[torch.nn.Parameter]]]:
-    """What the stage trains, as it is before the first step, and its parameters by part.
+class DeepSpeedEngineProtocol(Protocol):
+    """Members of deepspeed.DeepSpeedEngine that this package uses. DeepSpeed itself has no type annotations.
 
-    A pure function of the plan: parts that stay frozen need not be in checkpoints.
+    `optimizer` is torch's optimizer or one of DeepSpeed's wrappers, whose attributes depend on the ZeRO stage.
+    `basic_optimizer` is torch's optimizer in every case.
+    """
+
+    module: torch.nn.Module
+    optimizer: Any
+    basic_optimizer: torch.optim.Optimizer
+    device: torch.device
+    global_rank: int
+    dp_world_size: int
+
+    def __call__(self, **batch: Tensor) -> Tensor: ...
+
+    def backward(self, loss: Tensor) -> Any: ...
+
+    def step(self) -> None: ...
+
+    def was_step_applied(self) -> bool: ...
+
+    def get_global_grad_norm(self) -> Any: ...
+
+    def zero_optimization_stage(self) -> int: ...
+
+
+def build_module(plan: StagePlan) -> tuple[ModuleWithLoss, dict[str, list[torch.nn.Parameter]]]:
+    """Build the model before the first step. A pure function of the plan, so frozen parts need no checkpoint.
+
+    Returns:
+        The model with its loss, and its parameters by part: tower, projector, language.
     """
     torch.manual_seed(plan.seed)
     tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer)
-    before = load(plan.start) if plan.start else None
+    start = load_start_model(plan.start) if plan.start else None
+
+    # The contrastive objective trains CLIP, whose image side becomes the tower.
     if plan.stage.objective == "contrastive":
         assert plan.model is not None
         assert isinstance(plan.model.tower, Tower)
-        clip = before if isinstance(before, CLIPModel) else contrastive.build(plan.model.tower, tokenizer)
-        module: Trainee = Pairs(clip)
+        clip = start if isinstance(start, CLIPModel) else contrastive.build(plan.model.tower, tokenizer)
+        module: ModuleWithLoss = ClipWithLoss(clip)
         return module, {"tower": list(module.parameters())}
-    if isinstance(before, ReduxForConditionalGeneration):
-        llava = before
+
+    # The language objective trains LLaVA: the given one, or a new one with the tower of a given CLIP.
+    if isinstance(start, ReduxForConditionalGeneration):
+        llava = start
     else:
         assert plan.model is not None
         llava = model.build(plan.model, tokenizer)
-    if isinstance(before, CLIPModel):
-        llava.model.vision_tower.load_state_dict(before.vision_model.state_dict())
+    if isinstance(start, CLIPModel):
+        llava.model.vision_tower.load_state_dict(start.vision_model.state_dict())
     parts = llava.parts()
+
+    # Adapters draw from torch's generator, so they are added after everything else is built.
     if plan.stage.lora:
         from pipelines.training import lora
 
-        lora.wrap(llava, plan.stage.lora)
-        parts["language"] = lora.adapters(llava)
+        lora.add_adapters(llava, plan.stage.lora)
+        parts["language"] = lora.list_adapter_parameters(llava)
     if plan.stage.activation_checkpointing:
         llava.gradient_checkpointing_enable({"use_reentrant": False})
-    return Language(llava), parts
+    return LlavaWithLoss(llava), parts
 
 
-def load(path: str) -> CLIPModel | ReduxForConditionalGeneration:
-    """The model in a folder or at a URL, of one of the two kinds that stages make."""
+def load_start_model(path: str) -> CLIPModel | ReduxForConditionalGeneration:
+    """Load the model from which a stage starts, from a folder or URL: a CLIP or a LLaVA."""
     kinds = {"clip": CLIPModel, "llava": ReduxForConditionalGeneration}
     with fetched(path) as folder:
         return load_model(kinds[AutoConfig.from_pretrained(folder).model_type], folder, what="start")
 
 
-def trained(module: Trainee, plan: Plan) -> CLIPModel | ReduxForConditionalGeneration:
-    """The model to save, of plain layers."""
-    if isinstance(module, Pairs):
+def extract_model(module: ModuleWithLoss, plan: StagePlan) -> CLIPModel | ReduxForConditionalGeneration:
+    """Return the model without its loss, with adapters merged into the weights."""
+    if isinstance(module, ClipWithLoss):
         return module.pairs.trained()
     if plan.stage.lora:
         from pipelines.training import lora
 
-        return lora.merge(module.llava)
+        return lora.merge_adapters(module.llava)
     return module.llava
 
 
-def build(plan: Plan, workers: int) -> Any:
-    """The engine, on this rank of so many: a collective."""
+def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
+    """Build the DeepSpeed engine of this rank. A collective over all workers."""
     import deepspeed
 
     if not torch.cuda.is_available():
-        # one core each, or the ranks fight; the shared-memory op would compile for half a minute at first use
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
-        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // here, 1))
+        # Divide the cores among the ranks of the machine. More threads than cores would slow all ranks down.
+        local_workers = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // local_workers, 1))
+        # DeepSpeed would compile its shared-memory operator for half a minute at the first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    module, parts = trainee(plan)
+
+    # Only parts with a learning rate train.
+    module, parts = build_module(plan)
     module.train()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     stage = plan.stage
     groups = [
-        {"params": [one.requires_grad_() for one in parts[part]], "lr": 0.0, "peak": rate}
+        {"params": [parameter.requires_grad_() for parameter in parts[part]], "lr": 0.0, "peak": rate}
         for part, rate in stage.learning_rate.items()
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay, fused=True)
-    half = stage.precision == "bf16"
+
+    is_bf16 = stage.precision == "bf16"
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
@@ -144,50 +184,63 @@ def build(plan: Plan, workers: int) -> Any:
             "gradient_clipping": stage.max_grad_norm,
             "zero_optimization": {"stage": stage.zero_stage},
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": half},
-            # how many micro-batches a worker adds up depends on the number of workers; in bf16 the sum would, too
-            **({"data_types": {"grad_accum_dtype": "fp32"}} if half and stage.zero_stage else {}),
+            "bf16": {"enabled": is_bf16},
+            # The number of micro-batches that a worker accumulates depends on the number of workers. In bf16 their
+            # sum would depend on it, too.
+            **({"data_types": {"grad_accum_dtype": "fp32"}} if is_bf16 and stage.zero_stage else {}),
             "steps_per_print": None,
         },
     )
-    # with ZeRO 0 in bf16 it has taken a step to make its states, at a rate of 0; it must not count
+    # With ZeRO 0 in bf16, DeepSpeed takes one step at learning rate 0 to create its states. It must not count.
     for state in optimizer.state.values():
         state["step"].zero_()
     return engine
 
 
-def identity(engine: Any) -> dict[str, Any]:
-    """What a checkpoint of this engine goes with: the model's configuration, and what of it is trained."""
+def describe_model(engine: DeepSpeedEngineProtocol) -> dict[str, Any]:
+    """Return the configuration of the model and the shapes of its trained parameters, for the manifest."""
     module = engine.module
-    config = (module.pairs.clip if isinstance(module, Pairs) else module.llava).config.to_dict()
-    passing = ("transformers_version", "_name_or_path", "dtype")
+    if isinstance(module, ClipWithLoss):
+        config = module.pairs.clip.config.to_dict()
+    else:
+        assert isinstance(module, LlavaWithLoss)
+        config = module.llava.config.to_dict()
+    # Values that may differ between two starts of the same stage.
+    ignored = ("transformers_version", "_name_or_path", "dtype")
+    # ZeRO 3 replaces the tensors by partitions and keeps the shape in ds_shape.
     shapes = {
-        name: list(getattr(one, "ds_shape", one.shape)) for name, one in module.named_parameters() if one.requires_grad
+        name: list(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
     }
-    return json.loads(json.dumps({"config": {**config, **dict.fromkeys(passing)}, "trained": shapes}))
+    return json.loads(json.dumps({"config": {**config, **dict.fromkeys(ignored)}, "trained": shapes}))
 
 
-def set_rate(engine: Any, schedule: Schedule, step: int) -> float:
-    """Give each part its learning rate for a step (from 1); returns that of the part that learns fastest."""
+def set_learning_rate(engine: DeepSpeedEngineProtocol, schedule: LearningRateSchedule, step: int) -> float:
+    """Set the learning rate of each part for a step, counted from 1. Returns the largest of them."""
     share = schedule(step - 1)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak"] * share
     return max(group["lr"] for group in engine.optimizer.param_groups)
 
 
-def update(engine: Any) -> tuple[bool, float]:
-    """After the last backward of a global batch: (whether weights changed, norm of the gradient before clipping).
+def apply_update(engine: DeepSpeedEngineProtocol) -> tuple[bool, float]:
+    """Update the weights after the last backward pass of a global batch, unless the gradient is not finite.
 
-    They do not where the norm is NaN or infinite.  DeepSpeed sees to it, but for ZeRO 0 in fp32.
+    Returns:
+        True if the weights changed, and the norm of the gradient before clipping.
     """
+    # DeepSpeed checks the norm itself, except with ZeRO 0 in fp32, where it uses torch's optimizer directly.
     if engine.optimizer is engine.basic_optimizer:
-        parameters = [one for one in engine.module.parameters() if one.grad is not None]
-        norm = torch.nn.utils.get_total_norm([one.grad for one in parameters])
-        if not norm.isfinite():
-            for one in parameters:
-                one.grad = None  # AdamW passes over what has no gradient
+        parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        is_finite = bool(norm.isfinite())
+        if not is_finite:
+            # AdamW skips parameters without a gradient.
+            for parameter in parameters:
+                parameter.grad = None
         engine.step()
-        return bool(norm.isfinite()), norm.item()
+        return is_finite, norm.item()
     engine.step()
-    applied = engine.was_step_applied()
-    return applied, float(engine.get_global_grad_norm()) if applied else float("nan")
+    was_applied = engine.was_step_applied()
+    return was_applied, float(engine.get_global_grad_norm()) if was_applied else float("nan")

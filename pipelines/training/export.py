@@ -1,8 +1,8 @@
-"""From a checkpoint to a folder that `from_pretrained` opens: the stage's model, or that after any step.
+"""Export of a checkpoint to a folder that `from_pretrained` opens: the result of a stage, or the model after any step.
 
-One way for both: the model as it was before the first step, with the checkpoint's trained weights in place of its own.
-It runs without DeepSpeed and at once, so a model of many ZeRO-3 workers needs no gathering, only memory: that of the
-model as it is stored, and 4 bytes more for each parameter that is trained.
+Both take the same way: build the model before the first step, and replace its trained weights by those of the
+checkpoint. The export runs without DeepSpeed in one process, so ZeRO-3 weights need no gathering. It needs memory for
+the model as it is stored, and 4 bytes more per trained parameter.
 """
 
 import json
@@ -16,50 +16,63 @@ from transformers import AutoTokenizer
 from pipelines.core import failures, storage
 from pipelines.training import checkpoint, engine
 from pipelines.training.checkpoint import MANIFEST, DamagedError
-from pipelines.training.plan import Plan
+from pipelines.training.plan import StagePlan
 from redux import processor
 from redux.model import ReduxForConditionalGeneration
 
-SHARD = "1GB"
-"""Of a file of the model: each is in memory whole on its way to storage, and has its deadline there."""
+MAX_SHARD_SIZE = "1GB"
+"""Largest size of a file of the model. Each file is uploaded from memory, within the deadline of the storage."""
 
 
-def model(plan: Plan, cursor: int) -> None:
-    """Write the stage's model, as it was after so many steps, and its tokenizer."""
-    write(plan, checkpoint.read(storage.join(plan.folder, checkpoint.name(cursor))), plan.result)
+def export_result(plan: StagePlan, cursor: int) -> None:
+    """Export the result of a stage, its model and tokenizer after so many steps."""
+    saved = checkpoint.read_checkpoint(storage.join(plan.folder, checkpoint.format_name(cursor)))
+    export_checkpoint(plan, saved, plan.result)
 
 
-def write(plan: Plan, saved: checkpoint.Saved, out: str) -> None:
-    """Write the model of a checkpoint to a folder or URL, with all that is needed to ask it as it was trained.
+def export_checkpoint(plan: StagePlan, saved: checkpoint.SavedCheckpoint, out: str) -> None:
+    """Export the model of a checkpoint with its tokenizer and processor, in the precision of the stage.
 
-    The weights have the precision in which the stage computed.  ValueError where the checkpoint is damaged.
+    Args:
+        plan: plan of the stage that wrote the checkpoint.
+        saved: the checkpoint.
+        out: folder or URL.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
     """
-    module, parts = engine.trainee(plan)
-    trained = {id(one) for part in plan.stage.learning_rate for one in parts[part]}
-    mine = {name: one for name, one in module.named_parameters() if id(one) in trained}
+    # Rebuild the model before the first step, and load the trained weights into it.
+    module, parts = engine.build_module(plan)
+    trained_ids = {id(parameter) for part in plan.stage.learning_rate for parameter in parts[part]}
+    trained = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in trained_ids}
     try:
-        weights = checkpoint.weights(saved, {name: one.shape for name, one in mine.items()})
+        weights = checkpoint.load_weights(saved, {name: parameter.shape for name, parameter in trained.items()})
     except DamagedError as error:
         raise ValueError(str(error)) from None
     with torch.no_grad():
-        for name, one in mine.items():
-            one.copy_(weights[name])
-    whole = engine.trained(module, plan).to(engine.DTYPES[plan.stage.precision])
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+
+    # save_pretrained writes local files only, so write a temporary folder and upload it.
+    model = engine.extract_model(module, plan).to(engine.DTYPES[plan.stage.precision])
     tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer)
     with tempfile.TemporaryDirectory() as folder, failures.locate_errors(folder):
-        if isinstance(whole, ReduxForConditionalGeneration):
-            processor.describe_training(whole, tokenizer, plan.template, plan.image_aspect_ratio)
-            processor.build_processor(whole.config, tokenizer).save_pretrained(folder)
+        if isinstance(model, ReduxForConditionalGeneration):
+            processor.describe_training(model, tokenizer, plan.template, plan.image_aspect_ratio)
+            processor.build_processor(model.config, tokenizer).save_pretrained(folder)
         else:
             tokenizer.save_pretrained(folder)
-        whole.save_pretrained(folder, max_shard_size=SHARD)
-        upload(Path(folder), out, saved.url)
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        upload_folder(Path(folder), out, saved.url)
 
 
-def upload(folder: Path, out: str, source: str) -> None:
-    """Write the files of a local folder to a folder or URL, and last a manifest that names their source.
+def upload_folder(folder: Path, out: str, source: str) -> None:
+    """Upload the files of a local folder, and last a manifest. After an error, remove the files that were uploaded.
 
-    Where not all can be written, what is there is removed, so that the same command can be given again.
+    Args:
+        folder: local folder.
+        out: target folder or URL.
+        source: origin of the model, for the manifest.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     try:
@@ -74,6 +87,6 @@ def upload(folder: Path, out: str, source: str) -> None:
         raise
 
 
-def finished(url: str) -> bool:
-    """Whether a model was written there to its end."""
+def is_complete(url: str) -> bool:
+    """Return True if a model was uploaded there completely."""
     return storage.exists(storage.join(url, MANIFEST))

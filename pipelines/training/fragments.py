@@ -1,17 +1,25 @@
-"""What of the training state lies on this rank: pieces of parameters in fp32 and their Adam moments.
+"""Training state of one rank: fragments of parameters in fp32 with their Adam moments.
 
-DeepSpeed lays weights and moments out by ZeRO stage and number of workers: whole (0), in one flat vector a parameter
-group that is cut into equal parts (1, 2), parameter by parameter (3).  Here every layout becomes the same list of
-pieces, "elements start to stop of the parameter of this name", so that what one layout saved another can load.  It
-leans on attributes of DeepSpeed's optimizers that are no documented interface; tests hold each of them.
+DeepSpeed stores weights and moments in a layout that depends on the ZeRO stage and the number of workers:
+
+    ZeRO 0     whole parameters
+    ZeRO 1, 2  one flat vector per parameter group, cut into equal parts
+    ZeRO 3     equal parts of each parameter
+
+This module maps every layout to one list of fragments, "elements start to stop of the parameter with this name", so
+that every layout loads what another layout saved. It reads attributes of DeepSpeed's optimizers that are not a
+documented interface; tests cover each of them.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pipelines.training.engine import DeepSpeedEngineProtocol
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = ("weight", *MOMENTS)
@@ -19,7 +27,13 @@ STATES = ("weight", *MOMENTS)
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements from `start` on of the flattened parameter `name`; states: live tensors, each of `length`."""
+    """A contiguous part of a flattened parameter.
+
+    Args:
+        name: name of the parameter.
+        start: index of its first element in the flattened parameter.
+        states: live tensors of shape (length,), by name: "weight", and the moments of Adam.
+    """
 
     name: str
     start: int
@@ -34,54 +48,69 @@ class Fragment:
         return self.start + self.length
 
 
-def held(engine: Any) -> list[Fragment]:
-    """What this rank computes with; moments that are not there before the first step are made, zeros."""
-    inner = _inner(engine)
-    for master in _masters(engine):
-        if not inner.state[master]:
-            inner.state[master] = {
+def local_fragments(engine: "DeepSpeedEngineProtocol") -> list[Fragment]:
+    """Return the fragments that this rank updates. Creates zero moments if there are none before the first step."""
+    optimizer = engine.basic_optimizer
+    for master in _iterate_masters(engine):
+        if not optimizer.state[master]:
+            optimizer.state[master] = {
                 "step": torch.zeros((), device=master.device),
                 **{name: torch.zeros_like(master) for name in MOMENTS},
             }
-    of = _layout(engine)
-    trained = ((name, one) for name, one in engine.module.named_parameters() if one.requires_grad)
-    return [fragment for name, one in trained if (fragment := of(name, one)) is not None]
+    find_fragment = _fragment_finder(engine)
+    found = [
+        find_fragment(name, parameter)
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    ]
+    return [fragment for fragment in found if fragment is not None]
 
 
-def owned(engine: Any) -> list[Fragment]:
-    """What this rank saves: all ranks together have every element once."""
+def owned_fragments(engine: "DeepSpeedEngineProtocol") -> list[Fragment]:
+    """Return the fragments that this rank saves. Over all ranks, every element occurs once."""
     if engine.zero_optimization_stage():
-        return held(engine)
+        return local_fragments(engine)
+    # With ZeRO 0 every rank has all elements, so each rank saves an equal share of every parameter.
     rank, workers = engine.global_rank, engine.dp_world_size
-    return [part for whole in held(engine) if (part := _share(whole, rank, workers)).length]
+    shares = [_cut_share(fragment, rank, workers) for fragment in local_fragments(engine)]
+    return [share for share in shares if share.length]
 
 
-def _share(whole: Fragment, rank: int, workers: int) -> Fragment:
-    size = -(-whole.length // workers)
-    start = min(rank * size, whole.length)
-    size = min(size, whole.length - start)
-    return Fragment(
-        whole.name, whole.start + start, {name: one.narrow(0, start, size) for name, one in whole.states.items()}
-    )
+def _cut_share(fragment: Fragment, rank: int, workers: int) -> Fragment:
+    """Cut the share of one rank; the last shares may be shorter or empty."""
+    size = -(-fragment.length // workers)
+    start = min(rank * size, fragment.length)
+    size = min(size, fragment.length - start)
+    states = {name: tensor.narrow(0, start, size) for name, tensor in fragment.states.items()}
+    return Fragment(fragment.name, fragment.start + start, states)
 
 
-def updates(engine: Any) -> int:
-    """How often the weights were changed, by AdamW's own count."""
-    return max((int(state["step"].item()) for state in _inner(engine).state.values()), default=0)
+def count_updates(engine: "DeepSpeedEngineProtocol") -> int:
+    """Count the updates of the weights, from the step counter of AdamW."""
+    return max((int(state["step"].item()) for state in engine.basic_optimizer.state.values()), default=0)
 
 
-def refresh(engine: Any, count: int) -> None:
-    """After weights and moments were written into `held`: compute with them, after `count` updates.  A collective."""
-    for state in _inner(engine).state.values():
+def copy_masters_to_model(engine: "DeepSpeedEngineProtocol", count: int) -> None:
+    """Copy the fp32 master weights into the weights that compute, and set AdamW's step counter. A collective.
+
+    Call it after weights and moments were written into the fragments of `local_fragments`.
+
+    Args:
+        engine: engine of this rank.
+        count: number of updates that the loaded weights have had.
+    """
+    for state in engine.basic_optimizer.state.values():
         state["step"].fill_(count)
     optimizer = engine.optimizer
     match engine.zero_optimization_stage():
-        case 0 if optimizer is not _inner(engine):
-            for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-                for mine, master in zip(low, high, strict=True):
-                    mine.data.copy_(master.data)
+        # In fp32 the masters are the model's weights.
+        case 0 if optimizer is not engine.basic_optimizer:
+            for low_group, master_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for weight, master in zip(low_group, master_group, strict=True):
+                    weight.data.copy_(master.data)
         case 1 | 2:
             optimizer.update_lp_params()
+        # The calls that DeepSpeed's ZeRO-3 optimizer makes at the end of its own step.
         case 3:
             optimizer._partition_all_parameters()
             for number in range(len(optimizer.fp32_partitioned_groups_flat)):
@@ -89,61 +118,69 @@ def refresh(engine: Any, count: int) -> None:
             optimizer._post_step([])
 
 
-def _inner(engine: Any) -> torch.optim.Optimizer:
-    """torch's optimizer, within DeepSpeed's."""
-    return engine.basic_optimizer
-
-
-def _masters(engine: Any) -> Iterator[Tensor]:
-    """The tensors that torch's optimizer updates on this rank."""
+def _iterate_masters(engine: "DeepSpeedEngineProtocol") -> Iterator[Tensor]:
+    """Yield the fp32 tensors that torch's optimizer updates on this rank."""
     optimizer = engine.optimizer
-    if optimizer is _inner(engine):
-        yield from (one for group in optimizer.param_groups for one in group["params"])
+    # ZeRO 0 in fp32: DeepSpeed uses torch's optimizer directly.
+    if optimizer is engine.basic_optimizer:
+        yield from (parameter for group in optimizer.param_groups for parameter in group["params"])
         return
+    # ZeRO 1 and 2, ZeRO 0 in bf16 with flat groups, ZeRO 3.
     for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
         if hasattr(optimizer, name):
             yield from getattr(optimizer, name)
             return
-    yield from (one for group in optimizer.fp32_groups for one in group)
+    yield from (master for group in optimizer.fp32_groups for master in group)
 
 
-def _layout(engine: Any) -> Callable[[str, torch.nn.Parameter], Fragment | None]:
-    """From a parameter to what of it lies here, None where nothing does."""
-    optimizer, inner = engine.optimizer, _inner(engine)
+def _fragment_finder(engine: "DeepSpeedEngineProtocol") -> Callable[[str, torch.nn.Parameter], Fragment | None]:
+    """Return a function from a parameter to its local fragment; the function returns None if the rank has no part."""
+    optimizer, inner = engine.optimizer, engine.basic_optimizer
 
-    def whole(name: str, one: torch.nn.Parameter) -> Fragment:
-        master = masters[one]
+    def find_whole(name: str, parameter: torch.nn.Parameter) -> Fragment:
+        """ZeRO 0."""
+        master = masters[parameter]
         states = {"weight": master.data, **{moment: inner.state[master][moment] for moment in MOMENTS}}
         return Fragment(name, 0, {state: tensor.view(-1) for state, tensor in states.items()})
 
-    def flat(name: str, one: Any) -> Fragment | None:
-        if (mapping := one._hp_mapping) is None:
+    def find_in_flat_vector(name: str, parameter: Any) -> Fragment | None:
+        """ZeRO 1 and 2."""
+        mapping = parameter._hp_mapping
+        if mapping is None:
             return None
-        # not by mapping.optim_fragment, which of several parameter groups knows only the first one's
-        master, place = flats[mapping.param_group_index], mapping.hp_fragment_address
+        # DeepSpeed's mapping.optim_fragment knows the first parameter group only, so read the flat vector instead.
+        master, address = flat_masters[mapping.param_group_index], mapping.hp_fragment_address
         vectors = {"weight": master.data, **{moment: inner.state[master][moment] for moment in MOMENTS}}
-        states = {state: vector.narrow(0, place.start, place.numel) for state, vector in vectors.items()}
+        states = {state: vector.narrow(0, address.start, address.numel) for state, vector in vectors.items()}
         return Fragment(name, mapping.lp_fragment_address.start, states)
 
-    def partitioned(name: str, one: Any) -> Fragment | None:
-        parts = {state: optimizer.get_local_fp32_param(one, None if state == "weight" else state) for state in STATES}
+    def find_partition(name: str, parameter: Any) -> Fragment | None:
+        """ZeRO 3."""
+        parts = {
+            state: optimizer.get_local_fp32_param(parameter, None if state == "weight" else state) for state in STATES
+        }
         size = parts["weight"].numel()
         start = engine.global_rank * size
-        if start >= one.ds_numel:
+        if start >= parameter.ds_numel:
             return None
-        length = min(size, one.ds_numel - start)  # the last part is filled up
+        # DeepSpeed pads the last partition; the padding is not saved.
+        length = min(size, parameter.ds_numel - start)
         return Fragment(name, start, {state: part.narrow(0, 0, length) for state, part in parts.items()})
 
     match engine.zero_optimization_stage():
         case 0 if optimizer is inner:
-            masters = {one: one for group in optimizer.param_groups for one in group["params"]}
-            return whole
+            masters = {parameter: parameter for group in optimizer.param_groups for parameter in group["params"]}
+            return find_whole
         case 0:
-            pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-            masters = {mine: high for low, group in pairs for mine, high in zip(low, group, strict=True)}
-            return whole
+            groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+            masters = {
+                weight: master
+                for low_group, master_group in groups
+                for weight, master in zip(low_group, master_group, strict=True)
+            }
+            return find_whole
         case 1 | 2:
-            flats = list(_masters(engine))
-            return flat
+            flat_masters = list(_iterate_masters(engine))
+            return find_in_flat_vector
         case _:
-            return partitioned
+            return find_partition

@@ -1,8 +1,8 @@
-"""What happens beside the steps: each a hook that every rank calls after every step.
+"""Hooks that every rank calls after every step.
 
-Hooks on all ranks must come to the same decision at the same step, or they would wait for each other without end.  So
-what one rank alone knows (its upload is done, the driver wants a stop) it gives as a vote, and the votes travel as sums
-in the one reduction that a step makes anyway.
+Hooks must take the same decision at the same step on all ranks; otherwise ranks wait for each other forever. A fact
+that one rank alone knows (its upload is done, the driver requests a stop) therefore becomes a vote. Votes are summed in
+the one all-reduce that a step makes anyway.
 """
 
 import faulthandler
@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
 import torch.distributed as dist
@@ -23,16 +23,26 @@ from pipelines.core import failures, storage
 from pipelines.core.failures import Failure, Kind
 from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import checkpoint, fragments
-from pipelines.training.checkpoint import File, Manifest, Upload
-from pipelines.training.plan import Plan
+from pipelines.training.checkpoint import FileEntry, Manifest, Upload
+from pipelines.training.plan import StagePlan
+from pipelines.training.recorder import RecorderClient
+
+if TYPE_CHECKING:
+    from pipelines.training.engine import DeepSpeedEngineProtocol
 
 
 @dataclass
-class Step:
-    """A global batch that was done.
+class StepResult:
+    """Result of one global batch. Hooks set the last two flags.
 
-    values: what it was like.  votes: sums over ranks, by name.
-    stopping: this is the last one for now.  save: a checkpoint is asked for.
+    Args:
+        number: step, counted from 1.
+        last: True for the last step of the stage.
+        values: metrics of the step, equal on all ranks.
+        used: samples of the step.
+        votes: sums over ranks, by name of the vote.
+        stopping: training stops after this step.
+        save: a checkpoint is requested after this step.
     """
 
     number: int
@@ -45,112 +55,127 @@ class Step:
 
 
 class Hook:
-    """Does nothing."""
+    """Base class of hooks. Every method runs on every rank."""
 
     votes: ClassVar[Sequence[str]] = ()
+    """Names of the votes of this hook."""
 
     def vote(self) -> dict[str, float]:
-        """This rank's votes, asked for before a step is summed up; 0 where nothing is said."""
+        """Return the votes of this rank before the all-reduce of a step. A missing vote counts as 0."""
         return {}
 
-    def __call__(self, step: Step) -> None:
-        """After a step."""
+    def on_step_end(self, step: StepResult) -> None:
+        """Handle a finished step."""
 
     def close(self) -> None:
-        """After the last step; not where a fault ends the process."""
+        """Handle the end of the loop. Not called if a fault ends the process."""
 
 
 class Watchdog(Hook):
-    """Ends this process where no step is finished in time, so that all workers are started again.
+    """Ends this process if a step takes too long, so that Ray restarts all workers.
 
-    A thread of the interpreter's C code, which also works while the hung code holds Python's lock.  The stacks of all
-    threads are left in `folder`.
+    The timer is a C thread of the interpreter. It also fires while the hung code holds the GIL. It writes the stacks
+    of all threads into the folder.
     """
 
     def __init__(self, seconds: float, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"rank-{rank}-*.txt"):
-            if not path.stat().st_size:  # of a process that was killed otherwise
+            # An empty file belongs to a process that ended for another reason.
+            if not path.stat().st_size:
                 path.unlink()
         self.seconds = seconds
         self.file = (folder / f"rank-{rank}-{os.getpid()}.txt").open("w")
-        self._wait()
+        self._restart_timer()
 
-    def __call__(self, step: Step) -> None:
-        self._wait()
+    def on_step_end(self, step: StepResult) -> None:
+        self._restart_timer()
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self.file.close()
         os.unlink(self.file.name)
 
-    def _wait(self) -> None:
+    def _restart_timer(self) -> None:
         faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.file)
 
 
-class Recording(Hook):
-    """Rank 0 sends each step to the recorder, and passes on that the driver wants a stop."""
+class RecordingHook(Hook):
+    """Rank 0 sends each step to the recorder and votes for a stop if the driver requests one."""
 
     votes = ("stop",)
 
-    def __init__(self, recorder: Any, first: bool) -> None:
-        self.recorder, self.first = recorder, first
-        self.answer: Any = None
+    def __init__(self, recorder: RecorderClient, is_first: bool) -> None:
+        self.recorder, self.is_first = recorder, is_first
+        self.answer: ray.ObjectRef | None = None
 
     def vote(self) -> dict[str, float]:
+        # The answer to the previous step has had a whole step to arrive, so this does not wait.
         return {"stop": float(self.answer is not None and ray.get(self.answer))}
 
-    def __call__(self, step: Step) -> None:
+    def on_step_end(self, step: StepResult) -> None:
         step.stopping = step.stopping or step.votes["stop"] > 0
-        if self.first:
-            self.answer = self.recorder.write.remote(step.number, step.values, step.used)
+        if self.is_first:
+            self.answer = self.recorder.write_step(step.number, step.values, step.used)
 
     def close(self) -> None:
         if self.answer is not None:
             ray.get(self.answer)
 
 
-class Preemption(Hook):
-    """Asks for a checkpoint when Ray says that a machine of the workers is about to go.
+class PreemptionHook(Hook):
+    """Requests a checkpoint when Ray announces that a machine of the workers will be preempted.
 
-    What Ray told rank 0 counts.  `ray.train.get_preemption_info` would ask all workers, and wait without end for those
-    that the global batch cannot be shared with.
+    The announcement to rank 0 counts. `ray.train.get_preemption_info` is a collective over all workers of Ray, and
+    would wait forever for idle workers that do not share the global batch.
     """
 
     votes = ("leaving",)
 
-    def __init__(self, recorder: Any, first: bool) -> None:
-        self.recorder, self.first = recorder, first
-        self.told: dict[str, list[int]] = {}
-        self.known: dict[str, list[int]] = {}
+    def __init__(self, recorder: RecorderClient, is_first: bool) -> None:
+        self.recorder, self.is_first = recorder, is_first
+        self.announced: dict[str, list[int]] = {}
+        """Ranks by node that will be preempted, as Ray announces them now."""
+        self.handled: dict[str, list[int]] = {}
+        """The same, at the last requested checkpoint."""
 
     def vote(self) -> dict[str, float]:
         info = get_train_context().preemption_context.preemption_info
-        self.told = info.preempted_node_to_ranks if info else {}
-        return {"leaving": float(self.first and self.told != self.known)}
+        self.announced = info.preempted_node_to_ranks if info else {}
+        return {"leaving": float(self.is_first and self.announced != self.handled)}
 
-    def __call__(self, step: Step) -> None:
+    def on_step_end(self, step: StepResult) -> None:
         if not step.votes["leaving"]:
             return
         step.save = True
-        self.known = self.told
-        if self.first:
-            ranks = sorted(rank for each in self.known.values() for rank in each)
-            self.recorder.say.remote(f"ranks {ranks} will be preempted: a checkpoint after step {step.number}")
+        self.handled = self.announced
+        if self.is_first:
+            ranks = sorted(rank for node_ranks in self.handled.values() for rank in node_ranks)
+            self.recorder.add_message(f"ranks {ranks} will be preempted: a checkpoint after step {step.number}")
 
 
 @dataclass
-class Checkpoints(Hook):
-    """Saves the engine now and then; its upload goes on beside the next steps, and is made a checkpoint at one of them.
+class CheckpointHook(Hook):
+    """Saves checkpoints. Uploads run during the next steps; a later step commits the checkpoint.
 
-    Storage that does not take one is no reason to stop training, but after the last step nothing else is left to do.
+    A checkpoint that storage refuses does not stop training, except after the last step.
+
+    Args:
+        engine: engine of this rank.
+        plan: plan of the stage.
+        recorder: gets messages and the cursors of checkpoints.
+        data: fingerprint of each set, for the manifest.
+        model: description of the model, for the manifest.
+        upload: this rank's upload in progress.
+        saved: step of the last checkpoint that was begun.
+        losses: losses of the steps since then.
     """
 
     votes = ("stored", "unstored")
 
-    engine: Any
-    plan: Plan
-    recorder: Any
+    engine: "DeepSpeedEngineProtocol"
+    plan: StagePlan
+    recorder: RecorderClient
     data: dict[str, str]
     model: dict[str, Any]
     upload: Upload | None = None
@@ -161,38 +186,40 @@ class Checkpoints(Hook):
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def vote(self) -> dict[str, float]:
-        done = self.upload is not None and self.upload.done
-        failed = done and self.upload is not None and self.upload.failed
-        return {"stored": float(done and not failed), "unstored": float(failed)}
+        is_done = self.upload is not None and self.upload.done
+        has_failed = is_done and self.upload is not None and self.upload.failed
+        return {"stored": float(is_done and not has_failed), "unstored": float(has_failed)}
 
-    def __call__(self, step: Step) -> None:
+    def on_step_end(self, step: StepResult) -> None:
         self.losses.append(step.values["loss"])
-        workers = dist.get_world_size()
-        if self.upload and step.votes["stored"] + step.votes["unstored"] == workers:
-            self._finish()
-        due = step.number % self.plan.stage.save_steps == 0
-        if (due or step.save or step.last or step.stopping) and step.number != self.saved:
-            self._begin(step)
+        # The sums of the votes are equal on all ranks, so all ranks enter the collective at the same step.
+        if self.upload and step.votes["stored"] + step.votes["unstored"] == dist.get_world_size():
+            self._gather_and_commit()
+        is_due = step.number % self.plan.stage.save_steps == 0
+        if (is_due or step.save or step.last or step.stopping) and step.number != self.saved:
+            self._begin_upload(step)
         if step.last or step.stopping:
-            failed = self.finish()
-            if failed and step.last:
-                raise (ValueError if failed.kind == Kind.PERMANENT else OSError)(failed.text)
+            failure = self.finish()
+            if failure and step.last:
+                raise (ValueError if failure.kind == Kind.PERMANENT else OSError)(failure.text)
 
     def finish(self) -> Failure | None:
-        """Wait until what is on its way is a checkpoint; returns why it is none.  All ranks call it together."""
-        self._finish()
-        return self._wait()
+        """Wait until the checkpoint in progress is committed, and return its error if any. A collective."""
+        self._gather_and_commit()
+        return self._wait_for_commit()
 
     def close(self) -> None:
         self._pool.shutdown(wait=False)
 
-    def _begin(self, step: Step) -> None:
-        self._finish()  # the one before, should storage be slower than training
-        url = storage.join(self.plan.folder, checkpoint.name(step.number))
+    def _begin_upload(self, step: StepResult) -> None:
+        """Copy the state and start the upload, after the previous checkpoint is complete."""
+        self._gather_and_commit()
+        url = storage.join(self.plan.folder, checkpoint.format_name(step.number))
+        # NaN is the only value that differs from itself.
         finite = [loss for loss in self.losses if loss == loss]
         self._manifest = {
             "cursor": step.number,
-            "updates": fragments.updates(self.engine),
+            "updates": fragments.count_updates(self.engine),
             "workers": dist.get_world_size(),
             "loss": sum(finite) / len(finite) if finite else sys.float_info.max,
             "data": self.data,
@@ -200,51 +227,65 @@ class Checkpoints(Hook):
         }
         self.losses = []
         self.saved = step.number
-        self.upload = Upload(url, dist.get_rank(), fragments.owned(self.engine))
+        self.upload = Upload(url, dist.get_rank(), fragments.owned_fragments(self.engine))
 
-    def _finish(self) -> None:
-        """Wait for all ranks' uploads and make them a checkpoint; one that storage did not take is said, no more."""
+    def _gather_and_commit(self) -> None:
+        """Wait for the uploads of all ranks; rank 0 then commits the checkpoint in a thread. A collective."""
         if self.upload is None:
             return
-        upload, self.upload = self.upload, None
+        upload = self.upload
+        self.upload = None
         error = upload.error()
-        parts: list[tuple[Failure | None, dict[str, File]]] = [(None, {})] * dist.get_world_size()
+        parts: list[tuple[Failure | None, dict[str, FileEntry]]] = [(None, {})] * dist.get_world_size()
         dist.all_gather_object(parts, (error, {} if error else upload.result()))
         if dist.get_rank():
             return
-        self._wait()
-        files = {name: file for _, each in parts for name, file in each.items()}
+        self._wait_for_commit()
+        files = {name: entry for _, entries in parts for name, entry in entries.items()}
         manifest = Manifest(**self._manifest, files=files)
-        self._commit = self._pool.submit(self._settle, upload.url, manifest, [error for error, _ in parts if error])
+        errors = [error for error, _ in parts if error]
+        self._commit = self._pool.submit(self._commit_or_discard, upload.url, manifest, errors)
 
-    def _settle(self, url: str, manifest: Manifest, errors: list[Failure]) -> Failure | None:
-        """Make the checkpoint, or say why there is none; returns what was said."""
-        of = self.plan
-        failure = errors[0] if errors else self._make(url, manifest)
+    def _commit_or_discard(self, url: str, manifest: Manifest, errors: list[Failure]) -> Failure | None:
+        """Commit the checkpoint, or remove its files and report the reason. Runs in a thread of rank 0.
+
+        Args:
+            url: folder of the checkpoint.
+            manifest: its contents.
+            errors: errors of the uploads of all ranks.
+
+        Returns:
+            The error, with the reported message, or None.
+        """
+        name, stage = self.plan.name, self.plan.stage
+        failure = errors[0] if errors else self._write_manifest(url, manifest)
         if failure:
-            message = f"{of.name}: no checkpoint after step {manifest.cursor}: {failure.text}"
-            self.recorder.say.remote(message)
-            with suppress(OSError, ValueError):  # a store that is away; what is left goes with the next that is made
+            message = f"{name}: no checkpoint after step {manifest.cursor}: {failure.text}"
+            self.recorder.add_message(message)
+            # An unreachable store also refuses the removal. The next checkpoint prunes what stays.
+            with suppress(OSError, ValueError):
                 storage.remove_folder(url)
             return Failure(failure.kind, message)
         try:
-            checkpoint.prune(of.folder, manifest.cursor, of.stage.save_total_limit, of.stage.save_best_limit)
+            checkpoint.prune(self.plan.folder, manifest.cursor, stage.save_total_limit, stage.save_best_limit)
         except (OSError, ValueError) as error:
-            why = failures.classify_error(error).text
-            self.recorder.say.remote(f"{of.name}: checkpoints before step {manifest.cursor} stay for now: {why}")
+            reason = failures.classify_error(error).text
+            self.recorder.add_message(f"{name}: checkpoints before step {manifest.cursor} stay for now: {reason}")
         return None
 
-    def _make(self, url: str, manifest: Manifest) -> Failure | None:
-        """Make the checkpoint; returns why storage did not take it."""
+    def _write_manifest(self, url: str, manifest: Manifest) -> Failure | None:
+        """Commit the checkpoint and return the error of the storage, if any."""
         try:
-            ray.get(self.recorder.sync.remote())  # the record reaches the cursor
+            # First flush metrics.jsonl, so that after a crash of the machine the record reaches the cursor.
+            self.recorder.sync()
             checkpoint.commit(url, manifest, self.plan.job)
         except (OSError, ValueError) as error:
             return failures.classify_error(error)
-        self.recorder.save.remote(manifest.cursor)
+        self.recorder.record_checkpoint(manifest.cursor)
         return None
 
-    def _wait(self) -> Failure | None:
-        """For the commit before; returns why storage did not take it."""
-        commit, self._commit = self._commit, None
+    def _wait_for_commit(self) -> Failure | None:
+        """Wait for the commit in progress and return its error, if any."""
+        commit = self._commit
+        self._commit = None
         return commit.result() if commit else None

@@ -1,9 +1,9 @@
-"""Low-rank adapters in the language model's linear layers (arXiv 2106.09685), by the package peft.
+"""Low-rank adapters in the linear layers of the language model (arXiv 2106.09685), with the package peft.
 
-They are put into the model in place: tower, projector, hooks and attention functions stay what they are, so VMTC and
-CMAI work on an adapted model as on any other.  Merged again, it is a plain model and is saved as one.
+Adapters are inserted in place. Tower, projector, hooks and attention functions stay unchanged, so VMTC and CMAI work on
+an adapted model. After the adapters are merged, the model consists of plain layers and is saved as usual.
 
-peft is an extra, imported where it is needed.
+peft is an optional dependency, so functions import it when they need it.
 """
 
 from importlib.util import find_spec
@@ -14,46 +14,56 @@ from pipelines.training.stage import Lora
 from redux.extras import write_install_command
 from redux.model import ReduxForConditionalGeneration
 
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-"""The language model's linear layers but for the head, as LLaVA adapts them."""
+ADAPTED_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""All linear layers of the language model except the head, as in LLaVA."""
 
 
-def require(what: str = "lora") -> None:
-    """ValueError where peft is not installed.  what: the setting that asks for it."""
-    if find_spec("peft") is None:
-        raise ValueError(f"{what}: got one, allowed: null, or the package peft: {write_install_command('lora')}")
+def require_peft(setting: str = "lora") -> None:
+    """Check that peft is installed.
 
+    Args:
+        setting: dotted path of the setting that needs it, for the message.
 
-def wrap(llava: ReduxForConditionalGeneration, lora: Lora) -> None:
-    """Put new adapters (seed torch before) into the model, in its own dtype; of the language part they alone train.
-
-    They start as nothing: the outputs stay those of the model without them.
-    ValueError where the model has adapters, or peft is not installed.
+    Raises:
+        ValueError: peft is not installed.
     """
-    require()
+    if find_spec("peft") is None:
+        raise ValueError(f"{setting}: requires the package peft: {write_install_command('lora')}")
+
+
+def add_adapters(llava: ReduxForConditionalGeneration, lora: Lora) -> None:
+    """Add new adapters in the dtype of the model. Of the language part, only they train.
+
+    New adapters do not change outputs. Their random weights follow torch's seed.
+
+    Raises:
+        ValueError: the model already has adapters, or peft is not installed.
+    """
+    require_peft()
     from peft import LoraConfig, inject_adapter_in_model
 
-    if adapters(llava):
-        raise ValueError("lora: got a model with adapters, allowed: one without, such as merge gives")
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=LAYERS)
+    if list_adapter_parameters(llava):
+        raise ValueError("lora: got a model with adapters, allowed: a model whose adapters are merged")
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=ADAPTED_LAYERS)
     inject_adapter_in_model(config, llava.model.language_model)
     for parameter in llava.parts()["language"]:
         parameter.requires_grad_(False)
-    for parameter in adapters(llava):
+    for parameter in list_adapter_parameters(llava):
         parameter.requires_grad_(True)
 
 
-def adapters(llava: ReduxForConditionalGeneration) -> list[nn.Parameter]:
-    """The adapters' parameters; none where the model was not wrapped."""
+def list_adapter_parameters(llava: ReduxForConditionalGeneration) -> list[nn.Parameter]:
+    """List the parameters of the adapters; empty for a model without adapters."""
     return [parameter for name, parameter in llava.named_parameters() if ".lora_" in name]
 
 
-def merge(llava: ReduxForConditionalGeneration) -> ReduxForConditionalGeneration:
-    """The same model, its adapters added to its weights: W + alpha / rank B A, rounded to the weights' dtype.
+def merge_adapters(llava: ReduxForConditionalGeneration) -> ReduxForConditionalGeneration:
+    """Merge the adapters into the weights: W + alpha / rank B A, rounded to the dtype of W. Changes the model in place.
 
-    ValueError where that is not finite.
+    Raises:
+        ValueError: a merged weight is not finite, or peft is not installed.
     """
-    require()
+    require_peft()
     from peft.tuners.lora import LoraLayer
 
     for module in list(llava.modules()):
@@ -61,6 +71,7 @@ def merge(llava: ReduxForConditionalGeneration) -> ReduxForConditionalGeneration
             if isinstance(layer, LoraLayer):
                 layer.merge(safe_merge=True)
                 setattr(module, name, layer.get_base_layer())
-    if hasattr(llava.model.language_model, "peft_config"):  # by which transformers would take it for an adapted one
+    # transformers takes every model with this attribute for an adapted one, and saves adapters only.
+    if hasattr(llava.model.language_model, "peft_config"):
         del llava.model.language_model.peft_config
     return llava

@@ -1,10 +1,11 @@
-"""What a run writes down while it trains: a line a step that counted, in two files.
+"""Metrics and samples of a run: one line per finished step in each of two files.
 
     metrics.jsonl    {"stage", "step", "loss", "learning_rate", "grad_norm", "samples", "replaced", "skipped",
                      "tokens", "data_s", "compute_s", "stall_s", "peak_bytes", "slowest", "slowest_s"}
-    consumed.jsonl   the samples of the step; see pipelines/data/consumed.py
+    consumed.jsonl   samples of the step; see pipelines/data/consumed.py
 
-A step stands once: what a resumed run is about to do again is cut off first, a line torn by a crash too.
+Each step has one line. When a stage resumes, the lines of steps that will be repeated are removed first, and a line
+that a crash truncated.
 """
 
 import json
@@ -17,24 +18,34 @@ from pipelines.core import failures, jsonl, storage
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
 
-class Metrics:
-    """The record of one stage, open for steps after `cursor`; `run` is the run folder.
+class MetricsWriter:
+    """Writer of both files for one stage. Removes the stage's steps after the cursor when it opens them.
 
-    replaced, skipped: samples of the stage so far that stood in for others, and steps that changed no weights.
+    Attributes:
+        replaced: replaced samples of the stage so far.
+        skipped: skipped updates of the stage so far.
     """
 
     def __init__(self, run: Path, stage: str, cursor: int) -> None:
         self.stage = stage
-        _cut(run / consumed.CONSUMED_FILE, stage, cursor)
-        kept = [entry for entry in _cut(run / FILE, stage, cursor) if entry["stage"] == stage]
-        self.replaced, self.skipped = (sum(entry.get(name, 0) for entry in kept) for name in ("replaced", "skipped"))
-        self.files = (run / consumed.CONSUMED_FILE).open("a"), (run / FILE).open("a")
+        _drop_steps_after(run / consumed.CONSUMED_FILE, stage, cursor)
+        entries = _drop_steps_after(run / METRICS_FILE, stage, cursor)
+        stage_entries = [entry for entry in entries if entry["stage"] == stage]
+        self.replaced = sum(entry.get("replaced", 0) for entry in stage_entries)
+        self.skipped = sum(entry.get("skipped", 0) for entry in stage_entries)
+        self.files = (run / consumed.CONSUMED_FILE).open("a"), (run / METRICS_FILE).open("a")
 
     def write(self, step: int, values: dict[str, float | None], used: ConsumedSamples) -> None:
-        """Append one step; what is not finite has become None."""
+        """Append one step.
+
+        Args:
+            step: number of the step, counted from 1.
+            values: metrics; None for values that are not finite, which JSON cannot store.
+            used: samples of the step.
+        """
         self.replaced += len(used.replaced)
         self.skipped += int(values["skipped"] or 0)
         for file, entry in zip(self.files, (asdict(used), values), strict=True):
@@ -43,7 +54,7 @@ class Metrics:
                 file.flush()
 
     def sync(self) -> None:
-        """What was written survives a machine that fails when this returns."""
+        """Flush the files to disk, so that they survive a crash of the machine."""
         for file in self.files:
             with failures.locate_errors(file.name):
                 os.fsync(file.fileno())
@@ -54,43 +65,44 @@ class Metrics:
             file.close()
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has used so far: of its GPU, or without one all of it."""
-    import torch  # the recorder, which has no use for it, comes by here too
+def measure_peak_bytes() -> int:
+    """Measure the peak memory of this process in bytes: of its GPU, or of all its memory without a GPU."""
+    # Imported here, because the recorder imports this module and does without torch.
+    import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def steps(run: Path, stage: str) -> int:
-    """The stage's last step on record, 0 before the first."""
-    return max(losses(run, stage), default=0)
+def read_last_step(run: Path, stage: str) -> int:
+    """Return the last recorded step of a stage, 0 before the first."""
+    return max(read_losses(run, stage), default=0)
 
 
-def stages(run: Path) -> set[str]:
-    """Return the names of the stages with a step on record."""
-    return {entry["stage"] for entry in jsonl.read(run / FILE)}
+def read_stages(run: Path) -> set[str]:
+    """Return the names of the stages with a recorded step."""
+    return {entry["stage"] for entry in jsonl.read(run / METRICS_FILE)}
 
 
-def losses(run: Path, stage: str) -> dict[int, float | None]:
-    """The loss of each of the stage's steps on record; None where it was not finite."""
-    return {entry["step"]: entry["loss"] for entry in jsonl.read(run / FILE) if entry["stage"] == stage}
+def read_losses(run: Path, stage: str) -> dict[int, float | None]:
+    """Return the loss of each recorded step of a stage; None if it was not finite."""
+    return {entry["step"]: entry["loss"] for entry in jsonl.read(run / METRICS_FILE) if entry["stage"] == stage}
 
 
-def tokens_per_s(run: Path, stage: str) -> float:
-    """Of the stage's steps on record, all workers together; start-up and evaluation apart."""
-    steps = [entry for entry in jsonl.read(run / FILE) if entry["stage"] == stage]
-    spent = sum(entry[name] for entry in steps for name in ("data_s", "compute_s", "stall_s"))
-    return float(sum(entry["tokens"] for entry in steps) / spent)
+def compute_tokens_per_s(run: Path, stage: str) -> float:
+    """Compute tokens per second over the recorded steps of a stage and all workers, without start-up and evaluation."""
+    steps = [entry for entry in jsonl.read(run / METRICS_FILE) if entry["stage"] == stage]
+    seconds = sum(entry[name] for entry in steps for name in ("data_s", "compute_s", "stall_s"))
+    return float(sum(entry["tokens"] for entry in steps) / seconds)
 
 
-def _cut(path: Path, stage: str, cursor: int) -> list[dict]:
-    """Drop this stage's lines after step `cursor`, and whatever is no whole line; returns the entries that are left."""
+def _drop_steps_after(path: Path, stage: str, cursor: int) -> list[dict]:
+    """Remove a stage's lines after the cursor, and truncated lines. Returns the entries that stay."""
     if not path.exists():
         return []
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    entries = [(line, json.loads(line)) for line in whole]
+    complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    entries = [(line, json.loads(line)) for line in complete]
     kept = [(line, entry) for line, entry in entries if entry["stage"] != stage or entry["step"] <= cursor]
     storage.write(str(path), "".join(line for line, _ in kept).encode())
     return [entry for _, entry in kept]

@@ -1,7 +1,7 @@
-"""Plan of a training stage for its workers: its settings, and where everything lies.
+"""Plan of a training stage: its settings, and the location of everything that it reads and writes.
 
-What follows from other values is derived, not configured: accumulation from the number of workers, steps from epochs,
-learning rate from the step.
+Values that follow from others are derived, not configured: accumulation steps from the number of workers, steps from
+epochs, the learning rate from the step.
 """
 
 from dataclasses import dataclass, replace
@@ -15,25 +15,36 @@ from pipelines.data import ingest
 from pipelines.data.grouping import LengthGroups
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
-from pipelines.training.stage import FIT, TEMPLATE, Recovery, Stage
+from pipelines.training.stage import DEFAULT_IMAGE_ASPECT_RATIO, DEFAULT_TEMPLATE, Recovery, Stage
 from redux.architecture import Model
 from redux.settings import Fit, TemplateName
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All that the workers of a stage need to know.
+class StagePlan:
+    """Everything that the driver and the workers of a stage need. Pickles to the workers.
 
-    workers: fewest and most of them; None is as many as fit when the stage begins.
-    gpu_share: of a GPU, for each worker.
-    checkpoints: folder or URL that every worker can reach.
-    sets: where each set of the mixture lies.
-    start: the model to begin with, that of the stage before or a pretrained one; None builds `model` from nothing.
-    image_size, image_tokens: pixels of a side, and tokens that reach the language model.
-    tolerance: share of the stage's samples that may be replaced before it stops.
-    job: the whole job file as resolved; it goes into each checkpoint.  title: the job's name.
-    trackers: where its numbers are shown.
-    changed: go on from a checkpoint of other data or another model.
+    Args:
+        name: name of the stage.
+        stage: its settings.
+        model: architecture of a new model; None if the stage starts from a pretrained LLaVA.
+        seed: seed of weights, order of samples and dropout.
+        workers: fewest and most workers; None for as many as fit when the stage begins.
+        run: run folder, on the machine of the driver.
+        checkpoints: folder or URL that every worker can reach.
+        sets: folder or URL of each set of the mixture.
+        max_bad_fraction: share of the stage's samples that may be replaced before it stops.
+        tokenizer: folder of the tokenizer.
+        start: folder or URL of the model from which the stage starts: that of the previous stage or a pretrained one.
+            None builds `model` with random weights.
+        image_size: side of the images in pixels.
+        image_tokens: tokens of an image that reach the language model.
+        recovery: reaction to faults and stops.
+        job: text of the resolved job file, which each checkpoint contains.
+        job_name: name of the job.
+        trackers: names of the trackers.
+        allow_changes: resume from a checkpoint that was written with other data or another model.
+        gpu_share: share of a GPU of each worker.
     """
 
     name: str
@@ -44,77 +55,98 @@ class Plan:
     run: Path
     checkpoints: str
     sets: dict[str, str]
-    tolerance: float
+    max_bad_fraction: float
     tokenizer: Path
     start: str | None
     image_size: int
     image_tokens: int
     recovery: Recovery = Recovery()
     job: str = ""
-    title: str = ""
+    job_name: str = ""
     trackers: tuple[str, ...] = ("tensorboard",)
-    changed: bool = False
+    allow_changes: bool = False
     gpu_share: float = 1
 
     @property
     def template(self) -> TemplateName:
-        """Of the conversations."""
-        return self.stage.template or TEMPLATE
+        """Template of the conversations."""
+        return self.stage.template or DEFAULT_TEMPLATE
 
     @property
     def image_aspect_ratio(self) -> Fit:
-        """How images become squares."""
-        return self.stage.image_aspect_ratio or FIT
+        """Conversion of images to squares: pad or crop."""
+        return self.stage.image_aspect_ratio or DEFAULT_IMAGE_ASPECT_RATIO
 
     @property
-    def elastic(self) -> bool:
-        """Whether the number of workers follows that of the machines."""
+    def is_elastic(self) -> bool:
+        """True if the number of workers follows the number of machines."""
         fewest, most = self.workers or (1, 1)
         return fewest < most
 
-    def with_workers(self, places: int) -> "Plan":
+    def leaves_cpus_to_readers(self, uses_gpus: bool) -> bool:
+        """Return False if an elastic group of CPU workers may take all CPUs of the cluster."""
+        return uses_gpus or not self.is_elastic
+
+    def with_workers(self, places: int) -> "StagePlan":
         """Return the plan with its number of workers decided.
 
-        places: how many fit; those that cannot share the global batch evenly are left out.
+        Args:
+            places: number of workers that fit into the cluster. Workers that cannot share the global batch evenly are
+                left out.
         """
         if self.workers:
             return self
-        count = self.stage.usable(places)
+        count = self.stage.count_usable_workers(places)
         return replace(self, workers=(count, count))
 
     @property
     def folder(self) -> str:
-        """Where this stage's checkpoints lie."""
+        """Folder or URL of this stage's checkpoints."""
         return storage.join(self.checkpoints, self.name)
 
     @property
     def result(self) -> str:
-        """The model that the stage makes."""
+        """Folder or URL of the model that the stage produces."""
         return storage.join(self.folder, "model")
 
-    def sources(self) -> dict[str, Shards]:
-        """The sets of the mixture.  ValueError where images were prepared in another way than the stage wants."""
+    def open_sources(self) -> dict[str, Shards]:
+        """Open the sets of the mixture.
+
+        Raises:
+            ValueError: the images of a set were prepared differently from the settings of the stage.
+        """
         sources = {name: Shards(self.sets[name]) for name in self.stage.mixture}
         for name, shards in sources.items():
             self.check_prepared(name, shards.prepared_format)
         return sources
 
     def check_prepared(self, name: str, prepared: tuple[int, Fit] | None) -> None:
-        """ValueError where a set's images were prepared in another way than the stage wants; None: as they came."""
+        """Check that the images of a set fit the stage.
+
+        Args:
+            name: name of the set.
+            prepared: size and aspect ratio setting of its images; None for original images.
+
+        Raises:
+            ValueError: the images were prepared differently from the settings of the stage.
+        """
         wanted = (self.image_size, self.image_aspect_ratio)
         if prepared not in (None, wanted):
             raise ValueError(
-                f"train.{self.name}.data: {name} has images prepared as {prepared}, allowed: {wanted}, by the image "
-                "tower's size and fit, or images as they came"
+                f"train.{self.name}.data: {name} has images prepared as {prepared}, allowed: {wanted}, the image size "
+                "of the tower and image_aspect_ratio, or original images"
             )
 
-    def reader(self) -> ingest.Reader:
-        """What Ray Data reads."""
-        stage, sources = self.stage, self.sources()
+    def build_reader(self) -> ingest.Reader:
+        """Build the reader of micro-batches, which Ray Data runs."""
+        stage = self.stage
+        sources = self.open_sources()
         groups = None
         if stage.group_by_length:
             [shards] = sources.values()
             groups = LengthGroups.of(shards.has_image, shards.word_counts, stage.group_by_length)
+
+        # The order of samples is a function of these values alone, not of the number of workers.
         order = Order(
             samples=tuple(map(len, sources.values())),
             weights=() if isinstance(stage.data, str) else tuple(stage.data.values()),
@@ -125,7 +157,7 @@ class Plan:
             shards=tuple(shards.shard_sizes for shards in sources.values()) if stage.shuffle == "window" else (),
             groups=groups,
         )
-        language = stage.objective == "language"
+        is_language = stage.objective == "language"
         return ingest.Reader(
             sources=sources,
             order=order,
@@ -133,7 +165,7 @@ class Plan:
             image_size=self.image_size,
             tokenizer=self.tokenizer,
             encode=ingest.make_conversation_encoder(self.template, self.image_tokens, stage.max_length)
-            if language
+            if is_language
             else ingest.encode_caption,
             image_aspect_ratio=self.image_aspect_ratio,
             way=stage.image_backend,
@@ -141,18 +173,23 @@ class Plan:
             rounds=stage.max_rounds,
         )
 
-    def steps(self, order: Order) -> int:
-        """Global batches of the stage."""
+    def count_steps(self, order: Order) -> int:
+        """Count the global batches of the stage."""
         return self.stage.steps or order.batches(self.stage.epochs or 0)
 
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint of this stage goes with, beside its own settings: the contents of the sets."""
-        return {name: shards.fingerprint for name, shards in self.sources().items()}
+    def fingerprint_data(self) -> dict[str, Any]:
+        """Return the fingerprint of each set of the mixture. It depends on contents, not on locations."""
+        return {name: shards.fingerprint for name, shards in self.open_sources().items()}
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Share of the peak learning rate at a step (from 0): linear warm-up, then half a cosine down to 0."""
+class LearningRateSchedule:
+    """Share of the peak learning rate at a step, counted from 0: linear warm-up, then half a cosine down to 0.
+
+    Args:
+        steps: number of steps of the stage.
+        warmup: share of the steps in which the rate rises.
+    """
 
     steps: int
     warmup: float

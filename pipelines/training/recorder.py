@@ -1,10 +1,11 @@
-"""The one process that writes a stage's record, and through which its driver and its workers hear of each other.
+"""Recorder of a stage: an actor that writes its record and passes messages between driver and workers.
 
-An actor on the driver's machine, since the run folder is there, while workers come and go on any.  It outlives them: it
-knows how far they got, whether they get any further, and what the driver wants.  Rank 0 sends each step without waiting
-for it and looks at the answer to the one before, so the record costs a step nothing but the sending.
+The actor runs on the driver's machine, because the run folder is there; workers run anywhere and come and go. The
+recorder outlives them. It knows how far they got, if they make progress, and if the driver requests a stop. Rank 0
+sends each step without waiting, and reads the answer to the previous step. The record therefore costs a step only the
+time to send it.
 
-It does without torch, or it would take its three seconds of CPU from the workers that start beside it.
+The module does not import torch. Its import takes three seconds of CPU, which workers need that start at the same time.
 """
 
 import math
@@ -24,31 +25,47 @@ from pipelines.core.failures import Failure, Kind
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import ledger
-from pipelines.training.metrics import Metrics
-from pipelines.training.trackers import Trackers
+from pipelines.training.metrics import MetricsWriter
+from pipelines.training.trackers import TrackerGroup
 
-STARTING = "starting workers"
-"""The phase before a group of workers has begun."""
+STARTING_WORKERS = "starting workers"
+"""Phase before a group of workers has begun."""
 
-HELD = ".held"
-"""In the run folder, the placement group of the workers at work."""
+PLACEMENT_GROUP_FILE = ".held"
+"""File in the run folder with the ID of the placement group of the current workers."""
 
-SHOWN = ("loss", "learning_rate", "grad_norm", "samples", "replaced", "skipped", "tokens", "data_s", "compute_s")
-"""Of a step, what trackers get."""
+TRACKED_METRICS = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "samples",
+    "replaced",
+    "skipped",
+    "tokens",
+    "data_s",
+    "compute_s",
+)
+"""Metrics of a step that go to the trackers."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a record is of.
+class RecorderSettings:
+    """Settings of the recorder of one stage.
 
-    run: the run folder, on this machine.  title: the job's name.  job: all of it, which trackers show.
-    restarts: of the workers in a row without a step further than before.
-    max_replaced: samples of the stage.  max_skipped: steps of the stage.
+    Args:
+        run: run folder, on this machine.
+        stage: name of the stage.
+        job_name: name of the job.
+        job: the resolved job, for the trackers.
+        trackers: names of the trackers.
+        restarts: allowed consecutive faults without a step beyond the furthest one.
+        max_replaced: allowed replaced samples of the stage.
+        max_skipped: allowed skipped updates of the stage.
     """
 
     run: Path
     stage: str
-    title: str
+    job_name: str
     job: Mapping[str, Any]
     trackers: Sequence[str]
     restarts: int
@@ -57,167 +74,207 @@ class Settings:
 
 
 @dataclass
-class News:
-    """What the driver shows: the last step and its loss, and what was said since it last asked.
+class StageStatus:
+    """Progress of a stage, for the driver's progress bar.
 
-    phase: of workers that have done no step since they were started, so that nothing is to be saved; "" of others.
-    starts: groups of workers that have begun so far; cursor: the step after which the last of them did.
+    Args:
+        step: last finished step.
+        loss: loss of that step; None if it is not finite or there is no step yet.
+        messages: messages since the previous poll.
+        failed: reason for which the run must end, or "".
+        phase: current phase of workers without a finished step, which have nothing to save; otherwise "".
+        starts: number of groups of workers that have begun so far.
+        cursor: step after which the last group began.
     """
 
     step: int
     loss: float | None
-    said: list[str]
+    messages: list[str]
     failed: str
-    phase: str = STARTING
+    phase: str = STARTING_WORKERS
     starts: int = 0
     cursor: int = 0
 
 
 class Recorder:
-    """An actor; see `start`."""
+    """Actor that records a stage. Start it with `start_recorder` and call it through `RecorderClient`."""
 
-    def __init__(self, settings: Settings, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, settings: RecorderSettings, environment: Mapping[str, str] | None = None) -> None:
         os.environ.update(environment or {})
         self.settings = settings
-        self.metrics: Metrics | None = None
-        self.trackers: Trackers | None = None
-        self.pool = ThreadPoolExecutor(1)  # what shows numbers elsewhere may take its time
-        self.ledger = ledger.read(settings.run)
-        self.gauges = {name: Gauge(name, tag_keys=("run", "stage")) for name in ledger.gauges(self.ledger.account)}
-        self.furthest = self.faults = self.saved = 0
+        self.metrics: MetricsWriter | None = None
+        self.trackers: TrackerGroup | None = None
+        # Trackers may be slow; a thread keeps them away from the calls of workers. One thread keeps the order.
+        self.pool = ThreadPoolExecutor(1)
+        self.ledger = ledger.read_ledger(settings.run)
+        names = ledger.compute_gauges(self.ledger.account)
+        self.gauges = {name: Gauge(name, tag_keys=("run", "stage")) for name in names}
+        self.furthest_step = self.num_faults = self.saved_cursor = 0
         self.last_fault = (-1, "")
-        self.begun = False
-        self.news = News(0, None, [], "")
-        self.stopping = False
+        self.has_begun = False
+        self.status = StageStatus(0, None, [], "")
+        self.stop_requested = False
         self.rolled_back = set[int]()
-        self._note("launch")
+        self._add_event("launch")
 
-    def begin(self, workers: int, cursor: int, restore_s: float, said: Sequence[str], held: str) -> set[int] | None:
-        """A group of workers goes on after global batch `cursor`; returns steps that were rolled back, or None if they
-        must not go on: the driver will say why.
+    def begin(
+        self, workers: int, cursor: int, restore_s: float, messages: Sequence[str], placement_group: str
+    ) -> set[int] | None:
+        """Record that a group of workers continues after a global batch.
 
-        restore_s: since they entered the train function.
-        held: the placement group with what they hold, in hexadecimal digits.
+        Args:
+            workers: number of workers.
+            cursor: last finished global batch.
+            restore_s: seconds since the workers entered the train function.
+            messages: messages for the user, such as skipped checkpoints.
+            placement_group: hexadecimal ID of the placement group that holds the workers' resources.
+
+        Returns:
+            Steps that were rolled back once, or None if the workers must not continue. The driver then has the reason.
         """
-        (self.settings.run / HELD).write_text(held)
-        self.news.said += said
-        self.furthest, self.saved = max(self.furthest, cursor), cursor
-        if self.news.failed or self.stopping:
+        (self.settings.run / PLACEMENT_GROUP_FILE).write_text(placement_group)
+        self.status.messages += messages
+        self.furthest_step = max(self.furthest_step, cursor)
+        self.saved_cursor = cursor
+        if self.status.failed or self.stop_requested:
             return None
-        if self.begun:
-            self.news.said.append(f"{self.settings.stage}: started again, {workers} workers, after step {cursor}")
-        self.begun = True
-        self._close()
-        settings = self.settings
-        self.metrics = Metrics(settings.run, settings.stage, cursor)
-        self.pool.submit(self._track, cursor)
-        self.news.step = self.news.cursor = cursor
-        self.news.starts += 1
-        self.news.phase = "first batch"
-        self._note("start", workers=workers, cursor=cursor, restore_s=restore_s)
-        self.fail(self._excess(cursor))
-        return None if self.news.failed else self.rolled_back
+        if self.has_begun:
+            self.add_message(f"{self.settings.stage}: restarted with {workers} workers after step {cursor}")
+        self.has_begun = True
 
-    def write(self, step: int, values: dict[str, float], used: ConsumedSamples) -> bool:
-        """Record one step; returns whether the workers are to stop after a checkpoint: the driver wants it, or more
-        went wrong than the job tolerates, which the driver will say.
+        # Reopen the files: steps after the cursor are cut off, because they are done again.
+        self._close_files()
+        self.metrics = MetricsWriter(self.settings.run, self.settings.stage, cursor)
+        self.pool.submit(self._open_trackers, cursor)
+        self.status.step = self.status.cursor = cursor
+        self.status.starts += 1
+        self.status.phase = "first batch"
+        self._add_event("start", workers=workers, cursor=cursor, restore_s=restore_s)
+        # The record may already exceed a limit, also after a new launch.
+        self.fail(self._check_limits(cursor))
+        return None if self.status.failed else self.rolled_back
 
-        A step that is not the next one comes late, from workers that are gone; it is passed over.
+    def write_step(self, step: int, values: dict[str, float], used: ConsumedSamples) -> bool:
+        """Record one step.
+
+        A step other than the next one comes late, from workers that are gone. It is ignored.
+
+        Args:
+            step: number of the step, counted from 1.
+            values: its metrics.
+            used: its samples.
+
+        Returns:
+            True if the workers must stop after a checkpoint, by request of the driver or because a limit is exceeded.
         """
         assert self.metrics
-        if step != self.news.step + 1:
-            return self.stopping or bool(self.news.failed)
+        if step != self.status.step + 1:
+            return self.stop_requested or bool(self.status.failed)
+
+        # metrics.jsonl, ledger.jsonl, and the trackers in their thread.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.metrics.write(step, finite, used)
         if values["skipped"]:
-            self.say(f"{self.settings.stage}: loss or gradient of step {step} was not finite: its update was skipped")
-        self._note("step", step=step, **{name: values[name] for name in ("data_s", "compute_s", "stall_s")})
-        shown = {name: value for name in SHOWN if (value := finite[name]) is not None}
-        goodput = self.ledger.account.goodput
-        self.pool.submit(self._show, step, shown | {"goodput": goodput})
-        if step > self.furthest:
-            self.furthest, self.faults = step, 0
-        self.news.step, self.news.loss, self.news.phase = step, finite["loss"], ""
-        self.fail(self._excess(step, used.replaced[-1]["reason"] if used.replaced else ""))
-        return self.stopping or bool(self.news.failed)
-
-    def fault(self, failures: Mapping[int, Failure]) -> None:
-        """Ray found that workers failed, and why, by rank; it will start all of them again.
-
-        The driver ends the run for what the user must mend, for the same error at the same step, and for too many
-        faults in a row without a step further than before.
-        """
-        rank, cause = min(failures.items(), key=lambda item: (item[1].kind, item[0]))
-        reason, where = f"rank {rank}: {cause.text}", f"train.{self.settings.stage}"
-        fault = (self.news.step, cause.pattern)
-        self.faults += 1
-        if cause.kind == Kind.PERMANENT:
-            self.fail(f"{where}: {reason}; {self._outlook()}")
-        elif cause.kind == Kind.RAISED and fault == self.last_fault:
-            self.fail(f"{where}: the same fault twice after step {self.news.step}: {reason}; {self._outlook()}")
-        elif self.faults > self.settings.restarts:
-            self.fail(
-                f"{where}: {self.faults} faults in a row without a step beyond {self.furthest}, "
-                f"allowed: {self.settings.restarts}, recovery.restarts; at last: {reason}; {self._outlook()}"
+            self.add_message(
+                f"{self.settings.stage}: loss or gradient of step {step} was not finite: its update was skipped"
             )
-        if not self.news.failed:
-            self.news.phase = STARTING
-            self.news.said += [f"rank {one}: {failure.text}" for one, failure in sorted(failures.items())]
+        self._add_event("step", step=step, **{name: values[name] for name in ("data_s", "compute_s", "stall_s")})
+        tracked = {name: value for name in TRACKED_METRICS if (value := finite[name]) is not None}
+        goodput = self.ledger.account.goodput
+        self.pool.submit(self._write_trackers, step, tracked | {"goodput": goodput})
+
+        # A step beyond the furthest one is progress: faults before it no longer count.
+        if step > self.furthest_step:
+            self.furthest_step = step
+            self.num_faults = 0
+        self.status.step = step
+        self.status.loss = finite["loss"]
+        self.status.phase = ""
+        self.fail(self._check_limits(step, used.replaced[-1]["reason"] if used.replaced else ""))
+        return self.stop_requested or bool(self.status.failed)
+
+    def record_fault(self, errors_by_rank: Mapping[int, Failure]) -> None:
+        """Record that workers failed. Ray restarts all of them, unless the run fails.
+
+        The run fails on an error that the user must fix, on the same error at the same step, and on too many
+        consecutive faults without progress.
+        """
+        # An error that explains the others has the lowest kind: lost workers are a consequence of it.
+        rank, cause = min(errors_by_rank.items(), key=lambda item: (item[1].kind, item[0]))
+        reason, where = f"rank {rank}: {cause.text}", f"train.{self.settings.stage}"
+        fault = (self.status.step, cause.pattern)
+        self.num_faults += 1
+        if cause.kind == Kind.PERMANENT:
+            self.fail(f"{where}: {reason}; {self._describe_resume()}")
+        elif cause.kind == Kind.RAISED and fault == self.last_fault:
+            self.fail(
+                f"{where}: the same fault twice after step {self.status.step}: {reason}; {self._describe_resume()}"
+            )
+        elif self.num_faults > self.settings.restarts:
+            self.fail(
+                f"{where}: {self.num_faults} faults in a row without a step beyond {self.furthest_step}, "
+                f"allowed: {self.settings.restarts}, recovery.restarts; the last: {reason}; {self._describe_resume()}"
+            )
+        if not self.status.failed:
+            self.status.phase = STARTING_WORKERS
+            self.status.messages += [f"rank {rank}: {failure.text}" for rank, failure in sorted(errors_by_rank.items())]
         self.last_fault = fault
-        with suppress(OSError):  # a full disk may be the fault
-            self._note("fault")
+        # A full disk may be the fault. Then the ledger cannot be written, either.
+        with suppress(OSError):
+            self._add_event("fault")
 
-    def _outlook(self) -> str:
-        """Describe what is safe, and how to continue."""
-        safe = f"the checkpoint after step {self.saved} is safe" if self.saved else "there is no checkpoint yet"
-        return f"{safe}; the same command goes on {'from there' if self.saved else 'with this stage'}"
+    def _describe_resume(self) -> str:
+        """Describe the progress that is safe and the way to resume."""
+        if self.saved_cursor:
+            return f"the checkpoint after step {self.saved_cursor} is safe; the same command continues from there"
+        return "there is no checkpoint yet; the same command starts this stage again"
 
-    def save(self, cursor: int) -> None:
-        """There is a checkpoint after this step."""
-        self.saved = max(self.saved, cursor)
+    def record_checkpoint(self, cursor: int) -> None:
+        """Record that a checkpoint after this step is committed."""
+        self.saved_cursor = max(self.saved_cursor, cursor)
 
     def sync(self) -> None:
-        """Steps written so far are on disk; a checkpoint may now say that they were done."""
+        """Flush the recorded steps to disk. Call it before a checkpoint is committed."""
         if self.metrics:
             self.metrics.sync()
 
-    def enter(self, phase: str) -> None:
-        """Workers that are about to begin have come so far."""
-        self.news.phase = phase
+    def set_phase(self, phase: str) -> None:
+        """Set the phase of workers that have not begun."""
+        self.status.phase = phase
 
-    def say(self, text: str) -> None:
-        """Something that the user should read."""
-        self.news.said.append(text)
+    def add_message(self, text: str) -> None:
+        """Add a message for the user."""
+        self.status.messages.append(text)
 
     def fail(self, text: str) -> None:
-        """The run must end with this text, if it is one: starting again would not help."""
-        self.news.failed = self.news.failed or text
+        """End the run with this reason, because a restart would not help. Ignores "" and all reasons but the first."""
+        self.status.failed = self.status.failed or text
 
     def has_failed(self) -> bool:
-        """Tell if the run must end: workers that Ray starts all the same are not to begin."""
-        return bool(self.news.failed)
+        """Return True if the run must end. Workers that Ray still starts must not begin then."""
+        return bool(self.status.failed)
 
-    def roll_back(self, step: int) -> None:
-        """The step was not finite; if that happens again, it is the batch's fault and not the machine's."""
+    def mark_rolled_back(self, step: int) -> None:
+        """Record a rollback of a step that was not finite. If it repeats, the batch causes it and not the machine."""
         self.rolled_back.add(step)
 
-    def stop(self) -> None:
-        """Workers are to stop after a checkpoint, and not to start again."""
-        self.stopping = True
+    def request_stop(self) -> None:
+        """Have the workers stop after a checkpoint, and prevent further starts."""
+        self.stop_requested = True
 
-    def hear(self) -> News:
-        """What happened since the last time."""
-        news = replace(self.news)
-        self.news.said = []
-        return news
+    def poll(self) -> StageStatus:
+        """Return the status, with the messages since the previous poll."""
+        status = replace(self.status)
+        self.status.messages = []
+        return status
 
     def close(self, event: str) -> None:
-        """The stage is at its end, or was stopped: `event` of the ledger."""
-        self._note(event)
-        self._close()
+        """End the record of the stage with an event of the ledger: "end" or "stop"."""
+        self._add_event(event)
+        self._close_files()
 
-    def _excess(self, step: int, reason: str = "") -> str:
-        """What went wrong more often than the job tolerates, up to this step; "" for nothing."""
+    def _check_limits(self, step: int, reason: str = "") -> str:
+        """Return an error if more samples were replaced or more updates skipped than the job allows, otherwise ""."""
         assert self.metrics
         settings, where = self.settings, f"train.{self.settings.stage}"
         if self.metrics.replaced > settings.max_replaced:
@@ -229,29 +286,37 @@ class Recorder:
         if self.metrics.skipped > settings.max_skipped:
             return (
                 f"{where}.max_nonfinite_steps: loss or gradient of {self.metrics.skipped} steps was not finite, the "
-                f"last at step {step}, allowed: {settings.max_skipped}; "
-                f"{settings.run / consumed.CONSUMED_FILE} lists them"
+                f"last at step {step}, allowed: {settings.max_skipped}; {settings.run / consumed.CONSUMED_FILE} lists them"
             )
         return ""
 
-    def _note(self, event: str, **values: Any) -> None:
-        self.ledger.add(ledger.note(self.settings.run, event, self.settings.stage, **values))
-        tags = {"run": self.settings.title, "stage": self.settings.stage}
-        for name, value in ledger.gauges(self.ledger.account).items():
+    def _add_event(self, event: str, **values: Any) -> None:
+        self.ledger.add(ledger.append_event(self.settings.run, event, self.settings.stage, **values))
+        tags = {"run": self.settings.job_name, "stage": self.settings.stage}
+        for name, value in ledger.compute_gauges(self.ledger.account).items():
             self.gauges[name].set(value, tags)
 
-    def _track(self, cursor: int) -> None:
-        of = self.settings
+    def _open_trackers(self, cursor: int) -> None:
+        settings = self.settings
         try:
-            self.trackers = Trackers(of.trackers, of.run, of.title, of.stage, cursor, of.job, self.say)
-        except ValueError as error:  # this machine is not the one where the driver looked
-            self.say(str(error))
+            self.trackers = TrackerGroup(
+                settings.trackers,
+                settings.run,
+                settings.job_name,
+                settings.stage,
+                cursor,
+                settings.job,
+                self.add_message,
+            )
+        except ValueError as error:
+            # The driver checked the trackers already, but possibly on another machine.
+            self.add_message(str(error))
 
-    def _show(self, step: int, values: dict[str, float]) -> None:
+    def _write_trackers(self, step: int, values: dict[str, float]) -> None:
         if self.trackers:
             self.trackers.write(step, values)
 
-    def _close(self) -> None:
+    def _close_files(self) -> None:
         if self.metrics:
             self.metrics.close()
         if self.trackers:
@@ -259,10 +324,69 @@ class Recorder:
         self.metrics = self.trackers = None
 
 
-def start(settings: Settings) -> Any:
-    """The actor's handle, on this machine; `ray.kill` ends it."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # keys of trackers among them: Ray logs whatever is in a runtime_env
-    told = {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "MLFLOW_"))}
-    options = {"num_cpus": 0, "scheduling_strategy": here}
-    return ray.remote(Recorder).options(**options).remote(settings, told)
+class RecorderClient:
+    """Typed calls of the recorder actor, for the driver and the workers. Pickles with the handle of the actor.
+
+    Methods wait for the actor, unless they say otherwise. `Recorder` documents them.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def begin(
+        self, workers: int, cursor: int, restore_s: float, messages: Sequence[str], placement_group: str
+    ) -> set[int] | None:
+        return ray.get(self._actor.begin.remote(workers, cursor, restore_s, messages, placement_group))
+
+    def write_step(self, step: int, values: dict[str, float], used: ConsumedSamples) -> ray.ObjectRef:
+        """Send a step without waiting. Returns a reference to the answer: True if the workers must stop."""
+        return self._actor.write_step.remote(step, values, used)
+
+    def record_fault(self, errors_by_rank: Mapping[int, Failure]) -> None:
+        ray.get(self._actor.record_fault.remote(errors_by_rank))
+
+    def record_checkpoint(self, cursor: int) -> None:
+        """Does not wait."""
+        self._actor.record_checkpoint.remote(cursor)
+
+    def sync(self) -> None:
+        ray.get(self._actor.sync.remote())
+
+    def set_phase(self, phase: str) -> None:
+        """Does not wait."""
+        self._actor.set_phase.remote(phase)
+
+    def add_message(self, text: str) -> None:
+        """Does not wait."""
+        self._actor.add_message.remote(text)
+
+    def fail(self, text: str) -> None:
+        ray.get(self._actor.fail.remote(text))
+
+    def has_failed(self) -> bool:
+        return ray.get(self._actor.has_failed.remote())
+
+    def mark_rolled_back(self, step: int) -> None:
+        ray.get(self._actor.mark_rolled_back.remote(step))
+
+    def request_stop(self) -> None:
+        ray.get(self._actor.request_stop.remote())
+
+    def poll(self) -> StageStatus:
+        return ray.get(self._actor.poll.remote())
+
+    def close(self, event: str) -> None:
+        ray.get(self._actor.close.remote(event))
+
+    def kill(self) -> None:
+        """End the actor's process."""
+        ray.kill(self._actor)
+
+
+def start_recorder(settings: RecorderSettings) -> RecorderClient:
+    """Start the recorder actor on this machine."""
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # Pass the keys of trackers as an argument: Ray logs everything in a runtime_env.
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "MLFLOW_"))}
+    options = {"num_cpus": 0, "scheduling_strategy": this_node}
+    return RecorderClient(ray.remote(Recorder).options(**options).remote(settings, environment))

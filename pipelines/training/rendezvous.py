@@ -1,7 +1,7 @@
-"""Where the workers of a stage meet: PyTorch's store, at the one address by which Ray knows rank 0's machine.
+"""Rendezvous of the workers of a stage: PyTorch's store, at the address by which Ray knows the machine of rank 0.
 
-PyTorch itself would have it listen on every address of the machine.  The store asks for no password, and who writes
-there tells workers whom to connect to and what to unpickle.
+PyTorch's own store listens on every address of the machine. The store has no password, and anyone who writes to it
+tells workers which address to connect to and which bytes to unpickle. So this store listens on one address only.
 """
 
 import os
@@ -14,44 +14,46 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 from torch._C._distributed_c10d import TCPStore
 
-OPENED: list[TCPStore] = []
-"""In rank 0's process; a store ends with its last reference."""
+OPEN_STORES: list[TCPStore] = []
+"""Stores of the process of rank 0. A store closes with its last reference."""
 
 
 class Rendezvous(TorchConfig):
-    """What TorchTrainer is to set process groups up by."""
+    """Configuration of TorchTrainer that sets up process groups with a store on one address."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
-        return _Backend
+        return _StoreBackend
 
 
-class _Backend(_TorchBackend):
+class _StoreBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        """Called by Ray Train's controller."""
-        host, port = worker_group.execute_single(0, opened)
+        """Called by Ray Train's controller for each new group of workers. Follows _TorchBackend of Ray 2.60."""
+        host, port = worker_group.execute_single(0, open_store)
         worker_group.execute(_set_torch_distributed_env_vars)
-        worker_group.execute(_tell, host=host, port=port)
+        worker_group.execute(_set_master_address, host=host, port=port)
         workers = len(worker_group)
-        told = {
+        arguments = {
             "backend": "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo",
             "world_size": workers,
-            "init_method": url(host, port),
+            "init_method": format_url(host, port),
             "timeout_s": backend_config.timeout_s,
         }
-        meet = worker_group.execute_single_async
-        ray.get([meet(rank, _setup_torch_process_group, world_rank=rank, **told) for rank in range(workers)])
+        # init_process_group returns when all ranks have joined, so start it on all of them before waiting.
+        start = worker_group.execute_single_async
+        ray.get([start(rank, _setup_torch_process_group, world_rank=rank, **arguments) for rank in range(workers)])
 
 
-def _tell(host: str, port: int) -> None:
-    """Libraries read it, DeepSpeed among them."""
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
+def _set_master_address(host: str, port: int) -> None:
+    """Set the variables that libraries read, DeepSpeed among them."""
+    os.environ["MASTER_ADDR"] = host
+    os.environ["MASTER_PORT"] = str(port)
 
 
-def opened() -> tuple[str, int]:
-    """Open a store in this process, for the process group whose rank 0 it will be; returns its host and port.
+def open_store() -> tuple[str, int]:
+    """Open a store in the process that will be rank 0, and return its host and port.
 
-    PyTorch then finds it by its port instead of opening another.
+    PyTorch finds the store of its own process by the port and does not open another one (multi_tenant).
     """
     host = ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -62,9 +64,10 @@ def opened() -> tuple[str, int]:
         store = TCPStore(
             host, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listening.detach()
         )
-    OPENED.append(store)
+    OPEN_STORES.append(store)
     return host, port
 
 
-def url(host: str, port: int) -> str:
+def format_url(host: str, port: int) -> str:
+    """Return the init_method of torch.distributed for a store."""
     return f"tcp://{build_address(host, port)}"

@@ -1,6 +1,6 @@
-"""Settings of a training stage, as a job file has them.
+"""Settings of a training stage in a job file.
 
-Without torch and Ray, so that a mistake in a job file is found at once.
+The module does not import torch or Ray, so an error in a job file is reported at once.
 """
 
 from collections.abc import Iterable
@@ -14,9 +14,11 @@ from redux.settings import Fit, TemplateName, Way
 
 Part = Literal["tower", "projector", "language"]
 
-TEMPLATE: TemplateName = "vicuna_v1"
-FIT: Fit = "pad"
-"""Of conversations and images in LLaVA-1.5's second stage."""
+DEFAULT_TEMPLATE: TemplateName = "vicuna_v1"
+"""Conversation template of LLaVA-1.5's second stage."""
+
+DEFAULT_IMAGE_ASPECT_RATIO: Fit = "pad"
+"""Conversion of images to squares in LLaVA-1.5's second stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,41 +146,48 @@ class Stage:
 
     @property
     def mixture(self) -> dict[str, float]:
-        """Shares of the sets by name."""
+        """Share of each set, by name."""
         return {self.data: 1.0} if isinstance(self.data, str) else self.data
 
     def resolve_format(self, template: TemplateName | None, image_aspect_ratio: Fit | None) -> "Stage":
-        """Return the stage with a template and a fit, where it names none.
+        """Return the stage with a template and an image_aspect_ratio, if it has none.
 
         Args:
-            template, fit: those of the model that training starts from; None, or `plain`, is LLaVA-1.5's.
+            template: template of the model from which training starts. None and "plain" give that of LLaVA-1.5.
+            image_aspect_ratio: image_aspect_ratio of that model. None gives that of LLaVA-1.5.
         """
         template = None if template == "plain" else template
         return replace(
             self,
-            template=self.template or template or TEMPLATE,
-            image_aspect_ratio=self.image_aspect_ratio or image_aspect_ratio or FIT,
+            template=self.template or template or DEFAULT_TEMPLATE,
+            image_aspect_ratio=self.image_aspect_ratio or image_aspect_ratio or DEFAULT_IMAGE_ASPECT_RATIO,
         )
 
-    def usable(self, workers: int) -> int:
-        """How many of so many workers share the global batch evenly: the most that do."""
+    def count_usable_workers(self, workers: int) -> int:
+        """Count the workers, at most so many, that share the global batch evenly."""
         micro_batches = self.global_batch_size // self.micro_batch_size
         return next(count for count in range(min(workers, micro_batches), 0, -1) if micro_batches % count == 0)
 
-    def accumulation(self, workers: int) -> int:
-        """Micro-batches that each worker adds up to a global batch.  ValueError where that is no whole number."""
-        together = self.micro_batch_size * workers
-        if self.global_batch_size % together:
+    def count_accumulation_steps(self, workers: int) -> int:
+        """Count the micro-batches that each worker accumulates per global batch.
+
+        Raises:
+            ValueError: the workers cannot share the global batch evenly.
+        """
+        samples = self.micro_batch_size * workers
+        if self.global_batch_size % samples:
             raise ValueError(
-                f"global_batch_size: got {self.global_batch_size}, allowed: a multiple of {together}, "
+                f"global_batch_size: got {self.global_batch_size}, allowed: a multiple of {samples}, "
                 f"{workers} workers x micro_batch_size {self.micro_batch_size}"
             )
-        return self.global_batch_size // together
+        return self.global_batch_size // samples
 
 
 def count_shared_workers(stages: Iterable[Stage], most: int) -> int:
     """Count the workers, at most so many, that share the global batch of every stage evenly."""
-    return next(count for count in range(most, 0, -1) if all(stage.usable(count) == count for stage in stages))
+    return next(
+        count for count in range(most, 0, -1) if all(stage.count_usable_workers(count) == count for stage in stages)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

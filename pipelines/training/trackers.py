@@ -1,23 +1,25 @@
-"""Where the numbers of a run are shown while it trains: TensorBoard, MLflow, Weights & Biases.
+"""Experiment trackers of a run: TensorBoard, MLflow, Weights & Biases.
 
-The record of a run is metrics.jsonl; a tracker is a view of it, so what fails in one is said and left out, and training
-goes on.  A run that starts again, in a new process on another machine, goes on under the ids in trackers.json.
+The record of a run is metrics.jsonl, and a tracker is a view of it. If a tracker fails, the run reports the error,
+leaves the tracker out and continues. A run that resumes, in a new process or on another machine, continues under the
+IDs in trackers.json.
 
-    tensorboard  run/tensorboard/STAGE; each step once: readers drop what lies past the cursor when a file begins
-    mlflow       one run a job, metrics STAGE/name, at MLFLOW_TRACKING_URI or else in run/mlflow.db, in the experiment
-                 MLFLOW_EXPERIMENT_NAME or "redux".  MLflow takes nothing back: a step done again has two values, and
-                 the later timestamp is the one that counts.  SQLite, since MLflow's file store is closed by default;
-                 it wants a disk of the machine, so on a shared file system name a server
-    wandb        one run a job, charts over STAGE/step, in the project WANDB_PROJECT or "redux", its files in run/wandb.
-                 History only grows here too.  WANDB_MODE=offline needs no key, and `wandb sync run/wandb/offline-*`
-                 sends later what each start left, under the one id.  A killed process loses its last second
+    tensorboard  run/tensorboard/STAGE. Each step has one value: a new file makes readers drop steps after its cursor
+    mlflow       one run per job, metrics STAGE/name, at MLFLOW_TRACKING_URI or in run/mlflow.db, in the experiment
+                 MLFLOW_EXPERIMENT_NAME or "redux". MLflow cannot delete values: a repeated step has two, and the one
+                 with the later timestamp counts. SQLite, because MLflow's file store is disabled by default. SQLite
+                 needs a local disk; on a shared file system, use a server
+    wandb        one run per job, charts over STAGE/step, in the project WANDB_PROJECT or "redux", files in run/wandb.
+                 W&B cannot delete values, either. WANDB_MODE=offline needs no key; `wandb sync run/wandb/offline-*`
+                 later sends the values of every start under the one ID. A killed process loses its last second
 
-Costs of a step with ten values: TensorBoard 0.03 ms, W&B 0.4 ms (it sends from a process of its own), MLflow on SQLite
-6 ms; of a start: W&B 1 s, or 2 minutes when it is away; MLflow 3 s.  A server of MLflow is waited for, and asked for
-minutes when it is away: MLFLOW_HTTP_REQUEST_MAX_RETRIES and MLFLOW_HTTP_REQUEST_TIMEOUT bound that.
+Cost of a step with ten values: TensorBoard 0.03 ms, W&B 0.4 ms (it sends from its own process), MLflow on SQLite 6 ms.
+Cost of a start: W&B 1 s, or 2 minutes if its server does not answer; MLflow 3 s. MLflow retries for minutes if its
+server does not answer; MLFLOW_HTTP_REQUEST_MAX_RETRIES and MLFLOW_HTTP_REQUEST_TIMEOUT limit this.
 
-TensorBoard's own writer is not used: it names files by the second, host and process, and readers take them in the order
-of names, which after a restart need not be the order of writing; and it keeps steps for two minutes that a kill loses.
+The writer of the package tensorboard is not used, for two reasons. It names files by second, host and process, and
+readers sort them by name, which after a restart may differ from the order of writing. It also keeps steps in memory for
+two minutes, and a kill loses them.
 """
 
 import json
@@ -37,36 +39,42 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from pipelines.core import storage
 from redux.extras import write_install_command
 
-Name = Literal["tensorboard", "mlflow", "wandb"]
-FILE = "trackers.json"
-PROJECT = "redux"
-BATCH = 100
-"""Parameters that MLflow takes at once."""
-FINISH_S = 300
-"""Seconds that the end of a stage waits for W&B's last numbers to be sent; `wandb sync` sends what is left."""
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
+TRACKER_IDS_FILE = "trackers.json"
+DEFAULT_PROJECT = "redux"
+MLFLOW_BATCH_SIZE = 100
+"""Parameters that MLflow accepts in one call."""
+WANDB_FINISH_S = 300
+"""Seconds that the end of a stage waits for W&B to send its last values. `wandb sync` sends the rest."""
 
 
 class Tracker(Protocol):
-    """Made as TRACKERS[name](run, job_name, stage, cursor, settings), by one process of a run at a time.
+    """Interface of a tracker, created by TRACKERS[name](run, job_name, stage, cursor, settings).
 
-    run: the run folder.  stage: whose steps follow, counted from 1.  cursor: steps up to this one are there already,
-    those after it are written again.  settings: the resolved job, shown beside the numbers.
+    One process of a run at a time writes to a tracker.
+
+    Args:
+        run: run folder.
+        job_name: name of the job.
+        stage: name of the stage. Its steps count from 1.
+        cursor: last step that the tracker already has. Later steps are written again.
+        settings: the resolved job, shown with the values.
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Show one step."""
+        """Write one step."""
 
     def close(self) -> None:
-        """The stage has ended; another one may follow in the same run."""
+        """End the stage. Another one may follow in the same run."""
 
 
-class TensorBoard:
-    """Events of one stage; a step is with the operating system when `write` returns."""
+class TensorBoardTracker:
+    """Event file of one stage. Each `write` hands its step to the operating system, so a killed process loses none."""
 
     def __init__(self, run: Path, job_name: str, stage: str, cursor: int, settings: Mapping[str, Any]) -> None:
         folder = run / "tensorboard" / stage
         folder.mkdir(parents=True, exist_ok=True)
-        # a clock that is behind, or a restart within the second, must not put this file before an earlier one
+        # Readers sort files by name. A clock that is behind, or a restart within a second, must not change the order.
         numbers = [int(path.name.split(".")[3]) + 1 for path in folder.glob("events.out.tfevents.*")]
         number = max(int(time.time()), *numbers, 0)
         name = f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}"
@@ -86,19 +94,19 @@ class TensorBoard:
         self.file.flush()
 
 
-class MLflow:
-    """The job's run in MLflow, through a client of its own: no run is active, and nothing global is set."""
+class MLflowTracker:
+    """MLflow run of the job. It uses its own client, so it changes no global state and no active run of MLflow."""
 
     def __init__(self, run: Path, job_name: str, stage: str, cursor: int, settings: Mapping[str, Any]) -> None:
         from mlflow import MlflowClient
 
         self.stage = stage
         self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.resolve() / 'mlflow.db'}")
-        self.id = _ids(run).get("mlflow")
+        self.id = _read_ids(run).get("mlflow")
         if self.id is None:
-            self.id = self._start(job_name, settings)
-            # last, so that a run which is gone on with has all parameters
-            _remember(run, "mlflow", self.id)
+            self.id = self._create_run(job_name, settings)
+            # Written last, so that a run that is resumed has all parameters.
+            _write_id(run, "mlflow", self.id)
         self.client.update_run(self.id, status="RUNNING")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -111,50 +119,53 @@ class MLflow:
     def close(self) -> None:
         self.client.set_terminated(self.id)
 
-    def _start(self, job_name: str, settings: Mapping[str, Any]) -> str:
+    def _create_run(self, job_name: str, settings: Mapping[str, Any]) -> str:
         from mlflow.entities import Param
 
-        identity = self.client.create_run(self._experiment(), run_name=job_name).info.run_id
-        params = [Param(name, str(value)) for name, value in _flat(settings)]
-        for start in range(0, len(params), BATCH):
-            self.client.log_batch(identity, params=params[start : start + BATCH])
-        return identity
+        run_id = self.client.create_run(self._find_experiment(), run_name=job_name).info.run_id
+        params = [Param(name, str(value)) for name, value in _flatten(settings)]
+        for start in range(0, len(params), MLFLOW_BATCH_SIZE):
+            self.client.log_batch(run_id, params=params[start : start + MLFLOW_BATCH_SIZE])
+        return run_id
 
-    def _experiment(self) -> str:
+    def _find_experiment(self) -> str:
+        """Create the experiment, or return the ID of the existing one."""
         from mlflow.exceptions import MlflowException
 
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_PROJECT
         try:
             return self.client.create_experiment(name)
-        except MlflowException:  # asked afterwards, since another job may make it in between
-            if (found := self.client.get_experiment_by_name(name)) is None:
+        except MlflowException:
+            # Look it up only now: another job may create it between a look-up and the call above.
+            experiment = self.client.get_experiment_by_name(name)
+            if experiment is None:
                 raise
-            return found.experiment_id
+            return experiment.experiment_id
 
 
-class WandB:
-    """The job's run in Weights & Biases.  Steps are values here: W&B's own only grow, over restarts and stages."""
+class WandBTracker:
+    """Weights & Biases run of the job. Steps are logged as values, because W&B's own step can only increase."""
 
     def __init__(self, run: Path, job_name: str, stage: str, cursor: int, settings: Mapping[str, Any]) -> None:
         import wandb
 
         self.stage = stage
-        identity = _ids(run).get("wandb")
-        if identity is None:
-            identity = uuid4().hex
-            _remember(run, "wandb", identity)
+        run_id = _read_ids(run).get("wandb")
+        if run_id is None:
+            run_id = uuid4().hex
+            _write_id(run, "wandb", run_id)
         self.run = wandb.init(
-            id=identity,
+            id=run_id,
             resume="allow",
             reinit="finish_previous",
-            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            project=os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
             name=job_name,
             dir=run,
             config=dict(settings),
             settings=wandb.Settings(
                 console="off",
-                finish_timeout=FINISH_S,
-                # of the machine that writes, which need not be one that trains
+                finish_timeout=WANDB_FINISH_S,
+                # System metrics would be those of the recorder's machine, not of the machines that train.
                 x_disable_stats=True,
                 x_transaction_log_flush_interval=1,
             ),
@@ -171,16 +182,26 @@ class WandB:
 
 
 TRACKERS: dict[str, Callable[[Path, str, str, int, Mapping[str, Any]], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "mlflow": MLflow,
-    "wandb": WandB,
+    "tensorboard": TensorBoardTracker,
+    "mlflow": MLflowTracker,
+    "wandb": WandBTracker,
 }
 
 
-class Trackers:
-    """Several trackers as one that never fails: the first error of each is said and ends it for this stage.
+class TrackerGroup:
+    """Group of trackers that never fails. The first error of a tracker is reported and ends it for this stage.
 
-    Raises ValueError as `require` does.
+    Args:
+        names: names of the trackers.
+        run: run folder.
+        job_name: name of the job.
+        stage: name of the stage.
+        cursor: last step that the trackers already have.
+        settings: the resolved job.
+        report: called with each error message.
+
+    Raises:
+        ValueError: see `check_trackers`.
     """
 
     def __init__(
@@ -191,85 +212,90 @@ class Trackers:
         stage: str,
         cursor: int,
         settings: Mapping[str, Any],
-        say: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         names = list(names)
-        require(names)
-        self.stage, self.say = stage, say
+        check_trackers(names)
+        self.stage = stage
+        self.report = report
         self.open: dict[str, Tracker] = {}
         for name in names:
             try:
                 self.open[name] = TRACKERS[name](run, job_name, stage, cursor, settings)
             except Exception as error:
-                self._leave(name, "at its start", error)
+                self._drop(name, "at its start", error)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, tracker in list(self.open.items()):
             try:
                 tracker.write(step, values)
             except Exception as error:
-                self._leave(name, f"at step {step}", error)
+                self._drop(name, f"at step {step}", error)
 
     def close(self) -> None:
         for name, tracker in list(self.open.items()):
             try:
                 tracker.close()
             except Exception as error:
-                self._leave(name, "at its end", error)
+                self._drop(name, "at its end", error)
         self.open.clear()
 
-    def _leave(self, name: str, when: str, error: Exception) -> None:
+    def _drop(self, name: str, when: str, error: Exception) -> None:
         self.open.pop(name, None)
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        self.say(f"trackers: {name} left out of {self.stage}, it failed {when}: {told}")
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        self.report(f"trackers: {name} left out of {self.stage}, it failed {when}: {message}")
 
 
-def require(names: Iterable[str]) -> None:
-    """Raise ValueError, in one line, unless this machine has the trackers' packages and W&B has a key or is offline."""
-    allowed = get_args(Name)
+def check_trackers(names: Iterable[str]) -> None:
+    """Check that the trackers can be used on this machine.
+
+    Raises:
+        ValueError: a name is unknown, a package is not installed, or W&B has no valid key and is not offline.
+    """
+    allowed = get_args(TrackerName)
     for name in names:
         if name not in allowed:
             raise ValueError(f"trackers: got {name}, allowed: {', '.join(allowed)}")
-        if not _installed(name):
-            there = ", ".join(filter(_installed, allowed))
-            raise ValueError(f"trackers: got {name}, allowed: {there}, or {name}: {write_install_command(name)}")
+        if not _is_installed(name):
+            installed = ", ".join(filter(_is_installed, allowed))
+            raise ValueError(f"trackers: got {name}, allowed: {installed}, or {name}: {write_install_command(name)}")
         if name == "wandb":
-            _require_key()
+            _check_wandb_key()
 
 
-def _installed(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     spec = find_spec(name)
-    # a folder `wandb` where the job was started is a package too, of no origin
+    # A folder `wandb` in the working directory is a namespace package, which has no origin.
     return spec is not None and spec.origin is not None
 
 
-def _require_key() -> None:
-    """W&B asks at a terminal, and a batch job has nobody to answer; nor is it meant to be offline and nobody knows."""
+def _check_wandb_key() -> None:
+    """Check that W&B has a key or is offline. Otherwise it would prompt for a key, and a batch job has no terminal."""
     import wandb
 
     try:
-        # not verified: on day three W&B may be away, and the run must start all the same
+        # The key is not verified at the server: the run must start even if W&B does not answer.
         if wandb.setup().settings.mode in ("offline", "dryrun", "disabled") or wandb.login(verify=False, prompt=False):
             return
     except wandb.Error as error:
-        raise ValueError(f"trackers: got wandb, whose credentials are no good: {error}") from error
+        raise ValueError(f"trackers: got wandb with invalid credentials: {error}") from error
     raise ValueError("trackers: got wandb without a key: set WANDB_API_KEY, or WANDB_MODE=offline to send it later")
 
 
-def _ids(run: Path) -> dict[str, str]:
-    """The runs' ids by tracker."""
-    path = run / FILE
+def _read_ids(run: Path) -> dict[str, str]:
+    """Read the run IDs by tracker."""
+    path = run / TRACKER_IDS_FILE
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _remember(run: Path, name: str, identity: str) -> None:
-    storage.write(str(run / FILE), json.dumps({**_ids(run), name: identity}).encode())
+def _write_id(run: Path, name: str, run_id: str) -> None:
+    storage.write(str(run / TRACKER_IDS_FILE), json.dumps({**_read_ids(run), name: run_id}).encode())
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by dotted name."""
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a tree with their dotted names."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

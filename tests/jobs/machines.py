@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from tests.pipelines.faults import until
+from tests.pipelines.faults import wait_until
 
 QUICK = {
     "RAY_health_check_initial_delay_ms": "0",
@@ -225,7 +225,7 @@ class Cluster:
             assert started.poll() is None, self.network.said(started)
             return "Ray runtime started" in self.network.said(started)
 
-        until(up, 60)
+        wait_until(up, 60)
         return started
 
     def runs(self, *words: str) -> Process:

@@ -16,7 +16,7 @@ from jobs.schema import Job
 from jobs.search import TrialJobs
 from jobs.search import load as load_search
 from pipelines.training import driver
-from pipelines.training.plan import Plan
+from pipelines.training.plan import StagePlan
 from pipelines.training.stage import Recovery
 from redux.model import ReduxForConditionalGeneration
 from redux.pretrained import assemble
@@ -53,12 +53,12 @@ def load(parts: dict[str, str], tmp_path: Path) -> Callable[..., Job]:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Plan]]:
+def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[StagePlan]]:
     """The plans that the stages of a job are given."""
 
-    def told(job: Job, folder: Path, **options: Any) -> list[Plan]:
+    def told(job: Job, folder: Path, **options: Any) -> list[StagePlan]:
         plans: list[Any] = []
-        monkeypatch.setattr(driver, "image_aspect_ratio", lambda plan, watch: plans.append(plan))
+        monkeypatch.setattr(driver, "train_stage", lambda plan, should_stop: plans.append(plan))
         work = list_steps(job, folder, **options)
         for name in job.train:
             work[name]()
@@ -113,7 +113,7 @@ def test_where_a_stage_is_in_full_precision_so_is_what_it_starts_from(load: Call
 
 
 def test_plans_say_where_to_start_and_how_large_images_are(
-    load: Callable[..., Job], told: Callable[..., list[Plan]], tmp_path: Path
+    load: Callable[..., Job], told: Callable[..., list[StagePlan]], tmp_path: Path
 ) -> None:
     job = load("num_workers=[1, 4]", "recovery.restarts=7")
     first, second = told(job, tmp_path, changed=True)
@@ -125,7 +125,7 @@ def test_plans_say_where_to_start_and_how_large_images_are(
         assert (plan.image_size, plan.image_tokens) == (32, 8)
         assert plan.workers == (1, 4)
         assert plan.recovery == Recovery(restarts=7)
-        assert plan.changed
+        assert plan.allow_changes
         assert plan.job == schema.dump(job)
     [plan, _] = told(load("model.vmtc=null", "num_workers=2"), tmp_path / "other")
     assert plan.image_tokens == 16
@@ -133,7 +133,7 @@ def test_plans_say_where_to_start_and_how_large_images_are(
 
 
 def test_checkpoints_of_two_jobs_in_one_bucket_do_not_meet(
-    load: Callable[..., Job], told: Callable[..., list[Plan]], tmp_path: Path
+    load: Callable[..., Job], told: Callable[..., list[StagePlan]], tmp_path: Path
 ) -> None:
     plans = [told(load("checkpoints=s3://bucket/all", f"name={name}"), tmp_path) for name in ("a", "b")]
     assert [plan.folder for plan, _ in plans] == ["s3://bucket/all/a/pretrain", "s3://bucket/all/b/pretrain"]

@@ -55,7 +55,10 @@ def test_the_numbers_are_those_of_llavas_scripts(path: Path) -> None:
     assert size
     assert job.model.tower == "openai/clip-vit-large-patch14-336"
     assert job.model.language == f"lmsys/vicuna-{size[0]}-v1.5"
-    assert [stage.accumulation(8) for stage in job.train.values()] == [1, 1]  # on 8 GPUs, as the scripts have it
+    assert [stage.count_accumulation_steps(8) for stage in job.train.values()] == [
+        1,
+        1,
+    ]  # on 8 GPUs, as the scripts have it
     assert (first.template, first.image_aspect_ratio, first.group_by_length, first.learning_rate) == (
         "plain",
         "crop",
@@ -74,7 +77,7 @@ def test_the_numbers_are_those_of_llavas_scripts(path: Path) -> None:
     assert [stage.max_length for stage in (first, second)] == [2048, 2048]
     assert [stage.micro_batch_size for stage in (first, second)] == [32, 16]
     for stage in (first, second):
-        assert stage.accumulation(8) == 1
+        assert stage.count_accumulation_steps(8) == 1
         assert (stage.epochs, stage.warmup_ratio, stage.weight_decay, stage.beta2, stage.max_grad_norm) == (
             1,
             0.03,

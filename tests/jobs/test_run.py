@@ -207,14 +207,14 @@ def test_a_run_that_is_killed_and_then_stopped_goes_on_to_the_same_end(finished:
     run = job.parent / "cut" / "tiny"
     assert stopped(job, after=10, by=signal.SIGKILL) == -signal.SIGKILL
     assert stopped(job, after=30, by=signal.SIGTERM) == 130
-    before = ledger.read(run).account
+    before = ledger.read_ledger(run).account
     assert 0 < before.lost_steps <= 2 * 7 - 1, "one interval, and what was done while one was being written"
-    last = metrics.steps(run, "instruct")
+    last = metrics.read_last_step(run, "instruct")
     assert (run / "checkpoints" / "instruct" / f"step-{last:06d}" / "manifest.json").exists()
 
     subprocess.run(command(job, "cut"), env=ALONE, check=True, capture_output=True)
     undisturbed, _ = finished
-    assert ledger.read(run).account.lost_steps == before.lost_steps, "the checkpoint in the grace lost nothing"
+    assert ledger.read_ledger(run).account.lost_steps == before.lost_steps, "the checkpoint in the grace lost nothing"
     assert losses(run) == losses(undisturbed)
     assert (run / "answers" / "easy_vqa.jsonl").read_text() == (undisturbed / "answers" / "easy_vqa.jsonl").read_text()
     assert (run / "consumed.jsonl").read_text() == (undisturbed / "consumed.jsonl").read_text()

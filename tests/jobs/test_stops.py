@@ -129,7 +129,7 @@ def lost(run: Path) -> int:
     """Steps that were recorded after the newest checkpoint."""
     saved = [path for path in (run / "checkpoints/instruct").glob("step-*") if (path / checkpoint.MANIFEST).exists()]
     newest = max((int(path.name.removeprefix("step-")) for path in saved), default=0)
-    return metrics.steps(run, "instruct") - newest
+    return metrics.read_last_step(run, "instruct") - newest
 
 
 def test_a_signal_while_modules_are_imported_ends_the_command(job: Path, tmp_path: Path) -> None:
@@ -159,10 +159,10 @@ def test_a_stop_at_any_moment_loses_no_step_and_leaves_nothing(job: Path, tmp_pa
         (STEP, HUP, "group"),
     ]
     for event, number, to in moments:
-        before = metrics.steps(run, "instruct") if run.exists() else 0
+        before = metrics.read_last_step(run, "instruct") if run.exists() else 0
         assert_stopped(stop(job, tmp_path, event, number, to=to), run)
         assert lost(run) == 0, (event, number, to)
-        assert metrics.steps(run, "instruct") >= before
+        assert metrics.read_last_step(run, "instruct") >= before
 
 
 @pytest.mark.slow
@@ -194,7 +194,7 @@ def test_a_stop_of_a_search_loses_no_step_of_its_trials(job: Path, tmp_path: Pat
     trial = tmp_path / "tiny/trials/0000"
     with started(["run", str(job.parent / "search.yaml"), "--runs-dir", str(tmp_path)], {}, attentive) as command:
         command.wait_for("search:")
-        wait_for_condition(lambda: trial.exists() and metrics.steps(trial, "instruct") > 0, timeout=240)
+        wait_for_condition(lambda: trial.exists() and metrics.read_last_step(trial, "instruct") > 0, timeout=240)
         command.send(TERM, "group")
         stopped = command.end()
     assert_stopped(stopped, trial)

@@ -1,10 +1,10 @@
-"""A stage on a cluster of several machines, to which something happens: a script, for test_cluster_faults.py.
+"""Scenarios of a stage on a cluster of several machines; a script for test_cluster_faults.py.
 
-    python -m tests.pipelines.cluster_day SCENARIO FOLDER    what happens; prints JSON at the end
-    python -m tests.pipelines.cluster_day fit FOLDER         the driver that the scenario starts; RAY_ADDRESS says where
+    python -m tests.pipelines.cluster_day SCENARIO FOLDER    run a scenario; prints JSON at the end
+    python -m tests.pipelines.cluster_day fit FOLDER         the driver, started by the scenario; RAY_ADDRESS is set
 
-Machines are Ray's nodes, each with processes of its own, on this one; they live in the scenario's process.  FOLDER has
-the plan (plan.pickle), and gets the marks of the ranks and what the driver wrote (driver.log).
+Machines are Ray nodes on this machine, each with its own processes. They belong to the process of the scenario. FOLDER
+contains the plan (plan.pickle), the marks of the ranks and the output of the driver (driver.log).
 """
 
 import json
@@ -26,34 +26,36 @@ from ray.util.placement_group import placement_group_table
 
 from pipelines.core import cluster
 from pipelines.training import driver
-from tests.pipelines.faults import Hold, until
+from tests.pipelines.faults import Hold, wait_until
 
-HELD = (3, 5, 7)
-"""Steps after which ranks wait until the scenario lets them go on.  """
+HOLD_STEPS = (3, 5, 7)
+"""Steps after which ranks wait until the scenario lets them continue."""
 
-QUICK = {
+FAST_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 3,
 }
-"""How soon a cluster takes a node for dead: after seconds, by Ray's own settings after half a minute."""
+"""Settings with which Ray declares a node dead after seconds. Its defaults take half a minute."""
 
 
-class Day:
-    """A cluster whose head only keeps house, and the driver."""
+class ClusterDay:
+    """A cluster whose head runs no workers, and the driver of a stage."""
 
     def __init__(self, folder: Path, machines: int) -> None:
         self.folder = folder
-        self.hold = Hold(HELD, folder / "marks")
+        self.hold = Hold(HOLD_STEPS, folder / "marks")
         self.hold.marks.mkdir()
-        self.begin(machines)
+        self.start(machines)
 
-    def begin(self, machines: int) -> None:
-        """A new cluster, and the command that trains."""
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": QUICK})
+    def start(self, machines: int) -> None:
+        """Start a new cluster, and the command that trains."""
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": FAST_HEALTH_CHECKS}
+        )
         for _ in range(machines):
-            self.add()
+            self.add_machine()
         with (self.folder / "driver.log").open("ab") as log:
             self.driver = subprocess.Popen(
                 [sys.executable, "-m", "tests.pipelines.cluster_day", "fit", str(self.folder)],
@@ -62,41 +64,42 @@ class Day:
                 stderr=log,
             )
 
-    def add(self) -> None:
-        """One more machine, of one CPU."""
+    def add_machine(self) -> None:
+        """Add a machine with one CPU."""
         self.cluster.add_node(num_cpus=1)
 
-    def at(self, step: int, ranks: int) -> list[str]:
-        """Wait until so many ranks have done the step; returns their nodes."""
+    def wait_for_step(self, step: int, ranks: int) -> list[str]:
+        """Wait until so many ranks have finished the step, and return the IDs of their nodes."""
 
-        def there() -> list[str]:
+        def find_nodes() -> list[str]:
             assert self.driver.poll() is None, self.log
-            return self.hold.arrived(step, ranks)
+            return self.hold.list_nodes(step, ranks)
 
-        return until(there)
+        return wait_until(find_nodes)
 
-    def kill(self, node: str) -> float:
-        """The machine is gone; returns when."""
-        [machine] = [one for one in self.cluster.worker_nodes if one.node_id == node]
+    def kill_machine(self, node_id: str) -> float:
+        """Kill a machine and return the time."""
+        [machine] = [node for node in self.cluster.worker_nodes if node.node_id == node_id]
         self.cluster.worker_nodes.remove(machine)
         return power_off(machine)
 
     def kill_all(self) -> float:
-        """The head first."""
+        """Kill all machines, the head first, and return the time."""
         at = power_off(self.cluster.head_node)
         for machine in self.cluster.worker_nodes:
             power_off(machine)
         return at
 
-    def drain(self, node: str, seconds: float) -> None:
-        """Give notice that the machine will be taken away."""
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    def announce_preemption(self, node_id: str, seconds: float) -> None:
+        """Announce that a machine will be taken away."""
+        cause = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         deadline = int((time.time() + seconds) * 1000)
-        accepted, why = ray._raylet.GcsClient(address=self.cluster.address).drain_node(node, reason, "test", deadline)
-        assert accepted, why
+        client = ray._raylet.GcsClient(address=self.cluster.address)
+        accepted, reason = client.drain_node(node_id, cause, "test", deadline)
+        assert accepted, reason
 
-    def ends(self) -> int:
-        """The driver's exit code."""
+    def wait_for_driver(self) -> int:
+        """Wait for the end of the driver and return its exit code."""
         return self.driver.wait(timeout=300)
 
     @property
@@ -105,103 +108,105 @@ class Day:
 
 
 def power_off(node: Any) -> float:
-    """SIGKILL for all processes of a node, workers among them, and all at once; returns when."""
-    started = [one.process for kind in node.all_processes.values() for one in kind]
-    own = [psutil.Process(one.pid) for one in started if one.poll() is None]
-    everyone = own + [child for one in own for child in one.children(recursive=True)]
+    """Send SIGKILL to all processes of a node at once, including workers, and return the time."""
+    started = [entry.process for kind in node.all_processes.values() for entry in kind]
+    parents = [psutil.Process(process.pid) for process in started if process.poll() is None]
+    processes = parents + [child for parent in parents for child in parent.children(recursive=True)]
     at = time.time()
-    for act in (psutil.Process.suspend, psutil.Process.kill):  # none sees another die, or it would say so
-        for one in everyone:
+    # Suspend all of them first: a process that sees another one die would report it, unlike after a power failure.
+    for act in (psutil.Process.suspend, psutil.Process.kill):
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
-                act(one)
-    psutil.wait_procs(everyone)
+                act(process)
+    psutil.wait_procs(processes)
     return at
 
 
-def checkpoints(day: Day) -> list[str]:
-    return [one.parent.name for one in day.folder.glob("run/checkpoints/*/*/manifest.json")]
+def list_checkpoints(day: ClusterDay) -> list[str]:
+    return [path.parent.name for path in day.folder.glob("run/checkpoints/*/*/manifest.json")]
 
 
-def after_checkpoint(day: Day, ranks: int) -> list[str]:
-    """Go on to step 7, before which a checkpoint is made; it is stored when this returns the ranks' nodes."""
-    day.hold.go(3)
-    day.at(5, ranks)
-    day.hold.go(5)
-    nodes = day.at(7, ranks)
-    until(lambda: checkpoints(day))
+def continue_past_checkpoint(day: ClusterDay, ranks: int) -> list[str]:
+    """Continue to step 7, wait until the checkpoint before it is stored, and return the nodes of the ranks."""
+    day.hold.release(3)
+    day.wait_for_step(5, ranks)
+    day.hold.release(5)
+    nodes = day.wait_for_step(7, ranks)
+    wait_until(lambda: list_checkpoints(day))
     return nodes
 
 
-def killed(day: Day) -> dict[str, Any]:
+def run_killed(day: ClusterDay) -> dict[str, Any]:
     """The machine of rank 0 dies."""
-    nodes = after_checkpoint(day, 2)
-    at = day.kill(nodes[0])
-    day.hold.go(7)
-    assert day.ends() == 0, day.log
+    nodes = continue_past_checkpoint(day, 2)
+    at = day.kill_machine(nodes[0])
+    day.hold.release(7)
+    assert day.wait_for_driver() == 0, day.log
     return {"at": at}
 
 
-def preempted(day: Day) -> dict[str, Any]:
-    """Notice after step 3; rank 0's machine goes after step 7."""
-    day.drain(day.at(3, 2)[0], seconds=30)
-    day.hold.go(3, told=True)
-    nodes = after_checkpoint(day, 2)
-    saved = checkpoints(day)
-    at = day.kill(nodes[0])
-    day.hold.go(7)
-    assert day.ends() == 0, day.log
+def run_preempted(day: ClusterDay) -> dict[str, Any]:
+    """A preemption is announced after step 3; the machine of rank 0 dies after step 7."""
+    day.announce_preemption(day.wait_for_step(3, 2)[0], seconds=30)
+    day.hold.release(3, after_announcement=True)
+    nodes = continue_past_checkpoint(day, 2)
+    saved = list_checkpoints(day)
+    at = day.kill_machine(nodes[0])
+    day.hold.release(7)
+    assert day.wait_for_driver() == 0, day.log
     return {"at": at, "saved": saved}
 
 
-def head_killed(day: Day) -> dict[str, Any]:
-    """The head dies; its driver ends; a new cluster, and the same command."""
-    after_checkpoint(day, 2)
+def run_head_killed(day: ClusterDay) -> dict[str, Any]:
+    """The head dies and its driver ends; then the same command runs on a new cluster."""
+    continue_past_checkpoint(day, 2)
     at = power_off(day.cluster.head_node)
-    code = day.ends()
+    code = day.wait_for_driver()
     ended = time.time()
     day.kill_all()
-    day.hold.go(7)
-    day.begin(2)
-    assert day.ends() == 0, day.log
+    day.hold.release(7)
+    day.start(2)
+    assert day.wait_for_driver() == 0, day.log
     return {"at": at, "code": code, "ended": ended}
 
 
-def resized(day: Day) -> dict[str, Any]:
-    """A machine comes after step 3, another goes after step 7."""
-    day.at(3, 2)
-    day.add()
-    day.at(3, 3)
-    nodes = after_checkpoint(day, 3)
-    at = day.kill(nodes[0])
-    day.hold.go(7)
-    assert day.ends() == 0, day.log
+def run_resized(day: ClusterDay) -> dict[str, Any]:
+    """A machine joins after step 3; another one dies after step 7."""
+    day.wait_for_step(3, 2)
+    day.add_machine()
+    day.wait_for_step(3, 3)
+    nodes = continue_past_checkpoint(day, 3)
+    at = day.kill_machine(nodes[0])
+    day.hold.release(7)
+    assert day.wait_for_driver() == 0, day.log
     return {"at": at}
 
 
-SCENARIOS: dict[str, tuple[Callable[[Day], dict[str, Any]], int]] = {
-    "killed": (killed, 3),
-    "preempted": (preempted, 4),
-    "head_killed": (head_killed, 2),
-    "resized": (resized, 2),
+SCENARIOS: dict[str, tuple[Callable[[ClusterDay], dict[str, Any]], int]] = {
+    "killed": (run_killed, 3),
+    "preempted": (run_preempted, 4),
+    "head_killed": (run_head_killed, 2),
+    "resized": (run_resized, 2),
 }
-"""What happens, and the number of machines at the beginning."""
+"""Function of each scenario, and its number of machines at the start."""
 
 
 def fit(folder: Path) -> None:
+    """Train the stage of the plan, as the driver."""
     plan = pickle.loads((folder / "plan.pickle").read_bytes())
     with cluster.open_session():
-        driver.train_stage(plan, [Hold(HELD, folder / "marks")])
-        left = [one for one in placement_group_table().values() if one["state"] != "REMOVED"]
-    assert not left
+        driver.train_stage(plan, [Hold(HOLD_STEPS, folder / "marks")])
+        remaining = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    assert not remaining
 
 
 def main(scenario: str, folder: Path) -> None:
     if scenario == "fit":
         return fit(folder)
-    happens, machines = SCENARIOS[scenario]
-    day = Day(folder, machines)
+    run_scenario, machines = SCENARIOS[scenario]
+    day = ClusterDay(folder, machines)
     try:
-        print(json.dumps(happens(day)))
+        print(json.dumps(run_scenario(day)))
     finally:
         day.driver.kill()
         day.driver.wait()

@@ -28,7 +28,7 @@ from pipelines.core.storage import Retry
 from pipelines.data import shard_writer
 from pipelines.data.options import ShardOptions
 from pipelines.data.shard_index import Shards
-from pipelines.training.plan import Plan
+from pipelines.training.plan import StagePlan
 from redux.architecture import image_tokens
 from redux.conversation import TEMPLATES, word_tokenizer
 from tests.pipelines import small
@@ -279,7 +279,7 @@ def alone() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def new_plan(
     ray_cluster: Any, records: list[dict], pictures: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Plan]:
+) -> Callable[..., StagePlan]:
     """A small stage of a run of its own, on records of which each third is text alone.
 
     Arguments change the stage; `plan` is a dictionary of changes of the plan.
@@ -301,9 +301,9 @@ def new_plan(
     ]
     shard_writer.make_shards(mixed, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
 
-    def make(plan: dict[str, Any] | None = None, **stage: Any) -> Plan:
+    def make(plan: dict[str, Any] | None = None, **stage: Any) -> StagePlan:
         run = tmp_path_factory.mktemp("run")
-        made = Plan(
+        made = StagePlan(
             name="small",
             stage=replace(small.STAGE, **stage),
             model=small.MODEL,
@@ -312,7 +312,7 @@ def new_plan(
             run=run,
             checkpoints=str(run / "checkpoints"),
             sets={"set": str(folder)},
-            tolerance=0,
+            max_bad_fraction=0,
             tokenizer=tokenizer,
             start=None,
             image_size=small.MODEL.tower.image_size,

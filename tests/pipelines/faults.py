@@ -1,4 +1,4 @@
-"""Faults for tests, as hooks that workers call: each happens once, after a step, on one rank."""
+"""Faults for tests, as hooks of workers. Each fault happens after one step, on one rank, a given number of times."""
 
 import os
 import signal
@@ -13,16 +13,21 @@ import ray
 import torch.distributed as dist
 from ray.train.v2._internal.execution.context import get_train_context
 
-from pipelines.training.hooks import Hook, Step
-from pipelines.training.plan import Plan
+from pipelines.training.hooks import Hook, StepResult
+from pipelines.training.plan import StagePlan
 
 
 @dataclass(frozen=True)
-class Fault:
-    """kind: raise, exit, SIGKILL, SIGSTOP, hang, nan (in the loss of the step after) or slow (from then on, forward
-    passes sleep).
+class InjectedFault:
+    """Factory of a hook that injects a fault.
 
-    marks: a folder that outlives the process, where what has happened is noted.
+    Args:
+        kind: "raise", "exit", "SIGKILL", "SIGSTOP", "hang", "nan" (in the loss of the next step), or "slow" (every
+            later forward pass sleeps).
+        step: step after which the fault happens.
+        rank: rank on which it happens.
+        marks: folder with a file for each fault that has happened. It outlives the process.
+        times: number of times that the fault happens, after the same step.
     """
 
     kind: str
@@ -31,29 +36,30 @@ class Fault:
     marks: Path
     times: int = 1
 
-    def __call__(self, engine: Any, plan: Plan) -> Hook:
-        return _Happens(self, engine)
+    def __call__(self, engine: Any, plan: StagePlan) -> Hook:
+        return _FaultHook(self, engine)
 
-    def due(self, step: int) -> bool:
-        """Whether it happens now; then it is noted."""
+    def is_due(self, step: int) -> bool:
+        """Return True if the fault happens now, and mark it as happened."""
         if step != self.step or dist.get_rank() != self.rank:
             return False
-        before = len(list(self.marks.glob(f"{self.kind}-{self.step}-*")))
-        if before >= self.times:
+        count = len(list(self.marks.glob(f"{self.kind}-{self.step}-*")))
+        if count >= self.times:
             return False
-        (self.marks / f"{self.kind}-{self.step}-{before}").touch()
+        (self.marks / f"{self.kind}-{self.step}-{count}").touch()
         return True
 
 
-class _Happens(Hook):
-    def __init__(self, fault: Fault, engine: Any) -> None:
+class _FaultHook(Hook):
+    def __init__(self, fault: InjectedFault, engine: Any) -> None:
         self.fault, self.engine = fault, engine
         self.handle: Any = None
 
-    def __call__(self, step: Step) -> None:
+    def on_step_end(self, step: StepResult) -> None:
+        # The NaN lasts one step.
         if self.handle:
             self.handle.remove()
-        if not self.fault.due(step.number):
+        if not self.fault.is_due(step.number):
             return
         match self.fault.kind:
             case "raise":
@@ -66,59 +72,62 @@ class _Happens(Hook):
                 threading.Event().wait()
             case "nan":
                 self.handle = self.engine.module.register_forward_hook(
-                    lambda module, given, output: output * float("nan")
+                    lambda module, inputs, output: output * float("nan")
                 )
             case "slow":
-                self.engine.module.register_forward_pre_hook(lambda module, given: time.sleep(0.3))
+                self.engine.module.register_forward_pre_hook(lambda module, inputs: time.sleep(0.3))
             case kind:
                 raise AssertionError(kind)
 
 
 @dataclass(frozen=True)
 class Hold:
-    """Keeps all ranks after a step, until a test has done to the cluster what it wants to happen there and then.
+    """Factory of a hook that keeps all ranks after a step until the test lets them continue.
 
-    A rank that has arrived is a file in `marks`, named by the step, the number of ranks, the rank and its node's ID.
-    One named `go-STEP` lets them go on, then and whenever the step is done again; with one named `told-STEP` not before
-    Ray told them that a machine will go.
+    Files in `marks` pass messages between ranks and test:
+
+        STEP-RANKS-RANK-NODE   a rank has arrived: step, number of ranks, rank, ID of its node
+        go-STEP                ranks may continue, also when the step is repeated
+        announced-STEP         ranks must first wait until Ray has announced a preemption to them
     """
 
     steps: tuple[int, ...]
     marks: Path
 
-    def __call__(self, engine: Any, plan: Plan) -> Hook:
-        return _Holds(self)
+    def __call__(self, engine: Any, plan: StagePlan) -> Hook:
+        return _HoldHook(self)
 
-    def arrived(self, step: int, ranks: int) -> list[str]:
-        """Node IDs of the ranks, once all have come, else nothing."""
+    def list_nodes(self, step: int, ranks: int) -> list[str]:
+        """Return the node IDs of the ranks after all of them have arrived; before that, an empty list."""
         nodes = [next(self.marks.glob(f"{step}-{ranks}-{rank}-*"), None) for rank in range(ranks)]
         return [node.name.split("-")[3] for node in nodes if node] if all(nodes) else []
 
-    def go(self, step: int, told: bool = False) -> None:
-        if told:
-            (self.marks / f"told-{step}").touch()
+    def release(self, step: int, after_announcement: bool = False) -> None:
+        """Let the ranks continue, optionally after Ray has announced a preemption to them."""
+        if after_announcement:
+            (self.marks / f"announced-{step}").touch()
         (self.marks / f"go-{step}").touch()
 
 
-class _Holds(Hook):
+class _HoldHook(Hook):
     def __init__(self, hold: Hold) -> None:
         self.hold = hold
 
-    def __call__(self, step: Step) -> None:
+    def on_step_end(self, step: StepResult) -> None:
         if step.number not in self.hold.steps:
             return
         node = ray.get_runtime_context().get_node_id()
         (self.hold.marks / f"{step.number}-{dist.get_world_size()}-{dist.get_rank()}-{node}").touch()
-        until((self.hold.marks / f"go-{step.number}").exists)
-        if (self.hold.marks / f"told-{step.number}").exists():
-            until(lambda: get_train_context().preemption_context.preemption_info)
+        wait_until((self.hold.marks / f"go-{step.number}").exists)
+        if (self.hold.marks / f"announced-{step.number}").exists():
+            wait_until(lambda: get_train_context().preemption_context.preemption_info)
 
 
-def until(happened: Callable[[], Any], seconds: float = 240) -> Any:
-    """What `happened` returns, once that is true."""
+def wait_until(condition: Callable[[], Any], seconds: float = 240) -> Any:
+    """Wait until the condition returns a true value, and return it."""
     deadline = time.monotonic() + seconds
-    while not (value := happened()):
+    while not (value := condition()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{happened} for {seconds} s")
+            raise TimeoutError(f"{condition} for {seconds} s")
         threading.Event().wait(0.02)
     return value

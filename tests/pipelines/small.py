@@ -1,4 +1,4 @@
-"""A stage that trains in seconds."""
+"""A small model and a stage that trains it in seconds."""
 
 from pipelines.training.stage import Stage
 from redux.architecture import Language, Model, Tower

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from redux.kmeans import kmeans
-from redux.settings import VMTC, Stage
+from redux.settings import VMTC, CompressionStage
 from redux.vmtc import Fate, compress, importance, received
 
 WEIGHTS: list[Any] = ["normalized", "raw", "total"]
@@ -28,7 +28,9 @@ def example(patches: int = 20, batch: int = 3, dim: int = 8) -> tuple[Tensor, Te
     return noise(batch, patches, dim), noise(batch, patches + 1, seed=1).softmax(dim=-1)[:, 1:]
 
 
-def slow(tokens: Tensor, ips: Tensor, stage: Stage, vmtc: VMTC) -> tuple[Tensor, list[list[int]], list[bool]]:
+def slow(
+    tokens: Tensor, ips: Tensor, stage: CompressionStage, vmtc: VMTC
+) -> tuple[Tensor, list[list[int]], list[bool]]:
     """Equations 5-8 of one image: the output tokens, the input tokens that each holds, and which are clusters."""
     ranked = sorted(range(len(tokens)), key=lambda patch: (-float(ips[patch]), patch))
     primary, redundant = ranked[: stage.kept], ranked[stage.kept :]  # eq. 5, 6
@@ -84,7 +86,11 @@ def test_stages_by_number_of_the_block() -> None:
 
 def test_kept_and_clusters_of_each_stage() -> None:
     vmtc = VMTC(kept=(300, 100, 50), clusters=(30, 0, 14))
-    assert vmtc.schedule(576, 23) == (Stage(5, 300, 30), Stage(11, 100, 0), Stage(17, 50, 14))
+    assert vmtc.schedule(576, 23) == (
+        CompressionStage(5, 300, 30),
+        CompressionStage(11, 100, 0),
+        CompressionStage(17, 50, 14),
+    )
     assert vmtc.tokens_left(576, 23) == 64
 
 
@@ -115,8 +121,17 @@ def test_a_stage_never_makes_more_clusters_than_it_has_redundant_tokens(
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("stage", [Stage(0, 9, 4), Stage(0, 9, 1), Stage(0, 9, 11), Stage(0, 9, 0), Stage(0, 0, 5)])
-def test_compress_equals_equations_5_to_8_token_by_token(weights: Any, order: Any, stage: Stage) -> None:
+@pytest.mark.parametrize(
+    "stage",
+    [
+        CompressionStage(0, 9, 4),
+        CompressionStage(0, 9, 1),
+        CompressionStage(0, 9, 11),
+        CompressionStage(0, 9, 0),
+        CompressionStage(0, 0, 5),
+    ],
+)
+def test_compress_equals_equations_5_to_8_token_by_token(weights: Any, order: Any, stage: CompressionStage) -> None:
     vmtc = VMTC(weights=weights, order=order)
     tokens, ips = example()
     outputs, slot, cluster = compress(tokens, ips, stage, vmtc)
@@ -136,9 +151,9 @@ def test_compress_equals_the_equations_at_random_shapes_and_settings(seed: int) 
     clusters = draw.randint(0 if kept else 1, patches - kept) if kept < patches else 0
     vmtc = VMTC(weights=draw.choice(WEIGHTS), order=draw.choice(ORDERS), iterations=draw.randint(1, 6))
     tokens, ips = noise(batch, patches, dim, seed=seed), noise(batch, patches + 1, seed=seed + 1).softmax(dim=-1)[:, 1:]
-    outputs, slot, cluster = compress(tokens, ips, Stage(0, kept, clusters), vmtc)
+    outputs, slot, cluster = compress(tokens, ips, CompressionStage(0, kept, clusters), vmtc)
     for image in range(batch):
-        expected, members, merged = slow(tokens[image], ips[image], Stage(0, kept, clusters), vmtc)
+        expected, members, merged = slow(tokens[image], ips[image], CompressionStage(0, kept, clusters), vmtc)
         torch.testing.assert_close(outputs[image], expected, rtol=1e-4, atol=1e-5)
         assert cluster[image].tolist() == merged
         held = [[patch for patch in range(patches) if slot[image, patch] == out] for out in range(len(expected))]
@@ -148,7 +163,7 @@ def test_compress_equals_the_equations_at_random_shapes_and_settings(seed: int) 
 @pytest.mark.parametrize("seeds", ["strided", "farthest", "random"])
 def test_clusters_are_made_by_what_is_to_be_alike(seeds: Any) -> None:
     (tokens, ips), keys = example(), noise(3, 20, 5, seed=7)
-    _, slot, _ = compress(tokens, ips, Stage(0, 9, 4), VMTC(order="rank", seeds=seeds), keys)
+    _, slot, _ = compress(tokens, ips, CompressionStage(0, 9, 4), VMTC(order="rank", seeds=seeds), keys)
     redundant = ips.argsort(dim=-1, descending=True)[:, 9:]
     label = kmeans(keys.gather(1, redundant.unsqueeze(-1).expand(-1, -1, 5)), 4, 10, seeds)
     assert torch.equal(slot.gather(1, redundant), label + 9)
@@ -159,8 +174,8 @@ def test_bfloat16_comes_close(weights: Any) -> None:
     """Stated bound: tokens that both keep or merge alike differ by 2 %, and that is most of them."""
     tokens, ips = noise(4, 100, 32), noise(4, 101, seed=1).softmax(dim=-1)[:, 1:]
     vmtc = VMTC(weights=weights)
-    full, slot, _ = compress(tokens, ips, Stage(0, 60, 1), vmtc)
-    half, slot_of_half, _ = compress(tokens.bfloat16(), ips.bfloat16(), Stage(0, 60, 1), vmtc)
+    full, slot, _ = compress(tokens, ips, CompressionStage(0, 60, 1), vmtc)
+    half, slot_of_half, _ = compress(tokens.bfloat16(), ips.bfloat16(), CompressionStage(0, 60, 1), vmtc)
     alike = torch.stack([(slot == out).eq(slot_of_half == out).all(dim=1) for out in range(61)], dim=1)
     assert alike.float().mean() > 0.5
     torch.testing.assert_close(half.float()[alike], full[alike], rtol=0.02, atol=0.02)
@@ -169,14 +184,14 @@ def test_bfloat16_comes_close(weights: Any) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_output_holds_an_input_and_every_input_is_held(order: Any) -> None:
     tokens, ips = example()
-    _, slot, _ = compress(tokens, ips, Stage(0, 9, 4), VMTC(order=order))
+    _, slot, _ = compress(tokens, ips, CompressionStage(0, 9, 4), VMTC(order=order))
     for row in slot.tolist():
         assert set(row) == set(range(13))
 
 
 def test_without_clusters_redundant_tokens_are_dropped() -> None:
     tokens, ips = example()
-    outputs, slot, cluster = compress(tokens, ips, Stage(0, 9, 0), VMTC(cluster_share=0.0))
+    outputs, slot, cluster = compress(tokens, ips, CompressionStage(0, 9, 0), VMTC(cluster_share=0.0))
     assert (slot >= 0).sum(dim=1).tolist() == [9, 9, 9]
     assert not cluster.any()
     lowest_kept = torch.where(slot >= 0, ips, torch.inf).amin(dim=1)
@@ -190,7 +205,7 @@ def test_without_clusters_redundant_tokens_are_dropped() -> None:
 def test_a_constant_image_gives_numbers(weights: Any, weight: float) -> None:
     tokens = torch.ones(2, 20, 8, requires_grad=True)
     ips = torch.full((2, 20), weight, requires_grad=True)
-    outputs, slot, _ = compress(tokens, ips, Stage(0, 9, 4), VMTC(weights=weights))
+    outputs, slot, _ = compress(tokens, ips, CompressionStage(0, 9, 4), VMTC(weights=weights))
     outputs.square().sum().backward()
     assert outputs.isfinite().all()
     assert tokens.grad is not None
@@ -202,7 +217,7 @@ def test_a_constant_image_gives_numbers(weights: Any, weight: float) -> None:
 
 def test_normalized_merging_of_equal_tokens_gives_that_token() -> None:
     _, ips = example()
-    outputs, _, _ = compress(torch.full((3, 20, 8), 2.5), ips, Stage(0, 9, 4), VMTC())
+    outputs, _, _ = compress(torch.full((3, 20, 8), 2.5), ips, CompressionStage(0, 9, 4), VMTC())
     torch.testing.assert_close(outputs, torch.full((3, 13, 8), 2.5))
 
 
@@ -219,7 +234,7 @@ def test_nothing_removed_is_nothing_changed() -> None:
 def test_one_raw_cluster_is_the_fused_token_of_evit() -> None:
     """EViT (Liang et al. 2022), evit.py: sum of non_topk x non_topk_attn, behind the tokens kept by rank."""
     tokens, ips = example()
-    outputs, _, _ = compress(tokens, ips, Stage(0, 9, 1), VMTC(weights="raw", order="rank"))
+    outputs, _, _ = compress(tokens, ips, CompressionStage(0, 9, 1), VMTC(weights="raw", order="rank"))
     _, top = ips.topk(9)
     others = torch.ones_like(ips, dtype=torch.bool).scatter(1, top, False)
     fused = (tokens * (ips * others).unsqueeze(-1)).sum(dim=1)
@@ -229,7 +244,7 @@ def test_one_raw_cluster_is_the_fused_token_of_evit() -> None:
 
 def test_merging_carries_a_gradient_to_tokens_and_importance() -> None:
     tokens, ips = (value.requires_grad_() for value in example())
-    outputs, slot, cluster = compress(tokens, ips, Stage(0, 9, 4), VMTC())
+    outputs, slot, cluster = compress(tokens, ips, CompressionStage(0, 9, 4), VMTC())
     outputs[cluster].square().sum().backward()
     merged = cluster.gather(1, slot)
     assert tokens.grad is not None
@@ -280,7 +295,7 @@ def test_fate_follows_every_patch_through_all_stages() -> None:
     fate = Fate.untouched(3, 20, torch.device("cpu"))
     where, merged = [[list(range(20)) for _ in range(3)], [[False] * 20 for _ in range(3)]]
     tokens, _ = example()
-    for number, stage in enumerate([Stage(0, 10, 5), Stage(1, 11, 0), Stage(2, 3, 4)]):
+    for number, stage in enumerate([CompressionStage(0, 10, 5), CompressionStage(1, 11, 0), CompressionStage(2, 3, 4)]):
         ips = noise(3, tokens.shape[1], seed=number).softmax(dim=-1)
         tokens, slot, cluster = compress(tokens, ips, stage, vmtc)
         fate = fate.then(slot, cluster)

@@ -10,7 +10,7 @@ from ray._private import utils as ray_utils
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipelines.core import cluster
-from tests.pipelines.faults import until
+from tests.pipelines.faults import wait_until
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -18,10 +18,10 @@ def test_what_workers_wait_for_is_said() -> None:
     assert cluster.describe_shortage() == ""
     group = placement_group([{"CPU": 2}] * 2)
     try:
-        until(lambda: "waiting for 4 CPUs: Ray has 2, of which 2 are free" in cluster.describe_shortage())
+        wait_until(lambda: "waiting for 4 CPUs: Ray has 2, of which 2 are free" in cluster.describe_shortage())
     finally:
         remove_placement_group(group)
-    until(lambda: cluster.describe_shortage() == "")
+    wait_until(lambda: cluster.describe_shortage() == "")
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def no_room(size: int = 0) -> Iterator[None]:
 
 
 def write_metrics(path: Path) -> None:
-    record = metrics.Metrics(path.parent, "tower", 0)
+    record = metrics.MetricsWriter(path.parent, "tower", 0)
     try:
         record.write(1, {"loss": 1.0, "skipped": 0}, ConsumedSamples({}, []))
     finally:
@@ -222,7 +222,7 @@ def write_weights(path: Path) -> None:
         ("x", lambda path: jsonl.append(path, [{"a": 1}])),
         ("x", lambda path: page.write(path, "x")),
         ("x", lambda path: claims.write_atomically(path, "x")),
-        (ledger.FILE, lambda path: ledger.note(path.parent, "launch", "tower")),
+        (ledger.LEDGER_FILE, lambda path: ledger.append_event(path.parent, "launch", "tower")),
         ("consumed.jsonl", write_metrics),
         ("x", write_weights),
     ],
@@ -246,10 +246,10 @@ def test_an_export_that_does_not_fit_leaves_nothing_in_the_way(tmp_path: Path) -
     (made / "config.json").write_bytes(b"{}")
     (made / "model.safetensors").write_bytes(bytes(100))
     with no_room(50), pytest.raises(OSError, match="File too large"):
-        export.upload(made, out, "here")
+        export.upload_folder(made, out, "here")
     assert storage.list_files(out) == []
-    export.upload(made, out, "here")
-    assert export.finished(out)
+    export.upload_folder(made, out, "here")
+    assert export.is_complete(out)
 
 
 def test_errors_that_are_none_of_a_disk_stay_as_they_are() -> None:

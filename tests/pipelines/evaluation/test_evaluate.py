@@ -27,7 +27,7 @@ from redux.conversation import word_tokenizer
 from redux.image import pixels
 from redux.model import build
 from redux.settings import CMAI, VMTC
-from tests.pipelines.faults import until
+from tests.pipelines.faults import wait_until
 
 TEMPLATE = "vicuna_bare"
 PATCHES = 16
@@ -234,7 +234,7 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(
     command = [sys.executable, "-c", KILLED, subject.model, str(tmp_path)]
     partial = tmp_path / evaluate.FOLDER / ".easy_vqa.jsonl"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until(lambda: partial.exists() and len(partial.read_bytes().splitlines()) > 4)
+    wait_until(lambda: partial.exists() and len(partial.read_bytes().splitlines()) > 4)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = [row["id"] for row in lines(partial)]

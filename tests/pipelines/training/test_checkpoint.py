@@ -22,7 +22,15 @@ from torch import Tensor
 from pipelines.core import storage
 from pipelines.core.storage import Retry
 from pipelines.training import checkpoint
-from pipelines.training.checkpoint import JOB, MANIFEST, DamagedError, Manifest, RefusedError, Saved, Upload
+from pipelines.training.checkpoint import (
+    JOB_FILE,
+    MANIFEST,
+    DamagedError,
+    Manifest,
+    RefusedError,
+    SavedCheckpoint,
+    Upload,
+)
 from pipelines.training.fragments import STATES, Fragment
 from tests.pipelines import ranks
 
@@ -57,7 +65,7 @@ def anywhere(chance: random.Random) -> dict[str, Sequence[int]]:
 
 def save(folder: str, cursor: int, loss: float = 0, whole: State | None = None, parts: int = 3) -> str:
     """A checkpoint as that many ranks leave it; its state is that of `state(cursor)`."""
-    url = storage.join(folder, checkpoint.name(cursor))
+    url = storage.join(folder, checkpoint.format_name(cursor))
     chance = random.Random(cursor)
     pieces = cut(whole or state(cursor), anywhere(chance))
     chance.shuffle(pieces)
@@ -80,7 +88,7 @@ def restored(folder: str) -> tuple[int | None, list[str]]:
     """The cursor that is restored, and why newer ones were not; what comes is what was saved there."""
     into = blank()
     try:
-        manifest, passed = checkpoint.restore(folder, uncut(into), lambda url, manifest: None)
+        manifest, passed = checkpoint.restore_newest(folder, uncut(into), lambda url, manifest: None)
     except RefusedError as error:  # there are some, and none that can be loaded
         return None, [str(error)]
     assert same(into, state(manifest.cursor) if manifest else blank()) or not manifest
@@ -92,7 +100,7 @@ def contents(folder: str) -> dict[Path, bytes]:
 
 
 def cursors(folder: str) -> list[int]:
-    return [one.manifest.cursor for one in checkpoint.candidates(folder) if isinstance(one, Saved)]
+    return [one.manifest.cursor for one in checkpoint.list_newest_first(folder) if isinstance(one, SavedCheckpoint)]
 
 
 @pytest.fixture
@@ -112,7 +120,7 @@ def test_of_many_the_newest_is_restored(folder: str) -> None:
 def test_a_start_from_nothing_beside_damaged_ones_must_be_wanted(folder: str) -> None:
     flip(first_file(save(folder, 10)))
     with pytest.raises(RefusedError, match=r"none of its checkpoints can be loaded; .*checksum.*remove them"):
-        checkpoint.restore(folder, uncut(blank()), lambda url, manifest: None)
+        checkpoint.restore_newest(folder, uncut(blank()), lambda url, manifest: None)
 
 
 def test_where_there_is_none_nothing_is_restored(folder: str) -> None:
@@ -124,17 +132,17 @@ def test_where_there_is_none_nothing_is_restored(folder: str) -> None:
 def test_any_fragment_comes_from_pieces_cut_anywhere(folder: str) -> None:
     for seed in range(40):
         chance, whole = random.Random(seed), state(seed)
-        saved = checkpoint.read(save(folder, seed, parts=chance.randrange(1, 5)))
+        saved = checkpoint.read_checkpoint(save(folder, seed, parts=chance.randrange(1, 5)))
         wanted = chance.sample(pieces := cut(whole, anywhere(chance)), chance.randint(1, len(pieces)))
-        for fragment, loaded in zip(wanted, checkpoint.load(saved, wanted), strict=True):
+        for fragment, loaded in zip(wanted, checkpoint.load_fragments(saved, wanted), strict=True):
             assert loaded.keys() == fragment.states.keys()
             assert all(loaded[one].equal(fragment.states[one]) for one in STATES)
 
 
 def test_the_trained_weights_come_whole_and_in_their_shapes(folder: str) -> None:
-    saved = checkpoint.read(save(folder, 1))
+    saved = checkpoint.read_checkpoint(save(folder, 1))
     shapes = {"head.weight": torch.Size((8, 8)), "tower.bias": torch.Size((7,))}
-    weights = checkpoint.weights(saved, shapes)
+    weights = checkpoint.load_weights(saved, shapes)
     assert {name: one.shape for name, one in weights.items()} == shapes
     assert all(one.flatten().equal(state(1)[name]["weight"]) for name, one in weights.items())
 
@@ -142,16 +150,16 @@ def test_the_trained_weights_come_whole_and_in_their_shapes(folder: str) -> None
 def test_what_a_checkpoint_does_not_hold_is_not_made_up(folder: str) -> None:
     whole = state(1)
     del whole["tower.bias"]
-    saved = checkpoint.read(save(folder, 1, whole=whole))
-    with pytest.raises(DamagedError, match=r"step-000001: tower.bias is not there, or not all of it"):
-        checkpoint.load(saved, uncut(state(1)))
+    saved = checkpoint.read_checkpoint(save(folder, 1, whole=whole))
+    with pytest.raises(DamagedError, match=r"step-000001: tower.bias is missing or incomplete"):
+        checkpoint.load_fragments(saved, uncut(state(1)))
 
 
 def test_files_hold_at_most_so_many_bytes_of_tensors_but_for_a_larger_piece(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 600)
-    files = checkpoint.read(save(folder, 1, parts=1)).manifest.files
+    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 600)
+    files = checkpoint.read_checkpoint(save(folder, 1, parts=1)).manifest.files
     assert len(files) > 5
     for about in files.values():
         assert sum(4 * length for *_, length in about.pieces) <= 600 or len(about.pieces) == 1
@@ -159,7 +167,7 @@ def test_files_hold_at_most_so_many_bytes_of_tensors_but_for_a_larger_piece(
 
 
 def test_a_manifest_is_read_as_it_was_written() -> None:
-    about = checkpoint.File(5, "e3", [("a.b", "weight", 0, 3), ("a.b", "exp_avg", 3, 9)])
+    about = checkpoint.FileEntry(5, "e3", [("a.b", "weight", 0, 3), ("a.b", "exp_avg", 3, 9)])
     for loss in (0.1, 3.0, float("inf")):
         manifest = Manifest(12, 11, 4, loss, {"set": "é"}, {"a": {"b": [1, None]}}, {"x": about, "y": about})
         assert Manifest.from_json(manifest.to_json().encode()) == manifest
@@ -192,14 +200,14 @@ DAMAGE: dict[str, tuple[Callable[[str], object], str]] = {
     "a torn manifest": (lambda url: torn(Path(url) / MANIFEST), "manifest.json cannot be read"),
     "a manifest of nothing": (lambda url: (Path(url) / MANIFEST).write_text("[]"), "manifest.json cannot be read"),
     "a manifest of another step": (another_step, "manifest.json is that of step-000007"),
-    "a missing file": (lambda url: first_file(url).unlink(), "rank-0000-00.safetensors: not there"),
+    "a missing file": (lambda url: first_file(url).unlink(), "rank-0000-00.safetensors is missing"),
     "a renamed file": (
         lambda url: first_file(url).rename(Path(url) / "rank-0009-00.safetensors"),
-        "rank-0000-00.safetensors: not there",
+        "rank-0000-00.safetensors is missing",
     ),
     "a truncated file": (lambda url: torn(first_file(url)), r"rank-0000-00.safetensors: \d+ bytes"),
     "an empty file": (lambda url: first_file(url).write_bytes(b""), "rank-0000-00.safetensors: 0 bytes"),
-    "a flipped bit": (lambda url: flip(first_file(url)), "rank-0000-00.safetensors: .* another checksum"),
+    "a flipped bit": (lambda url: flip(first_file(url)), "rank-0000-00.safetensors: its checksum differs"),
     "nothing in it": (lambda url: (shutil.rmtree(url), Path(url).mkdir()), "no manifest.json"),
 }
 
@@ -224,7 +232,7 @@ def test_one_with_damage_is_passed_over_with_the_reason_and_left_as_it_is(folder
 def test_no_flipped_bit_of_weights_or_manifest_goes_unseen(folder: str) -> None:
     url, chance = save(folder, 10), random.Random(0)
     for path in Path(url).iterdir():
-        if path.name == JOB:  # for people to read
+        if path.name == JOB_FILE:  # for people to read
             continue
         whole = path.read_bytes()
         for _ in range(60):
@@ -248,7 +256,7 @@ def one_sees_damage(folder: str) -> tuple[int | None, list[str], bool]:
     """On a rank, which wants one of the parameters."""
     into = blank()
     mine = [one for one in uncut(into) if one.name == ("tower.weight", "head.weight")[dist.get_rank()]]
-    manifest, passed = checkpoint.restore(folder, mine, lambda url, manifest: None)
+    manifest, passed = checkpoint.restore_newest(folder, mine, lambda url, manifest: None)
     assert manifest
     expected = state(manifest.cursor)
     return (
@@ -260,14 +268,14 @@ def one_sees_damage(folder: str) -> tuple[int | None, list[str], bool]:
 
 def test_what_one_rank_finds_damaged_all_pass_over(folder: str, tmp_path: Path) -> None:
     for cursor in (10, 20, 30):
-        url = storage.join(folder, checkpoint.name(cursor))
+        url = storage.join(folder, checkpoint.format_name(cursor))
         files: dict[str, Any] = {}
         for number, fragment in enumerate(uncut(state(cursor))):
             files |= Upload(url, number, [fragment]).result()
         checkpoint.commit(url, Manifest(cursor, cursor, 3, 0, {}, {}, files), "job")
     flip(Path(folder) / "step-000030" / "rank-0000-00.safetensors")  # tower.weight
     flip(Path(folder) / "step-000020" / "rank-0002-00.safetensors")  # head.weight
-    for cursor, passed, right in ranks.run(tmp_path, 2, one_sees_damage, folder):
+    for cursor, passed, right in ranks.run_on_ranks(tmp_path, 2, one_sees_damage, folder):
         assert (cursor, right) == (10, True)
         assert ["rank-0000" in passed[0], "rank-0002" in passed[1]] == [True, True]
         assert len(passed) == 2
@@ -279,17 +287,17 @@ def test_what_one_rank_finds_damaged_all_pass_over(folder: str, tmp_path: Path) 
 def test_other_data_or_another_model_is_refused_unless_it_is_meant() -> None:
     manifest = Manifest(1, 1, 1, 0, {"a": "one", "b": "two"}, {"config": {"size": 4, "heads": {"count": 2}}}, {})
     data, model = manifest.data, manifest.model
-    checkpoint.agree("url", manifest, False, data, model)
+    checkpoint.check_compatible("url", manifest, False, data, model)
     other = {"config": {"size": 4, "heads": {"count": 3}}}
     with pytest.raises(
         ValueError, match=r"^url: it was written with model.config.heads.count = 2, not 3; .*--allow-changes"
     ):
-        checkpoint.agree("url", manifest, False, data, other)
+        checkpoint.check_compatible("url", manifest, False, data, other)
     with pytest.raises(ValueError, match=r"^url: it was written with data.b = 'two', not 'three'"):
-        checkpoint.agree("url", manifest, False, data | {"b": "three"}, model)
+        checkpoint.check_compatible("url", manifest, False, data | {"b": "three"}, model)
     with pytest.raises(ValueError, match=r"^url: it was written with data.c = None, not 'more'"):
-        checkpoint.agree("url", manifest, False, data | {"c": "more"}, model)
-    checkpoint.agree("url", manifest, True, data | {"b": "three"}, other)
+        checkpoint.check_compatible("url", manifest, False, data | {"c": "more"}, model)
+    checkpoint.check_compatible("url", manifest, True, data | {"b": "three"}, other)
 
 
 def test_what_is_refused_is_not_loaded(folder: str) -> None:
@@ -300,7 +308,7 @@ def test_what_is_refused_is_not_loaded(folder: str) -> None:
         raise ValueError(url)
 
     with pytest.raises(ValueError, match="step-000010"):
-        checkpoint.restore(folder, uncut(into), refuse)
+        checkpoint.restore_newest(folder, uncut(into), refuse)
     assert all(tensor.isnan().all() for states in into.values() for tensor in states.values())
 
 
@@ -316,14 +324,14 @@ def test_the_newest_and_those_of_lowest_loss_stay(folder: str, last: int, best: 
         save(folder, cursor, loss)
     checkpoint.prune(folder, 50, last, best)
     assert cursors(folder) == (left or [50, 40, 30, 20, 10])
-    assert sorted(path.name for path in Path(folder).iterdir()) == sorted(map(checkpoint.name, cursors(folder)))
+    assert sorted(path.name for path in Path(folder).iterdir()) == sorted(map(checkpoint.format_name, cursors(folder)))
 
 
 def test_one_that_is_being_written_stays_and_older_ones_that_never_were_go(folder: str) -> None:
     for cursor in (10, 20, 30, 40):
         save(folder, cursor)
     for cursor in (20, 40):
-        (Path(folder) / checkpoint.name(cursor) / MANIFEST).unlink()
+        (Path(folder) / checkpoint.format_name(cursor) / MANIFEST).unlink()
     checkpoint.prune(folder, 30, 2, 0)
     assert sorted(path.name for path in Path(folder).iterdir()) == ["step-000010", "step-000030", "step-000040"]
 
@@ -345,7 +353,7 @@ def test_clearing_removes_what_has_no_manifest_and_nothing_else(folder: str) -> 
     torn(Path(folder) / "step-000030" / MANIFEST)
     flip(first_file(str(Path(folder) / "step-000010")))
     before = contents(folder)
-    checkpoint.clear(folder)
+    checkpoint.remove_incomplete(folder)
     assert contents(folder) == {path: data for path, data in before.items() if "step-000020" not in str(path)}
     assert sorted(path.name for path in Path(folder).iterdir()) == ["model", "step-000010", "step-000030"]
 
@@ -407,7 +415,7 @@ def test_a_store_that_gives_up_anywhere_is_no_damage_and_the_next_try_restores(
 def test_an_upload_that_storage_does_not_take_says_so_and_makes_no_checkpoint(proxy: Any, bucket: str) -> None:
     save(bucket, 10)
     proxy.always = "SlowDown"
-    upload = Upload(storage.join(bucket, checkpoint.name(20)), 3, uncut(state(20)))
+    upload = Upload(storage.join(bucket, checkpoint.format_name(20)), 3, uncut(state(20)))
     assert upload.error().text.startswith(
         f"rank 3: {bucket}/step-000020/rank-0003-00.safetensors: given up after 8 tries"
     )
@@ -418,7 +426,7 @@ def test_an_upload_that_storage_does_not_take_says_so_and_makes_no_checkpoint(pr
 
 
 def test_what_is_uploaded_is_the_state_when_it_began(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, url = state(10), storage.join(folder, checkpoint.name(10))
+    whole, url = state(10), storage.join(folder, checkpoint.format_name(10))
     write, changed = storage.write, threading.Event()
 
     def write_late(url: str, data: bytes) -> None:

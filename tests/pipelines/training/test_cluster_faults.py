@@ -19,11 +19,11 @@ import psutil
 import pytest
 
 from pipelines.training import driver, ledger
-from pipelines.training.plan import Plan
+from pipelines.training.plan import StagePlan
 from pipelines.training.stage import Recovery
 from tests.pipelines.training.test_faults import account, assert_same_end, lines, losses
 
-NewPlan = Callable[..., Plan]
+NewPlan = Callable[..., StagePlan]
 
 EVERY = 4
 """Steps between checkpoints."""
@@ -32,13 +32,13 @@ BOUND = 1e-5
 """Of the loss, by which runs of other numbers of workers differ."""
 
 
-def done(plan: Plan) -> Plan:
+def done(plan: StagePlan) -> StagePlan:
     driver.train_stage(plan)
     return plan
 
 
 @pytest.fixture(scope="module")
-def undisturbed(new_plan: NewPlan) -> Plan:
+def undisturbed(new_plan: NewPlan) -> StagePlan:
     return done(new_plan(save_steps=EVERY))
 
 
@@ -50,7 +50,7 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(made)
 
 
-def spend(plan: Plan, scenario: str, folder: Path) -> tuple[Plan, dict[str, Any]]:
+def spend(plan: StagePlan, scenario: str, folder: Path) -> tuple[StagePlan, dict[str, Any]]:
     """The plan as the scenario's driver had it, and what the scenario says; nothing of it is left."""
     for name in ("run", "tmp", "ray"):
         (folder / name).mkdir()
@@ -81,15 +81,15 @@ def running(folder: str) -> list[psutil.Process]:
     return found
 
 
-def recovered(plan: Plan, at: float) -> float:
+def recovered(plan: StagePlan, at: float) -> float:
     """Seconds from then to the next step of workers that started later."""
-    later = [one for one in lines(plan, ledger.FILE) if one["at"] > at]
+    later = [one for one in lines(plan, ledger.LEDGER_FILE) if one["at"] > at]
     started = next(number for number, one in enumerate(later) if one["event"] == "start")
     return next(one["at"] for one in later[started:] if one["event"] == "step") - at
 
 
 @pytest.mark.slow
-def test_a_machine_that_dies_costs_no_more_than_a_checkpoint_interval(undisturbed: Plan, folder: Path) -> None:
+def test_a_machine_that_dies_costs_no_more_than_a_checkpoint_interval(undisturbed: StagePlan, folder: Path) -> None:
     plan, said = spend(undisturbed, "killed", folder)
     assert_same_end(plan, undisturbed)
     spent = account(plan)
@@ -99,7 +99,7 @@ def test_a_machine_that_dies_costs_no_more_than_a_checkpoint_interval(undisturbe
 
 
 @pytest.mark.slow
-def test_a_machine_that_gives_notice_is_left_with_a_checkpoint(undisturbed: Plan, folder: Path) -> None:
+def test_a_machine_that_gives_notice_is_left_with_a_checkpoint(undisturbed: StagePlan, folder: Path) -> None:
     """None was due; and a third worker, whom the global batch has nothing for, keeps nobody waiting."""
     stage = replace(undisturbed.stage, save_steps=100)
     plan, said = spend(replace(undisturbed, stage=stage, workers=(3, 3)), "preempted", folder)
@@ -114,7 +114,9 @@ def test_a_machine_that_gives_notice_is_left_with_a_checkpoint(undisturbed: Plan
 
 
 @pytest.mark.slow
-def test_without_its_head_a_driver_ends_and_the_same_command_goes_on_elsewhere(undisturbed: Plan, folder: Path) -> None:
+def test_without_its_head_a_driver_ends_and_the_same_command_goes_on_elsewhere(
+    undisturbed: StagePlan, folder: Path
+) -> None:
     plan, said = spend(undisturbed, "head_killed", folder)
     assert said["code"] != 0
     assert said["ended"] - said["at"] < 60
@@ -127,7 +129,7 @@ def test_workers_follow_machines_that_come_and_go(new_plan: NewPlan, folder: Pat
     undisturbed = done(new_plan(save_steps=EVERY, global_batch_size=12))
     elastic = replace(undisturbed, workers=(1, 3), recovery=Recovery(resize_s=1))
     plan, said = spend(elastic, "resized", folder)
-    groups = [one["workers"] for one in lines(plan, ledger.FILE) if one["event"] == "start"]
+    groups = [one["workers"] for one in lines(plan, ledger.LEDGER_FILE) if one["event"] == "start"]
     assert groups == [2, 3, 2]
     steps, expected = zip(*losses(undisturbed), strict=True)
     assert [step for step, _ in losses(plan)] == list(steps)

@@ -25,38 +25,38 @@ from safetensors.torch import load, load_file
 from pipelines.core import storage
 from pipelines.core.storage import Retry
 from pipelines.training import checkpoint, driver, export, ledger
-from pipelines.training.checkpoint import Saved
-from pipelines.training.hooks import Hook, Step
-from pipelines.training.plan import Plan
+from pipelines.training.checkpoint import SavedCheckpoint
+from pipelines.training.hooks import Hook, StepResult
+from pipelines.training.plan import StagePlan
 from pipelines.training.stage import Recovery
-from tests.pipelines.faults import Fault
+from tests.pipelines.faults import InjectedFault
 from tests.pipelines.small import STAGE, STEPS
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-NewPlan = Callable[..., Plan]
+NewPlan = Callable[..., StagePlan]
 
 
-def lines(plan: Plan, file: str) -> list[dict[str, Any]]:
+def lines(plan: StagePlan, file: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (plan.run / file).read_text().splitlines()]
 
 
-def losses(plan: Plan) -> list[tuple[int, float | None]]:
+def losses(plan: StagePlan) -> list[tuple[int, float | None]]:
     return [(entry["step"], entry["loss"]) for entry in lines(plan, "metrics.jsonl")]
 
 
-def account(plan: Plan) -> ledger.Account:
-    return ledger.read(plan.run).account
+def account(plan: StagePlan) -> ledger.Account:
+    return ledger.read_ledger(plan.run).account
 
 
 @pytest.fixture(scope="module")
-def undisturbed(new_plan: NewPlan) -> Plan:
+def undisturbed(new_plan: NewPlan) -> StagePlan:
     plan = new_plan()
     driver.train_stage(plan)
     return plan
 
 
 @pytest.fixture(autouse=True)
-def clean(undisturbed: Plan) -> Iterator[None]:
+def clean(undisturbed: StagePlan) -> Iterator[None]:
     """Nothing outlives a run for long: no worker, no recorder, no placement group."""
     yield
     wait_for_condition(lambda: not left(), timeout=20)
@@ -68,7 +68,7 @@ def left() -> list[str]:
     return groups + [name for name in processes if "RayTrain" in name or "Recorder" in name or "SplitCoord" in name]
 
 
-def assert_same_end(plan: Plan, undisturbed: Plan) -> None:
+def assert_same_end(plan: StagePlan, undisturbed: StagePlan) -> None:
     """Bit for bit: losses, samples, weights; and no file that the undisturbed run has not."""
     assert losses(plan) == losses(undisturbed)
     assert lines(plan, "consumed.jsonl") == lines(undisturbed, "consumed.jsonl")
@@ -78,16 +78,18 @@ def assert_same_end(plan: Plan, undisturbed: Plan) -> None:
     assert files(plan) == files(undisturbed)
 
 
-def files(plan: Plan) -> set[str]:
+def files(plan: StagePlan) -> set[str]:
     found = {str(path.relative_to(plan.folder)) for path in Path(plan.folder).rglob("*") if path.is_file()}
     assert not [name for name in found if name.endswith(storage.PARTIAL_SUFFIX)]
     return found
 
 
-def test_an_undisturbed_run_has_each_step_once_and_keeps_the_newest_checkpoints(undisturbed: Plan) -> None:
+def test_an_undisturbed_run_has_each_step_once_and_keeps_the_newest_checkpoints(undisturbed: StagePlan) -> None:
     assert [step for step, _ in losses(undisturbed)] == list(range(1, STEPS + 1))
     there = [
-        one.manifest.cursor for one in checkpoint.candidates(undisturbed.folder) if isinstance(one, checkpoint.Saved)
+        one.manifest.cursor
+        for one in checkpoint.list_newest_first(undisturbed.folder)
+        if isinstance(one, checkpoint.SavedCheckpoint)
     ]
     assert there == [8, 6]
     spent = account(undisturbed)
@@ -96,12 +98,12 @@ def test_an_undisturbed_run_has_each_step_once_and_keeps_the_newest_checkpoints(
 
 
 def test_a_run_through_one_fault_after_the_other_ends_the_same(
-    undisturbed: Plan, new_plan: NewPlan, tmp_path: Path
+    undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path
 ) -> None:
     """An exception, os._exit and SIGKILL, on one rank or the other, each past a checkpoint."""
     plan = new_plan()
     kinds = [("raise", 3, 1), ("exit", 5, 0), ("SIGKILL", 7, 1)]
-    driver.train_stage(plan, [Fault(kind, step, rank, tmp_path) for kind, step, rank in kinds])
+    driver.train_stage(plan, [InjectedFault(kind, step, rank, tmp_path) for kind, step, rank in kinds])
     assert len(list(tmp_path.iterdir())) == 3
     assert_same_end(plan, undisturbed)
     spent = account(plan)
@@ -112,15 +114,15 @@ def test_a_run_through_one_fault_after_the_other_ends_the_same(
 
 
 def test_a_batch_that_is_not_finite_is_named_and_skipped_or_done_again(
-    undisturbed: Plan, new_plan: NewPlan, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Rolled back, a fault of the machine is undone; one that comes again is skipped."""
-    plan = new_plan(nonfinite="rollback")
-    driver.train_stage(plan, [Fault("nan", 2, 0, tmp_path)])
+    plan = new_plan(on_nonfinite="rollback")
+    driver.train_stage(plan, [InjectedFault("nan", 2, 0, tmp_path)])
     assert_same_end(plan, undisturbed)
 
-    plan = new_plan(nonfinite="rollback")
-    driver.train_stage(plan, [Fault("nan", 4, 0, tmp_path, times=2)])
+    plan = new_plan(on_nonfinite="rollback")
+    driver.train_stage(plan, [InjectedFault("nan", 4, 0, tmp_path, times=2)])
     entries = lines(plan, "metrics.jsonl")
     assert [entry["step"] for entry in entries if entry["skipped"]] == [5]
     assert entries[4]["loss"] is None
@@ -134,18 +136,18 @@ def test_too_many_batches_that_are_not_finite_end_with_one_line(new_plan: NewPla
     with pytest.raises(
         ValueError, match=r"train\.small\.max_nonfinite_steps: loss or gradient of 1 steps .* of step 3"
     ):
-        driver.train_stage(plan, [Fault("nan", 2, 1, tmp_path)])
+        driver.train_stage(plan, [InjectedFault("nan", 2, 1, tmp_path)])
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_found(undisturbed: Plan, new_plan: NewPlan, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_found(undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path) -> None:
     """SIGSTOP also stops the rank's own watchdog; the others' find it."""
     plan = new_plan({"recovery": Recovery(watchdog_s=45)})
-    driver.train_stage(plan, [Fault("SIGSTOP", 3, 1, tmp_path)])
+    driver.train_stage(plan, [InjectedFault("SIGSTOP", 3, 1, tmp_path)])
     assert_same_end(plan, undisturbed)
     [stacks] = (plan.run / "stacks" / plan.name).iterdir()
     assert stacks.name.startswith("rank-0-")
-    assert "pipelines/training/driver.py" in stacks.read_text()
+    assert "pipelines/training/worker.py" in stacks.read_text()
 
 
 @pytest.mark.slow
@@ -154,13 +156,13 @@ def test_workers_that_get_no_further_are_given_up(new_plan: NewPlan, tmp_path: P
     with pytest.raises(
         ValueError, match=r"the same fault twice after step 3: rank 1: .*made for the test; .* step 2 is safe"
     ):
-        driver.train_stage(plan, [Fault("raise", 3, 1, tmp_path, times=9)])
+        driver.train_stage(plan, [InjectedFault("raise", 3, 1, tmp_path, times=9)])
 
 
 @pytest.mark.slow
-def test_a_slow_rank_is_no_fault_and_named(undisturbed: Plan, new_plan: NewPlan, tmp_path: Path) -> None:
+def test_a_slow_rank_is_no_fault_and_named(undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path) -> None:
     plan = new_plan()
-    driver.train_stage(plan, [Fault("slow", 2, 1, tmp_path)])
+    driver.train_stage(plan, [InjectedFault("slow", 2, 1, tmp_path)])
     assert_same_end(plan, undisturbed)
     late = lines(plan, "metrics.jsonl")[2:]
     assert all(entry["slowest"] == 1 and entry["slowest_s"] > 0.1 for entry in late)
@@ -174,7 +176,7 @@ class NoRoom:
     start: int
     stop: int
 
-    def __call__(self, engine: Any, plan: Plan) -> Hook:
+    def __call__(self, engine: Any, plan: StagePlan) -> Hook:
         return _NoRoom(self.start, self.stop)
 
 
@@ -182,19 +184,23 @@ class _NoRoom(Hook):
     def __init__(self, start: int, stop: int) -> None:
         self.limits = {start: 1024, stop: resource.RLIM_INFINITY}
 
-    def __call__(self, step: Step) -> None:
+    def on_step_end(self, step: StepResult) -> None:
         if dist.get_rank() == 1 and step.number in self.limits:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.limits[step.number], resource.RLIM_INFINITY))
 
 
 def test_without_room_for_a_checkpoint_training_goes_on_and_a_later_one_works(
-    undisturbed: Plan, new_plan: NewPlan, capsys: pytest.CaptureFixture[str]
+    undisturbed: StagePlan, new_plan: NewPlan, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """After step 6 there may or may not be room in time."""
     plan = new_plan(save_total_limit=9)
     driver.train_stage(plan, [NoRoom(3, 6)])
     assert losses(plan) == losses(undisturbed)
-    there = {one.manifest.cursor for one in checkpoint.candidates(plan.folder) if isinstance(one, checkpoint.Saved)}
+    there = {
+        one.manifest.cursor
+        for one in checkpoint.list_newest_first(plan.folder)
+        if isinstance(one, checkpoint.SavedCheckpoint)
+    }
     told = {
         int(found) for found in re.findall(r"small: no checkpoint after step (\d): rank 1: .*too large", shown(capsys))
     }
@@ -203,7 +209,7 @@ def test_without_room_for_a_checkpoint_training_goes_on_and_a_later_one_works(
     assert there | told == {2, 4, 6, 8}
     assert not there & told
     names = {path.parent.name for path in Path(plan.folder).glob("step-*/*")}
-    assert names == set(map(checkpoint.name, there))
+    assert names == set(map(checkpoint.format_name, there))
 
 
 def shown(capsys: pytest.CaptureFixture[str]) -> str:
@@ -218,7 +224,7 @@ class Reaches:
         environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         return _arrive, (environment, storage.RETRY)
 
-    def __call__(self, engine: Any, plan: Plan) -> Hook:
+    def __call__(self, engine: Any, plan: StagePlan) -> Hook:
         return Hook()
 
 
@@ -234,7 +240,7 @@ class OnceStored:
 
     marks: Path
 
-    def __call__(self, engine: Any, plan: Plan) -> Hook:
+    def __call__(self, engine: Any, plan: StagePlan) -> Hook:
         return _Breaks(self.marks, plan.folder)
 
 
@@ -242,17 +248,17 @@ class _Breaks(Hook):
     def __init__(self, marks: Path, folder: str) -> None:
         self.marks, self.folder = marks, folder
 
-    def __call__(self, step: Step) -> None:
+    def on_step_end(self, step: StepResult) -> None:
         if dist.get_rank() != 1 or list(self.marks.iterdir()):
             return
-        if any(isinstance(each, Saved) for each in checkpoint.candidates(self.folder)):
+        if any(isinstance(each, SavedCheckpoint) for each in checkpoint.list_newest_first(self.folder)):
             (self.marks / str(step.number)).touch()
             raise RuntimeError("made for the test")
 
 
 @pytest.mark.slow
 def test_a_stage_whose_checkpoints_are_in_a_bucket_goes_on_from_there_through_its_faults(
-    undisturbed: Plan,
+    undisturbed: StagePlan,
     new_plan: NewPlan,
     proxy: Any,
     bucket: str,
@@ -272,7 +278,7 @@ def test_a_stage_whose_checkpoints_are_in_a_bucket_goes_on_from_there_through_it
     assert losses(plan) == losses(undisturbed)
     assert account(plan).lost_steps <= int(broken.name) - STAGE.save_steps, "it went on from a checkpoint"
     assert storage.list_folders(plan.folder) == ["model", "step-000006", "step-000008"]
-    assert export.finished(plan.result)
+    assert export.is_complete(plan.result)
     name = "model.safetensors"
     mine = load(storage.read(storage.join(plan.result, name)))
     theirs = load_file(Path(undisturbed.result) / name)

@@ -19,11 +19,11 @@ import torch
 
 from pipelines.core import storage
 from pipelines.data.consumed import ConsumedSamples
-from pipelines.training import checkpoint, fragments, hooks
-from pipelines.training.checkpoint import Saved
+from pipelines.training import checkpoint, fragments
+from pipelines.training.checkpoint import SavedCheckpoint
 from pipelines.training.fragments import STATES, Fragment
-from pipelines.training.hooks import Checkpoints, Step
-from pipelines.training.plan import Plan
+from pipelines.training.hooks import CheckpointHook, StepResult
+from pipelines.training.plan import StagePlan
 from tests.pipelines import small
 
 LAST = 6
@@ -37,18 +37,17 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def saving(said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
+def saving(said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckpointHook:
     """A checkpoint each two steps of a state that is 1 KB, and a recorder that hears what is said."""
     recorder = SimpleNamespace(
-        say=SimpleNamespace(remote=said.append),
-        sync=SimpleNamespace(remote=lambda: said.append("synced")),
-        save=SimpleNamespace(remote=lambda cursor: None),
+        add_message=said.append,
+        sync=lambda: said.append("synced"),
+        record_checkpoint=lambda cursor: None,
     )
     whole = Fragment("weight", 0, {one: torch.arange(90.0) for one in STATES})
-    monkeypatch.setattr(hooks.ray, "get", lambda given: given)
-    monkeypatch.setattr(fragments, "owned", lambda engine: [whole])
-    monkeypatch.setattr(fragments, "updates", lambda engine: 1)
-    plan: Any = Plan(
+    monkeypatch.setattr(fragments, "owned_fragments", lambda engine: [whole])
+    monkeypatch.setattr(fragments, "count_updates", lambda engine: 1)
+    plan: Any = StagePlan(
         name="small",
         stage=replace(small.STAGE, save_steps=2, save_total_limit=9),
         model=None,
@@ -57,22 +56,28 @@ def saving(said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         run=tmp_path,
         checkpoints=str(tmp_path / "checkpoints"),
         sets={},
-        tolerance=0,
+        max_bad_fraction=0,
         tokenizer=tmp_path,
         start=None,
         image_size=1,
         image_tokens=1,
     )
-    return Checkpoints(None, plan, recorder, {}, {})
+    return CheckpointHook(None, plan, recorder, {}, {})
 
 
-def do(saving: Checkpoints, *numbers: int, **about: Any) -> None:
+def do(saving: CheckpointHook, *numbers: int, **about: Any) -> None:
     for number in numbers:
-        saving(Step(number, number == LAST, {"loss": float(number)}, ConsumedSamples({}, []), saving.vote(), **about))
+        saving.on_step_end(
+            StepResult(number, number == LAST, {"loss": float(number)}, ConsumedSamples({}, []), saving.vote(), **about)
+        )
 
 
-def there(saving: Checkpoints) -> list[int]:
-    found = [one.manifest.cursor for one in checkpoint.candidates(saving.plan.folder) if isinstance(one, Saved)]
+def there(saving: CheckpointHook) -> list[int]:
+    found = [
+        one.manifest.cursor
+        for one in checkpoint.list_newest_first(saving.plan.folder)
+        if isinstance(one, SavedCheckpoint)
+    ]
     assert len(found) == len(list(Path(saving.plan.folder).glob("*"))), "something half written is left"
     return found[::-1]
 
@@ -88,23 +93,23 @@ def no_room() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_checkpoints_are_made_at_their_steps_at_the_last_and_when_asked_for(saving: Checkpoints) -> None:
+def test_checkpoints_are_made_at_their_steps_at_the_last_and_when_asked_for(saving: CheckpointHook) -> None:
     do(saving, 1, 2)
     do(saving, 3, save=True)
     do(saving, 4, 5, 6)
     assert there(saving) == [2, 3, 4, 6]
-    losses = {one.manifest.cursor: one.manifest.loss for one in checkpoint.candidates(saving.plan.folder)}
+    losses = {one.manifest.cursor: one.manifest.loss for one in checkpoint.list_newest_first(saving.plan.folder)}
     assert losses == {2: 1.5, 3: 3.0, 4: 4.0, 6: 5.5}
 
 
-def test_a_stop_leaves_a_whole_checkpoint(saving: Checkpoints) -> None:
+def test_a_stop_leaves_a_whole_checkpoint(saving: CheckpointHook) -> None:
     do(saving, 1, 2)
     do(saving, 3, stopping=True)
     assert there(saving) == [2, 3]
 
 
 def test_the_record_is_on_disk_before_a_checkpoint_says_that_its_steps_were_done(
-    saving: Checkpoints, said: list[str], monkeypatch: pytest.MonkeyPatch
+    saving: CheckpointHook, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = checkpoint.commit
     monkeypatch.setattr(checkpoint, "commit", lambda *args: (said.append("committed"), commit(*args)))
@@ -113,7 +118,7 @@ def test_the_record_is_on_disk_before_a_checkpoint_says_that_its_steps_were_done
 
 
 def test_without_room_there_is_no_checkpoint_it_is_said_and_the_next_one_works(
-    saving: Checkpoints, said: list[str]
+    saving: CheckpointHook, said: list[str]
 ) -> None:
     do(saving, 1, 2)
     saving.finish()
@@ -129,7 +134,7 @@ def test_without_room_there_is_no_checkpoint_it_is_said_and_the_next_one_works(
 
 
 def test_a_checkpoint_that_cannot_be_committed_is_taken_back(
-    saving: Checkpoints, said: list[str], monkeypatch: pytest.MonkeyPatch
+    saving: CheckpointHook, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = storage.write
 
@@ -147,13 +152,13 @@ def test_a_checkpoint_that_cannot_be_committed_is_taken_back(
     assert there(saving) == [2, 6]
 
 
-def test_after_the_last_step_a_checkpoint_that_is_missing_is_an_error(saving: Checkpoints) -> None:
+def test_after_the_last_step_a_checkpoint_that_is_missing_is_an_error(saving: CheckpointHook) -> None:
     with no_room(), pytest.raises(ValueError, match=r"no checkpoint after step 6: rank 0: .*File too large"):
         do(saving, 6)
 
 
 def test_old_checkpoints_that_storage_does_not_remove_make_the_new_one_no_worse(
-    saving: Checkpoints, said: list[str], monkeypatch: pytest.MonkeyPatch
+    saving: CheckpointHook, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any) -> None:
         raise OSError("not now")
@@ -164,7 +169,7 @@ def test_old_checkpoints_that_storage_does_not_remove_make_the_new_one_no_worse(
     assert said == ["synced", "small: checkpoints before step 6 stay for now: not now"]
 
 
-def test_a_step_waits_for_no_upload(saving: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_waits_for_no_upload(saving: CheckpointHook, monkeypatch: pytest.MonkeyPatch) -> None:
     write, free = storage.write, threading.Event()
 
     def slowly(url: str, data: bytes) -> None:

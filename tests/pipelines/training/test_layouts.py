@@ -1,4 +1,4 @@
-"""What one ZeRO stage and number of workers saved, any other goes on with: on real DeepSpeed ranks, without Ray."""
+"""Every ZeRO stage and number of workers resumes from the checkpoint of every other one: DeepSpeed ranks without Ray."""
 
 import itertools
 from collections.abc import Callable
@@ -9,102 +9,128 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.training.plan import Plan
+from pipelines.training.plan import StagePlan
 from tests.pipelines import ranks
 
 Layout = tuple[int, str]
 """ZeRO stage and precision."""
 
-LAYOUTS: list[Layout] = [(zero, precision) for precision in ("fp32", "bf16") for zero in (0, 1, 2, 3)]
-BOUND = {"fp32": 1e-6, "bf16": 0.02}
-"""Of the loss, by which runs in other layouts differ: sums are taken in another order."""
+LAYOUTS: list[Layout] = [(zero_stage, precision) for precision in ("fp32", "bf16") for zero_stage in (0, 1, 2, 3)]
+LOSS_TOLERANCE = {"fp32": 1e-6, "bf16": 0.02}
+"""Difference of the loss between layouts, which add in another order."""
 
-SAVED, STEPS = 2, 4
+SAVED_STEP, STEPS = 2, 4
 
 
-def train(plan: Plan, cursor: int, stop: int, into: str | None) -> tuple[list[float], list[float], dict[str, Any]]:
-    """On a rank: steps cursor+1..stop of STEPS; (losses, norms, all weights and moments at the end as checkpointed)."""
+def train(
+    plan: StagePlan, cursor: int, stop: int, into: str | None
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Run steps cursor+1..stop of STEPS on this rank.
+
+    Args:
+        plan: plan of the stage.
+        cursor: step from which to resume; 0 starts without a checkpoint.
+        stop: last step.
+        into: folder for a checkpoint after the last step; None writes none.
+
+    Returns:
+        Losses, gradient norms, and all weights and moments at the end.
+    """
     from pipelines.training import checkpoint, engine, fragments
 
-    trained = engine.build(plan, ranks.workers())
+    deepspeed_engine = engine.build_engine(plan, ranks.count_workers())
     if cursor:
-        manifest, passed = checkpoint.restore(plan.folder, fragments.held(trained), lambda url, manifest: None)
+        local_fragments = fragments.local_fragments(deepspeed_engine)
+        manifest, skipped = checkpoint.restore_newest(plan.folder, local_fragments, lambda url, manifest: None)
         assert manifest
         assert manifest.cursor == cursor
-        assert not passed
-        fragments.refresh(trained, manifest.updates)
-    steps = list(itertools.islice(ranks.steps(trained, plan, cursor, STEPS), stop - cursor))
+        assert not skipped
+        fragments.copy_masters_to_model(deepspeed_engine, manifest.updates)
+    steps = list(itertools.islice(ranks.run_steps(deepspeed_engine, plan, cursor, STEPS), stop - cursor))
     if into:
-        ranks.save(trained, replace(plan, checkpoints=into), stop)
+        ranks.save_checkpoint(deepspeed_engine, replace(plan, checkpoints=into), stop)
     losses = [step.values["loss"] for step in steps]
-    return losses, [step.values["grad_norm"] for step in steps], ranks.state(trained)
+    return losses, [step.values["grad_norm"] for step in steps], ranks.gather_state(deepspeed_engine)
 
 
-def each(jobs: list[tuple[Any, ...]]) -> list[Any]:
+def train_all(jobs: list[tuple[Any, ...]]) -> list[Any]:
     return [train(*job) for job in jobs]
 
 
-@pytest.fixture(scope="module")
-def plans(new_plan: Callable[..., Plan]) -> dict[Layout, Plan]:
-    return {(zero, precision): new_plan(zero=zero, precision=precision) for zero, precision in LAYOUTS}
+def run_jobs(folder: Path, workers: int, jobs: list[tuple[Any, ...]]) -> list[Any]:
+    """Run `train` for each tuple of arguments on so many ranks, and return the results of rank 0."""
+    return ranks.run_on_ranks(folder, workers, train_all, jobs)[0]
 
 
 @pytest.fixture(scope="module")
-def whole(plans: dict[Layout, Plan], tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Any]:
-    """Runs that were not interrupted, on two ranks."""
-    done = ranks.run(tmp_path_factory.mktemp("whole"), 2, each, [(plans[one], 0, STEPS, None) for one in LAYOUTS])
-    return dict(zip(LAYOUTS, done[0], strict=True))
+def plans(new_plan: Callable[..., StagePlan]) -> dict[Layout, StagePlan]:
+    return {
+        (zero_stage, precision): new_plan(zero_stage=zero_stage, precision=precision)
+        for zero_stage, precision in LAYOUTS
+    }
 
 
 @pytest.fixture(scope="module")
-def halves(plans: dict[Layout, Plan], tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Any]:
-    """The same, saved after SAVED steps; their state then."""
-    folder = tmp_path_factory.mktemp("halves")
-    jobs = [(plans[one], 0, SAVED, plans[one].checkpoints) for one in LAYOUTS]
-    return dict(zip(LAYOUTS, ranks.run(folder, 2, each, jobs)[0], strict=True))
+def uninterrupted(plans: dict[Layout, StagePlan], tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Any]:
+    """Uninterrupted runs on two ranks."""
+    jobs = [(plans[layout], 0, STEPS, None) for layout in LAYOUTS]
+    return dict(zip(LAYOUTS, run_jobs(tmp_path_factory.mktemp("uninterrupted"), 2, jobs), strict=True))
 
 
-def test_every_layout_computes_the_same(whole: dict[Layout, Any]) -> None:
-    """Updates, clipping and the gradient's norm too; with ZeRO 0 DeepSpeed leaves some of that to us."""
+@pytest.fixture(scope="module")
+def halves(plans: dict[Layout, StagePlan], tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Any]:
+    """The same runs, saved after SAVED_STEP; with their state at that step."""
+    jobs = [(plans[layout], 0, SAVED_STEP, plans[layout].checkpoints) for layout in LAYOUTS]
+    return dict(zip(LAYOUTS, run_jobs(tmp_path_factory.mktemp("halves"), 2, jobs), strict=True))
+
+
+def test_every_layout_computes_the_same(uninterrupted: dict[Layout, Any]) -> None:
+    """Includes updates, clipping and gradient norms; with ZeRO 0, parts of these are not DeepSpeed's."""
     for layout in LAYOUTS:
-        losses, norms, _ = whole[layout]
-        reference_losses, reference_norms, _ = whole[2, layout[1]]
-        assert losses == pytest.approx(reference_losses, abs=BOUND[layout[1]]), layout
-        assert norms == pytest.approx(reference_norms, rel=BOUND[layout[1]]), layout
+        losses, norms, _ = uninterrupted[layout]
+        reference_losses, reference_norms, _ = uninterrupted[2, layout[1]]
+        assert losses == pytest.approx(reference_losses, abs=LOSS_TOLERANCE[layout[1]]), layout
+        assert norms == pytest.approx(reference_norms, rel=LOSS_TOLERANCE[layout[1]]), layout
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_any_layout_loads_any_other(
-    workers: int, plans: dict[Layout, Plan], halves: dict[Layout, Any], tmp_path: Path
+    workers: int, plans: dict[Layout, StagePlan], halves: dict[Layout, Any], tmp_path: Path
 ) -> None:
-    """Saved by two ranks: every weight and moment, bit for bit."""
-    pairs = [(one, other) for one in LAYOUTS for other in LAYOUTS if one[1] == other[1]]
-    jobs = [(replace(plans[other], checkpoints=plans[one].checkpoints), SAVED, SAVED, None) for one, other in pairs]
-    for (one, other), (_, _, loaded) in zip(pairs, ranks.run(tmp_path, workers, each, jobs)[0], strict=True):
-        saved = halves[one][2]
+    """Every weight and moment that two ranks saved is loaded bit for bit."""
+    pairs = [(source, target) for source in LAYOUTS for target in LAYOUTS if source[1] == target[1]]
+    jobs = [
+        (replace(plans[target], checkpoints=plans[source].checkpoints), SAVED_STEP, SAVED_STEP, None)
+        for source, target in pairs
+    ]
+    for (source, target), (_, _, loaded) in zip(pairs, run_jobs(tmp_path, workers, jobs), strict=True):
+        saved = halves[source][2]
         assert saved.keys() == loaded.keys()
-        assert all(torch.equal(saved[name], loaded[name]) for name in saved), (one, other)
+        assert all(torch.equal(saved[name], loaded[name]) for name in saved), (source, target)
 
 
-def test_any_layout_goes_on_from_another(
-    plans: dict[Layout, Plan], whole: dict[Layout, Any], halves: dict[Layout, Any], tmp_path: Path
+def test_any_layout_resumes_from_another(
+    plans: dict[Layout, StagePlan], uninterrupted: dict[Layout, Any], halves: dict[Layout, Any], tmp_path: Path
 ) -> None:
-    """Four ranks of one ZeRO stage after two of the one below."""
-    pairs = [((zero, precision), ((zero + 1) % 4, precision)) for zero, precision in LAYOUTS]
-    jobs = [(replace(plans[other], checkpoints=plans[one].checkpoints), SAVED, STEPS, None) for one, other in pairs]
-    for (one, other), (losses, _, _) in zip(pairs, ranks.run(tmp_path, 4, each, jobs)[0], strict=True):
-        assert losses == pytest.approx(whole[other][0][SAVED:], abs=BOUND[one[1]]), (one, other)
+    """Four ranks of one ZeRO stage resume after two ranks of the stage below."""
+    pairs = [((zero_stage, precision), ((zero_stage + 1) % 4, precision)) for zero_stage, precision in LAYOUTS]
+    jobs = [
+        (replace(plans[target], checkpoints=plans[source].checkpoints), SAVED_STEP, STEPS, None)
+        for source, target in pairs
+    ]
+    for (source, target), (losses, _, _) in zip(pairs, run_jobs(tmp_path, 4, jobs), strict=True):
+        expected = uninterrupted[target][0][SAVED_STEP:]
+        assert losses == pytest.approx(expected, abs=LOSS_TOLERANCE[source[1]]), (source, target)
 
 
 def test_a_run_on_four_then_two_then_three_workers_is_the_run_on_one(
-    new_plan: Callable[..., Plan], tmp_path: Path
+    new_plan: Callable[..., StagePlan], tmp_path: Path
 ) -> None:
-    plan = new_plan(global_batch_size=12, micro_batch_size=1, zero=3)
-    [undisturbed] = ranks.run(tmp_path, 1, each, [(replace(plan, checkpoints=str(tmp_path / "one")), 0, STEPS, None)])[
-        0
-    ]
+    plan = new_plan(global_batch_size=12, micro_batch_size=1, zero_stage=3)
+    single = replace(plan, checkpoints=str(tmp_path / "one"))
+    [(expected, _, _)] = run_jobs(tmp_path, 1, [(single, 0, STEPS, None)])
     losses = []
     for workers, cursor, stop in [(4, 0, 1), (2, 1, 2), (3, 2, STEPS)]:
-        [[part, *_]] = ranks.run(tmp_path, workers, each, [(plan, cursor, stop, plan.checkpoints)])[0]
+        [(part, _, _)] = run_jobs(tmp_path, workers, [(plan, cursor, stop, plan.checkpoints)])
         losses += part
-    assert losses == pytest.approx(undisturbed[0], abs=BOUND["fp32"])
+    assert losses == pytest.approx(expected, abs=LOSS_TOLERANCE["fp32"])

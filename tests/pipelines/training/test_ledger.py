@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from pipelines.training.ledger import FILE, PARTS, Account, Ledger, gauges, note, read
+from pipelines.training.ledger import (
+    ACCOUNT_PARTS,
+    LEDGER_FILE,
+    Account,
+    Ledger,
+    append_event,
+    compute_gauges,
+    read_ledger,
+)
 
 Event = dict[str, Any]
 
@@ -127,7 +135,7 @@ def test_a_step_that_claims_more_time_than_has_passed_is_cut_where_it_would_flat
 
 
 def test_nothing_has_no_goodput():
-    assert asdict(account()) == dict.fromkeys([*PARTS, "restarts", "lost_steps"], 0)
+    assert asdict(account()) == dict.fromkeys([*ACCOUNT_PARTS, "restarts", "lost_steps"], 0)
     assert account().goodput == account(launch(5)).goodput == 0
 
 
@@ -228,9 +236,9 @@ def test_the_account_is_that_of_a_slow_one_and_its_parts_add_up_exactly(make: An
         events = make(random.Random(seed))
         fast, expected = account(*events), slow(events)
         assert asdict(fast) == {name: expected[name] for name in asdict(fast)}, seed
-        assert fast.total == sum(expected[part] for part in PARTS)
+        assert fast.total == sum(expected[part] for part in ACCOUNT_PARTS)
         seen += expected
-    assert set(seen) == {*PARTS, "restarts", "lost_steps"}  # nothing was proved of a part that never came up
+    assert set(seen) == {*ACCOUNT_PARTS, "restarts", "lost_steps"}  # nothing was proved of a part that never came up
 
 
 def test_the_total_is_the_time_between_first_and_last_event_but_for_the_stops():
@@ -251,7 +259,7 @@ def test_no_rounding_is_left_of_what_is_taken_back():
 
 
 def test_who_follows_an_event_at_a_time_knows_what_the_file_says(tmp_path: Path):
-    live = read(tmp_path)
+    live = read_ledger(tmp_path)
     assert live.account == account()
     before = time.time()
     for event, values in [
@@ -261,37 +269,37 @@ def test_who_follows_an_event_at_a_time_knows_what_the_file_says(tmp_path: Path)
         ("evaluate", {"wall_s": 1e-6}),
         ("end", {}),
     ]:
-        noted = note(tmp_path, event, "a", **values)
+        noted = append_event(tmp_path, event, "a", **values)
         assert before <= noted["at"] <= time.time()
         assert noted == {"at": noted["at"], "event": event, "stage": "a", **values}
         live.add(noted)
-        assert read(tmp_path).account == live.account
+        assert read_ledger(tmp_path).account == live.account
 
 
 def test_a_line_that_a_crash_tore_is_skipped_and_tears_no_other(tmp_path: Path):
     def write(lines: list[Event], more: str = "") -> None:
-        (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines) + more)
+        (tmp_path / LEDGER_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines) + more)
 
     whole = json.dumps(end(1030))
     for length in range(len(whole)):
         write(RUNNING, whole[:length])
-        assert read(tmp_path).account == account(*RUNNING)
+        assert read_ledger(tmp_path).account == account(*RUNNING)
     write(RUNNING, whole[:20])
-    again = note(tmp_path, "launch", "a")
-    assert read(tmp_path).account == account(*RUNNING, again)
-    assert again == json.loads((tmp_path / FILE).read_text().splitlines()[-1])
+    again = append_event(tmp_path, "launch", "a")
+    assert read_ledger(tmp_path).account == account(*RUNNING, again)
+    assert again == json.loads((tmp_path / LEDGER_FILE).read_text().splitlines()[-1])
 
 
 def test_many_may_append_at_once(tmp_path: Path):
     with ThreadPoolExecutor(8) as pool:  # each call opens the file for itself, as another process would
-        noted = list(pool.map(lambda number: note(tmp_path, "step", "a", step=number), range(400)))
-    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines() if line]
+        noted = list(pool.map(lambda number: append_event(tmp_path, "step", "a", step=number), range(400)))
+    lines = [json.loads(line) for line in (tmp_path / LEDGER_FILE).read_text().splitlines() if line]
     assert sorted(lines, key=lambda line: line["step"]) == noted
 
 
 def test_gauges_hold_the_goodput_and_every_part():
-    values = gauges(account(*RUNNING, start(1124, cursor=1)))
+    values = compute_gauges(account(*RUNNING, start(1124, cursor=1)))
     assert values["redux_goodput"] == 1 / 124
     assert values["redux_seconds_lost"] == 11
     assert (values["redux_restarts"], values["redux_lost_steps"]) == (1, 2)
-    assert sum(values[f"redux_seconds_{part}"] for part in PARTS) == 124
+    assert sum(values[f"redux_seconds_{part}"] for part in ACCOUNT_PARTS) == 124

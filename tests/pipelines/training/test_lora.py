@@ -57,8 +57,8 @@ def logits(model: Any) -> Tensor:
 def adapted(tokenizer: PreTrainedTokenizerFast, on: bool = True, steps: int = 3) -> ReduxForConditionalGeneration:
     """A model whose adapters have learned something, and nothing else has."""
     model = llava(tokenizer, on)
-    lora.wrap(model, LORA)
-    optimizer = torch.optim.SGD(lora.adapters(model), lr=0.5)
+    lora.add_adapters(model, LORA)
+    optimizer = torch.optim.SGD(lora.list_adapter_parameters(model), lr=0.5)
     model.train()
     for _ in range(steps):
         model(**inputs(model)).loss.backward()
@@ -70,13 +70,19 @@ def adapted(tokenizer: PreTrainedTokenizerFast, on: bool = True, steps: int = 3)
 def test_adapters_are_in_the_language_models_linear_layers_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     model = llava(tokenizer)
     before = {name for name, _ in model.named_parameters()}
-    lora.wrap(model, LORA)
+    lora.add_adapters(model, LORA)
     new = {name for name, _ in model.named_parameters() if ".lora_" in name}
-    assert len(new) == 2 * len(lora.LAYERS) * LANGUAGE.num_hidden_layers == len(lora.adapters(model))
+    assert (
+        len(new)
+        == 2 * len(lora.ADAPTED_LAYERS) * LANGUAGE.num_hidden_layers
+        == len(lora.list_adapter_parameters(model))
+    )
     assert all(name.startswith("model.language_model.layers.") for name in new)
     assert {name.replace(".base_layer", "") for name, _ in model.named_parameters()} - new == before
     parts = model.parts()
-    assert {id(one) for one in parts["language"] if one.requires_grad} == {id(one) for one in lora.adapters(model)}
+    assert {id(one) for one in parts["language"] if one.requires_grad} == {
+        id(one) for one in lora.list_adapter_parameters(model)
+    }
     assert all(parameter.requires_grad for part in ("tower", "projector") for parameter in parts[part])
     assert {parameter.shape[0] if "lora_A" in name else parameter.shape[1]
             for name, parameter in model.named_parameters() if name in new} == {LORA.rank}  # fmt: skip
@@ -86,7 +92,7 @@ def test_adapters_are_in_the_language_models_linear_layers_alone(tokenizer: PreT
 def test_new_adapters_change_nothing(tokenizer: PreTrainedTokenizerFast, on: bool) -> None:
     model = llava(tokenizer, on)
     expected = logits(model)
-    lora.wrap(model, LORA)
+    lora.add_adapters(model, LORA)
     assert torch.equal(logits(model), expected)
 
 
@@ -121,10 +127,10 @@ def test_merged_it_says_the_same_and_opens_anywhere(
     """Within 1e-5 in float32, of logits of a size of about 1: the order of additions."""
     model = adapted(tokenizer, on)
     expected, names = logits(model), set(llava(tokenizer, on).state_dict())
-    merged = lora.merge(model)
+    merged = lora.merge_adapters(model)
     assert merged is model
     assert set(merged.state_dict()) == names
-    assert not lora.adapters(merged)
+    assert not lora.list_adapter_parameters(merged)
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
     merged.save_pretrained(tmp_path)
     again, loading = ReduxForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
@@ -140,28 +146,30 @@ def test_in_half_precision_adapters_are_so_too(tokenizer: PreTrainedTokenizerFas
     """Merged weights are rounded to 8 bits of mantissa: logits of a size of about 1 move by 0.05 at most."""
     model = adapted(tokenizer).to(torch.bfloat16)
     expected = logits(model)
-    torch.testing.assert_close(logits(lora.merge(model)), expected, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(logits(lora.merge_adapters(model)), expected, atol=0.05, rtol=0.05)
     fresh = llava(tokenizer).to(torch.bfloat16)
-    lora.wrap(fresh, LORA)
-    assert {parameter.dtype for parameter in lora.adapters(fresh)} == {torch.bfloat16}
+    lora.add_adapters(fresh, LORA)
+    assert {parameter.dtype for parameter in lora.list_adapter_parameters(fresh)} == {torch.bfloat16}
 
 
 def test_a_model_is_wrapped_once_and_again_when_merged(tokenizer: PreTrainedTokenizerFast) -> None:
     model = adapted(tokenizer)
     with pytest.raises(ValueError, match="lora: got a model with adapters, allowed: one without"):
-        lora.wrap(model, LORA)
-    lora.wrap(lora.merge(model), LORA)
-    assert len(lora.adapters(model)) == 2 * len(lora.LAYERS) * LANGUAGE.num_hidden_layers
+        lora.add_adapters(model, LORA)
+    lora.add_adapters(lora.merge_adapters(model), LORA)
+    assert len(lora.list_adapter_parameters(model)) == 2 * len(lora.ADAPTED_LAYERS) * LANGUAGE.num_hidden_layers
 
 
 def test_adapters_follow_torchs_seed(tokenizer: PreTrainedTokenizerFast) -> None:
-    one, other = ([weight.clone() for weight in lora.adapters(adapted(tokenizer, steps=0))] for _ in range(2))
+    one, other = (
+        [weight.clone() for weight in lora.list_adapter_parameters(adapted(tokenizer, steps=0))] for _ in range(2)
+    )
     assert all(map(torch.equal, one, other))
 
 
 def test_without_peft_the_extra_is_named(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
-    for call in (lambda: lora.wrap(llava(tokenizer), LORA), lambda: lora.require("lora")):
+    for call in (lambda: lora.add_adapters(llava(tokenizer), LORA), lambda: lora.require_peft("lora")):
         with pytest.raises(ValueError, match=re.escape(write_install_command("lora"))):
             call()

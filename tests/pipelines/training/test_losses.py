@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from pipelines.data.ingest import Batch
-from pipelines.training import driver
-from pipelines.training.engine import Language
-from pipelines.training.plan import Plan
+from pipelines.training import worker
+from pipelines.training.engine import LlavaWithLoss
+from pipelines.training.plan import StagePlan
 from redux import model
 from redux.conversation import IGNORE
 from tests.pipelines import small
@@ -29,23 +29,23 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def plans(new_plan: Callable[..., Plan]) -> dict[tuple[int, str], Plan]:
+def plans(new_plan: Callable[..., StagePlan]) -> dict[tuple[int, str], StagePlan]:
     sizes = {micro for micro, _ in CUTS}
     return {
-        (micro, loss): new_plan(global_batch_size=SAMPLES, micro_batch_size=micro, loss=loss)
+        (micro, loss): new_plan(global_batch_size=SAMPLES, micro_batch_size=micro, loss_reduction=loss)
         for micro in sizes
         for loss in ("token", "sample")
     }
 
 
 @pytest.fixture(scope="module")
-def language(plans: dict[tuple[int, str], Plan]) -> Iterator[Language]:
+def language(plans: dict[tuple[int, str], StagePlan]) -> Iterator[LlavaWithLoss]:
     """In double precision, so that only mistakes make a difference."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(plans[1, "token"].tokenizer)
-    yield Language(model.build(small.MODEL, tokenizer)).double().train()
+    yield LlavaWithLoss(model.build(small.MODEL, tokenizer)).double().train()
     torch.set_num_threads(before)
 
 
@@ -55,24 +55,24 @@ def masks(seed: int) -> np.ndarray:
     return chance.random((SAMPLES, 512)) < chance.choice([0, 0, 0.1, 0.5, 1], (SAMPLES, 1))
 
 
-def cut(plan: Plan, learned: np.ndarray) -> list[Batch]:
+def cut(plan: StagePlan, learned: np.ndarray) -> list[Batch]:
     """The global batch in micro-batches, with these labels."""
     micro = plan.stage.micro_batch_size
-    batches = [plan.reader()(number) for number in range(SAMPLES // micro)]
+    batches = [plan.build_reader()(number) for number in range(SAMPLES // micro)]
     for number, batch in enumerate(batches):
         mask = learned[number * micro :][:micro, : batch["input_ids"].shape[1]]
         batch["labels"] = np.where(mask & (batch["attention_mask"] == 1), batch["input_ids"], IGNORE)
     return batches
 
 
-def gradients(language: Language) -> dict[str, Tensor]:
+def gradients(language: LlavaWithLoss) -> dict[str, Tensor]:
     """Of the loss computed last; they are cleared."""
     found = {name: one.grad for name, one in language.named_parameters() if one.grad is not None}
     language.zero_grad()
     return found
 
 
-def slow(language: Language, plan: Plan, learned: np.ndarray) -> tuple[float, dict[str, Tensor], int]:
+def slow(language: LlavaWithLoss, plan: StagePlan, learned: np.ndarray) -> tuple[float, dict[str, Tensor], int]:
     """Loss, gradient and number of learned tokens: each sample alone, and all its logits."""
     samples = []
     for batch in cut(plan, learned):
@@ -89,9 +89,9 @@ def slow(language: Language, plan: Plan, learned: np.ndarray) -> tuple[float, di
     return total.item(), gradients(language), len(tokens)
 
 
-def tensors(language: Language, batch: Batch) -> dict[str, Tensor]:
+def tensors(language: LlavaWithLoss, batch: Batch) -> dict[str, Tensor]:
     trained: Any = SimpleNamespace(module=language, device=CPU)
-    return driver._tensors(batch, trained)
+    return worker.move_to_device(batch, trained)
 
 
 @pytest.mark.parametrize("kind", ["token", "sample"])
@@ -99,21 +99,21 @@ def tensors(language: Language, batch: Batch) -> dict[str, Tensor]:
 def test_loss_and_gradient_are_those_of_the_slow_reference_however_the_batch_is_cut(
     kind: str,
     seed: int,
-    plans: dict[tuple[int, str], Plan],
-    language: Language,
+    plans: dict[tuple[int, str], StagePlan],
+    language: LlavaWithLoss,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     learned = masks(seed)
     expected, slope, count = slow(language, plans[1, kind], learned)
     assert count > 20
-    monkeypatch.setattr(driver.dist, "all_reduce", lambda total: total.fill_(count))
+    monkeypatch.setattr(worker.dist, "all_reduce", lambda total: total.fill_(count))
     for micro, workers in CUTS:
         plan = plans[micro, kind]
         batches = cut(plan, learned)
         loss = 0.0
         for rank in range(workers):
             mine = batches[rank::workers]
-            for batch, weight in zip(mine, driver._weights(mine, plan, CPU), strict=True):
+            for batch, weight in zip(mine, worker.compute_sample_weights(mine, plan, CPU), strict=True):
                 part = language(**tensors(language, batch), weight=weight)
                 part.backward()
                 loss += part.item()
@@ -127,20 +127,20 @@ def test_loss_and_gradient_are_those_of_the_slow_reference_however_the_batch_is_
 
 @pytest.mark.parametrize("kind", ["token", "sample"])
 def test_a_global_batch_without_a_learned_token_changes_nothing(
-    kind: str, plans: dict[tuple[int, str], Plan], language: Language, monkeypatch: pytest.MonkeyPatch
+    kind: str, plans: dict[tuple[int, str], StagePlan], language: LlavaWithLoss, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver.dist, "all_reduce", lambda total: None)
+    monkeypatch.setattr(worker.dist, "all_reduce", lambda total: None)
     plan = plans[4, kind]
     batches = cut(plan, np.zeros((SAMPLES, 512), bool))
-    for batch, weight in zip(batches, driver._weights(batches, plan, CPU), strict=True):
+    for batch, weight in zip(batches, worker.compute_sample_weights(batches, plan, CPU), strict=True):
         loss = language(**tensors(language, batch), weight=weight)
         loss.backward()
         assert loss.item() == 0
     assert not any(one.any() for one in gradients(language).values())
 
 
-def test_each_pair_of_a_contrastive_batch_counts_the_same(new_plan: Callable[..., Plan]) -> None:
+def test_each_pair_of_a_contrastive_batch_counts_the_same(new_plan: Callable[..., StagePlan]) -> None:
     plan = new_plan(objective="contrastive", learning_rate={"tower": 1e-3})
     batches = [{"input_ids": np.zeros((2, 5))}] * 2
-    weights = driver._weights(batches, plan, CPU)
+    weights = worker.compute_sample_weights(batches, plan, CPU)
     assert torch.cat(weights).tolist() == [1 / 8] * 4

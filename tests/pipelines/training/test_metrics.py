@@ -9,12 +9,12 @@ import pytest
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import metrics
-from pipelines.training.metrics import FILE, Metrics
+from pipelines.training.metrics import METRICS_FILE, MetricsWriter
 
 
 def write(run: Path, stage: str, cursor: int, stop: int, shift: float = 0) -> None:
     """Steps cursor+1..stop of a stage; every fourth changed no weights."""
-    record = Metrics(run, stage, cursor)
+    record = MetricsWriter(run, stage, cursor)
     for step in range(cursor + 1, stop + 1):
         record.write(step, values(step, shift), used(step))
     record.close()
@@ -31,7 +31,7 @@ def used(step: int) -> ConsumedSamples:
 
 
 def entries(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
 
 
 def steps(run: Path) -> list[tuple[str, int]]:
@@ -39,7 +39,7 @@ def steps(run: Path) -> list[tuple[str, int]]:
 
 
 def append(run: Path, text: str) -> None:
-    with (run / FILE).open("a") as file:
+    with (run / METRICS_FILE).open("a") as file:
         file.write(text)
 
 
@@ -52,7 +52,7 @@ def test_a_line_holds_the_stage_the_step_and_what_was_written(tmp_path: Path):
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path):
-    record = Metrics(tmp_path, "tower", 0)
+    record = MetricsWriter(tmp_path, "tower", 0)
     for step in range(1, 4):
         record.write(step, values(step), used(step))
         assert entries(tmp_path)[-1] == {"stage": "tower", "step": step, **values(step)}
@@ -78,12 +78,12 @@ def test_the_lines_of_other_stages_stay(tmp_path: Path):
 
 def test_a_line_torn_at_any_place_is_cut(tmp_path: Path):
     write(tmp_path, "tower", 0, 4)
-    whole = (tmp_path / FILE).read_bytes()
+    whole = (tmp_path / METRICS_FILE).read_bytes()
     start = whole[:-1].rindex(b"\n") + 1
     for stop in range(start, len(whole)):
-        (tmp_path / FILE).write_bytes(whole[:stop])
+        (tmp_path / METRICS_FILE).write_bytes(whole[:stop])
         write(tmp_path, "tower", 3, 4)
-        assert (tmp_path / FILE).read_bytes() == whole, stop
+        assert (tmp_path / METRICS_FILE).read_bytes() == whole, stop
 
 
 @pytest.mark.parametrize("cursor", [0, 3, 7, 10])
@@ -91,7 +91,7 @@ def test_samples_stand_once_a_step_too_and_replaced_ones_are_counted_on(tmp_path
     write(tmp_path, "tower", 0, 10)
     with (tmp_path / consumed.CONSUMED_FILE).open("a") as file:
         file.write('{"stage": "tower", "step": 11, "sam')
-    record = Metrics(tmp_path, "tower", cursor)
+    record = MetricsWriter(tmp_path, "tower", cursor)
     assert (record.replaced, record.skipped) == ((cursor + 1) // 2, cursor // 4)
     for step in range(cursor + 1, 13):
         record.write(step, values(step), used(step))
@@ -109,7 +109,7 @@ def test_a_line_torn_in_another_stage_is_cut_too(tmp_path: Path):
 
 
 def test_what_is_not_finite_must_have_become_null_before(tmp_path: Path):
-    record = Metrics(tmp_path, "tower", 0)
+    record = MetricsWriter(tmp_path, "tower", 0)
     with pytest.raises(ValueError, match="not JSON compliant"):
         record.write(1, values(1) | {"loss": float("nan")}, used(1))
     record.close()
@@ -119,7 +119,7 @@ def test_what_is_not_finite_must_have_become_null_before(tmp_path: Path):
 
 def test_the_counts_of_other_stages_are_theirs(tmp_path: Path):
     write(tmp_path, "tower", 0, 8)
-    record = Metrics(tmp_path, "instruct", 0)
+    record = MetricsWriter(tmp_path, "instruct", 0)
     assert (record.replaced, record.skipped) == (0, 0)
     record.close()
 
@@ -127,4 +127,4 @@ def test_the_counts_of_other_stages_are_theirs(tmp_path: Path):
 def test_the_last_step_on_record_is_that_of_the_stage(tmp_path: Path):
     write(tmp_path, "tower", 0, 5)
     write(tmp_path, "instruct", 0, 2)
-    assert [metrics.steps(tmp_path, stage) for stage in ("tower", "instruct", "another")] == [5, 2, 0]
+    assert [metrics.read_last_step(tmp_path, stage) for stage in ("tower", "instruct", "another")] == [5, 2, 0]

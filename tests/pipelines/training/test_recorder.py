@@ -16,21 +16,21 @@ from pipelines.core.failures import Failure, Kind
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import ledger, metrics
-from pipelines.training.recorder import Recorder, Settings
+from pipelines.training.recorder import Recorder, RecorderSettings
 
 ENTRY = {"set": "a", "at": 0, "due": 1, "used": 2, "reason": "broken image"}
 AWAY = Failure(Kind.LOST, "OSError: away")
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(
-        run=tmp_path, stage="tower", title="job", job={}, trackers=(), restarts=2, max_replaced=3, max_skipped=1
+def settings(tmp_path: Path) -> RecorderSettings:
+    return RecorderSettings(
+        run=tmp_path, stage="tower", job_name="job", job={}, trackers=(), restarts=2, max_replaced=3, max_skipped=1
     )
 
 
 @pytest.fixture
-def new(settings: Settings) -> Iterator[Callable[..., Recorder]]:
+def new(settings: RecorderSettings) -> Iterator[Callable[..., Recorder]]:
     made: list[Recorder] = []
 
     def make(**changes: Any) -> Recorder:
@@ -48,7 +48,7 @@ def do(recorder: Recorder, *steps: int, replaced: int = 0, **values: float) -> l
     used = ConsumedSamples({"a": [1]}, [ENTRY] * replaced)
     for name in ("learning_rate", "grad_norm", "samples", "tokens"):
         whole.setdefault(name, 1)
-    return [recorder.write(step, whole, used) for step in steps]
+    return [recorder.write_step(step, whole, used) for step in steps]
 
 
 def lines(path: Path) -> list[dict]:
@@ -56,7 +56,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_steps_of_workers_that_are_gone_come_late_and_change_nothing(
-    new: Callable[..., Recorder], settings: Settings
+    new: Callable[..., Recorder], settings: RecorderSettings
 ) -> None:
     recorder = new()
     recorder.begin(2, 0, 1.0, [], "")
@@ -65,7 +65,7 @@ def test_steps_of_workers_that_are_gone_come_late_and_change_nothing(
     do(recorder, 4, loss=7.0)
     do(recorder, 2, 3)
     recorder.close("end")
-    steps = [(entry["step"], entry["loss"]) for entry in lines(settings.run / metrics.FILE)]
+    steps = [(entry["step"], entry["loss"]) for entry in lines(settings.run / metrics.METRICS_FILE)]
     assert steps == [(1, 1.0), (2, 1.0), (3, 1.0)]
 
 
@@ -77,15 +77,15 @@ def test_faults_in_a_row_without_a_step_further_end_the_run(new: Callable[..., R
     assert recorder.begin(2, 0, 1.0, [], "") is not None
     do(recorder, 1, 2, 3)
     for why in ("RuntimeError: out of luck", "OSError: away"):
-        recorder.fault({1: Failure(Kind.LOST, why)})
+        recorder.record_fault({1: Failure(Kind.LOST, why)})
         assert recorder.begin(2, 2, 1.0, [], "") is not None
         do(recorder, 3)
-    recorder.fault({0: Failure(Kind.LOST, "OSError: away")})
+    recorder.record_fault({0: Failure(Kind.LOST, "OSError: away")})
     told = (
-        "train.tower: 3 faults in a row without a step beyond 3, allowed: 2, recovery.restarts; at last: "
-        "rank 0: OSError: away; the checkpoint after step 2 is safe; the same command goes on from there"
+        "train.tower: 3 faults in a row without a step beyond 3, allowed: 2, recovery.restarts; the last: "
+        "rank 0: OSError: away; the checkpoint after step 2 is safe; the same command continues from there"
     )
-    assert recorder.hear().failed == told
+    assert recorder.poll().failed == told
     assert recorder.has_failed()
     assert recorder.begin(2, 2, 1.0, [], "") is None
 
@@ -93,10 +93,10 @@ def test_faults_in_a_row_without_a_step_further_end_the_run(new: Callable[..., R
 def test_faults_before_any_start_end_the_run_too(new: Callable[..., Recorder]) -> None:
     """Workers that are killed while they build their model never get as far as to begin."""
     recorder = new(restarts=1)
-    recorder.fault({0: AWAY})
-    assert not recorder.hear().failed
-    recorder.fault({0: AWAY})
-    assert "without a step beyond 0" in recorder.hear().failed
+    recorder.record_fault({0: AWAY})
+    assert not recorder.poll().failed
+    recorder.record_fault({0: AWAY})
+    assert "without a step beyond 0" in recorder.poll().failed
 
 
 def test_a_step_further_allows_as_many_faults_again(new: Callable[..., Recorder]) -> None:
@@ -104,10 +104,10 @@ def test_a_step_further_allows_as_many_faults_again(new: Callable[..., Recorder]
     for step in range(1, 20):
         for _ in range(2):
             assert recorder.begin(2, step - 1, 1.0, [], "") is not None
-            recorder.fault({0: AWAY})
+            recorder.record_fault({0: AWAY})
         assert recorder.begin(2, step - 1, 1.0, [], "") is not None
         do(recorder, step)
-    assert not recorder.hear().failed
+    assert not recorder.poll().failed
 
 
 def test_what_the_user_must_mend_is_not_tried_again(new: Callable[..., Recorder]) -> None:
@@ -115,20 +115,20 @@ def test_what_the_user_must_mend_is_not_tried_again(new: Callable[..., Recorder]
     recorder = new(restarts=9)
     assert recorder.begin(2, 0, 1.0, [], "") is not None
     do(recorder, 1)
-    recorder.save(1)
-    recorder.fault({0: AWAY, 1: Failure(Kind.PERMANENT, "/data: No space left on device")})
-    news = recorder.hear()
-    assert news.failed == (
+    recorder.record_checkpoint(1)
+    recorder.record_fault({0: AWAY, 1: Failure(Kind.PERMANENT, "/data: No space left on device")})
+    status = recorder.poll()
+    assert status.failed == (
         "train.tower: rank 1: /data: No space left on device; "
-        "the checkpoint after step 1 is safe; the same command goes on from there"
+        "the checkpoint after step 1 is safe; the same command continues from there"
     )
-    assert news.said == [], "it is told once"
+    assert status.messages == [], "it is told once"
 
 
 def test_the_same_error_at_the_same_step_is_tried_once_more(new: Callable[..., Recorder]) -> None:
     def fault(number: int) -> str:
-        recorder.fault({0: AWAY, 1: Failure(Kind.RAISED, f"RuntimeError: {number}.5 GiB at 0x{number:x}")})
-        return recorder.hear().failed
+        recorder.record_fault({0: AWAY, 1: Failure(Kind.RAISED, f"RuntimeError: {number}.5 GiB at 0x{number:x}")})
+        return recorder.poll().failed
 
     recorder = new(restarts=9)
     recorder.begin(2, 0, 1.0, [], "")
@@ -146,7 +146,7 @@ def test_other_errors_at_the_same_step_and_lost_workers_are_tried_again(new: Cal
     recorder = new(restarts=9)
     recorder.begin(2, 0, 1.0, [], "")
     for kind, text in [(Kind.RAISED, "a"), (Kind.RAISED, "b"), (Kind.LOST, "killed"), (Kind.LOST, "killed")]:
-        recorder.fault({0: Failure(kind, text)})
+        recorder.record_fault({0: Failure(kind, text)})
         assert not recorder.has_failed()
 
 
@@ -159,9 +159,9 @@ def test_a_fault_is_told_where_the_ledger_has_no_room(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ledger, "note", full)
-        recorder.fault({0: Failure(Kind.PERMANENT, "no room")})
-    assert "no room" in recorder.hear().failed
+        patch.setattr(ledger, "append_event", full)
+        recorder.record_fault({0: Failure(Kind.PERMANENT, "no room")})
+    assert "no room" in recorder.poll().failed
 
 
 def test_starts_without_a_fault_are_not_counted(new: Callable[..., Recorder]) -> None:
@@ -178,11 +178,11 @@ def test_what_was_not_tolerated_is_not_after_a_new_launch(new: Callable[..., Rec
     recorder.close("stop")
     again = new()
     assert again.begin(2, 1, 1.0, [], "") is None
-    assert "4 samples had to be replaced" in again.hear().failed
+    assert "4 samples were replaced" in again.poll().failed
 
 
 def test_after_a_mistake_or_a_stop_no_workers_start_again(new: Callable[..., Recorder]) -> None:
-    for end in (lambda one: one.fail("a typo"), lambda one: one.stop()):
+    for end in (lambda one: one.fail("a typo"), lambda one: one.request_stop()):
         recorder = new()
         assert recorder.begin(2, 0, 1.0, [], "") is not None
         assert do(recorder, 1) == [False]
@@ -195,7 +195,7 @@ def test_the_first_mistake_is_the_one_to_tell(new: Callable[..., Recorder]) -> N
     recorder = new()
     recorder.fail("a typo")
     recorder.fail("what followed from it")
-    assert recorder.hear().failed == "a typo"
+    assert recorder.poll().failed == "a typo"
 
 
 # What is heard
@@ -203,17 +203,22 @@ def test_the_first_mistake_is_the_one_to_tell(new: Callable[..., Recorder]) -> N
 
 def test_each_thing_that_is_said_is_heard_once(new: Callable[..., Recorder]) -> None:
     recorder = new()
-    assert recorder.begin(2, 0, 1.0, ["tower: passed over step-000004"], "") is not None
-    recorder.say("one")
-    news = recorder.hear()
-    assert (news.step, news.loss, news.said, news.failed) == (0, None, ["tower: passed over step-000004", "one"], "")
+    assert recorder.begin(2, 0, 1.0, ["tower: skipped step-000004"], "") is not None
+    recorder.add_message("one")
+    status = recorder.poll()
+    assert (status.step, status.loss, status.messages, status.failed) == (
+        0,
+        None,
+        ["tower: skipped step-000004", "one"],
+        "",
+    )
     do(recorder, 1, loss=0.5)
-    news = recorder.hear()
-    assert (news.step, news.loss, news.said) == (1, 0.5, [])
+    status = recorder.poll()
+    assert (status.step, status.loss, status.messages) == (1, 0.5, [])
     assert recorder.begin(1, 0, 1.0, [], "") is not None
-    news = recorder.hear()
-    assert (news.step, news.said) == (0, ["tower: started again, 1 workers, after step 0"])
-    assert recorder.hear().said == []
+    status = recorder.poll()
+    assert (status.step, status.messages) == (0, ["tower: restarted with 1 workers after step 0"])
+    assert recorder.poll().messages == []
 
 
 # What is written
@@ -224,12 +229,12 @@ def test_numbers_that_are_not_finite_are_null_on_record(new: Callable[..., Recor
     recorder.begin(2, 0, 1.0, [], "")
     do(recorder, 1, loss=math.nan, grad_norm=math.inf, skipped=1)
     recorder.sync()
-    [line] = (tmp_path / metrics.FILE).read_text().splitlines()
+    [line] = (tmp_path / metrics.METRICS_FILE).read_text().splitlines()
     entry = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert (entry["loss"], entry["grad_norm"], entry["skipped"]) == (None, None, 1)
-    news = recorder.hear()
-    assert news.loss is None
-    assert news.said == ["tower: loss or gradient of step 1 was not finite: its update was skipped"]
+    status = recorder.poll()
+    assert status.loss is None
+    assert status.messages == ["tower: loss or gradient of step 1 was not finite: its update was skipped"]
 
 
 def test_steps_done_again_stand_once_on_record_and_count_as_lost(new: Callable[..., Recorder], tmp_path: Path) -> None:
@@ -239,9 +244,9 @@ def test_steps_done_again_stand_once_on_record_and_count_as_lost(new: Callable[.
     recorder.begin(2, 1, 1.0, [], "")
     do(recorder, 2, 3, 4)
     recorder.sync()
-    for file in (metrics.FILE, consumed.CONSUMED_FILE):
+    for file in (metrics.METRICS_FILE, consumed.CONSUMED_FILE):
         assert [entry["step"] for entry in lines(tmp_path / file)] == [1, 2, 3, 4]
-    spent = ledger.read(tmp_path).account
+    spent = ledger.read_ledger(tmp_path).account
     assert (spent.restarts, spent.lost_steps) == (1, 2)
 
 
@@ -256,10 +261,10 @@ def test_more_replaced_samples_than_tolerated_stop_the_workers_with_the_reason(
     assert do(recorder, 1, replaced=3) + do(recorder, 2) == [False, False]
     assert do(recorder, 3, replaced=1) + do(recorder, 4) == [True, True]
     told = (
-        f"train.tower: 4 samples had to be replaced, allowed: 3, by data.max_bad_fraction; at last broken image; "
+        f"train.tower: 4 samples were replaced, allowed: 3 (data.max_bad_fraction); the last: broken image; "
         f"{tmp_path / consumed.CONSUMED_FILE} lists them"
     )
-    assert recorder.hear().failed == told
+    assert recorder.poll().failed == told
 
 
 def test_more_steps_that_are_not_finite_than_tolerated_stop_the_workers_with_the_reason(
@@ -270,10 +275,10 @@ def test_more_steps_that_are_not_finite_than_tolerated_stop_the_workers_with_the
     assert do(recorder, 1, skipped=1) + do(recorder, 2) == [False, False]
     assert do(recorder, 3, skipped=1) == [True]
     told = (
-        "train.tower.max_nonfinite_steps: loss or gradient of 2 steps was not finite, at last of step 3, allowed: 1; "
-        f"{tmp_path / consumed.CONSUMED_FILE} has its samples"
+        "train.tower.max_nonfinite_steps: loss or gradient of 2 steps was not finite, the last at step 3, allowed: 1; "
+        f"{tmp_path / consumed.CONSUMED_FILE} lists them"
     )
-    assert recorder.hear().failed == told
+    assert recorder.poll().failed == told
 
 
 def test_what_steps_that_are_done_again_counted_counts_once(new: Callable[..., Recorder]) -> None:

@@ -16,7 +16,7 @@ import ray
 from pipelines.core import cluster, storage
 from pipelines.training import driver, recorder
 from pipelines.training.checkpoint import MANIFEST
-from pipelines.training.plan import Plan, Schedule
+from pipelines.training.plan import LearningRateSchedule, StagePlan
 from pipelines.training.stage import Lora, Stage
 
 STAGE = Stage(
@@ -37,7 +37,7 @@ def test_workers_and_accumulation_make_up_the_global_batch():
     for micro in (1, 2, 4, 8, 16, 32, 64):
         for workers in (1, 2, 4, 8):
             if micro * workers <= 64:
-                assert stage(micro_batch_size=micro).accumulation(workers) * micro * workers == 64
+                assert stage(micro_batch_size=micro).count_accumulation_steps(workers) * micro * workers == 64
 
 
 def test_as_many_workers_are_used_as_share_the_global_batch():
@@ -45,8 +45,10 @@ def test_as_many_workers_are_used_as_share_the_global_batch():
         chance = random.Random(seed)
         micro, turns, workers = chance.randint(1, 9), chance.randint(1, 40), chance.randint(1, 50)
         one = stage(global_batch_size=micro * turns, micro_batch_size=micro)
-        assert one.usable(workers) == max(count for count in range(1, workers + 1) if turns % count == 0)
-        assert one.accumulation(one.usable(workers)) * one.usable(workers) == turns
+        assert one.count_usable_workers(workers) == max(count for count in range(1, workers + 1) if turns % count == 0)
+        assert (
+            one.count_accumulation_steps(one.count_usable_workers(workers)) * one.count_usable_workers(workers) == turns
+        )
 
 
 @pytest.mark.parametrize(("micro", "workers", "multiple"), [(8, 3, 24), (32, 4, 128)])
@@ -57,7 +59,7 @@ def test_a_global_batch_that_workers_cannot_share_is_refused_with_what_would_do(
         f"global_batch_size: got 64, allowed: a multiple of {multiple}, {workers} workers x micro_batch_size {micro}"
     )
     with pytest.raises(ValueError, match=allowed):
-        stage(micro_batch_size=micro).accumulation(workers)
+        stage(micro_batch_size=micro).count_accumulation_steps(workers)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -69,11 +71,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "neither epochs nor steps": ({"epochs": None}, "^epochs: got None, and steps None, allowed: one of the two$"),
     "groups in windows": (
         {"group_by_length": 4, "shuffle": "window"},
-        "^groups: got 4 with shuffle window and 1 sets, allowed: groups with shuffle global and one set$",
+        "^group_by_length: got 4 with shuffle window and 1 sets, allowed: null, or shuffle global and one set$",
     ),
     "groups of a mixture": (
         {"group_by_length": 4, "data": {"a": 1, "b": 2}},
-        "^groups: got 4 with shuffle global and 2 sets, allowed: groups with shuffle global and one set$",
+        "^group_by_length: got 4 with shuffle global and 2 sets, allowed: null, or shuffle global and one set$",
     ),
     "comparing one sample with none": (
         {"objective": "contrastive", "micro_batch_size": 1, "learning_rate": {"tower": 1}},
@@ -81,7 +83,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "adapters that do not learn": (
         {"lora": Lora(), "learning_rate": {"projector": 1}},
-        "^lora: got one, allowed: null, as learning_rate has none for language$",
+        "^lora: requires learning_rate.language, the learning rate of the adapters$",
     ),
 }
 
@@ -118,7 +120,7 @@ def test_the_language_objective_trains_any_parts(parts: tuple[str, ...]):
 @pytest.mark.parametrize("steps", [2, 3, 10, 101, 1000])
 @pytest.mark.parametrize("warmup", [0, 0.03, 0.1, 0.5])
 def test_the_rate_rises_to_its_peak_and_falls_to_nothing(steps: int, warmup: float):
-    rates = [Schedule(steps, warmup)(step) for step in range(steps + 1)]
+    rates = [LearningRateSchedule(steps, warmup)(step) for step in range(steps + 1)]
     rising = rates.index(1) + 1
     assert rising == pytest.approx(max(steps * warmup, 1), abs=0.5)
     assert all(before < after for before, after in pairwise(rates[:rising]))
@@ -129,7 +131,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_nothing(steps: int, warmup: flo
 
 
 def test_the_warm_up_is_a_line_and_the_fall_half_a_cosine():
-    rate = Schedule(steps=110, warmup=10 / 110)
+    rate = LearningRateSchedule(steps=110, warmup=10 / 110)
     assert [rate(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1])
     assert [rate(10 + step) for step in (0, 25, 50, 75, 100)] == pytest.approx(
         [1, 0.853553, 0.5, 0.146447, 0], abs=1e-6
@@ -137,42 +139,42 @@ def test_the_warm_up_is_a_line_and_the_fall_half_a_cosine():
 
 
 def test_the_rate_stays_down_after_the_last_step():
-    rate = Schedule(steps=20, warmup=0.1)
+    rate = LearningRateSchedule(steps=20, warmup=0.1)
     assert [rate(step) for step in (20, 21, 1000)] == pytest.approx([0, 0, 0], abs=1e-12)
 
 
 # The plan
 
 
-def test_steps_follow_from_epochs_or_are_given(new_plan: Callable[..., Plan]) -> None:
+def test_steps_follow_from_epochs_or_are_given(new_plan: Callable[..., StagePlan]) -> None:
     """Of 22 samples in batches of 8; the last epoch's end fills no batch of its own."""
     for epochs, steps in ((1, 3), (2, 6), (0.5, 2), (8 / 22, 1)):
         plan = new_plan(epochs=epochs, steps=None)
-        assert abs(plan.steps(plan.reader().order) - epochs * 22 / 8) < 1, (epochs, steps)
+        assert abs(plan.count_steps(plan.build_reader().order) - epochs * 22 / 8) < 1, (epochs, steps)
     plan = new_plan(steps=5)
-    assert plan.steps(plan.reader().order) == 5
+    assert plan.count_steps(plan.build_reader().order) == 5
 
 
-def test_a_stage_s_checkpoints_and_model_have_a_folder_of_its_own(new_plan: Callable[..., Plan]) -> None:
+def test_a_stage_s_checkpoints_and_model_have_a_folder_of_its_own(new_plan: Callable[..., StagePlan]) -> None:
     plan = new_plan({"checkpoints": "s3://bucket/job"})
     assert (plan.folder, plan.result) == ("s3://bucket/job/small", "s3://bucket/job/small/model")
 
 
 def test_a_checkpoint_goes_with_the_contents_of_the_sets_not_with_where_they_lie(
-    new_plan: Callable[..., Plan], tmp_path: Path
+    new_plan: Callable[..., StagePlan], tmp_path: Path
 ) -> None:
     plan = new_plan()
     folder = Path(plan.sets["set"])
     for name in storage.list_files(str(folder)):
         storage.write(str(tmp_path / name), storage.read(str(folder / name)))
-    assert replace(plan, sets={"set": str(tmp_path)}).identity() == plan.identity()
+    assert replace(plan, sets={"set": str(tmp_path)}).fingerprint_data() == plan.fingerprint_data()
 
 
 # The driver
 
 
 def test_a_stage_that_has_its_model_is_left_alone(
-    new_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    new_plan: Callable[..., StagePlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted between the saving of the model and the job's own record of it: neither sets nor Ray are touched."""
     plan = new_plan({"sets": {"set": str(tmp_path / "none")}})
@@ -182,17 +184,17 @@ def test_a_stage_that_has_its_model_is_left_alone(
     with pytest.raises(ValueError, match="no shards here"):
         driver.train_stage(plan)
     storage.write(storage.join(plan.result, MANIFEST), b"{}")
-    for module, name in ((ray, "cluster_resources"), (recorder, "start")):
+    for module, name in ((ray, "cluster_resources"), (recorder, "start_recorder")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("asked Ray"))
     driver.train_stage(plan)
 
 
 def test_a_stage_for_which_there_is_no_room_starts_nothing(
-    new_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+    new_plan: Callable[..., StagePlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "start", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(recorder, "start_recorder", lambda *_: pytest.fail("started"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ValueError, match=r"^driver.small with workers = 8 needs 5 CPUs, allowed: 2, which"):
+    with pytest.raises(ValueError, match=r"^train.small with workers = 8 needs 5 CPUs, allowed: 2, which"):
         driver.train_stage(new_plan({"workers": (8, 8)}))
 
 

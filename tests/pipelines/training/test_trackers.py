@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.training import trackers
-from pipelines.training.trackers import FILE, TRACKERS, Tracker, Trackers, require
+from pipelines.training.trackers import TRACKER_IDS_FILE, TRACKERS, Tracker, TrackerGroup, check_trackers
 from redux.extras import write_install_command
 
 SETTINGS = {"name": "job", "train": {"tower": {"epochs": 2, "data": None}}, "many": {str(n): n for n in range(150)}}
@@ -29,9 +29,9 @@ CUT_OFF = {"DO_NOT_TRACK": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_BASE
 WRITER = """
 import sys
 from pathlib import Path
-from pipelines.training.trackers import Trackers
+from pipelines.training.trackers import TrackerGroup
 name, run, stage, cursor, stop, shift = sys.argv[1:]
-shown = Trackers([name], Path(run), "job", stage, int(cursor), {"a": {"b": 1}}, print)
+shown = TrackerGroup([name], Path(run), "job", stage, int(cursor), {"a": {"b": 1}}, print)
 for step in range(int(cursor) + 1, int(stop) + 1):
     shown.write(step, {"loss": step / 4 + int(shift), "replaced": step % 2})
 print("written", flush=True)
@@ -50,7 +50,7 @@ def _nothing_goes_out(monkeypatch: pytest.MonkeyPatch):
 
 def write(name: str, run: Path, stage: str, cursor: int, stop: int, shift: float = 0) -> None:
     """Steps cursor+1..stop of a stage; their values are floats of 32 bits."""
-    shown = Trackers([name], run, "job", stage, cursor, SETTINGS, print)
+    shown = TrackerGroup([name], run, "job", stage, cursor, SETTINGS, print)
     for step in range(cursor + 1, stop + 1):
         shown.write(step, {"loss": step / 4 + shift, "replaced": step % 2})
     shown.close()
@@ -90,7 +90,7 @@ def client_of(run: Path) -> MlflowClient:
 
 
 def ids(run: Path) -> dict[str, str]:
-    return json.loads((run / FILE).read_text())
+    return json.loads((run / TRACKER_IDS_FILE).read_text())
 
 
 def records(file: Path) -> Iterator[dict]:
@@ -206,7 +206,7 @@ def test_wandb_has_the_job_and_draws_a_stage_over_its_own_steps(tmp_path: Path):
 
 
 def test_what_fails_is_said_once_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    shown = Trackers(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
+    shown = TrackerGroup(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
     shown.write(1, {"loss": 0.25})
     client_of(tmp_path).delete_run(ids(tmp_path)["mlflow"])
     capsys.readouterr()
@@ -224,13 +224,13 @@ def test_a_server_that_is_away_at_the_start_is_left_out(
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    shown = Trackers(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
+    shown = TrackerGroup(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
     shown.write(1, {"loss": 0.25})
     shown.close()
     assert "trackers: mlflow left out of tower, it failed at its start: " in capsys.readouterr().out
     assert tensorboard(tmp_path, "tower")["loss"] == losses(1, 1)
     # nothing to go on with was noted: the next start makes a run
-    assert not (tmp_path / FILE).exists()
+    assert not (tmp_path / TRACKER_IDS_FILE).exists()
 
 
 def test_ctrl_c_is_no_failure_of_a_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -245,15 +245,15 @@ def test_ctrl_c_is_no_failure_of_a_tracker(tmp_path: Path, monkeypatch: pytest.M
         return Interrupted()
 
     monkeypatch.setitem(TRACKERS, "tensorboard", make)
-    shown = Trackers(["tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
+    shown = TrackerGroup(["tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
     with pytest.raises(KeyboardInterrupt):
         shown.write(1, {"loss": 0})
 
 
 def test_a_name_that_is_no_tracker_s_is_refused():
     with pytest.raises(ValueError, match=r"^trackers: got comet, allowed: tensorboard, mlflow, wandb$"):
-        require(["tensorboard", "comet"])
-    assert set(TRACKERS) == set(trackers.get_args(trackers.Name))
+        check_trackers(["tensorboard", "comet"])
+    assert set(TRACKERS) == set(trackers.get_args(trackers.TrackerName))
 
 
 def test_a_tracker_that_is_not_installed_is_refused_with_what_installs_it(
@@ -263,9 +263,9 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_installs_it(
     command = re.escape(write_install_command("mlflow"))
     message = f"^trackers: got mlflow, allowed: tensorboard, wandb, or mlflow: {command}$"
     with pytest.raises(ValueError, match=message):
-        require(["mlflow"])
+        check_trackers(["mlflow"])
     with pytest.raises(ValueError, match=message):
-        Trackers(["tensorboard", "mlflow"], tmp_path, "job", "tower", 0, SETTINGS, print)
+        TrackerGroup(["tensorboard", "mlflow"], tmp_path, "job", "tower", 0, SETTINGS, print)
     assert not list(tmp_path.iterdir())
 
 
@@ -283,9 +283,9 @@ def test_wandb_without_a_key_is_refused_and_never_asked_for_even_at_a_terminal(
     tmp_path: Path, environment: dict[str, str], said: str
 ):
     program = """
-from pipelines.training.trackers import require
+from pipelines.training.trackers import check_trackers
 try:
-    require(["wandb"])
+    check_trackers(["wandb"])
     print("fine")
 except ValueError as error:
     print(error)
@@ -313,8 +313,8 @@ def test_no_tracker_loads_torch(tmp_path: Path):
     program = f"""
 import sys
 from pathlib import Path
-from pipelines.training.trackers import TRACKERS, Trackers
-shown = Trackers(TRACKERS, Path({str(tmp_path)!r}), "job", "tower", 0, {{}}, print)
+from pipelines.training.trackers import TRACKERS, TrackerGroup
+shown = TrackerGroup(TRACKERS, Path({str(tmp_path)!r}), "job", "tower", 0, {{}}, print)
 shown.write(1, {{"loss": 1}})
 assert set(shown.open) == set(TRACKERS)
 shown.close()

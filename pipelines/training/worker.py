@@ -1,0 +1,410 @@
+"""Training loop of one rank, in a Ray Train worker: from the newest checkpoint to the last step of the stage.
+
+`train_worker` is the entry point. `run_training_steps` is the loop; it gets its micro-batches as an iterator, so tests
+and benchmarks run it without Ray.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import ray
+import torch
+import torch.distributed as dist
+
+from pipelines.data import consumed, ingest
+from pipelines.training import checkpoint, fragments, hooks, metrics, rendezvous
+from pipelines.training.engine import (
+    DeepSpeedEngineProtocol,
+    apply_update,
+    build_engine,
+    describe_model,
+    set_learning_rate,
+)
+from pipelines.training.hooks import Hook, StepResult
+from pipelines.training.plan import LearningRateSchedule, StagePlan
+from pipelines.training.recorder import RecorderClient
+from redux import model
+from redux.conversation import IGNORE
+
+HookFactory = Callable[[DeepSpeedEngineProtocol, StagePlan], Hook]
+"""Called on every rank with the engine and the plan; returns an additional hook."""
+
+
+class NotFiniteError(Exception):
+    """A loss or gradient that is not finite, in a step that must be repeated from the last checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)  # unpickling calls __init__(*args)
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"loss or gradient of step {self.step} was not finite"
+
+
+class ResumePoint(NamedTuple):
+    """Start of the loop after a restore.
+
+    Args:
+        cursor: last finished global batch.
+        rolled_back: steps that were rolled back once. If one of them is not finite again, its update is skipped.
+    """
+
+    cursor: int
+    rolled_back: set[int]
+
+
+class LocalUpdate(NamedTuple):
+    """Result of one global batch on one rank.
+
+    Args:
+        loss: this rank's part of the loss; the sum over ranks is the loss of the global batch.
+        forward_s: seconds in forward passes.
+        was_applied: False if the gradient was not finite and the update was skipped. Equal on all ranks.
+        grad_norm: norm of the gradient before clipping. Equal on all ranks.
+    """
+
+    loss: float
+    forward_s: float
+    was_applied: bool
+    grad_norm: float
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Train one rank to the end of the stage. Ray Train calls it in each worker, again after every fault.
+
+    Args:
+        config: keyword arguments of `_train_rank`.
+    """
+    recorder: RecorderClient = config["recorder"]
+    if recorder.has_failed():
+        return
+    try:
+        _train_rank(**config)
+    except checkpoint.RefusedError as error:
+        # The user must decide: the driver ends the run with this message instead of a restart.
+        recorder.fail(str(error))
+        raise
+    except NotFiniteError as error:
+        # Ray restarts the workers. The recorder remembers the step, so it is rolled back only once.
+        recorder.mark_rolled_back(error.step)
+        raise
+
+
+def _train_rank(
+    plan: StagePlan,
+    reader: ingest.Reader,
+    steps: int,
+    recorder: RecorderClient,
+    extra_hook_factories: Sequence[HookFactory],
+) -> None:
+    """Build the engine, restore the newest checkpoint and run the remaining steps."""
+    entered = time.monotonic()
+    if not _join_used_workers(plan):
+        return
+
+    # The watchdog starts first: building the model and restoring may hang, too.
+    watchdog = hooks.Watchdog(plan.recovery.watchdog_s, plan.run / "stacks" / plan.name, dist.get_rank())
+    is_first = dist.get_rank() == 0
+    if is_first:
+        recorder.set_phase("loading model")
+    engine = build_engine(plan, dist.get_world_size())
+    description = describe_model(engine)
+    resume_point = _restore(engine, plan, description, recorder, entered)
+
+    if resume_point and resume_point.cursor < steps:
+        # Order matters: Recording and Preemption set the flags of the step that the checkpoint hook reads.
+        closing_hooks = [
+            hooks.RecordingHook(recorder, is_first),
+            hooks.PreemptionHook(recorder, is_first),
+            hooks.CheckpointHook(engine, plan, recorder, plan.fingerprint_data(), description),
+            *(make(engine, plan) for make in extra_hook_factories),
+        ]
+        all_hooks = [watchdog, *closing_hooks]
+        cursor, rolled_back = resume_point
+        batches = read_micro_batches(engine, plan, reader, cursor, steps)
+        for step in run_training_steps(engine, plan, batches, cursor, steps, all_hooks, rolled_back):
+            for hook in all_hooks:
+                hook.on_step_end(step)
+            if step.stopping:
+                break
+        for hook in closing_hooks:
+            hook.close()
+
+    # No rank leaves while another one still needs it.
+    watchdog.close()
+    dist.barrier()
+
+
+def _join_used_workers(plan: StagePlan) -> bool:
+    """Form a process group of the workers that share the global batch evenly. Returns False on the idle workers."""
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    used_workers = plan.stage.count_usable_workers(workers)
+    if used_workers == workers:
+        return True
+
+    # Rank 0 opens the store of the new group and sends its address through the old group.
+    address = [rendezvous.format_url(*rendezvous.open_store()) if rank == 0 else ""]
+    dist.broadcast_object_list(address, src=0)
+    backend = dist.get_backend()
+
+    # Nobody destroys the old group before all ranks have the address.
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank >= used_workers:
+        return False
+    # DeepSpeed reads the number of workers from the environment.
+    os.environ["WORLD_SIZE"] = str(used_workers)
+    dist.init_process_group(backend, init_method=address[0], rank=rank, world_size=used_workers)
+    return True
+
+
+def _restore(
+    engine: DeepSpeedEngineProtocol,
+    plan: StagePlan,
+    description: dict[str, Any],
+    recorder: RecorderClient,
+    entered: float,
+) -> ResumePoint | None:
+    """Load the newest intact checkpoint and report the start to the recorder. A collective.
+
+    Args:
+        engine: engine of this rank.
+        plan: plan of the stage.
+        description: description of the model, which must match that of the checkpoint.
+        recorder: gets the start, and decides if the workers may continue.
+        entered: time.monotonic() at the entry into the train function.
+
+    Returns:
+        The start of the loop, or None if the workers must not continue.
+    """
+
+    def check(url: str, manifest: checkpoint.Manifest) -> None:
+        checkpoint.check_compatible(url, manifest, plan.allow_changes, plan.fingerprint_data(), description)
+
+    local_fragments = fragments.local_fragments(engine)
+    manifest, skipped = checkpoint.restore_newest(plan.folder, local_fragments, check)
+    cursor = 0
+    if manifest:
+        fragments.copy_masters_to_model(engine, manifest.updates)
+        cursor = manifest.cursor
+
+    # Rank 0 alone talks to the recorder; its answer goes to all ranks, so that all take the same decision.
+    answer: list[set[int] | None] = [None]
+    if dist.get_rank() == 0:
+        checkpoint.remove_incomplete(plan.folder)
+        messages = [f"{plan.name}: skipped {reason}" for reason in skipped]
+        restore_s = time.monotonic() - entered
+        placement_group = ray.util.get_current_placement_group().id.hex()
+        answer = [recorder.begin(dist.get_world_size(), cursor, restore_s, messages, placement_group)]
+    dist.broadcast_object_list(answer, src=0)
+    return None if answer[0] is None else ResumePoint(cursor, answer[0])
+
+
+def run_training_steps(
+    engine: DeepSpeedEngineProtocol,
+    plan: StagePlan,
+    batches: Iterator[ingest.Batch],
+    cursor: int,
+    steps: int,
+    step_hooks: Sequence[Hook],
+    rolled_back: set[int],
+) -> Iterator[StepResult]:
+    """Train on the global batches cursor+1..steps and yield the result of each. A collective.
+
+    Args:
+        engine: engine of this rank.
+        plan: plan of the stage.
+        batches: micro-batches of this rank, from the first one after the cursor.
+        cursor: last finished global batch.
+        steps: number of global batches of the stage.
+        step_hooks: hooks whose votes are summed. The caller calls `on_step_end`.
+        rolled_back: steps that were rolled back once. If one of them is not finite again, its update is skipped.
+
+    Raises:
+        NotFiniteError: loss or gradient was not finite, and on_nonfinite is "rollback".
+    """
+    workers = engine.dp_world_size
+    accumulation_steps = plan.stage.count_accumulation_steps(workers)
+    schedule = LearningRateSchedule(steps, plan.stage.warmup_ratio)
+    vote_names = [name for hook in step_hooks for name in hook.votes]
+    stall_s = 0.0
+    for number in range(cursor + 1, steps + 1):
+        learning_rate = set_learning_rate(engine, schedule, number)
+
+        # Wait for the data: this rank's micro-batches of the global batch.
+        waiting = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(accumulation_steps)]
+        computing = time.perf_counter()
+        data_s = computing - waiting
+
+        # Forward, backward, update; then gather the samples that the step used, from all ranks.
+        update = forward_backward(engine, plan, micro_batches)
+        used = consumed.gather_samples(micro_batches, list(plan.stage.mixture), engine.device)
+
+        # Sum statistics and votes over ranks, in one all-reduce. Seconds are divided by the number of workers, so their
+        # sum is a mean. Each rank adds its busy time under a name of its own, so the sum keeps all of them.
+        votes = {name: value for hook in step_hooks for name, value in hook.vote().items()}
+        local_stats = _collect_stats(micro_batches, update.loss)
+        local_stats |= {
+            "data_s": data_s / workers,
+            "compute_s": (time.perf_counter() - computing) / workers,
+            "stall_s": stall_s / workers,
+            "peak_bytes": metrics.measure_peak_bytes(),
+            **{name: votes.get(name, 0.0) for name in vote_names},
+            **{f"rank {rank}": 0.0 for rank in range(workers)},
+            f"rank {engine.global_rank}": data_s + update.forward_s,
+        }
+        stats = all_reduce_stats(local_stats, engine.device)
+
+        # A rollback: the exception ends the workers, and Ray restarts them from the last checkpoint.
+        if not update.was_applied and plan.stage.on_nonfinite == "rollback" and number not in rolled_back:
+            raise NotFiniteError(number)
+
+        # The caller runs the hooks while this generator waits. Their time is the stall of the next step.
+        busy_s = [stats.pop(f"rank {rank}") for rank in range(workers)]
+        vote_sums = {name: stats.pop(name) for name in vote_names}
+        values = _compute_metrics(stats, update, learning_rate, len(used.replaced), busy_s)
+        stalled = time.perf_counter()
+        yield StepResult(number, number == steps, values, used, vote_sums)
+        stall_s = time.perf_counter() - stalled
+
+
+def _collect_stats(micro_batches: Sequence[ingest.Batch], loss: float) -> dict[str, float]:
+    """Return this rank's loss, samples and tokens of a step."""
+    return {
+        "loss": loss,
+        "samples": sum(len(batch["input_ids"]) for batch in micro_batches),
+        "tokens": sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
+    }
+
+
+def _compute_metrics(
+    stats: dict[str, float], update: LocalUpdate, learning_rate: float, replaced: int, busy_s: Sequence[float]
+) -> dict[str, float]:
+    """Return the metrics of a step, as metrics.jsonl has them.
+
+    Args:
+        stats: sums over ranks.
+        update: result on this rank.
+        learning_rate: largest learning rate of the parts.
+        replaced: number of replaced samples.
+        busy_s: seconds of each rank in reading and forward passes, where ranks do not wait for each other.
+    """
+    return {
+        **stats,
+        "samples": int(stats["samples"]),
+        "tokens": int(stats["tokens"]),
+        "peak_bytes": int(stats["peak_bytes"]),
+        "learning_rate": learning_rate,
+        "grad_norm": update.grad_norm,
+        "replaced": replaced,
+        "skipped": int(not update.was_applied),
+        "slowest": max(range(len(busy_s)), key=busy_s.__getitem__),
+        "slowest_s": max(busy_s) - sum(busy_s) / len(busy_s),
+    }
+
+
+def all_reduce_stats(local_stats: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Sum statistics over ranks, all of them in one all-reduce. All ranks must have the same names in the same order.
+
+    float64 holds counts up to 2^53 exactly.
+    """
+    sums = torch.tensor(list(local_stats.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return dict(zip(local_stats, sums.tolist(), strict=True))
+
+
+def forward_backward(
+    engine: DeepSpeedEngineProtocol, plan: StagePlan, micro_batches: Sequence[ingest.Batch]
+) -> LocalUpdate:
+    """Compute this rank's part of a global batch and update the weights. A collective."""
+    # DeepSpeed averages gradients over micro-batches and workers, but the weights of the samples already sum to the
+    # loss of the global batch. The factor undoes the average.
+    factor = len(micro_batches) * engine.dp_world_size
+    loss = forward_s = 0.0
+    sample_weights = compute_sample_weights(micro_batches, plan, engine.device)
+    for index, (batch, weight) in enumerate(zip(micro_batches, sample_weights, strict=True)):
+        # DeepSpeed counts micro-batches by calls of step(). The last call, in apply_update, updates the weights.
+        if index:
+            engine.step()
+        # Dropout depends on the number of the micro-batch, not on the rank that computes it.
+        torch.manual_seed((plan.seed << 32) + int(batch["number"]))
+        started = time.perf_counter()
+        output = engine(**move_to_device(batch, engine), weight=weight)
+        forward_s += time.perf_counter() - started
+        engine.backward(output * factor)
+        loss += output.item()
+    was_applied, grad_norm = apply_update(engine)
+    return LocalUpdate(loss, forward_s, was_applied, grad_norm)
+
+
+def read_micro_batches(
+    engine: DeepSpeedEngineProtocol, plan: StagePlan, reader: ingest.Reader, cursor: int, steps: int
+) -> Iterator[ingest.Batch]:
+    """Yield this rank's micro-batches of the global batches cursor+1..steps, from a Ray Data dataset. A collective.
+
+    Raises:
+        RuntimeError: Ray Data delivered another micro-batch than the next one.
+    """
+    rank, workers = engine.global_rank, engine.dp_world_size
+    accumulation_steps = plan.stage.count_accumulation_steps(workers)
+    done, stop = cursor * accumulation_steps, steps * accumulation_steps
+    leaves_cpus = plan.leaves_cpus_to_readers(uses_gpus=engine.device.type != "cpu")
+
+    # Rank 0 alone creates the dataset, so that one set of readers serves all ranks and a split hands each block to one
+    # of them. The others get their iterators from it.
+    splits: list[Any] = [None] * workers
+    if rank == 0:
+        splits = list(ingest.make_streams(reader, done * workers, stop * workers, workers, leaves_cpus))
+    received: list[Any] = [None]
+    dist.scatter_object_list(received, splits, src=0)
+    blocks = received[0].iter_batches(batch_size=None, prefetch_batches=2)
+
+    # Micro-batches go to the ranks in turn: rank r gets r, r + workers, ... A wrong one would change the result.
+    for turn, batch in enumerate(ingest.iterate_micro_batches(blocks), start=done):
+        expected = turn * workers + rank
+        if batch["number"] != expected:
+            raise RuntimeError(f"rank {rank}: got micro-batch {batch['number']}, expected {expected}")
+        yield batch
+
+
+def compute_sample_weights(
+    micro_batches: Sequence[ingest.Batch], plan: StagePlan, device: torch.device
+) -> list[torch.Tensor]:
+    """Compute the weights with which losses of samples sum to the loss of the global batch. A collective.
+
+    With loss_reduction "token" a token weighs 1 / (labelled tokens of the global batch), with "sample" it weighs
+    1 / (labelled tokens of its sample x samples of the global batch).
+
+    Returns:
+        For each micro-batch, the weight of each sample, which all its tokens have: shape (samples,).
+    """
+    stage = plan.stage
+    if stage.objective == "contrastive":
+        share = 1 / stage.global_batch_size
+        return [torch.full((len(batch["input_ids"]),), share, device=device) for batch in micro_batches]
+
+    # No logits predict the first token, so its label does not count.
+    counts = [torch.tensor((batch["labels"][:, 1:] != IGNORE).sum(axis=1), device=device) for batch in micro_batches]
+    if stage.loss_reduction == "sample":
+        return [1 / (count.clamp(min=1) * stage.global_batch_size) for count in counts]
+
+    # Only all ranks together know the number of labelled tokens of the global batch.
+    total = torch.stack([count.sum() for count in counts]).sum()
+    dist.all_reduce(total)
+    return [1 / total.clamp(min=1).expand_as(count) for count in counts]
+
+
+def move_to_device(batch: ingest.Batch, engine: DeepSpeedEngineProtocol) -> dict[str, torch.Tensor]:
+    """Copy a micro-batch to the device of the rank. Pixels become normalised floats of the model's precision.
+
+    Images travel as uint8 of shape (images, height, width, 3); the model takes (images, 3, height, width).
+    """
+    names = ("pixel_values", "input_ids", "labels", "attention_mask")
+    tensors = {name: torch.tensor(batch[name], device=engine.device) for name in names if name in batch}
+    images = tensors["pixel_values"].movedim(-1, 1).contiguous()
+    dtype = next(engine.module.parameters()).dtype
+    tensors["pixel_values"] = model.normalise(images).to(dtype)
+    return tensors
