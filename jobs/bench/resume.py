@@ -78,7 +78,7 @@ def small(folder: Path, samples: int) -> Reader:
     return Reader(
         sources={"noise": Shards(folder / "shards")},
         order=Order(samples=(samples,), global_batch_size=BATCH * WORKERS, seed=0),
-        size=BATCH,
+        micro_batch_size=BATCH,
         image_size=SIZE,
         tokenizer=folder / "tokenizer",
         encode=make_conversation_encoder("plain", image_tokens=1),
