@@ -485,11 +485,11 @@ def redux(root: Path, passes: int, way: Way = "exact", folder: str = "shards") -
     reader = Reader(
         sources={"photos": shards},
         order=Order(samples=(len(shards),), global_batch_size=INGEST_BATCH, seed=0),
-        size=INGEST_BATCH,
+        micro_batch_size=INGEST_BATCH,
         image_size=INGEST_SIZE,
         tokenizer=root / "tokenizer",
         encode=lambda tokenizer, sample: {"input_ids": np.zeros(1, np.int64)},
-        way=way,
+        image_backend=way,
     )
     word_tokenizer(["photo"], 32).save_pretrained(reader.tokenizer)
     with ray_session():

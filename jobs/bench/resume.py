@@ -80,7 +80,7 @@ def small(folder: Path, samples: int) -> Reader:
     return Reader(
         sources={"noise": Shards(folder / "shards")},
         order=Order(samples=(samples,), global_batch_size=RESUME_BATCH * RESUME_WORKERS, seed=0),
-        size=RESUME_BATCH,
+        micro_batch_size=RESUME_BATCH,
         image_size=RESUME_SIZE,
         tokenizer=folder / "tokenizer",
         encode=make_conversation_encoder("plain", image_tokens=1),

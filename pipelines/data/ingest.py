@@ -1,17 +1,16 @@
-"""Ray Data executes the order: a dataset over micro-batch numbers whose readers fetch just their samples.
+"""Micro-batches on Ray Data: a dataset over micro-batch numbers whose readers fetch only the samples they need.
 
     rows in:   number of a block
-    rows out:  one row a micro-batch, each block for one worker; columns as `Reader` says
-    resources: 1 CPU a reader, as many readers as the cluster has CPUs to spare; where workers may take all CPUs, one
-               reader a worker beside them; reading, decoding, tokenising and padding happen there, scaling to floats
-               in the trainer
+    rows out:  one row per micro-batch, each block for one worker; columns as in `Reader`
+    resources: 1 CPU per reader, as many readers as CPUs are left; if workers may take all CPUs, one reader per worker
+               that reserves no CPU. Readers read, decode, tokenise and pad; the trainer scales to floats.
 
-What a reader returns is a pure function of (settings, number), so what Ray computes again after a lost node has the
-same bytes.  Images travel as uint8, a quarter of the bytes of floats, and lie in a block as they lie in Ray's object
-store, so that they are copied once.
+A micro-batch is a pure function of (settings, number), so Ray recomputes the same bytes after a lost node. Images
+travel as uint8, a quarter of the bytes of floats. They lie in a block as they lie in Ray's object store, so they are
+copied once.
 
-Readers are actors, with a few blocks waiting for each: Ray Data learns of finished blocks by polling ten times a
-second, twice for a task, so that a task's CPU would rest for 0.2 seconds after each block (jobs/bench/ingest.md).
+Readers are actors with a few blocks queued for each. Ray Data polls for finished blocks ten times a second, twice for a
+task, so with tasks a CPU would idle for 0.2 seconds after each block (jobs/bench/ingest.md).
 """
 
 import functools
@@ -36,156 +35,209 @@ from redux.settings import Fit, TemplateName, Way
 
 Batch = dict[str, Any]
 TextRow = dict[str, Int[np.ndarray, " length"]]
-"""The text side of a sample: input_ids, and labels where there are any."""
+"""Text columns of a sample: input_ids, and labels if the stage has any."""
 
 MAX_BLOCK_SAMPLES = 64
+"""Samples of a block if a micro-batch is smaller. A block costs Ray the same time at any size."""
+
 MAX_IMAGE_BLOCK_BYTES = 64 * 2**20
-"""Samples and bytes of a block, at most, where a micro-batch is smaller: a block costs Ray the same whatever it holds,
-but one beyond 128 MiB is cut in two."""
+"""Maximum size of a block with several micro-batches. Ray Data splits blocks above 128 MiB."""
 
 TEXT_BYTES_PER_SAMPLE = 24 * 2048
-"""Counted for a sample's text: three columns of 8 bytes a token."""
+"""Estimated size of a sample's text: three columns of 8 bytes per token."""
 
 MAX_SMALL_BLOCKS = 4096
-"""Blocks up to which they are of BLOCK_SAMPLES; in a longer run they are larger, since Ray Data takes 0.8 ms for each
-block before the first one comes.  At 336 pixels BLOCK_BYTES sets in: 100 million samples wait for ten minutes."""
+"""Number of blocks up to which they hold MAX_BLOCK_SAMPLES; a longer run has larger blocks.
+
+Ray Data takes 0.8 ms per block before the first block arrives. At 336 pixels MAX_IMAGE_BLOCK_BYTES is the limit: 100
+million samples wait for ten minutes.
+"""
 
 MAX_BLOCKS_IN_FLIGHT = 3
-"""Blocks that a reader works at or that wait for it."""
+"""Blocks that a reader works on or that are queued for it."""
 
 MAX_SAMPLE_TRIES = 20
-"""Samples tried in place of one that cannot be used, before that is an error."""
+"""Maximum number of samples tried for one position, before unusable samples are an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """What micro-batch `number` holds: slice `number` of the stream of global batches, as arrays.
+    """Callable that makes micro-batch `number`: slice `number` of the stream of global batches, as arrays.
 
-    sources: the sets of shards by name, in the order's order.
-    fit, way: how images become pixels; see redux.image.
-    encode: the text side of a sample, with the tokenizer saved at `tokenizer`.
-    flip: mirror every other image.  rounds: see `draw_rounds`; None leaves conversations as they are.
+    An unusable sample is replaced by another one of the same source, drawn by (seed, stream position, attempt), and is
+    reported. Unusable are samples with other bytes than indexed, a broken image, or a conversation that does not fit.
+    A store that does not respond is not such a case: that is an error.
 
-    A sample that cannot be used (bytes that are not the index's, a broken image, a conversation that does not fit) is
-    replaced by one of the same source, drawn by (seed, place in the stream, try), and reported.  A store that does not
-    answer is no such case: that is an error.
+    Args:
+        sources: sets of shards by name, in the order of `order.samples`.
+        order: assignment of samples to global batches.
+        micro_batch_size: samples per micro-batch.
+        image_size: side of the square images in pixels.
+        tokenizer: folder of the saved tokenizer.
+        encode: function from (tokenizer, sample) to the text columns.
+        image_aspect_ratio: "pad" or "crop"; see redux.image.
+        image_backend: "exact" or "fast"; see redux.image.
+        random_flip: mirror every image with probability 0.5.
+        max_rounds: see `draw_rounds`. None leaves conversations unchanged.
     """
 
     sources: Mapping[str, Shards]
     order: Order
-    size: int
+    micro_batch_size: int
     image_size: int
     tokenizer: Path
     encode: Callable[[PreTrainedTokenizerBase, StoredSample], TextRow]
     image_aspect_ratio: Fit = "pad"
-    way: Way = "exact"
-    flip: bool = False
-    rounds: int | None = None
+    image_backend: Way = "exact"
+    random_flip: bool = False
+    max_rounds: int | None = None
 
-    def __call__(self, number: int, room: UInt8[np.ndarray, "size height width 3"] | None = None) -> Batch:
-        """The micro-batch's columns.
+    def __call__(self, number: int, out: UInt8[np.ndarray, "size height width 3"] | None = None) -> Batch:
+        """Make a micro-batch.
 
-        number: of the micro-batch.
-        pixel_values: (images, height, width, 3) uint8, within `room` if given; text alone has no image.
-        input_ids, labels, attention_mask: (samples, longest) int64, padded on the right.
-        source, sample: (samples,) int64, the sample used and the number of its source.
-        replaced: JSON, a list of {"set", "place", "due", "used", "reason"}, one for each sample that was replaced;
-            place: in the stream.
+        Args:
+            number: number of the micro-batch in the run.
+            out: array that the images are written to; None allocates one.
+
+        Returns:
+            number: number of the micro-batch.
+            pixel_values: (images, height, width, 3) uint8, a view of `out`. Samples of text only have no image.
+            input_ids, labels, attention_mask: (samples, longest) int64, padded on the right.
+            source, sample: (samples,) int64, index of the source and number of the sample that is used.
+            replaced: JSON, a list of {"set", "place", "due", "used", "reason"}, one entry per replaced sample. `place`
+                is the stream position, `due` the scheduled sample, `used` the replacement.
         """
-        first = number * self.size
-        batch, within = divmod(first, self.order.global_batch_size)
-        source, due = (column[within : within + self.size] for column in _cached_global_batch(self.order, batch))
-        if room is None:
-            room = np.empty((self.size, self.image_size, self.image_size, 3), np.uint8)
-        rows, used, replaced, images = [], due.copy(), [], 0
-        for turn, stored in enumerate(self._stored(source, due)):
-            row, image, entry = self._sound(first + turn, int(source[turn]), int(due[turn]), stored)
+        first = number * self.micro_batch_size
+        # the scheduled samples: a slice of one global batch
+        batch, offset = divmod(first, self.order.global_batch_size)
+        columns = _cached_global_batch(self.order, batch)
+        source, scheduled = (column[offset : offset + self.micro_batch_size] for column in columns)
+        if out is None:
+            out = np.empty((self.micro_batch_size, self.image_size, self.image_size, 3), np.uint8)
+        # read them together, then encode one by one and replace unusable samples
+        rows, replaced = [], []
+        used = scheduled.copy()
+        num_images = 0
+        for turn, fetched in enumerate(self._fetch(source, scheduled)):
+            row, image, entry = self._usable_or_replacement(
+                first + turn, int(source[turn]), int(scheduled[turn]), fetched
+            )
             rows.append(row)
             if image is not None:
-                room[images] = image
-                images += 1
+                out[num_images] = image
+                num_images += 1
             if entry:
                 replaced.append(entry)
                 used[turn] = entry["used"]
         return {
             "number": number,
-            "pixel_values": room[:images],
+            "pixel_values": out[:num_images],
             **_pad_rows(rows, _load_tokenizer(self.tokenizer).pad_token_id),
             "source": source,
             "sample": used,
             "replaced": json.dumps(replaced),
         }
 
-    def block(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """Columns of several micro-batches, one a row; full ones without another copy of their images."""
-        room = np.empty((len(numbers), self.size, self.image_size, self.image_size, 3), np.uint8)
-        batches = [self(number, space) for number, space in zip(numbers, room, strict=True)]
+    def read_block(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Make several micro-batches as columns, one row each. Full image batches are not copied again."""
+        out = np.empty((len(numbers), self.micro_batch_size, self.image_size, self.image_size, 3), np.uint8)
+        batches = [self(number, batch_out) for number, batch_out in zip(numbers, out, strict=True)]
         columns: dict[str, Any] = {name: [batch[name] for batch in batches] for name in batches[0]}
-        if all(len(images) == self.size for images in columns["pixel_values"]):
-            columns["pixel_values"] = room
+        # one dense array, if no sample is text only
+        if all(len(images) == self.micro_batch_size for images in columns["pixel_values"]):
+            columns["pixel_values"] = out
         return columns
 
-    def _stored(self, source: Int[np.ndarray, " size"], due: Int[np.ndarray, " size"]) -> list[StoredSample | None]:
-        """The samples that are due, read together; None for each where one of them is not as the index says."""
+    def _fetch(
+        self, source: Int[np.ndarray, " size"], scheduled: Int[np.ndarray, " size"]
+    ) -> list[StoredSample | None]:
+        """Read the scheduled samples together; None for all of them if one is damaged."""
         sets = list(self.sources.values())
         try:
-            return list(read_samples([(sets[one], int(number)) for one, number in zip(source, due, strict=True)]))
+            return list(
+                read_samples([(sets[index], int(number)) for index, number in zip(source, scheduled, strict=True)])
+            )
         except ValueError:
-            return [None] * len(due)
+            return [None] * len(scheduled)
 
-    def _sound(
-        self, place: int, source: int, due: int, stored: StoredSample | None
+    def _usable_or_replacement(
+        self, position: int, source: int, scheduled: int, fetched: StoredSample | None
     ) -> tuple[TextRow, UInt8[np.ndarray, "height width 3"] | None, dict[str, Any] | None]:
-        """(row, image, entry of `replaced`) of the sample that is due at this place, or of the one in its stead."""
+        """Encode the scheduled sample, or a replacement if it is unusable.
+
+        Args:
+            position: position in the stream.
+            source: index of the source.
+            scheduled: number of the scheduled sample.
+            fetched: the scheduled sample; None reads it again, alone.
+
+        Returns:
+            Text columns, image, and the entry of `replaced` or None.
+
+        Raises:
+            ValueError: MAX_SAMPLE_TRIES samples in a row are unusable.
+        """
         name, shards = list(self.sources.items())[source]
-        used, reason = due, ""
+        used, reason = scheduled, ""
         for attempt in range(1, MAX_SAMPLE_TRIES + 1):
             try:
-                row, image = self._made(stored or shards.read_samples([used])[0], place)
+                row, image = self._encode(fetched or shards.read_samples([used])[0], position)
             except ValueError as error:
                 reason = reason or _describe_failure(shards, used, error)
-                chance = np.random.default_rng((self.order.seed, place, attempt))
-                used, stored = int(chance.integers(len(shards))), None
+                # seeded by the position, so that every reader draws the same replacement
+                rng = np.random.default_rng((self.order.seed, position, attempt))
+                used, fetched = int(rng.integers(len(shards))), None
             else:
-                entry = {"set": name, "place": place, "due": due, "used": used, "reason": reason}
+                entry = {"set": name, "place": position, "due": scheduled, "used": used, "reason": reason}
                 return row, image, entry if reason else None
         raise ValueError(
-            f"{shards.folder}: sample {due} and {MAX_SAMPLE_TRIES - 1} drawn in its place cannot be used: {reason}"
+            f"{shards.folder}: sample {scheduled} and {MAX_SAMPLE_TRIES - 1} drawn in its place cannot be used: "
+            f"{reason}"
         )
 
-    def _made(self, sample: StoredSample, place: int) -> tuple[TextRow, UInt8[np.ndarray, "height width 3"] | None]:
-        """The sample's text and image, varied as asked for by chance of (seed, place in the stream)."""
-        # tars of others may hold anything; an image without a tag would go to another sample's
-        form = {"conversations": sample.record.get("conversations")}
-        if fault := find_rejection({**form, "image": "image"} if sample.image else form, None):
-            raise ValueError(f"{fault.reason}: {fault.why}: {fault.field}: got {fault.value}")
-        chance = np.random.default_rng((self.order.seed, place)) if self.flip or self.rounds else None
+    def _encode(
+        self, sample: StoredSample, position: int
+    ) -> tuple[TextRow, UInt8[np.ndarray, "height width 3"] | None]:
+        """Encode text and image, with augmentations drawn by (seed, stream position)."""
+        # foreign tars may hold anything; an image without a tag would be matched with another sample's tag
+        checked = {"conversations": sample.record.get("conversations")}
+        if rejection := find_rejection({**checked, "image": "image"} if sample.image else checked, None):
+            raise ValueError(f"{rejection.reason}: {rejection.why}: {rejection.field}: got {rejection.value}")
+        rng = np.random.default_rng((self.order.seed, position)) if self.random_flip or self.max_rounds else None
         image = (
-            pixels(sample.image, self.image_size, self.image_aspect_ratio, self.way).transpose(1, 2, 0)
+            pixels(sample.image, self.image_size, self.image_aspect_ratio, self.image_backend).transpose(1, 2, 0)
             if sample.image
             else None
         )
-        if self.flip and chance and chance.random() < 0.5 and image is not None:
+        # the draw for the flip comes first, also without an image: it sets the state for the rounds
+        if self.random_flip and rng and rng.random() < 0.5 and image is not None:
             image = image[:, ::-1]
-        if self.rounds and chance:
-            sample = draw_rounds(sample, self.rounds, chance)
+        if self.max_rounds and rng:
+            sample = draw_rounds(sample, self.max_rounds, rng)
         return self.encode(_load_tokenizer(self.tokenizer), sample), image
 
 
 def make_dataset(reader: Reader, start: int, stop: int, workers: int, spare: bool = True) -> ray.data.Dataset:
-    """Micro-batches start..stop-1 for that many workers; stop - start is a multiple of workers.
+    """Make a dataset of micro-batches start..stop-1. Iterate it with preserve_order.
 
-    spare: whether workers leave CPUs to readers.
+    Worker r gets micro-batches start + r, start + r + workers, ... Blocks are dealt to the workers in turn, so block b
+    holds the next few micro-batches of worker b % workers.
 
-    Worker r gets start + r, start + r + workers, ...: blocks are dealt to the workers in turn, so block b holds the
-    next few of worker b % workers.  Iterate with preserve_order.
+    Args:
+        reader: maker of micro-batches.
+        start: number of the first micro-batch.
+        stop: number after the last one; stop - start is a multiple of workers.
+        workers: number of training workers.
+        spare: True if workers leave CPUs to readers.
     """
-    samples = max(MAX_BLOCK_SAMPLES, (stop - start) * reader.size // MAX_SMALL_BLOCKS)
-    span = max(
-        min(samples, MAX_IMAGE_BLOCK_BYTES // (3 * reader.image_size**2 + TEXT_BYTES_PER_SAMPLE)) // reader.size, 1
-    )
-    count = -(-(stop - start) // (workers * span)) * workers
-    return ray.data.from_items([{"id": number} for number in range(count)], override_num_blocks=count).map_batches(
+    # micro-batches per block
+    samples = max(MAX_BLOCK_SAMPLES, (stop - start) * reader.micro_batch_size // MAX_SMALL_BLOCKS)
+    samples = min(samples, MAX_IMAGE_BLOCK_BYTES // (3 * reader.image_size**2 + TEXT_BYTES_PER_SAMPLE))
+    span = max(samples // reader.micro_batch_size, 1)
+    # a multiple of workers, so that all workers get equally many blocks
+    num_blocks = -(-(stop - start) // (workers * span)) * workers
+    ids = ray.data.from_items([{"id": number} for number in range(num_blocks)], override_num_blocks=num_blocks)
+    return ids.map_batches(
         _BlockReader,
         fn_constructor_args=(reader, start, stop, workers, span),
         batch_size=None,
@@ -199,7 +251,10 @@ def make_dataset(reader: Reader, start: int, stop: int, workers: int, spare: boo
 def make_streams(
     reader: Reader, start: int, stop: int, workers: int, spare: bool = True
 ) -> list[ray.data.DataIterator]:
-    """The dataset's blocks dealt to the workers in order, one stream each; it is read while the first one lives."""
+    """Split the dataset into one stream per worker, in order. Arguments as in `make_dataset`.
+
+    The caller keeps the first stream alive while workers read: it owns the execution.
+    """
     data = make_dataset(reader, start, stop, workers, spare)
     data.context.execution_options.preserve_order = True
     data.context.enable_progress_bars = False
@@ -207,7 +262,7 @@ def make_streams(
 
 
 class _BlockReader:
-    """An actor: from the number of a block to its micro-batches."""
+    """Actor that maps the number of a block to its micro-batches."""
 
     def __init__(self, reader: Reader, start: int, stop: int, workers: int, span: int) -> None:
         self.reader, self.start, self.stop, self.workers, self.span = reader, start, stop, workers, span
@@ -216,18 +271,18 @@ class _BlockReader:
         turn, worker = divmod(int(rows["id"][0]), self.workers)
         first = self.start + turn * self.span * self.workers + worker
         stop = min(first + self.span * self.workers, self.stop)
-        return self.reader.block(range(first, stop, self.workers))
+        return self.reader.read_block(range(first, stop, self.workers))
 
 
 def iterate_micro_batches(blocks: Iterable[Batch]) -> Iterator[Batch]:
-    """The rows of a worker's blocks one by one, as `Reader` made them."""
+    """Yield the micro-batches of a worker's blocks, as `Reader` made them."""
     for block in blocks:
         for row in range(len(block["number"])):
             yield {name: column[row] for name, column in block.items()}
 
 
 def encode_caption(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> TextRow:
-    """CLIP's side of a sample: what the assistant says first, as `<s> caption </s>`; beyond CONTEXT it is cut."""
+    """Encode the first answer of a sample for CLIP, as `<s> caption </s>`, truncated to CONTEXT tokens."""
     if not sample.image:
         raise ValueError(f"sample {sample.key}: text alone, allowed in a contrastive stage: an image and its caption")
     caption_text = sample.record["conversations"][1]["value"].replace(IMAGE, "")
@@ -236,17 +291,21 @@ def encode_caption(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> 
 
 
 def make_conversation_encoder(
-    template: TemplateName, image_tokens: int, length: int | None = None
+    template: TemplateName, image_tokens: int, max_length: int | None = None
 ) -> Callable[[PreTrainedTokenizerBase, StoredSample], TextRow]:
-    """LLaVA's side of a sample: input_ids and labels.
+    """Make the function that encodes a sample's conversation as input_ids and labels, as LLaVA does.
 
-    length: tokens after which a sample is cut off, as in LLaVA; None refuses one that is longer than the model's
-    positions.
+    Args:
+        template: name of the conversation template.
+        image_tokens: number of tokens that stand for an image.
+        max_length: number of tokens to which a sample is truncated, as in LLaVA. None rejects samples that are longer
+            than the model's positions.
     """
 
-    def row(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> TextRow:
+    def encode_conversation(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> TextRow:
+        turns = sample.record["conversations"]
         try:
-            ids, labels = encode(tokenizer, sample.record["conversations"], TEMPLATES[template], image_tokens, length)
+            ids, labels = encode(tokenizer, turns, TEMPLATES[template], image_tokens, max_length)
         except ValueError as error:
             raise ValueError(f"sample {sample.key}: {error}") from None
         if len(ids) > tokenizer.model_max_length:
@@ -256,47 +315,51 @@ def make_conversation_encoder(
             )
         return {"input_ids": ids, "labels": labels}
 
-    return row
+    return encode_conversation
 
 
-def draw_rounds(sample: StoredSample, rounds: int, chance: np.random.Generator) -> StoredSample:
-    """The sample with at most `rounds` of its rounds, in another order; the image still opens the conversation."""
+def draw_rounds(sample: StoredSample, max_rounds: int, rng: np.random.Generator) -> StoredSample:
+    """Return the sample with at most `max_rounds` of its rounds, shuffled. The image stays in the first turn."""
     turns = sample.record["conversations"]
     if len(turns) % 2:
         raise ValueError(f"sample {sample.key}: {len(turns)} turns, allowed: an even number, so that each is answered")
-    bare = [{**turn, "value": turn["value"].replace(IMAGE, "").strip()} for turn in turns]
-    mixed = [turn for start in chance.permutation(len(turns) // 2)[:rounds] for turn in bare[2 * start : 2 * start + 2]]
+    texts = [{**turn, "value": turn["value"].replace(IMAGE, "").strip()} for turn in turns]
+    # a round is a question and its answer
+    starts = 2 * rng.permutation(len(turns) // 2)[:max_rounds]
+    shuffled = [turn for start in starts for turn in texts[start : start + 2]]
     if any(IMAGE in turn["value"] for turn in turns):
-        mixed[0]["value"] = f"{IMAGE}\n{mixed[0]['value']}"
-    return replace(sample, record={**sample.record, "conversations": mixed})
+        shuffled[0]["value"] = f"{IMAGE}\n{shuffled[0]['value']}"
+    return replace(sample, record={**sample.record, "conversations": shuffled})
 
 
 def _describe_failure(shards: Shards, number: int, error: ValueError) -> str:
-    """Why the sample cannot be used, after its tar and its name."""
+    """Describe an unusable sample: its tar, its name and the error."""
     try:
         [row] = shards.read_rows([number])
-    except ValueError:  # the index is damaged there, which is what the error says
+    except ValueError:  # the index is damaged at this row, and the error says so
         return str(error)
     tar, name = storage.join(shards.folder, row["shard"]), f"sample {row['key']}"
     return f"{tar}: {name}: {str(error).removeprefix(f'{tar}: ').removeprefix(f'{name}: ')}"
 
 
-def _pad_rows(rows: Sequence[TextRow], padding: int) -> dict[str, Int[np.ndarray, "samples longest"]]:
+def _pad_rows(rows: Sequence[TextRow], pad_token_id: int) -> dict[str, Int[np.ndarray, "samples longest"]]:
+    """Pad text columns on the right, and add the attention mask."""
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     mask = [np.ones_like(ids) for ids in columns["input_ids"]]
-    fill = {"input_ids": padding, "labels": IGNORE}
-    return {**{name: pad(column, fill[name]) for name, column in columns.items()}, "attention_mask": pad(mask, 0)}
+    fill = {"input_ids": pad_token_id, "labels": IGNORE}
+    padded = {name: pad(column, fill[name]) for name, column in columns.items()}
+    return {**padded, "attention_mask": pad(mask, 0)}
 
 
 @functools.lru_cache(maxsize=4)
 def _cached_global_batch(order: Order, number: int) -> tuple[Int[np.ndarray, " samples"], Int[np.ndarray, " samples"]]:
-    """Kept, as several micro-batches are slices of one."""
+    """Compute a global batch. Cached, because several micro-batches are slices of one global batch."""
     return order.batch(number)
 
 
 @functools.cache
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Read once a process."""
-    from transformers import AutoTokenizer  # brings torch along, which Ray's coordinator of the readers does without
+    """Load the tokenizer, once per process."""
+    from transformers import AutoTokenizer  # imports torch, which Ray's coordinator of the readers does not need
 
     return AutoTokenizer.from_pretrained(folder)

@@ -1,6 +1,6 @@
-"""Data section of a job file: sets that are there, sets to be made, and what is tolerated.
+"""Data section of a job file: existing sets, sets that the job makes, and tolerated fractions of bad samples.
 
-Plain Python: a mistake in a job file is found without Ray.
+Plain Python, so that mistakes in a job file are found without Ray.
 """
 
 from dataclasses import dataclass, field

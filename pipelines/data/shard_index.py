@@ -3,7 +3,7 @@
 The index gives every sample's shard, byte range and checksum, so one sample is one ranged read. Training can take any
 sample at any time and in any order, without streaming the tar before it. Nothing in a shard is ever unpickled.
 
-    out/index.arrow                     one row per sample, in the order of the records: SCHEMA
+    out/index.arrow                     one row per sample, in the order of the records: INDEX_SCHEMA
 
 The index is an Arrow IPC file of one uncompressed record batch, about 100 bytes per sample. A local index is mapped
 into memory: a process pays for the pages that it touches, and all processes of a machine share them. It is therefore
@@ -34,14 +34,12 @@ FORMER_SHARD_OPTIONS = {
     "fit": "image_aspect_ratio",
     "tolerance": "max_bad_fraction",
 }
-"""Settings that had other names when older sets were made."""
+"""Former names of shard options, found in the summaries of older sets."""
 
-INDEX_FILE, QUARANTINE_FILE, SUMMARY_FILE, UNFINISHED_DIR = (
-    "index.arrow",
-    "quarantine.jsonl",
-    "summary.json",
-    "unfinished",
-)
+INDEX_FILE = "index.arrow"
+QUARANTINE_FILE = "quarantine.jsonl"
+SUMMARY_FILE = "summary.json"
+UNFINISHED_DIR = "unfinished"
 INDEX_SCHEMA = pa.schema(
     {
         "key": pa.large_string(),
@@ -56,16 +54,19 @@ INDEX_SCHEMA = pa.schema(
         "words": pa.int32(),
     }
 )
-"""Of each sample: its name, tar, range of bytes and their checksum; within the range the record and the image file,
-of size 0 for text alone; and the words of all turns.
+"""Columns of the index.
 
-Samples of a shard stand together, and the dictionary has the shards in the order of their samples.
+key: name of the sample in its tar. shard: file name of the tar. offset, length, sha256: byte range in the tar, and its
+checksum. record_at, record_size, image_at, image_size: record and image file within the range; image_size is 0 for
+text only. words: number of words of all turns.
+
+The samples of a shard are contiguous, and the dictionary lists the shards in the order of their samples.
 """
 
 
 @dataclass(frozen=True)
 class StoredSample:
-    """One sample as stored: the image file's bytes, none for text alone, and the record."""
+    """Sample as it is stored: bytes of the image file, b"" for text only, and the record."""
 
     key: str
     image: bytes
@@ -73,39 +74,39 @@ class StoredSample:
 
     @property
     def id(self) -> str:
-        """The record's own id, which may repeat; the key where it has none."""
+        """The record's id, which may repeat, or the key if it has none."""
         name = self.record.get("id")
         return self.key if name is None else str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def is_finished(out: str) -> bool:
-    """Tell if the folder holds a finished set."""
+    """Tell if the folder contains a finished set."""
     return storage.exists(storage.join(out, INDEX_FILE))
 
 
-def rename_former_options(asked: dict[str, Any]) -> dict[str, Any]:
-    """Settings in a summary under the names they have now; sets that are in use were made under others."""
-    return {FORMER_SHARD_OPTIONS.get(name, name): value for name, value in asked.items()}
+def rename_former_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Give options of a summary their current names."""
+    return {FORMER_SHARD_OPTIONS.get(name, name): value for name, value in options.items()}
 
 
 class Shards:
-    """A finished set of shards: `len`, and any samples by number.
+    """Finished set of shards with random access by sample number.
 
-    It travels to a task as little more than its folder's name; there the index is opened at the first look-up, once a
-    process.  A set made anew in the same folder is seen by what is constructed after it.
+    Pickled, it is little more than the folder's name. Another process opens the index at the first look-up, once. If
+    the set is replaced in the same folder, only objects constructed afterwards read the new one.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        """ValueError where there is no index, or no valid one; its rows are checked as they are read."""
+        """Open a set. ValueError if the index is missing or invalid. Its rows are checked when they are read."""
         self.folder = os.fspath(folder)
-        self._opening = uuid4().hex
-        self._length = _open_index(self.folder, self._opening)[1].num_rows
+        self._cache_key = uuid4().hex  # of this object and its pickled copies
+        self._length = _open_index(self.folder, self._cache_key)[1].num_rows
 
     def __len__(self) -> int:
         return self._length
 
     def iterate_records(self) -> Iterator[Any]:
-        """All records in the order of the index, unchecked; where one cannot be read some are left out."""
+        """Yield the records in the order of the index, unchecked. An unreadable record skips up to 64."""
         for first in range(0, len(self), 64):
             ranges = []
             for row in self.read_rows(range(first, min(first + 64, len(self)))):
@@ -116,76 +117,87 @@ class Shards:
 
     @property
     def shard_names(self) -> list[str]:
-        """Of each shard the file's name, in the order of the index."""
+        """File names of the shards, in the order of the index."""
         return self._rows["shard"].dictionary.to_pylist()
 
     @property
     def shard_sizes(self) -> Int64[np.ndarray, " shards"]:
-        """Of each shard how many samples it holds, in the order of the index."""
+        """Number of samples of each shard, in the order of the index."""
         shard = self._rows["shard"]
-        # the shards' numbers ascend, so that a search finds where each starts in a few pages of them
+        # shard numbers ascend, so a binary search reads only a few pages of the column
         return np.diff(np.searchsorted(shard.indices.to_numpy(), np.arange(len(shard.dictionary) + 1)))
 
     @property
     def word_counts(self) -> Int32[np.ndarray, " samples"]:
-        """Of each sample the words of all turns; a view of the index."""
+        """Number of words of each sample, over all turns; a view of the index."""
         return self._rows["words"].to_numpy()
 
     @property
     def has_image(self) -> Bool[np.ndarray, " samples"]:
-        """Of each sample whether it has an image; a byte a sample."""
+        """True for each sample with an image; one byte per sample."""
         return self._rows["image_size"].to_numpy() > 0
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the index in hex: the same for the same samples in the same order.  Reads all of the index."""
+        """SHA-256 of the index in hex, equal for the same samples in the same order. Reads the whole index."""
         return hashlib.sha256(self._opened[0]).hexdigest()
 
     @property
     def prepared_format(self) -> tuple[int, Fit] | None:
-        """Size and fit of images that are stored as squares; None where they are stored as they came."""
-        path = storage.join(self.folder, SUMMARY_FILE)  # which sets of others lack
-        asked = rename_former_options(json.loads(storage.read(path)).get("asked", {})) if storage.exists(path) else {}
-        return (asked["image_size"], asked["image_aspect_ratio"]) if asked.get("image_size") else None
+        """image_size and image_aspect_ratio of images stored as squares; None if they are stored unchanged."""
+        path = storage.join(self.folder, SUMMARY_FILE)
+        if not storage.exists(path):  # foreign sets have no summary
+            return None
+        options = rename_former_options(json.loads(storage.read(path)).get("asked", {}))
+        return (options["image_size"], options["image_aspect_ratio"]) if options.get("image_size") else None
 
     def get_key(self, number: int) -> str:
-        """The sample's name in its tar."""
+        """Return the sample's name in its tar."""
         return self.read_rows([number])[0]["key"]
 
     def read_rows(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
-        """Rows of the index: SCHEMA's columns.  IndexError where there is no such number, ValueError for a bad row."""
-        asked, table = np.array([int(number) for number in numbers], np.int64), self._rows
-        if (wrong := asked[(asked < 0) | (asked >= len(self))]).size:
-            raise IndexError(f"{self.folder}: got sample {wrong[0]}, allowed: 0 to {len(self) - 1}")
-        # Arrow follows what a damaged row says out of the file
-        shard = table["shard"].indices.to_numpy()[asked]
+        """Read rows of the index, with the columns of INDEX_SCHEMA.
+
+        Raises:
+            IndexError: a number is out of range.
+            ValueError: a row is damaged.
+        """
+        selected = np.array([int(number) for number in numbers], np.int64)
+        table = self._rows
+        outside = selected[(selected < 0) | (selected >= len(self))]
+        if outside.size:
+            raise IndexError(f"{self.folder}: got sample {outside[0]}, allowed: 0 to {len(self) - 1}")
+        # check the rows first: Arrow does not, and would read outside of the file
+        shard = table["shard"].indices.to_numpy()[selected]
         if ((shard < 0) | (shard >= len(table["shard"].dictionary))).any():
             raise _damaged_index(self.folder, "a row of no shard")
         try:
-            for number in asked.tolist():
+            for number in selected.tolist():
                 table["key"].slice(number, 1).validate(full=True)
         except pa.ArrowException as error:
             raise _damaged_index(self.folder, error) from None
-        return table.take(pa.array(asked)).to_pylist()
+        return table.take(pa.array(selected)).to_pylist()
 
     def validate(self) -> None:
-        """Read all of the index.  ValueError where it is damaged."""
+        """Check the whole index. ValueError if it is damaged."""
         try:
             self._rows.validate(full=True)
         except pa.ArrowException as error:
             raise _damaged_index(self.folder, error) from None
         shard = self._rows["shard"]
+        # shard numbers start at 0 and never skip or decrease
         steps = np.diff(shard.indices.to_numpy(), prepend=-1, append=len(shard.dictionary))
         if ((steps != 0) & (steps != 1)).any() or len(set(self.shard_names)) < len(self.shard_names):
             raise _damaged_index(self.folder, "samples of a shard do not stand together")
 
     def read_samples(self, numbers: Iterable[int]) -> list[StoredSample]:
-        """The samples with these numbers, in this order.  ValueError where stored bytes are not those of the index."""
+        """Read samples by number, in this order. ValueError if stored bytes differ from the index's checksum."""
         return read_samples([(self, number) for number in numbers])
 
     @property
     def _opened(self) -> tuple[pa.Buffer, pa.RecordBatch]:
-        opened = _open_index(self.folder, self._opening)
+        """The index file and its rows. ValueError if the file was replaced by one of another length."""
+        opened = _open_index(self.folder, self._cache_key)
         if opened[1].num_rows != len(self):
             raise ValueError(f"{self.folder}: {INDEX_FILE} has {opened[1].num_rows} samples now, it had {len(self)}")
         return opened
@@ -195,9 +207,9 @@ class Shards:
         return self._opened[1]
 
 
-@functools.lru_cache(maxsize=64)  # more than a mixture has sets
-def _open_index(folder: str, opening: str) -> tuple[pa.Buffer, pa.RecordBatch]:
-    """The index file and its rows, once a process for each opening, as the file may be replaced between two."""
+@functools.lru_cache(maxsize=64)  # a mixture has fewer sets
+def _open_index(folder: str, cache_key: str) -> tuple[pa.Buffer, pa.RecordBatch]:
+    """Open the index file, once per process and cache key, because the file may be replaced in between."""
     path = storage.join(folder, INDEX_FILE)
     if not storage.exists(path):
         raise ValueError(f"{folder}: no shards here, {INDEX_FILE} is missing")
@@ -216,23 +228,33 @@ def _open_index(folder: str, opening: str) -> tuple[pa.Buffer, pa.RecordBatch]:
     return data, rows
 
 
-def _damaged_index(folder: str, why: object) -> ValueError:
-    return ValueError(f"{storage.join(folder, INDEX_FILE)}: not an index of shards, or damaged: {why}")
+def _damaged_index(folder: str, reason: object) -> ValueError:
+    return ValueError(f"{storage.join(folder, INDEX_FILE)}: not an index of shards, or damaged: {reason}")
 
 
 def read_samples(wanted: Sequence[tuple[Shards, int]]) -> list[StoredSample]:
-    """Samples of several sets, side by side, in this order; as `Shards.read`."""
-    found: dict[int, dict[str, Any]] = {}
+    """Read samples of several sets in parallel. See `Shards.read_samples`.
+
+    Args:
+        wanted: pairs of set and sample number.
+
+    Returns:
+        The samples, in the order of `wanted`.
+    """
+    # rows of the index, looked up set by set
+    row_of: dict[int, dict[str, Any]] = {}
     for shards in dict.fromkeys(shards for shards, _ in wanted):
-        places = [place for place, (one, _) in enumerate(wanted) if one is shards]
-        found |= zip(places, shards.read_rows(wanted[place][1] for place in places), strict=True)
-    rows = [found[place] for place in range(len(wanted))]
+        positions = [position for position, (other, _) in enumerate(wanted) if other is shards]
+        row_of |= zip(positions, shards.read_rows(wanted[position][1] for position in positions), strict=True)
+    rows = [row_of[position] for position in range(len(wanted))]
+    # bytes of all sets together
     urls = [storage.join(shards.folder, row["shard"]) for (shards, _), row in zip(wanted, rows, strict=True)]
     ranges = [(url, row["offset"], row["offset"] + row["length"]) for url, row in zip(urls, rows, strict=True)]
-    return [_parse_sample(*each) for each in zip(rows, storage.read_ranges(ranges), urls, strict=True)]
+    return [_parse_sample(*parts) for parts in zip(rows, storage.read_ranges(ranges), urls, strict=True)]
 
 
 def _parse_sample(row: dict[str, Any], data: bytes, url: str) -> StoredSample:
+    """Check the bytes of a sample against its row, and cut image and record out of them."""
     if hashlib.sha256(data).digest() != row["sha256"]:
         raise ValueError(f"{url}: sample {row['key']}: bytes differ from the index's checksum")
     image, record = (data[row[f"{part}_at"] : row[f"{part}_at"] + row[f"{part}_size"]] for part in ("image", "record"))

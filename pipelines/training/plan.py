@@ -161,16 +161,16 @@ class StagePlan:
         return ingest.Reader(
             sources=sources,
             order=order,
-            size=stage.micro_batch_size,
+            micro_batch_size=stage.micro_batch_size,
             image_size=self.image_size,
             tokenizer=self.tokenizer,
             encode=ingest.make_conversation_encoder(self.template, self.image_tokens, stage.max_length)
             if is_language
             else ingest.encode_caption,
             image_aspect_ratio=self.image_aspect_ratio,
-            way=stage.image_backend,
-            flip=stage.random_flip,
-            rounds=stage.max_rounds,
+            image_backend=stage.image_backend,
+            random_flip=stage.random_flip,
+            max_rounds=stage.max_rounds,
         )
 
     def count_steps(self, order: Order) -> int:

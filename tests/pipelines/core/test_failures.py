@@ -55,7 +55,7 @@ def caught(work: Callable[[], Any]) -> BaseException:
             "/a/b: No space left on device; free",
         ),
         (OSError(errno.EROFS, "Read-only file system", "/a"), Kind.PERMANENT, "/a: Read-only file system; remount it"),
-        (PermissionError(errno.EACCES, "Permission denied", "/a"), Kind.PERMANENT, "/a: Permission denied; get the"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), Kind.PERMANENT, "/a: Permission denied; get perm"),
         (OSError(errno.EMFILE, "Too many open files"), Kind.PERMANENT, "Too many open files; raise the limit of open"),
         (OSError("s3://a/b: given up after 9 tries"), Kind.LOST, "s3://a/b: given up after 9 tries"),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset"), Kind.LOST, "Connection reset"),

@@ -63,7 +63,7 @@ def few(
     """13 of the samples, number 6 the long one, in one shard."""
     folder = tmp_path_factory.mktemp("few")
     with in_process():
-        records = [sample.record for sample in sound.read(range(LONG - 6, 30))]
+        records = [sample.record for sample in sound.read_samples(range(LONG - 6, 30))]
         make_shards(records, str(pictures), str(folder), ShardOptions())
     return Shards(folder)
 
@@ -75,8 +75,8 @@ def harmed(sound: Shards, tmp_path_factory: pytest.TempPathFactory) -> Shards:
     shutil.copytree(sound.folder, folder)
     spoil_image(folder, Shards(folder), [BROKEN])
     harm(folder, FLIPPED)
-    (folder / sound.names[1]).unlink()
-    (row,) = sound.rows([CUT[0]])
+    (folder / sound.shard_names[1]).unlink()
+    (row,) = sound.read_rows([CUT[0]])
     tar = folder / row["shard"]
     tar.write_bytes(tar.read_bytes()[: row["offset"] + 700])
     return Shards(folder)
@@ -117,7 +117,7 @@ def read_by(tokenizer: Path, *sets: Shards) -> Reader:
     return Reader(
         sources={f"set {number}": shards for number, shards in enumerate(sets)},
         order=Order(samples=tuple(map(len, sets)), global_batch_size=GLOBAL_BATCH, seed=3),
-        size=2,
+        micro_batch_size=2,
         image_size=SIDE,
         tokenizer=tokenizer,
         encode=make_conversation_encoder("vicuna_bare", 5),
@@ -138,7 +138,7 @@ def flat(batches: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, int, bytes]
 
 def whole(reader: Reader) -> tuple[list[tuple[int, int, bytes]], list[dict[str, Any]]]:
     """The same of the first STEPS global batches."""
-    return flat([reader(number) for number in range(STEPS * GLOBAL_BATCH // reader.size)])
+    return flat([reader(number) for number in range(STEPS * GLOBAL_BATCH // reader.micro_batch_size)])
 
 
 def test_bad_samples_are_replaced_and_named_and_others_are_as_before(sound: Shards, harmed: Shards, tokenizer: Path):
@@ -147,7 +147,7 @@ def test_bad_samples_are_replaced_and_named_and_others_are_as_before(sound: Shar
     rows, replaced = whole(reader)
     due = np.concatenate([reader.order.batch(step)[1] for step in range(STEPS)]).tolist()
     assert {number for number in due if number in BAD} == BAD
-    plain = replace(reader, sources={"set 0": sound}, order=replace(reader.order, shuffle="none"), size=1)
+    plain = replace(reader, sources={"set 0": sound}, order=replace(reader.order, shuffle="none"), micro_batch_size=1)
     seen = {number: flat([plain(number)])[0][0][2] for number in range(len(sound)) if number != LONG}
     entries = {entry["place"]: entry for entry in replaced}
     assert len(entries) == len(replaced)
@@ -209,7 +209,7 @@ def test_records_that_others_made_are_looked_at_when_they_are_read(
                 tar.addfile(member, io.BytesIO(body))
     rows = [{**row, "words": 2} for row in index_all(file)]
     write_index(str(tmp_path), pa.Table.from_pylist(rows, INDEX_SCHEMA))
-    reader = replace(read_by(tokenizer, Shards(tmp_path)), size=GLOBAL_BATCH)
+    reader = replace(read_by(tokenizer, Shards(tmp_path)), micro_batch_size=GLOBAL_BATCH)
     batch = reader(0)
     [entry] = json.loads(batch["replaced"])
     assert entry["due"] == 5
@@ -220,7 +220,7 @@ def test_records_that_others_made_are_looked_at_when_they_are_read(
 @pytest.mark.parametrize("size", [1, 4, 8])
 def test_replacements_do_not_depend_on_the_size_of_micro_batches(harmed: Shards, tokenizer: Path, size: int):
     reader = read_by(tokenizer, harmed)
-    assert whole(replace(reader, size=size)) == whole(reader)
+    assert whole(replace(reader, micro_batch_size=size)) == whole(reader)
 
 
 def test_replacements_are_of_the_same_source(few: Shards, harmed: Shards, tokenizer: Path):
@@ -266,7 +266,7 @@ def test_a_set_with_nothing_usable_is_one_error_that_names_folder_and_reason(
 ):
     folder = Path(shutil.copytree(sound.folder, tmp_path / "set"))
     if why == "not there":
-        for name in sound.names:
+        for name in sound.shard_names:
             (folder / name).unlink()
     else:
         spoil_image(folder, sound, range(len(sound)))
@@ -312,7 +312,7 @@ def test_a_bucket_that_does_not_answer_is_an_error(
     monkeypatch.setattr(storage, "RETRY", replace(fast, tries=3))
     for name in storage.list_files(sound.folder):
         storage.write(storage.join(bucket, name), storage.read(storage.join(sound.folder, name)))
-    reader = replace(read_by(tokenizer, Shards(bucket)), size=1)
+    reader = replace(read_by(tokenizer, Shards(bucket)), micro_batch_size=1)
     assert reader(0)["replaced"] == "[]"
     proxy.always = fault
     with pytest.raises(OSError, match=f"^{bucket}/00000.*: given up after 3 tries"):

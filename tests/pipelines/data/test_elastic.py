@@ -83,12 +83,12 @@ def read_by(tokenizer: Path, order: Order, sets: Sequence[Shards]) -> Reader:
     return Reader(
         sources={f"set {number}": shards for number, shards in enumerate(sets)},
         order=order,
-        size=order.global_batch_size,
+        micro_batch_size=order.global_batch_size,
         image_size=SIDE,
         tokenizer=tokenizer,
         encode=make_conversation_encoder("vicuna_bare", 2),
-        flip=True,
-        rounds=2,
+        random_flip=True,
+        max_rounds=2,
     )
 
 
@@ -189,18 +189,20 @@ def is_once_an_epoch(order: Order, pairs: Sequence[tuple[int, int]]) -> bool:
 class Numbers(Reader):
     """Says which samples are due, and reads none."""
 
-    def _stored(self, source: np.ndarray, due: np.ndarray) -> list[None]:
-        return [None] * len(due)
+    def _fetch(self, source: np.ndarray, scheduled: np.ndarray) -> list[None]:
+        return [None] * len(scheduled)
 
-    def _sound(self, place: int, source: int, due: int, stored: None) -> tuple[Any, None, None]:
-        return {"input_ids": np.array([due])}, None, None
+    def _usable_or_replacement(self, position: int, source: int, scheduled: int, *_: None) -> tuple[Any, None, None]:
+        return {"input_ids": np.array([scheduled])}, None, None
 
 
 def dealt(in_process: InProcess, reader: Reader, run: Run, steps: int) -> list[list[dict[str, Any]]]:
     """What the ranks get whose workers are dealt blocks in turn, as the tests on Ray show that they are."""
     per_step = reader.order.global_batch_size // run.size
     with in_process():
-        blocks: Any = make_dataset(replace(reader, size=run.size), run.start * per_step, steps * per_step, run.workers)
+        blocks: Any = make_dataset(
+            replace(reader, micro_batch_size=run.size), run.start * per_step, steps * per_step, run.workers
+        )
     due = (run.stop - run.start) * per_step // run.workers
     return [list(islice(iterate_micro_batches(blocks[rank :: run.workers]), due)) for rank in range(run.workers)]
 
@@ -264,7 +266,7 @@ def played(
     wait: called with its rank before each of a rank's micro-batches.
     """
     per_step = reader.order.global_batch_size // run.size
-    data = make_dataset(replace(reader, size=run.size), run.start * per_step, steps * per_step, run.workers)
+    data = make_dataset(replace(reader, micro_batch_size=run.size), run.start * per_step, steps * per_step, run.workers)
     data.context.execution_options = ExecutionOptions(preserve_order=True)
     shards = data.streaming_split(run.workers, equal=True)
     due = (run.stop - run.start) * per_step // run.workers
@@ -358,7 +360,7 @@ def test_going_on_costs_the_same_from_any_place(
 ):
     """Calls, ranges and bytes of the first micro-batch; an epoch has 25 global batches."""
     order = Order(samples=(len(long),), global_batch_size=16, seed=5)
-    reader, read, asked = replace(read_by(tokenizer, order, [long]), size=size), storage.read_ranges, []
+    reader, read, asked = replace(read_by(tokenizer, order, [long]), micro_batch_size=size), storage.read_ranges, []
 
     def counted(ranges: Sequence[storage.ByteRange]) -> list[bytes]:
         asked.append((len(ranges), sum(stop - start for _, start, stop in ranges)))
@@ -386,7 +388,7 @@ def test_on_ray_nothing_before_the_start_is_read(long: Shards, tokenizer: Path, 
     run = Run(95, 100, workers=2, size=1)
     told = stream(reader, played(replace(reader, encode=logged), run, 100))
     assert places(told) == ordered(order, range(95, 100))
-    assert sorted(log.read_text().split()) == sorted(long.key(sample) for _, sample in places(told))
+    assert sorted(log.read_text().split()) == sorted(long.get_key(sample) for _, sample in places(told))
 
 
 # A store full of faults

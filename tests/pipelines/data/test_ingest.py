@@ -39,12 +39,12 @@ def reader(stored: Shards, tokenizer: Path) -> Reader:
     return Reader(
         sources={"all": stored},
         order=Order(samples=(len(stored),), global_batch_size=GLOBAL_BATCH, seed=3),
-        size=4,
+        micro_batch_size=4,
         image_size=SIDE,
         tokenizer=tokenizer,
         encode=make_conversation_encoder("vicuna_bare", IMAGE_TOKENS),
-        flip=True,
-        rounds=99,
+        random_flip=True,
+        max_rounds=99,
     )
 
 
@@ -69,7 +69,7 @@ def pairs(sample: StoredSample) -> list[tuple[str, str]]:
 def drawn(reader: Reader) -> dict[bytes, tuple[str, bool]]:
     """(key, whether mirrored) of every picture that the samples can give."""
     result = {}
-    for sample in only(reader).read(range(len(only(reader)))):
+    for sample in only(reader).read_samples(range(len(only(reader)))):
         array = pixels(sample.image, reader.image_size).transpose(1, 2, 0)
         result[array.tobytes()] = (sample.key, False)
         result[array[:, ::-1].tobytes()] = (sample.key, True)
@@ -137,7 +137,7 @@ def test_shuffling_a_conversation_without_an_image_adds_none():
 
 def test_labels_are_the_answers_and_each_image_is_as_many_tokens_as_the_model_gives_it(reader: Reader):
     tokenizer, keys = AutoTokenizer.from_pretrained(reader.tokenizer), [key for key, _ in seen(reader, range(6))]
-    records = {sample.key: sample for sample in only(reader).read(range(len(only(reader))))}
+    records = {sample.key: sample for sample in only(reader).read_samples(range(len(only(reader))))}
     for key, (ids, labels) in zip(keys, said(reader, range(6)), strict=True):
         assert ids.count(tokenizer.convert_tokens_to_ids(IMAGE)) == IMAGE_TOKENS
         learned = [label for label in labels if label != IGNORE]
@@ -202,7 +202,7 @@ def said_alone(tokenizer: Any, image_tokens: int) -> list[int]:
 
 def test_captions_are_what_the_assistant_says_and_equal_ones_are_equal_rows(reader: Reader):
     tokenizer = AutoTokenizer.from_pretrained(reader.tokenizer)
-    samples = only(reader).read(range(len(only(reader))))
+    samples = only(reader).read_samples(range(len(only(reader))))
     ids = [encode_caption(tokenizer, sample)["input_ids"] for sample in samples]
     texts = [sample.record["conversations"][1]["value"] for sample in samples]
     for one, text in zip(ids, texts, strict=True):
@@ -224,7 +224,7 @@ def test_flips_and_orders_of_rounds_belong_to_the_place_in_the_stream_not_to_the
     """40 places, in micro-batches of 4, 2, 1 and 8: the same samples, mirrored and shuffled alike."""
     pictures, texts = seen(reader, range(10)), said(reader, range(10))
     for size in (1, 2, 8):
-        other = replace(reader, size=size)
+        other = replace(reader, micro_batch_size=size)
         assert seen(other, range(40 // size)) == pictures
         assert said(other, range(40 // size)) == texts
 
@@ -239,9 +239,9 @@ def test_about_half_of_the_images_are_mirrored_anew_each_epoch_and_by_seed(reade
 
 
 def test_without_flip_and_shuffle_the_samples_are_as_stored(reader: Reader):
-    plain = replace(reader, flip=False, rounds=None)
+    plain = replace(reader, random_flip=False, max_rounds=None)
     numbers = np.concatenate([plain.order.batch(number)[1] for number in range(3)])
-    stored = only(plain).read(numbers)
+    stored = only(plain).read_samples(numbers)
     assert seen(plain, range(6)) == [(sample.key, False) for sample in stored]
     loaded = AutoTokenizer.from_pretrained(plain.tokenizer)
     expected = [plain.encode(loaded, sample)["input_ids"].tolist() for sample in stored]
@@ -251,12 +251,12 @@ def test_without_flip_and_shuffle_the_samples_are_as_stored(reader: Reader):
 @pytest.mark.parametrize(("size", "workers"), [(8, 1), (4, 1), (4, 2), (2, 1), (2, 2), (2, 4), (1, 8), (1, 4)])
 def test_a_global_batch_has_the_same_samples_at_any_number_of_workers(reader: Reader, size: int, workers: int):
     """Rank r computes micro-batches r, r + workers, ...; what all have after each step is the order's global batch."""
-    shared = replace(reader, size=size)
+    shared = replace(reader, micro_batch_size=size)
     per_rank = GLOBAL_BATCH // (size * workers)
     for step in range(4):
         turns = [(step * per_rank + turn) * workers + rank for turn in range(per_rank) for rank in range(workers)]
         keys = [key for key, _ in seen(shared, turns)]
-        assert keys == [only(reader).key(number) for number in reader.order.batch(step)[1]]
+        assert keys == [only(reader).get_key(number) for number in reader.order.batch(step)[1]]
 
 
 def batches(data: Any) -> list[dict[str, np.ndarray]]:
@@ -283,7 +283,7 @@ def test_from_any_start_ray_data_gives_the_rest_of_the_stream_in_order(reader: R
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_get_every_other_micro_batch_in_order(reader: Reader):
     """Two turns of full blocks, and one of short ones."""
-    stop = 2 + 2 * (2 * MAX_BLOCK_SAMPLES // reader.size + 3)
+    stop = 2 + 2 * (2 * MAX_BLOCK_SAMPLES // reader.micro_batch_size + 3)
     shards = in_order(make_dataset(reader, 2, stop, workers=2)).streaming_split(2, equal=True)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(batches, shards)
@@ -315,7 +315,7 @@ def test_a_micro_batch_has_the_images_of_its_samples_and_all_their_texts(mixed: 
         batch = mixed(number)
         counts.append(len(batch["pixel_values"]))
         assert batch["pixel_values"].shape[1:] == (SIDE, SIDE, 3)
-        assert len(batch["input_ids"]) == mixed.size
+        assert len(batch["input_ids"]) == mixed.micro_batch_size
         assert (batch["input_ids"] == image).sum() == counts[-1] * IMAGE_TOKENS
     assert 0 in counts
     assert len(set(counts)) > 2
@@ -331,7 +331,7 @@ def test_micro_batches_with_and_without_images_travel_through_ray(mixed: Reader)
 def test_text_alone_has_no_place_in_a_contrastive_stage(mixed: Reader):
     for number in range(6):
         batch = replace(mixed, encode=encode_caption)(number)
-        assert len(batch["pixel_values"]) == mixed.size
+        assert len(batch["pixel_values"]) == mixed.micro_batch_size
         for entry in json.loads(batch["replaced"]):
             assert "text alone, allowed in a contrastive stage: an image and its caption" in entry["reason"]
             assert not only(mixed).has_image[entry["due"]]
