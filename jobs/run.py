@@ -179,7 +179,7 @@ def steps(
         ledger.note(folder, "evaluate", last, wall_s=time.monotonic() - clock)
 
     def describe() -> None:
-        _report(folder, evaluate.examples(subject, folder, job.report.examples))
+        _report(folder, evaluate.collect_examples(subject, folder, job.report.examples))
 
     return {**result, "evaluate": answer, "report": describe}
 
@@ -216,13 +216,13 @@ def _check_sets(job: Job, folder: Path) -> None:
                 plan.check_prepared(name, prepared.get(name))
 
 
-def _subject(job: Job, settings: tasks.Evaluate, stages: dict[str, Plan]) -> evaluate.Subject:
+def _subject(job: Job, settings: tasks.Evaluate, stages: dict[str, Plan]) -> evaluate.EvaluatedModel:
     """Who is evaluated: what the last stage made, or without one the checkpoint."""
     asked = {name: getattr(settings, name) for name in ("template", "image_aspect_ratio", "allow_mismatch")}
     if stages:
-        return evaluate.Subject(model=list(stages.values())[-1].result, **asked)
+        return evaluate.EvaluatedModel(model=list(stages.values())[-1].result, **asked)
     assert job.model.checkpoint
-    return evaluate.Subject(model=job.model.checkpoint, methods=job.model.methods, **asked)
+    return evaluate.EvaluatedModel(model=job.model.checkpoint, methods=job.model.methods, **asked)
 
 
 def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
@@ -322,7 +322,7 @@ def _readable(name: str, source: Source) -> Source:
     return replace(source, json=url, images=storage.absolute(source.images))
 
 
-def _asked(settings: tasks.Evaluate) -> dict[tasks.Name, tasks.Asking]:
+def _asked(settings: tasks.Evaluate) -> dict[tasks.TaskName, tasks.TaskSettings]:
     """The tasks, their files looked at once."""
     result = dict(settings.tasks)
     for name, asking in settings.tasks.items():
@@ -331,7 +331,7 @@ def _asked(settings: tasks.Evaluate) -> dict[tasks.Name, tasks.Asking]:
             files=tuple(map(storage.absolute, asking.files)),
             images=asking.images and storage.absolute(asking.images),
         )
-        evaluate.check(name, result[name])
+        evaluate.check_task(name, result[name])
     return result
 
 

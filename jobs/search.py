@@ -167,7 +167,7 @@ def _check_metrics(search: Search, job: Job, folder: Path) -> None:
     if len(job.train) > len(search.shared):
         known |= {"loss", "tokens_per_s"}
     if settings := run.located(job, folder).evaluate:
-        known |= evaluate.promised(settings)
+        known |= evaluate.list_metric_names(settings)
     for section in ("objectives", "limits"):
         for name in getattr(search, section):
             if name not in known:
