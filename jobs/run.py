@@ -386,7 +386,7 @@ def _summarise(folder: Path) -> None:
 
 def _report(folder: Path, examples: Sequence[evaluate.Example]) -> None:
     _summarise(folder)
-    run_report.write(folder, examples)
+    run_report.write_report(folder, examples)
 
 
 def _write(path: Path, values: dict[str, float]) -> None:

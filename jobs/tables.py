@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pipelines.evaluation.tasks import TASKS
 from pipelines.report import comparison, page
-from pipelines.report.runs import Scorers, find
-from pipelines.report.tables import Cell, Column, Line, Table, build, prompts
+from pipelines.report.runs import Scorers, find_families
+from pipelines.report.tables import Cell, Column, ResultRow, ResultTable, build_tables, compare_prompts
 
 FIELDS = (
     "family", "row", "source", "about", "column", "value", "low", "high",
@@ -26,12 +26,12 @@ def tell(runs: Sequence[Path], out: Path | None, scorers: Scorers, samples: int 
     samples: draws of each bootstrap.
     Raises ValueError where there is no finished run, saying where it looked.
     """
-    families, notes = find(runs, scorers)
-    tables = build(families, samples)
-    text = markdown(tables, [*comparison.summary(tables), *notes])
+    families, notes = find_families(runs, scorers)
+    tables = build_tables(families, samples)
+    text = markdown(tables, [*comparison.write_summary(tables), *notes])
     if out:
         followed = scorers.get("instructions")
-        asked = {family.label: prompts(family, followed) for family in families} if followed else {}
+        asked = {family.label: compare_prompts(family, followed) for family in families} if followed else {}
         out.mkdir(parents=True, exist_ok=True)
         page.write(out / "tables.md", text)
         page.write(out / "tables.html", comparison.render(tables, notes, asked))
@@ -40,7 +40,7 @@ def tell(runs: Sequence[Path], out: Path | None, scorers: Scorers, samples: int 
     return text
 
 
-def markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
+def markdown(tables: Sequence[ResultTable], notes: Sequence[str]) -> str:
     """Each table with its missing rows' commands below it."""
     parts = ["\n\n".join(notes)]
     for table in tables:
@@ -54,7 +54,7 @@ def markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _rows(columns: Sequence[Column], rows: Sequence[Line]) -> Iterator[str]:
+def _rows(columns: Sequence[Column], rows: Sequence[ResultRow]) -> Iterator[str]:
     yield "| | | " + " | ".join(column.name for column in columns) + " |"
     yield "|---|---|" + "---:|" * len(columns)
     for line in rows:
@@ -66,15 +66,17 @@ def _rows(columns: Sequence[Column], rows: Sequence[Line]) -> Iterator[str]:
 def _told(column: Column, cell: Cell | None) -> str:
     if cell is None:
         return ""
-    text = column.show.format(cell.value)
+    text = column.number_format.format(cell.value)
     if cell.interval:
-        text += f" ({column.show.format(cell.interval.low)} to {column.show.format(cell.interval.high)})"
+        text += (
+            f" ({column.number_format.format(cell.interval.low)} to {column.number_format.format(cell.interval.high)})"
+        )
     if cell.difference:
-        text += f"; {cell.difference.value:+.1f}" + (" within noise" if cell.difference.noise else "")
+        text += f"; {cell.difference.value:+.1f}" + (" within noise" if cell.difference.is_noise else "")
     return text + (f"; {cell.ratio:.2f} of LLaVA's" if cell.ratio is not None else "")
 
 
-def cells(table: Table) -> str:
+def cells(table: ResultTable) -> str:
     """CSV, a line for each cell; a missing row has one line, with its command."""
     file = io.StringIO()
     writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
@@ -96,7 +98,7 @@ def _numbers(cell: Cell) -> dict[str, float | int | None]:
         told |= {"low": cell.interval.low, "high": cell.interval.high}
     if more := cell.difference:
         told |= {"difference": more.value, "difference_low": more.low, "difference_high": more.high}
-        told["noise"] = int(more.noise)
+        told["noise"] = int(more.is_noise)
     return told
 
 
