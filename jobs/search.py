@@ -39,8 +39,8 @@ from pipelines.evaluation import evaluate
 from pipelines.report import page
 from pipelines.search import driver as tuning
 from pipelines.search import search_page
-from pipelines.search.space import Range, Space, Values, check
-from pipelines.search.trials import Trials, Try, discard, find, fit, opened
+from pipelines.search.space import Range, Space, Values, check_space
+from pipelines.search.trials import Trials, TrialSpec, check_feasible, discard_study, load_study, open_storage
 from pipelines.training import driver, metrics
 from pipelines.training.stage import count_shared_workers
 from redux import model as redux
@@ -137,8 +137,9 @@ def _check(search: Search) -> None:
             raise ValueError(f"{key}: got other values for trials, allowed: none, as {taken[0]} is shared by all")
     _check_pruning(search, whole)
     # limits too, but of a model from sizes, whose vocabulary is not known yet
-    check(
-        Space(search.space), functools.partial(fit, search, jobs.forecast) if whole.model.pretrained else jobs.forecast
+    check_space(
+        Space(search.space),
+        functools.partial(check_feasible, search, jobs.forecast) if whole.model.pretrained else jobs.forecast,
     )
 
 
@@ -189,16 +190,16 @@ def conduct(search: Search, folder: Path, changed: bool = False) -> None:
         jobs = Jobs(search, _share(search, folder / SHARED, changed), _with_counts(search, whole))
         trials = Trials(search, search.name, folder, jobs.forecast)
 
-        def work(trial: Try, place: Path, watch: driver.Watch) -> dict[str, float]:
+        def work(trial: TrialSpec, place: Path, watch: driver.Watch) -> dict[str, float]:
             job = jobs(trial.values, str(trial.number))
             run.run(job, place, watch=watch, patience_s=PATIENCE_S)
             return _measured(job, place)
 
         after = functools.partial(_show, folder=folder, jobs=jobs, tidied=set())
         stage = list(whole.train)[-1] if whole.train else None
-        tuning.search(trials, folder, work, after, stage, whole.recovery.grace_s)
+        tuning.run_search(trials, folder, work, after, stage, whole.recovery.grace_s)
     print(f"{search.name} is finished: {folder / 'search.html'}")
-    for line in search_page.summary(trials.study):
+    for line in search_page.write_summary(trials.study):
         print(line)
 
 
@@ -215,12 +216,12 @@ def _claim(search: Search, folder: Path, changed: bool) -> None:
             return f"{SHARED}, which has begun,"
         return "a trial" if tried else ""
 
-    tried = any((folder / tuning.FOLDER).glob("*"))
+    tried = any((folder / tuning.TRIALS_FOLDER).glob("*"))
     trained = bool(metrics.stages(folder / SHARED))
     keys = claims.claim(folder / FILE, search, find_use, changed)
     if not tried and not all(claims.is_free(key, FREE) for key in keys):
-        discard(search, search.name, folder)
-    opened(search, folder)  # an error in `storage` comes before any work
+        discard_study(search, search.name, folder)
+    open_storage(search, folder)  # an error in `storage` comes before any work
 
 
 def _share(search: Search, folder: Path, changed: bool) -> tuple[Job, Path] | None:
@@ -276,13 +277,13 @@ def _show(trials: Trials, folder: Path, jobs: Jobs, tidied: set[int]) -> None:
 
     Those that failed keep them, for more retries may be allowed.
     """
-    search_page.write(trials.study, folder)
-    for tries in trials.ended:
+    search_page.write_page(trials.study, folder)
+    for tries in trials.ended_attempts:
         number = tries[0].number
         if number in tidied or tries[-1].state == TrialState.FAIL:
             continue
         tidied.add(number)
-        place = folder / tuning.FOLDER / f"{number:04}"
+        place = folder / tuning.TRIALS_FOLDER / f"{number:04}"
         shutil.rmtree(place / claims.ASSEMBLED, ignore_errors=True)
         for plan in run.plans(jobs({}, str(number)), place).values():
             with suppress(OSError):  # a bucket that is away for now is no reason to end a search
@@ -295,9 +296,9 @@ def best(folder: Path, numbers: Sequence[int]) -> list[Path]:
     Without numbers it is the best trial's, where there is one objective.  ValueError where a trial has no result.
     """
     search = document.read(folder / FILE, (), Search)
-    study = find(search, search.name, folder)
+    study = load_study(search, search.name, folder)
     complete = {trial.number: trial for trial in study.get_trials(states=(TrialState.COMPLETE,))}
-    found = search_page.front(study)
+    found = search_page.find_front(study)
     if not numbers and len(search.objectives) == 1 and found:
         numbers = [found[0].number]
     told = ", ".join(f"{trial.number} ({_values(search, trial)})" for trial in found) or "none yet"
