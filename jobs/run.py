@@ -198,7 +198,7 @@ def list_steps(
         ledger.append_event(folder, "evaluate", last, wall_s=time.monotonic() - clock)
 
     def describe() -> None:
-        _write_report(folder, evaluate.examples(subject, folder, job.report.examples))
+        _write_report(folder, evaluate.collect_examples(subject, folder, job.report.examples))
 
     return {**result, "evaluate": answer, "report": describe}
 
@@ -247,13 +247,15 @@ def _check_stored_images(job: Job, folder: Path) -> None:
                 plan.check_prepared(name, prepared.get(name))
 
 
-def _choose_evaluated_model(job: Job, settings: tasks.Evaluate, stages: dict[str, StagePlan]) -> evaluate.Subject:
+def _choose_evaluated_model(
+    job: Job, settings: tasks.Evaluate, stages: dict[str, StagePlan]
+) -> evaluate.EvaluatedModel:
     """Choose the model to evaluate: the result of the last stage, or model.checkpoint if there is no stage."""
     asked = {name: getattr(settings, name) for name in ("template", "image_aspect_ratio", "allow_mismatch")}
     if stages:
-        return evaluate.Subject(model=list(stages.values())[-1].result, **asked)
+        return evaluate.EvaluatedModel(model=list(stages.values())[-1].result, **asked)
     assert job.model.checkpoint
-    return evaluate.Subject(model=job.model.checkpoint, methods=job.model.methods, **asked)
+    return evaluate.EvaluatedModel(model=job.model.checkpoint, methods=job.model.methods, **asked)
 
 
 def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str, StagePlan]:
@@ -362,7 +364,7 @@ def _resolve_source(name: str, source: SetSource) -> SetSource:
     return replace(source, json=url, images=storage.make_absolute(source.images))
 
 
-def _resolve_tasks(settings: tasks.Evaluate) -> dict[tasks.Name, tasks.Asking]:
+def _resolve_tasks(settings: tasks.Evaluate) -> dict[tasks.TaskName, tasks.TaskSettings]:
     """Make the paths of all tasks absolute and check their files."""
     result = dict(settings.tasks)
     for name, asking in settings.tasks.items():
@@ -371,7 +373,7 @@ def _resolve_tasks(settings: tasks.Evaluate) -> dict[tasks.Name, tasks.Asking]:
             files=tuple(map(storage.make_absolute, asking.files)),
             images=asking.images and storage.make_absolute(asking.images),
         )
-        evaluate.check(name, result[name])
+        evaluate.check_task(name, result[name])
     return result
 
 
@@ -431,7 +433,7 @@ def _write_metrics(folder: Path) -> None:
 
 def _write_report(folder: Path, examples: Sequence[evaluate.Example]) -> None:
     _write_metrics(folder)
-    run_report.write(folder, examples)
+    run_report.write_report(folder, examples)
 
 
 def _write_json(path: Path, values: dict[str, float]) -> None:

@@ -39,8 +39,8 @@ from pipelines.evaluation import evaluate
 from pipelines.report import page
 from pipelines.search import driver as tuning
 from pipelines.search import search_page
-from pipelines.search.space import Range, Space, Values, check
-from pipelines.search.trials import Trials, Try, discard, find, fit, opened
+from pipelines.search.space import Range, Space, Values, check_space
+from pipelines.search.trials import Trials, TrialSpec, check_feasible, discard_study, load_study, open_storage
 from pipelines.training import driver, metrics
 from pipelines.training.stage import count_shared_workers
 from redux import model as redux
@@ -149,8 +149,9 @@ def _check(search: Search) -> None:
             raise ValueError(f"{key}: got other values for trials, allowed: none, as {taken[0]} is shared by all")
     _check_pruning(search, whole)
     # limits are checked too, except for a model from sizes, whose vocabulary is not known yet
-    check(
-        Space(search.space), functools.partial(fit, search, jobs.forecast) if whole.model.pretrained else jobs.forecast
+    check_space(
+        Space(search.space),
+        functools.partial(check_feasible, search, jobs.forecast) if whole.model.pretrained else jobs.forecast,
     )
 
 
@@ -179,7 +180,7 @@ def _check_metrics(search: Search, job: Job, folder: Path) -> None:
     if len(job.train) > len(search.shared):
         known |= {"loss", "tokens_per_s"}
     if settings := run.resolve_job(job, folder).evaluate:
-        known |= evaluate.promised(settings)
+        known |= evaluate.list_metric_names(settings)
     for section in ("objectives", "limits"):
         for name in getattr(search, section):
             if name not in known:
@@ -202,16 +203,16 @@ def run_search(search: Search, folder: Path, allow_changes: bool = False) -> Non
         jobs = TrialJobs(search, _share(search, folder / SHARED, allow_changes), _divide_resources(search, whole))
         trials = Trials(search, search.name, folder, jobs.forecast)
 
-        def run_trial(trial: Try, trial_folder: Path, watch: driver.StopCallback) -> dict[str, float]:
+        def run_trial(trial: TrialSpec, trial_folder: Path, watch: driver.StopCallback) -> dict[str, float]:
             job = jobs(trial.values, str(trial.number))
             run.run(job, trial_folder, watch=watch, patience_s=PATIENCE_S)
             return _read_metrics(job, trial_folder)
 
         after = functools.partial(_write_results, folder=folder, jobs=jobs, cleaned=set())
         stage = list(whole.train)[-1] if whole.train else None
-        tuning.search(trials, folder, run_trial, after, stage, whole.recovery.grace_s)
+        tuning.run_search(trials, folder, run_trial, after, stage, whole.recovery.grace_s)
     print(f"{search.name} is finished: {folder / 'search.html'}")
-    for line in search_page.summary(trials.study):
+    for line in search_page.write_summary(trials.study):
         print(line)
 
 
@@ -228,12 +229,12 @@ def _claim(search: Search, folder: Path, allow_changes: bool) -> None:
             return f"{SHARED}, which has begun,"
         return "a trial" if tried else ""
 
-    tried = any((folder / tuning.FOLDER).glob("*"))
+    tried = any((folder / tuning.TRIALS_FOLDER).glob("*"))
     trained = bool(metrics.read_stages(folder / SHARED))
     keys = claims.claim(folder / SEARCH_FILE, search, find_use, allow_changes)
     if not tried and not all(claims.may_change(key, SEARCH_MAY_CHANGE_ON_RESUME) for key in keys):
-        discard(search, search.name, folder)
-    opened(search, folder)  # reports a wrong `storage` before any work
+        discard_study(search, search.name, folder)
+    open_storage(search, folder)  # reports a wrong `storage` before any work
 
 
 def _share(search: Search, folder: Path, allow_changes: bool) -> tuple[Job, Path] | None:
@@ -289,13 +290,13 @@ def _write_results(trials: Trials, folder: Path, jobs: TrialJobs, cleaned: set[i
 
     Failed trials keep their weights, because more retries may be allowed later.
     """
-    search_page.write(trials.study, folder)
-    for tries in trials.ended:
+    search_page.write_page(trials.study, folder)
+    for tries in trials.ended_attempts:
         number = tries[0].number
         if number in cleaned or tries[-1].state == TrialState.FAIL:
             continue
         cleaned.add(number)
-        trial_folder = folder / tuning.FOLDER / f"{number:04}"
+        trial_folder = folder / tuning.TRIALS_FOLDER / f"{number:04}"
         shutil.rmtree(trial_folder / claims.ASSEMBLED, ignore_errors=True)
         for plan in run.plan_stages(jobs({}, str(number)), trial_folder).values():
             with suppress(OSError):  # a bucket that cannot be reached must not end the search
@@ -316,9 +317,9 @@ def best(folder: Path, numbers: Sequence[int]) -> list[Path]:
         ValueError: a trial has no result.
     """
     search = document.read(folder / SEARCH_FILE, (), Search)
-    study = find(search, search.name, folder)
+    study = load_study(search, search.name, folder)
     complete = {trial.number: trial for trial in study.get_trials(states=(TrialState.COMPLETE,))}
-    found = search_page.front(study)
+    found = search_page.find_front(study)
     if not numbers and len(search.objectives) == 1 and found:
         numbers = [found[0].number]
     front = ", ".join(f"{trial.number} ({_values(search, trial)})" for trial in found) or "none yet"

@@ -10,11 +10,11 @@ from annotated_types import Ge
 from jobs import document, study
 from jobs.schema import Name
 from pipelines.search.space import Values
-from pipelines.search.trials import Settings
+from pipelines.search.trials import SearchSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search(Settings):
+class Search(SearchSettings):
     """Content of a search file.
 
     Args:

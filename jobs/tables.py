@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pipelines.evaluation.tasks import TASKS
 from pipelines.report import comparison, page
-from pipelines.report.runs import Scorers, find
-from pipelines.report.tables import Cell, Column, Line, Table, build, prompts
+from pipelines.report.runs import Scorers, find_families
+from pipelines.report.tables import Cell, Column, ResultRow, ResultTable, build_tables, compare_prompts
 
 CSV_FIELDS = (
     "family", "row", "source", "about", "column", "value", "low", "high",
@@ -34,12 +34,12 @@ def write_tables(runs: Sequence[Path], out: Path | None, scorers: Scorers, sampl
     Raises:
         ValueError: there is no finished run.
     """
-    families, notes = find(runs, scorers)
-    tables = build(families, samples)
-    text = format_markdown(tables, [*comparison.summary(tables), *notes])
+    families, notes = find_families(runs, scorers)
+    tables = build_tables(families, samples)
+    text = format_markdown(tables, [*comparison.write_summary(tables), *notes])
     if out:
         followed = scorers.get("instructions")
-        asked = {family.label: prompts(family, followed) for family in families} if followed else {}
+        asked = {family.label: compare_prompts(family, followed) for family in families} if followed else {}
         out.mkdir(parents=True, exist_ok=True)
         page.write(out / "tables.md", text)
         page.write(out / "tables.html", comparison.render(tables, notes, asked))
@@ -48,7 +48,7 @@ def write_tables(runs: Sequence[Path], out: Path | None, scorers: Scorers, sampl
     return text
 
 
-def format_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
+def format_markdown(tables: Sequence[ResultTable], notes: Sequence[str]) -> str:
     """Format each table as Markdown, with the commands of its missing rows below it."""
     parts = ["\n\n".join(notes)]
     for table in tables:
@@ -62,7 +62,7 @@ def format_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _rows(columns: Sequence[Column], rows: Sequence[Line]) -> Iterator[str]:
+def _rows(columns: Sequence[Column], rows: Sequence[ResultRow]) -> Iterator[str]:
     yield "| | | " + " | ".join(column.name for column in columns) + " |"
     yield "|---|---|" + "---:|" * len(columns)
     for line in rows:
@@ -74,15 +74,17 @@ def _rows(columns: Sequence[Column], rows: Sequence[Line]) -> Iterator[str]:
 def _format_cell(column: Column, cell: Cell | None) -> str:
     if cell is None:
         return ""
-    text = column.show.format(cell.value)
+    text = column.number_format.format(cell.value)
     if cell.interval:
-        text += f" ({column.show.format(cell.interval.low)} to {column.show.format(cell.interval.high)})"
+        text += (
+            f" ({column.number_format.format(cell.interval.low)} to {column.number_format.format(cell.interval.high)})"
+        )
     if cell.difference:
-        text += f"; {cell.difference.value:+.1f}" + (" within noise" if cell.difference.noise else "")
+        text += f"; {cell.difference.value:+.1f}" + (" within noise" if cell.difference.is_noise else "")
     return text + (f"; {cell.ratio:.2f} of LLaVA's" if cell.ratio is not None else "")
 
 
-def format_csv(table: Table) -> str:
+def format_csv(table: ResultTable) -> str:
     """Format a table as CSV with one line per cell; a missing row has one line with its command."""
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_FIELDS, lineterminator="\n")
@@ -107,7 +109,7 @@ def _numbers(cell: Cell) -> dict[str, float | int | None]:
             "difference": difference.value,
             "difference_low": difference.low,
             "difference_high": difference.high,
-            "noise": int(difference.noise),
+            "noise": int(difference.is_noise),
         }
     return numbers
 

@@ -1,17 +1,17 @@
-"""Batch inference over the questions of benchmarks, and the scores.
+"""Batch inference over the questions of benchmarks, and their scores.
 
-One Ray Data pipeline for all of them: a batch holds questions of one benchmark and similar length, the longest first,
-and its answers are on disk before the next batch of its actor is.  What was answered is not asked again: the same call
-goes on where an earlier one ended.
+One Ray Data pipeline runs all tasks. A batch has questions of one task with similar length; the longest come first. The
+answers of a batch are on disk before its actor returns the next one. An interrupted evaluation continues: questions
+with an answer on disk are not asked again.
 
 rows in:   a batch and its number
-rows out:  one block a batch: what the model said to its questions, and how long that took
-resources: `actors` actors share the CPUs, or take a GPU each
+rows out:  one block per batch: the responses, and the time they took
+resources: `num_actors` actors share the CPUs, or take a GPU each
 
-answers/TASK.jsonl    {"id", "unit", "prompt", …, "response"}, one line a question in the benchmark's order: all that
-                      scoring needs.  Until it is complete it is .TASK.jsonl, in the order of the answers.
-answers/speed.jsonl   {"task", "questions", "tokens", "prefill_s", "decode_s", "peak_bytes"}, one line a batch
-answers/asked.json    who was asked, and how: answers of others are never taken for theirs
+answers/TASK.jsonl    {"id", "unit", "prompt", …, "response"}, one line per question in the order of the benchmark: all
+                      that scoring needs. Until it is complete it is .TASK.jsonl, in the order of the answers.
+answers/speed.jsonl   {"task", "questions", "tokens", "prefill_s", "decode_s", "peak_bytes"}, one line per batch
+answers/asked.json    the model and the settings that gave the answers; answers of other models are never reused
 """
 
 import json
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
 from pipelines.data import easy_vqa
-from pipelines.evaluation.tasks import TASKS, Asking, Evaluate, Name, questions, spread
+from pipelines.evaluation.tasks import TASKS, Evaluate, TaskName, TaskSettings, load_questions, spread_evenly
 from pipelines.training.metrics import measure_peak_bytes
 from redux import respondent
 from redux.benchmarks import BENCHMARKS, Metric, Question
@@ -41,27 +41,38 @@ from redux.respondent import Answers, Respondent
 from redux.sentences import splitter
 from redux.settings import METHODS, Fit, TemplateName
 
-FOLDER = "answers"
-ASKED = "asked.json"
-SPEED = "speed.jsonl"
+ANSWERS_FOLDER = "answers"
+PROVENANCE_FILE = "asked.json"
+SPEED_FILE = "speed.jsonl"
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Questions of one task to be answered at once; `images` is the folder of theirs."""
+class QuestionBatch:
+    """Questions of one task that are answered together.
 
-    task: Name
+    Args:
+        task: name of the task.
+        questions: the questions.
+        images: folder or URL of their images.
+        max_new_tokens: maximum length of an answer in tokens.
+    """
+
+    task: TaskName
     questions: list[Question]
     images: str
     max_new_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """The model that is asked: folder, hub id or URL.
+class EvaluatedModel:
+    """The model that answers, and how it is loaded.
 
-    template, fit, allow_mismatch: as `redux.respondent.load` takes them.
-    methods: settings of the method in place of the model's own, by their names in redux.model.METHODS.
+    Args:
+        model: folder, Hugging Face Hub id or URL.
+        template: conversation template, as `redux.respondent.load` takes it.
+        image_aspect_ratio: "pad" or "crop", as `redux.respondent.load` takes it.
+        allow_mismatch: allow a template or an image_aspect_ratio that differs from the training.
+        methods: settings of vmtc, cmai and reduction that replace those of the model.
     """
 
     model: str
@@ -71,17 +82,21 @@ class Subject:
     methods: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Answerer:
-    """An actor with the model: answers batches, greedily."""
+class EvaluationActor:
+    """Ray actor that loads the model at its first batch and answers batches with greedy decoding."""
 
-    def __init__(self, subject: Subject, settings: Evaluate, actors: int) -> None:
+    def __init__(self, evaluated: EvaluatedModel, settings: Evaluate, actors: int) -> None:
         if not torch.cuda.is_available():
             torch.set_num_threads(max(len(os.sched_getaffinity(0)) // actors, 1))
-        self.subject, self.settings = subject, settings
+        self.evaluated = evaluated
+        self.settings = settings
         self.model: Respondent | None = None
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
-        """One row a question; where the model, an image or a prompt cannot be used, one row with the "error"."""
+        """Answer a batch: one row per question, or a single row with "error" if it cannot be answered.
+
+        The error is a value, not an exception: Ray would retry the task and wrap the message in a traceback.
+        """
         [number], [batch] = rows["number"], rows["batch"]
         try:
             answers = self._answer(batch)
@@ -101,120 +116,136 @@ class Answerer:
             "error": [problem] * count,
         }
 
-    def _answer(self, batch: Batch) -> Answers:
+    def _answer(self, batch: QuestionBatch) -> Answers:
         if self.model is None:
-            of = self.subject
+            evaluated = self.evaluated
             self.model = respondent.load(
-                of.model,
-                template=of.template,
-                image_aspect_ratio=of.image_aspect_ratio,
-                allow_mismatch=of.allow_mismatch,
+                evaluated.model,
+                template=evaluated.template,
+                image_aspect_ratio=evaluated.image_aspect_ratio,
+                allow_mismatch=evaluated.allow_mismatch,
                 image_input=self.settings.image_input,
-                **of.methods,
+                **evaluated.methods,
             )
-        return self.model([each.prompt for each in batch.questions], _images(batch), batch.max_new_tokens)
+        prompts = [question.prompt for question in batch.questions]
+        return self.model(prompts, _read_images(batch), batch.max_new_tokens)
 
 
-def _images(batch: Batch) -> list[bytes | None]:
-    """Each question's image; one that several ask about is read once."""
-    named = {each.image for each in batch.questions if isinstance(each.image, str)}
-    read = {name: storage.read(storage.join(batch.images, name)) for name in named}
-    return [read[each.image] if isinstance(each.image, str) else each.image for each in batch.questions]
+def _read_images(batch: QuestionBatch) -> list[bytes | None]:
+    """Read the image of each question; an image with several questions is read once."""
+    names = {question.image for question in batch.questions if isinstance(question.image, str)}
+    content = {name: storage.read(storage.join(batch.images, name)) for name in names}
+    images = [question.image for question in batch.questions]
+    return [content[image] if isinstance(image, str) else image for image in images]
 
 
-def evaluate(subject: Subject, run: Path, settings: Evaluate, gpu_share: float = 1) -> dict[str, float]:
-    """Answer what is not answered yet, into run/answers/; returns all scores by name.
+def evaluate(evaluated: EvaluatedModel, run: Path, settings: Evaluate, gpu_share: float = 1) -> dict[str, float]:
+    """Answer all questions without an answer in run/answers/, and return all scores by name.
 
-    gpu_share: of a GPU, for each actor.
-    ValueError where a task's files cannot be read or do not fit, or answers of another model, or to other settings, are
-    there.
+    Args:
+        evaluated: the model that answers.
+        run: the run folder.
+        settings: tasks and resources.
+        gpu_share: share of a GPU for each actor.
+
+    Raises:
+        ValueError: the files of a task cannot be used, or the folder has answers of another model or other settings.
     """
-    folder = run / FOLDER
+    folder = run / ANSWERS_FOLDER
     folder.mkdir(exist_ok=True)
-    _claim(folder, subject, settings)
-    asked = {name: questions(name, asking) for name, asking in settings.tasks.items()}
-    left = {name: _left(folder, name, each) for name, each in asked.items()}
-    jsonl.drop_partial_line(folder / SPEED)
-    if any(left.values()):
-        _answer(subject, folder, settings, left, sum(map(len, asked.values())), gpu_share)
-    for name, each in asked.items():
-        _complete(folder, name, each)
-    return scores(run, list(asked)) | speed(run)
+    # the check comes before any answer is written, as answers do not say which model gave them
+    _check_provenance(folder, evaluated, settings)
+    questions = {name: load_questions(name, task) for name, task in settings.tasks.items()}
+    remaining = {name: _find_unanswered(folder, name, of_task) for name, of_task in questions.items()}
+    jsonl.drop_partial_line(folder / SPEED_FILE)
+    if any(remaining.values()):
+        total = sum(len(of_task) for of_task in questions.values())
+        _run_inference(evaluated, folder, settings, remaining, total, gpu_share)
+    for name, of_task in questions.items():
+        _write_in_order(folder, name, of_task)
+    return compute_scores(run, list(questions)) | compute_speed(run)
 
 
 def has_answers(run: Path) -> bool:
-    """Return whether an evaluation in the run folder has given an answer."""
-    return any(path.stat().st_size for path in (run / FOLDER).glob("*.jsonl"))
+    """Tell if an evaluation in the run folder has written an answer."""
+    return any(path.stat().st_size for path in (run / ANSWERS_FOLDER).glob("*.jsonl"))
 
 
-def promised(settings: Evaluate) -> set[str]:
-    """Names of all that `evaluate` returns.  ValueError where a task's files cannot be read or do not fit."""
-    timed = {"decode_tokens_per_s", "prefill_s_per_question", "peak_bytes"}
-    result = {f"speed.{name}" for name in timed}
-    for name, asking in settings.tasks.items():
-        result |= {
-            f"{name}.questions",
-            *(f"{name}.{metric}" for metric in _metric_names(name, questions(name, asking))),
-        }
-    return result
+def list_metric_names(settings: Evaluate) -> set[str]:
+    """List the names of all metrics that `evaluate` returns.
+
+    Raises:
+        ValueError: the files of a task cannot be used.
+    """
+    speed = {"decode_tokens_per_s", "prefill_s_per_question", "peak_bytes"}
+    names = {f"speed.{name}" for name in speed}
+    for task, task_settings in settings.tasks.items():
+        metrics = _list_task_metrics(task, load_questions(task, task_settings))
+        names |= {f"{task}.questions", *(f"{task}.{metric}" for metric in metrics)}
+    return names
 
 
-def _metric_names(name: Name, asked: Sequence[Question]) -> list[str]:
-    """Metrics that the answers will have.  ValueError where there are none, and no server that would score them."""
-    metrics = TASKS[name].metrics([_row(question) | {"response": ""} for question in asked])
-    return list(_scores(name, metrics))
+def _list_task_metrics(name: TaskName, questions: Sequence[Question]) -> list[str]:
+    """List the metrics of a task; ValueError if it has none and no server scores its answers."""
+    metrics = TASKS[name].metrics([_make_row(question) | {"response": ""} for question in questions])
+    return list(_score_metrics(name, metrics))
 
 
-def _scores(name: Name, metrics: Mapping[str, Metric]) -> dict[str, float]:
+def _score_metrics(name: TaskName, metrics: Mapping[str, Metric]) -> dict[str, float]:
     if not metrics and name in BENCHMARKS and BENCHMARKS[name].submission:
-        return {}  # answers to hand in: `redux score --submission`
+        return {}  # a server scores these answers; `redux score --submission` writes the file for it
     return benchmark_scores(metrics, f"evaluate.tasks.{name}.files")
 
 
-def check(name: Name, asking: Asking) -> None:
-    """ValueError where a task's files cannot be read, do not fit or have nothing to score by, or the first question's
-    image is not there.
+def check_task(name: TaskName, task: TaskSettings) -> None:
+    """Check the files of a task before any model is loaded.
+
+    Raises:
+        ValueError: a file cannot be read, is not of this task, or has nothing to score; or the first image is missing.
     """
-    asked = questions(name, asking)
-    _metric_names(name, asked)
-    first = asked[0]
+    questions = load_questions(name, task)
+    _list_task_metrics(name, questions)
+    first = questions[0]
     try:
-        _images(Batch(name, [first], _folder(name, asking), 0))
+        _read_images(QuestionBatch(name, [first], _find_image_folder(name, task), 0))
     except (OSError, ValueError) as error:
         raise ValueError(f"evaluate.tasks.{name}.images: {error}") from None
 
 
-def _folder(name: Name, asking: Asking) -> str:
-    """Of the images."""
-    return asking.images or TASKS[name].images or "".join(asking.files[:1])
+def _find_image_folder(name: TaskName, task: TaskSettings) -> str:
+    return task.images or TASKS[name].images or "".join(task.files[:1])
 
 
-def _claim(folder: Path, subject: Subject, settings: Evaluate) -> None:
-    """Note who is asked, how, and what counts sentences; ValueError where answers of others are there.
+def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluate) -> None:
+    """Write which model answers, with which settings; ValueError if the folder has answers of another model.
 
-    A note without answers is of an evaluation that failed at its start, and is replaced.
+    A provenance file without answers is left from an evaluation that failed at its start, and is replaced.
     """
-    config = respondent.settings(subject.model)
-    now = {
-        **asdict(subject),
+    config = respondent.settings(evaluated.model)
+    fields = asdict(evaluated)
+    current = {
+        **fields,
         "model_type": config["model_type"],
-        "methods": {name: config.get(name) for name in METHODS} | asdict(subject)["methods"],
+        "methods": {name: config.get(name) for name in METHODS} | fields["methods"],
         "splitter": splitter(),
-        "weights": _fingerprint(subject.model),
+        "weights": _fingerprint_weights(evaluated.model),
         "image_input": settings.image_input,
-        **{f"max_new_tokens.{name}": _new_tokens(name, asking) for name, asking in settings.tasks.items()},
+        **{f"max_new_tokens.{name}": _max_new_tokens(name, task) for name, task in settings.tasks.items()},
     }
-    now = json.loads(json.dumps(now))
-    path = folder / ASKED
-    before = json.loads(path.read_text()) if path.exists() and has_answers(folder.parent) else {}
-    for key, value in before.items():
-        if now.setdefault(key, value) != value:
-            raise ValueError(f"{folder}: its answers were given with {key} = {value!r}, not {now[key]!r}; move it away")
-    storage.write(str(path), json.dumps(now, indent=2).encode())
+    # through JSON, so that tuples equal the lists of the file
+    current = json.loads(json.dumps(current))
+    path = folder / PROVENANCE_FILE
+    previous = json.loads(path.read_text()) if path.exists() and has_answers(folder.parent) else {}
+    for key, value in previous.items():
+        if current.setdefault(key, value) != value:
+            raise ValueError(
+                f"{folder}: its answers were given with {key} = {value!r}, not {current[key]!r}; move it away"
+            )
+    storage.write(str(path), json.dumps(current, indent=2).encode())
 
 
-def _fingerprint(model: str) -> dict[str, int]:
-    """Sizes and times of a model's files, which tell whether it was replaced; nothing of a hub id or a URL."""
+def _fingerprint_weights(model: str) -> dict[str, int]:
+    """Measure size and time of the weight files, to notice a replaced model; zeros for a Hub id or URL."""
     files = [] if "://" in model else [path.stat() for path in Path(model).glob("*.safetensors")]
     return {
         "bytes": sum(file.st_size for file in files),
@@ -222,38 +253,49 @@ def _fingerprint(model: str) -> dict[str, int]:
     }
 
 
-def _new_tokens(name: Name, asking: Asking) -> int:
-    return asking.max_new_tokens or TASKS[name].max_new_tokens
+def _max_new_tokens(name: TaskName, task: TaskSettings) -> int:
+    return task.max_new_tokens or TASKS[name].max_new_tokens
 
 
-def _answer(
-    subject: Subject,
+def _run_inference(
+    evaluated: EvaluatedModel,
     folder: Path,
     settings: Evaluate,
-    left: Mapping[Name, Sequence[Question]],
+    remaining: Mapping[TaskName, Sequence[Question]],
     total: int,
     gpu_share: float,
 ) -> None:
-    """Ask what is left; each batch's answers are appended as they come."""
-    batches = [batch for name, each in left.items() for batch in _batches(name, each, settings)]
+    """Answer the remaining questions; append the answers of each batch as soon as it is done.
+
+    Args:
+        evaluated: the model that answers.
+        folder: the folder of the answers.
+        settings: tasks and resources.
+        remaining: questions without an answer, by task.
+        total: number of all questions, for the progress bar.
+        gpu_share: share of a GPU for each actor.
+    """
+    batches = [batch for name, questions in remaining.items() for batch in _make_batches(name, questions, settings)]
+    # check the resources first: Ray would wait for missing ones without end
     actors = count_actors(settings, gpu_share, len(batches))
     cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate with actors = {actors}")
     gpus = cluster.count_gpus()
     if 0 < gpus < actors * gpu_share:
         raise ValueError(
-            f"evaluate.num_actors: got {actors}, allowed: up to {gpus / gpu_share:g}, which {gpus:g} GPUs hold"
+            f"evaluate.num_actors: got {actors}, allowed: up to {gpus / gpu_share:g}, as there are {gpus:g} GPUs"
         )
-    # a batch travels in its row: Ray's C++ side warns of actors whose arguments are large objects
+    # the batch is part of its row: Ray's C++ code warns about actors with large constructor arguments
     rows = [{"number": number, "batch": batch} for number, batch in enumerate(batches)]
     answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        Answerer,
-        fn_constructor_args=(subject, settings, actors),
+        EvaluationActor,
+        fn_constructor_args=(evaluated, settings, actors),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.5,
         num_gpus=gpu_share if gpus else None,
     )
-    done = total - sum(map(len, left.values()))
+    # this process writes all answers, so no two actors append to one file
+    done = total - sum(map(len, remaining.values()))
     with tqdm(desc="evaluate", total=total, initial=done, unit="question") as bar:
         bar.set_postfix_str("loading model")
         for block in answers.iter_batches(batch_size=None):
@@ -264,17 +306,17 @@ def _answer(
                 raise ValueError(f"evaluate.tasks.{batch.task}: {problem}")
             answered = zip(batch.questions, block["response"], strict=True)
             jsonl.append(
-                _partial(folder, batch.task),
-                (_row(question) | {"response": str(response)} for question, response in answered),
+                _partial_file(folder, batch.task),
+                (_make_row(question) | {"response": str(response)} for question, response in answered),
             )
-            jsonl.append(folder / SPEED, [_spent(batch, block)])
+            jsonl.append(folder / SPEED_FILE, [_make_speed_row(batch, block)])
             bar.update(len(batch.questions))
 
 
 def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:
-    """Count the models at work at a time.
+    """Count the models that answer at the same time.
 
-    On CPUs two at most: each holds the whole model, and its threads use the other cores.
+    "auto" on CPUs is at most two: each model needs its full memory, and its threads use the other cores.
     """
     if settings.num_actors != "auto":
         return settings.num_actors
@@ -282,16 +324,16 @@ def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:
     return max(min(places if cluster.count_gpus() else min(places, 2), batches), 1)
 
 
-def _batches(name: Name, left: Sequence[Question], settings: Evaluate) -> Iterator[Batch]:
-    """Questions of similar length together, so that little is padded; the longest first, as they may not fit."""
-    asking = settings.tasks[name]
-    longest = sorted(left, key=lambda question: -len(question.prompt))
-    for first in range(0, len(longest), settings.batch_size):
-        part = longest[first : first + settings.batch_size]
-        yield Batch(name, part, _folder(name, asking), _new_tokens(name, asking))
+def _make_batches(name: TaskName, questions: Sequence[Question], settings: Evaluate) -> Iterator[QuestionBatch]:
+    """Make batches of similar length, to pad little; the longest first, so that out-of-memory errors come early."""
+    task = settings.tasks[name]
+    longest_first = sorted(questions, key=lambda question: -len(question.prompt))
+    for start in range(0, len(longest_first), settings.batch_size):
+        part = longest_first[start : start + settings.batch_size]
+        yield QuestionBatch(name, part, _find_image_folder(name, task), _max_new_tokens(name, task))
 
 
-def _spent(batch: Batch, block: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _make_speed_row(batch: QuestionBatch, block: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {
         "task": batch.task,
         "questions": len(batch.questions),
@@ -301,79 +343,100 @@ def _spent(batch: Batch, block: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def _row(question: Question) -> dict[str, Any]:
+def _make_row(question: Question) -> dict[str, Any]:
     return {"id": question.id, "unit": question.unit, "prompt": question.prompt, **question.reference}
 
 
-def _partial(folder: Path, name: str) -> Path:
+def _partial_file(folder: Path, name: str) -> Path:
     return folder / f".{name}.jsonl"
 
 
-def _left(folder: Path, name: str, asked: Sequence[Question]) -> list[Question]:
-    """Questions without an answer on file."""
-    jsonl.drop_partial_line(_partial(folder, name))
-    done = _answered(folder, name)
-    return [question for question in asked if question.id not in done or not _same(question, done[question.id])]
+def _find_unanswered(folder: Path, name: str, questions: Sequence[Question]) -> list[Question]:
+    """Find the questions without an answer on disk."""
+    jsonl.drop_partial_line(_partial_file(folder, name))
+    rows = _read_rows_by_id(folder, name)
+    return [
+        question for question in questions if question.id not in rows or not _is_answer(question, rows[question.id])
+    ]
 
 
-def _answered(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Rows on file by id, of a task that is complete or not."""
-    files = (folder / f"{name}.jsonl", _partial(folder, name))
+def _read_rows_by_id(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Read all rows of a task, from its complete and its partial file."""
+    files = (folder / f"{name}.jsonl", _partial_file(folder, name))
     return {row["id"]: row for path in files for row in jsonl.read(path)}
 
 
-def _same(question: Question, row: Mapping[str, Any]) -> bool:
-    """Whether the row answers this very question: another may have had its id in an earlier call."""
-    return json.loads(json.dumps(_row(question))) == {name: row[name] for name in row if name != "response"}
+def _is_answer(question: Question, row: Mapping[str, Any]) -> bool:
+    """Tell if a row answers this question; an earlier call may have used the id for another one."""
+    return json.loads(json.dumps(_make_row(question))) == {name: row[name] for name in row if name != "response"}
 
 
-def _complete(folder: Path, name: str, asked: Sequence[Question]) -> None:
-    """All answers in the benchmark's order, in a file that is there whole or not at all."""
-    found = _answered(folder, name)
-    text = "".join(json.dumps(found[question.id]) + "\n" for question in asked)
+def _write_in_order(folder: Path, name: str, questions: Sequence[Question]) -> None:
+    """Write all answers in the order of the benchmark, in one atomic step, then delete the partial file."""
+    rows = _read_rows_by_id(folder, name)
+    text = "".join(json.dumps(rows[question.id]) + "\n" for question in questions)
     storage.write(str(folder / f"{name}.jsonl"), text.encode())
-    _partial(folder, name).unlink(missing_ok=True)
+    _partial_file(folder, name).unlink(missing_ok=True)
 
 
-def rows(run: Path, name: str) -> list[dict[str, Any]]:
-    """A task's answered questions, in its order; none where it was not evaluated."""
-    return jsonl.read(run / FOLDER / f"{name}.jsonl")
+def read_answers(run: Path, name: str) -> list[dict[str, Any]]:
+    """Read the answered questions of a task in its order; an empty list if it was not evaluated."""
+    return jsonl.read(run / ANSWERS_FOLDER / f"{name}.jsonl")
 
 
-def scores(run: Path, names: Sequence[Name]) -> dict[str, float]:
-    """TASK.METRIC of each task, and TASK.questions.  ValueError for a task without an answer, or without a score."""
-    result = {}
-    for name in names:
-        answered = rows(run, name)
-        result[f"{name}.questions"] = float(len(answered))
-        if not answered:
-            raise ValueError(f"evaluate.tasks.{name}: got no answer in {run / FOLDER}, allowed: a task that was asked")
-        found = _scores(name, TASKS[name].metrics(answered))
-        result |= {f"{name}.{metric}": score for metric, score in found.items()}
-    return result
+def compute_scores(run: Path, names: Sequence[TaskName]) -> dict[str, float]:
+    """Compute TASK.METRIC and TASK.questions of each task from the answers on disk.
 
-
-def speed(run: Path) -> dict[str, float]:
-    """Of all batches: new tokens a second of decoding, of one actor; seconds to the first token of a question; and the
-    most memory that an actor had.
+    Raises:
+        ValueError: a task has no answer or no score.
     """
-    spent = jsonl.read(run / FOLDER / SPEED)
-    asked, tokens, first_s, decode_s = (
-        sum(each[name] for each in spent) for name in ("questions", "tokens", "prefill_s", "decode_s")
-    )
-    if not spent:
+    scores = {}
+    for name in names:
+        rows = read_answers(run, name)
+        scores[f"{name}.questions"] = float(len(rows))
+        if not rows:
+            raise ValueError(
+                f"evaluate.tasks.{name}: got no answer in {run / ANSWERS_FOLDER}, allowed: an evaluated task"
+            )
+        of_task = _score_metrics(name, TASKS[name].metrics(rows))
+        scores |= {f"{name}.{metric}": score for metric, score in of_task.items()}
+    return scores
+
+
+def compute_speed(run: Path) -> dict[str, float]:
+    """Compute speed and memory over all batches.
+
+    Returns:
+        decode_tokens_per_s (new tokens per second of decoding, of one actor), prefill_s_per_question (seconds to the
+        first token) and peak_bytes (most memory of an actor), each with the prefix "speed."; {} without batches.
+    """
+    batches = jsonl.read(run / ANSWERS_FOLDER / SPEED_FILE)
+    if not batches:
         return {}
+    questions, tokens, prefill_s, decode_s = (
+        sum(batch[name] for batch in batches) for name in ("questions", "tokens", "prefill_s", "decode_s")
+    )
     return {
-        # the first token of each answer comes with the prefill
-        **({"speed.decode_tokens_per_s": (tokens - asked) / decode_s} if decode_s else {}),
-        "speed.prefill_s_per_question": first_s / asked,
-        "speed.peak_bytes": max(each["peak_bytes"] for each in spent),
+        # the prefill computes the first token of each answer, so decoding does not count it
+        **({"speed.decode_tokens_per_s": (tokens - questions) / decode_s} if decode_s else {}),
+        "speed.prefill_s_per_question": prefill_s / questions,
+        "speed.peak_bytes": max(batch["peak_bytes"] for batch in batches),
     }
 
 
 @dataclass
 class Example:
-    """A test question and what the compression did to its image; `slot` and `merged` as in `redux.picture.draw`."""
+    """A test question, its answer, and the compression of its image.
+
+    Args:
+        image: the image as the model sees it.
+        question: text of the question.
+        answer: reference answer.
+        response: answer of the model.
+        correct: the response is correct.
+        slot: token of each patch, shape (patches,), -1 if dropped, as `redux.picture.draw` takes it.
+        merged: patches that share a token, shape (patches,), as `redux.picture.draw` takes it.
+    """
 
     image: Image.Image
     question: str
@@ -384,27 +447,31 @@ class Example:
     merged: np.ndarray
 
 
-def examples(subject: Subject, run: Path, count: int) -> list[Example]:
-    """`count` answered easy-VQA questions on different images, evenly spread, with what VMTC did to each."""
-    first = {row["image"]: row for row in reversed(rows(run, "easy_vqa"))}
+def collect_examples(evaluated: EvaluatedModel, run: Path, count: int) -> list[Example]:
+    """Collect answered easy-VQA questions about different images, evenly spaced, with the compression by VMTC.
+
+    Args:
+        evaluated: the model that gave the answers; other models than LLaVA have no examples.
+        run: the run folder with the answers.
+        count: maximum number of examples.
+    """
+    # the first question of each image, in the order of the benchmark
+    first = {row["image"]: row for row in reversed(read_answers(run, "easy_vqa"))}
     by_image = list(reversed(first.values()))
-    if not (count and by_image and respondent.is_llava(subject.model)):
+    if not (count and by_image and respondent.is_llava(evaluated.model)):
         return []
-    llava = ReduxForConditionalGeneration.from_pretrained(subject.model, **subject.methods).eval()
-    of = subject
+    llava = ReduxForConditionalGeneration.from_pretrained(evaluated.model, **evaluated.methods).eval()
     _, image_aspect_ratio = respondent.resolve_format(
-        llava.config.to_dict(), of.template, of.image_aspect_ratio, of.allow_mismatch
+        llava.config.to_dict(), evaluated.template, evaluated.image_aspect_ratio, evaluated.allow_mismatch
     )
-    result = []
-    for row in (by_image[place] for place in spread(len(by_image), count)):
-        image = pixels(
-            (easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes(),
-            llava.config.vision_config.image_size,
-            image_aspect_ratio,
-        )
+    examples = []
+    for row in (by_image[index] for index in spread_evenly(len(by_image), count)):
+        content = (easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes()
+        image = pixels(content, llava.config.vision_config.image_size, image_aspect_ratio)
+        # encode again to get the token of each patch; inference keeps only the tokens
         with torch.inference_mode():
             _, fate = llava.model.encode_images(normalise(torch.from_numpy(image[None])))
-        result.append(
+        examples.append(
             Example(
                 image=Image.fromarray(image.transpose(1, 2, 0)),
                 question=row["prompt"],
@@ -415,4 +482,4 @@ def examples(subject: Subject, run: Path, count: int) -> list[Example]:
                 merged=fate.merged[0].numpy(),
             )
         )
-    return result
+    return examples

@@ -1,20 +1,21 @@
-"""How sure a score is: percentile intervals of a cluster bootstrap, for one model and for the difference of two.
+"""Confidence intervals of scores: cluster bootstrap with percentiles, for one model and for the difference of two.
 
-Questions about one image, or one question asked with sixteen instructions, succeed and fail together, so what is drawn
-again is the unit that they share, with all its outcomes in all groups and of all training seeds (Davison & Hinkley
-1997, Bootstrap Methods and their Application, section 3.8).  Two models that answered the same items are compared unit
-by unit: what makes an item hard for both cancels out, and the interval of their difference is far narrower than two
-intervals side by side would suggest.
+Questions about one image, or one question with sixteen instructions, succeed and fail together. The bootstrap therefore
+resamples units: all outcomes that share an image or a question, in all groups and of all training seeds (Davison &
+Hinkley 1997, Bootstrap Methods and their Application, section 3.8). Two models that answered the same items are
+compared unit by unit. An item that is hard for both cancels out, so the interval of the difference is far narrower than
+two separate intervals suggest.
 
-The intervals are over items, not over training seeds: they tell what other questions would give, asked of these very
-models.  Two or three seeds say little about what training again would give; so a difference also counts as noise where
-the seeds do not agree on its sign.
+The intervals are over items, not over training seeds. They predict the scores of the same models on other questions.
+Two or three seeds say little about another training run, so a difference also counts as noise if its seeds disagree on
+the sign.
 
-Where all units did alike there is nothing to draw: of 0 right in 218 the interval is 0 to 0, which is too sure.
+If all units have the same outcome, the bootstrap has no variance: for 0 of 218 correct the interval is 0 to 0, which is
+too narrow.
 
-Cost: a draw is a row of counts, one for each unit, and its score a row of a matrix product with the units' sums: 10,000
-draws of 3,488 units take 0.6 s on one core, of 218 units 0.1 s.  Counts that were drawn are kept for the next metric of
-as many units, which takes a sixth of that, in at most 160 MiB.
+Cost: a draw is a row of counts, one per unit. Its score is a row of a matrix product with the sums of the units. 10,000
+draws of 3,488 units take 0.6 s on one core, of 218 units 0.1 s. Counts are cached for the next metric with as many
+units, which then takes a sixth of the time. The cache has at most 160 MiB.
 """
 
 from collections import Counter
@@ -26,9 +27,9 @@ import numpy as np
 
 from redux.benchmarks import Metric
 
-LEVEL = 0.95
-AT_ONCE = 2**22
-"""Counts of units in a piece of the draws."""
+CONFIDENCE_LEVEL = 0.95
+COUNTS_PER_CHUNK = 2**22
+"""Number of counts (draws x units) that are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -39,71 +40,94 @@ class Interval:
     low: float
     high: float
 
-    def scaled(self, factor: float) -> "Interval":
+    def scale(self, factor: float) -> "Interval":
         return Interval(self.value * factor, self.low * factor, self.high * factor)
 
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """What one model scores more than another; `agree`: whether every seed of the one lies on that side of every seed
-    of the other."""
+    """Score of one model minus the score of another, with its 95 % interval.
 
-    agree: bool
+    Args:
+        seeds_agree: every seed of one model is better than every seed of the other.
+    """
+
+    seeds_agree: bool
 
     @property
-    def noise(self) -> bool:
-        """Whether nothing can be said: the interval contains 0, or the seeds do not agree in sign.
+    def is_noise(self) -> bool:
+        """True if the interval contains 0 or the seeds disagree on the sign.
 
-        Intervals are over items, not over training seeds, and agreement of two seeds each is little evidence: of models
-        that are equally good, one draw in three agrees.
+        The interval is over items, not over training seeds. Agreement of two seeds each is weak evidence: equally good
+        models agree in one of three cases.
         """
-        return self.low <= 0 <= self.high or not self.agree
+        return self.low <= 0 <= self.high or not self.seeds_agree
 
-    def scaled(self, factor: float) -> "Difference":
-        return Difference(self.value * factor, self.low * factor, self.high * factor, self.agree)
+    def scale(self, factor: float) -> "Difference":
+        return Difference(self.value * factor, self.low * factor, self.high * factor, self.seeds_agree)
 
 
-def interval(metrics: Sequence[Metric], samples: int = 10_000, seed: int = 0) -> Interval:
-    """The mean of a model's score over its training seeds.
+def bootstrap_interval(metrics: Sequence[Metric], samples: int = 10_000, seed: int = 0) -> Interval:
+    """Compute the mean score of a model over its training seeds, with its interval.
 
-    metrics: one for each seed, of the same items.
-    samples: how many draws; with fewer than 1,000 the ends are uncertain themselves.
-    A group of which a draw has no unit counts with the mean it has in all.
-    Raises ValueError where the items are not the same, naming one, or there are none.
+    A group without any unit in a draw keeps its mean over all units.
+
+    Args:
+        metrics: one metric per training seed, all of the same items.
+        samples: number of draws. With fewer than 1,000 the ends of the interval are uncertain.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: there are no outcomes, or the seeds have different items; the message names one.
     """
-    table = _Items([metrics])
-    drawn = _scores(table, samples, seed)[:, 0]
-    return Interval(float(np.mean([metric.score for metric in metrics])), *_ends(drawn))
+    scores = _resample_scores(_UnitSums([metrics]), samples, seed)[:, 0]
+    return Interval(float(np.mean([metric.score for metric in metrics])), *_percentiles(scores))
 
 
-def difference(ours: Sequence[Metric], base: Sequence[Metric], samples: int = 10_000, seed: int = 0) -> Difference:
-    """How much more `ours` scores than `base`, each the mean over its seeds, with both drawn together.
+def bootstrap_difference(
+    ours: Sequence[Metric], base: Sequence[Metric], samples: int = 10_000, seed: int = 0
+) -> Difference:
+    """Compute the mean score of `ours` minus that of `base`, with an interval from paired draws.
 
-    Arguments and errors as those of `interval`; the numbers of seeds may differ.
+    Args:
+        ours: one metric per training seed of the first model.
+        base: one metric per training seed of the second model; the number of seeds may differ.
+        samples: number of draws.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: there are no outcomes, or the models have different items; the message names one.
     """
-    drawn = _scores(_Items([ours, base]), samples, seed)
-    mine, other = ([metric.score for metric in metrics] for metrics in (ours, base))
-    agree = min(mine) > max(other) or max(mine) < min(other)
-    return Difference(float(np.mean(mine) - np.mean(other)), *_ends(drawn[:, 0] - drawn[:, 1]), agree)
+    scores = _resample_scores(_UnitSums([ours, base]), samples, seed)
+    our_scores = [metric.score for metric in ours]
+    base_scores = [metric.score for metric in base]
+    seeds_agree = min(our_scores) > max(base_scores) or max(our_scores) < min(base_scores)
+    mean = float(np.mean(our_scores) - np.mean(base_scores))
+    return Difference(mean, *_percentiles(scores[:, 0] - scores[:, 1]), seeds_agree)
 
 
-class _Items:
-    """Outcomes added up by unit and group.
+class _UnitSums:
+    """Outcomes summed by unit and group.
 
-    counts: (units, groups); sums: (models, units, groups), of each model the mean over its seeds.
+    counts: number of outcomes, shape (units, groups). sums: sum of the outcomes, shape (models, units, groups), as the
+    mean over the seeds of each model.
     """
 
     def __init__(self, models: Sequence[Sequence[Metric]]) -> None:
         if not all(models) or not all(metric.outcomes for metrics in models for metric in metrics):
             raise ValueError("metrics: got none, or one without outcomes, allowed: at least one, each with outcomes")
         first = models[0][0]
-        for metric in (metric for metrics in models for metric in metrics):
-            _require_same(first, metric)
-        units = {unit: number for number, unit in enumerate(dict.fromkeys(each.unit for each in first.outcomes))}
-        groups = {group: number for number, group in enumerate(dict.fromkeys(each.group for each in first.outcomes))}
+        for metrics in models:
+            for metric in metrics:
+                _require_same_items(first, metric)
+        unit_ids = dict.fromkeys(outcome.unit for outcome in first.outcomes)
+        group_ids = dict.fromkeys(outcome.group for outcome in first.outcomes)
+        units = {unit: index for index, unit in enumerate(unit_ids)}
+        groups = {group: index for index, group in enumerate(group_ids)}
         self.weight = first.weight
         self.counts = np.zeros((len(units), len(groups)))
         self.sums = np.zeros((len(models), *self.counts.shape))
+        # all metrics have the same items, so the first has the counts of all
         for group, unit, _ in first.outcomes:
             self.counts[units[unit], groups[group]] += 1
         for sums, metrics in zip(self.sums, models, strict=True):
@@ -112,38 +136,46 @@ class _Items:
                     sums[units[unit], groups[group]] += value / len(metrics)
 
 
-def _require_same(first: Metric, other: Metric) -> None:
-    """ValueError naming an item that only one of two metrics has, or their weights."""
+def _require_same_items(first: Metric, other: Metric) -> None:
+    """Raise ValueError that names an item of only one of two metrics, or their different weights."""
     if first.weight != other.weight:
         raise ValueError(f"metrics: got weights {first.weight} and {other.weight}, allowed: the same metric of all")
-    one, two = (Counter((each.group, each.unit) for each in metric.outcomes) for metric in (first, other))
-    for group, unit in one.keys() | two.keys() if one != two else ():
-        if one[group, unit] != two[group, unit]:
+    first_items = Counter((outcome.group, outcome.unit) for outcome in first.outcomes)
+    other_items = Counter((outcome.group, outcome.unit) for outcome in other.outcomes)
+    if first_items == other_items:
+        return
+    for group, unit in first_items.keys() | other_items.keys():
+        counts = first_items[group, unit], other_items[group, unit]
+        if counts[0] != counts[1]:
             raise ValueError(
-                f"metrics: got {one[group, unit]} and {two[group, unit]} outcomes of unit {unit!r} in group {group!r}, "
+                f"metrics: got {counts[0]} and {counts[1]} outcomes of unit {unit!r} in group {group!r}, "
                 "allowed: the same items of every model and seed"
             )
 
 
-def _scores(items: _Items, samples: int, seed: int) -> np.ndarray:
-    """Scores of the draws, (samples, models)."""
+def _resample_scores(items: _UnitSums, samples: int, seed: int) -> np.ndarray:
+    """Compute the scores of all draws, shape (samples, models)."""
     units = len(items.counts)
     means = items.sums.sum(1) / items.counts.sum(0)
+    # one matrix product per chunk gives the counts and the sums of every model
     flat = np.concatenate([items.counts, *items.sums], axis=1, dtype=np.float32)
-    rows, scores = max(AT_ONCE // units, 1), []
-    for start in range(0, samples, rows):
-        count, *sums = np.split(_draws(units, min(rows, samples - start), seed, start) @ flat, len(items.sums) + 1, 1)
+    chunk = max(COUNTS_PER_CHUNK // units, 1)
+    scores = []
+    for start in range(0, samples, chunk):
+        totals = _draw_counts(units, min(chunk, samples - start), seed, start) @ flat
+        count, *sums = np.split(totals, len(items.sums) + 1, 1)
+        # a group without a unit in a draw keeps its mean
         shares = [
-            np.divide(each, count, out=np.broadcast_to(mean, each.shape).copy(), where=count > 0)
-            for each, mean in zip(sums, means, strict=True)
+            np.divide(total, count, out=np.broadcast_to(mean, total.shape).copy(), where=count > 0)
+            for total, mean in zip(sums, means, strict=True)
         ]
         scores.append(items.weight * np.stack(shares, axis=-1).sum(1))
     return np.concatenate(scores)
 
 
 @lru_cache(maxsize=10)
-def _draws(units: int, samples: int, seed: int, start: int) -> np.ndarray:
-    """How often each unit is drawn, (samples, units): as many draws as there are units, with replacement."""
+def _draw_counts(units: int, samples: int, seed: int, start: int) -> np.ndarray:
+    """Count how often each unit is drawn, shape (samples, units); as many draws as units, with replacement."""
     random = np.random.default_rng([seed, start])
     drawn = random.integers(units, size=(samples, units), dtype=np.int32)
     drawn += np.arange(samples, dtype=np.int32)[:, None] * units
@@ -151,6 +183,6 @@ def _draws(units: int, samples: int, seed: int, start: int) -> np.ndarray:
     return counts.reshape(samples, units).astype(np.float32)
 
 
-def _ends(drawn: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _percentiles(scores: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(scores, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     return float(low), float(high)

@@ -1,6 +1,6 @@
-"""What a model can be asked: the benchmarks of understanding, easy-VQA, and instructions to be followed.
+"""Evaluation tasks and their settings: public benchmarks, easy-VQA, and instruction following.
 
-Nothing here starts Ray, so that answers are scored without it.
+This module does not import Ray, so answers can be scored without it.
 """
 
 from collections import Counter
@@ -12,16 +12,18 @@ from annotated_types import Ge, MinLen
 
 from pipelines.data import easy_vqa
 from redux.benchmarks import BENCHMARKS, Metric, Question, Row
-from redux.benchmarks import instructions as obedience
+from redux.benchmarks import instructions as instruction_following
 from redux.settings import Fit, TemplateName
 
 
 class Task(NamedTuple):
-    """What can be evaluated.
+    """One evaluation task.
 
-    questions: from the files that a job names to what is asked.  metrics: from answered questions to scores.
-    images: folder of the images, where the job need not say.
-    max_new_tokens: of an answer, where the job does not say.
+    Args:
+        questions: function from the files that a job names to the questions.
+        metrics: function from answered questions to scores by name.
+        max_new_tokens: default of TaskSettings.max_new_tokens.
+        images: default of TaskSettings.images.
     """
 
     questions: Callable[..., list[Question]]
@@ -30,23 +32,26 @@ class Task(NamedTuple):
     images: str | None = None
 
 
-def _instructions(*prompts: str) -> list[Question]:
-    """Those of frozen files; without one about easy-VQA's images."""
+def _load_instructions(*prompts: str) -> list[Question]:
+    """Load prompts with instructions from frozen files; without files, make them from the images of easy-VQA."""
     if not prompts:
-        return obedience.questions(easy_vqa.draw_questions())
-    return [each for path in prompts for each in obedience.read(path)]
+        return instruction_following.questions(easy_vqa.draw_questions())
+    return [question for path in prompts for question in instruction_following.read(path)]
 
 
 TASKS: dict[str, Task] = {
     "easy_vqa": Task(easy_vqa.load_questions, easy_vqa.compute_metrics, 8, str(easy_vqa.PACKAGE_IMAGES)),
-    "instructions": Task(_instructions, obedience.metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)),
-    **{name: Task(each.questions, each.metrics, each.max_new_tokens) for name, each in BENCHMARKS.items()},
+    "instructions": Task(_load_instructions, instruction_following.metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)),
+    **{
+        name: Task(benchmark.questions, benchmark.metrics, benchmark.max_new_tokens)
+        for name, benchmark in BENCHMARKS.items()
+    },
 }
-Name = Literal["easy_vqa", "instructions", "vqav2", "gqa", "textvqa", "mme", "mmbench"]
+TaskName = Literal["easy_vqa", "instructions", "vqav2", "gqa", "textvqa", "mme", "mmbench"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
+class TaskSettings:
     """Settings of one evaluation task.
 
     Args:
@@ -88,7 +93,9 @@ class Evaluate:
         allow_mismatch: allow a template or an image_aspect_ratio that differs from the training.
     """
 
-    tasks: Annotated[Mapping[Name, Asking], MinLen(1)] = field(default_factory=lambda: {"easy_vqa": Asking()})
+    tasks: Annotated[Mapping[TaskName, TaskSettings], MinLen(1)] = field(
+        default_factory=lambda: {"easy_vqa": TaskSettings()}
+    )
     batch_size: Annotated[int, Ge(1)] = 64
     num_actors: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
     image_input: Literal["pixels", "caption"] = "pixels"
@@ -97,29 +104,39 @@ class Evaluate:
     allow_mismatch: bool = False
 
 
-def questions(name: Name, asking: Asking) -> list[Question]:
-    """What a task asks.  ValueError where its files cannot be read, are others than it needs, or an id comes twice."""
+def load_questions(name: TaskName, task: TaskSettings) -> list[Question]:
+    """Load the questions of a task, after `limit` or `exclude_first`.
+
+    Raises:
+        ValueError: a file cannot be read, is not of this task, or has an id twice; or no question is left.
+    """
     try:
-        found = TASKS[name].questions(*asking.files)
+        questions = TASKS[name].questions(*task.files)
     except ValueError as error:
         raise ValueError(f"evaluate.tasks.{name}.files: {error}") from None
-    if not found:
-        raise ValueError(f"evaluate.tasks.{name}.files: no questions in {', '.join(asking.files)}, allowed: some")
-    if asking.limit or asking.exclude_first:
-        units = list(dict.fromkeys(each.unit for each in found))
-        seen = {units[place] for place in spread(len(units), asking.limit or asking.exclude_first or 0)}
-        found = [each for each in found if (each.unit in seen) == bool(asking.limit)]
-        if not found:
+    if not questions:
+        raise ValueError(f"evaluate.tasks.{name}.files: no questions in {', '.join(task.files)}, allowed: some")
+    if task.limit or task.exclude_first:
+        # select whole units, so that all questions about an image are kept or left out together
+        units = list(dict.fromkeys(question.unit for question in questions))
+        count = task.limit or task.exclude_first or 0
+        selected = {units[index] for index in spread_evenly(len(units), count)}
+        questions = [question for question in questions if (question.unit in selected) == bool(task.limit)]
+        if not questions:
             raise ValueError(
-                f"evaluate.tasks.{name}.exclude_first: got {asking.exclude_first}, allowed: up to {len(units) - 1}"
+                f"evaluate.tasks.{name}.exclude_first: got {task.exclude_first}, allowed: up to {len(units) - 1}"
             )
-    [(id, times)] = Counter(each.id for each in found).most_common(1)
+    [(id, times)] = Counter(question.id for question in questions).most_common(1)
     if times > 1:
         raise ValueError(f"evaluate.tasks.{name}.files: {times} questions with the id {id}, allowed: one")
-    return found
+    return questions
 
 
-def spread(length: int, count: int) -> list[int]:
-    """At most `count` of `length` places, evenly spread."""
+def spread_evenly(length: int, count: int) -> list[int]:
+    """Select at most `count` of `length` indices, at equal distances.
+
+    >>> spread_evenly(10, 3)
+    [0, 3, 6]
+    """
     count = min(length, count)
-    return [place * length // count for place in range(count)]
+    return [index * length // count for index in range(count)]

@@ -1,41 +1,24 @@
-"""What our pages share: one HTML file each, which needs neither its folder nor a network, and runs no script.
+"""Base of all HTML pages: each is one file that needs neither its folder nor a network and runs no script.
 
-Plots are SVG inside the page and take their colours from its variables, so that they follow its light and dark scheme;
-texts are escaped, whatever the template is called.  The look itself is `page.html.j2`, which the templates extend.
+Texts are escaped by Jinja, whatever the template is called. The style sheet is in `page.html.j2`, which the templates
+extend. Plots come from `pipelines/report/plots.py`.
 
-Importing this module costs nothing: matplotlib and Jinja are imported by the functions that need them.
+Importing this module is cheap: Jinja is imported by the function that needs it.
 """
 
-from __future__ import annotations
-
-import io
+import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.core import failures
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# matplotlib accepts no variable, so it draws in stand-ins
-COLOURS = {
-    "#010203": "var(--ink)",
-    "#040506": "var(--faint)",
-    "#070809": "var(--line)",
-    "#0a0b0c": "var(--accent)",
-    "#0d0e0f": "var(--good)",
-    "#101112": "var(--bad)",
-}
-INK, FAINT, LINE, ACCENT, GOOD, BAD = COLOURS
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "redux", "font.family": "sans-serif", "font.size": 9}
+UNITS = {"T": 1e12, "G": 1e9, "M": 1e6}
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this folder, filled in."""
+    """Render a template of pipelines/templates."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -45,62 +28,55 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(percent=percent, number=number, duration=duration)
+    environment.filters.update(percent=format_percent, number=format_number, duration=format_duration)
     return environment.get_template(template).render(**values)
 
 
 def write(path: Path, text: str) -> Path:
-    """A reader of the old file never sees half of the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file in one atomic step, so that a reader sees the old or the new one as a whole; return its path."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with failures.locate_errors(path):
-            part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+            temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return path
 
 
-def quiet(axes: Axes) -> None:
-    """Faint lines across, no box around."""
-    axes.grid(axis="y", color=LINE, linewidth=0.6)
-    axes.tick_params(which="both", color=LINE, labelcolor=INK, length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(LINE)
-
-
-def svg(figure: Figure, prefix: str, label: str) -> Markup:
-    """The figure as an element to put in the page: its ids its own, its colours the page's."""
-    from markupsafe import Markup, escape
-
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = file.getvalue()
-    text = text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
-    prefix = "".join(letter if letter.isalnum() else "-" for letter in prefix)
-    for mark in ('id="', 'href="#', "url(#"):
-        text = text.replace(mark, mark + prefix)
-    for stand_in, variable in COLOURS.items():
-        text = text.replace(stand_in, variable)
-    return Markup(text)
-
-
-def percent(share: float, digits: int = 1) -> str:
+def format_percent(share: float, digits: int = 1) -> str:
     return "–" if math.isnan(share) else f"{100 * share:.{digits}f} %"
 
 
-def number(value: float) -> str:
-    """Three digits, more only before the decimal point: 9,673, 41.2, 0.0312."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def format_number(value: Any, digits: int = 3) -> str:
+    """Format a number with few significant digits; other values as in a job file.
+
+    All digits before the decimal point are shown up to a million; larger numbers have the unit M, G or T.
+
+    >>> [format_number(value) for value in (9673, 41.23, 0.03118, 212_345_678, float("nan"))]
+    ['9,673', '41.2', '0.0312', '212 M', '–']
+    >>> [format_number(value, digits=4) for value in (0.913412, True, None, "linear")]
+    ['0.9134', 'true', 'null', 'linear']
+    """
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if not isinstance(value, int | float) or math.isinf(value):
         return str(value)
-    if not math.isfinite(value):
+    if math.isnan(value):
         return "–"
-    if isinstance(value, int) or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+    for unit, size in UNITS.items():
+        if abs(value) >= size:
+            return f"{value / size:.{digits}g} {unit}"
+    is_whole = isinstance(value, int) or abs(value) >= 10 ** (digits - 1)
+    return f"{value:,.0f}" if is_whole else f"{value:.{digits}g}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Format seconds.
+
+    >>> [format_duration(seconds) for seconds in (5.04, 700, 4680)]
+    ['5.0 s', '11 min 40 s', '1 h 18 min']
+    """
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)

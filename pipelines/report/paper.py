@@ -1,15 +1,15 @@
-"""Every number of the paper's tables, by the names it gives to tables, rows and columns.
+"""All numbers of the paper's tables, under the paper's names of tables, rows and columns.
 
-Source: arXiv 2411.15453, Tables 1 to 5 and the text.  Figures 2 to 4 give no numbers in words, and nothing was read
-off a picture.  What the paper prints and contradicts elsewhere stands here as printed, with a note beside it.
+Source: arXiv 2411.15453, Tables 1 to 5 and the text. Figures 2 to 4 print no numbers, and none were read from the
+pictures. Numbers that contradict each other in the paper are as printed, with a note.
 
-Its models are LLaVA-1.5's of 7 and 13 billion parameters, trained on LLaVA's data, and its questions are not published:
-a number here is what to hold one's own beside, not what to subtract from it.
+The models of the paper are LLaVA-1.5 with 7 and 13 billion parameters, trained on the data of LLaVA, and its questions
+are not published. Compare other results with these numbers in order of magnitude only; do not subtract them.
 """
 
 from dataclasses import dataclass
 
-TASKS = {
+TASK_TITLES = {
     "T1": "Remove Commas",
     "T2": "Lowercase Conversion",
     "T3": "Uppercase Conversion",
@@ -27,29 +27,37 @@ TASKS = {
     "T15": "Ending Constraint",
     "T16": "Starting Constraint",
 }
-"""The sixteen verifiable instructions, as the section on evaluation lists them."""
+"""The sixteen verifiable instructions, as the paper's section on evaluation lists them."""
 
-Value = float | None
+PaperValue = float | None
+"""A number, or None if the paper prints a dash."""
 
 
 @dataclass(frozen=True)
-class Table:
-    """title: what the paper calls it; rows: by name, a number for each column, None where the paper prints a dash."""
+class PaperTable:
+    """A table of the paper.
+
+    Args:
+        title: number and subject of the table.
+        columns: names of the columns.
+        rows: a number for each column, by name of the row.
+        notes: known contradictions and omissions.
+    """
 
     title: str
     columns: tuple[str, ...]
-    rows: dict[str, tuple[Value, ...]]
+    rows: dict[str, tuple[PaperValue, ...]]
     notes: tuple[str, ...] = ()
 
-    def cell(self, row: str, column: str) -> Value:
-        """None also where there is no such row or column."""
+    def cell(self, row: str, column: str) -> PaperValue:
+        """Look up a number; None if there is no such row or column."""
         values = self.rows.get(row)
         return values[self.columns.index(column)] if values and column in self.columns else None
 
 
-TABLE_1 = Table(
+TABLE_1 = PaperTable(
     "Table 1: instruction following and GQA",
-    ("GQA", *TASKS, "AVG"),
+    ("GQA", *TASK_TITLES, "AVG"),
     {
         "LLaVA-1.5-7B": (
             62.0, 57.3, 6.0, 39.9, 16.1, 40.4, 53.2, 21.1, 6.4, 45.4, 54.1, 26.6, 56.4, 51.4, 1.8, 11.0, 67.4, 34.7,
@@ -78,15 +86,15 @@ TABLE_1 = Table(
     },
     (
         "AVG is the plain mean of the sixteen tasks.",
-        "The percentages are multiples of 1/218, all but a few: each task has 218 questions, as many as MM-Vet has.",
-        "The ratio of SPD is not told.",
-        "48.68 of the 13B upper limit on GQA is also LLaVA-1.5-13B's own score on GQA's open questions "
+        "Nearly all percentages are multiples of 1/218, so each task has 218 questions, as many as MM-Vet.",
+        "The paper does not give the ratio of SPD.",
+        "48.68 of the 13B upper limit on GQA is also the score of LLaVA-1.5-13B on the open questions of GQA "
         "(haotian-liu/LLaVA#584).",
-        "AVG of Ours-7B is 44.1 here and in Table 2, 44.2 in Tables 3 to 5; so both modules together gain 9.4 or 9.5.",
+        "AVG of Ours-7B is 44.1 here and in Table 2, but 44.2 in Tables 3 to 5; both modules together gain 9.4 or 9.5.",
     ),
 )  # fmt: skip
 
-TABLE_2 = Table(
+TABLE_2 = PaperTable(
     "Table 2: comparison with other models",
     ("IF", "VQAv2", "GQA", "TextVQA", "MME", "MMB"),
     {
@@ -114,13 +122,13 @@ TABLE_2 = Table(
         "Ours-13B, 36 tokens": (53.5, 75.1, 57.8, 56.9, 1452.9, 63.9),
     },
     (
-        "MME 1518.5 of Ours-7B is what Table 3 gives for CMAI alone; for both modules it gives 1515.8.",
-        "MME is perception alone. VQAv2 is test-dev, which only its server scores.",
-        "Whether the models of 64 and 36 visual tokens were trained so is not told.",
+        "MME of Ours-7B is 1518.5, which Table 3 gives for CMAI alone; for both modules Table 3 gives 1515.8.",
+        "MME is perception only. VQAv2 is test-dev, which only its server scores.",
+        "The paper does not say if the models with 64 and 36 visual tokens were trained with that number.",
     ),
 )
 
-TABLE_3 = Table(
+TABLE_3 = PaperTable(
     "Table 3: the modules",
     ("GQA", "TQA", "MME", "IF"),
     {
@@ -131,7 +139,7 @@ TABLE_3 = Table(
     },
 )
 
-TABLE_4 = Table(
+TABLE_4 = PaperTable(
     "Table 4: the parts of VMTC",
     ("GQA", "TQA", "MME", "IF"),
     {
@@ -141,10 +149,10 @@ TABLE_4 = Table(
         "LWP, MG": (61.3, 57.5, 1512.1, 43.9),
         "LWP, MG, CLST": (61.6, 57.8, 1515.8, 44.2),
     },
-    ("Its first row is CMAI alone of Table 3: all rows have CMAI.",),
+    ("The first row is CMAI alone of Table 3, so all rows have CMAI.",),
 )
 
-TABLE_5 = Table(
+TABLE_5 = PaperTable(
     "Table 5: the focus score of CMAI",
     ("GQA", "TQA", "MME", "IF"),
     {
@@ -154,7 +162,7 @@ TABLE_5 = Table(
         "+ Discounted Sum TIA": (61.05, 57.2, 1504.6, 41.1),
         "Ours": (61.57, 57.8, 1515.8, 44.2),
     },
-    ("Its first row is VMTC alone of Table 3: all rows have VMTC.", "The discount is not told."),
+    ("The first row is VMTC alone of Table 3, so all rows have VMTC.", "The paper does not give the discount."),
 )
 
 TABLES = {"table-1": TABLE_1, "table-2": TABLE_2, "table-3": TABLE_3, "table-4": TABLE_4, "table-5": TABLE_5}

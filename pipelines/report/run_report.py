@@ -1,12 +1,11 @@
-"""The report of a run: one HTML file that can be mailed, archived and read without the run folder or a network.
+"""Report of a run: one HTML file that needs neither the run folder nor a network, for mail and archives.
 
-Everything is inside it: images as data URIs, plots as SVG.  It runs no script and, by its content security policy,
-could not; texts from questions and answers are escaped.  It shows what the run folder holds and leaves out what it
-does not.
+Images are data URIs, plots are SVG. The page runs no script, and its content security policy forbids any. Texts from
+questions and answers are escaped. The report shows what the run folder has and leaves out the rest.
 
-Cost: every line of `metrics.jsonl` and `answers/easy_vqa.jsonl` is read into memory; a run of 10,000 steps and 10,000
-questions takes about two seconds, most of it matplotlib.  Importing this module costs nothing: job files are validated
-against `Report`, so whatever is heavy is imported by the function that needs it.
+Cost: every line of `metrics.jsonl` and `answers/easy_vqa.jsonl` is read into memory. A run of 10,000 steps and 10,000
+questions takes about two seconds, mostly in matplotlib. Importing this module is cheap: job files are validated against
+`Report`, so heavy packages are imported by the functions that need them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from annotated_types import Ge
 
 from pipelines.core import jsonl
 from pipelines.report import page
-from pipelines.report.page import ACCENT, FAINT, INK, STYLE, number, quiet, svg
+from pipelines.report.page import format_number
+from pipelines.report.plots import ACCENT, FAINT, INK, STYLE, style_axes, to_svg
 from pipelines.training import ledger
 from pipelines.training.ledger import Account, LoopTime
 from redux.extras import write_install_command
@@ -41,34 +41,35 @@ if TYPE_CHECKING:
     from pipelines.evaluation.evaluate import Example
 
 PACKAGES = ("redux-vlm", "torch", "ray", "transformers", "deepspeed")
-STAGES = {"tower": "Image tower", "pretrain": "Pretraining", "instruct": "Instruction tuning"}
-# parts of the wall time: what they are called, their colour and its opacity
-PARTS = {
+STAGE_TITLES = {"tower": "Image tower", "pretrain": "Pretraining", "instruct": "Instruction tuning"}
+# parts of the wall time by their name in the ledger: title, colour and opacity
+TIME_PARTS = {
     "productive": ("computing", "good", 1.0),
     "evaluation": ("evaluating", "accent", 1.0),
     "data": ("waiting for data", "accent", 0.6),
     "checkpoint": ("checkpoints", "accent", 0.35),
     "startup": ("starting up", "faint", 0.7),
-    "other": ("anything else", "faint", 0.35),
+    "other": ("other", "faint", 0.35),
     "restart": ("restarting", "bad", 0.5),
-    "lost": ("done twice", "bad", 1.0),
+    "lost": ("repeated steps", "bad", 1.0),
 }
-TOGETHER = {"strict": "all, strictly", "loose": "all, loosely", "both": "all, and right"}
-CONFUSIONS = 8
+OVERALL_TITLES = {"strict": "all, strict", "loose": "all, loose", "both": "all, and correct"}
+MAX_CONFUSIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Settings of the report.
+    """Settings of the HTML report.
 
-    examples: test images shown with their patches, question and answers.
+    Args:
+        examples: number of test images that are shown with their patches, question and answers.
     """
 
     examples: Annotated[int, Ge(0)] = 5
 
 
 class Score(NamedTuple):
-    """Share of right answers with its Wilson 95 % interval."""
+    """Accuracy with its Wilson 95 % interval."""
 
     name: str
     correct: int
@@ -80,11 +81,11 @@ class Score(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson(self.correct, self.questions)
+        return wilson_interval(self.correct, self.questions)
 
 
-class Share(NamedTuple):
-    """As Score, with an interval that was drawn: prompts about one question depend on each other."""
+class BootstrapScore(NamedTuple):
+    """Accuracy with a bootstrap interval, for prompts that depend on each other because they share a question."""
 
     name: str
     questions: int
@@ -94,7 +95,7 @@ class Share(NamedTuple):
 
 
 class Confusion(NamedTuple):
-    """A wrong answer, how often it was given, and its share of all questions with that reference answer."""
+    """A wrong response, its count, and its share of the questions with the same reference answer."""
 
     answer: str
     response: str
@@ -103,7 +104,7 @@ class Confusion(NamedTuple):
 
 
 class Throughput(NamedTuple):
-    """Sums over the steps of a stage that stand; seconds are the ledger's, as in the account of the wall time."""
+    """Sums over the steps of a stage, without repeated ones; seconds are those of the ledger."""
 
     stage: str
     steps: int
@@ -116,12 +117,21 @@ class Throughput(NamedTuple):
 
     @property
     def waiting(self) -> float:
-        """Share of the loop that was spent waiting for data."""
+        """Share of the training loop that waits for data."""
         return self.loop.data / self.loop.total if self.loop.total else math.nan
 
 
-class Part(NamedTuple):
-    """A part of the wall time, its share of all, and the share of those before it."""
+class TimePart(NamedTuple):
+    """A part of the wall time, as a segment of a bar.
+
+    Args:
+        name: title.
+        seconds: its length.
+        share: its share of the wall time.
+        before: share of all parts before it.
+        colour: CSS variable of its colour.
+        opacity: opacity of its colour.
+    """
 
     name: str
     seconds: float
@@ -131,8 +141,8 @@ class Part(NamedTuple):
     opacity: float
 
 
-class Plot(NamedTuple):
-    """A stage's loss curve, drawn."""
+class LossPlot(NamedTuple):
+    """Loss curve of a stage."""
 
     stage: str
     last: float
@@ -140,8 +150,20 @@ class Plot(NamedTuple):
     svg: Markup
 
 
-class Panel(NamedTuple):
-    """An example, its images as data URIs, its patches counted."""
+class ExamplePanel(NamedTuple):
+    """An example with its images as data URIs.
+
+    Args:
+        example: question and answers.
+        original: the image as the model sees it.
+        patches: the image with its patches marked.
+        before: number of patches.
+        after: number of tokens.
+        kept: number of patches with a token of their own.
+        merged: number of patches in clusters.
+        clusters: number of clusters.
+        dropped: number of patches without a token.
+    """
 
     example: Example
     original: str
@@ -154,20 +176,25 @@ class Panel(NamedTuple):
     dropped: int
 
 
-def write(run: Path, examples: Sequence[Example]) -> Path:
-    """Write `run/report.html` from what the run folder holds, and return its path.
+def write_report(run: Path, examples: Sequence[Example]) -> Path:
+    """Write `run/report.html` in one atomic step, and return its path.
 
-    Read, where present: job.yaml, metrics.json (flat: dotted name -> number), metrics.jsonl (one step a line),
-    answers/ (one question a line) and ledger.jsonl (one event a line).  A reader of the old report never sees half of
-    the new one.
+    Reads, if they exist: job.yaml, metrics.json (dotted name -> number), metrics.jsonl (one step per line), answers/
+    (one question per line) and ledger.jsonl (one event per line).
     """
     return page.write(run / "report.html", _render(run, examples))
 
 
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Score interval of a share (E. B. Wilson 1927, JASA 22, p. 209-212); z = 1.96 gives 95 %.
+def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Compute the score interval of a share (E. B. Wilson 1927, JASA 22, p. 209-212).
 
-    Unlike the usual share ± z·sd it stays within 0..1 and does not vanish at either end.  Of no trials: (0, 1).
+    Unlike share ± z·sd, the interval stays within 0..1 and does not vanish for 0 or n successes. For n = 0 it is
+    (0, 1).
+
+    Args:
+        successes: number of successes.
+        n: number of trials.
+        z: quantile of the normal distribution; 1.96 gives 95 %.
     """
     if not n:
         return 0.0, 1.0
@@ -179,64 +206,71 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def _render(run: Path, examples: Sequence[Example]) -> str:
-    job = _text(run / "job.yaml")
-    metrics = json.loads(_text(run / "metrics.json") or "{}")
-    stages = _stages(jsonl.read(run / "metrics.jsonl"))
-    answers = _judged(run / "answers" / "easy_vqa.jsonl")
+    # every file may be missing: the report then leaves out its section
+    job = _read_text(run / "job.yaml")
+    metrics = json.loads(_read_text(run / "metrics.json") or "{}")
+    provenance = json.loads(_read_text(run / "answers" / "asked.json") or "{}")
+    stages = _group_by_stage(jsonl.read(run / "metrics.jsonl"))
+    answers = _judge_answers(run / "answers" / "easy_vqa.jsonl")
     book = ledger.read_ledger(run)
-    account, loops = book.account, book.loops
     return page.render(
         "report.html.j2",
-        name=_name(job) or run.resolve().name,
+        # header
+        name=_read_name(job) or run.resolve().name,
+        total=_compute_total(metrics, answers),
+        wall_s=metrics.get("wall_s"),
+        # answers
+        scores=_score_by_type(answers),
+        overall=Score("all", sum(row["correct"] for row in answers), len(answers)),
+        confusions=_count_confusions(answers),
+        wrong=sum(not row["correct"] for row in answers),
+        followed=_score_instructions(jsonl.read(run / "answers" / "instructions.jsonl")),
+        splitter=provenance.get("splitter"),
+        punkt_command=write_install_command("instructions"),
+        panels=[_make_panel(example) for example in examples],
+        # training and time
+        plots=[_plot_loss(stage, rows) for stage, rows in stages.items()],
+        throughput=[
+            _sum_throughput(stage, rows, book.loops[stage]) for stage, rows in stages.items() if stage in book.loops
+        ],
+        spans=_split_wall_time(metrics),
+        account=book.account,
+        parts=_make_time_parts(book.account),
+        # provenance
         job=job,
         metrics=metrics,
-        total=_total(metrics, answers),
-        scores=_scores(answers),
-        followed=_followed(jsonl.read(run / "answers" / "instructions.jsonl")),
-        punkt_command=write_install_command("instructions"),
-        splitter=json.loads(_text(run / "answers" / "asked.json") or "{}").get("splitter"),
-        asked=Score("all", sum(row["correct"] for row in answers), len(answers)),
-        confusions=_confusions(answers),
-        wrong=sum(not row["correct"] for row in answers),
-        plots=[_plot(stage, rows) for stage, rows in stages.items()],
-        throughput=[_throughput(stage, rows, loops[stage]) for stage, rows in stages.items() if stage in loops],
-        spans=_spans(metrics),
-        account=account,
-        parts=_parts(account),
-        wall_s=metrics.get("wall_s"),
-        panels=[_panel(example) for example in examples],
-        versions=_versions(),
+        versions=_read_versions(),
     )
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def _judged(path: Path) -> list[dict[str, Any]]:
+def _judge_answers(path: Path) -> list[dict[str, Any]]:
     from pipelines.data import easy_vqa
 
     return [row | {"correct": easy_vqa.is_correct(row)} for row in jsonl.read(path)]
 
 
-def _name(job: str) -> str | None:
+def _read_name(job: str) -> str | None:
     import yaml
 
     values = yaml.safe_load(job)
     return str(values["name"]) if isinstance(values, Mapping) and values.get("name") else None
 
 
-def _stages(record: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Steps by stage, in the order of the record."""
-    steps: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for line in record:
-        steps[line["stage"]].append(line)
-    return dict(steps)
+def _group_by_stage(steps: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Group steps by stage, in the order of the record."""
+    stages: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for step in steps:
+        stages[step["stage"]].append(step)
+    return dict(stages)
 
 
-def _total(metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]]) -> Score | None:
-    """The accuracy of the header: as scored, or counted where only the answers are there."""
-    questions = int(metrics.get("easy_vqa.questions", len(answers)))
+def _compute_total(metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]]) -> Score | None:
+    """Compute the accuracy of the header: from the metrics, or from the answers if the metrics lack it."""
+    questions = int(metrics.get("easy_vqa.load_questions", len(answers)))
     if not questions:
         return None
     accuracy = metrics.get("easy_vqa.accuracy")
@@ -244,112 +278,121 @@ def _total(metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]]) -
     return Score("all", correct, questions)
 
 
-def _scores(answers: Iterable[Mapping[str, Any]]) -> list[Score]:
-    """By question type, the most frequent first."""
-    asked, right = Counter[str](), Counter[str]()
+def _score_by_type(answers: Iterable[Mapping[str, Any]]) -> list[Score]:
+    """Compute the accuracy of each type of question, the most frequent type first."""
+    questions = Counter[str]()
+    correct = Counter[str]()
     for row in answers:
-        asked[row["type"]] += 1
-        right[row["type"]] += row["correct"]
-    return [Score(name, right[name], count) for name, count in asked.most_common()]
+        questions[row["type"]] += 1
+        correct[row["type"]] += row["correct"]
+    return [Score(name, correct[name], count) for name, count in questions.most_common()]
 
 
-def _followed(rows: Sequence[Mapping[str, Any]]) -> list[Share]:
-    """Of each instruction how often it was followed, strictly; then of all together, and with the right answer too."""
+def _score_instructions(rows: Sequence[Mapping[str, Any]]) -> list[BootstrapScore]:
+    """Compute how often each instruction is followed (strict), then the scores over all instructions."""
     if not rows:
         return []
     from pipelines.evaluation import statistics
     from redux.benchmarks import instructions
 
     metrics = instructions.metrics(rows)
-    prefix, result = "strict.", []
-    named = {name: name.removeprefix(prefix) for name in metrics if name.startswith(prefix)}
-    named |= {name: told for name, told in TOGETHER.items() if name in metrics}
-    for name, told in named.items():
-        found, asked = statistics.interval([metrics[name]]), len(metrics[name].outcomes)
-        result.append(Share(told, asked, round(found.value * asked), found.value, (found.low, found.high)))
-    return result
+    prefix = "strict."
+    titles = {name: name.removeprefix(prefix) for name in metrics if name.startswith(prefix)}
+    titles |= {name: title for name, title in OVERALL_TITLES.items() if name in metrics}
+    scores = []
+    for name, title in titles.items():
+        found = statistics.bootstrap_interval([metrics[name]])
+        count = len(metrics[name].outcomes)
+        correct = round(found.value * count)
+        scores.append(BootstrapScore(title, count, correct, found.value, (found.low, found.high)))
+    return scores
 
 
-def _confusions(answers: Iterable[Mapping[str, Any]]) -> list[Confusion]:
-    asked, wrong = Counter[str](), Counter[tuple[str, str]]()
+def _count_confusions(answers: Iterable[Mapping[str, Any]]) -> list[Confusion]:
+    questions = Counter[str]()
+    wrong = Counter[tuple[str, str]]()
     for row in answers:
-        asked[row["answer"]] += 1
+        questions[row["answer"]] += 1
         if not row["correct"]:
             wrong[row["answer"], row["response"].strip()] += 1
     return [
-        Confusion(answer, response, times, times / asked[answer])
-        for (answer, response), times in wrong.most_common(CONFUSIONS)
+        Confusion(answer, response, times, times / questions[answer])
+        for (answer, response), times in wrong.most_common(MAX_CONFUSIONS)
     ]
 
 
-def _throughput(stage: str, rows: Sequence[Mapping[str, Any]], loop: LoopTime) -> Throughput:
+def _sum_throughput(stage: str, rows: Sequence[Mapping[str, Any]], loop: LoopTime) -> Throughput:
     samples, tokens = (sum(row.get(key) or 0.0 for row in rows) for key in ("samples", "tokens"))
-    return Throughput(STAGES.get(stage, stage), len(rows), samples, tokens, loop)
+    return Throughput(STAGE_TITLES.get(stage, stage), len(rows), samples, tokens, loop)
 
 
-def _spans(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Seconds of each step of the job ("wall_s.tower"), and what no step accounts for."""
+def _split_wall_time(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
+    """List the seconds of each step of the job ("wall_s.tower"), and the seconds between steps."""
     prefix = "wall_s."
     spans = [(name.removeprefix(prefix), seconds) for name, seconds in metrics.items() if name.startswith(prefix)]
     rest = metrics.get("wall_s", 0.0) - sum(seconds for _, seconds in spans)
     return [*spans, ("between steps", rest)] if spans and rest >= 0.5 else spans
 
 
-def _parts(account: Account) -> list[Part]:
-    """None before any time has passed."""
-    total, before = account.total, 0.0
+def _make_time_parts(account: Account) -> list[TimePart]:
+    """Make the segments of the wall time; an empty list if no time has passed."""
+    total = account.total
+    if not total:
+        return []
     parts = []
-    for key, (name, colour, opacity) in PARTS.items() if total else ():
+    before = 0.0
+    for key, (name, colour, opacity) in TIME_PARTS.items():
         seconds = getattr(account, key)
-        parts.append(Part(name, seconds, seconds / total, before, colour, opacity))
+        parts.append(TimePart(name, seconds, seconds / total, before, colour, opacity))
         before += seconds / total
     return parts
 
 
-def _plot(stage: str, rows: Sequence[Mapping[str, Any]]) -> Plot:
-    """Loss over steps, raw and smoothed, and the learning rate faint behind it."""
+def _plot_loss(stage: str, rows: Sequence[Mapping[str, Any]]) -> LossPlot:
+    """Plot the loss over steps, raw and smoothed, with the learning rate in the background."""
     import numpy as np
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    name = STAGES.get(stage, stage)
+    name = STAGE_TITLES.get(stage, stage)
     step = np.array([row["step"] for row in rows])
-    loss = _column(rows, "loss")
-    smoothed = smooth(loss)
+    loss = _read_column(rows, "loss")
+    smoothed = smooth_curve(loss)
+    last = float(smoothed[-1])
     with rc_context(STYLE):
         figure = Figure(figsize=(3.7, 2.6), layout="constrained")
         axes = figure.add_subplot()
-        _learning_rate(axes, step, _column(rows, "learning_rate"))
-        marker = "o" if len(rows) == 1 else ""  # one step makes no line
+        _plot_learning_rate(axes, step, _read_column(rows, "learning_rate"))
+        marker = "o" if len(rows) == 1 else ""  # a single step has no line
         axes.plot(step, loss, color=ACCENT, linewidth=0.6, alpha=0.4)
         axes.plot(step, smoothed, color=ACCENT, linewidth=1.8, marker=marker, markersize=4)
-        _plain(axes, loss)
-        drawn = svg(
-            figure, f"{stage}-", f"{name}: loss over {len(rows)} steps, at the end {number(float(smoothed[-1]))}"
-        )
-    return Plot(name, float(smoothed[-1]), len(rows), drawn)
+        _scale_loss_axis(axes, loss)
+        label = f"{name}: loss over {len(rows)} steps, at the end {format_number(last)}"
+        return LossPlot(name, last, len(rows), to_svg(figure, f"{stage}-", label))
 
 
-def _column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+def _read_column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     import numpy as np
 
     return np.array([row.get(key) for row in rows], dtype=float)
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a twenty-fifth of the curve around each step: it does not lag, as an exponential mean would.
+def smooth_curve(values: np.ndarray) -> np.ndarray:
+    """Smooth a curve by the mean over a window of a twenty-fifth of its length, centred on each step.
 
-    Not-a-number is skipped; where a whole window is, so is the result.
+    A centred window has no lag, unlike an exponential moving average. NaN is skipped; a window of NaN alone gives NaN.
     """
     import numpy as np
 
     window = np.ones(2 * (len(values) // 50) + 1)
     finite = np.isfinite(values)
-    sums, counts = (np.convolve(row, window, "same") for row in (np.where(finite, values, 0), finite.astype(float)))
+    sums = np.convolve(np.where(finite, values, 0), window, "same")
+    counts = np.convolve(finite.astype(float), window, "same")
     return np.divide(sums, counts, out=np.full(len(values), math.nan), where=counts > 0.5)
 
 
-def _learning_rate(axes: Axes, step: np.ndarray, rate: np.ndarray) -> None:
+def _plot_learning_rate(axes: Axes, step: np.ndarray, rate: np.ndarray) -> None:
+    """Plot the learning rate behind the loss, on a second y axis without ticks."""
     import numpy as np
 
     if len(step) < 2 or not np.isfinite(rate).any() or not np.nanmax(rate) > 0:
@@ -361,12 +404,13 @@ def _learning_rate(axes: Axes, step: np.ndarray, rate: np.ndarray) -> None:
     twin.set_axis_off()
     twin.text(0.99, 0.985, f"learning rate, peak {np.nanmax(rate):.2g}", transform=twin.transAxes,
               ha="right", va="top", color=FAINT, fontsize=8)  # fmt: skip
+    # matplotlib draws a twin axis on top; move the loss in front, without its background
     axes.set_zorder(twin.get_zorder() + 1)
     axes.patch.set_visible(False)
 
 
-def _plain(axes: Axes, loss: np.ndarray) -> None:
-    """Logarithmic where the loss spans a factor of five, with plain numbers on the axis."""
+def _scale_loss_axis(axes: Axes, loss: np.ndarray) -> None:
+    """Use a logarithmic axis with plain numbers if the loss spans more than a factor of five."""
     import numpy as np
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -379,19 +423,20 @@ def _plain(axes: Axes, loss: np.ndarray) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("loss", color=INK)
-    quiet(axes)
+    style_axes(axes)
 
 
-def _panel(example: Example) -> Panel:
+def _make_panel(example: Example) -> ExamplePanel:
     from redux import picture
 
-    slot, merged = example.slot, example.merged
+    slot = example.slot
+    merged = example.merged
     dropped = slot < 0
     clustered = merged & ~dropped
-    return Panel(
+    return ExamplePanel(
         example,
-        original=_uri(picture.enlarge(example.image, slot.size)),
-        patches=_uri(picture.draw(example.image, slot, merged)),
+        original=_encode_png(picture.enlarge(example.image, slot.size)),
+        patches=_encode_png(picture.draw(example.image, slot, merged)),
         before=slot.size,
         after=len(set(slot[~dropped].tolist())),
         kept=int((~merged & ~dropped).sum()),
@@ -401,17 +446,17 @@ def _panel(example: Example) -> Panel:
     )
 
 
-def _uri(image: PIL.Image.Image) -> str:
+def _encode_png(image: PIL.Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
+def _read_versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {package: _read_version(package) for package in PACKAGES}
 
 
-def _version(package: str) -> str:
+def _read_version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,10 +1,10 @@
-"""Finished runs, as models that can be compared: what a run is follows from its settings, never from its name.
+"""Finished runs, grouped into models that can be compared. The groups follow from the settings, never from the name.
 
-Runs that differ in nothing but the seed are one model.  Models that differ in nothing but the method (VMTC, CMAI,
-another reduction, or being told of the image instead of shown it) are one family, and only within a family is a
-difference a difference of the method.  A run that asks a checkpoint of another run is of that run's family and seed.
+Runs that differ only in the seed are one model. Models that differ only in the method (VMTC, CMAI, another reduction,
+or a caption in place of the image) are one family. Only within a family is a difference between scores an effect of the
+method. A run that evaluates a checkpoint of another run belongs to the family and the seed of that run.
 
-Cost: every line of a run's answers is read and scored once, and only its outcomes are kept.
+Cost: every line of a run's answers is read and scored once; only the outcomes stay in memory.
 """
 
 import copy
@@ -24,62 +24,80 @@ from redux.model import ReduxConfig
 from redux.presets import Preset
 from redux.settings import METHODS
 
-IDLE = (
+IRRELEVANT_KEYS = (
     "name", "seed", "num_workers", "checkpoints", "recovery", "report", "trackers", "data.max_bad_fraction",
     "evaluate.num_actors", "evaluate.batch_size", "evaluate.image_input", "evaluate.template",
     "evaluate.image_aspect_ratio", "evaluate.allow_mismatch",
     *(f"model.{name}" for name in METHODS),
 )  # fmt: skip
-"""What of a job makes no other family: it is the seed, the method, or tells nothing of the result."""
+"""Keys of a job that do not separate families: the seed, the method, and keys without effect on the result."""
 
-PATCHES, BLOCKS = 576, 23
-"""Of an image in CLIP ViT-L/14 at 336 pixels: what a run has whose tower nothing is known of."""
+CLIP_PATCHES = 576
+"""Patches of an image in CLIP ViT-L/14 at 336 pixels, the default for a run with an unknown tower."""
+
+CLIP_BLOCKS = 23
+"""Blocks of CLIP ViT-L/14 that LLaVA uses, the default for a run with an unknown tower."""
 
 Scorers = Mapping[str, Callable[[Sequence[Row]], dict[str, Metric]]]
-"""By the name of a task, what makes metrics of its rows."""
+"""Functions from answered questions to metrics, by name of the task."""
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run.
 
-    job: as resolved.  source: the job that trained what it asks; its own but for runs that ask another's checkpoint.
-    numbers: of scores.json and metrics.json, flat.  metrics: of its answers, such as "gqa.accuracy".
-    asked: who was asked, and how, as the evaluation noted it.
+    Args:
+        folder: the run folder.
+        job: the job as resolved.
+        source_job: the job that trained the evaluated model; the same object as `job` unless the run evaluates the
+            checkpoint of another run.
+        numbers: content of scores.json and metrics.json, by dotted name.
+        metrics: metrics of its answers, such as "gqa.accuracy".
+        provenance: model and settings that gave the answers, as the evaluation wrote them.
     """
 
     folder: Path
     job: dict[str, Any]
-    source: dict[str, Any]
+    source_job: dict[str, Any]
     numbers: dict[str, float]
     metrics: dict[str, Metric]
-    asked: dict[str, Any]
+    provenance: dict[str, Any]
 
     @property
-    def foreign(self) -> bool:
-        """Whether it asked a model of another kind than LLaVA."""
-        return bool(self.asked.get("model_type", "llava") != "llava")
+    def is_foreign(self) -> bool:
+        """True if the evaluated model is not a LLaVA."""
+        return bool(self.provenance.get("model_type", "llava") != "llava")
 
     @property
     def methods(self) -> Preset:
-        """What it answered with."""
-        return methods(self.asked.get("methods") or _told(self.job))
+        """Methods of the evaluation."""
+        return make_preset(self.provenance.get("methods") or _read_methods(self.job))
 
     @property
-    def learned(self) -> Preset:
-        """What it was trained with; of a checkpoint from elsewhere what that has, where nothing else was asked for."""
-        if self.source is not self.job or self.job.get("train"):
-            return methods(_told(self.source))
-        own = self.asked.get("methods", {})
-        return methods({name: None if value else own.get(name) for name, value in _told(self.job).items()})
+    def trained_with(self) -> Preset:
+        """Methods of the training.
+
+        A checkpoint from elsewhere was trained with its own methods; a method that the job sets was not trained.
+        """
+        if self.source_job is not self.job or self.job.get("train"):
+            return make_preset(_read_methods(self.source_job))
+        evaluated = self.provenance.get("methods", {})
+        return make_preset(
+            {name: None if value else evaluated.get(name) for name, value in _read_methods(self.job).items()}
+        )
+
+    @property
+    def uses_captions(self) -> bool:
+        """True if the model sees a caption in place of the image."""
+        return (self.job.get("evaluate") or {}).get("image_input") == "caption"
 
     @property
     def seed(self) -> int:
-        return int(self.source.get("seed", 0))
+        return int(self.source_job.get("seed", 0))
 
     @property
-    def trained_s(self) -> float | None:
-        """Seconds of the training loops: computing, waiting for data and standing still."""
+    def training_s(self) -> float | None:
+        """Seconds of the training loops: computing, waiting for data, and stalls."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return None
@@ -87,155 +105,179 @@ class Run:
 
     @cached_property
     def config(self) -> ReduxConfig | None:
-        """The model's own, where the run folder has it."""
+        """Configuration of the model, if the run folder has it."""
         stages = [f"checkpoints/{stage}/model" for stage in reversed(list(self.job.get("train") or {}))]
-        found = (self.folder / name for name in (*stages, "assembled"))
-        return next((ReduxConfig.from_pretrained(path) for path in found if (path / "config.json").exists()), None)
+        folders = (self.folder / name for name in (*stages, "assembled"))
+        return next((ReduxConfig.from_pretrained(path) for path in folders if (path / "config.json").exists()), None)
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
-    """Runs that differ in nothing but the seed, by seed.
+class ComparedModel:
+    """Runs that differ only in the seed.
 
-    methods: what it answers with.  described: whether it knew images by its own descriptions alone.
-    trained: whether it learned with the methods that it answers with.  foreign: it is no LLaVA.
+    Args:
+        runs: the runs, by seed.
+        methods: methods of the evaluation.
+        uses_captions: the model sees a caption in place of the image.
+        trained_as_evaluated: training and evaluation have the same methods.
+        is_foreign: the model is not a LLaVA.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
     methods: Preset
-    described: bool
-    trained: bool
-    foreign: bool
+    uses_captions: bool
+    trained_as_evaluated: bool
+    is_foreign: bool
 
     @property
     def job(self) -> dict[str, Any]:
         return self.runs[0].job
 
     @property
-    def seeds(self) -> int:
+    def num_seeds(self) -> int:
         return len(self.runs)
 
     @property
     def checkpoint(self) -> str:
-        """What it began with, "" for nothing."""
+        """The checkpoint that the runs start from, "" for none."""
         return str(self.job["model"].get("checkpoint") or "")
 
     @property
-    def result(self) -> str:
-        """The folder of the model that its first run made, "" where it is not there."""
+    def trained_model(self) -> str:
+        """Folder of the model that the first run trained, "" if there is none."""
         stages = [self.runs[0].folder / "checkpoints" / stage / "model" for stage in self.job.get("train") or {}]
         return str(stages[-1]) if stages and stages[-1].exists() else ""
 
     @cached_property
-    def patches(self) -> int:
-        """Patch tokens of an image."""
+    def num_patches(self) -> int:
+        """Number of patches of an image."""
         if config := self.runs[0].config:
             return config.patches
-        tower = self.runs[0].source["model"].get("tower")
-        return int(tower["image_size"] // tower["patch_size"]) ** 2 if isinstance(tower, dict) else PATCHES
+        tower = self.runs[0].source_job["model"].get("tower")
+        return int(tower["image_size"] // tower["patch_size"]) ** 2 if isinstance(tower, dict) else CLIP_PATCHES
 
     @cached_property
-    def blocks(self) -> int:
-        """Blocks of the tower that are in use."""
+    def num_blocks(self) -> int:
+        """Number of tower blocks in use."""
         if config := self.runs[0].config:
             return config.depth
-        tower = self.runs[0].source["model"].get("tower")
-        return int(tower["num_hidden_layers"]) - 1 if isinstance(tower, dict) else BLOCKS
+        tower = self.runs[0].source_job["model"].get("tower")
+        return int(tower["num_hidden_layers"]) - 1 if isinstance(tower, dict) else CLIP_BLOCKS
 
     @cached_property
-    def tokens(self) -> int:
-        """Tokens of an image that reach the language model."""
-        return left(self.methods, self.patches, self.blocks)
+    def num_tokens(self) -> int:
+        """Number of tokens of an image that reach the language model."""
+        return count_remaining_tokens(self.methods, self.num_patches, self.num_blocks)
 
     def metrics(self, name: str) -> list[Metric]:
-        """One for each run that has it."""
+        """One metric per run that has it."""
         return [run.metrics[name] for run in self.runs if name in run.metrics]
 
-    def number(self, name: str) -> float | None:
-        """The mean over runs of a number in metrics.json; None where none has it."""
+    def mean_number(self, name: str) -> float | None:
+        """Mean over the runs of a number in metrics.json; None if no run has it."""
         values = [run.numbers[name] for run in self.runs if name in run.numbers]
         return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True)
 class Family:
-    """Models that differ in nothing but the method; and of other kinds those that were asked the same.
+    """Models that differ only in the method, and foreign models with the same evaluation tasks.
 
-    label: their sizes, and what else tells this family from the others.
+    Args:
+        label: sizes of the model, and other settings in which families differ.
+        models: the models.
     """
 
     label: str
-    models: tuple[Model, ...]
+    models: tuple[ComparedModel, ...]
 
     @property
     def size(self) -> str | None:
-        """Where the paper has its like: "7B" or "13B", by the name of the language model."""
-        language = str(self.models[0].runs[0].source["model"].get("language")).lower()
+        """Size of the paper's models, "7B" or "13B", from the name of the language model; None for other sizes."""
+        language = str(self.models[0].runs[0].source_job["model"].get("language")).lower()
         return next((size for size in ("7B", "13B") if f"-{size.lower()}" in language), None)
 
 
-def left(methods: Preset, patches: int = PATCHES, blocks: int = BLOCKS) -> int:
-    """Tokens of an image that a method leaves of so many patches, in a tower of so many blocks in use."""
+def count_remaining_tokens(methods: Preset, patches: int = CLIP_PATCHES, blocks: int = CLIP_BLOCKS) -> int:
+    """Count the tokens of an image after the methods, for a tower with these patches and blocks in use."""
     if methods.reduction:
         return methods.reduction.count(patches)
     return methods.vmtc.tokens_left(patches, blocks) if methods.vmtc else patches
 
 
-def find(paths: Sequence[Path], scorers: Scorers) -> tuple[list[Family], list[str]]:
-    """The families of the finished runs at `paths`, and what is to be said of those left out.
+def find_families(paths: Sequence[Path], scorers: Scorers) -> tuple[list[Family], list[str]]:
+    """Find the finished runs and group them into families.
 
-    paths: folders of runs, or folders that hold such folders.
-    Raises ValueError where no finished run is there, saying where it looked, or a file of one cannot be read.
+    Args:
+        paths: run folders, or folders that contain run folders.
+        scorers: functions that score the answers, by name of the task.
+
+    Returns:
+        The families, and notes about runs that are left out.
+
+    Raises:
+        ValueError: there is no finished run at these paths, or a file of a run cannot be read.
     """
-    notes, runs = [], list[Run]()
-    for folder in dict.fromkeys(folder for path in paths for folder in _folders(path)):
+    notes: list[str] = []
+    runs: list[FinishedRun] = []
+    for folder in dict.fromkeys(folder for path in paths for folder in _find_run_folders(path)):
         if (folder / "scores.json").exists() or (folder / "metrics.json").exists():
-            runs.append(read(folder, scorers))
+            runs.append(read_run(folder, scorers))
         else:
             notes.append(f"{folder} is not finished and is left out.")
     if not runs:
-        looked = ", ".join(f"{path}, {path}/*, {path}/*/*" for path in paths) or "nowhere"
+        searched = ", ".join(f"{path}, {path}/*, {path}/*/*" for path in paths) or "nowhere"
         raise ValueError(
-            f"runs: found none that is finished, allowed: folders with job.yaml and metrics.json at {looked}"
+            f"runs: found none that is finished, allowed: folders with job.yaml and metrics.json at {searched}"
         )
-    if rough := [run.folder.name for run in runs if run.asked.get("splitter") == "regex"]:
+    if approximate := [run.folder.name for run in runs if run.provenance.get("splitter") == "regex"]:
         notes.append(
-            f"T12 of {', '.join(rough)}: sentences were counted by regular expressions, not by Punkt as in IFEval."
+            f"T12 of {', '.join(approximate)}: sentences were counted by regular expressions, "
+            "not by Punkt as in IFEval."
         )
-    others = [run for run in runs if run.foreign]
-    by_family = defaultdict[str, list[Run]](list)
-    for run in [run for run in runs if not run.foreign] or others:
-        by_family[_key(run)].append(run)
-    models = {key: list(_models(family, notes)) for key, family in by_family.items()}
-    for model in _models(others, notes) if others and not by_family.keys() & {_key(run) for run in others} else ():
+    # LLaVA runs make the families; if there are none, foreign models make families of their own
+    foreign = [run for run in runs if run.is_foreign]
+    by_family = defaultdict[str, list[FinishedRun]](list)
+    for run in [run for run in runs if not run.is_foreign] or foreign:
+        by_family[_family_key(run)].append(run)
+    models = {key: list(_group_seeds(family, notes)) for key, family in by_family.items()}
+    # a foreign model joins every family with the same evaluation tasks
+    foreign_is_family = bool(by_family.keys() & {_family_key(run) for run in foreign})
+    for model in [] if foreign_is_family else _group_seeds(foreign, notes):
         for key, family in by_family.items():
-            if _tasks(family[0]) == _tasks(model.runs[0]):
+            if _read_tasks(family[0]) == _read_tasks(model.runs[0]):
                 models[key].append(model)
-    return [Family(label, tuple(models[key])) for key, label in zip(models, _labels(list(models)), strict=True)], notes
+    labels = _make_labels(list(models))
+    return [Family(label, tuple(models[key])) for key, label in zip(models, labels, strict=True)], notes
 
 
-def _key(run: Run) -> str:
-    return json.dumps(settings(run.source, run.job), sort_keys=True)
+def _family_key(run: FinishedRun) -> str:
+    return json.dumps(family_settings(run.source_job, run.job), sort_keys=True)
 
 
-def _tasks(run: Run) -> Any:
+def _read_tasks(run: FinishedRun) -> Any:
     return (run.job.get("evaluate") or {}).get("tasks")
 
 
-def _folders(path: Path) -> list[Path]:
+def _find_run_folders(path: Path) -> list[Path]:
     if (path / "job.yaml").exists():
         return [path]
-    found = [each.parent for pattern in ("*/job.yaml", "*/*/job.yaml") for each in sorted(path.glob(pattern))]
-    # what a study trains once for all is not asked anything
-    return [folder for folder in found if not (folder.name == "shared" and (folder.parent / "study.yaml").exists())]
+    files = [file for pattern in ("*/job.yaml", "*/*/job.yaml") for file in sorted(path.glob(pattern))]
+    # the shared stages of a study are not evaluated
+    return [
+        file.parent
+        for file in files
+        if not (file.parent.name == "shared" and (file.parent.parent / "study.yaml").exists())
+    ]
 
 
-def read(folder: Path, scorers: Scorers) -> Run:
-    """The run of a folder, its answers scored."""
-    job, numbers = _yaml(folder / "job.yaml"), dict[str, float]()
+def read_run(folder: Path, scorers: Scorers) -> FinishedRun:
+    """Read a run folder and score its answers."""
+    job = _read_job(folder / "job.yaml")
+    numbers: dict[str, float] = {}
     for name in ("scores.json", "metrics.json"):
         if (folder / name).exists():
-            numbers |= _json(folder / name)
+            numbers |= _read_json(folder / name)
     metrics: dict[str, Metric] = {}
     for path in sorted((folder / "answers").glob("*.jsonl")):
         if path.stem in scorers:
@@ -246,18 +288,25 @@ def read(folder: Path, scorers: Scorers) -> Run:
                     f"{path}: a row lacks or misuses {error}, allowed: rows as an evaluation writes"
                 ) from None
             metrics |= {f"{path.stem}.{name}": metric for name, metric in scored.items()}
-    asked = folder / "answers" / "asked.json"
-    return Run(folder, job, _source(job), numbers, metrics, _json(asked) if asked.exists() else {})
+    provenance = folder / "answers" / "asked.json"
+    return FinishedRun(
+        folder=folder,
+        job=job,
+        source_job=_find_source_job(job),
+        numbers=numbers,
+        metrics=metrics,
+        provenance=_read_json(provenance) if provenance.exists() else {},
+    )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: got {error}, allowed: an object of JSON") from None
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def _read_job(path: Path) -> dict[str, Any]:
     try:
         job = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -267,97 +316,112 @@ def _yaml(path: Path) -> dict[str, Any]:
     return job
 
 
-def _source(job: dict[str, Any]) -> dict[str, Any]:
-    """The job that trained what this one asks: itself, with the sizes of the run whose checkpoint it began with; that
-    run's where it trained nothing."""
+def _find_source_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Find the job that trained the evaluated model.
+
+    This is the job itself, with the sizes from the run of its starting checkpoint. A job without training has the job
+    of that run as its source.
+    """
     checkpoint = job["model"].get("checkpoint")
-    above = Path(checkpoint).parents if isinstance(checkpoint, str) else ()
-    before = next((_yaml(folder / "job.yaml") for folder in above if (folder / "job.yaml").exists()), None)
-    if before is None or not job.get("train"):
-        return before or job
-    own = ("tower", "language", *(name for name in METHODS if job["model"].get(name) == "own"))
-    return job | {"model": job["model"] | {part: before["model"].get(part) for part in own}}
+    parents = Path(checkpoint).parents if isinstance(checkpoint, str) else ()
+    previous = next((_read_job(folder / "job.yaml") for folder in parents if (folder / "job.yaml").exists()), None)
+    if previous is None or not job.get("train"):
+        return previous or job
+    inherited = ("tower", "language", *(name for name in METHODS if job["model"].get(name) == "own"))
+    return job | {"model": job["model"] | {part: previous["model"].get(part) for part in inherited}}
 
 
-def _told(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What a job says of the method; what is a checkpoint's own it does not know."""
+def _read_methods(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the method settings of a job; None for a method that the checkpoint decides."""
     return {name: None if (value := job["model"].get(name)) == "own" else value for name in METHODS}
 
 
-def methods(told: Mapping[str, Any], shows: str = "") -> Preset:
-    """Settings of the method, typed."""
-    return Preset(
-        shows=shows,
-        **{
-            name: kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-            if (values := told.get(name)) is not None
-            else None
-            for name, kind in METHODS.items()
-        },
-    )
+def make_preset(methods: Mapping[str, Any], shows: str = "") -> Preset:
+    """Make a preset from method settings as a YAML or JSON file has them."""
+    arguments = {}
+    for name, kind in METHODS.items():
+        values = methods.get(name)
+        if values is not None:
+            values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        arguments[name] = None if values is None else kind(**values)
+    return Preset(shows=shows, **arguments)
 
 
-def settings(source: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a family, by dotted name: how it was trained and what was asked, without method, seed and the idle."""
-    whole = copy.deepcopy({**source, "evaluate": job.get("evaluate")})
-    flat = dict(_flat(whole))
-    return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{idle}.") for idle in IDLE)}
+def family_settings(source_job: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect the settings that separate families, by dotted name: training and evaluation tasks."""
+    whole = copy.deepcopy({**source_job, "evaluate": job.get("evaluate")})
+    return {
+        key: value
+        for key, value in flatten_dict(whole).items()
+        if not any(f"{key}.".startswith(f"{irrelevant}.") for irrelevant in IRRELEVANT_KEYS)
+    }
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dictionaries to dotted names; an empty dictionary stays a value.
+
+    >>> flatten_dict({"a": {"b": 1, "c": {}}, "d": [2]})
+    {'a.b': 1, 'a.c': {}, 'd': [2]}
+    """
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            flat |= flatten_dict(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
-def _models(family: Sequence[Run], notes: list[str]) -> Iterator[Model]:
-    alike = defaultdict[str, dict[int, Run]](dict)
+def _group_seeds(family: Sequence[FinishedRun], notes: list[str]) -> Iterator[ComparedModel]:
+    """Group runs that differ only in the seed; add a note for each run whose settings and seed occur twice."""
+    by_settings = defaultdict[str, dict[int, FinishedRun]](dict)
     for run in family:
-        kind = [asdict(run.methods), asdict(run.learned), _described(run)]
-        seeds = alike[json.dumps(kind, sort_keys=True)]
+        settings = [asdict(run.methods), asdict(run.trained_with), run.uses_captions]
+        seeds = by_settings[json.dumps(settings, sort_keys=True)]
         if run.seed in seeds:
-            notes.append(f"{run.folder} has settings and seed of {seeds[run.seed].folder} and is left out.")
+            notes.append(f"{run.folder} has the same settings and seed as {seeds[run.seed].folder} and is left out.")
         else:
             seeds[run.seed] = run
-    for seeds in alike.values():
+    for seeds in by_settings.values():
         runs = tuple(seeds[seed] for seed in sorted(seeds))
-        own, foreign = runs[0].methods, runs[0].foreign
-        yield Model(runs, own, _described(runs[0]), own == runs[0].learned and not foreign, foreign)
+        first = runs[0]
+        yield ComparedModel(
+            runs=runs,
+            methods=first.methods,
+            uses_captions=first.uses_captions,
+            trained_as_evaluated=first.methods == first.trained_with and not first.is_foreign,
+            is_foreign=first.is_foreign,
+        )
 
 
-def _described(run: Run) -> bool:
-    return (run.job.get("evaluate") or {}).get("image_input") == "caption"
-
-
-def _labels(keys: Sequence[str]) -> Iterator[str]:
-    """Sizes, and every other setting in which families differ."""
+def _make_labels(keys: Sequence[str]) -> Iterator[str]:
+    """Make labels of families: their sizes, and every other setting in which they differ."""
     families = [json.loads(key) for key in keys]
-    sizes = [_sizes(each) for each in families]
-    names = dict.fromkeys(name for each in families for name in each)
-    enough = len(set(sizes)) == len(sizes)  # to tell the models themselves apart
+    sizes = [_describe_sizes(settings) for settings in families]
+    names = dict.fromkeys(name for settings in families for name in settings)
+    sizes_differ = len(set(sizes)) == len(sizes)  # then other settings of the model add nothing
     differing = [
         name
         for name in names
-        if len({json.dumps(each.get(name)) for each in families}) > 1 and not (enough and name.startswith("model."))
+        if len({json.dumps(settings.get(name)) for settings in families}) > 1
+        and not (sizes_differ and name.startswith("model."))
     ]
-    for size, each in zip(sizes, families, strict=True):
-        told = [f"{name} = {json.dumps(each.get(name))}" for name in differing]
-        yield ", ".join([size, *told])
+    for size, settings in zip(sizes, families, strict=True):
+        yield ", ".join([size, *(f"{name} = {json.dumps(settings.get(name))}" for name in differing)])
 
 
-def _sizes(flat: Mapping[str, Any]) -> str:
-    if isinstance(language := flat.get("model.language"), str):
+def _describe_sizes(settings: Mapping[str, Any]) -> str:
+    if isinstance(language := settings.get("model.language"), str):
         return Path(language).name
     parts = [
-        f"{name} of {flat[f'model.{part}.num_hidden_layers']} × {flat[f'model.{part}.hidden_size']}"
+        f"{name} of {settings[f'model.{part}.num_hidden_layers']} × {settings[f'model.{part}.hidden_size']}"
         for part, name in (("tower", "tower"), ("language", "language model"))
-        if f"model.{part}.hidden_size" in flat
+        if f"model.{part}.hidden_size" in settings
     ]
-    return ", ".join(parts) or Path(str(flat.get("model.checkpoint") or "sizes unknown")).name
+    return ", ".join(parts) or Path(str(settings.get("model.checkpoint") or "sizes unknown")).name
 
 
-def changes(value: Any) -> dict[str, Any]:
-    """The fields of settings that are not at their defaults."""
-    return {each.name: getattr(value, each.name) for each in fields(value) if getattr(value, each.name) != each.default}
+def select_changed_fields(settings: Any) -> dict[str, Any]:
+    """Select the fields of a settings dataclass that differ from their defaults."""
+    values = {field: getattr(settings, field.name) for field in fields(settings)}
+    return {field.name: value for field, value in values.items() if value != field.default}

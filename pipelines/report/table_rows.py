@@ -1,7 +1,7 @@
-"""Which row of the paper's tables a model is by its settings, and the command that would fill a row.
+"""Rows of the paper's tables: which models match a row, and the command that fills a missing row.
 
-A row is a configuration of `redux.PRESETS`.  A model is that row if its settings are of the same kind and leave the
-same share of an image, whatever its sizes and its other options: 32 of 64 patches are the paper's 288 of 576.
+A row is a configuration of `redux.PRESETS`. A model matches a row if its methods are of the same kind and keep the same
+share of the tokens. Sizes and other options do not matter: 32 of 64 patches match the paper's 288 of 576.
 """
 
 import shlex
@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from pipelines.report.runs import PATCHES, Family, Model, changes, left
+from pipelines.report.runs import CLIP_PATCHES, ComparedModel, Family, count_remaining_tokens, select_changed_fields
 from redux.presets import PRESETS, Preset
 from redux.settings import METHODS, SPATIAL, VMTC
 
-KINDS = {
+KIND_BY_METHODS = {
     (None, None): "llava",
     (None, "neighbourhood"): "cmai",
     ("lwp-mg-clst", None): "vmtc",
@@ -32,144 +32,159 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Slot:
+class TableRow:
     """A row of a table.
 
-    preset: its configuration, in a tower of CLIP ViT-L/14's sizes; None where there is nothing here that could fill it.
-    paper: what the paper's table calls it, with {size} where it has both sizes.
-    described: whether the model is told of the image instead of shown it.
-    checkpoint: of a row that is another model: its hub id.
+    Args:
+        label: name of the row in our tables.
+        preset: its methods, for the sizes of CLIP ViT-L/14; None if this project cannot fill the row.
+        paper: name of the row in the paper, with {size} if the paper has both sizes.
+        uses_captions: the model sees a caption in place of the image.
+        checkpoint: Hub id of the model, for a row of another model than LLaVA.
     """
 
     label: str
     preset: Preset | None
     paper: str | None = None
-    described: bool = False
+    uses_captions: bool = False
     checkpoint: str | None = None
 
 
-def kind(given: Preset, described: bool = False) -> str | None:
-    """What the paper has of such settings; None for nothing.
+def find_kind(methods: Preset, uses_captions: bool = False) -> str | None:
+    """Find the paper's name for methods; None if the paper has no such row.
 
-    >>> [kind(PRESETS[name]) for name in ("default", "llava", "lwp-mg", "tokens-64", "spd", "evit")]
+    >>> [find_kind(PRESETS[name]) for name in ("default", "llava", "lwp-mg", "tokens-64", "spd", "evit")]
     ['both', 'llava', 'lwp-mg', 'both', 'average', None]
     """
-    if described:
-        return "upper-limit" if given.methods == PRESETS["llava"].methods else None
-    if given.reduction:
-        return None if given.cmai else given.reduction.method
-    return KINDS.get((_parts(given.vmtc) if given.vmtc else None, given.cmai.focus if given.cmai else None))
+    if uses_captions:
+        return "upper-limit" if methods.methods == PRESETS["llava"].methods else None
+    if methods.reduction:
+        return None if methods.cmai else methods.reduction.method
+    parts = _name_vmtc_parts(methods.vmtc) if methods.vmtc else None
+    return KIND_BY_METHODS.get((parts, methods.cmai.focus if methods.cmai else None))
 
 
-def _parts(vmtc: VMTC) -> str:
-    """The row of Table 4."""
+def _name_vmtc_parts(vmtc: VMTC) -> str:
+    """Name the parts of VMTC that are in use, as in the rows of Table 4."""
     clusters = set(vmtc.clusters) if isinstance(vmtc.clusters, tuple) else {vmtc.clusters}
     if clusters == {0} or (clusters == {None} and not vmtc.cluster_share):
         return "llp" if vmtc.stages == (-1,) else "lwp"
     return "lwp-mg" if clusters == {1} else "lwp-mg-clst"
 
 
-def fills(model: Model, slot: Slot) -> bool:
-    """Whether a model is of a row's kind and leaves as much of an image."""
-    if slot.checkpoint:
-        return model.foreign and Path(model.checkpoint).name == Path(slot.checkpoint).name
-    if slot.preset is None or not model.trained:
+def matches(model: ComparedModel, row: TableRow) -> bool:
+    """Tell if a model has the kind of a row and keeps the same share of the tokens."""
+    if row.checkpoint:
+        return model.is_foreign and Path(model.checkpoint).name == Path(row.checkpoint).name
+    if row.preset is None or not model.trained_as_evaluated:
         return False
-    own, wanted = kind(model.methods, model.described), kind(slot.preset, slot.described)
-    if wanted in SPATIAL and own in SPATIAL:  # each takes the nearest square
-        return model.tokens == left(slot.preset, model.patches)
-    return own == wanted and model.tokens == left(fitting(slot.preset, model.patches), model.patches, model.blocks)
+    model_kind = find_kind(model.methods, model.uses_captions)
+    row_kind = find_kind(row.preset, row.uses_captions)
+    if row_kind in SPATIAL and model_kind in SPATIAL:
+        # spatial reductions round the tokens to a square, so their number is compared without rescaling the budget
+        return model.num_tokens == count_remaining_tokens(row.preset, model.num_patches)
+    rescaled = rescale_budget(row.preset, model.num_patches)
+    tokens = count_remaining_tokens(rescaled, model.num_patches, model.num_blocks)
+    return model_kind == row_kind and model.num_tokens == tokens
 
 
-def fitting(preset: Preset, patches: int) -> Preset:
-    """A preset for a tower of so many patches: a budget of tokens becomes the same share of them."""
-    vmtc, reduction = preset.vmtc, preset.reduction
+def rescale_budget(preset: Preset, patches: int) -> Preset:
+    """Rescale a preset to a tower with another number of patches: a budget in tokens keeps its share of the patches."""
+    vmtc = preset.vmtc
+    reduction = preset.reduction
     if vmtc and vmtc.tokens:
-        vmtc = replace(vmtc, tokens=max(round(vmtc.tokens * patches / PATCHES), 1))
+        vmtc = replace(vmtc, tokens=max(round(vmtc.tokens * patches / CLIP_PATCHES), 1))
     if reduction and reduction.tokens:
-        reduction = replace(reduction, tokens=max(round(reduction.tokens * patches / PATCHES), 2))
+        reduction = replace(reduction, tokens=max(round(reduction.tokens * patches / CLIP_PATCHES), 2))
     return replace(preset, vmtc=vmtc, reduction=reduction)
 
 
-def command(slot: Slot, family: Family) -> str:
-    """`redux run` with the job of a run of this family, under another name beside it, and with what else has to be
-    another.
+def write_command(row: TableRow, family: Family) -> str:
+    """Write the `redux run` command that fills a row.
 
-    The row's budget and parts are the preset's, whatever it leaves open is as in the family's other models.
+    The command runs the job of a run of this family under another name, in the same folder, with overrides. Budget and
+    parts of the methods come from the preset of the row; other options come from the models of the family.
     """
-    ranked = _ranked(family)
-    if asked := _asked(slot, ranked):
-        return asked
-    assert slot.preset is not None
-    like, wanted = ranked[0], _target(slot.preset, ranked)
-    overrides = [f"name={_base(like)}-{_name(slot)}"]
+    ranked = _rank_templates(family)
+    if command := _write_evaluation_command(row, ranked):
+        return command
+    assert row.preset is not None
+    template = ranked[0]
+    wanted = _complete_preset(row.preset, ranked)
+    overrides = [f"name={_job_name(template)}-{_run_suffix(row)}"]
     for part in METHODS:
-        if wanted.methods[part] != like.methods.methods[part]:
-            overrides.append(f"model.{part}={_flow(wanted.methods[part])}")
-    if slot.described != like.described:
-        overrides.append(f"evaluate.image_input={'caption' if slot.described else 'pixels'}")
-    return _beside(like, overrides)
+        if wanted.methods[part] != template.methods.methods[part]:
+            overrides.append(f"model.{part}={_write_flow_yaml(wanted.methods[part])}")
+    if row.uses_captions != template.uses_captions:
+        overrides.append(f"evaluate.image_input={'caption' if row.uses_captions else 'pixels'}")
+    return _write_run_command(template, overrides)
 
 
-def _asked(slot: Slot, ranked: Sequence[Model]) -> str:
-    """The command where nothing has to be trained: another model, or LLaVA asked in another way; else ""."""
-    plain = next((model for model in ranked if not model.foreign and kind(model.methods) == "llava"), None)
-    like = ranked[0] if slot.checkpoint else plain
-    checkpoint = slot.checkpoint or (slot.described and plain and plain.result)
-    if like is None or not checkpoint:
+def _write_evaluation_command(row: TableRow, ranked: Sequence[ComparedModel]) -> str:
+    """Write the command for a row without training: another model, or LLaVA with captions; "" for other rows."""
+    llava = next((model for model in ranked if not model.is_foreign and find_kind(model.methods) == "llava"), None)
+    template = ranked[0] if row.checkpoint else llava
+    checkpoint = row.checkpoint or (row.uses_captions and llava and llava.trained_model)
+    if template is None or not checkpoint:
         return ""
-    overrides = [f"name={_base(like)}-{Path(slot.checkpoint).name if slot.checkpoint else _name(slot)}"]
-    overrides += ["train={}", f"model={{checkpoint: {checkpoint}}}"]
-    return _beside(like, overrides + ["evaluate.image_input=caption"] * slot.described)
+    suffix = Path(row.checkpoint).name if row.checkpoint else _run_suffix(row)
+    overrides = [f"name={_job_name(template)}-{suffix}", "train={}", f"model={{checkpoint: {checkpoint}}}"]
+    if row.uses_captions:
+        overrides.append("evaluate.image_input=caption")
+    return _write_run_command(template, overrides)
 
 
-def _beside(like: Model, overrides: Sequence[str]) -> str:
-    folder = like.runs[0].folder
+def _write_run_command(template: ComparedModel, overrides: Sequence[str]) -> str:
+    folder = template.runs[0].folder
     return shlex.join(["redux", "run", str(folder / "job.yaml"), *overrides, "--runs-dir", str(folder.parent)])
 
 
-def _base(like: Model) -> str:
-    return str(like.job.get("name", like.runs[0].folder.name))
+def _job_name(model: ComparedModel) -> str:
+    return str(model.job.get("name", model.runs[0].folder.name))
 
 
-def _ranked(family: Family) -> list[Model]:
-    """Those first whose job another is best made of: trained themselves, with both modules, or one, or none."""
+def _rank_templates(family: Family) -> list[ComparedModel]:
+    """Rank the models of a family as templates of a new job: trained LLaVA models first, with more methods first."""
     order = ("both", "vmtc", "cmai", "llava")
 
-    def distance(model: Model) -> tuple[bool, bool, int]:
-        own = kind(model.methods, model.described)
-        asked = not model.job.get("train")
-        return model.foreign, asked, order.index(own) if own in order else len(order)
+    def sort_key(model: ComparedModel) -> tuple[bool, bool, int]:
+        kind = find_kind(model.methods, model.uses_captions)
+        is_evaluation_only = not model.job.get("train")
+        return model.is_foreign, is_evaluation_only, order.index(kind) if kind in order else len(order)
 
-    return sorted(family.models, key=distance)
+    return sorted(family.models, key=sort_key)
 
 
-def _target(preset: Preset, ranked: Sequence[Model]) -> Preset:
-    """The preset, with what its family has of options wherever it leaves them at their defaults."""
-    preset = fitting(preset, ranked[0].patches)
+def _complete_preset(preset: Preset, ranked: Sequence[ComparedModel]) -> Preset:
+    """Complete a preset: fields at their defaults get the values of the family's models."""
+    preset = rescale_budget(preset, ranked[0].num_patches)
     vmtc = next((model.methods.vmtc for model in ranked if model.methods.vmtc), None)
     cmai = next((model.methods.cmai for model in ranked if model.methods.cmai), None)
     if vmtc and preset.vmtc:
-        stages = VMTC().stages if _parts(vmtc) == "llp" else vmtc.stages
-        open_ = replace(vmtc, ratio=None, tokens=None, kept=None, clusters=None, stages=stages)
-        preset = replace(preset, vmtc=replace(open_, **changes(preset.vmtc)))
+        # the budget, the parts and the stages of LLP are properties of the row, not options of the family
+        stages = VMTC().stages if _name_vmtc_parts(vmtc) == "llp" else vmtc.stages
+        options = replace(vmtc, ratio=None, tokens=None, kept=None, clusters=None, stages=stages)
+        preset = replace(preset, vmtc=replace(options, **select_changed_fields(preset.vmtc)))
     if cmai and preset.cmai:
-        preset = replace(preset, cmai=replace(replace(cmai, focus="neighbourhood"), **changes(preset.cmai)))
+        options_of_cmai = replace(cmai, focus="neighbourhood")
+        preset = replace(preset, cmai=replace(options_of_cmai, **select_changed_fields(preset.cmai)))
     return preset
 
 
-def _flow(value: Any) -> str:
-    """Settings on one line of YAML, without those at their defaults."""
-    if value is None:
+def _write_flow_yaml(settings: Any) -> str:
+    """Write settings as YAML on one line, without fields at their defaults."""
+    if settings is None:
         return "null"
-    told = {key: list(each) if isinstance(each, tuple) else each for key, each in changes(value).items()}
-    return str(yaml.safe_dump(told, default_flow_style=True, width=10_000, sort_keys=False)).strip()
+    changed = select_changed_fields(settings)
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
+    return str(yaml.safe_dump(values, default_flow_style=True, width=10_000, sort_keys=False)).strip()
 
 
-def _name(slot: Slot) -> str:
-    """Of a run, the same in every table that has the row: the preset's, or else the label in letters for a folder."""
-    if slot.described:
+def _run_suffix(row: TableRow) -> str:
+    """Make the end of a run's name, the same in every table with this row."""
+    if row.uses_captions:
         return "described"
-    assert slot.preset is not None
-    named = (name for name, preset in PRESETS.items() if preset.methods == slot.preset.methods)
-    return next(named, "-".join("".join(letter if letter.isalnum() else " " for letter in slot.label.lower()).split()))
+    assert row.preset is not None
+    presets = (name for name, preset in PRESETS.items() if preset.methods == row.preset.methods)
+    words = "".join(letter if letter.isalnum() else " " for letter in row.label.lower()).split()
+    return next(presets, "-".join(words))

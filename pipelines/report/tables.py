@@ -1,13 +1,13 @@
-"""The paper's tables over finished runs: each score with its interval, beside the paper's own, and what is missing.
+"""The paper's tables over finished runs: scores with intervals, the paper's numbers, and missing rows.
 
-Every score is a mean over training seeds with a 95 % interval over items, and is compared with LLaVA, the row with
-neither module, of the same family.  The paper's numbers stand in lines of their own: they are of other sizes and other
-data.  A row that no run fills comes with the command that would.
+Each score is a mean over training seeds with a 95 % interval over items. It is compared with LLaVA-1.5 of the same
+family, the row with neither module. The numbers of the paper are in lines of their own, as they are of other sizes and
+other data. A row without a run has the command that fills it.
 
-The paper counts instructions that were followed, not whether the answer was right, and a model that ignores the image
-can follow them; so besides its columns there are "right" and "both".
+The paper counts followed instructions, not correct answers, and a model that ignores the image can follow instructions.
+So the tables also have the columns "right" and "both".
 
-Cost: a bootstrap for each score and one for each difference, see `pipelines.evaluation.statistics`; some ten seconds
+Cost: one bootstrap for each score and one for each difference, see `pipelines.evaluation.statistics`; about ten seconds
 for twenty runs of 3,488 instructions.
 """
 
@@ -20,41 +20,52 @@ from pipelines.core import jsonl
 from pipelines.evaluation import statistics
 from pipelines.evaluation.statistics import Difference, Interval
 from pipelines.report import paper
-from pipelines.report.runs import Family, Model, changes
-from pipelines.report.table_rows import Slot, command, fills, kind
+from pipelines.report.runs import ComparedModel, Family, select_changed_fields
+from pipelines.report.table_rows import TableRow, find_kind, matches, write_command
 from redux.benchmarks import Metric
 from redux.cost import cost, step
 from redux.instructions import INSTRUCTIONS
 from redux.presets import PRESETS, Preset
 from redux.settings import METHODS, SPATIAL, VMTC, Reduction
 
-TEXT = 64
-"""Text tokens of the prompt whose cost is told."""
+PROMPT_TEXT_TOKENS = 64
+"""Number of text tokens in the prompt whose cost is shown."""
 
-PROMPTS = 6
-"""Of Figure 4."""
+NUM_COMPARED_PROMPTS = 6
+"""Number of prompts in Figure 4."""
 
 
 @dataclass(frozen=True)
 class Column:
     """A column of our tables.
 
-    source: a metric of the model's answers, or a name in COSTS.  factor: from it to what is shown; 100 for per cent.
-    paper: what the paper's table calls it.  about: what it is, where the name does not say.
+    Args:
+        name: heading of the column.
+        source: a metric of the answers, or a name in COST_FUNCTIONS.
+        factor: factor from the metric to the number that is shown; 100 for per cent.
+        paper: name of the column in the paper.
+        number_format: format string of the number.
+        about: explanation of the name.
     """
 
     name: str
     source: str
     factor: float = 100.0
     paper: str | None = None
-    show: str = "{:.1f}"
+    number_format: str = "{:.1f}"
     about: str = ""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number as shown.  interval, difference: None where there are no answers to draw from.  ratio: of a cost to
-    LLaVA's."""
+    """A number as it is shown.
+
+    Args:
+        value: the number.
+        interval: its 95 % interval; None without answers to draw from.
+        difference: difference to LLaVA-1.5; None without answers to draw from.
+        ratio: ratio of a cost to that of LLaVA-1.5.
+    """
 
     value: float
     interval: Interval | None = None
@@ -63,11 +74,17 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A model's cells, the paper's, or a row that is missing.
+class ResultRow:
+    """A line of a table: a model, numbers of the paper, or a row without a run.
 
-    source: "ours", "paper" or "missing".  about: seeds and tokens, or whose numbers these are.
-    command: what would fill a missing row.  kind, removed: of a model, see `slots.kind`, and its tokens left out.
+    Args:
+        label: name of the row.
+        source: "ours", "paper" or "missing".
+        about: seeds and tokens of a model, or the origin of the numbers.
+        cells: one per column, None for no number.
+        command: the command that fills a missing row.
+        kind: kind of a model, see `table_rows.find_kind`.
+        removed: share of the tokens that a model removes.
     """
 
     label: str
@@ -80,33 +97,49 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Table:
-    """key: for names of files.  blocks: lines by family."""
+class ResultTable:
+    """A table over all families.
+
+    Args:
+        key: name of its CSV file.
+        title: heading.
+        columns: its columns.
+        blocks: rows, by label of the family.
+        notes: remarks below the table.
+    """
 
     key: str
     title: str
     columns: tuple[Column, ...]
-    blocks: dict[str, list[Line]]
+    blocks: dict[str, list[ResultRow]]
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt of Figure 4 and what each model said: (label, response, followed)."""
+class ComparedPrompt:
+    """A prompt of Figure 4 with the responses of all models.
+
+    Args:
+        text: the prompt.
+        responses: (label of the model, response, instruction followed).
+    """
 
     text: str
-    said: tuple[tuple[str, str, bool], ...]
+    responses: tuple[tuple[str, str, bool], ...]
 
 
-IF = Column("IF", "instructions.strict", paper="IF")
-OURS = (Column("right", "instructions.right"), Column("both", "instructions.both"))
-TASKS = tuple(
+IF_COLUMN = Column("IF", "instructions.strict", paper="IF")
+CORRECTNESS_COLUMNS = (Column("right", "instructions.right"), Column("both", "instructions.both"))
+INSTRUCTION_COLUMNS = tuple(
     Column(
-        f"T{each.task}", f"instructions.strict.{each.name}", paper=f"T{each.task}", about=paper.TASKS[f"T{each.task}"]
+        f"T{instruction.task}",
+        f"instructions.strict.{instruction.name}",
+        paper=f"T{instruction.task}",
+        about=paper.TASK_TITLES[f"T{instruction.task}"],
     )
-    for each in INSTRUCTIONS.values()
+    for instruction in INSTRUCTIONS.values()
 )
-BENCHMARKS = (
+BENCHMARK_COLUMNS = (
     Column("GQA", "gqa.accuracy", paper="GQA"),
     Column("VQAv2", "vqav2.accuracy", paper="VQAv2"),
     Column("TextVQA", "textvqa.accuracy", paper="TextVQA"),
@@ -114,58 +147,72 @@ BENCHMARKS = (
     Column("MMB", "mmbench.accuracy", paper="MMB"),
     Column("easy-VQA", "easy_vqa.accuracy"),
 )
-UNDERSTANDING = {column.name: column for column in BENCHMARKS}
-PILOT = (Column("JSON", "instructions.T9"), Column("Keywords", "instructions.T7"))
-ABLATION = (UNDERSTANDING["GQA"], Column("TQA", "textvqa.accuracy", paper="TQA"), UNDERSTANDING["MME"], IF)
+COLUMN_BY_BENCHMARK = {column.name: column for column in BENCHMARK_COLUMNS}
+PILOT_COLUMNS = (Column("JSON", "instructions.T9"), Column("Keywords", "instructions.T7"))
+ABLATION_COLUMNS = (
+    COLUMN_BY_BENCHMARK["GQA"],
+    Column("TQA", "textvqa.accuracy", paper="TQA"),
+    COLUMN_BY_BENCHMARK["MME"],
+    IF_COLUMN,
+)
 
-LLAVA = Slot("LLaVA-1.5", PRESETS["llava"], "LLaVA-1.5-{size}")
-BOTH = Slot("VMTC + CMAI", PRESETS["default"], "Ours-{size}")
-SLOTS = {
+LLAVA_ROW = TableRow("LLaVA-1.5", PRESETS["llava"], "LLaVA-1.5-{size}")
+BOTH_ROW = TableRow("VMTC + CMAI", PRESETS["default"], "Ours-{size}")
+TABLE_ROWS = {
     "table-1": (
-        LLAVA,
-        Slot("SPD", PRESETS["spd"], "SPD-{size}"),
-        Slot("Upper limit", PRESETS["llava"], "Upper Limit-{size}", described=True),
-        BOTH,
+        LLAVA_ROW,
+        TableRow("SPD", PRESETS["spd"], "SPD-{size}"),
+        TableRow("Upper limit", PRESETS["llava"], "Upper Limit-{size}", uses_captions=True),
+        BOTH_ROW,
     ),
     "table-2": (
-        *(Slot(name, None, name) for name in list(paper.TABLE_2.rows)[:9]),
-        LLAVA,
-        BOTH,
-        Slot("InstructBLIP", None, "InstructBLIP-7B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-7b"),
-        Slot("InstructBLIP", None, "InstructBLIP-13B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-13b"),
-        Slot("VMTC + CMAI, 64 of 576 tokens", PRESETS["tokens-64"], "Ours-{size}, 64 tokens"),
-        Slot("BLIP-2-13B", None, "BLIP-2-13B, 36 tokens"),
-        Slot("PruMerge, 36 of 576 tokens", PRESETS["prumerge"], "LLaVA-Prumerge-{size}, 36 tokens"),
-        Slot("VMTC + CMAI, 36 of 576 tokens", PRESETS["tokens-36"], "Ours-{size}, 36 tokens"),
-        Slot("Random places", PRESETS["random"]),
+        *(TableRow(name, None, name) for name in list(paper.TABLE_2.rows)[:9]),
+        LLAVA_ROW,
+        BOTH_ROW,
+        TableRow("InstructBLIP", None, "InstructBLIP-7B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-7b"),
+        TableRow("InstructBLIP", None, "InstructBLIP-13B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-13b"),
+        TableRow("VMTC + CMAI, 64 of 576 tokens", PRESETS["tokens-64"], "Ours-{size}, 64 tokens"),
+        TableRow("BLIP-2-13B", None, "BLIP-2-13B, 36 tokens"),
+        TableRow("PruMerge, 36 of 576 tokens", PRESETS["prumerge"], "LLaVA-Prumerge-{size}, 36 tokens"),
+        TableRow("VMTC + CMAI, 36 of 576 tokens", PRESETS["tokens-36"], "Ours-{size}, 36 tokens"),
+        TableRow("Random places", PRESETS["random"]),
     ),
     "table-3": (
-        Slot("neither", PRESETS["llava"], "neither"),
-        Slot("VMTC", PRESETS["vmtc"], "VMTC"),
-        Slot("CMAI", PRESETS["cmai"], "CMAI"),
-        Slot("VMTC + CMAI", PRESETS["default"], "VMTC, CMAI"),
+        TableRow("neither", PRESETS["llava"], "neither"),
+        TableRow("VMTC", PRESETS["vmtc"], "VMTC"),
+        TableRow("CMAI", PRESETS["cmai"], "CMAI"),
+        TableRow("VMTC + CMAI", PRESETS["default"], "VMTC, CMAI"),
     ),
     "table-4": (
-        Slot("no VMTC", PRESETS["cmai"], "none"),
-        Slot("LLP", PRESETS["llp"], "LLP"),
-        Slot("LWP", PRESETS["lwp"], "LWP"),
-        Slot("LWP + MG", PRESETS["lwp-mg"], "LWP, MG"),
-        Slot("LWP + MG + CLST", PRESETS["lwp-mg-clst"], "LWP, MG, CLST"),
+        TableRow("no VMTC", PRESETS["cmai"], "none"),
+        TableRow("LLP", PRESETS["llp"], "LLP"),
+        TableRow("LWP", PRESETS["lwp"], "LWP"),
+        TableRow("LWP + MG", PRESETS["lwp-mg"], "LWP, MG"),
+        TableRow("LWP + MG + CLST", PRESETS["lwp-mg-clst"], "LWP, MG, CLST"),
     ),
     "table-5": (
-        Slot("no CMAI", PRESETS["vmtc"], "No CMAI"),
-        Slot("TIA", PRESETS["tia"], "+ TIA"),
-        Slot("Sum TIA", PRESETS["sum-tia"], "+ Sum TIA"),
-        Slot("Discounted Sum TIA", PRESETS["discounted-sum-tia"], "+ Discounted Sum TIA"),
-        Slot("Neighbourhood", PRESETS["default"], "Ours"),
+        TableRow("no CMAI", PRESETS["vmtc"], "No CMAI"),
+        TableRow("TIA", PRESETS["tia"], "+ TIA"),
+        TableRow("Sum TIA", PRESETS["sum-tia"], "+ Sum TIA"),
+        TableRow("Discounted Sum TIA", PRESETS["discounted-sum-tia"], "+ Discounted Sum TIA"),
+        TableRow("Neighbourhood", PRESETS["default"], "Ours"),
     ),
 }
-COLUMNS = {
-    "table-1": (*TASKS, Column("AVG", IF.source, paper="AVG"), *OURS, UNDERSTANDING["GQA"]),
-    "table-2": (IF, *(UNDERSTANDING[name] for name in ("VQAv2", "GQA", "TextVQA", "MME", "MMB")), OURS[1]),
-    **dict.fromkeys(("table-3", "table-4", "table-5"), (*ABLATION, *OURS)),
+TABLE_COLUMNS = {
+    "table-1": (
+        *INSTRUCTION_COLUMNS,
+        Column("AVG", IF_COLUMN.source, paper="AVG"),
+        *CORRECTNESS_COLUMNS,
+        COLUMN_BY_BENCHMARK["GQA"],
+    ),
+    "table-2": (
+        IF_COLUMN,
+        *(COLUMN_BY_BENCHMARK[name] for name in ("VQAv2", "GQA", "TextVQA", "MME", "MMB")),
+        CORRECTNESS_COLUMNS[1],
+    ),
+    **dict.fromkeys(("table-3", "table-4", "table-5"), (*ABLATION_COLUMNS, *CORRECTNESS_COLUMNS)),
 }
-KINDS = {
+KIND_TITLES = {
     "llava": "LLaVA-1.5",
     "both": "VMTC + CMAI",
     "vmtc": "VMTC",
@@ -184,295 +231,360 @@ KINDS = {
     "upper-limit": "Upper limit",
 }
 SPD_RATIOS = (0.25, 0.5, 0.75, 0.9)
-SWEEP = tuple(round(0.1 * tenth, 1) for tenth in range(10))
+SWEEP_RATIOS = tuple(round(0.1 * tenth, 1) for tenth in range(10))
 
 
-class Comparison:
-    """A family's scores, each drawn once, beside those of its LLaVA."""
+class FamilyScores:
+    """Scores of a family's models, each bootstrapped once, with their differences to LLaVA-1.5."""
 
     def __init__(self, family: Family, samples: int) -> None:
-        self.family, self.samples = family, samples
-        self.base = next((model for model in family.models if fills(model, LLAVA)), None)
-        self.known: dict[tuple[Model, str], Cell | None] = {}
+        self.family = family
+        self.samples = samples
+        self.base = next((model for model in family.models if matches(model, LLAVA_ROW)), None)
+        self.cells: dict[tuple[ComparedModel, str], Cell | None] = {}
 
-    def cell(self, model: Model, column: Column) -> Cell | None:
-        """None where the model was not asked."""
-        if (model, column.source) not in self.known:
-            self.known[model, column.source] = self._cell(model, column)
-        return self.known[model, column.source]
+    def cell(self, model: ComparedModel, column: Column) -> Cell | None:
+        """Return a cell from the cache, or compute it; None if the model was not evaluated on this task."""
+        if (model, column.source) not in self.cells:
+            self.cells[model, column.source] = self._compute_cell(model, column)
+        return self.cells[model, column.source]
 
-    def _cell(self, model: Model, column: Column) -> Cell | None:
-        if column.source in COSTS:
-            return self._spent(model, COSTS[column.source])
+    def _compute_cell(self, model: ComparedModel, column: Column) -> Cell | None:
+        if column.source in COST_FUNCTIONS:
+            return self._compute_cost_cell(model, COST_FUNCTIONS[column.source])
         metrics = model.metrics(column.source)
         if not metrics:
-            number = model.number(column.source)
+            # a run without answers may still have the score as a number
+            number = model.mean_number(column.source)
             return None if number is None else Cell(number * column.factor)
         base = self.base.metrics(column.source) if self.base and self.base is not model else []
         try:
-            own = statistics.interval(metrics, self.samples).scaled(column.factor)
-            more = statistics.difference(metrics, base, self.samples).scaled(column.factor) if base else None
+            interval = statistics.bootstrap_interval(metrics, self.samples).scale(column.factor)
+            difference = (
+                statistics.bootstrap_difference(metrics, base, self.samples).scale(column.factor) if base else None
+            )
         except ValueError as error:
-            folders = [str(run.folder) for each in (model, self.base) if each for run in each.runs]
+            folders = [str(run.folder) for part in (model, self.base) if part for run in part.runs]
             raise ValueError(f"{column.source} of {', '.join(folders)}: {error}") from None
-        return Cell(own.value, own, more)
+        return Cell(interval.value, interval, difference)
 
-    def _spent(self, model: Model, spent: Callable[[Model], float | None]) -> Cell | None:
-        value, base = spent(model), spent(self.base) if self.base else None
-        return None if value is None else Cell(value, ratio=value / base if base and self.base is not model else None)
+    def _compute_cost_cell(
+        self, model: ComparedModel, compute_cost: Callable[[ComparedModel], float | None]
+    ) -> Cell | None:
+        value = compute_cost(model)
+        if value is None:
+            return None
+        base = compute_cost(self.base) if self.base and self.base is not model else None
+        return Cell(value, ratio=value / base if base else None)
 
 
-def build(families: Sequence[Family], samples: int = 10_000) -> list[Table]:
-    """All models; Tables 1 to 5 and Figure 2; the sweep of ratios; what is spent.
+def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[ResultTable]:
+    """Build all tables: all models, Tables 1 to 5, Figure 2, the sweep of ratios, and costs.
 
-    samples: draws of each bootstrap.
-    Raises ValueError where models of a family were not asked the same.
+    Args:
+        families: the families.
+        samples: number of draws of each bootstrap.
+
+    Raises:
+        ValueError: models of a family have different questions.
     """
-    compared = [Comparison(family, samples) for family in families]
-    asked = {name for family in families for model in family.models for run in model.runs for name in run.metrics}
-    beside = tuple(column for column in BENCHMARKS if column.source in asked)
-    scores = _with((IF, *OURS), beside)
-    whole = _everything("models", "All models", scores, compared)
-    printed = [
-        _table(key, each.title, _with(COLUMNS[key], beside), compared, SLOTS[key], each)
-        for key, each in paper.TABLES.items()
-    ]
-    pilot = ("llava", *SPATIAL)
-    kinds = ("llava", "both", "vmtc", *SPATIAL, "random", "prumerge")
+    scores = [FamilyScores(family, samples) for family in families]
+    # benchmarks that a run has beyond the columns of a table are added to it
+    evaluated = {name for family in families for model in family.models for run in model.runs for name in run.metrics}
+    extra = tuple(column for column in BENCHMARK_COLUMNS if column.source in evaluated)
+    score_columns = _add_columns((IF_COLUMN, *CORRECTNESS_COLUMNS), extra)
     return [
-        whole,
-        *printed,
-        _ladder("figure-2", "Figure 2: spatial down-sampling", _with(PILOT, beside), compared, _spd(), pilot),
-        _ladder("ratios", "How much can be left out", scores, compared, _sweep(), kinds),
-        _everything("spent", "What it costs", SPENT, compared),
+        _build_full_table("models", "All models", score_columns, scores),
+        *(
+            _build_paper_table(key, _add_columns(TABLE_COLUMNS[key], extra), scores, TABLE_ROWS[key], printed)
+            for key, printed in paper.TABLES.items()
+        ),
+        _build_ratio_table(
+            "figure-2",
+            "Figure 2: spatial down-sampling",
+            _add_columns(PILOT_COLUMNS, extra),
+            scores,
+            _make_spd_rows(),
+            ("llava", *SPATIAL),
+        ),
+        _build_ratio_table(
+            "ratios",
+            "Scores by share of removed tokens",
+            score_columns,
+            scores,
+            _make_sweep_rows(),
+            ("llava", "both", "vmtc", *SPATIAL, "random", "prumerge"),
+        ),
+        _build_full_table("spent", "Costs", COST_COLUMNS, scores),
     ]
 
 
-def _with(columns: Sequence[Column], beside: Sequence[Column]) -> tuple[Column, ...]:
-    """And what else was asked, under the table's own names."""
-    return (*columns, *(column for column in beside if column.source not in {each.source for each in columns}))
+def _add_columns(columns: Sequence[Column], extra: Sequence[Column]) -> tuple[Column, ...]:
+    """Add extra columns, except those whose metric the table already has, possibly under another name."""
+    sources = {column.source for column in columns}
+    return (*columns, *(column for column in extra if column.source not in sources))
 
 
-def _table(
+def _build_paper_table(
     key: str,
-    title: str,
     columns: tuple[Column, ...],
-    compared: Sequence[Comparison],
-    slots: Sequence[Slot],
-    printed: paper.Table,
-) -> Table:
+    scores: Sequence[FamilyScores],
+    rows: Sequence[TableRow],
+    printed: paper.PaperTable,
+) -> ResultTable:
     blocks = {
-        each.family.label: [line for slot in slots for line in _slot(slot, each, columns, printed)] for each in compared
+        of_family.family.label: [line for row in rows for line in _fill_row(row, of_family, columns, printed)]
+        for of_family in scores
     }
-    return Table(key, title, columns, blocks, printed.notes)
+    return ResultTable(key, printed.title, columns, blocks, printed.notes)
 
 
-def _slot(slot: Slot, compared: Comparison, columns: Sequence[Column], printed: paper.Table | None) -> Iterator[Line]:
-    """The models that fill a row, or the command that makes one, and the paper's own."""
-    models = [model for model in compared.family.models if fills(model, slot)]
+def _fill_row(
+    row: TableRow, scores: FamilyScores, columns: Sequence[Column], printed: paper.PaperTable | None
+) -> Iterator[ResultRow]:
+    """Yield the lines of a row: the models that match it, or the command that fills it, then the paper's numbers."""
+    models = [model for model in scores.family.models if matches(model, row)]
     for model in models:
-        label = slot.label if len(models) == 1 else f"{slot.label} ({_options(model, models) or 'defaults'})"
-        yield _line(label, model, compared, columns)
-    if not models and (slot.preset or slot.checkpoint):
-        yield Line(slot.label, "missing", "missing", command=command(slot, compared.family))
-    for size, name in _printed_as(slot, compared.family, printed):
+        label = row.label
+        if len(models) > 1:
+            label = f"{row.label} ({_describe_options(model, models) or 'defaults'})"
+        yield _make_row(label, model, scores, columns)
+    if not models and (row.preset or row.checkpoint):
+        yield ResultRow(row.label, "missing", "missing", command=write_command(row, scores.family))
+    for size, name in _find_paper_rows(row, scores.family, printed):
         assert printed is not None
         values = [printed.cell(name, column.paper) if column.paper else None for column in columns]
         if any(value is not None for value in values):
             cells = tuple(None if value is None else Cell(value) for value in values)
-            yield Line(slot.label, "paper", f"paper, {size}, other data" if size else "paper", cells)
+            yield ResultRow(row.label, "paper", f"paper, {size}, other data" if size else "paper", cells)
 
 
-def _printed_as(slot: Slot, family: Family, printed: paper.Table | None) -> list[tuple[str, str]]:
-    """Sizes, and names in the paper's table, of its like of a row."""
-    if printed is None or slot.paper is None:
+def _find_paper_rows(row: TableRow, family: Family, printed: paper.PaperTable | None) -> list[tuple[str, str]]:
+    """Find the rows of the paper's table that correspond to a row, as (size, name in the paper)."""
+    if printed is None or row.paper is None:
         return []
-    if "{size}" in slot.paper:
-        return [(size, slot.paper.format(size=size)) for size in ([family.size] if family.size else ["7B", "13B"])]
-    return [("7B" if slot.preset else "", slot.paper)]  # Tables 3 to 5 are of one size
+    if "{size}" in row.paper:
+        sizes = [family.size] if family.size else ["7B", "13B"]
+        return [(size, row.paper.format(size=size)) for size in sizes]
+    return [("7B" if row.preset else "", row.paper)]  # Tables 3 to 5 have one size
 
 
-def _line(label: str, model: Model, compared: Comparison, columns: Sequence[Column]) -> Line:
-    seeds = f"{model.seeds} seed" + "s" * (model.seeds > 1)
-    cells = tuple(compared.cell(model, column) for column in columns)
-    if model.foreign:
-        return Line(label, "ours", "not trained here", cells)
-    about = f"{seeds}, {model.tokens} of {model.patches} tokens"
-    own = kind(model.methods, model.described) if model.trained else None
-    return Line(label, "ours", about, cells, kind=own, removed=removed(model))
+def _make_row(label: str, model: ComparedModel, scores: FamilyScores, columns: Sequence[Column]) -> ResultRow:
+    cells = tuple(scores.cell(model, column) for column in columns)
+    if model.is_foreign:
+        return ResultRow(label, "ours", "not trained here", cells)
+    seeds = f"{model.num_seeds} seed" + "s" * (model.num_seeds > 1)
+    about = f"{seeds}, {model.num_tokens} of {model.num_patches} tokens"
+    kind = find_kind(model.methods, model.uses_captions) if model.trained_as_evaluated else None
+    return ResultRow(label, "ours", about, cells, kind=kind, removed=removed_share(model))
 
 
-def _options(model: Model, beside: Sequence[Model]) -> str:
-    """The settings in which a model differs from others, where they are not at their defaults."""
+def _describe_options(model: ComparedModel, models: Sequence[ComparedModel]) -> str:
+    """Describe the method settings of a model that are not at their defaults and differ from another model."""
 
-    def told(each: Model) -> dict[str, Any]:
-        parts = {name: part for name, part in each.methods.methods.items() if part}
-        return {f"{name}.{key}": value for name, part in parts.items() for key, value in changes(part).items()}
+    def changed_options(of_model: ComparedModel) -> dict[str, Any]:
+        parts = [(name, part) for name, part in of_model.methods.methods.items() if part]
+        return {f"{name}.{key}": value for name, part in parts for key, value in select_changed_fields(part).items()}
 
-    others = [told(each) for each in beside if each is not model]
-    return ", ".join(
-        f"{key} = {value}" for key, value in told(model).items() if any(other.get(key) != value for other in others)
-    )
+    options = changed_options(model)
+    others = [changed_options(other) for other in models if other is not model]
+    differing = {key: value for key, value in options.items() if any(other.get(key) != value for other in others)}
+    return ", ".join(f"{key} = {value}" for key, value in differing.items())
 
 
-def _ladder(
+def _build_ratio_table(
     key: str,
     title: str,
     columns: tuple[Column, ...],
-    compared: Sequence[Comparison],
-    slots: Sequence[Slot],
+    scores: Sequence[FamilyScores],
+    rows: Sequence[TableRow],
     kinds: Sequence[str],
-) -> Table:
-    """Models of some kinds, each by the share of tokens that it leaves out, and the rungs that are missing."""
+) -> ResultTable:
+    """Build a table of models by share of removed tokens.
+
+    Args:
+        key: name of the CSV file.
+        title: heading.
+        columns: the columns.
+        scores: scores of each family.
+        rows: rows that are listed as missing if no model matches them.
+        kinds: kinds of models in the table, in this order.
+    """
     blocks = {}
-    for each in compared:
-        own = [(str(kind(model.methods, model.described)), model) for model in each.family.models if model.trained]
-        rungs = sorted(((kinds.index(name), -model.tokens, model) for name, model in own if name in kinds), key=_first)
-        blocks[each.family.label] = [
-            *(_line(f"{KINDS[kinds[place]]}, {removed(model):.0%}", model, each, columns) for place, _, model in rungs),
-            *(line for slot in slots for line in _slot(slot, each, columns, None) if line.source == "missing"),
+    for of_family in scores:
+        models = []
+        for model in of_family.family.models:
+            kind = find_kind(model.methods, model.uses_captions)
+            if model.trained_as_evaluated and kind in kinds:
+                models.append((kinds.index(kind), -model.num_tokens, model))
+        models.sort(key=lambda entry: entry[:2])
+        lines = [
+            _make_row(f"{KIND_TITLES[kinds[index]]}, {removed_share(model):.0%}", model, of_family, columns)
+            for index, _, model in models
         ]
-    return Table(key, title, columns, blocks)
+        filled = [line for row in rows for line in _fill_row(row, of_family, columns, None)]
+        lines += [line for line in filled if line.source == "missing"]
+        blocks[of_family.family.label] = lines
+    return ResultTable(key, title, columns, blocks)
 
 
-def _first(rung: tuple[int, int, Model]) -> tuple[int, int]:
-    return rung[:2]
+def removed_share(model: ComparedModel) -> float:
+    """Compute the share of the image tokens that a model removes."""
+    return 1 - model.num_tokens / model.num_patches
 
 
-def removed(model: Model) -> float:
-    """Share of an image's tokens that a model leaves out."""
-    return 1 - model.tokens / model.patches
-
-
-def _spd() -> list[Slot]:
-    """The paper does not tell its ratios in words; these are ours."""
+def _make_spd_rows() -> list[TableRow]:
+    """Make the rows of Figure 2. The paper does not print its ratios, so SPD_RATIOS are a choice of this project."""
+    reductions = {ratio: Reduction(method="average", ratio=ratio) for ratio in SPD_RATIOS}
     return [
-        Slot(
-            f"SPD {ratio:.0%}",
-            Preset(shows="", vmtc=None, cmai=None, reduction=Reduction(method="average", ratio=ratio)),
-        )
-        for ratio in SPD_RATIOS
+        TableRow(f"SPD {ratio:.0%}", Preset(shows="", vmtc=None, cmai=None, reduction=reduction))
+        for ratio, reduction in reductions.items()
     ]
 
 
-def _sweep() -> list[Slot]:
-    presets = {ratio: Preset(shows="", vmtc=VMTC(ratio=ratio)) for ratio in SWEEP} | {0.5: PRESETS["default"]}
-    return [Slot(f"VMTC + CMAI {ratio:.0%}", preset) for ratio, preset in presets.items()]
+def _make_sweep_rows() -> list[TableRow]:
+    presets = {ratio: Preset(shows="", vmtc=VMTC(ratio=ratio)) for ratio in SWEEP_RATIOS} | {0.5: PRESETS["default"]}
+    return [TableRow(f"VMTC + CMAI {ratio:.0%}", preset) for ratio, preset in presets.items()]
 
 
-def _everything(
-    key: str,
-    title: str,
-    columns: tuple[Column, ...],
-    compared: Sequence[Comparison],
-) -> Table:
-    blocks = {
-        each.family.label: [
-            _line(name(model, each.family), model, each, columns) for model in _sorted(each.family.models)
+def _build_full_table(key: str, title: str, columns: tuple[Column, ...], scores: Sequence[FamilyScores]) -> ResultTable:
+    blocks = {}
+    for of_family in scores:
+        family = of_family.family
+        blocks[family.label] = [
+            _make_row(name_model(model, family), model, of_family, columns) for model in _sort_models(family.models)
         ]
-        for each in compared
-    }
-    return Table(key, title, columns, blocks)
+    return ResultTable(key, title, columns, blocks)
 
 
-def _sorted(models: Sequence[Model]) -> list[Model]:
-    """In the order of KINDS, and those that leave more of an image first."""
-    places = {own: place for place, own in enumerate(KINDS)}
-    return sorted(models, key=lambda each: (places.get(str(kind(each.methods, each.described)), 99), -each.tokens))
+def _sort_models(models: Sequence[ComparedModel]) -> list[ComparedModel]:
+    """Sort models in the order of KIND_TITLES, then by number of tokens, the most first."""
+    positions = {kind: position for position, kind in enumerate(KIND_TITLES)}
+
+    def sort_key(model: ComparedModel) -> tuple[int, int]:
+        kind = str(find_kind(model.methods, model.uses_captions))
+        return positions.get(kind, len(positions)), -model.num_tokens
+
+    return sorted(models, key=sort_key)
 
 
-def name(model: Model, family: Family) -> str:
-    """What tells a model from the others of its family, in few words."""
-    if model.foreign:
+def name_model(model: ComparedModel, family: Family) -> str:
+    """Name a model by its methods, with as much detail as separates it from the others of its family."""
+    if model.is_foreign:
         return Path(model.checkpoint).name
-    own, parts = kind(model.methods, model.described), _parts(model)
+    kind = find_kind(model.methods, model.uses_captions)
+    methods = _list_methods(model)
+    # models that would have the same name without tokens or options
     alike = [
-        each for each in family.models if (kind(each.methods, each.described), each.trained) == (own, model.trained)
+        other
+        for other in family.models
+        if find_kind(other.methods, other.uses_captions) == kind
+        and other.trained_as_evaluated == model.trained_as_evaluated
     ]
-    if own is None:
-        alike = [each for each in family.models if _parts(each) == parts]
-    told = [KINDS[own] if own else " + ".join(parts)]
-    told += ["described"] * (own is None and model.described) + ["not trained with it"] * (not model.trained)
-    if [each.tokens for each in alike].count(model.tokens) > 1 or (own is None and len(alike) == 1):
-        told.append(_options(model, alike if len(alike) > 1 else family.models))
+    if kind is None:
+        alike = [other for other in family.models if _list_methods(other) == methods]
+    parts = [KIND_TITLES[kind] if kind else " + ".join(methods)]
+    if kind is None and model.uses_captions:
+        parts.append("captions")
+    if not model.trained_as_evaluated:
+        parts.append("not trained with it")
+    # the number of tokens is shorter than the options, if it is enough
+    if [other.num_tokens for other in alike].count(model.num_tokens) > 1 or (kind is None and len(alike) == 1):
+        parts.append(_describe_options(model, alike if len(alike) > 1 else family.models))
     elif len(alike) > 1:
-        told.append(f"{model.tokens} tokens")
-    return ", ".join(filter(None, told))
+        parts.append(f"{model.num_tokens} tokens")
+    return ", ".join(filter(None, parts))
 
 
-def _parts(model: Model) -> list[str]:
-    names = {"vmtc": "VMTC", "cmai": "CMAI", "reduction": "Reduction"}
-    return [names[part] for part in METHODS if model.methods.methods[part]]
+def _list_methods(model: ComparedModel) -> list[str]:
+    titles = {"vmtc": "VMTC", "cmai": "CMAI", "reduction": "Reduction"}
+    return [titles[part] for part in METHODS if model.methods.methods[part]]
 
 
-# --- what is spent ---------------------------------------------------------------------------------------------------
+# --- costs -----------------------------------------------------------------------------------------------------------
 
 
-def _trained(model: Model) -> float | None:
-    seconds = [run.trained_s for run in model.runs if run.trained_s is not None]
+def _mean_training_minutes(model: ComparedModel) -> float | None:
+    seconds = [run.training_s for run in model.runs if run.training_s is not None]
     return sum(seconds) / len(seconds) / 60 if seconds else None
 
 
-def _number(name: str, factor: float = 1.0) -> Callable[[Model], float | None]:
-    def spent(model: Model) -> float | None:
-        number = model.number(name)
+def _from_metrics(name: str, factor: float = 1.0) -> Callable[[ComparedModel], float | None]:
+    """Make a cost function that reads a number of metrics.json."""
+
+    def read(model: ComparedModel) -> float | None:
+        number = model.mean_number(name)
         return None if number is None else number * factor
 
-    return spent
+    return read
 
 
-def _computed(of: Callable[[Any], float]) -> Callable[[Model], float | None]:
-    return lambda model: of(model.runs[0].config) if model.runs[0].config and not model.described else None
+def _from_config(compute: Callable[[Any], float]) -> Callable[[ComparedModel], float | None]:
+    """Make a cost function of the model's configuration; captions cost a second prompt, so they have no value."""
+
+    def read(model: ComparedModel) -> float | None:
+        config = model.runs[0].config
+        return compute(config) if config and not model.uses_captions else None
+
+    return read
 
 
-COSTS: dict[str, Callable[[Model], float | None]] = {
-    "training": _trained,
-    "evaluation": _number("wall_s.evaluate", 1 / 60),
-    "peak": _number("speed.peak_bytes", 2**-30),
-    "decode": _number("speed.decode_tokens_per_s"),
-    "prompt": _computed(lambda config: cost(config, TEXT).flops / 1e9),
-    "step": _computed(lambda config: step(config, TEXT).flops / 1e9),
-    "cache": _computed(lambda config: (cost(config, TEXT).kv_bytes + cost(config, TEXT).focus_bytes) / 2**20),
+def _cache_mebibytes(config: Any) -> float:
+    prompt = cost(config, PROMPT_TEXT_TOKENS)
+    return (prompt.kv_bytes + prompt.focus_bytes) / 2**20
+
+
+COST_FUNCTIONS: dict[str, Callable[[ComparedModel], float | None]] = {
+    "training": _mean_training_minutes,
+    "evaluation": _from_metrics("wall_s.evaluate", 1 / 60),
+    "peak": _from_metrics("speed.peak_bytes", 2**-30),
+    "decode": _from_metrics("speed.decode_tokens_per_s"),
+    "prompt": _from_config(lambda config: cost(config, PROMPT_TEXT_TOKENS).flops / 1e9),
+    "step": _from_config(lambda config: step(config, PROMPT_TEXT_TOKENS).flops / 1e9),
+    "cache": _from_config(_cache_mebibytes),
 }
-"""Means over seeds of what was measured, and what follows from the configuration; None where it is not known."""
+"""Costs of a model: measured ones as means over seeds, others computed from its configuration; None if unknown."""
 
-SPENT = (
+COST_COLUMNS = (
     Column("training, min", "training"),
     Column("evaluation, min", "evaluation"),
-    Column("peak memory, GiB", "peak", show="{:.2f}"),
-    Column("tokens decoded a second", "decode", show="{:,.0f}"),
-    Column(f"GFLOPs of a prompt of {TEXT} text tokens", "prompt", show="{:,.3g}"),
-    Column("GFLOPs of a token after it", "step", show="{:,.3g}"),
-    Column("caches, MiB", "cache", show="{:,.3g}"),
+    Column("peak memory, GiB", "peak", number_format="{:.2f}"),
+    Column("decoded tokens per second", "decode", number_format="{:,.0f}"),
+    Column(f"GFLOPs of a prompt with {PROMPT_TEXT_TOKENS} text tokens", "prompt", number_format="{:,.3g}"),
+    Column("GFLOPs of the next token", "step", number_format="{:,.3g}"),
+    Column("caches, MiB", "cache", number_format="{:,.3g}"),
 )
 
 
-# --- answers side by side --------------------------------------------------------------------------------------------
+# --- responses to the same prompts -----------------------------------------------------------------------------------
 
 
-def prompts(family: Family, followed: Callable[[Sequence[Any]], dict[str, Metric]]) -> list[Prompt]:
-    """Figure 4: what the models answered to the same few prompts, each by its first seed.
+def compare_prompts(
+    family: Family, score_instructions: Callable[[Sequence[Any]], dict[str, Metric]]
+) -> list[ComparedPrompt]:
+    """Collect the responses of all models to a few prompts, as Figure 4 shows them; each model by its first seed.
 
-    The prompts are those at equal distances in the list of all, chosen by place and not by what was answered.
-    followed: the scorer of instructions.
+    The prompts are at equal distances in the list of all prompts, so they do not depend on the responses.
+
+    Args:
+        family: the models.
+        score_instructions: the scorer of the task "instructions".
     """
     answers = {}
     for model in family.models:
         rows = jsonl.read(model.runs[0].folder / "answers" / "instructions.jsonl")
-        if rows and kind(model.methods, model.described) in KINDS and model.trained:
-            answers[name(model, family)] = {row["id"]: row for row in rows}
+        if rows and find_kind(model.methods, model.uses_captions) in KIND_TITLES and model.trained_as_evaluated:
+            answers[name_model(model, family)] = {row["id"]: row for row in rows}
     if not answers:
         return []
     first = next(iter(answers.values()))
     common = [id for id in first if all(id in rows for rows in answers.values())]
-    places = range(0, len(common), max(len(common) // PROMPTS, 1)) if common else ()
-    return [
-        Prompt(
-            str(first[id]["prompt"]),
-            tuple(
-                (label, str(rows[id]["response"]), any(o.value for o in followed([rows[id]])["strict"].outcomes))
-                for label, rows in answers.items()
-            ),
-        )
-        for id in [common[place] for place in places][:PROMPTS]
-    ]
+    selected = common[:: max(len(common) // NUM_COMPARED_PROMPTS, 1)][:NUM_COMPARED_PROMPTS]
+    prompts = []
+    for id in selected:
+        responses = []
+        for label, row_by_id in answers.items():
+            outcomes = score_instructions([row_by_id[id]])["strict"].outcomes
+            responses.append((label, str(row_by_id[id]["response"]), any(outcome.value for outcome in outcomes)))
+        prompts.append(ComparedPrompt(str(first[id]["prompt"]), tuple(responses)))
+    return prompts

@@ -1,11 +1,11 @@
-"""A search by Ray Tune: several trials at a time, each a driver of its own that trains and evaluates like any run.
+"""Search with Ray Tune: several trials at a time, each in a process that trains and evaluates like any run.
 
-Tune starts the drivers and hears of them; one that lags behind asks, is told so, and ends itself.  What they are given,
-and what becomes of it, is the study's to say (pipelines/search/trials.py).  Nothing is restored by Tune: another start
-asks the study for what is left, and a trial goes on from what its run folder holds.
+Tune starts the trials and receives their losses. A trial asks an actor if it is to stop, and ends by itself. The study
+decides the values of a trial and its result (pipelines/search/trials.py). Tune restores nothing: a restarted search
+gets its remaining trials from the study, and a trial continues from its run folder.
 
-    drivers    on the machine of the search, where the run folders are; they ask Ray for no CPU
-    training   anywhere in the cluster, with the resources that the job gives its workers
+    trial drivers   on the node of the search, which has the run folders; they need no CPU of Ray
+    training        anywhere in the cluster, with the resources of the job
 """
 
 import json
@@ -22,191 +22,226 @@ from typing import Any
 import ray
 from optuna.trial import TrialState
 from ray import tune
-from ray.tune.experiment import Trial as Tuned
+from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from pipelines.core import failures, interrupts
-from pipelines.search.trials import Prune, Trials, Try
+from pipelines.search.trials import Prune, Trials, TrialSpec
 from pipelines.training import metrics
 from pipelines.training.driver import StopCallback, StoppedError, remove_placement_group, run_in_background
 from pipelines.training.stage import Recovery
 
-FOLDER = "trials"
+TRIALS_FOLDER = "trials"
 
 
-Work = Callable[[Try, Path, StopCallback], dict[str, float]]
-"""Runs a trial in a run folder, from where it was, with somebody to tell how it trains; returns its metrics."""
+RunTrial = Callable[[TrialSpec, Path, StopCallback], dict[str, float]]
+"""Function that runs or continues a trial in a run folder, with a callback for its progress; returns its metrics."""
 
-After = Callable[[Trials], None]
+OnTrialsEnded = Callable[[Trials], None]
+"""Function that is called after trials have ended."""
 
 
-def search(
-    trials: Trials, folder: Path, work: Work, after: After, stage: str | None = None, grace_s: float = Recovery.grace_s
+def run_search(
+    trials: Trials,
+    folder: Path,
+    run_trial: RunTrial,
+    on_trials_ended: OnTrialsEnded,
+    stage: str | None = None,
+    grace_s: float = Recovery.grace_s,
 ) -> None:
-    """Run what is left of the trials. A signal that stops the command stops those under way, which wait in the study.
+    """Run the remaining trials. A signal stops the running trials, which then wait in the study.
 
     Args:
-        folder: the search's; trial n has folder/trials/n.
-        work: is sent to the processes of the trials.
-        after: is called here whenever trials have ended.
-        stage: whose loss tells how a trial trains; None is any.
-        grace_s: for trials that train to make a checkpoint when they are stopped.
+        trials: the trials.
+        folder: folder of the search; trial n runs in folder/trials/n.
+        run_trial: runs a trial; it is pickled and sent to the processes of the trials.
+        on_trials_ended: called in this process after trials have ended.
+        stage: stage whose loss is reported; None reports the losses of all stages.
+        grace_s: seconds for training trials to write a checkpoint when the search is stopped.
 
     Raises:
-        ValueError: one trial after another fails.
+        ValueError: the first trials fail one after another.
     """
     settings = trials.settings
     every = (settings.prune or Prune()).every
 
+    # the actor is pinned to this node: it ends with the search, not with another node
     pinned = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    verdicts = ray.remote(num_cpus=0, scheduling_strategy=pinned)(Verdicts).remote()
-    place, named = os.getcwd(), {name: value for name, value in os.environ.items() if name == "RAY_ADDRESS"}
+    stop_flags = ray.remote(num_cpus=0, scheduling_strategy=pinned)(StopFlags).remote()
+    working_directory = os.getcwd()
+    environment = {name: value for name, value in os.environ.items() if name == "RAY_ADDRESS"}
 
-    def drive(config: dict[str, Any]) -> None:
-        os.chdir(place)  # out of the folder that Tune gives it: paths in a job are from here
-        os.environ.update(named)
-        trial = Try(number=config["number"], values=json.loads(config["values"]))
+    def drive_trial(config: dict[str, Any]) -> None:
+        # runs in a process of Tune, whose working directory is a temporary folder; paths in a job are relative to ours
+        os.chdir(working_directory)
+        os.environ.update(environment)
+        trial = TrialSpec(number=config["number"], values=json.loads(config["values"]))
+        reporter = LossReporter(every, trial.number, stop_flags, stage)
         try:
-            found = work(trial, folder / FOLDER / f"{trial.number:04}", Reporter(every, trial.number, verdicts, stage))
+            found = run_trial(trial, folder / TRIALS_FOLDER / f"{trial.number:04}", reporter)
         except StoppedError:
             return
         finally:
-            ray.get(verdicts.leave.remote(trial.number))
+            ray.get(stop_flags.leave.remote(trial.number))
         tune.report({"found": found})
 
     for name in ("ray.tune", "ray.tune.execution.tune_controller", "ray.tune.tune"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what went wrong is in the study
-    here = f"node:{ray.util.get_node_ip_address()}"
-    # Tune wants a folder, of which nothing is needed later
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, _bar(trials) as bar:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the study has the errors of all trials
+    this_node = f"node:{ray.util.get_node_ip_address()}"
+    # Tune needs a storage folder, but the study has all results
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, _make_bar(trials) as bar:
         tuner = tune.Tuner(
-            tune.with_resources(drive, {"CPU": 0, here: 0.001}),
+            tune.with_resources(drive_trial, {"CPU": 0, this_node: 0.001}),
             tune_config=tune.TuneConfig(
-                search_alg=Asking(trials),
-                scheduler=Hearing(trials, folder, verdicts),
+                search_alg=StudySearcher(trials),
+                scheduler=StudyScheduler(trials, folder, stop_flags),
                 num_samples=-1,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
-            run_config=tune.RunConfig(name="search", storage_path=scratch, verbose=0),
+            run_config=tune.RunConfig(name="search", storage_path=temporary, verbose=0),
         )
+        # Tune runs in a thread, so that this one can handle signals
         future = run_in_background(tuner.fit)
         try:
             while not wait([future], timeout=0.5).done:
                 interrupts.raise_if_interrupted()
-                _show(trials, bar, after)
+                _update_bar(trials, bar, on_trials_ended)
             future.result()
         except KeyboardInterrupt:
+            # close first: trials that now end must not count as failed
             trials.close()
-            _stop(verdicts, future, bar, grace_s)
+            _stop_trials(stop_flags, future, bar, grace_s)
             raise
         finally:
             trials.close()
-    after(trials)
-    if trials.hopeless:
-        raise ValueError(trials.hopeless)
+    on_trials_ended(trials)
+    if trials.failure_reason:
+        raise ValueError(trials.failure_reason)
 
 
-def _stop(verdicts: Any, future: Future[Any], bar: tqdm, grace_s: float) -> None:
-    """Have the trials that train make a checkpoint; the others have nothing to lose."""
-    end = time.monotonic() + grace_s
-    left = ray.get(verdicts.stop_all.remote())
-    if left:
+def _stop_trials(stop_flags: Any, future: Future[Any], bar: tqdm, grace_s: float) -> None:
+    """Wait until training trials have written a checkpoint; other trials end at once."""
+    deadline = time.monotonic() + grace_s
+    training = ray.get(stop_flags.stop_all.remote())
+    if training:
         bar.write("search: trials stop after a checkpoint; a second signal stops at once")
-    while left and time.monotonic() < end and not wait([future], timeout=0.2).done:
-        left = ray.get(verdicts.count_training.remote())
+    while training and time.monotonic() < deadline and not wait([future], timeout=0.2).done:
+        training = ray.get(stop_flags.count_training.remote())
 
 
-class Asking(Searcher):
-    """Tune's questions, for the study to answer."""
+class StudySearcher(Searcher):
+    """Search algorithm of Tune that takes its trials from the study."""
 
     def __init__(self, trials: Trials) -> None:
         super().__init__()
         self.trials = trials
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        trial = self.trials.next(trial_id)
+        trial = self.trials.next_trial(trial_id)
         if trial is None:
-            return Searcher.FINISHED if self.trials.finished else None
+            return Searcher.FINISHED if self.trials.is_finished else None
         return {"number": trial.number, "values": json.dumps(trial.values)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if not error:  # of which Hearing was told more
-            found = {name.removeprefix("found/"): value for name, value in (result or {}).items() if "found/" in name}
-            self.trials.end(trial_id, found)
+        if error:
+            return  # StudyScheduler.on_trial_error has the message
+        # Tune flattens the reported dictionary
+        prefix = "found/"
+        found = {name.removeprefix(prefix): value for name, value in (result or {}).items() if prefix in name}
+        self.trials.finish(trial_id, found)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is in its storage."""
+        """Save nothing: the study is in its storage."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing."""
+        """Restore nothing."""
 
 
-class Verdicts:
-    """An actor that trials ask whether they are to stop.
+class StopFlags:
+    """Ray actor with a flag for each trial: the trial is to stop.
 
-    Tune would stop a trial by ending its process, and with it, in the middle of whatever they do, all that it started.
+    If Tune stopped a trial, it would kill the process in the middle of its work, and with it all that it has started.
     """
 
     def __init__(self) -> None:
-        self.lagging, self.training = set[int](), set[int]()
-        self.over = False
+        self.stopped = set[int]()
+        self.training = set[int]()
+        self.all_stopped = False
 
     def stop(self, number: int) -> None:
-        """The trial lags behind."""
-        self.lagging.add(number)
+        """Stop a trial early."""
+        self.stopped.add(number)
 
     def stop_all(self) -> int:
-        """The search is stopped; returns how many trials train."""
-        self.over = True
+        """Stop all trials; return how many of them are training."""
+        self.all_stopped = True
         return len(self.training)
 
     def count_training(self) -> int:
-        """How many trials train."""
         return len(self.training)
 
-    def lags(self, number: int, training: bool) -> bool:
-        """Whether the trial is to stop; training: whether a stage of it is under way."""
-        (self.training.add if training else self.training.discard)(number)
-        return self.over or number in self.lagging
+    def should_stop(self, number: int, is_training: bool) -> bool:
+        """Tell if a trial is to stop, and record if it is training."""
+        if is_training:
+            self.training.add(number)
+        else:
+            self.training.discard(number)
+        return self.all_stopped or number in self.stopped
 
     def leave(self, number: int) -> None:
-        """The trial's driver ends."""
+        """Record that the process of a trial ends."""
         self.training.discard(number)
 
 
-class Hearing(FIFOScheduler):
-    """Tells the study how trials get on."""
+class StudyScheduler(FIFOScheduler):
+    """Scheduler of Tune that reports losses and errors to the study."""
 
-    def __init__(self, trials: Trials, folder: Path, verdicts: Any) -> None:
+    def __init__(self, trials: Trials, folder: Path, stop_flags: Any) -> None:
         super().__init__()
-        self.trials, self.folder, self.verdicts = trials, folder, verdicts
+        self.trials = trials
+        self.folder = folder
+        self.stop_flags = stop_flags
 
-    def on_trial_result(self, tune_controller: Any, trial: Tuned, result: dict[str, Any]) -> str:
-        if "loss" in result and self.trials.report(trial.trial_id, result["step"], result["steps"], result["loss"]):
-            ray.get(self.verdicts.stop.remote(trial.config["number"]))
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        if "loss" in result:
+            should_stop = self.trials.report_loss(trial.trial_id, result["step"], result["steps"], result["loss"])
+            if should_stop:
+                ray.get(self.stop_flags.stop.remote(trial.config["number"]))
         return self.CONTINUE
 
-    def on_trial_error(self, tune_controller: Any, trial: Tuned) -> None:
-        remove_placement_group(self.folder / FOLDER / f"{trial.config['number']:04}")
-        with open(trial.pickled_error_file, "rb") as file:  # which get_pickled_error seeks where it is not copied yet
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        # the process of the trial may have died; free the resources that it had reserved for training
+        remove_placement_group(self.folder / TRIALS_FOLDER / f"{trial.config['number']:04}")
+        # get_pickled_error of Tune fails if the file is not yet in its storage
+        with open(trial.pickled_error_file, "rb") as file:
             error = ray.cloudpickle.load(file)
-        self.trials.end(trial.trial_id, {}, failures.classify_error(error).text)
+        self.trials.finish(trial.trial_id, {}, failures.classify_error(error).text)
 
 
-class Reporter:
-    """In a trial's driver: sends Tune the mean loss of each `every` steps of a stage, as the run folder has them."""
+class LossReporter:
+    """Progress callback of a trial that sends Tune the mean loss of each `every` steps, from the run folder.
 
-    def __init__(self, every: int, number: int, verdicts: Any, stage: str | None = None) -> None:
-        self.every, self.number, self.verdicts, self.stage = every, number, verdicts, stage
+    Args:
+        every: number of steps between two reports.
+        number: number of the trial.
+        stop_flags: handle of the StopFlags actor.
+        stage: stage whose loss is reported; None reports the losses of all stages.
+    """
+
+    def __init__(self, every: int, number: int, stop_flags: Any, stage: str | None = None) -> None:
+        self.every = every
+        self.number = number
+        self.stop_flags = stop_flags
+        self.stage = stage
         self.reported = 0
 
     def __call__(self, run: Path, stage: str, step: int, steps: int) -> bool:
         if self.stage in (None, stage):
             self._report(run, stage, step, steps)
-        return bool(ray.get(self.verdicts.lags.remote(self.number, step < steps)))
+        return bool(ray.get(self.stop_flags.should_stop.remote(self.number, step < steps)))
 
     def _report(self, run: Path, stage: str, step: int, steps: int) -> None:
         if self.reported + self.every > step:
@@ -214,25 +249,27 @@ class Reporter:
         losses = metrics.read_losses(run, stage)
         while self.reported + self.every <= step:
             window = range(self.reported + 1, self.reported + self.every + 1)
-            if not all(each in losses for each in window):
-                break  # the record is being cut back to a checkpoint; it will be asked again
-            finite = [loss for each in window if (loss := losses[each]) is not None]
+            if not all(index in losses for index in window):
+                break  # the record is being cut back to a checkpoint; a later call reports this window
+            values = [losses[index] for index in window]
+            finite = [value for value in values if value is not None]
             self.reported += self.every
             mean = sum(finite) / len(finite) if finite else sys.float_info.max
-            tune.report({"step": self.reported, "steps": steps, "loss": mean})  # returns when it was heard
+            # returns after on_trial_result, so the flag of this report is set when __call__ asks for it
+            tune.report({"step": self.reported, "steps": steps, "loss": mean})
 
 
-def _bar(trials: Trials) -> tqdm:
-    return tqdm(desc="search", total=trials.settings.num_trials, initial=len(trials.ended), unit="trial")
+def _make_bar(trials: Trials) -> tqdm:
+    return tqdm(desc="search", total=trials.settings.num_trials, initial=len(trials.ended_attempts), unit="trial")
 
 
-def _show(trials: Trials, bar: tqdm, after: After) -> None:
-    """The bar, and what the caller does about a trial that has ended since."""
-    ended = trials.ended
+def _update_bar(trials: Trials, bar: tqdm, on_trials_ended: OnTrialsEnded) -> None:
+    """Update the progress bar and call `on_trials_ended` if trials have ended since the last call."""
+    ended = trials.ended_attempts
     if len(ended) == bar.n:
         return
     bar.n = len(ended)
-    states = [tries[-1].state for tries in ended]
-    said = {"stopped early": states.count(TrialState.PRUNED), "failed": states.count(TrialState.FAIL)}
-    bar.set_postfix_str(", ".join(f"{count} {what}" for what, count in said.items() if count))
-    after(trials)
+    states = [attempts[-1].state for attempts in ended]
+    counts = {"stopped early": states.count(TrialState.PRUNED), "failed": states.count(TrialState.FAIL)}
+    bar.set_postfix_str(", ".join(f"{count} {word}" for word, count in counts.items() if count))
+    on_trials_ended(trials)

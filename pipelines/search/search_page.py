@@ -1,13 +1,13 @@
-"""What a hyperparameter search has found so far, as sentences, one page and one table, from its Optuna study alone.
+"""Results of a hyperparameter search as sentences, one page and one table, from its Optuna study alone.
 
-Which trials are good and how much a parameter matters is for Optuna to say: `study.best_trials`, which knows
-constraints, and PED-ANOVA.
+Optuna decides which trials are best and how important a parameter is: `study.best_trials`, which respects constraints,
+and PED-ANOVA.
 
-A reference, that is a setting which is run for comparison, counts as any trial does: it can dominate, and lie on the
-front.  It has no parameters, so where these are shown it is left out.
+A reference is a setting that is run for comparison. It counts like any trial: it can dominate others and be on the
+front. It has no parameters, so plots and tables of parameters leave it out.
 
-Cost: every trial is a row of the page and a mark of its plots; 40 trials of 12 parameters take one second and 130 kB,
-400 take three and 600 kB.
+Cost: each trial is a row of the page and a mark of its plots. 40 trials of 12 parameters take one second and 130 kB,
+400 trials three seconds and 600 kB.
 """
 
 import csv
@@ -24,26 +24,48 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pipelines.report import page
-from pipelines.report.page import duration, percent
+from pipelines.report.page import format_duration, format_percent
 from pipelines.search import search_plots
-from pipelines.search.snapshot import Snapshot, amount, brief, called, feasible, listed, many, reference
+from pipelines.search.snapshot import (
+    Snapshot,
+    format_value,
+    get_number,
+    get_reference,
+    is_feasible,
+    join_words,
+    label_trial,
+    pluralize,
+)
 
-STATES = {
-    TrialState.COMPLETE: "done",
+STATE_WORDS = {
+    TrialState.COMPLETE: "completed",
     TrialState.PRUNED: "stopped early",
     TrialState.FAIL: "failed",
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
 }
-OWN = ("number", "state", "reference", "retry_of")
-EFFORT = ("step", "steps", "wall_s", "error")
-TOP = 5
-"""How many trials stand for a good result when parameters are weighed; Optuna's documentation wants no fewer."""
-LISTED = 5
+IDENTITY_FIELDS = ("number", "state", "reference", "retry_of")
+EFFORT_FIELDS = ("step", "steps", "wall_s", "error")
+MIN_TOP_TRIALS = 5
+"""Minimum number of good trials for the importance of parameters, as Optuna's documentation recommends."""
+MAX_LISTED_TRIALS = 5
+"""Maximum number of trials that a sentence names."""
 
 
-class Line(NamedTuple):
-    """A row of the table of trials, in words; what there is not is empty."""
+class TrialRow(NamedTuple):
+    """A row of the table of trials, as texts; "" for what a trial lacks.
+
+    Args:
+        kind: "front", "reference" or a state in lower case, see `Snapshot.classify`.
+        number: number of the trial.
+        about: front, name of the reference, and trial that it retries.
+        state: state, and step for a trial that did not complete.
+        error: error message.
+        values: one per objective.
+        constraints: one per constraint.
+        wall: time.
+        params: one per parameter.
+    """
 
     kind: str
     number: int
@@ -56,218 +78,269 @@ class Line(NamedTuple):
     params: list[str]
 
 
-def front(study: Study) -> list[FrozenTrial]:
-    """Feasible complete trials that no other dominates, references among them; best in the first objective first."""
-    return Snapshot.of(study).front
+def find_front(study: Study) -> list[FrozenTrial]:
+    """Find the feasible complete trials, including references, that no other trial dominates.
 
-
-def dominating(study: Study, name: str) -> list[FrozenTrial]:
-    """Feasible trials as good as a reference in every objective and better in one; best in the first objective first.
-
-    ValueError if no complete trial is a reference of that name.
+    Returns:
+        The trials, sorted by the first objective, the best first.
     """
-    return Snapshot.of(study).dominating(name)
+    return Snapshot.from_study(study).front
 
 
-def summary(study: Study) -> list[str]:
-    """What came out so far, in sentences."""
-    return _summary(Snapshot.of(study))
+def find_dominating(study: Study, name: str) -> list[FrozenTrial]:
+    """Find the feasible trials at least as good as a reference in all objectives and better in one.
 
+    Returns:
+        The trials, sorted by the first objective, the best first.
 
-def write(study: Study, folder: Path) -> Path:
-    """Write `folder/search.html` and `folder/trials.csv`; a reader of the old ones never sees half of the new.
-
-    Returns the page.  The table has a row a trial; those that did not run to their end have no objectives in it.
+    Raises:
+        ValueError: no complete trial is a reference of this name.
     """
-    search = Snapshot.of(study)
-    text, table = _render(study, search), _table(search)
+    return Snapshot.from_study(study).find_dominating(name)
+
+
+def write_summary(study: Study) -> list[str]:
+    """Write the results so far as sentences."""
+    return _write_summary(Snapshot.from_study(study))
+
+
+def write_page(study: Study, folder: Path) -> Path:
+    """Write `folder/search.html` and `folder/trials.csv`, each in one atomic step, and return the path of the page.
+
+    The table has a row per trial. Trials that did not complete have no objectives in it.
+    """
+    snapshot = Snapshot.from_study(study)
+    text = _render(study, snapshot)
+    table = _write_csv(snapshot)
     folder.mkdir(parents=True, exist_ok=True)
     page.write(folder / "trials.csv", table)
     return page.write(folder / "search.html", text)
 
 
-def _render(study: Study, search: Snapshot) -> str:
-    planned, left = search.steps
+def _render(study: Study, snapshot: Snapshot) -> str:
+    planned, saved = snapshot.steps
+    best = snapshot.front[0] if snapshot.front else None
     return page.render(
         "search.html.j2",
-        search=search,
-        states=_states(search),
-        best=(brief(search.front[0].values[0]), called(search.front[0])) if search.front else None,
-        saved=left / planned if planned else 0,
-        summary=_summary(search),
-        fronts=search_plots.fronts(search),
-        histories=search_plots.histories(search),
-        importances=_importances(study, search),
-        top=TOP,
-        parallel=search_plots.parallel(search),
-        lines=_lines(search),
+        search=snapshot,
+        states=_count_states(snapshot),
+        best=(format_value(best.values[0]), label_trial(best)) if best else None,
+        saved=saved / planned if planned else 0,
+        summary=_write_summary(snapshot),
+        fronts=search_plots.plot_fronts(snapshot),
+        histories=search_plots.plot_histories(snapshot),
+        importances=_compute_importances(study, snapshot),
+        top=MIN_TOP_TRIALS,
+        parallel=search_plots.plot_parallel(snapshot),
+        rows=_make_rows(snapshot),
     )
 
 
-def _summary(search: Snapshot) -> list[str]:
-    return [_counted(search), _found(search), *_compared(search), *_spent(search), *_caution(search)]
-
-
-def _counted(search: Snapshot) -> str:
-    if not search.trials:
-        return "No trial has been asked for yet."
-    number = len(search.trials)
-    again = sum(trial.user_attrs.get("retry_of") is not None for trial in search.trials)
-    beside = sum(reference(trial) is not None for trial in search.trials)
-    told = f"{many(number, 'trial')} {'was' if number == 1 else 'were'} asked for: {listed(_states(search))}."
-    apart = [f"{again} given again after a crash"] * bool(again) + [f"{beside} run as reference"] * bool(beside)
-    return f"{told} Among them: {listed(apart)}." if apart else told
-
-
-def _states(search: Snapshot) -> list[str]:
-    counts = Counter(trial.state for trial in search.trials)
-    return [f"{counts[state]} {word}" for state, word in STATES.items() if counts[state]]
-
-
-def _found(search: Snapshot) -> str:
-    """Which trials are best, and which were not let in."""
-    if not search.done:
-        return "None has run to its end yet, so there is nothing to compare."
-    if not search.kept:
-        return f"None of those done keeps every constraint ({listed(search.constraints)}), so none is recommended."
-    best, broken = search.front, len(search.done) - len(search.kept)
-    if len(search.names) == 1:
-        more = f" and {len(best) - LISTED} more" if len(best) > LISTED else ""
-        told = f"The best {search.told(best[0])} is of {listed(map(called, best[:LISTED]))}{more}."
-    else:
-        told = (
-            f"{len(best)} of {many(len(search.kept), 'trial')} {'is' if len(best) == 1 else 'are'} on the front: "
-            f"no other is as good in {listed(search.names)} and better in one of them."
-        )
-    if not broken:
-        return told
-    verb = "is" if broken == 1 else "are"
-    return (
-        f"{told} {many(broken, 'trial')} more {verb} done, but outside of a constraint ({listed(search.constraints)})."
-    )
-
-
-def _compared(search: Snapshot) -> list[str]:
-    """Each reference, and what the search has that is better."""
-    told = []
-    for name in dict.fromkeys(name for trial in search.trials if (name := reference(trial))):
-        if name not in search.references:
-            told.append(f"{name} has no values yet to compare with.")
-            continue
-        trial, better = search.references[name], search.dominating(name)
-        values = search.told(trial) + ("" if feasible(trial) else "; outside of a constraint")
-        verb = "beaten" if len(search.names) == 1 else "dominated"
-        if not better:
-            told.append(f"{name} ({values}) is {verb} by no trial.")
-            continue
-        first = listed(map(called, better[:LISTED]))
-        more = f", and {len(better) - LISTED} more" if len(better) > LISTED else ""
-        told.append(f"{name} ({values}) is {verb} by {first}{more}.")
-    return told
-
-
-def _spent(search: Snapshot) -> list[str]:
-    planned, left = search.steps
-    took = f"The trials took {duration(search.wall_s)} together." if search.wall_s else ""
-    share = percent(left / planned, 0) if planned else ""
-    saved = (
-        f"Stopping early left out {left:,} of {planned:,} training steps that were planned, {share}." if planned else ""
-    )
-    return [" ".join(filter(None, (took, saved)))] if took or saved else []
-
-
-def _caution(search: Snapshot) -> list[str]:
-    if len(search.kept) < 2:
-        return []
+def _write_summary(snapshot: Snapshot) -> list[str]:
     return [
-        "All values are of the questions that the search looked at. "
-        f"The best of {len(search.kept)} trials is partly the luckiest of them, so its value is too good: "
-        "measure it afresh, on questions and seeds that the search has not seen."
+        _describe_trials(snapshot),
+        _describe_best(snapshot),
+        *_compare_references(snapshot),
+        *_describe_effort(snapshot),
+        *_warn_of_selection(snapshot),
     ]
 
 
-def _table(search: Snapshot) -> str:
-    """As CSV: numbers as they are, in columns that depend on the names alone."""
-    taken = {*OWN, *search.names, *search.constraints, *search.params, *EFFORT}
-    measured = sorted({name for trial in search.trials for name in _metrics(trial)} - taken)
-    columns = [*OWN, *search.names, *search.constraints, *measured, *search.params, *EFFORT]
+def _describe_trials(snapshot: Snapshot) -> str:
+    if not snapshot.trials:
+        return "There are no trials yet."
+    retries = sum(trial.user_attrs.get("retry_of") is not None for trial in snapshot.trials)
+    references = sum(get_reference(trial) is not None for trial in snapshot.trials)
+    text = f"{pluralize(len(snapshot.trials), 'trial')}: {join_words(_count_states(snapshot))}."
+    parts = []
+    if retries:
+        parts.append("1 retry of a crashed trial" if retries == 1 else f"{retries} retries of crashed trials")
+    if references:
+        parts.append(pluralize(references, "reference"))
+    return f"{text} Among them: {join_words(parts)}." if parts else text
+
+
+def _count_states(snapshot: Snapshot) -> list[str]:
+    counts = Counter(trial.state for trial in snapshot.trials)
+    return [f"{counts[state]} {word}" for state, word in STATE_WORDS.items() if counts[state]]
+
+
+def _describe_best(snapshot: Snapshot) -> str:
+    """Describe the best trials, and the trials outside the constraints."""
+    constraints = join_words(snapshot.constraints) if snapshot.constraints else ""
+    if not snapshot.completed:
+        return "No trial has completed yet, so there is nothing to compare."
+    if not snapshot.feasible:
+        return f"No completed trial is within all constraints ({constraints}), so none is recommended."
+    front = snapshot.front
+    if len(snapshot.objectives) == 1:
+        text = f"Best: {_list_trials(front)} with {snapshot.format_objectives(front[0])}."
+    else:
+        verb = "is" if len(front) == 1 else "are"
+        text = (
+            f"{len(front)} of {pluralize(len(snapshot.feasible), 'trial')} {verb} on the front: "
+            f"no other trial is at least as good in {join_words(snapshot.objectives)} and better in one of them."
+        )
+    infeasible = len(snapshot.completed) - len(snapshot.feasible)
+    if infeasible:
+        verb = "is" if infeasible == 1 else "are"
+        text += f" {pluralize(infeasible, 'completed trial')} {verb} outside the constraints ({constraints})."
+    return text
+
+
+def _list_trials(trials: list[FrozenTrial]) -> str:
+    names = [label_trial(trial) for trial in trials[:MAX_LISTED_TRIALS]]
+    rest = len(trials) - MAX_LISTED_TRIALS
+    return join_words([*names, f"{rest} more"] if rest > 0 else names)
+
+
+def _compare_references(snapshot: Snapshot) -> list[str]:
+    """Compare each reference with the trials that dominate it."""
+    sentences = []
+    for name in dict.fromkeys(name for trial in snapshot.trials if (name := get_reference(trial))):
+        if name not in snapshot.references:
+            sentences.append(f"Reference {name} has no values yet.")
+            continue
+        reference = snapshot.references[name]
+        values = snapshot.format_objectives(reference)
+        if not is_feasible(reference):
+            values += "; outside the constraints"
+        dominating = snapshot.find_dominating(name)
+        is_plural = len(dominating) > 1
+        if len(snapshot.objectives) == 1:
+            verb = "are better" if is_plural else "is better"
+        else:
+            verb = "dominate it" if is_plural else "dominates it"
+        subject = pluralize(len(dominating), "trial") if dominating else "no trial"
+        trials = f": {_list_trials(dominating)}" if dominating else ""
+        sentences.append(f"Reference {name} ({values}): {subject} {verb}{trials}.")
+    return sentences
+
+
+def _describe_effort(snapshot: Snapshot) -> list[str]:
+    planned, saved = snapshot.steps
+    sentences = []
+    if snapshot.wall_s:
+        sentences.append(f"All trials took {format_duration(snapshot.wall_s)} in total.")
+    if planned:
+        share = format_percent(saved / planned, 0)
+        sentences.append(f"Early stopping saved {saved:,} of {planned:,} planned training steps, {share}.")
+    return [" ".join(sentences)] if sentences else []
+
+
+def _warn_of_selection(snapshot: Snapshot) -> list[str]:
+    if len(snapshot.feasible) < 2:
+        return []
+    return [
+        "All values are from the questions that the search has used. "
+        f"The best of {len(snapshot.feasible)} trials is partly the luckiest, so its value is too optimistic: "
+        "evaluate it again, with questions and seeds that the search has not used."
+    ]
+
+
+def _write_csv(snapshot: Snapshot) -> str:
+    """Write all trials as CSV: numbers with all digits, columns that depend only on names."""
+    taken = {*IDENTITY_FIELDS, *snapshot.objectives, *snapshot.constraints, *snapshot.params, *EFFORT_FIELDS}
+    metrics = sorted({name for trial in snapshot.trials for name in _get_metrics(trial)} - taken)
+    columns = [
+        *IDENTITY_FIELDS,
+        *snapshot.objectives,
+        *snapshot.constraints,
+        *metrics,
+        *snapshot.params,
+        *EFFORT_FIELDS,
+    ]
     file = io.StringIO()
     writer = csv.DictWriter(file, list(dict.fromkeys(columns)), lineterminator="\n")
     writer.writeheader()
-    for trial in search.trials:
-        attributes = {name: trial.user_attrs.get(name) for name in (*OWN[2:], *EFFORT)}
-        values = dict(zip(search.names, trial.values, strict=True)) if trial.state == TrialState.COMPLETE else {}
-        others = {name: value for name, value in _metrics(trial).items() if name in measured}
-        own = {"number": trial.number, "state": trial.state.name}
-        writer.writerow(others | trial.params | trial.constraints | values | attributes | own)
+    for trial in snapshot.trials:
+        attributes = {name: trial.user_attrs.get(name) for name in (*IDENTITY_FIELDS[2:], *EFFORT_FIELDS)}
+        # Optuna keeps the last reported value of a pruned trial as its value; it is not a result
+        is_complete = trial.state == TrialState.COMPLETE
+        values = dict(zip(snapshot.objectives, trial.values, strict=True)) if is_complete else {}
+        others = {name: value for name, value in _get_metrics(trial).items() if name in metrics}
+        identity = {"number": trial.number, "state": trial.state.name}
+        # of equal names the last one counts
+        writer.writerow(others | trial.params | trial.constraints | values | attributes | identity)
     return file.getvalue()
 
 
-def _metrics(trial: FrozenTrial) -> Mapping[str, float]:
+def _get_metrics(trial: FrozenTrial) -> Mapping[str, float]:
     return trial.user_attrs.get("metrics") or {}
 
 
-def _lines(search: Snapshot) -> list[Line]:
-    """The front first, the others by number."""
-    best = {trial.number for trial in search.front}
-    ordered = [*search.front, *(trial for trial in search.trials if trial.number not in best)]
-    repeats = {trial.user_attrs.get("retry_of"): trial.number for trial in search.trials}
-    return [_line(search, trial, repeats.get(trial.number)) for trial in ordered]
+def _make_rows(snapshot: Snapshot) -> list[TrialRow]:
+    """Make the rows of the table: the front first, then the others by number."""
+    front = {trial.number for trial in snapshot.front}
+    ordered = [*snapshot.front, *(trial for trial in snapshot.trials if trial.number not in front)]
+    retries = {trial.user_attrs.get("retry_of"): trial.number for trial in snapshot.trials}
+    return [_make_row(snapshot, trial, retries.get(trial.number)) for trial in ordered]
 
 
-def _line(search: Snapshot, trial: FrozenTrial, repeat: int | None) -> Line:
-    kind, attributes = search.kind(trial), trial.user_attrs
-    about = [
-        *(["best" if len(search.names) == 1 else "on the front"] if kind == "front" else []),
-        *([name] if (name := reference(trial)) else []),
-        *([f"{of} again"] if (of := attributes.get("retry_of")) is not None else []),
-    ]
-    done = trial.state == TrialState.COMPLETE
-    return Line(
-        kind,
-        trial.number,
-        ", ".join(about),
-        _state(trial) + (f", given again as {repeat}" if repeat is not None else ""),
-        str(attributes.get("error") or ""),
-        [brief(value) for value in trial.values] if done else [""] * len(search.names),
-        [_verdict(trial.constraints.get(name)) for name in search.constraints],
-        duration(wall_s) if (wall_s := amount(trial, "wall_s")) else "",
-        [brief(trial.params[name]) if name in trial.params else "" for name in search.params],
+def _make_row(snapshot: Snapshot, trial: FrozenTrial, retry: int | None) -> TrialRow:
+    """Make the row of a trial; `retry` is the number of the trial that retries it."""
+    kind = snapshot.classify(trial)
+    about = []
+    if kind == "front":
+        about.append("best" if len(snapshot.objectives) == 1 else "on the front")
+    if name := get_reference(trial):
+        about.append(name)
+    if (first := trial.user_attrs.get("retry_of")) is not None:
+        about.append(f"retry of {first}")
+    is_complete = trial.state == TrialState.COMPLETE
+    wall_s = get_number(trial, "wall_s")
+    return TrialRow(
+        kind=kind,
+        number=trial.number,
+        about=", ".join(about),
+        state=_describe_state(trial) + (f", retried as {retry}" if retry is not None else ""),
+        error=str(trial.user_attrs.get("error") or ""),
+        values=[format_value(value) for value in trial.values] if is_complete else [""] * len(snapshot.objectives),
+        constraints=[_describe_constraint(trial.constraints.get(name)) for name in snapshot.constraints],
+        wall=format_duration(wall_s) if wall_s else "",
+        params=[format_value(trial.params[name]) if name in trial.params else "" for name in snapshot.params],
     )
 
 
-def _state(trial: FrozenTrial) -> str:
-    word, steps = STATES[trial.state], int(amount(trial, "steps"))
+def _describe_state(trial: FrozenTrial) -> str:
+    word = STATE_WORDS[trial.state]
+    steps = int(get_number(trial, "steps"))
     if not steps or trial.state in (TrialState.COMPLETE, TrialState.WAITING):
         return word
-    return f"{word} at step {int(amount(trial, 'step')):,} of {steps:,}"
+    return f"{word} at step {int(get_number(trial, 'step')):,} of {steps:,}"
 
 
-def _verdict(value: float | None) -> str:
-    if value is None:
+def _describe_constraint(excess: float | None) -> str:
+    if excess is None:
         return ""
-    return "kept" if value <= 0 else f"missed by {brief(value)}"
+    return "met" if excess <= 0 else f"exceeded by {format_value(excess)}"
 
 
-def _importances(study: Study, search: Snapshot) -> dict[str, dict[str, float]]:
-    """Of each objective the parameters' shares, the largest first; none where too little is known to tell."""
-    return {name: _importance(study, search, place) for place, name in enumerate(search.names)}
+def _compute_importances(study: Study, snapshot: Snapshot) -> dict[str, dict[str, float]]:
+    """Compute the importance of the parameters for each objective, the largest first; {} with too few trials."""
+    return {name: _compute_importance(study, snapshot, index) for index, name in enumerate(snapshot.objectives)}
 
 
-def _importance(study: Study, search: Snapshot, place: int) -> dict[str, float]:
-    """How much each parameter sets the best tenth apart, at least TOP trials, from all: PED-ANOVA, arXiv 2304.10255."""
+def _compute_importance(study: Study, snapshot: Snapshot, objective: int) -> dict[str, float]:
+    """Compute how much each parameter separates the best tenth of the trials from all: PED-ANOVA, arXiv 2304.10255."""
 
     def loss(trial: FrozenTrial) -> float:
-        return math.nan if reference(trial) else search.losses(trial)[place]  # Optuna leaves out what is not finite
+        # Optuna ignores trials with a loss that is not finite
+        return math.nan if get_reference(trial) else snapshot.losses(trial)[objective]
 
-    losses = [loss(trial) for trial in search.searched]
-    top = max(TOP, math.ceil(len(losses) / 10))
-    varied = {name for trial in search.searched for name, values in trial.distributions.items() if not values.single()}
-    # where the worst are among the best nothing sets these apart
-    if not varied or len(losses) < 2 * TOP or sum(each < max(losses) for each in losses) < top:
+    losses = [loss(trial) for trial in snapshot.sampled]
+    top = max(MIN_TOP_TRIALS, math.ceil(len(losses) / 10))
+    varied = {
+        name
+        for trial in snapshot.sampled
+        for name, distribution in trial.distributions.items()
+        if not distribution.single()
+    }
+    # if the worst value is among the best tenth, nothing separates the two
+    if not varied or len(losses) < 2 * MIN_TOP_TRIALS or sum(value < max(losses) for value in losses) < top:
         return {}
     evaluator = PedAnovaImportanceEvaluator(target_quantile=(top - 0.5) / len(losses))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that less is better, and that is meant
+        warnings.simplefilter("ignore")  # Optuna warns that less is better, as intended here
         shares = get_param_importances(study, evaluator=evaluator, params=sorted(varied), target=loss)
     return dict(sorted(shares.items(), key=lambda share: (-share[1], share[0])))

@@ -1,6 +1,6 @@
-"""Plots of a hyperparameter search: its front, its history, and its parameters side by side.
+"""Plots of a hyperparameter search: front, history, and parallel coordinates.
 
-Optuna's own plots are of another look, or want scripts, so these are drawn here, in the colours of our other pages.
+Optuna's own plots have another look or need scripts, so these are drawn with `pipelines/report/plots.py`.
 """
 
 import math
@@ -8,256 +8,259 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from markupsafe import Markup
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from pipelines.report.page import ACCENT, BAD, FAINT, INK, LINE, STYLE, quiet, svg
-from pipelines.search.snapshot import Snapshot, brief, called, feasible, listed, many, reference
+from pipelines.report.plots import (
+    ACCENT,
+    BAD,
+    FAINT,
+    INK,
+    LINE,
+    STYLE,
+    Plot,
+    find_point_boxes,
+    place_label,
+    shorten,
+    style_axes,
+    to_svg,
+)
+from pipelines.search.snapshot import (
+    Snapshot,
+    format_value,
+    get_reference,
+    is_feasible,
+    join_words,
+    label_trial,
+    pluralize,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PANELS = 3
-SPAN = 20
-"""An axis whose values are that many times apart is logarithmic."""
-ABSENT = -0.2
-"""Where a line crosses the axis of a parameter that its trial does not have; values lie in 0..1."""
-BEYOND = {1.0: (4, "bottom"), 0.0: (-4, "top"), ABSENT: (-4, "top")}
-"""Words at the ends of an axis stand so many points beyond them, the others beside it."""
+MAX_FRONT_PLOTS = 3
+LOG_SCALE_RATIO = 20
+"""An axis is logarithmic if its largest value is more than this multiple of its smallest."""
+ABSENT_POSITION = -0.2
+"""Position on an axis of a parameter that a trial does not have; values are in 0..1."""
+END_OFFSETS = {1.0: (4, "bottom"), 0.0: (-4, "top"), ABSENT_POSITION: (-4, "top")}
+"""Vertical offset in points and alignment of the labels at the ends of an axis; other labels are next to the axis."""
 
 
-class Drawn(NamedTuple):
-    """A plot, what is written beside it, and from which width in pixels on it can be read."""
+class ParallelAxis(NamedTuple):
+    """An axis of the parallel coordinates.
 
-    title: str
-    svg: Markup
-    note: str = ""
-    width: int = 0
-
-
-class Scale(NamedTuple):
-    """An axis of the parallel coordinates: trials by number, and words, at places of 0..1 or ABSENT."""
+    Args:
+        name: parameter or objective.
+        positions: position of each trial in 0..1 or ABSENT_POSITION, by number of the trial.
+        ticks: labels by position.
+    """
 
     name: str
-    places: dict[int, float]
+    positions: dict[int, float]
     ticks: dict[float, str]
 
 
-def fronts(search: Snapshot) -> list[Drawn]:
-    """The first objective against each of the others."""
-    others = range(1, min(len(search.names), PANELS + 1))
-    return [_front(search, other) for other in others] if search.drawn else []
+def plot_fronts(snapshot: Snapshot) -> list[Plot]:
+    """Plot the first objective over each of the others, up to MAX_FRONT_PLOTS."""
+    others = range(1, min(len(snapshot.objectives), MAX_FRONT_PLOTS + 1))
+    return [_plot_front(snapshot, other) for other in others] if snapshot.plottable else []
 
 
-def _front(search: Snapshot, other: int) -> Drawn:
+def _plot_front(snapshot: Snapshot, other: int) -> Plot:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    up, across = search.names[0], search.names[other]
-    at = {trial.number: (trial.values[other], trial.values[0]) for trial in search.drawn}
-    best = sorted(at[trial.number] for trial in search.front if trial.number in at)
+    up, across = snapshot.objectives[0], snapshot.objectives[other]
+    points = {trial.number: (trial.values[other], trial.values[0]) for trial in snapshot.plottable}
+    front = sorted(points[trial.number] for trial in snapshot.front if trial.number in points)
     with rc_context(STYLE):
         figure = Figure(figsize=(4.4, 3.5), layout="constrained")
         axes = figure.add_subplot()
-        if best and len(search.names) == 2:  # of more objectives a plane shows no staircase
+        if front and len(snapshot.objectives) == 2:  # with more objectives the front is not a line in this plane
             axes.step(
-                *zip(*best, strict=True),
-                where="post" if search.signs[other] > 0 else "pre",
+                *zip(*front, strict=True),
+                where="post" if snapshot.signs[other] > 0 else "pre",
                 color=ACCENT,
                 linewidth=1.2,
             )
-        _dots(axes, search, at)
-        _label(axes, "x", f"{across}: {_better(search, other)}", [x for x, _ in at.values()])
-        _label(axes, "y", f"{up}: {_better(search, 0)}", [y for _, y in at.values()])
+        _plot_trials(axes, snapshot, points)
+        _scale_axis(axes, "x", f"{across}: {_describe_direction(snapshot, other)}", [x for x, _ in points.values()])
+        _scale_axis(axes, "y", f"{up}: {_describe_direction(snapshot, 0)}", [y for _, y in points.values()])
         axes.grid(axis="x", color=LINE, linewidth=0.6)
-        quiet(axes)
+        style_axes(axes)
+        # labels need the final positions of the points in pixels
         figure.draw_without_rendering()
-        _name(axes, search, at)
-        told = "; ".join(f"{called(trial)}: {search.told(trial)}" for trial in search.front)
-        drawn = svg(figure, f"front-{other}-", f"{up} against {across}. On the front: {told}")
-    return Drawn(f"{up} against {across}", drawn)
+        _label_points(axes, snapshot, points)
+        values = "; ".join(f"{label_trial(trial)}: {snapshot.format_objectives(trial)}" for trial in snapshot.front)
+        element = to_svg(figure, f"front-{other}-", f"{up} over {across}. On the front: {values}")
+    return Plot(f"{up} over {across}", element)
 
 
-def _better(search: Snapshot, place: int) -> str:
-    return "more is better" if search.signs[place] < 0 else "less is better"
+def _describe_direction(snapshot: Snapshot, objective: int) -> str:
+    return "more is better" if snapshot.signs[objective] < 0 else "less is better"
 
 
-def histories(search: Snapshot) -> list[Drawn]:
-    """Each objective over the trials, in the order in which they were asked for."""
-    return [_history(search, place) for place in range(len(search.names))] if search.drawn else []
+def plot_histories(snapshot: Snapshot) -> list[Plot]:
+    """Plot each objective over the trials, in the order of their numbers."""
+    return [_plot_history(snapshot, index) for index in range(len(snapshot.objectives))] if snapshot.plottable else []
 
 
-def _history(search: Snapshot, place: int) -> Drawn:
+def _plot_history(snapshot: Snapshot, objective: int) -> Plot:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    name, sign = search.names[place], search.signs[place]
-    at = {trial.number: (trial.number, trial.values[place]) for trial in search.drawn}
-    kept = [trial for trial in search.searched if feasible(trial)]
-    best = [sign * loss for loss in accumulate((search.losses(trial)[place] for trial in kept), min)]
+    name = snapshot.objectives[objective]
+    sign = snapshot.signs[objective]
+    points = {trial.number: (trial.number, trial.values[objective]) for trial in snapshot.plottable}
+    feasible = [trial for trial in snapshot.sampled if is_feasible(trial)]
+    losses = (snapshot.losses(trial)[objective] for trial in feasible)
+    best_so_far = [sign * loss for loss in accumulate(losses, min)]
     with rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.8), layout="constrained")
         axes = figure.add_subplot()
-        if best:
-            last = search.trials[-1].number
-            numbers = [*(trial.number for trial in kept), last]
-            axes.step(numbers, [*best, best[-1]], where="post", color=ACCENT, linewidth=1.2)
-        _dots(axes, search, at)
-        _ends(axes, search)
-        _label(axes, "y", name, [value for _, value in at.values()])
+        if best_so_far:
+            # continue the line to the last trial
+            numbers = [*(trial.number for trial in feasible), snapshot.trials[-1].number]
+            axes.step(numbers, [*best_so_far, best_so_far[-1]], where="post", color=ACCENT, linewidth=1.2)
+        _plot_trials(axes, snapshot, points)
+        _mark_incomplete_trials(axes, snapshot)
+        _scale_axis(axes, "y", name, [value for _, value in points.values()])
         axes.set_xlabel("trial", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        quiet(axes)
-        told = f", at best {brief(best[-1])}" if best else ""
-        drawn = svg(figure, f"history-{place}-", f"{name} of {many(len(at), 'trial')}{told}")
-    return Drawn(name, drawn, _better(search, place))
+        style_axes(axes)
+        best = f", best {format_value(best_so_far[-1])}" if best_so_far else ""
+        element = to_svg(figure, f"history-{objective}-", f"{name} of {pluralize(len(points), 'trial')}{best}")
+    return Plot(name, element, _describe_direction(snapshot, objective))
 
 
-def _dots(axes: "Axes", search: Snapshot, at: Mapping[int, tuple[float, float]]) -> None:
-    """A mark a trial: references are diamonds, what is outside of a constraint is hollow, the front stands out."""
-    for trial in search.drawn:
-        kind = search.kind(trial)
-        shade = {"front": ACCENT, "reference": INK}.get(kind, FAINT)
+def _plot_trials(axes: "Axes", snapshot: Snapshot, points: Mapping[int, tuple[float, float]]) -> None:
+    """Draw a mark per trial: diamonds for references, hollow outside the constraints, strong colour for the front."""
+    for trial in snapshot.plottable:
+        colour = {"front": ACCENT, "reference": INK}.get(snapshot.classify(trial), FAINT)
+        is_filled = is_feasible(trial)
         axes.plot(
-            *at[trial.number], marker="D" if reference(trial) else "o", markersize=5 if shade != FAINT else 4,
-            color=shade, markerfacecolor=shade if feasible(trial) else "none", linestyle="none",
-            markeredgewidth=0 if feasible(trial) else 1,
-            alpha=0.55 if shade == FAINT else 1, zorder=2 if shade == FAINT else 3,
+            *points[trial.number], marker="D" if get_reference(trial) else "o", markersize=4 if colour == FAINT else 5,
+            color=colour, markerfacecolor=colour if is_filled else "none", linestyle="none",
+            markeredgewidth=0 if is_filled else 1,
+            alpha=0.55 if colour == FAINT else 1, zorder=2 if colour == FAINT else 3,
         )  # fmt: skip
 
 
-def _ends(axes: "Axes", search: Snapshot) -> None:
-    """Trials without values, at the foot."""
-    for state, marker, shade in ((TrialState.PRUNED, "|", FAINT), (TrialState.FAIL, "x", BAD)):
-        numbers = [trial.number for trial in search.trials if trial.state == state]
+def _mark_incomplete_trials(axes: "Axes", snapshot: Snapshot) -> None:
+    """Mark trials without values at the bottom of the axes."""
+    for state, marker, colour in ((TrialState.PRUNED, "|", FAINT), (TrialState.FAIL, "x", BAD)):
+        numbers = [trial.number for trial in snapshot.trials if trial.state == state]
         axes.plot(
-            numbers, [0.03] * len(numbers), marker, color=shade, markersize=6 if marker == "|" else 4,
+            numbers, [0.03] * len(numbers), marker, color=colour, markersize=6 if marker == "|" else 4,
             transform=axes.get_xaxis_transform(),
         )  # fmt: skip
 
 
-def _label(axes: "Axes", which: str, name: str, values: Sequence[float]) -> None:
-    """An axis of plain numbers, logarithmic where they lie far apart."""
+def _scale_axis(axes: "Axes", which: str, name: str, values: Sequence[float]) -> None:
+    """Label the x or y axis with plain numbers; logarithmic if the values span more than LOG_SCALE_RATIO."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    far = min(values) > 0 and max(values) > SPAN * min(values)
-    axes.set(**{f"{which}scale": "log" if far else "linear"})
+    is_log = min(values) > 0 and max(values) > LOG_SCALE_RATIO * min(values)
+    axes.set(**{f"{which}scale": "log" if is_log else "linear"})
     axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if far else MaxNLocator(6))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: brief(value)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_log else MaxNLocator(6))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value)))
     axis.set_minor_formatter(NullFormatter())
     axis.set_label_text(name, color=INK, parse_math=False)
 
 
-def _name(axes: "Axes", search: Snapshot, at: Mapping[int, tuple[float, float]]) -> None:
-    """The names of references, and numbers of the front as far as they cover nothing: the table has them all."""
-    from matplotlib.transforms import Bbox
-
-    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in axes.transData.transform(list(at.values()))]
-    front = {trial.number: str(trial.number) for trial in search.front}
-    named = {trial.number: name for name, trial in search.references.items()}
-    for number, text in (named | front | named).items():  # references choose first
-        if number in at:
-            shade = ACCENT if number in front else INK
-            taken += _put(axes, _short(text, 24), at[number], shade, [taken, []] if number in named else [taken])
-
-
-def _put(axes: "Axes", text: str, point: tuple[float, float], shade: str, crowds: Sequence[Sequence[Any]]) -> list[Any]:
-    """A text beside a point at the first place that is free of a crowd, or of the next; the box it takes, if any."""
-    frame = axes.get_window_extent()
-    for crowd in crowds:
-        for x, y in ((x, y) for y in (4, -11, 14, -21, 24, -31) for x in (6, -6)):
-            note = axes.annotate(
-                text, point, (x, y), textcoords="offset points", ha="left" if x > 0 else "right", fontsize=8,
-                color=shade, parse_math=False, in_layout=False,
-            )  # fmt: skip
-            box = note.get_window_extent()
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            if inside and not any(box.overlaps(other) for other in crowd):
-                return [box]
-            note.remove()
-    return []
+def _label_points(axes: "Axes", snapshot: Snapshot, points: Mapping[int, tuple[float, float]]) -> None:
+    """Label all references, and the trials of the front that have space for a label."""
+    occupied = find_point_boxes(axes, list(points.values()))
+    references = {trial.number: name for name, trial in snapshot.references.items()}
+    front = {trial.number: str(trial.number) for trial in snapshot.front}
+    # references come first, as their labels are required
+    for number, text in (references | front | references).items():
+        if number in points:
+            colour = ACCENT if number in front else INK
+            place_label(axes, shorten(text, 24), points[number], colour, occupied, required=number in references)
 
 
-def scales(search: Snapshot) -> list[Scale]:
-    """Parameters that differ between trials, then the objectives, on which up is better."""
-    params = [_parameter(name, search.searched) for name in search.params]
-    numbers = [trial.number for trial in search.searched]
+def build_axes(snapshot: Snapshot) -> list[ParallelAxis]:
+    """Build the axes of the parameters that vary, then those of the objectives, on which up is better."""
+    params = [_build_param_axis(name, snapshot.sampled) for name in snapshot.params]
+    numbers = [trial.number for trial in snapshot.sampled]
     objectives = []
-    for name, sign, values in zip(search.names, search.signs, _columns(search), strict=True):
+    for index, (name, sign) in enumerate(zip(snapshot.objectives, snapshot.signs, strict=True)):
+        values = [trial.values[index] for trial in snapshot.sampled]
         worst, best = (max(values), min(values)) if sign > 0 else (min(values), max(values))
-        places = {number: _share(value, worst, best) for number, value in zip(numbers, values, strict=True)}
-        ticks = {_share(value, worst, best): brief(value) for value in (worst, best)}
-        objectives.append(Scale(name, places, ticks))
-    return [*(scale for scale in params if len(set(scale.places.values())) > 1), *objectives]
+        positions = {number: _position(value, worst, best) for number, value in zip(numbers, values, strict=True)}
+        ticks = {_position(value, worst, best): format_value(value) for value in (worst, best)}
+        objectives.append(ParallelAxis(name, positions, ticks))
+    return [*(axis for axis in params if len(set(axis.positions.values())) > 1), *objectives]
 
 
-def _columns(search: Snapshot) -> list[tuple[float, ...]]:
-    return list(zip(*(trial.values for trial in search.searched), strict=True))
-
-
-def _parameter(name: str, trials: Sequence[FrozenTrial]) -> Scale:
-    """Numbers between the bounds of their distribution, on its scale; choices one above the other."""
+def _build_param_axis(name: str, trials: Sequence[FrozenTrial]) -> ParallelAxis:
+    """Build the axis of a parameter: numbers on the scale of their distribution, choices at equal distances."""
     having = [trial for trial in trials if name in trial.params]
-    kinds = [trial.distributions[name] for trial in having]
-    ranges = [kind for kind in kinds if isinstance(kind, FloatDistribution | IntDistribution)]
-    if having and len(ranges) == len(kinds):
-        low, high = min(kind.low for kind in ranges), max(kind.high for kind in ranges)
-        bend: Callable[[float], float] = math.log if all(kind.log for kind in ranges) else float
-        place = {trial.number: _share(*map(bend, (trial.params[name], low, high))) for trial in having}
-        ticks = {_share(*map(bend, (value, low, high))): brief(value) for value in (low, high)}
+    distributions = [trial.distributions[name] for trial in having]
+    ranges = [item for item in distributions if isinstance(item, FloatDistribution | IntDistribution)]
+    if having and len(ranges) == len(distributions):
+        # all trials sampled a number: the bounds of the distributions are the ends of the axis
+        low, high = min(item.low for item in ranges), max(item.high for item in ranges)
+        scale: Callable[[float], float] = math.log if all(item.log for item in ranges) else float
+        positions = {trial.number: _position(*map(scale, (trial.params[name], low, high))) for trial in having}
+        ticks = {_position(*map(scale, (value, low, high))): format_value(value) for value in (low, high)}
     else:
-        choices = [choice for kind in kinds if isinstance(kind, CategoricalDistribution) for choice in kind.choices]
-        words = list(dict.fromkeys(brief(value) for value in [*choices, *(trial.params[name] for trial in having)]))
-        spots = {word: _share(spot, 0, len(words) - 1) for spot, word in enumerate(words)}
-        place = {trial.number: spots[brief(trial.params[name])] for trial in having}
-        ticks = {spot: word for word, spot in spots.items()}
+        # choices, or a parameter that was a number in some trials and a choice in others
+        choices = [
+            choice for item in distributions if isinstance(item, CategoricalDistribution) for choice in item.choices
+        ]
+        values = [*choices, *(trial.params[name] for trial in having)]
+        words = list(dict.fromkeys(format_value(value) for value in values))
+        position_by_word = {word: _position(index, 0, len(words) - 1) for index, word in enumerate(words)}
+        positions = {trial.number: position_by_word[format_value(trial.params[name])] for trial in having}
+        ticks = {position: word for word, position in position_by_word.items()}
     if len(having) < len(trials):
-        ticks[ABSENT] = "absent"
-    return Scale(name, {trial.number: place.get(trial.number, ABSENT) for trial in trials}, ticks)
+        ticks[ABSENT_POSITION] = "absent"
+    return ParallelAxis(name, {trial.number: positions.get(trial.number, ABSENT_POSITION) for trial in trials}, ticks)
 
 
-def _share(value: float, low: float, high: float) -> float:
+def _position(value: float, low: float, high: float) -> float:
     return 0.5 if low == high else (value - low) / (high - low)
 
 
-def parallel(search: Snapshot) -> Drawn | None:
-    """Each trial as a line through its parameters and values; None without any parameter that varies."""
+def plot_parallel(snapshot: Snapshot) -> Plot | None:
+    """Plot each trial as a line through its parameters and objectives; None if no parameter varies."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    stands = scales(search) if search.searched else []
-    if len(stands) <= len(search.names):
+    all_axes = build_axes(snapshot) if snapshot.sampled else []
+    if len(all_axes) <= len(snapshot.objectives):
         return None
-    best = {trial.number for trial in search.front}
-    width = max(9.0, 0.85 * len(stands))
+    front = {trial.number for trial in snapshot.front}
+    width = max(9.0, 0.85 * len(all_axes))
     with rc_context(STYLE):
         figure = Figure(figsize=(width, 4), layout="constrained")
         axes = figure.add_subplot()
-        for trial in sorted(search.searched, key=lambda trial: trial.number in best):
-            shade, weight, alpha = (ACCENT, 1.6, 1) if trial.number in best else (FAINT, 0.8, 0.4)
-            axes.plot([scale.places[trial.number] for scale in stands], color=shade, linewidth=weight, alpha=alpha)
-        for place, scale in enumerate(stands):
-            _stand(axes, place, scale)
-        axes.set_xlim(-0.5, len(stands) - 0.5)
+        # the front is drawn last, so that it is on top
+        for trial in sorted(snapshot.sampled, key=lambda trial: trial.number in front):
+            colour, line_width, alpha = (ACCENT, 1.6, 1) if trial.number in front else (FAINT, 0.8, 0.4)
+            positions = [axis.positions[trial.number] for axis in all_axes]
+            axes.plot(positions, color=colour, linewidth=line_width, alpha=alpha)
+        for x, axis in enumerate(all_axes):
+            _plot_parallel_axis(axes, x, axis)
+        axes.set_xlim(-0.5, len(all_axes) - 0.5)
         axes.set_axis_off()
-        told = f"{many(len(search.searched), 'trial')} as lines through {listed(scale.name for scale in stands)}"
-        return Drawn("", svg(figure, "parallel-", told), width=round(90 * width))
+        names = join_words(axis.name for axis in all_axes)
+        label = f"{pluralize(len(snapshot.sampled), 'trial')} as lines through {names}"
+        return Plot("", to_svg(figure, "parallel-", label), width=round(90 * width))
 
 
-def _stand(axes: "Axes", place: int, scale: Scale) -> None:
-    """An upright axis: its name above, word for word; its ends written beyond it and what lies between beside it."""
-    axes.plot([place, place], [0, 1], color=LINE, linewidth=1.2, zorder=1)
-    words: dict[str, Any] = {"fontsize": 8, "parse_math": False, "textcoords": "offset points"}
-    for spot, word in scale.ticks.items():
-        away, edge = BEYOND.get(spot, (0, "center"))
-        at, side = ((0, away), "center") if away else ((4, 0), "left")
-        axes.annotate(_short(word, 14), (place, spot), at, ha=side, va=edge, color=INK, **words)
-    name = ".\n".join(_short(part, 14) for part in scale.name.split("."))
-    axes.annotate(name, (place, 1), (0, 18), ha="center", va="bottom", color=FAINT, **words)
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _plot_parallel_axis(axes: "Axes", x: int, axis: ParallelAxis) -> None:
+    """Draw a vertical axis with its name on top, labels of the ends beyond them, and other labels on the right."""
+    axes.plot([x, x], [0, 1], color=LINE, linewidth=1.2, zorder=1)
+    style: dict[str, Any] = {"fontsize": 8, "parse_math": False, "textcoords": "offset points"}
+    for position, word in axis.ticks.items():
+        away, vertical = END_OFFSETS.get(position, (0, "center"))
+        offset, horizontal = ((0, away), "center") if away else ((4, 0), "left")
+        axes.annotate(shorten(word, 14), (x, position), offset, ha=horizontal, va=vertical, color=INK, **style)
+    name = ".\n".join(shorten(part, 14) for part in axis.name.split("."))
+    axes.annotate(name, (x, 1), (0, 18), ha="center", va="bottom", color=FAINT, **style)

@@ -1,101 +1,107 @@
-"""An Optuna study as it stood when it was read: what `front` tells of it and `panels` draws.
+"""Snapshot of an Optuna study, from which all sentences, tables and plots of its page are made.
 
-A study under way changes from one look to the next, so it is read once, and everything on a page is of that moment.
-Which trials are good is for Optuna to say: the front is `study.best_trials`, which knows constraints.
+A running study changes between two reads, so it is read once, and the page shows one point in time. Optuna decides
+which trials are best: the front is `study.best_trials`, which respects constraints.
 
-A trial's `user_attrs` may hold `reference`, the name of a setting which is run for comparison and has no parameters,
-`retry_of`, the number of a trial that crashed, `metrics` {name: number}, `step` and `steps`, done and planned, `wall_s`
-and `error`.
+`user_attrs` of a trial may have `reference` (name of a setting that is run for comparison, without parameters),
+`retry_of` (number of a crashed trial), `metrics` {name: number}, `step` and `steps` (done and planned), `wall_s` and
+`error`.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-LETTERS = {"T": 1e12, "G": 1e9, "M": 1e6}
+from pipelines.report.page import format_number
+
+SIGNIFICANT_DIGITS = 4
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A study as it stood when it was read.
+    """A study at the time it was read.
 
-    names, signs: how each objective is called, and what makes less of it better: 1, or -1 where it is maximised.
-    front: feasible complete trials that no other dominates, the best in the first objective first.
+    Args:
+        name: name of the study.
+        objectives: names of the objectives.
+        signs: 1 for each objective that is minimised, -1 for each that is maximised.
+        trials: all trials.
+        front: feasible complete trials that no other trial dominates, sorted by the first objective, the best first.
     """
 
     name: str
-    names: list[str]
+    objectives: list[str]
     signs: list[int]
     trials: list[FrozenTrial]
     front: list[FrozenTrial]
 
     @classmethod
-    def of(cls, study: Study) -> Self:
-        names = study.metric_names or [f"objective {place}" for place in range(1, len(study.directions) + 1)]
+    def from_study(cls, study: Study) -> Self:
+        objectives = study.metric_names or [f"objective {number}" for number in range(1, len(study.directions) + 1)]
         signs = [-1 if direction == StudyDirection.MAXIMIZE else 1 for direction in study.directions]
-        best = study.best_trials
-        found = cls(study.study_name, names, signs, study.get_trials(deepcopy=False), best)
-        best.sort(key=found.rank)
-        return found
+        front = study.best_trials
+        snapshot = cls(study.study_name, objectives, signs, study.get_trials(deepcopy=False), front)
+        front.sort(key=snapshot.sort_key)
+        return snapshot
 
     def losses(self, trial: FrozenTrial) -> list[float]:
-        """Its values, turned so that less is better."""
+        """Values of a trial with the sign changed where more is better, so that less is better."""
         return [sign * value for sign, value in zip(self.signs, trial.values, strict=True)]
 
-    def told(self, trial: FrozenTrial) -> str:
-        return ", ".join(f"{name} {brief(value)}" for name, value in zip(self.names, trial.values, strict=True))
+    def format_objectives(self, trial: FrozenTrial) -> str:
+        values = zip(self.objectives, trial.values, strict=True)
+        return ", ".join(f"{name} {format_value(value)}" for name, value in values)
 
-    def rank(self, trial: FrozenTrial) -> tuple[list[float], int]:
-        """Sorts by the first objective, the best first; trials that are alike by the next, at last by number."""
+    def sort_key(self, trial: FrozenTrial) -> tuple[list[float], int]:
+        """Sort key of a trial: the first objective, the best first, then the next objectives, then the number."""
         return self.losses(trial), trial.number
 
-    def dominating(self, name: str) -> list[FrozenTrial]:
-        """As `front.dominating`."""
+    def find_dominating(self, name: str) -> list[FrozenTrial]:
+        """Find the feasible trials that dominate a reference, sorted by the first objective, the best first."""
         if name not in self.references:
             known = ", ".join(self.references) or "none yet"
             raise ValueError(f"study {self.name}: got {name!r}, allowed: a reference that has values ({known})")
-        bar = self.losses(self.references[name])
+        reference = self.losses(self.references[name])
 
-        def better(trial: FrozenTrial) -> bool:
-            pairs = list(zip(self.losses(trial), bar, strict=True))
-            return all(ours <= theirs for ours, theirs in pairs) and any(ours < theirs for ours, theirs in pairs)
+        def dominates(trial: FrozenTrial) -> bool:
+            pairs = list(zip(self.losses(trial), reference, strict=True))
+            return all(loss <= limit for loss, limit in pairs) and any(loss < limit for loss, limit in pairs)
 
-        return sorted(filter(better, self.kept), key=self.rank)
+        return sorted(filter(dominates, self.feasible), key=self.sort_key)
 
-    def kind(self, trial: FrozenTrial) -> str:
-        """front, reference, or what became of it."""
+    def classify(self, trial: FrozenTrial) -> str:
+        """Classify a trial as "front", "reference", or its state in lower case."""
         if any(trial.number == best.number for best in self.front):
             return "front"
-        return "reference" if reference(trial) else trial.state.name.lower()
+        return "reference" if get_reference(trial) else trial.state.name.lower()
 
     @property
-    def done(self) -> list[FrozenTrial]:
+    def completed(self) -> list[FrozenTrial]:
         return [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
 
     @property
-    def kept(self) -> list[FrozenTrial]:
-        """Done, and within every constraint."""
-        return [trial for trial in self.done if feasible(trial)]
+    def feasible(self) -> list[FrozenTrial]:
+        """Completed trials within all constraints."""
+        return [trial for trial in self.completed if is_feasible(trial)]
 
     @property
-    def drawn(self) -> list[FrozenTrial]:
-        """Done, with values that have a place in a plot."""
-        return [trial for trial in self.done if all(map(math.isfinite, trial.values))]
+    def plottable(self) -> list[FrozenTrial]:
+        """Completed trials with finite values."""
+        return [trial for trial in self.completed if all(map(math.isfinite, trial.values))]
 
     @property
-    def searched(self) -> list[FrozenTrial]:
-        """Those drawn which the search chose itself."""
-        return [trial for trial in self.drawn if not reference(trial)]
+    def sampled(self) -> list[FrozenTrial]:
+        """Plottable trials with parameters that the search has sampled, without references."""
+        return [trial for trial in self.plottable if not get_reference(trial)]
 
     @property
     def references(self) -> dict[str, FrozenTrial]:
-        """By name; of one that was run several times the last that is done."""
-        return {name: trial for trial in self.done if (name := reference(trial))}
+        """Completed references by name; of several trials of a reference, the last one."""
+        return {name: trial for trial in self.completed if (name := get_reference(trial))}
 
     @property
     def constraints(self) -> list[str]:
@@ -107,54 +113,53 @@ class Snapshot:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Training steps that all trials planned, and how many of these stopping early left out."""
-        early = [trial for trial in self.trials if trial.state == TrialState.PRUNED]
-        planned = sum(int(amount(trial, "steps")) for trial in self.last_tries)
-        return planned, sum(int(amount(trial, "steps") - amount(trial, "step")) for trial in early)
+        """Planned training steps of all trials, and the steps that early stopping saved."""
+        pruned = [trial for trial in self.trials if trial.state == TrialState.PRUNED]
+        planned = sum(int(get_number(trial, "steps")) for trial in self.last_attempts)
+        return planned, sum(int(get_number(trial, "steps") - get_number(trial, "step")) for trial in pruned)
 
     @property
     def wall_s(self) -> float:
-        return sum(amount(trial, "wall_s") for trial in self.last_tries)
+        return sum(get_number(trial, "wall_s") for trial in self.last_attempts)
 
     @property
-    def last_tries(self) -> list[FrozenTrial]:
-        """Of each setting the last trial: what those before it spent counts in that one."""
+    def last_attempts(self) -> list[FrozenTrial]:
+        """The last trial of each setting; its time and steps include those of earlier attempts."""
         return list({trial.user_attrs.get("retry_of", trial.number): trial for trial in self.trials}.values())
 
 
-def feasible(trial: FrozenTrial) -> bool:
+def is_feasible(trial: FrozenTrial) -> bool:
     return all(value <= 0 for value in trial.constraints.values())
 
 
-def reference(trial: FrozenTrial) -> str | None:
+def get_reference(trial: FrozenTrial) -> str | None:
+    """Name of the reference that a trial is a run of, or None."""
     return trial.user_attrs.get("reference")
 
 
-def amount(trial: FrozenTrial, name: str) -> float:
-    """A number of its `user_attrs`, 0 where there is none."""
+def get_number(trial: FrozenTrial, name: str) -> float:
+    """A number of the trial's `user_attrs`, 0 if there is none."""
     return trial.user_attrs.get(name) or 0
 
 
-def called(trial: FrozenTrial) -> str:
-    return reference(trial) or f"trial {trial.number}"
+def label_trial(trial: FrozenTrial) -> str:
+    return get_reference(trial) or f"trial {trial.number}"
 
 
-def brief(value: Any) -> str:
-    """Four digits, millions and more by their letter, other values as in a job file: 0.9134, 9,673, 212.3 M, true."""
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return str(value)
-    for letter, size in LETTERS.items():
-        if abs(value) >= size:
-            return f"{value / size:.4g} {letter}"
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+def format_value(value: object) -> str:
+    """Format a parameter or an objective with four significant digits."""
+    return format_number(value, SIGNIFICANT_DIGITS)
 
 
-def listed(words: Iterable[str]) -> str:
+def join_words(words: Iterable[str]) -> str:
+    """Join words with commas and "and".
+
+    >>> join_words(["a", "b", "c"])
+    'a, b and c'
+    """
     *first, last = words
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def many(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def pluralize(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

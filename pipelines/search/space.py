@@ -1,8 +1,8 @@
-"""What a search may choose: values of a job file by dotted path, drawn together, and again where they make no job.
+"""Search space: values of a job file by dotted path, sampled together until they are a valid job.
 
-Whether values go together (k and c with what an earlier stage left, heads with a width, …) is for the job's own checks
-to say, so the draw asks them, before Optuna hears of it: what cannot be is never a trial.  What a trial gets follows
-from seed, its number and the trials before it, so a search that is started again draws on as if it had never stopped.
+The job's own checks decide if values fit together (k and c with the tokens of an earlier stage, heads with a width, …).
+The sampler runs them before Optuna creates a trial, so no trial is an invalid job. The values of a trial depend on the
+seed, its number, and earlier trials, so a search that is stopped and continued samples the same values.
 """
 
 import json
@@ -17,16 +17,16 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-logging.set_verbosity(logging.ERROR)  # what Optuna says of each trial, the page of a search does
+logging.set_verbosity(logging.ERROR)  # the page of the search shows what Optuna would log
 
-DRAWS = 10_000
-"""In a row that make no job, after which the space is said to be at fault."""
+MAX_DRAWS = 10_000
+"""Number of invalid draws in a row after which the space is an error."""
 
-THOUGHTFUL = 40
-"""Of these draws, over which all places are left to chance, one after the other."""
+GUIDED_DRAWS = 40
+"""Number of draws over which the share of random values rises from 0 to 1."""
 
-CHECKS = 2_000
-"""Draws, in one of which each range, and each choice, must be fit."""
+CHECK_DRAWS = 2_000
+"""Number of random draws in which each range and each choice must be valid once."""
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: TPESampler(seed=seed),
@@ -36,24 +36,32 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
 SamplerName = Literal["tpe", "nsga2", "random"]
 
 Values = dict[str, Any]
-"""Of a job file, by dotted path."""
+"""Values of a job file by dotted path."""
 
-When = dict[str, Annotated[tuple[Any, ...], MinLen(1)]]
-"""Another place further up in the space, and the values there with which this one is asked for at all."""
+Condition = dict[str, Annotated[tuple[Any, ...], MinLen(1)]]
+"""Allowed values of earlier parameters, by dotted path."""
+
+CheckValues = Callable[[Values], object]
+"""Function that raises ValueError with the reason if values are no valid job."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Numbers from low to high, both included; whole ones where all of them are written as such.
+    """Range of numbers; integers if low, high and step are integers.
 
-    step: from one to the next.  log: as many between 1 and 10 as between 10 and 100.
+    Args:
+        low: smallest value.
+        high: largest value, included.
+        step: distance between two values. null allows every value.
+        log: sample on a logarithmic scale; needs low > 0 and no step.
+        when: values of earlier parameters with which this one is sampled, by dotted path. {} samples it always.
     """
 
     low: int | float
     high: int | float
     step: Annotated[int | float, Gt(0)] | None = None
     log: bool = False
-    when: When = field(default_factory=dict)
+    when: Condition = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
@@ -65,7 +73,7 @@ class Range:
 
     @property
     def distribution(self) -> BaseDistribution:
-        """As Optuna has it."""
+        """The range as a distribution of Optuna."""
         if all(isinstance(number, int) for number in (self.low, self.high, self.step or 0)):
             return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
@@ -73,10 +81,15 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One of several values, which may be sections or lists as well."""
+    """Choice of one of several values.
+
+    Args:
+        choices: the values, which may be sections or lists.
+        when: values of earlier parameters with which this one is sampled, by dotted path. {} samples it always.
+    """
 
     choices: Annotated[tuple[Any, ...], MinLen(1)]
-    when: When = field(default_factory=dict)
+    when: Condition = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(set(map(json.dumps, self.choices))) < len(self.choices):
@@ -84,49 +97,49 @@ class Choice:
 
     @property
     def distribution(self) -> BaseDistribution:
-        """As Optuna has it."""
-        return CategoricalDistribution([_kept(value) for value in self.choices])
+        """The choice as a distribution of Optuna."""
+        return CategoricalDistribution([_to_optuna(value) for value in self.choices])
 
 
-def _kept(value: Any) -> Any:
-    """A value as Optuna keeps it: JSON in place of a section or list."""
+def _to_optuna(value: Any) -> Any:
+    """Convert a value to one that Optuna can store: JSON for a section or a list."""
     return json.dumps(value) if isinstance(value, dict | list) else value
 
 
 @dataclass(frozen=True)
 class Space:
-    """The places that are searched, in the order in which a job file is given their values."""
+    """The parameters of a search by dotted path, in the order in which they are sampled."""
 
-    places: Mapping[str, Range | Choice]
+    params: Mapping[str, Range | Choice]
 
     def __post_init__(self) -> None:
-        above = set[str]()
-        for name, place in self.places.items():
-            if missing := place.when.keys() - above:
-                known = ", ".join(above) or "none"
-                raise ValueError(f"space.{name}.when: got {min(missing)}, allowed: places further up, {known}")
-            above.add(name)
+        earlier = set[str]()
+        for name, param in self.params.items():
+            if missing := param.when.keys() - earlier:
+                known = ", ".join(earlier) or "none"
+                raise ValueError(f"space.{name}.when: got {min(missing)}, allowed: parameters before it, {known}")
+            earlier.add(name)
 
-    def asked(self, drawn: Mapping[str, Any]) -> Iterator[tuple[str, BaseDistribution]]:
-        """The places that are asked for, given what is drawn for those further up; `drawn` may grow on the way."""
-        for name, place in self.places.items():
-            if all(other in drawn and drawn[other] in map(_kept, values) for other, values in place.when.items()):
-                yield name, place.distribution
+    def active_params(self, drawn: Mapping[str, Any]) -> Iterator[tuple[str, BaseDistribution]]:
+        """Yield the parameters whose `when` is true; `drawn` may grow during the iteration."""
+        for name, param in self.params.items():
+            if all(other in drawn and drawn[other] in map(_to_optuna, values) for other, values in param.when.items()):
+                yield name, param.distribution
 
     def suggest(self, trial: Trial) -> Values:
-        """A trial's values."""
+        """Sample the values of a trial."""
         drawn = Values()
-        for name, distribution in self.asked(drawn):
+        for name, distribution in self.active_params(drawn):
             drawn[name] = _suggest(trial, name, distribution)
         return self.values(drawn)
 
     def values(self, drawn: Mapping[str, Any]) -> Values:
-        """What Optuna keeps, as a job file has it."""
+        """Convert the parameters of a trial, as Optuna stores them, to values of a job file."""
         choices = {
-            (name, json.dumps(_kept(value))): value
-            for name, place in self.places.items()
-            if isinstance(place, Choice)
-            for value in place.choices
+            (name, json.dumps(_to_optuna(value))): value
+            for name, param in self.params.items()
+            if isinstance(param, Choice)
+            for value in param.choices
         }
         return {name: choices.get((name, json.dumps(value)), value) for name, value in drawn.items()}
 
@@ -142,103 +155,134 @@ def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
     return trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
 
 
-class Drawing(BaseSampler):
-    """Another sampler's draws, of all places together, again and again until they are fit.
+class FeasibleSampler(BaseSampler):
+    """Sampler that draws all parameters together with another sampler, until they are a valid job.
 
-    What a model of good values thinks best may be just what makes no job, however often it is asked; so each draw
-    leaves more to chance than the one before.
+    The best values of a model may be an invalid job, however often it is asked. So each further draw takes more of its
+    values at random.
 
-    fit: of values; ValueError, saying why, where they are not.
+    Args:
+        space: the search space.
+        name: name of the other sampler.
+        seed: seed of the search.
+        check_values: raises ValueError if values are no valid job.
     """
 
-    def __init__(self, space: Space, name: SamplerName, seed: int, fit: Callable[[Values], object]) -> None:
-        self.space, self.make, self.seed, self.fit = space, SAMPLERS[name], seed, fit
+    def __init__(self, space: Space, name: SamplerName, seed: int, check_values: CheckValues) -> None:
+        self.space = space
+        self.make_sampler = SAMPLERS[name]
+        self.seed = seed
+        self.check_values = check_values
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {name: place.distribution for name, place in self.space.places.items()}
+        return {name: param.distribution for name, param in self.space.params.items()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        inner, chance = self._inner(trial), RandomSampler(seed=self._seed(trial))
+        """Draw all parameters until they are a valid job; ValueError after MAX_DRAWS."""
+        guided = self._make_sampler(trial)
+        random = RandomSampler(seed=self._derive_seed(trial))
         problem: ValueError | None = None
-        for number in range(DRAWS):
-            drawn = self._draw(inner, chance, number / THOUGHTFUL, study, trial)
+        for number in range(MAX_DRAWS):
+            drawn = self._draw(guided, random, number / GUIDED_DRAWS, study, trial)
             try:
-                self.fit(self.space.values(drawn))
+                self.check_values(self.space.values(drawn))
             except ValueError as error:
                 problem = error
             else:
                 return drawn
-        raise ValueError(f"space: got {DRAWS} draws that make no job, allowed: one that some do; the last: {problem}")
+        raise ValueError(
+            f"space: got no valid job in {MAX_DRAWS} draws, allowed: a space with valid jobs; last error: {problem}"
+        )
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return self._inner(trial).sample_independent(study, trial, param_name, param_distribution)
+        return self._make_sampler(trial).sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        self._inner(trial).after_trial(study, trial, state, values)
+        self._make_sampler(trial).after_trial(study, trial, state, values)
 
-    def _inner(self, trial: FrozenTrial) -> BaseSampler:
-        return self.make(self._seed(trial))
+    def _make_sampler(self, trial: FrozenTrial) -> BaseSampler:
+        """Make a fresh sampler for each trial, as a continued search has no state of the earlier one."""
+        return self.make_sampler(self._derive_seed(trial))
 
-    def _seed(self, trial: FrozenTrial) -> int:
+    def _derive_seed(self, trial: FrozenTrial) -> int:
         return int(np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0])
 
     def _draw(
-        self, inner: BaseSampler, chance: BaseSampler, share: float, study: Study, trial: FrozenTrial
+        self, guided: BaseSampler, random: BaseSampler, random_share: float, study: Study, trial: FrozenTrial
     ) -> dict[str, Any]:
-        """One draw of all places, of which chance has its share.
+        """Draw all parameters once.
 
-        What the trial has already, from a driver that died while it asked, stays.
+        Parameters that the trial has already, from a driver that ended while it sampled, keep their values.
+
+        Args:
+            guided: the sampler of the search.
+            random: the random sampler.
+            random_share: probability that a parameter is random; 1 or more for all.
+            study: the study.
+            trial: the trial.
         """
         coin = FloatDistribution(0, 1)
-        places = inner.infer_relative_search_space(study, trial) if share < 1 else {}
-        related = inner.sample_relative(study, trial, places)
+        search_space = guided.infer_relative_search_space(study, trial) if random_share < 1 else {}
+        relative = guided.sample_relative(study, trial, search_space)
         drawn: dict[str, Any] = {}
-        for name, distribution in self.space.asked(drawn):
+        for name, distribution in self.space.active_params(drawn):
             if name in trial.params:
                 drawn[name] = trial.params[name]
-            elif chance.sample_independent(study, trial, name, coin) < share:
-                drawn[name] = chance.sample_independent(study, trial, name, distribution)
-            elif name in related:
-                drawn[name] = related[name]
+            elif random.sample_independent(study, trial, name, coin) < random_share:
+                drawn[name] = random.sample_independent(study, trial, name, distribution)
+            elif name in relative:
+                drawn[name] = relative[name]
             else:
-                drawn[name] = inner.sample_independent(study, trial, name, distribution)
+                drawn[name] = guided.sample_independent(study, trial, name, distribution)
         return drawn
 
 
-def check(space: Space, fit: Callable[[Values], object]) -> None:
-    """ValueError, naming the place, where none of its values, or one of its choices, is in any draw that is fit.
+def check_space(space: Space, check_values: CheckValues) -> None:
+    """Check that each range and each choice is part of a valid job in CHECK_DRAWS random draws.
 
-    That is how a place is found that no job has, and a range that lies beyond what there can be.
+    Finds keys that no job has, and ranges outside of what is possible.
+
+    Args:
+        space: the search space.
+        check_values: raises ValueError if values are no valid job.
+
+    Raises:
+        ValueError: a range or a choice is part of no valid job.
     """
-    chance, blank = RandomSampler(seed=0), create_study()
+    random = RandomSampler(seed=0)
+    study = create_study()
     trial = create_trial(state=TrialState.RUNNING)
 
     def draw(fixed: Mapping[str, Any]) -> dict[str, Any]:
         drawn: dict[str, Any] = {}
-        for name, distribution in space.asked(drawn):
-            drawn[name] = fixed[name] if name in fixed else chance.sample_independent(blank, trial, name, distribution)
+        for name, distribution in space.active_params(drawn):
+            drawn[name] = fixed[name] if name in fixed else random.sample_independent(study, trial, name, distribution)
         return drawn
 
-    for name, place in space.places.items():
-        asked = [{name: _kept(value)} for value in place.choices] if isinstance(place, Choice) else [{}]
-        for fixed in asked:
-            if problem := _problem(space, fit, name, (draw(fixed) for _ in range(CHECKS))):
-                got = f"{place.low} to {place.high}" if isinstance(place, Range) else json.dumps(fixed[name])
-                raise ValueError(f"space.{name}: got {got}, with which no draw in {CHECKS} is a job: {problem}")
+    for name, param in space.params.items():
+        cases = [{name: _to_optuna(value)} for value in param.choices] if isinstance(param, Choice) else [{}]
+        for fixed in cases:
+            draws = (draw(fixed) for _ in range(CHECK_DRAWS))
+            if problem := _find_problem(space, check_values, name, draws):
+                got = f"{param.low} to {param.high}" if isinstance(param, Range) else json.dumps(fixed[name])
+                raise ValueError(
+                    f"space.{name}: got {got}, allowed: values of a valid job; no job of {CHECK_DRAWS} draws is valid: "
+                    f"{problem}"
+                )
 
 
-def _problem(space: Space, fit: Callable[[Values], object], name: str, draws: Iterable[dict[str, Any]]) -> str:
-    """Why none of the draws that ask for the place is fit, "" if one is."""
+def _find_problem(space: Space, check_values: CheckValues, name: str, draws: Iterable[dict[str, Any]]) -> str:
+    """Find why no draw with this parameter is a valid job; "" if one is."""
     problem = "its when is never true"
     for drawn in draws:
         if name not in drawn:
             continue
         try:
-            fit(space.values(drawn))
+            check_values(space.values(drawn))
         except ValueError as error:
             problem = str(error)
         else:

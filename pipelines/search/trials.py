@@ -1,13 +1,13 @@
-"""A search's trials, kept in an Optuna study: which comes next, which lags behind, and how each one ended.
+"""Trials of a search in an Optuna study: the next trial, early stopping, and results.
 
-The study in its storage is all that a search remembers.  Whoever opens it goes on: what ended stays, what was under way
-waits to be asked for first, with the number and values that it had, and the rungs of early stopping are there again.
+The study in its storage is the only state of a search, so any driver can continue it. Finished trials stay. Trials that
+were running wait and come first, with the same number and values. The rungs of early stopping are restored.
 
-    COMPLETE   has all objectives        PRUNED   stopped early, as it lagged behind
-    FAIL       crashed, or lacks one     WAITING  not begun, or its driver ended
+    COMPLETE   has all objectives          PRUNED   stopped early
+    FAIL       crashed or lacks a metric   WAITING  not started, or its driver ended
 
-OptunaSearch, Ray's own bridge, tells a trial that was stopped early as COMPLETE with the value it then had, forgets the
-rungs, and leaves trials of a dead driver RUNNING for good; so the study is asked and told here.
+Ray's OptunaSearch is not used. It marks a trial that was stopped early as COMPLETE with its last value, forgets the
+rungs, and leaves trials of a dead driver in state RUNNING.
 """
 
 import math
@@ -30,20 +30,25 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipelines.core import jsonl
-from pipelines.search.space import Choice, Drawing, Range, SamplerName, Space, Values
+from pipelines.search.space import Choice, FeasibleSampler, Range, SamplerName, Space, Values
 
-JOURNAL = "study.journal"
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-KEPT = ("reference", "losses", "step", "steps", "wall_s", "lags")
-"""Of what is noted beside a trial, what goes on in the next try."""
+JOURNAL_FILE = "study.journal"
+ENDED_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+RETRIED_ATTRIBUTES = ("reference", "losses", "step", "steps", "wall_s", "lags")
+"""`user_attrs` of a failed trial that its retry continues with."""
 
-HOPELESS = 3
-"""Trials in a row that fail for good, before any succeeds, after which a search ends: it is not their values' fault."""
+MAX_CONSECUTIVE_FAILURES = 3
+"""Number of settings that may fail, before any succeeds, until the search ends: the cause is not in their values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """A bound for a metric: at_most or at_least."""
+    """Limit of a metric. Exactly one of the two keys is set.
+
+    Args:
+        at_most: largest allowed value.
+        at_least: smallest allowed value.
+    """
 
     at_most: float | None = None
     at_least: float | None = None
@@ -53,25 +58,29 @@ class Limit:
             raise ValueError(f"at_most: got {self.at_most}, and at_least {self.at_least}, allowed: one of the two")
 
     @property
-    def words(self) -> str:
-        """Its sign and number."""
+    def text(self) -> str:
+        """The limit as a comparison, such as "<= 30"."""
         return f"<= {self.at_most:g}" if self.at_most is not None else f">= {self.at_least:g}"
 
     def excess(self, value: float) -> float:
-        """By how much the bound is broken; kept where that is 0 or less."""
+        """Compute by how much a value exceeds the limit; 0 or less if it does not."""
         return value - self.at_most if self.at_most is not None else (self.at_least or 0) - value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
-    """When a trial is stopped early, by the loss of its last stage at the same step as others had.
+    """Early stopping of trials, by the loss of their last stage at the same step.
 
-    Only the loss counts, so it goes with objectives that follow the loss; what is worse but cheaper is stopped as well.
+    Only the loss counts, so early stopping suits objectives that follow the loss. It also stops trials that have a
+    higher loss but lower costs.
 
-    method: "asha", asynchronous successive halving (arXiv 1810.05934): of those that came to a rung, the best one in
-        `factor` goes on; rungs are at steps first, first x factor, first x factor^2, …  "median": those whose lowest
-        loss so far is no higher than the median that complete trials had at that step, once there are five.
-    every: steps between looks; the loss is the mean over them.
+    Args:
+        method: "asha" is asynchronous successive halving (arXiv 1810.05934): of the trials at a rung, the best one in
+            `factor` continues; rungs are at steps first, first x factor, first x factor^2, … "median" continues trials
+            whose lowest loss so far is at most the median of the completed trials at that step, once there are five.
+        every: number of steps between two checks; the loss is the mean over them.
+        first: step of the first check, a multiple of `every`.
+        factor: reduction factor of "asha".
     """
 
     method: Literal["asha", "median"] = "asha"
@@ -83,28 +92,32 @@ class Prune:
         if self.first % self.every:
             raise ValueError(f"first: got {self.first}, allowed: a multiple of every, {self.every}")
 
-    def pruner(self) -> BasePruner:
-        """Optuna's."""
+    def make_pruner(self) -> BasePruner:
+        """Make the pruner of Optuna."""
         if self.method == "asha":
             return SuccessiveHalvingPruner(min_resource=self.first, reduction_factor=self.factor)
         return MedianPruner(n_warmup_steps=self.first - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is searched, and how.
+class SearchSettings:
+    """Search space, objectives and resources of a search.
 
-    num_trials: settings that are tried in all, references among them.
-    max_concurrent_trials: trials under way at a time.
-    seed: of the sampler; that of the job decides what every trial trains on, the same samples in the same order.
-    sampler: "tpe" models which values are good (Optuna's), "nsga2" is evolution, "random" the yardstick for both.
-    space: by dotted path of the job, in the order in which values are put there.
-    references: settings to compare with, by name, each as values by dotted path.
-    objectives: metrics, to be made as large or as small as can be.
-    limits: of metrics.  One of what is known beforehand (flops, kv_bytes, …) is not drawn at all where it is broken.
-    prune: null trains every trial to its end.
-    retries: of a trial that crashes, from its own last checkpoint.
-    storage: of the study, a URL as Optuna and its dashboard take; null is a journal in the search's folder.
+    Args:
+        num_trials: number of settings that are tried, including references; retries do not count.
+        max_concurrent_trials: number of trials that run at the same time.
+        seed: seed of the sampler. The seed of the job decides the training data, the same for all trials.
+        sampler: "tpe" models which values are good (Optuna's default), "nsga2" is an evolutionary algorithm, "random"
+            samples at random, as a baseline of both.
+        space: the parameters by dotted path of the job, in the order in which they are set.
+        references: settings to compare with, by name, each as values by dotted path.
+        objectives: metrics and their direction, "max" or "min".
+        limits: limits of metrics. If a limit is on a cost of the model (flops, kv_bytes, …), only values within it are
+            sampled.
+        prune: early stopping. null trains every trial to its end.
+        retries: number of retries of a crashed trial, from its last checkpoint.
+        storage: storage of the study, a URL for Optuna and its dashboard. null is a journal file in the folder of the
+            search.
     """
 
     num_trials: Annotated[int, Ge(1)]
@@ -128,198 +141,244 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Try:
-    """One trial to be run.  number: that of its first try, if it crashed before; what it left is under that."""
+class TrialSpec:
+    """A trial to run.
+
+    Args:
+        number: number of the first attempt at this setting, which names the run folder.
+        values: values of the job by dotted path.
+    """
 
     number: int
     values: Values
 
 
-Forecast = Callable[[Values], Mapping[str, float]]
-"""From values to the metrics that are known beforehand; ValueError where the values make no job."""
+ComputeCosts = Callable[[Values], Mapping[str, float]]
+"""Function from values to the metrics that are known before training; ValueError if the values are no valid job."""
 
 
-def fit(settings: Settings, forecast: Forecast, values: Values) -> None:
-    """ValueError where values make no job, or break a limit on what is known beforehand."""
-    known = forecast(values)
+def check_feasible(settings: SearchSettings, compute_costs: ComputeCosts, values: Values) -> None:
+    """Raise ValueError if values are no valid job, or exceed a limit of a metric that is known before training."""
+    costs = compute_costs(values)
     for name, limit in settings.limits.items():
-        if name in known and limit.excess(known[name]) > 0:
-            raise ValueError(f"{name}: got {known[name]:g}, allowed: {limit.words}")
+        if name in costs and limit.excess(costs[name]) > 0:
+            raise ValueError(f"{name}: got {costs[name]:g}, allowed: {limit.text}")
 
 
 class Trials:
-    """The trials of one search, for the one driver that has it open."""
+    """The trials of a search. Only one driver may have it open.
 
-    def __init__(self, settings: Settings, name: str, folder: Path, forecast: Forecast) -> None:
-        self.settings, self.forecast, self.space = settings, forecast, Space(settings.space)
-        jsonl.drop_partial_line(folder / JOURNAL)
-        self.storage = opened(settings, folder)
-        self.study = _study(settings, name, self.storage, folder)
-        self.study.sampler = Drawing(self.space, settings.sampler, settings.seed, partial(fit, settings, forecast))
-        self.rungs = _Rungs(settings.prune, self._all()) if settings.prune else None
-        self.live: dict[str, Trial] = {}
-        self.begun: dict[str, float] = {}
-        self.hopeless = ""
-        self.open = True
-        self.lock = threading.RLock()  # Tune has a thread of its own
-        self._park()
+    Args:
+        settings: settings of the search.
+        name: name of the study.
+        folder: folder of the search.
+        compute_costs: computes the metrics that are known before training.
+    """
+
+    def __init__(self, settings: SearchSettings, name: str, folder: Path, compute_costs: ComputeCosts) -> None:
+        self.settings = settings
+        self.compute_costs = compute_costs
+        self.space = Space(settings.space)
+        # a driver that was killed may leave half a line
+        jsonl.drop_partial_line(folder / JOURNAL_FILE)
+        self.storage = open_storage(settings, folder)
+        self.study = _open_study(settings, name, self.storage, folder)
+        check_values = partial(check_feasible, settings, compute_costs)
+        self.study.sampler = FeasibleSampler(self.space, settings.sampler, settings.seed, check_values)
+        self.rungs = _Rungs(settings.prune, self._all_trials()) if settings.prune else None
+        self.running: dict[str, Trial] = {}
+        self.started_at: dict[str, float] = {}
+        self.failure_reason = ""
+        self.is_open = True
+        self.lock = threading.RLock()  # Tune calls from a thread of its own
+        # the order decides which trials come first: interrupted ones, then references, then retries
+        self._requeue_running()
         self._enqueue_references()
         self._enqueue_retries()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune writes down what it is given, to restore it; here that is the study's part."""
+        """Pickle nothing: Tune saves its searcher to restore it, but here the study is restored from its storage."""
         return {}
 
-    def next(self, key: str) -> Try | None:
-        """What to run next, under a key of the caller's; None where nothing is for now, or ever: see `finished`."""
+    def next_trial(self, key: str) -> TrialSpec | None:
+        """Start the next trial under a key of the caller; None if there is none now, or ever: see `is_finished`."""
         with self.lock:
-            if len(self.live) >= self.settings.max_concurrent_trials or not self._left():
+            if len(self.running) >= self.settings.max_concurrent_trials or not self._has_remaining():
                 return None
             trial = self.study.ask()
             reference = trial.user_attrs.get("reference")
             values = self.settings.references[reference] if reference else self.space.suggest(trial)
-            self._note(trial, self.forecast(values))
-            self.live[key], self.begun[key] = trial, time.monotonic()
-            return Try(number=_first(trial), values=values)
+            self._set_metrics(trial, self.compute_costs(values))
+            self.running[key] = trial
+            self.started_at[key] = time.monotonic()
+            return TrialSpec(number=_first_number(trial), values=values)
 
     @property
-    def finished(self) -> bool:
-        """Whether nothing is under way, and nothing will be."""
-        return not (self.live or self._left())
+    def is_finished(self) -> bool:
+        """True if no trial is running or remains."""
+        return not (self.running or self._has_remaining())
 
-    def report(self, key: str, step: int, steps: int, loss: float) -> bool:
-        """A trial has the loss at a step, of `steps`; returns whether it is to be stopped, as it lags behind."""
+    def report_loss(self, key: str, step: int, steps: int, loss: float) -> bool:
+        """Report the loss of a running trial.
+
+        Args:
+            key: key of the trial.
+            step: current step.
+            steps: number of all steps.
+            loss: mean loss since the last report.
+
+        Returns:
+            True if the trial is to be stopped early.
+        """
         with self.lock:
-            if not self.open:
+            if not self.is_open:
                 return False
-            trial = self.live[key]
+            trial = self.running[key]
             losses = trial.user_attrs.get("losses", {})
-            if str(step) not in losses:  # a trial that goes on says again what it had said
-                lags = self.rungs is not None and self.rungs.lags(_first(trial), step, loss)
-                # a reference is there to be compared with, and after the last step there is little left to be saved
-                if lags and "reference" not in trial.user_attrs and step < steps:
+            if str(step) not in losses:  # a continued trial repeats its earlier reports
+                should_stop = self.rungs is not None and self.rungs.should_stop(_first_number(trial), step, loss)
+                # references are needed for comparison; after the last step nothing is saved
+                if should_stop and "reference" not in trial.user_attrs and step < steps:
                     trial.set_user_attr("lags", True)
-                told = {"losses": {**losses, str(step): loss}, "step": step, "steps": steps, "wall_s": self._spent(key)}
-                for name, value in told.items():
+                wall_s = self._measure_time(key)
+                attributes = {"losses": {**losses, str(step): loss}, "step": step, "steps": steps, "wall_s": wall_s}
+                for name, value in attributes.items():
                     trial.set_user_attr(name, value)
             return bool(trial.user_attrs.get("lags", False))
 
-    def end(self, key: str, metrics: Mapping[str, float], error: str = "") -> None:
-        """A trial is over: with these metrics, or stopped as it lagged behind, or by an error."""
+    def finish(self, key: str, metrics: Mapping[str, float], error: str = "") -> None:
+        """Finish a running trial as COMPLETE, PRUNED or FAIL.
+
+        Args:
+            key: key of the trial.
+            metrics: its metrics; {} if it was stopped early or failed.
+            error: error message.
+        """
         with self.lock:
-            if not self.open:  # a driver that ends takes its trials along; they only wait
+            if not self.is_open:  # the driver is ending and its trials end with it; they wait for the next driver
                 return
-            spent = self._spent(key)
-            trial = self.live.pop(key)
-            trial.set_user_attr("wall_s", spent)
+            wall_s = self._measure_time(key)
+            trial = self.running.pop(key)
+            trial.set_user_attr("wall_s", wall_s)
+            # a trial may crash while it stops early: that is no failure
             if trial.user_attrs.get("lags", False) and not metrics:
                 self._tell(trial, TrialState.PRUNED)
                 return
             if not error:
-                metrics = {**trial.user_attrs.get("metrics", {}), **metrics}  # some are known since it was drawn
-                self._note(trial, metrics)
-                error = _lack(metrics, [*self.settings.objectives, *self.settings.limits])
+                metrics = {**trial.user_attrs.get("metrics", {}), **metrics}  # costs are known since the trial started
+                self._set_metrics(trial, metrics)
+                error = _describe_missing(metrics, [*self.settings.objectives, *self.settings.limits])
             if error:
                 self._fail(trial, error)
             else:
                 self._tell(trial, TrialState.COMPLETE, [metrics[name] for name in self.settings.objectives])
 
     def close(self) -> None:
-        """The driver ends; from here on nothing is told, and what is under way waits."""
+        """End this driver: running trials wait for the next one, and later calls of `finish` have no effect."""
         with self.lock:
-            for key, trial in self.live.items():
-                trial.set_user_attr("wall_s", self._spent(key))
-            self.open = False
-            self._park()
+            for key, trial in self.running.items():
+                trial.set_user_attr("wall_s", self._measure_time(key))
+            self.is_open = False
+            self._requeue_running()
 
     @property
-    def ended(self) -> list[list[FrozenTrial]]:
-        """The tries of each setting that needs no more of them."""
+    def ended_attempts(self) -> list[list[FrozenTrial]]:
+        """All attempts of each setting that needs no further attempt."""
         with self.lock:
-            return [tries for tries in self._tries() if all(trial.state in ENDED for trial in tries)]
+            return [
+                attempts
+                for attempts in self._group_attempts()
+                if all(trial.state in ENDED_STATES for trial in attempts)
+            ]
 
-    def _all(self) -> list[FrozenTrial]:
+    def _all_trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
 
-    def _tries(self) -> list[list[FrozenTrial]]:
-        """Trials of the same setting together: one, and those that tried it again."""
-        result: dict[int, list[FrozenTrial]] = {}
-        for trial in self._all():
-            result.setdefault(_first(trial), []).append(trial)
-        return list(result.values())
+    def _group_attempts(self) -> list[list[FrozenTrial]]:
+        """Group the trials by setting: the first attempt and its retries."""
+        attempts: dict[int, list[FrozenTrial]] = {}
+        for trial in self._all_trials():
+            attempts.setdefault(_first_number(trial), []).append(trial)
+        return list(attempts.values())
 
-    def _left(self) -> bool:
-        """Whether there is anything to run that is not under way."""
-        if self.hopeless or not self.open:
+    def _has_remaining(self) -> bool:
+        """Tell if there is a trial to run that is not running."""
+        if self.failure_reason or not self.is_open:
             return False
-        waiting = any(trial.state == TrialState.WAITING for trial in self._all())
-        return waiting or len(self._tries()) < self.settings.num_trials
+        is_waiting = any(trial.state == TrialState.WAITING for trial in self._all_trials())
+        return is_waiting or len(self._group_attempts()) < self.settings.num_trials
 
-    def _park(self) -> None:
-        """What is RUNNING waits: its driver is dead, or about to be."""
-        for trial in self._all():
+    def _requeue_running(self) -> None:
+        """Set RUNNING trials to WAITING, as their driver has ended or is ending."""
+        for trial in self._all_trials():
             if trial.state == TrialState.RUNNING:
-                self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)  # a study has no way to say so
+                # Optuna's Study has no public method for this
+                self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
     def _enqueue_references(self) -> None:
-        there = {trial.user_attrs.get("reference") for trial in self._all()}
+        existing = {trial.user_attrs.get("reference") for trial in self._all_trials()}
         for name in self.settings.references:
-            if name not in there:
+            if name not in existing:
                 self.study.enqueue_trial({}, user_attrs={"reference": name})
 
     def _enqueue_retries(self) -> None:
-        """Those that failed are tried again, as often as they may be, under another number but from where they were."""
-        for tries in self._tries():
-            failed = tries[-1]
-            if failed.state == TrialState.FAIL and len(tries) <= self.settings.retries:
-                kept = {name: value for name, value in failed.user_attrs.items() if name in KEPT}
-                self.study.enqueue_trial(failed.params, user_attrs={**kept, "retry_of": _first(failed)})
+        """Enqueue failed trials again, up to `retries` times, with a new number and the run folder of the first."""
+        for attempts in self._group_attempts():
+            failed = attempts[-1]
+            if failed.state == TrialState.FAIL and len(attempts) <= self.settings.retries:
+                attributes = {name: value for name, value in failed.user_attrs.items() if name in RETRIED_ATTRIBUTES}
+                self.study.enqueue_trial(failed.params, user_attrs={**attributes, "retry_of": _first_number(failed)})
 
-    def _note(self, trial: Trial, metrics: Mapping[str, float]) -> None:
-        """Keep metrics beside the trial, and tell Optuna of limits on them as constraints."""
+    def _set_metrics(self, trial: Trial, metrics: Mapping[str, float]) -> None:
+        """Store metrics of a trial, and the limits on them as constraints of Optuna."""
         trial.set_user_attr("metrics", dict(metrics))
         for name, limit in self.settings.limits.items():
-            constraint = f"{name} {limit.words}"
+            constraint = f"{name} {limit.text}"
             if math.isfinite(metrics.get(name, math.nan)) and constraint not in trial.constraints:
                 trial.set_constraint(constraint, limit.excess(metrics[name]))
 
-    def _spent(self, key: str) -> float:
-        """Seconds that a trial has taken so far, under all drivers."""
-        trial, now = self.live[key], time.monotonic()
-        spent, self.begun[key] = now - self.begun[key], now
-        return round(trial.user_attrs.get("wall_s", 0.0) + spent, 3)
+    def _measure_time(self, key: str) -> float:
+        """Measure the seconds of a trial so far, under all drivers."""
+        trial = self.running[key]
+        now = time.monotonic()
+        elapsed = now - self.started_at[key]
+        self.started_at[key] = now
+        return round(trial.user_attrs.get("wall_s", 0.0) + elapsed, 3)
 
     def _fail(self, trial: Trial, error: str) -> None:
         trial.set_user_attr("error", error)
         self._tell(trial, TrialState.FAIL)
         self._enqueue_retries()
-        if all(tries[-1].state == TrialState.FAIL for tries in self.ended) and len(self.ended) >= HOPELESS:
-            self.hopeless = f"trial {trial.number}, as all before it: {error}"
+        ended = self.ended_attempts
+        all_failed = all(attempts[-1].state == TrialState.FAIL for attempts in ended)
+        if all_failed and len(ended) >= MAX_CONSECUTIVE_FAILURES:
+            self.failure_reason = f"trial {trial.number}, like all before it: {error}"
 
     def _tell(self, trial: Trial, state: TrialState, values: list[float] | None = None) -> None:
         self.study.tell(trial, values, state)
         if self.rungs:
-            self.rungs.end(_first(trial), state)
+            self.rungs.finish(_first_number(trial), state)
 
 
 class _Rungs:
-    """Which trials lag behind, by Optuna's pruner.
+    """Early stopping by a pruner of Optuna, on an in-memory study of losses.
 
-    It has a study of losses to itself, in memory: objectives are others than the loss, and several have no pruning at
-    all in Optuna.  The losses stand in the real study, from which it is filled again.
+    The pruner needs a study of its own: the objectives of the search are not the loss, and Optuna has no pruning for
+    several objectives. The real study stores the losses, from which this study is filled again.
     """
 
-    def __init__(self, prune: Prune, before: Sequence[FrozenTrial]) -> None:
-        self.study = optuna.create_study(pruner=prune.pruner())
+    def __init__(self, prune: Prune, earlier: Sequence[FrozenTrial]) -> None:
+        self.study = optuna.create_study(pruner=prune.make_pruner())
         self.trials: dict[int, Trial] = {}
-        for trial in before:
+        # first all losses, then all ends: the decisions of the pruner are stored in the real study
+        for trial in earlier:
             for step, loss in trial.user_attrs.get("losses", {}).items():
-                self.lags(_first(trial), int(step), loss)
-        for trial in before:
-            self.end(_first(trial), trial.state)
+                self.should_stop(_first_number(trial), int(step), loss)
+        for trial in earlier:
+            self.finish(_first_number(trial), trial.state)
 
-    def lags(self, number: int, step: int, loss: float) -> bool:
-        """Whether a trial with this loss is to be stopped; as of its number a trial says a step once."""
+    def should_stop(self, number: int, step: int, loss: float) -> bool:
+        """Tell if a trial with this loss is to be stopped; False for a step that was already reported."""
         if number not in self.trials:
             self.trials[number] = self.study.ask()
         trial = self.trials[number]
@@ -329,78 +388,82 @@ class _Rungs:
         trial.report(loss, step)
         return trial.should_prune()
 
-    def end(self, number: int, state: TrialState) -> None:
-        """A trial is COMPLETE or PRUNED; one that failed is tried again or never was."""
+    def finish(self, number: int, state: TrialState) -> None:
+        """Finish a trial that is COMPLETE or PRUNED; a failed one stays, as it may be retried."""
         if number in self.trials and state in (TrialState.COMPLETE, TrialState.PRUNED):
             trial = self.trials[number]
             losses = self.study.trials[trial.number].intermediate_values
             self.study.tell(trial, losses[max(losses)] if state == TrialState.COMPLETE else None, state)
 
 
-def opened(settings: Settings, folder: Path) -> BaseStorage:
-    """Where the study is kept; ValueError where that cannot be opened."""
+def open_storage(settings: SearchSettings, folder: Path) -> BaseStorage:
+    """Open the storage of the study; ValueError if that fails."""
     if settings.storage is None:
-        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+        return JournalStorage(JournalFileBackend(str(folder / JOURNAL_FILE)))
     try:
         return get_storage(settings.storage)
-    except Exception as error:  # SQLAlchemy's many: of the address, the driver, the password
+    except Exception as error:  # SQLAlchemy raises many classes: for the address, the driver, the password
         raise ValueError(f"storage: {' '.join(str(error).split())[:200]}") from None
 
 
-def _study(settings: Settings, name: str, storage: BaseStorage, folder: Path) -> Study:
-    """The study under a name, a new one or that of before; ValueError where that one is of another search."""
-    names = list(settings.objectives)
-    ways: dict[str, Literal["maximize", "minimize"]] = {"max": "maximize", "min": "minimize"}
-    directions = [ways[way] for way in settings.objectives.values()]
+def _open_study(settings: SearchSettings, name: str, storage: BaseStorage, folder: Path) -> Study:
+    """Open the study of this name or create it; ValueError if it belongs to another search."""
+    objectives = list(settings.objectives)
+    optuna_names: dict[str, Literal["maximize", "minimize"]] = {"max": "maximize", "min": "minimize"}
+    directions = [optuna_names[direction] for direction in settings.objectives.values()]
     study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
-    there = dict(zip(study.metric_names or names, (way.name.lower() for way in study.directions), strict=False))
-    if there != dict(zip(names, directions, strict=True)):
+    # an existing study keeps its objectives, so compare them
+    stored_directions = (direction.name.lower() for direction in study.directions)
+    stored = dict(zip(study.metric_names or objectives, stored_directions, strict=False))
+    if stored != dict(zip(objectives, directions, strict=True)):
         raise ValueError(
-            f"name: got {name}, whose study in storage is of {there}, allowed: another name, or its objectives"
+            f"name: got {name}, whose study in storage is of {stored}, allowed: another name, or its objectives"
         )
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
-        study.set_metric_names(names)
-    place = _place(folder)
-    if (theirs := study.user_attrs.setdefault("folder", place)) != place:
-        raise ValueError(f"name: got {name}, whose study in storage is that of {theirs}, allowed: another name")
-    study.set_user_attr("folder", place)
+        study.set_metric_names(objectives)
+    # a shared storage may have a study of the same name from another folder
+    address = _folder_address(folder)
+    owner = study.user_attrs.setdefault("folder", address)
+    if owner != address:
+        raise ValueError(f"name: got {name}, whose study in storage is that of {owner}, allowed: another name")
+    study.set_user_attr("folder", address)
     return study
 
 
-def _place(folder: Path) -> str:
-    """Return the address of a search's folder, by which its study in a shared storage is known."""
+def _folder_address(folder: Path) -> str:
+    """Make the address of a search folder, which identifies its study in a shared storage."""
     return f"{socket.gethostname()}:{folder}"
 
 
-def discard(settings: Settings, name: str, folder: Path) -> None:
-    """Delete the study of this search, if there is one and none of its trials has begun."""
-    if settings.storage is None and not (folder / JOURNAL).exists():
+def discard_study(settings: SearchSettings, name: str, folder: Path) -> None:
+    """Delete the study of this search, if there is one and none of its trials has started."""
+    if settings.storage is None and not (folder / JOURNAL_FILE).exists():
         return
-    storage = opened(settings, folder)
+    storage = open_storage(settings, folder)
     try:
         study = optuna.load_study(study_name=name, storage=storage)
     except KeyError:
         return
-    waiting = all(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False))
-    if waiting and study.user_attrs.get("folder") == _place(folder):
+    all_waiting = all(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False))
+    if all_waiting and study.user_attrs.get("folder") == _folder_address(folder):
         optuna.delete_study(study_name=name, storage=storage)
 
 
-def find(settings: Settings, name: str, folder: Path) -> Study:
-    """The study of a search, to be looked at; ValueError where there is none."""
+def load_study(settings: SearchSettings, name: str, folder: Path) -> Study:
+    """Load the study of a search to read it; ValueError if there is none."""
     try:
-        return optuna.load_study(study_name=name, storage=opened(settings, folder))
+        return optuna.load_study(study_name=name, storage=open_storage(settings, folder))
     except KeyError:
-        raise ValueError(f"{folder}: no study {name} in {settings.storage or folder / JOURNAL}") from None
+        raise ValueError(f"{folder}: no study {name} in {settings.storage or folder / JOURNAL_FILE}") from None
 
 
-def _first(trial: FrozenTrial | Trial) -> int:
-    """The number of a setting's first try."""
+def _first_number(trial: FrozenTrial | Trial) -> int:
+    """Number of the first attempt at the setting of a trial."""
     return int(trial.user_attrs.get("retry_of", trial.number))
 
 
-def _lack(metrics: Mapping[str, float], names: Sequence[str]) -> str:
-    """What is not as it should be with the metrics of these names, or ""."""
+def _describe_missing(metrics: Mapping[str, float], names: Sequence[str]) -> str:
+    """Describe the first of these metrics that is missing or not finite; "" if there is none."""
     for name in names:
         if name not in metrics:
             return f"{name} was not reported, only {', '.join(sorted(metrics))}"

@@ -36,10 +36,10 @@ def begin(tmp_path: Path) -> Begin:
         (tmp_path / PROGRESS).write_text("".join(json.dumps({"step": name, "wall_s": 1}) + "\n" for name in finished))
         stages = [name for name in (*finished, *begun) if name in ("tower", "pretrain", "instruct")]
         (tmp_path / "metrics.jsonl").write_text("".join(f'{{"stage": "{name}", "step": 1}}\n' for name in stages))
-        (tmp_path / evaluate.FOLDER).mkdir()
-        (tmp_path / evaluate.FOLDER / evaluate.ASKED).write_text("{}")
+        (tmp_path / evaluate.ANSWERS_FOLDER).mkdir()
+        (tmp_path / evaluate.ANSWERS_FOLDER / evaluate.PROVENANCE_FILE).write_text("{}")
         if "evaluate" in (*finished, *begun):
-            (tmp_path / evaluate.FOLDER / ".easy_vqa.jsonl").write_text('{"id": "1"}\n')
+            (tmp_path / evaluate.ANSWERS_FOLDER / ".easy_vqa.jsonl").write_text('{"id": "1"}\n')
         if "assemble" in finished:
             (tmp_path / ASSEMBLED).mkdir()
         return tmp_path

@@ -111,7 +111,7 @@ def test_a_run_leaves_everything_in_its_folder(finished: tuple[Path, str]) -> No
         *(("instruct", step) for step in range(1, 61)),
     ]
     scores = json.loads((run / "metrics.json").read_text())
-    asked = tasks.questions("easy_vqa", tasks.Asking(limit=50))
+    asked = tasks.load_questions("easy_vqa", tasks.TaskSettings(limit=50))
     assert scores["easy_vqa.questions"] == len(asked)
     assert 0 <= scores["easy_vqa.accuracy"] <= 1
     assert scores["wall_s"] > 0
@@ -297,7 +297,7 @@ def test_a_trained_model_asked_with_no_other_key_scores_as_its_run(
     assert (again / "answers" / "easy_vqa.jsonl").read_text() == answers
 
     rows = [json.loads(line) for line in answers.splitlines()]
-    questions = {question.id: question for question in tasks.questions("easy_vqa", tasks.Asking(limit=50))}
+    questions = {question.id: question for question in tasks.load_questions("easy_vqa", tasks.TaskSettings(limit=50))}
     images = [(Path(easy_vqa.PACKAGE_IMAGES) / str(questions[row["id"]].image)).read_bytes() for row in rows]
     told = load(model)([row["prompt"] for row in rows], images, max_new_tokens=2)
     assert told.texts == [row["response"] for row in rows]

@@ -66,7 +66,7 @@ def test_a_shipped_search_opens_with_what_to_expect_and_draws_jobs(
     assert search.load(written) == asked
     trials = Trials(replace(asked, max_concurrent_trials=asked.num_trials), asked.name, tmp_path, jobs.forecast)
     for number in range(len(asked.references) + 12):
-        trial = trials.next(str(number))
+        trial = trials.next_trial(str(number))
         assert trial
         assert jobs(trial.values, str(number)).name == f"{path.stem}-{number}"
 

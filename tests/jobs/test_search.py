@@ -147,9 +147,12 @@ MAXIMUM = {"model.cmai.gamma_max": {"low": 0.0, "high": 0.9}}
         ),
         (
             {"space": {"model.cmai.gamma_max": {"low": 2.0, "high": 3.0}}},
-            r"with which no draw in .*0 <= gamma_max < 1",
+            r"no job of \d+ draws is valid: .*0 <= gamma_max < 1",
         ),
-        ({"space": {"model.cmai.schedule": {"choices": ["linear", "lineer"]}}}, 'got "lineer", with which no draw'),
+        (
+            {"space": {"model.cmai.schedule": {"choices": ["linear", "lineer"]}}},
+            'got "lineer", allowed: values of a valid job',
+        ),
         ({"space": {"model.cmai.schedule": {"choices": []}}}, r"schedule\.choices: got \[\], allowed: .* >= 1"),
         ({"space": {"train.pretrain.warmup_ratio": {"low": 0.0, "high": 0.5}}}, "as train.pretrain is shared"),
         ({"space": {}}, "space: got {}"),

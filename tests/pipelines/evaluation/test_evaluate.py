@@ -18,8 +18,8 @@ import torch
 
 from pipelines.data import easy_vqa
 from pipelines.evaluation import evaluate
-from pipelines.evaluation.evaluate import Subject, examples, rows
-from pipelines.evaluation.tasks import TASKS, Asking, Evaluate, Name, questions
+from pipelines.evaluation.evaluate import EvaluatedModel, collect_examples, read_answers
+from pipelines.evaluation.tasks import TASKS, Evaluate, TaskName, TaskSettings, load_questions
 from redux import respondent
 from redux.architecture import Language, Model, Tower
 from redux.benchmarks import Question
@@ -27,14 +27,14 @@ from redux.conversation import word_tokenizer
 from redux.image import pixels
 from redux.model import build
 from redux.settings import CMAI, VMTC
-from tests.pipelines.faults import wait_until
+from tests.pipelines.faults import until
 
 TEMPLATE = "vicuna_bare"
 PATCHES = 16
-LIMIT = Asking(limit=6, max_new_tokens=5)
-FEW = Asking(limit=4, max_new_tokens=9)
-ASKINGS: dict[Name, Asking] = {"easy_vqa": LIMIT, "instructions": FEW}
-ASKED = len(questions("easy_vqa", LIMIT))
+LIMIT = TaskSettings(limit=6, max_new_tokens=5)
+FEW = TaskSettings(limit=4, max_new_tokens=9)
+TASK_SETTINGS: dict[TaskName, TaskSettings] = {"easy_vqa": LIMIT, "instructions": FEW}
+ASKED = len(load_questions("easy_vqa", LIMIT))
 
 
 @pytest.fixture(scope="session")
@@ -63,21 +63,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def subject(model: Path) -> Subject:
-    return Subject(model=str(model), template=TEMPLATE)
+def evaluated(model: Path) -> EvaluatedModel:
+    return EvaluatedModel(model=str(model), template=TEMPLATE)
 
 
-def settings(**tasks: Asking) -> Evaluate:
+def settings(**tasks: TaskSettings) -> Evaluate:
     return Evaluate(
-        tasks={cast(Name, name): asking for name, asking in tasks.items()} or {"easy_vqa": LIMIT}, batch_size=7
+        tasks={cast(TaskName, name): task for name, task in tasks.items()} or {"easy_vqa": LIMIT}, batch_size=7
     )
 
 
 @pytest.fixture(scope="module")
-def undisturbed(subject: Subject, ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(evaluated: EvaluatedModel, ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder in which both built-in tasks were evaluated."""
     run = tmp_path_factory.mktemp("undisturbed")
-    evaluate.evaluate(subject, run, settings(easy_vqa=LIMIT, instructions=FEW))
+    evaluate.evaluate(evaluated, run, settings(easy_vqa=LIMIT, instructions=FEW))
     return run
 
 
@@ -87,7 +87,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def spent(run: Path, name: str = "easy_vqa") -> int:
     """Questions that were put to a model, as often as they were."""
-    path = run / evaluate.FOLDER / evaluate.SPEED
+    path = run / evaluate.ANSWERS_FOLDER / evaluate.SPEED_FILE
     return sum(each["questions"] for each in lines(path) if each["task"] == name) if path.exists() else 0
 
 
@@ -95,32 +95,32 @@ def spent(run: Path, name: str = "easy_vqa") -> int:
 
 
 def test_every_question_is_answered_once_in_the_order_of_the_benchmark(undisturbed: Path) -> None:
-    for name, asking in ASKINGS.items():
-        asked = questions(name, asking)
-        told = [(row["id"], row["unit"], row["prompt"]) for row in rows(undisturbed, name)]
+    for name, task in TASK_SETTINGS.items():
+        asked = load_questions(name, task)
+        told = [(row["id"], row["unit"], row["prompt"]) for row in read_answers(undisturbed, name)]
         assert told == [(each.id, each.unit, each.prompt) for each in asked]
         assert spent(undisturbed, name) == len(asked)
-    assert not list((undisturbed / evaluate.FOLDER).glob(".*"))
+    assert not list((undisturbed / evaluate.ANSWERS_FOLDER).glob(".*"))
 
 
-def test_a_batch_gets_the_answers_that_each_question_gets_alone(subject: Subject, undisturbed: Path) -> None:
-    alone = respondent.load(subject.model, template=TEMPLATE)
-    for name, asking in ASKINGS.items():
+def test_a_batch_gets_the_answers_that_each_question_gets_alone(evaluated: EvaluatedModel, undisturbed: Path) -> None:
+    alone = respondent.load(evaluated.model, template=TEMPLATE)
+    for name, task in TASK_SETTINGS.items():
         said = []
-        for each in questions(name, asking):
+        for each in load_questions(name, task):
             assert isinstance(each.image, str)
-            assert asking.max_new_tokens
+            assert task.max_new_tokens
             image = (easy_vqa.PACKAGE_IMAGES / each.image).read_bytes()
-            said += alone([each.prompt], [image], asking.max_new_tokens).texts
-        assert said == [row["response"] for row in rows(undisturbed, name)]
+            said += alone([each.prompt], [image], task.max_new_tokens).texts
+        assert said == [row["response"] for row in read_answers(undisturbed, name)]
         assert len(set(said)) > len(said) // 4, "answers that differ, or equality says nothing"
 
 
 def test_scores_are_those_of_the_files_alone(undisturbed: Path) -> None:
-    found = evaluate.scores(undisturbed, ["easy_vqa", "instructions"])
-    correct = [row["response"] == row["answer"] for row in rows(undisturbed, "easy_vqa")]
+    found = evaluate.compute_scores(undisturbed, ["easy_vqa", "instructions"])
+    correct = [row["response"] == row["answer"] for row in read_answers(undisturbed, "easy_vqa")]
     assert found["easy_vqa.accuracy"] == sum(correct) / ASKED
-    assert found["easy_vqa.questions"] == ASKED
+    assert found["easy_vqa.load_questions"] == ASKED
     assert found["instructions.questions"] == 4 * 16
     assert {
         "instructions.strict",
@@ -128,7 +128,7 @@ def test_scores_are_those_of_the_files_alone(undisturbed: Path) -> None:
         "instructions.both",
         "instructions.strict.json",
     } <= found.keys()
-    speed = evaluate.speed(undisturbed)
+    speed = evaluate.compute_speed(undisturbed)
     assert all(value > 0 for value in speed.values()), speed
 
 
@@ -148,41 +148,43 @@ def test_scores_of_types_count_their_own_questions() -> None:
 
 
 def test_a_limit_asks_about_images_from_all_over_and_all_about_each() -> None:
-    everything = questions("easy_vqa", Asking())
+    everything = load_questions("easy_vqa", TaskSettings())
     units = list(dict.fromkeys(each.unit for each in everything))
-    some = questions("easy_vqa", Asking(limit=90))
+    some = load_questions("easy_vqa", TaskSettings(limit=90))
     kept = [units.index(unit) for unit in dict.fromkeys(each.unit for each in some)]
     assert (len(everything), len(units), len(kept)) == (9673, 1000, 90)
     assert set(np.diff(kept)) == {11, 12}
     assert some == [each for each in everything if units.index(each.unit) in kept]
-    assert questions("easy_vqa", Asking(limit=10**6)) == everything
+    assert load_questions("easy_vqa", TaskSettings(limit=10**6)) == everything
 
 
 # Crashes
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_what_is_on_file_is_not_asked_again(subject: Subject, undisturbed: Path, tmp_path: Path) -> None:
-    whole = rows(undisturbed, "easy_vqa")
-    folder = tmp_path / evaluate.FOLDER
+def test_what_is_on_file_is_not_asked_again(evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path) -> None:
+    whole = read_answers(undisturbed, "easy_vqa")
+    folder = tmp_path / evaluate.ANSWERS_FOLDER
     folder.mkdir()
     kept = [row | {"response": "on file"} for row in whole[10:30]]
     (folder / ".easy_vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    evaluate.evaluate(subject, tmp_path, settings())
-    assert rows(tmp_path, "easy_vqa") == whole[:10] + kept + whole[30:]
+    evaluate.evaluate(evaluated, tmp_path, settings())
+    assert read_answers(tmp_path, "easy_vqa") == whole[:10] + kept + whole[30:]
     assert spent(tmp_path) == ASKED - len(kept)
-    evaluate.evaluate(subject, tmp_path, settings())
+    evaluate.evaluate(evaluated, tmp_path, settings())
     assert spent(tmp_path) == ASKED - len(kept), "a finished task is left alone"
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_another_question_under_an_old_id_is_asked(subject: Subject, undisturbed: Path, tmp_path: Path) -> None:
-    whole = rows(undisturbed, "easy_vqa")
-    (tmp_path / evaluate.FOLDER).mkdir()
+def test_another_question_under_an_old_id_is_asked(
+    evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path
+) -> None:
+    whole = read_answers(undisturbed, "easy_vqa")
+    (tmp_path / evaluate.ANSWERS_FOLDER).mkdir()
     other = [row | {"prompt": "what was that?"} for row in whole[:4]] + whole[4:]
-    (tmp_path / evaluate.FOLDER / "easy_vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
-    evaluate.evaluate(subject, tmp_path, settings())
-    assert rows(tmp_path, "easy_vqa") == whole
+    (tmp_path / evaluate.ANSWERS_FOLDER / "easy_vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    evaluate.evaluate(evaluated, tmp_path, settings())
+    assert read_answers(tmp_path, "easy_vqa") == whole
     assert spent(tmp_path) == 4
 
 
@@ -190,24 +192,24 @@ def test_whatever_of_the_last_line_was_written_it_is_asked_again_and_no_other(
     undisturbed: Path, tmp_path: Path
 ) -> None:
     """At every byte at which a crash can tear it; those of instructions have braces within."""
-    first, last = (json.dumps(row) + "\n" for row in rows(undisturbed, "instructions")[:2])
-    asked = questions("instructions", FEW)[:2]
+    first, last = (json.dumps(row) + "\n" for row in read_answers(undisturbed, "instructions")[:2])
+    asked = load_questions("instructions", FEW)[:2]
     for length in range(len(last) + 1):
         (tmp_path / ".instructions.jsonl").write_text(first + last[:length])
-        left = evaluate._left(tmp_path, "instructions", asked)
+        left = evaluate._find_unanswered(tmp_path, "instructions", asked)
         assert left == ([] if length == len(last) else asked[1:])
         assert (tmp_path / ".instructions.jsonl").read_text() == first + (last if not left else "")
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_answers_of_others_are_not_taken(subject: Subject, undisturbed: Path, tmp_path: Path) -> None:
+def test_answers_of_others_are_not_taken(evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    twin = str(shutil.copytree(subject.model, tmp_path / "twin"))
+    twin = str(shutil.copytree(evaluated.model, tmp_path / "twin"))
     for other, told in (
-        ((replace(subject, template="vicuna_v1"), settings()), "template = 'vicuna_bare', not 'vicuna_v1'"),
-        ((replace(subject, model=twin), settings()), f"not {twin!r}"),
-        ((subject, settings(easy_vqa=replace(LIMIT, max_new_tokens=6))), "max_new_tokens.easy_vqa = 5, not 6"),
-        ((subject, replace(settings(), image_input="caption")), "image_input = 'pixels', not 'caption'"),
+        ((replace(evaluated, template="vicuna_v1"), settings()), "template = 'vicuna_bare', not 'vicuna_v1'"),
+        ((replace(evaluated, model=twin), settings()), f"not {twin!r}"),
+        ((evaluated, settings(easy_vqa=replace(LIMIT, max_new_tokens=6))), "max_new_tokens.easy_vqa = 5, not 6"),
+        ((evaluated, replace(settings(), image_input="caption")), "image_input = 'pixels', not 'caption'"),
     ):
         who, how = other
         with pytest.raises(ValueError, match=re.escape(told)):
@@ -219,29 +221,29 @@ import sys
 from pathlib import Path
 from pipelines.core import cluster
 from pipelines.evaluation import evaluate
-from pipelines.evaluation.tasks import Asking
+from pipelines.evaluation.tasks import TaskSettings
 with cluster.open_session():
-    asking = Asking(limit=6, max_new_tokens=5)
-    subject = evaluate.Subject(model=sys.argv[1], template="vicuna_bare")
-    evaluate.evaluate(subject, Path(sys.argv[2]), evaluate.Evaluate(tasks={"easy_vqa": asking}, batch=2))
+    task = TaskSettings(limit=6, max_new_tokens=5)
+    evaluated = evaluate.EvaluatedModel(model=sys.argv[1], template="vicuna_bare")
+    evaluate.evaluate(evaluated, Path(sys.argv[2]), evaluate.Evaluate(tasks={"easy_vqa": task}, batch_size=2))
 """
 
 
 def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(
-    subject: Subject, undisturbed: Path, tmp_path: Path, ray_cluster: Any
+    evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path, ray_cluster: Any
 ) -> None:
     environment = {**os.environ, "RAY_ADDRESS": ray_cluster.get_runtime_context().gcs_address}
-    command = [sys.executable, "-c", KILLED, subject.model, str(tmp_path)]
-    partial = tmp_path / evaluate.FOLDER / ".easy_vqa.jsonl"
+    command = [sys.executable, "-c", KILLED, evaluated.model, str(tmp_path)]
+    partial = tmp_path / evaluate.ANSWERS_FOLDER / ".easy_vqa.jsonl"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: partial.exists() and len(partial.read_bytes().splitlines()) > 4)
+    until(lambda: partial.exists() and len(partial.read_bytes().splitlines()) > 4)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = [row["id"] for row in lines(partial)]
     assert len(before) < ASKED, "it was killed too late"
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert (tmp_path / evaluate.FOLDER / "easy_vqa.jsonl").read_bytes() == (
-        undisturbed / evaluate.FOLDER / "easy_vqa.jsonl"
+    assert (tmp_path / evaluate.ANSWERS_FOLDER / "easy_vqa.jsonl").read_bytes() == (
+        undisturbed / evaluate.ANSWERS_FOLDER / "easy_vqa.jsonl"
     ).read_bytes()
     # the batch whose answers were written last may have been killed before its time was
     assert spent(tmp_path) in (ASKED, ASKED - 2)
@@ -251,17 +253,17 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_missing_image_is_named_in_one_line(subject: Subject, tmp_path: Path) -> None:
-    asking = Asking(limit=1, images=str(tmp_path / "nowhere"))
+def test_a_missing_image_is_named_in_one_line(evaluated: EvaluatedModel, tmp_path: Path) -> None:
+    task = TaskSettings(limit=1, images=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"evaluate\.tasks\.easy_vqa: .*nowhere/test/images/\d+\.png"):
-        evaluate.evaluate(subject, tmp_path, settings(easy_vqa=asking))
+        evaluate.evaluate(evaluated, tmp_path, settings(easy_vqa=task))
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_is_no_such_model_is_named_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="model_type: got bert"):
-        evaluate.evaluate(Subject(model=str(tmp_path)), tmp_path, settings())
+        evaluate.evaluate(EvaluatedModel(model=str(tmp_path)), tmp_path, settings())
 
 
 @pytest.mark.parametrize(
@@ -273,16 +275,16 @@ def test_what_is_no_such_model_is_named_in_one_line(tmp_path: Path) -> None:
         ("instructions", ("nowhere.jsonl",), r"evaluate\.tasks\.instructions\.files: .*nowhere\.jsonl"),
     ],
 )
-def test_files_that_cannot_be_used_are_named(name: Name, files: tuple[str, ...], told: str) -> None:
+def test_files_that_cannot_be_used_are_named(name: TaskName, files: tuple[str, ...], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        questions(name, Asking(files=files))
+        load_questions(name, TaskSettings(files=files))
 
 
 def test_an_id_that_comes_twice_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     twice = [Question(id="7", unit="7", image=None, prompt="?", reference={})] * 2
     monkeypatch.setitem(TASKS, "gqa", TASKS["gqa"]._replace(questions=lambda: twice))
     with pytest.raises(ValueError, match="2 questions with the id 7"):
-        questions("gqa", Asking())
+        load_questions("gqa", TaskSettings())
 
 
 # Examples
@@ -290,16 +292,16 @@ def test_an_id_that_comes_twice_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questions(
-    subject: Subject, undisturbed: Path, count: int
+    evaluated: EvaluatedModel, undisturbed: Path, count: int
 ) -> None:
-    answered = rows(undisturbed, "easy_vqa")
+    answered = read_answers(undisturbed, "easy_vqa")
     given = {(row["image"], row["prompt"], row["answer"], row["response"]) for row in answered}
     pictures = {
         pixels((easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"]
         for row in answered
     }
     shown = []
-    for example in examples(subject, undisturbed, count):
+    for example in collect_examples(evaluated, undisturbed, count):
         image = pictures[np.asarray(example.image).transpose(2, 0, 1).tobytes()]
         assert (image, example.question, example.answer, example.response) in given
         assert example.correct == (example.answer == example.response)
@@ -307,8 +309,8 @@ def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questi
     assert len(shown) == len(set(shown)) == count
 
 
-def test_an_example_says_where_each_patch_went(subject: Subject, undisturbed: Path) -> None:
-    for example in examples(subject, undisturbed, 5):
+def test_an_example_says_where_each_patch_went(evaluated: EvaluatedModel, undisturbed: Path) -> None:
+    for example in collect_examples(evaluated, undisturbed, 5):
         slot, merged = np.asarray(example.slot), np.asarray(example.merged)
         assert slot.shape == merged.shape == (PATCHES,)
         assert set(slot) - {-1} == set(range(PATCHES // 2)), "half of the tokens reach the language model"

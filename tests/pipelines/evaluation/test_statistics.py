@@ -6,7 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipelines.evaluation.statistics import AT_ONCE, Difference, _draws, difference, interval
+from pipelines.evaluation.statistics import (
+    COUNTS_PER_CHUNK,
+    Difference,
+    _draw_counts,
+    bootstrap_difference,
+    bootstrap_interval,
+)
 from redux.benchmarks import Metric, Outcome
 
 
@@ -44,18 +50,18 @@ def test_an_interval_equals_that_of_a_slow_loop_over_the_same_draws() -> None:
     first = metric(random, 12)
     ours, base = [first, same_items(first, random)], [same_items(first, random)]
     units = list(dict.fromkeys(each.unit for each in first.outcomes))
-    draws = _draws(len(units), 300, 5, 0).astype(int)
+    draws = _draw_counts(len(units), 300, 5, 0).astype(int)
     mine, other = ([slow(metrics, counts, units) for counts in draws] for metrics in (ours, base))
-    told = interval(ours, samples=300, seed=5)
+    told = bootstrap_interval(ours, samples=300, seed=5)
     assert told.value == pytest.approx(np.mean([each.score for each in ours]))
     assert (told.low, told.high) == pytest.approx(np.quantile(mine, [0.025, 0.975]))
-    more = difference(ours, base, samples=300, seed=5)
+    more = bootstrap_difference(ours, base, samples=300, seed=5)
     assert more.value == pytest.approx(told.value - base[0].score)
     assert (more.low, more.high) == pytest.approx(np.quantile(np.subtract(mine, other), [0.025, 0.975]))
 
 
 def test_draws_are_multinomial() -> None:
-    draws = _draws(50, 4000, 0, 0).astype(float)
+    draws = _draw_counts(50, 4000, 0, 0).astype(float)
     assert (draws.sum(1) == 50).all()
     assert draws.mean(0) == pytest.approx(np.ones(50), abs=6 * (0.98 / 4000) ** 0.5)
     assert draws.var(0) == pytest.approx(np.full(50, 0.98), abs=0.2)
@@ -63,9 +69,9 @@ def test_draws_are_multinomial() -> None:
 
 def test_draws_in_several_pieces_are_as_many_as_asked_and_all_different() -> None:
     random = np.random.default_rng(2)
-    units = AT_ONCE // 100
+    units = COUNTS_PER_CHUNK // 100
     wide = Metric([Outcome("a", str(unit), random.random()) for unit in range(units)])
-    told = interval([wide], samples=250)
+    told = bootstrap_interval([wide], samples=250)
     spread = np.std([each.value for each in wide.outcomes]) / units**0.5
     assert told.high - told.low == pytest.approx(2 * 1.96 * spread, rel=0.2)
 
@@ -79,9 +85,11 @@ def test_the_interval_of_a_share_holds_the_truth_19_times_of_20() -> None:
         outcomes = [
             Outcome("all", str(u), float(random.random() < share)) for u, share in enumerate(shares) for _ in "1234"
         ]
-        told = interval([Metric(outcomes)], samples=400)
+        told = bootstrap_interval([Metric(outcomes)], samples=400)
         held += told.low <= truth <= told.high
-        alone = interval([Metric([each._replace(unit=str(n)) for n, each in enumerate(outcomes)])], samples=400)
+        alone = bootstrap_interval(
+            [Metric([each._replace(unit=str(n)) for n, each in enumerate(outcomes)])], samples=400
+        )
         narrow += alone.low <= truth <= alone.high
     assert 0.91 <= held / 400 <= 0.98
     assert narrow / 400 < 0.85, "as if answers to one image were independent"
@@ -95,8 +103,8 @@ def test_of_equal_models_one_difference_in_twenty_is_held_for_one() -> None:
             Metric([Outcome("all", str(u), float(random.random() < share + lift)) for u, share in enumerate(shares)])
             for lift in (0, 0, 0.3)
         ]
-        wrong += not difference(models[:1], models[1:2], samples=400).noise
-        sure += not difference(models[2:], models[:1], samples=400).noise
+        wrong += not bootstrap_difference(models[:1], models[1:2], samples=400).is_noise
+        sure += not bootstrap_difference(models[2:], models[:1], samples=400).is_noise
     assert wrong / 300 <= 0.09
     assert sure / 300 >= 0.9, "the test would pass if everything were noise"
 
@@ -107,9 +115,9 @@ def test_a_difference_is_paired_by_unit() -> None:
     ours = Metric(
         [each._replace(value=float(int(each.unit) % 2 or int(each.unit) % 10 == 0)) for each in base.outcomes]
     )
-    told, alone = difference([ours], [base]), interval([ours])
+    told, alone = bootstrap_difference([ours], [base]), bootstrap_interval([ours])
     assert told.value == pytest.approx(0.1)
-    assert not told.noise
+    assert not told.is_noise
     assert told.high - told.low < 0.7 * (alone.high - alone.low)
 
 
@@ -117,17 +125,17 @@ def test_seeds_that_do_not_agree_make_a_difference_noise() -> None:
     def share(right: int) -> Metric:
         return Metric([Outcome("all", str(unit), float(unit < right)) for unit in range(1000)])
 
-    apart = difference([share(800), share(700)], [share(500), share(600)])
-    crossed = difference([share(800), share(540)], [share(500), share(550)])
-    assert (apart.agree, apart.noise) == (True, False)
+    apart = bootstrap_difference([share(800), share(700)], [share(500), share(600)])
+    crossed = bootstrap_difference([share(800), share(540)], [share(500), share(550)])
+    assert (apart.seeds_agree, apart.is_noise) == (True, False)
     assert crossed.low > 0
-    assert (crossed.agree, crossed.noise) == (False, True)
+    assert (crossed.seeds_agree, crossed.is_noise) == (False, True)
 
 
 def test_a_difference_from_itself_is_noise() -> None:
     same = metric(np.random.default_rng(6), 40)
-    assert difference([same], [same]) == Difference(0.0, 0.0, 0.0, agree=False)
-    assert difference([same], [same]).noise
+    assert bootstrap_difference([same], [same]) == Difference(0.0, 0.0, 0.0, seeds_agree=False)
+    assert bootstrap_difference([same], [same]).is_noise
 
 
 def test_the_order_of_outcomes_means_nothing() -> None:
@@ -135,19 +143,19 @@ def test_the_order_of_outcomes_means_nothing() -> None:
     first = metric(random, 30)
     other = same_items(first, random)
     turned = replace(other, outcomes=other.outcomes[::-1])
-    told, again = difference([first], [other]), difference([first], [turned])
+    told, again = bootstrap_difference([first], [other]), bootstrap_difference([first], [turned])
     assert (told.value, told.low, told.high) == pytest.approx((again.value, again.low, again.high))
 
 
 def test_the_same_call_gives_the_same_interval_and_another_seed_another() -> None:
     one = metric(np.random.default_rng(8), 30)
-    assert interval([one]) == interval([one])
-    assert interval([one], seed=1) != interval([one])
+    assert bootstrap_interval([one]) == bootstrap_interval([one])
+    assert bootstrap_interval([one], seed=1) != bootstrap_interval([one])
 
 
 def test_a_group_that_a_draw_misses_keeps_its_mean() -> None:
     rare = Metric([Outcome("a", str(unit), float(unit % 2)) for unit in range(10)] + [Outcome("b", "0", 1.0)])
-    told = interval([rare])
+    told = bootstrap_interval([rare])
     assert np.isfinite([told.low, told.high]).all()
     assert told.low >= 1.0, "group b is 1.0 in every draw"
 
@@ -163,7 +171,7 @@ def test_a_group_that_a_draw_misses_keeps_its_mean() -> None:
 def test_other_items_are_refused_by_name(change, said: str) -> None:
     full = Metric([Outcome("a", f"u{unit}", 1.0) for unit in range(3)])
     other = Metric(change(full.outcomes))
-    for call in (lambda: interval([full, other]), lambda: difference([full], [other])):
+    for call in (lambda: bootstrap_interval([full, other]), lambda: bootstrap_difference([full], [other])):
         with pytest.raises(ValueError, match="allowed: the same items") as error:
             call()
         assert said in str(error.value)
@@ -173,6 +181,6 @@ def test_nothing_to_draw_from_and_other_weights_are_refused() -> None:
     full = Metric([Outcome("a", "u", 1.0)])
     for metrics in ([], [Metric([])]):
         with pytest.raises(ValueError, match="allowed: at least one"):
-            interval(metrics)
+            bootstrap_interval(metrics)
     with pytest.raises(ValueError, match=r"got weights 1.0 and 2.0"):
-        interval([full, replace(full, weight=2.0)])
+        bootstrap_interval([full, replace(full, weight=2.0)])

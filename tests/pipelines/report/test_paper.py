@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.report.paper import TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, TABLES, TASKS, Table
+from pipelines.report.paper import TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, TABLES, TASK_TITLES, PaperTable
 
 QUESTIONS = 218
 
@@ -10,7 +10,7 @@ QUESTIONS = 218
 def test_the_average_of_table_1_is_the_mean_of_its_sixteen_tasks() -> None:
     assert len(TABLE_1.rows) == 8
     for name, (_, *tasks, average) in TABLE_1.rows.items():
-        assert len(tasks) == len(TASKS) == 16
+        assert len(tasks) == len(TASK_TITLES) == 16
         # printed tasks are off by 0.05 at most, and so is their mean
         assert sum(task for task in tasks if task is not None) / 16 == pytest.approx(average, abs=0.1), name
 
@@ -23,7 +23,7 @@ def test_tasks_are_shares_of_218_questions_all_but_five() -> None:
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
-def test_every_row_has_a_number_or_a_dash_for_each_column(table: Table) -> None:
+def test_every_row_has_a_number_or_a_dash_for_each_column(table: PaperTable) -> None:
     assert {len(values) for values in table.rows.values()} == {len(table.columns)}
     for values in table.rows.values():
         for column, value in zip(table.columns, values, strict=True):
@@ -51,7 +51,7 @@ def test_what_the_paper_contradicts_is_as_printed_and_noted() -> None:
 
 
 def test_the_gains_that_the_text_names_follow() -> None:
-    def gain(table: Table, row: str, base: str, column: str) -> float:
+    def gain(table: PaperTable, row: str, base: str, column: str) -> float:
         after, before = table.cell(row, column), table.cell(base, column)
         assert after is not None
         assert before is not None

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pipelines.evaluation.evaluate import Example
-from pipelines.report.run_report import smooth, wilson, write
+from pipelines.report.run_report import smooth_curve, wilson_interval, write_report
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 ATTACK = "<script>alert(1)</script>"
@@ -110,14 +110,14 @@ def run(tmp_path: Path) -> Path:
     jsonl(folder / "metrics.jsonl", steps("tower", 40) + steps("instruct", 80))
     (folder / "answers").mkdir()
     jsonl(folder / "answers/easy_vqa.jsonl", answers())
-    metrics = {"easy_vqa.accuracy": 0.9, "easy_vqa.questions": 100, "wall_s": 700.0, "wall_s.tower": 100.0,
+    metrics = {"easy_vqa.accuracy": 0.9, "easy_vqa.load_questions": 100, "wall_s": 700.0, "wall_s.tower": 100.0,
                "wall_s.instruct": 595.0, "goodput.unheard_of": 0.875}  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
 
 
 def page(run: Path, examples: Sequence[Example] = ()) -> Page:
-    return Page(write(run, examples).read_text(encoding="utf-8"))
+    return Page(write_report(run, examples).read_text(encoding="utf-8"))
 
 
 def test_accuracy_by_type_equals_a_hand_count(run: Path):
@@ -141,9 +141,9 @@ def test_instructions_are_shown_one_by_one_and_together(run: Path):
     read = page(run)
     assert read.row("json")[1:4] == ["40", "10", "25.0 %"]
     assert read.row("no comma")[1:4] == ["40", "10", "25.0 %"]
-    assert read.row("all, strictly")[1:4] == ["80", "20", "25.0 %"]
-    assert read.row("all, and right")[1:4] == ["80", "20", "25.0 %"]
-    low, high = (float(end.split()[0]) for end in read.row("all, strictly")[4].split("–"))
+    assert read.row("all, strict")[1:4] == ["80", "20", "25.0 %"]
+    assert read.row("all, and correct")[1:4] == ["80", "20", "25.0 %"]
+    low, high = (float(end.split()[0]) for end in read.row("all, strict")[4].split("–"))
     assert high - low > 25, "forty questions, not eighty"
     assert "regular expressions, not by Punkt" in read.words
 
@@ -184,19 +184,19 @@ def test_wall_time_is_split_among_the_steps_and_what_is_left(run: Path):
 
 
 def test_the_parts_of_the_wall_time_are_told_and_drawn(run: Path):
-    assert "Where the time went" not in page(run).words
+    assert "Goodput" not in page(run).words
     jsonl(run / "ledger.jsonl", events())
     read = page(run)
     expected = {
         "computing": 25, "evaluating": 12.5, "waiting for data": 0, "checkpoints": 0, "starting up": 10,
-        "anything else": 7.5, "restarting": 30, "done twice": 15
+        "other": 7.5, "restarting": 30, "repeated steps": 15
     }  # fmt: skip
     assert {name: read.row(name)[1:] for name in expected} == {
         name: [f"{seconds:.1f} s", f"{seconds:.1f} %"] for name, seconds in expected.items()
     }
     assert ["all", "1 min 40 s", ""] in read.rows
     assert "Goodput 25.0 %" in read.words
-    assert "1 restart, 1 step done twice" in " ".join(read.words.split())
+    assert "1 restart, 1 step repeated" in " ".join(read.words.split())
     bars = [attrs for attrs in read.attributes("rect") if "var(--" in (attrs.get("fill") or "")]
     assert [float(bar["width"] or 0) for bar in bars] == [seconds for seconds in expected.values() if seconds]
     places = [(float(bar["x"] or 0), float(bar["width"] or 0)) for bar in bars]
@@ -205,7 +205,7 @@ def test_the_parts_of_the_wall_time_are_told_and_drawn(run: Path):
 
 def test_a_ledger_in_which_no_time_has_passed_shows_nothing(run: Path):
     jsonl(run / "ledger.jsonl", events()[:1])
-    assert "Where the time went" not in page(run).words
+    assert "Goodput" not in page(run).words
 
 
 def test_numbers_nobody_foresaw_are_shown(run: Path):
@@ -235,7 +235,7 @@ def test_texts_are_escaped(run: Path):
 
 def test_examples_show_counts_and_verdicts(run: Path):
     read = page(run, [example(), example(), example(response="square", correct=False), example(correct=False)])
-    assert (read.words.count("✓ right"), read.words.count("✗ wrong")) == (2, 2)
+    assert (read.words.count("✓ correct"), read.words.count("✗ wrong")) == (2, 2)
     words = " ".join(read.words.split())
     assert words.count("16 → 9 visual tokens: 6 kept, 8 merged into 3, 2 dropped") == 4
     assert "44 % removed" in words
@@ -256,7 +256,7 @@ def test_page_can_be_read_aloud(run: Path):
 
 def test_ids_are_unique_and_every_reference_within_the_page_is_met(run: Path):
     jsonl(run / "ledger.jsonl", events())
-    text = write(run, [example()]).read_text(encoding="utf-8")
+    text = write_report(run, [example()]).read_text(encoding="utf-8")
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="#|url\(#|aria-labelledby=")([^")]+)', text)) <= set(ids)
@@ -291,16 +291,16 @@ def test_odd_stages_are_drawn(run: Path, rows: list[dict[str, Any]]):
 
 def test_the_same_run_gives_the_same_bytes_and_leaves_no_other_file(run: Path):
     before = {file.name for file in run.iterdir()}
-    first = write(run, [example()]).read_bytes()
-    assert write(run, [example()]).read_bytes() == first
+    first = write_report(run, [example()]).read_bytes()
+    assert write_report(run, [example()]).read_bytes() == first
     assert {file.name for file in run.iterdir()} == before | {"report.html"}
 
 
 def test_a_report_that_fails_leaves_the_old_one(run: Path):
-    old = write(run, []).read_bytes()
+    old = write_report(run, []).read_bytes()
     (run / "metrics.jsonl").write_text("{half a line\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 1: got"):
-        write(run, [])
+        write_report(run, [])
     assert (run / "report.html").read_bytes() == old
 
 
@@ -310,21 +310,21 @@ def test_a_report_that_fails_leaves_the_old_one(run: Path):
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilson_interval_of_published_tables(successes: int, n: int, low: float, high: float):
-    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
 def test_wilson_interval_of_no_trials_is_everything():
-    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("length", [1, 2, 49, 50, 1000])
 def test_smoothing_keeps_a_constant_and_skips_what_is_no_number(length: int):
     values = np.full(length, 2.5)
-    assert smooth(values) == pytest.approx(values)
+    assert smooth_curve(values) == pytest.approx(values)
     if length > 50:
         values[length // 2] = np.nan
-        assert smooth(values) == pytest.approx(np.full(length, 2.5))
+        assert smooth_curve(values) == pytest.approx(np.full(length, 2.5))
 
 
 def test_importing_the_settings_loads_nothing_heavy():

@@ -18,9 +18,9 @@ from jobs import schema
 from jobs.tables import cells, tell
 from pipelines.evaluation import statistics
 from pipelines.report.paper import TABLE_1, TABLE_3
-from pipelines.report.runs import changes, find
-from pipelines.report.table_rows import command, fills, fitting
-from pipelines.report.tables import SLOTS, Line, Table, build, prompts
+from pipelines.report.runs import find_families, select_changed_fields
+from pipelines.report.table_rows import matches, rescale_budget, write_command
+from pipelines.report.tables import TABLE_ROWS, ResultRow, ResultTable, build_tables, compare_prompts
 from redux.benchmarks import Metric, Outcome, Row
 from redux.cost import cost
 from redux.instructions import INSTRUCTIONS
@@ -108,8 +108,8 @@ def jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def of(methods: Preset) -> dict[str, Any]:
     """The preset on the small tower, as changes of the job."""
-    small = fitting(methods, 64)
-    told = {name: part and changes(part) for name, part in small.methods.items()}
+    small = rescale_budget(methods, 64)
+    told = {name: part and select_changed_fields(part) for name, part in small.methods.items()}
     if told["vmtc"] is not None and "stages" not in told["vmtc"]:
         told["vmtc"] = SMALL | told["vmtc"]
     return {f"model__{name}": part for name, part in told.items()}
@@ -132,11 +132,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tables(runs: Path) -> dict[str, Table]:
-    return {table.key: table for table in build(find([runs], SCORERS)[0], samples=400)}
+def tables(runs: Path) -> dict[str, ResultTable]:
+    return {table.key: table for table in build_tables(find_families([runs], SCORERS)[0], samples=400)}
 
 
-def line(table: Table, label: str, source: str = "ours") -> Line:
+def line(table: ResultTable, label: str, source: str = "ours") -> ResultRow:
     [family] = table.blocks.values()
     return next(row for row in family if row.label.startswith(label) and row.source == source)
 
@@ -145,11 +145,11 @@ def answered(folder: Path, task: str) -> list[dict[str, Any]]:
     return [json.loads(text) for text in (folder / f"answers/{task}.jsonl").read_text().splitlines()]
 
 
-def place(table: Table, column: str) -> int:
+def place(table: ResultTable, column: str) -> int:
     return [each.name for each in table.columns].index(column)
 
 
-def test_a_cell_is_the_mean_over_seeds_counted_by_hand(runs: Path, tables: dict[str, Table]) -> None:
+def test_a_cell_is_the_mean_over_seeds_counted_by_hand(runs: Path, tables: dict[str, ResultTable]) -> None:
     table = tables["table-1"]
     row = line(table, "VMTC + CMAI")
     both = [answered(runs / name, "instructions") for name in ("b0", "b1")]
@@ -166,16 +166,16 @@ def test_a_cell_is_the_mean_over_seeds_counted_by_hand(runs: Path, tables: dict[
     assert cell.value == pytest.approx(100 * np.mean([each["response"] == each["answer"] for each in seen]))
 
 
-def test_intervals_and_differences_are_those_of_statistics(runs: Path, tables: dict[str, Table]) -> None:
+def test_intervals_and_differences_are_those_of_statistics(runs: Path, tables: dict[str, ResultTable]) -> None:
     ours, base = (
         [instructions(answered(runs / f"{letter}{seed}", "instructions"))["strict"] for seed in (0, 1)]
         for letter in "ba"
     )
     cell = line(tables["table-3"], "VMTC + CMAI").cells[place(tables["table-3"], "IF")]
     assert cell is not None
-    assert cell.interval == statistics.interval(ours, 400).scaled(100)
-    assert cell.difference == statistics.difference(ours, base, 400).scaled(100)
-    assert not cell.difference.noise
+    assert cell.interval == statistics.bootstrap_interval(ours, 400).scale(100)
+    assert cell.difference == statistics.bootstrap_difference(ours, base, 400).scale(100)
+    assert not cell.difference.is_noise
     own = line(tables["table-3"], "neither").cells[place(tables["table-3"], "IF")]
     assert own is not None
     assert own.difference is None
@@ -189,12 +189,12 @@ def test_each_preset_fills_its_row_and_no_other(tmp_path: Path) -> None:
         "tokens-64": {"VMTC + CMAI, 64 of 576 tokens"}, "tokens-36": {"VMTC + CMAI, 36 of 576 tokens"},
         "prumerge": {"PruMerge, 36 of 576 tokens"}, "random": {"Random places"}, "evit": set(),
     }  # fmt: skip
-    slots = [slot for table in SLOTS.values() for slot in table]
+    rows_of_tables = [row for table in TABLE_ROWS.values() for row in table]
     for name in rows:
         write_run(tmp_path, name, **of(PRESETS[name]))
     write_run(tmp_path, "described", **of(PRESETS["llava"]), evaluate__image_input="caption")
-    [family], _ = find([tmp_path], SCORERS)
-    found = {model.job["name"]: {slot.label for slot in slots if fills(model, slot)} for model in family.models}
+    [family], _ = find_families([tmp_path], SCORERS)
+    found = {model.job["name"]: {row.label for row in rows_of_tables if matches(model, row)} for model in family.models}
     assert found == rows | {"described": {"Upper limit"}}
 
 
@@ -203,8 +203,8 @@ def test_other_ways_of_down_sampling_and_other_names_make_no_difference(tmp_path
         write_run(tmp_path, f"llava-{method}", **of(PRESETS["llava"]) | {
             "model__reduction": {"method": method, "tokens": 16}
         })  # fmt: skip
-    [family], _ = find([tmp_path], SCORERS)
-    [table] = [table for table in build([family], 100) if table.key == "table-1"]
+    [family], _ = find_families([tmp_path], SCORERS)
+    [table] = [table for table in build_tables([family], 100) if table.key == "table-1"]
     labels = [row.label for row in table.blocks[family.label] if row.source == "ours"]
     assert labels == ["SPD (reduction.method = bilinear)", "SPD (reduction.method = stride)"]
 
@@ -212,7 +212,7 @@ def test_other_ways_of_down_sampling_and_other_names_make_no_difference(tmp_path
 def test_runs_that_differ_only_in_seed_are_one_row_and_a_copy_is_left_out(tmp_path: Path) -> None:
     for number, seed in enumerate((0, 1, 1)):
         write_run(tmp_path, f"run-{number}", seed, **of(PRESETS["default"]))
-    [family], notes = find([tmp_path], SCORERS)
+    [family], notes = find_families([tmp_path], SCORERS)
     [model] = family.models
     assert [run.seed for run in model.runs] == [0, 1]
     assert len(notes) == 1
@@ -223,10 +223,10 @@ def test_other_sizes_or_data_are_another_family_and_other_machines_are_not(tmp_p
     write_run(tmp_path, "a", 0, **of(PRESETS["llava"]))
     write_run(tmp_path, "b", 1, **of(PRESETS["llava"]), num_workers=7, evaluate__num_actors=1)
     write_run(tmp_path, "c", 0, **of(PRESETS["llava"]), train__instruct__epochs=7)
-    families, _ = find([tmp_path], SCORERS)
+    families, _ = find_families([tmp_path], SCORERS)
     assert sorted(len(family.models[0].runs) for family in families) == [1, 2]
     assert any("train.instruct.epochs = 7" in family.label for family in families)
-    table = next(table for table in build(families, 100) if table.key == "table-3")
+    table = next(table for table in build_tables(families, 100) if table.key == "table-3")
     assert len(table.blocks) == 2
 
 
@@ -236,23 +236,23 @@ def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path:
     limit = of(PRESETS["llava"]) | {"train": {}, "model__checkpoint": checkpoint, "evaluate__image_input": "caption"}
     write_run(tmp_path, "limit", 0, **limit)
     write_run(tmp_path, "later", 0, **of(PRESETS["default"]) | {"train": {}, "model__checkpoint": checkpoint})
-    [family], _ = find([tmp_path], SCORERS)
+    [family], _ = find_families([tmp_path], SCORERS)
     assert {run.seed for model in family.models for run in model.runs} == {5}
     found = {model.job["name"]: model for model in family.models}
-    assert fills(found["limit"], SLOTS["table-1"][2])
-    assert not found["later"].trained
+    assert matches(found["limit"], TABLE_ROWS["table-1"][2])
+    assert not found["later"].trained_as_evaluated
     assert "no run of VMTC + CMAI yet" in tell([tmp_path], None, SCORERS, 100).partition("##")[0]
-    assert not any(fills(found["later"], slot) for table in SLOTS.values() for slot in table)
+    assert not any(matches(found["later"], row) for table in TABLE_ROWS.values() for row in table)
 
 
 @pytest.mark.parametrize("start", ["b0", "c2", "c3", "a0"])
 def test_the_command_of_a_missing_row_is_a_job_that_fills_it(runs: Path, tmp_path: Path, start: str) -> None:
     """Whatever run its family has, and every row: the words are read as a shell and the schema read them."""
     (tmp_path / start).symlink_to(runs / start)
-    [family], _ = find([tmp_path], SCORERS)
-    slots = [slot for table in SLOTS.values() for slot in table if slot.preset]
-    for slot in slots:
-        redux, run, job, *overrides, into, beside = shlex.split(command(slot, family))
+    [family], _ = find_families([tmp_path], SCORERS)
+    rows_of_tables = [row for table in TABLE_ROWS.values() for row in table if row.preset]
+    for row in rows_of_tables:
+        redux, run, job, *overrides, into, beside = shlex.split(write_command(row, family))
         assert (redux, run, into, beside) == ("redux", "run", "--runs-dir", str(tmp_path))
         made = schema.load(Path(job), overrides)
         assert made.name.startswith(f"{start}-")
@@ -260,20 +260,22 @@ def test_the_command_of_a_missing_row_is_a_job_that_fills_it(runs: Path, tmp_pat
         other.mkdir(parents=True, exist_ok=True)
         (other / "job.yaml").write_text(schema.dump(made))
         (other / "metrics.json").write_text("{}")
-        [again], _ = find([other], SCORERS)
-        assert fills(again.models[0], slot), slot.label
-        if made.model.vmtc and slot.preset != PRESETS["llp"] and start != "a0":
+        [again], _ = find_families([other], SCORERS)
+        assert matches(again.models[0], row), row.label
+        if made.model.vmtc and row.preset != PRESETS["llp"] and start != "a0":
             assert made.model.vmtc.iterations == 4, "the family's own option"
 
 
 def test_a_row_that_several_tables_have_is_made_by_one_command(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "c1").symlink_to(runs / "c1")
-    [family], _ = find([tmp_path], SCORERS)
-    commands = {command(slot, family) for slots in SLOTS.values() for slot in slots if slot.preset}
+    [family], _ = find_families([tmp_path], SCORERS)
+    commands = {
+        write_command(row, family) for rows_of_tables in TABLE_ROWS.values() for row in rows_of_tables if row.preset
+    }
     assert len({shlex.split(each)[3] for each in commands}) == len(commands)
 
 
-def test_missing_rows_have_commands_and_the_papers_numbers_stand_beside(tables: dict[str, Table]) -> None:
+def test_missing_rows_have_commands_and_the_papers_numbers_stand_beside(tables: dict[str, ResultTable]) -> None:
     missing = line(tables["table-1"], "SPD", "missing")
     assert missing.command.startswith("redux run ")
     beside = [row for rows in tables["table-1"].blocks.values() for row in rows if row.source == "paper"]
@@ -284,7 +286,7 @@ def test_missing_rows_have_commands_and_the_papers_numbers_stand_beside(tables: 
     assert [cell.value for cell in both.cells if cell] == list(TABLE_3.rows["VMTC, CMAI"])
 
 
-def test_all_models_are_listed_in_the_order_of_the_paper(runs: Path, tables: dict[str, Table]) -> None:
+def test_all_models_are_listed_in_the_order_of_the_paper(runs: Path, tables: dict[str, ResultTable]) -> None:
     [rows] = tables["models"].blocks.values()
     assert len(rows) == len({row.label for row in rows}) == 12
     assert [row.kind for row in rows[:4]] == ["llava", "both", "both", "both"]
@@ -292,7 +294,7 @@ def test_all_models_are_listed_in_the_order_of_the_paper(runs: Path, tables: dic
     assert rows[-1].kind is None, "evit, for which the paper has no row"
 
 
-def test_the_sweep_has_its_runs_by_share_and_names_the_missing_tenths(tables: dict[str, Table]) -> None:
+def test_the_sweep_has_its_runs_by_share_and_names_the_missing_tenths(tables: dict[str, ResultTable]) -> None:
     [rows] = tables["ratios"].blocks.values()
     both = [row.removed for row in rows if row.kind == "both"]
     assert both == sorted(both)
@@ -301,7 +303,7 @@ def test_the_sweep_has_its_runs_by_share_and_names_the_missing_tenths(tables: di
     assert missing == [f"VMTC + CMAI {share}" for share in ("0%", "10%", "30%", "40%", "60%", "70%", "90%")]
 
 
-def test_costs_are_means_over_seeds_and_shares_of_llavas(runs: Path, tables: dict[str, Table]) -> None:
+def test_costs_are_means_over_seeds_and_shares_of_llavas(runs: Path, tables: dict[str, ResultTable]) -> None:
     table = tables["spent"]
     row = line(table, "VMTC + CMAI, 32")
     told = {column.source: cell for column, cell in zip(table.columns, row.cells, strict=True)}
@@ -317,8 +319,8 @@ def test_what_a_run_folder_holds_of_its_model_gives_flops(tmp_path: Path) -> Non
     for name in ("llava", "default"):
         folder = write_run(tmp_path, name, **of(PRESETS[name]))
         llava("7b", PRESETS[name]).save_pretrained(folder / "checkpoints/instruct/model")
-    families, _ = find([tmp_path], SCORERS)
-    table = next(table for table in build(families, 100) if table.key == "spent")
+    families, _ = find_families([tmp_path], SCORERS)
+    table = next(table for table in build_tables(families, 100) if table.key == "spent")
     column = [each.source for each in table.columns].index("prompt")
     flops = {row.label: row.cells[column] for rows in table.blocks.values() for row in rows}
     whole, ours = (cost(llava("7b", PRESETS[name]), 64).flops for name in ("llava", "default"))
@@ -328,7 +330,7 @@ def test_what_a_run_folder_holds_of_its_model_gives_flops(tmp_path: Path) -> Non
     assert flops["VMTC + CMAI"].ratio == pytest.approx(ours / whole)
 
 
-def test_csv_has_every_cell_and_nothing_is_lost(tables: dict[str, Table]) -> None:
+def test_csv_has_every_cell_and_nothing_is_lost(tables: dict[str, ResultTable]) -> None:
     for table in tables.values():
         rows = list(csv.DictReader(io.StringIO(cells(table))))
         told = [(line, column, cell) for lines in table.blocks.values() for line in lines
@@ -342,7 +344,7 @@ def test_csv_has_every_cell_and_nothing_is_lost(tables: dict[str, Table]) -> Non
                 assert (float(row["low"]), float(row["high"])) == (cell.interval.low, cell.interval.high)
             if cell.difference:
                 assert (float(row["difference"]), row["noise"]) == (
-                    cell.difference.value, str(int(cell.difference.noise)),
+                    cell.difference.value, str(int(cell.difference.is_noise)),
                 )  # fmt: skip
         assert [row["command"] for row in rows if row["command"]] == [
             line_.command for lines in table.blocks.values() for line_ in lines if line_.command
@@ -360,7 +362,7 @@ def test_the_page_runs_nothing_and_escapes_what_models_say(tmp_path: Path) -> No
     assert not [name for _, attrs in read.tags for name in attrs if name.startswith("on")]
     assert any("default-src 'none'" in (attrs.get("content") or "") for attrs in read.attributes("meta"))
     assert read.words.count(ATTACK) == 12, "six prompts, two models"
-    assert "With VMTC + CMAI, " in read.words
+    assert "With VMTC + CMAI: " in read.words
     ids = [attrs["id"] for _, attrs in read.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     assert all(attrs.get("role") == "img" and attrs.get("aria-label") for attrs in read.attributes("svg"))
@@ -376,7 +378,7 @@ def test_the_page_says_what_the_tables_say(runs: Path, tmp_path: Path) -> None:
     assert "no run yet" in told
     assert "model.reduction={method: average, ratio: 0.75}" in told
     assert {path.name for path in tmp_path.iterdir()} == {
-        "tables.md", "tables.html", *(f"{key}.csv" for key in (*SLOTS, "models", "figure-2", "ratios", "spent")),
+        "tables.md", "tables.html", *(f"{key}.csv" for key in (*TABLE_ROWS, "models", "figure-2", "ratios", "spent")),
     }  # fmt: skip
 
 
@@ -400,12 +402,14 @@ def test_without_llava_or_answers_the_summary_says_so(tmp_path: Path) -> None:
 
 
 def test_the_prompts_are_the_same_for_all_and_marked_by_the_scorer(runs: Path) -> None:
-    [family], _ = find([runs], SCORERS)
-    told = prompts(family, instructions)
+    [family], _ = find_families([runs], SCORERS)
+    told = compare_prompts(family, instructions)
     assert len(told) == 6
     for prompt in told:
-        assert len({label for label, *_ in prompt.said}) == len(prompt.said) == len(family.models) - 1, "all but evit"
-        assert all(followed == ("follows" in response) for _, response, followed in prompt.said)
+        assert len({label for label, *_ in prompt.responses}) == len(prompt.responses) == len(family.models) - 1, (
+            "all but evit"
+        )
+        assert all(followed == ("follows" in response) for _, response, followed in prompt.responses)
 
 
 def test_what_cannot_be_read_is_told_in_a_line(tmp_path: Path) -> None:
@@ -443,11 +447,11 @@ def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) ->
         folder = write_run(tmp_path, name, model__checkpoint=checkpoint, **{**given, **own, **more})
         methods = {"vmtc": None, "cmai": more.get("model__cmai"), "reduction": None}
         (folder / "answers" / "asked.json").write_text(json.dumps({"model_type": kind, "methods": methods}))
-    [family], _ = find([tmp_path], SCORERS)
+    [family], _ = find_families([tmp_path], SCORERS)
     assert family.label == "llava"
     found = {model.runs[0].folder.name: model for model in family.models}
-    slots = [slot for table in SLOTS.values() for slot in table]
-    filled = {name: {slot.paper for slot in slots if fills(model, slot)} for name, model in found.items()}
+    rows_of_tables = [row for table in TABLE_ROWS.values() for row in table]
+    filled = {name: {row.paper for row in rows_of_tables if matches(model, row)} for name, model in found.items()}
     assert filled["later"] == set()
     assert filled["blip"] == {"InstructBLIP-7B, 64 tokens"}
     assert "LLaVA-1.5-{size}" in filled["plain"]
@@ -459,22 +463,22 @@ def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> N
     trained = shutil.copytree(runs / "a0", tmp_path / "a0")
     last = list(yaml.safe_load((trained / "job.yaml").read_text())["train"])[-1]
     (trained / "checkpoints" / last / "model").mkdir(parents=True)
-    [family], _ = find([tmp_path], SCORERS)
-    for slot in (SLOTS["table-1"][2], next(slot for slot in SLOTS["table-2"] if slot.checkpoint)):
-        _, _, job, *overrides, _, _ = shlex.split(command(slot, family))
+    [family], _ = find_families([tmp_path], SCORERS)
+    for row in (TABLE_ROWS["table-1"][2], next(row for row in TABLE_ROWS["table-2"] if row.checkpoint)):
+        _, _, job, *overrides, _, _ = shlex.split(write_command(row, family))
         made = schema.load(Path(job), overrides)
         assert not made.train
         folder = tmp_path / made.name
         (folder / "answers").mkdir(parents=True)
         (folder / "job.yaml").write_text(schema.dump(made))
         (folder / "metrics.json").write_text("{}")
-        if slot.checkpoint:
+        if row.checkpoint:
             (folder / "answers" / "asked.json").write_text('{"model_type": "instructblip"}')
         else:
             assert made.evaluate
             assert made.evaluate.template is None  # the model itself says how it was trained
-        [again], _ = find([tmp_path], SCORERS)
-        assert sum(fills(model, slot) for model in again.models) == 1
+        [again], _ = find_families([tmp_path], SCORERS)
+        assert sum(matches(model, row) for model in again.models) == 1
 
 
 def test_models_that_were_asked_other_things_are_not_compared(tmp_path: Path) -> None:

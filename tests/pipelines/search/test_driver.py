@@ -11,22 +11,22 @@ import pytest
 from optuna.trial import TrialState
 
 from pipelines.search import driver
-from pipelines.search.driver import Reporter
+from pipelines.search.driver import LossReporter
 from pipelines.search.space import Range
-from pipelines.search.trials import Prune, Settings, Trials, Try
+from pipelines.search.trials import Prune, SearchSettings, Trials, TrialSpec
 
 STEPS = 20
 
 
-def settings(**changes: Any) -> Settings:
-    asked = Settings(
+def settings(**changes: Any) -> SearchSettings:
+    asked = SearchSettings(
         num_trials=6, max_concurrent_trials=2, space={"x": Range(low=0.0, high=1.0)}, objectives={"good": "max"}
     )
     return replace(asked, **changes)
 
 
 def test_crashes_stops_and_results_are_told_as_such(ray_cluster: Any, tmp_path: Path) -> None:
-    def work(trial: Try, place: Path, watch: Any) -> dict[str, float]:
+    def work(trial: TrialSpec, place: Path, watch: Any) -> dict[str, float]:
         place.mkdir(parents=True, exist_ok=True)
         tries = len(list(place.glob("try-*")))
         (place / f"try-{tries}").touch()
@@ -48,7 +48,7 @@ def test_crashes_stops_and_results_are_told_as_such(ray_cluster: Any, tmp_path: 
     asked = settings(references={"paper": {"x": 0.5}}, prune=Prune(every=5, first=5, factor=2))
     trials = Trials(asked, "toy", tmp_path, lambda values: {})
     seen: list[int] = []
-    driver.search(trials, tmp_path, work, lambda told: seen.append(len(told.ended)))
+    driver.run_search(trials, tmp_path, work, lambda told: seen.append(len(told.ended_attempts)))
     found = {trial.number: trial for trial in trials.study.trials}
     assert len(found) == 6 + 2, "two crashed and were tried again"
     assert seen[-1] == 6
@@ -75,12 +75,12 @@ def test_crashes_stops_and_results_are_told_as_such(ray_cluster: Any, tmp_path: 
 
 
 def test_where_every_trial_fails_the_search_ends_with_the_reason(ray_cluster: Any, tmp_path: Path) -> None:
-    def work(trial: Try, place: Path, watch: Any) -> dict[str, float]:
+    def work(trial: TrialSpec, place: Path, watch: Any) -> dict[str, float]:
         raise ValueError("data.sets.a: no such bucket")
 
     trials = Trials(settings(retries=0), "toy", tmp_path, lambda values: {})
-    with pytest.raises(ValueError, match=r"as all before it: data\.sets\.a: no such bucket"):
-        driver.search(trials, tmp_path, work, lambda told: None)
+    with pytest.raises(ValueError, match=r"like all before it: data\.sets\.a: no such bucket"):
+        driver.run_search(trials, tmp_path, work, lambda told: None)
     assert all(trial.state == TrialState.FAIL for trial in trials.study.trials)
 
 
@@ -92,13 +92,13 @@ def test_means_are_over_whole_windows_however_late_they_are_asked_for(
     monkeypatch.setattr(driver.tune, "report", told.append)
     monkeypatch.setattr(driver.ray, "get", lambda reference: False)
 
-    never = SimpleNamespace(lags=SimpleNamespace(remote=lambda number, training: False))
+    never = SimpleNamespace(should_stop=SimpleNamespace(remote=lambda number, is_training: False))
 
     def record(steps: int) -> None:
         lines = [json.dumps({"stage": "s", "step": step, "loss": float(step)}) for step in range(1, steps + 1)]
         (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
 
-    hear = Reporter(10, 0, never)
+    hear = LossReporter(10, 0, never)
     record(9)
     hear(tmp_path, "s", 9, 40)
     record(15)

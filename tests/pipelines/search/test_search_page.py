@@ -18,7 +18,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pipelines.search import search_page, search_plots
-from pipelines.search.snapshot import Snapshot, brief
+from pipelines.search.snapshot import Snapshot, format_value
 from tests.pipelines.report.test_run_report import ATTACK, Page
 
 UP, DOWN = "maximize", "minimize"
@@ -89,7 +89,7 @@ def ordered(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> bool:
 
 
 def read(made: Study, folder: Path) -> Page:
-    return Page(search_page.write(made, folder).read_text(encoding="utf-8"))
+    return Page(search_page.write_page(made, folder).read_text(encoding="utf-8"))
 
 
 DIRECTIONS = [ways for count in (1, 2, 3) for ways in itertools.product((UP, DOWN), repeat=count)]
@@ -101,7 +101,7 @@ def test_the_front_is_what_no_feasible_trial_dominates(directions: Sequence[str]
         made = scattered(seed, directions)
         allowed = candidates(made)
         expected = {each.number for each in allowed if not any(dominates(one, each, directions) for one in allowed)}
-        found = search_page.front(made)
+        found = search_page.find_front(made)
         assert {each.number for each in found} == expected
         assert len(found) == len(expected)
         assert ordered(found, directions)
@@ -115,7 +115,7 @@ def test_trials_that_dominate_a_reference_are_found_by_its_name(directions: Sequ
         for reference in made.trials:
             called = reference.user_attrs.get("reference")
             if called and reference.state == TrialState.COMPLETE:
-                found = search_page.dominating(made, called)
+                found = search_page.find_dominating(made, called)
                 expected = {each.number for each in candidates(made) if dominates(each, reference, directions)}
                 assert {each.number for each in found} == expected
                 assert ordered(found, directions)
@@ -126,14 +126,14 @@ def test_trials_that_dominate_a_reference_are_found_by_its_name(directions: Sequ
 def test_a_reference_without_values_is_refused_by_name():
     made = study([UP], [trial([1.0], reference="paper"), trial(state="FAIL", reference="llava")])
     with pytest.raises(ValueError, match=r"a search: got 'llava', allowed: .*\(paper\)"):
-        search_page.dominating(made, "llava")
+        search_page.find_dominating(made, "llava")
     with pytest.raises(ValueError, match="none yet"):
-        search_page.dominating(study([UP]), "paper")
+        search_page.find_dominating(study([UP]), "paper")
 
 
 def test_of_a_reference_that_was_run_again_the_last_counts():
     trials = [trial([0.9], reference="paper"), trial([0.5], reference="paper"), trial([0.7])]
-    assert [each.number for each in search_page.dominating(study([UP], trials), "paper")] == [0, 2]
+    assert [each.number for each in search_page.find_dominating(study([UP], trials), "paper")] == [0, 2]
 
 
 def searched(count: int = 40) -> list[FrozenTrial]:
@@ -151,7 +151,7 @@ def searched(count: int = 40) -> list[FrozenTrial]:
             trials.append(trial(state="FAIL", step=100, error="RuntimeError: out of memory\n  at last", **ended))
         else:
             values = [1 - 4 / tokens, 4e6 * tokens]
-            metrics = {"score.0": values[0], "easy_vqa.questions": 9673, "wall_s": 1.0, "loss": 1 / 3}
+            metrics = {"score.0": values[0], "easy_vqa.load_questions": 9673, "wall_s": 1.0, "loss": 1 / 3}
             over = {"flops <= 1.6e8": values[1] - 1.6e8}
             trials.append(trial(values, step=600, constraints=over, metrics=metrics, **ended))
     trials.append(trial([0.8, 1e8], reference="paper", constraints={"flops <= 1.6e8": -6e7}, metrics={"loss": 0.25}))
@@ -162,58 +162,59 @@ def searched(count: int = 40) -> list[FrozenTrial]:
 
 def test_the_table_reads_back_to_the_same_numbers(tmp_path: Path):
     made = study([UP, DOWN], searched(), ["score.0", "flops"])
-    search_page.write(made, tmp_path)
+    search_page.write_page(made, tmp_path)
     with (tmp_path / "trials.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(made.trials)
     assert list(rows[0]) == [
-        "number", "state", "reference", "retry_of", "score.0", "flops", "flops <= 1.6e8", "easy_vqa.questions", "loss",
+        "number", "state", "reference", "retry_of", "score.0", "flops", "flops <= 1.6e8", "easy_vqa.load_questions", "loss",
         "model.schedule", "model.slope", "model.tokens", "train.rate", "step", "steps", "wall_s", "error",
     ]  # fmt: skip
     for row, each in zip(rows, made.trials, strict=True):
         told = dict(zip(["score.0", "flops"], each.values or [], strict=bool(each.values)))
         told |= each.constraints | each.params | {"number": each.number, "state": each.state.name}
         told |= {name: value for name, value in each.user_attrs.items() if name != "metrics"}
-        told |= {k: v for k, v in each.user_attrs.get("metrics", {}).items() if k in ("loss", "easy_vqa.questions")}
+        told |= {
+            k: v for k, v in each.user_attrs.get("metrics", {}).items() if k in ("loss", "easy_vqa.load_questions")
+        }
         assert {name: type(told[name])(text) for name, text in row.items() if text} == told
 
 
 def test_a_trial_that_did_not_end_has_no_objective_in_the_table(tmp_path: Path):
     """Optuna keeps the last value that was reported as the value of what it stopped."""
-    search_page.write(study([UP], [trial([0.4], state="PRUNED", metrics={"score": 0.4})], ["score"]), tmp_path)
+    search_page.write_page(study([UP], [trial([0.4], state="PRUNED", metrics={"score": 0.4})], ["score"]), tmp_path)
     assert (tmp_path / "trials.csv").read_text().splitlines()[1] == "0,PRUNED,,,,,,,"
 
 
 def test_the_summary_counts_what_became_of_the_trials():
-    told = search_page.summary(study([UP, DOWN], searched(), ["score.0", "flops"]))
+    told = search_page.write_summary(study([UP, DOWN], searched(), ["score.0", "flops"]))
     assert told[0] == (
-        "43 trials were asked for: 31 done, 5 stopped early, 5 failed, 1 running and 1 waiting. "
-        "Among them: 1 given again after a crash and 1 run as reference."
+        "43 trials: 31 completed, 5 stopped early, 5 failed, 1 running and 1 waiting. "
+        "Among them: 1 retry of a crashed trial and 1 reference."
     )
     assert told[-2] == (
-        "The trials took 1 h 18 min together. "
-        "Stopping early left out 2,000 of 24,000 training steps that were planned, 8 %."
+        "All trials took 1 h 18 min in total. Early stopping saved 2,000 of 24,000 planned training steps, 8 %."
     )
-    assert "has not seen" in told[-1]
+    assert "has not used" in told[-1]
 
 
 def test_the_summary_names_the_best_and_what_beats_a_reference():
     trials = [trial([value]) for value in (0.5, 0.9, 0.7)]
     trials += [trial([0.6], reference="paper"), trial([0.95], reference="llava"), trial(state="FAIL", reference="spd")]
-    told = search_page.summary(study([UP], trials, ["accuracy"]))
-    assert "The best accuracy 0.95 is of llava." in told
-    assert "paper (accuracy 0.6) is beaten by llava, trial 1 and trial 2." in told
-    assert "llava (accuracy 0.95) is beaten by no trial." in told
-    assert "spd has no values yet to compare with." in told
+    told = search_page.write_summary(study([UP], trials, ["accuracy"]))
+    assert "Best: llava with accuracy 0.95." in told
+    assert "Reference paper (accuracy 0.6): 3 trials are better: llava, trial 1 and trial 2." in told
+    assert "Reference llava (accuracy 0.95): no trial is better." in told
+    assert "Reference spd has no values yet." in told
 
 
 def test_the_summary_counts_the_front_and_leaves_out_what_breaks_a_constraint():
     trials = [trial([0.9, 3.0]), trial([0.8, 2.0]), trial([0.7, 2.5]), trial([0.7, 3.0], reference="paper")]
     broken = trial([1.0, 1.0], constraints={"size <= 1": 2.0})
-    told = search_page.summary(study([UP, DOWN], [*trials, broken], ["accuracy", "flops"]))
+    told = search_page.write_summary(study([UP, DOWN], [*trials, broken], ["accuracy", "flops"]))
     assert told[1].startswith("2 of 4 trials are on the front")
-    assert told[1].endswith("1 trial more is done, but outside of a constraint (size <= 1).")
-    assert "paper (accuracy 0.7, flops 3) is dominated by trial 0, trial 1 and trial 2." in told
+    assert told[1].endswith("1 completed trial is outside the constraints (size <= 1).")
+    assert "Reference paper (accuracy 0.7, flops 3): 3 trials dominate it: trial 0, trial 1 and trial 2." in told
 
 
 EMPTY = trial(state="WAITING")
@@ -258,16 +259,16 @@ def test_the_page_lists_the_front_first_and_says_how_trials_ended(tmp_path: Path
     made = study([UP, DOWN], searched(), ["score.0", "flops"])
     page = read(made, tmp_path)
     rows = {row[0]: row[1] for row in page.rows if row and row[0][:1].isdigit()}
-    best = [each.number for each in search_page.front(made)]
+    best = [each.number for each in search_page.find_front(made)]
     others = [each.number for each in made.trials if each.number not in best]
     assert list(rows) == [str(number) for number in best + others]
     assert rows["3"] == "stopped early at step 200 of 600"
-    assert rows["6"] == "failed at step 100 of 600, given again as 41"
+    assert rows["6"] == "failed at step 100 of 600, retried as 41"
     assert rows["41"] == "running at step 10 of 600"
     assert rows["42"] == "waiting"
     table = page.words[page.words.rindex("All trials") : page.words.index("How to read it")]
     broken = sum(value > 0 for each in made.trials for value in each.constraints.values())
-    told = {"on the front": len(best), "out of memory": 5, "6 again": 1, "paper": 1, "missed by": broken}
+    told = {"on the front": len(best), "out of memory": 5, "retry of 6": 1, "paper": 1, "exceeded by": broken}
     assert {words: table.count(words) for words in told} == told
 
 
@@ -287,7 +288,7 @@ def test_texts_are_escaped_and_none_is_read_as_a_formula(tmp_path: Path):
 def test_the_same_study_gives_the_same_bytes(tmp_path: Path):
     written = []
     for place in ("one", "other"):
-        search_page.write(study([UP, DOWN], searched(), ["score.0", "flops"]), tmp_path / place)
+        search_page.write_page(study([UP, DOWN], searched(), ["score.0", "flops"]), tmp_path / place)
         written.append([(tmp_path / place / name).read_bytes() for name in ("search.html", "trials.csv")])
     assert written[0] == written[1]
 
@@ -318,7 +319,7 @@ ALIKE = [trial([1.0, 1.0], params={"a": (tokens, TOKENS)}) for tokens in range(8
 @pytest.mark.parametrize("trials", [searched()[:9], ALIKE], ids=["few", "alike"])
 def test_without_enough_that_differs_the_page_says_so_instead_of_a_share(trials: list[FrozenTrial], tmp_path: Path):
     page = read(study([UP, DOWN], trials, ["score.0", "flops"]), tmp_path)
-    assert page.words.count("Too little is known to say what matters") == 2
+    assert page.words.count("There are too few trials for the importance") == 2
     assert not any(row and row[0] == "Parameter" for row in page.rows)
 
 
@@ -327,12 +328,12 @@ def test_axes_are_spaced_as_parameters_are_drawn_and_up_is_better():
     params = [{"rate": (rate, RATE), "schedule": (schedule, SCHEDULE)} for rate, schedule in drawn]
     trials = [trial([number, number], params=each) for number, each in enumerate(params)]
     made = study([UP, DOWN], [*trials, trial([0, 2], params={"rate": (1e-3, RATE)})])
-    rate, schedule, up, down = search_plots.scales(Snapshot.of(made))
-    assert list(rate.places.values()) == pytest.approx([0, 0.5, 1, 0.5])
-    assert schedule.places == {0: 0, 1: 0.5, 2: 1, 3: search_plots.ABSENT}
-    assert schedule.ticks == {0: "constant", 0.5: "linear", 1: "cosine", search_plots.ABSENT: "absent"}
-    assert up.places == {0: 0, 1: 0.5, 2: 1, 3: 0}
-    assert down.places == {0: 1, 1: 0.5, 2: 0, 3: 0}
+    rate, schedule, up, down = search_plots.build_axes(Snapshot.from_study(made))
+    assert list(rate.positions.values()) == pytest.approx([0, 0.5, 1, 0.5])
+    assert schedule.positions == {0: 0, 1: 0.5, 2: 1, 3: search_plots.ABSENT_POSITION}
+    assert schedule.ticks == {0: "constant", 0.5: "linear", 1: "cosine", search_plots.ABSENT_POSITION: "absent"}
+    assert up.positions == {0: 0, 1: 0.5, 2: 1, 3: 0}
+    assert down.positions == {0: 1, 1: 0.5, 2: 0, 3: 0}
     assert down.ticks == {0: "2", 1: "0"}
 
 
@@ -342,4 +343,4 @@ def test_axes_are_spaced_as_parameters_are_drawn_and_up_is_better():
      (3e-5, "3e-05"), (-2.5e12, "-2.5 T"), (True, "true"), (None, "null"), ("linear", "linear"), (math.inf, "inf")],
 )  # fmt: skip
 def test_numbers_are_written_with_four_digits_at_most(value: Any, text: str):
-    assert brief(value) == text
+    assert format_value(value) == text

@@ -7,7 +7,17 @@ from typing import Any
 import optuna
 import pytest
 
-from pipelines.search.space import DRAWS, SAMPLERS, Choice, Drawing, Range, SamplerName, Space, Values, check
+from pipelines.search.space import (
+    MAX_DRAWS,
+    SAMPLERS,
+    Choice,
+    FeasibleSampler,
+    Range,
+    SamplerName,
+    Space,
+    Values,
+    check_space,
+)
 
 STAGES = Space(
     {
@@ -31,7 +41,7 @@ def falling(values: Values) -> None:
 def study(space: Space, name: Any, seed: int = 0, **where: Any) -> optuna.Study:
     return optuna.create_study(
         directions=["minimize", "minimize"],
-        sampler=Drawing(space, name, seed, falling if space is STAGES else lambda values: None),
+        sampler=FeasibleSampler(space, name, seed, falling if space is STAGES else lambda values: None),
         load_if_exists=True,
         **where,
     )
@@ -70,7 +80,7 @@ def test_the_model_finds_what_chance_does_not() -> None:
     best = {}
     names: tuple[SamplerName, ...] = ("tpe", "random")
     for name in names:
-        of = optuna.create_study(sampler=Drawing(space, name, 0, lambda values: None))
+        of = optuna.create_study(sampler=FeasibleSampler(space, name, 0, lambda values: None))
         for _ in range(60):
             trial = of.ask()
             of.tell(trial, sum((value - 0.3) ** 2 for value in space.suggest(trial).values()))
@@ -81,7 +91,7 @@ def test_the_model_finds_what_chance_does_not() -> None:
 def test_sections_lists_and_scalars_come_back_as_they_were() -> None:
     values = (None, True, 1, 0.5, "step", {"ratio": 0.5, "stages": [1, 2]}, [1, 2])
     space = Space({"a": Choice(choices=values), "b": Choice(choices=({"c": 1},), when={"a": ([1, 2],)})})
-    of = optuna.create_study(sampler=Drawing(space, "random", 0, lambda values: None))
+    of = optuna.create_study(sampler=FeasibleSampler(space, "random", 0, lambda values: None))
     drawn = [space.suggest(of.ask()) for _ in range(60)]
     assert {json.dumps(each["a"]) for each in drawn} == set(map(json.dumps, values))
     assert all(each.get("b") == ({"c": 1} if each["a"] == [1, 2] else None) for each in drawn)
@@ -93,28 +103,35 @@ def test_a_space_without_any_job_is_said_to_be_at_fault() -> None:
     def never(values: Values) -> None:
         raise ValueError(f"a: got {values['a']}")
 
-    of = optuna.create_study(sampler=Drawing(space, "tpe", 0, never))
-    with pytest.raises(ValueError, match=rf"space: got {DRAWS} draws that make no job, .*; the last: a: got \d"):
+    of = optuna.create_study(sampler=FeasibleSampler(space, "tpe", 0, never))
+    with pytest.raises(ValueError, match=rf"space: got no valid job in {MAX_DRAWS} draws, .*; last error: a: got \d"):
         space.suggest(of.ask())
 
 
 @pytest.mark.parametrize(
-    ("places", "told"),
+    ("params", "told"),
     [
         (
             {"kept": Range(low=65, high=70)},
-            "space.kept: got 65 to 70, with which no draw in 2000 is a job: kept: got .., allowed: .*",
+            "space.kept: got 65 to 70, allowed: values of a valid job; "
+            "no job of 2000 draws is valid: kept: got .., allowed: .*",
         ),
-        ({"kpt": Range(low=1, high=2)}, "space.kpt: got 1 to 2, with which no draw in 2000 is a job: kpt: unknown"),
-        ({"kind": Choice(choices=("a", "c"))}, 'space.kind: got "c", with which no draw in 2000 is a job: kind: got c'),
+        (
+            {"kpt": Range(low=1, high=2)},
+            "space.kpt: got 1 to 2, allowed: values of a valid job; no job of 2000 draws is valid: kpt: unknown",
+        ),
+        (
+            {"kind": Choice(choices=("a", "c"))},
+            'space.kind: got "c", allowed: values of a valid job; no job of 2000 draws is valid: kind: got c',
+        ),
         (
             {"kind": Choice(choices=("a", "b")), "kept": Range(low=1, high=2, when={"kind": ("c",)})},
             "space.kept: .*: its when is never true",
         ),
     ],
 )
-def test_a_place_or_a_choice_that_no_job_has_is_named(places: dict[str, Any], told: str) -> None:
-    def fit(values: Values) -> None:
+def test_a_place_or_a_choice_that_no_job_has_is_named(params: dict[str, Any], told: str) -> None:
+    def check_values(values: Values) -> None:
         if unknown := values.keys() - {"kind", "kept"}:
             raise ValueError(f"{min(unknown)}: unknown")
         if values.get("kind") == "c":
@@ -123,11 +140,11 @@ def test_a_place_or_a_choice_that_no_job_has_is_named(places: dict[str, Any], to
             raise ValueError(f"kept: got {values['kept']}, allowed: up to 64")
 
     with pytest.raises(ValueError, match=f"^{told}$"):
-        check(Space(places), fit)
+        check_space(Space(params), check_values)
 
 
 def test_a_range_of_which_a_part_goes_with_the_others_is_no_mistake() -> None:
-    check(STAGES, falling)
+    check_space(STAGES, falling)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +156,7 @@ def test_a_range_of_which_a_part_goes_with_the_others_is_no_mistake() -> None:
         (lambda: Choice(choices=({"a": 1}, {"a": 1})), "choices: got .*, allowed: each once"),
         (
             lambda: Space({"a": Choice(choices=(1,), when={"b": (1,)})}),
-            "space.a.when: got b, allowed: places further up",
+            "space.a.when: got b, allowed: parameters before it",
         ),
     ],
 )
