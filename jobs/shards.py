@@ -103,7 +103,7 @@ def _consumed(folder: str, run: Path) -> tuple[list[str], list[str]]:
                 )
             proven.append(
                 f"{proof.stage}: {proof.steps} steps used {proof.samples} samples of {name}: each of its {samples} "
-                f"once in each of {proof.epochs} epochs, {proof.begun} once in the epoch begun; {proof.replaced} "
-                "replaced"
+                f"once in each of {proof.epochs} epochs, {proof.partial_samples} once in the epoch begun; "
+                f"{proof.replaced} replaced"
             )
     return proven, wrong

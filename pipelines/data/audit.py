@@ -1,6 +1,6 @@
-"""Existing sets of shards: an index for tars that others made, and the check of a set against its index.
+"""Indexing of foreign tars, and verification of a set against its index.
 
-Both read every byte once, a tar a task, on Ray Data; local tars are mapped into memory, others are read into it.
+Both read every byte once on Ray Data, one task per tar. Local tars are mapped into memory, others are read into memory.
 """
 
 import hashlib
@@ -22,16 +22,16 @@ from pipelines.data.shard_index import INDEX_FILE, INDEX_SCHEMA, QUARANTINE_FILE
 from pipelines.data.shard_writer import BAR_FORMAT, to_ipc_bytes, write_index
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-"""How names of compressed tars end."""
+"""Suffixes of compressed tars."""
 
 
 @dataclass
 class IndexReport:
-    """Members and samples of the tars of a new index.
+    """Counts of tars, samples and members of a new index.
 
-    samples: in the index.  quarantined: samples kept out, by reason.  members: all of the tars; each is used, ignored
-    or refused.  used, ignored: members by suffix or kind.  refused: members of samples that were kept out.
-    notes: lines on what is otherwise than people may think.
+    samples: samples in the index. quarantined: rejected samples by reason. members: all members of the tars; each is
+    used, ignored or refused. used, ignored: members by suffix or kind. refused: members of rejected samples.
+    notes: lines about unexpected content.
     """
 
     tars: int = 0
@@ -44,18 +44,21 @@ class IndexReport:
     notes: list[str] = field(default_factory=list)
 
 
-def index_tars(folder: str, tolerance: float = 0.0) -> IndexReport:
-    """Write the index of a folder of tars that others made: the samples that WebDataset reads from them.
+def index_tars(folder: str, max_bad_fraction: float = 0.0) -> IndexReport:
+    """Write an index for a folder of foreign tars, with the samples that WebDataset reads from them.
 
-    Samples that cannot be used are listed in quarantine.jsonl with a reason of `tars.REASONS` or `records.REASONS`.
+    Unusable samples are listed in quarantine.jsonl with a reason of `tars.TAR_REASONS` or `records.RECORD_REASONS`.
 
     Args:
-        folder: local or any URL.
-        tolerance: share of the samples that may be kept out.
+        folder: folder or URL of the tars.
+        max_bad_fraction: fraction of the samples that may be rejected.
+
+    Returns:
+        Counts of what was indexed.
 
     Raises:
-        ValueError: one line, where there are no tars, an index already, or an unfinished making; where a tar as a whole
-            cannot be used; and where more samples than tolerated are kept out: then there is the list, but no index.
+        ValueError: the folder has no tars, an index, or unfinished shards; a whole tar is unusable; or more samples
+            than max_bad_fraction are rejected. Then there is a quarantine list, but no index. One line.
     """
     if storage.exists(storage.join(folder, INDEX_FILE)):
         raise ValueError(
@@ -63,6 +66,7 @@ def index_tars(folder: str, tolerance: float = 0.0) -> IndexReport:
         )
     if storage.list_files(storage.join(folder, UNFINISHED_DIR)):
         raise ValueError(f"{folder}: an interrupted `redux shards make` is here, allowed: start that again instead")
+    # one task per tar; errors are collected, so that the message can count them
     names, notes = _list_tars(folder)
     found = IndexReport(tars=len(names), notes=notes)
     tables, listed, errors = [], [], []
@@ -80,30 +84,33 @@ def index_tars(folder: str, tolerance: float = 0.0) -> IndexReport:
         found.ignored += Counter(report["ignored"])
     if errors:
         raise ValueError(errors[0] + (f"; and {len(errors) - 1} more tars" if errors[1:] else ""))
+    # the quarantine list comes first: it explains a refusal
     found.samples = sum(map(len, tables))
     found.quarantined = Counter(entry["reason"] for entry in listed)
     if found.members != found.used.total() + found.ignored.total() + found.refused:
         raise RuntimeError(f"{folder}: {found}: members do not add up")
     storage.write(storage.join(folder, QUARANTINE_FILE), "".join(json.dumps(entry) + "\n" for entry in listed).encode())
-    if not found.samples or len(listed) > tolerance * (found.samples + len(listed)):
-        raise ValueError(_describe_refusal(folder, found, listed, tolerance))
+    if not found.samples or len(listed) > max_bad_fraction * (found.samples + len(listed)):
+        raise ValueError(_describe_refusal(folder, found, listed, max_bad_fraction))
     write_index(folder, pa.concat_tables(tables))
     return found
 
 
 def _list_tars(folder: str) -> tuple[list[str], list[str]]:
-    """Names of the tars directly in a folder, and notes on others; ValueError where there are none to be read."""
+    """List the tars directly in a folder, and notes about tars below it. ValueError if there are none."""
     names = storage.list_files(folder)
-    if packed := [name for name in names if name.lower().endswith(COMPRESSED_SUFFIXES)]:
+    # files that cannot be indexed
+    compressed = [name for name in names if name.lower().endswith(COMPRESSED_SUFFIXES)]
+    if compressed:
         raise ValueError(
-            f"{storage.join(folder, packed[0])}: compressed, allowed: plain tars, of which a byte range is a sample"
-            + (f"; and {len(packed) - 1} more" if packed[1:] else "")
+            f"{storage.join(folder, compressed[0])}: compressed, allowed: plain tars, of which a byte range is a sample"
+            + (f"; and {len(compressed) - 1} more" if compressed[1:] else "")
         )
-    if unsaid := [name for name in names if tars.to_utf8(name) != name]:
-        raise ValueError(f"{folder}: got the file name {unsaid[0]!a}, allowed: names in UTF-8")
+    if not_utf8 := [name for name in names if tars.to_utf8(name) != name]:
+        raise ValueError(f"{folder}: got the file name {not_utf8[0]!a}, allowed: names in UTF-8")
+    # tars one level below, which users may expect to be indexed
     below = {
-        name: sum(_is_tar(each) for each in storage.list_files(storage.join(folder, name)))
-        for name in storage.list_folders(folder)
+        name: sum(map(_is_tar, storage.list_files(storage.join(folder, name)))) for name in storage.list_folders(folder)
     }
     below = {name: count for name, count in below.items() if count}
     if not any(map(_is_tar, names)):
@@ -119,8 +126,8 @@ def _is_tar(name: str) -> bool:
     return name.lower().endswith(".tar")
 
 
-def _describe_refusal(folder: str, found: IndexReport, listed: list[dict[str, Any]], tolerance: float) -> str:
-    """The line on why there is no index."""
+def _describe_refusal(folder: str, found: IndexReport, listed: list[dict[str, Any]], max_bad_fraction: float) -> str:
+    """Explain in one line why there is no index."""
     if not listed:
         return f"{folder}: no samples in {found.tars} tars, allowed: at least one"
     counts = ", ".join(f"{count} {reason}" for reason, count in found.quarantined.items())
@@ -138,23 +145,26 @@ def _describe_refusal(folder: str, found: IndexReport, listed: list[dict[str, An
         )
     return (
         f"{folder}: {len(listed)} of {found.samples + len(listed)} samples cannot be used ({counts}; first "
-        f"{tars.escape_unprintable(first['key'])} of {first['shard']}: {first['why']}), allowed: {tolerance:.2%}"
+        f"{tars.escape_unprintable(first['key'])} of {first['shard']}: {first['why']}), allowed: {max_bad_fraction:.2%}"
         f"{advice}; {storage.join(folder, QUARANTINE_FILE)} lists them"
     )
 
 
 def verify_set(folder: str, decode: bool = False) -> list[str]:
-    """What is wrong with a set, a line each; empty where every byte is as the index says.
+    """Verify every byte of a set against its index.
 
-    Checked are that each shard is there and has no sample that the index lacks, every sample's checksum and record and
-    what the index says of it, and that summary and index agree in number.
+    Each shard must exist and have no sample that the index lacks. Each sample must have its checksum, a valid record
+    and the values of its row. Summary and index must have the same number of samples.
 
     Args:
-        folder: local or any URL.
-        decode: also decode every image, as training does.
+        folder: folder or URL of the set.
+        decode: True also decodes every image, as training does.
+
+    Returns:
+        One line per error; empty for a correct set.
 
     Raises:
-        ValueError: where the index is missing or damaged.
+        ValueError: the index is missing or damaged.
     """
     shards, wrong = Shards(folder), []
     shards.validate()
@@ -162,10 +172,10 @@ def verify_set(folder: str, decode: bool = False) -> list[str]:
         kept = json.loads(storage.read(summary)).get("kept", len(shards))
         if kept != len(shards):
             wrong.append(f"{summary}: says {kept} samples were kept, the index has {len(shards)}")
+    # rows of each shard as (first row, number of rows); a tar that the index lacks has none
     sizes = shards.shard_sizes
-    rows = dict(
-        zip(shards.shard_names, zip((np.cumsum(sizes) - sizes).tolist(), sizes.tolist(), strict=True), strict=True)
-    )
+    spans = zip((np.cumsum(sizes) - sizes).tolist(), sizes.tolist(), strict=True)
+    rows = dict(zip(shards.shard_names, spans, strict=True))
     for name in storage.list_files(folder):
         if _is_tar(name) and name not in rows:
             rows[name] = (0, 0)
@@ -176,8 +186,8 @@ def verify_set(folder: str, decode: bool = False) -> list[str]:
 
 
 def _map_tars(items: list[dict[str, Any]], task: Any, name: str, *args: Any) -> Iterator[dict]:
-    """What the task says of each tar, in their order."""
-    if not items:  # Ray Data makes no dataset of nothing
+    """Run a task per tar on Ray Data, and yield its results in the order of the items."""
+    if not items:  # Ray Data cannot make an empty dataset
         return
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(task, fn_args=args, num_cpus=1)
     dataset.context.execution_options.preserve_order = True
@@ -187,7 +197,7 @@ def _map_tars(items: list[dict[str, Any]], task: Any, name: str, *args: Any) -> 
 
 
 def _index_tar(item: dict[str, str]) -> dict[str, Any]:
-    """Return the part of the index of one tar, and its counts and notes."""
+    """Index one tar. Returns its part of the index, and its counts and notes as JSON. Runs in a Ray task."""
     name = item["tar"].rpartition("/")[2]
     try:
         data = storage.map_file(item["tar"])
@@ -196,9 +206,14 @@ def _index_tar(item: dict[str, str]) -> dict[str, Any]:
         return {"index": b"", "report": "", "error": str(error)}
     report = {
         "quarantine": [
-            {"shard": name, "key": tars.to_utf8(sample.key), "reason": sample.fault, "why": _explain_rejection(sample)}
+            {
+                "shard": name,
+                "key": tars.to_utf8(sample.key),
+                "reason": sample.rejection_reason,
+                "why": _explain_rejection(sample),
+            }
             for sample in tar.samples
-            if sample.fault
+            if sample.rejection_reason
         ],
         "members": tar.members,
         "used": tar.used,
@@ -211,13 +226,13 @@ def _index_tar(item: dict[str, str]) -> dict[str, Any]:
 
 
 def _explain_rejection(sample: tars.TarSample) -> str:
-    """A refused sample's reason in words, and its members."""
-    why = (tars.TAR_REASONS | records.RECORD_REASONS)[sample.fault or ""]
+    """Explain the reason of a rejected sample, and list its members."""
+    why = (tars.TAR_REASONS | records.RECORD_REASONS)[sample.rejection_reason or ""]
     return f"{why}; it has {', '.join(tars.escape_unprintable(member.name) for member in sample.members)}"
 
 
 def _verify_tar(item: dict[str, Any], shards: Shards, decode: bool) -> dict[str, list[str]]:
-    """Lines on what is wrong with one tar."""
+    """Verify one tar, and return a line per error. Runs in a Ray task."""
     tar, wrong = storage.join(shards.folder, item["tar"]), []
     try:
         data = storage.map_file(tar)
@@ -234,27 +249,27 @@ def _verify_tar(item: dict[str, Any], shards: Shards, decode: bool) -> dict[str,
                 images.check_image(image)
             except ValueError as error:
                 wrong.append(f"{tar}: sample {row['key']}: broken image: {error}")
-    if not any("checksum" in line for line in wrong):  # a damaged header would only be reported twice
+    if not any("checksum" in line for line in wrong):  # else a damaged header would be reported twice
         wrong += _compare_with_index(data, item["tar"], tar, rows)
     return {"wrong": wrong}
 
 
 def _compare_with_index(data: tars.BytesLike, name: str, url: str, rows: list[dict[str, Any]]) -> list[str]:
-    """Lines on where the index says otherwise what a tar holds."""
+    """Compare the samples of a tar with the rows of the index. Returns a line per difference."""
     try:
         tar = tars.read_tar(data, url)
     except ValueError as error:
         return [str(error)]
-    refused = {sample.offset: sample for sample in tar.samples if sample.fault}
-    held = {row["offset"]: row for row in tars.make_index_rows(tar, data, name)}
-    if held and not rows:
+    refused = {sample.offset: sample for sample in tar.samples if sample.rejection_reason}
+    unindexed = {row["offset"]: row for row in tars.make_index_rows(tar, data, name)}
+    if unindexed and not rows:
         return [f"{url}: is not in the index"]
     wrong = []
     for row in rows:
         if sample := refused.get(row["offset"]):
-            wrong.append(f"{url}: sample {row['key']}: {sample.fault}: {_explain_rejection(sample)}")
-        elif held.pop(row["offset"], None) != row:
-            wrong.append(f"{url}: sample {row['key']}: the index says otherwise what it holds")
-    if held:
-        wrong.append(f"{url}: holds {len(held)} samples that are not in the index")
+            wrong.append(f"{url}: sample {row['key']}: {sample.rejection_reason}: {_explain_rejection(sample)}")
+        elif unindexed.pop(row["offset"], None) != row:
+            wrong.append(f"{url}: sample {row['key']}: its row of the index differs from the tar")
+    if unindexed:
+        wrong.append(f"{url}: contains {len(unindexed)} samples that are not in the index")
     return wrong

@@ -1,11 +1,13 @@
-"""Which samples a run used: gathered from its workers, a line a step that counted, and the proof from these lines.
+"""Log of the samples that a run used, and the check of this log: each sample once per epoch.
 
     consumed.jsonl   {"stage", "step", "samples": {SET: [numbers]},
                       "replaced": [{"set", "at", "due", "used", "reason"}]}
 
-Numbers are rows of the set's index, in the order of the global batch, as readers told them after the bytes they read
-had that row's checksum.  The proof knows nothing of the order that asked for them.
-replaced: at this place of the set's numbers stands `used` where `due` was to come.
+One line per step that counted. Numbers are rows of the set's index, in the order of the global batch. Readers report a
+number after the bytes that they read matched that row's checksum. The check does not use the order that scheduled the
+samples, so it also finds errors of that order.
+
+replaced: at index `at` of the set's numbers, sample `used` stands in for `due`, the scheduled one.
 """
 
 import json
@@ -20,142 +22,169 @@ if TYPE_CHECKING:
 
 CONSUMED_FILE = "consumed.jsonl"
 MAX_LISTED_SAMPLES = 5
-"""Sample numbers that a fault names at most."""
+"""Maximum number of sample numbers in a message."""
 
 
 @dataclass(frozen=True)
 class ConsumedSamples:
-    """Samples of a global batch by set, and those among them that stand in for others."""
+    """Samples of a global batch by set, and the replacements among them."""
 
     samples: dict[str, list[int]]
     replaced: list[dict[str, Any]]
 
 
-def gather_samples(mine: Sequence[dict[str, Any]], names: Sequence[str], device: "torch.device") -> ConsumedSamples:
-    """What all ranks used in a global batch, from each rank's micro-batches as `ingest.Reader` made them.
+def gather_samples(
+    micro_batches: Sequence[dict[str, Any]], names: Sequence[str], device: "torch.device"
+) -> ConsumedSamples:
+    """Gather the samples that all ranks used in a global batch. A collective: every rank calls it.
 
-    names: of the sources, in the order's order.  A collective: every rank calls it.
+    Args:
+        micro_batches: this rank's micro-batches, as `ingest.Reader` made them.
+        names: names of the sources, in the order of `Order.samples`.
+        device: device for the collectives.
     """
-    import torch  # which the process that writes the log does without
+    import torch  # the process that writes the log runs without torch
     import torch.distributed as dist
 
-    own = torch.from_numpy(np.array([[one["source"], one["sample"]] for one in mine])).to(device)
-    ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(ranks, own)
-    # micro-batches go round the ranks: (turns, ranks, 2, size) is the order of the global batch
+    columns = [[batch["source"], batch["sample"]] for batch in micro_batches]
+    local = torch.from_numpy(np.array(columns)).to(device)
+    ranks = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, local)
+    # micro-batches are dealt to the ranks in turn: (turns, ranks, 2, size) is the order of the global batch
     source, sample = torch.stack(ranks, 1).movedim(2, 0).flatten(1).cpu().numpy()
-    replaced = [entry for one in mine for entry in json.loads(one["replaced"])]
+    # replacements are rare, so their lists are gathered only if there are any
+    replaced = [entry for batch in micro_batches for entry in json.loads(batch["replaced"])]
     count = torch.tensor(len(replaced), device=device)
     dist.all_reduce(count)
     if count.item():
         lists: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(lists, replaced)
         replaced = [_locate_replacement(entry, source) for entries in lists for entry in entries]
-    return ConsumedSamples({name: sample[source == number].tolist() for number, name in enumerate(names)}, replaced)
+    by_set = {name: sample[source == index].tolist() for index, name in enumerate(names)}
+    return ConsumedSamples(by_set, replaced)
 
 
 def _locate_replacement(entry: dict[str, Any], source: np.ndarray) -> dict[str, Any]:
-    """The entry with its place in the stream turned into that among the set's samples of the batch."""
-    place = entry["place"] % len(source)
-    at = int((source[:place] == source[place]).sum())
-    return {"set": entry["set"], "at": at, **{name: entry[name] for name in ("due", "used", "reason")}}
+    """Convert the entry's stream position into an index among the set's samples of the global batch."""
+    position = entry["place"] % len(source)
+    index = int((source[:position] == source[position]).sum())
+    return {"set": entry["set"], "at": index, **{name: entry[name] for name in ("due", "used", "reason")}}
 
 
 @dataclass
 class Coverage:
-    """What a stage used of a set: steps of the stage, samples, whole epochs, samples of the epoch begun, replaced ones.
+    """Use of a set by a stage. Replaced samples count as if the scheduled sample had been used.
 
-    Samples count as due: one that was replaced was used in its place.
+    stage: name of the stage. steps: its steps. samples: samples of the set that it used. epochs: complete epochs of the
+    set. partial_samples: samples of the last, incomplete epoch. replaced: replaced samples.
     """
 
     stage: str
     steps: int = 0
     samples: int = 0
     epochs: int = 0
-    begun: int = 0
+    partial_samples: int = 0
     replaced: int = 0
 
 
-def verify_coverage(lines: Iterable[bytes], log: str, name: str, samples: int) -> tuple[list[Coverage], list[str]]:
-    """What each stage used of a set, and what is wrong, a line each: none where every epoch has each sample once.
+def verify_coverage(lines: Iterable[bytes], log: str, name: str, num_samples: int) -> tuple[list[Coverage], list[str]]:
+    """Check that a log uses each sample of a set exactly once per epoch.
 
-    lines: of the log, with their ends; one without is what a crash left of the last, and is ignored.  log: its name.
-    name: the set's in the run.  samples: how many the set has.
+    For each stage, steps must be 1, 2, 3, ... and of equal size. The scheduled samples are cut into epochs of
+    `num_samples`, counted from 0. A complete epoch must have each number once, the last one no number twice. Memory is
+    one byte per sample and stage.
 
-    Shown of each stage are that its steps are 1, 2, 3, ..., of one size, and that its samples, with those due in place
-    of those that replaced them, cut into epochs of `samples`, are each number from 0 once in a whole epoch, and none
-    twice in the epoch begun.  Epochs count from 0.  In memory is a byte a sample for each stage.
+    Args:
+        lines: lines of the log with their line breaks. A line without one is a partial line of a crash, and ends the
+            check.
+        log: path of the log, for messages.
+        name: name of the set in the run.
+        num_samples: number of samples of the set.
+
+    Returns:
+        The use of the set by each stage, and one message per error.
     """
     stages: dict[str, _StageProgress] = {}
-    wrong = []
+    errors = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):
             break
         step = _parse_step(line)
         if step is None:
-            wrong.append(f"{log}: line {number}: no step, allowed: an object with stage, step, samples of each set")
+            errors.append(f"{log}: line {number}: no step, allowed: an object with stage, step, samples of each set")
             continue
-        if (key := step["stage"]) not in stages:
-            stages[key] = _StageProgress(Coverage(key), bytearray(samples))
-        wrong += [f"{log}: stage {key}: {fault}" for fault in stages[key].take(step, name)]
-    wrong += [f"{log}: stage {key}: {fault}" for key, stage in stages.items() for fault in stage.repeated()]
-    proofs = [stage.proof for stage in stages.values() if stage.proof.samples]
-    if not proofs:
-        wrong.append(f"{log}: no step used a sample of {name}")
-    return proofs, wrong
+        if (stage := step["stage"]) not in stages:
+            stages[stage] = _StageProgress(Coverage(stage), bytearray(num_samples))
+        errors += [f"{log}: stage {stage}: {error}" for error in stages[stage].add_step(step, name)]
+    for stage, progress in stages.items():
+        errors += [f"{log}: stage {stage}: {error}" for error in progress.check_repeats()]
+    coverages = [progress.coverage for progress in stages.values() if progress.coverage.samples]
+    if not coverages:
+        errors.append(f"{log}: no step used a sample of {name}")
+    return coverages, errors
 
 
 @dataclass
 class _StageProgress:
-    """How far a stage is.  seen: of each sample whether the epoch begun has had it.  size: of its global batches."""
+    """Progress of the check through a stage.
 
-    proof: Coverage
+    seen: one byte per sample, 1 if the current epoch has used it. batch_size: size of the stage's global batches.
+    repeated: samples that the current epoch has used again.
+    """
+
+    coverage: Coverage
     seen: bytearray
-    size: int = 0
-    again: list[int] = field(default_factory=list)
+    batch_size: int = 0
+    repeated: list[int] = field(default_factory=list)
 
-    def take(self, step: dict[str, Any], name: str) -> Iterator[str]:
-        """Count one step; what is wrong with it, or with the epochs that end in it."""
-        number, numbers, proof = step["step"], list(step["samples"].get(name, [])), self.proof
-        if number != proof.steps + 1:
-            yield f"step {number} follows step {proof.steps}, allowed: {proof.steps + 1}"
-        proof.steps = number
-        size = sum(map(len, step["samples"].values()))
-        self.size = self.size or size
-        if size != self.size:
-            yield f"step {number}: {size} samples, allowed: {self.size}, as in the first"
+    def add_step(self, step: dict[str, Any], name: str) -> Iterator[str]:
+        """Count a step, and yield errors in it or in epochs that end in it."""
+        number, numbers, coverage = step["step"], list(step["samples"].get(name, [])), self.coverage
+        # number and size of the step
+        if number != coverage.steps + 1:
+            yield f"step {number} follows step {coverage.steps}, allowed: {coverage.steps + 1}"
+        coverage.steps = number
+        batch_size = sum(map(len, step["samples"].values()))
+        self.batch_size = self.batch_size or batch_size
+        if batch_size != self.batch_size:
+            yield f"step {number}: {batch_size} samples, allowed: {self.batch_size}, as in the first"
+        # put the scheduled samples in place of their replacements
         for entry in step["replaced"]:
             if entry["set"] == name:
                 used = entry["used"]
                 if numbers[entry["at"] : entry["at"] + 1] != [used] or not 0 <= used < len(self.seen):
-                    yield f"step {number}: sample {used} is said to replace another, but was not used there"
+                    yield f"step {number}: sample {used} is listed as a replacement, but was not used there"
                     continue
                 numbers[entry["at"]] = entry["due"]
-                proof.replaced += 1
-        if outside := [sample for sample in numbers if not 0 <= sample < len(self.seen)]:
+                coverage.replaced += 1
+        # mark the samples; an epoch may end in the middle of a step
+        outside = [sample for sample in numbers if not 0 <= sample < len(self.seen)]
+        if outside:
             yield f"step {number}: samples {_format_samples(outside)}, allowed: 0 to {len(self.seen) - 1}"
         for sample in numbers:
             if sample not in outside:
                 if self.seen[sample]:
-                    self.again.append(sample)
+                    self.repeated.append(sample)
                 self.seen[sample] = 1
-            proof.samples += 1
-            proof.begun += 1
-            if proof.begun == len(self.seen):
-                yield from self._end()
+            coverage.samples += 1
+            coverage.partial_samples += 1
+            if coverage.partial_samples == len(self.seen):
+                yield from self._end_epoch()
 
-    def repeated(self) -> Iterator[str]:
-        if self.again:
-            yield f"epoch {self.proof.epochs}: {len(self.again)} samples came again: {_format_samples(self.again)}"
+    def check_repeats(self) -> Iterator[str]:
+        """Yield an error if the current epoch has used samples more than once."""
+        if self.repeated:
+            samples = _format_samples(self.repeated)
+            yield f"epoch {self.coverage.epochs}: {len(self.repeated)} samples were repeated: {samples}"
 
-    def _end(self) -> Iterator[str]:
-        yield from self.repeated()
+    def _end_epoch(self) -> Iterator[str]:
+        yield from self.check_repeats()
         if count := self.seen.count(0):
-            lost = [at for at, seen in enumerate(self.seen) if not seen]
-            yield f"epoch {self.proof.epochs}: {count} samples did not come: {_format_samples(lost)}"
-        self.seen, self.again = bytearray(len(self.seen)), []
-        self.proof.epochs += 1
-        self.proof.begun = 0
+            missing = [sample for sample, seen in enumerate(self.seen) if not seen]
+            yield f"epoch {self.coverage.epochs}: {count} samples are missing: {_format_samples(missing)}"
+        self.seen, self.repeated = bytearray(len(self.seen)), []
+        self.coverage.epochs += 1
+        self.coverage.partial_samples = 0
 
 
 def _format_samples(samples: list[int]) -> str:
@@ -163,14 +192,16 @@ def _format_samples(samples: list[int]) -> str:
 
 
 def _parse_step(line: bytes) -> dict[str, Any] | None:
-    """The log's line; None for one that is not of its form."""
+    """Parse a line of the log; None if it has another form."""
     try:
         step = json.loads(line)
-        numbers = [number for each in step["samples"].values() for number in each]
+        numbers = [number for samples in step["samples"].values() for number in samples]
         numbers += [entry[key] for entry in step["replaced"] for key in ("at", "due", "used")]
         names = [step["stage"], *(entry["set"] for entry in step["replaced"])]
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    # True is an int, too
-    good = all(type(number) is int for number in [step["step"], *numbers]) and all(type(one) is str for one in names)
-    return step if good and isinstance(step["replaced"], list) else None
+    # exact types, since True is an instance of int
+    has_types = all(type(number) is int for number in [step["step"], *numbers]) and all(
+        type(name) is str for name in names
+    )
+    return step if has_types and isinstance(step["replaced"], list) else None

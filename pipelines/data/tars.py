@@ -1,21 +1,24 @@
-"""A tar as WebDataset 1.0.2 reads it: its samples, the record and the image of each, and all other members.
+"""Foreign tars as WebDataset 1.0.2 reads them: samples, the record and the image of each, and all other members.
 
-WebDataset's own `base_plus_ext` and `group_by_keys` make the samples, so that an index holds those that it reads:
+WebDataset's `base_plus_ext` and `group_by_keys` make the samples, so an index has the samples that WebDataset reads:
 
 - A key is the path up to the first dot of its last part: `a.0.jpg` and `a.1.jpg` are two members of sample `a`.
-- Members of a sample stand together.  The same key further on is another sample.
-- Suffixes count in small letters.  The same one twice in a sample is an error.
-- Left out are folders, links and devices, names without a dot, and metadata: `__name__` and all below `__name__/`.
-- A tar ends with its first block of zeros, or where a header is damaged, whatever follows.
+- Members of a sample are contiguous. The same key further on is another sample.
+- Suffixes are compared in lower case. The same suffix twice in a sample is an error.
+- Skipped are folders, links, devices, names without a dot, and metadata: `__name__` and everything in `__name__/`.
+- A tar ends at its first block of zeros or at a damaged header, whatever follows.
 
-The record is the `json` member, or the only one whose suffix ends in `.json` and that has conversations, as in
-`a.jpg.json`.  The image is the member with a plain suffix of images (`jpg`, not `depth.png`); among several the one
-whose suffix the record's `image` has; without a plain one the only one whose suffix ends in one of images, and without
-that the only one whose bytes are an image.  No text file is ever taken for one.
+The record is the `json` member, or the only member with conversations whose suffix ends in `.json`, as in `a.jpg.json`.
+The image is the first of these that exists:
 
-Each of a tar's members is used, ignored or refused, and these add up.  A sample is refused with a reason of REASONS or
-of `records.REASONS`.  The tar as a whole is refused where WebDataset raises an error, would lose members without a
-word, or would need unpickling, and where no byte range holds what it reads (a compressed tar).
+1. The member with a plain image suffix (`jpg`, not `depth.png`); of several, the one with the suffix of the record's
+   `image`.
+2. The only member whose suffix ends in an image suffix.
+3. The only member whose bytes are an image. Text files are never tried.
+
+Each member of a tar is used, ignored or rejected, and the counts add up. A sample is rejected with a reason of
+TAR_REASONS or `records.RECORD_REASONS`. The whole tar is rejected if WebDataset raises an error, loses members
+silently, or needs unpickling, or if no byte range contains a sample (a compressed tar).
 """
 
 import hashlib
@@ -41,16 +44,16 @@ TAR_REASONS = {
     "members apart": "the key comes again further on, with the sample's other members",
     "sparse member": "the record or the image is stored sparse: no byte range holds it (make the tar without --sparse)",
 }
-"""Why a sample of a tar is refused, beside the reasons of its record."""
+"""Reasons to reject a sample of a tar, in addition to those of its record."""
 
 _IMAGE_SUFFIXES = "apng avif bmp dib gif ico img jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
 IMAGE_SUFFIXES = frozenset(_IMAGE_SUFFIXES.split())
-"""Suffixes of images; `img` is what `redux shards make` writes where a file's name has no suffix of these."""
+"""Suffixes of images. `redux shards make` writes `img` for other formats."""
 RECOGNIZED_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
-"""Pillow's formats by which bytes without a telling suffix are known."""
+"""Pillow's formats that are recognised by their bytes, for members with another suffix."""
 _TEXT_SUFFIXES = "cls csv html id index json jsonl text tsv txt xml yaml yml"
 TEXT_SUFFIXES = frozenset(_TEXT_SUFFIXES.split())
-"""Suffixes of what is no image, whatever its bytes."""
+"""Suffixes of members that are never images, whatever their bytes."""
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".pyd", ".npy", ".npz")
 COMPRESSION_MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -58,7 +61,7 @@ COMPRESSION_MAGIC = {
     b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
-"""Programs by the first bytes of what they compress."""
+"""Compression programs by the first bytes of their files."""
 MEMBER_KINDS = {tarfile.DIRTYPE: "folder", tarfile.LNKTYPE: "hard link", tarfile.SYMTYPE: "symbolic link"}
 HASH_CHUNK_BYTES = 2**20
 
@@ -67,7 +70,7 @@ BytesLike = bytes | mmap.mmap
 
 @dataclass(frozen=True)
 class TarMember:
-    """A file in a tar: its suffix in small letters, and where it begins, has its bytes and ends."""
+    """File in a tar: its suffix in lower case, and the byte offsets of header (start), content (at) and end."""
 
     name: str
     suffix: str
@@ -80,9 +83,9 @@ class TarMember:
 
 @dataclass
 class TarSample:
-    """A sample that WebDataset reads.
+    """Sample that WebDataset reads.
 
-    words: of all turns.  fault: the reason to refuse it; None for a good one, which has a record.
+    words: number of words of all turns. rejection_reason: None for a usable sample, which has a record.
     """
 
     key: str
@@ -90,7 +93,7 @@ class TarSample:
     record: TarMember | None = None
     image: TarMember | None = None
     words: int = 0
-    fault: str | None = None
+    rejection_reason: str | None = None
 
     @property
     def offset(self) -> int:
@@ -102,15 +105,15 @@ class TarSample:
 
     @property
     def used(self) -> list[TarMember]:
-        return [] if self.fault else [member for member in (self.record, self.image) if member]
+        return [] if self.rejection_reason else [member for member in (self.record, self.image) if member]
 
 
 @dataclass
 class Tar:
     """Content of a tar.
 
-    samples: in its order, refused ones too.  outside: how many members are of no sample, by kind.  notes: lines on what
-        is read otherwise than people may think.
+    samples: samples in the order of the tar, including rejected ones. outside: number of members outside of samples, by
+    kind. notes: lines about unexpected content. members: number of all members.
     """
 
     samples: list[TarSample] = field(default_factory=list)
@@ -120,34 +123,35 @@ class Tar:
 
     @property
     def kept(self) -> list[TarSample]:
-        return [sample for sample in self.samples if not sample.fault]
+        """Samples that are not rejected."""
+        return [sample for sample in self.samples if not sample.rejection_reason]
 
     @property
     def used(self) -> Counter[str]:
-        """Members that training reads, by suffix."""
+        """Number of members that training reads, by suffix."""
         return Counter(member.suffix for sample in self.samples for member in sample.used)
 
     @property
     def ignored(self) -> Counter[str]:
-        """Members that nothing reads, by suffix or kind."""
+        """Number of members that nothing reads, by suffix or kind."""
         rest = (member for sample in self.kept for member in sample.members if member not in sample.used)
         return Counter(member.suffix for member in rest) + self.outside
 
     @property
     def refused(self) -> int:
-        """Members of refused samples."""
-        return sum(len(sample.members) for sample in self.samples if sample.fault)
+        """Number of members of rejected samples."""
+        return sum(len(sample.members) for sample in self.samples if sample.rejection_reason)
 
 
 def read_tar(data: BytesLike, name: str) -> Tar:
-    """List what a tar holds.
+    """List samples and members of a tar.
 
     Args:
-        data: the whole tar, in memory or mapped into it.
-        name: of the tar, for errors.
+        data: the whole tar, in memory or mapped into memory.
+        name: name of the tar, for messages.
 
     Raises:
-        ValueError: one line, where the tar as a whole is refused.
+        ValueError: the whole tar is rejected. The message is one line.
     """
     tar = Tar()
     for sample in _group_samples(_read_members(data, name, tar), name):
@@ -159,7 +163,7 @@ def read_tar(data: BytesLike, name: str) -> Tar:
 
 
 def make_index_rows(tar: Tar, data: BytesLike, name: str) -> list[dict[str, Any]]:
-    """Rows of the index, one for each kept sample: `pipelines.data.shard_index.SCHEMA`."""
+    """Make the rows of the index, one per kept sample, with the columns of `shard_index.INDEX_SCHEMA`."""
     return [
         {
             "key": to_utf8(sample.key),
@@ -178,12 +182,12 @@ def make_index_rows(tar: Tar, data: BytesLike, name: str) -> list[dict[str, Any]
 
 
 def to_utf8(name: str) -> str:
-    r"""A name as UTF-8 can write it: bytes of other encodings become `\udcXX`."""
+    r"""Make a name encodable as UTF-8: bytes of other encodings become the text `\udcXX`."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def escape_unprintable(name: str) -> str:
-    """A name as one line shows it."""
+    """Escape a name if it contains unprintable characters, so that it fits on one line."""
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
@@ -191,8 +195,8 @@ def escape_unprintable(name: str) -> str:
 
 
 def _read_members(data: BytesLike, name: str, tar: Tar) -> Iterator[TarMember]:
-    """Files that WebDataset groups into samples; the others are counted in `tar`."""
-    from webdataset.tariterators import base_plus_ext  # brings torch along, which readers do without
+    """Yield the files that WebDataset groups into samples, and count the others in `tar`."""
+    from webdataset.tariterators import base_plus_ext  # imports torch, which readers do not need
 
     end = 0
     for info, end in _read_headers(data, name):
@@ -209,36 +213,37 @@ def _read_members(data: BytesLike, name: str, tar: Tar) -> Iterator[TarMember]:
             )
         elif suffix.startswith("__"):
             raise ValueError(
-                f"{name}: member {escape_unprintable(info.name)}, allowed: a suffix that WebDataset does not keep for "
-                "itself"
+                f"{name}: member {escape_unprintable(info.name)}, allowed: a suffix that WebDataset does not reserve"
             )
         else:
             yield TarMember(info.name, suffix.lower(), info.offset, info.offset_data, info.size, end, info.issparse())
+    # the end: WebDataset stops at zeros or damage without an error, so what follows is checked here
     if end == len(data):
         tar.notes.append(f"{name}: ends without the two blocks of zeros that end a tar: it may have been cut")
-    if (at := _find_nonzero_byte(data, end)) is not None:
+    more = _find_nonzero_byte(data, end)
+    if more is not None:
         raise ValueError(
             f"{name}: WebDataset reads {tar.members} members and stops at byte {end}, and there is more from byte "
-            f"{at} on, allowed: one whole tar (not two behind one another, nor a damaged or cut one)"
+            f"{more} on, allowed: one whole tar (not two behind one another, nor a damaged or cut one)"
         )
 
 
 def _read_headers(data: BytesLike, name: str) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """Each member of the tar, and the byte at which the next one begins."""
+    """Yield each member of the tar, and the byte offset at which the next member begins."""
     try:
-        # a mapped file cannot seek behind its end, which is how tarfile finds that one is cut
+        # tarfile detects a cut tar by seeking beyond the end, which a memory map does not allow
         file = io.BytesIO(data) if isinstance(data, bytes) else _SeekableMap(data)
         with tarfile.open(fileobj=file, mode="r:") as opened:
-            begin = -1
+            previous = -1
             while info := opened.next():
-                if opened.offset <= begin:
-                    raise tarfile.ReadError("a member that begins before the one ahead of it")
-                begin = opened.offset
-                opened.members = []  # type: ignore[attr-defined]  # or all headers stay in memory, as for WebDataset
+                if opened.offset <= previous:  # a negative size in a damaged header would loop forever
+                    raise tarfile.ReadError("a member begins before the previous one")
+                previous = opened.offset
+                opened.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
                 yield info, opened.offset
     except GeneratorExit:
         raise
-    except Exception as error:  # a damaged header brings up more than tarfile's own errors
+    except Exception as error:  # a damaged header raises more than tarfile's errors
         for magic, program in COMPRESSION_MAGIC.items():
             if data[: len(magic)] == magic:
                 raise ValueError(
@@ -248,7 +253,7 @@ def _read_headers(data: BytesLike, name: str) -> Iterator[tuple[tarfile.TarInfo,
 
 
 class _SeekableMap(io.RawIOBase):
-    """A mapped file as a file that can be read, of which nothing is copied before."""
+    """Memory map as a readable file that can seek beyond its end. Bytes are copied only when they are read."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._at = data, 0
@@ -271,22 +276,22 @@ class _SeekableMap(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         stop = len(self._data) if size is None or size < 0 else self._at + size
-        found = self._data[self._at : stop]
-        self._at += len(found)
-        return found
+        chunk = self._data[self._at : stop]
+        self._at += len(chunk)
+        return chunk
 
 
 def _is_metadata(name: str) -> bool:
-    """Metadata of the tar, as `webdataset.tariterators.tar_file_iterator` leaves it out."""
-    whole = "/" not in name and name.startswith("__") and name.endswith("__")
-    return whole or re.match(r"__[^/]*__($|/)", name) is not None
+    """Tell if a member is metadata, which `webdataset.tariterators.tar_file_iterator` skips."""
+    is_file = "/" not in name and name.startswith("__") and name.endswith("__")
+    return is_file or re.match(r"__[^/]*__($|/)", name) is not None
 
 
 def _group_samples(members: Iterator[TarMember], name: str) -> Iterator[TarSample]:
-    """The members as WebDataset's samples."""
+    """Group members into samples with WebDataset's function."""
     from webdataset.tariterators import group_by_keys
 
-    last: TarMember | None = None
+    last: TarMember | None = None  # for the message: WebDataset's error does not name the member
 
     def entries() -> Iterator[dict[str, Any]]:
         nonlocal last
@@ -298,7 +303,7 @@ def _group_samples(members: Iterator[TarMember], name: str) -> Iterator[TarSampl
         try:
             sample = next(samples, None)
         except ValueError as error:
-            if len(error.args) > 1 and last:  # WebDataset adds to its own, and not to those of `members`
+            if len(error.args) > 1 and last:  # WebDataset's errors have more arguments than those of `members`
                 raise ValueError(
                     f"{name}: member {escape_unprintable(last.name)}: got a second "
                     f".{escape_unprintable(last.suffix)} of one sample, allowed: one"
@@ -307,59 +312,64 @@ def _group_samples(members: Iterator[TarMember], name: str) -> Iterator[TarSampl
         if sample is None:
             return
         key = str(sample["__key__"])
-        yield TarSample(key, [each for each in sample.values() if isinstance(each, TarMember)])
+        yield TarSample(key, [value for value in sample.values() if isinstance(value, TarMember)])
 
 
 # --- which member is what --------------------------------------------------------------------------------------------
 
 
 def _resolve_sample(sample: TarSample, data: BytesLike) -> None:
-    """Find the sample's record and image, or the reason to refuse it."""
+    """Find the sample's record and image, or the reason to reject it."""
     if any(member.sparse and _last_suffix(member) in IMAGE_SUFFIXES | {"json"} for member in sample.members):
-        sample.fault = "sparse member"
+        sample.rejection_reason = "sparse member"
         return
-    record, sample.fault = _find_record(sample, data)
-    if sample.fault:
+    record, sample.rejection_reason = _find_record(sample, data)
+    if sample.rejection_reason:
         return
-    sample.image, sample.fault = _find_image(sample, record, data)
-    if sample.fault:
+    sample.image, sample.rejection_reason = _find_image(sample, record, data)
+    if sample.rejection_reason:
         return
     if sample.image:
-        record = {**record, "image": f"image.{sample.image.suffix}"}  # the tar's, whatever path it had before
+        record = {
+            **record,
+            "image": f"image.{sample.image.suffix}",
+        }  # the member counts, whatever path the record names
     elif records.has_image(record):
-        sample.fault = "missing image"
+        sample.rejection_reason = "missing image"
         return
-    found = records.find_rejection(record, None)
-    sample.fault = found and found.reason
-    if not sample.fault:
+    rejection = records.find_rejection(record, None)
+    sample.rejection_reason = rejection and rejection.reason
+    if not sample.rejection_reason:
         sample.words = records.count_words(record)
 
 
 def _find_record(sample: TarSample, data: BytesLike) -> tuple[Any, str | None]:
-    """The sample's record, unchecked, or the reason that it has none; notes the member."""
+    """Find the sample's record, and set `sample.record`. Returns the record unchecked, or a reason to reject."""
     plain = [member for member in sample.members if member.suffix == "json"]
     dotted = [member for member in sample.members if member.suffix.endswith(".json")]
     values = {member.name: _parse_json(data, member) for member in plain + dotted}
-    talks = [
-        member
-        for member in plain + dotted
-        if isinstance(value := values[member.name], dict) and "conversations" in value
-    ]
-    if len(talks) > 1:
+    with_conversations = [member for member in plain + dotted if _has_conversations(values[member.name])]
+    if len(with_conversations) > 1:
         return None, "several records"
-    if not (found := talks or plain):
+    found = with_conversations or plain
+    if not found:
         return None, "no record"
     [sample.record] = found
     value = values[sample.record.name]
-    return value, None if isinstance(value, dict) and "conversations" in value else "malformed"
+    return value, None if _has_conversations(value) else "malformed"
+
+
+def _has_conversations(value: Any) -> bool:
+    return isinstance(value, dict) and "conversations" in value
 
 
 def _last_suffix(member: TarMember) -> str:
-    """The last part of a member's suffix."""
+    """Return the last part of a member's suffix."""
     return member.suffix.rpartition(".")[2]
 
 
 def _parse_json(data: BytesLike, member: TarMember) -> Any:
+    """Parse a member as JSON; None if it is none."""
     try:
         return json.loads(data[member.at : member.at + member.size])
     except (ValueError, RecursionError):
@@ -367,11 +377,12 @@ def _parse_json(data: BytesLike, member: TarMember) -> Any:
 
 
 def _find_image(sample: TarSample, record: dict, data: BytesLike) -> tuple[TarMember | None, str | None]:
-    """The sample's image, if it has one, or the reason to refuse the sample."""
+    """Find the sample's image. Returns the member or None, and a reason to reject or None."""
     plain = [member for member in sample.members if member.suffix in IMAGE_SUFFIXES]
     dotted = [member for member in sample.members if _last_suffix(member) in IMAGE_SUFFIXES]
-    if len(plain) > 1 and isinstance(named := record.get("image"), str):
-        suffix = posixpath.splitext(named)[1].lower().removeprefix(".")
+    path = record.get("image")
+    if len(plain) > 1 and isinstance(path, str):
+        suffix = posixpath.splitext(path)[1].lower().removeprefix(".")
         plain = [member for member in plain if member.suffix == suffix] or plain
     found = plain or dotted or [member for member in sample.members if _is_image(member, data)]
     if len(found) > 1:
@@ -380,27 +391,27 @@ def _find_image(sample: TarSample, record: dict, data: BytesLike) -> tuple[TarMe
 
 
 def _is_image(member: TarMember, data: BytesLike) -> bool:
-    """Tell if the bytes of a member begin as an image does, and its suffix says nothing else."""
+    """Tell if the bytes of a member begin like an image. False for members with a suffix of texts."""
     if member.sparse or _last_suffix(member) in TEXT_SUFFIXES:
         return False
     try:
         with Image.open(io.BytesIO(data[member.at : member.at + member.size]), formats=RECOGNIZED_FORMATS):
             return True
-    except Exception:  # each of Pillow's formats has its own errors
+    except Exception:  # each of Pillow's formats raises other errors
         return False
 
 
 def _reject_split_samples(tar: Tar, name: str) -> None:
-    """Refuse all samples of a key that comes again, where one of them is not whole; note keys that repeat."""
+    """Reject all samples of a repeated key if one of them is rejected; otherwise add a note."""
     by_key: dict[str, list[TarSample]] = {}
     for sample in tar.samples:
         by_key.setdefault(sample.key, []).append(sample)
     for key, same in by_key.items():
         if len(same) == 1:
             continue
-        if any(sample.fault for sample in same):
+        if any(sample.rejection_reason for sample in same):
             for sample in same:
-                sample.fault = "members apart"
+                sample.rejection_reason = "members apart"
         else:
             tar.notes.append(f"{name}: {len(same)} samples have the key {escape_unprintable(key)}; all are kept")
 
@@ -410,15 +421,17 @@ def _reject_split_samples(tar: Tar, name: str) -> None:
 
 def _sha256(data: BytesLike, offset: int, length: int) -> bytes:
     digest = hashlib.sha256()
-    for at in range(offset, offset + length, HASH_CHUNK_BYTES):
-        digest.update(data[at : min(at + HASH_CHUNK_BYTES, offset + length)])
+    # by chunks, since a slice of a memory map is a copy
+    for start in range(offset, offset + length, HASH_CHUNK_BYTES):
+        digest.update(data[start : min(start + HASH_CHUNK_BYTES, offset + length)])
     return digest.digest()
 
 
 def _find_nonzero_byte(data: BytesLike, start: int) -> int | None:
-    """The place of the first byte from `start` on that is not zero."""
-    for at in range(start, len(data), HASH_CHUNK_BYTES):
-        part = data[at : at + HASH_CHUNK_BYTES]
-        if rest := part.lstrip(b"\0"):
-            return at + len(part) - len(rest)
+    """Return the offset of the first nonzero byte at or after `start`, or None."""
+    for offset in range(start, len(data), HASH_CHUNK_BYTES):
+        chunk = data[offset : offset + HASH_CHUNK_BYTES]
+        rest = chunk.lstrip(b"\0")
+        if rest:
+            return offset + len(chunk) - len(rest)
     return None

@@ -144,7 +144,7 @@ def test_a_run_that_used_a_sample_twice_is_found_out(finished: tuple[Path, str],
     (tmp_path / "consumed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = verify(job.parent / "talk", tmp_path)
     assert found.returncode == 2
-    assert f"epoch 23: 1 samples came again: {twice[0]}" in found.stdout
+    assert f"epoch 23: 1 samples were repeated: {twice[0]}" in found.stdout
     (tmp_path / "consumed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
     assert "stage instruct ends with step 59, metrics.jsonl with 60" in verify(job.parent / "talk", tmp_path).stdout
 

@@ -103,9 +103,9 @@ def test_samples_that_cannot_be_used_are_listed_and_counted_or_the_whole_is_refu
     (tmp_path / "a.tar").write_bytes(pack(entries))
     (tmp_path / "b.tar").write_bytes(pack([]))
     with pytest.raises(ValueError, match=r"5 of 6 samples cannot be used \(5 malformed; first 1 of a\.tar: .*10.00%"):
-        index_tars(str(tmp_path), tolerance=0.1)
+        index_tars(str(tmp_path), max_bad_fraction=0.1)
     assert not (tmp_path / INDEX_FILE).exists()
-    found = index_tars(str(tmp_path), tolerance=0.9)
+    found = index_tars(str(tmp_path), max_bad_fraction=0.9)
     assert (found.samples, dict(found.quarantined)) == (1, {"malformed": 5})
     assert (found.members, found.used, found.ignored, found.refused) == (18, {"json": 1, "jpg": 1}, {"txt": 1}, 15)
     listed = [json.loads(line) for line in (tmp_path / QUARANTINE_FILE).read_text().splitlines()]

@@ -109,7 +109,7 @@ def index_all(file: Path) -> list[dict[str, Any]]:
     data = file.read_bytes()
     tar = tars.read_tar(data, file.name)
     for sample in tar.samples:
-        sample.fault = None
+        sample.rejection_reason = None
     return tars.make_index_rows(tar, data, file.name)
 
 

@@ -136,23 +136,23 @@ def name_one_of_another_set(log: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lose, r"epoch 1: 1 samples came again: \d"),
-        (lose, r"epoch 1: 1 samples did not come: \d"),
-        (repeat, r"epoch 0: 1 samples came again: \d"),
-        (repeat, r"epoch 0: 1 samples did not come: \d"),
-        (repeat_in_the_epoch_begun, r"epoch 3: 1 samples came again: \d"),
-        (swap_over_the_border, r"epoch 0: 1 samples did not come: \d"),
+        (lose, r"epoch 1: 1 samples were repeated: \d"),
+        (lose, r"epoch 1: 1 samples are missing: \d"),
+        (repeat, r"epoch 0: 1 samples were repeated: \d"),
+        (repeat, r"epoch 0: 1 samples are missing: \d"),
+        (repeat_in_the_epoch_begun, r"epoch 3: 1 samples were repeated: \d"),
+        (swap_over_the_border, r"epoch 0: 1 samples are missing: \d"),
         (leave_out_a_step, "step 8 follows step 6, allowed: 7"),
         (leave_out_the_first_step, "step 2 follows step 0, allowed: 1"),
         (repeat_a_step, "step 6 follows step 6, allowed: 7"),
-        (repeat_a_step, r"epoch 2: \d samples came again: "),
+        (repeat_a_step, r"epoch 2: \d samples were repeated: "),
         (use_a_number_of_no_sample, "step 9: samples 10, allowed: 0 to 9"),
         (use_a_number_below_zero, "step 9: samples -1, allowed: 0 to 9"),
-        (name_another_that_stood_in, r"step 9: sample \d is said to replace another, but was not used there"),
-        (name_another_place, r"step 9: sample 3 is said to replace another, but was not used there"),
+        (name_another_that_stood_in, r"step 9: sample \d is listed as a replacement, but was not used there"),
+        (name_another_place, r"step 9: sample 3 is listed as a replacement, but was not used there"),
         (use_more_than_a_batch, "step 4: 7 samples, allowed: 6, as in the first"),
-        (name_another_that_was_due, r"epoch 0: 1 samples came again: \d"),
-        (name_one_of_another_set, r"epoch 0: 1 samples came again: \d"),
+        (name_another_that_was_due, r"epoch 0: 1 samples were repeated: \d"),
+        (name_one_of_another_set, r"epoch 0: 1 samples were repeated: \d"),
     ],
 )
 def test_a_log_that_was_spoilt_has_faults(spoil: Callable[[list[dict[str, Any]]], None], said: str):
@@ -166,8 +166,8 @@ def test_a_log_that_was_spoilt_has_faults(spoil: Callable[[list[dict[str, Any]]]
 def test_a_fault_names_few_of_many_samples():
     log = [{"stage": "instruct", "step": 1, "samples": {"a": [0] * 1000}, "replaced": []}]
     assert faults(log, 1000) == [
-        "consumed.jsonl: stage instruct: epoch 0: 999 samples came again: 0, 0, 0, 0, 0, ...",
-        "consumed.jsonl: stage instruct: epoch 0: 999 samples did not come: 1, 2, 3, 4, 5, ...",
+        "consumed.jsonl: stage instruct: epoch 0: 999 samples were repeated: 0, 0, 0, 0, 0, ...",
+        "consumed.jsonl: stage instruct: epoch 0: 999 samples are missing: 1, 2, 3, 4, 5, ...",
     ]
 
 

@@ -396,7 +396,7 @@ def test_prepared_shards_hold_the_pixels_of_the_originals(
         ShardOptions(samples_per_shard=5, image_size=12, image_aspect_ratio=image_aspect_ratio),
         ShardOptions(samples_per_shard=5),
     ):
-        with pytest.raises(ValueError, match="holds shards of other records or settings"):
+        with pytest.raises(ValueError, match="contains shards of other records or settings"):
             make_shards(records, str(pictures), str(tmp_path), other)
 
 
@@ -512,6 +512,6 @@ def test_shards_of_something_else_are_left_alone(records: list[dict], pictures: 
         (records[1:], ShardOptions(samples_per_shard=5)),
         (records, ShardOptions(samples_per_shard=6)),
     ):
-        with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: holds shards of other records or settings")):
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: contains shards of other records or settings")):
             make_shards(given, str(pictures), str(tmp_path), making)
     assert len(Shards(tmp_path)) == len(records)

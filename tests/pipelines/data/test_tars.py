@@ -44,7 +44,7 @@ def parts(*entries: Entry) -> list[tuple[str, str | None, str | None, str | None
             sample.key,
             sample.record.suffix if sample.record else None,
             sample.image.suffix if sample.image else None,
-            sample.fault,
+            sample.rejection_reason,
         )
         for sample in listed(*entries)[0].samples
     ]
@@ -125,7 +125,7 @@ def test_members_apart_are_refused_whatever_of_them_could_stand_alone(text: bool
     records = [(f"{number}.json", record(number, image=not text)) for number in range(3)]
     images = [(f"{number}.jpg", JPG) for number in range(3)]
     for entries in (records + images, images + records):
-        assert {fault for *_, fault in parts(*entries)} == {"members apart"}
+        assert {rejection_reason for *_, rejection_reason in parts(*entries)} == {"members apart"}
 
 
 def test_a_key_that_comes_again_with_whole_samples_keeps_both_and_says_so():
@@ -159,7 +159,7 @@ def test_each_member_is_counted_once():
     assert found.ignored == Counter(
         {"metadata": 2, "no suffix": 1, "folder": 1, "symbolic link": 1, "hard link": 1, "txt": 1}
     )
-    assert (found.refused, [sample.fault for sample in found.samples]) == (1, [None, "tag without image"])
+    assert (found.refused, [sample.rejection_reason for sample in found.samples]) == (1, [None, "tag without image"])
 
 
 def whole() -> bytes:
@@ -231,7 +231,7 @@ def test_a_sparse_image_is_refused():
     header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
     data = bytes(header) + JPG.ljust(-len(JPG) // 512 * -512, b"\0") + pack([("a.json", record(0))])
     (sample,) = read_tar(data, "a.tar").samples
-    assert sample.fault == "sparse member"
+    assert sample.rejection_reason == "sparse member"
 
 
 def test_samples_behind_ten_gigabytes_are_found_where_they_are(tmp_path: Path):
