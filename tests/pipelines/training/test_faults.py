@@ -57,24 +57,24 @@ def undisturbed(new_plan: NewPlan) -> StagePlan:
 
 @pytest.fixture(autouse=True)
 def clean(undisturbed: StagePlan) -> Iterator[None]:
-    """Nothing outlives a run for long: no worker, no recorder, no placement group."""
+    """Check that no worker, recorder or placement group outlives a run."""
     yield
     wait_for_condition(lambda: not left(), timeout=20)
 
 
 def left() -> list[str]:
-    groups = [name for name, one in placement_group_table().items() if one["state"] != "REMOVED"]
+    groups = [name for name, group in placement_group_table().items() if group["state"] != "REMOVED"]
     processes = [process.name() for process in psutil.Process().children(recursive=True) if process.is_running()]
     return groups + [name for name in processes if "RayTrain" in name or "Recorder" in name or "SplitCoord" in name]
 
 
 def assert_same_end(plan: StagePlan, undisturbed: StagePlan) -> None:
-    """Bit for bit: losses, samples, weights; and no file that the undisturbed run has not."""
+    """Compare losses, samples and weights bit for bit, and the names of the files."""
     assert losses(plan) == losses(undisturbed)
     assert lines(plan, "consumed.jsonl") == lines(undisturbed, "consumed.jsonl")
-    mine, theirs = (load_file(Path(one.result) / "model.safetensors") for one in (plan, undisturbed))
-    assert mine.keys() == theirs.keys()
-    assert all(mine[name].equal(theirs[name]) for name in mine)
+    found, expected = (load_file(Path(run.result) / "model.safetensors") for run in (plan, undisturbed))
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in found)
     assert files(plan) == files(undisturbed)
 
 
@@ -97,10 +97,10 @@ def test_an_undisturbed_run_has_each_step_once_and_keeps_the_newest_checkpoints(
     assert spent.productive > 0
 
 
-def test_a_run_through_one_fault_after_the_other_ends_the_same(
+def test_a_run_with_several_faults_ends_like_an_undisturbed_one(
     undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path
 ) -> None:
-    """An exception, os._exit and SIGKILL, on one rank or the other, each past a checkpoint."""
+    """An exception, os._exit and SIGKILL, on either rank, each after a checkpoint."""
     plan = new_plan()
     kinds = [("raise", 3, 1), ("exit", 5, 0), ("SIGKILL", 7, 1)]
     driver.train_stage(plan, [InjectedFault(kind, step, rank, tmp_path) for kind, step, rank in kinds])
@@ -116,7 +116,7 @@ def test_a_run_through_one_fault_after_the_other_ends_the_same(
 def test_a_batch_that_is_not_finite_is_named_and_skipped_or_done_again(
     undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Rolled back, a fault of the machine is undone; one that comes again is skipped."""
+    """A rollback undoes a fault of the machine; a repeated fault is skipped."""
     plan = new_plan(on_nonfinite="rollback")
     driver.train_stage(plan, [InjectedFault("nan", 2, 0, tmp_path)])
     assert_same_end(plan, undisturbed)
@@ -141,7 +141,7 @@ def test_too_many_batches_that_are_not_finite_end_with_one_line(new_plan: NewPla
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_found(undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path) -> None:
-    """SIGSTOP also stops the rank's own watchdog; the others' find it."""
+    """SIGSTOP also stops the watchdog of its rank; the watchdog of the other rank ends the workers."""
     plan = new_plan({"recovery": Recovery(watchdog_s=45)})
     driver.train_stage(plan, [InjectedFault("SIGSTOP", 3, 1, tmp_path)])
     assert_same_end(plan, undisturbed)
@@ -151,7 +151,7 @@ def test_a_rank_that_hangs_is_found(undisturbed: StagePlan, new_plan: NewPlan, t
 
 
 @pytest.mark.slow
-def test_workers_that_get_no_further_are_given_up(new_plan: NewPlan, tmp_path: Path) -> None:
+def test_workers_without_progress_end_the_run(new_plan: NewPlan, tmp_path: Path) -> None:
     plan = new_plan({"recovery": Recovery(restarts=9)})
     with pytest.raises(
         ValueError, match=r"the same fault twice after step 3: rank 1: .*made for the test; .* step 2 is safe"
@@ -160,7 +160,7 @@ def test_workers_that_get_no_further_are_given_up(new_plan: NewPlan, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_slow_rank_is_no_fault_and_named(undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path) -> None:
+def test_a_slow_rank_is_reported_and_is_no_fault(undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path) -> None:
     plan = new_plan()
     driver.train_stage(plan, [InjectedFault("slow", 2, 1, tmp_path)])
     assert_same_end(plan, undisturbed)
@@ -170,17 +170,17 @@ def test_a_slow_rank_is_no_fault_and_named(undisturbed: StagePlan, new_plan: New
 
 
 @dataclass(frozen=True)
-class NoRoom:
-    """After step `start`, until after step `stop`, the kernel refuses to write files of more than 1 KB on rank 1."""
+class LimitFileSize:
+    """Factory of a hook that limits files to 1 KB on rank 1, from the end of step `start` to the end of step `stop`."""
 
     start: int
     stop: int
 
     def __call__(self, engine: Any, plan: StagePlan) -> Hook:
-        return _NoRoom(self.start, self.stop)
+        return _LimitFileSizeHook(self.start, self.stop)
 
 
-class _NoRoom(Hook):
+class _LimitFileSizeHook(Hook):
     def __init__(self, start: int, stop: int) -> None:
         self.limits = {start: 1024, stop: resource.RLIM_INFINITY}
 
@@ -189,25 +189,25 @@ class _NoRoom(Hook):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.limits[step.number], resource.RLIM_INFINITY))
 
 
-def test_without_room_for_a_checkpoint_training_goes_on_and_a_later_one_works(
+def test_a_full_disk_does_not_stop_training_and_a_later_checkpoint_succeeds(
     undisturbed: StagePlan, new_plan: NewPlan, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After step 6 there may or may not be room in time."""
+    """The checkpoint after step 6 may or may not succeed, because the limit ends after that step."""
     plan = new_plan(save_total_limit=9)
-    driver.train_stage(plan, [NoRoom(3, 6)])
+    driver.train_stage(plan, [LimitFileSize(3, 6)])
     assert losses(plan) == losses(undisturbed)
     there = {
         one.manifest.cursor
         for one in checkpoint.list_newest_first(plan.folder)
         if isinstance(one, checkpoint.SavedCheckpoint)
     }
-    told = {
+    refused = {
         int(found) for found in re.findall(r"small: no checkpoint after step (\d): rank 1: .*too large", shown(capsys))
     }
     assert there - {6} == {2, 8}
-    assert told - {6} == {4}
-    assert there | told == {2, 4, 6, 8}
-    assert not there & told
+    assert refused - {6} == {4}
+    assert there | refused == {2, 4, 6, 8}
+    assert not there & refused
     names = {path.parent.name for path in Path(plan.folder).glob("step-*/*")}
     assert names == set(map(checkpoint.format_name, there))
 
@@ -217,47 +217,47 @@ def shown(capsys: pytest.CaptureFixture[str]) -> str:
     return out + err
 
 
-class Reaches:
-    """A hook that does nothing, and brings the way to S3 to the workers: they were there before this test."""
+class SetS3Environment:
+    """Factory of an empty hook that carries the S3 settings of this test to workers that were started before it."""
 
     def __reduce__(self) -> Any:
         environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-        return _arrive, (environment, storage.RETRY)
+        return _set_environment, (environment, storage.RETRY)
 
     def __call__(self, engine: Any, plan: StagePlan) -> Hook:
         return Hook()
 
 
-def _arrive(environment: dict[str, str], retry: Retry) -> Reaches:
+def _set_environment(environment: dict[str, str], retry: Retry) -> SetS3Environment:
     os.environ.update(environment)
     storage.RETRY = retry
-    return Reaches()
+    return SetS3Environment()
 
 
 @dataclass(frozen=True)
-class OnceStored:
-    """Raises once, on rank 1: at the first step after which a checkpoint stands."""
+class RaiseOnceStored:
+    """Factory of a hook that raises once, on rank 1, at the first step with a committed checkpoint."""
 
     marks: Path
 
     def __call__(self, engine: Any, plan: StagePlan) -> Hook:
-        return _Breaks(self.marks, plan.folder)
+        return _RaiseHook(self.marks, plan.folder)
 
 
-class _Breaks(Hook):
+class _RaiseHook(Hook):
     def __init__(self, marks: Path, folder: str) -> None:
         self.marks, self.folder = marks, folder
 
     def on_step_end(self, step: StepResult) -> None:
         if dist.get_rank() != 1 or list(self.marks.iterdir()):
             return
-        if any(isinstance(each, SavedCheckpoint) for each in checkpoint.list_newest_first(self.folder)):
+        if any(isinstance(saved, SavedCheckpoint) for saved in checkpoint.list_newest_first(self.folder)):
             (self.marks / str(step.number)).touch()
             raise RuntimeError("made for the test")
 
 
 @pytest.mark.slow
-def test_a_stage_whose_checkpoints_are_in_a_bucket_goes_on_from_there_through_its_faults(
+def test_a_stage_resumes_from_a_faulty_bucket(
     undisturbed: StagePlan,
     new_plan: NewPlan,
     proxy: Any,
@@ -266,24 +266,24 @@ def test_a_stage_whose_checkpoints_are_in_a_bucket_goes_on_from_there_through_it
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Answers of no, none, or half of one: to uploads, to restores after a restart, to the model at the end."""
+    """The store refuses, drops, truncates and delays uploads, restores after a restart, and the model at the end."""
     monkeypatch.setattr(storage, "RETRY", replace(fast, tries=30, deadline_s=60, read_timeout_s=0.5))
     plan = new_plan({"checkpoints": bucket})
     kinds = ["SlowDown", "InternalError", "drop", "cut"] * 8 + ["stall"] * 4 + [""] * 40
     proxy.faults = deque(random.Random(0).sample(kinds, len(kinds)))
-    driver.train_stage(plan, [Reaches(), OnceStored(tmp_path)])
+    driver.train_stage(plan, [SetS3Environment(), RaiseOnceStored(tmp_path)])
     [broken] = tmp_path.iterdir()
     assert len(proxy.faults) < 30, "most were served"
     proxy.clear()
     assert losses(plan) == losses(undisturbed)
-    assert account(plan).lost_steps <= int(broken.name) - STAGE.save_steps, "it went on from a checkpoint"
+    assert account(plan).lost_steps <= int(broken.name) - STAGE.save_steps, "it resumed from a checkpoint"
     assert storage.list_folders(plan.folder) == ["model", "step-000006", "step-000008"]
     assert export.is_complete(plan.result)
     name = "model.safetensors"
-    mine = load(storage.read(storage.join(plan.result, name)))
-    theirs = load_file(Path(undisturbed.result) / name)
-    assert mine.keys() == theirs.keys()
-    assert all(mine[name].equal(theirs[name]) for name in mine)
-    asked = len(proxy.asked)
+    found = load(storage.read(storage.join(plan.result, name)))
+    expected = load_file(Path(undisturbed.result) / name)
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in found)
+    before = len(proxy.asked)
     driver.train_stage(plan)
-    assert [one.split()[0] for one in proxy.asked[asked:]] == ["HEAD"], "a finished stage has nothing to do"
+    assert [request.split()[0] for request in proxy.asked[before:]] == ["HEAD"], "a finished stage has nothing to do"

@@ -1,6 +1,6 @@
-"""A checkpoint is there after its step or it is said why not, and training goes on: of storage no hook makes a fault.
+"""A checkpoint is committed after its step, or its failure is reported and training continues.
 
-One rank and a real storage; the recorder is a list.  Whole stages on Ray are in test_faults.py.
+The tests use one rank, real storage, and a list as recorder. test_faults.py has whole stages on Ray.
 """
 
 import resource
@@ -32,20 +32,20 @@ pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture
-def said() -> list[str]:
+def messages() -> list[str]:
     return []
 
 
 @pytest.fixture
-def saving(said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckpointHook:
-    """A checkpoint each two steps of a state that is 1 KB, and a recorder that hears what is said."""
+def saving(messages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckpointHook:
+    """Build a hook that saves a state of 1 KB every two steps, and a recorder that collects messages."""
     recorder = SimpleNamespace(
-        add_message=said.append,
-        sync=lambda: said.append("synced"),
+        add_message=messages.append,
+        sync=lambda: messages.append("synced"),
         record_checkpoint=lambda cursor: None,
     )
-    whole = Fragment("weight", 0, {one: torch.arange(90.0) for one in STATES})
-    monkeypatch.setattr(fragments, "owned_fragments", lambda engine: [whole])
+    fragment = Fragment("weight", 0, {kind: torch.arange(90.0) for kind in STATES})
+    monkeypatch.setattr(fragments, "owned_fragments", lambda engine: [fragment])
     monkeypatch.setattr(fragments, "count_updates", lambda engine: 1)
     plan: Any = StagePlan(
         name="small",
@@ -74,9 +74,9 @@ def do(saving: CheckpointHook, *numbers: int, **about: Any) -> None:
 
 def there(saving: CheckpointHook) -> list[int]:
     found = [
-        one.manifest.cursor
-        for one in checkpoint.list_newest_first(saving.plan.folder)
-        if isinstance(one, SavedCheckpoint)
+        saved.manifest.cursor
+        for saved in checkpoint.list_newest_first(saving.plan.folder)
+        if isinstance(saved, SavedCheckpoint)
     ]
     assert len(found) == len(list(Path(saving.plan.folder).glob("*"))), "something half written is left"
     return found[::-1]
@@ -84,7 +84,7 @@ def there(saving: CheckpointHook) -> list[int]:
 
 @contextmanager
 def no_room() -> Iterator[None]:
-    """The kernel refuses to write files of more than a few bytes, as it does on a full disk."""
+    """Limit files to a few bytes. Writes then fail like on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # SIGXFSZ is ignored by Python
     try:
@@ -98,7 +98,7 @@ def test_checkpoints_are_made_at_their_steps_at_the_last_and_when_asked_for(savi
     do(saving, 3, save=True)
     do(saving, 4, 5, 6)
     assert there(saving) == [2, 3, 4, 6]
-    losses = {one.manifest.cursor: one.manifest.loss for one in checkpoint.list_newest_first(saving.plan.folder)}
+    losses = {saved.manifest.cursor: saved.manifest.loss for saved in checkpoint.list_newest_first(saving.plan.folder)}
     assert losses == {2: 1.5, 3: 3.0, 4: 4.0, 6: 5.5}
 
 
@@ -108,18 +108,16 @@ def test_a_stop_leaves_a_whole_checkpoint(saving: CheckpointHook) -> None:
     assert there(saving) == [2, 3]
 
 
-def test_the_record_is_on_disk_before_a_checkpoint_says_that_its_steps_were_done(
-    saving: CheckpointHook, said: list[str], monkeypatch: pytest.MonkeyPatch
+def test_the_record_is_flushed_before_a_checkpoint_is_committed(
+    saving: CheckpointHook, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = checkpoint.commit
-    monkeypatch.setattr(checkpoint, "commit", lambda *args: (said.append("committed"), commit(*args)))
+    monkeypatch.setattr(checkpoint, "commit", lambda *args: (messages.append("committed"), commit(*args)))
     do(saving, 1, 2, 3, 4, 5, 6)
-    assert said == ["synced", "committed"] * 3
+    assert messages == ["synced", "committed"] * 3
 
 
-def test_without_room_there_is_no_checkpoint_it_is_said_and_the_next_one_works(
-    saving: CheckpointHook, said: list[str]
-) -> None:
+def test_a_failed_checkpoint_is_reported_and_the_next_one_succeeds(saving: CheckpointHook, messages: list[str]) -> None:
     do(saving, 1, 2)
     saving.finish()
     with no_room():
@@ -128,13 +126,13 @@ def test_without_room_there_is_no_checkpoint_it_is_said_and_the_next_one_works(
         assert there(saving) == [2]
     do(saving, 5, 6)
     assert there(saving) == [2, 6]
-    [told] = [text for text in said if text != "synced"]
-    assert told.startswith("small: no checkpoint after step 4: rank 0: ")
-    assert "File too large" in told
+    [message] = [text for text in messages if text != "synced"]
+    assert message.startswith("small: no checkpoint after step 4: rank 0: ")
+    assert "File too large" in message
 
 
-def test_a_checkpoint_that_cannot_be_committed_is_taken_back(
-    saving: CheckpointHook, said: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_checkpoint_that_cannot_be_committed_is_removed(
+    saving: CheckpointHook, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = storage.write
 
@@ -147,7 +145,7 @@ def test_a_checkpoint_that_cannot_be_committed_is_taken_back(
     do(saving, 1, 2, 3, 4, 5)
     saving.finish()
     assert there(saving) == [2]
-    assert said[-1] == "small: no checkpoint after step 4: no more room"
+    assert messages[-1] == "small: no checkpoint after step 4: no more room"
     do(saving, 6)
     assert there(saving) == [2, 6]
 
@@ -157,8 +155,8 @@ def test_after_the_last_step_a_checkpoint_that_is_missing_is_an_error(saving: Ch
         do(saving, 6)
 
 
-def test_old_checkpoints_that_storage_does_not_remove_make_the_new_one_no_worse(
-    saving: CheckpointHook, said: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_failed_removal_of_old_checkpoints_does_not_affect_the_new_one(
+    saving: CheckpointHook, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any) -> None:
         raise OSError("not now")
@@ -166,10 +164,10 @@ def test_old_checkpoints_that_storage_does_not_remove_make_the_new_one_no_worse(
     monkeypatch.setattr(checkpoint, "prune", refuse)
     do(saving, 5, 6)
     assert there(saving) == [6]
-    assert said == ["synced", "small: checkpoints before step 6 stay for now: not now"]
+    assert messages == ["synced", "small: checkpoints before step 6 stay for now: not now"]
 
 
-def test_a_step_waits_for_no_upload(saving: CheckpointHook, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_do_not_wait_for_uploads(saving: CheckpointHook, monkeypatch: pytest.MonkeyPatch) -> None:
     write, free = storage.write, threading.Event()
 
     def slowly(url: str, data: bytes) -> None:
@@ -187,7 +185,7 @@ def test_a_step_waits_for_no_upload(saving: CheckpointHook, monkeypatch: pytest.
 def test_the_watchdog_ends_a_process_that_hangs_and_leaves_its_stacks(tmp_path: Path) -> None:
     program = (
         "import sys, threading; from pathlib import Path; from pipelines.training.hooks import Watchdog\n"
-        "dog = Watchdog(0.5, Path(sys.argv[1]), 3)\n"
+        "watchdog = Watchdog(0.5, Path(sys.argv[1]), 3)\n"
         "def stuck(): threading.Event().wait()\n"
         "stuck()"
     )

@@ -1,4 +1,4 @@
-"""Every ZeRO stage and number of workers resumes from the checkpoint of every other one: DeepSpeed ranks without Ray."""
+"""Checkpoints of every ZeRO stage and number of workers resume with every other; DeepSpeed ranks without Ray."""
 
 import itertools
 from collections.abc import Callable

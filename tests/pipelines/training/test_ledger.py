@@ -1,4 +1,4 @@
-"""Every second between the first event and the last is in one part of the account, whatever fails and however often."""
+"""Every second between first and last event belongs to one part of the account, for all sequences of failures."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def account(*events: Event) -> Account:
 
 
 def parts(*events: Event) -> dict[str, float]:
-    """What is not zero of the account."""
+    """Return the non-zero values of the account."""
     return {name: value for name, value in asdict(account(*events)).items() if value}
 
 
@@ -87,7 +87,7 @@ def test_a_driver_that_dies_costs_from_its_last_event_on():
     assert parts(*RUNNING, *again) == parts(*RUNNING) | {"restart": 102, "restarts": 1, "productive": 13}
 
 
-def test_after_an_orderly_stop_time_is_nobodys_until_the_next_launch():
+def test_after_an_orderly_stop_time_does_not_count_until_the_next_launch():
     late = [step(1026, 4, 0, 1), evaluate(1050, 20)]
     again = [launch(9000), start(9004, cursor=3), step(9010, 4, 2, 4)]
     expected = parts(*RUNNING) | {"restart": 6, "restarts": 1, "productive": 13, "other": 1.5}
@@ -140,7 +140,7 @@ def test_nothing_has_no_goodput():
 
 
 def slow(events: list[Event]) -> Counter[str]:
-    """The same account, each interval by itself: what it belongs to is looked up in all that came before and after."""
+    """Compute the same account interval by interval, from all events before and after each."""
     kept: list[Event] = []
     for event in events:
         if event["event"] == "launch" or (kept and kept[-1]["event"] != "stop"):
@@ -184,7 +184,7 @@ def slow(events: list[Event]) -> Counter[str]:
 
 
 def sensible(random: random.Random) -> list[Event]:
-    """Stages one after another, on machines that fail, by drivers that die or are stopped; times in eighths."""
+    """Draw events of stages in a row, with failing machines and dying or stopped drivers, in multiples of 1/8 s."""
     events: list[Event] = []
     at = 0.0
 
@@ -217,7 +217,7 @@ def sensible(random: random.Random) -> list[Event]:
 
 
 def absurd(random: random.Random) -> list[Event]:
-    """Anything in any order, with clocks that jump and durations that cannot be."""
+    """Draw events in any order, with jumping clocks and impossible durations."""
     events, at = [], 100.0
     for _ in range(random.randrange(40)):
         at += random.choice([1, 1, 1, -1]) * random.randrange(40) / 8
@@ -238,7 +238,7 @@ def test_the_account_is_that_of_a_slow_one_and_its_parts_add_up_exactly(make: An
         assert asdict(fast) == {name: expected[name] for name in asdict(fast)}, seed
         assert fast.total == sum(expected[part] for part in ACCOUNT_PARTS)
         seen += expected
-    assert set(seen) == {*ACCOUNT_PARTS, "restarts", "lost_steps"}  # nothing was proved of a part that never came up
+    assert set(seen) == {*ACCOUNT_PARTS, "restarts", "lost_steps"}  # every part must occur in the drawn events
 
 
 def test_the_total_is_the_time_between_first_and_last_event_but_for_the_stops():
@@ -258,7 +258,7 @@ def test_no_rounding_is_left_of_what_is_taken_back():
     assert undone.total == pytest.approx(20, abs=1e-5)
 
 
-def test_who_follows_an_event_at_a_time_knows_what_the_file_says(tmp_path: Path):
+def test_adding_events_one_at_a_time_equals_reading_the_file(tmp_path: Path):
     live = read_ledger(tmp_path)
     assert live.account == account()
     before = time.time()

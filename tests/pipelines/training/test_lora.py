@@ -1,4 +1,4 @@
-"""Adapters train in place of the language model's weights, and merged into them they say what they said before."""
+"""Adapters train in place of the language model's weights, and merging them does not change the outputs."""
 
 import re
 import sys
@@ -31,7 +31,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def llava(tokenizer: PreTrainedTokenizerFast, on: bool = True) -> ReduxForConditionalGeneration:
-    """A model that is always the same, with both modules or neither."""
+    """Build a deterministic model, with both modules or neither."""
     torch.manual_seed(0)
     methods: dict[str, Any] = {"vmtc": VMTC(), "cmai": CMAI()} if on else {"vmtc": None, "cmai": None}
     model = build(Model(tower=TOWER, language=LANGUAGE, **methods), tokenizer).eval()
@@ -55,7 +55,7 @@ def logits(model: Any) -> Tensor:
 
 
 def adapted(tokenizer: PreTrainedTokenizerFast, on: bool = True, steps: int = 3) -> ReduxForConditionalGeneration:
-    """A model whose adapters have learned something, and nothing else has."""
+    """Build a model and train its adapters for a few steps."""
     model = llava(tokenizer, on)
     lora.add_adapters(model, LORA)
     optimizer = torch.optim.SGD(lora.list_adapter_parameters(model), lr=0.5)
@@ -105,23 +105,23 @@ def test_training_them_leaves_all_else_bit_equal(tokenizer: PreTrainedTokenizerF
 
 
 def test_both_modules_work_on_an_adapted_model(tokenizer: PreTrainedTokenizerFast) -> None:
-    """With CMAI turned off it says something else; decoding with caches equals the whole pass."""
+    """CMAI changes the logits; decoding with a cache equals the whole pass."""
     import redux
 
     model = adapted(tokenizer)
-    said = logits(model)
+    expected = logits(model)
     given = {name: value for name, value in inputs(model).items() if name != "labels"}
     with torch.no_grad():
         shorter = {**given, "input_ids": given["input_ids"][:, :-1]}
         cache = model(**shorter, use_cache=True).past_key_values
         last = model(input_ids=given["input_ids"][:, -1:], past_key_values=cache).logits
-    torch.testing.assert_close(last[:, -1], said[:, -1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(last[:, -1], expected[:, -1], atol=1e-5, rtol=1e-5)
     redux.inhibit(model, None)
-    assert not torch.allclose(logits(model), said, atol=1e-3)
+    assert not torch.allclose(logits(model), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("on", [True, False], ids=["modules on", "modules off"])
-def test_merged_it_says_the_same_and_opens_anywhere(
+def test_a_merged_model_has_the_same_outputs_and_loads_as_plain_llava(
     tokenizer: PreTrainedTokenizerFast, on: bool, tmp_path: Path
 ) -> None:
     """Within 1e-5 in float32, of logits of a size of about 1: the order of additions."""
@@ -142,7 +142,7 @@ def test_merged_it_says_the_same_and_opens_anywhere(
         assert torch.equal(logits(plain), logits(merged))
 
 
-def test_in_half_precision_adapters_are_so_too(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_adapters_have_the_dtype_of_the_model(tokenizer: PreTrainedTokenizerFast) -> None:
     """Merged weights are rounded to 8 bits of mantissa: logits of a size of about 1 move by 0.05 at most."""
     model = adapted(tokenizer).to(torch.bfloat16)
     expected = logits(model)
@@ -154,7 +154,7 @@ def test_in_half_precision_adapters_are_so_too(tokenizer: PreTrainedTokenizerFas
 
 def test_a_model_is_wrapped_once_and_again_when_merged(tokenizer: PreTrainedTokenizerFast) -> None:
     model = adapted(tokenizer)
-    with pytest.raises(ValueError, match="lora: got a model with adapters, allowed: one without"):
+    with pytest.raises(ValueError, match="lora: got a model with adapters, allowed: a model whose"):
         lora.add_adapters(model, LORA)
     lora.add_adapters(lora.merge_adapters(model), LORA)
     assert len(lora.list_adapter_parameters(model)) == 2 * len(lora.ADAPTED_LAYERS) * LANGUAGE.num_hidden_layers
@@ -170,6 +170,6 @@ def test_adapters_follow_torchs_seed(tokenizer: PreTrainedTokenizerFast) -> None
 def test_without_peft_the_extra_is_named(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
-    for call in (lambda: lora.add_adapters(llava(tokenizer), LORA), lambda: lora.require_peft("lora")):
+    for call in (lambda: lora.add_adapters(llava(tokenizer), LORA), lambda: lora.require_peft()):
         with pytest.raises(ValueError, match=re.escape(write_install_command("lora"))):
             call()

@@ -1,6 +1,6 @@
-"""A global batch's loss and gradient are those that a slow reference computes sample by sample, however it is cut.
+"""Loss and gradient of a global batch equal those of a slow reference, for every division into micro-batches.
 
-The ranks are played by one process, which knows the sum that they would reduce; real ones are in test_layouts.py.
+One process computes all ranks and knows the sum that they would reduce. test_layouts.py has real ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ def plans(new_plan: Callable[..., StagePlan]) -> dict[tuple[int, str], StagePlan
 
 @pytest.fixture(scope="module")
 def language(plans: dict[tuple[int, str], StagePlan]) -> Iterator[LlavaWithLoss]:
-    """In double precision, so that only mistakes make a difference."""
+    """Build the model in double precision, so that rounding errors stay small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -50,13 +50,13 @@ def language(plans: dict[tuple[int, str], StagePlan]) -> Iterator[LlavaWithLoss]
 
 
 def masks(seed: int) -> np.ndarray:
-    """Which tokens of each sample are learned; of some samples none, of some a few, of some all."""
-    chance = np.random.default_rng(seed)
-    return chance.random((SAMPLES, 512)) < chance.choice([0, 0, 0.1, 0.5, 1], (SAMPLES, 1))
+    """Draw a mask of learned tokens: none, a few, or all of a sample. Shape (samples, 512)."""
+    rng = np.random.default_rng(seed)
+    return rng.random((SAMPLES, 512)) < rng.choice([0, 0, 0.1, 0.5, 1], (SAMPLES, 1))
 
 
 def cut(plan: StagePlan, learned: np.ndarray) -> list[Batch]:
-    """The global batch in micro-batches, with these labels."""
+    """Cut the global batch into micro-batches with these labels."""
     micro = plan.stage.micro_batch_size
     batches = [plan.build_reader()(number) for number in range(SAMPLES // micro)]
     for number, batch in enumerate(batches):
@@ -66,20 +66,22 @@ def cut(plan: StagePlan, learned: np.ndarray) -> list[Batch]:
 
 
 def gradients(language: LlavaWithLoss) -> dict[str, Tensor]:
-    """Of the loss computed last; they are cleared."""
-    found = {name: one.grad for name, one in language.named_parameters() if one.grad is not None}
+    """Return the gradients of the last loss, and clear them."""
+    found = {name: parameter.grad for name, parameter in language.named_parameters() if parameter.grad is not None}
     language.zero_grad()
     return found
 
 
 def slow(language: LlavaWithLoss, plan: StagePlan, learned: np.ndarray) -> tuple[float, dict[str, Tensor], int]:
-    """Loss, gradient and number of learned tokens: each sample alone, and all its logits."""
+    """Compute loss, gradient and number of learned tokens from all logits of one sample at a time."""
     samples = []
     for batch in cut(plan, learned):
         inputs = tensors(language, batch)
         labels = inputs.pop("labels")[0, 1:]
-        chances = language.llava(**inputs).logits[0, :-1].log_softmax(-1)
-        samples.append([-chances[place, label] for place, label in enumerate(labels.tolist()) if label != IGNORE])
+        log_probs = language.llava(**inputs).logits[0, :-1].log_softmax(-1)
+        samples.append(
+            [-log_probs[position, label] for position, label in enumerate(labels.tolist()) if label != IGNORE]
+        )
     tokens = [loss for losses in samples for loss in losses]
     if plan.stage.loss_reduction == "token":
         total = torch.stack(tokens).mean()
@@ -90,13 +92,13 @@ def slow(language: LlavaWithLoss, plan: StagePlan, learned: np.ndarray) -> tuple
 
 
 def tensors(language: LlavaWithLoss, batch: Batch) -> dict[str, Tensor]:
-    trained: Any = SimpleNamespace(module=language, device=CPU)
-    return worker.move_to_device(batch, trained)
+    engine: Any = SimpleNamespace(module=language, device=CPU)
+    return worker.move_to_device(batch, engine)
 
 
 @pytest.mark.parametrize("kind", ["token", "sample"])
 @pytest.mark.parametrize("seed", range(2))
-def test_loss_and_gradient_are_those_of_the_slow_reference_however_the_batch_is_cut(
+def test_loss_and_gradient_equal_the_slow_reference_for_every_division(
     kind: str,
     seed: int,
     plans: dict[tuple[int, str], StagePlan],
@@ -104,7 +106,7 @@ def test_loss_and_gradient_are_those_of_the_slow_reference_however_the_batch_is_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     learned = masks(seed)
-    expected, slope, count = slow(language, plans[1, kind], learned)
+    expected, expected_gradients, count = slow(language, plans[1, kind], learned)
     assert count > 20
     monkeypatch.setattr(worker.dist, "all_reduce", lambda total: total.fill_(count))
     for micro, workers in CUTS:
@@ -112,17 +114,17 @@ def test_loss_and_gradient_are_those_of_the_slow_reference_however_the_batch_is_
         batches = cut(plan, learned)
         loss = 0.0
         for rank in range(workers):
-            mine = batches[rank::workers]
-            for batch, weight in zip(mine, worker.compute_sample_weights(mine, plan, CPU), strict=True):
+            local = batches[rank::workers]
+            for batch, weight in zip(local, worker.compute_sample_weights(local, plan, CPU), strict=True):
                 part = language(**tensors(language, batch), weight=weight)
                 part.backward()
                 loss += part.item()
         assert loss == pytest.approx(expected, rel=1e-6), (micro, workers)  # weights are of 32 bits
-        mine = gradients(language)
-        assert mine.keys() >= slope.keys()
-        for name, one in mine.items():
-            other = slope.get(name, torch.zeros_like(one))
-            assert (one - other).norm() <= 1e-5 * other.norm() + 1e-8, name  # softmax is of 32 bits
+        found = gradients(language)
+        assert found.keys() >= expected_gradients.keys()
+        for name, gradient in found.items():
+            reference = expected_gradients.get(name, torch.zeros_like(gradient))
+            assert (gradient - reference).norm() <= 1e-5 * reference.norm() + 1e-8, name  # softmax is of 32 bits
 
 
 @pytest.mark.parametrize("kind", ["token", "sample"])
@@ -136,7 +138,7 @@ def test_a_global_batch_without_a_learned_token_changes_nothing(
         loss = language(**tensors(language, batch), weight=weight)
         loss.backward()
         assert loss.item() == 0
-    assert not any(one.any() for one in gradients(language).values())
+    assert not any(gradient.any() for gradient in gradients(language).values())
 
 
 def test_each_pair_of_a_contrastive_batch_counts_the_same(new_plan: Callable[..., StagePlan]) -> None:

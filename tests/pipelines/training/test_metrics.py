@@ -13,7 +13,7 @@ from pipelines.training.metrics import METRICS_FILE, MetricsWriter
 
 
 def write(run: Path, stage: str, cursor: int, stop: int, shift: float = 0) -> None:
-    """Steps cursor+1..stop of a stage; every fourth changed no weights."""
+    """Write steps cursor+1..stop of a stage. Every fourth update was skipped."""
     record = MetricsWriter(run, stage, cursor)
     for step in range(cursor + 1, stop + 1):
         record.write(step, values(step, shift), used(step))
@@ -25,7 +25,7 @@ def values(step: int, shift: float = 0) -> dict[str, float | None]:
 
 
 def used(step: int) -> ConsumedSamples:
-    """Two samples, every other step one of them in place of another."""
+    """Return two samples; in every other step, one of them replaces another."""
     entry = {"set": "a", "at": 1, "due": step, "used": 2 * step, "reason": "broken image"}
     return ConsumedSamples({"a": [3 * step, 2 * step]}, [entry] * (step % 2))
 
@@ -87,7 +87,7 @@ def test_a_line_torn_at_any_place_is_cut(tmp_path: Path):
 
 
 @pytest.mark.parametrize("cursor", [0, 3, 7, 10])
-def test_samples_stand_once_a_step_too_and_replaced_ones_are_counted_on(tmp_path: Path, cursor: int):
+def test_samples_are_recorded_once_per_step_and_counts_continue(tmp_path: Path, cursor: int):
     write(tmp_path, "tower", 0, 10)
     with (tmp_path / consumed.CONSUMED_FILE).open("a") as file:
         file.write('{"stage": "tower", "step": 11, "sam')
@@ -108,7 +108,7 @@ def test_a_line_torn_in_another_stage_is_cut_too(tmp_path: Path):
     assert steps(tmp_path) == [("tower", 1), ("tower", 2), ("instruct", 1)]
 
 
-def test_what_is_not_finite_must_have_become_null_before(tmp_path: Path):
+def test_values_that_are_not_finite_are_refused(tmp_path: Path):
     record = MetricsWriter(tmp_path, "tower", 0)
     with pytest.raises(ValueError, match="not JSON compliant"):
         record.write(1, values(1) | {"loss": float("nan")}, used(1))
@@ -117,7 +117,7 @@ def test_what_is_not_finite_must_have_become_null_before(tmp_path: Path):
     assert steps(tmp_path) == [("tower", 1), ("tower", 2)]
 
 
-def test_the_counts_of_other_stages_are_theirs(tmp_path: Path):
+def test_counts_are_those_of_the_stage(tmp_path: Path):
     write(tmp_path, "tower", 0, 8)
     record = MetricsWriter(tmp_path, "instruct", 0)
     assert (record.replaced, record.skipped) == (0, 0)

@@ -1,6 +1,6 @@
-"""A run that comes no further ends with the reason, one that does goes on; each thing that is said is heard once.
+"""A run without progress ends with the reason; a run with progress continues; each message is delivered once.
 
-The actor's class in this process; as an actor it is in every stage of test_faults.py.
+The class runs in this process. In test_faults.py it runs as an actor.
 """
 
 import json
@@ -19,7 +19,7 @@ from pipelines.training import ledger, metrics
 from pipelines.training.recorder import Recorder, RecorderSettings
 
 ENTRY = {"set": "a", "at": 0, "due": 1, "used": 2, "reason": "broken image"}
-AWAY = Failure(Kind.LOST, "OSError: away")
+LOST_FAILURE = Failure(Kind.LOST, "OSError: away")
 
 
 @pytest.fixture
@@ -38,12 +38,12 @@ def new(settings: RecorderSettings) -> Iterator[Callable[..., Recorder]]:
         return made[-1]
 
     yield make
-    for one in made:
-        one.close("stop")
+    for recorder in made:
+        recorder.close("stop")
 
 
 def do(recorder: Recorder, *steps: int, replaced: int = 0, **values: float) -> list[bool]:
-    """What the recorder answers to each step."""
+    """Write steps and return the answers of the recorder."""
     whole = {"loss": 1.0, "skipped": 0, "replaced": replaced, "data_s": 0.1, "compute_s": 0.2, "stall_s": 0.0} | values
     used = ConsumedSamples({"a": [1]}, [ENTRY] * replaced)
     for name in ("learning_rate", "grad_norm", "samples", "tokens"):
@@ -55,9 +55,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_steps_of_workers_that_are_gone_come_late_and_change_nothing(
-    new: Callable[..., Recorder], settings: RecorderSettings
-) -> None:
+def test_late_steps_of_lost_workers_are_ignored(new: Callable[..., Recorder], settings: RecorderSettings) -> None:
     recorder = new()
     recorder.begin(2, 0, 1.0, [], "")
     do(recorder, 1, 2, 3)
@@ -72,7 +70,7 @@ def test_steps_of_workers_that_are_gone_come_late_and_change_nothing(
 # Starts
 
 
-def test_faults_in_a_row_without_a_step_further_end_the_run(new: Callable[..., Recorder]) -> None:
+def test_consecutive_faults_without_progress_end_the_run(new: Callable[..., Recorder]) -> None:
     recorder = new()
     assert recorder.begin(2, 0, 1.0, [], "") is not None
     do(recorder, 1, 2, 3)
@@ -81,53 +79,55 @@ def test_faults_in_a_row_without_a_step_further_end_the_run(new: Callable[..., R
         assert recorder.begin(2, 2, 1.0, [], "") is not None
         do(recorder, 3)
     recorder.record_fault({0: Failure(Kind.LOST, "OSError: away")})
-    told = (
+    expected = (
         "train.tower: 3 faults in a row without a step beyond 3, allowed: 2, recovery.restarts; the last: "
         "rank 0: OSError: away; the checkpoint after step 2 is safe; the same command continues from there"
     )
-    assert recorder.poll().failed == told
+    assert recorder.poll().failed == expected
     assert recorder.has_failed()
     assert recorder.begin(2, 2, 1.0, [], "") is None
 
 
 def test_faults_before_any_start_end_the_run_too(new: Callable[..., Recorder]) -> None:
-    """Workers that are killed while they build their model never get as far as to begin."""
+    """Workers that are killed while they build the model never begin."""
     recorder = new(restarts=1)
-    recorder.record_fault({0: AWAY})
+    recorder.record_fault({0: LOST_FAILURE})
     assert not recorder.poll().failed
-    recorder.record_fault({0: AWAY})
+    recorder.record_fault({0: LOST_FAILURE})
     assert "without a step beyond 0" in recorder.poll().failed
 
 
-def test_a_step_further_allows_as_many_faults_again(new: Callable[..., Recorder]) -> None:
+def test_progress_resets_the_count_of_faults(new: Callable[..., Recorder]) -> None:
     recorder = new()
     for step in range(1, 20):
         for _ in range(2):
             assert recorder.begin(2, step - 1, 1.0, [], "") is not None
-            recorder.record_fault({0: AWAY})
+            recorder.record_fault({0: LOST_FAILURE})
         assert recorder.begin(2, step - 1, 1.0, [], "") is not None
         do(recorder, step)
     assert not recorder.poll().failed
 
 
-def test_what_the_user_must_mend_is_not_tried_again(new: Callable[..., Recorder]) -> None:
-    """Of several ranks the one that has the cause is told, not those that lost it."""
+def test_a_permanent_failure_is_not_retried(new: Callable[..., Recorder]) -> None:
+    """The reported rank has the cause; the others only lost their connection to it."""
     recorder = new(restarts=9)
     assert recorder.begin(2, 0, 1.0, [], "") is not None
     do(recorder, 1)
     recorder.record_checkpoint(1)
-    recorder.record_fault({0: AWAY, 1: Failure(Kind.PERMANENT, "/data: No space left on device")})
+    recorder.record_fault({0: LOST_FAILURE, 1: Failure(Kind.PERMANENT, "/data: No space left on device")})
     status = recorder.poll()
     assert status.failed == (
         "train.tower: rank 1: /data: No space left on device; "
         "the checkpoint after step 1 is safe; the same command continues from there"
     )
-    assert status.messages == [], "it is told once"
+    assert status.messages == [], "it is not also a message"
 
 
 def test_the_same_error_at_the_same_step_is_tried_once_more(new: Callable[..., Recorder]) -> None:
     def fault(number: int) -> str:
-        recorder.record_fault({0: AWAY, 1: Failure(Kind.RAISED, f"RuntimeError: {number}.5 GiB at 0x{number:x}")})
+        recorder.record_fault(
+            {0: LOST_FAILURE, 1: Failure(Kind.RAISED, f"RuntimeError: {number}.5 GiB at 0x{number:x}")}
+        )
         return recorder.poll().failed
 
     recorder = new(restarts=9)
@@ -136,7 +136,7 @@ def test_the_same_error_at_the_same_step_is_tried_once_more(new: Callable[..., R
     assert not fault(1)
     recorder.begin(2, 0, 1.0, [], "")
     do(recorder, 1, 2)
-    assert not fault(2), "at another step it may be a machine's"
+    assert not fault(2), "at another step it may be a fault of a machine"
     recorder.begin(2, 0, 1.0, [], "")
     do(recorder, 1, 2)
     assert "the same fault twice after step 2: rank 1: RuntimeError: 3.5 GiB" in fault(3)
@@ -150,7 +150,7 @@ def test_other_errors_at_the_same_step_and_lost_workers_are_tried_again(new: Cal
         assert not recorder.has_failed()
 
 
-def test_a_fault_is_told_where_the_ledger_has_no_room(
+def test_a_fault_is_reported_if_the_ledger_cannot_be_written(
     new: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = new()
@@ -165,13 +165,13 @@ def test_a_fault_is_told_where_the_ledger_has_no_room(
 
 
 def test_starts_without_a_fault_are_not_counted(new: Callable[..., Recorder]) -> None:
-    """Machines that come or go start the workers again, too."""
+    """Joining and leaving machines also restart the workers."""
     recorder = new(restarts=0)
     for _ in range(9):
         assert recorder.begin(2, 40, 1.0, [], "") is not None
 
 
-def test_what_was_not_tolerated_is_not_after_a_new_launch(new: Callable[..., Recorder]) -> None:
+def test_a_new_launch_does_not_reset_an_exceeded_limit(new: Callable[..., Recorder]) -> None:
     recorder = new()
     assert recorder.begin(2, 0, 1.0, [], "") is not None
     assert do(recorder, 1, replaced=4) == [True]
@@ -181,8 +181,8 @@ def test_what_was_not_tolerated_is_not_after_a_new_launch(new: Callable[..., Rec
     assert "4 samples were replaced" in again.poll().failed
 
 
-def test_after_a_mistake_or_a_stop_no_workers_start_again(new: Callable[..., Recorder]) -> None:
-    for end in (lambda one: one.fail("a typo"), lambda one: one.request_stop()):
+def test_after_a_failure_or_a_stop_no_workers_restart(new: Callable[..., Recorder]) -> None:
+    for end in (lambda recorder: recorder.fail("a typo"), lambda recorder: recorder.request_stop()):
         recorder = new()
         assert recorder.begin(2, 0, 1.0, [], "") is not None
         assert do(recorder, 1) == [False]
@@ -191,17 +191,17 @@ def test_after_a_mistake_or_a_stop_no_workers_start_again(new: Callable[..., Rec
         assert recorder.begin(2, 2, 1.0, [], "") is None
 
 
-def test_the_first_mistake_is_the_one_to_tell(new: Callable[..., Recorder]) -> None:
+def test_the_first_failure_is_reported(new: Callable[..., Recorder]) -> None:
     recorder = new()
     recorder.fail("a typo")
     recorder.fail("what followed from it")
     assert recorder.poll().failed == "a typo"
 
 
-# What is heard
+# Status and messages
 
 
-def test_each_thing_that_is_said_is_heard_once(new: Callable[..., Recorder]) -> None:
+def test_each_message_is_delivered_once(new: Callable[..., Recorder]) -> None:
     recorder = new()
     assert recorder.begin(2, 0, 1.0, ["tower: skipped step-000004"], "") is not None
     recorder.add_message("one")
@@ -221,7 +221,7 @@ def test_each_thing_that_is_said_is_heard_once(new: Callable[..., Recorder]) -> 
     assert recorder.poll().messages == []
 
 
-# What is written
+# Records
 
 
 def test_numbers_that_are_not_finite_are_null_on_record(new: Callable[..., Recorder], tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_steps_done_again_stand_once_on_record_and_count_as_lost(new: Callable[.
     assert (spent.restarts, spent.lost_steps) == (1, 2)
 
 
-# What is not tolerated
+# Limits
 
 
 def test_more_replaced_samples_than_tolerated_stop_the_workers_with_the_reason(
@@ -260,11 +260,11 @@ def test_more_replaced_samples_than_tolerated_stop_the_workers_with_the_reason(
     recorder.begin(2, 0, 1.0, [], "")
     assert do(recorder, 1, replaced=3) + do(recorder, 2) == [False, False]
     assert do(recorder, 3, replaced=1) + do(recorder, 4) == [True, True]
-    told = (
+    expected = (
         f"train.tower: 4 samples were replaced, allowed: 3 (data.max_bad_fraction); the last: broken image; "
         f"{tmp_path / consumed.CONSUMED_FILE} lists them"
     )
-    assert recorder.poll().failed == told
+    assert recorder.poll().failed == expected
 
 
 def test_more_steps_that_are_not_finite_than_tolerated_stop_the_workers_with_the_reason(
@@ -274,14 +274,14 @@ def test_more_steps_that_are_not_finite_than_tolerated_stop_the_workers_with_the
     recorder.begin(2, 0, 1.0, [], "")
     assert do(recorder, 1, skipped=1) + do(recorder, 2) == [False, False]
     assert do(recorder, 3, skipped=1) == [True]
-    told = (
+    expected = (
         "train.tower.max_nonfinite_steps: loss or gradient of 2 steps was not finite, the last at step 3, allowed: 1; "
         f"{tmp_path / consumed.CONSUMED_FILE} lists them"
     )
-    assert recorder.poll().failed == told
+    assert recorder.poll().failed == expected
 
 
-def test_what_steps_that_are_done_again_counted_counts_once(new: Callable[..., Recorder]) -> None:
+def test_repeated_steps_count_once(new: Callable[..., Recorder]) -> None:
     recorder = new()
     recorder.begin(2, 0, 1.0, [], "")
     do(recorder, 1, replaced=2)

@@ -1,6 +1,6 @@
-"""What a stage refuses and derives, how its learning rate goes, and when it has nothing to do.
+"""Checks and derived values of stages and plans, the learning rate schedule, and checks of the driver.
 
-The training itself runs as a whole in test_faults.py and tests/jobs.
+test_faults.py and tests/jobs run whole stages.
 """
 
 import random
@@ -42,12 +42,15 @@ def test_workers_and_accumulation_make_up_the_global_batch():
 
 def test_as_many_workers_are_used_as_share_the_global_batch():
     for seed in range(200):
-        chance = random.Random(seed)
-        micro, turns, workers = chance.randint(1, 9), chance.randint(1, 40), chance.randint(1, 50)
-        one = stage(global_batch_size=micro * turns, micro_batch_size=micro)
-        assert one.count_usable_workers(workers) == max(count for count in range(1, workers + 1) if turns % count == 0)
+        rng = random.Random(seed)
+        micro, turns, workers = rng.randint(1, 9), rng.randint(1, 40), rng.randint(1, 50)
+        drawn = stage(global_batch_size=micro * turns, micro_batch_size=micro)
+        assert drawn.count_usable_workers(workers) == max(
+            count for count in range(1, workers + 1) if turns % count == 0
+        )
         assert (
-            one.count_accumulation_steps(one.count_usable_workers(workers)) * one.count_usable_workers(workers) == turns
+            drawn.count_accumulation_steps(drawn.count_usable_workers(workers)) * drawn.count_usable_workers(workers)
+            == turns
         )
 
 
@@ -90,8 +93,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_settings_that_contradict_each_other_are_refused_with_what_would_do(case: str):
-    changes, told = REFUSED[case]
-    with pytest.raises(ValueError, match=told):
+    changes, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
         stage(**changes)
 
 
@@ -147,7 +150,7 @@ def test_the_rate_stays_down_after_the_last_step():
 
 
 def test_steps_follow_from_epochs_or_are_given(new_plan: Callable[..., StagePlan]) -> None:
-    """Of 22 samples in batches of 8; the last epoch's end fills no batch of its own."""
+    """22 samples in batches of 8. The end of the last epoch does not fill a batch."""
     for epochs, steps in ((1, 3), (2, 6), (0.5, 2), (8 / 22, 1)):
         plan = new_plan(epochs=epochs, steps=None)
         assert abs(plan.count_steps(plan.build_reader().order) - epochs * 22 / 8) < 1, (epochs, steps)
@@ -173,10 +176,10 @@ def test_a_checkpoint_goes_with_the_contents_of_the_sets_not_with_where_they_lie
 # The driver
 
 
-def test_a_stage_that_has_its_model_is_left_alone(
+def test_a_finished_stage_is_skipped(
     new_plan: Callable[..., StagePlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted between the saving of the model and the job's own record of it: neither sets nor Ray are touched."""
+    """The job was interrupted after the model was saved. Then neither sets nor Ray are used."""
     plan = new_plan({"sets": {"set": str(tmp_path / "none")}})
     with pytest.raises(ValueError, match="no shards here"):
         driver.train_stage(plan)
@@ -189,7 +192,7 @@ def test_a_stage_that_has_its_model_is_left_alone(
     driver.train_stage(plan)
 
 
-def test_a_stage_for_which_there_is_no_room_starts_nothing(
+def test_a_stage_without_enough_resources_starts_nothing(
     new_plan: Callable[..., StagePlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder, "start_recorder", lambda *_: pytest.fail("started"))

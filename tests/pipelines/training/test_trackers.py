@@ -1,6 +1,6 @@
-"""A tracker shows the steps of a run under one id, whatever was killed in between, and its own failures stay its own.
+"""Trackers keep one ID across killed processes, and their failures do not stop the run.
 
-Numbers are read back through each library's reader; for W&B that is `wandb leet inspect`, over the files of a run.
+Values are read back with each library's reader; for W&B that is `wandb leet inspect` on the files of a run.
 """
 
 import json
@@ -23,7 +23,7 @@ from pipelines.training.trackers import TRACKER_IDS_FILE, TRACKERS, Tracker, Tra
 from redux.extras import write_install_command
 
 SETTINGS = {"name": "job", "train": {"tower": {"epochs": 2, "data": None}}, "many": {str(n): n for n in range(150)}}
-# the port of discard, where nobody listens
+# the discard port, on which no server listens
 AWAY = "http://127.0.0.1:9"
 CUT_OFF = {"DO_NOT_TRACK": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_BASE_URL": AWAY}
 WRITER = """
@@ -49,7 +49,7 @@ def _nothing_goes_out(monkeypatch: pytest.MonkeyPatch):
 
 
 def write(name: str, run: Path, stage: str, cursor: int, stop: int, shift: float = 0) -> None:
-    """Steps cursor+1..stop of a stage; their values are floats of 32 bits."""
+    """Write steps cursor+1..stop of a stage. Their values are exact in 32-bit floats."""
     shown = TrackerGroup([name], run, "job", stage, cursor, SETTINGS, print)
     for step in range(cursor + 1, stop + 1):
         shown.write(step, {"loss": step / 4 + shift, "replaced": step % 2})
@@ -104,7 +104,7 @@ def losses(start: int, stop: int, shift: float = 0) -> list[tuple[int, float]]:
 
 
 def kill_after_writing(name: str, run: Path, cursor: int, stop: int, shift: int, shown: list) -> None:
-    """In a process of its own, killed by SIGKILL once all it wrote can be read: W&B needs up to a second for that."""
+    """Write in a separate process and SIGKILL it after its values can be read. W&B takes up to a second for that."""
     command = [sys.executable, "-c", WRITER, name, str(run), "tower", str(cursor), str(stop), str(shift)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout
@@ -126,10 +126,10 @@ def test_a_stage_s_numbers_are_read_back_whole(tmp_path: Path, name: str):
 
 
 @pytest.mark.parametrize("name", TRACKERS)
-def test_killed_runs_go_on_under_the_same_id(tmp_path: Path, name: str):
+def test_killed_runs_resume_under_the_same_id(tmp_path: Path, name: str):
     kill_after_writing(name, tmp_path, 0, 5, 0, losses(1, 5))
     before = ids(tmp_path) if name != "tensorboard" else None
-    # what MLflow and W&B were given they keep, and the later value of a step is the one that counts
+    # MLflow and W&B keep all values of a step; the latest one counts
     kept = losses(1, 3) if name == "tensorboard" else losses(1, 5)
     kill_after_writing(name, tmp_path, 3, 7, 1, kept + losses(4, 7, 1))
     assert before is None or (ids(tmp_path) == before and list(before) == [name])
@@ -205,7 +205,7 @@ def test_wandb_has_the_job_and_draws_a_stage_over_its_own_steps(tmp_path: Path):
     ]
 
 
-def test_what_fails_is_said_once_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_failing_tracker_is_reported_once_and_the_others_continue(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shown = TrackerGroup(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
     shown.write(1, {"loss": 0.25})
     client_of(tmp_path).delete_run(ids(tmp_path)["mlflow"])
@@ -213,9 +213,9 @@ def test_what_fails_is_said_once_and_the_others_go_on(tmp_path: Path, capsys: py
     for step in (2, 3):
         shown.write(step, {"loss": step / 4})
     shown.close()
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trackers:")]
-    assert len(said) == 1
-    assert said[0].startswith("trackers: mlflow left out of tower, it failed at step 2: MlflowException: ")
+    messages = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trackers:")]
+    assert len(messages) == 1
+    assert messages[0].startswith("trackers: mlflow left out of tower, it failed at step 2: MlflowException: ")
     assert tensorboard(tmp_path, "tower")["loss"] == losses(1, 3)
 
 
@@ -229,7 +229,7 @@ def test_a_server_that_is_away_at_the_start_is_left_out(
     shown.close()
     assert "trackers: mlflow left out of tower, it failed at its start: " in capsys.readouterr().out
     assert tensorboard(tmp_path, "tower")["loss"] == losses(1, 1)
-    # nothing to go on with was noted: the next start makes a run
+    # no ID is stored, so the next start creates a run
     assert not (tmp_path / TRACKER_IDS_FILE).exists()
 
 
@@ -250,7 +250,7 @@ def test_ctrl_c_is_no_failure_of_a_tracker(tmp_path: Path, monkeypatch: pytest.M
         shown.write(1, {"loss": 0})
 
 
-def test_a_name_that_is_no_tracker_s_is_refused():
+def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"^trackers: got comet, allowed: tensorboard, mlflow, wandb$"):
         check_trackers(["tensorboard", "comet"])
     assert set(TRACKERS) == set(trackers.get_args(trackers.TrackerName))
@@ -273,7 +273,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_installs_it(
     ("environment", "said"),
     [
         ({}, "trackers: got wandb without a key: set WANDB_API_KEY, or WANDB_MODE=offline to send it later"),
-        ({"WANDB_API_KEY": "short"}, "trackers: got wandb, whose credentials are no good: WANDB_API_KEY invalid"),
+        ({"WANDB_API_KEY": "short"}, "trackers: got wandb with invalid credentials: WANDB_API_KEY invalid"),
         ({"WANDB_API_KEY": "0" * 40}, "fine"),
         ({"WANDB_MODE": "offline"}, "fine"),
     ],
@@ -309,7 +309,7 @@ except ValueError as error:
 
 
 def test_no_tracker_loads_torch(tmp_path: Path):
-    """The process that writes is small: torch alone would cost it seconds and hundreds of megabytes."""
+    """The recorder process is small; torch alone would cost it seconds and hundreds of megabytes."""
     program = f"""
 import sys
 from pathlib import Path
