@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from redux.cost import cost
-from redux.model import ReduxConfig
-from redux.presets import PRESETS, SIZES, Preset, llava
+from redux.configuration import ReduxConfig
+from redux.cost import compute_cost
+from redux.presets import PRESETS, VICUNA_SIZES, Preset, build_llava_config
 from redux.settings import METHODS
 
 COLUMNS = "{:<18} {:>6}  {:<40} {:>8} {:>6} {:>7}  {}"
@@ -22,26 +22,28 @@ def table(names: Sequence[str], model: str, text: int) -> str:
     if unknown := [name for name in names if name not in PRESETS]:
         raise ValueError(f"preset: got {unknown[0]}, allowed: {', '.join(PRESETS)}")
     rows = {name: PRESETS[name] for name in names or PRESETS}
-    saved = None if model in SIZES else _saved(Path(model))
+    saved = None if model in VICUNA_SIZES else _saved(Path(model))
     if saved:
-        own = {part: saved.settings(part) for part in METHODS}
-        rows = {"(as saved)": Preset(shows="the folder's own settings", **own), **rows}
+        own = {part: saved.method_settings(part) for part in METHODS}
+        rows = {"(as saved)": Preset(description="the folder's own settings", **own), **rows}
 
     def sized(preset: Preset) -> ReduxConfig:
-        return ReduxConfig(**{**saved.to_dict(), **preset.methods}) if saved else llava(model, preset)
+        return ReduxConfig(**{**saved.to_dict(), **preset.methods}) if saved else build_llava_config(model, preset)
 
-    whole = cost(sized(PRESETS["llava"]), text)
+    whole = compute_cost(sized(PRESETS["llava"]), text)
     lines = [COLUMNS.format("preset", "tokens", "block: kept + clusters", "GFLOPs", "share", "KV MiB", "what it is")]
     for name, preset in rows.items():
         try:
             config = sized(preset)
-            spent = cost(config, text)
+            spent = compute_cost(config, text)
         except ValueError as error:
             if name in names:
                 raise ValueError(f"{name}: {error}") from None
             lines.append(f"{name:<18} does not fit: {error}")
             continue
-        stages = ", ".join(f"{stage.block}: {stage.kept}+{stage.clusters}" for stage in config.stages.values())
+        stages = ", ".join(
+            f"{stage.block}: {stage.kept}+{stage.clusters}" for stage in config.compression_stages.values()
+        )
         lines.append(
             COLUMNS.format(
                 name,
@@ -50,7 +52,7 @@ def table(names: Sequence[str], model: str, text: int) -> str:
                 _short(spent.flops / 1e9),
                 f"{spent.flops / whole.flops:.0%}",
                 _short(spent.kv_bytes / 2**20),
-                preset.shows,
+                preset.description,
             )
         )
     return "\n".join(lines)
@@ -67,5 +69,5 @@ def _saved(folder: Path) -> ReduxConfig:
     except (OSError, KeyError, json.JSONDecodeError):
         pass
     raise ValueError(
-        f"--model: got {folder}, allowed: {', '.join(SIZES)}, or the folder of a LLaVA, with its config.json"
+        f"--model: got {folder}, allowed: {', '.join(VICUNA_SIZES)}, or the folder of a LLaVA, with its config.json"
     )

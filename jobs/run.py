@@ -40,12 +40,13 @@ from pipelines.report import run_report
 from pipelines.training import driver, ledger, lora, trackers
 from pipelines.training.plan import Plan
 from pipelines.training.stage import count_shared_workers
-from redux import pretrained, respondent
-from redux.architecture import Language, Model, Tower, image_tokens
-from redux.conversation import TEMPLATES, Template, word_tokenizer
+from redux import answering, pretrained
+from redux.architecture import LanguageSizes, ModelSettings, TowerSizes, count_image_tokens
+from redux.configuration import ReduxConfig
+from redux.conversation import TEMPLATES, Template, train_word_tokenizer
 from redux.extras import write_install_command
-from redux.hub import fetched
-from redux.model import ReduxConfig, ReduxForConditionalGeneration
+from redux.hub import local_copy
+from redux.model import ReduxForConditionalGeneration
 
 T = TypeVar("T")
 
@@ -159,11 +160,11 @@ def steps(
     """
     sets, result = locate_sets(job, folder), {}
     stages = plans(job, folder, changed)
-    if job.made or job.data.make or not job.model.pretrained:
+    if job.made or job.data.make or not job.model.is_pretrained:
         templates = [TEMPLATES[plan.template] for plan in stages.values()]
         result["shards"] = lambda: _shards(job, sets, folder / TOKENIZER, templates)
     _check_weights(job, folder)
-    if job.model.pretrained and job.train:
+    if job.model.is_pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""
     result |= {name: functools.partial(driver.train_stage, plan, watch=watch) for name, plan in stages.items()}
@@ -187,12 +188,12 @@ def steps(
 def _check_weights(job: Job, folder: Path) -> None:
     """ValueError where what the job starts from lacks weights or a tokenizer; weights are not read."""
     model = job.model
-    if not model.pretrained or _find_assembled(job, folder):
+    if not model.is_pretrained or _find_assembled(job, folder):
         return
     try:
         if not model.checkpoint:
             pretrained.check_parts(str(model.tower), str(model.language), model.gguf_file)
-        elif job.train or respondent.is_llava(model.checkpoint):
+        elif job.train or answering.is_llava(model.checkpoint):
             configured(model)
             pretrained.check_checkpoint(model.checkpoint)
         else:
@@ -234,13 +235,13 @@ def plans(job: Job, folder: Path, changed: bool = False) -> dict[str, Plan]:
     if not job.train:
         return result
     image_size, image_tokens = _image(job, folder)
-    tokenizer = folder / (ASSEMBLED if job.model.pretrained else TOKENIZER)
-    start = str(tokenizer) if job.model.pretrained else None
+    tokenizer = folder / (ASSEMBLED if job.model.is_pretrained else TOKENIZER)
+    start = str(tokenizer) if job.model.is_pretrained else None
     for name, stage in job.train.items():
         result[name] = Plan(
             name=name,
             stage=stage,
-            model=None if job.model.pretrained else job.model,
+            model=None if job.model.is_pretrained else job.model,
             seed=job.seed,
             workers=job.worker_range,
             gpu_share=job.gpu_share,
@@ -296,7 +297,7 @@ def _with_format(job: Job, folder: Path) -> Job:
     """Return the job with the template and image fit of each stage and of the evaluation decided."""
     assembled = _find_assembled(job, folder)
     start = str(assembled) if assembled else _path(job.model.checkpoint)
-    saved = respondent.settings(start) if start and (job.train or respondent.is_llava(start)) else {}
+    saved = answering.read_config(start) if start and (job.train or answering.is_llava(start)) else {}
     trained = {"template": saved.get("conversation_template"), "image_aspect_ratio": saved.get("image_aspect_ratio")}
     train = {name: stage.resolve_format(**trained) for name, stage in job.train.items()}
     asked = job.evaluate
@@ -305,7 +306,7 @@ def _with_format(job: Job, folder: Path) -> Job:
         if last:
             saved = {"conversation_template": last.template, "image_aspect_ratio": last.image_aspect_ratio}
         try:
-            template, image_aspect_ratio = respondent.resolve_format(
+            template, image_aspect_ratio = answering.resolve_format(
                 saved, asked.template, asked.image_aspect_ratio, asked.allow_mismatch
             )
         except ValueError as error:
@@ -345,7 +346,7 @@ def _find_assembled(job: Job, folder: Path) -> Path | None:
     return claims.find_assembled(folder, replace(job, model=_locate_parts(job.model)))
 
 
-def _locate_parts(model: Model) -> Model:
+def _locate_parts(model: ModelSettings) -> ModelSettings:
     """Return a model whose folders are written from the root on."""
     return replace(model, tower=_path(model.tower), language=_path(model.language), checkpoint=_path(model.checkpoint))
 
@@ -353,8 +354,8 @@ def _locate_parts(model: Model) -> Model:
 def _image(job: Job, folder: Path) -> tuple[int, int]:
     """Pixels of an image's side, and tokens of it that reach the language model."""
     model = job.model
-    if isinstance(model.tower, Tower):
-        return model.tower.image_size, image_tokens(model)
+    if isinstance(model.tower, TowerSizes):
+        return model.tower.image_size, count_image_tokens(model)
     try:
         # once it is there, what it was made of is no longer needed
         whole = _find_assembled(job, folder)
@@ -364,13 +365,13 @@ def _image(job: Job, folder: Path) -> tuple[int, int]:
     return config.vision_config.image_size, config.image_seq_length
 
 
-def configured(model: Model) -> ReduxConfig:
+def configured(model: ModelSettings) -> ReduxConfig:
     """What the pretrained model, or the parts of one, will be; ValueError where that cannot be."""
     if model.checkpoint:
-        return pretrained.reconfigured(model.checkpoint, **model.methods)
+        return pretrained.configure_checkpoint(model.checkpoint, **model.methods)
     assert isinstance(model.tower, str)
     assert isinstance(model.language, str)
-    return pretrained.configured(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
+    return pretrained.configure_assembly(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
 
 
 def _finished(folder: Path) -> list[str]:
@@ -402,7 +403,7 @@ def _shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence
     making = Making(samples_per_shard=job.data.samples_per_shard)
     for name, given in records.items():
         shards.make(given, str(easy_vqa.FOLDER), sets[name], making)
-    if not isinstance(job.model.language, Language):
+    if not isinstance(job.model.language, LanguageSizes):
         return
     mixed = {name for stage in job.train.values() for name in stage.mixture}
     others = (
@@ -417,7 +418,7 @@ def _shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence
         for template in templates
     )
     with failures.locate_errors(tokenizer):
-        word_tokenizer(texts, job.model.language.max_position_embeddings).save_pretrained(tokenizer)
+        train_word_tokenizer(texts, job.model.language.max_position_embeddings).save_pretrained(tokenizer)
 
 
 def _assemble(job: Job, folder: Path) -> None:
@@ -439,9 +440,11 @@ def _assemble(job: Job, folder: Path) -> None:
         raise
 
 
-def _assembled(model: Model, dtype: torch.dtype) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:
+def _assembled(
+    model: ModelSettings, dtype: torch.dtype
+) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:
     if model.checkpoint:
-        with fetched(model.checkpoint, what="checkpoint") as folder:
+        with local_copy(model.checkpoint, label="checkpoint") as folder:
             whole = ReduxForConditionalGeneration.from_pretrained(folder, dtype=dtype, **model.methods)
             return whole, AutoTokenizer.from_pretrained(folder)
     assert isinstance(model.tower, str)

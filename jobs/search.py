@@ -43,10 +43,9 @@ from pipelines.search.space import Range, Space, Values, check
 from pipelines.search.trials import Trials, Try, discard, find, fit, opened
 from pipelines.training import driver, metrics
 from pipelines.training.stage import count_shared_workers
-from redux import model as redux
-from redux.architecture import Model
-from redux.cost import cost
-from redux.model import ReduxConfig
+from redux.architecture import ModelSettings
+from redux.configuration import ReduxConfig, build_config
+from redux.cost import compute_cost
 
 FILE = "search.yaml"
 BEST = "best.yaml"
@@ -84,7 +83,7 @@ class Jobs:
     def forecast(self, values: Values) -> dict[str, float]:
         """What is known of a trial beforehand; ValueError where its values make no job."""
         config = _config(self(values).model, self.words)
-        spent = cost(config, self.search.text)
+        spent = compute_cost(config, self.search.text)
         return {
             "flops": spent.flops,
             "kv_bytes": spent.kv_bytes,
@@ -93,9 +92,9 @@ class Jobs:
         }
 
 
-def _config(model: Model, words: int) -> ReduxConfig:
-    if not model.pretrained:
-        return redux.configured(model, words)
+def _config(model: ModelSettings, words: int) -> ReduxConfig:
+    if not model.is_pretrained:
+        return build_config(model, words)
     begun = _begun(model.tower, model.language, model.gguf_file, model.checkpoint)
     return ReduxConfig(**{**begun, **model.methods})
 
@@ -103,7 +102,7 @@ def _config(model: Model, words: int) -> ReduxConfig:
 @functools.cache
 def _begun(tower: str | None, language: str | None, gguf_file: str | None, checkpoint: str | None) -> dict[str, Any]:
     """The configuration of what trials begin with, read once."""
-    parts = Model(tower=tower, language=language, gguf_file=gguf_file, checkpoint=checkpoint)
+    parts = ModelSettings(tower=tower, language=language, gguf_file=gguf_file, checkpoint=checkpoint)
     return run.configured(parts).to_dict()
 
 
@@ -138,7 +137,8 @@ def _check(search: Search) -> None:
     _check_pruning(search, whole)
     # limits too, but of a model from sizes, whose vocabulary is not known yet
     check(
-        Space(search.space), functools.partial(fit, search, jobs.forecast) if whole.model.pretrained else jobs.forecast
+        Space(search.space),
+        functools.partial(fit, search, jobs.forecast) if whole.model.is_pretrained else jobs.forecast,
     )
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from redux.model import ReduxConfig as ReduxConfig
+    from redux.configuration import ReduxConfig as ReduxConfig
     from redux.model import ReduxForConditionalGeneration as ReduxForConditionalGeneration
     from redux.plugin import inhibit as inhibit
     from redux.presets import PRESETS as PRESETS
@@ -25,7 +25,7 @@ _ROOMS = {
     "PRESETS": "presets",
     "Preset": "presets",
     "Reduction": "settings",
-    "ReduxConfig": "model",
+    "ReduxConfig": "configuration",
     "ReduxForConditionalGeneration": "model",
     "VMTC": "settings",
     "assemble": "pretrained",

@@ -12,7 +12,7 @@ from redux.settings import CMAI, METHODS, VMTC, Reduction
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transformer:
+class TransformerSizes:
     """Size of a transformer: width, depth, heads and width of the MLP."""
 
     hidden_size: Annotated[int, Ge(1)]
@@ -29,7 +29,7 @@ class Transformer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tower(Transformer):
+class TowerSizes(TransformerSizes):
     """An image tower of CLIP's kind: square images of image_size pixels, in patches of patch_size pixels."""
 
     image_size: Annotated[int, Ge(1)]
@@ -44,7 +44,7 @@ class Tower(Transformer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Language(Transformer):
+class LanguageSizes(TransformerSizes):
     """A language model of LLaMA's kind."""
 
     max_position_embeddings: Annotated[int, Ge(1)] = 2048
@@ -58,11 +58,11 @@ class Language(Transformer):
             )
 
 
-Own = Literal["own"]
+FromCheckpoint = Literal["own"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelSettings:
     """A model: its two parts, the modules of the method (null: off), or in VMTC's place a rival of it.
 
     tower, language: sizes of parts to build from nothing; or folders, hub ids or URLs (s3://) of pretrained ones.
@@ -72,13 +72,13 @@ class Model:
         and no reduction.
     """
 
-    tower: Tower | str | None = None
-    language: Language | str | None = None
+    tower: TowerSizes | str | None = None
+    language: LanguageSizes | str | None = None
     gguf_file: str | None = None
     checkpoint: str | None = None
-    vmtc: VMTC | Own | None = "own"
-    cmai: CMAI | Own | None = "own"
-    reduction: Reduction | Own | None = "own"
+    vmtc: VMTC | FromCheckpoint | None = "own"
+    cmai: CMAI | FromCheckpoint | None = "own"
+    reduction: Reduction | FromCheckpoint | None = "own"
 
     def __post_init__(self) -> None:
         for name, value in {} if self.checkpoint else {"vmtc": VMTC(), "cmai": CMAI(), "reduction": None}.items():
@@ -95,7 +95,7 @@ class Model:
             raise ValueError(f"{missing}: got null, allowed: sizes or a pretrained one, or a checkpoint of both")
         if isinstance(self.tower, str) != isinstance(self.language, str):
             raise ValueError(
-                f"language: got {_kind(self.language)} beside a tower of {_kind(self.tower)}, allowed: sizes for both, "
+                f"language: got {_describe_part(self.language)} beside a tower of {_describe_part(self.tower)}, allowed: sizes for both, "
                 "or pretrained ones"
             )
         if isinstance(self.tower, str) or isinstance(self.language, str):
@@ -103,7 +103,7 @@ class Model:
         if self.gguf_file:
             raise ValueError(f"gguf_file: got {self.gguf_file}, allowed: null, as language is built from sizes")
         try:
-            tokens = image_tokens(self)
+            tokens = count_image_tokens(self)
         except ValueError as error:
             raise ValueError(f"{'vmtc' if self.vmtc else 'reduction'}.{error}") from None
         if self.language.max_position_embeddings <= tokens:
@@ -113,9 +113,9 @@ class Model:
             )
 
     @property
-    def pretrained(self) -> bool:
+    def is_pretrained(self) -> bool:
         """Whether it, or its parts, are taken from checkpoints."""
-        return not isinstance(self.tower, Tower)
+        return not isinstance(self.tower, TowerSizes)
 
     @property
     def methods(self) -> dict[str, Any]:
@@ -123,16 +123,18 @@ class Model:
         return {name: value for name in METHODS if (value := getattr(self, name)) != "own"}
 
 
-def _kind(part: Transformer | str) -> str:
+def _describe_part(part: TransformerSizes | str) -> str:
     return part if isinstance(part, str) else "sizes"
 
 
-def image_tokens(model: Model) -> int:
+def count_image_tokens(model: ModelSettings) -> int:
     """Visual tokens of one image that reach the language model, of one that is built from sizes."""
-    assert isinstance(model.tower, Tower)
+    assert isinstance(model.tower, TowerSizes)
     patches = (model.tower.image_size // model.tower.patch_size) ** 2
     if isinstance(model.reduction, Reduction):
-        return model.reduction.count(patches)
+        return model.reduction.count_tokens(patches)
     return (
-        model.vmtc.tokens_left(patches, model.tower.num_hidden_layers - 1) if isinstance(model.vmtc, VMTC) else patches
+        model.vmtc.count_tokens_left(patches, model.tower.num_hidden_layers - 1)
+        if isinstance(model.vmtc, VMTC)
+        else patches
     )

@@ -8,24 +8,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
-from redux.architecture import Tower
-from redux.model import caption_config, vision_config
+from redux.architecture import TowerSizes
+from redux.configuration import build_caption_config, build_vision_config
 
 
-def build(tower: Tower, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
+def build_clip(tower: TowerSizes, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
     """A new CLIP with random weights (seed torch before) for captions of at most CONTEXT tokens."""
     if tokenizer.eos_token_id == 2:
         # transformers keeps a fault of old checkpoints alive under this number: it pools at the largest id
         raise ValueError("tokenizer: </s> has number 2, allowed: any other, or CLIP's text tower reads the wrong token")
     config = CLIPConfig(
-        text_config=caption_config(tower, tokenizer).to_dict(),
-        vision_config=vision_config(tower).to_dict(),
+        text_config=build_caption_config(tower, tokenizer).to_dict(),
+        vision_config=build_vision_config(tower).to_dict(),
         projection_dim=tower.hidden_size,
     )
     return CLIPModel(config)
 
 
-class Contrastive(nn.Module):
+class ClipWithLoss(nn.Module):
     """A CLIPModel whose forward gives the loss, so that it trains like every other model.
 
     scale: log of the logits' scale, (1,); DeepSpeed cannot broadcast CLIP's own, a parameter without dimensions.

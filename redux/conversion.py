@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from redux.conversation import IMAGE
+from redux.configuration import ReduxConfig
+from redux.conversation import IMAGE_TOKEN
 from redux.loading import check_loading, describe_names, load_tokenizer, report_damage, strip_wrappers
-from redux.model import ReduxConfig, ReduxForConditionalGeneration
-from redux.pretrained import TOWERS, grow, load, prepare
+from redux.model import ReduxForConditionalGeneration
+from redux.pretrained import TOWER_CLASSES, load_part, prepare_tokenizer, resize_embeddings
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 
-LAYOUT = {
+PREFIX_RENAMES = {
     "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
     "model.mm_projector.2.": "model.multi_modal_projector.linear_2.",
     f"{TOWER_PREFIX}vision_model.": "model.vision_tower.",
@@ -33,11 +34,11 @@ LAYOUT = {
 """Prefixes of names in the LLaVA repository and in transformers, the first that fits."""
 
 
-IMAGE_FITS = {"pad": "pad", "square": "crop"}
+ASPECT_RATIOS = {"pad": "pad", "square": "crop"}
 """Image fit by its name in the LLaVA repository."""
 
 
-def convert(source: str | PathLike) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:
+def convert_checkpoint(source: str | PathLike) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:
     """Load a checkpoint whatever wrapper or layout its names come from.
 
     Args:
@@ -62,7 +63,7 @@ def convert(source: str | PathLike) -> tuple[ReduxForConditionalGeneration, PreT
         raise ValueError(
             f"checkpoint: got {source} of model_type {config.get('model_type')}, allowed: {ReduxConfig.model_type}"
         )
-    return _build(ReduxConfig.from_pretrained(folder), weights, folder), tokenizer
+    return _build_from_weights(ReduxConfig.from_pretrained(folder), weights, folder), tokenizer
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -78,7 +79,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: weight for part in parts for name, weight in part.items()}
 
 
-def _build(config: ReduxConfig, weights: dict[str, Tensor], folder: Path) -> ReduxForConditionalGeneration:
+def _build_from_weights(config: ReduxConfig, weights: dict[str, Tensor], folder: Path) -> ReduxForConditionalGeneration:
     dtype = next(iter(weights.values())).dtype
     model, found = ReduxForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -91,32 +92,32 @@ def _convert_layout(
     config: dict[str, Any], weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> ReduxForConditionalGeneration:
     """Build the model of a checkpoint of the LLaVA repository; its image tower is fetched where it is not within."""
-    tower = load("mm_vision_tower", config["mm_vision_tower"], TOWERS, next(iter(weights.values())).dtype)
+    tower = load_part("mm_vision_tower", config["mm_vision_tower"], TOWER_CLASSES, next(iter(weights.values())).dtype)
     if not any(name.startswith(TOWER_PREFIX) for name in weights):
         weights |= {f"{TOWER_PREFIX}vision_model.{name}": weight for name, weight in tower.state_dict().items()}
-    renamed = {_rename(name): weight for name, weight in weights.items()}
+    renamed = {_rename_parameter(name): weight for name, weight in weights.items()}
     text = LlamaConfig(**{name: value for name, value in config.items() if not name.startswith("mm_")})
-    prepare(tokenizer, text, folder)
+    prepare_tokenizer(tokenizer, text, folder)
     aspect_ratio = config.get("image_aspect_ratio") or "square"
-    if aspect_ratio not in IMAGE_FITS:
-        raise ValueError(f"image_aspect_ratio: got {aspect_ratio} in {folder}, allowed: {', '.join(IMAGE_FITS)}")
+    if aspect_ratio not in ASPECT_RATIOS:
+        raise ValueError(f"image_aspect_ratio: got {aspect_ratio} in {folder}, allowed: {', '.join(ASPECT_RATIOS)}")
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     plain = ReduxConfig(
         vision_config=tower.config.to_dict(),
         text_config={**text.to_dict(), "model_type": "llama"},
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vision_feature_layer=config.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy="full" if config.get("mm_vision_select_feature") == "cls_patch" else "default",
         conversation_template="vicuna_v1",
-        image_aspect_ratio=IMAGE_FITS[aspect_ratio],
+        image_aspect_ratio=ASPECT_RATIOS[aspect_ratio],
         tie_word_embeddings=text.tie_word_embeddings,
         **special,
     )
-    model = _build(plain, renamed, folder)
-    grow(model, len(tokenizer))
+    model = _build_from_weights(plain, renamed, folder)
+    resize_embeddings(model, len(tokenizer))
     return model
 
 
-def _rename(name: str) -> str:
-    prefix = next((prefix for prefix in LAYOUT if name.startswith(prefix)), "")
-    return LAYOUT[prefix] + name.removeprefix(prefix) if prefix else name
+def _rename_parameter(name: str) -> str:
+    prefix = next((prefix for prefix in PREFIX_RENAMES if name.startswith(prefix)), "")
+    return PREFIX_RENAMES[prefix] + name.removeprefix(prefix) if prefix else name

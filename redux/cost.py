@@ -15,10 +15,10 @@ keys and values of all tokens in every layer, and any number of key heads.
 from dataclasses import dataclass
 from typing import Any
 
-from redux.model import ReduxConfig
-from redux.settings import VMTC, Reduction, Stage
+from redux.configuration import ReduxConfig
+from redux.settings import VMTC, CompressionStage, Reduction
 
-FLOAT32 = 4
+FOCUS_NUMBER_BYTES = 4
 """Bytes of a number of CMAI's focus, whatever the model's own are."""
 
 
@@ -49,7 +49,7 @@ class Cost:
         return self.tower + self.compression + self.projector + self.language + self.inhibition
 
 
-def cost(
+def compute_cost(
     config: ReduxConfig,
     text: int,
     images: int = 1,
@@ -79,133 +79,137 @@ def cost(
         raise ValueError(f"vision_feature_layer: got {config.vision_feature_layer}, allowed: one layer")
     if not 0 <= preamble <= text:
         raise ValueError(f"preamble: got {preamble}, allowed: 0 to {text}, the text tokens of the prompt")
-    stages, seen = tuple(config.stages.values()), images * _features(config)
+    stages, seen = tuple(config.compression_stages.values()), images * _tokens_per_image(config)
     tokens = text + seen
     return Cost(
-        tower=images * _tower(config, stages),
-        compression=images * _compression(config, stages),
-        projector=images * _projector(config),
-        language=_language(config, tokens, tokens, logits_to_keep or tokens),
-        inhibition=_inhibition(config, text - preamble, tokens, text - preamble, seen),
+        tower=images * _tower_flops(config, stages),
+        compression=images * _compression_flops(config, stages),
+        projector=images * _projector_flops(config),
+        language=_language_flops(config, tokens, tokens, logits_to_keep or tokens),
+        inhibition=_inhibition_flops(config, text - preamble, tokens, text - preamble, seen),
         kv_bytes=_kv_bytes(config, tokens, bytes_per_number),
         focus_bytes=_focus_bytes(config, text - preamble, seen),
     )
 
 
-def step(config: ReduxConfig, text: int, images: int = 1, bytes_per_number: int = 2, preamble: int = 0) -> Cost:
+def compute_step_cost(
+    config: ReduxConfig, text: int, images: int = 1, bytes_per_number: int = 2, preamble: int = 0
+) -> Cost:
     """The first token generated after the prompt of `cost`, on the caches it left; bytes are those held afterwards.
 
     FLOPs and kv_bytes of a later token are those of a first one after a prompt that ends where the later one begins.
     """
-    seen = images * _features(config)
+    seen = images * _tokens_per_image(config)
     tokens, behind = text + seen + 1, text - preamble + 1
-    cmai = config.settings("cmai")
+    cmai = config.method_settings("cmai")
     inhibited = cmai is not None and cmai.generated
     return Cost(
-        language=_language(config, 1, tokens, 1),
-        inhibition=_inhibition(config, 1, tokens, behind, seen) if inhibited else 0,
+        language=_language_flops(config, 1, tokens, 1),
+        inhibition=_inhibition_flops(config, 1, tokens, behind, seen) if inhibited else 0,
         kv_bytes=_kv_bytes(config, tokens, bytes_per_number),
         focus_bytes=_focus_bytes(config, behind if inhibited else behind - 1, seen),
     )
 
 
-def product(rows: int, inner: int, columns: int) -> int:
+def matmul_flops(rows: int, inner: int, columns: int) -> int:
     """FLOPs of (rows x inner) by (inner x columns)."""
     return 2 * rows * inner * columns
 
 
-def attention(rows: int, keys: int, width: int) -> int:
+def attention_flops(rows: int, keys: int, width: int) -> int:
     """FLOPs of scaled-dot-product attention: QK^T, and weights by V.  width: of all heads side by side."""
-    return product(rows, width, keys) + product(rows, keys, width)
+    return matmul_flops(rows, width, keys) + matmul_flops(rows, keys, width)
 
 
-def _features(config: ReduxConfig) -> int:
+def _tokens_per_image(config: ReduxConfig) -> int:
     """Tokens of one image in the language model, the class token among them where it is a feature."""
-    return config.tokens + (config.whole and config.has_class_token)
+    return config.num_visual_tokens + (config.keeps_class_token and config.has_class_token)
 
 
-def _tower(config: ReduxConfig, stages: tuple[Stage, ...]) -> int:
+def _tower_flops(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> int:
     tower, first = config.vision_config, int(config.has_class_token)
     dim, out = tower.hidden_size, {stage.block: stage.out for stage in stages}
-    flops = product(config.patches, tower.num_channels * tower.patch_size**2, dim)  # convolution into patches
-    tokens = first + config.patches
-    for block in range(config.depth):
-        flops += 4 * product(tokens, dim, dim)  # queries, keys, values, output
-        flops += attention(tokens, tokens, dim)
+    flops = matmul_flops(config.num_patches, tower.num_channels * tower.patch_size**2, dim)  # convolution into patches
+    tokens = first + config.num_patches
+    for block in range(config.num_blocks_used):
+        flops += 4 * matmul_flops(tokens, dim, dim)  # queries, keys, values, output
+        flops += attention_flops(tokens, tokens, dim)
         if block in out:
             tokens = first + out[block]
-        flops += 2 * product(tokens, dim, tower.intermediate_size)  # MLP
+        flops += 2 * matmul_flops(tokens, dim, tower.intermediate_size)  # MLP
     return flops
 
 
-def _compression(config: ReduxConfig, stages: tuple[Stage, ...]) -> int:
-    vmtc, reduction = config.settings("vmtc"), config.settings("reduction")
+def _compression_flops(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> int:
+    vmtc, reduction = config.method_settings("vmtc"), config.method_settings("reduction")
     if vmtc:
-        given = (config.patches, *(stage.out for stage in stages))
-        return sum(_stage(config, vmtc, stage, patches) for stage, patches in zip(stages, given, strict=False))
-    return _reduction(config, reduction) if reduction else 0
+        given = (config.num_patches, *(stage.out for stage in stages))
+        return sum(_stage_flops(config, vmtc, stage, patches) for stage, patches in zip(stages, given, strict=False))
+    return _reduction_flops(config, reduction) if reduction else 0
 
 
-def _stage(config: ReduxConfig, vmtc: VMTC, stage: Stage, patches: int) -> int:
+def _stage_flops(config: ReduxConfig, vmtc: VMTC, stage: CompressionStage, patches: int) -> int:
     """VMTC at one block that is given `patches` patch tokens."""
     dim, redundant = config.vision_config.hidden_size, patches - stage.kept
-    importance = product(1, dim, patches + 1) if config.has_class_token else product(patches, dim, patches)
+    importance = matmul_flops(1, dim, patches + 1) if config.has_class_token else matmul_flops(patches, dim, patches)
     if not stage.clusters:
         return importance
-    seeds = (stage.clusters - 1) * product(redundant, dim, 1) if vmtc.seeds == "farthest" else 0
-    assigning = (vmtc.iterations + 1) * product(redundant, dim, stage.clusters)
-    centroids = vmtc.iterations * product(stage.clusters, redundant, dim)
-    merging = product(stage.clusters, redundant, dim)
+    seeds = (stage.clusters - 1) * matmul_flops(redundant, dim, 1) if vmtc.seeds == "farthest" else 0
+    assigning = (vmtc.iterations + 1) * matmul_flops(redundant, dim, stage.clusters)
+    centroids = vmtc.iterations * matmul_flops(stage.clusters, redundant, dim)
+    merging = matmul_flops(stage.clusters, redundant, dim)
     return importance + seeds + assigning + centroids + merging
 
 
-def _reduction(config: ReduxConfig, reduction: Reduction) -> int:
-    patches, dim = config.patches, config.vision_config.hidden_size
-    out = reduction.count(patches)
+def _reduction_flops(config: ReduxConfig, reduction: Reduction) -> int:
+    patches, dim = config.num_patches, config.vision_config.hidden_size
+    out = reduction.count_tokens(patches)
     if reduction.method in ("stride", "random"):  # tokens are picked
         return 0
-    mixing = product(out, patches, dim)
+    mixing = matmul_flops(out, patches, dim)
     if reduction.method != "prumerge":
         return mixing
-    last = product(1, dim, dim) + product(patches + 1, dim, dim)  # a query and all keys of the last block
-    importance = product(1, dim, patches + 1)
-    likeness = product(out - 1, dim, patches)
+    last = matmul_flops(1, dim, dim) + matmul_flops(patches + 1, dim, dim)  # a query and all keys of the last block
+    importance = matmul_flops(1, dim, patches + 1)
+    likeness = matmul_flops(out - 1, dim, patches)
     return last + importance + likeness + mixing
 
 
-def _projector(config: ReduxConfig) -> int:
+def _projector_flops(config: ReduxConfig) -> int:
     width, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
-    return product(_features(config), width, hidden) + product(_features(config), hidden, hidden)
+    return matmul_flops(_tokens_per_image(config), width, hidden) + matmul_flops(
+        _tokens_per_image(config), hidden, hidden
+    )
 
 
-def _language(config: ReduxConfig, rows: int, keys: int, logits: int) -> int:
+def _language_flops(config: ReduxConfig, rows: int, keys: int, logits: int) -> int:
     """rows: tokens of this call; keys: tokens so far, these among them; logits: rows that go through the head."""
     text = config.text_config
     hidden, queries, key_width = text.hidden_size, text.num_attention_heads * _head_dim(text), _key_width(text)
-    layer = 2 * product(rows, hidden, queries)  # queries, output
-    layer += 2 * product(rows, hidden, key_width)  # keys, values
-    layer += attention(rows, keys, queries)
-    layer += 3 * product(rows, hidden, text.intermediate_size)  # gate, up, down
-    return text.num_hidden_layers * layer + product(logits, hidden, text.vocab_size)
+    layer = 2 * matmul_flops(rows, hidden, queries)  # queries, output
+    layer += 2 * matmul_flops(rows, hidden, key_width)  # keys, values
+    layer += attention_flops(rows, keys, queries)
+    layer += 3 * matmul_flops(rows, hidden, text.intermediate_size)  # gate, up, down
+    return text.num_hidden_layers * layer + matmul_flops(logits, hidden, text.vocab_size)
 
 
-def _inhibition(config: ReduxConfig, rows: int, keys: int, behind: int, image: int) -> int:
+def _inhibition_flops(config: ReduxConfig, rows: int, keys: int, behind: int, image: int) -> int:
     """CMAI in all layers that inhibit.  behind: text tokens so far that see an image; image: image tokens."""
-    if not (layers := _inhibiting(config, image)):
+    if not (layers := _count_inhibiting_layers(config, image)):
         return 0
-    text, cmai = config.text_config, config.settings("cmai")
+    text, cmai = config.text_config, config.method_settings("cmai")
     # weights: QK^T of each head; raw scores: one product of the key heads side by side
     width = text.num_attention_heads * _head_dim(text) if cmai.scores == "weights" else _key_width(text)
-    focus = 0 if cmai.focus == "tia" else product(rows, behind, image)  # eq. 10
-    return layers * (product(rows, width, keys) + focus)
+    focus = 0 if cmai.focus == "tia" else matmul_flops(rows, behind, image)  # eq. 10
+    return layers * (matmul_flops(rows, width, keys) + focus)
 
 
-def _inhibiting(config: ReduxConfig, image: int) -> int:
+def _count_inhibiting_layers(config: ReduxConfig, image: int) -> int:
     """How many layers inhibit at inference: with gamma 0, or without an image, none does."""
-    cmai = config.settings("cmai")
+    cmai = config.method_settings("cmai")
     if cmai is None or cmai.active == "training" or image == 0:
         return 0
-    return sum(ratio > 0 for ratio in cmai.ratios(config.text_config.num_hidden_layers))
+    return sum(ratio > 0 for ratio in cmai.compute_gammas(config.text_config.num_hidden_layers))
 
 
 def _kv_bytes(config: ReduxConfig, tokens: int, bytes_per_number: int) -> int:
@@ -215,8 +219,10 @@ def _kv_bytes(config: ReduxConfig, tokens: int, bytes_per_number: int) -> int:
 
 def _focus_bytes(config: ReduxConfig, behind: int, image: int) -> int:
     """A_t2i of the text that sees an image in every layer that inhibits; "tia" has no use for earlier tokens'."""
-    layers = _inhibiting(config, image)
-    return layers * behind * image * FLOAT32 if layers and config.settings("cmai").focus != "tia" else 0
+    layers = _count_inhibiting_layers(config, image)
+    return (
+        layers * behind * image * FOCUS_NUMBER_BYTES if layers and config.method_settings("cmai").focus != "tia" else 0
+    )
 
 
 def _head_dim(text: Any) -> int:

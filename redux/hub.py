@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 
 import fsspec
 
-MISTAKES = (ImportError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
+PERMANENT_ERRORS = (ImportError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
 """Errors of a store that the same URL will meet again; others may pass."""
 
 
 @contextmanager
-def fetched(source: str | PathLike, names: Sequence[str] = (), what: str = "path") -> Iterator[str]:
+def local_copy(source: str | PathLike, names: Sequence[str] = (), label: str = "path") -> Iterator[str]:
     """The path itself, or where it is a URL a local folder with its files.
 
     ValueError where there are none, or nobody may read them; OSError where the store or the disk here is at fault.
@@ -35,7 +35,7 @@ def fetched(source: str | PathLike, names: Sequence[str] = (), what: str = "path
             else:
                 files.get(f"{inside.rstrip('/')}/", folder, recursive=True)
         except Exception as error:
-            raise explain_error(error, f"{what}: got {url}", "a folder or URL that can be read") from error
+            raise explain_error(error, f"{label}: got {url}", "a folder or URL that can be read") from error
         yield folder
 
 
@@ -44,6 +44,6 @@ def explain_error(error: Exception, place: str, allowed: str) -> ValueError | OS
     right, an OSError where the store or the disk here is at fault.
     """
     why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if isinstance(error, MISTAKES) or "Credential" in type(error).__name__:
+    if isinstance(error, PERMANENT_ERRORS) or "Credential" in type(error).__name__:
         return ValueError(f"{place}, allowed: {allowed}; {why}")
     return OSError(f"{place}: the store or the disk here is at fault; {why}")

@@ -15,12 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from redux.settings import Seeds
+from redux.settings import KMeansSeeds
 
 
 @torch.no_grad()
 def kmeans(
-    tokens: Float[Tensor, "batch tokens dim"], clusters: int, iterations: int, seeds: Seeds = "strided"
+    tokens: Float[Tensor, "batch tokens dim"], clusters: int, iterations: int, seeds: KMeansSeeds = "strided"
 ) -> Int[Tensor, "batch tokens"]:
     """Cluster number of each token.  Every cluster in 0..clusters-1 holds at least one token.
 
@@ -38,14 +38,16 @@ def kmeans(
     if not 1 <= clusters <= count:
         raise ValueError(f"clusters: got {clusters}, allowed: 1 to {count}, the number of tokens to cluster")
     unit = F.normalize(tokens.float(), dim=-1)
-    centroids = unit.gather(1, _seeds(unit, clusters, seeds).unsqueeze(-1).expand(-1, -1, unit.shape[-1]))
+    centroids = unit.gather(1, _choose_seeds(unit, clusters, seeds).unsqueeze(-1).expand(-1, -1, unit.shape[-1]))
     for _ in range(iterations):
-        members = F.one_hot(_assign(unit, centroids), clusters).to(unit.dtype)
+        members = F.one_hot(_assign_clusters(unit, centroids), clusters).to(unit.dtype)
         centroids = F.normalize(members.transpose(1, 2) @ unit, dim=-1)
-    return _assign(unit, centroids)
+    return _assign_clusters(unit, centroids)
 
 
-def _seeds(unit: Float[Tensor, "batch tokens dim"], clusters: int, seeds: Seeds) -> Int[Tensor, "batch clusters"]:
+def _choose_seeds(
+    unit: Float[Tensor, "batch tokens dim"], clusters: int, seeds: KMeansSeeds
+) -> Int[Tensor, "batch clusters"]:
     batch, count, _ = unit.shape
     if seeds == "farthest":
         chosen = torch.zeros(batch, 1, dtype=torch.long, device=unit.device)
@@ -64,7 +66,7 @@ def _seeds(unit: Float[Tensor, "batch tokens dim"], clusters: int, seeds: Seeds)
     return places.expand(batch, -1)
 
 
-def _assign(
+def _assign_clusters(
     unit: Float[Tensor, "batch tokens dim"], centroids: Float[Tensor, "batch clusters dim"]
 ) -> Int[Tensor, "batch tokens"]:
     """Nearest centroid of each token, then one ill-fitting token moved into each cluster left empty.

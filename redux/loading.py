@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from redux.conversation import IMAGE
+from redux.conversation import IMAGE_TOKEN
 
-CONVERSION = "redux export {path} --out DIR writes a copy with the right names"
+CONVERSION_HINT = "redux export {path} --out DIR writes a copy with the right names"
 
 WRAPPERS = {
     "base_model.model.": "PEFT",
@@ -26,22 +26,22 @@ WRAPPERS = {
 }
 """Prefixes of parameter names, and the wrapper that adds each."""
 
-DAMAGE = ("SafetensorError", "UnpicklingError", "EOFError")
+DAMAGE_ERRORS = ("SafetensorError", "UnpicklingError", "EOFError")
 """Errors, by name, that readers raise for damaged files of weights; nothing here unpickles."""
 
-POINTER = b"version https://git-lfs"
+GIT_LFS_HEADER = b"version https://git-lfs"
 
-ADAPTER = re.compile(r"\.(lora_|base_layer\.|modules_to_save\.)")
+ADAPTER_PARAMETER = re.compile(r"\.(lora_|base_layer\.|modules_to_save\.)")
 """In names of PEFT adapters that were not merged."""
 
 
-def load_model(kind: Any, path: str | os.PathLike, *, what: str, ignored: Collection[str] = (), **options: Any) -> Any:
+def load_model(kind: Any, path: str | os.PathLike, *, label: str, ignored: Collection[str] = (), **options: Any) -> Any:
     """Load a model of a transformers class with all of its weights.
 
     Args:
         kind: the class; its `from_pretrained` is called.
         path: folder or hub id.
-        what: the name of the checkpoint in an error.
+        label: the name of the checkpoint in an error.
         ignored: prefixes of weights that the checkpoint may hold besides those of the model.
         options: arguments of `from_pretrained`.
 
@@ -49,17 +49,17 @@ def load_model(kind: Any, path: str | os.PathLike, *, what: str, ignored: Collec
         ValueError: weights are missing, unexpected or of another shape, or files are damaged.
         OSError: there is no such checkpoint.
     """
-    with report_damage(path, what):
+    with report_damage(path, label):
         # a weight of another shape would be a RuntimeError that does not name it
         model, found = kind.from_pretrained(
             path, output_loading_info=True, **{"ignore_mismatched_sizes": True, **options}
         )
-    check_loading(found, path, what, ignored)
+    check_loading(found, path, label, ignored)
     return model
 
 
 @contextmanager
-def report_damage(path: str | os.PathLike | None, what: str) -> Iterator[None]:
+def report_damage(path: str | os.PathLike | None, label: str) -> Iterator[None]:
     """Turn what readers raise for damaged files of weights into a ValueError that names the checkpoint.
 
     transformers' table of weights that it misses is not shown: `check_loading` says the same in one line.
@@ -69,17 +69,17 @@ def report_damage(path: str | os.PathLike | None, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__name__ not in DAMAGE:
+        if type(error).__name__ not in DAMAGE_ERRORS:
             raise
         pointers = [file.name for file in sorted(Path(path or "").glob("*")) if _is_pointer(file)]
         why = f"{pointers[0]} is a git-lfs pointer; git lfs pull fetches the file" if pointers else _shorten(str(error))
-        raise ValueError(f"{what}: got {path} with damaged weights, allowed: complete files ({why})") from error
+        raise ValueError(f"{label}: got {path} with damaged weights, allowed: complete files ({why})") from error
     finally:
         reporter.removeFilter(_is_no_report)
 
 
 def check_loading(
-    found: Mapping[str, Any], path: str | os.PathLike | None, what: str, ignored: Collection[str] = ()
+    found: Mapping[str, Any], path: str | os.PathLike | None, label: str, ignored: Collection[str] = ()
 ) -> None:
     """Raise a ValueError as `load_model` if transformers' loading information tells of an incomplete load."""
     unexpected = sorted(name for name in found["unexpected_keys"] if not name.startswith(tuple(ignored)))
@@ -89,25 +89,25 @@ def check_loading(
         "with unknown": unexpected,
         "with": [shapes[name] for name in sorted(shapes)],
     }
-    descriptions = [f"{problem} {_count(names)}" for problem, names in problems.items() if names]
+    descriptions = [f"{problem} {_summarize_names(names)}" for problem, names in problems.items() if names]
     if descriptions:
         raise ValueError(
-            f"{what}: got {path} {', '.join(descriptions)}, allowed: a checkpoint with exactly the model's weights"
+            f"{label}: got {path} {', '.join(descriptions)}, allowed: a checkpoint with exactly the model's weights"
             + describe_names(unexpected, path)
         )
 
 
 def describe_names(names: Collection[str], path: str | os.PathLike | None) -> str:
     """Describe where unexpected names come from and what to do, "" where they tell nothing."""
-    if any(ADAPTER.search(f".{name}") for name in names):
+    if any(ADAPTER_PARAMETER.search(f".{name}") for name in names):
         return "; these are PEFT adapters: merge them first, by merge_and_unload"
     for prefix, wrapper in WRAPPERS.items():
         if any(f".{prefix}" in f".{name}" for name in names):
-            return f"; these names were saved by {wrapper}: {CONVERSION.format(path=path)}"
+            return f"; these names were saved by {wrapper}: {CONVERSION_HINT.format(path=path)}"
     return ""
 
 
-def load_tokenizer(folder: str | os.PathLike, what: str, **options: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | os.PathLike, label: str, **options: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer in a folder; ValueError, naming the folder, where there is none that can be read."""
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
@@ -115,23 +115,25 @@ def load_tokenizer(folder: str | os.PathLike, what: str, **options: Any) -> PreT
         raise
     except Exception as error:  # of a damaged file tokenizers raises Exception itself
         why = " ".join(str(error).split())
-        raise ValueError(f"{what}: got {folder}, allowed: a folder with a tokenizer that can be read; {why}") from error
+        raise ValueError(
+            f"{label}: got {folder}, allowed: a folder with a tokenizer that can be read; {why}"
+        ) from error
 
 
 def check_image_token(
-    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, path: str | os.PathLike, what: str
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, path: str | os.PathLike, label: str
 ) -> None:
     """Raise a ValueError unless the tokenizer's `<image>` is the token that the model puts an image in place of."""
-    known = IMAGE in tokenizer.get_vocab()
-    if not known or tokenizer.convert_tokens_to_ids(IMAGE) != config.image_token_id:
-        got = tokenizer.convert_tokens_to_ids(IMAGE) if known else f"no {IMAGE}"
+    known = IMAGE_TOKEN in tokenizer.get_vocab()
+    if not known or tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id:
+        got = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) if known else f"no {IMAGE_TOKEN}"
         raise ValueError(
-            f"{what}: got {path} with {got} in its tokenizer, allowed: {IMAGE} as token {config.image_token_id}, which "
+            f"{label}: got {path} with {got} in its tokenizer, allowed: {IMAGE_TOKEN} as token {config.image_token_id}, which "
             "the model's configuration names"
         )
 
 
-def check_layout(config: Mapping[str, Any], path: str | os.PathLike, what: str) -> None:
+def check_layout(config: Mapping[str, Any], path: str | os.PathLike, label: str) -> None:
     """Raise a ValueError for a checkpoint in the layout of the LLaVA repository, which transformers cannot read.
 
     Args:
@@ -139,8 +141,8 @@ def check_layout(config: Mapping[str, Any], path: str | os.PathLike, what: str) 
     """
     if "mm_vision_tower" in config and "vision_config" not in config:
         raise ValueError(
-            f"{what}: got {path} in the layout of the LLaVA repository, allowed: that of transformers; "
-            + CONVERSION.format(path=path)
+            f"{label}: got {path} in the layout of the LLaVA repository, allowed: that of transformers; "
+            + CONVERSION_HINT.format(path=path)
         )
 
 
@@ -155,7 +157,7 @@ def strip_wrappers(name: str) -> str:
     return strip_wrappers(name) if name.startswith(tuple(WRAPPERS)) else name
 
 
-def _count(names: list[str]) -> str:
+def _summarize_names(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
@@ -173,4 +175,4 @@ def _is_pointer(file: Path) -> bool:
     if not file.is_file():
         return False
     with file.open("rb") as opened:
-        return opened.read(len(POINTER)) == POINTER
+        return opened.read(len(GIT_LFS_HEADER)) == GIT_LFS_HEADER

@@ -41,14 +41,14 @@ def head_mesh(attention: nn.Module, heads: int) -> "DeviceMesh | None":
 
 def mean_over_ranks(part: Float[Tensor, "*shape"], mesh: "DeviceMesh | None") -> Float[Tensor, "*shape"]:
     """Mean over all heads, from the mean over the heads of each rank; a gradient reaches each rank's own part."""
-    return part if mesh is None else _whole(part / mesh.size(), mesh, Partial())
+    return part if mesh is None else _gather_from_ranks(part / mesh.size(), mesh, Partial())
 
 
 def join_heads(part: Float[Tensor, "*shape width"], mesh: "DeviceMesh | None") -> Float[Tensor, "*shape all_width"]:
     """Put the ranks' heads side by side in the last dimension."""
-    return part if mesh is None else _whole(part, mesh, Shard(part.dim() - 1))
+    return part if mesh is None else _gather_from_ranks(part, mesh, Shard(part.dim() - 1))
 
 
-def _whole(part: Tensor, mesh: "DeviceMesh", placement: "Placement") -> Tensor:
+def _gather_from_ranks(part: Tensor, mesh: "DeviceMesh", placement: "Placement") -> Tensor:
     parts = DTensor.from_local(part, mesh, [placement], run_check=False)
     return parts.redistribute(placements=[Replicate()]).to_local()

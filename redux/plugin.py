@@ -26,10 +26,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
-from redux.cmai import ATTENTION, FocusCache, Inhibition
+from redux.cmai import ATTENTION_NAME, FocusCache, Inhibition
 from redux.settings import CMAI
 
-TOKENS = ("image_token_id", "video_token_id")
+IMAGE_TOKEN_FIELDS = ("image_token_id", "video_token_id")
 """Where a model's configuration has the ids of tokens that stand for pieces of an image."""
 
 
@@ -43,7 +43,7 @@ def inhibit(model: PreTrainedModel, cmai: CMAI | None) -> None:
     if not isinstance(cmai, CMAI | None):
         raise ValueError(f"cmai: got {cmai!r}, allowed: redux.CMAI, or None to turn it off")
     if cmai is not None:
-        _check(model)
+        _check_compatible(model)
     if hasattr(model, "_inhibitor"):
         model._inhibitor.remove(model)
         del model._inhibitor
@@ -53,10 +53,10 @@ def inhibit(model: PreTrainedModel, cmai: CMAI | None) -> None:
         model.config.cmai = asdict(cmai) if cmai else None
 
 
-def _check(model: PreTrainedModel) -> None:
+def _check_compatible(model: PreTrainedModel) -> None:
     """ValueError where CMAI has nothing to do, or would do it wrong without a word."""
     kind = type(model).__name__
-    if not _tokens(model):
+    if not _image_token_ids(model):
         raise ValueError(f"image_token_id: got None in the configuration of {kind}, allowed: the id of image tokens")
     text = model.config.get_text_config()
     if text.is_encoder_decoder:
@@ -74,9 +74,9 @@ def _check(model: PreTrainedModel) -> None:
         )
 
 
-def _tokens(model: PreTrainedModel) -> list[int]:
+def _image_token_ids(model: PreTrainedModel) -> list[int]:
     """Ids of the tokens that stand for pieces of an image or a video."""
-    ids = [getattr(model.config, name, None) for name in TOKENS]
+    ids = [getattr(model.config, name, None) for name in IMAGE_TOKEN_FIELDS]
     return [token for token in ids if token is not None]
 
 
@@ -143,8 +143,10 @@ class _Inhibitor:
             raise ValueError(f"model: got {type(model).__name__}, allowed: the one in which CMAI was turned on before")
         decoder._inhibited = True
         used = decoder.config._attn_implementation
-        result = cls(cmai, _tokens(model), "sdpa" if used == ATTENTION else used)  # models may share a configuration
-        decoder.set_attn_implementation(ATTENTION)
+        result = cls(
+            cmai, _image_token_ids(model), "sdpa" if used == ATTENTION_NAME else used
+        )  # models may share a configuration
+        decoder.set_attn_implementation(ATTENTION_NAME)
         result.handles = [
             model.register_forward_pre_hook(result.open, with_kwargs=True),
             model.register_forward_hook(result.close, always_call=True),
@@ -190,16 +192,16 @@ class _Inhibitor:
 
     def add(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the decoder: its keyword arguments with the inhibition, on a cache that goes with it."""
-        if (used := decoder.config._attn_implementation) != ATTENTION:
+        if (used := decoder.config._attn_implementation) != ATTENTION_NAME:
             raise ValueError(
-                f"attn_implementation: got {used}, allowed: {ATTENTION} while CMAI is on; "
+                f"attn_implementation: got {used}, allowed: {ATTENTION_NAME} while CMAI is on; "
                 "redux.inhibit(model, None) turns it off"
             )
         # recomputation would write a second time into a cache; transformers' layers take theirs away as well
         recomputing = decoder.training and decoder.is_activation_checkpointing
         image = self.image(kwargs)
         cache = None if recomputing else self.cache(decoder, kwargs)
-        inhibition = Inhibition.of(self.cmai, decoder.config.num_hidden_layers, image, cache, decoder.training)
+        inhibition = Inhibition.for_forward(self.cmai, decoder.config.num_hidden_layers, image, cache, decoder.training)
         changed = {"inhibition": inhibition} if recomputing else {"inhibition": inhibition, "past_key_values": cache}
         if isinstance(masks := kwargs.get("attention_mask"), dict):
             if "full_attention" not in masks:
@@ -238,8 +240,8 @@ class _Inhibitor:
             return FocusCache(config=config) if (config.use_cache if use is None else use) else None
         tokens, kind = cache.get_seq_length(), type(cache)
         if kind is DynamicCache and tokens == 0:
-            cache.__class__, cache.rows = FocusCache, {}
-        if not isinstance(cache, FocusCache) or tokens != (0 if cache.image is None else cache.image.shape[1]):
+            cache.__class__, cache.t2i = FocusCache, {}
+        if not isinstance(cache, FocusCache) or tokens != (0 if cache.is_image is None else cache.is_image.shape[1]):
             raise ValueError(
                 f"past_key_values: got {kind.__name__} of {tokens} tokens, "
                 "allowed: redux.cmai.FocusCache filled while CMAI was on, or an empty DynamicCache"

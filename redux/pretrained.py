@@ -26,9 +26,10 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME
 
-from redux.conversation import IMAGE
+from redux.configuration import ReduxConfig
+from redux.conversation import IMAGE_TOKEN
 from redux.extras import write_install_command
-from redux.hub import fetched
+from redux.hub import local_copy
 from redux.loading import (
     check_image_token,
     check_layout,
@@ -37,10 +38,10 @@ from redux.loading import (
     load_tokenizer,
     report_damage,
 )
-from redux.model import ReduxConfig, ReduxForConditionalGeneration
+from redux.model import ReduxForConditionalGeneration
 from redux.settings import CMAI, VMTC, Reduction
 
-TOWERS = {
+TOWER_CLASSES = {
     "clip": CLIPVisionModel,
     "clip_vision_model": CLIPVisionModel,
     "siglip": SiglipVisionModel,
@@ -51,7 +52,7 @@ TOWERS = {
 OTHER_WEIGHTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 """Prefixes of weights that a whole CLIP or SigLIP holds besides its image tower."""
 
-LANGUAGES = {"llama": LlamaForCausalLM}
+LANGUAGE_CLASSES = {"llama": LlamaForCausalLM}
 """Language models by model_type; CMAI is an attention function of LLaMA's."""
 
 
@@ -72,20 +73,20 @@ def assemble(
     gguf_file: the file in `language` that holds language model and tokenizer.
     feature_layer: the tower's layer that LLaVA reads, as transformers counts: 0 is what enters the first block.
     """
-    with fetched(tower, what="tower") as folder:
-        eye = load("tower", folder, TOWERS, dtype)
-    with fetched(language, what="language") as folder:
-        voice = load("language", folder, LANGUAGES, dtype, gguf_file)
+    with local_copy(tower, label="tower") as folder:
+        eye = load_part("tower", folder, TOWER_CLASSES, dtype)
+    with local_copy(language, label="language") as folder:
+        voice = load_part("language", folder, LANGUAGE_CLASSES, dtype, gguf_file)
         tokenizer = load_tokenizer(folder, "language", gguf_file=gguf_file)
-    prepare(tokenizer, voice.config, language)
+    prepare_tokenizer(tokenizer, voice.config, language)
     # many tokenizers name no limit, or 10^30
     tokenizer.model_max_length = min(tokenizer.model_max_length, voice.config.max_position_embeddings)
-    grow(voice, len(tokenizer))
-    config = _joined(
+    resize_embeddings(voice, len(tokenizer))
+    config = _join_configs(
         eye.config,
         voice.config,
         feature_layer,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vmtc=vmtc,
         cmai=cmai,
         reduction=reduction,
@@ -103,7 +104,7 @@ def assemble(
     return model, tokenizer
 
 
-def configured(
+def configure_assembly(
     tower: str | PathLike,
     language: str | PathLike,
     *,
@@ -117,11 +118,11 @@ def configured(
 
     Takes and refuses what `assemble` does.  Of a bucket only configurations are fetched, and a GGUF file, which is one.
     """
-    with fetched(tower, [CONFIG_NAME], "tower") as folder:
-        eye = _config("tower", folder, TOWERS)
-    with fetched(language, [gguf_file or CONFIG_NAME], "language") as folder:
-        voice = _config("language", folder, LANGUAGES, gguf_file)
-    plain = _joined(eye, voice, feature_layer)
+    with local_copy(tower, [CONFIG_NAME], "tower") as folder:
+        eye = _load_part_config("tower", folder, TOWER_CLASSES)
+    with local_copy(language, [gguf_file or CONFIG_NAME], "language") as folder:
+        voice = _load_part_config("language", folder, LANGUAGE_CLASSES, gguf_file)
+    plain = _join_configs(eye, voice, feature_layer)
     try:
         config = ReduxConfig(**{**plain.to_dict(), "vmtc": vmtc, "cmai": cmai, "reduction": reduction})
     except ValueError as error:
@@ -144,10 +145,10 @@ def check_parts(tower: str | PathLike, language: str | PathLike, gguf_file: str 
     Raises ValueError as `assemble`.
     """
     if Path(tower).is_dir():
-        load("tower", tower, TOWERS, device_map="meta")
+        load_part("tower", tower, TOWER_CLASSES, device_map="meta")
     if Path(language).is_dir() and not gguf_file:
-        voice = load("language", language, LANGUAGES, device_map="meta")
-        prepare(load_tokenizer(language, "language"), voice.config, language)
+        voice = load_part("language", language, LANGUAGE_CLASSES, device_map="meta")
+        prepare_tokenizer(load_tokenizer(language, "language"), voice.config, language)
 
 
 def check_checkpoint(checkpoint: str | PathLike, kind: Any = ReduxForConditionalGeneration) -> None:
@@ -156,18 +157,18 @@ def check_checkpoint(checkpoint: str | PathLike, kind: Any = ReduxForConditional
     kind: the class that loads it.  Raises ValueError where weights are missing, unexpected or of another shape.
     """
     if Path(checkpoint).is_dir():
-        model = load_model(kind, checkpoint, what="checkpoint", device_map="meta")
+        model = load_model(kind, checkpoint, label="checkpoint", device_map="meta")
         tokenizer = load_tokenizer(checkpoint, "checkpoint")
         if isinstance(model, ReduxForConditionalGeneration):
             check_image_token(tokenizer, model.config, checkpoint, "checkpoint")
 
 
-def reconfigured(checkpoint: str | PathLike, **methods: Any) -> ReduxConfig:
+def configure_checkpoint(checkpoint: str | PathLike, **methods: Any) -> ReduxConfig:
     """The configuration of a whole LLaVA with these settings of the method in place of its own; no weights are read.
 
     ValueError where it is none, or cannot have them.
     """
-    with fetched(checkpoint, [CONFIG_NAME], "checkpoint") as folder:
+    with local_copy(checkpoint, [CONFIG_NAME], "checkpoint") as folder:
         try:
             saved, _ = PreTrainedConfig.get_config_dict(folder)
         except OSError as error:
@@ -182,7 +183,7 @@ def reconfigured(checkpoint: str | PathLike, **methods: Any) -> ReduxConfig:
     return config
 
 
-def _joined(eye: PreTrainedConfig, voice: PreTrainedConfig, feature_layer: int, **others: Any) -> ReduxConfig:
+def _join_configs(eye: PreTrainedConfig, voice: PreTrainedConfig, feature_layer: int, **others: Any) -> ReduxConfig:
     layers = eye.num_hidden_layers
     if not -layers - 1 <= feature_layer <= layers:
         raise ValueError(f"feature_layer: got {feature_layer}, allowed: {-layers - 1} to {layers}")
@@ -196,19 +197,21 @@ def _joined(eye: PreTrainedConfig, voice: PreTrainedConfig, feature_layer: int, 
     )
 
 
-def _config(
+def _load_part_config(
     name: str, path: str | PathLike, kinds: Mapping[str, Any], gguf_file: str | None = None
 ) -> PreTrainedConfig:
     """The configuration of one of `kinds` in `path`, that of its part where it has several; ValueError for another."""
-    with _mistakes(name, path, kinds, gguf_file):
+    with _readable_errors(name, path, kinds, gguf_file):
         kind = PreTrainedConfig.get_config_dict(path, gguf_file=gguf_file)[0].get("model_type")
         if kind not in kinds:
-            raise ValueError(f"{name}: got {path} of model_type {kind}, allowed: {_checkpoint(kinds)}")
+            raise ValueError(f"{name}: got {path} of model_type {kind}, allowed: {_describe_allowed(kinds)}")
         return kinds[kind].config_class.from_pretrained(path, gguf_file=gguf_file)
 
 
 @contextmanager
-def _mistakes(name: str, path: str | PathLike, kinds: Mapping[str, Any], gguf_file: str | None) -> Iterator[None]:
+def _readable_errors(
+    name: str, path: str | PathLike, kinds: Mapping[str, Any], gguf_file: str | None
+) -> Iterator[None]:
     """What cannot be read is a ValueError that says where."""
     try:
         yield
@@ -219,14 +222,14 @@ def _mistakes(name: str, path: str | PathLike, kinds: Mapping[str, Any], gguf_fi
     except OSError as error:
         if gguf_file:
             raise ValueError(f"gguf_file: got {gguf_file}, allowed: a file in {path}") from error
-        raise ValueError(f"{name}: got {path}, allowed: {_checkpoint(kinds)}") from error
+        raise ValueError(f"{name}: got {path}, allowed: {_describe_allowed(kinds)}") from error
 
 
-def _checkpoint(kinds: Mapping[str, Any]) -> str:
+def _describe_allowed(kinds: Mapping[str, Any]) -> str:
     return f"folder or hub id of a checkpoint of model_type {', '.join(kinds)}"
 
 
-def load(
+def load_part(
     name: str,
     path: str | PathLike,
     kinds: Mapping[str, Any],
@@ -238,17 +241,17 @@ def load(
 
     options: more arguments of `from_pretrained`.
     """
-    config = _config(name, path, kinds, gguf_file)
-    with _mistakes(name, path, kinds, gguf_file):
+    config = _load_part_config(name, path, kinds, gguf_file)
+    with _readable_errors(name, path, kinds, gguf_file):
         kind: Any = next(kind for kind in kinds.values() if isinstance(config, kind.config_class))
-        model = load_model(kind, path, what=name, ignored=OTHER_WEIGHTS, gguf_file=gguf_file, dtype=dtype, **options)
+        model = load_model(kind, path, label=name, ignored=OTHER_WEIGHTS, gguf_file=gguf_file, dtype=dtype, **options)
     if gguf_file:
         # it says that the weights are packed: they no longer are, and packed ones can neither be saved nor trained
         del model.config.quantization_config
     return model
 
 
-def prepare(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, language: str | PathLike) -> None:
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, language: str | PathLike) -> None:
     """Give the tokenizer `<image>`, and a token to pad with: the unknown one as in LLaVA, or else the end of text.
 
     Raises:
@@ -262,12 +265,12 @@ def prepare(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, langua
         )
     if tokenizer.eos_token is None:
         raise ValueError(f"language: got the tokenizer of {tokenizer.name_or_path}, allowed: one with an eos_token")
-    tokenizer.add_tokens(AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)
+    tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
 
-def grow(language: PreTrainedModel, size: int) -> None:
+def resize_embeddings(language: PreTrainedModel, size: int) -> None:
     """Room for `size` tokens where there is less; a new row is the mean of the old ones, an unremarkable token."""
     old = language.config.get_text_config().vocab_size
     if size <= old:

@@ -14,10 +14,11 @@ from typing import Any
 from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from redux.conversation import EOS, IMAGE, TEMPLATES, Template
-from redux.image import MEAN, STD
-from redux.model import ReduxConfig, ReduxForConditionalGeneration
-from redux.settings import Fit, TemplateName
+from redux.configuration import ReduxConfig
+from redux.conversation import EOS_TOKEN, IMAGE_TOKEN, TEMPLATES, Template
+from redux.image import CLIP_MEAN, CLIP_STD
+from redux.model import ReduxForConditionalGeneration
+from redux.settings import ImageAspectRatio, TemplateName
 
 
 def write_chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -29,13 +30,13 @@ def write_chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) 
     if not template.human:
         return None
     text = {
-        "bos": _opening(tokenizer),
+        "bos": _bos_in_template(tokenizer),
         "system": template.system,
         "human": template.human,
         "assistant": template.assistant,
-        "end": template.end.replace(EOS, tokenizer.eos_token or EOS),
-        "image": IMAGE,
-        "gap": _gap(tokenizer),
+        "end": template.end.replace(EOS_TOKEN, tokenizer.eos_token or EOS_TOKEN),
+        "image": IMAGE_TOKEN,
+        "gap": _text_after_image(tokenizer),
     }
     literal = {name: json.dumps(value, ensure_ascii=False) for name, value in text.items()}
     return _CHAT_TEMPLATE % literal
@@ -72,7 +73,7 @@ _CHAT_TEMPLATE = """\
 """
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
+def _bos_in_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The token that the tokenizer puts before a text, where writing it out gives the same ids; else "".
 
     A template that is rendered to ids gets no special tokens besides its own.
@@ -86,16 +87,21 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
     return bos if tokenizer(bos + probe, add_special_tokens=False)["input_ids"] == whole else ""
 
 
-def _gap(tokenizer: PreTrainedTokenizerBase) -> str:
+def _text_after_image(tokenizer: PreTrainedTokenizerBase) -> str:
     """Text between an image and the text behind it, so that the text as a whole gives the ids of `encode`.
 
     SentencePiece puts a blank before a text, and `encode` reads what follows an image as one.  Vicuna's tokenizer does
     so only at the very front of a whole text, where the blank must then be written.
     """
     text = "\na"
-    wanted = [tokenizer.convert_tokens_to_ids(IMAGE), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    wanted = [tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), *tokenizer(text, add_special_tokens=False)["input_ids"]]
     return next(
-        (gap for gap in ("", " ") if tokenizer(IMAGE + gap + text, add_special_tokens=False)["input_ids"] == wanted), ""
+        (
+            gap
+            for gap in ("", " ")
+            if tokenizer(IMAGE_TOKEN + gap + text, add_special_tokens=False)["input_ids"] == wanted
+        ),
+        "",
     )
 
 
@@ -110,8 +116,8 @@ def build_processor(config: ReduxConfig, tokenizer: PreTrainedTokenizerBase) -> 
     options: dict[str, Any] = {
         "size": {"shortest_edge": size},
         "crop_size": {"height": size, "width": size},
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
     }
     pads = config.image_aspect_ratio == "pad"
     removes_class_token = config.vision_feature_select_strategy == "default"
@@ -120,17 +126,17 @@ def build_processor(config: ReduxConfig, tokenizer: PreTrainedTokenizerBase) -> 
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=config.image_seq_length - config.patches + removes_class_token,
-        image_token=IMAGE,
+        num_additional_image_tokens=config.image_seq_length - config.num_patches + removes_class_token,
+        image_token=IMAGE_TOKEN,
         chat_template=template,
     )
 
 
-def describe_training(
+def record_training_format(
     model: ReduxForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     template: TemplateName,
-    image_aspect_ratio: Fit,
+    image_aspect_ratio: ImageAspectRatio,
 ) -> None:
     """Note in a model how it was trained: conversation template, image fit, and the tokens that end an answer or pad.
 

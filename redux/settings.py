@@ -14,21 +14,21 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 TemplateName = Literal["plain", "vicuna_v1", "vicuna_bare"]
 """Of a conversation template in `redux.conversation.TEMPLATES`."""
 
-Fit = Literal["pad", "crop"]
+ImageAspectRatio = Literal["pad", "crop"]
 """How an image becomes a square: its shorter edges padded (LLaVA-1.5's stage 2), or the longer ones cut (stage 1)."""
 
-Way = Literal["exact", "fast"]
+ImageBackend = Literal["exact", "fast"]
 """How pixels are computed, see `redux.image.pixels`."""
 
-Seeds = Literal["strided", "farthest", "random"]
+KMeansSeeds = Literal["strided", "farthest", "random"]
 """Where K-means starts from, see `redux.kmeans.kmeans`."""
 
 Rule = tuple[str, Callable[[Any], bool]]
 
-WORDS = {bool: "True or False", int: "a whole number", float: "a number", NoneType: "None"}
+TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", NoneType: "None"}
 
 
-def require(settings: Any, **rules: Rule) -> None:
+def check_fields(settings: Any, **rules: Rule) -> None:
     """ValueError naming the first field of a dataclass that has a value it may not have, and what is allowed.
 
     Every field is checked against its type, strictly: True is no number and NaN neither.  `rules` gives for some of
@@ -36,35 +36,35 @@ def require(settings: Any, **rules: Rule) -> None:
     """
     for name, hint in get_type_hints(type(settings)).items():
         value, (asked, keeps) = getattr(settings, name), rules.get(name, ("", lambda _: True))
-        if not _is(value, hint):
-            raise ValueError(f"{name}: got {value!r}, allowed: {_words(hint)}")
+        if not _has_type(value, hint):
+            raise ValueError(f"{name}: got {value!r}, allowed: {_describe_type(hint)}")
         if value is not None and not keeps(value):
             raise ValueError(f"{name}: got {value!r}, allowed: {asked}")
 
 
-def _is(value: Any, hint: Any) -> bool:
+def _has_type(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) in (Union, UnionType):
-        return any(_is(value, member) for member in get_args(hint))
+        return any(_has_type(value, member) for member in get_args(hint))
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is(each, get_args(hint)[0]) for each in value)
+        return isinstance(value, tuple) and all(_has_type(each, get_args(hint)[0]) for each in value)
     if isinstance(value, bool) or hint is not float:
         return type(value) is hint
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _words(hint: Any) -> str:
+def _describe_type(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_words(member) for member in get_args(hint))
+        return " or ".join(_describe_type(member) for member in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a tuple, of each {_words(get_args(hint)[0])}"
-    return WORDS[hint]
+        return f"a tuple, of each {_describe_type(get_args(hint)[0])}"
+    return TYPE_NAMES[hint]
 
 
-def grid(patches: int) -> int:
+def grid_side(patches: int) -> int:
     """Patches a side.  Raises ValueError where they do not fill a square."""
     side = round(patches**0.5)
     if side * side != patches or not patches:
@@ -72,7 +72,7 @@ def grid(patches: int) -> int:
     return side
 
 
-class Stage(NamedTuple):
+class CompressionStage(NamedTuple):
     """What one compressing block does: patch tokens kept (k) and clusters made of the rest (c)."""
 
     block: int
@@ -108,9 +108,9 @@ class VMTC:
         2210.09461, eq. 1: log size is added to its scores) instead of once.
     seeds, iterations: of K-means, see `redux.kmeans`.
 
-    >>> [tuple(stage) for stage in VMTC(tokens=64).schedule(576, 23)]  # block, k, c
+    >>> [tuple(stage) for stage in VMTC(tokens=64).plan_stages(576, 23)]  # block, k, c
     [(5, 231, 46), (11, 111, 22), (17, 53, 11)]
-    >>> VMTC(kept=(8, 3), clusters=(2, 1), stages=(1, 3)).tokens_left(16, 4)
+    >>> VMTC(kept=(8, 3), clusters=(2, 1), stages=(1, 3)).count_tokens_left(16, 4)
     4
     """
 
@@ -125,11 +125,11 @@ class VMTC:
     weights: Literal["normalized", "raw", "total"] = "normalized"
     order: Literal["spatial", "rank"] = "spatial"
     proportional: bool = False
-    seeds: Seeds = "strided"
+    seeds: KMeansSeeds = "strided"
     iterations: int = 10
 
     def __post_init__(self) -> None:
-        require(
+        check_fields(
             self,
             ratio=("0 <= ratio < 1", lambda ratio: 0 <= ratio < 1),
             tokens=("at least 1", lambda tokens: tokens >= 1),
@@ -142,7 +142,7 @@ class VMTC:
         )
         count = self.stages if isinstance(self.stages, int) else len(self.stages)
         each = f"a number of at least 0 for each of {count} stages"
-        require(
+        check_fields(
             self,
             kept=(each, lambda kept: len(kept) == count and min(kept) >= 0),
             clusters=(
@@ -160,7 +160,7 @@ class VMTC:
         if self.kept is not None and self.clusters is None:
             raise ValueError("clusters: got None, allowed: a number, or one for each stage, as kept is given")
 
-    def schedule(self, patches: int, blocks: int) -> tuple[Stage, ...]:
+    def plan_stages(self, patches: int, blocks: int) -> tuple[CompressionStage, ...]:
         """The compressing blocks of a tower that uses `blocks` blocks on `patches` patch tokens.
 
         576 patches, 23 blocks, 50 % in 3 stages: blocks 5, 11, 17 (from 0) put out 457, 363 and 288 tokens.
@@ -172,7 +172,7 @@ class VMTC:
             outs = tuple(kept + (clusters or 0) for kept, clusters in zip(self.kept, numbers, strict=True))
         else:
             outs = self._outs(patches, len(places))
-        result: list[Stage] = []
+        result: list[CompressionStage] = []
         for place, before, out, clusters in zip(places, (patches, *outs), outs, numbers, strict=False):
             if not 1 <= out <= before:
                 raise ValueError(
@@ -185,7 +185,7 @@ class VMTC:
                 clusters = 0  # nothing is redundant
             if clusters > out:
                 raise ValueError(f"clusters: got {clusters}, allowed: up to {out}, all tokens that leave block {place}")
-            result.append(Stage(place, out - clusters, clusters))
+            result.append(CompressionStage(place, out - clusters, clusters))
         return tuple(result)
 
     def _places(self, blocks: int) -> tuple[int, ...]:
@@ -213,12 +213,12 @@ class VMTC:
             return tuple(round(patches * (1 - (1 - left) * part)) for part in parts)
         return tuple(round(patches * left**part) for part in parts)
 
-    def tokens_left(self, patches: int, blocks: int) -> int:
+    def count_tokens_left(self, patches: int, blocks: int) -> int:
         """Patch tokens that leave the tower."""
-        return self.schedule(patches, blocks)[-1].out
+        return self.plan_stages(patches, blocks)[-1].out
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
+GAMMA_SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda depth: depth,
     "constant": lambda depth: 1.0,
     "cosine": lambda depth: (1 - math.cos(math.pi * depth)) / 2,
@@ -246,9 +246,9 @@ class CMAI:
     active: when pairs are inhibited at all.
     generated: whether tokens that are decoded on a cache are inhibited as well.
 
-    >>> CMAI(gamma_max=0.6).ratios(4)
+    >>> CMAI(gamma_max=0.6).compute_gammas(4)
     (0.0, 0.2, 0.4, 0.6)
-    >>> CMAI(gamma_max=0.6, schedule="step").ratios(4)
+    >>> CMAI(gamma_max=0.6, schedule="step").compute_gammas(4)
     (0.0, 0.0, 0.6, 0.6)
     """
 
@@ -264,20 +264,20 @@ class CMAI:
     generated: bool = True
 
     def __post_init__(self) -> None:
-        require(
+        check_fields(
             self,
             gamma_max=("0 <= gamma_max < 1", lambda gamma: 0 <= gamma < 1),
             gamma_min=(f"0 <= gamma_min <= gamma_max, {self.gamma_max}", lambda gamma: 0 <= gamma <= self.gamma_max),
             discount=("0 < discount <= 1", lambda discount: 0 < discount <= 1),
         )
 
-    def ratios(self, layers: int) -> tuple[float, ...]:
+    def compute_gammas(self, layers: int) -> tuple[float, ...]:
         """gamma of each layer."""
-        rise = [SCHEDULES[self.schedule](layer / max(layers - 1, 1)) for layer in range(layers)]
+        rise = [GAMMA_SCHEDULES[self.schedule](layer / max(layers - 1, 1)) for layer in range(layers)]
         return tuple(round(self.gamma_min + (self.gamma_max - self.gamma_min) * share, 12) for share in rise)
 
 
-SPATIAL = ("average", "stride", "bilinear")
+SPATIAL_METHODS = ("average", "stride", "bilinear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,9 +292,9 @@ class Reduction:
     weights: of "prumerge"; "raw" are the attention weights as in the authors' code, "normalized" divides by their sum,
         so that each token is a weighted mean of patches.
 
-    >>> Reduction(method="average", ratio=0.75).count(576), Reduction(method="random", ratio=0.9).count(576)
+    >>> Reduction(method="average", ratio=0.75).count_tokens(576), Reduction(method="random", ratio=0.9).count_tokens(576)
     (144, 58)
-    >>> Reduction(method="average", ratio=0.9).count(576)  # 64 is nearer to 57.6 than 49
+    >>> Reduction(method="average", ratio=0.9).count_tokens(576)  # 64 is nearer to 57.6 than 49
     64
     """
 
@@ -308,9 +308,9 @@ class Reduction:
     def __post_init__(self) -> None:
         square = ("a square number, at least 1", lambda tokens: tokens >= 1 and tokens == math.isqrt(tokens) ** 2)
         least = (f"at least {self._least}", lambda tokens: tokens >= self._least)
-        require(
+        check_fields(
             self,
-            tokens=square if self.method in SPATIAL else least,
+            tokens=square if self.method in SPATIAL_METHODS else least,
             ratio=("0 <= ratio < 1", lambda ratio: 0 <= ratio < 1),
             neighbours=("at least 1", lambda neighbours: neighbours >= 1),
         )
@@ -321,13 +321,13 @@ class Reduction:
     def _least(self) -> int:
         return 2 if self.method == "prumerge" else 1
 
-    def count(self, patches: int) -> int:
+    def count_tokens(self, patches: int) -> int:
         """Visual tokens that leave.
 
         Raises ValueError where there are fewer patches, where too few would be left or, for the spatial methods, where
         the patches do not fill a square.
         """
-        squares = [side**2 for side in range(1, grid(patches) + 1)] if self.method in SPATIAL else []
+        squares = [side**2 for side in range(1, grid_side(patches) + 1)] if self.method in SPATIAL_METHODS else []
         wanted = self.tokens or patches * (1 - (self.ratio or 0))
         count = min(squares, key=lambda square: abs(square - wanted), default=round(wanted))
         if wanted > patches or count < self._least:
@@ -337,7 +337,7 @@ class Reduction:
         return count
 
 
-FORMER_NAMES = {"maximum": "gamma_max", "minimum": "gamma_min", "fall": "budget_schedule"}
+FORMER_FIELD_NAMES = {"maximum": "gamma_max", "minimum": "gamma_min", "fall": "budget_schedule"}
 """Fields of settings that had other names when older models were saved."""
 
 METHODS: dict[str, Any] = {"vmtc": VMTC, "cmai": CMAI, "reduction": Reduction}

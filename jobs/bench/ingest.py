@@ -60,9 +60,9 @@ from pipelines.data.ingest import Batch, Reader, dataset, micro_batches
 from pipelines.data.options import Making
 from pipelines.data.order import Order
 from pipelines.data.shards import Shards, make
-from redux.conversation import IMAGE, word_tokenizer
-from redux.image import pixels
-from redux.settings import Way
+from redux.conversation import IMAGE_TOKEN, train_word_tokenizer
+from redux.image import load_pixels
+from redux.settings import ImageBackend
 
 SIZE = 336
 BATCH = 16
@@ -257,12 +257,12 @@ def _photo(task: tuple[int, Path]) -> None:
 
 
 def _both(path: Path) -> tuple[int, int]:
-    exact, fast = marks(pixels(path.read_bytes(), SIZE, "pad", way) for way in ("exact", "fast"))
+    exact, fast = marks(load_pixels(path.read_bytes(), SIZE, "pad", way) for way in ("exact", "fast"))
     return exact, fast
 
 
 def _record(number: int) -> dict[str, Any]:
-    turns = [{"from": "human", "value": IMAGE}, {"from": "gpt", "value": f"photo {number}"}]
+    turns = [{"from": "human", "value": IMAGE_TOKEN}, {"from": "gpt", "value": f"photo {number}"}]
     return {"id": number, "image": f"{number:05d}.jpg", "conversations": turns}
 
 
@@ -317,19 +317,19 @@ FORMATS: dict[str, Callable[[Path], None]] = {"litdata": to_litdata, "mosaicml":
 # ways: each gives the marks of batch after batch
 
 
-def bare(root: Path, way: Way) -> Iterator[Marks]:
+def bare(root: Path, way: ImageBackend) -> Iterator[Marks]:
     paths = sorted((root / "photos").glob("*.jpg"))
     with multiprocessing.Pool(WORKERS, torch.set_num_threads, (1,)) as pool:
         parts = [paths[first : first + BATCH] for first in range(0, len(paths), BATCH)]
         yield from pool.imap_unordered(partial(_bare, way=way), parts)
 
 
-def _bare(paths: list[Path], way: Way) -> Marks:
-    return marks(pixels(path.read_bytes(), SIZE, "pad", way) for path in paths)
+def _bare(paths: list[Path], way: ImageBackend) -> Marks:
+    return marks(load_pixels(path.read_bytes(), SIZE, "pad", way) for path in paths)
 
 
 def tensor(image: bytes) -> torch.Tensor:
-    return torch.from_numpy(pixels(image, SIZE, "pad"))
+    return torch.from_numpy(load_pixels(image, SIZE, "pad"))
 
 
 def batches(loader: Iterable[torch.Tensor]) -> Iterator[Marks]:
@@ -469,10 +469,10 @@ def ray_data(root: Path) -> Iterator[Marks]:
 
 
 def _pixels(rows: Batch) -> Batch:
-    return {"image_backend": np.stack([pixels(image, SIZE, "pad") for image in rows["jpg"]])}
+    return {"image_backend": np.stack([load_pixels(image, SIZE, "pad") for image in rows["jpg"]])}
 
 
-def redux(root: Path, passes: int, way: Way = "exact", folder: str = "shards") -> Iterator[Marks]:
+def redux(root: Path, passes: int, way: ImageBackend = "exact", folder: str = "shards") -> Iterator[Marks]:
     """Epochs of the shards as the only worker of a training takes them, images without texts as for the others."""
     shards = Shards(root / folder)
     reader = Reader(
@@ -484,7 +484,7 @@ def redux(root: Path, passes: int, way: Way = "exact", folder: str = "shards") -
         encode=lambda tokenizer, sample: {"input_ids": np.zeros(1, np.int64)},
         way=way,
     )
-    word_tokenizer(["photo"], 32).save_pretrained(reader.tokenizer)
+    train_word_tokenizer(["photo"], 32).save_pretrained(reader.tokenizer)
     with ray_session():
         data = dataset(reader, 0, passes * len(shards) // BATCH, workers=1)
         data.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)

@@ -29,7 +29,7 @@ from pipelines.data.ingest import Reader, conversation, dataset, micro_batches
 from pipelines.data.options import Making
 from pipelines.data.order import Order
 from pipelines.data.shards import Shards, make
-from redux.conversation import IMAGE, word_tokenizer
+from redux.conversation import IMAGE_TOKEN, train_word_tokenizer
 
 SIZE, BATCH, WORKERS = 336, 16, 2
 
@@ -69,11 +69,11 @@ def small(folder: Path, samples: int) -> Reader:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)).save(file, "png")
     (folder / "noise.png").write_bytes(file.getvalue())
     records = [
-        {"id": f"{n:06d}", "image": "noise.png", "conversations": [{"from": "human", "value": IMAGE}, said(n)]}
+        {"id": f"{n:06d}", "image": "noise.png", "conversations": [{"from": "human", "value": IMAGE_TOKEN}, said(n)]}
         for n in range(samples)
     ]
     make(records, str(folder), str(folder / "shards"), Making(samples_per_shard=200, image_size=SIZE))
-    word_tokenizer(["photo"], 32).save_pretrained(folder / "tokenizer")
+    train_word_tokenizer(["photo"], 32).save_pretrained(folder / "tokenizer")
     return Reader(
         sources={"noise": Shards(folder / "shards")},
         order=Order(samples=(samples,), global_batch_size=BATCH * WORKERS, seed=0),

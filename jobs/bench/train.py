@@ -65,24 +65,24 @@ def small(folder: Path) -> Any:
     from pipelines.data.shards import make
     from pipelines.training.plan import Plan
     from pipelines.training.stage import Stage
-    from redux.architecture import Language, Model, Tower, image_tokens
-    from redux.conversation import IMAGE, TEMPLATES, word_tokenizer
+    from redux.architecture import LanguageSizes, ModelSettings, TowerSizes, count_image_tokens
+    from redux.conversation import IMAGE_TOKEN, TEMPLATES, train_word_tokenizer
 
     noise = np.random.default_rng(0)
     records: list[dict[str, Any]] = []
     for number in range(64):
         Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        turns = [("human", f"{IMAGE}\nwhich is it?"), ("gpt", f"number {number} of all")]
+        turns = [("human", f"{IMAGE_TOKEN}\nwhich is it?"), ("gpt", f"number {number} of all")]
         told = [{"from": role, "value": text} for role, text in turns]
         records.append({"id": str(number), "image": f"{number}.png", "conversations": told})
     make(records, str(folder), str(folder / "set"), Making(samples_per_shard=16))
     template = TEMPLATES["vicuna_bare"]
     texts = ["".join(piece for piece, _ in template.spans(record["conversations"])) for record in records]
-    word_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
+    train_word_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
     sizes = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 768}
-    model = Model(
-        tower=Tower(image_size=64, patch_size=8, num_hidden_layers=6, **sizes),
-        language=Language(num_hidden_layers=6, **sizes),
+    model = ModelSettings(
+        tower=TowerSizes(image_size=64, patch_size=8, num_hidden_layers=6, **sizes),
+        language=LanguageSizes(num_hidden_layers=6, **sizes),
     )
     stage = Stage(
         objective="language",
@@ -107,7 +107,7 @@ def small(folder: Path) -> Any:
         tokenizer=folder / "tokenizer",
         start=None,
         image_size=64,
-        image_tokens=image_tokens(model),
+        image_tokens=count_image_tokens(model),
     )
     return renamed(plan, "undisturbed")
 

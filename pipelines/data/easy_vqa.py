@@ -20,7 +20,7 @@ import easy_vqa
 
 from pipelines.data import formats
 from redux.benchmarks import Metric, Outcome, Question, Row
-from redux.benchmarks.instructions import Asked
+from redux.benchmarks.instructions import ImageQuestion
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -106,7 +106,7 @@ def questions(*files: str) -> list[Question]:
     ]
 
 
-def asked() -> list[Asked]:
+def asked() -> list[ImageQuestion]:
     """One question about each test image, for an instruction to go with; drawn once for all."""
     chance = random.Random(0)
     return [chance.choice(each) for each in _by_image(questions())]
@@ -154,10 +154,11 @@ def _record(split: str, image: int, path: str, texts: list[str]) -> dict:
     return {"id": f"{split}/{image}", "image": path, "conversations": turns}
 
 
-def _by_image(questions: list[Question]) -> Iterator[list[Asked]]:
+def _by_image(questions: list[Question]) -> Iterator[list[ImageQuestion]]:
     for _, about in itertools.groupby(questions, key=lambda question: question.unit):
         yield [
-            Asked(id=each.id, image=each.image, question=each.prompt, answer=each.reference["answer"]) for each in about
+            ImageQuestion(id=each.id, image=each.image, question=each.prompt, answer=each.reference["answer"])
+            for each in about
         ]
 
 

@@ -183,7 +183,7 @@ def asked(name: str, question: str, answer: str, chance: random.Random) -> tuple
 
 def _draw(name: str, chance: random.Random) -> Arguments:
     """Arguments as an evaluation draws them, that a short answer can meet."""
-    while not _fits(given := instructions.draw(name, chance)):
+    while not _fits(given := instructions.draw_arguments(name, chance)):
         pass
     return given
 

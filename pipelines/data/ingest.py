@@ -30,9 +30,9 @@ from pipelines.core import storage
 from pipelines.data.order import Order
 from pipelines.data.records import find_fault
 from pipelines.data.shards import Sample, Shards, read
-from redux.conversation import CONTEXT, IGNORE, IMAGE, TEMPLATES, encode, pad
-from redux.image import pixels
-from redux.settings import Fit, TemplateName, Way
+from redux.conversation import CLIP_MAX_LENGTH, IGNORE_INDEX, IMAGE_TOKEN, TEMPLATES, encode_conversation, pad_rows
+from redux.image import load_pixels
+from redux.settings import ImageAspectRatio, ImageBackend, TemplateName
 
 Batch = dict[str, Any]
 Row = dict[str, Int[np.ndarray, " length"]]
@@ -77,8 +77,8 @@ class Reader:
     image_size: int
     tokenizer: Path
     encode: Callable[[PreTrainedTokenizerBase, Sample], Row]
-    image_aspect_ratio: Fit = "pad"
-    way: Way = "exact"
+    image_aspect_ratio: ImageAspectRatio = "pad"
+    way: ImageBackend = "exact"
     flip: bool = False
     rounds: int | None = None
 
@@ -159,7 +159,7 @@ class Reader:
             raise ValueError(f"{fault.reason}: {fault.why}: {fault.field}: got {fault.value}")
         chance = np.random.default_rng((self.order.seed, place)) if self.flip or self.rounds else None
         image = (
-            pixels(sample.image, self.image_size, self.image_aspect_ratio, self.way).transpose(1, 2, 0)
+            load_pixels(sample.image, self.image_size, self.image_aspect_ratio, self.way).transpose(1, 2, 0)
             if sample.image
             else None
         )
@@ -224,8 +224,8 @@ def caption(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
     """CLIP's side of a sample: what the assistant says first, as `<s> caption </s>`; beyond CONTEXT it is cut."""
     if not sample.image:
         raise ValueError(f"sample {sample.key}: text alone, allowed in a contrastive stage: an image and its caption")
-    caption_text = sample.record["conversations"][1]["value"].replace(IMAGE, "")
-    ids = tokenizer(caption_text, truncation=True, max_length=CONTEXT - 1)["input_ids"]
+    caption_text = sample.record["conversations"][1]["value"].replace(IMAGE_TOKEN, "")
+    ids = tokenizer(caption_text, truncation=True, max_length=CLIP_MAX_LENGTH - 1)["input_ids"]
     return {"input_ids": np.array([*ids, tokenizer.eos_token_id])}
 
 
@@ -240,7 +240,9 @@ def conversation(
 
     def row(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
         try:
-            ids, labels = encode(tokenizer, sample.record["conversations"], TEMPLATES[template], image_tokens, length)
+            ids, labels = encode_conversation(
+                tokenizer, sample.record["conversations"], TEMPLATES[template], image_tokens, length
+            )
         except ValueError as error:
             raise ValueError(f"sample {sample.key}: {error}") from None
         if len(ids) > tokenizer.model_max_length:
@@ -258,10 +260,10 @@ def draw_rounds(sample: Sample, rounds: int, chance: np.random.Generator) -> Sam
     turns = sample.record["conversations"]
     if len(turns) % 2:
         raise ValueError(f"sample {sample.key}: {len(turns)} turns, allowed: an even number, so that each is answered")
-    bare = [{**turn, "value": turn["value"].replace(IMAGE, "").strip()} for turn in turns]
+    bare = [{**turn, "value": turn["value"].replace(IMAGE_TOKEN, "").strip()} for turn in turns]
     mixed = [turn for start in chance.permutation(len(turns) // 2)[:rounds] for turn in bare[2 * start : 2 * start + 2]]
-    if any(IMAGE in turn["value"] for turn in turns):
-        mixed[0]["value"] = f"{IMAGE}\n{mixed[0]['value']}"
+    if any(IMAGE_TOKEN in turn["value"] for turn in turns):
+        mixed[0]["value"] = f"{IMAGE_TOKEN}\n{mixed[0]['value']}"
     return replace(sample, record={**sample.record, "conversations": mixed})
 
 
@@ -278,8 +280,11 @@ def _reason(shards: Shards, number: int, error: ValueError) -> str:
 def _padded(rows: Sequence[Row], padding: int) -> dict[str, Int[np.ndarray, "samples longest"]]:
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     mask = [np.ones_like(ids) for ids in columns["input_ids"]]
-    fill = {"input_ids": padding, "labels": IGNORE}
-    return {**{name: pad(column, fill[name]) for name, column in columns.items()}, "attention_mask": pad(mask, 0)}
+    fill = {"input_ids": padding, "labels": IGNORE_INDEX}
+    return {
+        **{name: pad_rows(column, fill[name]) for name, column in columns.items()},
+        "attention_mask": pad_rows(mask, 0),
+    }
 
 
 @functools.lru_cache(maxsize=4)

@@ -26,7 +26,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from redux.conversation import IMAGE, place_image
+from redux.conversation import IMAGE_TOKEN, move_image_to_front
 
 REASONS = {
     "malformed": "not an object with conversations, a list of turns, each with from and value as text",
@@ -202,16 +202,16 @@ def _find_content_fault(record: dict, words: int | None) -> Fault | None:
             return Fault("broken text", name, shorten(text))
         if reason := _find_other_tag(text, number % 2 == 1):
             return Fault(reason, name, shorten(text))
-        tags = place_image(text).count(IMAGE)
+        tags = move_image_to_front(text).count(IMAGE_TOKEN)
         tagged += [name] * tags
-        if not text.replace(IMAGE, "").strip() and (number % 2 or not tags):
+        if not text.replace(IMAGE_TOKEN, "").strip() and (number % 2 or not tags):
             return Fault("empty turn", name, shorten(text))
     if has_image(record) and not tagged:
         return Fault("image without tag", "conversations[0].value", shorten(turns[0]["value"]))
     if tagged and not has_image(record):
         return Fault("tag without image", "image", shorten(record["image"]) if "image" in record else MISSING)
     if len(tagged) > 1:
-        return Fault("tags", tagged[1], IMAGE)
+        return Fault("tags", tagged[1], IMAGE_TOKEN)
     if words is not None and (count := length(record)) > words:
         return Fault("too long", "conversations", f"{count} words")
     return None
@@ -224,7 +224,7 @@ def has_image(record: dict) -> bool:
 
 def length(record: dict) -> int:
     """Words of all turns, the image's tag not counted."""
-    return sum(len(turn["value"].replace(IMAGE, "").split()) for turn in record["conversations"])
+    return sum(len(turn["value"].replace(IMAGE_TOKEN, "").split()) for turn in record["conversations"])
 
 
 def shorten(value: Any) -> str:

@@ -43,8 +43,8 @@ from pipelines.data import records as check
 from pipelines.data import tars
 from pipelines.data.images import ImageFolder, OutsideError, decode
 from pipelines.data.options import Making
-from redux.image import prepared
-from redux.settings import Fit
+from redux.image import prepare_image
+from redux.settings import ImageAspectRatio
 
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 """tqdm's own, with one unit for slow and fast."""
@@ -229,7 +229,7 @@ def _image(folder: ImageFolder, path: str, making: Making) -> tuple[check.Fault 
         image = folder.read(path)
         suffix = decode(image)
         if making.image_size:
-            suffix, image = "ppm", prepared(image, making.image_size, making.image_aspect_ratio)
+            suffix, image = "ppm", prepare_image(image, making.image_size, making.image_aspect_ratio)
     except OutsideError:
         return check.Fault("outside", "image", check.shorten(path)), "", b""
     except FileNotFoundError:
@@ -351,7 +351,7 @@ class Shards:
         return hashlib.sha256(self._opened[0]).hexdigest()
 
     @property
-    def prepared(self) -> tuple[int, Fit] | None:
+    def prepared(self) -> tuple[int, ImageAspectRatio] | None:
         """Size and fit of images that are stored as squares; None where they are stored as they came."""
         path = storage.join(self.folder, SUMMARY)  # which sets of others lack
         asked = _current_names(json.loads(storage.read(path)).get("asked", {})) if storage.exists(path) else {}

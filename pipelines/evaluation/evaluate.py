@@ -32,14 +32,15 @@ from pipelines.core import cluster, failures, interrupts, jsonl, storage
 from pipelines.data import easy_vqa
 from pipelines.evaluation.tasks import TASKS, Asking, Evaluate, Name, questions, spread
 from pipelines.training.metrics import peak_bytes
-from redux import respondent
+from redux import answering
+from redux.answering import Answerer
 from redux.benchmarks import BENCHMARKS, Metric, Question
-from redux.benchmarks import scores as benchmark_scores
-from redux.image import pixels
-from redux.model import ReduxForConditionalGeneration, normalise
-from redux.respondent import Answers, Respondent
-from redux.sentences import splitter
-from redux.settings import METHODS, Fit, TemplateName
+from redux.benchmarks import compute_scores as benchmark_scores
+from redux.generation import Answers
+from redux.image import load_pixels
+from redux.model import ReduxForConditionalGeneration, normalize_pixels
+from redux.sentences import choose_splitter
+from redux.settings import METHODS, ImageAspectRatio, TemplateName
 
 FOLDER = "answers"
 ASKED = "asked.json"
@@ -60,25 +61,25 @@ class Batch:
 class Subject:
     """The model that is asked: folder, hub id or URL.
 
-    template, fit, allow_mismatch: as `redux.respondent.load` takes them.
+    template, fit, allow_mismatch: as `redux.answering.load` takes them.
     methods: settings of the method in place of the model's own, by their names in redux.model.METHODS.
     """
 
     model: str
     template: TemplateName | None = None
-    image_aspect_ratio: Fit | None = None
+    image_aspect_ratio: ImageAspectRatio | None = None
     allow_mismatch: bool = False
     methods: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Answerer:
+class EvaluationActor:
     """An actor with the model: answers batches, greedily."""
 
     def __init__(self, subject: Subject, settings: Evaluate, actors: int) -> None:
         if not torch.cuda.is_available():
             torch.set_num_threads(max(len(os.sched_getaffinity(0)) // actors, 1))
         self.subject, self.settings = subject, settings
-        self.model: Respondent | None = None
+        self.model: Answerer | None = None
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
         """One row a question; where the model, an image or a prompt cannot be used, one row with the "error"."""
@@ -104,7 +105,7 @@ class Answerer:
     def _answer(self, batch: Batch) -> Answers:
         if self.model is None:
             of = self.subject
-            self.model = respondent.load(
+            self.model = answering.load(
                 of.model,
                 template=of.template,
                 image_aspect_ratio=of.image_aspect_ratio,
@@ -194,12 +195,12 @@ def _claim(folder: Path, subject: Subject, settings: Evaluate) -> None:
 
     A note without answers is of an evaluation that failed at its start, and is replaced.
     """
-    config = respondent.settings(subject.model)
+    config = answering.read_config(subject.model)
     now = {
         **asdict(subject),
         "model_type": config["model_type"],
         "methods": {name: config.get(name) for name in METHODS} | asdict(subject)["methods"],
-        "splitter": splitter(),
+        "splitter": choose_splitter(),
         "weights": _fingerprint(subject.model),
         "image_input": settings.image_input,
         **{f"max_new_tokens.{name}": _new_tokens(name, asking) for name, asking in settings.tasks.items()},
@@ -246,7 +247,7 @@ def _answer(
     # a batch travels in its row: Ray's C++ side warns of actors whose arguments are large objects
     rows = [{"number": number, "batch": batch} for number, batch in enumerate(batches)]
     answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        Answerer,
+        EvaluationActor,
         fn_constructor_args=(subject, settings, actors),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=actors),
@@ -388,20 +389,20 @@ def examples(subject: Subject, run: Path, count: int) -> list[Example]:
     """`count` answered easy-VQA questions on different images, evenly spread, with what VMTC did to each."""
     first = {row["image"]: row for row in reversed(rows(run, "easy_vqa"))}
     by_image = list(reversed(first.values()))
-    if not (count and by_image and respondent.is_llava(subject.model)):
+    if not (count and by_image and answering.is_llava(subject.model)):
         return []
     llava = ReduxForConditionalGeneration.from_pretrained(subject.model, **subject.methods).eval()
     of = subject
-    _, image_aspect_ratio = respondent.resolve_format(
+    _, image_aspect_ratio = answering.resolve_format(
         llava.config.to_dict(), of.template, of.image_aspect_ratio, of.allow_mismatch
     )
     result = []
     for row in (by_image[place] for place in spread(len(by_image), count)):
-        image = pixels(
+        image = load_pixels(
             (easy_vqa.FOLDER / row["image"]).read_bytes(), llava.config.vision_config.image_size, image_aspect_ratio
         )
         with torch.inference_mode():
-            _, fate = llava.model.encode_images(normalise(torch.from_numpy(image[None])))
+            _, fate = llava.model.encode_images(normalize_pixels(torch.from_numpy(image[None])))
         result.append(
             Example(
                 image=Image.fromarray(image.transpose(1, 2, 0)),

@@ -13,7 +13,7 @@ from annotated_types import Ge, MinLen
 from pipelines.data import easy_vqa
 from redux.benchmarks import BENCHMARKS, Metric, Question, Row
 from redux.benchmarks import instructions as obedience
-from redux.settings import Fit, TemplateName
+from redux.settings import ImageAspectRatio, TemplateName
 
 
 class Task(NamedTuple):
@@ -33,13 +33,13 @@ class Task(NamedTuple):
 def _instructions(*prompts: str) -> list[Question]:
     """Those of frozen files; without one about easy-VQA's images."""
     if not prompts:
-        return obedience.questions(easy_vqa.asked())
-    return [each for path in prompts for each in obedience.read(path)]
+        return obedience.build_questions(easy_vqa.asked())
+    return [each for path in prompts for each in obedience.read_questions(path)]
 
 
 TASKS: dict[str, Task] = {
     "easy_vqa": Task(easy_vqa.questions, easy_vqa.metrics, 8, str(easy_vqa.FOLDER)),
-    "instructions": Task(_instructions, obedience.metrics, 1024, str(easy_vqa.FOLDER)),
+    "instructions": Task(_instructions, obedience.compute_metrics, 1024, str(easy_vqa.FOLDER)),
     **{name: Task(each.questions, each.metrics, each.max_new_tokens) for name, each in BENCHMARKS.items()},
 }
 Name = Literal["easy_vqa", "instructions", "vqav2", "gqa", "textvqa", "mme", "mmbench"]
@@ -93,7 +93,7 @@ class Evaluate:
     num_actors: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
     image_input: Literal["pixels", "caption"] = "pixels"
     template: TemplateName | None = None
-    image_aspect_ratio: Fit | None = None
+    image_aspect_ratio: ImageAspectRatio | None = None
     allow_mismatch: bool = False
 
 

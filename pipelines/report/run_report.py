@@ -260,7 +260,7 @@ def _followed(rows: Sequence[Mapping[str, Any]]) -> list[Share]:
     from pipelines.evaluation import statistics
     from redux.benchmarks import instructions
 
-    metrics = instructions.metrics(rows)
+    metrics = instructions.compute_metrics(rows)
     prefix, result = "strict.", []
     named = {name: name.removeprefix(prefix) for name in metrics if name.startswith(prefix)}
     named |= {name: told for name, told in TOGETHER.items() if name in metrics}
@@ -390,8 +390,8 @@ def _panel(example: Example) -> Panel:
     clustered = merged & ~dropped
     return Panel(
         example,
-        original=_uri(picture.enlarge(example.image, slot.size)),
-        patches=_uri(picture.draw(example.image, slot, merged)),
+        original=_uri(picture.enlarge_image(example.image, slot.size)),
+        patches=_uri(picture.draw_patches(example.image, slot, merged)),
         before=slot.size,
         after=len(set(slot[~dropped].tolist())),
         kept=int((~merged & ~dropped).sum()),

@@ -20,7 +20,7 @@ import yaml
 
 from pipelines.core import jsonl
 from redux.benchmarks import Metric, Row
-from redux.model import ReduxConfig
+from redux.configuration import ReduxConfig
 from redux.presets import Preset
 from redux.settings import METHODS
 
@@ -130,7 +130,7 @@ class Model:
     def patches(self) -> int:
         """Patch tokens of an image."""
         if config := self.runs[0].config:
-            return config.patches
+            return config.num_patches
         tower = self.runs[0].source["model"].get("tower")
         return int(tower["image_size"] // tower["patch_size"]) ** 2 if isinstance(tower, dict) else PATCHES
 
@@ -138,7 +138,7 @@ class Model:
     def blocks(self) -> int:
         """Blocks of the tower that are in use."""
         if config := self.runs[0].config:
-            return config.depth
+            return config.num_blocks_used
         tower = self.runs[0].source["model"].get("tower")
         return int(tower["num_hidden_layers"]) - 1 if isinstance(tower, dict) else BLOCKS
 
@@ -177,8 +177,8 @@ class Family:
 def left(methods: Preset, patches: int = PATCHES, blocks: int = BLOCKS) -> int:
     """Tokens of an image that a method leaves of so many patches, in a tower of so many blocks in use."""
     if methods.reduction:
-        return methods.reduction.count(patches)
-    return methods.vmtc.tokens_left(patches, blocks) if methods.vmtc else patches
+        return methods.reduction.count_tokens(patches)
+    return methods.vmtc.count_tokens_left(patches, blocks) if methods.vmtc else patches
 
 
 def find(paths: Sequence[Path], scorers: Scorers) -> tuple[list[Family], list[str]]:
@@ -287,7 +287,7 @@ def _told(job: Mapping[str, Any]) -> dict[str, Any]:
 def methods(told: Mapping[str, Any], shows: str = "") -> Preset:
     """Settings of the method, typed."""
     return Preset(
-        shows=shows,
+        description=shows,
         **{
             name: kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
             if (values := told.get(name)) is not None

@@ -14,7 +14,7 @@ import yaml
 
 from pipelines.report.runs import PATCHES, Family, Model, changes, left
 from redux.presets import PRESETS, Preset
-from redux.settings import METHODS, SPATIAL, VMTC
+from redux.settings import METHODS, SPATIAL_METHODS, VMTC
 
 KINDS = {
     (None, None): "llava",
@@ -76,7 +76,7 @@ def fills(model: Model, slot: Slot) -> bool:
     if slot.preset is None or not model.trained:
         return False
     own, wanted = kind(model.methods, model.described), kind(slot.preset, slot.described)
-    if wanted in SPATIAL and own in SPATIAL:  # each takes the nearest square
+    if wanted in SPATIAL_METHODS and own in SPATIAL_METHODS:  # each takes the nearest square
         return model.tokens == left(slot.preset, model.patches)
     return own == wanted and model.tokens == left(fitting(slot.preset, model.patches), model.patches, model.blocks)
 

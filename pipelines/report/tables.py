@@ -23,10 +23,10 @@ from pipelines.report import paper
 from pipelines.report.runs import Family, Model, changes
 from pipelines.report.table_rows import Slot, command, fills, kind
 from redux.benchmarks import Metric
-from redux.cost import cost, step
+from redux.cost import compute_cost, compute_step_cost
 from redux.instructions import INSTRUCTIONS
 from redux.presets import PRESETS, Preset
-from redux.settings import METHODS, SPATIAL, VMTC, Reduction
+from redux.settings import METHODS, SPATIAL_METHODS, VMTC, Reduction
 
 TEXT = 64
 """Text tokens of the prompt whose cost is told."""
@@ -237,8 +237,8 @@ def build(families: Sequence[Family], samples: int = 10_000) -> list[Table]:
         _table(key, each.title, _with(COLUMNS[key], beside), compared, SLOTS[key], each)
         for key, each in paper.TABLES.items()
     ]
-    pilot = ("llava", *SPATIAL)
-    kinds = ("llava", "both", "vmtc", *SPATIAL, "random", "prumerge")
+    pilot = ("llava", *SPATIAL_METHODS)
+    kinds = ("llava", "both", "vmtc", *SPATIAL_METHODS, "random", "prumerge")
     return [
         whole,
         *printed,
@@ -349,14 +349,14 @@ def _spd() -> list[Slot]:
     return [
         Slot(
             f"SPD {ratio:.0%}",
-            Preset(shows="", vmtc=None, cmai=None, reduction=Reduction(method="average", ratio=ratio)),
+            Preset(description="", vmtc=None, cmai=None, reduction=Reduction(method="average", ratio=ratio)),
         )
         for ratio in SPD_RATIOS
     ]
 
 
 def _sweep() -> list[Slot]:
-    presets = {ratio: Preset(shows="", vmtc=VMTC(ratio=ratio)) for ratio in SWEEP} | {0.5: PRESETS["default"]}
+    presets = {ratio: Preset(description="", vmtc=VMTC(ratio=ratio)) for ratio in SWEEP} | {0.5: PRESETS["default"]}
     return [Slot(f"VMTC + CMAI {ratio:.0%}", preset) for ratio, preset in presets.items()]
 
 
@@ -430,9 +430,11 @@ COSTS: dict[str, Callable[[Model], float | None]] = {
     "evaluation": _number("wall_s.evaluate", 1 / 60),
     "peak": _number("speed.peak_bytes", 2**-30),
     "decode": _number("speed.decode_tokens_per_s"),
-    "prompt": _computed(lambda config: cost(config, TEXT).flops / 1e9),
-    "step": _computed(lambda config: step(config, TEXT).flops / 1e9),
-    "cache": _computed(lambda config: (cost(config, TEXT).kv_bytes + cost(config, TEXT).focus_bytes) / 2**20),
+    "prompt": _computed(lambda config: compute_cost(config, TEXT).flops / 1e9),
+    "step": _computed(lambda config: compute_step_cost(config, TEXT).flops / 1e9),
+    "cache": _computed(
+        lambda config: (compute_cost(config, TEXT).kv_bytes + compute_cost(config, TEXT).focus_bytes) / 2**20
+    ),
 }
 """Means over seeds of what was measured, and what follows from the configuration; None where it is not known."""
 

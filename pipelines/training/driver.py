@@ -37,7 +37,7 @@ from pipelines.training import checkpoint, engine, export, fragments, hooks, met
 from pipelines.training.hooks import Hook, Step
 from pipelines.training.plan import Plan, Schedule
 from redux import model
-from redux.conversation import IGNORE
+from redux.conversation import IGNORE_INDEX
 
 RESTARTS = 1_000_000
 """Of workers, as far as Ray counts: the recorder ends a run that gets no further."""
@@ -493,7 +493,7 @@ def _weights(mine: Sequence[ingest.Batch], plan: Plan, device: torch.device) -> 
     if stage.objective == "contrastive":
         share = 1 / stage.global_batch_size
         return [torch.full((len(batch["input_ids"]),), share, device=device) for batch in mine]
-    counts = [torch.tensor((batch["labels"][:, 1:] != IGNORE).sum(axis=1), device=device) for batch in mine]
+    counts = [torch.tensor((batch["labels"][:, 1:] != IGNORE_INDEX).sum(axis=1), device=device) for batch in mine]
     if stage.loss_reduction == "sample":
         return [1 / (count.clamp(min=1) * stage.global_batch_size) for count in counts]
     total = torch.stack([count.sum() for count in counts]).sum()
@@ -506,5 +506,5 @@ def _tensors(batch: ingest.Batch, trained: Any) -> dict[str, torch.Tensor]:
     names = ("pixel_values", "input_ids", "labels", "attention_mask")
     result = {name: torch.tensor(batch[name], device=trained.device) for name in names if name in batch}
     images = result["pixel_values"].movedim(-1, 1).contiguous()
-    result["pixel_values"] = model.normalise(images).to(next(trained.module.parameters()).dtype)
+    result["pixel_values"] = model.normalize_pixels(images).to(next(trained.module.parameters()).dtype)
     return result

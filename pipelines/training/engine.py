@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
 from pipelines.training.plan import Plan, Schedule
 from redux import contrastive, model
-from redux.architecture import Tower
-from redux.contrastive import Contrastive
-from redux.conversation import IGNORE
-from redux.hub import fetched
+from redux.architecture import TowerSizes
+from redux.contrastive import ClipWithLoss
+from redux.conversation import IGNORE_INDEX
+from redux.hub import local_copy
 from redux.loading import load_model
 from redux.model import ReduxForConditionalGeneration
 
@@ -45,7 +45,7 @@ class Language(torch.nn.Module):
         Logits are computed for these alone: of 2,048 tokens and 32,000 words they would take 262 MB a sample.
         """
         hidden = self.llava.model(**batch, use_cache=False).last_hidden_state
-        learned = labels[:, 1:] != IGNORE
+        learned = labels[:, 1:] != IGNORE_INDEX
         logits = self.llava.lm_head(hidden[:, :-1][learned]).float()
         losses = F.cross_entropy(logits, labels[:, 1:][learned], reduction="none")
         return (losses * weight[:, None].expand_as(learned)[learned]).sum()
@@ -56,7 +56,7 @@ class Pairs(torch.nn.Module):
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
-        self.pairs = Contrastive(clip)
+        self.pairs = ClipWithLoss(clip)
 
     def forward(self, weight: Float[Tensor, " samples"], **batch: Tensor) -> Float[Tensor, ""]:
         return self.pairs(**batch) * weight.sum()
@@ -75,18 +75,18 @@ def trainee(plan: Plan) -> tuple[Trainee, dict[str, list[torch.nn.Parameter]]]:
     before = load(plan.start) if plan.start else None
     if plan.stage.objective == "contrastive":
         assert plan.model is not None
-        assert isinstance(plan.model.tower, Tower)
-        clip = before if isinstance(before, CLIPModel) else contrastive.build(plan.model.tower, tokenizer)
+        assert isinstance(plan.model.tower, TowerSizes)
+        clip = before if isinstance(before, CLIPModel) else contrastive.build_clip(plan.model.tower, tokenizer)
         module: Trainee = Pairs(clip)
         return module, {"tower": list(module.parameters())}
     if isinstance(before, ReduxForConditionalGeneration):
         llava = before
     else:
         assert plan.model is not None
-        llava = model.build(plan.model, tokenizer)
+        llava = model.build_model(plan.model, tokenizer)
     if isinstance(before, CLIPModel):
         llava.model.vision_tower.load_state_dict(before.vision_model.state_dict())
-    parts = llava.parts()
+    parts = llava.parameters_by_part()
     if plan.stage.lora:
         from pipelines.training import lora
 
@@ -100,8 +100,8 @@ def trainee(plan: Plan) -> tuple[Trainee, dict[str, list[torch.nn.Parameter]]]:
 def load(path: str) -> CLIPModel | ReduxForConditionalGeneration:
     """The model in a folder or at a URL, of one of the two kinds that stages make."""
     kinds = {"clip": CLIPModel, "llava": ReduxForConditionalGeneration}
-    with fetched(path) as folder:
-        return load_model(kinds[AutoConfig.from_pretrained(folder).model_type], folder, what="start")
+    with local_copy(path) as folder:
+        return load_model(kinds[AutoConfig.from_pretrained(folder).model_type], folder, label="start")
 
 
 def trained(module: Trainee, plan: Plan) -> CLIPModel | ReduxForConditionalGeneration:

@@ -48,7 +48,7 @@ def write(plan: Plan, saved: checkpoint.Saved, out: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer)
     with tempfile.TemporaryDirectory() as folder, failures.locate_errors(folder):
         if isinstance(whole, ReduxForConditionalGeneration):
-            processor.describe_training(whole, tokenizer, plan.template, plan.image_aspect_ratio)
+            processor.record_training_format(whole, tokenizer, plan.template, plan.image_aspect_ratio)
             processor.build_processor(whole.config, tokenizer).save_pretrained(folder)
         else:
             tokenizer.save_pretrained(folder)

@@ -37,7 +37,7 @@ def wrap(llava: ReduxForConditionalGeneration, lora: Lora) -> None:
         raise ValueError("lora: got a model with adapters, allowed: one without, such as merge gives")
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=LAYERS)
     inject_adapter_in_model(config, llava.model.language_model)
-    for parameter in llava.parts()["language"]:
+    for parameter in llava.parameters_by_part()["language"]:
         parameter.requires_grad_(False)
     for parameter in adapters(llava):
         parameter.requires_grad_(True)

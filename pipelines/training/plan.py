@@ -16,8 +16,8 @@ from pipelines.data.grouping import Groups
 from pipelines.data.order import Order
 from pipelines.data.shards import Shards
 from pipelines.training.stage import FIT, TEMPLATE, Recovery, Stage
-from redux.architecture import Model
-from redux.settings import Fit, TemplateName
+from redux.architecture import ModelSettings
+from redux.settings import ImageAspectRatio, TemplateName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Plan:
 
     name: str
     stage: Stage
-    model: Model | None
+    model: ModelSettings | None
     seed: int
     workers: tuple[int, int] | None
     run: Path
@@ -62,7 +62,7 @@ class Plan:
         return self.stage.template or TEMPLATE
 
     @property
-    def image_aspect_ratio(self) -> Fit:
+    def image_aspect_ratio(self) -> ImageAspectRatio:
         """How images become squares."""
         return self.stage.image_aspect_ratio or FIT
 
@@ -99,7 +99,7 @@ class Plan:
             self.check_prepared(name, shards.prepared)
         return sources
 
-    def check_prepared(self, name: str, prepared: tuple[int, Fit] | None) -> None:
+    def check_prepared(self, name: str, prepared: tuple[int, ImageAspectRatio] | None) -> None:
         """ValueError where a set's images were prepared in another way than the stage wants; None: as they came."""
         wanted = (self.image_size, self.image_aspect_ratio)
         if prepared not in (None, wanted):

@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from pipelines.data.order import Shuffle
-from redux.settings import Fit, TemplateName, Way
+from redux.settings import ImageAspectRatio, ImageBackend, TemplateName
 
 Part = Literal["tower", "projector", "language"]
 
 TEMPLATE: TemplateName = "vicuna_v1"
-FIT: Fit = "pad"
+FIT: ImageAspectRatio = "pad"
 """Of conversations and images in LLaVA-1.5's second stage."""
 
 
@@ -95,8 +95,8 @@ class Stage:
     shuffle: Shuffle = "global"
     window: Annotated[int, Ge(1)] = 8
     group_by_length: Annotated[int, Ge(1)] | None = None
-    image_aspect_ratio: Fit | None = None
-    image_backend: Way = "exact"
+    image_aspect_ratio: ImageAspectRatio | None = None
+    image_backend: ImageBackend = "exact"
     global_batch_size: Annotated[int, Ge(1)]
     micro_batch_size: Annotated[int, Ge(1)]
     learning_rate: dict[Part, Annotated[float, Gt(0)]]
@@ -147,7 +147,7 @@ class Stage:
         """Shares of the sets by name."""
         return {self.data: 1.0} if isinstance(self.data, str) else self.data
 
-    def resolve_format(self, template: TemplateName | None, image_aspect_ratio: Fit | None) -> "Stage":
+    def resolve_format(self, template: TemplateName | None, image_aspect_ratio: ImageAspectRatio | None) -> "Stage":
         """Return the stage with a template and a fit, where it names none.
 
         Args:

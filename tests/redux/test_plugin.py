@@ -173,7 +173,7 @@ def sample(family: str, rows: tuple[int, ...] = (2, 1, 0)) -> dict[str, Tensor]:
     return whole(family, {**inputs, "input_ids": ids, "attention_mask": (ids != PAD).long()}, ids)
 
 
-def whole(family: str, inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+def keeps_class_token(family: str, inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
     """The same inputs with tokens `ids`, whose first are the old ones."""
     repeats, more = len(ids) // len(inputs["input_ids"]), ids.shape[1] - inputs["input_ids"].shape[1]
     mask = torch.nn.functional.pad(inputs["attention_mask"].repeat_interleave(repeats, dim=0), (0, more), value=1)
@@ -239,7 +239,7 @@ def slowly(model: Any, cmai: CMAI, images: tuple[int, ...], **inputs: Any) -> Te
     decoder.set_attn_implementation("eager")
     image, own = torch.isin(inputs["input_ids"], torch.tensor(images)), inputs["attention_mask"].bool()
     visible = own.unsqueeze(1) & torch.ones(own.shape[1], own.shape[1], dtype=torch.bool).tril()
-    for number, ratio in enumerate(cmai.ratios(len(decoder.layers))):
+    for number, ratio in enumerate(cmai.compute_gammas(len(decoder.layers))):
         weights: list[Tensor] = []
         attention = decoder.layers[number].self_attn
         seeing = attention.register_forward_hook(lambda module, args, output, to=weights: to.append(output[1]))
@@ -603,7 +603,7 @@ def test_what_a_mask_adds_to_scores_counts_in_the_weights(fresh: Callable[[str],
     decoder = plain.get_decoder()
     decoder.set_attn_implementation("eager")
     image = (inputs["input_ids"] == IMAGE)[0].tolist()
-    for number, ratio in enumerate(cmai.ratios(2)):
+    for number, ratio in enumerate(cmai.compute_gammas(2)):
         weights: list[Tensor] = []
         attention = decoder.layers[number].self_attn
         seeing = attention.register_forward_hook(lambda module, args, output, to=weights: to.append(output[1]))

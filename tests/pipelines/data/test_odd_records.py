@@ -14,8 +14,8 @@ import pytest
 
 from pipelines.data.records import REASONS, find_fault, read
 from pipelines.data.shards import QUARANTINE, Making, Shards, make
-from redux.conversation import TEMPLATES, encode, word_tokenizer
-from redux.image import pixels
+from redux.conversation import TEMPLATES, encode_conversation, train_word_tokenizer
+from redux.image import load_pixels
 from tests.pipelines.odd_records import odd_image, odd_record, picture
 
 NUMBER = int(os.environ.get("REDUX_FUZZ", "400"))
@@ -61,16 +61,16 @@ def test_each_record_is_kept_or_listed(
     stored = Shards(out)
     kept = stored.read(range(len(stored)))
     assert [int(sample.key) for sample in kept] == [number for number in range(len(given)) if number not in reasons]
-    tokenizer = word_tokenizer(["USER: ASSISTANT: red 0 1 . \n"], 512)
+    tokenizer = train_word_tokenizer(["USER: ASSISTANT: red 0 1 . \n"], 512)
     image = tokenizer.convert_tokens_to_ids("<image>")
     for sample in kept:
         assert find_fault(sample.record, None) is None
-        ids, labels = encode(tokenizer, sample.record["conversations"], TEMPLATES["vicuna_v1"], 1)
+        ids, labels = encode_conversation(tokenizer, sample.record["conversations"], TEMPLATES["vicuna_v1"], 1)
         assert (ids == image).sum() == bool(sample.image)
         assert (labels != image).all()
         assert sample.id.encode() is not None
         if sample.image:
-            assert pixels(sample.image, 8).shape == (3, 8, 8)
+            assert load_pixels(sample.image, 8).shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("size", [None, 8])
@@ -97,6 +97,6 @@ def test_each_image_is_kept_or_listed(
         number = int(sample.key)
         if size is None:
             assert sample.image == images[number]
-            assert pixels(sample.image, 8, "crop").shape == (3, 8, 8)
+            assert load_pixels(sample.image, 8, "crop").shape == (3, 8, 8)
         else:
-            assert (pixels(sample.image, 8) == pixels(images[number], 8)).all()
+            assert (load_pixels(sample.image, 8) == load_pixels(images[number], 8)).all()

@@ -20,12 +20,12 @@ from pipelines.data import easy_vqa
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.evaluate import Subject, examples, rows
 from pipelines.evaluation.tasks import TASKS, Asking, Evaluate, Name, questions
-from redux import respondent
-from redux.architecture import Language, Model, Tower
+from redux import answering
+from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
 from redux.benchmarks import Question
-from redux.conversation import word_tokenizer
-from redux.image import pixels
-from redux.model import build
+from redux.conversation import train_word_tokenizer
+from redux.image import load_pixels
+from redux.model import build_model
 from redux.settings import CMAI, VMTC
 from tests.pipelines.faults import until
 
@@ -41,13 +41,13 @@ ASKED = len(questions("easy_vqa", LIMIT))
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with both modules on and random weights, large enough that answers differ."""
     folder = tmp_path_factory.mktemp("model")
-    words = word_tokenizer((each.prompt for each in easy_vqa.questions()), 160)
+    words = train_word_tokenizer((each.prompt for each in easy_vqa.questions()), 160)
     size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
-    llava = build(
-        Model(
-            tower=Tower(image_size=16, patch_size=4, num_hidden_layers=4, **size),
-            language=Language(num_hidden_layers=2, max_position_embeddings=160, **size),
+    llava = build_model(
+        ModelSettings(
+            tower=TowerSizes(image_size=16, patch_size=4, num_hidden_layers=4, **size),
+            language=LanguageSizes(num_hidden_layers=2, max_position_embeddings=160, **size),
             vmtc=VMTC(ratio=0.5, stages=2),
             cmai=CMAI(gamma_max=0.6),
         ),
@@ -104,7 +104,7 @@ def test_every_question_is_answered_once_in_the_order_of_the_benchmark(undisturb
 
 
 def test_a_batch_gets_the_answers_that_each_question_gets_alone(subject: Subject, undisturbed: Path) -> None:
-    alone = respondent.load(subject.model, template=TEMPLATE)
+    alone = answering.load(subject.model, template=TEMPLATE)
     for name, asking in ASKINGS.items():
         said = []
         for each in questions(name, asking):
@@ -295,7 +295,8 @@ def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questi
     answered = rows(undisturbed, "easy_vqa")
     given = {(row["image"], row["prompt"], row["answer"], row["response"]) for row in answered}
     pictures = {
-        pixels((easy_vqa.FOLDER / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"] for row in answered
+        load_pixels((easy_vqa.FOLDER / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"]
+        for row in answered
     }
     shown = []
     for example in examples(subject, undisturbed, count):

@@ -12,29 +12,29 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from pipelines.training import lora
 from pipelines.training.stage import Lora
-from redux.architecture import Language, Model, Tower
-from redux.conversation import word_tokenizer
+from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
+from redux.conversation import train_word_tokenizer
 from redux.extras import write_install_command
-from redux.model import ReduxForConditionalGeneration, build
+from redux.model import ReduxForConditionalGeneration, build_model
 from redux.settings import CMAI, VMTC
 
-TOWER = Tower(
+TOWER = TowerSizes(
     hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8
 )
-LANGUAGE = Language(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+LANGUAGE = LanguageSizes(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 LORA = Lora(rank=4, alpha=8, dropout=0.1)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return word_tokenizer(["is it a red circle ? yes , no"], 64)
+    return train_word_tokenizer(["is it a red circle ? yes , no"], 64)
 
 
 def llava(tokenizer: PreTrainedTokenizerFast, on: bool = True) -> ReduxForConditionalGeneration:
     """A model that is always the same, with both modules or neither."""
     torch.manual_seed(0)
     methods: dict[str, Any] = {"vmtc": VMTC(), "cmai": CMAI()} if on else {"vmtc": None, "cmai": None}
-    model = build(Model(tower=TOWER, language=LANGUAGE, **methods), tokenizer).eval()
+    model = build_model(ModelSettings(tower=TOWER, language=LANGUAGE, **methods), tokenizer).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:  # attention of weights as initialised is all but uniform
@@ -75,7 +75,7 @@ def test_adapters_are_in_the_language_models_linear_layers_alone(tokenizer: PreT
     assert len(new) == 2 * len(lora.LAYERS) * LANGUAGE.num_hidden_layers == len(lora.adapters(model))
     assert all(name.startswith("model.language_model.layers.") for name in new)
     assert {name.replace(".base_layer", "") for name, _ in model.named_parameters()} - new == before
-    parts = model.parts()
+    parts = model.parameters_by_part()
     assert {id(one) for one in parts["language"] if one.requires_grad} == {id(one) for one in lora.adapters(model)}
     assert all(parameter.requires_grad for part in ("tower", "projector") for parameter in parts[part])
     assert {parameter.shape[0] if "lora_A" in name else parameter.shape[1]

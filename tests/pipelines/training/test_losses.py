@@ -18,7 +18,7 @@ from pipelines.training import driver
 from pipelines.training.engine import Language
 from pipelines.training.plan import Plan
 from redux import model
-from redux.conversation import IGNORE
+from redux.conversation import IGNORE_INDEX
 from tests.pipelines import small
 
 SAMPLES = 8
@@ -45,7 +45,7 @@ def language(plans: dict[tuple[int, str], Plan]) -> Iterator[Language]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(plans[1, "token"].tokenizer)
-    yield Language(model.build(small.MODEL, tokenizer)).double().train()
+    yield Language(model.build_model(small.MODEL, tokenizer)).double().train()
     torch.set_num_threads(before)
 
 
@@ -61,7 +61,7 @@ def cut(plan: Plan, learned: np.ndarray) -> list[Batch]:
     batches = [plan.reader()(number) for number in range(SAMPLES // micro)]
     for number, batch in enumerate(batches):
         mask = learned[number * micro :][:micro, : batch["input_ids"].shape[1]]
-        batch["labels"] = np.where(mask & (batch["attention_mask"] == 1), batch["input_ids"], IGNORE)
+        batch["labels"] = np.where(mask & (batch["attention_mask"] == 1), batch["input_ids"], IGNORE_INDEX)
     return batches
 
 
@@ -79,7 +79,7 @@ def slow(language: Language, plan: Plan, learned: np.ndarray) -> tuple[float, di
         inputs = tensors(language, batch)
         labels = inputs.pop("labels")[0, 1:]
         chances = language.llava(**inputs).logits[0, :-1].log_softmax(-1)
-        samples.append([-chances[place, label] for place, label in enumerate(labels.tolist()) if label != IGNORE])
+        samples.append([-chances[place, label] for place, label in enumerate(labels.tolist()) if label != IGNORE_INDEX])
     tokens = [loss for losses in samples for loss in losses]
     if plan.stage.loss_reduction == "token":
         total = torch.stack(tokens).mean()
