@@ -27,7 +27,7 @@ PROJECTOR = "model.multi_modal_projector.linear_1.weight"
 
 
 @pytest.fixture(scope="module")
-def keeps_class_token(tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tiny: Tiny, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     tiny().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

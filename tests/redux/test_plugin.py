@@ -173,7 +173,7 @@ def sample(family: str, rows: tuple[int, ...] = (2, 1, 0)) -> dict[str, Tensor]:
     return whole(family, {**inputs, "input_ids": ids, "attention_mask": (ids != PAD).long()}, ids)
 
 
-def keeps_class_token(family: str, inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+def whole(family: str, inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
     """The same inputs with tokens `ids`, whose first are the old ones."""
     repeats, more = len(ids) // len(inputs["input_ids"]), ids.shape[1] - inputs["input_ids"].shape[1]
     mask = torch.nn.functional.pad(inputs["attention_mask"].repeat_interleave(repeats, dim=0), (0, more), value=1)
