@@ -3,7 +3,7 @@
     model = redux.ReduxForConditionalGeneration.from_pretrained("llava-hf/llava-1.5-7b-hf", vmtc=redux.VMTC(tokens=64))
     redux.inhibit(another_model_of_transformers, redux.CMAI())
 
-A name is imported when it is first used: readers of conversations and images do without torch.
+A name is imported when it is first used, so that readers of conversations and images do without torch.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from redux.settings import VMTC as VMTC
     from redux.settings import Reduction as Reduction
 
-_ROOMS = {
+_MODULES_BY_NAME = {
     "CMAI": "settings",
     "PRESETS": "presets",
     "Preset": "presets",
@@ -34,10 +34,10 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES_BY_NAME:
         raise AttributeError(f"module 'redux' has no attribute {name!r}")
-    return getattr(import_module(f"redux.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"redux.{_MODULES_BY_NAME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_ROOMS]
+    return [*globals(), *_MODULES_BY_NAME]

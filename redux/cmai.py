@@ -356,9 +356,9 @@ def select_above_quantile(
             between two ranks. "count" drops floor(gamma n) pairs, of equal scores the first.
 
     >>> focus = torch.tensor([[[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]]])
-    >>> above_quantile(focus, focus > 0, 0.5).int()  # from the score at rank floor(0.5 * 5) on
+    >>> select_above_quantile(focus, focus > 0, 0.5).int()  # from the score at rank floor(0.5 * 5) on
     tensor([[[0, 0, 1, 1, 1, 1]]], dtype=torch.int32)
-    >>> above_quantile(focus, focus > 0, 0.5, "linear").int()  # from 0.35 on
+    >>> select_above_quantile(focus, focus > 0, 0.5, "linear").int()  # from 0.35 on
     tensor([[[0, 0, 0, 1, 1, 1]]], dtype=torch.int32)
     """
     count = visible.sum(dim=-1, keepdim=True)

@@ -71,9 +71,9 @@ def move_image_to_front(text: str) -> str:
 
     It then stands there once, and the rest of the turn on the next line, trimmed.  A turn without it stays as it is.
 
-    >>> place_image("What is this? <image>\n")
+    >>> move_image_to_front("What is this? <image>\n")
     '<image>\nWhat is this?'
-    >>> place_image(" no image ")
+    >>> move_image_to_front(" no image ")
     ' no image '
     """
     if IMAGE_TOKEN not in text:

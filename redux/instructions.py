@@ -125,7 +125,7 @@ def draw_arguments(id: str, chance: random.Random, words: Words = KEYWORDS) -> d
 def render_instruction(id: str, kwargs: Mapping[str, Any]) -> str:
     """IFEval's text with the arguments put in.
 
-    >>> ask("detectable_content:postscript", {"postscript_marker": "P.S."})
+    >>> render_instruction("detectable_content:postscript", {"postscript_marker": "P.S."})
     'At the end of your response, please explicitly add a postscript starting with P.S.'
     """
     instruction = _find_instruction(id)

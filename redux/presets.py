@@ -1,10 +1,9 @@
-"""The paper's configurations by name: its two readings, its budgets, the rows of its ablations and its rivals.
+"""The paper's configurations by name: two readings, budgets, the rows of its ablations, and its rivals.
 
-Where the paper is silent or speaks against itself there are two readings.  "default" takes what its argument needs,
-"paper-literal" what it prints: raw merge weights (eq. 7), tokens by rank (eq. 8), QK^T as attention score.
+Two readings exist where the paper is silent or contradicts itself.  "default" follows its argument, "paper-literal" its
+printed equations: raw merge weights (eq. 7), tokens by rank (eq. 8), QK^T as attention score.
 
-Tables 4 and 5 stand on the other module: Table 4 begins with CMAI alone, Table 5 with VMTC alone, as their first rows
-equal those of Table 3.
+Table 4 starts from CMAI alone and Table 5 from VMTC alone, since their first rows equal those of Table 3.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,12 @@ from redux.settings import CMAI, VMTC, Reduction
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What a model is given beside LLaVA's own configuration; `shows` tells what it is in the paper."""
+    """Settings of the method under a name.
+
+    Args:
+        description: its place in the paper.
+        vmtc, cmai, reduction: settings; None turns a part off.
+    """
 
     description: str
     vmtc: VMTC | None = VMTC()
@@ -24,7 +28,7 @@ class Preset:
 
     @property
     def methods(self) -> dict[str, VMTC | CMAI | Reduction | None]:
-        """As arguments of `ReduxForConditionalGeneration.from_pretrained` and `ReduxConfig`."""
+        """Arguments for `ReduxForConditionalGeneration.from_pretrained` and `ReduxConfig`."""
         return {"vmtc": self.vmtc, "cmai": self.cmai, "reduction": self.reduction}
 
 
@@ -63,11 +67,16 @@ PRESETS = {
 
 
 VICUNA_SIZES = {"7b": (4096, 32, 32, 11008), "13b": (5120, 40, 40, 13824)}
-"""Vicuna-v1.5's: width, layers, heads and width of the MLP."""
+"""Sizes of Vicuna-v1.5: width, layers, heads and width of the MLP."""
 
 
 def build_llava_config(size: str, preset: Preset = PRESETS["llava"]) -> ReduxConfig:
-    """LLaVA-1.5's configuration, of one of SIZES: CLIP-ViT-L/14 at 336 pixels and Vicuna-v1.5, without weights."""
+    """Build LLaVA-1.5's configuration, without weights: CLIP-ViT-L/14 at 336 pixels and Vicuna-v1.5.
+
+    Args:
+        size: a name in VICUNA_SIZES.
+        preset: settings of the method.
+    """
     width, layers, heads, mlp = VICUNA_SIZES[size]
     language = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     tower = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}

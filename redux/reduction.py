@@ -46,10 +46,10 @@ def reduce_tokens(
     Nine patches to four: the windows of "average" overlap, the centre of the image lies in the last cell.
 
     >>> features = torch.arange(9.0).reshape(1, 9, 1)
-    >>> tokens, slot, cluster = reduce(features, Reduction(method="average", tokens=4))
+    >>> tokens, slot, cluster = reduce_tokens(features, Reduction(method="average", tokens=4))
     >>> tokens.flatten().tolist(), slot.tolist()
     ([2.0, 3.0, 5.0, 6.0], [[0, 1, 1, 2, 3, 3, 2, 3, 3]])
-    >>> tokens, slot, cluster = reduce(features, Reduction(method="stride", tokens=4))
+    >>> tokens, slot, cluster = reduce_tokens(features, Reduction(method="stride", tokens=4))
     >>> tokens.flatten().tolist(), slot.tolist()
     ([0.0, 2.0, 6.0, 8.0], [[0, -1, 1, -1, -1, -1, 2, -1, 3]])
     """

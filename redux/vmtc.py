@@ -97,7 +97,8 @@ def compress_tokens(
 
     >>> tokens = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [5.0, 5.0], [9.0, 1.0]]])
     >>> ips = torch.tensor([[0.1, 0.1, 0.1, 0.3, 0.25, 0.05]])
-    >>> merged, slot, cluster = compress(tokens, ips, Stage(0, kept=2, clusters=2), VMTC(order="rank"))
+    >>> stage = CompressionStage(0, kept=2, clusters=2)
+    >>> merged, slot, cluster = compress_tokens(tokens, ips, stage, VMTC(order="rank"))
     >>> merged  # token 3, token 4, and by weight tokens 0, 1 and 5, (0.1 * 1 + 0.1 * 2 + 0.05 * 9) / 0.25; and token 2
     tensor([[[0.0000, 3.0000],
              [5.0000, 5.0000],

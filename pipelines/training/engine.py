@@ -107,7 +107,7 @@ def load(path: str) -> CLIPModel | ReduxForConditionalGeneration:
 def trained(module: Trainee, plan: Plan) -> CLIPModel | ReduxForConditionalGeneration:
     """The model to save, of plain layers."""
     if isinstance(module, Pairs):
-        return module.pairs.trained()
+        return module.pairs.export_clip()
     if plan.stage.lora:
         from pipelines.training import lora
 

@@ -82,14 +82,14 @@ def test_what_was_trained_comes_back_from_its_folder(clip: CLIPModel, pairs: dic
     model(**pairs).backward()
     optimizer.step()
     assert model.scale.item() != before
-    model.trained().save_pretrained(tmp_path)
+    model.export_clip().save_pretrained(tmp_path)
     again, loading = CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values())
     torch.testing.assert_close(again.logit_scale, model.scale[0])
     with torch.no_grad():
         output = again.eval()(**pairs, return_loss=True)
         torch.testing.assert_close(output.loss, model(**pairs))
-        assert torch.equal(output.logits_per_image, model.trained()(**pairs).logits_per_image)
+        assert torch.equal(output.logits_per_image, model.export_clip()(**pairs).logits_per_image)
 
 
 def test_captions_are_read_at_their_end_whatever_the_padding(clip: CLIPModel, pairs: dict[str, Tensor]) -> None:
