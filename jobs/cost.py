@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from redux.cost import cost
-from redux.model import ReduxConfig
-from redux.presets import PRESETS, SIZES, Preset, llava
+from redux.configuration import ReduxConfig
+from redux.cost import compute_cost
+from redux.presets import PRESETS, VICUNA_SIZES, Preset, build_llava_config
 from redux.settings import METHODS
 
 COST_COLUMNS = "{:<18} {:>6}  {:<40} {:>8} {:>6} {:>7}  {}"
@@ -26,22 +26,22 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
     if unknown := [name for name in names if name not in PRESETS]:
         raise ValueError(f"preset: got {unknown[0]}, allowed: {', '.join(PRESETS)}")
     rows = {name: PRESETS[name] for name in names or PRESETS}
-    saved = None if model in SIZES else _read_config(Path(model))
+    saved = None if model in VICUNA_SIZES else _read_config(Path(model))
     if saved:
         methods = {name: saved.settings(name) for name in METHODS}
-        rows = {"(as saved)": Preset(shows="settings of the folder", **methods), **rows}
+        rows = {"(as saved)": Preset(description="settings of the folder", **methods), **rows}
 
     def build_config(preset: Preset) -> ReduxConfig:
-        return ReduxConfig(**{**saved.to_dict(), **preset.methods}) if saved else llava(model, preset)
+        return ReduxConfig(**{**saved.to_dict(), **preset.methods}) if saved else build_llava_config(model, preset)
 
-    llava_cost = cost(build_config(PRESETS["llava"]), text)
+    llava_cost = compute_cost(build_config(PRESETS["llava"]), text)
     lines = [
         COST_COLUMNS.format("preset", "tokens", "block: kept + clusters", "GFLOPs", "share", "KV MiB", "description")
     ]
     for name, preset in rows.items():
         try:
             config = build_config(preset)
-            spent = cost(config, text)
+            spent = compute_cost(config, text)
         except ValueError as error:
             if name in names:
                 raise ValueError(f"{name}: {error}") from None
@@ -56,7 +56,7 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
                 _format_number(spent.flops / 1e9),
                 f"{spent.flops / llava_cost.flops:.0%}",
                 _format_number(spent.kv_bytes / 2**20),
-                preset.shows,
+                preset.description,
             )
         )
     return "\n".join(lines)
@@ -73,5 +73,5 @@ def _read_config(folder: Path) -> ReduxConfig:
     except (OSError, KeyError, json.JSONDecodeError):
         pass
     raise ValueError(
-        f"--model: got {folder}, allowed: {', '.join(SIZES)}, or the folder of a LLaVA, with its config.json"
+        f"--model: got {folder}, allowed: {', '.join(VICUNA_SIZES)}, or the folder of a LLaVA, with its config.json"
     )

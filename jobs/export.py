@@ -44,11 +44,11 @@ def _write(source: Path, stage: str | None, step: int | None, out: str) -> str:
         raise ValueError(f"{source}: no {JOB_FILE} or config.json, allowed: the folder of a run or of a model")
     if stage or step is not None:
         raise ValueError(f"{source}: got a stage or a step, allowed: none for the folder of a model")
-    model, tokenizer = conversion.convert(source)
+    model, tokenizer = conversion.convert_checkpoint(source)
     config = model.config
     with tempfile.TemporaryDirectory() as folder, failures.locate_errors(folder):
         if config.conversation_template and config.image_aspect_ratio:
-            processor.describe_training(model, tokenizer, config.conversation_template, config.image_aspect_ratio)
+            processor.record_training_format(model, tokenizer, config.conversation_template, config.image_aspect_ratio)
             processor.build_processor(config, tokenizer).save_pretrained(folder)
         else:
             tokenizer.save_pretrained(folder)

@@ -8,32 +8,32 @@ import argparse
 
 from pipelines.data import easy_vqa
 from redux.benchmarks import instructions
-from redux.benchmarks.instructions import Asked
-from redux.benchmarks.source import Form, field, records
+from redux.benchmarks.instructions import ImageQuestion
+from redux.benchmarks.source import AnswerKeys, get_field, read_records
 
-QUESTION_FORMS: tuple[Form, ...] = (("question_id", "text"), ("id", "question"), ("id", "prompt"))
+QUESTION_FORMS: tuple[AnswerKeys, ...] = (("question_id", "text"), ("id", "question"), ("id", "prompt"))
 """Fields of a question's id and text, in LLaVA's files and in others."""
 
 
 def write_prompts(arguments: argparse.Namespace) -> None:
     """Write the prompts and print their number; ValueError if a question or the output file cannot be used."""
     asked = read_questions(arguments.questions) if arguments.questions else easy_vqa.draw_questions()
-    prompts = instructions.questions(asked, arguments.per_task, arguments.seed)
+    prompts = instructions.build_questions(asked, arguments.per_task, arguments.seed)
     try:
-        instructions.write(prompts, arguments.out)
+        instructions.write_questions(prompts, arguments.out)
     except OSError as error:
         raise ValueError(f"--out: got {arguments.out}, allowed: a file that can be written; {error}") from None
     print(f"{arguments.out}: {len(prompts)} prompts")
 
 
-def read_questions(path: str) -> list[Asked]:
+def read_questions(path: str) -> list[ImageQuestion]:
     """Read questions from a JSON list, JSON lines or a table: each with an image, and an answer if it has one."""
     return [
-        Asked(
+        ImageQuestion(
             id=record.id,
-            image=field(record.place, record.fields, "image"),
+            image=get_field(record.place, record.fields, "image"),
             question=record.response,
-            answer=field(record.place, record.fields, "answer") if record.fields.get("answer") else None,
+            answer=get_field(record.place, record.fields, "answer") if record.fields.get("answer") else None,
         )
-        for record in records(path, QUESTION_FORMS)
+        for record in read_records(path, QUESTION_FORMS)
     ]

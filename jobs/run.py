@@ -40,12 +40,13 @@ from pipelines.report import run_report
 from pipelines.training import driver, ledger, lora, trackers
 from pipelines.training.plan import StagePlan
 from pipelines.training.stage import count_shared_workers
-from redux import pretrained, respondent
-from redux.architecture import Language, Model, Tower, image_tokens
-from redux.conversation import TEMPLATES, Template, word_tokenizer
+from redux import answering, pretrained
+from redux.architecture import LanguageSizes, ModelSettings, TowerSizes, count_image_tokens
+from redux.configuration import ReduxConfig
+from redux.conversation import TEMPLATES, Template, train_word_tokenizer
 from redux.extras import write_install_command
-from redux.hub import fetched
-from redux.model import ReduxConfig, ReduxForConditionalGeneration
+from redux.hub import local_copy
+from redux.model import ReduxForConditionalGeneration
 
 T = TypeVar("T")
 
@@ -178,11 +179,11 @@ def list_steps(
     """
     sets, result = locate_sets(job, folder), {}
     stages = plan_stages(job, folder, allow_changes)
-    if job.made or job.data.make or not job.model.pretrained:
+    if job.made or job.data.make or not job.model.is_pretrained:
         templates = [TEMPLATES[plan.template] for plan in stages.values()]
         result["shards"] = lambda: _make_shards(job, sets, folder / TOKENIZER, templates)
     _check_weights(job, folder)
-    if job.model.pretrained and job.train:
+    if job.model.is_pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""
     result |= {name: functools.partial(driver.train_stage, plan, should_stop=watch) for name, plan in stages.items()}
@@ -210,12 +211,12 @@ def _check_weights(job: Job, folder: Path) -> None:
         ValueError: something is missing.
     """
     model = job.model
-    if not model.pretrained or _find_assembled(job, folder):
+    if not model.is_pretrained or _find_assembled(job, folder):
         return
     try:
         if not model.checkpoint:
             pretrained.check_parts(str(model.tower), str(model.language), model.gguf_file)
-        elif job.train or respondent.is_llava(model.checkpoint):
+        elif job.train or answering.is_llava(model.checkpoint):
             build_config(model)
             pretrained.check_checkpoint(model.checkpoint)
         else:
@@ -268,13 +269,13 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
     if not job.train:
         return result
     image_size, image_tokens = _measure_image(job, folder)
-    tokenizer = folder / (ASSEMBLED if job.model.pretrained else TOKENIZER)
-    start = str(tokenizer) if job.model.pretrained else None
+    tokenizer = folder / (ASSEMBLED if job.model.is_pretrained else TOKENIZER)
+    start = str(tokenizer) if job.model.is_pretrained else None
     for name, stage in job.train.items():
         result[name] = StagePlan(
             name=name,
             stage=stage,
-            model=None if job.model.pretrained else job.model,
+            model=None if job.model.is_pretrained else job.model,
             seed=job.seed,
             workers=job.worker_range,
             gpu_share=job.gpu_share,
@@ -338,7 +339,7 @@ def _resolve_formats(job: Job, folder: Path) -> Job:
     """Resolve the template and the aspect ratio of each stage and of the evaluation."""
     assembled = _find_assembled(job, folder)
     start = str(assembled) if assembled else _absolute_folder(job.model.checkpoint)
-    saved = respondent.settings(start) if start and (job.train or respondent.is_llava(start)) else {}
+    saved = answering.read_config(start) if start and (job.train or answering.is_llava(start)) else {}
     trained = {"template": saved.get("conversation_template"), "image_aspect_ratio": saved.get("image_aspect_ratio")}
     train = {name: stage.resolve_format(**trained) for name, stage in job.train.items()}
     asked = job.evaluate
@@ -347,7 +348,7 @@ def _resolve_formats(job: Job, folder: Path) -> Job:
         if last:
             saved = {"conversation_template": last.template, "image_aspect_ratio": last.image_aspect_ratio}
         try:
-            template, image_aspect_ratio = respondent.resolve_format(
+            template, image_aspect_ratio = answering.resolve_format(
                 saved, asked.template, asked.image_aspect_ratio, asked.allow_mismatch
             )
         except ValueError as error:
@@ -387,7 +388,7 @@ def _find_assembled(job: Job, folder: Path) -> Path | None:
     return claims.find_assembled(folder, replace(job, model=_locate_parts(job.model)))
 
 
-def _locate_parts(model: Model) -> Model:
+def _locate_parts(model: ModelSettings) -> ModelSettings:
     """Make the folders of a model's parts absolute."""
     return replace(
         model,
@@ -400,8 +401,8 @@ def _locate_parts(model: Model) -> Model:
 def _measure_image(job: Job, folder: Path) -> tuple[int, int]:
     """Return the side of an image in pixels, and the number of its tokens that reach the language model."""
     model = job.model
-    if isinstance(model.tower, Tower):
-        return model.tower.image_size, image_tokens(model)
+    if isinstance(model.tower, TowerSizes):
+        return model.tower.image_size, count_image_tokens(model)
     try:
         # once the model is assembled, its parts are no longer needed
         whole = _find_assembled(job, folder)
@@ -411,13 +412,13 @@ def _measure_image(job: Job, folder: Path) -> tuple[int, int]:
     return config.vision_config.image_size, config.image_seq_length
 
 
-def build_config(model: Model) -> ReduxConfig:
+def build_config(model: ModelSettings) -> ReduxConfig:
     """Build the configuration of a pretrained model or of pretrained parts; ValueError if they do not fit together."""
     if model.checkpoint:
-        return pretrained.reconfigured(model.checkpoint, **model.methods)
+        return pretrained.configure_checkpoint(model.checkpoint, **model.methods)
     assert isinstance(model.tower, str)
     assert isinstance(model.language, str)
-    return pretrained.configured(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
+    return pretrained.configure_assembly(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
 
 
 def _list_finished(folder: Path) -> list[str]:
@@ -451,7 +452,7 @@ def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Seq
     making = ShardOptions(samples_per_shard=job.data.samples_per_shard)
     for name, given in records.items():
         shard_writer.make_shards(given, str(easy_vqa.PACKAGE_IMAGES), sets[name], making)
-    if not isinstance(job.model.language, Language):
+    if not isinstance(job.model.language, LanguageSizes):
         return
     mixed = {name for stage in job.train.values() for name in stage.mixture}
     others = (
@@ -466,7 +467,7 @@ def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Seq
         for template in templates
     )
     with failures.locate_errors(tokenizer):
-        word_tokenizer(texts, job.model.language.max_position_embeddings).save_pretrained(tokenizer)
+        train_word_tokenizer(texts, job.model.language.max_position_embeddings).save_pretrained(tokenizer)
 
 
 def _assemble(job: Job, folder: Path) -> None:
@@ -489,10 +490,10 @@ def _assemble(job: Job, folder: Path) -> None:
 
 
 def _load_or_assemble(
-    model: Model, dtype: torch.dtype
+    model: ModelSettings, dtype: torch.dtype
 ) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:
     if model.checkpoint:
-        with fetched(model.checkpoint, what="checkpoint") as folder:
+        with local_copy(model.checkpoint, label="checkpoint") as folder:
             whole = ReduxForConditionalGeneration.from_pretrained(folder, dtype=dtype, **model.methods)
             return whole, AutoTokenizer.from_pretrained(folder)
     assert isinstance(model.tower, str)

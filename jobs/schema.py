@@ -18,7 +18,7 @@ from pipelines.evaluation.tasks import Evaluate
 from pipelines.report.run_report import Report
 from pipelines.training.stage import Recovery, Stage
 from pipelines.training.trackers import TrackerName as Tracker
-from redux.architecture import Model
+from redux.architecture import ModelSettings
 
 OTHER_STEPS = ("shards", "assemble", "evaluate", "report")
 """What a job does besides its stages: names that no stage may have."""
@@ -58,7 +58,7 @@ class Job:
     gpu_share: Annotated[float, Gt(0), Le(1)] = 1
     checkpoints: str | None = None
     data: Data
-    model: Model
+    model: ModelSettings
     train: dict[Name, Stage] = field(default_factory=dict)
     recovery: Recovery = Recovery()
     evaluate: Evaluate | None = None
@@ -101,7 +101,7 @@ class Job:
         if not objectives:
             return
         told = f"train: got objectives {', '.join(objectives)}"
-        if self.model.pretrained and "contrastive" in objectives:
+        if self.model.is_pretrained and "contrastive" in objectives:
             raise ValueError(f"{told}, allowed: language alone, as model.tower is pretrained")
         if objectives != sorted(objectives) or objectives[-1] != "language":
             raise ValueError(f"{told}, allowed: any contrastive stages first, then at least one language stage")

@@ -6,8 +6,8 @@ from collections.abc import Sized
 from importlib import import_module
 from pathlib import Path
 
-from redux.benchmarks import BENCHMARKS, answered, scores
-from redux.benchmarks.source import read
+from redux.benchmarks import BENCHMARKS, compute_scores, join_answers
+from redux.benchmarks.source import read_text
 
 INSTRUCTIONS_TASK = "instructions"
 
@@ -20,7 +20,7 @@ def score(arguments: argparse.Namespace) -> None:
     """
     if arguments.task == INSTRUCTIONS_TASK:
         instructions = import_module("redux.benchmarks.instructions")  # its checkers take a second to load
-        verdicts = list(instructions.score(read(arguments.answers), arguments.answers))
+        verdicts = list(instructions.score(read_text(arguments.answers), arguments.answers))
         _require_answers(arguments.answers, verdicts)
         print("".join(f"{json.dumps(verdict)}\n" for verdict in verdicts), end="")
         return
@@ -37,12 +37,12 @@ def score(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--questions: got no question in {', '.join(arguments.questions)}, allowed: at least one")
     answers = benchmark.answers(arguments.answers, questions)
     _require_answers(arguments.answers, answers)
-    rows, missing = answered(questions, answers)
+    rows, missing = join_answers(questions, answers)
     metrics = benchmark.metrics(rows)
     if arguments.submission and benchmark.submission:
         _write(arguments.submission, json.dumps(benchmark.submission(rows)))
     # a submission is scored elsewhere, so a split without reference answers is no mistake here
-    found = scores(metrics, "--questions") if metrics or not arguments.submission else {}
+    found = compute_scores(metrics, "--questions") if metrics or not arguments.submission else {}
     print(json.dumps({"task": arguments.task, "scores": found, "questions": len(questions), "missing": missing}))
 
 

@@ -43,10 +43,9 @@ from pipelines.search.space import Range, Space, Values, check_space
 from pipelines.search.trials import Trials, TrialSpec, check_feasible, discard_study, load_study, open_storage
 from pipelines.training import driver, metrics
 from pipelines.training.stage import count_shared_workers
-from redux import model as redux
-from redux.architecture import Model
-from redux.cost import cost
-from redux.model import ReduxConfig
+from redux.architecture import ModelSettings
+from redux.configuration import ReduxConfig, build_config
+from redux.cost import compute_cost
 
 SEARCH_FILE = "search.yaml"
 BEST = "best.yaml"
@@ -93,7 +92,7 @@ class TrialJobs:
     def forecast(self, values: Values) -> dict[str, float]:
         """Compute the metrics of a trial that are known without running it; ValueError if its values make no job."""
         config = _build_config(self(values).model, self.vocabulary)
-        spent = cost(config, self.search.text)
+        spent = compute_cost(config, self.search.text)
         return {
             "flops": spent.flops,
             "kv_bytes": spent.kv_bytes,
@@ -102,9 +101,9 @@ class TrialJobs:
         }
 
 
-def _build_config(model: Model, vocabulary: int) -> ReduxConfig:
-    if not model.pretrained:
-        return redux.configured(model, vocabulary)
+def _build_config(model: ModelSettings, vocabulary: int) -> ReduxConfig:
+    if not model.is_pretrained:
+        return build_config(model, vocabulary)
     start = _read_start_config(model.tower, model.language, model.gguf_file, model.checkpoint)
     return ReduxConfig(**{**start, **model.methods})
 
@@ -114,7 +113,7 @@ def _read_start_config(
     tower: str | None, language: str | None, gguf_file: str | None, checkpoint: str | None
 ) -> dict[str, Any]:
     """Read the configuration of the model that trials start from, once per process."""
-    parts = Model(tower=tower, language=language, gguf_file=gguf_file, checkpoint=checkpoint)
+    parts = ModelSettings(tower=tower, language=language, gguf_file=gguf_file, checkpoint=checkpoint)
     return run.build_config(parts).to_dict()
 
 
@@ -151,7 +150,7 @@ def _check(search: Search) -> None:
     # limits are checked too, except for a model from sizes, whose vocabulary is not known yet
     check_space(
         Space(search.space),
-        functools.partial(check_feasible, search, jobs.forecast) if whole.model.pretrained else jobs.forecast,
+        functools.partial(check_feasible, search, jobs.forecast) if whole.model.is_pretrained else jobs.forecast,
     )
 
 

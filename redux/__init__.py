@@ -3,14 +3,14 @@
     model = redux.ReduxForConditionalGeneration.from_pretrained("llava-hf/llava-1.5-7b-hf", vmtc=redux.VMTC(tokens=64))
     redux.inhibit(another_model_of_transformers, redux.CMAI())
 
-A name is imported when it is first used: readers of conversations and images do without torch.
+A name is imported when it is first used, so that readers of conversations and images do without torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from redux.model import ReduxConfig as ReduxConfig
+    from redux.configuration import ReduxConfig as ReduxConfig
     from redux.model import ReduxForConditionalGeneration as ReduxForConditionalGeneration
     from redux.plugin import inhibit as inhibit
     from redux.presets import PRESETS as PRESETS
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from redux.settings import VMTC as VMTC
     from redux.settings import Reduction as Reduction
 
-_ROOMS = {
+_MODULES_BY_NAME = {
     "CMAI": "settings",
     "PRESETS": "presets",
     "Preset": "presets",
     "Reduction": "settings",
-    "ReduxConfig": "model",
+    "ReduxConfig": "configuration",
     "ReduxForConditionalGeneration": "model",
     "VMTC": "settings",
     "assemble": "pretrained",
@@ -34,10 +34,10 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES_BY_NAME:
         raise AttributeError(f"module 'redux' has no attribute {name!r}")
-    return getattr(import_module(f"redux.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"redux.{_MODULES_BY_NAME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_ROOMS]
+    return [*globals(), *_MODULES_BY_NAME]

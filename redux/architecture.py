@@ -1,4 +1,4 @@
-"""Sizes of a model that is built from nothing, and where a pretrained one is found: what a job file says of a model.
+"""The model section of a job file: sizes of a model to build, or the location of pretrained parts.
 
 Plain Python, as `redux.settings`.
 """
@@ -12,8 +12,15 @@ from redux.settings import CMAI, METHODS, VMTC, Reduction
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transformer:
-    """Size of a transformer: width, depth, heads and width of the MLP."""
+class TransformerSizes:
+    """Sizes of a transformer.
+
+    Args:
+        hidden_size: width.
+        num_hidden_layers: number of layers.
+        num_attention_heads: attention heads; a divisor of hidden_size.
+        intermediate_size: width of the MLP.
+    """
 
     hidden_size: Annotated[int, Ge(1)]
     num_hidden_layers: Annotated[int, Ge(1)]
@@ -29,8 +36,13 @@ class Transformer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tower(Transformer):
-    """An image tower of CLIP's kind: square images of image_size pixels, in patches of patch_size pixels."""
+class TowerSizes(TransformerSizes):
+    """Sizes of an image tower of CLIP's build.
+
+    Args:
+        image_size: side of the square images, in pixels.
+        patch_size: side of a patch, in pixels; a divisor of image_size.
+    """
 
     image_size: Annotated[int, Ge(1)]
     patch_size: Annotated[int, Ge(1)]
@@ -44,8 +56,12 @@ class Tower(Transformer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Language(Transformer):
-    """A language model of LLaMA's kind."""
+class LanguageSizes(TransformerSizes):
+    """Sizes of a language model of LLaMA's build.
+
+    Args:
+        max_position_embeddings: limit of tokens in a sequence, image tokens included.
+    """
 
     max_position_embeddings: Annotated[int, Ge(1)] = 2048
 
@@ -58,52 +74,62 @@ class Language(Transformer):
             )
 
 
-Own = Literal["own"]
+FromCheckpoint = Literal["own"]
+"""Settings that the checkpoint was saved with."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """A model: its two parts, the modules of the method (null: off), or in VMTC's place a rival of it.
+class ModelSettings:
+    """A model: its parts or a checkpoint, and the modules of the method.
 
-    tower, language: sizes of parts to build from nothing; or folders, hub ids or URLs (s3://) of pretrained ones.
-    gguf_file: the file in `language` that holds language model and tokenizer.
-    checkpoint: folder, hub id or URL of a whole model in place of parts.  To be trained it must be a LLaVA.
-    vmtc, cmai, reduction: "own" is what the checkpoint has; of a model from parts it is both modules at their defaults
-        and no reduction.
+    Args:
+        tower: sizes of an image tower to build; or folder, hub id or URL (s3://) of a pretrained one.
+        language: sizes of a language model to build; or folder, hub id or URL (s3://) of a pretrained one.
+        gguf_file: file in `language` with language model and tokenizer.
+        checkpoint: folder, hub id or URL of a whole model, instead of parts. Training requires a LLaVA.
+        vmtc: settings of the token compression; null turns it off. "own" takes those of the checkpoint, or the
+            defaults for a model from parts.
+        cmai: settings of the attention inhibition; null turns it off. "own" is as for vmtc.
+        reduction: settings of a rival, instead of vmtc; null turns it off. "own" takes those of the checkpoint, or none
+            for a model from parts.
     """
 
-    tower: Tower | str | None = None
-    language: Language | str | None = None
+    tower: TowerSizes | str | None = None
+    language: LanguageSizes | str | None = None
     gguf_file: str | None = None
     checkpoint: str | None = None
-    vmtc: VMTC | Own | None = "own"
-    cmai: CMAI | Own | None = "own"
-    reduction: Reduction | Own | None = "own"
+    vmtc: VMTC | FromCheckpoint | None = "own"
+    cmai: CMAI | FromCheckpoint | None = "own"
+    reduction: Reduction | FromCheckpoint | None = "own"
 
     def __post_init__(self) -> None:
-        for name, value in {} if self.checkpoint else {"vmtc": VMTC(), "cmai": CMAI(), "reduction": None}.items():
+        # without a checkpoint "own" means the defaults
+        defaults = {} if self.checkpoint else {"vmtc": VMTC(), "cmai": CMAI(), "reduction": None}
+        for name, value in defaults.items():
             if getattr(self, name) == "own":
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, value)  # the dataclass is frozen
         if self.vmtc and self.reduction and "own" not in (self.vmtc, self.reduction):
             raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other null")
         if self.checkpoint:
             if self.tower or self.language or self.gguf_file:
                 raise ValueError("checkpoint: got one besides parts of a model, allowed: the one or the other")
             return
+        # both parts are there, and of one kind
         if not (self.tower and self.language):
             missing = "language" if self.tower else "tower"
             raise ValueError(f"{missing}: got null, allowed: sizes or a pretrained one, or a checkpoint of both")
         if isinstance(self.tower, str) != isinstance(self.language, str):
             raise ValueError(
-                f"language: got {_kind(self.language)} beside a tower of {_kind(self.tower)}, allowed: sizes for both, "
-                "or pretrained ones"
+                f"language: got {_describe_part(self.language)} beside a tower of {_describe_part(self.tower)}, "
+                "allowed: sizes for both, or pretrained ones"
             )
         if isinstance(self.tower, str) or isinstance(self.language, str):
-            return  # redux.pretrained.configured knows the rest
+            return  # redux.pretrained.configure_assembly checks pretrained parts
         if self.gguf_file:
             raise ValueError(f"gguf_file: got {self.gguf_file}, allowed: null, as language is built from sizes")
+        # the visual tokens of an image must fit into the language model
         try:
-            tokens = image_tokens(self)
+            tokens = count_image_tokens(self)
         except ValueError as error:
             raise ValueError(f"{'vmtc' if self.vmtc else 'reduction'}.{error}") from None
         if self.language.max_position_embeddings <= tokens:
@@ -113,26 +139,27 @@ class Model:
             )
 
     @property
-    def pretrained(self) -> bool:
-        """Whether it, or its parts, are taken from checkpoints."""
-        return not isinstance(self.tower, Tower)
+    def is_pretrained(self) -> bool:
+        """True if the model or its parts come from checkpoints."""
+        return not isinstance(self.tower, TowerSizes)
 
     @property
     def methods(self) -> dict[str, Any]:
-        """The settings of the method, by their names in `METHODS`, without those that are a checkpoint's own."""
+        """Settings of the method by their names in `METHODS`, without those that the checkpoint decides."""
         return {name: value for name in METHODS if (value := getattr(self, name)) != "own"}
 
 
-def _kind(part: Transformer | str) -> str:
+def _describe_part(part: TransformerSizes | str) -> str:
     return part if isinstance(part, str) else "sizes"
 
 
-def image_tokens(model: Model) -> int:
-    """Visual tokens of one image that reach the language model, of one that is built from sizes."""
-    assert isinstance(model.tower, Tower)
+def count_image_tokens(model: ModelSettings) -> int:
+    """Count the visual tokens of one image that reach the language model, for a model that is built from sizes."""
+    assert isinstance(model.tower, TowerSizes)
     patches = (model.tower.image_size // model.tower.patch_size) ** 2
     if isinstance(model.reduction, Reduction):
-        return model.reduction.count(patches)
-    return (
-        model.vmtc.tokens_left(patches, model.tower.num_hidden_layers - 1) if isinstance(model.vmtc, VMTC) else patches
-    )
+        return model.reduction.count_tokens(patches)
+    if isinstance(model.vmtc, VMTC):
+        # LLaVA reads the last but one layer, so that the last block is not in use
+        return model.vmtc.count_tokens_left(patches, model.tower.num_hidden_layers - 1)
+    return patches

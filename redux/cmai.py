@@ -1,25 +1,27 @@
 """Cross-Modality Attention Inhibition: eq. 9-11 of the paper, as an attention function of transformers.
 
-In every layer of the language model each text token may look only at the image tokens that matter to it: those whose
-focus score F = A_n2i + A_t2i reaches the gamma-th quantile of its row.  Inhibited pairs get minus infinity before the
-softmax, so the row renormalises.  The mask is a threshold: no gradient flows through F, and a pair whose score equals
-the threshold stays, so equal inputs give equal masks however often activations are recomputed.
+In every layer of the language model a text token may attend only to the image tokens that matter to it: those whose
+focus score F = A_n2i + A_t2i reaches the gamma-th quantile of its row.  The other pairs get minus infinity before the
+softmax, which then renormalises the row.  The mask is a threshold, so no gradient flows through F.  A pair whose score
+equals the threshold stays, so recomputed activations give the same mask.
 
-A is a mean over heads of the un-inhibited map.  Of attention weights it is added up head by head where maps are large,
-of raw scores it is one product over the heads laid side by side.  So a few (text x keys) maps of one layer are alive at
-a time, never heads x text x keys: at 32 heads and 576 + 512 tokens an eighth of the memory (jobs/bench/inhibition.py).
-Rows up to the first text behind an image can lose nothing and are left out.  Generated tokens are text tokens; a
-`FocusCache` keeps their rows of A_t2i beside the keys and values, so decoding equals the full forward pass.
+A is the mean over heads of the attention map before inhibition.  Attention weights are added up head by head if maps
+are large; raw scores are one product of the concatenated heads.  So a few (text x keys) maps of one layer are in memory
+at a time, never heads x text x keys.  At 32 heads and 576 + 512 tokens that is an eighth of the memory
+(jobs/bench/inhibition.py).
+Rows up to the first text after an image lose nothing and are skipped.  Generated tokens are text tokens; a `FocusCache`
+keeps their rows of A_t2i with the keys and values, so decoding equals the full forward pass.
 
-Where the paper is silent or speaks against itself, `CMAI` has an option.  It calls QK^T the attention score and then
-speaks of A as weights; a product of signed scores is no weighting, so the default is weights.  One mask serves all
-heads, since the paper's A is an average and a mask a head would be the heads x text x image map that is avoided here.
-Text of earlier turns, and text about other images, is a neighbour like any other.
+`CMAI` has an option wherever the paper is silent or contradicts itself.  The paper calls QK^T the attention score and
+then treats A as weights.  A product of signed scores is no weighting, so the default is weights.  One mask serves all
+heads, since the paper's A is a mean, and a mask for each head would be the heads x text x image map avoided here.  Text
+of earlier turns and text about other images are neighbours like any other.
 
-Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all so far), image (columns of image tokens), masks
-(batch, or 1 where all sequences share a mask).
+Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all tokens so far), image (columns of image tokens),
+masks (batch, or 1 if all sequences share a mask).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -34,110 +36,139 @@ from transformers.masking_utils import sdpa_mask
 from redux.parallel import head_mesh, mean_over_ranks
 from redux.settings import CMAI
 
-ATTENTION = "cmai"
+ATTENTION_NAME = "cmai"
 
-HIDDEN = -1e4
-"""A pair whose score a float mask lowers by so much, or more, is hidden: its weight is zero."""
+MASKED_SCORE = -1e4
+"""Bound of a float mask: a pair whose score it lowers by this much or more has weight zero."""
 
-AT_ONCE = 2**20
-"""Attention weights that may be alive at a time, of all heads together: those of a decoded token, not of a prompt."""
+MAX_WEIGHTS_AT_ONCE = 2**20
+"""Limit of attention weights of all heads in memory; it admits a decoded token and excludes a prompt."""
 
 
 class FocusCache(DynamicCache):
-    """Keys and values as in transformers, and beside them what CMAI needs of earlier tokens.
+    """Cache of keys and values, and of the rows of A_t2i that CMAI needs of earlier tokens.
 
-    image: which of the keys so far are image tokens, (batch, keys).
-    rows: by layer, A_t2i of the latest tokens, (batch, earlier, image); those before see no image or are part of one.
+    Attributes:
+        is_image: True for keys so far that are image tokens, (batch, keys); None before the first token.
+        t2i: A_t2i of the latest tokens by layer, (batch, earlier, image). Tokens before them see no image or are part
+            of one.
     """
 
-    image: Tensor | None = None
+    is_image: Tensor | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rows: dict[int, Tensor] = {}
+        self.t2i: dict[int, Tensor] = {}
+
+    # generate calls these methods for beam search, for several answers and for assisted decoding
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self._select(lambda kept: kept.index_select(0, beam_idx.to(kept.device)))
+        self._select(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._select(lambda kept: kept.repeat_interleave(repeats, dim=0))
+        self._select(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._select(lambda kept: kept[indices.to(kept.device)])
+        self._select(lambda tensor: tensor[indices.to(tensor.device)])
 
     def reset(self) -> None:
         super().reset()
-        self.image, self.rows = None, {}
+        self.is_image = None
+        self.t2i = {}
 
     def crop(self, tokens_to_remove: int) -> None:
-        before = self.get_seq_length()
+        length_before = self.get_seq_length()
         super().crop(tokens_to_remove)
-        removed = before - self.get_seq_length()
-        self._select(lambda kept: kept[:, : max(kept.shape[1] - removed, 0)])
+        removed = length_before - self.get_seq_length()
+        self._select(lambda tensor: tensor[:, : max(tensor.shape[1] - removed, 0)])
 
-    def _select(self, choose: Any) -> None:
-        if self.image is not None:
-            self.image = choose(self.image)
-        self.rows = {layer: choose(rows) for layer, rows in self.rows.items()}
+    def _select(self, select: Callable[[Tensor], Tensor]) -> None:
+        if self.is_image is not None:
+            self.is_image = select(self.is_image)
+        self.t2i = {layer: select(rows) for layer, rows in self.t2i.items()}
 
 
-TENSORS = ("image", "columns", "valid")
-"""Fields of an `Inhibition` that lie on a device."""
+DEVICE_FIELDS = ("is_image", "columns", "valid")
+"""Fields of an `Inhibition` that are tensors."""
 
 
 @dataclass(frozen=True)
 class Inhibition:
-    """One forward pass as the attention function sees it.
+    """The inhibition of one forward pass, shared by all layers.
 
-    ratios: gamma of each layer.
-    image: which keys are image tokens.
-    columns, valid: their positions, left-aligned; rows with fewer image tokens are filled up, and not valid there.
-    first: position of the first text token behind an image, in any sequence of the batch.
-    elsewhere: the same on other devices, where a model lies on several.
+    Args:
+        cmai: settings.
+        gammas: gamma of each layer.
+        is_image: True for keys that are image tokens.
+        columns: positions of image tokens, left-aligned. Sequences with fewer image tokens are padded.
+        valid: False for padding in `columns`.
+        first_text_row: position of the first text token after an image, in any sequence of the batch.
+        cache: cache of the call; None without one.
+        copies: this inhibition on other devices, for a model that lies on several.
     """
 
     cmai: CMAI
-    ratios: tuple[float, ...]
-    image: Bool[Tensor, "batch keys"]
+    gammas: tuple[float, ...]
+    is_image: Bool[Tensor, "batch keys"]
     columns: Int[Tensor, "batch image"]
     valid: Bool[Tensor, "batch image"]
-    first: int
+    first_text_row: int
     cache: FocusCache | None
-    elsewhere: dict[torch.device, "Inhibition"] = field(default_factory=dict, repr=False, compare=False)
+    copies: dict[torch.device, "Inhibition"] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: Any, non_blocking: bool = False) -> "Inhibition":
-        """The same on another device, copied once for all layers there; accelerate's hooks call it."""
+        """Return the inhibition on another device, copied once for all layers there.  accelerate's hooks call it."""
         if (device := torch.device(device)) == self.columns.device:
             return self
-        if device not in self.elsewhere:
-            tensors = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in TENSORS}
-            self.elsewhere[device] = replace(self, **tensors)
-        return self.elsewhere[device]
+        if device not in self.copies:
+            tensors = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in DEVICE_FIELDS}
+            self.copies[device] = replace(self, **tensors)
+        return self.copies[device]
 
     @classmethod
-    def of(
-        cls, cmai: CMAI, layers: int, image: Bool[Tensor, "batch rows"], cache: FocusCache | None, training: bool
+    def for_forward(
+        cls,
+        cmai: CMAI,
+        num_layers: int,
+        is_image: Bool[Tensor, "batch rows"],
+        cache: FocusCache | None,
+        training: bool,
     ) -> "Inhibition | None":
-        """The inhibition for new tokens of which `image` are image tokens; None where there is nothing to inhibit."""
-        decoding = cache is not None and cache.image is not None
+        """Build the inhibition of a forward pass and add its tokens to the cache.
+
+        Args:
+            cmai: settings.
+            num_layers: layers of the language model.
+            is_image: True for new tokens that are image tokens.
+            cache: cache of the call; None without one.
+            training: True if the model trains.
+
+        Returns:
+            None if no pair can be inhibited.
+        """
+        decoding = cache is not None and cache.is_image is not None
         if cache is not None:
-            before = image[:, :0] if cache.image is None else cache.image.to(image.device)
-            cache.image = image = torch.cat([before, image], dim=1)
+            earlier = is_image[:, :0] if cache.is_image is None else cache.is_image.to(is_image.device)
+            cache.is_image = is_image = torch.cat([earlier, is_image], dim=1)
         if cmai.active == ("inference" if training else "training") or (decoding and not cmai.generated):
             return None
-        behind = (~image & (image.cumsum(dim=1) > 0)).any(dim=0)
-        # the one place where a GPU waits for the host, once for all layers
-        width, first = torch.stack([image.sum(dim=1).max(), (~behind).cumprod(dim=0).sum()]).tolist()
-        if first == image.shape[1]:
+        text_after_image = (~is_image & (is_image.cumsum(dim=1) > 0)).any(dim=0)
+        # tolist is the only wait of the GPU for the host, once for all layers
+        num_columns, first_text_row = torch.stack(
+            [is_image.sum(dim=1).max(), (~text_after_image).cumprod(dim=0).sum()]
+        ).tolist()
+        if first_text_row == is_image.shape[1]:
             return None
-        columns = image.long().argsort(dim=1, descending=True, stable=True)[:, :width]
-        return cls(cmai, cmai.ratios(layers), image, columns, image.gather(1, columns), first, cache)
+        # a stable sort of the flags lists image positions first, in their order
+        columns = is_image.long().argsort(dim=1, descending=True, stable=True)[:, :num_columns]
+        valid = is_image.gather(1, columns)
+        return cls(cmai, cmai.compute_gammas(num_layers), is_image, columns, valid, first_text_row, cache)
 
     @torch.no_grad()
-    def keep(
+    def compute_mask(
         self,
         layer: int,
         query: Float[Tensor, "batch heads rows head_dim"],
@@ -147,95 +178,115 @@ class Inhibition:
         bias: Float[Tensor, "masks 1 rows keys"] | None = None,
         mesh: Any = None,
     ) -> Bool[Tensor, "batch 1 rows keys"]:
-        """Which pairs stay: every pair but those of a text row and an image key that falls below the row's quantile.
+        """Compute the pairs that stay in one layer.
 
-        visible, bias: of each pair, or of each pair in any sequence; bias is added to its score.
-        mesh: of the ranks that share the heads, see `redux.parallel`.
+        Args:
+            layer: number of the layer.
+            query: queries of the new tokens.
+            key: keys of all tokens so far.
+            visible: pairs that the causal mask leaves.
+            scale: factor of the scores.
+            bias: values to add to the scores.
+            mesh: ranks that share the heads, see `redux.parallel`.
+
+        Returns:
+            False for pairs of a text row and an image key whose focus is below the row's quantile, else True.
         """
         batch, _, rows, _ = query.shape
         keys = key.shape[2]
-        result = visible.new_ones(batch, rows, keys)
-        start = max(self.first - (keys - rows), 0)
-        query, seen = query[:, :, start:], visible[:, 0].expand(batch, rows, keys)[:, start:]
+        mask = visible.new_ones(batch, rows, keys)
+        # rows before the first text after an image lose nothing
+        start = max(self.first_text_row - (keys - rows), 0)
+        query = query[:, :, start:]
+        visible_rows = visible[:, 0].expand(batch, rows, keys)[:, start:]
         if bias is not None:
             bias = bias[:, 0].expand(batch, rows, keys)[:, start:]
-        attention = self._attention(query, key, seen, scale, bias, mesh)
-        text_row = ~self.image[:, keys - rows + start :]
+        # A, and its columns of image tokens
+        attention = self._mean_attention(query, key, visible_rows, scale, bias, mesh)
+        is_text_row = ~self.is_image[:, keys - rows + start :]
         columns = self.columns.unsqueeze(1).expand(-1, rows - start, -1)
-        t2i = attention.gather(2, columns) * (text_row.unsqueeze(-1) & self.valid.unsqueeze(1))
+        t2i = attention.gather(2, columns) * (is_text_row.unsqueeze(-1) & self.valid.unsqueeze(1))
+        # the focus score, and its quantile in each row
         focus = t2i
         if self.cmai.focus != "tia":
-            focus = focus_score(self._others(attention, seen), t2i, self._earlier(layer, t2i))
-        choices = seen.gather(2, columns) & self.valid.unsqueeze(1)
-        kept = above_quantile(focus, choices, self.ratios[layer], self.cmai.quantile)
-        # filled-up columns point at text keys; True there leaves those alone
-        kept = kept | ~text_row.unsqueeze(-1) | ~self.valid.unsqueeze(1)
-        result[:, start:].scatter_(2, columns, kept)
-        return result.unsqueeze(1)
+            focus = focus_score(self._text_to_text(attention, visible_rows), t2i, self._cached_t2i(layer, t2i))
+        candidates = visible_rows.gather(2, columns) & self.valid.unsqueeze(1)
+        kept = select_above_quantile(focus, candidates, self.gammas[layer], self.cmai.quantile)
+        # padded columns point at text keys, which are never inhibited
+        kept = kept | ~is_text_row.unsqueeze(-1) | ~self.valid.unsqueeze(1)
+        mask[:, start:].scatter_(2, columns, kept)
+        return mask.unsqueeze(1)
 
-    def _attention(
+    def _mean_attention(
         self,
         query: Float[Tensor, "batch heads rows head_dim"],
         key: Float[Tensor, "batch kv_heads keys head_dim"],
-        seen: Bool[Tensor, "batch rows keys"],
+        visible: Bool[Tensor, "batch rows keys"],
         scale: float,
         bias: Float[Tensor, "batch rows keys"] | None,
         mesh: Any,
     ) -> Float[Tensor, "batch rows keys"]:
-        """A of the chosen kind."""
+        """Compute A, of the kind that `CMAI.scores` names."""
         if self.cmai.scores != "weights":
-            part = mean_scores(query, key, seen, scale if self.cmai.scores == "scaled" else 1.0)
-            return mean_over_ranks(part, mesh)
-        weights = mean_over_ranks(mean_weights(query, key, seen, scale, bias), mesh)
+            scores = mean_attention_scores(query, key, visible, scale if self.cmai.scores == "scaled" else 1.0)
+            return mean_over_ranks(scores, mesh)
+        weights = mean_over_ranks(mean_attention_weights(query, key, visible, scale, bias), mesh)
         if self.cmai.preamble:
             return weights
-        # the first image that a row sees: packed rows hold several conversations
-        weights = weights * ((seen & self.image.unsqueeze(1)).cumsum(dim=2) > 0)
+        # without the preamble, weights from the first visible image on; packed rows hold several conversations
+        weights = weights * ((visible & self.is_image.unsqueeze(1)).cumsum(dim=2) > 0)
         return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
-    def _others(
-        self, attention: Float[Tensor, "batch rows keys"], seen: Bool[Tensor, "batch rows keys"]
+    def _text_to_text(
+        self, attention: Float[Tensor, "batch rows keys"], visible: Bool[Tensor, "batch rows keys"]
     ) -> Float[Tensor, "batch rows keys"]:
-        """What the A_t2i of each earlier text token counts for in a row's focus: A_t2n of eq. 9, or a rival of it."""
+        """Compute the weight of each earlier text token in a row's focus: A_t2n of eq. 9, or that of a rival."""
         match self.cmai.focus:
             case "sum":
-                return seen.to(attention.dtype)
+                return visible.to(attention.dtype)
             case "discounted":
-                place = (seen & ~self.image.unsqueeze(1)).cumsum(
-                    dim=2
-                )  # among the text that the row sees; it is the last
-                return self.cmai.discount ** (place[:, :, -1:] - place).to(attention.dtype) * seen
+                # count text tokens only; the row's own token is the last that it sees
+                position = (visible & ~self.is_image.unsqueeze(1)).cumsum(dim=2)
+                distance = (position[:, :, -1:] - position).to(attention.dtype)
+                return self.cmai.discount**distance * visible
         return attention
 
-    def _earlier(self, layer: int, t2i: Float[Tensor, "batch rows image"]) -> Float[Tensor, "batch earlier image"]:
-        """A_t2i of the tokens so far that see an image: those of the cache, which takes up the new ones, and these."""
+    def _cached_t2i(self, layer: int, t2i: Float[Tensor, "batch rows image"]) -> Float[Tensor, "batch earlier image"]:
+        """Add new rows of A_t2i to the cache, if there is one, and return all rows of the layer."""
         if self.cache is None:
             return t2i
-        past = self.cache.rows.get(layer, t2i[:, :0])
-        past = F.pad(past, (0, t2i.shape[2] - past.shape[2]))  # no earlier token saw a later image
-        self.cache.rows[layer] = earlier = torch.cat([past, t2i], dim=1)
-        return earlier
+        past = self.cache.t2i.get(layer, t2i[:, :0])
+        past = F.pad(past, (0, t2i.shape[2] - past.shape[2]))  # earlier tokens see no later image
+        self.cache.t2i[layer] = all_rows = torch.cat([past, t2i], dim=1)
+        return all_rows
 
 
-def mean_weights(
+def mean_attention_weights(
     query: Float[Tensor, "batch heads rows head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
-    seen: Bool[Tensor, "batch rows keys"],
+    visible: Bool[Tensor, "batch rows keys"],
     scale: float,
     bias: Float[Tensor, "batch rows keys"] | None = None,
 ) -> Float[Tensor, "batch rows keys"]:
-    """A: attention weights, mean over heads; head by head beyond AT_ONCE.  A row that sees no key is all zero.
+    """A of eq. 9: attention weights, mean over heads.  A row that sees no key is all zero.
 
-    bias: added to the score of each pair.
+    Beyond MAX_WEIGHTS_AT_ONCE the mean adds up head by head.
+
+    Args:
+        query: queries of the new tokens.
+        key: keys of all tokens so far.
+        visible: pairs that the mask leaves.
+        scale: factor of the scores.
+        bias: values to add to the score of each pair.
     """
     (batch, heads, rows, _), keys = query.shape, key.shape[2]
     if bias is None:
-        bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
+        bias = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
     else:
         bias = bias.to(query.dtype, copy=True, memory_format=torch.contiguous_format)
-    # finite, so that a row that sees nothing has no NaN; added by the product itself, which saves two passes
-    bias.masked_fill_(~seen, torch.finfo(query.dtype).min)
-    if batch * heads * rows * keys <= AT_ONCE:
+    # A finite minimum gives no NaN in a row that sees no key.  The product itself adds it, which saves two passes.
+    bias.masked_fill_(~visible, torch.finfo(query.dtype).min)
+    if batch * heads * rows * keys <= MAX_WEIGHTS_AT_ONCE:
         shared = query.unflatten(1, (key.shape[1], -1)) @ key.unsqueeze(2).transpose(3, 4) * scale
         total = (shared.flatten(1, 2) + bias.unsqueeze(1)).softmax(dim=-1, dtype=torch.float32).sum(dim=1)
     else:
@@ -243,81 +294,90 @@ def mean_weights(
         for head in range(heads):
             scores = torch.baddbmm(bias, query[:, head], key[:, head * key.shape[1] // heads].mT, alpha=scale)
             total += scores.softmax(dim=-1, dtype=torch.float32)
-    return total.div_(heads).masked_fill_(~seen, 0.0)
+    return total.div_(heads).masked_fill_(~visible, 0.0)
 
 
-def mean_scores(
+def mean_attention_scores(
     query: Float[Tensor, "batch heads rows head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
-    seen: Bool[Tensor, "batch rows keys"],
+    visible: Bool[Tensor, "batch rows keys"],
     scale: float,
 ) -> Float[Tensor, "batch rows keys"]:
-    """A: scale QK^T, mean over heads; zero where a row does not see a key.
+    """A as raw scores: scale QK^T, mean over heads; zero for pairs that are not visible.
 
-    The sum over heads is one product of the heads side by side; queries that share a key head are added up before.
+    One product of the concatenated heads sums over heads.  Queries that share a key head are added up first.
     """
     queries = query.unflatten(1, (key.shape[1], -1)).sum(dim=2)
     product = queries.transpose(1, 2).flatten(2) @ key.transpose(1, 2).flatten(2).transpose(1, 2)
-    return (product.float() * (scale / query.shape[1])).masked_fill_(~seen, 0.0)
+    return (product.float() * (scale / query.shape[1])).masked_fill_(~visible, 0.0)
 
 
 def focus_score(
-    others: Float[Tensor, "batch rows keys"],
+    t2n: Float[Tensor, "batch rows keys"],
     t2i: Float[Tensor, "batch rows image"],
     earlier: Float[Tensor, "batch earlier image"],
 ) -> Float[Tensor, "batch rows image"]:
-    """F_t2i of eq. 11 for the last `rows` of `keys` tokens; `earlier` holds A_t2i of the last ones, others have none.
+    """F_t2i of eq. 11 for the last `rows` of `keys` tokens.
 
-    Eq. 9 takes the text keys before the row's own position: rows of `earlier` that belong to image tokens are zero, so
-    only text neighbours count in the one matrix product of eq. 10.
+    Eq. 9 takes the text keys before the row's own position.  Rows of `earlier` that belong to image tokens are zero, so
+    only text neighbours count in the matrix product of eq. 10.
 
-    The last of six tokens, two of the image (1, 2) and four of text (3 to 6), where token 4 alone looked at the image:
+    Args:
+        t2n: A_t2n, the weight of each key in a row.
+        t2i: A_t2i of the rows.
+        earlier: A_t2i of the last tokens so far; all tokens before them have none.
+
+    Six tokens, two of the image (1, 2) and four of text (3 to 6); token 4 attends to the image most:
 
     >>> t2i = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [0.2, 0.1], [0.6, 0.2], [0.1, 0.3], [0.1, 0.2]]])
     >>> attention = torch.tensor([[[0.1, 0.2, 0.1, 0.5, 0.0, 0.1]]])
     >>> focus_score(attention, t2i[:, -1:], t2i)  # 0.1 * 0.2 + 0.5 * 0.6 + 0.1, 0.1 * 0.1 + 0.5 * 0.2 + 0.2
     tensor([[[0.4200, 0.3100]]])
 
-    By its own attention (0.1, 0.2) the last token would lose the first image token; with its neighbours', the second.
+    Its own attention (0.1, 0.2) would drop the first image token; with its neighbours' attention the second drops.
     """
-    rows, keys = others.shape[1:]
-    return others.tril(keys - rows - 1)[:, :, keys - earlier.shape[1] :] @ earlier + t2i  # eq. 9, 10, 11
+    rows, keys = t2n.shape[1:]
+    return t2n.tril(keys - rows - 1)[:, :, keys - earlier.shape[1] :] @ earlier + t2i  # eq. 9, 10, 11
 
 
-def above_quantile(
+def select_above_quantile(
     focus: Float[Tensor, "batch rows image"],
-    seen: Bool[Tensor, "batch rows image"],
-    ratio: float,
+    visible: Bool[Tensor, "batch rows image"],
+    gamma: float,
     quantile: Literal["lower", "linear", "count"] = "lower",
 ) -> Bool[Tensor, "batch rows image"]:
-    """Pairs at or above the ratio-th quantile of the n image tokens that the row sees.
+    """Select pairs at or above the gamma-th quantile of the n image tokens that the row sees.
 
-    By "lower", floor(ratio (n - 1)) distinct scores fall; a row of equal scores loses none.  By "count" floor(ratio n)
-    fall whatever they are, of equal scores the first.
+    Args:
+        focus: focus scores.
+        visible: image tokens that the row sees.
+        gamma: ratio of image tokens to inhibit.
+        quantile: "lower" drops floor(gamma (n - 1)) distinct scores, and none of equal scores. "linear" interpolates
+            between two ranks. "count" drops floor(gamma n) pairs, of equal scores the first.
 
     >>> focus = torch.tensor([[[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]]])
-    >>> above_quantile(focus, focus > 0, 0.5).int()  # from the score at rank floor(0.5 * 5) on
+    >>> select_above_quantile(focus, focus > 0, 0.5).int()  # from the score at rank floor(0.5 * 5) on
     tensor([[[0, 0, 1, 1, 1, 1]]], dtype=torch.int32)
-    >>> above_quantile(focus, focus > 0, 0.5, "linear").int()  # from 0.35 on
+    >>> select_above_quantile(focus, focus > 0, 0.5, "linear").int()  # from 0.35 on
     tensor([[[0, 0, 0, 1, 1, 1]]], dtype=torch.int32)
     """
-    count = seen.sum(dim=-1, keepdim=True)
-    ordered, order = focus.masked_fill(~seen, torch.inf).sort(dim=-1, stable=True)
-    # in float64 and a trifle more, so that what is a whole number on paper is not rounded below it
+    count = visible.sum(dim=-1, keepdim=True)
+    ordered, order = focus.masked_fill(~visible, torch.inf).sort(dim=-1, stable=True)
+    # float64 and 1e-9 keep an exact whole number from being rounded down
     if quantile == "count":
-        return order.argsort(dim=-1) >= (ratio * count.double() + 1e-9).floor()
-    rank = ratio * (count - 1).clamp_min(0).double()
+        return order.argsort(dim=-1) >= (gamma * count.double() + 1e-9).floor()
+    rank = gamma * (count - 1).clamp_min(0).double()
     below = (rank + 1e-9).floor().long()
     threshold = ordered.gather(2, below)
     if quantile == "linear":
         above = ordered.gather(2, torch.minimum(below + 1, (count - 1).clamp_min(0)))
-        part = (rank - below).clamp_min(0).to(focus.dtype)
-        # a row that sees no image has only infinities here, and nothing to lose
-        threshold = threshold.where(above == threshold, threshold + part * (above - threshold))
+        fraction = (rank - below).clamp_min(0).to(focus.dtype)
+        # a row that sees no image has only infinities here, whose difference would be NaN
+        threshold = threshold.where(above == threshold, threshold + fraction * (above - threshold))
     return focus >= threshold
 
 
-def attention(
+def inhibited_attention(
     module: nn.Module,
     query: Float[Tensor, "batch heads rows head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
@@ -327,37 +387,43 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch rows heads head_dim"], None]:
-    """Scaled-dot-product attention under the causal mask and, where there is one, the layer's inhibition.
+    """Scaled-dot-product attention under the causal mask and the layer's inhibition; registered as "cmai".
 
-    The mask is transformers' own, of booleans, or a caller's: booleans, or floats that are added to the scores.
+    Args:
+        module: attention module of transformers.
+        query, key, value: as transformers passes them.
+        attention_mask: transformers' mask, booleans, or a caller's: booleans, or floats to add to the scores.
+        inhibition: inhibition of this forward pass; None without one.
+        scaling: factor of the scores; None is 1 / sqrt(head_dim).
+        kwargs: further arguments of transformers' attention functions.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if inhibition is not None:
-        visible, bias = _read(attention_mask)
-        if inhibition.ratios[layer] > 0:
+        visible, bias = _split_mask(attention_mask)
+        if inhibition.gammas[layer] > 0:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             mesh = head_mesh(module, query.shape[1])
-            kept = inhibition.to(query.device).keep(layer, query, key, visible, scale, bias, mesh)
+            kept = inhibition.to(query.device).compute_mask(layer, query, key, visible, scale, bias, mesh)
             attention_mask = visible & kept if bias is None else bias.masked_fill(~kept, torch.finfo(bias.dtype).min)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
-def _read(
+def _split_mask(
     mask: Shaped[Tensor, "masks one rows keys"],
 ) -> tuple[Bool[Tensor, "masks one rows keys"], Float[Tensor, "masks one rows keys"] | None]:
-    """Which pairs a mask leaves, and what it adds to their scores; ValueError for a mask that CMAI cannot read."""
+    """Split a mask into visible pairs and values to add to scores; ValueError for one that CMAI cannot read."""
     if mask.shape[1] != 1 or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(
             f"attention_mask: got {mask.dtype} of shape {tuple(mask.shape)}, "
             "allowed: booleans or floats of shape (batch, 1, rows, keys), one mask for all heads"
         )
-    return (mask, None) if mask.dtype == torch.bool else (mask > HIDDEN, mask)
+    return (mask, None) if mask.dtype == torch.bool else (mask > MASKED_SCORE, mask)
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """sdpa_mask, always explicit: CMAI adds to it."""
+def _build_explicit_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Build sdpa_mask's mask, never None: CMAI adds to it."""
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, _mask)
+AttentionInterface.register(ATTENTION_NAME, inhibited_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _build_explicit_mask)

@@ -1,38 +1,39 @@
-"""What a configuration costs: floating-point operations by part, and the bytes of its caches.
+"""Cost of a configuration: floating-point operations by part, and bytes of the caches.
 
-A search over settings asks this thousands of times, and of models that do not fit on its machine; so nothing is built
-or run here, every number follows from the configuration alone, in about a millisecond.
+A search over settings computes this thousands of times, also for models that do not fit on its machine.  So no model is
+built or run: every number follows from the configuration alone, in about a millisecond.
 
 FLOPs are those that torch's FlopCounterMode counts in the forward pass: two for each multiply-add of matrix products,
-convolutions and attention.  They are exact, the tests ask for equality.  As there, attention under a causal mask counts
-in full, and norms, softmax, sorting and gathering count nothing; so they tell how much work there is, not how long it
-takes: of CMAI, for one, the softmax of each head's map and the sort of each row of focus are not in them.
+convolutions and attention.  They are exact; the tests require equality.  As in FlopCounterMode, attention under a
+causal mask counts in full, and norms, softmax, sorting and gathering count nothing.  So FLOPs measure work, not time:
+the softmax of each head's map and the sort of each row of focus, two costs of CMAI, are not included.
 
-Towers are CLIP's or SigLIP's ViT, as everywhere here; language models are of LLaMA's build, that is with gated MLPs,
-keys and values of all tokens in every layer, and any number of key heads.
+Towers are CLIP's or SigLIP's ViT.  Language models are of LLaMA's build: gated MLPs, keys and values of all tokens in
+every layer, and any number of key heads.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from redux.model import ReduxConfig
+from redux.configuration import ReduxConfig
 from redux.settings import VMTC, CompressionStage, Reduction
 
-FLOAT32 = 4
-"""Bytes of a number of CMAI's focus, whatever the model's own are."""
+FOCUS_NUMBER_BYTES = 4
+"""Bytes of a number of CMAI's focus, which is float32 for every dtype of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one row of a batch: FLOPs by part, and bytes of what lasts until the answer is complete.
+    """Cost of one row of a batch: FLOPs by part, and bytes of the caches.
 
-    tower: of the image tower, on the tokens that VMTC leaves to each block, without VMTC's own.
-    compression: VMTC's own (importance, K-means, merging), or a reduction's.
-    projector: between tower and language model.
-    language: of the language model and its head, without CMAI's own.
-    inhibition: CMAI's own: attention averaged over heads, and focus.
-    kv_bytes: keys and values of all layers.
-    focus_bytes: what a `FocusCache` holds beside them, its `rows`.
+    Args:
+        tower: FLOPs of the image tower on the tokens that VMTC leaves in each block, without those of VMTC.
+        compression: FLOPs of VMTC (importance, K-means, merging) or of a reduction.
+        projector: FLOPs of the projector between tower and language model.
+        language: FLOPs of the language model and its head, without those of CMAI.
+        inhibition: FLOPs of CMAI: mean attention over heads, and focus.
+        kv_bytes: keys and values of all layers.
+        focus_bytes: rows of A_t2i in a `FocusCache`, its `t2i`.
     """
 
     tower: int = 0
@@ -45,11 +46,11 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """Of all parts."""
+        """FLOPs of all parts."""
         return self.tower + self.compression + self.projector + self.language + self.inhibition
 
 
-def cost(
+def compute_cost(
     config: ReduxConfig,
     text: int,
     images: int = 1,
@@ -57,155 +58,177 @@ def cost(
     logits_to_keep: int = 1,
     preamble: int = 0,
 ) -> Cost:
-    """The forward pass over a whole prompt of `text` text tokens and `images` images, one after the other.
+    """Compute the cost of the forward pass over a whole prompt.
 
-    bytes_per_number: of keys and values; 2 for bfloat16, 4 for float32.
-    logits_to_keep: at how many of the last positions there are logits, as in the model's forward; 0 for all of them,
-        1 as generate has it.
-    preamble: how many of the text tokens stand before the images, where CMAI has nothing to do.
-    Raises ValueError where several layers of the tower are read, or a budget does not fit the tower.
+    Args:
+        config: configuration of the model.
+        text: text tokens of the prompt.
+        images: images of the prompt, one after the other.
+        bytes_per_number: bytes of a number in keys and values; 2 for bfloat16, 4 for float32.
+        logits_to_keep: last positions with logits, as in the model's forward; 0 is all of them, 1 that of generate.
+        preamble: text tokens before the images, where CMAI does nothing.
 
-    LLaVA-1.5-7B on a question of 64 tokens, and the share of the work that is left with the method's defaults:
+    Raises:
+        ValueError: several layers of the tower are read, or a budget does not fit the tower.
 
-    >>> sizes = {"text_config": {"model_type": "llama", "intermediate_size": 11008}}  # the others are transformers' own
-    >>> whole = cost(ReduxConfig(**sizes), text=64)
-    >>> f"{whole.flops / 1e12:.1f} TFLOPs, {whole.kv_bytes / 2**20:.0f} MiB"
+    LLaVA-1.5-7B on a question of 64 tokens, and the share of work that is left with the method's defaults:
+
+    >>> sizes = {"text_config": {"model_type": "llama", "intermediate_size": 11008}}  # the others are transformers' defaults
+    >>> llava = compute_cost(ReduxConfig(**sizes), text=64)
+    >>> f"{llava.flops / 1e12:.1f} TFLOPs, {llava.kv_bytes / 2**20:.0f} MiB"
     '8.9 TFLOPs, 320 MiB'
-    >>> ours = cost(ReduxConfig(**sizes, vmtc=VMTC(), cmai={}), text=64)
-    >>> f"{ours.flops / whole.flops:.2f}, {ours.kv_bytes / whole.kv_bytes:.2f}"
+    >>> ours = compute_cost(ReduxConfig(**sizes, vmtc=VMTC(), cmai={}), text=64)
+    >>> f"{ours.flops / llava.flops:.2f}, {ours.kv_bytes / llava.kv_bytes:.2f}"
     '0.55, 0.55'
     """
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(f"vision_feature_layer: got {config.vision_feature_layer}, allowed: one layer")
     if not 0 <= preamble <= text:
         raise ValueError(f"preamble: got {preamble}, allowed: 0 to {text}, the text tokens of the prompt")
-    stages, seen = tuple(config.stages.values()), images * _features(config)
-    tokens = text + seen
+    stages = tuple(config.compression_stages.values())
+    image_tokens = images * _tokens_per_image(config)
+    tokens = text + image_tokens
     return Cost(
-        tower=images * _tower(config, stages),
-        compression=images * _compression(config, stages),
-        projector=images * _projector(config),
-        language=_language(config, tokens, tokens, logits_to_keep or tokens),
-        inhibition=_inhibition(config, text - preamble, tokens, text - preamble, seen),
+        tower=images * _tower_flops(config, stages),
+        compression=images * _compression_flops(config, stages),
+        projector=images * _projector_flops(config),
+        language=_language_flops(config, tokens, tokens, logits_to_keep or tokens),
+        inhibition=_inhibition_flops(config, text - preamble, tokens, text - preamble, image_tokens),
         kv_bytes=_kv_bytes(config, tokens, bytes_per_number),
-        focus_bytes=_focus_bytes(config, text - preamble, seen),
+        focus_bytes=_focus_bytes(config, text - preamble, image_tokens),
     )
 
 
-def step(config: ReduxConfig, text: int, images: int = 1, bytes_per_number: int = 2, preamble: int = 0) -> Cost:
-    """The first token generated after the prompt of `cost`, on the caches it left; bytes are those held afterwards.
+def compute_step_cost(
+    config: ReduxConfig, text: int, images: int = 1, bytes_per_number: int = 2, preamble: int = 0
+) -> Cost:
+    """Compute the cost of the first generated token after the prompt of `compute_cost`, on its caches.
 
-    FLOPs and kv_bytes of a later token are those of a first one after a prompt that ends where the later one begins.
+    Arguments are those of `compute_cost`.  Bytes are those after the token.  FLOPs and kv_bytes of a later token are
+    those of the first token after a longer prompt.
     """
-    seen = images * _features(config)
-    tokens, behind = text + seen + 1, text - preamble + 1
-    cmai = config.settings("cmai")
-    inhibited = cmai is not None and cmai.generated
+    image_tokens = images * _tokens_per_image(config)
+    tokens = text + image_tokens + 1
+    text_after_image = text - preamble + 1
+    cmai = config.method_settings("cmai")
+    is_inhibited = cmai is not None and cmai.generated
     return Cost(
-        language=_language(config, 1, tokens, 1),
-        inhibition=_inhibition(config, 1, tokens, behind, seen) if inhibited else 0,
+        language=_language_flops(config, 1, tokens, 1),
+        inhibition=_inhibition_flops(config, 1, tokens, text_after_image, image_tokens) if is_inhibited else 0,
         kv_bytes=_kv_bytes(config, tokens, bytes_per_number),
-        focus_bytes=_focus_bytes(config, behind if inhibited else behind - 1, seen),
+        focus_bytes=_focus_bytes(config, text_after_image if is_inhibited else text_after_image - 1, image_tokens),
     )
 
 
-def product(rows: int, inner: int, columns: int) -> int:
-    """FLOPs of (rows x inner) by (inner x columns)."""
+def matmul_flops(rows: int, inner: int, columns: int) -> int:
+    """FLOPs of the product of (rows x inner) by (inner x columns)."""
     return 2 * rows * inner * columns
 
 
-def attention(rows: int, keys: int, width: int) -> int:
-    """FLOPs of scaled-dot-product attention: QK^T, and weights by V.  width: of all heads side by side."""
-    return product(rows, width, keys) + product(rows, keys, width)
+def attention_flops(rows: int, keys: int, width: int) -> int:
+    """FLOPs of scaled-dot-product attention: QK^T, and weights by V.  `width` is that of all heads together."""
+    return matmul_flops(rows, width, keys) + matmul_flops(rows, keys, width)
 
 
-def _features(config: ReduxConfig) -> int:
-    """Tokens of one image in the language model, the class token among them where it is a feature."""
-    return config.tokens + (config.whole and config.has_class_token)
+def _tokens_per_image(config: ReduxConfig) -> int:
+    """Tokens of one image in the language model, with the class token if it is a feature."""
+    return config.num_visual_tokens + (config.keeps_class_token and config.has_class_token)
 
 
-def _tower(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> int:
-    tower, first = config.vision_config, int(config.has_class_token)
-    dim, out = tower.hidden_size, {stage.block: stage.out for stage in stages}
-    flops = product(config.patches, tower.num_channels * tower.patch_size**2, dim)  # convolution into patches
-    tokens = first + config.patches
-    for block in range(config.depth):
-        flops += 4 * product(tokens, dim, dim)  # queries, keys, values, output
-        flops += attention(tokens, tokens, dim)
+def _tower_flops(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> int:
+    """FLOPs of the blocks in use, on the tokens that VMTC leaves."""
+    tower, prefix = config.vision_config, int(config.has_class_token)
+    dim = tower.hidden_size
+    out = {stage.block: stage.out for stage in stages}
+    flops = matmul_flops(config.num_patches, tower.num_channels * tower.patch_size**2, dim)  # convolution into patches
+    tokens = prefix + config.num_patches
+    for block in range(config.num_blocks_used):
+        flops += 4 * matmul_flops(tokens, dim, dim)  # queries, keys, values, output
+        flops += attention_flops(tokens, tokens, dim)
         if block in out:
-            tokens = first + out[block]
-        flops += 2 * product(tokens, dim, tower.intermediate_size)  # MLP
+            tokens = prefix + out[block]  # VMTC works between attention and MLP
+        flops += 2 * matmul_flops(tokens, dim, tower.intermediate_size)  # MLP
     return flops
 
 
-def _compression(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> int:
-    vmtc, reduction = config.settings("vmtc"), config.settings("reduction")
+def _compression_flops(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> int:
+    vmtc, reduction = config.method_settings("vmtc"), config.method_settings("reduction")
     if vmtc:
-        given = (config.patches, *(stage.out for stage in stages))
-        return sum(_stage(config, vmtc, stage, patches) for stage, patches in zip(stages, given, strict=False))
-    return _reduction(config, reduction) if reduction else 0
+        inputs = (config.num_patches, *(stage.out for stage in stages))
+        return sum(_stage_flops(config, vmtc, stage, patches) for stage, patches in zip(stages, inputs, strict=False))
+    return _reduction_flops(config, reduction) if reduction else 0
 
 
-def _stage(config: ReduxConfig, vmtc: VMTC, stage: CompressionStage, patches: int) -> int:
-    """VMTC at one block that is given `patches` patch tokens."""
+def _stage_flops(config: ReduxConfig, vmtc: VMTC, stage: CompressionStage, patches: int) -> int:
+    """FLOPs of VMTC in one block with `patches` patch tokens as input."""
     dim, redundant = config.vision_config.hidden_size, patches - stage.kept
-    importance = product(1, dim, patches + 1) if config.has_class_token else product(patches, dim, patches)
+    importance = matmul_flops(1, dim, patches + 1) if config.has_class_token else matmul_flops(patches, dim, patches)
     if not stage.clusters:
         return importance
-    seeds = (stage.clusters - 1) * product(redundant, dim, 1) if vmtc.seeds == "farthest" else 0
-    assigning = (vmtc.iterations + 1) * product(redundant, dim, stage.clusters)
-    centroids = vmtc.iterations * product(stage.clusters, redundant, dim)
-    merging = product(stage.clusters, redundant, dim)
+    seeds = (stage.clusters - 1) * matmul_flops(redundant, dim, 1) if vmtc.seeds == "farthest" else 0
+    # K-means assigns once more than it updates centroids
+    assigning = (vmtc.iterations + 1) * matmul_flops(redundant, dim, stage.clusters)
+    centroids = vmtc.iterations * matmul_flops(stage.clusters, redundant, dim)
+    merging = matmul_flops(stage.clusters, redundant, dim)
     return importance + seeds + assigning + centroids + merging
 
 
-def _reduction(config: ReduxConfig, reduction: Reduction) -> int:
-    patches, dim = config.patches, config.vision_config.hidden_size
-    out = reduction.count(patches)
-    if reduction.method in ("stride", "random"):  # tokens are picked
+def _reduction_flops(config: ReduxConfig, reduction: Reduction) -> int:
+    patches, dim = config.num_patches, config.vision_config.hidden_size
+    out = reduction.count_tokens(patches)
+    if reduction.method in ("stride", "random"):  # they select tokens without a product
         return 0
-    mixing = product(out, patches, dim)
+    mixing = matmul_flops(out, patches, dim)
     if reduction.method != "prumerge":
         return mixing
-    last = product(1, dim, dim) + product(patches + 1, dim, dim)  # a query and all keys of the last block
-    importance = product(1, dim, patches + 1)
-    likeness = product(out - 1, dim, patches)
-    return last + importance + likeness + mixing
+    last = matmul_flops(1, dim, dim) + matmul_flops(patches + 1, dim, dim)  # a query and all keys of the last block
+    importance = matmul_flops(1, dim, patches + 1)
+    similarity = matmul_flops(out - 1, dim, patches)
+    return last + importance + similarity + mixing
 
 
-def _projector(config: ReduxConfig) -> int:
+def _projector_flops(config: ReduxConfig) -> int:
     width, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
-    return product(_features(config), width, hidden) + product(_features(config), hidden, hidden)
+    return matmul_flops(_tokens_per_image(config), width, hidden) + matmul_flops(
+        _tokens_per_image(config), hidden, hidden
+    )
 
 
-def _language(config: ReduxConfig, rows: int, keys: int, logits: int) -> int:
-    """rows: tokens of this call; keys: tokens so far, these among them; logits: rows that go through the head."""
+def _language_flops(config: ReduxConfig, rows: int, keys: int, logits: int) -> int:
+    """FLOPs of the language model.
+
+    Args:
+        config: configuration of the model.
+        rows: tokens of this call.
+        keys: tokens so far, with those of this call.
+        logits: rows that go through the head.
+    """
     text = config.text_config
     hidden, queries, key_width = text.hidden_size, text.num_attention_heads * _head_dim(text), _key_width(text)
-    layer = 2 * product(rows, hidden, queries)  # queries, output
-    layer += 2 * product(rows, hidden, key_width)  # keys, values
-    layer += attention(rows, keys, queries)
-    layer += 3 * product(rows, hidden, text.intermediate_size)  # gate, up, down
-    return text.num_hidden_layers * layer + product(logits, hidden, text.vocab_size)
+    layer = 2 * matmul_flops(rows, hidden, queries)  # queries, output
+    layer += 2 * matmul_flops(rows, hidden, key_width)  # keys, values
+    layer += attention_flops(rows, keys, queries)
+    layer += 3 * matmul_flops(rows, hidden, text.intermediate_size)  # gate, up, down
+    return text.num_hidden_layers * layer + matmul_flops(logits, hidden, text.vocab_size)
 
 
-def _inhibition(config: ReduxConfig, rows: int, keys: int, behind: int, image: int) -> int:
-    """CMAI in all layers that inhibit.  behind: text tokens so far that see an image; image: image tokens."""
-    if not (layers := _inhibiting(config, image)):
+def _inhibition_flops(config: ReduxConfig, rows: int, keys: int, text_after_image: int, image: int) -> int:
+    """FLOPs of CMAI in all layers that inhibit, for `rows` text tokens that see an image."""
+    if not (layers := _count_inhibiting_layers(config, image)):
         return 0
-    text, cmai = config.text_config, config.settings("cmai")
+    text, cmai = config.text_config, config.method_settings("cmai")
     # weights: QK^T of each head; raw scores: one product of the key heads side by side
     width = text.num_attention_heads * _head_dim(text) if cmai.scores == "weights" else _key_width(text)
-    focus = 0 if cmai.focus == "tia" else product(rows, behind, image)  # eq. 10
-    return layers * (product(rows, width, keys) + focus)
+    focus = 0 if cmai.focus == "tia" else matmul_flops(rows, text_after_image, image)  # eq. 10
+    return layers * (matmul_flops(rows, width, keys) + focus)
 
 
-def _inhibiting(config: ReduxConfig, image: int) -> int:
-    """How many layers inhibit at inference: with gamma 0, or without an image, none does."""
-    cmai = config.settings("cmai")
+def _count_inhibiting_layers(config: ReduxConfig, image: int) -> int:
+    """Count the layers that inhibit at inference.  With gamma 0 or without an image there are none."""
+    cmai = config.method_settings("cmai")
     if cmai is None or cmai.active == "training" or image == 0:
         return 0
-    return sum(ratio > 0 for ratio in cmai.ratios(config.text_config.num_hidden_layers))
+    return sum(ratio > 0 for ratio in cmai.compute_gammas(config.text_config.num_hidden_layers))
 
 
 def _kv_bytes(config: ReduxConfig, tokens: int, bytes_per_number: int) -> int:
@@ -213,10 +236,12 @@ def _kv_bytes(config: ReduxConfig, tokens: int, bytes_per_number: int) -> int:
     return 2 * text.num_hidden_layers * tokens * _key_width(text) * bytes_per_number
 
 
-def _focus_bytes(config: ReduxConfig, behind: int, image: int) -> int:
-    """A_t2i of the text that sees an image in every layer that inhibits; "tia" has no use for earlier tokens'."""
-    layers = _inhibiting(config, image)
-    return layers * behind * image * FLOAT32 if layers and config.settings("cmai").focus != "tia" else 0
+def _focus_bytes(config: ReduxConfig, text_after_image: int, image: int) -> int:
+    """Bytes of A_t2i of all text that sees an image, in layers that inhibit; "tia" needs no earlier rows."""
+    layers = _count_inhibiting_layers(config, image)
+    if not layers or config.method_settings("cmai").focus == "tia":
+        return 0
+    return layers * text_after_image * image * FOCUS_NUMBER_BYTES
 
 
 def _head_dim(text: Any) -> int:
@@ -224,5 +249,5 @@ def _head_dim(text: Any) -> int:
 
 
 def _key_width(text: Any) -> int:
-    """Numbers in one token's keys of a layer."""
+    """Width of one token's keys in a layer."""
     return text.num_key_value_heads * _head_dim(text)

@@ -9,9 +9,10 @@ PACKAGE = "redux-vlm"
 
 
 def write_install_command(extra: str) -> str:
-    """Write the pip command that adds an extra of pyproject.toml; it works from any folder where pip tells the source.
+    """Write the pip command that adds an extra of pyproject.toml.
 
-    The package is on no index, so its name alone would not be found: it is installed from its folder.
+    The package is on no index, so pip must install it from its folder.  If pip recorded the folder, the command works
+    from anywhere.
     """
     folder = _read_source()
     if folder is None:
@@ -20,7 +21,7 @@ def write_install_command(extra: str) -> str:
 
 
 def _read_source() -> str | None:
-    """The folder from which pip installed the package, None where it does not tell one."""
+    """Read the folder from which pip installed the package; None if pip recorded none."""
     try:
         source = json.loads(distribution(PACKAGE).read_text("direct_url.json") or "{}")
     except (PackageNotFoundError, ValueError):

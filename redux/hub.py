@@ -1,7 +1,7 @@
-"""Checkpoints that lie in a bucket: their files are fetched for as long as they are read.
+"""Local copies of checkpoints that lie in a bucket, for as long as they are read.
 
-transformers opens folders and hub ids.  Any URL that fsspec knows (s3:// with the package s3fs) becomes a folder here;
-it is gone when the weights are in memory, since a cache of whole models fills disks unnoticed.
+transformers opens folders and hub ids.  Here any URL that fsspec knows (s3:// with the package s3fs) becomes a folder.
+It is deleted as soon as the weights are in memory, since a cache of whole models would fill the disk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,17 +11,22 @@ from tempfile import TemporaryDirectory
 
 import fsspec
 
-MISTAKES = (ImportError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
-"""Errors of a store that the same URL will meet again; others may pass."""
+PERMANENT_ERRORS = (ImportError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
+"""Errors of a store that the same URL raises again; other errors may be temporary."""
 
 
 @contextmanager
-def fetched(source: str | PathLike, names: Sequence[str] = (), what: str = "path") -> Iterator[str]:
-    """The path itself, or where it is a URL a local folder with its files.
+def local_copy(source: str | PathLike, names: Sequence[str] = (), label: str = "path") -> Iterator[str]:
+    """Yield a local path of a checkpoint: the path itself, or for a URL a temporary folder with its files.
 
-    ValueError where there are none, or nobody may read them; OSError where the store or the disk here is at fault.
+    Args:
+        source: folder, hub id or URL.
+        names: files to copy; empty copies all.
+        label: name of the source in an error.
 
-    names: of the files that are wanted; all where empty.  what: the source is called in an error.
+    Raises:
+        ValueError: there are no files, or access is denied.
+        OSError: the store or the local disk failed.
     """
     url = fspath(source)
     if "://" not in url:
@@ -29,21 +34,31 @@ def fetched(source: str | PathLike, names: Sequence[str] = (), what: str = "path
         return
     with TemporaryDirectory() as folder:
         try:
-            files, inside = fsspec.url_to_fs(url)
+            filesystem, remote_path = fsspec.url_to_fs(url)
+            remote_folder = remote_path.rstrip("/")
             if names:
-                files.get([f"{inside.rstrip('/')}/{name}" for name in names], [path.join(folder, n) for n in names])
+                filesystem.get(
+                    [f"{remote_folder}/{name}" for name in names], [path.join(folder, name) for name in names]
+                )
             else:
-                files.get(f"{inside.rstrip('/')}/", folder, recursive=True)
+                filesystem.get(f"{remote_folder}/", folder, recursive=True)
         except Exception as error:
-            raise explain_error(error, f"{what}: got {url}", "a folder or URL that can be read") from error
+            raise explain_error(error, f"{label}: got {url}", "a folder or URL that can be read") from error
         yield folder
 
 
-def explain_error(error: Exception, place: str, allowed: str) -> ValueError | OSError:
-    """An error of a store, each of which has its own, in one line: a ValueError where the URL or the rights are not
-    right, an OSError where the store or the disk here is at fault.
+def explain_error(error: Exception, problem: str, allowed: str) -> ValueError | OSError:
+    """Describe an error of a store in one line.  Each store has errors of its own.
+
+    Args:
+        error: error of a filesystem of fsspec.
+        problem: start of the message.
+        allowed: allowed values, for a ValueError.
+
+    Returns:
+        A ValueError for a wrong URL or missing rights, an OSError if the store or the local disk failed.
     """
-    why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if isinstance(error, MISTAKES) or "Credential" in type(error).__name__:
-        return ValueError(f"{place}, allowed: {allowed}; {why}")
-    return OSError(f"{place}: the store or the disk here is at fault; {why}")
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, PERMANENT_ERRORS) or "Credential" in type(error).__name__:
+        return ValueError(f"{problem}, allowed: {allowed}; {reason}")
+    return OSError(f"{problem}: the store or the disk here is at fault; {reason}")

@@ -16,18 +16,18 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from redux.extras import write_install_command
-from redux.settings import Fit, Way
+from redux.settings import ImageAspectRatio, ImageBackend
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's training images, in 0..1 (OpenAI CLIP)."""
 
-Picture = UInt8[np.ndarray, "_ _ 3"]
+RgbImage = UInt8[np.ndarray, "_ _ 3"]
 """Height, width and RGB."""
 
 
-def pixels(
-    image: bytes, size: int, image_aspect_ratio: Fit = "pad", way: Way = "exact"
+def load_pixels(
+    image: bytes, size: int, image_aspect_ratio: ImageAspectRatio = "pad", way: ImageBackend = "exact"
 ) -> UInt8[np.ndarray, "3 size size"]:
     """The image file as RGB, padded or cropped to a square and resized to size x size pixels.
 
@@ -38,24 +38,26 @@ def pixels(
     ValueError: no image, a truncated one, or one that Pillow takes for a decompression bomb, also after padding or
     resizing.  A JPEG damaged in its middle is what Pillow makes of it, partly grey, as it is for LLaVA.
     """
-    picture = _jpeg(image) if way == "fast" else rgb(image)
+    picture = _decode_jpeg(image) if way == "fast" else decode_rgb(image)
     if picture.shape[:2] != (size, size):  # neither would change those
         if image_aspect_ratio == "pad":
-            picture = _padded(picture)
-        picture = _cropped(picture, size, way)
+            picture = _pad_to_square(picture)
+        picture = _resize_and_crop(picture, size, way)
     return picture.transpose(2, 0, 1)
 
 
-def prepared(image: bytes, size: int, image_aspect_ratio: Fit = "pad") -> bytes:
+def prepare_image(image: bytes, size: int, image_aspect_ratio: ImageAspectRatio = "pad") -> bytes:
     """The image file made into what `pixels` takes as it is: a PPM file of those pixels, 3 size² bytes and a header.
 
     At 336 that is 339 kB and 0.3 ms to load.  Of the formats that keep every bit and that WebDataset decodes, BMP, TGA
     and TIFF are no smaller; PNG takes 150 kB and 4 ms, WebP 110 to 150 kB and 3 ms, half the time from the JPEG.
     """
-    return b"P6\n%d %d\n255\n" % (size, size) + pixels(image, size, image_aspect_ratio).transpose(1, 2, 0).tobytes()
+    return (
+        b"P6\n%d %d\n255\n" % (size, size) + load_pixels(image, size, image_aspect_ratio).transpose(1, 2, 0).tobytes()
+    )
 
 
-def rgb(image: bytes) -> Picture:
+def decode_rgb(image: bytes) -> RgbImage:
     """The image file as Pillow reads it; ValueError as `pixels`."""
     try:
         with Image.open(io.BytesIO(image)) as opened:
@@ -68,7 +70,7 @@ def rgb(image: bytes) -> Picture:
         raise ValueError(f"an image that Pillow cannot read: {type(error).__name__}: {error}") from error
 
 
-def _jpeg(image: bytes) -> Picture:
+def _decode_jpeg(image: bytes) -> RgbImage:
     """What `rgb` returns and raises, in two thirds of its time for a JPEG.
 
     Both decode by libjpeg-turbo with the same settings, equal to the bit for each subsampling, grey, progressive.
@@ -79,43 +81,47 @@ def _jpeg(image: bytes) -> Picture:
         raise ValueError(f'way="fast" needs simplejpeg: {write_install_command("fast")}') from error
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
-        _check(height, width)
+        _check_size(height, width)
         if colours not in ("CMYK", "YCCK"):  # Pillow's way to RGB is another
             return simplejpeg.decode_jpeg(image)
     except ValueError:  # no JPEG, too large, or damaged, which Pillow may forgive: its word counts
         pass
-    return rgb(image)
+    return decode_rgb(image)
 
 
-def _padded(picture: Picture) -> UInt8[np.ndarray, "side side 3"]:
+def _pad_to_square(picture: RgbImage) -> UInt8[np.ndarray, "side side 3"]:
     """The picture amid a square of CLIP's mean colour; LLaVA's expand2square (llava/mm_utils.py)."""
     height, width, _ = picture.shape
     side = max(height, width)
-    _check(side, side)
+    _check_size(side, side)
     square = np.empty((side, side, 3), np.uint8)
-    square[:] = np.tile([np.uint8(mean * 255) for mean in MEAN], (side, 1))  # numpy is slow to repeat single pixels
+    square[:] = np.tile(
+        [np.uint8(mean * 255) for mean in CLIP_MEAN], (side, 1)
+    )  # numpy is slow to repeat single pixels
     top, left = (side - height) // 2, (side - width) // 2
     square[top : top + height, left : left + width] = picture
     return square
 
 
-def _cropped(picture: Picture, size: int, way: Way) -> UInt8[np.ndarray, "size size 3"]:
+def _resize_and_crop(picture: RgbImage, size: int, way: ImageBackend) -> UInt8[np.ndarray, "size size 3"]:
     """The middle of the picture, its shorter edge resized to size; transformers' CLIPImageProcessorPil."""
     short = min(picture.shape[:2])
     height, width = (size * edge // short for edge in picture.shape[:2])
-    _check(height, width)
-    resized = _torch_resized(picture, height, width) if way == "fast" else _pillow_resized(picture, height, width)
+    _check_size(height, width)
+    resized = (
+        _resize_with_torch(picture, height, width) if way == "fast" else _resize_with_pillow(picture, height, width)
+    )
     top, left = (height - size) // 2, (width - size) // 2
     return resized[top : top + size, left : left + size]
 
 
-def _pillow_resized(picture: Picture, height: int, width: int) -> Picture:
+def _resize_with_pillow(picture: RgbImage, height: int, width: int) -> RgbImage:
     """Across, then down, as Pillow always did; from 13 on it takes tall pictures down first (its pull request 9549)."""
     across = Image.fromarray(picture).resize((width, len(picture)), Image.Resampling.BICUBIC)
     return np.array(across.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _torch_resized(picture: Picture, height: int, width: int) -> Picture:
+def _resize_with_torch(picture: RgbImage, height: int, width: int) -> RgbImage:
     """Pillow's algorithm in weights of 16 bits, with vector instructions."""
     import torch
     from torch.nn.functional import interpolate
@@ -124,7 +130,7 @@ def _torch_resized(picture: Picture, height: int, width: int) -> Picture:
     return interpolate(channels, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
-def _check(height: int, width: int) -> None:
+def _check_size(height: int, width: int) -> None:
     """ValueError beyond Pillow's own limit, which it applies to the file only."""
     if height * width > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f"an image too large or too long: {width} x {height} pixels")

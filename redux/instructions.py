@@ -35,9 +35,9 @@ import regex
 from langdetect import LangDetectException
 from langdetect.detector_factory import PROFILES_DIRECTORY, DetectorFactory
 
-from redux.sentences import SPLITTERS, splitter
+from redux.sentences import SPLITTERS, choose_splitter
 
-RELATIONS = ("less than", "at least")
+NUMBER_RELATIONS = ("less than", "at least")
 
 STARTERS = (
     "I would say",
@@ -108,58 +108,60 @@ class Instruction:
     arguments: dict[str, Argument] = field(default_factory=dict)
 
 
-def draw(id: str, chance: random.Random, words: Words = KEYWORDS) -> dict[str, Any]:
+def draw_arguments(id: str, chance: random.Random, words: Words = KEYWORDS) -> dict[str, Any]:
     """Arguments by IFEval's names, from IFEval's ranges; keywords are two of `words`.
 
     ValueError where `words` are fewer than two different ones, or are no regular expressions.
     """
-    instruction = _instruction(id)
+    instruction = _find_instruction(id)
     choice = list(dict.fromkeys(words))
     if len(choice) < 2:
         raise ValueError(f"words: got {choice}, allowed: at least two different words")
-    return _fitting(instruction, {name: each.drawn(chance, choice) for name, each in instruction.arguments.items()})
+    return _check_arguments(
+        instruction, {name: each.drawn(chance, choice) for name, each in instruction.arguments.items()}
+    )
 
 
-def ask(id: str, kwargs: Mapping[str, Any]) -> str:
+def render_instruction(id: str, kwargs: Mapping[str, Any]) -> str:
     """IFEval's text with the arguments put in.
 
-    >>> ask("detectable_content:postscript", {"postscript_marker": "P.S."})
+    >>> render_instruction("detectable_content:postscript", {"postscript_marker": "P.S."})
     'At the end of your response, please explicitly add a postscript starting with P.S.'
     """
-    instruction = _instruction(id)
-    return instruction.text.format(**_fitting(instruction, kwargs))
+    instruction = _find_instruction(id)
+    return instruction.text.format(**_check_arguments(instruction, kwargs))
 
 
-def strict(id: str, kwargs: Mapping[str, Any], response: str) -> bool:
+def follows_strictly(id: str, kwargs: Mapping[str, Any], response: str) -> bool:
     """Whether the response, as it is, follows the instruction; an empty one follows none.
 
     kwargs: exactly the instruction's arguments; those that are None count as not there, since tables of IFEval have a
         column for the arguments of all.
     ValueError for an id that is none of the sixteen, and for an argument that is missing, unknown or does not fit.
     """
-    return _followed(id, kwargs, [response])
+    return _any_follows(id, kwargs, [response])
 
 
-def loose(id: str, kwargs: Mapping[str, Any], response: str) -> bool:
+def follows_loosely(id: str, kwargs: Mapping[str, Any], response: str) -> bool:
     """Whether any of eight does: without the first line, the last, or both, and each of these without asterisks."""
     lines = response.split("\n")
     cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
-    return _followed(id, kwargs, list(dict.fromkeys(cut + [text.replace("*", "") for text in cut])))
+    return _any_follows(id, kwargs, list(dict.fromkeys(cut + [text.replace("*", "") for text in cut])))
 
 
-def _followed(id: str, kwargs: Mapping[str, Any], responses: Sequence[str]) -> bool:
-    instruction = _instruction(id)
-    fitting = _fitting(instruction, kwargs)
+def _any_follows(id: str, kwargs: Mapping[str, Any], responses: Sequence[str]) -> bool:
+    instruction = _find_instruction(id)
+    fitting = _check_arguments(instruction, kwargs)
     return any(text.strip() and instruction.followed(text, **fitting) for text in responses)
 
 
-def _instruction(id: str) -> Instruction:
+def _find_instruction(id: str) -> Instruction:
     if id not in INSTRUCTIONS:
         raise ValueError(f"instruction_id: got {id!r}, allowed: {', '.join(INSTRUCTIONS)}")
     return INSTRUCTIONS[id]
 
 
-def _fitting(instruction: Instruction, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _check_arguments(instruction: Instruction, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments, tidied.  ValueError unless they are the instruction's, and fit."""
     wanted, id = instruction.arguments, instruction.id
     given = {name: value for name, value in kwargs.items() if value is not None}
@@ -180,16 +182,16 @@ def _no_comma(response: str) -> bool:
 
 
 def _lowercase(response: str) -> bool:
-    return response.islower() and _english(response)
+    return response.islower() and _is_english(response)
 
 
 def _uppercase(response: str) -> bool:
-    return response.isupper() and _english(response)
+    return response.isupper() and _is_english(response)
 
 
-def _english(text: str) -> bool:
+def _is_english(text: str) -> bool:
     """As langdetect tells; a text without a feature of any language counts as English, as in IFEval."""
-    detector = _languages().create()
+    detector = _load_language_detectors().create()
     try:
         detector.append(text)
         return detector.detect() == "en"
@@ -198,7 +200,7 @@ def _english(text: str) -> bool:
 
 
 @cache
-def _languages() -> Any:
+def _load_language_detectors() -> Any:
     """A factory of our own: langdetect's is shared by the process, and so is the seed that others may set or not."""
     factory = DetectorFactory()
     factory.set_seed(0)
@@ -258,15 +260,15 @@ def _bullets(response: str, num_bullets: int) -> bool:
 
 
 def _sentences(response: str, num_sentences: int, relation: str) -> bool:
-    return _holds(len(SPLITTERS[splitter()](response)), relation, num_sentences)
+    return _compare_count(len(SPLITTERS[choose_splitter()](response)), relation, num_sentences)
 
 
 def _words(response: str, num_words: int, relation: str) -> bool:
     # NLTK 3.10 searches by this library, whose words have combining marks within; re's end before each
-    return _holds(len(regex.findall(r"\w+", response)), relation, num_words)
+    return _compare_count(len(regex.findall(r"\w+", response)), relation, num_words)
 
 
-def _holds(count: int, relation: str, bound: int) -> bool:
+def _compare_count(count: int, relation: str, bound: int) -> bool:
     return count < bound if relation == "less than" else count >= bound
 
 
@@ -291,7 +293,7 @@ def _start_pattern(starter: str) -> str:
 # --- the sixteen -----------------------------------------------------------------------------------------------------
 
 
-def _number(low: int, high: int) -> Argument:
+def _number_argument(low: int, high: int) -> Argument:
     return Argument(
         drawn=lambda chance, words: chance.randint(low, high),
         allowed="a whole number, at least 1",
@@ -299,7 +301,7 @@ def _number(low: int, high: int) -> Argument:
     )
 
 
-def _phrase(*usual: str, pattern: Callable[[str], str] = re.escape) -> Argument:
+def _phrase_argument(*usual: str, pattern: Callable[[str], str] = re.escape) -> Argument:
     """A text, by chance one of the usual; `pattern` makes of it what the check searches for."""
     return Argument(
         drawn=lambda chance, words: chance.choice(usual),
@@ -318,9 +320,9 @@ def _compiles(pattern: str) -> bool:
 
 
 _RELATION = Argument(
-    drawn=lambda chance, words: chance.choice(RELATIONS),
-    allowed=" or ".join(map(repr, RELATIONS)),
-    fits=lambda value: isinstance(value, str) and value in RELATIONS,
+    drawn=lambda chance, words: chance.choice(NUMBER_RELATIONS),
+    allowed=" or ".join(map(repr, NUMBER_RELATIONS)),
+    fits=lambda value: isinstance(value, str) and value in NUMBER_RELATIONS,
 )
 
 _TWO_WORDS = Argument(
@@ -376,7 +378,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             text="The response must contain at least {num_placeholders} placeholders represented by square brackets, "
             "such as [address].",
             followed=_placeholders,
-            arguments={"num_placeholders": _number(1, 4)},
+            arguments={"num_placeholders": _number_argument(1, 4)},
         ),
         Instruction(
             task=5,
@@ -385,7 +387,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             group=_CONTENT,
             text="At the end of your response, please explicitly add a postscript starting with {postscript_marker}",
             followed=_postscript,
-            arguments={"postscript_marker": _phrase("P.S.", "P.P.S", pattern=_postscript_pattern)},
+            arguments={"postscript_marker": _phrase_argument("P.S.", "P.P.S", pattern=_postscript_pattern)},
         ),
         Instruction(
             task=6,
@@ -412,7 +414,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             text="Highlight at least {num_highlights} sections in your answer with markdown, i.e. *highlighted "
             "section*.",
             followed=_highlights,
-            arguments={"num_highlights": _number(1, 4)},
+            arguments={"num_highlights": _number_argument(1, 4)},
         ),
         Instruction(
             task=9,
@@ -432,8 +434,8 @@ INSTRUCTIONS: dict[str, Instruction] = {
             "[content of section 2]",
             followed=_sections,
             arguments={
-                "section_spliter": _phrase("Section", "SECTION", pattern=_section_pattern),
-                "num_sections": _number(1, 5),
+                "section_spliter": _phrase_argument("Section", "SECTION", pattern=_section_pattern),
+                "num_sections": _number_argument(1, 5),
             },
         ),
         Instruction(
@@ -444,7 +446,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             text="Your answer must contain exactly {num_bullets} bullet points. Use the markdown bullet points such "
             "as:\n* This is point 1. \n* This is point 2",
             followed=_bullets,
-            arguments={"num_bullets": _number(1, 5)},
+            arguments={"num_bullets": _number_argument(1, 5)},
         ),
         Instruction(
             task=12,
@@ -453,7 +455,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             group=_LENGTH,
             text="Your response should contain {relation} {num_sentences} sentences.",
             followed=_sentences,
-            arguments={"num_sentences": _number(1, 20), "relation": _RELATION},
+            arguments={"num_sentences": _number_argument(1, 20), "relation": _RELATION},
         ),
         Instruction(
             task=13,
@@ -462,7 +464,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             group=_LENGTH,
             text="Answer with {relation} {num_words} words.",
             followed=_words,
-            arguments={"num_words": _number(100, 500), "relation": _RELATION},
+            arguments={"num_words": _number_argument(100, 500), "relation": _RELATION},
         ),
         Instruction(
             task=14,
@@ -480,7 +482,9 @@ INSTRUCTIONS: dict[str, Instruction] = {
             group=_OTHER,
             text="Finish your response with this exact phrase {end_phrase}. No other words should follow this phrase.",
             followed=_ending,
-            arguments={"end_phrase": _phrase("Any other questions?", "Is there anything else I can help with?")},
+            arguments={
+                "end_phrase": _phrase_argument("Any other questions?", "Is there anything else I can help with?")
+            },
         ),
         Instruction(
             task=16,
@@ -489,7 +493,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             group=_OTHER,
             text="During the conversation, when it is your turn, please always start with {starter}",
             followed=_start,
-            arguments={"starter": _phrase(*STARTERS, pattern=_start_pattern)},
+            arguments={"starter": _phrase_argument(*STARTERS, pattern=_start_pattern)},
         ),
     )
 }

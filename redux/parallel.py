@@ -1,7 +1,7 @@
 """Tensor parallelism: attention modules whose heads are split over ranks, as by transformers' `tp_plan`.
 
-A mean over heads is then the mean of the ranks' means, as all have equally many.  The weights tell where the heads are:
-projections that are split are DTensors.
+Every rank has the same number of heads, so the mean over heads is the mean of the ranks' means.  The weights show the
+split: split projections are DTensors.
 """
 
 import torch.distributed as dist
@@ -14,14 +14,17 @@ if dist.is_available():
 
 
 def head_mesh(attention: nn.Module, heads: int) -> "DeviceMesh | None":
-    """Find the ranks that share the heads of an attention module; None where all heads are on this one.
+    """Find the ranks that share the heads of an attention module.
 
     Args:
         attention: a module of transformers, whose `config` has the number of all heads.
         heads: heads that this rank computes.
 
+    Returns:
+        A mesh of one dimension; None if this rank has all heads.
+
     Raises:
-        ValueError: heads are missing here, and no weight tells where they are.
+        ValueError: heads are missing on this rank, and no weight is split accordingly.
     """
     config = getattr(attention, "config", None)
     total = getattr(config, "num_attention_heads", heads)
@@ -29,6 +32,7 @@ def head_mesh(attention: nn.Module, heads: int) -> "DeviceMesh | None":
         return None
     for weight in attention.parameters():
         if isinstance(weight, DTensor):
+            # a mesh may have more axes, for data parallelism; only the axis of the split heads counts
             for axis, placement in enumerate(weight.placements):
                 if placement.is_shard() and weight.device_mesh.size(axis) * heads == total:
                     mesh = weight.device_mesh
@@ -39,16 +43,17 @@ def head_mesh(attention: nn.Module, heads: int) -> "DeviceMesh | None":
     )
 
 
-def mean_over_ranks(part: Float[Tensor, "*shape"], mesh: "DeviceMesh | None") -> Float[Tensor, "*shape"]:
-    """Mean over all heads, from the mean over the heads of each rank; a gradient reaches each rank's own part."""
-    return part if mesh is None else _whole(part / mesh.size(), mesh, Partial())
+def mean_over_ranks(local: Float[Tensor, "*shape"], mesh: "DeviceMesh | None") -> Float[Tensor, "*shape"]:
+    """Compute the mean over all heads from the mean of each rank.  A gradient flows back to each rank's part."""
+    return local if mesh is None else _gather_from_ranks(local / mesh.size(), mesh, Partial())
 
 
-def join_heads(part: Float[Tensor, "*shape width"], mesh: "DeviceMesh | None") -> Float[Tensor, "*shape all_width"]:
-    """Put the ranks' heads side by side in the last dimension."""
-    return part if mesh is None else _whole(part, mesh, Shard(part.dim() - 1))
+def join_heads(local: Float[Tensor, "*shape width"], mesh: "DeviceMesh | None") -> Float[Tensor, "*shape all_width"]:
+    """Concatenate the ranks' heads in the last dimension."""
+    return local if mesh is None else _gather_from_ranks(local, mesh, Shard(local.dim() - 1))
 
 
-def _whole(part: Tensor, mesh: "DeviceMesh", placement: "Placement") -> Tensor:
-    parts = DTensor.from_local(part, mesh, [placement], run_check=False)
-    return parts.redistribute(placements=[Replicate()]).to_local()
+def _gather_from_ranks(local: Tensor, mesh: "DeviceMesh", placement: "Placement") -> Tensor:
+    # run_check=False: no collective that compares the ranks' shapes
+    distributed = DTensor.from_local(local, mesh, [placement], run_check=False)
+    return distributed.redistribute(placements=[Replicate()]).to_local()

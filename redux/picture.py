@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from redux.settings import grid
+from redux.settings import grid_side
 
-COLOURS = np.array(
+CLUSTER_COLOURS = np.array(
     [
         (230, 159, 0),  # orange
         (86, 180, 233),  # sky blue
@@ -34,14 +34,14 @@ TINT, STRIPE = 0.62, 0.28  # opacity of a tint, and of the lighter half of a tex
 DARK, LIGHT = 0.45, 0.6  # opacity of the outlines: black around a patch, white inside it
 
 
-def enlarge(image: Image.Image, patches: int, size: int = 256) -> Image.Image:
+def enlarge_image(image: Image.Image, patches: int, size: int = 256) -> Image.Image:
     """The image at about `size` pixels a side: a whole number of pixels, a multiple of 4, for each patch."""
-    side = grid(patches)
+    side = grid_side(patches)
     cell = 4 * max(1, round(size / side / 4))
     return image.convert("RGB").resize((cell * side, cell * side), Image.Resampling.BICUBIC)
 
 
-def draw(
+def draw_patches(
     image: Image.Image, slot: Int[np.ndarray, "patches"], merged: Bool[np.ndarray, "patches"], size: int = 256
 ) -> Image.Image:
     """Show where each patch went.
@@ -51,24 +51,24 @@ def draw(
     merged[p]: whether patch p is part of a cluster; a patch that is neither merged nor dropped was kept.
     Raises ValueError where the patches do not fill a square.
     """
-    side = grid(slot.size)
-    picture = np.asarray(enlarge(image, slot.size, size)).astype(np.float32)
+    side = grid_side(slot.size)
+    picture = np.asarray(enlarge_image(image, slot.size, size)).astype(np.float32)
     cell = picture.shape[0] // side
     dropped = slot < 0
     clustered = merged & ~dropped
-    picture = np.where(_spread(dropped, cell)[..., None], _grey(picture), picture)
-    picture = _tinted(picture, np.where(clustered, slot, -1), cell)
-    edges = _edges(slot, cell)
+    picture = np.where(_repeat_for_pixels(dropped, cell)[..., None], _darken_to_grey(picture), picture)
+    picture = _tint_clusters(picture, np.where(clustered, slot, -1), cell)
+    edges = _find_borders(slot, cell)
     picture = _blend(picture, 0, DARK * edges)
-    kept = _spread(~merged & ~dropped, cell)
+    kept = _repeat_for_pixels(~merged & ~dropped, cell)
     # a white line within the black one: whatever the image's colour, one of the two is seen
-    picture = _blend(picture, 255, LIGHT * (kept & ~edges & _ring(side, cell)))
+    picture = _blend(picture, 255, LIGHT * (kept & ~edges & _inner_ring(side, cell)))
     return Image.fromarray(picture.round().astype(np.uint8))
 
 
-def _spread(values: np.ndarray, cell: int) -> np.ndarray:
+def _repeat_for_pixels(values: np.ndarray, cell: int) -> np.ndarray:
     """One value a patch -> one value a pixel."""
-    side = grid(values.size)
+    side = grid_side(values.size)
     return values.reshape(side, side).repeat(cell, axis=0).repeat(cell, axis=1)
 
 
@@ -81,24 +81,24 @@ def _blend(
     return picture * (1 - opacity) + np.float32(colour) * opacity
 
 
-def _grey(picture: Float[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width 3"]:
+def _darken_to_grey(picture: Float[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width 3"]:
     """Dark, but lighter than black, so that a dropped black patch differs from a kept one."""
     luma = picture @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     return (40 + 0.2 * luma)[..., None].repeat(3, axis=2)
 
 
-def _tinted(
+def _tint_clusters(
     picture: Float[np.ndarray, "height width 3"], slot: Int[np.ndarray, "patches"], cell: int
 ) -> Float[np.ndarray, "height width 3"]:
     """Tint by rank among the slots given; -1 is left alone."""
     clusters = np.unique(slot[slot >= 0])
-    rank = _spread(np.searchsorted(clusters, slot), cell)
-    dense = _textures(cell, picture.shape[0])[rank // len(COLOURS) % TEXTURES, *np.indices(rank.shape)]
-    opacity = np.where(dense, TINT, STRIPE) * _spread(slot >= 0, cell)
-    return _blend(picture, COLOURS[rank % len(COLOURS)], opacity)
+    rank = _repeat_for_pixels(np.searchsorted(clusters, slot), cell)
+    dense = _build_textures(cell, picture.shape[0])[rank // len(CLUSTER_COLOURS) % TEXTURES, *np.indices(rank.shape)]
+    opacity = np.where(dense, TINT, STRIPE) * _repeat_for_pixels(slot >= 0, cell)
+    return _blend(picture, CLUSTER_COLOURS[rank % len(CLUSTER_COLOURS)], opacity)
 
 
-def _textures(cell: int, width: int) -> Bool[np.ndarray, "textures width width"]:
+def _build_textures(cell: int, width: int) -> Bool[np.ndarray, "textures width width"]:
     """Where each texture is dense.  Its period divides the patch, so it runs on from patch to patch."""
     row, column = np.indices((width, width))
     period = cell // 2
@@ -107,17 +107,17 @@ def _textures(cell: int, width: int) -> Bool[np.ndarray, "textures width width"]
     return np.stack([np.ones_like(down), down, up, (row // half + column // half) % 2 == 0])
 
 
-def _edges(slot: Int[np.ndarray, "patches"], cell: int) -> Bool[np.ndarray, "height width"]:
+def _find_borders(slot: Int[np.ndarray, "patches"], cell: int) -> Bool[np.ndarray, "height width"]:
     """One pixel on either side of each border between patches of different tokens, and around the image.
 
     Dropped patches are one dark area, without borders between them.
     """
-    area = np.pad(_spread(slot, cell), 1, constant_values=-2)
+    area = np.pad(_repeat_for_pixels(slot, cell), 1, constant_values=-2)
     here = area[1:-1, 1:-1]
     return (here != area[:-2, 1:-1]) | (here != area[2:, 1:-1]) | (here != area[1:-1, :-2]) | (here != area[1:-1, 2:])
 
 
-def _ring(side: int, cell: int) -> Bool[np.ndarray, "height width"]:
+def _inner_ring(side: int, cell: int) -> Bool[np.ndarray, "height width"]:
     """The second pixel from the edge of each patch."""
     place = np.arange(side * cell) % cell
     outer = (place < 2) | (place >= cell - 2)

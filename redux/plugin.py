@@ -1,19 +1,18 @@
 """CMAI in any image-text-to-text model of transformers whose language model decodes images and text in one sequence.
 
-A few hooks, no subclass and no second `forward` or `generate`: transformers asks for nothing else.
+Hooks do it; no subclass and no second `forward` or `generate` is needed.
 
-1. The token ids that a model, or the base model within it, is called with tell which tokens are of an image.  The
-   `generate` of Q-Former models goes to their language model past their `forward`; there the ids that are embedded tell
-   the same.
-2. Before the decoder runs, `inhibition` joins its keyword arguments, which transformers hands down to the attention
-   function.  Its cache has to be a `FocusCache`: an empty `DynamicCache`, as `generate` makes it, becomes one in place,
-   so whoever made it goes on with the same object.
-3. After the model ran, or failed, its ids are forgotten: embeddings of unknown origin are refused.
+1. The token ids of a call of the model, or of its base model, show which tokens are image tokens.  Q-Former models
+   generate with their language model alone, without their own `forward`; then the ids that were embedded show the same.
+2. Before the decoder runs, a hook adds `inhibition` to its keyword arguments, which transformers passes on to the
+   attention function.  The cache must be a `FocusCache`.  An empty `DynamicCache`, as `generate` makes it, becomes one
+   in place, so its owner keeps the same object.
+3. After the model, also after an error, its ids are dropped.  Embeddings of unknown origin are refused.
 
-The ids belong to a call, not to the model: threads may call one model at once, and models may call others.  A hook
-reads what it needs from the module that it is called for, so hooks are copied, pickled and replicated with their
-modules, each alone.  They cost one comparison of the token ids a call, beside what CMAI itself costs (see
-`redux.cmai`).  Modules inside the decoder have none: recomputed activations see the same `inhibition`.
+Token ids belong to a call, not to the model: several threads may call one model, and models may call each other.  A
+hook reads all it needs from the module of the call, so modules can be copied, pickled and replicated with their hooks.
+The hooks cost one comparison of token ids in each call, in addition to CMAI's own cost (see `redux.cmai`).  Modules
+inside the decoder have no hooks, so recomputed activations see the same `inhibition`.
 """
 
 import threading
@@ -26,44 +25,54 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
-from redux.cmai import ATTENTION, FocusCache, Inhibition
+from redux.cmai import ATTENTION_NAME, FocusCache, Inhibition
 from redux.settings import CMAI
 
-TOKENS = ("image_token_id", "video_token_id")
-"""Where a model's configuration has the ids of tokens that stand for pieces of an image."""
+IMAGE_TOKEN_FIELDS = ("image_token_id", "video_token_id")
+"""Fields of a model's configuration with the ids of tokens that stand for pieces of an image."""
 
 
 def inhibit(model: PreTrainedModel, cmai: CMAI | None) -> None:
-    """Turns CMAI on in an image-text-to-text model, or other settings of it; None turns it off again.
+    """Turn CMAI on in an image-text-to-text model, change its settings, or turn it off.
 
-    Off again, the model is what it was before.  A model of ours is saved with its settings.  ValueError for a model
-    that CMAI cannot work in: one without image tokens, or whose language model is an encoder-decoder, forgets keys,
-    attends to images by cross-attention, or does not use AttentionInterface.
+    After it is turned off, the model is as before.  A ReduxForConditionalGeneration is saved with its settings.
+
+    Args:
+        model: a model of transformers.
+        cmai: settings; None turns CMAI off.
+
+    Raises:
+        ValueError: CMAI cannot work in the model.  It has no image tokens, or its language model is an encoder-decoder,
+            forgets keys, attends to images by cross-attention, or does not use AttentionInterface.
     """
     if not isinstance(cmai, CMAI | None):
         raise ValueError(f"cmai: got {cmai!r}, allowed: redux.CMAI, or None to turn it off")
     if cmai is not None:
-        _check(model)
+        _check_compatible(model)
     if hasattr(model, "_inhibitor"):
         model._inhibitor.remove(model)
         del model._inhibitor
     if cmai is not None:
-        model._inhibitor = _Inhibitor.on(model, cmai)
+        model._inhibitor = _Inhibitor.attach(model, cmai)
     if hasattr(model.config, "cmai"):
         model.config.cmai = asdict(cmai) if cmai else None
 
 
-def _check(model: PreTrainedModel) -> None:
-    """ValueError where CMAI has nothing to do, or would do it wrong without a word."""
-    kind = type(model).__name__
-    if not _tokens(model):
-        raise ValueError(f"image_token_id: got None in the configuration of {kind}, allowed: the id of image tokens")
-    text = model.config.get_text_config()
-    if text.is_encoder_decoder:
-        raise ValueError(f"is_encoder_decoder: got True in the language model of {kind}, allowed: False")
-    if getattr(text, "cross_attention_layers", None):
-        raise ValueError(f"cross_attention_layers: got some in {kind}, allowed: images and text in one sequence")
-    forgetful = {type(layer).__name__ for layer in DynamicCache(config=text).layers} - {"DynamicLayer"}
+def _check_compatible(model: PreTrainedModel) -> None:
+    """Raise a ValueError if CMAI would do nothing in the model, or silently compute a wrong mask."""
+    model_class = type(model).__name__
+    if not _image_token_ids(model):
+        raise ValueError(
+            f"image_token_id: got None in the configuration of {model_class}, allowed: the id of image tokens"
+        )
+    # image and text must be one sequence of a decoder
+    text_config = model.config.get_text_config()
+    if text_config.is_encoder_decoder:
+        raise ValueError(f"is_encoder_decoder: got True in the language model of {model_class}, allowed: False")
+    if getattr(text_config, "cross_attention_layers", None):
+        raise ValueError(f"cross_attention_layers: got some in {model_class}, allowed: images and text in one sequence")
+    # a cache that drops keys, as of sliding windows, no longer has image tokens at their positions
+    forgetful = {type(layer).__name__ for layer in DynamicCache(config=text_config).layers} - {"DynamicLayer"}
     if forgetful:
         raise ValueError(f"cache: got {', '.join(sorted(forgetful))}, allowed: DynamicLayer, which forgets no token")
     decoder = model.get_decoder()
@@ -74,17 +83,18 @@ def _check(model: PreTrainedModel) -> None:
         )
 
 
-def _tokens(model: PreTrainedModel) -> list[int]:
-    """Ids of the tokens that stand for pieces of an image or a video."""
-    ids = [getattr(model.config, name, None) for name in TOKENS]
-    return [token for token in ids if token is not None]
+def _image_token_ids(model: PreTrainedModel) -> list[int]:
+    """List the ids of tokens that stand for pieces of an image or a video."""
+    ids = [getattr(model.config, name, None) for name in IMAGE_TOKEN_FIELDS]
+    return [token_id for token_id in ids if token_id is not None]
 
 
 class _Call(NamedTuple):
-    """A call of a model that has not ended yet.
+    """A call of a model.
 
-    key: of its inhibitor.
-    ids: the token ids that it was called with, if any.
+    Args:
+        key: key of the model's inhibitor.
+        ids: token ids of the call; None without any.
     """
 
     key: str
@@ -94,16 +104,17 @@ class _Call(NamedTuple):
 class _Calls(threading.local):
     """Calls in this thread.
 
-    open: calls that have not ended, the innermost last.
-    embedded: token ids that were embedded last, outside of any call, for those models whose `generate` does so.
+    Attributes:
+        running: calls that have not ended, the innermost last.
+        embedded: token ids that were embedded last outside of any call, as `generate` of Q-Former models does.
     """
 
-    open: tuple[_Call, ...] = ()
+    running: tuple[_Call, ...] = ()
     embedded: _Call | None = None
 
     def innermost(self, key: str) -> _Call | None:
-        """The innermost open call of a model."""
-        return next((call for call in reversed(self.open) if call.key == key), None)
+        """Return the innermost running call of a model, None without one."""
+        return next((call for call in reversed(self.running) if call.key == key), None)
 
 
 _CALLS = _Calls()
@@ -111,7 +122,10 @@ _CALLS = _Calls()
 
 @dataclass(frozen=True)
 class _EmbeddingHook:
-    """Before tokens are embedded: remember them.  Knows no module: PEFT copies embeddings alone, hooks included."""
+    """Pre-hook of the input embeddings that records token ids.
+
+    It refers to no module, since PEFT copies embeddings alone, hooks included.
+    """
 
     key: str
 
@@ -122,99 +136,115 @@ class _EmbeddingHook:
 
 @dataclass
 class _Inhibitor:
-    """The hooks on one model.
+    """The hooks of one model.
 
-    tokens: ids of its image tokens.
-    before: the attention implementation to go back to.
-    key: names its calls among those of other models.
+    Args:
+        cmai: settings.
+        image_token_ids: ids of its image tokens.
+        original_attention: attention implementation to restore.
+        key: distinguishes its calls from those of other models.
+        handles: handles that remove the hooks.
     """
 
     cmai: CMAI
-    tokens: list[int]
-    before: str
+    image_token_ids: list[int]
+    original_attention: str
     key: str = field(default_factory=lambda: uuid4().hex)
     handles: list[Any] = field(default_factory=list)
 
     @classmethod
-    def on(cls, model: PreTrainedModel, cmai: CMAI) -> "_Inhibitor":
-        """Put the hooks on a model; ValueError where its decoder has some of another."""
+    def attach(cls, model: PreTrainedModel, cmai: CMAI) -> "_Inhibitor":
+        """Register the hooks on a model; ValueError if another model has hooks on the same decoder."""
         decoder = model.get_decoder()
         if getattr(decoder, "_inhibited", False):
             raise ValueError(f"model: got {type(model).__name__}, allowed: the one in which CMAI was turned on before")
         decoder._inhibited = True
-        used = decoder.config._attn_implementation
-        result = cls(cmai, _tokens(model), "sdpa" if used == ATTENTION else used)  # models may share a configuration
-        decoder.set_attn_implementation(ATTENTION)
-        result.handles = [
-            model.register_forward_pre_hook(result.open, with_kwargs=True),
-            model.register_forward_hook(result.close, always_call=True),
-            decoder.register_forward_pre_hook(result.add, with_kwargs=True),
-            decoder.register_forward_hook(result.forget, always_call=True),
+        # models may share a configuration, in which another one has already set CMAI's attention
+        current = decoder.config._attn_implementation
+        original_attention = "sdpa" if current == ATTENTION_NAME else current
+        inhibitor = cls(cmai, _image_token_ids(model), original_attention)
+        decoder.set_attn_implementation(ATTENTION_NAME)
+        # always_call: hooks after a module also run after an error in it
+        inhibitor.handles = [
+            model.register_forward_pre_hook(inhibitor.before_model, with_kwargs=True),
+            model.register_forward_hook(inhibitor.after_model, always_call=True),
+            decoder.register_forward_pre_hook(inhibitor.before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(inhibitor.after_decoder, always_call=True),
         ]
         base = model.base_model
         if base is not model and base is not decoder:
-            # PEFT calls the model's `forward` past its hooks, and that calls the base model
-            result.handles.append(base.register_forward_pre_hook(result.open_within, with_kwargs=True))
-            result.handles.append(base.register_forward_hook(result.close, always_call=True))
+            # PEFT calls the model's `forward` without its hooks, and that calls the base model
+            inhibitor.handles.append(base.register_forward_pre_hook(inhibitor.before_base_model, with_kwargs=True))
+            inhibitor.handles.append(base.register_forward_hook(inhibitor.after_model, always_call=True))
         if type(model).generate is not GenerationMixin.generate:
-            model.get_input_embeddings().register_forward_pre_hook(_EmbeddingHook(result.key))
-        return result
+            # Q-Former models embed the prompt outside of `forward`; this hook has no handle, since copies have it too
+            model.get_input_embeddings().register_forward_pre_hook(_EmbeddingHook(inhibitor.key))
+        return inhibitor
 
     def remove(self, model: PreTrainedModel) -> None:
-        """Take the hooks off again, those on copies of the embedding as well."""
+        """Remove the hooks, also from copies of the embedding, and restore the attention implementation."""
         for handle in self.handles:
             handle.remove()
         for module in model.modules():
-            for number, hook in list(module._forward_pre_hooks.items()):
+            for hook_id, hook in list(module._forward_pre_hooks.items()):
                 if hook == _EmbeddingHook(self.key):
-                    del module._forward_pre_hooks[number]
+                    del module._forward_pre_hooks[hook_id]
         decoder = model.get_decoder()
         del decoder._inhibited
-        decoder.set_attn_implementation(self.before)
+        decoder.set_attn_implementation(self.original_attention)
 
-    def open(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the model: remember the token ids that it is called with."""
-        _CALLS.open = (*_CALLS.open, _Call(self.key, kwargs.get("input_ids", args[0] if args else None)))
+    def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the token ids of the call."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        _CALLS.running = (*_CALLS.running, _Call(self.key, ids))
 
-    def open_within(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the base model: the same; without ids those of the model around it count."""
-        ids, around = kwargs.get("input_ids", args[0] if args else None), _CALLS.innermost(self.key)
-        if ids is None and around is not None:
-            ids = around.ids
-        _CALLS.open = (*_CALLS.open, _Call(self.key, ids))
+    def before_base_model(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the token ids of a call of the base model; without ids, take those of the model around it."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        outer = _CALLS.innermost(self.key)
+        if ids is None and outer is not None:
+            ids = outer.ids
+        _CALLS.running = (*_CALLS.running, _Call(self.key, ids))
 
-    def close(self, *_: Any) -> None:
-        """After the model, also where it failed."""
-        if _CALLS.open and _CALLS.open[-1].key == self.key:
-            _CALLS.open = _CALLS.open[:-1]
+    def after_model(self, *_: Any) -> None:
+        """End the call.  Runs after an error, too."""
+        if _CALLS.running and _CALLS.running[-1].key == self.key:
+            _CALLS.running = _CALLS.running[:-1]
 
-    def add(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Before the decoder: its keyword arguments with the inhibition, on a cache that goes with it."""
-        if (used := decoder.config._attn_implementation) != ATTENTION:
+    def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Add the inhibition and its cache to the decoder's keyword arguments."""
+        attention = decoder.config._attn_implementation
+        if attention != ATTENTION_NAME:
             raise ValueError(
-                f"attn_implementation: got {used}, allowed: {ATTENTION} while CMAI is on; "
+                f"attn_implementation: got {attention}, allowed: {ATTENTION_NAME} while CMAI is on; "
                 "redux.inhibit(model, None) turns it off"
             )
-        # recomputation would write a second time into a cache; transformers' layers take theirs away as well
+        # recomputation would write into the cache a second time; transformers' layers drop their cache for it, too
         recomputing = decoder.training and decoder.is_activation_checkpointing
-        image = self.image(kwargs)
-        cache = None if recomputing else self.cache(decoder, kwargs)
-        inhibition = Inhibition.of(self.cmai, decoder.config.num_hidden_layers, image, cache, decoder.training)
-        changed = {"inhibition": inhibition} if recomputing else {"inhibition": inhibition, "past_key_values": cache}
-        if isinstance(masks := kwargs.get("attention_mask"), dict):
+        is_image = self._find_image_tokens(kwargs)
+        cache = None if recomputing else self._prepare_cache(decoder, kwargs)
+        inhibition = Inhibition.for_forward(
+            self.cmai, decoder.config.num_hidden_layers, is_image, cache, decoder.training
+        )
+        changes: dict[str, Any] = {"inhibition": inhibition}
+        if not recomputing:
+            changes["past_key_values"] = cache
+        masks = kwargs.get("attention_mask")
+        if isinstance(masks, dict):
+            # generate passes a mask for each kind of layer; `_check_compatible` admits full attention only
             if "full_attention" not in masks:
                 raise ValueError(
                     f"attention_mask: got {', '.join(masks)}, allowed: full_attention, a mask for all layers"
                 )
-            changed["attention_mask"] = masks["full_attention"]  # CMAI works in no other layers
-        return args, {**kwargs, **changed}
+            changes["attention_mask"] = masks["full_attention"]
+        return args, {**kwargs, **changes}
 
-    def forget(self, *_: Any) -> None:
-        """After the decoder, also where it failed: forget what was embedded for it, or by it."""
+    def after_decoder(self, *_: Any) -> None:
+        """Drop the ids that were embedded for the decoder, or by it.  Runs after an error, too."""
         _CALLS.embedded = None
 
-    def image(self, kwargs: dict[str, Any]) -> Bool[Tensor, "batch rows"]:
-        """Which of the decoder's new tokens are image tokens; ValueError where nobody knows."""
+    def _find_image_tokens(self, kwargs: dict[str, Any]) -> Bool[Tensor, "batch rows"]:
+        """Find the image tokens among the decoder's new tokens; ValueError if their ids are unknown."""
         ids = kwargs.get("input_ids")
         if ids is None:
             call, embedded = _CALLS.innermost(self.key), _CALLS.embedded
@@ -226,22 +256,26 @@ class _Inhibitor:
                     "input_ids: got None, allowed: token ids, which tell CMAI image tokens from text; "
                     "where input embeddings were replaced, redux.inhibit again"
                 )
-            # the generate of Q-Former models embeds the prompt once and repeats it for every beam
+            # generate of Q-Former models embeds the prompt once and repeats it for every beam
             ids = call.ids.repeat_interleave(batch // len(call.ids), dim=0)
-        return torch.stack([ids == token for token in self.tokens]).any(dim=0)
+        return torch.stack([ids == token_id for token_id in self.image_token_ids]).any(dim=0)
 
-    def cache(self, decoder: Any, kwargs: dict[str, Any]) -> FocusCache | None:
-        """The cache of this call as a FocusCache; ValueError where it holds tokens unknown to CMAI."""
-        cache, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    def _prepare_cache(self, decoder: Any, kwargs: dict[str, Any]) -> FocusCache | None:
+        """Return the cache of the call as a FocusCache; ValueError if it holds tokens unknown to CMAI."""
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None:
-            config = decoder.config
-            return FocusCache(config=config) if (config.use_cache if use is None else use) else None
-        tokens, kind = cache.get_seq_length(), type(cache)
-        if kind is DynamicCache and tokens == 0:
-            cache.__class__, cache.rows = FocusCache, {}
-        if not isinstance(cache, FocusCache) or tokens != (0 if cache.image is None else cache.image.shape[1]):
+            if use_cache is None:
+                use_cache = decoder.config.use_cache
+            return FocusCache(config=decoder.config) if use_cache else None
+        num_tokens, cache_class = cache.get_seq_length(), type(cache)
+        if cache_class is DynamicCache and num_tokens == 0:
+            # in place: the caller passes the same object with the next token
+            cache.__class__, cache.t2i = FocusCache, {}
+        if not isinstance(cache, FocusCache) or num_tokens != (
+            0 if cache.is_image is None else cache.is_image.shape[1]
+        ):
             raise ValueError(
-                f"past_key_values: got {kind.__name__} of {tokens} tokens, "
+                f"past_key_values: got {cache_class.__name__} of {num_tokens} tokens, "
                 "allowed: redux.cmai.FocusCache filled while CMAI was on, or an empty DynamicCache"
             )
         return cache

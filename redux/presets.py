@@ -1,72 +1,83 @@
-"""The paper's configurations by name: its two readings, its budgets, the rows of its ablations and its rivals.
+"""The paper's configurations by name: two readings, budgets, the rows of its ablations, and its rivals.
 
-Where the paper is silent or speaks against itself there are two readings.  "default" takes what its argument needs,
-"paper-literal" what it prints: raw merge weights (eq. 7), tokens by rank (eq. 8), QK^T as attention score.
+Two readings exist where the paper is silent or contradicts itself.  "default" follows its argument, "paper-literal" its
+printed equations: raw merge weights (eq. 7), tokens by rank (eq. 8), QK^T as attention score.
 
-Tables 4 and 5 stand on the other module: Table 4 begins with CMAI alone, Table 5 with VMTC alone, as their first rows
-equal those of Table 3.
+Table 4 starts from CMAI alone and Table 5 from VMTC alone, since their first rows equal those of Table 3.
 """
 
 from dataclasses import dataclass
 
-from redux.model import ReduxConfig
+from redux.configuration import ReduxConfig
 from redux.settings import CMAI, VMTC, Reduction
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What a model is given beside LLaVA's own configuration; `shows` tells what it is in the paper."""
+    """Settings of the method under a name.
 
-    shows: str
+    Args:
+        description: its place in the paper.
+        vmtc, cmai, reduction: settings; None turns a part off.
+    """
+
+    description: str
     vmtc: VMTC | None = VMTC()
     cmai: CMAI | None = CMAI()
     reduction: Reduction | None = None
 
     @property
     def methods(self) -> dict[str, VMTC | CMAI | Reduction | None]:
-        """As arguments of `ReduxForConditionalGeneration.from_pretrained` and `ReduxConfig`."""
+        """Arguments for `ReduxForConditionalGeneration.from_pretrained` and `ReduxConfig`."""
         return {"vmtc": self.vmtc, "cmai": self.cmai, "reduction": self.reduction}
 
 
-def _rival(shows: str, reduction: Reduction) -> Preset:
-    return Preset(shows=shows, vmtc=None, cmai=None, reduction=reduction)
+def _reduction_preset(description: str, reduction: Reduction) -> Preset:
+    return Preset(description=description, vmtc=None, cmai=None, reduction=reduction)
 
 
 PRESETS = {
-    "default": Preset(shows="Ours, as its argument has it: half of the tokens"),
+    "default": Preset(description="Ours, as its argument has it: half of the tokens"),
     "paper-literal": Preset(
-        shows="Ours, as its equations are printed", vmtc=VMTC(weights="raw", order="rank"), cmai=CMAI(scores="scores")
+        description="Ours, as its equations are printed",
+        vmtc=VMTC(weights="raw", order="rank"),
+        cmai=CMAI(scores="scores"),
     ),
-    "tokens-64": Preset(shows="Table 2, 64 visual tokens", vmtc=VMTC(tokens=64)),
-    "tokens-36": Preset(shows="Table 2, 36 visual tokens", vmtc=VMTC(tokens=36)),
-    "llava": Preset(shows="Table 3, neither module: LLaVA-1.5", vmtc=None, cmai=None),
-    "vmtc": Preset(shows="Table 3, VMTC alone", cmai=None),
-    "cmai": Preset(shows="Table 3, CMAI alone", vmtc=None),
-    "llp": Preset(shows="Table 4, pruning in the last layer", vmtc=VMTC(stages=(-1,), clusters=0)),
-    "lwp": Preset(shows="Table 4, pruning layer by layer", vmtc=VMTC(clusters=0)),
-    "lwp-mg": Preset(shows="Table 4, and merging into one token", vmtc=VMTC(clusters=1)),
-    "lwp-mg-clst": Preset(shows="Table 4, and clustering before: the default"),
-    "tia": Preset(shows="Table 5, text-to-image attention alone", cmai=CMAI(focus="tia")),
-    "sum-tia": Preset(shows="Table 5, its sum over text tokens", cmai=CMAI(focus="sum")),
-    "discounted-sum-tia": Preset(shows="Table 5, its discounted sum", cmai=CMAI(focus="discounted")),
-    "spd": _rival("Table 1, spatial down-sampling", Reduction(method="average", ratio=0.75)),
-    "random": _rival("random places, half of the tokens", Reduction(method="random", ratio=0.5)),
-    "prumerge": _rival("Table 2, LLaVA-PruMerge", Reduction(method="prumerge", tokens=36)),
+    "tokens-64": Preset(description="Table 2, 64 visual tokens", vmtc=VMTC(tokens=64)),
+    "tokens-36": Preset(description="Table 2, 36 visual tokens", vmtc=VMTC(tokens=36)),
+    "llava": Preset(description="Table 3, neither module: LLaVA-1.5", vmtc=None, cmai=None),
+    "vmtc": Preset(description="Table 3, VMTC alone", cmai=None),
+    "cmai": Preset(description="Table 3, CMAI alone", vmtc=None),
+    "llp": Preset(description="Table 4, pruning in the last layer", vmtc=VMTC(stages=(-1,), clusters=0)),
+    "lwp": Preset(description="Table 4, pruning layer by layer", vmtc=VMTC(clusters=0)),
+    "lwp-mg": Preset(description="Table 4, and merging into one token", vmtc=VMTC(clusters=1)),
+    "lwp-mg-clst": Preset(description="Table 4, and clustering before: the default"),
+    "tia": Preset(description="Table 5, text-to-image attention alone", cmai=CMAI(focus="tia")),
+    "sum-tia": Preset(description="Table 5, its sum over text tokens", cmai=CMAI(focus="sum")),
+    "discounted-sum-tia": Preset(description="Table 5, its discounted sum", cmai=CMAI(focus="discounted")),
+    "spd": _reduction_preset("Table 1, spatial down-sampling", Reduction(method="average", ratio=0.75)),
+    "random": _reduction_preset("random places, half of the tokens", Reduction(method="random", ratio=0.5)),
+    "prumerge": _reduction_preset("Table 2, LLaVA-PruMerge", Reduction(method="prumerge", tokens=36)),
     "evit": Preset(
-        shows="EViT: pruning layer by layer, one fused token",
+        description="EViT: pruning layer by layer, one fused token",
         vmtc=VMTC(clusters=1, weights="raw", order="rank"),
         cmai=None,
     ),
 }
 
 
-SIZES = {"7b": (4096, 32, 32, 11008), "13b": (5120, 40, 40, 13824)}
-"""Vicuna-v1.5's: width, layers, heads and width of the MLP."""
+VICUNA_SIZES = {"7b": (4096, 32, 32, 11008), "13b": (5120, 40, 40, 13824)}
+"""Sizes of Vicuna-v1.5: width, layers, heads and width of the MLP."""
 
 
-def llava(size: str, preset: Preset = PRESETS["llava"]) -> ReduxConfig:
-    """LLaVA-1.5's configuration, of one of SIZES: CLIP-ViT-L/14 at 336 pixels and Vicuna-v1.5, without weights."""
-    width, layers, heads, mlp = SIZES[size]
+def build_llava_config(size: str, preset: Preset = PRESETS["llava"]) -> ReduxConfig:
+    """Build LLaVA-1.5's configuration, without weights: CLIP-ViT-L/14 at 336 pixels and Vicuna-v1.5.
+
+    Args:
+        size: a name in VICUNA_SIZES.
+        preset: settings of the method.
+    """
+    width, layers, heads, mlp = VICUNA_SIZES[size]
     language = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     tower = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     return ReduxConfig(

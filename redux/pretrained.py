@@ -1,10 +1,9 @@
-"""A LLaVA from parts that were trained apart: the image tower of a CLIP or SigLIP, and a LLaMA.
+"""Assemble a LLaVA from pretrained parts: the image tower of a CLIP or SigLIP, and a LLaMA.
 
-transformers loads both parts and the whole, so whatever it reads is a source: folders, hub ids, GGUF files (with the
-packages gguf and accelerate).  The parts' own weights are taken bit for bit; new are the projector, as random as
-torch's seed makes it, and the token `<image>`.  Everything is held in one dtype, float32 unless told otherwise: it
-holds exactly what is stored in half precision, and training starts from it.  It costs 28 GB for a Vicuna-7B, in
-bfloat16 half of that.
+transformers loads the parts, so it decides which sources work: folders, hub ids, GGUF files (with the packages gguf and
+accelerate).  The weights of the parts stay bit-equal.  New are the projector, random from torch's seed, and the token
+`<image>`.  All weights have one dtype, float32 by default: it represents half precision exactly, and training starts
+from it.  A Vicuna-7B takes 28 GB in float32, half of that in bfloat16.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,9 +25,10 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME
 
-from redux.conversation import IMAGE
+from redux.configuration import ReduxConfig
+from redux.conversation import IMAGE_TOKEN
 from redux.extras import write_install_command
-from redux.hub import fetched
+from redux.hub import local_copy
 from redux.loading import (
     check_image_token,
     check_layout,
@@ -37,22 +37,22 @@ from redux.loading import (
     load_tokenizer,
     report_damage,
 )
-from redux.model import ReduxConfig, ReduxForConditionalGeneration
+from redux.model import ReduxForConditionalGeneration
 from redux.settings import CMAI, VMTC, Reduction
 
-TOWERS = {
+TOWER_CLASSES = {
     "clip": CLIPVisionModel,
     "clip_vision_model": CLIPVisionModel,
     "siglip": SiglipVisionModel,
     "siglip_vision_model": SiglipVisionModel,
 }
-"""Image towers by the model_type of the checkpoint that holds them, beside a text tower or alone."""
+"""Classes of image towers by the model_type of a checkpoint that holds the tower, alone or with a text tower."""
 
 OTHER_WEIGHTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
-"""Prefixes of weights that a whole CLIP or SigLIP holds besides its image tower."""
+"""Prefixes of weights of a whole CLIP or SigLIP that do not belong to its image tower."""
 
-LANGUAGES = {"llama": LlamaForCausalLM}
-"""Language models by model_type; CMAI is an attention function of LLaMA's."""
+LANGUAGE_CLASSES = {"llama": LlamaForCausalLM}
+"""Classes of language models by model_type.  CMAI is an attention function of LLaMA's."""
 
 
 def assemble(
@@ -66,44 +66,56 @@ def assemble(
     feature_layer: int = -2,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:
-    """A model whose projector is still to be trained (seed torch before), and its tokenizer.
+    """Assemble a model with an untrained projector, and its tokenizer.  Seed torch before.
 
-    tower, language: folder, hub id or URL (s3://).
-    gguf_file: the file in `language` that holds language model and tokenizer.
-    feature_layer: the tower's layer that LLaVA reads, as transformers counts: 0 is what enters the first block.
+    Args:
+        tower: folder, hub id or URL (s3://) of a CLIP or SigLIP.
+        language: folder, hub id or URL (s3://) of a LLaMA.
+        gguf_file: file in `language` with language model and tokenizer.
+        vmtc, cmai, reduction: settings of the method; None turns a part off.
+        feature_layer: layer of the tower that LLaVA reads, as transformers counts: 0 is the input of the first block.
+        dtype: dtype of all weights.
+
+    Raises:
+        ValueError: a part cannot be loaded completely, or the settings do not fit it.
     """
-    with fetched(tower, what="tower") as folder:
-        eye = load("tower", folder, TOWERS, dtype)
-    with fetched(language, what="language") as folder:
-        voice = load("language", folder, LANGUAGES, dtype, gguf_file)
+    with local_copy(tower, label="tower") as folder:
+        vision_tower = load_part("tower", folder, TOWER_CLASSES, dtype)
+    with local_copy(language, label="language") as folder:
+        language_model = load_part("language", folder, LANGUAGE_CLASSES, dtype, gguf_file)
         tokenizer = load_tokenizer(folder, "language", gguf_file=gguf_file)
-    prepare(tokenizer, voice.config, language)
-    # many tokenizers name no limit, or 10^30
-    tokenizer.model_max_length = min(tokenizer.model_max_length, voice.config.max_position_embeddings)
-    grow(voice, len(tokenizer))
-    config = _joined(
-        eye.config,
-        voice.config,
+    prepare_tokenizer(tokenizer, language_model.config, language)
+    # many tokenizers have no limit, which transformers represents as 10^30
+    tokenizer.model_max_length = min(tokenizer.model_max_length, language_model.config.max_position_embeddings)
+    resize_embeddings(language_model, len(tokenizer))
+    config = _join_configs(
+        vision_tower.config,
+        language_model.config,
         feature_layer,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vmtc=vmtc,
         cmai=cmai,
         reduction=reduction,
         **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
-    parts = {"model.vision_tower": eye, "model.language_model": voice.model, "lm_head": voice.lm_head}
+    parts = {
+        "model.vision_tower": vision_tower,
+        "model.language_model": language_model.model,
+        "lm_head": language_model.lm_head,
+    }
     weights = {f"{part}.{name}": weight for part in parts for name, weight in parts[part].state_dict().items()}
-    # takes the tensors themselves, not copies, and draws what is missing: the projector
+    # from_pretrained takes these tensors without a copy and initialises the missing ones, the projector
     with report_damage(language, "language"):
-        model, found = ReduxForConditionalGeneration.from_pretrained(
+        model, loading_info = ReduxForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
-    drawn = {name for name in found["missing_keys"] if name.startswith("model.multi_modal_projector.")}
-    check_loading({**found, "missing_keys": found["missing_keys"] - drawn}, language, "language")
+    projector = {name for name in loading_info["missing_keys"] if name.startswith("model.multi_modal_projector.")}
+    missing = loading_info["missing_keys"] - projector
+    check_loading({**loading_info, "missing_keys": missing}, language, "language")
     return model, tokenizer
 
 
-def configured(
+def configure_assembly(
     tower: str | PathLike,
     language: str | PathLike,
     *,
@@ -113,15 +125,16 @@ def configured(
     reduction: Reduction | None = None,
     feature_layer: int = -2,
 ) -> ReduxConfig:
-    """The configuration that `assemble` would give, but for what the tokenizer decides; no weights are read.
+    """Build the configuration of an assembled model without its weights.
 
-    Takes and refuses what `assemble` does.  Of a bucket only configurations are fetched, and a GGUF file, which is one.
+    Fields that depend on the tokenizer are missing.  Arguments and errors are those of `assemble`.  From a bucket only
+    configurations are copied, or a whole GGUF file, which contains one.
     """
-    with fetched(tower, [CONFIG_NAME], "tower") as folder:
-        eye = _config("tower", folder, TOWERS)
-    with fetched(language, [gguf_file or CONFIG_NAME], "language") as folder:
-        voice = _config("language", folder, LANGUAGES, gguf_file)
-    plain = _joined(eye, voice, feature_layer)
+    with local_copy(tower, [CONFIG_NAME], "tower") as folder:
+        vision_config = _load_part_config("tower", folder, TOWER_CLASSES)
+    with local_copy(language, [gguf_file or CONFIG_NAME], "language") as folder:
+        text_config = _load_part_config("language", folder, LANGUAGE_CLASSES, gguf_file)
+    plain = _join_configs(vision_config, text_config, feature_layer)
     try:
         config = ReduxConfig(**{**plain.to_dict(), "vmtc": vmtc, "cmai": cmai, "reduction": reduction})
     except ValueError as error:
@@ -132,84 +145,107 @@ def configured(
             f"language: got {language} of {positions} positions, allowed: more than the {config.image_seq_length} "
             "tokens of an image"
         )
-    with torch.device("meta"):  # all that a model refuses when it is built
+    # a model without memory raises the errors of a real one
+    with torch.device("meta"):
         ReduxForConditionalGeneration(config)
     return config
 
 
 def check_parts(tower: str | PathLike, language: str | PathLike, gguf_file: str | None = None) -> None:
-    """Check that `assemble` would find all weights and a tokenizer in two local folders; weights are not read.
+    """Check that two local folders have all weights and a tokenizer for `assemble`, without reading weights.
 
-    What is no local folder is passed over, and so is a GGUF file, which cannot be checked without reading it.
-    Raises ValueError as `assemble`.
+    Sources that are no local folders are skipped.  So is a GGUF file, which cannot be checked without reading it.
+
+    Raises:
+        ValueError: as `assemble`.
     """
     if Path(tower).is_dir():
-        load("tower", tower, TOWERS, device_map="meta")
+        load_part("tower", tower, TOWER_CLASSES, device_map="meta")
     if Path(language).is_dir() and not gguf_file:
-        voice = load("language", language, LANGUAGES, device_map="meta")
-        prepare(load_tokenizer(language, "language"), voice.config, language)
+        language_model = load_part("language", language, LANGUAGE_CLASSES, device_map="meta")
+        prepare_tokenizer(load_tokenizer(language, "language"), language_model.config, language)
 
 
-def check_checkpoint(checkpoint: str | PathLike, kind: Any = ReduxForConditionalGeneration) -> None:
-    """Check that a local folder holds a whole model and its tokenizer; weights are not read.
+def check_checkpoint(checkpoint: str | PathLike, model_class: Any = ReduxForConditionalGeneration) -> None:
+    """Check that a local folder has a whole model and its tokenizer, without reading weights.
 
-    kind: the class that loads it.  Raises ValueError where weights are missing, unexpected or of another shape.
+    Args:
+        checkpoint: folder; other sources are skipped.
+        model_class: class that loads it.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of another shape, or the tokenizer does not fit.
     """
     if Path(checkpoint).is_dir():
-        model = load_model(kind, checkpoint, what="checkpoint", device_map="meta")
+        model = load_model(model_class, checkpoint, label="checkpoint", device_map="meta")
         tokenizer = load_tokenizer(checkpoint, "checkpoint")
         if isinstance(model, ReduxForConditionalGeneration):
             check_image_token(tokenizer, model.config, checkpoint, "checkpoint")
 
 
-def reconfigured(checkpoint: str | PathLike, **methods: Any) -> ReduxConfig:
-    """The configuration of a whole LLaVA with these settings of the method in place of its own; no weights are read.
+def configure_checkpoint(checkpoint: str | PathLike, **methods: Any) -> ReduxConfig:
+    """Read the configuration of a whole LLaVA and replace settings of the method, without reading weights.
 
-    ValueError where it is none, or cannot have them.
+    Args:
+        checkpoint: folder, hub id or URL (s3://).
+        methods: settings by their names in `redux.settings.METHODS`.
+
+    Raises:
+        ValueError: the checkpoint is no LLaVA, or the settings do not fit it.
     """
-    with fetched(checkpoint, [CONFIG_NAME], "checkpoint") as folder:
+    with local_copy(checkpoint, [CONFIG_NAME], "checkpoint") as folder:
         try:
             saved, _ = PreTrainedConfig.get_config_dict(folder)
         except OSError as error:
             raise ValueError(f"checkpoint: got {checkpoint}, allowed: folder or hub id of a LLaVA") from error
         check_layout(saved, checkpoint, "checkpoint")
-        kind = saved.get("model_type")
-        if kind != ReduxConfig.model_type:
-            raise ValueError(f"checkpoint: got {checkpoint} of model_type {kind}, allowed: {ReduxConfig.model_type}")
+        model_type = saved.get("model_type")
+        if model_type != ReduxConfig.model_type:
+            raise ValueError(
+                f"checkpoint: got {checkpoint} of model_type {model_type}, allowed: {ReduxConfig.model_type}"
+            )
         config = ReduxConfig(**{**ReduxConfig.from_pretrained(folder).to_dict(), **methods})
-    with torch.device("meta"):  # all that a model refuses when it is built
+    with torch.device("meta"):
         ReduxForConditionalGeneration(config)
     return config
 
 
-def _joined(eye: PreTrainedConfig, voice: PreTrainedConfig, feature_layer: int, **others: Any) -> ReduxConfig:
-    layers = eye.num_hidden_layers
+def _join_configs(
+    vision_config: PreTrainedConfig, text_config: PreTrainedConfig, feature_layer: int, **fields: Any
+) -> ReduxConfig:
+    """Build a LLaVA's configuration from those of its parts, and further fields."""
+    layers = vision_config.num_hidden_layers
     if not -layers - 1 <= feature_layer <= layers:
         raise ValueError(f"feature_layer: got {feature_layer}, allowed: {-layers - 1} to {layers}")
     return ReduxConfig(
-        vision_config=eye.to_dict(),
-        text_config=voice.to_dict(),
+        vision_config=vision_config.to_dict(),
+        text_config=text_config.to_dict(),
         vision_feature_layer=feature_layer,
         # "default" leaves out the class token, which SigLIP's tower does not have
-        vision_feature_select_strategy="default" if isinstance(eye, CLIPVisionConfig) else "full",
-        **others,
+        vision_feature_select_strategy="default" if isinstance(vision_config, CLIPVisionConfig) else "full",
+        **fields,
     )
 
 
-def _config(
-    name: str, path: str | PathLike, kinds: Mapping[str, Any], gguf_file: str | None = None
+def _load_part_config(
+    name: str, path: str | PathLike, classes: Mapping[str, Any], gguf_file: str | None = None
 ) -> PreTrainedConfig:
-    """The configuration of one of `kinds` in `path`, that of its part where it has several; ValueError for another."""
-    with _mistakes(name, path, kinds, gguf_file):
-        kind = PreTrainedConfig.get_config_dict(path, gguf_file=gguf_file)[0].get("model_type")
-        if kind not in kinds:
-            raise ValueError(f"{name}: got {path} of model_type {kind}, allowed: {_checkpoint(kinds)}")
-        return kinds[kind].config_class.from_pretrained(path, gguf_file=gguf_file)
+    """Load the configuration of a part, also from a checkpoint that has more parts.
+
+    Arguments and errors are those of `load_part`.
+    """
+    with _readable_errors(name, path, classes, gguf_file):
+        model_type = PreTrainedConfig.get_config_dict(path, gguf_file=gguf_file)[0].get("model_type")
+        if model_type not in classes:
+            raise ValueError(f"{name}: got {path} of model_type {model_type}, allowed: {_describe_allowed(classes)}")
+        return classes[model_type].config_class.from_pretrained(path, gguf_file=gguf_file)
 
 
 @contextmanager
-def _mistakes(name: str, path: str | PathLike, kinds: Mapping[str, Any], gguf_file: str | None) -> Iterator[None]:
-    """What cannot be read is a ValueError that says where."""
+def _readable_errors(
+    name: str, path: str | PathLike, classes: Mapping[str, Any], gguf_file: str | None
+) -> Iterator[None]:
+    """Turn errors of a source that cannot be read into a ValueError that names the source."""
     try:
         yield
     except ImportError as error:
@@ -219,41 +255,61 @@ def _mistakes(name: str, path: str | PathLike, kinds: Mapping[str, Any], gguf_fi
     except OSError as error:
         if gguf_file:
             raise ValueError(f"gguf_file: got {gguf_file}, allowed: a file in {path}") from error
-        raise ValueError(f"{name}: got {path}, allowed: {_checkpoint(kinds)}") from error
+        raise ValueError(f"{name}: got {path}, allowed: {_describe_allowed(classes)}") from error
 
 
-def _checkpoint(kinds: Mapping[str, Any]) -> str:
-    return f"folder or hub id of a checkpoint of model_type {', '.join(kinds)}"
+def _describe_allowed(classes: Mapping[str, Any]) -> str:
+    return f"folder or hub id of a checkpoint of model_type {', '.join(classes)}"
 
 
-def load(
+def load_part(
     name: str,
     path: str | PathLike,
-    kinds: Mapping[str, Any],
+    classes: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     gguf_file: str | None = None,
     **options: Any,
 ) -> Any:
-    """Load the model of one of `kinds` in `path`; ValueError that says so where there is none, or not all of it.
+    """Load a part of a model with all of its weights.
 
-    options: more arguments of `from_pretrained`.
+    Args:
+        name: name of the part in an error.
+        path: folder or hub id.
+        classes: classes of transformers by model_type.
+        dtype: dtype of the weights; None takes that of transformers.
+        gguf_file: file in `path` with the weights.
+        options: further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: there is no checkpoint of one of these types, or weights are missing.
     """
-    config = _config(name, path, kinds, gguf_file)
-    with _mistakes(name, path, kinds, gguf_file):
-        kind: Any = next(kind for kind in kinds.values() if isinstance(config, kind.config_class))
-        model = load_model(kind, path, what=name, ignored=OTHER_WEIGHTS, gguf_file=gguf_file, dtype=dtype, **options)
+    config = _load_part_config(name, path, classes, gguf_file)
+    with _readable_errors(name, path, classes, gguf_file):
+        model_class: Any = next(
+            model_class for model_class in classes.values() if isinstance(config, model_class.config_class)
+        )
+        model = load_model(
+            model_class, path, label=name, ignored=OTHER_WEIGHTS, gguf_file=gguf_file, dtype=dtype, **options
+        )
     if gguf_file:
-        # it says that the weights are packed: they no longer are, and packed ones can neither be saved nor trained
+        # transformers has unpacked the weights; a model that is called packed can neither be saved nor trained
         del model.config.quantization_config
     return model
 
 
-def prepare(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, language: str | PathLike) -> None:
-    """Give the tokenizer `<image>`, and a token to pad with: the unknown one as in LLaVA, or else the end of text.
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, language: str | PathLike) -> None:
+    """Add `<image>` and a pad token to a tokenizer.
+
+    The pad token is the unknown token, as in LLaVA, or else the end token.
+
+    Args:
+        tokenizer: tokenizer of the language model.
+        config: configuration of the language model.
+        language: source of the language model, for errors.
 
     Raises:
-        ValueError: it has no token for the end of text, so nobody could tell when an answer is over; or more tokens
-            than the language model has rows, which would be random.
+        ValueError: the tokenizer has no end token, so that answers would not end; or more tokens than the language
+            model has embeddings.
     """
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -262,13 +318,17 @@ def prepare(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, langua
         )
     if tokenizer.eos_token is None:
         raise ValueError(f"language: got the tokenizer of {tokenizer.name_or_path}, allowed: one with an eos_token")
-    tokenizer.add_tokens(AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)
+    tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
 
-def grow(language: PreTrainedModel, size: int) -> None:
-    """Room for `size` tokens where there is less; a new row is the mean of the old ones, an unremarkable token."""
+def resize_embeddings(language: PreTrainedModel, size: int) -> None:
+    """Extend the embeddings and the head to `size` tokens, if they have fewer.
+
+    A new row is the mean of the old ones, which makes the token neither likely nor special.  transformers'
+    `mean_resizing` would sample it.
+    """
     old = language.config.get_text_config().vocab_size
     if size <= old:
         return

@@ -1,11 +1,11 @@
-"""The processor and chat template that are saved with a model, so that any program asks it as it was trained.
+"""Processor and chat template that are saved with a model, so that every program prompts it as in training.
 
-Training reads conversations by `redux.conversation.encode` and images by `redux.image.pixels`.  Programs that load the
-saved folder (transformers, vLLM) use a processor: a chat template for the text, an image processor for the pixels, and
-the number of image tokens.  What is built here gives the same token ids and the same pixels.
+Training reads conversations by `redux.conversation.encode_conversation` and images by `redux.image.load_pixels`.
+Programs that load the saved folder (transformers, vLLM) use a processor: a chat template for the text, an image
+processor for the pixels, and the number of image tokens.  The processor built here gives the same token ids and pixels.
 
-transformers' LlavaProcessor counts one token a patch, plus `num_additional_image_tokens`.  Where tokens are removed
-that number is negative, so the count is that of the compressed image.
+transformers' LlavaProcessor counts one token for each patch, plus `num_additional_image_tokens`.  With compression that
+number is negative, so that the sum is the number of tokens of the compressed image.
 """
 
 import json
@@ -14,28 +14,32 @@ from typing import Any
 from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from redux.conversation import EOS, IMAGE, TEMPLATES, Template
-from redux.image import MEAN, STD
-from redux.model import ReduxConfig, ReduxForConditionalGeneration
-from redux.settings import Fit, TemplateName
+from redux.configuration import ReduxConfig
+from redux.conversation import EOS_TOKEN, IMAGE_TOKEN, TEMPLATES, Template
+from redux.image import CLIP_MEAN, CLIP_STD
+from redux.model import ReduxForConditionalGeneration
+from redux.settings import ImageAspectRatio, TemplateName
 
 
 def write_chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Write a conversation template as the Jinja text that `apply_chat_template` renders; None for captions.
+    """Write a conversation template as Jinja text for `apply_chat_template`.
 
-    A content is a string or a list of parts; an image part becomes `<image>` and a newline in front of the turn's
-    text.  A first message of the role system takes the place of the template's own.
+    The content of a message is a string or a list of parts.  An image part becomes `<image>` and a newline before the
+    turn's text.  A first message with role system replaces the template's system prompt.
+
+    Returns:
+        None for "plain", the template of captions, which has no questions.
     """
     if not template.human:
         return None
     text = {
-        "bos": _opening(tokenizer),
+        "bos": _bos_in_template(tokenizer),
         "system": template.system,
         "human": template.human,
         "assistant": template.assistant,
-        "end": template.end.replace(EOS, tokenizer.eos_token or EOS),
-        "image": IMAGE,
-        "gap": _gap(tokenizer),
+        "end": template.end.replace(EOS_TOKEN, tokenizer.eos_token or EOS_TOKEN),
+        "image": IMAGE_TOKEN,
+        "gap": _text_after_image(tokenizer),
     }
     literal = {name: json.dumps(value, ensure_ascii=False) for name, value in text.items()}
     return _CHAT_TEMPLATE % literal
@@ -72,10 +76,10 @@ _CHAT_TEMPLATE = """\
 """
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The token that the tokenizer puts before a text, where writing it out gives the same ids; else "".
+def _bos_in_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the token that the tokenizer puts before a text, to be written into the template.
 
-    A template that is rendered to ids gets no special tokens besides its own.
+    `apply_chat_template` adds no special tokens.  The result is "" if the written token gives other ids.
     """
     probe = "USER: a"
     whole = tokenizer(probe)["input_ids"]
@@ -86,23 +90,28 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
     return bos if tokenizer(bos + probe, add_special_tokens=False)["input_ids"] == whole else ""
 
 
-def _gap(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text between an image and the text behind it, so that the text as a whole gives the ids of `encode`.
+def _text_after_image(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Find the text between an image and the text after it that gives the ids of `encode_conversation`.
 
-    SentencePiece puts a blank before a text, and `encode` reads what follows an image as one.  Vicuna's tokenizer does
-    so only at the very front of a whole text, where the blank must then be written.
+    SentencePiece puts a blank before a text, and `encode_conversation` tokenizes the text after an image separately.
+    Vicuna's tokenizer adds the blank only at the start of the whole text, so here the blank must be written.
     """
     text = "\na"
-    wanted = [tokenizer.convert_tokens_to_ids(IMAGE), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    expected = [tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), *tokenizer(text, add_special_tokens=False)["input_ids"]]
     return next(
-        (gap for gap in ("", " ") if tokenizer(IMAGE + gap + text, add_special_tokens=False)["input_ids"] == wanted), ""
+        (
+            gap
+            for gap in ("", " ")
+            if tokenizer(IMAGE_TOKEN + gap + text, add_special_tokens=False)["input_ids"] == expected
+        ),
+        "",
     )
 
 
 def build_processor(config: ReduxConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """Build the processor of a model whose configuration says how it was trained.
+    """Build the processor of a model from the format in its configuration.
 
-    The tokenizer's own chat template is replaced, as the model did not learn from it.
+    It replaces the tokenizer's own chat template, which the model was not trained with.
     """
     size = config.vision_config.image_size
     template = config.conversation_template and write_chat_template(TEMPLATES[config.conversation_template], tokenizer)
@@ -110,8 +119,8 @@ def build_processor(config: ReduxConfig, tokenizer: PreTrainedTokenizerBase) -> 
     options: dict[str, Any] = {
         "size": {"shortest_edge": size},
         "crop_size": {"height": size, "width": size},
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
     }
     pads = config.image_aspect_ratio == "pad"
     removes_class_token = config.vision_feature_select_strategy == "default"
@@ -120,21 +129,25 @@ def build_processor(config: ReduxConfig, tokenizer: PreTrainedTokenizerBase) -> 
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=config.image_seq_length - config.patches + removes_class_token,
-        image_token=IMAGE,
+        num_additional_image_tokens=config.image_seq_length - config.num_patches + removes_class_token,
+        image_token=IMAGE_TOKEN,
         chat_template=template,
     )
 
 
-def describe_training(
+def record_training_format(
     model: ReduxForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     template: TemplateName,
-    image_aspect_ratio: Fit,
+    image_aspect_ratio: ImageAspectRatio,
 ) -> None:
-    """Note in a model how it was trained: conversation template, image fit, and the tokens that end an answer or pad.
+    """Record the training format in a model's configuration, and greedy generation settings.
 
-    Generation settings become greedy, whatever those of the language model were before.
+    Args:
+        model: model to change.
+        tokenizer: its tokenizer, whose special tokens end and pad answers.
+        template: name of the conversation template.
+        image_aspect_ratio: "pad" or "crop".
     """
     model.config.conversation_template, model.config.image_aspect_ratio = template, image_aspect_ratio
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

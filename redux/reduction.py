@@ -23,16 +23,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from redux.settings import Reduction, grid
+from redux.settings import Reduction, grid_side
 
-Reduced = tuple[Float[Tensor, "batch out dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]
+ReducedTokens = tuple[Float[Tensor, "batch out dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]
 """(tokens', slot, cluster), as `vmtc.compress` gives them."""
 
-Last = tuple[Float[Tensor, "batch width"], Float[Tensor, "batch patches+1 width"]]
+ClassQueryAndKeys = tuple[Float[Tensor, "batch width"], Float[Tensor, "batch patches+1 width"]]
 """The class token's query and all keys, the class token's first, of the tower's last block."""
 
 
-def reduce(features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: Last | None = None) -> Reduced:
+def reduce_tokens(
+    features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: ClassQueryAndKeys | None = None
+) -> ReducedTokens:
     """Fewer tokens, (tokens', slot, cluster).
 
     features: of the patches alone, row by row.
@@ -44,53 +46,63 @@ def reduce(features: Float[Tensor, "batch patches dim"], reduction: Reduction, l
     Nine patches to four: the windows of "average" overlap, the centre of the image lies in the last cell.
 
     >>> features = torch.arange(9.0).reshape(1, 9, 1)
-    >>> tokens, slot, cluster = reduce(features, Reduction(method="average", tokens=4))
+    >>> tokens, slot, cluster = reduce_tokens(features, Reduction(method="average", tokens=4))
     >>> tokens.flatten().tolist(), slot.tolist()
     ([2.0, 3.0, 5.0, 6.0], [[0, 1, 1, 2, 3, 3, 2, 3, 3]])
-    >>> tokens, slot, cluster = reduce(features, Reduction(method="stride", tokens=4))
+    >>> tokens, slot, cluster = reduce_tokens(features, Reduction(method="stride", tokens=4))
     >>> tokens.flatten().tolist(), slot.tolist()
     ([0.0, 2.0, 6.0, 8.0], [[0, -1, 1, -1, -1, -1, 2, -1, 3]])
     """
-    return METHODS[reduction.method](features, reduction, last)
+    return REDUCERS[reduction.method](features, reduction, last)
 
 
-def average(features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: Last | None) -> Reduced:
+def reduce_by_average(
+    features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: ClassQueryAndKeys | None
+) -> ReducedTokens:
     """The mean of the patches that a cell touches: torch's adaptive average pooling.
 
     Where the new side does not divide the old one, a patch on a border counts in full on both sides of it.
     """
-    side, out, place, cell = _sides(features, reduction)
+    side, out, place, cell = _grid_sides(features, reduction)
     touches = ((place + 1) * out > cell * side) & (place * out < (cell + 1) * side)
-    return _pool(features, touches.float())
+    return _pool_grid(features, touches.float())
 
 
-def bilinear(features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: Last | None) -> Reduced:
+def reduce_by_bilinear(
+    features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: ClassQueryAndKeys | None
+) -> ReducedTokens:
     """Weights that fall linearly from a cell's centre to those beside it: torch's bilinear with antialiasing.
 
     Without antialiasing only the two patches next to the centre would count: half the side would be "average" again,
     a third of it "stride".
     """
-    side, out, place, cell = _sides(features, reduction)
+    side, out, place, cell = _grid_sides(features, reduction)
     distance = ((place + 0.5) * out / side - (cell + 0.5)).abs()  # between centres, in cells
-    return _pool(features, (1 - distance).relu())
+    return _pool_grid(features, (1 - distance).relu())
 
 
-def stride(features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: Last | None) -> Reduced:
+def reduce_by_stride(
+    features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: ClassQueryAndKeys | None
+) -> ReducedTokens:
     """The patch in the middle of each cell, the others dropped; 24 to 12 a side takes 1, 3, 5, ... of each side."""
-    side, out, _, cell = _sides(features, reduction)
+    side, out, _, cell = _grid_sides(features, reduction)
     middle = (2 * cell + 1) * side // (2 * out)
-    return _pick(features, (middle * side + middle.T).flatten())
+    return _select_patches(features, (middle * side + middle.T).flatten())
 
 
-def random(features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: Last | None) -> Reduced:
+def reduce_by_random(
+    features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: ClassQueryAndKeys | None
+) -> ReducedTokens:
     """Random patches, in the order of their place: the same places for every image, in every batch and every run."""
     patches = features.shape[1]
     shuffled = torch.randperm(patches, generator=torch.Generator().manual_seed(reduction.seed))
-    places = shuffled[: reduction.count(patches)].sort().values
-    return _pick(features, places.to(features.device, non_blocking=True))
+    places = shuffled[: reduction.count_tokens(patches)].sort().values
+    return _select_patches(features, places.to(features.device, non_blocking=True))
 
 
-def prumerge(features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: Last | None) -> Reduced:
+def reduce_by_prumerge(
+    features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: ClassQueryAndKeys | None
+) -> ReducedTokens:
     """LLaVA-PruMerge: out - 1 tokens by falling attention, each with its neighbours added; behind them one of the rest.
 
     The weight of a patch is the class token's attention in the last block, over all heads' dimensions at once.  A token
@@ -106,10 +118,10 @@ def prumerge(features: Float[Tensor, "batch patches dim"], reduction: Reduction,
         raise ValueError("last: got None, allowed: query and keys; a tower with a class token is needed")
     query, keys = last
     batch, patches, _ = features.shape
-    kept_count = reduction.count(patches) - 1
-    attention = _attention(query, keys)
+    kept_count = reduction.count_tokens(patches) - 1
+    attention = _class_attention(query, keys)
     kept = attention.argsort(dim=-1, descending=True, stable=True)[:, :kept_count]
-    near = attention.new_zeros(batch, kept_count, patches).scatter(2, _nearest(keys[:, 1:], kept, reduction), 1)
+    near = attention.new_zeros(batch, kept_count, patches).scatter(2, _nearest_patches(keys[:, 1:], kept, reduction), 1)
     rest = torch.ones_like(attention).scatter(1, kept, 0).unsqueeze(1)
     weights = torch.cat([near, rest], dim=1) * attention.unsqueeze(1)
     weights = weights.scatter(2, kept.unsqueeze(-1), 1)
@@ -117,51 +129,51 @@ def prumerge(features: Float[Tensor, "batch patches dim"], reduction: Reduction,
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     number = torch.arange(kept_count + 1, device=kept.device).expand(batch, -1)
     slot = torch.full_like(attention, kept_count, dtype=torch.long).scatter(1, kept, number[:, :-1])
-    return _mix(weights, features), slot, number == kept_count
+    return _mix_patches(weights, features), slot, number == kept_count
 
 
-METHODS: dict[str, Callable[..., Reduced]] = {
-    "average": average,
-    "stride": stride,
-    "bilinear": bilinear,
-    "random": random,
-    "prumerge": prumerge,
+REDUCERS: dict[str, Callable[..., ReducedTokens]] = {
+    "average": reduce_by_average,
+    "stride": reduce_by_stride,
+    "bilinear": reduce_by_bilinear,
+    "random": reduce_by_random,
+    "prumerge": reduce_by_prumerge,
 }
 
 
-def _sides(
+def _grid_sides(
     features: Float[Tensor, "batch patches dim"], reduction: Reduction
 ) -> tuple[int, int, Int[Tensor, "side"], Int[Tensor, "out 1"]]:
     """Patches a side, cells a side, and their numbers: of the patches in a row, of the cells in a column."""
     patches = features.shape[1]
-    side, out = grid(patches), grid(reduction.count(patches))
+    side, out = grid_side(patches), grid_side(reduction.count_tokens(patches))
     return side, out, torch.arange(side, device=features.device), torch.arange(out, device=features.device).unsqueeze(1)
 
 
-def _pool(features: Float[Tensor, "batch patches dim"], weights: Float[Tensor, "cells side"]) -> Reduced:
+def _pool_grid(features: Float[Tensor, "batch patches dim"], weights: Float[Tensor, "cells side"]) -> ReducedTokens:
     """Pool rows and columns alike.  weights: of the patches of a side in the cells of a side, before normalising."""
     weights = weights / weights.sum(dim=1, keepdim=True)
     out, side = weights.shape
     cell = (2 * torch.arange(side, device=features.device) + 1) * out // (2 * side)
     slot = (cell.unsqueeze(1) * out + cell).flatten().expand(features.shape[:2])
-    tokens = _mix(torch.kron(weights, weights), features)
+    tokens = _mix_patches(torch.kron(weights, weights), features)
     return tokens, slot, torch.full(tokens.shape[:2], out < side, device=features.device)
 
 
-def _pick(features: Float[Tensor, "batch patches dim"], places: Int[Tensor, "out"]) -> Reduced:
+def _select_patches(features: Float[Tensor, "batch patches dim"], places: Int[Tensor, "out"]) -> ReducedTokens:
     tokens = features.index_select(1, places)
     slot = places.new_full(features.shape[1:2], -1).scatter(0, places, torch.arange(len(places), device=places.device))
     return tokens, slot.expand(features.shape[:2]), torch.zeros_like(tokens[..., 0], dtype=torch.bool)
 
 
-def _mix(
+def _mix_patches(
     weights: Float[Tensor, "*images out patches"], features: Float[Tensor, "batch patches dim"]
 ) -> Float[Tensor, "batch out dim"]:
     """weights: one matrix for all images, or one for each."""
     return (weights @ features.float()).to(features.dtype)
 
 
-def _attention(
+def _class_attention(
     query: Float[Tensor, "batch width"], keys: Float[Tensor, "batch tokens width"]
 ) -> Float[Tensor, "batch tokens-1"]:
     """From the class token to each patch; the softmax runs over the class token as well."""
@@ -170,7 +182,7 @@ def _attention(
 
 
 @torch.no_grad()
-def _nearest(
+def _nearest_patches(
     keys: Float[Tensor, "batch patches width"], kept: Int[Tensor, "batch kept"], reduction: Reduction
 ) -> Int[Tensor, "batch kept near"]:
     """The patches whose keys have the highest cosine with that of each token kept, itself apart."""

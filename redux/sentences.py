@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 
-def splitter() -> str:
+def choose_splitter() -> str:
     """What counts sentences here: "punkt", as in IFEval, or "regex" without the extra `instructions`."""
     return "punkt" if find_spec("nltk") and find_spec("punkt") else "regex"
 
@@ -21,11 +21,11 @@ def splitter() -> str:
 _DOT, _STOP = "\x00", "\x01"
 """A full stop that ends no sentence, and a place where one ends."""
 
-_STARTS = (
+_SENTENCE_STARTS = (
     r"(Mr|Mrs|Ms|Dr|Prof|Capt|Cpt|Lt|He\s|She\s|It\s|They\s|Their\s|Our\s|We\s|But\s|However\s|That\s|This\s|Wherever)"
 )
 
-_RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+_REPLACEMENTS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\n", " "),
     (r"(Mr|St|Mrs|Ms|Dr)[.]", rf"\1{_DOT}"),
     (r"[.](com|net|org|io|gov|edu|me)", rf"{_DOT}\1"),
@@ -33,10 +33,10 @@ _RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"[.]{2,}", lambda dots: _DOT * len(dots[0]) + _STOP),
     (r"Ph[.]D[.]", f"Ph{_DOT}D{_DOT}"),
     (r"\s([A-Za-z])[.] ", rf" \1{_DOT} "),
-    (rf"([A-Z][.][A-Z][.](?:[A-Z][.])?) {_STARTS}", rf"\1{_STOP} \2"),
+    (rf"([A-Z][.][A-Z][.](?:[A-Z][.])?) {_SENTENCE_STARTS}", rf"\1{_STOP} \2"),
     (r"([A-Za-z])[.]([A-Za-z])[.]([A-Za-z])[.]", rf"\1{_DOT}\2{_DOT}\3{_DOT}"),
     (r"([A-Za-z])[.]([A-Za-z])[.]", rf"\1{_DOT}\2{_DOT}"),
-    (rf" (Inc|Ltd|Jr|Sr|Co)[.] {_STARTS}", rf" \1{_STOP} \2"),
+    (rf" (Inc|Ltd|Jr|Sr|Co)[.] {_SENTENCE_STARTS}", rf" \1{_STOP} \2"),
     (r" (Inc|Ltd|Jr|Sr|Co)[.]", rf" \1{_DOT}"),
     (r" ([A-Za-z])[.]", rf" \1{_DOT}"),
     (r"[.]”", "”."),
@@ -49,20 +49,20 @@ _RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 """What IFEval's `split_into_sentences` replaces, in its order; its marks are "<prd>" and "<stop>", ours no text has."""
 
 
-def _by_rules(text: str) -> list[str]:
+def _split_by_rules(text: str) -> list[str]:
     text = f" {text}  "
-    for pattern, replacement in _RULES:
+    for pattern, replacement in _REPLACEMENTS:
         text = re.sub(pattern, replacement, text)
     *sentences, rest = (sentence.strip() for sentence in text.split(_STOP))
     return [*sentences, rest] if rest else sentences
 
 
-def _by_punkt(text: str) -> list[str]:
-    return _punkt().tokenize(text)
+def _split_by_punkt(text: str) -> list[str]:
+    return _load_punkt().tokenize(text)
 
 
 @cache
-def _punkt() -> Any:
+def _load_punkt() -> Any:
     from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
     from punkt import load_model
 
@@ -74,5 +74,5 @@ def _punkt() -> Any:
     return PunktSentenceTokenizer(parameters)
 
 
-SPLITTERS: dict[str, Callable[[str], list[str]]] = {"punkt": _by_punkt, "regex": _by_rules}
+SPLITTERS: dict[str, Callable[[str], list[str]]] = {"punkt": _split_by_punkt, "regex": _split_by_rules}
 """Text to sentences, by what `splitter` says."""

@@ -1,7 +1,7 @@
 """Settings of the method and its rivals, and one check for all of them.
 
-Plain Python: a mistake in a job file is found without torch.  `redux.vmtc`, `redux.cmai` and `redux.reduction` hold the
-computations; each setting that the paper leaves open is explained here.
+Plain Python, so that a mistake in a job file is found without torch.  `redux.vmtc`, `redux.cmai` and `redux.reduction`
+hold the computations.  Each setting that the paper leaves open is explained here.
 """
 
 import math
@@ -12,60 +12,69 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 TemplateName = Literal["plain", "vicuna_v1", "vicuna_bare"]
-"""Of a conversation template in `redux.conversation.TEMPLATES`."""
+"""Name of a conversation template in `redux.conversation.TEMPLATES`."""
 
-Fit = Literal["pad", "crop"]
-"""How an image becomes a square: its shorter edges padded (LLaVA-1.5's stage 2), or the longer ones cut (stage 1)."""
+ImageAspectRatio = Literal["pad", "crop"]
+"""Method to make an image square: pad the shorter edges (LLaVA-1.5's stage 2), or crop the longer ones (stage 1)."""
 
-Way = Literal["exact", "fast"]
-"""How pixels are computed, see `redux.image.pixels`."""
+ImageBackend = Literal["exact", "fast"]
+"""Library that computes pixels, see `redux.image.load_pixels`."""
 
-Seeds = Literal["strided", "farthest", "random"]
-"""Where K-means starts from, see `redux.kmeans.kmeans`."""
+KMeansSeeds = Literal["strided", "farthest", "random"]
+"""Choice of the first centroids of K-means, see `redux.kmeans.kmeans`."""
 
-Rule = tuple[str, Callable[[Any], bool]]
+FieldRule = tuple[str, Callable[[Any], bool]]
+"""Allowed values of a field in words, and a function that checks a value."""
 
-WORDS = {bool: "True or False", int: "a whole number", float: "a number", NoneType: "None"}
+TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", NoneType: "None"}
 
 
-def require(settings: Any, **rules: Rule) -> None:
-    """ValueError naming the first field of a dataclass that has a value it may not have, and what is allowed.
+def check_fields(settings: Any, **rules: FieldRule) -> None:
+    """Check the fields of a dataclass against their types and against rules.
 
-    Every field is checked against its type, strictly: True is no number and NaN neither.  `rules` gives for some of
-    them what else is asked, in words and as a function of the value; None, where it is allowed, breaks no rule.
+    Types are strict: True is no number, and neither is NaN.  None breaks no rule if the type allows it.
+
+    Args:
+        settings: instance of a dataclass.
+        rules: rules by field.
+
+    Raises:
+        ValueError: names the first field with a value that is not allowed, and the allowed values.
     """
     for name, hint in get_type_hints(type(settings)).items():
-        value, (asked, keeps) = getattr(settings, name), rules.get(name, ("", lambda _: True))
-        if not _is(value, hint):
-            raise ValueError(f"{name}: got {value!r}, allowed: {_words(hint)}")
-        if value is not None and not keeps(value):
-            raise ValueError(f"{name}: got {value!r}, allowed: {asked}")
+        value = getattr(settings, name)
+        allowed, is_allowed = rules.get(name, ("", lambda _: True))
+        if not _has_type(value, hint):
+            raise ValueError(f"{name}: got {value!r}, allowed: {_describe_type(hint)}")
+        if value is not None and not is_allowed(value):
+            raise ValueError(f"{name}: got {value!r}, allowed: {allowed}")
 
 
-def _is(value: Any, hint: Any) -> bool:
+def _has_type(value: Any, hint: Any) -> bool:
+    """Tell if a value has the annotated type: a Literal, a union, a tuple of any length, or a plain class."""
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) in (Union, UnionType):
-        return any(_is(value, member) for member in get_args(hint))
+        return any(_has_type(value, member) for member in get_args(hint))
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is(each, get_args(hint)[0]) for each in value)
+        return isinstance(value, tuple) and all(_has_type(item, get_args(hint)[0]) for item in value)
     if isinstance(value, bool) or hint is not float:
         return type(value) is hint
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _words(hint: Any) -> str:
+def _describe_type(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_words(member) for member in get_args(hint))
+        return " or ".join(_describe_type(member) for member in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a tuple, of each {_words(get_args(hint)[0])}"
-    return WORDS[hint]
+        return f"a tuple, of each {_describe_type(get_args(hint)[0])}"
+    return TYPE_NAMES[hint]
 
 
-def grid(patches: int) -> int:
-    """Patches a side.  Raises ValueError where they do not fill a square."""
+def grid_side(patches: int) -> int:
+    """Compute the number of patches on each side of the image; ValueError if they do not fill a square."""
     side = round(patches**0.5)
     if side * side != patches or not patches:
         raise ValueError(f"patches: got {patches}, allowed: a square number, row by row")
@@ -73,7 +82,13 @@ def grid(patches: int) -> int:
 
 
 class CompressionStage(NamedTuple):
-    """What one compressing block does: patch tokens kept (k) and clusters made of the rest (c)."""
+    """Token counts of one compressing block.
+
+    Args:
+        block: number of the block, from 0.
+        kept: patch tokens kept, k of eq. 5.
+        clusters: clusters of the other tokens, c of eq. 7.
+    """
 
     block: int
     kept: int
@@ -87,30 +102,34 @@ class CompressionStage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class VMTC:
-    """Settings of the compression.  The budget is one of `ratio`, `tokens` or `kept`; without any, a ratio of 0.5.
+    """Settings of the token compression.
 
-    ratio: share of the patch tokens removed in total, 0 <= ratio < 1.
-    tokens: patch tokens that leave the last stage.
-    kept: k of each stage; asks for `clusters`.
-    clusters: c, for every stage or for each; 0 drops the redundant tokens, 1 merges them into a single one.  Where a
-        total leaves a stage nothing to remove, nothing is redundant, and it has no clusters whatever is asked.
-    cluster_share: c as a share of a stage's output tokens, where `clusters` says nothing.
-    stages: how many blocks compress, equally spaced over the blocks in use, or which, by number from 0, or from the
-        end, where -1 is the last block in use.
-    budget_schedule: how a total is spread over the stages; "geometric" removes the same share in each, "linear" the
-        same number.
-    similarity: what clusters are made by; the tokens themselves or their attention "keys", as PruMerge does.
-    weights: of a token within its cluster; "raw" is IPS(j), as eq. 7 prints it, "normalized" divides by the cluster's
-        sum of IPS, "total" by that of all redundant tokens.
-    order: "spatial" keeps tokens in the order of their place in the image, "rank" is eq. 8, by importance, also where
-        nothing is removed.  The language model counts positions as tokens come, as in LLaVA, not by patch.
-    proportional: whether a merged token counts in later attention as many times as it holds patches (ToMe, arXiv
-        2210.09461, eq. 1: log size is added to its scores) instead of once.
-    seeds, iterations: of K-means, see `redux.kmeans`.
+    The budget is one of `ratio`, `tokens` or `kept`; without any of them, a ratio of 0.5.
 
-    >>> [tuple(stage) for stage in VMTC(tokens=64).schedule(576, 23)]  # block, k, c
+    Args:
+        ratio: share of the patch tokens removed in total, 0 <= ratio < 1.
+        tokens: patch tokens after the last stage.
+        kept: k of each stage; requires `clusters`.
+        clusters: c of every stage, or of each. 0 drops the redundant tokens, 1 merges them into a single one. A stage
+            that removes nothing has no redundant tokens, and then no clusters, unless `kept` is set.
+        cluster_share: c as a share of a stage's output tokens, if `clusters` is null.
+        stages: number of compressing blocks, equally spaced over the blocks in use; or their numbers from 0, or from
+            the end, with -1 for the last block in use.
+        budget_schedule: distribution of the budget over the stages. "geometric" removes the same share in each stage,
+            "linear" the same number.
+        similarity: vectors that are clustered, the "tokens" themselves or their attention "keys", as in PruMerge.
+        weights: merge weight of a token in its cluster. "raw" is IPS(j), as eq. 7 is printed, "normalized" divides by
+            the cluster's sum of IPS, "total" by the sum of all redundant tokens.
+        order: order of the output tokens. "spatial" is that of the image, "rank" is by importance (eq. 8), also if
+            nothing is removed. The language model numbers positions in this order, as in LLaVA, not by patch.
+        proportional: true counts a merged token in later attention once for each of its patches (ToMe, arXiv
+            2210.09461, eq. 1, adds log size to its scores), false once.
+        seeds: first centroids of K-means, see `redux.kmeans`.
+        iterations: iterations of K-means.
+
+    >>> [tuple(stage) for stage in VMTC(tokens=64).plan_stages(576, 23)]  # block, k, c
     [(5, 231, 46), (11, 111, 22), (17, 53, 11)]
-    >>> VMTC(kept=(8, 3), clusters=(2, 1), stages=(1, 3)).tokens_left(16, 4)
+    >>> VMTC(kept=(8, 3), clusters=(2, 1), stages=(1, 3)).count_tokens_left(16, 4)
     4
     """
 
@@ -125,11 +144,11 @@ class VMTC:
     weights: Literal["normalized", "raw", "total"] = "normalized"
     order: Literal["spatial", "rank"] = "spatial"
     proportional: bool = False
-    seeds: Seeds = "strided"
+    seeds: KMeansSeeds = "strided"
     iterations: int = 10
 
     def __post_init__(self) -> None:
-        require(
+        check_fields(
             self,
             ratio=("0 <= ratio < 1", lambda ratio: 0 <= ratio < 1),
             tokens=("at least 1", lambda tokens: tokens >= 1),
@@ -141,12 +160,12 @@ class VMTC:
             iterations=("at least 1", lambda iterations: iterations >= 1),
         )
         count = self.stages if isinstance(self.stages, int) else len(self.stages)
-        each = f"a number of at least 0 for each of {count} stages"
-        require(
+        per_stage = f"a number of at least 0 for each of {count} stages"
+        check_fields(
             self,
-            kept=(each, lambda kept: len(kept) == count and min(kept) >= 0),
+            kept=(per_stage, lambda kept: len(kept) == count and min(kept) >= 0),
             clusters=(
-                f"a number of at least 0, or {each}",
+                f"a number of at least 0, or {per_stage}",
                 lambda clusters: (
                     clusters >= 0 if isinstance(clusters, int) else len(clusters) == count and min(clusters) >= 0
                 ),
@@ -160,49 +179,60 @@ class VMTC:
         if self.kept is not None and self.clusters is None:
             raise ValueError("clusters: got None, allowed: a number, or one for each stage, as kept is given")
 
-    def schedule(self, patches: int, blocks: int) -> tuple[CompressionStage, ...]:
-        """The compressing blocks of a tower that uses `blocks` blocks on `patches` patch tokens.
+    def plan_stages(self, patches: int, blocks: int) -> tuple[CompressionStage, ...]:
+        """Plan the compressing blocks of a tower.
 
-        576 patches, 23 blocks, 50 % in 3 stages: blocks 5, 11, 17 (from 0) put out 457, 363 and 288 tokens.
-        Raises ValueError where a block is not in use, or a stage would keep no token or more than it is given.
+        576 patches, 23 blocks, 50 % in 3 stages: blocks 5, 11, 17 (from 0) output 457, 363 and 288 tokens.
+
+        Args:
+            patches: patch tokens of an image.
+            blocks: blocks in use.
+
+        Raises:
+            ValueError: a block is not in use, or a stage would keep no token or more than its input.
         """
-        places = self._places(blocks)
-        numbers = self.clusters if isinstance(self.clusters, tuple) else (self.clusters,) * len(places)
+        numbers = self._block_numbers(blocks)
+        clusters_by_stage = self.clusters if isinstance(self.clusters, tuple) else (self.clusters,) * len(numbers)
+        # tokens after each stage: k + c where k is given, else from the total
         if self.kept is not None:
-            outs = tuple(kept + (clusters or 0) for kept, clusters in zip(self.kept, numbers, strict=True))
+            outs = tuple(kept + (clusters or 0) for kept, clusters in zip(self.kept, clusters_by_stage, strict=True))
         else:
-            outs = self._outs(patches, len(places))
-        result: list[CompressionStage] = []
-        for place, before, out, clusters in zip(places, (patches, *outs), outs, numbers, strict=False):
-            if not 1 <= out <= before:
+            outs = self._tokens_after_stages(patches, len(numbers))
+        stages: list[CompressionStage] = []
+        for number, tokens, out, clusters in zip(numbers, (patches, *outs), outs, clusters_by_stage, strict=False):
+            if not 1 <= out <= tokens:
                 raise ValueError(
-                    f"kept: got {self.kept}, with {clusters} clusters at block {place}, allowed: 1 to {before} tokens "
-                    "in all, which are there"
+                    f"kept: got {self.kept}, with {clusters} clusters at block {number}, allowed: 1 to {tokens} "
+                    "tokens in all, which are there"
                 )
             if clusters is None:
                 clusters = round(out * self.cluster_share)
-            if self.kept is None and out == before:
+            if self.kept is None and out == tokens:
                 clusters = 0  # nothing is redundant
             if clusters > out:
-                raise ValueError(f"clusters: got {clusters}, allowed: up to {out}, all tokens that leave block {place}")
-            result.append(CompressionStage(place, out - clusters, clusters))
-        return tuple(result)
+                raise ValueError(
+                    f"clusters: got {clusters}, allowed: up to {out}, all tokens that leave block {number}"
+                )
+            stages.append(CompressionStage(number, out - clusters, clusters))
+        return tuple(stages)
 
-    def _places(self, blocks: int) -> tuple[int, ...]:
+    def _block_numbers(self, blocks: int) -> tuple[int, ...]:
+        """Resolve `stages` to block numbers from 0."""
         if isinstance(self.stages, tuple):
-            places = tuple(place + blocks if place < 0 else place for place in self.stages)
-            if any(not one < other for one, other in pairwise((-1, *places, blocks))):
+            numbers = tuple(number + blocks if number < 0 else number for number in self.stages)
+            # -1 and `blocks` are the bounds
+            if any(number >= following for number, following in pairwise((-1, *numbers, blocks))):
                 raise ValueError(
                     f"stages: got {self.stages}, allowed: ascending numbers up to {blocks - 1}, the last block in use "
                     "of the image tower"
                 )
-            return places
+            return numbers
         if self.stages > blocks:
             raise ValueError(f"stages: got {self.stages}, allowed: 1 to {blocks}, the blocks in use of the image tower")
         return tuple(blocks * number // (self.stages + 1) for number in range(1, self.stages + 1))
 
-    def _outs(self, patches: int, stages: int) -> tuple[int, ...]:
-        """Patch tokens after each stage, from a total."""
+    def _tokens_after_stages(self, patches: int, stages: int) -> tuple[int, ...]:
+        """Compute the patch tokens after each stage from the total budget."""
         if self.tokens is not None and self.tokens > patches:
             raise ValueError(f"tokens: got {self.tokens}, allowed: 1 to {patches}, the patch tokens of an image")
         left = self.tokens / patches if self.tokens is not None else 1 - (0.5 if self.ratio is None else self.ratio)
@@ -213,42 +243,47 @@ class VMTC:
             return tuple(round(patches * (1 - (1 - left) * part)) for part in parts)
         return tuple(round(patches * left**part) for part in parts)
 
-    def tokens_left(self, patches: int, blocks: int) -> int:
-        """Patch tokens that leave the tower."""
-        return self.schedule(patches, blocks)[-1].out
+    def count_tokens_left(self, patches: int, blocks: int) -> int:
+        """Compute the patch tokens after the last stage."""
+        return self.plan_stages(patches, blocks)[-1].out
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
+GAMMA_SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda depth: depth,
     "constant": lambda depth: 1.0,
     "cosine": lambda depth: (1 - math.cos(math.pi * depth)) / 2,
     "step": lambda depth: float(depth >= 0.5),
 }
-"""How gamma rises from its minimum (0) to its maximum (1) over the layers, from the first (0) to the last (1)."""
+"""Rise of gamma from its minimum (0) to its maximum (1), by depth: 0 in the first layer, 1 in the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CMAI:
-    """Settings of the inhibition; the defaults are the paper's, read as the module's text says.
+    """Settings of the attention inhibition.
 
-    gamma_max: gamma, the ratio of image tokens inhibited for each text token, in the last layer; 0 <= gamma_max < 1.
-    gamma_min: gamma in the first layer; 0 <= gamma_min <= gamma_max.  gamma_max / layers gives
-        gamma_max (l + 1) / layers.
-    schedule: how gamma goes from one to the other; "constant" is the maximum in every layer, "step" in the later half.
-    scores: what A averages over heads; "weights" after the softmax, "scores" QK^T as the paper's words have it,
-        "scaled" QK^T / sqrt(d_k).
-    focus: "neighbourhood" is eq. 11; the others are the rivals of Table 5: "tia" is A_t2i alone, "sum" adds the rows of
-        A_t2i of all text tokens up to the row's own, "discounted" adds them times discount^distance, in text tokens.
-    discount: of "discounted", 0 < discount <= 1; the paper does not give its own.
-    preamble: whether text before the first image counts in the softmax of "weights".
-    quantile: "lower" keeps from the score at rank floor(gamma (n - 1)) on, "linear" interpolates between two ranks,
-        "count" inhibits floor(gamma n), equal scores by their place.
-    active: when pairs are inhibited at all.
-    generated: whether tokens that are decoded on a cache are inhibited as well.
+    The defaults are the paper's, in the reading of `redux.cmai`.
 
-    >>> CMAI(gamma_max=0.6).ratios(4)
+    Args:
+        gamma_max: gamma, the ratio of image tokens inhibited for each text token, in the last layer; 0 <= gamma_max
+            < 1.
+        gamma_min: gamma in the first layer, 0 <= gamma_min <= gamma_max. gamma_max / layers gives
+            gamma_max (l + 1) / layers.
+        schedule: rise of gamma over the layers. "constant" is gamma_max in every layer, "step" in the later half.
+        scores: scores that A averages over heads. "weights" are those after the softmax, "scores" are QK^T, the
+            paper's attention score, "scaled" are QK^T / sqrt(d_k).
+        focus: focus score. "neighbourhood" is eq. 11. The others are the rivals of Table 5; "tia" is A_t2i alone,
+            "sum" adds the rows of A_t2i of all text tokens up to the row's own, "discounted" adds them times
+            discount^distance, in text tokens.
+        discount: discount of "discounted", 0 < discount <= 1. The paper gives none.
+        preamble: true counts text before the first image in the softmax of "weights".
+        quantile: threshold in a row. "lower" keeps from the score at rank floor(gamma (n - 1)) on, "linear"
+            interpolates between two ranks, "count" inhibits floor(gamma n) pairs, equal scores by their position.
+        active: phase in which pairs are inhibited.
+        generated: true inhibits tokens that are decoded on a cache as well.
+
+    >>> CMAI(gamma_max=0.6).compute_gammas(4)
     (0.0, 0.2, 0.4, 0.6)
-    >>> CMAI(gamma_max=0.6, schedule="step").ratios(4)
+    >>> CMAI(gamma_max=0.6, schedule="step").compute_gammas(4)
     (0.0, 0.0, 0.6, 0.6)
     """
 
@@ -264,37 +299,43 @@ class CMAI:
     generated: bool = True
 
     def __post_init__(self) -> None:
-        require(
+        check_fields(
             self,
             gamma_max=("0 <= gamma_max < 1", lambda gamma: 0 <= gamma < 1),
             gamma_min=(f"0 <= gamma_min <= gamma_max, {self.gamma_max}", lambda gamma: 0 <= gamma <= self.gamma_max),
             discount=("0 < discount <= 1", lambda discount: 0 < discount <= 1),
         )
 
-    def ratios(self, layers: int) -> tuple[float, ...]:
-        """gamma of each layer."""
-        rise = [SCHEDULES[self.schedule](layer / max(layers - 1, 1)) for layer in range(layers)]
+    def compute_gammas(self, layers: int) -> tuple[float, ...]:
+        """Compute gamma of each layer."""
+        rise = [GAMMA_SCHEDULES[self.schedule](layer / max(layers - 1, 1)) for layer in range(layers)]
         return tuple(round(self.gamma_min + (self.gamma_max - self.gamma_min) * share, 12) for share in rise)
 
 
-SPATIAL = ("average", "stride", "bilinear")
+SPATIAL_METHODS = ("average", "stride", "bilinear")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """Settings of a reduction.  The budget is one of `tokens` and `ratio`.
+    """Settings of a rival of VMTC that reduces tokens after the tower.
 
-    method: a name in METHODS.
-    tokens: visual tokens left; a square number for "average", "stride" and "bilinear", at least 2 for "prumerge".
-    ratio: share of the patch tokens removed, 0 <= ratio < 1; the spatial methods take the nearest square number.
-    seed: of "random".
-    neighbours: of "prumerge", how many of the most similar tokens are added to each token kept.
-    weights: of "prumerge"; "raw" are the attention weights as in the authors' code, "normalized" divides by their sum,
-        so that each token is a weighted mean of patches.
+    The budget is one of `tokens` and `ratio`.
 
-    >>> Reduction(method="average", ratio=0.75).count(576), Reduction(method="random", ratio=0.9).count(576)
-    (144, 58)
-    >>> Reduction(method="average", ratio=0.9).count(576)  # 64 is nearer to 57.6 than 49
+    Args:
+        method: method of `redux.reduction`.
+        tokens: visual tokens after the reduction. A square number for "average", "stride" and "bilinear", at least 2
+            for "prumerge".
+        ratio: share of the patch tokens removed, 0 <= ratio < 1. The spatial methods take the nearest square number.
+        seed: seed of "random".
+        neighbours: for "prumerge", number of the most similar tokens added to each kept token.
+        weights: weights of "prumerge". "raw" are the attention weights as in the authors' code, "normalized" divides
+            by their sum, so that each token is a weighted mean of patches.
+
+    >>> Reduction(method="average", ratio=0.75).count_tokens(576)
+    144
+    >>> Reduction(method="random", ratio=0.9).count_tokens(576)
+    58
+    >>> Reduction(method="average", ratio=0.9).count_tokens(576)  # 64 is nearer to 57.6 than 49
     64
     """
 
@@ -307,10 +348,10 @@ class Reduction:
 
     def __post_init__(self) -> None:
         square = ("a square number, at least 1", lambda tokens: tokens >= 1 and tokens == math.isqrt(tokens) ** 2)
-        least = (f"at least {self._least}", lambda tokens: tokens >= self._least)
-        require(
+        at_least = (f"at least {self._min_tokens}", lambda tokens: tokens >= self._min_tokens)
+        check_fields(
             self,
-            tokens=square if self.method in SPATIAL else least,
+            tokens=square if self.method in SPATIAL_METHODS else at_least,
             ratio=("0 <= ratio < 1", lambda ratio: 0 <= ratio < 1),
             neighbours=("at least 1", lambda neighbours: neighbours >= 1),
         )
@@ -318,27 +359,28 @@ class Reduction:
             raise ValueError(f"tokens, ratio: got {self.tokens!r}, {self.ratio!r}, allowed: exactly one of the two")
 
     @property
-    def _least(self) -> int:
+    def _min_tokens(self) -> int:
         return 2 if self.method == "prumerge" else 1
 
-    def count(self, patches: int) -> int:
-        """Visual tokens that leave.
+    def count_tokens(self, patches: int) -> int:
+        """Compute the visual tokens after the reduction.
 
-        Raises ValueError where there are fewer patches, where too few would be left or, for the spatial methods, where
-        the patches do not fill a square.
+        Raises:
+            ValueError: there are fewer patches, too few tokens would be left, or a spatial method gets patches that do
+                not fill a square.
         """
-        squares = [side**2 for side in range(1, grid(patches) + 1)] if self.method in SPATIAL else []
-        wanted = self.tokens or patches * (1 - (self.ratio or 0))
-        count = min(squares, key=lambda square: abs(square - wanted), default=round(wanted))
-        if wanted > patches or count < self._least:
+        squares = [side**2 for side in range(1, grid_side(patches) + 1)] if self.method in SPATIAL_METHODS else []
+        target = self.tokens or patches * (1 - (self.ratio or 0))
+        count = min(squares, key=lambda square: abs(square - target), default=round(target))
+        if target > patches or count < self._min_tokens:
             name = "tokens" if self.tokens else "ratio"
-            allowed = f"one that leaves {self._least} to {patches} of {patches} patch tokens"
+            allowed = f"one that leaves {self._min_tokens} to {patches} of {patches} patch tokens"
             raise ValueError(f"{name}: got {getattr(self, name)}, allowed: {allowed}")
         return count
 
 
-FORMER_NAMES = {"maximum": "gamma_max", "minimum": "gamma_min", "fall": "budget_schedule"}
-"""Fields of settings that had other names when older models were saved."""
+FORMER_FIELD_NAMES = {"maximum": "gamma_max", "minimum": "gamma_min", "fall": "budget_schedule"}
+"""Former names of fields, in configurations that older versions saved."""
 
 METHODS: dict[str, Any] = {"vmtc": VMTC, "cmai": CMAI, "reduction": Reduction}
-"""What a configuration may hold beside LLaVA's own, as dictionaries; None is off."""
+"""Classes of the settings that a configuration adds to LLaVA's, as dictionaries; None is off."""

@@ -1,17 +1,16 @@
 """An image tower whose blocks compress, within the forward pass of the tower and of each block.
 
-The tower runs up to the layer that LLaVA reads: the block above it is never computed.  Some of its blocks put VMTC
-between their attention and their MLP.  All of it happens inside the `forward` of the tower and of the block, so that
-whatever is hung on their calls runs as well: FSDP2 gathers weights, accelerate moves inputs, and activations are
-recomputed.
+The tower runs up to the layer that LLaVA reads; blocks above it are never computed.  Some blocks put VMTC between their
+attention and their MLP.  All of it happens inside the `forward` of the tower and of the block, so hooks on these calls
+still run: FSDP2 gathers weights, accelerate moves inputs, and activation checkpointing recomputes.
 
-`extend` gives a module a subclass of its own class with the same name.  That subclass has a second way through
-`forward`, which a keyword asks for; without it, it is transformers' own.  Weights and their names stay the same.
+`extend_module` gives a module a subclass of its own class with the same name.  A keyword selects the second path
+through `forward`; without it, `forward` is transformers' own.  Weights and their names stay the same.
 
 The tower is any ViT of CLIP's or SigLIP's build.  SigLIP has no class token, so there IPS is the attention that a patch
-receives from all others.
+receives from all other patches.
 
-Shapes: batch, all (patches of this block, with the class token where there is one), fewer (those that leave it), dim.
+Shapes: batch, all (patches of this block, and the class token if there is one), fewer (tokens after it), dim.
 """
 
 from functools import cache
@@ -23,150 +22,177 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from redux.parallel import head_mesh, join_heads
-from redux.reduction import reduce
+from redux.reduction import reduce_tokens
 from redux.settings import VMTC, CompressionStage, Reduction
-from redux.vmtc import Fate, compress, importance, received
+from redux.vmtc import PatchAssignment, compress_tokens, importance_score, mean_received_attention
 
 
-class Compression(NamedTuple):
-    """Compression of one block; first: tokens before the patches, 1 with a class token, else 0."""
+class BlockCompression(NamedTuple):
+    """Compression in one block.
+
+    Args:
+        stage: tokens kept and clusters made.
+        vmtc: settings.
+        num_prefix_tokens: tokens before the patches, 1 with a class token, else 0.
+    """
 
     stage: CompressionStage
     vmtc: VMTC
-    first: int
+    num_prefix_tokens: int
 
 
-class Encoding(NamedTuple):
-    """Compression of a tower.
+class TowerCompression(NamedTuple):
+    """Compression in a whole tower.
 
-    depth: blocks that are computed.
-    first: tokens before the patches, 1 with a class token, else 0.
-    compressions: by block.
-    reduction: of the patches that leave the last of these blocks.
+    Args:
+        num_blocks_used: blocks that are computed.
+        num_prefix_tokens: tokens before the patches, 1 with a class token, else 0.
+        compressions: compressing blocks by number.
+        reduction: reduction of the patches after the last of these blocks.
     """
 
-    depth: int
-    first: int
-    compressions: dict[int, Compression]
+    num_blocks_used: int
+    num_prefix_tokens: int
+    compressions: dict[int, BlockCompression]
     reduction: Reduction | None
 
 
 def is_clip_like(tower: nn.Module) -> bool:
-    """Tell if the tower's blocks can be run one by one: it is of CLIP's build."""
+    """Tell if the tower has blocks of CLIP's build, so that they can be run one by one."""
     blocks: Any = getattr(getattr(tower, "encoder", None), "layers", None)
     parts = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
     return bool(blocks) and all(hasattr(blocks[0], part) for part in parts) and hasattr(blocks[0].self_attn, "q_proj")
 
 
-class Extended:
-    """A mixin for modules of transformers; copied and pickled as such.
+class ExtendedModule:
+    """A mixin that adds a second forward pass to a module of transformers.
 
-    extends: this mixin and the class of transformers.
-    own_forward: the forward pass of that class.
+    Attributes:
+        extends: the mixin and the class of transformers; copying and pickling rebuild the subclass from them.
+        original_forward: `forward` of the class of transformers.
     """
 
     extends: Any
-    own_forward: Any
+    original_forward: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = object.__reduce_ex__(self, protocol)
-        make, args, *state = reduced
-        if type(self) is _extension(*self.extends):  # FSDP2 makes a subclass of it in its turn
-            make, args = _new, self.extends
-        return make, args, *state
+        constructor, args, *state = reduced
+        # pickle cannot import a subclass that was made at run time; a further subclass, made by FSDP2, is left alone
+        if type(self) is _extension_class(*self.extends):
+            constructor, args = _new_extended, self.extends
+        return constructor, args, *state
 
 
 @cache
-def _extension(mixin: Any, own: Any) -> Any:
-    """A subclass of both that bears the name of the second, which transformers, FSDP and accelerate go by."""
+def _extension_class(mixin: Any, original_class: Any) -> Any:
+    """Build a subclass of both with the name of the second, by which transformers, FSDP and accelerate choose."""
     fields = {
-        "__module__": own.__module__,
-        "__qualname__": own.__qualname__,
-        "__doc__": own.__doc__,
-        "extends": (mixin, own),
-        "own_forward": own.forward,
+        "__module__": original_class.__module__,
+        "__qualname__": original_class.__qualname__,
+        "__doc__": original_class.__doc__,
+        "extends": (mixin, original_class),
+        "original_forward": original_class.forward,
     }
-    return type(own.__name__, (mixin, own), fields)
+    return type(original_class.__name__, (mixin, original_class), fields)
 
 
-def _new(mixin: Any, own: Any) -> Any:
-    made = _extension(mixin, own)
-    return made.__new__(made)
+def _new_extended(mixin: Any, original_class: Any) -> Any:
+    extended = _extension_class(mixin, original_class)
+    return extended.__new__(extended)
 
 
-def extend(module: Any, mixin: Any) -> None:
-    """Give a module the second way through its forward pass, once."""
+def extend_module(module: Any, mixin: Any) -> None:
+    """Add the mixin's forward pass to a module, unless it has it already."""
     if not isinstance(module, mixin):
-        own: Any = type(module)
-        module.__class__ = _extension(mixin, own)
+        original_class: Any = type(module)
+        module.__class__ = _extension_class(mixin, original_class)
 
 
-class EncodingTower(Extended):
-    """Mixin of a tower."""
+class CompressingTower(ExtendedModule):
+    """Mixin of the image tower."""
 
     def forward(
-        self: Any, pixel_values: Any = None, *args: Any, encoding: Encoding | None = None, **kwargs: Any
+        self: Any,
+        pixel_values: Any = None,
+        *args: Any,
+        tower_compression: TowerCompression | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """As the tower's own; with `encoding` (tokens, slot, merged): the tokens, and where each patch went (`Fate`).
+        """Encode images with compression, or as transformers does if `tower_compression` is None.
 
-        The class token goes first, where there is one.
+        Returns:
+            (tokens, slot, merged): tokens (batch, all, dim), the class token first if there is one; and the fields of
+            `PatchAssignment`.
         """
-        if encoding is None:
-            return self.own_forward(pixel_values, *args, **kwargs)
-        first = encoding.first
+        if tower_compression is None:
+            return self.original_forward(pixel_values, *args, **kwargs)
+        prefix = tower_compression.num_prefix_tokens
         hidden = self.embeddings(pixel_values)
-        if hasattr(self, "pre_layrnorm"):
+        if hasattr(self, "pre_layrnorm"):  # CLIP has this norm, under this name; SigLIP has none
             hidden = self.pre_layrnorm(hidden)
-        fate = Fate.untouched(hidden.shape[0], hidden.shape[1] - first, hidden.device)
+        assignment = PatchAssignment.untouched(hidden.shape[0], hidden.shape[1] - prefix, hidden.device)
         mask = None
-        for number, block in enumerate(self.encoder.layers[: encoding.depth]):
-            compression = encoding.compressions.get(number)
+        # VMTC: follow each patch through the compressing blocks
+        for number, block in enumerate(self.encoder.layers[: tower_compression.num_blocks_used]):
+            compression = tower_compression.compressions.get(number)
             if compression is None:
                 hidden = block(hidden, attention_mask=mask)
                 continue
             hidden, slot, cluster = block(hidden, attention_mask=mask, compression=compression)
-            fate = fate.then(slot, cluster)
+            assignment = assignment.then(slot, cluster)
             if compression.vmtc.proportional:
-                sizes = fate.sizes(hidden.shape[1] - first).to(hidden.dtype)
-                mask = F.pad(sizes.log(), (first, 0))[:, None, None]
-        if encoding.reduction:
-            last = self.encoder.layers[-1](hidden, looked_at=True) if encoding.reduction.method == "prumerge" else None
-            classes, patches = hidden.split([first, hidden.shape[1] - first], dim=1)
-            patches, slot, cluster = reduce(patches, encoding.reduction, last)
-            hidden, fate = torch.cat([classes, patches], dim=1), fate.then(slot, cluster)
-        return hidden, *fate
+                # log size on the scores counts a merged token once for each of its patches (ToMe, eq. 1)
+                sizes = assignment.count_patches(hidden.shape[1] - prefix).to(hidden.dtype)
+                mask = F.pad(sizes.log(), (prefix, 0))[:, None, None]
+        # a rival of VMTC: reduce once, after the last block
+        reduction = tower_compression.reduction
+        if reduction:
+            class_attention = None
+            if reduction.method == "prumerge":
+                class_attention = self.encoder.layers[-1](hidden, query_and_keys_only=True)
+            class_tokens, patches = hidden.split([prefix, hidden.shape[1] - prefix], dim=1)
+            patches, slot, cluster = reduce_tokens(patches, reduction, class_attention)
+            hidden = torch.cat([class_tokens, patches], dim=1)
+            assignment = assignment.then(slot, cluster)
+        return hidden, *assignment
 
 
-class CompressingBlock(Extended):
-    """Mixin of a block."""
+class CompressingBlock(ExtendedModule):
+    """Mixin of a transformer block of the tower."""
 
     def forward(
         self: Any,
         hidden_states: Float[Tensor, "batch all dim"],
         attention_mask: Float[Tensor, "batch 1 1 all"] | None = None,
         *,
-        compression: Compression | None = None,
-        looked_at: bool = False,
+        compression: BlockCompression | None = None,
+        query_and_keys_only: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As the block's own; with `compression` eq. 1 and 2 with VMTC between attention and MLP.
+        """Run the block with VMTC, or as transformers does without the two keywords.
 
-        With `looked_at` what PruMerge goes by: the class token's query and all keys; nothing else is computed.
+        Args:
+            hidden_states: tokens, the class token first if there is one.
+            attention_mask: values to add to the scores of each key.
+            compression: runs eq. 1 and 2 with VMTC between attention and MLP.
+            query_and_keys_only: returns the class token's query and all keys, for PruMerge, and computes nothing else.
         """
-        if looked_at:
-            return self._last_attention(hidden_states)
+        if query_and_keys_only:
+            return self._class_query_and_keys(hidden_states)
         if compression is None:
-            return self.own_forward(hidden_states, attention_mask, **kwargs)
+            return self.original_forward(hidden_states, attention_mask, **kwargs)
         return self._compress(hidden_states, attention_mask, compression)
 
     def _compress(
         self: Any,
         hidden: Float[Tensor, "batch all dim"],
         mask: Float[Tensor, "batch 1 1 all"] | None,
-        compression: Compression,
+        compression: BlockCompression,
     ) -> tuple[Float[Tensor, "batch fewer dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]:
-        """Queries, keys and values are computed once and serve both the attention and the importance score."""
-        stage, vmtc, first = compression
+        """Run the block with VMTC; queries, keys and values serve both the attention and the importance score."""
+        stage, vmtc, prefix = compression
+        # eq. 1: attention
         attention = self.self_attn
         normed = self.layer_norm1(hidden)
         query, key, value = (
@@ -179,22 +205,24 @@ class CompressingBlock(Extended):
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=attention.scale
         )
         hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+        # eq. 5-8: the importance score, from the class token or, without one, from all patches
         bias = None if mask is None else mask[:, 0, 0]
-        ips = (
-            importance(query[:, :, :1], key, attention.scale, bias, mesh)
-            if first
-            else received(query, key, attention.scale, bias, mesh)
-        )
-        similar = None
+        if prefix:
+            ips = importance_score(query[:, :, :1], key, attention.scale, bias, mesh)
+        else:
+            ips = mean_received_attention(query, key, attention.scale, bias, mesh)
+        cluster_features = None
         if vmtc.similarity == "keys":
-            similar = join_heads(key.transpose(1, 2).flatten(2), mesh)[:, first:]
-        patches, slot, cluster = compress(hidden[:, first:], ips, stage, vmtc, similar)
-        hidden = torch.cat([hidden[:, :first], patches], dim=1)
+            cluster_features = join_heads(key.transpose(1, 2).flatten(2), mesh)[:, prefix:]
+        patches, slot, cluster = compress_tokens(hidden[:, prefix:], ips, stage, vmtc, cluster_features)
+        hidden = torch.cat([hidden[:, :prefix], patches], dim=1)
+        # eq. 2: the MLP, on fewer tokens
         return hidden + self.mlp(self.layer_norm2(hidden)), slot, cluster
 
-    def _last_attention(
+    def _class_query_and_keys(
         self: Any, hidden: Float[Tensor, "batch all dim"]
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch all dim"]]:
+        """Compute the class token's query and all keys, the heads of all ranks side by side."""
         attention = self.self_attn
         normed = self.layer_norm1(hidden)
         query, keys = attention.q_proj(normed[:, 0]), attention.k_proj(normed)

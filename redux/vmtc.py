@@ -5,12 +5,12 @@ attends most are kept, the others are clustered and each cluster is merged into 
 of the attention weights is needed, so the block keeps scaled-dot-product attention for everything else and never forms
 the (tokens x tokens) map.
 
-Where the paper is silent `VMTC` has an option, and its defaults are: the budget falls geometrically over the stages
-(as EViT's constant keep rate), a sixth of a stage's output tokens are clusters, and tokens go on in the order of their
-place in the image.  Merge weights are normalised within a cluster by default; `weights="raw"` is eq. 7 as printed,
-where a merged token is some hundred times smaller than one that was kept.
+`VMTC` has an option wherever the paper leaves something open.  By default the budget falls geometrically over the
+stages (as EViT's constant keep rate), a sixth of a stage's output tokens are clusters, and output tokens keep the order
+of the image.  Merge weights are normalised within a cluster; `weights="raw"` is eq. 7 as printed, where a merged token
+is about a hundred times smaller than a kept one.
 
-Shapes: batch, patches (patch tokens of this block, class token apart), out = k + c, dim.
+Shapes: batch, patches (patch tokens of this block, without the class token), out = k + c, dim.
 """
 
 from typing import Any, NamedTuple
@@ -25,19 +25,24 @@ from redux.parallel import mean_over_ranks
 from redux.settings import VMTC, CompressionStage
 
 
-def importance(
+def importance_score(
     query: Float[Tensor, "batch heads 1 head_dim"],
     keys: Float[Tensor, "batch heads tokens head_dim"],
     scale: float,
     bias: Float[Tensor, "batch tokens"] | None = None,
     mesh: Any = None,
 ) -> Float[Tensor, "batch tokens-1"]:
-    """IPS: attention weight from the class token to each patch token, mean over heads.
+    """IPS (eq. 5): attention weight from the class token to each patch token, mean over heads.
 
-    The softmax runs over all tokens = patches + 1 keys; the class token's weight on itself is left out afterwards.
-    It is taken in float32: in bfloat16 most scores would tie.
-    bias: added to the scores of each key, if the block's attention does so as well.
-    mesh: of the ranks that share the heads, see `redux.parallel`.
+    The softmax runs over tokens = patches + 1 keys; the class token's weight on itself is dropped afterwards.  It is
+    computed in float32, since most scores would tie in bfloat16.
+
+    Args:
+        query: query of the class token.
+        keys: keys of all tokens, the class token first.
+        scale: factor of the scores, 1 / sqrt(head_dim).
+        bias: values to add to the scores of each key, as the block's attention does.
+        mesh: ranks that share the heads, see `redux.parallel`.
     """
     scores = query @ keys.transpose(-1, -2) * scale
     if bias is not None:
@@ -46,15 +51,17 @@ def importance(
     return mean_over_ranks(mean, mesh)
 
 
-def received(
+def mean_received_attention(
     query: Float[Tensor, "batch heads tokens head_dim"],
     keys: Float[Tensor, "batch heads tokens head_dim"],
     scale: float,
     bias: Float[Tensor, "batch tokens"] | None = None,
     mesh: Any = None,
 ) -> Float[Tensor, "batch tokens"]:
-    """In place of IPS where a tower has no class token (SigLIP): attention weight that each patch token receives from
-    all patch tokens, mean over them and over heads.  One head's map is alive at a time.
+    """IPS for a tower without a class token (SigLIP): attention weight that each patch receives, mean over all patches.
+
+    The mean also runs over heads.  One head's (tokens x tokens) map is in memory at a time.  Arguments are those of
+    `importance_score`.
     """
     total = query.new_zeros(query.shape[0], query.shape[2], dtype=torch.float32)
     for head in range(query.shape[1]):
@@ -64,24 +71,34 @@ def received(
     return mean_over_ranks(total / query.shape[1], mesh)
 
 
-def compress(
+def compress_tokens(
     tokens: Float[Tensor, "batch patches dim"],
     ips: Float[Tensor, "batch patches"],
     stage: CompressionStage,
     vmtc: VMTC,
-    similar: Float[Tensor, "batch patches width"] | None = None,
+    cluster_features: Float[Tensor, "batch patches width"] | None = None,
 ) -> tuple[Float[Tensor, "batch out dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]:
-    """Eq. 5-8 without the class token: (tokens', slot, cluster).
+    """Compress patch tokens by eq. 5-8.
 
-    similar: what clusters are made by, if not the tokens.
-    slot[p] is the output token that holds input token p, -1 if it was dropped; cluster[o] tells whether output token o
-    is a merged cluster.  Which token goes where is a hard choice without gradient; the merge weights carry one.
+    The choice of tokens and clusters has no gradient; the merge weights have one.
 
-    Six tokens, of which the two most important are kept and the other four become two clusters:
+    Args:
+        tokens: patch tokens, without the class token.
+        ips: importance score of each.
+        stage: numbers of kept tokens (k) and clusters (c).
+        vmtc: settings.
+        cluster_features: vectors for K-means; None takes the tokens.
+
+    Returns:
+        (tokens', slot, cluster).  slot[b, p] is the output token that holds input token p, -1 if p was dropped.
+        cluster[b, o] is True if output token o is a merged cluster.
+
+    Six tokens: the two most important are kept, the other four become two clusters.
 
     >>> tokens = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [5.0, 5.0], [9.0, 1.0]]])
     >>> ips = torch.tensor([[0.1, 0.1, 0.1, 0.3, 0.25, 0.05]])
-    >>> merged, slot, cluster = compress(tokens, ips, CompressionStage(0, kept=2, clusters=2), VMTC(order="rank"))
+    >>> stage = CompressionStage(0, kept=2, clusters=2)
+    >>> merged, slot, cluster = compress_tokens(tokens, ips, stage, VMTC(order="rank"))
     >>> merged  # token 3, token 4, and by weight tokens 0, 1 and 5, (0.1 * 1 + 0.1 * 2 + 0.05 * 9) / 0.25; and token 2
     tensor([[[0.0000, 3.0000],
              [5.0000, 5.0000],
@@ -92,12 +109,15 @@ def compress(
     """
     ranked = ips.argsort(dim=-1, descending=True, stable=True)
     kept, redundant = ranked.split([stage.kept, tokens.shape[1] - stage.kept], dim=-1)  # eq. 5, 6
-    parts, slot = [_take(tokens, kept)], torch.full_like(ranked, -1)
+    parts = [_gather_tokens(tokens, kept)]
+    slot = torch.full_like(ranked, -1)
     slot.scatter_(1, kept, torch.arange(stage.kept, device=tokens.device).expand_as(kept))
     if stage.clusters:
-        rest, weight = _take(tokens, redundant), ips.gather(1, redundant)
-        alike = rest if similar is None else _take(similar, redundant)
-        label = kmeans(alike, stage.clusters, vmtc.iterations, vmtc.seeds)
+        # redundant tokens come by falling importance, which K-means takes its seeds by
+        rest, weight = _gather_tokens(tokens, redundant), ips.gather(1, redundant)
+        features = rest if cluster_features is None else _gather_tokens(cluster_features, redundant)
+        label = kmeans(features, stage.clusters, vmtc.iterations, vmtc.seeds)
+        # members[b, t, c]: merge weight of redundant token t in cluster c
         members = F.one_hot(label, stage.clusters).to(weight.dtype) * weight.unsqueeze(-1)
         if vmtc.weights != "raw":
             total = members.sum(dim=1 if vmtc.weights == "normalized" else (1, 2), keepdim=True)
@@ -106,55 +126,57 @@ def compress(
         slot.scatter_(1, redundant, label + stage.kept)
     merged = torch.cat(parts, dim=1)  # eq. 8
     cluster = (torch.arange(merged.shape[1], device=tokens.device) >= stage.kept).expand(merged.shape[:2])
-    return _by_place(merged, slot, cluster) if vmtc.order == "spatial" else (merged, slot, cluster)
+    return _sort_by_position(merged, slot, cluster) if vmtc.order == "spatial" else (merged, slot, cluster)
 
 
-def _take(
+def _gather_tokens(
     tokens: Float[Tensor, "batch patches dim"], index: Int[Tensor, "batch some"]
 ) -> Float[Tensor, "batch some dim"]:
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def _by_place(
+def _sort_by_position(
     tokens: Float[Tensor, "batch out dim"], slot: Int[Tensor, "batch patches"], cluster: Bool[Tensor, "batch out"]
 ) -> tuple[Float[Tensor, "batch out dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]:
-    """Reorder output tokens by the first input token each of them holds."""
+    """Sort output tokens by the first input token that each of them holds."""
     patches, out = slot.shape[1], tokens.shape[1]
-    place = torch.arange(patches, device=slot.device).expand_as(slot)
-    # dropped tokens (slot -1) write into a column of their own, cut off afterwards
+    position = torch.arange(patches, device=slot.device).expand_as(slot)
+    # dropped tokens (slot -1) write into an extra column, which is cut off afterwards
     column = torch.where(slot < 0, out, slot)
-    first = slot.new_full((slot.shape[0], out + 1), patches).scatter_reduce(1, column, place, "amin")[:, :out]
-    by_place = first.argsort(dim=1, stable=True)
-    rank = by_place.argsort(dim=1)
+    first = slot.new_full((slot.shape[0], out + 1), patches).scatter_reduce(1, column, position, "amin")[:, :out]
+    order = first.argsort(dim=1, stable=True)
+    rank = order.argsort(dim=1)
     moved = torch.where(slot < 0, slot, rank.gather(1, slot.clamp_min(0)))
-    return _take(tokens, by_place), moved, cluster.gather(1, by_place)
+    return _gather_tokens(tokens, order), moved, cluster.gather(1, order)
 
 
-class Fate(NamedTuple):
-    """Where each patch of an image went, over all stages.
+class PatchAssignment(NamedTuple):
+    """The visual token that holds each patch of an image, after all stages.
 
-    slot[b, p]: the visual token that holds patch p, -1 if it was dropped on the way.
-    merged[b, p]: whether patch p was merged into a cluster at any stage.
+    Args:
+        slot: slot[b, p] is the visual token that holds patch p, -1 if a stage dropped p.
+        merged: merged[b, p] is True if any stage merged patch p into a cluster.
     """
 
     slot: Int[Tensor, "batch patches"]
     merged: Bool[Tensor, "batch patches"]
 
     @classmethod
-    def untouched(cls, batch: int, patches: int, device: torch.device) -> "Fate":
-        """Every patch is its own token."""
+    def untouched(cls, batch: int, patches: int, device: torch.device) -> "PatchAssignment":
+        """Build the assignment before compression: every patch is its own token."""
         slot = torch.arange(patches, device=device).expand(batch, patches)
         return cls(slot, torch.zeros_like(slot, dtype=torch.bool))
 
-    def sizes(self, tokens: int) -> Int[Tensor, "batch tokens"]:
-        """How many patches each of the tokens holds."""
+    def count_patches(self, tokens: int) -> Int[Tensor, "batch tokens"]:
+        """Count the patches that each of the tokens holds."""
         column = torch.where(self.slot < 0, tokens, self.slot)
         counts = column.new_zeros(column.shape[0], tokens + 1)
         return counts.scatter_add(1, column, torch.ones_like(column))[:, :tokens]
 
-    def then(self, slot: Int[Tensor, "batch tokens"], cluster: Bool[Tensor, "batch out"]) -> "Fate":
-        """Follow the patches through one more `compress`, to the device where that was."""
-        before, merged = self.slot.to(slot.device), self.merged.to(slot.device)
-        now = torch.where(before >= 0, slot.gather(1, before.clamp_min(0)), -1)
-        in_cluster = cluster.gather(1, now.clamp_min(0)) & (now >= 0)
-        return Fate(now, merged | in_cluster)
+    def then(self, slot: Int[Tensor, "batch tokens"], cluster: Bool[Tensor, "batch out"]) -> "PatchAssignment":
+        """Follow the patches through one more `compress_tokens`, whose slot and cluster these are."""
+        # blocks of one tower may lie on several devices; the result lies where the last of them is
+        previous, merged = self.slot.to(slot.device), self.merged.to(slot.device)
+        current = torch.where(previous >= 0, slot.gather(1, previous.clamp_min(0)), -1)
+        in_cluster = cluster.gather(1, current.clamp_min(0)) & (current >= 0)
+        return PatchAssignment(current, merged | in_cluster)

@@ -2,7 +2,7 @@
 
     python jobs/bench/ingest.py
 
-Photos of 640 x 480 by jobs/bench/pixels.py, each padded and resized to 336 by redux.image.pixels, so that loaders
+Photos of 640 x 480 by jobs/bench/pixels.py, each padded and resized to 336 by redux.image.load_pixels, so that loaders
 differ in reading and transporting alone.  Each has two worker processes, and all that it starts shares two cores with
 the process that takes the batches: 16 images of uint8 each, every image once, which a checksum of all of them shows.
 
@@ -61,9 +61,9 @@ from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
 from pipelines.data.shard_writer import make_shards
-from redux.conversation import IMAGE, word_tokenizer
-from redux.image import pixels
-from redux.settings import Way
+from redux.conversation import IMAGE_TOKEN, train_word_tokenizer
+from redux.image import load_pixels
+from redux.settings import ImageBackend
 
 INGEST_SIZE = 336
 INGEST_BATCH = 16
@@ -260,12 +260,12 @@ def _photo(task: tuple[int, Path]) -> None:
 
 
 def _both(path: Path) -> tuple[int, int]:
-    exact, fast = marks(pixels(path.read_bytes(), INGEST_SIZE, "pad", way) for way in ("exact", "fast"))
+    exact, fast = marks(load_pixels(path.read_bytes(), INGEST_SIZE, "pad", way) for way in ("exact", "fast"))
     return exact, fast
 
 
 def _record(number: int) -> dict[str, Any]:
-    turns = [{"from": "human", "value": IMAGE}, {"from": "gpt", "value": f"photo {number}"}]
+    turns = [{"from": "human", "value": IMAGE_TOKEN}, {"from": "gpt", "value": f"photo {number}"}]
     return {"id": number, "image": f"{number:05d}.jpg", "conversations": turns}
 
 
@@ -324,19 +324,19 @@ INGEST_FORMATS: dict[str, Callable[[Path], None]] = {
 # ways: each gives the marks of batch after batch
 
 
-def bare(root: Path, way: Way) -> Iterator[Marks]:
+def bare(root: Path, way: ImageBackend) -> Iterator[Marks]:
     paths = sorted((root / "photos").glob("*.jpg"))
     with multiprocessing.Pool(INGEST_WORKERS, torch.set_num_threads, (1,)) as pool:
         parts = [paths[first : first + INGEST_BATCH] for first in range(0, len(paths), INGEST_BATCH)]
         yield from pool.imap_unordered(partial(_bare, way=way), parts)
 
 
-def _bare(paths: list[Path], way: Way) -> Marks:
-    return marks(pixels(path.read_bytes(), INGEST_SIZE, "pad", way) for path in paths)
+def _bare(paths: list[Path], way: ImageBackend) -> Marks:
+    return marks(load_pixels(path.read_bytes(), INGEST_SIZE, "pad", way) for path in paths)
 
 
 def tensor(image: bytes) -> torch.Tensor:
-    return torch.from_numpy(pixels(image, INGEST_SIZE, "pad"))
+    return torch.from_numpy(load_pixels(image, INGEST_SIZE, "pad"))
 
 
 def batches(loader: Iterable[torch.Tensor]) -> Iterator[Marks]:
@@ -476,10 +476,10 @@ def ray_data(root: Path) -> Iterator[Marks]:
 
 
 def _pixels(rows: Batch) -> Batch:
-    return {"image_backend": np.stack([pixels(image, INGEST_SIZE, "pad") for image in rows["jpg"]])}
+    return {"pixels": np.stack([load_pixels(image, INGEST_SIZE, "pad") for image in rows["jpg"]])}
 
 
-def redux(root: Path, passes: int, way: Way = "exact", folder: str = "shards") -> Iterator[Marks]:
+def redux(root: Path, passes: int, way: ImageBackend = "exact", folder: str = "shards") -> Iterator[Marks]:
     """Epochs of the shards as the only worker of a training takes them, images without texts as for the others."""
     shards = Shards(root / folder)
     reader = Reader(
@@ -491,7 +491,7 @@ def redux(root: Path, passes: int, way: Way = "exact", folder: str = "shards") -
         encode=lambda tokenizer, sample: {"input_ids": np.zeros(1, np.int64)},
         image_backend=way,
     )
-    word_tokenizer(["photo"], 32).save_pretrained(reader.tokenizer)
+    train_word_tokenizer(["photo"], 32).save_pretrained(reader.tokenizer)
     with ray_session():
         data = make_dataset(reader, 0, passes * len(shards) // INGEST_BATCH, workers=1)
         data.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)

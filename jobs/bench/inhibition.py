@@ -41,7 +41,7 @@ def measure(way: str, heads: int, image: int, text: int, repeats: int = 5) -> di
     import torch
     from torch import nn
 
-    from redux.cmai import Inhibition, attention
+    from redux.cmai import Inhibition, inhibited_attention
     from redux.settings import CMAI
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,8 +56,8 @@ def measure(way: str, heads: int, image: int, text: int, repeats: int = 5) -> di
         if way == "eager":
             return eager(query, key, value, visible, image, ratio=0.6)
         cmai = None if way == "plain" else CMAI(scores="scores" if way == "scores" else "weights")
-        inhibition = Inhibition.of(cmai, 2, is_image, None, training=False) if cmai else None
-        return attention(layer, query, key, value, visible, inhibition)
+        inhibition = Inhibition.for_forward(cmai, 2, is_image, None, training=False) if cmai else None
+        return inhibited_attention(layer, query, key, value, visible, inhibition)
 
     times = []
     with torch.no_grad():

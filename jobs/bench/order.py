@@ -51,7 +51,7 @@ def order(way: str, global_batch_size: int) -> Order:
     if way == "window":
         shards = (np.full(SAMPLES // 10_000, 10_000),)
         return Order(samples=(SAMPLES,), global_batch_size=global_batch_size, seed=0, shuffle="window", shards=shards)
-    if way == "group_by_length":
+    if way == "groups":
         groups = LengthGroups(counts=(SAMPLES // 16 * 15, SAMPLES // 16), lengths=lengths, megabatch=50)
         return Order(samples=(SAMPLES,), global_batch_size=global_batch_size, seed=0, groups=groups)
     return Order(samples=(SAMPLES,), global_batch_size=global_batch_size, seed=0)

@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 from jobs.bench.record import append
-from redux.image import pixels, prepared
-from redux.settings import Fit
+from redux.image import load_pixels, prepare_image
+from redux.settings import ImageAspectRatio
 
 
 def main() -> None:
@@ -33,7 +33,8 @@ def main() -> None:
     torch.set_num_threads(1)
     files = [photo(seed) for seed in range(arguments.images)]
     fits = {
-        image_aspect_ratio: measure(files, arguments.size, image_aspect_ratio) for image_aspect_ratio in get_args(Fit)
+        image_aspect_ratio: measure(files, arguments.size, image_aspect_ratio)
+        for image_aspect_ratio in get_args(ImageAspectRatio)
     }
     for image_aspect_ratio, ways in fits.items():
         print(f"{image_aspect_ratio:5}", *(f"{way} {ms:.2f} ms  " for way, ms in ways.items()))
@@ -43,20 +44,20 @@ def main() -> None:
         images=arguments.images,
         size=arguments.size,
         jpeg_kb=round(statistics.mean(map(len, files)) / 1e3),
-        prepared_kb=round(len(prepared(files[0], arguments.size)) / 1e3),
+        prepared_kb=round(len(prepare_image(files[0], arguments.size)) / 1e3),
         ms=fits,
     )
 
 
-def measure(files: list[bytes], size: int, image_aspect_ratio: Fit) -> dict[str, float]:
+def measure(files: list[bytes], size: int, image_aspect_ratio: ImageAspectRatio) -> dict[str, float]:
     """Median time of each way in milliseconds; an image's ways follow each other, so that all see the same machine."""
     times: dict[str, list[float]] = {"exact": [], "fast": [], "prepared": []}
-    pixels(files[0], size, image_aspect_ratio, "fast")  # what torch loads once
+    load_pixels(files[0], size, image_aspect_ratio, "fast")  # what torch loads once
     for image in files:
-        square = prepared(image, size, image_aspect_ratio)
-        times["exact"].append(_ms(pixels, image, size, image_aspect_ratio))
-        times["fast"].append(_ms(pixels, image, size, image_aspect_ratio, "fast"))
-        times["prepared"].append(_ms(pixels, square, size, image_aspect_ratio))
+        square = prepare_image(image, size, image_aspect_ratio)
+        times["exact"].append(_ms(load_pixels, image, size, image_aspect_ratio))
+        times["fast"].append(_ms(load_pixels, image, size, image_aspect_ratio, "fast"))
+        times["prepared"].append(_ms(load_pixels, square, size, image_aspect_ratio))
     return {way: round(statistics.median(each), 3) for way, each in times.items()}
 
 

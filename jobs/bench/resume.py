@@ -30,7 +30,7 @@ from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
 from pipelines.data.shard_writer import make_shards
-from redux.conversation import IMAGE, word_tokenizer
+from redux.conversation import IMAGE_TOKEN, train_word_tokenizer
 
 RESUME_SIZE, RESUME_BATCH, RESUME_WORKERS = 336, 16, 2
 
@@ -70,13 +70,13 @@ def small(folder: Path, samples: int) -> Reader:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)).save(file, "png")
     (folder / "noise.png").write_bytes(file.getvalue())
     records = [
-        {"id": f"{n:06d}", "image": "noise.png", "conversations": [{"from": "human", "value": IMAGE}, said(n)]}
+        {"id": f"{n:06d}", "image": "noise.png", "conversations": [{"from": "human", "value": IMAGE_TOKEN}, said(n)]}
         for n in range(samples)
     ]
     make_shards(
         records, str(folder), str(folder / "shards"), ShardOptions(samples_per_shard=200, image_size=RESUME_SIZE)
     )
-    word_tokenizer(["photo"], 32).save_pretrained(folder / "tokenizer")
+    train_word_tokenizer(["photo"], 32).save_pretrained(folder / "tokenizer")
     return Reader(
         sources={"noise": Shards(folder / "shards")},
         order=Order(samples=(samples,), global_batch_size=RESUME_BATCH * RESUME_WORKERS, seed=0),

@@ -88,8 +88,8 @@ def build_plan(folder: Path) -> "StagePlan":
     from pipelines.data.shard_writer import make_shards
     from pipelines.training.plan import StagePlan
     from pipelines.training.stage import Stage
-    from redux.architecture import Language, Model, Tower, image_tokens
-    from redux.conversation import IMAGE, TEMPLATES, word_tokenizer
+    from redux.architecture import LanguageSizes, ModelSettings, TowerSizes, count_image_tokens
+    from redux.conversation import IMAGE_TOKEN, TEMPLATES, train_word_tokenizer
 
     # Data: 64 samples in shards of 16, and a tokenizer of their words.
     noise = np.random.default_rng(0)
@@ -97,20 +97,20 @@ def build_plan(folder: Path) -> "StagePlan":
     for number in range(64):
         Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
         conversation = [
-            {"from": "human", "value": f"{IMAGE}\nwhich is it?"},
+            {"from": "human", "value": f"{IMAGE_TOKEN}\nwhich is it?"},
             {"from": "gpt", "value": f"number {number} of all"},
         ]
         records.append({"id": str(number), "image": f"{number}.png", "conversations": conversation})
     make_shards(records, str(folder), str(folder / "set"), ShardOptions(samples_per_shard=16))
     template = TEMPLATES["vicuna_bare"]
     texts = ["".join(piece for piece, _ in template.spans(record["conversations"])) for record in records]
-    word_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
+    train_word_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
 
     # Model and stage.
     sizes = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 768}
-    model = Model(
-        tower=Tower(image_size=64, patch_size=8, num_hidden_layers=6, **sizes),
-        language=Language(num_hidden_layers=6, **sizes),
+    model = ModelSettings(
+        tower=TowerSizes(image_size=64, patch_size=8, num_hidden_layers=6, **sizes),
+        language=LanguageSizes(num_hidden_layers=6, **sizes),
     )
     stage = Stage(
         objective="language",
@@ -135,7 +135,7 @@ def build_plan(folder: Path) -> "StagePlan":
         tokenizer=folder / "tokenizer",
         start=None,
         image_size=64,
-        image_tokens=image_tokens(model),
+        image_tokens=count_image_tokens(model),
     )
     return move_run(plan, "undisturbed")
 

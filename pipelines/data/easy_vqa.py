@@ -20,7 +20,7 @@ import easy_vqa
 
 from pipelines.data import formats
 from redux.benchmarks import Metric, Outcome, Question, Row
-from redux.benchmarks.instructions import Asked
+from redux.benchmarks.instructions import ImageQuestion
 
 ANSWER_COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 ANSWER_SHAPES = ("circle", "rectangle", "triangle")
@@ -117,7 +117,7 @@ def load_questions(*files: str) -> list[Question]:
     ]
 
 
-def draw_questions() -> list[Asked]:
+def draw_questions() -> list[ImageQuestion]:
     """One question about each test image, for an instruction to go with; drawn once for all."""
     chance = random.Random(0)
     return [chance.choice(each) for each in _group_by_image(load_questions())]
@@ -165,10 +165,11 @@ def _make_record(split: str, image: int, path: str, texts: list[str]) -> dict:
     return {"id": f"{split}/{image}", "image": path, "conversations": turns}
 
 
-def _group_by_image(questions: list[Question]) -> Iterator[list[Asked]]:
+def _group_by_image(questions: list[Question]) -> Iterator[list[ImageQuestion]]:
     for _, about in itertools.groupby(questions, key=lambda question: question.unit):
         yield [
-            Asked(id=each.id, image=each.image, question=each.prompt, answer=each.reference["answer"]) for each in about
+            ImageQuestion(id=each.id, image=each.image, question=each.prompt, answer=each.reference["answer"])
+            for each in about
         ]
 
 

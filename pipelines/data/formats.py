@@ -187,7 +187,7 @@ def add_instruction(name: str, question: str, answer: str, chance: random.Random
 
 def _draw_arguments(name: str, chance: random.Random) -> Arguments:
     """Arguments as an evaluation draws them, that a short answer can meet."""
-    while not _is_feasible(given := instructions.draw(name, chance)):
+    while not _is_feasible(given := instructions.draw_arguments(name, chance)):
         pass
     return given
 

@@ -29,9 +29,9 @@ from pipelines.core import storage
 from pipelines.data.order import Order
 from pipelines.data.records import find_rejection
 from pipelines.data.shard_index import Shards, StoredSample, read_samples
-from redux.conversation import CONTEXT, IGNORE, IMAGE, TEMPLATES, encode, pad
-from redux.image import pixels
-from redux.settings import Fit, TemplateName, Way
+from redux.conversation import CLIP_MAX_LENGTH, IGNORE_INDEX, IMAGE_TOKEN, TEMPLATES, encode_conversation, pad_rows
+from redux.image import load_pixels
+from redux.settings import ImageAspectRatio, ImageBackend, TemplateName
 
 Batch = dict[str, Any]
 TextRow = dict[str, Int[np.ndarray, " length"]]
@@ -87,8 +87,8 @@ class Reader:
     image_size: int
     tokenizer: Path
     encode: Callable[[PreTrainedTokenizerBase, StoredSample], TextRow]
-    image_aspect_ratio: Fit = "pad"
-    image_backend: Way = "exact"
+    image_aspect_ratio: ImageAspectRatio = "pad"
+    image_backend: ImageBackend = "exact"
     random_flip: bool = False
     max_rounds: int | None = None
 
@@ -118,9 +118,9 @@ class Reader:
         rows, replaced = [], []
         used = scheduled.copy()
         num_images = 0
-        for turn, fetched in enumerate(self._fetch(source, scheduled)):
+        for turn, local_copy in enumerate(self._fetch(source, scheduled)):
             row, image, entry = self._usable_or_replacement(
-                first + turn, int(source[turn]), int(scheduled[turn]), fetched
+                first + turn, int(source[turn]), int(scheduled[turn]), local_copy
             )
             rows.append(row)
             if image is not None:
@@ -161,7 +161,7 @@ class Reader:
             return [None] * len(scheduled)
 
     def _usable_or_replacement(
-        self, position: int, source: int, scheduled: int, fetched: StoredSample | None
+        self, position: int, source: int, scheduled: int, local_copy: StoredSample | None
     ) -> tuple[TextRow, UInt8[np.ndarray, "height width 3"] | None, dict[str, Any] | None]:
         """Encode the scheduled sample, or a replacement if it is unusable.
 
@@ -169,7 +169,7 @@ class Reader:
             position: position in the stream.
             source: index of the source.
             scheduled: number of the scheduled sample.
-            fetched: the scheduled sample; None reads it again, alone.
+            local_copy: the scheduled sample; None reads it again, alone.
 
         Returns:
             Text columns, image, and the entry of `replaced` or None.
@@ -181,12 +181,12 @@ class Reader:
         used, reason = scheduled, ""
         for attempt in range(1, MAX_SAMPLE_TRIES + 1):
             try:
-                row, image = self._encode(fetched or shards.read_samples([used])[0], position)
+                row, image = self._encode(local_copy or shards.read_samples([used])[0], position)
             except ValueError as error:
                 reason = reason or _describe_failure(shards, used, error)
                 # seeded by the position, so that every reader draws the same replacement
                 rng = np.random.default_rng((self.order.seed, position, attempt))
-                used, fetched = int(rng.integers(len(shards))), None
+                used, local_copy = int(rng.integers(len(shards))), None
             else:
                 entry = {"set": name, "place": position, "due": scheduled, "used": used, "reason": reason}
                 return row, image, entry if reason else None
@@ -205,7 +205,7 @@ class Reader:
             raise ValueError(f"{rejection.reason}: {rejection.why}: {rejection.field}: got {rejection.value}")
         rng = np.random.default_rng((self.order.seed, position)) if self.random_flip or self.max_rounds else None
         image = (
-            pixels(sample.image, self.image_size, self.image_aspect_ratio, self.image_backend).transpose(1, 2, 0)
+            load_pixels(sample.image, self.image_size, self.image_aspect_ratio, self.image_backend).transpose(1, 2, 0)
             if sample.image
             else None
         )
@@ -285,8 +285,8 @@ def encode_caption(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> 
     """Encode the first answer of a sample for CLIP, as `<s> caption </s>`, truncated to CONTEXT tokens."""
     if not sample.image:
         raise ValueError(f"sample {sample.key}: text alone, allowed in a contrastive stage: an image and its caption")
-    caption_text = sample.record["conversations"][1]["value"].replace(IMAGE, "")
-    ids = tokenizer(caption_text, truncation=True, max_length=CONTEXT - 1)["input_ids"]
+    caption_text = sample.record["conversations"][1]["value"].replace(IMAGE_TOKEN, "")
+    ids = tokenizer(caption_text, truncation=True, max_length=CLIP_MAX_LENGTH - 1)["input_ids"]
     return {"input_ids": np.array([*ids, tokenizer.eos_token_id])}
 
 
@@ -302,10 +302,10 @@ def make_conversation_encoder(
             than the model's positions.
     """
 
-    def encode_conversation(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> TextRow:
+    def encode(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> TextRow:
         turns = sample.record["conversations"]
         try:
-            ids, labels = encode(tokenizer, turns, TEMPLATES[template], image_tokens, max_length)
+            ids, labels = encode_conversation(tokenizer, turns, TEMPLATES[template], image_tokens, max_length)
         except ValueError as error:
             raise ValueError(f"sample {sample.key}: {error}") from None
         if len(ids) > tokenizer.model_max_length:
@@ -315,7 +315,7 @@ def make_conversation_encoder(
             )
         return {"input_ids": ids, "labels": labels}
 
-    return encode_conversation
+    return encode
 
 
 def draw_rounds(sample: StoredSample, max_rounds: int, rng: np.random.Generator) -> StoredSample:
@@ -323,12 +323,12 @@ def draw_rounds(sample: StoredSample, max_rounds: int, rng: np.random.Generator)
     turns = sample.record["conversations"]
     if len(turns) % 2:
         raise ValueError(f"sample {sample.key}: {len(turns)} turns, allowed: an even number, so that each is answered")
-    texts = [{**turn, "value": turn["value"].replace(IMAGE, "").strip()} for turn in turns]
+    texts = [{**turn, "value": turn["value"].replace(IMAGE_TOKEN, "").strip()} for turn in turns]
     # a round is a question and its answer
     starts = 2 * rng.permutation(len(turns) // 2)[:max_rounds]
     shuffled = [turn for start in starts for turn in texts[start : start + 2]]
-    if any(IMAGE in turn["value"] for turn in turns):
-        shuffled[0]["value"] = f"{IMAGE}\n{shuffled[0]['value']}"
+    if any(IMAGE_TOKEN in turn["value"] for turn in turns):
+        shuffled[0]["value"] = f"{IMAGE_TOKEN}\n{shuffled[0]['value']}"
     return replace(sample, record={**sample.record, "conversations": shuffled})
 
 
@@ -346,9 +346,9 @@ def _pad_rows(rows: Sequence[TextRow], pad_token_id: int) -> dict[str, Int[np.nd
     """Pad text columns on the right, and add the attention mask."""
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     mask = [np.ones_like(ids) for ids in columns["input_ids"]]
-    fill = {"input_ids": pad_token_id, "labels": IGNORE}
-    padded = {name: pad(column, fill[name]) for name, column in columns.items()}
-    return {**padded, "attention_mask": pad(mask, 0)}
+    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
+    padded = {name: pad_rows(column, fill[name]) for name, column in columns.items()}
+    return {**padded, "attention_mask": pad_rows(mask, 0)}
 
 
 @functools.lru_cache(maxsize=4)

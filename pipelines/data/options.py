@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from redux.settings import Fit
+from redux.settings import ImageAspectRatio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class ShardOptions:
     samples_per_shard: Annotated[int, Ge(1)] = 1000
     max_words: Annotated[int, Ge(1)] | None = None
     image_size: Annotated[int, Ge(1)] | None = None
-    image_aspect_ratio: Fit = "pad"
+    image_aspect_ratio: ImageAspectRatio = "pad"
     max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.0
 
 

@@ -26,7 +26,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from redux.conversation import IMAGE, place_image
+from redux.conversation import IMAGE_TOKEN, move_image_to_front
 
 RECORD_REASONS = {
     "malformed": "not an object with conversations, a list of turns, each with from and value as text",
@@ -204,16 +204,16 @@ def _find_content_rejection(record: dict, words: int | None) -> RecordRejection 
             return RecordRejection("broken text", name, shorten(text))
         if reason := _find_media_tag(text, number % 2 == 1):
             return RecordRejection(reason, name, shorten(text))
-        tags = place_image(text).count(IMAGE)
+        tags = move_image_to_front(text).count(IMAGE_TOKEN)
         tagged += [name] * tags
-        if not text.replace(IMAGE, "").strip() and (number % 2 or not tags):
+        if not text.replace(IMAGE_TOKEN, "").strip() and (number % 2 or not tags):
             return RecordRejection("empty turn", name, shorten(text))
     if has_image(record) and not tagged:
         return RecordRejection("image without tag", "conversations[0].value", shorten(turns[0]["value"]))
     if tagged and not has_image(record):
         return RecordRejection("tag without image", "image", shorten(record["image"]) if "image" in record else MISSING)
     if len(tagged) > 1:
-        return RecordRejection("tags", tagged[1], IMAGE)
+        return RecordRejection("tags", tagged[1], IMAGE_TOKEN)
     if words is not None and (count := count_words(record)) > words:
         return RecordRejection("too long", "conversations", f"{count} words")
     return None
@@ -226,7 +226,7 @@ def has_image(record: dict) -> bool:
 
 def count_words(record: dict) -> int:
     """Words of all turns, the image's tag not counted."""
-    return sum(len(turn["value"].replace(IMAGE, "").split()) for turn in record["conversations"])
+    return sum(len(turn["value"].replace(IMAGE_TOKEN, "").split()) for turn in record["conversations"])
 
 
 def shorten(value: Any) -> str:

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Int32, Int64
 from pyarrow import ipc
 
 from pipelines.core import storage
-from redux.settings import Fit
+from redux.settings import ImageAspectRatio
 
 FORMER_SHARD_OPTIONS = {
     "words": "max_words",
@@ -143,7 +143,7 @@ class Shards:
         return hashlib.sha256(self._opened[0]).hexdigest()
 
     @property
-    def prepared_format(self) -> tuple[int, Fit] | None:
+    def prepared_format(self) -> tuple[int, ImageAspectRatio] | None:
         """image_size and image_aspect_ratio of images stored as squares; None if they are stored unchanged."""
         path = storage.join(self.folder, SUMMARY_FILE)
         if not storage.exists(path):  # foreign sets have no summary

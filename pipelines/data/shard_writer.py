@@ -40,7 +40,7 @@ from pipelines.data.shard_index import (
     is_finished,
     rename_former_options,
 )
-from redux.image import prepared
+from redux.image import prepare_image
 
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 """tqdm's default format, but with rates in the same unit for slow and fast bars."""
@@ -204,7 +204,7 @@ def _read_image(
         image = folder.read(path)
         suffix = check_image(image)
         if options.image_size:
-            suffix, image = "ppm", prepared(image, options.image_size, options.image_aspect_ratio)
+            suffix, image = "ppm", prepare_image(image, options.image_size, options.image_aspect_ratio)
     except OutsideError:
         return check.RecordRejection("outside", "image", check.shorten(path)), "", b""
     except FileNotFoundError:

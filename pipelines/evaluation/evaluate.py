@@ -32,14 +32,15 @@ from pipelines.core import cluster, failures, interrupts, jsonl, storage
 from pipelines.data import easy_vqa
 from pipelines.evaluation.tasks import TASKS, Evaluate, TaskName, TaskSettings, load_questions, spread_evenly
 from pipelines.training.metrics import measure_peak_bytes
-from redux import respondent
+from redux import answering
+from redux.answering import Answerer
 from redux.benchmarks import BENCHMARKS, Metric, Question
-from redux.benchmarks import scores as benchmark_scores
-from redux.image import pixels
-from redux.model import ReduxForConditionalGeneration, normalise
-from redux.respondent import Answers, Respondent
-from redux.sentences import splitter
-from redux.settings import METHODS, Fit, TemplateName
+from redux.benchmarks import compute_scores as benchmark_scores
+from redux.generation import Answers
+from redux.image import load_pixels
+from redux.model import ReduxForConditionalGeneration, normalize_pixels
+from redux.sentences import choose_splitter
+from redux.settings import METHODS, ImageAspectRatio, TemplateName
 
 ANSWERS_FOLDER = "answers"
 PROVENANCE_FILE = "asked.json"
@@ -69,15 +70,15 @@ class EvaluatedModel:
 
     Args:
         model: folder, Hugging Face Hub id or URL.
-        template: conversation template, as `redux.respondent.load` takes it.
-        image_aspect_ratio: "pad" or "crop", as `redux.respondent.load` takes it.
+        template: conversation template, as `redux.answering.load` takes it.
+        image_aspect_ratio: "pad" or "crop", as `redux.answering.load` takes it.
         allow_mismatch: allow a template or an image_aspect_ratio that differs from the training.
         methods: settings of vmtc, cmai and reduction that replace those of the model.
     """
 
     model: str
     template: TemplateName | None = None
-    image_aspect_ratio: Fit | None = None
+    image_aspect_ratio: ImageAspectRatio | None = None
     allow_mismatch: bool = False
     methods: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,7 +91,7 @@ class EvaluationActor:
             torch.set_num_threads(max(len(os.sched_getaffinity(0)) // actors, 1))
         self.evaluated = evaluated
         self.settings = settings
-        self.model: Respondent | None = None
+        self.model: Answerer | None = None
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
         """Answer a batch: one row per question, or a single row with "error" if it cannot be answered.
@@ -119,7 +120,7 @@ class EvaluationActor:
     def _answer(self, batch: QuestionBatch) -> Answers:
         if self.model is None:
             evaluated = self.evaluated
-            self.model = respondent.load(
+            self.model = answering.load(
                 evaluated.model,
                 template=evaluated.template,
                 image_aspect_ratio=evaluated.image_aspect_ratio,
@@ -221,13 +222,13 @@ def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluat
 
     A provenance file without answers is left from an evaluation that failed at its start, and is replaced.
     """
-    config = respondent.settings(evaluated.model)
+    config = answering.read_config(evaluated.model)
     fields = asdict(evaluated)
     current = {
         **fields,
         "model_type": config["model_type"],
         "methods": {name: config.get(name) for name in METHODS} | fields["methods"],
-        "splitter": splitter(),
+        "splitter": choose_splitter(),
         "weights": _fingerprint_weights(evaluated.model),
         "image_input": settings.image_input,
         **{f"max_new_tokens.{name}": _max_new_tokens(name, task) for name, task in settings.tasks.items()},
@@ -458,19 +459,19 @@ def collect_examples(evaluated: EvaluatedModel, run: Path, count: int) -> list[E
     # the first question of each image, in the order of the benchmark
     first = {row["image"]: row for row in reversed(read_answers(run, "easy_vqa"))}
     by_image = list(reversed(first.values()))
-    if not (count and by_image and respondent.is_llava(evaluated.model)):
+    if not (count and by_image and answering.is_llava(evaluated.model)):
         return []
     llava = ReduxForConditionalGeneration.from_pretrained(evaluated.model, **evaluated.methods).eval()
-    _, image_aspect_ratio = respondent.resolve_format(
+    _, image_aspect_ratio = answering.resolve_format(
         llava.config.to_dict(), evaluated.template, evaluated.image_aspect_ratio, evaluated.allow_mismatch
     )
     examples = []
     for row in (by_image[index] for index in spread_evenly(len(by_image), count)):
         content = (easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes()
-        image = pixels(content, llava.config.vision_config.image_size, image_aspect_ratio)
+        image = load_pixels(content, llava.config.vision_config.image_size, image_aspect_ratio)
         # encode again to get the token of each patch; inference keeps only the tokens
         with torch.inference_mode():
-            _, fate = llava.model.encode_images(normalise(torch.from_numpy(image[None])))
+            _, fate = llava.model.encode_images(normalize_pixels(torch.from_numpy(image[None])))
         examples.append(
             Example(
                 image=Image.fromarray(image.transpose(1, 2, 0)),

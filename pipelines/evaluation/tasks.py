@@ -13,7 +13,7 @@ from annotated_types import Ge, MinLen
 from pipelines.data import easy_vqa
 from redux.benchmarks import BENCHMARKS, Metric, Question, Row
 from redux.benchmarks import instructions as instruction_following
-from redux.settings import Fit, TemplateName
+from redux.settings import ImageAspectRatio, TemplateName
 
 
 class Task(NamedTuple):
@@ -35,13 +35,13 @@ class Task(NamedTuple):
 def _load_instructions(*prompts: str) -> list[Question]:
     """Load prompts with instructions from frozen files; without files, make them from the images of easy-VQA."""
     if not prompts:
-        return instruction_following.questions(easy_vqa.draw_questions())
-    return [question for path in prompts for question in instruction_following.read(path)]
+        return instruction_following.build_questions(easy_vqa.draw_questions())
+    return [question for path in prompts for question in instruction_following.read_questions(path)]
 
 
 TASKS: dict[str, Task] = {
     "easy_vqa": Task(easy_vqa.load_questions, easy_vqa.compute_metrics, 8, str(easy_vqa.PACKAGE_IMAGES)),
-    "instructions": Task(_load_instructions, instruction_following.metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)),
+    "instructions": Task(_load_instructions, instruction_following.compute_metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)),
     **{
         name: Task(benchmark.questions, benchmark.metrics, benchmark.max_new_tokens)
         for name, benchmark in BENCHMARKS.items()
@@ -100,7 +100,7 @@ class Evaluate:
     num_actors: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
     image_input: Literal["pixels", "caption"] = "pixels"
     template: TemplateName | None = None
-    image_aspect_ratio: Fit | None = None
+    image_aspect_ratio: ImageAspectRatio | None = None
     allow_mismatch: bool = False
 
 

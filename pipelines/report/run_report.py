@@ -295,7 +295,7 @@ def _score_instructions(rows: Sequence[Mapping[str, Any]]) -> list[BootstrapScor
     from pipelines.evaluation import statistics
     from redux.benchmarks import instructions
 
-    metrics = instructions.metrics(rows)
+    metrics = instructions.compute_metrics(rows)
     prefix = "strict."
     titles = {name: name.removeprefix(prefix) for name in metrics if name.startswith(prefix)}
     titles |= {name: title for name, title in OVERALL_TITLES.items() if name in metrics}
@@ -435,8 +435,8 @@ def _make_panel(example: Example) -> ExamplePanel:
     clustered = merged & ~dropped
     return ExamplePanel(
         example,
-        original=_encode_png(picture.enlarge(example.image, slot.size)),
-        patches=_encode_png(picture.draw(example.image, slot, merged)),
+        original=_encode_png(picture.enlarge_image(example.image, slot.size)),
+        patches=_encode_png(picture.draw_patches(example.image, slot, merged)),
         before=slot.size,
         after=len(set(slot[~dropped].tolist())),
         kept=int((~merged & ~dropped).sum()),

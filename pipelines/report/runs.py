@@ -20,7 +20,7 @@ import yaml
 
 from pipelines.core import jsonl
 from redux.benchmarks import Metric, Row
-from redux.model import ReduxConfig
+from redux.configuration import ReduxConfig
 from redux.presets import Preset
 from redux.settings import METHODS
 
@@ -201,8 +201,8 @@ class Family:
 def count_remaining_tokens(methods: Preset, patches: int = CLIP_PATCHES, blocks: int = CLIP_BLOCKS) -> int:
     """Count the tokens of an image after the methods, for a tower with these patches and blocks in use."""
     if methods.reduction:
-        return methods.reduction.count(patches)
-    return methods.vmtc.tokens_left(patches, blocks) if methods.vmtc else patches
+        return methods.reduction.count_tokens(patches)
+    return methods.vmtc.count_tokens_left(patches, blocks) if methods.vmtc else patches
 
 
 def find_families(paths: Sequence[Path], scorers: Scorers) -> tuple[list[Family], list[str]]:
@@ -344,7 +344,7 @@ def make_preset(methods: Mapping[str, Any], shows: str = "") -> Preset:
         if values is not None:
             values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         arguments[name] = None if values is None else kind(**values)
-    return Preset(shows=shows, **arguments)
+    return Preset(description=shows, **arguments)
 
 
 def family_settings(source_job: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:

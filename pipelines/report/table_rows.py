@@ -14,7 +14,7 @@ import yaml
 
 from pipelines.report.runs import CLIP_PATCHES, ComparedModel, Family, count_remaining_tokens, select_changed_fields
 from redux.presets import PRESETS, Preset
-from redux.settings import METHODS, SPATIAL, VMTC
+from redux.settings import METHODS, SPATIAL_METHODS, VMTC
 
 KIND_BY_METHODS = {
     (None, None): "llava",
@@ -80,7 +80,7 @@ def matches(model: ComparedModel, row: TableRow) -> bool:
         return False
     model_kind = find_kind(model.methods, model.uses_captions)
     row_kind = find_kind(row.preset, row.uses_captions)
-    if row_kind in SPATIAL and model_kind in SPATIAL:
+    if row_kind in SPATIAL_METHODS and model_kind in SPATIAL_METHODS:
         # spatial reductions round the tokens to a square, so their number is compared without rescaling the budget
         return model.num_tokens == count_remaining_tokens(row.preset, model.num_patches)
     rescaled = rescale_budget(row.preset, model.num_patches)

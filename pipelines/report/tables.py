@@ -23,10 +23,10 @@ from pipelines.report import paper
 from pipelines.report.runs import ComparedModel, Family, select_changed_fields
 from pipelines.report.table_rows import TableRow, find_kind, matches, write_command
 from redux.benchmarks import Metric
-from redux.cost import cost, step
+from redux.cost import compute_cost, compute_step_cost
 from redux.instructions import INSTRUCTIONS
 from redux.presets import PRESETS, Preset
-from redux.settings import METHODS, SPATIAL, VMTC, Reduction
+from redux.settings import METHODS, SPATIAL_METHODS, VMTC, Reduction
 
 PROMPT_TEXT_TOKENS = 64
 """Number of text tokens in the prompt whose cost is shown."""
@@ -305,7 +305,7 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
             _add_columns(PILOT_COLUMNS, extra),
             scores,
             _make_spd_rows(),
-            ("llava", *SPATIAL),
+            ("llava", *SPATIAL_METHODS),
         ),
         _build_ratio_table(
             "ratios",
@@ -313,7 +313,7 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
             score_columns,
             scores,
             _make_sweep_rows(),
-            ("llava", "both", "vmtc", *SPATIAL, "random", "prumerge"),
+            ("llava", "both", "vmtc", *SPATIAL_METHODS, "random", "prumerge"),
         ),
         _build_full_table("spent", "Costs", COST_COLUMNS, scores),
     ]
@@ -437,13 +437,15 @@ def _make_spd_rows() -> list[TableRow]:
     """Make the rows of Figure 2. The paper does not print its ratios, so SPD_RATIOS are a choice of this project."""
     reductions = {ratio: Reduction(method="average", ratio=ratio) for ratio in SPD_RATIOS}
     return [
-        TableRow(f"SPD {ratio:.0%}", Preset(shows="", vmtc=None, cmai=None, reduction=reduction))
+        TableRow(f"SPD {ratio:.0%}", Preset(description="", vmtc=None, cmai=None, reduction=reduction))
         for ratio, reduction in reductions.items()
     ]
 
 
 def _make_sweep_rows() -> list[TableRow]:
-    presets = {ratio: Preset(shows="", vmtc=VMTC(ratio=ratio)) for ratio in SWEEP_RATIOS} | {0.5: PRESETS["default"]}
+    presets = {ratio: Preset(description="", vmtc=VMTC(ratio=ratio)) for ratio in SWEEP_RATIOS} | {
+        0.5: PRESETS["default"]
+    }
     return [TableRow(f"VMTC + CMAI {ratio:.0%}", preset) for ratio, preset in presets.items()]
 
 
@@ -530,7 +532,7 @@ def _from_config(compute: Callable[[Any], float]) -> Callable[[ComparedModel], f
 
 
 def _cache_mebibytes(config: Any) -> float:
-    prompt = cost(config, PROMPT_TEXT_TOKENS)
+    prompt = compute_cost(config, PROMPT_TEXT_TOKENS)
     return (prompt.kv_bytes + prompt.focus_bytes) / 2**20
 
 
@@ -539,8 +541,8 @@ COST_FUNCTIONS: dict[str, Callable[[ComparedModel], float | None]] = {
     "evaluation": _from_metrics("wall_s.evaluate", 1 / 60),
     "peak": _from_metrics("speed.peak_bytes", 2**-30),
     "decode": _from_metrics("speed.decode_tokens_per_s"),
-    "prompt": _from_config(lambda config: cost(config, PROMPT_TEXT_TOKENS).flops / 1e9),
-    "step": _from_config(lambda config: step(config, PROMPT_TEXT_TOKENS).flops / 1e9),
+    "prompt": _from_config(lambda config: compute_cost(config, PROMPT_TEXT_TOKENS).flops / 1e9),
+    "step": _from_config(lambda config: compute_step_cost(config, PROMPT_TEXT_TOKENS).flops / 1e9),
     "cache": _from_config(_cache_mebibytes),
 }
 """Costs of a model: measured ones as means over seeds, others computed from its configuration; None if unknown."""

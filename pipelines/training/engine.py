@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
 from pipelines.training.plan import LearningRateSchedule, StagePlan
 from redux import contrastive, model
-from redux.architecture import Tower
-from redux.contrastive import Contrastive
-from redux.conversation import IGNORE
-from redux.hub import fetched
+from redux.architecture import TowerSizes
+from redux.contrastive import ContrastiveClip
+from redux.conversation import IGNORE_INDEX
+from redux.hub import local_copy
 from redux.loading import load_model
 from redux.model import ReduxForConditionalGeneration
 
@@ -47,7 +47,7 @@ class LlavaWithLoss(torch.nn.Module):
         262 MB.
         """
         hidden = self.llava.model(**batch, use_cache=False).last_hidden_state
-        learned = labels[:, 1:] != IGNORE
+        learned = labels[:, 1:] != IGNORE_INDEX
         logits = self.llava.lm_head(hidden[:, :-1][learned]).float()
         losses = F.cross_entropy(logits, labels[:, 1:][learned], reduction="none")
         return (losses * weight[:, None].expand_as(learned)[learned]).sum()
@@ -58,7 +58,7 @@ class ClipWithLoss(torch.nn.Module):
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
-        self.pairs = Contrastive(clip)
+        self.pairs = ContrastiveClip(clip)
 
     def forward(self, weight: Float[Tensor, " samples"], **batch: Tensor) -> Float[Tensor, ""]:
         return self.pairs(**batch) * weight.sum()
@@ -107,8 +107,8 @@ def build_module(plan: StagePlan) -> tuple[ModuleWithLoss, dict[str, list[torch.
     # The contrastive objective trains CLIP, whose image side becomes the tower.
     if plan.stage.objective == "contrastive":
         assert plan.model is not None
-        assert isinstance(plan.model.tower, Tower)
-        clip = start if isinstance(start, CLIPModel) else contrastive.build(plan.model.tower, tokenizer)
+        assert isinstance(plan.model.tower, TowerSizes)
+        clip = start if isinstance(start, CLIPModel) else contrastive.build_clip(plan.model.tower, tokenizer)
         module: ModuleWithLoss = ClipWithLoss(clip)
         return module, {"tower": list(module.parameters())}
 
@@ -117,10 +117,10 @@ def build_module(plan: StagePlan) -> tuple[ModuleWithLoss, dict[str, list[torch.
         llava = start
     else:
         assert plan.model is not None
-        llava = model.build(plan.model, tokenizer)
+        llava = model.build_model(plan.model, tokenizer)
     if isinstance(start, CLIPModel):
         llava.model.vision_tower.load_state_dict(start.vision_model.state_dict())
-    parts = llava.parts()
+    parts = llava.parameters_by_part()
 
     # Adapters draw from torch's generator, so they are added after everything else is built.
     if plan.stage.lora:
@@ -136,14 +136,14 @@ def build_module(plan: StagePlan) -> tuple[ModuleWithLoss, dict[str, list[torch.
 def load_start_model(path: str) -> CLIPModel | ReduxForConditionalGeneration:
     """Load the model from which a stage starts, from a folder or URL: a CLIP or a LLaVA."""
     kinds = {"clip": CLIPModel, "llava": ReduxForConditionalGeneration}
-    with fetched(path) as folder:
-        return load_model(kinds[AutoConfig.from_pretrained(folder).model_type], folder, what="start")
+    with local_copy(path) as folder:
+        return load_model(kinds[AutoConfig.from_pretrained(folder).model_type], folder, label="start")
 
 
 def extract_model(module: ModuleWithLoss, plan: StagePlan) -> CLIPModel | ReduxForConditionalGeneration:
     """Return the model without its loss, with adapters merged into the weights."""
     if isinstance(module, ClipWithLoss):
-        return module.pairs.trained()
+        return module.pairs.export_clip()
     if plan.stage.lora:
         from pipelines.training import lora
 

@@ -58,7 +58,7 @@ def export_checkpoint(plan: StagePlan, saved: checkpoint.SavedCheckpoint, out: s
     tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer)
     with tempfile.TemporaryDirectory() as folder, failures.locate_errors(folder):
         if isinstance(model, ReduxForConditionalGeneration):
-            processor.describe_training(model, tokenizer, plan.template, plan.image_aspect_ratio)
+            processor.record_training_format(model, tokenizer, plan.template, plan.image_aspect_ratio)
             processor.build_processor(model.config, tokenizer).save_pretrained(folder)
         else:
             tokenizer.save_pretrained(folder)

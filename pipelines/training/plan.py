@@ -16,8 +16,8 @@ from pipelines.data.grouping import LengthGroups
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
 from pipelines.training.stage import DEFAULT_IMAGE_ASPECT_RATIO, DEFAULT_TEMPLATE, Recovery, Stage
-from redux.architecture import Model
-from redux.settings import Fit, TemplateName
+from redux.architecture import ModelSettings
+from redux.settings import ImageAspectRatio, TemplateName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class StagePlan:
 
     name: str
     stage: Stage
-    model: Model | None
+    model: ModelSettings | None
     seed: int
     workers: tuple[int, int] | None
     run: Path
@@ -73,7 +73,7 @@ class StagePlan:
         return self.stage.template or DEFAULT_TEMPLATE
 
     @property
-    def image_aspect_ratio(self) -> Fit:
+    def image_aspect_ratio(self) -> ImageAspectRatio:
         """Conversion of images to squares: pad or crop."""
         return self.stage.image_aspect_ratio or DEFAULT_IMAGE_ASPECT_RATIO
 
@@ -120,7 +120,7 @@ class StagePlan:
             self.check_prepared(name, shards.prepared_format)
         return sources
 
-    def check_prepared(self, name: str, prepared: tuple[int, Fit] | None) -> None:
+    def check_prepared(self, name: str, prepared: tuple[int, ImageAspectRatio] | None) -> None:
         """Check that the images of a set fit the stage.
 
         Args:

@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from pipelines.data.order import Shuffle
-from redux.settings import Fit, TemplateName, Way
+from redux.settings import ImageAspectRatio, ImageBackend, TemplateName
 
 Part = Literal["tower", "projector", "language"]
 
 DEFAULT_TEMPLATE: TemplateName = "vicuna_v1"
 """Conversation template of LLaVA-1.5's second stage."""
 
-DEFAULT_IMAGE_ASPECT_RATIO: Fit = "pad"
+DEFAULT_IMAGE_ASPECT_RATIO: ImageAspectRatio = "pad"
 """Conversion of images to squares in LLaVA-1.5's second stage."""
 
 
@@ -97,8 +97,8 @@ class Stage:
     shuffle: Shuffle = "global"
     window: Annotated[int, Ge(1)] = 8
     group_by_length: Annotated[int, Ge(1)] | None = None
-    image_aspect_ratio: Fit | None = None
-    image_backend: Way = "exact"
+    image_aspect_ratio: ImageAspectRatio | None = None
+    image_backend: ImageBackend = "exact"
     global_batch_size: Annotated[int, Ge(1)]
     micro_batch_size: Annotated[int, Ge(1)]
     learning_rate: dict[Part, Annotated[float, Gt(0)]]
@@ -149,7 +149,7 @@ class Stage:
         """Share of each set, by name."""
         return {self.data: 1.0} if isinstance(self.data, str) else self.data
 
-    def resolve_format(self, template: TemplateName | None, image_aspect_ratio: Fit | None) -> "Stage":
+    def resolve_format(self, template: TemplateName | None, image_aspect_ratio: ImageAspectRatio | None) -> "Stage":
         """Return the stage with a template and an image_aspect_ratio, if it has none.
 
         Args:

@@ -26,7 +26,7 @@ from pipelines.training.hooks import Hook, StepResult
 from pipelines.training.plan import LearningRateSchedule, StagePlan
 from pipelines.training.recorder import RecorderClient
 from redux import model
-from redux.conversation import IGNORE
+from redux.conversation import IGNORE_INDEX
 
 HookFactory = Callable[[DeepSpeedEngineProtocol, StagePlan], Hook]
 """Called on every rank with the engine and the plan; returns an additional hook."""
@@ -387,7 +387,9 @@ def compute_sample_weights(
         return [torch.full((len(batch["input_ids"]),), share, device=device) for batch in micro_batches]
 
     # No logits predict the first token, so its label does not count.
-    counts = [torch.tensor((batch["labels"][:, 1:] != IGNORE).sum(axis=1), device=device) for batch in micro_batches]
+    counts = [
+        torch.tensor((batch["labels"][:, 1:] != IGNORE_INDEX).sum(axis=1), device=device) for batch in micro_batches
+    ]
     if stage.loss_reduction == "sample":
         return [1 / (count.clamp(min=1) * stage.global_batch_size) for count in counts]
 
@@ -406,5 +408,5 @@ def move_to_device(batch: ingest.Batch, engine: DeepSpeedEngineProtocol) -> dict
     tensors = {name: torch.tensor(batch[name], device=engine.device) for name in names if name in batch}
     images = tensors["pixel_values"].movedim(-1, 1).contiguous()
     dtype = next(engine.module.parameters()).dtype
-    tensors["pixel_values"] = model.normalise(images).to(dtype)
+    tensors["pixel_values"] = model.normalize_pixels(images).to(dtype)
     return tensors

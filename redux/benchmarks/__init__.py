@@ -15,41 +15,49 @@ from redux.benchmarks.benchmark import Metric as Metric
 from redux.benchmarks.benchmark import Outcome as Outcome
 from redux.benchmarks.benchmark import Question as Question
 from redux.benchmarks.benchmark import Row as Row
-from redux.benchmarks.benchmark import scores as scores
+from redux.benchmarks.benchmark import compute_scores as compute_scores
 
 BENCHMARKS: dict[str, Benchmark] = {
     "vqav2": Benchmark(
         title="VQAv2",
-        questions=vqav2.questions,
-        metrics=vqav2.metrics,
-        answers=vqav2.answers,
+        questions=vqav2.read_questions,
+        metrics=vqav2.compute_metrics,
+        answers=vqav2.read_answers,
         max_new_tokens=128,
-        submission=vqav2.submission,
+        submission=vqav2.build_submission,
     ),
     "gqa": Benchmark(
-        title="GQA", questions=gqa.questions, metrics=gqa.metrics, answers=gqa.answers, max_new_tokens=128
+        title="GQA",
+        questions=gqa.read_questions,
+        metrics=gqa.compute_metrics,
+        answers=gqa.read_answers,
+        max_new_tokens=128,
     ),
     "textvqa": Benchmark(
         title="TextVQA",
-        questions=textvqa.questions,
-        metrics=textvqa.metrics,
-        answers=textvqa.answers,
+        questions=textvqa.read_questions,
+        metrics=textvqa.compute_metrics,
+        answers=textvqa.read_answers,
         max_new_tokens=128,
     ),
     "mme": Benchmark(
-        title="MME", questions=mme.questions, metrics=mme.metrics, answers=mme.answers, max_new_tokens=128
+        title="MME",
+        questions=mme.read_questions,
+        metrics=mme.compute_metrics,
+        answers=mme.read_answers,
+        max_new_tokens=128,
     ),
     "mmbench": Benchmark(
         title="MMBench",
-        questions=mmbench.questions,
-        metrics=mmbench.metrics,
-        answers=mmbench.answers,
+        questions=mmbench.read_questions,
+        metrics=mmbench.compute_metrics,
+        answers=mmbench.read_answers,
         max_new_tokens=1024,
     ),
 }
 
 
-def answered(questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[list[Row], int]:
+def join_answers(questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[list[Row], int]:
     """(rows, missing): a row for each question, in order, and how many have no answer; the response of these is None.
 
     answers: {question id: response}.  ValueError for one to a question that is not there.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from redux.benchmarks.source import Source
 
-SHORT = "\nAnswer the question using a single word or phrase."
+SHORT_ANSWER_PROMPT = "\nAnswer the question using a single word or phrase."
 """How LLaVA-1.5 asks for short answers (haotian-liu/LLaVA, docs/Evaluation.md, commit c121f043)."""
 
 
@@ -72,7 +72,7 @@ class Metric:
         return self.weight * sum(sum(values) / len(values) for values in groups.values())
 
 
-def means(outcomes: Iterable[tuple[str, Outcome]]) -> dict[str, Metric]:
+def group_metrics(outcomes: Iterable[tuple[str, Outcome]]) -> dict[str, Metric]:
     """Metrics of (name, outcome) pairs, each of the outcomes under its name; names in the order of appearance."""
     named = defaultdict(list)
     for name, outcome in outcomes:
@@ -80,7 +80,7 @@ def means(outcomes: Iterable[tuple[str, Outcome]]) -> dict[str, Metric]:
     return {name: Metric(found) for name, found in named.items()}
 
 
-def scores(metrics: Mapping[str, Metric], name: str) -> dict[str, float]:
+def compute_scores(metrics: Mapping[str, Metric], name: str) -> dict[str, float]:
     """Scores by name, of metrics by name.
 
     name: what was asked, for errors.
@@ -96,7 +96,7 @@ def scores(metrics: Mapping[str, Metric], name: str) -> dict[str, float]:
     return found
 
 
-class Submitted(str):
+class SubmittedAnswer(str):
     """An answer in the form that an official scorer takes, scored to the letter.
 
     A model's own response is first converted as LLaVA's scripts do before they hand it in.

@@ -8,16 +8,16 @@ need files that GQA 1.2 no longer has, are left out.
 
 from collections.abc import Iterator, Sequence
 
-from redux.benchmarks.benchmark import SHORT, Metric, Outcome, Question, Row, means
-from redux.benchmarks.source import Found, Source, document, field, matched, one, records
+from redux.benchmarks.benchmark import SHORT_ANSWER_PROMPT, Metric, Outcome, Question, Row, group_metrics
+from redux.benchmarks.source import FoundAnswer, Source, get_field, match_answers, only_source, read_json, read_records
 
-FORMS = (("questionId", "prediction"), ("question_id", "text"), ("id", "response"))
+_ANSWER_KEYS = (("questionId", "prediction"), ("question_id", "text"), ("id", "response"))
 
 
-def questions(*sources: Source) -> list[Question]:
+def read_questions(*sources: Source) -> list[Question]:
     """Of testdev_balanced_questions.json: {id: {question, imageId, answer, types, isBalanced, …}, …}."""
-    source = one(sources)
-    whole = document(source)
+    source = only_source(sources)
+    whole = read_json(source)
     if not isinstance(whole, dict):
         raise ValueError(f"{source}: got a {type(whole).__name__}, allowed: an object of questions by id")
     result = []
@@ -25,36 +25,36 @@ def questions(*sources: Source) -> list[Question]:
         place = f"{source}: question {number}"
         if not isinstance(entry, dict):
             raise ValueError(f"{place}: got a {type(entry).__name__}, allowed: an object")
-        image = field(place, entry, "imageId")
-        types = field(place, entry, "types", dict) if "types" in entry else {}
+        image = get_field(place, entry, "imageId")
+        types = get_field(place, entry, "types", dict) if "types" in entry else {}
         reference = {name: types[name] for name in ("structural", "semantic") if name in types}
         if "answer" in entry:  # the test and challenge splits have none
-            reference["answer"] = field(place, entry, "answer")
+            reference["answer"] = get_field(place, entry, "answer")
         result.append(
             Question(
                 id=number,
                 unit=image,
                 image=f"{image}.jpg",
-                prompt=field(place, entry, "question") + SHORT,
+                prompt=get_field(place, entry, "question") + SHORT_ANSWER_PROMPT,
                 reference={**reference, "balanced": entry.get("isBalanced", True)},
             )
         )
     return result
 
 
-def correct(response: str | None, answer: str) -> bool:
+def is_correct(response: str | None, answer: str) -> bool:
     """Whether a response is the answer, but for capitals and periods at its end."""
     return response is not None and response.rstrip(".").lower() == answer
 
 
-def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
+def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     """accuracy; binary and open, by whether the answer is given in the question; structural.* and semantic.* types."""
 
     def outcomes() -> Iterator[tuple[str, Outcome]]:
         for row in rows:
             if "answer" not in row or not row["balanced"]:
                 continue
-            outcome = Outcome("", row["unit"], float(correct(row["response"], row["answer"])))
+            outcome = Outcome("", row["unit"], float(is_correct(row["response"], row["answer"])))
             yield "accuracy", outcome
             if "structural" in row:
                 yield "open" if row["structural"] == "query" else "binary", outcome
@@ -62,10 +62,10 @@ def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
                 if name in row:
                     yield f"{name}.{row[name]}", outcome
 
-    return means(outcomes())
+    return group_metrics(outcomes())
 
 
-def answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
+def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Of the official [{questionId, prediction}], or of lines {question_id, text} (LLaVA's) or {id, response}."""
-    found = (Found(record.place, record.id, record.response) for record in records(source, FORMS))
-    return matched(found, {question.id for question in questions})
+    found = (FoundAnswer(record.place, record.id, record.response) for record in read_records(source, _ANSWER_KEYS))
+    return match_answers(found, {question.id for question in questions})

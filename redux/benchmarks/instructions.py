@@ -24,13 +24,20 @@ from pathlib import Path
 from typing import Any
 
 from redux.benchmarks import Metric, Outcome, Question, Row, source
-from redux.instructions import INSTRUCTIONS, KEYWORDS, ask, draw, loose, strict
+from redux.instructions import (
+    INSTRUCTIONS,
+    KEYWORDS,
+    draw_arguments,
+    follows_loosely,
+    follows_strictly,
+    render_instruction,
+)
 
 PER_TASK = 218
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ImageQuestion:
     """A question about an image, and its answer where one is known.  image: as `Question` has it."""
 
     id: str
@@ -39,8 +46,8 @@ class Asked:
     answer: str | None = None
 
 
-def questions(
-    asked: Sequence[Asked], per_task: int = PER_TASK, seed: int = 0, keywords: Sequence[str] = KEYWORDS
+def build_questions(
+    asked: Sequence[ImageQuestion], per_task: int = PER_TASK, seed: int = 0, keywords: Sequence[str] = KEYWORDS
 ) -> list[Question]:
     """16 × per_task questions, task by task: `per_task` of those asked, by chance, in their order.
 
@@ -57,11 +64,11 @@ def questions(
     return [_question(asked[place], id, seed, keywords) for id in INSTRUCTIONS for place in places]
 
 
-def _question(asked: Asked, id: str, seed: int, keywords: Sequence[str]) -> Question:
+def _question(asked: ImageQuestion, id: str, seed: int, keywords: Sequence[str]) -> Question:
     task = INSTRUCTIONS[id].task
-    kwargs = draw(id, random.Random(f"{seed}/{task}/{asked.id}"), keywords)
+    kwargs = draw_arguments(id, random.Random(f"{seed}/{task}/{asked.id}"), keywords)
     return Question(
-        id=f"{_group(task)}/{asked.id}",
+        id=f"{_task_group(task)}/{asked.id}",
         unit=asked.id,
         image=asked.image,
         prompt=_prompt(asked.question, id, kwargs),
@@ -76,26 +83,26 @@ def _question(asked: Asked, id: str, seed: int, keywords: Sequence[str]) -> Ques
 
 
 def _prompt(question: str, id: str, kwargs: dict[str, Any]) -> str:
-    return f"{question} {ask(id, kwargs)}"
+    return f"{question} {render_instruction(id, kwargs)}"
 
 
-def _group(task: int) -> str:
+def _task_group(task: int) -> str:
     return f"T{task:02}"
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def judge(row: Row) -> dict[str, bool]:
+def judge_row(row: Row) -> dict[str, bool]:
     """What a line of answers is extended by: "strict", "loose", and "right" where an answer is known."""
     told = (row["instruction_id"], row["kwargs"], row["response"])
-    judged = {"strict": (followed := strict(*told)), "loose": followed or loose(*told)}
+    judged = {"strict": (followed := follows_strictly(*told)), "loose": followed or follows_loosely(*told)}
     if row.get("answer") is not None:
-        judged["right"] = right(row["answer"], row["response"])
+        judged["right"] = contains_answer(row["answer"], row["response"])
     return judged
 
 
-def right(answer: str, response: str) -> bool:
+def contains_answer(answer: str, response: str) -> bool:
     """Whether a response, however it is dressed up, gives the answer; case counts nowhere.
 
     "yes" and "no": the first of the two words in the response is it.  Any other: it occurs, as whole words.  That is
@@ -111,19 +118,19 @@ def right(answer: str, response: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", said) is not None
 
 
-def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
+def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     """The metrics "strict" and "loose", means over tasks, as the paper's AVG; "strict.NAME" of each task that has rows.
 
     Where answers are known also "right" and "both", right and strict, over the rows that have one.
     """
     outcomes: dict[str, list[Outcome]] = {"strict": [], "loose": []}
     for row in rows:
-        judged: dict[str, bool] = judge(row)
+        judged: dict[str, bool] = judge_row(row)
         if "right" in judged:
             judged["both"] = judged["right"] and judged["strict"]
         judged[f"strict.{INSTRUCTIONS[row['instruction_id']].name}"] = judged["strict"]
         for name, value in judged.items():
-            outcomes.setdefault(name, []).append(Outcome(_group(row["task"]), row["unit"], float(value)))
+            outcomes.setdefault(name, []).append(Outcome(_task_group(row["task"]), row["unit"], float(value)))
     return {name: _mean_over_tasks(each) for name, each in outcomes.items()}
 
 
@@ -131,31 +138,34 @@ def _mean_over_tasks(outcomes: Sequence[Outcome]) -> Metric:
     return Metric(outcomes, 1 / max(1, len({outcome.group for outcome in outcomes})))
 
 
-def score(text: str, name: str) -> Iterator[dict[str, Any]]:
+def score_lines(text: str, name: str) -> Iterator[dict[str, Any]]:
     """{"strict", "loose"} of each line {"instruction_id", "kwargs", "response"} of JSON, whatever else it has.
 
     A line may also be IFEval's, with "instruction_id_list" and "kwargs" as lists; then both values are lists, too.
     name: of the file, for errors.  ValueError naming it and the line where one cannot be scored.
     """
-    for where, line in source.lines(name, text):
+    for where, line in source.parse_lines(name, text):
         try:
-            told = _told(line)
-            judged = {"strict": [strict(*each) for each in told], "loose": [loose(*each) for each in told]}
+            told = _list_instructions(line)
+            judged = {
+                "strict": [follows_strictly(*each) for each in told],
+                "loose": [follows_loosely(*each) for each in told],
+            }
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        yield judged if LISTED in line else {kind: values[0] for kind, values in judged.items()}
+        yield judged if ID_LIST in line else {kind: values[0] for kind, values in judged.items()}
 
 
-LISTED = "instruction_id_list"
+ID_LIST = "instruction_id_list"
 
 
-def _told(line: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
+def _list_instructions(line: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
     """(id, arguments, response) of each instruction of a line."""
-    names = (LISTED if LISTED in line else "instruction_id", "kwargs", "response")
+    names = (ID_LIST if ID_LIST in line else "instruction_id", "kwargs", "response")
     if missing := [name for name in names if name not in line]:
         raise ValueError(f"got no {missing[0]}, allowed: an object with {', '.join(names)}")
     ids, kwargs, response = (line[name] for name in names)
-    if LISTED not in line:
+    if ID_LIST not in line:
         ids, kwargs = [ids], [kwargs]
     if not isinstance(ids, list) or not all(isinstance(id, str) for id in ids):
         raise ValueError(f"{names[0]}: got {line[names[0]]!r}, allowed: ids that are texts")
@@ -169,7 +179,7 @@ def _told(line: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
 # --- the frozen file -------------------------------------------------------------------------------------------------
 
 
-def write(questions: Iterable[Question], path: str | Path) -> None:
+def write_questions(questions: Iterable[Question], path: str | Path) -> None:
     """One JSON object a line; an image that is no path as {"base64": text}."""
     lines = (
         {
@@ -184,16 +194,16 @@ def write(questions: Iterable[Question], path: str | Path) -> None:
     Path(path).write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
 
 
-def read(path: str | Path) -> list[Question]:
+def read_questions(path: str | Path) -> list[Question]:
     """The questions that `write` wrote.
 
     ValueError naming file and line where one is no such question, its prompt is not what its reference asks, or its id
     comes twice.
     """
     found: dict[str, Question] = {}
-    for where, line in source.lines(path, source.read(path)):
+    for where, line in source.parse_lines(path, source.read_text(path)):
         try:
-            question = _read(line)
+            question = _parse_question(line)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if question.id in found:
@@ -202,23 +212,23 @@ def read(path: str | Path) -> list[Question]:
     return list(found.values())
 
 
-FIELDS = {"id": str, "unit": str, "image": str | dict | None, "prompt": str, "reference": dict}
-REFERENCE = {"task": int, "instruction_id": str, "kwargs": dict, "question": str, "answer": str | None}
+QUESTION_FIELDS = {"id": str, "unit": str, "image": str | dict | None, "prompt": str, "reference": dict}
+REFERENCE_FIELDS = {"task": int, "instruction_id": str, "kwargs": dict, "question": str, "answer": str | None}
 
 
-def _read(line: dict[str, Any]) -> Question:
-    _has(line, FIELDS)
+def _parse_question(line: dict[str, Any]) -> Question:
+    _check_record(line, QUESTION_FIELDS)
     reference = line["reference"]
-    _has(reference, REFERENCE)
+    _check_record(reference, REFERENCE_FIELDS)
     prompt = _prompt(reference["question"], reference["instruction_id"], reference["kwargs"])
     if line["prompt"] != prompt:
         raise ValueError(f"prompt: got {line['prompt']!r}, allowed: what its reference asks, {prompt!r}")
     if reference["task"] != (task := INSTRUCTIONS[reference["instruction_id"]].task):
         raise ValueError(f"task: got {reference['task']}, allowed: that of {reference['instruction_id']}, {task}")
-    return Question(**{**line, "image": _image(line["image"])})
+    return Question(**{**line, "image": _decode_image(line["image"])})
 
 
-def _image(image: Any) -> str | bytes | None:
+def _decode_image(image: Any) -> str | bytes | None:
     if not isinstance(image, dict):
         return image
     try:
@@ -227,7 +237,7 @@ def _image(image: Any) -> str | bytes | None:
         raise ValueError(f"image: got {image!r}, allowed: a path, null, or an object with base64") from None
 
 
-def _has(line: dict[str, Any], fields: dict[str, Any]) -> None:
+def _check_record(line: dict[str, Any], fields: dict[str, Any]) -> None:
     """ValueError unless the object has these fields, of these types, and no others."""
     if set(line) != set(fields):
         raise ValueError(f"got {', '.join(line) or 'nothing'}, allowed: {', '.join(fields)}")

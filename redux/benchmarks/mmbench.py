@@ -16,16 +16,25 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from redux.benchmarks.benchmark import Metric, Outcome, Question, Row, means
-from redux.benchmarks.source import Found, Source, field, matched, one, read, records, table
+from redux.benchmarks.benchmark import Metric, Outcome, Question, Row, group_metrics
+from redux.benchmarks.source import (
+    FoundAnswer,
+    Source,
+    get_field,
+    match_answers,
+    only_source,
+    parse_table,
+    read_records,
+    read_text,
+)
 
-LETTERS = "ABCD"
-ROTATION = 1_000_000
-ASK = "\nAnswer with the option's letter from the given choices directly."
-FORMS = (("index", "prediction"), ("question_id", "text"), ("id", "response"))
+OPTION_LETTERS = "ABCD"
+ROTATION_OFFSET = 1_000_000
+LETTER_PROMPT = "\nAnswer with the option's letter from the given choices directly."
+_ANSWER_KEYS = (("index", "prediction"), ("question_id", "text"), ("id", "response"))
 CATEGORIES = ("l2-category", "category")
 
-ABSENT = {
+EMPTY_CELLS = {
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "n/a", "null",
 }  # fmt: skip
@@ -35,33 +44,33 @@ REFUSALS = (
     "Sorry, I can't help with images of people yet.", "I can't process this file.",
     "I'm sorry, but without the image provided", "Cannot determine the answer",
 )  # fmt: skip
-MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
 
-def questions(*sources: Source) -> list[Question]:
+def read_questions(*sources: Source) -> list[Question]:
     """Of mmbench_dev_20230712.tsv: index, question, hint, A to D, answer, image (base64), category, l2-category."""
-    source, rows = one(sources), {}
-    for place, row in table(source, read(source)):
-        index = field(place, row, "index")
+    source, rows = only_source(sources), {}
+    for place, row in parse_table(source, read_text(source)):
+        index = get_field(place, row, "index")
         if not index.isdecimal():
             raise ValueError(f"{place}: got index {index!r}, allowed: a whole number")
         if int(index) in rows:
             raise ValueError(f"{place}: got index {index} again, allowed: each once")
         rows[int(index)] = (place, row)
-    rotated = any(index >= ROTATION for index in rows)
+    rotated = any(index >= ROTATION_OFFSET for index in rows)
     result = []
     for index, (place, row) in rows.items():
         options = _options(place, row)
         image = _image(place, row, rows)
         rounds = range(1 if rotated else len(options))
-        result += [_question(place, row, index + number * ROTATION, options, number, image) for number in rounds]
+        result += [_question(place, row, index + number * ROTATION_OFFSET, options, number, image) for number in rounds]
     return result
 
 
 def _options(place: str, row: Mapping[str, str]) -> list[str]:
     options = []
-    for letter in LETTERS:
-        if (text := _cell(row, letter)) is None:
+    for letter in OPTION_LETTERS:
+        if (text := _read_cell(row, letter)) is None:
             break
         options.append(text)
     if not options:
@@ -69,16 +78,16 @@ def _options(place: str, row: Mapping[str, str]) -> list[str]:
     return options
 
 
-def _cell(row: Mapping[str, str], column: str) -> str | None:
+def _read_cell(row: Mapping[str, str], column: str) -> str | None:
     text = row.get(column) or ""
-    return None if text in ABSENT or text.lower() in ("nan", "none") else text
+    return None if text in EMPTY_CELLS or text.lower() in ("nan", "none") else text
 
 
 def _image(place: str, row: Mapping[str, str], rows: Mapping[int, tuple[str, Mapping[str, str]]]) -> bytes:
     """The encoded image; newer files give instead of a repeated one the index of the row that has it."""
-    code = field(place, row, "image")
+    code = get_field(place, row, "image")
     if len(code) <= 64 and code.isdecimal() and int(code) in rows:
-        code = field(place, rows[int(code)][1], "image")
+        code = get_field(place, rows[int(code)][1], "image")
     try:
         return base64.b64decode(code, validate=True)
     except binascii.Error as error:
@@ -89,25 +98,29 @@ def _question(
     place: str, row: Mapping[str, str], index: int, options: list[str], turned: int, image: bytes
 ) -> Question:
     """The question with its options turned by so many places, the first to the end."""
-    shown = dict(zip(LETTERS, options[turned:] + options[:turned], strict=False))
-    hint, asked = _cell(row, "hint"), field(place, row, "question")
+    shown = dict(zip(OPTION_LETTERS, options[turned:] + options[:turned], strict=False))
+    hint, asked = _read_cell(row, "hint"), get_field(place, row, "question")
     lines = [*([hint] if hint else []), asked, *(f"{letter}. {option}" for letter, option in shown.items())]
     reference: dict[str, Any] = {"options": shown}
-    if (answer := _cell(row, "answer")) is not None:
+    if (answer := _read_cell(row, "answer")) is not None:
         if answer not in shown:
             raise ValueError(f"{place}: got answer {answer!r}, allowed: {', '.join(shown)}")
-        reference["answer"] = LETTERS[(LETTERS.index(answer) - turned) % len(options)]
-    reference |= {name: text for name in CATEGORIES if (text := _cell(row, name)) is not None}
+        reference["answer"] = OPTION_LETTERS[(OPTION_LETTERS.index(answer) - turned) % len(options)]
+    reference |= {name: text for name in CATEGORIES if (text := _read_cell(row, name)) is not None}
     return Question(
-        id=str(index), unit=str(index % ROTATION), image=image, prompt="\n".join(lines) + ASK, reference=reference
+        id=str(index),
+        unit=str(index % ROTATION_OFFSET),
+        image=image,
+        prompt="\n".join(lines) + LETTER_PROMPT,
+        reference=reference,
     )
 
 
-def letter(response: str | None, options: Mapping[str, str]) -> str | None:
+def read_letter(response: str | None, options: Mapping[str, str]) -> str | None:
     """The option that a response names, by letter or else by text; None where the rules read none, or several."""
     if not response or any(refusal in response for refusal in REFUSALS):
         return None
-    words = response.translate(MARKS).split()
+    words = response.translate(PUNCTUATION_TO_SPACE).split()
     named = [option for option in options if option in words]
     if len(named) == 1 and words.index(named[0]) > len(words) - 5:  # a letter far from the end may be an article
         return named[0]
@@ -119,7 +132,7 @@ def letter(response: str | None, options: Mapping[str, str]) -> str | None:
     return quoted[0] if len(quoted) == 1 else None
 
 
-def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
+def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     """accuracy: the share of questions right in all rotations; the same by l2-category and category.
 
     None without answers.
@@ -131,27 +144,27 @@ def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
     def outcomes() -> Iterator[tuple[str, Outcome]]:
         for unit, asked in rounds.items():
-            right = all(letter(row["response"], row["options"]) == row["answer"] for row in asked)
+            right = all(read_letter(row["response"], row["options"]) == row["answer"] for row in asked)
             outcome = Outcome("", unit, float(right))
             yield "accuracy", outcome
             for name in CATEGORIES:
                 if name in asked[0]:
                     yield f"{name}.{asked[0][name]}", outcome
 
-    return means(outcomes())
+    return group_metrics(outcomes())
 
 
-def answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
+def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Of a table with index and prediction, of a JSON list or lines of these, LLaVA's {question_id, text} or ours.
 
     The server's own .xlsx is to be saved as CSV before.  LLaVA's round_id counts the rotations it makes itself.
     """
 
-    def found() -> Iterator[Found]:
-        for record in records(source, FORMS):
+    def found() -> Iterator[FoundAnswer]:
+        for record in read_records(source, _ANSWER_KEYS):
             number = record.id
             if "round_id" in record.fields and number.isdecimal():
-                number = str(int(number) + field(record.place, record.fields, "round_id", int) * ROTATION)
-            yield Found(record.place, number, record.response)
+                number = str(int(number) + get_field(record.place, record.fields, "round_id", int) * ROTATION_OFFSET)
+            yield FoundAnswer(record.place, number, record.response)
 
-    return matched(found(), {question.id for question in questions})
+    return match_answers(found(), {question.id for question in questions})

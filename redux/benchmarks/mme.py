@@ -14,31 +14,40 @@ from collections.abc import Iterator, Sequence
 from os import fspath
 from pathlib import PurePosixPath
 
-from redux.benchmarks.benchmark import SHORT, Metric, Outcome, Question, Row
-from redux.benchmarks.source import Found, Source, field, files, matched, one, read, records
+from redux.benchmarks.benchmark import SHORT_ANSWER_PROMPT, Metric, Outcome, Question, Row
+from redux.benchmarks.source import (
+    FoundAnswer,
+    Source,
+    get_field,
+    list_files,
+    match_answers,
+    only_source,
+    read_records,
+    read_text,
+)
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-ORDER = "Please answer yes or no."
-FORMS = (("question_id", "text"), ("id", "response"))
+YES_OR_NO_PROMPT = "Please answer yes or no."
+_ANSWER_KEYS = (("question_id", "text"), ("id", "response"))
 
 
-def questions(*sources: Source) -> list[Question]:
+def read_questions(*sources: Source) -> list[Question]:
     """Of the folder MME_Benchmark_release_version, with a folder for each subtask.
 
     An image that is not there is called .jpg, so that it is missed when it is read.
     """
-    folder = one(sources).rstrip("/")
-    listed = [PurePosixPath(path) for path in files(folder)]
-    images = {_key(path): str(path) for path in listed if path.suffix != ".txt"}
+    folder = only_source(sources).rstrip("/")
+    listed = [PurePosixPath(path) for path in list_files(folder)]
+    images = {_image_key(path): str(path) for path in listed if path.suffix != ".txt"}
     result = []
     for path in listed:
         if path.suffix == ".txt" and path.parts[0] in PERCEPTION + COGNITION and len(path.parts) > 1:
             beside = path.parent.with_name("images") if path.parent.name == "questions_answers_YN" else path.parent
-            image = images.get(_key(path), str(beside / f"{path.stem}.jpg"))
-            result += _questions(f"{folder}/{path}", _key(path), image)
+            image = images.get(_image_key(path), str(beside / f"{path.stem}.jpg"))
+            result += _questions(f"{folder}/{path}", _image_key(path), image)
     if not result:
         raise ValueError(f"{folder}: got no questions, allowed: a folder with subtasks such as {PERCEPTION[0]}")
     return result
@@ -53,10 +62,10 @@ def _questions(source: str, image_key: str, image: str) -> list[Question]:
             raise ValueError(f"{place}: got {line[:200]!r}, allowed: a question, a tab, Yes or No")
         result.append(
             Question(
-                id=f"{image_key}/{_bare(asked)}",
+                id=f"{image_key}/{_strip_prompts(asked)}",
                 unit=image_key,
                 image=image,
-                prompt=_bare(asked) + SHORT,
+                prompt=_strip_prompts(asked) + SHORT_ANSWER_PROMPT,
                 reference={"subtask": image_key.partition("/")[0], "answer": answer[0].lower()},
             )
         )
@@ -65,33 +74,33 @@ def _questions(source: str, image_key: str, image: str) -> list[Question]:
     return result
 
 
-def _key(path: PurePosixPath) -> str:
+def _image_key(path: PurePosixPath) -> str:
     """SUBTASK/STEM, what an image and its questions share."""
     return f"{path.parts[0]}/{path.stem}"
 
 
-def _bare(asked: str) -> str:
+def _strip_prompts(asked: str) -> str:
     """A question without how it is to be answered."""
-    return asked.replace(ORDER, "").replace(SHORT.strip(), "").strip()
+    return asked.replace(YES_OR_NO_PROMPT, "").replace(SHORT_ANSWER_PROMPT.strip(), "").strip()
 
 
 def _lines(source: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(read(source).replace("\r\n", "\n").split("\n"), 1):
+    for number, line in enumerate(read_text(source).replace("\r\n", "\n").split("\n"), 1):
         if line.strip():
             yield f"{source}: line {number}", line
 
 
-def verdict(response: str | None) -> str:
+def read_verdict(response: str | None) -> str:
     """yes, no or other, by the start of a response."""
     start = (response or "").lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
-def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
+def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     """perception and cognition in points; for each subtask its points, and acc and acc_plus from 0 to 1."""
     images: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        images[row["subtask"]][row["unit"]].append(verdict(row["response"]) == row["answer"])
+        images[row["subtask"]][row["unit"]].append(read_verdict(row["response"]) == row["answer"])
     single, both = {}, {}
     for subtask, answered in images.items():
         single[subtask] = [Outcome(f"{subtask}.acc", unit, float(r)) for unit, right in answered.items() for r in right]
@@ -108,27 +117,27 @@ def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     return result
 
 
-def answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
+def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Of the official folder of SUBTASK.txt, or of lines {id, response} or LLaVA's {question_id, prompt, text}."""
     known = {question.id for question in questions}
     folder = fspath(source).rstrip("/")
-    found = _recorded(source, known)
-    if listed := [path for path in files(folder) if path.endswith(".txt")]:
-        found = (answer for path in listed for answer in _official(f"{folder}/{path}", PurePosixPath(path).stem))
-    return matched(found, known)
+    found = _read_recorded(source, known)
+    if listed := [path for path in list_files(folder) if path.endswith(".txt")]:
+        found = (answer for path in listed for answer in _read_official(f"{folder}/{path}", PurePosixPath(path).stem))
+    return match_answers(found, known)
 
 
-def _official(source: str, subtask: str) -> Iterator[Found]:
+def _read_official(source: str, subtask: str) -> Iterator[FoundAnswer]:
     for place, line in _lines(source):
         parts = line.split("\t")
         if len(parts) != 4:
             raise ValueError(f"{place}: got {len(parts)} fields, allowed: image, question, ground truth, answer")
-        yield Found(place, f"{subtask}/{PurePosixPath(parts[0]).stem}/{_bare(parts[1])}", parts[3])
+        yield FoundAnswer(place, f"{subtask}/{PurePosixPath(parts[0]).stem}/{_strip_prompts(parts[1])}", parts[3])
 
 
-def _recorded(source: Source, known: set[str]) -> Iterator[Found]:
-    for record in records(source, FORMS):
+def _read_recorded(source: Source, known: set[str]) -> Iterator[FoundAnswer]:
+    for record in read_records(source, _ANSWER_KEYS):
         number = record.id
         if number not in known and "prompt" in record.fields:  # LLaVA's is the image's path
-            number = f"{_key(PurePosixPath(number))}/{_bare(field(record.place, record.fields, 'prompt'))}"
-        yield Found(record.place, number, record.response)
+            number = f"{_image_key(PurePosixPath(number))}/{_strip_prompts(get_field(record.place, record.fields, 'prompt'))}"
+        yield FoundAnswer(record.place, number, record.response)

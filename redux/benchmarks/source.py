@@ -20,10 +20,10 @@ from redux.hub import explain_error
 Source = str | PathLike[str]
 """A path or URL."""
 
-Form = tuple[str, str]
+AnswerKeys = tuple[str, str]
 """Keys of the id and the answer in a record."""
 
-KINDS: dict[type, str] = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
+FIELD_TYPES: dict[type, str] = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
 
 
 class Record(NamedTuple):
@@ -31,18 +31,18 @@ class Record(NamedTuple):
 
     place: str
     fields: Mapping[str, Any]
-    form: Form
+    form: AnswerKeys
 
     @property
     def id(self) -> str:
-        return identity(self.place, self.fields, self.form[0])
+        return get_id(self.place, self.fields, self.form[0])
 
     @property
     def response(self) -> str:
-        return field(self.place, self.fields, self.form[1])
+        return get_field(self.place, self.fields, self.form[1])
 
 
-class Found(NamedTuple):
+class FoundAnswer(NamedTuple):
     """An answer with the id of its question."""
 
     place: str
@@ -50,7 +50,7 @@ class Found(NamedTuple):
     response: str
 
 
-def read(source: Source) -> str:
+def read_text(source: Source) -> str:
     """The text of a file."""
     try:
         with fsspec.open(fspath(source), "rb") as file:
@@ -59,7 +59,7 @@ def read(source: Source) -> str:
         raise explain_error(error, f"{source}: cannot be read", "a path or URL of a file in UTF-8") from None
 
 
-def files(folder: Source) -> list[str]:
+def list_files(folder: Source) -> list[str]:
     """Paths in a folder, relative to it, sorted; none where it is no folder."""
     try:
         system, root = fsspec.url_to_fs(fspath(folder))
@@ -68,55 +68,55 @@ def files(folder: Source) -> list[str]:
         raise explain_error(error, f"{folder}: cannot be read", "a path or URL of a folder") from None
 
 
-def one(sources: Sequence[Source]) -> str:
+def only_source(sources: Sequence[Source]) -> str:
     """The only one of the sources."""
     if len(sources) != 1:
         raise ValueError(f"questions: got {', '.join(map(str, sources)) or 'nothing'}, allowed: one file or folder")
     return fspath(sources[0])
 
 
-def document(source: Source) -> Any:
+def read_json(source: Source) -> Any:
     """The value of a JSON file."""
-    return _parsed(source, read(source))
+    return _parse_json(source, read_text(source))
 
 
-def entries(source: Source, whole: Any, key: str) -> list[tuple[str, dict[str, Any]]]:
+def list_entries(source: Source, whole: Any, key: str) -> list[tuple[str, dict[str, Any]]]:
     """(place, object) of the list that a JSON file's value has under `key`."""
     if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
-        raise ValueError(f"{source}: got {_keys(whole)}, allowed: an object with a list under {key!r}")
-    return list(numbered(source, whole[key]))
+        raise ValueError(f"{source}: got {_describe_keys(whole)}, allowed: an object with a list under {key!r}")
+    return list(number_items(source, whole[key]))
 
 
-def records(source: Source, forms: Sequence[Form]) -> Iterator[Record]:
+def read_records(source: Source, forms: Sequence[AnswerKeys]) -> Iterator[Record]:
     """The answers of a JSON list, of JSON lines or, where it begins as neither, of a table; an empty file has none.
 
     forms: those that are known; a record has the first that fits.
     """
-    text = read(source)
+    text = read_text(source)
     match text.lstrip()[:1]:
         case "":
             return
         case "[":
-            found = numbered(source, _parsed(source, text))
+            found = number_items(source, _parse_json(source, text))
         case "{":
-            found = lines(source, text)
+            found = parse_lines(source, text)
         case _:
-            found = table(source, text)
-            _form(f"{source}: line 1", dict.fromkeys(_header(text)[0]), forms)  # also where no row follows
+            found = parse_table(source, text)
+            _match_keys(f"{source}: line 1", dict.fromkeys(_read_header(text)[0]), forms)  # also where no row follows
     for place, item in found:
-        yield Record(place, item, _form(place, item, forms))
+        yield Record(place, item, _match_keys(place, item, forms))
 
 
-def lines(source: Source, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def parse_lines(source: Source, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, object) of each line of JSON lines that is not blank."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield (place := f"{source}: line {number}"), _object(place, _parsed(source, line, number))
+            yield (place := f"{source}: line {number}"), _require_object(place, _parse_json(source, line, number))
 
 
-def table(source: Source, text: str) -> Iterator[tuple[str, dict[str, str]]]:
+def parse_table(source: Source, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     """(place, row) of a table with a header, cut at tabs if the header has any, else at commas; rows number from 1."""
-    names, separator = _header(text)
+    names, separator = _read_header(text)
     data = text.encode()
     try:
         rows = pyarrow.csv.read_csv(
@@ -131,7 +131,7 @@ def table(source: Source, text: str) -> Iterator[tuple[str, dict[str, str]]]:
         yield f"{source}: row {number}", row
 
 
-def matched(found: Iterable[Found], known: Collection[str]) -> dict[str, str]:
+def match_answers(found: Iterable[FoundAnswer], known: Collection[str]) -> dict[str, str]:
     """{question id: response}.  ValueError for an answer to no question, or a second one to the same."""
     result: dict[str, str] = {}
     for place, identifier, response in found:
@@ -143,47 +143,49 @@ def matched(found: Iterable[Found], known: Collection[str]) -> dict[str, str]:
     return result
 
 
-def field(place: str, record: Mapping[str, Any], key: str, kind: type = str) -> Any:
+def get_field(place: str, record: Mapping[str, Any], key: str, kind: type = str) -> Any:
     """The value under `key`.  ValueError where it is missing or of another type."""
     value = record.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        got = f"{key} = {str(value)[:80]!r}" if key in record else _keys(record)
-        raise ValueError(f"{place}: got {got}, allowed: {key}, {KINDS[kind]}")
+        got = f"{key} = {str(value)[:80]!r}" if key in record else _describe_keys(record)
+        raise ValueError(f"{place}: got {got}, allowed: {key}, {FIELD_TYPES[kind]}")
     return value
 
 
-def texts(place: str, record: Mapping[str, Any], key: str) -> list[str]:
+def get_texts(place: str, record: Mapping[str, Any], key: str) -> list[str]:
     """The texts in a list."""
-    values = field(place, record, key, list)
-    return [field(f"{place}, {key} {number}", {"entry": value}, "entry") for number, value in enumerate(values, 1)]
+    values = get_field(place, record, key, list)
+    return [get_field(f"{place}, {key} {number}", {"entry": value}, "entry") for number, value in enumerate(values, 1)]
 
 
-def identity(place: str, record: Mapping[str, Any], key: str) -> str:
+def get_id(place: str, record: Mapping[str, Any], key: str) -> str:
     """An id, which is a text or a whole number, as text."""
-    return str(field(place, record, key, int if isinstance(record.get(key), int) else str))
+    return str(get_field(place, record, key, int if isinstance(record.get(key), int) else str))
 
 
-def _form(place: str, record: Mapping[str, Any], forms: Sequence[Form]) -> Form:
+def _match_keys(place: str, record: Mapping[str, Any], forms: Sequence[AnswerKeys]) -> AnswerKeys:
     for form in forms:
         if record.keys() >= {*form}:
             return form
-    raise ValueError(f"{place}: got {_keys(record)}, allowed: {', or '.join(' and '.join(form) for form in forms)}")
+    raise ValueError(
+        f"{place}: got {_describe_keys(record)}, allowed: {', or '.join(' and '.join(form) for form in forms)}"
+    )
 
 
-def _header(text: str) -> tuple[list[str], str]:
+def _read_header(text: str) -> tuple[list[str], str]:
     """Names of the columns, and what is between them."""
     line = text.lstrip().partition("\n")[0].strip("\r")
     separator = "\t" if "\t" in line else ","
     return [name.strip('"') for name in line.split(separator)], separator
 
 
-def numbered(source: Source, items: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def number_items(source: Source, items: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, object) of a list, from item 1 on.  ValueError where one is no object."""
     for number, item in enumerate(items, 1):
-        yield (place := f"{source}: item {number}"), _object(place, item)
+        yield (place := f"{source}: item {number}"), _require_object(place, item)
 
 
-def _parsed(source: Source, text: str, first: int = 1) -> Any:
+def _parse_json(source: Source, text: str, first: int = 1) -> Any:
     """The value of JSON that begins on the line with number `first`."""
     try:
         return json.loads(text)
@@ -194,11 +196,11 @@ def _parsed(source: Source, text: str, first: int = 1) -> Any:
         raise ValueError(f"{source}: line {first}: not JSON: nested too deep") from None
 
 
-def _object(place: str, item: Any) -> dict[str, Any]:
+def _require_object(place: str, item: Any) -> dict[str, Any]:
     if not isinstance(item, dict):
-        raise ValueError(f"{place}: got {_keys(item)}, allowed: an object")
+        raise ValueError(f"{place}: got {_describe_keys(item)}, allowed: an object")
     return item
 
 
-def _keys(value: Any) -> str:
+def _describe_keys(value: Any) -> str:
     return f"keys {', '.join(map(str, value))}"[:200] if isinstance(value, Mapping) else f"a {type(value).__name__}"

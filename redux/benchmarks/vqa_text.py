@@ -8,7 +8,7 @@ tables (haotian-liu/LLaVA, llava/eval/m4c_evaluator.py, commit c121f043) and a s
 import re
 from collections.abc import Sequence
 
-NUMBERS = {
+NUMBER_WORDS = {
     "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
     "eight": "8", "nine": "9", "ten": "10",
 }  # fmt: skip
@@ -16,10 +16,10 @@ ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")  # a look-behind was meant; as it stands, only what follows matters
 COMMA = re.compile(r"\d,\d")
-PERIODS = int(re.UNICODE)
+MAX_PERIODS = int(re.UNICODE)
 """So many periods are removed at most: the source gives the flag where the count belongs."""
 
-PAIRS = """
+CONTRACTION_PAIRS = """
 aint:ain't arent:aren't cant:can't couldve:could've couldnt:couldn't couldn'tve:couldn't've couldnt've:couldn't've
 didnt:didn't doesnt:doesn't dont:don't hadnt:hadn't hadnt've:hadn't've hadn'tve:hadn't've hasnt:hasn't havent:haven't
 hed:he'd hed've:he'd've he'dve:he'd've hes:he's howd:how'd howll:how'll hows:how's Id've:I'd've I'dve:I'd've Im:I'm
@@ -39,33 +39,33 @@ whyre:why're whys:why's wont:won't wouldve:would've wouldnt:wouldn't wouldnt've:
 yall:y'all yall'll:y'all'll y'allll:y'all'll yall'd've:y'all'd've y'alld've:y'all'd've y'all'dve:y'all'd've
 youd:you'd youd've:you'd've you'dve:you'd've youll:you'll youre:you're youve:you've
 """
-CONTRACTIONS = dict(pair.split(":") for pair in PAIRS.split())
+CONTRACTIONS = dict(pair.split(":") for pair in CONTRACTION_PAIRS.split())
 
 
-def flat(text: str) -> str:
+def flatten_whitespace(text: str) -> str:
     """Text on one line, without space around it."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def processed(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """The official VQA scorer's form of an answer: no punctuation, digits for words, no articles, apostrophes."""
     plain = text
     for mark in PUNCTUATION:
         # a mark beside a space vanishes, another leaves one; with a comma within digits all vanish
         vanishes = f"{mark} " in text or f" {mark}" in text or COMMA.search(text)
         plain = plain.replace(mark, "" if vanishes else " ")
-    plain = PERIOD.sub("", plain, count=PERIODS)
-    words = (NUMBERS.get(word, word) for word in plain.lower().split())
+    plain = PERIOD.sub("", plain, count=MAX_PERIODS)
+    words = (NUMBER_WORDS.get(word, word) for word in plain.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def evalai(text: str) -> str:
+def normalize_as_evalai(text: str) -> str:
     """M4C's form of an answer, which is also how LLaVA hands answers to VQAv2's server."""
     word = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    return processed(flat(word.strip()))
+    return normalize_answer(flatten_whitespace(word.strip()))
 
 
-def agreement(answer: str, people: Sequence[str]) -> float:
+def human_agreement(answer: str, people: Sequence[str]) -> float:
     """Mean over all but one of the people of min(1, how many of the others gave the answer / 3).
 
     people: their answers, ten of them in both benchmarks, in the same form as `answer`.

@@ -12,24 +12,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import fspath
 from typing import Any
 
-from redux.benchmarks.benchmark import SHORT, Metric, Outcome, Question, Row, Submitted, means
-from redux.benchmarks.source import Found, Source, document, entries, field, identity, matched, numbered, records
-from redux.benchmarks.vqa_text import agreement, evalai, flat, processed
+from redux.benchmarks.benchmark import (
+    SHORT_ANSWER_PROMPT,
+    Metric,
+    Outcome,
+    Question,
+    Row,
+    SubmittedAnswer,
+    group_metrics,
+)
+from redux.benchmarks.source import (
+    FoundAnswer,
+    Source,
+    get_field,
+    get_id,
+    list_entries,
+    match_answers,
+    number_items,
+    read_json,
+    read_records,
+)
+from redux.benchmarks.vqa_text import flatten_whitespace, human_agreement, normalize_answer, normalize_as_evalai
 
-OFFICIAL = ("question_id", "answer")
-FORMS = (OFFICIAL, ("question_id", "text"), ("id", "response"))
+OFFICIAL_KEYS = ("question_id", "answer")
+_ANSWER_KEYS = (OFFICIAL_KEYS, ("question_id", "text"), ("id", "response"))
 
 
-def questions(*sources: Source) -> list[Question]:
+def read_questions(*sources: Source) -> list[Question]:
     """Of v2_OpenEnded_mscoco_*_questions.json and, where people's answers are public, v2_mscoco_*_annotations.json.
 
     sources: one file or both, in any order.  Images are named as in COCO's folder of the split.
     """
-    asked, whole, references = _sorted({fspath(source): document(source) for source in sources})
-    subset = field(asked, whole, "data_subtype").replace("test-dev", "test")
+    asked, whole, references = _sort_sources({fspath(source): read_json(source) for source in sources})
+    subset = get_field(asked, whole, "data_subtype").replace("test-dev", "test")
     result = []
-    for place, entry in entries(asked, whole, "questions"):
-        question, image = identity(place, entry, "question_id"), field(place, entry, "image_id", int)
+    for place, entry in list_entries(asked, whole, "questions"):
+        question, image = get_id(place, entry, "question_id"), get_field(place, entry, "image_id", int)
         if references is not None and question not in references:
             raise ValueError(f"{place}: got question {question} without an annotation, allowed: those with one")
         result.append(
@@ -37,14 +55,14 @@ def questions(*sources: Source) -> list[Question]:
                 id=question,
                 unit=str(image),
                 image=f"COCO_{subset}_{image:012d}.jpg",
-                prompt=field(place, entry, "question") + SHORT,
+                prompt=get_field(place, entry, "question") + SHORT_ANSWER_PROMPT,
                 reference={} if references is None else references[question],
             )
         )
     return result
 
 
-def _sorted(wholes: Mapping[str, Any]) -> tuple[str, Any, dict[str, dict[str, Any]] | None]:
+def _sort_sources(wholes: Mapping[str, Any]) -> tuple[str, Any, dict[str, dict[str, Any]] | None]:
     """The file of questions and its value, and the references of that of annotations, if there is one."""
     asked = [source for source, whole in wholes.items() if isinstance(whole, dict) and "questions" in whole]
     answered = [source for source in wholes if source not in asked]
@@ -59,59 +77,61 @@ def _sorted(wholes: Mapping[str, Any]) -> tuple[str, Any, dict[str, dict[str, An
 
 def _references(source: str, whole: Any) -> dict[str, dict[str, Any]]:
     references = {}
-    for place, entry in entries(source, whole, "annotations"):
-        people = field(place, entry, "answers", list)
+    for place, entry in list_entries(source, whole, "annotations"):
+        people = get_field(place, entry, "answers", list)
         if not people:
             raise ValueError(f"{place}: got no answers, allowed: those of ten people")
-        references[identity(place, entry, "question_id")] = {
-            "answers": [field(where, given, "answer") for where, given in numbered(f"{place}, answers", people)],
-            "answer_type": field(place, entry, "answer_type"),
+        references[get_id(place, entry, "question_id")] = {
+            "answers": [
+                get_field(where, given, "answer") for where, given in number_items(f"{place}, answers", people)
+            ],
+            "answer_type": get_field(place, entry, "answer_type"),
         }
     return references
 
 
-def accuracy(response: str | None, people: Sequence[str]) -> float:
+def official_accuracy(response: str | None, people: Sequence[str]) -> float:
     """The official scorer's accuracy of an answer, from 0 to 1; a response is converted first.
 
     people: their answers as the annotations have them.
     """
     if response is None:
         return 0.0
-    answer = flat(response if isinstance(response, Submitted) else evalai(response))
-    given = [flat(person) for person in people]
+    answer = flatten_whitespace(response if isinstance(response, SubmittedAnswer) else normalize_as_evalai(response))
+    given = [flatten_whitespace(person) for person in people]
     if len(set(given)) > 1:
-        answer, given = processed(answer), [processed(person) for person in given]
-    return agreement(answer, given)
+        answer, given = normalize_answer(answer), [normalize_answer(person) for person in given]
+    return human_agreement(answer, given)
 
 
-def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
+def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     """accuracy, and that of each type of answer (accuracy.yes/no, .number, .other); none without people's answers."""
 
     def outcomes() -> Iterator[tuple[str, Outcome]]:
         for row in rows:
             if "answers" in row:
-                outcome = Outcome("", row["unit"], accuracy(row["response"], row["answers"]))
+                outcome = Outcome("", row["unit"], official_accuracy(row["response"], row["answers"]))
                 yield "accuracy", outcome
                 yield f"accuracy.{row['answer_type']}", outcome
 
-    return means(outcomes())
+    return group_metrics(outcomes())
 
 
-def answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
+def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Of the official [{question_id, answer}], or of lines {question_id, text} (LLaVA's) or {id, response}."""
 
-    def found() -> Iterator[Found]:
-        for record in records(source, FORMS):
-            response = Submitted(record.response) if record.form == OFFICIAL else record.response
-            yield Found(record.place, record.id, response)
+    def found() -> Iterator[FoundAnswer]:
+        for record in read_records(source, _ANSWER_KEYS):
+            response = SubmittedAnswer(record.response) if record.form == OFFICIAL_KEYS else record.response
+            yield FoundAnswer(record.place, record.id, response)
 
-    return matched(found(), {question.id for question in questions})
+    return match_answers(found(), {question.id for question in questions})
 
 
-def submission(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def build_submission(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """What EvalAI takes: {"question_id", "answer"} for each row, in their order; "" where there is no response."""
 
     def handed_in(response: str | None) -> str:
-        return response if isinstance(response, Submitted) else evalai(response or "")
+        return response if isinstance(response, SubmittedAnswer) else normalize_as_evalai(response or "")
 
     return [{"question_id": int(row["id"]), "answer": handed_in(row["response"])} for row in rows]

@@ -12,11 +12,11 @@ W&B older than that of the extra `wandb`, so it wants an environment of its own.
 from pathlib import Path
 from typing import Any
 
-TASKS = Path(__file__).with_name("tasks")
+TASKS_FOLDER = Path(__file__).with_name("tasks")
 """What lmms-eval's --include_path takes."""
 
 
-def manifest() -> Any:
+def build_manifest() -> Any:
     """What lmms-eval's entry point group `lmms_eval.models` asks for; the model itself is imported when it is used."""
     from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -22,8 +22,8 @@ from lmms_eval.api.task import ConfigurableTask
 from PIL import Image
 
 from redux.benchmarks import Question
-from redux.benchmarks.instructions import read
-from redux.instructions import loose, strict
+from redux.benchmarks.instructions import read_questions
+from redux.instructions import follows_loosely, follows_strictly
 
 
 class Instructions(ConfigurableTask):
@@ -39,12 +39,16 @@ class Instructions(ConfigurableTask):
                 f"dataset_path: got {self.DATASET_PATH}, allowed: a file of frozen prompts, in the folder where "
                 "lmms-eval is started"
             )
-        asked = [each for each in read(self.DATASET_PATH) if each.reference["instruction_id"] == self.DATASET_NAME]
+        asked = [
+            each for each in read_questions(self.DATASET_PATH) if each.reference["instruction_id"] == self.DATASET_NAME
+        ]
         if not asked:
             raise ValueError(f"{self.DATASET_PATH}: got no question with {self.DATASET_NAME}, allowed: at least one")
         self.questions: dict[str, Question] = {each.id: each for each in asked}
         self.images = Path((dataset_kwargs or {}).get("images", "images"))
-        self.dataset = self.dataset_no_image = DatasetDict(test=Dataset.from_list([_document(each) for each in asked]))
+        self.dataset = self.dataset_no_image = DatasetDict(
+            test=Dataset.from_list([_build_document(each) for each in asked])
+        )
 
     def doc_to_visual(self, doc: Mapping[str, Any]) -> list[Image.Image]:
         """The image of a question, in a list, as lmms-eval wants it."""
@@ -54,7 +58,7 @@ class Instructions(ConfigurableTask):
         return [Image.open(io.BytesIO(image) if isinstance(image, bytes) else self.images / image).convert("RGB")]
 
 
-def _document(question: Question) -> dict[str, str]:
+def _build_document(question: Question) -> dict[str, str]:
     reference = question.reference
     return {
         "id": question.id,
@@ -67,4 +71,4 @@ def _document(question: Question) -> dict[str, str]:
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Whether the answer follows the instruction; lmms-eval takes the means."""
     told = (doc["instruction_id"], json.loads(doc["kwargs"]), results[0])
-    return {"strict": float(strict(*told)), "loose": float(loose(*told))}
+    return {"strict": float(follows_strictly(*told)), "loose": float(follows_loosely(*told))}

@@ -17,9 +17,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from PIL import Image
 
-from redux.conversation import IMAGE
-from redux.respondent import Answers, ImageInput, load
-from redux.settings import Fit, TemplateName
+from redux.answering import ImageInput, load
+from redux.conversation import IMAGE_TOKEN
+from redux.generation import Answers
+from redux.settings import ImageAspectRatio, TemplateName
 
 MAX_NEW_TOKENS = 1024
 """Where a task does not say, as in lmms-eval's own adapters."""
@@ -39,7 +40,7 @@ class Redux(lmms):
         self,
         pretrained: str,
         template: TemplateName | None = None,
-        image_aspect_ratio: Fit | None = None,
+        image_aspect_ratio: ImageAspectRatio | None = None,
         allow_mismatch: bool = False,
         image_input: ImageInput = "pixels",
         dtype: str | None = None,
@@ -53,7 +54,7 @@ class Redux(lmms):
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.respondent = load(
+        self.answerer = load(
             pretrained,
             template=template,
             image_aspect_ratio=image_aspect_ratio,
@@ -70,15 +71,15 @@ class Redux(lmms):
         for limit, places in self._batches(requests):
             told = [requests[place].args for place in places]
             images = [self._image(*arguments[2:]) for arguments in told]
-            prompts = [_unmarked(context) for context, *_ in told]
-            batches.append(answers := self.respondent(prompts, images, limit))
+            prompts = [_strip_image_token(context) for context, *_ in told]
+            batches.append(answers := self.answerer(prompts, images, limit))
             for place, (context, settings, *_), text, tokens in zip(
                 places, told, answers.texts, answers.tokens, strict=True
             ):
-                text = _cut(text, settings)
+                text = _cut_at_stop(text, settings)
                 results[place] = GenerationResult(text, TokenCounts(output_tokens=tokens))
                 self.cache_hook.add_partial("generate_until", (context, settings), text)
-        _log(batches)
+        _log_throughput(batches)
         return [results[place] for place in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
@@ -91,7 +92,7 @@ class Redux(lmms):
 
     def _batches(self, requests: Sequence[Instance]) -> Iterator[tuple[int, list[int]]]:
         """(new tokens at most, places of requests) of each batch, the longest prompts first."""
-        keys = [(_limit(request.args[1]), self.respondent.length(request.args[0])) for request in requests]
+        keys = [(_max_new_tokens(request.args[1]), self.answerer.count_tokens(request.args[0])) for request in requests]
         order = sorted(range(len(requests)), key=keys.__getitem__, reverse=True)
         for limit, group in groupby(order, key=lambda place: keys[place][0]):
             places = list(group)
@@ -111,7 +112,7 @@ class Redux(lmms):
         return file.getvalue()
 
 
-def _limit(settings: Mapping[str, Any]) -> int:
+def _max_new_tokens(settings: Mapping[str, Any]) -> int:
     """New tokens at most, by a task's generation_kwargs; ValueError where they are not greedy."""
     if settings.get("do_sample") or (settings.get("temperature") or 0) > 0 or (settings.get("num_beams") or 1) > 1:
         raise ValueError(
@@ -120,19 +121,19 @@ def _limit(settings: Mapping[str, Any]) -> int:
     return settings.get("max_new_tokens") or MAX_NEW_TOKENS
 
 
-def _unmarked(context: str) -> str:
+def _strip_image_token(context: str) -> str:
     """The prompt without a task's own mark for the image, which templates and processors put in."""
-    return context.replace(IMAGE, "").strip() if IMAGE in context else context
+    return context.replace(IMAGE_TOKEN, "").strip() if IMAGE_TOKEN in context else context
 
 
-def _cut(text: str, settings: Mapping[str, Any]) -> str:
+def _cut_at_stop(text: str, settings: Mapping[str, Any]) -> str:
     stops = settings.get("until") or []
     for stop in [stops] if isinstance(stops, str) else stops:
         text = text.partition(stop)[0] if stop else text
     return text
 
 
-def _log(batches: Sequence[Answers]) -> None:
+def _log_throughput(batches: Sequence[Answers]) -> None:
     """Tokens and seconds, as lmms-eval adds them up."""
     tokens = sum(sum(answers.tokens) for answers in batches)
     prefill, decode = (sum(getattr(answers, name) for answers in batches) for name in ("prefill_s", "decode_s"))

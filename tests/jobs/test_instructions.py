@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs import command
-from redux.benchmarks.instructions import read
+from redux.benchmarks.instructions import read_questions
 
 
 def test_questions_in_llavas_form_become_sixteen_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,7 +16,7 @@ def test_questions_in_llavas_form_become_sixteen_prompts(tmp_path: Path, capsys:
     words = ["instructions", str(asked), "--out", str(out), "--per-task", "3"]
     assert command.main(words) == 0
     assert "48 prompts" in capsys.readouterr().out
-    prompts = read(out)
+    prompts = read_questions(out)
     assert len({prompt.id for prompt in prompts}) == 48
     assert len({prompt.unit for prompt in prompts}) == 3
     assert all(prompt.prompt.startswith(f"What is {str(prompt.image)[3]}? ") for prompt in prompts)
@@ -29,7 +29,7 @@ def test_questions_in_llavas_form_become_sixteen_prompts(tmp_path: Path, capsys:
 
 def test_without_a_file_they_are_about_easy_vqa(tmp_path: Path) -> None:
     assert command.main(["instructions", "--out", str(tmp_path / "prompts.jsonl")]) == 0
-    prompts = read(tmp_path / "prompts.jsonl")
+    prompts = read_questions(tmp_path / "prompts.jsonl")
     assert len(prompts) == 16 * 218
     assert all(prompt.reference["answer"] for prompt in prompts)
 

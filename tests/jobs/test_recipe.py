@@ -170,7 +170,7 @@ def weights(folder: Path) -> dict[str, Any]:
     from redux.model import ReduxForConditionalGeneration
 
     model = ReduxForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return {part: [weight.detach() for weight in tensors] for part, tensors in model.parts().items()}
+    return {part: [weight.detach() for weight in tensors] for part, tensors in model.parameters_by_part().items()}
 
 
 def same(one: list[Any], other: list[Any]) -> bool:
@@ -227,7 +227,7 @@ def test_each_stage_of_a_twin_trains_what_it_names(twin: Path) -> None:
 
 
 def test_what_a_twin_made_answers(twin: Path) -> None:
-    from redux.respondent import load
+    from redux.answering import load
 
     file = io.BytesIO()
     Image.new("RGB", (32, 32)).save(file, "PNG")
@@ -252,7 +252,7 @@ def test_a_model_of_another_set_and_tokenizer_is_asked_as_it_was_trained(
     parts: dict[str, str], sets: dict[str, str], ray_cluster: Any, tmp_path: Path
 ) -> None:
     """Its run and a job that names nothing but the model give the same answers, and LLaVA's own format gives others."""
-    from redux.respondent import load
+    from redux.answering import load
 
     path, images = FOLDER / "llava-1.5-7b-redux.yaml", Path(sets["mix665k"]).parent
     questions = {

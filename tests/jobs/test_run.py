@@ -272,7 +272,7 @@ def test_a_trained_model_asked_with_no_other_key_scores_as_its_run(
 ) -> None:
     """By a job, and by Python; asked as LLaVA is, which it was not trained as, it is refused."""
     from pipelines.data import easy_vqa
-    from redux.respondent import load
+    from redux.answering import load
 
     run, _ = finished
     model = run / "checkpoints" / "instruct" / "model"

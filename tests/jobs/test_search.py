@@ -18,8 +18,8 @@ from jobs import claims, command, schema, search
 from pipelines.core import jsonl
 from pipelines.data import consumed
 from pipelines.search.trials import Trials
-from redux.cost import cost
-from redux.model import configured
+from redux.configuration import build_config
+from redux.cost import compute_cost
 
 TINY = """
 name: tiny
@@ -118,8 +118,8 @@ def test_what_is_known_beforehand_is_what_it_costs(tmp_path: Path) -> None:
     asked = search.load(write(tmp_path))
     jobs = search.TrialJobs(asked)
     known = jobs.forecast({"model.vmtc.kept.0": 9, "model.cmai.gamma_max": 0.5})
-    config = configured(jobs({"model.vmtc.kept.0": 9, "model.cmai.gamma_max": 0.5}).model, search.LLAMA_VOCABULARY)
-    spent = cost(config, 64)
+    config = build_config(jobs({"model.vmtc.kept.0": 9, "model.cmai.gamma_max": 0.5}).model, search.LLAMA_VOCABULARY)
+    spent = compute_cost(config, 64)
     assert known == {
         "flops": spent.flops,
         "kv_bytes": spent.kv_bytes,

@@ -29,8 +29,8 @@ from pipelines.data import shard_writer
 from pipelines.data.options import ShardOptions
 from pipelines.data.shard_index import Shards
 from pipelines.training.plan import StagePlan
-from redux.architecture import image_tokens
-from redux.conversation import TEMPLATES, word_tokenizer
+from redux.architecture import count_image_tokens
+from redux.conversation import TEMPLATES, train_word_tokenizer
 from tests.pipelines import small
 
 BUCKET = "floor"
@@ -83,7 +83,7 @@ def tokenizer(records: list[dict], tmp_path_factory: pytest.TempPathFactory) -> 
     """Where a tokenizer of the records' words lies."""
     folder = tmp_path_factory.mktemp("tokenizer")
     pieces = [piece for record in records for piece, _ in TEMPLATES["vicuna_bare"].spans(record["conversations"])]
-    word_tokenizer(pieces, length=96).save_pretrained(folder)
+    train_word_tokenizer(pieces, length=96).save_pretrained(folder)
     return folder
 
 
@@ -316,7 +316,7 @@ def new_plan(
             tokenizer=tokenizer,
             start=None,
             image_size=small.MODEL.tower.image_size,
-            image_tokens=image_tokens(small.MODEL),
+            image_tokens=count_image_tokens(small.MODEL),
         )
         return replace(made, **(plan or {}))
 

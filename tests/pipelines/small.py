@@ -1,12 +1,12 @@
 """A small model and a stage that trains it in seconds."""
 
 from pipelines.training.stage import Stage
-from redux.architecture import Language, Model, Tower
+from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
-MODEL = Model(
-    tower=Tower(image_size=16, patch_size=4, num_hidden_layers=4, **SIZES),
-    language=Language(num_hidden_layers=2, **SIZES),
+MODEL = ModelSettings(
+    tower=TowerSizes(image_size=16, patch_size=4, num_hidden_layers=4, **SIZES),
+    language=LanguageSizes(num_hidden_layers=2, **SIZES),
 )
 STEPS = 8
 STAGE = Stage(

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from redux.architecture import Language, Model, Tower
-from redux.conversation import TEMPLATES, word_tokenizer
-from redux.model import ReduxForConditionalGeneration, build
+from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
+from redux.conversation import TEMPLATES, train_word_tokenizer
+from redux.model import ReduxForConditionalGeneration, build_model
 from redux.settings import CMAI, VMTC
 
 TEXTS = (
@@ -29,27 +29,27 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return word_tokenizer([*TEXTS, TEMPLATES["vicuna_v1"].system], 128)
+    return train_word_tokenizer([*TEXTS, TEMPLATES["vicuna_v1"].system], 128)
 
 
 @pytest.fixture(scope="session")
-def tower() -> Tower:
+def tower() -> TowerSizes:
     """32 px in patches of 8 px: 16 patches, of which VMTC's defaults leave 8."""
-    return Tower(
+    return TowerSizes(
         hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8
     )
 
 
 @pytest.fixture(scope="session")
-def tiny(tokenizer: PreTrainedTokenizerFast, tower: Tower) -> Callable[..., ReduxForConditionalGeneration]:
+def tiny(tokenizer: PreTrainedTokenizerFast, tower: TowerSizes) -> Callable[..., ReduxForConditionalGeneration]:
     """Builds a model of the given modules with always the same weights."""
 
     on = (VMTC(), CMAI())
 
     def make(vmtc: VMTC | None = on[0], cmai: CMAI | None = on[1], layers: int = 3) -> ReduxForConditionalGeneration:
-        language = Language(hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64)
+        language = LanguageSizes(hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64)
         torch.manual_seed(0)
-        model = build(Model(tower=tower, language=language, vmtc=vmtc, cmai=cmai), tokenizer).eval()
+        model = build_model(ModelSettings(tower=tower, language=language, vmtc=vmtc, cmai=cmai), tokenizer).eval()
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.dim() > 1:  # attention of weights as initialised is all but uniform

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from redux.instructions import INSTRUCTIONS, ask, draw, loose, strict
-from redux.sentences import SPLITTERS, splitter
+from redux.instructions import INSTRUCTIONS, draw_arguments, follows_loosely, follows_strictly, render_instruction
+from redux.sentences import SPLITTERS, choose_splitter
 
 pytestmark = pytest.mark.skipif(
-    find_spec("lm_eval") is None or splitter() != "punkt", reason="needs lm_eval: pip install -e '.[agreement]'"
+    find_spec("lm_eval") is None or choose_splitter() != "punkt", reason="needs lm_eval: pip install -e '.[agreement]'"
 )
 
 EACH = 250
@@ -103,9 +103,9 @@ def test_at_least_2000_responses_are_scored_the_same(original: "Original") -> No
     for id in INSTRUCTIONS:
         chance, seen = random.Random(id), Counter()
         for _ in range(EACH):
-            kwargs = draw(id, chance)
+            kwargs = draw_arguments(id, chance)
             response = _response(chance, kwargs, LIKELY.get(id, ()))
-            ours = (strict(id, kwargs, response), loose(id, kwargs, response))
+            ours = (follows_strictly(id, kwargs, response), follows_loosely(id, kwargs, response))
             theirs = (original.strict(id, kwargs, response), original.loose(id, kwargs, response))
             assert ours == theirs, (id, kwargs, response)
             seen.update([("strict", ours[0]), ("loose", ours[1])])
@@ -119,10 +119,14 @@ def test_long_prose_is_counted_the_same(original: "Original") -> None:
     for id in ("length_constraints:number_words", "length_constraints:number_sentences"):
         chance, seen = random.Random(id), Counter()
         for _ in range(100):
-            kwargs = draw(id, chance)
+            kwargs = draw_arguments(id, chance)
             response = " ".join(chance.choices(TEXTS, k=chance.randint(1, 70)))
-            seen[strict(id, kwargs, response)] += 1
-            assert strict(id, kwargs, response) == original.strict(id, kwargs, response), (id, kwargs, response)
+            seen[follows_strictly(id, kwargs, response)] += 1
+            assert follows_strictly(id, kwargs, response) == original.strict(id, kwargs, response), (
+                id,
+                kwargs,
+                response,
+            )
         assert min(seen.values()) > 10
 
 
@@ -131,7 +135,7 @@ def test_words_of_any_script_are_counted_the_same(original: "Original") -> None:
     id, kwargs = "length_constraints:number_words", {"num_words": 3, "relation": "at least"}
     for code in range(0x20, 0x20000, 7):
         response = f"a{chr(code)}b {chr(code)}\u0301"
-        assert strict(id, kwargs, response) == original.strict(id, kwargs, response), ascii(response)
+        assert follows_strictly(id, kwargs, response) == original.strict(id, kwargs, response), ascii(response)
 
 
 def test_sentences_are_split_at_the_same_places(original: "Original") -> None:
@@ -146,8 +150,8 @@ def test_instructions_are_asked_in_the_same_words(original: "Original") -> None:
     for id in INSTRUCTIONS:
         chance = random.Random(id)
         for _ in range(20):
-            kwargs = draw(id, chance)
-            assert ask(id, kwargs) == original.instruction(id).build_description(**kwargs)
+            kwargs = draw_arguments(id, chance)
+            assert render_instruction(id, kwargs) == original.instruction(id).build_description(**kwargs)
 
 
 def test_arguments_outside_the_usual_are_taken_the_same_way(original: "Original") -> None:
@@ -159,9 +163,9 @@ def test_arguments_outside_the_usual_are_taken_the_same_way(original: "Original"
         ("startend:end_checker", {"end_phrase": " (Bye) "}, 'so (bye)"'),
         ("multi-turn:constrained_start", {"starter": " [JS]o"}, "what\n So it is"),
     ):
-        assert ask(id, kwargs) == original.instruction(id).build_description(**kwargs)
-        assert strict(id, kwargs, response) == original.strict(id, kwargs, response)
-        assert loose(id, kwargs, response) == original.loose(id, kwargs, response)
+        assert render_instruction(id, kwargs) == original.instruction(id).build_description(**kwargs)
+        assert follows_strictly(id, kwargs, response) == original.strict(id, kwargs, response)
+        assert follows_loosely(id, kwargs, response) == original.loose(id, kwargs, response)
 
 
 def test_only_what_the_docstring_lists_is_different(original: "Original", monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,18 +174,18 @@ def test_only_what_the_docstring_lists_is_different(original: "Original", monkey
     for seed in range(20):
         monkeypatch.setattr("langdetect.DetectorFactory.seed", seed)
         told = ("change_case:english_lowercase", {}, "a man and a dog")
-        unseeded.add((original.strict(*told), strict(*told)))
+        unseeded.add((original.strict(*told), follows_strictly(*told)))
     assert len(unseeded) == 2, "the language that lm-eval finds depends on the seed, ours does not"
     assert len({ours for _, ours in unseeded}) == 1
 
     for kwargs in ({}, {"num_placeholders": 0}, {"num_placeholders": None}):
         assert {original.strict(placeholders, kwargs, "[a] [b]") for _ in range(100)} == {True, False}
         with pytest.raises(ValueError, match="num_placeholders"):
-            strict(placeholders, kwargs, "[a] [b]")
+            follows_strictly(placeholders, kwargs, "[a] [b]")
 
     with pytest.raises(RecursionError):
         original.strict(json, {}, "[" * 100_000)
-    assert not strict(json, {}, "[" * 100_000)
+    assert not follows_strictly(json, {}, "[" * 100_000)
 
 
 def _response(chance: random.Random, kwargs: dict[str, Any], likely: Sequence[str] = ()) -> str:

@@ -8,11 +8,22 @@ from typing import Any
 import pytest
 
 from redux.benchmarks import Question
-from redux.benchmarks.instructions import Asked, judge, metrics, questions, read, right, score, write
-from redux.instructions import INSTRUCTIONS, ask
+from redux.benchmarks.instructions import (
+    ImageQuestion,
+    build_questions,
+    compute_metrics,
+    contains_answer,
+    judge_row,
+    read_questions,
+    score_lines,
+    write_questions,
+)
+from redux.instructions import INSTRUCTIONS, render_instruction
 
 ASKED = [
-    Asked(id=f"q{number}", image=f"{number // 2}.png", question=f"What is {number}?", answer=("red", None)[number % 2])
+    ImageQuestion(
+        id=f"q{number}", image=f"{number // 2}.png", question=f"What is {number}?", answer=("red", None)[number % 2]
+    )
     for number in range(12)
 ]
 
@@ -26,7 +37,7 @@ def rows(asked: list[Question], *responses: str) -> list[dict[str, Any]]:
 
 
 def test_each_task_has_the_same_questions() -> None:
-    made = questions(ASKED, per_task=5)
+    made = build_questions(ASKED, per_task=5)
     assert len(made) == 16 * 5
     assert len({each.id for each in made}) == len(made)
     by_task = [made[start : start + 5] for start in range(0, len(made), 5)]
@@ -38,21 +49,21 @@ def test_each_task_has_the_same_questions() -> None:
 
 
 def test_a_prompt_is_the_question_and_what_ifeval_asks() -> None:
-    for each in questions(ASKED, per_task=12):
-        asked = ask(each.reference["instruction_id"], each.reference["kwargs"])
+    for each in build_questions(ASKED, per_task=12):
+        asked = render_instruction(each.reference["instruction_id"], each.reference["kwargs"])
         assert each.prompt == f"{each.reference['question']} {asked}"
 
 
 def test_questions_are_drawn_by_the_seed_alone() -> None:
-    made = questions(ASKED, per_task=5)
-    assert made == questions(ASKED, per_task=5)
-    assert made != questions(ASKED, per_task=5, seed=1)
-    everything = {each.id: each for each in questions(ASKED, per_task=12)}
+    made = build_questions(ASKED, per_task=5)
+    assert made == build_questions(ASKED, per_task=5)
+    assert made != build_questions(ASKED, per_task=5, seed=1)
+    everything = {each.id: each for each in build_questions(ASKED, per_task=12)}
     assert all(everything[each.id] == each for each in made), "arguments do not depend on which others are asked"
 
 
 def test_tasks_are_drawn_apart() -> None:
-    made = questions(ASKED, per_task=12)
+    made = build_questions(ASKED, per_task=12)
     fourth, eighth = (
         [next(iter(q.reference["kwargs"].values())) for q in made if q.reference["task"] == n] for n in (4, 8)
     )
@@ -60,7 +71,7 @@ def test_tasks_are_drawn_apart() -> None:
 
 
 def test_keywords_come_from_the_callers_list() -> None:
-    made = questions(ASKED, per_task=12, keywords=["sun", "moon", "star"])
+    made = build_questions(ASKED, per_task=12, keywords=["sun", "moon", "star"])
     drawn = [tuple(q.reference["kwargs"]["keywords"]) for q in made if q.reference["task"] == 7]
     assert len(set(drawn)) > 1
     assert {word for words in drawn for word in words} == {"sun", "moon", "star"}
@@ -72,12 +83,12 @@ def test_keywords_come_from_the_callers_list() -> None:
         (ASKED, 13, "per_task: got 13, allowed: 1 to 12"),
         (ASKED, 0, "per_task: got 0, allowed: 1 to 12"),
         ([*ASKED, ASKED[3]], 5, "asked: got 'q3' more than once"),
-        ([Asked(id="a", image=None, question="What?", answer=" ")], 1, "a: answer: got nothing"),
+        ([ImageQuestion(id="a", image=None, question="What?", answer=" ")], 1, "a: answer: got nothing"),
     ],
 )
-def test_what_cannot_be_drawn_is_named(asked: list[Asked], per_task: int, message: str) -> None:
+def test_what_cannot_be_drawn_is_named(asked: list[ImageQuestion], per_task: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        questions(asked, per_task)
+        build_questions(asked, per_task)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -85,44 +96,44 @@ def test_what_cannot_be_drawn_is_named(asked: list[Asked], per_task: int, messag
 
 def test_scores_are_means_of_tasks() -> None:
     answered = rows(
-        questions(ASKED, per_task=12), "it is red", "IT IS BLUE, I think", '*{"x": 1}*', "*a* **b** [c] [d]"
+        build_questions(ASKED, per_task=12), "it is red", "IT IS BLUE, I think", '*{"x": 1}*', "*a* **b** [c] [d]"
     )
-    found = metrics(answered)
+    found = compute_metrics(answered)
     for kind in ("strict", "loose"):
-        by_task = [[judge(row)[kind] for row in answered if row["task"] == task] for task in range(1, 17)]
+        by_task = [[judge_row(row)[kind] for row in answered if row["task"] == task] for task in range(1, 17)]
         assert found[kind].score == pytest.approx(fmean(map(fmean, by_task)))
         assert 0 < found[kind].score < 1
     assert found["strict"].score < found["loose"].score
     for instruction in INSTRUCTIONS.values():
-        mean = fmean(judge(row)["strict"] for row in answered if row["task"] == instruction.task)
+        mean = fmean(judge_row(row)["strict"] for row in answered if row["task"] == instruction.task)
         assert found[f"strict.{instruction.name}"].score == pytest.approx(mean)
     assert {outcome.unit for outcome in found["strict"].outcomes} == {each.id for each in ASKED}
 
 
 def test_tasks_weigh_the_same_however_many_rows_they_have() -> None:
-    made = [q for q in questions(ASKED, per_task=12) if q.reference["task"] in (1, 9)]
+    made = [q for q in build_questions(ASKED, per_task=12) if q.reference["task"] in (1, 9)]
     answered = rows(made[:12] + made[12:14], "no JSON and nothing else")
-    assert metrics(answered)["strict"].score == 0.5
+    assert compute_metrics(answered)["strict"].score == 0.5
 
 
 def test_right_and_both_are_over_rows_with_an_answer() -> None:
-    answered = rows(questions(ASKED, per_task=12), "it is red")
-    found = metrics(answered)
+    answered = rows(build_questions(ASKED, per_task=12), "it is red")
+    found = compute_metrics(answered)
     known = [row for row in answered if row["answer"] is not None]
     assert len(found["right"].outcomes) == len(found["both"].outcomes) == len(known) == len(answered) / 2
     assert found["right"].score == 1
     assert 0 < found["both"].score < 1
-    assert metrics(rows(questions(ASKED, per_task=12), "it is blue"))["both"].score == 0
+    assert compute_metrics(rows(build_questions(ASKED, per_task=12), "it is blue"))["both"].score == 0
 
 
 def test_without_answers_nothing_is_right_or_wrong() -> None:
-    asked = [Asked(id="a", image=None, question="What?")]
-    assert set(metrics(rows(questions(asked, 1), "red"))) == {
+    asked = [ImageQuestion(id="a", image=None, question="What?")]
+    assert set(compute_metrics(rows(build_questions(asked, 1), "red"))) == {
         "strict",
         "loose",
         *(f"strict.{each.name}" for each in INSTRUCTIONS.values()),
     }
-    assert metrics([])["strict"].score == 0
+    assert compute_metrics([])["strict"].score == 0
 
 
 @pytest.mark.parametrize(
@@ -142,7 +153,7 @@ def test_without_answers_nothing_is_right_or_wrong() -> None:
     ],
 )
 def test_an_answer_is_found_as_a_whole_word(answer: str, response: str, gives: bool) -> None:
-    assert right(answer, response) is gives
+    assert contains_answer(answer, response) is gives
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------
@@ -155,13 +166,13 @@ def test_lines_are_scored_one_by_one_whoever_wrote_them() -> None:
         '{"instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"], "response": "a b", '
         '"kwargs": [{"num_words": null}, {"num_words": 3, "relation": "at least"}]}',
     ]
-    assert list(score("\n".join(lines), "a.jsonl")) == [
+    assert list(score_lines("\n".join(lines), "a.jsonl")) == [
         {"strict": False, "loose": True},
         {"strict": [True, False], "loose": [True, False]},
     ]
-    answered = rows(questions(ASKED, per_task=12), "it is red", "**IT**")
-    scored = score("\n".join(map(json.dumps, answered)), "b.jsonl")
-    assert list(scored) == [{key: judge(row)[key] for key in ("strict", "loose")} for row in answered]
+    answered = rows(build_questions(ASKED, per_task=12), "it is red", "**IT**")
+    scored = score_lines("\n".join(map(json.dumps, answered)), "b.jsonl")
+    assert list(scored) == [{key: judge_row(row)[key] for key in ("strict", "loose")} for row in answered]
 
 
 @pytest.mark.parametrize(
@@ -184,18 +195,18 @@ def test_lines_are_scored_one_by_one_whoever_wrote_them() -> None:
 def test_a_line_that_cannot_be_scored_is_named(line: str, message: str) -> None:
     good = '{"instruction_id": "punctuation:no_comma", "kwargs": {}, "response": "red"}'
     with pytest.raises(ValueError, match=rf"^a\.jsonl: line 3: {message}"):
-        list(score(f"{good}\n\n{line}", "a.jsonl"))
+        list(score_lines(f"{good}\n\n{line}", "a.jsonl"))
 
 
 def test_questions_are_read_as_they_were_written(tmp_path: Path) -> None:
     asked = [
         *ASKED,
-        Asked(id="bytes", image=b"\x89PNG\x00", question="Où\u2028 est-ce?"),
-        Asked(id="n", image=None, question="?"),
+        ImageQuestion(id="bytes", image=b"\x89PNG\x00", question="Où\u2028 est-ce?"),
+        ImageQuestion(id="n", image=None, question="?"),
     ]
-    made = questions(asked, per_task=14)
-    write(made, tmp_path / "frozen.jsonl")
-    assert read(tmp_path / "frozen.jsonl") == made
+    made = build_questions(asked, per_task=14)
+    write_questions(made, tmp_path / "frozen.jsonl")
+    assert read_questions(tmp_path / "frozen.jsonl") == made
 
 
 @pytest.mark.parametrize(
@@ -215,11 +226,11 @@ def test_questions_are_read_as_they_were_written(tmp_path: Path) -> None:
 )
 def test_a_line_that_is_no_question_is_named(tmp_path: Path, change: dict, message: str) -> None:
     path = tmp_path / "frozen.jsonl"
-    write(questions(ASKED, per_task=12), path)
+    write_questions(build_questions(ASKED, per_task=12), path)
     lines = path.read_text().splitlines()
     line = json.loads(lines[1])
     if change.get("reference"):
         change = {"reference": {**line["reference"], **change["reference"]}}
     path.write_text("\n".join([lines[0], json.dumps({**line, **change})]))
     with pytest.raises(ValueError, match=rf"frozen\.jsonl: line 2: {message}"):
-        read(path)
+        read_questions(path)

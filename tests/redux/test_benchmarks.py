@@ -16,10 +16,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from redux.benchmarks import BENCHMARKS, Metric, Outcome, Question, answered, mmbench, mme, textvqa, vqav2
-from redux.benchmarks.benchmark import Submitted
-from redux.benchmarks.benchmark import scores as benchmark_scores
-from redux.benchmarks.vqa_text import ARTICLES, CONTRACTIONS, NUMBERS, PUNCTUATION, evalai, processed
+from redux.benchmarks import BENCHMARKS, Metric, Outcome, Question, join_answers, mmbench, mme, textvqa, vqav2
+from redux.benchmarks.benchmark import SubmittedAnswer
+from redux.benchmarks.benchmark import compute_scores as benchmark_scores
+from redux.benchmarks.vqa_text import (
+    ARTICLES,
+    CONTRACTIONS,
+    NUMBER_WORDS,
+    PUNCTUATION,
+    normalize_answer,
+    normalize_as_evalai,
+)
 
 Write = Callable[..., str]
 
@@ -41,7 +48,7 @@ def write(tmp_path: Path) -> Write:
 
 def scored(name: str, questions: list[Question], answers: dict[str, str]) -> tuple[dict[str, Metric], int]:
     """(metrics, missing), as `redux score` has them."""
-    rows, missing = answered(questions, answers)
+    rows, missing = join_answers(questions, answers)
     return BENCHMARKS[name].metrics(rows), missing
 
 
@@ -88,7 +95,7 @@ def asked_vqav2(write: Write, people: list[list[str]], split: str = "val2014") -
     files = [write("questions.json", {"data_subtype": split, "questions": asked})]
     if split == "val2014":
         files.insert(0, write("annotations.json", {"data_subtype": split, "annotations": answered}))
-    return vqav2.questions(*files)
+    return vqav2.read_questions(*files)
 
 
 def official_text(text: str) -> str:
@@ -102,7 +109,7 @@ def official_text(text: str) -> str:
     out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)
     kept = []
     for word in out.lower().split():
-        digit = NUMBERS.get(word, word)
+        digit = NUMBER_WORDS.get(word, word)
         if digit not in ARTICLES:
             kept.append(digit)
     for place, word in enumerate(kept):
@@ -137,7 +144,7 @@ def texts(seed: int, count: int) -> list[str]:
     rng = random.Random(seed)
     words = [
         *CONTRACTIONS,
-        *NUMBERS,
+        *NUMBER_WORDS,
         *ARTICLES,
         "Yes",
         "dog's",
@@ -173,14 +180,14 @@ def texts(seed: int, count: int) -> list[str]:
     ],
 )
 def test_words_are_compared_in_the_official_form(text: str, official: str, handed_in: str) -> None:
-    assert processed(text) == official
-    assert evalai(text) == handed_in
+    assert normalize_answer(text) == official
+    assert normalize_as_evalai(text) == handed_in
 
 
 def test_processors_equal_the_official_steps() -> None:
     for text in texts(0, 3000):
-        assert processed(text) == official_text(text)
-        assert evalai(text) == official_evalai(text)
+        assert normalize_answer(text) == official_text(text)
+        assert normalize_as_evalai(text) == official_evalai(text)
 
 
 def test_vqav2_asks_as_llava_does(write: Write) -> None:
@@ -207,7 +214,7 @@ def test_a_bad_annotation_of_vqav2_is_named(write: Write, annotation: dict[str, 
     asked_vqav2(write, [["yes"]], split="test2015")
     annotations = write("annotations.json", {"annotations": [{"question_id": 10} | annotation]})
     with pytest.raises(ValueError, match=said):
-        vqav2.questions(str(Path(annotations).with_name("questions.json")), annotations)
+        vqav2.read_questions(str(Path(annotations).with_name("questions.json")), annotations)
 
 
 def test_vqav2_counts_people_who_agree(write: Write) -> None:
@@ -235,21 +242,23 @@ def test_vqav2_equals_the_official_scorer_on_responses_and_on_result_files(write
     assert scores("vqav2", questions, said)["accuracy"] == pytest.approx(as_responses)
     official = write("results.json", [{"question_id": int(key), "answer": text} for key, text in said.items()])
     to_the_letter = sum(map(official_vqa, said.values(), people)) / 400
-    assert scores("vqav2", questions, vqav2.answers(official, questions))["accuracy"] == pytest.approx(to_the_letter)
+    assert scores("vqav2", questions, vqav2.read_answers(official, questions))["accuracy"] == pytest.approx(
+        to_the_letter
+    )
     assert to_the_letter != pytest.approx(as_responses)
 
 
 def test_where_all_people_agree_only_a_response_is_converted() -> None:
-    assert vqav2.accuracy("Yes.", ["yes"] * 10) == 1
-    assert vqav2.accuracy(Submitted("Yes."), ["yes"] * 10) == 0
-    assert vqav2.accuracy(Submitted("Yes."), ["yes"] * 9 + ["no"]) == 1
+    assert vqav2.official_accuracy("Yes.", ["yes"] * 10) == 1
+    assert vqav2.official_accuracy(SubmittedAnswer("Yes."), ["yes"] * 10) == 0
+    assert vqav2.official_accuracy(SubmittedAnswer("Yes."), ["yes"] * 9 + ["no"]) == 1
 
 
 def test_a_submission_has_every_question_of_the_split_in_order(write: Write) -> None:
     questions = asked_vqav2(write, [["x"]] * 3, split="test2015")
-    rows, missing = answered(questions, {"30": "Two dogs.", "10": "No"})
+    rows, missing = join_answers(questions, {"30": "Two dogs.", "10": "No"})
     assert missing == 1
-    assert vqav2.submission(rows) == [
+    assert vqav2.build_submission(rows) == [
         {"question_id": 10, "answer": "no"},
         {"question_id": 20, "answer": ""},
         {"question_id": 30, "answer": "2 dogs"},
@@ -326,35 +335,35 @@ def textvqa_files(write: Write) -> list[str]:
 
 def test_textvqa_asks_as_llava_does_with_and_without_ocr(textvqa_files: list[str]) -> None:
     for files in (textvqa_files, textvqa_files[::-1]):
-        assert [question.prompt for question in textvqa.questions(*files)] == [
+        assert [question.prompt for question in textvqa.read_questions(*files)] == [
             "What is the brand of this camera?\nReference OCR token: DAKOTA, DIGITAL, Single-Use\n"
             "Answer the question using a single word or phrase.",
             "Is it digital?\nReference OCR token: DAKOTA, DIGITAL, Single-Use\n"
             "Answer the question using a single word or phrase.",
             "What number is it?\nReference OCR token: \nAnswer the question using a single word or phrase.",
         ]
-    for given in (textvqa.questions(*textvqa_files, ocr=False), textvqa.questions(textvqa_files[0])):
+    for given in (textvqa.read_questions(*textvqa_files, ocr=False), textvqa.read_questions(textvqa_files[0])):
         assert (
             given[0].prompt == "What is the brand of this camera?\nAnswer the question using a single word or phrase."
         )
     assert given[0].image == "003a8ae2ef43b901.jpg"
     with pytest.raises(ValueError, match=r"TextVQA: got .*val\.json, allowed: one of questions, and one of OCR tokens"):
-        textvqa.questions(textvqa_files[0], ocr=True)
+        textvqa.read_questions(textvqa_files[0], ocr=True)
 
 
 def test_textvqa_is_soft_accuracy_and_tells_llavas_questions_apart_by_prompt(
     write: Write, textvqa_files: list[str]
 ) -> None:
-    questions = textvqa.questions(*textvqa_files)
+    questions = textvqa.read_questions(*textvqa_files)
     said = ["Dakota digital", "Yes", "two"]
     lines = [
         {"question_id": question.unit, "prompt": question.prompt, "text": text, "answer_id": "x", "metadata": {}}
         for question, text in zip(questions, said, strict=True)
     ]
-    answers = textvqa.answers(write("llava.jsonl", lines=lines), questions)
+    answers = textvqa.read_answers(write("llava.jsonl", lines=lines), questions)
     assert answers == dict(zip(["34602", "34603", "34604"], said, strict=True))
     official = [{"question_id": int(key), "answer": text} for key, text in answers.items()]
-    assert textvqa.answers(write("results.json", official), questions) == answers
+    assert textvqa.read_answers(write("results.json", official), questions) == answers
     # three people said it, as three said 2 or two
     assert scores("textvqa", questions, answers) == {"accuracy": pytest.approx((0.9 + 1 + 0.9) / 3)}
 
@@ -370,13 +379,13 @@ def test_textvqa_is_soft_accuracy_and_tells_llavas_questions_apart_by_prompt(
     ],
 )
 def test_textvqa_reads_each_form_of_prompt_that_llava_reads(write: Write, textvqa_files: list[str], form: str) -> None:
-    questions = textvqa.questions(textvqa_files[0])
+    questions = textvqa.read_questions(textvqa_files[0])
     asked = [("What is the brand of this camera?", "dakota"), ("is it digital?", "yes")]
     lines = [
         {"question_id": "003a8ae2ef43b901", "prompt": form.format(question=question), "text": text}
         for question, text in asked
     ]
-    assert textvqa.answers(write("llava.jsonl", lines=lines), questions) == {"34602": "dakota", "34603": "yes"}
+    assert textvqa.read_answers(write("llava.jsonl", lines=lines), questions) == {"34602": "dakota", "34603": "yes"}
 
 
 def test_textvqa_equals_the_official_steps() -> None:
@@ -389,7 +398,7 @@ def test_textvqa_equals_the_official_steps() -> None:
         for answer in set(given):
             shares = [min(1, sum(o == answer for j, o in enumerate(given) if j != i) / 3) for i in range(10)]
             by_answer[answer] = sum(shares) / 10
-        assert textvqa.accuracy(response, people) == pytest.approx(by_answer.get(official_evalai(response), 0.0))
+        assert textvqa.soft_accuracy(response, people) == pytest.approx(by_answer.get(official_evalai(response), 0.0))
 
 
 # --- MME --------------------------------------------------------------------------------------------------------------
@@ -419,7 +428,7 @@ def mme_folder(tmp_path: Path) -> str:
 
 
 def test_mme_asks_as_llava_does_in_both_layouts(mme_folder: str) -> None:
-    questions = mme.questions(mme_folder)
+    questions = mme.read_questions(mme_folder)
     assert len(questions) == 16
     by_image = {question.image: question for question in questions if "nothing" not in question.prompt}
     assert sorted(by_image)[:3] == ["OCR/0001.png", "OCR/0002.png", "artwork/images/0001.png"]
@@ -449,7 +458,7 @@ def official_mme(folder: Path) -> tuple[dict[str, float], float]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_mme_equals_the_official_scorer(tmp_path: Path, mme_folder: str, seed: int) -> None:
-    rng, questions = random.Random(seed), mme.questions(mme_folder)
+    rng, questions = random.Random(seed), mme.read_questions(mme_folder)
     results = tmp_path / "results"
     results.mkdir()
     for subtask in SUBTASKS:
@@ -463,7 +472,7 @@ def test_mme_equals_the_official_scorer(tmp_path: Path, mme_folder: str, seed: i
                     name, truth = question.unit.partition("/")[2], question.reference["answer"].title()
                     file.write(f"{name}.txt\t{asked} Please answer yes or no.\t{truth}\t{said}\n")
     points, total = official_mme(results)
-    got = scores("mme", questions, mme.answers(str(results), questions))
+    got = scores("mme", questions, mme.read_answers(str(results), questions))
     assert {subtask: got[subtask] for subtask in SUBTASKS} == pytest.approx(points)
     assert got["cognition"] == pytest.approx(points["code_reasoning"])
     assert got["perception"] + got["cognition"] == pytest.approx(total)
@@ -474,12 +483,12 @@ def test_mme_equals_the_official_scorer(tmp_path: Path, mme_folder: str, seed: i
     [("Yes", "yes"), ("no.", "no"), ("Not", "no"), ("I yes", "other"), (" yes", "yes"), ("", "other"), (None, "other")],
 )
 def test_mme_reads_the_first_four_characters(response: str | None, verdict: str) -> None:
-    assert mme.verdict(response) == verdict
+    assert mme.read_verdict(response) == verdict
 
 
 def test_mme_counts_questions_and_images(mme_folder: str) -> None:
     """Everything right but one question of existence: 3/4 of its questions, 1/2 of its images."""
-    questions = mme.questions(mme_folder)
+    questions = mme.read_questions(mme_folder)
     answers = {question.id: question.reference["answer"].title() for question in questions}
     wrong = next(question.id for question in questions if question.reference["subtask"] == "existence")
     got = scores("mme", questions, answers | {wrong: "I do not know"})
@@ -488,12 +497,12 @@ def test_mme_counts_questions_and_images(mme_folder: str) -> None:
 
 
 def test_mme_reads_llavas_answers_by_image_and_prompt(write: Write, mme_folder: str) -> None:
-    questions = mme.questions(mme_folder)
+    questions = mme.read_questions(mme_folder)
     lines = [
         {"question_id": question.image, "prompt": question.prompt, "text": question.reference["answer"]}
         for question in questions
     ]
-    answers = mme.answers(write("llava.jsonl", lines=lines), questions)
+    answers = mme.read_answers(write("llava.jsonl", lines=lines), questions)
     assert scores("mme", questions, answers)["perception"] == 600
 
 
@@ -534,7 +543,7 @@ def test_mmbench_asks_as_llava_does(write: Write) -> None:
         mmbench_row(1, "B", "square", "circle", hint='A "hint"\nof two lines'),
         mmbench_row(1_000_001, "A", "circle", "square", hint="nan"),
     ]
-    first, second = mmbench.questions(write("dev.tsv", tsv(rows)))
+    first, second = mmbench.read_questions(write("dev.tsv", tsv(rows)))
     assert first.prompt == (
         'A "hint"\nof two lines\nwhat is 1?\nA. square\nB. circle\n'
         "Answer with the option's letter from the given choices directly."
@@ -549,7 +558,7 @@ def test_mmbench_asks_as_llava_does(write: Write) -> None:
 
 
 def test_mmbench_rotations_are_made_where_the_file_has_none(write: Write) -> None:
-    questions = mmbench.questions(write("dev.tsv", tsv([mmbench_row(7, "C", "x", "y", "z")])))
+    questions = mmbench.read_questions(write("dev.tsv", tsv([mmbench_row(7, "C", "x", "y", "z")])))
     assert [question.id for question in questions] == ["7", "1000007", "2000007"]
     assert [list(question.reference["options"].values()) for question in questions] == [[*"xyz"], [*"yzx"], [*"zxy"]]
     for question in questions:
@@ -557,7 +566,11 @@ def test_mmbench_rotations_are_made_where_the_file_has_none(write: Write) -> Non
         for letter, option in question.reference["options"].items():
             assert f"\n{letter}. {option}\n" in question.prompt
     lines = [{"question_id": 7, "round_id": turn, "text": "BAC"[turn]} for turn in range(3)]
-    assert mmbench.answers(write("llava.jsonl", lines=lines), questions) == {"7": "B", "1000007": "A", "2000007": "C"}
+    assert mmbench.read_answers(write("llava.jsonl", lines=lines), questions) == {
+        "7": "B",
+        "1000007": "A",
+        "2000007": "C",
+    }
 
 
 def test_mmbench_counts_a_question_only_if_all_its_rotations_are_right(write: Write) -> None:
@@ -567,7 +580,7 @@ def test_mmbench_counts_a_question_only_if_all_its_rotations_are_right(write: Wr
         mmbench_row(2, "A", "red", "blue", **{"category": "color"}),
         mmbench_row(1_000_002, "B", "blue", "red", **{"category": "color"}),
     ]
-    questions = mmbench.questions(write("dev.tsv", tsv(rows)))
+    questions = mmbench.read_questions(write("dev.tsv", tsv(rows)))
     answers = {"1": "B", "1000001": "(A) circle", "2": "A", "1000002": "A"}
     assert scores("mmbench", questions, answers) == {
         "accuracy": 0.5,
@@ -598,15 +611,15 @@ def test_mmbench_counts_a_question_only_if_all_its_rotations_are_right(write: Wr
     ],
 )
 def test_letters_are_read_by_the_official_rules(response: str | None, letter: str | None) -> None:
-    assert mmbench.letter(response, {"A": "a dog", "B": "a cat", "C": "red", "D": "3"}) == letter
+    assert mmbench.read_letter(response, {"A": "a dog", "B": "a cat", "C": "red", "D": "3"}) == letter
 
 
 @pytest.mark.parametrize("separator", [",", "\t"])
 def test_mmbench_reads_tables_of_predictions(write: Write, separator: str) -> None:
-    questions = mmbench.questions(write("dev.tsv", tsv([mmbench_row(1, "B", "x", "y")])))
+    questions = mmbench.read_questions(write("dev.tsv", tsv([mmbench_row(1, "B", "x", "y")])))
     table = separator.join(("index", "question", "prediction")) + "\n"
     table += separator.join(("1", '"a ""b"",\nc"', "B")) + "\n" + separator.join(("1000001", "d", "A")) + "\n"
-    assert mmbench.answers(write("predictions", table), questions) == {"1": "B", "1000001": "A"}
+    assert mmbench.read_answers(write("predictions", table), questions) == {"1": "B", "1000001": "A"}
 
 
 # --- what holds for all -----------------------------------------------------------------------------------------------
@@ -621,13 +634,13 @@ def asked(name: str, write: Write, request: pytest.FixtureRequest) -> tuple[list
         questions = request.getfixturevalue("gqa")
         return questions, {question.id: question.reference["answer"] for question in questions}
     if name == "textvqa":
-        questions = textvqa.questions(*request.getfixturevalue("textvqa_files"))[:2]
+        questions = textvqa.read_questions(*request.getfixturevalue("textvqa_files"))[:2]
         return questions, {"34602": "dakota", "34603": "yes"}
     if name == "mme":
-        questions = mme.questions(request.getfixturevalue("mme_folder"))
+        questions = mme.read_questions(request.getfixturevalue("mme_folder"))
     else:
         rows = [mmbench_row(1, "B", "square", "circle"), mmbench_row(2, "A", "red", "blue", "green")]
-        questions = mmbench.questions(write("dev.tsv", tsv(rows)))
+        questions = mmbench.read_questions(write("dev.tsv", tsv(rows)))
     return questions, {question.id: question.reference["answer"] for question in questions}
 
 
@@ -693,13 +706,13 @@ def test_a_bad_answer_is_named_with_file_and_place(
 
 
 def test_a_bad_line_of_mmes_official_form_is_named(write: Write, mme_folder: str) -> None:
-    questions = mme.questions(mme_folder)
+    questions = mme.read_questions(mme_folder)
     write("results/existence.txt", "0001.png\tIs this existence 1? Please answer yes or no.\tYes\tYes\nx\ty\n")
     with pytest.raises(ValueError, match=r"existence\.txt: line 2: got 2 fields, allowed: image, question"):
-        mme.answers(str(Path(write("results/count.txt", "")).parent), questions)
+        mme.read_answers(str(Path(write("results/count.txt", "")).parent), questions)
     write("results/existence.txt", "0009.png\tIs it? Please answer yes or no.\tYes\tYes\n")
     with pytest.raises(ValueError, match=r"existence\.txt: line 1: got an answer to 'existence/0009/Is it\?'"):
-        mme.answers(str(Path(write("results/count.txt", "")).parent), questions)
+        mme.read_answers(str(Path(write("results/count.txt", "")).parent), questions)
 
 
 @pytest.mark.parametrize(
@@ -739,7 +752,7 @@ def test_rows_are_json_and_score_the_same_after_a_round_trip(
     name: str, write: Write, request: pytest.FixtureRequest
 ) -> None:
     questions, right = asked(name, write, request)
-    rows, _ = answered(questions, right)
+    rows, _ = join_answers(questions, right)
     again = [json.loads(json.dumps(row)) for row in rows]
     assert BENCHMARKS[name].metrics(again) == BENCHMARKS[name].metrics(rows)
     assert len({question.id for question in questions}) == len(questions)
@@ -747,4 +760,4 @@ def test_rows_are_json_and_score_the_same_after_a_round_trip(
 
 def test_an_answer_to_no_question_is_named() -> None:
     with pytest.raises(ValueError, match="got one to 'x'"):
-        answered([], {"x": "y"})
+        join_answers([], {"x": "y"})

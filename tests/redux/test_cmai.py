@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from redux.cmai import AT_ONCE, FocusCache, Inhibition, above_quantile, focus_score, mean_scores, mean_weights
+from redux.cmai import (
+    MAX_WEIGHTS_AT_ONCE,
+    FocusCache,
+    Inhibition,
+    focus_score,
+    mean_attention_scores,
+    mean_attention_weights,
+    select_above_quantile,
+)
 from redux.model import ReduxForConditionalGeneration
 from redux.settings import CMAI
 
@@ -90,7 +98,7 @@ def slow_focus(attention: Tensor, image: Tensor, cmai: CMAI = DEFAULT) -> dict[t
 
 
 def inhibition(cmai: CMAI, image: Tensor = IMAGE, cache: FocusCache | None = None) -> Inhibition:
-    result = Inhibition.of(cmai, 2, image, cache, training=False)
+    result = Inhibition.for_forward(cmai, 2, image, cache, training=False)
     assert result is not None
     return result
 
@@ -124,15 +132,15 @@ def test_focus_score_equals_the_loops_of_equations_9_to_11(rows: int) -> None:
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("rows", [KEYS, 3])
-@pytest.mark.parametrize("at_once", [0, AT_ONCE], ids=["head by head", "at once"])
+@pytest.mark.parametrize("at_once", [0, MAX_WEIGHTS_AT_ONCE], ids=["head by head", "at once"])
 def test_mean_weights_equal_the_mean_of_every_heads_softmax(
     kv_heads: int, rows: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("redux.cmai.AT_ONCE", at_once)
+    monkeypatch.setattr("redux.cmai.MAX_WEIGHTS_AT_ONCE", at_once)
     query, key = noise(2, 4, rows, 8), noise(2, kv_heads, KEYS, 8, seed=1)
     visible = causal(rows)
     visible[1, :, :, :4] = False  # padding on the left: with all rows here, the first ones see nothing
-    weights = mean_weights(query, key, visible[:, 0], 0.7)
+    weights = mean_attention_weights(query, key, visible[:, 0], 0.7)
     torch.testing.assert_close(weights, eager(query, key, visible, 0.7).mean(dim=1))
     assert (weights[~visible[:, 0]] == 0).all()
 
@@ -143,14 +151,14 @@ def test_mean_scores_equal_the_mean_of_every_heads_product(kv_heads: int, rows: 
     query, key = noise(2, 4, rows, 8), noise(2, kv_heads, KEYS, 8, seed=1)
     seen = causal(rows)[:, 0]
     product = (query @ key.repeat_interleave(4 // kv_heads, dim=1).transpose(2, 3) * 0.7).mean(dim=1)
-    torch.testing.assert_close(mean_scores(query, key, seen, 0.7), product * seen)
+    torch.testing.assert_close(mean_attention_scores(query, key, seen, 0.7), product * seen)
 
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.525, 121), (0.6, 466), (0.6, 776), (0.3, 11)])
 @pytest.mark.parametrize("quantile", ["lower", "linear"])
 def test_a_rank_that_is_whole_on_paper_is_not_rounded_below(ratio: float, count: int, quantile: Any) -> None:
     focus = torch.arange(count).float().reshape(1, 1, count)
-    kept = above_quantile(focus, torch.ones(1, 1, count, dtype=torch.bool), ratio, quantile)
+    kept = select_above_quantile(focus, torch.ones(1, 1, count, dtype=torch.bool), ratio, quantile)
     assert int((~kept).sum()) == round(ratio * (count - 1) * 1000) // 1000
 
 
@@ -158,24 +166,24 @@ def test_a_rank_that_is_whole_on_paper_is_not_rounded_below(ratio: float, count:
 @pytest.mark.parametrize("count", [1, 2, 7, 10])
 def test_distinct_scores_lose_the_floor_of_ratio_times_one_less_than_their_number(ratio: float, count: int) -> None:
     focus = torch.randperm(count, generator=torch.Generator().manual_seed(0)).float().reshape(1, 1, count)
-    kept = above_quantile(focus, torch.ones(1, 1, count, dtype=torch.bool), ratio)
+    kept = select_above_quantile(focus, torch.ones(1, 1, count, dtype=torch.bool), ratio)
     assert torch.equal(kept, focus >= int(ratio * (count - 1)))
 
 
 def test_equal_scores_are_all_kept() -> None:
-    assert above_quantile(torch.full((1, 2, 9), 0.25), torch.ones(1, 2, 9, dtype=torch.bool), 0.9).all()
+    assert select_above_quantile(torch.full((1, 2, 9), 0.25), torch.ones(1, 2, 9, dtype=torch.bool), 0.9).all()
 
 
 def test_ties_with_the_threshold_are_kept() -> None:
     focus = torch.tensor([[[0.1, 0.2, 0.2, 0.2, 0.3]]])
-    kept = above_quantile(focus, torch.ones(1, 1, 5, dtype=torch.bool), 0.75)  # rank 3 of 0..4
+    kept = select_above_quantile(focus, torch.ones(1, 1, 5, dtype=torch.bool), 0.75)  # rank 3 of 0..4
     assert kept.tolist() == [[[False, True, True, True, True]]]
 
 
 def test_keys_out_of_sight_do_not_count_for_the_quantile() -> None:
     focus = torch.tensor([[[0.0, 0.0, 0.0, 0.1, 0.2, 0.3]]])
     seen = torch.tensor([[[False, False, False, True, True, True]]])
-    assert above_quantile(focus, seen, 0.5)[seen].tolist() == [False, True, True]
+    assert select_above_quantile(focus, seen, 0.5)[seen].tolist() == [False, True, True]
 
 
 VARIANTS = [
@@ -199,7 +207,7 @@ VARIANTS = [
 def test_keep_equals_the_slow_loop(cmai: CMAI, ratio: float, dtype: torch.dtype) -> None:
     cmai = replace(cmai, gamma_max=ratio)
     query, key = (value.to(dtype) for value in (noise(2, 4, KEYS, 8), noise(2, 2, KEYS, 8, seed=1)))
-    keep = inhibition(cmai).keep(1, query, key, causal(), 0.7)[:, 0]
+    keep = inhibition(cmai).compute_mask(1, query, key, causal(), 0.7)[:, 0]
     visible = causal()[0, 0]
     for sequence, image in enumerate(IMAGE):
         attention = slow_attention(query[sequence], key[sequence], image, visible, 0.7, cmai)
@@ -221,7 +229,7 @@ def test_keep_equals_the_slow_loop_at_random_shapes_and_settings(seed: int) -> N
     visible[1, :, :, :left] = False
     visible[1, :, :, keys - right :] = False
     query, key = (noise(2, n, keys, dim, seed=seed + n) for n in (kv_heads * groups, kv_heads))
-    keep = inhibition(cmai, image).keep(1, query, key, visible, 0.7)[:, 0]
+    keep = inhibition(cmai, image).compute_mask(1, query, key, visible, 0.7)[:, 0]
     for row in range(2):
         seen = visible[row, 0]
         attention = slow_attention(query[row], key[row], image[row], seen, 0.7, cmai)
@@ -237,7 +245,7 @@ def test_in_bfloat16_few_pairs_change_sides(cmai: CMAI) -> None:
     image = ((torch.arange(keys) >= 8) & (torch.arange(keys) < 72)).expand(batch, -1)
     query, key = noise(batch, 8, keys, 32), noise(batch, 4, keys, 32, seed=1)
     full, half = (
-        inhibition(cmai, image).keep(1, query.to(dtype), key.to(dtype), causal(keys, keys, batch), 32**-0.5)
+        inhibition(cmai, image).compute_mask(1, query.to(dtype), key.to(dtype), causal(keys, keys, batch), 32**-0.5)
         for dtype in (torch.float32, torch.bfloat16)
     )
     pairs = (~image).unsqueeze(2) & image.unsqueeze(1) & causal(keys, keys, batch)[:, 0]
@@ -247,9 +255,12 @@ def test_in_bfloat16_few_pairs_change_sides(cmai: CMAI) -> None:
 
 def test_each_layer_has_its_own_ratio() -> None:
     query, key = noise(2, 4, KEYS, 8), noise(2, 4, KEYS, 8, seed=1)
-    kept = [inhibition(CMAI(gamma_min=0.4, gamma_max=0.95)).keep(layer, query, key, causal(), 1.0) for layer in (0, 1)]
+    kept = [
+        inhibition(CMAI(gamma_min=0.4, gamma_max=0.95)).compute_mask(layer, query, key, causal(), 1.0)
+        for layer in (0, 1)
+    ]
     for ratio, keep in zip((0.4, 0.95), kept, strict=True):
-        assert torch.equal(keep, inhibition(CMAI(gamma_max=ratio)).keep(1, query, key, causal(), 1.0))
+        assert torch.equal(keep, inhibition(CMAI(gamma_max=ratio)).compute_mask(1, query, key, causal(), 1.0))
     assert not torch.equal(*kept)
 
 
@@ -258,23 +269,23 @@ def test_each_layer_has_its_own_ratio() -> None:
 def test_keep_piece_by_piece_equals_keep_at_once(pieces: tuple[int, ...], cmai: CMAI) -> None:
     """Wherever the sequence is cut: in the text before an image, within one, between two."""
     query, key = noise(2, 4, KEYS, 8), noise(2, 2, KEYS, 8, seed=1)
-    whole = inhibition(cmai).keep(1, query, key, causal(), 1.0)[:, 0]
+    whole = inhibition(cmai).compute_mask(1, query, key, causal(), 1.0)[:, 0]
     cache, start = FocusCache(), 0
     for rows in pieces:
         end = start + rows
-        now = Inhibition.of(cmai, 2, IMAGE[:, start:end], cache, training=False)
+        now = Inhibition.for_forward(cmai, 2, IMAGE[:, start:end], cache, training=False)
         visible = causal(rows, end)
         if now is None:
             assert whole[:, start:end, :end].all()
         else:
-            kept = now.keep(1, query[:, :, start:end], key[:, :, :end], visible, 1.0)
+            kept = now.compute_mask(1, query[:, :, start:end], key[:, :, :end], visible, 1.0)
             assert torch.equal((kept & visible)[:, 0], whole[:, start:end, :end] & visible[:, 0])
         start = end
 
 
 def test_text_keys_and_image_rows_are_never_inhibited() -> None:
     strong = inhibition(CMAI(gamma_max=0.95))
-    keep = strong.keep(1, noise(2, 4, KEYS, 8), noise(2, 4, KEYS, 8, seed=1), causal(), 1.0)[:, 0]
+    keep = strong.compute_mask(1, noise(2, 4, KEYS, 8), noise(2, 4, KEYS, 8, seed=1), causal(), 1.0)[:, 0]
     assert not keep.all()
     for sequence, image in zip(keep, IMAGE, strict=True):
         assert sequence[:, ~image].all()
@@ -282,12 +293,12 @@ def test_text_keys_and_image_rows_are_never_inhibited() -> None:
 
 
 def test_equal_scores_fall_from_the_first_by_count() -> None:
-    kept = above_quantile(torch.full((1, 1, 5), 0.25), torch.ones(1, 1, 5, dtype=torch.bool), 0.5, "count")
+    kept = select_above_quantile(torch.full((1, 1, 5), 0.25), torch.ones(1, 1, 5, dtype=torch.bool), 0.5, "count")
     assert kept.tolist() == [[[False, False, True, True, True]]]
 
 
 def test_without_an_image_in_sight_there_is_nothing_to_inhibit() -> None:
-    assert Inhibition.of(DEFAULT, 2, torch.zeros(2, 5, dtype=torch.bool), None, training=False) is None
+    assert Inhibition.for_forward(DEFAULT, 2, torch.zeros(2, 5, dtype=torch.bool), None, training=False) is None
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -295,14 +306,14 @@ def test_without_an_image_in_sight_there_is_nothing_to_inhibit() -> None:
     ("active", "when"), [("always", (True, False)), ("training", (True,)), ("inference", (False,))]
 )
 def test_it_is_active_when_it_shall_be(active: Any, when: tuple[bool, ...], training: bool) -> None:
-    assert (Inhibition.of(CMAI(active=active), 2, IMAGE, None, training) is not None) == (training in when)
+    assert (Inhibition.for_forward(CMAI(active=active), 2, IMAGE, None, training) is not None) == (training in when)
 
 
 @pytest.mark.parametrize("generated", [True, False])
 def test_generated_tokens_are_inhibited_if_they_shall_be(generated: bool) -> None:
     cache, text = FocusCache(), torch.zeros(2, 1, dtype=torch.bool)
-    assert Inhibition.of(CMAI(generated=generated), 2, IMAGE, cache, training=False) is not None
-    assert (Inhibition.of(CMAI(generated=generated), 2, text, cache, training=False) is not None) == generated
+    assert Inhibition.for_forward(CMAI(generated=generated), 2, IMAGE, cache, training=False) is not None
+    assert (Inhibition.for_forward(CMAI(generated=generated), 2, text, cache, training=False) is not None) == generated
 
 
 class Largest(TorchDispatchMode):
@@ -320,11 +331,11 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("cmai", VARIANTS, ids=name)
 def test_no_map_of_every_head_is_made(cmai: CMAI) -> None:
     heads, keys = 8, 500
-    assert heads * keys * (keys - 16) > AT_ONCE
+    assert heads * keys * (keys - 16) > MAX_WEIGHTS_AT_ONCE
     query, key = noise(1, heads, keys, 4), noise(1, heads, keys, 4, seed=1)
     image = (torch.arange(keys) < 16).unsqueeze(0)
     with Largest() as largest:
-        inhibition(cmai, image).keep(1, query, key, causal(keys, keys, 1), 1.0)
+        inhibition(cmai, image).compute_mask(1, query, key, causal(keys, keys, 1), 1.0)
     assert keys * (keys - 16) <= largest.elements < 2 * keys * keys
 
 
@@ -338,11 +349,11 @@ def test_no_map_of_every_head_is_made(cmai: CMAI) -> None:
     ],
 )
 def test_the_ratio_goes_from_minimum_to_maximum_as_scheduled(schedule: Any, ratios: tuple[float, ...]) -> None:
-    assert CMAI(gamma_max=0.6, gamma_min=0.1, schedule=schedule).ratios(5) == pytest.approx(ratios, abs=1e-6)
+    assert CMAI(gamma_max=0.6, gamma_min=0.1, schedule=schedule).compute_gammas(5) == pytest.approx(ratios, abs=1e-6)
 
 
 def test_a_single_layer_is_the_first_of_a_rising_schedule() -> None:
-    assert CMAI(gamma_max=0.6).ratios(1) == (0.0,)
+    assert CMAI(gamma_max=0.6).compute_gammas(1) == (0.0,)
 
 
 @pytest.mark.parametrize(

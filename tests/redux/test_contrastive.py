@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
-from redux.architecture import Tower
-from redux.contrastive import Contrastive, build, contrastive_loss
+from redux.architecture import TowerSizes
+from redux.contrastive import ContrastiveClip, build_clip, contrastive_loss
 
 
 @pytest.fixture
-def clip(tower: Tower, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
+def clip(tower: TowerSizes, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     torch.manual_seed(0)
-    return build(tower, tokenizer).eval()
+    return build_clip(tower, tokenizer).eval()
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,13 @@ def pairs(tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
 
 def test_the_loss_is_clips_own_where_all_captions_differ(clip: CLIPModel, pairs: dict[str, Tensor]) -> None:
     own = clip(**pairs, return_loss=True).loss
-    loss = Contrastive(copy.deepcopy(clip))(**pairs)
+    loss = ContrastiveClip(copy.deepcopy(clip))(**pairs)
     torch.testing.assert_close(loss, own)
     assert loss.item() != pytest.approx(math.log(4), abs=1e-4), "blind to the pairs"
 
 
 def test_the_gradients_are_clips_own(clip: CLIPModel, pairs: dict[str, Tensor]) -> None:
-    ours = Contrastive(copy.deepcopy(clip))
+    ours = ContrastiveClip(copy.deepcopy(clip))
     ours(**pairs).backward()
     clip(**pairs, return_loss=True).loss.backward()
     assert ours.scale.grad is not None
@@ -49,7 +49,7 @@ def test_the_gradients_are_clips_own(clip: CLIPModel, pairs: dict[str, Tensor]) 
 
 
 def test_the_order_of_the_pairs_does_not_matter(clip: CLIPModel, pairs: dict[str, Tensor]) -> None:
-    model = Contrastive(clip)
+    model = ContrastiveClip(clip)
     order = torch.tensor([2, 0, 3, 1])
     permuted = {name: value[order] for name, value in pairs.items()}
     torch.testing.assert_close(model(**permuted), model(**pairs))
@@ -76,20 +76,20 @@ def test_the_loss_is_the_mean_over_both_directions() -> None:
 
 
 def test_what_was_trained_comes_back_from_its_folder(clip: CLIPModel, pairs: dict[str, Tensor], tmp_path: Path) -> None:
-    model = Contrastive(clip)
+    model = ContrastiveClip(clip)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     before = model.scale.item()
     model(**pairs).backward()
     optimizer.step()
     assert model.scale.item() != before
-    model.trained().save_pretrained(tmp_path)
+    model.export_clip().save_pretrained(tmp_path)
     again, loading = CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values())
     torch.testing.assert_close(again.logit_scale, model.scale[0])
     with torch.no_grad():
         output = again.eval()(**pairs, return_loss=True)
         torch.testing.assert_close(output.loss, model(**pairs))
-        assert torch.equal(output.logits_per_image, model.trained()(**pairs).logits_per_image)
+        assert torch.equal(output.logits_per_image, model.export_clip()(**pairs).logits_per_image)
 
 
 def test_captions_are_read_at_their_end_whatever_the_padding(clip: CLIPModel, pairs: dict[str, Tensor]) -> None:
@@ -101,9 +101,9 @@ def test_captions_are_read_at_their_end_whatever_the_padding(clip: CLIPModel, pa
         torch.testing.assert_close(alone[0], together, rtol=1e-4, atol=1e-5)
 
 
-def test_an_end_of_number_two_is_refused(tower: Tower, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_end_of_number_two_is_refused(tower: TowerSizes, tokenizer: PreTrainedTokenizerFast) -> None:
     wrong = copy.deepcopy(tokenizer)
     wrong.eos_token = "<pad>"
     assert wrong.eos_token_id == 2
     with pytest.raises(ValueError, match="tokenizer: </s> has number 2, allowed: any other"):
-        build(tower, wrong)
+        build_clip(tower, wrong)

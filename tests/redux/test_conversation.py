@@ -5,7 +5,15 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from redux.conversation import EOS, IGNORE, TEMPLATES, Template, encode, pad, word_tokenizer
+from redux.conversation import (
+    EOS_TOKEN,
+    IGNORE_INDEX,
+    TEMPLATES,
+    Template,
+    encode_conversation,
+    pad_rows,
+    train_word_tokenizer,
+)
 
 TALK = [
     {"from": "human", "value": "<image>\nIs it a red circle?"},
@@ -26,37 +34,37 @@ def text_of(template: Template, turns: list[dict]) -> str:
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "vicuna_bare"])
 def test_labels_are_the_assistants_words_and_the_end(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    ids, labels = encode(tokenizer, TALK, TEMPLATES[name], 3)
-    assert labels[labels != IGNORE].tolist() == ids_of(tokenizer, "yes, it is.</s> blue</s>")
-    assert tokenizer.decode(labels[labels != IGNORE]) == "yes, it is. </s> blue </s>"
-    assert np.array_equal(ids[labels != IGNORE], labels[labels != IGNORE])
+    ids, labels = encode_conversation(tokenizer, TALK, TEMPLATES[name], 3)
+    assert labels[labels != IGNORE_INDEX].tolist() == ids_of(tokenizer, "yes, it is.</s> blue</s>")
+    assert tokenizer.decode(labels[labels != IGNORE_INDEX]) == "yes, it is. </s> blue </s>"
+    assert np.array_equal(ids[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX])
     # one stretch an answer, right behind "ASSISTANT:"
-    starts = np.flatnonzero((labels[1:] != IGNORE) & (labels[:-1] == IGNORE))
+    starts = np.flatnonzero((labels[1:] != IGNORE_INDEX) & (labels[:-1] == IGNORE_INDEX))
     assert tokenizer.convert_ids_to_tokens(ids[starts]) == ["ASSISTANT:", "ASSISTANT:"]
 
 
 def test_labels_of_a_caption_are_the_caption_and_its_line_break(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids, labels = encode(tokenizer, CAPTION, TEMPLATES["plain"], 3)
+    ids, labels = encode_conversation(tokenizer, CAPTION, TEMPLATES["plain"], 3)
     said = ids_of(tokenizer, "A blue square.\n")
     image = tokenizer.convert_tokens_to_ids("<image>")
     assert ids.tolist() == [tokenizer.bos_token_id, image, image, image, *said]
-    assert labels.tolist() == [IGNORE] * 4 + said
+    assert labels.tolist() == [IGNORE_INDEX] * 4 + said
 
 
 def test_the_words_are_known_to_the_tokenizer_of_these_tests(tokenizer: PreTrainedTokenizerFast) -> None:
     """Else equal numbers of unknown words would prove nothing."""
     for name, turns in (("vicuna_v1", TALK), ("plain", CAPTION)):
-        assert tokenizer.unk_token_id not in encode(tokenizer, turns, TEMPLATES[name], 1)[0]
+        assert tokenizer.unk_token_id not in encode_conversation(tokenizer, turns, TEMPLATES[name], 1)[0]
 
 
 @pytest.mark.parametrize("count", [0, 1, 8])
 def test_each_image_is_as_many_tokens_as_asked_for(tokenizer: PreTrainedTokenizerFast, count: int) -> None:
     turns = [*TALK[:2], {"from": "human", "value": "<image>\nWhat colour is the shape?"}, TALK[3]]
-    ids, labels = encode(tokenizer, turns, TEMPLATES["vicuna_v1"], count)
+    ids, labels = encode_conversation(tokenizer, turns, TEMPLATES["vicuna_v1"], count)
     image = ids == tokenizer.convert_tokens_to_ids("<image>")
     assert image.sum() == 2 * count
-    assert (labels[image] == IGNORE).all()
-    once = encode(tokenizer, turns, TEMPLATES["vicuna_v1"], 1)[0]
+    assert (labels[image] == IGNORE_INDEX).all()
+    once = encode_conversation(tokenizer, turns, TEMPLATES["vicuna_v1"], 1)[0]
     assert ids[~image].tolist() == [number for number in once if number != tokenizer.convert_tokens_to_ids("<image>")]
 
 
@@ -81,11 +89,11 @@ def test_the_plain_template_keeps_only_the_image_of_what_the_human_says() -> Non
 
 
 def test_a_question_ends_ready_to_be_answered(tokenizer: PreTrainedTokenizerFast) -> None:
-    asked, labels = encode(tokenizer, TALK[:3], TEMPLATES["vicuna_v1"], 3)
-    whole, _ = encode(tokenizer, TALK, TEMPLATES["vicuna_v1"], 3)
+    asked, labels = encode_conversation(tokenizer, TALK[:3], TEMPLATES["vicuna_v1"], 3)
+    whole, _ = encode_conversation(tokenizer, TALK, TEMPLATES["vicuna_v1"], 3)
     assert np.array_equal(asked, whole[: len(asked)])
     assert tokenizer.convert_ids_to_tokens(int(asked[-1])) == "ASSISTANT:"
-    assert labels[-1] == IGNORE
+    assert labels[-1] == IGNORE_INDEX
 
 
 @pytest.mark.parametrize(
@@ -99,14 +107,14 @@ def test_a_question_ends_ready_to_be_answered(tokenizer: PreTrainedTokenizerFast
 )
 def test_roles_out_of_turn_are_refused(tokenizer: PreTrainedTokenizerFast, turns: list[dict], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        encode(tokenizer, turns, TEMPLATES["vicuna_v1"], 3)
+        encode_conversation(tokenizer, turns, TEMPLATES["vicuna_v1"], 3)
 
 
 def test_a_token_across_the_seam_is_refused_and_named(tokenizer: PreTrainedTokenizerFast) -> None:
     seamless = Template(system="", human="USER: ", assistant="", end="</s>")
     turns = [{"from": "human", "value": "is it red"}, {"from": "gpt", "value": "circle"}]
     with pytest.raises(ValueError, match="token 'redcircle' at character 12 is partly the assistant's"):
-        encode(tokenizer, turns, seamless, 1)
+        encode_conversation(tokenizer, turns, seamless, 1)
 
 
 @pytest.fixture(scope="module")
@@ -125,17 +133,17 @@ def smol() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "vicuna_bare"])
 def test_an_answer_ends_with_the_tokenizers_own_end(smol: PreTrainedTokenizerFast, name: str) -> None:
-    ids, labels = encode(smol, TALK, TEMPLATES[name], 3)
-    said = labels[labels != IGNORE]
+    ids, labels = encode_conversation(smol, TALK, TEMPLATES[name], 3)
+    said = labels[labels != IGNORE_INDEX]
     assert smol.decode(said) == " yes, it is.<|im_end|> blue<|im_end|>"
     assert (said == smol.eos_token_id).sum() == (ids == smol.eos_token_id).sum() == 2
     assert labels[-1] == smol.eos_token_id
-    assert EOS not in smol.decode(ids)
+    assert EOS_TOKEN not in smol.decode(ids)
 
 
 def test_a_template_without_the_end_of_text_keeps_its_own(smol: PreTrainedTokenizerFast) -> None:
-    ids, labels = encode(smol, CAPTION, TEMPLATES["plain"], 3)
-    assert smol.decode(labels[labels != IGNORE]) == "A blue square.\n"
+    ids, labels = encode_conversation(smol, CAPTION, TEMPLATES["plain"], 3)
+    assert smol.decode(labels[labels != IGNORE_INDEX]) == "A blue square.\n"
     assert smol.eos_token_id not in ids
 
 
@@ -150,10 +158,10 @@ def test_a_long_conversation_is_cut_off_after_its_images_are_counted(
     tokenizer: PreTrainedTokenizerFast, length: int
 ) -> None:
     """As LLaVA's prepare_inputs_labels_for_multimodal does with tokenizer_model_max_length."""
-    whole = encode(tokenizer, [*TALK, *TALK[2:] * 6], TEMPLATES["vicuna_bare"], 16)
+    whole = encode_conversation(tokenizer, [*TALK, *TALK[2:] * 6], TEMPLATES["vicuna_bare"], 16)
     assert 50 < len(whole[0]) < 1000
     for cut, column in zip(
-        encode(tokenizer, [*TALK, *TALK[2:] * 6], TEMPLATES["vicuna_bare"], 16, length), whole, strict=True
+        encode_conversation(tokenizer, [*TALK, *TALK[2:] * 6], TEMPLATES["vicuna_bare"], 16, length), whole, strict=True
     ):
         assert np.array_equal(cut, column[:length])
 
@@ -171,14 +179,14 @@ def test_a_cut_leaves_the_image_whole_and_something_to_learn(
     tokenizer: PreTrainedTokenizerFast, turns: list[dict], length: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        encode(tokenizer, turns, TEMPLATES["vicuna_bare"], 16, length)
+        encode_conversation(tokenizer, turns, TEMPLATES["vicuna_bare"], 16, length)
 
 
 @pytest.mark.parametrize("left", [False, True])
 def test_padding_fills_one_side(left: bool) -> None:
     rows = [np.array([1, 2, 3]), np.array([4]), np.array([], dtype=np.int64)]
     expected = [[1, 2, 3], [9, 9, 4], [9, 9, 9]] if left else [[1, 2, 3], [4, 9, 9], [9, 9, 9]]
-    padded = pad(rows, 9, left=left)
+    padded = pad_rows(rows, 9, left=left)
     assert padded.dtype == np.int64
     assert padded.tolist() == expected
 
@@ -187,7 +195,7 @@ TEXTS = ["b a a. c c", "USER: a c? ASSISTANT: b, c!\na"]
 
 
 def test_a_word_tokenizer_is_the_same_again_in_whatever_order_its_texts_come() -> None:
-    vocabularies = [word_tokenizer(texts, 64).get_vocab() for texts in (TEXTS, TEXTS, TEXTS[::-1])]
+    vocabularies = [train_word_tokenizer(texts, 64).get_vocab() for texts in (TEXTS, TEXTS, TEXTS[::-1])]
     assert vocabularies[0] == vocabularies[1] == vocabularies[2]
     ordered = sorted(vocabularies[0], key=vocabularies[0].__getitem__)
     # special tokens; then by count, and by alphabet where counts are equal
@@ -196,7 +204,7 @@ def test_a_word_tokenizer_is_the_same_again_in_whatever_order_its_texts_come() -
 
 
 def test_a_word_tokenizer_gives_back_what_it_read() -> None:
-    tokenizer = word_tokenizer(TEXTS, 64)
+    tokenizer = train_word_tokenizer(TEXTS, 64)
     ids = tokenizer("a c? b, c!")["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.unk_token_id not in ids
@@ -206,7 +214,7 @@ def test_a_word_tokenizer_gives_back_what_it_read() -> None:
 
 
 def test_the_end_is_not_number_two_where_clip_would_pool_at_the_largest_id() -> None:
-    tokenizer = word_tokenizer(TEXTS, 64)
+    tokenizer = train_word_tokenizer(TEXTS, 64)
     assert tokenizer.eos_token == "</s>"
     assert tokenizer.eos_token_id != 2
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}) == 4

@@ -17,8 +17,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
 import redux.tower
 from redux.cmai import FocusCache, Inhibition
-from redux.cost import Cost, cost, step
-from redux.model import ReduxConfig, ReduxForConditionalGeneration, ReduxModel
+from redux.configuration import ReduxConfig
+from redux.cost import Cost, compute_cost, compute_step_cost
+from redux.model import ReduxForConditionalGeneration, ReduxModel
 from redux.settings import CMAI, VMTC, Reduction
 from redux.tower import CompressingBlock
 
@@ -91,12 +92,20 @@ class Measured:
     def forward(self, cache: Any = None, **inputs: Any) -> tuple[Cost, Any]:
         """What one forward pass spends and leaves in the cache; and that cache."""
         self.spent.clear()
-        parts = [("compression", redux.tower, name) for name in ("importance", "received", "compress", "reduce")]
+        parts = [
+            ("compression", redux.tower, name)
+            for name in (
+                "importance_score",
+                "mean_received_attention",
+                "compress_tokens",
+                "reduce_tokens",
+            )
+        ]
         parts += [
-            ("compression", CompressingBlock, "_last_attention"),
+            ("compression", CompressingBlock, "_class_query_and_keys"),
             ("encoding", ReduxModel, "encode_images"),
             ("images", ReduxModel, "get_image_features"),
-            ("inhibition", Inhibition, "keep"),
+            ("inhibition", Inhibition, "compute_mask"),
         ]
         with pytest.MonkeyPatch.context() as patch, torch.no_grad(), self.counter:
             for part, owner, name in parts:
@@ -104,7 +113,7 @@ class Measured:
             cache = self.model(**inputs, past_key_values=cache, use_cache=True).past_key_values
         spent = self.spent
         held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        rows = list(cache.rows.values()) if isinstance(cache, FocusCache) else []
+        rows = list(cache.t2i.values()) if isinstance(cache, FocusCache) else []
         return Cost(
             tower=spent["encoding"] - spent["compression"],
             compression=spent["compression"],
@@ -120,9 +129,9 @@ def check(config: ReduxConfig, images: int = 1, dtype: torch.dtype = torch.float
     """A prompt and a token after it cost what is said; returns both."""
     measured = Measured(config, dtype)
     first, cache = measured.forward(**prompt(config, images, dtype), logits_to_keep=1)
-    assert cost(config, TEXT, images, dtype.itemsize, preamble=PREAMBLE) == first
+    assert compute_cost(config, TEXT, images, dtype.itemsize, preamble=PREAMBLE) == first
     after, _ = measured.forward(cache, input_ids=torch.tensor([[4]]))
-    assert step(config, TEXT, images, dtype.itemsize, PREAMBLE) == after
+    assert compute_step_cost(config, TEXT, images, dtype.itemsize, PREAMBLE) == after
     return first, after
 
 
@@ -229,16 +238,16 @@ def test_heads_of_the_language_model(language: dict[str, Any]) -> None:
 def test_logits_of_the_last_positions_or_of_all(kept: int) -> None:
     config = configuration()
     spent, _ = Measured(config).forward(**prompt(config, 1, torch.float32), logits_to_keep=kept)
-    assert cost(config, TEXT, 1, 4, logits_to_keep=kept) == spent
+    assert compute_cost(config, TEXT, 1, 4, logits_to_keep=kept) == spent
 
 
 def test_several_layers_of_the_tower_are_refused() -> None:
     with pytest.raises(ValueError, match=r"vision_feature_layer: got \[-2, -3\]"):
-        cost(configuration(vision_feature_layer=[-2, -3]), TEXT)
+        compute_cost(configuration(vision_feature_layer=[-2, -3]), TEXT)
 
 
 def test_the_parts_make_up_the_whole() -> None:
-    spent = cost(configuration(vmtc=VMTC(), cmai=CMAI()), TEXT)
+    spent = compute_cost(configuration(vmtc=VMTC(), cmai=CMAI()), TEXT)
     assert spent.flops == sum(value for name, value in asdict(spent).items() if not name.endswith("_bytes"))
 
 
@@ -268,7 +277,7 @@ def llava(layers: int, hidden: int, heads: int, mlp: int, **modules: Any) -> Red
     ids=["7B", "13B"],
 )
 def test_llava_whole_by_published_numbers(layers: int, hidden: int, heads: int, mlp: int, parameters: int) -> None:
-    spent = cost(llava(layers, hidden, heads, mlp), text=64)
+    spent = compute_cost(llava(layers, hidden, heads, mlp), text=64)
     # each matrix takes two FLOPs a parameter and token; embeddings and norms are no matrices, the head sees one token
     matrices = parameters - 2 * 32000 * hidden - (2 * layers + 1) * hidden
     assert spent.language == 2 * 640 * matrices + layers * 4 * 640**2 * hidden + 2 * 32000 * hidden
@@ -280,7 +289,7 @@ def test_llava_whole_by_published_numbers(layers: int, hidden: int, heads: int, 
 
 
 def test_llava_with_the_method_by_hand() -> None:
-    spent = cost(llava(32, 4096, 32, 11008, vmtc=VMTC(tokens=64), cmai=CMAI()), text=64)
+    spent = compute_cost(llava(32, 4096, 32, 11008, vmtc=VMTC(tokens=64), cmai=CMAI()), text=64)
     stages = ((577, 231, 46), (278, 111, 22), (134, 53, 11))  # tokens given, k, c, at blocks 5, 11 and 17 from 0
     block = 12 * 1024**2  # parameters of its matrices, a third of them in front of the compression
     assert spent.tower == (

@@ -13,13 +13,13 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from redux.extras import write_install_command
-from redux.image import MEAN, STD, pixels, prepared
-from redux.model import normalise
-from redux.settings import Fit, Way
+from redux.image import CLIP_MEAN, CLIP_STD, load_pixels, prepare_image
+from redux.model import normalize_pixels
+from redux.settings import ImageAspectRatio, ImageBackend
 
 SIDE = 16
 MEAN_COLOUR = (122, 116, 104)  # CLIP's, in whole steps of 255
-FITS: list[Fit] = ["pad", "crop"]
+FITS: list[ImageAspectRatio] = ["pad", "crop"]
 SEEDS = range(40)
 
 every_fit = pytest.mark.parametrize("image_aspect_ratio", FITS)
@@ -50,7 +50,7 @@ def shape(seed: int) -> tuple[int, int, int]:
     return width, height, int(chance.choice([1, 8, 33, 98]))
 
 
-def llava(image: bytes, size: int, image_aspect_ratio: Fit) -> np.ndarray:
+def llava(image: bytes, size: int, image_aspect_ratio: ImageAspectRatio) -> np.ndarray:
     """LLaVA's dataset, its expand2square, and its processor but for the floats."""
     picture = Image.open(io.BytesIO(image)).convert("RGB")
     picture.info.pop("transparency", None)  # where it is left, transformers 5 makes white of it; LLaVA's 4.37 did not
@@ -82,34 +82,38 @@ def across_then_down(picture: Image.Image, size: tuple[int, int], resample: int,
     return whole_resize(whole_resize(picture, (size[0], picture.height), resample), size, resample)
 
 
-def apart(image: bytes, size: int, image_aspect_ratio: Fit) -> np.ndarray:
+def apart(image: bytes, size: int, image_aspect_ratio: ImageAspectRatio) -> np.ndarray:
     """By how many of 255 levels the fast way is off."""
-    return np.abs(pixels(image, size, image_aspect_ratio, "fast").astype(int) - pixels(image, size, image_aspect_ratio))
+    return np.abs(
+        load_pixels(image, size, image_aspect_ratio, "fast").astype(int) - load_pixels(image, size, image_aspect_ratio)
+    )
 
 
 @every_fit
 @pytest.mark.parametrize("seed", SEEDS)
-def test_pixels_are_llavas(seed: int, image_aspect_ratio: Fit):
+def test_pixels_are_llavas(seed: int, image_aspect_ratio: ImageAspectRatio):
     width, height, size = shape(seed)
     image = file(noise(width, height, seed))
-    got = pixels(image, size, image_aspect_ratio)
+    got = load_pixels(image, size, image_aspect_ratio)
     assert got.dtype == np.uint8
     assert np.array_equal(got, llava(image, size, image_aspect_ratio))
 
 
 @every_fit
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (480, 640), (500, 333), (336, 336), (337, 336), (336, 335)])
-def test_pixels_of_a_photo_are_llavas(width: int, height: int, image_aspect_ratio: Fit):
+def test_pixels_of_a_photo_are_llavas(width: int, height: int, image_aspect_ratio: ImageAspectRatio):
     image = file(photo(width, height), "jpeg")
-    assert np.array_equal(pixels(image, 336, image_aspect_ratio), llava(image, 336, image_aspect_ratio))
+    assert np.array_equal(load_pixels(image, 336, image_aspect_ratio), llava(image, 336, image_aspect_ratio))
 
 
 @every_fit
 @pytest.mark.parametrize("size", [1, 7, 16])
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 2), (1, 700), (700, 1), (3, 200), (200, 3)])
-def test_pixels_of_a_tiny_or_long_image_are_llavas(width: int, height: int, size: int, image_aspect_ratio: Fit):
+def test_pixels_of_a_tiny_or_long_image_are_llavas(
+    width: int, height: int, size: int, image_aspect_ratio: ImageAspectRatio
+):
     image = file(noise(width, height))
-    assert np.array_equal(pixels(image, size, image_aspect_ratio), llava(image, size, image_aspect_ratio))
+    assert np.array_equal(load_pixels(image, size, image_aspect_ratio), llava(image, size, image_aspect_ratio))
 
 
 def of_mode(mode: str) -> bytes:
@@ -143,27 +147,27 @@ MODES = ["L", "LA", "P", "1", "RGBA", "CMYK", "16 bits", "32 bits", *TRANSPARENT
 @every_fit
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # Pillow's advice
-def test_pixels_of_any_mode_are_llavas(mode: str, image_aspect_ratio: Fit):
+def test_pixels_of_any_mode_are_llavas(mode: str, image_aspect_ratio: ImageAspectRatio):
     image = of_mode(mode)
-    assert np.array_equal(pixels(image, SIDE, image_aspect_ratio), llava(image, SIDE, image_aspect_ratio))
+    assert np.array_equal(load_pixels(image, SIDE, image_aspect_ratio), llava(image, SIDE, image_aspect_ratio))
     assert apart(image, SIDE, image_aspect_ratio).max() <= 2
 
 
 @every_fit
-def test_an_image_of_the_right_size_is_taken_as_it_is(image_aspect_ratio: Fit):
+def test_an_image_of_the_right_size_is_taken_as_it_is(image_aspect_ratio: ImageAspectRatio):
     picture = noise(SIDE, SIDE)
-    assert np.array_equal(pixels(file(picture), SIDE, image_aspect_ratio).transpose(1, 2, 0), np.asarray(picture))
+    assert np.array_equal(load_pixels(file(picture), SIDE, image_aspect_ratio).transpose(1, 2, 0), np.asarray(picture))
 
 
 @every_fit
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_fast_way_is_at_most_two_levels_off(seed: int, image_aspect_ratio: Fit):
+def test_the_fast_way_is_at_most_two_levels_off(seed: int, image_aspect_ratio: ImageAspectRatio):
     width, height, size = shape(seed)
     assert apart(file(noise(width, height, seed), "ppm"), size, image_aspect_ratio).max() <= 2
 
 
 @every_fit
-def test_the_fast_way_is_hardly_off_in_a_photo(image_aspect_ratio: Fit):
+def test_the_fast_way_is_hardly_off_in_a_photo(image_aspect_ratio: ImageAspectRatio):
     levels = np.stack([apart(file(photo(640, 480, seed), "jpeg"), 336, image_aspect_ratio) for seed in range(3)])
     assert levels.max() <= 2
     assert levels.mean() < 0.01
@@ -182,25 +186,27 @@ def test_the_fast_way_decodes_a_jpeg_as_pillow_does(subsampling: str, progressiv
             image = file(picture, "jpeg", keep_rgb=True, **options)
         case _:
             image = file(picture, "jpeg", subsampling=subsampling, **options)
-    assert np.array_equal(pixels(image, 99, way="fast"), pixels(image, 99))
+    assert np.array_equal(load_pixels(image, 99, way="fast"), load_pixels(image, 99))
 
 
 @every_fit
 @pytest.mark.parametrize("seed", SEEDS[:10])
-def test_a_prepared_image_has_the_same_pixels(seed: int, image_aspect_ratio: Fit):
+def test_a_prepared_image_has_the_same_pixels(seed: int, image_aspect_ratio: ImageAspectRatio):
     width, height, size = shape(seed)
     image = file(noise(width, height, seed))
-    expected, stored = pixels(image, size, image_aspect_ratio), prepared(image, size, image_aspect_ratio)
+    expected, stored = load_pixels(image, size, image_aspect_ratio), prepare_image(image, size, image_aspect_ratio)
     for again in FITS:
-        assert np.array_equal(pixels(stored, size, again), expected)
-        assert np.array_equal(pixels(stored, size, again, "fast"), expected)
+        assert np.array_equal(load_pixels(stored, size, again), expected)
+        assert np.array_equal(load_pixels(stored, size, again, "fast"), expected)
 
 
 def test_a_prepared_image_is_one_to_webdataset():
     from webdataset.autodecode import imagehandler
 
     image = file(noise(30, 20))
-    assert np.array_equal(imagehandler("rgb8")("ppm", prepared(image, SIDE)), pixels(image, SIDE).transpose(1, 2, 0))
+    assert np.array_equal(
+        imagehandler("rgb8")("ppm", prepare_image(image, SIDE)), load_pixels(image, SIDE).transpose(1, 2, 0)
+    )
 
 
 KINDS = ["jpeg", "png", "gif", "bmp", "ppm", "tiff", "webp"]
@@ -210,40 +216,40 @@ KINDS = ["jpeg", "png", "gif", "bmp", "ppm", "tiff", "webp"]
 @pytest.mark.parametrize("left", [0.01, 0.3, 0.6, 0.95])
 @pytest.mark.parametrize(("kind", "options"), [("jpeg", {"progressive": True}), *((kind, {}) for kind in KINDS)])
 @pytest.mark.filterwarnings("ignore:Truncated File Read")  # Pillow says it of TIFF twice
-def test_a_truncated_image_is_an_error(kind: str, options: dict[str, bool], left: float, way: Way):
+def test_a_truncated_image_is_an_error(kind: str, options: dict[str, bool], left: float, way: ImageBackend):
     image = file(photo(60, 40), kind, **options)
     with pytest.raises(ValueError, match=r"^an image that Pillow cannot read: |^not an image that Pillow knows: "):
-        pixels(image[: int(left * len(image))], SIDE, way=way)
+        load_pixels(image[: int(left * len(image))], SIDE, way=way)
 
 
 def test_an_error_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"^not an image that Pillow knows: 5 bytes that begin with b'<html'$"):
-        pixels(b"<html", SIDE)
+        load_pixels(b"<html", SIDE)
     with pytest.raises(ValueError, match=r"^an image that Pillow cannot read: OSError: .*truncated"):
-        pixels(file(noise(30, 30), "jpeg")[:-50], SIDE)
+        load_pixels(file(noise(30, 30), "jpeg")[:-50], SIDE)
 
 
 @pytest.mark.parametrize("way", ["exact", "fast"])
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
-def test_a_decompression_bomb_is_an_error(kind: str, way: Way, monkeypatch: pytest.MonkeyPatch):
+def test_a_decompression_bomb_is_an_error(kind: str, way: ImageBackend, monkeypatch: pytest.MonkeyPatch):
     image = file(Image.new("RGB", (40, 30)), kind)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
     with pytest.raises(ValueError, match="DecompressionBombError: Image size \\(1200 pixels\\) exceeds limit"):
-        pixels(image, SIDE, way=way)
+        load_pixels(image, SIDE, way=way)
 
 
 def test_an_image_too_long_to_pad_or_to_crop_is_an_error():
     image = file(noise(1, 14_000))
     with pytest.raises(ValueError, match="too large or too long: 14000 x 14000 pixels"):
-        pixels(image, SIDE)
+        load_pixels(image, SIDE)
     with pytest.raises(ValueError, match="too large or too long: 336 x 4704000 pixels"):
-        pixels(image, 336, "crop")
+        load_pixels(image, 336, "crop")
 
 
 def test_the_fast_way_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     with pytest.raises(ValueError, match=re.escape(write_install_command("fast"))):
-        pixels(file(noise(8, 8)), SIDE, way="fast")
+        load_pixels(file(noise(8, 8)), SIDE, way="fast")
 
 
 def test_the_exact_way_does_without_torch():
@@ -254,7 +260,7 @@ def test_the_exact_way_does_without_torch():
 
 def test_normalised_pixels_are_those_of_clip() -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), dtype=np.uint8)
-    floats = normalise(torch.from_numpy(images)).numpy()
+    floats = normalize_pixels(torch.from_numpy(images)).numpy()
     for channel in range(3):
-        expected = (images[:, channel] / 255 - MEAN[channel]) / STD[channel]
+        expected = (images[:, channel] / 255 - CLIP_MEAN[channel]) / CLIP_STD[channel]
         assert floats[:, channel] == pytest.approx(expected, abs=1e-5)

@@ -13,14 +13,14 @@ from redux import instructions, sentences
 from redux.instructions import (
     INSTRUCTIONS,
     KEYWORDS,
-    RELATIONS,
+    NUMBER_RELATIONS,
     STARTERS,
-    ask,
-    draw,
-    loose,
-    strict,
+    draw_arguments,
+    follows_loosely,
+    follows_strictly,
+    render_instruction,
 )
-from redux.sentences import SPLITTERS, splitter
+from redux.sentences import SPLITTERS, choose_splitter
 
 NAMES = {each.name: id for id, each in INSTRUCTIONS.items()}
 
@@ -94,7 +94,7 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
 
 @pytest.mark.parametrize(("name", "kwargs", "response", "follows"), CASES)
 def test_each_check_counts_what_ifeval_counts(name: str, kwargs: dict, response: str, follows: bool) -> None:
-    assert strict(NAMES[name], kwargs, response) is follows
+    assert follows_strictly(NAMES[name], kwargs, response) is follows
 
 
 def test_the_cases_show_each_instruction_followed_and_not() -> None:
@@ -105,10 +105,10 @@ def test_the_cases_show_each_instruction_followed_and_not() -> None:
 
 @pytest.mark.parametrize("id", INSTRUCTIONS)
 def test_an_empty_response_follows_nothing(id: str) -> None:
-    kwargs = draw(id, random.Random(0))
+    kwargs = draw_arguments(id, random.Random(0))
     for response in ("", " \n\t", "\u3000"):
-        assert not strict(id, kwargs, response)
-        assert not loose(id, kwargs, response)
+        assert not follows_strictly(id, kwargs, response)
+        assert not follows_loosely(id, kwargs, response)
 
 
 def test_the_sixteen_are_the_papers() -> None:
@@ -134,19 +134,19 @@ def test_the_sixteen_are_the_papers() -> None:
     ],
 )
 def test_loose_forgives_first_and_last_lines_and_asterisks(name: str, response: str) -> None:
-    assert not strict(NAMES[name], {}, response)
-    assert loose(NAMES[name], {}, response)
+    assert not follows_strictly(NAMES[name], {}, response)
+    assert follows_loosely(NAMES[name], {}, response)
 
 
 def test_loose_forgives_nothing_else() -> None:
-    assert not loose(NAMES["json"], {}, "Here\nyou are:\n{}")
-    assert not loose(NAMES["json"], {}, "{}\nThat\nis all.")
-    assert not loose(NAMES["json"], {}, "_{}_")
+    assert not follows_loosely(NAMES["json"], {}, "Here\nyou are:\n{}")
+    assert not follows_loosely(NAMES["json"], {}, "{}\nThat\nis all.")
+    assert not follows_loosely(NAMES["json"], {}, "_{}_")
 
 
 def test_what_is_strict_is_loose() -> None:
     for name, kwargs, response, follows in CASES:
-        assert loose(NAMES[name], kwargs, response) >= follows
+        assert follows_loosely(NAMES[name], kwargs, response) >= follows
 
 
 # --- asking ----------------------------------------------------------------------------------------------------------
@@ -155,17 +155,17 @@ def test_what_is_strict_is_loose() -> None:
 @pytest.mark.parametrize("id", INSTRUCTIONS)
 def test_drawn_arguments_are_asked_for(id: str) -> None:
     for seed in range(20):
-        kwargs = draw(id, random.Random(seed))
-        assert kwargs == draw(id, random.Random(seed))
+        kwargs = draw_arguments(id, random.Random(seed))
+        assert kwargs == draw_arguments(id, random.Random(seed))
         assert set(kwargs) == set(INSTRUCTIONS[id].arguments)
-        asked = ask(id, kwargs)
+        asked = render_instruction(id, kwargs)
         assert "{" not in asked
         assert all(str(value) in asked for value in kwargs.values())
 
 
 def test_keywords_are_asked_for_in_order() -> None:
     asked = "Include keywords ['moon', 'sun'] in the response."
-    assert ask("keywords:existence", {"keywords": ["sun", "moon"]}) == asked
+    assert render_instruction("keywords:existence", {"keywords": ["sun", "moon"]}) == asked
 
 
 def test_arguments_are_drawn_from_all_of_ifevals_ranges() -> None:
@@ -173,7 +173,7 @@ def test_arguments_are_drawn_from_all_of_ifevals_ranges() -> None:
     drawn: dict[str, set] = {}
     for id in INSTRUCTIONS:
         for _ in range(5000 if "words" in id else 500):
-            for name, value in draw(id, chance).items():
+            for name, value in draw_arguments(id, chance).items():
                 drawn.setdefault(name, set()).update(value if isinstance(value, list) else [value])
     assert drawn == {
         "num_placeholders": set(range(1, 5)),
@@ -184,7 +184,7 @@ def test_arguments_are_drawn_from_all_of_ifevals_ranges() -> None:
         "num_sections": set(range(1, 6)),
         "num_bullets": set(range(1, 6)),
         "num_sentences": set(range(1, 21)),
-        "relation": set(RELATIONS),
+        "relation": set(NUMBER_RELATIONS),
         "num_words": set(range(100, 501)),
         "end_phrase": {"Any other questions?", "Is there anything else I can help with?"},
         "starter": set(STARTERS),
@@ -192,10 +192,12 @@ def test_arguments_are_drawn_from_all_of_ifevals_ranges() -> None:
 
 
 def test_keywords_are_two_different_words_of_any_list() -> None:
-    assert draw("keywords:existence", random.Random(0), ["sun", "moon", "sun"]) == {"keywords": ["moon", "sun"]}
+    assert draw_arguments("keywords:existence", random.Random(0), ["sun", "moon", "sun"]) == {
+        "keywords": ["moon", "sun"]
+    }
     for few in ([], ["sun"], ["sun", "sun"]):
         with pytest.raises(ValueError, match=r"words: got .*two different"):
-            draw("keywords:existence", random.Random(0), few)
+            draw_arguments("keywords:existence", random.Random(0), few)
 
 
 def test_no_keyword_is_within_another() -> None:
@@ -222,13 +224,17 @@ def test_no_keyword_is_within_another() -> None:
     ],
 )
 def test_what_cannot_be_asked_is_named(id: str, kwargs: dict, message: str) -> None:
-    for function in (lambda: ask(id, kwargs), lambda: strict(id, kwargs, "red"), lambda: loose(id, kwargs, "red")):
+    for function in (
+        lambda: render_instruction(id, kwargs),
+        lambda: follows_strictly(id, kwargs, "red"),
+        lambda: follows_loosely(id, kwargs, "red"),
+    ):
         with pytest.raises(ValueError, match=re.escape(message)):
             function()
 
 
 def test_arguments_of_other_instructions_may_be_there_as_none() -> None:
-    assert strict("punctuation:no_comma", {"num_words": None, "relation": None}, "red")
+    assert follows_strictly("punctuation:no_comma", {"num_words": None, "relation": None}, "red")
 
 
 # --- language --------------------------------------------------------------------------------------------------------
@@ -238,7 +244,7 @@ WOBBLY = ["a man and a dog", "a man in a hat", "ein man in a hat", "es ist a man
 
 
 def told(texts: list[str]) -> list[bool]:
-    return [strict(NAMES["lowercase"], {}, text) for text in texts]
+    return [follows_strictly(NAMES["lowercase"], {}, text) for text in texts]
 
 
 def test_the_language_depends_on_the_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +260,7 @@ def test_the_language_depends_on_the_text_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_language_is_the_same_in_every_thread() -> None:
-    instructions._languages.cache_clear()
+    instructions._load_language_detectors.cache_clear()
     many = WOBBLY * 20
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda text: told([text])[0], many))
@@ -264,7 +270,7 @@ def test_the_language_is_the_same_in_every_thread() -> None:
 def test_langdetects_own_state_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(langdetect.DetectorFactory, "seed", "untouched")
     monkeypatch.setattr(langdetect.detector_factory, "_factory", None)
-    instructions._languages.cache_clear()
+    instructions._load_language_detectors.cache_clear()
     told(WOBBLY)
     assert langdetect.DetectorFactory.seed == "untouched"
     assert langdetect.detector_factory._factory is None
@@ -282,7 +288,7 @@ SENTENCES = {
 
 @pytest.mark.parametrize("text", SENTENCES)
 def test_both_splitters_agree_where_it_is_easy(text: str) -> None:
-    for split in [SPLITTERS[name] for name in {"regex", splitter()}]:
+    for split in [SPLITTERS[name] for name in {"regex", choose_splitter()}]:
         assert split(text) == SENTENCES[text]
 
 
@@ -304,14 +310,14 @@ def test_without_punkt_sentences_are_split_by_ifevals_expressions(text: str, sen
 
 def test_what_counts_sentences_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     response, kwargs = "He lives in the U.K. and pays approx. 3 pounds.", {"num_sentences": 2, "relation": "less than"}
-    counted = {name: len(SPLITTERS[name](response)) for name in {"regex", splitter()}}
-    assert strict(NAMES["sentences"], kwargs, response) == (counted[splitter()] < 2)
+    counted = {name: len(SPLITTERS[name](response)) for name in {"regex", choose_splitter()}}
+    assert follows_strictly(NAMES["sentences"], kwargs, response) == (counted[choose_splitter()] < 2)
     monkeypatch.setattr(sentences, "find_spec", lambda name: None)
-    assert splitter() == "regex"
-    assert strict(NAMES["sentences"], kwargs, response) == (counted["regex"] < 2)
+    assert choose_splitter() == "regex"
+    assert follows_strictly(NAMES["sentences"], kwargs, response) == (counted["regex"] < 2)
 
 
-@pytest.mark.skipif(splitter() != "punkt", reason="needs Punkt: pip install -e '.[instructions]'")
+@pytest.mark.skipif(choose_splitter() != "punkt", reason="needs Punkt: pip install -e '.[instructions]'")
 def test_punkt_splits_as_nltk_does() -> None:
     assert SPLITTERS["punkt"]("Red!! . . Or e.g. blue.") == ["Red!!", ".", ".", "Or e.g.", "blue."]
 
@@ -325,6 +331,6 @@ def test_words_of_any_script_are_those_of_nltk() -> None:
     for first in range(0, 0x20000, 16):
         response = " ".join(f"a{mark}b c{mark} {mark}" for mark in map(chr, range(first, first + 16)))
         told = ("length_constraints:number_words", {"num_words": len(count(response)) or 1, "relation": "at least"})
-        assert strict(*told, response) == bool(count(response)), hex(first)
+        assert follows_strictly(*told, response) == bool(count(response)), hex(first)
         more = {"num_words": len(count(response)) + 1, "relation": "at least"}
-        assert not strict("length_constraints:number_words", more, response), hex(first)
+        assert not follows_strictly("length_constraints:number_words", more, response), hex(first)

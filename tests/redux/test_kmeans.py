@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redux.kmeans import kmeans
-from redux.settings import Seeds
+from redux.settings import KMeansSeeds
 
-SEEDS = get_args(Seeds)
+SEEDS = get_args(KMeansSeeds)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def chosen(unit: np.ndarray, clusters: int, seeds: Seeds) -> list[int]:
+def chosen(unit: np.ndarray, clusters: int, seeds: KMeansSeeds) -> list[int]:
     """The tokens that K-means starts from."""
     if seeds == "strided":
         return [number * len(unit) // clusters for number in range(clusters)]
@@ -32,7 +32,7 @@ def chosen(unit: np.ndarray, clusters: int, seeds: Seeds) -> list[int]:
     return places
 
 
-def textbook(tokens: np.ndarray, clusters: int, iterations: int, seeds: Seeds = "strided") -> np.ndarray:
+def textbook(tokens: np.ndarray, clusters: int, iterations: int, seeds: KMeansSeeds = "strided") -> np.ndarray:
     """Spherical K-means of one image, token by token; refuses to meet an empty cluster."""
     unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
     centroids = [unit[place] for place in chosen(unit, clusters, seeds)]
@@ -47,7 +47,7 @@ def textbook(tokens: np.ndarray, clusters: int, iterations: int, seeds: Seeds = 
 @pytest.mark.parametrize("clusters", [1, 2, 7, 19, 20])
 @pytest.mark.parametrize("kind", ["noise", "constant", "zero", "two kinds"])
 @pytest.mark.parametrize("seeds", SEEDS)
-def test_every_cluster_holds_a_token(kind: str, clusters: int, seeds: Seeds) -> None:
+def test_every_cluster_holds_a_token(kind: str, clusters: int, seeds: KMeansSeeds) -> None:
     tokens = {
         "noise": noise(3, 20, 8),
         "constant": torch.ones(3, 20, 8),
@@ -69,7 +69,7 @@ def test_refilling_leaves_the_tokens_that_fit_best_where_they_are() -> None:
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
-def test_the_same_tokens_give_the_same_clusters(seeds: Seeds) -> None:
+def test_the_same_tokens_give_the_same_clusters(seeds: KMeansSeeds) -> None:
     tokens = noise(2, 30, 8)
     torch.manual_seed(1)
     first = kmeans(tokens, 6, 10, seeds)
@@ -78,7 +78,7 @@ def test_the_same_tokens_give_the_same_clusters(seeds: Seeds) -> None:
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
-def test_images_of_a_batch_do_not_see_each_other(seeds: Seeds) -> None:
+def test_images_of_a_batch_do_not_see_each_other(seeds: KMeansSeeds) -> None:
     tokens = noise(4, 30, 8)
     tokens[2] = 1.0
     alone = [kmeans(image.unsqueeze(0), 6, 10, seeds)[0] for image in tokens]
@@ -102,7 +102,7 @@ def test_length_does_not_matter_only_direction() -> None:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("iterations", [1, 3, 10])
 @pytest.mark.parametrize("seeds", SEEDS)
-def test_equals_the_textbook_where_no_cluster_is_empty(seed: int, iterations: int, seeds: Seeds) -> None:
+def test_equals_the_textbook_where_no_cluster_is_empty(seed: int, iterations: int, seeds: KMeansSeeds) -> None:
     tokens = noise(40, 6, seed=seed)
     label = kmeans(tokens.unsqueeze(0), 4, iterations, seeds)[0]
     assert np.array_equal(label.numpy(), textbook(tokens.double().numpy(), 4, iterations, seeds))

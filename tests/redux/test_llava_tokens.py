@@ -11,7 +11,14 @@ import pytest
 from tokenizers import AddedToken
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from redux.conversation import IGNORE, IMAGE, TEMPLATES, VICUNA_SYSTEM, encode, place_image
+from redux.conversation import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    TEMPLATES,
+    VICUNA_SYSTEM,
+    encode_conversation,
+    move_image_to_front,
+)
 from redux.processor import write_chat_template
 
 IMAGE_INDEX = -200
@@ -31,7 +38,7 @@ def llama(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *map("".join, merges)]
     vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, legacy=request.param)
-    tokenizer.add_tokens(AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)
+    tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
     tokenizer.pad_token = "<unk>"
     tokenizer.add_bos_token = True
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
@@ -70,7 +77,7 @@ def llava_v1(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
         prompt += f"{name}: {turn['value']}{behind}" if turn["value"] else f"{name}:"
     ids = tokenize(prompt, tokenizer)
     labels, at = [*ids], 1
-    labels[0] = IGNORE
+    labels[0] = IGNORE_INDEX
     for number, around in enumerate(prompt.split(end)):
         parts = around.split(" ASSISTANT: ")
         if len(parts) != 2:
@@ -78,7 +85,7 @@ def llava_v1(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
         # a round by itself has a blank in front, which it has not in the whole prompt
         shorter = number > 0 and not tokenizer.legacy
         asked = len(tokenize(parts[0] + " ASSISTANT: ", tokenizer)) - 2 - shorter
-        labels[at : at + asked] = [IGNORE] * asked
+        labels[at : at + asked] = [IGNORE_INDEX] * asked
         at += len(tokenize(around, tokenizer)) - shorter
     return (ids, labels) if at == len(ids) else None
 
@@ -88,7 +95,7 @@ def llava_plain(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> tuple[list[
     assert "<image>" in turns[0]["value"]
     ids = tokenize("<image>" + turns[1]["value"] + "\n", tokenizer)
     opening = len(tokenize("<image>", tokenizer))
-    return ids, [IGNORE] * opening + ids[opening:]
+    return ids, [IGNORE_INDEX] * opening + ids[opening:]
 
 
 def spread(ids: list[int], labels: list[int], image: int) -> tuple[list[int], list[int]]:
@@ -96,7 +103,7 @@ def spread(ids: list[int], labels: list[int], image: int) -> tuple[list[int], li
     pairs = [
         pair
         for one, label in zip(ids, labels, strict=True)
-        for pair in ([(image, IGNORE)] * COUNT if one == IMAGE_INDEX else [(one, label)])
+        for pair in ([(image, IGNORE_INDEX)] * COUNT if one == IMAGE_INDEX else [(one, label)])
     ]
     return [one for one, _ in pairs], [label for _, label in pairs]
 
@@ -121,7 +128,7 @@ WORDS = [
 
 
 def draw_text(chance: random.Random, tags: int, least: int) -> str:
-    words = [chance.choice(WORDS) for _ in range(chance.randint(least, 4))] + [IMAGE] * tags
+    words = [chance.choice(WORDS) for _ in range(chance.randint(least, 4))] + [IMAGE_TOKEN] * tags
     chance.shuffle(words)
     return chance.choice(BLANKS) + "".join(word + chance.choice([" ", *BLANKS]) for word in words)
 
@@ -136,7 +143,7 @@ def draw_turns(chance: random.Random, rounds: int, tags: list[int]) -> Turns:
 
 def test_conversations_have_llavas_tokens_and_labels(llama: PreTrainedTokenizerBase) -> None:
     chance, same = random.Random(0), 0
-    image = llama.convert_tokens_to_ids(IMAGE)
+    image = llama.convert_tokens_to_ids(IMAGE_TOKEN)
     for _ in range(250):
         rounds = chance.randint(1, 3)
         kind = chance.choice(["one", "one", "several", "answer", "twice"])
@@ -153,7 +160,7 @@ def test_conversations_have_llavas_tokens_and_labels(llama: PreTrainedTokenizerB
         if expected is None or not all(turn["value"].strip() for turn in turns):
             continue
         same += 1
-        ids, labels = encode(llama, turns, TEMPLATES["vicuna_v1"], COUNT)
+        ids, labels = encode_conversation(llama, turns, TEMPLATES["vicuna_v1"], COUNT)
         assert (ids.tolist(), labels.tolist()) == spread(*expected, image), turns
     assert same > 230
 
@@ -166,25 +173,25 @@ def test_text_alone_has_llavas_tokens_and_labels(llama: PreTrainedTokenizerBase)
         turns = draw_turns(chance, rounds, [0] * 2 * rounds)
         expected = llava_v1(turns, llama)
         if expected is not None:
-            ids, labels = encode(llama, turns, TEMPLATES["vicuna_v1"], COUNT)
+            ids, labels = encode_conversation(llama, turns, TEMPLATES["vicuna_v1"], COUNT)
             assert (ids.tolist(), labels.tolist()) == expected, turns
 
 
 def test_captions_have_llavas_tokens_and_labels(llama: PreTrainedTokenizerBase) -> None:
     chance = random.Random(2)
-    image = llama.convert_tokens_to_ids(IMAGE)
+    image = llama.convert_tokens_to_ids(IMAGE_TOKEN)
     for _ in range(200):
         turns = draw_turns(chance, 1, [chance.randint(1, 2), 0])
-        ids, labels = encode(llama, turns, TEMPLATES["plain"], COUNT)
+        ids, labels = encode_conversation(llama, turns, TEMPLATES["plain"], COUNT)
         assert (ids.tolist(), labels.tolist()) == spread(*llava_plain(move_images(turns), llama), image), turns
 
 
 @pytest.mark.parametrize("name", ["plain", "vicuna_v1", "vicuna_bare"])
 def test_an_image_token_is_never_a_label(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     for answer in ("<image>", "<image>\nyes", "it is. <image>", "a <image> blue <image> square"):
         turns = [{"from": "human", "value": "Is it a red circle?"}, {"from": "gpt", "value": answer}]
-        ids, labels = encode(tokenizer, turns, TEMPLATES[name], COUNT)
+        ids, labels = encode_conversation(tokenizer, turns, TEMPLATES[name], COUNT)
         assert (ids == image).sum() == COUNT
         assert (labels != image).all()
 
@@ -204,8 +211,8 @@ def test_an_image_token_is_never_a_label(tokenizer: PreTrainedTokenizerFast, nam
     ],
 )
 def test_the_image_stands_in_front_of_its_turn(text: str, moved: str) -> None:
-    assert place_image(text) == moved == move_images([{"from": "human", "value": text}])[0]["value"]
-    assert place_image(moved) == moved
+    assert move_image_to_front(text) == moved == move_images([{"from": "human", "value": text}])[0]["value"]
+    assert move_image_to_front(moved) == moved
     asked = "".join(piece for piece, _ in TEMPLATES["vicuna_bare"].spans([{"from": "human", "value": text}]))
     assert asked == f"USER: {moved} ASSISTANT:"
 
@@ -220,13 +227,13 @@ def test_a_chat_template_gives_the_same_tokens(llama: PreTrainedTokenizerBase, n
             parts = [{"type": "text", "text": text}]
             role = ("user", "assistant")[number % 2]
             messages.append({"role": role, "content": [{"type": "image"}, *parts] if number == 0 else parts})
-            turns.append({"from": ("human", "gpt")[number % 2], "value": IMAGE * (number == 0) + text})
+            turns.append({"from": ("human", "gpt")[number % 2], "value": IMAGE_TOKEN * (number == 0) + text})
         asks = len(texts) % 2 == 1
         written = llama.apply_chat_template(messages, chat_template=chat, tokenize=False, add_generation_prompt=asks)
         ids = llama(written, add_special_tokens=not written.startswith("<s>"))["input_ids"]
-        assert ids == encode(llama, turns, TEMPLATES[name], 1)[0].tolist(), texts
+        assert ids == encode_conversation(llama, turns, TEMPLATES[name], 1)[0].tolist(), texts
 
 
 def test_numpy_types_stay(llama: PreTrainedTokenizerBase) -> None:
-    ids, labels = encode(llama, [{"from": "human", "value": IMAGE}], TEMPLATES["plain"], 1)
+    ids, labels = encode_conversation(llama, [{"from": "human", "value": IMAGE_TOKEN}], TEMPLATES["plain"], 1)
     assert ids.dtype == labels.dtype == np.int64

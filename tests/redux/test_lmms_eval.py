@@ -12,11 +12,11 @@ import yaml
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from redux.benchmarks.instructions import Asked, questions, read, write
-from redux.instructions import INSTRUCTIONS, loose, strict
-from redux.lmms_eval import TASKS
+from redux.answering import load
+from redux.benchmarks.instructions import ImageQuestion, build_questions, read_questions, write_questions
+from redux.instructions import INSTRUCTIONS, follows_loosely, follows_strictly
+from redux.lmms_eval import TASKS_FOLDER
 from redux.model import ReduxForConditionalGeneration
-from redux.respondent import load
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None,
@@ -36,12 +36,12 @@ def plain(path: Path) -> dict[str, Any]:
 
 
 def test_each_instruction_is_a_task_and_the_group_has_them_all() -> None:
-    files = {path.stem: plain(path) for path in TASKS.glob("*.yaml")}
+    files = {path.stem: plain(path) for path in TASKS_FOLDER.glob("*.yaml")}
     group = files.pop("instructions")
     assert {each["dataset_name"]: each["task"] for each in files.values()} == NAMES
     assert all(each["include"] == "_instruction" and f"redux_{stem}" == each["task"] for stem, each in files.items())
     assert group["task"] == list(NAMES.values())
-    shared = plain(TASKS / "_instruction")
+    shared = plain(TASKS_FOLDER / "_instruction")
     for function in (shared["class"], shared["process_results"]):
         module, name = function.rsplit(".", 1)
         found = importlib.util.find_spec(module)
@@ -65,11 +65,11 @@ def place(
         Image.new("RGB", (20 + 8 * number, 24), colour).save(folder / "images" / f"{number}.png")
     encoded = (folder / "images" / "2.png").read_bytes()
     asked = [
-        Asked(id="0", image="0.png", question="Is it a red circle?"),
-        Asked(id="1", image="1.png", question="What colour is the shape?"),
-        Asked(id="2", image=encoded, question="Is it a blue square?"),
+        ImageQuestion(id="0", image="0.png", question="Is it a red circle?"),
+        ImageQuestion(id="1", image="1.png", question="What colour is the shape?"),
+        ImageQuestion(id="2", image=encoded, question="Is it a blue square?"),
     ]
-    write(questions(asked, per_task=3), folder / "instructions.jsonl")
+    write_questions(build_questions(asked, per_task=3), folder / "instructions.jsonl")
     return folder
 
 
@@ -85,7 +85,7 @@ def test_lmms_eval_runs_the_tasks_and_scores_them_as_we_do(
         model="redux",
         model_args="pretrained=model,template=vicuna_bare",
         tasks=["redux_instructions"],
-        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
+        task_manager=TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False),
         gen_kwargs="max_new_tokens=6",
         batch_size="4",
         device="cpu",
@@ -93,8 +93,8 @@ def test_lmms_eval_runs_the_tasks_and_scores_them_as_we_do(
         log_samples=True,
         cli_args=SimpleNamespace(output_path=None, process_with_media=False),
     )
-    frozen = {question.id: question for question in read("instructions.jsonl")}
-    respondent, means = load("model", template="vicuna_bare", device="cpu"), []
+    frozen = {question.id: question for question in read_questions("instructions.jsonl")}
+    answerer, means = load("model", template="vicuna_bare", device="cpu"), []
     assert set(told["samples"]) == set(NAMES.values())
     for id, name in NAMES.items():
         samples = told["samples"][name]
@@ -105,8 +105,8 @@ def test_lmms_eval_runs_the_tasks_and_scores_them_as_we_do(
             assert question.reference["kwargs"] == json.loads(sample["doc"]["kwargs"])
             image = (place / "images" / str(question.image)).read_bytes()
             responses.append((id, question.reference["kwargs"], sample["filtered_resps"][0]))
-            assert respondent([question.prompt], [image], 6).texts == [sample["filtered_resps"][0]]
-        for metric, check in (("strict", strict), ("loose", loose)):
+            assert answerer([question.prompt], [image], 6).texts == [sample["filtered_resps"][0]]
+        for metric, check in (("strict", follows_strictly), ("loose", follows_loosely)):
             assert told["results"][name][f"{metric},none"] == sum(check(*each) for each in responses) / 2
         means.append(told["results"][name]["strict,none"])
     assert told["results"]["redux_instructions"]["strict,none"] == pytest.approx(sum(means) / 16)
@@ -189,6 +189,6 @@ def test_prompts_that_are_not_there_are_told(tmp_path: Path, monkeypatch: pytest
     from lmms_eval.tasks import TaskManager
 
     monkeypatch.chdir(tmp_path)
-    tasks = TaskManager(include_path=str(TASKS), include_defaults=False)
+    tasks = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False)
     with pytest.raises(ValueError, match=r"dataset_path: got instructions\.jsonl, allowed: a file of frozen prompts"):
         tasks.load_task_or_group(["redux_no_comma"])

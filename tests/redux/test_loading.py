@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, CLIPVisionModel, PreTrainedTokenizerFast
 
-from redux import respondent
-from redux.conversation import IMAGE
-from redux.conversion import convert
+from redux import answering
+from redux.conversation import IMAGE_TOKEN
+from redux.conversion import convert_checkpoint
 from redux.loading import load_model, load_tokenizer, strip_wrappers
 from redux.model import ReduxForConditionalGeneration
 from redux.pretrained import check_checkpoint
@@ -75,9 +75,9 @@ INCOMPLETE = {
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "from_pretrained": ReduxForConditionalGeneration.from_pretrained,
-    "asked": respondent.load,
+    "asked": answering.load,
     "checked": check_checkpoint,
-    "foreign": lambda folder: load_model(AutoModelForImageTextToText, folder, what="model"),
+    "foreign": lambda folder: load_model(AutoModelForImageTextToText, folder, label="model"),
 }
 
 
@@ -121,7 +121,7 @@ def test_what_was_asked_to_be_random_may_be(changed: Callable[[Callable[[Weights
 def test_a_tower_of_a_llava_without_its_weights_is_refused(whole: Path) -> None:
     """A LLaVA holds an image tower, under names that a tower alone does not have."""
     with pytest.raises(ValueError, match=r"tower: got .* without "):
-        load_model(CLIPVisionModel, whole, what="tower")
+        load_model(CLIPVisionModel, whole, label="tower")
 
 
 @pytest.mark.parametrize("content", [None, "{", "version https://git-lfs.github.com/spec/v1"])
@@ -150,11 +150,11 @@ def test_a_tokenizer_without_the_image_token_is_refused(whole: Path, tmp_path: P
 def test_names_of_wrappers_are_converted(
     changed: Callable[[Callable[[Weights], Weights]], Path], tiny: Tiny, prefix: str
 ) -> None:
-    model, tokenizer = convert(changed(prefixed(prefix)))
+    model, tokenizer = convert_checkpoint(changed(prefixed(prefix)))
     expected = tiny().state_dict()
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
-    assert tokenizer.convert_tokens_to_ids(IMAGE) == model.config.image_token_id
+    assert tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) == model.config.image_token_id
 
 
 def test_a_name_that_only_looks_like_a_wrappers_stays() -> None:
@@ -194,11 +194,11 @@ def test_the_layout_of_the_llava_repository_is_converted(
         "image_aspect_ratio": "pad",
     }
     (original / "config.json").write_text(json.dumps(config))
-    for load in (ReduxForConditionalGeneration.from_pretrained, respondent.load):
+    for load in (ReduxForConditionalGeneration.from_pretrained, answering.load):
         with pytest.raises(ValueError, match=r"in the layout of the LLaVA repository.* redux export"):
             load(original)
 
-    converted, _ = convert(original)
+    converted, _ = convert_checkpoint(original)
     inputs = sample(model)
     with torch.no_grad():
         assert torch.equal(converted.eval()(**inputs).logits, model(**inputs).logits)

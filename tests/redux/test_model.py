@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import Dinov2Config, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from redux.architecture import Language, Model, Tower, Transformer
+from redux.architecture import LanguageSizes, ModelSettings, TowerSizes, TransformerSizes
 from redux.cmai import FocusCache
-from redux.model import PARTS, ReduxConfig, ReduxForConditionalGeneration, build
+from redux.configuration import ReduxConfig
+from redux.model import PART_PREFIXES, ReduxForConditionalGeneration, build_model
 from redux.plugin import inhibit
 from redux.settings import CMAI, VMTC, Reduction
-from redux.vmtc import compress
+from redux.vmtc import compress_tokens
 
 Tiny = Callable[..., ReduxForConditionalGeneration]
 Sample = Callable[..., dict[str, Any]]
@@ -84,8 +85,8 @@ def test_a_saved_model_comes_back_with_its_modules(tiny: Tiny, sample: Sample, t
     model = tiny(vmtc=VMTC(ratio=0.4, order="rank"), cmai=CMAI(gamma_max=0.3))
     model.save_pretrained(tmp_path)
     again = ReduxForConditionalGeneration.from_pretrained(tmp_path).eval()
-    assert again.config.settings("vmtc") == VMTC(ratio=0.4, order="rank")
-    assert again.config.settings("cmai") == CMAI(gamma_max=0.3)
+    assert again.config.method_settings("vmtc") == VMTC(ratio=0.4, order="rank")
+    assert again.config.method_settings("cmai") == CMAI(gamma_max=0.3)
     assert again.config.image_seq_length == model.config.image_seq_length
     assert torch.equal(logits(again, **sample(model)), logits(model, **sample(model)))
 
@@ -299,10 +300,10 @@ def test_several_images_text_alone_and_several_turns_go_in_one_batch(tiny: Tiny,
 )
 def test_image_seq_length_is_the_number_of_tokens_that_come_out(tiny: Tiny, vmtc: VMTC | None) -> None:
     model = tiny(vmtc=vmtc)
-    tokens, fate = model.model.encode_images(torch.randn(3, 3, 32, 32))
+    tokens, assignment = model.model.encode_images(torch.randn(3, 3, 32, 32))
     assert tokens.shape == (3, model.config.image_seq_length, 32)
-    assert fate.slot.shape == (3, 16)
-    assert int(fate.slot.max()) == model.config.image_seq_length - 1
+    assert assignment.slot.shape == (3, 16)
+    assert int(assignment.slot.max()) == model.config.image_seq_length - 1
 
 
 def test_a_compressing_block_compresses_between_its_attention_and_its_mlp(tiny: Tiny) -> None:
@@ -311,7 +312,7 @@ def test_a_compressing_block_compresses_between_its_attention_and_its_mlp(tiny: 
     model = tiny(vmtc=vmtc)
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     tower: Any = model.model.vision_tower
-    (stage,) = vmtc.schedule(16, 4)
+    (stage,) = vmtc.plan_stages(16, 4)
     hidden = tower.pre_layrnorm(tower.embeddings(images))
     for number, block in enumerate(tower.encoder.layers[:4]):
         if number != stage.block:
@@ -324,13 +325,13 @@ def test_a_compressing_block_compresses_between_its_attention_and_its_mlp(tiny: 
             for project in (block.self_attn.q_proj, block.self_attn.k_proj)
         )
         weights = (query @ key.transpose(2, 3) / 8**0.5).softmax(dim=-1).mean(dim=1)
-        patches, slot, cluster = compress(hidden[:, 1:], weights[:, 0, 1:], stage, vmtc)
+        patches, slot, cluster = compress_tokens(hidden[:, 1:], weights[:, 0, 1:], stage, vmtc)
         hidden = torch.cat([hidden[:, :1], patches], dim=1)
         hidden = hidden + block.mlp(block.layer_norm2(hidden))
-    tokens, fate = model.model.encode_images(images)
+    tokens, assignment = model.model.encode_images(images)
     torch.testing.assert_close(tokens, hidden[:, 1:], rtol=1e-4, atol=1e-5)
-    assert torch.equal(fate.slot, slot)
-    assert torch.equal(fate.merged, cluster.gather(1, slot))
+    assert torch.equal(assignment.slot, slot)
+    assert torch.equal(assignment.merged, cluster.gather(1, slot))
 
 
 def siglip(tiny: Tiny, **methods: Any) -> ReduxForConditionalGeneration:
@@ -359,10 +360,10 @@ def test_without_class_token_the_patches_that_receive_most_are_kept(tiny: Tiny) 
         for project in (block.self_attn.q_proj, block.self_attn.k_proj)
     )
     weights = (query @ key.transpose(2, 3) / 8**0.5).softmax(dim=-1).mean(dim=(1, 2))
-    tokens, fate = model.model.encode_images(images)
+    tokens, assignment = model.model.encode_images(images)
     assert tokens.shape == (3, 8, 32)
     for image in range(3):
-        kept = (fate.slot[image] >= 0).nonzero()[:, 0]
+        kept = (assignment.slot[image] >= 0).nonzero()[:, 0]
         assert set(kept.tolist()) == set(weights[image].topk(8).indices.tolist())
 
 
@@ -421,7 +422,7 @@ def test_other_fields_of_the_configuration_may_be_given_along(tiny: Tiny, sample
     for config in (None, LlavaConfig.from_pretrained(tmp_path), str(tmp_path)):
         given = {"vmtc": VMTC(tokens=6), "vision_feature_layer": -3, "config": config, "dtype": torch.bfloat16}
         model = ReduxForConditionalGeneration.from_pretrained(tmp_path, **given)
-        assert (model.config.image_seq_length, model.config.depth, model.dtype) == (6, 3, torch.bfloat16)
+        assert (model.config.image_seq_length, model.config.num_blocks_used, model.dtype) == (6, 3, torch.bfloat16)
         again = ReduxForConditionalGeneration.from_pretrained(tmp_path, config=config)
         assert again.config.vmtc is None
         assert torch.equal(logits(again.eval(), **sample(again)), logits(theirs, **sample(again)))
@@ -432,7 +433,7 @@ def test_inhibition_turned_on_or_off_later_is_saved(tiny: Tiny, tmp_path: Path) 
     for cmai in (CMAI(gamma_max=0.5), None):
         inhibit(model, cmai)
         model.save_pretrained(tmp_path)
-        assert ReduxForConditionalGeneration.from_pretrained(tmp_path).config.settings("cmai") == cmai
+        assert ReduxForConditionalGeneration.from_pretrained(tmp_path).config.method_settings("cmai") == cmai
 
 
 def test_another_layer_for_one_call_is_read_or_refused(tiny: Tiny, sample: Sample) -> None:
@@ -472,7 +473,8 @@ def test_proportional_attention_counts_a_merged_token_as_the_patches_it_holds(ti
 
 COMPILED = """
 import torch
-from redux.model import ReduxConfig, ReduxForConditionalGeneration
+from redux.configuration import ReduxConfig
+from redux.model import ReduxForConditionalGeneration
 from redux.settings import VMTC
 
 sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -484,10 +486,10 @@ model = ReduxForConditionalGeneration(ReduxConfig(vision_config=vision, text_con
 images = torch.randn(2, 3, 32, 32)
 compiled = torch.compile(model.model.encode_images, fullgraph=True)
 with torch.no_grad():
-    (tokens, fate), (expected, own) = compiled(images), model.model.encode_images(images)
+    (tokens, assignment), (expected, own) = compiled(images), model.model.encode_images(images)
 assert tokens.shape == (2, 8, 32)
 torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
-assert torch.equal(fate.slot, own.slot)
+assert torch.equal(assignment.slot, own.slot)
 """
 
 
@@ -511,7 +513,7 @@ def test_text_alone_gives_the_tower_a_gradient_of_zeros(tiny: Tiny) -> None:
         assert not weight.grad.any()
 
 
-@pytest.mark.parametrize("trained", [("projector",), ("projector", "language"), tuple(PARTS)], ids=str)
+@pytest.mark.parametrize("trained", [("projector",), ("projector", "language"), tuple(PART_PREFIXES)], ids=str)
 def test_gradients_reach_all_that_is_trained_and_nothing_that_is_frozen(
     tiny: Tiny, sample: Sample, trained: tuple[str, ...]
 ) -> None:
@@ -519,7 +521,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_that_is_frozen(
     model = tiny().train()
     unused = {id(weight) for weight in model.model.vision_tower.encoder.layers[-1].parameters()}
     unused |= {id(weight) for weight in model.model.vision_tower.post_layernorm.parameters()}
-    for part, weights in model.parts().items():
+    for part, weights in model.parameters_by_part().items():
         for weight in weights:
             weight.requires_grad_(part in trained)
     inputs = sample(model)
@@ -532,11 +534,11 @@ def test_gradients_reach_all_that_is_trained_and_nothing_that_is_frozen(
 def test_images_are_encoded_alone_as_in_a_batch(tiny: Tiny) -> None:
     model = tiny()
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    tokens, fate = model.model.encode_images(images)
+    tokens, assignment = model.model.encode_images(images)
     for number in range(3):
         alone, own = model.model.encode_images(images[number : number + 1])
         torch.testing.assert_close(alone[0], tokens[number], rtol=1e-5, atol=1e-5)
-        assert torch.equal(own.slot[0], fate.slot[number])
+        assert torch.equal(own.slot[0], assignment.slot[number])
 
 
 @pytest.mark.parametrize("weights", ["normalized", "raw"])
@@ -572,8 +574,8 @@ def test_recomputed_activations_give_the_same_gradients(tiny: Tiny, sample: Samp
 
 def test_every_parameter_belongs_to_one_part(tiny: Tiny) -> None:
     model = tiny()
-    parts = model.parts()
-    assert parts.keys() == PARTS.keys()
+    parts = model.parameters_by_part()
+    assert parts.keys() == PART_PREFIXES.keys()
     assert all(parts.values())
     numbers = [id(weight) for part in parts.values() for weight in part]
     assert sorted(numbers) == sorted(id(weight) for weight in model.parameters())
@@ -607,10 +609,10 @@ SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "in
 @pytest.mark.parametrize(
     ("kind", "wrong"),
     [
-        (Transformer, {"num_attention_heads": 5}),
-        (Language, {"num_attention_heads": 3}),
-        (Tower, {"image_size": 32, "patch_size": 7}),
-        (Tower, {"image_size": 32, "patch_size": 8, "num_hidden_layers": 1}),
+        (TransformerSizes, {"num_attention_heads": 5}),
+        (LanguageSizes, {"num_attention_heads": 3}),
+        (TowerSizes, {"image_size": 32, "patch_size": 7}),
+        (TowerSizes, {"image_size": 32, "patch_size": 8, "num_hidden_layers": 1}),
     ],
     ids=str,
 )
@@ -621,11 +623,11 @@ def test_a_wrong_size_is_named(kind: type, wrong: dict[str, int]) -> None:
 
 
 def test_settings_that_do_not_fit_the_tower_are_named() -> None:
-    tower = Tower(**SIZE, image_size=32, patch_size=8)
+    tower = TowerSizes(**SIZE, image_size=32, patch_size=8)
     with pytest.raises(ValueError, match=r"vmtc\.stages: got 3, allowed: 1 to 2"):
-        Model(tower=tower, language=Language(**SIZE), vmtc=VMTC())
+        ModelSettings(tower=tower, language=LanguageSizes(**SIZE), vmtc=VMTC())
     with pytest.raises(ValueError, match=r"vmtc\.ratio: got 0\.99, allowed: one that leaves at least 1 of 16"):
-        Model(tower=tower, language=Language(**SIZE), vmtc=VMTC(ratio=0.99, stages=2))
+        ModelSettings(tower=tower, language=LanguageSizes(**SIZE), vmtc=VMTC(ratio=0.99, stages=2))
     with pytest.raises(ValueError, match=r"ratio: got 2\.0"):
         ReduxConfig(vmtc={"ratio": 2.0})
     with pytest.raises(ValueError, match="cmai: got gamma, allowed: active, "):
@@ -633,16 +635,19 @@ def test_settings_that_do_not_fit_the_tower_are_named() -> None:
     with pytest.raises(ValueError, match="reduction: got one besides vmtc"):
         ReduxConfig(vmtc={}, reduction={"method": "random", "ratio": 0.5})
     with pytest.raises(ValueError, match="reduction: got one besides vmtc"):
-        Model(
-            tower=tower, language=Language(**SIZE), vmtc=VMTC(stages=2), reduction=Reduction(method="random", ratio=0.5)
+        ModelSettings(
+            tower=tower,
+            language=LanguageSizes(**SIZE),
+            vmtc=VMTC(stages=2),
+            reduction=Reduction(method="random", ratio=0.5),
         )
 
 
 @pytest.mark.parametrize("width", [32, 64])
 def test_the_language_model_starts_with_small_init(
-    tokenizer: PreTrainedTokenizerFast, tower: Tower, width: int
+    tokenizer: PreTrainedTokenizerFast, tower: TowerSizes, width: int
 ) -> None:
-    language = Language(hidden_size=width, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256)
-    decoder = build(Model(tower=tower, language=language), tokenizer).model.language_model
+    language = LanguageSizes(hidden_size=width, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256)
+    decoder = build_model(ModelSettings(tower=tower, language=language), tokenizer).model.language_model
     for weight in (decoder.embed_tokens.weight[3:], decoder.layers[0].mlp.up_proj.weight):  # the padding's row is zero
         assert float(weight.detach().std()) == pytest.approx((2 / (5 * width)) ** 0.5, rel=0.1)

@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig
 
-from redux.model import ReduxConfig, ReduxForConditionalGeneration
+from redux.configuration import ReduxConfig
+from redux.model import ReduxForConditionalGeneration
 from redux.settings import CMAI, VMTC, Reduction
 
 STRONG = CMAI(gamma_max=0.9, gamma_min=0.5)

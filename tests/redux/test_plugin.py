@@ -239,7 +239,7 @@ def slowly(model: Any, cmai: CMAI, images: tuple[int, ...], **inputs: Any) -> Te
     decoder.set_attn_implementation("eager")
     image, own = torch.isin(inputs["input_ids"], torch.tensor(images)), inputs["attention_mask"].bool()
     visible = own.unsqueeze(1) & torch.ones(own.shape[1], own.shape[1], dtype=torch.bool).tril()
-    for number, ratio in enumerate(cmai.ratios(len(decoder.layers))):
+    for number, ratio in enumerate(cmai.compute_gammas(len(decoder.layers))):
         weights: list[Tensor] = []
         attention = decoder.layers[number].self_attn
         seeing = attention.register_forward_hook(lambda module, args, output, to=weights: to.append(output[1]))
@@ -603,7 +603,7 @@ def test_what_a_mask_adds_to_scores_counts_in_the_weights(fresh: Callable[[str],
     decoder = plain.get_decoder()
     decoder.set_attn_implementation("eager")
     image = (inputs["input_ids"] == IMAGE)[0].tolist()
-    for number, ratio in enumerate(cmai.ratios(2)):
+    for number, ratio in enumerate(cmai.compute_gammas(2)):
         weights: list[Tensor] = []
         attention = decoder.layers[number].self_attn
         seeing = attention.register_forward_hook(lambda module, args, output, to=weights: to.append(output[1]))

@@ -11,18 +11,19 @@ import pytest
 import torch
 
 import redux
-from redux.model import ReduxConfig, ReduxForConditionalGeneration
-from redux.presets import PRESETS, SIZES, llava
+from redux.configuration import ReduxConfig
+from redux.model import ReduxForConditionalGeneration
+from redux.presets import PRESETS, VICUNA_SIZES, build_llava_config
 from redux.settings import CMAI, VMTC
 
 Tiny = Callable[..., ReduxForConditionalGeneration]
 TOKENS = {"llava": 576, "cmai": 576, "tokens-64": 64, "tokens-36": 36, "spd": 144, "prumerge": 36}
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", VICUNA_SIZES)
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_leaves_the_papers_number_of_tokens(name: str, size: str) -> None:
-    assert llava(size, PRESETS[name]).image_seq_length == TOKENS.get(name, 288)
+    assert build_llava_config(size, PRESETS[name]).image_seq_length == TOKENS.get(name, 288)
 
 
 def test_literal_and_default_differ_where_the_paper_is_silent_or_speaks_against_itself() -> None:

@@ -38,10 +38,11 @@ from transformers import (
     ViTConfig,
 )
 
+from redux.answering import LlavaAnswerer
+from redux.configuration import ReduxConfig
 from redux.conversation import TEMPLATES
-from redux.model import ReduxConfig, ReduxForConditionalGeneration
-from redux.pretrained import assemble, configured
-from redux.respondent import Llava
+from redux.model import ReduxForConditionalGeneration
+from redux.pretrained import assemble, configure_assembly
 from redux.settings import CMAI, VMTC, Reduction
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 64}
@@ -242,7 +243,7 @@ def test_what_is_stored_in_half_precision_is_held_exactly(tower: Path, saved: Ca
 
 def test_another_layer_of_the_tower_can_be_read(tower: Path, language: Path) -> None:
     model, _ = assemble(tower, language, feature_layer=3)
-    assert model.config.depth == 3
+    assert model.config.num_blocks_used == 3
     with pytest.raises(ValueError, match="feature_layer: got 6, allowed: -6 to 5"):
         assemble(tower, language, feature_layer=6)
 
@@ -406,7 +407,7 @@ def test_the_configuration_is_known_before_the_weights(
     expected = assemble(towers[kind], language, **methods)[0].config
     for reader in (CLIPVisionModel, SiglipVisionModel, LlamaForCausalLM):
         monkeypatch.setattr(reader, "from_pretrained", None)
-    config = configured(towers[kind], language, **methods)
+    config = configure_assembly(towers[kind], language, **methods)
     assert config.image_seq_length == expected.image_seq_length
     assert config.vision_config.image_size == 32
     for name in ("vmtc", "cmai", "reduction", "vision_feature_layer", "vision_feature_select_strategy"):
@@ -429,7 +430,7 @@ def test_what_assemble_refuses_is_refused_by_the_configuration(
     ]
     for seen, spoken, options, message in cases:
         with pytest.raises(ValueError, match="got") as caught:
-            configured(seen, spoken, **options)
+            configure_assembly(seen, spoken, **options)
         assert str(caught.value).startswith(message)
         assert "\n" not in str(caught.value)
 
@@ -439,10 +440,10 @@ def test_of_a_bucket_only_the_configurations_are_fetched(
 ) -> None:
     for name, folder in {"eye": tower, "voice": language}.items():
         bucket.put(str(folder / "config.json"), f"models/{name}/config.json")
-    config = configured("s3://models/eye", "s3://models/voice/", vmtc=VMTC())
+    config = configure_assembly("s3://models/eye", "s3://models/voice/", vmtc=VMTC())
     assert config.image_seq_length == 8
     with pytest.raises(ValueError, match="language: got s3://models/nothing, allowed: a folder or URL that can be"):
-        configured("s3://models/eye", "s3://models/nothing")
+        configure_assembly("s3://models/eye", "s3://models/nothing")
 
 
 def test_no_text_may_be_longer_than_the_positions(tower: Path, saved: Callable[..., Path]) -> None:
@@ -478,6 +479,6 @@ def test_an_answer_stops_at_the_tokenizers_end(tower: Path, saved: Callable[...,
         return output
 
     model.lm_head.register_forward_hook(note)
-    answers = Llava(model, tokenizer, TEMPLATES["vicuna_bare"])(["is it red ?"], [None], 20)
+    answers = LlavaAnswerer(model, tokenizer, TEMPLATES["vicuna_bare"])(["is it red ?"], [None], 20)
     assert (answers.texts, answers.tokens) == (["circle circle circle"], [4])
     assert len(said) == 4

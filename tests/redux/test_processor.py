@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from redux import respondent
-from redux.conversation import IMAGE, TEMPLATES, encode
-from redux.image import pixels
-from redux.model import ReduxForConditionalGeneration, normalise
-from redux.processor import build_processor, describe_training
-from redux.respondent import Llava
-from redux.settings import VMTC, Fit, TemplateName
+from redux import answering
+from redux.answering import LlavaAnswerer
+from redux.conversation import IMAGE_TOKEN, TEMPLATES, encode_conversation
+from redux.image import load_pixels
+from redux.model import ReduxForConditionalGeneration, normalize_pixels
+from redux.processor import build_processor, record_training_format
+from redux.settings import VMTC, ImageAspectRatio, TemplateName
 
 Tiny = Callable[..., ReduxForConditionalGeneration]
 
@@ -48,10 +48,10 @@ def as_file(image: Image.Image) -> bytes:
 def saved(tiny: Tiny, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., Path]:
     """Folder of a model that was trained with a template and an image fit."""
 
-    def save(template: TemplateName, image_aspect_ratio: Fit = "pad", vmtc: VMTC | None = None) -> Path:
+    def save(template: TemplateName, image_aspect_ratio: ImageAspectRatio = "pad", vmtc: VMTC | None = None) -> Path:
         model = tiny(vmtc=vmtc)
         tokenizer.chat_template = "{{ messages }}"  # one that the model did not learn from
-        describe_training(model, tokenizer, template, image_aspect_ratio)
+        record_training_format(model, tokenizer, template, image_aspect_ratio)
         model.save_pretrained(tmp_path)
         build_processor(model.config, tokenizer).save_pretrained(tmp_path)
         return tmp_path
@@ -65,7 +65,7 @@ def conversation(turns: list[tuple[str, bool, str]]) -> tuple[list[dict[str, Any
     for role, shows, text in turns:
         parts: list[dict[str, Any]] = [{"type": "image", "image": picture()}] if shows else []
         messages.append({"role": role, "content": [*parts, {"type": "text", "text": text}]})
-        value = f"{IMAGE}\n{text.strip()}".strip() if shows else text
+        value = f"{IMAGE_TOKEN}\n{text.strip()}".strip() if shows else text
         record.append({"from": {"user": "human", "assistant": "gpt"}[role], "value": value})
     return messages, record
 
@@ -81,7 +81,7 @@ def test_the_processor_gives_the_ids_of_training(
     processor = AutoProcessor.from_pretrained(folder)
     got = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     count = 8 if vmtc else 16
-    expected, _ = encode(AutoTokenizer.from_pretrained(folder), record, TEMPLATES[template], count)
+    expected, _ = encode_conversation(AutoTokenizer.from_pretrained(folder), record, TEMPLATES[template], count)
     assert got["input_ids"][0] == expected.tolist()
     assert sum(token == processor.image_token_id for token in expected) == count * any(
         shows for _, shows, _ in TURNS[kind]
@@ -91,12 +91,12 @@ def test_the_processor_gives_the_ids_of_training(
 @pytest.mark.parametrize("image_aspect_ratio", ["pad", "crop"])
 @pytest.mark.parametrize("size", [(50, 37), (20, 64), (32, 32)])
 def test_the_processor_gives_the_pixels_of_training(
-    saved: Callable[..., Path], image_aspect_ratio: Fit, size: tuple[int, int]
+    saved: Callable[..., Path], image_aspect_ratio: ImageAspectRatio, size: tuple[int, int]
 ) -> None:
     processor = AutoProcessor.from_pretrained(saved("vicuna_v1", image_aspect_ratio))
     image = picture(*size)
     got = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
-    expected = normalise(torch.from_numpy(pixels(as_file(image), 32, image_aspect_ratio)[None].copy()))[0]
+    expected = normalize_pixels(torch.from_numpy(load_pixels(as_file(image), 32, image_aspect_ratio)[None].copy()))[0]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)  # the same grey levels, normalised in another order
 
 
@@ -118,34 +118,34 @@ def test_captions_leave_no_chat_template(saved: Callable[..., Path]) -> None:
     folder = saved("plain")
     assert AutoTokenizer.from_pretrained(folder).chat_template is None
     with pytest.raises(ValueError, match=r"template: got plain, .* allowed: a model that was last trained with que"):
-        respondent.load(folder)
+        answering.load(folder)
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "vicuna_bare"])
 @pytest.mark.parametrize("image_aspect_ratio", ["pad", "crop"])
 def test_a_model_is_asked_as_it_was_trained(
-    saved: Callable[..., Path], template: TemplateName, image_aspect_ratio: Fit
+    saved: Callable[..., Path], template: TemplateName, image_aspect_ratio: ImageAspectRatio
 ) -> None:
     folder = saved(template, image_aspect_ratio)
-    asked = respondent.load(folder)
-    assert isinstance(asked, Llava)
+    asked = answering.load(folder)
+    assert isinstance(asked, LlavaAnswerer)
     assert (asked.template, asked.image_aspect_ratio) == (TEMPLATES[template], image_aspect_ratio)
-    other_fit: Fit = "crop" if image_aspect_ratio == "pad" else "pad"
+    other_fit: ImageAspectRatio = "crop" if image_aspect_ratio == "pad" else "pad"
     with pytest.raises(
         ValueError, match=f"image_aspect_ratio: got {other_fit}, allowed: {fit}, with which the model was trained"
     ):
-        respondent.load(folder, image_aspect_ratio=other_fit)
+        answering.load(folder, image_aspect_ratio=other_fit)
     other_template: TemplateName = "vicuna_bare" if template == "vicuna_v1" else "vicuna_v1"
     with pytest.raises(ValueError, match=f"template: got {other_template}, allowed: {template}"):
-        respondent.load(folder, template=other_template)
-    mismatched = respondent.load(folder, template=other_template, image_aspect_ratio=other_fit, allow_mismatch=True)
-    assert isinstance(mismatched, Llava)
+        answering.load(folder, template=other_template)
+    mismatched = answering.load(folder, template=other_template, image_aspect_ratio=other_fit, allow_mismatch=True)
+    assert isinstance(mismatched, LlavaAnswerer)
     assert (mismatched.template, mismatched.image_aspect_ratio) == (TEMPLATES[other_template], other_fit)
 
 
 def test_a_model_that_does_not_say_is_asked_as_llava(tiny: Tiny, tokenizer: Any, tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    asked = respondent.load(tmp_path)
-    assert isinstance(asked, Llava)
+    asked = answering.load(tmp_path)
+    assert isinstance(asked, LlavaAnswerer)
     assert (asked.template, asked.image_aspect_ratio) == (TEMPLATES["vicuna_v1"], "pad")

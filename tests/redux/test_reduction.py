@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from redux.reduction import METHODS, reduce
-from redux.settings import SPATIAL, Reduction
+from redux.reduction import REDUCERS, reduce_tokens
+from redux.settings import SPATIAL_METHODS, Reduction
 
 GRIDS = [(1, 1), (2, 1), (3, 2), (5, 3), (6, 3), (7, 6), (8, 8)]
 """Patches a side, cells a side."""
@@ -61,7 +61,7 @@ def triangle(side: int, out: int, cell: int) -> dict[int, float]:
 @pytest.mark.parametrize(("method", "weights"), [("average", window), ("bilinear", triangle)])
 def test_a_pooled_token_is_the_weighted_mean_of_its_cell(method: str, weights: Any, side: int, out: int) -> None:
     features, _ = example(side**2)
-    tokens, slot, cluster = reduce(features, settings(method, tokens=out**2))
+    tokens, slot, cluster = reduce_tokens(features, settings(method, tokens=out**2))
     for image, patches in enumerate(features.unflatten(1, (side, side))):
         expected = [
             mean([(a * b, patches[y, x]) for y, a in rows.items() for x, b in columns.items()])
@@ -81,14 +81,14 @@ def test_pooling_is_that_of_torch(side: int, out: int) -> None:
     averaged = F.adaptive_avg_pool2d(image, out)
     resized = F.interpolate(image, (out, out), mode="bilinear", antialias=True)
     for method, expected in (("average", averaged), ("bilinear", resized)):
-        tokens, _, _ = reduce(features, settings(method, tokens=out**2))
+        tokens, _, _ = reduce_tokens(features, settings(method, tokens=out**2))
         torch.testing.assert_close(tokens, expected.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("side", "out"), [*GRIDS, (24, 17)])
 def test_stride_takes_the_middle_patch_of_each_cell(side: int, out: int) -> None:
     features, _ = example(side**2)
-    tokens, slot, cluster = reduce(features, settings("stride", tokens=out**2))
+    tokens, slot, cluster = reduce_tokens(features, settings("stride", tokens=out**2))
     middles = [int((start + end) / 2) for start, end in cells(side, out)]
     taken = [y * side + x for y in middles for x in middles]
     assert torch.equal(tokens, features[:, taken])
@@ -98,7 +98,7 @@ def test_stride_takes_the_middle_patch_of_each_cell(side: int, out: int) -> None
 
 
 def test_stride_of_half_a_side_takes_every_second_patch() -> None:
-    _, slot, _ = reduce(noise(1, 576, 1), settings("stride", ratio=0.75))
+    _, slot, _ = reduce_tokens(noise(1, 576, 1), settings("stride", ratio=0.75))
     taken = (slot.reshape(24, 24) >= 0).nonzero()
     assert taken.tolist() == [[y, x] for y in range(1, 24, 2) for x in range(1, 24, 2)]
 
@@ -107,13 +107,13 @@ def test_random_places_are_those_of_the_seed_in_order_of_place() -> None:
     features, _ = example()
     chosen = {}
     for seed in range(8):
-        tokens, slot, cluster = reduce(features, settings("random", tokens=7, seed=seed))
+        tokens, slot, cluster = reduce_tokens(features, settings("random", tokens=7, seed=seed))
         taken = (slot[0] >= 0).nonzero().flatten().tolist()
         assert slot.tolist() == [[taken.index(patch) if patch in taken else -1 for patch in range(16)]] * 3
         assert torch.equal(tokens, features[:, taken])
         assert not cluster.any()
         torch.manual_seed(seed + 1)  # the state of the program is no part of it
-        again, _, _ = reduce(features, settings("random", tokens=7, seed=seed))
+        again, _, _ = reduce_tokens(features, settings("random", tokens=7, seed=seed))
         assert torch.equal(again, tokens)
         chosen[seed] = taken
     assert len(set(map(tuple, chosen.values()))) == 8
@@ -127,7 +127,10 @@ def slow_prumerge(
     attention = [exponent / sum(exponents) for exponent in exponents][1:]
     everything = range(len(features))
     ranked = sorted(everything, key=lambda patch: -attention[patch])
-    kept, rest = ranked[: reduction.count(len(features)) - 1], ranked[reduction.count(len(features)) - 1 :]
+    kept, rest = (
+        ranked[: reduction.count_tokens(len(features)) - 1],
+        ranked[reduction.count_tokens(len(features)) - 1 :],
+    )
     tokens, neighbours = [], []
     for patch in kept:
         cosine = [float(F.cosine_similarity(keys[patch + 1], keys[other + 1], dim=0)) for other in everything]
@@ -146,7 +149,7 @@ def slow_prumerge(
 def test_prumerge_equals_its_definition_token_by_token(weights: Any, neighbours: int, patches: int, count: int) -> None:
     reduction = settings("prumerge", tokens=count, neighbours=neighbours, weights=weights)
     features, last = example(patches)
-    tokens, slot, cluster = reduce(features, reduction, last)
+    tokens, slot, cluster = reduce_tokens(features, reduction, last)
     for image in range(3):
         expected, kept, _ = slow_prumerge(features[image], last[0][image], last[1][image], reduction)
         torch.testing.assert_close(tokens[image], expected, rtol=1e-4, atol=1e-6)
@@ -159,66 +162,66 @@ def test_prumerge_adds_tokens_that_are_kept_themselves_and_never_itself() -> Non
     features, (query, keys) = example()
     _, kept, neighbours = slow_prumerge(features[0], query[0], keys[0], reduction)
     assert any(set(kept) & set(others) for others in neighbours)
-    tokens, _, _ = reduce(torch.eye(16).expand(3, -1, -1), reduction, (query, keys))
+    tokens, _, _ = reduce_tokens(torch.eye(16).expand(3, -1, -1), reduction, (query, keys))
     for number, patch in enumerate(kept):
         assert tokens[0, number, patch] == 1
         assert set(tokens[0, number].nonzero().flatten().tolist()) == {patch, *neighbours[number]}
     assert set(tokens[0, -1].nonzero().flatten().tolist()) == set(range(16)) - set(kept)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REDUCERS)
 @pytest.mark.parametrize("count", [4, 9, 16])
 def test_every_token_holds_a_patch_and_every_slot_is_a_token(method: str, count: int) -> None:
     features, last = example()
-    tokens, slot, cluster = reduce(features, settings(method, tokens=count), last)
+    tokens, slot, cluster = reduce_tokens(features, settings(method, tokens=count), last)
     assert (tokens.shape, slot.shape, cluster.shape) == ((3, count, 8), (3, 16), (3, count))
     for row in slot.tolist():
         assert set(row) - {-1} == set(range(count))
         assert (-1 in row) == (method in ("stride", "random") and count < 16)
 
 
-@pytest.mark.parametrize("method", [*SPATIAL, "random"])
+@pytest.mark.parametrize("method", [*SPATIAL_METHODS, "random"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_removed_is_nothing_changed(method: str, dtype: torch.dtype) -> None:
     features = noise(2, 576, 5).to(dtype)
     for budget in ({"tokens": 576}, {"ratio": 0.0}):
-        tokens, slot, cluster = reduce(features, settings(method, **budget))
+        tokens, slot, cluster = reduce_tokens(features, settings(method, **budget))
         assert torch.equal(tokens, features)
         assert torch.equal(slot, torch.arange(576).expand(2, -1))
         assert not cluster.any()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REDUCERS)
 def test_a_batch_equals_its_single_rows(method: str) -> None:
     features, (query, keys) = example()
-    tokens, slot, cluster = reduce(features, settings(method), (query, keys))
+    tokens, slot, cluster = reduce_tokens(features, settings(method), (query, keys))
     for image in range(3):
         row = slice(image, image + 1)
-        alone = reduce(features[row], settings(method), (query[row], keys[row]))
+        alone = reduce_tokens(features[row], settings(method), (query[row], keys[row]))
         torch.testing.assert_close(alone[0], tokens[row], rtol=1e-6, atol=1e-6)
         assert torch.equal(alone[1], slot[row])
         assert torch.equal(alone[2], cluster[row])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REDUCERS)
 @pytest.mark.parametrize("value", [0.0, 2.5])
 def test_a_constant_image_gives_constant_numbers(method: str, value: float) -> None:
     features = torch.full((2, 16, 8), value, requires_grad=True)
     query, keys = (torch.full(shape, value, requires_grad=True) for shape in ((2, 12), (2, 17, 12)))
-    tokens, _, _ = reduce(features, settings(method, tokens=9, weights="normalized"), (query, keys))
+    tokens, _, _ = reduce_tokens(features, settings(method, tokens=9, weights="normalized"), (query, keys))
     torch.testing.assert_close(tokens, torch.full((2, 9, 8), value))
-    raw, _, _ = reduce(features, settings(method, tokens=9), (query, keys))
+    raw, _, _ = reduce_tokens(features, settings(method, tokens=9), (query, keys))
     (tokens + raw).square().sum().backward()
     for grad in (features.grad, query.grad, keys.grad):
         assert grad is None or grad.isfinite().all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REDUCERS)
 def test_a_gradient_reaches_every_patch_that_a_token_is_made_of(method: str) -> None:
     features, last = (noise(3, 16, 8).requires_grad_(), example()[1])
     last[0].requires_grad_()
     last[1].requires_grad_()
-    tokens, slot, _ = reduce(features, settings(method), last)
+    tokens, slot, _ = reduce_tokens(features, settings(method), last)
     tokens.square().sum().backward()
     assert features.grad is not None
     assert torch.equal(features.grad.abs().sum(dim=-1) > 0, slot >= 0)
@@ -226,13 +229,13 @@ def test_a_gradient_reaches_every_patch_that_a_token_is_made_of(method: str) -> 
         assert (value.grad is not None and (value.grad != 0).any()) == (method == "prumerge")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REDUCERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_the_result_and_nothing_else(method: str, dtype: torch.dtype) -> None:
     features, last = example()
     low, (query, keys) = features.to(dtype), [value.to(dtype) for value in last]
-    tokens, slot, _ = reduce(low, settings(method), (query, keys))
-    exact, same, _ = reduce(low.float(), settings(method), (query.float(), keys.float()))
+    tokens, slot, _ = reduce_tokens(low, settings(method), (query, keys))
+    exact, same, _ = reduce_tokens(low.float(), settings(method), (query.float(), keys.float()))
     assert tokens.dtype == dtype
     assert torch.equal(tokens, exact.to(dtype))
     assert torch.equal(slot, same)
@@ -242,7 +245,7 @@ def test_half_precision_rounds_the_result_and_nothing_else(method: str, dtype: t
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.5, 0.75, 0.9, 0.99])
 def test_a_ratio_gives_the_nearest_number_that_a_method_can_leave(patches: int, ratio: float) -> None:
     wanted = patches * (1 - ratio)
-    for method in SPATIAL:
+    for method in SPATIAL_METHODS:
         count = settings(method, ratio=ratio).count(patches)
         squares = [number**2 for number in range(1, patches + 1) if number**2 <= patches]
         assert count in squares
@@ -250,25 +253,25 @@ def test_a_ratio_gives_the_nearest_number_that_a_method_can_leave(patches: int, 
     for method, least in (("random", 1), ("prumerge", 2)):
         reduction = settings(method, ratio=ratio)
         if round(wanted) >= least:
-            assert reduction.count(patches) == round(wanted)
+            assert reduction.count_tokens(patches) == round(wanted)
         else:
             with pytest.raises(ValueError, match=f"ratio: got {ratio}, allowed: one that leaves {least} to {patches}"):
-                reduction.count(patches)
+                reduction.count_tokens(patches)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REDUCERS)
 def test_more_tokens_than_patches_are_refused(method: str) -> None:
     features, last = example()
     assert settings(method, tokens=16).count(16) == 16
     for run in (
         lambda: settings(method, tokens=25).count(16),
-        lambda: reduce(features, settings(method, tokens=25), last),
+        lambda: reduce_tokens(features, settings(method, tokens=25), last),
     ):
         with pytest.raises(ValueError, match=r"tokens: got 25, allowed: one that leaves . to 16 of 16 patch tokens"):
             run()
 
 
-@pytest.mark.parametrize("method", SPATIAL)
+@pytest.mark.parametrize("method", SPATIAL_METHODS)
 def test_spatial_methods_need_a_square(method: str) -> None:
     for budget in ({"tokens": 4}, {"ratio": 0.5}):
         with pytest.raises(ValueError, match="patches: got 15, allowed: a square number"):
@@ -277,11 +280,11 @@ def test_spatial_methods_need_a_square(method: str) -> None:
 
 def test_prumerge_needs_a_class_token() -> None:
     with pytest.raises(ValueError, match=r"last: got None, allowed: .* a tower with a class token is needed"):
-        reduce(noise(1, 16, 8), settings("prumerge"))
+        reduce_tokens(noise(1, 16, 8), settings("prumerge"))
 
 
 def test_every_method_that_may_be_named_is_there() -> None:
-    assert get_args(get_type_hints(Reduction)["method"]) == tuple(METHODS)
+    assert get_args(get_type_hints(Reduction)["method"]) == tuple(REDUCERS)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionModel
 
 from redux.cmai import Inhibition
-from redux.model import ReduxConfig, ReduxForConditionalGeneration
+from redux.configuration import ReduxConfig
+from redux.model import ReduxForConditionalGeneration
 from redux.settings import CMAI, VMTC, Reduction
 
 Tiny = Callable[..., ReduxForConditionalGeneration]
@@ -157,8 +158,8 @@ def test_what_belongs_to_a_call_travels_with_it_to_other_devices(tiny: Tiny, sam
     for module in away:
         add_hook_to_module(module.to("meta"), AlignDevicesHook(execution_device="meta", place_submodules=True))
     with torch.no_grad():
-        features, fate = model.model.encode_images(sample(model)["pixel_values"])
-    assert {tensor.device.type for tensor in (features, *fate)} == {"meta"}
+        features, assignment = model.model.encode_images(sample(model)["pixel_values"])
+    assert {tensor.device.type for tensor in (features, *assignment)} == {"meta"}
     other = tiny(vmtc=None)
     decoder = other.get_decoder()
     for module in (*decoder.layers[1:], decoder.norm, other.lm_head):
@@ -167,11 +168,17 @@ def test_what_belongs_to_a_call_travels_with_it_to_other_devices(tiny: Tiny, sam
 
 
 def test_an_inhibition_is_copied_once_to_a_device() -> None:
-    inhibition = Inhibition.of(CMAI(), 3, torch.tensor([[False, True, True, False, False]]), None, training=False)
+    inhibition = Inhibition.for_forward(
+        CMAI(), 3, torch.tensor([[False, True, True, False, False]]), None, training=False
+    )
     assert inhibition is not None
     moved = send_to_device({"inhibition": inhibition}, "meta")["inhibition"]
-    assert {tensor.device.type for tensor in (moved.image, moved.columns, moved.valid)} == {"meta"}
-    assert (moved.ratios, moved.first, moved.cmai) == (inhibition.ratios, inhibition.first, inhibition.cmai)
+    assert {tensor.device.type for tensor in (moved.is_image, moved.columns, moved.valid)} == {"meta"}
+    assert (moved.gammas, moved.first_text_row, moved.cmai) == (
+        inhibition.gammas,
+        inhibition.first_text_row,
+        inhibition.cmai,
+    )
     assert inhibition.to("meta") is moved
     assert inhibition.to("cpu") is inhibition
 
@@ -219,7 +226,8 @@ def test_replicas_in_threads_give_what_the_model_gives(tiny: Tiny, sample: Sampl
 COMPILED = """
 import threading
 import torch
-from redux.model import ReduxConfig, ReduxForConditionalGeneration
+from redux.configuration import ReduxConfig
+from redux.model import ReduxForConditionalGeneration
 
 sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 vision = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, **sizes}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from redux.kmeans import kmeans
 from redux.settings import VMTC, CompressionStage
-from redux.vmtc import Fate, compress, importance, received
+from redux.vmtc import PatchAssignment, compress_tokens, importance_score, mean_received_attention
 
 WEIGHTS: list[Any] = ["normalized", "raw", "total"]
 ORDERS: list[Any] = ["spatial", "rank"]
@@ -50,30 +50,30 @@ def slow(
 
 
 def test_half_of_576_patches_in_three_stages() -> None:
-    stages = VMTC().schedule(576, 23)
+    stages = VMTC().plan_stages(576, 23)
     assert [stage.block for stage in stages] == [5, 11, 17]
     assert [stage.kept + stage.clusters for stage in stages] == [457, 363, 288]
     assert [stage.clusters for stage in stages] == [round(out / 6) for out in (457, 363, 288)]
-    assert VMTC().tokens_left(576, 23) == 288
+    assert VMTC().count_tokens_left(576, 23) == 288
 
 
 @pytest.mark.parametrize(("tokens", "outs"), [(288, [457, 363, 288]), (64, [277, 133, 64]), (36, [229, 91, 36])])
 def test_the_papers_budgets_of_tokens(tokens: int, outs: list[int]) -> None:
-    assert [stage.out for stage in VMTC(tokens=tokens).schedule(576, 23)] == outs
+    assert [stage.out for stage in VMTC(tokens=tokens).plan_stages(576, 23)] == outs
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("budget_schedule", ["geometric", "linear"])
 @pytest.mark.parametrize("stages", [1, 2, 6, (0, 22), (-3, -1)], ids=str)
 def test_a_ratio_is_met_however_it_is_spread(ratio: float, budget_schedule: Any, stages: Any) -> None:
-    schedule = VMTC(ratio=ratio, budget_schedule=budget_schedule, stages=stages).schedule(576, 23)
+    schedule = VMTC(ratio=ratio, budget_schedule=budget_schedule, stages=stages).plan_stages(576, 23)
     assert schedule[-1].out == round(576 * (1 - ratio))
     assert all(one.out >= other.out and one.block < other.block for one, other in pairwise(schedule))
 
 
 def test_a_geometric_fall_keeps_the_same_share_and_a_linear_one_removes_the_same_number() -> None:
-    assert [stage.out for stage in VMTC(tokens=10, stages=2).schedule(1000, 23)] == [100, 10]
-    assert [stage.out for stage in VMTC(tokens=10, stages=3, budget_schedule="linear").schedule(1000, 23)] == [
+    assert [stage.out for stage in VMTC(tokens=10, stages=2).plan_stages(1000, 23)] == [100, 10]
+    assert [stage.out for stage in VMTC(tokens=10, stages=3, budget_schedule="linear").plan_stages(1000, 23)] == [
         670,
         340,
         10,
@@ -81,28 +81,28 @@ def test_a_geometric_fall_keeps_the_same_share_and_a_linear_one_removes_the_same
 
 
 def test_stages_by_number_of_the_block() -> None:
-    assert [stage.block for stage in VMTC(stages=(1, 7, -1)).schedule(576, 23)] == [1, 7, 22]
+    assert [stage.block for stage in VMTC(stages=(1, 7, -1)).plan_stages(576, 23)] == [1, 7, 22]
 
 
 def test_kept_and_clusters_of_each_stage() -> None:
     vmtc = VMTC(kept=(300, 100, 50), clusters=(30, 0, 14))
-    assert vmtc.schedule(576, 23) == (
+    assert vmtc.plan_stages(576, 23) == (
         CompressionStage(5, 300, 30),
         CompressionStage(11, 100, 0),
         CompressionStage(17, 50, 14),
     )
-    assert vmtc.tokens_left(576, 23) == 64
+    assert vmtc.count_tokens_left(576, 23) == 64
 
 
 @pytest.mark.parametrize("clusters", [0, 1, 7, (9, 0, 2)], ids=str)
 def test_a_number_of_clusters_is_taken_from_the_budget(clusters: Any) -> None:
-    schedule = VMTC(tokens=64, clusters=clusters).schedule(576, 23)
+    schedule = VMTC(tokens=64, clusters=clusters).plan_stages(576, 23)
     assert tuple(stage.clusters for stage in schedule) == (clusters if isinstance(clusters, tuple) else (clusters,) * 3)
     assert [stage.out for stage in schedule] == [277, 133, 64]
 
 
 def test_half_of_64_patches_in_three_stages_of_a_small_tower() -> None:
-    assert [stage.kept + stage.clusters for stage in VMTC().schedule(64, 4)] == [51, 40, 32]
+    assert [stage.kept + stage.clusters for stage in VMTC().plan_stages(64, 4)] == [51, 40, 32]
 
 
 @pytest.mark.parametrize("patches", [16, 64, 576])
@@ -113,7 +113,7 @@ def test_a_stage_never_makes_more_clusters_than_it_has_redundant_tokens(
 ) -> None:
     vmtc = VMTC(ratio=ratio, cluster_share=share)
     before = patches
-    for stage in vmtc.schedule(patches, 23):
+    for stage in vmtc.plan_stages(patches, 23):
         assert 0 <= stage.clusters <= before - stage.kept
         before = stage.kept + stage.clusters
     assert before == round(patches * (1 - ratio))
@@ -134,7 +134,7 @@ def test_a_stage_never_makes_more_clusters_than_it_has_redundant_tokens(
 def test_compress_equals_equations_5_to_8_token_by_token(weights: Any, order: Any, stage: CompressionStage) -> None:
     vmtc = VMTC(weights=weights, order=order)
     tokens, ips = example()
-    outputs, slot, cluster = compress(tokens, ips, stage, vmtc)
+    outputs, slot, cluster = compress_tokens(tokens, ips, stage, vmtc)
     for image in range(len(tokens)):
         expected, members, merged = slow(tokens[image], ips[image], stage, vmtc)
         torch.testing.assert_close(outputs[image], expected, rtol=1e-5, atol=1e-6)
@@ -151,7 +151,7 @@ def test_compress_equals_the_equations_at_random_shapes_and_settings(seed: int) 
     clusters = draw.randint(0 if kept else 1, patches - kept) if kept < patches else 0
     vmtc = VMTC(weights=draw.choice(WEIGHTS), order=draw.choice(ORDERS), iterations=draw.randint(1, 6))
     tokens, ips = noise(batch, patches, dim, seed=seed), noise(batch, patches + 1, seed=seed + 1).softmax(dim=-1)[:, 1:]
-    outputs, slot, cluster = compress(tokens, ips, CompressionStage(0, kept, clusters), vmtc)
+    outputs, slot, cluster = compress_tokens(tokens, ips, CompressionStage(0, kept, clusters), vmtc)
     for image in range(batch):
         expected, members, merged = slow(tokens[image], ips[image], CompressionStage(0, kept, clusters), vmtc)
         torch.testing.assert_close(outputs[image], expected, rtol=1e-4, atol=1e-5)
@@ -163,7 +163,7 @@ def test_compress_equals_the_equations_at_random_shapes_and_settings(seed: int) 
 @pytest.mark.parametrize("seeds", ["strided", "farthest", "random"])
 def test_clusters_are_made_by_what_is_to_be_alike(seeds: Any) -> None:
     (tokens, ips), keys = example(), noise(3, 20, 5, seed=7)
-    _, slot, _ = compress(tokens, ips, CompressionStage(0, 9, 4), VMTC(order="rank", seeds=seeds), keys)
+    _, slot, _ = compress_tokens(tokens, ips, CompressionStage(0, 9, 4), VMTC(order="rank", seeds=seeds), keys)
     redundant = ips.argsort(dim=-1, descending=True)[:, 9:]
     label = kmeans(keys.gather(1, redundant.unsqueeze(-1).expand(-1, -1, 5)), 4, 10, seeds)
     assert torch.equal(slot.gather(1, redundant), label + 9)
@@ -174,8 +174,8 @@ def test_bfloat16_comes_close(weights: Any) -> None:
     """Stated bound: tokens that both keep or merge alike differ by 2 %, and that is most of them."""
     tokens, ips = noise(4, 100, 32), noise(4, 101, seed=1).softmax(dim=-1)[:, 1:]
     vmtc = VMTC(weights=weights)
-    full, slot, _ = compress(tokens, ips, CompressionStage(0, 60, 1), vmtc)
-    half, slot_of_half, _ = compress(tokens.bfloat16(), ips.bfloat16(), CompressionStage(0, 60, 1), vmtc)
+    full, slot, _ = compress_tokens(tokens, ips, CompressionStage(0, 60, 1), vmtc)
+    half, slot_of_half, _ = compress_tokens(tokens.bfloat16(), ips.bfloat16(), CompressionStage(0, 60, 1), vmtc)
     alike = torch.stack([(slot == out).eq(slot_of_half == out).all(dim=1) for out in range(61)], dim=1)
     assert alike.float().mean() > 0.5
     torch.testing.assert_close(half.float()[alike], full[alike], rtol=0.02, atol=0.02)
@@ -184,14 +184,14 @@ def test_bfloat16_comes_close(weights: Any) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_output_holds_an_input_and_every_input_is_held(order: Any) -> None:
     tokens, ips = example()
-    _, slot, _ = compress(tokens, ips, CompressionStage(0, 9, 4), VMTC(order=order))
+    _, slot, _ = compress_tokens(tokens, ips, CompressionStage(0, 9, 4), VMTC(order=order))
     for row in slot.tolist():
         assert set(row) == set(range(13))
 
 
 def test_without_clusters_redundant_tokens_are_dropped() -> None:
     tokens, ips = example()
-    outputs, slot, cluster = compress(tokens, ips, CompressionStage(0, 9, 0), VMTC(cluster_share=0.0))
+    outputs, slot, cluster = compress_tokens(tokens, ips, CompressionStage(0, 9, 0), VMTC(cluster_share=0.0))
     assert (slot >= 0).sum(dim=1).tolist() == [9, 9, 9]
     assert not cluster.any()
     lowest_kept = torch.where(slot >= 0, ips, torch.inf).amin(dim=1)
@@ -205,7 +205,7 @@ def test_without_clusters_redundant_tokens_are_dropped() -> None:
 def test_a_constant_image_gives_numbers(weights: Any, weight: float) -> None:
     tokens = torch.ones(2, 20, 8, requires_grad=True)
     ips = torch.full((2, 20), weight, requires_grad=True)
-    outputs, slot, _ = compress(tokens, ips, CompressionStage(0, 9, 4), VMTC(weights=weights))
+    outputs, slot, _ = compress_tokens(tokens, ips, CompressionStage(0, 9, 4), VMTC(weights=weights))
     outputs.square().sum().backward()
     assert outputs.isfinite().all()
     assert tokens.grad is not None
@@ -217,15 +217,15 @@ def test_a_constant_image_gives_numbers(weights: Any, weight: float) -> None:
 
 def test_normalized_merging_of_equal_tokens_gives_that_token() -> None:
     _, ips = example()
-    outputs, _, _ = compress(torch.full((3, 20, 8), 2.5), ips, CompressionStage(0, 9, 4), VMTC())
+    outputs, _, _ = compress_tokens(torch.full((3, 20, 8), 2.5), ips, CompressionStage(0, 9, 4), VMTC())
     torch.testing.assert_close(outputs, torch.full((3, 13, 8), 2.5))
 
 
 def test_nothing_removed_is_nothing_changed() -> None:
     vmtc = VMTC(ratio=0.0)
     tokens, ips = example()
-    for stage in vmtc.schedule(20, 4):
-        outputs, slot, cluster = compress(tokens, ips, stage, vmtc)
+    for stage in vmtc.plan_stages(20, 4):
+        outputs, slot, cluster = compress_tokens(tokens, ips, stage, vmtc)
         assert torch.equal(outputs, tokens)
         assert torch.equal(slot, torch.arange(20).expand(3, -1))
         assert not cluster.any()
@@ -234,7 +234,7 @@ def test_nothing_removed_is_nothing_changed() -> None:
 def test_one_raw_cluster_is_the_fused_token_of_evit() -> None:
     """EViT (Liang et al. 2022), evit.py: sum of non_topk x non_topk_attn, behind the tokens kept by rank."""
     tokens, ips = example()
-    outputs, _, _ = compress(tokens, ips, CompressionStage(0, 9, 1), VMTC(weights="raw", order="rank"))
+    outputs, _, _ = compress_tokens(tokens, ips, CompressionStage(0, 9, 1), VMTC(weights="raw", order="rank"))
     _, top = ips.topk(9)
     others = torch.ones_like(ips, dtype=torch.bool).scatter(1, top, False)
     fused = (tokens * (ips * others).unsqueeze(-1)).sum(dim=1)
@@ -244,7 +244,7 @@ def test_one_raw_cluster_is_the_fused_token_of_evit() -> None:
 
 def test_merging_carries_a_gradient_to_tokens_and_importance() -> None:
     tokens, ips = (value.requires_grad_() for value in example())
-    outputs, slot, cluster = compress(tokens, ips, CompressionStage(0, 9, 4), VMTC())
+    outputs, slot, cluster = compress_tokens(tokens, ips, CompressionStage(0, 9, 4), VMTC())
     outputs[cluster].square().sum().backward()
     merged = cluster.gather(1, slot)
     assert tokens.grad is not None
@@ -257,19 +257,19 @@ def test_merging_carries_a_gradient_to_tokens_and_importance() -> None:
 def test_importance_is_the_class_tokens_row_of_the_full_attention_map() -> None:
     query, keys = noise(2, 4, 21, 8), noise(2, 4, 21, 8, seed=1)
     full = (query @ keys.transpose(-1, -2) * 0.3).softmax(dim=-1).mean(dim=1)
-    torch.testing.assert_close(importance(query[:, :, :1], keys, 0.3), full[:, 0, 1:])
+    torch.testing.assert_close(importance_score(query[:, :, :1], keys, 0.3), full[:, 0, 1:])
 
 
 def test_what_a_patch_receives_is_the_mean_of_its_column_of_the_full_attention_map() -> None:
     query, keys = noise(2, 4, 21, 8), noise(2, 4, 21, 8, seed=1)
     full = (query @ keys.transpose(-1, -2) * 0.3).softmax(dim=-1).mean(dim=(1, 2))
-    torch.testing.assert_close(received(query, keys, 0.3), full)
+    torch.testing.assert_close(mean_received_attention(query, keys, 0.3), full)
 
 
 def test_in_bfloat16_importance_hardly_ties() -> None:
     """Its own 8 bits would leave some 80 values among 576 patches."""
     query, keys = noise(1, 16, 577, 8).bfloat16() * 0.3, noise(1, 16, 577, 8, seed=1).bfloat16()
-    for ips in (importance(query[:, :, :1], keys, 0.3), received(query, keys, 0.3)):
+    for ips in (importance_score(query[:, :, :1], keys, 0.3), mean_received_attention(query, keys, 0.3)):
         assert ips.unique().numel() > 550
 
 
@@ -278,36 +278,38 @@ def test_a_bias_of_log_two_counts_a_key_twice() -> None:
     bias = torch.zeros(1, 6)
     bias[0, -1] = math.log(2)
     doubled = torch.cat([keys, keys[:, :, -1:]], dim=2)
-    once, twice = importance(query[:, :, :1], keys, 0.5, bias), importance(query[:, :, :1], doubled, 0.5)
+    once, twice = importance_score(query[:, :, :1], keys, 0.5, bias), importance_score(query[:, :, :1], doubled, 0.5)
     torch.testing.assert_close(once[:, :-1], twice[:, :-2])
     torch.testing.assert_close(once[:, -1], twice[:, -2:].sum(dim=1))
     full = (query @ doubled.transpose(-1, -2) * 0.5).softmax(dim=-1).mean(dim=(1, 2))
-    torch.testing.assert_close(received(query, keys, 0.5, bias)[:, :-1], full[:, :-2])
+    torch.testing.assert_close(mean_received_attention(query, keys, 0.5, bias)[:, :-1], full[:, :-2])
 
 
 def test_sizes_count_the_patches_that_each_token_holds() -> None:
-    fate = Fate(torch.tensor([[0, 0, 2, -1, 2, 2], [1, 1, 1, 0, 2, -1]]), torch.zeros(2, 6, dtype=torch.bool))
-    assert fate.sizes(3).tolist() == [[2, 0, 3], [1, 3, 1]]
+    assignment = PatchAssignment(
+        torch.tensor([[0, 0, 2, -1, 2, 2], [1, 1, 1, 0, 2, -1]]), torch.zeros(2, 6, dtype=torch.bool)
+    )
+    assert assignment.count_patches(3).tolist() == [[2, 0, 3], [1, 3, 1]]
 
 
-def test_fate_follows_every_patch_through_all_stages() -> None:
+def test_assignment_follows_every_patch_through_all_stages() -> None:
     vmtc = VMTC(ratio=0.7, cluster_share=0.3)
-    fate = Fate.untouched(3, 20, torch.device("cpu"))
+    assignment = PatchAssignment.untouched(3, 20, torch.device("cpu"))
     where, merged = [[list(range(20)) for _ in range(3)], [[False] * 20 for _ in range(3)]]
     tokens, _ = example()
     for number, stage in enumerate([CompressionStage(0, 10, 5), CompressionStage(1, 11, 0), CompressionStage(2, 3, 4)]):
         ips = noise(3, tokens.shape[1], seed=number).softmax(dim=-1)
-        tokens, slot, cluster = compress(tokens, ips, stage, vmtc)
-        fate = fate.then(slot, cluster)
+        tokens, slot, cluster = compress_tokens(tokens, ips, stage, vmtc)
+        assignment = assignment.then(slot, cluster)
         for image in range(3):
             for patch in range(20):
                 if where[image][patch] >= 0:
                     where[image][patch] = int(slot[image, where[image][patch]])
                 if where[image][patch] >= 0:
                     merged[image][patch] |= bool(cluster[image, where[image][patch]])
-    assert (fate.slot.tolist(), fate.merged.tolist()) == (where, merged)
-    assert (fate.slot == -1).any()
-    assert fate.merged.any()
+    assert (assignment.slot.tolist(), assignment.merged.tolist()) == (where, merged)
+    assert (assignment.slot == -1).any()
+    assert assignment.merged.any()
 
 
 @pytest.mark.parametrize(
@@ -383,4 +385,4 @@ def test_a_budget_is_given_once(settings: dict[str, Any], said: str) -> None:
 )
 def test_what_does_not_fit_a_tower_of_16_patches_and_4_blocks_is_named(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        VMTC(**settings).schedule(16, 4)
+        VMTC(**settings).plan_stages(16, 4)

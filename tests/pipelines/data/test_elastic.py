@@ -34,7 +34,7 @@ from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
 from pipelines.data.shard_writer import make_shards
-from redux.conversation import IMAGE
+from redux.conversation import IMAGE_TOKEN
 
 SIDE = 8
 PACE = random.Random(0)
@@ -53,7 +53,7 @@ def pool(in_process: InProcess, records: list[dict], tmp_path_factory: pytest.Te
             turns = [dict(turn) for turn in records[chance.integers(len(records))]["conversations"]]
             record = {"id": number, "conversations": turns}
             if chance.random() < share:
-                turns[0]["value"] = turns[0]["value"].removeprefix(f"{IMAGE}\n")
+                turns[0]["value"] = turns[0]["value"].removeprefix(f"{IMAGE_TOKEN}\n")
             else:
                 record["image"] = f"{uuid4()}.png"
                 noise = chance.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
@@ -70,7 +70,7 @@ def pool(in_process: InProcess, records: list[dict], tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def long(in_process: InProcess, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
     """400 samples of one size in shards of 24."""
-    turns = [{"from": "human", "value": f"{IMAGE}\nis there red shape?"}, {"from": "gpt", "value": "yes"}]
+    turns = [{"from": "human", "value": f"{IMAGE_TOKEN}\nis there red shape?"}, {"from": "gpt", "value": "yes"}]
     given = [{"id": f"{number:04d}", "image": "0.png", "conversations": turns} for number in range(400)]
     folder = tmp_path_factory.mktemp("long")
     with in_process():

@@ -7,8 +7,8 @@ import pytest
 
 from pipelines.data import easy_vqa, formats
 from redux import instructions
-from redux.benchmarks.instructions import right
-from redux.conversation import TEMPLATES, word_tokenizer
+from redux.benchmarks.instructions import contains_answer
+from redux.conversation import TEMPLATES, train_word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def words(text: str) -> list[str]:
 
 def test_each_answer_follows_its_instruction_and_is_right(taught: list[tuple[str, dict, str, str, str]]) -> None:
     for name, given, answer, human, gpt in taught:
-        assert instructions.strict(name, given, gpt), (name, given, human, gpt)
-        assert right(answer, gpt), (answer, gpt)
+        assert instructions.follows_strictly(name, given, gpt), (name, given, human, gpt)
+        assert contains_answer(answer, gpt), (answer, gpt)
 
 
 def test_arguments_are_part_of_what_is_asked(taught: list[tuple[str, dict, str, str, str]]) -> None:
@@ -63,11 +63,11 @@ def test_what_a_word_tokenizer_makes_of_an_answer_still_follows(taught: list[tup
     template = TEMPLATES["vicuna_bare"]
     turns = [[{"from": "human", "value": human}, {"from": "gpt", "value": gpt}] for _, _, _, human, gpt in taught]
     texts = ["".join(piece for piece, _ in template.spans(each)) for each in turns]
-    tokenizer = word_tokenizer(texts, 512)
+    tokenizer = train_word_tokenizer(texts, 512)
     for name, given, answer, _, gpt in taught:
         said = tokenizer.decode(tokenizer(gpt)["input_ids"], skip_special_tokens=True)
-        assert instructions.strict(name, given, said), (name, given, said)
-        assert right(answer, said), (answer, said)
+        assert instructions.follows_strictly(name, given, said), (name, given, said)
+        assert contains_answer(answer, said), (answer, said)
 
 
 def test_four_instructions_are_also_taught_beside_images() -> None:

@@ -25,8 +25,7 @@ from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards, StoredSample
 from pipelines.data.shard_writer import make_shards
-from redux.conversation import CONTEXT, IGNORE, IMAGE
-from redux.image import pixels
+from redux.conversation import CLIP_MAX_LENGTH, IGNORE_INDEX, IMAGE_TOKEN
 
 SIDE = 16
 IMAGE_TOKENS = 5
@@ -48,7 +47,7 @@ def reader(stored: Shards, tokenizer: Path) -> Reader:
     )
 
 
-def talk(rounds: int, first: str = f"{IMAGE}\n") -> StoredSample:
+def talk(rounds: int, first: str = f"{IMAGE_TOKEN}\n") -> StoredSample:
     turns = []
     for number in range(rounds):
         turns += [{"from": "human", "value": f"question {number}?"}, {"from": "gpt", "value": f"answer {number}"}]
@@ -62,7 +61,7 @@ def only(reader: Reader) -> Shards:
 
 
 def pairs(sample: StoredSample) -> list[tuple[str, str]]:
-    values = [turn["value"].removeprefix(f"{IMAGE}\n") for turn in sample.record["conversations"]]
+    values = [turn["value"].removeprefix(f"{IMAGE_TOKEN}\n") for turn in sample.record["conversations"]]
     return list(zip(values[::2], values[1::2], strict=True))
 
 
@@ -107,8 +106,8 @@ def test_shuffling_keeps_every_question_with_its_answer_and_the_image_first(roun
         mixed = draw_rounds(sample, 99, np.random.default_rng(seed))
         turns = mixed.record["conversations"]
         assert sorted(pairs(mixed)) == sorted(pairs(sample))
-        assert turns[0]["value"].startswith(f"{IMAGE}\n")
-        assert sum(turn["value"].count(IMAGE) for turn in turns) == 1
+        assert turns[0]["value"].startswith(f"{IMAGE_TOKEN}\n")
+        assert sum(turn["value"].count(IMAGE_TOKEN) for turn in turns) == 1
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * rounds
         orders.add(tuple(pairs(mixed)))
     assert len(orders) == min(rounds, 2) if rounds < 3 else len(orders) > 50
@@ -132,16 +131,16 @@ def test_a_question_without_an_answer_is_refused_by_name():
 
 def test_shuffling_a_conversation_without_an_image_adds_none():
     mixed = draw_rounds(talk(5, first=""), 99, np.random.default_rng(0))
-    assert not any(IMAGE in turn["value"] for turn in mixed.record["conversations"])
+    assert not any(IMAGE_TOKEN in turn["value"] for turn in mixed.record["conversations"])
 
 
 def test_labels_are_the_answers_and_each_image_is_as_many_tokens_as_the_model_gives_it(reader: Reader):
     tokenizer, keys = AutoTokenizer.from_pretrained(reader.tokenizer), [key for key, _ in seen(reader, range(6))]
     records = {sample.key: sample for sample in only(reader).read_samples(range(len(only(reader))))}
     for key, (ids, labels) in zip(keys, said(reader, range(6)), strict=True):
-        assert ids.count(tokenizer.convert_tokens_to_ids(IMAGE)) == IMAGE_TOKENS
-        learned = [label for label in labels if label != IGNORE]
-        assert learned == [token for token, label in zip(ids, labels, strict=True) if label != IGNORE]
+        assert ids.count(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) == IMAGE_TOKENS
+        learned = [label for label in labels if label != IGNORE_INDEX]
+        assert learned == [token for token, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]
         answers = tokenizer.decode(learned).split("</s>")[:-1]
         assert sorted(answer.strip() for answer in answers) == sorted(answer for _, answer in pairs(records[key]))
 
@@ -156,7 +155,7 @@ def test_rows_are_padded_on_the_right_with_what_is_neither_attended_nor_learned(
         beyond = np.arange(batch["input_ids"].shape[1]) >= lengths[:, None]
         assert np.array_equal(batch["attention_mask"] == 0, beyond)
         assert (batch["input_ids"][beyond] == padding).all()
-        assert (batch["labels"][beyond] == IGNORE).all()
+        assert (batch["labels"][beyond] == IGNORE_INDEX).all()
         widths.add(tuple(lengths))
     assert len(widths) > 1
 
@@ -209,7 +208,7 @@ def test_captions_are_what_the_assistant_says_and_equal_ones_are_equal_rows(read
         assert tokenizer.decode(one).replace(" ", "") == f"<s>{text}</s>"
         assert [np.array_equal(one, row) for row in ids] == [other == text for other in texts]
     long = replace(samples[0], record={"conversations": [{}, {"value": "yes " * 200}]})
-    assert len(encode_caption(tokenizer, long)["input_ids"]) == CONTEXT
+    assert len(encode_caption(tokenizer, long)["input_ids"]) == CLIP_MAX_LENGTH
 
 
 def test_a_micro_batch_is_a_pure_function_of_its_number(reader: Reader):
@@ -300,7 +299,9 @@ def mixed(
     for number, record in enumerate(given):
         if number % 5:
             del record["image"]
-            turns = [{**turn, "value": turn["value"].removeprefix(f"{IMAGE}\n")} for turn in record["conversations"]]
+            turns = [
+                {**turn, "value": turn["value"].removeprefix(f"{IMAGE_TOKEN}\n")} for turn in record["conversations"]
+            ]
             record["conversations"] = turns
     folder = tmp_path_factory.mktemp("mixed")
     make_shards(given, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
@@ -309,7 +310,7 @@ def mixed(
 
 def test_a_micro_batch_has_the_images_of_its_samples_and_all_their_texts(mixed: Reader):
     """As many image tokens as images fill; text alone, also in every sample of a batch, has neither."""
-    image = AutoTokenizer.from_pretrained(mixed.tokenizer).convert_tokens_to_ids(IMAGE)
+    image = AutoTokenizer.from_pretrained(mixed.tokenizer).convert_tokens_to_ids(IMAGE_TOKEN)
     counts = []
     for number in range(22):
         batch = mixed(number)

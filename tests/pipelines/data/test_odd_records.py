@@ -16,8 +16,7 @@ from pipelines.data.options import ShardOptions
 from pipelines.data.records import RECORD_REASONS, find_rejection, parse_records
 from pipelines.data.shard_index import QUARANTINE_FILE, Shards
 from pipelines.data.shard_writer import make_shards
-from redux.conversation import TEMPLATES, encode, word_tokenizer
-from redux.image import pixels
+from redux.conversation import TEMPLATES, encode_conversation, train_word_tokenizer
 from tests.pipelines.odd_records import odd_image, odd_record, picture
 
 NUMBER = int(os.environ.get("REDUX_FUZZ", "400"))
@@ -63,11 +62,11 @@ def test_each_record_is_kept_or_listed(
     stored = Shards(out)
     kept = stored.read_samples(range(len(stored)))
     assert [int(sample.key) for sample in kept] == [number for number in range(len(given)) if number not in reasons]
-    tokenizer = word_tokenizer(["USER: ASSISTANT: red 0 1 . \n"], 512)
+    tokenizer = train_word_tokenizer(["USER: ASSISTANT: red 0 1 . \n"], 512)
     image = tokenizer.convert_tokens_to_ids("<image>")
     for sample in kept:
         assert find_rejection(sample.record, None) is None
-        ids, labels = encode(tokenizer, sample.record["conversations"], TEMPLATES["vicuna_v1"], 1)
+        ids, labels = encode_conversation(tokenizer, sample.record["conversations"], TEMPLATES["vicuna_v1"], 1)
         assert (ids == image).sum() == bool(sample.image)
         assert (labels != image).all()
         assert sample.id.encode() is not None

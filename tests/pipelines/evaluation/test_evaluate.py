@@ -20,12 +20,11 @@ from pipelines.data import easy_vqa
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.evaluate import EvaluatedModel, collect_examples, read_answers
 from pipelines.evaluation.tasks import TASKS, Evaluate, TaskName, TaskSettings, load_questions
-from redux import respondent
-from redux.architecture import Language, Model, Tower
+from redux import answering
+from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
 from redux.benchmarks import Question
-from redux.conversation import word_tokenizer
-from redux.image import pixels
-from redux.model import build
+from redux.conversation import train_word_tokenizer
+from redux.model import build_model
 from redux.settings import CMAI, VMTC
 from tests.pipelines.faults import until
 
@@ -41,13 +40,13 @@ ASKED = len(load_questions("easy_vqa", LIMIT))
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with both modules on and random weights, large enough that answers differ."""
     folder = tmp_path_factory.mktemp("model")
-    words = word_tokenizer((each.prompt for each in easy_vqa.load_questions()), 160)
+    words = train_word_tokenizer((each.prompt for each in easy_vqa.load_questions()), 160)
     size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
-    llava = build(
-        Model(
-            tower=Tower(image_size=16, patch_size=4, num_hidden_layers=4, **size),
-            language=Language(num_hidden_layers=2, max_position_embeddings=160, **size),
+    llava = build_model(
+        ModelSettings(
+            tower=TowerSizes(image_size=16, patch_size=4, num_hidden_layers=4, **size),
+            language=LanguageSizes(num_hidden_layers=2, max_position_embeddings=160, **size),
             vmtc=VMTC(ratio=0.5, stages=2),
             cmai=CMAI(gamma_max=0.6),
         ),
@@ -104,7 +103,7 @@ def test_every_question_is_answered_once_in_the_order_of_the_benchmark(undisturb
 
 
 def test_a_batch_gets_the_answers_that_each_question_gets_alone(evaluated: EvaluatedModel, undisturbed: Path) -> None:
-    alone = respondent.load(evaluated.model, template=TEMPLATE)
+    alone = answering.load(evaluated.model, template=TEMPLATE)
     for name, task in TASK_SETTINGS.items():
         said = []
         for each in load_questions(name, task):

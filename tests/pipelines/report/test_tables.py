@@ -22,9 +22,9 @@ from pipelines.report.runs import find_families, select_changed_fields
 from pipelines.report.table_rows import matches, rescale_budget, write_command
 from pipelines.report.tables import TABLE_ROWS, ResultRow, ResultTable, build_tables, compare_prompts
 from redux.benchmarks import Metric, Outcome, Row
-from redux.cost import cost
+from redux.cost import compute_cost
 from redux.instructions import INSTRUCTIONS
-from redux.presets import PRESETS, Preset, llava
+from redux.presets import PRESETS, Preset, build_llava_config
 from tests.pipelines.report.test_run_report import ATTACK, Page
 
 ROOT = Path(__file__).parents[3]
@@ -318,12 +318,12 @@ def test_costs_are_means_over_seeds_and_shares_of_llavas(runs: Path, tables: dic
 def test_what_a_run_folder_holds_of_its_model_gives_flops(tmp_path: Path) -> None:
     for name in ("llava", "default"):
         folder = write_run(tmp_path, name, **of(PRESETS[name]))
-        llava("7b", PRESETS[name]).save_pretrained(folder / "checkpoints/instruct/model")
+        build_llava_config("7b", PRESETS[name]).save_pretrained(folder / "checkpoints/instruct/model")
     families, _ = find_families([tmp_path], SCORERS)
     table = next(table for table in build_tables(families, 100) if table.key == "spent")
     column = [each.source for each in table.columns].index("prompt")
     flops = {row.label: row.cells[column] for rows in table.blocks.values() for row in rows}
-    whole, ours = (cost(llava("7b", PRESETS[name]), 64).flops for name in ("llava", "default"))
+    whole, ours = (compute_cost(build_llava_config("7b", PRESETS[name]), 64).flops for name in ("llava", "default"))
     assert flops["LLaVA-1.5"] is not None
     assert flops["LLaVA-1.5"].value == pytest.approx(whole / 1e9)
     assert flops["VMTC + CMAI"] is not None

@@ -12,29 +12,29 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from pipelines.training import lora
 from pipelines.training.stage import Lora
-from redux.architecture import Language, Model, Tower
-from redux.conversation import word_tokenizer
+from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
+from redux.conversation import train_word_tokenizer
 from redux.extras import write_install_command
-from redux.model import ReduxForConditionalGeneration, build
+from redux.model import ReduxForConditionalGeneration, build_model
 from redux.settings import CMAI, VMTC
 
-TOWER = Tower(
+TOWER = TowerSizes(
     hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8
 )
-LANGUAGE = Language(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+LANGUAGE = LanguageSizes(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 LORA = Lora(rank=4, alpha=8, dropout=0.1)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return word_tokenizer(["is it a red circle ? yes , no"], 64)
+    return train_word_tokenizer(["is it a red circle ? yes , no"], 64)
 
 
 def llava(tokenizer: PreTrainedTokenizerFast, on: bool = True) -> ReduxForConditionalGeneration:
     """Build a deterministic model, with both modules or neither."""
     torch.manual_seed(0)
     methods: dict[str, Any] = {"vmtc": VMTC(), "cmai": CMAI()} if on else {"vmtc": None, "cmai": None}
-    model = build(Model(tower=TOWER, language=LANGUAGE, **methods), tokenizer).eval()
+    model = build_model(ModelSettings(tower=TOWER, language=LANGUAGE, **methods), tokenizer).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:  # attention of weights as initialised is all but uniform

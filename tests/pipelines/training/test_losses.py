@@ -18,7 +18,7 @@ from pipelines.training import worker
 from pipelines.training.engine import LlavaWithLoss
 from pipelines.training.plan import StagePlan
 from redux import model
-from redux.conversation import IGNORE
+from redux.conversation import IGNORE_INDEX
 from tests.pipelines import small
 
 SAMPLES = 8
@@ -61,7 +61,7 @@ def cut(plan: StagePlan, learned: np.ndarray) -> list[Batch]:
     batches = [plan.build_reader()(number) for number in range(SAMPLES // micro)]
     for number, batch in enumerate(batches):
         mask = learned[number * micro :][:micro, : batch["input_ids"].shape[1]]
-        batch["labels"] = np.where(mask & (batch["attention_mask"] == 1), batch["input_ids"], IGNORE)
+        batch["labels"] = np.where(mask & (batch["attention_mask"] == 1), batch["input_ids"], IGNORE_INDEX)
     return batches
 
 
@@ -80,7 +80,7 @@ def slow(language: LlavaWithLoss, plan: StagePlan, learned: np.ndarray) -> tuple
         labels = inputs.pop("labels")[0, 1:]
         log_probs = language.llava(**inputs).logits[0, :-1].log_softmax(-1)
         samples.append(
-            [-log_probs[position, label] for position, label in enumerate(labels.tolist()) if label != IGNORE]
+            [-log_probs[position, label] for position, label in enumerate(labels.tolist()) if label != IGNORE_INDEX]
         )
     tokens = [loss for losses in samples for loss in losses]
     if plan.stage.loss_reduction == "token":

@@ -38,9 +38,11 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
-from redux.conversation import TEMPLATES, word_tokenizer
+from redux.adapters import TransformersModel
+from redux.answering import Answerer, CaptionThenAnswer, LlavaAnswerer, load
+from redux.conversation import TEMPLATES, train_word_tokenizer
+from redux.generation import Answers
 from redux.model import ReduxForConditionalGeneration
-from redux.respondent import Answers, Described, Foreign, Llava, Respondent, load
 
 WORDS = "USER ASSISTANT : Question Answer User Is it a red circle ? yes no blue green square shape What colour the is ."
 SIZE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
@@ -64,7 +66,7 @@ IMAGES = [picture(0), picture(1, 16, 40), picture(2), picture(0)]
 
 
 def words(*special: str) -> PreTrainedTokenizerFast:
-    tokenizer = word_tokenizer([WORDS], 256)
+    tokenizer = train_word_tokenizer([WORDS], 256)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>", *special]})
     return tokenizer
 
@@ -216,13 +218,13 @@ def folders(
 
 
 @pytest.fixture
-def asked(folders: Callable[[str], Path]) -> Callable[..., Respondent]:
+def asked(folders: Callable[[str], Path]) -> Callable[..., Answerer]:
     return lambda family, **other: load(folders(family), template="vicuna_bare", device="cpu", **other)
 
 
-def alone(respondent: Respondent, images: Sequence[bytes | None], length: int) -> list[tuple[str, int]]:
+def alone(answerer: Answerer, images: Sequence[bytes | None], length: int) -> list[tuple[str, int]]:
     """(text, tokens) of each prompt, asked for itself."""
-    said = [respondent([prompt], [image], length) for prompt, image in zip(PROMPTS, images, strict=True)]
+    said = [answerer([prompt], [image], length) for prompt, image in zip(PROMPTS, images, strict=True)]
     return [(one.texts[0], one.tokens[0]) for one in said]
 
 
@@ -231,74 +233,74 @@ def pairs(answers: Answers) -> list[tuple[str, int]]:
 
 
 @every_family
-def test_a_batch_gets_the_answers_that_each_prompt_gets_alone(asked: Callable[..., Respondent], family: str) -> None:
-    respondent = asked(family)
-    together = respondent(PROMPTS, IMAGES, 8)
-    assert pairs(together) == alone(respondent, IMAGES, 8)
+def test_a_batch_gets_the_answers_that_each_prompt_gets_alone(asked: Callable[..., Answerer], family: str) -> None:
+    answerer = asked(family)
+    together = answerer(PROMPTS, IMAGES, 8)
+    assert pairs(together) == alone(answerer, IMAGES, 8)
     assert len(set(together.texts)) > 2, "answers that differ, or equality says nothing"
-    assert respondent(PROMPTS, [*IMAGES[1:], IMAGES[1]], 8).texts != together.texts, "images are looked at"
+    assert answerer(PROMPTS, [*IMAGES[1:], IMAGES[1]], 8).texts != together.texts, "images are looked at"
 
 
 @every_mixing_family
-def test_prompts_with_and_without_images_mix_in_the_order_asked(asked: Callable[..., Respondent], family: str) -> None:
-    respondent = asked(family)
+def test_prompts_with_and_without_images_mix_in_the_order_asked(asked: Callable[..., Answerer], family: str) -> None:
+    answerer = asked(family)
     for images in ([None, IMAGES[0], None, IMAGES[1]], [IMAGES[0], None, None, None], [None] * 4):
-        assert pairs(respondent(PROMPTS, images, 8)) == alone(respondent, images, 8)
-    assert respondent(PROMPTS, IMAGES, 8).texts != respondent(PROMPTS, [None] * 4, 8).texts
+        assert pairs(answerer(PROMPTS, images, 8)) == alone(answerer, images, 8)
+    assert answerer(PROMPTS, IMAGES, 8).texts != answerer(PROMPTS, [None] * 4, 8).texts
 
 
 @every_family
 def test_an_answer_ends_with_the_first_end_token_and_that_one_counts(
-    asked: Callable[..., Respondent], family: str, monkeypatch: pytest.MonkeyPatch
+    asked: Callable[..., Answerer], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    respondent: Any = asked(family)
+    answerer: Any = asked(family)
     raw: list[list[int]] = []
-    original = respondent.model.generate
+    original = answerer.model.generate
 
     def recorded(**inputs: Any) -> Any:
         sequences = original(**inputs)
         raw[:] = sequences[:, -8:].tolist()
         return sequences
 
-    monkeypatch.setattr(respondent.model, "generate", recorded)
-    respondent.model.generation_config.eos_token_id = [1000]
-    assert respondent(PROMPTS, IMAGES, 8).tokens == [8] * 4, "none ends by itself"
+    monkeypatch.setattr(answerer.model, "generate", recorded)
+    answerer.model.generation_config.eos_token_id = [1000]
+    assert answerer(PROMPTS, IMAGES, 8).tokens == [8] * 4, "none ends by itself"
     free, end = list(raw), raw[0][3]
-    if isinstance(respondent, Llava):
-        respondent.tokenizer.eos_token = respondent.tokenizer.convert_ids_to_tokens(end)
+    if isinstance(answerer, LlavaAnswerer):
+        answerer.tokenizer.eos_token = answerer.tokenizer.convert_ids_to_tokens(end)
     else:
-        respondent.model.generation_config.eos_token_id = [end]
-    ended = respondent(PROMPTS, IMAGES, 8)
+        answerer.model.generation_config.eos_token_id = [end]
+    ended = answerer(PROMPTS, IMAGES, 8)
     assert ended.tokens == [row.index(end) + 1 if end in row else 8 for row in free]
     assert 4 >= ended.tokens[0] < 8
-    tokenizer = respondent.tokenizer if isinstance(respondent, Llava) else respondent.processor.tokenizer
+    tokenizer = answerer.tokenizer if isinstance(answerer, LlavaAnswerer) else answerer.processor.tokenizer
     for text, row, count in zip(ended.texts, free, ended.tokens, strict=True):
         assert text == tokenizer.decode(row[:count], skip_special_tokens=True).strip()
 
 
 @every_family
-def test_the_time_to_the_first_token_and_from_there_is_told(asked: Callable[..., Respondent], family: str) -> None:
-    respondent = asked(family)
-    answers = respondent(PROMPTS, IMAGES, 6)
+def test_the_time_to_the_first_token_and_from_there_is_told(asked: Callable[..., Answerer], family: str) -> None:
+    answerer = asked(family)
+    answers = answerer(PROMPTS, IMAGES, 6)
     assert answers.prefill_s > 0
     assert answers.decode_s > 0
-    assert respondent(PROMPTS, IMAGES, 1).tokens == [1] * 4
+    assert answerer(PROMPTS, IMAGES, 1).tokens == [1] * 4
 
 
 @every_family
-def test_a_longer_prompt_is_longer(asked: Callable[..., Respondent], family: str) -> None:
-    respondent = asked(family)
-    assert respondent.length(PROMPTS[2]) < respondent.length(PROMPTS[0]) < respondent.length(PROMPTS[3])
+def test_a_longer_prompt_is_longer(asked: Callable[..., Answerer], family: str) -> None:
+    answerer = asked(family)
+    assert answerer.count_tokens(PROMPTS[2]) < answerer.count_tokens(PROMPTS[0]) < answerer.count_tokens(PROMPTS[3])
 
 
-def test_a_plain_llava_is_read_by_the_class_of_ours(asked: Callable[..., Respondent]) -> None:
+def test_a_plain_llava_is_read_by_the_class_of_ours(asked: Callable[..., Answerer]) -> None:
     for family, on in (("redux", True), ("llava", False)):
-        respondent = asked(family)
-        assert isinstance(respondent, Llava)
-        assert (respondent.model.config.vmtc is not None) == on
+        answerer = asked(family)
+        assert isinstance(answerer, LlavaAnswerer)
+        assert (answerer.model.config.vmtc is not None) == on
 
 
-def test_padding_and_cropping_show_different_squares(asked: Callable[..., Respondent]) -> None:
+def test_padding_and_cropping_show_different_squares(asked: Callable[..., Answerer]) -> None:
     assert (
         asked("redux", image_aspect_ratio="pad")(PROMPTS, IMAGES, 8).texts
         != asked("redux", image_aspect_ratio="crop")(PROMPTS, IMAGES, 8).texts
@@ -307,48 +309,47 @@ def test_padding_and_cropping_show_different_squares(asked: Callable[..., Respon
 
 @every_mixing_family
 def test_the_upper_limit_describes_each_image_once_and_answers_without_it(
-    asked: Callable[..., Respondent], family: str
+    asked: Callable[..., Answerer], family: str
 ) -> None:
-    respondent, batches = asked(family), []
+    answerer, batches = asked(family), []
 
     class Listening:
         def __call__(self, prompts: Sequence[str], images: Sequence[bytes | None], max_new_tokens: int) -> Answers:
             batches.append((list(prompts), list(images), max_new_tokens))
-            return respondent(prompts, images, max_new_tokens)
+            return answerer(prompts, images, max_new_tokens)
 
-        def length(self, prompt: str) -> int:
-            return respondent.length(prompt)
+        def count_tokens(self, prompt: str) -> int:
+            return answerer.count_tokens(prompt)
 
-    described = Described(Listening(), describe="What colour is the shape?", description_tokens=5)
+    described = CaptionThenAnswer(Listening(), describe="What colour is the shape?", description_tokens=5)
     told = described(PROMPTS, [*IMAGES[:3], None], 6)
-    descriptions = [respondent(["What colour is the shape?"], [image], 5).texts[0] for image in IMAGES[:3]]
+    descriptions = [answerer(["What colour is the shape?"], [image], 5).texts[0] for image in IMAGES[:3]]
     texts = [*(f"{said}\n{prompt}" for said, prompt in zip(descriptions, PROMPTS, strict=False)), PROMPTS[3]]
     assert batches == [(["What colour is the shape?"] * 3, IMAGES[:3], 5), (texts, [None] * 4, 6)]
-    assert told.texts == respondent(texts, [None] * 4, 6).texts
+    assert told.texts == answerer(texts, [None] * 4, 6).texts
     assert (
-        described(PROMPTS[1:2], IMAGES[3:], 6).texts
-        == respondent([f"{descriptions[0]}\n{PROMPTS[1]}"], [None], 6).texts
+        described(PROMPTS[1:2], IMAGES[3:], 6).texts == answerer([f"{descriptions[0]}\n{PROMPTS[1]}"], [None], 6).texts
     ), "IMAGES[3] is IMAGES[0]"
     assert len(batches) == 3, "and so it is not described again"
 
 
-def test_load_gives_the_upper_limit_where_images_are_described(asked: Callable[..., Respondent]) -> None:
-    assert isinstance(asked("redux", image_input="caption"), Described)
+def test_load_gives_the_upper_limit_where_images_are_described(asked: Callable[..., Answerer]) -> None:
+    assert isinstance(asked("redux", image_input="caption"), CaptionThenAnswer)
 
 
 @pytest.mark.parametrize("family", [family for family in FOREIGN if family not in CHATS])
-def test_a_model_that_only_answers_about_images_says_so(asked: Callable[..., Respondent], family: str) -> None:
+def test_a_model_that_only_answers_about_images_says_so(asked: Callable[..., Answerer], family: str) -> None:
     with pytest.raises(ValueError, match=r"image: got None, allowed for (blip-2|instructblip|paligemma): an image"):
         asked(family)(PROMPTS, [IMAGES[0], None, None, None], 2)
 
 
 @every_family
-def test_what_is_no_image_is_told(asked: Callable[..., Respondent], family: str) -> None:
+def test_what_is_no_image_is_told(asked: Callable[..., Answerer], family: str) -> None:
     with pytest.raises(ValueError, match="not an image that Pillow knows"):
         asked(family)(PROMPTS[:1], [b"nothing"], 2)
 
 
-def test_a_language_model_is_no_respondent(tmp_path: Path) -> None:
+def test_a_language_model_is_no_answerer(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**SIZE, vocab_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
     with pytest.raises(
         ValueError,
@@ -385,10 +386,10 @@ def test_a_model_without_template_or_prompt_of_its_own_is_named(folders: Callabl
     processor = copy.deepcopy(processor)
     processor.chat_template = None
     with pytest.raises(ValueError, match="model_type: got idefics3 without a chat template, allowed without: blip-2"):
-        Foreign(model, processor)
+        TransformersModel(model, processor)
 
 
-def test_prompts_and_images_are_as_many(asked: Callable[..., Respondent]) -> None:
+def test_prompts_and_images_are_as_many(asked: Callable[..., Answerer]) -> None:
     for family in ("redux", "idefics3"):
         with pytest.raises(ValueError, match="images: got 3, allowed: as many as prompts, 4"):
             asked(family)(PROMPTS, IMAGES[:3], 2)
@@ -396,7 +397,7 @@ def test_prompts_and_images_are_as_many(asked: Callable[..., Respondent]) -> Non
             asked(family)([], [], 2)
 
 
-def test_an_image_has_its_place_in_the_template_alone(asked: Callable[..., Respondent]) -> None:
+def test_an_image_has_its_place_in_the_template_alone(asked: Callable[..., Answerer]) -> None:
     for image in (IMAGES[0], None):
         with pytest.raises(ValueError, match="prompt: got '<image> is it red', allowed: one without <image>"):
             asked("redux")(["<image> is it red"], [image], 2)
@@ -405,10 +406,10 @@ def test_an_image_has_its_place_in_the_template_alone(asked: Callable[..., Respo
 def test_a_tokenizer_without_padding_pads_with_its_end(folders: Callable[[str], Path]) -> None:
     folder = folders("llava")
     whole = load(folder, template="vicuna_bare", device="cpu")
-    assert isinstance(whole, Llava)
+    assert isinstance(whole, LlavaAnswerer)
     bare = AutoTokenizer.from_pretrained(folder)
     bare.pad_token = None
-    other = Llava(whole.model, bare, TEMPLATES["vicuna_bare"])
+    other = LlavaAnswerer(whole.model, bare, TEMPLATES["vicuna_bare"])
     assert bare.pad_token == bare.eos_token
     assert pairs(other(PROMPTS, IMAGES, 6)) == pairs(whole(PROMPTS, IMAGES, 6))
 
@@ -416,6 +417,6 @@ def test_a_tokenizer_without_padding_pads_with_its_end(folders: Callable[[str], 
 def test_templates_are_asked_for_by_name(folders: Callable[[str], Path]) -> None:
     folder = folders("redux")
     bare, full = (load(folder, template=name, device="cpu") for name in ("vicuna_bare", "vicuna_v1"))
-    assert isinstance(bare, Llava)
-    direct = Llava(bare.model, AutoTokenizer.from_pretrained(folder), TEMPLATES["vicuna_v1"])
+    assert isinstance(bare, LlavaAnswerer)
+    direct = LlavaAnswerer(bare.model, AutoTokenizer.from_pretrained(folder), TEMPLATES["vicuna_v1"])
     assert direct(PROMPTS, IMAGES, 6).texts == full(PROMPTS, IMAGES, 6).texts != bare(PROMPTS, IMAGES, 6).texts
