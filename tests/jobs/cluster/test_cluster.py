@@ -27,7 +27,7 @@ from PIL import Image
 from pipelines.core import cluster
 from pipelines.data import shard_writer
 from pipelines.data.options import ShardOptions
-from tests.jobs.machines import QUICK, RAY, Cluster, Network, Process, apart, kill, lines, network, until
+from tests.jobs.machines import QUICK, RAY, Cluster, Network, Process, apart, kill, lines, network, wait_until
 
 JOB = """
 name: small
@@ -153,7 +153,7 @@ def alone(made: str) -> Iterator[Seen]:
             for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
                 environment.pop(name, None)
             process = machine.starts([sys.executable, "-m", "jobs.command", *job(folder)], environment)
-            until(lambda: process.poll() is not None or losses(folder))
+            wait_until(lambda: process.poll() is not None or losses(folder))
             assert process.poll() is None, here.said(process)
             seen = look(folder, psutil.Process(process.pid))
             assert process.wait(200) == 0, here.said(process)
@@ -278,7 +278,7 @@ def at(cluster: Cluster, process: Process, folder: Path, step: int) -> None:
         assert process.poll() is None, cluster.network.said(process)[-3000:]
         return bool(losses(folder)) and losses(folder)[-1][0] >= step
 
-    until(there)
+    wait_until(there)
 
 
 def test_a_run_on_two_machines_is_that_of_one(alone: Seen, cluster_of_two: Cluster, folder: Path) -> None:
@@ -311,7 +311,7 @@ def test_machines_that_go_and_come_do_not_show(alone: Seen, cluster_of_two: Clus
     process = cluster_of_two.runs(*job(folder), "num_workers=[1, 2]")
     at(cluster_of_two, process, folder, 10)
     cluster_of_two.nodes.pop().lose()
-    until(lambda: starts(folder)[-1:] == [1])
+    wait_until(lambda: starts(folder)[-1:] == [1])
     with still(cluster_of_two):
         cluster_of_two.add()
     finishes(cluster_of_two, process)
@@ -534,7 +534,7 @@ class Operator:
             assert shell.poll() is None, log.read_text()
             return "Ray runtime started" in log.read_text()
 
-        until(up)
+        wait_until(up)
 
     def does(self, block: str) -> str:
         shell = self.types(block)

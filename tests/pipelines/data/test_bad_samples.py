@@ -176,7 +176,7 @@ def test_bad_samples_are_replaced_and_named_and_others_are_as_before(sound: Shar
 )
 def test_the_reason_names_tar_and_sample(harmed: Shards, tokenizer: Path, number: int, why: str):
     _, replaced = whole(read_by(tokenizer, harmed))
-    [row] = harmed.rows([number])
+    [row] = harmed.read_rows([number])
     tar = f"{harmed.folder}/{row['shard']}"
     [reason] = {entry["reason"] for entry in replaced if entry["due"] == number}
     assert re.fullmatch(f"{re.escape(tar)}: sample {row['key']}: {why}", reason)

@@ -69,7 +69,7 @@ def drawn(reader: Reader) -> dict[bytes, tuple[str, bool]]:
     """(key, whether mirrored) of every picture that the samples can give."""
     result = {}
     for sample in only(reader).read_samples(range(len(only(reader)))):
-        array = pixels(sample.image, reader.image_size).transpose(1, 2, 0)
+        array = load_pixels(sample.image, reader.image_size).transpose(1, 2, 0)
         result[array.tobytes()] = (sample.key, False)
         result[array[:, ::-1].tobytes()] = (sample.key, True)
     assert len(result) == 2 * len(only(reader))

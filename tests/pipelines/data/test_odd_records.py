@@ -71,7 +71,7 @@ def test_each_record_is_kept_or_listed(
         assert (labels != image).all()
         assert sample.id.encode() is not None
         if sample.image:
-            assert pixels(sample.image, 8).shape == (3, 8, 8)
+            assert load_pixels(sample.image, 8).shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("size", [None, 8])
@@ -98,6 +98,6 @@ def test_each_image_is_kept_or_listed(
         number = int(sample.key)
         if size is None:
             assert sample.image == images[number]
-            assert pixels(sample.image, 8, "crop").shape == (3, 8, 8)
+            assert load_pixels(sample.image, 8, "crop").shape == (3, 8, 8)
         else:
-            assert (pixels(sample.image, 8) == pixels(images[number], 8)).all()
+            assert (load_pixels(sample.image, 8) == load_pixels(images[number], 8)).all()

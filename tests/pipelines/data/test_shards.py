@@ -386,11 +386,11 @@ def test_prepared_shards_hold_the_pixels_of_the_originals(
     ):
         assert sample.record == record
         assert sample.image.startswith(b"P6\n10 10\n255\n")
-        assert (pixels(sample.image, 10) == pixels(image, 10, image_aspect_ratio)).all()
+        assert (load_pixels(sample.image, 10) == load_pixels(image, 10, image_aspect_ratio)).all()
     read = list(webdataset.WebDataset([str(tar) for tar in tars(shards)], shardshuffle=False).decode("rgb8"))
     assert [sample["__key__"] for sample in read] == keys(shards)
     for sample, image in zip(read, files(records, pictures), strict=True):
-        assert (sample["ppm"].transpose(2, 0, 1) == pixels(image, 10, image_aspect_ratio)).all()
+        assert (sample["ppm"].transpose(2, 0, 1) == load_pixels(image, 10, image_aspect_ratio)).all()
     for other in (
         ShardOptions(samples_per_shard=5, image_size=12, image_aspect_ratio=image_aspect_ratio),
         ShardOptions(samples_per_shard=5),

@@ -26,7 +26,7 @@ from redux.benchmarks import Question
 from redux.conversation import train_word_tokenizer
 from redux.model import build_model
 from redux.settings import CMAI, VMTC
-from tests.pipelines.faults import until
+from tests.pipelines.faults import wait_until
 
 TEMPLATE = "vicuna_bare"
 PATCHES = 16
@@ -235,7 +235,7 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(
     command = [sys.executable, "-c", KILLED, evaluated.model, str(tmp_path)]
     partial = tmp_path / evaluate.ANSWERS_FOLDER / ".easy_vqa.jsonl"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until(lambda: partial.exists() and len(partial.read_bytes().splitlines()) > 4)
+    wait_until(lambda: partial.exists() and len(partial.read_bytes().splitlines()) > 4)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = [row["id"] for row in lines(partial)]
@@ -296,7 +296,7 @@ def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questi
     answered = read_answers(undisturbed, "easy_vqa")
     given = {(row["image"], row["prompt"], row["answer"], row["response"]) for row in answered}
     pictures = {
-        pixels((easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"]
+        load_pixels((easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"]
         for row in answered
     }
     shown = []

@@ -15,7 +15,7 @@ import yaml
 
 from jobs import command as command_line
 from jobs import schema
-from jobs.tables import cells, tell
+from jobs.tables import format_csv, write_tables
 from pipelines.evaluation import statistics
 from pipelines.report.paper import TABLE_1, TABLE_3
 from pipelines.report.runs import find_families, select_changed_fields
@@ -241,7 +241,7 @@ def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path:
     found = {model.job["name"]: model for model in family.models}
     assert matches(found["limit"], TABLE_ROWS["table-1"][2])
     assert not found["later"].trained_as_evaluated
-    assert "no run of VMTC + CMAI yet" in tell([tmp_path], None, SCORERS, 100).partition("##")[0]
+    assert "no run of VMTC + CMAI yet" in write_tables([tmp_path], None, SCORERS, 100).partition("##")[0]
     assert not any(matches(found["later"], row) for table in TABLE_ROWS.values() for row in table)
 
 
@@ -332,7 +332,7 @@ def test_what_a_run_folder_holds_of_its_model_gives_flops(tmp_path: Path) -> Non
 
 def test_csv_has_every_cell_and_nothing_is_lost(tables: dict[str, ResultTable]) -> None:
     for table in tables.values():
-        rows = list(csv.DictReader(io.StringIO(cells(table))))
+        rows = list(csv.DictReader(io.StringIO(format_csv(table))))
         told = [(line, column, cell) for lines in table.blocks.values() for line in lines
                 for column, cell in zip(table.columns, line.cells, strict=False) if cell]  # fmt: skip
         read = [row for row in rows if row["column"]]
@@ -354,7 +354,7 @@ def test_csv_has_every_cell_and_nothing_is_lost(tables: dict[str, ResultTable]) 
 def test_the_page_runs_nothing_and_escapes_what_models_say(tmp_path: Path) -> None:
     write_run(tmp_path, "a", 0, 0.4, ATTACK, **of(PRESETS["llava"]))
     write_run(tmp_path, "b", 0, 0.6, ATTACK, **of(PRESETS["default"]))
-    text = tell([tmp_path], tmp_path / "out", SCORERS, 100)
+    text = write_tables([tmp_path], tmp_path / "out", SCORERS, 100)
     assert (tmp_path / "out/tables.md").read_text() == text
     page = (tmp_path / "out/tables.html").read_text()
     read = Page(page)
@@ -370,7 +370,7 @@ def test_the_page_runs_nothing_and_escapes_what_models_say(tmp_path: Path) -> No
 
 
 def test_the_page_says_what_the_tables_say(runs: Path, tmp_path: Path) -> None:
-    text = tell([runs], tmp_path, SCORERS, 100)
+    text = write_tables([runs], tmp_path, SCORERS, 100)
     read = Page((tmp_path / "tables.html").read_text())
     told = " ".join(read.words.split())
     [cell] = [row for row in text.splitlines() if row.startswith("| SPD | missing")][:1]
@@ -385,17 +385,17 @@ def test_the_page_says_what_the_tables_say(runs: Path, tmp_path: Path) -> None:
 def test_equal_models_are_said_to_be_within_noise(tmp_path: Path) -> None:
     write_run(tmp_path, "a", 0, 0.5, **of(PRESETS["llava"]))
     write_run(tmp_path, "b", 0, 0.5, **of(PRESETS["default"]))
-    assert "within noise" in tell([tmp_path], None, SCORERS, 400).partition("##")[0]
+    assert "within noise" in write_tables([tmp_path], None, SCORERS, 400).partition("##")[0]
 
 
 def test_without_llava_or_answers_the_summary_says_so(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "b", 0, 0.5, **of(PRESETS["default"]))
-    assert "There is no run of LLaVA-1.5 yet" in tell([tmp_path], None, SCORERS, 100).partition("##")[0]
+    assert "There is no run of LLaVA-1.5 yet" in write_tables([tmp_path], None, SCORERS, 100).partition("##")[0]
     write_run(tmp_path, "a", 0, 0.5, **of(PRESETS["llava"]))
     for file in (folder / "answers").iterdir():
         file.unlink()
     (folder / "metrics.json").write_text(json.dumps({"easy_vqa.accuracy": 0.875}))
-    text = tell([tmp_path], tmp_path / "out", SCORERS, 100)
+    text = write_tables([tmp_path], tmp_path / "out", SCORERS, 100)
     assert "no answers to the same questions" in text.partition("##")[0]
     assert "87.5" in text, "a number without answers is shown without an interval"
     assert Page((tmp_path / "out/tables.html").read_text())
@@ -416,22 +416,22 @@ def test_what_cannot_be_read_is_told_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"runs: found none that is finished, allowed: folders with job.yaml and metrics.json at "
     ) as error:
-        tell([tmp_path], None, SCORERS)
+        write_tables([tmp_path], None, SCORERS)
     assert str(tmp_path) in str(error.value)
     folder = write_run(tmp_path, "a", **of(PRESETS["llava"]))
     (folder / "answers/easy_vqa.jsonl").write_text('{"id": 1}\n{half\n')
     with pytest.raises(ValueError, match=r"easy_vqa.jsonl: line 2: got '\{half', allowed: an object of JSON"):
-        tell([tmp_path], None, SCORERS)
+        write_tables([tmp_path], None, SCORERS)
     (folder / "metrics.json").unlink()
     write_run(tmp_path, "b", **of(PRESETS["default"]))
-    assert "is not finished and is left out" in tell([tmp_path], None, SCORERS, 100)
+    assert "is not finished and is left out" in write_tables([tmp_path], None, SCORERS, 100)
 
 
 def test_what_counted_sentences_otherwise_than_ifeval_is_told(tmp_path: Path) -> None:
     for name, splitter in (("a", "punkt"), ("b", "regex")):
         folder = write_run(tmp_path, name, **of(PRESETS["llava" if name == "a" else "default"]))
         (folder / "answers" / "asked.json").write_text(json.dumps({"splitter": splitter}))
-    assert "T12 of b: sentences were counted by regular expressions" in tell([tmp_path], None, SCORERS, 100)
+    assert "T12 of b: sentences were counted by regular expressions" in write_tables([tmp_path], None, SCORERS, 100)
 
 
 def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) -> None:
@@ -455,7 +455,7 @@ def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) ->
     assert filled["later"] == set()
     assert filled["blip"] == {"InstructBLIP-7B, 64 tokens"}
     assert "LLaVA-1.5-{size}" in filled["plain"]
-    assert "| InstructBLIP | not trained here |" in tell([tmp_path], None, SCORERS, 100)
+    assert "| InstructBLIP | not trained here |" in write_tables([tmp_path], None, SCORERS, 100)
 
 
 def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> None:
@@ -486,7 +486,7 @@ def test_models_that_were_asked_other_things_are_not_compared(tmp_path: Path) ->
     folder = write_run(tmp_path, "b", **of(PRESETS["default"]))
     jsonl(folder / "answers/easy_vqa.jsonl", answered(folder, "easy_vqa")[:-5])
     with pytest.raises(ValueError, match=r"easy_vqa.accuracy of .*b, .*a: .* of unit '39'"):
-        tell([tmp_path], None, SCORERS, 100)
+        write_tables([tmp_path], None, SCORERS, 100)
 
 
 def test_the_verb_writes_the_tables_and_tells_where_it_found_none(

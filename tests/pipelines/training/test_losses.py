@@ -45,7 +45,7 @@ def language(plans: dict[tuple[int, str], StagePlan]) -> Iterator[LlavaWithLoss]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(plans[1, "token"].tokenizer)
-    yield LlavaWithLoss(model.build(small.MODEL, tokenizer)).double().train()
+    yield LlavaWithLoss(model.build_model(small.MODEL, tokenizer)).double().train()
     torch.set_num_threads(before)
 
 
