@@ -413,7 +413,7 @@ def _shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence
         if check.find_fault(record, None) is None
     )
     texts = (
-        "".join(piece for piece, _ in template.spans(record["conversations"]))
+        "".join(piece for piece, _ in template.split_spans(record["conversations"]))
         for record in itertools.chain(*records.values(), others)
         for template in templates
     )

@@ -77,7 +77,7 @@ def small(folder: Path) -> Any:
         records.append({"id": str(number), "image": f"{number}.png", "conversations": told})
     make(records, str(folder), str(folder / "set"), Making(samples_per_shard=16))
     template = TEMPLATES["vicuna_bare"]
-    texts = ["".join(piece for piece, _ in template.spans(record["conversations"])) for record in records]
+    texts = ["".join(piece for piece, _ in template.split_spans(record["conversations"])) for record in records]
     train_word_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
     sizes = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 768}
     model = ModelSettings(
