@@ -246,7 +246,7 @@ def test_half_precision_rounds_the_result_and_nothing_else(method: str, dtype: t
 def test_a_ratio_gives_the_nearest_number_that_a_method_can_leave(patches: int, ratio: float) -> None:
     wanted = patches * (1 - ratio)
     for method in SPATIAL_METHODS:
-        count = settings(method, ratio=ratio).count(patches)
+        count = settings(method, ratio=ratio).count_tokens(patches)
         squares = [number**2 for number in range(1, patches + 1) if number**2 <= patches]
         assert count in squares
         assert abs(count - wanted) == min(abs(square - wanted) for square in squares)
@@ -262,9 +262,9 @@ def test_a_ratio_gives_the_nearest_number_that_a_method_can_leave(patches: int, 
 @pytest.mark.parametrize("method", REDUCERS)
 def test_more_tokens_than_patches_are_refused(method: str) -> None:
     features, last = example()
-    assert settings(method, tokens=16).count(16) == 16
+    assert settings(method, tokens=16).count_tokens(16) == 16
     for run in (
-        lambda: settings(method, tokens=25).count(16),
+        lambda: settings(method, tokens=25).count_tokens(16),
         lambda: reduce_tokens(features, settings(method, tokens=25), last),
     ):
         with pytest.raises(ValueError, match=r"tokens: got 25, allowed: one that leaves . to 16 of 16 patch tokens"):
@@ -275,7 +275,7 @@ def test_more_tokens_than_patches_are_refused(method: str) -> None:
 def test_spatial_methods_need_a_square(method: str) -> None:
     for budget in ({"tokens": 4}, {"ratio": 0.5}):
         with pytest.raises(ValueError, match="patches: got 15, allowed: a square number"):
-            settings(method, **budget).count(15)
+            settings(method, **budget).count_tokens(15)
 
 
 def test_prumerge_needs_a_class_token() -> None:
