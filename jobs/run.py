@@ -462,7 +462,7 @@ def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Seq
         if check.find_rejection(record, None) is None
     )
     texts = (
-        "".join(piece for piece, _ in template.spans(record["conversations"]))
+        "".join(piece for piece, _ in template.split_spans(record["conversations"]))
         for record in itertools.chain(*records.values(), others)
         for template in templates
     )

@@ -1,11 +1,11 @@
-"""From a LLaVA conversation to token ids and labels.
+"""Convert LLaVA conversations to token ids and labels.
 
-The whole conversation is tokenised once, and labels follow from the character spans of the assistant's text.  LLaVA
-tokenises pieces and adds up their lengths; where a tokenizer merges across a seam, the lengths disagree and the sample
-is silently masked.  Here a token that straddles a span is an error that names it.
+The whole conversation is tokenized once, and labels follow from the character spans of the assistant's text.  LLaVA
+tokenizes pieces and adds up their lengths; if a tokenizer merges across two pieces, the lengths disagree and the sample
+is silently masked.  Here a token across the end of a span is an error that names the token.
 
-A conversation is a list of turns {"from": "human" | "gpt", "value": text} in which `<image>` stands for the image.
-Wherever it stands in its turn, it is read as LLaVA's trainer reads it: at the front, on a line of its own.
+A conversation is a list of turns {"from": "human" | "gpt", "value": text} in which `<image>` stands for the image.  As
+in LLaVA's trainer, `<image>` moves to the front of its turn, on a line of its own.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,21 +19,24 @@ from redux.settings import TemplateName
 
 IMAGE_TOKEN = "<image>"
 EOS_TOKEN = "</s>"
-"""Vicuna's end of text.  In a template it stands for that of the tokenizer at hand, whatever its name there."""
+"""Vicuna's end token.  In a template it stands for the end token of the tokenizer in use."""
 
 IGNORE_INDEX = -100
-"""Label of tokens that are not predicted, as torch's cross-entropy ignores it."""
+"""Label of tokens that are not predicted; torch's cross-entropy ignores it."""
 
 CLIP_MAX_LENGTH = 77
-"""Tokens of a caption that CLIP's text tower reads at most."""
+"""Limit of tokens in a caption for CLIP's text tower."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How turns become text.  The assistant's text and its `end` are what the model learns to say.
+    """Text around the turns of a conversation.  The model learns the assistant's text and `end`.
 
-    system: opens the conversation.  human, assistant: stand before a turn of that role.  end: closes the assistant's.
-    An EOS in `end` is the tokenizer's own.
+    Args:
+        system: text at the start of the conversation.
+        human: text before a human turn.
+        assistant: text before a turn of the assistant.
+        end: text after a turn of the assistant; EOS_TOKEN stands for the tokenizer's end token.
     """
 
     system: str
@@ -41,10 +44,15 @@ class Template:
     assistant: str
     end: str
 
-    def spans(self, turns: Sequence[dict], eos: str = EOS_TOKEN) -> Iterator[tuple[str, bool]]:
-        """(text, learned) pieces whose concatenation is the conversation.
+    def split_spans(self, turns: Sequence[dict], eos: str = EOS_TOKEN) -> Iterator[tuple[str, bool]]:
+        """Split a conversation into pieces (text, is_learned), whose concatenation is the conversation.
 
-        ValueError where roles do not alternate human, gpt, human, ...
+        Args:
+            turns: turns {"from", "value"}.
+            eos: end token of the tokenizer.
+
+        Raises:
+            ValueError: roles do not alternate human, gpt, human, ...
         """
         end = self.end.replace(EOS_TOKEN, eos)
         yield self.system, False
@@ -54,13 +62,13 @@ class Template:
                 raise ValueError(f"turn {number + 1}: got role {turn['from']!r}, allowed: {role!r}")
             text = move_image_to_front(turn["value"])
             if role == "human":
-                yield self.human + self.question(text), False
+                yield self.human + self.human_text(text), False
                 yield self.assistant, False
             else:
                 yield f" {text}{end}" if self.assistant else text + end, True
 
-    def question(self, text: str) -> str:
-        """A human turn's text; LLaVA's stage 1 (an empty `human`) discards all of it but the image."""
+    def human_text(self, text: str) -> str:
+        """Return the text of a human turn; LLaVA's stage 1 (an empty `human`) keeps only its image."""
         if self.human:
             return text
         return IMAGE_TOKEN if IMAGE_TOKEN in text else ""
@@ -69,7 +77,7 @@ class Template:
 def move_image_to_front(text: str) -> str:
     r"""Move `<image>` to the front of its turn, as LLaVA's trainer does before anything else.
 
-    It then stands there once, and the rest of the turn on the next line, trimmed.  A turn without it stays as it is.
+    The result has it once, and the rest of the turn on the next line, stripped.  A turn without it stays unchanged.
 
     >>> move_image_to_front("What is this? <image>\n")
     '<image>\nWhat is this?'
@@ -98,76 +106,103 @@ def encode_conversation(
     turns: Sequence[dict],
     template: Template,
     image_tokens: int,
-    length: int | None = None,
+    max_length: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(input_ids, labels) of a conversation, each (length,) int64; labels are IGNORE but for what the assistant says.
+    """Encode a conversation as token ids and labels.
 
-    Each `<image>` becomes `image_tokens` tokens.  A conversation that ends with a human turn ends ready to be answered.
-    length: tokens after which it is cut off, those of images counted, as LLaVA does; None leaves it whole.
-    ValueError where the cut would go through an image, or leave nothing of what the assistant says.
+    A conversation that ends with a human turn ends with the text before the assistant's answer.
+
+    Args:
+        tokenizer: tokenizer with the token `<image>`.
+        turns: turns {"from", "value"}.
+        template: text around the turns.
+        image_tokens: number of tokens that replace each `<image>`.
+        max_length: limit of tokens, image tokens included, where LLaVA cuts; None keeps all.
+
+    Returns:
+        (input_ids, labels), each (length,) int64.  Labels are IGNORE_INDEX except on the assistant's text.
+
+    Raises:
+        ValueError: the cut would go through an image, or leave no text of the assistant.
     """
-    pieces = list(template.spans(turns, tokenizer.eos_token or EOS_TOKEN))
+    pieces = list(template.split_spans(turns, tokenizer.eos_token or EOS_TOKEN))
     text = "".join(piece for piece, _ in pieces)
     ids, start, end = _tokenize(tokenizer, text)
-    # characters that the assistant says before each place; a token's own are the difference of two
-    spoken = np.cumsum([0, *np.repeat([said for _, said in pieces], [len(piece) for piece, _ in pieces])])
-    said = spoken[end] - spoken[start]
-    if (torn := np.flatnonzero((said > 0) & (said < end - start))).size:
-        first = slice(start[torn[0]], end[torn[0]])
-        raise ValueError(f"token {text[first]!r} at character {first.start} is partly the assistant's, partly not")
-    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    labels = np.where((said > 0) & (ids != image), ids, IGNORE_INDEX)  # nobody can say an image
-    repeats = np.where(ids == image, image_tokens, 1)
+    # learned_before[c]: learned characters before character c; a token has the difference of two of them
+    is_learned = np.repeat([is_learned for _, is_learned in pieces], [len(piece) for piece, _ in pieces])
+    learned_before = np.cumsum([0, *is_learned])
+    learned = learned_before[end] - learned_before[start]
+    crossing = np.flatnonzero((learned > 0) & (learned < end - start))
+    if crossing.size:
+        characters = slice(start[crossing[0]], end[crossing[0]])
+        raise ValueError(
+            f"token {text[characters]!r} at character {characters.start} is partly the assistant's, partly not"
+        )
+    # an image of an assistant's turn is input, not a prediction
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    labels = np.where((learned > 0) & (ids != image_id), ids, IGNORE_INDEX)
+    repeats = np.where(ids == image_id, image_tokens, 1)
     ids, labels = ids.repeat(repeats), labels.repeat(repeats)
-    if length is None or len(ids) <= length:
+    # the cut, after images have their full length
+    if max_length is None or len(ids) <= max_length:
         return ids, labels
-    if (ids[length:] == image).any():
-        raise ValueError(f"{len(ids)} tokens, cut off after {length} within or before the image")
-    if (labels[:length] == IGNORE_INDEX).all():  # a batch of such would have no loss
-        raise ValueError(f"{len(ids)} tokens, cut off after {length} before any answer")
-    return ids[:length], labels[:length]
+    if (ids[max_length:] == image_id).any():
+        raise ValueError(f"{len(ids)} tokens, cut off after {max_length} within or before the image")
+    if (labels[:max_length] == IGNORE_INDEX).all():  # a batch of such samples would have no loss
+        raise ValueError(f"{len(ids)} tokens, cut off after {max_length} before any answer")
+    return ids[:max_length], labels[:max_length]
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokenise a text with images; returns ids, and the first character of each token and the one after its last.
+    """Tokenize a text with images.
 
-    The text between images is tokenised piece by piece, as in LLaVA's tokenizer_image_token: SentencePiece puts a blank
-    before a text, which LLaVA's models have learned behind each image.
+    Text between images is tokenized piece by piece, as in LLaVA's tokenizer_image_token: SentencePiece puts a blank
+    before each text, and LLaVA's models were trained with this blank after each image.
+
+    Returns:
+        (ids, start, end): token ids, and the characters start:end of each token.
     """
     parts = text.split(IMAGE_TOKEN)
-    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    ids, spans, first = [], [], 0
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    first = 0  # first character of the part
     for number, part in enumerate(parts):
-        # what opens a text opens only the first piece
+        # the begin token belongs to the first part only
         encoded = tokenizer(part, add_special_tokens=number == 0, return_offsets_mapping=True)
         ids += encoded["input_ids"]
         spans += [(first + start, first + end) for start, end in encoded["offset_mapping"]]
         first += len(part) + len(IMAGE_TOKEN)
         if number < len(parts) - 1:
-            ids.append(image)
+            ids.append(image_id)
             spans.append((first - len(IMAGE_TOKEN), first))
     start, end = np.asarray(spans, np.int64).reshape(-1, 2).T
     return np.asarray(ids, np.int64), start, end
 
 
 def pad_rows(rows: Sequence[np.ndarray], value: int, left: bool = False) -> np.ndarray:
-    """(rows, longest) array, filled up with `value`."""
-    result = np.full((len(rows), max(map(len, rows))), value, np.int64)
-    for line, row in zip(result, rows, strict=True):
-        line[len(line) - len(row) if left else 0 :][: len(row)] = row
-    return result
+    """Pad rows to the length of the longest with `value`, on the right or the left: (rows, longest) int64."""
+    padded = np.full((len(rows), max(map(len, rows))), value, np.int64)
+    for padded_row, row in zip(padded, rows, strict=True):
+        start = len(padded_row) - len(row) if left else 0
+        padded_row[start : start + len(row)] = row
+    return padded
 
 
-def train_word_tokenizer(texts: Iterable[str], length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words and marks, learned from `texts`; words are numbered by count, then alphabet.
+def train_word_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer of whole words and marks; words are numbered by count, then alphabet.
 
-    For small closed vocabularies such as easy-VQA's: one token a word keeps conversations short.
+    It suits small closed vocabularies such as easy-VQA's: one token for each word keeps conversations short.
+
+    Args:
+        texts: texts with all words.
+        max_length: limit of tokens in a sequence.
     """
-    # "</s>" must not be number 2: transformers' CLIP text tower then pools at the largest id instead of at the end
+    # "</s>" must not have id 2: transformers' CLIP text tower then pools at the largest id instead of the end token
     special = ["<unk>", "<s>", "<pad>", "</s>", IMAGE_TOKEN]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
-    # what means something together stays together, such as I'm and <<: decoding puts blanks between tokens
+    # I'm, << and the like stay one token, since decoding puts blanks between tokens
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
         Regex(r"\n|\w+'\w+|\w+:?|<<|>>|\*{6}|[^\w\s]"), "removed", invert=True
     )
@@ -181,6 +216,6 @@ def train_word_tokenizer(texts: Iterable[str], length: int) -> PreTrainedTokeniz
         eos_token="</s>",
         pad_token="<pad>",
         extra_special_tokens=[IMAGE_TOKEN],
-        model_max_length=length,
+        model_max_length=max_length,
         padding_side="right",
     )

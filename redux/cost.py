@@ -71,9 +71,10 @@ def compute_cost(
     Raises:
         ValueError: several layers of the tower are read, or a budget does not fit the tower.
 
-    LLaVA-1.5-7B on a question of 64 tokens, and the share of work that is left with the method's defaults:
+    LLaVA-1.5-7B on a question of 64 tokens (other sizes are transformers' defaults), and the share of work that is left
+    with the method's defaults:
 
-    >>> sizes = {"text_config": {"model_type": "llama", "intermediate_size": 11008}}  # the others are transformers' defaults
+    >>> sizes = {"text_config": {"model_type": "llama", "intermediate_size": 11008}}
     >>> llava = compute_cost(ReduxConfig(**sizes), text=64)
     >>> f"{llava.flops / 1e12:.1f} TFLOPs, {llava.kv_bytes / 2**20:.0f} MiB"
     '8.9 TFLOPs, 320 MiB'

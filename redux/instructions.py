@@ -1,25 +1,25 @@
-"""The paper's sixteen verifiable instructions: how each is drawn, asked and checked.
+"""The paper's sixteen verifiable instructions: their arguments, texts and checks.
 
-They are IFEval's (Zhou et al. 2023, arXiv 2311.07911).  Texts, ranges of arguments and the regular expressions that
-define what counts come from google-research/instruction_following_eval, which EleutherAI/lm-evaluation-harness carries
-on (lm_eval/tasks/ifeval, commit 0d2cf3b); both Apache-2.0.  The texts are benchmark data, so they stand here word for
-word, slips included.  T16 is IFEval's "multi-turn:constrained_start", which its own registry has commented out: it is
-the only check of a start there, and the paper's task has one.
+They are IFEval's (Zhou et al. 2023, arXiv 2311.07911).  Texts, ranges of arguments and regular expressions come from
+google-research/instruction_following_eval, which EleutherAI/lm-evaluation-harness maintains (lm_eval/tasks/ifeval,
+commit 0d2cf3b); both Apache-2.0.  The texts are benchmark data, so they are copied word for word, with their mistakes.
+T16 is IFEval's "multi-turn:constrained_start", which its registry comments out.  It is IFEval's only check of a start,
+and the paper has such a task.
 
-Checks are as lenient and as odd as IFEval's, since numbers are compared with those of others: ***bold*** counts as
-two highlights, a bare number is JSON, 1,000 has a comma, a start may be that of any line; and keywords, markers,
-splitters and starters are regular expressions.  Different on purpose are only these:
+Checks are as lenient and as odd as IFEval's, so that scores are comparable: ***bold*** counts as two highlights, a bare
+number is JSON, 1,000 has a comma, and a start may be that of any line.  Keywords, markers, splitters and starters are
+regular expressions.  There are only these differences:
 
-- langdetect starts from the same seed for every text, in a detector of our own, so that order, threads and other
-  users of it change nothing.  IFEval leaves it unseeded: "a man and a dog" is English in seven cases of ten.
-- Arguments must all be there and fit, counts be at least 1; anything else is a ValueError.  IFEval draws anew what is
-  missing, and lm-eval drops what is 0 before, so that a text is checked against a number nobody asked for.
-- Brackets nested deeper than Python's JSON reader goes are not JSON.  There, they end the evaluation.
+- langdetect has the same seed for every text, in a detector of this module, so that order, threads and other users of
+  langdetect change nothing.  IFEval sets no seed: "a man and a dog" is English in seven of ten cases.
+- All arguments must be present and valid, counts at least 1; otherwise a ValueError is raised.  IFEval samples a missing
+  argument, and lm-eval drops an argument of 0, so that a response is checked against a number that was not in its prompt.
+- Brackets nested too deeply for Python's JSON reader are not JSON.  In IFEval they end the evaluation.
 
-Sentences are counted by redux/sentences.py.  Words are what the library `regex` takes for such, as in NLTK since 3.10,
-by which lm-eval counts them: Unicode's, in which a combining mark belongs to its word.  Older NLTK counts by `re`.
+`redux.sentences` splits sentences.  Words are matches of the library `regex`, as in NLTK since 3.10, which lm-eval uses:
+in Unicode a combining mark belongs to its word.  Older NLTK matches with `re`.
 
-Cost: a few milliseconds for a text in one case, where the language is asked; microseconds for the others.
+Cost: a few milliseconds for a check of upper or lower case, which detects the language; microseconds for the others.
 """
 
 import json
@@ -69,34 +69,43 @@ _COMMON = """
 """
 
 KEYWORDS = tuple(_COMMON.split())
-"""Words that keywords are drawn from: common ones, none within another, no colours or shapes.
+"""Words to sample keywords from: common words, none part of another, no colours or shapes.
 
-Not IFEval's list of some 1,500, which is its own work, and has many words that fit no image.
+IFEval's list of about 1,500 words is not copied: it is a work of its authors, and many of its words fit no image.
 """
 
-Words = Sequence[str]
+Keywords = Sequence[str]
 
 
 @dataclass(frozen=True)
-class Argument:
-    """What an instruction leaves open.
+class InstructionArgument:
+    """An argument of an instruction.
 
-    drawn: a value from chance, and for keywords from words.  allowed: in words.  fits: whether a value is.
-    tidy: what IFEval does to a value before it asks and checks.
+    Args:
+        sample: returns a random value, for keywords from a list of words.
+        allowed: description of the allowed values.
+        is_valid: tells if a value is allowed.
+        normalize: IFEval's change of a value before rendering and checking.
     """
 
-    drawn: Callable[[random.Random, Words], Any]
+    sample: Callable[[random.Random, Keywords], Any]
     allowed: str
-    fits: Callable[[Any], bool]
-    tidy: Callable[[Any], Any] = lambda value: value
+    is_valid: Callable[[Any], bool]
+    normalize: Callable[[Any], Any] = lambda value: value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Instruction:
-    """One of the sixteen.
+    """A verifiable instruction.
 
-    task: the paper's number.  id: IFEval's.  name: for tables.  group: the paper's.
-    text: with arguments in braces.  followed: the check, of a response and the arguments by name.
+    Args:
+        task: number in the paper.
+        id: id in IFEval.
+        name: name for tables.
+        group: group in the paper.
+        text: text with the arguments in braces.
+        check: takes a response and the arguments by name; tells if the response follows the instruction.
+        arguments: arguments by IFEval's names.
     """
 
     task: int
@@ -104,26 +113,35 @@ class Instruction:
     name: str
     group: str
     text: str
-    followed: Callable[..., bool]
-    arguments: dict[str, Argument] = field(default_factory=dict)
+    check: Callable[..., bool]
+    arguments: dict[str, InstructionArgument] = field(default_factory=dict)
 
 
-def draw_arguments(id: str, chance: random.Random, words: Words = KEYWORDS) -> dict[str, Any]:
-    """Arguments by IFEval's names, from IFEval's ranges; keywords are two of `words`.
+def draw_arguments(id: str, rng: random.Random, words: Keywords = KEYWORDS) -> dict[str, Any]:
+    """Sample the arguments of an instruction from IFEval's ranges.
 
-    ValueError where `words` are fewer than two different ones, or are no regular expressions.
+    Args:
+        id: IFEval's id.
+        rng: source of randomness.
+        words: words to sample two keywords from.
+
+    Returns:
+        Values by IFEval's names.
+
+    Raises:
+        ValueError: `words` has fewer than two different words, or one that is no regular expression.
     """
     instruction = _find_instruction(id)
-    choice = list(dict.fromkeys(words))
-    if len(choice) < 2:
-        raise ValueError(f"words: got {choice}, allowed: at least two different words")
+    unique_words = list(dict.fromkeys(words))
+    if len(unique_words) < 2:
+        raise ValueError(f"words: got {unique_words}, allowed: at least two different words")
     return _check_arguments(
-        instruction, {name: each.drawn(chance, choice) for name, each in instruction.arguments.items()}
+        instruction, {name: argument.sample(rng, unique_words) for name, argument in instruction.arguments.items()}
     )
 
 
 def render_instruction(id: str, kwargs: Mapping[str, Any]) -> str:
-    """IFEval's text with the arguments put in.
+    """Render IFEval's text with its arguments.
 
     >>> render_instruction("detectable_content:postscript", {"postscript_marker": "P.S."})
     'At the end of your response, please explicitly add a postscript starting with P.S.'
@@ -133,17 +151,26 @@ def render_instruction(id: str, kwargs: Mapping[str, Any]) -> str:
 
 
 def follows_strictly(id: str, kwargs: Mapping[str, Any], response: str) -> bool:
-    """Whether the response, as it is, follows the instruction; an empty one follows none.
+    """Tell if the unchanged response follows the instruction.  An empty response follows none.
 
-    kwargs: exactly the instruction's arguments; those that are None count as not there, since tables of IFEval have a
-        column for the arguments of all.
-    ValueError for an id that is none of the sixteen, and for an argument that is missing, unknown or does not fit.
+    Args:
+        id: IFEval's id.
+        kwargs: exactly the instruction's arguments. None counts as missing, since tables of IFEval have a column for
+            each argument of any instruction.
+        response: response of a model.
+
+    Raises:
+        ValueError: the id is unknown, or an argument is missing, unknown or invalid.
     """
     return _any_follows(id, kwargs, [response])
 
 
 def follows_loosely(id: str, kwargs: Mapping[str, Any], response: str) -> bool:
-    """Whether any of eight does: without the first line, the last, or both, and each of these without asterisks."""
+    """Tell if any of eight variants follows the instruction, as IFEval's loose accuracy.
+
+    The variants are the response without its first line, its last line, both or neither, each with and without
+    asterisks.  Arguments and errors are those of `follows_strictly`.
+    """
     lines = response.split("\n")
     cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return _any_follows(id, kwargs, list(dict.fromkeys(cut + [text.replace("*", "") for text in cut])))
@@ -151,8 +178,8 @@ def follows_loosely(id: str, kwargs: Mapping[str, Any], response: str) -> bool:
 
 def _any_follows(id: str, kwargs: Mapping[str, Any], responses: Sequence[str]) -> bool:
     instruction = _find_instruction(id)
-    fitting = _check_arguments(instruction, kwargs)
-    return any(text.strip() and instruction.followed(text, **fitting) for text in responses)
+    arguments = _check_arguments(instruction, kwargs)
+    return any(text.strip() and instruction.check(text, **arguments) for text in responses)
 
 
 def _find_instruction(id: str) -> Instruction:
@@ -162,35 +189,35 @@ def _find_instruction(id: str) -> Instruction:
 
 
 def _check_arguments(instruction: Instruction, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, tidied.  ValueError unless they are the instruction's, and fit."""
-    wanted, id = instruction.arguments, instruction.id
-    given = {name: value for name, value in kwargs.items() if value is not None}
-    if unknown := [name for name in given if name not in wanted]:
-        raise ValueError(f"{id}: kwargs: got {unknown[0]!r}, allowed: {', '.join(wanted) or 'none'}")
-    for name, argument in wanted.items():
-        if name not in given or not argument.fits(given[name]):
-            got = repr(given[name]) if name in given else "nothing"
+    """Check the arguments of an instruction and normalize them; ValueError for one missing, unknown or invalid."""
+    arguments, id = instruction.arguments, instruction.id
+    values = {name: value for name, value in kwargs.items() if value is not None}
+    if unknown := [name for name in values if name not in arguments]:
+        raise ValueError(f"{id}: kwargs: got {unknown[0]!r}, allowed: {', '.join(arguments) or 'none'}")
+    for name, argument in arguments.items():
+        if name not in values or not argument.is_valid(values[name]):
+            got = repr(values[name]) if name in values else "nothing"
             raise ValueError(f"{id}: {name}: got {got}, allowed: {argument.allowed}")
-    return {name: argument.tidy(given[name]) for name, argument in wanted.items()}
+    return {name: argument.normalize(values[name]) for name, argument in arguments.items()}
 
 
-# --- what is checked -------------------------------------------------------------------------------------------------
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _no_comma(response: str) -> bool:
+def _has_no_comma(response: str) -> bool:
     return "," not in response
 
 
-def _lowercase(response: str) -> bool:
+def _is_lowercase(response: str) -> bool:
     return response.islower() and _is_english(response)
 
 
-def _uppercase(response: str) -> bool:
+def _is_uppercase(response: str) -> bool:
     return response.isupper() and _is_english(response)
 
 
 def _is_english(text: str) -> bool:
-    """As langdetect tells; a text without a feature of any language counts as English, as in IFEval."""
+    """Tell if langdetect finds English; a text without features of a language counts as English, as in IFEval."""
     detector = _load_language_detectors().create()
     try:
         detector.append(text)
@@ -201,7 +228,7 @@ def _is_english(text: str) -> bool:
 
 @cache
 def _load_language_detectors() -> Any:
-    """A factory of our own: langdetect's is shared by the process, and so is the seed that others may set or not."""
+    """Load a factory for this module: langdetect's own factory and seed are shared by the whole process."""
     factory = DetectorFactory()
     factory.set_seed(0)
     profiles = [path for path in sorted(Path(PROFILES_DIRECTORY).iterdir()) if path.is_file()]
@@ -209,33 +236,33 @@ def _load_language_detectors() -> Any:
     return factory
 
 
-def _placeholders(response: str, num_placeholders: int) -> bool:
+def _has_placeholders(response: str, num_placeholders: int) -> bool:
     return len(re.findall(r"\[.*?\]", response)) >= num_placeholders
 
 
-def _postscript(response: str, postscript_marker: str) -> bool:
-    return re.search(_postscript_pattern(postscript_marker), response.lower(), re.MULTILINE) is not None
+def _has_postscript(response: str, postscript_marker: str) -> bool:
+    return re.search(_build_postscript_pattern(postscript_marker), response.lower(), re.MULTILINE) is not None
 
 
-def _postscript_pattern(marker: str) -> str:
+def _build_postscript_pattern(marker: str) -> str:
     known = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
     return rf"\s*{known.get(marker, marker.lower())}.*$"
 
 
-def _title(response: str) -> bool:
+def _has_title(response: str) -> bool:
     return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", response))
 
 
-def _keywords(response: str, keywords: Sequence[str]) -> bool:
+def _has_keywords(response: str, keywords: Sequence[str]) -> bool:
     return all(re.search(keyword, response, re.IGNORECASE) for keyword in keywords)
 
 
-def _highlights(response: str, num_highlights: int) -> bool:
+def _has_highlights(response: str, num_highlights: int) -> bool:
     single, double = (re.findall(pattern, response) for pattern in (r"\*([^\n*]*)\*", r"\*\*([^\n*]*)\*\*"))
     return sum(1 for text in single + double if text.strip()) >= num_highlights
 
 
-def _json(response: str) -> bool:
+def _is_json(response: str) -> bool:
     text = response.strip()
     for fence in ("```json", "```Json", "```JSON", "```"):
         text = text.removeprefix(fence)
@@ -246,25 +273,25 @@ def _json(response: str) -> bool:
     return True
 
 
-def _sections(response: str, section_spliter: str, num_sections: int) -> bool:
-    return len(re.split(_section_pattern(section_spliter), response)) - 1 >= num_sections
+def _has_sections(response: str, section_spliter: str, num_sections: int) -> bool:
+    return len(re.split(_build_section_pattern(section_spliter), response)) - 1 >= num_sections
 
 
-def _section_pattern(spliter: str) -> str:
+def _build_section_pattern(spliter: str) -> str:
     return rf"\s?{spliter}\s?\d+\s?"
 
 
-def _bullets(response: str, num_bullets: int) -> bool:
+def _has_bullets(response: str, num_bullets: int) -> bool:
     stars, dashes = (re.findall(pattern, response, re.MULTILINE) for pattern in (r"^\s*\*[^\*].*$", r"^\s*-.*$"))
     return len(stars) + len(dashes) == num_bullets
 
 
-def _sentences(response: str, num_sentences: int, relation: str) -> bool:
+def _has_sentence_count(response: str, num_sentences: int, relation: str) -> bool:
     return _compare_count(len(SPLITTERS[choose_splitter()](response)), relation, num_sentences)
 
 
-def _words(response: str, num_words: int, relation: str) -> bool:
-    # NLTK 3.10 searches by this library, whose words have combining marks within; re's end before each
+def _has_word_count(response: str, num_words: int, relation: str) -> bool:
+    # NLTK 3.10 matches with this library, which keeps combining marks inside words; `re` ends a word before them
     return _compare_count(len(regex.findall(r"\w+", response)), relation, num_words)
 
 
@@ -272,42 +299,42 @@ def _compare_count(count: int, relation: str, bound: int) -> bool:
     return count < bound if relation == "less than" else count >= bound
 
 
-def _two_responses(response: str) -> bool:
+def _has_two_responses(response: str) -> bool:
     parts = [part.strip() for part in response.split("******")]
-    said = [part for part in parts if part]
-    return all(parts[1:-1]) and len(said) == 2 and said[0] != said[1]
+    responses = [part for part in parts if part]
+    return all(parts[1:-1]) and len(responses) == 2 and responses[0] != responses[1]
 
 
-def _ending(response: str, end_phrase: str) -> bool:
+def _has_ending(response: str, end_phrase: str) -> bool:
     return response.strip().strip('"').lower().endswith(end_phrase.lower())
 
 
-def _start(response: str, starter: str) -> bool:
-    return re.search(_start_pattern(starter), response, re.MULTILINE) is not None
+def _has_start(response: str, starter: str) -> bool:
+    return re.search(_build_start_pattern(starter), response, re.MULTILINE) is not None
 
 
-def _start_pattern(starter: str) -> str:
+def _build_start_pattern(starter: str) -> str:
     return rf"^\s*{starter}.*$"
 
 
-# --- the sixteen -----------------------------------------------------------------------------------------------------
+# --- instructions ----------------------------------------------------------------------------------------------------
 
 
-def _number_argument(low: int, high: int) -> Argument:
-    return Argument(
-        drawn=lambda chance, words: chance.randint(low, high),
+def _number_argument(low: int, high: int) -> InstructionArgument:
+    return InstructionArgument(
+        sample=lambda rng, words: rng.randint(low, high),
         allowed="a whole number, at least 1",
-        fits=lambda value: type(value) is int and value >= 1,
+        is_valid=lambda value: type(value) is int and value >= 1,
     )
 
 
-def _phrase_argument(*usual: str, pattern: Callable[[str], str] = re.escape) -> Argument:
-    """A text, by chance one of the usual; `pattern` makes of it what the check searches for."""
-    return Argument(
-        drawn=lambda chance, words: chance.choice(usual),
+def _phrase_argument(*usual: str, pattern: Callable[[str], str] = re.escape) -> InstructionArgument:
+    """Build an argument of text, sampled from the usual ones; `pattern` turns it into the check's expression."""
+    return InstructionArgument(
+        sample=lambda rng, words: rng.choice(usual),
         allowed=f"a text that can stand in a regular expression, such as {usual[0]!r}",
-        fits=lambda value: isinstance(value, str) and bool(value.strip()) and _compiles(pattern(value.strip())),
-        tidy=str.strip,
+        is_valid=lambda value: isinstance(value, str) and bool(value.strip()) and _compiles(pattern(value.strip())),
+        normalize=str.strip,
     )
 
 
@@ -319,21 +346,21 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-_RELATION = Argument(
-    drawn=lambda chance, words: chance.choice(NUMBER_RELATIONS),
+_RELATION = InstructionArgument(
+    sample=lambda rng, words: rng.choice(NUMBER_RELATIONS),
     allowed=" or ".join(map(repr, NUMBER_RELATIONS)),
-    fits=lambda value: isinstance(value, str) and value in NUMBER_RELATIONS,
+    is_valid=lambda value: isinstance(value, str) and value in NUMBER_RELATIONS,
 )
 
-_TWO_WORDS = Argument(
-    drawn=lambda chance, words: chance.sample(words, 2),
+_TWO_WORDS = InstructionArgument(
+    sample=lambda rng, words: rng.sample(words, 2),
     allowed="a list of texts that are regular expressions",
-    fits=lambda value: (
+    is_valid=lambda value: (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(each, str) and bool(each) and _compiles(each) for each in value)
+        and all(isinstance(keyword, str) and bool(keyword) and _compiles(keyword) for keyword in value)
     ),
-    tidy=sorted,
+    normalize=sorted,
 )
 
 _FORMATTING = "Text formatting"
@@ -343,15 +370,15 @@ _LENGTH = "Length limit"
 _OTHER = "Other"
 
 INSTRUCTIONS: dict[str, Instruction] = {
-    each.id: each
-    for each in (
+    instruction.id: instruction
+    for instruction in (
         Instruction(
             task=1,
             id="punctuation:no_comma",
             name="no comma",
             group=_FORMATTING,
             text="In your entire response, refrain from the use of any commas.",
-            followed=_no_comma,
+            check=_has_no_comma,
         ),
         Instruction(
             task=2,
@@ -360,7 +387,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             group=_FORMATTING,
             text="Your entire response should be in English, and in all lowercase letters. No capital letters are "
             "allowed.",
-            followed=_lowercase,
+            check=_is_lowercase,
         ),
         Instruction(
             task=3,
@@ -368,7 +395,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             name="uppercase",
             group=_FORMATTING,
             text="Your entire response should be in English, and in all capital letters.",
-            followed=_uppercase,
+            check=_is_uppercase,
         ),
         Instruction(
             task=4,
@@ -377,7 +404,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             group=_CONTENT,
             text="The response must contain at least {num_placeholders} placeholders represented by square brackets, "
             "such as [address].",
-            followed=_placeholders,
+            check=_has_placeholders,
             arguments={"num_placeholders": _number_argument(1, 4)},
         ),
         Instruction(
@@ -386,8 +413,8 @@ INSTRUCTIONS: dict[str, Instruction] = {
             name="postscript",
             group=_CONTENT,
             text="At the end of your response, please explicitly add a postscript starting with {postscript_marker}",
-            followed=_postscript,
-            arguments={"postscript_marker": _phrase_argument("P.S.", "P.P.S", pattern=_postscript_pattern)},
+            check=_has_postscript,
+            arguments={"postscript_marker": _phrase_argument("P.S.", "P.P.S", pattern=_build_postscript_pattern)},
         ),
         Instruction(
             task=6,
@@ -395,7 +422,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             name="title",
             group=_CONTENT,
             text="Your answer must contain a title, wrapped in double angular brackets, such as <<poem of joy>>.",
-            followed=_title,
+            check=_has_title,
         ),
         Instruction(
             task=7,
@@ -403,7 +430,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             name="keywords",
             group=_CONTENT,
             text="Include keywords {keywords} in the response.",
-            followed=_keywords,
+            check=_has_keywords,
             arguments={"keywords": _TWO_WORDS},
         ),
         Instruction(
@@ -413,7 +440,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             group=_FORMAT,
             text="Highlight at least {num_highlights} sections in your answer with markdown, i.e. *highlighted "
             "section*.",
-            followed=_highlights,
+            check=_has_highlights,
             arguments={"num_highlights": _number_argument(1, 4)},
         ),
         Instruction(
@@ -422,7 +449,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             name="json",
             group=_FORMAT,
             text="Entire output should be wrapped in JSON format. You can use markdown ticks such as ```.",
-            followed=_json,
+            check=_is_json,
         ),
         Instruction(
             task=10,
@@ -432,9 +459,9 @@ INSTRUCTIONS: dict[str, Instruction] = {
             text="Your response must have {num_sections} sections. Mark the beginning of each section with "
             "{section_spliter} X, such as:\n{section_spliter} 1\n[content of section 1]\n{section_spliter} 2\n"
             "[content of section 2]",
-            followed=_sections,
+            check=_has_sections,
             arguments={
-                "section_spliter": _phrase_argument("Section", "SECTION", pattern=_section_pattern),
+                "section_spliter": _phrase_argument("Section", "SECTION", pattern=_build_section_pattern),
                 "num_sections": _number_argument(1, 5),
             },
         ),
@@ -445,7 +472,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             group=_FORMAT,
             text="Your answer must contain exactly {num_bullets} bullet points. Use the markdown bullet points such "
             "as:\n* This is point 1. \n* This is point 2",
-            followed=_bullets,
+            check=_has_bullets,
             arguments={"num_bullets": _number_argument(1, 5)},
         ),
         Instruction(
@@ -454,7 +481,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             name="sentences",
             group=_LENGTH,
             text="Your response should contain {relation} {num_sentences} sentences.",
-            followed=_sentences,
+            check=_has_sentence_count,
             arguments={"num_sentences": _number_argument(1, 20), "relation": _RELATION},
         ),
         Instruction(
@@ -463,7 +490,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             name="words",
             group=_LENGTH,
             text="Answer with {relation} {num_words} words.",
-            followed=_words,
+            check=_has_word_count,
             arguments={"num_words": _number_argument(100, 500), "relation": _RELATION},
         ),
         Instruction(
@@ -473,7 +500,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             group=_OTHER,
             text="Give two different responses. Responses and only responses should be separated by 6 asterisk "
             "symbols: ******.",
-            followed=_two_responses,
+            check=_has_two_responses,
         ),
         Instruction(
             task=15,
@@ -481,7 +508,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             name="ending",
             group=_OTHER,
             text="Finish your response with this exact phrase {end_phrase}. No other words should follow this phrase.",
-            followed=_ending,
+            check=_has_ending,
             arguments={
                 "end_phrase": _phrase_argument("Any other questions?", "Is there anything else I can help with?")
             },
@@ -492,9 +519,9 @@ INSTRUCTIONS: dict[str, Instruction] = {
             name="start",
             group=_OTHER,
             text="During the conversation, when it is your turn, please always start with {starter}",
-            followed=_start,
-            arguments={"starter": _phrase_argument(*STARTERS, pattern=_start_pattern)},
+            check=_has_start,
+            arguments={"starter": _phrase_argument(*STARTERS, pattern=_build_start_pattern)},
         ),
     )
 }
-"""The sixteen by IFEval's id, in the paper's order."""
+"""The sixteen instructions by IFEval's id, in the paper's order."""

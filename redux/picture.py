@@ -1,12 +1,12 @@
-"""What was kept, merged and dropped, drawn over the image.
+"""Picture of kept, merged and dropped patches, drawn over the image.
 
-A token count says how much was removed; only a picture says whether it was the right part.  Kept patches therefore stay
-as they are, inside a thin outline; the patches of one cluster share one translucent tint, so that the image can still
-be judged below it; dropped patches turn grey and dark.
+A token count shows how much was removed; a picture shows whether it was the right part.  Kept patches stay unchanged,
+inside a thin outline.  The patches of one cluster share a translucent tint, which leaves the image visible.  Dropped
+patches turn dark grey.
 
-The tint is a colour and a texture: the seven colours that Okabe and Ito (2008) chose for the colour-blind, black apart,
-each plain, then in stripes, then in stripes the other way, then in a check.  So 28 clusters look different before any
-two look alike.
+A tint is a colour and a texture: the seven colours of Okabe and Ito (2008) for colour-blind readers, without black,
+each plain, in stripes, in stripes of the other direction, and in a check.  So 28 clusters look different before two
+look the same.
 
 Cost: one pass in numpy over a picture of about `size` pixels a side, some milliseconds.
 """
@@ -35,7 +35,7 @@ DARK, LIGHT = 0.45, 0.6  # opacity of the outlines: black around a patch, white 
 
 
 def enlarge_image(image: Image.Image, patches: int, size: int = 256) -> Image.Image:
-    """The image at about `size` pixels a side: a whole number of pixels, a multiple of 4, for each patch."""
+    """Resize the image to about `size` pixels a side, so that each patch has a multiple of 4 pixels a side."""
     side = grid_side(patches)
     cell = 4 * max(1, round(size / side / 4))
     return image.convert("RGB").resize((cell * side, cell * side), Image.Resampling.BICUBIC)
@@ -44,30 +44,36 @@ def enlarge_image(image: Image.Image, patches: int, size: int = 256) -> Image.Im
 def draw_patches(
     image: Image.Image, slot: Int[np.ndarray, "patches"], merged: Bool[np.ndarray, "patches"], size: int = 256
 ) -> Image.Image:
-    """Show where each patch went.
+    """Draw the output token of each patch over the image.
 
-    image: what the image tower saw; one that is not square is stretched.
-    slot[p]: the output token that holds patch p, -1 if it was dropped.  Patches are numbered row by row.
-    merged[p]: whether patch p is part of a cluster; a patch that is neither merged nor dropped was kept.
-    Raises ValueError where the patches do not fill a square.
+    Args:
+        image: input of the image tower; an image that is not square is stretched.
+        slot: slot[p] is the output token that holds patch p, -1 if p was dropped. Patches are numbered row by row.
+        merged: merged[p] is True if patch p is part of a cluster. A patch that is neither merged nor dropped was kept.
+        size: approximate side of the picture in pixels.
+
+    Raises:
+        ValueError: the patches do not fill a square.
     """
     side = grid_side(slot.size)
     picture = np.asarray(enlarge_image(image, slot.size, size)).astype(np.float32)
     cell = picture.shape[0] // side
+    # fill: grey for dropped patches, a tint for each cluster
     dropped = slot < 0
     clustered = merged & ~dropped
     picture = np.where(_repeat_for_pixels(dropped, cell)[..., None], _darken_to_grey(picture), picture)
     picture = _tint_clusters(picture, np.where(clustered, slot, -1), cell)
+    # outlines: black between tokens
     edges = _find_borders(slot, cell)
     picture = _blend(picture, 0, DARK * edges)
     kept = _repeat_for_pixels(~merged & ~dropped, cell)
-    # a white line within the black one: whatever the image's colour, one of the two is seen
+    # a white line inside the black one: on every colour one of the two is visible
     picture = _blend(picture, 255, LIGHT * (kept & ~edges & _inner_ring(side, cell)))
     return Image.fromarray(picture.round().astype(np.uint8))
 
 
 def _repeat_for_pixels(values: np.ndarray, cell: int) -> np.ndarray:
-    """One value a patch -> one value a pixel."""
+    """Repeat the value of each patch for its pixels."""
     side = grid_side(values.size)
     return values.reshape(side, side).repeat(cell, axis=0).repeat(cell, axis=1)
 
@@ -82,7 +88,7 @@ def _blend(
 
 
 def _darken_to_grey(picture: Float[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width 3"]:
-    """Dark, but lighter than black, so that a dropped black patch differs from a kept one."""
+    """Turn the picture dark grey, lighter than black, so that a dropped black patch differs from a kept one."""
     luma = picture @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     return (40 + 0.2 * luma)[..., None].repeat(3, axis=2)
 
@@ -90,7 +96,7 @@ def _darken_to_grey(picture: Float[np.ndarray, "height width 3"]) -> Float[np.nd
 def _tint_clusters(
     picture: Float[np.ndarray, "height width 3"], slot: Int[np.ndarray, "patches"], cell: int
 ) -> Float[np.ndarray, "height width 3"]:
-    """Tint by rank among the slots given; -1 is left alone."""
+    """Tint each cluster by its rank among the slots; -1 stays unchanged."""
     clusters = np.unique(slot[slot >= 0])
     rank = _repeat_for_pixels(np.searchsorted(clusters, slot), cell)
     dense = _build_textures(cell, picture.shape[0])[rank // len(CLUSTER_COLOURS) % TEXTURES, *np.indices(rank.shape)]
@@ -99,7 +105,7 @@ def _tint_clusters(
 
 
 def _build_textures(cell: int, width: int) -> Bool[np.ndarray, "textures width width"]:
-    """Where each texture is dense.  Its period divides the patch, so it runs on from patch to patch."""
+    """Build a mask of each texture's dense half.  Its period divides the patch, so textures continue across patches."""
     row, column = np.indices((width, width))
     period = cell // 2
     half = max(1, period // 2)
@@ -108,9 +114,9 @@ def _build_textures(cell: int, width: int) -> Bool[np.ndarray, "textures width w
 
 
 def _find_borders(slot: Int[np.ndarray, "patches"], cell: int) -> Bool[np.ndarray, "height width"]:
-    """One pixel on either side of each border between patches of different tokens, and around the image.
+    """Find the pixels next to borders between patches of different tokens, and at the edge of the image.
 
-    Dropped patches are one dark area, without borders between them.
+    Dropped patches are one dark area without borders.
     """
     area = np.pad(_repeat_for_pixels(slot, cell), 1, constant_values=-2)
     here = area[1:-1, 1:-1]
@@ -118,7 +124,7 @@ def _find_borders(slot: Int[np.ndarray, "patches"], cell: int) -> Bool[np.ndarra
 
 
 def _inner_ring(side: int, cell: int) -> Bool[np.ndarray, "height width"]:
-    """The second pixel from the edge of each patch."""
-    place = np.arange(side * cell) % cell
-    outer = (place < 2) | (place >= cell - 2)
+    """Find the two outermost pixels of each patch.  Without the border pixels, the second one remains."""
+    position = np.arange(side * cell) % cell
+    outer = (position < 2) | (position >= cell - 2)
     return outer[:, None] | outer[None, :]

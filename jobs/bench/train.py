@@ -103,7 +103,7 @@ def build_plan(folder: Path) -> "StagePlan":
         records.append({"id": str(number), "image": f"{number}.png", "conversations": conversation})
     make_shards(records, str(folder), str(folder / "set"), ShardOptions(samples_per_shard=16))
     template = TEMPLATES["vicuna_bare"]
-    texts = ["".join(piece for piece, _ in template.spans(record["conversations"])) for record in records]
+    texts = ["".join(piece for piece, _ in template.split_spans(record["conversations"])) for record in records]
     train_word_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
 
     # Model and stage.

@@ -61,17 +61,17 @@ def build_questions(
     if empty := [each.id for each in asked if each.answer is not None and not each.answer.strip()]:
         raise ValueError(f"{empty[0]}: answer: got nothing, allowed: a text or None")
     places = sorted(random.Random(seed).sample(range(len(asked)), per_task))
-    return [_question(asked[place], id, seed, keywords) for id in INSTRUCTIONS for place in places]
+    return [_build_question(asked[place], id, seed, keywords) for id in INSTRUCTIONS for place in places]
 
 
-def _question(asked: ImageQuestion, id: str, seed: int, keywords: Sequence[str]) -> Question:
+def _build_question(asked: ImageQuestion, id: str, seed: int, keywords: Sequence[str]) -> Question:
     task = INSTRUCTIONS[id].task
     kwargs = draw_arguments(id, random.Random(f"{seed}/{task}/{asked.id}"), keywords)
     return Question(
         id=f"{_task_group(task)}/{asked.id}",
         unit=asked.id,
         image=asked.image,
-        prompt=_prompt(asked.question, id, kwargs),
+        prompt=_build_prompt(asked.question, id, kwargs),
         reference={
             "task": task,
             "instruction_id": id,
@@ -82,7 +82,7 @@ def _question(asked: ImageQuestion, id: str, seed: int, keywords: Sequence[str])
     )
 
 
-def _prompt(question: str, id: str, kwargs: dict[str, Any]) -> str:
+def _build_prompt(question: str, id: str, kwargs: dict[str, Any]) -> str:
     return f"{question} {render_instruction(id, kwargs)}"
 
 
@@ -220,7 +220,7 @@ def _parse_question(line: dict[str, Any]) -> Question:
     _check_record(line, QUESTION_FIELDS)
     reference = line["reference"]
     _check_record(reference, REFERENCE_FIELDS)
-    prompt = _prompt(reference["question"], reference["instruction_id"], reference["kwargs"])
+    prompt = _build_prompt(reference["question"], reference["instruction_id"], reference["kwargs"])
     if line["prompt"] != prompt:
         raise ValueError(f"prompt: got {line['prompt']!r}, allowed: what its reference asks, {prompt!r}")
     if reference["task"] != (task := INSTRUCTIONS[reference["instruction_id"]].task):

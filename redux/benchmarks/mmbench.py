@@ -60,14 +60,17 @@ def read_questions(*sources: Source) -> list[Question]:
     rotated = any(index >= ROTATION_OFFSET for index in rows)
     result = []
     for index, (place, row) in rows.items():
-        options = _options(place, row)
-        image = _image(place, row, rows)
-        rounds = range(1 if rotated else len(options))
-        result += [_question(place, row, index + number * ROTATION_OFFSET, options, number, image) for number in rounds]
+        options = _read_options(place, row)
+        image = _read_image(place, row, rows)
+        rotations = range(1 if rotated else len(options))
+        result += [
+            _build_question(place, row, index + number * ROTATION_OFFSET, options, number, image)
+            for number in rotations
+        ]
     return result
 
 
-def _options(place: str, row: Mapping[str, str]) -> list[str]:
+def _read_options(place: str, row: Mapping[str, str]) -> list[str]:
     options = []
     for letter in OPTION_LETTERS:
         if (text := _read_cell(row, letter)) is None:
@@ -83,7 +86,7 @@ def _read_cell(row: Mapping[str, str], column: str) -> str | None:
     return None if text in EMPTY_CELLS or text.lower() in ("nan", "none") else text
 
 
-def _image(place: str, row: Mapping[str, str], rows: Mapping[int, tuple[str, Mapping[str, str]]]) -> bytes:
+def _read_image(place: str, row: Mapping[str, str], rows: Mapping[int, tuple[str, Mapping[str, str]]]) -> bytes:
     """The encoded image; newer files give instead of a repeated one the index of the row that has it."""
     code = get_field(place, row, "image")
     if len(code) <= 64 and code.isdecimal() and int(code) in rows:
@@ -94,7 +97,7 @@ def _image(place: str, row: Mapping[str, str], rows: Mapping[int, tuple[str, Map
         raise ValueError(f"{place}: got image {code[:20]!r}…, allowed: base64; {error}") from None
 
 
-def _question(
+def _build_question(
     place: str, row: Mapping[str, str], index: int, options: list[str], turned: int, image: bytes
 ) -> Question:
     """The question with its options turned by so many places, the first to the end."""
@@ -137,13 +140,13 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
     None without answers.
     """
-    rounds = defaultdict(list)
+    rotations = defaultdict(list)
     for row in rows:
         if "answer" in row:
-            rounds[row["unit"]].append(row)
+            rotations[row["unit"]].append(row)
 
     def outcomes() -> Iterator[tuple[str, Outcome]]:
-        for unit, asked in rounds.items():
+        for unit, asked in rotations.items():
             right = all(read_letter(row["response"], row["options"]) == row["answer"] for row in asked)
             outcome = Outcome("", unit, float(right))
             yield "accuracy", outcome

@@ -47,16 +47,16 @@ def read_questions(*sources: Source) -> list[Question]:
         if path.suffix == ".txt" and path.parts[0] in PERCEPTION + COGNITION and len(path.parts) > 1:
             beside = path.parent.with_name("images") if path.parent.name == "questions_answers_YN" else path.parent
             image = images.get(_image_key(path), str(beside / f"{path.stem}.jpg"))
-            result += _questions(f"{folder}/{path}", _image_key(path), image)
+            result += _read_image_questions(f"{folder}/{path}", _image_key(path), image)
     if not result:
         raise ValueError(f"{folder}: got no questions, allowed: a folder with subtasks such as {PERCEPTION[0]}")
     return result
 
 
-def _questions(source: str, image_key: str, image: str) -> list[Question]:
+def _read_image_questions(source: str, image_key: str, image: str) -> list[Question]:
     """The two of an image."""
     result = []
-    for place, line in _lines(source):
+    for place, line in _read_lines(source):
         asked, *answer = line.strip().split("\t")
         if [text.lower() for text in answer] not in (["yes"], ["no"]):
             raise ValueError(f"{place}: got {line[:200]!r}, allowed: a question, a tab, Yes or No")
@@ -84,7 +84,7 @@ def _strip_prompts(asked: str) -> str:
     return asked.replace(YES_OR_NO_PROMPT, "").replace(SHORT_ANSWER_PROMPT.strip(), "").strip()
 
 
-def _lines(source: str) -> Iterator[tuple[str, str]]:
+def _read_lines(source: str) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(read_text(source).replace("\r\n", "\n").split("\n"), 1):
         if line.strip():
             yield f"{source}: line {number}", line
@@ -128,7 +128,7 @@ def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str
 
 
 def _read_official(source: str, subtask: str) -> Iterator[FoundAnswer]:
-    for place, line in _lines(source):
+    for place, line in _read_lines(source):
         parts = line.split("\t")
         if len(parts) != 4:
             raise ValueError(f"{place}: got {len(parts)} fields, allowed: image, question, ground truth, answer")

@@ -26,7 +26,7 @@ AnswerKeys = tuple[str, str]
 FIELD_TYPES: dict[type, str] = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
 
 
-class Record(NamedTuple):
+class AnswerRecord(NamedTuple):
     """An answer as its file has it, and where it stands."""
 
     place: str
@@ -87,7 +87,7 @@ def list_entries(source: Source, whole: Any, key: str) -> list[tuple[str, dict[s
     return list(number_items(source, whole[key]))
 
 
-def read_records(source: Source, forms: Sequence[AnswerKeys]) -> Iterator[Record]:
+def read_records(source: Source, forms: Sequence[AnswerKeys]) -> Iterator[AnswerRecord]:
     """The answers of a JSON list, of JSON lines or, where it begins as neither, of a table; an empty file has none.
 
     forms: those that are known; a record has the first that fits.
@@ -104,7 +104,7 @@ def read_records(source: Source, forms: Sequence[AnswerKeys]) -> Iterator[Record
             found = parse_table(source, text)
             _match_keys(f"{source}: line 1", dict.fromkeys(_read_header(text)[0]), forms)  # also where no row follows
     for place, item in found:
-        yield Record(place, item, _match_keys(place, item, forms))
+        yield AnswerRecord(place, item, _match_keys(place, item, forms))
 
 
 def parse_lines(source: Source, text: str) -> Iterator[tuple[str, dict[str, Any]]]:

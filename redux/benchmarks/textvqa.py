@@ -39,14 +39,14 @@ def read_questions(*sources: Source, ocr: bool | None = None) -> list[Question]:
         wanted = "and one of OCR tokens" if ocr else "and at most one of OCR tokens"
         raise ValueError(f"TextVQA: got {', '.join(data) or 'no file'}, allowed: one of questions, {wanted}")
     tokens = _read_ocr_tokens(*words.values()) if words and ocr is not False else None
-    return [_question(place, entry, tokens) for place, entry in data[asked[0]]]
+    return [_build_question(place, entry, tokens) for place, entry in data[asked[0]]]
 
 
 def _read_ocr_tokens(read: list[tuple[str, dict[str, Any]]]) -> dict[str, list[str]]:
     return {get_field(place, entry, "image_id"): get_texts(place, entry, "ocr_tokens") for place, entry in read}
 
 
-def _question(place: str, entry: dict[str, Any], tokens: dict[str, list[str]] | None) -> Question:
+def _build_question(place: str, entry: dict[str, Any], tokens: dict[str, list[str]] | None) -> Question:
     image, asked = get_field(place, entry, "image_id"), get_field(place, entry, "question")
     if tokens is not None and image not in tokens:
         raise ValueError(f"{place}: got image {image}, allowed: one that the file of OCR tokens has")

@@ -71,11 +71,11 @@ def _sort_sources(wholes: Mapping[str, Any]) -> tuple[str, Any, dict[str, dict[s
             f"VQAv2: got {', '.join(wholes) or 'no file'}, {len(asked)} of them with 'questions', "
             "allowed: one of questions, and at most one of annotations"
         )
-    references = [_references(source, wholes[source]) for source in answered]
+    references = [_read_references(source, wholes[source]) for source in answered]
     return asked[0], wholes[asked[0]], references[0] if references else None
 
 
-def _references(source: str, whole: Any) -> dict[str, dict[str, Any]]:
+def _read_references(source: str, whole: Any) -> dict[str, dict[str, Any]]:
     references = {}
     for place, entry in list_entries(source, whole, "annotations"):
         people = get_field(place, entry, "answers", list)

@@ -82,8 +82,8 @@ def stored(ray_cluster: Any, records: list[dict], pictures: Path, tmp_path_facto
 def tokenizer(records: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a tokenizer of the records' words lies."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    pieces = [piece for record in records for piece, _ in TEMPLATES["vicuna_bare"].spans(record["conversations"])]
-    train_word_tokenizer(pieces, length=96).save_pretrained(folder)
+    pieces = [piece for record in records for piece, _ in TEMPLATES["vicuna_bare"].split_spans(record["conversations"])]
+    train_word_tokenizer(pieces, max_length=96).save_pretrained(folder)
     return folder
 
 

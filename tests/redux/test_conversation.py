@@ -29,7 +29,7 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def text_of(template: Template, turns: list[dict]) -> str:
-    return "".join(text for text, _ in template.spans(turns))
+    return "".join(text for text, _ in template.split_spans(turns))
 
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "vicuna_bare"])
@@ -149,8 +149,8 @@ def test_a_template_without_the_end_of_text_keeps_its_own(smol: PreTrainedTokeni
 
 def test_where_the_end_has_vicunas_name_the_text_is_vicunas(tokenizer: PreTrainedTokenizerFast) -> None:
     for name in TEMPLATES:
-        spans = list(TEMPLATES[name].spans(TALK, str(tokenizer.eos_token)))
-        assert spans == list(TEMPLATES[name].spans(TALK))
+        spans = list(TEMPLATES[name].split_spans(TALK, str(tokenizer.eos_token)))
+        assert spans == list(TEMPLATES[name].split_spans(TALK))
 
 
 @pytest.mark.parametrize("length", [30, 40, 50, 1000])

@@ -186,7 +186,7 @@ def test_the_fast_way_decodes_a_jpeg_as_pillow_does(subsampling: str, progressiv
             image = file(picture, "jpeg", keep_rgb=True, **options)
         case _:
             image = file(picture, "jpeg", subsampling=subsampling, **options)
-    assert np.array_equal(load_pixels(image, 99, way="fast"), load_pixels(image, 99))
+    assert np.array_equal(load_pixels(image, 99, backend="fast"), load_pixels(image, 99))
 
 
 @every_fit
@@ -219,7 +219,7 @@ KINDS = ["jpeg", "png", "gif", "bmp", "ppm", "tiff", "webp"]
 def test_a_truncated_image_is_an_error(kind: str, options: dict[str, bool], left: float, way: ImageBackend):
     image = file(photo(60, 40), kind, **options)
     with pytest.raises(ValueError, match=r"^an image that Pillow cannot read: |^not an image that Pillow knows: "):
-        load_pixels(image[: int(left * len(image))], SIDE, way=way)
+        load_pixels(image[: int(left * len(image))], SIDE, backend=way)
 
 
 def test_an_error_says_what_is_wrong():
@@ -235,7 +235,7 @@ def test_a_decompression_bomb_is_an_error(kind: str, way: ImageBackend, monkeypa
     image = file(Image.new("RGB", (40, 30)), kind)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
     with pytest.raises(ValueError, match="DecompressionBombError: Image size \\(1200 pixels\\) exceeds limit"):
-        load_pixels(image, SIDE, way=way)
+        load_pixels(image, SIDE, backend=way)
 
 
 def test_an_image_too_long_to_pad_or_to_crop_is_an_error():
@@ -249,11 +249,11 @@ def test_an_image_too_long_to_pad_or_to_crop_is_an_error():
 def test_the_fast_way_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     with pytest.raises(ValueError, match=re.escape(write_install_command("fast"))):
-        load_pixels(file(noise(8, 8)), SIDE, way="fast")
+        load_pixels(file(noise(8, 8)), SIDE, backend="fast")
 
 
 def test_the_exact_way_does_without_torch():
-    read = "import sys; from redux.image import pixels; pixels(sys.stdin.buffer.read(), 4)"
+    read = "import sys; from redux.image import load_pixels; load_pixels(sys.stdin.buffer.read(), 4)"
     code = f"{read}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], input=file(noise(8, 6)), check=True)
 

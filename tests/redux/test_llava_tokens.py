@@ -213,7 +213,7 @@ def test_an_image_token_is_never_a_label(tokenizer: PreTrainedTokenizerFast, nam
 def test_the_image_stands_in_front_of_its_turn(text: str, moved: str) -> None:
     assert move_image_to_front(text) == moved == move_images([{"from": "human", "value": text}])[0]["value"]
     assert move_image_to_front(moved) == moved
-    asked = "".join(piece for piece, _ in TEMPLATES["vicuna_bare"].spans([{"from": "human", "value": text}]))
+    asked = "".join(piece for piece, _ in TEMPLATES["vicuna_bare"].split_spans([{"from": "human", "value": text}]))
     assert asked == f"USER: {moved} ASSISTANT:"
 
 

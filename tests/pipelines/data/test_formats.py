@@ -62,7 +62,7 @@ def test_what_a_word_tokenizer_makes_of_an_answer_still_follows(taught: list[tup
     """It puts blanks between tokens: marks that mean something together must be one."""
     template = TEMPLATES["vicuna_bare"]
     turns = [[{"from": "human", "value": human}, {"from": "gpt", "value": gpt}] for _, _, _, human, gpt in taught]
-    texts = ["".join(piece for piece, _ in template.spans(each)) for each in turns]
+    texts = ["".join(piece for piece, _ in template.split_spans(each)) for each in turns]
     tokenizer = train_word_tokenizer(texts, 512)
     for name, given, answer, _, gpt in taught:
         said = tokenizer.decode(tokenizer(gpt)["input_ids"], skip_special_tokens=True)
