@@ -23,8 +23,8 @@ from jobs.schema import Job
 from pipelines.core import failures, jsonl
 from pipelines.evaluation import evaluate
 from pipelines.training import checkpoint, metrics
+from pipelines.training.checkpoint import JOB_FILE
 
-JOB_FILE = "job.yaml"
 PROGRESS = "progress.jsonl"
 ASSEMBLED = "assembled"
 

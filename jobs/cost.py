@@ -9,7 +9,7 @@ from redux.cost import compute_cost
 from redux.presets import PRESETS, VICUNA_SIZES, Preset, build_llava_config
 from redux.settings import METHODS
 
-COST_COLUMNS = "{:<18} {:>6}  {:<40} {:>8} {:>6} {:>7}  {}"
+COST_ROW_FORMAT = "{:<18} {:>6}  {:<40} {:>8} {:>6} {:>7}  {}"
 
 
 def format_costs(names: Sequence[str], model: str, text: int) -> str:
@@ -36,7 +36,7 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
 
     llava_cost = compute_cost(build_config(PRESETS["llava"]), text)
     lines = [
-        COST_COLUMNS.format("preset", "tokens", "block: kept + clusters", "GFLOPs", "share", "KV MiB", "description")
+        COST_ROW_FORMAT.format("preset", "tokens", "block: kept + clusters", "GFLOPs", "share", "KV MiB", "description")
     ]
     for name, preset in rows.items():
         try:
@@ -49,7 +49,7 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
             continue
         stages = ", ".join(f"{stage.block}: {stage.kept}+{stage.clusters}" for stage in config.stages.values())
         lines.append(
-            COST_COLUMNS.format(
+            COST_ROW_FORMAT.format(
                 name,
                 config.image_seq_length,
                 stages or "-",

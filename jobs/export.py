@@ -5,10 +5,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from jobs import schema
-from jobs.claims import JOB_FILE
 from jobs.run import plan_stages
 from pipelines.core import failures, storage
 from pipelines.training import checkpoint, export
+from pipelines.training.checkpoint import JOB_FILE
 from redux import conversion, processor
 
 

@@ -5,12 +5,12 @@ from collections import Counter
 from pathlib import Path
 
 from jobs import schema
-from jobs.claims import JOB_FILE
 from jobs.layout import locate_sets
 from pipelines.core import cluster, storage
 from pipelines.data import audit, consumed, easy_vqa, records, shard_index, shard_writer, tars
 from pipelines.data.options import ShardOptions
 from pipelines.training import metrics
+from pipelines.training.checkpoint import JOB_FILE
 
 
 def make(arguments: argparse.Namespace) -> None:

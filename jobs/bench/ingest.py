@@ -123,7 +123,8 @@ def main() -> None:
         parser.error(f"--ways: got {', '.join(sorted(unknown))}, allowed: {', '.join(INGEST_WAYS)}")
     if arguments.images % INGEST_BATCH or arguments.images < INGEST_PARTS * INGEST_BATCH:
         parser.error(
-            f"--images: got {arguments.images}, allowed: multiples of {INGEST_BATCH} from {INGEST_PARTS * INGEST_BATCH} on"
+            f"--images: got {arguments.images}, allowed: multiples of {INGEST_BATCH} from "
+            f"{INGEST_PARTS * INGEST_BATCH} on"
         )
     run(ways, root, arguments.images, arguments.repeats)
 

@@ -286,7 +286,8 @@ class Recorder:
         if self.metrics.skipped > settings.max_skipped:
             return (
                 f"{where}.max_nonfinite_steps: loss or gradient of {self.metrics.skipped} steps was not finite, the "
-                f"last at step {step}, allowed: {settings.max_skipped}; {settings.run / consumed.CONSUMED_FILE} lists them"
+                f"last at step {step}, allowed: {settings.max_skipped}; "
+                f"{settings.run / consumed.CONSUMED_FILE} lists them"
             )
         return ""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs import schema
-from jobs.claims import ASSEMBLED, JOB_FILE, PROGRESS, Claim
+from jobs.claims import ASSEMBLED, PROGRESS, Claim
 from jobs.run import run
 from jobs.schema import Job
 from pipelines.core import jsonl
@@ -98,7 +98,7 @@ def test_a_setting_that_a_step_depends_on_stays(
     ):
         Claim.of(folder, load(override)).enforce()
     assert (folder / JOB_FILE).read_text() == before
-    Claim.of(folder, load(override)).enforce(changed=True)
+    Claim.of(folder, load(override)).enforce(allow_changes=True)
     assert schema.load(folder / JOB_FILE) == load(override)
     assert tuple(finished(folder)) == done, "what was done with the old setting is not done again"
 

@@ -273,4 +273,4 @@ def await_steps(driver: psutil.Popen, folder: Path, trial: int, more: int) -> No
 
 def study(folder: Path) -> list[str]:
     asked = search.document.read(folder / search.SEARCH_FILE, (), search.Search)
-    return [trial.state.name for trial in search.find(asked, "tiny", folder).trials]
+    return [trial.state.name for trial in search.load_study(asked, "tiny", folder).trials]

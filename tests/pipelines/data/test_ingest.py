@@ -26,6 +26,7 @@ from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards, StoredSample
 from pipelines.data.shard_writer import make_shards
 from redux.conversation import CLIP_MAX_LENGTH, IGNORE_INDEX, IMAGE_TOKEN
+from redux.image import load_pixels
 
 SIDE = 16
 IMAGE_TOKENS = 5

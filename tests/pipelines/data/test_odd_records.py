@@ -17,6 +17,7 @@ from pipelines.data.records import RECORD_REASONS, find_rejection, parse_records
 from pipelines.data.shard_index import QUARANTINE_FILE, Shards
 from pipelines.data.shard_writer import make_shards
 from redux.conversation import TEMPLATES, encode_conversation, train_word_tokenizer
+from redux.image import load_pixels
 from tests.pipelines.odd_records import odd_image, odd_record, picture
 
 NUMBER = int(os.environ.get("REDUX_FUZZ", "400"))

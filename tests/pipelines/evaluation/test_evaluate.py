@@ -24,6 +24,7 @@ from redux import answering
 from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
 from redux.benchmarks import Question
 from redux.conversation import train_word_tokenizer
+from redux.image import load_pixels
 from redux.model import build_model
 from redux.settings import CMAI, VMTC
 from tests.pipelines.faults import wait_until

@@ -151,7 +151,7 @@ def searched(count: int = 40) -> list[FrozenTrial]:
             trials.append(trial(state="FAIL", step=100, error="RuntimeError: out of memory\n  at last", **ended))
         else:
             values = [1 - 4 / tokens, 4e6 * tokens]
-            metrics = {"score.0": values[0], "easy_vqa.load_questions": 9673, "wall_s": 1.0, "loss": 1 / 3}
+            metrics = {"score.0": values[0], "easy_vqa.questions": 9673, "wall_s": 1.0, "loss": 1 / 3}
             over = {"flops <= 1.6e8": values[1] - 1.6e8}
             trials.append(trial(values, step=600, constraints=over, metrics=metrics, **ended))
     trials.append(trial([0.8, 1e8], reference="paper", constraints={"flops <= 1.6e8": -6e7}, metrics={"loss": 0.25}))
@@ -167,16 +167,14 @@ def test_the_table_reads_back_to_the_same_numbers(tmp_path: Path):
         rows = list(csv.DictReader(file))
     assert len(rows) == len(made.trials)
     assert list(rows[0]) == [
-        "number", "state", "reference", "retry_of", "score.0", "flops", "flops <= 1.6e8", "easy_vqa.load_questions", "loss",
+        "number", "state", "reference", "retry_of", "score.0", "flops", "flops <= 1.6e8", "easy_vqa.questions", "loss",
         "model.schedule", "model.slope", "model.tokens", "train.rate", "step", "steps", "wall_s", "error",
     ]  # fmt: skip
     for row, each in zip(rows, made.trials, strict=True):
         told = dict(zip(["score.0", "flops"], each.values or [], strict=bool(each.values)))
         told |= each.constraints | each.params | {"number": each.number, "state": each.state.name}
         told |= {name: value for name, value in each.user_attrs.items() if name != "metrics"}
-        told |= {
-            k: v for k, v in each.user_attrs.get("metrics", {}).items() if k in ("loss", "easy_vqa.load_questions")
-        }
+        told |= {k: v for k, v in each.user_attrs.get("metrics", {}).items() if k in ("loss", "easy_vqa.questions")}
         assert {name: type(told[name])(text) for name, text in row.items() if text} == told
 
 
