@@ -114,7 +114,7 @@ class Plan:
         groups = None
         if stage.group_by_length:
             [shards] = sources.values()
-            groups = LengthGroups.of(shards.has_image, shards.word_counts, stage.group_by_length)
+            groups = LengthGroups.from_columns(shards.has_image, shards.word_counts, stage.group_by_length)
         order = Order(
             samples=tuple(map(len, sources.values())),
             weights=() if isinstance(stage.data, str) else tuple(stage.data.values()),
@@ -143,7 +143,7 @@ class Plan:
 
     def steps(self, order: Order) -> int:
         """Global batches of the stage."""
-        return self.stage.steps or order.batches(self.stage.epochs or 0)
+        return self.stage.steps or order.count_batches(self.stage.epochs or 0)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of this stage goes with, beside its own settings: the contents of the sets."""
