@@ -67,9 +67,9 @@ def measure(way: str, global_batch_size: int, repeats: int = 50) -> dict[str, fl
     one = order(way, global_batch_size)
     np.random.SeedSequence(0)  # numpy loads its module at first use
     times = []
-    for number in np.linspace(0, one.batches(1) - 1, repeats).astype(int).tolist():
+    for number in np.linspace(0, one.count_batches(1) - 1, repeats).astype(int).tolist():
         start = time.process_time()
-        one.batch(number)
+        one.get_batch(number)
         times.append((time.process_time() - start) * 1e3)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux: in KiB
     return {"first_ms": times[0], "median_ms": statistics.median(times), "worst_ms": max(times), "peak_mib": peak}

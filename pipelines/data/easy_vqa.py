@@ -1,8 +1,8 @@
-"""easy-VQA (PyPI `easy-vqa`, MIT): real images and questions that need no hub, as records of LLaVA's JSON form to train
-on, and as questions to be asked one by one.
+"""easy-VQA (PyPI `easy-vqa`, MIT) as records in LLaVA's JSON form for training, and as questions for evaluation.
 
-Each image holds one coloured shape, and the questions are its only annotations.  About ten questions an image become
-one conversation, as in LLaVA's instruction mixture; its caption says what the answers settle and no more.
+Its images and questions come with a Python package, so no hub is needed. Each image shows one coloured shape, and the
+questions are its only annotations. The about ten questions of an image become one conversation, as in LLaVA's
+instruction mixture. The caption states what the answers determine, and no more.
 
     {"id": "train/7", "image": "train/images/7.png",
      "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt", …}]}
@@ -30,10 +30,10 @@ QUESTION_TYPES = {
     "yes": "yes/no",
     "no": "yes/no",
 }
-"""Type of a question by its answer; these are all 13 answers."""
+"""Type of a question by its answer. These are all 13 answers."""
 
 PACKAGE_IMAGES = Path(easy_vqa.__file__).parent / "data"
-"""Where the images' paths start."""
+"""Folder of the images: their paths are relative to it."""
 
 INSTRUCTIONS_WITH_IMAGES = (
     "change_case:english_capital",
@@ -41,29 +41,30 @@ INSTRUCTIONS_WITH_IMAGES = (
     "detectable_format:number_bullet_lists",
     "startend:end_checker",
 )
-"""Four instructions, of different kinds, that are also taught beside images: without them a small model learns to look
-at nothing but the question as soon as there is an image.
+"""Four instructions of different kinds that are also taught with images.
+
+Without them, a small model learns to use nothing but the question as soon as there is an image.
 """
 
 QuestionAnswers = list[tuple[str, str]]
 
 
 def make_conversations(split: Literal["train", "test"]) -> list[dict]:
-    """One conversation an image with all its questions, in the order of image numbers."""
+    """Make one conversation per image with all its questions, in the order of image numbers."""
     return [
-        _make_record(split, image, path, [turn for question, answer in asked for turn in (question, answer)])
-        for image, path, asked in _load_images(split)
+        _make_record(split, image, path, [turn for question, answer in pairs for turn in (question, answer)])
+        for image, path, pairs in _load_images(split)
     ]
 
 
 def make_captions(split: Literal["train", "test"]) -> list[dict]:
-    """One caption an image."""
-    return [_make_record(split, image, path, ["", derive_caption(asked)]) for image, path, asked in _load_images(split)]
+    """Make one record with a caption per image."""
+    return [_make_record(split, image, path, ["", derive_caption(pairs)]) for image, path, pairs in _load_images(split)]
 
 
 def make_image_instructions() -> list[dict]:
-    """Beside each training image two questions about it, each to be answered in one of the forms of `SHOWN`."""
-    chance = random.Random(0)
+    """Make one record per training image with two questions, each with one of INSTRUCTIONS_WITH_IMAGES."""
+    rng = random.Random(0)
     return [
         _make_record(
             "train",
@@ -71,24 +72,24 @@ def make_image_instructions() -> list[dict]:
             path,
             [
                 text
-                for pair in chance.sample(asked, 2)
-                for text in formats.add_instruction(chance.choice(INSTRUCTIONS_WITH_IMAGES), *pair, chance)
+                for pair in rng.sample(pairs, 2)
+                for text in formats.add_instruction(rng.choice(INSTRUCTIONS_WITH_IMAGES), *pair, rng)
             ],
         )
-        for image, path, asked in _load_images("train")
+        for image, path, pairs in _load_images("train")
     ]
 
 
 def make_text_instructions() -> list[dict]:
-    """Text alone: two questions about each training image, which is told in words, each to be answered in a form."""
-    chance = random.Random(0)
-    told = [
-        (f"there is {derive_caption(asked)}.", *pair)
-        for _, _, asked in _load_images("train")
-        for pair in chance.sample(asked, 2)
+    """Make text-only records: a description of each training image, with two questions and an instruction each."""
+    rng = random.Random(0)
+    examples = [
+        (f"there is {derive_caption(pairs)}.", *pair)
+        for _, _, pairs in _load_images("train")
+        for pair in rng.sample(pairs, 2)
     ]
-    chance.shuffle(told)
-    return formats.make_records(told)
+    rng.shuffle(examples)
+    return formats.make_records(examples)
 
 
 EASY_VQA_SETS: dict[str, Callable[[], list[dict]]] = {
@@ -97,13 +98,16 @@ EASY_VQA_SETS: dict[str, Callable[[], list[dict]]] = {
     "shown": make_image_instructions,
     "formats": make_text_instructions,
 }
-"""What a job can make of easy-VQA to train on, by name."""
+"""Training sets that a job can make of easy-VQA, by name."""
 
 
 def load_questions(*files: str) -> list[Question]:
-    """All 9,673 test questions, of no files; those about one image depend on each other."""
+    """Load all 9,673 test questions. Questions about one image share their `unit`, since they are not independent.
+
+    Takes no files: the parameter is that of other benchmarks.
+    """
     if files:
-        raise ValueError(f"got {', '.join(files)}, allowed: none, as easy-VQA's own are in its package")
+        raise ValueError(f"got {', '.join(files)}, allowed: none, because easy-VQA's files are in its package")
     return [
         Question(
             id=f"test/{image}/{number}",
@@ -112,71 +116,80 @@ def load_questions(*files: str) -> list[Question]:
             prompt=question,
             reference={"image": path, "answer": answer, "type": QUESTION_TYPES[answer]},
         )
-        for image, path, asked in _load_images("test")
-        for number, (question, answer) in enumerate(asked)
+        for image, path, pairs in _load_images("test")
+        for number, (question, answer) in enumerate(pairs)
     ]
 
 
 def draw_questions() -> list[ImageQuestion]:
-    """One question about each test image, for an instruction to go with; drawn once for all."""
-    chance = random.Random(0)
-    return [chance.choice(each) for each in _group_by_image(load_questions())]
+    """Draw one question per test image, for the evaluation of instructions. The draw is always the same."""
+    rng = random.Random(0)
+    return [rng.choice(group) for group in _group_by_image(load_questions())]
 
 
 def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
-    """Accuracy over all questions and over those of each type, 0 to 1."""
-    kinds = sorted({row["type"] for row in rows})
-    whole = {"accuracy": Metric([Outcome("", row["unit"], is_correct(row)) for row in rows])}
-    return whole | {
+    """Compute the accuracy over all questions and per type, from 0 to 1."""
+    types = sorted({row["type"] for row in rows})
+    overall = {"accuracy": Metric([Outcome("", row["unit"], is_correct(row)) for row in rows])}
+    return overall | {
         f"accuracy.{kind}": Metric([Outcome("", row["unit"], is_correct(row)) for row in rows if row["type"] == kind])
-        for kind in kinds
+        for kind in types
     }
 
 
 def is_correct(row: Row) -> bool:
-    """Whether the response is the answer, word for word."""
+    """Tell if the response equals the answer."""
     return bool(row["response"] == row["answer"])
 
 
-def derive_caption(asked: QuestionAnswers) -> str:
-    """What the questions and answers settle of the image: "a teal circle", "a teal shape", "a circle" or "a shape".
+def derive_caption(pairs: QuestionAnswers) -> str:
+    """Derive a caption from questions and answers: "a teal circle", "a teal shape", "a circle" or "a shape".
 
-    An attribute is settled by an answer that names it, a question that takes it for granted ("what color is the
-    circle?"), a "yes" to it, or by a "no" to all the others of its kind.
+    Four things determine an attribute: an answer that names it, a question that presupposes it ("what color is the
+    circle?"), a "yes" to it, or a "no" to all other values.
     """
-    words = (_derive_attribute(asked, ANSWER_COLOURS) or "", _derive_attribute(asked, ANSWER_SHAPES) or "shape")
+    words = (_derive_attribute(pairs, ANSWER_COLOURS) or "", _derive_attribute(pairs, ANSWER_SHAPES) or "shape")
     return " ".join(["a", *filter(None, words)])
 
 
-def _derive_attribute(asked: QuestionAnswers, kind: tuple[str, ...]) -> str | None:
-    left = set(kind)
-    for question, answer in asked:
-        named = {answer, *re.findall(r"\w+", question)} & set(kind)
+def _derive_attribute(pairs: QuestionAnswers, values: tuple[str, ...]) -> str | None:
+    """Find the only value that no question and answer excludes, or return None."""
+    possible = set(values)
+    for question, answer in pairs:
+        named = {answer, *re.findall(r"\w+", question)} & set(values)
         if not named:
             continue
+        # "is it not red?" with "no" means red
         denied = bool(re.search(r"\b(not|no)\b", question)) != (answer == "no")
-        left = left - named if denied else left & named
-    return left.pop() if len(left) == 1 else None
+        possible = possible - named if denied else possible & named
+    return possible.pop() if len(possible) == 1 else None
 
 
 def _make_record(split: str, image: int, path: str, texts: list[str]) -> dict:
+    """Make a record from the texts of its turns."""
     turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
     turns[0]["value"] = f"<image>\n{turns[0]['value']}"
     return {"id": f"{split}/{image}", "image": path, "conversations": turns}
 
 
 def _group_by_image(questions: list[Question]) -> Iterator[list[ImageQuestion]]:
-    for _, about in itertools.groupby(questions, key=lambda question: question.unit):
+    """Yield the questions about each image."""
+    for _, group in itertools.groupby(questions, key=lambda question: question.unit):
         yield [
-            ImageQuestion(id=each.id, image=each.image, question=each.prompt, answer=each.reference["answer"])
-            for each in about
+            ImageQuestion(
+                id=question.id,
+                image=question.image,
+                question=question.prompt,
+                answer=question.reference["answer"],
+            )
+            for question in group
         ]
 
 
 def _load_images(split: str) -> list[tuple[int, str, QuestionAnswers]]:
-    """(number, path, questions with answers) of each image."""
-    asked: dict[int, QuestionAnswers] = {}
+    """Load (number, path, questions with answers) of each image."""
+    pairs: dict[int, QuestionAnswers] = {}
     for question, answer, image in zip(*getattr(easy_vqa, f"get_{split}_questions")(), strict=True):
-        asked.setdefault(image, []).append((question, answer))
+        pairs.setdefault(image, []).append((question, answer))
     paths = getattr(easy_vqa, f"get_{split}_image_paths")()
-    return [(image, Path(paths[image]).relative_to(PACKAGE_IMAGES).as_posix(), asked[image]) for image in sorted(asked)]
+    return [(image, Path(paths[image]).relative_to(PACKAGE_IMAGES).as_posix(), pairs[image]) for image in sorted(pairs)]

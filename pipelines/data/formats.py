@@ -1,12 +1,11 @@
-"""Conversations that teach the sixteen instructions, in words of their own.
+"""Conversations that teach the sixteen instructions, with other wordings than the evaluation.
 
-What the paper finds missing in LLaVA is this: that instructions known from text are obeyed when an image comes with the
-question.  So here an image is told in words ("there is a teal circle."), the question about it asks for a form, and the
-answer has that form.  The wordings are none of those that an evaluation uses, which are IFEval's
-(redux/instructions.py).
+The paper finds that LLaVA does not follow instructions that it knows from text once the question comes with an image.
+So these conversations describe an image in words ("there is a teal circle."), the question requests a format, and the
+answer has that format. The wordings differ from those of the evaluation, which are IFEval's (redux/instructions.py).
 
-Arguments are drawn as for an evaluation, but for what nobody could meet (fewer than one sentence) and what a small
-model's few hundred positions could not hold (at least some hundred words).
+Arguments are drawn as for an evaluation, except impossible ones (fewer than one sentence) and those that do not fit
+into a small model's few hundred positions (at least some hundred words).
 
     {"id": "formats/7", "conversations": [{"from": "human", "value": "there is … . what … ? answer in JSON."},
      {"from": "gpt", "value": "{\\"answer\\": \\"teal\\"}"}]}
@@ -22,59 +21,64 @@ from redux import instructions
 Arguments = dict[str, Any]
 
 FILLER_SENTENCES = ("that is all", "this is what it shows", "nothing else is there", "so it is", "look at it again")
-"""Sentences that an answer is drawn out with."""
+"""Sentences that make an answer longer."""
 
 PLACEHOLDER_NAMES = ("name", "place", "date", "email", "number")
-"""Placeholders."""
+"""Names of placeholders in square brackets."""
 
 
-def _write_keywords(answer: str, given: Arguments, chance: random.Random) -> str:
-    return f"the answer is {answer} with {' and '.join(given['keywords'])}"
+def _write_keywords(answer: str, arguments: Arguments, rng: random.Random) -> str:
+    return f"the answer is {answer} with {' and '.join(arguments['keywords'])}"
 
 
-def _write_placeholders(answer: str, given: Arguments, chance: random.Random) -> str:
-    marks = " ".join(f"[{mark}]" for mark in chance.sample(PLACEHOLDER_NAMES, given["num_placeholders"]))
+def _write_placeholders(answer: str, arguments: Arguments, rng: random.Random) -> str:
+    marks = " ".join(f"[{mark}]" for mark in rng.sample(PLACEHOLDER_NAMES, arguments["num_placeholders"]))
     return f"the answer is {answer} {marks}"
 
 
-def _write_highlights(answer: str, given: Arguments, chance: random.Random) -> str:
+def _write_highlights(answer: str, arguments: Arguments, rng: random.Random) -> str:
     return " ".join(
-        [f"*{answer}*", *(f"*{each}*" for each in chance.sample(FILLER_SENTENCES, given["num_highlights"] - 1))]
+        [
+            f"*{answer}*",
+            *(f"*{sentence}*" for sentence in rng.sample(FILLER_SENTENCES, arguments["num_highlights"] - 1)),
+        ]
     )
 
 
-def _write_sections(answer: str, given: Arguments, chance: random.Random) -> str:
-    mark, count = given["section_spliter"], given["num_sections"]
-    said = [answer, *_draw_fillers(count - 1, chance)]
-    return "\n".join(f"{mark} {number} {each}" for number, each in enumerate(said, start=1))
+def _write_sections(answer: str, arguments: Arguments, rng: random.Random) -> str:
+    mark, count = arguments["section_spliter"], arguments["num_sections"]
+    sentences = [answer, *_draw_fillers(count - 1, rng)]
+    return "\n".join(f"{mark} {number} {sentence}" for number, sentence in enumerate(sentences, start=1))
 
 
-def _write_bullets(answer: str, given: Arguments, chance: random.Random) -> str:
-    return "\n".join(f"* {each}" for each in [answer, *_draw_fillers(given["num_bullets"] - 1, chance)])
+def _write_bullets(answer: str, arguments: Arguments, rng: random.Random) -> str:
+    return "\n".join(f"* {sentence}" for sentence in [answer, *_draw_fillers(arguments["num_bullets"] - 1, rng)])
 
 
-def _write_sentences(answer: str, given: Arguments, chance: random.Random) -> str:
-    count = given["num_sentences"] if given["relation"] == "at least" else 1
-    return " ".join(f"{each}." for each in [f"The answer is {answer}", *_draw_fillers(count - 1, chance, capital=True)])
+def _write_sentences(answer: str, arguments: Arguments, rng: random.Random) -> str:
+    count = arguments["num_sentences"] if arguments["relation"] == "at least" else 1
+    return " ".join(
+        f"{sentence}." for sentence in [f"The answer is {answer}", *_draw_fillers(count - 1, rng, capital=True)]
+    )
 
 
-def _draw_fillers(count: int, chance: random.Random, capital: bool = False) -> list[str]:
-    said = chance.choices(FILLER_SENTENCES, k=count)
-    return [each.capitalize() for each in said] if capital else said
+def _draw_fillers(count: int, rng: random.Random, capital: bool = False) -> list[str]:
+    sentences = rng.choices(FILLER_SENTENCES, k=count)
+    return [sentence.capitalize() for sentence in sentences] if capital else sentences
 
 
 INSTRUCTION_FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, random.Random], str]]] = {
     "punctuation:no_comma": (
         ("do not write a comma.", "leave out commas.", "your answer must be without commas."),
-        lambda answer, given, chance: f"the answer is {answer}",
+        lambda answer, arguments, rng: f"the answer is {answer}",
     ),
     "change_case:english_lowercase": (
         ("write in lowercase only.", "use small letters, no capital letters.", "all lowercase letters, please."),
-        lambda answer, given, chance: f"the answer to the question is {answer}",
+        lambda answer, arguments, rng: f"the answer to the question is {answer}",
     ),
     "change_case:english_capital": (
         ("write in capital letters only.", "use CAPITAL letters.", "all capital letters, please."),
-        lambda answer, given, chance: f"WHAT THE IMAGE SHOWS IS THAT THE ANSWER IS {answer.upper()}",
+        lambda answer, arguments, rng: f"WHAT THE IMAGE SHOWS IS THAT THE ANSWER IS {answer.upper()}",
     ),
     "detectable_content:number_placeholders": (
         (
@@ -90,8 +94,8 @@ INSTRUCTION_FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, ra
             "add a postscript, {postscript_marker}, at the end.",
             "close with the postscript {postscript_marker}",
         ),
-        lambda answer, given, chance: (
-            f"the answer is {answer}.\n{given['postscript_marker']} {chance.choice(FILLER_SENTENCES)}"
+        lambda answer, arguments, rng: (
+            f"the answer is {answer}.\n{arguments['postscript_marker']} {rng.choice(FILLER_SENTENCES)}"
         ),
     ),
     "detectable_format:title": (
@@ -100,7 +104,7 @@ INSTRUCTION_FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, ra
             "start with a title, such as <<title>>.",
             "your answer needs a title wrapped in << and >>.",
         ),
-        lambda answer, given, chance: f"<<{chance.choice(FILLER_SENTENCES)}>>\nthe answer is {answer}",
+        lambda answer, arguments, rng: f"<<{rng.choice(FILLER_SENTENCES)}>>\nthe answer is {answer}",
     ),
     "keywords:existence": (
         ("use the keywords {keywords}.", "the keywords {keywords} must be there.", "include the words {keywords}."),
@@ -116,7 +120,7 @@ INSTRUCTION_FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, ra
     ),
     "detectable_format:json_format": (
         ("answer in JSON.", "use the JSON format.", "your output must be JSON, wrapped in braces."),
-        lambda answer, given, chance: f'{{"answer": "{answer}"}}',
+        lambda answer, arguments, rng: f'{{"answer": "{answer}"}}',
     ),
     "detectable_format:multiple_sections": (
         (
@@ -140,7 +144,7 @@ INSTRUCTION_FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, ra
     ),
     "length_constraints:number_words": (
         ("write {relation} {num_words} words.", "use {relation} {num_words} words."),
-        lambda answer, given, chance: f"the answer is {answer}",
+        lambda answer, arguments, rng: f"the answer is {answer}",
     ),
     "combination:two_responses": (
         (
@@ -148,51 +152,60 @@ INSTRUCTION_FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, ra
             "answer twice, not the same, separated by ******.",
             "two responses, please, separated by six asterisks: ******.",
         ),
-        lambda answer, given, chance: f"{answer}\n******\nthe answer is {answer}",
+        lambda answer, arguments, rng: f"{answer}\n******\nthe answer is {answer}",
     ),
     "startend:end_checker": (
         ("end with: {end_phrase}", "your last words must be: {end_phrase}", "close with the phrase: {end_phrase}"),
-        lambda answer, given, chance: f"the answer is {answer}. {given['end_phrase']}",
+        lambda answer, arguments, rng: f"the answer is {answer}. {arguments['end_phrase']}",
     ),
     "multi-turn:constrained_start": (
         ("start with: {starter}", "your first words must be: {starter}", "begin with the phrase: {starter}"),
-        lambda answer, given, chance: f"{given['starter']} {answer}",
+        lambda answer, arguments, rng: f"{arguments['starter']} {answer}",
     ),
 }
-"""By instruction: wordings that ask for it, and what makes an answer of that form."""
+"""Wordings of each instruction, and the function from (answer, arguments, rng) to a response that follows it."""
 
 
-def make_records(told: Sequence[tuple[str, str, str]], seed: int = 0) -> list[dict]:
-    """One conversation for each (description, question, answer); instructions take turns, so that all are as frequent.
+def make_records(examples: Sequence[tuple[str, str, str]], seed: int = 0) -> list[dict]:
+    """Make one conversation per example. Instructions take turns, so that all are equally frequent.
 
-    Deterministic in its arguments.
+    Args:
+        examples: tuples of (description of an image, question, answer).
+        seed: seed of all draws; the result is deterministic.
+
+    Returns:
+        Records in LLaVA's form.
     """
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     names = itertools.cycle(INSTRUCTION_FORMS)
     result = []
-    for number, (description, question, answer) in enumerate(told):
-        human, gpt = add_instruction(next(names), question, answer, chance)
+    for number, (description, question, answer) in enumerate(examples):
+        human, gpt = add_instruction(next(names), question, answer, rng)
         turns = [{"from": "human", "value": f"{description} {human}"}, {"from": "gpt", "value": gpt}]
         result.append({"id": f"formats/{number}", "conversations": turns})
     return result
 
 
-def add_instruction(name: str, question: str, answer: str, chance: random.Random) -> tuple[str, str]:
-    """The question with an instruction, and the answer that follows it."""
-    wordings, form = INSTRUCTION_FORMS[name]
-    given = _draw_arguments(name, chance)
-    shown = {key: ", ".join(value) if key == "keywords" else value for key, value in given.items()}
-    return f"{question} {chance.choice(wordings).format(**shown)}", form(answer, given, chance)
+def add_instruction(name: str, question: str, answer: str, rng: random.Random) -> tuple[str, str]:
+    """Add an instruction to a question. Returns the question, and the response that follows the instruction."""
+    wordings, respond = INSTRUCTION_FORMS[name]
+    arguments = _draw_arguments(name, rng)
+    texts = {key: ", ".join(value) if key == "keywords" else value for key, value in arguments.items()}
+    # the wording is drawn before the response: the order of draws determines the set
+    prompt = f"{question} {rng.choice(wordings).format(**texts)}"
+    return prompt, respond(answer, arguments, rng)
 
 
-def _draw_arguments(name: str, chance: random.Random) -> Arguments:
-    """Arguments as an evaluation draws them, that a short answer can meet."""
-    while not _is_feasible(given := instructions.draw_arguments(name, chance)):
-        pass
-    return given
+def _draw_arguments(name: str, rng: random.Random) -> Arguments:
+    """Draw arguments as an evaluation does, until a short answer can follow them."""
+    arguments = instructions.draw_arguments(name, rng)
+    while not _is_feasible(arguments):
+        arguments = instructions.draw_arguments(name, rng)
+    return arguments
 
 
-def _is_feasible(given: Arguments) -> bool:
-    if given.get("relation") == "less than":
-        return given.get("num_sentences") != 1
-    return "num_words" not in given
+def _is_feasible(arguments: Arguments) -> bool:
+    """Tell if a short answer can follow the instruction: no "less than 1 sentence", no minimum of words."""
+    if arguments.get("relation") == "less than":
+        return arguments.get("num_sentences") != 1
+    return "num_words" not in arguments

@@ -1,12 +1,13 @@
-"""Global batches of one modality and of similar lengths, so that little is padded: LLaVA's grouping, at any place.
+"""Global batches of one modality and similar lengths, for little padding: LLaVA's grouping with random access.
 
-Of each modality the samples of an epoch, in a seeded permutation, fall into megabatches of some global batches; each
-megabatch is sorted by length and cut into its batches, and all batches of the epoch come in a seeded order.
+The samples of each modality are permuted per epoch and divided into megabatches of several global batches. Each
+megabatch is sorted by length and cut into its batches. All batches of the epoch come in a seeded order.
 
-What does not fill a batch of its own modality is left over.  Leftovers make mixed batches, shuffled among the others,
-and the parts of an epoch's first and last batch that share a batch with the epoch before or after.  So every sample
-comes exactly once an epoch, all batches are full, and of an epoch's batches at most one more than there are modalities
-is mixed.  LLaVA merges leftovers, too, but its order depends on the number of workers.
+Samples that do not fill a batch of one modality are leftovers. They make mixed batches, shuffled among the others, and
+the parts of the epoch's first and last batch that share a batch with the previous or next epoch. So every sample comes
+exactly once per epoch, all batches are full, and the number of mixed batches per epoch is at most the number of
+modalities plus one. LLaVA merges leftovers, too, but its order depends on the number of workers.
+
 Cost: each batch reads and sorts the lengths of its megabatch, whatever the size of the epoch.
 """
 
@@ -24,9 +25,11 @@ from pipelines.data.permutation import permute
 class LengthGroups:
     """Modalities and lengths of a source.
 
-    counts: samples of each modality.  megabatch: global batches that are sorted by length together.
-    numbers: the sample numbers, modality by modality; None where samples are numbered so, which takes no memory.
-    lengths: of the samples with these numbers; `array.__getitem__` will do, also of one that is mapped from disk.
+    Args:
+        counts: number of samples of each modality.
+        lengths: function from sample numbers to lengths, such as `array.__getitem__` of an array or a memory map.
+        megabatch: number of global batches that are sorted by length together.
+        numbers: sample numbers, modality by modality. None if samples are numbered in that order, which saves memory.
     """
 
     counts: tuple[int, ...]
@@ -43,67 +46,79 @@ class LengthGroups:
             raise ValueError(f"numbers: got {len(self.numbers)}, allowed: {sum(self.counts)}, the sum of counts")
 
     @classmethod
-    def of(
+    def from_columns(
         cls, modality: Shaped[np.ndarray, " samples"], lengths: Shaped[np.ndarray, " samples"], megabatch: int
     ) -> Self:
-        """From columns of the index, held in memory."""
+        """Make groups from columns of the index, in memory."""
         if len(modality) != len(lengths):
             raise ValueError(f"lengths: got {len(lengths)}, allowed: {len(modality)}, one for each modality")
         counts = tuple(np.unique(modality, return_counts=True)[1].tolist())
         numbers = np.argsort(modality, kind="stable")
         return cls(counts=counts, lengths=lengths.__getitem__, megabatch=megabatch, numbers=numbers)
 
-    def arrange(
-        self, within: Int[np.ndarray, " places"], global_batch_size: int, seed: int, epoch: int
-    ) -> Int[np.ndarray, " places"]:
-        """Samples at these places of an epoch: a whole global batch, or all of one that lies in this epoch."""
+    def permute(
+        self, positions: Int[np.ndarray, " positions"], global_batch_size: int, seed: int, epoch: int
+    ) -> Int[np.ndarray, " positions"]:
+        """Return the samples at positions of an epoch.
+
+        Args:
+            positions: positions of one global batch, or of its part that is in this epoch.
+            global_batch_size: samples per global batch.
+            seed: seed of the permutations.
+            epoch: number of the epoch.
+        """
+        # an epoch has a head (the end of a batch of the previous epoch), full batches, and a tail
         samples = sum(self.counts)
-        head = min(-epoch * samples % global_batch_size, samples)  # places in a batch that began in the epoch before
+        head = min(-epoch * samples % global_batch_size, samples)
         full = (samples - head) // global_batch_size
         pure = np.array(self.counts) // global_batch_size
         if pure.sum() > full:
             pure[pure.argmax()] -= 1  # the epoch's head and tail need its samples
-        filled = int(pure.sum()) * global_batch_size
-        since = within - head
-        batch = int(since[0]) // global_batch_size
+        num_in_pure = int(pure.sum()) * global_batch_size
+        # a full batch is exchanged for another one by the permutation of batches; the first ones are of one modality
+        after_head = positions - head
+        batch = int(after_head[0]) // global_batch_size
         if 0 <= batch < full:
-            drawn = int(permute(np.array([batch]), full, seed, epoch, 0)[0])
-            if drawn < pure.sum():
-                return self._similar(drawn, pure, global_batch_size, seed, epoch)
-            since += (drawn - batch) * global_batch_size
-        # what is left over goes to the mixed batches, then to the tail of the epoch, then to its head
-        place = since + (samples if batch < 0 else 0) - filled
-        return self._left_over(place, pure * global_batch_size, seed, epoch)
+            permuted = int(permute(np.array([batch]), full, seed, epoch, 0)[0])
+            if permuted < pure.sum():
+                return self._take_sorted(permuted, pure, global_batch_size, seed, epoch)
+            after_head += (permuted - batch) * global_batch_size
+        # leftovers fill the mixed batches, then the tail of the epoch, then its head
+        leftover_positions = after_head + (samples if batch < 0 else 0) - num_in_pure
+        return self._take_leftovers(leftover_positions, pure * global_batch_size, seed, epoch)
 
-    def _similar(
+    def _take_sorted(
         self, batch: int, pure: Int[np.ndarray, " modalities"], global_batch_size: int, seed: int, epoch: int
     ) -> Int[np.ndarray, " global_batch_size"]:
-        """Samples of a batch of one modality, by length; batches are counted through the modalities."""
+        """Return a batch of one modality, sorted by length. `batch` counts through the modalities."""
+        # modality and megabatch of the batch
         ends = np.cumsum(pure)
         modality = int(np.searchsorted(ends, batch, side="right"))
         megabatch, turn = divmod(batch - int(ends[modality] - pure[modality]), self.megabatch)
         stop = min((megabatch + 1) * self.megabatch, int(pure[modality]))
         ranks = np.arange(megabatch * self.megabatch * global_batch_size, stop * global_batch_size)
-        samples = self._members(modality, ranks, seed, epoch)
+        # sort the megabatch, and cut the batch out of it
+        samples = self._take(modality, ranks, seed, epoch)
         by_length = samples[np.argsort(self.lengths(samples), kind="stable")]
         return by_length[turn * global_batch_size : (turn + 1) * global_batch_size]
 
-    def _left_over(
-        self, place: Int[np.ndarray, " places"], taken: Int[np.ndarray, " modalities"], seed: int, epoch: int
-    ) -> Int[np.ndarray, " places"]:
-        """Samples at these places of what each modality has beyond the `taken` first, one modality after the other."""
-        left = np.array(self.counts) - taken
-        ends = np.cumsum(left)
-        modality = np.searchsorted(ends, place, side="right")
-        ranks = place - (ends - left - taken)[modality]
-        result = np.empty_like(place)
-        for one in np.unique(modality):
-            result[modality == one] = self._members(int(one), ranks[modality == one], seed, epoch)
+    def _take_leftovers(
+        self, positions: Int[np.ndarray, " positions"], taken: Int[np.ndarray, " modalities"], seed: int, epoch: int
+    ) -> Int[np.ndarray, " positions"]:
+        """Return the samples at positions of the leftovers: all beyond the first `taken`, modality by modality."""
+        remaining = np.array(self.counts) - taken
+        ends = np.cumsum(remaining)
+        modalities = np.searchsorted(ends, positions, side="right")
+        ranks = positions - (ends - remaining - taken)[modalities]
+        result = np.empty_like(positions)
+        for modality in np.unique(modalities):
+            in_modality = modalities == modality
+            result[in_modality] = self._take(int(modality), ranks[in_modality], seed, epoch)
         return result
 
-    def _members(
+    def _take(
         self, modality: int, ranks: Int[np.ndarray, " ranks"], seed: int, epoch: int
     ) -> Int[np.ndarray, " ranks"]:
-        """Samples at these ranks of the modality's permutation."""
+        """Return the samples at ranks of the modality's permutation."""
         rows = sum(self.counts[:modality]) + permute(ranks, self.counts[modality], seed, epoch, 1, modality)
         return rows if self.numbers is None else self.numbers[rows]

@@ -1,9 +1,9 @@
-"""Image files of a folder: found however their path is written, and decoded once before they are stored.
+"""Lookup and check of the image files that records name.
 
-A path is taken literally first: a name may hold spaces, #, ?, % and backslashes.  Then it is read as others write it:
-with backslashes for slashes, from the root on, as a URL, composed otherwise (é as one character or two), and, where
-just one file fits, in other capitals.  It never leads out of the folder by `..` or from the root; a link in the folder
-is followed, as mixtures link their parts together.
+A path is first taken literally: a name may contain spaces, #, ?, % and backslashes. Then other spellings are tried:
+backslashes as slashes, an absolute path, a URL, another Unicode composition (é as one or two characters), and other
+case if exactly one file matches. A path never leads out of the folder by `..` or an absolute path. Links in the folder
+are followed, because mixtures link their parts together.
 """
 
 import io
@@ -21,7 +21,7 @@ from pipelines.core import storage
 
 SUFFIX_BY_FORMAT = {
     "JPEG": "jpg",
-    "MPO": "jpg",  # of phones: a JPEG with a second one behind
+    "MPO": "jpg",  # phones: a JPEG followed by a second one
     "PNG": "png",
     "GIF": "gif",
     "WEBP": "webp",
@@ -33,39 +33,37 @@ SUFFIX_BY_FORMAT = {
     "ICO": "ico",
     "TGA": "tga",
 }
-"""Suffix of an image in a tar by Pillow's name of its format; `img` for others."""
+"""Suffix of an image in a tar by Pillow's name of the format. Others get `img`."""
 
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def check_image(image: bytes) -> str:
-    """Decode an image file as training will; returns the suffix of its format, whatever it is called.
+    """Decode an image file as training does, and return the suffix of its format.
 
     Raises:
-        ValueError: it is truncated, no image that Pillow reads, or too large a one.
+        ValueError: the file is truncated, too large, or no image that Pillow reads.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of sizes that training takes
+            warnings.simplefilter("ignore")  # about metadata, and about sizes that training accepts
             with Image.open(io.BytesIO(image)) as opened:
                 suffix = SUFFIX_BY_FORMAT.get(opened.format or "", "img")
                 opened.convert("RGB")
-    except Exception as error:  # OSError, SyntaxError, struct.error, MemoryError, ...: each format has its own
+    except Exception as error:  # each format raises others: OSError, SyntaxError, struct.error, MemoryError, ...
         raise ValueError(" ".join(f"{type(error).__name__}: {error}".split())) from None
     return suffix
 
 
 class OutsideError(ValueError):
-    """A path leads out of the image folder."""
+    """Error of a path that leads out of the image folder."""
 
 
 class ImageFolder:
-    """The images of a folder, by the paths that records name.
-
-    url: a local path, or a URL.
-    """
+    """Folder of images, read by the paths that records name."""
 
     def __init__(self, url: str) -> None:
+        """Open a folder by local path or URL."""
         self.url = url.rstrip("/") or "/"
         self.is_local = storage.is_local(url)
         path = url.rpartition("://")[2] if self.is_local else ""
@@ -76,69 +74,81 @@ class ImageFolder:
         """Read the file that a record names.
 
         Raises:
-            FileNotFoundError: there is none, or nobody may read it.
+            FileNotFoundError: the file does not exist or is not readable.
             OutsideError: the path leads out of the folder.
         """
-        inside, leads_out = self.locate(path)
-        for name in inside:
-            if (found := self._find(name) if self.is_local else self._quoted(name)) is None:
+        candidates, leads_out = self.list_candidates(path)
+        for name in candidates:
+            url = self._find(name) if self.is_local else self._quote(name)
+            if url is None:
                 continue
             try:
-                return storage.read(found)
+                return storage.read(url)
             except ValueError:
                 continue
-        if path and (leads_out or not inside):
+        if path and (leads_out or not candidates):
             raise OutsideError(path)
         raise FileNotFoundError(path)
 
-    def locate(self, path: str) -> tuple[list[str], bool]:
-        """Paths within the folder that a record's path may mean, likeliest first; and whether a reading leads out."""
+    def list_candidates(self, path: str) -> tuple[list[str], bool]:
+        """List the relative paths that a record's path may mean, likeliest first.
+
+        Returns:
+            The paths, and True if an interpretation leads out of the folder.
+        """
         found, leads_out = [], False
-        for form in dict.fromkeys((path, path.replace("\\", "/"))):
-            readings = self._readings(form)
-            leads_out |= not readings
-            found += readings
+        for spelling in dict.fromkeys((path, path.replace("\\", "/"))):
+            relative = self._to_relative(spelling)
+            leads_out |= not relative
+            found += relative
         composed = [unicodedata.normalize("NFC", name) for name in found]
-        parted = [unicodedata.normalize("NFD", name) for name in found]
-        return list(dict.fromkeys([*found, *composed, *parted])), leads_out
+        decomposed = [unicodedata.normalize("NFD", name) for name in found]
+        return list(dict.fromkeys([*found, *composed, *decomposed])), leads_out
 
-    def _readings(self, path: str) -> list[str]:
+    def _to_relative(self, path: str) -> list[str]:
+        """List interpretations of a path as relative paths within the folder; [] if all lead out of it."""
+        # URLs: only those of this folder
         if path[:7].lower() == "file://":
-            written = [path[7:], unquote(path[7:])] if self.is_local else []
+            paths = [path[7:], unquote(path[7:])] if self.is_local else []
         elif URL_SCHEME.match(path):
-            written = [path.removeprefix(f"{self.url}/")] if path.startswith(f"{self.url}/") else []
+            paths = [path.removeprefix(f"{self.url}/")] if path.startswith(f"{self.url}/") else []
         else:
-            written = [path]
-        found = []
-        for each in written:
-            if each.startswith("/"):
-                whole = posixpath.normpath(f"/{each.lstrip('/')}")
+            paths = [path]
+        # absolute paths: only those below a root; relative ones: only without leading ".."
+        relative = []
+        for candidate in paths:
+            if candidate.startswith("/"):
+                absolute = posixpath.normpath(f"/{candidate.lstrip('/')}")
                 prefixes = [root.rstrip("/") + "/" for root in self.roots]
-                found += [whole.removeprefix(prefix) for prefix in prefixes if whole.startswith(prefix)]
-            elif (plain := posixpath.normpath(each)).split("/")[0] not in ("", ".", ".."):
-                found.append(plain)
-        return [each for each in found if each]
+                relative += [absolute.removeprefix(prefix) for prefix in prefixes if absolute.startswith(prefix)]
+            else:
+                normalized = posixpath.normpath(candidate)
+                if normalized.split("/")[0] not in ("", ".", ".."):
+                    relative.append(normalized)
+        return [name for name in relative if name]
 
-    def _quoted(self, name: str) -> str:
-        """The URL of a file in a store; over HTTP what would be a query or a fragment is part of the name."""
+    def _quote(self, name: str) -> str:
+        """Return the URL of a file in a store. Over HTTP, ? and # are quoted, because they are part of the name."""
         return storage.join(self.url, quote(name) if self.url.startswith(("http://", "https://")) else name)
 
     def _find(self, name: str) -> str | None:
-        """The local file of that name; None where there is none, or what is there is no file."""
-        at = self.roots[0]
-        if (whole := _is_regular_file(os.path.join(at, name))) is not None:
-            return os.path.join(at, name) if whole else None
+        """Find the local file of that name, ignoring case. None if it is missing, ambiguous or no regular file."""
+        path = self.roots[0]
+        is_file = _is_regular_file(os.path.join(path, name))
+        if is_file is not None:
+            return os.path.join(path, name) if is_file else None
+        # part by part, so that each folder of the path may have other case
         for part in name.split("/"):
-            if not os.path.lexists(os.path.join(at, part)):
-                fitting = self._listed(at).get(_fold_name(part), [])
-                if len(fitting) != 1:
+            if not os.path.lexists(os.path.join(path, part)):
+                matches = self._list_folded(path).get(_fold_name(part), [])
+                if len(matches) != 1:
                     return None
-                [part] = fitting
-            at = os.path.join(at, part)
-        return at if _is_regular_file(at) else None
+                [part] = matches
+            path = os.path.join(path, part)
+        return path if _is_regular_file(path) else None
 
-    def _listed(self, folder: str) -> dict[str, list[str]]:
-        """Names in a folder by what is left of them without capitals and composition."""
+    def _list_folded(self, folder: str) -> dict[str, list[str]]:
+        """List the names in a folder by their folded form. Cached, since records name many files of a folder."""
         if folder not in self._names:
             names: dict[str, list[str]] = {}
             try:
@@ -151,12 +161,13 @@ class ImageFolder:
 
 
 def _fold_name(name: str) -> str:
+    """Normalise case and Unicode composition."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _is_regular_file(path: str) -> bool | None:
-    """Tell if a path is a regular file; None if nothing is there.  Reading a pipe or device would not end."""
+    """Tell if a path is a regular file; None if it does not exist. Reading a pipe or device would not end."""
     try:
         return S_ISREG(os.stat(path).st_mode)
-    except (OSError, ValueError):  # too long a name, a circle of links, a null character
+    except (OSError, ValueError):  # the name is too long, links form a cycle, or a null character
         return None

@@ -354,7 +354,7 @@ def _pad_rows(rows: Sequence[TextRow], pad_token_id: int) -> dict[str, Int[np.nd
 @functools.lru_cache(maxsize=4)
 def _cached_global_batch(order: Order, number: int) -> tuple[Int[np.ndarray, " samples"], Int[np.ndarray, " samples"]]:
     """Compute a global batch. Cached, because several micro-batches are slices of one global batch."""
-    return order.batch(number)
+    return order.get_batch(number)
 
 
 @functools.cache

@@ -1,18 +1,18 @@
-"""Which samples make global batch i: a pure function of (samples of each source, global batch, seed).
+"""Order of samples: global batch i as a pure function of (samples per source, global batch size, seed, i).
 
-Each source is an endless stream of its own: the samples of its epoch 0 in a seeded order, then those of epoch 1 in
-another.  A global batch takes the next few of each source.  So every sample comes exactly once in each epoch of its
-source, every batch is full, world size does not appear, and a place in the order is one integer.
+Each source is an endless stream: the samples of epoch 0 in a seeded order, then those of epoch 1 in another order. A
+global batch takes the next few samples of each source. So every sample comes exactly once per epoch of its source,
+every batch is full, the order does not depend on the world size, and a cursor is one integer.
 
-How many each source gives is settled by halving: over a period of batches the ratio is exact in whole samples, and a
-span of batches hands each source's samples on to its halves, rounded down or up.  Hence each batch holds
-weight x global_batch_size of a source, rounded down or up; and as what halves do not divide goes to the sources that
-are furthest behind, the count of a source from the start of the run stays within 1 of the exact ratio for up to three
-sources, and within 1.1 for more in all of 3,000 mixtures tried, beyond 1 in about one of two hundred.  Without halving
-one would have to count batches from the start, or break one of the two bounds by a whole sample.
+The number of samples per source is found by halving. Over a period of batches the ratio is exact in whole samples. A
+span of batches distributes each source's samples over its two halves, rounded down or up. Hence each batch has
+weight x global_batch_size samples of a source, rounded down or up. The remainder goes to the sources that are furthest
+behind. Therefore the count of a source since the start stays within 1 of the exact ratio for up to three sources. For
+more sources it stayed within 1.1 in all of 3,000 mixtures tried, and above 1 in about one of two hundred. Without
+halving, one would have to count batches from the start, or break one of the two bounds by a whole sample.
 
-Cost: about 0.3 microseconds a sample, for a mixture a millisecond or less on top, and no memory but the batch; windows
-and groups say theirs.
+Cost: about 0.3 microseconds per sample, up to a millisecond more for a mixture, and no memory except the batch. See
+permutation.py and grouping.py for windows and groups.
 """
 
 import math
@@ -31,15 +31,20 @@ Shuffle = Literal["global", "window", "none"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Order:
-    """Order of a mixture of sources in global batches of `global_batch_size`.
+    """Order of a mixture of sources in global batches.
 
-    samples: of each source.  weights: shares of the sources in each batch, of any sum; () weighs sources by their
-        samples, so that they end their epochs together.
-    shuffle: "global" permutes all samples of a source; "window" takes its shards in seeded order and permutes samples
-        within `window` of them at a time; "none" leaves samples as they are stored.
-    shards: of each source, how many samples each shard holds; for shuffle "window".
-    groups: modalities and lengths, for batches of one modality and similar lengths; takes a single source, as such
-        batches and an exact ratio in each of them exclude each other, and shuffle "global".
+    Args:
+        samples: number of samples of each source.
+        global_batch_size: samples per global batch.
+        seed: seed of all permutations.
+        weights: share of each source in a batch, with any sum. () weighs sources by their samples, so that their epochs
+            end together.
+        shuffle: "global" permutes all samples of a source. "window" permutes its shards, and the samples within
+            `window` shards at a time. "none" keeps the stored order.
+        window: number of shards that are mixed, for shuffle "window".
+        shards: for each source, the number of samples of each shard, for shuffle "window".
+        groups: modalities and lengths, for batches of one modality and similar lengths. Requires a single source,
+            because such batches cannot also have an exact ratio of sources, and shuffle "global".
     """
 
     samples: tuple[int, ...]
@@ -52,6 +57,7 @@ class Order:
     groups: LengthGroups | None = None
 
     def __post_init__(self) -> None:
+        # single fields
         if not self.samples or min(self.samples) < 1:
             raise ValueError(f"samples: got {self.samples}, allowed: at least one source, of at least 1 sample each")
         if self.global_batch_size < 1:
@@ -69,30 +75,36 @@ class Order:
             raise ValueError(f"shuffle: got {self.shuffle!r}, allowed: {', '.join(get_args(Shuffle))}")
         if self.window < 1:
             raise ValueError(f"window: got {self.window}, allowed: at least 1 shard")
-        held = tuple(int(np.sum(sizes)) for sizes in self.shards)
-        if (self.shards or self.shuffle == "window") and held != self.samples:
-            raise ValueError(f"shards: got {held} samples, allowed: {self.samples}, those of each source")
+        # shards and groups must have the same samples as `samples`
+        in_shards = tuple(int(np.sum(sizes)) for sizes in self.shards)
+        if (self.shards or self.shuffle == "window") and in_shards != self.samples:
+            raise ValueError(f"shards: got {in_shards} samples, allowed: {self.samples}, those of each source")
         if self.groups and (self.shuffle != "global" or self.samples != (sum(self.groups.counts),)):
             raise ValueError(
                 f"groups: got {sum(self.groups.counts)} samples, samples {self.samples} and shuffle {self.shuffle!r}, "
                 "allowed: one source of that many samples and shuffle 'global'"
             )
 
-    def batches(self, epochs: float) -> int:
-        """Global batches of that many epochs; the last may reach into the next epoch, so that it is full.
+    def count_batches(self, epochs: float) -> int:
+        """Count the global batches of a number of epochs. The last may reach into the next epoch, so that it is full.
 
-        An epoch is as many samples as all sources have together, whatever their weights.
+        An epoch has as many samples as all sources together, whatever their weights.
         """
-        return -(-self._length(epochs) // self.global_batch_size)
+        return -(-self._count_samples(epochs) // self.global_batch_size)
 
-    def real(self, number: int, epochs: float) -> int:
-        """How many samples of global batch `number`, its first ones, still lie within that many epochs."""
-        return min(max(self._length(epochs) - number * self.global_batch_size, 0), self.global_batch_size)
+    def count_real_samples(self, number: int, epochs: float) -> int:
+        """Count the samples at the start of global batch `number` that are within a number of epochs."""
+        return min(max(self._count_samples(epochs) - number * self.global_batch_size, 0), self.global_batch_size)
 
-    def batch(self, number: int) -> tuple[Int[np.ndarray, " global_batch_size"], Int[np.ndarray, " global_batch_size"]]:
-        """Sources and sample numbers within them of global batch `number`, counted from 0 over all epochs.
+    def get_batch(
+        self, number: int
+    ) -> tuple[Int[np.ndarray, " global_batch_size"], Int[np.ndarray, " global_batch_size"]]:
+        """Compute global batch `number`, counted from 0 over all epochs.
 
         Sources are spread evenly over the batch, so that any slice of it has about the ratio of the whole.
+
+        Returns:
+            Index of the source, and number of the sample within it, for each sample of the batch.
         """
         if number < 0:
             raise ValueError(f"number: got {number}, allowed: at least 0")
@@ -100,65 +112,77 @@ class Order:
             [Fraction(str(weight)) for weight in self.weights or self.samples], self.global_batch_size, number
         )
         source = np.repeat(np.arange(len(counts)), counts)
-        spread = np.argsort(
-            np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts]), kind="stable"
-        )
-        taken = [self._take(one, start, count) for one, (start, count) in enumerate(zip(starts, counts, strict=True))]
-        return source[spread], np.concatenate(taken)[spread]
+        # sort by the relative position of each sample among those of its source
+        relative = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
+        spread = np.argsort(relative, kind="stable")
+        samples = [
+            self._take(index, start, count) for index, (start, count) in enumerate(zip(starts, counts, strict=True))
+        ]
+        return source[spread], np.concatenate(samples)[spread]
 
-    def _length(self, epochs: float) -> int:
-        """Samples of that many epochs, at least 1."""
+    def _count_samples(self, epochs: float) -> int:
+        """Count the samples of a number of epochs, at least 1."""
         if not 0 < epochs < math.inf:
             raise ValueError(f"epochs: got {epochs}, allowed: above 0")
         return max(round(epochs * sum(self.samples)), 1)
 
     def _take(self, source: int, start: int, count: int) -> Int[np.ndarray, " count"]:
-        """Samples start..start+count-1 of the source's stream."""
-        epoch, within = np.divmod(start + np.arange(count, dtype=np.int64), self.samples[source])
-        result = np.empty_like(within)
-        for one in np.unique(epoch):
-            result[epoch == one] = self._arrange(source, within[epoch == one], int(one))
+        """Return the samples at positions start..start+count-1 of the source's stream."""
+        epochs, positions = np.divmod(start + np.arange(count, dtype=np.int64), self.samples[source])
+        result = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            result[epochs == epoch] = self._permute(source, positions[epochs == epoch], int(epoch))
         return result
 
-    def _arrange(self, source: int, within: Int[np.ndarray, " places"], epoch: int) -> Int[np.ndarray, " places"]:
-        """Samples at these places of an epoch of the source."""
+    def _permute(
+        self, source: int, positions: Int[np.ndarray, " positions"], epoch: int
+    ) -> Int[np.ndarray, " positions"]:
+        """Return the samples at positions of an epoch of the source."""
         if self.groups:
-            return self.groups.arrange(within, self.global_batch_size, self.seed, epoch)
+            return self.groups.permute(positions, self.global_batch_size, self.seed, epoch)
         if self.shuffle == "window":
-            return permute_windows(within, self.shards[source], self.window, self.seed, epoch, source)
+            return permute_windows(positions, self.shards[source], self.window, self.seed, epoch, source)
         if self.shuffle == "global":
-            # the first source's stream has no number, so that one source alone is ordered as ever
-            return permute(within, self.samples[source], self.seed, epoch, *([source] if source else []))
-        return within
+            # source 0 adds no number to the seed, so runs with one source keep the order of earlier versions
+            return permute(positions, self.samples[source], self.seed, epoch, *([source] if source else []))
+        return positions
 
 
 def count_source_samples(weights: list[Fraction], global_batch_size: int, number: int) -> tuple[list[int], list[int]]:
-    """Of each source: how many samples global batches 0..number-1 hold, and how many batch `number` holds.
+    """Count the samples of each source in global batch `number`, and in all batches before it.
 
-    Whatever the weights' sum; a mixture of 1 to 2 in batches of 4 goes 1+3, 2+2, 1+3, and again.
+    Weights may have any sum. A mixture of 1 to 2 in batches of 4 repeats 1+3, 2+2, 1+3.
+
+    Returns:
+        Samples of each source in batches 0..number-1, and in batch `number`.
     """
     total = sum(weights)
-    exact = [weight / total * global_batch_size for weight in weights]  # samples a batch
-    span = math.lcm(*(one.denominator for one in exact))  # batches until the ratio comes out in whole samples
-    rounds, number = divmod(number, span)
-    counts = [int(one * span) for one in exact]
-    before, first = [0] * len(weights), 0  # the span holds batches first..first+span-1 of the period
-    starts = [rounds * count for count in counts]
+    exact = [weight / total * global_batch_size for weight in weights]  # samples per batch, as fractions
+    # the period: the number of batches after which the ratio is exact in whole samples
+    span = math.lcm(*(fraction.denominator for fraction in exact))
+    periods, number = divmod(number, span)
+    counts = [int(fraction * span) for fraction in exact]
+    starts = [periods * count for count in counts]
+    # halve the span until it is one batch; it has batches first..first+span-1 of the period
+    first = 0
+    before = [0] * len(weights)  # samples of each source in batches 0..first-1 of the period
     while span > 1:
-        left = span // 2
-        middle = first + left
-        given = [count * left // span for count in counts]
-        behind = sorted(
-            (before[one] + given[one] - exact[one] * middle, one)
-            for one, count in enumerate(counts)
-            if count * left % span
+        half = span // 2
+        middle = first + half
+        in_half = [count * half // span for count in counts]
+        # the samples that the rounding left over go to the sources that are furthest behind
+        deficits = sorted(
+            (before[source] + in_half[source] - exact[source] * middle, source)
+            for source, count in enumerate(counts)
+            if count * half % span
         )
-        for _, one in behind[: left * global_batch_size - sum(given)]:
-            given[one] += 1
+        for _, source in deficits[: half * global_batch_size - sum(in_half)]:
+            in_half[source] += 1
+        # continue in the half that has the batch
         if number < middle:
-            span, counts = left, given
+            span, counts = half, in_half
         else:
-            span, first = span - left, middle
-            before = [done + more for done, more in zip(before, given, strict=True)]
-            counts = [count - more for count, more in zip(counts, given, strict=True)]
+            span, first = span - half, middle
+            before = [done + added for done, added in zip(before, in_half, strict=True)]
+            counts = [count - added for count, added in zip(counts, in_half, strict=True)]
     return [start + done for start, done in zip(starts, before, strict=True)], counts

@@ -1,10 +1,11 @@
-"""Seeded permutations of which any place is computed at once, without a table of the epoch.
+"""Seeded permutations with random access: any position is computed directly, without a table of the epoch.
 
-The permutation is a Feistel network over the smallest even power of two that holds all numbers, walked until it lands
-inside (Black and Rogaway 2002).  Over few numbers such a network is not quite fair, so there random keys are sorted.
-A permutation by windows of shards keeps reads local: only a few shards are in use at a time.
-Cost: about 0.3 microseconds a place and no memory but the places.  A hundred thousand shards in windows take some
-40 milliseconds and 6 MB for the first batch of an epoch, 2 milliseconds for the others.
+The permutation is a Feistel network over the smallest even power of two that contains all numbers, applied until the
+result is in range (cycle walking, Black and Rogaway 2002). Over few numbers such a network is slightly biased, so there
+random keys are sorted. A permutation by windows of shards keeps reads local: only a few shards are in use at a time.
+
+Cost: about 0.3 microseconds per position and no memory except the positions. A hundred thousand shards in windows take
+about 40 milliseconds and 6 MB for the first batch of an epoch, 2 milliseconds for the others.
 """
 
 import functools
@@ -14,59 +15,73 @@ from jaxtyping import Int
 
 FEISTEL_ROUNDS = 4
 MIN_FEISTEL_SAMPLES = 64
-"""Below this many numbers the permutation is a sorted table."""
+"""Smaller permutations are made by sorting random keys."""
 
 
 def permute(
-    place: Int[np.ndarray, " places"], samples: int, seed: int, epoch: int, *stream: int
-) -> Int[np.ndarray, " places"]:
-    """Where a seeded permutation of 0..samples-1 sends `place`; another one each epoch and each stream."""
-    chance = np.random.SeedSequence((seed, epoch), spawn_key=stream)
+    positions: Int[np.ndarray, " positions"], samples: int, seed: int, epoch: int, *stream: int
+) -> Int[np.ndarray, " positions"]:
+    """Apply a seeded permutation of 0..samples-1 to positions. Epochs and streams have different permutations."""
+    seeds = np.random.SeedSequence((seed, epoch), spawn_key=stream)
     if samples < MIN_FEISTEL_SAMPLES:
-        return np.argsort(chance.generate_state(samples, np.uint64))[place]
+        return np.argsort(seeds.generate_state(samples, np.uint64))[positions]
     half = ((samples - 1).bit_length() + 1) // 2
-    keys = chance.generate_state(FEISTEL_ROUNDS, np.uint64)
-    result = _feistel(place.astype(np.uint64), half, keys)
+    keys = seeds.generate_state(FEISTEL_ROUNDS, np.uint64)
+    result = _feistel(positions.astype(np.uint64), half, keys)
+    # cycle walking: less than three quarters of the range are outside, so a few rounds suffice
     while (outside := result >= samples).any():
         result[outside] = _feistel(result[outside], half, keys)
     return result.astype(np.int64)
 
 
 def permute_windows(
-    place: Int[np.ndarray, " places"],
+    positions: Int[np.ndarray, " positions"],
     shards: Int[np.ndarray, " shards"],
     window: int,
     seed: int,
     epoch: int,
     *stream: int,
-) -> Int[np.ndarray, " places"]:
-    """Samples at these places when shards come in seeded order and samples mix within `window` shards at a time.
+) -> Int[np.ndarray, " positions"]:
+    """Permute the shards, and the samples within each window of shards.
 
-    shards: how many samples each holds; sample numbers count through them.
+    Args:
+        positions: positions in the epoch.
+        shards: number of samples of each shard, in the order of the sample numbers.
+        window: number of shards that are mixed.
+        seed: seed of the permutations.
+        epoch: number of the epoch.
+        stream: further numbers that select a permutation.
+
+    Returns:
+        Sample numbers at these positions.
     """
     order = _cached_permutation(len(shards), seed, epoch, *stream, 0)
+    # positions of the windows in the order of the shards
     sizes = shards.astype(np.int64)[order]
     ends = np.cumsum(sizes)
     borders = np.concatenate([[0], ends[window - 1 : -1 : window], ends[-1:]])
-    number = np.searchsorted(borders, place, side="right") - 1
-    mixed = np.empty_like(place)
-    for one in np.unique(number):
-        here, first = number == one, borders[one]
-        size = int(borders[one + 1] - first)
-        mixed[here] = first + permute(place[here] - first, size, seed, epoch, *stream, 1, int(one))
-    at = np.searchsorted(ends, mixed, side="right")
-    stored = np.concatenate([[0], np.cumsum(shards, dtype=np.int64)])
-    return stored[order[at]] + mixed - (ends - sizes)[at]
+    windows = np.searchsorted(borders, positions, side="right") - 1
+    # permute within each window
+    mixed = np.empty_like(positions)
+    for number in np.unique(windows):
+        in_window = windows == number
+        first = borders[number]
+        size = int(borders[number + 1] - first)
+        mixed[in_window] = first + permute(positions[in_window] - first, size, seed, epoch, *stream, 1, int(number))
+    # from the order of the shards back to sample numbers
+    shard = np.searchsorted(ends, mixed, side="right")
+    stored_starts = np.concatenate([[0], np.cumsum(shards, dtype=np.int64)])
+    return stored_starts[order[shard]] + mixed - (ends - sizes)[shard]
 
 
 @functools.lru_cache(maxsize=8)
 def _cached_permutation(samples: int, seed: int, epoch: int, *stream: int) -> Int[np.ndarray, " samples"]:
-    """A whole permutation, kept, as one of shards serves every batch of an epoch; not to be written to."""
+    """Compute a whole permutation. Cached for all batches of an epoch, so callers must not write to it."""
     return permute(np.arange(samples), samples, seed, epoch, *stream)
 
 
 def _feistel(value: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
-    """A permutation of 0..4**half-1: each round mixes one half of the bits into the other."""
+    """Permute 0..4**half-1 with a Feistel network: each round mixes one half of the bits into the other."""
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = value >> bits, value & mask
     for key in keys:
@@ -75,7 +90,7 @@ def _feistel(value: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _hash(value: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    """Apply the finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit affects every output bit."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

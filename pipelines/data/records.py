@@ -1,23 +1,23 @@
-"""Records of LLaVA's JSON form: what one must be, and why one is not.
+"""Parsing and validation of records in LLaVA's JSON form.
 
     [{"id": "33471", "image": "coco/33471.jpg", "conversations": [{"from": "human", "value": "<image>\\n…"},
-      {"from": "gpt", "value": "…"}, …]}, …]           a record without `image` is text alone
+      {"from": "gpt", "value": "…"}, …]}, …]           a record without `image` is text only
 
-The mixtures are put together from dozens of sources by hand, and training on them fails hours later, or learns from
-empty answers without a word.  So everything that can be told without a model is told here, once, when shards are made,
-by `find_fault`: one of REASONS, the field and its value.  pipelines/data/images.py does the same for image files.
+Mixtures are assembled by hand from dozens of sources. Errors in them make training fail hours later, or the model
+silently learns from empty answers. So `find_rejection` checks everything that needs no model, once, when shards are
+made. It returns one of RECORD_REASONS, the field and its value. pipelines/data/images.py does the same for image files.
 
-LLaVA's trainer reads `image`, and `from` and `value` of each turn.  Other fields may be missing or odd.  They matter in
-one case: a record about a video, a sound or an image that LLaVA does not read would be learned as text about nothing.
-Such content is known by the names of fields, and by the tags that other trainers put in its place:
+LLaVA's trainer reads `image`, and `from` and `value` of each turn. Other fields may be missing or have any value, with
+one exception: a record about a video, a sound or an image that LLaVA does not read would be trained on as text without
+its subject. Such content is detected by names of fields, and by the tags that other trainers use as placeholders:
 
-- In a question a tag counts anywhere, in an answer on a line of its own.
-- It is a bare tag: `<video>`, `<image 1>`, `<|audio_bos|>`.  One with attributes is HTML.
-- Text about tags is text: in code, in quotation marks, behind a word (`List<Image>`), before "tag" or "element", or
-  among other HTML.
+- In a question, a tag counts anywhere; in an answer, only alone on a line.
+- The tag is bare: `<video>`, `<image 1>`, `<|audio_bos|>`. A tag with attributes is HTML.
+- Text about tags is allowed: in code, in quotation marks, after a word (`List<Image>`), before "tag" or "element", or
+  together with other HTML.
 
-Ids repeat in LLaVA's own mixtures (several conversations about one image), so only a record that is the same as an
-earlier one in everything is a duplicate.
+Ids repeat in LLaVA's mixtures (several conversations about one image), so a record is a duplicate only if it equals an
+earlier one in all fields.
 """
 
 import functools
@@ -30,10 +30,10 @@ from redux.conversation import IMAGE_TOKEN, move_image_to_front
 
 RECORD_REASONS = {
     "malformed": "not an object with conversations, a list of turns, each with from and value as text",
-    "duplicate": "the same as an earlier record in everything",
-    "roles": 'turns are not "human" and "gpt" by turns, from a human\'s to a gpt\'s',
-    "empty turn": "somebody says nothing",
-    "broken text": "half of a character (a lone surrogate), or bytes that are not UTF-8, which no tokenizer reads",
+    "duplicate": "equal to an earlier record in all fields",
+    "roles": 'turns must alternate between "human" and "gpt", from a first "human" to a last "gpt"',
+    "empty turn": "a turn without text",
+    "broken text": "a lone surrogate, or bytes that are not UTF-8, which no tokenizer reads",
     "video": "about a video, which is neither image nor text",
     "audio": "about a sound, which is neither image nor text",
     "point cloud": "about a point cloud, which is neither image nor text",
@@ -41,24 +41,24 @@ RECORD_REASONS = {
     "image without tag": "there is an image, but no turn has <image>",
     "tag without image": "a turn has <image>, but there is no image",
     "tags": "there is one image, but <image> in more than one turn",
-    "too long": "more text than asked for",
+    "too long": "more words than max_words",
     "outside": "the image's path leads out of the image folder",
-    "missing image": "there is no such file, or it may not be read",
-    "broken image": "the file is truncated, no image that Pillow reads, or too large a one",
+    "missing image": "the file does not exist or is not readable",
+    "broken image": "the file is truncated, too large, or no image that Pillow reads",
 }
-"""Why a record is kept out of the shards."""
+"""Reasons to reject a record, with explanations."""
 
 MAX_SHOWN_CHARACTERS = 200
-"""Characters of a value that the quarantine list shows."""
+"""Maximum number of characters of a value in the quarantine list."""
 
 MAX_DEPTH = 100
-"""Levels of lists and objects in a record, at most; Python's own JSON reader and writer end at some hundreds."""
+"""Maximum nesting of lists and objects in a record. Python's JSON reader and writer fail at some hundreds."""
 
 MISSING = "(missing)"
 
 
 class RecordRejection(NamedTuple):
-    """The reason to keep a record out, the field with its value as the quarantine list shows it, and details."""
+    """Rejection of a record: the reason, the field, its value as in the quarantine list, and details."""
 
     reason: str
     field: str
@@ -67,7 +67,7 @@ class RecordRejection(NamedTuple):
 
     @property
     def why(self) -> str:
-        """The reason in words."""
+        """Explanation of the reason."""
         return f"{RECORD_REASONS[self.reason]}: {self.detail}" if self.detail else RECORD_REASONS[self.reason]
 
 
@@ -75,26 +75,32 @@ class RecordRejection(NamedTuple):
 
 
 def parse_records(text: bytes, name: str) -> list[Any]:
-    """Read the records of a file, unchecked: a JSON list, JSON lines, or one record.
+    """Parse the records of a file: a JSON list, JSON lines, or one record. Records are not checked.
 
-    What Python cannot read of a record (nested too deep, a number of thousands of digits, a damaged line among JSON
-    lines) stays as its text, which is no record.
+    A record that Python cannot parse (nested too deep, a number of thousands of digits, a damaged line) is returned as
+    its text, and is rejected later.
+
+    Args:
+        text: content of the file.
+        name: name of the file, for messages.
 
     Raises:
-        ValueError: it is none of these, or holds no record.
+        ValueError: the file has another form or no record.
     """
     decoded = _decode(text)
+    # a list; if it cannot be parsed as a whole, then its elements or lines one by one
     try:
         records = json.loads(decoded)
-    except (ValueError, RecursionError) as error:  # a ValueError of digits is no JSONDecodeError
+    except (ValueError, RecursionError) as error:  # too many digits raise ValueError, not JSONDecodeError
         if decoded.lstrip().startswith("["):
-            broken = isinstance(error, json.JSONDecodeError)
-            records = error if broken else [_parse_record(part) for part in _split_list(decoded)]
+            is_damaged = isinstance(error, json.JSONDecodeError)
+            records = error if is_damaged else [_parse_record(part) for part in _split_list(decoded)]
         else:
             lines = [_parse_record(line) for line in decoded.split("\n") if line.strip()]
             records = lines if any(isinstance(line, dict) for line in lines) else error
     if isinstance(records, dict) and "conversations" in records:
         records = [records]
+    # no list of records: describe what the file contains instead
     if not isinstance(records, list) or not records:
         if isinstance(records, dict):
             got = f"got one object with {_shorten(', '.join(records), 80)}"
@@ -107,15 +113,16 @@ def parse_records(text: bytes, name: str) -> list[Any]:
 
 
 def _decode(text: bytes) -> str:
-    """The text of a file in UTF-8, -16 or -32; other bytes become lone surrogates: only their record is bad."""
+    """Decode UTF-8, -16 or -32. Invalid bytes become lone surrogates, so that only their record is rejected."""
     encoding = json.detect_encoding(text)
     try:
         return text.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass")
-    except UnicodeDecodeError:  # a file that only looks like UTF-16
+    except UnicodeDecodeError:  # UTF-8 that looks like UTF-16
         return text.decode("utf-8", "surrogateescape")
 
 
 def _parse_record(text: str) -> Any:
+    """Parse one record, or return its text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -123,7 +130,7 @@ def _parse_record(text: str) -> Any:
 
 
 def _split_list(text: str) -> Iterator[str]:
-    """The elements of a JSON list, unread: what stands between its commas."""
+    """Yield the texts of a JSON list's elements, split at its commas."""
     depth = first = 0
     for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[\]{},]', text, re.DOTALL):
         mark = token.group()
@@ -138,15 +145,12 @@ def _split_list(text: str) -> Iterator[str]:
 
 
 def _is_too_deep(value: Any) -> bool:
+    """Tell if lists and objects are nested deeper than MAX_DEPTH. Breadth first, since recursion has a limit, too."""
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for each in level
-            if isinstance(each, list | dict)
-            for inner in (each.values() if isinstance(each, dict) else each)
-            if isinstance(inner, list | dict)
-        ]
+        containers = [item for item in level if isinstance(item, list | dict)]
+        children = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
+        level = [child for child in children if isinstance(child, list | dict)]
         if not level:
             return False
     return True
@@ -155,25 +159,29 @@ def _is_too_deep(value: Any) -> bool:
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-def find_rejection(record: Any, words: int | None) -> RecordRejection | None:
-    """Find the reason to keep a record out, its image file apart; None for a good one.
+def find_rejection(record: Any, max_words: int | None) -> RecordRejection | None:
+    """Find the reason to reject a record, without a look at its image file. None for a valid record.
 
-    words: at most so many, of all turns together.
+    Args:
+        record: any JSON value.
+        max_words: maximum number of words of all turns together; None for no limit.
     """
-    return _find_form_rejection(record) or _find_content_rejection(record, words)
+    return _find_form_rejection(record) or _find_content_rejection(record, max_words)
 
 
 def _find_form_rejection(record: Any) -> RecordRejection | None:
-    """The first field of another type or name than LLaVA's."""
+    """Find the first field with another type or name than LLaVA's."""
     if not isinstance(record, dict):
         return RecordRejection("malformed", "", shorten(record))
-    if fault := _find_media_field(record, "", has_image(record)):
-        return fault
+    # fields of the record
+    if rejection := _find_media_field(record, "", has_image(record)):
+        return rejection
     if "conversations" not in record:
         return RecordRejection("malformed", "conversations", f"{MISSING}; there are {shorten(list(record))}")
     turns = record["conversations"]
     if not isinstance(turns, list):
         return RecordRejection("malformed", "conversations", shorten(turns))
+    # fields of the turns
     for number, turn in enumerate(turns):
         name = f"conversations[{number}]"
         if not isinstance(turn, dict):
@@ -183,10 +191,11 @@ def _find_form_rejection(record: Any) -> RecordRejection | None:
                 return RecordRejection(
                     "malformed", f"{name}.{field}", shorten(turn[field]) if field in turn else MISSING
                 )
-        if fault := _find_media_field(turn, f"{name}.", has_image(record)):
-            return fault
+        if rejection := _find_media_field(turn, f"{name}.", has_image(record)):
+            return rejection
     if has_image(record) and not isinstance(record["image"], str):
         return RecordRejection("image form", "image", shorten(record["image"]))
+    # order of the turns
     for number, turn in enumerate(turns):
         if turn["from"] != ("human", "gpt")[number % 2]:
             return RecordRejection("roles", f"conversations[{number}].from", shorten(turn["from"]))
@@ -195,9 +204,10 @@ def _find_form_rejection(record: Any) -> RecordRejection | None:
     return None
 
 
-def _find_content_rejection(record: dict, words: int | None) -> RecordRejection | None:
-    """The first turn that cannot be trained on."""
-    turns, tagged = record["conversations"], []
+def _find_content_rejection(record: dict, max_words: int | None) -> RecordRejection | None:
+    """Find the first turn that cannot be trained on."""
+    turns = record["conversations"]
+    tagged = []  # names of the turns with <image>, once per tag
     for number, turn in enumerate(turns):
         text, name = turn["value"], f"conversations[{number}].value"
         if not _is_unicode(text):
@@ -208,35 +218,36 @@ def _find_content_rejection(record: dict, words: int | None) -> RecordRejection 
         tagged += [name] * tags
         if not text.replace(IMAGE_TOKEN, "").strip() and (number % 2 or not tags):
             return RecordRejection("empty turn", name, shorten(text))
+    # image and tags must agree
     if has_image(record) and not tagged:
         return RecordRejection("image without tag", "conversations[0].value", shorten(turns[0]["value"]))
     if tagged and not has_image(record):
         return RecordRejection("tag without image", "image", shorten(record["image"]) if "image" in record else MISSING)
     if len(tagged) > 1:
         return RecordRejection("tags", tagged[1], IMAGE_TOKEN)
-    if words is not None and (count := count_words(record)) > words:
+    if max_words is not None and (count := count_words(record)) > max_words:
         return RecordRejection("too long", "conversations", f"{count} words")
     return None
 
 
 def has_image(record: dict) -> bool:
-    """Tell if the record names an image; null is none."""
+    """Tell if the record names an image. `null` names none."""
     return record.get("image") is not None
 
 
 def count_words(record: dict) -> int:
-    """Words of all turns, the image's tag not counted."""
+    """Count the words of all turns, without image tags."""
     return sum(len(turn["value"].replace(IMAGE_TOKEN, "").split()) for turn in record["conversations"])
 
 
 def shorten(value: Any) -> str:
-    """A value as one short line of text that any file can hold."""
+    """Format a value as one short line of printable text."""
     return _shorten(value if isinstance(value, str) else _to_json(value))
 
 
 def _shorten(text: str, limit: int = MAX_SHOWN_CHARACTERS) -> str:
     text = text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _to_json(value: Any) -> str:
@@ -267,7 +278,7 @@ _MEDIA_FIELD_PATTERNS = {
     reason: re.compile(rf"(?:{names})(?:_?(?:{_CONTAINER_WORDS}))?", re.IGNORECASE)
     for reason, names in _MEDIA_FIELDS.items()
 }
-"""Fields that hold other content, by reason; those of images count where the record has no `image`."""
+"""Patterns of fields with other media, by reason. Those of images count only if the record has no `image`."""
 
 _TAG_WORDS = "start|end|begin|bos|eos|pad|patch|here|placeholder|soft|token|content|context|feature|embed|file|path"
 _MEDIA_NAMES = {
@@ -288,14 +299,14 @@ _MEDIA_TAG_PATTERNS = {
     )
     for reason, tag in _BARE_TAGS.items()
 }
-"""Other trainers' tags, by reason: anywhere, and alone on a line."""
+"""Patterns of other trainers' tags, by reason: anywhere in a text, and alone on a line."""
 
 _QUOTED = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\"<[^\"\n]*>\"|'<[^'\n]*>'|“<[^”\n]*>”", re.DOTALL)
 _MARKUP = re.compile(r"<(?:!doctype|html|head|body|div|span|p|ul|table|script|source)\b", re.IGNORECASE)
 
 
 def _find_media_field(fields: dict, prefix: str, with_image: bool) -> RecordRejection | None:
-    """A field that holds content which LLaVA does not read."""
+    """Find a field with content that LLaVA does not read."""
     for field, value in fields.items():
         reason = _media_of_field(field)
         if not reason or not value or (not prefix and field == "image") or (reason == "image form" and with_image):
@@ -304,15 +315,16 @@ def _find_media_field(fields: dict, prefix: str, with_image: bool) -> RecordReje
     return None
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)  # a file uses few names for many records
 def _media_of_field(name: str) -> str | None:
     return next((reason for reason, names in _MEDIA_FIELD_PATTERNS.items() if names.fullmatch(name)), None)
 
 
 def _find_media_tag(text: str, is_answer: bool) -> str | None:
-    """The reason of a tag that stands for content which LLaVA does not read."""
+    """Find the reason to reject a text for a tag of content that LLaVA does not read."""
     if "<" not in text and "[IMG]" not in text:
         return None
+    # text about tags is allowed
     if _MARKUP.search(text):
         return None
     plain = _QUOTED.sub(" ", text)

@@ -270,7 +270,7 @@ def _group_by_stage(steps: Iterable[Mapping[str, Any]]) -> dict[str, list[Mappin
 
 def _compute_total(metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]]) -> Score | None:
     """Compute the accuracy of the header: from the metrics, or from the answers if the metrics lack it."""
-    questions = int(metrics.get("easy_vqa.load_questions", len(answers)))
+    questions = int(metrics.get("easy_vqa.questions", len(answers)))
     if not questions:
         return None
     accuracy = metrics.get("easy_vqa.accuracy")

@@ -313,6 +313,8 @@ def _read_job(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no YAML: {error}") from None
     if not isinstance(job, dict) or not isinstance(job.get("model"), dict):
         raise ValueError(f"{path}: got no section model, allowed: a job as a run writes it")
+    if "workers" in job:  # a key of every resolved job before the keys got their present names
+        raise ValueError(f"{path}: written by an earlier version of Redux, allowed: runs of this version")
     return job
 
 

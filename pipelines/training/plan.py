@@ -144,7 +144,7 @@ class StagePlan:
         groups = None
         if stage.group_by_length:
             [shards] = sources.values()
-            groups = LengthGroups.of(shards.has_image, shards.word_counts, stage.group_by_length)
+            groups = LengthGroups.from_columns(shards.has_image, shards.word_counts, stage.group_by_length)
 
         # The order of samples is a function of these values alone, not of the number of workers.
         order = Order(
@@ -175,7 +175,7 @@ class StagePlan:
 
     def count_steps(self, order: Order) -> int:
         """Count the global batches of the stage."""
-        return self.stage.steps or order.batches(self.stage.epochs or 0)
+        return self.stage.steps or order.count_batches(self.stage.epochs or 0)
 
     def fingerprint_data(self) -> dict[str, Any]:
         """Return the fingerprint of each set of the mixture. It depends on contents, not on locations."""

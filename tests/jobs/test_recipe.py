@@ -98,7 +98,7 @@ def test_an_epoch_has_the_steps_that_llava_reports(path: Path) -> None:
     for name, stage in schema.load(path).train.items():
         [source] = stage.mixture
         order = Order(samples=(SAMPLES[source],), global_batch_size=stage.global_batch_size, seed=0)
-        counted[name] = order.batches(stage.epochs or 0)
+        counted[name] = order.count_batches(stage.epochs or 0)
     assert counted == {"pretrain": 2181, "instruct": 5198}
 
 

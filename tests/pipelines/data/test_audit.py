@@ -71,7 +71,7 @@ def test_an_index_that_says_otherwise_of_a_sample_is_found(copy: Shards, column:
     path.unlink()
     path.write_bytes(to_ipc_bytes(changed))
     (found,) = verify_set(copy.folder)
-    assert f"sample {copy.get_key(7)}: the index says otherwise" in found
+    assert f"sample {copy.get_key(7)}: its row of the index differs from the tar" in found
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -145,7 +145,7 @@ def test_bad_samples_are_replaced_and_named_and_others_are_as_before(sound: Shar
     """Over two epochs; what stands in is seen as it is where it is due itself."""
     reader = read_by(tokenizer, harmed)
     rows, replaced = whole(reader)
-    due = np.concatenate([reader.order.batch(step)[1] for step in range(STEPS)]).tolist()
+    due = np.concatenate([reader.order.get_batch(step)[1] for step in range(STEPS)]).tolist()
     assert {number for number in due if number in BAD} == BAD
     plain = replace(reader, sources={"set 0": sound}, order=replace(reader.order, shuffle="none"), micro_batch_size=1)
     seen = {number: flat([plain(number)])[0][0][2] for number in range(len(sound)) if number != LONG}
@@ -392,7 +392,7 @@ def test_what_all_ranks_used_is_the_global_batch_by_set_with_replaced_ones_in_th
     reader = mixed_by(tokenizer, few, harmed, world)
     steps, replaced = gathered[world][0], 0
     for step, used in enumerate(steps):
-        source, due = reader.order.batch(step)
+        source, due = reader.order.get_batch(step)
         samples = {name: [*numbers] for name, numbers in used["samples"].items()}
         for entry in used["replaced"]:
             assert samples[entry["set"]][entry["at"]] == entry["used"] != entry["due"]

@@ -19,7 +19,7 @@ def run(
     order = Order(samples=(samples, 7), global_batch_size=batch + batch // 2, weights=(2, 1), seed=seed)
     log = []
     for step in range(1, steps + 1):
-        sources, numbers = order.batch(step - 1)
+        sources, numbers = order.get_batch(step - 1)
         used = {name: numbers[sources == source].tolist() for source, name in enumerate("ab")}
         log.append({"stage": stage, "step": step, "samples": used, "replaced": []})
     return log

@@ -116,7 +116,7 @@ def mixture(pool: Sequence[Any], chance: np.random.Generator, kind: str) -> tupl
         shuffle={"window": "window", "plain": "none"}.get(kind, "global"),
         window=int(chance.integers(1, 5)),
         shards=tuple(shards.shard_sizes for shards in taken) if kind == "window" else (),
-        groups=LengthGroups.of(taken[0].has_image, taken[0].word_counts, int(chance.integers(1, 4)))
+        groups=LengthGroups.from_columns(taken[0].has_image, taken[0].word_counts, int(chance.integers(1, 4)))
         if kind == "groups"
         else None,
     )
@@ -171,7 +171,7 @@ def places(told: Sequence[Told]) -> list[tuple[int, int]]:
 
 def ordered(order: Order, steps: range) -> list[tuple[int, int]]:
     """(source, sample) of these global batches, as the order alone has them."""
-    return [pair for step in steps for pair in zip(*map(np.ndarray.tolist, order.batch(step)), strict=True)]
+    return [pair for step in steps for pair in zip(*map(np.ndarray.tolist, order.get_batch(step)), strict=True)]
 
 
 def is_once_an_epoch(order: Order, pairs: Sequence[tuple[int, int]]) -> bool:
@@ -219,7 +219,7 @@ def test_the_order_survives_any_restarts_at_other_world_sizes(
     chance = np.random.default_rng((seed, len(kind)))
     sets = [Sizes(chance) for _ in range(3)]
     order = mixture(sets, chance, kind)[0]
-    steps = order.batches(2.3)
+    steps = order.count_batches(2.3)
     pairs: list[tuple[int, int]] = []
     for run in runs(chance, order.global_batch_size, steps, int(chance.integers(1, 6))):
         monkeypatch.setattr(ingest, "MAX_BLOCK_SAMPLES", int(chance.integers(1, 65)))
@@ -246,7 +246,7 @@ def test_all_that_a_model_sees_survives_any_restarts_at_other_world_sizes(
 ):
     chance = np.random.default_rng((seed, len(kind)))
     order, sets = mixture(pool, chance, kind)
-    reader, steps = read_by(tokenizer, order, sets), order.batches(1.2)
+    reader, steps = read_by(tokenizer, order, sets), order.count_batches(1.2)
     told: list[Told] = []
     for run in runs(chance, order.global_batch_size, steps, 3):
         monkeypatch.setattr(ingest, "MAX_BLOCK_SAMPLES", int(chance.integers(1, 65)))
@@ -333,7 +333,7 @@ def test_on_ray_the_stream_survives_restarts_at_other_world_sizes_slow_ranks_and
 ):
     chance = np.random.default_rng((seed, len(kind)))
     order, sets = mixture(pool, chance, kind)
-    reader, steps = read_by(tokenizer, order, sets), order.batches(2.2)
+    reader, steps = read_by(tokenizer, order, sets), order.count_batches(2.2)
     disturbed = replace(reader, encode=slowly(reader.encode)) if slow else reader
     told: list[Told] = []
     for number, run in enumerate(runs(chance, order.global_batch_size, steps, count)):

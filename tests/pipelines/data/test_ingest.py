@@ -240,7 +240,7 @@ def test_about_half_of_the_images_are_mirrored_anew_each_epoch_and_by_seed(reade
 
 def test_without_flip_and_shuffle_the_samples_are_as_stored(reader: Reader):
     plain = replace(reader, random_flip=False, max_rounds=None)
-    numbers = np.concatenate([plain.order.batch(number)[1] for number in range(3)])
+    numbers = np.concatenate([plain.order.get_batch(number)[1] for number in range(3)])
     stored = only(plain).read_samples(numbers)
     assert seen(plain, range(6)) == [(sample.key, False) for sample in stored]
     loaded = AutoTokenizer.from_pretrained(plain.tokenizer)
@@ -256,7 +256,7 @@ def test_a_global_batch_has_the_same_samples_at_any_number_of_workers(reader: Re
     for step in range(4):
         turns = [(step * per_rank + turn) * workers + rank for turn in range(per_rank) for rank in range(workers)]
         keys = [key for key, _ in seen(shared, turns)]
-        assert keys == [only(reader).get_key(number) for number in reader.order.batch(step)[1]]
+        assert keys == [only(reader).get_key(number) for number in reader.order.get_batch(step)[1]]
 
 
 def batches(data: Any) -> list[dict[str, np.ndarray]]:

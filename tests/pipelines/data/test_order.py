@@ -34,7 +34,7 @@ SHARDS = np.array([5, 1, 9, 3, 3, 7, 20, 2, 13])
 
 def stream(order: Order, batches: int) -> np.ndarray:
     """Sample numbers of the first batches of a single source."""
-    return np.concatenate([order.batch(number)[1] for number in range(batches)])
+    return np.concatenate([order.get_batch(number)[1] for number in range(batches)])
 
 
 def chi_square(counts: np.ndarray) -> float:
@@ -52,7 +52,7 @@ def columns(samples: int, modalities: int = 2, seed: int = 0) -> tuple[np.ndarra
 
 
 def grouped(samples: int, global_batch_size: int, seed: int = 3, megabatch: int = 3, modalities: int = 2) -> Order:
-    groups = LengthGroups.of(*columns(samples, modalities), megabatch)
+    groups = LengthGroups.from_columns(*columns(samples, modalities), megabatch)
     return Order(samples=(samples,), global_batch_size=global_batch_size, seed=seed, groups=groups)
 
 
@@ -81,7 +81,7 @@ def test_the_order_of_one_source_is_the_one_that_results_were_trained_in():
     for samples, global_batch_size, seed in ((64, 8, 0), (100, 7, 1), (1000, 64, 2), (4097, 32, 3), (10**9, 256, 4)):
         order = Order(samples=(samples,), global_batch_size=global_batch_size, seed=seed)
         for number in (*range(40), 12345):
-            source, sample = order.batch(number)
+            source, sample = order.get_batch(number)
             assert not source.any()
             digest.update(sample.astype("<i8").tobytes())
     assert digest.hexdigest() == "0a1fe359bcde30399e3fe69ffcd8936c5b6f0e71471c0d6713759efcc0be28d9"
@@ -99,7 +99,7 @@ def test_batches_go_over_the_seams_of_epochs_without_loss(samples: int, global_b
             samples=(samples,), global_batch_size=global_batch_size, seed=7, shuffle=kind, window=3, shards=(shards,)
         )
     epochs = 3 if samples < 64 or global_batch_size == 8 else 1
-    flat = stream(order, order.batches(epochs))
+    flat = stream(order, order.count_batches(epochs))
     assert len(flat) - global_batch_size < epochs * samples <= len(flat)
     for epoch in range(epochs):
         one = flat[epoch * samples : (epoch + 1) * samples]
@@ -109,7 +109,7 @@ def test_batches_go_over_the_seams_of_epochs_without_loss(samples: int, global_b
 @pytest.mark.parametrize("kind", ["global", "groups"])
 def test_a_batch_larger_than_the_set_holds_whole_epochs(kind: str):
     order = Order(samples=(3,), global_batch_size=10, seed=0) if kind == "global" else grouped(3, 10)
-    batch = order.batch(2)[1]  # places 20..29: the end of epoch 6 up to epoch 9
+    batch = order.get_batch(2)[1]  # places 20..29: the end of epoch 6 up to epoch 9
     assert sorted(batch[1:4]) == sorted(batch[4:7]) == sorted(batch[7:10]) == [0, 1, 2]
 
 
@@ -125,8 +125,8 @@ def test_batches_are_the_fewest_that_hold_the_epochs_and_say_what_of_them_is_rea
     samples: tuple[int, ...], epochs: float, batches: int
 ):
     order = Order(samples=samples, global_batch_size=8, seed=0)
-    assert order.batches(epochs) == batches
-    real = [order.real(number, epochs) for number in range(batches + 2)]
+    assert order.count_batches(epochs) == batches
+    real = [order.count_real_samples(number, epochs) for number in range(batches + 2)]
     assert sum(real) == round(50 * epochs)
     assert real[: batches - 1] == [8] * (batches - 1)
     assert real[batches - 1] > 0
@@ -138,7 +138,7 @@ def test_the_real_samples_of_an_epoch_are_each_sample_once(name: str):
     order = KINDS[name]
     if order.weights:
         return  # there an epoch is an amount
-    parts = [np.stack(order.batch(n))[:, : order.real(n, 1)] for n in range(order.batches(1))]
+    parts = [np.stack(order.get_batch(n))[:, : order.count_real_samples(n, 1)] for n in range(order.count_batches(1))]
     source, sample = np.concatenate(parts, axis=1)
     for one, samples in enumerate(order.samples):
         mine = sample[source == one]
@@ -149,17 +149,17 @@ def test_the_real_samples_of_an_epoch_are_each_sample_once(name: str):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_batch_does_not_depend_on_what_was_asked_before(name: str):
     order = KINDS[name]
-    before = {number: order.batch(number) for number in range(60)}
+    before = {number: order.get_batch(number) for number in range(60)}
     for number in np.random.default_rng(0).permutation(60).tolist():
-        fresh = orders()[name].batch(number)
-        assert np.array_equal(order.batch(number), fresh)
+        fresh = orders()[name].get_batch(number)
+        assert np.array_equal(order.get_batch(number), fresh)
         assert np.array_equal(before[number], fresh)
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "none"])
 def test_an_order_travels(name: str):
     sent = pickle.loads(pickle.dumps(KINDS[name]))
-    assert all(np.array_equal(sent.batch(number), KINDS[name].batch(number)) for number in (0, 7, 100))
+    assert all(np.array_equal(sent.get_batch(number), KINDS[name].get_batch(number)) for number in (0, 7, 100))
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "none"])
@@ -167,7 +167,7 @@ def test_every_seed_and_every_epoch_has_an_order_of_its_own(name: str):
     seen, samples = set(), KINDS[name].samples[0]
     for seed in range(4):
         order = replace(KINDS[name], seed=seed)
-        source, sample = np.concatenate([order.batch(number) for number in range(samples)], axis=1)
+        source, sample = np.concatenate([order.get_batch(number) for number in range(samples)], axis=1)
         mine = sample[source == 0]
         seen |= {tuple(mine[first : first + samples]) for first in (0, samples)}
         assert len(mine) >= 2 * samples
@@ -220,7 +220,7 @@ def test_ratios_hold_far_into_a_run(far: int):
 @pytest.mark.parametrize("global_batch_size", [1, 7, 32])
 def test_each_source_goes_through_its_own_epochs(weights: tuple[float, ...], global_batch_size: int):
     order = Order(samples=(67, 101, 5), global_batch_size=global_batch_size, seed=9, weights=weights)
-    source, sample = np.concatenate([order.batch(number) for number in range(order.batches(4))], axis=1)
+    source, sample = np.concatenate([order.get_batch(number) for number in range(order.count_batches(4))], axis=1)
     for one, samples in enumerate(order.samples):
         mine = sample[source == one]
         epochs = [mine[first : first + samples] for first in range(0, len(mine), samples)]
@@ -236,21 +236,21 @@ def test_batches_are_those_of_a_slow_reference():
         for samples, key in zip(order.samples, [(), (1,), (2,)], strict=True)
     ]
     for number in range(60):
-        for source, sample in zip(*order.batch(number), strict=True):
+        for source, sample in zip(*order.get_batch(number), strict=True):
             assert sample == next(streams[source])
 
 
 def test_any_slice_of_a_batch_has_about_the_ratio_of_the_whole():
     order = Order(samples=(500, 300, 200), global_batch_size=60, seed=1)
     for number in range(20):
-        source, _ = order.batch(number)
+        source, _ = order.get_batch(number)
         for first in range(0, 60, 10):
             assert np.abs(np.bincount(source[first : first + 10], minlength=3) - [5, 3, 2]).max() <= 1
 
 
 def test_equal_sources_are_not_ordered_alike():
     source, sample = np.concatenate(
-        [Order(samples=(100, 100), global_batch_size=20, seed=1).batch(number) for number in range(10)], axis=1
+        [Order(samples=(100, 100), global_batch_size=20, seed=1).get_batch(number) for number in range(10)], axis=1
     )
     assert (sample[source == 0] == sample[source == 1]).sum() < 10
 
@@ -327,7 +327,7 @@ def test_batches_are_of_one_modality_but_for_one_more_than_there_are_modalities(
     modality, _ = columns(1999, modalities)
     for epoch in range(3):
         numbers = range(epoch * 1999 // 16, -(-(epoch + 1) * 1999 // 16))
-        mixed = sum(len(np.unique(modality[order.batch(number)[1]])) > 1 for number in numbers)
+        mixed = sum(len(np.unique(modality[order.get_batch(number)[1]])) > 1 for number in numbers)
         assert mixed <= modalities + 1
 
 
@@ -339,7 +339,7 @@ def test_groups_pad_less_than_chance_and_as_megabatches_say():
         grouped(4000, 16, megabatch=1),
         grouped(4000, 16),
     ):
-        taken = [lengths[order.batch(number)[1]].astype(int) for number in range(250)]
+        taken = [lengths[order.get_batch(number)[1]].astype(int) for number in range(250)]
         wasted.append(sum((one.max() - one).sum() for one in taken))
     assert wasted[2] < wasted[1] * 0.6
     assert wasted[2] < wasted[0] * 0.6
@@ -348,11 +348,11 @@ def test_groups_pad_less_than_chance_and_as_megabatches_say():
 def test_an_index_numbered_by_modality_gives_the_same_order_as_its_columns():
     modality, lengths = columns(300)
     modality = np.sort(modality)
-    held = grouped_by(LengthGroups.of(modality, lengths, 2))
+    held = grouped_by(LengthGroups.from_columns(modality, lengths, 2))
     counts = tuple(np.bincount(modality).tolist())
     asked = grouped_by(LengthGroups(counts=counts, lengths=lambda rows: lengths[rows], megabatch=2))
     for number in range(80):
-        assert np.array_equal(held.batch(number), asked.batch(number))
+        assert np.array_equal(held.get_batch(number), asked.get_batch(number))
 
 
 def grouped_by(groups: LengthGroups) -> Order:
@@ -423,7 +423,7 @@ def of_a_billion() -> None:
     ]
     for order in kinds:
         for number in (0, 3_906_249, 10**7):  # the second is the epoch's last
-            source, sample = order.batch(number)
+            source, sample = order.get_batch(number)
             assert len({*zip(source.tolist(), sample.tolist(), strict=True)}) == 256
             assert (sample < np.array(order.samples)[source]).all()
     # not getrusage, whose peak a child takes over from the process that starts it
@@ -457,7 +457,7 @@ def test_a_batch_of_a_billion_samples_takes_little_memory_and_few_rows_of_the_in
         ({"window": 0}, "window: got 0, allowed: at least 1 shard"),
         ({"shuffle": "window"}, r"shards: got \(\) samples, allowed: \(4, 5\)"),
         ({"shards": (np.array([4]), np.array([4]))}, r"shards: got \(4, 4\) samples, allowed: \(4, 5\)"),
-        ({"groups": LengthGroups.of(np.zeros(9), np.ones(9), 1)}, r"groups: got 9 samples, .* one source"),
+        ({"groups": LengthGroups.from_columns(np.zeros(9), np.ones(9), 1)}, r"groups: got 9 samples, .* one source"),
     ],
 )
 def test_what_makes_no_order_is_refused_by_name(changes: dict[str, Any], message: str):
@@ -468,11 +468,11 @@ def test_what_makes_no_order_is_refused_by_name(changes: dict[str, Any], message
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda order: order.batch(-1), "number: got -1, allowed: at least 0"),
-        (lambda order: order.batches(0), "epochs: got 0, allowed: above 0"),
-        (lambda order: order.real(0, float("inf")), "epochs: got inf, allowed: above 0"),
-        (lambda _: LengthGroups.of(np.zeros(3), np.ones(2), 1), "lengths: got 2, allowed: 3"),
-        (lambda _: LengthGroups.of(np.zeros(3), np.ones(3), 0), "megabatch: got 0, allowed: at least 1"),
+        (lambda order: order.get_batch(-1), "number: got -1, allowed: at least 0"),
+        (lambda order: order.count_batches(0), "epochs: got 0, allowed: above 0"),
+        (lambda order: order.count_real_samples(0, float("inf")), "epochs: got inf, allowed: above 0"),
+        (lambda _: LengthGroups.from_columns(np.zeros(3), np.ones(2), 1), "lengths: got 2, allowed: 3"),
+        (lambda _: LengthGroups.from_columns(np.zeros(3), np.ones(3), 0), "megabatch: got 0, allowed: at least 1"),
         (lambda _: LengthGroups(counts=(0, 3), lengths=len, megabatch=1), r"counts: got \(0, 3\), allowed"),
         (
             lambda _: LengthGroups(counts=(3,), lengths=len, megabatch=1, numbers=np.arange(2)),

@@ -189,7 +189,7 @@ def _pair(number: int) -> list[Entry]:
         ),
         (lambda: pack([("a.jpg", JPG), ("a.JPG", JPG)]), "member a.JPG: got a second .jpg of one sample"),
         (lambda: pack([("a.pkl", b"x")]), "member a.pkl, allowed: what can be read without unpickling"),
-        (lambda: pack([("a.__bad__", b"x")]), "member a.__bad__, allowed: a suffix that WebDataset does not keep"),
+        (lambda: pack([("a.__bad__", b"x")]), "member a.__bad__, allowed: a suffix that WebDataset does not reserve"),
         (lambda: pack([("a\n\udcff.pkl", b"x")]), r"member a\n\udcff.pkl, allowed: "),
     ],
     ids=range(11),

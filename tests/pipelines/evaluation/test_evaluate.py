@@ -120,7 +120,7 @@ def test_scores_are_those_of_the_files_alone(undisturbed: Path) -> None:
     found = evaluate.compute_scores(undisturbed, ["easy_vqa", "instructions"])
     correct = [row["response"] == row["answer"] for row in read_answers(undisturbed, "easy_vqa")]
     assert found["easy_vqa.accuracy"] == sum(correct) / ASKED
-    assert found["easy_vqa.load_questions"] == ASKED
+    assert found["easy_vqa.questions"] == ASKED
     assert found["instructions.questions"] == 4 * 16
     assert {
         "instructions.strict",

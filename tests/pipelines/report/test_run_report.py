@@ -110,7 +110,7 @@ def run(tmp_path: Path) -> Path:
     jsonl(folder / "metrics.jsonl", steps("tower", 40) + steps("instruct", 80))
     (folder / "answers").mkdir()
     jsonl(folder / "answers/easy_vqa.jsonl", answers())
-    metrics = {"easy_vqa.accuracy": 0.9, "easy_vqa.load_questions": 100, "wall_s": 700.0, "wall_s.tower": 100.0,
+    metrics = {"easy_vqa.accuracy": 0.9, "easy_vqa.questions": 100, "wall_s": 700.0, "wall_s.tower": 100.0,
                "wall_s.instruct": 595.0, "goodput.unheard_of": 0.875}  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
