@@ -60,6 +60,8 @@ def main() -> None:
     from pipelines.core import cluster
     from pipelines.training import driver
 
+    # Train the same stage twice under Ray: undisturbed, and with a killed worker. Then once without Ray, after the
+    # cluster has ended, so that its processes take no CPU.
     with tempfile.TemporaryDirectory() as folder:
         with cluster.open_session():
             plan = build_plan(Path(folder))
@@ -106,7 +108,7 @@ def build_plan(folder: Path) -> "StagePlan":
     texts = ["".join(piece for piece, _ in template.split_spans(record["conversations"])) for record in records]
     train_word_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
 
-    # Model and stage.
+    # A model whose step is long enough to compare, and a stage of all parts.
     sizes = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 768}
     model = ModelSettings(
         tower=TowerSizes(image_size=64, patch_size=8, num_hidden_layers=6, **sizes),

@@ -84,6 +84,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Serialize the manifest with its own SHA-256, because a text with a flipped digit can still be JSON."""
+        # from_json hashes the parsed fields again, so hash exactly what json.dumps writes for them.
         text = json.dumps(asdict(self))
         return json.dumps({"sha256": _sha256(text.encode()), "manifest": json.loads(text)})
 
@@ -99,6 +100,7 @@ class Manifest:
             fields = document["manifest"]
             if document["sha256"] != _sha256(json.dumps(fields).encode()):
                 raise DamagedError(f"{MANIFEST} does not match its checksum")
+            # JSON has no tuples: pieces come back as lists.
             files = {
                 name: FileEntry(entry["bytes"], entry["sha256"], [tuple(piece) for piece in entry["pieces"]])
                 for name, entry in fields.pop("files").items()
@@ -143,6 +145,7 @@ def read_checkpoint(url: str) -> SavedCheckpoint:
         manifest = Manifest.from_json(storage.read(path))
     except DamagedError as error:
         raise DamagedError(f"{url}: {error}") from None
+    # A copied manifest is valid, but does not describe the files of this folder.
     if not url.endswith(format_name(manifest.cursor)):
         raise DamagedError(f"{url}: {MANIFEST} is that of {format_name(manifest.cursor)}")
     return SavedCheckpoint(url, manifest)
@@ -157,6 +160,7 @@ class Upload:
     def __init__(self, url: str, rank: int, pieces: Iterable[Fragment]) -> None:
         self.url = url
         self.rank = rank
+        # copy=True also for tensors on the CPU: training changes them while the upload runs.
         copies = [
             ((fragment.name, state, fragment.start, fragment.length), tensor.detach().to("cpu", copy=True))
             for fragment in pieces
@@ -164,6 +168,7 @@ class Upload:
         ]
         pool = ThreadPoolExecutor(1)
         self._future = pool.submit(self._store, copies)
+        # The thread ends after this one task.
         pool.shutdown(wait=False)
 
     @property
@@ -228,8 +233,10 @@ def commit(url: str, manifest: Manifest, job: str) -> None:
         manifest: contents, including all files that the ranks uploaded.
         job: text of the resolved job.
     """
+    # An interrupted write by more ranks leaves files that this manifest does not name.
     for name in set(storage.list_files(url)) - manifest.files.keys():
         storage.remove(storage.join(url, name))
+    # The manifest comes last. Until it is written, the folder is not a checkpoint.
     storage.write(storage.join(url, JOB_FILE), job.encode())
     storage.write(storage.join(url, MANIFEST), manifest.to_json().encode())
 
@@ -245,6 +252,7 @@ def prune(folder: str, cursor: int, last: int, best: int) -> None:
         last: number of newest checkpoints that are kept.
         best: number of checkpoints with the lowest loss that are kept besides these.
     """
+    # The newest checkpoint stays in any case, even if its manifest cannot be read just now.
     newest = _sort_key(format_name(cursor))
     steps = [step for step in _list_steps(folder) if _sort_key(step) <= newest]
     checkpoints = [
@@ -370,6 +378,7 @@ def check_compatible(
     """
     before, now = {"data": manifest.data, "model": manifest.model}, {"data": data, "model": model}
     for key, old, new in find_differences(before, now):
+        # A parameter of another shape cannot be loaded. An added or removed one can be missing.
         is_reshaped = key.startswith("model.trained.") and None not in (old, new)
         if is_reshaped or not allow_changes:
             raise RefusedError(

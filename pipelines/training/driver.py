@@ -71,6 +71,7 @@ def train_stage(
     """
     if export.is_complete(plan.result):
         return
+    # Without a configured number, use as many workers as the cluster has places for.
     plan = plan.with_workers(cluster.count_model_processes(plan.gpu_share))
     assert plan.workers
     reader = plan.build_reader()
@@ -156,6 +157,7 @@ def _run_workers(
     with tempfile.TemporaryDirectory() as scratch:
         trainer = TorchTrainer(
             train_worker,
+            # Pickled to every worker. The recorder client contains the handle of the actor.
             train_loop_config={
                 "plan": plan,
                 "reader": reader,
@@ -177,6 +179,7 @@ def _run_workers(
                 callbacks=[FaultCallback(client)],
             ),
         )
+        # Follow the recorder in the main thread, which receives signals, while fit() runs in the thread.
         future = run_in_background(trainer.fit)
         with tqdm(desc=plan.name, total=steps, unit="step") as bar:
             progress = StageProgress(client, bar)
@@ -269,6 +272,7 @@ class StageProgress:
         status = self.client.poll()
         for text in status.messages:
             self.bar.write(text)
+        # A new group of workers: the bar jumps back to the checkpoint.
         if status.starts != self.starts:
             self.starts = status.starts
             self._reset_bar(status.cursor)

@@ -78,9 +78,11 @@ def upload_folder(folder: Path, out: str, source: str) -> None:
     try:
         for path in files:
             storage.write(storage.join(out, path.name), path.read_bytes())
+        # The manifest comes last: is_complete looks for it.
         sizes = {path.name: path.stat().st_size for path in files}
         storage.write(storage.join(out, MANIFEST), json.dumps({"from": source, "files": sizes}).encode())
     except BaseException:
+        # Clean up, so that the same command finds an empty folder when it is repeated.
         for path in files:
             with suppress(OSError, ValueError):
                 storage.remove(storage.join(out, path.name))

@@ -140,6 +140,7 @@ class PreemptionHook(Hook):
         """The same, at the last requested checkpoint."""
 
     def vote(self) -> dict[str, float]:
+        # Internal API of Ray 2.60: the state that Ray Train keeps for this worker, without asking the others.
         info = get_train_context().preemption_context.preemption_info
         self.announced = info.preempted_node_to_ranks if info else {}
         return {"leaving": float(self.is_first and self.announced != self.handled)}
@@ -147,6 +148,7 @@ class PreemptionHook(Hook):
     def on_step_end(self, step: StepResult) -> None:
         if not step.votes["leaving"]:
             return
+        # All ranks set the flag, because all of them see the same sum of votes.
         step.save = True
         self.handled = self.announced
         if self.is_first:
@@ -186,6 +188,7 @@ class CheckpointHook(Hook):
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def vote(self) -> dict[str, float]:
+        # Never wait here: the votes of a step must not delay it.
         is_done = self.upload is not None and self.upload.done
         has_failed = is_done and self.upload is not None and self.upload.failed
         return {"stored": float(is_done and not has_failed), "unstored": float(has_failed)}
@@ -213,6 +216,7 @@ class CheckpointHook(Hook):
 
     def _begin_upload(self, step: StepResult) -> None:
         """Copy the state and start the upload, after the previous checkpoint is complete."""
+        # If storage is slower than training, wait for the previous upload here.
         self._gather_and_commit()
         url = storage.join(self.plan.folder, checkpoint.format_name(step.number))
         # NaN is the only value that differs from itself.
@@ -240,6 +244,7 @@ class CheckpointHook(Hook):
         dist.all_gather_object(parts, (error, {} if error else upload.result()))
         if dist.get_rank():
             return
+        # One commit at a time, so checkpoints become visible in order.
         self._wait_for_commit()
         files = {name: entry for _, entries in parts for name, entry in entries.items()}
         manifest = Manifest(**self._manifest, files=files)

@@ -46,7 +46,8 @@ def add_adapters(llava: ReduxForConditionalGeneration, lora: Lora) -> None:
         raise ValueError("lora: got a model with adapters, allowed: a model whose adapters are merged")
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=ADAPTED_LAYERS)
     inject_adapter_in_model(config, llava.model.language_model)
-    for parameter in llava.parameters_by_part()["language"]:
+    # Of the whole language part, including the head outside of the wrapped module, only the adapters train.
+    for parameter in llava.parts()["language"]:
         parameter.requires_grad_(False)
     for parameter in list_adapter_parameters(llava):
         parameter.requires_grad_(True)
@@ -66,6 +67,7 @@ def merge_adapters(llava: ReduxForConditionalGeneration) -> ReduxForConditionalG
     require_peft()
     from peft.tuners.lora import LoraLayer
 
+    # Replace each wrapped layer by its plain layer, with the adapter added to the weight.
     for module in list(llava.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, LoraLayer):

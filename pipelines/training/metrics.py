@@ -36,6 +36,7 @@ class MetricsWriter:
         stage_entries = [entry for entry in entries if entry["stage"] == stage]
         self.replaced = sum(entry.get("replaced", 0) for entry in stage_entries)
         self.skipped = sum(entry.get("skipped", 0) for entry in stage_entries)
+        # Append mode: lines of steps up to the cursor stay.
         self.files = (run / consumed.CONSUMED_FILE).open("a"), (run / METRICS_FILE).open("a")
 
     def write(self, step: int, values: dict[str, float | None], used: ConsumedSamples) -> None:
@@ -51,6 +52,7 @@ class MetricsWriter:
         for file, entry in zip(self.files, (asdict(used), values), strict=True):
             with failures.locate_errors(file.name):
                 file.write(json.dumps({"stage": self.stage, "step": step, **entry}, allow_nan=False) + "\n")
+                # A reader, such as a search, sees the line at once. `sync` makes it survive a machine crash.
                 file.flush()
 
     def sync(self) -> None:
@@ -101,6 +103,7 @@ def _drop_steps_after(path: Path, stage: str, cursor: int) -> list[dict]:
     """Remove a stage's lines after the cursor, and truncated lines. Returns the entries that stay."""
     if not path.exists():
         return []
+    # A line that a crash truncated does not end with a brace and a newline.
     complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
     entries = [(line, json.loads(line)) for line in complete]
     kept = [(line, entry) for line, entry in entries if entry["stage"] != stage or entry["step"] <= cursor]

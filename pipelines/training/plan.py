@@ -141,6 +141,7 @@ class StagePlan:
         """Build the reader of micro-batches, which Ray Data runs."""
         stage = self.stage
         sources = self.open_sources()
+        # Only a single set can be grouped; Stage checks that.
         groups = None
         if stage.group_by_length:
             [shards] = sources.values()

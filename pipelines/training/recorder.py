@@ -106,6 +106,7 @@ class Recorder:
         self.trackers: TrackerGroup | None = None
         # Trackers may be slow; a thread keeps them away from the calls of workers. One thread keeps the order.
         self.pool = ThreadPoolExecutor(1)
+        # A resumed stage continues the account of earlier launches.
         self.ledger = ledger.read_ledger(settings.run)
         names = ledger.compute_gauges(self.ledger.account)
         self.gauges = {name: Gauge(name, tag_keys=("run", "stage")) for name in names}
@@ -132,6 +133,7 @@ class Recorder:
         Returns:
             Steps that were rolled back once, or None if the workers must not continue. The driver then has the reason.
         """
+        # Written even if the workers must not continue: they hold resources that the driver frees later.
         (self.settings.run / PLACEMENT_GROUP_FILE).write_text(placement_group)
         self.status.messages += messages
         self.furthest_step = max(self.furthest_step, cursor)
@@ -172,6 +174,7 @@ class Recorder:
             return self.stop_requested or bool(self.status.failed)
 
         # metrics.jsonl, ledger.jsonl, and the trackers in their thread.
+        # JSON has no NaN and no infinity.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.metrics.write(step, finite, used)
         if values["skipped"]:
@@ -264,6 +267,7 @@ class Recorder:
 
     def poll(self) -> StageStatus:
         """Return the status, with the messages since the previous poll."""
+        # The copy keeps the list of messages; the status gets a new one.
         status = replace(self.status)
         self.status.messages = []
         return status
@@ -320,6 +324,7 @@ class Recorder:
     def _close_files(self) -> None:
         if self.metrics:
             self.metrics.close()
+        # The pool is in order: this closes the trackers after all steps that were sent to them.
         if self.trackers:
             self.pool.submit(self.trackers.close).result()
         self.metrics = self.trackers = None

@@ -29,6 +29,7 @@ class Rendezvous(TorchConfig):
 class _StoreBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """Called by Ray Train's controller for each new group of workers. Follows _TorchBackend of Ray 2.60."""
+        # Open the store in the process of rank 0 before any rank connects to it.
         host, port = worker_group.execute_single(0, open_store)
         worker_group.execute(_set_torch_distributed_env_vars)
         worker_group.execute(_set_master_address, host=host, port=port)
@@ -57,6 +58,7 @@ def open_store() -> tuple[str, int]:
     """
     host = ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Bind a socket to the one address, and hand its file descriptor to the store.
     with socket.socket(family) as listening:
         listening.bind((host, 0))
         listening.listen(1024)

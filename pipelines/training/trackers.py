@@ -80,6 +80,7 @@ class TensorBoardTracker:
         name = f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}"
         self.file = RecordWriter((folder / name).open("xb"))
         self._add(file_version="brain.Event:2")
+        # START makes readers drop steps of earlier files from this step on.
         self._add(step=cursor + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -170,6 +171,7 @@ class WandBTracker:
                 x_transaction_log_flush_interval=1,
             ),
         )
+        # Charts of the stage use its own step as x axis.
         self.run.define_metric(f"{stage}/step", hidden=True)
         self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
@@ -214,6 +216,7 @@ class TrackerGroup:
         settings: Mapping[str, Any],
         report: Callable[[str], None],
     ) -> None:
+        # An unknown or unusable tracker is an error; a tracker that fails later is dropped.
         names = list(names)
         check_trackers(names)
         self.stage = stage
