@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipelines.evaluation.tasks import TASKS
+from pipelines.evaluation.tasks import EVALUATION_TASKS
 from pipelines.report import comparison, page
 from pipelines.report.runs import Scorers, find_families
 from pipelines.report.tables import Cell, Column, ResultRow, ResultTable, build_tables, compare_prompts
@@ -116,4 +116,4 @@ def _numbers(cell: Cell) -> dict[str, float | int | None]:
 
 def load_scorers() -> Scorers:
     """Load the scorers of all tasks."""
-    return {name: task.metrics for name, task in TASKS.items()}
+    return {name: task.metrics for name, task in EVALUATION_TASKS.items()}

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
 from pipelines.data import easy_vqa
-from pipelines.evaluation.tasks import TASKS, Evaluate, TaskName, TaskSettings, load_questions, spread_evenly
+from pipelines.evaluation.tasks import EVALUATION_TASKS, Evaluate, TaskName, TaskSettings, load_questions, spread_evenly
 from pipelines.training.metrics import measure_peak_bytes
 from redux import answering
 from redux.answering import Answerer
@@ -40,7 +40,7 @@ from redux.generation import Answers
 from redux.image import load_pixels
 from redux.model import ReduxForConditionalGeneration, normalize_pixels
 from redux.sentences import choose_splitter
-from redux.settings import ImageAspectRatio, METHODS, TemplateName
+from redux.settings import METHODS, ImageAspectRatio, TemplateName
 
 ANSWERS_FOLDER = "answers"
 PROVENANCE_FILE = "asked.json"
@@ -87,6 +87,7 @@ class EvaluationActor:
     """Ray actor that loads the model at its first batch and answers batches with greedy decoding."""
 
     def __init__(self, evaluated: EvaluatedModel, settings: Evaluate, actors: int) -> None:
+        # actors on a CPU share its cores; more threads than cores slow all of them down
         if not torch.cuda.is_available():
             torch.set_num_threads(max(len(os.sched_getaffinity(0)) // actors, 1))
         self.evaluated = evaluated
@@ -118,6 +119,7 @@ class EvaluationActor:
         }
 
     def _answer(self, batch: QuestionBatch) -> Answers:
+        # the model is loaded here, not in __init__: an error in __init__ would make Ray start the actor again
         if self.model is None:
             evaluated = self.evaluated
             self.model = answering.load(
@@ -188,7 +190,7 @@ def list_metric_names(settings: Evaluate) -> set[str]:
 
 def _list_task_metrics(name: TaskName, questions: Sequence[Question]) -> list[str]:
     """List the metrics of a task; ValueError if it has none and no server scores its answers."""
-    metrics = TASKS[name].metrics([_make_row(question) | {"response": ""} for question in questions])
+    metrics = EVALUATION_TASKS[name].metrics([_make_row(question) | {"response": ""} for question in questions])
     return list(_score_metrics(name, metrics))
 
 
@@ -214,7 +216,7 @@ def check_task(name: TaskName, task: TaskSettings) -> None:
 
 
 def _find_image_folder(name: TaskName, task: TaskSettings) -> str:
-    return task.images or TASKS[name].images or "".join(task.files[:1])
+    return task.images or EVALUATION_TASKS[name].images or "".join(task.files[:1])
 
 
 def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluate) -> None:
@@ -222,6 +224,7 @@ def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluat
 
     A provenance file without answers is left from an evaluation that failed at its start, and is replaced.
     """
+    # everything that changes an answer or its score
     config = answering.read_config(evaluated.model)
     fields = asdict(evaluated)
     current = {
@@ -236,6 +239,7 @@ def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluat
     # through JSON, so that tuples equal the lists of the file
     current = json.loads(json.dumps(current))
     path = folder / PROVENANCE_FILE
+    # a task that this call does not evaluate keeps its keys
     previous = json.loads(path.read_text()) if path.exists() and has_answers(folder.parent) else {}
     for key, value in previous.items():
         if current.setdefault(key, value) != value:
@@ -255,7 +259,7 @@ def _fingerprint_weights(model: str) -> dict[str, int]:
 
 
 def _max_new_tokens(name: TaskName, task: TaskSettings) -> int:
-    return task.max_new_tokens or TASKS[name].max_new_tokens
+    return task.max_new_tokens or EVALUATION_TASKS[name].max_new_tokens
 
 
 def _run_inference(
@@ -328,6 +332,7 @@ def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:
 def _make_batches(name: TaskName, questions: Sequence[Question], settings: Evaluate) -> Iterator[QuestionBatch]:
     """Make batches of similar length, to pad little; the longest first, so that out-of-memory errors come early."""
     task = settings.tasks[name]
+    # length in characters is close enough to length in tokens
     longest_first = sorted(questions, key=lambda question: -len(question.prompt))
     for start in range(0, len(longest_first), settings.batch_size):
         part = longest_first[start : start + settings.batch_size]
@@ -363,6 +368,7 @@ def _find_unanswered(folder: Path, name: str, questions: Sequence[Question]) -> 
 
 def _read_rows_by_id(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """Read all rows of a task, from its complete and its partial file."""
+    # rows of the partial file are newer, so they come last
     files = (folder / f"{name}.jsonl", _partial_file(folder, name))
     return {row["id"]: row for path in files for row in jsonl.read(path)}
 
@@ -374,6 +380,7 @@ def _is_answer(question: Question, row: Mapping[str, Any]) -> bool:
 
 def _write_in_order(folder: Path, name: str, questions: Sequence[Question]) -> None:
     """Write all answers in the order of the benchmark, in one atomic step, then delete the partial file."""
+    # the complete file replaces an old one before the partial file is deleted, so no answer is ever lost
     rows = _read_rows_by_id(folder, name)
     text = "".join(json.dumps(rows[question.id]) + "\n" for question in questions)
     storage.write(str(folder / f"{name}.jsonl"), text.encode())
@@ -399,7 +406,7 @@ def compute_scores(run: Path, names: Sequence[TaskName]) -> dict[str, float]:
             raise ValueError(
                 f"evaluate.tasks.{name}: got no answer in {run / ANSWERS_FOLDER}, allowed: an evaluated task"
             )
-        of_task = _score_metrics(name, TASKS[name].metrics(rows))
+        of_task = _score_metrics(name, EVALUATION_TASKS[name].metrics(rows))
         scores |= {f"{name}.{metric}": score for metric, score in of_task.items()}
     return scores
 

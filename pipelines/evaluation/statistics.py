@@ -101,6 +101,7 @@ def bootstrap_difference(
     scores = _resample_scores(_UnitSums([ours, base]), samples, seed)
     our_scores = [metric.score for metric in ours]
     base_scores = [metric.score for metric in base]
+    # the whole ranges must not overlap: the order of seeds means nothing
     seeds_agree = min(our_scores) > max(base_scores) or max(our_scores) < min(base_scores)
     mean = float(np.mean(our_scores) - np.mean(base_scores))
     return Difference(mean, *_percentiles(scores[:, 0] - scores[:, 1]), seeds_agree)
@@ -116,12 +117,14 @@ class _UnitSums:
     def __init__(self, models: Sequence[Sequence[Metric]]) -> None:
         if not all(models) or not all(metric.outcomes for metrics in models for metric in metrics):
             raise ValueError("metrics: got none, or one without outcomes, allowed: at least one, each with outcomes")
+        # unpaired items would make the difference of two models meaningless
         first = models[0][0]
         for metrics in models:
             for metric in metrics:
                 _require_same_items(first, metric)
         unit_ids = dict.fromkeys(outcome.unit for outcome in first.outcomes)
         group_ids = dict.fromkeys(outcome.group for outcome in first.outcomes)
+        # dict.fromkeys has a fixed order, unlike a set, so the same seed gives the same draws
         units = {unit: index for index, unit in enumerate(unit_ids)}
         groups = {group: index for index, group in enumerate(group_ids)}
         self.weight = first.weight
@@ -178,6 +181,7 @@ def _draw_counts(units: int, samples: int, seed: int, start: int) -> np.ndarray:
     """Count how often each unit is drawn, shape (samples, units); as many draws as units, with replacement."""
     random = np.random.default_rng([seed, start])
     drawn = random.integers(units, size=(samples, units), dtype=np.int32)
+    # a different offset per sample lets one bincount count all samples
     drawn += np.arange(samples, dtype=np.int32)[:, None] * units
     counts = np.bincount(drawn.ravel(), minlength=samples * units)
     return counts.reshape(samples, units).astype(np.float32)

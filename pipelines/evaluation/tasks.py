@@ -39,7 +39,7 @@ def _load_instructions(*prompts: str) -> list[Question]:
     return [question for path in prompts for question in instruction_following.read_questions(path)]
 
 
-TASKS: dict[str, Task] = {
+EVALUATION_TASKS: dict[str, Task] = {
     "easy_vqa": Task(easy_vqa.load_questions, easy_vqa.compute_metrics, 8, str(easy_vqa.PACKAGE_IMAGES)),
     "instructions": Task(_load_instructions, instruction_following.compute_metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)),
     **{
@@ -47,6 +47,7 @@ TASKS: dict[str, Task] = {
         for name, benchmark in BENCHMARKS.items()
     },
 }
+# mypy and the JSON Schema need the names as literals; they are the keys of EVALUATION_TASKS
 TaskName = Literal["easy_vqa", "instructions", "vqav2", "gqa", "textvqa", "mme", "mmbench"]
 
 
@@ -111,7 +112,7 @@ def load_questions(name: TaskName, task: TaskSettings) -> list[Question]:
         ValueError: a file cannot be read, is not of this task, or has an id twice; or no question is left.
     """
     try:
-        questions = TASKS[name].questions(*task.files)
+        questions = EVALUATION_TASKS[name].questions(*task.files)
     except ValueError as error:
         raise ValueError(f"evaluate.tasks.{name}.files: {error}") from None
     if not questions:
@@ -126,6 +127,7 @@ def load_questions(name: TaskName, task: TaskSettings) -> list[Question]:
             raise ValueError(
                 f"evaluate.tasks.{name}.exclude_first: got {task.exclude_first}, allowed: up to {len(units) - 1}"
             )
+    # answers are stored by id, so a second question with the same id would take the first answer
     [(id, times)] = Counter(question.id for question in questions).most_common(1)
     if times > 1:
         raise ValueError(f"evaluate.tasks.{name}.files: {times} questions with the id {id}, allowed: one")

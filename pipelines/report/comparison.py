@@ -56,6 +56,7 @@ def _compare_with_llava(table: ResultTable, rows: Sequence[ResultRow]) -> str:
     if ours is None or base is None:
         missing = " and ".join(KIND_TITLES[kind] for kind, row in (("both", ours), ("llava", base)) if row is None)
         return f"There is no run of {missing} yet, so the method cannot be compared with LLaVA."
+    # later entries replace earlier ones: MME counts points, not correct answers
     phrases = {name: f"correct on {name}" for name in COLUMN_BY_BENCHMARK}
     phrases |= {IF_COLUMN.name: "of instructions followed", "both": "followed and correct", "MME": "points on MME"}
     parts = [
@@ -134,6 +135,7 @@ def _plot_tradeoff(family: str, column: Column, rows: Sequence[ResultRow], acros
         axes = figure.add_subplot()
         points = []
         for row in rows:
+            # every row has a number in both columns, see _plot_tradeoffs
             x, y = _get_cell(row, across), _get_cell(row, up)
             points.append((x.value, y.value))
             colour = _colour_of(row.kind)
@@ -141,6 +143,7 @@ def _plot_tradeoff(family: str, column: Column, rows: Sequence[ResultRow], acros
                 x.value, y.value, xerr=_error_bar(x), yerr=_error_bar(y),
                 fmt="o", color=colour, ecolor=colour, elinewidth=0.8, markersize=5,
             )  # fmt: skip
+        # axes and grid
         axes.set_xlabel(f"understanding: {column.name}", color=INK)
         axes.set_ylabel("instructions followed, %", color=INK)
         axes.grid(axis="x", color=LINE, linewidth=0.6)
@@ -150,6 +153,7 @@ def _plot_tradeoff(family: str, column: Column, rows: Sequence[ResultRow], acros
         occupied = find_point_boxes(axes, points)
         for row, point in zip(rows, points, strict=True):
             place_label(axes, shorten(row.label, LABEL_LENGTH), point, _colour_of(row.kind), occupied, required=True)
+        # the numbers are the description for screen readers
         values = "; ".join(f"{row.label} {x:.1f}, {y:.1f}" for row, (x, y) in zip(rows, points, strict=True))
         return Plot(
             "Understanding and instruction following",
@@ -201,6 +205,7 @@ def _plot_ratio(prefix: str, family: str, column: Column, rows: Sequence[ResultR
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    # markers also separate kinds that share the faint colour
     kinds = dict.fromkeys(row.kind for row in rows if row.kind != "llava")
     markers = dict(zip(kinds, "os^DvPX", strict=False))
     with rc_context(STYLE):
@@ -210,6 +215,7 @@ def _plot_ratio(prefix: str, family: str, column: Column, rows: Sequence[ResultR
             line = sorted((row for row in rows if row.kind == kind), key=lambda row: row.removed or 0)
             if len(line) > 1:  # a single model stays a point
                 line = [*(row for row in rows if row.kind == "llava"), *line]
+            # matplotlib takes error bars as one list of lengths below and one of lengths above
             cells = [_get_cell(row, index) for row in line]
             bars = [_error_bar(cell) or [[0], [0]] for cell in cells]
             colour = _colour_of(kind)
@@ -223,6 +229,7 @@ def _plot_ratio(prefix: str, family: str, column: Column, rows: Sequence[ResultR
         axes.set_ylabel("%" if column.factor == 100 else "points", color=INK)
         axes.legend(frameon=False, labelcolor=INK, fontsize=8)
         style_axes(axes)
+        # the numbers are the description for screen readers
         title = _title_of(column)
         values = "; ".join(f"{row.label} {_get_cell(row, index).value:.1f}" for row in rows)
         return Plot(title, to_svg(figure, f"{prefix}-{column.name}-", f"{title}: {values}"), family)

@@ -21,6 +21,7 @@ def render(template: str, **values: Any) -> str:
     """Render a template of pipelines/templates."""
     import jinja2
 
+    # StrictUndefined: a misspelled name in a template is an error, not an empty text
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
         autoescape=True,
@@ -34,6 +35,7 @@ def render(template: str, **values: Any) -> str:
 
 def write(path: Path, text: str) -> Path:
     """Write a file in one atomic step, so that a reader sees the old or the new one as a whole; return its path."""
+    # in the same folder, as os.replace is atomic only within a file system; the process id separates writers
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with failures.locate_errors(path):
@@ -67,6 +69,7 @@ def format_number(value: Any, digits: int = 3) -> str:
     for unit, size in UNITS.items():
         if abs(value) >= size:
             return f"{value / size:.{digits}g} {unit}"
+    # digits before the decimal point are never rounded away
     is_whole = isinstance(value, int) or abs(value) >= 10 ** (digits - 1)
     return f"{value:,.0f}" if is_whole else f"{value:.{digits}g}"
 

@@ -104,6 +104,7 @@ def place_label(
         occupied: areas that are already covered; the area of the label is appended.
         required: if no position is free, use the first one inside the axes, else leave the label out.
     """
+    # a required label tries all positions a second time, then with nothing to avoid
     frame = axes.get_window_extent()
     for avoided in [occupied, []] if required else [occupied]:
         for x, y in LABEL_OFFSETS:
@@ -111,6 +112,7 @@ def place_label(
                 text, point, (x, y), textcoords="offset points", ha="left" if x > 0 else "right", fontsize=8,
                 color=colour, parse_math=False, in_layout=False,
             )  # fmt: skip
+            # only matplotlib knows the size of a text, so it is drawn and removed again if it does not fit
             box = note.get_window_extent()
             is_inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if is_inside and not any(box.overlaps(other) for other in avoided):

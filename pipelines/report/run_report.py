@@ -303,6 +303,7 @@ def _score_instructions(rows: Sequence[Mapping[str, Any]]) -> list[BootstrapScor
     for name, title in titles.items():
         found = statistics.bootstrap_interval([metrics[name]])
         count = len(metrics[name].outcomes)
+        # the score is a mean over instructions, so the count is recovered from it
         correct = round(found.value * count)
         scores.append(BootstrapScore(title, count, correct, found.value, (found.low, found.high)))
     return scores
@@ -312,6 +313,7 @@ def _count_confusions(answers: Iterable[Mapping[str, Any]]) -> list[Confusion]:
     questions = Counter[str]()
     wrong = Counter[tuple[str, str]]()
     for row in answers:
+        # the share of a confusion is relative to all questions with the same reference answer
         questions[row["answer"]] += 1
         if not row["correct"]:
             wrong[row["answer"], row["response"].strip()] += 1
@@ -329,6 +331,7 @@ def _sum_throughput(stage: str, rows: Sequence[Mapping[str, Any]], loop: LoopTim
 def _split_wall_time(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
     """List the seconds of each step of the job ("wall_s.tower"), and the seconds between steps."""
     prefix = "wall_s."
+    # the rest is shown from half a second on
     spans = [(name.removeprefix(prefix), seconds) for name, seconds in metrics.items() if name.startswith(prefix)]
     rest = metrics.get("wall_s", 0.0) - sum(seconds for _, seconds in spans)
     return [*spans, ("between steps", rest)] if spans and rest >= 0.5 else spans
@@ -415,6 +418,7 @@ def _scale_loss_axis(axes: Axes, loss: np.ndarray) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     finite = loss[np.isfinite(loss)]
+    # a linear axis would flatten the end of a curve that falls far
     if finite.size and finite.min() > 0 and finite.max() / finite.min() > 5:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -431,6 +435,7 @@ def _make_panel(example: Example) -> ExamplePanel:
 
     slot = example.slot
     merged = example.merged
+    # see Example for the two arrays
     dropped = slot < 0
     clustered = merged & ~dropped
     return ExamplePanel(

@@ -98,6 +98,7 @@ class FinishedRun:
     @property
     def training_s(self) -> float | None:
         """Seconds of the training loops: computing, waiting for data, and stalls."""
+        # a job that only evaluates has no record of training
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return None
@@ -106,6 +107,7 @@ class FinishedRun:
     @cached_property
     def config(self) -> ReduxConfig | None:
         """Configuration of the model, if the run folder has it."""
+        # the last stage has the model that was evaluated
         stages = [f"checkpoints/{stage}/model" for stage in reversed(list(self.job.get("train") or {}))]
         folders = (self.folder / name for name in (*stages, "assembled"))
         return next((ReduxConfig.from_pretrained(path) for path in folders if (path / "config.json").exists()), None)
@@ -175,6 +177,7 @@ class ComparedModel:
 
     def mean_number(self, name: str) -> float | None:
         """Mean over the runs of a number in metrics.json; None if no run has it."""
+        # older runs may lack a number
         values = [run.numbers[name] for run in self.runs if name in run.numbers]
         return sum(values) / len(values) if values else None
 
@@ -218,6 +221,7 @@ def find_families(paths: Sequence[Path], scorers: Scorers) -> tuple[list[Family]
     Raises:
         ValueError: there is no finished run at these paths, or a file of a run cannot be read.
     """
+    # score the answers of every finished run
     notes: list[str] = []
     runs: list[FinishedRun] = []
     for folder in dict.fromkeys(folder for path in paths for folder in _find_run_folders(path)):
@@ -247,6 +251,7 @@ def find_families(paths: Sequence[Path], scorers: Scorers) -> tuple[list[Family]
         for key, family in by_family.items():
             if _read_tasks(family[0]) == _read_tasks(model.runs[0]):
                 models[key].append(model)
+    # labels come last, as they name only the differences between families
     labels = _make_labels(list(models))
     return [Family(label, tuple(models[key])) for key, label in zip(models, labels, strict=True)], notes
 
@@ -273,11 +278,13 @@ def _find_run_folders(path: Path) -> list[Path]:
 
 def read_run(folder: Path, scorers: Scorers) -> FinishedRun:
     """Read a run folder and score its answers."""
+    # numbers of metrics.json replace those of scores.json
     job = _read_job(folder / "job.yaml")
     numbers: dict[str, float] = {}
     for name in ("scores.json", "metrics.json"):
         if (folder / name).exists():
             numbers |= _read_json(folder / name)
+    # a task without a scorer, such as one of another version, is ignored
     metrics: dict[str, Metric] = {}
     for path in sorted((folder / "answers").glob("*.jsonl")):
         if path.stem in scorers:
@@ -325,10 +332,12 @@ def _find_source_job(job: dict[str, Any]) -> dict[str, Any]:
     of that run as its source.
     """
     checkpoint = job["model"].get("checkpoint")
+    # the checkpoint of a run is inside the run folder, so a folder above it has the job
     parents = Path(checkpoint).parents if isinstance(checkpoint, str) else ()
     previous = next((_read_job(folder / "job.yaml") for folder in parents if (folder / "job.yaml").exists()), None)
     if previous is None or not job.get("train"):
         return previous or job
+    # sizes and inherited methods are in the job of the checkpoint only
     inherited = ("tower", "language", *(name for name in METHODS if job["model"].get(name) == "own"))
     return job | {"model": job["model"] | {part: previous["model"].get(part) for part in inherited}}
 
@@ -351,6 +360,7 @@ def make_preset(methods: Mapping[str, Any], shows: str = "") -> Preset:
 
 def family_settings(source_job: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
     """Collect the settings that separate families, by dotted name: training and evaluation tasks."""
+    # training settings of the source, evaluation settings of this run
     whole = copy.deepcopy({**source_job, "evaluate": job.get("evaluate")})
     return {
         key: value
@@ -378,6 +388,7 @@ def _group_seeds(family: Sequence[FinishedRun], notes: list[str]) -> Iterator[Co
     """Group runs that differ only in the seed; add a note for each run whose settings and seed occur twice."""
     by_settings = defaultdict[str, dict[int, FinishedRun]](dict)
     for run in family:
+        # runs with the same family and methods are seeds of one model
         settings = [asdict(run.methods), asdict(run.trained_with), run.uses_captions]
         seeds = by_settings[json.dumps(settings, sort_keys=True)]
         if run.seed in seeds:

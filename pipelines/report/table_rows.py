@@ -66,6 +66,7 @@ def find_kind(methods: Preset, uses_captions: bool = False) -> str | None:
 
 def _name_vmtc_parts(vmtc: VMTC) -> str:
     """Name the parts of VMTC that are in use, as in the rows of Table 4."""
+    # no clusters is pruning (LLP, LWP), one cluster is merging (MG), more are clustering (CLST)
     clusters = set(vmtc.clusters) if isinstance(vmtc.clusters, tuple) else {vmtc.clusters}
     if clusters == {0} or (clusters == {None} and not vmtc.cluster_share):
         return "llp" if vmtc.stages == (-1,) else "lwp"
@@ -76,6 +77,7 @@ def matches(model: ComparedModel, row: TableRow) -> bool:
     """Tell if a model has the kind of a row and keeps the same share of the tokens."""
     if row.checkpoint:
         return model.is_foreign and Path(model.checkpoint).name == Path(row.checkpoint).name
+    # rows of the paper are models that were trained with the method
     if row.preset is None or not model.trained_as_evaluated:
         return False
     model_kind = find_kind(model.methods, model.uses_captions)
@@ -90,6 +92,7 @@ def matches(model: ComparedModel, row: TableRow) -> bool:
 
 def rescale_budget(preset: Preset, patches: int) -> Preset:
     """Rescale a preset to a tower with another number of patches: a budget in tokens keeps its share of the patches."""
+    # ratios need no change, only budgets in tokens
     vmtc = preset.vmtc
     reduction = preset.reduction
     if vmtc and vmtc.tokens:
@@ -112,6 +115,7 @@ def write_command(row: TableRow, family: Family) -> str:
     template = ranked[0]
     wanted = _complete_preset(row.preset, ranked)
     overrides = [f"name={_job_name(template)}-{_run_suffix(row)}"]
+    # override only what differs, so that the command stays short
     for part in METHODS:
         if wanted.methods[part] != template.methods.methods[part]:
             overrides.append(f"model.{part}={_write_flow_yaml(wanted.methods[part])}")
@@ -185,6 +189,7 @@ def _run_suffix(row: TableRow) -> str:
     if row.uses_captions:
         return "described"
     assert row.preset is not None
+    # the name of the preset, or the label of the row in lower case
     presets = (name for name, preset in PRESETS.items() if preset.methods == row.preset.methods)
     words = "".join(letter if letter.isalnum() else " " for letter in row.label.lower()).split()
     return next(presets, "-".join(words))

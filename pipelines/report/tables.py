@@ -26,7 +26,7 @@ from redux.benchmarks import Metric
 from redux.cost import compute_cost, compute_step_cost
 from redux.instructions import INSTRUCTIONS
 from redux.presets import PRESETS, Preset
-from redux.settings import METHODS, Reduction, SPATIAL_METHODS, VMTC
+from redux.settings import METHODS, SPATIAL_METHODS, VMTC, Reduction
 
 PROMPT_TEXT_TOKENS = 64
 """Number of text tokens in the prompt whose cost is shown."""
@@ -250,6 +250,7 @@ class FamilyScores:
         return self.cells[model, column.source]
 
     def _compute_cell(self, model: ComparedModel, column: Column) -> Cell | None:
+        # costs have no answers to draw from, so they have a ratio in place of an interval
         if column.source in COST_FUNCTIONS:
             return self._compute_cost_cell(model, COST_FUNCTIONS[column.source])
         metrics = model.metrics(column.source)
@@ -257,6 +258,7 @@ class FamilyScores:
             # a run without answers may still have the score as a number
             number = model.mean_number(column.source)
             return None if number is None else Cell(number * column.factor)
+        # the difference of LLaVA to itself is not shown
         base = self.base.metrics(column.source) if self.base and self.base is not model else []
         try:
             interval = statistics.bootstrap_interval(metrics, self.samples).scale(column.factor)
@@ -293,6 +295,7 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
     evaluated = {name for family in families for model in family.models for run in model.runs for name in run.metrics}
     extra = tuple(column for column in BENCHMARK_COLUMNS if column.source in evaluated)
     score_columns = _add_columns((IF_COLUMN, *CORRECTNESS_COLUMNS), extra)
+    # the order of the page
     return [
         _build_full_table("models", "All models", score_columns, scores),
         *(
@@ -349,6 +352,7 @@ def _fill_row(
         if len(models) > 1:
             label = f"{row.label} ({_describe_options(model, models) or 'defaults'})"
         yield _make_row(label, model, scores, columns)
+    # rows of models that this project cannot train have only the paper's numbers
     if not models and (row.preset or row.checkpoint):
         yield ResultRow(row.label, "missing", "missing", command=write_command(row, scores.family))
     for size, name in _find_paper_rows(row, scores.family, printed):
@@ -373,6 +377,7 @@ def _make_row(label: str, model: ComparedModel, scores: FamilyScores, columns: S
     cells = tuple(scores.cell(model, column) for column in columns)
     if model.is_foreign:
         return ResultRow(label, "ours", "not trained here", cells)
+    # foreign models have no seeds and another number of tokens
     seeds = f"{model.num_seeds} seed" + "s" * (model.num_seeds > 1)
     about = f"{seeds}, {model.num_tokens} of {model.num_patches} tokens"
     kind = find_kind(model.methods, model.uses_captions) if model.trained_as_evaluated else None
@@ -412,12 +417,14 @@ def _build_ratio_table(
     """
     blocks = {}
     for of_family in scores:
+        # models of the kinds in question, sorted by kind and tokens
         models = []
         for model in of_family.family.models:
             kind = find_kind(model.methods, model.uses_captions)
             if model.trained_as_evaluated and kind in kinds:
                 models.append((kinds.index(kind), -model.num_tokens, model))
         models.sort(key=lambda entry: entry[:2])
+        # first the models, then the rows without one
         lines = [
             _make_row(f"{KIND_TITLES[kinds[index]]}, {removed_share(model):.0%}", model, of_family, columns)
             for index, _, model in models
@@ -474,6 +481,7 @@ def name_model(model: ComparedModel, family: Family) -> str:
     """Name a model by its methods, with as much detail as separates it from the others of its family."""
     if model.is_foreign:
         return Path(model.checkpoint).name
+    # methods, then captions and training, then tokens or options
     kind = find_kind(model.methods, model.uses_captions)
     methods = _list_methods(model)
     # models that would have the same name without tokens or options
@@ -579,6 +587,7 @@ def compare_prompts(
             answers[name_model(model, family)] = {row["id"]: row for row in rows}
     if not answers:
         return []
+    # only prompts that every model has answered
     first = next(iter(answers.values()))
     common = [id for id in first if all(id in rows for rows in answers.values())]
     selected = common[:: max(len(common) // NUM_COMPARED_PROMPTS, 1)][:NUM_COMPARED_PROMPTS]

@@ -110,6 +110,7 @@ def write_page(study: Study, folder: Path) -> Path:
     The table has a row per trial. Trials that did not complete have no objectives in it.
     """
     snapshot = Snapshot.from_study(study)
+    # render both before writing: an error must not leave a page and a table of different times
     text = _render(study, snapshot)
     table = _write_csv(snapshot)
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,6 +169,7 @@ def _count_states(snapshot: Snapshot) -> list[str]:
 def _describe_best(snapshot: Snapshot) -> str:
     """Describe the best trials, and the trials outside the constraints."""
     constraints = join_words(snapshot.constraints) if snapshot.constraints else ""
+    # without a result to recommend, only the reason
     if not snapshot.completed:
         return "No trial has completed yet, so there is nothing to compare."
     if not snapshot.feasible:
@@ -242,6 +244,7 @@ def _write_csv(snapshot: Snapshot) -> str:
     """Write all trials as CSV: numbers with all digits, columns that depend only on names."""
     taken = {*IDENTITY_FIELDS, *snapshot.objectives, *snapshot.constraints, *snapshot.params, *EFFORT_FIELDS}
     metrics = sorted({name for trial in snapshot.trials for name in _get_metrics(trial)} - taken)
+    # metrics of the trials that are no objective come after objectives and constraints
     columns = [
         *IDENTITY_FIELDS,
         *snapshot.objectives,
@@ -271,6 +274,7 @@ def _get_metrics(trial: FrozenTrial) -> Mapping[str, float]:
 
 def _make_rows(snapshot: Snapshot) -> list[TrialRow]:
     """Make the rows of the table: the front first, then the others by number."""
+    # the front is sorted by the first objective
     front = {trial.number for trial in snapshot.front}
     ordered = [*snapshot.front, *(trial for trial in snapshot.trials if trial.number not in front)]
     retries = {trial.user_attrs.get("retry_of"): trial.number for trial in snapshot.trials}
@@ -339,6 +343,7 @@ def _compute_importance(study: Study, snapshot: Snapshot, objective: int) -> dic
     # if the worst value is among the best tenth, nothing separates the two
     if not varied or len(losses) < 2 * MIN_TOP_TRIALS or sum(value < max(losses) for value in losses) < top:
         return {}
+    # the quantile lies between two trials, so that exactly `top` are in the best part
     evaluator = PedAnovaImportanceEvaluator(target_quantile=(top - 0.5) / len(losses))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna warns that less is better, as intended here

@@ -71,6 +71,7 @@ def _plot_front(snapshot: Snapshot, other: int) -> Plot:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    # the line of the front is drawn below the marks
     up, across = snapshot.objectives[0], snapshot.objectives[other]
     points = {trial.number: (trial.values[other], trial.values[0]) for trial in snapshot.plottable}
     front = sorted(points[trial.number] for trial in snapshot.front if trial.number in points)
@@ -84,6 +85,7 @@ def _plot_front(snapshot: Snapshot, other: int) -> Plot:
                 color=ACCENT,
                 linewidth=1.2,
             )
+        # marks, axes and grid
         _plot_trials(axes, snapshot, points)
         _scale_axis(axes, "x", f"{across}: {_describe_direction(snapshot, other)}", [x for x, _ in points.values()])
         _scale_axis(axes, "y", f"{up}: {_describe_direction(snapshot, 0)}", [y for _, y in points.values()])
@@ -114,6 +116,7 @@ def _plot_history(snapshot: Snapshot, objective: int) -> Plot:
     name = snapshot.objectives[objective]
     sign = snapshot.signs[objective]
     points = {trial.number: (trial.number, trial.values[objective]) for trial in snapshot.plottable}
+    # references and infeasible trials have marks, but do not improve the best value
     feasible = [trial for trial in snapshot.sampled if is_feasible(trial)]
     losses = (snapshot.losses(trial)[objective] for trial in feasible)
     best_so_far = [sign * loss for loss in accumulate(losses, min)]
@@ -151,6 +154,7 @@ def _plot_trials(axes: "Axes", snapshot: Snapshot, points: Mapping[int, tuple[fl
 def _mark_incomplete_trials(axes: "Axes", snapshot: Snapshot) -> None:
     """Mark trials without values at the bottom of the axes."""
     for state, marker, colour in ((TrialState.PRUNED, "|", FAINT), (TrialState.FAIL, "x", BAD)):
+        # these trials have no values, so they have a fixed height in the coordinates of the axes
         numbers = [trial.number for trial in snapshot.trials if trial.state == state]
         axes.plot(
             numbers, [0.03] * len(numbers), marker, color=colour, markersize=6 if marker == "|" else 4,
@@ -190,6 +194,7 @@ def build_axes(snapshot: Snapshot) -> list[ParallelAxis]:
     objectives = []
     for index, (name, sign) in enumerate(zip(snapshot.objectives, snapshot.signs, strict=True)):
         values = [trial.values[index] for trial in snapshot.sampled]
+        # turn the axis so that the best value is at the top
         worst, best = (max(values), min(values)) if sign > 0 else (min(values), max(values))
         positions = {number: _position(value, worst, best) for number, value in zip(numbers, values, strict=True)}
         ticks = {_position(value, worst, best): format_value(value) for value in (worst, best)}

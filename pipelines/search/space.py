@@ -74,6 +74,7 @@ class Range:
     @property
     def distribution(self) -> BaseDistribution:
         """The range as a distribution of Optuna."""
+        # YAML writes 1 and 1.0 differently, and the difference is meant
         if all(isinstance(number, int) for number in (self.low, self.high, self.step or 0)):
             return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
@@ -113,6 +114,7 @@ class Space:
     params: Mapping[str, Range | Choice]
 
     def __post_init__(self) -> None:
+        # a condition on a later parameter could never be true
         earlier = set[str]()
         for name, param in self.params.items():
             if missing := param.when.keys() - earlier:
@@ -129,12 +131,14 @@ class Space:
     def suggest(self, trial: Trial) -> Values:
         """Sample the values of a trial."""
         drawn = Values()
+        # active_params reads `drawn`, so each value decides which parameters follow
         for name, distribution in self.active_params(drawn):
             drawn[name] = _suggest(trial, name, distribution)
         return self.values(drawn)
 
     def values(self, drawn: Mapping[str, Any]) -> Values:
         """Convert the parameters of a trial, as Optuna stores them, to values of a job file."""
+        # Optuna stores sections and lists as JSON; JSON as key also separates 1 from true
         choices = {
             (name, json.dumps(_to_optuna(value))): value
             for name, param in self.params.items()
@@ -225,6 +229,7 @@ class FeasibleSampler(BaseSampler):
             study: the study.
             trial: the trial.
         """
+        # the random decisions come from the seeded sampler too, so a continued search repeats them
         coin = FloatDistribution(0, 1)
         search_space = guided.infer_relative_search_space(study, trial) if random_share < 1 else {}
         relative = guided.sample_relative(study, trial, search_space)
@@ -264,6 +269,7 @@ def check_space(space: Space, check_values: CheckValues) -> None:
         return drawn
 
     for name, param in space.params.items():
+        # each choice on its own, but a range as a whole: part of it may be invalid
         cases = [{name: _to_optuna(value)} for value in param.choices] if isinstance(param, Choice) else [{}]
         for fixed in cases:
             draws = (draw(fixed) for _ in range(CHECK_DRAWS))
@@ -279,6 +285,7 @@ def _find_problem(space: Space, check_values: CheckValues, name: str, draws: Ite
     """Find why no draw with this parameter is a valid job; "" if one is."""
     problem = "its when is never true"
     for drawn in draws:
+        # its `when` is not true in this draw
         if name not in drawn:
             continue
         try:

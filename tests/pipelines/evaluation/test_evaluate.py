@@ -19,7 +19,7 @@ import torch
 from pipelines.data import easy_vqa
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.evaluate import EvaluatedModel, collect_examples, read_answers
-from pipelines.evaluation.tasks import TASKS, Evaluate, TaskName, TaskSettings, load_questions
+from pipelines.evaluation.tasks import EVALUATION_TASKS, Evaluate, TaskName, TaskSettings, load_questions
 from redux import answering
 from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
 from redux.benchmarks import Question
@@ -282,7 +282,7 @@ def test_files_that_cannot_be_used_are_named(name: TaskName, files: tuple[str, .
 
 def test_an_id_that_comes_twice_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     twice = [Question(id="7", unit="7", image=None, prompt="?", reference={})] * 2
-    monkeypatch.setitem(TASKS, "gqa", TASKS["gqa"]._replace(questions=lambda: twice))
+    monkeypatch.setitem(EVALUATION_TASKS, "gqa", EVALUATION_TASKS["gqa"]._replace(questions=lambda: twice))
     with pytest.raises(ValueError, match="2 questions with the id 7"):
         load_questions("gqa", TaskSettings())
 
