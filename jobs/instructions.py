@@ -31,9 +31,9 @@ def read(path: str) -> list[ImageQuestion]:
     return [
         ImageQuestion(
             id=each.id,
-            image=get_field(each.place, each.fields, "image"),
+            image=get_field(each.location, each.fields, "image"),
             question=each.response,
-            answer=get_field(each.place, each.fields, "answer") if each.fields.get("answer") else None,
+            answer=get_field(each.location, each.fields, "answer") if each.fields.get("answer") else None,
         )
         for each in read_records(path, FORMS)
     ]

@@ -167,7 +167,7 @@ def _metric_names(name: Name, asked: Sequence[Question]) -> list[str]:
 
 
 def _scores(name: Name, metrics: Mapping[str, Metric]) -> dict[str, float]:
-    if not metrics and name in BENCHMARKS and BENCHMARKS[name].submission:
+    if not metrics and name in BENCHMARKS and BENCHMARKS[name].build_submission:
         return {}  # answers to hand in: `redux score --submission`
     return benchmark_scores(metrics, f"evaluate.tasks.{name}.files")
 

@@ -40,7 +40,7 @@ def _instructions(*prompts: str) -> list[Question]:
 TASKS: dict[str, Task] = {
     "easy_vqa": Task(easy_vqa.questions, easy_vqa.metrics, 8, str(easy_vqa.FOLDER)),
     "instructions": Task(_instructions, obedience.compute_metrics, 1024, str(easy_vqa.FOLDER)),
-    **{name: Task(each.questions, each.metrics, each.max_new_tokens) for name, each in BENCHMARKS.items()},
+    **{name: Task(each.read_questions, each.compute_metrics, each.max_new_tokens) for name, each in BENCHMARKS.items()},
 }
 Name = Literal["easy_vqa", "instructions", "vqav2", "gqa", "textvqa", "mme", "mmbench"]
 
