@@ -31,9 +31,9 @@ def read_questions(path: str) -> list[ImageQuestion]:
     return [
         ImageQuestion(
             id=record.id,
-            image=get_field(record.place, record.fields, "image"),
+            image=get_field(record.location, record.fields, "image"),
             question=record.response,
-            answer=get_field(record.place, record.fields, "answer") if record.fields.get("answer") else None,
+            answer=get_field(record.location, record.fields, "answer") if record.fields.get("answer") else None,
         )
         for record in read_records(path, QUESTION_FORMS)
     ]

@@ -29,18 +29,18 @@ def score(arguments: argparse.Namespace) -> None:
     benchmark = BENCHMARKS[arguments.task]
     if not arguments.questions:
         raise ValueError(f"--questions: got none, allowed: the official files of {benchmark.title}")
-    if arguments.submission and not benchmark.submission:
-        allowed = ", ".join(name for name, other in BENCHMARKS.items() if other.submission)
+    if arguments.submission and not benchmark.build_submission:
+        allowed = ", ".join(name for name, other in BENCHMARKS.items() if other.build_submission)
         raise ValueError(f"--submission: got task {arguments.task}, allowed: {allowed}")
-    questions = benchmark.questions(*arguments.questions)
+    questions = benchmark.read_questions(*arguments.questions)
     if not questions:
         raise ValueError(f"--questions: got no question in {', '.join(arguments.questions)}, allowed: at least one")
-    answers = benchmark.answers(arguments.answers, questions)
+    answers = benchmark.read_answers(arguments.answers, questions)
     _require_answers(arguments.answers, answers)
     rows, missing = join_answers(questions, answers)
-    metrics = benchmark.metrics(rows)
-    if arguments.submission and benchmark.submission:
-        _write(arguments.submission, json.dumps(benchmark.submission(rows)))
+    metrics = benchmark.compute_metrics(rows)
+    if arguments.submission and benchmark.build_submission:
+        _write(arguments.submission, json.dumps(benchmark.build_submission(rows)))
     # a submission is scored elsewhere, so a split without reference answers is no mistake here
     found = compute_scores(metrics, "--questions") if metrics or not arguments.submission else {}
     print(json.dumps({"task": arguments.task, "scores": found, "questions": len(questions), "missing": missing}))

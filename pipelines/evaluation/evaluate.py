@@ -195,7 +195,7 @@ def _list_task_metrics(name: TaskName, questions: Sequence[Question]) -> list[st
 
 
 def _score_metrics(name: TaskName, metrics: Mapping[str, Metric]) -> dict[str, float]:
-    if not metrics and name in BENCHMARKS and BENCHMARKS[name].submission:
+    if not metrics and name in BENCHMARKS and BENCHMARKS[name].build_submission:
         return {}  # a server scores these answers; `redux score --submission` writes the file for it
     return benchmark_scores(metrics, f"evaluate.tasks.{name}.files")
 

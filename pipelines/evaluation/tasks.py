@@ -43,7 +43,7 @@ EVALUATION_TASKS: dict[str, Task] = {
     "easy_vqa": Task(easy_vqa.load_questions, easy_vqa.compute_metrics, 8, str(easy_vqa.PACKAGE_IMAGES)),
     "instructions": Task(_load_instructions, instruction_following.compute_metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)),
     **{
-        name: Task(benchmark.questions, benchmark.metrics, benchmark.max_new_tokens)
+        name: Task(benchmark.read_questions, benchmark.compute_metrics, benchmark.max_new_tokens)
         for name, benchmark in BENCHMARKS.items()
     },
 }

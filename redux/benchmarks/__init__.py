@@ -1,10 +1,10 @@
-"""The benchmarks of understanding by name: what a model is asked, and how its responses are scored.
+"""Benchmarks of understanding by name: their questions, and the scores of responses.
 
-Each is a file of its own that reads the official files, asks as LLaVA-1.5 does, to the letter, and scores as the
-official scorer does; its docstring says where the two differ and what is left out.  LLaVA's evaluation differs from
+Each benchmark is a module that reads the official files, prompts exactly as LLaVA-1.5 and scores as the official
+scorer.  Its docstring lists differences between the two, and parts that are left out.  LLaVA's evaluation differs from
 lmms-eval's: up to 128 new tokens, not 16; OCR tokens in TextVQA's prompts; only a final period dropped in GQA.
 
-A new benchmark is a file that imports from `redux.benchmarks.benchmark`, and a line in BENCHMARKS.
+A new benchmark is a module that imports from `redux.benchmarks.benchmark`, and an entry in BENCHMARKS.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,47 +20,56 @@ from redux.benchmarks.benchmark import compute_scores as compute_scores
 BENCHMARKS: dict[str, Benchmark] = {
     "vqav2": Benchmark(
         title="VQAv2",
-        questions=vqav2.read_questions,
-        metrics=vqav2.compute_metrics,
-        answers=vqav2.read_answers,
+        read_questions=vqav2.read_questions,
+        compute_metrics=vqav2.compute_metrics,
+        read_answers=vqav2.read_answers,
         max_new_tokens=128,
-        submission=vqav2.build_submission,
+        build_submission=vqav2.build_submission,
     ),
     "gqa": Benchmark(
         title="GQA",
-        questions=gqa.read_questions,
-        metrics=gqa.compute_metrics,
-        answers=gqa.read_answers,
+        read_questions=gqa.read_questions,
+        compute_metrics=gqa.compute_metrics,
+        read_answers=gqa.read_answers,
         max_new_tokens=128,
     ),
     "textvqa": Benchmark(
         title="TextVQA",
-        questions=textvqa.read_questions,
-        metrics=textvqa.compute_metrics,
-        answers=textvqa.read_answers,
+        read_questions=textvqa.read_questions,
+        compute_metrics=textvqa.compute_metrics,
+        read_answers=textvqa.read_answers,
         max_new_tokens=128,
     ),
     "mme": Benchmark(
         title="MME",
-        questions=mme.read_questions,
-        metrics=mme.compute_metrics,
-        answers=mme.read_answers,
+        read_questions=mme.read_questions,
+        compute_metrics=mme.compute_metrics,
+        read_answers=mme.read_answers,
         max_new_tokens=128,
     ),
     "mmbench": Benchmark(
         title="MMBench",
-        questions=mmbench.read_questions,
-        metrics=mmbench.compute_metrics,
-        answers=mmbench.read_answers,
+        read_questions=mmbench.read_questions,
+        compute_metrics=mmbench.compute_metrics,
+        read_answers=mmbench.read_answers,
         max_new_tokens=1024,
     ),
 }
 
 
 def join_answers(questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[list[Row], int]:
-    """(rows, missing): a row for each question, in order, and how many have no answer; the response of these is None.
+    """Join questions and answers to rows.
 
-    answers: {question id: response}.  ValueError for one to a question that is not there.
+    Args:
+        questions: questions of a benchmark.
+        answers: responses by the id of the question.
+
+    Returns:
+        (rows, missing): a row for each question, in order, and the number of questions without an answer.  Their
+        response is None.
+
+    Raises:
+        ValueError: an answer belongs to no question.
     """
     known = {question.id for question in questions}
     if unknown := [key for key in answers if key not in known]:

@@ -1,10 +1,10 @@
-"""What every benchmark is made of: questions, answered rows, and metrics that are weighted sums of means.
+"""Parts of every benchmark: questions, answered rows, and metrics that are weighted sums of means.
 
-Scoring is a pure function of rows, so that answers are scored again, compared and resampled without a model.  A metric
-keeps the outcomes behind its number, each with the unit that is independent of others: means over resampled units are
-bootstrap confidence intervals, whatever the benchmark.
+Scoring is a pure function of rows, so answers can be scored again, compared and resampled without a model.  A metric
+keeps the outcomes behind its number, each with its independent unit.  Means over resampled units give bootstrap
+confidence intervals for any benchmark.
 
-Scores of accuracy are shares from 0 to 1, as elsewhere here; MME's are its own points.
+Accuracies are shares from 0 to 1; MME has its own points.
 """
 
 import math
@@ -16,19 +16,19 @@ from typing import Any, NamedTuple
 from redux.benchmarks.source import Source
 
 SHORT_ANSWER_PROMPT = "\nAnswer the question using a single word or phrase."
-"""How LLaVA-1.5 asks for short answers (haotian-liu/LLaVA, docs/Evaluation.md, commit c121f043)."""
+"""LLaVA-1.5's request for a short answer (haotian-liu/LLaVA, docs/Evaluation.md, commit c121f043)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One thing that a model is asked.
+    """A question of a benchmark.
 
-    id: unique within its benchmark.
-    unit: what is independent of others: the image, or the question that is asked several times; bootstrap resamples
-        these.
-    image: path relative to the benchmark's image folder, or the encoded image itself; None for text alone.
-    prompt: what the model is told beside the image, without any template.
-    reference: JSON-able: all that scoring needs later.
+    Args:
+        id: unique within the benchmark.
+        unit: the independent unit that bootstrap resamples: the image, or the question that is asked several times.
+        image: path relative to the benchmark's image folder, or the encoded image itself; None for text alone.
+        prompt: text for the model, without any template.
+        reference: JSON-able data that scoring needs.
     """
 
     id: str
@@ -39,16 +39,19 @@ class Question:
 
 
 Row = Mapping[str, Any]
-"""An answered question as a line of answers/TASK.jsonl: {"id", "unit", "prompt", "response", **reference}.
+"""An answered question, a line of answers/TASK.jsonl: {"id", "unit", "prompt", "response", **reference}.
 
-A response of None was never given, and is wrong.
+A response of None is missing, and counts as wrong.
 """
 
 
 class Outcome(NamedTuple):
-    """What a question, or several together, came to.
+    """The score of one question, or of several together.
 
-    group: means are taken within groups.  unit: as the question's.
+    Args:
+        group: group within which the mean is computed.
+        unit: unit of the question.
+        value: score.
     """
 
     group: str
@@ -58,14 +61,14 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """weight × the sum over groups of the mean of their outcomes."""
+    """A metric: weight × the sum over groups of the mean of their outcomes."""
 
     outcomes: Sequence[Outcome]
     weight: float = 1.0
 
     @property
     def score(self) -> float:
-        """The number itself; 0.0 without outcomes."""
+        """Value of the metric; 0.0 without outcomes."""
         groups = defaultdict(list)
         for outcome in self.outcomes:
             groups[outcome.group].append(outcome.value)
@@ -73,52 +76,58 @@ class Metric:
 
 
 def group_metrics(outcomes: Iterable[tuple[str, Outcome]]) -> dict[str, Metric]:
-    """Metrics of (name, outcome) pairs, each of the outcomes under its name; names in the order of appearance."""
-    named = defaultdict(list)
+    """Group pairs (name, outcome) into a metric for each name, in the order of first appearance."""
+    outcomes_by_name = defaultdict(list)
     for name, outcome in outcomes:
-        named[name].append(outcome)
-    return {name: Metric(found) for name, found in named.items()}
+        outcomes_by_name[name].append(outcome)
+    return {name: Metric(outcomes) for name, outcomes in outcomes_by_name.items()}
 
 
 def compute_scores(metrics: Mapping[str, Metric], name: str) -> dict[str, float]:
-    """Scores by name, of metrics by name.
+    """Compute the scores of metrics by name.
 
-    name: what was asked, for errors.
-    ValueError where nothing was scored, or a score is no number.
+    Args:
+        metrics: metrics; those without outcomes are left out.
+        name: name of the benchmark or the option, for errors.
+
+    Raises:
+        ValueError: nothing was scored, or a score is no number.
     """
-    found = {metric: each.score for metric, each in metrics.items() if each.outcomes}
-    if not found:
+    scores = {metric_name: metric.score for metric_name, metric in metrics.items() if metric.outcomes}
+    if not scores:
         raise ValueError(
             f"{name}: got no question with a reference answer, allowed: at least one (test splits have none)"
         )
-    if wrong := [metric for metric, score in found.items() if not math.isfinite(score)]:
-        raise ValueError(f"{name}: got {found[wrong[0]]} for {wrong[0]}, allowed: a number")
-    return found
+    if invalid := [metric_name for metric_name, score in scores.items() if not math.isfinite(score)]:
+        raise ValueError(f"{name}: got {scores[invalid[0]]} for {invalid[0]}, allowed: a number")
+    return scores
 
 
 class SubmittedAnswer(str):
-    """An answer in the form that an official scorer takes, scored to the letter.
+    """An answer in the form of an official scorer, which is scored unchanged.
 
-    A model's own response is first converted as LLaVA's scripts do before they hand it in.
+    A response of a model is first converted as LLaVA's scripts convert it for submission.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """How a benchmark is asked and scored.
+    """Questions and scorer of a benchmark.
 
-    title: its name in print.
-    questions: of the official files, given as paths or URLs.  ValueError names what is wrong with them, and where.
-    metrics: of rows by name, without the benchmark's own; none where the rows have no references (test splits).
-    answers: {question id: response} of another system's file, in the official format of results, LLaVA's or ours; the
-        questions say which ids there are.  ValueError names file and line, or number of the item.
-    max_new_tokens: of a response, in LLaVA-1.5's evaluation.
-    submission: of rows, what the official server takes, JSON-able; None where there is no such file.
+    Args:
+        title: name for readers.
+        read_questions: reads the official files, given as paths or URLs; a ValueError names the file and the place of
+            an error.
+        compute_metrics: computes metrics by name from rows; none if the rows have no references (test splits).
+        read_answers: reads {question id: response} from another system's file, in the official format of results, that
+            of LLaVA, or answers/TASK.jsonl; a ValueError names the file and the line or item of an error.
+        max_new_tokens: limit of a response in LLaVA-1.5's evaluation.
+        build_submission: builds JSON-able content for the official server from rows; None without such a server.
     """
 
     title: str
-    questions: Callable[..., list[Question]]
-    metrics: Callable[[Sequence[Row]], dict[str, Metric]]
-    answers: Callable[[Source, Sequence[Question]], dict[str, str]]
+    read_questions: Callable[..., list[Question]]
+    compute_metrics: Callable[[Sequence[Row]], dict[str, Metric]]
+    read_answers: Callable[[Source, Sequence[Question]], dict[str, str]]
     max_new_tokens: int
-    submission: Callable[[Sequence[Row]], list[dict[str, Any]]] | None = None
+    build_submission: Callable[[Sequence[Row]], list[dict[str, Any]]] | None = None

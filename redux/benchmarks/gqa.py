@@ -22,20 +22,20 @@ def read_questions(*sources: Source) -> list[Question]:
         raise ValueError(f"{source}: got a {type(whole).__name__}, allowed: an object of questions by id")
     result = []
     for number, entry in whole.items():
-        place = f"{source}: question {number}"
+        location = f"{source}: question {number}"
         if not isinstance(entry, dict):
-            raise ValueError(f"{place}: got a {type(entry).__name__}, allowed: an object")
-        image = get_field(place, entry, "imageId")
-        types = get_field(place, entry, "types", dict) if "types" in entry else {}
+            raise ValueError(f"{location}: got a {type(entry).__name__}, allowed: an object")
+        image = get_field(location, entry, "imageId")
+        types = get_field(location, entry, "types", dict) if "types" in entry else {}
         reference = {name: types[name] for name in ("structural", "semantic") if name in types}
         if "answer" in entry:  # the test and challenge splits have none
-            reference["answer"] = get_field(place, entry, "answer")
+            reference["answer"] = get_field(location, entry, "answer")
         result.append(
             Question(
                 id=number,
                 unit=image,
                 image=f"{image}.jpg",
-                prompt=get_field(place, entry, "question") + SHORT_ANSWER_PROMPT,
+                prompt=get_field(location, entry, "question") + SHORT_ANSWER_PROMPT,
                 reference={**reference, "balanced": entry.get("isBalanced", True)},
             )
         )
@@ -67,5 +67,5 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
 def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Of the official [{questionId, prediction}], or of lines {question_id, text} (LLaVA's) or {id, response}."""
-    found = (FoundAnswer(record.place, record.id, record.response) for record in read_records(source, _ANSWER_KEYS))
+    found = (FoundAnswer(record.location, record.id, record.response) for record in read_records(source, _ANSWER_KEYS))
     return match_answers(found, {question.id for question in questions})

@@ -50,34 +50,34 @@ PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 def read_questions(*sources: Source) -> list[Question]:
     """Of mmbench_dev_20230712.tsv: index, question, hint, A to D, answer, image (base64), category, l2-category."""
     source, rows = only_source(sources), {}
-    for place, row in parse_table(source, read_text(source)):
-        index = get_field(place, row, "index")
+    for location, row in parse_table(source, read_text(source)):
+        index = get_field(location, row, "index")
         if not index.isdecimal():
-            raise ValueError(f"{place}: got index {index!r}, allowed: a whole number")
+            raise ValueError(f"{location}: got index {index!r}, allowed: a whole number")
         if int(index) in rows:
-            raise ValueError(f"{place}: got index {index} again, allowed: each once")
-        rows[int(index)] = (place, row)
+            raise ValueError(f"{location}: got index {index} again, allowed: each once")
+        rows[int(index)] = (location, row)
     rotated = any(index >= ROTATION_OFFSET for index in rows)
     result = []
-    for index, (place, row) in rows.items():
-        options = _read_options(place, row)
-        image = _read_image(place, row, rows)
+    for index, (location, row) in rows.items():
+        options = _read_options(location, row)
+        image = _read_image(location, row, rows)
         rotations = range(1 if rotated else len(options))
         result += [
-            _build_question(place, row, index + number * ROTATION_OFFSET, options, number, image)
+            _build_question(location, row, index + number * ROTATION_OFFSET, options, number, image)
             for number in rotations
         ]
     return result
 
 
-def _read_options(place: str, row: Mapping[str, str]) -> list[str]:
+def _read_options(location: str, row: Mapping[str, str]) -> list[str]:
     options = []
     for letter in OPTION_LETTERS:
         if (text := _read_cell(row, letter)) is None:
             break
         options.append(text)
     if not options:
-        raise ValueError(f"{place}: got no option, allowed: text in A, and in B to D as far as there are more")
+        raise ValueError(f"{location}: got no option, allowed: text in A, and in B to D as far as there are more")
     return options
 
 
@@ -86,28 +86,28 @@ def _read_cell(row: Mapping[str, str], column: str) -> str | None:
     return None if text in EMPTY_CELLS or text.lower() in ("nan", "none") else text
 
 
-def _read_image(place: str, row: Mapping[str, str], rows: Mapping[int, tuple[str, Mapping[str, str]]]) -> bytes:
+def _read_image(location: str, row: Mapping[str, str], rows: Mapping[int, tuple[str, Mapping[str, str]]]) -> bytes:
     """The encoded image; newer files give instead of a repeated one the index of the row that has it."""
-    code = get_field(place, row, "image")
+    code = get_field(location, row, "image")
     if len(code) <= 64 and code.isdecimal() and int(code) in rows:
-        code = get_field(place, rows[int(code)][1], "image")
+        code = get_field(location, rows[int(code)][1], "image")
     try:
         return base64.b64decode(code, validate=True)
     except binascii.Error as error:
-        raise ValueError(f"{place}: got image {code[:20]!r}…, allowed: base64; {error}") from None
+        raise ValueError(f"{location}: got image {code[:20]!r}…, allowed: base64; {error}") from None
 
 
 def _build_question(
-    place: str, row: Mapping[str, str], index: int, options: list[str], turned: int, image: bytes
+    location: str, row: Mapping[str, str], index: int, options: list[str], turned: int, image: bytes
 ) -> Question:
     """The question with its options turned by so many places, the first to the end."""
     shown = dict(zip(OPTION_LETTERS, options[turned:] + options[:turned], strict=False))
-    hint, asked = _read_cell(row, "hint"), get_field(place, row, "question")
+    hint, asked = _read_cell(row, "hint"), get_field(location, row, "question")
     lines = [*([hint] if hint else []), asked, *(f"{letter}. {option}" for letter, option in shown.items())]
     reference: dict[str, Any] = {"options": shown}
     if (answer := _read_cell(row, "answer")) is not None:
         if answer not in shown:
-            raise ValueError(f"{place}: got answer {answer!r}, allowed: {', '.join(shown)}")
+            raise ValueError(f"{location}: got answer {answer!r}, allowed: {', '.join(shown)}")
         reference["answer"] = OPTION_LETTERS[(OPTION_LETTERS.index(answer) - turned) % len(options)]
     reference |= {name: text for name in CATEGORIES if (text := _read_cell(row, name)) is not None}
     return Question(
@@ -167,7 +167,7 @@ def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str
         for record in read_records(source, _ANSWER_KEYS):
             number = record.id
             if "round_id" in record.fields and number.isdecimal():
-                number = str(int(number) + get_field(record.place, record.fields, "round_id", int) * ROTATION_OFFSET)
-            yield FoundAnswer(record.place, number, record.response)
+                number = str(int(number) + get_field(record.location, record.fields, "round_id", int) * ROTATION_OFFSET)
+            yield FoundAnswer(record.location, number, record.response)
 
     return match_answers(found(), {question.id for question in questions})

@@ -56,10 +56,10 @@ def read_questions(*sources: Source) -> list[Question]:
 def _read_image_questions(source: str, image_key: str, image: str) -> list[Question]:
     """The two of an image."""
     result = []
-    for place, line in _read_lines(source):
+    for location, line in _read_lines(source):
         asked, *answer = line.strip().split("\t")
         if [text.lower() for text in answer] not in (["yes"], ["no"]):
-            raise ValueError(f"{place}: got {line[:200]!r}, allowed: a question, a tab, Yes or No")
+            raise ValueError(f"{location}: got {line[:200]!r}, allowed: a question, a tab, Yes or No")
         result.append(
             Question(
                 id=f"{image_key}/{_strip_prompts(asked)}",
@@ -128,16 +128,16 @@ def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str
 
 
 def _read_official(source: str, subtask: str) -> Iterator[FoundAnswer]:
-    for place, line in _read_lines(source):
+    for location, line in _read_lines(source):
         parts = line.split("\t")
         if len(parts) != 4:
-            raise ValueError(f"{place}: got {len(parts)} fields, allowed: image, question, ground truth, answer")
-        yield FoundAnswer(place, f"{subtask}/{PurePosixPath(parts[0]).stem}/{_strip_prompts(parts[1])}", parts[3])
+            raise ValueError(f"{location}: got {len(parts)} fields, allowed: image, question, ground truth, answer")
+        yield FoundAnswer(location, f"{subtask}/{PurePosixPath(parts[0]).stem}/{_strip_prompts(parts[1])}", parts[3])
 
 
 def _read_recorded(source: Source, known: set[str]) -> Iterator[FoundAnswer]:
     for record in read_records(source, _ANSWER_KEYS):
         number = record.id
         if number not in known and "prompt" in record.fields:  # LLaVA's is the image's path
-            number = f"{_image_key(PurePosixPath(number))}/{_strip_prompts(get_field(record.place, record.fields, 'prompt'))}"
-        yield FoundAnswer(record.place, number, record.response)
+            number = f"{_image_key(PurePosixPath(number))}/{_strip_prompts(get_field(record.location, record.fields, 'prompt'))}"
+        yield FoundAnswer(record.location, number, record.response)

@@ -1,8 +1,7 @@
-"""Files of questions and answers, by path or URL; every mistake is a ValueError that names file and place in it.
+"""Read files of questions and answers, by path or URL.  Every ValueError names the file and the location in it.
 
-Answers come as a JSON list, as JSON lines or as a table; which of them is told from the content, since names of files
-vary.  Tables are read by pyarrow: the standard library's reader refuses fields of more than 128 kB, as images are, but
-for a limit that all of a process shares.
+Answers are a JSON list, JSON lines or a table.  The content decides, since file names vary.  pyarrow reads tables: the
+standard library's reader refuses fields over 128 kB, such as images, unless a limit of the whole process is changed.
 """
 
 import io
@@ -27,31 +26,39 @@ FIELD_TYPES: dict[type, str] = {str: "a text", int: "a whole number", list: "a l
 
 
 class AnswerRecord(NamedTuple):
-    """An answer as its file has it, and where it stands."""
+    """An answer in a file.
 
-    place: str
+    Args:
+        location: file and line, row or item.
+        fields: fields of the answer.
+        keys: keys of its id and its response.
+    """
+
+    location: str
     fields: Mapping[str, Any]
-    form: AnswerKeys
+    keys: AnswerKeys
 
     @property
     def id(self) -> str:
-        return get_id(self.place, self.fields, self.form[0])
+        """Id of the question, or of its image."""
+        return get_id(self.location, self.fields, self.keys[0])
 
     @property
     def response(self) -> str:
-        return get_field(self.place, self.fields, self.form[1])
+        """Text of the answer."""
+        return get_field(self.location, self.fields, self.keys[1])
 
 
 class FoundAnswer(NamedTuple):
-    """An answer with the id of its question."""
+    """An answer with the id of its question, and its location in a file."""
 
-    place: str
+    location: str
     id: str
     response: str
 
 
 def read_text(source: Source) -> str:
-    """The text of a file."""
+    """Read the text of a file."""
     try:
         with fsspec.open(fspath(source), "rb") as file:
             return file.read().decode("utf-8-sig")  # spreadsheets write a byte order mark
@@ -60,37 +67,47 @@ def read_text(source: Source) -> str:
 
 
 def list_files(folder: Source) -> list[str]:
-    """Paths in a folder, relative to it, sorted; none where it is no folder."""
+    """List the files under a folder, as sorted relative paths; none if it is no folder."""
     try:
-        system, root = fsspec.url_to_fs(fspath(folder))
-        return sorted(path[len(root) :].lstrip("/") for path in system.find(root)) if system.isdir(root) else []
+        filesystem, root = fsspec.url_to_fs(fspath(folder))
+        if not filesystem.isdir(root):
+            return []
+        return sorted(path[len(root) :].lstrip("/") for path in filesystem.find(root))
     except Exception as error:
         raise explain_error(error, f"{folder}: cannot be read", "a path or URL of a folder") from None
 
 
 def only_source(sources: Sequence[Source]) -> str:
-    """The only one of the sources."""
+    """Return the only source; ValueError for none or several."""
     if len(sources) != 1:
         raise ValueError(f"questions: got {', '.join(map(str, sources)) or 'nothing'}, allowed: one file or folder")
     return fspath(sources[0])
 
 
 def read_json(source: Source) -> Any:
-    """The value of a JSON file."""
+    """Read the value of a JSON file."""
     return _parse_json(source, read_text(source))
 
 
 def list_entries(source: Source, whole: Any, key: str) -> list[tuple[str, dict[str, Any]]]:
-    """(place, object) of the list that a JSON file's value has under `key`."""
+    """List (location, object) of a list in a JSON file.
+
+    Args:
+        source: the file, for errors.
+        whole: value of the file.
+        key: key of the list.
+    """
     if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
         raise ValueError(f"{source}: got {_describe_keys(whole)}, allowed: an object with a list under {key!r}")
     return list(number_items(source, whole[key]))
 
 
-def read_records(source: Source, forms: Sequence[AnswerKeys]) -> Iterator[AnswerRecord]:
-    """The answers of a JSON list, of JSON lines or, where it begins as neither, of a table; an empty file has none.
+def read_records(source: Source, key_choices: Sequence[AnswerKeys]) -> Iterator[AnswerRecord]:
+    """Read answers from a JSON list, JSON lines, or else a table.  An empty file has none.
 
-    forms: those that are known; a record has the first that fits.
+    Args:
+        source: path or URL.
+        key_choices: known keys; a record has the first that fit.
     """
     text = read_text(source)
     match text.lstrip()[:1]:
@@ -102,20 +119,25 @@ def read_records(source: Source, forms: Sequence[AnswerKeys]) -> Iterator[Answer
             found = parse_lines(source, text)
         case _:
             found = parse_table(source, text)
-            _match_keys(f"{source}: line 1", dict.fromkeys(_read_header(text)[0]), forms)  # also where no row follows
-    for place, item in found:
-        yield AnswerRecord(place, item, _match_keys(place, item, forms))
+            _match_keys(
+                f"{source}: line 1", dict.fromkeys(_read_header(text)[0]), key_choices
+            )  # also where no row follows
+    for location, item in found:
+        yield AnswerRecord(location, item, _match_keys(location, item, key_choices))
 
 
 def parse_lines(source: Source, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, object) of each line of JSON lines that is not blank."""
+    """Parse JSON lines to (location, object); blank lines are skipped."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield (place := f"{source}: line {number}"), _require_object(place, _parse_json(source, line, number))
+            yield (location := f"{source}: line {number}"), _require_object(location, _parse_json(source, line, number))
 
 
 def parse_table(source: Source, text: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """(place, row) of a table with a header, cut at tabs if the header has any, else at commas; rows number from 1."""
+    """Parse a table with a header to (location, row).
+
+    Tabs separate columns if the header has any, else commas.  Rows are numbered from 1.
+    """
     names, separator = _read_header(text)
     data = text.encode()
     try:
@@ -132,61 +154,71 @@ def parse_table(source: Source, text: str) -> Iterator[tuple[str, dict[str, str]
 
 
 def match_answers(found: Iterable[FoundAnswer], known: Collection[str]) -> dict[str, str]:
-    """{question id: response}.  ValueError for an answer to no question, or a second one to the same."""
-    result: dict[str, str] = {}
-    for place, identifier, response in found:
+    """Match answers to questions: {question id: response}.
+
+    Args:
+        found: answers.
+        known: ids of the questions.
+
+    Raises:
+        ValueError: an answer belongs to no question, or a question has two answers.
+    """
+    responses: dict[str, str] = {}
+    for location, identifier, response in found:
         if identifier not in known:
-            raise ValueError(f"{place}: got an answer to {identifier!r}, allowed: ids of the {len(known)} questions")
-        if identifier in result:
-            raise ValueError(f"{place}: got a second answer to {identifier!r}, allowed: one a question")
-        result[identifier] = response
-    return result
+            raise ValueError(f"{location}: got an answer to {identifier!r}, allowed: ids of the {len(known)} questions")
+        if identifier in responses:
+            raise ValueError(f"{location}: got a second answer to {identifier!r}, allowed: one a question")
+        responses[identifier] = response
+    return responses
 
 
-def get_field(place: str, record: Mapping[str, Any], key: str, kind: type = str) -> Any:
-    """The value under `key`.  ValueError where it is missing or of another type."""
+def get_field(location: str, record: Mapping[str, Any], key: str, kind: type = str) -> Any:
+    """Get the value under `key`; ValueError if it is missing or of another type."""
     value = record.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
         got = f"{key} = {str(value)[:80]!r}" if key in record else _describe_keys(record)
-        raise ValueError(f"{place}: got {got}, allowed: {key}, {FIELD_TYPES[kind]}")
+        raise ValueError(f"{location}: got {got}, allowed: {key}, {FIELD_TYPES[kind]}")
     return value
 
 
-def get_texts(place: str, record: Mapping[str, Any], key: str) -> list[str]:
-    """The texts in a list."""
-    values = get_field(place, record, key, list)
-    return [get_field(f"{place}, {key} {number}", {"entry": value}, "entry") for number, value in enumerate(values, 1)]
+def get_texts(location: str, record: Mapping[str, Any], key: str) -> list[str]:
+    """Get a list of texts under `key`; ValueError if it is missing or has other values."""
+    values = get_field(location, record, key, list)
+    return [
+        get_field(f"{location}, {key} {number}", {"entry": value}, "entry") for number, value in enumerate(values, 1)
+    ]
 
 
-def get_id(place: str, record: Mapping[str, Any], key: str) -> str:
-    """An id, which is a text or a whole number, as text."""
-    return str(get_field(place, record, key, int if isinstance(record.get(key), int) else str))
+def get_id(location: str, record: Mapping[str, Any], key: str) -> str:
+    """Get an id as text; in the file it may be a whole number."""
+    return str(get_field(location, record, key, int if isinstance(record.get(key), int) else str))
 
 
-def _match_keys(place: str, record: Mapping[str, Any], forms: Sequence[AnswerKeys]) -> AnswerKeys:
-    for form in forms:
-        if record.keys() >= {*form}:
-            return form
+def _match_keys(location: str, record: Mapping[str, Any], key_choices: Sequence[AnswerKeys]) -> AnswerKeys:
+    for keys in key_choices:
+        if record.keys() >= {*keys}:
+            return keys
     raise ValueError(
-        f"{place}: got {_describe_keys(record)}, allowed: {', or '.join(' and '.join(form) for form in forms)}"
+        f"{location}: got {_describe_keys(record)}, allowed: {', or '.join(' and '.join(keys) for keys in key_choices)}"
     )
 
 
 def _read_header(text: str) -> tuple[list[str], str]:
-    """Names of the columns, and what is between them."""
+    """Read the names of the columns, and their separator."""
     line = text.lstrip().partition("\n")[0].strip("\r")
     separator = "\t" if "\t" in line else ","
     return [name.strip('"') for name in line.split(separator)], separator
 
 
 def number_items(source: Source, items: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, object) of a list, from item 1 on.  ValueError where one is no object."""
+    """Number the objects of a list from 1: (location, object).  ValueError for an item that is no object."""
     for number, item in enumerate(items, 1):
-        yield (place := f"{source}: item {number}"), _require_object(place, item)
+        yield (location := f"{source}: item {number}"), _require_object(location, item)
 
 
 def _parse_json(source: Source, text: str, first: int = 1) -> Any:
-    """The value of JSON that begins on the line with number `first`."""
+    """Parse JSON that begins on line number `first` of the source."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -196,9 +228,9 @@ def _parse_json(source: Source, text: str, first: int = 1) -> Any:
         raise ValueError(f"{source}: line {first}: not JSON: nested too deep") from None
 
 
-def _require_object(place: str, item: Any) -> dict[str, Any]:
+def _require_object(location: str, item: Any) -> dict[str, Any]:
     if not isinstance(item, dict):
-        raise ValueError(f"{place}: got {_describe_keys(item)}, allowed: an object")
+        raise ValueError(f"{location}: got {_describe_keys(item)}, allowed: an object")
     return item
 
 

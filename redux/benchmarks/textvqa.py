@@ -39,26 +39,28 @@ def read_questions(*sources: Source, ocr: bool | None = None) -> list[Question]:
         wanted = "and one of OCR tokens" if ocr else "and at most one of OCR tokens"
         raise ValueError(f"TextVQA: got {', '.join(data) or 'no file'}, allowed: one of questions, {wanted}")
     tokens = _read_ocr_tokens(*words.values()) if words and ocr is not False else None
-    return [_build_question(place, entry, tokens) for place, entry in data[asked[0]]]
+    return [_build_question(location, entry, tokens) for location, entry in data[asked[0]]]
 
 
 def _read_ocr_tokens(read: list[tuple[str, dict[str, Any]]]) -> dict[str, list[str]]:
-    return {get_field(place, entry, "image_id"): get_texts(place, entry, "ocr_tokens") for place, entry in read}
+    return {
+        get_field(location, entry, "image_id"): get_texts(location, entry, "ocr_tokens") for location, entry in read
+    }
 
 
-def _build_question(place: str, entry: dict[str, Any], tokens: dict[str, list[str]] | None) -> Question:
-    image, asked = get_field(place, entry, "image_id"), get_field(place, entry, "question")
+def _build_question(location: str, entry: dict[str, Any], tokens: dict[str, list[str]] | None) -> Question:
+    image, asked = get_field(location, entry, "image_id"), get_field(location, entry, "question")
     if tokens is not None and image not in tokens:
-        raise ValueError(f"{place}: got image {image}, allowed: one that the file of OCR tokens has")
+        raise ValueError(f"{location}: got image {image}, allowed: one that the file of OCR tokens has")
     shown = "" if tokens is None else f"\nReference OCR token: {', '.join(tokens[image])}"
     return Question(
-        id=get_id(place, entry, "question_id"),
+        id=get_id(location, entry, "question_id"),
         unit=image,
         image=f"{image}.jpg",
         prompt=asked.capitalize()
         + shown
         + SHORT_ANSWER_PROMPT,  # the file has small letters only, LLaVA's prompts do not
-        reference={"answers": get_texts(place, entry, "answers")} if "answers" in entry else {},
+        reference={"answers": get_texts(location, entry, "answers")} if "answers" in entry else {},
     )
 
 
@@ -93,9 +95,9 @@ def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str
             number = record.id
             if number not in known and "prompt" in record.fields:
                 number = asked.get(
-                    (number, _extract_question(get_field(record.place, record.fields, "prompt"))), number
+                    (number, _extract_question(get_field(record.location, record.fields, "prompt"))), number
                 )
-            yield FoundAnswer(record.place, number, record.response)
+            yield FoundAnswer(record.location, number, record.response)
 
     return match_answers(found(), known)
 

@@ -46,16 +46,16 @@ def read_questions(*sources: Source) -> list[Question]:
     asked, whole, references = _sort_sources({fspath(source): read_json(source) for source in sources})
     subset = get_field(asked, whole, "data_subtype").replace("test-dev", "test")
     result = []
-    for place, entry in list_entries(asked, whole, "questions"):
-        question, image = get_id(place, entry, "question_id"), get_field(place, entry, "image_id", int)
+    for location, entry in list_entries(asked, whole, "questions"):
+        question, image = get_id(location, entry, "question_id"), get_field(location, entry, "image_id", int)
         if references is not None and question not in references:
-            raise ValueError(f"{place}: got question {question} without an annotation, allowed: those with one")
+            raise ValueError(f"{location}: got question {question} without an annotation, allowed: those with one")
         result.append(
             Question(
                 id=question,
                 unit=str(image),
                 image=f"COCO_{subset}_{image:012d}.jpg",
-                prompt=get_field(place, entry, "question") + SHORT_ANSWER_PROMPT,
+                prompt=get_field(location, entry, "question") + SHORT_ANSWER_PROMPT,
                 reference={} if references is None else references[question],
             )
         )
@@ -77,15 +77,15 @@ def _sort_sources(wholes: Mapping[str, Any]) -> tuple[str, Any, dict[str, dict[s
 
 def _read_references(source: str, whole: Any) -> dict[str, dict[str, Any]]:
     references = {}
-    for place, entry in list_entries(source, whole, "annotations"):
-        people = get_field(place, entry, "answers", list)
+    for location, entry in list_entries(source, whole, "annotations"):
+        people = get_field(location, entry, "answers", list)
         if not people:
-            raise ValueError(f"{place}: got no answers, allowed: those of ten people")
-        references[get_id(place, entry, "question_id")] = {
+            raise ValueError(f"{location}: got no answers, allowed: those of ten people")
+        references[get_id(location, entry, "question_id")] = {
             "answers": [
-                get_field(where, given, "answer") for where, given in number_items(f"{place}, answers", people)
+                get_field(where, given, "answer") for where, given in number_items(f"{location}, answers", people)
             ],
-            "answer_type": get_field(place, entry, "answer_type"),
+            "answer_type": get_field(location, entry, "answer_type"),
         }
     return references
 
@@ -122,8 +122,8 @@ def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str
 
     def found() -> Iterator[FoundAnswer]:
         for record in read_records(source, _ANSWER_KEYS):
-            response = SubmittedAnswer(record.response) if record.form == OFFICIAL_KEYS else record.response
-            yield FoundAnswer(record.place, record.id, response)
+            response = SubmittedAnswer(record.response) if record.keys == OFFICIAL_KEYS else record.response
+            yield FoundAnswer(record.location, record.id, response)
 
     return match_answers(found(), {question.id for question in questions})
 

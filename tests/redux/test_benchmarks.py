@@ -49,7 +49,7 @@ def write(tmp_path: Path) -> Write:
 def scored(name: str, questions: list[Question], answers: dict[str, str]) -> tuple[dict[str, Metric], int]:
     """(metrics, missing), as `redux score` has them."""
     rows, missing = join_answers(questions, answers)
-    return BENCHMARKS[name].metrics(rows), missing
+    return BENCHMARKS[name].compute_metrics(rows), missing
 
 
 def scores(name: str, questions: list[Question], answers: dict[str, str]) -> dict[str, float]:
@@ -283,7 +283,7 @@ def gqa(write: Write) -> list[Question]:
         "204": entry("table", "query", "obj"),
         "205": entry("table", "query", "obj", balanced=False),
     }
-    return BENCHMARKS["gqa"].questions(write("testdev_balanced_questions.json", entries))
+    return BENCHMARKS["gqa"].read_questions(write("testdev_balanced_questions.json", entries))
 
 
 def test_gqa_asks_as_llava_does(gqa: list[Question]) -> None:
@@ -660,7 +660,7 @@ def test_scrambled_answers_score_less_and_none_score_nothing(
     moved = dict(zip(right, [*list(right.values())[1:], "?"], strict=True))
     assert scores(name, questions, moved)[MAIN[name]] < best[MAIN[name]].score
     for empty in ("", "\n"):
-        nothing = BENCHMARKS[name].answers(write("empty", empty), questions)
+        nothing = BENCHMARKS[name].read_answers(write("empty", empty), questions)
         metrics, missing = scored(name, questions, nothing)
         assert missing == len(questions)
         assert metrics.keys() == best.keys()
@@ -675,8 +675,8 @@ def test_our_own_lines_and_the_official_form_say_the_same(
     key, value = OFFICIAL[name].split()
     ours = write("answers.jsonl", lines=[{"id": i, "response": text, "unit": "x"} for i, text in right.items()])
     official = write("results.json", [{key: i, value: text} for i, text in right.items()])
-    assert BENCHMARKS[name].answers(ours, questions) == right
-    assert BENCHMARKS[name].answers(official, questions) == right
+    assert BENCHMARKS[name].read_answers(ours, questions) == right
+    assert BENCHMARKS[name].read_answers(official, questions) == right
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -701,7 +701,7 @@ def test_a_bad_answer_is_named_with_file_and_place(
     questions, right = asked(name, write, request)
     path = write("answers", content.replace("@", next(iter(right))))
     with pytest.raises(ValueError, match=said) as caught:
-        BENCHMARKS[name].answers(path, questions)
+        BENCHMARKS[name].read_answers(path, questions)
     assert str(path) in str(caught.value)
 
 
@@ -735,16 +735,16 @@ def test_a_bad_line_of_mmes_official_form_is_named(write: Write, mme_folder: str
 def test_a_bad_file_of_questions_is_named_with_the_place(name: str, content: str, said: str, write: Write) -> None:
     path = write("questions", content)
     with pytest.raises(ValueError, match=said) as caught:
-        BENCHMARKS[name].questions(path)
+        BENCHMARKS[name].read_questions(path)
     assert path in str(caught.value)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_file_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
-        BENCHMARKS[name].questions(str(tmp_path / "nowhere"))
+        BENCHMARKS[name].read_questions(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="nowhere"):
-        BENCHMARKS[name].answers(str(tmp_path / "nowhere"), [])
+        BENCHMARKS[name].read_answers(str(tmp_path / "nowhere"), [])
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -754,7 +754,7 @@ def test_rows_are_json_and_score_the_same_after_a_round_trip(
     questions, right = asked(name, write, request)
     rows, _ = join_answers(questions, right)
     again = [json.loads(json.dumps(row)) for row in rows]
-    assert BENCHMARKS[name].metrics(again) == BENCHMARKS[name].metrics(rows)
+    assert BENCHMARKS[name].compute_metrics(again) == BENCHMARKS[name].compute_metrics(rows)
     assert len({question.id for question in questions}) == len(questions)
 
 
