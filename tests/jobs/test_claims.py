@@ -12,6 +12,7 @@ from jobs.run import run
 from jobs.schema import Job
 from pipelines.core import jsonl
 from pipelines.evaluation import evaluate
+from pipelines.training.checkpoint import JOB_FILE
 
 QUICKSTART = Path(__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
 """Stages: tower, pretrain, instruct."""

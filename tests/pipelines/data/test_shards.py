@@ -26,6 +26,7 @@ from pipelines.data.options import ShardOptions
 from pipelines.data.records import RECORD_REASONS
 from pipelines.data.shard_index import INDEX_FILE, INDEX_SCHEMA, QUARANTINE_FILE, SUMMARY_FILE, Shards
 from pipelines.data.shard_writer import make_shards, write_index
+from redux.image import load_pixels
 
 
 def tars(stored: Shards) -> list[Path]:
