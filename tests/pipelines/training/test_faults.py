@@ -134,7 +134,7 @@ def test_a_batch_that_is_not_finite_is_named_and_skipped_or_done_again(
 def test_too_many_batches_that_are_not_finite_end_with_one_line(new_plan: NewPlan, tmp_path: Path) -> None:
     plan = new_plan(max_nonfinite_steps=0)
     with pytest.raises(
-        ValueError, match=r"train\.small\.max_nonfinite_steps: loss or gradient of 1 steps .* of step 3"
+        ValueError, match=r"train\.small\.max_nonfinite_steps: loss or gradient of 1 steps .* at step 3"
     ):
         driver.train_stage(plan, [InjectedFault("nan", 2, 1, tmp_path)])
 
