@@ -1,4 +1,4 @@
-"""Every question is answered once, as it would be alone, whatever crashes; scores follow from the files."""
+"""Tests of the evaluation: each question is answered once, also after a crash, and scores depend on the files alone."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def spent(run: Path, name: str = "easy_vqa") -> int:
-    """Questions that were put to a model, as often as they were."""
+    """Count the questions that a model has answered, including repeated ones."""
     path = run / evaluate.ANSWERS_FOLDER / evaluate.SPEED_FILE
     return sum(each["questions"] for each in lines(path) if each["task"] == name) if path.exists() else 0
 
@@ -96,24 +96,24 @@ def spent(run: Path, name: str = "easy_vqa") -> int:
 
 def test_every_question_is_answered_once_in_the_order_of_the_benchmark(undisturbed: Path) -> None:
     for name, task in TASK_SETTINGS.items():
-        asked = load_questions(name, task)
-        told = [(row["id"], row["unit"], row["prompt"]) for row in read_answers(undisturbed, name)]
-        assert told == [(each.id, each.unit, each.prompt) for each in asked]
-        assert spent(undisturbed, name) == len(asked)
+        unanswered_questions = load_questions(name, task)
+        expected = [(row["id"], row["unit"], row["prompt"]) for row in read_answers(undisturbed, name)]
+        assert expected == [(each.id, each.unit, each.prompt) for each in unanswered_questions]
+        assert spent(undisturbed, name) == len(unanswered_questions)
     assert not list((undisturbed / evaluate.ANSWERS_FOLDER).glob(".*"))
 
 
 def test_a_batch_gets_the_answers_that_each_question_gets_alone(evaluated: EvaluatedModel, undisturbed: Path) -> None:
     alone = answering.load(evaluated.model, template=TEMPLATE)
     for name, task in TASK_SETTINGS.items():
-        said = []
+        responses = []
         for each in load_questions(name, task):
             assert isinstance(each.image, str)
             assert task.max_new_tokens
             image = (easy_vqa.PACKAGE_IMAGES / each.image).read_bytes()
-            said += alone([each.prompt], [image], task.max_new_tokens).texts
-        assert said == [row["response"] for row in read_answers(undisturbed, name)]
-        assert len(set(said)) > len(said) // 4, "answers that differ, or equality says nothing"
+            responses += alone([each.prompt], [image], task.max_new_tokens).texts
+        assert responses == [row["response"] for row in read_answers(undisturbed, name)]
+        assert len(set(responses)) > len(responses) // 4, "answers that differ, or equality says nothing"
 
 
 def test_scores_are_those_of_the_files_alone(undisturbed: Path) -> None:
@@ -136,8 +136,8 @@ def test_scores_of_types_count_their_own_questions() -> None:
     counted = {"yes/no": (3, 4), "colour": (1, 5), "shape": (0, 1)}  # right, asked
     answered = [
         {"unit": "a", "type": kind, "answer": "yes", "response": "yes" if number < right else "no"}
-        for kind, (right, asked) in counted.items()
-        for number in range(asked)
+        for kind, (right, unanswered_questions) in counted.items()
+        for number in range(unanswered_questions)
     ]
     assert {name: metric.score for name, metric in easy_vqa.compute_metrics(answered).items()} == {
         "accuracy": 0.4,
@@ -191,13 +191,13 @@ def test_another_question_under_an_old_id_is_asked(
 def test_whatever_of_the_last_line_was_written_it_is_asked_again_and_no_other(
     undisturbed: Path, tmp_path: Path
 ) -> None:
-    """At every byte at which a crash can tear it; those of instructions have braces within."""
+    """A crash may cut the line at any byte; rows of instructions contain nested braces."""
     first, last = (json.dumps(row) + "\n" for row in read_answers(undisturbed, "instructions")[:2])
-    asked = load_questions("instructions", FEW)[:2]
+    unanswered_questions = load_questions("instructions", FEW)[:2]
     for length in range(len(last) + 1):
         (tmp_path / ".instructions.jsonl").write_text(first + last[:length])
-        left = evaluate._find_unanswered(tmp_path, "instructions", asked)
-        assert left == ([] if length == len(last) else asked[1:])
+        left = evaluate._find_unanswered(tmp_path, "instructions", unanswered_questions)
+        assert left == ([] if length == len(last) else unanswered_questions[1:])
         assert (tmp_path / ".instructions.jsonl").read_text() == first + (last if not left else "")
 
 
@@ -205,14 +205,14 @@ def test_whatever_of_the_last_line_was_written_it_is_asked_again_and_no_other(
 def test_answers_of_others_are_not_taken(evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     twin = str(shutil.copytree(evaluated.model, tmp_path / "twin"))
-    for other, told in (
+    for other, expected in (
         ((replace(evaluated, template="vicuna_v1"), settings()), "template = 'vicuna_bare', not 'vicuna_v1'"),
         ((replace(evaluated, model=twin), settings()), f"not {twin!r}"),
         ((evaluated, settings(easy_vqa=replace(LIMIT, max_new_tokens=6))), "max_new_tokens.easy_vqa = 5, not 6"),
         ((evaluated, replace(settings(), image_input="caption")), "image_input = 'pixels', not 'caption'"),
     ):
         who, how = other
-        with pytest.raises(ValueError, match=re.escape(told)):
+        with pytest.raises(ValueError, match=re.escape(expected)):
             evaluate.evaluate(who, tmp_path, how)
 
 
@@ -267,7 +267,7 @@ def test_what_is_no_such_model_is_named_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "files", "told"),
+    ("name", "files", "expected"),
     [
         ("gqa", (), r"evaluate\.tasks\.gqa\.files: .*got nothing"),
         ("easy_vqa", ("x",), r"evaluate\.tasks\.easy_vqa\.files: got x, allowed: none"),
@@ -275,8 +275,8 @@ def test_what_is_no_such_model_is_named_in_one_line(tmp_path: Path) -> None:
         ("instructions", ("nowhere.jsonl",), r"evaluate\.tasks\.instructions\.files: .*nowhere\.jsonl"),
     ],
 )
-def test_files_that_cannot_be_used_are_named(name: TaskName, files: tuple[str, ...], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_files_that_cannot_be_used_are_named(name: TaskName, files: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
         load_questions(name, TaskSettings(files=files))
 
 
@@ -297,8 +297,7 @@ def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questi
     answered = read_answers(undisturbed, "easy_vqa")
     given = {(row["image"], row["prompt"], row["answer"], row["response"]) for row in answered}
     pictures = {
-        load_pixels((easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"]
-        for row in answered
+        load_pixels((easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"] for row in answered
     }
     shown = []
     for example in collect_examples(evaluated, undisturbed, count):
@@ -321,7 +320,7 @@ def test_an_example_says_where_each_patch_went(evaluated: EvaluatedModel, undist
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads of a tiny model only wait for each other, long where the machine is busy."""
+    """Use one thread: threads of a tiny model mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Intervals equal those of a slow loop, hold the truth as often as they say, and compare only what can be compared."""
+"""Tests of the bootstrap: equal to a slow loop, correct coverage, and no comparison of different items."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from redux.benchmarks import Metric, Outcome
 
 
 def metric(random: np.random.Generator, units: int, weight: float = 0.5, shift: float = 0.0) -> Metric:
-    """Two groups, of which every third unit has no outcome in the second; a unit's outcomes go together."""
+    """Make two groups; every third unit has no outcome in the second, and outcomes of a unit are correlated."""
     outcomes = []
     for unit in range(units):
         share = random.beta(1, 1)
@@ -31,7 +31,7 @@ def same_items(first: Metric, random: np.random.Generator) -> Metric:
 
 
 def slow(metrics: Sequence[Metric], counts: Sequence[int], units: Sequence[str]) -> float:
-    """The mean score over seeds of the outcomes with each unit's put in as often as it was drawn."""
+    """Compute the mean score over seeds, with each unit repeated as often as it was drawn."""
     scores = []
     for each in metrics:
         drawn = [
@@ -51,13 +51,13 @@ def test_an_interval_equals_that_of_a_slow_loop_over_the_same_draws() -> None:
     ours, base = [first, same_items(first, random)], [same_items(first, random)]
     units = list(dict.fromkeys(each.unit for each in first.outcomes))
     draws = _draw_counts(len(units), 300, 5, 0).astype(int)
-    mine, other = ([slow(metrics, counts, units) for counts in draws] for metrics in (ours, base))
-    told = bootstrap_interval(ours, samples=300, seed=5)
-    assert told.value == pytest.approx(np.mean([each.score for each in ours]))
-    assert (told.low, told.high) == pytest.approx(np.quantile(mine, [0.025, 0.975]))
+    our_scores, other = ([slow(metrics, counts, units) for counts in draws] for metrics in (ours, base))
+    result = bootstrap_interval(ours, samples=300, seed=5)
+    assert result.value == pytest.approx(np.mean([each.score for each in ours]))
+    assert (result.low, result.high) == pytest.approx(np.quantile(our_scores, [0.025, 0.975]))
     more = bootstrap_difference(ours, base, samples=300, seed=5)
-    assert more.value == pytest.approx(told.value - base[0].score)
-    assert (more.low, more.high) == pytest.approx(np.quantile(np.subtract(mine, other), [0.025, 0.975]))
+    assert more.value == pytest.approx(result.value - base[0].score)
+    assert (more.low, more.high) == pytest.approx(np.quantile(np.subtract(our_scores, other), [0.025, 0.975]))
 
 
 def test_draws_are_multinomial() -> None:
@@ -71,27 +71,27 @@ def test_draws_in_several_pieces_are_as_many_as_asked_and_all_different() -> Non
     random = np.random.default_rng(2)
     units = COUNTS_PER_CHUNK // 100
     wide = Metric([Outcome("a", str(unit), random.random()) for unit in range(units)])
-    told = bootstrap_interval([wide], samples=250)
+    result = bootstrap_interval([wide], samples=250)
     spread = np.std([each.value for each in wide.outcomes]) / units**0.5
-    assert told.high - told.low == pytest.approx(2 * 1.96 * spread, rel=0.2)
+    assert result.high - result.low == pytest.approx(2 * 1.96 * spread, rel=0.2)
 
 
 def test_the_interval_of_a_share_holds_the_truth_19_times_of_20() -> None:
-    """Clusters of four that go together, 400 experiments: the coverage's own standard error is 1.1 points."""
-    random, truth, held, narrow = np.random.default_rng(3), 0.4, 0, 0
+    """Correlated clusters of four, 400 experiments: the standard error of the coverage is 1.1 points."""
+    random, truth, covered, narrow = np.random.default_rng(3), 0.4, 0, 0
     for _ in range(400):
         # the share of each unit varies with mean 0.4
         shares = random.beta(0.8, 1.2, size=80)
         outcomes = [
             Outcome("all", str(u), float(random.random() < share)) for u, share in enumerate(shares) for _ in "1234"
         ]
-        told = bootstrap_interval([Metric(outcomes)], samples=400)
-        held += told.low <= truth <= told.high
-        alone = bootstrap_interval(
+        result = bootstrap_interval([Metric(outcomes)], samples=400)
+        covered += result.low <= truth <= result.high
+        unclustered = bootstrap_interval(
             [Metric([each._replace(unit=str(n)) for n, each in enumerate(outcomes)])], samples=400
         )
-        narrow += alone.low <= truth <= alone.high
-    assert 0.91 <= held / 400 <= 0.98
+        narrow += unclustered.low <= truth <= unclustered.high
+    assert 0.91 <= covered / 400 <= 0.98
     assert narrow / 400 < 0.85, "as if answers to one image were independent"
 
 
@@ -110,15 +110,15 @@ def test_of_equal_models_one_difference_in_twenty_is_held_for_one() -> None:
 
 
 def test_a_difference_is_paired_by_unit() -> None:
-    """A model that is right wherever the other is, and on one unit more of each ten."""
+    """One model is right wherever the other is, and on one more unit in ten."""
     base = Metric([Outcome("all", str(unit), float(unit % 2)) for unit in range(200)])
     ours = Metric(
         [each._replace(value=float(int(each.unit) % 2 or int(each.unit) % 10 == 0)) for each in base.outcomes]
     )
-    told, alone = bootstrap_difference([ours], [base]), bootstrap_interval([ours])
-    assert told.value == pytest.approx(0.1)
-    assert not told.is_noise
-    assert told.high - told.low < 0.7 * (alone.high - alone.low)
+    result, unclustered = bootstrap_difference([ours], [base]), bootstrap_interval([ours])
+    assert result.value == pytest.approx(0.1)
+    assert not result.is_noise
+    assert result.high - result.low < 0.7 * (unclustered.high - unclustered.low)
 
 
 def test_seeds_that_do_not_agree_make_a_difference_noise() -> None:
@@ -143,8 +143,8 @@ def test_the_order_of_outcomes_means_nothing() -> None:
     first = metric(random, 30)
     other = same_items(first, random)
     turned = replace(other, outcomes=other.outcomes[::-1])
-    told, again = bootstrap_difference([first], [other]), bootstrap_difference([first], [turned])
-    assert (told.value, told.low, told.high) == pytest.approx((again.value, again.low, again.high))
+    result, again = bootstrap_difference([first], [other]), bootstrap_difference([first], [turned])
+    assert (result.value, result.low, result.high) == pytest.approx((again.value, again.low, again.high))
 
 
 def test_the_same_call_gives_the_same_interval_and_another_seed_another() -> None:
@@ -155,26 +155,26 @@ def test_the_same_call_gives_the_same_interval_and_another_seed_another() -> Non
 
 def test_a_group_that_a_draw_misses_keeps_its_mean() -> None:
     rare = Metric([Outcome("a", str(unit), float(unit % 2)) for unit in range(10)] + [Outcome("b", "0", 1.0)])
-    told = bootstrap_interval([rare])
-    assert np.isfinite([told.low, told.high]).all()
-    assert told.low >= 1.0, "group b is 1.0 in every draw"
+    result = bootstrap_interval([rare])
+    assert np.isfinite([result.low, result.high]).all()
+    assert result.low >= 1.0, "group b is 1.0 in every draw"
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda all_: all_[:-1], "got 1 and 0 outcomes of unit 'u2' in group 'a'"),
         (lambda all_: [*all_, all_[0]], "got 1 and 2 outcomes of unit 'u0' in group 'a'"),
         (lambda all_: [all_[0]._replace(group="b"), *all_[1:]], "unit 'u0'"),
     ],
 )
-def test_other_items_are_refused_by_name(change, said: str) -> None:
+def test_other_items_are_refused_by_name(change, message: str) -> None:
     full = Metric([Outcome("a", f"u{unit}", 1.0) for unit in range(3)])
     other = Metric(change(full.outcomes))
     for call in (lambda: bootstrap_interval([full, other]), lambda: bootstrap_difference([full], [other])):
         with pytest.raises(ValueError, match="allowed: the same items") as error:
             call()
-        assert said in str(error.value)
+        assert message in str(error.value)
 
 
 def test_nothing_to_draw_from_and_other_weights_are_refused() -> None:

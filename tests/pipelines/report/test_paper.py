@@ -1,4 +1,4 @@
-"""The paper's numbers hold the relations that they have among themselves, so a slip of the pen here would show."""
+"""Tests of the paper's numbers: relations between them that a typing error would break."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The report says what the run folder says, stands alone, and runs nothing that a question brings along."""
+"""Tests of the report: it agrees with the run folder, needs no other file, and never runs a script."""
 
 import json
 import re
@@ -23,7 +23,7 @@ TYPES = {"yes/no": (61, 70), "shape": (19, 20), "colour": (10, 10)}  # right, as
 
 
 class Page(HTMLParser):
-    """Elements, links and table rows of a page; a tag closed out of order is an error."""
+    """Elements, attributes and table rows of a page; a tag that is closed out of order is an error."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def answers() -> list[dict[str, Any]]:
 
 
 def events() -> list[dict[str, Any]]:
-    """Two steps, a crash 20 seconds later that undoes one, and that one again: 100 seconds in all."""
+    """Make the events of two steps, a crash 20 seconds later, and one repeated step: 100 seconds in total."""
     times: list[tuple[float, str, dict[str, Any]]] = [
         (0, "launch", {}), (4, "start", {"cursor": 0}), (20, "step", {"step": 1, "data_s": 1, "compute_s": 10}),
         (35, "step", {"step": 2, "data_s": 2, "compute_s": 13}), (55, "start", {"cursor": 1}),
@@ -162,7 +162,7 @@ def test_header_holds_name_accuracy_interval_and_wall_time(run: Path):
 
 
 def test_the_training_loop_has_the_seconds_of_the_account(run: Path):
-    """A stage's first batch is waited for while it starts up; both tables say so, and agree."""
+    """Waiting for the first batch of a stage counts as starting up in both tables."""
     steps = [
         {"event": "step", "stage": "instruct", "step": number, "at": at, "data_s": data, "compute_s": 6, "stall_s": 1}
         for number, at, data in ((1, 40.0, 24.0), (2, 50.0, 2.0), (3, 60.0, 3.0))

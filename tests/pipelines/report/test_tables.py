@@ -1,4 +1,4 @@
-"""Tables say what the answers say, put each run in its row by its settings alone, and tell how to fill the others."""
+"""Tests of the tables: they agree with the answers, rows match by settings, and missing rows have commands."""
 
 import csv
 import io
@@ -34,7 +34,7 @@ SMALL = {"stages": 3, "iterations": 4}
 
 
 def instructions(rows: Sequence[Row]) -> dict[str, Metric]:
-    """A response is followed and right as it says of itself."""
+    """Score responses that contain "follows" and "right"."""
     groups = {row["task"] for row in rows}
 
     def metric(words: Sequence[str]) -> Metric:
@@ -57,8 +57,10 @@ def easy_vqa(rows: Sequence[Row]) -> dict[str, Metric]:
 SCORERS = {"instructions": instructions, "easy_vqa": easy_vqa}
 
 
-def write_run(runs: Path, name: str, seed: int = 0, skill: float = 0.4, said: str = "", **changes: Any) -> Path:
-    """A finished run whose model follows and is right by chance; `changes` are dotted names of its job."""
+def write_run(
+    runs: Path, name: str, seed: int = 0, skill: float = 0.4, response_prefix: str = "", **changes: Any
+) -> Path:
+    """Write a finished run with random answers; `changes` are keys of its job, with __ for dots."""
     folder = runs / name
     (folder / "answers").mkdir(parents=True)
     job = yaml.safe_load(JOB) | {"name": name, "seed": seed}
@@ -75,7 +77,7 @@ def write_run(runs: Path, name: str, seed: int = 0, skill: float = 0.4, said: st
         {
             "id": f"{task}-{unit}", "unit": f"q{unit}", "task": task, "instruction_id": each.id, "kwargs": {},
             "prompt": f"Question {unit}? {task} & more", "question": f"Question {unit}?", "answer": "right",
-            "response": said + " ".join(np.array(["follows", "right"])[luck[unit, place]]),
+            "response": response_prefix + " ".join(np.array(["follows", "right"])[luck[unit, place]]),
         }
         for place, each in enumerate(INSTRUCTIONS.values())
         for task in [f"T{each.task}"]
@@ -106,25 +108,25 @@ def jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def of(methods: Preset) -> dict[str, Any]:
-    """The preset on the small tower, as changes of the job."""
+def job_changes(methods: Preset) -> dict[str, Any]:
+    """Make the changes of the job for a preset on the small tower."""
     small = rescale_budget(methods, 64)
-    told = {name: part and select_changed_fields(part) for name, part in small.methods.items()}
-    if told["vmtc"] is not None and "stages" not in told["vmtc"]:
-        told["vmtc"] = SMALL | told["vmtc"]
-    return {f"model__{name}": part for name, part in told.items()}
+    contents = {name: part and select_changed_fields(part) for name, part in small.methods.items()}
+    if contents["vmtc"] is not None and "stages" not in contents["vmtc"]:
+        contents["vmtc"] = SMALL | contents["vmtc"]
+    return {f"model__{name}": part for name, part in contents.items()}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LLaVA and both modules with two seeds; one of each other kind but SPD."""
+    """Write runs of LLaVA and of both modules with two seeds, and one of each other kind except SPD."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in (0, 1):
-        write_run(folder, f"a{seed}", seed, 0.35, **of(PRESETS["llava"]))
-        write_run(folder, f"b{seed}", seed, 0.55, **of(PRESETS["default"]))
+        write_run(folder, f"a{seed}", seed, 0.35, **job_changes(PRESETS["llava"]))
+        write_run(folder, f"b{seed}", seed, 0.55, **job_changes(PRESETS["default"]))
     for number, name in enumerate(("vmtc", "cmai", "lwp", "tia", "tokens-64", "prumerge", "evit")):
-        write_run(folder, f"c{number}", 0, 0.3 + number / 20, **of(PRESETS[name]))
-    write_run(folder, "d", 0, 0.6, **of(PRESETS["llava"]), evaluate__image_input="caption")
+        write_run(folder, f"c{number}", 0, 0.3 + number / 20, **job_changes(PRESETS[name]))
+    write_run(folder, "d", 0, 0.6, **job_changes(PRESETS["llava"]), evaluate__image_input="caption")
     for tenth in (2, 8):
         ratio = {"vmtc": SMALL | {"ratio": tenth / 10}}
         write_run(folder, f"e{tenth}", 0, 0.5, model__vmtc=ratio["vmtc"])
@@ -191,8 +193,8 @@ def test_each_preset_fills_its_row_and_no_other(tmp_path: Path) -> None:
     }  # fmt: skip
     rows_of_tables = [row for table in TABLE_ROWS.values() for row in table]
     for name in rows:
-        write_run(tmp_path, name, **of(PRESETS[name]))
-    write_run(tmp_path, "described", **of(PRESETS["llava"]), evaluate__image_input="caption")
+        write_run(tmp_path, name, **job_changes(PRESETS[name]))
+    write_run(tmp_path, "described", **job_changes(PRESETS["llava"]), evaluate__image_input="caption")
     [family], _ = find_families([tmp_path], SCORERS)
     found = {model.job["name"]: {row.label for row in rows_of_tables if matches(model, row)} for model in family.models}
     assert found == rows | {"described": {"Upper limit"}}
@@ -200,7 +202,7 @@ def test_each_preset_fills_its_row_and_no_other(tmp_path: Path) -> None:
 
 def test_other_ways_of_down_sampling_and_other_names_make_no_difference(tmp_path: Path) -> None:
     for method in ("stride", "bilinear"):
-        write_run(tmp_path, f"llava-{method}", **of(PRESETS["llava"]) | {
+        write_run(tmp_path, f"llava-{method}", **job_changes(PRESETS["llava"]) | {
             "model__reduction": {"method": method, "tokens": 16}
         })  # fmt: skip
     [family], _ = find_families([tmp_path], SCORERS)
@@ -211,7 +213,7 @@ def test_other_ways_of_down_sampling_and_other_names_make_no_difference(tmp_path
 
 def test_runs_that_differ_only_in_seed_are_one_row_and_a_copy_is_left_out(tmp_path: Path) -> None:
     for number, seed in enumerate((0, 1, 1)):
-        write_run(tmp_path, f"run-{number}", seed, **of(PRESETS["default"]))
+        write_run(tmp_path, f"run-{number}", seed, **job_changes(PRESETS["default"]))
     [family], notes = find_families([tmp_path], SCORERS)
     [model] = family.models
     assert [run.seed for run in model.runs] == [0, 1]
@@ -220,9 +222,9 @@ def test_runs_that_differ_only_in_seed_are_one_row_and_a_copy_is_left_out(tmp_pa
 
 
 def test_other_sizes_or_data_are_another_family_and_other_machines_are_not(tmp_path: Path) -> None:
-    write_run(tmp_path, "a", 0, **of(PRESETS["llava"]))
-    write_run(tmp_path, "b", 1, **of(PRESETS["llava"]), num_workers=7, evaluate__num_actors=1)
-    write_run(tmp_path, "c", 0, **of(PRESETS["llava"]), train__instruct__epochs=7)
+    write_run(tmp_path, "a", 0, **job_changes(PRESETS["llava"]))
+    write_run(tmp_path, "b", 1, **job_changes(PRESETS["llava"]), num_workers=7, evaluate__num_actors=1)
+    write_run(tmp_path, "c", 0, **job_changes(PRESETS["llava"]), train__instruct__epochs=7)
     families, _ = find_families([tmp_path], SCORERS)
     assert sorted(len(family.models[0].runs) for family in families) == [1, 2]
     assert any("train.instruct.epochs = 7" in family.label for family in families)
@@ -231,11 +233,15 @@ def test_other_sizes_or_data_are_another_family_and_other_machines_are_not(tmp_p
 
 
 def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path: Path) -> None:
-    write_run(tmp_path, "trained", 5, **of(PRESETS["llava"]))
+    write_run(tmp_path, "trained", 5, **job_changes(PRESETS["llava"]))
     checkpoint = str(tmp_path / "trained/checkpoints/instruct/model")
-    limit = of(PRESETS["llava"]) | {"train": {}, "model__checkpoint": checkpoint, "evaluate__image_input": "caption"}
+    limit = job_changes(PRESETS["llava"]) | {
+        "train": {},
+        "model__checkpoint": checkpoint,
+        "evaluate__image_input": "caption",
+    }
     write_run(tmp_path, "limit", 0, **limit)
-    write_run(tmp_path, "later", 0, **of(PRESETS["default"]) | {"train": {}, "model__checkpoint": checkpoint})
+    write_run(tmp_path, "later", 0, **job_changes(PRESETS["default"]) | {"train": {}, "model__checkpoint": checkpoint})
     [family], _ = find_families([tmp_path], SCORERS)
     assert {run.seed for model in family.models for run in model.runs} == {5}
     found = {model.job["name"]: model for model in family.models}
@@ -247,13 +253,13 @@ def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path:
 
 @pytest.mark.parametrize("start", ["b0", "c2", "c3", "a0"])
 def test_the_command_of_a_missing_row_is_a_job_that_fills_it(runs: Path, tmp_path: Path, start: str) -> None:
-    """Whatever run its family has, and every row: the words are read as a shell and the schema read them."""
+    """Every row has a valid command, whichever runs its family has; the shell and the schema parse it."""
     (tmp_path / start).symlink_to(runs / start)
     [family], _ = find_families([tmp_path], SCORERS)
     rows_of_tables = [row for table in TABLE_ROWS.values() for row in table if row.preset]
     for row in rows_of_tables:
-        redux, run, job, *overrides, into, beside = shlex.split(write_command(row, family))
-        assert (redux, run, into, beside) == ("redux", "run", "--runs-dir", str(tmp_path))
+        redux, run, job, *overrides, into, paper_rows = shlex.split(write_command(row, family))
+        assert (redux, run, into, paper_rows) == ("redux", "run", "--runs-dir", str(tmp_path))
         made = schema.load(Path(job), overrides)
         assert made.name.startswith(f"{start}-")
         other = tmp_path / "made" / made.name
@@ -278,9 +284,9 @@ def test_a_row_that_several_tables_have_is_made_by_one_command(runs: Path, tmp_p
 def test_missing_rows_have_commands_and_the_papers_numbers_stand_beside(tables: dict[str, ResultTable]) -> None:
     missing = line(tables["table-1"], "SPD", "missing")
     assert missing.command.startswith("redux run ")
-    beside = [row for rows in tables["table-1"].blocks.values() for row in rows if row.source == "paper"]
-    assert [row.about for row in beside[:2]] == ["paper, 7B, other data", "paper, 13B, other data"]
-    shown = [cell and cell.value for cell in beside[0].cells]
+    paper_rows = [row for rows in tables["table-1"].blocks.values() for row in rows if row.source == "paper"]
+    assert [row.about for row in paper_rows[:2]] == ["paper, 7B, other data", "paper, 13B, other data"]
+    shown = [cell and cell.value for cell in paper_rows[0].cells]
     assert shown[: place(tables["table-1"], "AVG") + 1] == list(TABLE_1.rows["LLaVA-1.5-7B"][1:])
     both = line(tables["table-3"], "VMTC + CMAI", "paper")
     assert [cell.value for cell in both.cells if cell] == list(TABLE_3.rows["VMTC, CMAI"])
@@ -306,18 +312,18 @@ def test_the_sweep_has_its_runs_by_share_and_names_the_missing_tenths(tables: di
 def test_costs_are_means_over_seeds_and_shares_of_llavas(runs: Path, tables: dict[str, ResultTable]) -> None:
     table = tables["spent"]
     row = line(table, "VMTC + CMAI, 32")
-    told = {column.source: cell for column, cell in zip(table.columns, row.cells, strict=True)}
-    assert told["training"] is not None
-    assert told["training"].value == pytest.approx(6 / 60)
-    assert told["training"].ratio == pytest.approx(1.0)
-    assert told["decode"] is not None
-    assert told["decode"].ratio == pytest.approx(1.55 / 1.35)
-    assert told["prompt"] is None, "no model is in the run folder"
+    contents = {column.source: cell for column, cell in zip(table.columns, row.cells, strict=True)}
+    assert contents["training"] is not None
+    assert contents["training"].value == pytest.approx(6 / 60)
+    assert contents["training"].ratio == pytest.approx(1.0)
+    assert contents["decode"] is not None
+    assert contents["decode"].ratio == pytest.approx(1.55 / 1.35)
+    assert contents["prompt"] is None, "no model is in the run folder"
 
 
 def test_what_a_run_folder_holds_of_its_model_gives_flops(tmp_path: Path) -> None:
     for name in ("llava", "default"):
-        folder = write_run(tmp_path, name, **of(PRESETS[name]))
+        folder = write_run(tmp_path, name, **job_changes(PRESETS[name]))
         build_llava_config("7b", PRESETS[name]).save_pretrained(folder / "checkpoints/instruct/model")
     families, _ = find_families([tmp_path], SCORERS)
     table = next(table for table in build_tables(families, 100) if table.key == "spent")
@@ -333,11 +339,11 @@ def test_what_a_run_folder_holds_of_its_model_gives_flops(tmp_path: Path) -> Non
 def test_csv_has_every_cell_and_nothing_is_lost(tables: dict[str, ResultTable]) -> None:
     for table in tables.values():
         rows = list(csv.DictReader(io.StringIO(format_csv(table))))
-        told = [(line, column, cell) for lines in table.blocks.values() for line in lines
+        contents = [(line, column, cell) for lines in table.blocks.values() for line in lines
                 for column, cell in zip(table.columns, line.cells, strict=False) if cell]  # fmt: skip
         read = [row for row in rows if row["column"]]
-        assert len(read) == len(told)
-        for row, (line_, column, cell) in zip(read, told, strict=True):
+        assert len(read) == len(contents)
+        for row, (line_, column, cell) in zip(read, contents, strict=True):
             assert (row["row"], row["source"], row["column"]) == (line_.label, line_.source, column.name)
             assert float(row["value"]) == cell.value
             if cell.interval:
@@ -352,8 +358,8 @@ def test_csv_has_every_cell_and_nothing_is_lost(tables: dict[str, ResultTable]) 
 
 
 def test_the_page_runs_nothing_and_escapes_what_models_say(tmp_path: Path) -> None:
-    write_run(tmp_path, "a", 0, 0.4, ATTACK, **of(PRESETS["llava"]))
-    write_run(tmp_path, "b", 0, 0.6, ATTACK, **of(PRESETS["default"]))
+    write_run(tmp_path, "a", 0, 0.4, ATTACK, **job_changes(PRESETS["llava"]))
+    write_run(tmp_path, "b", 0, 0.6, ATTACK, **job_changes(PRESETS["default"]))
     text = write_tables([tmp_path], tmp_path / "out", SCORERS, 100)
     assert (tmp_path / "out/tables.md").read_text() == text
     page = (tmp_path / "out/tables.html").read_text()
@@ -372,26 +378,26 @@ def test_the_page_runs_nothing_and_escapes_what_models_say(tmp_path: Path) -> No
 def test_the_page_says_what_the_tables_say(runs: Path, tmp_path: Path) -> None:
     text = write_tables([runs], tmp_path, SCORERS, 100)
     read = Page((tmp_path / "tables.html").read_text())
-    told = " ".join(read.words.split())
+    contents = " ".join(read.words.split())
     [cell] = [row for row in text.splitlines() if row.startswith("| SPD | missing")][:1]
     assert cell
-    assert "no run yet" in told
-    assert "model.reduction={method: average, ratio: 0.75}" in told
+    assert "no run yet" in contents
+    assert "model.reduction={method: average, ratio: 0.75}" in contents
     assert {path.name for path in tmp_path.iterdir()} == {
         "tables.md", "tables.html", *(f"{key}.csv" for key in (*TABLE_ROWS, "models", "figure-2", "ratios", "spent")),
     }  # fmt: skip
 
 
 def test_equal_models_are_said_to_be_within_noise(tmp_path: Path) -> None:
-    write_run(tmp_path, "a", 0, 0.5, **of(PRESETS["llava"]))
-    write_run(tmp_path, "b", 0, 0.5, **of(PRESETS["default"]))
+    write_run(tmp_path, "a", 0, 0.5, **job_changes(PRESETS["llava"]))
+    write_run(tmp_path, "b", 0, 0.5, **job_changes(PRESETS["default"]))
     assert "within noise" in write_tables([tmp_path], None, SCORERS, 400).partition("##")[0]
 
 
 def test_without_llava_or_answers_the_summary_says_so(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, "b", 0, 0.5, **of(PRESETS["default"]))
+    folder = write_run(tmp_path, "b", 0, 0.5, **job_changes(PRESETS["default"]))
     assert "There is no run of LLaVA-1.5 yet" in write_tables([tmp_path], None, SCORERS, 100).partition("##")[0]
-    write_run(tmp_path, "a", 0, 0.5, **of(PRESETS["llava"]))
+    write_run(tmp_path, "a", 0, 0.5, **job_changes(PRESETS["llava"]))
     for file in (folder / "answers").iterdir():
         file.unlink()
     (folder / "metrics.json").write_text(json.dumps({"easy_vqa.accuracy": 0.875}))
@@ -403,9 +409,9 @@ def test_without_llava_or_answers_the_summary_says_so(tmp_path: Path) -> None:
 
 def test_the_prompts_are_the_same_for_all_and_marked_by_the_scorer(runs: Path) -> None:
     [family], _ = find_families([runs], SCORERS)
-    told = compare_prompts(family, instructions)
-    assert len(told) == 6
-    for prompt in told:
+    contents = compare_prompts(family, instructions)
+    assert len(contents) == 6
+    for prompt in contents:
         assert len({label for label, *_ in prompt.responses}) == len(prompt.responses) == len(family.models) - 1, (
             "all but evit"
         )
@@ -418,24 +424,24 @@ def test_what_cannot_be_read_is_told_in_a_line(tmp_path: Path) -> None:
     ) as error:
         write_tables([tmp_path], None, SCORERS)
     assert str(tmp_path) in str(error.value)
-    folder = write_run(tmp_path, "a", **of(PRESETS["llava"]))
+    folder = write_run(tmp_path, "a", **job_changes(PRESETS["llava"]))
     (folder / "answers/easy_vqa.jsonl").write_text('{"id": 1}\n{half\n')
     with pytest.raises(ValueError, match=r"easy_vqa.jsonl: line 2: got '\{half', allowed: an object of JSON"):
         write_tables([tmp_path], None, SCORERS)
     (folder / "metrics.json").unlink()
-    write_run(tmp_path, "b", **of(PRESETS["default"]))
+    write_run(tmp_path, "b", **job_changes(PRESETS["default"]))
     assert "is not finished and is left out" in write_tables([tmp_path], None, SCORERS, 100)
 
 
 def test_what_counted_sentences_otherwise_than_ifeval_is_told(tmp_path: Path) -> None:
     for name, splitter in (("a", "punkt"), ("b", "regex")):
-        folder = write_run(tmp_path, name, **of(PRESETS["llava" if name == "a" else "default"]))
+        folder = write_run(tmp_path, name, **job_changes(PRESETS["llava" if name == "a" else "default"]))
         (folder / "answers" / "asked.json").write_text(json.dumps({"splitter": splitter}))
     assert "T12 of b: sentences were counted by regular expressions" in write_tables([tmp_path], None, SCORERS, 100)
 
 
 def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) -> None:
-    """Another kind of model fills no row of LLaVA's; one that answers with what it never learned neither."""
+    """A foreign model matches no row of LLaVA, nor does a model with a method that it was not trained with."""
     given = {"train": {}, "model__tower": None, "model__language": None}
     own = dict.fromkeys(("model__vmtc", "model__cmai", "model__reduction"), "own")
     for name, kind, more in (
@@ -459,7 +465,7 @@ def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) ->
 
 
 def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> None:
-    """The upper limit is a trained LLaVA told of the image; another model is its checkpoint."""
+    """The upper limit is a trained LLaVA that gets captions; a foreign model is its checkpoint."""
     trained = shutil.copytree(runs / "a0", tmp_path / "a0")
     last = list(yaml.safe_load((trained / "job.yaml").read_text())["train"])[-1]
     (trained / "checkpoints" / last / "model").mkdir(parents=True)
@@ -482,8 +488,8 @@ def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> N
 
 
 def test_models_that_were_asked_other_things_are_not_compared(tmp_path: Path) -> None:
-    write_run(tmp_path, "a", **of(PRESETS["llava"]))
-    folder = write_run(tmp_path, "b", **of(PRESETS["default"]))
+    write_run(tmp_path, "a", **job_changes(PRESETS["llava"]))
+    folder = write_run(tmp_path, "b", **job_changes(PRESETS["default"]))
     jsonl(folder / "answers/easy_vqa.jsonl", answered(folder, "easy_vqa")[:-5])
     with pytest.raises(ValueError, match=r"easy_vqa.accuracy of .*b, .*a: .* of unit '39'"):
         write_tables([tmp_path], None, SCORERS, 100)
@@ -492,11 +498,11 @@ def test_models_that_were_asked_other_things_are_not_compared(tmp_path: Path) ->
 def test_the_verb_writes_the_tables_and_tells_where_it_found_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_run(tmp_path / "runs", "a", **of(PRESETS["llava"]))
+    folder = write_run(tmp_path / "runs", "a", **job_changes(PRESETS["llava"]))
     (folder / "answers/instructions.jsonl").unlink()  # of no instruction that there is
     assert command_line.main(["tables", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == (tmp_path / "out/tables.md").read_text()
     assert command_line.main(["tables", str(tmp_path / "nowhere")]) == 2
-    told = capsys.readouterr().err
-    assert str(tmp_path / "nowhere") in told
-    assert told.count("\n") == 1
+    contents = capsys.readouterr().err
+    assert str(tmp_path / "nowhere") in contents
+    assert contents.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Ray Tune runs the trials: several at a time, each in a process of its own; the study is told what becomes of each."""
+"""Tests of the search with Ray Tune: trials run in processes of their own, and the study gets every result."""
 
 import json
 import os
@@ -19,10 +19,10 @@ STEPS = 20
 
 
 def settings(**changes: Any) -> SearchSettings:
-    asked = SearchSettings(
+    search_settings = SearchSettings(
         num_trials=6, max_concurrent_trials=2, space={"x": Range(low=0.0, high=1.0)}, objectives={"good": "max"}
     )
-    return replace(asked, **changes)
+    return replace(search_settings, **changes)
 
 
 def test_crashes_stops_and_results_are_told_as_such(ray_cluster: Any, tmp_path: Path) -> None:
@@ -45,10 +45,10 @@ def test_crashes_stops_and_results_are_told_as_such(ray_cluster: Any, tmp_path: 
         finally:
             (place / "left").touch()
 
-    asked = settings(references={"paper": {"x": 0.5}}, prune=Prune(every=5, first=5, factor=2))
-    trials = Trials(asked, "toy", tmp_path, lambda values: {})
+    search_settings = settings(references={"paper": {"x": 0.5}}, prune=Prune(every=5, first=5, factor=2))
+    trials = Trials(search_settings, "toy", tmp_path, lambda values: {})
     seen: list[int] = []
-    driver.run_search(trials, tmp_path, work, lambda told: seen.append(len(told.ended_attempts)))
+    driver.run_search(trials, tmp_path, work, lambda reports: seen.append(len(reports.ended_attempts)))
     found = {trial.number: trial for trial in trials.study.trials}
     assert len(found) == 6 + 2, "two crashed and were tried again"
     assert seen[-1] == 6
@@ -70,8 +70,8 @@ def test_crashes_stops_and_results_are_told_as_such(ray_cluster: Any, tmp_path: 
         assert trial.user_attrs["step"] < STEPS
         place = tmp_path / "trials" / f"{first:04}"
         assert (place / "left").exists(), "it ended by itself, and left nothing running"
-        said = len((place / "metrics.jsonl").read_text().splitlines())
-        assert said == trial.user_attrs["step"], "it stopped where it was told to"
+        recorded = len((place / "metrics.jsonl").read_text().splitlines())
+        assert recorded == trial.user_attrs["step"], "it stopped at the step of the report"
 
 
 def test_where_every_trial_fails_the_search_ends_with_the_reason(ray_cluster: Any, tmp_path: Path) -> None:
@@ -80,16 +80,16 @@ def test_where_every_trial_fails_the_search_ends_with_the_reason(ray_cluster: An
 
     trials = Trials(settings(retries=0), "toy", tmp_path, lambda values: {})
     with pytest.raises(ValueError, match=r"like all before it: data\.sets\.a: no such bucket"):
-        driver.run_search(trials, tmp_path, work, lambda told: None)
+        driver.run_search(trials, tmp_path, work, lambda reports: None)
     assert all(trial.state == TrialState.FAIL for trial in trials.study.trials)
 
 
 def test_means_are_over_whole_windows_however_late_they_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the record was cut back to a checkpoint in between, and of a run that goes on in the middle."""
-    told: list[dict[str, float]] = []
-    monkeypatch.setattr(driver.tune, "report", told.append)
+    """Also after the record was cut back to a checkpoint, and for a run that continues in the middle."""
+    reports: list[dict[str, float]] = []
+    monkeypatch.setattr(driver.tune, "report", reports.append)
     monkeypatch.setattr(driver.ray, "get", lambda reference: False)
 
     never = SimpleNamespace(should_stop=SimpleNamespace(remote=lambda number, is_training: False))
@@ -98,11 +98,11 @@ def test_means_are_over_whole_windows_however_late_they_are_asked_for(
         lines = [json.dumps({"stage": "s", "step": step, "loss": float(step)}) for step in range(1, steps + 1)]
         (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
 
-    hear = LossReporter(10, 0, never)
+    reporter = LossReporter(10, 0, never)
     record(9)
-    hear(tmp_path, "s", 9, 40)
+    reporter(tmp_path, "s", 9, 40)
     record(15)
-    hear(tmp_path, "s", 23, 40)
+    reporter(tmp_path, "s", 23, 40)
     record(31)
-    hear(tmp_path, "s", 31, 40)
-    assert told == [{"step": 10 * n, "steps": 40, "loss": 10 * n - 4.5} for n in (1, 2, 3)]
+    reporter(tmp_path, "s", 31, 40)
+    assert reports == [{"step": 10 * n, "steps": 40, "loss": 10 * n - 4.5} for n in (1, 2, 3)]

@@ -1,4 +1,4 @@
-"""The front and what dominates a reference are what their definitions say; the page tells of any study, escaped."""
+"""Tests of the page of a search: front and dominating trials follow their definitions, any study has a page."""
 
 import csv
 import itertools
@@ -28,7 +28,7 @@ SCHEDULE = CategoricalDistribution(["constant", "linear", "cosine"])
 
 
 def trial(values: Sequence[float] | None = None, state: str = "COMPLETE", **changes: Any) -> FrozenTrial:
-    """`params` are {name: (value, distribution)}, `constraints` as Optuna's, all else are the trial's `user_attrs`."""
+    """Make a trial: `params` are {name: (value, distribution)}, `constraints` as in Optuna, others are `user_attrs`."""
     params, constraints = changes.pop("params", {}), changes.pop("constraints", None)
     return optuna.trial.create_trial(
         state=TrialState[state],
@@ -55,7 +55,7 @@ def name(made: Study, objectives: list[str]) -> None:
 
 
 def scattered(seed: int, directions: Sequence[str], count: int = 30) -> Study:
-    """Values on a coarse grid, so that many are alike; some break a constraint, have not ended or are references."""
+    """Make trials with many equal values; some are infeasible, incomplete or references."""
     drawn = random.Random(seed)
     trials = []
     for number in range(count):
@@ -70,7 +70,7 @@ def scattered(seed: int, directions: Sequence[str], count: int = 30) -> Study:
 
 
 def dominates(one: FrozenTrial, other: FrozenTrial, directions: Sequence[str]) -> bool:
-    """By the definition, an objective at a time."""
+    """Compare two trials by the definition, objective by objective."""
     better = [a > b if way == UP else a < b for a, b, way in zip(one.values, other.values, directions, strict=True)]
     worse = [a < b if way == UP else a > b for a, b, way in zip(one.values, other.values, directions, strict=True)]
     return any(better) and not any(worse)
@@ -137,7 +137,7 @@ def test_of_a_reference_that_was_run_again_the_last_counts():
 
 
 def searched(count: int = 40) -> list[FrozenTrial]:
-    """A search over what decides, what does not, and what only some trials have, with every way to end."""
+    """Make a search with a decisive, an irrelevant and a conditional parameter, and trials of every state."""
     drawn, trials = random.Random(0), []
     for number in range(count):
         tokens, rate, schedule = drawn.randint(8, 48), 10 ** drawn.uniform(-4, -2), drawn.choice(SCHEDULE.choices)
@@ -171,48 +171,50 @@ def test_the_table_reads_back_to_the_same_numbers(tmp_path: Path):
         "model.schedule", "model.slope", "model.tokens", "train.rate", "step", "steps", "wall_s", "error",
     ]  # fmt: skip
     for row, each in zip(rows, made.trials, strict=True):
-        told = dict(zip(["score.0", "flops"], each.values or [], strict=bool(each.values)))
-        told |= each.constraints | each.params | {"number": each.number, "state": each.state.name}
-        told |= {name: value for name, value in each.user_attrs.items() if name != "metrics"}
-        told |= {k: v for k, v in each.user_attrs.get("metrics", {}).items() if k in ("loss", "easy_vqa.questions")}
-        assert {name: type(told[name])(text) for name, text in row.items() if text} == told
+        sentences = dict(zip(["score.0", "flops"], each.values or [], strict=bool(each.values)))
+        sentences |= each.constraints | each.params | {"number": each.number, "state": each.state.name}
+        sentences |= {name: value for name, value in each.user_attrs.items() if name != "metrics"}
+        sentences |= {
+            k: v for k, v in each.user_attrs.get("metrics", {}).items() if k in ("loss", "easy_vqa.questions")
+        }
+        assert {name: type(sentences[name])(text) for name, text in row.items() if text} == sentences
 
 
 def test_a_trial_that_did_not_end_has_no_objective_in_the_table(tmp_path: Path):
-    """Optuna keeps the last value that was reported as the value of what it stopped."""
+    """Optuna keeps the last reported value of a pruned trial as its value."""
     search_page.write_page(study([UP], [trial([0.4], state="PRUNED", metrics={"score": 0.4})], ["score"]), tmp_path)
     assert (tmp_path / "trials.csv").read_text().splitlines()[1] == "0,PRUNED,,,,,,,"
 
 
 def test_the_summary_counts_what_became_of_the_trials():
-    told = search_page.write_summary(study([UP, DOWN], searched(), ["score.0", "flops"]))
-    assert told[0] == (
+    sentences = search_page.write_summary(study([UP, DOWN], searched(), ["score.0", "flops"]))
+    assert sentences[0] == (
         "43 trials: 31 completed, 5 stopped early, 5 failed, 1 running and 1 waiting. "
         "Among them: 1 retry of a crashed trial and 1 reference."
     )
-    assert told[-2] == (
+    assert sentences[-2] == (
         "All trials took 1 h 18 min in total. Early stopping saved 2,000 of 24,000 planned training steps, 8 %."
     )
-    assert "has not used" in told[-1]
+    assert "has not used" in sentences[-1]
 
 
 def test_the_summary_names_the_best_and_what_beats_a_reference():
     trials = [trial([value]) for value in (0.5, 0.9, 0.7)]
     trials += [trial([0.6], reference="paper"), trial([0.95], reference="llava"), trial(state="FAIL", reference="spd")]
-    told = search_page.write_summary(study([UP], trials, ["accuracy"]))
-    assert "Best: llava with accuracy 0.95." in told
-    assert "Reference paper (accuracy 0.6): 3 trials are better: llava, trial 1 and trial 2." in told
-    assert "Reference llava (accuracy 0.95): no trial is better." in told
-    assert "Reference spd has no values yet." in told
+    sentences = search_page.write_summary(study([UP], trials, ["accuracy"]))
+    assert "Best: llava with accuracy 0.95." in sentences
+    assert "Reference paper (accuracy 0.6): 3 trials are better: llava, trial 1 and trial 2." in sentences
+    assert "Reference llava (accuracy 0.95): no trial is better." in sentences
+    assert "Reference spd has no values yet." in sentences
 
 
 def test_the_summary_counts_the_front_and_leaves_out_what_breaks_a_constraint():
     trials = [trial([0.9, 3.0]), trial([0.8, 2.0]), trial([0.7, 2.5]), trial([0.7, 3.0], reference="paper")]
     broken = trial([1.0, 1.0], constraints={"size <= 1": 2.0})
-    told = search_page.write_summary(study([UP, DOWN], [*trials, broken], ["accuracy", "flops"]))
-    assert told[1].startswith("2 of 4 trials are on the front")
-    assert told[1].endswith("1 completed trial is outside the constraints (size <= 1).")
-    assert "Reference paper (accuracy 0.7, flops 3): 3 trials dominate it: trial 0, trial 1 and trial 2." in told
+    sentences = search_page.write_summary(study([UP, DOWN], [*trials, broken], ["accuracy", "flops"]))
+    assert sentences[1].startswith("2 of 4 trials are on the front")
+    assert sentences[1].endswith("1 completed trial is outside the constraints (size <= 1).")
+    assert "Reference paper (accuracy 0.7, flops 3): 3 trials dominate it: trial 0, trial 1 and trial 2." in sentences
 
 
 EMPTY = trial(state="WAITING")
@@ -266,8 +268,8 @@ def test_the_page_lists_the_front_first_and_says_how_trials_ended(tmp_path: Path
     assert rows["42"] == "waiting"
     table = page.words[page.words.rindex("All trials") : page.words.index("How to read it")]
     broken = sum(value > 0 for each in made.trials for value in each.constraints.values())
-    told = {"on the front": len(best), "out of memory": 5, "retry of 6": 1, "paper": 1, "exceeded by": broken}
-    assert {words: table.count(words) for words in told} == told
+    sentences = {"on the front": len(best), "out of memory": 5, "retry of 6": 1, "paper": 1, "exceeded by": broken}
+    assert {words: table.count(words) for words in sentences} == sentences
 
 
 def test_texts_are_escaped_and_none_is_read_as_a_formula(tmp_path: Path):
@@ -292,7 +294,7 @@ def test_the_same_study_gives_the_same_bytes(tmp_path: Path):
 
 
 def shares(page: Page) -> list[dict[str, str]]:
-    """A table an objective, in the order of its rows."""
+    """Read the importance table of each objective, in the order of its rows."""
     tables: list[dict[str, str]] = []
     for row in page.rows:
         if row[:2] == ["Parameter", "Share"]:

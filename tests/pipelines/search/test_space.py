@@ -1,4 +1,4 @@
-"""What is drawn makes a job, follows from seed and history, and comes back as a job file has it."""
+"""Tests of the search space: draws are valid jobs, depend on seed and history, and have the types of a job file."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ STAGES = Space(
 
 
 def falling(values: Values) -> None:
-    """k + c of a stage come out of what the one before left of 64."""
+    """Check that k + c of a stage is at most the tokens of the stage before; the first has 64."""
     outs = [64, *(values[f"kept.{stage}"] + values[f"clusters.{stage}"] for stage in (0, 1))]
     if sorted(outs, reverse=True) != outs:
         raise ValueError(f"kept: got {outs}, allowed: fewer at each stage")
@@ -93,8 +93,10 @@ def test_sections_lists_and_scalars_come_back_as_they_were() -> None:
     space = Space({"a": Choice(choices=values), "b": Choice(choices=({"c": 1},), when={"a": ([1, 2],)})})
     of = optuna.create_study(sampler=FeasibleSampler(space, "random", 0, lambda values: None))
     drawn = [space.suggest(of.ask()) for _ in range(60)]
-    assert {json.dumps(each["a"]) for each in drawn} == set(map(json.dumps, values))
-    assert all(each.get("b") == ({"c": 1} if each["a"] == [1, 2] else None) for each in drawn)
+    assert {json.dumps(values_of_trial["a"]) for values_of_trial in drawn} == set(map(json.dumps, values))
+    assert all(
+        values_of_trial.get("b") == ({"c": 1} if values_of_trial["a"] == [1, 2] else None) for values_of_trial in drawn
+    )
 
 
 def test_a_space_without_any_job_is_said_to_be_at_fault() -> None:
@@ -109,7 +111,7 @@ def test_a_space_without_any_job_is_said_to_be_at_fault() -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "told"),
+    ("params", "message"),
     [
         (
             {"kept": Range(low=65, high=70)},
@@ -130,7 +132,7 @@ def test_a_space_without_any_job_is_said_to_be_at_fault() -> None:
         ),
     ],
 )
-def test_a_place_or_a_choice_that_no_job_has_is_named(params: dict[str, Any], told: str) -> None:
+def test_a_place_or_a_choice_that_no_job_has_is_named(params: dict[str, Any], message: str) -> None:
     def check_values(values: Values) -> None:
         if unknown := values.keys() - {"kind", "kept"}:
             raise ValueError(f"{min(unknown)}: unknown")
@@ -139,7 +141,7 @@ def test_a_place_or_a_choice_that_no_job_has_is_named(params: dict[str, Any], to
         if values.get("kept", 0) > 64:
             raise ValueError(f"kept: got {values['kept']}, allowed: up to 64")
 
-    with pytest.raises(ValueError, match=f"^{told}$"):
+    with pytest.raises(ValueError, match=f"^{message}$"):
         check_space(Space(params), check_values)
 
 
@@ -148,7 +150,7 @@ def test_a_range_of_which_a_part_goes_with_the_others_is_no_mistake() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: Range(low=3, high=3), "low: got 3, allowed: less than high, 3, or the range is empty"),
         (lambda: Range(low=1, high=3, step=4), "step: got 4, allowed: up to high - low, 2"),
@@ -160,6 +162,6 @@ def test_a_range_of_which_a_part_goes_with_the_others_is_no_mistake() -> None:
         ),
     ],
 )
-def test_what_is_no_range_is_refused(make: Any, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_what_is_no_range_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make()

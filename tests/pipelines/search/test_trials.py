@@ -1,4 +1,4 @@
-"""The study is told what became of each trial, and whoever opens it again goes on as if nothing had been."""
+"""Tests of the trials in a study: every end has its state, and a new driver continues without a difference."""
 
 import math
 import random
@@ -27,7 +27,7 @@ def forecast(values: Values) -> dict[str, float]:
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Callable[..., Trials]:
-    """The same search, opened once more each time."""
+    """Open the same search again at each call."""
 
     def open_again(**changes: Any) -> Trials:
         return Trials(settings(**changes), "search", tmp_path, forecast)
@@ -57,8 +57,8 @@ def test_each_end_is_told_as_what_it_was(opened: Callable[..., Trials]) -> None:
     trials.finish("c", {}, "OSError: no space")
     trials.finish("d", {"better": 0.9})
     trials.finish("e", {"good": math.nan})
-    told = [trial.state.name for trial in trials.study.trials]
-    assert told == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "FAIL"]
+    states = [trial.state.name for trial in trials.study.trials]
+    assert states == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "FAIL"]
     complete, pruned, *failed = trials.study.trials
     assert complete.value == 0.7
     assert pruned.values is None, "a low-budget value must not pass for a result"
@@ -83,10 +83,10 @@ def test_a_trial_that_lags_is_stopped_even_by_a_crash_but_not_one_that_was_done_
 
 
 def test_a_study_in_a_database_is_that_of_one_folder(tmp_path: Path) -> None:
-    asked = settings(storage=f"sqlite:///{tmp_path}/study.db")
-    Trials(asked, "search", tmp_path / "one", forecast)
+    search_settings = settings(storage=f"sqlite:///{tmp_path}/study.db")
+    Trials(search_settings, "search", tmp_path / "one", forecast)
     with pytest.raises(ValueError, match=r"name: got search, whose study in storage is that of .*:.*/one, allowed: an"):
-        Trials(asked, "search", tmp_path / "two", forecast)
+        Trials(search_settings, "search", tmp_path / "two", forecast)
 
 
 def test_no_more_run_than_asked_for(opened: Callable[..., Trials]) -> None:
@@ -125,12 +125,12 @@ def test_a_dead_drivers_trials_come_first_and_the_total_is_as_asked(
 ) -> None:
     where = {"storage": storage.format(tmp_path)} if storage else {}
     trials = opened(**where)
-    begun = [trials.next_trial("a"), trials.next_trial("b")]
+    started = [trials.next_trial("a"), trials.next_trial("b")]
     trials.finish("a", {"good": 0.3})
-    begun.append(trials.next_trial("c"))
+    started.append(trials.next_trial("c"))
     again = opened(**where)
     assert [trial.state.name for trial in again.study.trials] == ["COMPLETE", "WAITING", "WAITING"]
-    assert [again.next_trial("d"), again.next_trial("e")] == begun[1:]
+    assert [again.next_trial("d"), again.next_trial("e")] == started[1:]
     again.finish("d", {"good": 0.4})
     again.finish("e", {"good": 0.5})
     finish(again)
@@ -156,9 +156,9 @@ def test_a_half_drawn_trial_is_drawn_to_its_end(opened: Callable[..., Trials]) -
 
 
 def test_rungs_are_there_again(tmp_path: Path) -> None:
-    """A search that is opened anew before each word of a trial stops the same trials as one that never ended."""
-    chance = random.Random(0)
-    losses = [[chance.random() for _ in range(4)] for _ in range(30)]
+    """A search that is opened again before each report stops the same trials as one that never ended."""
+    generator = random.Random(0)
+    losses = [[generator.random() for _ in range(4)] for _ in range(30)]
 
     def stopped(folder: Path, again: bool) -> list[int]:
         def open_() -> Trials:
@@ -179,7 +179,7 @@ def test_rungs_are_there_again(tmp_path: Path) -> None:
                     assert trials.next_trial("a") == trial
                     for before in range(1, step):
                         assert not trials.report_loss("a", 10 * before, 40, each[before - 1]), (
-                            "what was said is said again"
+                            "earlier reports are repeated"
                         )
                 stop = trials.report_loss("a", 10 * step, 40, loss)
                 if again:
@@ -207,8 +207,8 @@ def test_references_come_first_and_are_never_stopped(opened: Callable[..., Trial
     trials.finish("a", {"good": 1})
     trials.finish("b", {"good": 0})
     finish(opened(num_trials=4, references={"paper": {"x": 0.25}, "plain": {}}))
-    told = [trial.user_attrs.get("reference") for trial in opened(num_trials=4).study.trials]
-    assert told == ["paper", "plain", None, None]
+    states = [trial.user_attrs.get("reference") for trial in opened(num_trials=4).study.trials]
+    assert states == ["paper", "plain", None, None]
 
 
 def test_a_limit_on_what_is_known_is_never_broken_and_one_on_what_is_measured_is_told(
@@ -263,8 +263,10 @@ def test_the_front_that_is_found_covers_the_known_one(tmp_path: Path) -> None:
         folder = tmp_path / f"{sampler}-{seed}"
         folder.mkdir()
         space = {name: Range(low=0.0, high=1.0) for name in ("x1", "x2", "x3")}
-        asked = settings(num_trials=120, space=space, objectives={"f1": "min", "f2": "min"}, seed=seed, sampler=sampler)
-        trials = Trials(asked, "zdt1", folder, lambda values: {})
+        search_settings = settings(
+            num_trials=120, space=space, objectives={"f1": "min", "f2": "min"}, seed=seed, sampler=sampler
+        )
+        trials = Trials(search_settings, "zdt1", folder, lambda values: {})
         while not trials.is_finished:
             trial = trials.next_trial("a")
             assert trial
@@ -278,7 +280,7 @@ def test_the_front_that_is_found_covers_the_known_one(tmp_path: Path) -> None:
 
 
 def area(points: Sequence[Any], corner: float = 1.1) -> float:
-    """Of what the points dominate, up to the corner, both objectives to be small."""
+    """Compute the area that the points dominate, up to the corner; both objectives are minimised."""
     result, below = 0.0, corner
     for x, y in sorted(points):
         if x < corner and y < below:
