@@ -118,9 +118,9 @@ def test_what_is_not_there_is_said_in_one_line(home: str) -> None:
     missing = join(home, "missing")
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: storage.read(missing), f"{missing}: not found, allowed: an existing file"),
-        (lambda: storage.get_size(missing), f"{missing}: not there"),
-        (lambda: storage.get_size(home), f"{home}: not there"),
-        (lambda: storage.read_ranges([(missing, 0, 5)]), f"{missing}: not there"),
+        (lambda: storage.get_size(missing), f"{missing}: not found"),
+        (lambda: storage.get_size(home), f"{home}: not found"),
+        (lambda: storage.read_ranges([(missing, 0, 5)]), f"{missing}: not found"),
         (
             lambda: storage.read_ranges([(join(home, "short"), 4, 11)]),
             f"{home}/short: bytes past its end were requested; EOFError: got 4 to 11, ",
@@ -269,10 +269,10 @@ def test_what_does_not_pass_is_not_tried_again(proxy: Any, bucket: str) -> None:
         ("AccessDenied", lambda: storage.list_files(bucket), f"{bucket}: access denied", 1),
         # the answer to HEAD does not say why: that to a second question does
         ("AccessDenied", lambda: storage.exists(url), f"{url}: access denied, .*AccessDenied", 2),
-        ("", lambda: storage.read(f"{url}y"), f"{url}y: not there, .*NoSuchKey", 1),
-        ("", lambda: storage.read("s3://no-such-bucket/x"), "no-such-bucket/x: not there, .*NoSuchBucket", 1),
-        ("", lambda: storage.write("s3://no-such-bucket/x", b""), "no-such-bucket/x: not there", 1),
-        ("", lambda: storage.list_files("s3://no-such-bucket/x"), "no-such-bucket/x: not there", 1),
+        ("", lambda: storage.read(f"{url}y"), f"{url}y: not found, .*NoSuchKey", 1),
+        ("", lambda: storage.read("s3://no-such-bucket/x"), "no-such-bucket/x: not found, .*NoSuchBucket", 1),
+        ("", lambda: storage.write("s3://no-such-bucket/x", b""), "no-such-bucket/x: not found", 1),
+        ("", lambda: storage.list_files("s3://no-such-bucket/x"), "no-such-bucket/x: not found", 1),
     ]
     for fault, work, message, requests in cases:
         proxy.always = fault

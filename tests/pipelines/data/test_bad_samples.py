@@ -172,7 +172,7 @@ def test_bad_samples_are_replaced_and_named_and_others_are_as_before(
     [
         (FLIPPED, "bytes differ from the index's checksum"),
         (BROKEN, "an image that Pillow cannot read: .*"),
-        (REMOVED[1], "not there, .*"),
+        (REMOVED[1], "not found, .*"),
         (CUT[0], "bytes past its end were requested; .*"),
         (CUT[1], "bytes past its end were requested; .*"),
         (LONG, r"\d+ tokens, allowed: 96, .*"),
@@ -180,7 +180,7 @@ def test_bad_samples_are_replaced_and_named_and_others_are_as_before(
 )
 def test_the_reason_names_tar_and_sample(damaged_set: Shards, tokenizer: Path, number: int, why: str):
     _, replaced = whole(make_reader(tokenizer, damaged_set))
-    [row] = damaged_set.rows([number])
+    [row] = damaged_set.read_rows([number])
     tar = f"{damaged_set.folder}/{row['shard']}"
     [reason] = {entry["reason"] for entry in replaced if entry["due"] == number}
     assert re.fullmatch(f"{re.escape(tar)}: sample {row['key']}: {why}", reason)
@@ -264,12 +264,12 @@ def test_replacements_after_a_restart_are_those_from_the_start(
     assert replaced == [entry for entry in entries if entry["place"] >= first] != []
 
 
-@pytest.mark.parametrize("why", ["not there", "an image that Pillow cannot read"])
+@pytest.mark.parametrize("why", ["not found", "an image that Pillow cannot read"])
 def test_a_set_with_nothing_usable_is_one_error_that_names_folder_and_reason(
     valid_set: Shards, tokenizer: Path, tmp_path: Path, why: str
 ):
     folder = Path(shutil.copytree(valid_set.folder, tmp_path / "set"))
-    if why == "not there":
+    if why == "not found":
         for name in valid_set.shard_names:
             (folder / name).unlink()
     else:

@@ -192,10 +192,10 @@ DAMAGE: dict[str, tuple[Callable[[str], object], str]] = {
     "a torn manifest": (lambda url: torn(Path(url) / MANIFEST), "manifest.json cannot be read"),
     "a manifest of nothing": (lambda url: (Path(url) / MANIFEST).write_text("[]"), "manifest.json cannot be read"),
     "a manifest of another step": (another_step, "manifest.json is that of step-000007"),
-    "a missing file": (lambda url: first_file(url).unlink(), "rank-0000-00.safetensors: not there"),
+    "a missing file": (lambda url: first_file(url).unlink(), "rank-0000-00.safetensors: not found"),
     "a renamed file": (
         lambda url: first_file(url).rename(Path(url) / "rank-0009-00.safetensors"),
-        "rank-0000-00.safetensors: not there",
+        "rank-0000-00.safetensors: not found",
     ),
     "a truncated file": (lambda url: torn(first_file(url)), r"rank-0000-00.safetensors: \d+ bytes"),
     "an empty file": (lambda url: first_file(url).write_bytes(b""), "rank-0000-00.safetensors: 0 bytes"),
