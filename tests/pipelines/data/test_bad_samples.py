@@ -330,7 +330,7 @@ import dataclasses, datetime, json, sys
 import numpy as np
 import torch
 import torch.distributed as dist
-from pipelines.data.consumed import gather
+from pipelines.data.consumed import gather_samples
 
 folder, rank = sys.argv[1], int(sys.argv[2])
 for world in (3, 2):
@@ -348,7 +348,7 @@ for world in (3, 2):
         for step in steps:
             mine = [{name: value if name == "replaced" else np.array(value) for name, value in one.items()}
                     for one in step[rank::world]]
-            used.append(dataclasses.asdict(gather(mine, ["set 0", "set 1"], torch.device("cpu"))))
+            used.append(dataclasses.asdict(gather_samples(mine, ["set 0", "set 1"], torch.device("cpu"))))
         with open(f"{folder}/used{world}-{rank}.json", "w") as file:
             json.dump(used, file)
         dist.destroy_process_group()
