@@ -96,12 +96,12 @@ class FakeSet:
     """Stand-in for a set with random sizes, as far as an order needs it."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        self.sizes = rng.integers(1, rng.integers(2, 20), rng.integers(1, 15))
+        self.shard_sizes = rng.integers(1, rng.integers(2, 20), rng.integers(1, 15))
         self.has_image = rng.random(len(self)) < rng.random()
-        self.words = rng.integers(1, 99, len(self))
+        self.word_counts = rng.integers(1, 99, len(self))
 
     def __len__(self) -> int:
-        return int(self.sizes.sum())
+        return int(self.shard_sizes.sum())
 
 
 def mixture(pool: Sequence[Any], rng: np.random.Generator, kind: str) -> tuple[Order, list[Any]]:
