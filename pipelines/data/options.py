@@ -67,5 +67,5 @@ class Data:
     def __post_init__(self) -> None:
         if missing := self.make.keys() - self.sets.keys():
             raise ValueError(
-                f"make: got {min(missing)}, allowed: names of sets, which say where: {', '.join(self.sets)}"
+                f"make: got {min(missing)}, allowed: names in sets, which give the folders: {', '.join(self.sets)}"
             )

@@ -1,4 +1,4 @@
-"""Seeded odd records and images: sound ones with a few things changed in the ways that files go wrong."""
+"""Random odd records and images from a seed: valid ones with a few typical errors."""
 
 import io
 import json
@@ -93,7 +93,7 @@ PATHS = [
     "%2e%2e/a.jpg",
 ]
 RAW = ["9" * 5000, "[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000, '"\\ud83d"', "1e999", "-0", '"]},{["']
-"""JSON that Python reads badly, or not at all."""
+"""JSON that Python misreads or cannot read."""
 
 
 def picture(kind: str = "JPEG", side: int = 16, mode: str = "RGB", **how: Any) -> bytes:
@@ -102,48 +102,47 @@ def picture(kind: str = "JPEG", side: int = 16, mode: str = "RGB", **how: Any) -
     return sink.getvalue()
 
 
-def _value(chance: random.Random) -> Any:
-    return chance.choice([chance.choice(VALUES), chance.choice(TEXTS), chance.choice(PATHS), chance.randrange(9)])
+def _value(rng: random.Random) -> Any:
+    return rng.choice([rng.choice(VALUES), rng.choice(TEXTS), rng.choice(PATHS), rng.randrange(9)])
 
 
-def _turns(chance: random.Random, with_image: bool) -> list[Any]:
+def _turns(rng: random.Random, with_image: bool) -> list[Any]:
     turns = [
-        {"from": ("human", "gpt")[number % 2], "value": f"{chance.random()}"}
-        for number in range(2 * chance.randint(1, 3))
+        {"from": ("human", "gpt")[number % 2], "value": f"{rng.random()}"} for number in range(2 * rng.randint(1, 3))
     ]
     if with_image:
         turns[0]["value"] = f"<image>\n{turns[0]['value']}"
     return turns
 
 
-def odd_record(chance: random.Random) -> str:
-    """The JSON of a record, of which about half are sound."""
-    record: dict[str, Any] = {"id": str(chance.randrange(10**6))}
-    if chance.random() < 0.6:
-        record["image"] = chance.choice(PATHS if chance.random() < 0.3 else PATHS[:3])
-    record["conversations"] = turns = _turns(chance, "image" in record)
-    for _ in range(chance.choice([0, 0, 0, 1, 1, 2, 3])):
-        match chance.randrange(7):
+def odd_record(rng: random.Random) -> str:
+    """Make the JSON of a random record. About half of them are valid."""
+    record: dict[str, Any] = {"id": str(rng.randrange(10**6))}
+    if rng.random() < 0.6:
+        record["image"] = rng.choice(PATHS if rng.random() < 0.3 else PATHS[:3])
+    record["conversations"] = turns = _turns(rng, "image" in record)
+    for _ in range(rng.choice([0, 0, 0, 1, 1, 2, 3])):
+        match rng.randrange(7):
             case 0:
-                record[chance.choice(FIELDS)] = _value(chance)
+                record[rng.choice(FIELDS)] = _value(rng)
             case 1:
-                record.pop(chance.choice(list(record)), None)
+                record.pop(rng.choice(list(record)), None)
             case 2 if turns:
-                turns[chance.randrange(len(turns))] = _value(chance)
+                turns[rng.randrange(len(turns))] = _value(rng)
             case 3 if turns:
-                turn = chance.choice(turns)
+                turn = rng.choice(turns)
                 if isinstance(turn, dict):
-                    turn[chance.choice(["from", "value", *FIELDS])] = _value(chance)
+                    turn[rng.choice(["from", "value", *FIELDS])] = _value(rng)
             case 4 if turns:
-                turn = chance.choice(turns)
+                turn = rng.choice(turns)
                 if isinstance(turn, dict) and isinstance(turn.get("value"), str):
-                    turn["value"] += chance.choice(TEXTS)
+                    turn["value"] += rng.choice(TEXTS)
             case 5 if turns:
-                del turns[chance.randrange(len(turns))]
+                del turns[rng.randrange(len(turns))]
             case 6:
-                record[chance.choice(FIELDS)] = {"raw": "RAW"}
-    text = json.dumps(_value(chance) if chance.random() < 0.03 else record)
-    return text.replace('{"raw": "RAW"}', chance.choice(RAW))
+                record[rng.choice(FIELDS)] = {"raw": "RAW"}
+    text = json.dumps(_value(rng) if rng.random() < 0.03 else record)
+    return text.replace('{"raw": "RAW"}', rng.choice(RAW))
 
 
 KINDS = [
@@ -178,28 +177,28 @@ KINDS = [
 _MADE: list[bytes] = []
 
 
-def odd_image(chance: random.Random) -> bytes:
-    """The bytes of an image: whole, cut, or changed in a few places."""
+def odd_image(rng: random.Random) -> bytes:
+    """Make the bytes of an image: complete, truncated, or changed in a few places."""
     if not _MADE:
         _MADE.extend(picture(kind, **how) for kind, how in KINDS)
-    data = bytearray(chance.choice(_MADE))
-    match chance.randrange(8):
+    data = bytearray(rng.choice(_MADE))
+    match rng.randrange(8):
         case 0:
-            del data[chance.randrange(len(data) + 1) :]
+            del data[rng.randrange(len(data) + 1) :]
         case 1:
-            del data[: chance.randrange(len(data))]
+            del data[: rng.randrange(len(data))]
         case 2:
-            for _ in range(chance.randint(1, 40)):
-                data[chance.randrange(len(data))] = chance.randrange(256)
+            for _ in range(rng.randint(1, 40)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
         case 3:  # sizes and lengths stand in the head
-            for _ in range(chance.randint(1, 8)):
-                data[chance.randrange(min(len(data), 64))] = chance.choice([0, 1, 127, 128, 255])
+            for _ in range(rng.randint(1, 8)):
+                data[rng.randrange(min(len(data), 64))] = rng.choice([0, 1, 127, 128, 255])
         case 4:
-            at = chance.randrange(len(data))
-            data[at:at] = chance.randbytes(chance.randint(1, 64))
+            at = rng.randrange(len(data))
+            data[at:at] = rng.randbytes(rng.randint(1, 64))
         case 5:
-            other, at = chance.choice(_MADE), chance.randrange(len(data))
+            other, at = rng.choice(_MADE), rng.randrange(len(data))
             data[at:] = other[min(at, len(other)) :]
         case 6:
-            data[:] = chance.randbytes(chance.randrange(200))
+            data[:] = rng.randbytes(rng.randrange(200))
     return bytes(data)

@@ -1,4 +1,4 @@
-"""What Ray has no room for is said, and what is no Ray, or none any more, is not waited for."""
+"""Tests of the Ray session: messages about missing resources, and quick errors for addresses without a cluster."""
 
 import socket
 import threading

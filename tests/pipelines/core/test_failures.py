@@ -1,6 +1,6 @@
-"""What users are told of an error: its core, whole, in one line; and what is done about it.
+"""Tests of failures: the cause of an error in one line, and its kind.
 
-Errors behind Ray's wrappers are those of a real Ray: a task's, an actor's constructor's, and those of Ray Data.
+Wrapped errors come from a real Ray: from a task, from an actor's constructor and from Ray Data.
 """
 
 import errno
@@ -33,7 +33,7 @@ from pipelines.training import export, ledger, metrics
 JOBS = Path(__file__).parents[3] / "jobs" / "recipes"
 
 
-def caught(work: Callable[[], Any]) -> BaseException:
+def catch_error(work: Callable[[], Any]) -> BaseException:
     try:
         work()
     except Exception as error:
@@ -92,7 +92,7 @@ def test_numbers_of_a_process_do_not_tell_two_errors_apart() -> None:
 # Behind wrappers
 
 CORE = PermissionError(errno.EACCES, "Permission denied", "/a")
-TOLD = "/a: Permission denied; get permission for it, or choose another folder"
+CORE_TEXT = "/a: Permission denied; get permission for it, or choose another folder"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ TOLD = "/a: Permission denied; get permission for it, or choose another folder"
     ids=lambda error: type(error).__name__,
 )
 def test_the_core_of_a_wrapper_is_told(error: BaseException) -> None:
-    assert classify_error(error) == failures.Failure(Kind.PERMANENT, TOLD)
+    assert classify_error(error) == failures.Failure(Kind.PERMANENT, CORE_TEXT)
 
 
 def raise_in_ray_data() -> None:
@@ -123,7 +123,7 @@ def raise_in_ray_data() -> None:
 @pytest.mark.parametrize("wrap", [lambda error: error, lambda error: error.as_instanceof_cause()])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_the_core_of_ray_datas_wrapper_is_in_its_stack_trace(wrap: Callable[..., Any], depth: int) -> None:
-    """A wrapper's own cause is lost when it is pickled."""
+    """The cause of a wrapper is lost when the wrapper is pickled."""
     trace, cause = "", UserCodeException("UDF failed.\nFailed after 1/1 attempts.")
     try:
         raise_in_ray_data()
@@ -135,8 +135,8 @@ def test_the_core_of_ray_datas_wrapper_is_in_its_stack_trace(wrap: Callable[...,
     assert classify_error(error) == failures.Failure(Kind.PERMANENT, "set: got 1, allowed: 2")
 
 
-class Broken:
-    """Of which nothing works."""
+class BrokenActor:
+    """Actor whose constructor and methods fail."""
 
     def __init__(self, where: str) -> None:
         if where == "start":
@@ -168,20 +168,20 @@ def _rows() -> ray.data.Dataset:
 @pytest.mark.usefixtures("ray_cluster")
 def test_errors_of_a_real_ray_are_told_as_they_were_raised() -> None:
     refuse = ray.remote(num_cpus=0)(_refuse)
-    broken = ray.remote(num_cpus=0)(Broken)
+    broken = ray.remote(num_cpus=0)(BrokenActor)
     refused = failures.Failure(Kind.PERMANENT, "set: got 1, allowed: 2")
-    assert classify_error(caught(lambda: ray.get(refuse.remote()))) == refused
-    init = caught(lambda: ray.get(broken.remote("start").__call__.remote({})))
+    assert classify_error(catch_error(lambda: ray.get(refuse.remote()))) == refused
+    init = catch_error(lambda: ray.get(broken.remote("start").__call__.remote({})))
     assert isinstance(init, ActorDiedError)
     assert classify_error(init) == refused
-    assert classify_error(caught(lambda: ray.get(broken.remote("").__call__.remote({})))) == refused
-    assert classify_error(caught(lambda: _rows().map(_refuse).materialize())) == refused
-    assert classify_error(caught(lambda: _rows().map(_deny).materialize())).text == TOLD
-    assert classify_error(caught(lambda: ray.get(ray.remote(max_retries=0)(_end).remote({})))).kind == Kind.LOST
+    assert classify_error(catch_error(lambda: ray.get(broken.remote("").__call__.remote({})))) == refused
+    assert classify_error(catch_error(lambda: _rows().map(_refuse).materialize())) == refused
+    assert classify_error(catch_error(lambda: _rows().map(_deny).materialize())).text == CORE_TEXT
+    assert classify_error(catch_error(lambda: ray.get(ray.remote(max_retries=0)(_end).remote({})))).kind == Kind.LOST
 
 
 def test_an_error_of_a_file_names_it(tmp_path: Path) -> None:
-    told = classify_error(caught(lambda: (tmp_path / "none" / "x").write_text("")))
+    told = classify_error(catch_error(lambda: (tmp_path / "none" / "x").write_text("")))
     assert told.text == f"{tmp_path / 'none' / 'x'}: No such file or directory"
     assert told.kind == Kind.PERMANENT
 
@@ -190,8 +190,8 @@ def test_an_error_of_a_file_names_it(tmp_path: Path) -> None:
 
 
 @contextmanager
-def no_room(size: int = 0) -> Iterator[None]:
-    """The kernel refuses to write files of more than a few bytes, as it does on a full disk."""
+def full_disk(size: int = 0) -> Iterator[None]:
+    """Let the kernel refuse files of more than a few bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # SIGXFSZ is ignored by Python
     try:
@@ -232,8 +232,8 @@ def test_a_file_that_the_kernel_does_not_take_is_named_with_what_mends_it(
     name: str, write: Callable[[Path], None], tmp_path: Path
 ) -> None:
     path = tmp_path / name
-    with no_room():
-        told = classify_error(caught(lambda: write(path)))
+    with full_disk():
+        told = classify_error(catch_error(lambda: write(path)))
     assert told == failures.Failure(
         Kind.PERMANENT, f"{path}: File too large; raise the limit of file sizes (ulimit -f)"
     )
@@ -245,7 +245,7 @@ def test_an_export_that_does_not_fit_leaves_nothing_in_the_way(tmp_path: Path) -
     made.mkdir()
     (made / "config.json").write_bytes(b"{}")
     (made / "model.safetensors").write_bytes(bytes(100))
-    with no_room(50), pytest.raises(OSError, match="File too large"):
+    with full_disk(50), pytest.raises(OSError, match="File too large"):
         export.upload_folder(made, out, "here")
     assert storage.list_files(out) == []
     export.upload_folder(made, out, "here")
@@ -261,8 +261,8 @@ def test_errors_that_are_none_of_a_disk_stay_as_they_are() -> None:
 
 
 def test_the_command_line_tells_a_full_disk_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No stack trace, what is full, what is safe and how to go on."""
-    with no_room():
+    """The message has no stack trace, but the full disk, the safe data and the way to continue."""
+    with full_disk():
         code = main(["run", str(JOBS / "quickstart.yaml"), "--runs-dir", str(tmp_path)])
     lines = capsys.readouterr().err.splitlines()
     assert code == EXIT_MISUSE

@@ -1,4 +1,4 @@
-"""What was written is what is read, from any store, through every fault that passes; one that stays is said at once."""
+"""Tests of storage: written bytes are read back despite transient errors; permanent errors are raised at once."""
 
 import logging
 import multiprocessing
@@ -31,34 +31,34 @@ PASSING = ("SlowDown", "InternalError", "stall", "drop", "cut", "short")
 
 
 @pytest.fixture
-def fresh() -> Iterator[None]:
-    """What S3 is reached with is the test's own: clients are kept otherwise, since making one takes a second."""
+def new_clients() -> Iterator[None]:
+    """Use new S3 clients in this test. Otherwise clients are cached, since making one takes a second."""
     s3fs.S3FileSystem.clear_instance_cache()
     yield
     s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
-def impatient(fast: Retry, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time-outs that a test can wait for; a busy machine may add some of its own."""
+def short_timeouts(fast: Retry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set time-outs that a test can wait for. A busy machine may cause more of them."""
     monkeypatch.setattr(storage, "RETRY", replace(fast, tries=20, read_timeout_s=0.4))
 
 
 @pytest.fixture(params=["path", "file", "memory", "s3"])
 def home(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder of its own in each kind of store."""
+    """An empty folder in each kind of store."""
     if request.param == "s3":
         return request.getfixturevalue("bucket")
     return {"path": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{uuid4()}"}[request.param]
 
 
-def some(length: int, seed: int = 0) -> bytes:
+def random_bytes(length: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(length)
 
 
 def test_what_is_written_is_read_listed_and_removed(home: str) -> None:
     assert storage.list_files(home) == []
-    contents = {"b.tar": some(100_000), "a.json": b"{}", "empty": b""}
+    contents = {"b.tar": random_bytes(100_000), "a.json": b"{}", "empty": b""}
     for name, data in contents.items():
         storage.write(join(home, "set", name), data)
     storage.write(join(home, "set", "below", "c"), b"not of this folder")
@@ -80,7 +80,7 @@ def test_what_is_written_is_read_listed_and_removed(home: str) -> None:
 def test_ranges_come_in_order_and_whole_however_they_lie(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "MAX_GAP_BYTES", 50)
     monkeypatch.setattr(storage, "MAX_BLOCK_BYTES", 3000)
-    contents = {join(home, str(number)): some(20_000, number) for number in range(3)}
+    contents = {join(home, str(number)): random_bytes(20_000, number) for number in range(3)}
     for url, data in contents.items():
         storage.write(url, data)
     draw = random.Random(1)
@@ -108,9 +108,9 @@ def test_what_others_write_is_seen_at_once(proxy: Any, bucket: str) -> None:
 def test_stores_may_be_mixed_in_one_call(tmp_path: Path, bucket: str) -> None:
     urls = [str(tmp_path / "x"), f"memory://{uuid4()}/x", join(bucket, "x")]
     for seed, url in enumerate(urls):
-        storage.write(url, some(500, seed))
+        storage.write(url, random_bytes(500, seed))
     ranges = [(url, start, start + 7) for start in range(0, 400, 100) for url in urls]
-    assert storage.read_ranges(ranges) == [some(500, urls.index(url))[a:b] for url, a, b in ranges]
+    assert storage.read_ranges(ranges) == [random_bytes(500, urls.index(url))[a:b] for url, a, b in ranges]
 
 
 def test_what_is_not_there_is_said_in_one_line(home: str) -> None:
@@ -118,9 +118,9 @@ def test_what_is_not_there_is_said_in_one_line(home: str) -> None:
     missing = join(home, "missing")
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: storage.read(missing), f"{missing}: not found, allowed: an existing file"),
-        (lambda: storage.get_size(missing), f"{missing}: not there"),
-        (lambda: storage.get_size(home), f"{home}: not there"),
-        (lambda: storage.read_ranges([(missing, 0, 5)]), f"{missing}: not there"),
+        (lambda: storage.get_size(missing), f"{missing}: not found"),
+        (lambda: storage.get_size(home), f"{home}: not found"),
+        (lambda: storage.read_ranges([(missing, 0, 5)]), f"{missing}: not found"),
         (
             lambda: storage.read_ranges([(join(home, "short"), 4, 11)]),
             f"{home}/short: bytes past its end were requested; EOFError: got 4 to 11, ",
@@ -174,9 +174,9 @@ KINDS = {
 
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_fault_that_passes_is_waited_out(
-    proxy: Any, bucket: str, fault: str, impatient: None, caplog: pytest.LogCaptureFixture
+    proxy: Any, bucket: str, fault: str, short_timeouts: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    url, data = join(bucket, "x"), some(5000)
+    url, data = join(bucket, "x"), random_bytes(5000)
     acts: list[tuple[str, Callable[[], object], object]] = [
         ("PUT", lambda: storage.write(url, data), None),
         ("range", lambda: storage.read_ranges([(url, 10, 4000)]), [data[10:4000]]),
@@ -207,12 +207,12 @@ def test_a_fault_that_passes_is_waited_out(
 
 @pytest.mark.parametrize("seed", range(2))
 def test_nothing_is_lost_in_a_mixture_of_faults(
-    proxy: Any, bucket: str, seed: int, impatient: None, monkeypatch: pytest.MonkeyPatch
+    proxy: Any, bucket: str, seed: int, short_timeouts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "MAX_GAP_BYTES", 0)
     draw = random.Random(seed)
     mixed = [fault for fault in PASSING for _ in range(1 if fault == "stall" else 8)] + [""] * 30
-    contents = {join(bucket, f"{number:02d}"): some(3000, number) for number in range(8)}
+    contents = {join(bucket, f"{number:02d}"): random_bytes(3000, number) for number in range(8)}
     proxy.faults.extend(draw.sample(mixed, 20))
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(storage.write, contents, contents.values()))
@@ -232,7 +232,7 @@ def test_faults_over_the_limit_end_in_one_clear_error(
     proxy: Any, bucket: str, fault: str, fast: Retry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = join(bucket, "x")
-    storage.write(url, some(100))
+    storage.write(url, random_bytes(100))
     monkeypatch.setattr(storage, "RETRY", replace(fast, tries=3))
     proxy.asked.clear()
     proxy.always = fault
@@ -249,7 +249,7 @@ def test_faults_over_the_limit_end_in_one_clear_error(
 @pytest.mark.parametrize("fault", ["SlowDown", "stall", "trickle"])
 def test_the_deadline_holds(proxy: Any, bucket: str, fault: str, fast: Retry, monkeypatch: pytest.MonkeyPatch) -> None:
     url = join(bucket, "x")
-    storage.write(url, some(4000))
+    storage.write(url, random_bytes(4000))
     monkeypatch.setattr(storage, "RETRY", replace(fast, tries=10_000, deadline_s=1.5, read_timeout_s=0.4))
     monkeypatch.setattr(storage, "MAX_GAP_BYTES", 0)
     proxy.always = fault
@@ -269,10 +269,10 @@ def test_what_does_not_pass_is_not_tried_again(proxy: Any, bucket: str) -> None:
         ("AccessDenied", lambda: storage.list_files(bucket), f"{bucket}: access denied", 1),
         # the answer to HEAD does not say why: that to a second question does
         ("AccessDenied", lambda: storage.exists(url), f"{url}: access denied, .*AccessDenied", 2),
-        ("", lambda: storage.read(f"{url}y"), f"{url}y: not there, .*NoSuchKey", 1),
-        ("", lambda: storage.read("s3://no-such-bucket/x"), "no-such-bucket/x: not there, .*NoSuchBucket", 1),
-        ("", lambda: storage.write("s3://no-such-bucket/x", b""), "no-such-bucket/x: not there", 1),
-        ("", lambda: storage.list_files("s3://no-such-bucket/x"), "no-such-bucket/x: not there", 1),
+        ("", lambda: storage.read(f"{url}y"), f"{url}y: not found, .*NoSuchKey", 1),
+        ("", lambda: storage.read("s3://no-such-bucket/x"), "no-such-bucket/x: not found, .*NoSuchBucket", 1),
+        ("", lambda: storage.write("s3://no-such-bucket/x", b""), "no-such-bucket/x: not found", 1),
+        ("", lambda: storage.list_files("s3://no-such-bucket/x"), "no-such-bucket/x: not found", 1),
     ]
     for fault, work, message, requests in cases:
         proxy.always = fault
@@ -323,7 +323,7 @@ def test_credentials_that_expired_are_read_again(
 
 
 def test_no_credentials_at_all_are_no_access(
-    bucket: str, fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bucket: str, new_clients: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name)
@@ -337,20 +337,20 @@ def test_no_credentials_at_all_are_no_access(
 def test_requests_go_out_side_by_side_and_near_ranges_as_one(proxy: Any, bucket: str) -> None:
     far = [(join(bucket, f"{number}"), 0, 100) for number in range(20)]
     for url, _, _ in far:
-        storage.write(url, some(100_000))
+        storage.write(url, random_bytes(100_000))
     proxy.latency = 0.3
     started = time.monotonic()
-    assert storage.read_ranges(far) == [some(100_000)[:100]] * 20
+    assert storage.read_ranges(far) == [random_bytes(100_000)[:100]] * 20
     assert time.monotonic() - started < 0.3 * 20 / 2
     proxy.latency = 0
     proxy.asked.clear()
     near = [(far[0][0], start, start + 900) for start in range(0, 99_000, 1000)]
     random.Random(0).shuffle(near)
-    assert storage.read_ranges(near) == [some(100_000)[start:stop] for _, start, stop in near]
+    assert storage.read_ranges(near) == [random_bytes(100_000)[start:stop] for _, start, stop in near]
     assert len(proxy.asked) == 1
 
 
-def test_a_forked_process_reads_on_its_own(proxy: Any, bucket: str, fresh: None) -> None:
+def test_a_forked_process_reads_on_its_own(proxy: Any, bucket: str, new_clients: None) -> None:
     url = join(bucket, "x")
     storage.write(url, b"from the parent")
     context = multiprocessing.get_context("fork")
@@ -368,7 +368,7 @@ def test_a_forked_process_reads_on_its_own(proxy: Any, bucket: str, fresh: None)
 
 
 def test_nobody_sees_half_a_local_file(tmp_path: Path) -> None:
-    url, versions = str(tmp_path / "x"), [some(1_000_000, 0), some(700_000, 1)]
+    url, versions = str(tmp_path / "x"), [random_bytes(1_000_000, 0), random_bytes(700_000, 1)]
     storage.write(url, versions[0])
     done = threading.Event()
 
@@ -433,7 +433,9 @@ def test_links_are_files(tmp_path: Path) -> None:
     assert storage.get_size(str(tmp_path / "link to there")) == 5
 
 
-def test_nobody_listening_is_a_dropped_connection(monkeypatch: pytest.MonkeyPatch, bucket: str, fresh: None) -> None:
+def test_nobody_listening_is_a_dropped_connection(
+    monkeypatch: pytest.MonkeyPatch, bucket: str, new_clients: None
+) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")

@@ -1,4 +1,4 @@
-"""verify finds every byte that is not as the index says; foreign tars get the index that ours have."""
+"""Tests of audit: verify finds every wrong byte, and foreign tars get the same index as our shards."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from tests.pipelines.odd_tars import pack, picture, record
 
 @pytest.fixture
 def copy(stored: Shards, tmp_path: Path) -> Shards:
-    """A set where a test may write."""
+    """A copy of the set that a test may change."""
     return Shards(shutil.copytree(stored.folder, tmp_path / "copy"))
 
 

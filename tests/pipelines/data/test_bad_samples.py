@@ -1,6 +1,6 @@
-"""A sample that cannot be used is replaced by one of its source, always the same, and named; all others are as before.
+"""Tests of unusable samples: each is replaced by the same sample of its source and reported; all others stay.
 
-A set with nothing that can be used is an error, and so is a store that does not answer.
+A set without usable samples is an error, and so is a store that does not respond.
 """
 
 import errno
@@ -40,58 +40,58 @@ BAD = {FLIPPED, BROKEN, *REMOVED, *CUT, LONG}
 
 
 @pytest.fixture(scope="module")
-def sound(
+def valid_set(
     in_process: Callable[[], AbstractContextManager[None]],
     records: list[dict],
     pictures: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Shards:
-    """30 samples in shards of 5, one with more to say than the tokenizer takes."""
+    """30 samples in shards of 5. One is longer than the tokenizer's maximum."""
     given = [{**records[number % 22], "id": number} for number in range(30)]
     turns = given[LONG]["conversations"]
     given[LONG]["conversations"] = turns + turns[-2:] * 40
-    folder = tmp_path_factory.mktemp("sound")
+    folder = tmp_path_factory.mktemp("valid_set")
     with in_process():
         make_shards(given, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
     return Shards(folder)
 
 
 @pytest.fixture(scope="module")
-def few(
-    in_process: Callable[[], AbstractContextManager[None]], sound: Shards, pictures: Path, tmp_path_factory: Any
+def small_set(
+    in_process: Callable[[], AbstractContextManager[None]], valid_set: Shards, pictures: Path, tmp_path_factory: Any
 ) -> Shards:
-    """13 of the samples, number 6 the long one, in one shard."""
-    folder = tmp_path_factory.mktemp("few")
+    """13 of the samples in one shard. Number 6 is the long one."""
+    folder = tmp_path_factory.mktemp("small_set")
     with in_process():
-        records = [sample.record for sample in sound.read_samples(range(LONG - 6, 30))]
+        records = [sample.record for sample in valid_set.read_samples(range(LONG - 6, 30))]
         make_shards(records, str(pictures), str(folder), ShardOptions())
     return Shards(folder)
 
 
 @pytest.fixture(scope="module")
-def harmed(sound: Shards, tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    """A copy in which BAD samples are of no use."""
-    folder = tmp_path_factory.mktemp("harmed") / "set"
-    shutil.copytree(sound.folder, folder)
-    spoil_image(folder, Shards(folder), [BROKEN])
-    harm(folder, FLIPPED)
-    (folder / sound.shard_names[1]).unlink()
-    (row,) = sound.read_rows([CUT[0]])
+def damaged_set(valid_set: Shards, tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """A copy in which the BAD samples are unusable."""
+    folder = tmp_path_factory.mktemp("damaged_set") / "set"
+    shutil.copytree(valid_set.folder, folder)
+    truncate_images(folder, Shards(folder), [BROKEN])
+    damage(folder, FLIPPED)
+    (folder / valid_set.shard_names[1]).unlink()
+    (row,) = valid_set.read_rows([CUT[0]])
     tar = folder / row["shard"]
     tar.write_bytes(tar.read_bytes()[: row["offset"] + 700])
     return Shards(folder)
 
 
-def harm(folder: Path, number: int) -> None:
-    """Flip a byte amid the sample."""
+def damage(folder: Path, number: int) -> None:
+    """Flip a byte in the middle of the sample."""
     (row,) = Shards(folder).read_rows([number])
     data = bytearray((folder / row["shard"]).read_bytes())
     data[row["offset"] + row["length"] // 2] ^= 255
     (folder / row["shard"]).write_bytes(data)
 
 
-def spoil_image(folder: Path, shards: Shards, numbers: Sequence[int]) -> None:
-    """Cut the samples' images in their tars, with an index that says that all is well."""
+def truncate_images(folder: Path, shards: Shards, numbers: Sequence[int]) -> None:
+    """Truncate the samples' images in their tars, with an index that matches the damaged bytes."""
     rows, words = shards.read_rows(range(len(shards))), shards.word_counts.tolist()
     for number in numbers:
         row = rows[number]
@@ -105,7 +105,7 @@ def spoil_image(folder: Path, shards: Shards, numbers: Sequence[int]) -> None:
 
 
 def index_all(file: Path) -> list[dict[str, Any]]:
-    """Rows of a tar, also of samples that an index would not take."""
+    """Make index rows of all samples of a tar, including rejected ones."""
     data = file.read_bytes()
     tar = tars.read_tar(data, file.name)
     for sample in tar.samples:
@@ -113,7 +113,7 @@ def index_all(file: Path) -> list[dict[str, Any]]:
     return tars.make_index_rows(tar, data, file.name)
 
 
-def read_by(tokenizer: Path, *sets: Shards) -> Reader:
+def make_reader(tokenizer: Path, *sets: Shards) -> Reader:
     return Reader(
         sources={f"set {number}": shards for number, shards in enumerate(sets)},
         order=Order(samples=tuple(map(len, sets)), global_batch_size=GLOBAL_BATCH, seed=3),
@@ -124,8 +124,8 @@ def read_by(tokenizer: Path, *sets: Shards) -> Reader:
     )
 
 
-def flat(batches: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, int, bytes]], list[dict[str, Any]]]:
-    """(source, sample used, all that a model sees of it) at each place of the stream, and what was replaced."""
+def flatten(batches: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, int, bytes]], list[dict[str, Any]]]:
+    """Return (source, used sample, its bytes in the batch) at each stream position, and the replacements."""
     rows, replaced = [], []
     for batch in batches:
         replaced += json.loads(batch["replaced"])
@@ -137,18 +137,22 @@ def flat(batches: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, int, bytes]
 
 
 def whole(reader: Reader) -> tuple[list[tuple[int, int, bytes]], list[dict[str, Any]]]:
-    """The same of the first STEPS global batches."""
-    return flat([reader(number) for number in range(STEPS * GLOBAL_BATCH // reader.micro_batch_size)])
+    """Flatten the first STEPS global batches."""
+    return flatten([reader(number) for number in range(STEPS * GLOBAL_BATCH // reader.micro_batch_size)])
 
 
-def test_bad_samples_are_replaced_and_named_and_others_are_as_before(sound: Shards, harmed: Shards, tokenizer: Path):
-    """Over two epochs; what stands in is seen as it is where it is due itself."""
-    reader = read_by(tokenizer, harmed)
+def test_bad_samples_are_replaced_and_named_and_others_are_as_before(
+    valid_set: Shards, damaged_set: Shards, tokenizer: Path
+):
+    """Over two epochs, a replacement has the same bytes as where it is scheduled itself."""
+    reader = make_reader(tokenizer, damaged_set)
     rows, replaced = whole(reader)
     due = np.concatenate([reader.order.get_batch(step)[1] for step in range(STEPS)]).tolist()
     assert {number for number in due if number in BAD} == BAD
-    plain = replace(reader, sources={"set 0": sound}, order=replace(reader.order, shuffle="none"), micro_batch_size=1)
-    seen = {number: flat([plain(number)])[0][0][2] for number in range(len(sound)) if number != LONG}
+    plain = replace(
+        reader, sources={"set 0": valid_set}, order=replace(reader.order, shuffle="none"), micro_batch_size=1
+    )
+    seen = {number: flatten([plain(number)])[0][0][2] for number in range(len(valid_set)) if number != LONG}
     entries = {entry["place"]: entry for entry in replaced}
     assert len(entries) == len(replaced)
     assert [place for place, number in enumerate(due) if number in BAD] == [*entries]
@@ -168,16 +172,16 @@ def test_bad_samples_are_replaced_and_named_and_others_are_as_before(sound: Shar
     [
         (FLIPPED, "bytes differ from the index's checksum"),
         (BROKEN, "an image that Pillow cannot read: .*"),
-        (REMOVED[1], "not there, .*"),
+        (REMOVED[1], "not found, .*"),
         (CUT[0], "bytes past its end were requested; .*"),
         (CUT[1], "bytes past its end were requested; .*"),
         (LONG, r"\d+ tokens, allowed: 96, .*"),
     ],
 )
-def test_the_reason_names_tar_and_sample(harmed: Shards, tokenizer: Path, number: int, why: str):
-    _, replaced = whole(read_by(tokenizer, harmed))
-    [row] = harmed.read_rows([number])
-    tar = f"{harmed.folder}/{row['shard']}"
+def test_the_reason_names_tar_and_sample(damaged_set: Shards, tokenizer: Path, number: int, why: str):
+    _, replaced = whole(make_reader(tokenizer, damaged_set))
+    [row] = damaged_set.read_rows([number])
+    tar = f"{damaged_set.folder}/{row['shard']}"
     [reason] = {entry["reason"] for entry in replaced if entry["due"] == number}
     assert re.fullmatch(f"{re.escape(tar)}: sample {row['key']}: {why}", reason)
 
@@ -196,7 +200,7 @@ def test_the_reason_names_tar_and_sample(harmed: Shards, tokenizer: Path, number
 def test_records_that_others_made_are_looked_at_when_they_are_read(
     pictures: Path, tokenizer: Path, tmp_path: Path, values: list[str] | None, reason: str
 ):
-    """Where images and tags disagree, images would go to the texts of other samples."""
+    """If images and tags disagreed, images would be matched with texts of other samples."""
     file = tmp_path / "a.tar"
     with tarfile.open(file, "w") as tar:
         for number in range(8):
@@ -209,7 +213,7 @@ def test_records_that_others_made_are_looked_at_when_they_are_read(
                 tar.addfile(member, io.BytesIO(body))
     rows = [{**row, "words": 2} for row in index_all(file)]
     write_index(str(tmp_path), pa.Table.from_pylist(rows, INDEX_SCHEMA))
-    reader = replace(read_by(tokenizer, Shards(tmp_path)), micro_batch_size=GLOBAL_BATCH)
+    reader = replace(make_reader(tokenizer, Shards(tmp_path)), micro_batch_size=GLOBAL_BATCH)
     batch = reader(0)
     [entry] = json.loads(batch["replaced"])
     assert entry["due"] == 5
@@ -218,14 +222,14 @@ def test_records_that_others_made_are_looked_at_when_they_are_read(
 
 
 @pytest.mark.parametrize("size", [1, 4, 8])
-def test_replacements_do_not_depend_on_the_size_of_micro_batches(harmed: Shards, tokenizer: Path, size: int):
-    reader = read_by(tokenizer, harmed)
+def test_replacements_do_not_depend_on_the_size_of_micro_batches(damaged_set: Shards, tokenizer: Path, size: int):
+    reader = make_reader(tokenizer, damaged_set)
     assert whole(replace(reader, micro_batch_size=size)) == whole(reader)
 
 
-def test_replacements_are_of_the_same_source(few: Shards, harmed: Shards, tokenizer: Path):
+def test_replacements_are_of_the_same_source(small_set: Shards, damaged_set: Shards, tokenizer: Path):
     """Both sets have bad samples, and the second has more."""
-    rows, replaced = whole(read_by(tokenizer, few, harmed))
+    rows, replaced = whole(make_reader(tokenizer, small_set, damaged_set))
     bad = {"set 0": {6}, "set 1": BAD}
     for entry in replaced:
         assert entry["due"] in bad[entry["set"]]
@@ -244,44 +248,44 @@ def test_replacements_are_of_the_same_source(few: Shards, harmed: Shards, tokeni
 @pytest.mark.parametrize(("start", "workers"), [(1, 1), (4, 2), (8, 4)])
 def test_replacements_after_a_restart_are_those_from_the_start(
     in_process: Callable[[], AbstractContextManager[None]],
-    few: Shards,
-    harmed: Shards,
+    small_set: Shards,
+    damaged_set: Shards,
     tokenizer: Path,
     start: int,
     workers: int,
 ):
     first, turns = start * GLOBAL_BATCH, GLOBAL_BATCH // 2
-    again = read_by(tokenizer, Shards(few.folder), Shards(harmed.folder))
+    again = make_reader(tokenizer, Shards(small_set.folder), Shards(damaged_set.folder))
     with in_process():
         blocks = make_dataset(again, start * turns, STEPS * turns, workers)
-    rows, replaced = flat(sorted(iterate_micro_batches(blocks), key=lambda batch: batch["number"]))
-    before, entries = whole(read_by(tokenizer, few, harmed))
+    rows, replaced = flatten(sorted(iterate_micro_batches(blocks), key=lambda batch: batch["number"]))
+    before, entries = whole(make_reader(tokenizer, small_set, damaged_set))
     assert rows == before[first:]
     assert replaced == [entry for entry in entries if entry["place"] >= first] != []
 
 
-@pytest.mark.parametrize("why", ["not there", "an image that Pillow cannot read"])
+@pytest.mark.parametrize("why", ["not found", "an image that Pillow cannot read"])
 def test_a_set_with_nothing_usable_is_one_error_that_names_folder_and_reason(
-    sound: Shards, tokenizer: Path, tmp_path: Path, why: str
+    valid_set: Shards, tokenizer: Path, tmp_path: Path, why: str
 ):
-    folder = Path(shutil.copytree(sound.folder, tmp_path / "set"))
-    if why == "not there":
-        for name in sound.shard_names:
+    folder = Path(shutil.copytree(valid_set.folder, tmp_path / "set"))
+    if why == "not found":
+        for name in valid_set.shard_names:
             (folder / name).unlink()
     else:
-        spoil_image(folder, sound, range(len(sound)))
+        truncate_images(folder, valid_set, range(len(valid_set)))
     with pytest.raises(
         ValueError, match=rf"^{folder}: sample \d+ and 19 drawn in its place cannot be used: "
     ) as caught:
-        read_by(tokenizer, Shards(folder))(0)
+        make_reader(tokenizer, Shards(folder))(0)
     assert re.search(rf"used: {folder}/00000\d\.tar: sample 0000000\d\d: {why}", str(caught.value))
     assert "\n" not in str(caught.value)
     assert caught.value.__context__ is None
 
 
-def test_a_disk_that_does_not_answer_is_an_error(harmed: Shards, tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
-    """Whichever read it is that fails, among them those of samples that are tried in place of others."""
-    read, reader = storage._LocalFiles.cat_file, read_by(tokenizer, Shards(harmed.folder))
+def test_a_disk_that_does_not_answer_is_an_error(damaged_set: Shards, tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
+    """Any read may fail, including those of replacements."""
+    read, reader = storage._LocalFiles.cat_file, make_reader(tokenizer, Shards(damaged_set.folder))
     expected, left = [reader(number) for number in range(8)], 0
 
     def cat_file(path: str, start: int = 0, end: int | None = None) -> bytes:
@@ -294,14 +298,14 @@ def test_a_disk_that_does_not_answer_is_an_error(harmed: Shards, tokenizer: Path
     monkeypatch.setattr(storage._LocalFiles, "cat_file", cat_file)
     for answers in range(16):
         left, got = answers, []
-        with pytest.raises(OSError, match=f"Input/output error: '{harmed.folder}/00000"):
+        with pytest.raises(OSError, match=f"Input/output error: '{damaged_set.folder}/00000"):
             got.extend(reader(number) for number in range(8))
-        assert flat(got) == flat(expected[: len(got)])
+        assert flatten(got) == flatten(expected[: len(got)])
 
 
 @pytest.mark.parametrize("fault", ["SlowDown", "ExpiredToken"])
 def test_a_bucket_that_does_not_answer_is_an_error(
-    sound: Shards,
+    valid_set: Shards,
     tokenizer: Path,
     proxy: Any,
     bucket: str,
@@ -310,9 +314,9 @@ def test_a_bucket_that_does_not_answer_is_an_error(
     fault: str,
 ):
     monkeypatch.setattr(storage, "RETRY", replace(fast, tries=3))
-    for name in storage.list_files(sound.folder):
-        storage.write(storage.join(bucket, name), storage.read(storage.join(sound.folder, name)))
-    reader = replace(read_by(tokenizer, Shards(bucket)), micro_batch_size=1)
+    for name in storage.list_files(valid_set.folder):
+        storage.write(storage.join(bucket, name), storage.read(storage.join(valid_set.folder, name)))
+    reader = replace(make_reader(tokenizer, Shards(bucket)), micro_batch_size=1)
     assert reader(0)["replaced"] == "[]"
     proxy.always = fault
     with pytest.raises(OSError, match=f"^{bucket}/00000.*: given up after 3 tries"):
@@ -326,7 +330,7 @@ import dataclasses, datetime, json, sys
 import numpy as np
 import torch
 import torch.distributed as dist
-from pipelines.data.consumed import gather
+from pipelines.data.consumed import gather_samples
 
 folder, rank = sys.argv[1], int(sys.argv[2])
 for world in (3, 2):
@@ -344,7 +348,7 @@ for world in (3, 2):
         for step in steps:
             mine = [{name: value if name == "replaced" else np.array(value) for name, value in one.items()}
                     for one in step[rank::world]]
-            used.append(dataclasses.asdict(gather(mine, ["set 0", "set 1"], torch.device("cpu"))))
+            used.append(dataclasses.asdict(gather_samples(mine, ["set 0", "set 1"], torch.device("cpu"))))
         with open(f"{folder}/used{world}-{rank}.json", "w") as file:
             json.dump(used, file)
         dist.destroy_process_group()
@@ -353,12 +357,12 @@ for world in (3, 2):
 
 @pytest.fixture(scope="module")
 def gathered(
-    few: Shards, harmed: Shards, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+    small_set: Shards, damaged_set: Shards, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, list[list[dict[str, Any]]]]:
-    """By the number of workers, what each says that all used in each step: two micro-batches of two a worker."""
+    """ConsumedSamples of each worker and step, by number of workers. Each has two micro-batches of two."""
     folder = tmp_path_factory.mktemp("ranks")
     for world in (2, 3):
-        reader = mixed_by(tokenizer, few, harmed, world)
+        reader = make_mixture(tokenizer, small_set, damaged_set, world)
         batches = [reader(number) for number in range(STEPS * 2 * world)]
         plain = [
             {**{name: batch[name].tolist() for name in ("source", "sample")}, "replaced": batch["replaced"]}
@@ -374,8 +378,8 @@ def gathered(
     }
 
 
-def mixed_by(tokenizer: Path, few: Shards, harmed: Shards, world: int) -> Reader:
-    reader = read_by(tokenizer, few, harmed)
+def make_mixture(tokenizer: Path, small_set: Shards, damaged_set: Shards, world: int) -> Reader:
+    reader = make_reader(tokenizer, small_set, damaged_set)
     return replace(reader, order=replace(reader.order, global_batch_size=4 * world))
 
 
@@ -387,9 +391,9 @@ def test_every_rank_says_the_same_of_what_all_used(gathered: dict[int, list[list
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_what_all_ranks_used_is_the_global_batch_by_set_with_replaced_ones_in_their_places(
-    gathered: dict[int, list[list[dict[str, Any]]]], few: Shards, harmed: Shards, tokenizer: Path, world: int
+    gathered: dict[int, list[list[dict[str, Any]]]], small_set: Shards, damaged_set: Shards, tokenizer: Path, world: int
 ):
-    reader = mixed_by(tokenizer, few, harmed, world)
+    reader = make_mixture(tokenizer, small_set, damaged_set, world)
     steps, replaced = gathered[world][0], 0
     for step, used in enumerate(steps):
         source, due = reader.order.get_batch(step)

@@ -1,4 +1,4 @@
-"""A run's log shows that each sample was used once an epoch, and shows where not."""
+"""Tests of the log of consumed samples: the check accepts one use per epoch, and finds every deviation."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from pipelines.data.order import Order
 def run(
     samples: int = 10, batch: int = 4, steps: int = 9, stage: str = "instruct", seed: int = 0
 ) -> list[dict[str, Any]]:
-    """What a run logs that draws two of a set "a" for each of a set "b"."""
+    """Make the log of a run that draws two samples of set "a" for each sample of set "b"."""
     order = Order(samples=(samples, 7), global_batch_size=batch + batch // 2, weights=(2, 1), seed=seed)
     log = []
     for step in range(1, steps + 1):
@@ -29,12 +29,12 @@ def lines(log: list[dict[str, Any]]) -> list[bytes]:
     return [json.dumps(step).encode() + b"\n" for step in log]
 
 
-def faults(log: list[dict[str, Any]], samples: int = 10) -> list[str]:
+def find_errors(log: list[dict[str, Any]], samples: int = 10) -> list[str]:
     return verify_coverage(lines(log), "consumed.jsonl", "a", samples)[1]
 
 
 def replace(log: list[dict[str, Any]], step: int, place: int, by: int) -> None:
-    """Let another sample stand in, as a run does for one that cannot be used."""
+    """Replace a sample, as a run does with unusable ones."""
     numbers = log[step]["samples"]["a"]
     entry = {"set": "a", "at": place, "due": numbers[place], "used": by, "reason": "broken image"}
     log[step]["replaced"].append(entry)
@@ -55,20 +55,20 @@ def test_a_run_that_used_every_sample_once_an_epoch_is_shown_to(samples: int, ba
 
 @pytest.mark.parametrize("seed", range(20))
 def test_samples_that_were_replaced_count_as_those_that_were_due(seed: int):
-    """Also where one stands in that the same step uses anyway, on either side of the border of an epoch."""
-    log, chance = run(seed=seed), np.random.default_rng(seed)
-    bad, good = np.split(chance.permutation(10), [4])
+    """A replacement may also be scheduled in the same step, before or after the end of an epoch."""
+    log, rng = run(seed=seed), np.random.default_rng(seed)
+    bad, good = np.split(rng.permutation(10), [4])
     count = 0
     for step in range(len(log)):
         for place, number in enumerate(log[step]["samples"]["a"]):
             if number in bad:
-                replace(log, step, place, int(chance.choice(good)))
+                replace(log, step, place, int(rng.choice(good)))
                 count += 1
     used, wrong = verify_coverage(lines(log), "consumed.jsonl", "a", 10)
     assert wrong == []
     assert used == [Coverage("instruct", 9, 36, 3, 6, count)]
     next(step for step in log if step["replaced"])["replaced"].clear()
-    assert faults(log)
+    assert find_errors(log)
 
 
 def lose(log: list[dict[str, Any]]) -> None:
@@ -79,11 +79,11 @@ def repeat(log: list[dict[str, Any]]) -> None:
     log[0]["samples"]["a"][0] = log[0]["samples"]["a"][1]
 
 
-def repeat_in_the_epoch_begun(log: list[dict[str, Any]]) -> None:
+def repeat_in_the_last_epoch(log: list[dict[str, Any]]) -> None:
     log[-1]["samples"]["a"][0] = log[-1]["samples"]["a"][1]
 
 
-def swap_over_the_border(log: list[dict[str, Any]]) -> None:
+def swap_across_epochs(log: list[dict[str, Any]]) -> None:
     first, second = log[2]["samples"]["a"], log[3]["samples"]["a"]
     place = next(place for place in (2, 3) if first[place] != second[0])
     first[1], first[place] = first[place], first[1]
@@ -109,12 +109,12 @@ def use_a_number_below_zero(log: list[dict[str, Any]]) -> None:
     log[8]["samples"]["a"][2] = -1
 
 
-def name_another_that_stood_in(log: list[dict[str, Any]]) -> None:
+def name_another_replacement(log: list[dict[str, Any]]) -> None:
     replace(log, 8, 1, 3)
     log[8]["replaced"][0]["used"] = next(n for n in range(10) if n not in log[8]["samples"]["a"])
 
 
-def name_another_place(log: list[dict[str, Any]]) -> None:
+def name_another_index(log: list[dict[str, Any]]) -> None:
     replace(log, 8, 1, 3)
     log[8]["replaced"][0]["at"] = 99
 
@@ -123,12 +123,12 @@ def use_more_than_a_batch(log: list[dict[str, Any]]) -> None:
     log[3]["samples"]["b"].append(0)
 
 
-def name_another_that_was_due(log: list[dict[str, Any]]) -> None:
+def name_another_scheduled_sample(log: list[dict[str, Any]]) -> None:
     replace(log, 0, 1, log[0]["samples"]["a"][0])
     log[0]["replaced"][0]["due"] = log[0]["samples"]["a"][2]
 
 
-def name_one_of_another_set(log: list[dict[str, Any]]) -> None:
+def name_another_set(log: list[dict[str, Any]]) -> None:
     replace(log, 0, 1, log[0]["samples"]["a"][0])
     log[0]["replaced"][0]["set"] = "b"
 
@@ -140,32 +140,32 @@ def name_one_of_another_set(log: list[dict[str, Any]]) -> None:
         (lose, r"epoch 1: 1 samples are missing: \d"),
         (repeat, r"epoch 0: 1 samples were repeated: \d"),
         (repeat, r"epoch 0: 1 samples are missing: \d"),
-        (repeat_in_the_epoch_begun, r"epoch 3: 1 samples were repeated: \d"),
-        (swap_over_the_border, r"epoch 0: 1 samples are missing: \d"),
+        (repeat_in_the_last_epoch, r"epoch 3: 1 samples were repeated: \d"),
+        (swap_across_epochs, r"epoch 0: 1 samples are missing: \d"),
         (leave_out_a_step, "step 8 follows step 6, allowed: 7"),
         (leave_out_the_first_step, "step 2 follows step 0, allowed: 1"),
         (repeat_a_step, "step 6 follows step 6, allowed: 7"),
         (repeat_a_step, r"epoch 2: \d samples were repeated: "),
         (use_a_number_of_no_sample, "step 9: samples 10, allowed: 0 to 9"),
         (use_a_number_below_zero, "step 9: samples -1, allowed: 0 to 9"),
-        (name_another_that_stood_in, r"step 9: sample \d is listed as a replacement, but was not used there"),
-        (name_another_place, r"step 9: sample 3 is listed as a replacement, but was not used there"),
+        (name_another_replacement, r"step 9: sample \d is listed as a replacement, but was not used there"),
+        (name_another_index, r"step 9: sample 3 is listed as a replacement, but was not used there"),
         (use_more_than_a_batch, "step 4: 7 samples, allowed: 6, as in the first"),
-        (name_another_that_was_due, r"epoch 0: 1 samples were repeated: \d"),
-        (name_one_of_another_set, r"epoch 0: 1 samples were repeated: \d"),
+        (name_another_scheduled_sample, r"epoch 0: 1 samples were repeated: \d"),
+        (name_another_set, r"epoch 0: 1 samples were repeated: \d"),
     ],
 )
 def test_a_log_that_was_spoilt_has_faults(spoil: Callable[[list[dict[str, Any]]], None], said: str):
     log = run()
-    assert faults(log) == []
+    assert find_errors(log) == []
     spoil(log)
-    found = faults(log)
+    found = find_errors(log)
     assert any(re.fullmatch(f"consumed.jsonl: stage instruct: {said}.*", line) for line in found), found
 
 
 def test_a_fault_names_few_of_many_samples():
     log = [{"stage": "instruct", "step": 1, "samples": {"a": [0] * 1000}, "replaced": []}]
-    assert faults(log, 1000) == [
+    assert find_errors(log, 1000) == [
         "consumed.jsonl: stage instruct: epoch 0: 999 samples were repeated: 0, 0, 0, 0, 0, ...",
         "consumed.jsonl: stage instruct: epoch 0: 999 samples are missing: 1, 2, 3, 4, 5, ...",
     ]

@@ -1,4 +1,4 @@
-"""The records ask exactly what the package asks, and captions say what the answers settle, no more and no less."""
+"""Tests of easy-VQA: records have exactly the questions of the package, and captions what the answers determine."""
 
 import itertools
 import re
@@ -34,7 +34,7 @@ def rounds(record: dict) -> list[tuple[str, str]]:
 
 
 def true_of(colour: str, shape: str, question: str, answer: str) -> bool:
-    """Whether an image of one shape in one colour allows this answer: read from the question's words one by one."""
+    """Tell if an image with this colour and shape allows the answer, from the words of the question."""
     words = question.rstrip("?").split()
     fits = all(word == colour for word in words if word in ANSWER_COLOURS)
     fits = fits and all(word == shape for word in words if word in ANSWER_SHAPES)
@@ -84,7 +84,7 @@ def test_turns_alternate_and_the_image_stands_once_and_first(split: Split):
 
 @SPLITS
 def test_a_caption_says_what_every_image_that_fits_the_answers_has_and_nothing_else(split: Split):
-    """Slow reference: of the 24 images there can be, those that allow every answer."""
+    """Slow reference: those of the 24 possible images that allow every answer."""
     made = make_captions(split)
     assert [(record["id"], record["image"]) for record in made] == [(r["id"], r["image"]) for r in told(split)]
     for record, asked in zip(made, map(rounds, told(split)), strict=True):

@@ -1,7 +1,7 @@
-"""The stream of global batches is one and the same however many workers take it, wherever they are started again.
+"""Tests of elasticity: the stream of global batches is the same for any number of workers and after any restart.
 
-Neither the speed of ranks and readers, nor a reader that is killed, nor a store full of faults changes it.  Sets are of
-random size, in shards of random size; what is run on Ray is a few rich cases, what needs no Ray is many.
+Neither the speed of ranks and readers, nor a killed reader, nor errors of the store change it. Sets and shards have
+random sizes. A few large cases run on Ray, and many small ones without it.
 """
 
 import hashlib
@@ -39,27 +39,27 @@ from redux.conversation import IMAGE_TOKEN
 SIDE = 8
 PACE = random.Random(0)
 InProcess = Callable[[], AbstractContextManager[None]]
-Told = tuple[int, int, str]
+StreamItem = tuple[int, int, str]
 """Source, sample, and a digest of all that a model sees of it."""
 
 
 @pytest.fixture(scope="module")
 def pool(in_process: InProcess, records: list[dict], tmp_path_factory: pytest.TempPathFactory) -> list[Shards]:
-    """Sets of which none, some and all samples are text alone; some records are kept out, so shards differ in size."""
-    chance, images, sets = np.random.default_rng(0), tmp_path_factory.mktemp("images"), []
+    """Sets with no, some and only text-only samples. Some records are rejected, so shards differ in size."""
+    rng, images, sets = np.random.default_rng(0), tmp_path_factory.mktemp("images"), []
     for share in (0, 0, 0.4, 0.7, 1):
         given: list[dict] = []
-        for number in range(chance.integers(20, 80)):
-            turns = [dict(turn) for turn in records[chance.integers(len(records))]["conversations"]]
+        for number in range(rng.integers(20, 80)):
+            turns = [dict(turn) for turn in records[rng.integers(len(records))]["conversations"]]
             record = {"id": number, "conversations": turns}
-            if chance.random() < share:
+            if rng.random() < share:
                 turns[0]["value"] = turns[0]["value"].removeprefix(f"{IMAGE_TOKEN}\n")
             else:
                 record["image"] = f"{uuid4()}.png"
-                noise = chance.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+                noise = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(images / record["image"])
-            given += [record] * (2 if chance.random() < 0.1 else 1)
-        making = ShardOptions(samples_per_shard=int(chance.integers(1, 15)), max_bad_fraction=1)
+            given += [record] * (2 if rng.random() < 0.1 else 1)
+        making = ShardOptions(samples_per_shard=int(rng.integers(1, 15)), max_bad_fraction=1)
         folder = tmp_path_factory.mktemp("set")
         with in_process():
             assert make_shards(given, str(images), str(folder), making)["quarantined"]
@@ -69,7 +69,7 @@ def pool(in_process: InProcess, records: list[dict], tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def long(in_process: InProcess, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    """400 samples of one size in shards of 24."""
+    """400 samples of equal size in shards of 24."""
     turns = [{"from": "human", "value": f"{IMAGE_TOKEN}\nis there red shape?"}, {"from": "gpt", "value": "yes"}]
     given = [{"id": f"{number:04d}", "image": "0.png", "conversations": turns} for number in range(400)]
     folder = tmp_path_factory.mktemp("long")
@@ -78,8 +78,8 @@ def long(in_process: InProcess, pictures: Path, tmp_path_factory: pytest.TempPat
     return Shards(folder)
 
 
-def read_by(tokenizer: Path, order: Order, sets: Sequence[Shards]) -> Reader:
-    """A reader that varies each sample, of global batches as a whole."""
+def make_reader(tokenizer: Path, order: Order, sets: Sequence[Shards]) -> Reader:
+    """Make a reader of whole global batches that augments each sample."""
     return Reader(
         sources={f"set {number}": shards for number, shards in enumerate(sets)},
         order=order,
@@ -92,31 +92,31 @@ def read_by(tokenizer: Path, order: Order, sets: Sequence[Shards]) -> Reader:
     )
 
 
-class Sizes:
-    """As much of a set as an order is made from, of random sizes."""
+class FakeSet:
+    """Stand-in for a set with random sizes, as far as an order needs it."""
 
-    def __init__(self, chance: np.random.Generator) -> None:
-        self.sizes = chance.integers(1, chance.integers(2, 20), chance.integers(1, 15))
-        self.has_image = chance.random(len(self)) < chance.random()
-        self.words = chance.integers(1, 99, len(self))
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.shard_sizes = rng.integers(1, rng.integers(2, 20), rng.integers(1, 15))
+        self.has_image = rng.random(len(self)) < rng.random()
+        self.word_counts = rng.integers(1, 99, len(self))
 
     def __len__(self) -> int:
-        return int(self.sizes.sum())
+        return int(self.shard_sizes.sum())
 
 
-def mixture(pool: Sequence[Any], chance: np.random.Generator, kind: str) -> tuple[Order, list[Any]]:
-    """An order of that kind over some sets: "weights", "plain" (no weights, not shuffled), "window" or "groups"."""
-    count = 1 if kind == "groups" else int(chance.integers(1, 4))
-    taken = [pool[number] for number in chance.permutation(len(pool))[:count]]
+def mixture(pool: Sequence[Any], rng: np.random.Generator, kind: str) -> tuple[Order, list[Any]]:
+    """Make an order over some sets. Kinds: "weights", "plain" (no weights, not shuffled), "window", "groups"."""
+    count = 1 if kind == "groups" else int(rng.integers(1, 4))
+    taken = [pool[number] for number in rng.permutation(len(pool))[:count]]
     order = Order(
         samples=tuple(map(len, taken)),
-        global_batch_size=int(chance.choice([4, 6, 8, 12, 24])),
-        seed=int(chance.integers(1000)),
-        weights=tuple(chance.uniform(0.5, 5, count).round(2).tolist()) if kind != "plain" else (),
+        global_batch_size=int(rng.choice([4, 6, 8, 12, 24])),
+        seed=int(rng.integers(1000)),
+        weights=tuple(rng.uniform(0.5, 5, count).round(2).tolist()) if kind != "plain" else (),
         shuffle={"window": "window", "plain": "none"}.get(kind, "global"),
-        window=int(chance.integers(1, 5)),
+        window=int(rng.integers(1, 5)),
         shards=tuple(shards.shard_sizes for shards in taken) if kind == "window" else (),
-        groups=LengthGroups.from_columns(taken[0].has_image, taken[0].word_counts, int(chance.integers(1, 4)))
+        groups=LengthGroups.from_columns(taken[0].has_image, taken[0].word_counts, int(rng.integers(1, 4)))
         if kind == "groups"
         else None,
     )
@@ -125,7 +125,7 @@ def mixture(pool: Sequence[Any], chance: np.random.Generator, kind: str) -> tupl
 
 @dataclass
 class Run:
-    """Steps start..stop-1 of a job that would have gone on, by so many workers with micro-batches of a size."""
+    """Steps start..stop-1 of a longer job, with a number of workers and a micro-batch size."""
 
     start: int
     stop: int
@@ -133,23 +133,23 @@ class Run:
     size: int
 
 
-def runs(chance: np.random.Generator, global_batch_size: int, steps: int, count: int) -> list[Run]:
-    """So many runs, each by another number of workers than the one before it."""
-    borders, result, workers = sorted(chance.permutation(range(1, steps))[: count - 1].tolist()), [], 0
+def runs(rng: np.random.Generator, global_batch_size: int, steps: int, count: int) -> list[Run]:
+    """Draw consecutive runs, each with another number of workers than the previous one."""
+    borders, result, workers = sorted(rng.permutation(range(1, steps))[: count - 1].tolist()), [], 0
     for start, stop in zip([0, *borders], [*borders, steps], strict=True):
-        workers = int(chance.choice([n for n in range(1, 5) if global_batch_size % n == 0 and n != workers]))
+        workers = int(rng.choice([n for n in range(1, 5) if global_batch_size % n == 0 and n != workers]))
         share = global_batch_size // workers
-        size = int(chance.choice([n for n in range(1, share + 1) if share % n == 0]))
+        size = int(rng.choice([n for n in range(1, share + 1) if share % n == 0]))
         result.append(Run(start, stop, workers, size))
     return result
 
 
-def stream(reader: Reader, ranks: Sequence[list[dict[str, Any]]]) -> list[Told]:
-    """What the ranks got, turn by turn: the global batches' order."""
-    return [told for turn in zip(*ranks, strict=True) for batch in turn for told in tell(reader, batch)]
+def stream(reader: Reader, ranks: Sequence[list[dict[str, Any]]]) -> list[StreamItem]:
+    """Interleave the micro-batches of the ranks into the order of the global batches."""
+    return [told for turn in zip(*ranks, strict=True) for batch in turn for told in flatten_batch(reader, batch)]
 
 
-def tell(reader: Reader, batch: dict[str, Any]) -> Iterator[Told]:
+def flatten_batch(reader: Reader, batch: dict[str, Any]) -> Iterator[StreamItem]:
     assert batch["replaced"] == "[]"
     sets, images = list(reader.sources.values()), iter(batch["pixel_values"])
     columns = (batch[name] for name in ("source", "sample", "input_ids", "labels", "attention_mask"))
@@ -160,21 +160,21 @@ def tell(reader: Reader, batch: dict[str, Any]) -> Iterator[Told]:
     assert next(images, None) is None
 
 
-def undisturbed(reader: Reader, steps: range) -> list[Told]:
-    """What one reader computes alone."""
-    return [told for step in steps for told in tell(reader, reader(step))]
+def undisturbed(reader: Reader, steps: range) -> list[StreamItem]:
+    """Compute the stream with one reader alone."""
+    return [told for step in steps for told in flatten_batch(reader, reader(step))]
 
 
-def places(told: Sequence[Told]) -> list[tuple[int, int]]:
+def places(told: Sequence[StreamItem]) -> list[tuple[int, int]]:
     return [(source, sample) for source, sample, _ in told]
 
 
 def ordered(order: Order, steps: range) -> list[tuple[int, int]]:
-    """(source, sample) of these global batches, as the order alone has them."""
+    """Return (source, sample) of these global batches according to the order."""
     return [pair for step in steps for pair in zip(*map(np.ndarray.tolist, order.get_batch(step)), strict=True)]
 
 
-def is_once_an_epoch(order: Order, pairs: Sequence[tuple[int, int]]) -> bool:
+def is_once_per_epoch(order: Order, pairs: Sequence[tuple[int, int]]) -> bool:
     for source, samples in enumerate(order.samples):
         mine = [sample for one, sample in pairs if one == source]
         epochs = [mine[at : at + samples] for at in range(0, len(mine), samples)]
@@ -186,8 +186,8 @@ def is_once_an_epoch(order: Order, pairs: Sequence[tuple[int, int]]) -> bool:
 # Without Ray
 
 
-class Numbers(Reader):
-    """Says which samples are due, and reads none."""
+class NumbersOnlyReader(Reader):
+    """Reader that returns the scheduled samples without reading them."""
 
     def _fetch(self, source: np.ndarray, scheduled: np.ndarray) -> list[None]:
         return [None] * len(scheduled)
@@ -196,8 +196,8 @@ class Numbers(Reader):
         return {"input_ids": np.array([scheduled])}, None, None
 
 
-def dealt(in_process: InProcess, reader: Reader, run: Run, steps: int) -> list[list[dict[str, Any]]]:
-    """What the ranks get whose workers are dealt blocks in turn, as the tests on Ray show that they are."""
+def deal_blocks(in_process: InProcess, reader: Reader, run: Run, steps: int) -> list[list[dict[str, Any]]]:
+    """Deal blocks to the workers in turn without Ray. Tests on Ray show that it does the same."""
     per_step = reader.order.global_batch_size // run.size
     with in_process():
         blocks: Any = make_dataset(
@@ -216,14 +216,14 @@ def test_the_order_survives_any_restarts_at_other_world_sizes(
     seed: int,
     kind: str,
 ):
-    chance = np.random.default_rng((seed, len(kind)))
-    sets = [Sizes(chance) for _ in range(3)]
-    order = mixture(sets, chance, kind)[0]
+    rng = np.random.default_rng((seed, len(kind)))
+    sets = [FakeSet(rng) for _ in range(3)]
+    order = mixture(sets, rng, kind)[0]
     steps = order.count_batches(2.3)
     pairs: list[tuple[int, int]] = []
-    for run in runs(chance, order.global_batch_size, steps, int(chance.integers(1, 6))):
-        monkeypatch.setattr(ingest, "MAX_BLOCK_SAMPLES", int(chance.integers(1, 65)))
-        ranks = dealt(in_process, Numbers(**vars(read_by(tokenizer, order, []))), run, steps)
+    for run in runs(rng, order.global_batch_size, steps, int(rng.integers(1, 6))):
+        monkeypatch.setattr(ingest, "MAX_BLOCK_SAMPLES", int(rng.integers(1, 65)))
+        ranks = deal_blocks(in_process, NumbersOnlyReader(**vars(make_reader(tokenizer, order, []))), run, steps)
         pairs += [
             pair
             for turn in zip(*ranks, strict=True)
@@ -231,7 +231,7 @@ def test_the_order_survives_any_restarts_at_other_world_sizes(
             for pair in zip(batch["source"].tolist(), batch["sample"].tolist(), strict=True)
         ]
     assert pairs == ordered(order, range(steps))
-    assert is_once_an_epoch(order, pairs)
+    assert is_once_per_epoch(order, pairs)
 
 
 @pytest.mark.parametrize("kind", ["weights", "plain", "window", "groups"])
@@ -244,13 +244,13 @@ def test_all_that_a_model_sees_survives_any_restarts_at_other_world_sizes(
     seed: int,
     kind: str,
 ):
-    chance = np.random.default_rng((seed, len(kind)))
-    order, sets = mixture(pool, chance, kind)
-    reader, steps = read_by(tokenizer, order, sets), order.count_batches(1.2)
-    told: list[Told] = []
-    for run in runs(chance, order.global_batch_size, steps, 3):
-        monkeypatch.setattr(ingest, "MAX_BLOCK_SAMPLES", int(chance.integers(1, 65)))
-        told += stream(reader, dealt(in_process, reader, run, steps))
+    rng = np.random.default_rng((seed, len(kind)))
+    order, sets = mixture(pool, rng, kind)
+    reader, steps = make_reader(tokenizer, order, sets), order.count_batches(1.2)
+    told: list[StreamItem] = []
+    for run in runs(rng, order.global_batch_size, steps, 3):
+        monkeypatch.setattr(ingest, "MAX_BLOCK_SAMPLES", int(rng.integers(1, 65)))
+        told += stream(reader, deal_blocks(in_process, reader, run, steps))
     assert told == undisturbed(reader, range(steps))
     assert places(told) == ordered(order, range(steps))
 
@@ -258,7 +258,7 @@ def test_all_that_a_model_sees_survives_any_restarts_at_other_world_sizes(
 # On Ray
 
 
-def played(
+def run_ranks(
     reader: Reader, run: Run, steps: int, wait: Callable[[int], None] = lambda _: None
 ) -> list[list[dict[str, Any]]]:
     """What the ranks get, each in a thread, until the run stops amid what Ray Data reads ahead.
@@ -283,13 +283,13 @@ def played(
         return list(pool.map(rank, range(run.workers)))
 
 
-def dawdle(rank: int) -> None:
-    """Ranks compute now long, now short, the later ones longer; it is what is tested, not a wait for something."""
+def sleep_like_training(rank: int) -> None:
+    """Sleep as if computing: times vary, and higher ranks take longer. The variation is what is tested."""
     time.sleep(PACE.choice((0, 0, 0.01, 0.03)) * rank)
 
 
-def slowly(encode: Callable[..., Any]) -> Callable[..., Any]:
-    """Some samples take long."""
+def slow_down(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """Make some samples slow to encode."""
 
     def row(tokenizer: Any, sample: Any) -> Any:
         time.sleep(int(sample.key) * 7919 % 13 / 1000)
@@ -298,8 +298,8 @@ def slowly(encode: Callable[..., Any]) -> Callable[..., Any]:
     return row
 
 
-def deadly(encode: Callable[..., Any], marker: Path, key: str) -> Callable[..., Any]:
-    """The first process to come to the sample is killed by it."""
+def kill_once(encode: Callable[..., Any], marker: Path, key: str) -> Callable[..., Any]:
+    """Kill the first process that encodes the sample."""
 
     def row(tokenizer: Any, sample: Any) -> Any:
         if sample.key == key:
@@ -331,24 +331,24 @@ def test_on_ray_the_stream_survives_restarts_at_other_world_sizes_slow_ranks_and
     slow: bool,
     killed: bool,
 ):
-    chance = np.random.default_rng((seed, len(kind)))
-    order, sets = mixture(pool, chance, kind)
-    reader, steps = read_by(tokenizer, order, sets), order.count_batches(2.2)
-    disturbed = replace(reader, encode=slowly(reader.encode)) if slow else reader
-    told: list[Told] = []
-    for number, run in enumerate(runs(chance, order.global_batch_size, steps, count)):
-        monkeypatch.setattr(ingest, "MAX_BLOCK_SAMPLES", int(chance.integers(4, 33)))
+    rng = np.random.default_rng((seed, len(kind)))
+    order, sets = mixture(pool, rng, kind)
+    reader, steps = make_reader(tokenizer, order, sets), order.count_batches(2.2)
+    disturbed = replace(reader, encode=slow_down(reader.encode)) if slow else reader
+    told: list[StreamItem] = []
+    for number, run in enumerate(runs(rng, order.global_batch_size, steps, count)):
+        monkeypatch.setattr(ingest, "MAX_BLOCK_SAMPLES", int(rng.integers(4, 33)))
         faulty, marker = disturbed, tmp_path / str(number)
         if killed and number == 1:
             source, sample = ordered(order, range(run.start, run.stop))[
                 (run.stop - run.start) * order.global_batch_size // 2
             ]
-            faulty = replace(disturbed, encode=deadly(disturbed.encode, marker, sets[source].get_key(sample)))
-        told += stream(reader, played(faulty, run, steps, dawdle if slow else lambda _: None))
+            faulty = replace(disturbed, encode=kill_once(disturbed.encode, marker, sets[source].get_key(sample)))
+        told += stream(reader, run_ranks(faulty, run, steps, sleep_like_training if slow else lambda _: None))
         assert marker.exists() == (faulty is not disturbed)
     assert told == undisturbed(reader, range(steps))
     assert places(told) == ordered(order, range(steps))
-    assert is_once_an_epoch(order, places(told))
+    assert is_once_per_epoch(order, places(told))
 
 
 # Going on
@@ -358,9 +358,9 @@ def test_on_ray_the_stream_survives_restarts_at_other_world_sizes_slow_ranks_and
 def test_going_on_costs_the_same_from_any_place(
     long: Shards, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ):
-    """Calls, ranges and bytes of the first micro-batch; an epoch has 25 global batches."""
+    """Count calls, ranges and bytes of the first micro-batch. An epoch has 25 global batches."""
     order = Order(samples=(len(long),), global_batch_size=16, seed=5)
-    reader, read, asked = replace(read_by(tokenizer, order, [long]), micro_batch_size=size), storage.read_ranges, []
+    reader, read, asked = replace(make_reader(tokenizer, order, [long]), micro_batch_size=size), storage.read_ranges, []
 
     def counted(ranges: Sequence[storage.ByteRange]) -> list[bytes]:
         asked.append((len(ranges), sum(stop - start for _, start, stop in ranges)))
@@ -375,9 +375,9 @@ def test_going_on_costs_the_same_from_any_place(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_on_ray_nothing_before_the_start_is_read(long: Shards, tokenizer: Path, tmp_path: Path):
-    """From 95 % of an epoch to its end."""
+    """The run starts at 95 % of an epoch and goes to its end."""
     order, log = Order(samples=(len(long),), global_batch_size=4, seed=5), tmp_path / "log"
-    reader = read_by(tokenizer, order, [long])
+    reader = make_reader(tokenizer, order, [long])
     encode = reader.encode
 
     def logged(tokenizer: Any, sample: Any) -> Any:
@@ -386,7 +386,7 @@ def test_on_ray_nothing_before_the_start_is_read(long: Shards, tokenizer: Path, 
         return encode(tokenizer, sample)
 
     run = Run(95, 100, workers=2, size=1)
-    told = stream(reader, played(replace(reader, encode=logged), run, 100))
+    told = stream(reader, run_ranks(replace(reader, encode=logged), run, 100))
     assert places(told) == ordered(order, range(95, 100))
     assert sorted(log.read_text().split()) == sorted(long.get_key(sample) for _, sample in places(told))
 
@@ -406,7 +406,7 @@ def test_on_ray_a_store_full_of_faults_gives_what_the_local_folder_gives(
     monkeypatch: pytest.MonkeyPatch,
     seed: int,
 ):
-    """All kinds of faults by turns, and credentials that expire three times and are renewed in a file."""
+    """The store returns all kinds of errors in turn. Credentials expire three times and are renewed in a file."""
     monkeypatch.setattr(ingest, "MAX_BLOCK_SAMPLES", 8)
     monkeypatch.setattr(storage, "RETRY", replace(fast, tries=30, deadline_s=60, read_timeout_s=0.5))
     monkeypatch.setattr(storage, "MAX_GAP_BYTES", 0)
@@ -439,7 +439,7 @@ def test_on_ray_a_store_full_of_faults_gives_what_the_local_folder_gives(
     kinds = ["SlowDown", "InternalError", "cut", "short", "drop"] * 6 + ["stall"] * 3 + ["expire"] * 3 + [""] * 30
     proxy.faults = Script(random.Random(seed).sample(kinds, len(kinds)))
     order = Order(samples=(len(stored),), global_batch_size=8, seed=seed)
-    local = read_by(tokenizer, order, [stored])
+    local = make_reader(tokenizer, order, [stored])
 
     class Carried(dict[str, Shards]):
         """Sources that bring along what S3 is reached with: Ray's workers know nothing of this test."""
@@ -454,7 +454,7 @@ def test_on_ray_a_store_full_of_faults_gives_what_the_local_folder_gives(
         return Carried(sources)
 
     carried = replace(local, sources=Carried({"set 0": remote}))
-    told = stream(local, played(carried, Run(0, 12, workers=2, size=2), 12))
+    told = stream(local, run_ranks(carried, Run(0, 12, workers=2, size=2), 12))
     assert told == undisturbed(local, range(12))
     assert not proxy.faults, "all were served"
     assert len(proxy.asked) > len(told) + len(kinds) - kinds.count("")

@@ -1,4 +1,4 @@
-"""What teaches an instruction follows it, gives the right answer, and is worded unlike any evaluation."""
+"""Tests of formats: responses follow their instruction and are correct; wordings differ from the evaluation's."""
 
 import random
 import re
@@ -12,16 +12,16 @@ from redux.conversation import TEMPLATES, train_word_tokenizer
 
 
 @pytest.fixture(scope="module")
-def taught() -> list[tuple[str, dict, str, str, str]]:
-    """(instruction, arguments, answer, what is asked, what is said), of records made with the arguments noted."""
+def taught_examples() -> list[tuple[str, dict, str, str, str]]:
+    """Make (instruction, arguments, answer, prompt, response) of records."""
     result, draw = [], formats._draw_arguments
     told = [("there is a shape.", "what is it?", list(easy_vqa.QUESTION_TYPES)[number % 13]) for number in range(1600)]
-    chance = random.Random(0)
+    rng = random.Random(0)
     for (_, _, answer), record in zip(told, formats.make_records(told), strict=True):
         name = list(formats.INSTRUCTION_FORMS)[len(result) % 16]
-        given = draw(name, chance)
-        chance.choice(formats.INSTRUCTION_FORMS[name][0])
-        formats.INSTRUCTION_FORMS[name][1](answer, given, chance)
+        given = draw(name, rng)
+        rng.choice(formats.INSTRUCTION_FORMS[name][0])
+        formats.INSTRUCTION_FORMS[name][1](answer, given, rng)
         human, gpt = (turn["value"] for turn in record["conversations"])
         result.append((name, given, answer, human, gpt))
     return result
@@ -31,20 +31,22 @@ def words(text: str) -> list[str]:
     return re.findall(r"[\w{}]+", text.lower())
 
 
-def test_each_answer_follows_its_instruction_and_is_right(taught: list[tuple[str, dict, str, str, str]]) -> None:
-    for name, given, answer, human, gpt in taught:
-        assert instructions.follows_strictly(name, given, gpt), (name, given, human, gpt)
+def test_each_answer_follows_its_instruction_and_is_right(
+    taught_examples: list[tuple[str, dict, str, str, str]],
+) -> None:
+    for name, given, answer, human, gpt in taught_examples:
+        assert instructions.strict(name, given, gpt), (name, given, human, gpt)
         assert contains_answer(answer, gpt), (answer, gpt)
 
 
-def test_arguments_are_part_of_what_is_asked(taught: list[tuple[str, dict, str, str, str]]) -> None:
-    for _, given, _, human, _ in taught:
+def test_arguments_are_part_of_what_is_asked(taught_examples: list[tuple[str, dict, str, str, str]]) -> None:
+    for _, given, _, human, _ in taught_examples:
         for value in given.values():
             assert all(str(each) in human for each in (value if isinstance(value, list) else [value]))
 
 
 def test_all_instructions_are_taught_alike_and_in_words_that_no_evaluation_uses(
-    taught: list[tuple[str, dict, str, str, str]],
+    taught_examples: list[tuple[str, dict, str, str, str]],
 ) -> None:
     assert formats.INSTRUCTION_FORMS.keys() == instructions.INSTRUCTIONS.keys()
     for name, (wordings, _) in formats.INSTRUCTION_FORMS.items():
@@ -55,18 +57,26 @@ def test_all_instructions_are_taught_alike_and_in_words_that_no_evaluation_uses(
             same = runs & {tuple(evaluated[place : place + 5]) for place in range(len(evaluated) - 4)}
             assert not same, f"{wording}: five words in a row are those of the evaluation"
             assert own != evaluated
-    assert {name for name, *_ in taught[:16]} == {name for name, *_ in taught[-16:]} == set(formats.INSTRUCTION_FORMS)
+    assert (
+        {name for name, *_ in taught_examples[:16]}
+        == {name for name, *_ in taught_examples[-16:]}
+        == set(formats.INSTRUCTION_FORMS)
+    )
 
 
-def test_what_a_word_tokenizer_makes_of_an_answer_still_follows(taught: list[tuple[str, dict, str, str, str]]) -> None:
-    """It puts blanks between tokens: marks that mean something together must be one."""
+def test_what_a_word_tokenizer_makes_of_an_answer_still_follows(
+    taught_examples: list[tuple[str, dict, str, str, str]],
+) -> None:
+    """The tokenizer puts blanks between tokens, so marks that belong together must be one token."""
     template = TEMPLATES["vicuna_bare"]
-    turns = [[{"from": "human", "value": human}, {"from": "gpt", "value": gpt}] for _, _, _, human, gpt in taught]
-    texts = ["".join(piece for piece, _ in template.split_spans(each)) for each in turns]
+    turns = [
+        [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}] for _, _, _, human, gpt in taught_examples
+    ]
+    texts = ["".join(piece for piece, _ in template.spans(each)) for each in turns]
     tokenizer = train_word_tokenizer(texts, 512)
-    for name, given, answer, _, gpt in taught:
+    for name, given, answer, _, gpt in taught_examples:
         said = tokenizer.decode(tokenizer(gpt)["input_ids"], skip_special_tokens=True)
-        assert instructions.follows_strictly(name, given, said), (name, given, said)
+        assert instructions.strict(name, given, said), (name, given, said)
         assert contains_answer(answer, said), (answer, said)
 
 

@@ -1,4 +1,4 @@
-"""A file inside the image folder is found however its path is written, and what decodes is an image."""
+"""Tests of images: files in the folder are found by any spelling of their path, and are checked by decoding."""
 
 import io
 import os

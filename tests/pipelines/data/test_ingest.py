@@ -1,4 +1,4 @@
-"""Arrays of a micro-batch are what images and records say, and Ray Data brings them in order, from any place on."""
+"""Tests of ingest: micro-batches match images and records, and Ray Data delivers them in order from any start."""
 
 import json
 from collections import Counter
@@ -35,7 +35,7 @@ GLOBAL_BATCH = 8
 
 @pytest.fixture(scope="session")
 def reader(stored: Shards, tokenizer: Path) -> Reader:
-    """Micro-batches of 4; 22 samples are no multiple of the global batch, so epochs meet within one."""
+    """A reader of micro-batches of 4. 22 samples are no multiple of the global batch, so epochs meet within one."""
     return Reader(
         sources={"all": stored},
         order=Order(samples=(len(stored),), global_batch_size=GLOBAL_BATCH, seed=3),
@@ -48,7 +48,7 @@ def reader(stored: Shards, tokenizer: Path) -> Reader:
     )
 
 
-def talk(rounds: int, first: str = f"{IMAGE_TOKEN}\n") -> StoredSample:
+def make_sample(rounds: int, first: str = f"{IMAGE_TOKEN}\n") -> StoredSample:
     turns = []
     for number in range(rounds):
         turns += [{"from": "human", "value": f"question {number}?"}, {"from": "gpt", "value": f"answer {number}"}]
@@ -56,7 +56,7 @@ def talk(rounds: int, first: str = f"{IMAGE_TOKEN}\n") -> StoredSample:
     return StoredSample("key", b"", {"id": "key", "conversations": turns})
 
 
-def only(reader: Reader) -> Shards:
+def only_set(reader: Reader) -> Shards:
     [shards] = reader.sources.values()
     return shards
 
@@ -67,24 +67,24 @@ def pairs(sample: StoredSample) -> list[tuple[str, str]]:
 
 
 def drawn(reader: Reader) -> dict[bytes, tuple[str, bool]]:
-    """(key, whether mirrored) of every picture that the samples can give."""
+    """Map the bytes of every possible image to (key, is_mirrored)."""
     result = {}
-    for sample in only(reader).read_samples(range(len(only(reader)))):
+    for sample in only_set(reader).read_samples(range(len(only_set(reader)))):
         array = load_pixels(sample.image, reader.image_size).transpose(1, 2, 0)
         result[array.tobytes()] = (sample.key, False)
         result[array[:, ::-1].tobytes()] = (sample.key, True)
-    assert len(result) == 2 * len(only(reader))
+    assert len(result) == 2 * len(only_set(reader))
     return result
 
 
 def seen(reader: Reader, numbers: Sequence[int]) -> list[tuple[str, bool]]:
-    """(key, whether mirrored) of each sample in the micro-batches with these numbers."""
+    """Return (key, is_mirrored) of each sample in these micro-batches."""
     names = drawn(reader)
     return [names[row.tobytes()] for number in numbers for row in reader(number)["pixel_values"]]
 
 
 def said(reader: Reader, numbers: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of each sample without padding."""
+    """Return input_ids and labels of each sample without padding."""
     result = []
     for number in numbers:
         batch = reader(number)
@@ -102,7 +102,7 @@ def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
 
 @pytest.mark.parametrize("rounds", [1, 2, 7])
 def test_shuffling_keeps_every_question_with_its_answer_and_the_image_first(rounds: int):
-    sample, orders = talk(rounds), set()
+    sample, orders = make_sample(rounds), set()
     for seed in range(60):
         mixed = draw_rounds(sample, 99, np.random.default_rng(seed))
         turns = mixed.record["conversations"]
@@ -112,11 +112,11 @@ def test_shuffling_keeps_every_question_with_its_answer_and_the_image_first(roun
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * rounds
         orders.add(tuple(pairs(mixed)))
     assert len(orders) == min(rounds, 2) if rounds < 3 else len(orders) > 50
-    assert sample == talk(rounds), "the sample itself is as it was"
+    assert sample == make_sample(rounds), "the sample itself is as it was"
 
 
 def test_a_draw_of_fewer_rounds_takes_each_of_them_as_often():
-    sample = talk(5)
+    sample = make_sample(5)
     draws = [pairs(draw_rounds(sample, 2, np.random.default_rng(seed))) for seed in range(500)]
     assert all(len(draw) == len({*draw}) == 2 and {*draw} <= {*pairs(sample)} for draw in draws)
     counts = Counter(pair for draw in draws for pair in draw)
@@ -124,20 +124,20 @@ def test_a_draw_of_fewer_rounds_takes_each_of_them_as_often():
 
 
 def test_a_question_without_an_answer_is_refused_by_name():
-    sample = talk(2)
+    sample = make_sample(2)
     cut = replace(sample, record={**sample.record, "conversations": sample.record["conversations"][:-1]})
     with pytest.raises(ValueError, match=rf"sample {sample.key}: 3 turns"):
         draw_rounds(cut, 2, np.random.default_rng(0))
 
 
 def test_shuffling_a_conversation_without_an_image_adds_none():
-    mixed = draw_rounds(talk(5, first=""), 99, np.random.default_rng(0))
+    mixed = draw_rounds(make_sample(5, first=""), 99, np.random.default_rng(0))
     assert not any(IMAGE_TOKEN in turn["value"] for turn in mixed.record["conversations"])
 
 
 def test_labels_are_the_answers_and_each_image_is_as_many_tokens_as_the_model_gives_it(reader: Reader):
     tokenizer, keys = AutoTokenizer.from_pretrained(reader.tokenizer), [key for key, _ in seen(reader, range(6))]
-    records = {sample.key: sample for sample in only(reader).read_samples(range(len(only(reader))))}
+    records = {sample.key: sample for sample in only_set(reader).read_samples(range(len(only_set(reader))))}
     for key, (ids, labels) in zip(keys, said(reader, range(6)), strict=True):
         assert ids.count(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) == IMAGE_TOKENS
         learned = [label for label in labels if label != IGNORE_INDEX]
@@ -164,45 +164,45 @@ def test_rows_are_padded_on_the_right_with_what_is_neither_attended_nor_learned(
 def test_a_conversation_that_is_too_long_names_the_sample_and_the_limit(tokenizer: Path):
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     with pytest.raises(ValueError, match=rf"sample test/99: \d+ tokens, allowed: {loaded.model_max_length}, "):
-        make_conversation_encoder("vicuna_bare", IMAGE_TOKENS)(loaded, replace(talk(40), key="test/99"))
+        make_conversation_encoder("vicuna_bare", IMAGE_TOKENS)(loaded, replace(make_sample(40), key="test/99"))
 
 
 def test_a_conversation_that_is_too_long_can_be_cut_off_instead(tokenizer: Path):
-    """As LLaVA does: the same tokens up to the length, those of the image counted."""
+    """Truncation as in LLaVA: the same tokens up to max_length, including image tokens."""
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    whole = make_conversation_encoder("vicuna_bare", IMAGE_TOKENS)(loaded, talk(3))
+    whole = make_conversation_encoder("vicuna_bare", IMAGE_TOKENS)(loaded, make_sample(3))
     length = len(whole["input_ids"]) - 5
-    cut = make_conversation_encoder("vicuna_bare", IMAGE_TOKENS, length)(loaded, talk(3))
+    cut = make_conversation_encoder("vicuna_bare", IMAGE_TOKENS, length)(loaded, make_sample(3))
     assert all(np.array_equal(cut[name], whole[name][:length]) for name in ("input_ids", "labels"))
-    longer = make_conversation_encoder("vicuna_bare", IMAGE_TOKENS, loaded.model_max_length)(loaded, talk(40))
+    longer = make_conversation_encoder("vicuna_bare", IMAGE_TOKENS, loaded.model_max_length)(loaded, make_sample(40))
     assert len(longer["input_ids"]) == loaded.model_max_length
     with pytest.raises(ValueError, match=r"sample \S+: \d+ tokens, cut off after 3 within or before the image"):
-        make_conversation_encoder("vicuna_bare", IMAGE_TOKENS, 3)(loaded, talk(3))
+        make_conversation_encoder("vicuna_bare", IMAGE_TOKENS, 3)(loaded, make_sample(3))
 
 
 @pytest.mark.parametrize("roles", ["human human", "gpt human", "human user"])
 def test_a_conversation_of_wrong_roles_names_the_sample(tokenizer: Path, roles: str):
     turns = [{"from": role, "value": "a question"} for role in roles.split()]
-    sample = replace(talk(1), key="test/7", record={"conversations": turns})
+    sample = replace(make_sample(1), key="test/7", record={"conversations": turns})
     with pytest.raises(ValueError, match=r"sample test/7: turn \d: got role"):
         make_conversation_encoder("vicuna_bare", IMAGE_TOKENS)(AutoTokenizer.from_pretrained(tokenizer), sample)
 
 
 def test_a_conversation_may_be_as_long_as_the_limit_and_no_longer(tokenizer: Path):
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    fits = loaded.model_max_length - len(said_alone(loaded, 0))
-    assert len(said_alone(loaded, fits)) == loaded.model_max_length
+    fits = loaded.model_max_length - len(encode_alone(loaded, 0))
+    assert len(encode_alone(loaded, fits)) == loaded.model_max_length
     with pytest.raises(ValueError, match=f"{loaded.model_max_length + 1} tokens"):
-        said_alone(loaded, fits + 1)
+        encode_alone(loaded, fits + 1)
 
 
-def said_alone(tokenizer: Any, image_tokens: int) -> list[int]:
-    return make_conversation_encoder("vicuna_bare", image_tokens)(tokenizer, talk(2))["input_ids"].tolist()
+def encode_alone(tokenizer: Any, image_tokens: int) -> list[int]:
+    return make_conversation_encoder("vicuna_bare", image_tokens)(tokenizer, make_sample(2))["input_ids"].tolist()
 
 
 def test_captions_are_what_the_assistant_says_and_equal_ones_are_equal_rows(reader: Reader):
     tokenizer = AutoTokenizer.from_pretrained(reader.tokenizer)
-    samples = only(reader).read_samples(range(len(only(reader))))
+    samples = only_set(reader).read_samples(range(len(only_set(reader))))
     ids = [encode_caption(tokenizer, sample)["input_ids"] for sample in samples]
     texts = [sample.record["conversations"][1]["value"] for sample in samples]
     for one, text in zip(ids, texts, strict=True):
@@ -214,14 +214,14 @@ def test_captions_are_what_the_assistant_says_and_equal_ones_are_equal_rows(read
 
 def test_a_micro_batch_is_a_pure_function_of_its_number(reader: Reader):
     asked = {number: reader(number) for number in (5, 0, 3)}
-    again = replace(reader, sources={"all": Shards(only(reader).folder)})
+    again = replace(reader, sources={"all": Shards(only_set(reader).folder)})
     for number in (0, 3, 5):
         assert equal(again(number), asked[number])
         assert asked[number]["number"] == number
 
 
 def test_flips_and_orders_of_rounds_belong_to_the_place_in_the_stream_not_to_the_micro_batch(reader: Reader):
-    """40 places, in micro-batches of 4, 2, 1 and 8: the same samples, mirrored and shuffled alike."""
+    """40 positions in micro-batches of 4, 2, 1 and 8 have the same samples and augmentations."""
     pictures, texts = seen(reader, range(10)), said(reader, range(10))
     for size in (1, 2, 8):
         other = replace(reader, micro_batch_size=size)
@@ -241,7 +241,7 @@ def test_about_half_of_the_images_are_mirrored_anew_each_epoch_and_by_seed(reade
 def test_without_flip_and_shuffle_the_samples_are_as_stored(reader: Reader):
     plain = replace(reader, random_flip=False, max_rounds=None)
     numbers = np.concatenate([plain.order.get_batch(number)[1] for number in range(3)])
-    stored = only(plain).read_samples(numbers)
+    stored = only_set(plain).read_samples(numbers)
     assert seen(plain, range(6)) == [(sample.key, False) for sample in stored]
     loaded = AutoTokenizer.from_pretrained(plain.tokenizer)
     expected = [plain.encode(loaded, sample)["input_ids"].tolist() for sample in stored]
@@ -250,13 +250,13 @@ def test_without_flip_and_shuffle_the_samples_are_as_stored(reader: Reader):
 
 @pytest.mark.parametrize(("size", "workers"), [(8, 1), (4, 1), (4, 2), (2, 1), (2, 2), (2, 4), (1, 8), (1, 4)])
 def test_a_global_batch_has_the_same_samples_at_any_number_of_workers(reader: Reader, size: int, workers: int):
-    """Rank r computes micro-batches r, r + workers, ...; what all have after each step is the order's global batch."""
+    """Rank r computes micro-batches r, r + workers, ... After each step, all ranks have the global batch."""
     shared = replace(reader, micro_batch_size=size)
     per_rank = GLOBAL_BATCH // (size * workers)
     for step in range(4):
         turns = [(step * per_rank + turn) * workers + rank for turn in range(per_rank) for rank in range(workers)]
         keys = [key for key, _ in seen(shared, turns)]
-        assert keys == [only(reader).get_key(number) for number in reader.order.get_batch(step)[1]]
+        assert keys == [only_set(reader).get_key(number) for number in reader.order.get_batch(step)[1]]
 
 
 def batches(data: Any) -> list[dict[str, np.ndarray]]:
@@ -282,7 +282,7 @@ def test_from_any_start_ray_data_gives_the_rest_of_the_stream_in_order(reader: R
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_get_every_other_micro_batch_in_order(reader: Reader):
-    """Two turns of full blocks, and one of short ones."""
+    """Each worker has two full blocks and a short one."""
     stop = 2 + 2 * (2 * MAX_BLOCK_SAMPLES // reader.micro_batch_size + 3)
     shards = in_order(make_dataset(reader, 2, stop, workers=2)).streaming_split(2, equal=True)
     with ThreadPoolExecutor(2) as pool:
@@ -295,14 +295,12 @@ def test_two_workers_get_every_other_micro_batch_in_order(reader: Reader):
 def mixed(
     ray_cluster: Any, reader: Reader, records: list[dict], pictures: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Reader:
-    """The same micro-batches of a set in which only every fifth record has an image."""
+    """A reader of a set in which only every fifth record has an image."""
     given = [dict(record) for record in records]
     for number, record in enumerate(given):
         if number % 5:
             del record["image"]
-            turns = [
-                {**turn, "value": turn["value"].removeprefix(f"{IMAGE_TOKEN}\n")} for turn in record["conversations"]
-            ]
+            turns = [{**turn, "value": turn["value"].removeprefix(f"{IMAGE_TOKEN}\n")} for turn in record["conversations"]]
             record["conversations"] = turns
     folder = tmp_path_factory.mktemp("mixed")
     make_shards(given, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
@@ -310,7 +308,7 @@ def mixed(
 
 
 def test_a_micro_batch_has_the_images_of_its_samples_and_all_their_texts(mixed: Reader):
-    """As many image tokens as images fill; text alone, also in every sample of a batch, has neither."""
+    """Image tokens match the images. Text-only samples have neither, even if a whole batch is text only."""
     image = AutoTokenizer.from_pretrained(mixed.tokenizer).convert_tokens_to_ids(IMAGE_TOKEN)
     counts = []
     for number in range(22):
@@ -336,5 +334,5 @@ def test_text_alone_has_no_place_in_a_contrastive_stage(mixed: Reader):
         assert len(batch["pixel_values"]) == mixed.micro_batch_size
         for entry in json.loads(batch["replaced"]):
             assert "text alone, allowed in a contrastive stage: an image and its caption" in entry["reason"]
-            assert not only(mixed).has_image[entry["due"]]
-            assert only(mixed).has_image[entry["used"]]
+            assert not only_set(mixed).has_image[entry["due"]]
+            assert only_set(mixed).has_image[entry["used"]]

@@ -1,6 +1,6 @@
-"""Whatever a record or an image file holds, it is kept or listed: no traceback, no hang, nothing lost without a line.
+"""Fuzz tests of records and images: each is kept or listed in quarantine, without a traceback or a hang.
 
-REDUX_FUZZ=10000 tries so many of each; the default is a part of it.
+REDUX_FUZZ=10000 tries that many of each; the default is smaller.
 """
 
 import json
@@ -24,7 +24,7 @@ NUMBER = int(os.environ.get("REDUX_FUZZ", "400"))
 
 
 def listed(out: Path, total: int) -> dict[int, str]:
-    """Reasons by number; each line is JSON in UTF-8, with a field and a value."""
+    """Read reasons by number, and check that each line is JSON in UTF-8 with a field and a value."""
     reasons = {}
     for line in (out / QUARANTINE_FILE).read_text("utf-8").splitlines():
         entry = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -40,12 +40,12 @@ def listed(out: Path, total: int) -> dict[int, str]:
 def test_each_record_is_kept_or_listed(
     in_process: Callable[[], AbstractContextManager[None]], tmp_path: Path, form: str
 ) -> None:
-    chance = random.Random(form)
+    rng = random.Random(form)
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(picture())
     (tmp_path / "a.png").write_bytes(picture("PNG"))
     (tmp_path / "cut.jpg").write_bytes(picture()[:99])
-    texts = [odd_record(chance) for _ in range(NUMBER // 2)]
+    texts = [odd_record(rng) for _ in range(NUMBER // 2)]
     if form == "list":
         text = f"[{', '.join(texts)}]"
     else:
@@ -79,8 +79,8 @@ def test_each_record_is_kept_or_listed(
 def test_each_image_is_kept_or_listed(
     in_process: Callable[[], AbstractContextManager[None]], tmp_path: Path, size: int | None
 ) -> None:
-    chance = random.Random(size or 0)
-    images = [odd_image(chance) for _ in range(NUMBER // 2)]
+    rng = random.Random(size or 0)
+    images = [odd_image(rng) for _ in range(NUMBER // 2)]
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A."}]
     for number, image in enumerate(images):
         (tmp_path / f"{number}.jpg").write_bytes(image)

@@ -1,4 +1,4 @@
-"""The order loses nothing, repeats nothing, depends on its fields alone, keeps its ratios, and looks like chance."""
+"""Tests of the order: no sample is lost or repeated, ratios are kept, and permutations look random."""
 
 import hashlib
 import itertools
@@ -33,22 +33,22 @@ SHARDS = np.array([5, 1, 9, 3, 3, 7, 20, 2, 13])
 
 
 def stream(order: Order, batches: int) -> np.ndarray:
-    """Sample numbers of the first batches of a single source."""
+    """Return the sample numbers of the first batches of a single source."""
     return np.concatenate([order.get_batch(number)[1] for number in range(batches)])
 
 
 def chi_square(counts: np.ndarray) -> float:
-    """Sum of squared errors over expectation, in standard deviations above what fair counts give."""
+    """Compute the chi-square statistic in standard deviations above its expectation."""
     expected, freedom = counts.sum() / len(counts), len(counts) - 1
     return (((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom)
 
 
 def columns(samples: int, modalities: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Modality and length of each sample, by chance, the first modality four times as often as the last."""
-    chance = np.random.default_rng((samples, modalities, seed))
+    """Draw modality and length of each sample. The first modality is four times as frequent as the last."""
+    rng = np.random.default_rng((samples, modalities, seed))
     parts = np.linspace(4, 1, modalities)
-    drawn = chance.choice(modalities, samples, p=parts / parts.sum())
-    return drawn.astype(np.uint8), chance.integers(1, 300, samples).astype(np.uint16)
+    drawn = rng.choice(modalities, samples, p=parts / parts.sum())
+    return drawn.astype(np.uint8), rng.integers(1, 300, samples).astype(np.uint16)
 
 
 def grouped(samples: int, global_batch_size: int, seed: int = 3, megabatch: int = 3, modalities: int = 2) -> Order:
@@ -57,7 +57,7 @@ def grouped(samples: int, global_batch_size: int, seed: int = 3, megabatch: int 
 
 
 def orders() -> dict[str, Order]:
-    """One of each kind."""
+    """Make one order of each kind."""
     shards = (SHARDS, SHARDS[:4])
     held = tuple(int(sizes.sum()) for sizes in shards)
     return {
@@ -192,13 +192,13 @@ def test_each_batch_and_the_whole_run_keep_the_ratio(weights: tuple[float, ...],
 
 
 def test_ratios_hold_for_mixtures_by_chance():
-    """Up to three sources never by more than 1 from the start, more than three hardly ever so, and by little."""
-    chance = np.random.default_rng(0)
+    """Counts since the start deviate by at most 1 for up to three sources, rarely and slightly more for others."""
+    rng = np.random.default_rng(0)
     for _ in range(60):
-        weights = [Fraction(int(weight)) for weight in chance.integers(1, 60, chance.integers(2, 9))]
-        global_batch_size = int(chance.integers(1, 70))
+        weights = [Fraction(int(weight)) for weight in rng.integers(1, 60, rng.integers(2, 9))]
+        global_batch_size = int(rng.integers(1, 70))
         exact = np.array(weights, float) / float(sum(weights)) * global_batch_size
-        for number in map(int, chance.integers(0, 2 * sum(weights), 12)):
+        for number in map(int, rng.integers(0, 2 * sum(weights), 12)):
             starts, counts = count_source_samples(weights, global_batch_size, number)
             assert (np.abs(counts - exact) < 1).all()
             assert np.array_equal(
@@ -280,7 +280,7 @@ def test_samples_mix_within_windows_of_shards_and_not_beyond(window: int, seed: 
 
 
 def slow_groups(order: Order, modality: np.ndarray, lengths: np.ndarray, epoch: int) -> np.ndarray:
-    """A whole grouped epoch, put together as the docstring of `grouping` tells it."""
+    """Slow reference: a whole grouped epoch, assembled as described in the docstring of `grouping`."""
     global_batch_size, samples, seed = order.global_batch_size, order.samples[0], order.seed
     head = min((global_batch_size - epoch * samples % global_batch_size) % global_batch_size, samples)
     full = (samples - head) // global_batch_size
@@ -393,7 +393,7 @@ def test_a_sample_comes_at_any_place_of_another_epoch_or_stream(streams: tuple[t
 
 
 def test_few_samples_come_in_every_order_with_equal_chance():
-    """The weakness of Feistel networks: over few numbers some orders came three times as often as others."""
+    """Feistel networks are biased over few numbers: some orders were three times as frequent as others."""
     counts: dict[tuple[int, ...], int] = {}
     for seed in range(3000):
         order = tuple(permute(np.arange(5), 5, seed, 0).tolist())
@@ -406,7 +406,7 @@ def test_few_samples_come_in_every_order_with_equal_chance():
 
 
 def of_a_billion() -> None:
-    """Run by itself, so that the peak is this order's: prints the peak in MiB and the rows asked for."""
+    """Run in a separate process, so that the peak memory is this order's. Prints the peak in MiB and the rows read."""
     rows = []
 
     def lengths(numbers: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Every way in which a record cannot be used has its reason, and nothing that LLaVA's trainer reads has one."""
+"""Tests of records: every unusable record has its reason, and records that LLaVA's trainer reads have none."""
 
 import json
 from typing import Any
@@ -24,18 +24,18 @@ TEXT = {"id": "t", "conversations": MORE}
 
 
 def turn(number: int, **changes: Any) -> dict[str, Any]:
-    """The good record with another turn."""
+    """Make the valid record with another turn."""
     turns = [*GOOD["conversations"]]
     turns[number] = {**turns[number], **changes}
     return {**GOOD, "conversations": turns}
 
 
-def asks(question: str, answer: str = "It is.") -> dict[str, Any]:
-    """A record of text alone."""
+def text_record(question: str, answer: str = "It is.") -> dict[str, Any]:
+    """Make a text-only record."""
     return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
 
 
-def without(name: str, record: dict[str, Any]) -> dict[str, Any]:
+def without_field(name: str, record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != name}
 
 
@@ -48,7 +48,7 @@ def without(name: str, record: dict[str, Any]) -> dict[str, Any]:
         {**GOOD, "id": 7.5},
         {**GOOD, "id": None},
         {**GOOD, "id": ["a"]},
-        without("id", GOOD),
+        without_field("id", GOOD),
         {**TEXT, "model": ""},
         {**TEXT, "image": None},
         {**TEXT, "video": None, "images": [], "audio": ""},
@@ -91,10 +91,10 @@ def test_what_llavas_trainer_reads_is_kept(record: dict) -> None:
         (turn(1, value=" "), "empty turn", "conversations[1].value", " "),
         (turn(1, value="<image>"), "empty turn", "conversations[1].value", "<image>"),
         (turn(2, value=""), "empty turn", "conversations[2].value", ""),
-        (asks(" "), "empty turn", "conversations[0].value", " "),
+        (text_record(" "), "empty turn", "conversations[0].value", " "),
         (turn(1, value="Great \ud83d"), "broken text", "conversations[1].value", "Great \\ud83d"),
         (turn(0, value="is it red?"), "image without tag", "conversations[0].value", "is it red?"),
-        (without("image", GOOD), "tag without image", "image", MISSING),
+        (without_field("image", GOOD), "tag without image", "image", MISSING),
         ({**GOOD, "image": None}, "tag without image", "image", "null"),
         (turn(2, value="<image> sure?"), "tags", "conversations[2].value", "<image>"),
         (turn(1, value="yes <image>"), "tags", "conversations[1].value", "<image>"),
@@ -127,28 +127,28 @@ def test_what_cannot_be_used_has_its_reason_with_the_field_and_its_value(
         ({"conversations": [{**MORE[0], "image": "a.jpg"}, MORE[1]]}, "image form"),
         ({"conversations": [{**MORE[0], "video": "a.mp4"}, MORE[1]]}, "video"),
         ({"video": "x.mp4", "QA": []}, "video"),
-        (asks("<video>\nWhat happens?"), "video"),
-        (asks("What happens in <video>?"), "video"),
+        (text_record("<video>\nWhat happens?"), "video"),
+        (text_record("What happens in <video>?"), "video"),
         (turn(0, value="<image>\n<video>"), "video"),
-        (asks("<|video_pad|> What?"), "video"),
-        (asks("<audio>\nWho speaks?"), "audio"),
-        (asks("<|AUDIO|>Who?"), "audio"),
-        (asks("<|audio_bos|>Who?"), "audio"),
-        (asks("<speech>\nAnswer."), "audio"),
-        (asks("<point>\nWhat is it?"), "point cloud"),
-        (asks("<Image>\nWhat?"), "image form"),
-        (asks("<IMAGE>\nWhat?"), "image form"),
-        (asks("<img>a.jpg</img>What?"), "image form"),
-        (asks("Picture 1: <img>a.jpg</img>\nWhat?"), "image form"),
-        (asks("What is in <image 1>?"), "image form"),
-        (asks("<image_1> and <image2>?"), "image form"),
-        (asks("<ImageHere>What?"), "image form"),
-        (asks("<im_start><im_end>What?"), "image form"),
-        (asks("<|vision_start|><|image_pad|><|vision_end|>What?"), "image form"),
-        (asks("[IMG]What?"), "image form"),
+        (text_record("<|video_pad|> What?"), "video"),
+        (text_record("<audio>\nWho speaks?"), "audio"),
+        (text_record("<|AUDIO|>Who?"), "audio"),
+        (text_record("<|audio_bos|>Who?"), "audio"),
+        (text_record("<speech>\nAnswer."), "audio"),
+        (text_record("<point>\nWhat is it?"), "point cloud"),
+        (text_record("<Image>\nWhat?"), "image form"),
+        (text_record("<IMAGE>\nWhat?"), "image form"),
+        (text_record("<img>a.jpg</img>What?"), "image form"),
+        (text_record("Picture 1: <img>a.jpg</img>\nWhat?"), "image form"),
+        (text_record("What is in <image 1>?"), "image form"),
+        (text_record("<image_1> and <image2>?"), "image form"),
+        (text_record("<ImageHere>What?"), "image form"),
+        (text_record("<im_start><im_end>What?"), "image form"),
+        (text_record("<|vision_start|><|image_pad|><|vision_end|>What?"), "image form"),
+        (text_record("[IMG]What?"), "image form"),
         (turn(0, value="<Image><image></Image>\nWhat?"), "image form"),
         (turn(0, value="(<image>./</image>)\nWhat?"), "image form"),
-        (asks("Draw it.", "Here it is:\n<image_token>\nDone."), "image form"),
+        (text_record("Draw it.", "Here it is:\n<image_token>\nDone."), "image form"),
     ],
     ids=ascii,
 )
@@ -161,20 +161,20 @@ def test_content_that_is_neither_an_image_nor_text_is_kept_out_under_its_name(re
 @pytest.mark.parametrize(
     "record",
     [
-        asks("What does the <video> tag do?"),
-        asks("What is a <audio> element?"),
-        asks("Explain `<video>`."),
-        asks('What is "<img>" in HTML?'),
-        asks("Mend this:\n```html\n<video>\n</video>\n```"),
-        asks("Mend this: <div><video></video></div>"),
-        asks("What is wrong with <img src='a.jpg'>?"),
-        asks("What is <video controls src='a.mp4'>?"),
-        asks("How do I play a film?", "Use <video> for films, and <audio> for sound."),
-        asks("How do I play a film?", "So:\n```\n<video>\n```"),
-        asks("<|im_start|>user"),
-        asks("List<Image> images = new List<Image>();", "a"),
-        asks("if a<b and c>d: <points to it>, <visually>"),
-        asks("I saw a video. [image]"),
+        text_record("What does the <video> tag do?"),
+        text_record("What is a <audio> element?"),
+        text_record("Explain `<video>`."),
+        text_record('What is "<img>" in HTML?'),
+        text_record("Mend this:\n```html\n<video>\n</video>\n```"),
+        text_record("Mend this: <div><video></video></div>"),
+        text_record("What is wrong with <img src='a.jpg'>?"),
+        text_record("What is <video controls src='a.mp4'>?"),
+        text_record("How do I play a film?", "Use <video> for films, and <audio> for sound."),
+        text_record("How do I play a film?", "So:\n```\n<video>\n```"),
+        text_record("<|im_start|>user"),
+        text_record("List<Image> images = new List<Image>();", "a"),
+        text_record("if a<b and c>d: <points to it>, <visually>"),
+        text_record("I saw a video. [image]"),
     ],
     ids=ascii,
 )
@@ -228,8 +228,12 @@ def test_records_are_read_from_a_list_and_from_lines(text: bytes, records: list)
 
 
 def test_one_records_bytes_or_depth_are_that_records_matter() -> None:
-    latin = json.dumps(asks("Café?"), ensure_ascii=False).encode("latin-1")
-    cut = json.dumps(asks("What?", "Great 😀"), ensure_ascii=False).encode().replace("😀".encode(), "😀".encode()[:2])
+    latin = json.dumps(text_record("Café?"), ensure_ascii=False).encode("latin-1")
+    cut = (
+        json.dumps(text_record("What?", "Great 😀"), ensure_ascii=False)
+        .encode()
+        .replace("😀".encode(), "😀".encode()[:2])
+    )
     deep = {**TEXT, "more": json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH)}
     for one in (latin, cut, json.dumps(deep).encode()):
         records = parse_records(b"[" + one + b"," + LINES[0].encode() + b"]", "x.json")

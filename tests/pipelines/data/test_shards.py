@@ -1,4 +1,4 @@
-"""Shards are tars that WebDataset's own readers open; the index finds every sample in them or says what is wrong."""
+"""Tests of shards: WebDataset reads them, and the index finds every sample or names the error."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def files(records: list[dict], pictures: Path) -> list[bytes]:
 
 @pytest.fixture
 def copy(stored: Shards, tmp_path: Path) -> Shards:
-    """The same set where a test may write."""
+    """A copy of the set that a test may change."""
     return Shards(shutil.copytree(stored.folder, tmp_path / "copy"))
 
 
@@ -137,7 +137,7 @@ def test_making_shards_twice_gives_equal_bytes(stored: Shards, records: list[dic
 def test_an_image_is_an_image_whatever_its_file_is_called(
     in_process: Callable[[], AbstractContextManager[None]], records: list[dict], pictures: Path, tmp_path: Path
 ):
-    """A member .json would be the record, one .pkl is never read, and one .txt is no image."""
+    """A member .json would be the record, .pkl is never read, and .txt is no image."""
     given = []
     for number, name in enumerate(["a.json", "b.pkl", "c.txt", "d.e.f", "g"]):
         (tmp_path / name).write_bytes((pictures / records[number]["image"]).read_bytes())
@@ -220,7 +220,7 @@ def test_a_number_of_no_sample_is_an_error(stored: Shards, number: int):
 
 
 def table(samples: int, each: int = 1000, word: int = 1) -> pa.Table:
-    """An index of that many samples, as far as nobody reads them."""
+    """Make an index of samples that do not exist."""
     number = np.arange(samples)
     shards = [f"{shard:06d}.tar" for shard in range(-(-samples // each))]
     columns = {
@@ -295,7 +295,7 @@ def test_an_index_that_was_replaced_before_a_task_opens_it_is_an_error(tmp_path:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's own memory there")
 def test_a_process_that_looks_up_few_samples_does_not_hold_the_index(tmp_path: Path):
-    """A mapped file's pages are the page cache's; what counts is the memory that a process has to itself."""
+    """Pages of a mapped file belong to the page cache, so the private memory of the process is measured."""
     write_index(str(tmp_path), table(1_000_000))
     program = f"""
 import re
@@ -341,14 +341,14 @@ def test_an_index_of_something_else_is_named(tmp_path: Path):
 
 
 def test_a_damaged_index_is_an_error_or_other_rows_but_never_a_crash(tmp_path: Path):
-    """Arrow believes what an index says of itself; followed out of the file, that ends the process."""
+    """Arrow trusts offsets in an index; an offset outside of the file would crash the process."""
     write_index(str(tmp_path), table(22, each=5))
-    path, chance = tmp_path / INDEX_FILE, np.random.default_rng(0)
+    path, rng = tmp_path / INDEX_FILE, np.random.default_rng(0)
     whole = path.read_bytes()
     refused = []
     for _ in range(500):
-        at, kind = int(chance.integers(len(whole))), chance.integers(3)
-        other = bytes([int(chance.integers(256))])
+        at, kind = int(rng.integers(len(whole))), rng.integers(3)
+        other = bytes([int(rng.integers(256))])
         damaged = [whole[:at], whole[:at] + other + whole[at + 1 :], whole[:at] + bytes(64) + whole[at + 64 :]][kind]
         path.unlink()  # as a mapped file is replaced, not written to
         path.write_bytes(damaged)
@@ -417,8 +417,8 @@ def test_a_finished_set_has_no_other_files_than_these(stored: Shards):
     assert not storage.list_files(f"{stored.folder}/unfinished")
 
 
-def spoilt(records: list[dict], pictures: Path) -> tuple[list[Any], dict[int, str]]:
-    """The records, some of them spoilt, and the reason of each of those by number."""
+def damaged_records(records: list[dict], pictures: Path) -> tuple[list[Any], dict[int, str]]:
+    """The records with some of them damaged, and the expected reason of each by number."""
     (pictures / "cut.png").write_bytes((pictures / "0.png").read_bytes()[:60])
     result, reasons = [dict(record) for record in records], {}
     for number, (changes, reason) in {
@@ -446,7 +446,7 @@ def spoilt(records: list[dict], pictures: Path) -> tuple[list[Any], dict[int, st
 def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_kept(
     records: list[dict], pictures: Path, tmp_path: Path, size: int
 ):
-    given, reasons = spoilt(records, pictures)
+    given, reasons = damaged_records(records, pictures)
     summary = make_shards(
         given, str(pictures), str(tmp_path), ShardOptions(samples_per_shard=size, max_bad_fraction=0.5)
     )
@@ -474,7 +474,7 @@ def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_kept(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_past_the_tolerated_share_there_is_a_list_but_no_set(records: list[dict], pictures: Path, tmp_path: Path):
-    given, reasons = spoilt(records, pictures)
+    given, reasons = damaged_records(records, pictures)
     with pytest.raises(ValueError, match=r"8 of 24 records cannot be used \(.*1 duplicate.*\), allowed: 30\.00%"):
         make_shards(given, str(pictures), str(tmp_path), ShardOptions(samples_per_shard=5, max_bad_fraction=0.3))
     assert len((tmp_path / QUARANTINE_FILE).read_text().splitlines()) == len(reasons)

@@ -1,4 +1,4 @@
-"""A tar is listed as WebDataset reads it; every member is used, ignored or refused, and none without a word."""
+"""Tests of tars: samples are those that WebDataset reads, and every member is used, ignored or rejected."""
 
 import gzip
 import io
@@ -20,12 +20,12 @@ METADATA = json.dumps({"url": "https://example.org/1.jpg", "caption": "a thing",
 
 
 def webdataset_samples(data: bytes) -> list[dict]:
-    """What WebDataset's own reader makes of it."""
+    """Read the samples with WebDataset."""
     return list(group_by_keys(tar_file_expander([{"url": "a.tar", "stream": io.BytesIO(data)}])))
 
 
 def read(data: bytes) -> tuple[Tar | None, str]:
-    """What the tar holds, or why it is refused."""
+    """Read a tar. Returns its content, or None and the error."""
     try:
         return read_tar(data, "a.tar"), ""
     except ValueError as error:
@@ -38,7 +38,7 @@ def listed(*entries: Entry) -> tuple[Tar, bytes]:
 
 
 def parts(*entries: Entry) -> list[tuple[str, str | None, str | None, str | None]]:
-    """(key, suffix of the record, suffix of the image, fault) of each sample."""
+    """Return (key, suffix of the record, suffix of the image, rejection reason) of each sample."""
     return [
         (
             sample.key,
@@ -121,7 +121,7 @@ def test_a_record_with_an_image_that_the_tar_lacks_is_refused():
 
 @pytest.mark.parametrize("text", [True, False])
 def test_members_apart_are_refused_whatever_of_them_could_stand_alone(text: bool):
-    """A record alone would be trained as text, and its image be lost."""
+    """A record without its image would be trained as text."""
     records = [(f"{number}.json", record(number, image=not text)) for number in range(3)]
     images = [(f"{number}.jpg", JPG) for number in range(3)]
     for entries in (records + images, images + records):
@@ -235,7 +235,7 @@ def test_a_sparse_image_is_refused():
 
 
 def test_samples_behind_ten_gigabytes_are_found_where_they_are(tmp_path: Path):
-    """The file has a hole, of which neither disk nor test has to read anything."""
+    """The file is sparse, so neither disk nor test reads the empty part."""
     size, head, tail = 10 * 2**30, pack([("a.json", record(0, image=False))])[:1024], pack([*_named("b")])
     large = tarfile.TarInfo("README")
     large.size = size
