@@ -2,7 +2,7 @@
 
     python jobs/bench/ingest.py
 
-Photos of 640 x 480 by jobs/bench/pixels.py, each padded and resized to 336 by redux.image.pixels, so that loaders
+Photos of 640 x 480 by jobs/bench/pixels.py, each padded and resized to 336 by redux.image.load_pixels, so that loaders
 differ in reading and transporting alone.  Each has two worker processes, and all that it starts shares two cores with
 the process that takes the batches: 16 images of uint8 each, every image once, which a checksum of all of them shows.
 

@@ -62,7 +62,7 @@ class Subject:
     """The model that is asked: folder, hub id or URL.
 
     template, fit, allow_mismatch: as `redux.answering.load` takes them.
-    methods: settings of the method in place of the model's own, by their names in redux.model.METHODS.
+    methods: settings of the method in place of the model's own, by their names in redux.settings.METHODS.
     """
 
     model: str
@@ -374,7 +374,7 @@ def speed(run: Path) -> dict[str, float]:
 
 @dataclass
 class Example:
-    """A test question and what the compression did to its image; `slot` and `merged` as in `redux.picture.draw`."""
+    """A test question and what the compression did to its image; `slot` and `merged` as in `redux.picture.draw_patches`."""
 
     image: Image.Image
     question: str
