@@ -374,7 +374,7 @@ def speed(run: Path) -> dict[str, float]:
 
 @dataclass
 class Example:
-    """A test question and what the compression did to its image; `slot` and `merged` as in `redux.picture.draw_patches`."""
+    """A test question and the compression of its image; `slot` and `merged` as in `redux.picture.draw_patches`."""
 
     image: Image.Image
     question: str
