@@ -321,7 +321,7 @@ def test_the_upper_limit_describes_each_image_once_and_answers_without_it(
         def count_tokens(self, prompt: str) -> int:
             return answerer.count_tokens(prompt)
 
-    described = CaptionThenAnswer(Listening(), describe="What colour is the shape?", description_tokens=5)
+    described = CaptionThenAnswer(Listening(), caption_prompt="What colour is the shape?", caption_tokens=5)
     told = described(PROMPTS, [*IMAGES[:3], None], 6)
     descriptions = [answerer(["What colour is the shape?"], [image], 5).texts[0] for image in IMAGES[:3]]
     texts = [*(f"{said}\n{prompt}" for said, prompt in zip(descriptions, PROMPTS, strict=False)), PROMPTS[3]]
