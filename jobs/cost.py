@@ -6,7 +6,7 @@ from pathlib import Path
 
 from redux.configuration import ReduxConfig
 from redux.cost import compute_cost
-from redux.presets import PRESETS, Preset, VICUNA_SIZES, build_llava_config
+from redux.presets import PRESETS, VICUNA_SIZES, Preset, build_llava_config
 from redux.settings import METHODS
 
 COST_ROW_FORMAT = "{:<18} {:>6}  {:<40} {:>8} {:>6} {:>7}  {}"

@@ -12,12 +12,12 @@ regular expressions.  There are only these differences:
 
 - langdetect has the same seed for every text, in a detector of this module, so that order, threads and other users of
   langdetect change nothing.  IFEval sets no seed: "a man and a dog" is English in seven of ten cases.
-- All arguments must be present and valid, counts at least 1; otherwise a ValueError is raised.  IFEval samples a missing
-  argument, and lm-eval drops an argument of 0, so that a response is checked against a number that was not in its prompt.
+- All arguments must be present and valid, counts at least 1; otherwise a ValueError is raised.  IFEval samples a
+  missing argument, and lm-eval drops an argument of 0, so that the number checked was not in the prompt.
 - Brackets nested too deeply for Python's JSON reader are not JSON.  In IFEval they end the evaluation.
 
-`redux.sentences` splits sentences.  Words are matches of the library `regex`, as in NLTK since 3.10, which lm-eval uses:
-in Unicode a combining mark belongs to its word.  Older NLTK matches with `re`.
+`redux.sentences` splits sentences.  Words are matches of the library `regex`, as in NLTK since 3.10, which lm-eval
+uses: in Unicode a combining mark belongs to its word.  Older NLTK matches with `re`.
 
 Cost: a few milliseconds for a check of upper or lower case, which detects the language; microseconds for the others.
 """

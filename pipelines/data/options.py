@@ -19,7 +19,7 @@ class ShardOptions:
         samples_per_shard: number of records that go into one shard, including those that are rejected. One task holds a
             whole shard in memory.
         max_words: reject records with more words. null accepts any length.
-        image_size: store images as squares of this many pixels, 3 image_size² bytes each, as redux.image.prepared
+        image_size: store images as squares of this many pixels, 3 image_size² bytes each, as redux.image.prepare_image
             makes them. null stores the files unchanged.
         image_aspect_ratio: "pad" or "crop": how stored squares are made.
         max_bad_fraction: share of the records that may be rejected before the whole set is refused.

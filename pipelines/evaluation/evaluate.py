@@ -40,7 +40,7 @@ from redux.generation import Answers
 from redux.image import load_pixels
 from redux.model import ReduxForConditionalGeneration, normalize_pixels
 from redux.sentences import choose_splitter
-from redux.settings import ImageAspectRatio, METHODS, TemplateName
+from redux.settings import METHODS, ImageAspectRatio, TemplateName
 
 ANSWERS_FOLDER = "answers"
 PROVENANCE_FILE = "asked.json"

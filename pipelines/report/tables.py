@@ -26,7 +26,7 @@ from redux.benchmarks import Metric
 from redux.cost import compute_cost, compute_step_cost
 from redux.instructions import INSTRUCTIONS
 from redux.presets import PRESETS, Preset
-from redux.settings import METHODS, Reduction, SPATIAL_METHODS, VMTC
+from redux.settings import METHODS, SPATIAL_METHODS, VMTC, Reduction
 
 PROMPT_TEXT_TOKENS = 64
 """Number of text tokens in the prompt whose cost is shown."""

@@ -1,9 +1,9 @@
 """GQA: compositional questions made from scene graphs, with one right answer.  Hudson and Manning, arXiv 1902.09506.
 
-The official eval.py counts an answer that is equal to the right one, over the balanced questions.  LLaVA lowers a
-response and takes periods from its end before (scripts/convert_gqa_for_eval.py, haotian-liu/LLaVA, commit c121f043);
-so is done here, also with a file in the official format.  Consistency, validity, plausibility and distribution, which
-need files that GQA 1.2 no longer has, are left out.
+The official eval.py counts answers that equal the right one, over the balanced questions.  LLaVA first lowers a
+response and removes periods from its end (scripts/convert_gqa_for_eval.py, haotian-liu/LLaVA, commit c121f043).  Here
+this also happens to a file in the official format.  Consistency, validity, plausibility and distribution are left out,
+since they need files that GQA 1.2 no longer has.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,14 +15,14 @@ _ANSWER_KEYS = (("questionId", "prediction"), ("question_id", "text"), ("id", "r
 
 
 def read_questions(*sources: Source) -> list[Question]:
-    """Of testdev_balanced_questions.json: {id: {question, imageId, answer, types, isBalanced, …}, …}."""
+    """Read testdev_balanced_questions.json: {id: {question, imageId, answer, types, isBalanced, …}, …}."""
     source = only_source(sources)
-    whole = read_json(source)
-    if not isinstance(whole, dict):
-        raise ValueError(f"{source}: got a {type(whole).__name__}, allowed: an object of questions by id")
-    result = []
-    for number, entry in whole.items():
-        location = f"{source}: question {number}"
+    entries = read_json(source)
+    if not isinstance(entries, dict):
+        raise ValueError(f"{source}: got a {type(entries).__name__}, allowed: an object of questions by id")
+    result: list[Question] = []
+    for id, entry in entries.items():
+        location = f"{source}: question {id}"
         if not isinstance(entry, dict):
             raise ValueError(f"{location}: got a {type(entry).__name__}, allowed: an object")
         image = get_field(location, entry, "imageId")
@@ -32,7 +32,7 @@ def read_questions(*sources: Source) -> list[Question]:
             reference["answer"] = get_field(location, entry, "answer")
         result.append(
             Question(
-                id=number,
+                id=id,
                 unit=image,
                 image=f"{image}.jpg",
                 prompt=get_field(location, entry, "question") + SHORT_ANSWER_PROMPT,
@@ -43,12 +43,15 @@ def read_questions(*sources: Source) -> list[Question]:
 
 
 def is_correct(response: str | None, answer: str) -> bool:
-    """Whether a response is the answer, but for capitals and periods at its end."""
+    """Tell if a response is the answer, except for upper case and periods at its end."""
     return response is not None and response.rstrip(".").lower() == answer
 
 
 def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
-    """accuracy; binary and open, by whether the answer is given in the question; structural.* and semantic.* types."""
+    """Compute accuracy; binary and open, for questions with and without the answer in them; and accuracy by type.
+
+    Names of types are structural.* and semantic.*.
+    """
 
     def outcomes() -> Iterator[tuple[str, Outcome]]:
         for row in rows:
@@ -66,6 +69,6 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
 
 def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
-    """Of the official [{questionId, prediction}], or of lines {question_id, text} (LLaVA's) or {id, response}."""
+    """Read the official [{questionId, prediction}], or lines {question_id, text} (LLaVA's) or {id, response}."""
     found = (FoundAnswer(record.location, record.id, record.response) for record in read_records(source, _ANSWER_KEYS))
     return match_answers(found, {question.id for question in questions})

@@ -1,17 +1,17 @@
-"""The paper's benchmark of following instructions: questions about images, each with each of sixteen instructions.
+"""The paper's benchmark of instruction following: questions about images, combined with sixteen instructions.
 
-A prompt is the question, a space, and IFEval's text, as in the paper's Figure 4.  The paper says neither which
-questions nor how many; all its figures are multiples of 1/218, and MM-Vet has 218 questions, so 218 a task is the
-default.  The same questions go with every instruction: their differences then say nothing about the questions, and the
-unit that is independent of others is the question, which is asked sixteen times.
+A prompt is the question, a space, and IFEval's text, as in the paper's Figure 4.  The paper gives neither the questions
+nor their number.  All its figures are multiples of 1/218, and MM-Vet has 218 questions, so the default is 218 for each
+task.  Every instruction has the same questions, so that differences between tasks do not depend on the questions.  The
+independent unit is the question, which is asked sixteen times.
 
-Arguments are drawn once and frozen into a file, so that every model answers the same prompts.  What is drawn for a
-question depends on the seed, the task and the question's id alone.
+Arguments are sampled once and frozen in a file, so that every model answers the same prompts.  They depend only on the
+seed, the task and the id of the question.
 
-Who looks away from the image may follow instructions better, so where an answer is known it is also told whether the
-response has it ("right"), and whether it has it and follows the instruction ("both").
+A model that ignores the image may follow instructions better.  So if an answer is known, a score also shows whether the
+response contains it ("right"), and whether it contains it and follows the instruction ("both").
 
-Cost: some seconds to score 3,488 responses, most of them for telling the language of those in one case.
+Cost: some seconds for 3,488 responses, mostly for detecting the language of responses in upper or lower case.
 """
 
 import base64
@@ -38,7 +38,14 @@ PER_TASK = 218
 
 @dataclass(frozen=True, kw_only=True)
 class ImageQuestion:
-    """A question about an image, and its answer where one is known.  image: as `Question` has it."""
+    """A question about an image.
+
+    Args:
+        id: unique id.
+        image: as in `Question`.
+        question: text of the question.
+        answer: right answer, None if unknown.
+    """
 
     id: str
     image: str | bytes | None
@@ -49,19 +56,26 @@ class ImageQuestion:
 def build_questions(
     asked: Sequence[ImageQuestion], per_task: int = PER_TASK, seed: int = 0, keywords: Sequence[str] = KEYWORDS
 ) -> list[Question]:
-    """16 × per_task questions, task by task: `per_task` of those asked, by chance, in their order.
+    """Combine questions with the sixteen instructions: 16 × per_task questions, task by task.
 
-    ValueError where fewer are asked, two have the same id, or an answer is empty.
+    Args:
+        asked: questions about images; a random sample of them is used, in their order.
+        per_task: size of the sample.
+        seed: seed of the sample and of the arguments.
+        keywords: words that "keywords" samples from.
+
+    Raises:
+        ValueError: there are too few questions, two have the same id, or an answer is empty.
     """
-    ids = [each.id for each in asked]
+    ids = [question.id for question in asked]
     if len(set(ids)) < len(ids):
         raise ValueError(f"asked: got {max(ids, key=ids.count)!r} more than once, allowed: ids that are unique")
     if not 1 <= per_task <= len(asked):
         raise ValueError(f"per_task: got {per_task}, allowed: 1 to {len(asked)}, as many as are asked")
-    if empty := [each.id for each in asked if each.answer is not None and not each.answer.strip()]:
+    if empty := [question.id for question in asked if question.answer is not None and not question.answer.strip()]:
         raise ValueError(f"{empty[0]}: answer: got nothing, allowed: a text or None")
-    places = sorted(random.Random(seed).sample(range(len(asked)), per_task))
-    return [_build_question(asked[place], id, seed, keywords) for id in INSTRUCTIONS for place in places]
+    positions = sorted(random.Random(seed).sample(range(len(asked)), per_task))
+    return [_build_question(asked[position], id, seed, keywords) for id in INSTRUCTIONS for position in positions]
 
 
 def _build_question(asked: ImageQuestion, id: str, seed: int, keywords: Sequence[str]) -> Question:
@@ -94,44 +108,48 @@ def _task_group(task: int) -> str:
 
 
 def judge_row(row: Row) -> dict[str, bool]:
-    """What a line of answers is extended by: "strict", "loose", and "right" where an answer is known."""
-    told = (row["instruction_id"], row["kwargs"], row["response"])
-    judged = {"strict": (followed := follows_strictly(*told)), "loose": followed or follows_loosely(*told)}
+    """Score one row: "strict", "loose", and "right" if an answer is known."""
+    response = (row["instruction_id"], row["kwargs"], row["response"])
+    is_strict = follows_strictly(*response)
+    # a response that follows strictly also follows loosely
+    scores = {"strict": is_strict, "loose": is_strict or follows_loosely(*response)}
     if row.get("answer") is not None:
-        judged["right"] = contains_answer(row["answer"], row["response"])
-    return judged
+        scores["right"] = contains_answer(row["answer"], row["response"])
+    return scores
 
 
 def contains_answer(answer: str, response: str) -> bool:
-    """Whether a response, however it is dressed up, gives the answer; case counts nowhere.
+    """Tell if a response of any format contains the answer; upper and lower case are equal.
 
-    "yes" and "no": the first of the two words in the response is it.  Any other: it occurs, as whole words.  That is
-    lenient: "not red" has "red", and so has a list of all colours.
+    For "yes" and "no" the first of the two words in the response counts.  Any other answer must occur as whole words.
+    That is lenient: "not red" contains "red", and so does a list of all colours.
 
-    >>> right("no", "NO, IT IS NOT. YES, REALLY."), right("red", "It is reddish."), right("red", '{"colour": "Red"}')
-    (True, False, True)
+    >>> contains_answer("no", "NO, IT IS NOT. YES, REALLY.")
+    True
+    >>> contains_answer("red", "It is reddish."), contains_answer("red", '{"colour": "Red"}')
+    (False, True)
     """
-    wanted, said = answer.strip().lower(), response.lower()
-    if wanted in ("yes", "no"):
-        first = re.search(r"\b(yes|no)\b", said)
-        return first is not None and first[0] == wanted
-    return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", said) is not None
+    answer, response = answer.strip().lower(), response.lower()
+    if answer in ("yes", "no"):
+        first = re.search(r"\b(yes|no)\b", response)
+        return first is not None and first[0] == answer
+    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", response) is not None
 
 
 def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
-    """The metrics "strict" and "loose", means over tasks, as the paper's AVG; "strict.NAME" of each task that has rows.
+    """Compute "strict" and "loose", means over tasks as the paper's AVG, and "strict.NAME" of each task with rows.
 
-    Where answers are known also "right" and "both", right and strict, over the rows that have one.
+    For rows with a known answer also "right" and "both" (right and strict).
     """
     outcomes: dict[str, list[Outcome]] = {"strict": [], "loose": []}
     for row in rows:
-        judged: dict[str, bool] = judge_row(row)
-        if "right" in judged:
-            judged["both"] = judged["right"] and judged["strict"]
-        judged[f"strict.{INSTRUCTIONS[row['instruction_id']].name}"] = judged["strict"]
-        for name, value in judged.items():
+        scores: dict[str, bool] = judge_row(row)
+        if "right" in scores:
+            scores["both"] = scores["right"] and scores["strict"]
+        scores[f"strict.{INSTRUCTIONS[row['instruction_id']].name}"] = scores["strict"]
+        for name, value in scores.items():
             outcomes.setdefault(name, []).append(Outcome(_task_group(row["task"]), row["unit"], float(value)))
-    return {name: _mean_over_tasks(each) for name, each in outcomes.items()}
+    return {name: _mean_over_tasks(named) for name, named in outcomes.items()}
 
 
 def _mean_over_tasks(outcomes: Sequence[Outcome]) -> Metric:
@@ -139,28 +157,37 @@ def _mean_over_tasks(outcomes: Sequence[Outcome]) -> Metric:
 
 
 def score_lines(text: str, name: str) -> Iterator[dict[str, Any]]:
-    """{"strict", "loose"} of each line {"instruction_id", "kwargs", "response"} of JSON, whatever else it has.
+    """Score JSON lines {"instruction_id", "kwargs", "response"}; other fields are ignored.
 
-    A line may also be IFEval's, with "instruction_id_list" and "kwargs" as lists; then both values are lists, too.
-    name: of the file, for errors.  ValueError naming it and the line where one cannot be scored.
+    A line may also be IFEval's, with lists "instruction_id_list" and "kwargs".
+
+    Args:
+        text: content of the file.
+        name: name of the file, for errors.
+
+    Yields:
+        {"strict", "loose"} for each line; the values are lists for a line of IFEval.
+
+    Raises:
+        ValueError: names the file and a line that cannot be scored.
     """
-    for where, line in source.parse_lines(name, text):
+    for location, line in source.parse_lines(name, text):
         try:
-            told = _list_instructions(line)
-            judged = {
-                "strict": [follows_strictly(*each) for each in told],
-                "loose": [follows_loosely(*each) for each in told],
+            instructions = _list_instructions(line)
+            scores = {
+                "strict": [follows_strictly(*instruction) for instruction in instructions],
+                "loose": [follows_loosely(*instruction) for instruction in instructions],
             }
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        yield judged if ID_LIST in line else {kind: values[0] for kind, values in judged.items()}
+            raise ValueError(f"{location}: {error}") from None
+        yield scores if ID_LIST in line else {kind: values[0] for kind, values in scores.items()}
 
 
 ID_LIST = "instruction_id_list"
 
 
 def _list_instructions(line: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
-    """(id, arguments, response) of each instruction of a line."""
+    """List (id, arguments, response) of each instruction of a line; ValueError if the line has another form."""
     names = (ID_LIST if ID_LIST in line else "instruction_id", "kwargs", "response")
     if missing := [name for name in names if name not in line]:
         raise ValueError(f"got no {missing[0]}, allowed: an object with {', '.join(names)}")
@@ -169,47 +196,54 @@ def _list_instructions(line: dict[str, Any]) -> list[tuple[str, dict[str, Any], 
         ids, kwargs = [ids], [kwargs]
     if not isinstance(ids, list) or not all(isinstance(id, str) for id in ids):
         raise ValueError(f"{names[0]}: got {line[names[0]]!r}, allowed: ids that are texts")
-    if not isinstance(kwargs, list) or len(kwargs) != len(ids) or not all(isinstance(each, dict) for each in kwargs):
+    if (
+        not isinstance(kwargs, list)
+        or len(kwargs) != len(ids)
+        or not all(isinstance(arguments, dict) for arguments in kwargs)
+    ):
         raise ValueError(f"kwargs: got {line['kwargs']!r}, allowed: an object of arguments for each instruction")
     if not isinstance(response, str):
         raise ValueError(f"response: got {response!r}, allowed: text")
-    return [(id, each, response) for id, each in zip(ids, kwargs, strict=True)]
+    return [(id, arguments, response) for id, arguments in zip(ids, kwargs, strict=True)]
 
 
 # --- the frozen file -------------------------------------------------------------------------------------------------
 
 
 def write_questions(questions: Iterable[Question], path: str | Path) -> None:
-    """One JSON object a line; an image that is no path as {"base64": text}."""
+    """Write questions as JSON lines.  An encoded image becomes {"base64": text}."""
     lines = (
         {
-            "id": each.id,
-            "unit": each.unit,
-            "image": {"base64": base64.b64encode(each.image).decode()} if isinstance(each.image, bytes) else each.image,
-            "prompt": each.prompt,
-            "reference": each.reference,
+            "id": question.id,
+            "unit": question.unit,
+            "image": {"base64": base64.b64encode(question.image).decode()}
+            if isinstance(question.image, bytes)
+            else question.image,
+            "prompt": question.prompt,
+            "reference": question.reference,
         }
-        for each in questions
+        for question in questions
     )
     Path(path).write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """The questions that `write` wrote.
+    """Read the file of `write_questions`.
 
-    ValueError naming file and line where one is no such question, its prompt is not what its reference asks, or its id
-    comes twice.
+    Raises:
+        ValueError: names the file and a line that is no question, whose prompt differs from its reference, or whose id
+            occurs twice.
     """
-    found: dict[str, Question] = {}
-    for where, line in source.parse_lines(path, source.read_text(path)):
+    questions: dict[str, Question] = {}
+    for location, line in source.parse_lines(path, source.read_text(path)):
         try:
             question = _parse_question(line)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        if question.id in found:
-            raise ValueError(f"{where}: id: got {question.id!r} again, allowed: each once")
-        found[question.id] = question
-    return list(found.values())
+            raise ValueError(f"{location}: {error}") from None
+        if question.id in questions:
+            raise ValueError(f"{location}: id: got {question.id!r} again, allowed: each once")
+        questions[question.id] = question
+    return list(questions.values())
 
 
 QUESTION_FIELDS = {"id": str, "unit": str, "image": str | dict | None, "prompt": str, "reference": dict}
@@ -238,9 +272,9 @@ def _decode_image(image: Any) -> str | bytes | None:
 
 
 def _check_record(line: dict[str, Any], fields: dict[str, Any]) -> None:
-    """ValueError unless the object has these fields, of these types, and no others."""
+    """Raise a ValueError unless the object has exactly these fields, of these types."""
     if set(line) != set(fields):
         raise ValueError(f"got {', '.join(line) or 'nothing'}, allowed: {', '.join(fields)}")
-    for name, kind in fields.items():
-        if not isinstance(line[name], kind):
-            raise ValueError(f"{name}: got {line[name]!r}, allowed: {getattr(kind, '__name__', kind)}")
+    for name, field_type in fields.items():
+        if not isinstance(line[name], field_type):
+            raise ValueError(f"{name}: got {line[name]!r}, allowed: {getattr(field_type, '__name__', field_type)}")

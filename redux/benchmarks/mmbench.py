@@ -1,13 +1,13 @@
-"""MMBench: questions with two to four options, each asked with its options in every rotation.  arXiv 2307.06281.
+"""MMBench: questions with two to four options, asked once for every rotation of the options.  arXiv 2307.06281.
 
-A question counts only if it is right in all rotations (circular evaluation).  The official files have the rotations as
-rows of their own, rotation k under index + 1000000 k.  Where a file has none, they are made here as LLaVA's
-`--all-rounds` does: the first option moves to the end.
+A question counts only if it is right in all rotations (circular evaluation).  The official files have a row for each
+rotation, rotation k with index + 1000000 k.  For a file without rotations they are added as by LLaVA's `--all-rounds`:
+the first option moves to the end.
 
-The letter is taken from a response by the rules of open-compass/VLMEvalKit, vlmeval/utils/matching_util.py as in the
-package ms-vlmeval 0.0.20.  Its second step, to ask GPT about responses from which the rules read no letter, is not
-done: they are wrong, as under its `exact_matching`.  Since LLaVA is asked for a letter, that concerns next to none of
-its responses.  The paper's split, dev, has answers; those of test are with the official server.
+Rules of open-compass/VLMEvalKit read the letter from a response (vlmeval/utils/matching_util.py in the package
+ms-vlmeval 0.0.20).  Its second step, which asks GPT about responses without a readable letter, is left out: they are
+wrong, as with its `exact_matching`.  LLaVA's prompt requests a letter, so almost none of its responses are concerned.
+The paper's split, dev, has public answers; only the official server has those of test.
 """
 
 import base64
@@ -38,7 +38,7 @@ EMPTY_CELLS = {
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "n/a", "null",
 }  # fmt: skip
-"""What pandas, by which LLaVA reads the file, takes for an empty cell; with nan and none, in any letters."""
+"""Cells that are empty for pandas, with which LLaVA reads the file; so are nan and none, in any case."""
 
 REFUSALS = (
     "Sorry, I can't help with images of people yet.", "I can't process this file.",
@@ -48,8 +48,9 @@ PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
 
 def read_questions(*sources: Source) -> list[Question]:
-    """Of mmbench_dev_20230712.tsv: index, question, hint, A to D, answer, image (base64), category, l2-category."""
-    source, rows = only_source(sources), {}
+    """Read mmbench_dev_20230712.tsv: index, question, hint, A to D, answer, image (base64), category, l2-category."""
+    source = only_source(sources)
+    rows: dict[int, tuple[str, dict[str, str]]] = {}
     for location, row in parse_table(source, read_text(source)):
         index = get_field(location, row, "index")
         if not index.isdecimal():
@@ -57,12 +58,12 @@ def read_questions(*sources: Source) -> list[Question]:
         if int(index) in rows:
             raise ValueError(f"{location}: got index {index} again, allowed: each once")
         rows[int(index)] = (location, row)
-    rotated = any(index >= ROTATION_OFFSET for index in rows)
-    result = []
+    has_rotations = any(index >= ROTATION_OFFSET for index in rows)
+    result: list[Question] = []
     for index, (location, row) in rows.items():
         options = _read_options(location, row)
         image = _read_image(location, row, rows)
-        rotations = range(1 if rotated else len(options))
+        rotations = range(1 if has_rotations else len(options))
         result += [
             _build_question(location, row, index + number * ROTATION_OFFSET, options, number, image)
             for number in rotations
@@ -87,7 +88,7 @@ def _read_cell(row: Mapping[str, str], column: str) -> str | None:
 
 
 def _read_image(location: str, row: Mapping[str, str], rows: Mapping[int, tuple[str, Mapping[str, str]]]) -> bytes:
-    """The encoded image; newer files give instead of a repeated one the index of the row that has it."""
+    """Read the encoded image.  Newer files replace a repeated image by the index of the row that has it."""
     code = get_field(location, row, "image")
     if len(code) <= 64 and code.isdecimal() and int(code) in rows:
         code = get_field(location, rows[int(code)][1], "image")
@@ -98,17 +99,17 @@ def _read_image(location: str, row: Mapping[str, str], rows: Mapping[int, tuple[
 
 
 def _build_question(
-    location: str, row: Mapping[str, str], index: int, options: list[str], turned: int, image: bytes
+    location: str, row: Mapping[str, str], index: int, options: list[str], rotation: int, image: bytes
 ) -> Question:
-    """The question with its options turned by so many places, the first to the end."""
-    shown = dict(zip(OPTION_LETTERS, options[turned:] + options[:turned], strict=False))
+    """Build a question with its options rotated; each rotation moves the first option to the end."""
+    shown = dict(zip(OPTION_LETTERS, options[rotation:] + options[:rotation], strict=False))
     hint, asked = _read_cell(row, "hint"), get_field(location, row, "question")
     lines = [*([hint] if hint else []), asked, *(f"{letter}. {option}" for letter, option in shown.items())]
     reference: dict[str, Any] = {"options": shown}
     if (answer := _read_cell(row, "answer")) is not None:
         if answer not in shown:
             raise ValueError(f"{location}: got answer {answer!r}, allowed: {', '.join(shown)}")
-        reference["answer"] = OPTION_LETTERS[(OPTION_LETTERS.index(answer) - turned) % len(options)]
+        reference["answer"] = OPTION_LETTERS[(OPTION_LETTERS.index(answer) - rotation) % len(options)]
     reference |= {name: text for name in CATEGORIES if (text := _read_cell(row, name)) is not None}
     return Question(
         id=str(index),
@@ -120,14 +121,14 @@ def _build_question(
 
 
 def read_letter(response: str | None, options: Mapping[str, str]) -> str | None:
-    """The option that a response names, by letter or else by text; None where the rules read none, or several."""
+    """Read the option that a response names, by letter or else by text; None if it names none or several."""
     if not response or any(refusal in response for refusal in REFUSALS):
         return None
     words = response.translate(PUNCTUATION_TO_SPACE).split()
     named = [option for option in options if option in words]
-    if len(named) == 1 and words.index(named[0]) > len(words) - 5:  # a letter far from the end may be an article
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:  # A far from the end may be an article
         return named[0]
-    if not named and "Z" in words:  # stands for none of them
+    if not named and "Z" in words:  # VLMEvalKit's letter for "none of them"
         return None
     if len(response) > 2 * sum(map(len, options.values())):
         return None
@@ -136,9 +137,9 @@ def read_letter(response: str | None, options: Mapping[str, str]) -> str | None:
 
 
 def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
-    """accuracy: the share of questions right in all rotations; the same by l2-category and category.
+    """Compute accuracy, the share of questions right in all rotations; also by l2-category and category.
 
-    None without answers.
+    There are no metrics without answers.
     """
     rotations = defaultdict(list)
     for row in rows:
@@ -146,21 +147,21 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
             rotations[row["unit"]].append(row)
 
     def outcomes() -> Iterator[tuple[str, Outcome]]:
-        for unit, asked in rotations.items():
-            right = all(read_letter(row["response"], row["options"]) == row["answer"] for row in asked)
+        for unit, unit_rows in rotations.items():
+            right = all(read_letter(row["response"], row["options"]) == row["answer"] for row in unit_rows)
             outcome = Outcome("", unit, float(right))
             yield "accuracy", outcome
             for name in CATEGORIES:
-                if name in asked[0]:
-                    yield f"{name}.{asked[0][name]}", outcome
+                if name in unit_rows[0]:
+                    yield f"{name}.{unit_rows[0][name]}", outcome
 
     return group_metrics(outcomes())
 
 
 def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
-    """Of a table with index and prediction, of a JSON list or lines of these, LLaVA's {question_id, text} or ours.
+    """Read a table, JSON list or lines of {index, prediction}, of LLaVA's {question_id, text}, or {id, response}.
 
-    The server's own .xlsx is to be saved as CSV before.  LLaVA's round_id counts the rotations it makes itself.
+    The server's .xlsx must be saved as CSV first.  LLaVA's round_id is the number of a rotation that LLaVA added.
     """
 
     def found() -> Iterator[FoundAnswer]:

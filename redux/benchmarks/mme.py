@@ -1,12 +1,12 @@
 """MME: two yes-or-no questions about each image, in fourteen subtasks.  Fu et al., arXiv 2306.13394.
 
-A subtask's score is 100 × (share of questions right + share of images with both right); ten subtasks add up to
-perception, which papers call MME, at most 2000, and four to cognition, at most 800.  The official scorer is
-eval_tool/calculation.py: it looks for "yes", then "no", in the first four characters of a response.
+A subtask's score is 100 × (share of questions right + share of images with both right).  Ten subtasks add up to
+perception, which papers call MME, at most 2000, and four to cognition, at most 800.  The official scorer
+eval_tool/calculation.py looks for "yes", then "no", in the first four characters of a response.
 
-Questions ask for "yes or no" at their end, where LLaVA asks for a word or phrase (playground/data/eval/MME in
-haotian-liu/LLaVA, commit 32cebc38).  Images of a subtask lie in `images` with the questions in `questions_answers_YN`,
-or both beside each other.
+Official questions end with a request for yes or no; LLaVA requests a word or phrase instead (playground/data/eval/MME
+in haotian-liu/LLaVA, commit 32cebc38).  Images of a subtask lie in `images` and questions in `questions_answers_YN`, or
+both in one folder.
 """
 
 from collections import defaultdict
@@ -35,15 +35,15 @@ _ANSWER_KEYS = (("question_id", "text"), ("id", "response"))
 
 
 def read_questions(*sources: Source) -> list[Question]:
-    """Of the folder MME_Benchmark_release_version, with a folder for each subtask.
+    """Read the folder MME_Benchmark_release_version, with a folder for each subtask.
 
-    An image that is not there is called .jpg, so that it is missed when it is read.
+    A missing image gets the name of a .jpg file, so that reading it raises the error.
     """
     folder = only_source(sources).rstrip("/")
-    listed = [PurePosixPath(path) for path in list_files(folder)]
-    images = {_image_key(path): str(path) for path in listed if path.suffix != ".txt"}
+    paths = [PurePosixPath(path) for path in list_files(folder)]
+    images = {_image_key(path): str(path) for path in paths if path.suffix != ".txt"}
     result = []
-    for path in listed:
+    for path in paths:
         if path.suffix == ".txt" and path.parts[0] in PERCEPTION + COGNITION and len(path.parts) > 1:
             beside = path.parent.with_name("images") if path.parent.name == "questions_answers_YN" else path.parent
             image = images.get(_image_key(path), str(beside / f"{path.stem}.jpg"))
@@ -54,18 +54,18 @@ def read_questions(*sources: Source) -> list[Question]:
 
 
 def _read_image_questions(source: str, image_key: str, image: str) -> list[Question]:
-    """The two of an image."""
+    """Read the two questions about an image."""
     result = []
     for location, line in _read_lines(source):
-        asked, *answer = line.strip().split("\t")
+        question, *answer = line.strip().split("\t")
         if [text.lower() for text in answer] not in (["yes"], ["no"]):
             raise ValueError(f"{location}: got {line[:200]!r}, allowed: a question, a tab, Yes or No")
         result.append(
             Question(
-                id=f"{image_key}/{_strip_prompts(asked)}",
+                id=f"{image_key}/{_strip_prompts(question)}",
                 unit=image_key,
                 image=image,
-                prompt=_strip_prompts(asked) + SHORT_ANSWER_PROMPT,
+                prompt=_strip_prompts(question) + SHORT_ANSWER_PROMPT,
                 reference={"subtask": image_key.partition("/")[0], "answer": answer[0].lower()},
             )
         )
@@ -75,13 +75,13 @@ def _read_image_questions(source: str, image_key: str, image: str) -> list[Quest
 
 
 def _image_key(path: PurePosixPath) -> str:
-    """SUBTASK/STEM, what an image and its questions share."""
+    """Return SUBTASK/STEM, which an image and its questions have in common."""
     return f"{path.parts[0]}/{path.stem}"
 
 
-def _strip_prompts(asked: str) -> str:
-    """A question without how it is to be answered."""
-    return asked.replace(YES_OR_NO_PROMPT, "").replace(SHORT_ANSWER_PROMPT.strip(), "").strip()
+def _strip_prompts(question: str) -> str:
+    """Remove the request for a form of the answer from a question."""
+    return question.replace(YES_OR_NO_PROMPT, "").replace(SHORT_ANSWER_PROMPT.strip(), "").strip()
 
 
 def _read_lines(source: str) -> Iterator[tuple[str, str]]:
@@ -91,20 +91,27 @@ def _read_lines(source: str) -> Iterator[tuple[str, str]]:
 
 
 def read_verdict(response: str | None) -> str:
-    """yes, no or other, by the start of a response."""
+    """Read "yes", "no" or "other" from the start of a response."""
     start = (response or "").lower()[:4]
-    return "yes" if "yes" in start else "no" if "no" in start else "other"
+    if "yes" in start:
+        return "yes"
+    return "no" if "no" in start else "other"
 
 
 def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
-    """perception and cognition in points; for each subtask its points, and acc and acc_plus from 0 to 1."""
+    """Compute perception and cognition in points; and each subtask's points, acc and acc_plus (0 to 1)."""
     images: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         images[row["subtask"]][row["unit"]].append(read_verdict(row["response"]) == row["answer"])
-    single, both = {}, {}
-    for subtask, answered in images.items():
-        single[subtask] = [Outcome(f"{subtask}.acc", unit, float(r)) for unit, right in answered.items() for r in right]
-        both[subtask] = [Outcome(f"{subtask}.acc_plus", unit, float(all(right))) for unit, right in answered.items()]
+    single: dict[str, list[Outcome]] = {}
+    both: dict[str, list[Outcome]] = {}
+    for subtask, answers_by_image in images.items():
+        single[subtask] = [
+            Outcome(f"{subtask}.acc", unit, float(r)) for unit, right in answers_by_image.items() for r in right
+        ]
+        both[subtask] = [
+            Outcome(f"{subtask}.acc_plus", unit, float(all(right))) for unit, right in answers_by_image.items()
+        ]
     result = {}
     for name, subtasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
         if present := [subtask for subtask in subtasks if subtask in images]:
@@ -118,7 +125,7 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
 
 def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
-    """Of the official folder of SUBTASK.txt, or of lines {id, response} or LLaVA's {question_id, prompt, text}."""
+    """Read the official folder of SUBTASK.txt, or lines {id, response} or LLaVA's {question_id, prompt, text}."""
     known = {question.id for question in questions}
     folder = fspath(source).rstrip("/")
     found = _read_recorded(source, known)
@@ -137,7 +144,8 @@ def _read_official(source: str, subtask: str) -> Iterator[FoundAnswer]:
 
 def _read_recorded(source: Source, known: set[str]) -> Iterator[FoundAnswer]:
     for record in read_records(source, _ANSWER_KEYS):
-        number = record.id
-        if number not in known and "prompt" in record.fields:  # LLaVA's is the image's path
-            number = f"{_image_key(PurePosixPath(number))}/{_strip_prompts(get_field(record.location, record.fields, 'prompt'))}"
-        yield FoundAnswer(record.location, number, record.response)
+        id = record.id
+        if id not in known and "prompt" in record.fields:  # LLaVA's question_id is the path of the image
+            prompt = get_field(record.location, record.fields, "prompt")
+            id = f"{_image_key(PurePosixPath(id))}/{_strip_prompts(prompt)}"
+        yield FoundAnswer(record.location, id, record.response)

@@ -1,7 +1,7 @@
 """TextVQA: questions about the text in images, each answered by ten people.  Singh et al., arXiv 1904.08920.
 
-The score is M4C's, as LLaVA's eval_textvqa.py has it (haotian-liu/LLaVA, commit c121f043).  LLaVA's 58.2 is reached
-with the words that the Rosetta OCR read in the image given in the prompt; without them it is about 46.
+The score is M4C's, as in LLaVA's eval_textvqa.py (haotian-liu/LLaVA, commit c121f043).  LLaVA reaches 58.2 with the
+words that the Rosetta OCR read from the image in its prompt, and about 46 without them.
 """
 
 import re
@@ -27,10 +27,11 @@ _ANSWER_KEYS = (("question_id", "answer"), ("question_id", "text"), ("id", "resp
 
 
 def read_questions(*sources: Source, ocr: bool | None = None) -> list[Question]:
-    """Of TextVQA_0.5.1_val.json and, for the words in the prompts, TextVQA_Rosetta_OCR_v0.2_val.json.
+    """Read TextVQA_0.5.1_val.json and, for OCR tokens in the prompts, TextVQA_Rosetta_OCR_v0.2_val.json.
 
-    sources: one file or both, in any order.
-    ocr: whether prompts have the words; None where a file of them is given.
+    Args:
+        sources: one file or both, in any order.
+        ocr: True requires OCR tokens in prompts, False leaves them out; None adds them if their file is given.
     """
     data = {fspath(source): list_entries(source, read_json(source), "data") for source in sources}
     words = {source: found for source, found in data.items() if found and "ocr_tokens" in found[0][1]}
@@ -59,13 +60,13 @@ def _build_question(location: str, entry: dict[str, Any], tokens: dict[str, list
         image=f"{image}.jpg",
         prompt=asked.capitalize()
         + shown
-        + SHORT_ANSWER_PROMPT,  # the file has small letters only, LLaVA's prompts do not
+        + SHORT_ANSWER_PROMPT,  # LLaVA's prompts begin with upper case, the file does not
         reference={"answers": get_texts(location, entry, "answers")} if "answers" in entry else {},
     )
 
 
 def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
-    """accuracy: the mean soft accuracy; none without people's answers."""
+    """Compute accuracy, the mean soft accuracy; there are no metrics without answers of people."""
     return group_metrics(
         ("accuracy", Outcome("", row["unit"], soft_accuracy(row["response"], row["answers"])))
         for row in rows
@@ -74,7 +75,7 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
 
 def soft_accuracy(response: str | None, people: Sequence[str]) -> float:
-    """M4C's soft accuracy of a response, from 0 to 1."""
+    """Compute M4C's soft accuracy of a response, from 0 to 1."""
     return (
         0.0
         if response is None
@@ -83,9 +84,9 @@ def soft_accuracy(response: str | None, people: Sequence[str]) -> float:
 
 
 def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
-    """Of the official [{question_id, answer}], or of lines {id, response} or LLaVA's {question_id, prompt, text}.
+    """Read the official [{question_id, answer}], or lines {id, response} or LLaVA's {question_id, prompt, text}.
 
-    LLaVA's question_id is the image's, so the prompt tells its questions apart.
+    LLaVA's question_id is the id of the image, so the prompt identifies the question.
     """
     known = {question.id for question in questions}
     asked = {(question.unit, _extract_question(question.prompt)): question.id for question in questions}
@@ -103,9 +104,9 @@ def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str
 
 
 def _extract_question(prompt: str) -> str:
-    """The question of a prompt, in small letters.
+    """Extract the question of a prompt, in lower case.
 
-    LLaVA's eval_textvqa.py knows three forms: the question's line before or behind the line of OCR tokens, and one line
+    LLaVA's eval_textvqa.py has three forms: the question's line before or after the line of OCR tokens, and one line
     "OCR tokens: ... Question: ... Short answer:".
     """
     if prompt.startswith("OCR tokens: ") and (found := re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)):

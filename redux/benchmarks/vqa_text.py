@@ -1,8 +1,8 @@
-"""How VQAv2 and TextVQA compare words: the EvalAI answer processor, and the soft accuracy over ten people's answers.
+"""Comparison of words in VQAv2 and TextVQA: the EvalAI answer processor, and the soft accuracy over ten answers.
 
-The tables and the two patterns define the metric, so they stand here with every oddity of their source, GT-Vision-Lab/
-VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py, commit a013f004.  M4C, by which LLaVA scores TextVQA, has the same
-tables (haotian-liu/LLaVA, llava/eval/m4c_evaluator.py, commit c121f043) and a step before them, `word_tokenize`.
+The tables and the two patterns define the metric, so they keep every oddity of their source, GT-Vision-Lab/VQA,
+PythonEvaluationTools/vqaEvaluation/vqaEval.py, commit a013f004.  M4C, LLaVA's scorer of TextVQA, has the same tables
+(haotian-liu/LLaVA, llava/eval/m4c_evaluator.py, commit c121f043) and a step before them, `word_tokenize`.
 """
 
 import re
@@ -14,10 +14,12 @@ NUMBER_WORDS = {
 }  # fmt: skip
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")  # a look-behind was meant; as it stands, only what follows matters
+PERIOD = re.compile(
+    r"(?!<=\d)(\.)(?!\d)"
+)  # the source means a look-behind; as written, only the next character matters
 COMMA = re.compile(r"\d,\d")
 MAX_PERIODS = int(re.UNICODE)
-"""So many periods are removed at most: the source gives the flag where the count belongs."""
+"""Limit of removed periods: the source passes a flag in the place of the count."""
 
 CONTRACTION_PAIRS = """
 aint:ain't arent:aren't cant:can't couldve:could've couldnt:couldn't couldn'tve:couldn't've couldnt've:couldn't've
@@ -43,33 +45,35 @@ CONTRACTIONS = dict(pair.split(":") for pair in CONTRACTION_PAIRS.split())
 
 
 def flatten_whitespace(text: str) -> str:
-    """Text on one line, without space around it."""
+    """Join lines and strip the text."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def normalize_answer(text: str) -> str:
-    """The official VQA scorer's form of an answer: no punctuation, digits for words, no articles, apostrophes."""
+    """Normalize an answer as the official VQA scorer: no punctuation, digits for words, no articles, apostrophes."""
     plain = text
     for mark in PUNCTUATION:
-        # a mark beside a space vanishes, another leaves one; with a comma within digits all vanish
-        vanishes = f"{mark} " in text or f" {mark}" in text or COMMA.search(text)
-        plain = plain.replace(mark, "" if vanishes else " ")
+        # a mark next to a space is removed, others become a space; with a comma between digits all are removed
+        is_removed = f"{mark} " in text or f" {mark}" in text or COMMA.search(text)
+        plain = plain.replace(mark, "" if is_removed else " ")
     plain = PERIOD.sub("", plain, count=MAX_PERIODS)
     words = (NUMBER_WORDS.get(word, word) for word in plain.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def normalize_as_evalai(text: str) -> str:
-    """M4C's form of an answer, which is also how LLaVA hands answers to VQAv2's server."""
+    """Normalize an answer as M4C; LLaVA submits answers to VQAv2's server in this form, too."""
     word = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return normalize_answer(flatten_whitespace(word.strip()))
 
 
 def human_agreement(answer: str, people: Sequence[str]) -> float:
-    """Mean over all but one of the people of min(1, how many of the others gave the answer / 3).
+    """Compute the soft accuracy: the mean over people of min(1, equal answers of the other people / 3).
 
-    people: their answers, ten of them in both benchmarks, in the same form as `answer`.
+    Args:
+        answer: normalized answer.
+        people: normalized answers of people, ten in both benchmarks.
     """
-    same = sum(given == answer for given in people)
-    shares = [min(1.0, (same - (given == answer)) / 3) for given in people]
+    matches = sum(person == answer for person in people)
+    shares = [min(1.0, (matches - (person == answer)) / 3) for person in people]
     return sum(shares) / len(shares)

@@ -1,11 +1,11 @@
 """VQAv2: open questions about COCO images, each answered by ten people.  Goyal et al., arXiv 1612.00837.
 
-The official scorer is vqaEval.py (GT-Vision-Lab/VQA, commit a013f004).  It leaves an answer as it is where all ten
-people agree to the letter, so "Yes" would be wrong there; LLaVA therefore hands in what the EvalAI answer processor
-makes of a response (scripts/convert_vqav2_for_submission.py), and so is a response scored here.  What a file in the
-official format of results says is handed in already, and is scored to the letter.
+The official scorer is vqaEval.py (GT-Vision-Lab/VQA, commit a013f004).  It does not normalise an answer if all ten
+people agree exactly, so "Yes" would be wrong there.  LLaVA therefore submits the result of the EvalAI answer processor
+(scripts/convert_vqav2_for_submission.py), and here it is scored.  Answers in the official format of results have been
+submitted already, so they are scored unchanged.
 
-The paper's split, test-dev, has no public answers: its score comes from the server, for `submission`.
+The paper's split, test-dev, has no public answers: the server scores the result of `build_submission`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,9 +39,12 @@ _ANSWER_KEYS = (OFFICIAL_KEYS, ("question_id", "text"), ("id", "response"))
 
 
 def read_questions(*sources: Source) -> list[Question]:
-    """Of v2_OpenEnded_mscoco_*_questions.json and, where people's answers are public, v2_mscoco_*_annotations.json.
+    """Read v2_OpenEnded_mscoco_*_questions.json and, if answers are public, v2_mscoco_*_annotations.json.
 
-    sources: one file or both, in any order.  Images are named as in COCO's folder of the split.
+    Images have the names of COCO's folder of the split.
+
+    Args:
+        sources: one file or both, in any order.
     """
     asked, whole, references = _sort_sources({fspath(source): read_json(source) for source in sources})
     subset = get_field(asked, whole, "data_subtype").replace("test-dev", "test")
@@ -63,7 +66,11 @@ def read_questions(*sources: Source) -> list[Question]:
 
 
 def _sort_sources(wholes: Mapping[str, Any]) -> tuple[str, Any, dict[str, dict[str, Any]] | None]:
-    """The file of questions and its value, and the references of that of annotations, if there is one."""
+    """Find the file of questions.
+
+    Returns:
+        (file of questions, its value, references by question id or None without a file of annotations).
+    """
     asked = [source for source, whole in wholes.items() if isinstance(whole, dict) and "questions" in whole]
     answered = [source for source in wholes if source not in asked]
     if len(asked) != 1 or len(answered) > 1:
@@ -91,9 +98,11 @@ def _read_references(source: str, whole: Any) -> dict[str, dict[str, Any]]:
 
 
 def official_accuracy(response: str | None, people: Sequence[str]) -> float:
-    """The official scorer's accuracy of an answer, from 0 to 1; a response is converted first.
+    """Compute the official accuracy of an answer, from 0 to 1.
 
-    people: their answers as the annotations have them.
+    Args:
+        response: a model's response, which is converted first; or a SubmittedAnswer, which is not.
+        people: answers of people, as in the annotations.
     """
     if response is None:
         return 0.0
@@ -105,7 +114,7 @@ def official_accuracy(response: str | None, people: Sequence[str]) -> float:
 
 
 def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
-    """accuracy, and that of each type of answer (accuracy.yes/no, .number, .other); none without people's answers."""
+    """Compute accuracy, and accuracy.yes/no, .number and .other; there are no metrics without answers of people."""
 
     def outcomes() -> Iterator[tuple[str, Outcome]]:
         for row in rows:
@@ -118,7 +127,7 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
 
 def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
-    """Of the official [{question_id, answer}], or of lines {question_id, text} (LLaVA's) or {id, response}."""
+    """Read the official [{question_id, answer}], or lines {question_id, text} (LLaVA's) or {id, response}."""
 
     def found() -> Iterator[FoundAnswer]:
         for record in read_records(source, _ANSWER_KEYS):
@@ -129,9 +138,9 @@ def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str
 
 
 def build_submission(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What EvalAI takes: {"question_id", "answer"} for each row, in their order; "" where there is no response."""
+    """Build EvalAI's list of {"question_id", "answer"}, in the order of the rows; a missing response is ""."""
 
-    def handed_in(response: str | None) -> str:
+    def convert(response: str | None) -> str:
         return response if isinstance(response, SubmittedAnswer) else normalize_as_evalai(response or "")
 
-    return [{"question_id": int(row["id"]), "answer": handed_in(row["response"])} for row in rows]
+    return [{"question_id": int(row["id"]), "answer": convert(row["response"])} for row in rows]

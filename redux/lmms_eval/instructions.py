@@ -1,14 +1,14 @@
-"""The sixteen instructions as tasks of lmms-eval, over a file of frozen prompts and without the hub.
+"""The sixteen instructions as tasks of lmms-eval, with a local file of frozen prompts.
 
-`redux.benchmarks.instructions` writes the file.  lmms-eval has no argument for where data lies, so a task looks for
-`instructions.jsonl`, and for images that are paths in the folder `images`, where lmms-eval is started.  A task file of
-three lines that includes one of ours says otherwise:
+`redux.benchmarks.instructions` writes the file.  lmms-eval has no argument for the location of data.  So a task reads
+`instructions.jsonl`, and images from the folder `images`, in the working directory.  A task file of three lines that
+includes one of these tasks changes both:
 
     include: …/redux/lmms_eval/tasks/no_comma.yaml
     dataset_path: /data/prompts.jsonl
     dataset_kwargs: {images: /data/images}
 
-Cost: the file is read once for each task, and an image when its question is asked.
+Cost: each task reads the file once, and an image when it asks a question about it.
 """
 
 import io
@@ -27,13 +27,16 @@ from redux.instructions import follows_loosely, follows_strictly
 
 
 class Instructions(ConfigurableTask):
-    """The questions of one instruction, `dataset_name`."""
+    """A task with the questions of one instruction, whose id is `dataset_name`."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config={name: value for name, value in config.items() if name != "class"})
 
     def download(self, dataset_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Reads the frozen file; kwargs become text, as columns of a table would add those of other questions."""
+        """Read the frozen file.
+
+        Arguments of instructions become text: as columns of a table every question would have those of all others.
+        """
         if not Path(self.DATASET_PATH).is_file():
             raise ValueError(
                 f"dataset_path: got {self.DATASET_PATH}, allowed: a file of frozen prompts, in the folder where "
@@ -44,14 +47,14 @@ class Instructions(ConfigurableTask):
         ]
         if not asked:
             raise ValueError(f"{self.DATASET_PATH}: got no question with {self.DATASET_NAME}, allowed: at least one")
-        self.questions: dict[str, Question] = {each.id: each for each in asked}
+        self.questions: dict[str, Question] = {question.id: question for question in asked}
         self.images = Path((dataset_kwargs or {}).get("images", "images"))
         self.dataset = self.dataset_no_image = DatasetDict(
-            test=Dataset.from_list([_build_document(each) for each in asked])
+            test=Dataset.from_list([_build_document(question) for question in asked])
         )
 
     def doc_to_visual(self, doc: Mapping[str, Any]) -> list[Image.Image]:
-        """The image of a question, in a list, as lmms-eval wants it."""
+        """Load the image of a question, as a list for lmms-eval."""
         image = self.questions[doc["id"]].image
         if image is None:
             return []
@@ -69,6 +72,6 @@ def _build_document(question: Question) -> dict[str, str]:
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Whether the answer follows the instruction; lmms-eval takes the means."""
-    told = (doc["instruction_id"], json.loads(doc["kwargs"]), results[0])
-    return {"strict": float(follows_strictly(*told)), "loose": float(follows_loosely(*told))}
+    """Score an answer; lmms-eval computes the means."""
+    response = (doc["instruction_id"], json.loads(doc["kwargs"]), results[0])
+    return {"strict": float(follows_strictly(*response)), "loose": float(follows_loosely(*response))}

@@ -1,9 +1,9 @@
-"""Any image-text-to-text model in lmms-eval, asked as `redux.respondent` asks it.
+"""A model of lmms-eval for every image-text-to-text model, which is asked through `redux.answering`.
 
-lmms-eval has adapters of its own for many models.  This one is for LLaVAs with fewer image tokens, for which
-transformers' processor would write too many, and for comparing others with them: all are asked in batches, greedily.
+lmms-eval has adapters for many models.  This one is for LLaVAs with fewer image tokens, for which transformers'
+processor would write too many, and for models to compare with them.  All answer in batches, greedily.
 
-Cost: requests are sorted by length, so that batches are padded little; images are read when their batch is due.
+Cost: requests are sorted by length, so that batches have little padding.  Images are read when their batch is next.
 """
 
 import io
@@ -23,17 +23,20 @@ from redux.generation import Answers
 from redux.settings import ImageAspectRatio, TemplateName
 
 MAX_NEW_TOKENS = 1024
-"""Where a task does not say, as in lmms-eval's own adapters."""
+"""Default for tasks without a limit, as in lmms-eval's adapters."""
 
 
 class Redux(lmms):
     """lmms-eval's model `redux`.
 
-    pretrained: folder, hub id or URL of the model.
-    template, fit, allow_mismatch, image, dtype: as `redux.respondent.load` takes them; without them the model is asked
-        as it was trained.
-    batch_size: prompts that are answered together.
-    device: of a single process; of several, as `accelerate launch` starts them, each has its own.
+    Args:
+        pretrained: folder, hub id or URL of the model.
+        template, image_aspect_ratio, allow_mismatch, image_input, dtype: as for `redux.answering.load`. By default the
+            model is asked as it was trained.
+        batch_size: prompts in a batch.
+        max_batch_size: ignored; lmms-eval passes it to every model.
+        device: device of a single process. Of several processes, as `accelerate launch` starts them, each takes its
+            own.
     """
 
     def __init__(
@@ -65,55 +68,56 @@ class Redux(lmms):
         )
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Greedy answers in the order of the requests, each cut off before the first of its task's stops."""
+        """Answer requests greedily, in their order; each answer is cut before the first stop text of its task."""
         results: dict[int, GenerationResult] = {}
         batches: list[Answers] = []
-        for limit, places in self._batches(requests):
-            told = [requests[place].args for place in places]
-            images = [self._image(*arguments[2:]) for arguments in told]
-            prompts = [_strip_image_token(context) for context, *_ in told]
-            batches.append(answers := self.answerer(prompts, images, limit))
-            for place, (context, settings, *_), text, tokens in zip(
-                places, told, answers.texts, answers.tokens, strict=True
+        for limit, positions in self._batches(requests):
+            arguments = [requests[position].args for position in positions]
+            images = [self._encode_image(*request_arguments[2:]) for request_arguments in arguments]
+            prompts = [_strip_image_token(context) for context, *_ in arguments]
+            answers = self.answerer(prompts, images, limit)
+            batches.append(answers)
+            for position, (context, settings, *_), text, tokens in zip(
+                positions, arguments, answers.texts, answers.tokens, strict=True
             ):
                 text = _cut_at_stop(text, settings)
-                results[place] = GenerationResult(text, TokenCounts(output_tokens=tokens))
+                results[position] = GenerationResult(text, TokenCounts(output_tokens=tokens))
                 self.cache_hook.add_partial("generate_until", (context, settings), text)
         _log_throughput(batches)
-        return [results[place] for place in range(len(requests))]
+        return [results[position] for position in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Not to be had: who answers says no likelihoods."""
+        """Raise NotImplementedError: an Answerer computes no likelihoods."""
         raise NotImplementedError("model redux: got a task of loglikelihood, allowed: tasks of generate_until")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Not to be had: one prompt, one answer."""
+        """Raise NotImplementedError: an Answerer answers single prompts."""
         raise NotImplementedError("model redux: got a task of several rounds, allowed: tasks of generate_until")
 
     def _batches(self, requests: Sequence[Instance]) -> Iterator[tuple[int, list[int]]]:
-        """(new tokens at most, places of requests) of each batch, the longest prompts first."""
+        """Yield (limit of new tokens, positions of requests) of each batch, the longest prompts first."""
         keys = [(_max_new_tokens(request.args[1]), self.answerer.count_tokens(request.args[0])) for request in requests]
         order = sorted(range(len(requests)), key=keys.__getitem__, reverse=True)
-        for limit, group in groupby(order, key=lambda place: keys[place][0]):
-            places = list(group)
-            for start in range(0, len(places), self.batch_size):
-                yield limit, places[start : start + self.batch_size]
+        for limit, group in groupby(order, key=lambda position: keys[position][0]):
+            positions = list(group)
+            for start in range(0, len(positions), self.batch_size):
+                yield limit, positions[start : start + self.batch_size]
 
-    def _image(self, doc_to_visual: Any, doc_id: int, task: str, split: str) -> bytes | None:
-        """The one image of a request, as a file without loss; None where it has none."""
-        seen = doc_to_visual(self.task_dict[task][split][doc_id]) if doc_to_visual else None
-        if not seen:
+    def _encode_image(self, doc_to_visual: Any, doc_id: int, task: str, split: str) -> bytes | None:
+        """Encode the image of a request without loss; None without an image, ValueError for several."""
+        visuals = doc_to_visual(self.task_dict[task][split][doc_id]) if doc_to_visual else None
+        if not visuals:
             return None
-        if len(seen) > 1 or not isinstance(seen[0], Image.Image):
-            kinds = ", ".join(type(each).__name__ for each in seen)
+        if len(visuals) > 1 or not isinstance(visuals[0], Image.Image):
+            kinds = ", ".join(type(visual).__name__ for visual in visuals)
             raise ValueError(f"{task}: document {doc_id}: got {kinds}, allowed: one image or none")
         file = io.BytesIO()
-        seen[0].convert("RGB").save(file, "PPM")
+        visuals[0].convert("RGB").save(file, "PPM")
         return file.getvalue()
 
 
 def _max_new_tokens(settings: Mapping[str, Any]) -> int:
-    """New tokens at most, by a task's generation_kwargs; ValueError where they are not greedy."""
+    """Return the limit of new tokens in a task's generation_kwargs; ValueError unless they are greedy."""
     if settings.get("do_sample") or (settings.get("temperature") or 0) > 0 or (settings.get("num_beams") or 1) > 1:
         raise ValueError(
             f"generation_kwargs: got {dict(settings)}, allowed: do_sample false, temperature 0, num_beams 1"
@@ -122,7 +126,7 @@ def _max_new_tokens(settings: Mapping[str, Any]) -> int:
 
 
 def _strip_image_token(context: str) -> str:
-    """The prompt without a task's own mark for the image, which templates and processors put in."""
+    """Remove a task's own `<image>` from the prompt, since templates and processors add it."""
     return context.replace(IMAGE_TOKEN, "").strip() if IMAGE_TOKEN in context else context
 
 
@@ -134,7 +138,7 @@ def _cut_at_stop(text: str, settings: Mapping[str, Any]) -> str:
 
 
 def _log_throughput(batches: Sequence[Answers]) -> None:
-    """Tokens and seconds, as lmms-eval adds them up."""
+    """Log tokens and seconds in the form that lmms-eval adds up."""
     tokens = sum(sum(answers.tokens) for answers in batches)
     prefill, decode = (sum(getattr(answers, name) for answers in batches) for name in ("prefill_s", "decode_s"))
     seconds = prefill + decode

@@ -367,7 +367,7 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"template": "v0"}, {"image_aspect_ratio": "stretch"}, {"image": "guessed"}],
+    [{"template": "v0"}, {"image_aspect_ratio": "stretch"}, {"image_input": "guessed"}],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_what_load_does_not_know_is_named_before_anything_is_read(

@@ -131,10 +131,8 @@ def test_a_model_is_asked_as_it_was_trained(
     assert isinstance(asked, LlavaAnswerer)
     assert (asked.template, asked.image_aspect_ratio) == (TEMPLATES[template], image_aspect_ratio)
     other_fit: ImageAspectRatio = "crop" if image_aspect_ratio == "pad" else "pad"
-    with pytest.raises(
-        ValueError,
-        match=f"image_aspect_ratio: got {other_fit}, allowed: {image_aspect_ratio}, with which the model was trained",
-    ):
+    message = f"image_aspect_ratio: got {other_fit}, allowed: {image_aspect_ratio}, with which the model was trained"
+    with pytest.raises(ValueError, match=message):
         answering.load(folder, image_aspect_ratio=other_fit)
     other_template: TemplateName = "vicuna_bare" if template == "vicuna_v1" else "vicuna_v1"
     with pytest.raises(ValueError, match=f"template: got {other_template}, allowed: {template}"):

@@ -300,7 +300,9 @@ def mixed(
     for number, record in enumerate(given):
         if number % 5:
             del record["image"]
-            turns = [{**turn, "value": turn["value"].removeprefix(f"{IMAGE_TOKEN}\n")} for turn in record["conversations"]]
+            turns = [
+                {**turn, "value": turn["value"].removeprefix(f"{IMAGE_TOKEN}\n")} for turn in record["conversations"]
+            ]
             record["conversations"] = turns
     folder = tmp_path_factory.mktemp("mixed")
     make_shards(given, str(pictures), str(folder), ShardOptions(samples_per_shard=5))

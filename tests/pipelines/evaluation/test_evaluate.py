@@ -297,7 +297,8 @@ def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questi
     answered = read_answers(undisturbed, "easy_vqa")
     given = {(row["image"], row["prompt"], row["answer"], row["response"]) for row in answered}
     pictures = {
-        load_pixels((easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"] for row in answered
+        load_pixels((easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"]
+        for row in answered
     }
     shown = []
     for example in collect_examples(evaluated, undisturbed, count):
