@@ -1,4 +1,4 @@
-"""What benchmarks share: each way measured in a process of its own, and a dated line beside the script."""
+"""Shared parts of benchmarks: a process for each measurement, and a dated line next to the script."""
 
 import datetime
 import json
