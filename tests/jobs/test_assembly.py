@@ -116,7 +116,7 @@ def test_plans_say_where_to_start_and_how_large_images_are(
     load: Callable[..., Job], told: Callable[..., list[StagePlan]], tmp_path: Path
 ) -> None:
     job = load("num_workers=[1, 4]", "recovery.restarts=7")
-    first, second = told(job, tmp_path, changed=True)
+    first, second = told(job, tmp_path, allow_changes=True)
     whole = tmp_path / "assembled"
     assert (first.start, first.tokenizer, first.model) == (str(whole), whole, None)
     assert (second.start, second.tokenizer) == (first.result, whole)

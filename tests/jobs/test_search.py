@@ -205,7 +205,7 @@ def test_a_search_is_bound_by_its_trials_and_what_they_share_alone(tmp_path: Pat
 
     (tmp_path / "trials" / "0000").mkdir(parents=True)
     free = yaml.safe_load(TINY)["job"] | {"num_workers": [1, 2], "report": {"examples": 1}}
-    search._claim(search.load(write(tmp_path, trials=9, job=free)), tmp_path, False)
+    search._claim(search.load(write(tmp_path, num_trials=9, job=free)), tmp_path, False)
     with pytest.raises(ValueError, match="started with seed = 0, not 1, and a trial depends on it"):
         search._claim(search.load(write(tmp_path, seed=1)), tmp_path, False)
 

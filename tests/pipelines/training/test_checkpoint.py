@@ -150,7 +150,7 @@ def test_what_a_checkpoint_does_not_hold_is_not_made_up(folder: str) -> None:
 def test_files_hold_at_most_so_many_bytes_of_tensors_but_for_a_larger_piece(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 600)
+    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 600)
     files = checkpoint.read(save(folder, 1, parts=1)).manifest.files
     assert len(files) > 5
     for about in files.values():
