@@ -341,7 +341,7 @@ def tensor(image: bytes) -> torch.Tensor:
 
 
 def batches(loader: Iterable[torch.Tensor]) -> Iterator[Marks]:
-    """Iterate over the batches of a torch loader, whose workers compute on one thread and collate into shared memory."""
+    """Iterate over the batches of a torch loader: its workers use one thread each and collate into shared memory."""
     for batch in loader:
         yield marks(batch.numpy())
 
