@@ -154,7 +154,7 @@ class ComparedModel:
     def num_patches(self) -> int:
         """Number of patches of an image."""
         if config := self.runs[0].config:
-            return config.patches
+            return config.num_patches
         tower = self.runs[0].source_job["model"].get("tower")
         return int(tower["image_size"] // tower["patch_size"]) ** 2 if isinstance(tower, dict) else CLIP_PATCHES
 
@@ -162,7 +162,7 @@ class ComparedModel:
     def num_blocks(self) -> int:
         """Number of tower blocks in use."""
         if config := self.runs[0].config:
-            return config.depth
+            return config.num_blocks_used
         tower = self.runs[0].source_job["model"].get("tower")
         return int(tower["num_hidden_layers"]) - 1 if isinstance(tower, dict) else CLIP_BLOCKS
 
