@@ -28,7 +28,7 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
     rows = {name: PRESETS[name] for name in names or PRESETS}
     saved = None if model in VICUNA_SIZES else _read_config(Path(model))
     if saved:
-        methods = {name: saved.settings(name) for name in METHODS}
+        methods = {name: saved.method_settings(name) for name in METHODS}
         rows = {"(as saved)": Preset(description="settings of the folder", **methods), **rows}
 
     def build_config(preset: Preset) -> ReduxConfig:

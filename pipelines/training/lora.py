@@ -47,7 +47,7 @@ def add_adapters(llava: ReduxForConditionalGeneration, lora: Lora) -> None:
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=ADAPTED_LAYERS)
     inject_adapter_in_model(config, llava.model.language_model)
     # Of the whole language part, including the head outside of the wrapped module, only the adapters train.
-    for parameter in llava.parts()["language"]:
+    for parameter in llava.parameters_by_part()["language"]:
         parameter.requires_grad_(False)
     for parameter in list_adapter_parameters(llava):
         parameter.requires_grad_(True)

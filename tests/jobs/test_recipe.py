@@ -42,7 +42,7 @@ def lora(path: Path) -> list[str]:
     lines = re.findall(r"^# +(.*)$", path.read_text().partition("\n\n")[0], re.MULTILINE)
     [command] = re.findall(r"redux run (?:.|\n)*?[^\\]$", "\n".join(lines), re.MULTILINE)
     verb, said, file, *overrides = shlex.split(command.replace("\\\n", " "))
-    assert (verb, said, file) == ("redux", "run", f"jobs/{path.name}")
+    assert (verb, said, file) == ("redux", "run", f"jobs/recipes/{path.name}")
     return overrides
 
 
