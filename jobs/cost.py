@@ -47,7 +47,9 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
                 raise ValueError(f"{name}: {error}") from None
             lines.append(f"{name:<18} does not fit: {error}")
             continue
-        stages = ", ".join(f"{stage.block}: {stage.kept}+{stage.clusters}" for stage in config.compression_stages.values())
+        stages = ", ".join(
+            f"{stage.block}: {stage.kept}+{stage.clusters}" for stage in config.compression_stages.values()
+        )
         lines.append(
             COST_ROW_FORMAT.format(
                 name,

@@ -20,7 +20,7 @@ def score(arguments: argparse.Namespace) -> None:
     """
     if arguments.task == INSTRUCTIONS_TASK:
         instructions = import_module("redux.benchmarks.instructions")  # its checkers take a second to load
-        verdicts = list(instructions.score(read_text(arguments.answers), arguments.answers))
+        verdicts = list(instructions.score_lines(read_text(arguments.answers), arguments.answers))
         _require_answers(arguments.answers, verdicts)
         print("".join(f"{json.dumps(verdict)}\n" for verdict in verdicts), end="")
         return

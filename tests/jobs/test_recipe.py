@@ -153,7 +153,10 @@ def test_a_twin_is_assembled_as_the_file_says(
     model = ReduxForConditionalGeneration.from_pretrained(tmp_path / "assembled", dtype="auto")
     assert model.dtype == torch.bfloat16
     assert model.config.image_seq_length == (8 if "redux" in path.stem else 16)
-    assert (model.config.method_settings("vmtc"), model.config.method_settings("cmai")) == (job.model.vmtc, job.model.cmai)
+    assert (model.config.method_settings("vmtc"), model.config.method_settings("cmai")) == (
+        job.model.vmtc,
+        job.model.cmai,
+    )
 
 
 def run(path: Path, overrides: list[str], into: Path, address: str) -> Path:

@@ -35,7 +35,7 @@ def test_each_answer_follows_its_instruction_and_is_right(
     taught_examples: list[tuple[str, dict, str, str, str]],
 ) -> None:
     for name, given, answer, human, gpt in taught_examples:
-        assert instructions.strict(name, given, gpt), (name, given, human, gpt)
+        assert instructions.follows_strictly(name, given, gpt), (name, given, human, gpt)
         assert contains_answer(answer, gpt), (answer, gpt)
 
 
@@ -72,11 +72,11 @@ def test_what_a_word_tokenizer_makes_of_an_answer_still_follows(
     turns = [
         [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}] for _, _, _, human, gpt in taught_examples
     ]
-    texts = ["".join(piece for piece, _ in template.spans(each)) for each in turns]
+    texts = ["".join(piece for piece, _ in template.split_spans(each)) for each in turns]
     tokenizer = train_word_tokenizer(texts, 512)
     for name, given, answer, _, gpt in taught_examples:
         said = tokenizer.decode(tokenizer(gpt)["input_ids"], skip_special_tokens=True)
-        assert instructions.strict(name, given, said), (name, given, said)
+        assert instructions.follows_strictly(name, given, said), (name, given, said)
         assert contains_answer(answer, said), (answer, said)
 
 

@@ -168,7 +168,9 @@ def test_records_that_all_fail_alike_are_of_another_form(
     given = [{**record, "conversations": turns} for record in records]
     with (
         in_process(),
-        pytest.raises(ValueError, match=r'the form of the file is wrong.*got user: turns must alternate between "human'),
+        pytest.raises(
+            ValueError, match=r'the form of the file is wrong.*got user: turns must alternate between "human'
+        ),
     ):
         make_shards(given, str(pictures), str(tmp_path), ShardOptions())
 

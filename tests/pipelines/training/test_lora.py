@@ -79,7 +79,7 @@ def test_adapters_are_in_the_language_models_linear_layers_alone(tokenizer: PreT
     )
     assert all(name.startswith("model.language_model.layers.") for name in new)
     assert {name.replace(".base_layer", "") for name, _ in model.named_parameters()} - new == before
-    parts = model.parts()
+    parts = model.parameters_by_part()
     assert {id(one) for one in parts["language"] if one.requires_grad} == {
         id(one) for one in lora.list_adapter_parameters(model)
     }
