@@ -226,6 +226,7 @@ def test_secrets_are_in_the_environment_and_nowhere_else(alone: Seen) -> None:
 )
 def test_a_public_address_needs_a_token(monkeypatch: pytest.MonkeyPatch, ip: str, mode: str, refused: bool) -> None:
     monkeypatch.setattr(cluster, "_answers", lambda place: ip)
+    monkeypatch.setattr(cluster, "_check_protocol", lambda address, place: None)
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     if not refused:
         with cluster._named("head:6379") as settings:
