@@ -294,9 +294,14 @@ def _answers(place: tuple[str, int]) -> str:
         return str(call.getpeername()[0]).partition("%")[0]
 
 
+def _uses_tls() -> bool:
+    """Tell if the environment turns on Ray's TLS."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
 def _agree_on_tls(address: str, place: tuple[str, int]) -> None:
     """ValueError where Ray's channels would not come about: it would try for a minute, and end the process."""
-    wanted = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    wanted = _uses_tls()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     if wanted:
@@ -328,9 +333,9 @@ def _agree_on_tls(address: str, place: tuple[str, int]) -> None:
 
 
 def _check_protocol(address: str, place: tuple[str, int]) -> None:
-    """ValueError where another kind of server listens: Ray would try to reach its head there for minutes."""
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-        return  # the server chose HTTP/2 already
+    """Check that a gRPC server listens; ValueError otherwise, since Ray would try to connect for minutes."""
+    if _uses_tls():
+        return  # the TLS handshake has agreed on HTTP/2
     answer = b""
     with suppress(OSError), socket.create_connection(place, REACH_S) as call:
         call.sendall(HTTP2_PREFACE)
