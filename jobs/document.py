@@ -31,6 +31,7 @@ _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 _NOT_DECIMAL = re.compile(r"[-+]?0[\dxb_]|.*:")
 """Octal, hexadecimal, binary and base 60, as YAML 1.1 writes them."""
+
 _URGENCY = {"unexpected_keyword_argument": 0, "missing": 2}  # a misspelt key is also a missing one: name it first
 
 
@@ -116,8 +117,9 @@ def _adapter(schema: type) -> TypeAdapter[Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which exponents are numbers, dates are text, and an error is a repeated key or a number that is not
-    decimal: YAML 1.1 reads 0100 as 64 and 1:40 as 100.
+    """Safe YAML: exponents are numbers, dates are text, and repeated keys are errors.
+
+    Numbers must be decimal, because YAML 1.1 reads 0100 as 64 and 1:40 as 100.
     """
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:

@@ -309,9 +309,14 @@ def _resolve_peer(endpoint: tuple[str, int]) -> str:
         return str(connection.getpeername()[0]).partition("%")[0]
 
 
+def _uses_tls() -> bool:
+    """Tell if the environment turns on Ray's TLS."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
 def _check_tls(address: str, endpoint: tuple[str, int]) -> None:
     """Raise ValueError if both sides do not agree on TLS. Ray would retry for a minute and then end the process."""
-    uses_tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    uses_tls = _uses_tls()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     # certificates as Ray reads them; without TLS here, only the other side's answer matters
@@ -347,7 +352,7 @@ def _check_tls(address: str, endpoint: tuple[str, int]) -> None:
 
 def _check_protocol(address: str, endpoint: tuple[str, int]) -> None:
     """Raise ValueError if the server does not speak HTTP/2. Ray would retry for minutes to reach its head there."""
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+    if _uses_tls():
         return  # the server has chosen HTTP/2 in the TLS handshake
     answer = b""
     with suppress(OSError), socket.create_connection(endpoint, CONNECT_TIMEOUT_S) as connection:

@@ -32,7 +32,7 @@ def redux(*arguments: str | Path, **environment: str) -> subprocess.CompletedPro
 
 @pytest.fixture
 def attentive() -> Iterator[None]:
-    """Signals have an effect: a suite in the background ignores Ctrl-C, and one under nohup ignores SIGHUP."""
+    """Reset ignored signals: a suite in the background ignores SIGINT, one under nohup SIGHUP."""
     before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
     for number, handler in before.items():
         if handler == signal.SIG_IGN:

@@ -227,7 +227,8 @@ def test_secrets_are_in_the_environment_and_nowhere_else(alone: Seen) -> None:
     ],
 )
 def test_a_public_address_needs_a_token(monkeypatch: pytest.MonkeyPatch, ip: str, mode: str, refused: bool) -> None:
-    monkeypatch.setattr(cluster, "_resolve_peer", lambda place: ip)
+    monkeypatch.setattr(cluster, "_resolve_peer", lambda endpoint: ip)
+    monkeypatch.setattr(cluster, "_check_protocol", lambda address, endpoint: None)
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     if not refused:
         with cluster._cluster_settings("head:6379") as settings:

@@ -38,13 +38,13 @@ def test_auto_names_a_ray_that_answers(monkeypatch: pytest.MonkeyPatch, known: s
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
-def test_another_server_is_no_ray(answer: bytes) -> None:
+def test_another_server_is_refused(answer: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
-            call, _ = server.accept()  # to see whether it listens
+            call, _ = server.accept()  # the check that a server listens
             call.close()
-            for _ in range(2):  # with TLS and without
+            for _ in range(2):  # the checks of TLS and of the protocol
                 call, _ = server.accept()
                 with call:
                     call.sendall(answer)
@@ -59,12 +59,12 @@ def test_another_server_is_no_ray(answer: bytes) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_ray_is_taken_for_one() -> None:
+def test_a_running_ray_is_accepted() -> None:
     with cluster._cluster_settings(ray.get_runtime_context().gcs_address) as settings:
         assert settings
 
 
-def test_a_long_tmpdir_is_not_where_ray_has_its_sockets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ray_leaves_a_tmpdir_that_is_too_long_for_sockets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/tmp")
     assert not cluster._find_short_folder()
