@@ -29,7 +29,7 @@ PROGRESS = "progress.jsonl"
 ASSEMBLED = "assembled"
 
 MAY_CHANGE_ON_RESUME = (
-    "data.max_bad_fraction", "num_workers", "gpu_share", "recovery", "trackers",
+    "data.max_bad_fraction", "num_workers", "gpu_share", "recovery", "trackers", "model.kernels",
     "evaluate.batch_size", "evaluate.num_actors",
 )  # fmt: skip
 """Settings of a job that change no result of a finished step."""
@@ -112,7 +112,8 @@ def find_assembled(folder: Path, job: Job) -> Path | None:
     assembled = folder / ASSEMBLED
     if not assembled.exists():
         return None
-    outdated = any(key.partition(".")[0] == "model" for key in find_changes(folder / JOB_FILE, job))
+    changes = [key for key in find_changes(folder / JOB_FILE, job) if not may_change(key, MAY_CHANGE_ON_RESUME)]
+    outdated = any(key.partition(".")[0] == "model" for key in changes)
     return None if outdated and not metrics.read_stages(folder) else assembled
 
 

@@ -253,6 +253,7 @@ def _choose_evaluated_model(
 ) -> evaluate.EvaluatedModel:
     """Choose the model to evaluate: the result of the last stage, or model.checkpoint if there is no stage."""
     asked = {name: getattr(settings, name) for name in ("template", "image_aspect_ratio", "allow_mismatch")}
+    asked["kernels"] = job.model.kernels
     if stages:
         return evaluate.EvaluatedModel(model=list(stages.values())[-1].result, **asked)
     assert job.model.checkpoint
@@ -279,6 +280,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
             seed=job.seed,
             workers=job.worker_range,
             gpu_share=job.gpu_share,
+            kernels=job.model.kernels,
             run=folder,
             checkpoints=locate_checkpoints(job, folder),
             sets={name: sets[name] for name in stage.mixture},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from redux.configuration import ReduxConfig as ReduxConfig
+    from redux.kernels import set_kernels as set_kernels
     from redux.model import ReduxForConditionalGeneration as ReduxForConditionalGeneration
     from redux.plugin import inhibit as inhibit
     from redux.presets import PRESETS as PRESETS
@@ -30,6 +31,7 @@ _MODULES_BY_NAME = {
     "VMTC": "settings",
     "assemble": "pretrained",
     "inhibit": "plugin",
+    "set_kernels": "kernels",
 }
 
 

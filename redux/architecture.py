@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from redux.settings import CMAI, METHODS, VMTC, Reduction
+from redux.settings import CMAI, METHODS, VMTC, KernelChoice, Reduction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,8 @@ class ModelSettings:
         cmai: settings of the attention inhibition; null turns it off. "own" is as for vmtc.
         reduction: settings of a rival, instead of vmtc; null turns it off. "own" takes those of the checkpoint, or none
             for a model from parts.
+        kernels: code that computes vmtc and cmai. "auto" takes fused kernels on a GPU where they support the model,
+            "plain" none, "fused" requires them. They change results by rounding only.
     """
 
     tower: TowerSizes | str | None = None
@@ -101,6 +103,7 @@ class ModelSettings:
     vmtc: VMTC | FromCheckpoint | None = "own"
     cmai: CMAI | FromCheckpoint | None = "own"
     reduction: Reduction | FromCheckpoint | None = "own"
+    kernels: KernelChoice = "auto"
 
     def __post_init__(self) -> None:
         # without a checkpoint "own" means the defaults

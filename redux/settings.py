@@ -20,6 +20,9 @@ ImageAspectRatio = Literal["pad", "crop"]
 ImageBackend = Literal["exact", "fast"]
 """Library that computes pixels, see `redux.image.load_pixels`."""
 
+KernelChoice = Literal["auto", "plain", "fused"]
+"""Choice between fused kernels and plain code, see `redux.kernels`."""
+
 KMeansSeeds = Literal["strided", "farthest", "random"]
 """Choice of the first centroids of K-means, see `redux.kmeans.kmeans`."""
 

@@ -330,7 +330,7 @@ def both(name: str, run: Callable[[], object]) -> list[Variant]:
 def build_config(shapes: Shapes, layers: int, vmtc: VMTC | None = None, cmai: CMAI | None = None) -> ReduxConfig:
     """Build the configuration of a LLaVA of these shapes; image tokens are the last of the vocabulary."""
     language = LlamaConfig(
-        **shapes.language,  # type: ignore[arg-type]
+        **shapes.language,
         num_key_value_heads=shapes.language["num_attention_heads"],
         num_hidden_layers=layers,
         max_position_embeddings=4096,
@@ -339,7 +339,7 @@ def build_config(shapes: Shapes, layers: int, vmtc: VMTC | None = None, cmai: CM
         eos_token_id=2,
     )
     return ReduxConfig(
-        vision_config=CLIPVisionConfig(**shapes.tower).to_dict(),  # type: ignore[arg-type]
+        vision_config=CLIPVisionConfig(**shapes.tower).to_dict(),
         text_config=language.to_dict(),
         image_token_index=shapes.language["vocab_size"] - 1,
         vmtc=vmtc,
@@ -799,14 +799,18 @@ def describe_machine(bench: Bench) -> dict[str, str]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = ""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:
+        commit = ""  # no git on this machine
     return {
         "card": torch.cuda.get_device_name() if bench.device == "cuda" else "cpu",
         "torch": torch.__version__,
         "triton": triton_version,
         "transformers": transformers.__version__,
         "python": sys.version.split()[0],
-        "commit": commit.stdout.strip(),
+        "commit": commit,
     }
 
 

@@ -38,9 +38,10 @@ from redux.benchmarks import BENCHMARKS, Metric, Question
 from redux.benchmarks import compute_scores as benchmark_scores
 from redux.generation import Answers
 from redux.image import load_pixels
+from redux.kernels import set_kernels
 from redux.model import ReduxForConditionalGeneration, normalize_pixels
 from redux.sentences import choose_splitter
-from redux.settings import METHODS, ImageAspectRatio, TemplateName
+from redux.settings import METHODS, ImageAspectRatio, KernelChoice, TemplateName
 
 ANSWERS_FOLDER = "answers"
 PROVENANCE_FILE = "asked.json"
@@ -74,6 +75,7 @@ class EvaluatedModel:
         image_aspect_ratio: "pad" or "crop", as `redux.answering.load` takes it.
         allow_mismatch: allow a template or an image_aspect_ratio that differs from the training.
         methods: settings of vmtc, cmai and reduction that replace those of the model.
+        kernels: choice between fused kernels and plain code.
     """
 
     model: str
@@ -81,6 +83,7 @@ class EvaluatedModel:
     image_aspect_ratio: ImageAspectRatio | None = None
     allow_mismatch: bool = False
     methods: Mapping[str, Any] = field(default_factory=dict)
+    kernels: KernelChoice = "auto"
 
 
 class EvaluationActor:
@@ -122,6 +125,7 @@ class EvaluationActor:
         # the model is loaded here, not in __init__: an error in __init__ would make Ray start the actor again
         if self.model is None:
             evaluated = self.evaluated
+            set_kernels(evaluated.kernels)
             self.model = answering.load(
                 evaluated.model,
                 template=evaluated.template,
@@ -226,7 +230,8 @@ def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluat
     """
     # everything that changes an answer or its score
     config = answering.read_config(evaluated.model)
-    fields = asdict(evaluated)
+    # the choice of kernels changes answers by rounding only
+    fields = {name: value for name, value in asdict(evaluated).items() if name != "kernels"}
     current = {
         **fields,
         "model_type": config["model_type"],

@@ -26,7 +26,7 @@ from redux.settings import METHODS
 
 IRRELEVANT_KEYS = (
     "name", "seed", "num_workers", "checkpoints", "recovery", "report", "trackers", "data.max_bad_fraction",
-    "evaluate.num_actors", "evaluate.batch_size", "evaluate.image_input", "evaluate.template",
+    "model.kernels", "evaluate.num_actors", "evaluate.batch_size", "evaluate.image_input", "evaluate.template",
     "evaluate.image_aspect_ratio", "evaluate.allow_mismatch",
     *(f"model.{name}" for name in METHODS),
 )  # fmt: skip

@@ -17,7 +17,7 @@ from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
 from pipelines.training.stage import DEFAULT_IMAGE_ASPECT_RATIO, DEFAULT_TEMPLATE, Recovery, Stage
 from redux.architecture import ModelSettings
-from redux.settings import ImageAspectRatio, TemplateName
+from redux.settings import ImageAspectRatio, KernelChoice, TemplateName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class StagePlan:
         trackers: names of the trackers.
         allow_changes: resume from a checkpoint that was written with other data or another model.
         gpu_share: share of a GPU of each worker.
+        kernels: choice between fused kernels and plain code.
     """
 
     name: str
@@ -66,6 +67,7 @@ class StagePlan:
     trackers: tuple[str, ...] = ("tensorboard",)
     allow_changes: bool = False
     gpu_share: float = 1
+    kernels: KernelChoice = "auto"
 
     @property
     def template(self) -> TemplateName:

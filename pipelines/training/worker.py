@@ -4,6 +4,7 @@
 and benchmarks run it without Ray.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +26,9 @@ from pipelines.training.engine import (
 from pipelines.training.hooks import Hook, StepResult
 from pipelines.training.plan import LearningRateSchedule, StagePlan
 from pipelines.training.recorder import RecorderClient
-from redux import model
+from redux import kernels, model
 from redux.conversation import IGNORE_INDEX
+from redux.kernels import set_kernels
 
 HookFactory = Callable[[DeepSpeedEngineProtocol, StagePlan], Hook]
 """Called on every rank with the engine and the plan; returns an additional hook."""
@@ -109,6 +111,9 @@ def _train_rank(
     is_first = dist.get_rank() == 0
     if is_first:
         recorder.set_phase("loading model")
+    set_kernels(plan.kernels)
+    if is_first:
+        forward_kernel_messages(recorder, plan.name)
     engine = build_engine(plan, dist.get_world_size())
     description = describe_model(engine)
     resume_point = _restore(engine, plan, description, recorder, entered)
@@ -135,6 +140,28 @@ def _train_rank(
     # No rank leaves while another one still needs it.
     watchdog.close()
     dist.barrier()
+
+
+def forward_kernel_messages(recorder: RecorderClient, stage: str) -> None:
+    """Show the user which kernels the model takes, as `redux.kernels` logs it once per process."""
+    logger = logging.getLogger(kernels.__name__)
+    # a worker process may train several stages, and the recorder is another one in each
+    for handler in [handler for handler in logger.handlers if isinstance(handler, KernelMessages)]:
+        logger.removeHandler(handler)
+    logger.addHandler(KernelMessages(recorder, stage))
+    logger.setLevel(logging.INFO)
+
+
+class KernelMessages(logging.Handler):
+    """Log handler that sends messages to the recorder."""
+
+    def __init__(self, recorder: RecorderClient, stage: str) -> None:
+        super().__init__(logging.INFO)
+        self.recorder = recorder
+        self.stage = stage
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.recorder.add_message(f"{self.stage}: {record.getMessage()}")
 
 
 def _join_used_workers(plan: StagePlan) -> bool:

@@ -15,13 +15,13 @@ Kernels run on CPU tensors if TRITON_INTERPRET=1 is set before the first import 
 import logging
 import os
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
-KernelChoice = Literal["auto", "plain", "fused"]
+from redux.settings import KernelChoice
 
-_logger = logging.getLogger("redux")
+_logger = logging.getLogger(__name__)
 _choice: KernelChoice = "auto"
 _reported: set[tuple[str, str]] = set()
 

@@ -20,7 +20,8 @@ from PIL import Image
 from redux.answering import ImageInput, load
 from redux.conversation import IMAGE_TOKEN
 from redux.generation import Answers
-from redux.settings import ImageAspectRatio, TemplateName
+from redux.kernels import set_kernels
+from redux.settings import ImageAspectRatio, KernelChoice, TemplateName
 
 MAX_NEW_TOKENS = 1024
 """Default for tasks without a limit, as in lmms-eval's adapters."""
@@ -35,6 +36,7 @@ class Redux(lmms):
             model is asked as it was trained.
         batch_size: prompts in a batch.
         max_batch_size: ignored; lmms-eval passes it to every model.
+        kernels: choice between fused kernels and plain code, as for `redux.set_kernels`.
         device: device of a single process. Of several processes, as `accelerate launch` starts them, each takes its
             own.
     """
@@ -47,6 +49,7 @@ class Redux(lmms):
         allow_mismatch: bool = False,
         image_input: ImageInput = "pixels",
         dtype: str | None = None,
+        kernels: KernelChoice = "auto",
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -54,6 +57,7 @@ class Redux(lmms):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size: got {batch_size}, allowed: at least 1")
+        set_kernels(kernels)
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes

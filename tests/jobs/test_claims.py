@@ -114,7 +114,7 @@ def test_a_setting_that_a_step_depends_on_stays(
         (TRAINED, "evaluate=null"),
         *((FINISHED, free) for free in (
             "num_workers=[1, 2]", "recovery.restarts=9", "trackers=[]", "data.max_bad_fraction=0.5", "gpu_share=1",
-            "evaluate.batch_size=7", "evaluate.num_actors=7",
+            "model.kernels=plain", "evaluate.batch_size=7", "evaluate.num_actors=7",
         )),
     ],
 )  # fmt: skip

@@ -1,0 +1,82 @@
+"""The choice between fused kernels and plain code, and what it says of it."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import redux
+from redux import kernels
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process whose choice and whose messages are those of its start, with triton and its interpreter."""
+    monkeypatch.setattr(kernels, "_reported", set())
+    monkeypatch.setattr(kernels, "find_spec", lambda name: object())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    before = kernels.get_kernels()
+    kernels.set_kernels("auto")
+    yield
+    kernels.set_kernels(before)
+
+
+def test_auto_takes_kernels_on_a_gpu_alone() -> None:
+    assert kernels.use_fused("K-means", GPU)
+    assert not kernels.use_fused("K-means", CPU)
+    assert not kernels.use_fused("K-means", GPU, unsupported="there are more than 1,024 tokens")
+
+
+def test_plain_takes_none() -> None:
+    redux.set_kernels("plain")
+    assert not kernels.use_fused("K-means", GPU)
+
+
+def test_fused_takes_a_kernel_or_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    redux.set_kernels("fused")
+    assert kernels.use_fused("K-means", GPU)
+    assert kernels.use_fused("K-means", CPU), "the interpreter runs kernels on tensors of a CPU"
+    with pytest.raises(ValueError, match="kernels: got fused, allowed for K-means: auto or plain, because there are 9"):
+        kernels.use_fused("K-means", GPU, unsupported="there are 9 tokens")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="because tensors are on cpu, and kernels need a GPU"):
+        kernels.use_fused("K-means", CPU)
+
+
+def test_without_triton_auto_is_plain_and_fused_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    assert not kernels.use_fused("K-means", GPU)
+    redux.set_kernels("fused")
+    with pytest.raises(ValueError, match="because triton is not installed"):
+        kernels.use_fused("K-means", GPU)
+
+
+def test_each_decision_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "redux.kernels")
+    for _ in range(2):
+        kernels.use_fused("K-means", GPU)
+        kernels.use_fused("CMAI", GPU, unsupported="heads are 256 wide")
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "K-means: fused kernel"),
+        ("WARNING", "CMAI: plain code, because heads are 256 wide"),
+    ]
+
+
+def test_an_unknown_choice_is_an_error() -> None:
+    # in a process without the type checker of the tests, which would refuse it first
+    done = run_python("import redux; redux.set_kernels('fast')")
+    assert "ValueError: kernels: got 'fast', allowed: auto, plain, fused" in done.stderr
+
+
+def test_the_library_needs_no_triton() -> None:
+    done = run_python("import sys; sys.modules['triton'] = None; import redux.model, redux.plugin, redux.kernels")
+    assert done.returncode == 0, done.stderr
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
