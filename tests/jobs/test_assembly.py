@@ -115,7 +115,7 @@ def test_where_a_stage_is_in_full_precision_so_is_what_it_starts_from(load: Call
 def test_plans_say_where_to_start_and_how_large_images_are(
     load: Callable[..., Job], told: Callable[..., list[StagePlan]], tmp_path: Path
 ) -> None:
-    job = load("num_workers=[1, 4]", "recovery.restarts=7")
+    job = load("num_workers=[1, 4]", "recovery.restarts=7", "model.kernels=plain")
     first, second = told(job, tmp_path, allow_changes=True)
     whole = tmp_path / "assembled"
     assert (first.start, first.tokenizer, first.model) == (str(whole), whole, None)
@@ -125,6 +125,7 @@ def test_plans_say_where_to_start_and_how_large_images_are(
         assert (plan.image_size, plan.image_tokens) == (32, 8)
         assert plan.workers == (1, 4)
         assert plan.recovery == Recovery(restarts=7)
+        assert plan.kernels == "plain"
         assert plan.allow_changes
         assert plan.job == schema.dump(job)
     [plan, _] = told(load("model.vmtc=null", "num_workers=2"), tmp_path / "other")

@@ -59,6 +59,7 @@ def finished(folder: Path) -> list[str]:
         ("seed=1", ("shards",)),
         ("data.samples_per_shard=7", ("assemble",)),
         ("model.vmtc=null", ()),
+        ("model.kernels=plain", PREPARED),
         ("checkpoints=s3://bucket/runs", PREPARED),
         ("train.tower.epochs=7", PREPARED),
         ("train.instruct.template=vicuna_v1", ("assemble",)),
