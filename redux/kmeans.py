@@ -5,7 +5,8 @@ is random, since recomputed activations and resumed runs must give the same clus
 host, since the GPU would wait: the number of iterations is fixed, and index arithmetic refills empty clusters.  The
 result has exactly c clusters, none of them empty, so that shapes are static.
 
-Cost: 2 iterations + 1 products of (tokens x dim) by (dim x clusters) for each image, a small part of one ViT block.
+Cost: 2 iterations + 1 products of (tokens x dim) by (dim x clusters) for each image, a small part of one ViT block, in
+about 20 small launches an iteration.  `redux.kernels.kmeans` takes two launches for all.
 
 Shapes: batch, tokens, dim; clusters = c.
 """
@@ -15,7 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from redux.kernels import use_fused
 from redux.settings import KMeansSeeds
+
+MAX_FUSED_TOKENS, MAX_FUSED_CLUSTERS = 4096, 256  # what a multiprocessor's registers hold
 
 
 @torch.no_grad()
@@ -42,12 +46,27 @@ def kmeans(
     count = tokens.shape[1]
     if not 1 <= clusters <= count:
         raise ValueError(f"clusters: got {clusters}, allowed: 1 to {count}, the number of tokens to cluster")
+    if use_fused("K-means", tokens.device, unsupported_clustering(tokens, clusters)):
+        from redux.kernels.kmeans import cluster_tokens
+
+        return cluster_tokens(tokens, None, clusters, iterations, seeds)
     unit = F.normalize(tokens.float(), dim=-1)
     centroids = unit.gather(1, _choose_seeds(unit, clusters, seeds).unsqueeze(-1).expand(-1, -1, unit.shape[-1]))
     for _ in range(iterations):
         members = F.one_hot(_assign_clusters(unit, centroids), clusters).to(unit.dtype)
         centroids = F.normalize(members.transpose(1, 2) @ unit, dim=-1)
     return _assign_clusters(unit, centroids)
+
+
+def unsupported_clustering(tokens: Float[Tensor, "batch tokens dim"], clusters: int) -> str:
+    """Return why no kernel can cluster some or all of these tokens, or ""."""
+    if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"tokens are {tokens.dtype}"
+    if tokens.stride(-1) != 1:
+        return "the last dimension is not contiguous"
+    if tokens.shape[1] > MAX_FUSED_TOKENS or clusters > MAX_FUSED_CLUSTERS:
+        return f"there are more than {MAX_FUSED_TOKENS} tokens or {MAX_FUSED_CLUSTERS} clusters"
+    return ""
 
 
 def _choose_seeds(

@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from redux.kmeans import kmeans
+from redux.kernels import use_fused
+from redux.kmeans import kmeans, unsupported_clustering
 from redux.parallel import mean_over_ranks
 from redux.settings import VMTC, CompressionStage
 
@@ -108,6 +109,8 @@ def compress_tokens(
     tensor([[2, 2, 3, 0, 1, 2]])
     """
     ranked = ips.argsort(dim=-1, descending=True, stable=True)
+    if use_fused("token compression", tokens.device, _unsupported(tokens, ips, stage, cluster_features)):
+        return _compress_fused(tokens, ips, ranked, stage, vmtc, cluster_features)
     kept, redundant = ranked.split([stage.kept, tokens.shape[1] - stage.kept], dim=-1)  # eq. 5, 6
     parts = [_gather_tokens(tokens, kept)]
     slot = torch.full_like(ranked, -1)
@@ -127,6 +130,38 @@ def compress_tokens(
     merged = torch.cat(parts, dim=1)  # eq. 8
     cluster = (torch.arange(merged.shape[1], device=tokens.device) >= stage.kept).expand(merged.shape[:2])
     return _sort_by_position(merged, slot, cluster) if vmtc.order == "spatial" else (merged, slot, cluster)
+
+
+def _unsupported(
+    tokens: Float[Tensor, "batch patches dim"],
+    ips: Float[Tensor, "batch patches"],
+    stage: CompressionStage,
+    cluster_features: Float[Tensor, "batch patches width"] | None,
+) -> str:
+    """Return why no kernel can compress these tokens, or ""."""
+    if ips.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"importance is {ips.dtype}"
+    # the tokens themselves are merged with the same restrictions
+    features = tokens if cluster_features is None else cluster_features
+    return unsupported_clustering(tokens, 0) or unsupported_clustering(features, stage.clusters)
+
+
+def _compress_fused(
+    tokens: Float[Tensor, "batch patches dim"],
+    ips: Float[Tensor, "batch patches"],
+    ranked: Int[Tensor, "batch patches"],
+    stage: CompressionStage,
+    vmtc: VMTC,
+    cluster_features: Float[Tensor, "batch patches width"] | None,
+) -> tuple[Float[Tensor, "batch out dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]:
+    from redux.kernels.compression import merge_tokens
+    from redux.kernels.kmeans import cluster_tokens
+
+    label = None
+    if stage.clusters:
+        features, redundant = tokens if cluster_features is None else cluster_features, ranked[:, stage.kept :]
+        label = cluster_tokens(features, redundant, stage.clusters, vmtc.iterations, vmtc.seeds)
+    return merge_tokens(tokens, ips, ranked, label, stage, vmtc)
 
 
 def _gather_tokens(
@@ -177,6 +212,10 @@ class PatchAssignment(NamedTuple):
         """Follow the patches through one more `compress_tokens`, whose slot and cluster these are."""
         # blocks of one tower may lie on several devices; the result lies where the last of them is
         previous, merged = self.slot.to(slot.device), self.merged.to(slot.device)
+        if use_fused("patch assignment", slot.device):
+            from redux.kernels.compression import follow_patches
+
+            return PatchAssignment(*follow_patches(previous, merged, slot, cluster))
         current = torch.where(previous >= 0, slot.gather(1, previous.clamp_min(0)), -1)
         in_cluster = cluster.gather(1, current.clamp_min(0)) & (current >= 0)
         return PatchAssignment(current, merged | in_cluster)

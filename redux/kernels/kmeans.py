@@ -17,7 +17,7 @@ that are not finite count as a similarity of 0, so that every label is valid.
 Shapes: batch, tokens, dim; clusters = c.
 """
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -26,8 +26,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from redux.settings import KMeansSeeds
-
-MAX_TOKENS, MAX_CLUSTERS = 4096, 256
 
 _EPSILON = tl.constexpr(1e-12)  # least length that F.normalize divides by
 _FARTHEST, _STRIDED, _GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -102,15 +100,6 @@ def cluster_tokens(
     return label
 
 
-def unsupported_kmeans(tokens: Float[Tensor, "batch patches dim"], count: int, clusters: int) -> str:
-    """Return why the kernels cannot cluster `count` of these tokens, or ""."""
-    if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"tokens are {tokens.dtype}"
-    if count > MAX_TOKENS or clusters > MAX_CLUSTERS:
-        return f"more than {MAX_TOKENS} tokens or {MAX_CLUSTERS} clusters"
-    return ""
-
-
 _positions: dict[Any, Tensor] = {}
 
 
@@ -124,6 +113,7 @@ def _random_positions(count: int, clusters: int, device: torch.device) -> Int[Te
 
 
 @triton.jit
+@no_type_check
 def _gram_kernel(  # type: ignore[no-untyped-def]
     tokens,
     index,
@@ -170,6 +160,7 @@ def _gram_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+@no_type_check
 def _choose_seeds(gram, given, count, clusters, row, SEEDS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     """Choose the positions of the first centroids, as `redux.kmeans` does; 0 beyond the last cluster."""
     cluster = tl.arange(0, BLOCK_C)
@@ -193,6 +184,7 @@ def _choose_seeds(gram, given, count, clusters, row, SEEDS: tl.constexpr, BLOCK_
 
 
 @triton.jit
+@no_type_check
 def _score_seeds(gram, scores, seed, count, row, TILES_R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
     """Store each token's similarity to the first centroids."""
     cluster = tl.arange(0, BLOCK_C)
@@ -205,6 +197,7 @@ def _score_seeds(gram, scores, seed, count, row, TILES_R: tl.constexpr, BLOCK_R:
 
 
 @triton.jit
+@no_type_check
 def _score_members(  # type: ignore[no-untyped-def]
     gram,
     scores,
@@ -242,6 +235,7 @@ def _score_members(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+@no_type_check
 def _refill_clusters(  # type: ignore[no-untyped-def]
     similarity,
     label,
@@ -282,6 +276,7 @@ def _refill_clusters(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["count", "clusters", "iterations"])
+@no_type_check
 def _kmeans_kernel(  # type: ignore[no-untyped-def]
     gram,
     scores,

@@ -1,4 +1,4 @@
-"""Triton interprets kernels on CPU tensors where no GPU is present; it reads the variable when it is imported."""
+"""Without a GPU, Triton interprets the kernels under test; it reads the variable when it is first imported."""
 
 import os
 
