@@ -53,7 +53,8 @@ def kmeans(
     unit = F.normalize(tokens.float(), dim=-1)
     centroids = unit.gather(1, _choose_seeds(unit, clusters, seeds).unsqueeze(-1).expand(-1, -1, unit.shape[-1]))
     for _ in range(iterations):
-        members = F.one_hot(_assign_clusters(unit, centroids), clusters).to(unit.dtype)
+        label = _assign_clusters(unit, centroids)
+        members = (label.unsqueeze(-1) == torch.arange(clusters, device=unit.device)).to(unit.dtype)
         centroids = F.normalize(members.transpose(1, 2) @ unit, dim=-1)
     return _assign_clusters(unit, centroids)
 
@@ -99,19 +100,16 @@ def _assign_clusters(
     The best token of every other cluster stays, so that moving empties no cluster.  There are enough other tokens,
     since tokens >= clusters.
     """
-    clusters = centroids.shape[1]
+    numbers = torch.arange(centroids.shape[1], device=unit.device)
     similarity, nearest = (unit @ centroids.transpose(1, 2)).max(dim=-1)
-    members = F.one_hot(nearest, clusters).bool()
-    empty = ~members.any(dim=1)
-    # equal tokens (a constant image) tie everywhere: argmax takes the first, stable sort keeps their order
-    best = similarity.unsqueeze(-1).masked_fill(~members, -torch.inf).argmax(dim=1)
-    # the best token of each cluster is anchored; the least similar of the others may move
-    anchored = torch.zeros_like(empty, dtype=torch.long).new_zeros(similarity.shape)
-    anchored.scatter_add_(1, best, (~empty).long())
-    movable = similarity.masked_fill(anchored > 0, torch.inf).argsort(dim=1, stable=True)
+    # equal tokens (a constant image) tie everywhere: max takes the first, stable sort keeps their order
+    is_member = nearest.unsqueeze(-1) == numbers
+    highest, best = similarity.unsqueeze(-1).where(is_member, -torch.inf).max(dim=1)
+    empty = highest == -torch.inf
+    # the best token of each cluster is anchored at infinity; the least similar of the others may move
+    anchors = torch.where(empty, -torch.inf, torch.inf).to(similarity.dtype)
+    movable = similarity.scatter_reduce(1, best, anchors, "amax").argsort(dim=1, stable=True)
     refill = (empty.cumsum(dim=1) - 1).clamp_min(0)
-    moved = movable.gather(1, refill)
-    target = torch.arange(clusters, device=unit.device).expand_as(moved)
     # a cluster that is not empty assigns its own best token to itself again
-    source = torch.where(empty, moved, best)
-    return nearest.scatter(1, source, target)
+    source = torch.where(empty, movable.gather(1, refill), best)
+    return nearest.scatter(1, source, numbers.expand_as(source))

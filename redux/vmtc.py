@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from redux.kernels import use_fused
 from redux.kmeans import kmeans, unsupported_clustering
@@ -121,7 +120,8 @@ def compress_tokens(
         features = rest if cluster_features is None else _gather_tokens(cluster_features, redundant)
         label = kmeans(features, stage.clusters, vmtc.iterations, vmtc.seeds)
         # members[b, t, c]: merge weight of redundant token t in cluster c
-        members = F.one_hot(label, stage.clusters).to(weight.dtype) * weight.unsqueeze(-1)
+        is_member = label.unsqueeze(-1) == torch.arange(stage.clusters, device=label.device)
+        members = weight.unsqueeze(-1) * is_member
         if vmtc.weights != "raw":
             total = members.sum(dim=1 if vmtc.weights == "normalized" else (1, 2), keepdim=True)
             members = members / total.clamp_min(torch.finfo(weight.dtype).tiny)
@@ -180,7 +180,7 @@ def _sort_by_position(
     column = torch.where(slot < 0, out, slot)
     first = slot.new_full((slot.shape[0], out + 1), patches).scatter_reduce(1, column, position, "amin")[:, :out]
     order = first.argsort(dim=1, stable=True)
-    rank = order.argsort(dim=1)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(out, device=slot.device).expand_as(order))
     moved = torch.where(slot < 0, slot, rank.gather(1, slot.clamp_min(0)))
     return _gather_tokens(tokens, order), moved, cluster.gather(1, order)
 
