@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from redux.kernels import use_fused
-from redux.kmeans import kmeans, unsupported_clustering
+from redux.kmeans import MAX_FUSED_TOKENS, kmeans, unsupported_clustering
 from redux.parallel import mean_over_ranks
 from redux.settings import VMTC, CompressionStage
 
@@ -44,11 +44,24 @@ def importance_score(
         bias: values to add to the scores of each key, as the block's attention does.
         mesh: ranks that share the heads, see `redux.parallel`.
     """
+    if use_fused("importance score", keys.device, _unsupported_scores(query, keys, bias)):
+        from redux.kernels.importance import score_importance
+
+        return mean_over_ranks(score_importance(query, keys, scale, bias), mesh)
     scores = query @ keys.transpose(-1, -2) * scale
     if bias is not None:
         scores = scores + bias[:, None, None]
     mean = scores.softmax(dim=-1, dtype=torch.float32).mean(dim=1)[:, 0, 1:]
     return mean_over_ranks(mean, mesh)
+
+
+def _unsupported_scores(query: Tensor, keys: Tensor, bias: Tensor | None) -> str:
+    """Return why no kernel can compute the importance score of these tensors, or ""."""
+    if any(values.dtype not in (torch.float32, torch.bfloat16, torch.float16) for values in (query, keys)):
+        return f"keys are {keys.dtype}"
+    if bias is not None and bias.requires_grad:
+        return "the bias has a gradient"
+    return "" if keys.shape[2] <= MAX_FUSED_TOKENS else f"there are more than {MAX_FUSED_TOKENS} tokens"
 
 
 def mean_received_attention(
