@@ -52,11 +52,12 @@ def kmeans(
         return cluster_tokens(tokens, None, clusters, iterations, seeds)
     unit = F.normalize(tokens.float(), dim=-1)
     centroids = unit.gather(1, _choose_seeds(unit, clusters, seeds).unsqueeze(-1).expand(-1, -1, unit.shape[-1]))
+    numbers = torch.arange(clusters, device=unit.device)
     for _ in range(iterations):
-        label = _assign_clusters(unit, centroids)
-        members = (label.unsqueeze(-1) == torch.arange(clusters, device=unit.device)).to(unit.dtype)
+        label = _assign_clusters(unit, centroids, numbers)
+        members = (label.unsqueeze(-1) == numbers).to(unit.dtype)
         centroids = F.normalize(members.transpose(1, 2) @ unit, dim=-1)
-    return _assign_clusters(unit, centroids)
+    return _assign_clusters(unit, centroids, numbers)
 
 
 def unsupported_clustering(tokens: Float[Tensor, "batch tokens dim"], clusters: int) -> str:
@@ -93,21 +94,21 @@ def _choose_seeds(
 
 
 def _assign_clusters(
-    unit: Float[Tensor, "batch tokens dim"], centroids: Float[Tensor, "batch clusters dim"]
+    unit: Float[Tensor, "batch tokens dim"],
+    centroids: Float[Tensor, "batch clusters dim"],
+    numbers: Int[Tensor, "clusters"],
 ) -> Int[Tensor, "batch tokens"]:
     """Assign each token to its nearest centroid, then move one distant token into each empty cluster.
 
     The best token of every other cluster stays, so that moving empties no cluster.  There are enough other tokens,
     since tokens >= clusters.
     """
-    numbers = torch.arange(centroids.shape[1], device=unit.device)
     similarity, nearest = (unit @ centroids.transpose(1, 2)).max(dim=-1)
     # equal tokens (a constant image) tie everywhere: max takes the first, stable sort keeps their order
-    is_member = nearest.unsqueeze(-1) == numbers
-    highest, best = similarity.unsqueeze(-1).where(is_member, -torch.inf).max(dim=1)
+    highest, best = similarity.unsqueeze(-1).masked_fill(nearest.unsqueeze(-1) != numbers, -torch.inf).max(dim=1)
     empty = highest == -torch.inf
     # the best token of each cluster is anchored at infinity; the least similar of the others may move
-    anchors = torch.where(empty, -torch.inf, torch.inf).to(similarity.dtype)
+    anchors = highest.masked_fill(~empty, torch.inf)
     movable = similarity.scatter_reduce(1, best, anchors, "amax").argsort(dim=1, stable=True)
     refill = (empty.cumsum(dim=1) - 1).clamp_min(0)
     # a cluster that is not empty assigns its own best token to itself again

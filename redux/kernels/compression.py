@@ -121,7 +121,7 @@ class _Merge(torch.autograd.Function):
         return merged
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         tokens, slot, members, begin, length, weight, scale = ctx.saved_tensors
         gradient = gradient.contiguous()
         batch, patches, dim = tokens.shape
@@ -187,7 +187,7 @@ def follow_patches(
 
 @triton.jit(do_not_specialize=["patches", "kept", "out"])
 @no_type_check
-def _locate_kernel(  # type: ignore[no-untyped-def]
+def _locate_kernel(
     ranked,
     label,
     first,
@@ -226,7 +226,7 @@ def _locate_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["patches", "kept", "out"])
 @no_type_check
-def _arrange_kernel(  # type: ignore[no-untyped-def]
+def _arrange_kernel(
     score,
     by_rank,
     key,
@@ -285,7 +285,7 @@ def _arrange_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["patches", "out"])
 @no_type_check
-def _merge_kernel(  # type: ignore[no-untyped-def]
+def _merge_kernel(
     tokens,
     members,
     begin,
@@ -321,7 +321,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["patches", "out"])
 @no_type_check
-def _merge_gradient_kernel(  # type: ignore[no-untyped-def]
+def _merge_gradient_kernel(
     tokens,
     gradient,
     slot,
@@ -361,9 +361,7 @@ def _merge_gradient_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["patches", "out"])
 @no_type_check
-def _divisor_gradient_kernel(  # type: ignore[no-untyped-def]
-    members, begin, length, weight, scale, of_score, patches, out, BLOCK: tl.constexpr
-):
+def _divisor_gradient_kernel(members, begin, length, weight, scale, of_score, patches, out, BLOCK: tl.constexpr):
     """Add the gradient through the divisor that the patches of one output token share."""
     image = tl.program_id(0).to(tl.int64)
     number = tl.program_id(1)
@@ -392,7 +390,7 @@ def _divisor_gradient_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["patches", "tokens", "out"])
 @no_type_check
-def _follow_kernel(  # type: ignore[no-untyped-def]
+def _follow_kernel(
     previous,
     merged,
     slot,

@@ -54,7 +54,7 @@ class _ClassAttention(torch.autograd.Function):
         return weights
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         query, keys, weights = ctx.saved_tensors
         of_weights = weights * gradient
         of_scores = (of_weights - weights * of_weights.sum(dim=-1, keepdim=True)) * ctx.scale
@@ -65,7 +65,7 @@ class _ClassAttention(torch.autograd.Function):
 
 @triton.jit(do_not_specialize=["tokens", "scale"])
 @no_type_check
-def _class_attention_kernel(  # type: ignore[no-untyped-def]
+def _class_attention_kernel(
     query,
     keys,
     bias,

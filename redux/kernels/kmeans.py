@@ -114,7 +114,7 @@ def _random_positions(count: int, clusters: int, device: torch.device) -> Int[Te
 
 @triton.jit
 @no_type_check
-def _gram_kernel(  # type: ignore[no-untyped-def]
+def _gram_kernel(
     tokens,
     index,
     gram,
@@ -161,7 +161,7 @@ def _gram_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 @no_type_check
-def _choose_seeds(gram, given, count, clusters, row, SEEDS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+def _choose_seeds(gram, given, count, clusters, row, SEEDS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
     """Choose the positions of the first centroids, as `redux.kmeans` does; 0 beyond the last cluster."""
     cluster = tl.arange(0, BLOCK_C)
     if SEEDS == _STRIDED:
@@ -185,7 +185,7 @@ def _choose_seeds(gram, given, count, clusters, row, SEEDS: tl.constexpr, BLOCK_
 
 @triton.jit
 @no_type_check
-def _score_seeds(gram, scores, seed, count, row, TILES_R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
+def _score_seeds(gram, scores, seed, count, row, TILES_R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Store each token's similarity to the first centroids."""
     cluster = tl.arange(0, BLOCK_C)
     for tile in range(TILES_R):
@@ -198,7 +198,7 @@ def _score_seeds(gram, scores, seed, count, row, TILES_R: tl.constexpr, BLOCK_R:
 
 @triton.jit
 @no_type_check
-def _score_members(  # type: ignore[no-untyped-def]
+def _score_members(
     gram,
     scores,
     label,
@@ -236,7 +236,7 @@ def _score_members(  # type: ignore[no-untyped-def]
 
 @triton.jit
 @no_type_check
-def _refill_clusters(  # type: ignore[no-untyped-def]
+def _refill_clusters(
     similarity,
     label,
     members,
@@ -277,7 +277,7 @@ def _refill_clusters(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["count", "clusters", "iterations"])
 @no_type_check
-def _kmeans_kernel(  # type: ignore[no-untyped-def]
+def _kmeans_kernel(
     gram,
     scores,
     similarity,
