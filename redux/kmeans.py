@@ -5,7 +5,8 @@ is random, since recomputed activations and resumed runs must give the same clus
 host, since the GPU would wait: the number of iterations is fixed, and index arithmetic refills empty clusters.  The
 result has exactly c clusters, none of them empty, so that shapes are static.
 
-Cost: 2 iterations + 1 products of (tokens x dim) by (dim x clusters) for each image, a small part of one ViT block.
+Cost: 2 iterations + 1 products of (tokens x dim) by (dim x clusters) for each image, a small part of one ViT block, in
+about 20 small launches an iteration.  `redux.kernels.kmeans` takes two launches for all.
 
 Shapes: batch, tokens, dim; clusters = c.
 """
@@ -15,7 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from redux.kernels import use_fused
 from redux.settings import KMeansSeeds
+
+MAX_FUSED_TOKENS, MAX_FUSED_CLUSTERS = 4096, 256  # what a multiprocessor's registers hold
 
 
 @torch.no_grad()
@@ -42,12 +46,29 @@ def kmeans(
     count = tokens.shape[1]
     if not 1 <= clusters <= count:
         raise ValueError(f"clusters: got {clusters}, allowed: 1 to {count}, the number of tokens to cluster")
+    if use_fused("K-means", tokens.device, unsupported_clustering(tokens, clusters)):
+        from redux.kernels.kmeans import cluster_tokens
+
+        return cluster_tokens(tokens, None, clusters, iterations, seeds)
     unit = F.normalize(tokens.float(), dim=-1)
     centroids = unit.gather(1, _choose_seeds(unit, clusters, seeds).unsqueeze(-1).expand(-1, -1, unit.shape[-1]))
+    numbers = torch.arange(clusters, device=unit.device)
     for _ in range(iterations):
-        members = F.one_hot(_assign_clusters(unit, centroids), clusters).to(unit.dtype)
+        label = _assign_clusters(unit, centroids, numbers)
+        members = (label.unsqueeze(-1) == numbers).to(unit.dtype)
         centroids = F.normalize(members.transpose(1, 2) @ unit, dim=-1)
-    return _assign_clusters(unit, centroids)
+    return _assign_clusters(unit, centroids, numbers)
+
+
+def unsupported_clustering(tokens: Float[Tensor, "batch tokens dim"], clusters: int) -> str:
+    """Return why no kernel can cluster some or all of these tokens, or ""."""
+    if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"tokens are {tokens.dtype}"
+    if tokens.stride(-1) != 1:
+        return "the last dimension is not contiguous"
+    if tokens.shape[1] > MAX_FUSED_TOKENS or clusters > MAX_FUSED_CLUSTERS:
+        return f"there are more than {MAX_FUSED_TOKENS} tokens or {MAX_FUSED_CLUSTERS} clusters"
+    return ""
 
 
 def _choose_seeds(
@@ -73,26 +94,23 @@ def _choose_seeds(
 
 
 def _assign_clusters(
-    unit: Float[Tensor, "batch tokens dim"], centroids: Float[Tensor, "batch clusters dim"]
+    unit: Float[Tensor, "batch tokens dim"],
+    centroids: Float[Tensor, "batch clusters dim"],
+    numbers: Int[Tensor, "clusters"],
 ) -> Int[Tensor, "batch tokens"]:
     """Assign each token to its nearest centroid, then move one distant token into each empty cluster.
 
     The best token of every other cluster stays, so that moving empties no cluster.  There are enough other tokens,
     since tokens >= clusters.
     """
-    clusters = centroids.shape[1]
     similarity, nearest = (unit @ centroids.transpose(1, 2)).max(dim=-1)
-    members = F.one_hot(nearest, clusters).bool()
-    empty = ~members.any(dim=1)
-    # equal tokens (a constant image) tie everywhere: argmax takes the first, stable sort keeps their order
-    best = similarity.unsqueeze(-1).masked_fill(~members, -torch.inf).argmax(dim=1)
-    # the best token of each cluster is anchored; the least similar of the others may move
-    anchored = torch.zeros_like(empty, dtype=torch.long).new_zeros(similarity.shape)
-    anchored.scatter_add_(1, best, (~empty).long())
-    movable = similarity.masked_fill(anchored > 0, torch.inf).argsort(dim=1, stable=True)
+    # equal tokens (a constant image) tie everywhere: max takes the first, stable sort keeps their order
+    highest, best = similarity.unsqueeze(-1).masked_fill(nearest.unsqueeze(-1) != numbers, -torch.inf).max(dim=1)
+    empty = highest == -torch.inf
+    # the best token of each cluster is anchored at infinity; the least similar of the others may move
+    anchors = highest.masked_fill(~empty, torch.inf)
+    movable = similarity.scatter_reduce(1, best, anchors, "amax").argsort(dim=1, stable=True)
     refill = (empty.cumsum(dim=1) - 1).clamp_min(0)
-    moved = movable.gather(1, refill)
-    target = torch.arange(clusters, device=unit.device).expand_as(moved)
     # a cluster that is not empty assigns its own best token to itself again
-    source = torch.where(empty, moved, best)
-    return nearest.scatter(1, source, target)
+    source = torch.where(empty, movable.gather(1, refill), best)
+    return nearest.scatter(1, source, numbers.expand_as(source))

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
-from redux.kmeans import kmeans
+from redux.kernels import use_fused
+from redux.kmeans import MAX_FUSED_TOKENS, kmeans, unsupported_clustering
 from redux.parallel import mean_over_ranks
 from redux.settings import VMTC, CompressionStage
 
@@ -44,11 +44,24 @@ def importance_score(
         bias: values to add to the scores of each key, as the block's attention does.
         mesh: ranks that share the heads, see `redux.parallel`.
     """
+    if use_fused("importance score", keys.device, _unsupported_scores(query, keys, bias)):
+        from redux.kernels.importance import score_importance
+
+        return mean_over_ranks(score_importance(query, keys, scale, bias), mesh)
     scores = query @ keys.transpose(-1, -2) * scale
     if bias is not None:
         scores = scores + bias[:, None, None]
     mean = scores.softmax(dim=-1, dtype=torch.float32).mean(dim=1)[:, 0, 1:]
     return mean_over_ranks(mean, mesh)
+
+
+def _unsupported_scores(query: Tensor, keys: Tensor, bias: Tensor | None) -> str:
+    """Return why no kernel can compute the importance score of these tensors, or ""."""
+    if any(values.dtype not in (torch.float32, torch.bfloat16, torch.float16) for values in (query, keys)):
+        return f"keys are {keys.dtype}"
+    if bias is not None and bias.requires_grad:
+        return "the bias has a gradient"
+    return "" if keys.shape[2] <= MAX_FUSED_TOKENS else f"there are more than {MAX_FUSED_TOKENS} tokens"
 
 
 def mean_received_attention(
@@ -108,6 +121,8 @@ def compress_tokens(
     tensor([[2, 2, 3, 0, 1, 2]])
     """
     ranked = ips.argsort(dim=-1, descending=True, stable=True)
+    if use_fused("token compression", tokens.device, _unsupported(tokens, ips, stage, cluster_features)):
+        return _compress_fused(tokens, ips, ranked, stage, vmtc, cluster_features)
     kept, redundant = ranked.split([stage.kept, tokens.shape[1] - stage.kept], dim=-1)  # eq. 5, 6
     parts = [_gather_tokens(tokens, kept)]
     slot = torch.full_like(ranked, -1)
@@ -118,7 +133,8 @@ def compress_tokens(
         features = rest if cluster_features is None else _gather_tokens(cluster_features, redundant)
         label = kmeans(features, stage.clusters, vmtc.iterations, vmtc.seeds)
         # members[b, t, c]: merge weight of redundant token t in cluster c
-        members = F.one_hot(label, stage.clusters).to(weight.dtype) * weight.unsqueeze(-1)
+        is_member = label.unsqueeze(-1) == torch.arange(stage.clusters, device=label.device)
+        members = weight.unsqueeze(-1) * is_member
         if vmtc.weights != "raw":
             total = members.sum(dim=1 if vmtc.weights == "normalized" else (1, 2), keepdim=True)
             members = members / total.clamp_min(torch.finfo(weight.dtype).tiny)
@@ -127,6 +143,38 @@ def compress_tokens(
     merged = torch.cat(parts, dim=1)  # eq. 8
     cluster = (torch.arange(merged.shape[1], device=tokens.device) >= stage.kept).expand(merged.shape[:2])
     return _sort_by_position(merged, slot, cluster) if vmtc.order == "spatial" else (merged, slot, cluster)
+
+
+def _unsupported(
+    tokens: Float[Tensor, "batch patches dim"],
+    ips: Float[Tensor, "batch patches"],
+    stage: CompressionStage,
+    cluster_features: Float[Tensor, "batch patches width"] | None,
+) -> str:
+    """Return why no kernel can compress these tokens, or ""."""
+    if ips.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"importance is {ips.dtype}"
+    # the tokens themselves are merged with the same restrictions
+    features = tokens if cluster_features is None else cluster_features
+    return unsupported_clustering(tokens, 0) or unsupported_clustering(features, stage.clusters)
+
+
+def _compress_fused(
+    tokens: Float[Tensor, "batch patches dim"],
+    ips: Float[Tensor, "batch patches"],
+    ranked: Int[Tensor, "batch patches"],
+    stage: CompressionStage,
+    vmtc: VMTC,
+    cluster_features: Float[Tensor, "batch patches width"] | None,
+) -> tuple[Float[Tensor, "batch out dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]:
+    from redux.kernels.compression import merge_tokens
+    from redux.kernels.kmeans import cluster_tokens
+
+    label = None
+    if stage.clusters:
+        features, redundant = tokens if cluster_features is None else cluster_features, ranked[:, stage.kept :]
+        label = cluster_tokens(features, redundant, stage.clusters, vmtc.iterations, vmtc.seeds)
+    return merge_tokens(tokens, ips, ranked, label, stage, vmtc)
 
 
 def _gather_tokens(
@@ -145,7 +193,7 @@ def _sort_by_position(
     column = torch.where(slot < 0, out, slot)
     first = slot.new_full((slot.shape[0], out + 1), patches).scatter_reduce(1, column, position, "amin")[:, :out]
     order = first.argsort(dim=1, stable=True)
-    rank = order.argsort(dim=1)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(out, device=slot.device).expand_as(order))
     moved = torch.where(slot < 0, slot, rank.gather(1, slot.clamp_min(0)))
     return _gather_tokens(tokens, order), moved, cluster.gather(1, order)
 
@@ -177,6 +225,10 @@ class PatchAssignment(NamedTuple):
         """Follow the patches through one more `compress_tokens`, whose slot and cluster these are."""
         # blocks of one tower may lie on several devices; the result lies where the last of them is
         previous, merged = self.slot.to(slot.device), self.merged.to(slot.device)
+        if use_fused("patch assignment", slot.device):
+            from redux.kernels.compression import follow_patches
+
+            return PatchAssignment(*follow_patches(previous, merged, slot, cluster))
         current = torch.where(previous >= 0, slot.gather(1, previous.clamp_min(0)), -1)
         in_cluster = cluster.gather(1, current.clamp_min(0)) & (current >= 0)
         return PatchAssignment(current, merged | in_cluster)

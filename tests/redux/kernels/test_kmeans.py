@@ -1,0 +1,96 @@
+"""Fused K-means gives the labels of the plain version, ties aside, and refills empty clusters by the same rule."""
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from redux.kernels import set_kernels
+from redux.kmeans import kmeans
+from redux.settings import KMeansSeeds
+
+pytest.importorskip("triton")
+import_module("tests.redux.kernels.interpreter")
+
+SEEDS = get_args(KMeansSeeds)
+
+
+@pytest.fixture(autouse=True)
+def _default_choice() -> Iterator[None]:
+    yield
+    set_kernels("auto")
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def label_both(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    set_kernels("plain")
+    plain = kmeans(tokens, *arguments)
+    set_kernels("fused")
+    return plain, kmeans(tokens, *arguments)
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 7, 19, 20])
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_noise_has_the_labels_of_the_plain_version(clusters: int, seeds: KMeansSeeds) -> None:
+    plain, fused = label_both(noise(2, 20, 8, seed=clusters), clusters, 4, seeds)
+    assert torch.equal(fused, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_tokens_of_several_tiles_have_the_labels_of_the_plain_version(dtype: torch.dtype) -> None:
+    tokens = noise(1, 150, 70).to(dtype)
+    plain, fused = label_both(tokens, 20, 3, "strided")
+    assert torch.equal(fused, plain)
+
+
+def test_more_than_one_token_is_moved_by_falling_distance_into_empty_clusters() -> None:
+    """Seeds of clusters 1 to 4 equal that of cluster 0, which wins the ties and leaves them empty."""
+    tokens = noise(1, 12, 8)
+    tokens[:, [0, 2, 4, 7, 9]] = tokens[:, :1].clone()
+    plain, fused = label_both(tokens, 5, 1, "strided")
+    assert torch.equal(fused, plain)
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+@pytest.mark.parametrize("kind", ["constant", "zero", "two kinds", "not finite"])
+def test_every_cluster_of_a_degenerate_image_holds_a_token(kind: str, seeds: KMeansSeeds) -> None:
+    tokens = {
+        "constant": torch.ones(1, 12, 8),
+        "zero": torch.zeros(1, 12, 8),
+        "two kinds": F.one_hot(torch.arange(12) % 2, 8).float().unsqueeze(0),
+        "not finite": noise(1, 12, 8).masked_fill(torch.arange(12).view(1, 12, 1) % 3 == 0, torch.nan),
+    }[kind]
+    set_kernels("fused")
+    assert kmeans(tokens, 5, 2, seeds).unique().tolist() == list(range(5))
+
+
+def test_images_do_not_see_each_other_and_a_view_is_clustered_alike() -> None:
+    tokens = noise(3, 21, 8)
+    tokens[1] = 1.0
+    set_kernels("fused")
+    together = kmeans(tokens[:, 1:], 6, 2)
+    alone = [kmeans(image.unsqueeze(0).clone(), 6, 2)[0] for image in tokens[:, 1:]]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_what_no_kernel_can_cluster_is_refused_with_the_reason() -> None:
+    set_kernels("fused")
+    with pytest.raises(ValueError, match=r"allowed for K-means: auto or plain, because tokens are torch\.float64"):
+        kmeans(noise(1, 8, 4).double(), 2, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("count", "clusters"), [(195, 76), (345, 46), (385, 38), (61, 6), (576, 200)])
+def test_labels_on_a_gpu_agree_except_where_similarities_are_close(count: int, clusters: int) -> None:
+    tokens = noise(8, count, 1024).bfloat16().cuda()
+    plain, fused = label_both(tokens, clusters, 10, "strided")
+    assert (plain == fused).float().mean() > 0.98
+    assert torch.equal(fused, kmeans(tokens, clusters, 10))
