@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
 import redux.tower
-from redux.cmai import FocusCache, Inhibition
+from redux.cmai import Inhibition
+from redux.focus_cache import FocusCache
 from redux.configuration import ReduxConfig
 from redux.cost import Cost, compute_cost, compute_step_cost
 from redux.model import ReduxForConditionalGeneration, ReduxModel
