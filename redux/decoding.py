@@ -97,14 +97,14 @@ class DecodingStep:
         attention = self._mean_attention(query, key, visible, scale, bias, mesh)
         inhibited = self.valid & self.is_text
         t2i = attention.gather(1, self.columns) * inhibited
-        # eq. 10 and 11: tokens before this one count with their rows of A_t2i
-        rows = self.cache.prepare_rows(layer, keys, t2i)
         focus = t2i
         if self.cmai.focus != "tia":
+            # eq. 10 and 11: tokens before this one count with their rows of A_t2i
+            rows = self.cache.prepare_rows(layer, keys, t2i)
             earlier = torch.arange(keys, device=key.device) < self.position
             t2n = (self._text_to_text(attention, seen) * earlier)[:, keys - rows.shape[1] :]
             focus = torch.baddbmm(t2i.unsqueeze(1), t2n.unsqueeze(1), rows).squeeze(1)
-        rows.index_copy_(1, (self.position - self.cache.start).reshape(1), t2i.unsqueeze(1))
+            rows.index_copy_(1, (self.position - self.cache.start).reshape(1), t2i.unsqueeze(1))
         candidates = seen.gather(1, self.columns) & self.valid
         kept = select_above_quantile(
             focus.unsqueeze(1), candidates.unsqueeze(1), self.gammas[layer], self.cmai.quantile
@@ -123,10 +123,13 @@ class DecodingStep:
         mesh: Any,
     ) -> Float[Tensor, "batch keys"]:
         """Compute A of eq. 9, of the kind that `CMAI.scores` names."""
-        scores = query.unflatten(1, (key.shape[1], -1)).squeeze(3) @ key.mT
+        queries = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
         if self.cmai.scores != "weights":
-            scores = scores.float() if self.cmai.scores == "scores" else scores.float() * scale
-            return mean_over_ranks(scores.masked_fill(~visible, 0.0).mean(dim=(1, 2)), mesh)
+            # the sum over heads of a key head is one product
+            summed = (queries.sum(dim=2, keepdim=True) @ key.mT).squeeze(2).float().sum(dim=1)
+            summed = summed * ((scale if self.cmai.scores == "scaled" else 1.0) / query.shape[1])
+            return mean_over_ranks(summed.masked_fill(~visible[:, 0, 0], 0.0), mesh)
+        scores = queries @ key.mT
         scores = scores * scale if bias is None else scores * scale + bias
         # the finite minimum gives no NaN if no key is visible
         weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1, dtype=torch.float32)
@@ -185,7 +188,7 @@ class DecodingStep:
             visible[:, 0, 0],
             self.cache.flags_of(keys),
             self,
-            self.cache.prepare_rows(layer, keys, query),
+            self.cache.prepare_rows(layer, keys, query) if self.cmai.focus != "tia" else None,
             self.gammas[layer],
             scale,
         )

@@ -5,8 +5,8 @@ A `StaticFocusCache` has the size of its StaticCache, and tensors that stay at t
 CUDA graphs read and write them in place.
 
 After a prompt the number of image tokens is known on the host.  A decoded token is an image token only if the model
-itself generates one, and the host does not wait to see that: `SPARE_COLUMNS` columns are free for such tokens.  A
-FocusCache counts again after that many decoded tokens.  In a StaticFocusCache the next generated image tokens, beyond
+itself generates one, and the host does not wait to see that: `FREE_COLUMNS` are there for such tokens.  A FocusCache
+counts again before they can be full.  In a StaticFocusCache the next generated image tokens, beyond
 that number, count as text.
 
 Shapes: batch, keys (all tokens so far), slots (columns of image tokens, with free ones and a last one that nobody
@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
-SPARE_COLUMNS = 15
-"""Columns for image tokens that the model generates until the host counts again."""
+FREE_COLUMNS = 16
+"""Columns for image tokens that the model generates until the host counts again, and a last one that stays free."""
 
 MIN_FREE_ROWS = 64
 """Least number of free rows in a new tensor."""
@@ -112,14 +112,14 @@ class FocusRows(Cache):
         if not self._has_rows:
             self.start = first_text_row
         self.num_columns = columns.shape[1]
-        slots = F.pad(columns, (0, SPARE_COLUMNS + 1))
+        slots = F.pad(columns, (0, FREE_COLUMNS))
         if self.columns is not None and self.columns.shape == slots.shape and self.count is not None:
             # compiled code knows these tensors by their addresses
             self.columns.copy_(slots)
             self.count.copy_(count)
         else:
             self.columns, self.count = self._pin(slots), self._pin(count.clone())
-        self.free_columns = SPARE_COLUMNS
+        self.free_columns = FREE_COLUMNS - 1
 
     def add_decoded_token(self, is_image: Bool[Tensor, "batch 1"]) -> tuple[Int[Tensor, ""], Bool[Tensor, "batch 1"]]:
         """Add one token to each sequence without waiting for the device.

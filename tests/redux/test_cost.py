@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
 import redux.tower
 from redux.cmai import Inhibition
+from redux.decoding import DecodingStep
 from redux.focus_cache import FocusCache
 from redux.configuration import ReduxConfig
 from redux.cost import Cost, compute_cost, compute_step_cost
@@ -107,6 +108,7 @@ class Measured:
             ("encoding", ReduxModel, "encode_images"),
             ("images", ReduxModel, "get_image_features"),
             ("inhibition", Inhibition, "compute_mask"),
+            ("inhibition", DecodingStep, "compute_mask"),
         ]
         with pytest.MonkeyPatch.context() as patch, torch.no_grad(), self.counter:
             for part, owner, name in parts:

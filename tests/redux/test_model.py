@@ -598,7 +598,7 @@ def test_inhibition_needs_token_ids_and_its_own_cache(tiny: Tiny, sample: Sample
         model(inputs_embeds=torch.zeros(1, 3, 32))
     filled = plain(model)(**sample(model)).past_key_values
     with pytest.raises(
-        ValueError, match=r"past_key_values: got DynamicCache of 29 tokens, allowed: redux\.cmai\.Focus"
+        ValueError, match=r"past_key_values: got DynamicCache of 29 tokens, allowed: redux\.focus_cache\.Focus"
     ):
         model(**sample(model), past_key_values=filled)
 
