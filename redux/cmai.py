@@ -393,7 +393,9 @@ def _attend_decoded(
         output = step.attend_fused(layer, query, key, value, visible, scale, unsupported)
         if output is not None:
             return output, None
-        kept = step.compute_mask(layer, query, key, visible, scale, bias, mesh)
+        # the decorator torch.no_grad() would break the graph of a compiled step (torch 2.13)
+        with torch.no_grad():
+            kept = step.compute_mask(layer, query, key, visible, scale, bias, mesh)
         attention_mask = visible & kept if bias is None else bias.masked_fill(~kept, torch.finfo(bias.dtype).min)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 

@@ -116,9 +116,7 @@ def compute_step_cost(
     is_inhibited = cmai is not None and cmai.generated
     return Cost(
         language=_language_flops(config, 1, tokens, 1),
-        inhibition=_inhibition_flops(config, 1, tokens, text_after_image, image_tokens, FREE_COLUMNS)
-        if is_inhibited
-        else 0,
+        inhibition=is_inhibited * _inhibition_flops(config, 1, tokens, text_after_image, image_tokens, FREE_COLUMNS),
         kv_bytes=_kv_bytes(config, tokens, bytes_per_number),
         focus_bytes=_focus_bytes(config, text_after_image if is_inhibited else text_after_image - 1, image_tokens),
     )

@@ -78,7 +78,6 @@ class DecodingStep:
             self.copies[device] = replace(self, **tensors)
         return self.copies[device]
 
-    @torch.no_grad()
     def compute_mask(
         self,
         layer: int,

@@ -51,13 +51,13 @@ class FocusRows(Cache):
     free_columns: int = 0
     _flags: Tensor | None = None  # (batch, capacity), True for image tokens
     _rows: dict[int, Tensor]  # by layer, (batch, capacity, slots)
-    _has_rows: bool = False
+    _keys_with_rows: int = 0  # tokens of the last call that wrote rows
 
     def forget_tokens(self) -> None:
         """Start anew, for an empty cache."""
         self.length, self.start, self.num_columns, self.free_columns = 0, 0, 0, 0
         self.columns = self.count = self._flags = None
-        self._rows, self._has_rows = {}, False
+        self._rows, self._keys_with_rows = {}, 0
 
     @property
     def is_image(self) -> Bool[Tensor, "batch keys"] | None:
@@ -67,7 +67,7 @@ class FocusRows(Cache):
     @property
     def t2i(self) -> dict[int, Float[Tensor, "batch earlier image"]]:
         """A_t2i of the latest tokens by layer.  Tokens before them see no image or are part of one."""
-        earlier = max(int(self.length) - self.start, 0)
+        earlier = max(min(int(self.length), self._keys_with_rows) - self.start, 0)
         return {layer: rows[:, :earlier, : self.num_columns] for layer, rows in self._rows.items()}
 
     def has_tokens(self) -> bool:
@@ -76,7 +76,9 @@ class FocusRows(Cache):
 
     def is_ready(self, rows: int) -> bool:
         """Tell if a call of so many tokens can do without the host knowing which of them are image tokens."""
-        return rows == 1 and self.columns is not None and self.free_columns > 0
+        # without an image there is nothing to inhibit; a compiled step cannot count, so it goes on all the same
+        has_columns = self.columns is not None and (self.num_columns > 0 or self.is_static)
+        return rows == 1 and has_columns and self.free_columns > 0
 
     def fits_tokens(self) -> bool:
         """Tell if all tokens of the cache were added while CMAI was on."""
@@ -109,7 +111,7 @@ class FocusRows(Cache):
             count: image tokens of each sequence.
             first_text_row: position of the first text after an image, in any sequence.
         """
-        if not self._has_rows:
+        if not self._keys_with_rows:
             self.start = first_text_row
         self.num_columns = columns.shape[1]
         slots = F.pad(columns, (0, FREE_COLUMNS))
@@ -159,7 +161,7 @@ class FocusRows(Cache):
             if rows is not None:
                 grown[:, : rows.shape[1], : rows.shape[2]] = rows  # earlier tokens see no later image
             self._rows[layer] = rows = self._pin(grown)
-        self._has_rows = True
+        self._keys_with_rows = keys
         return rows[:, :needed]
 
     def append_rows(self, layer: int, t2i: Float[Tensor, "batch rows image"]) -> Float[Tensor, "batch earlier image"]:

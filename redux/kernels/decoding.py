@@ -268,9 +268,7 @@ def _attend_kept(
     equal_to_drop = rank - tl.sum((candidate & (bits < threshold)).to(tl.int32), axis=0)
     part = tl.arange(0, BLOCK_PARTS)
     parts = scores + scores_size + ((batch * HEADS + head) * blocks + part) * 2
-    largest = tl.max(
-        tl.load(parts, mask=(part < blocks) & (part * BLOCK_KEYS <= last), other=-float("inf")), axis=0
-    )
+    largest = tl.max(tl.load(parts, mask=(part < blocks) & (part * BLOCK_KEYS <= last), other=-float("inf")), axis=0)
     dims = tl.program_id(0) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     values = value + batch * value_batch + (head // (HEADS // KV_HEADS)) * value_head + dims[None, :]
     text = tl.load(is_text + batch) != 0
