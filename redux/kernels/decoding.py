@@ -104,10 +104,7 @@ def _load_mean(
         other=-float("inf"),
     )
     hidden = score == -float("inf")
-    if WEIGHTS:
-        value = tl.exp(score - largest[:, None] - log_total[:, None])
-    else:
-        value = score * factor
+    value = tl.exp(score - largest[:, None] - log_total[:, None]) if WEIGHTS else score * factor
     return tl.sum(tl.where(hidden, 0.0, value), axis=0) / HEADS
 
 
@@ -250,10 +247,7 @@ def _attend_kept(
     count = tl.sum(candidate.to(tl.int32), axis=0)
     # ranks in float64, as in the plain code; gamma comes in two parts of float32
     gamma = tl.full([], 0.0, tl.float64) + gamma_high + gamma_low
-    if QUANTILE == "count":
-        exact = gamma * count.to(tl.float64)
-    else:
-        exact = gamma * tl.maximum(count - 1, 0).to(tl.float64)
+    exact = gamma * count.to(tl.float64) if QUANTILE == "count" else gamma * tl.maximum(count - 1, 0).to(tl.float64)
     rank = tl.floor(exact + 1e-9).to(tl.int32)
     threshold = _find_rank(bits, candidate, rank)
     if QUANTILE == "linear":

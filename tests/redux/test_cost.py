@@ -17,10 +17,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
 import redux.tower
 from redux.cmai import Inhibition
-from redux.decoding import DecodingStep
-from redux.focus_cache import FocusCache
 from redux.configuration import ReduxConfig
 from redux.cost import Cost, compute_cost, compute_step_cost
+from redux.decoding import DecodingStep
+from redux.focus_cache import FocusCache
 from redux.model import ReduxForConditionalGeneration, ReduxModel
 from redux.settings import CMAI, VMTC, Reduction
 from redux.tower import CompressingBlock

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import Dinov2Config, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from redux.architecture import LanguageSizes, ModelSettings, TowerSizes, TransformerSizes
-from redux.focus_cache import FocusCache
 from redux.configuration import ReduxConfig
+from redux.focus_cache import FocusCache
 from redux.model import PART_PREFIXES, ReduxForConditionalGeneration, build_model
 from redux.plugin import inhibit
 from redux.settings import CMAI, VMTC, Reduction
