@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -56,7 +57,10 @@ def test_a_static_cache_gives_the_tokens_of_a_growing_one(tiny: Tiny, sample: Sa
 
 
 @pytest.mark.parametrize("cmai", [VARIANTS[0], CMAI(gamma_max=0.8, scores="scores", focus="discounted")], ids=str)
-def test_a_compiled_step_is_one_graph_and_gives_the_same_tokens(tiny: Tiny, sample: Sample, cmai: CMAI) -> None:
+def test_a_compiled_step_is_one_graph_and_gives_the_same_tokens(
+    tiny: Tiny, sample: Sample, cmai: CMAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks cannot be compiled
     model = tiny(cmai=cmai)
     inputs = padded(sample(model), "left")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
