@@ -191,7 +191,8 @@ class FocusRows(Cache):
     def _advance(self) -> Int[Tensor, ""]:
         """Return the position of a decoded token and count it."""
         assert self._flags is not None
-        position, self.length = self.length, int(self.length) + 1
+        position = int(self.length)
+        self.length = position + 1
         self.free_columns -= 1
         if self.length > self._flags.shape[1]:
             self._flags = F.pad(self._flags, (0, self._capacity(self.length) - self._flags.shape[1]))
@@ -253,11 +254,11 @@ class StaticFocusCache(FocusRows, StaticCache):
 
     def reset(self) -> None:
         # compiled code knows these tensors by their addresses
-        kept = self.length, self._flags, self.columns, self.count, self._rows
+        length, flags, columns, count, rows = self.length, self._flags, self.columns, self.count, self._rows
         super().reset()
-        if isinstance(kept[0], Tensor):
-            self.length, self._flags, self.columns, self.count, self._rows = kept
-            for tensor in (*kept[:4], *self._rows.values()):
+        if isinstance(length, Tensor):
+            self.length, self._flags, self.columns, self.count, self._rows = length, flags, columns, count, rows
+            for tensor in (length, flags, columns, count, *rows.values()):
                 if tensor is not None:
                     tensor.zero_()
 

@@ -10,7 +10,7 @@ token's position, which lies on the device: keys to come of a StaticCache cost n
 of programs.  Scores are float32 here, where the plain code rounds them to the dtype of the query.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, no_type_check
 
 import torch
 import triton
@@ -29,6 +29,7 @@ MIN_PROGRAMS = 264
 
 
 @triton.jit(do_not_specialize=["scores_size", "keys"])
+@no_type_check
 def _score_keys(
     query,
     key,
@@ -83,6 +84,7 @@ def _score_keys(
 
 
 @triton.jit
+@no_type_check
 def _load_mean(
     scores,
     batch,
@@ -109,6 +111,7 @@ def _load_mean(
 
 
 @triton.jit(do_not_specialize=["blocks", "scores_size", "focus_offset", "keys", "start", "slots"])
+@no_type_check
 def _score_focus(
     scores,
     position,
@@ -180,6 +183,7 @@ def _score_focus(
 
 
 @triton.jit
+@no_type_check
 def _order_bits(number):
     """Map float32 to uint32 of the same order; both zeros are equal."""
     bits = (number + 0.0).to(tl.int32, bitcast=True)
@@ -188,6 +192,7 @@ def _order_bits(number):
 
 
 @triton.jit
+@no_type_check
 def _find_rank(bits, candidate, rank):
     """Find the number at a rank from 0 among the candidates; all ones if there are fewer."""
     found = tl.full([], 0, tl.uint32)
@@ -201,6 +206,7 @@ def _find_rank(bits, candidate, rank):
 
 
 @triton.jit(do_not_specialize=["blocks", "scores_size", "focus_offset", "keys", "slots"])
+@no_type_check
 def _attend_kept(
     scores,
     value,
@@ -295,6 +301,7 @@ def _attend_kept(
 
 
 @triton.jit
+@no_type_check
 def _restore_float(order):
     """Undo `_order_bits`."""
     bits = (order ^ 0x80000000).to(tl.int32, bitcast=True)
