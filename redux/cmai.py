@@ -9,8 +9,8 @@ A is the mean over heads of the attention map before inhibition.  Attention weig
 are large; raw scores are one product of the concatenated heads.  So a few (text x keys) maps of one layer are in memory
 at a time, never heads x text x keys.  At 32 heads and 576 + 512 tokens that is an eighth of the memory
 (jobs/bench/inhibition.py).
-Rows up to the first text after an image lose nothing and are skipped.  Generated tokens are text tokens; a `FocusCache`
-keeps their rows of A_t2i with the keys and values, so decoding equals the full forward pass.
+Rows up to the first text after an image lose nothing and are skipped.  A `FocusCache` keeps the rows of
+A_t2i with the keys and values, so decoding (`redux.decoding`) equals the full forward pass.
 
 `CMAI` has an option wherever the paper is silent or contradicts itself.  The paper calls QK^T the attention score and
 then treats A as weights.  A product of signed scores is no weighting, so the default is weights.  One mask serves all
@@ -21,18 +21,18 @@ Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all tokens so
 masks (batch, or 1 if all sequences share a mask).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from redux.decoding import DecodingStep
+from redux.focus_cache import FocusRows
 from redux.parallel import head_mesh, mean_over_ranks
 from redux.settings import CMAI
 
@@ -43,52 +43,6 @@ MASKED_SCORE = -1e4
 
 MAX_WEIGHTS_AT_ONCE = 2**20
 """Limit of attention weights of all heads in memory; it admits a decoded token and excludes a prompt."""
-
-
-class FocusCache(DynamicCache):
-    """Cache of keys and values, and of the rows of A_t2i that CMAI needs of earlier tokens.
-
-    Attributes:
-        is_image: True for keys so far that are image tokens, (batch, keys); None before the first token.
-        t2i: A_t2i of the latest tokens by layer, (batch, earlier, image). Tokens before them see no image or are part
-            of one.
-    """
-
-    is_image: Tensor | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.t2i: dict[int, Tensor] = {}
-
-    # generate calls these methods for beam search, for several answers and for assisted decoding
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._select(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._select(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._select(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def reset(self) -> None:
-        super().reset()
-        self.is_image = None
-        self.t2i = {}
-
-    def crop(self, tokens_to_remove: int) -> None:
-        length_before = self.get_seq_length()
-        super().crop(tokens_to_remove)
-        removed = length_before - self.get_seq_length()
-        self._select(lambda tensor: tensor[:, : max(tensor.shape[1] - removed, 0)])
-
-    def _select(self, select: Callable[[Tensor], Tensor]) -> None:
-        if self.is_image is not None:
-            self.is_image = select(self.is_image)
-        self.t2i = {layer: select(rows) for layer, rows in self.t2i.items()}
 
 
 DEVICE_FIELDS = ("is_image", "columns", "valid")
@@ -116,7 +70,7 @@ class Inhibition:
     columns: Int[Tensor, "batch image"]
     valid: Bool[Tensor, "batch image"]
     first_text_row: int
-    cache: FocusCache | None
+    cache: FocusRows | None
     copies: dict[torch.device, "Inhibition"] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: Any, non_blocking: bool = False) -> "Inhibition":
@@ -134,9 +88,9 @@ class Inhibition:
         cmai: CMAI,
         num_layers: int,
         is_image: Bool[Tensor, "batch rows"],
-        cache: FocusCache | None,
+        cache: FocusRows | None,
         training: bool,
-    ) -> "Inhibition | None":
+    ) -> "Inhibition | DecodingStep | None":
         """Build the inhibition of a forward pass and add its tokens to the cache.
 
         Args:
@@ -147,23 +101,27 @@ class Inhibition:
             training: True if the model trains.
 
         Returns:
-            None if no pair can be inhibited.
+            A `DecodingStep` if the call is one token on a cache; None if no pair can be inhibited.
         """
-        decoding = cache is not None and cache.is_image is not None
+        decoding = cache is not None and cache.has_tokens()
+        is_active = cmai.active != ("inference" if training else "training") and (cmai.generated or not decoding)
+        if cache is not None and cache.is_ready(is_image.shape[1]):
+            step = DecodingStep.begin(cmai, cmai.compute_gammas(num_layers), cache, is_image)
+            return step if is_active else None
         if cache is not None:
-            earlier = is_image[:, :0] if cache.is_image is None else cache.is_image.to(is_image.device)
-            cache.is_image = is_image = torch.cat([earlier, is_image], dim=1)
-        if cmai.active == ("inference" if training else "training") or (decoding and not cmai.generated):
+            is_image = cache.add_tokens(is_image)
+        if not is_active:
             return None
         text_after_image = (~is_image & (is_image.cumsum(dim=1) > 0)).any(dim=0)
+        count = is_image.sum(dim=1, keepdim=True)
         # tolist is the only wait of the GPU for the host, once for all layers
-        num_columns, first_text_row = torch.stack(
-            [is_image.sum(dim=1).max(), (~text_after_image).cumprod(dim=0).sum()]
-        ).tolist()
-        if first_text_row == is_image.shape[1]:
-            return None
+        num_columns, first_text_row = torch.stack([count.max(), (~text_after_image).cumprod(dim=0).sum()]).tolist()
         # a stable sort of the flags lists image positions first, in their order
         columns = is_image.long().argsort(dim=1, descending=True, stable=True)[:, :num_columns]
+        if cache is not None:
+            cache.set_columns(columns, count, first_text_row)
+        if first_text_row == is_image.shape[1]:
+            return None
         valid = is_image.gather(1, columns)
         return cls(cmai, cmai.compute_gammas(num_layers), is_image, columns, valid, first_text_row, cache)
 
@@ -253,12 +211,7 @@ class Inhibition:
 
     def _cached_t2i(self, layer: int, t2i: Float[Tensor, "batch rows image"]) -> Float[Tensor, "batch earlier image"]:
         """Add new rows of A_t2i to the cache, if there is one, and return all rows of the layer."""
-        if self.cache is None:
-            return t2i
-        past = self.cache.t2i.get(layer, t2i[:, :0])
-        past = F.pad(past, (0, t2i.shape[2] - past.shape[2]))  # earlier tokens see no later image
-        self.cache.t2i[layer] = all_rows = torch.cat([past, t2i], dim=1)
-        return all_rows
+        return t2i if self.cache is None else self.cache.append_rows(layer, t2i)
 
 
 def mean_attention_weights(
@@ -383,7 +336,7 @@ def inhibited_attention(
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys head_dim"],
     attention_mask: Shaped[Tensor, "masks one rows keys"],
-    inhibition: Inhibition | None = None,
+    inhibition: Inhibition | DecodingStep | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch rows heads head_dim"], None]:
@@ -398,13 +351,52 @@ def inhibited_attention(
         kwargs: further arguments of transformers' attention functions.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if isinstance(inhibition, DecodingStep):
+        return _attend_decoded(module, layer, query, key, value, attention_mask, inhibition, scaling, **kwargs)
     if inhibition is not None:
+        # a StaticCache has keys to come, too
+        length = inhibition.is_image.shape[1]
+        key, value, attention_mask = key[:, :, :length], value[:, :, :length], attention_mask[..., :length]
         visible, bias = _split_mask(attention_mask)
         if inhibition.gammas[layer] > 0:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             mesh = head_mesh(module, query.shape[1])
             kept = inhibition.to(query.device).compute_mask(layer, query, key, visible, scale, bias, mesh)
             attention_mask = visible & kept if bias is None else bias.masked_fill(~kept, torch.finfo(bias.dtype).min)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def _attend_decoded(
+    module: nn.Module,
+    layer: int,
+    query: Float[Tensor, "batch heads 1 head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys head_dim"],
+    attention_mask: Shaped[Tensor, "masks one 1 keys"],
+    step: DecodingStep,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch 1 heads head_dim"], None]:
+    """Compute the attention of a decoded token: fused where that is possible, else as for many rows."""
+    visible, bias = _split_mask(attention_mask)
+    if step.gammas[layer] > 0:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        mesh = head_mesh(module, query.shape[1])
+        step = step.to(query.device)
+        unsupported = ""
+        if bias is not None:
+            unsupported = "the mask has floats"
+        elif mesh is not None:
+            unsupported = "heads are split over ranks"
+        elif kwargs.get("dropout") or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
+            unsupported = "attention has dropout, a cap or a position bias"
+        output = step.attend_fused(layer, query, key, value, visible, scale, unsupported)
+        if output is not None:
+            return output, None
+        # the decorator torch.no_grad() would break the graph of a compiled step (torch 2.13)
+        with torch.no_grad():
+            kept = step.compute_mask(layer, query, key, visible, scale, bias, mesh)
+        attention_mask = visible & kept if bias is None else bias.masked_fill(~kept, torch.finfo(bias.dtype).min)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from redux.configuration import ReduxConfig
+from redux.focus_cache import FREE_COLUMNS
 from redux.settings import VMTC, CompressionStage, Reduction
 
 FOCUS_NUMBER_BYTES = 4
@@ -115,7 +116,7 @@ def compute_step_cost(
     is_inhibited = cmai is not None and cmai.generated
     return Cost(
         language=_language_flops(config, 1, tokens, 1),
-        inhibition=_inhibition_flops(config, 1, tokens, text_after_image, image_tokens) if is_inhibited else 0,
+        inhibition=is_inhibited * _inhibition_flops(config, 1, tokens, text_after_image, image_tokens, FREE_COLUMNS),
         kv_bytes=_kv_bytes(config, tokens, bytes_per_number),
         focus_bytes=_focus_bytes(config, text_after_image if is_inhibited else text_after_image - 1, image_tokens),
     )
@@ -213,14 +214,16 @@ def _language_flops(config: ReduxConfig, rows: int, keys: int, logits: int) -> i
     return text.num_hidden_layers * layer + matmul_flops(logits, hidden, text.vocab_size)
 
 
-def _inhibition_flops(config: ReduxConfig, rows: int, keys: int, text_after_image: int, image: int) -> int:
+def _inhibition_flops(
+    config: ReduxConfig, rows: int, keys: int, text_after_image: int, image: int, free_columns: int = 0
+) -> int:
     """FLOPs of CMAI in all layers that inhibit, for `rows` text tokens that see an image."""
     if not (layers := _count_inhibiting_layers(config, image)):
         return 0
     text, cmai = config.text_config, config.method_settings("cmai")
     # weights: QK^T of each head; raw scores: one product of the key heads side by side
     width = text.num_attention_heads * _head_dim(text) if cmai.scores == "weights" else _key_width(text)
-    focus = 0 if cmai.focus == "tia" else matmul_flops(rows, text_after_image, image)  # eq. 10
+    focus = 0 if cmai.focus == "tia" else matmul_flops(rows, text_after_image, image + free_columns)  # eq. 10
     return layers * (matmul_flops(rows, width, keys) + focus)
 
 

@@ -5,8 +5,8 @@ Hooks do it; no subclass and no second `forward` or `generate` is needed.
 1. The token ids of a call of the model, or of its base model, show which tokens are image tokens.  Q-Former models
    generate with their language model alone, without their own `forward`; then the ids that were embedded show the same.
 2. Before the decoder runs, a hook adds `inhibition` to its keyword arguments, which transformers passes on to the
-   attention function.  The cache must be a `FocusCache`.  An empty `DynamicCache`, as `generate` makes it, becomes one
-   in place, so its owner keeps the same object.
+   attention function.  The cache must be a `FocusCache` or a `StaticFocusCache`.  An empty `DynamicCache` or
+   `StaticCache`, as `generate` makes it, becomes one in place, so its owner keeps the same object.
 3. After the model, also after an error, its ids are dropped.  Embeddings of unknown origin are refused.
 
 Token ids belong to a call, not to the model: several threads may call one model, and models may call each other.  A
@@ -25,7 +25,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
-from redux.cmai import ATTENTION_NAME, FocusCache, Inhibition
+from redux.cmai import ATTENTION_NAME, Inhibition
+from redux.focus_cache import FocusCache, FocusRows, adopt_cache
 from redux.settings import CMAI
 
 IMAGE_TOKEN_FIELDS = ("image_token_id", "video_token_id")
@@ -222,7 +223,7 @@ class _Inhibitor:
         # recomputation would write into the cache a second time; transformers' layers drop their cache for it, too
         recomputing = decoder.training and decoder.is_activation_checkpointing
         is_image = self._find_image_tokens(kwargs)
-        cache = None if recomputing else self._prepare_cache(decoder, kwargs)
+        cache = None if recomputing else self._prepare_cache(decoder, kwargs, is_image.shape[1])
         inhibition = Inhibition.for_forward(
             self.cmai, decoder.config.num_hidden_layers, is_image, cache, decoder.training
         )
@@ -260,22 +261,22 @@ class _Inhibitor:
             ids = call.ids.repeat_interleave(batch // len(call.ids), dim=0)
         return torch.stack([ids == token_id for token_id in self.image_token_ids]).any(dim=0)
 
-    def _prepare_cache(self, decoder: Any, kwargs: dict[str, Any]) -> FocusCache | None:
-        """Return the cache of the call as a FocusCache; ValueError if it holds tokens unknown to CMAI."""
+    def _prepare_cache(self, decoder: Any, kwargs: dict[str, Any], rows: int) -> FocusRows | None:
+        """Return the cache of the call as one of `redux.focus_cache`; ValueError if it holds tokens unknown to CMAI."""
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None:
             if use_cache is None:
                 use_cache = decoder.config.use_cache
             return FocusCache(config=decoder.config) if use_cache else None
-        num_tokens, cache_class = cache.get_seq_length(), type(cache)
-        if cache_class is DynamicCache and num_tokens == 0:
-            # in place: the caller passes the same object with the next token
-            cache.__class__, cache.t2i = FocusCache, {}
-        if not isinstance(cache, FocusCache) or num_tokens != (
-            0 if cache.is_image is None else cache.is_image.shape[1]
-        ):
+        if isinstance(cache, FocusRows) and cache.is_static and cache.is_ready(rows):
+            # the length lies on the device, and a decoded token waits for nothing
+            return cache
+        cache_class = type(cache)
+        cache = adopt_cache(cache)
+        if not isinstance(cache, FocusRows) or not cache.fits_tokens():
             raise ValueError(
-                f"past_key_values: got {cache_class.__name__} of {num_tokens} tokens, "
-                "allowed: redux.cmai.FocusCache filled while CMAI was on, or an empty DynamicCache"
+                f"past_key_values: got {cache_class.__name__} of {int(cache.get_seq_length())} tokens, "
+                "allowed: redux.focus_cache.FocusCache or StaticFocusCache filled while CMAI was on, "
+                "or an empty DynamicCache or StaticCache"
             )
         return cache

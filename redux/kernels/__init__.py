@@ -21,6 +21,9 @@ import torch
 
 from redux.settings import KernelChoice
 
+# found once: a call from compiled code must not search for modules
+_HAS_TRITON = find_spec("triton") is not None
+
 _logger = logging.getLogger(__name__)
 _choice: KernelChoice = "auto"
 _reported: set[tuple[str, str]] = set()
@@ -77,7 +80,7 @@ def use_fused(part: str, device: torch.device, unsupported: str = "") -> bool:
 
 def _missing_support(device: torch.device) -> str:
     """Return why no kernel can run on a device, or "" if one can."""
-    if find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "triton is not installed"
     if device.type != "cuda" and not is_interpreting():
         return f"tensors are on {device.type}, and kernels need a GPU"

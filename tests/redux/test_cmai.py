@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from redux.cmai import (
     MAX_WEIGHTS_AT_ONCE,
-    FocusCache,
     Inhibition,
     focus_score,
     mean_attention_scores,
     mean_attention_weights,
     select_above_quantile,
 )
+from redux.focus_cache import FocusCache
 from redux.model import ReduxForConditionalGeneration
 from redux.settings import CMAI
 

@@ -16,9 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
 import redux.tower
-from redux.cmai import FocusCache, Inhibition
+from redux.cmai import Inhibition
 from redux.configuration import ReduxConfig
 from redux.cost import Cost, compute_cost, compute_step_cost
+from redux.decoding import DecodingStep
+from redux.focus_cache import FocusCache
 from redux.model import ReduxForConditionalGeneration, ReduxModel
 from redux.settings import CMAI, VMTC, Reduction
 from redux.tower import CompressingBlock
@@ -106,6 +108,7 @@ class Measured:
             ("encoding", ReduxModel, "encode_images"),
             ("images", ReduxModel, "get_image_features"),
             ("inhibition", Inhibition, "compute_mask"),
+            ("inhibition", DecodingStep, "compute_mask"),
         ]
         with pytest.MonkeyPatch.context() as patch, torch.no_grad(), self.counter:
             for part, owner, name in parts:

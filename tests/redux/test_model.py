@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import Dinov2Config, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from redux.architecture import LanguageSizes, ModelSettings, TowerSizes, TransformerSizes
-from redux.cmai import FocusCache
 from redux.configuration import ReduxConfig
+from redux.focus_cache import FocusCache
 from redux.model import PART_PREFIXES, ReduxForConditionalGeneration, build_model
 from redux.plugin import inhibit
 from redux.settings import CMAI, VMTC, Reduction
@@ -598,7 +598,7 @@ def test_inhibition_needs_token_ids_and_its_own_cache(tiny: Tiny, sample: Sample
         model(inputs_embeds=torch.zeros(1, 3, 32))
     filled = plain(model)(**sample(model)).past_key_values
     with pytest.raises(
-        ValueError, match=r"past_key_values: got DynamicCache of 29 tokens, allowed: redux\.cmai\.Focus"
+        ValueError, match=r"past_key_values: got DynamicCache of 29 tokens, allowed: redux\.focus_cache\.Focus"
     ):
         model(**sample(model), past_key_values=filled)
 

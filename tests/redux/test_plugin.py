@@ -38,7 +38,7 @@ from transformers import (
     T5Config,
 )
 
-from redux.cmai import FocusCache
+from redux.focus_cache import FocusCache
 from redux.plugin import inhibit
 from redux.settings import CMAI
 

@@ -1,0 +1,297 @@
+"""Caches of keys and values that also hold what CMAI needs of earlier tokens: image positions and rows of A_t2i.
+
+The rows lie in preallocated tensors.  A `FocusCache` doubles them when they are full, so a decoded token copies none.
+A `StaticFocusCache` has the size of its StaticCache, and tensors that stay at their addresses: compiled decoding and
+CUDA graphs read and write them in place.
+
+After a prompt the number of image tokens is known on the host.  A decoded token is an image token only if the model
+itself generates one, and the host does not wait to see that: `FREE_COLUMNS` are there for such tokens.  A FocusCache
+counts again before they can be full.  In a StaticFocusCache the next generated image tokens, beyond
+that number, count as text.
+
+Shapes: batch, keys (all tokens so far), slots (columns of image tokens, with free ones and a last one that nobody
+reads), image (columns in use), rows (tokens from `start` on).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache
+
+FREE_COLUMNS = 16
+"""Columns for image tokens that the model generates until the host counts again, and a last one that stays free."""
+
+MIN_FREE_ROWS = 64
+"""Least number of free rows in a new tensor."""
+
+
+class FocusRows(Cache):
+    """Image positions and rows of A_t2i, a part of `FocusCache` and `StaticFocusCache`.
+
+    Attributes:
+        length: tokens so far; a tensor in a StaticFocusCache, since compiled code may not depend on it.
+        start: position of the first row of A_t2i. Tokens before it see no image or are part of one.
+        num_columns: image tokens of the sequence with most of them, when the host last counted.
+        columns: positions of image tokens, left-aligned, (batch, slots); None until the host has counted.
+        count: image tokens of each sequence, (batch, 1).
+        free_columns: decoded tokens until the host must count again.
+    """
+
+    is_static = False
+    length: int | Tensor = 0
+    start: int = 0
+    num_columns: int = 0
+    columns: Tensor | None = None
+    count: Tensor | None = None
+    free_columns: int = 0
+    _flags: Tensor | None = None  # (batch, capacity), True for image tokens
+    _rows: dict[int, Tensor]  # by layer, (batch, capacity, slots)
+    _keys_with_rows: int = 0  # tokens of the last call that wrote rows
+
+    def forget_tokens(self) -> None:
+        """Start anew, for an empty cache."""
+        self.length, self.start, self.num_columns, self.free_columns = 0, 0, 0, 0
+        self.columns = self.count = self._flags = None
+        self._rows, self._keys_with_rows = {}, 0
+
+    @property
+    def is_image(self) -> Bool[Tensor, "batch keys"] | None:
+        """True for keys so far that are image tokens; None before the first token."""
+        return None if self._flags is None else self._flags[:, : int(self.length)]
+
+    @property
+    def t2i(self) -> dict[int, Float[Tensor, "batch earlier image"]]:
+        """A_t2i of the latest tokens by layer.  Tokens before them see no image or are part of one."""
+        earlier = max(min(int(self.length), self._keys_with_rows) - self.start, 0)
+        return {layer: rows[:, :earlier, : self.num_columns] for layer, rows in self._rows.items()}
+
+    def has_tokens(self) -> bool:
+        """Tell if any token was added."""
+        return self._flags is not None and (isinstance(self.length, Tensor) or self.length > 0)
+
+    def is_ready(self, rows: int) -> bool:
+        """Tell if a call of so many tokens can do without the host knowing which of them are image tokens."""
+        # without an image there is nothing to inhibit; a compiled step cannot count, so it goes on all the same
+        has_columns = self.columns is not None and (self.num_columns > 0 or self.is_static)
+        return rows == 1 and has_columns and self.free_columns > 0
+
+    def fits_tokens(self) -> bool:
+        """Tell if all tokens of the cache were added while CMAI was on."""
+        return int(self.get_seq_length()) == int(self.length)
+
+    def add_tokens(self, is_image: Bool[Tensor, "batch rows"]) -> Bool[Tensor, "batch keys"]:
+        """Add the tokens of a call.
+
+        Returns:
+            True for keys so far that are image tokens.
+        """
+        before = int(self.length)
+        after = before + is_image.shape[1]
+        if self._flags is None or self._flags.shape[1] < after:
+            flags = is_image.new_zeros(len(is_image), self._capacity(after))
+            if self._flags is not None:
+                flags[:, :before] = self._flags[:, :before].to(flags.device)
+            self._flags = self._pin(flags)
+        self._flags[:, before:after] = is_image
+        self._set_length(after)
+        return self._flags[:, :after].to(is_image.device)
+
+    def set_columns(
+        self, columns: Int[Tensor, "batch image"], count: Int[Tensor, "batch 1"], first_text_row: int
+    ) -> None:
+        """Store the positions of image tokens, as the host has counted them.
+
+        Args:
+            columns: positions of image tokens, left-aligned.
+            count: image tokens of each sequence.
+            first_text_row: position of the first text after an image, in any sequence.
+        """
+        if not self._keys_with_rows:
+            self.start = first_text_row
+        self.num_columns = columns.shape[1]
+        slots = F.pad(columns, (0, FREE_COLUMNS))
+        if self.columns is not None and self.columns.shape == slots.shape and self.count is not None:
+            # compiled code knows these tensors by their addresses
+            self.columns.copy_(slots)
+            self.count.copy_(count)
+        else:
+            self.columns, self.count = self._pin(slots), self._pin(count.clone())
+        self.free_columns = FREE_COLUMNS - 1
+
+    def add_decoded_token(self, is_image: Bool[Tensor, "batch 1"]) -> tuple[Int[Tensor, ""], Bool[Tensor, "batch 1"]]:
+        """Add one token to each sequence without waiting for the device.
+
+        Returns:
+            The token's position, and True where it counts as an image token.
+        """
+        assert self.columns is not None
+        assert self.count is not None
+        assert self._flags is not None
+        is_image = is_image.to(self.count.device) & (self.count < self.columns.shape[1] - 1)
+        position = self._advance()
+        # a column beyond the count is free: text tokens write there, too, and the next one overwrites it
+        self.columns.scatter_(1, self.count, position.expand(len(is_image), 1))
+        self.count.add_(is_image)
+        self._flags.index_copy_(1, position.reshape(1), is_image)
+        return position, is_image
+
+    def flags_of(self, keys: int) -> Bool[Tensor, "batch keys"]:
+        """Return the flags of image tokens, for as many keys as a layer has."""
+        assert self._flags is not None
+        return self._flags[:, :keys]
+
+    def prepare_rows(self, layer: int, keys: int, like: Tensor) -> Float[Tensor, "batch rows slots"]:
+        """Return the rows of a layer from `start` to the last of the keys, for writing in place.
+
+        Args:
+            layer: number of the layer.
+            keys: keys of the layer.
+            like: a tensor whose device and batch size the rows have.
+        """
+        assert self.columns is not None
+        needed, slots = max(keys - self.start, 0), self.columns.shape[1]
+        rows = self._rows.get(layer)
+        if rows is None or rows.shape[1] < needed or rows.shape[2] < slots:
+            grown = torch.zeros(len(like), self._row_capacity(keys), slots, dtype=torch.float32, device=like.device)
+            if rows is not None:
+                grown[:, : rows.shape[1], : rows.shape[2]] = rows  # earlier tokens see no later image
+            self._rows[layer] = rows = self._pin(grown)
+        self._keys_with_rows = keys
+        return rows[:, :needed]
+
+    def append_rows(self, layer: int, t2i: Float[Tensor, "batch rows image"]) -> Float[Tensor, "batch earlier image"]:
+        """Store A_t2i of the last rows of a call, and return all rows of the layer."""
+        rows = self.prepare_rows(layer, int(self.length), t2i)
+        earlier = rows.shape[1] - t2i.shape[1]
+        rows[:, earlier:, : t2i.shape[2]] = t2i
+        return rows[:, :, : t2i.shape[2]]
+
+    # how the tensors grow; a StaticFocusCache overrides these
+
+    def _capacity(self, tokens: int) -> int:
+        """Compute the tokens to have room for, so that copying is amortised."""
+        known = 0 if self._flags is None else self._flags.shape[1]
+        return max(2 * known if tokens > known else known, tokens + MIN_FREE_ROWS)
+
+    def _row_capacity(self, tokens: int) -> int:
+        return self._capacity(tokens) - self.start
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        """Fix the address of a tensor for compiled code."""
+        return tensor
+
+    def _set_length(self, length: int) -> None:
+        self.length = length
+
+    def _advance(self) -> Int[Tensor, ""]:
+        """Return the position of a decoded token and count it."""
+        assert self._flags is not None
+        position = int(self.length)
+        self.length = position + 1
+        self.free_columns -= 1
+        if self.length > self._flags.shape[1]:
+            self._flags = F.pad(self._flags, (0, self._capacity(self.length) - self._flags.shape[1]))
+        return torch.full((), position, dtype=torch.long, device=self._flags.device)
+
+    # generate calls these methods for beam search, for several answers and for assisted decoding
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._select(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def reset(self) -> None:
+        super().reset()
+        self.forget_tokens()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        length_before = int(self.get_seq_length())
+        super().crop(tokens_to_remove)
+        length = int(self.length) - (length_before - int(self.get_seq_length()))
+        self._set_length(length)
+        self.free_columns = 0  # image tokens may be among the removed ones, so the host counts again
+        if self._flags is not None:
+            self._flags[:, length:] = False
+        for rows in self._rows.values():
+            rows[:, max(length - self.start, 0) :] = 0.0
+
+    def _select(self, select: Callable[[Tensor], Tensor]) -> None:
+        if self._flags is not None:
+            self._flags = select(self._flags)
+        if self.columns is not None and self.count is not None:
+            self.columns, self.count = select(self.columns), select(self.count)
+        self._rows = {layer: select(rows) for layer, rows in self._rows.items()}
+
+
+class FocusCache(FocusRows, DynamicCache):
+    """Cache of keys and values that grows with the tokens, and of the rows of A_t2i that CMAI needs of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.forget_tokens()
+
+
+class StaticFocusCache(FocusRows, StaticCache):
+    """Cache of keys and values of a fixed size, and of the rows of A_t2i, for compiled decoding and CUDA graphs."""
+
+    is_static = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.forget_tokens()
+
+    def reset(self) -> None:
+        # compiled code knows these tensors by their addresses
+        length, flags, columns, count, rows = self.length, self._flags, self.columns, self.count, self._rows
+        super().reset()
+        if isinstance(length, Tensor):
+            self.length, self._flags, self.columns, self.count, self._rows = length, flags, columns, count, rows
+            for tensor in (length, flags, columns, count, *rows.values()):
+                if tensor is not None:
+                    tensor.zero_()
+
+    def _capacity(self, tokens: int) -> int:
+        return max(self.get_max_length(), tokens)
+
+    def _row_capacity(self, tokens: int) -> int:
+        return self._capacity(tokens)  # the next prompt may have another start
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(tensor)
+        return tensor
+
+    def _set_length(self, length: int) -> None:
+        if isinstance(self.length, Tensor):
+            self.length.fill_(length)
+        elif self._flags is not None:
+            self.length = self._pin(torch.full((), length, dtype=torch.long, device=self._flags.device))
+
+    def _advance(self) -> Int[Tensor, ""]:
+        assert isinstance(self.length, Tensor)
+        position = self.length.clone()
+        self.length.add_(1)
+        return position
+
+
+def adopt_cache(cache: Cache) -> Cache:
+    """Make an empty DynamicCache or StaticCache one of this module's, in place, since its owner passes it again."""
+    classes: dict[type, type[FocusRows]] = {DynamicCache: FocusCache, StaticCache: StaticFocusCache}
+    adopted = classes.get(type(cache))
+    if adopted is not None and int(cache.get_seq_length()) == 0:
+        cache.__class__ = adopted
+        assert isinstance(cache, FocusRows)
+        cache.forget_tokens()
+    return cache
