@@ -1,6 +1,6 @@
 """Causal attention with padding and a mask that all heads share, forward and backward, in Triton.
 
-PyTorch's fast kernels take no mask.  These read a mask only where one can matter: in tiles on the diagonal, and in tiles
+PyTorch's fast kernels take no mask.  These read one only where it can matter: in tiles on the diagonal, and in tiles
 of rows from `first_row` on and keys within `span`.  Tiles above the diagonal are skipped, and all others are a plain
 product.  No sum depends on the order in which programs run, so recomputed activations are equal bit for bit.
 
