@@ -20,7 +20,7 @@ from torch import Tensor
 from redux.kernels.masked_attention import LOG2_E, Tiles, launch_options, load_rows, unit_stride, visible_pairs
 
 LOG_SUM_EXP_TILES = {2: Tiles(128, 64, 8, 3), 4: Tiles(64, 32, 4, 2)}
-MEAN_TILES = {2: Tiles(128, 128, 8, 3), 4: Tiles(64, 32, 4, 2)}
+MEAN_TILES = {2: Tiles(128, 64, 8, 3), 4: Tiles(64, 32, 4, 2)}
 """Tiles of the kernels, by the bytes of an element.  The first key of a tile is a multiple of its keys."""
 
 
@@ -125,14 +125,15 @@ def _mean(
         stays = visible_pairs(rows[:, None], keys[None, :], length, padding, None, 0, True, padded)
         mean = tl.where(stays, mean * share, 0.0)
         is_text_row = tl.load(slots + rows, mask=rows < length, other=0) < 0
-        t2i += (batch * num_rows + rows[:, None] - first_row) * columns + slot[None, :]
-        tl.store(t2i, tl.where(is_text_row[:, None], mean, 0.0), mask=(rows[:, None] < length) & (slot[None, :] >= 0))
+        to_t2i = t2i + (batch * num_rows + rows[:, None] - first_row) * columns + slot[None, :]
+        is_image_key = (rows[:, None] < length) & (slot[None, :] >= 0)
+        tl.store(to_t2i, tl.where(is_text_row[:, None], mean, 0.0), mask=is_image_key)
     if neighbours:
         # zeros on and above the diagonal; columns reach up to the row stride of t2t
         column = keys - first_row
         mean = tl.where(keys[None, :] < rows[:, None], mean, 0.0)
-        t2t += (batch * num_rows + rows[:, None] - first_row) * t2t_row + column[None, :]
-        tl.store(t2t, mean, mask=(rows[:, None] < length) & (column[None, :] >= 0) & (keys[None, :] < length))
+        to_t2t = t2t + (batch * num_rows + rows[:, None] - first_row) * t2t_row + column[None, :]
+        tl.store(to_t2t, mean, mask=(rows[:, None] < length) & (column[None, :] >= 0) & (keys[None, :] < length))
 
 
 def mean_attention(

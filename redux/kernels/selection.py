@@ -12,8 +12,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-MAX_COLUMNS = 16384
-"""Largest number of image tokens of a row."""
+WARPS: int | None = None
+"""Warps of a program; None is one for up to 512 image tokens, else four."""
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def drop_below_quantile(
     _drop_below[(rows, batch)](
         focus.contiguous(), columns.contiguous(), valid.contiguous(), slots, padding, ranks, fractions, mask,
         mask.stride(1), length, length - rows, num_columns,
-        quantile=quantile, block=block, num_warps=1 if block <= 1024 else 4,
+        quantile=quantile, block=block, num_warps=WARPS or (1 if block <= 512 else 4),
         # a fused multiplication and addition would interpolate with another rounding than PyTorch
         enable_fp_fusion=False,
     )  # fmt: skip
