@@ -1,10 +1,15 @@
 """What tests share: one Ray for the whole session, started by the first test that asks for it."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+if shutil.which("nvidia-smi") is None:
+    # without a GPU, tests of kernels interpret them; set here, since transformers imports triton, which reads it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ Scores are kept in base 2: exp2(score * scale * log2(e)).
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 
@@ -51,6 +51,7 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
+@no_type_check
 def load_rows(pointer, stride, rows, length, dims, head_dim: tl.constexpr, block_dim: tl.constexpr):
     """Load a (rows, head_dim) tile; zeros beyond the sequence and beyond head_dim."""
     where = pointer + rows[:, None] * stride + dims[None, :]
@@ -60,6 +61,7 @@ def load_rows(pointer, stride, rows, length, dims, head_dim: tl.constexpr, block
 
 
 @triton.jit
+@no_type_check
 def store_rows(pointer, stride, rows, length, dims, tile, head_dim: tl.constexpr, block_dim: tl.constexpr):
     """Store a (rows, head_dim) tile."""
     where = pointer + rows[:, None] * stride + dims[None, :]
@@ -70,6 +72,7 @@ def store_rows(pointer, stride, rows, length, dims, tile, head_dim: tl.constexpr
 
 
 @triton.jit
+@no_type_check
 def visible_pairs(rows, keys, length, padding, mask, mask_stride, diagonal: tl.constexpr, padded: tl.constexpr):
     """Compute the pairs of a tile that stay; rows and keys carry their broadcast shape."""
     stays = (rows >= 0) & (keys < length)
@@ -85,6 +88,7 @@ def visible_pairs(rows, keys, length, padding, mask, mask_stride, diagonal: tl.c
 
 
 @triton.jit
+@no_type_check
 def _attend(
     q, accumulator, top, total, k_head, v_head, k_stride, v_stride, padding, mask, mask_stride,
     rows, first, last, length, dims, factor,
@@ -113,6 +117,7 @@ def _attend(
 
 
 @triton.jit
+@no_type_check
 def masked_span(span, batch, row_start, first_row, block_rows: tl.constexpr, block_keys: tl.constexpr):
     """Compute the keys for which a tile of rows reads the mask, in whole tiles; none for rows before first_row."""
     low = tl.load(span + batch * 2) // block_keys * block_keys
@@ -124,6 +129,7 @@ def masked_span(span, batch, row_start, first_row, block_rows: tl.constexpr, blo
 
 
 @triton.jit(do_not_specialize=["length", "first_row"])
+@no_type_check
 def _forward(
     q, k, v, out, lse, padding, mask, span,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
@@ -183,6 +189,7 @@ def _forward(
 
 
 @triton.jit
+@no_type_check
 def _add_query_gradient(
     q, dout, gradient, lse, delta, k_head, v_head, k_stride, v_stride, padding, mask, mask_stride,
     rows, first, last, length, dims, factor,
@@ -204,6 +211,7 @@ def _add_query_gradient(
 
 
 @triton.jit(do_not_specialize=["length", "first_row"])
+@no_type_check
 def _query_gradient(
     q, k, v, out, dout, dq, lse, delta, padding, mask, span,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
@@ -266,6 +274,7 @@ def _query_gradient(
 
 
 @triton.jit
+@no_type_check
 def _add_key_gradients(
     k, v, dk, dv, q_head, dout_head, q_stride, dout_stride, lse, delta, padding, mask, mask_stride,
     keys, first, last, length, dims, factor,
@@ -290,6 +299,7 @@ def _add_key_gradients(
 
 
 @triton.jit(do_not_specialize=["length", "first_row"])
+@no_type_check
 def _key_gradients(
     q, k, v, dout, dk, dv, lse, delta, padding, mask, span,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -374,7 +384,7 @@ def masked_attention(
     key: Float[Tensor, "batch kv_heads rows head_dim"],
     value: Float[Tensor, "batch kv_heads rows head_dim"],
     scale: float,
-    padding: Bool[Tensor, "batch keys"] | None = None,
+    padding: UInt8[Tensor, "batch rows"] | None = None,
     mask: KeyMask | None = None,
 ) -> Float[Tensor, "batch heads rows head_dim"]:
     """Compute causal attention under padding and a mask, differentiably.
@@ -382,7 +392,7 @@ def masked_attention(
     Args:
         query, key, value: of all tokens.
         scale: factor of the scores.
-        padding: False for keys that no row sees; None if there are none.
+        padding: 0 for keys that no row sees; None if there are none.
         mask: further pairs that are dropped; None if there are none.
     """
     pairs, span, first_row = mask if mask is not None else (None, None, 0)

@@ -9,7 +9,7 @@ Two kernels for weights, one for raw scores:
 Tiles above the diagonal, and tiles of keys that CMAI does not read, cost nothing.
 """
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -25,6 +25,7 @@ MEAN_TILES = {2: Tiles(128, 64, 8, 3), 4: Tiles(64, 32, 4, 2)}
 
 
 @triton.jit
+@no_type_check
 def _add_exponentials(
     q, top, total, k_head, k_stride, padding, rows, first, last, length, dims, factor,
     diagonal: tl.constexpr, padded: tl.constexpr, head_dim: tl.constexpr, block_dim: tl.constexpr,
@@ -46,6 +47,7 @@ def _add_exponentials(
 
 
 @triton.jit(do_not_specialize=["length", "first_row"])
+@no_type_check
 def _log_sum_exp(
     q, k, lse, padding,
     q_batch, q_head, q_row, k_batch, k_head, k_row, heads, groups, length, first_row, factor,
@@ -83,6 +85,7 @@ def _log_sum_exp(
 
 
 @triton.jit(do_not_specialize=["length", "first_row", "columns"])
+@no_type_check
 def _mean(
     q, k, lse, slots, padding, t2t, t2i,
     q_batch, q_head, q_row, k_batch, k_head, k_row, t2t_row,

@@ -5,6 +5,7 @@ are those of a sort, ties included.  32 counts of a row in registers are all the
 """
 
 from functools import lru_cache
+from typing import no_type_check
 
 import torch
 import triton
@@ -17,12 +18,14 @@ WARPS: int | None = None
 
 
 @triton.jit
+@no_type_check
 def _order_bits(bits):
     """Map the bits of a float to an integer of the same order, and back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit(do_not_specialize=["length", "first_row", "columns"])
+@no_type_check
 def _drop_below(
     focus, columns_of, valid, slots, padding, ranks, fractions, mask,
     mask_stride, length, first_row, columns,

@@ -1,4 +1,4 @@
-"""Two gaps of Triton's interpreter (3.6), closed for tests by `close_gaps`.
+"""Two gaps of Triton's interpreter (3.6), closed for tests.  Import this module before kernels run.
 
 NumPy 2.4 no longer converts an array of one element to an int, which loops with computed bounds need.  Products of
 bfloat16, which NumPy lacks, multiply the integers that stand for the numbers.
@@ -29,7 +29,5 @@ def _create_dot_in_float32(self: Any, a: Any, b: Any, *args: Any) -> Any:
     return _create_dot(self, _to_float32(a), _to_float32(b), *args)
 
 
-def close_gaps() -> None:
-    """Change the interpreter, for all kernels of the process."""
-    interpreter._patch_lang_tensor = _patch_tensor_and_index
-    interpreter.InterpreterBuilder.create_dot = _create_dot_in_float32
+interpreter._patch_lang_tensor = _patch_tensor_and_index
+interpreter.InterpreterBuilder.create_dot = _create_dot_in_float32

@@ -4,6 +4,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,16 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-pytest.importorskip("triton")
-
 from redux.cmai import Inhibition, _explicit_mask, inhibited_attention
 from redux.kernels import get_kernels, mean_attention, set_kernels
 from redux.kernels import masked_attention as attention
 from redux.kernels.masked_attention import Tiles
 from redux.settings import CMAI
-from tests.redux.kernels.interpreter import close_gaps
 
-close_gaps()
+pytest.importorskip("triton")
+import_module("tests.redux.kernels.interpreter")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
