@@ -522,11 +522,10 @@ def _unsupported(
         "attention has dropout": bool(kwargs.get("dropout")),
         f"of {', '.join(others)}": bool(others),
         f"{query.dtype}, {key.dtype} and {value.dtype} are not one of float16, bfloat16 and float32": (
-            len({query.dtype, key.dtype, value.dtype} | FUSED_DTYPES) > len(FUSED_DTYPES)
-            or not query.dtype == key.dtype == value.dtype
+            query.dtype not in FUSED_DTYPES or not query.dtype == key.dtype == value.dtype
         ),
         "autocast would change the dtype": (
-            torch.is_autocast_enabled(query.device.type) and torch.get_autocast_dtype(query.device.type) != query.dtype
+            query.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != query.dtype
         ),
         f"heads have {query.shape[-1]} and {value.shape[-1]} dimensions": (
             not 16 <= query.shape[-1] == value.shape[-1] <= 128

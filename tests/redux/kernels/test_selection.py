@@ -13,14 +13,14 @@ pytest.importorskip("triton")
 import_module("tests.redux.kernels.interpreter")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LENGTH, FIRST = 30, 4
+LENGTH, FIRST = 14, 3
 
 
 def decide(kind: str, quantile: str, gamma: float, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return dropped pairs of the kernel, and of the plain code."""
     generator = torch.Generator().manual_seed(len(kind))
     is_image = torch.rand(3, LENGTH, generator=generator) < 0.5
-    is_image[0, 20:], is_image[1, :10], is_image[2] = False, False, False  # sequences of several lengths, and none
+    is_image[0, 10:], is_image[1, :5], is_image[2] = False, False, False  # sequences of several lengths, and none
     columns = is_image.long().argsort(dim=1, descending=True, stable=True)[:, : int(is_image.sum(dim=1).max())]
     valid = is_image.gather(1, columns)
     slots = (is_image.cumsum(dim=1) - 1).masked_fill(~is_image, -1).int()
@@ -32,7 +32,7 @@ def decide(kind: str, quantile: str, gamma: float, padded: bool) -> tuple[torch.
     padding = None
     if padded:
         padding = torch.ones(3, LENGTH, dtype=torch.uint8)
-        padding[0, :6], padding[1, -5:] = 0, 0
+        padding[0, :3], padding[1, -2:] = 0, 0
     seen = valid.unsqueeze(1) & (columns.unsqueeze(1) <= torch.arange(FIRST, LENGTH).unsqueeze(1))
     if padding is not None:
         seen &= padding.bool().gather(1, columns).unsqueeze(1)
