@@ -22,17 +22,19 @@ masks (batch, or 1 if all sequences share a mask).
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from redux.decoding import DecodingStep
 from redux.focus_cache import FocusRows
+from redux.kernels import use_fused
 from redux.parallel import head_mesh, mean_over_ranks
 from redux.settings import CMAI
 
@@ -125,6 +127,18 @@ class Inhibition:
         valid = is_image.gather(1, columns)
         return cls(cmai, cmai.compute_gammas(num_layers), is_image, columns, valid, first_text_row, cache)
 
+    @cached_property
+    def slots(self) -> Int[Tensor, "batch keys"]:
+        """Number of each image token in its sequence; -1 for text.  Computed once for all layers."""
+        return (self.is_image.cumsum(dim=1) - 1).masked_fill(~self.is_image, -1).int()
+
+    @cached_property
+    def image_span(self) -> Int[Tensor, "batch 2"]:
+        """First image token, and token after the last one, of each sequence; empty without an image."""
+        keys = self.is_image.shape[1]
+        first = self.columns[:, 0].masked_fill(~self.valid[:, 0], keys)
+        return torch.stack([first, ((self.columns + 1) * self.valid).amax(dim=1)], dim=1).int()
+
     @torch.no_grad()
     def compute_mask(
         self,
@@ -174,6 +188,51 @@ class Inhibition:
         kept = kept | ~is_text_row.unsqueeze(-1) | ~self.valid.unsqueeze(1)
         mask[:, start:].scatter_(2, columns, kept)
         return mask.unsqueeze(1)
+
+    @torch.no_grad()
+    def compute_key_mask(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch heads rows head_dim"],
+        key: Float[Tensor, "batch kv_heads rows head_dim"],
+        padding: UInt8[Tensor, "batch rows"] | None,
+        scale: float,
+        mesh: Any = None,
+    ) -> Any:
+        """Compute the pairs that stay in one layer with fused kernels, under a causal mask without earlier tokens.
+
+        Args:
+            layer: number of the layer.
+            query, key: of all tokens.
+            padding: 0 for keys that no row sees; None if there are none.
+            scale: factor of the scores.
+            mesh: ranks that share the heads, see `redux.parallel`.
+
+        Returns:
+            A `redux.kernels.masked_attention.KeyMask`.
+        """
+        from redux.kernels.masked_attention import KeyMask, make_key_mask
+        from redux.kernels.mean_attention import mean_attention
+        from redux.kernels.selection import drop_below_quantile
+
+        start, length = self.first_text_row, query.shape[2]
+        factor = 1.0 if self.cmai.scores == "scores" else scale
+        weights, neighbours = self.cmai.scores == "weights", self.cmai.focus == "neighbourhood"
+        t2t, t2i = mean_attention(
+            query, key, self.slots, self.columns.shape[1], start, factor, weights, neighbours, padding
+        )
+        focus = t2i = mean_over_ranks(t2i, mesh)
+        earlier = self._cached_t2i(layer, t2i)
+        if t2t is not None:
+            focus = torch.baddbmm(t2i, mean_over_ranks(t2t, mesh), t2i)  # eq. 9, 10, 11
+        elif self.cmai.focus != "tia":
+            visible = _explicit_mask(padding, length, query.device).expand(len(t2i), 1, -1, -1)[:, 0, start:]
+            focus = focus_score(self._text_to_text(t2i, visible), t2i, earlier)
+        pairs = make_key_mask(len(t2i), length, query.device)
+        drop_below_quantile(
+            pairs, focus, self.columns, self.valid, self.slots, self.gammas[layer], self.cmai.quantile, padding
+        )
+        return KeyMask(pairs, self.image_span, start)
 
     def _mean_attention(
         self,
@@ -335,7 +394,7 @@ def inhibited_attention(
     query: Float[Tensor, "batch heads rows head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys head_dim"],
-    attention_mask: Shaped[Tensor, "masks one rows keys"],
+    attention_mask: Shaped[Tensor, "masks one mask_rows keys"] | None,
     inhibition: Inhibition | DecodingStep | None = None,
     scaling: float | None = None,
     **kwargs: Any,
@@ -345,7 +404,7 @@ def inhibited_attention(
     Args:
         module: attention module of transformers.
         query, key, value: as transformers passes them.
-        attention_mask: transformers' mask, booleans, or a caller's: booleans, or floats to add to the scores.
+        attention_mask: mask of `_build_mask`, or a caller's: booleans, or floats to add to the scores.
         inhibition: inhibition of this forward pass; None without one.
         scaling: factor of the scores; None is 1 / sqrt(head_dim).
         kwargs: further arguments of transformers' attention functions.
@@ -353,16 +412,28 @@ def inhibited_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(inhibition, DecodingStep):
         return _attend_decoded(module, layer, query, key, value, attention_mask, inhibition, scaling, **kwargs)
-    if inhibition is not None:
+    if inhibition is not None and attention_mask is not None and not _is_short_mask(attention_mask):
+        _split_mask(attention_mask)  # refuse here a mask that only some layers would read
+    active = inhibition if inhibition is not None and inhibition.gammas[layer] > 0 else None
+    if active is None and (attention_mask is None or not _is_short_mask(attention_mask)):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    # fused kernels, if they serve this call
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    unsupported = _unsupported(module, query, key, value, attention_mask, active, kwargs)
+    if use_fused("CMAI" if active else "attention with padding", query.device, unsupported):
+        return _fused_attention(module, query, key, value, attention_mask, active, scale)
+    # plain code
+    if attention_mask is None or _is_short_mask(attention_mask):
+        padding = None if attention_mask is None else attention_mask[:, 0, 0]
+        attention_mask = _explicit_mask(padding, key.shape[2], query.device)[:, :, -query.shape[2] :]
+    if active is not None:
         # a StaticCache has keys to come, too
-        length = inhibition.is_image.shape[1]
+        length = active.is_image.shape[1]
         key, value, attention_mask = key[:, :, :length], value[:, :, :length], attention_mask[..., :length]
         visible, bias = _split_mask(attention_mask)
-        if inhibition.gammas[layer] > 0:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            mesh = head_mesh(module, query.shape[1])
-            kept = inhibition.to(query.device).compute_mask(layer, query, key, visible, scale, bias, mesh)
-            attention_mask = visible & kept if bias is None else bias.masked_fill(~kept, torch.finfo(bias.dtype).min)
+        mesh = head_mesh(module, query.shape[1])
+        kept = active.to(query.device).compute_mask(layer, query, key, visible, scale, bias, mesh)
+        attention_mask = visible & kept if bias is None else bias.masked_fill(~kept, torch.finfo(bias.dtype).min)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -372,7 +443,7 @@ def _attend_decoded(
     query: Float[Tensor, "batch heads 1 head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys head_dim"],
-    attention_mask: Shaped[Tensor, "masks one 1 keys"],
+    attention_mask: Any,
     step: DecodingStep,
     scaling: float | None,
     **kwargs: Any,
@@ -400,6 +471,71 @@ def _attend_decoded(
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
+def _fused_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads rows head_dim"],
+    key: Float[Tensor, "batch kv_heads rows head_dim"],
+    value: Float[Tensor, "batch kv_heads rows head_dim"],
+    attention_mask: UInt8[Tensor, "masks 1 1 rows"] | None,
+    inhibition: Inhibition | None,
+    scale: float,
+) -> tuple[Float[Tensor, "batch rows heads head_dim"], None]:
+    """Compute attention and its inhibition with fused kernels; the mask is None or padding."""
+    from redux.kernels.masked_attention import masked_attention
+
+    padding = key_mask = None
+    if attention_mask is not None:
+        padding = attention_mask[:, 0, 0].expand(len(query), -1).contiguous()
+    if inhibition is not None:
+        inhibition = inhibition.to(query.device)
+        mesh = head_mesh(module, query.shape[1])
+        key_mask = inhibition.compute_key_mask(int(module.layer_idx), query, key, padding, scale, mesh)  # type: ignore[arg-type]
+    return masked_attention(query, key, value, scale, padding, key_mask).transpose(1, 2), None
+
+
+UNSUPPORTED_ARGUMENTS = ("position_bias", "softcap", "cache", "sliding_window")
+"""Arguments of transformers' attention functions that fused kernels do not know."""
+
+
+def _unsupported(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    inhibition: Inhibition | None,
+    kwargs: dict[str, Any],
+) -> str:
+    """Return why fused kernels cannot serve a call of `inhibited_attention`, or "" if they can."""
+    others = [name for name in UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    reasons = {
+        "the mask is not causal with padding": not (
+            (attention_mask is None or _is_short_mask(attention_mask)) and is_causal
+        ),
+        "there are earlier tokens in the cache": query.shape[2] != key.shape[2],
+        "attention has dropout": bool(kwargs.get("dropout")),
+        f"of {', '.join(others)}": bool(others),
+        f"{query.dtype}, {key.dtype} and {value.dtype} are not one of float16, bfloat16 and float32": (
+            query.dtype not in FUSED_DTYPES or not query.dtype == key.dtype == value.dtype
+        ),
+        "autocast would change the dtype": (
+            query.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != query.dtype
+        ),
+        f"heads have {query.shape[-1]} and {value.shape[-1]} dimensions": (
+            not 16 <= query.shape[-1] == value.shape[-1] <= 128
+        ),
+        "preamble is false": inhibition is not None and not inhibition.cmai.preamble,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+FUSED_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
+"""Dtypes of the fused kernels."""
+
+
 def _split_mask(
     mask: Shaped[Tensor, "masks one rows keys"],
 ) -> tuple[Bool[Tensor, "masks one rows keys"], Float[Tensor, "masks one rows keys"] | None]:
@@ -412,10 +548,44 @@ def _split_mask(
     return (mask, None) if mask.dtype == torch.bool else (mask > MASKED_SCORE, mask)
 
 
-def _build_explicit_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Build sdpa_mask's mask, never None: CMAI adds to it."""
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+def _is_short_mask(attention_mask: Tensor) -> bool:
+    """Tell if a mask has the short form of `_build_mask`: causal, with padding."""
+    return attention_mask.dtype == torch.uint8
+
+
+def _explicit_mask(
+    padding: UInt8[Tensor, "masks keys"] | None, keys: int, device: torch.device
+) -> Bool[Tensor, "masks 1 keys keys"]:
+    """Build a causal mask with padding, 0 for keys that no row sees."""
+    causal = torch.ones(1, 1, keys, keys, dtype=torch.bool, device=device).tril_()
+    return causal if padding is None else causal & padding.bool()[:, None, None]
+
+
+def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Build the mask of a forward pass: in a short form if it is causal and there are no earlier tokens.
+
+    Returns:
+        None for a causal mask; uint8 of shape (batch, 1, 1, keys) for one with padding, 0 for keys that no row sees;
+        else sdpa_mask's booleans of shape (batch, 1, rows, keys).
+    """
+    explicit = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    padding, length = kwargs.get("attention_mask"), kwargs.get("q_length")
+    offsets = (kwargs.get("q_offset", 0), kwargs.get("kv_offset", 0))
+    if (
+        args
+        or kwargs.get("mask_function") is not causal_mask_function
+        or not kwargs.get("allow_is_causal_skip", True)
+        or kwargs.get("local_size") is not None
+        or length != kwargs.get("kv_length")
+        or any(isinstance(offset, Tensor) or offset != 0 for offset in offsets)
+        or (padding is not None and padding.shape[-1] != length)
+    ):
+        return sdpa_mask(*args, **explicit)
+    # transformers finds out if nothing is padded, as for its own attention: one wait for the GPU in a forward pass
+    if padding is None or sdpa_mask(**kwargs) is None:
+        return None
+    return padding.to(torch.uint8)[:, None, None]
 
 
 AttentionInterface.register(ATTENTION_NAME, inhibited_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, _build_explicit_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, _build_mask)

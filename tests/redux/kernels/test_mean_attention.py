@@ -1,0 +1,156 @@
+"""Fused kernels of CMAI drop the pairs that the plain code drops, and train a layer alike."""
+
+import random
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from redux.cmai import Inhibition, _explicit_mask, inhibited_attention
+from redux.kernels import get_kernels, mean_attention, set_kernels
+from redux.kernels import masked_attention as attention
+from redux.kernels.masked_attention import Tiles
+from redux.settings import CMAI
+
+pytest.importorskip("triton")
+import_module("tests.redux.kernels.interpreter")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+VARIANTS = {
+    "paper": CMAI(),
+    "scores, linear": CMAI(scores="scores", quantile="linear"),
+    "scaled, count": CMAI(scores="scaled", quantile="count"),
+    "tia": CMAI(focus="tia"),
+    "sum": CMAI(focus="sum", quantile="count"),
+    "discounted": CMAI(focus="discounted", quantile="linear"),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles that a short sequence fills several times; the interpreter takes time for each."""
+    if DEVICE == "cpu":
+        tiles = dict.fromkeys((2, 4), Tiles(32, 16, 4, 2))
+        monkeypatch.setattr(mean_attention, "LOG_SUM_EXP_TILES", tiles)
+        monkeypatch.setattr(mean_attention, "MEAN_TILES", tiles)
+        monkeypatch.setattr(attention, "FORWARD_TILES", tiles)
+        monkeypatch.setattr(attention, "QUERY_GRADIENT_TILES", tiles)
+        monkeypatch.setattr(attention, "KEY_GRADIENT_TILES", dict.fromkeys((2, 4), Tiles(16, 32, 4, 2)))
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
+    before = get_kernels()
+    yield
+    set_kernels(before)
+
+
+def draw_call(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Draw queries, keys, values, image tokens anywhere, and padding on either side."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    length, kv_heads, groups, dim = draw.randint(20, 45), draw.randint(1, 2), draw.randint(1, 2), draw.choice([16, 20])
+    query, key, value = (
+        torch.randn(2, length, heads, dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+        for heads in (kv_heads * groups, kv_heads, kv_heads)
+    )
+    is_image = torch.rand(2, length, generator=generator) < 0.4
+    is_image[0, length // 2 :] = False
+    is_image[1, : draw.randint(0, 9)], is_image[1, -1] = False, False
+    padding = None
+    if seed % 3:
+        padding = torch.ones(2, length, dtype=torch.uint8, device=DEVICE)
+        padding[0, : draw.randint(0, 6)], padding[1, length - draw.randint(0, 5) :] = 0, 0
+    return query, key, value, is_image.to(DEVICE), padding
+
+
+def both_masks(cmai: CMAI, call: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pairs that stay by the kernels and by the plain code, and those that are visible."""
+    query, key, _, is_image, padding = call
+    inhibition = Inhibition.for_forward(cmai, 2, is_image, None, training=True)
+    assert inhibition is not None
+    visible = _explicit_mask(padding, query.shape[2], query.device).expand(2, -1, -1, -1)
+    fused = inhibition.compute_key_mask(1, query, key, padding, 0.3).pairs.unsqueeze(1)
+    return fused & visible, inhibition.compute_mask(1, query, key, visible, 0.3) & visible, visible
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("cmai", VARIANTS.values(), ids=VARIANTS)
+def test_kernels_drop_the_same_pairs(cmai: CMAI, seed: int) -> None:
+    fused, plain, visible = both_masks(replace(cmai, gamma_max=0.5 + 0.3 * seed), draw_call(seed + len(cmai.focus)))
+    assert torch.equal(fused, plain)
+    assert not torch.equal(plain, visible)
+
+
+@pytest.mark.parametrize("scores", ["weights", "scores"])
+def test_in_bfloat16_few_pairs_change_sides(scores: Any) -> None:
+    """The kernels keep scores in float32, the plain code rounds them: stated bound, 5 % of the visible pairs."""
+    fused, plain, visible = both_masks(CMAI(scores=scores), draw_call(2, torch.bfloat16))
+    assert (fused != plain).sum() < 0.05 * visible.sum()
+
+
+class Attention(torch.nn.Module):
+    """An attention module as transformers makes them."""
+
+    is_causal = True
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.layer_idx, self.num_key_value_groups = 1, groups
+
+
+def attend(kernels: Any, call: tuple[Any, ...], recompute: bool = False) -> list[Tensor]:
+    """Return the output of an inhibited layer, and the gradients of query, key and value."""
+    set_kernels(kernels)
+    query, key, value, is_image, padding = call
+    inhibition = Inhibition.for_forward(CMAI(), 2, is_image, None, training=True)
+    mask = padding[:, None, None] if padding is not None else None
+    module = Attention(query.shape[1] // key.shape[1])
+    inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+
+    def forward(*inputs: Tensor) -> Tensor:
+        return inhibited_attention(module, *inputs, mask, inhibition)[0]  # type: ignore[arg-type]
+
+    out = checkpoint(forward, *inputs, use_reentrant=False) if recompute else forward(*inputs)
+    change = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    return [out, *torch.autograd.grad(out, inputs, change)]
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_a_layer_trains_alike(seed: int) -> None:
+    for fused, plain in zip(*(attend(kernels, draw_call(seed)) for kernels in ("fused", "plain")), strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_recomputed_activations_are_equal() -> None:
+    for once, again in zip(*(attend("fused", draw_call(3), recompute) for recompute in (False, True)), strict=True):
+        assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attention_mask": torch.ones(2, 1, 30, 30, dtype=torch.bool)}, "not causal with padding"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"query": torch.zeros(2, 2, 3, 16)}, "earlier tokens"),
+        ({"cmai": CMAI(preamble=False)}, "preamble"),
+        ({"query": torch.zeros(2, 2, 30, 16, dtype=torch.float64)}, "float64"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_call_without_a_kernel_is_refused_with_its_reason(changes: dict[str, Any], reason: str) -> None:
+    set_kernels("fused")
+    is_image = (torch.arange(30) < 9).expand(2, -1)
+    arguments = SimpleNamespace(
+        **{"query": torch.zeros(2, 2, 30, 16), "attention_mask": None, "cmai": CMAI()} | changes
+    )
+    inhibition = Inhibition.for_forward(arguments.cmai, 2, is_image, None, training=True)
+    others = {name: changes[name] for name in ("dropout", "position_bias") if name in changes}
+    key = torch.zeros(2, 2, 30, 16)
+    with pytest.raises(ValueError, match=f"allowed for CMAI: auto or plain, because .*{reason}"):
+        inhibited_attention(Attention(1), arguments.query, key, key, arguments.attention_mask, inhibition, **others)

@@ -1,0 +1,59 @@
+"""The threshold without a sort decides as `select_above_quantile`, ties included."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from redux.cmai import select_above_quantile
+from redux.kernels.masked_attention import make_key_mask
+from redux.kernels.selection import drop_below_quantile
+
+pytest.importorskip("triton")
+import_module("tests.redux.kernels.interpreter")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LENGTH, FIRST = 14, 3
+
+
+def decide(kind: str, quantile: str, gamma: float, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dropped pairs of the kernel, and of the plain code."""
+    generator = torch.Generator().manual_seed(len(kind))
+    is_image = torch.rand(3, LENGTH, generator=generator) < 0.5
+    is_image[0, 10:], is_image[1, :5], is_image[2] = False, False, False  # sequences of several lengths, and none
+    columns = is_image.long().argsort(dim=1, descending=True, stable=True)[:, : int(is_image.sum(dim=1).max())]
+    valid = is_image.gather(1, columns)
+    slots = (is_image.cumsum(dim=1) - 1).masked_fill(~is_image, -1).int()
+    focus = torch.randn(3, LENGTH - FIRST, columns.shape[1], generator=generator)
+    if kind == "ties":
+        focus = (focus * 2).round() / 8  # also 0 and -0
+    elif kind == "equal":
+        focus = torch.full_like(focus, 0.25)
+    padding = None
+    if padded:
+        padding = torch.ones(3, LENGTH, dtype=torch.uint8)
+        padding[0, :3], padding[1, -2:] = 0, 0
+    seen = valid.unsqueeze(1) & (columns.unsqueeze(1) <= torch.arange(FIRST, LENGTH).unsqueeze(1))
+    if padding is not None:
+        seen &= padding.bool().gather(1, columns).unsqueeze(1)
+    kept = select_above_quantile(focus, seen, gamma, quantile) | ~seen  # type: ignore[arg-type]
+    expected = torch.ones(3, LENGTH, LENGTH, dtype=torch.bool)
+    for sequence, row in ((sequence, row) for sequence in range(3) for row in range(FIRST, LENGTH)):
+        if not is_image[sequence, row]:
+            of_sequence = columns[sequence][valid[sequence]]
+            expected[sequence, row, of_sequence] = kept[sequence, row - FIRST, : len(of_sequence)]
+    mask = make_key_mask(3, LENGTH, DEVICE)
+    tensors = [tensor.to(DEVICE) for tensor in (focus, columns, valid, slots)]
+    drop_below_quantile(mask, *tensors, gamma, quantile, padding.to(DEVICE) if padding is not None else None)  # type: ignore[arg-type]
+    return mask.cpu(), expected
+
+
+@pytest.mark.parametrize("quantile", ["lower", "linear", "count"])
+@pytest.mark.parametrize(
+    ("kind", "gamma", "padded"),
+    [("noise", 0.6, False), ("noise", 0.35, True), ("ties", 0.5, True), ("ties", 0.95, False), ("equal", 0.6, True)],
+)
+def test_it_decides_as_the_sort(kind: str, gamma: float, padded: bool, quantile: str) -> None:
+    mask, expected = decide(kind, quantile, gamma, padded)
+    assert torch.equal(mask, expected)
+    assert expected.all() == (kind == "equal" and quantile != "count")
