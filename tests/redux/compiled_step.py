@@ -1,4 +1,4 @@
-"""Compile a decoding step on a StaticCache; print for each setting if its tokens are those of `generate`, and graphs."""
+"""Compile a decoding step on a StaticCache; print by setting if its tokens are those of `generate`, and the graphs."""
 
 import sys
 from pathlib import Path
