@@ -269,7 +269,7 @@ class Inhibition:
             focus = torch.baddbmm(t2i, mean_over_ranks(t2t, mesh), t2i)  # eq. 9, 10, 11
         elif self.cmai.focus != "tia":
             visible = _explicit_mask(padding, length, query.device).expand(len(t2i), 1, -1, -1)[:, 0, start:]
-            focus = focus_score(self._text_to_text(t2i, visible), t2i, earlier)
+            focus = focus_score(self._text_to_text(visible.to(t2i.dtype), visible), t2i, earlier)
         pairs = make_key_mask(len(t2i), length, query.device)
         drop_below_quantile(
             pairs, focus, self.columns, self.valid, self.slots, self.gammas[layer], self.cmai.quantile, padding
