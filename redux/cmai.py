@@ -9,6 +9,8 @@ A is the mean over heads of the attention map before inhibition.  Attention weig
 are large; raw scores are one product of the concatenated heads.  So a few (text x keys) maps of one layer are in memory
 at a time, never heads x text x keys.  At 32 heads and 576 + 512 tokens that is an eighth of the memory
 (jobs/bench/inhibition.py).
+On a GPU, prompts and training take fused kernels (`redux.kernels`) if the mask is causal with padding: the same
+decisions, and attention that reads a mask only where text meets an image.
 Rows up to the first text after an image lose nothing and are skipped.  Generated tokens are text tokens; a `FocusCache`
 keeps their rows of A_t2i with the keys and values, so decoding equals the full forward pass.
 
@@ -464,7 +466,7 @@ def inhibited_attention(
     unsupported = _unsupported(module, query, key, value, attention_mask, inhibition if inhibits else None, kwargs)
     if use_fused("CMAI" if inhibits else "attention with padding", query.device, unsupported):
         return _fused_attention(module, query, key, value, attention_mask, inhibition if inhibits else None, scale)
-    if _is_causal(attention_mask):
+    if attention_mask is None or attention_mask.dtype == torch.uint8:
         padding = attention_mask[:, 0, 0] if attention_mask is not None else None
         attention_mask = _explicit_mask(padding, key.shape[2], query.device)[:, :, -query.shape[2] :]
     if inhibition is not None:
