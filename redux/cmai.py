@@ -9,8 +9,10 @@ A is the mean over heads of the attention map before inhibition.  Attention weig
 are large; raw scores are one product of the concatenated heads.  So a few (text x keys) maps of one layer are in memory
 at a time, never heads x text x keys.  At 32 heads and 576 + 512 tokens that is an eighth of the memory
 (jobs/bench/inhibition.py).
-Rows up to the first text after an image lose nothing and are skipped.  A `FocusCache` keeps the rows of
-A_t2i with the keys and values, so decoding (`redux.decoding`) equals the full forward pass.
+On a GPU, prompts and training take fused kernels (`redux.kernels`) if the mask is causal with padding: the same
+decisions, and attention that reads a mask only where text meets an image.
+Rows up to the first text after an image lose nothing and are skipped.  A `FocusCache` keeps the rows of A_t2i with the
+keys and values, so decoding (`redux.decoding`) equals the full forward pass.
 
 `CMAI` has an option wherever the paper is silent or contradicts itself.  The paper calls QK^T the attention score and
 then treats A as weights.  A product of signed scores is no weighting, so the default is weights.  One mask serves all
@@ -227,7 +229,7 @@ class Inhibition:
             focus = torch.baddbmm(t2i, mean_over_ranks(t2t, mesh), t2i)  # eq. 9, 10, 11
         elif self.cmai.focus != "tia":
             visible = _explicit_mask(padding, length, query.device).expand(len(t2i), 1, -1, -1)[:, 0, start:]
-            focus = focus_score(self._text_to_text(t2i, visible), t2i, earlier)
+            focus = focus_score(self._text_to_text(visible.to(t2i.dtype), visible), t2i, earlier)
         pairs = make_key_mask(len(t2i), length, query.device)
         drop_below_quantile(
             pairs, focus, self.columns, self.valid, self.slots, self.gammas[layer], self.cmai.quantile, padding

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from redux.cmai import (
     MAX_WEIGHTS_AT_ONCE,
     Inhibition,
+    _build_mask,
+    _explicit_mask,
     focus_score,
+    inhibited_attention,
     mean_attention_scores,
     mean_attention_weights,
     select_above_quantile,
@@ -411,3 +415,47 @@ def test_text_before_an_image_stays_as_it_is_however_deep(tiny: Tiny, sample: Ca
     inputs = sample(strong)
     with torch.no_grad():
         assert torch.equal(strong(**inputs).logits[:, :2], none(**inputs).logits[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "form"),
+    [
+        ({}, "none"),
+        ({"attention_mask": torch.ones(2, 6, dtype=torch.bool)}, "none"),
+        ({"attention_mask": torch.arange(6).expand(2, -1) > 1}, "padding"),
+        ({"q_length": 2, "q_offset": 4}, "pairs"),
+        ({"kv_length": 9}, "pairs"),
+        ({"q_offset": torch.tensor(0)}, "pairs"),
+        ({"mask_function": lambda batch, head, row, key: key >= 0}, "pairs"),
+        ({"allow_is_causal_skip": False}, "pairs"),
+    ],
+    ids=str,
+)
+def test_a_mask_is_short_if_it_is_causal(changes: dict[str, Any], form: str) -> None:
+    arguments = {"batch_size": 2, "q_length": 6, "kv_length": 6, "mask_function": causal_mask_function} | changes
+    mask = _build_mask(**arguments)
+    if form == "none":
+        assert mask is None
+        return
+    assert mask is not None
+    explicit = sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
+    if form == "padding":
+        assert (mask.dtype, mask.shape) == (torch.uint8, (2, 1, 1, 6))
+        mask = _explicit_mask(mask[:, 0, 0], 6, mask.device)
+    assert torch.equal(mask, explicit)
+
+
+def test_a_causal_layer_that_inhibits_nothing_has_no_explicit_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that PyTorch's flash kernel serves it."""
+    masks: list[Any] = []
+    monkeypatch.setattr(
+        "redux.cmai.sdpa_attention_forward",
+        lambda *args, **kwargs: masks.append(args[4]) or (args[1].transpose(1, 2), None),
+    )
+    module = torch.nn.Module()
+    query = noise(2, 4, KEYS, 8)
+    none = inhibition(CMAI(gamma_max=0.6))  # layer 0 has ratio 0
+    for layer, now in ((0, none), (0, None), (1, None), (1, none)):
+        module.layer_idx = layer  # type: ignore[assignment]
+        inhibited_attention(module, query, query, query, None, now)
+    assert [mask is None for mask in masks] == [True, True, True, False]
