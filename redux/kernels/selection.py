@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 WARPS: int | None = None
-"""Warps of a program; None is one for up to 512 image tokens, else four."""
+"""Warps of a program; None is one for up to 512 image tokens, else two."""
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def drop_below_quantile(
     _drop_below[(rows, batch)](
         focus.contiguous(), columns.contiguous(), valid.contiguous(), slots, padding, ranks, fractions, mask,
         mask.stride(1), length, length - rows, num_columns,
-        quantile=quantile, block=block, num_warps=WARPS or (1 if block <= 512 else 4),
+        quantile=quantile, block=block, num_warps=WARPS or (1 if block <= 512 else 2),
         # a fused multiplication and addition would interpolate with another rounding than PyTorch
         enable_fp_fusion=False,
     )  # fmt: skip

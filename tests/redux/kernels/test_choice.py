@@ -49,7 +49,7 @@ def test_fused_takes_a_kernel_or_says_why_it_cannot(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_triton_auto_is_plain_and_fused_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernels, "_HAS_TRITON", False)
     assert not kernels.use_fused("K-means", GPU)
     redux.set_kernels("fused")
     with pytest.raises(ValueError, match="because triton is not installed"):

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import_module("tests.redux.kernels.interpreter")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LENGTH, FIRST = 14, 3
+LENGTH, FIRST = 20, 3
 
 
 def decide(kind: str, quantile: str, gamma: float, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
