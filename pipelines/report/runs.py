@@ -338,13 +338,13 @@ def _find_source_job(job: dict[str, Any]) -> dict[str, Any]:
     if previous is None or not job.get("train"):
         return previous or job
     # sizes and inherited methods are in the job of the checkpoint only
-    inherited = ("tower", "language", *(name for name in METHODS if job["model"].get(name) == "own"))
+    inherited = ("tower", "language", *(name for name in METHODS if job["model"].get(name) == "checkpoint"))
     return job | {"model": job["model"] | {part: previous["model"].get(part) for part in inherited}}
 
 
 def _read_methods(job: Mapping[str, Any]) -> dict[str, Any]:
     """Read the method settings of a job; None for a method that the checkpoint decides."""
-    return {name: None if (value := job["model"].get(name)) == "own" else value for name in METHODS}
+    return {name: None if (value := job["model"].get(name)) == "checkpoint" else value for name in METHODS}
 
 
 def make_preset(methods: Mapping[str, Any], shows: str = "") -> Preset:

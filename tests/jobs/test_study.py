@@ -39,7 +39,7 @@ def test_variants_differ_in_what_they_say_and_in_nothing_else(tmp_path: Path) ->
     mini = study.load(FILE)
     jobs = study.list_jobs(mini, tmp_path)
     plain = jobs["llava-0"]
-    assert (plain.model.vmtc, plain.model.cmai, plain.model.reduction) == (None, None, "own")
+    assert (plain.model.vmtc, plain.model.cmai, plain.model.reduction) == (None, None, "checkpoint")
     methods = {name: jobs[f"{name}-0"].model.methods for name in mini.variants}
     assert [name for name, each in methods.items() if each.get("vmtc")] == ["vmtc", "both"]
     assert [name for name, each in methods.items() if each.get("cmai")] == ["cmai", "both"]

@@ -443,7 +443,7 @@ def test_what_counted_sentences_otherwise_than_ifeval_is_told(tmp_path: Path) ->
 def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) -> None:
     """A foreign model matches no row of LLaVA, nor does a model with a method that it was not trained with."""
     given = {"train": {}, "model__tower": None, "model__language": None}
-    own = dict.fromkeys(("model__vmtc", "model__cmai", "model__reduction"), "own")
+    own = dict.fromkeys(("model__vmtc", "model__cmai", "model__reduction"), "checkpoint")
     for name, kind, more in (
         ("blip", "instructblip", {}),
         ("plain", "llava", {}),
