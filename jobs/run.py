@@ -260,7 +260,7 @@ def _choose_evaluated_model(
 
 
 def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str, StagePlan]:
-    """StagePlan the stages of a job, by name and in order. Each stage starts from the model of the one before.
+    """Plan the stages of a job, by name and in order. Each stage starts from the model of the one before.
 
     Raises:
         ValueError: pretrained parts of the model cannot be read or do not fit together.

@@ -1,12 +1,14 @@
 """The plan of the house holds: its floors and arrows, its tools, its tree."""
 
 import ast
+import importlib.metadata
 import io
 import re
 import subprocess
 import sys
 import sysconfig
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,19 @@ def test_the_tools_have_nothing_to_say(command: tuple[str, ...]) -> None:
 
 def test_the_top_level_holds_the_floors_and_nothing_else() -> None:
     assert {path.parts[0] for path in tracked() if not path.parts[0].startswith(".")} <= TOP
+
+
+def test_every_entry_point_names_something_that_exists() -> None:
+    """Read them from pyproject.toml: an installed package may be older than the tree."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {"console_scripts": project["scripts"], **project["entry-points"]}
+    points = [
+        importlib.metadata.EntryPoint(name, value, group)
+        for group, entries in groups.items()
+        for name, value in entries.items()
+    ]
+    assert len(points) >= 2
+    assert [point for point in points if not callable(point.load())] == []
 
 
 def test_every_python_file_opens_with_why() -> None:
