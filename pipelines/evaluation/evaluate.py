@@ -283,7 +283,7 @@ def _run_inference(
     batches = [batch for name, questions in remaining.items() for batch in _make_batches(name, questions, settings)]
     # check the resources first: Ray would wait for missing ones without end
     actors = count_actors(settings, gpu_share, len(batches))
-    cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate with actors = {actors}")
+    cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate.num_actors = {actors}")
     gpus = cluster.count_gpus()
     if 0 < gpus < actors * gpu_share:
         raise ValueError(
