@@ -244,7 +244,7 @@ def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluat
     for key, value in previous.items():
         if current.setdefault(key, value) != value:
             raise ValueError(
-                f"{folder}: its answers were given with {key} = {value!r}, not {current[key]!r}; move it away"
+                f"{folder}: its answers have {key} = {value!r}, not {current[key]!r}; move the folder away"
             )
     storage.write(str(path), json.dumps(current, indent=2).encode())
 
