@@ -41,7 +41,7 @@ PREPARATIONS = {"shards", "assemble"}
 def may_change(key: str, sections: Collection[str]) -> bool:
     """Tell if a dotted path is one of these sections or lies in one.
 
-    >>> is_free("recovery.restarts", FREE), is_free("evaluate.batch_size", FREE)
+    >>> may_change("recovery.restarts", MAY_CHANGE_ON_RESUME), may_change("evaluate.limit", MAY_CHANGE_ON_RESUME)
     (True, False)
     """
     return any(f"{key}.".startswith(f"{name}.") for name in sections)

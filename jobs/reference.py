@@ -54,7 +54,8 @@ class KeyEntry:
 
 def list_keys(kind: str) -> list[KeyEntry]:
     """List the keys of a kind of file, in the order of their dataclasses."""
-    return list(_walk(SCHEMAS[kind], "", _load_examples(kind)))
+    # a key of several classes, such as `when`, is listed once
+    return list(dict.fromkeys(_walk(SCHEMAS[kind], "", _load_examples(kind))))
 
 
 def explain(key: str) -> str:

@@ -2,7 +2,7 @@
 
 runs/NAME/job.yaml        resolved job; jobs/claims.py decides which settings may still change
 runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step; the next start reads it
-runs/NAME/shards/SET/     captions, conversations, test
+runs/NAME/shards/SET/     captions, conversations, shown, formats: those of them that a stage uses
 runs/NAME/tokenizer/      trained on the training sets, for a model that is built from sizes
 runs/NAME/assembled/      for a model from pretrained parts: these and a projector as one model, with its tokenizer
 runs/NAME/scores.json     scores of the evaluation; metrics.json repeats them
@@ -260,7 +260,7 @@ def _choose_evaluated_model(
 
 
 def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str, StagePlan]:
-    """StagePlan the stages of a job, by name and in order. Each stage starts from the model of the one before.
+    """Plan the stages of a job, by name and in order. Each stage starts from the model of the one before.
 
     Raises:
         ValueError: pretrained parts of the model cannot be read or do not fit together.

@@ -36,16 +36,16 @@ class Job:
     Args:
         name: name of the run and of its folder.
         seed: seed of everything that is random.
-        num_workers: number of training processes, each with a GPU where there are GPUs; or [fewest, most]. "auto" takes
-            the GPUs of Ray when a stage begins, or its CPUs if it has no GPU, as far as they divide the global batch
-            evenly.
-        gpu_share: share of a GPU for the only worker and for each evaluation actor. Less than 1 lets several runs share
-            a GPU.
+        num_workers: "auto", number of training processes, or [fewest, most]. "auto" is one per GPU of Ray when a stage
+            begins, or one per CPU if there are no GPUs; fewer if they do not divide the global batch evenly. Each
+            process has a GPU if there are GPUs.
+        gpu_share: share of a GPU for each evaluation actor and for the worker. Less than 1 lets several runs share a
+            GPU, and allows only one worker.
         checkpoints: folder or URL for checkpoints that every worker can reach; a folder with the name of the job is
             made there. null keeps them in the run folder.
         data: where samples come from.
         model: parts of the model, or a checkpoint, and its compression and inhibition.
-        train: the training stages by name, in order. Empty if model.checkpoint is only evaluated.
+        train: the training stages by name, in order. {} only evaluates model.checkpoint.
         recovery: reaction to faults and stops.
         evaluate: evaluation after training. null skips it.
         report: the HTML report of the run.
@@ -54,7 +54,7 @@ class Job:
 
     name: Name
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
-    num_workers: Workers | tuple[Workers, Workers] | Auto = "auto"
+    num_workers: Auto | Workers | tuple[Workers, Workers] = "auto"
     gpu_share: Annotated[float, Gt(0), Le(1)] = 1
     checkpoints: str | None = None
     data: Data

@@ -20,11 +20,13 @@ _NAMES = {
     Any: "anything",
     Path: "a path",
 }
-_BOUNDS = {
+_LIMITS = {
     annotated_types.Gt: (">", "gt"),
     annotated_types.Ge: (">=", "ge"),
     annotated_types.Lt: ("<", "lt"),
     annotated_types.Le: ("<=", "le"),
+}
+_BOUNDS = {
     annotated_types.MultipleOf: ("a multiple of", "multiple_of"),
     annotated_types.MinLen: ("of length >=", "min_length"),
     annotated_types.MaxLen: ("of length <=", "max_length"),
@@ -78,7 +80,7 @@ def describe_type(hint: Any) -> str:
     """Describe the values that a type allows, such as 'a whole number >= 1', "'a' or 'b'" or 'a list of text'."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return " ".join([describe_type(arguments[0]), *_bounds(arguments[1:])])
+        return " ".join([describe_type(arguments[0]), *_bounds(arguments[0], arguments[1:])])
     if origin is Literal:
         return " or ".join(format_value(value) for value in arguments)
     if origin in (Union, types.UnionType):
@@ -97,10 +99,22 @@ def describe_type(hint: Any) -> str:
     return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def _bounds(marks: Sequence[Any]) -> Iterator[str]:
+def _bounds(hint: Any, marks: Sequence[Any]) -> Iterator[str]:
     flat: list[Any] = []
     for mark in marks:
         flat.extend(mark if isinstance(mark, annotated_types.GroupedMetadata) else [mark])
+    limits = {}
+    for mark in flat:
+        if type(mark) in _LIMITS:
+            sign, attribute = _LIMITS[type(mark)]
+            limits[sign] = getattr(mark, attribute)
+    # whole numbers below 10 are those up to 9
+    if hint is int and "<" in limits:
+        limits["<="] = limits.pop("<") - 1
+    if limits.keys() == {">=", "<="}:
+        yield f"from {limits['>=']} to {limits['<=']}"
+    elif limits:
+        yield " and ".join(f"{sign} {value}" for sign, value in limits.items())
     for mark in flat:
         if getattr(mark, "pattern", None):
             yield f"that matches {mark.pattern}"

@@ -90,8 +90,8 @@ class ModelSettings:
         vmtc: settings of the token compression; null turns it off. "checkpoint" takes those of the checkpoint, or the
             defaults for a model from parts.
         cmai: settings of the attention inhibition; null turns it off. "checkpoint" is as for vmtc.
-        reduction: settings of a rival, instead of vmtc; null turns it off. "checkpoint" takes those of the checkpoint,
-            or none for a model from parts.
+        reduction: settings of a baseline, instead of vmtc; null turns it off. "checkpoint" takes those of the
+            checkpoint, or none for a model from parts.
     """
 
     tower: TowerSizes | str | None = None

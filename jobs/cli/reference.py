@@ -21,7 +21,7 @@ def _add_schema(verbs: Any) -> None:
         epilog="example: redux schema job > job.schema.json",
     )
     schema.add_argument(
-        "kind", metavar="KIND", nargs="?", choices=FILE_KINDS, default="job", help="job, study or search"
+        "kind", metavar="KIND", nargs="?", choices=FILE_KINDS, default="job", help="job, study or search (default: job)"
     )
     schema.set_defaults(verb=_schema)
 

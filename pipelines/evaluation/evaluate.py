@@ -244,7 +244,7 @@ def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluat
     for key, value in previous.items():
         if current.setdefault(key, value) != value:
             raise ValueError(
-                f"{folder}: its answers were given with {key} = {value!r}, not {current[key]!r}; move it away"
+                f"{folder}: its answers have {key} = {value!r}, not {current[key]!r}; move the folder away"
             )
     storage.write(str(path), json.dumps(current, indent=2).encode())
 
@@ -283,7 +283,7 @@ def _run_inference(
     batches = [batch for name, questions in remaining.items() for batch in _make_batches(name, questions, settings)]
     # check the resources first: Ray would wait for missing ones without end
     actors = count_actors(settings, gpu_share, len(batches))
-    cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate with actors = {actors}")
+    cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate.num_actors = {actors}")
     gpus = cluster.count_gpus()
     if 0 < gpus < actors * gpu_share:
         raise ValueError(

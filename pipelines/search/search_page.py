@@ -58,7 +58,7 @@ class TrialRow(NamedTuple):
     Args:
         kind: "front", "reference" or a state in lower case, see `Snapshot.classify`.
         number: number of the trial.
-        about: front, name of the reference, and trial that it retries.
+        remarks: front, name of the reference, and trial that it retries.
         state: state, and step for a trial that did not complete.
         error: error message.
         values: one per objective.
@@ -69,7 +69,7 @@ class TrialRow(NamedTuple):
 
     kind: str
     number: int
-    about: str
+    remarks: str
     state: str
     error: str
     values: list[str]
@@ -143,7 +143,7 @@ def _write_summary(snapshot: Snapshot) -> list[str]:
         _describe_best(snapshot),
         *_compare_references(snapshot),
         *_describe_effort(snapshot),
-        *_warn_of_selection(snapshot),
+        *_warn_about_selection_bias(snapshot),
     ]
 
 
@@ -230,7 +230,7 @@ def _describe_effort(snapshot: Snapshot) -> list[str]:
     return [" ".join(sentences)] if sentences else []
 
 
-def _warn_of_selection(snapshot: Snapshot) -> list[str]:
+def _warn_about_selection_bias(snapshot: Snapshot) -> list[str]:
     if len(snapshot.feasible) < 2:
         return []
     return [
@@ -284,19 +284,19 @@ def _make_rows(snapshot: Snapshot) -> list[TrialRow]:
 def _make_row(snapshot: Snapshot, trial: FrozenTrial, retry: int | None) -> TrialRow:
     """Make the row of a trial; `retry` is the number of the trial that retries it."""
     kind = snapshot.classify(trial)
-    about = []
+    remarks = []
     if kind == "front":
-        about.append("best" if len(snapshot.objectives) == 1 else "on the front")
+        remarks.append("best" if len(snapshot.objectives) == 1 else "on the front")
     if name := get_reference(trial):
-        about.append(name)
-    if (first := trial.user_attrs.get("retry_of")) is not None:
-        about.append(f"retry of {first}")
+        remarks.append(name)
+    if (retried_number := trial.user_attrs.get("retry_of")) is not None:
+        remarks.append(f"retry of {retried_number}")
     is_complete = trial.state == TrialState.COMPLETE
     wall_s = get_number(trial, "wall_s")
     return TrialRow(
         kind=kind,
         number=trial.number,
-        about=", ".join(about),
+        remarks=", ".join(remarks),
         state=_describe_state(trial) + (f", retried as {retry}" if retry is not None else ""),
         error=str(trial.user_attrs.get("error") or ""),
         values=[format_value(value) for value in trial.values] if is_complete else [""] * len(snapshot.objectives),
@@ -330,7 +330,7 @@ def _compute_importance(study: Study, snapshot: Snapshot, objective: int) -> dic
 
     def loss(trial: FrozenTrial) -> float:
         # Optuna ignores trials with a loss that is not finite
-        return math.nan if get_reference(trial) else snapshot.losses(trial)[objective]
+        return math.nan if get_reference(trial) else snapshot.minimized_values(trial)[objective]
 
     losses = [loss(trial) for trial in snapshot.sampled]
     top = max(MIN_TOP_TRIALS, math.ceil(len(losses) / 10))

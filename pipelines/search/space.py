@@ -50,10 +50,10 @@ class Range:
     """Range of numbers; integers if low, high and step are integers.
 
     Args:
-        low: smallest value.
-        high: largest value, included.
-        step: distance between two values. null allows every value.
-        log: sample on a logarithmic scale; needs low > 0 and no step.
+        low: smallest value of a range.
+        high: largest value of a range, included.
+        step: distance between two values of a range. null allows every value.
+        log: sample a range on a logarithmic scale; requires low > 0 and no step.
         when: values of earlier parameters with which this one is sampled, by dotted path. {} samples it always.
     """
 
@@ -85,7 +85,7 @@ class Choice:
     """Choice of one of several values.
 
     Args:
-        choices: the values, which may be sections or lists.
+        choices: list of values, instead of a range. A value may be a section or a list.
         when: values of earlier parameters with which this one is sampled, by dotted path. {} samples it always.
     """
 

@@ -75,9 +75,9 @@ class Prune:
     higher loss but lower costs.
 
     Args:
-        method: "asha" is asynchronous successive halving (arXiv 1810.05934): of the trials at a rung, the best one in
-            `factor` continues; rungs are at steps first, first x factor, first x factor^2, … "median" continues trials
-            whose lowest loss so far is at most the median of the completed trials at that step, once there are five.
+        method: "asha" (arXiv 1810.05934) continues the best 1 / `factor` of the trials at the steps first, first x
+            factor, first x factor^2, … "median" stops trials whose lowest loss so far is above the median of the
+            completed trials at that step, once there are five.
         every: number of steps between two checks; the loss is the mean over them.
         first: step of the first check, a multiple of `every`.
         factor: reduction factor of "asha".

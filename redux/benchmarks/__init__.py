@@ -5,6 +5,7 @@ scorer.  Its docstring lists differences between the two, and parts that are lef
 lmms-eval's: up to 128 new tokens, not 16; OCR tokens in TextVQA's prompts; only a final period dropped in GQA.
 
 A new benchmark is a module that imports from `redux.benchmarks.benchmark`, and an entry in BENCHMARKS.
+pipelines/README.md lists all steps.
 """
 
 from collections.abc import Mapping, Sequence

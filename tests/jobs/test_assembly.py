@@ -184,7 +184,7 @@ def test_what_cannot_be_assembled_is_told_at_the_start(
         (["num_workers=[3, 2]"], "num_workers: got [3, 2], allowed: the fewest first"),
         (
             ["num_workers=[3]"],
-            "num_workers: got [3], allowed: a whole number >= 1 or a list of 2 values, each a whole number",
+            "num_workers: got [3], allowed: 'auto' or a whole number >= 1 or a list of 2 values, each a whole number",
         ),
         (["num_workers=3"], "train.pretrain.global_batch_size: got 8, allowed: a multiple of 6"),
         (["train.pretrain.data=captions"], "train.pretrain.data: got captions, allowed: talk, those of data.sets"),

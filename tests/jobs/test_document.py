@@ -115,7 +115,7 @@ def test_an_override_changes_one_of_two_sections_that_share_an_anchor(tmp_path: 
         ("train.pretrain.epochs=true", "train.pretrain.epochs: got true, allowed: a number > 0"),
         ("train.pretrain.epochs=.nan", "train.pretrain.epochs: got NaN, allowed: a number > 0"),
         ("train.pretrain.epochs=", "train.pretrain.epochs: got null, allowed: a number > 0"),
-        ("train.pretrain.share=2", "train.pretrain.share: got 2, allowed: a number >= 0 <= 1"),
+        ("train.pretrain.share=2", "train.pretrain.share: got 2, allowed: a number from 0 to 1"),
         ("train.pretrain.steps=true", "train.pretrain.steps: got true, allowed: a whole number >= 1 or null"),
         ("train.pretrain.steps=1.0", "train.pretrain.steps: got 1.0, allowed: a whole number >= 1 or null"),
         ("train.pretrain.steps=0", "train.pretrain.steps: got 0, allowed: a whole number >= 1 or null"),
