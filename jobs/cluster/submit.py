@@ -79,7 +79,7 @@ def submit(submission: Submission) -> int:
     Raises:
         ValueError: the cluster refuses the job, another submission of this run is active, or a file must not be copied.
     """
-    tree = document.plain(submission.job, submission.overrides)
+    tree = document.read_tree(submission.job, submission.overrides)
     job = tree.get("job", tree)  # a study or a search has one for all its runs
     _check_submission(submission, job)
     environment = _collect_environment(submission.env, (job.get("recovery") or {}).get("grace_s", Recovery.grace_s))

@@ -19,6 +19,7 @@ from typing import Any
 from pipelines.core import jsonl
 from pipelines.evaluation import statistics
 from pipelines.evaluation.statistics import Difference, Interval
+from pipelines.evaluation.tasks import ANSWERS_FOLDER
 from pipelines.report import paper
 from pipelines.report.runs import ComparedModel, Family, select_changed_fields
 from pipelines.report.table_rows import TableRow, find_kind, matches, write_command
@@ -392,8 +393,10 @@ def _describe_options(model: ComparedModel, models: Sequence[ComparedModel]) -> 
         return {f"{name}.{key}": value for name, part in parts for key, value in select_changed_fields(part).items()}
 
     options = changed_options(model)
-    others = [changed_options(other) for other in models if other is not model]
-    differing = {key: value for key, value in options.items() if any(other.get(key) != value for other in others)}
+    other_options = [changed_options(other) for other in models if other is not model]
+    differing = {
+        key: value for key, value in options.items() if any(other.get(key) != value for other in other_options)
+    }
     return ", ".join(f"{key} = {value}" for key, value in differing.items())
 
 
@@ -582,7 +585,7 @@ def compare_prompts(
     """
     answers = {}
     for model in family.models:
-        rows = jsonl.read(model.runs[0].folder / "answers" / "instructions.jsonl")
+        rows = jsonl.read(model.runs[0].folder / ANSWERS_FOLDER / "instructions.jsonl")
         if rows and find_kind(model.methods, model.uses_captions) in KIND_TITLES and model.trained_as_evaluated:
             answers[name_model(model, family)] = {row["id"]: row for row in rows}
     if not answers:

@@ -88,7 +88,7 @@ def best_of(tmp_path: Path, values: dict[str, Any]) -> Path:
     places = {name: place.distribution for name, place in asked.space.items()}
     trials.study.add_trial(create_trial(params=values, distributions=places, value=1.0))
     assert command.main(["best", str(folder)]) == 0
-    return folder / search.BEST
+    return folder / search.BEST_FILE
 
 
 def test_the_best_of_several_objectives_is_for_the_user_to_name(
