@@ -106,7 +106,7 @@ def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
                 )
             confirmations.append(
                 f"{coverage.stage}: {coverage.steps} steps used {coverage.samples} samples of {name}: each of its "
-                f"{samples} once in each of {coverage.epochs} epochs, {coverage.partial_samples} once in the epoch that "
-                f"is not finished; {coverage.replaced} replaced"
+                f"{samples} once in each of {coverage.epochs} epochs, {coverage.partial_samples} once in the epoch "
+                f"that is not finished; {coverage.replaced} replaced"
             )
     return confirmations, faults

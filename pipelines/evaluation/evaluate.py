@@ -30,10 +30,9 @@ from tqdm import tqdm
 
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
 from pipelines.data import easy_vqa
+from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
 from pipelines.evaluation.tasks import (
-    ANSWERS_FOLDER,
     EVALUATION_TASKS,
-    PROVENANCE_FILE,
     Evaluate,
     TaskName,
     TaskSettings,

@@ -15,12 +15,6 @@ from redux.benchmarks import BENCHMARKS, Metric, Question, Row
 from redux.benchmarks import instructions as instruction_following
 from redux.settings import ImageAspectRatio, TemplateName
 
-ANSWERS_FOLDER = "answers"
-"""Folder of the answers in a run folder."""
-
-PROVENANCE_FILE = "provenance.json"
-"""File in it with the model and the settings that gave the answers."""
-
 
 class Task(NamedTuple):
     """One evaluation task.

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from annotated_types import Ge
 
 from pipelines.core import jsonl
-from pipelines.evaluation.tasks import ANSWERS_FOLDER, PROVENANCE_FILE
+from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
 from pipelines.report import page
 from pipelines.report.page import format_number
 from pipelines.report.plots import ACCENT, FAINT, INK, STYLE, style_axes, to_svg

@@ -20,7 +20,7 @@ import yaml
 
 from pipelines.core import jsonl
 from pipelines.core.settings import flatten_dict
-from pipelines.evaluation.tasks import ANSWERS_FOLDER, PROVENANCE_FILE
+from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
 from redux.benchmarks import Metric, Row
 from redux.configuration import ReduxConfig
 from redux.presets import Preset

@@ -18,8 +18,8 @@ from typing import Any
 
 from pipelines.core import jsonl
 from pipelines.evaluation import statistics
+from pipelines.evaluation.answer_files import ANSWERS_FOLDER
 from pipelines.evaluation.statistics import Difference, Interval
-from pipelines.evaluation.tasks import ANSWERS_FOLDER
 from pipelines.report import paper
 from pipelines.report.runs import ComparedModel, Family, select_changed_fields
 from pipelines.report.table_rows import TableRow, find_kind, matches, write_command

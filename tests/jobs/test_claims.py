@@ -12,7 +12,7 @@ from jobs.claims import ASSEMBLED, PROGRESS, Claim
 from jobs.run import run
 from jobs.schema import Job
 from pipelines.core import jsonl
-from pipelines.evaluation.tasks import ANSWERS_FOLDER, PROVENANCE_FILE
+from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
 from pipelines.training.checkpoint import JOB_FILE
 
 QUICKSTART = Path(__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"

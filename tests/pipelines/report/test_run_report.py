@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.evaluation.answer_files import PROVENANCE_FILE
 from pipelines.evaluation.evaluate import Example
-from pipelines.evaluation.tasks import PROVENANCE_FILE
 from pipelines.report.run_report import smooth_curve, wilson_interval, write_report
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -17,7 +17,7 @@ from jobs import command as command_line
 from jobs import schema
 from jobs.tables import format_csv, write_tables
 from pipelines.evaluation import statistics
-from pipelines.evaluation.tasks import PROVENANCE_FILE
+from pipelines.evaluation.answer_files import PROVENANCE_FILE
 from pipelines.report.paper import TABLE_1, TABLE_3
 from pipelines.report.runs import find_families, select_changed_fields
 from pipelines.report.table_rows import matches, rescale_budget, write_command
