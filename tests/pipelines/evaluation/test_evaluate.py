@@ -21,7 +21,6 @@ from pipelines.evaluation import evaluate
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER
 from pipelines.evaluation.evaluate import EvaluatedModel, collect_examples, read_answers
 from pipelines.evaluation.tasks import (
-    ANSWERS_FOLDER,
     EVALUATION_TASKS,
     Evaluate,
     TaskName,
