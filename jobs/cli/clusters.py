@@ -79,17 +79,17 @@ def _add_jobs(verbs: Any) -> None:
         help="list, status, logs, stop: work with the jobs of a cluster",
         description="Work with the jobs of a Ray cluster, also with jobs that another program submitted. " + TOKEN_HELP,
     ).add_subparsers(metavar="ACTION", required=True)
-    listing = jobs.add_parser(
+    list_ = jobs.add_parser(
         "list", help="show a table of all jobs", description="Show all jobs of a cluster, oldest first."
     )
-    listing.set_defaults(verb=_call("listing"))
+    list_.set_defaults(verb=_call("print_jobs"))
     status = jobs.add_parser(
         "status",
         help="show the status of a job",
         description="Show the status of a job in one line. The exit code is that of the job, 130 if it was stopped, "
         "and 0 while it is active.",
     )
-    status.set_defaults(verb=_call("status", "id"))
+    status.set_defaults(verb=_call("print_status", "id"))
     logs = jobs.add_parser("logs", help="show the log of a job", description="Show the log of a job.")
     logs.add_argument(
         "-f",
@@ -97,7 +97,7 @@ def _add_jobs(verbs: Any) -> None:
         action="store_true",
         help="follow the log until the job ends. The exit code is that of the job",
     )
-    logs.set_defaults(verb=_call("logs", "id", "follow"))
+    logs.set_defaults(verb=_call("print_logs", "id", "follow"))
     stop = jobs.add_parser(
         "stop",
         help="stop a job after a checkpoint",
@@ -105,18 +105,20 @@ def _add_jobs(verbs: Any) -> None:
         "killed after grace_s + 15 seconds (recovery.grace_s). If it is submitted again, it resumes from the "
         "checkpoint.",
     )
-    stop.set_defaults(verb=_call("stop", "id"))
+    stop.set_defaults(verb=_call("stop_job", "id"))
     for parser in (status, logs, stop):
         parser.add_argument("id", metavar="ID", help="the id that submit and list show")
-    for parser in (listing, status, logs, stop):
+    for parser in (list_, status, logs, stop):
         add_address(parser)
 
 
-def _call(action: str, *names: str) -> Callable[[argparse.Namespace], int]:
+def _call(function: str, *names: str) -> Callable[[argparse.Namespace], int]:
+    """Build a handler that calls a function of jobs.cluster.remote with the address and the named arguments."""
+
     def call(arguments: argparse.Namespace) -> int:
         from jobs.cluster import remote
 
-        code: int = getattr(remote, action)(arguments.address, *(getattr(arguments, name) for name in names))
+        code: int = getattr(remote, function)(arguments.address, *(getattr(arguments, name) for name in names))
         return code
 
     return call
@@ -219,10 +221,10 @@ def _manifest(arguments: argparse.Namespace) -> None:
     job, _ = load(arguments)
     if not isinstance(job, schema.Job):
         raise ValueError(f"{arguments.job}: got a study or a search, allowed: a job; redux submit takes all three")
-    place = manifest.KubernetesOptions(
+    options = manifest.KubernetesOptions(
         **{field.name: getattr(arguments, field.name) for field in fields(manifest.KubernetesOptions)}
     )
-    text = manifest.write(job, place)
+    text = manifest.write_manifest(job, options)
     if arguments.out is None:
         print(text, end="")
         return

@@ -61,7 +61,7 @@ def _add_make(shards: Any) -> None:
         help="how --image-size makes squares (default: %(default)s)",
     )
     _add_max_bad_fraction(make)
-    make.set_defaults(verb=_call("make"))
+    make.set_defaults(verb=_call("make_set"))
 
 
 def _add_max_bad_fraction(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +86,7 @@ def _add_index(shards: Any) -> None:
     )
     _add_max_bad_fraction(index)
     index.add_argument("folder", metavar="URI", help="folder of the tars")
-    index.set_defaults(verb=_call("index"))
+    index.set_defaults(verb=_call("index_set"))
 
 
 def _add_verify(shards: Any) -> None:
@@ -100,13 +100,15 @@ def _add_verify(shards: Any) -> None:
     verify.add_argument("--decode", action="store_true", help="also decode every image")
     verify.add_argument("--consumed", metavar="RUN", type=Path, help="folder of a run that trained on the shards")
     verify.add_argument("folder", metavar="URI", help="folder of the shards")
-    verify.set_defaults(verb=_call("verify"))
+    verify.set_defaults(verb=_call("verify_set"))
 
 
-def _call(action: str) -> Callable[[argparse.Namespace], None]:
+def _call(function: str) -> Callable[[argparse.Namespace], None]:
+    """Build a handler that calls a function of jobs.shards."""
+
     def call(arguments: argparse.Namespace) -> None:
         from jobs import shards
 
-        getattr(shards, action)(arguments)
+        getattr(shards, function)(arguments)
 
     return call

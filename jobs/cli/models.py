@@ -35,7 +35,7 @@ def _add_export(verbs: Any) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from jobs import export
 
-    url = export.write(arguments.run, arguments.stage, arguments.step, arguments.out)
+    url = export.export_model(arguments.run, arguments.stage, arguments.step, arguments.out)
     print(f"{arguments.out}: the model of {url}")
 
 

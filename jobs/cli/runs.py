@@ -26,7 +26,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Callable[[Any, Path, bool]
     """
     from jobs import document
 
-    tree = document.plain(arguments.job)
+    tree = document.read_tree(arguments.job)
     if isinstance(tree, dict) and "variants" in tree:
         from jobs import study
 
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _add_best(verbs: Any) -> None:
-    best = verbs.add_parser(
+    parser = verbs.add_parser(
         "best",
         help="write the best trial of a search as a job file",
         description="Write SEARCH/best.yaml, the complete job with the settings of a trial, or best-N.yaml for each of "
@@ -89,15 +89,15 @@ def _add_best(verbs: Any) -> None:
         "required; the error lists the front.",
         epilog="example: redux best runs/laptop 17 && redux run runs/laptop/best.yaml",
     )
-    best.add_argument("search", metavar="SEARCH", type=Path, help="folder of a search")
-    best.add_argument("trials", metavar="TRIAL", nargs="*", type=int, help="number of a trial, as in search.html")
-    best.set_defaults(verb=_best)
+    parser.add_argument("search", metavar="SEARCH", type=Path, help="folder of a search")
+    parser.add_argument("trials", metavar="TRIAL", nargs="*", type=int, help="number of a trial, as in search.html")
+    parser.set_defaults(verb=_write_best)
 
 
-def _best(arguments: argparse.Namespace) -> None:
+def _write_best(arguments: argparse.Namespace) -> None:
     from jobs import search
 
-    for path in search.best(arguments.search, arguments.trials):
+    for path in search.write_best_jobs(arguments.search, arguments.trials):
         print(path)
 
 

@@ -58,7 +58,7 @@ HEAD_POLL_S = 1
 
 HEAD_GONE_MESSAGE = (
     "the head of the cluster at {}:{} is gone; if it does not come back, Ray ends this command within a minute. The "
-    "same command goes on from the last checkpoint"
+    "same command continues from the last checkpoint"
 )
 
 MAX_SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107

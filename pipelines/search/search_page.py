@@ -192,8 +192,8 @@ def _describe_best(snapshot: Snapshot) -> str:
 
 def _list_trials(trials: list[FrozenTrial]) -> str:
     names = [label_trial(trial) for trial in trials[:MAX_LISTED_TRIALS]]
-    rest = len(trials) - MAX_LISTED_TRIALS
-    return join_words([*names, f"{rest} more"] if rest > 0 else names)
+    num_unlisted = len(trials) - MAX_LISTED_TRIALS
+    return join_words([*names, f"{num_unlisted} more"] if num_unlisted > 0 else names)
 
 
 def _compare_references(snapshot: Snapshot) -> list[str]:
@@ -213,9 +213,9 @@ def _compare_references(snapshot: Snapshot) -> list[str]:
             verb = "are better" if is_plural else "is better"
         else:
             verb = "dominate it" if is_plural else "dominates it"
-        subject = pluralize(len(dominating), "trial") if dominating else "no trial"
+        count = pluralize(len(dominating), "trial") if dominating else "no trial"
         trials = f": {_list_trials(dominating)}" if dominating else ""
-        sentences.append(f"Reference {name} ({values}): {subject} {verb}{trials}.")
+        sentences.append(f"Reference {name} ({values}): {count} {verb}{trials}.")
     return sentences
 
 
@@ -225,8 +225,8 @@ def _describe_effort(snapshot: Snapshot) -> list[str]:
     if snapshot.wall_s:
         sentences.append(f"All trials took {format_duration(snapshot.wall_s)} in total.")
     if planned:
-        share = format_percent(saved / planned, 0)
-        sentences.append(f"Early stopping saved {saved:,} of {planned:,} planned training steps, {share}.")
+        saved_percent = format_percent(saved / planned, 0)
+        sentences.append(f"Early stopping saved {saved:,} of {planned:,} planned training steps, {saved_percent}.")
     return [" ".join(sentences)] if sentences else []
 
 
@@ -261,10 +261,10 @@ def _write_csv(snapshot: Snapshot) -> str:
         # Optuna keeps the last reported value of a pruned trial as its value; it is not a result
         is_complete = trial.state == TrialState.COMPLETE
         values = dict(zip(snapshot.objectives, trial.values, strict=True)) if is_complete else {}
-        others = {name: value for name, value in _get_metrics(trial).items() if name in metrics}
+        other_metrics = {name: value for name, value in _get_metrics(trial).items() if name in metrics}
         identity = {"number": trial.number, "state": trial.state.name}
         # of equal names the last one counts
-        writer.writerow(others | trial.params | trial.constraints | values | attributes | identity)
+        writer.writerow(other_metrics | trial.params | trial.constraints | values | attributes | identity)
     return file.getvalue()
 
 

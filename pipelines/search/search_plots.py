@@ -63,8 +63,8 @@ class ParallelAxis(NamedTuple):
 
 def plot_fronts(snapshot: Snapshot) -> list[Plot]:
     """Plot the first objective over each of the others, up to MAX_FRONT_PLOTS."""
-    others = range(1, min(len(snapshot.objectives), MAX_FRONT_PLOTS + 1))
-    return [_plot_front(snapshot, other) for other in others] if snapshot.plottable else []
+    indices = range(1, min(len(snapshot.objectives), MAX_FRONT_PLOTS + 1))
+    return [_plot_front(snapshot, index) for index in indices] if snapshot.plottable else []
 
 
 def _plot_front(snapshot: Snapshot, other: int) -> Plot:
@@ -133,8 +133,8 @@ def _plot_history(snapshot: Snapshot, objective: int) -> Plot:
         axes.set_xlabel("trial", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         style_axes(axes)
-        best = f", best {format_value(best_so_far[-1])}" if best_so_far else ""
-        element = to_svg(figure, f"history-{objective}-", f"{name} of {pluralize(len(points), 'trial')}{best}")
+        best_text = f", best {format_value(best_so_far[-1])}" if best_so_far else ""
+        element = to_svg(figure, f"history-{objective}-", f"{name} of {pluralize(len(points), 'trial')}{best_text}")
     return Plot(name, element, _describe_direction(snapshot, objective))
 
 
@@ -219,10 +219,10 @@ def _build_param_axis(name: str, trials: Sequence[FrozenTrial]) -> ParallelAxis:
             choice for item in distributions if isinstance(item, CategoricalDistribution) for choice in item.choices
         ]
         values = [*choices, *(trial.params[name] for trial in having)]
-        words = list(dict.fromkeys(format_value(value) for value in values))
-        position_by_word = {word: _position(index, 0, len(words) - 1) for index, word in enumerate(words)}
-        positions = {trial.number: position_by_word[format_value(trial.params[name])] for trial in having}
-        ticks = {position: word for word, position in position_by_word.items()}
+        texts = list(dict.fromkeys(format_value(value) for value in values))
+        position_by_text = {text: _position(index, 0, len(texts) - 1) for index, text in enumerate(texts)}
+        positions = {trial.number: position_by_text[format_value(trial.params[name])] for trial in having}
+        ticks = {position: word for word, position in position_by_text.items()}
     if len(having) < len(trials):
         ticks[ABSENT_POSITION] = "absent"
     return ParallelAxis(name, {trial.number: positions.get(trial.number, ABSENT_POSITION) for trial in trials}, ticks)

@@ -65,8 +65,8 @@ class Snapshot:
     def find_dominating(self, name: str) -> list[FrozenTrial]:
         """Find the feasible trials that dominate a reference, sorted by the first objective, the best first."""
         if name not in self.references:
-            known = ", ".join(self.references) or "none yet"
-            raise ValueError(f"study {self.name}: got {name!r}, allowed: a reference that has values ({known})")
+            allowed = ", ".join(self.references) or "none yet"
+            raise ValueError(f"study {self.name}: got {name!r}, allowed: a reference that has values ({allowed})")
         reference = self.minimized_values(self.references[name])
 
         def dominates(trial: FrozenTrial) -> bool:

@@ -72,9 +72,9 @@ def join_answers(questions: Sequence[Question], answers: Mapping[str, str]) -> t
     Raises:
         ValueError: an answer belongs to no question.
     """
-    known = {question.id for question in questions}
-    if unknown := [key for key in answers if key not in known]:
-        raise ValueError(f"answers: got one to {unknown[0]!r}, allowed: ids of the {len(known)} questions")
+    question_ids = {question.id for question in questions}
+    if unknown := [key for key in answers if key not in question_ids]:
+        raise ValueError(f"answers: got one to {unknown[0]!r}, allowed: ids of the {len(question_ids)} questions")
     rows: list[Row] = [
         {
             "id": question.id,
@@ -85,4 +85,4 @@ def join_answers(questions: Sequence[Question], answers: Mapping[str, str]) -> t
         }
         for question in questions
     ]
-    return rows, len(known - answers.keys())
+    return rows, len(question_ids - answers.keys())

@@ -220,7 +220,7 @@ def test_what_was_assembled_of_other_parts_is_not_used(
 ) -> None:
     """A run that failed before its first step may go on with other parts."""
     first = resolve_job(load(*NO_SETS), tmp_path)
-    Claim.of(tmp_path, first).enforce()
+    Claim.from_folder(tmp_path, first).enforce()
     list_steps(first, tmp_path)["assemble"]()
     other = load(*NO_SETS, f"model.tower={tmp_path}/gone")
     with pytest.raises(ValueError, match=f"^model.tower: got {tmp_path}/gone, allowed: folder or hub id"):

@@ -13,8 +13,8 @@ from pipelines.search.trials import Trials
 
 FOLDER = Path(__file__).parents[2] / "jobs" / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
-STUDIES = [path for path in FILES if "variants" in document.plain(path)]
-SEARCHES = [path for path in FILES if "space" in document.plain(path)]
+STUDIES = [path for path in FILES if "variants" in document.read_tree(path)]
+SEARCHES = [path for path in FILES if "space" in document.read_tree(path)]
 SHIPPED = [path for path in FILES if path not in STUDIES + SEARCHES]
 NAMES = {
     "quickstart",
@@ -58,7 +58,7 @@ def test_a_shipped_search_opens_with_what_to_expect_and_draws_jobs(
 ) -> None:
     """Of which each keeps the limits; a whole one is as large as parts without a hub allow."""
     assert path.read_text().startswith("# ")
-    pretrained = isinstance(document.plain(path)["job"]["model"]["tower"], str)
+    pretrained = isinstance(document.read_tree(path)["job"]["model"]["tower"], str)
     asked = search.load(path, [f"job.model.{part}={folder}" for part, folder in parts.items()] if pretrained else [])
     assert asked.name == path.stem
     jobs, written = search.TrialJobs(asked), tmp_path / search.SEARCH_FILE

@@ -30,7 +30,7 @@ def test_variants_go_on_from_what_the_shared_run_leaves(tmp_path: Path) -> None:
         assert list(job.train) == ["instruct"]
         assert job.model.checkpoint == str(tmp_path / "shared" / "checkpoints" / "pretrain" / "model")
         assert job.data.source is None
-        assert job.data.sets == {name: str(tmp_path / "shared" / "shards" / name) for name in shared.made}
+        assert job.data.sets == {name: str(tmp_path / "shared" / "shards" / name) for name in shared.generated_sets}
         assert job.train["instruct"] == shared.train["instruct"]
         assert job.evaluate == shared.evaluate
 

@@ -428,7 +428,7 @@ def submit(cluster: Cluster, folder: Path) -> tuple[str, ...]:
 def told_once(cluster: Cluster, process: Process) -> None:
     text = cluster.network.said(process)
     assert text.count("redux: the head of the cluster at ") == 1, text[-3000:]
-    assert "The same command goes on from the last checkpoint" in text
+    assert "The same command continues from the last checkpoint" in text
     assert "Traceback" not in text
 
 
