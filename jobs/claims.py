@@ -1,4 +1,4 @@
-"""Claim a run folder for a job: refuse changed settings once a training step or an answer depends on them.
+"""Claim of a run folder by a job: changed settings are refused once a training step or an answer depends on them.
 
 A run that failed at its start has trained nothing, so the corrected job may use its folder. Settings that shards and
 assembled parts depend on may change until the first training step; both are then made again. Settings that change no
@@ -9,7 +9,6 @@ Cost: reads the lines of metrics.jsonl once.
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import yaml
 
 from jobs import document
 from jobs.schema import Job
-from pipelines.core import failures, jsonl
+from pipelines.core import jsonl, storage
 from pipelines.evaluation import evaluate
 from pipelines.training import checkpoint, metrics
 from pipelines.training.checkpoint import JOB_FILE
@@ -41,7 +40,7 @@ PREPARATIONS = {"shards", "assemble"}
 def may_change(key: str, sections: Collection[str]) -> bool:
     """Tell if a dotted path is one of these sections or lies in one.
 
-    >>> is_free("recovery.restarts", FREE), is_free("evaluate.batch_size", FREE)
+    >>> may_change("recovery.restarts", MAY_CHANGE_ON_RESUME), may_change("evaluate.limit", MAY_CHANGE_ON_RESUME)
     (True, False)
     """
     return any(f"{key}.".startswith(f"{name}.") for name in sections)
@@ -64,9 +63,9 @@ def find_changes(
     """
     if not path.exists():
         return []
-    now = yaml.safe_load(document.write(settings))
+    current = yaml.safe_load(document.write(settings))
     result = []
-    for key, old, new in checkpoint.find_differences(_read(path, type(settings)), now):
+    for key, old, new in checkpoint.find_differences(_read(path, type(settings)), current):
         if (use := find_use(key)) and not allow_changes:
             raise ValueError(
                 f"{path}: this was started with {key} = {old!r}, not {new!r}, and {use} depends on it; "
@@ -83,7 +82,7 @@ def claim(
     result = find_changes(path, settings, find_use, allow_changes)
     resolved = document.write(settings)
     if not path.exists() or path.read_text() != resolved:
-        write_atomically(path, resolved)
+        storage.write(str(path), resolved.encode())
     return result
 
 
@@ -93,14 +92,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{folder}: no run folder can be made here: {error.strerror}") from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that exists only when it is complete."""
-    unfinished = path.with_name(f".{path.name}")
-    with failures.locate_errors(path):
-        unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 def find_assembled(folder: Path, job: Job) -> Path | None:
@@ -134,11 +125,11 @@ class Claim:
     started: frozenset[str]
 
     @classmethod
-    def of(cls, folder: Path, job: Job) -> "Claim":
-        """Read what the folder holds."""
-        before = _read(folder / JOB_FILE, Job).get("train") if (folder / JOB_FILE).exists() else None
+    def from_folder(cls, folder: Path, job: Job) -> "Claim":
+        """Read the stages of the job in the folder, and which steps have started."""
+        previous_stages = _read(folder / JOB_FILE, Job).get("train") if (folder / JOB_FILE).exists() else None
         started = metrics.read_stages(folder) | ({"evaluate"} if evaluate.has_answers(folder) else set())
-        return cls(folder, job, (list(before or {}), list(job.train)), frozenset(started))
+        return cls(folder, job, (list(previous_stages or {}), list(job.train)), frozenset(started))
 
     def find_changes(self, allow_changes: bool = False) -> list[str]:
         """Find the settings that differ from those in the folder; ValueError if a step has used one of them."""
@@ -152,14 +143,14 @@ class Claim:
         entries = jsonl.read(path)
         if any(entry["step"] in outdated for entry in entries):
             kept = [entry for entry in entries if entry["step"] not in outdated]
-            write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            storage.write(str(path), "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         if "assemble" in outdated:
             shutil.rmtree(self.folder / ASSEMBLED, ignore_errors=True)
 
     def find_use(self, key: str) -> str:
         """Find the first step that has started and depends on a setting; "" if there is none."""
         steps = self.find_dependents(key)
-        if steps & PREPARATIONS:  # every stage trains on what they made
+        if steps & PREPARATIONS:  # every stage trains on their results
             steps = steps.union(*self.stages)
         return next((name for name in (*self._all_stages, "evaluate") if name in steps & self.started), "")
 
@@ -167,36 +158,37 @@ class Claim:
         """Find the steps whose results depend on the setting at a dotted path."""
         if may_change(key, MAY_CHANGE_ON_RESUME):
             return set()
-        section, _, rest = key.partition(".")
+        section, _, subkey = key.partition(".")
         if section == "report":
             return {"report"}
         if section == "evaluate":
             return {"evaluate", "report"}
         if section in ("name", "checkpoints"):
             return {*self._all_stages, "evaluate", "report"}
-        if section == "train" and rest:
+        if section == "train" and subkey:
             # the name of a stage may hold dots
-            stage = max((name for name in self._all_stages if f"{rest}.".startswith(f"{name}.")), key=len)
-            setting = rest.removeprefix(stage).removeprefix(".").partition(".")[0]
+            stage = max((name for name in self._all_stages if f"{subkey}.".startswith(f"{name}.")), key=len)
+            setting = subkey.removeprefix(stage).removeprefix(".").partition(".")[0]
+            # a changed stage also changes all later ones, in the order before and in the new one
             orders = [order[order.index(stage) :] for order in self.stages if stage in order]
-            made = {"": PREPARATIONS, "data": {"shards"}, "template": {"shards"}, "precision": {"assemble"}}
-            return {*itertools.chain(*orders), *made.get(setting, ()), "evaluate", "report"}
-        made = {"data": {"shards"}, "seed": {"assemble"}}
-        return {*self._all_stages, *made.get(section, PREPARATIONS), "evaluate", "report"}
+            preparations = {"": PREPARATIONS, "data": {"shards"}, "template": {"shards"}, "precision": {"assemble"}}
+            return {*itertools.chain(*orders), *preparations.get(setting, ()), "evaluate", "report"}
+        preparations = {"data": {"shards"}, "seed": {"assemble"}}
+        return {*self._all_stages, *preparations.get(section, PREPARATIONS), "evaluate", "report"}
 
     @property
     def _all_stages(self) -> Sequence[str]:
         return list(dict.fromkeys(itertools.chain(*self.stages)))
 
 
-def _read(path: Path, kind: type) -> dict[str, Any]:
+def _read(path: Path, schema: type) -> dict[str, Any]:
     """Read a tree of settings with its defaults, or unchecked if it is no longer valid.
 
     Raises:
         ValueError: the file has keys of an earlier version, whose values cannot be compared.
     """
     try:
-        written = document.write(document.read(path, (), kind))
+        written = document.write(document.read(path, (), schema))
     except document.JobError as error:
         if former := next((problem for problem in error.problems if document.FORMER_KEY in problem), None):
             raise ValueError(
@@ -204,5 +196,5 @@ def _read(path: Path, kind: type) -> dict[str, Any]:
                 "another name"
             ) from None
         written = path.read_text()
-    found = yaml.safe_load(written)
-    return found if isinstance(found, dict) else {}
+    tree = yaml.safe_load(written)
+    return tree if isinstance(tree, dict) else {}

@@ -20,23 +20,26 @@ from pipelines.core import interrupts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 1 a fault that may pass, 2 what the user must change, 130
-    interrupted, or a job's own.
+    """Run one verb.
+
+    Returns:
+        The exit code: 0 for success, 1 for a fault that may pass, 2 for a mistake of the user, 130 if interrupted, or
+        that of a job on a cluster.
     """
     arguments = _parse(argv)
-    if not sys.stderr.isatty():  # a log of days, in which each refresh of a bar is a line; read when tqdm is imported
+    if not sys.stderr.isatty():  # in a log each refresh of a bar is a line; tqdm reads this at import
         os.environ.setdefault("TQDM_MININTERVAL", "10")
-    # transformers' own bars, one a file that it reads; read when it is imported
+    # no bar per file that transformers reads; it reads this at import
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _survive_lost_outputs()
-    # a scheduler's SIGTERM and a closed terminal's SIGHUP are Ctrl-C by other means: all unwind the same way
+    # SIGTERM of a scheduler and SIGHUP of a closed terminal unwind like Ctrl-C
     with interrupts.handle_signals():
         try:
             return arguments.verb(arguments) or 0
         except BaseException as error:
-            # an interrupt may come out as another error: of an import, of a library, of a Ray that is ending
+            # an interrupt may appear as another error: of an import, of a library, of a stopping Ray
             if interrupts.was_interrupted() or isinstance(error, KeyboardInterrupt):
-                print("redux: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+                print("redux: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
                 return EXIT_INTERRUPTED
             code, problems = _describe(error)
             if not problems:
@@ -47,10 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _describe(error: BaseException) -> tuple[int, list[str]]:
-    """Describe an error that the user can mend: the exit code, and lines, of a job file perhaps several.
+    """Describe an error that the user can fix: the exit code, and one or more lines.
 
-    There are none for a mistake in the code, which needs its stack trace.  A fault of a disk, a store or a machine
-    leaves what is finished as it is.
+    A bug in the code has no lines, because it needs its stack trace.
     """
     from pipelines.core import failures
 
@@ -60,11 +62,11 @@ def _describe(error: BaseException) -> tuple[int, list[str]]:
     if isinstance(cause, ValueError | ImportError):
         return EXIT_MISUSE, [" ".join(problem.split()) for problem in getattr(cause, "problems", [failure.text])]
     code = EXIT_FAULT if failure.kind == failures.Kind.LOST else EXIT_MISUSE
-    return code, [f"{failure.text}; what is finished is safe: once this is mended, the same command goes on"]
+    return code, [f"{failure.text}; finished steps are safe: after a fix, the same command continues"]
 
 
 class _Output(io.FileIO):
-    """A file descriptor that may lose its reader: a closed terminal, or a `tee` that Ctrl-C ended before."""
+    """Output that may lose its reader: a closed terminal, or a `tee` that Ctrl-C has ended."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -76,28 +78,29 @@ class _Output(io.FileIO):
 
 
 def _survive_lost_outputs() -> None:
-    """Let what is written to nobody any more be no error: it would end a run, also one that makes its checkpoint.
+    """Make output without a reader no error, as it would end a run, even while it writes a checkpoint.
 
-    Each line goes out at once, also to a file, where a run that is killed would take along what it has said.
+    Each line is flushed, also to a file, so that a killed run loses no output.
     """
     for name, errors in {"stdout": "strict", "stderr": "backslashreplace"}.items():
         stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__"):  # not where a test or a notebook has replaced it
+        if stream is getattr(sys, f"__{name}__"):  # not if a test or a notebook has replaced it
             raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, errors, line_buffering=True))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments, with overrides at any position."""
     parser = _build_parser()
-    arguments, rest = parser.parse_known_args(argv)
-    for word in rest:
+    arguments, unparsed = parser.parse_known_args(argv)
+    for word in unparsed:
         if new_name := FORMER_OPTIONS.get(word.partition("=")[0]):
             parser.error(f"{word}: this option is now {new_name}")
-    # argparse closes a list of positionals at the first option, so overrides written after --runs-dir are left over
-    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in arguments):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides.extend(rest)
+    # argparse closes a list of positionals at the first option, so overrides after --runs-dir stay unparsed
+    if any(word.startswith("-") for word in unparsed) or (unparsed and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(unparsed)}")
+    if unparsed:
+        arguments.overrides.extend(unparsed)
     return arguments
 
 
@@ -115,7 +118,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when it is asked for: the look-up costs more than the rest of the parser."""
+    """Option that looks the version up when it is used, because the look-up takes longer than the parser."""
 
     def __init__(self, option_strings: Sequence[str], dest: str) -> None:
         super().__init__(option_strings, dest, nargs=0, help="print the version and exit")

@@ -41,7 +41,7 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
     for name, preset in rows.items():
         try:
             config = build_config(preset)
-            spent = compute_cost(config, text)
+            cost = compute_cost(config, text)
         except ValueError as error:
             if name in names:
                 raise ValueError(f"{name}: {error}") from None
@@ -55,9 +55,9 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
                 name,
                 config.image_seq_length,
                 stages or "-",
-                _format_number(spent.flops / 1e9),
-                f"{spent.flops / llava_cost.flops:.0%}",
-                _format_number(spent.kv_bytes / 2**20),
+                _format_number(cost.flops / 1e9),
+                f"{cost.flops / llava_cost.flops:.0%}",
+                _format_number(cost.kv_bytes / 2**20),
                 preset.description,
             )
         )

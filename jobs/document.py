@@ -26,36 +26,45 @@ T = TypeVar("T")
 FORMER_KEY = "this key is now"
 """Beginning of the problem of a key that was renamed."""
 
-# `1e-3` and `1.5e3` are text to YAML 1.1, which wants a dot and a signed exponent; to everyone else they are numbers
+# YAML 1.1 reads `1e-3` and `1.5e3` as text, because it requires a dot and a signed exponent; here they are numbers
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 _NOT_DECIMAL = re.compile(r"[-+]?0[\dxb_]|.*:")
-"""Octal, hexadecimal, binary and base 60, as YAML 1.1 writes them."""
+"""Octal, hexadecimal, binary and base-60 numbers of YAML 1.1."""
 
-_URGENCY = {"unexpected_keyword_argument": 0, "missing": 2}  # a misspelt key is also a missing one: name it first
+# a misspelled key is often also a missing one, so unknown keys are reported first
+_PRIORITY = {"unexpected_keyword_argument": 0, "missing": 2}
 
 
 class JobError(ValueError):
-    """A document that cannot be used. Its text is one line, fit to be shown as it is.
+    """Error of a document that cannot be used. Its text is one line for the user; `problems` has a line per mistake.
 
-    problems: a line for each mistake.
+    Args:
+        message: the first problem.
+        further: the other problems, one line each.
     """
 
-    def __init__(self, message: str, *more: str) -> None:
-        self.problems = [" ".join(problem.split()) for problem in (message, *more)]
-        super().__init__(self.problems[0] + (f" (and {len(more)} more)" if more else ""))
+    def __init__(self, message: str, *further: str) -> None:
+        self.problems = [" ".join(problem.split()) for problem in (message, *further)]
+        super().__init__(self.problems[0] + (f" (and {len(further)} more)" if further else ""))
 
 
 def read(path: Path, overrides: Sequence[str], schema: type[T]) -> T:
-    """The `schema` that the YAML file at `path` describes, after `overrides` such as `train.pretrain.epochs=2`.
+    """Read a dataclass tree from a YAML file.
 
-    Raises JobError, whose text is one line, for every way in which file or overrides can be wrong.
+    Args:
+        path: the file.
+        overrides: values that replace those of the file, such as "train.pretrain.epochs=2".
+        schema: class of the tree.
+
+    Raises:
+        JobError: the file or an override is wrong.
     """
-    return build(plain(path, overrides), schema, str(path))
+    return build(read_tree(path, overrides), schema, str(path))
 
 
-def plain(path: Path, overrides: Sequence[str] = ()) -> Any:
-    """The YAML file's content after overrides, unchecked."""
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
+    """Read the content of a YAML file after overrides, without a check against a schema."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -65,23 +74,23 @@ def plain(path: Path, overrides: Sequence[str] = ()) -> Any:
         dotted, equals, value = override.partition("=")
         if not equals:
             raise JobError(f"override {override!r}: not of the form section.key=value")
-        put(tree, dotted, _parse(value, f"override {override!r}"), f"override {override!r}")
+        set_value(tree, dotted, _parse(value, f"override {override!r}"), f"override {override!r}")
     return tree
 
 
 def build(tree: Any, schema: type[T], source: str) -> T:
-    """The `schema` that a tree of plain values describes; an error begins with `source`."""
+    """Build a dataclass tree from plain values; JobError, which begins with `source`, if they do not fit."""
     try:
-        # JSON is the strict form in which a list may fill a tuple and 1 a float, yet "1" or true fill neither
-        return cast(T, _adapter(schema).validate_json(json.dumps([tree]), strict=True)[0])
+        # JSON mode is strict, but accepts a list for a tuple and 1 for a float; "1" and true remain errors
+        return cast(T, _get_adapter(schema).validate_json(json.dumps([tree]), strict=True)[0])
     except ValidationError as error:
         raise JobError(*(f"{source}: {problem}" for problem in _describe(error, tree, schema))) from error
 
 
 def write(value: Any) -> str:
-    """YAML of every field of a dataclass tree, defaults included; `read` gives an equal tree back."""
-    plain = _adapter(type(value)).dump_python((value,), mode="json")[0]
-    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """Write a dataclass tree as YAML with all defaults; `read` reads an equal tree back."""
+    tree = _get_adapter(type(value)).dump_python((value,), mode="json")[0]
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def write_plain(value: Any) -> Any:
@@ -91,7 +100,7 @@ def write_plain(value: Any) -> Any:
 
 def build_json_schema(schema: type) -> dict[str, Any]:
     """Build the JSON Schema of documents of this kind; `$defs` holds one definition per dataclass."""
-    generated = _adapter(schema).json_schema()
+    generated = _get_adapter(schema).json_schema()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$defs": generated["$defs"],
@@ -100,12 +109,12 @@ def build_json_schema(schema: type) -> dict[str, Any]:
 
 
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}
-"""Made once: that takes far longer than a document does."""
+"""Validators by class, built once: building one takes much longer than checking a document."""
 
 
-def _adapter(schema: type) -> TypeAdapter[Any]:
-    # pydantic takes settings for a container but not for a dataclass; from the container they reach every dataclass in
-    # it, so a one-tuple around the schema makes the whole tree strict without a mark on any of its classes
+def _get_adapter(schema: type) -> TypeAdapter[Any]:
+    # pydantic 2 takes a config for a container but not for a dataclass, and passes it on to all dataclasses inside. So
+    # a one-tuple around the schema makes the whole tree strict without pydantic in any of its classes
     strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     if schema not in _ADAPTERS:
         container: Any = types.GenericAlias(tuple, (schema,))
@@ -142,12 +151,12 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-for _kind in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads: text that looks like a number to it is put in quotes."""
+    """Dumper for `_Loader`: it quotes text that `_Loader` would read as a number."""
 
 
 for _class in (_Loader, _Dumper):
@@ -159,63 +168,71 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _parse(text: str, source: str) -> Any:
+    """Parse YAML to plain values; an error begins with `source`."""
     try:
-        # through JSON, so that sections which share an anchor become separate before an override changes one of them
+        # through JSON, so that an override of one section does not change another that shares its anchor
         return json.loads(json.dumps(yaml.load(text, Loader=_Loader)))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        raise JobError(f"{source}:{where} {error.problem or error.context}") from error
+        position = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        raise JobError(f"{source}:{position} {error.problem or error.context}") from error
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise JobError(f"{source}: not plain YAML: {error}") from error
 
 
-def put(tree: Any, dotted: str, value: Any, source: str) -> None:
-    """Put a value at a place of the tree, such as `train.pretrain.epochs`; an error begins with `source`.
+def set_value(tree: Any, dotted: str, value: Any, source: str) -> None:
+    """Set a value of a tree in place.
 
-    Of a list that is there the places are numbers from 0, `model.vmtc.kept.0`.  A key that is there and holds dots
-    itself, as those of a search's space do, is found as a whole.
+    Args:
+        tree: the tree.
+        dotted: dotted path, such as "train.pretrain.epochs". Items of an existing list are numbers from 0, such as
+            "model.vmtc.kept.0". Existing keys may contain dots, such as those in the space of a search.
+        value: the value.
+        source: beginning of an error message.
     """
     keys = dotted.split(".")
     if not all(keys):
         raise JobError(f"{source}: not of the form section.key=value")
-    section, done = tree, 0
-    while done < len(keys):
-        key: Any = keys[done]
+    section, depth = tree, 0
+    while depth < len(keys):
+        key: Any = keys[depth]
+        length = 1
         if isinstance(section, list) and key.isdecimal() and int(key) < len(section):
-            key, taken = int(key), 1
+            key = int(key)
         elif isinstance(section, dict):
-            taken = next((n for n in range(len(keys) - done, 1, -1) if ".".join(keys[done : done + n]) in section), 1)
-            key = ".".join(keys[done : done + taken])
+            # the longest existing key with dots, otherwise the next part of the path
+            lengths = range(len(keys) - depth, 1, -1)
+            length = next((length for length in lengths if ".".join(keys[depth : depth + length]) in section), 1)
+            key = ".".join(keys[depth : depth + length])
         else:
-            above = ".".join(keys[:done]) or "the file"
-            raise JobError(f"{source}: {above} is {format_value(section)}, it has no keys to set")
-        done += taken
-        if done == len(keys):
+            parent = ".".join(keys[:depth]) or "the file"
+            raise JobError(f"{source}: {parent} is {format_value(section)}, it has no keys to set")
+        depth += length
+        if depth == len(keys):
             section[key] = value
         elif isinstance(section, dict) and section.get(key) is None:
-            section[key] = {}  # a section that is absent, or written without content, which YAML reads as null
+            section[key] = {}  # a missing section, or one without content, which YAML reads as null
         section = section[key]
 
 
-def takes(schema: type, dotted: str, kind: type) -> bool:
-    """Tell if a value of this type is allowed at a place of the tree, as far as its annotation says."""
+def accepts_type(schema: type, dotted: str, value_type: type) -> bool:
+    """Tell if the annotation at a dotted path allows values of a type."""
     location = [int(key) if key.isdecimal() else key for key in dotted.split(".")]
-    return kind in list_members(find_type(schema, location))
+    return value_type in list_members(find_type(schema, location))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
 def _describe(error: ValidationError, tree: Any, schema: type) -> Iterator[str]:
-    """Describe each mistake in a line, the one that explains most first."""
-    found: dict[tuple[str | int, ...], ErrorDetails] = {}
-    for detail in sorted(_meant(error.errors(), tree), key=lambda each: _URGENCY.get(each["type"], 1)):
-        # one problem for each place: a union reports every one of its members
-        found.setdefault(_location(detail, tree), detail)
-    for location, detail in found.items():
-        problem = _problem(detail, location, schema)
-        # a check of a dataclass starts with the name of one of its fields, or a place in it, which goes on the path
+    """Describe each mistake in a line, those first that may cause others."""
+    details: dict[tuple[str | int, ...], ErrorDetails] = {}
+    for detail in sorted(_drop_other_members(error.errors(), tree), key=_get_priority):
+        # one problem per location: a union reports an error for each of its members
+        details.setdefault(_find_location(detail, tree), detail)
+    for location, detail in details.items():
+        problem = _describe_problem(detail, location, schema)
+        # the error of a dataclass's own check starts with the name of a field, which continues the path
         of_field = detail["type"] == "value_error" and problem.partition(":")[0].partition(".")[0] in list_field_names(
             find_type(schema, location)
         )
@@ -224,9 +241,13 @@ def _describe(error: ValidationError, tree: Any, schema: type) -> Iterator[str]:
         yield f"{dotted + separator if dotted else ''}{problem}"
 
 
-def _meant(details: list[ErrorDetails], tree: Any) -> list[ErrorDetails]:
-    """The problems without those of a section that knows other keys, where a union has another that knows these."""
-    strange = {detail["loc"][:-1] for detail in details if detail["type"] == "unexpected_keyword_argument"}
+def _get_priority(detail: ErrorDetails) -> int:
+    return _PRIORITY.get(detail["type"], 1)
+
+
+def _drop_other_members(details: list[ErrorDetails], tree: Any) -> list[ErrorDetails]:
+    """Drop the problems of a union's member with unknown keys, if another member of the union knows the keys."""
+    with_unknown_keys = {detail["loc"][:-1] for detail in details if detail["type"] == "unexpected_keyword_argument"}
     sections = {
         detail["loc"] if detail["type"] == "value_error" else detail["loc"][:-1]
         for detail in details
@@ -234,39 +255,39 @@ def _meant(details: list[ErrorDetails], tree: Any) -> list[ErrorDetails]:
     }
     dropped = {
         loc
-        for loc in strange
-        if loc[-1] not in _trail(loc, tree)[-1:]  # a member's name, which pydantic adds
-        and any(other[:-1] == loc[:-1] and other not in strange for other in sections)
+        for loc in with_unknown_keys
+        if loc[-1] not in _find_trail(loc, tree)[-1:]  # the name of a member, which pydantic adds to the path
+        and any(other[:-1] == loc[:-1] and other not in with_unknown_keys for other in sections)
     }
     return [detail for detail in details if not any(detail["loc"][: len(loc)] == loc for loc in dropped)]
 
 
-def _location(detail: ErrorDetails, tree: Any) -> tuple[str | int, ...]:
-    """Locate a problem in the document: pydantic's path without the marks it adds for union members and keys."""
-    trail = _trail(detail["loc"], tree)
+def _find_location(detail: ErrorDetails, tree: Any) -> tuple[str | int, ...]:
+    """Find the location of a problem in the document."""
+    trail = _find_trail(detail["loc"], tree)
     return (*trail, detail["loc"][-1]) if detail["type"] == "missing" else trail
 
 
-def _trail(loc: Sequence[str | int], tree: Any) -> tuple[str | int, ...]:
-    """The keys of pydantic's path that are the document's."""
+def _find_trail(loc: Sequence[str | int], tree: Any) -> tuple[str | int, ...]:
+    """Find the keys of pydantic's path that are in the document; it adds others for union members and keys."""
     trail: list[str | int] = []
     value = tree
     for key in loc[1:]:
-        inside = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-        if key in inside:
+        keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+        if key in keys:
             value = value[key]
             trail.append(key)
     return tuple(trail)
 
 
-def _problem(detail: ErrorDetails, location: tuple[str | int, ...], schema: type) -> str:
+def _describe_problem(detail: ErrorDetails, location: tuple[str | int, ...], schema: type) -> str:
     if detail["type"] == "unexpected_keyword_argument":
         key = str(location[-1])
         allowed = list_field_names(find_type(schema, location[:-1]))
         if (successor := FORMER_KEYS.get(key)) in allowed:
             return f"{FORMER_KEY} {successor}"
-        near = difflib.get_close_matches(key, allowed, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ","
+        similar = difflib.get_close_matches(key, allowed, n=1)
+        hint = f", did you mean {similar[0]!r}?" if similar else ","
         return f"unknown key{hint} got {format_value(detail['input'])}, allowed keys: {', '.join(allowed)}"
     if detail["type"] in ("value_error", "assertion_error"):
         return str(detail.get("ctx", {}).get("error", detail["msg"]))

@@ -12,7 +12,7 @@ from pipelines.training.checkpoint import JOB_FILE
 from redux import conversion, processor
 
 
-def write(source: Path, stage: str | None, step: int | None, out: str) -> str:
+def export_model(source: Path, stage: str | None, step: int | None, out: str) -> str:
     """Write a model to a folder or URL.
 
     Args:
@@ -30,16 +30,16 @@ def write(source: Path, stage: str | None, step: int | None, out: str) -> str:
     if export.is_complete(out) or storage.list_files(out):
         raise ValueError(f"out: got {out}, which holds files, allowed: an empty or new folder")
     try:
-        return _write(source, stage, step, out)
+        return _export_folder(source, stage, step, out)
     except BaseException:  # an incomplete model would block the same command
         with suppress(OSError, ValueError):
             storage.remove_folder(out)
         raise
 
 
-def _write(source: Path, stage: str | None, step: int | None, out: str) -> str:
+def _export_folder(source: Path, stage: str | None, step: int | None, out: str) -> str:
     if (source / JOB_FILE).exists():
-        return _write_checkpoint(source, stage, step, out)
+        return _export_checkpoint(source, stage, step, out)
     if not (source / "config.json").exists():
         raise ValueError(f"{source}: no {JOB_FILE} or config.json, allowed: the folder of a run or of a model")
     if stage or step is not None:
@@ -57,19 +57,18 @@ def _write(source: Path, stage: str | None, step: int | None, out: str) -> str:
     return str(source)
 
 
-def _write_checkpoint(run: Path, stage: str | None, step: int | None, out: str) -> str:
+def _export_checkpoint(run: Path, stage: str | None, step: int | None, out: str) -> str:
     stages = plan_stages(schema.load(run / JOB_FILE), run.resolve())
     name = stage or list(stages)[-1]
     if name not in stages:
         raise ValueError(f"stage: got {name}, allowed: {', '.join(stages)}")
     plan = stages[name]
-    saved = [
-        found for found in checkpoint.list_newest_first(plan.folder) if isinstance(found, checkpoint.SavedCheckpoint)
-    ]
-    steps = {found.manifest.cursor: found for found in saved}
-    wanted = max(steps, default=0) if step is None else step
-    if wanted not in steps:
-        there = ", ".join(map(str, sorted(steps))) or f"none: {plan.folder} has no whole checkpoint"
-        raise ValueError(f"step: got {wanted}, allowed: {there}")
-    export.export_checkpoint(plan, steps[wanted], out)
-    return steps[wanted].url
+    # damaged checkpoints are listed too, but not as SavedCheckpoint
+    entries = checkpoint.list_newest_first(plan.folder)
+    by_step = {entry.manifest.cursor: entry for entry in entries if isinstance(entry, checkpoint.SavedCheckpoint)}
+    chosen_step = max(by_step, default=0) if step is None else step
+    if chosen_step not in by_step:
+        allowed = ", ".join(map(str, sorted(by_step))) or f"none: {plan.folder} has no complete checkpoint"
+        raise ValueError(f"step: got {chosen_step}, allowed: {allowed}")
+    export.export_checkpoint(plan, by_step[chosen_step], out)
+    return by_step[chosen_step].url

@@ -12,13 +12,13 @@ from redux.benchmarks.instructions import ImageQuestion
 from redux.benchmarks.source import AnswerKeys, get_field, read_records
 
 QUESTION_FORMS: tuple[AnswerKeys, ...] = (("question_id", "text"), ("id", "question"), ("id", "prompt"))
-"""Fields of a question's id and text, in LLaVA's files and in others."""
+"""Names of the fields for id and text of a question, in LLaVA's files and in others."""
 
 
 def write_prompts(arguments: argparse.Namespace) -> None:
     """Write the prompts and print their number; ValueError if a question or the output file cannot be used."""
-    asked = read_questions(arguments.questions) if arguments.questions else easy_vqa.draw_questions()
-    prompts = instructions.build_questions(asked, arguments.per_task, arguments.seed)
+    questions = read_questions(arguments.questions) if arguments.questions else easy_vqa.draw_questions()
+    prompts = instructions.build_questions(questions, arguments.per_task, arguments.seed)
     try:
         instructions.write_questions(prompts, arguments.out)
     except OSError as error:
@@ -27,7 +27,7 @@ def write_prompts(arguments: argparse.Namespace) -> None:
 
 
 def read_questions(path: str) -> list[ImageQuestion]:
-    """Read questions from a JSON list, JSON lines or a table: each with an image, and an answer if it has one."""
+    """Read questions about images, with optional answers, from a JSON list, JSON lines or a table."""
     return [
         ImageQuestion(
             id=record.id,

@@ -8,7 +8,7 @@ from pipelines.core import storage
 
 def locate_sets(job: Job, folder: Path) -> dict[str, str]:
     """Locate each set of shards, both those that the job makes and those that it names, in a run folder."""
-    return {name: str(folder / "shards" / name) for name in job.made} | job.data.sets
+    return {name: str(folder / "shards" / name) for name in job.generated_sets} | job.data.sets
 
 
 def locate_checkpoints(job: Job, folder: Path) -> str:

@@ -52,9 +52,10 @@ class KeyEntry:
     example: str | None
 
 
-def list_keys(kind: str) -> list[KeyEntry]:
+def list_keys(file_kind: str) -> list[KeyEntry]:
     """List the keys of a kind of file, in the order of their dataclasses."""
-    return list(_walk(SCHEMAS[kind], "", _load_examples(kind)))
+    # a key of several classes, such as `when`, is listed once
+    return list(dict.fromkeys(_walk(SCHEMAS[file_kind], "", _load_examples(file_kind))))
 
 
 def explain(key: str) -> str:
@@ -63,43 +64,46 @@ def explain(key: str) -> str:
     Raises:
         ValueError: no file has such a key.
     """
-    entries = {kind: list_keys(kind) for kind in SCHEMAS}
-    wanted = re.sub(r"^job\.", "", key)
-    for kind, found in entries.items():
-        matches = [entry for entry in found if _is_match(entry.path, wanted)]
-        below = [entry for entry in found if _is_match(entry.path.rpartition(".")[0], wanted)]
+    entries_by_kind = {file_kind: list_keys(file_kind) for file_kind in SCHEMAS}
+    path = re.sub(r"^job\.", "", key)
+    for file_kind, entries in entries_by_kind.items():
+        matches = [entry for entry in entries if _is_match(entry.path, path)]
+        below = [entry for entry in entries if _is_match(entry.path.rpartition(".")[0], path)]
         if matches or below:
-            parts = [f"{entry.path} ({kind} file)\n{_write_lines(entry)}" for entry in matches]
+            parts = [f"{entry.path} ({file_kind} file)\n{_write_lines(entry)}" for entry in matches]
             parts += [f"{entry.path}\n{_write_lines(entry)}" for entry in below]
             return "\n".join(parts)
-    paths = [entry.path for found in entries.values() for entry in found]
-    near = difflib.get_close_matches(wanted, paths, n=3, cutoff=0.5)
-    near += [path for path in paths if path.rpartition(".")[2] == wanted.rpartition(".")[2] and path not in near]
-    raise ValueError(f"KEY: got {key}, allowed: a key of a file, such as {', '.join(near[:5] or ['train.*.epochs'])}")
+    paths = [entry.path for entries in entries_by_kind.values() for entry in entries]
+    similar = difflib.get_close_matches(path, paths, n=3, cutoff=0.5)
+    # keys with the same last part, which is the name that a user remembers
+    last_part = path.rpartition(".")[2]
+    similar += [other for other in paths if other.rpartition(".")[2] == last_part and other not in similar]
+    examples = ", ".join(similar[:5] or ["train.*.epochs"])
+    raise ValueError(f"KEY: got {key}, allowed: a key of a file, such as {examples}")
 
 
 def write_reference() -> str:
     """Write the reference of all kinds of files as Markdown."""
     parts = [INTRODUCTION]
-    for kind in SCHEMAS:
-        parts.append(f"\n## {kind.capitalize()} files\n")
+    for file_kind in SCHEMAS:
+        parts.append(f"\n## {file_kind.capitalize()} files\n")
         sections: dict[str, list[KeyEntry]] = {}
-        for entry in list_keys(kind):
+        for entry in list_keys(file_kind):
             sections.setdefault(entry.path.rpartition(".")[0], []).append(entry)
         for section, entries in sections.items():
             parts.append(f"\n### {f'`{section}`' if section else 'Top level'}\n\n{_write_table(entries)}")
     return "".join(parts)
 
 
-def write_json_schema(kind: str) -> str:
+def write_json_schema(file_kind: str) -> str:
     """Write the JSON Schema of a kind of file, with the meaning of each key as its description."""
-    whole = document.build_json_schema(SCHEMAS[kind])
-    for definition, cls in _find_classes(SCHEMAS[kind]).items():
-        meanings, section = read_meanings(cls), whole["$defs"].get(definition, {})
+    json_schema = document.build_json_schema(SCHEMAS[file_kind])
+    for definition, cls in _find_classes(SCHEMAS[file_kind]).items():
+        meanings, section = read_meanings(cls), json_schema["$defs"].get(definition, {})
         section["description"] = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0]
         for name, key in section.get("properties", {}).items():
             key["description"] = meanings.get(name, "")
-    return json.dumps(whole, indent=1)
+    return json.dumps(json_schema, indent=1)
 
 
 def read_meanings(cls: type) -> dict[str, str]:
@@ -121,25 +125,26 @@ def read_meanings(cls: type) -> dict[str, str]:
 
 
 def _walk(cls: type, prefix: str, examples: list[Any]) -> Iterator[KeyEntry]:
+    """Yield an entry for each key of a dataclass, followed by those of the sections that it holds."""
     hints, meanings = get_type_hints(cls, include_extras=True), read_meanings(cls)
     for field in fields(cls):
         path, hint = f"{prefix}{field.name}", hints[field.name]
-        found = [tree[field.name] for tree in examples if isinstance(tree, dict) and field.name in tree]
+        values = [tree[field.name] for tree in examples if isinstance(tree, dict) and field.name in tree]
         yield KeyEntry(
             path=path,
             type=_describe_type(hint),
-            default=_default(field),
+            default=_format_default(field),
             meaning=meanings.get(field.name, ""),
-            example=next((_shorten(value) for value in found if value not in (None, {}, [])), None),
+            example=next((_shorten(value) for value in values if value not in (None, {}, [])), None),
         )
         for member in type_text.list_members(hint):
             if is_dataclass(member) and isinstance(member, type):
-                yield from _walk(member, f"{path}.", found)
+                yield from _walk(member, f"{path}.", values)
             elif isinstance(origin := get_origin(member), type) and issubclass(origin, Mapping):
-                values = [value for tree in found if isinstance(tree, dict) for value in tree.values()]
-                for value in type_text.list_members(get_args(member)[1]):
-                    if is_dataclass(value) and isinstance(value, type):
-                        yield from _walk(value, f"{path}.*.", values)
+                items = [item for tree in values if isinstance(tree, dict) for item in tree.values()]
+                for item_type in type_text.list_members(get_args(member)[1]):
+                    if is_dataclass(item_type) and isinstance(item_type, type):
+                        yield from _walk(item_type, f"{path}.*.", items)
 
 
 def _describe_type(hint: Any) -> str:
@@ -156,7 +161,7 @@ def _describe_type(hint: Any) -> str:
     return type_text.describe_type(hint)
 
 
-def _default(field: Field[Any]) -> str | None:
+def _format_default(field: Field[Any]) -> str | None:
     if field.default is not MISSING:
         value = field.default
     elif field.default_factory is not MISSING:
@@ -171,29 +176,30 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _load_examples(kind: str) -> list[Any]:
-    trees = [document.plain(path) for path in sorted(RECIPES.rglob("*.yaml"))]
-    marks = {"study": "variants", "search": "space"}
-    if kind in marks:
-        return [tree for tree in trees if marks[kind] in tree]
-    return [tree for tree in trees if not set(marks.values()) & tree.keys()]
+def _load_examples(file_kind: str) -> list[Any]:
+    """Load the shipped files of a kind, as trees."""
+    trees = [document.read_tree(path) for path in sorted(RECIPES.rglob("*.yaml"))]
+    distinctive_keys = {"study": "variants", "search": "space"}
+    if file_kind in distinctive_keys:
+        return [tree for tree in trees if distinctive_keys[file_kind] in tree]
+    return [tree for tree in trees if not set(distinctive_keys.values()) & tree.keys()]
 
 
-def _is_match(path: str, wanted: str) -> bool:
-    """Tell if a path with * is the wanted one, which may have a name in the place of a *."""
-    return bool(path) and re.fullmatch(re.escape(path).replace(r"\*", r"[^.]+"), wanted) is not None
+def _is_match(pattern: str, path: str) -> bool:
+    """Tell if a path matches a pattern, in which * stands for any name."""
+    return bool(pattern) and re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), path) is not None
 
 
 def _find_classes(cls: type) -> dict[str, type]:
     """Find a dataclass and all that its fields hold, by class name."""
-    found = {cls.__name__: cls}
+    classes = {cls.__name__: cls}
     for hint in get_type_hints(cls, include_extras=True).values():
         for member in type_text.list_members(hint):
             for inner in (member, *get_args(member)):
                 for value in type_text.list_members(inner):
-                    if is_dataclass(value) and isinstance(value, type) and value.__name__ not in found:
-                        found |= _find_classes(value)
-    return found
+                    if is_dataclass(value) and isinstance(value, type) and value.__name__ not in classes:
+                        classes |= _find_classes(value)
+    return classes
 
 
 def _write_lines(entry: KeyEntry) -> str:

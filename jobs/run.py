@@ -2,7 +2,7 @@
 
 runs/NAME/job.yaml        resolved job; jobs/claims.py decides which settings may still change
 runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step; the next start reads it
-runs/NAME/shards/SET/     captions, conversations, test
+runs/NAME/shards/SET/     captions, conversations, shown, formats: those of them that a stage uses
 runs/NAME/tokenizer/      trained on the training sets, for a model that is built from sizes
 runs/NAME/assembled/      for a model from pretrained parts: these and a projector as one model, with its tokenizer
 runs/NAME/scores.json     scores of the evaluation; metrics.json repeats them
@@ -78,7 +78,7 @@ def run(
         ValueError: the job cannot run here, settings changed that finished steps used, or another process works on
             this run.
     """
-    clock = time.monotonic()
+    started_at = time.monotonic()
     folder = folder.resolve()
     job = resolve_job(job, folder)
     work = list_steps(job, folder, allow_changes, watch)
@@ -86,32 +86,33 @@ def run(
         names = list(work)
         work = {name: work[name] for name in names[: names.index(until) + 1]}
     finished = f"{job.name} is finished; its {until or 'report'}: {folder / ('' if until else 'report.html')}"
-    if not claims.Claim.of(folder, job).find_changes(allow_changes) and not work.keys() - _list_finished(folder):
+    changes = claims.Claim.from_folder(folder, job).find_changes(allow_changes)
+    if not changes and not work.keys() - _list_finished(folder):
         print(finished)
         return
     claims.make_folder(folder)
     with run_lock(folder, patience_s):
         # another process may have worked on this run until now, so its progress is read again
-        claims.Claim.of(folder, job).enforce(allow_changes)
+        claims.Claim.from_folder(folder, job).enforce(allow_changes)
         done = _list_finished(folder)
-        left = {name: step for name, step in work.items() if name not in done}
-        if not left:
+        remaining = {name: step for name, step in work.items() if name not in done}
+        if not remaining:
             print(finished)
             return
         if done:
-            print(f"{job.name} goes on with {next(iter(left))}; finished: {', '.join(done)}")
+            print(f"{job.name} continues with {next(iter(remaining))}; finished: {', '.join(done)}")
         _check_stored_images(job, folder)
-        if job.checkpoints and job.train.keys() & left.keys():
+        if job.checkpoints and job.train.keys() & remaining.keys():
             driver.check_writable(locate_checkpoints(job, folder))
         jsonl.drop_partial_line(folder / PROGRESS)
         with cluster.open_session():
-            _check_resources(job, left)
-            for name, step in left.items():
+            _check_resources(job, remaining)
+            for name, step in remaining.items():
                 interrupts.raise_if_interrupted()
                 step()
-                now = time.monotonic()
-                jsonl.append(folder / PROGRESS, [{"step": name, "wall_s": now - clock}])
-                clock = now
+                ended_at = time.monotonic()
+                jsonl.append(folder / PROGRESS, [{"step": name, "wall_s": ended_at - started_at}])
+                started_at = ended_at
     if until is None:
         _write_metrics(folder)
         print(f"{job.name} is finished; its report: {folder / 'report.html'}")
@@ -127,21 +128,21 @@ def _check_resources(job: Job, steps_left: Collection[str]) -> None:
     """
     if not cluster.is_private():
         return
-    places = cluster.count_model_processes(job.gpu_share)
+    max_processes = cluster.count_model_processes(job.gpu_share)
     trains = bool(job.train.keys() & set(steps_left))
     fewest = job.worker_range[0] if trains and job.worker_range else 1
     actors = job.evaluate.num_actors if job.evaluate and "evaluate" in steps_left else 1
     advice = []
-    if fewest > places:
-        advice.append(f"num_workers={count_shared_workers(job.train.values(), places)}")
-    if isinstance(actors, int) and actors > places:
-        advice.append(f"evaluate.num_actors={places}")
+    if fewest > max_processes:
+        advice.append(f"num_workers={count_shared_workers(job.train.values(), max_processes)}")
+    if isinstance(actors, int) and actors > max_processes:
+        advice.append(f"evaluate.num_actors={max_processes}")
     if not advice:
         return
-    kind, wanted = ("GPU", job.gpu_share) if cluster.count_gpus() else ("CPU", 1)
-    needed = max(fewest, actors if isinstance(actors, int) else 1) * wanted
-    found = ray.cluster_resources().get(kind, 0)
-    raise ValueError(f"{job.name}: needs {needed:g} {kind}s, found {found:g}; set {' '.join(advice)}, or auto in place")
+    resource, per_process = ("GPU", job.gpu_share) if cluster.count_gpus() else ("CPU", 1)
+    needed = max(fewest, actors if isinstance(actors, int) else 1) * per_process
+    available = ray.cluster_resources().get(resource, 0)
+    raise ValueError(f"{job.name}: needs {needed:g} {resource}s, found {available:g}; set {' '.join(advice)}, or auto")
 
 
 @contextmanager
@@ -179,7 +180,7 @@ def list_steps(
     """
     sets, result = locate_sets(job, folder), {}
     stages = plan_stages(job, folder, allow_changes)
-    if job.made or job.data.make or not job.model.is_pretrained:
+    if job.generated_sets or job.data.make or not job.model.is_pretrained:
         templates = [TEMPLATES[plan.template] for plan in stages.values()]
         result["shards"] = lambda: _make_shards(job, sets, folder / TOKENIZER, templates)
     _check_weights(job, folder)
@@ -191,17 +192,17 @@ def list_steps(
     if settings is None:
         result["report"] = lambda: _write_report(folder, [])
         return result
-    subject = _choose_evaluated_model(job, settings, stages)
+    evaluated = _choose_evaluated_model(job, settings, stages)
 
-    def answer() -> None:
-        clock = time.monotonic()
-        _write_json(folder / SCORES, evaluate.evaluate(subject, folder, settings, job.gpu_share))
-        ledger.append_event(folder, "evaluate", last, wall_s=time.monotonic() - clock)
+    def run_evaluation() -> None:
+        started_at = time.monotonic()
+        _write_json(folder / SCORES, evaluate.evaluate(evaluated, folder, settings, job.gpu_share))
+        ledger.append_event(folder, "evaluate", last, wall_s=time.monotonic() - started_at)
 
-    def describe() -> None:
-        _write_report(folder, evaluate.collect_examples(subject, folder, job.report.examples))
+    def report_examples() -> None:
+        _write_report(folder, evaluate.collect_examples(evaluated, folder, job.report.examples))
 
-    return {**result, "evaluate": answer, "report": describe}
+    return {**result, "evaluate": run_evaluation, "report": report_examples}
 
 
 def _check_weights(job: Job, folder: Path) -> None:
@@ -252,16 +253,16 @@ def _choose_evaluated_model(
     job: Job, settings: tasks.Evaluate, stages: dict[str, StagePlan]
 ) -> evaluate.EvaluatedModel:
     """Choose the model to evaluate: the result of the last stage, or model.checkpoint if there is no stage."""
-    asked = {name: getattr(settings, name) for name in ("template", "image_aspect_ratio", "allow_mismatch")}
-    asked["kernels"] = job.model.kernels
+    formats = {name: getattr(settings, name) for name in ("template", "image_aspect_ratio", "allow_mismatch")}
+    formats["kernels"] = job.model.kernels
     if stages:
-        return evaluate.EvaluatedModel(model=list(stages.values())[-1].result, **asked)
+        return evaluate.EvaluatedModel(model=list(stages.values())[-1].result, **formats)
     assert job.model.checkpoint
-    return evaluate.EvaluatedModel(model=job.model.checkpoint, methods=job.model.methods, **asked)
+    return evaluate.EvaluatedModel(model=job.model.checkpoint, methods=job.model.methods, **formats)
 
 
 def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str, StagePlan]:
-    """StagePlan the stages of a job, by name and in order. Each stage starts from the model of the one before.
+    """Plan the stages of a job, by name and in order. Each stage starts from the model of the one before.
 
     Raises:
         ValueError: pretrained parts of the model cannot be read or do not fit together.
@@ -302,7 +303,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
 def resolve_job(job: Job, folder: Path) -> Job:
     """Resolve a job: absolute paths, and templates and aspect ratios as the model was trained.
 
-    All that can be refused is refused here, before days of training.
+    Everything that can be checked is checked here, before days of training.
 
     Args:
         job: the job as loaded.
@@ -344,37 +345,37 @@ def _resolve_formats(job: Job, folder: Path) -> Job:
     saved = answering.read_config(start) if start and (job.train or answering.is_llava(start)) else {}
     trained = {"template": saved.get("conversation_template"), "image_aspect_ratio": saved.get("image_aspect_ratio")}
     train = {name: stage.resolve_format(**trained) for name, stage in job.train.items()}
-    asked = job.evaluate
-    if asked and (saved or train):
+    settings = job.evaluate
+    if settings and (saved or train):
         last = list(train.values())[-1] if train else None
         if last:
             saved = {"conversation_template": last.template, "image_aspect_ratio": last.image_aspect_ratio}
         try:
             template, image_aspect_ratio = answering.resolve_format(
-                saved, asked.template, asked.image_aspect_ratio, asked.allow_mismatch
+                saved, settings.template, settings.image_aspect_ratio, settings.allow_mismatch
             )
         except ValueError as error:
             raise ValueError(f"evaluate.{error}") from None
-        asked = replace(asked, template=template, image_aspect_ratio=image_aspect_ratio)
-    return replace(job, train=train, evaluate=asked)
+        settings = replace(settings, template=template, image_aspect_ratio=image_aspect_ratio)
+    return replace(job, train=train, evaluate=settings)
 
 
 def _resolve_source(name: str, source: SetSource) -> SetSource:
     """Make the paths of a source absolute; ValueError if its records do not exist."""
     url = storage.make_absolute(source.json)
     if not storage.exists(url):
-        raise ValueError(f"data.make.{name}.json: {url} is not there, allowed: a JSON file of records")
+        raise ValueError(f"data.make.{name}.json: {url} does not exist, allowed: a JSON file of records")
     return replace(source, json=url, images=storage.make_absolute(source.images))
 
 
 def _resolve_tasks(settings: tasks.Evaluate) -> dict[tasks.TaskName, tasks.TaskSettings]:
     """Make the paths of all tasks absolute and check their files."""
     result = dict(settings.tasks)
-    for name, asking in settings.tasks.items():
+    for name, task in settings.tasks.items():
         result[name] = replace(
-            asking,
-            files=tuple(map(storage.make_absolute, asking.files)),
-            images=asking.images and storage.make_absolute(asking.images),
+            task,
+            files=tuple(map(storage.make_absolute, task.files)),
+            images=task.images and storage.make_absolute(task.images),
         )
         evaluate.check_task(name, result[name])
     return result
@@ -407,8 +408,8 @@ def _measure_image(job: Job, folder: Path) -> tuple[int, int]:
         return model.tower.image_size, count_image_tokens(model)
     try:
         # once the model is assembled, its parts are no longer needed
-        whole = _find_assembled(job, folder)
-        config = ReduxConfig.from_pretrained(whole) if whole else build_config(model)
+        assembled = _find_assembled(job, folder)
+        config = ReduxConfig.from_pretrained(assembled) if assembled else build_config(model)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
     return config.vision_config.image_size, config.image_seq_length
@@ -440,24 +441,24 @@ def _write_report(folder: Path, examples: Sequence[evaluate.Example]) -> None:
 
 
 def _write_json(path: Path, values: dict[str, float]) -> None:
-    claims.write_atomically(path, json.dumps(values, indent=2) + "\n")
+    storage.write(str(path), (json.dumps(values, indent=2) + "\n").encode())
 
 
 def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence[Template]) -> None:
     """Make the sets of the job and, for a model that is built from sizes, a tokenizer."""
     for name, source in job.data.make.items():
-        making = ShardOptions(**{field.name: getattr(source, field.name) for field in fields(ShardOptions)})
+        options = ShardOptions(**{field.name: getattr(source, field.name) for field in fields(ShardOptions)})
         shard_writer.make_shards(
-            check.parse_records(storage.read(source.json), source.json), source.images, sets[name], making
+            check.parse_records(storage.read(source.json), source.json), source.images, sets[name], options
         )
-    records = {name: easy_vqa.EASY_VQA_SETS[name]() for name in job.made}
-    making = ShardOptions(samples_per_shard=job.data.samples_per_shard)
-    for name, given in records.items():
-        shard_writer.make_shards(given, str(easy_vqa.PACKAGE_IMAGES), sets[name], making)
+    records = {name: easy_vqa.EASY_VQA_SETS[name]() for name in job.generated_sets}
+    options = ShardOptions(samples_per_shard=job.data.samples_per_shard)
+    for name, set_records in records.items():
+        shard_writer.make_shards(set_records, str(easy_vqa.PACKAGE_IMAGES), sets[name], options)
     if not isinstance(job.model.language, LanguageSizes):
         return
     mixed = {name for stage in job.train.values() for name in stage.mixture}
-    others = (
+    other_records = (
         record
         for name in sorted(mixed - records.keys())
         for record in shard_index.Shards(sets[name]).iterate_records()
@@ -465,7 +466,7 @@ def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Seq
     )
     texts = (
         "".join(piece for piece, _ in template.split_spans(record["conversations"]))
-        for record in itertools.chain(*records.values(), others)
+        for record in itertools.chain(*records.values(), other_records)
         for template in templates
     )
     with failures.locate_errors(tokenizer):
@@ -476,14 +477,14 @@ def _assemble(job: Job, folder: Path) -> None:
     """Assemble the initial model and its tokenizer in a folder that exists only when complete."""
     if folder.exists():
         return
-    half = all(stage.precision == "bf16" for stage in job.train.values())
+    is_half = all(stage.precision == "bf16" for stage in job.train.values())
     torch.manual_seed(job.seed)
-    whole, tokenizer = _load_or_assemble(job.model, torch.bfloat16 if half else torch.float32)
+    model, tokenizer = _load_or_assemble(job.model, torch.bfloat16 if is_half else torch.float32)
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         with failures.locate_errors(folder):
-            whole.save_pretrained(unfinished)
+            model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
         os.replace(unfinished, folder)
     except BaseException:  # such as a full disk or a signal
@@ -496,8 +497,8 @@ def _load_or_assemble(
 ) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:
     if model.checkpoint:
         with local_copy(model.checkpoint, label="checkpoint") as folder:
-            whole = ReduxForConditionalGeneration.from_pretrained(folder, dtype=dtype, **model.methods)
-            return whole, AutoTokenizer.from_pretrained(folder)
+            llava = ReduxForConditionalGeneration.from_pretrained(folder, dtype=dtype, **model.methods)
+            return llava, AutoTokenizer.from_pretrained(folder)
     assert isinstance(model.tower, str)
     assert isinstance(model.language, str)
     return pretrained.assemble(model.tower, model.language, gguf_file=model.gguf_file, **model.methods, dtype=dtype)

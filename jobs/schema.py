@@ -21,9 +21,9 @@ from pipelines.training.trackers import TrackerName as Tracker
 from redux.architecture import ModelSettings
 
 OTHER_STEPS = ("shards", "assemble", "evaluate", "report")
-"""What a job does besides its stages: names that no stage may have."""
+"""Steps of a job besides its stages: names that no stage may have."""
 
-# the name of a job and those of its stages become names of folders, which must not lead out of the run's own
+# names of jobs and stages become folders, so they must not lead out of the run folder
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Workers = Annotated[int, Ge(1)]
 Auto = Literal["auto"]
@@ -36,16 +36,16 @@ class Job:
     Args:
         name: name of the run and of its folder.
         seed: seed of everything that is random.
-        num_workers: number of training processes, each with a GPU where there are GPUs; or [fewest, most]. "auto" takes
-            the GPUs of Ray when a stage begins, or its CPUs if it has no GPU, as far as they divide the global batch
-            evenly.
-        gpu_share: share of a GPU for the only worker and for each evaluation actor. Less than 1 lets several runs share
-            a GPU.
+        num_workers: "auto", number of training processes, or [fewest, most]. "auto" is one per GPU of Ray when a stage
+            begins, or one per CPU if there are no GPUs; fewer if they do not divide the global batch evenly. Each
+            process has a GPU if there are GPUs.
+        gpu_share: share of a GPU for each evaluation actor and for the worker. Less than 1 lets several runs share a
+            GPU, and allows only one worker.
         checkpoints: folder or URL for checkpoints that every worker can reach; a folder with the name of the job is
             made there. null keeps them in the run folder.
         data: where samples come from.
         model: parts of the model, or a checkpoint, and its compression and inhibition.
-        train: the training stages by name, in order. Empty if model.checkpoint is only evaluated.
+        train: the training stages by name, in order. {} only evaluates model.checkpoint.
         recovery: reaction to faults and stops.
         evaluate: evaluation after training. null skips it.
         report: the HTML report of the run.
@@ -54,7 +54,7 @@ class Job:
 
     name: Name
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
-    num_workers: Workers | tuple[Workers, Workers] | Auto = "auto"
+    num_workers: Auto | Workers | tuple[Workers, Workers] = "auto"
     gpu_share: Annotated[float, Gt(0), Le(1)] = 1
     checkpoints: str | None = None
     data: Data
@@ -70,13 +70,9 @@ class Job:
         if fewest > most:
             raise ValueError(f"num_workers: got {[fewest, most]}, allowed: the fewest first")
         if self.gpu_share < 1 < most:
-            raise ValueError(
-                f"gpu_share: got {self.gpu_share}, allowed: 1 with several workers, as no two of them share"
-            )
+            raise ValueError(f"gpu_share: got {self.gpu_share}, allowed: 1 with several workers, as each needs a GPU")
         if not self.train and not (self.model.checkpoint and self.evaluate):
-            raise ValueError(
-                "train: got no stages, allowed: none with model.checkpoint and evaluate, else at least one"
-            )
+            raise ValueError("train: got no stages, allowed: at least one, or none with model.checkpoint and evaluate")
         if self.data.source and (taken := self.data.sets.keys() & set(EASY_VQA_SETS)):
             raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(EASY_VQA_SETS)}")
         self._check_objectives()
@@ -91,7 +87,7 @@ class Job:
         return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
 
     @property
-    def made(self) -> tuple[str, ...]:
+    def generated_sets(self) -> tuple[str, ...]:
         """Names of the sets that the job makes from its source: those that a stage trains on."""
         used = {name for stage in self.train.values() for name in stage.mixture}
         return tuple(name for name in EASY_VQA_SETS if name in used) if self.data.source else ()
@@ -100,15 +96,15 @@ class Job:
         objectives = [stage.objective for stage in self.train.values()]
         if not objectives:
             return
-        told = f"train: got objectives {', '.join(objectives)}"
+        got = f"train: got objectives {', '.join(objectives)}"
         if self.model.is_pretrained and "contrastive" in objectives:
-            raise ValueError(f"{told}, allowed: language alone, as model.tower is pretrained")
+            raise ValueError(f"{got}, allowed: language alone, as model.tower is pretrained")
         if objectives != sorted(objectives) or objectives[-1] != "language":
-            raise ValueError(f"{told}, allowed: any contrastive stages first, then at least one language stage")
+            raise ValueError(f"{got}, allowed: any contrastive stages first, then at least one language stage")
         last, stage = list(self.train.items())[-1]
         if self.evaluate and stage.template == "plain":
             raise ValueError(
-                f"train.{last}.template: got plain, allowed: a template with questions, as the last stage is asked some"
+                f"train.{last}.template: got plain, allowed: a template with questions, for the evaluation"
             )
 
     def _check_stage(self, name: str, stage: Stage) -> None:
@@ -119,9 +115,8 @@ class Job:
             )
         if name in OTHER_STEPS:
             raise ValueError(f"train: got a stage {name}, allowed: any other name than {', '.join(OTHER_STEPS)}")
-        if isinstance(
-            self.num_workers, int
-        ):  # of a range those train that share the batch evenly; see Stage.count_usable_workers
+        # of a range, a stage uses a number that divides the batch, see Stage.count_usable_workers
+        if isinstance(self.num_workers, int):
             try:
                 stage.count_accumulation_steps(self.num_workers)
             except ValueError as error:

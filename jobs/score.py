@@ -19,7 +19,8 @@ def score(arguments: argparse.Namespace) -> None:
         ValueError: the task is unknown, or a file or an answer is wrong.
     """
     if arguments.task == INSTRUCTIONS_TASK:
-        instructions = import_module("redux.benchmarks.instructions")  # its checkers take a second to load
+        # imported late, because its checkers take a second to load
+        instructions = import_module("redux.benchmarks.instructions")
         verdicts = list(instructions.score_lines(read_text(arguments.answers), arguments.answers))
         _require_answers(arguments.answers, verdicts)
         print("".join(f"{json.dumps(verdict)}\n" for verdict in verdicts), end="")
@@ -40,10 +41,10 @@ def score(arguments: argparse.Namespace) -> None:
     rows, missing = join_answers(questions, answers)
     metrics = benchmark.compute_metrics(rows)
     if arguments.submission and benchmark.build_submission:
-        _write(arguments.submission, json.dumps(benchmark.build_submission(rows)))
-    # a submission is scored elsewhere, so a split without reference answers is no mistake here
-    found = compute_scores(metrics, "--questions") if metrics or not arguments.submission else {}
-    print(json.dumps({"task": arguments.task, "scores": found, "questions": len(questions), "missing": missing}))
+        _write_submission(arguments.submission, json.dumps(benchmark.build_submission(rows)))
+    # a submission is scored elsewhere, so reference answers may be missing then
+    scores = compute_scores(metrics, "--questions") if metrics or not arguments.submission else {}
+    print(json.dumps({"task": arguments.task, "scores": scores, "questions": len(questions), "missing": missing}))
 
 
 def _require_answers(path: str, answers: Sized) -> None:
@@ -51,7 +52,7 @@ def _require_answers(path: str, answers: Sized) -> None:
         raise ValueError(f"--answers: got no answer in {path}, allowed: at least one")
 
 
-def _write(path: Path, text: str) -> None:
+def _write_submission(path: Path, text: str) -> None:
     try:
         path.write_text(text)
     except OSError as error:

@@ -48,7 +48,7 @@ from redux.configuration import ReduxConfig, build_config
 from redux.cost import compute_cost
 
 SEARCH_FILE = "search.yaml"
-BEST = "best.yaml"
+BEST_FILE = "best.yaml"
 SEARCH_MAY_CHANGE_ON_RESUME = (
     "num_trials",
     "max_concurrent_trials",
@@ -80,8 +80,8 @@ class TrialJobs:
         self.search, self.counts = search, counts or {}
         self.tree = study.continue_from(search.job, search.shared, *shared) if shared else search.job
         tokenizer = shared[1] / run.TOKENIZER if shared else None
-        known = tokenizer is not None and tokenizer.exists()
-        self.vocabulary = len(AutoTokenizer.from_pretrained(tokenizer)) if known else LLAMA_VOCABULARY
+        has_tokenizer = tokenizer is not None and tokenizer.exists()
+        self.vocabulary = len(AutoTokenizer.from_pretrained(tokenizer)) if has_tokenizer else LLAMA_VOCABULARY
 
     def __call__(self, values: Values, name: str = "trial") -> Job:
         """Build the job of a trial; ValueError if these values make no job."""
@@ -92,11 +92,11 @@ class TrialJobs:
     def forecast(self, values: Values) -> dict[str, float]:
         """Compute the metrics of a trial that are known without running it; ValueError if its values make no job."""
         config = _build_config(self(values).model, self.vocabulary)
-        spent = compute_cost(config, self.search.text)
+        cost = compute_cost(config, self.search.text)
         return {
-            "flops": spent.flops,
-            "kv_bytes": spent.kv_bytes,
-            "focus_bytes": spent.focus_bytes,
+            "flops": cost.flops,
+            "kv_bytes": cost.kv_bytes,
+            "focus_bytes": cost.focus_bytes,
             "image_tokens": config.image_seq_length,
         }
 
@@ -134,23 +134,23 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Search:
 
 def _check(search: Search) -> None:
     jobs = TrialJobs(search)
-    whole = jobs({})
+    job = jobs({})
     for name, values in search.references.items():
         try:
             jobs.forecast(values)
         except ValueError as error:
             raise ValueError(f"references.{name}: {error}") from None
-    touched = [*search.space, *search.fidelity, *(key for values in search.references.values() for key in values)]
+    varied = [*search.space, *search.fidelity, *(key for values in search.references.values() for key in values)]
     fixed = ["data", *(f"train.{stage}" for stage in search.shared)]
     fixed += [f"model.{part}" for part in ("tower", "language", "gguf_file", "checkpoint")] if search.shared else []
-    for key in touched:
-        if taken := [section for section in fixed if key == section or key.startswith(f"{section}.")]:
-            raise ValueError(f"{key}: got other values for trials, allowed: none, as {taken[0]} is shared by all")
-    _check_pruning(search, whole)
+    for key in varied:
+        if sections := [section for section in fixed if key == section or key.startswith(f"{section}.")]:
+            raise ValueError(f"{key}: got other values for trials, allowed: none, as all trials share {sections[0]}")
+    _check_pruning(search, job)
     # limits are checked too, except for a model from sizes, whose vocabulary is not known yet
     check_space(
         Space(search.space),
-        functools.partial(check_feasible, search, jobs.forecast) if whole.model.is_pretrained else jobs.forecast,
+        functools.partial(check_feasible, search, jobs.forecast) if job.model.is_pretrained else jobs.forecast,
     )
 
 
@@ -158,32 +158,33 @@ def _check_pruning(search: Search, job: Job) -> None:
     """Check that trials can be stopped early; ValueError if they cannot."""
     if not search.prune:
         return
-    left = [name for name in job.train if name not in search.shared]
-    if not left:
+    stages = [name for name in job.train if name not in search.shared]
+    if not stages:
         raise ValueError("prune: got a rule, allowed: null, as trials train nothing")
-    steps = job.train[left[-1]].steps
+    steps = job.train[stages[-1]].steps
     if steps and steps <= search.prune.first:
-        raise ValueError(f"prune.first: got {search.prune.first}, allowed: less than the {steps} steps of {left[-1]}")
+        raise ValueError(f"prune.first: got {search.prune.first}, allowed: less than the {steps} steps of {stages[-1]}")
 
 
 def _match_type(name: str, values: Any) -> Any:
     """Turn a range of whole numbers into one of floats if the key takes floats."""
-    if isinstance(values, Range) and document.takes(Job, name, float) and not document.takes(Job, name, int):
+    takes_floats = document.accepts_type(Job, name, float) and not document.accepts_type(Job, name, int)
+    if isinstance(values, Range) and takes_floats:
         return replace(values, low=float(values.low), high=float(values.high))
     return values
 
 
 def _check_metrics(search: Search, job: Job, folder: Path) -> None:
     """Check that trials will report each objective and each metric with a limit; ValueError otherwise."""
-    known = {"flops", "kv_bytes", "focus_bytes", "image_tokens"}
+    names = {"flops", "kv_bytes", "focus_bytes", "image_tokens"}
     if len(job.train) > len(search.shared):
-        known |= {"loss", "tokens_per_s"}
+        names |= {"loss", "tokens_per_s"}
     if settings := run.resolve_job(job, folder).evaluate:
-        known |= evaluate.list_metric_names(settings)
+        names |= evaluate.list_metric_names(settings)
     for section in ("objectives", "limits"):
         for name in getattr(search, section):
-            if name not in known:
-                raise ValueError(f"{section}: got {name}, allowed: {', '.join(sorted(known))}")
+            if name not in names:
+                raise ValueError(f"{section}: got {name}, allowed: {', '.join(sorted(names))}")
 
 
 def run_search(search: Search, folder: Path, allow_changes: bool = False) -> None:
@@ -193,23 +194,24 @@ def run_search(search: Search, folder: Path, allow_changes: bool = False) -> Non
         ValueError: a file cannot be read, or no trial would report an objective. Nothing has run then.
     """
     folder = folder.resolve()
-    whole = TrialJobs(search)({})
-    _check_metrics(search, whole, folder)
+    job = TrialJobs(search)({})
+    _check_metrics(search, job, folder)
     claims.make_folder(folder)
     with run.run_lock(folder), cluster.open_session():
         _claim(search, folder, allow_changes)
-        _require(search, whole)
-        jobs = TrialJobs(search, _share(search, folder / SHARED, allow_changes), _divide_resources(search, whole))
+        _check_resources(search, job)
+        shared = _run_shared_stages(search, folder / SHARED, allow_changes)
+        jobs = TrialJobs(search, shared, _divide_resources(search, job))
         trials = Trials(search, search.name, folder, jobs.forecast)
 
         def run_trial(trial: TrialSpec, trial_folder: Path, watch: driver.StopCallback) -> dict[str, float]:
-            job = jobs(trial.values, str(trial.number))
-            run.run(job, trial_folder, watch=watch, patience_s=PATIENCE_S)
-            return _read_metrics(job, trial_folder)
+            trial_job = jobs(trial.values, str(trial.number))
+            run.run(trial_job, trial_folder, watch=watch, patience_s=PATIENCE_S)
+            return _read_metrics(trial_job, trial_folder)
 
-        after = functools.partial(_write_results, folder=folder, jobs=jobs, cleaned=set())
-        stage = list(whole.train)[-1] if whole.train else None
-        tuning.run_search(trials, folder, run_trial, after, stage, whole.recovery.grace_s)
+        on_trials_ended = functools.partial(_write_results, folder=folder, jobs=jobs, cleaned=set())
+        stage = list(job.train)[-1] if job.train else None
+        tuning.run_search(trials, folder, run_trial, on_trials_ended, stage, job.recovery.grace_s)
     print(f"{search.name} is finished: {folder / 'search.html'}")
     for line in search_page.write_summary(trials.study):
         print(line)
@@ -224,19 +226,19 @@ def _claim(search: Search, folder: Path, allow_changes: bool) -> None:
     def find_use(key: str) -> str:
         if claims.may_change(key, SEARCH_MAY_CHANGE_ON_RESUME):
             return ""
-        if trained and key.startswith("job."):
-            return f"{SHARED}, which has begun,"
-        return "a trial" if tried else ""
+        if has_trained and key.startswith("job."):
+            return f"{SHARED}, which has started,"
+        return "a trial" if has_trials else ""
 
-    tried = any((folder / tuning.TRIALS_FOLDER).glob("*"))
-    trained = bool(metrics.read_stages(folder / SHARED))
+    has_trials = any((folder / tuning.TRIALS_FOLDER).glob("*"))
+    has_trained = bool(metrics.read_stages(folder / SHARED))
     keys = claims.claim(folder / SEARCH_FILE, search, find_use, allow_changes)
-    if not tried and not all(claims.may_change(key, SEARCH_MAY_CHANGE_ON_RESUME) for key in keys):
+    if not has_trials and not all(claims.may_change(key, SEARCH_MAY_CHANGE_ON_RESUME) for key in keys):
         discard_study(search, search.name, folder)
     open_storage(search, folder)  # reports a wrong `storage` before any work
 
 
-def _share(search: Search, folder: Path, allow_changes: bool) -> tuple[Job, Path] | None:
+def _run_shared_stages(search: Search, folder: Path, allow_changes: bool) -> tuple[Job, Path] | None:
     """Run the shared stages; returns their job and folder, or None if trials share nothing."""
     job = study.build_job(search.job, {}, f"{search.name}-{SHARED}", "job")
     until = search.shared[-1] if search.shared else "shards"
@@ -246,28 +248,28 @@ def _share(search: Search, folder: Path, allow_changes: bool) -> tuple[Job, Path
     return job, folder
 
 
-def _require(search: Search, job: Job) -> None:
-    """Check that a Ray of this machine alone has room for the concurrent trials; they would wait forever."""
+def _check_resources(search: Search, job: Job) -> None:
+    """Check that a Ray of this machine alone has the resources of the concurrent trials; they would wait forever."""
     trains = len(job.train) > len(search.shared)
     fewest, most = job.worker_range or (1, 1)
     actors = 0 if job.evaluate is None else 1 if job.evaluate.num_actors == "auto" else job.evaluate.num_actors
     training = fewest * (0.5 if fewest == most else 1) if trains else 0
-    what = f"max_concurrent_trials = {search.max_concurrent_trials}"
-    cluster.require_resources({"CPU": search.max_concurrent_trials * max(training, actors / 2) + 1}, what)
+    setting = f"max_concurrent_trials = {search.max_concurrent_trials}"
+    cluster.require_resources({"CPU": search.max_concurrent_trials * max(training, actors / 2) + 1}, setting)
     if cluster.count_gpus():
         workers = max(fewest if trains else 0, actors)
-        cluster.require_resources({"GPU": search.max_concurrent_trials * workers * job.gpu_share}, what)
+        cluster.require_resources({"GPU": search.max_concurrent_trials * workers * job.gpu_share}, setting)
 
 
 def _divide_resources(search: Search, job: Job) -> Values:
     """Divide the CPUs or GPUs of Ray among the concurrent trials, for counts that the job leaves open."""
-    places = max(cluster.count_model_processes(job.gpu_share) // search.max_concurrent_trials, 1)
+    processes = max(cluster.count_model_processes(job.gpu_share) // search.max_concurrent_trials, 1)
     stages = [stage for name, stage in job.train.items() if name not in search.shared]
     result: Values = {}
     if job.worker_range is None:
-        result["num_workers"] = count_shared_workers(stages, places)
+        result["num_workers"] = count_shared_workers(stages, processes)
     if job.evaluate and job.evaluate.num_actors == "auto":
-        result["evaluate.num_actors"] = places if cluster.count_gpus() else min(places, 2)
+        result["evaluate.num_actors"] = processes if cluster.count_gpus() else min(processes, 2)
     return result
 
 
@@ -290,9 +292,9 @@ def _write_results(trials: Trials, folder: Path, jobs: TrialJobs, cleaned: set[i
     Failed trials keep their weights, because more retries may be allowed later.
     """
     search_page.write_page(trials.study, folder)
-    for tries in trials.ended_attempts:
-        number = tries[0].number
-        if number in cleaned or tries[-1].state == TrialState.FAIL:
+    for attempts in trials.ended_attempts:
+        number = attempts[0].number
+        if number in cleaned or attempts[-1].state == TrialState.FAIL:
             continue
         cleaned.add(number)
         trial_folder = folder / tuning.TRIALS_FOLDER / f"{number:04}"
@@ -302,7 +304,7 @@ def _write_results(trials: Trials, folder: Path, jobs: TrialJobs, cleaned: set[i
                 storage.remove_tree(plan.folder)
 
 
-def best(folder: Path, numbers: Sequence[int]) -> list[Path]:
+def write_best_jobs(folder: Path, numbers: Sequence[int]) -> list[Path]:
     """Write the complete job with the settings of each of these trials.
 
     Args:
@@ -318,32 +320,33 @@ def best(folder: Path, numbers: Sequence[int]) -> list[Path]:
     search = document.read(folder / SEARCH_FILE, (), Search)
     study = load_study(search, search.name, folder)
     complete = {trial.number: trial for trial in study.get_trials(states=(TrialState.COMPLETE,))}
-    found = search_page.find_front(study)
-    if not numbers and len(search.objectives) == 1 and found:
-        numbers = [found[0].number]
-    front = ", ".join(f"{trial.number} ({_values(search, trial)})" for trial in found) or "none yet"
+    front = search_page.find_front(study)
+    if not numbers and len(search.objectives) == 1 and front:
+        numbers = [front[0].number]
+    listing = ", ".join(f"{trial.number} ({_format_values(search, trial)})" for trial in front) or "none yet"
     if not numbers or not complete.keys() >= set(numbers):
         got = ", ".join(map(str, numbers)) or "none"
-        raise ValueError(f"{folder}: TRIAL: got {got}, allowed: complete trials; the Pareto front: {front}")
+        raise ValueError(f"{folder}: TRIAL: got {got}, allowed: complete trials; the Pareto front: {listing}")
     return [
-        _write(search, complete[number], folder, BEST if len(numbers) == 1 else f"best-{number}.yaml")
+        _write_best_job(search, complete[number], folder, BEST_FILE if len(numbers) == 1 else f"best-{number}.yaml")
         for number in numbers
     ]
 
 
-def _write(search: Search, trial: FrozenTrial, folder: Path, name: str) -> Path:
+def _write_best_job(search: Search, trial: FrozenTrial, folder: Path, name: str) -> Path:
+    """Write the job of a trial, with a comment about its origin; returns the path."""
     reference = trial.user_attrs.get("reference")
     values = search.references[reference] if reference else Space(search.space).values(trial.params)
     job = study.build_job(search.job, values, f"{search.name}-{trial.number}", f"{folder / SEARCH_FILE}: job")
-    cheaper = f", with {json.dumps(search.fidelity)}" if search.fidelity else ""
-    begun = f", from what the stages {', '.join(search.shared)} had made without it" if search.shared else ""
-    told = (
-        f"# The settings of trial {trial.number} of the search {search.name}.\n"
-        f"# There: {_values(search, trial)}{cheaper}{begun}.\n"
-        "# The job as a whole, as it stands here, was not run by the search.\n\n"
+    fidelity = f", with {json.dumps(search.fidelity)}" if search.fidelity else ""
+    shared = f", after the shared stages {', '.join(search.shared)}" if search.shared else ""
+    header = (
+        f"# Settings of trial {trial.number} of the search {search.name}.\n"
+        f"# Result of the trial: {_format_values(search, trial)}{fidelity}{shared}.\n"
+        "# The search has not run the complete job below.\n\n"
     )
-    return page.write(folder / name, told + schema.dump(job))
+    return page.write(folder / name, header + schema.dump(job))
 
 
-def _values(search: Search, trial: FrozenTrial) -> str:
+def _format_values(search: Search, trial: FrozenTrial) -> str:
     return ", ".join(f"{name} {value:.6g}" for name, value in zip(search.objectives, trial.values, strict=True))

@@ -37,9 +37,9 @@ class Search(SearchSettings):
         if "name" in self.job:
             raise ValueError("job: got a name, allowed: none, as each trial has its own")
         for section in ("space", "fidelity"):
-            if own := {"name", "seed"} & getattr(self, section).keys():
+            if reserved := {"name", "seed"} & getattr(self, section).keys():
                 raise ValueError(
-                    f"{section}: got {min(own)}, allowed: other places, as all trials learn from the same data"
+                    f"{section}: got {min(reserved)}, allowed: other keys, as all trials have the same seed"
                 )
         stages = self.job.get("train", {})
         if not isinstance(stages, dict):

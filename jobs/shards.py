@@ -13,13 +13,13 @@ from pipelines.training import metrics
 from pipelines.training.checkpoint import JOB_FILE
 
 
-def make(arguments: argparse.Namespace) -> None:
+def make_set(arguments: argparse.Namespace) -> None:
     """Make shards from a JSON file in LLaVA's form and its images, or from easy-VQA."""
     if arguments.easy_vqa:
-        given, images = easy_vqa.make_conversations(arguments.easy_vqa), str(easy_vqa.PACKAGE_IMAGES)
+        entries, images = easy_vqa.make_conversations(arguments.easy_vqa), str(easy_vqa.PACKAGE_IMAGES)
     else:
-        given, images = records.parse_records(storage.read(arguments.json), arguments.json), arguments.images
-    making = ShardOptions(
+        entries, images = records.parse_records(storage.read(arguments.json), arguments.json), arguments.images
+    options = ShardOptions(
         samples_per_shard=arguments.samples_per_shard,
         max_words=arguments.max_words,
         image_size=arguments.image_size,
@@ -28,7 +28,7 @@ def make(arguments: argparse.Namespace) -> None:
     )
     finished = shard_index.is_finished(arguments.out)
     with cluster.open_session():
-        summary = shard_writer.make_shards(given, images, arguments.out, making)
+        summary = shard_writer.make_shards(entries, images, arguments.out, options)
     if finished:
         print(
             f"{arguments.out}: already finished and unchanged; images were not read again. To make the set again, "
@@ -36,74 +36,77 @@ def make(arguments: argparse.Namespace) -> None:
         )
     print(f"{arguments.out}: {summary['kept']} of {summary['records']} records kept")
     for reason, count in summary["quarantined"].items():
-        print(f"{count:>10} {reason}: {records.RECORD_REASONS.get(reason, 'kept out by an older version')}")
+        print(f"{count:>10} {reason}: {records.RECORD_REASONS.get(reason, 'rejected by an older version')}")
 
 
-def index(arguments: argparse.Namespace) -> None:
+def index_set(arguments: argparse.Namespace) -> None:
     """Write the index of tars from elsewhere, and print the counts of their samples and members."""
     with cluster.open_session():
-        found = audit.index_tars(arguments.folder, arguments.max_bad_fraction)
-    print(f"{arguments.folder}: indexed {found.samples} samples in {found.tars} tars")
-    for reason, count in found.quarantined.items():
+        report = audit.index_tars(arguments.folder, arguments.max_bad_fraction)
+    print(f"{arguments.folder}: indexed {report.samples} samples in {report.tars} tars")
+    for reason, count in report.quarantined.items():
         print(f"{count:>10} rejected samples: {reason}")
-    print(f"{found.members:>10} members, of which")
-    print(f"{found.used.total():>10} used{_by_kind(found.used)}")
-    print(f"{found.ignored.total():>10} ignored{_by_kind(found.ignored)}")
-    print(f"{found.refused:>10} refused, in rejected samples")
-    for note in found.notes:
-        print(note)
+    print(f"{report.members:>10} members, of which")
+    print(f"{report.used.total():>10} used{_format_counts(report.used)}")
+    print(f"{report.ignored.total():>10} ignored{_format_counts(report.ignored)}")
+    print(f"{report.refused:>10} refused, in rejected samples")
+    for line in report.notes:
+        print(line)
 
 
-def _by_kind(counts: Counter[str]) -> str:
+def _format_counts(counts: Counter[str]) -> str:
     """Format counts by suffix or kind, largest first."""
     listing = ", ".join(f"{count} {tars.escape_unprintable(kind)}" for kind, count in counts.most_common(20))
-    more = f", and {len(counts) - 20} other kinds" if len(counts) > 20 else ""
-    return f": {listing}{more}" if listing else ""
+    remainder = f", and {len(counts) - 20} other kinds" if len(counts) > 20 else ""
+    return f": {listing}{remainder}" if listing else ""
 
 
-def verify(arguments: argparse.Namespace) -> None:
+def verify_set(arguments: argparse.Namespace) -> None:
     """Check a set against its index, or that a run used each sample once per epoch.
 
     Raises:
         ValueError: there are faults; each was printed on a line.
     """
     if arguments.consumed:
-        proven, wrong = _consumed(arguments.folder, arguments.consumed)
+        confirmations, faults = _verify_coverage(arguments.folder, arguments.consumed)
     else:
         decoded = ", and every image decodes" if arguments.decode else ""
-        proven = [f"{arguments.folder}: every byte is as the index says{decoded}"]
+        confirmations = [f"{arguments.folder}: every byte is as the index says{decoded}"]
         with cluster.open_session():
-            wrong = audit.verify_set(arguments.folder, arguments.decode)
-    for line in wrong:
+            faults = audit.verify_set(arguments.folder, arguments.decode)
+    for line in faults:
         print(line)
-    if wrong:
-        raise ValueError(f"{arguments.folder}: {len(wrong)} faults, allowed: none")
-    print("\n".join(proven))
+    if faults:
+        raise ValueError(f"{arguments.folder}: {len(faults)} faults, allowed: none")
+    print("\n".join(confirmations))
 
 
-def _consumed(folder: str, run: Path) -> tuple[list[str], list[str]]:
-    """Check the set against the log of a run; returns what is proven and what is wrong."""
+def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
+    """Check the set against the log of a run; returns confirmations and faults, as lines."""
     job = schema.load(run / JOB_FILE)
     used = {name for stage in job.train.values() for name in stage.mixture}
     sets = {name: url for name, url in locate_sets(job, run.resolve()).items() if name in used}
     names = [name for name, url in sets.items() if url == storage.make_absolute(folder)]
     if not names:
         raise ValueError(f"{folder}: {run} did not train on it, allowed: {', '.join(sets.values())}")
-    log, samples, proven, wrong = run / consumed.CONSUMED_FILE, len(shard_index.Shards(folder)), [], []
+    log = run / consumed.CONSUMED_FILE
+    samples = len(shard_index.Shards(folder))
+    confirmations, faults = list[str](), list[str]()
     if not log.exists():
-        raise ValueError(f"{log}: not there, allowed: a run that has trained")
+        raise ValueError(f"{log}: does not exist, allowed: a run that has trained")
     for name in names:
         with log.open("rb") as lines:
-            proofs, found = consumed.verify_coverage(lines, str(log), name, samples)
-        wrong += found
-        for proof in proofs:
-            if (steps := metrics.read_last_step(run, proof.stage)) != proof.steps:
-                wrong.append(
-                    f"{log}: stage {proof.stage} ends with step {proof.steps}, {metrics.METRICS_FILE} with {steps}"
+            coverages, errors = consumed.verify_coverage(lines, str(log), name, samples)
+        faults += errors
+        for coverage in coverages:
+            if (steps := metrics.read_last_step(run, coverage.stage)) != coverage.steps:
+                faults.append(
+                    f"{log}: stage {coverage.stage} ends with step {coverage.steps}, "
+                    f"{metrics.METRICS_FILE} with {steps}"
                 )
-            proven.append(
-                f"{proof.stage}: {proof.steps} steps used {proof.samples} samples of {name}: each of its {samples} "
-                f"once in each of {proof.epochs} epochs, {proof.partial_samples} once in the epoch begun; "
-                f"{proof.replaced} replaced"
+            confirmations.append(
+                f"{coverage.stage}: {coverage.steps} steps used {coverage.samples} samples of {name}: each of its "
+                f"{samples} once in each of {coverage.epochs} epochs, {coverage.partial_samples} once in the epoch "
+                f"that is not finished; {coverage.replaced} replaced"
             )
-    return proven, wrong
+    return confirmations, faults

@@ -2,7 +2,7 @@
 
     name: mini
     seeds: [0, 1]
-    shared: [tower, pretrain]      # trained once, with the job's own model; variants start from the result
+    shared: [tower, pretrain]      # trained once, with the model of the job; variants start from the result
     job: {…}                       # a job file without name and seed
     variants:
       llava: {model.vmtc: null, model.cmai: null}
@@ -55,8 +55,8 @@ class Study:
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: got {list(self.seeds)}, allowed: each once")
-        if taken := {"name", "seed"} & self.job.keys():
-            raise ValueError(f"job: got a {min(taken)}, allowed: none, as each run has its own")
+        if reserved := {"name", "seed"} & self.job.keys():
+            raise ValueError(f"job: got a {min(reserved)}, allowed: none, as each run has its own")
         stages = self.job.get("train", {})
         if not isinstance(stages, dict):
             raise ValueError(f"job.train: got {stages!r}, allowed: a section of stages")
@@ -87,8 +87,8 @@ def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Jo
     """
     result, tree = {}, study.job
     if study.shared:
-        whole = {"seed": study.seeds[0], **tree}
-        result[SHARED] = shared = build_job(whole, {}, f"{study.name}-{SHARED}", f"{source}: job")
+        seeded = {"seed": study.seeds[0], **tree}
+        result[SHARED] = shared = build_job(seeded, {}, f"{study.name}-{SHARED}", f"{source}: job")
         tree = continue_from(tree, study.shared, shared, folder / SHARED)
     for seed in study.seeds:
         for variant, changes in study.variants.items():
@@ -123,7 +123,7 @@ def build_job(tree: Mapping[str, Any], changes: Mapping[str, Any], name: str, so
     """Build a job with a name and changed values, by dotted path; an error message begins with `source`."""
     copied = copy.deepcopy({"name": name, **tree})
     for dotted, value in changes.items():
-        document.put(copied, dotted, value, f"{source}.{dotted}")
+        document.set_value(copied, dotted, value, f"{source}.{dotted}")
     return document.build(copied, Job, source)
 
 

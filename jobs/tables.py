@@ -1,6 +1,6 @@
 """Write the paper's tables over finished runs (`redux tables`) as Markdown, CSV and one HTML page.
 
-A CSV file has one line per cell, so that a program finds each number and its interval in columns of their own.
+A CSV file has one line per cell, so that a program finds each number and its interval in separate columns.
 """
 
 import csv
@@ -38,11 +38,11 @@ def write_tables(runs: Sequence[Path], out: Path | None, scorers: Scorers, sampl
     tables = build_tables(families, samples)
     text = format_markdown(tables, [*comparison.write_summary(tables), *notes])
     if out:
-        followed = scorers.get("instructions")
-        asked = {family.label: compare_prompts(family, followed) for family in families} if followed else {}
+        scorer = scorers.get("instructions")
+        prompt_plots = {family.label: compare_prompts(family, scorer) for family in families} if scorer else {}
         out.mkdir(parents=True, exist_ok=True)
         page.write(out / "tables.md", text)
-        page.write(out / "tables.html", comparison.render(tables, notes, asked))
+        page.write(out / "tables.html", comparison.render(tables, notes, prompt_plots))
         for table in tables:
             page.write(out / f"{table.key}.csv", format_csv(table))
     return text
@@ -55,20 +55,20 @@ def format_markdown(tables: Sequence[ResultTable], notes: Sequence[str]) -> str:
         parts.append(f"## {table.title}")
         for family, rows in table.blocks.items():
             parts += [f"**{family}**"] if len(table.blocks) > 1 else []
-            parts.append("\n".join(_rows(table.columns, rows)))
-            if commands := [line.command for line in rows if line.command]:
+            parts.append("\n".join(_format_rows(table.columns, rows)))
+            if commands := [row.command for row in rows if row.command]:
                 parts.append("Missing:\n\n" + "\n".join(f"    {command}" for command in commands))
         parts += [f"- {note}" for note in table.notes]
     return "\n\n".join(parts) + "\n"
 
 
-def _rows(columns: Sequence[Column], rows: Sequence[ResultRow]) -> Iterator[str]:
+def _format_rows(columns: Sequence[Column], rows: Sequence[ResultRow]) -> Iterator[str]:
     yield "| | | " + " | ".join(column.name for column in columns) + " |"
     yield "|---|---|" + "---:|" * len(columns)
-    for line in rows:
-        texts = [_format_cell(column, cell) for column, cell in zip(columns, line.cells, strict=False)]
+    for row in rows:
+        texts = [_format_cell(column, cell) for column, cell in zip(columns, row.cells, strict=False)]
         texts += [""] * (len(columns) - len(texts))
-        yield "| " + " | ".join(text.replace("|", "\\|") for text in (line.label, line.about, *texts)) + " |"
+        yield "| " + " | ".join(text.replace("|", "\\|") for text in (row.label, row.about, *texts)) + " |"
 
 
 def _format_cell(column: Column, cell: Cell | None) -> str:
@@ -90,17 +90,17 @@ def format_csv(table: ResultTable) -> str:
     writer = csv.DictWriter(file, CSV_FIELDS, lineterminator="\n")
     writer.writeheader()
     for family, rows in table.blocks.items():
-        for line in rows:
-            head = {"family": family, "row": line.label, "source": line.source, "about": line.about}
-            if line.command:
-                writer.writerow({**head, "command": line.command})
-            for column, cell in zip(table.columns, line.cells, strict=False):
+        for row in rows:
+            head = {"family": family, "row": row.label, "source": row.source, "about": row.about}
+            if row.command:
+                writer.writerow({**head, "command": row.command})
+            for column, cell in zip(table.columns, row.cells, strict=False):
                 if cell:
-                    writer.writerow({**head, "column": column.name, **_numbers(cell)})
+                    writer.writerow({**head, "column": column.name, **_list_numbers(cell)})
     return file.getvalue()
 
 
-def _numbers(cell: Cell) -> dict[str, float | int | None]:
+def _list_numbers(cell: Cell) -> dict[str, float | int | None]:
     numbers: dict[str, float | int | None] = {"value": cell.value, "ratio": cell.ratio}
     if cell.interval:
         numbers |= {"low": cell.interval.low, "high": cell.interval.high}

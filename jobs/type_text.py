@@ -1,4 +1,4 @@
-"""Type hints of settings in words: allowed values, keys of sections, and the type at a place of a file."""
+"""Type hints of settings in words: allowed values, keys of sections, and the type at a dotted path."""
 
 import json
 import types
@@ -20,11 +20,13 @@ _NAMES = {
     Any: "anything",
     Path: "a path",
 }
-_BOUNDS = {
+_LIMITS = {
     annotated_types.Gt: (">", "gt"),
     annotated_types.Ge: (">=", "ge"),
     annotated_types.Lt: ("<", "lt"),
     annotated_types.Le: ("<=", "le"),
+}
+_BOUNDS = {
     annotated_types.MultipleOf: ("a multiple of", "multiple_of"),
     annotated_types.MinLen: ("of length >=", "min_length"),
     annotated_types.MaxLen: ("of length <=", "max_length"),
@@ -41,19 +43,19 @@ def find_type(hint: Any, location: Sequence[str | int]) -> Any:
     """Find the annotation at a location (keys and list indices) inside a type; Any if it has none."""
     if not location:
         return hint
-    key, rest = location[0], location[1:]
+    key, *remaining = location
     for member in list_members(hint):
         if is_dataclass(member):
             hints = get_type_hints(member, include_extras=True)
             if isinstance(key, str) and key in hints:
-                return find_type(hints[key], rest)
+                return find_type(hints[key], remaining)
         arguments = get_args(member)
         origin = get_origin(member)
         if isinstance(origin, type) and issubclass(origin, Mapping):
-            return find_type(arguments[1], rest)
+            return find_type(arguments[1], remaining)
         if origin in (list, tuple) and isinstance(key, int):
             fixed = origin is tuple and arguments[-1] is not Ellipsis
-            return find_type(arguments[key if fixed and key < len(arguments) else 0], rest)
+            return find_type(arguments[key if fixed and key < len(arguments) else 0], remaining)
     return Any
 
 
@@ -70,15 +72,16 @@ def list_members(hint: Any) -> Iterator[Any]:
 
 def list_field_names(hint: Any) -> list[str]:
     """List the keys of a section of this type."""
-    found = (each.name for member in list_members(hint) if is_dataclass(member) for each in fields(member) if each.init)
-    return list(dict.fromkeys(found))
+    sections = [member for member in list_members(hint) if is_dataclass(member)]
+    names = (field.name for section in sections for field in fields(section) if field.init)
+    return list(dict.fromkeys(names))
 
 
 def describe_type(hint: Any) -> str:
     """Describe the values that a type allows, such as 'a whole number >= 1', "'a' or 'b'" or 'a list of text'."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return " ".join([describe_type(arguments[0]), *_bounds(arguments[1:])])
+        return " ".join([describe_type(arguments[0]), *_describe_bounds(arguments[0], arguments[1:])])
     if origin is Literal:
         return " or ".join(format_value(value) for value in arguments)
     if origin in (Union, types.UnionType):
@@ -90,20 +93,32 @@ def describe_type(hint: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a section whose every value is {describe_type(arguments[1])}"
     if is_dataclass(hint):
-        required = [each.name for each in fields(hint) if each.default is each.default_factory is MISSING]
+        required = [field.name for field in fields(hint) if field.default is field.default_factory is MISSING]
         return f"a section with the keys {', '.join(list_field_names(hint))}" + (
             f" (needed: {', '.join(required)})" if required else ""
         )
     return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def _bounds(marks: Sequence[Any]) -> Iterator[str]:
+def _describe_bounds(hint: Any, marks: Sequence[Any]) -> Iterator[str]:
     flat: list[Any] = []
     for mark in marks:
         flat.extend(mark if isinstance(mark, annotated_types.GroupedMetadata) else [mark])
+    limits = {}
+    for mark in flat:
+        if type(mark) in _LIMITS:
+            sign, attribute = _LIMITS[type(mark)]
+            limits[sign] = getattr(mark, attribute)
+    # whole numbers below 10 are those up to 9
+    if hint is int and "<" in limits:
+        limits["<="] = limits.pop("<") - 1
+    if limits.keys() == {">=", "<="}:
+        yield f"from {limits['>=']} to {limits['<=']}"
+    elif limits:
+        yield " and ".join(f"{sign} {value}" for sign, value in limits.items())
     for mark in flat:
         if getattr(mark, "pattern", None):
             yield f"that matches {mark.pattern}"
         elif type(mark) in _BOUNDS:
-            words, attribute = _BOUNDS[type(mark)]
-            yield f"{words} {getattr(mark, attribute)}"
+            phrase, attribute = _BOUNDS[type(mark)]
+            yield f"{phrase} {getattr(mark, attribute)}"

@@ -74,7 +74,7 @@ class LanguageSizes(TransformerSizes):
             )
 
 
-FromCheckpoint = Literal["own"]
+FromCheckpoint = Literal["checkpoint"]
 """Settings that the checkpoint was saved with."""
 
 
@@ -87,11 +87,11 @@ class ModelSettings:
         language: sizes of a language model to build; or folder, hub id or URL (s3://) of a pretrained one.
         gguf_file: file in `language` with language model and tokenizer.
         checkpoint: folder, hub id or URL of a whole model, instead of parts. Training requires a LLaVA.
-        vmtc: settings of the token compression; null turns it off. "own" takes those of the checkpoint, or the
+        vmtc: settings of the token compression; null turns it off. "checkpoint" takes those of the checkpoint, or the
             defaults for a model from parts.
-        cmai: settings of the attention inhibition; null turns it off. "own" is as for vmtc.
-        reduction: settings of a rival, instead of vmtc; null turns it off. "own" takes those of the checkpoint, or none
-            for a model from parts.
+        cmai: settings of the attention inhibition; null turns it off. "checkpoint" is as for vmtc.
+        reduction: settings of a baseline, instead of vmtc; null turns it off. "checkpoint" takes those of the
+            checkpoint, or none for a model from parts.
         kernels: code that computes vmtc and cmai. "auto" takes fused kernels on a GPU where they support the model,
             "plain" none, "fused" requires them. They change results by rounding only.
     """
@@ -100,18 +100,18 @@ class ModelSettings:
     language: LanguageSizes | str | None = None
     gguf_file: str | None = None
     checkpoint: str | None = None
-    vmtc: VMTC | FromCheckpoint | None = "own"
-    cmai: CMAI | FromCheckpoint | None = "own"
-    reduction: Reduction | FromCheckpoint | None = "own"
+    vmtc: VMTC | FromCheckpoint | None = "checkpoint"
+    cmai: CMAI | FromCheckpoint | None = "checkpoint"
+    reduction: Reduction | FromCheckpoint | None = "checkpoint"
     kernels: KernelChoice = "auto"
 
     def __post_init__(self) -> None:
-        # without a checkpoint "own" means the defaults
+        # without a checkpoint "checkpoint" means the defaults
         defaults = {} if self.checkpoint else {"vmtc": VMTC(), "cmai": CMAI(), "reduction": None}
         for name, value in defaults.items():
-            if getattr(self, name) == "own":
+            if getattr(self, name) == "checkpoint":
                 object.__setattr__(self, name, value)  # the dataclass is frozen
-        if self.vmtc and self.reduction and "own" not in (self.vmtc, self.reduction):
+        if self.vmtc and self.reduction and "checkpoint" not in (self.vmtc, self.reduction):
             raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other null")
         if self.checkpoint:
             if self.tower or self.language or self.gguf_file:
@@ -149,7 +149,7 @@ class ModelSettings:
     @property
     def methods(self) -> dict[str, Any]:
         """Settings of the method by their names in `METHODS`, without those that the checkpoint decides."""
-        return {name: value for name in METHODS if (value := getattr(self, name)) != "own"}
+        return {name: value for name in METHODS if (value := getattr(self, name)) != "checkpoint"}
 
 
 def _describe_part(part: TransformerSizes | str) -> str:

@@ -245,8 +245,8 @@ def _has_postscript(response: str, postscript_marker: str) -> bool:
 
 
 def _build_postscript_pattern(marker: str) -> str:
-    known = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
-    return rf"\s*{known.get(marker, marker.lower())}.*$"
+    patterns = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
+    return rf"\s*{patterns.get(marker, marker.lower())}.*$"
 
 
 def _has_title(response: str) -> bool:

@@ -1,4 +1,4 @@
-"""The paper's rivals of VMTC: fewer image tokens after the image tower, before the projector.
+"""The paper's baselines for VMTC: fewer image tokens after the image tower, before the projector.
 
 The paper's "spatial down-sampling" (SPD) gives neither its pooling nor its ratio, so there are three variants.
 "average", "stride" and "bilinear" turn the square grid of patches into a smaller one.  Plain pooling and "random"

@@ -53,8 +53,8 @@ def _split_by_rules(text: str) -> list[str]:
     text = f" {text}  "
     for pattern, replacement in _REPLACEMENTS:
         text = re.sub(pattern, replacement, text)
-    *sentences, rest = (sentence.strip() for sentence in text.split(_STOP))
-    return [*sentences, rest] if rest else sentences
+    *sentences, last = (sentence.strip() for sentence in text.split(_STOP))
+    return [*sentences, last] if last else sentences
 
 
 def _split_by_punkt(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Settings of the method and its rivals, and one check for all of them.
+"""Settings of the method and of the paper's baselines, and one check for all of them.
 
 Plain Python, so that a mistake in a job file is found without torch.  `redux.vmtc`, `redux.cmai` and `redux.reduction`
 hold the computations.  Each setting that the paper leaves open is explained here.
@@ -110,12 +110,12 @@ class VMTC:
     The budget is one of `ratio`, `tokens` or `kept`; without any of them, a ratio of 0.5.
 
     Args:
-        ratio: share of the patch tokens removed in total, 0 <= ratio < 1.
-        tokens: patch tokens after the last stage.
+        ratio: share of the image tokens removed in total, 0 <= ratio < 1.
+        tokens: image tokens after the last stage.
         kept: k of each stage; requires `clusters`.
         clusters: c of every stage, or of each. 0 drops the redundant tokens, 1 merges them into a single one. A stage
             that removes nothing has no redundant tokens, and then no clusters, unless `kept` is set.
-        cluster_share: c as a share of a stage's output tokens, if `clusters` is null.
+        cluster_share: c as a share of a stage's output tokens, if `clusters` is null. The default is 1/6.
         stages: number of compressing blocks, equally spaced over the blocks in use; or their numbers from 0, or from
             the end, with -1 for the last block in use.
         budget_schedule: distribution of the budget over the stages. "geometric" removes the same share in each stage,
@@ -125,8 +125,8 @@ class VMTC:
             the cluster's sum of IPS, "total" by the sum of all redundant tokens.
         order: order of the output tokens. "spatial" is that of the image, "rank" is by importance (eq. 8), also if
             nothing is removed. The language model numbers positions in this order, as in LLaVA, not by patch.
-        proportional: true counts a merged token in later attention once for each of its patches (ToMe, arXiv
-            2210.09461, eq. 1, adds log size to its scores), false once.
+        proportional: weight merged tokens by their number of patches in later attention (ToMe, arXiv 2210.09461, eq. 1,
+            adds log size to its scores). false counts each token once.
         seeds: first centroids of K-means, see `redux.kmeans`.
         iterations: iterations of K-means.
 
@@ -274,7 +274,7 @@ class CMAI:
         schedule: rise of gamma over the layers. "constant" is gamma_max in every layer, "step" in the later half.
         scores: scores that A averages over heads. "weights" are those after the softmax, "scores" are QK^T, the
             paper's attention score, "scaled" are QK^T / sqrt(d_k).
-        focus: focus score. "neighbourhood" is eq. 11. The others are the rivals of Table 5; "tia" is A_t2i alone,
+        focus: focus score. "neighbourhood" is eq. 11. The others are the baselines of Table 5; "tia" is A_t2i alone,
             "sum" adds the rows of A_t2i of all text tokens up to the row's own, "discounted" adds them times
             discount^distance, in text tokens.
         discount: discount of "discounted", 0 < discount <= 1. The paper gives none.
@@ -282,7 +282,7 @@ class CMAI:
         quantile: threshold in a row. "lower" keeps from the score at rank floor(gamma (n - 1)) on, "linear"
             interpolates between two ranks, "count" inhibits floor(gamma n) pairs, equal scores by their position.
         active: phase in which pairs are inhibited.
-        generated: true inhibits tokens that are decoded on a cache as well.
+        generated: also inhibit generated tokens, which are decoded with a cache.
 
     >>> CMAI(gamma_max=0.6).compute_gammas(4)
     (0.0, 0.2, 0.4, 0.6)
@@ -320,15 +320,15 @@ SPATIAL_METHODS = ("average", "stride", "bilinear")
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """Settings of a rival of VMTC that reduces tokens after the tower.
+    """Settings of a baseline of VMTC that reduces tokens after the tower.
 
     The budget is one of `tokens` and `ratio`.
 
     Args:
         method: method of `redux.reduction`.
-        tokens: visual tokens after the reduction. A square number for "average", "stride" and "bilinear", at least 2
+        tokens: image tokens after the reduction. A square number for "average", "stride" and "bilinear", at least 2
             for "prumerge".
-        ratio: share of the patch tokens removed, 0 <= ratio < 1. The spatial methods take the nearest square number.
+        ratio: share of the image tokens removed, 0 <= ratio < 1. The spatial methods take the nearest square number.
         seed: seed of "random".
         neighbours: for "prumerge", number of the most similar tokens added to each kept token.
         weights: weights of "prumerge". "raw" are the attention weights as in the authors' code, "normalized" divides
@@ -366,7 +366,7 @@ class Reduction:
         return 2 if self.method == "prumerge" else 1
 
     def count_tokens(self, patches: int) -> int:
-        """Compute the visual tokens after the reduction.
+        """Compute the image tokens after the reduction.
 
         Raises:
             ValueError: there are fewer patches, too few tokens would be left, or a spatial method gets patches that do

@@ -12,6 +12,11 @@ if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return the number of test processes of `-n auto`: one more than CPUs, since tests often wait; at most 8."""
+    return min((os.cpu_count() or 1) + 1, 8)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Any]:
     """The module `ray`, initialised on a local Ray with two CPUs; it ends with the session.

@@ -1,19 +1,21 @@
-"""The plan of the house holds: its floors and arrows, its tools, its tree."""
+"""Rules of the repository: its packages and imports, its tools, its files."""
 
 import ast
+import importlib.metadata
 import io
 import re
 import subprocess
 import sys
 import sysconfig
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ("redux", "pipelines", "jobs", "cluster", "tests")
-TOP = {*FLOORS, "pyproject.toml", "README.md", "LICENSE"}
+PACKAGES = ("redux", "pipelines", "jobs", "cluster", "tests")
+TOP = {*PACKAGES, "pyproject.toml", "README.md", "LICENSE"}
 
 
 def output_of(*command: str) -> subprocess.CompletedProcess[str]:
@@ -37,24 +39,37 @@ def tracked() -> list[Path]:
     ],
     ids=["ruff-check", "ruff-format", "mypy", "import-linter"],
 )
-def test_the_tools_have_nothing_to_say(command: tuple[str, ...]) -> None:
+def test_the_tools_report_no_problem(command: tuple[str, ...]) -> None:
     ended = output_of(*command)
     assert ended.returncode == 0, f"\n{ended.stdout}"
 
 
-def test_the_top_level_holds_the_floors_and_nothing_else() -> None:
+def test_the_top_level_holds_the_packages_and_nothing_else() -> None:
     assert {path.parts[0] for path in tracked() if not path.parts[0].startswith(".")} <= TOP
 
 
-def test_every_python_file_opens_with_why() -> None:
+def test_every_entry_point_names_something_that_exists() -> None:
+    """Read them from pyproject.toml: an installed package may be older than the tree."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {"console_scripts": project["scripts"], **project["entry-points"]}
+    points = [
+        importlib.metadata.EntryPoint(name, value, group)
+        for group, entries in groups.items()
+        for name, value in entries.items()
+    ]
+    assert len(points) >= 2
+    assert [point for point in points if not callable(point.load())] == []
+
+
+def test_every_python_file_opens_with_a_docstring() -> None:
     texts = {str(path): (ROOT / path).read_text() for path in tracked() if path.suffix == ".py"}
     assert texts
-    # an empty `__init__.py` says all there is to say
+    # an empty `__init__.py` needs none
     assert not [name for name, text in texts.items() if text and not text.startswith(('"""', 'r"""'))]
 
 
 def test_the_library_loads_neither_cluster_nor_job_file() -> None:
-    """What import-linter reads from the text, seen when the library really is imported."""
+    """import-linter reads the sources; this test imports the library."""
     modules = [".".join(path.with_suffix("").parts) for path in tracked() if path.match("redux/*.py")]
     assert modules
     program = f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\nprint(*sys.modules)"

@@ -1,5 +1,7 @@
-"""Pages, recipes and the reference agree with the code."""
+"""Pages, recipes, the reference and the examples in docstrings agree with the code."""
 
+import doctest
+import importlib
 import json
 import re
 import shlex
@@ -15,6 +17,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = [path for path in sorted(ROOT.rglob("*.md")) if not {"runs", "data"} & set(path.relative_to(ROOT).parts)]
 HAND_WRITTEN = [path for path in PAGES if path.name != "REFERENCE.md"]
 RECIPES = sorted((ROOT / "jobs" / "recipes").rglob("*.yaml"))
+
+MODULES_WITH_EXAMPLES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for top in ("redux", "pipelines", "jobs")
+    for path in sorted((ROOT / top).rglob("*.py"))
+    if ">>>" in path.read_text()
+]
 
 COMMAND = re.compile(r"^ {4}((?:[A-Z_]+=\S+ )?(?:pip|redux) .+?(?:\\\n.+?)*)$", re.M)
 
@@ -48,6 +57,38 @@ def test_every_link_and_path_of_a_page_leads_somewhere(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
     named = re.findall(r"`((?:jobs|pipelines|redux|cluster|tests)/[\w./-]+)`", text)
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", HAND_WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_module_and_name_of_a_page_exists(page: Path) -> None:
+    """A page may name a module by its file name alone; in "`name` in `file.py`", the file contains the name."""
+    text = page.read_text()
+    for path in re.findall(r"`(\w+\.py)`", text):
+        assert find_module(page, path), path
+    for name, path in re.findall(r"`(\w+)`\s(?:in|of)\s+`([\w./-]+\.py)`", text):
+        module = find_module(page, path)
+        assert module
+        assert re.search(rf"\b{name}\b", module.read_text()), f"{name} in {path}"
+
+
+def find_module(page: Path, path: str) -> Path | None:
+    """Find the module that a page names: by its path from the root or from the page, or by its name anywhere."""
+    packages = [ROOT / name for name in ("redux", "pipelines", "jobs", "tests")]
+    paths = [ROOT / path, page.parent / path, *(found for package in packages for found in package.rglob(path))]
+    return next((found for found in paths if found.exists()), None)
+
+
+@pytest.mark.parametrize("page", HAND_WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_python_line_of_a_page_runs(page: Path) -> None:
+    for line in re.findall(r"python -c '([^'\n]+)'", page.read_text()):
+        exec(line, {})
+
+
+@pytest.mark.parametrize("module", MODULES_WITH_EXAMPLES)
+def test_the_examples_in_docstrings_are_true(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted
+    assert not result.failed
 
 
 def test_the_readme_fits_in_200_lines_and_maps_the_packages() -> None:
@@ -92,7 +133,7 @@ def test_a_recipe_names_its_schema_and_fits_it(path: Path) -> None:
     first = path.read_text().partition("\n")[0]
     assert first.startswith("# yaml-language-server: $schema=")
     schema = json.loads((path.parent / first.partition("$schema=")[2]).read_text())
-    jsonschema.Draft202012Validator(schema).validate(document.plain(path))
+    jsonschema.Draft202012Validator(schema).validate(document.read_tree(path))
 
 
 def test_a_key_is_explained_under_any_name() -> None:

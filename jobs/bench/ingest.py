@@ -1,10 +1,10 @@
-"""Samples/s from JPEGs to CLIP's pixels: our pipeline, its peers, and the work alone, which is the limit of all.
+"""Measure samples/s from JPEGs to CLIP's pixels: our pipeline, its peers, and the bare work, which is their limit.
 
     python jobs/bench/ingest.py
 
 Photos of 640 x 480 by jobs/bench/pixels.py, each padded and resized to 336 by redux.image.load_pixels, so that loaders
-differ in reading and transporting alone.  Each has two worker processes, and all that it starts shares two cores with
-the process that takes the batches: 16 images of uint8 each, every image once, which a checksum of all of them shows.
+differ only in reading and transport.  Each has two worker processes, and all its processes share two cores with the
+process that receives the batches: 16 images of uint8 each, every image once, which a checksum of all of them proves.
 
     bare, bare-fast     two processes that read files and make pixels; nothing is transported
     webdataset          WebDataset over our shards, on torch's DataLoader
@@ -14,14 +14,15 @@ the process that takes the batches: 16 images of uint8 each, every image once, w
     ray                 ray.data.read_webdataset over our shards
     redux-*             pipelines.data.ingest: pixels exact, fast, or prepared before (own shards); PASSES epochs
 
-Each reading has a process of its own, with files in memory, and each round takes every way once.  Time starts where
-the loader is imported, so the first batch takes what starts its workers, or Ray and its workers.  The steady rate is
-that from the batch that completes a quarter of the images to the last one.  Shards and conversions are made before.
+Each measurement runs in a new process, with files in memory, and each round measures every variant once.  Time starts
+where the loader is imported, so the first batch includes the start of its workers, or of Ray and its workers.  The
+steady rate is that from the batch that completes a quarter of the images to the last one.  Shards and conversions are
+made before.
 
-A way whose package is missing is left out.  Peers are installed without what they depend on, into an environment
-beside the project's: mosaicml-streaming would bring numpy < 2.2 and transformers < 5, litdata's torchvision another
-torch.  PEERS has the commands.  Files, 1 MB an image, stay in --folder.  The table is printed and all readings are
-added to ingest.jsonl beside this file; ratios within one run are what can be compared.
+A variant whose package is missing is skipped.  Peers are installed without their dependencies, into an environment
+beside the project's: mosaicml-streaming requires numpy < 2.2 and transformers < 5, litdata's torchvision another
+torch.  PEERS lists the packages.  Files, 1 MB per image, stay in --folder.  The script prints a table and appends all
+measurements to ingest.jsonl; only ratios within one run can be compared.
 """
 
 import argparse
@@ -54,8 +55,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from jobs.bench.pixels import photo
-from jobs.bench.record import append, each
+from jobs.bench.pixels import make_photo
+from jobs.bench.record import append_record, measure_variants
 from pipelines.data.ingest import Batch, Reader, iterate_micro_batches, make_dataset
 from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
@@ -69,11 +70,11 @@ INGEST_SIZE = 336
 INGEST_BATCH = 16
 INGEST_WORKERS = 2
 INGEST_PARTS = 8
-"""Shards, all of one size where PARTS divides the images: what a loader gives a worker is whole shards."""
+"""Number of shards. They have equal sizes if this divides the images, as loaders give whole shards to workers."""
 BUFFER = 100
-"""Samples among which loaders of whole shards shuffle."""
+"""Shuffle buffer, in samples, of loaders that read whole shards."""
 PASSES = {"redux-exact": 3, "redux-fast": 6, "redux-prepared": 12}
-"""Epochs, 1 for the others: what Ray's workers make while the first batch is on its way must not count for much."""
+"""Epochs of a variant, 1 for the others. More dilute the batches that Ray's workers prepare before the first one."""
 
 PEERS = {
     "bare-fast": ("simplejpeg", "simplejpeg"),
@@ -84,7 +85,7 @@ PEERS = {
     "torchdata": ("torchdata.stateful_dataloader", "torchdata"),
     "redux-fast": ("simplejpeg", "simplejpeg"),
 }
-"""What a way imports, and the packages that `pip install --no-deps` takes for it."""
+"""Module that a variant imports, and its packages for `pip install --no-deps`."""
 
 VERSIONS = (
     "litdata",
@@ -98,205 +99,225 @@ VERSIONS = (
     "webdataset",
 )
 
-EXPECTED = {"bare-fast": "fast", "redux-fast": "fast"}
-"""Pixels of the ways whose pixels are not "exact"."""
+IMAGE_BACKENDS = {"bare-fast": "fast", "redux-fast": "fast"}
+"""Image backend of the variants that do not use "exact"."""
 
-Marks = list[int]
-"""A checksum of each image, by `marks`."""
+Checksums = list[int]
+"""Checksum of each image, see `compute_checksums`."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2000, help=f"a multiple of {INGEST_BATCH}, default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="readings of each way, default: %(default)s")
-    parser.add_argument("--ways", default=",".join(INGEST_WAYS), help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, default: %(default)s")
+    parser.add_argument("--variants", default=",".join(INGEST_VARIANTS), help="default: %(default)s")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "redux-ingest"))
-    parser.add_argument("--way", choices=INGEST_WAYS, help="measure one way in this process and print it")
-    parser.add_argument("--convert", type=int, default=0, help="1, with --way: only make the files that the way reads")
+    parser.add_argument(
+        "--variant", choices=INGEST_VARIANTS, help="measure only this one, in this process, and print it"
+    )
+    parser.add_argument(
+        "--convert", type=int, default=0, help="1, with --variant: only convert the photos to its format"
+    )
     arguments = parser.parse_args()
     root = arguments.folder.resolve() / str(arguments.images)
-    if arguments.way:
-        print(json.dumps(convert(arguments.way, root) if arguments.convert else measure(arguments.way, root)))
+    if arguments.variant:
+        work = convert_photos if arguments.convert else measure
+        print(json.dumps(work(arguments.variant, root)))
         return
-    ways = arguments.ways.split(",")
-    if unknown := set(ways) - set(INGEST_WAYS):
-        parser.error(f"--ways: got {', '.join(sorted(unknown))}, allowed: {', '.join(INGEST_WAYS)}")
+    variants = arguments.variants.split(",")
+    if unknown := set(variants) - set(INGEST_VARIANTS):
+        parser.error(f"--variants: got {', '.join(sorted(unknown))}, allowed: {', '.join(INGEST_VARIANTS)}")
     if arguments.images % INGEST_BATCH or arguments.images < INGEST_PARTS * INGEST_BATCH:
         parser.error(
             f"--images: got {arguments.images}, allowed: multiples of {INGEST_BATCH} from "
             f"{INGEST_PARTS * INGEST_BATCH} on"
         )
-    run(ways, root, arguments.images, arguments.repeats)
+    run(variants, root, arguments.images, arguments.repeats)
 
 
-def run(ways: list[str], root: Path, images: int, repeats: int) -> None:
-    """Make files, measure round after round, print and add the result."""
-    expected = make_files(root, images, squares="redux-prepared" in ways)
+def run(variants: list[str], root: Path, images: int, repeats: int) -> None:
+    """Make files, measure round after round, print and append the result."""
+    expected = make_files(root, images, squares="redux-prepared" in variants)
     options: dict[str, int | Path] = {"images": images, "folder": root.parent}
     readings: dict[str, dict[str, list[float]]] = {}
-    for way, told in each(__file__, ways, convert=1, **options):
-        if "missing" in told:
-            print(f"{way}: left out, {told['missing']}: pip install --no-deps {PEERS[way][1]}", flush=True)
+    for variant, conversion in measure_variants(__file__, variants, convert=1, **options):
+        if "missing" in conversion:
+            hint = f"pip install --no-deps {PEERS[variant][1]}"
+            print(f"{variant}: skipped, {conversion['missing']}: {hint}", flush=True)
         else:
-            readings[way] = {"steady_per_s": [], "overall_per_s": [], "first_batch_s": []}
+            readings[variant] = {"steady_per_s": [], "overall_per_s": [], "first_batch_s": []}
     for path in root.rglob("*"):
         if path.is_file():
-            path.read_bytes()  # so that the first round finds it in memory, too
+            path.read_bytes()  # so that the first round finds it in the page cache, like later ones
     for turn in range(repeats):
-        for way, told in each(__file__, readings, **options):
-            if told["checksum"] != checksum(expected[EXPECTED.get(way, "exact")] * PASSES.get(way, 1)):
-                raise RuntimeError(f"{way}: got {told['samples']} images that are not those of {root}, each as often")
-            for name, values in readings[way].items():
-                values.append(told[name])
-            print(f"{turn + 1}/{repeats} {way:15} {told['steady_per_s']:7.1f} samples/s", flush=True)
+        for variant, measured in measure_variants(__file__, readings, **options):
+            epochs = expected[IMAGE_BACKENDS.get(variant, "exact")] * PASSES.get(variant, 1)
+            if measured["checksum"] != combine_checksums(epochs):
+                raise RuntimeError(
+                    f"{variant}: got {measured['samples']} images, allowed: those of {root}, each once per epoch"
+                )
+            for name, values in readings[variant].items():
+                values.append(measured[name])
+            print(f"{turn + 1}/{repeats} {variant:15} {measured['steady_per_s']:7.1f} samples/s", flush=True)
     medians = {
-        way: {name: round(statistics.median(values), 3) for name, values in kept.items()}
-        for way, kept in readings.items()
+        variant: {name: round(statistics.median(values), 3) for name, values in columns.items()}
+        for variant, columns in readings.items()
     }
     limit = medians["bare"]["steady_per_s"] if "bare" in medians else math.nan
     print(f"\n{'':15} samples/s  to bare  overall  first batch")
-    for way, told in medians.items():
-        steady, overall, first = told.values()
-        print(f"{way:15} {steady:9.1f} {steady / limit:8.2f} {overall:8.1f} {first:10.2f} s")
-    installed = {found.name.lower(): found.version for found in importlib.metadata.distributions()}
-    append(
+    for variant, columns in medians.items():
+        steady, overall, first = columns.values()
+        print(f"{variant:15} {steady:9.1f} {steady / limit:8.2f} {overall:8.1f} {first:10.2f} s")
+    installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
+    append_record(
         __file__,
         versions={name: installed[name] for name in VERSIONS if name in installed},
         images=images,
         size=INGEST_SIZE,
         batch=INGEST_BATCH,
         workers=INGEST_WORKERS,
-        ways=medians,
+        variants=medians,
         readings=readings,
     )
 
 
-def measure(way: str, root: Path) -> dict[str, float]:
-    """Samples/s, seconds to the first batch, and what tells whether every image came once and as it should."""
+def measure(variant: str, root: Path) -> dict[str, float]:
+    """Measure samples/s and seconds to the first batch, with the number of images and a checksum of all of them."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:INGEST_WORKERS])
-    warnings.simplefilter("ignore")  # what peers say to every reading
-    load(way)
-    found: Marks = []
+    warnings.simplefilter("ignore")  # peers warn in every measurement
+    import_peer(variant)
+    checksums: Checksums = []
     arrivals = []
-    with scratch():
+    with use_temporary_folder():
         start = time.perf_counter()
-        for batch in INGEST_WAYS[way](root):
-            found += batch
-            arrivals.append((len(found), time.perf_counter() - start))
-    quarter, since = next((count, seconds) for count, seconds in arrivals if 4 * count >= len(found))
+        for batch in INGEST_VARIANTS[variant](root):
+            checksums += batch
+            arrivals.append((len(checksums), time.perf_counter() - start))
+    quarter, since = next((count, seconds) for count, seconds in arrivals if 4 * count >= len(checksums))
     end = arrivals[-1][1]
     return {
-        "steady_per_s": round((len(found) - quarter) / (end - since), 1),
-        "overall_per_s": round(len(found) / end, 1),
+        "steady_per_s": round((len(checksums) - quarter) / (end - since), 1),
+        "overall_per_s": round(len(checksums) / end, 1),
         "first_batch_s": round(arrivals[0][1], 3),
-        "samples": len(found),
-        "checksum": checksum(found),
+        "samples": len(checksums),
+        "checksum": combine_checksums(checksums),
     }
 
 
-def load(way: str) -> None:
-    """Import what the way uses."""
-    if way == "mosaicml":
-        # only its classes for torchvision's data sets, unused here, ask for torchvision: an empty module instead
+def import_peer(variant: str) -> None:
+    """Import the package of a peer; nothing for other variants."""
+    if variant == "mosaicml":
+        # mosaicml-streaming 0.13 imports torchvision for classes that are not used here: an empty module replaces them
         sys.modules["streaming.vision"] = ModuleType("streaming.vision")
-    if way in PEERS:
-        importlib.import_module(PEERS[way][0])
+    if variant in PEERS:
+        importlib.import_module(PEERS[variant][0])
 
 
 @contextmanager
-def scratch() -> Iterator[None]:
-    """A folder for all temporary files, also of the processes started, that ends with them."""
+def use_temporary_folder() -> Iterator[None]:
+    """Put all temporary files, also those of child processes, into a folder that is deleted at the end."""
     before = {name: os.environ[name] for name in ("TMPDIR",) if name in os.environ}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ["TMPDIR"] = tempfile.tempdir = folder
         try:
             yield
         finally:
-            tempfile.tempdir = None  # asks the environment again
+            tempfile.tempdir = None  # the module reads the environment again
             del os.environ["TMPDIR"]
             os.environ.update(before)
 
 
-def marks(batch: Iterable[np.ndarray]) -> Marks:
-    """A checksum of every 48th row and column of each image: soon done, and another for each image and each resize."""
+def compute_checksums(batch: Iterable[np.ndarray]) -> Checksums:
+    """Compute a checksum of every 48th row and column of each image: fast, and different for each image and resize."""
     return [zlib.crc32(image[:, ::48, ::48].tobytes()) for image in batch]
 
 
-def checksum(found: Marks) -> int:
-    """The same in any order; another where an image is missing or comes twice."""
-    return zlib.crc32(np.sort(found).tobytes())
+def combine_checksums(checksums: Checksums) -> int:
+    """Combine checksums of images, independent of their order; a missing or repeated image changes the result."""
+    return zlib.crc32(np.sort(checksums).tobytes())
 
 
-# files
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-def make_files(root: Path, images: int, squares: bool) -> dict[str, Marks]:
-    """Photos and shards, where they are not there yet; returns the marks of exact and of fast pixels."""
+def make_files(root: Path, images: int, squares: bool) -> dict[str, Checksums]:
+    """Make missing photos and shards; returns the checksums of exact and of fast pixels.
+
+    Args:
+        root: folder of the files.
+        images: number of photos.
+        squares: also make shards of prepared squares.
+    """
     (root / "photos").mkdir(parents=True, exist_ok=True)
     with multiprocessing.Pool(INGEST_WORKERS, torch.set_num_threads, (1,)) as pool:
-        left = [(number, path) for number, path in enumerate(photos(root, images)) if not path.exists()]
-        list(tqdm(pool.imap(_photo, left), "photos", len(left), unit="image"))
-        both = list(tqdm(pool.imap(_both, photos(root, images)), "pixels", images, unit="image"))
-    exact, fast = map(list, zip(*both, strict=True))
+        missing = [(number, path) for number, path in enumerate(list_photos(root, images)) if not path.exists()]
+        list(tqdm(pool.imap(_write_photo, missing), "photos", len(missing), unit="image"))
+        pairs = list(tqdm(pool.imap(_compute_pair, list_photos(root, images)), "pixels", images, unit="image"))
+    exact, fast = map(list, zip(*pairs, strict=True))
     if len({*exact}) < images or len({*fast}) < images:
-        raise RuntimeError(f"{root}: images that are equal to `marks`")
-    records = [_record(number) for number in range(images)]
-    making = ShardOptions(samples_per_shard=-(-images // INGEST_PARTS))
-    with scratch(), ray_session():
-        make_shards(records, str(root / "photos"), str(root / "shards"), making)
+        raise RuntimeError(f"{root}: got images with equal checksums, allowed: none")
+    records = [_build_record(number) for number in range(images)]
+    options = ShardOptions(samples_per_shard=-(-images // INGEST_PARTS))
+    with use_temporary_folder(), open_ray_session():
+        make_shards(records, str(root / "photos"), str(root / "shards"), options)
         if squares:
-            make_shards(records, str(root / "photos"), str(root / "squares"), replace(making, image_size=INGEST_SIZE))
+            make_shards(records, str(root / "photos"), str(root / "squares"), replace(options, image_size=INGEST_SIZE))
     return {"exact": exact, "fast": fast}
 
 
-def photos(root: Path, images: int) -> list[Path]:
+def list_photos(root: Path, images: int) -> list[Path]:
     return [root / "photos" / f"{number:05d}.jpg" for number in range(images)]
 
 
-def _photo(task: tuple[int, Path]) -> None:
+def _write_photo(task: tuple[int, Path]) -> None:
     number, path = task
-    part = path.with_suffix(".part")
-    part.write_bytes(photo(number))
-    part.rename(path)
+    # renamed when complete: an interrupted run leaves no photo that the next one would keep
+    partial_path = path.with_suffix(".part")
+    partial_path.write_bytes(make_photo(number))
+    partial_path.rename(path)
 
 
-def _both(path: Path) -> tuple[int, int]:
-    exact, fast = marks(load_pixels(path.read_bytes(), INGEST_SIZE, "pad", way) for way in ("exact", "fast"))
+def _compute_pair(path: Path) -> tuple[int, int]:
+    """Compute the checksums of a photo's exact and fast pixels."""
+    content = path.read_bytes()
+    exact, fast = compute_checksums(load_pixels(content, INGEST_SIZE, "pad", backend) for backend in ("exact", "fast"))
     return exact, fast
 
 
-def _record(number: int) -> dict[str, Any]:
+def _build_record(number: int) -> dict[str, Any]:
     turns = [{"from": "human", "value": IMAGE_TOKEN}, {"from": "gpt", "value": f"photo {number}"}]
     return {"id": number, "image": f"{number:05d}.jpg", "conversations": turns}
 
 
-def convert(way: str, root: Path) -> dict[str, str]:
-    """Make the way's own files, where they are not there yet; returns which package is missing, if one is."""
+def convert_photos(variant: str, root: Path) -> dict[str, str]:
+    """Convert the photos to the format of a peer, if that is not done; returns the error if its package is missing."""
     try:
-        load(way)
+        import_peer(variant)
     except ImportError as error:
         return {"missing": str(error)}
-    if way in INGEST_FORMATS:
-        with scratch():
-            INGEST_FORMATS[way](root)
+    if variant in INGEST_FORMATS:
+        with use_temporary_folder():
+            INGEST_FORMATS[variant](root)
     return {}
 
 
-def to_litdata(root: Path) -> None:
+def convert_to_litdata(root: Path) -> None:
     import litdata  # type: ignore[import-not-found]
 
     out = root / "litdata"
     if not (out / "index.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         inputs = [str(path) for path in sorted((root / "photos").glob("*.jpg"))]
-        litdata.optimize(_bytes, inputs, str(out), chunk_bytes="64MB", num_workers=INGEST_WORKERS, start_method="fork")
+        litdata.optimize(
+            _read_bytes, inputs, str(out), chunk_bytes="64MB", num_workers=INGEST_WORKERS, start_method="fork"
+        )
 
 
-def _bytes(path: str) -> bytes:
+def _read_bytes(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def to_mosaicml(root: Path) -> None:
+def convert_to_mosaicml(root: Path) -> None:
     from streaming import MDSWriter  # type: ignore[import-not-found]
 
     out = root / "mosaicml"
@@ -307,72 +328,80 @@ def to_mosaicml(root: Path) -> None:
                 writer.write({"image": path.read_bytes()})
 
 
-def to_energon(root: Path) -> None:
+def convert_to_energon(root: Path) -> None:
     from megatron.energon.tools.prepare import command  # type: ignore[import-not-found]
 
     if not (root / "shards" / ".nv-meta" / "dataset.yaml").exists():
-        given = ["--non-interactive", "--force-overwrite", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset"]
-        command.main([str(root / "shards"), *given, "--num-workers", str(INGEST_WORKERS)], standalone_mode=False)
+        options = [
+            "--non-interactive",
+            "--force-overwrite",
+            "--split-ratio",
+            "1,0,0",
+            "--sample-type",
+            "CrudeWebdataset",
+        ]
+        command.main([str(root / "shards"), *options, "--num-workers", str(INGEST_WORKERS)], standalone_mode=False)
 
 
 INGEST_FORMATS: dict[str, Callable[[Path], None]] = {
-    "litdata": to_litdata,
-    "mosaicml": to_mosaicml,
-    "energon": to_energon,
+    "litdata": convert_to_litdata,
+    "mosaicml": convert_to_mosaicml,
+    "energon": convert_to_energon,
 }
 
 
-# ways: each gives the marks of batch after batch
+# --- variants: functions that yield the checksums of each batch -------------------------------------------------------
 
 
-def bare(root: Path, way: ImageBackend) -> Iterator[Marks]:
+def iterate_bare(root: Path, backend: ImageBackend) -> Iterator[Checksums]:
+    """Read files and make pixels in two processes, which send only the checksums back."""
     paths = sorted((root / "photos").glob("*.jpg"))
     with multiprocessing.Pool(INGEST_WORKERS, torch.set_num_threads, (1,)) as pool:
         parts = [paths[first : first + INGEST_BATCH] for first in range(0, len(paths), INGEST_BATCH)]
-        yield from pool.imap_unordered(partial(_bare, way=way), parts)
+        yield from pool.imap_unordered(partial(_load_checksums, backend=backend), parts)
 
 
-def _bare(paths: list[Path], way: ImageBackend) -> Marks:
-    return marks(load_pixels(path.read_bytes(), INGEST_SIZE, "pad", way) for path in paths)
+def _load_checksums(paths: list[Path], backend: ImageBackend) -> Checksums:
+    return compute_checksums(load_pixels(path.read_bytes(), INGEST_SIZE, "pad", backend) for path in paths)
 
 
-def tensor(image: bytes) -> torch.Tensor:
+def load_tensor(image: bytes) -> torch.Tensor:
     return torch.from_numpy(load_pixels(image, INGEST_SIZE, "pad"))
 
 
-def batches(loader: Iterable[torch.Tensor]) -> Iterator[Marks]:
-    """Iterate over the batches of a torch loader: its workers use one thread each and collate into shared memory."""
+def iterate_batches(loader: Iterable[torch.Tensor]) -> Iterator[Checksums]:
+    """Iterate over the batches of a torch loader, whose workers use one thread each and collate into shared memory."""
     for batch in loader:
-        yield marks(batch.numpy())
+        yield compute_checksums(batch.numpy())
 
 
-def webdataset(root: Path) -> Iterator[Marks]:
+def iterate_webdataset(root: Path) -> Iterator[Checksums]:
     import webdataset as wds
 
     urls = [str(path) for path in sorted((root / "shards").glob("*.tar"))]
-    data = wds.WebDataset(urls, shardshuffle=len(urls)).shuffle(BUFFER).map(lambda sample: tensor(sample["jpg"]))
-    return batches(DataLoader(data, INGEST_BATCH, num_workers=INGEST_WORKERS))
+    data = wds.WebDataset(urls, shardshuffle=len(urls)).shuffle(BUFFER).map(lambda sample: load_tensor(sample["jpg"]))
+    return iterate_batches(DataLoader(data, INGEST_BATCH, num_workers=INGEST_WORKERS))
 
 
-def litdata(root: Path) -> Iterator[Marks]:
+def iterate_litdata(root: Path) -> Iterator[Checksums]:
     from litdata import StreamingDataLoader, StreamingDataset
 
-    data = StreamingDataset(str(root / "litdata"), shuffle=True, drop_last=False, transform=tensor)
-    return batches(StreamingDataLoader(data, batch_size=INGEST_BATCH, num_workers=INGEST_WORKERS))
+    data = StreamingDataset(str(root / "litdata"), shuffle=True, drop_last=False, transform=load_tensor)
+    return iterate_batches(StreamingDataLoader(data, batch_size=INGEST_BATCH, num_workers=INGEST_WORKERS))
 
 
-def mosaicml(root: Path) -> Iterator[Marks]:
+def iterate_mosaicml(root: Path) -> Iterator[Checksums]:
     from streaming import StreamingDataset
 
-    class Stored(StreamingDataset):
+    class TensorDataset(StreamingDataset):
         def __getitem__(self, number: int) -> torch.Tensor:
-            return tensor(super().__getitem__(number)["image"])
+            return load_tensor(super().__getitem__(number)["image"])
 
-    data = Stored(local=str(root / "mosaicml"), batch_size=INGEST_BATCH, shuffle=True)
-    return batches(DataLoader(data, INGEST_BATCH, num_workers=INGEST_WORKERS))
+    data = TensorDataset(local=str(root / "mosaicml"), batch_size=INGEST_BATCH, shuffle=True)
+    return iterate_batches(DataLoader(data, INGEST_BATCH, num_workers=INGEST_WORKERS))
 
 
-def energon(root: Path) -> Iterator[Marks]:
+def iterate_energon(root: Path) -> Iterator[Checksums]:
     from megatron.energon import (  # type: ignore[import-not-found]
         Cooker,
         DefaultTaskEncoder,
@@ -394,14 +423,14 @@ def energon(root: Path) -> Iterator[Marks]:
         return Photo(**basic_sample_keys(sample), image=sample["jpg"])
 
     class Encoder(DefaultTaskEncoder):
-        """Pixels are made after the shuffle buffer, which holds what was cooked."""
+        """Encoder that makes pixels after the shuffle buffer, so that the buffer holds JPEGs."""
 
         decoder = None
         cookers = (Cooker(cook),)
 
         @stateless
         def encode_sample(self, sample: Photo) -> torch.Tensor:
-            return tensor(sample.image)
+            return load_tensor(sample.image)
 
         @stateless
         def batch(self, samples: list[torch.Tensor]) -> torch.Tensor:
@@ -416,11 +445,11 @@ def energon(root: Path) -> Iterator[Marks]:
         task_encoder=Encoder(),
         repeat=False,
     )
-    return batches(get_loader(data))
+    return iterate_batches(get_loader(data))
 
 
-class ByNumber(Dataset):
-    """The images of our shards."""
+class ShardImages(Dataset):
+    """Images of our shards by number."""
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
@@ -429,20 +458,20 @@ class ByNumber(Dataset):
         return len(self.shards)
 
     def __getitems__(self, numbers: list[int]) -> list[torch.Tensor]:
-        """A batch at once, as torch asks for it where it can."""
-        return [tensor(sample.image) for sample in self.shards.read_samples(numbers)]
+        """Load a batch in one call; torch prefers this method to `__getitem__`."""
+        return [load_tensor(sample.image) for sample in self.shards.read_samples(numbers)]
 
 
-def torchdata(root: Path) -> Iterator[Marks]:
+def iterate_torchdata(root: Path) -> Iterator[Checksums]:
     from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-not-found]
 
-    data = ByNumber(Shards(root / "shards"))
-    return batches(StatefulDataLoader(data, INGEST_BATCH, shuffle=True, num_workers=INGEST_WORKERS))
+    data = ShardImages(Shards(root / "shards"))
+    return iterate_batches(StatefulDataLoader(data, INGEST_BATCH, shuffle=True, num_workers=INGEST_WORKERS))
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """A Ray of its own with WORKERS cores, quiet, its files among the temporary ones."""
+def open_ray_session() -> Iterator[None]:
+    """Start a quiet, private Ray with INGEST_WORKERS CPUs and its files in the temporary folder."""
     ray.init(
         address="local",
         num_cpus=INGEST_WORKERS,
@@ -450,7 +479,7 @@ def ray_session() -> Iterator[None]:
         logging_level=logging.ERROR,
         log_to_driver=False,
         _temp_dir=tempfile.gettempdir(),
-        _system_config={"worker_niceness": 0},  # like the workers of the other loaders; Ray's own default is 15
+        _system_config={"worker_niceness": 0},  # as for the workers of the other loaders; Ray's default is 15
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -460,28 +489,32 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
-def ray_data(root: Path) -> Iterator[Marks]:
-    with ray_session():
-        ray.data.DataContext.get_current().target_max_block_size = 16 * 2**20  # a first batch before a shard's last
+def iterate_ray_data(root: Path) -> Iterator[Checksums]:
+    with open_ray_session():
+        ray.data.DataContext.get_current().target_max_block_size = (
+            16 * 2**20
+        )  # the first batch before the end of a shard
         paths = [str(path) for path in (root / "shards").glob("*.tar")]
         data = ray.data.read_webdataset(
             paths,
             decoder=None,
             suffixes=["jpg"],
             shuffle="files",
-            override_num_blocks=len(paths),  # or pixels were made in tasks of their own, after the files are split
+            override_num_blocks=len(paths),  # otherwise Ray splits the files, and other tasks make the pixels
         )
-        data = data.map_batches(_pixels, batch_size=INGEST_BATCH)
+        data = data.map_batches(_load_pixels, batch_size=INGEST_BATCH)
         for batch in data.iter_batches(batch_size=INGEST_BATCH, prefetch_batches=2):
-            yield marks(batch["pixels"])
+            yield compute_checksums(batch["pixels"])
 
 
-def _pixels(rows: Batch) -> Batch:
+def _load_pixels(rows: Batch) -> Batch:
     return {"pixels": np.stack([load_pixels(image, INGEST_SIZE, "pad") for image in rows["jpg"]])}
 
 
-def redux(root: Path, passes: int, way: ImageBackend = "exact", folder: str = "shards") -> Iterator[Marks]:
-    """Epochs of the shards as the only worker of a training takes them, images without texts as for the others."""
+def iterate_redux(
+    root: Path, passes: int, backend: ImageBackend = "exact", folder: str = "shards"
+) -> Iterator[Checksums]:
+    """Iterate over epochs of the shards as the only training worker does; like the others, with images alone."""
     shards = Shards(root / folder)
     reader = Reader(
         sources={"photos": shards},
@@ -490,29 +523,29 @@ def redux(root: Path, passes: int, way: ImageBackend = "exact", folder: str = "s
         image_size=INGEST_SIZE,
         tokenizer=root / "tokenizer",
         encode=lambda tokenizer, sample: {"input_ids": np.zeros(1, np.int64)},
-        image_backend=way,
+        image_backend=backend,
     )
     train_word_tokenizer(["photo"], 32).save_pretrained(reader.tokenizer)
-    with ray_session():
+    with open_ray_session():
         data = make_dataset(reader, 0, passes * len(shards) // INGEST_BATCH, workers=1)
         data.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
         [shard] = data.streaming_split(1, equal=True)
         for batch in iterate_micro_batches(shard.iter_batches(batch_size=None, prefetch_batches=2)):
-            yield marks(batch["pixel_values"].transpose(0, 3, 1, 2))
+            yield compute_checksums(batch["pixel_values"].transpose(0, 3, 1, 2))
 
 
-INGEST_WAYS: dict[str, Callable[[Path], Iterator[Marks]]] = {
-    "bare": partial(bare, way="exact"),
-    "bare-fast": partial(bare, way="fast"),
-    "webdataset": webdataset,
-    "litdata": litdata,
-    "mosaicml": mosaicml,
-    "energon": energon,
-    "torchdata": torchdata,
-    "ray": ray_data,
-    "redux-exact": partial(redux, passes=PASSES["redux-exact"]),
-    "redux-fast": partial(redux, passes=PASSES["redux-fast"], way="fast"),
-    "redux-prepared": partial(redux, passes=PASSES["redux-prepared"], folder="squares"),
+INGEST_VARIANTS: dict[str, Callable[[Path], Iterator[Checksums]]] = {
+    "bare": partial(iterate_bare, backend="exact"),
+    "bare-fast": partial(iterate_bare, backend="fast"),
+    "webdataset": iterate_webdataset,
+    "litdata": iterate_litdata,
+    "mosaicml": iterate_mosaicml,
+    "energon": iterate_energon,
+    "torchdata": iterate_torchdata,
+    "ray": iterate_ray_data,
+    "redux-exact": partial(iterate_redux, passes=PASSES["redux-exact"]),
+    "redux-fast": partial(iterate_redux, passes=PASSES["redux-fast"], backend="fast"),
+    "redux-prepared": partial(iterate_redux, passes=PASSES["redux-prepared"], folder="squares"),
 }
 
 

@@ -1,10 +1,10 @@
-"""Peak memory and time of one layer's attention with CMAI, against the version that holds a map of every head.
+"""Measure peak memory and time of one layer's attention with CMAI, against a version that holds a map of every head.
 
     python jobs/bench/inhibition.py
 
-LLaVA-1.5-7B's shape by default: 32 heads of 128, 576 image tokens and 512 text tokens, float32.  Each way runs in a
-process of its own; its peak is how far the process grew beyond its inputs (CUDA: what torch allocated).  The result is
-printed and added to inhibition.jsonl beside this file; ratios within one run are what can be compared.
+LLaVA-1.5-7B's shape by default: 32 heads of 128, 576 image tokens and 512 text tokens, float32.  Each variant runs in a
+new process; its peak is the growth of the process beyond its inputs (CUDA: the memory that torch allocated).  The
+script prints the result and appends it to inhibition.jsonl; only ratios within one run can be compared.
 """
 
 import argparse
@@ -13,10 +13,10 @@ import statistics
 import time
 from pathlib import Path
 
-from jobs.bench.record import append, each
+from jobs.bench.record import append_record, measure_variants
 
-INHIBITION_WAYS = ("plain", "eager", "weights", "scores")
-"""Attention without CMAI; with it on maps of all heads; and redux.cmai by its two kinds of score."""
+INHIBITION_VARIANTS = ("plain", "eager", "weights", "scores")
+"""Attention without CMAI, with CMAI on maps of all heads, and redux.cmai with its two kinds of score."""
 
 
 def main() -> None:
@@ -24,20 +24,23 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--image", type=int, default=576, help="image tokens, default: %(default)s")
     parser.add_argument("--text", type=int, default=512, help="text tokens, default: %(default)s")
-    parser.add_argument("--way", choices=INHIBITION_WAYS, help="measure one way in this process and print it")
+    parser.add_argument(
+        "--variant", choices=INHIBITION_VARIANTS, help="measure only this one, in this process, and print it"
+    )
     arguments = parser.parse_args()
-    if arguments.way:
-        print(json.dumps(measure(arguments.way, arguments.heads, arguments.image, arguments.text)))
+    if arguments.variant:
+        print(json.dumps(measure(arguments.variant, arguments.heads, arguments.image, arguments.text)))
         return
-    sizes, ways = {"heads": arguments.heads, "image": arguments.image, "text": arguments.text}, {}
-    for way, told in each(__file__, INHIBITION_WAYS, **sizes):
-        ways[way] = told
-        print(f"{way:8} {told['peak_mib']:8.0f} MiB {told['seconds'] * 1e3:8.0f} ms", flush=True)
-    append(__file__, **sizes, ways=ways)
+    sizes = {"heads": arguments.heads, "image": arguments.image, "text": arguments.text}
+    results = {}
+    for variant, measured in measure_variants(__file__, INHIBITION_VARIANTS, **sizes):
+        results[variant] = measured
+        print(f"{variant:8} {measured['peak_mib']:8.0f} MiB {measured['seconds'] * 1e3:8.0f} ms", flush=True)
+    append_record(__file__, **sizes, variants=results)
 
 
-def measure(way: str, heads: int, image: int, text: int, repeats: int = 5) -> dict[str, float | str]:
-    """Peak of the memory in MiB, median time in seconds, and the device."""
+def measure(variant: str, heads: int, image: int, text: int, repeats: int = 5) -> dict[str, float | str]:
+    """Measure the peak of memory in MiB and the median time in seconds; returns both and the device."""
     import torch
     from torch import nn
 
@@ -53,29 +56,28 @@ def measure(way: str, heads: int, image: int, text: int, repeats: int = 5) -> di
     layer.layer_idx, layer.num_key_value_groups, layer.is_causal = 1, 1, True  # type: ignore[assignment]
 
     def run() -> object:
-        if way == "eager":
-            return eager(query, key, value, visible, image, ratio=0.6)
-        cmai = None if way == "plain" else CMAI(scores="scores" if way == "scores" else "weights")
+        if variant == "eager":
+            return attend_with_all_maps(query, key, value, visible, image, ratio=0.6)
+        cmai = None if variant == "plain" else CMAI(scores="scores" if variant == "scores" else "weights")
         inhibition = Inhibition.for_forward(cmai, 2, is_image, None, training=False) if cmai else None
         return inhibited_attention(layer, query, key, value, visible, inhibition)
 
     times = []
     with torch.no_grad():
-        torch.nn.functional.scaled_dot_product_attention(
-            query[:, :1], key[:, :1], value[:, :1]
-        )  # what torch loads once
-        before = _now(device)
+        # a first call, so that libraries which torch loads at first use are not part of the peak
+        torch.nn.functional.scaled_dot_product_attention(query[:, :1], key[:, :1], value[:, :1])
+        before = _reset_peak(device)
         for _ in range(repeats):
             start = time.perf_counter()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-    return {"peak_mib": (_peak(device) - before) / 2**20, "seconds": statistics.median(times), "device": device}
+    return {"peak_mib": (_read_peak(device) - before) / 2**20, "seconds": statistics.median(times), "device": device}
 
 
-def eager(query, key, value, visible, image: int, ratio: float):  # type: ignore[no-untyped-def]
-    """CMAI as one would write it first: the weights of all heads, their mean, the mask, and all weights once more."""
+def attend_with_all_maps(query, key, value, visible, image: int, ratio: float):  # type: ignore[no-untyped-def]
+    """Compute CMAI in the simplest way: weights of all heads, their mean, the mask, and all weights again."""
     import torch
 
     scores = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).masked_fill(~visible, -torch.inf)
@@ -88,24 +90,24 @@ def eager(query, key, value, visible, image: int, ratio: float):  # type: ignore
     return scores.softmax(dim=-1) @ value
 
 
-def _now(device: str) -> int:
-    """Bytes in use; the peak is counted from here."""
+def _reset_peak(device: str) -> int:
+    """Reset the peak to the memory in use; returns its bytes."""
     import torch
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is now what is in use
-    return _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # Linux resets VmHWM to VmRSS
+    return _read_status("VmRSS")
 
 
-def _peak(device: str) -> int:
+def _read_peak(device: str) -> int:
     import torch
 
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _read_status("VmHWM")
 
 
-def _status(name: str) -> int:
+def _read_status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 

@@ -1,10 +1,9 @@
-"""Time to make one image's pixels: exact, fast, and from a file prepared before.
+"""Measure the time to make one image's pixels: exact, fast, and from a prepared file.
 
     python jobs/bench/pixels.py
 
-JPEGs of 640 x 480 as a camera might make them, smooth colours with edges and noise, on one core; needs the
-extra `fast`.
-The result is printed and added to pixels.jsonl beside this file; ratios within one run are what can be compared.
+JPEGs of 640 x 480 like those of a camera, smooth colours with edges and noise, on one core; needs the extra `fast`.
+The script prints the result and appends it to pixels.jsonl; only ratios within one run can be compared.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from jobs.bench.record import append
+from jobs.bench.record import append_record
 from redux.image import load_pixels, prepare_image
 from redux.settings import ImageAspectRatio
 
@@ -31,52 +30,53 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=336, help="default: %(default)s")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    files = [photo(seed) for seed in range(arguments.images)]
-    fits = {
+    files = [make_photo(seed) for seed in range(arguments.images)]
+    times_ms = {
         image_aspect_ratio: measure(files, arguments.size, image_aspect_ratio)
         for image_aspect_ratio in get_args(ImageAspectRatio)
     }
-    for image_aspect_ratio, ways in fits.items():
-        print(f"{image_aspect_ratio:5}", *(f"{way} {ms:.2f} ms  " for way, ms in ways.items()))
-    append(
+    for image_aspect_ratio, times in times_ms.items():
+        print(f"{image_aspect_ratio:5}", *(f"{variant} {ms:.2f} ms  " for variant, ms in times.items()))
+    append_record(
         __file__,
         versions={module.__name__: module.__version__ for module in (PIL, simplejpeg, torch)},
         images=arguments.images,
         size=arguments.size,
         jpeg_kb=round(statistics.mean(map(len, files)) / 1e3),
         prepared_kb=round(len(prepare_image(files[0], arguments.size)) / 1e3),
-        ms=fits,
+        ms=times_ms,
     )
 
 
 def measure(files: list[bytes], size: int, image_aspect_ratio: ImageAspectRatio) -> dict[str, float]:
-    """Median time of each way in milliseconds; an image's ways follow each other, so that all see the same machine."""
+    """Measure the median milliseconds of each variant; the variants alternate, so that all see the same load."""
     times: dict[str, list[float]] = {"exact": [], "fast": [], "prepared": []}
-    load_pixels(files[0], size, image_aspect_ratio, "fast")  # what torch loads once
+    load_pixels(files[0], size, image_aspect_ratio, "fast")  # libraries that torch loads at first use
     for image in files:
         square = prepare_image(image, size, image_aspect_ratio)
-        times["exact"].append(_ms(load_pixels, image, size, image_aspect_ratio))
-        times["fast"].append(_ms(load_pixels, image, size, image_aspect_ratio, "fast"))
-        times["prepared"].append(_ms(load_pixels, square, size, image_aspect_ratio))
-    return {way: round(statistics.median(each), 3) for way, each in times.items()}
+        times["exact"].append(_time_ms(load_pixels, image, size, image_aspect_ratio))
+        times["fast"].append(_time_ms(load_pixels, image, size, image_aspect_ratio, "fast"))
+        times["prepared"].append(_time_ms(load_pixels, square, size, image_aspect_ratio))
+    return {variant: round(statistics.median(values), 3) for variant, values in times.items()}
 
 
-def photo(seed: int, width: int = 640, height: int = 480) -> bytes:
-    chance = np.random.default_rng(seed)
-    colours = Image.fromarray(chance.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8))
+def make_photo(seed: int, width: int = 640, height: int = 480) -> bytes:
+    """Make a JPEG of smooth colours with discs and noise."""
+    rng = np.random.default_rng(seed)
+    colours = Image.fromarray(rng.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8))
     picture = np.array(colours.resize((width, height), Image.Resampling.BICUBIC), dtype=float)
     y, x = np.ogrid[:height, :width]
     for _ in range(20):
-        disc = np.hypot(x - chance.uniform(0, width), y - chance.uniform(0, height)) < chance.uniform(20, 120)
-        picture[disc] = picture[disc] / 2 + chance.uniform(0, 128, 3)
-    picture += chance.normal(0, 6, picture.shape)
+        disc = np.hypot(x - rng.uniform(0, width), y - rng.uniform(0, height)) < rng.uniform(20, 120)
+        picture[disc] = picture[disc] / 2 + rng.uniform(0, 128, 3)
+    picture += rng.normal(0, 6, picture.shape)
     file = io.BytesIO()
     Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(file, "jpeg", quality=90)
     return file.getvalue()
 
 
-def _ms(function: Callable[..., object], *arguments: object, repeats: int = 3) -> float:
-    """The shortest time: what else the machine does only adds."""
+def _time_ms(function: Callable[..., object], *arguments: object, repeats: int = 3) -> float:
+    """Measure the shortest of several times, as other load only adds to a time."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

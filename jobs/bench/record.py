@@ -10,17 +10,26 @@ from pathlib import Path
 from typing import Any
 
 
-def each(script: str, ways: Iterable[str], **options: int | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(way, what the script called with `--way way --option value` prints as its last line, JSON)."""
-    given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    for way in ways:
-        command = [sys.executable, script, "--way", way, *given]
-        told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-        yield way, json.loads(told.splitlines()[-1])
+def measure_variants(
+    script: str, variants: Iterable[str], **options: int | Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run a script once per variant, each time in a new process, and yield (variant, measured values).
+
+    Args:
+        script: path of the script. Its last line of output is an object of JSON.
+        variants: values of its option --variant.
+        options: values of its other options.
+    """
+    arguments = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    for variant in variants:
+        # a process of its own: imports and the peak memory of one variant must not count for another
+        command = [sys.executable, script, "--variant", variant, *arguments]
+        output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+        yield variant, json.loads(output.splitlines()[-1])
 
 
-def append(script: str, **measured: Any) -> None:
-    """Add a line, with date and machine, to the .jsonl file of the script's name."""
+def append_record(script: str, **measured: Any) -> None:
+    """Append a line, with date and machine, to the .jsonl file next to the script."""
     line = {"date": datetime.date.today().isoformat(), "machine": platform.machine(), **measured}
     with Path(script).with_suffix(".jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")

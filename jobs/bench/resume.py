@@ -1,9 +1,10 @@
-"""Time to the first batch of an epoch, from its start and from 95 % of it, and the bytes of the shards read for it.
+"""Measure the time to the first batch at the start and at 95 % of an epoch, and the bytes of shards read for it.
 
     python jobs/bench/resume.py
 
-Squares of 336 pixels, prepared, with texts of one word; each reading starts Ray Data anew, in turn from either place,
-with two training workers who take one batch each.  The result is printed and added to resume.jsonl beside this file.
+Prepared squares of 336 pixels with texts of two words.  Each measurement starts Ray Data again, alternately at both
+positions, with two training workers that take one batch each.  The script prints the result and appends it to
+resume.jsonl.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import ray
 import ray.data
 from PIL import Image
 
-from jobs.bench.record import append
+from jobs.bench.record import append_record
 from pipelines.core import cluster, storage
 from pipelines.core.storage import read_ranges
 from pipelines.data.ingest import Reader, iterate_micro_batches, make_conversation_encoder, make_dataset
@@ -41,37 +42,45 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     arguments = parser.parse_args()
     steps = arguments.samples // (RESUME_BATCH * RESUME_WORKERS)
-    places = {"start": 0, "95 %": int(0.95 * steps)}
-    seconds: dict[str, list[float]] = {name: [] for name in places}
+    first_steps = {"start": 0, "95 %": int(0.95 * steps)}
+    seconds: dict[str, list[float]] = {name: [] for name in first_steps}
     with tempfile.TemporaryDirectory() as folder, cluster.open_session():
-        reader = small(Path(folder), arguments.samples)
-        first(reader, 0, steps)  # what is loaded once
+        reader = build_reader(Path(folder), arguments.samples)
+        # a first measurement is dropped: it includes imports and the start of worker processes
+        time_first_batch(reader, 0, steps)
         for _ in range(arguments.repeats):
-            for name, place in places.items():
-                seconds[name].append(first(reader, place, steps))
-        read = {name: bytes_read(reader, place) for name, place in places.items()}
+            for name, step in first_steps.items():
+                seconds[name].append(time_first_batch(reader, step, steps))
+        bytes_read = {name: count_bytes_read(reader, step) for name, step in first_steps.items()}
     medians = {name: round(statistics.median(values), 2) for name, values in seconds.items()}
     for name, median in medians.items():
-        print(f"{name:6} {median:6.2f} s to the first batch, {read[name]} bytes of the shards in it")
-    append(
+        print(f"{name:6} {median:6.2f} s to the first batch, {bytes_read[name]} bytes of the shards in it")
+    append_record(
         __file__,
         versions={"ray": ray.__version__},
         samples=arguments.samples,
         first_batch_s=medians,
         readings_s={name: [round(value, 2) for value in values] for name, values in seconds.items()},
         ratio=round(medians["95 %"] / medians["start"], 3),
-        bytes=read,
+        bytes=bytes_read,
     )
 
 
-def small(folder: Path, samples: int) -> Reader:
-    """A set whose samples are all of one size on disk: noise, made into squares."""
+def build_reader(folder: Path, samples: int) -> Reader:
+    """Build a reader of a set of noise, whose samples all have the same size on disk."""
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)).save(file, "png")
     (folder / "noise.png").write_bytes(file.getvalue())
     records = [
-        {"id": f"{n:06d}", "image": "noise.png", "conversations": [{"from": "human", "value": IMAGE_TOKEN}, said(n)]}
-        for n in range(samples)
+        {
+            "id": f"{number:06d}",
+            "image": "noise.png",
+            "conversations": [
+                {"from": "human", "value": IMAGE_TOKEN},
+                {"from": "gpt", "value": f"photo {number:06d}"},
+            ],
+        }
+        for number in range(samples)
     ]
     make_shards(
         records, str(folder), str(folder / "shards"), ShardOptions(samples_per_shard=200, image_size=RESUME_SIZE)
@@ -87,38 +96,34 @@ def small(folder: Path, samples: int) -> Reader:
     )
 
 
-def said(number: int) -> dict[str, str]:
-    return {"from": "gpt", "value": f"photo {number:06d}"}
-
-
-def first(reader: Reader, step: int, steps: int) -> float:
-    """Seconds until every worker has its first micro-batch of that step."""
+def time_first_batch(reader: Reader, step: int, steps: int) -> float:
+    """Measure the seconds until every worker has its first micro-batch of a step."""
     start = time.perf_counter()
     data = make_dataset(reader, step * RESUME_WORKERS, steps * RESUME_WORKERS, RESUME_WORKERS)
     data.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     with ThreadPoolExecutor(RESUME_WORKERS) as pool:
-        numbers = list(pool.map(number, data.streaming_split(RESUME_WORKERS, equal=True)))
+        numbers = list(pool.map(read_number, data.streaming_split(RESUME_WORKERS, equal=True)))
     if sorted(numbers) != [step * RESUME_WORKERS + rank for rank in range(RESUME_WORKERS)]:
-        raise RuntimeError(f"step {step}: got micro-batches {numbers}")
+        raise RuntimeError(f"step {step}: got micro-batches {numbers}, allowed: one per worker, from this step")
     return time.perf_counter() - start
 
 
-def number(shard: Any) -> int:
+def read_number(shard: Any) -> int:
     return int(next(iterate_micro_batches(shard.iter_batches(batch_size=None)))["number"])
 
 
-def bytes_read(reader: Reader, step: int) -> int:
-    """Asked of the storage for one global batch."""
-    asked: list[storage.ByteRange] = []
+def count_bytes_read(reader: Reader, step: int) -> int:
+    """Count the bytes that a global batch requests from the storage."""
+    requested: list[storage.ByteRange] = []
 
-    def counted(ranges: Sequence[storage.ByteRange]) -> list[bytes]:
-        asked.extend(ranges)
+    def read_and_record(ranges: Sequence[storage.ByteRange]) -> list[bytes]:
+        requested.extend(ranges)
         return read_ranges(ranges)
 
-    with patch.object(storage, "read_ranges", counted):
+    with patch.object(storage, "read_ranges", read_and_record):
         for rank in range(RESUME_WORKERS):
             reader(step * RESUME_WORKERS + rank)
-    return sum(stop - start for _, start, stop in asked)
+    return sum(stop - start for _, start, stop in requested)
 
 
 if __name__ == "__main__":

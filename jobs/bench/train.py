@@ -1,4 +1,4 @@
-"""Cost per step of Ray and checkpoints, cost of a fault, and the goodput that follows for a large run.
+"""Measure the cost per step of Ray and checkpoints and the cost of a fault; compute the goodput of a large run.
 
     python jobs/bench/train.py
 
@@ -24,12 +24,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.bench.record import append
+from jobs.bench.record import append_record
 
 if TYPE_CHECKING:
     from pipelines.training.engine import DeepSpeedEngineProtocol
     from pipelines.training.hooks import Hook
     from pipelines.training.plan import StagePlan
+    from redux.settings import TemplateName
 
 BENCH_STEPS = 60
 """Steps of a run."""
@@ -42,6 +43,9 @@ KILL_STEP = 35
 
 WARMUP_STEPS = 20
 """First steps, which are left out of medians."""
+
+TEMPLATE: "TemplateName" = "vicuna_bare"
+"""Conversation template of the stage."""
 
 NODES = 1000
 """Nodes of the large run."""
@@ -64,12 +68,13 @@ def main() -> None:
     # cluster has ended, so that its processes take no CPU.
     with tempfile.TemporaryDirectory() as folder:
         with cluster.open_session():
+            make_data(Path(folder))
             plan = build_plan(Path(folder))
             driver.train_stage(plan)
             killed_plan = move_run(plan, "killed")
             kill_time_file = killed_plan.run / "killed-at"
             driver.train_stage(killed_plan, [KillWorker(KILL_STEP, kill_time_file)])
-        append(
+        append_record(
             __file__,
             **summarize(
                 measure_steps(plan),
@@ -81,19 +86,15 @@ def main() -> None:
         )
 
 
-def build_plan(folder: Path) -> "StagePlan":
-    """Build the plan of a stage on images and texts of random noise."""
+def make_data(folder: Path) -> None:
+    """Make the set of the stage, 64 images of random noise in shards of 16, and a tokenizer of its words."""
     import numpy as np
     from PIL import Image
 
     from pipelines.data.options import ShardOptions
     from pipelines.data.shard_writer import make_shards
-    from pipelines.training.plan import StagePlan
-    from pipelines.training.stage import Stage
-    from redux.architecture import LanguageSizes, ModelSettings, TowerSizes, count_image_tokens
     from redux.conversation import IMAGE_TOKEN, TEMPLATES, train_word_tokenizer
 
-    # Data: 64 samples in shards of 16, and a tokenizer of their words.
     noise = np.random.default_rng(0)
     records: list[dict[str, Any]] = []
     for number in range(64):
@@ -104,11 +105,18 @@ def build_plan(folder: Path) -> "StagePlan":
         ]
         records.append({"id": str(number), "image": f"{number}.png", "conversations": conversation})
     make_shards(records, str(folder), str(folder / "set"), ShardOptions(samples_per_shard=16))
-    template = TEMPLATES["vicuna_bare"]
+    template = TEMPLATES[TEMPLATE]
     texts = ["".join(piece for piece, _ in template.split_spans(record["conversations"])) for record in records]
     train_word_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
 
-    # A model whose step is long enough to compare, and a stage of all parts.
+
+def build_plan(folder: Path) -> "StagePlan":
+    """Build the plan of a stage that trains all parts, on the data of `make_data` in the folder."""
+    from pipelines.training.plan import StagePlan
+    from pipelines.training.stage import Stage
+    from redux.architecture import LanguageSizes, ModelSettings, TowerSizes, count_image_tokens
+
+    # A model whose step is long enough to compare.
     sizes = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 768}
     model = ModelSettings(
         tower=TowerSizes(image_size=64, patch_size=8, num_hidden_layers=6, **sizes),
@@ -117,7 +125,7 @@ def build_plan(folder: Path) -> "StagePlan":
     stage = Stage(
         objective="language",
         data="set",
-        template="vicuna_bare",
+        template=TEMPLATE,
         steps=BENCH_STEPS,
         global_batch_size=16,
         micro_batch_size=4,
@@ -215,6 +223,20 @@ def train_without_ray(folder: Path) -> None:
         (folder / "bare.json").write_text(json.dumps([after - before for before, after in pairs]))
 
 
+def measure_recovery(killed: list[dict[str, Any]], killed_at: float) -> dict[str, float]:
+    """Return the seconds of each part of a recovery, from the kill to the first step of the new workers."""
+    fault_event = next(event for event in killed if event["event"] == "fault")
+    start = next(event for event in killed if event["event"] == "start" and event["at"] > fault_event["at"])
+    first = next(event for event in killed if event["event"] == "step" and event["at"] > start["at"])
+    entered = start["at"] - start["restore_s"]
+    return {
+        "detection": fault_event["at"] - killed_at,
+        "start": entered - fault_event["at"],
+        "restore": start["restore_s"],
+        "first_batch_and_step": first["at"] - start["at"],
+    }
+
+
 def summarize(
     ray_steps: list[float],
     torchrun_steps: list[float],
@@ -239,17 +261,7 @@ def summarize(
     ]
     stall = statistics.median(stalls)
 
-    # Recovery: from the kill through the detection and the start of new workers to their first step.
-    fault = next(event for event in killed if event["event"] == "fault")
-    start = next(event for event in killed if event["event"] == "start" and event["at"] > fault["at"])
-    first = next(event for event in killed if event["event"] == "step" and event["at"] > start["at"])
-    entered = start["at"] - start["restore_s"]
-    spans = {
-        "detection": fault["at"] - killed_at,
-        "start": entered - fault["at"],
-        "restore": start["restore_s"],
-        "first_batch_and_step": first["at"] - start["at"],
-    }
+    spans = measure_recovery(killed, killed_at)
     recovery = sum(spans.values())
 
     # A fault costs half a checkpoint interval and the recovery; an interval costs one pause. The best interval is that

@@ -43,10 +43,10 @@ def build_pair_parser(form: str) -> Callable[[str], tuple[str, str]]:
     separator = "=" if "=" in form else ":"
 
     def parse_pair(text: str) -> tuple[str, str]:
-        left, _, right = text.rpartition(separator)
-        if not left or not right or (form.endswith("PORT") and not right.isdecimal()):
+        first, _, second = text.rpartition(separator)
+        if not first or not second or (form.endswith("PORT") and not second.isdecimal()):
             raise argparse.ArgumentTypeError(f"got {text}, allowed: {form}")
-        return left, right
+        return first, second
 
     return parse_pair
 

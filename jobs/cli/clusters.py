@@ -29,9 +29,9 @@ def _add_submit(verbs: Any) -> None:
         "submit",
         help="run a job file on an existing Ray cluster",
         description="Check a job file here and run it on a Ray cluster through Ray's Jobs API. The current folder is "
-        "copied to the cluster and deleted after the job. Left out are data, checkpoints, run folders, links, files "
-        "that .gitignore or .rayignore list, and files whose names look like keys or begin with a dot. In a checkout "
-        "of Redux the job runs this code, elsewhere the code that the cluster has. " + TOKEN_HELP,
+        "copied to the cluster. The copy is deleted after the job. These are not copied: data, checkpoints, run "
+        "folders, links, files that .gitignore or .rayignore list, and files whose names look like keys or begin with "
+        "a dot. In a checkout of Redux the job runs this code, elsewhere the code of the cluster. " + TOKEN_HELP,
         epilog=f"example: redux submit {EXAMPLE_JOB} --runs-dir /mnt/redux/runs --retries 3",
     )
     add_job(submit, "a job file, a study or a search")
@@ -39,24 +39,24 @@ def _add_submit(verbs: Any) -> None:
     add = submit.add_argument
     add(
         "--runs-dir", metavar="DIR", default="~/redux/runs",
-        help="the run folder is DIR/NAME on the cluster. Several machines must share it, and it must outlive them "
-        "(default: %(default)s; quote a ~, or the shell replaces it with the home folder of this machine)",
+        help="the run folder is DIR/NAME on the cluster. Use a shared, persistent folder. Quote ~, or the shell "
+        "replaces it with the home folder of this machine (default: %(default)s)",
     )  # fmt: skip
     add(
         "--id", metavar="ID",
-        help="submit at most once: the same id again shows the existing job (default: NAME, then NAME-2, ..., one "
-        "active job at a time)",
+        help="submission id. A second submission with the same id does not start a job, but shows the existing one. "
+        "Default: NAME, then NAME-2, ..., one active job at a time",
     )  # fmt: skip
     add(
         "--env", metavar="NAME", action="append", default=[],
         help="pass this environment variable to the job; repeatable. Anyone with the token of the cluster can read its "
-        "value, so give keys to the cluster itself, as a Secret or a service account",
+        "value. So store keys in the cluster itself, as a Secret or a service account",
     )  # fmt: skip
     add("--wait", action="store_true", help="follow the log; the exit code is that of the job, 130 if it was stopped")
     add(
         "--retries", metavar="N", type=parse_natural, default=0,
-        help="wait, and submit a failed job again up to N times; it resumes from its last checkpoint. A job that was "
-        "stopped, or that ended with exit code 2, is not submitted again",
+        help="wait for the job. Submit a failed job again, up to N times; it resumes from its last checkpoint. A job "
+        "that was stopped, or that ended with exit code 2, is not submitted again",
     )  # fmt: skip
     submit.set_defaults(verb=_submit)
 
@@ -76,43 +76,49 @@ def _submit(arguments: argparse.Namespace) -> int:
 def _add_jobs(verbs: Any) -> None:
     jobs = verbs.add_parser(
         "jobs",
-        help="list, show, follow or stop jobs on a cluster",
-        description="Work with the jobs of a Ray cluster, however they were submitted. " + TOKEN_HELP,
+        help="list, status, logs, stop: work with the jobs of a cluster",
+        description="Work with the jobs of a Ray cluster, also with jobs that another program submitted. " + TOKEN_HELP,
     ).add_subparsers(metavar="ACTION", required=True)
-    listing = jobs.add_parser(
+    list_ = jobs.add_parser(
         "list", help="show a table of all jobs", description="Show all jobs of a cluster, oldest first."
     )
-    listing.set_defaults(verb=_call("listing"))
+    list_.set_defaults(verb=_call("print_jobs"))
     status = jobs.add_parser(
         "status",
         help="show the status of a job",
         description="Show the status of a job in one line. The exit code is that of the job, 130 if it was stopped, "
         "and 0 while it is active.",
     )
-    status.set_defaults(verb=_call("status", "id"))
+    status.set_defaults(verb=_call("print_status", "id"))
     logs = jobs.add_parser("logs", help="show the log of a job", description="Show the log of a job.")
     logs.add_argument(
-        "-f", "--follow", action="store_true", help="until the job ends; the exit code is then that of the job"
+        "-f",
+        "--follow",
+        action="store_true",
+        help="follow the log until the job ends. The exit code is that of the job",
     )
-    logs.set_defaults(verb=_call("logs", "id", "follow"))
+    logs.set_defaults(verb=_call("print_logs", "id", "follow"))
     stop = jobs.add_parser(
         "stop",
         help="stop a job after a checkpoint",
-        description="Stop a job and wait until it has ended. The job gets SIGTERM, writes a checkpoint, and is killed "
-        "15 s after its recovery.grace_s. If it is submitted again, it resumes from there.",
+        description="Stop a job and wait until it has ended. The job gets SIGTERM and writes a checkpoint. It is "
+        "killed after grace_s + 15 seconds (recovery.grace_s). If it is submitted again, it resumes from the "
+        "checkpoint.",
     )
-    stop.set_defaults(verb=_call("stop", "id"))
+    stop.set_defaults(verb=_call("stop_job", "id"))
     for parser in (status, logs, stop):
         parser.add_argument("id", metavar="ID", help="the id that submit and list show")
-    for parser in (listing, status, logs, stop):
+    for parser in (list_, status, logs, stop):
         add_address(parser)
 
 
-def _call(action: str, *names: str) -> Callable[[argparse.Namespace], int]:
+def _call(function: str, *names: str) -> Callable[[argparse.Namespace], int]:
+    """Build a handler that calls a function of jobs.cluster.remote with the address and the named arguments."""
+
     def call(arguments: argparse.Namespace) -> int:
         from jobs.cluster import remote
 
-        code: int = getattr(remote, action)(arguments.address, *(getattr(arguments, name) for name in names))
+        code: int = getattr(remote, function)(arguments.address, *(getattr(arguments, name) for name in names))
         return code
 
     return call
@@ -122,9 +128,9 @@ def _add_manifest(verbs: Any) -> None:
     manifest = verbs.add_parser(
         "manifest",
         help="write a job as a RayJob for Kubernetes",
-        description="Write the Kubernetes objects that run a job with KubeRay (1.5.1 or newer): a ConfigMap with its "
-        "file, a NetworkPolicy that blocks other pods, and a RayJob with GPU workers on spot machines. The RayJob is "
-        "restarted and resumes if its head is lost. The job file decides the number of pods and their grace period.",
+        description="Write the Kubernetes objects that run a job with KubeRay (1.5.1 or newer): a ConfigMap with the "
+        "job file, a NetworkPolicy that blocks other pods, and a RayJob with GPU workers on spot machines. If its head "
+        "is lost, the RayJob restarts and resumes. The job file sets the number of pods and their grace period.",
         epilog="example: redux manifest jobs/recipes/llava-1.5-7b-redux.yaml name=llava-redux "
         "data.sets.mix665k=s3://bucket/mix665k data.sets.llava-pretrain=s3://bucket/llava-pretrain "
         "checkpoints=s3://bucket/checkpoints --image registry/redux:0.1.0 --volume runs:/mnt/redux --out job.k8s.yaml",
@@ -164,25 +170,25 @@ def _add_machines(manifest: argparse.ArgumentParser) -> None:
     add(
         "--spot-label", metavar="KEY=VALUE", type=build_pair_parser("KEY=VALUE"),
         default=("karpenter.sh/capacity-type", "spot"),
-        help="label and taint of spot machines, on which only workers run (default: karpenter.sh/capacity-type=spot; "
+        help="label and taint of spot machines. Only workers run on them (default: karpenter.sh/capacity-type=spot; "
         "GKE: cloud.google.com/gke-spot=true; EKS: eks.amazonaws.com/capacityType=SPOT)",
     )  # fmt: skip
     add(
         "--node-label", metavar="KEY=VALUE", type=build_pair_parser("KEY=VALUE"), action="append", default=[],
         help="further label that worker machines must have, such as the type of GPU; repeatable",
     )  # fmt: skip
-    add("--queue", metavar="NAME", help="queue that starts all pods together when it has room")
+    add("--queue", metavar="NAME", help="queue that starts all pods together when resources are free")
     add(
         "--scheduler", choices=("kueue", "volcano", "yunikorn"), default="kueue",
         help="scheduler of the queue; KubeRay must be configured for volcano and yunikorn (default: %(default)s)",
     )  # fmt: skip
     add(
         "--retries", metavar="N", type=parse_natural, default=3,
-        help="restarts of the whole job (default: %(default)s)",
+        help="number of new Ray clusters after a failure (default: %(default)s)",
     )  # fmt: skip
     add(
         "--deadline", metavar="SECONDS", dest="deadline_s", type=parse_count,
-        help="end the job after this time, without further restarts (default: never)",
+        help="end the job after this time, without further retries (default: never)",
     )  # fmt: skip
 
 
@@ -190,7 +196,7 @@ def _add_network(manifest: argparse.ArgumentParser) -> None:
     add = manifest.add_argument_group("network").add_argument
     add(
         "--redis", metavar="HOST:PORT", type=build_pair_parser("HOST:PORT"),
-        help="store Ray's state in Redis, so that it outlives the head; the driver does not, see --retries",
+        help="store Ray's state in Redis, so that it outlives the head. The driver is still lost, see --retries",
     )  # fmt: skip
     add(
         "--redis-secret", metavar="NAME:KEY", type=build_pair_parser("NAME:KEY"),
@@ -215,10 +221,10 @@ def _manifest(arguments: argparse.Namespace) -> None:
     job, _ = load(arguments)
     if not isinstance(job, schema.Job):
         raise ValueError(f"{arguments.job}: got a study or a search, allowed: a job; redux submit takes all three")
-    place = manifest.KubernetesOptions(
+    options = manifest.KubernetesOptions(
         **{field.name: getattr(arguments, field.name) for field in fields(manifest.KubernetesOptions)}
     )
-    text = manifest.write(job, place)
+    text = manifest.write_manifest(job, options)
     if arguments.out is None:
         print(text, end="")
         return

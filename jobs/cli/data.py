@@ -13,8 +13,8 @@ def add_parsers(verbs: Any) -> None:
     shards = verbs.add_parser(
         "shards",
         help="make, index or verify WebDataset shards",
-        description="Make WebDataset shards from LLaVA's JSON files, index tars from elsewhere, verify shards. Folders "
-        "are local, or any URL that fsspec opens, such as s3://bucket/folder.",
+        description="Make WebDataset shards from LLaVA's JSON files, index tars of another program, verify shards. "
+        "Folders are local, or any URL that fsspec opens, such as s3://bucket/folder.",
     ).add_subparsers(metavar="ACTION", required=True)
     _add_make(shards)
     _add_index(shards)
@@ -26,7 +26,7 @@ def _add_make(shards: Any) -> None:
         "make",
         help="make shards from a JSON file and its images",
         description="Write the records of a JSON file in LLaVA's form, with their images, as shards with an index. "
-        "Records that cannot be used are listed in quarantine.jsonl with a reason. The same command resumes after an "
+        "Rejected records are listed in quarantine.jsonl with a reason. The same command resumes after an "
         "interruption.",
         epilog="example: redux shards make --json llava_v1_5_mix665k.json --images data --out s3://bucket/mix665k "
         "--max-bad-fraction 0.001",
@@ -36,7 +36,7 @@ def _add_make(shards: Any) -> None:
         "--json", metavar="FILE", help="a list of records with id, image (absent for text alone), conversations"
     )
     source.add_argument("--easy-vqa", choices=("train", "test"), help="conversations of easy-VQA instead of a file")
-    make.add_argument("--images", metavar="DIR", default=".", help="folder of the images (default: this folder)")
+    make.add_argument("--images", metavar="DIR", default=".", help="folder of the images (default: current folder)")
     make.add_argument("--out", metavar="URI", required=True, help="folder of the shards")
     make.add_argument(
         "--samples-per-shard",
@@ -45,12 +45,14 @@ def _add_make(shards: Any) -> None:
         default=1000,
         help="records per shard (default: %(default)s)",
     )
-    make.add_argument("--max-words", metavar="N", type=parse_count, help="reject longer records (default: no limit)")
+    make.add_argument(
+        "--max-words", metavar="N", type=parse_count, help="reject records with more words (default: no limit)"
+    )
     make.add_argument(
         "--image-size",
         metavar="N",
         type=parse_count,
-        help="store images as squares of N x N pixels. They load twenty times faster and take 340 kB each for N=336",
+        help="store images as squares of N x N pixels. They decode twenty times faster and take 340 kB each for N=336",
     )
     make.add_argument(
         "--image-aspect-ratio",
@@ -59,7 +61,7 @@ def _add_make(shards: Any) -> None:
         help="how --image-size makes squares (default: %(default)s)",
     )
     _add_max_bad_fraction(make)
-    make.set_defaults(verb=_call("make"))
+    make.set_defaults(verb=_call("make_set"))
 
 
 def _add_max_bad_fraction(parser: argparse.ArgumentParser) -> None:
@@ -68,44 +70,45 @@ def _add_max_bad_fraction(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         type=parse_fraction,
         default=0.0,
-        help="fail if a larger fraction of the records cannot be used (default: %(default)s)",
+        help="fail if a larger fraction of the records is rejected (default: %(default)s)",
     )
 
 
 def _add_index(shards: Any) -> None:
     index = shards.add_parser(
         "index",
-        help="write the index of tars from elsewhere",
+        help="write the index of tars of another program",
         description="Write the index of WebDataset tars that another program made: the samples that WebDataset reads. "
         "A sample needs KEY.json, a record in LLaVA's form, and KEY.jpg (or png, webp, ...) or no image. A key ends at "
-        "the first dot of a file name, and the members of a sample must be adjacent (tar --sort=name). Samples that "
-        "cannot be used are listed in quarantine.jsonl with a reason. Every member is counted as used, ignored or "
-        "refused.",
+        "the first dot of a file name, and the members of a sample must be adjacent (tar --sort=name). Rejected "
+        "samples are listed in quarantine.jsonl with a reason. Every member is counted as used, ignored or rejected.",
         epilog="example: redux shards index s3://bucket/tars",
     )
     _add_max_bad_fraction(index)
     index.add_argument("folder", metavar="URI", help="folder of the tars")
-    index.set_defaults(verb=_call("index"))
+    index.set_defaults(verb=_call("index_set"))
 
 
 def _add_verify(shards: Any) -> None:
     verify = shards.add_parser(
         "verify",
-        help="check shards against their index, and what a run used of them",
-        description="Check shards against their index, byte for byte. With --consumed, check instead with the log of a "
-        "run, consumed.jsonl, that each stage used each sample exactly once per epoch.",
+        help="check shards against their index, or against the samples that a run used",
+        description="Check shards against their index, byte for byte. With --consumed, check instead in "
+        "RUN/consumed.jsonl that each stage used each sample once per epoch.",
         epilog="example: redux shards verify runs/quickstart/shards/captions --consumed runs/quickstart",
     )
     verify.add_argument("--decode", action="store_true", help="also decode every image")
     verify.add_argument("--consumed", metavar="RUN", type=Path, help="folder of a run that trained on the shards")
     verify.add_argument("folder", metavar="URI", help="folder of the shards")
-    verify.set_defaults(verb=_call("verify"))
+    verify.set_defaults(verb=_call("verify_set"))
 
 
-def _call(action: str) -> Callable[[argparse.Namespace], None]:
+def _call(function: str) -> Callable[[argparse.Namespace], None]:
+    """Build a handler that calls a function of jobs.shards."""
+
     def call(arguments: argparse.Namespace) -> None:
         from jobs import shards
 
-        getattr(shards, action)(arguments)
+        getattr(shards, function)(arguments)
 
     return call

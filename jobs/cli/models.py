@@ -20,12 +20,12 @@ def _add_export(verbs: Any) -> None:
         "export",
         help="write a checkpoint as a model folder for from_pretrained",
         description="Write the model at a checkpoint, with tokenizer, chat template and processor, to a folder or URL. "
-        "Weights that the stage trained come from the checkpoint and are verified; the others are those the stage "
-        "started from. LoRA adapters are merged. If RUN is a model folder, its weights are written under "
-        "transformers' names; DDP, torch.compile, PEFT and the LLaVA repository use others.",
+        "Weights that the stage trained come from the checkpoint and are verified. The others are those at the "
+        "start of the stage. LoRA adapters are merged. For a model FOLDER, the weights are written with the names of "
+        "transformers; DDP, torch.compile, PEFT and the LLaVA repository use other names.",
         epilog="example: redux export runs/quickstart --stage pretrain --out pretrained",
     )
-    export.add_argument("run", metavar="RUN", type=Path, help="folder of a run or of a model")
+    export.add_argument("run", metavar="FOLDER", type=Path, help="folder of a run or of a model")
     export.add_argument("--stage", metavar="NAME", help="training stage (default: the last one)")
     export.add_argument("--step", metavar="N", type=parse_count, help="step of the checkpoint (default: the newest)")
     export.add_argument("--out", metavar="URI", required=True, help="folder or URL; it must be empty or missing")
@@ -35,17 +35,17 @@ def _add_export(verbs: Any) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from jobs import export
 
-    url = export.write(arguments.run, arguments.stage, arguments.step, arguments.out)
+    url = export.export_model(arguments.run, arguments.stage, arguments.step, arguments.out)
     print(f"{arguments.out}: the model of {url}")
 
 
 def _add_cost(verbs: Any) -> None:
     cost = verbs.add_parser(
         "cost",
-        help="show image tokens, FLOPs and memory of the paper's configurations",
-        description="Show for each preset of redux.presets: tokens of an image, tokens that each compression stage "
-        "keeps and merges, and FLOPs and KV-cache bytes of a prompt with one image. Everything is computed from the "
-        "configuration; no model runs.",
+        help="show image tokens, FLOPs and KV cache of the paper's configurations",
+        description="Show for each preset of redux.presets: image tokens, tokens kept and clusters of each compression "
+        "stage, and for a prompt with one image the FLOPs, the share of LLaVA's FLOPs and the size of the KV cache. "
+        "Everything is computed from the configuration; no model runs.",
         epilog="example: redux cost default tokens-64 --model runs/quickstart/checkpoints/instruct/model",
     )
     cost.add_argument("presets", metavar="PRESET", nargs="*", help="a name in the table (default: all)")
@@ -69,9 +69,10 @@ def _add_score(verbs: Any) -> None:
         "score",
         help="score a file of answers to a benchmark",
         description="Score answers to a benchmark as its official scorer does, and print the scores as one line of "
-        "JSON. Answers are in the benchmark's official result format, in LLaVA's format, or lines {id, response}. An "
-        "answer to an unknown question is an error; a missing answer counts as wrong. For instructions, answers are "
-        "lines {instruction_id, kwargs, response}, and a line {strict, loose} is printed for each.",
+        "JSON. Answers are in the benchmark's official result format, in LLaVA's format, or JSON lines with id and "
+        "response. An answer to an unknown question is an error; a missing answer counts as wrong. For instructions, "
+        "answers are JSON lines with instruction_id, kwargs and response, and a line with strict and loose is printed "
+        "for each.",
         epilog="example: redux score vqav2 --answers merge.jsonl "
         "--questions v2_OpenEnded_mscoco_val2014_questions.json v2_mscoco_val2014_annotations.json",
     )
@@ -80,9 +81,7 @@ def _add_score(verbs: Any) -> None:
         "--answers", metavar="FILE", required=True, help="path or URL; a folder for the official format of MME"
     )
     score.add_argument("--questions", metavar="FILE", nargs="+", help="the official files of the benchmark")
-    score.add_argument(
-        "--submission", metavar="OUT", type=Path, help="also write a file for the VQAv2 server, with every question"
-    )
+    score.add_argument("--submission", metavar="OUT", type=Path, help="also write the result file for the VQAv2 server")
     score.set_defaults(verb=_score)
 
 
@@ -95,7 +94,7 @@ def _score(arguments: argparse.Namespace) -> None:
 def _add_instructions(verbs: Any) -> None:
     instructions = verbs.add_parser(
         "instructions",
-        help="write the prompts of the sixteen instruction tasks to a file",
+        help="write the prompts of the sixteen instructions to a file",
         description="Combine each of the sixteen instructions with questions about images, and write one prompt per "
         "line, so that every model answers the same prompts. A job names the file in "
         "evaluate.tasks.instructions.files.",

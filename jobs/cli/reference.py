@@ -21,7 +21,12 @@ def _add_schema(verbs: Any) -> None:
         epilog="example: redux schema job > job.schema.json",
     )
     schema.add_argument(
-        "kind", metavar="KIND", nargs="?", choices=FILE_KINDS, default="job", help="job, study or search"
+        "file_kind",
+        metavar="KIND",
+        nargs="?",
+        choices=FILE_KINDS,
+        default="job",
+        help="job, study or search (default: job)",
     )
     schema.set_defaults(verb=_schema)
 
@@ -29,7 +34,7 @@ def _add_schema(verbs: Any) -> None:
 def _schema(arguments: argparse.Namespace) -> None:
     from jobs import reference
 
-    print(reference.write_json_schema(arguments.kind))
+    print(reference.write_json_schema(arguments.file_kind))
 
 
 def _add_explain(verbs: Any) -> None:

@@ -26,7 +26,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Callable[[Any, Path, bool]
     """
     from jobs import document
 
-    tree = document.plain(arguments.job)
+    tree = document.read_tree(arguments.job)
     if isinstance(tree, dict) and "variants" in tree:
         from jobs import study
 
@@ -55,8 +55,8 @@ def _add_run(verbs: Any) -> None:
         help="run a job file, from images to report",
         description="Run a job file: make shards, train, evaluate, write a report. The file may also be a study "
         "(several jobs that share their first stages) or a search for good settings. The same command resumes an "
-        "interrupted run from its last checkpoint and leaves a finished run unchanged. The command starts a Ray of its "
-        "own, or uses the cluster that the variable RAY_ADDRESS names.",
+        "interrupted run from its last checkpoint and leaves a finished run unchanged. The command starts a private "
+        "Ray, or uses the cluster that the variable RAY_ADDRESS names.",
         epilog=f"example: redux run {EXAMPLE_JOB} seed=1 name=quickstart-1",
     )
     add_job(run, f"a job file, such as {EXAMPLE_JOB}")
@@ -70,7 +70,7 @@ def _add_run(verbs: Any) -> None:
     run.add_argument(
         "--allow-changes",
         action="store_true",
-        help="resume even if the job, its data or its model have changed since the run was started",
+        help="resume although the job, its data or its model have changed since the start of the run",
     )
     run.set_defaults(verb=_run)
 
@@ -81,22 +81,23 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _add_best(verbs: Any) -> None:
-    best = verbs.add_parser(
+    parser = verbs.add_parser(
         "best",
         help="write the best trial of a search as a job file",
-        description="Write the complete job of a search with the settings of one trial. Without TRIAL it takes the "
-        "best trial of a search with one objective, and lists the Pareto front of a search with several.",
+        description="Write SEARCH/best.yaml, the complete job with the settings of a trial, or best-N.yaml for each of "
+        "several trials. With one objective, the default is the best trial. With several objectives, TRIAL is "
+        "required; the error lists the front.",
         epilog="example: redux best runs/laptop 17 && redux run runs/laptop/best.yaml",
     )
-    best.add_argument("search", metavar="SEARCH", type=Path, help="folder of a search")
-    best.add_argument("trials", metavar="TRIAL", nargs="*", type=int, help="number of a trial, as in search.html")
-    best.set_defaults(verb=_best)
+    parser.add_argument("search", metavar="SEARCH", type=Path, help="folder of a search")
+    parser.add_argument("trials", metavar="TRIAL", nargs="*", type=int, help="number of a trial, as in search.html")
+    parser.set_defaults(verb=_write_best)
 
 
-def _best(arguments: argparse.Namespace) -> None:
+def _write_best(arguments: argparse.Namespace) -> None:
     from jobs import search
 
-    for path in search.best(arguments.search, arguments.trials):
+    for path in search.write_best_jobs(arguments.search, arguments.trials):
         print(path)
 
 
@@ -105,8 +106,8 @@ def _add_tables(verbs: Any) -> None:
         "tables",
         help="compare finished runs in the paper's tables",
         description="Print the paper's tables over finished runs as Markdown: scores with 95 % intervals, differences "
-        "to LLaVA, the paper's own numbers, and for each row without a run the command that makes one. The settings of "
-        "a run decide its row. Runs that differ only in their seed share a row.",
+        "to LLaVA, the numbers of the paper, and the command that fills each empty row. The settings of a run decide "
+        "its row. Runs that differ only in their seed share a row.",
         epilog="example: redux tables runs --out tables",
     )
     tables.add_argument(

@@ -1,12 +1,12 @@
 """Write a job as Kubernetes objects for KubeRay, which creates a Ray cluster and starts the job (`redux manifest`).
 
 The objects are a ConfigMap with the resolved job, a NetworkPolicy, and a RayJob that runs `redux run` on the ConfigMap.
-What the job file says is derived, not configured again: workers become pods, recovery.grace_s becomes the grace period
-of a pod. Options hold only what depends on the cluster: its volume, queue and labels.
+Values of the job file are not configured again: workers become pods, and recovery.grace_s becomes the grace period of a
+pod. Options hold only what depends on the cluster: its volume, queue and labels.
 
-A retry is a new Ray cluster with the same job, so results must be stored where it finds them: the run folder on a
-volume that all pods share, checkpoints there or at a URL. Only workers run on spot machines: if the head were lost, the
-driver would be lost with it.
+A retry is a new Ray cluster with the same job, so results must outlive the pods: the run folder is on a volume that
+all pods share, checkpoints are there or at a URL. Only workers run on spot machines: if the head were lost, the driver
+would be lost with it.
 
 This module never contacts a cluster. Fields are those of KubeRay 1.7's RayJob (ray.io/v1); all exist since 1.5.1, the
 first version with token authentication. Secrets are named, never written.
@@ -31,13 +31,13 @@ Tree = dict[str, Any]
 Pair = tuple[str, str]
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")
-"""What KubeRay takes as a RayJob's name (RFC 1035): it appends to it for services, whose names end at 63 characters."""
+"""Names of a RayJob (RFC 1035): KubeRay appends to them, and names of services have at most 63 characters."""
 
 PASSWORD = re.compile(r"(?:([\w.-]+): )?\S*://[^/@\s]*:[^/@\s]+@")
-"""In a line of YAML: its key if it has one, and a URL that says who comes and with which password."""
+"""A URL with a user and a password, in a line of YAML; group 1 is the key of the line, if it has one."""
 
-Shape = tuple[Callable[[str], object], str]
-"""Whether Kubernetes takes a text for something, and what it takes in words."""
+TextRule = tuple[Callable[[str], object], str]
+"""Check of a text as Kubernetes makes it, and the allowed texts in words."""
 
 
 def _is_network(text: str) -> bool:
@@ -48,35 +48,39 @@ def _is_network(text: str) -> bool:
     return True
 
 
-_DNS, _VALUE = r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", r"[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?"
-_ENDS = "at both ends a letter or digit"
-DNS: Shape = re.compile(_DNS).fullmatch, f"up to 253 of a-z, 0-9, - and ., {_ENDS}"
-VALUE: Shape = re.compile(_VALUE).fullmatch, f"up to 63 letters, digits, -, _ and ., {_ENDS}"
-LABEL_KEY: Shape = re.compile(f"({_DNS}/)?{_VALUE}").fullmatch, f"{VALUE[1]}, perhaps behind a domain and a /"
-IMAGE_NAME: Shape = re.compile(r"\w[\w.:/@-]*").fullmatch, "an image's name"
-PORT: Shape = lambda text: 0 < int(text) < 65536, "a port, 1 to 65535"
-NETWORK: Shape = _is_network, "a network such as 10.0.0.0/8"
+_DNS_PATTERN = r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?"
+_VALUE_PATTERN = r"[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?"
+_ENDS_RULE = "a letter or digit at both ends"
+DNS_NAME: TextRule = re.compile(_DNS_PATTERN).fullmatch, f"up to 253 of a-z, 0-9, - and ., {_ENDS_RULE}"
+LABEL_VALUE: TextRule = re.compile(_VALUE_PATTERN).fullmatch, f"up to 63 letters, digits, -, _ and ., {_ENDS_RULE}"
+LABEL_KEY: TextRule = (
+    re.compile(f"({_DNS_PATTERN}/)?{_VALUE_PATTERN}").fullmatch,
+    f"{LABEL_VALUE[1]}, optionally after a domain and a /",
+)
+IMAGE_NAME: TextRule = re.compile(r"\w[\w.:/@-]*").fullmatch, "the name of an image"
+PORT: TextRule = lambda text: 0 < int(text) < 65536, "a port, 1 to 65535"
+NETWORK: TextRule = _is_network, "a network such as 10.0.0.0/8"
 
 RESERVED_DIRS = ("/bin", "/dev", "/etc", "/home", "/lib", "/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var")
-"""Folders of an image and of Ray that a volume would hide or, of /tmp, have all pods share."""
+"""Folders where no volume can be: it would hide files of the image, and all pods would share /tmp."""
 
 JOB_MOUNT = "/etc/redux"
-"""Where a pod finds the job: Kubernetes mounts folders, of a ConfigMap one file for each key."""
+"""Folder in a pod with the file of the job: Kubernetes mounts a ConfigMap as a folder with one file per key."""
 
 LABEL = "redux-job"
-"""On every pod of a job.  KubeRay's own label has the name of the Ray, another one for every retry."""
+"""Label of every pod of a job. KubeRay's label changes with every retry, because it names the Ray cluster."""
 
 USER = 1000
-"""The image's, whose group may write on the volume."""
+"""User id of the image; its group may write to the volume."""
 
 STOP_MARGIN_S = 15
-"""How much longer than the grace a pod has to end."""
+"""Seconds that a pod has to end after the grace period of the job."""
 
-KEPT_S = 600
-"""How long a finished job's pods stay, for their logs."""
+FINISHED_TTL_S = 600
+"""Seconds that the pods of a finished job stay, for their logs."""
 
 IDLE_S = 300
-"""After how long without work the autoscaler takes a worker away: longer than workers take to start again."""
+"""Seconds without work after which the autoscaler removes a worker: longer than a restart of workers."""
 
 SCHEDULERS: dict[str, Callable[[str, str], dict[str, str]]] = {
     "kueue": lambda name, queue: {"kueue.x-k8s.io/queue-name": queue},
@@ -87,7 +91,7 @@ SCHEDULERS: dict[str, Callable[[str, str], dict[str, str]]] = {
         "yunikorn.apache.org/queue": queue,
     },
 }
-"""Labels that have all pods of a job start together or none, by scheduler, for a job's name and a queue."""
+"""Functions from the name of a job and a queue to the labels that start all its pods together, by scheduler."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +113,7 @@ class KubernetesOptions:
         scheduler: scheduler of the queue.
         queue: queue in which the job waits until all its pods fit.
         retries: restarts of the whole job.
-        deadline_s: seconds after which a try ends without another one.
+        deadline_s: seconds after which the job ends without another restart.
         redis: host and port of a Redis in which Ray's state outlives the head.
         redis_secret: Secret and key with the password of Redis.
         egress: networks and ports that pods may reach besides DNS, HTTPS and each other.
@@ -137,142 +141,158 @@ class KubernetesOptions:
     operator_namespace: str
 
     @property
-    def kueue(self) -> bool:
+    def uses_kueue(self) -> bool:
+        """True if Kueue starts the job."""
         return self.queue is not None and self.scheduler == "kueue"
 
 
-def write(job: Job, place: KubernetesOptions) -> str:
-    """Write the manifest as YAML with three documents; ValueError if the job cannot run or resume this way."""
-    _check(job, place)
+def write_manifest(job: Job, options: KubernetesOptions) -> str:
+    """Write the manifest as YAML with three documents.
+
+    Raises:
+        ValueError: Kubernetes would refuse an option, or the job cannot run or resume with these options.
+    """
+    _check_job(job, options)
+    _check_options(options)
+    _check_paths(job, PurePosixPath(options.volume[1]))
     resolved = schema.dump(job)
     _check_passwords(resolved)
-    documents = [_config_map(job.name, resolved), _network_policy(job, place), _ray_job(job, place)]
+    documents = [
+        _build_config_map(job.name, resolved),
+        _build_network_policy(job, options),
+        _build_ray_job(job, options),
+    ]
     return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-# --- what cannot be ---------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check(job: Job, place: KubernetesOptions) -> None:
+def _check_job(job: Job, options: KubernetesOptions) -> None:
+    """Check the name of the job and its numbers of workers and actors."""
     if not NAME.fullmatch(job.name):
-        fit = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).lstrip("-0123456789")[:47].rstrip("-") or "job"
+        suggestion = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).lstrip("-0123456789")[:47].rstrip("-") or "job"
         raise ValueError(
-            f"name: got {job.name}, allowed: up to 47 of a-z, 0-9 and -, of which the first is a letter and the last "
-            f"none but -, such as name={fit}"
+            f"name: got {job.name}, allowed: up to 47 of a-z, 0-9 and -, the first is a letter and the last is not -, "
+            f"such as name={suggestion}"
         )
     if job.worker_range is None:
         raise ValueError(
-            "num_workers: got auto, allowed: a number or a range, such as num_workers=8: pods are made for them"
+            "num_workers: got auto, allowed: a number or a range, such as num_workers=8, as it sets the number of pods"
         )
-    (fewest, most), gpus = job.worker_range, place.gpus_per_worker_pod
+    (fewest, most), gpus = job.worker_range, options.gpus_per_worker_pod
     if fewest % gpus or most % gpus:
         workers = list(job.num_workers) if isinstance(job.num_workers, tuple) else job.num_workers
         raise ValueError(f"num_workers: got {workers}, allowed: multiples of {gpus}, the GPUs of a worker pod")
     if job.evaluate and isinstance(job.evaluate.num_actors, int) and job.evaluate.num_actors > fewest:
         raise ValueError(
             f"evaluate.num_actors: got {job.evaluate.num_actors}, allowed: up to {fewest}, "
-            "the GPUs that are certain to be there"
+            "the GPUs that the job always has"
         )
-    if place.kueue and fewest < most:
-        raise ValueError(f"num_workers: got {[fewest, most]}, allowed: one number, as Kueue sets room aside for all")
-    _check_place(place)
-    _check_folders(job, PurePosixPath(place.volume[1]))
+    if options.uses_kueue and fewest < most:
+        raise ValueError(
+            f"num_workers: got {[fewest, most]}, allowed: one number, as Kueue reserves a fixed number of pods"
+        )
 
 
-def _check_place(place: KubernetesOptions) -> None:
+def _check_options(options: KubernetesOptions) -> None:
     """Check the options; ValueError if Kubernetes would refuse or misread one."""
-    if place.redis_secret and not place.redis:
-        raise ValueError("--redis-secret: got one without --redis, allowed: both")
-    if place.scheduler != "kueue" and not place.queue:
-        raise ValueError(f"--scheduler: got {place.scheduler} without --queue, allowed: both")
-    if place.spot_label[0] in dict(place.node_label):
-        raise ValueError(f"--node-label: got {place.spot_label[0]}, allowed: another key than that of --spot-label")
-    for option, text, (takes, what) in _asked(place):
-        if not takes(text):
-            raise ValueError(f"{option}: got {text or 'nothing'}, allowed: {what}")
+    if options.redis_secret and not options.redis:
+        raise ValueError("--redis-secret: got a secret without --redis, allowed: both")
+    if options.scheduler != "kueue" and not options.queue:
+        raise ValueError(f"--scheduler: got {options.scheduler} without --queue, allowed: both")
+    if options.spot_label[0] in dict(options.node_label):
+        raise ValueError(f"--node-label: got {options.spot_label[0]}, allowed: another key than that of --spot-label")
+    for option, text, (is_allowed, allowed) in _list_texts(options):
+        if not is_allowed(text):
+            raise ValueError(f"{option}: got {text or 'nothing'}, allowed: {allowed}")
 
 
-def _asked(place: KubernetesOptions) -> Iterator[tuple[str, str, Shape]]:
-    """List the options that are set, each with the pattern of its text."""
-    yield "--image", place.image, IMAGE_NAME
-    yield "--volume", place.volume[0], DNS
-    yield "--operator-namespace", place.operator_namespace, DNS
-    if place.service_account is not None:
-        yield "--service-account", place.service_account, DNS
-    if place.secret is not None:
-        yield "--secret", place.secret, DNS
-    if place.queue is not None:
-        yield "--queue", place.queue, VALUE
-    pairs: list[tuple[str, Sequence[Pair | None], tuple[Shape, Shape]]] = [
-        ("--redis", [place.redis], (DNS, PORT)),
-        ("--redis-secret", [place.redis_secret], (DNS, VALUE)),
-        ("--spot-label", [place.spot_label], (LABEL_KEY, VALUE)),
-        ("--node-label", place.node_label, (LABEL_KEY, VALUE)),
-        ("--egress", place.egress, (NETWORK, PORT)),
+def _list_texts(options: KubernetesOptions) -> Iterator[tuple[str, str, TextRule]]:
+    """List the texts of the options that are set: (option, text, rule)."""
+    yield "--image", options.image, IMAGE_NAME
+    yield "--volume", options.volume[0], DNS_NAME
+    yield "--operator-namespace", options.operator_namespace, DNS_NAME
+    if options.service_account is not None:
+        yield "--service-account", options.service_account, DNS_NAME
+    if options.secret is not None:
+        yield "--secret", options.secret, DNS_NAME
+    if options.queue is not None:
+        yield "--queue", options.queue, LABEL_VALUE
+    pairs: list[tuple[str, Sequence[Pair | None], tuple[TextRule, TextRule]]] = [
+        ("--redis", [options.redis], (DNS_NAME, PORT)),
+        ("--redis-secret", [options.redis_secret], (DNS_NAME, LABEL_VALUE)),
+        ("--spot-label", [options.spot_label], (LABEL_KEY, LABEL_VALUE)),
+        ("--node-label", options.node_label, (LABEL_KEY, LABEL_VALUE)),
+        ("--egress", options.egress, (NETWORK, PORT)),
     ]
-    for option, given, shapes in pairs:
-        for pair in filter(None, given):
-            for text, shape in zip(pair, shapes, strict=True):
-                yield option, text, shape
+    for option, values, rules in pairs:
+        for pair in filter(None, values):
+            for text, rule in zip(pair, rules, strict=True):
+                yield option, text, rule
 
 
-def _check_folders(job: Job, volume: PurePosixPath) -> None:
+def _check_paths(job: Job, volume: PurePosixPath) -> None:
     """Check paths; ValueError if the job uses a path of this machine alone, or the volume hides a path of a pod."""
-    taken = [
-        one for one in map(PurePosixPath, RESERVED_DIRS) if volume.is_relative_to(one) or one.is_relative_to(volume)
-    ]
-    if not volume.is_absolute() or ".." in volume.parts or taken:
-        raise ValueError(f"--volume: got {volume}, allowed: a folder of its own, from the root on, such as /mnt/redux")
-    for where, folder in _folders(job):
-        local = folder.removeprefix("file://")
+    reserved = [PurePosixPath(folder) for folder in RESERVED_DIRS]
+    conflicts = [folder for folder in reserved if volume.is_relative_to(folder) or folder.is_relative_to(volume)]
+    if not volume.is_absolute() or ".." in volume.parts or conflicts:
+        raise ValueError(
+            f"--volume: got {volume}, allowed: an absolute path outside system folders, such as /mnt/redux"
+        )
+    for key, url in _list_paths(job):
+        local = url.removeprefix("file://")
         path = PurePosixPath(local)
         if "://" not in local and (".." in path.parts or not path.is_relative_to(volume)):
             raise ValueError(
-                f"{where}: got {folder}, allowed: a URL, or a path in {volume}, which all pods and a retry find again"
+                f"{key}: got {url}, allowed: a URL, or a path in {volume}, which all pods and retries share"
             )
 
 
-def _folders(job: Job) -> Iterator[Pair]:
-    """List the folders and files of a job, with their keys. A model may also be a hub id, which is not listed."""
+def _list_paths(job: Job) -> Iterator[Pair]:
+    """List (key, path or URL) of the folders and files of a job. A hub id of a model is not listed."""
     if job.checkpoints:
         yield "checkpoints", job.checkpoints
     for name, folder in job.data.sets.items():
         yield f"data.sets.{name}", folder
-    for name, make in job.data.make.items():
-        yield f"data.make.{name}.json", make.json
-        if make.images != type(make).images:
-            yield f"data.make.{name}.images", make.images
+    for name, source in job.data.make.items():
+        yield f"data.make.{name}.json", source.json
+        if source.images != type(source).images:
+            yield f"data.make.{name}.images", source.images
     for part in ("tower", "language", "checkpoint"):
-        named = getattr(job.model, part)
-        if isinstance(named, str) and (named.startswith(("/", ".", "~", "file:")) or Path(named).is_dir()):
-            yield f"model.{part}", named
-    for task, asking in job.evaluate.tasks.items() if job.evaluate else ():
-        for file in asking.files:
+        source_model = getattr(job.model, part)
+        # a hub id may look like a relative path; it is a path if it exists here
+        if isinstance(source_model, str) and (
+            source_model.startswith(("/", ".", "~", "file:")) or Path(source_model).is_dir()
+        ):
+            yield f"model.{part}", source_model
+    for task, settings in job.evaluate.tasks.items() if job.evaluate else ():
+        for file in settings.files:
             yield f"evaluate.tasks.{task}.files", file
-        if asking.images:
-            yield f"evaluate.tasks.{task}.images", asking.images
+        if settings.images:
+            yield f"evaluate.tasks.{task}.images", settings.images
 
 
 def _check_passwords(resolved: str) -> None:
     """Check that no URL of the job holds a secret, since others can read the ConfigMap; ValueError otherwise."""
-    if found := PASSWORD.search(resolved):
+    if match := PASSWORD.search(resolved):
         raise ValueError(
-            f"{found[1] or 'the job'}: a URL with a password, allowed: one without, and rights by --service-account"
+            f"{match[1] or 'the job'}: got a URL with a password, allowed: none; --service-account gives rights"
         )
 
 
-# --- the three objects ------------------------------------------------------------------------------------------------
+# --- objects ----------------------------------------------------------------------------------------------------------
 
 
-def _config_map(name: str, resolved: str) -> Tree:
+def _build_config_map(name: str, resolved: str) -> Tree:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"job.yaml": resolved}}
 
 
-def _network_policy(job: Job, place: KubernetesOptions) -> Tree:
-    """Allow traffic among the pods of the job, from the operator to the dashboard, and out to DNS, HTTPS and egress."""
-    own = {"podSelector": {"matchLabels": {LABEL: job.name}}}
+def _build_network_policy(job: Job, options: KubernetesOptions) -> Tree:
+    """Allow traffic among the pods of the job, from the operator to the dashboard, and to DNS, HTTPS and egress."""
+    job_pods = {"podSelector": {"matchLabels": {LABEL: job.name}}}
     operator = {
-        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": place.operator_namespace}},
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": options.operator_namespace}},
         "podSelector": {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}},
     }
     return {
@@ -280,135 +300,140 @@ def _network_policy(job: Job, place: KubernetesOptions) -> Tree:
         "kind": "NetworkPolicy",
         "metadata": {"name": job.name},
         "spec": {
-            **own,
+            **job_pods,
             "policyTypes": ["Ingress", "Egress"],
-            "ingress": [{"from": [own]}, {"from": [operator], "ports": _ports("TCP", 8265)}],
+            "ingress": [{"from": [job_pods]}, {"from": [operator], "ports": _build_ports("TCP", 8265)}],
             "egress": [
-                {"to": [own]},
-                {"ports": [*_ports("UDP", 53), *_ports("TCP", 53)]},
-                # buckets, hubs, and the API server, which the autoscaler asks; some have it at 6443
-                {"ports": _ports("TCP", 443, 6443)},
-                *({"ports": _ports("TCP", int(port))} for _, port in filter(None, [place.redis])),
+                {"to": [job_pods]},
+                {"ports": [*_build_ports("UDP", 53), *_build_ports("TCP", 53)]},
+                # buckets, hubs, and the API server for the autoscaler; on some clusters it has port 6443
+                {"ports": _build_ports("TCP", 443, 6443)},
+                *({"ports": _build_ports("TCP", int(port))} for _, port in filter(None, [options.redis])),
                 *(
-                    {"to": [{"ipBlock": {"cidr": net}}], "ports": _ports("TCP", int(port))}
-                    for net, port in place.egress
+                    {"to": [{"ipBlock": {"cidr": net}}], "ports": _build_ports("TCP", int(port))}
+                    for net, port in options.egress
                 ),
             ],
         },
     }
 
 
-def _ports(protocol: str, *ports: int) -> list[Tree]:
+def _build_ports(protocol: str, *ports: int) -> list[Tree]:
     return [{"protocol": protocol, "port": port} for port in ports]
 
 
-def _ray_job(job: Job, place: KubernetesOptions) -> Tree:
-    into = PurePosixPath(place.volume[1]) / "runs"
-    labels = SCHEDULERS[place.scheduler](job.name, place.queue) if place.queue else {}
+def _build_ray_job(job: Job, options: KubernetesOptions) -> Tree:
+    runs_dir = PurePosixPath(options.volume[1]) / "runs"
+    labels = SCHEDULERS[options.scheduler](job.name, options.queue) if options.queue else {}
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": {"name": job.name, **({"labels": labels} if labels else {})},
-        "spec": _given(
-            suspend=place.kueue or None,  # until Kueue has room for it
-            entrypoint=f"redux run {JOB_MOUNT}/job.yaml --runs-dir {shlex.quote(str(into))}",
+        "spec": _drop_none(
+            suspend=options.uses_kueue or None,  # Kueue sets this to false when the queue has room
+            entrypoint=f"redux run {JOB_MOUNT}/job.yaml --runs-dir {shlex.quote(str(runs_dir))}",
             submissionMode="K8sJobMode",
-            backoffLimit=place.retries,
-            activeDeadlineSeconds=place.deadline_s,
+            backoffLimit=options.retries,
+            activeDeadlineSeconds=options.deadline_s,
             shutdownAfterJobFinishes=True,
-            ttlSecondsAfterFinished=KEPT_S,
-            submitterPodTemplate=_submitter(job, place),
-            rayClusterSpec=_ray_cluster(job, place),
+            ttlSecondsAfterFinished=FINISHED_TTL_S,
+            submitterPodTemplate=_build_submitter(job, options),
+            rayClusterSpec=_build_ray_cluster(job, options),
         ),
     }
 
 
-def _ray_cluster(job: Job, place: KubernetesOptions) -> Tree:
-    assert job.worker_range  # _check has seen to it
+def _build_ray_cluster(job: Job, options: KubernetesOptions) -> Tree:
+    assert job.worker_range  # _check_job refuses None
     fewest, most = job.worker_range
     elastic = fewest < most
-    return _given(
+    return _drop_none(
         rayVersion=importlib.metadata.version("ray"),
         authOptions={"mode": "token"},
         enableInTreeAutoscaling=elastic,
-        autoscalerOptions={"version": "v2", "idleTimeoutSeconds": IDLE_S, "securityContext": _confined()}
+        autoscalerOptions={
+            "version": "v2",
+            "idleTimeoutSeconds": IDLE_S,
+            "securityContext": _build_container_security(),
+        }
         if elastic
         else None,
-        gcsFaultToleranceOptions=_redis(place) if place.redis else None,
+        gcsFaultToleranceOptions=_build_redis(options) if options.redis else None,
         headGroupSpec={
             "serviceType": "ClusterIP",
             "enableIngress": False,
-            "rayStartParams": {"num-cpus": "0"},  # the driver is there, and no task that could crowd it out
-            "template": _head(job, place),
+            "rayStartParams": {"num-cpus": "0"},  # no tasks on the head: they would compete with the driver
+            "template": _build_head(job, options),
         },
         workerGroupSpecs=[
             {
                 "groupName": "gpu",
-                "replicas": fewest // place.gpus_per_worker_pod,
-                "minReplicas": fewest // place.gpus_per_worker_pod,
-                "maxReplicas": most // place.gpus_per_worker_pod,
+                "replicas": fewest // options.gpus_per_worker_pod,
+                "minReplicas": fewest // options.gpus_per_worker_pod,
+                "maxReplicas": most // options.gpus_per_worker_pod,
                 "rayStartParams": {},
-                "template": _worker(job, place),
+                "template": _build_worker(job, options),
             }
         ],
     )
 
 
-def _redis(place: KubernetesOptions) -> Tree:
-    assert place.redis
+def _build_redis(options: KubernetesOptions) -> Tree:
+    assert options.redis
     password = None
-    if place.redis_secret:
-        name, key = place.redis_secret
+    if options.redis_secret:
+        name, key = options.redis_secret
         password = {"valueFrom": {"secretKeyRef": {"name": name, "key": key}}}
-    return _given(redisAddress=":".join(place.redis), redisPassword=password)
+    return _drop_none(redisAddress=":".join(options.redis), redisPassword=password)
 
 
 # --- pods -------------------------------------------------------------------------------------------------------------
 
 
-def _head(job: Job, place: KubernetesOptions) -> Tree:
+def _build_head(job: Job, options: KubernetesOptions) -> Tree:
     """Build the head pod, on any machine that is not labelled as spot."""
-    key, value = place.spot_label
-    other = {"nodeSelectorTerms": [{"matchExpressions": [{"key": key, "operator": "NotIn", "values": [value]}]}]}
+    key, value = options.spot_label
+    not_spot = {"nodeSelectorTerms": [{"matchExpressions": [{"key": key, "operator": "NotIn", "values": [value]}]}]}
     container = {
         "name": "ray-head",
-        **_container(place, cpu=place.head_cpus, memory=f"{place.head_memory}Gi"),
-        # without Ray Client's, which nothing here needs
+        **_build_container(options, cpu=options.head_cpus, memory=f"{options.head_memory}Gi"),
+        # without the port of Ray Client, which is not used
         "ports": [{"containerPort": 6379, "name": "gcs-server"}, {"containerPort": 8265, "name": "dashboard"}],
     }
-    assert job.worker_range  # _check has seen to it
+    assert job.worker_range  # _check_job refuses None
     fewest, most = job.worker_range
-    return _pod(
+    return _build_pod(
         job,
-        place,
+        options,
         container,
         # the autoscaler is a container of this pod and asks Kubernetes for workers
         automountServiceAccountToken=fewest < most,
-        affinity={"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": other}},
+        affinity={"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": not_spot}},
     )
 
 
-def _worker(job: Job, place: KubernetesOptions) -> Tree:
-    key, value = place.spot_label
-    gpus, grace_s = place.gpus_per_worker_pod, job.recovery.grace_s
+def _build_worker(job: Job, options: KubernetesOptions) -> Tree:
+    """Build a worker pod, on spot machines only; Ray restarts lost workers."""
+    key, value = options.spot_label
+    gpus, grace_s = options.gpus_per_worker_pod, job.recovery.grace_s
     container = {
         "name": "ray-worker",
-        **_container(
-            place,
-            cpu=gpus * place.worker_cpus,
-            memory=f"{gpus * place.worker_memory}Gi",
+        **_build_container(
+            options,
+            cpu=gpus * options.worker_cpus,
+            memory=f"{gpus * options.worker_memory}Gi",
             **{"nvidia.com/gpu": gpus},
         ),
-        # on SIGTERM Ray tells the workers of a preemption and keeps them running so long; its own is 30
+        # after SIGTERM, Ray reports a preemption to the workers and keeps them for this time; its default is 30
         "env": [{"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": f"{grace_s:g}"}],
     }
-    return _pod(
+    return _build_pod(
         job,
-        place,
+        options,
         container,
         automountServiceAccountToken=False,
         terminationGracePeriodSeconds=math.ceil(grace_s) + STOP_MARGIN_S,
-        nodeSelector={key: value, **dict(place.node_label)},
+        nodeSelector={key: value, **dict(options.node_label)},
         tolerations=[
             {"key": key, "operator": "Equal", "value": value, "effect": "NoSchedule"},
             {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
@@ -416,33 +441,33 @@ def _worker(job: Job, place: KubernetesOptions) -> Tree:
     )
 
 
-def _submitter(job: Job, place: KubernetesOptions) -> Tree:
+def _build_submitter(job: Job, options: KubernetesOptions) -> Tree:
     """Build the pod that submits the job to the head and follows its log; KubeRay sets its command."""
     container = {
         "name": "ray-job-submitter",
-        "image": place.image,
-        "resources": _resources(cpu=1, memory="1Gi"),
-        "securityContext": _confined(),
+        "image": options.image,
+        "resources": _build_resources(cpu=1, memory="1Gi"),
+        "securityContext": _build_container_security(),
     }
     return {
         "metadata": {"labels": {LABEL: job.name}},
         "spec": {
             "restartPolicy": "Never",
             "automountServiceAccountToken": False,
-            "securityContext": _user(),
+            "securityContext": _build_pod_security(),
             "containers": [container],
         },
     }
 
 
-def _pod(job: Job, place: KubernetesOptions, container: Tree, **spec: Any) -> Tree:
+def _build_pod(job: Job, options: KubernetesOptions, container: Tree, **spec: Any) -> Tree:
     """Build a pod of Ray with the job and the volume, without rights on its machine."""
-    claim, _ = place.volume
+    claim, _ = options.volume
     return {
         "metadata": {"labels": {LABEL: job.name}},
-        "spec": _given(
-            serviceAccountName=place.service_account,
-            securityContext=_user(),
+        "spec": _drop_none(
+            serviceAccountName=options.service_account,
+            securityContext=_build_pod_security(),
             **spec,
             containers=[container],
             volumes=[
@@ -453,25 +478,25 @@ def _pod(job: Job, place: KubernetesOptions, container: Tree, **spec: Any) -> Tr
     }
 
 
-def _container(place: KubernetesOptions, **resources: Any) -> Tree:
-    return _given(
-        image=place.image,
-        resources=_resources(**resources),
-        securityContext=_confined(),
-        envFrom=[{"secretRef": {"name": place.secret}}] if place.secret else None,
+def _build_container(options: KubernetesOptions, **resources: Any) -> Tree:
+    return _drop_none(
+        image=options.image,
+        resources=_build_resources(**resources),
+        securityContext=_build_container_security(),
+        envFrom=[{"secretRef": {"name": options.secret}}] if options.secret else None,
         volumeMounts=[
             {"name": "job", "mountPath": JOB_MOUNT, "readOnly": True},
-            {"name": "shared", "mountPath": place.volume[1]},
+            {"name": "shared", "mountPath": options.volume[1]},
         ],
     )
 
 
-def _resources(**resources: Any) -> Tree:
+def _build_resources(**resources: Any) -> Tree:
     """Request exactly the limits: a pod that exceeds its memory would evict others on the machine."""
     return {"requests": resources, "limits": resources}
 
 
-def _user() -> Tree:
+def _build_pod_security() -> Tree:
     return {
         "runAsNonRoot": True,
         "fsGroup": USER,
@@ -480,11 +505,11 @@ def _user() -> Tree:
     }
 
 
-def _confined() -> Tree:
+def _build_container_security() -> Tree:
     return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
-def _given(**values: Any) -> Tree:
+def _drop_none(**values: Any) -> Tree:
     """Drop keys whose value is None."""
     return {name: value for name, value in values.items() if value is not None}
 
@@ -493,16 +518,17 @@ def _given(**values: Any) -> Tree:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Write texts of several lines as blocks, and quote what some YAML reader takes for a number or a boolean."""
+    """Dumper that writes texts of several lines as blocks, and quotes texts that look like numbers or booleans."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    other = text[:1] in set("+-.0123456789") or text.lower() in ("y", "n")
-    style = "|" if "\n" in text else '"' if other else None
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Go's and YAML 1.1's readers take more texts for numbers and booleans than PyYAML quotes
+    is_ambiguous = text[:1] in set("+-.0123456789") or text.lower() in ("y", "n")
+    style = "|" if "\n" in text else '"' if is_ambiguous else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-_Dumper.add_representer(str, _text)
+_Dumper.add_representer(str, _represent_text)

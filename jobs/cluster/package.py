@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ray._private.runtime_env.packaging import get_excludes_from_ignore_files as ignored_in
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
 MAX_PACKAGE_BYTES = 100 * 2**20
-"""Bytes that Ray's dashboard takes in one upload: ray._private.ray_constants.DASHBOARD_CLIENT_MAX_SIZE."""
+"""Limit of an upload to Ray's dashboard: ray._private.ray_constants.DASHBOARD_CLIENT_MAX_SIZE in Ray 2.60."""
 
 SECRET = re.compile(
     r"""
@@ -33,13 +33,13 @@ SECRET = re.compile(
     """,
     re.VERBOSE,
 )
-"""Names, in lower case, of files and folders that are or may be keys; code may be called so."""
+"""Names, in lower case, of files and folders that may hold keys; Python files may have such names."""
 
 KEY_TEXT = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY|\bA[KS]IA[0-9A-Z]{16}\b|\bhf_\w{34}\b|\bghp_\w{36}\b")
-"""Forms of keys: of TLS, SSH and Google, of AWS, of the Hugging Face hub, of GitHub."""
+"""Texts of keys: of TLS, SSH and Google, of AWS, of the Hugging Face Hub, of GitHub."""
 
 EXCLUDED_DIRS = (
-    ".*",  # .git and the caches of tools; what is secret of them, such as .env, .aws, .ssh and .kube, too
+    ".*",  # .git, caches of tools, and secrets such as .env, .aws, .ssh and .kube
     *("__pycache__", "*.py[co]", "*.egg-info", "node_modules", "*cache"),
     *("*.safetensors", "*.gguf", "*.ckpt", "*.pt", "*.pth", "*.tar", "*.tar.gz", "*.tgz", "*.zip", "*.parquet"),
 )
@@ -58,15 +58,16 @@ EXCLUDED_TOP_DIRS = (
     "venv",
     "env",
 )
-"""The same of folders at the top alone: further down, code may be called so."""
+"""Names of such folders at the top; further down, code may have these names."""
 
-ELSEWHERE = "submitted"
-"""Folder in the package for a job file that the rest of it does not hold."""
+OUTSIDE_FOLDER = "submitted"
+"""Folder in the package for a job file from outside the packaged folder."""
 
-QUIET = logging.getLogger(__name__)
-"""For Ray, which would tell of every .gitignore it finds."""
+SILENT_LOGGER = logging.getLogger(__name__)
+"""Logger for Ray, which logs every .gitignore that it reads."""
 
-Unwanted = Callable[[Path], bool]
+PathPredicate = Callable[[Path], bool]
+"""Function that is true for a path to exclude."""
 
 
 def write_package(folder: Path, job: Path, target: Path) -> str:
@@ -85,60 +86,61 @@ def write_package(folder: Path, job: Path, target: Path) -> str:
     """
     folder, job = folder.resolve(), job.resolve()
     if folder in (Path.home().resolve(), Path(folder.anchor)):
-        raise ValueError(f"{folder}: this folder would be uploaded, allowed: one of code and job files alone")
-    chosen = {path.relative_to(folder).as_posix(): path for path in list_files(folder)}
-    own = job.relative_to(folder).as_posix() if job.is_relative_to(folder) else f"{ELSEWHERE}/{job.name}"
-    chosen[own] = job
-    _check_size(folder, chosen)
+        raise ValueError(f"{folder}: this folder would be uploaded, allowed: a folder with code and job files alone")
+    paths = {path.relative_to(folder).as_posix(): path for path in list_files(folder)}
+    job_name = job.relative_to(folder).as_posix() if job.is_relative_to(folder) else f"{OUTSIDE_FOLDER}/{job.name}"
+    paths[job_name] = job
+    _check_size(folder, paths)
     try:
-        _write(target, chosen)
+        _write_archive(target, paths)
     except OSError as error:
         raise ValueError(f"{error.filename}: cannot be uploaded: {error.strerror}") from None
-    return own
+    return job_name
 
 
-def _write(target: Path, chosen: dict[str, Path]) -> None:
+def _write_archive(target: Path, paths: dict[str, Path]) -> None:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, path in sorted(chosen.items()):
+        for name, path in sorted(paths.items()):
             content = path.read_bytes()
             if KEY_TEXT.search(content):
-                raise ValueError(f"{path}: got a file with a key in it, allowed: none; a .rayignore has it stay here")
-            # without its own time, so that the same content is the same package
+                raise ValueError(f"{path}: got a file with a key in it, allowed: none; a .rayignore can exclude it")
+            # without the time of the file, so that the same content gives the same package
             archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
 
 
 def list_files(folder: Path) -> Iterator[Path]:
     """List the files of a folder that may be packaged, at any depth."""
 
-    def made_here(path: Path) -> bool:
+    def is_excluded_at_top(path: Path) -> bool:
         return path.parent == folder and path.name.lower() in EXCLUDED_TOP_DIRS and path.is_dir()
 
-    yield from _walk(folder, [_unwanted, made_here])
+    yield from _walk(folder, [_is_excluded, is_excluded_at_top])
 
 
-def _walk(folder: Path, unwanted: Sequence[Unwanted]) -> Iterator[Path]:
-    unwanted = [*unwanted, *ignored_in(folder, include_gitignore=True, logger=QUIET)]
+def _walk(folder: Path, predicates: Sequence[PathPredicate]) -> Iterator[Path]:
+    """Yield the files below a folder that no predicate excludes; ignore files of a folder hold for all below it."""
+    predicates = [*predicates, *get_excludes_from_ignore_files(folder, include_gitignore=True, logger=SILENT_LOGGER)]
     for path in sorted(folder.iterdir()):
-        if any(no(path) for no in unwanted):
+        if any(is_excluded(path) for is_excluded in predicates):
             continue
         if path.is_dir():
-            yield from _walk(path, unwanted)
+            yield from _walk(path, predicates)
         elif path.is_file():
             yield path
 
 
-def _unwanted(path: Path) -> bool:
+def _is_excluded(path: Path) -> bool:
+    """Tell if a path is excluded at any depth: a link, a possible secret, or a generated file."""
     name = path.name.lower()
     return path.is_symlink() or bool(SECRET.fullmatch(name)) or any(fnmatch(name, pattern) for pattern in EXCLUDED_DIRS)
 
 
-def _check_size(folder: Path, chosen: dict[str, Path]) -> None:
-    sizes = {name: path.stat().st_size for name, path in chosen.items()}
+def _check_size(folder: Path, paths: dict[str, Path]) -> None:
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
     if (total := sum(sizes.values())) >= MAX_PACKAGE_BYTES:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-        told = ", ".join(f"{name} ({sizes[name] / 2**20:.0f} MiB)" for name in largest)
+        listing = ", ".join(f"{name} ({sizes[name] / 2**20:.0f} MiB)" for name in largest)
         raise ValueError(
             f"{folder}: got {total / 2**20:.0f} MiB to upload, allowed: less than "
-            f"{MAX_PACKAGE_BYTES >> 20}; a .rayignore can name "
-            f"what is to stay, largest are {told}"
+            f"{MAX_PACKAGE_BYTES >> 20}; a .rayignore can exclude files, the largest are {listing}"
         )

@@ -25,29 +25,31 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from jobs.exit_codes import EXIT_INTERRUPTED
 from redux.extras import write_install_command
 
-RUN = "redux_run"
-"""Key in a submission's metadata of the name of its run."""
+RUN_METADATA_KEY = "redux_run"
+"""Key of a job's metadata with the name of its run."""
 
-ADDRESS = "RAY_API_SERVER_ADDRESS"
+ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
+"""Environment variable with the address of a cluster."""
 
-STOP = "RAY_JOB_STOP_WAIT_TIME_S"
-"""The variable from which Ray reads how long a job has after SIGTERM; without it, RAY_STOP_S."""
+STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Environment variable of a job with the seconds that Ray waits between SIGTERM and SIGKILL."""
 
-RAY_STOP_S = 3
+DEFAULT_STOP_WAIT_S = 3
+"""Ray's default of that variable."""
 
-UNKNOWN = "does not exist"
-"""In what Ray answers about a job that it does not know."""
+UNKNOWN_JOB_TEXT = "does not exist"
+"""Text in Ray's response about an unknown job."""
 
-RECONNECTS = 8
-"""How often in a row a lost connection is made again; waits double from 2 s to 30 s, two minutes in all."""
+MAX_RECONNECTS = 8
+"""Attempts in a row to restore a lost connection; waits double from 2 s to 30 s, two minutes in all."""
 
-TOKEN = (
+TOKEN_SOURCES = (
     "RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN, in the file of RAY_AUTH_TOKEN_PATH, or in "
     "~/.ray/auth_token"
 )
 
 
-# --- to a cluster -----------------------------------------------------------------------------------------------------
+# --- connection -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -61,63 +63,69 @@ def connect(address: str) -> Iterator[JobSubmissionClient]:
     _check_address(address)
     for name in ("dashboard_sdk", "job.sdk"):
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
-    os.environ[ADDRESS] = address  # Ray's client takes this, or RAY_ADDRESS, before what it is told
+    os.environ[ADDRESS_VARIABLE] = address  # Ray's client prefers this variable, or RAY_ADDRESS, to its argument
     if address.startswith("http:"):
-        os.environ["no_proxy"] = "*"  # a proxy could read all of it
+        os.environ["no_proxy"] = "*"  # without encryption, a proxy could read the token
     try:
         yield JobSubmissionClient(address)
     except AuthenticationError as error:
-        wrong = "another than its token" if "403" in str(error) or "Authentication failed" in str(error) else "no token"
-        raise ValueError(f"{address}: refused, got {wrong}, allowed: {TOKEN}") from None
+        token = (
+            "another token than that of the cluster"
+            if "403" in str(error) or "Authentication failed" in str(error)
+            else "no token"
+        )
+        raise ValueError(f"{address}: refused, got {token}, allowed: {TOKEN_SOURCES}") from None
     except (OSError, aiohttp.ClientError) as error:
         raise ValueError(
-            f"{address}: no Ray answers here, allowed: where its dashboard does ({_last(error)})"
+            f"{address}: no Ray answers here, allowed: the address of a Ray dashboard ({_extract_last_line(error)})"
         ) from None
-    except RuntimeError as error:  # what the cluster says, perhaps a traceback
+    except RuntimeError as error:  # an error response of the cluster, perhaps with a traceback
         if "No available agent" in str(error):
             raise ValueError(
-                f"{address}: the head's dashboard agent is not there; perhaps another Ray of its machine has the port, "
-                "allowed: ray start --head --dashboard-agent-listen-port with one that is free"
+                f"{address}: the head has no dashboard agent; perhaps another Ray on its machine uses the port, "
+                "allowed: ray start --head --dashboard-agent-listen-port with a free port"
             ) from None
-        raise ValueError(f"{address}: {_last(error)}") from None
+        raise ValueError(f"{address}: {_extract_last_line(error)}") from None
 
 
-def _last(error: Exception) -> str:
+def _extract_last_line(error: Exception) -> str:
+    """Extract the last line of an error, which of a traceback is the message."""
     text = re.sub(r"^Request failed with status code \d+: ", "", str(error).strip().removesuffix("."))
     return (text.strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _check_address(address: str) -> None:
-    """Check an address; ValueError if it is none, or if others could read the token and variables on the way."""
-    wrong = ValueError(f"--address: got {address}, allowed: http://HOST:PORT or https://HOST:PORT")
+    """Check an address; ValueError if it is wrong, or if others could read the token and variables on the network."""
+    malformed = ValueError(f"--address: got {address}, allowed: http://HOST:PORT or https://HOST:PORT")
     try:
         parts = urlsplit(address)
-        places = parts.hostname, parts.port
+        host, port = parts.hostname, parts.port
     except ValueError:
-        raise wrong from None
+        raise malformed from None
     if parts.username or parts.password:
-        raise ValueError(f"--address: got a password in it, allowed: {TOKEN}")
-    if parts.scheme not in ("http", "https") or None in places or parts.path or parts.query or parts.fragment:
-        raise wrong
+        raise ValueError(f"--address: got a password in it, allowed: {TOKEN_SOURCES}")
+    if parts.scheme not in ("http", "https") or None in (host, port) or parts.path or parts.query or parts.fragment:
+        raise malformed
     if parts.scheme == "https":
         return
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(parts.hostname, None)}
+        addresses = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"{address}: no Ray answers here, allowed: where its dashboard does ({error})") from None
-    if any(ipaddress.ip_address(str(one).partition("%")[0]).is_global for one in found):
+        raise ValueError(f"{address}: no Ray answers here, allowed: the address of a Ray dashboard ({error})") from None
+    # an IPv6 address may end with %interface
+    if any(ipaddress.ip_address(str(ip).partition("%")[0]).is_global for ip in addresses):
         raise ValueError(
             f"--address: got {address}, allowed: https, a private network or a tunnel to this machine, as others could "
-            "read the token and what a job is given on their way"
+            "read the token and the variables of a job on the network"
         )
 
 
-# --- what was submitted -----------------------------------------------------------------------------------------------
+# --- jobs -------------------------------------------------------------------------------------------------------------
 
 
 def find_run_name(job: JobDetails) -> str | None:
     """Return the name of the run of a job; None if the job was not submitted by Redux."""
-    return (job.metadata or {}).get(RUN)
+    return (job.metadata or {}).get(RUN_METADATA_KEY)
 
 
 def find_exit_code(job: JobDetails) -> int:
@@ -131,9 +139,9 @@ def find_exit_code(job: JobDetails) -> int:
 
 
 def follow(client: JobSubmissionClient, id: str, write_text: Callable[[str], None]) -> JobDetails:
-    """Print the log of a job until it ends; returns its final status.
+    """Write the log of a job until it ends; returns its final status.
 
-    A lost connection is made again, and lines that were printed are not repeated.
+    A lost connection is restored, and text that was written is not repeated.
     """
     import aiohttp
 
@@ -158,20 +166,21 @@ def follow(client: JobSubmissionClient, id: str, write_text: Callable[[str], Non
                 return job
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
             failures += 1
-            if failures > RECONNECTS or UNKNOWN in str(error):
+            if failures > MAX_RECONNECTS or UNKNOWN_JOB_TEXT in str(error):
                 raise
         time.sleep(min(2**failures, 30))
 
 
 def print_log(text: str) -> None:
+    """Print a piece of a log, which has its own line ends."""
     print(text, end="", flush=True)
 
 
 def report_detached(id: str, address: str) -> int:
     """Tell an interrupted user that the job itself continues; returns the exit code."""
     print(
-        f"redux: {id} goes on without this; redux jobs logs {id} -f shows it, redux jobs stop {id} ends it, both with "
-        f"--address {address}",
+        f"redux: {id} continues on the cluster; redux jobs logs {id} -f shows it, redux jobs stop {id} ends it, both "
+        f"with --address {address}",
         file=sys.stderr,
     )
     return EXIT_INTERRUPTED
@@ -180,25 +189,25 @@ def report_detached(id: str, address: str) -> int:
 # --- redux jobs -------------------------------------------------------------------------------------------------------
 
 
-def listing(address: str) -> int:
+def print_jobs(address: str) -> int:
     """Print the jobs of a cluster as a table, oldest first."""
     with connect(address) as client:
         jobs = [job for job in client.list_jobs() if job.submission_id]
     rows: list[tuple[str, ...]] = [("ID", "NAME", "STATUS", "SINCE", "DURATION", "MESSAGE")]
-    rows += [_row(job) for job in sorted(jobs, key=lambda job: job.start_time or 0)]
+    rows += [_build_row(job) for job in sorted(jobs, key=lambda job: job.start_time or 0)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
 
 
 def _check_id(id: str) -> None:
-    """Check an id; ValueError if it is none, because Ray puts it into a URL unchanged."""
+    """Check the form of an id, because Ray puts it into a URL unchanged."""
     if not re.fullmatch(r"[^\s/?#%]+", id):
-        raise ValueError(f"ID: got {id or 'nothing'}, allowed: one that redux jobs list shows")
+        raise ValueError(f"ID: got {id or 'nothing'}, allowed: an id that redux jobs list shows")
 
 
-def status(address: str, id: str) -> int:
+def print_status(address: str, id: str) -> int:
     """Print the status of a job in one line; returns the exit code of the job."""
     _check_id(id)
     with connect(address) as client:
@@ -207,11 +216,11 @@ def status(address: str, id: str) -> int:
     return find_exit_code(job)
 
 
-def logs(address: str, id: str, to_the_end: bool) -> int:
+def print_logs(address: str, id: str, follow_to_end: bool) -> int:
     """Print the log of a job so far, or until it ends; then returns the exit code of the job."""
     _check_id(id)
     with connect(address) as client:
-        if not to_the_end:
+        if not follow_to_end:
             print_log(client.get_job_logs(id))
             return 0
         try:
@@ -220,19 +229,19 @@ def logs(address: str, id: str, to_the_end: bool) -> int:
             return report_detached(id, address)
 
 
-def stop(address: str, id: str) -> int:
+def stop_job(address: str, id: str) -> int:
     """Stop a job and wait until it has ended."""
     _check_id(id)
     with connect(address) as client:
         job = client.get_job_info(id)
         if not job.status.is_terminal():
-            grace = ((job.runtime_env or {}).get("env_vars") or {}).get(STOP, RAY_STOP_S)
-            print(f"{id} is to stop; for a checkpoint it has up to {grace} s", flush=True)
+            grace = ((job.runtime_env or {}).get("env_vars") or {}).get(STOP_WAIT_VARIABLE, DEFAULT_STOP_WAIT_S)
+            print(f"{id} stops; it has up to {grace} s for a checkpoint", flush=True)
             client.stop_job(id)
             try:
                 job = follow(client, id, lambda text: None)
             except KeyboardInterrupt:
-                print(f"redux: {id} stops without this", file=sys.stderr)
+                print(f"redux: {id} stops in the background", file=sys.stderr)
                 return EXIT_INTERRUPTED
     print(describe_status(job))
     return 0
@@ -240,20 +249,21 @@ def stop(address: str, id: str) -> int:
 
 def describe_status(job: JobDetails) -> str:
     """Describe the status of a job in one line."""
-    id, name, status, since, duration, message = _row(job)
+    id, name, status, since, duration, message = _build_row(job)
     return f"{id} is {status} (run {name}, since {since}, {duration}): {message}"
 
 
-def _row(job: JobDetails) -> tuple[str, ...]:
-    begun = datetime.datetime.fromtimestamp((job.start_time or 0) / 1000).astimezone()
+def _build_row(job: JobDetails) -> tuple[str, ...]:
+    """Build the row of a job: id, name, status, start, duration, message."""
+    started = datetime.datetime.fromtimestamp((job.start_time or 0) / 1000).astimezone()
     ended = datetime.datetime.fromtimestamp(job.end_time / 1000).astimezone() if job.end_time else None
-    lasted = (ended or datetime.datetime.now().astimezone()) - begun
+    duration = (ended or datetime.datetime.now().astimezone()) - started
     return (
         job.submission_id or "-",
         find_run_name(job) or "-",
         str(job.status),
-        begun.strftime("%Y-%m-%d %H:%M"),
-        str(datetime.timedelta(seconds=max(round(lasted.total_seconds()), 0))),
-        # of a failed job, its whole log would follow
+        started.strftime("%Y-%m-%d %H:%M"),
+        str(datetime.timedelta(seconds=max(round(duration.total_seconds()), 0))),
+        # the message of a failed job continues with its log
         (job.message or "-").partition("\n")[0].partition(", last available logs")[0],
     )

@@ -58,7 +58,7 @@ HEAD_POLL_S = 1
 
 HEAD_GONE_MESSAGE = (
     "the head of the cluster at {}:{} is gone; if it does not come back, Ray ends this command within a minute. The "
-    "same command goes on from the last checkpoint"
+    "same command continues from the last checkpoint"
 )
 
 MAX_SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
@@ -342,10 +342,12 @@ def _check_tls(address: str, endpoint: tuple[str, int]) -> None:
         ):
             answered = True
             if not tls.recv(1):  # in TLS 1.3 a server rejects the client's certificate after the handshake
-                raise ConnectionError("it hung up, as on certificates that it does not trust")
+                raise ConnectionError("it closed the connection, as for certificates that it does not trust")
     except OSError as error:
         if uses_tls:
-            raise ValueError(f"RAY_ADDRESS: {address} and RAY_USE_TLS=1 here: {error}, allowed: TLS at both") from None
+            raise ValueError(
+                f"RAY_ADDRESS: {address} and RAY_USE_TLS=1 here: {error}, allowed: TLS on both sides"
+            ) from None
     if answered and not uses_tls:
         raise ValueError(f"RAY_ADDRESS: {address} asks for TLS, allowed: RAY_USE_TLS=1 and the cluster's certificates")
 
@@ -360,7 +362,7 @@ def _check_protocol(address: str, endpoint: tuple[str, int]) -> None:
         answer = connection.makefile("rb").read(9)  # a frame's header: 3 bytes of length, then the type
     if answer[3:4] != HTTP2_SETTINGS_TYPE:
         raise ValueError(
-            f"RAY_ADDRESS: what listens at {address} is not the head of a Ray cluster, allowed: HOST:PORT that "
+            f"RAY_ADDRESS: the server at {address} is not the head of a Ray cluster, allowed: HOST:PORT that "
             "`ray start --head` printed (the port is 6379 if none was chosen)"
         )
 

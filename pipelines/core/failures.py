@@ -125,8 +125,8 @@ def _find_errno(error: BaseException) -> int:
     """Return the errno of a file system's error, or 0. Libraries in Rust put it in the text."""
     if isinstance(error, OSError | ValueError):
         return getattr(error, "errno", None) or 0
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else 0
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else 0
 
 
 def find_cause(error: BaseException) -> BaseException:
@@ -175,22 +175,22 @@ def _parse_trace(trace: str) -> BaseException | None:
     for part in reversed(_CHAIN_SEPARATOR.split(trace)):
         lines = part.strip().splitlines()
         frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
-        rest = lines[frames[-1] + 1 if frames else 1 :]
-        while rest and rest[0].startswith("    "):  # the source line of the frame
-            rest = rest[1:]
-        found = _ERROR_LINE.match("\n".join(rest))
-        if found and not found[1].startswith("ray."):
-            return _rebuild_error(found[1].rpartition(".")[2], (found[2] or "").strip())
+        message = lines[frames[-1] + 1 if frames else 1 :]
+        while message and message[0].startswith("    "):  # the source line of the frame
+            message = message[1:]
+        match = _ERROR_LINE.match("\n".join(message))
+        if match and not match[1].startswith("ray."):
+            return _rebuild_error(match[1].rpartition(".")[2], (match[2] or "").strip())
     return None
 
 
 def _rebuild_error(name: str, text: str) -> BaseException:
     """Make an exception with this class name and text. OSError gets its errno and file name back."""
-    known = getattr(builtins, name, None)
-    if not (isinstance(known, type) and issubclass(known, Exception)):
+    builtin = getattr(builtins, name, None)
+    if not (isinstance(builtin, type) and issubclass(builtin, Exception)):
         return type(name, (Exception,), {})(text)
-    number = re.match(r"\[Errno (\d+)\] ([^:]*)(?:: '(.*)')?", text) if issubclass(known, OSError) else None
-    return OSError(int(number[1]), number[2], number[3]) if number else known(text)
+    number = re.match(r"\[Errno (\d+)\] ([^:]*)(?:: '(.*)')?", text) if issubclass(builtin, OSError) else None
+    return OSError(int(number[1]), number[2], number[3]) if number else builtin(text)
 
 
 def _classify(error: BaseException) -> Kind:

@@ -244,7 +244,7 @@ def list_folders(url: str) -> list[str]:
     return _list_entries(url, "directory")
 
 
-def _list_entries(url: str, kind: str) -> list[str]:
+def _list_entries(url: str, entry_type: str) -> list[str]:
     def attempt(files: Any, path: str, seconds: float) -> list[str]:
         try:
             infos = _call(files, "ls", path, detail=True, seconds=seconds)
@@ -252,7 +252,7 @@ def _list_entries(url: str, kind: str) -> list[str]:
             if _parse_response(error)[0] == "NoSuchBucket":
                 raise
             return []
-        basenames = (posixpath.basename(info["name"].rstrip("/")) for info in infos if info["type"] == kind)
+        basenames = (posixpath.basename(info["name"].rstrip("/")) for info in infos if info["type"] == entry_type)
         return sorted(name for name in basenames if name)
 
     return _run_with_retries(url, attempt)

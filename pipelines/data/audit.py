@@ -68,32 +68,32 @@ def index_tars(folder: str, max_bad_fraction: float = 0.0) -> IndexReport:
         raise ValueError(f"{folder}: an interrupted `redux shards make` is here, allowed: start that again instead")
     # one task per tar; errors are collected, so that the message can count them
     names, notes = _list_tars(folder)
-    found = IndexReport(tars=len(names), notes=notes)
+    report = IndexReport(tars=len(names), notes=notes)
     tables, listed, errors = [], [], []
     for row in _map_tars([{"tar": storage.join(folder, name)} for name in names], _index_tar, "index"):
         if row["error"]:
             errors.append(row["error"])
             continue
         tables.append(ipc.open_file(row["index"]).read_all())
-        report = json.loads(row["report"])
-        listed += report["quarantine"]
-        found.notes += report["notes"]
-        found.members += report["members"]
-        found.refused += report["refused"]
-        found.used += Counter(report["used"])
-        found.ignored += Counter(report["ignored"])
+        tar_report = json.loads(row["report"])
+        listed += tar_report["quarantine"]
+        report.notes += tar_report["notes"]
+        report.members += tar_report["members"]
+        report.refused += tar_report["refused"]
+        report.used += Counter(tar_report["used"])
+        report.ignored += Counter(tar_report["ignored"])
     if errors:
         raise ValueError(errors[0] + (f"; and {len(errors) - 1} more tars" if errors[1:] else ""))
     # the quarantine list comes first: it explains a refusal
-    found.samples = sum(map(len, tables))
-    found.quarantined = Counter(entry["reason"] for entry in listed)
-    if found.members != found.used.total() + found.ignored.total() + found.refused:
-        raise RuntimeError(f"{folder}: {found}: members do not add up")
+    report.samples = sum(map(len, tables))
+    report.quarantined = Counter(entry["reason"] for entry in listed)
+    if report.members != report.used.total() + report.ignored.total() + report.refused:
+        raise RuntimeError(f"{folder}: {report}: members do not add up")
     storage.write(storage.join(folder, QUARANTINE_FILE), "".join(json.dumps(entry) + "\n" for entry in listed).encode())
-    if not found.samples or len(listed) > max_bad_fraction * (found.samples + len(listed)):
-        raise ValueError(_describe_refusal(folder, found, listed, max_bad_fraction))
+    if not report.samples or len(listed) > max_bad_fraction * (report.samples + len(listed)):
+        raise ValueError(_describe_refusal(folder, report, listed, max_bad_fraction))
     write_index(folder, pa.concat_tables(tables))
-    return found
+    return report
 
 
 def _list_tars(folder: str) -> tuple[list[str], list[str]]:
@@ -114,8 +114,8 @@ def _list_tars(folder: str) -> tuple[list[str], list[str]]:
     }
     below = {name: count for name, count in below.items() if count}
     if not any(map(_is_tar, names)):
-        more = f"; folders below have some, each is a set of its own: {', '.join(below)}" if below else ""
-        raise ValueError(f"{folder}: no tars here, allowed: a folder with at least one{more}")
+        hint = f"; folders below have some, each is a separate set: {', '.join(below)}" if below else ""
+        raise ValueError(f"{folder}: no tars here, allowed: a folder with at least one{hint}")
     notes = [
         f"{storage.join(folder, name)}: {count} tars in this folder are not indexed" for name, count in below.items()
     ]
@@ -126,13 +126,13 @@ def _is_tar(name: str) -> bool:
     return name.lower().endswith(".tar")
 
 
-def _describe_refusal(folder: str, found: IndexReport, listed: list[dict[str, Any]], max_bad_fraction: float) -> str:
+def _describe_refusal(folder: str, report: IndexReport, listed: list[dict[str, Any]], max_bad_fraction: float) -> str:
     """Explain in one line why there is no index."""
     if not listed:
-        return f"{folder}: no samples in {found.tars} tars, allowed: at least one"
-    counts = ", ".join(f"{count} {reason}" for reason, count in found.quarantined.items())
+        return f"{folder}: no samples in {report.tars} tars, allowed: at least one"
+    counts = ", ".join(f"{count} {reason}" for reason, count in report.quarantined.items())
     first = listed[0]
-    reasons, advice = set(found.quarantined), ""
+    reasons, advice = set(report.quarantined), ""
     if "members apart" in reasons or ("no record" in reasons and reasons & {"tag without image", "missing image"}):
         advice = (
             "; members of a sample must stand together and share their path up to the first dot, KEY.jpg and KEY.json: "
@@ -144,7 +144,7 @@ def _describe_refusal(folder: str, found: IndexReport, listed: list[dict[str, An
             "file of records, and pack it with the images by `redux shards make`"
         )
     return (
-        f"{folder}: {len(listed)} of {found.samples + len(listed)} samples cannot be used ({counts}; first "
+        f"{folder}: {len(listed)} of {report.samples + len(listed)} samples cannot be used ({counts}; first "
         f"{tars.escape_unprintable(first['key'])} of {first['shard']}: {first['why']}), allowed: {max_bad_fraction:.2%}"
         f"{advice}; {storage.join(folder, QUARANTINE_FILE)} lists them"
     )
@@ -180,8 +180,8 @@ def verify_set(folder: str, decode: bool = False) -> list[str]:
         if _is_tar(name) and name not in rows:
             rows[name] = (0, 0)
     items = [{"tar": name, "first": first, "rows": count} for name, (first, count) in rows.items()]
-    for found in _map_tars(items, _verify_tar, "verify", shards, decode):
-        wrong += found["wrong"]
+    for row in _map_tars(items, _verify_tar, "verify", shards, decode):
+        wrong += row["wrong"]
     return wrong
 
 

@@ -148,8 +148,8 @@ def derive_caption(pairs: QuestionAnswers) -> str:
     Four things determine an attribute: an answer that names it, a question that presupposes it ("what color is the
     circle?"), a "yes" to it, or a "no" to all other values.
     """
-    words = (_derive_attribute(pairs, ANSWER_COLOURS) or "", _derive_attribute(pairs, ANSWER_SHAPES) or "shape")
-    return " ".join(["a", *filter(None, words)])
+    attributes = (_derive_attribute(pairs, ANSWER_COLOURS) or "", _derive_attribute(pairs, ANSWER_SHAPES) or "shape")
+    return " ".join(["a", *filter(None, attributes)])
 
 
 def _derive_attribute(pairs: QuestionAnswers, values: tuple[str, ...]) -> str | None:

@@ -96,14 +96,14 @@ class ImageFolder:
         Returns:
             The paths, and True if an interpretation leads out of the folder.
         """
-        found, leads_out = [], False
+        candidates, leads_out = [], False
         for spelling in dict.fromkeys((path, path.replace("\\", "/"))):
             relative = self._to_relative(spelling)
             leads_out |= not relative
-            found += relative
-        composed = [unicodedata.normalize("NFC", name) for name in found]
-        decomposed = [unicodedata.normalize("NFD", name) for name in found]
-        return list(dict.fromkeys([*found, *composed, *decomposed])), leads_out
+            candidates += relative
+        composed = [unicodedata.normalize("NFC", name) for name in candidates]
+        decomposed = [unicodedata.normalize("NFD", name) for name in candidates]
+        return list(dict.fromkeys([*candidates, *composed, *decomposed])), leads_out
 
     def _to_relative(self, path: str) -> list[str]:
         """List interpretations of a path as relative paths within the folder; [] if all lead out of it."""

@@ -65,8 +65,8 @@ class Reader:
     """Callable that makes micro-batch `number`: slice `number` of the stream of global batches, as arrays.
 
     An unusable sample is replaced by another one of the same source, drawn by (seed, stream position, attempt), and is
-    reported. Unusable are samples with other bytes than indexed, a broken image, or a conversation that does not fit.
-    A store that does not respond is not such a case: that is an error.
+    reported. A sample is unusable if its bytes are not those of the index, its image is broken, or its conversation
+    does not fit. A store that does not respond is an error instead.
 
     Args:
         sources: sets of shards by name, in the order of `order.samples`.
@@ -118,9 +118,9 @@ class Reader:
         rows, replaced = [], []
         used = scheduled.copy()
         num_images = 0
-        for turn, local_copy in enumerate(self._fetch(source, scheduled)):
+        for turn, stored_sample in enumerate(self._fetch(source, scheduled)):
             row, image, entry = self._usable_or_replacement(
-                first + turn, int(source[turn]), int(scheduled[turn]), local_copy
+                first + turn, int(source[turn]), int(scheduled[turn]), stored_sample
             )
             rows.append(row)
             if image is not None:
@@ -161,7 +161,7 @@ class Reader:
             return [None] * len(scheduled)
 
     def _usable_or_replacement(
-        self, position: int, source: int, scheduled: int, local_copy: StoredSample | None
+        self, position: int, source: int, scheduled: int, stored_sample: StoredSample | None
     ) -> tuple[TextRow, UInt8[np.ndarray, "height width 3"] | None, dict[str, Any] | None]:
         """Encode the scheduled sample, or a replacement if it is unusable.
 
@@ -169,7 +169,7 @@ class Reader:
             position: position in the stream.
             source: index of the source.
             scheduled: number of the scheduled sample.
-            local_copy: the scheduled sample; None reads it again, alone.
+            stored_sample: the scheduled sample; None reads it again, alone.
 
         Returns:
             Text columns, image, and the entry of `replaced` or None.
@@ -181,18 +181,17 @@ class Reader:
         used, reason = scheduled, ""
         for attempt in range(1, MAX_SAMPLE_TRIES + 1):
             try:
-                row, image = self._encode(local_copy or shards.read_samples([used])[0], position)
+                row, image = self._encode(stored_sample or shards.read_samples([used])[0], position)
             except ValueError as error:
                 reason = reason or _describe_failure(shards, used, error)
                 # seeded by the position, so that every reader draws the same replacement
                 rng = np.random.default_rng((self.order.seed, position, attempt))
-                used, local_copy = int(rng.integers(len(shards))), None
+                used, stored_sample = int(rng.integers(len(shards))), None
             else:
                 entry = {"set": name, "place": position, "due": scheduled, "used": used, "reason": reason}
                 return row, image, entry if reason else None
         raise ValueError(
-            f"{shards.folder}: sample {scheduled} and {MAX_SAMPLE_TRIES - 1} drawn in its place cannot be used: "
-            f"{reason}"
+            f"{shards.folder}: sample {scheduled} and {MAX_SAMPLE_TRIES - 1} replacements cannot be used: {reason}"
         )
 
     def _encode(
@@ -217,45 +216,45 @@ class Reader:
         return self.encode(_load_tokenizer(self.tokenizer), sample), image
 
 
-def make_dataset(reader: Reader, start: int, stop: int, workers: int, spare: bool = True) -> ray.data.Dataset:
+def make_dataset(reader: Reader, start: int, stop: int, workers: int, leaves_cpus: bool = True) -> ray.data.Dataset:
     """Make a dataset of micro-batches start..stop-1. Iterate it with preserve_order.
 
-    Worker r gets micro-batches start + r, start + r + workers, ... Blocks are dealt to the workers in turn, so block b
-    holds the next few micro-batches of worker b % workers.
+    Worker r gets micro-batches start + r, start + r + workers, ... Blocks are assigned to the workers round-robin, so
+    block b holds the next few micro-batches of worker b % workers.
 
     Args:
         reader: maker of micro-batches.
         start: number of the first micro-batch.
         stop: number after the last one; stop - start is a multiple of workers.
         workers: number of training workers.
-        spare: True if workers leave CPUs to readers.
+        leaves_cpus: True if the workers leave CPUs for readers.
     """
     # micro-batches per block
     samples = max(MAX_BLOCK_SAMPLES, (stop - start) * reader.micro_batch_size // MAX_SMALL_BLOCKS)
     samples = min(samples, MAX_IMAGE_BLOCK_BYTES // (3 * reader.image_size**2 + TEXT_BYTES_PER_SAMPLE))
-    span = max(samples // reader.micro_batch_size, 1)
+    batches_per_block = max(samples // reader.micro_batch_size, 1)
     # a multiple of workers, so that all workers get equally many blocks
-    num_blocks = -(-(stop - start) // (workers * span)) * workers
+    num_blocks = -(-(stop - start) // (workers * batches_per_block)) * workers
     ids = ray.data.from_items([{"id": number} for number in range(num_blocks)], override_num_blocks=num_blocks)
     return ids.map_batches(
         _BlockReader,
-        fn_constructor_args=(reader, start, stop, workers, span),
+        fn_constructor_args=(reader, start, stop, workers, batches_per_block),
         batch_size=None,
-        num_cpus=int(spare),
+        num_cpus=int(leaves_cpus),
         compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=None if spare else workers, max_tasks_in_flight_per_actor=MAX_BLOCKS_IN_FLIGHT
+            min_size=1, max_size=None if leaves_cpus else workers, max_tasks_in_flight_per_actor=MAX_BLOCKS_IN_FLIGHT
         ),
     )
 
 
 def make_streams(
-    reader: Reader, start: int, stop: int, workers: int, spare: bool = True
+    reader: Reader, start: int, stop: int, workers: int, leaves_cpus: bool = True
 ) -> list[ray.data.DataIterator]:
     """Split the dataset into one stream per worker, in order. Arguments as in `make_dataset`.
 
     The caller keeps the first stream alive while workers read: it owns the execution.
     """
-    data = make_dataset(reader, start, stop, workers, spare)
+    data = make_dataset(reader, start, stop, workers, leaves_cpus)
     data.context.execution_options.preserve_order = True
     data.context.enable_progress_bars = False
     return data.streaming_split(workers, equal=True)
@@ -264,13 +263,19 @@ def make_streams(
 class _BlockReader:
     """Actor that maps the number of a block to its micro-batches."""
 
-    def __init__(self, reader: Reader, start: int, stop: int, workers: int, span: int) -> None:
-        self.reader, self.start, self.stop, self.workers, self.span = reader, start, stop, workers, span
+    def __init__(self, reader: Reader, start: int, stop: int, workers: int, batches_per_block: int) -> None:
+        self.reader, self.start, self.stop, self.workers, self.batches_per_block = (
+            reader,
+            start,
+            stop,
+            workers,
+            batches_per_block,
+        )
 
     def __call__(self, rows: Batch) -> dict[str, Any]:
         turn, worker = divmod(int(rows["id"][0]), self.workers)
-        first = self.start + turn * self.span * self.workers + worker
-        stop = min(first + self.span * self.workers, self.stop)
+        first = self.start + turn * self.batches_per_block * self.workers + worker
+        stop = min(first + self.batches_per_block * self.workers, self.stop)
         return self.reader.read_block(range(first, stop, self.workers))
 
 
@@ -282,7 +287,7 @@ def iterate_micro_batches(blocks: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def encode_caption(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> TextRow:
-    """Encode the first answer of a sample for CLIP, as `<s> caption </s>`, truncated to CONTEXT tokens."""
+    """Encode the first answer of a sample for CLIP, as `<s> caption </s>`, truncated to CLIP_MAX_LENGTH tokens."""
     if not sample.image:
         raise ValueError(f"sample {sample.key}: text alone, allowed in a contrastive stage: an image and its caption")
     caption_text = sample.record["conversations"][1]["value"].replace(IMAGE_TOKEN, "")

@@ -16,13 +16,13 @@ class ShardOptions:
     """Settings for turning records into shards.
 
     Args:
-        samples_per_shard: number of records that go into one shard, including those that are rejected. One task holds a
-            whole shard in memory.
+        samples_per_shard: number of records per shard, including rejected records. One task holds a whole shard in
+            memory.
         max_words: reject records with more words. null accepts any length.
         image_size: store images as squares of this many pixels, 3 image_size² bytes each, as redux.image.prepare_image
             makes them. null stores the files unchanged.
         image_aspect_ratio: "pad" or "crop": how stored squares are made.
-        max_bad_fraction: share of the records that may be rejected before the whole set is refused.
+        max_bad_fraction: share of the records that may be rejected. With a larger share no index is written.
     """
 
     samples_per_shard: Annotated[int, Ge(1)] = 1000
@@ -54,8 +54,8 @@ class Data:
         samples_per_shard: number of samples in a shard of these sets.
         sets: other sets: name to folder or URL, as written by `redux shards make`.
         make: sets among these that the job makes before training, and their sources.
-        max_bad_fraction: share of the samples of a stage that may be unreadable and replaced by others before the stage
-            stops.
+        max_bad_fraction: share of the samples of a stage that may be replaced because they cannot be used. A larger
+            share stops the stage.
     """
 
     source: Literal["easy-vqa"] | None = "easy-vqa"

@@ -4,12 +4,15 @@ Each source is an endless stream: the samples of epoch 0 in a seeded order, then
 global batch takes the next few samples of each source. So every sample comes exactly once per epoch of its source,
 every batch is full, the order does not depend on the world size, and a cursor is one integer.
 
-The number of samples per source is found by halving. Over a period of batches the ratio is exact in whole samples. A
-span of batches distributes each source's samples over its two halves, rounded down or up. Hence each batch has
-weight x global_batch_size samples of a source, rounded down or up. The remainder goes to the sources that are furthest
-behind. Therefore the count of a source since the start stays within 1 of the exact ratio for up to three sources. For
-more sources it stayed within 1.1 in all of 3,000 mixtures tried, and above 1 in about one of two hundred. Without
-halving, one would have to count batches from the start, or break one of the two bounds by a whole sample.
+The number of samples of each source in batch i is computed by halving. After a period of batches the ratio is exact in
+whole samples. The period is split into two halves. The first half gets its share of each source's samples, rounded
+down. The samples that it still lacks come from the sources with the largest deficit: the exact count since the start
+minus the count so far. The second half gets the other samples. Then the half with batch i is split, until a single
+batch is left. Hence each batch has weight x global_batch_size samples of a source, rounded down or up.
+
+The count of a source since the start stays within 1 of the exact ratio for up to three sources. For more sources it
+stayed within 1.1 in all of 3,000 mixtures tried, and above 1 in about one of two hundred. Without halving, one would
+have to count batches from the start, or break one of the two bounds by a whole sample.
 
 Cost: about 0.3 microseconds per sample, up to a millisecond more for a mixture, and no memory except the batch. See
 permutation.py and grouping.py for windows and groups.
@@ -170,7 +173,7 @@ def count_source_samples(weights: list[Fraction], global_batch_size: int, number
         half = span // 2
         middle = first + half
         in_half = [count * half // span for count in counts]
-        # the samples that the rounding left over go to the sources that are furthest behind
+        # the samples that rounding leaves over go to the sources with the largest deficit
         deficits = sorted(
             (before[source] + in_half[source] - exact[source] * middle, source)
             for source, count in enumerate(counts)

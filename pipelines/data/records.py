@@ -140,8 +140,8 @@ def _split_list(text: str) -> Iterator[str]:
         depth += (mark in "[{") - (mark in "]}")
         if depth == 1 and mark == "[" and not first:
             first = token.end()
-    if rest := text[first:].strip():
-        yield rest
+    if last := text[first:].strip():
+        yield last
 
 
 def _is_too_deep(value: Any) -> bool:

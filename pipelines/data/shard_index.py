@@ -232,23 +232,23 @@ def _damaged_index(folder: str, reason: object) -> ValueError:
     return ValueError(f"{storage.join(folder, INDEX_FILE)}: not an index of shards, or damaged: {reason}")
 
 
-def read_samples(wanted: Sequence[tuple[Shards, int]]) -> list[StoredSample]:
+def read_samples(requests: Sequence[tuple[Shards, int]]) -> list[StoredSample]:
     """Read samples of several sets in parallel. See `Shards.read_samples`.
 
     Args:
-        wanted: pairs of set and sample number.
+        requests: pairs of set and sample number.
 
     Returns:
-        The samples, in the order of `wanted`.
+        The samples, in the order of `requests`.
     """
     # rows of the index, looked up set by set
     row_of: dict[int, dict[str, Any]] = {}
-    for shards in dict.fromkeys(shards for shards, _ in wanted):
-        positions = [position for position, (other, _) in enumerate(wanted) if other is shards]
-        row_of |= zip(positions, shards.read_rows(wanted[position][1] for position in positions), strict=True)
-    rows = [row_of[position] for position in range(len(wanted))]
+    for shards in dict.fromkeys(shards for shards, _ in requests):
+        positions = [position for position, (other, _) in enumerate(requests) if other is shards]
+        row_of |= zip(positions, shards.read_rows(requests[position][1] for position in positions), strict=True)
+    rows = [row_of[position] for position in range(len(requests))]
     # bytes of all sets together
-    urls = [storage.join(shards.folder, row["shard"]) for (shards, _), row in zip(wanted, rows, strict=True)]
+    urls = [storage.join(shards.folder, row["shard"]) for (shards, _), row in zip(requests, rows, strict=True)]
     ranges = [(url, row["offset"], row["offset"] + row["length"]) for url, row in zip(urls, rows, strict=True)]
     return [_parse_sample(*parts) for parts in zip(rows, storage.read_ranges(ranges), urls, strict=True)]
 

@@ -134,8 +134,8 @@ class Tar:
     @property
     def ignored(self) -> Counter[str]:
         """Number of members that nothing reads, by suffix or kind."""
-        rest = (member for sample in self.kept for member in sample.members if member not in sample.used)
-        return Counter(member.suffix for member in rest) + self.outside
+        unread = (member for sample in self.kept for member in sample.members if member not in sample.used)
+        return Counter(member.suffix for member in unread) + self.outside
 
     @property
     def refused(self) -> int:
@@ -220,11 +220,11 @@ def _read_members(data: BytesLike, name: str, tar: Tar) -> Iterator[TarMember]:
     # the end: WebDataset stops at zeros or damage without an error, so what follows is checked here
     if end == len(data):
         tar.notes.append(f"{name}: ends without the two blocks of zeros that end a tar: it may have been cut")
-    more = _find_nonzero_byte(data, end)
-    if more is not None:
+    nonzero_at = _find_nonzero_byte(data, end)
+    if nonzero_at is not None:
         raise ValueError(
             f"{name}: WebDataset reads {tar.members} members and stops at byte {end}, and there is more from byte "
-            f"{more} on, allowed: one whole tar (not two behind one another, nor a damaged or cut one)"
+            f"{nonzero_at} on, allowed: one whole tar (not two behind one another, nor a damaged or cut one)"
         )
 
 
@@ -351,10 +351,10 @@ def _find_record(sample: TarSample, data: BytesLike) -> tuple[Any, str | None]:
     with_conversations = [member for member in plain + dotted if _has_conversations(values[member.name])]
     if len(with_conversations) > 1:
         return None, "several records"
-    found = with_conversations or plain
-    if not found:
+    candidates = with_conversations or plain
+    if not candidates:
         return None, "no record"
-    [sample.record] = found
+    [sample.record] = candidates
     value = values[sample.record.name]
     return value, None if _has_conversations(value) else "malformed"
 
@@ -384,10 +384,10 @@ def _find_image(sample: TarSample, record: dict, data: BytesLike) -> tuple[TarMe
     if len(plain) > 1 and isinstance(path, str):
         suffix = posixpath.splitext(path)[1].lower().removeprefix(".")
         plain = [member for member in plain if member.suffix == suffix] or plain
-    found = plain or dotted or [member for member in sample.members if _is_image(member, data)]
-    if len(found) > 1:
+    candidates = plain or dotted or [member for member in sample.members if _is_image(member, data)]
+    if len(candidates) > 1:
         return None, "several images"
-    return (found[0] if found else None), None
+    return (candidates[0] if candidates else None), None
 
 
 def _is_image(member: TarMember, data: BytesLike) -> bool:
@@ -431,7 +431,7 @@ def _find_nonzero_byte(data: BytesLike, start: int) -> int | None:
     """Return the offset of the first nonzero byte at or after `start`, or None."""
     for offset in range(start, len(data), HASH_CHUNK_BYTES):
         chunk = data[offset : offset + HASH_CHUNK_BYTES]
-        rest = chunk.lstrip(b"\0")
-        if rest:
-            return offset + len(chunk) - len(rest)
+        nonzero = chunk.lstrip(b"\0")
+        if nonzero:
+            return offset + len(chunk) - len(nonzero)
     return None

@@ -11,7 +11,7 @@ resources: `num_actors` actors share the CPUs, or take a GPU each
 answers/TASK.jsonl    {"id", "unit", "prompt", …, "response"}, one line per question in the order of the benchmark: all
                       that scoring needs. Until it is complete it is .TASK.jsonl, in the order of the answers.
 answers/speed.jsonl   {"task", "questions", "tokens", "prefill_s", "decode_s", "peak_bytes"}, one line per batch
-answers/asked.json    the model and the settings that gave the answers; answers of other models are never reused
+answers/provenance.json  the model and the settings that gave the answers; answers of other models are never reused
 """
 
 import json
@@ -30,7 +30,15 @@ from tqdm import tqdm
 
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
 from pipelines.data import easy_vqa
-from pipelines.evaluation.tasks import EVALUATION_TASKS, Evaluate, TaskName, TaskSettings, load_questions, spread_evenly
+from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
+from pipelines.evaluation.tasks import (
+    EVALUATION_TASKS,
+    Evaluate,
+    TaskName,
+    TaskSettings,
+    load_questions,
+    spread_evenly,
+)
 from pipelines.training.metrics import measure_peak_bytes
 from redux import answering
 from redux.answering import Answerer
@@ -43,8 +51,6 @@ from redux.model import ReduxForConditionalGeneration, normalize_pixels
 from redux.sentences import choose_splitter
 from redux.settings import METHODS, ImageAspectRatio, KernelChoice, TemplateName
 
-ANSWERS_FOLDER = "answers"
-PROVENANCE_FILE = "asked.json"
 SPEED_FILE = "speed.jsonl"
 
 
@@ -249,7 +255,7 @@ def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluat
     for key, value in previous.items():
         if current.setdefault(key, value) != value:
             raise ValueError(
-                f"{folder}: its answers were given with {key} = {value!r}, not {current[key]!r}; move it away"
+                f"{folder}: its answers have {key} = {value!r}, not {current[key]!r}; move the folder away"
             )
     storage.write(str(path), json.dumps(current, indent=2).encode())
 
@@ -288,7 +294,7 @@ def _run_inference(
     batches = [batch for name, questions in remaining.items() for batch in _make_batches(name, questions, settings)]
     # check the resources first: Ray would wait for missing ones without end
     actors = count_actors(settings, gpu_share, len(batches))
-    cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate with actors = {actors}")
+    cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate.num_actors = {actors}")
     gpus = cluster.count_gpus()
     if 0 < gpus < actors * gpu_share:
         raise ValueError(
@@ -330,8 +336,8 @@ def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:
     """
     if settings.num_actors != "auto":
         return settings.num_actors
-    places = cluster.count_model_processes(gpu_share)
-    return max(min(places if cluster.count_gpus() else min(places, 2), batches), 1)
+    processes = cluster.count_model_processes(gpu_share)
+    return max(min(processes if cluster.count_gpus() else min(processes, 2), batches), 1)
 
 
 def _make_batches(name: TaskName, questions: Sequence[Question], settings: Evaluate) -> Iterator[QuestionBatch]:
@@ -483,7 +489,7 @@ def collect_examples(evaluated: EvaluatedModel, run: Path, count: int) -> list[E
         image = load_pixels(content, llava.config.vision_config.image_size, image_aspect_ratio)
         # encode again to get the token of each patch; inference keeps only the tokens
         with torch.inference_mode():
-            _, fate = llava.model.encode_images(normalize_pixels(torch.from_numpy(image[None])))
+            _, assignment = llava.model.encode_images(normalize_pixels(torch.from_numpy(image[None])))
         examples.append(
             Example(
                 image=Image.fromarray(image.transpose(1, 2, 0)),
@@ -491,8 +497,8 @@ def collect_examples(evaluated: EvaluatedModel, run: Path, count: int) -> list[E
                 answer=row["answer"],
                 response=row["response"],
                 correct=easy_vqa.is_correct(row),
-                slot=fate.slot[0].numpy(),
-                merged=fate.merged[0].numpy(),
+                slot=assignment.slot[0].numpy(),
+                merged=assignment.merged[0].numpy(),
             )
         )
     return examples

@@ -180,10 +180,10 @@ def _resample_scores(items: _UnitSums, samples: int, seed: int) -> np.ndarray:
 def _draw_counts(units: int, samples: int, seed: int, start: int) -> np.ndarray:
     """Count how often each unit is drawn, shape (samples, units); as many draws as units, with replacement."""
     random = np.random.default_rng([seed, start])
-    drawn = random.integers(units, size=(samples, units), dtype=np.int32)
+    draws = random.integers(units, size=(samples, units), dtype=np.int32)
     # a different offset per sample lets one bincount count all samples
-    drawn += np.arange(samples, dtype=np.int32)[:, None] * units
-    counts = np.bincount(drawn.ravel(), minlength=samples * units)
+    draws += np.arange(samples, dtype=np.int32)[:, None] * units
+    counts = np.bincount(draws.ravel(), minlength=samples * units)
     return counts.reshape(samples, units).astype(np.float32)
 
 

@@ -59,10 +59,10 @@ class TaskSettings:
         files: the files of the benchmark, paths or URLs. easy_vqa needs none. instructions uses the images of easy-VQA
             unless it gets a file that `redux instructions` wrote.
         images: folder or URL of the images. null if they are inside the files or in the folder of the benchmark.
-        limit: number of images that are asked about, evenly spaced, with all questions about each of them. For a
-            benchmark that asks each question several times: number of questions.
-        exclude_first: leave out the images that a limit of this number would ask about. For results that must not use
-            the images by which settings were chosen.
+        limit: number of images, evenly spaced, each with all its questions. For a benchmark that asks each question
+            several times: number of questions.
+        exclude_first: skip the images that `limit: N` would select. For results that must not use the images with
+            which settings were chosen.
         max_new_tokens: maximum length of an answer in tokens. null is the benchmark's own.
     """
 
@@ -85,8 +85,8 @@ class Evaluate:
         tasks: the benchmarks, by name, each with its settings.
         batch_size: questions answered at a time by one model.
         num_actors: number of models that answer in parallel. "auto" is one per GPU; without GPUs, at most two.
-        image_input: "pixels" shows the image to the model; "caption" shows it a caption that it has written itself,
-            the upper limit of the paper's Table 1.
+        image_input: "pixels": the model sees the image. "caption": the model sees its own caption (upper limit in the
+            paper's Table 1).
         template: conversation template. null is the one the model was trained with; for a LLaVA that does not name it,
             vicuna_v1.
         image_aspect_ratio: "pad" or "crop". null is the one the model was trained with; for a LLaVA that does not name

@@ -8,11 +8,10 @@ Importing this module is cheap: Jinja is imported by the function that needs it.
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import failures
+from pipelines.core import storage
 
 UNITS = {"T": 1e12, "G": 1e9, "M": 1e6}
 
@@ -35,19 +34,12 @@ def render(template: str, **values: Any) -> str:
 
 def write(path: Path, text: str) -> Path:
     """Write a file in one atomic step, so that a reader sees the old or the new one as a whole; return its path."""
-    # in the same folder, as os.replace is atomic only within a file system; the process id separates writers
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with failures.locate_errors(path):
-            temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    storage.write(str(path), text.encode())
     return path
 
 
-def format_percent(share: float, digits: int = 1) -> str:
-    return "–" if math.isnan(share) else f"{100 * share:.{digits}f} %"
+def format_percent(fraction: float, digits: int = 1) -> str:
+    return "–" if math.isnan(fraction) else f"{100 * fraction:.{digits}f} %"
 
 
 def format_number(value: Any, digits: int = 3) -> str:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from annotated_types import Ge
 
 from pipelines.core import jsonl
+from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
 from pipelines.report import page
 from pipelines.report.page import format_number
 from pipelines.report.plots import ACCENT, FAINT, INK, STYLE, style_axes, to_svg
@@ -198,9 +199,9 @@ def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float,
     """
     if not n:
         return 0.0, 1.0
-    share = successes / n
-    centre = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    fraction = successes / n
+    centre = fraction + z * z / (2 * n)
+    half = z * math.sqrt(fraction * (1 - fraction) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
@@ -209,9 +210,9 @@ def _render(run: Path, examples: Sequence[Example]) -> str:
     # every file may be missing: the report then leaves out its section
     job = _read_text(run / "job.yaml")
     metrics = json.loads(_read_text(run / "metrics.json") or "{}")
-    provenance = json.loads(_read_text(run / "answers" / "asked.json") or "{}")
+    provenance = json.loads(_read_text(run / ANSWERS_FOLDER / PROVENANCE_FILE) or "{}")
     stages = _group_by_stage(jsonl.read(run / "metrics.jsonl"))
-    answers = _judge_answers(run / "answers" / "easy_vqa.jsonl")
+    answers = _judge_answers(run / ANSWERS_FOLDER / "easy_vqa.jsonl")
     book = ledger.read_ledger(run)
     return page.render(
         "report.html.j2",
@@ -224,7 +225,7 @@ def _render(run: Path, examples: Sequence[Example]) -> str:
         overall=Score("all", sum(row["correct"] for row in answers), len(answers)),
         confusions=_count_confusions(answers),
         wrong=sum(not row["correct"] for row in answers),
-        followed=_score_instructions(jsonl.read(run / "answers" / "instructions.jsonl")),
+        followed=_score_instructions(jsonl.read(run / ANSWERS_FOLDER / "instructions.jsonl")),
         splitter=provenance.get("splitter"),
         punkt_command=write_install_command("instructions"),
         panels=[_make_panel(example) for example in examples],
@@ -301,11 +302,11 @@ def _score_instructions(rows: Sequence[Mapping[str, Any]]) -> list[BootstrapScor
     titles |= {name: title for name, title in OVERALL_TITLES.items() if name in metrics}
     scores = []
     for name, title in titles.items():
-        found = statistics.bootstrap_interval([metrics[name]])
+        interval = statistics.bootstrap_interval([metrics[name]])
         count = len(metrics[name].outcomes)
         # the score is a mean over instructions, so the count is recovered from it
-        correct = round(found.value * count)
-        scores.append(BootstrapScore(title, count, correct, found.value, (found.low, found.high)))
+        correct = round(interval.value * count)
+        scores.append(BootstrapScore(title, count, correct, interval.value, (interval.low, interval.high)))
     return scores
 
 
@@ -331,10 +332,10 @@ def _sum_throughput(stage: str, rows: Sequence[Mapping[str, Any]], loop: LoopTim
 def _split_wall_time(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
     """List the seconds of each step of the job ("wall_s.tower"), and the seconds between steps."""
     prefix = "wall_s."
-    # the rest is shown from half a second on
+    # time outside the steps is shown from half a second on
     spans = [(name.removeprefix(prefix), seconds) for name, seconds in metrics.items() if name.startswith(prefix)]
-    rest = metrics.get("wall_s", 0.0) - sum(seconds for _, seconds in spans)
-    return [*spans, ("between steps", rest)] if spans and rest >= 0.5 else spans
+    unassigned_s = metrics.get("wall_s", 0.0) - sum(seconds for _, seconds in spans)
+    return [*spans, ("between steps", unassigned_s)] if spans and unassigned_s >= 0.5 else spans
 
 
 def _make_time_parts(account: Account) -> list[TimePart]:

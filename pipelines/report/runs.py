@@ -19,6 +19,8 @@ from typing import Any
 import yaml
 
 from pipelines.core import jsonl
+from pipelines.core.settings import flatten_dict
+from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
 from redux.benchmarks import Metric, Row
 from redux.configuration import ReduxConfig
 from redux.presets import Preset
@@ -286,7 +288,7 @@ def read_run(folder: Path, scorers: Scorers) -> FinishedRun:
             numbers |= _read_json(folder / name)
     # a task without a scorer, such as one of another version, is ignored
     metrics: dict[str, Metric] = {}
-    for path in sorted((folder / "answers").glob("*.jsonl")):
+    for path in sorted((folder / ANSWERS_FOLDER).glob("*.jsonl")):
         if path.stem in scorers:
             try:
                 scored = scorers[path.stem](jsonl.read(path))
@@ -295,7 +297,7 @@ def read_run(folder: Path, scorers: Scorers) -> FinishedRun:
                     f"{path}: a row lacks or misuses {error}, allowed: rows as an evaluation writes"
                 ) from None
             metrics |= {f"{path.stem}.{name}": metric for name, metric in scored.items()}
-    provenance = folder / "answers" / "asked.json"
+    provenance = folder / ANSWERS_FOLDER / PROVENANCE_FILE
     return FinishedRun(
         folder=folder,
         job=job,
@@ -338,50 +340,35 @@ def _find_source_job(job: dict[str, Any]) -> dict[str, Any]:
     if previous is None or not job.get("train"):
         return previous or job
     # sizes and inherited methods are in the job of the checkpoint only
-    inherited = ("tower", "language", *(name for name in METHODS if job["model"].get(name) == "own"))
+    inherited = ("tower", "language", *(name for name in METHODS if job["model"].get(name) == "checkpoint"))
     return job | {"model": job["model"] | {part: previous["model"].get(part) for part in inherited}}
 
 
 def _read_methods(job: Mapping[str, Any]) -> dict[str, Any]:
     """Read the method settings of a job; None for a method that the checkpoint decides."""
-    return {name: None if (value := job["model"].get(name)) == "own" else value for name in METHODS}
+    return {name: None if (value := job["model"].get(name)) == "checkpoint" else value for name in METHODS}
 
 
 def make_preset(methods: Mapping[str, Any], shows: str = "") -> Preset:
     """Make a preset from method settings as a YAML or JSON file has them."""
     arguments = {}
-    for name, kind in METHODS.items():
+    for name, settings_class in METHODS.items():
         values = methods.get(name)
         if values is not None:
             values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        arguments[name] = None if values is None else kind(**values)
+        arguments[name] = None if values is None else settings_class(**values)
     return Preset(description=shows, **arguments)
 
 
 def family_settings(source_job: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
     """Collect the settings that separate families, by dotted name: training and evaluation tasks."""
     # training settings of the source, evaluation settings of this run
-    whole = copy.deepcopy({**source_job, "evaluate": job.get("evaluate")})
+    combined = copy.deepcopy({**source_job, "evaluate": job.get("evaluate")})
     return {
         key: value
-        for key, value in flatten_dict(whole).items()
+        for key, value in flatten_dict(combined).items()
         if not any(f"{key}.".startswith(f"{irrelevant}.") for irrelevant in IRRELEVANT_KEYS)
     }
-
-
-def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dictionaries to dotted names; an empty dictionary stays a value.
-
-    >>> flatten_dict({"a": {"b": 1, "c": {}}, "d": [2]})
-    {'a.b': 1, 'a.c': {}, 'd': [2]}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten_dict(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _group_seeds(family: Sequence[FinishedRun], notes: list[str]) -> Iterator[ComparedModel]:

@@ -113,12 +113,12 @@ def write_command(row: TableRow, family: Family) -> str:
         return command
     assert row.preset is not None
     template = ranked[0]
-    wanted = _complete_preset(row.preset, ranked)
+    completed = _complete_preset(row.preset, ranked)
     overrides = [f"name={_job_name(template)}-{_run_suffix(row)}"]
     # override only what differs, so that the command stays short
     for part in METHODS:
-        if wanted.methods[part] != template.methods.methods[part]:
-            overrides.append(f"model.{part}={_write_flow_yaml(wanted.methods[part])}")
+        if completed.methods[part] != template.methods.methods[part]:
+            overrides.append(f"model.{part}={_write_flow_yaml(completed.methods[part])}")
     if row.uses_captions != template.uses_captions:
         overrides.append(f"evaluate.image_input={'caption' if row.uses_captions else 'pixels'}")
     return _write_run_command(template, overrides)
@@ -191,5 +191,5 @@ def _run_suffix(row: TableRow) -> str:
     assert row.preset is not None
     # the name of the preset, or the label of the row in lower case
     presets = (name for name, preset in PRESETS.items() if preset.methods == row.preset.methods)
-    words = "".join(letter if letter.isalnum() else " " for letter in row.label.lower()).split()
-    return next(presets, "-".join(words))
+    parts = "".join(letter if letter.isalnum() else " " for letter in row.label.lower()).split()
+    return next(presets, "-".join(parts))

@@ -18,6 +18,7 @@ from typing import Any
 
 from pipelines.core import jsonl
 from pipelines.evaluation import statistics
+from pipelines.evaluation.answer_files import ANSWERS_FOLDER
 from pipelines.evaluation.statistics import Difference, Interval
 from pipelines.report import paper
 from pipelines.report.runs import ComparedModel, Family, select_changed_fields
@@ -148,7 +149,7 @@ BENCHMARK_COLUMNS = (
     Column("easy-VQA", "easy_vqa.accuracy"),
 )
 COLUMN_BY_BENCHMARK = {column.name: column for column in BENCHMARK_COLUMNS}
-PILOT_COLUMNS = (Column("JSON", "instructions.T9"), Column("Keywords", "instructions.T7"))
+PILOT_COLUMNS = (Column("JSON", "instructions.strict.json"), Column("Keywords", "instructions.strict.keywords"))
 ABLATION_COLUMNS = (
     COLUMN_BY_BENCHMARK["GQA"],
     Column("TQA", "textvqa.accuracy", paper="TQA"),
@@ -392,8 +393,10 @@ def _describe_options(model: ComparedModel, models: Sequence[ComparedModel]) -> 
         return {f"{name}.{key}": value for name, part in parts for key, value in select_changed_fields(part).items()}
 
     options = changed_options(model)
-    others = [changed_options(other) for other in models if other is not model]
-    differing = {key: value for key, value in options.items() if any(other.get(key) != value for other in others)}
+    other_options = [changed_options(other) for other in models if other is not model]
+    differing = {
+        key: value for key, value in options.items() if any(other.get(key) != value for other in other_options)
+    }
     return ", ".join(f"{key} = {value}" for key, value in differing.items())
 
 
@@ -582,7 +585,7 @@ def compare_prompts(
     """
     answers = {}
     for model in family.models:
-        rows = jsonl.read(model.runs[0].folder / "answers" / "instructions.jsonl")
+        rows = jsonl.read(model.runs[0].folder / ANSWERS_FOLDER / "instructions.jsonl")
         if rows and find_kind(model.methods, model.uses_captions) in KIND_TITLES and model.trained_as_evaluated:
             answers[name_model(model, family)] = {row["id"]: row for row in rows}
     if not answers:

@@ -65,44 +65,14 @@ def run_search(
     Raises:
         ValueError: the first trials fail one after another.
     """
-    settings = trials.settings
-    every = (settings.prune or Prune()).every
-
     # the actor is pinned to this node: it ends with the search, not with another node
     pinned = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     stop_flags = ray.remote(num_cpus=0, scheduling_strategy=pinned)(StopFlags).remote()
-    working_directory = os.getcwd()
-    environment = {name: value for name, value in os.environ.items() if name == "RAY_ADDRESS"}
-
-    def drive_trial(config: dict[str, Any]) -> None:
-        # runs in a process of Tune, whose working directory is a temporary folder; paths in a job are relative to ours
-        os.chdir(working_directory)
-        os.environ.update(environment)
-        trial = TrialSpec(number=config["number"], values=json.loads(config["values"]))
-        reporter = LossReporter(every, trial.number, stop_flags, stage)
-        try:
-            found = run_trial(trial, folder / TRIALS_FOLDER / f"{trial.number:04}", reporter)
-        except StoppedError:
-            return
-        finally:
-            ray.get(stop_flags.leave.remote(trial.number))
-        tune.report({"found": found})
-
-    for name in ("ray.tune", "ray.tune.execution.tune_controller", "ray.tune.tune"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # the study has the errors of all trials
-    this_node = f"node:{ray.util.get_node_ip_address()}"
+    every = (trials.settings.prune or Prune()).every
+    trainable = _build_trainable(folder, run_trial, lambda number: LossReporter(every, number, stop_flags, stage))
     # Tune needs a storage folder, but the study has all results
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, _make_bar(trials) as bar:
-        tuner = tune.Tuner(
-            tune.with_resources(drive_trial, {"CPU": 0, this_node: 0.001}),
-            tune_config=tune.TuneConfig(
-                search_alg=StudySearcher(trials),
-                scheduler=StudyScheduler(trials, folder, stop_flags),
-                num_samples=-1,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=tune.RunConfig(name="search", storage_path=temporary, verbose=0),
-        )
+        tuner = _build_tuner(trainable, trials, StudyScheduler(trials, folder, stop_flags), temporary)
         # Tune runs in a thread, so that this one can handle signals
         future = run_in_background(tuner.fit)
         try:
@@ -120,6 +90,55 @@ def run_search(
     on_trials_ended(trials)
     if trials.failure_reason:
         raise ValueError(trials.failure_reason)
+
+
+def _build_trainable(
+    folder: Path, run_trial: RunTrial, make_reporter: Callable[[int], "LossReporter"]
+) -> Callable[[dict[str, Any]], None]:
+    """Build the function that Tune calls in the process of a trial.
+
+    Args:
+        folder: folder of the search.
+        run_trial: runs the trial.
+        make_reporter: function from the number of a trial to its progress callback.
+    """
+    working_directory = os.getcwd()
+    environment = {name: value for name, value in os.environ.items() if name == "RAY_ADDRESS"}
+
+    def drive_trial(config: dict[str, Any]) -> None:
+        # runs in a process of Tune, whose working directory is a temporary folder; paths in a job are relative to ours
+        os.chdir(working_directory)
+        os.environ.update(environment)
+        trial = TrialSpec(number=config["number"], values=json.loads(config["values"]))
+        reporter = make_reporter(trial.number)
+        try:
+            trial_metrics = run_trial(trial, folder / TRIALS_FOLDER / f"{trial.number:04}", reporter)
+        except StoppedError:
+            return
+        finally:
+            ray.get(reporter.stop_flags.leave.remote(trial.number))
+        tune.report({"metrics": trial_metrics})
+
+    return drive_trial
+
+
+def _build_tuner(
+    trainable: Callable[[dict[str, Any]], None], trials: Trials, scheduler: "StudyScheduler", storage_path: str
+) -> tune.Tuner:
+    """Build a tuner that takes its trials from the study and starts their processes on this node, without CPUs."""
+    for name in ("ray.tune", "ray.tune.execution.tune_controller", "ray.tune.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the study has the errors of all trials
+    this_node = f"node:{ray.util.get_node_ip_address()}"
+    return tune.Tuner(
+        tune.with_resources(trainable, {"CPU": 0, this_node: 0.001}),
+        tune_config=tune.TuneConfig(
+            search_alg=StudySearcher(trials),
+            scheduler=scheduler,
+            num_samples=-1,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(name="search", storage_path=storage_path, verbose=0),
+    )
 
 
 def _stop_trials(stop_flags: Any, future: Future[Any], bar: tqdm, grace_s: float) -> None:
@@ -149,9 +168,9 @@ class StudySearcher(Searcher):
         if error:
             return  # StudyScheduler.on_trial_error has the message
         # Tune flattens the reported dictionary
-        prefix = "found/"
-        found = {name.removeprefix(prefix): value for name, value in (result or {}).items() if prefix in name}
-        self.trials.finish(trial_id, found)
+        prefix = "metrics/"
+        reported = {name.removeprefix(prefix): value for name, value in (result or {}).items() if prefix in name}
+        self.trials.finish(trial_id, reported)
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the study is in its storage."""

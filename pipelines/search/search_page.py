@@ -58,7 +58,7 @@ class TrialRow(NamedTuple):
     Args:
         kind: "front", "reference" or a state in lower case, see `Snapshot.classify`.
         number: number of the trial.
-        about: front, name of the reference, and trial that it retries.
+        remarks: front, name of the reference, and trial that it retries.
         state: state, and step for a trial that did not complete.
         error: error message.
         values: one per objective.
@@ -69,7 +69,7 @@ class TrialRow(NamedTuple):
 
     kind: str
     number: int
-    about: str
+    remarks: str
     state: str
     error: str
     values: list[str]
@@ -143,7 +143,7 @@ def _write_summary(snapshot: Snapshot) -> list[str]:
         _describe_best(snapshot),
         *_compare_references(snapshot),
         *_describe_effort(snapshot),
-        *_warn_of_selection(snapshot),
+        *_warn_about_selection_bias(snapshot),
     ]
 
 
@@ -192,8 +192,8 @@ def _describe_best(snapshot: Snapshot) -> str:
 
 def _list_trials(trials: list[FrozenTrial]) -> str:
     names = [label_trial(trial) for trial in trials[:MAX_LISTED_TRIALS]]
-    rest = len(trials) - MAX_LISTED_TRIALS
-    return join_words([*names, f"{rest} more"] if rest > 0 else names)
+    num_unlisted = len(trials) - MAX_LISTED_TRIALS
+    return join_words([*names, f"{num_unlisted} more"] if num_unlisted > 0 else names)
 
 
 def _compare_references(snapshot: Snapshot) -> list[str]:
@@ -213,9 +213,9 @@ def _compare_references(snapshot: Snapshot) -> list[str]:
             verb = "are better" if is_plural else "is better"
         else:
             verb = "dominate it" if is_plural else "dominates it"
-        subject = pluralize(len(dominating), "trial") if dominating else "no trial"
+        count = pluralize(len(dominating), "trial") if dominating else "no trial"
         trials = f": {_list_trials(dominating)}" if dominating else ""
-        sentences.append(f"Reference {name} ({values}): {subject} {verb}{trials}.")
+        sentences.append(f"Reference {name} ({values}): {count} {verb}{trials}.")
     return sentences
 
 
@@ -225,12 +225,12 @@ def _describe_effort(snapshot: Snapshot) -> list[str]:
     if snapshot.wall_s:
         sentences.append(f"All trials took {format_duration(snapshot.wall_s)} in total.")
     if planned:
-        share = format_percent(saved / planned, 0)
-        sentences.append(f"Early stopping saved {saved:,} of {planned:,} planned training steps, {share}.")
+        saved_percent = format_percent(saved / planned, 0)
+        sentences.append(f"Early stopping saved {saved:,} of {planned:,} planned training steps, {saved_percent}.")
     return [" ".join(sentences)] if sentences else []
 
 
-def _warn_of_selection(snapshot: Snapshot) -> list[str]:
+def _warn_about_selection_bias(snapshot: Snapshot) -> list[str]:
     if len(snapshot.feasible) < 2:
         return []
     return [
@@ -261,10 +261,10 @@ def _write_csv(snapshot: Snapshot) -> str:
         # Optuna keeps the last reported value of a pruned trial as its value; it is not a result
         is_complete = trial.state == TrialState.COMPLETE
         values = dict(zip(snapshot.objectives, trial.values, strict=True)) if is_complete else {}
-        others = {name: value for name, value in _get_metrics(trial).items() if name in metrics}
+        other_metrics = {name: value for name, value in _get_metrics(trial).items() if name in metrics}
         identity = {"number": trial.number, "state": trial.state.name}
         # of equal names the last one counts
-        writer.writerow(others | trial.params | trial.constraints | values | attributes | identity)
+        writer.writerow(other_metrics | trial.params | trial.constraints | values | attributes | identity)
     return file.getvalue()
 
 
@@ -284,19 +284,19 @@ def _make_rows(snapshot: Snapshot) -> list[TrialRow]:
 def _make_row(snapshot: Snapshot, trial: FrozenTrial, retry: int | None) -> TrialRow:
     """Make the row of a trial; `retry` is the number of the trial that retries it."""
     kind = snapshot.classify(trial)
-    about = []
+    remarks = []
     if kind == "front":
-        about.append("best" if len(snapshot.objectives) == 1 else "on the front")
+        remarks.append("best" if len(snapshot.objectives) == 1 else "on the front")
     if name := get_reference(trial):
-        about.append(name)
-    if (first := trial.user_attrs.get("retry_of")) is not None:
-        about.append(f"retry of {first}")
+        remarks.append(name)
+    if (retried_number := trial.user_attrs.get("retry_of")) is not None:
+        remarks.append(f"retry of {retried_number}")
     is_complete = trial.state == TrialState.COMPLETE
     wall_s = get_number(trial, "wall_s")
     return TrialRow(
         kind=kind,
         number=trial.number,
-        about=", ".join(about),
+        remarks=", ".join(remarks),
         state=_describe_state(trial) + (f", retried as {retry}" if retry is not None else ""),
         error=str(trial.user_attrs.get("error") or ""),
         values=[format_value(value) for value in trial.values] if is_complete else [""] * len(snapshot.objectives),
@@ -330,7 +330,7 @@ def _compute_importance(study: Study, snapshot: Snapshot, objective: int) -> dic
 
     def loss(trial: FrozenTrial) -> float:
         # Optuna ignores trials with a loss that is not finite
-        return math.nan if get_reference(trial) else snapshot.losses(trial)[objective]
+        return math.nan if get_reference(trial) else snapshot.minimized_values(trial)[objective]
 
     losses = [loss(trial) for trial in snapshot.sampled]
     top = max(MIN_TOP_TRIALS, math.ceil(len(losses) / 10))

@@ -63,8 +63,8 @@ class ParallelAxis(NamedTuple):
 
 def plot_fronts(snapshot: Snapshot) -> list[Plot]:
     """Plot the first objective over each of the others, up to MAX_FRONT_PLOTS."""
-    others = range(1, min(len(snapshot.objectives), MAX_FRONT_PLOTS + 1))
-    return [_plot_front(snapshot, other) for other in others] if snapshot.plottable else []
+    indices = range(1, min(len(snapshot.objectives), MAX_FRONT_PLOTS + 1))
+    return [_plot_front(snapshot, index) for index in indices] if snapshot.plottable else []
 
 
 def _plot_front(snapshot: Snapshot, other: int) -> Plot:
@@ -72,7 +72,7 @@ def _plot_front(snapshot: Snapshot, other: int) -> Plot:
     from matplotlib.figure import Figure
 
     # the line of the front is drawn below the marks
-    up, across = snapshot.objectives[0], snapshot.objectives[other]
+    y_name, x_name = snapshot.objectives[0], snapshot.objectives[other]
     points = {trial.number: (trial.values[other], trial.values[0]) for trial in snapshot.plottable}
     front = sorted(points[trial.number] for trial in snapshot.front if trial.number in points)
     with rc_context(STYLE):
@@ -87,16 +87,16 @@ def _plot_front(snapshot: Snapshot, other: int) -> Plot:
             )
         # marks, axes and grid
         _plot_trials(axes, snapshot, points)
-        _scale_axis(axes, "x", f"{across}: {_describe_direction(snapshot, other)}", [x for x, _ in points.values()])
-        _scale_axis(axes, "y", f"{up}: {_describe_direction(snapshot, 0)}", [y for _, y in points.values()])
+        _scale_axis(axes, "x", f"{x_name}: {_describe_direction(snapshot, other)}", [x for x, _ in points.values()])
+        _scale_axis(axes, "y", f"{y_name}: {_describe_direction(snapshot, 0)}", [y for _, y in points.values()])
         axes.grid(axis="x", color=LINE, linewidth=0.6)
         style_axes(axes)
         # labels need the final positions of the points in pixels
         figure.draw_without_rendering()
         _label_points(axes, snapshot, points)
         values = "; ".join(f"{label_trial(trial)}: {snapshot.format_objectives(trial)}" for trial in snapshot.front)
-        element = to_svg(figure, f"front-{other}-", f"{up} over {across}. On the front: {values}")
-    return Plot(f"{up} over {across}", element)
+        element = to_svg(figure, f"front-{other}-", f"{y_name} over {x_name}. On the front: {values}")
+    return Plot(f"{y_name} over {x_name}", element)
 
 
 def _describe_direction(snapshot: Snapshot, objective: int) -> str:
@@ -118,7 +118,7 @@ def _plot_history(snapshot: Snapshot, objective: int) -> Plot:
     points = {trial.number: (trial.number, trial.values[objective]) for trial in snapshot.plottable}
     # references and infeasible trials have marks, but do not improve the best value
     feasible = [trial for trial in snapshot.sampled if is_feasible(trial)]
-    losses = (snapshot.losses(trial)[objective] for trial in feasible)
+    losses = (snapshot.minimized_values(trial)[objective] for trial in feasible)
     best_so_far = [sign * loss for loss in accumulate(losses, min)]
     with rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.8), layout="constrained")
@@ -133,8 +133,8 @@ def _plot_history(snapshot: Snapshot, objective: int) -> Plot:
         axes.set_xlabel("trial", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         style_axes(axes)
-        best = f", best {format_value(best_so_far[-1])}" if best_so_far else ""
-        element = to_svg(figure, f"history-{objective}-", f"{name} of {pluralize(len(points), 'trial')}{best}")
+        best_text = f", best {format_value(best_so_far[-1])}" if best_so_far else ""
+        element = to_svg(figure, f"history-{objective}-", f"{name} of {pluralize(len(points), 'trial')}{best_text}")
     return Plot(name, element, _describe_direction(snapshot, objective))
 
 
@@ -162,13 +162,13 @@ def _mark_incomplete_trials(axes: "Axes", snapshot: Snapshot) -> None:
         )  # fmt: skip
 
 
-def _scale_axis(axes: "Axes", which: str, name: str, values: Sequence[float]) -> None:
+def _scale_axis(axes: "Axes", axis_name: str, name: str, values: Sequence[float]) -> None:
     """Label the x or y axis with plain numbers; logarithmic if the values span more than LOG_SCALE_RATIO."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     is_log = min(values) > 0 and max(values) > LOG_SCALE_RATIO * min(values)
-    axes.set(**{f"{which}scale": "log" if is_log else "linear"})
-    axis = getattr(axes, f"{which}axis")
+    axes.set(**{f"{axis_name}scale": "log" if is_log else "linear"})
+    axis = getattr(axes, f"{axis_name}axis")
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_log else MaxNLocator(6))
     axis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value)))
     axis.set_minor_formatter(NullFormatter())
@@ -219,10 +219,10 @@ def _build_param_axis(name: str, trials: Sequence[FrozenTrial]) -> ParallelAxis:
             choice for item in distributions if isinstance(item, CategoricalDistribution) for choice in item.choices
         ]
         values = [*choices, *(trial.params[name] for trial in having)]
-        words = list(dict.fromkeys(format_value(value) for value in values))
-        position_by_word = {word: _position(index, 0, len(words) - 1) for index, word in enumerate(words)}
-        positions = {trial.number: position_by_word[format_value(trial.params[name])] for trial in having}
-        ticks = {position: word for word, position in position_by_word.items()}
+        texts = list(dict.fromkeys(format_value(value) for value in values))
+        position_by_text = {text: _position(index, 0, len(texts) - 1) for index, text in enumerate(texts)}
+        positions = {trial.number: position_by_text[format_value(trial.params[name])] for trial in having}
+        ticks = {position: word for word, position in position_by_text.items()}
     if len(having) < len(trials):
         ticks[ABSENT_POSITION] = "absent"
     return ParallelAxis(name, {trial.number: positions.get(trial.number, ABSENT_POSITION) for trial in trials}, ticks)

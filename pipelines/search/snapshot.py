@@ -50,7 +50,7 @@ class Snapshot:
         front.sort(key=snapshot.sort_key)
         return snapshot
 
-    def losses(self, trial: FrozenTrial) -> list[float]:
+    def minimized_values(self, trial: FrozenTrial) -> list[float]:
         """Values of a trial with the sign changed where more is better, so that less is better."""
         return [sign * value for sign, value in zip(self.signs, trial.values, strict=True)]
 
@@ -60,17 +60,17 @@ class Snapshot:
 
     def sort_key(self, trial: FrozenTrial) -> tuple[list[float], int]:
         """Sort key of a trial: the first objective, the best first, then the next objectives, then the number."""
-        return self.losses(trial), trial.number
+        return self.minimized_values(trial), trial.number
 
     def find_dominating(self, name: str) -> list[FrozenTrial]:
         """Find the feasible trials that dominate a reference, sorted by the first objective, the best first."""
         if name not in self.references:
-            known = ", ".join(self.references) or "none yet"
-            raise ValueError(f"study {self.name}: got {name!r}, allowed: a reference that has values ({known})")
-        reference = self.losses(self.references[name])
+            allowed = ", ".join(self.references) or "none yet"
+            raise ValueError(f"study {self.name}: got {name!r}, allowed: a reference that has values ({allowed})")
+        reference = self.minimized_values(self.references[name])
 
         def dominates(trial: FrozenTrial) -> bool:
-            pairs = list(zip(self.losses(trial), reference, strict=True))
+            pairs = list(zip(self.minimized_values(trial), reference, strict=True))
             return all(loss <= limit for loss, limit in pairs) and any(loss < limit for loss, limit in pairs)
 
         return sorted(filter(dominates, self.feasible), key=self.sort_key)

@@ -50,10 +50,10 @@ class Range:
     """Range of numbers; integers if low, high and step are integers.
 
     Args:
-        low: smallest value.
-        high: largest value, included.
-        step: distance between two values. null allows every value.
-        log: sample on a logarithmic scale; needs low > 0 and no step.
+        low: smallest value of a range.
+        high: largest value of a range, included.
+        step: distance between two values of a range. null allows every value.
+        log: sample a range on a logarithmic scale; requires low > 0 and no step.
         when: values of earlier parameters with which this one is sampled, by dotted path. {} samples it always.
     """
 
@@ -85,7 +85,7 @@ class Choice:
     """Choice of one of several values.
 
     Args:
-        choices: the values, which may be sections or lists.
+        choices: list of values, instead of a range. A value may be a section or a list.
         when: values of earlier parameters with which this one is sampled, by dotted path. {} samples it always.
     """
 
@@ -118,25 +118,27 @@ class Space:
         earlier = set[str]()
         for name, param in self.params.items():
             if missing := param.when.keys() - earlier:
-                known = ", ".join(earlier) or "none"
-                raise ValueError(f"space.{name}.when: got {min(missing)}, allowed: parameters before it, {known}")
+                allowed = ", ".join(earlier) or "none"
+                raise ValueError(f"space.{name}.when: got {min(missing)}, allowed: parameters before it, {allowed}")
             earlier.add(name)
 
-    def active_params(self, drawn: Mapping[str, Any]) -> Iterator[tuple[str, BaseDistribution]]:
-        """Yield the parameters whose `when` is true; `drawn` may grow during the iteration."""
+    def active_params(self, params: Mapping[str, Any]) -> Iterator[tuple[str, BaseDistribution]]:
+        """Yield the parameters whose `when` is true; `params` may grow during the iteration."""
         for name, param in self.params.items():
-            if all(other in drawn and drawn[other] in map(_to_optuna, values) for other, values in param.when.items()):
+            if all(
+                other in params and params[other] in map(_to_optuna, values) for other, values in param.when.items()
+            ):
                 yield name, param.distribution
 
     def suggest(self, trial: Trial) -> Values:
         """Sample the values of a trial."""
-        drawn = Values()
-        # active_params reads `drawn`, so each value decides which parameters follow
-        for name, distribution in self.active_params(drawn):
-            drawn[name] = _suggest(trial, name, distribution)
-        return self.values(drawn)
+        params = Values()
+        # active_params reads `params`, so each value decides which parameters follow
+        for name, distribution in self.active_params(params):
+            params[name] = _suggest(trial, name, distribution)
+        return self.values(params)
 
-    def values(self, drawn: Mapping[str, Any]) -> Values:
+    def values(self, params: Mapping[str, Any]) -> Values:
         """Convert the parameters of a trial, as Optuna stores them, to values of a job file."""
         # Optuna stores sections and lists as JSON; JSON as key also separates 1 from true
         choices = {
@@ -145,7 +147,7 @@ class Space:
             if isinstance(param, Choice)
             for value in param.choices
         }
-        return {name: choices.get((name, json.dumps(value)), value) for name, value in drawn.items()}
+        return {name: choices.get((name, json.dumps(value)), value) for name, value in params.items()}
 
 
 def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
@@ -189,13 +191,13 @@ class FeasibleSampler(BaseSampler):
         random = RandomSampler(seed=self._derive_seed(trial))
         problem: ValueError | None = None
         for number in range(MAX_DRAWS):
-            drawn = self._draw(guided, random, number / GUIDED_DRAWS, study, trial)
+            params = self._draw(guided, random, number / GUIDED_DRAWS, study, trial)
             try:
-                self.check_values(self.space.values(drawn))
+                self.check_values(self.space.values(params))
             except ValueError as error:
                 problem = error
             else:
-                return drawn
+                return params
         raise ValueError(
             f"space: got no valid job in {MAX_DRAWS} draws, allowed: a space with valid jobs; last error: {problem}"
         )
@@ -233,17 +235,17 @@ class FeasibleSampler(BaseSampler):
         coin = FloatDistribution(0, 1)
         search_space = guided.infer_relative_search_space(study, trial) if random_share < 1 else {}
         relative = guided.sample_relative(study, trial, search_space)
-        drawn: dict[str, Any] = {}
-        for name, distribution in self.space.active_params(drawn):
+        params: dict[str, Any] = {}
+        for name, distribution in self.space.active_params(params):
             if name in trial.params:
-                drawn[name] = trial.params[name]
+                params[name] = trial.params[name]
             elif random.sample_independent(study, trial, name, coin) < random_share:
-                drawn[name] = random.sample_independent(study, trial, name, distribution)
+                params[name] = random.sample_independent(study, trial, name, distribution)
             elif name in relative:
-                drawn[name] = relative[name]
+                params[name] = relative[name]
             else:
-                drawn[name] = guided.sample_independent(study, trial, name, distribution)
-        return drawn
+                params[name] = guided.sample_independent(study, trial, name, distribution)
+        return params
 
 
 def check_space(space: Space, check_values: CheckValues) -> None:
@@ -263,10 +265,10 @@ def check_space(space: Space, check_values: CheckValues) -> None:
     trial = create_trial(state=TrialState.RUNNING)
 
     def draw(fixed: Mapping[str, Any]) -> dict[str, Any]:
-        drawn: dict[str, Any] = {}
-        for name, distribution in space.active_params(drawn):
-            drawn[name] = fixed[name] if name in fixed else random.sample_independent(study, trial, name, distribution)
-        return drawn
+        params: dict[str, Any] = {}
+        for name, distribution in space.active_params(params):
+            params[name] = fixed[name] if name in fixed else random.sample_independent(study, trial, name, distribution)
+        return params
 
     for name, param in space.params.items():
         # each choice on its own, but a range as a whole: part of it may be invalid
@@ -284,12 +286,12 @@ def check_space(space: Space, check_values: CheckValues) -> None:
 def _find_problem(space: Space, check_values: CheckValues, name: str, draws: Iterable[dict[str, Any]]) -> str:
     """Find why no draw with this parameter is a valid job; "" if one is."""
     problem = "its when is never true"
-    for drawn in draws:
+    for params in draws:
         # its `when` is not true in this draw
-        if name not in drawn:
+        if name not in params:
             continue
         try:
-            check_values(space.values(drawn))
+            check_values(space.values(params))
         except ValueError as error:
             problem = str(error)
         else:

@@ -75,9 +75,9 @@ class Prune:
     higher loss but lower costs.
 
     Args:
-        method: "asha" is asynchronous successive halving (arXiv 1810.05934): of the trials at a rung, the best one in
-            `factor` continues; rungs are at steps first, first x factor, first x factor^2, … "median" continues trials
-            whose lowest loss so far is at most the median of the completed trials at that step, once there are five.
+        method: "asha" (arXiv 1810.05934) continues the best 1 / `factor` of the trials at the steps first, first x
+            factor, first x factor^2, … "median" stops trials whose lowest loss so far is above the median of the
+            completed trials at that step, once there are five.
         every: number of steps between two checks; the loss is the mean over them.
         first: step of the first check, a multiple of `every`.
         factor: reduction factor of "asha".
@@ -262,7 +262,7 @@ class Trials:
             trial.set_user_attr("wall_s", wall_s)
             # a trial may crash while it stops early: that is no failure
             if trial.user_attrs.get("lags", False) and not metrics:
-                self._tell(trial, TrialState.PRUNED)
+                self._finish_in_study(trial, TrialState.PRUNED)
                 return
             if not error:
                 metrics = {**trial.user_attrs.get("metrics", {}), **metrics}  # costs are known since the trial started
@@ -271,7 +271,7 @@ class Trials:
             if error:
                 self._fail(trial, error)
             else:
-                self._tell(trial, TrialState.COMPLETE, [metrics[name] for name in self.settings.objectives])
+                self._finish_in_study(trial, TrialState.COMPLETE, [metrics[name] for name in self.settings.objectives])
 
     def close(self) -> None:
         """End this driver: running trials wait for the next one, and later calls of `finish` have no effect."""
@@ -340,21 +340,21 @@ class Trials:
     def _measure_time(self, key: str) -> float:
         """Measure the seconds of a trial so far, under all drivers."""
         trial = self.running[key]
-        now = time.monotonic()
-        elapsed = now - self.started_at[key]
-        self.started_at[key] = now
+        current = time.monotonic()
+        elapsed = current - self.started_at[key]
+        self.started_at[key] = current
         return round(trial.user_attrs.get("wall_s", 0.0) + elapsed, 3)
 
     def _fail(self, trial: Trial, error: str) -> None:
         trial.set_user_attr("error", error)
-        self._tell(trial, TrialState.FAIL)
+        self._finish_in_study(trial, TrialState.FAIL)
         self._enqueue_retries()
         ended = self.ended_attempts
         all_failed = all(attempts[-1].state == TrialState.FAIL for attempts in ended)
         if all_failed and len(ended) >= MAX_CONSECUTIVE_FAILURES:
             self.failure_reason = f"trial {trial.number}, like all before it: {error}"
 
-    def _tell(self, trial: Trial, state: TrialState, values: list[float] | None = None) -> None:
+    def _finish_in_study(self, trial: Trial, state: TrialState, values: list[float] | None = None) -> None:
         self.study.tell(trial, values, state)
         if self.rungs:
             self.rungs.finish(_first_number(trial), state)
@@ -382,8 +382,8 @@ class _Rungs:
         if number not in self.trials:
             self.trials[number] = self.study.ask()
         trial = self.trials[number]
-        known = self.study.trials[trial.number].intermediate_values
-        if step in known:
+        reported = self.study.trials[trial.number].intermediate_values
+        if step in reported:
             return False
         trial.report(loss, step)
         return trial.should_prune()
@@ -414,10 +414,10 @@ def _open_study(settings: SearchSettings, name: str, storage: BaseStorage, folde
     study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
     # an existing study keeps its objectives, so compare them
     stored_directions = (direction.name.lower() for direction in study.directions)
-    stored = dict(zip(study.metric_names or objectives, stored_directions, strict=False))
-    if stored != dict(zip(objectives, directions, strict=True)):
+    stored_objectives = dict(zip(study.metric_names or objectives, stored_directions, strict=False))
+    if stored_objectives != dict(zip(objectives, directions, strict=True)):
         raise ValueError(
-            f"name: got {name}, whose study in storage is of {stored}, allowed: another name, or its objectives"
+            f"name: got {name}, whose stored study has {stored_objectives}, allowed: another name, or its objectives"
         )
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         study.set_metric_names(objectives)

@@ -83,7 +83,9 @@ def train_stage(
     fewest, _ = plan.workers
     readers = 1 if plan.leaves_cpus_to_readers("GPU" in resources) else 0
     needed = {name: fewest * amount for name, amount in resources.items()}
-    cluster.require_resources({**needed, "CPU": needed["CPU"] + readers}, f"train.{plan.name} with workers = {fewest}")
+    cluster.require_resources(
+        {**needed, "CPU": needed["CPU"] + readers}, f"train.{plan.name} with num_workers = {fewest}"
+    )
     check_writable(plan.folder)
 
     # A driver that was killed may have left workers behind.

@@ -46,22 +46,22 @@ class Stage:
         data: name of a set of shards, or a mixture: set names with their shares of each global batch.
         template: conversation template. null takes the template of model.checkpoint if it names one for questions,
             otherwise vicuna_v1.
-        max_length: tokens after which a sample is truncated, as LLaVA does. null replaces a sample that exceeds the
-            positions of the model by another one.
-        epochs: passes over the data of all sets together. Set either this or steps.
-        steps: number of global batches.
+        max_length: number of tokens to which a sample is truncated, as in LLaVA. null: samples that exceed the
+            positions of the model are replaced.
+        epochs: passes over the data of all sets together. Set exactly one of epochs and steps.
+        steps: number of global batches. Set exactly one of epochs and steps.
         shuffle: "global" draws samples from the whole set; "window" mixes samples within `window` shards at a time,
             so that reads stay close together; "none" keeps the stored order.
         window: number of shards that are mixed at a time by shuffle "window".
-        group_by_length: number of global batches that are sorted together into batches of one modality and of similar
-            lengths, as LLaVA does for conversations. null mixes all samples.
+        group_by_length: number of global batches whose samples are sorted together. The sorted batches have one
+            modality and similar lengths, as in LLaVA (group_by_modality_length). null mixes all samples.
         image_aspect_ratio: "pad" pads images to a square (LLaVA's stage 2), "crop" cuts them (its stage 1). null takes
             that of model.checkpoint if it names one, otherwise pad.
         image_backend: "exact" computes LLaVA's pixels bit for bit; "fast" differs by one or two grey levels.
         global_batch_size: samples of one optimizer step, over all workers.
         micro_batch_size: samples that one worker computes at a time.
         learning_rate: peak learning rate of each part: tower, projector, language. A part without one is frozen.
-        lora: adapters that are trained in place of the weights of the language model, at its learning rate. null
+        lora: adapters that are trained instead of the weights of the language model, with its learning rate. null
             trains the weights.
         loss_reduction: "token" averages over the tokens of a global batch; "sample" averages over its samples, each of
             which is the average of its tokens.
@@ -82,10 +82,10 @@ class Stage:
         on_nonfinite: reaction to a NaN or infinite loss or gradient. "skip" leaves the update out; "rollback" first
             repeats the steps since the last checkpoint, in case of a hardware fault, and skips the update if it
             happens again.
-        max_nonfinite_steps: number of skipped updates after which the stage stops.
-        random_flip: mirror every second image, chosen at random.
-        max_rounds: largest number of question-answer rounds of a conversation that are trained at a time, drawn again
-            in a new order each epoch, so that each question also comes first. null keeps conversations whole.
+        max_nonfinite_steps: allowed number of skipped updates; one more stops the stage.
+        random_flip: mirror each image with probability 0.5.
+        max_rounds: largest number of question-answer rounds per sample, drawn at random each epoch, so that each
+            question also comes first. null keeps whole conversations.
     """
 
     objective: Literal["contrastive", "language"]
@@ -195,14 +195,14 @@ class Recovery:
     """Reaction of a run to faults and stops.
 
     Args:
-        restarts: number of consecutive faults, without progress in between, after which the run stops.
+        restarts: allowed number of consecutive faults without a new step; one more ends the run.
         watchdog_s: seconds without a finished step after which a worker counts as hung and all workers are restarted.
             It has to cover a whole start (loading the model and a checkpoint, first batch) and the upload of a
             checkpoint.
         grace_s: seconds that a run gets after SIGTERM for the current step, one more and a last checkpoint. Most
             schedulers kill after 30 or more.
-        resize_s: for a range of workers, seconds between two looks at the cluster for machines that came or went. A
-            change restarts all workers from the last checkpoint.
+        resize_s: for a range of workers, seconds between checks for new or lost machines. A change restarts all workers
+            from the last checkpoint.
     """
 
     restarts: Annotated[int, Ge(0)] = 3

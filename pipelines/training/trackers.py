@@ -26,7 +26,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -37,6 +37,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pipelines.core import storage
+from pipelines.core.settings import flatten_dict
 from redux.extras import write_install_command
 
 TrackerName = Literal["tensorboard", "mlflow", "wandb"]
@@ -124,7 +125,7 @@ class MLflowTracker:
         from mlflow.entities import Param
 
         run_id = self.client.create_run(self._find_experiment(), run_name=job_name).info.run_id
-        params = [Param(name, str(value)) for name, value in _flatten(settings)]
+        params = [Param(name, str(value)) for name, value in flatten_dict(settings).items()]
         for start in range(0, len(params), MLFLOW_BATCH_SIZE):
             self.client.log_batch(run_id, params=params[start : start + MLFLOW_BATCH_SIZE])
         return run_id
@@ -293,12 +294,3 @@ def _read_ids(run: Path) -> dict[str, str]:
 
 def _write_id(run: Path, name: str, run_id: str) -> None:
     storage.write(str(run / TRACKER_IDS_FILE), json.dumps({**_read_ids(run), name: run_id}).encode())
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of a tree with their dotted names."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -5,6 +5,7 @@ scorer.  Its docstring lists differences between the two, and parts that are lef
 lmms-eval's: up to 128 new tokens, not 16; OCR tokens in TextVQA's prompts; only a final period dropped in GQA.
 
 A new benchmark is a module that imports from `redux.benchmarks.benchmark`, and an entry in BENCHMARKS.
+pipelines/README.md lists all steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,9 +72,9 @@ def join_answers(questions: Sequence[Question], answers: Mapping[str, str]) -> t
     Raises:
         ValueError: an answer belongs to no question.
     """
-    known = {question.id for question in questions}
-    if unknown := [key for key in answers if key not in known]:
-        raise ValueError(f"answers: got one to {unknown[0]!r}, allowed: ids of the {len(known)} questions")
+    question_ids = {question.id for question in questions}
+    if unknown := [key for key in answers if key not in question_ids]:
+        raise ValueError(f"answers: got one to {unknown[0]!r}, allowed: ids of the {len(question_ids)} questions")
     rows: list[Row] = [
         {
             "id": question.id,
@@ -84,4 +85,4 @@ def join_answers(questions: Sequence[Question], answers: Mapping[str, str]) -> t
         }
         for question in questions
     ]
-    return rows, len(known - answers.keys())
+    return rows, len(question_ids - answers.keys())

@@ -70,5 +70,6 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
 def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Read the official [{questionId, prediction}], or lines {question_id, text} (LLaVA's) or {id, response}."""
-    found = (FoundAnswer(record.location, record.id, record.response) for record in read_records(source, _ANSWER_KEYS))
-    return match_answers(found, {question.id for question in questions})
+    records = read_records(source, _ANSWER_KEYS)
+    answers = (FoundAnswer(record.location, record.id, record.response) for record in records)
+    return match_answers(answers, {question.id for question in questions})

@@ -54,12 +54,12 @@ class ImageQuestion:
 
 
 def build_questions(
-    asked: Sequence[ImageQuestion], per_task: int = PER_TASK, seed: int = 0, keywords: Sequence[str] = KEYWORDS
+    questions: Sequence[ImageQuestion], per_task: int = PER_TASK, seed: int = 0, keywords: Sequence[str] = KEYWORDS
 ) -> list[Question]:
     """Combine questions with the sixteen instructions: 16 × per_task questions, task by task.
 
     Args:
-        asked: questions about images; a random sample of them is used, in their order.
+        questions: questions about images; a random sample of them is used, in their order.
         per_task: size of the sample.
         seed: seed of the sample and of the arguments.
         keywords: words that "keywords" samples from.
@@ -67,31 +67,31 @@ def build_questions(
     Raises:
         ValueError: there are too few questions, two have the same id, or an answer is empty.
     """
-    ids = [question.id for question in asked]
+    ids = [question.id for question in questions]
     if len(set(ids)) < len(ids):
-        raise ValueError(f"asked: got {max(ids, key=ids.count)!r} more than once, allowed: ids that are unique")
-    if not 1 <= per_task <= len(asked):
-        raise ValueError(f"per_task: got {per_task}, allowed: 1 to {len(asked)}, as many as are asked")
-    if empty := [question.id for question in asked if question.answer is not None and not question.answer.strip()]:
+        raise ValueError(f"questions: got {max(ids, key=ids.count)!r} more than once, allowed: ids that are unique")
+    if not 1 <= per_task <= len(questions):
+        raise ValueError(f"per_task: got {per_task}, allowed: 1 to {len(questions)}, the number of questions")
+    if empty := [question.id for question in questions if question.answer is not None and not question.answer.strip()]:
         raise ValueError(f"{empty[0]}: answer: got nothing, allowed: a text or None")
-    positions = sorted(random.Random(seed).sample(range(len(asked)), per_task))
-    return [_build_question(asked[position], id, seed, keywords) for id in INSTRUCTIONS for position in positions]
+    positions = sorted(random.Random(seed).sample(range(len(questions)), per_task))
+    return [_build_question(questions[position], id, seed, keywords) for id in INSTRUCTIONS for position in positions]
 
 
-def _build_question(asked: ImageQuestion, id: str, seed: int, keywords: Sequence[str]) -> Question:
+def _build_question(image_question: ImageQuestion, id: str, seed: int, keywords: Sequence[str]) -> Question:
     task = INSTRUCTIONS[id].task
-    kwargs = draw_arguments(id, random.Random(f"{seed}/{task}/{asked.id}"), keywords)
+    kwargs = draw_arguments(id, random.Random(f"{seed}/{task}/{image_question.id}"), keywords)
     return Question(
-        id=f"{_task_group(task)}/{asked.id}",
-        unit=asked.id,
-        image=asked.image,
-        prompt=_build_prompt(asked.question, id, kwargs),
+        id=f"{_task_group(task)}/{image_question.id}",
+        unit=image_question.id,
+        image=image_question.image,
+        prompt=_build_prompt(image_question.question, id, kwargs),
         reference={
             "task": task,
             "instruction_id": id,
             "kwargs": kwargs,
-            "question": asked.question,
-            "answer": asked.answer,
+            "question": image_question.question,
+            "answer": image_question.answer,
         },
     )
 
@@ -180,7 +180,7 @@ def score_lines(text: str, name: str) -> Iterator[dict[str, Any]]:
             }
         except ValueError as error:
             raise ValueError(f"{location}: {error}") from None
-        yield scores if ID_LIST in line else {kind: values[0] for kind, values in scores.items()}
+        yield scores if ID_LIST in line else {name: values[0] for name, values in scores.items()}
 
 
 ID_LIST = "instruction_id_list"

@@ -102,13 +102,13 @@ def _build_question(
     location: str, row: Mapping[str, str], index: int, options: list[str], rotation: int, image: bytes
 ) -> Question:
     """Build a question with its options rotated; each rotation moves the first option to the end."""
-    shown = dict(zip(OPTION_LETTERS, options[rotation:] + options[:rotation], strict=False))
-    hint, asked = _read_cell(row, "hint"), get_field(location, row, "question")
-    lines = [*([hint] if hint else []), asked, *(f"{letter}. {option}" for letter, option in shown.items())]
-    reference: dict[str, Any] = {"options": shown}
+    rotated = dict(zip(OPTION_LETTERS, options[rotation:] + options[:rotation], strict=False))
+    hint, question = _read_cell(row, "hint"), get_field(location, row, "question")
+    lines = [*([hint] if hint else []), question, *(f"{letter}. {option}" for letter, option in rotated.items())]
+    reference: dict[str, Any] = {"options": rotated}
     if (answer := _read_cell(row, "answer")) is not None:
-        if answer not in shown:
-            raise ValueError(f"{location}: got answer {answer!r}, allowed: {', '.join(shown)}")
+        if answer not in rotated:
+            raise ValueError(f"{location}: got answer {answer!r}, allowed: {', '.join(rotated)}")
         reference["answer"] = OPTION_LETTERS[(OPTION_LETTERS.index(answer) - rotation) % len(options)]
     reference |= {name: text for name in CATEGORIES if (text := _read_cell(row, name)) is not None}
     return Question(
@@ -164,11 +164,11 @@ def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str
     The server's .xlsx must be saved as CSV first.  LLaVA's round_id is the number of a rotation that LLaVA added.
     """
 
-    def found() -> Iterator[FoundAnswer]:
+    def iterate_answers() -> Iterator[FoundAnswer]:
         for record in read_records(source, _ANSWER_KEYS):
             number = record.id
             if "round_id" in record.fields and number.isdecimal():
                 number = str(int(number) + get_field(record.location, record.fields, "round_id", int) * ROTATION_OFFSET)
             yield FoundAnswer(record.location, number, record.response)
 
-    return match_answers(found(), {question.id for question in questions})
+    return match_answers(iterate_answers(), {question.id for question in questions})

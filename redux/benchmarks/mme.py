@@ -45,8 +45,10 @@ def read_questions(*sources: Source) -> list[Question]:
     result = []
     for path in paths:
         if path.suffix == ".txt" and path.parts[0] in PERCEPTION + COGNITION and len(path.parts) > 1:
-            beside = path.parent.with_name("images") if path.parent.name == "questions_answers_YN" else path.parent
-            image = images.get(_image_key(path), str(beside / f"{path.stem}.jpg"))
+            image_folder = (
+                path.parent.with_name("images") if path.parent.name == "questions_answers_YN" else path.parent
+            )
+            image = images.get(_image_key(path), str(image_folder / f"{path.stem}.jpg"))
             result += _read_image_questions(f"{folder}/{path}", _image_key(path), image)
     if not result:
         raise ValueError(f"{folder}: got no questions, allowed: a folder with subtasks such as {PERCEPTION[0]}")
@@ -126,12 +128,12 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
 def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Read the official folder of SUBTASK.txt, or lines {id, response} or LLaVA's {question_id, prompt, text}."""
-    known = {question.id for question in questions}
+    question_ids = {question.id for question in questions}
     folder = fspath(source).rstrip("/")
-    found = _read_recorded(source, known)
+    answers = _read_recorded(source, question_ids)
     if listed := [path for path in list_files(folder) if path.endswith(".txt")]:
-        found = (answer for path in listed for answer in _read_official(f"{folder}/{path}", PurePosixPath(path).stem))
-    return match_answers(found, known)
+        answers = (answer for path in listed for answer in _read_official(f"{folder}/{path}", PurePosixPath(path).stem))
+    return match_answers(answers, question_ids)
 
 
 def _read_official(source: str, subtask: str) -> Iterator[FoundAnswer]:
@@ -142,10 +144,10 @@ def _read_official(source: str, subtask: str) -> Iterator[FoundAnswer]:
         yield FoundAnswer(location, f"{subtask}/{PurePosixPath(parts[0]).stem}/{_strip_prompts(parts[1])}", parts[3])
 
 
-def _read_recorded(source: Source, known: set[str]) -> Iterator[FoundAnswer]:
+def _read_recorded(source: Source, question_ids: set[str]) -> Iterator[FoundAnswer]:
     for record in read_records(source, _ANSWER_KEYS):
         id = record.id
-        if id not in known and "prompt" in record.fields:  # LLaVA's question_id is the path of the image
+        if id not in question_ids and "prompt" in record.fields:  # LLaVA's question_id is the path of the image
             prompt = get_field(record.location, record.fields, "prompt")
             id = f"{_image_key(PurePosixPath(id))}/{_strip_prompts(prompt)}"
         yield FoundAnswer(record.location, id, record.response)

@@ -89,17 +89,17 @@ def read_json(source: Source) -> Any:
     return _parse_json(source, read_text(source))
 
 
-def list_entries(source: Source, whole: Any, key: str) -> list[tuple[str, dict[str, Any]]]:
+def list_entries(source: Source, content: Any, key: str) -> list[tuple[str, dict[str, Any]]]:
     """List (location, object) of a list in a JSON file.
 
     Args:
         source: the file, for errors.
-        whole: value of the file.
+        content: value of the file.
         key: key of the list.
     """
-    if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
-        raise ValueError(f"{source}: got {_describe_keys(whole)}, allowed: an object with a list under {key!r}")
-    return list(number_items(source, whole[key]))
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        raise ValueError(f"{source}: got {_describe_keys(content)}, allowed: an object with a list under {key!r}")
+    return list(number_items(source, content[key]))
 
 
 def read_records(source: Source, key_choices: Sequence[AnswerKeys]) -> Iterator[AnswerRecord]:
@@ -114,15 +114,14 @@ def read_records(source: Source, key_choices: Sequence[AnswerKeys]) -> Iterator[
         case "":
             return
         case "[":
-            found = number_items(source, _parse_json(source, text))
+            items = number_items(source, _parse_json(source, text))
         case "{":
-            found = parse_lines(source, text)
+            items = parse_lines(source, text)
         case _:
-            found = parse_table(source, text)
-            _match_keys(
-                f"{source}: line 1", dict.fromkeys(_read_header(text)[0]), key_choices
-            )  # also where no row follows
-    for location, item in found:
+            items = parse_table(source, text)
+            # checks the header even if the table has no rows
+            _match_keys(f"{source}: line 1", dict.fromkeys(_read_header(text)[0]), key_choices)
+    for location, item in items:
         yield AnswerRecord(location, item, _match_keys(location, item, key_choices))
 
 
@@ -153,32 +152,34 @@ def parse_table(source: Source, text: str) -> Iterator[tuple[str, dict[str, str]
         yield f"{source}: row {number}", row
 
 
-def match_answers(found: Iterable[FoundAnswer], known: Collection[str]) -> dict[str, str]:
+def match_answers(answers: Iterable[FoundAnswer], question_ids: Collection[str]) -> dict[str, str]:
     """Match answers to questions: {question id: response}.
 
     Args:
-        found: answers.
-        known: ids of the questions.
+        answers: answers, in any order.
+        question_ids: ids of the questions.
 
     Raises:
         ValueError: an answer belongs to no question, or a question has two answers.
     """
     responses: dict[str, str] = {}
-    for location, identifier, response in found:
-        if identifier not in known:
-            raise ValueError(f"{location}: got an answer to {identifier!r}, allowed: ids of the {len(known)} questions")
+    for location, identifier, response in answers:
+        if identifier not in question_ids:
+            raise ValueError(
+                f"{location}: got an answer to {identifier!r}, allowed: ids of the {len(question_ids)} questions"
+            )
         if identifier in responses:
             raise ValueError(f"{location}: got a second answer to {identifier!r}, allowed: one a question")
         responses[identifier] = response
     return responses
 
 
-def get_field(location: str, record: Mapping[str, Any], key: str, kind: type = str) -> Any:
+def get_field(location: str, record: Mapping[str, Any], key: str, value_type: type = str) -> Any:
     """Get the value under `key`; ValueError if it is missing or of another type."""
     value = record.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, value_type) or isinstance(value, bool):
         got = f"{key} = {str(value)[:80]!r}" if key in record else _describe_keys(record)
-        raise ValueError(f"{location}: got {got}, allowed: {key}, {FIELD_TYPES[kind]}")
+        raise ValueError(f"{location}: got {got}, allowed: {key}, {FIELD_TYPES[value_type]}")
     return value
 
 

@@ -34,33 +34,33 @@ def read_questions(*sources: Source, ocr: bool | None = None) -> list[Question]:
         ocr: True requires OCR tokens in prompts, False leaves them out; None adds them if their file is given.
     """
     data = {fspath(source): list_entries(source, read_json(source), "data") for source in sources}
-    words = {source: found for source, found in data.items() if found and "ocr_tokens" in found[0][1]}
-    asked = [source for source in data if source not in words]
-    if len(asked) != 1 or len(words) > 1 or (ocr and not words):
-        wanted = "and one of OCR tokens" if ocr else "and at most one of OCR tokens"
-        raise ValueError(f"TextVQA: got {', '.join(data) or 'no file'}, allowed: one of questions, {wanted}")
-    tokens = _read_ocr_tokens(*words.values()) if words and ocr is not False else None
-    return [_build_question(location, entry, tokens) for location, entry in data[asked[0]]]
+    ocr_files = {source: entries for source, entries in data.items() if entries and "ocr_tokens" in entries[0][1]}
+    question_files = [source for source in data if source not in ocr_files]
+    if len(question_files) != 1 or len(ocr_files) > 1 or (ocr and not ocr_files):
+        ocr_rule = "and one of OCR tokens" if ocr else "and at most one of OCR tokens"
+        raise ValueError(f"TextVQA: got {', '.join(data) or 'no file'}, allowed: one of questions, {ocr_rule}")
+    tokens = _read_ocr_tokens(*ocr_files.values()) if ocr_files and ocr is not False else None
+    return [_build_question(location, entry, tokens) for location, entry in data[question_files[0]]]
 
 
-def _read_ocr_tokens(read: list[tuple[str, dict[str, Any]]]) -> dict[str, list[str]]:
+def _read_ocr_tokens(entries: list[tuple[str, dict[str, Any]]]) -> dict[str, list[str]]:
     return {
-        get_field(location, entry, "image_id"): get_texts(location, entry, "ocr_tokens") for location, entry in read
+        get_field(location, entry, "image_id"): get_texts(location, entry, "ocr_tokens") for location, entry in entries
     }
 
 
 def _build_question(location: str, entry: dict[str, Any], tokens: dict[str, list[str]] | None) -> Question:
-    image, asked = get_field(location, entry, "image_id"), get_field(location, entry, "question")
+    image = get_field(location, entry, "image_id")
+    question = get_field(location, entry, "question")
     if tokens is not None and image not in tokens:
         raise ValueError(f"{location}: got image {image}, allowed: one that the file of OCR tokens has")
-    shown = "" if tokens is None else f"\nReference OCR token: {', '.join(tokens[image])}"
+    ocr_line = "" if tokens is None else f"\nReference OCR token: {', '.join(tokens[image])}"
     return Question(
         id=get_id(location, entry, "question_id"),
         unit=image,
         image=f"{image}.jpg",
-        prompt=asked.capitalize()
-        + shown
-        + SHORT_ANSWER_PROMPT,  # LLaVA's prompts begin with upper case, the file does not
+        # LLaVA's prompts begin with upper case, the questions of the file do not
+        prompt=question.capitalize() + ocr_line + SHORT_ANSWER_PROMPT,
         reference={"answers": get_texts(location, entry, "answers")} if "answers" in entry else {},
     )
 
@@ -88,19 +88,18 @@ def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str
 
     LLaVA's question_id is the id of the image, so the prompt identifies the question.
     """
-    known = {question.id for question in questions}
-    asked = {(question.unit, _extract_question(question.prompt)): question.id for question in questions}
+    question_ids = {question.id for question in questions}
+    id_by_prompt = {(question.unit, _extract_question(question.prompt)): question.id for question in questions}
 
-    def found() -> Iterator[FoundAnswer]:
+    def iterate_answers() -> Iterator[FoundAnswer]:
         for record in read_records(source, _ANSWER_KEYS):
             number = record.id
-            if number not in known and "prompt" in record.fields:
-                number = asked.get(
-                    (number, _extract_question(get_field(record.location, record.fields, "prompt"))), number
-                )
+            if number not in question_ids and "prompt" in record.fields:
+                question = _extract_question(get_field(record.location, record.fields, "prompt"))
+                number = id_by_prompt.get((number, question), number)
             yield FoundAnswer(record.location, number, record.response)
 
-    return match_answers(found(), known)
+    return match_answers(iterate_answers(), question_ids)
 
 
 def _extract_question(prompt: str) -> str:
@@ -109,7 +108,8 @@ def _extract_question(prompt: str) -> str:
     LLaVA's eval_textvqa.py has three forms: the question's line before or after the line of OCR tokens, and one line
     "OCR tokens: ... Question: ... Short answer:".
     """
-    if prompt.startswith("OCR tokens: ") and (found := re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)):
-        return found[1].lower()
+    match = re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)
+    if prompt.startswith("OCR tokens: ") and match:
+        return match[1].lower()
     lines = prompt.split("\n")
     return lines[1 if len(lines) > 1 and lines[0].startswith("Reference OCR token:") else 0].lower()

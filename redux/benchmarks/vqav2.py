@@ -46,10 +46,10 @@ def read_questions(*sources: Source) -> list[Question]:
     Args:
         sources: one file or both, in any order.
     """
-    asked, whole, references = _sort_sources({fspath(source): read_json(source) for source in sources})
-    subset = get_field(asked, whole, "data_subtype").replace("test-dev", "test")
+    question_file, content, references = _sort_sources({fspath(source): read_json(source) for source in sources})
+    subset = get_field(question_file, content, "data_subtype").replace("test-dev", "test")
     result = []
-    for location, entry in list_entries(asked, whole, "questions"):
+    for location, entry in list_entries(question_file, content, "questions"):
         question, image = get_id(location, entry, "question_id"), get_field(location, entry, "image_id", int)
         if references is not None and question not in references:
             raise ValueError(f"{location}: got question {question} without an annotation, allowed: those with one")
@@ -65,32 +65,36 @@ def read_questions(*sources: Source) -> list[Question]:
     return result
 
 
-def _sort_sources(wholes: Mapping[str, Any]) -> tuple[str, Any, dict[str, dict[str, Any]] | None]:
+def _sort_sources(contents: Mapping[str, Any]) -> tuple[str, Any, dict[str, dict[str, Any]] | None]:
     """Find the file of questions.
 
     Returns:
         (file of questions, its value, references by question id or None without a file of annotations).
     """
-    asked = [source for source, whole in wholes.items() if isinstance(whole, dict) and "questions" in whole]
-    answered = [source for source in wholes if source not in asked]
-    if len(asked) != 1 or len(answered) > 1:
+    question_files = [
+        source for source, content in contents.items() if isinstance(content, dict) and "questions" in content
+    ]
+    annotation_files = [source for source in contents if source not in question_files]
+    if len(question_files) != 1 or len(annotation_files) > 1:
         raise ValueError(
-            f"VQAv2: got {', '.join(wholes) or 'no file'}, {len(asked)} of them with 'questions', "
+            f"VQAv2: got {', '.join(contents) or 'no file'}, {len(question_files)} of them with 'questions', "
             "allowed: one of questions, and at most one of annotations"
         )
-    references = [_read_references(source, wholes[source]) for source in answered]
-    return asked[0], wholes[asked[0]], references[0] if references else None
+    references = [_read_references(source, contents[source]) for source in annotation_files]
+    [question_file] = question_files
+    return question_file, contents[question_file], references[0] if references else None
 
 
-def _read_references(source: str, whole: Any) -> dict[str, dict[str, Any]]:
+def _read_references(source: str, content: Any) -> dict[str, dict[str, Any]]:
     references = {}
-    for location, entry in list_entries(source, whole, "annotations"):
+    for location, entry in list_entries(source, content, "annotations"):
         people = get_field(location, entry, "answers", list)
         if not people:
             raise ValueError(f"{location}: got no answers, allowed: those of ten people")
         references[get_id(location, entry, "question_id")] = {
             "answers": [
-                get_field(where, given, "answer") for where, given in number_items(f"{location}, answers", people)
+                get_field(item_location, item, "answer")
+                for item_location, item in number_items(f"{location}, answers", people)
             ],
             "answer_type": get_field(location, entry, "answer_type"),
         }
@@ -107,10 +111,12 @@ def official_accuracy(response: str | None, people: Sequence[str]) -> float:
     if response is None:
         return 0.0
     answer = flatten_whitespace(response if isinstance(response, SubmittedAnswer) else normalize_as_evalai(response))
-    given = [flatten_whitespace(person) for person in people]
-    if len(set(given)) > 1:
-        answer, given = normalize_answer(answer), [normalize_answer(person) for person in given]
-    return human_agreement(answer, given)
+    references = [flatten_whitespace(person) for person in people]
+    # the official scorer normalizes only if people disagree
+    if len(set(references)) > 1:
+        answer = normalize_answer(answer)
+        references = [normalize_answer(reference) for reference in references]
+    return human_agreement(answer, references)
 
 
 def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
@@ -129,12 +135,12 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Read the official [{question_id, answer}], or lines {question_id, text} (LLaVA's) or {id, response}."""
 
-    def found() -> Iterator[FoundAnswer]:
+    def iterate_answers() -> Iterator[FoundAnswer]:
         for record in read_records(source, _ANSWER_KEYS):
             response = SubmittedAnswer(record.response) if record.keys == OFFICIAL_KEYS else record.response
             yield FoundAnswer(record.location, record.id, response)
 
-    return match_answers(found(), {question.id for question in questions})
+    return match_answers(iterate_answers(), {question.id for question in questions})
 
 
 def build_submission(rows: Sequence[Row]) -> list[dict[str, Any]]:

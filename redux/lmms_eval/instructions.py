@@ -42,15 +42,17 @@ class Instructions(ConfigurableTask):
                 f"dataset_path: got {self.DATASET_PATH}, allowed: a file of frozen prompts, in the folder where "
                 "lmms-eval is started"
             )
-        asked = [
-            each for each in read_questions(self.DATASET_PATH) if each.reference["instruction_id"] == self.DATASET_NAME
+        questions = [
+            question
+            for question in read_questions(self.DATASET_PATH)
+            if question.reference["instruction_id"] == self.DATASET_NAME
         ]
-        if not asked:
+        if not questions:
             raise ValueError(f"{self.DATASET_PATH}: got no question with {self.DATASET_NAME}, allowed: at least one")
-        self.questions: dict[str, Question] = {question.id: question for question in asked}
+        self.questions: dict[str, Question] = {question.id: question for question in questions}
         self.images = Path((dataset_kwargs or {}).get("images", "images"))
         self.dataset = self.dataset_no_image = DatasetDict(
-            test=Dataset.from_list([_build_document(question) for question in asked])
+            test=Dataset.from_list([_build_document(question) for question in questions])
         )
 
     def doc_to_visual(self, doc: Mapping[str, Any]) -> list[Image.Image]:

@@ -185,7 +185,7 @@ def test_what_cannot_be_assembled_is_told_at_the_start(
         (["num_workers=[3, 2]"], "num_workers: got [3, 2], allowed: the fewest first"),
         (
             ["num_workers=[3]"],
-            "num_workers: got [3], allowed: a whole number >= 1 or a list of 2 values, each a whole number",
+            "num_workers: got [3], allowed: 'auto' or a whole number >= 1 or a list of 2 values, each a whole number",
         ),
         (["num_workers=3"], "train.pretrain.global_batch_size: got 8, allowed: a multiple of 6"),
         (["train.pretrain.data=captions"], "train.pretrain.data: got captions, allowed: talk, those of data.sets"),
@@ -221,7 +221,7 @@ def test_what_was_assembled_of_other_parts_is_not_used(
 ) -> None:
     """A run that failed before its first step may go on with other parts."""
     first = resolve_job(load(*NO_SETS), tmp_path)
-    Claim.of(tmp_path, first).enforce()
+    Claim.from_folder(tmp_path, first).enforce()
     list_steps(first, tmp_path)["assemble"]()
     other = load(*NO_SETS, f"model.tower={tmp_path}/gone")
     with pytest.raises(ValueError, match=f"^model.tower: got {tmp_path}/gone, allowed: folder or hub id"):

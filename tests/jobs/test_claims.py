@@ -12,7 +12,7 @@ from jobs.claims import ASSEMBLED, PROGRESS, Claim
 from jobs.run import run
 from jobs.schema import Job
 from pipelines.core import jsonl
-from pipelines.evaluation import evaluate
+from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
 from pipelines.training.checkpoint import JOB_FILE
 
 QUICKSTART = Path(__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
@@ -34,14 +34,14 @@ def begin(tmp_path: Path) -> Begin:
     """Folder of a run that finished some steps, and has begun some that it did not finish."""
 
     def begin(finished: tuple[str, ...] = (), begun: tuple[str, ...] = ()) -> Path:
-        Claim.of(tmp_path, load()).enforce()
+        Claim.from_folder(tmp_path, load()).enforce()
         (tmp_path / PROGRESS).write_text("".join(json.dumps({"step": name, "wall_s": 1}) + "\n" for name in finished))
         stages = [name for name in (*finished, *begun) if name in ("tower", "pretrain", "instruct")]
         (tmp_path / "metrics.jsonl").write_text("".join(f'{{"stage": "{name}", "step": 1}}\n' for name in stages))
-        (tmp_path / evaluate.ANSWERS_FOLDER).mkdir()
-        (tmp_path / evaluate.ANSWERS_FOLDER / evaluate.PROVENANCE_FILE).write_text("{}")
+        (tmp_path / ANSWERS_FOLDER).mkdir()
+        (tmp_path / ANSWERS_FOLDER / PROVENANCE_FILE).write_text("{}")
         if "evaluate" in (*finished, *begun):
-            (tmp_path / evaluate.ANSWERS_FOLDER / ".easy_vqa.jsonl").write_text('{"id": "1"}\n')
+            (tmp_path / ANSWERS_FOLDER / ".easy_vqa.jsonl").write_text('{"id": "1"}\n')
         if "assemble" in finished:
             (tmp_path / ASSEMBLED).mkdir()
         return tmp_path
@@ -71,7 +71,7 @@ def finished(folder: Path) -> list[str]:
 def test_before_the_first_step_every_setting_may_change(begin: Begin, override: str, kept: tuple[str, ...]) -> None:
     """What was prepared stays where it does not depend on the setting."""
     folder = begin(PREPARED)
-    Claim.of(folder, load(override)).enforce()
+    Claim.from_folder(folder, load(override)).enforce()
     assert schema.load(folder / JOB_FILE) == load(override)
     assert tuple(finished(folder)) == kept
     assert (folder / ASSEMBLED).exists() == ("assemble" in kept)
@@ -99,9 +99,9 @@ def test_a_setting_that_a_step_depends_on_stays(
     with pytest.raises(
         ValueError, match=f"{override.partition('=')[0]} = .*, and {use} depends on it; .*--allow-changes"
     ):
-        Claim.of(folder, load(override)).enforce()
+        Claim.from_folder(folder, load(override)).enforce()
     assert (folder / JOB_FILE).read_text() == before
-    Claim.of(folder, load(override)).enforce(allow_changes=True)
+    Claim.from_folder(folder, load(override)).enforce(allow_changes=True)
     assert schema.load(folder / JOB_FILE) == load(override)
     assert tuple(finished(folder)) == done, "what was done with the old setting is not done again"
 
@@ -123,7 +123,7 @@ def test_a_setting_of_later_steps_or_without_a_result_may_change(
     begin: Begin, done: tuple[str, ...], override: str
 ) -> None:
     folder = begin(done)
-    Claim.of(folder, load(override)).enforce()
+    Claim.from_folder(folder, load(override)).enforce()
     assert schema.load(folder / JOB_FILE) == load(override)
     assert tuple(finished(folder)) == done
     assert (folder / ASSEMBLED).exists()
@@ -131,7 +131,7 @@ def test_a_setting_of_later_steps_or_without_a_result_may_change(
 
 def test_another_report_is_written_anew(begin: Begin) -> None:
     folder = begin(FINISHED)
-    Claim.of(folder, load("report.examples=3")).enforce()
+    Claim.from_folder(folder, load("report.examples=3")).enforce()
     assert tuple(finished(folder)) == FINISHED[:-1]
 
 
@@ -140,7 +140,7 @@ def test_a_file_from_before_there_was_a_setting_has_its_default(begin: Begin) ->
     now = path.read_text()
     path.write_text(now.replace("gpu_share: 1.0\n", ""))
     assert path.read_text() != now
-    Claim.of(path.parent, load()).enforce()
+    Claim.from_folder(path.parent, load()).enforce()
     assert path.read_text() == now
 
 

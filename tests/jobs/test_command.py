@@ -286,7 +286,7 @@ def test_an_export_that_is_stopped_leaves_nothing_in_the_way_of_the_next(
         storage.write(str(out / "config.json"), b"{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "_write", half)
+    monkeypatch.setattr(export, "_export_folder", half)
     with pytest.raises(KeyboardInterrupt):
-        export.write(tmp_path, None, None, str(out))
+        export.export_model(tmp_path, None, None, str(out))
     assert not out.exists()

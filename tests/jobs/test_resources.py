@@ -122,5 +122,5 @@ def test_a_real_ray_with_one_gpu_refuses_two_workers_before_any_shard(tmp_path: 
         env={**environment, "RAY_OVERRIDE_RESOURCES": '{"GPU": 1}'}, capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == 2
-    assert "redux: quickstart: needs 2 GPUs, found 1; set num_workers=1, or auto in place\n" in ended.stderr
+    assert "redux: quickstart: needs 2 GPUs, found 1; set num_workers=1, or auto\n" in ended.stderr
     assert not (tmp_path / "quickstart" / "shards").exists()

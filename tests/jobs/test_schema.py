@@ -13,8 +13,8 @@ from pipelines.search.trials import Trials
 
 FOLDER = Path(__file__).parents[2] / "jobs" / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
-STUDIES = [path for path in FILES if "variants" in document.plain(path)]
-SEARCHES = [path for path in FILES if "space" in document.plain(path)]
+STUDIES = [path for path in FILES if "variants" in document.read_tree(path)]
+SEARCHES = [path for path in FILES if "space" in document.read_tree(path)]
 SHIPPED = [path for path in FILES if path not in STUDIES + SEARCHES]
 NAMES = {
     "quickstart",
@@ -58,7 +58,7 @@ def test_a_shipped_search_opens_with_what_to_expect_and_draws_jobs(
 ) -> None:
     """Of which each keeps the limits; a whole one is as large as parts without a hub allow."""
     assert path.read_text().startswith("# ")
-    pretrained = isinstance(document.plain(path)["job"]["model"]["tower"], str)
+    pretrained = isinstance(document.read_tree(path)["job"]["model"]["tower"], str)
     asked = search.load(path, [f"job.model.{part}={folder}" for part, folder in parts.items()] if pretrained else [])
     assert asked.name == path.stem
     jobs, written = search.TrialJobs(asked), tmp_path / search.SEARCH_FILE
@@ -88,7 +88,7 @@ def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
         ("train.instruct.template=plain", "train.instruct.template: got plain, allowed: "),
         ("train.tower.micro_batch_size=1", "train.tower.micro_batch_size: got 1, allowed: at least 2"),
         ("train.instruct.zero_stage=4", "train.instruct.zero_stage: got 4, allowed: 0 or 1 or 2 or 3"),
-        ("seed=4294967296", "seed: got 4294967296, allowed: a whole number >= 0 < 4294967296"),
+        ("seed=4294967296", "seed: got 4294967296, allowed: a whole number from 0 to 4294967295"),
         ("num_workers=3", "train.tower.global_batch_size: got 64, allowed: a multiple of 96"),
         ("model.vmtc.stages=99", "model.vmtc.stages: got 99, allowed: 1 to 4"),
         ("model.vmtc.ratio=0.999", "model.vmtc.ratio: got 0.999, allowed: one that leaves at least 1 of 64"),
@@ -111,7 +111,7 @@ def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
             "data.sets={formats: a}",
             "data.sets: got formats, allowed: other names than captions, conversations, shown, formats",
         ),
-        ("data.max_bad_fraction=2", "data.max_bad_fraction: got 2, allowed: a number >= 0 <= 1"),
+        ("data.max_bad_fraction=2", "data.max_bad_fraction: got 2, allowed: a number from 0 to 1"),
         ("model.language.max_position_embeddings=32", "model.language.max_position_embeddings: got 32, allowed: more"),
     ],
 )

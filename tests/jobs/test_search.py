@@ -88,7 +88,7 @@ def best_of(tmp_path: Path, values: dict[str, Any]) -> Path:
     places = {name: place.distribution for name, place in asked.space.items()}
     trials.study.add_trial(create_trial(params=values, distributions=places, value=1.0))
     assert command.main(["best", str(folder)]) == 0
-    return folder / search.BEST
+    return folder / search.BEST_FILE
 
 
 def test_the_best_of_several_objectives_is_for_the_user_to_name(
@@ -154,7 +154,7 @@ MAXIMUM = {"model.cmai.gamma_max": {"low": 0.0, "high": 0.9}}
             'got "lineer", allowed: values of a valid job',
         ),
         ({"space": {"model.cmai.schedule": {"choices": []}}}, r"schedule\.choices: got \[\], allowed: .* >= 1"),
-        ({"space": {"train.pretrain.warmup_ratio": {"low": 0.0, "high": 0.5}}}, "as train.pretrain is shared"),
+        ({"space": {"train.pretrain.warmup_ratio": {"low": 0.0, "high": 0.5}}}, "as all trials share train.pretrain"),
         ({"space": {}}, "space: got {}"),
         (
             {"references": {"paper": {"model.vmtc.ratoi": 0.5}}},
@@ -200,7 +200,7 @@ def test_a_search_is_bound_by_its_trials_and_what_they_share_alone(tmp_path: Pat
     (tmp_path / "shared" / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 1}\n')
     search._claim(first, tmp_path, False)
     other_job = yaml.safe_load(TINY)["job"] | {"data": {"source": "easy-vqa", "samples_per_shard": 1}}
-    with pytest.raises(ValueError, match=r"samples_per_shard = 2000, not 1, and shared, which has begun,"):
+    with pytest.raises(ValueError, match=r"samples_per_shard = 2000, not 1, and shared, which has started,"):
         search._claim(search.load(write(tmp_path, job=other_job)), tmp_path, False)
 
     (tmp_path / "trials" / "0000").mkdir(parents=True)

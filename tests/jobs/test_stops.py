@@ -115,7 +115,7 @@ def assert_stopped(stopped: Stopped, run: Path, torn: int = 0) -> None:
     """
     assert stopped.code == 130, stopped.shown
     assert "Traceback" not in stopped.shown
-    assert stopped.shown.count("redux: interrupted; the same command goes on from the last checkpoint\n") == 1
+    assert stopped.shown.count("redux: interrupted; the same command continues from the last checkpoint\n") == 1
     assert stopped.processes == []
     # torch and Ray keep a folder each for all processes of a user
     assert [path for path in stopped.files if not re.fullmatch(r"torchinductor_[^/]*|ray", path)] == []

@@ -30,7 +30,7 @@ def test_variants_go_on_from_what_the_shared_run_leaves(tmp_path: Path) -> None:
         assert list(job.train) == ["instruct"]
         assert job.model.checkpoint == str(tmp_path / "shared" / "checkpoints" / "pretrain" / "model")
         assert job.data.source is None
-        assert job.data.sets == {name: str(tmp_path / "shared" / "shards" / name) for name in shared.made}
+        assert job.data.sets == {name: str(tmp_path / "shared" / "shards" / name) for name in shared.generated_sets}
         assert job.train["instruct"] == shared.train["instruct"]
         assert job.evaluate == shared.evaluate
 
@@ -39,7 +39,7 @@ def test_variants_differ_in_what_they_say_and_in_nothing_else(tmp_path: Path) ->
     mini = study.load(FILE)
     jobs = study.list_jobs(mini, tmp_path)
     plain = jobs["llava-0"]
-    assert (plain.model.vmtc, plain.model.cmai, plain.model.reduction) == (None, None, "own")
+    assert (plain.model.vmtc, plain.model.cmai, plain.model.reduction) == (None, None, "checkpoint")
     methods = {name: jobs[f"{name}-0"].model.methods for name in mini.variants}
     assert [name for name, each in methods.items() if each.get("vmtc")] == ["vmtc", "both"]
     assert [name for name, each in methods.items() if each.get("cmai")] == ["cmai", "both"]

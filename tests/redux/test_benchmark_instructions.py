@@ -82,7 +82,7 @@ def test_keywords_come_from_the_callers_list() -> None:
     [
         (ASKED, 13, "per_task: got 13, allowed: 1 to 12"),
         (ASKED, 0, "per_task: got 0, allowed: 1 to 12"),
-        ([*ASKED, ASKED[3]], 5, "asked: got 'q3' more than once"),
+        ([*ASKED, ASKED[3]], 5, "questions: got 'q3' more than once"),
         ([ImageQuestion(id="a", image=None, question="What?", answer=" ")], 1, "a: answer: got nothing"),
     ],
 )

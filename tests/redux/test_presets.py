@@ -1,10 +1,7 @@
 """The presets are the paper's rows: their budgets, what each row adds to the one before, and models that they build."""
 
-import doctest
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,16 +69,6 @@ def test_each_builds_a_model_that_learns(name: str, tiny: Tiny, sample: Callable
     assert weight.grad is not None
     assert weight.grad.isfinite().all()
     assert weight.grad.ne(0).any()
-
-
-MODULES = sorted(path.stem for path in Path(redux.__file__).parent.glob("*.py") if ">>>" in path.read_text())
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_the_examples_in_docstrings_are_true(module: str) -> None:
-    result = doctest.testmod(import_module(f"redux.{module}"))
-    assert result.attempted
-    assert not result.failed
 
 
 def test_the_library_offers_what_its_first_page_names() -> None:

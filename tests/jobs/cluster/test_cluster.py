@@ -428,7 +428,7 @@ def submit(cluster: Cluster, folder: Path) -> tuple[str, ...]:
 def told_once(cluster: Cluster, process: Process) -> None:
     text = cluster.network.said(process)
     assert text.count("redux: the head of the cluster at ") == 1, text[-3000:]
-    assert "The same command goes on from the last checkpoint" in text
+    assert "The same command continues from the last checkpoint" in text
     assert "Traceback" not in text
 
 
@@ -467,7 +467,9 @@ def test_tls_where_the_cluster_has_none_is_told(
     cluster._check_tls(address, (host, int(port)))
     for name, value in certified(tmp_path / "files", host).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"RAY_ADDRESS: {address} and RAY_USE_TLS=1 here: .*allowed: TLS at both"):
+    with pytest.raises(
+        ValueError, match=f"RAY_ADDRESS: {address} and RAY_USE_TLS=1 here: .*allowed: TLS on both sides"
+    ):
         cluster._check_tls(address, (host, int(port)))
 
 
@@ -483,7 +485,7 @@ def test_with_tls_a_run_is_the_same_and_who_is_not_certified_is_refused(alone: S
             del secured.environment[name]
         foreign = certified(folder / "foreign", machines.address(2))
         half = foreign | {TLS[0]: own[TLS[0]]}  # trusts the cluster, which does not trust it
-        for given, told in (({}, "asks for TLS"), (foreign, "verify failed"), (half, "hung up")):
+        for given, told in (({}, "asks for TLS"), (foreign, "verify failed"), (half, "closed the connection")):
             secured.environment |= given
             process = secured.runs(*job(folder), "name=other")
             assert ended(secured, process) == 2

@@ -351,9 +351,9 @@ def test_secrets_are_named_not_written(render: Render) -> None:
         (["checkpoints=file:///data"], "checkpoints: got file:///data, allowed: a URL, or"),
         (["data.sets={mine: data/mine}"], "data.sets.mine: got data/mine, allowed: a URL, or"),
         (["evaluate.tasks={gqa: {files: [q.json]}}"], "evaluate.tasks.gqa.files: got q.json, allowed: a URL, or"),
-        (["evaluate.tasks={mme: {files: ['s3://key:secret@bucket/x']}}"], "^redux: the job: a URL with a password"),
-        (["checkpoints=s3://key:secret@bucket/x"], "^redux: checkpoints: a URL with a password, allowed: .*"),
-        (["--redis-secret", "a:b"], "--redis-secret: got one without --redis"),
+        (["evaluate.tasks={mme: {files: ['s3://key:secret@bucket/x']}}"], "^redux: the job: got a URL with a password"),
+        (["checkpoints=s3://key:secret@bucket/x"], "^redux: checkpoints: got a URL with a password, allowed: .*"),
+        (["--redis-secret", "a:b"], "--redis-secret: got a secret without --redis"),
         (
             ["data.make={mine: {json: /home/me/a.json}}", "data.sets={mine: /mnt/redux/mine}"],
             "data.make.mine.json: got /h",
@@ -363,7 +363,7 @@ def test_secrets_are_named_not_written(render: Render) -> None:
             "data.make.mine.images: got coco, allowed: a URL, or",
         ),
         *(
-            (["--volume", f"runs:{path}"], f"--volume: got {path}, allowed: a folder of its own")
+            (["--volume", f"runs:{path}"], f"--volume: got {path}, allowed: an absolute path")
             for path in ("mnt", "/", "/tmp", "/etc/redux", "/home", "/mnt/../etc", "/var/x")
         ),
         (["--volume", "Bad_Claim:/mnt/redux"], "--volume: got Bad_Claim, allowed: up to 253"),

@@ -360,7 +360,7 @@ VERBS = (
 
 
 @pytest.mark.parametrize(("change", "told"), [
-    ({"RAY_AUTH_TOKEN": "wrong"}, "another than its token"),
+    ({"RAY_AUTH_TOKEN": "wrong"}, "another token than that of the cluster"),
     ({"RAY_AUTH_MODE": "disabled"}, "no token"),
     ({"RAY_AUTH_TOKEN_PATH": ""}, "no token"),
 ], ids=["wrong", "off", "missing"])  # fmt: skip
@@ -561,7 +561,7 @@ def test_a_wait_that_is_interrupted_leaves_the_job_alone(redux: Redux, head: Hea
     waiting.send_signal(signal.SIGINT)
     _, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 130
-    assert "waits-on goes on without this; redux jobs logs waits-on -f shows it" in err
+    assert "waits-on continues on the cluster; redux jobs logs waits-on -f shows it" in err
     assert time.monotonic() - begun < 30
     assert "waits-on is RUNNING" in redux("jobs", "status", "waits-on").out
     redux("jobs", "stop", "waits-on")

@@ -52,7 +52,7 @@ def test_another_server_is_refused(answer: bytes) -> None:
         threading.Thread(target=serve, daemon=True).start()
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with (
-            pytest.raises(ValueError, match=f"RAY_ADDRESS: what listens at {address} is not the head of a Ray cluster"),
+            pytest.raises(ValueError, match=f"RAY_ADDRESS: the server at {address} is not the head of a Ray cluster"),
             cluster._cluster_settings(address),
         ):
             pass

@@ -22,7 +22,6 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from jobs import claims
 from jobs.command import EXIT_MISUSE, main
 from pipelines.core import failures, jsonl, storage
 from pipelines.core.failures import Kind, classify_error
@@ -221,12 +220,11 @@ def write_weights(path: Path) -> None:
         ("x", lambda path: storage.write(str(path), b"x")),
         ("x", lambda path: jsonl.append(path, [{"a": 1}])),
         ("x", lambda path: page.write(path, "x")),
-        ("x", lambda path: claims.write_atomically(path, "x")),
         (ledger.LEDGER_FILE, lambda path: ledger.append_event(path.parent, "launch", "tower")),
         ("consumed.jsonl", write_metrics),
         ("x", write_weights),
     ],
-    ids=["storage", "lines", "page", "claims", "ledger", "metrics", "weights"],
+    ids=["storage", "lines", "page", "ledger", "metrics", "weights"],
 )
 def test_a_file_that_the_kernel_does_not_take_is_named_with_what_mends_it(
     name: str, write: Callable[[Path], None], tmp_path: Path
@@ -268,5 +266,5 @@ def test_the_command_line_tells_a_full_disk_in_one_line(tmp_path: Path, capsys: 
     assert code == EXIT_MISUSE
     assert lines == [
         f"redux: {tmp_path / 'quickstart' / 'job.yaml'}: File too large; raise the limit of file sizes (ulimit -f); "
-        "what is finished is safe: once this is mended, the same command goes on"
+        "finished steps are safe: after a fix, the same command continues"
     ]

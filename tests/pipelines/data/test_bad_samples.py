@@ -274,9 +274,7 @@ def test_a_set_with_nothing_usable_is_one_error_that_names_folder_and_reason(
             (folder / name).unlink()
     else:
         truncate_images(folder, valid_set, range(len(valid_set)))
-    with pytest.raises(
-        ValueError, match=rf"^{folder}: sample \d+ and 19 drawn in its place cannot be used: "
-    ) as caught:
+    with pytest.raises(ValueError, match=rf"^{folder}: sample \d+ and 19 replacements cannot be used: ") as caught:
         make_reader(tokenizer, Shards(folder))(0)
     assert re.search(rf"used: {folder}/00000\d\.tar: sample 0000000\d\d: {why}", str(caught.value))
     assert "\n" not in str(caught.value)

@@ -18,8 +18,15 @@ import torch
 
 from pipelines.data import easy_vqa
 from pipelines.evaluation import evaluate
+from pipelines.evaluation.answer_files import ANSWERS_FOLDER
 from pipelines.evaluation.evaluate import EvaluatedModel, collect_examples, read_answers
-from pipelines.evaluation.tasks import EVALUATION_TASKS, Evaluate, TaskName, TaskSettings, load_questions
+from pipelines.evaluation.tasks import (
+    EVALUATION_TASKS,
+    Evaluate,
+    TaskName,
+    TaskSettings,
+    load_questions,
+)
 from redux import answering
 from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
 from redux.benchmarks import Question
@@ -87,7 +94,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def spent(run: Path, name: str = "easy_vqa") -> int:
     """Count the questions that a model has answered, including repeated ones."""
-    path = run / evaluate.ANSWERS_FOLDER / evaluate.SPEED_FILE
+    path = run / ANSWERS_FOLDER / evaluate.SPEED_FILE
     return sum(each["questions"] for each in lines(path) if each["task"] == name) if path.exists() else 0
 
 
@@ -100,7 +107,7 @@ def test_every_question_is_answered_once_in_the_order_of_the_benchmark(undisturb
         expected = [(row["id"], row["unit"], row["prompt"]) for row in read_answers(undisturbed, name)]
         assert expected == [(each.id, each.unit, each.prompt) for each in unanswered_questions]
         assert spent(undisturbed, name) == len(unanswered_questions)
-    assert not list((undisturbed / evaluate.ANSWERS_FOLDER).glob(".*"))
+    assert not list((undisturbed / ANSWERS_FOLDER).glob(".*"))
 
 
 def test_a_batch_gets_the_answers_that_each_question_gets_alone(evaluated: EvaluatedModel, undisturbed: Path) -> None:
@@ -164,7 +171,7 @@ def test_a_limit_asks_about_images_from_all_over_and_all_about_each() -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_is_on_file_is_not_asked_again(evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path) -> None:
     whole = read_answers(undisturbed, "easy_vqa")
-    folder = tmp_path / evaluate.ANSWERS_FOLDER
+    folder = tmp_path / ANSWERS_FOLDER
     folder.mkdir()
     kept = [row | {"response": "on file"} for row in whole[10:30]]
     (folder / ".easy_vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -181,9 +188,9 @@ def test_another_question_under_an_old_id_is_asked(
     evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path
 ) -> None:
     whole = read_answers(undisturbed, "easy_vqa")
-    (tmp_path / evaluate.ANSWERS_FOLDER).mkdir()
+    (tmp_path / ANSWERS_FOLDER).mkdir()
     other = [row | {"prompt": "what was that?"} for row in whole[:4]] + whole[4:]
-    (tmp_path / evaluate.ANSWERS_FOLDER / "easy_vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    (tmp_path / ANSWERS_FOLDER / "easy_vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
     evaluate.evaluate(evaluated, tmp_path, settings())
     assert read_answers(tmp_path, "easy_vqa") == whole
     assert spent(tmp_path) == 4
@@ -235,7 +242,7 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(
 ) -> None:
     environment = {**os.environ, "RAY_ADDRESS": ray_cluster.get_runtime_context().gcs_address}
     command = [sys.executable, "-c", KILLED, evaluated.model, str(tmp_path)]
-    partial = tmp_path / evaluate.ANSWERS_FOLDER / ".easy_vqa.jsonl"
+    partial = tmp_path / ANSWERS_FOLDER / ".easy_vqa.jsonl"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: partial.exists() and len(partial.read_bytes().splitlines()) > 4)
     process.send_signal(signal.SIGKILL)
@@ -243,8 +250,8 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(
     before = [row["id"] for row in lines(partial)]
     assert len(before) < ASKED, "it was killed too late"
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert (tmp_path / evaluate.ANSWERS_FOLDER / "easy_vqa.jsonl").read_bytes() == (
-        undisturbed / evaluate.ANSWERS_FOLDER / "easy_vqa.jsonl"
+    assert (tmp_path / ANSWERS_FOLDER / "easy_vqa.jsonl").read_bytes() == (
+        undisturbed / ANSWERS_FOLDER / "easy_vqa.jsonl"
     ).read_bytes()
     # the batch whose answers were written last may have been killed before its time was
     assert spent(tmp_path) in (ASKED, ASKED - 2)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.evaluation.answer_files import PROVENANCE_FILE
 from pipelines.evaluation.evaluate import Example
 from pipelines.report.run_report import smooth_curve, wilson_interval, write_report
 
@@ -137,7 +138,7 @@ def test_instructions_are_shown_one_by_one_and_together(run: Path):
         for response in [responses[number >= 10]]
     ]
     jsonl(run / "answers" / "instructions.jsonl", rows)
-    (run / "answers" / "asked.json").write_text('{"splitter": "regex"}')
+    (run / "answers" / PROVENANCE_FILE).write_text('{"splitter": "regex"}')
     read = page(run)
     assert read.row("json")[1:4] == ["40", "10", "25.0 %"]
     assert read.row("no comma")[1:4] == ["40", "10", "25.0 %"]

@@ -17,6 +17,8 @@ from jobs import command as command_line
 from jobs import schema
 from jobs.tables import format_csv, write_tables
 from pipelines.evaluation import statistics
+from pipelines.evaluation.answer_files import PROVENANCE_FILE
+from pipelines.report import tables as tables_module
 from pipelines.report.paper import TABLE_1, TABLE_3
 from pipelines.report.runs import find_families, select_changed_fields
 from pipelines.report.table_rows import matches, rescale_budget, write_command
@@ -166,6 +168,16 @@ def test_a_cell_is_the_mean_over_seeds_counted_by_hand(runs: Path, tables: dict[
     cell = row.cells[place(table, "easy-VQA")]
     assert cell is not None
     assert cell.value == pytest.approx(100 * np.mean([each["response"] == each["answer"] for each in seen]))
+
+
+def test_every_column_of_instructions_has_a_metric() -> None:
+    """A column without one would stay empty."""
+    metrics = {"strict", "right", "both"} | {f"strict.{instruction.name}" for instruction in INSTRUCTIONS.values()}
+    columns = {column for value in vars(tables_module).values() if isinstance(value, tuple) for column in value}
+    named = {column.source for column in columns if isinstance(column, tables_module.Column)}
+    assert {f"instructions.{metric}" for metric in metrics} == {
+        metric for metric in named if metric.startswith("instructions.")
+    }
 
 
 def test_intervals_and_differences_are_those_of_statistics(runs: Path, tables: dict[str, ResultTable]) -> None:
@@ -436,14 +448,14 @@ def test_what_cannot_be_read_is_told_in_a_line(tmp_path: Path) -> None:
 def test_what_counted_sentences_otherwise_than_ifeval_is_told(tmp_path: Path) -> None:
     for name, splitter in (("a", "punkt"), ("b", "regex")):
         folder = write_run(tmp_path, name, **job_changes(PRESETS["llava" if name == "a" else "default"]))
-        (folder / "answers" / "asked.json").write_text(json.dumps({"splitter": splitter}))
+        (folder / "answers" / PROVENANCE_FILE).write_text(json.dumps({"splitter": splitter}))
     assert "T12 of b: sentences were counted by regular expressions" in write_tables([tmp_path], None, SCORERS, 100)
 
 
 def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) -> None:
     """A foreign model matches no row of LLaVA, nor does a model with a method that it was not trained with."""
     given = {"train": {}, "model__tower": None, "model__language": None}
-    own = dict.fromkeys(("model__vmtc", "model__cmai", "model__reduction"), "own")
+    own = dict.fromkeys(("model__vmtc", "model__cmai", "model__reduction"), "checkpoint")
     for name, kind, more in (
         ("blip", "instructblip", {}),
         ("plain", "llava", {}),
@@ -452,7 +464,7 @@ def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) ->
         checkpoint = {"llava": "hub/llava", "instructblip": "Salesforce/instructblip-vicuna-7b"}[kind]
         folder = write_run(tmp_path, name, model__checkpoint=checkpoint, **{**given, **own, **more})
         methods = {"vmtc": None, "cmai": more.get("model__cmai"), "reduction": None}
-        (folder / "answers" / "asked.json").write_text(json.dumps({"model_type": kind, "methods": methods}))
+        (folder / "answers" / PROVENANCE_FILE).write_text(json.dumps({"model_type": kind, "methods": methods}))
     [family], _ = find_families([tmp_path], SCORERS)
     assert family.label == "llava"
     found = {model.runs[0].folder.name: model for model in family.models}
@@ -479,7 +491,7 @@ def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> N
         (folder / "job.yaml").write_text(schema.dump(made))
         (folder / "metrics.json").write_text("{}")
         if row.checkpoint:
-            (folder / "answers" / "asked.json").write_text('{"model_type": "instructblip"}')
+            (folder / "answers" / PROVENANCE_FILE).write_text('{"model_type": "instructblip"}')
         else:
             assert made.evaluate
             assert made.evaluate.template is None  # the model itself says how it was trained

@@ -197,7 +197,7 @@ def test_a_stage_without_enough_resources_starts_nothing(
 ) -> None:
     monkeypatch.setattr(recorder, "start_recorder", lambda *_: pytest.fail("started"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ValueError, match=r"^train.small with workers = 8 needs 5 CPUs, allowed: 2, which"):
+    with pytest.raises(ValueError, match=r"^train.small with num_workers = 8 needs 5 CPUs, allowed: 2, which"):
         driver.train_stage(new_plan({"workers": (8, 8)}))
 
 
@@ -205,7 +205,9 @@ def test_a_stage_without_enough_resources_starts_nothing(
 def test_what_this_machine_has_no_room_for_is_refused_instead_of_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     have = ray.cluster_resources()["CPU"]
     cluster.require_resources({"CPU": have}, "all of it")
-    with pytest.raises(ValueError, match=rf"train.tower with workers = 99 needs {have + 1:g} CPUs, allowed: {have:g}"):
-        cluster.require_resources({"CPU": have + 1}, "train.tower with workers = 99")
+    with pytest.raises(
+        ValueError, match=rf"train.tower with num_workers = 99 needs {have + 1:g} CPUs, allowed: {have:g}"
+    ):
+        cluster.require_resources({"CPU": have + 1}, "train.tower with num_workers = 99")
     monkeypatch.setenv("RAY_ADDRESS", "a cluster that may grow")
-    cluster.require_resources({"CPU": have + 1}, "train.tower with workers = 99")
+    cluster.require_resources({"CPU": have + 1}, "train.tower with num_workers = 99")
