@@ -253,12 +253,12 @@ def _choose_evaluated_model(
     job: Job, settings: tasks.Evaluate, stages: dict[str, StagePlan]
 ) -> evaluate.EvaluatedModel:
     """Choose the model to evaluate: the result of the last stage, or model.checkpoint if there is no stage."""
-    formats = {name: getattr(settings, name) for name in ("template", "image_aspect_ratio", "allow_mismatch")}
-    formats["kernels"] = job.model.kernels
+    options = {name: getattr(settings, name) for name in ("template", "image_aspect_ratio", "allow_mismatch")}
+    options["kernels"] = job.model.kernels
     if stages:
-        return evaluate.EvaluatedModel(model=list(stages.values())[-1].result, **formats)
+        return evaluate.EvaluatedModel(model=list(stages.values())[-1].result, **options)
     assert job.model.checkpoint
-    return evaluate.EvaluatedModel(model=job.model.checkpoint, methods=job.model.methods, **formats)
+    return evaluate.EvaluatedModel(model=job.model.checkpoint, methods=job.model.methods, **options)
 
 
 def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str, StagePlan]:

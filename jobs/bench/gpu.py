@@ -31,7 +31,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from transformers import CLIPVisionConfig, LlamaConfig, MaxLengthCriteria, StoppingCriteriaList  # noqa: E402
 
-from jobs.bench.record import append  # noqa: E402
+from jobs.bench.record import append_record  # noqa: E402
 from redux.configuration import ReduxConfig  # noqa: E402
 from redux.kernels import set_kernels  # noqa: E402
 from redux.model import ReduxForConditionalGeneration  # noqa: E402
@@ -857,7 +857,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with options.out.open("r+") as file:
                 file.truncate(length_before)
         record = {**machine, "tiny": options.tiny, "seconds": seconds, "kernels": collector.messages}
-        append(str(options.out), **record, table=build_table(bench), results=bench.results)
+        append_record(str(options.out), **record, table=build_table(bench), results=bench.results)
     print_table(bench)
     logger.removeHandler(collector)
     return int(any("error" in result for result in bench.results.values()))
