@@ -27,8 +27,8 @@ class TextTokenizer:
 
     backend: Tokenizer
     eos_token: str | None
-    eos_token_id: int | None
-    pad_token_id: int | None
+    eos_token_id: Any
+    pad_token_id: Any
     unk_token_id: int | None
     model_max_length: int
     truncation_side: str

@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError
 from ray.train.backend import Backend, BackendConfig
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
 OPEN_STORES: list["TCPStore"] = []
 """Stores of the process of rank 0. A store closes with its last reference."""
@@ -101,7 +101,7 @@ def open_store() -> tuple[str, int]:
 
     PyTorch finds the store of its own process by the port and does not open another one (multi_tenant).
     """
-    from torch.distributed import TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
     host = ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

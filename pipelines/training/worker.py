@@ -452,7 +452,7 @@ class Feed:
         # one of them. The others get their iterators from it.
         splits: list[Any] = [None] * workers
         if engine.global_rank == 0:
-            segments = []
+            segments: list[ingest.Segment] = []
             for work in self.stages[index:]:
                 count = work.plan.stage.count_accumulation_steps(workers) * workers
                 segments.append(ingest.Segment(work.reader, (0 if segments else cursor) * count, work.steps * count))
