@@ -1,4 +1,4 @@
-"""Under ZeRO 3 a model is loaded in parts, one for each rank, and offloading changes nothing but the place of states."""
+"""Under ZeRO 3 a model is loaded in parts, one for each rank; offloading changes only the place of the states."""
 
 from collections.abc import Callable
 from dataclasses import replace
