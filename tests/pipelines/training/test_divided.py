@@ -115,5 +115,3 @@ def test_checkpoints_of_offloaded_states_continue_with_and_without_offloading(
         for losses, state in runs[1:]:
             assert losses == pytest.approx(runs[0][0], rel=1e-5 if layout[1] == "fp32" else 0.02), layout
             assert state.keys() == runs[0][1].keys(), layout
-
-
