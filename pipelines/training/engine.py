@@ -9,6 +9,7 @@ are seeded by its number, and the learning rate follows from the step. Both are 
 do not depend on the number of workers.
 """
 
+import gc
 import json
 import os
 from collections.abc import Mapping
@@ -97,6 +98,8 @@ class DeepSpeedEngineProtocol(Protocol):
     def get_global_grad_norm(self) -> Any: ...
 
     def zero_optimization_stage(self) -> int: ...
+
+    def destroy(self) -> None: ...
 
 
 def build_module(
@@ -242,6 +245,27 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
     for state in optimizer.state.values():
         state["step"].zero_()
     return engine
+
+
+def free_engine(engine: DeepSpeedEngineProtocol) -> None:
+    """Free the memory of an engine whose stage is done. It cannot be used again.
+
+    Hooks in autograd's graph keep an engine alive, and destroy() removes them. With ZeRO 3, objects of DeepSpeed 0.19
+    stay even then, so their tensors are emptied.
+    """
+    engine.destroy()
+    if engine.zero_optimization_stage() == 3:
+        optimizer = engine.optimizer
+        for parameter in engine.module.parameters():
+            parameter.data = parameter.data.new_empty(0)
+            if hasattr(parameter, "ds_tensor"):
+                parameter.ds_tensor.data = parameter.data
+        engine.basic_optimizer.state.clear()
+        for part in (optimizer.parameter_offload, optimizer):
+            vars(part).clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def describe_model(engine: DeepSpeedEngineProtocol) -> dict[str, Any]:

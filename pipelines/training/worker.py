@@ -5,7 +5,6 @@ and join their group again, for many seconds. `run_training_steps` is the loop; 
 iterator, so tests and benchmarks run it without Ray.
 """
 
-import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from pipelines.training.engine import (
     apply_update,
     build_engine,
     describe_model,
+    free_engine,
     set_learning_rate,
 )
 from pipelines.training.hooks import Hook, StepResult
@@ -139,7 +139,7 @@ def _train_stage(
     extra_hook_factories: Sequence[HookFactory],
     entered: float,
 ) -> bool:
-    """Train one stage and free its engine. Returns False if the workers must end."""
+    """Train one stage. Returns False if the workers must end."""
     try:
         return _train_rank(work, number, feed, recorder, extra_hook_factories, entered)
     except checkpoint.RefusedError as error:
@@ -150,11 +150,6 @@ def _train_stage(
         # Ray restarts the workers. The recorder remembers the step, so it is rolled back only once.
         recorder.mark_rolled_back(error.step)
         raise
-    finally:
-        # The model, the optimizer and their hooks refer to each other. The next stage needs their memory.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def _train_rank(
@@ -201,6 +196,8 @@ def _train_rank(
         for hook in closing_hooks:
             hook.close()
     watchdog.close()
+    # The next stage needs the memory.
+    free_engine(engine)
     return is_finished
 
 
