@@ -34,6 +34,9 @@ if not torch.cuda.is_available():
     # DeepSpeed reads this variable when it is imported, and accelerate imports DeepSpeed to save a model.
     os.environ["DS_ACCELERATOR"] = "cpu"
 
+TORCH_LINEAR = F.linear
+"""Linear layer of torch. DeepSpeed's ZeRO 3 replaces it in the whole process, by one that rounds gradients otherwise."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -254,6 +257,7 @@ def free_engine(engine: DeepSpeedEngineProtocol) -> None:
     stay even then, so their tensors are emptied.
     """
     engine.destroy()
+    F.linear = TORCH_LINEAR
     if engine.zero_optimization_stage() == 3:
         optimizer = engine.optimizer
         for parameter in engine.module.parameters():
