@@ -35,7 +35,7 @@ if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
 
 TORCH_LINEAR = F.linear
-"""Linear layer of torch. DeepSpeed's ZeRO 3 replaces it in the whole process, by one that rounds gradients otherwise."""
+"""Linear layer of torch. ZeRO 3 of DeepSpeed replaces it in the whole process, which rounds gradients otherwise."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
