@@ -81,7 +81,8 @@ def run(
     started_at = time.monotonic()
     folder = folder.resolve()
     job = resolve_job(job, folder)
-    work = list_steps(job, folder, allow_changes, watch)
+    group = driver.WorkerGroup()
+    work = list_steps(job, folder, allow_changes, watch, group)
     if until:
         names = list(work)
         work = {name: work[name] for name in names[: names.index(until) + 1]}
@@ -105,7 +106,7 @@ def run(
         if job.checkpoints and job.train.keys() & remaining.keys():
             driver.check_writable(locate_checkpoints(job, folder))
         jsonl.drop_partial_line(folder / PROGRESS)
-        with cluster.open_session():
+        with cluster.open_session(), group:
             _check_resources(job, remaining)
             for name, step in remaining.items():
                 interrupts.raise_if_interrupted()
@@ -171,9 +172,19 @@ def run_lock(folder: Path, patience_s: float = 0) -> Iterator[None]:
 
 
 def list_steps(
-    job: Job, folder: Path, allow_changes: bool = False, watch: driver.StopCallback | None = None
+    job: Job,
+    folder: Path,
+    allow_changes: bool = False,
+    watch: driver.StopCallback | None = None,
+    group: driver.WorkerGroup | None = None,
 ) -> dict[str, Callable[[], None]]:
     """List the steps of a job by name, in order: shards, assemble, each training stage, evaluate, report.
+
+    Args:
+        job: the job, resolved.
+        folder: run folder.
+        allow_changes, watch: as for `run`.
+        group: workers that train all stages. None starts new ones for each.
 
     Raises:
         ValueError: pretrained parts of the model cannot be read or do not fit together.
@@ -187,7 +198,11 @@ def list_steps(
     if job.model.is_pretrained and job.train:
         result["assemble"] = lambda: _assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""
-    result |= {name: functools.partial(driver.train_stage, plan, should_stop=watch) for name, plan in stages.items()}
+    plans = list(stages.values())
+    for number, plan in enumerate(plans, start=1):
+        result[plan.name] = functools.partial(
+            driver.train_stage, plan, should_stop=watch, group=group, later=plans[number:] if group else ()
+        )
     settings = job.evaluate
     if settings is None:
         result["report"] = lambda: _write_report(folder, [])

@@ -10,12 +10,16 @@ in LLaVA's trainer, `<image>` moves to the front of its turn, on a line of its o
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from redux.settings import TemplateName
+
+if TYPE_CHECKING:
+    # readers of conversations do without transformers
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<image>"
 EOS_TOKEN = "</s>"
@@ -102,7 +106,7 @@ TEMPLATES: dict[TemplateName, Template] = {
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     turns: Sequence[dict],
     template: Template,
     image_tokens: int,
@@ -153,7 +157,7 @@ def encode_conversation(
     return ids[:max_length], labels[:max_length]
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokenize a text with images.
 
     Text between images is tokenized piece by piece, as in LLaVA's tokenizer_image_token: SentencePiece puts a blank
@@ -189,7 +193,7 @@ def pad_rows(rows: Sequence[np.ndarray], value: int, left: bool = False) -> np.n
     return padded
 
 
-def train_word_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
+def train_word_tokenizer(texts: Iterable[str], max_length: int) -> "PreTrainedTokenizerFast":
     """Train a tokenizer of whole words and marks; words are numbered by count, then alphabet.
 
     It suits small closed vocabularies such as easy-VQA's: one token for each word keeps conversations short.
@@ -198,6 +202,8 @@ def train_word_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTok
         texts: texts with all words.
         max_length: limit of tokens in a sequence.
     """
+    from transformers import PreTrainedTokenizerFast
+
     # "</s>" must not have id 2: transformers' CLIP text tower then pools at the largest id instead of the end token
     special = ["<unk>", "<s>", "<pad>", "</s>", IMAGE_TOKEN]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))

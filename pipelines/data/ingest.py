@@ -7,7 +7,7 @@
 
 A micro-batch is a pure function of (settings, number), so Ray recomputes the same bytes after a lost node. Images
 travel as uint8, a quarter of the bytes of floats. They lie in a block as they lie in Ray's object store, so they are
-copied once.
+copied once. Readers import neither torch nor transformers: each would take seconds of CPU at every start.
 
 Readers are actors with a few blocks queued for each. Ray Data polls for finished blocks ten times a second, twice for a
 task, so with tasks a CPU would idle for 0.2 seconds after each block (jobs/bench/ingest.md).
@@ -18,20 +18,23 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import ray.data
 from jaxtyping import Int, UInt8
-from transformers import PreTrainedTokenizerBase
 
 from pipelines.core import storage
 from pipelines.data.order import Order
 from pipelines.data.records import find_rejection
 from pipelines.data.shard_index import Shards, StoredSample, read_samples
+from pipelines.data.text_tokenizer import TextTokenizer
 from redux.conversation import CLIP_MAX_LENGTH, IGNORE_INDEX, IMAGE_TOKEN, TEMPLATES, encode_conversation, pad_rows
 from redux.image import load_pixels
 from redux.settings import ImageAspectRatio, ImageBackend, TemplateName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, Any]
 TextRow = dict[str, Int[np.ndarray, " length"]]
@@ -79,6 +82,7 @@ class Reader:
         image_backend: "exact" or "fast"; see redux.image.
         random_flip: mirror every image with probability 0.5.
         max_rounds: see `draw_rounds`. None leaves conversations unchanged.
+        text_tokenizer: the same tokenizer without transformers; None loads `tokenizer`.
     """
 
     sources: Mapping[str, Shards]
@@ -86,11 +90,12 @@ class Reader:
     micro_batch_size: int
     image_size: int
     tokenizer: Path
-    encode: Callable[[PreTrainedTokenizerBase, StoredSample], TextRow]
+    encode: "Callable[[PreTrainedTokenizerBase | TextTokenizer, StoredSample], TextRow]"
     image_aspect_ratio: ImageAspectRatio = "pad"
     image_backend: ImageBackend = "exact"
     random_flip: bool = False
     max_rounds: int | None = None
+    text_tokenizer: TextTokenizer | None = None
 
     def __call__(self, number: int, out: UInt8[np.ndarray, "size height width 3"] | None = None) -> Batch:
         """Make a micro-batch.
@@ -132,7 +137,7 @@ class Reader:
         return {
             "number": number,
             "pixel_values": out[:num_images],
-            **_pad_rows(rows, _load_tokenizer(self.tokenizer).pad_token_id),
+            **_pad_rows(rows, self._loaded_tokenizer().pad_token_id),
             "source": source,
             "sample": used,
             "replaced": json.dumps(replaced),
@@ -147,6 +152,9 @@ class Reader:
         if all(len(images) == self.micro_batch_size for images in columns["pixel_values"]):
             columns["pixel_values"] = out
         return columns
+
+    def _loaded_tokenizer(self) -> "PreTrainedTokenizerBase | TextTokenizer":
+        return self.text_tokenizer or _load_tokenizer(self.tokenizer)
 
     def _fetch(
         self, source: Int[np.ndarray, " size"], scheduled: Int[np.ndarray, " size"]
@@ -213,32 +221,63 @@ class Reader:
             image = image[:, ::-1]
         if self.max_rounds and rng:
             sample = draw_rounds(sample, self.max_rounds, rng)
-        return self.encode(_load_tokenizer(self.tokenizer), sample), image
+        return self.encode(self._loaded_tokenizer(), sample), image
 
 
-def make_dataset(reader: Reader, start: int, stop: int, workers: int, leaves_cpus: bool = True) -> ray.data.Dataset:
-    """Make a dataset of micro-batches start..stop-1. Iterate it with preserve_order.
-
-    Worker r gets micro-batches start + r, start + r + workers, ... Blocks are assigned to the workers round-robin, so
-    block b holds the next few micro-batches of worker b % workers.
+class Segment(NamedTuple):
+    """Micro-batches start..stop-1 of one reader, such as those of a training stage.
 
     Args:
         reader: maker of micro-batches.
         start: number of the first micro-batch.
-        stop: number after the last one; stop - start is a multiple of workers.
+        stop: number after the last one; stop - start is a multiple of the number of workers.
+    """
+
+    reader: Reader
+    start: int
+    stop: int
+
+    @property
+    def batches_per_block(self) -> int:
+        """Micro-batches per block."""
+        reader, length = self.reader, self.stop - self.start
+        samples = max(MAX_BLOCK_SAMPLES, length * reader.micro_batch_size // MAX_SMALL_BLOCKS)
+        samples = min(samples, MAX_IMAGE_BLOCK_BYTES // (3 * reader.image_size**2 + TEXT_BYTES_PER_SAMPLE))
+        return max(samples // reader.micro_batch_size, 1)
+
+    def count_blocks(self, workers: int) -> int:
+        """Count the blocks: a multiple of workers, so that all workers get equally many."""
+        return -(-(self.stop - self.start) // (workers * self.batches_per_block)) * workers
+
+    def read_block(self, block: int, workers: int) -> dict[str, Any]:
+        """Make the next few micro-batches of worker block % workers."""
+        turn, worker = divmod(block, workers)
+        first = self.start + turn * self.batches_per_block * workers + worker
+        return self.reader.read_block(range(first, min(first + self.batches_per_block * workers, self.stop), workers))
+
+
+def make_dataset(reader: Reader, start: int, stop: int, workers: int, leaves_cpus: bool = True) -> ray.data.Dataset:
+    """Make a dataset of micro-batches start..stop-1 of one reader. See `join_segments`."""
+    return join_segments([Segment(reader, start, stop)], workers, leaves_cpus)
+
+
+def join_segments(segments: Sequence[Segment], workers: int, leaves_cpus: bool = True) -> ray.data.Dataset:
+    """Make a dataset of the micro-batches of segments, one after the other. Iterate it with preserve_order.
+
+    Worker r gets micro-batches start + r, start + r + workers, ... of each segment. Blocks are assigned to the
+    workers round-robin, so block b holds the next few micro-batches of worker b % workers.
+
+    Args:
+        segments: segments in their order. The same readers, which took seconds to start, serve all of them, and read
+            ahead across their boundaries.
         workers: number of training workers.
         leaves_cpus: True if the workers leave CPUs for readers.
     """
-    # micro-batches per block
-    samples = max(MAX_BLOCK_SAMPLES, (stop - start) * reader.micro_batch_size // MAX_SMALL_BLOCKS)
-    samples = min(samples, MAX_IMAGE_BLOCK_BYTES // (3 * reader.image_size**2 + TEXT_BYTES_PER_SAMPLE))
-    batches_per_block = max(samples // reader.micro_batch_size, 1)
-    # a multiple of workers, so that all workers get equally many blocks
-    num_blocks = -(-(stop - start) // (workers * batches_per_block)) * workers
+    num_blocks = sum(segment.count_blocks(workers) for segment in segments)
     ids = ray.data.from_items([{"id": number} for number in range(num_blocks)], override_num_blocks=num_blocks)
     return ids.map_batches(
         _BlockReader,
-        fn_constructor_args=(reader, start, stop, workers, batches_per_block),
+        fn_constructor_args=(tuple(segments), workers),
         batch_size=None,
         num_cpus=int(leaves_cpus),
         compute=ray.data.ActorPoolStrategy(
@@ -247,14 +286,12 @@ def make_dataset(reader: Reader, start: int, stop: int, workers: int, leaves_cpu
     )
 
 
-def make_streams(
-    reader: Reader, start: int, stop: int, workers: int, leaves_cpus: bool = True
-) -> list[ray.data.DataIterator]:
-    """Split the dataset into one stream per worker, in order. Arguments as in `make_dataset`.
+def make_streams(segments: Sequence[Segment], workers: int, leaves_cpus: bool = True) -> list[ray.data.DataIterator]:
+    """Split the dataset into one stream per worker, in order. Arguments as in `join_segments`.
 
     The caller keeps the first stream alive while workers read: it owns the execution.
     """
-    data = make_dataset(reader, start, stop, workers, leaves_cpus)
+    data = join_segments(segments, workers, leaves_cpus)
     data.context.execution_options.preserve_order = True
     data.context.enable_progress_bars = False
     return data.streaming_split(workers, equal=True)
@@ -263,20 +300,17 @@ def make_streams(
 class _BlockReader:
     """Actor that maps the number of a block to its micro-batches."""
 
-    def __init__(self, reader: Reader, start: int, stop: int, workers: int, batches_per_block: int) -> None:
-        self.reader, self.start, self.stop, self.workers, self.batches_per_block = (
-            reader,
-            start,
-            stop,
-            workers,
-            batches_per_block,
-        )
+    def __init__(self, segments: Sequence[Segment], workers: int) -> None:
+        self.segments, self.workers = segments, workers
 
     def __call__(self, rows: Batch) -> dict[str, Any]:
-        turn, worker = divmod(int(rows["id"][0]), self.workers)
-        first = self.start + turn * self.batches_per_block * self.workers + worker
-        stop = min(first + self.batches_per_block * self.workers, self.stop)
-        return self.reader.read_block(range(first, stop, self.workers))
+        block = int(rows["id"][0])
+        for segment in self.segments:
+            num_blocks = segment.count_blocks(self.workers)
+            if block < num_blocks:
+                return segment.read_block(block, self.workers)
+            block -= num_blocks
+        raise IndexError(rows["id"])
 
 
 def iterate_micro_batches(blocks: Iterable[Batch]) -> Iterator[Batch]:
@@ -286,7 +320,7 @@ def iterate_micro_batches(blocks: Iterable[Batch]) -> Iterator[Batch]:
             yield {name: column[row] for name, column in block.items()}
 
 
-def encode_caption(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> TextRow:
+def encode_caption(tokenizer: "PreTrainedTokenizerBase | TextTokenizer", sample: StoredSample) -> TextRow:
     """Encode the first answer of a sample for CLIP, as `<s> caption </s>`, truncated to CLIP_MAX_LENGTH tokens."""
     if not sample.image:
         raise ValueError(f"sample {sample.key}: text alone, allowed in a contrastive stage: an image and its caption")
@@ -297,7 +331,7 @@ def encode_caption(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> 
 
 def make_conversation_encoder(
     template: TemplateName, image_tokens: int, max_length: int | None = None
-) -> Callable[[PreTrainedTokenizerBase, StoredSample], TextRow]:
+) -> "Callable[[PreTrainedTokenizerBase | TextTokenizer, StoredSample], TextRow]":
     """Make the function that encodes a sample's conversation as input_ids and labels, as LLaVA does.
 
     Args:
@@ -307,7 +341,7 @@ def make_conversation_encoder(
             than the model's positions.
     """
 
-    def encode(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> TextRow:
+    def encode(tokenizer: "PreTrainedTokenizerBase | TextTokenizer", sample: StoredSample) -> TextRow:
         turns = sample.record["conversations"]
         try:
             ids, labels = encode_conversation(tokenizer, turns, TEMPLATES[template], image_tokens, max_length)
@@ -363,7 +397,7 @@ def _cached_global_batch(order: Order, number: int) -> tuple[Int[np.ndarray, " s
 
 
 @functools.cache
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer, once per process."""
     from transformers import AutoTokenizer  # imports torch, which Ray's coordinator of the readers does not need
 

@@ -7,6 +7,9 @@ The global batch size is configured. The number of micro-batches that each worke
 workers. Order, loss and learning rate therefore do not depend on the number of workers. Workers that cannot share the
 global batch evenly stay idle.
 
+The workers stay for the next stages of the job, as long as these need the same number of them: new processes take many
+seconds to import their libraries. Between two stages they wait while the driver exports the model.
+
 Ray restarts all workers after every fault. It does not know about checkpoints: workers find the newest intact one in
 storage, where a crash cannot lose it and another driver finds it.
 """
@@ -17,23 +20,23 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import ray
 import ray.train
 import yaml
 from ray import PlacementGroupID
-from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup
 from tqdm import tqdm
 
 from pipelines.core import cluster, failures, interrupts, storage
-from pipelines.data import ingest
-from pipelines.training import export, recorder, rendezvous
-from pipelines.training.plan import StagePlan
+from pipelines.training import export, launch, recorder, rendezvous
+from pipelines.training.plan import StagePlan, StageWork
 from pipelines.training.recorder import RecorderClient
-from pipelines.training.worker import HookFactory, train_worker
+from pipelines.training.worker import HookFactory
 
 MAX_RAY_RESTARTS = 1_000_000
 """Restarts that Ray allows, in effect unlimited. The recorder ends a run that makes no progress."""
@@ -41,19 +44,106 @@ MAX_RAY_RESTARTS = 1_000_000
 WORKER_EXIT_S = 60
 """Seconds that workers get to end with a checkpoint after the run has failed."""
 
+STOP_S = 10
+"""Seconds that workers get to end if they have nothing to save."""
+
+POLL_S = 0.2
+"""Seconds between two looks at the progress of the workers."""
+
 PLACEMENT_NOTICE_S = 10
 """Seconds without placed workers after which the driver reports the missing resources."""
 
 StopCallback = Callable[[Path, str, int, int], bool]
-"""Called about twice a second with (run folder, stage, last recorded step, number of steps); True stops the stage."""
+"""Called a few times a second with (run folder, stage, last recorded step, number of steps); True stops the stage."""
 
 
 class StoppedError(Exception):
     """Raised after the stop callback has stopped a stage."""
 
 
+class WorkerGroup:
+    """Workers that train the stages of a job one after the other. A context manager: leaving it ends the workers.
+
+    Attributes:
+        client: recorder of the workers; None without workers.
+        future: result of Ray Train.
+        due: plans of the stages that the workers train next.
+    """
+
+    def __init__(self) -> None:
+        self.client: RecorderClient | None = None
+        self.future: Future[Any] = Future()
+        self.due: list[StagePlan] = []
+        self._run = Path()
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> "WorkerGroup":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.end(waits=error is None)
+
+    def expects(self, plan: StagePlan) -> bool:
+        """Return True if workers wait for this stage."""
+        return not self.future.done() and self.due[:1] == [plan]
+
+    def open_stage(
+        self, work: StageWork, later: Sequence[StageWork], extra_hook_factories: Sequence[HookFactory]
+    ) -> RecorderClient:
+        """Let the waiting workers train a stage, or start new ones if they do not expect this one.
+
+        Args:
+            work: the stage.
+            later: stages after it that the same workers may train.
+            extra_hook_factories: see `train_stage`.
+        """
+        settings = _recorder_settings(work)
+        if self.client and self.expects(work.plan):
+            self.due = self.due[1:]
+            self.client.open_stage(settings)
+            return self.client
+        self.end()
+        # A driver that was killed may have left workers behind.
+        remove_placement_group(work.plan.run)
+        self.client = recorder.start_recorder(settings)
+        self._run = work.plan.run
+        self.due = [following.plan for following in later]
+        # Ray Train requires a storage folder. Nothing in it is needed later.
+        self._scratch = tempfile.TemporaryDirectory()
+        trainer = _make_trainer((work, *later), self.client, extra_hook_factories, self._scratch.name)
+        # The main thread receives signals and follows the recorder, while fit() runs in the thread.
+        self.future = run_in_background(trainer.fit)
+        return self.client
+
+    def end(self, waits: bool = True) -> None:
+        """End the workers and the recorder.
+
+        Args:
+            waits: give workers that wait for a stage the time to end by themselves.
+        """
+        if self.client is None:
+            return
+        # A second signal must not leave the actor or the workers behind.
+        with interrupts.defer_signals():
+            if waits and not self.future.done():
+                # Workers that wait for a stage end at once.
+                self.client.request_stop()
+                wait([self.future], timeout=STOP_S)
+            self.client.kill()
+            remove_placement_group(self._run)
+            assert self._scratch
+            self._scratch.cleanup()
+            self.client = None
+
+
 def train_stage(
-    plan: StagePlan, extra_hook_factories: Sequence[HookFactory] = (), should_stop: StopCallback | None = None
+    plan: StagePlan,
+    extra_hook_factories: Sequence[HookFactory] = (),
+    should_stop: StopCallback | None = None,
+    group: WorkerGroup | None = None,
+    later: Sequence[StagePlan] = (),
 ) -> None:
     """Train a stage to its end, from its newest checkpoint if there is one. Does nothing if the model exists.
 
@@ -63,6 +153,8 @@ def train_stage(
         plan: plan of the stage.
         extra_hook_factories: make hooks that run after those of this package.
         should_stop: called in this process during training, and once after the last step.
+        group: workers that stay for later stages. None ends the workers with the stage.
+        later: plans of the stages after this one, if there is a group.
 
     Raises:
         ValueError: the user must change something, or workers failed recovery.restarts times without progress.
@@ -71,14 +163,48 @@ def train_stage(
     """
     if export.is_complete(plan.result):
         return
+    if group is None:
+        with WorkerGroup() as group:
+            train_stage(plan, extra_hook_factories, should_stop, group)
+        return
+    work = _prepare_stage(plan)
+    _print_summary(work)
+    _check_stage(work.plan)
+    # The model of a later stage may exist already: it is skipped, and new workers train those after it.
+    unfinished = takewhile(lambda following: not export.is_complete(following.result), later)
+    prepared = [work, *map(_prepare_stage, unfinished)] if not group.expects(work.plan) else [work]
+    same = list(takewhile(lambda following: following.plan.workers == work.plan.workers, prepared))
+    client = group.open_stage(work, same[1:], extra_hook_factories)
+    try:
+        _follow_workers(work, group, client, should_stop)
+        export.export_result(work.plan, work.steps)
+        client.close("end")
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | StoppedError | ValueError | OSError):
+            # On a full disk the record cannot be closed, either. The error that ended the stage is the one to report.
+            with suppress(OSError):
+                client.close("stop")
+        group.end(waits=False)
+        raise
+    if not group.due:
+        group.end()
+
+
+def _prepare_stage(plan: StagePlan) -> StageWork:
+    """Decide the number of workers of a stage, and build its reader."""
     # Without a configured number, use as many workers as the cluster has places for.
     plan = plan.with_workers(cluster.count_model_processes(plan.gpu_share))
-    assert plan.workers
     reader = plan.build_reader()
-    steps = plan.count_steps(reader.order)
-    _print_summary(plan, sum(reader.order.samples), steps)
+    return StageWork(plan, reader, plan.count_steps(reader.order))
 
-    # Check resources and storage before anything starts: better now than after the last step.
+
+def _check_stage(plan: StagePlan) -> None:
+    """Check resources and storage before anything starts: better now than after the last step.
+
+    Raises:
+        ValueError: the cluster is too small, or no checkpoint can be written.
+    """
+    assert plan.workers
     resources = _worker_resources(plan)
     fewest, _ = plan.workers
     readers = 1 if plan.leaves_cpus_to_readers("GPU" in resources) else 0
@@ -88,38 +214,25 @@ def train_stage(
     )
     check_writable(plan.folder)
 
-    # A driver that was killed may have left workers behind.
-    remove_placement_group(plan.run)
-    client = recorder.start_recorder(
-        recorder.RecorderSettings(
-            run=plan.run,
-            stage=plan.name,
-            job_name=plan.job_name,
-            job=yaml.safe_load(plan.job) or {},
-            trackers=plan.trackers,
-            restarts=plan.recovery.restarts,
-            max_replaced=plan.max_bad_fraction * steps * plan.stage.global_batch_size,
-            max_skipped=plan.stage.max_nonfinite_steps,
-        )
+
+def _recorder_settings(work: StageWork) -> recorder.RecorderSettings:
+    """Return the settings of the recorder for a stage."""
+    plan = work.plan
+    return recorder.RecorderSettings(
+        run=plan.run,
+        stage=plan.name,
+        job_name=plan.job_name,
+        job=yaml.safe_load(plan.job) or {},
+        trackers=plan.trackers,
+        restarts=plan.recovery.restarts,
+        max_replaced=plan.max_bad_fraction * work.steps * plan.stage.global_batch_size,
+        max_skipped=plan.stage.max_nonfinite_steps,
     )
-    try:
-        _run_workers(plan, reader, steps, client, extra_hook_factories, should_stop)
-        export.export_result(plan, steps)
-        client.close("end")
-    except (KeyboardInterrupt, StoppedError, ValueError, OSError):
-        # On a full disk the record cannot be closed, either. The error that ended the stage is the one to report.
-        with suppress(OSError):
-            client.close("stop")
-        raise
-    finally:
-        # A second signal must not leave the actor or the workers behind.
-        with interrupts.defer_signals():
-            client.kill()
-            remove_placement_group(plan.run)
 
 
-def _print_summary(plan: StagePlan, samples: int, steps: int) -> None:
+def _print_summary(work: StageWork) -> None:
     """Print steps, epochs, workers x micro-batch size x accumulation steps, and the device."""
+    plan, steps, samples = work.plan, work.steps, sum(work.reader.order.samples)
     assert plan.workers
     fewest, most = plan.workers
     stage = plan.stage
@@ -133,73 +246,74 @@ def _print_summary(plan: StagePlan, samples: int, steps: int) -> None:
     )
 
 
-def _run_workers(
-    plan: StagePlan,
-    reader: ingest.Reader,
-    steps: int,
-    client: RecorderClient,
-    extra_hook_factories: Sequence[HookFactory],
-    should_stop: StopCallback | None,
-) -> None:
-    """Run the workers in Ray Train and show their progress until the last step.
+def _make_trainer(
+    stages: Sequence[StageWork], client: RecorderClient, extra_hook_factories: Sequence[HookFactory], scratch: str
+) -> launch.StageTrainer:
+    """Make Ray Train's trainer for stages with the same number of workers.
 
     Args:
-        plan: plan of the stage, with its number of workers.
-        reader: reader of the micro-batches.
-        steps: number of global batches.
-        client: recorder of the stage.
+        stages: the stages.
+        client: recorder of the stages.
         extra_hook_factories: see `train_stage`.
-        should_stop: see `train_stage`.
+        scratch: empty folder.
     """
+    plan = stages[0].plan
     assert plan.workers
     fewest, most = plan.workers
     resources = _worker_resources(plan)
+    return launch.StageTrainer(
+        launch.run_worker,
+        # Pickled to every worker. The recorder client contains the handle of the actor.
+        train_loop_config={
+            "stages": tuple(stages),
+            "recorder": client,
+            "extra_hook_factories": tuple(extra_hook_factories),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(fewest, most) if plan.is_elastic else fewest,
+            elastic_resize_monitor_interval_s=plan.recovery.resize_s,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+        ),
+        backend_config=rendezvous.Rendezvous(),
+        run_config=ray.train.RunConfig(
+            name=plan.name,
+            storage_path=scratch,
+            failure_config=ray.train.FailureConfig(max_failures=MAX_RAY_RESTARTS),
+            callbacks=[launch.FaultCallback(client)],
+        ),
+    )
 
-    # Ray Train requires a storage folder. Nothing in it is needed later.
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = TorchTrainer(
-            train_worker,
-            # Pickled to every worker. The recorder client contains the handle of the actor.
-            train_loop_config={
-                "plan": plan,
-                "reader": reader,
-                "steps": steps,
-                "recorder": client,
-                "extra_hook_factories": tuple(extra_hook_factories),
-            },
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=(fewest, most) if plan.is_elastic else fewest,
-                elastic_resize_monitor_interval_s=plan.recovery.resize_s,
-                use_gpu="GPU" in resources,
-                resources_per_worker=resources,
-            ),
-            torch_config=rendezvous.Rendezvous(),
-            run_config=ray.train.RunConfig(
-                name=plan.name,
-                storage_path=scratch,
-                failure_config=ray.train.FailureConfig(max_failures=MAX_RAY_RESTARTS),
-                callbacks=[FaultCallback(client)],
-            ),
-        )
-        # Follow the recorder in the main thread, which receives signals, while fit() runs in the thread.
-        future = run_in_background(trainer.fit)
-        with tqdm(desc=plan.name, total=steps, unit="step") as bar:
-            progress = StageProgress(client, bar)
-            try:
-                _show_until_done(
-                    progress, future, lambda step: bool(should_stop and should_stop(plan.run, plan.name, step, steps))
-                )
-            except (KeyboardInterrupt, StoppedError) as error:
-                client.request_stop()
+
+def _follow_workers(
+    work: StageWork, group: WorkerGroup, client: RecorderClient, should_stop: StopCallback | None
+) -> None:
+    """Show the progress of the workers until the last step of a stage.
+
+    Args:
+        work: the stage.
+        group: its workers.
+        client: recorder of the stage.
+        should_stop: see `train_stage`.
+    """
+    plan, steps = work.plan, work.steps
+    with tqdm(desc=plan.name, total=steps, unit="step") as bar:
+        progress = StageProgress(client, bar)
+        try:
+            _show_until_done(
+                progress, group, lambda step: bool(should_stop and should_stop(plan.run, plan.name, step, steps))
+            )
+        except (KeyboardInterrupt, StoppedError) as error:
+            client.request_stop()
+            progress.show()
+            # Workers without a finished step have nothing to save and end with Ray. After a StoppedError this
+            # process continues, and Ray with it, so wait for them in that case, too.
+            if not progress.phase or isinstance(error, StoppedError):
+                hint = "; a second signal stops at once" if isinstance(error, KeyboardInterrupt) else ""
+                bar.write(f"{plan.name}: stopping after a checkpoint{hint}")
+                wait([group.future], timeout=plan.recovery.grace_s)
                 progress.show()
-                # Workers without a finished step have nothing to save and end with Ray. After a StoppedError this
-                # process continues, and Ray with it, so wait for them in that case, too.
-                if not progress.phase or isinstance(error, StoppedError):
-                    hint = "; a second signal stops at once" if isinstance(error, KeyboardInterrupt) else ""
-                    bar.write(f"{plan.name}: stopping after a checkpoint{hint}")
-                    wait([future], timeout=plan.recovery.grace_s)
-                    progress.show()
-                raise
+            raise
 
 
 def run_in_background(work: Callable[[], Any]) -> Future[Any]:
@@ -231,25 +345,30 @@ def _worker_resources(plan: StagePlan) -> dict[str, float]:
     return {"CPU": 0.5 if plan.leaves_cpus_to_readers(uses_gpus=False) else 1}
 
 
-def _show_until_done(progress: "StageProgress", future: Future[Any], should_stop: Callable[[int], bool]) -> None:
-    """Show the progress until the workers end.
+def _show_until_done(progress: "StageProgress", group: WorkerGroup, should_stop: Callable[[int], bool]) -> None:
+    """Show the progress until the workers have finished the stage, and end them unless they wait for the next one.
 
     Raises:
         StoppedError: `should_stop` returned True for the last recorded step.
         ValueError: the recorder failed the run.
     """
-    while not wait([future], timeout=0.5).done:
+    while not wait([group.future], timeout=POLL_S).done and not progress.finished:
         interrupts.raise_if_interrupted()
         if progress.show():
             # The run has failed. Give the workers time to end with a checkpoint.
-            wait([future], timeout=WORKER_EXIT_S)
+            wait([group.future], timeout=WORKER_EXIT_S)
             break
         if should_stop(progress.bar.n):
             raise StoppedError
     failed = progress.show()
     if failed:
         raise ValueError(failed)
-    future.result()
+    if not progress.waiting:
+        # Wait in slices, as a signal must not wait for Ray.
+        while not wait([group.future], timeout=POLL_S).done:
+            interrupts.raise_if_interrupted()
+        group.future.result()
+        group.due = []
     # Report the last step. The stage is done, so the answer does not matter.
     should_stop(progress.bar.n)
 
@@ -259,6 +378,7 @@ class StageProgress:
 
     Attributes:
         phase: phase of workers without a finished step, otherwise "".
+        finished, waiting: see `recorder.StageStatus`.
     """
 
     def __init__(self, client: RecorderClient, bar: tqdm) -> None:
@@ -267,11 +387,13 @@ class StageProgress:
         self.phase = recorder.STARTING_WORKERS
         self.phase_since = time.monotonic()
         self.shortage = ""
+        self.finished = self.waiting = False
         bar.set_postfix_str(self.phase)
 
     def show(self) -> str:
         """Show messages, phase, loss and step. Returns the reason for which the run must end, or ""."""
         status = self.client.poll()
+        self.finished, self.waiting = status.finished, status.waiting
         for text in status.messages:
             self.bar.write(text)
         # A new group of workers: the bar jumps back to the checkpoint.
@@ -329,14 +451,3 @@ def check_writable(folder: str) -> None:
         storage.remove(path)
     except OSError as error:
         raise ValueError(f"checkpoints: {failures.classify_error(error).text}") from None
-
-
-class FaultCallback(ray.train.UserCallback):
-    """Sends the errors of failed workers to the recorder. Runs in the process of Ray Train's controller."""
-
-    def __init__(self, client: RecorderClient) -> None:
-        self.client = client
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called by Ray Train before it restarts the workers."""
-        self.client.record_fault({rank: failures.classify_error(error) for rank, error in worker_exceptions.items()})

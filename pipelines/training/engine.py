@@ -1,12 +1,18 @@
 """The model of a stage in a DeepSpeed engine, for every ZeRO stage and precision.
 
+A model is loaded on the device of the rank. Under ZeRO 3 each rank keeps only its part of every layer from the moment
+the layer is made, so the ranks of a machine never hold a copy of the model each. A model that is built from sizes is
+drawn on the CPU, because its random weights must be the same on every device.
+
 The optimizer keeps and updates weights in fp32 in every precision. Random numbers of a micro-batch (dropout of LoRA)
 are seeded by its number, and the learning rate follows from the step. Both are therefore no state of a checkpoint and
 do not depend on the number of workers.
 """
 
+import gc
 import json
 import os
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +33,9 @@ from redux.model import ReduxForConditionalGeneration
 if not torch.cuda.is_available():
     # DeepSpeed reads this variable when it is imported, and accelerate imports DeepSpeed to save a model.
     os.environ["DS_ACCELERATOR"] = "cpu"
+
+TORCH_LINEAR = F.linear
+"""Linear layer of torch. ZeRO 3 of DeepSpeed replaces it in the whole process, which rounds gradients otherwise."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -93,16 +102,26 @@ class DeepSpeedEngineProtocol(Protocol):
 
     def zero_optimization_stage(self) -> int: ...
 
+    def destroy(self) -> None: ...
 
-def build_module(plan: StagePlan) -> tuple[ModuleWithLoss, dict[str, list[torch.nn.Parameter]]]:
+
+def build_module(
+    plan: StagePlan, device: torch.device | None = None, zero_config: Mapping[str, Any] | None = None
+) -> tuple[ModuleWithLoss, dict[str, list[torch.nn.Parameter]]]:
     """Build the model before the first step. A pure function of the plan, so frozen parts need no checkpoint.
+
+    Args:
+        plan: plan of the stage.
+        device: device on which a model is loaded; None is the CPU.
+        zero_config: configuration of DeepSpeed, for a model whose parameters are divided among the ranks. None keeps
+            them whole.
 
     Returns:
         The model with its loss, and its parameters by part: tower, projector, language.
     """
     torch.manual_seed(plan.seed)
     tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer)
-    start = load_start_model(plan.start) if plan.start else None
+    start = load_start_model(plan.start, device, zero_config) if plan.start else None
 
     # The contrastive objective trains CLIP, whose image side becomes the tower.
     if plan.stage.objective == "contrastive":
@@ -133,11 +152,33 @@ def build_module(plan: StagePlan) -> tuple[ModuleWithLoss, dict[str, list[torch.
     return LlavaWithLoss(llava), parts
 
 
-def load_start_model(path: str) -> CLIPModel | ReduxForConditionalGeneration:
-    """Load the model from which a stage starts, from a folder or URL: a CLIP or a LLaVA."""
+def load_start_model(
+    path: str, device: torch.device | None = None, zero_config: Mapping[str, Any] | None = None
+) -> CLIPModel | ReduxForConditionalGeneration:
+    """Load the model from which a stage starts, from a folder or URL: a CLIP or a LLaVA.
+
+    With `zero_config` a collective.
+
+    Args:
+        path: folder or URL.
+        device, zero_config: see `build_module`. A CLIP stays whole, on the CPU: LLaVA's tower is built from it.
+    """
     kinds = {"clip": CLIPModel, "llava": ReduxForConditionalGeneration}
     with local_copy(path) as folder:
-        return load_model(kinds[AutoConfig.from_pretrained(folder).model_type], folder, label="start")
+        model_type = AutoConfig.from_pretrained(folder).model_type
+        is_llava = model_type == "llava"
+        options: dict[str, Any] = {}
+        dividing = None
+        if zero_config and is_llava:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            # transformers divides the parameters while this object exists. Rank 0 alone reads the weights then.
+            dividing = HfDeepSpeedConfig(dict(zero_config))
+        elif device and device.type != "cpu" and is_llava:
+            options = {"device_map": {"": device}}
+        loaded = load_model(kinds[model_type], folder, label="start", **options)
+        del dividing
+        return loaded
 
 
 def extract_model(module: ModuleWithLoss, plan: StagePlan) -> CLIPModel | ReduxForConditionalGeneration:
@@ -151,9 +192,35 @@ def extract_model(module: ModuleWithLoss, plan: StagePlan) -> CLIPModel | ReduxF
     return module.llava
 
 
+def make_config(plan: StagePlan) -> dict[str, Any]:
+    """Make the configuration of DeepSpeed for a stage."""
+    stage = plan.stage
+    is_bf16 = stage.precision == "bf16"
+    zero: dict[str, Any] = {"stage": stage.zero_stage}
+    if stage.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if stage.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_batch_size": stage.global_batch_size,
+        "train_micro_batch_size_per_gpu": stage.micro_batch_size,
+        "gradient_clipping": stage.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # torch's fused AdamW runs on the CPU as well. DeepSpeed's own would be compiled at the first use, and differ.
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": is_bf16},
+        # The number of micro-batches that a worker accumulates depends on the number of workers. In bf16 their sum
+        # would depend on it, too.
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if is_bf16 and stage.zero_stage else {}),
+        "steps_per_print": None,
+    }
+
+
 def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
     """Build the DeepSpeed engine of this rank. A collective over all workers."""
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     if not torch.cuda.is_available():
         # Divide the cores among the ranks of the machine. More threads than cores would slow all ranks down.
@@ -163,7 +230,9 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     # Only parts with a learning rate train.
-    module, parts = build_module(plan)
+    config = make_config(plan)
+    device = torch.device(get_accelerator().current_device_name())
+    module, parts = build_module(plan, device, config if plan.stage.zero_stage == 3 else None)
     module.train()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
@@ -174,27 +243,33 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay, fused=True)
 
-    is_bf16 = stage.precision == "bf16"
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        config={
-            "train_batch_size": stage.global_batch_size,
-            "train_micro_batch_size_per_gpu": stage.micro_batch_size,
-            "gradient_clipping": stage.max_grad_norm,
-            "zero_optimization": {"stage": stage.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": is_bf16},
-            # The number of micro-batches that a worker accumulates depends on the number of workers. In bf16 their
-            # sum would depend on it, too.
-            **({"data_types": {"grad_accum_dtype": "fp32"}} if is_bf16 and stage.zero_stage else {}),
-            "steps_per_print": None,
-        },
-    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     # With ZeRO 0 in bf16, DeepSpeed takes one step at learning rate 0 to create its states. It must not count.
     for state in optimizer.state.values():
         state["step"].zero_()
     return engine
+
+
+def free_engine(engine: DeepSpeedEngineProtocol) -> None:
+    """Free the memory of an engine whose stage is done. It cannot be used again.
+
+    Hooks in autograd's graph keep an engine alive, and destroy() removes them. With ZeRO 3, objects of DeepSpeed 0.19
+    stay even then, so their tensors are emptied.
+    """
+    engine.destroy()
+    F.linear = TORCH_LINEAR
+    if engine.zero_optimization_stage() == 3:
+        optimizer = engine.optimizer
+        for parameter in engine.module.parameters():
+            parameter.data = parameter.data.new_empty(0)
+            if hasattr(parameter, "ds_tensor"):
+                parameter.ds_tensor.data = parameter.data
+        engine.basic_optimizer.state.clear()
+        for part in (optimizer.parameter_offload, optimizer):
+            vars(part).clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def describe_model(engine: DeepSpeedEngineProtocol) -> dict[str, Any]:

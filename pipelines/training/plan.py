@@ -6,7 +6,7 @@ epochs, the learning rate from the step.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from pipelines.data import ingest
 from pipelines.data.grouping import LengthGroups
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
+from pipelines.data.text_tokenizer import load_text_tokenizer
 from pipelines.training.stage import DEFAULT_IMAGE_ASPECT_RATIO, DEFAULT_TEMPLATE, Recovery, Stage
 from redux.architecture import ModelSettings
 from redux.settings import ImageAspectRatio, KernelChoice, TemplateName
@@ -174,6 +175,7 @@ class StagePlan:
             image_backend=stage.image_backend,
             random_flip=stage.random_flip,
             max_rounds=stage.max_rounds,
+            text_tokenizer=load_text_tokenizer(self.tokenizer),
         )
 
     def count_steps(self, order: Order) -> int:
@@ -183,6 +185,20 @@ class StagePlan:
     def fingerprint_data(self) -> dict[str, Any]:
         """Return the fingerprint of each set of the mixture. It depends on contents, not on locations."""
         return {name: shards.fingerprint for name, shards in self.open_sources().items()}
+
+
+class StageWork(NamedTuple):
+    """Work of the workers in one stage.
+
+    Args:
+        plan: plan of the stage, with its number of workers.
+        reader: reader of its micro-batches.
+        steps: number of its global batches.
+    """
+
+    plan: StagePlan
+    reader: ingest.Reader
+    steps: int
 
 
 @dataclass(frozen=True)

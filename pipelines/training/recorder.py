@@ -1,9 +1,9 @@
-"""Recorder of a stage: an actor that writes its record and passes messages between driver and workers.
+"""Recorder of a group of workers: an actor that writes the record of their stages and passes messages to the driver.
 
 The actor runs on the driver's machine, because the run folder is there; workers run anywhere and come and go. The
-recorder outlives them. It knows how far they got, if they make progress, and if the driver requests a stop. Rank 0
-sends each step without waiting, and reads the answer to the previous step. The record therefore costs a step only the
-time to send it.
+recorder outlives them. The driver opens one stage after the other, and the workers wait for the next one meanwhile.
+The recorder knows how far they got, if they make progress, and if the driver requests a stop. Rank 0 sends each step
+without waiting, and reads the answer to the previous step. The record therefore costs a step only the time to send it.
 
 The module does not import torch. Its import takes three seconds of CPU, which workers need that start at the same time.
 """
@@ -30,6 +30,9 @@ from pipelines.training.trackers import TrackerGroup
 
 STARTING_WORKERS = "starting workers"
 """Phase before a group of workers has begun."""
+
+WAIT = -1
+"""Answer to workers that have finished their stage, while the driver has not yet opened the next one."""
 
 PLACEMENT_GROUP_FILE = ".held"
 """File in the run folder with the ID of the placement group of the current workers."""
@@ -85,6 +88,8 @@ class StageStatus:
         phase: current phase of workers without a finished step, which have nothing to save; otherwise "".
         starts: number of groups of workers that have begun so far.
         cursor: step after which the last group began.
+        finished: all workers are past the last step, and their checkpoint is complete.
+        waiting: the workers wait for the next stage. Otherwise they end with this stage.
     """
 
     step: int
@@ -94,22 +99,31 @@ class StageStatus:
     phase: str = STARTING_WORKERS
     starts: int = 0
     cursor: int = 0
+    finished: bool = False
+    waiting: bool = False
 
 
 class Recorder:
-    """Actor that records a stage. Start it with `start_recorder` and call it through `RecorderClient`."""
+    """Actor that records stages, one after the other. Start it with `start_recorder`, call it by `RecorderClient`."""
 
     def __init__(self, settings: RecorderSettings, environment: Mapping[str, str] | None = None) -> None:
         os.environ.update(environment or {})
-        self.settings = settings
         self.metrics: MetricsWriter | None = None
         self.trackers: TrackerGroup | None = None
         # Trackers may be slow; a thread keeps them away from the calls of workers. One thread keeps the order.
         self.pool = ThreadPoolExecutor(1)
+        self.gauges: dict[str, Gauge] = {}
+        self.number = -1
+        self.open_stage(settings)
+
+    def open_stage(self, settings: RecorderSettings) -> None:
+        """Begin the record of the next stage. Its workers may then train it."""
+        self.settings = settings
+        self.number += 1
         # A resumed stage continues the account of earlier launches.
         self.ledger = ledger.read_ledger(settings.run)
-        names = ledger.compute_gauges(self.ledger.account)
-        self.gauges = {name: Gauge(name, tag_keys=("run", "stage")) for name in names}
+        for name in ledger.compute_gauges(self.ledger.account):
+            self.gauges.setdefault(name, Gauge(name, tag_keys=("run", "stage")))
         self.furthest_step = self.num_faults = self.saved_cursor = 0
         self.last_fault = (-1, "")
         self.has_begun = False
@@ -118,12 +132,32 @@ class Recorder:
         self.rolled_back = set[int]()
         self._add_event("launch")
 
+    def find_stage(self, finished: int) -> int | None:
+        """Return the number of the stage that workers train next, counted from the first one of this recorder.
+
+        Args:
+            finished: number of the stage that the workers have finished; -1 for new workers.
+
+        Returns:
+            The number, WAIT if the driver has not yet opened the next stage, or None if the workers must end.
+        """
+        if self.status.failed or self.stop_requested:
+            return None
+        return self.number if self.number > finished else WAIT
+
+    def finish_stage(self, stage: int, waiting: bool) -> None:
+        """Record that all workers are past the last step of a stage. They wait for the next one, or end."""
+        if stage == self.number:
+            self.status.finished = True
+            self.status.waiting = waiting
+
     def begin(
-        self, workers: int, cursor: int, restore_s: float, messages: Sequence[str], placement_group: str
+        self, stage: int, workers: int, cursor: int, restore_s: float, messages: Sequence[str], placement_group: str
     ) -> set[int] | None:
         """Record that a group of workers continues after a global batch.
 
         Args:
+            stage: number of the stage. New workers may still begin a stage that is done, to find that out.
             workers: number of workers.
             cursor: last finished global batch.
             restore_s: seconds since the workers entered the train function.
@@ -135,6 +169,8 @@ class Recorder:
         """
         # Written even if the workers must not continue: they hold resources that the driver frees later.
         (self.settings.run / PLACEMENT_GROUP_FILE).write_text(placement_group)
+        if stage != self.number:
+            return set()
         self.status.messages += messages
         self.furthest_step = max(self.furthest_step, cursor)
         self.saved_cursor = cursor
@@ -253,10 +289,6 @@ class Recorder:
         """End the run with this reason, because a restart would not help. Ignores "" and all reasons but the first."""
         self.status.failed = self.status.failed or text
 
-    def has_failed(self) -> bool:
-        """Return True if the run must end. Workers that Ray still starts must not begin then."""
-        return bool(self.status.failed)
-
     def mark_rolled_back(self, step: int) -> None:
         """Record a rollback of a step that was not finite. If it repeats, the batch causes it and not the machine."""
         self.rolled_back.add(step)
@@ -339,10 +371,19 @@ class RecorderClient:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
+    def open_stage(self, settings: RecorderSettings) -> None:
+        ray.get(self._actor.open_stage.remote(settings))
+
+    def find_stage(self, finished: int) -> int | None:
+        return ray.get(self._actor.find_stage.remote(finished))
+
+    def finish_stage(self, stage: int, waiting: bool) -> None:
+        ray.get(self._actor.finish_stage.remote(stage, waiting))
+
     def begin(
-        self, workers: int, cursor: int, restore_s: float, messages: Sequence[str], placement_group: str
+        self, stage: int, workers: int, cursor: int, restore_s: float, messages: Sequence[str], placement_group: str
     ) -> set[int] | None:
-        return ray.get(self._actor.begin.remote(workers, cursor, restore_s, messages, placement_group))
+        return ray.get(self._actor.begin.remote(stage, workers, cursor, restore_s, messages, placement_group))
 
     def write_step(self, step: int, values: dict[str, float], used: ConsumedSamples) -> ray.ObjectRef:
         """Send a step without waiting. Returns a reference to the answer: True if the workers must stop."""
@@ -368,9 +409,6 @@ class RecorderClient:
 
     def fail(self, text: str) -> None:
         ray.get(self._actor.fail.remote(text))
-
-    def has_failed(self) -> bool:
-        return ray.get(self._actor.has_failed.remote())
 
     def mark_rolled_back(self, step: int) -> None:
         ray.get(self._actor.mark_rolled_back.remote(step))

@@ -73,6 +73,10 @@ class Stage:
         zero_stage: DeepSpeed's ZeRO stage: what is divided among workers. 0 nothing (in bf16, gradients are then summed
             in bf16, so results depend slightly on the number of workers), 1 optimizer states, 2 also gradients, 3 also
             weights.
+        offload_optimizer: keep optimizer states and fp32 weights in the memory of the machine, and update them there.
+            Saves GPU memory and slows steps down. Requires zero_stage 1, 2 or 3.
+        offload_parameters: keep the weights in the memory of the machine, and copy each layer to the GPU when it is
+            used. Requires zero_stage 3.
         precision: "fp32" or "bf16" for weights and activations; the optimizer keeps fp32 in both.
         activation_checkpointing: recompute activations in the backward pass instead of keeping them. Saves memory.
         save_steps: steps between checkpoints.
@@ -109,6 +113,8 @@ class Stage:
     weight_decay: Annotated[float, Ge(0)] = 0.0
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
     save_steps: Annotated[int, Ge(1)] = 100
@@ -140,6 +146,12 @@ class Stage:
             raise ValueError(
                 f"learning_rate: got {self.learning_rate}, allowed: tower alone, which is all that objective "
                 "contrastive trains"
+            )
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("offload_optimizer: got true with zero_stage 0, allowed: false, or zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_parameters: got true with zero_stage {self.zero_stage}, allowed: false, or zero_stage 3"
             )
         if self.lora and "language" not in self.learning_rate:
             raise ValueError("lora: requires learning_rate.language, the learning rate of the adapters")

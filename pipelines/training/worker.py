@@ -1,13 +1,15 @@
 """Training loop of one rank, in a Ray Train worker: from the newest checkpoint to the last step of the stage.
 
-`train_worker` is the entry point. `run_training_steps` is the loop; it gets its micro-batches as an iterator, so tests
-and benchmarks run it without Ray.
+`train_worker` is the entry point. It trains the stages of a job one after the other: new processes would import torch
+and join their group again, for many seconds. `run_training_steps` is the loop; it gets its micro-batches as an
+iterator, so tests and benchmarks run it without Ray.
 """
 
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import ray
@@ -21,17 +23,21 @@ from pipelines.training.engine import (
     apply_update,
     build_engine,
     describe_model,
+    free_engine,
     set_learning_rate,
 )
 from pipelines.training.hooks import Hook, StepResult
-from pipelines.training.plan import LearningRateSchedule, StagePlan
-from pipelines.training.recorder import RecorderClient
+from pipelines.training.plan import LearningRateSchedule, StagePlan, StageWork
+from pipelines.training.recorder import WAIT, RecorderClient
 from redux import kernels, model
 from redux.conversation import IGNORE_INDEX
 from redux.kernels import set_kernels
 
 HookFactory = Callable[[DeepSpeedEngineProtocol, StagePlan], Hook]
 """Called on every rank with the engine and the plan; returns an additional hook."""
+
+STAGE_POLL_S = 0.1
+"""Seconds between two questions if the driver has opened the next stage."""
 
 
 class NotFiniteError(Exception):
@@ -73,17 +79,71 @@ class LocalUpdate(NamedTuple):
     grad_norm: float
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Train one rank to the end of the stage. Ray Train calls it in each worker, again after every fault.
+def train_worker(
+    stages: Sequence[StageWork], recorder: RecorderClient, extra_hook_factories: Sequence[HookFactory]
+) -> None:
+    """Train one rank, stage after stage, from the stage that the driver has opened.
 
     Args:
-        config: keyword arguments of `_train_rank`.
+        stages: the stages of these workers. The driver may end them after any of them.
+        recorder: recorder of the stages.
+        extra_hook_factories: make hooks that run after those of this package.
     """
-    recorder: RecorderClient = config["recorder"]
-    if recorder.has_failed():
+    entered = time.monotonic()
+    number = _wait_for_stage(recorder, finished=-1)
+    if number is None:
         return
+    # Stages that the same number of workers can share. A stage that needs another number gets new workers.
+    workers = dist.get_world_size()
+    used_workers = stages[number].plan.stage.count_usable_workers(workers)
+    left = list(takewhile(lambda work: work.plan.stage.count_usable_workers(workers) == used_workers, stages[number:]))
+    if not _join_used_workers(used_workers):
+        return
+
+    feed = Feed(left)
+    while left:
+        if not _train_stage(left[0], number, feed, recorder, extra_hook_factories, entered):
+            return
+        left = left[1:]
+        # No rank leaves while another one still needs it.
+        dist.barrier()
+        if dist.get_rank() == 0:
+            recorder.finish_stage(number, waiting=bool(left))
+        if left:
+            number = _wait_for_stage(recorder, finished=number)
+            if number is None:
+                return
+        entered = time.monotonic()
+
+
+def _wait_for_stage(recorder: RecorderClient, finished: int) -> int | None:
+    """Wait until the driver opens a stage after the finished one. A collective.
+
+    Returns:
+        The number of the stage, or None if the workers must end.
+    """
+    while True:
+        # Rank 0 alone asks, so that all ranks take the same decision. A broadcast has a time-out, so none is long.
+        answer: list[int | None] = [None]
+        if dist.get_rank() == 0:
+            answer = [recorder.find_stage(finished)]
+        dist.broadcast_object_list(answer, src=0)
+        if answer[0] != WAIT:
+            return answer[0]
+        time.sleep(STAGE_POLL_S)
+
+
+def _train_stage(
+    work: StageWork,
+    number: int,
+    feed: "Feed",
+    recorder: RecorderClient,
+    extra_hook_factories: Sequence[HookFactory],
+    entered: float,
+) -> bool:
+    """Train one stage. Returns False if the workers must end."""
     try:
-        _train_rank(**config)
+        return _train_rank(work, number, feed, recorder, extra_hook_factories, entered)
     except checkpoint.RefusedError as error:
         # The user must decide: the driver ends the run with this message instead of a restart.
         recorder.fail(str(error))
@@ -95,17 +155,19 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _train_rank(
-    plan: StagePlan,
-    reader: ingest.Reader,
-    steps: int,
+    work: StageWork,
+    number: int,
+    feed: "Feed",
     recorder: RecorderClient,
     extra_hook_factories: Sequence[HookFactory],
-) -> None:
-    """Build the engine, restore the newest checkpoint and run the remaining steps."""
-    entered = time.monotonic()
-    if not _join_used_workers(plan):
-        return
+    entered: float,
+) -> bool:
+    """Build the engine, restore the newest checkpoint and run the remaining steps.
 
+    Returns:
+        False if training stopped before the last step, and the workers must end.
+    """
+    plan, steps = work.plan, work.steps
     # The watchdog starts first: building the model and restoring may hang, too.
     watchdog = hooks.Watchdog(plan.recovery.watchdog_s, plan.run / "stacks" / plan.name, dist.get_rank())
     is_first = dist.get_rank() == 0
@@ -116,8 +178,9 @@ def _train_rank(
         forward_kernel_messages(recorder, plan.name)
     engine = build_engine(plan, dist.get_world_size())
     description = describe_model(engine)
-    resume_point = _restore(engine, plan, description, recorder, entered)
+    resume_point = _restore(engine, plan, number, description, recorder, entered)
 
+    is_finished = resume_point is not None
     if resume_point and resume_point.cursor < steps:
         # Order matters: Recording and Preemption set the flags of the step that the checkpoint hook reads.
         closing_hooks = [
@@ -128,24 +191,25 @@ def _train_rank(
         ]
         all_hooks = [watchdog, *closing_hooks]
         cursor, rolled_back = resume_point
-        batches = read_micro_batches(engine, plan, reader, cursor, steps)
+        batches = feed.read(engine, work, cursor)
         for step in run_training_steps(engine, plan, batches, cursor, steps, all_hooks, rolled_back):
             for hook in all_hooks:
                 hook.on_step_end(step)
             if step.stopping:
+                is_finished = step.last
                 break
         for hook in closing_hooks:
             hook.close()
-
-    # No rank leaves while another one still needs it.
     watchdog.close()
-    dist.barrier()
+    # The next stage needs the memory.
+    free_engine(engine)
+    return is_finished
 
 
 def forward_kernel_messages(recorder: RecorderClient, stage: str) -> None:
     """Show the user which kernels the model takes, as `redux.kernels` logs it once per process."""
     logger = logging.getLogger(kernels.__name__)
-    # a worker process may train several stages, and the recorder is another one in each
+    # messages name the current stage
     for handler in [handler for handler in logger.handlers if isinstance(handler, KernelMessages)]:
         logger.removeHandler(handler)
     logger.addHandler(KernelMessages(recorder, stage))
@@ -164,10 +228,9 @@ class KernelMessages(logging.Handler):
         self.recorder.add_message(f"{self.stage}: {record.getMessage()}")
 
 
-def _join_used_workers(plan: StagePlan) -> bool:
+def _join_used_workers(used_workers: int) -> bool:
     """Form a process group of the workers that share the global batch evenly. Returns False on the idle workers."""
     rank, workers = dist.get_rank(), dist.get_world_size()
-    used_workers = plan.stage.count_usable_workers(workers)
     if used_workers == workers:
         return True
 
@@ -190,6 +253,7 @@ def _join_used_workers(plan: StagePlan) -> bool:
 def _restore(
     engine: DeepSpeedEngineProtocol,
     plan: StagePlan,
+    number: int,
     description: dict[str, Any],
     recorder: RecorderClient,
     entered: float,
@@ -199,6 +263,7 @@ def _restore(
     Args:
         engine: engine of this rank.
         plan: plan of the stage.
+        number: its number in the recorder.
         description: description of the model, which must match that of the checkpoint.
         recorder: gets the start, and decides if the workers may continue.
         entered: time.monotonic() at the entry into the train function.
@@ -224,7 +289,7 @@ def _restore(
         messages = [f"{plan.name}: skipped {reason}" for reason in skipped]
         restore_s = time.monotonic() - entered
         placement_group = ray.util.get_current_placement_group().id.hex()
-        answer = [recorder.begin(dist.get_world_size(), cursor, restore_s, messages, placement_group)]
+        answer = [recorder.begin(number, dist.get_world_size(), cursor, restore_s, messages, placement_group)]
     dist.broadcast_object_list(answer, src=0)
     return None if answer[0] is None else ResumePoint(cursor, answer[0])
 
@@ -367,34 +432,66 @@ def forward_backward(
     return LocalUpdate(loss, forward_s, was_applied, grad_norm)
 
 
-def read_micro_batches(
-    engine: DeepSpeedEngineProtocol, plan: StagePlan, reader: ingest.Reader, cursor: int, steps: int
-) -> Iterator[ingest.Batch]:
-    """Yield this rank's micro-batches of the global batches cursor+1..steps, from a Ray Data dataset. A collective.
+class Feed:
+    """Micro-batches of this rank for the stages of its group, from one Ray Data dataset.
 
-    Raises:
-        RuntimeError: Ray Data delivered another micro-batch than the next one.
+    Readers take seconds to start. Those of the first stage go on with the next one and read ahead of it, while the
+    driver exports the model in between.
+
+    Args:
+        stages: stages in their order, from the current one.
     """
-    rank, workers = engine.global_rank, engine.dp_world_size
-    accumulation_steps = plan.stage.count_accumulation_steps(workers)
-    done, stop = cursor * accumulation_steps, steps * accumulation_steps
-    leaves_cpus = plan.leaves_cpus_to_readers(uses_gpus=engine.device.type != "cpu")
 
-    # Rank 0 alone creates the dataset, so that one set of readers serves all ranks and a split hands each block to one
-    # of them. The others get their iterators from it.
-    splits: list[Any] = [None] * workers
-    if rank == 0:
-        splits = list(ingest.make_streams(reader, done * workers, stop * workers, workers, leaves_cpus))
-    received: list[Any] = [None]
-    dist.scatter_object_list(received, splits, src=0)
-    blocks = received[0].iter_batches(batch_size=None, prefetch_batches=2)
+    def __init__(self, stages: Sequence[StageWork]) -> None:
+        self.stages = list(stages)
+        self.batches: Iterator[ingest.Batch] | None = None
+        self.due = 0
+        """Index of the stage whose micro-batches come next."""
 
-    # Micro-batches go to the ranks in turn: rank r gets r, r + workers, ... A wrong one would change the result.
-    for turn, batch in enumerate(ingest.iterate_micro_batches(blocks), start=done):
-        expected = turn * workers + rank
-        if batch["number"] != expected:
-            raise RuntimeError(f"rank {rank}: got micro-batch {batch['number']}, expected {expected}")
-        yield batch
+    def read(self, engine: DeepSpeedEngineProtocol, work: StageWork, cursor: int) -> Iterator[ingest.Batch]:
+        """Yield the micro-batches of the global batches cursor+1..steps of a stage. A collective.
+
+        Raises:
+            RuntimeError: Ray Data delivered another micro-batch than the next one.
+        """
+        rank, workers = engine.global_rank, engine.dp_world_size
+        index = [stage.plan.name for stage in self.stages].index(work.plan.name)
+        # The readers of earlier stages are at the beginning of this one, unless it starts from a checkpoint.
+        if self.batches is None or index != self.due or cursor:
+            self.batches = self._open(engine, index, cursor)
+        # Micro-batches go to the ranks in turn: rank r gets r, r + workers, ... A wrong one would change the result.
+        accumulation_steps = work.plan.stage.count_accumulation_steps(workers)
+        for turn in range(cursor * accumulation_steps, work.steps * accumulation_steps):
+            batch = next(self.batches)
+            expected = turn * workers + rank
+            if batch["number"] != expected:
+                raise RuntimeError(f"rank {rank}: got micro-batch {batch['number']}, expected {expected}")
+            self.due = index + (turn + 1 == work.steps * accumulation_steps)
+            yield batch
+
+    def _open(self, engine: DeepSpeedEngineProtocol, index: int, cursor: int) -> Iterator[ingest.Batch]:
+        """Start the readers of a stage and of those after it. A collective."""
+        workers = engine.dp_world_size
+        # Rank 0 alone creates the dataset, so that one set of readers serves all ranks and a split hands each block to
+        # one of them. The others get their iterators from it.
+        splits: list[Any] = [None] * workers
+        if engine.global_rank == 0:
+            segments: list[ingest.Segment] = []
+            for work in self.stages[index:]:
+                count = work.plan.stage.count_accumulation_steps(workers) * workers
+                segments.append(ingest.Segment(work.reader, (0 if segments else cursor) * count, work.steps * count))
+            leaves_cpus = self.stages[index].plan.leaves_cpus_to_readers(uses_gpus=engine.device.type != "cpu")
+            splits = list(ingest.make_streams(segments, workers, leaves_cpus))
+        received: list[Any] = [None]
+        dist.scatter_object_list(received, splits, src=0)
+        blocks = received[0].iter_batches(batch_size=None, prefetch_batches=2)
+        # A generator, so that `splits` stays alive: the first stream owns the execution.
+        return self._iterate(blocks, splits)
+
+    @staticmethod
+    def _iterate(blocks: Iterable[ingest.Batch], splits: list[Any]) -> Iterator[ingest.Batch]:
+        yield from ingest.iterate_micro_batches(blocks)
+        splits.clear()
 
 
 def compute_sample_weights(

@@ -58,7 +58,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[StagePlan]]:
 
     def told(job: Job, folder: Path, **options: Any) -> list[StagePlan]:
         plans: list[Any] = []
-        monkeypatch.setattr(driver, "train_stage", lambda plan, should_stop: plans.append(plan))
+        monkeypatch.setattr(driver, "train_stage", lambda plan, **_: plans.append(plan))
         work = list_steps(job, folder, **options)
         for name in job.train:
             work[name]()

@@ -57,9 +57,9 @@ def lines(path: Path) -> list[dict]:
 
 def test_late_steps_of_lost_workers_are_ignored(new: Callable[..., Recorder], settings: RecorderSettings) -> None:
     recorder = new()
-    recorder.begin(2, 0, 1.0, [], "")
+    recorder.begin(0, 2, 0, 1.0, [], "")
     do(recorder, 1, 2, 3)
-    recorder.begin(2, 1, 1.0, [], "")
+    recorder.begin(0, 2, 1, 1.0, [], "")
     do(recorder, 4, loss=7.0)
     do(recorder, 2, 3)
     recorder.close("end")
@@ -72,11 +72,11 @@ def test_late_steps_of_lost_workers_are_ignored(new: Callable[..., Recorder], se
 
 def test_consecutive_faults_without_progress_end_the_run(new: Callable[..., Recorder]) -> None:
     recorder = new()
-    assert recorder.begin(2, 0, 1.0, [], "") is not None
+    assert recorder.begin(0, 2, 0, 1.0, [], "") is not None
     do(recorder, 1, 2, 3)
     for why in ("RuntimeError: out of luck", "OSError: away"):
         recorder.record_fault({1: Failure(Kind.LOST, why)})
-        assert recorder.begin(2, 2, 1.0, [], "") is not None
+        assert recorder.begin(0, 2, 2, 1.0, [], "") is not None
         do(recorder, 3)
     recorder.record_fault({0: Failure(Kind.LOST, "OSError: away")})
     expected = (
@@ -84,8 +84,8 @@ def test_consecutive_faults_without_progress_end_the_run(new: Callable[..., Reco
         "rank 0: OSError: away; the checkpoint after step 2 is safe; the same command continues from there"
     )
     assert recorder.poll().failed == expected
-    assert recorder.has_failed()
-    assert recorder.begin(2, 2, 1.0, [], "") is None
+    assert recorder.find_stage(-1) is None
+    assert recorder.begin(0, 2, 2, 1.0, [], "") is None
 
 
 def test_faults_before_any_start_end_the_run_too(new: Callable[..., Recorder]) -> None:
@@ -101,9 +101,9 @@ def test_progress_resets_the_count_of_faults(new: Callable[..., Recorder]) -> No
     recorder = new()
     for step in range(1, 20):
         for _ in range(2):
-            assert recorder.begin(2, step - 1, 1.0, [], "") is not None
+            assert recorder.begin(0, 2, step - 1, 1.0, [], "") is not None
             recorder.record_fault({0: LOST_FAILURE})
-        assert recorder.begin(2, step - 1, 1.0, [], "") is not None
+        assert recorder.begin(0, 2, step - 1, 1.0, [], "") is not None
         do(recorder, step)
     assert not recorder.poll().failed
 
@@ -111,7 +111,7 @@ def test_progress_resets_the_count_of_faults(new: Callable[..., Recorder]) -> No
 def test_a_permanent_failure_is_not_retried(new: Callable[..., Recorder]) -> None:
     """The reported rank has the cause; the others only lost their connection to it."""
     recorder = new(restarts=9)
-    assert recorder.begin(2, 0, 1.0, [], "") is not None
+    assert recorder.begin(0, 2, 0, 1.0, [], "") is not None
     do(recorder, 1)
     recorder.record_checkpoint(1)
     recorder.record_fault({0: LOST_FAILURE, 1: Failure(Kind.PERMANENT, "/data: No space left on device")})
@@ -131,23 +131,23 @@ def test_the_same_error_at_the_same_step_is_tried_once_more(new: Callable[..., R
         return recorder.poll().failed
 
     recorder = new(restarts=9)
-    recorder.begin(2, 0, 1.0, [], "")
+    recorder.begin(0, 2, 0, 1.0, [], "")
     do(recorder, 1, 2, 3)
     assert not fault(1)
-    recorder.begin(2, 0, 1.0, [], "")
+    recorder.begin(0, 2, 0, 1.0, [], "")
     do(recorder, 1, 2)
     assert not fault(2), "at another step it may be a fault of a machine"
-    recorder.begin(2, 0, 1.0, [], "")
+    recorder.begin(0, 2, 0, 1.0, [], "")
     do(recorder, 1, 2)
     assert "the same fault twice after step 2: rank 1: RuntimeError: 3.5 GiB" in fault(3)
 
 
 def test_other_errors_at_the_same_step_and_lost_workers_are_tried_again(new: Callable[..., Recorder]) -> None:
     recorder = new(restarts=9)
-    recorder.begin(2, 0, 1.0, [], "")
+    recorder.begin(0, 2, 0, 1.0, [], "")
     for kind, text in [(Kind.RAISED, "a"), (Kind.RAISED, "b"), (Kind.LOST, "killed"), (Kind.LOST, "killed")]:
         recorder.record_fault({0: Failure(kind, text)})
-        assert not recorder.has_failed()
+        assert recorder.find_stage(-1) is not None
 
 
 def test_a_fault_is_reported_if_the_ledger_cannot_be_written(
@@ -168,27 +168,27 @@ def test_starts_without_a_fault_are_not_counted(new: Callable[..., Recorder]) ->
     """Joining and leaving machines also restart the workers."""
     recorder = new(restarts=0)
     for _ in range(9):
-        assert recorder.begin(2, 40, 1.0, [], "") is not None
+        assert recorder.begin(0, 2, 40, 1.0, [], "") is not None
 
 
 def test_a_new_launch_does_not_reset_an_exceeded_limit(new: Callable[..., Recorder]) -> None:
     recorder = new()
-    assert recorder.begin(2, 0, 1.0, [], "") is not None
+    assert recorder.begin(0, 2, 0, 1.0, [], "") is not None
     assert do(recorder, 1, replaced=4) == [True]
     recorder.close("stop")
     again = new()
-    assert again.begin(2, 1, 1.0, [], "") is None
+    assert again.begin(0, 2, 1, 1.0, [], "") is None
     assert "4 samples were replaced" in again.poll().failed
 
 
 def test_after_a_failure_or_a_stop_no_workers_restart(new: Callable[..., Recorder]) -> None:
     for end in (lambda recorder: recorder.fail("a typo"), lambda recorder: recorder.request_stop()):
         recorder = new()
-        assert recorder.begin(2, 0, 1.0, [], "") is not None
+        assert recorder.begin(0, 2, 0, 1.0, [], "") is not None
         assert do(recorder, 1) == [False]
         end(recorder)
         assert do(recorder, 2) == [True], "those that train stop, too"
-        assert recorder.begin(2, 2, 1.0, [], "") is None
+        assert recorder.begin(0, 2, 2, 1.0, [], "") is None
 
 
 def test_the_first_failure_is_reported(new: Callable[..., Recorder]) -> None:
@@ -203,7 +203,7 @@ def test_the_first_failure_is_reported(new: Callable[..., Recorder]) -> None:
 
 def test_each_message_is_delivered_once(new: Callable[..., Recorder]) -> None:
     recorder = new()
-    assert recorder.begin(2, 0, 1.0, ["tower: skipped step-000004"], "") is not None
+    assert recorder.begin(0, 2, 0, 1.0, ["tower: skipped step-000004"], "") is not None
     recorder.add_message("one")
     status = recorder.poll()
     assert (status.step, status.loss, status.messages, status.failed) == (
@@ -215,7 +215,7 @@ def test_each_message_is_delivered_once(new: Callable[..., Recorder]) -> None:
     do(recorder, 1, loss=0.5)
     status = recorder.poll()
     assert (status.step, status.loss, status.messages) == (1, 0.5, [])
-    assert recorder.begin(1, 0, 1.0, [], "") is not None
+    assert recorder.begin(0, 1, 0, 1.0, [], "") is not None
     status = recorder.poll()
     assert (status.step, status.messages) == (0, ["tower: restarted with 1 workers after step 0"])
     assert recorder.poll().messages == []
@@ -226,7 +226,7 @@ def test_each_message_is_delivered_once(new: Callable[..., Recorder]) -> None:
 
 def test_numbers_that_are_not_finite_are_null_on_record(new: Callable[..., Recorder], tmp_path: Path) -> None:
     recorder = new()
-    recorder.begin(2, 0, 1.0, [], "")
+    recorder.begin(0, 2, 0, 1.0, [], "")
     do(recorder, 1, loss=math.nan, grad_norm=math.inf, skipped=1)
     recorder.sync()
     [line] = (tmp_path / metrics.METRICS_FILE).read_text().splitlines()
@@ -239,9 +239,9 @@ def test_numbers_that_are_not_finite_are_null_on_record(new: Callable[..., Recor
 
 def test_steps_done_again_stand_once_on_record_and_count_as_lost(new: Callable[..., Recorder], tmp_path: Path) -> None:
     recorder = new()
-    recorder.begin(2, 0, 1.0, [], "")
+    recorder.begin(0, 2, 0, 1.0, [], "")
     do(recorder, 1, 2, 3)
-    recorder.begin(2, 1, 1.0, [], "")
+    recorder.begin(0, 2, 1, 1.0, [], "")
     do(recorder, 2, 3, 4)
     recorder.sync()
     for file in (metrics.METRICS_FILE, consumed.CONSUMED_FILE):
@@ -257,7 +257,7 @@ def test_more_replaced_samples_than_tolerated_stop_the_workers_with_the_reason(
     new: Callable[..., Recorder], tmp_path: Path
 ) -> None:
     recorder = new()
-    recorder.begin(2, 0, 1.0, [], "")
+    recorder.begin(0, 2, 0, 1.0, [], "")
     assert do(recorder, 1, replaced=3) + do(recorder, 2) == [False, False]
     assert do(recorder, 3, replaced=1) + do(recorder, 4) == [True, True]
     expected = (
@@ -271,7 +271,7 @@ def test_more_steps_that_are_not_finite_than_tolerated_stop_the_workers_with_the
     new: Callable[..., Recorder], tmp_path: Path
 ) -> None:
     recorder = new()
-    recorder.begin(2, 0, 1.0, [], "")
+    recorder.begin(0, 2, 0, 1.0, [], "")
     assert do(recorder, 1, skipped=1) + do(recorder, 2) == [False, False]
     assert do(recorder, 3, skipped=1) == [True]
     expected = (
@@ -283,9 +283,9 @@ def test_more_steps_that_are_not_finite_than_tolerated_stop_the_workers_with_the
 
 def test_repeated_steps_count_once(new: Callable[..., Recorder]) -> None:
     recorder = new()
-    recorder.begin(2, 0, 1.0, [], "")
+    recorder.begin(0, 2, 0, 1.0, [], "")
     do(recorder, 1, replaced=2)
     do(recorder, 2, replaced=1, skipped=1)
-    recorder.begin(2, 1, 1.0, [], "")
+    recorder.begin(0, 2, 1, 1.0, [], "")
     assert do(recorder, 2, replaced=1, skipped=1) == [False]
     assert do(recorder, 3, replaced=1) == [True]

@@ -211,3 +211,11 @@ def test_what_this_machine_has_no_room_for_is_refused_instead_of_waited_for(monk
         cluster.require_resources({"CPU": have + 1}, "train.tower with num_workers = 99")
     monkeypatch.setenv("RAY_ADDRESS", "a cluster that may grow")
     cluster.require_resources({"CPU": have + 1}, "train.tower with num_workers = 99")
+
+
+def test_offloading_needs_a_zero_stage_that_divides_what_is_offloaded() -> None:
+    for zero_stage, names in ((0, ["offload_optimizer"]), (2, ["offload_parameters"])):
+        with pytest.raises(ValueError, match=rf"^{names[0]}: got true with zero_stage {zero_stage}, allowed: "):
+            replace(STAGE, zero_stage=zero_stage, **dict.fromkeys(names, True))
+    assert replace(STAGE, zero_stage=1, offload_optimizer=True).offload_optimizer
+    assert replace(STAGE, zero_stage=3, offload_parameters=True).offload_parameters
