@@ -178,6 +178,7 @@ class GreedySteps:
         self.tokens = torch.zeros(batch, capacity, dtype=torch.long, device=device)
         self.cache: Cache | None = None
         self.graph: Any = None
+        self.failed = False
 
     def fits(self, key: Any, needed: int, slots: int) -> bool:
         """Tell if the steps serve another batch."""
@@ -230,10 +231,15 @@ class GreedySteps:
                 self.step(model)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # other threads may use the GPU meanwhile
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self.step(model)
-        self.graph = graph
+        try:
+            # other threads may use the GPU meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self.step(model)
+        except RuntimeError as error:  # a decoder of another version of transformers may wait for the device
+            self.failed = True
+            report(f"capturing it failed: {' '.join(str(error).split())}")
+        else:
+            self.graph = graph
 
     def run(self, prompt: Prompt, limit: int, step: Callable[[], None]) -> Int[Tensor, "batch new"]:
         """Decode a loaded prompt.
@@ -316,11 +322,11 @@ def decode_prompt(
         steps.load(prompt, config)
         if model.device.type != "cuda" or not is_free_of_waits(prompt.cache):
             return steps.run(prompt, max_new_tokens, lambda: steps.step(model))
-        if steps.graph is None:
+        if steps.graph is None and not steps.failed:
             steps.capture(model)
             steps.load(prompt, config)
             _kept[model] = steps
-        return steps.run(prompt, max_new_tokens, steps.graph.replay)
+        return steps.run(prompt, max_new_tokens, steps.graph.replay if steps.graph else lambda: steps.step(model))
 
 
 def is_free_of_waits(cache: Cache) -> bool:

@@ -13,7 +13,7 @@ from redux import graph_decoding
 from redux.generation import generate_greedily
 from redux.graph_decoding import GreedySteps, Prompt, decode_prompt, find_obstacle, use_graph
 from redux.model import ReduxForConditionalGeneration
-from redux.settings import CMAI, VMTC
+from redux.settings import CMAI
 
 Tiny = Callable[..., ReduxForConditionalGeneration]
 Sample = Callable[..., dict[str, Tensor]]
