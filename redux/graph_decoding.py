@@ -68,6 +68,12 @@ def use_graph(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     return not reason
 
 
+def release_graphs() -> None:
+    """Free the graphs that are kept, and their caches."""
+    with _lock:
+        _kept.clear()
+
+
 def report(reason: str) -> None:
     """Log once why `generate` decodes."""
     if reason not in _reported:
@@ -233,7 +239,7 @@ class GreedySteps:
         graph = torch.cuda.CUDAGraph()
         try:
             # other threads may use the GPU meanwhile
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.step(model)
         except RuntimeError as error:  # a decoder of another version of transformers may wait for the device
             self.failed = True
@@ -321,11 +327,13 @@ def decode_prompt(
         config = model.get_decoder().config
         steps.load(prompt, config)
         if model.device.type != "cuda" or not is_free_of_waits(prompt.cache):
+            prompt.cache.reset()  # frees its keys and values
             return steps.run(prompt, max_new_tokens, lambda: steps.step(model))
         if steps.graph is None and not steps.failed:
             steps.capture(model)
             steps.load(prompt, config)
             _kept[model] = steps
+        prompt.cache.reset()
         return steps.run(prompt, max_new_tokens, steps.graph.replay if steps.graph else lambda: steps.step(model))
 
 
