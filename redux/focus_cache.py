@@ -262,12 +262,13 @@ class StaticFocusCache(FocusRows, StaticCache):
                 if tensor is not None:
                     tensor.zero_()
 
-    def copy_tokens(self, source: FocusCache, slots: int) -> None:
+    def copy_tokens(self, source: FocusCache, slots: int, start: int) -> None:
         """Take over what a FocusCache knows of its tokens, at the addresses of the tokens before, if there were any.
 
         Args:
             source: cache of a prompt, whose keys and values the layers have already.
             slots: columns to have room for, at least those of the source.
+            start: position of the first row, at most the source's, before which rows are zero.
         """
         assert source._flags is not None
         length, flags = int(source.length), source._flags
@@ -276,7 +277,7 @@ class StaticFocusCache(FocusRows, StaticCache):
         self._flags.zero_()
         self._flags[:, :length] = flags[:, :length]
         self._set_length(length)
-        self.start, self._keys_with_rows = 0, length  # rows before the source's are zero
+        self.start, self._keys_with_rows = start, length
         if source.columns is None or source.count is None:
             return
         if self.columns is None or self.count is None:
@@ -289,7 +290,8 @@ class StaticFocusCache(FocusRows, StaticCache):
         for layer, rows in source.t2i.items():
             own = self.prepare_rows(layer, self.get_max_length(), rows)
             own.zero_()
-            own[:, source.start : source.start + rows.shape[1], : rows.shape[2]] = rows
+            first = source.start - start
+            own[:, first : first + rows.shape[1], : rows.shape[2]] = rows
         for layer in self._rows.keys() - source._rows.keys():
             self._rows[layer].zero_()
 

@@ -44,7 +44,7 @@ SPARE_CAPACITY = 3 * CAPACITY_STEP
 """Largest unused capacity with which a graph serves a batch; attention reads all of it."""
 
 SLOT_STEP = 64
-"""Image tokens in which the room for them grows."""
+"""Image tokens in which the room for them grows, and tokens in which the first row of A_t2i is rounded down."""
 
 WARM_STEPS = 2
 """Steps before the capture: they compile kernels, and let libraries allocate their workspaces."""
@@ -144,6 +144,11 @@ class Prompt:
         """Room that the image tokens need."""
         return self.cache.num_columns + FREE_COLUMNS if isinstance(self.cache, FocusCache) else 0
 
+    @property
+    def start(self) -> int:
+        """Position of the first row of A_t2i."""
+        return self.cache.start if isinstance(self.cache, FocusCache) else 0
+
 
 def choose_tokens(logits: Float[Tensor, "batch rows words"]) -> Int[Tensor, "batch"]:
     """Choose the likeliest tokens, in float32 as `generate` does."""
@@ -161,6 +166,7 @@ class GreedySteps:
         device: device of the model.
         eos_token_ids: tokens that end an answer.
         pad_token_id: token after the end.
+        start: position before which no row of A_t2i is needed.
     """
 
     def __init__(
@@ -172,8 +178,9 @@ class GreedySteps:
         device: torch.device,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
+        start: int = 0,
     ) -> None:
-        self.key, self.capacity, self.slots, self.pad_token_id = key, capacity, slots, pad_token_id
+        self.key, self.capacity, self.slots, self.pad_token_id, self.start = key, capacity, slots, pad_token_id, start
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.visible = torch.zeros(batch, 1, 1, capacity, dtype=torch.bool, device=device)
@@ -186,12 +193,10 @@ class GreedySteps:
         self.graph: Any = None
         self.failed = False
 
-    def fits(self, key: Any, needed: int, slots: int) -> bool:
+    def fits(self, key: Any, needed: int, slots: int, start: int = 0) -> bool:
         """Tell if the steps serve another batch."""
-        spare = self.capacity - needed
-        return self.key == key and 0 <= spare <= SPARE_CAPACITY and (self.slots > 0) == (slots > 0) and (
-            slots <= self.slots
-        )  # fmt: skip
+        has_room = 0 <= self.capacity - needed <= SPARE_CAPACITY and slots <= self.slots
+        return self.key == key and has_room and (self.slots > 0) == (slots > 0) and self.start <= start
 
     def load(self, prompt: Prompt, config: Any) -> None:
         """Begin after a prompt."""
@@ -202,7 +207,7 @@ class GreedySteps:
         copy_cache(self.cache, prompt.cache)
         if isinstance(self.cache, StaticFocusCache):
             assert isinstance(prompt.cache, FocusCache)
-            self.cache.copy_tokens(prompt.cache, self.slots)
+            self.cache.copy_tokens(prompt.cache, self.slots, self.start)
         self.visible.zero_()
         self.visible[:, 0, 0, :length] = prompt.visible
         self.position.copy_(prompt.position)
@@ -318,12 +323,13 @@ def decode_prompt(
     key = describe_model(model, batch, eos_token_ids, pad_token_id)
     with _lock:
         steps = _kept.get(model)
-        if steps is None or not steps.fits(key, needed, prompt.slots):
+        if steps is None or not steps.fits(key, needed, prompt.slots, prompt.start):
             _kept.pop(model, None)  # one graph at a time is in memory
             del steps
             slots = round_up(prompt.slots, SLOT_STEP)
             capacity = round_up(needed, CAPACITY_STEP)
-            steps = GreedySteps(key, batch, capacity, slots, model.device, eos_token_ids, pad_token_id)
+            start = prompt.start // SLOT_STEP * SLOT_STEP
+            steps = GreedySteps(key, batch, capacity, slots, model.device, eos_token_ids, pad_token_id, start)
         config = model.get_decoder().config
         steps.load(prompt, config)
         if model.device.type != "cuda" or not is_free_of_waits(prompt.cache):

@@ -137,6 +137,19 @@ class Operations(TorchDispatchMode):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("name", ["vmtc+cmai", "sum"])
+def test_rows_begin_where_text_follows_an_image(tiny: Tiny, sample: Sample, name: str) -> None:
+    model = tiny(**METHODS[name])
+    inputs = build_batch(model, sample, "one")
+    expected = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER, pad_token_id=PAD)
+    prompt = Prompt.read(model, inputs)
+    for start in (prompt.start, prompt.start - 3):
+        steps = GreedySteps(None, 3, 128, 64, model.device, [NEVER], PAD, start)
+        steps.load(prompt, model.config.text_config)
+        assert torch.equal(steps.run(prompt, NEW, lambda: steps.step(model)), expected[:, -NEW:])
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("kind", ["one", "none"])
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "training alone"])
 def test_a_step_never_waits_for_the_device(tiny: Tiny, sample: Sample, name: str, kind: str) -> None:
@@ -180,9 +193,12 @@ def test_other_batches_are_left_to_generate(tiny: Tiny, sample: Sample, change: 
 def test_steps_fit_about_the_same_length(tiny: Tiny) -> None:
     steps = GreedySteps("key", 2, 512, 64, torch.device("cpu"), [1], PAD)
     assert steps.fits("key", 512, 64)
-    assert steps.fits("key", 128, 20)
+    assert steps.fits("key", 128, 20, start=9)
     for key, needed, slots in (("other", 512, 64), ("key", 513, 64), ("key", 127, 64), ("key", 512, 65), ("key", 9, 0)):
         assert not steps.fits(key, needed, slots)
+    later = GreedySteps("key", 2, 512, 64, torch.device("cpu"), [1], PAD, start=64)
+    assert later.fits("key", 512, 64, start=64)
+    assert not later.fits("key", 512, 64, start=63)
 
 
 def test_answers_are_the_same_by_static_steps(
