@@ -176,7 +176,7 @@ def list_goals(shapes: Shapes) -> list[Goal]:
         for group in (f"batch {batch}", f"graph batch {batch}"):
             for variant in ("VMTC 288", "VMTC+CMAI 288", "VMTC+CMAI 64"):
                 is_goal = variant == "VMTC+CMAI 288"
-                none = (None, None)
+                none: tuple[float | None, float | None] = (None, None)
                 goal, floor = (speed, speed_floor) if is_goal else none
                 rows.append(Goal(f"decode {group}", variant, "LLaVA", goal, floor, is_speed=True))
                 first_goal, first_floor = (0.9, 0.7) if is_goal and batch == 1 else none

@@ -1,6 +1,7 @@
 """Static steps, of which a CUDA graph is made, choose the tokens of `generate`, and never wait for the device."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -146,7 +147,7 @@ def test_rows_begin_where_text_follows_an_image(tiny: Tiny, sample: Sample, name
     for start in (prompt.start, prompt.start - 3):
         steps = GreedySteps(None, 3, 128, 64, model.device, [NEVER], PAD, start)
         steps.load(prompt, model.config.text_config)
-        assert torch.equal(steps.run(prompt, NEW, lambda: steps.step(model)), expected[:, -NEW:])
+        assert torch.equal(steps.run(prompt, NEW, partial(steps.step, model)), expected[:, -NEW:])
 
 
 @torch.inference_mode()
