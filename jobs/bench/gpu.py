@@ -176,10 +176,10 @@ def list_goals(shapes: Shapes) -> list[Goal]:
         for group in (f"batch {batch}", f"graph batch {batch}"):
             for variant in ("VMTC 288", "VMTC+CMAI 288", "VMTC+CMAI 64"):
                 is_goal = variant == "VMTC+CMAI 288"
-                limits: tuple[float | None, float | None] = (speed, speed_floor) if is_goal else (None, None)
-                rows.append(Goal(f"decode {group}", variant, "LLaVA", limits[0], limits[1], is_speed=True))
-                limits = (0.9, 0.7) if is_goal and batch == 1 else (None, None)
-                rows.append(Goal(f"prefill {group}", variant, "LLaVA", limits[0], limits[1]))
+                bounds: tuple[float | None, float | None] = (speed, speed_floor) if is_goal else (None, None)
+                rows.append(Goal(f"decode {group}", variant, "LLaVA", bounds[0], bounds[1], is_speed=True))
+                bounds = (0.9, 0.7) if is_goal and batch == 1 else (None, None)
+                rows.append(Goal(f"prefill {group}", variant, "LLaVA", bounds[0], bounds[1]))
     for variant in ("VMTC 288", "VMTC+CMAI 288"):
         rows.append(Goal("decode compiled", variant, "LLaVA", None, None, is_speed=True))
     return rows
