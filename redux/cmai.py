@@ -509,29 +509,27 @@ def _unsupported(
     kwargs: dict[str, Any],
 ) -> str:
     """Return why fused kernels cannot serve a call of `inhibited_attention`, or "" if they can."""
-    others = [name for name in UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]
+    # in the order of the checks: every layer of every call passes them, so text is made only for a reason
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    reasons = {
-        "the mask is not causal with padding": not (
-            (attention_mask is None or _is_short_mask(attention_mask)) and is_causal
-        ),
-        "there are earlier tokens in the cache": query.shape[2] != key.shape[2],
-        "attention has dropout": bool(kwargs.get("dropout")),
-        f"of {', '.join(others)}": bool(others),
-        f"{query.dtype}, {key.dtype} and {value.dtype} are not one of float16, bfloat16 and float32": (
-            query.dtype not in FUSED_DTYPES or not query.dtype == key.dtype == value.dtype
-        ),
-        "autocast would change the dtype": (
-            query.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != query.dtype
-        ),
-        f"heads have {query.shape[-1]} and {value.shape[-1]} dimensions": (
-            not 16 <= query.shape[-1] == value.shape[-1] <= 128
-        ),
-        "preamble is false": inhibition is not None and not inhibition.cmai.preamble,
-    }
-    return next((reason for reason, applies in reasons.items() if applies), "")
+    if not is_causal or not (attention_mask is None or _is_short_mask(attention_mask)):
+        return "the mask is not causal with padding"
+    if query.shape[2] != key.shape[2]:
+        return "there are earlier tokens in the cache"
+    if kwargs.get("dropout"):
+        return "attention has dropout"
+    if others := [name for name in UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]:
+        return f"of {', '.join(others)}"
+    if query.dtype not in FUSED_DTYPES or not query.dtype == key.dtype == value.dtype:
+        return f"{query.dtype}, {key.dtype} and {value.dtype} are not one of float16, bfloat16 and float32"
+    if query.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != query.dtype:
+        return "autocast would change the dtype"
+    if not 16 <= query.shape[-1] == value.shape[-1] <= 128:
+        return f"heads have {query.shape[-1]} and {value.shape[-1]} dimensions"
+    if inhibition is not None and not inhibition.cmai.preamble:
+        return "preamble is false"
+    return ""
 
 
 FUSED_DTYPES = {torch.float16, torch.bfloat16, torch.float32}

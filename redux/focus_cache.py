@@ -262,6 +262,39 @@ class StaticFocusCache(FocusRows, StaticCache):
                 if tensor is not None:
                     tensor.zero_()
 
+    def copy_tokens(self, source: FocusCache, slots: int, start: int) -> None:
+        """Take over what a FocusCache knows of its tokens, at the addresses of the tokens before, if there were any.
+
+        Args:
+            source: cache of a prompt, whose keys and values the layers have already.
+            slots: columns to have room for, at least those of the source.
+            start: position of the first row, at most the source's, before which rows are zero.
+        """
+        assert source._flags is not None
+        length, flags = int(source.length), source._flags
+        if self._flags is None:
+            self._flags = self._pin(flags.new_zeros(len(flags), self._capacity(length)))
+        self._flags.zero_()
+        self._flags[:, :length] = flags[:, :length]
+        self._set_length(length)
+        self.start, self._keys_with_rows = start, length
+        if source.columns is None or source.count is None:
+            return
+        if self.columns is None or self.count is None:
+            self.columns = self._pin(source.columns.new_zeros(len(flags), slots))
+            self.count = self._pin(source.count.clone())
+        self.columns.zero_()
+        self.columns[:, : source.num_columns] = source.columns[:, : source.num_columns]
+        self.count.copy_(source.count)
+        self.num_columns, self.free_columns = source.num_columns, FREE_COLUMNS - 1
+        for layer, rows in source.t2i.items():
+            own = self.prepare_rows(layer, self.get_max_length(), rows)
+            own.zero_()
+            first = source.start - start
+            own[:, first : first + rows.shape[1], : rows.shape[2]] = rows
+        for layer in self._rows.keys() - source._rows.keys():
+            self._rows[layer].zero_()
+
     def _capacity(self, tokens: int) -> int:
         return max(self.get_max_length(), tokens)
 

@@ -3,6 +3,9 @@
 Numbers of two models compare only if both count tokens and take times at the same points.  So every model generates
 here, whatever class or processor it has.
 
+On a GPU a LLaVA decodes by a CUDA graph (`redux.graph_decoding`), with the same tokens as its `generate`.  The first
+batch of a size captures the graph, so its decoding takes longer.
+
 Cost: two waits for the device in each batch, which the times need.
 """
 
@@ -14,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from redux.graph_decoding import Prompt, decode_prompt, use_graph
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def generate_greedily(
     eos_token_ids: Sequence[int],
     max_new_tokens: int,
 ) -> Answers:
-    """Generate greedy answers with any generating model.
+    """Generate greedy answers with any generating model, if possible by a CUDA graph.
 
     Args:
         model: a model of transformers.
@@ -89,6 +94,33 @@ def generate_greedily(
         max_new_tokens: limit for each answer.
     """
     start_s = read_clock(model.device)
+    if use_graph(model, inputs):
+        prompt = Prompt.read(model, inputs)
+        first_s = read_clock(model.device)
+        new_tokens = decode_prompt(model, prompt, eos_token_ids, tokenizer.pad_token_id, max_new_tokens)
+    else:
+        new_tokens, first_s = generate_tokens(model, tokenizer, inputs, eos_token_ids, max_new_tokens)
+    end_s = read_clock(model.device)
+    # an answer counts up to its first end token; padding follows
+    is_end = torch.isin(new_tokens, torch.tensor(eos_token_ids, device=new_tokens.device)).int()
+    counts = (is_end.cumsum(dim=1) - is_end == 0).sum(dim=1).tolist()
+    answers = [row[:count] for row, count in zip(new_tokens.tolist(), counts, strict=True)]
+    texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return Answers(texts, counts, first_s - start_s, end_s - first_s)
+
+
+def generate_tokens(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, Tensor],
+    eos_token_ids: Sequence[int],
+    max_new_tokens: int,
+) -> tuple[Tensor, float]:
+    """Generate by the model's own `generate`, with the arguments of `generate_greedily`.
+
+    Returns:
+        New tokens, (batch, new), and the time of the first one.
+    """
     timer = FirstTokenTimer()
     sequences = model.generate(
         **inputs,
@@ -99,11 +131,4 @@ def generate_greedily(
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=StoppingCriteriaList([timer]),
     )
-    end_s = read_clock(model.device)
-    new_tokens = sequences[:, timer.column :]
-    # an answer counts up to its first end token; padding follows
-    is_end = torch.isin(new_tokens, torch.tensor(eos_token_ids, device=new_tokens.device)).int()
-    counts = (is_end.cumsum(dim=1) - is_end == 0).sum(dim=1).tolist()
-    answers = [row[:count] for row, count in zip(new_tokens.tolist(), counts, strict=True)]
-    texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-    return Answers(texts, counts, timer.time - start_s, end_s - timer.time)
+    return sequences[:, timer.column :], timer.time
