@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from redux.kernels import use_fused
 from redux.settings import KMeansSeeds
 
-MAX_FUSED_TOKENS, MAX_FUSED_CLUSTERS = 4096, 256  # what a multiprocessor's registers hold
+MAX_FUSED_TOKENS, MAX_FUSED_CLUSTERS = 4096, 128  # limits of the registers of a multiprocessor
 
 
 @torch.no_grad()

@@ -321,6 +321,8 @@ def _kmeans_kernel(
             before = tl.load(label + token, mask=inside & (step > 0), other=-1).to(tl.int32)
             changed += tl.sum((inside & (nearest != before)).to(tl.int32), axis=0)
             members += tl.sum((inside[:, None] & (nearest[:, None] == cluster[None, :])).to(tl.int32), axis=0)
+            # several warps read the label that one of them overwrites
+            tl.debug_barrier()
             tl.store(similarity + token, tl.max(value, axis=1), mask=inside)
             tl.store(label + token, nearest.to(tl.int64), mask=inside)
         tl.debug_barrier()

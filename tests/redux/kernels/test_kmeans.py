@@ -88,7 +88,7 @@ def test_what_no_kernel_can_cluster_is_refused_with_the_reason() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("count", "clusters"), [(195, 76), (345, 46), (385, 38), (61, 6), (576, 200)])
+@pytest.mark.parametrize(("count", "clusters"), [(195, 76), (345, 46), (385, 38), (61, 6), (576, 128)])
 def test_labels_on_a_gpu_agree_except_where_similarities_are_close(count: int, clusters: int) -> None:
     tokens = noise(8, count, 1024).bfloat16().cuda()
     plain, fused = label_both(tokens, clusters, 10, "strided")
