@@ -128,7 +128,7 @@ def test_a_run_is_proven_to_have_used_each_sample_once(finished: tuple[Path, str
     run, _ = finished
     assert verify(job.parent / "talk", run).stdout == (
         "instruct: 60 steps used 240 samples of talk: each of its 10 once in each of 24 epochs, 0 once in the epoch "
-        "begun; 0 replaced\n"
+        "that is not finished; 0 replaced\n"
     )
     assert "tower: 2 steps used 16 samples of captions" in verify(run / "shards" / "captions", run).stdout
     assert "did not train on it, allowed: " in verify(job.parent, run).stderr

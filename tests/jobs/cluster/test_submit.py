@@ -395,7 +395,7 @@ def test_an_address_that_is_none_is_told_in_one_line(redux: Redux, address: str,
 def test_without_tokens_nothing_goes_out_in_clear_either(redux: Redux) -> None:
     ended = redux("submit", "job.yaml", address="http://8.8.8.8:8265", RAY_AUTH_MODE="disabled")
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
-    assert "others could read the token and what a job is given" in ended.err
+    assert "others could read the token and the variables of a job" in ended.err
 
 
 def test_no_proxy_is_shown_the_token(redux: Redux) -> None:
@@ -408,7 +408,7 @@ def test_no_proxy_is_shown_the_token(redux: Redux) -> None:
 def test_an_id_that_is_none_is_told_in_one_line(redux: Redux, verb: str, id: str) -> None:
     ended = redux("jobs", verb, id)
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err == f"redux: ID: got {id or 'nothing'}, allowed: one that redux jobs list shows\n"
+    assert ended.err == f"redux: ID: got {id or 'nothing'}, allowed: an id that redux jobs list shows\n"
 
 
 @pytest.mark.parametrize("words", [["submit"], ["jobs", "logs"], ["jobs", "stop"]])

@@ -150,7 +150,7 @@ def test_tars_that_would_be_left_out_are_named(tmp_path: Path):
     (tmp_path / "a.tar").unlink()
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a.tar").write_bytes(pack([]))
-    with pytest.raises(ValueError, match=r"no tars here, .*; folders below have some, each is a set of its own: train"):
+    with pytest.raises(ValueError, match=r"no tars here, .*; folders below have some, each is a separate set: train"):
         index_tars(str(tmp_path))
     (tmp_path / UNFINISHED_DIR).mkdir()
     (tmp_path / UNFINISHED_DIR / "000000.arrow").write_bytes(b"")

@@ -237,9 +237,9 @@ def test_where_nothing_works_the_search_ends_and_says_why(opened: Callable[..., 
 
 def test_a_study_of_other_objectives_is_left_alone(opened: Callable[..., Trials]) -> None:
     finish(opened(num_trials=1))
-    with pytest.raises(ValueError, match=r"name: got search, whose study in storage is of .*good.*maximize"):
+    with pytest.raises(ValueError, match=r"name: got search, whose stored study has .*good.*maximize"):
         opened(objectives={"good": "min"})
-    with pytest.raises(ValueError, match="name: got search, whose study"):
+    with pytest.raises(ValueError, match="name: got search, whose stored study"):
         opened(objectives={"better": "max"})
 
 
