@@ -109,6 +109,9 @@ class Inhibition:
         """
         decoding = cache is not None and cache.has_tokens()
         is_active = cmai.active != ("inference" if training else "training") and (cmai.generated or not decoding)
+        if cache is not None and cache.needs_count(is_image.shape[1]):
+            assert cache.is_image is not None
+            cache.set_columns(*_locate_image_tokens(cache.is_image))
         if cache is not None and cache.is_ready(is_image.shape[1]):
             step = DecodingStep.begin(cmai, cmai.compute_gammas(num_layers), cache, is_image)
             return step if is_active else None
@@ -116,12 +119,7 @@ class Inhibition:
             is_image = cache.add_tokens(is_image)
         if not is_active:
             return None
-        text_after_image = (~is_image & (is_image.cumsum(dim=1) > 0)).any(dim=0)
-        count = is_image.sum(dim=1, keepdim=True)
-        # tolist is the only wait of the GPU for the host, once for all layers
-        num_columns, first_text_row = torch.stack([count.max(), (~text_after_image).cumprod(dim=0).sum()]).tolist()
-        # a stable sort of the flags lists image positions first, in their order
-        columns = is_image.long().argsort(dim=1, descending=True, stable=True)[:, :num_columns]
+        columns, count, first_text_row = _locate_image_tokens(is_image)
         if cache is not None:
             cache.set_columns(columns, count, first_text_row)
         if first_text_row == is_image.shape[1]:
@@ -273,6 +271,23 @@ class Inhibition:
     def _cached_t2i(self, layer: int, t2i: Float[Tensor, "batch rows image"]) -> Float[Tensor, "batch earlier image"]:
         """Add new rows of A_t2i to the cache, if there is one, and return all rows of the layer."""
         return t2i if self.cache is None else self.cache.append_rows(layer, t2i)
+
+
+def _locate_image_tokens(
+    is_image: Bool[Tensor, "batch keys"],
+) -> tuple[Int[Tensor, "batch image"], Int[Tensor, "batch 1"], int]:
+    """Locate image tokens, with the only wait of the host for the device: once for all layers.
+
+    Returns:
+        Positions of image tokens, left-aligned; their number in each sequence; and the position of the first text after
+        an image, in any sequence.
+    """
+    text_after_image = (~is_image & (is_image.cumsum(dim=1) > 0)).any(dim=0)
+    count = is_image.sum(dim=1, keepdim=True)
+    num_columns, first_text_row = torch.stack([count.max(), (~text_after_image).cumprod(dim=0).sum()]).tolist()
+    # a stable sort of the flags lists image positions first, in their order
+    columns = is_image.long().argsort(dim=1, descending=True, stable=True)[:, :num_columns]
+    return columns, count, first_text_row
 
 
 def mean_attention_weights(

@@ -80,6 +80,10 @@ class FocusRows(Cache):
         has_columns = self.columns is not None and (self.num_columns > 0 or self.is_static)
         return rows == 1 and has_columns and self.free_columns > 0
 
+    def needs_count(self, rows: int) -> bool:
+        """Tell if the host must locate image tokens again before a decoded token: the free columns may be full."""
+        return rows == 1 and not self.is_static and self.num_columns > 0 and self.free_columns <= 0
+
     def fits_tokens(self) -> bool:
         """Tell if all tokens of the cache were added while CMAI was on."""
         return int(self.get_seq_length()) == int(self.length)

@@ -429,7 +429,7 @@ def test_text_before_an_image_stays_as_it_is_however_deep(tiny: Tiny, sample: Ca
         ({"mask_function": lambda batch, head, row, key: key >= 0}, "pairs"),
         ({"allow_is_causal_skip": False}, "pairs"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "none",
 )
 def test_a_mask_is_short_if_it_is_causal(changes: dict[str, Any], form: str) -> None:
     arguments = {"batch_size": 2, "q_length": 6, "kv_length": 6, "mask_function": causal_mask_function} | changes
