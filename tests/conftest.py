@@ -1,4 +1,4 @@
-"""What tests share: one Ray for the whole session, started by the first test that asks for it."""
+"""Fixtures and settings of all tests: number of processes, markers, and one Ray for each process."""
 
 import os
 import shutil
@@ -15,6 +15,14 @@ if shutil.which("nvidia-smi") is None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return the number of test processes of `-n auto`: one more than CPUs, since tests often wait; at most 8."""
     return min((os.cpu_count() or 1) + 1, 8)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use the shared Ray as integration tests."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker("integration")
 
 
 @pytest.fixture(scope="session")

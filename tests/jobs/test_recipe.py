@@ -27,6 +27,8 @@ from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from redux.settings import CMAI, VMTC
 
+pytestmark = pytest.mark.integration
+
 FOLDER = Path(__file__).parents[2] / "jobs" / "recipes"
 FILES = sorted(FOLDER.glob("llava-1.5-*.yaml"))
 SAMPLES = {"llava-pretrain": 558_128, "mix665k": 665_298}

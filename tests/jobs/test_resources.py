@@ -13,6 +13,8 @@ from jobs.schema import Job
 from pipelines.core import cluster
 from pipelines.evaluation import evaluate
 
+pytestmark = pytest.mark.integration
+
 JOBS = Path(__file__).parents[2] / "jobs" / "recipes"
 QUICKSTART = JOBS / "quickstart.yaml"
 

@@ -16,6 +16,8 @@ import pytest
 from pipelines.evaluation import tasks
 from pipelines.training import ledger, metrics
 
+pytestmark = pytest.mark.integration
+
 JOB = """
 name: tiny
 num_workers: 2

@@ -17,6 +17,8 @@ from ray._common.test_utils import wait_for_condition
 from pipelines.training import checkpoint, metrics
 from tests.jobs.stops import Receiver, Stopped, started
 
+pytestmark = pytest.mark.integration
+
 JOB: dict[str, Any] = {
     "name": "tiny",
     "num_workers": 1,

@@ -29,6 +29,8 @@ from pipelines.data import shard_writer
 from pipelines.data.options import ShardOptions
 from tests.jobs.machines import QUICK, RAY, Cluster, Network, Process, apart, kill, lines, network, wait_until
 
+pytestmark = pytest.mark.integration
+
 JOB = """
 name: small
 num_workers: 2

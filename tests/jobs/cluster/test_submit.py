@@ -33,6 +33,8 @@ from jobs import command
 from jobs.cluster import package
 from redux.extras import write_install_command
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[3]
 
 JOB = """

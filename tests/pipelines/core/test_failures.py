@@ -29,6 +29,8 @@ from pipelines.data.consumed import ConsumedSamples
 from pipelines.report import page
 from pipelines.training import export, ledger, metrics
 
+pytestmark = pytest.mark.integration
+
 JOBS = Path(__file__).parents[3] / "jobs" / "recipes"
 
 

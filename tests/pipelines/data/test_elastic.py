@@ -36,6 +36,8 @@ from pipelines.data.shard_index import Shards
 from pipelines.data.shard_writer import make_shards
 from redux.conversation import IMAGE_TOKEN
 
+pytestmark = pytest.mark.integration
+
 SIDE = 8
 PACE = random.Random(0)
 InProcess = Callable[[], AbstractContextManager[None]]

@@ -28,6 +28,8 @@ from pipelines.data.shard_writer import make_shards
 from redux.conversation import CLIP_MAX_LENGTH, IGNORE_INDEX, IMAGE_TOKEN
 from redux.image import load_pixels
 
+pytestmark = pytest.mark.integration
+
 SIDE = 16
 IMAGE_TOKENS = 5
 GLOBAL_BATCH = 8

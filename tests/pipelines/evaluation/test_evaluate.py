@@ -36,6 +36,8 @@ from redux.model import build_model
 from redux.settings import CMAI, VMTC
 from tests.pipelines.faults import wait_until
 
+pytestmark = pytest.mark.integration
+
 TEMPLATE = "vicuna_bare"
 PATCHES = 16
 LIMIT = TaskSettings(limit=6, max_new_tokens=5)

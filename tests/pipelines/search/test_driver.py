@@ -15,6 +15,8 @@ from pipelines.search.driver import LossReporter
 from pipelines.search.space import Range
 from pipelines.search.trials import Prune, SearchSettings, Trials, TrialSpec
 
+pytestmark = pytest.mark.integration
+
 STEPS = 20
 
 

@@ -15,6 +15,8 @@ from redux.architecture import ModelSettings
 from tests.pipelines import ranks
 from tests.pipelines.small import STEPS
 
+pytestmark = pytest.mark.integration
+
 OFFLOADED = [
     (1, "fp32", ("offload_optimizer",)),
     (2, "bf16", ("offload_optimizer",)),

@@ -12,6 +12,8 @@ import torch
 from pipelines.training.plan import StagePlan
 from tests.pipelines import ranks
 
+pytestmark = pytest.mark.integration
+
 Layout = tuple[int, str]
 """ZeRO stage and precision."""
 

@@ -22,6 +22,8 @@ from pipelines.training import trackers
 from pipelines.training.trackers import TRACKER_IDS_FILE, TRACKERS, Tracker, TrackerGroup, check_trackers
 from redux.extras import write_install_command
 
+pytestmark = pytest.mark.integration
+
 SETTINGS = {"name": "job", "train": {"tower": {"epochs": 2, "data": None}}, "many": {str(n): n for n in range(150)}}
 # the discard port, on which no server listens
 AWAY = "http://127.0.0.1:9"
