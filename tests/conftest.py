@@ -13,8 +13,8 @@ if shutil.which("nvidia-smi") is None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return the number of test processes of `-n auto`: one more than CPUs, since tests often wait; at most 8."""
-    return min((os.cpu_count() or 1) + 1, 8)
+    """Return the number of test processes of `-n auto`: one for each CPU, at most 8, since many tests start a Ray."""
+    return min(os.cpu_count() or 1, 8)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
@@ -36,7 +36,14 @@ def ray_cluster() -> Iterator[Any]:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # set before Ray starts, so that its workers inherit it
-    # address="local": a Ray that happens to run on the machine is not a test's to use
-    ray.init(address="local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    for attempt in range(3):
+        try:
+            # address="local": a Ray that happens to run on the machine is not a test's to use
+            ray.init(address="local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+            break
+        except Exception as error:  # Ray 2.60 gives up after 30 s on a busy machine
+            ray.shutdown()
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise
     yield ray
     ray.shutdown()

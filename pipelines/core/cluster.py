@@ -50,6 +50,9 @@ LIBRARY_ENVIRONMENT = {
 CONNECT_TIMEOUT_S = 10
 """Time-out of a connection to a named cluster."""
 
+MAX_START_ATTEMPTS = 3
+"""Attempts to start a private Ray, which gives up after 30 s on an overloaded machine."""
+
 KILL_TIMEOUT_S = 10
 """Time that the kernel gets to end killed processes."""
 
@@ -114,24 +117,31 @@ def open_session() -> Iterator[None]:
 def _connect(**settings: Any) -> None:
     """Call ray.init. Raise ValueError if there is no Ray, or if it requires another token."""
     print("starting Ray" if is_private() else f"connecting to Ray at {settings['address']}", flush=True)
-    try:
-        # Ray 2.60 installs two SIGTERM handlers: one exits with 15, the other prints a stack trace. Both are disabled.
-        # Signals wait while a private Ray starts, since a half-started Ray cannot be stopped cleanly. Connecting to a
-        # named cluster may take long, so there they do not wait.
-        with (
-            patch.object(ray_utils, "set_sigterm_handler"),
-            patch.object(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True),
-            interrupts.defer_signals() if is_private() else nullcontext(),
-        ):
-            # errors of workers are raised here as exceptions, so their logs are not needed
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
-    except Exception as error:
-        if "timed out during startup" in str(error):  # Ray 2.60 raises a bare Exception after 30 s
-            raise TimeoutError("Ray did not start in time; the machine may be overloaded") from None
-        if is_private() or not isinstance(error, ConnectionError | RuntimeError | AuthenticationError):
-            raise
-        reason = " ".join(str(error).split())
-        raise ValueError(f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}: {reason}") from None
+    for attempt in range(1, MAX_START_ATTEMPTS + 1):
+        try:
+            # Ray 2.60 installs two SIGTERM handlers: one exits with 15, the other prints a stack trace. Both are
+            # disabled. Signals wait while a private Ray starts, since a half-started Ray cannot be stopped cleanly.
+            # Connecting to a named cluster may take long, so there they do not wait.
+            with (
+                patch.object(ray_utils, "set_sigterm_handler"),
+                patch.object(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True),
+                interrupts.defer_signals() if is_private() else nullcontext(),
+            ):
+                # errors of workers are raised here as exceptions, so their logs are not needed
+                ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
+            return
+        except Exception as error:
+            if "timed out during startup" in str(error):  # Ray 2.60 raises a bare Exception after 30 s
+                interrupts.raise_if_interrupted()
+                ray.shutdown()
+                if attempt < MAX_START_ATTEMPTS:
+                    print("Ray did not start within 30 s; trying again", flush=True)
+                    continue
+                raise TimeoutError("Ray did not start in time; the machine may be overloaded") from None
+            if is_private() or not isinstance(error, ConnectionError | RuntimeError | AuthenticationError):
+                raise
+            reason = " ".join(str(error).split())
+            raise ValueError(f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}: {reason}") from None
 
 
 @contextmanager

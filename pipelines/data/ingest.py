@@ -237,23 +237,20 @@ class Segment(NamedTuple):
     start: int
     stop: int
 
-    @property
-    def batches_per_block(self) -> int:
-        """Micro-batches per block."""
+    def list_blocks(self, workers: int) -> list[dict[str, int]]:
+        """List the blocks: every workers-th micro-batch from first to end - 1, which worker block % workers reads.
+
+        The number of blocks is a multiple of workers, so that all workers get equally many.
+        """
         reader, length = self.reader, self.stop - self.start
         samples = max(MAX_BLOCK_SAMPLES, length * reader.micro_batch_size // MAX_SMALL_BLOCKS)
         samples = min(samples, MAX_IMAGE_BLOCK_BYTES // (3 * reader.image_size**2 + TEXT_BYTES_PER_SAMPLE))
-        return max(samples // reader.micro_batch_size, 1)
-
-    def count_blocks(self, workers: int) -> int:
-        """Count the blocks: a multiple of workers, so that all workers get equally many."""
-        return -(-(self.stop - self.start) // (workers * self.batches_per_block)) * workers
-
-    def read_block(self, block: int, workers: int) -> dict[str, Any]:
-        """Make the next few micro-batches of worker block % workers."""
-        turn, worker = divmod(block, workers)
-        first = self.start + turn * self.batches_per_block * workers + worker
-        return self.reader.read_block(range(first, min(first + self.batches_per_block * workers, self.stop), workers))
+        turn = max(samples // reader.micro_batch_size, 1) * workers
+        return [
+            {"first": start + worker, "end": min(start + worker + turn, self.stop)}
+            for start in range(self.start, self.stop, turn)
+            for worker in range(workers)
+        ]
 
 
 def make_dataset(reader: Reader, start: int, stop: int, workers: int, leaves_cpus: bool = True) -> ray.data.Dataset:
@@ -273,11 +270,14 @@ def join_segments(segments: Sequence[Segment], workers: int, leaves_cpus: bool =
         workers: number of training workers.
         leaves_cpus: True if the workers leave CPUs for readers.
     """
-    num_blocks = sum(segment.count_blocks(workers) for segment in segments)
-    ids = ray.data.from_items([{"id": number} for number in range(num_blocks)], override_num_blocks=num_blocks)
-    return ids.map_batches(
+    blocks = [
+        {"segment": number, **block}
+        for number, segment in enumerate(segments)
+        for block in segment.list_blocks(workers)
+    ]
+    return ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
         _BlockReader,
-        fn_constructor_args=(tuple(segments), workers),
+        fn_constructor_args=([segment.reader for segment in segments], workers),
         batch_size=None,
         num_cpus=int(leaves_cpus),
         compute=ray.data.ActorPoolStrategy(
@@ -298,19 +298,14 @@ def make_streams(segments: Sequence[Segment], workers: int, leaves_cpus: bool = 
 
 
 class _BlockReader:
-    """Actor that maps the number of a block to its micro-batches."""
+    """Actor that maps a block of `Segment.list_blocks` to its micro-batches."""
 
-    def __init__(self, segments: Sequence[Segment], workers: int) -> None:
-        self.segments, self.workers = segments, workers
+    def __init__(self, readers: Sequence[Reader], workers: int) -> None:
+        self.readers, self.workers = readers, workers
 
     def __call__(self, rows: Batch) -> dict[str, Any]:
-        block = int(rows["id"][0])
-        for segment in self.segments:
-            num_blocks = segment.count_blocks(self.workers)
-            if block < num_blocks:
-                return segment.read_block(block, self.workers)
-            block -= num_blocks
-        raise IndexError(rows["id"])
+        segment, first, end = (int(rows[name][0]) for name in ("segment", "first", "end"))
+        return self.readers[segment].read_block(range(first, end, self.workers))
 
 
 def iterate_micro_batches(blocks: Iterable[Batch]) -> Iterator[Batch]:

@@ -74,3 +74,23 @@ def test_ray_leaves_a_tmpdir_that_is_too_long_for_sockets(monkeypatch: pytest.Mo
     monkeypatch.setenv("RAY_TMPDIR", str(long))
     with pytest.raises(ValueError, match=r"RAY_TMPDIR: got .*, allowed: a path that is \d+ bytes shorter"):
         cluster._find_short_folder()
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_start_that_times_out_is_tried_again(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    starts, stops = [], []
+
+    def start(**settings: object) -> None:
+        starts.append(settings)
+        if len(starts) <= failures:
+            raise Exception("The current node timed out during startup. It could be overloaded.")
+
+    monkeypatch.setattr(cluster.ray, "init", start)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: stops.append(None))
+    if failures == cluster.MAX_START_ATTEMPTS:
+        with pytest.raises(TimeoutError, match="may be overloaded"):
+            cluster._connect()
+    else:
+        cluster._connect()
+        assert (len(starts), len(stops)) == (failures + 1, failures)
