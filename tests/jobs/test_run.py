@@ -214,7 +214,8 @@ def test_a_run_that_is_killed_and_then_stopped_goes_on_to_the_same_end(finished:
     last = metrics.read_last_step(run, "instruct")
     assert (run / "checkpoints" / "instruct" / f"step-{last:06d}" / "manifest.json").exists()
 
-    subprocess.run(command(job, "cut"), env=ALONE, check=True, capture_output=True)
+    ended = subprocess.run(command(job, "cut"), env=ALONE, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
     undisturbed, _ = finished
     assert ledger.read_ledger(run).account.lost_steps == before.lost_steps, "the checkpoint in the grace lost nothing"
     assert losses(run) == losses(undisturbed)
