@@ -408,7 +408,7 @@ def test_a_local_write_that_is_killed_leaves_what_was_there(tmp_path: Path) -> N
     url = str(tmp_path / "x")
     storage.write(url, b"old")
     program = (
-        "import os, sys, threading\nfrom pipelines import storage\n"
+        "import os, sys, threading\nfrom pipelines.core import storage\n"
         "os.fsync = lambda _: (print('half', flush=True), threading.Event().wait())\n"
         "storage.write(sys.argv[1], b'new')"
     )
