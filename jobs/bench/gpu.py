@@ -1,6 +1,6 @@
 """Speed of VMTC and CMAI on one GPU, plain and fused, as ratios to LLaVA; the tests marked `gpu` run before.
 
-    python jobs/bench/gpu.py [--out FILE] [--tiny] [--only SECTION ...] [--profile FOLDER]
+    python jobs/bench/gpu.py [--out FILE] [--tiny] [--only SECTION ...] [--limit SECONDS] [--profile FOLDER]
 
 It runs from a checkout, without an installed package and without downloads: torch, transformers and what `import redux`
 needs are enough.  Weights and data are random, in bf16; shapes are those of CLIP-L/14-336 and LLaMA-7B.  Variants are
@@ -234,13 +234,17 @@ class Bench:
         torch.cuda.synchronize()
         return begin.elapsed_time(end)
 
-    def time_variants(self, group: str, variants: Sequence[Variant], warm_calls: int = 2, **extra: Any) -> None:
+    def time_variants(
+        self, group: str, variants: Sequence[Variant], warm_calls: int = 2, settles: bool = True, **extra: Any
+    ) -> None:
         """Time variants in turn, round after round, and put the times into the results.
 
         Args:
             group: key of the results.
             variants: the variants. One that fails is left out of the further rounds.
             warm_calls: calls of each variant before the first round, in which kernels are compiled and tuned.
+            settles: call each variant twice in a round and time the second call, as the first one follows another
+                variant.
             extra: further values for the results.
         """
         result: dict[str, Any] = {"ms": {}, "errors": {}, **extra}
@@ -266,12 +270,14 @@ class Bench:
         for number in range(MAX_ROUNDS):
             if number >= self.shapes.rounds and time.perf_counter() - started > self.shapes.section_s:
                 break
-            # every round begins with another variant, and the first call after a change is not counted
+            # every round begins with another variant
             first = number % max(len(remaining), 1)
             for variant in [*remaining[first:], *remaining[:first]]:
-                if attempt(variant) is not None and (milliseconds := attempt(variant)) is not None:
-                    result["ms"].setdefault(variant.label, []).append(round(milliseconds, 4))
+                times = [attempt(variant) for _ in range(1 + settles) if variant in remaining]
+                if times[-1] is not None:
+                    result["ms"].setdefault(variant.label, []).append(round(times[-1], 4))
         set_kernels("auto")
+        print(f"{group}: {format_medians(result)}", flush=True)
         if self.profiles:
             for variant in remaining:
                 self.profile_call(group, variant)
@@ -615,7 +621,7 @@ def time_decoding(bench: Bench) -> None:
                 run = build_generation(model, inputs, tokens)
                 both_choices = both(f"{name}|{phase}", run)
                 variants += both_choices[:1] if name == "LLaVA" else both_choices
-        bench.time_variants("generation", variants, warm_calls=1)
+        bench.time_variants("generation", variants, warm_calls=1, settles=False)
         split_generation(bench, f"batch {batch}")
         time_graphs(bench, models, batch)
 
@@ -629,7 +635,7 @@ def time_graphs(bench: Bench, models: dict[str, ReduxForConditionalGeneration], 
         choice = "plain" if name == "LLaVA" else "fused"
         for phase, tokens in (("prefill", 1), ("all", bench.shapes.new_tokens)):
             variants.append(Variant(f"{name}|{phase}", choice, build_graph_generation(model, inputs, tokens)))
-    bench.time_variants("generation", variants, warm_calls=1)
+    bench.time_variants("generation", variants, warm_calls=1, settles=False)
     split_generation(bench, f"graph batch {batch}")
     release_graphs()
     bench.free_memory()
@@ -778,6 +784,11 @@ def build_table(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
+def format_medians(result: dict[str, Any]) -> str:
+    medians = {label: statistics.median(times) for label, times in result["ms"].items() if times}
+    return ", ".join(f"{label} {milliseconds:.3f} ms" for label, milliseconds in medians.items())
+
+
 def print_table(bench: Bench) -> None:
     """Print the table, then the milliseconds of each variant and the errors."""
     print(f"\n{'':60} {'plain':>22} {'fused':>22} {'goal':>7} {'floor':>6}")
@@ -792,9 +803,8 @@ def print_table(bench: Bench) -> None:
         )
         print(f"{row['row']:60} {plain:>22} {fused:>22} {goal:>7} {floor:>6} {'met' if is_met else ''}")
     for group, result in bench.results.items():
-        times = {label: f"{statistics.median(values):.3f}" for label, values in result.get("ms", {}).items() if values}
         details = {name: value for name, value in result.items() if name != "ms" and value}
-        print(f"\n{group}: {', '.join(f'{label} {value} ms' for label, value in times.items())}")
+        print(f"\n{group}: {format_medians(result) if 'ms' in result else ''}")
         for name, value in details.items():
             print(f"  {name}: {value}")
     print(flush=True)
@@ -841,6 +851,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to check the script on a CPU")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=420,
+        metavar="SECONDS",
+        help="start no section after this time, default: %(default)s",
+    )
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write a profile of each variant there")
     parsed = parser.parse_args(arguments)
     parsed.out = parsed.out.with_suffix(".jsonl")
@@ -865,6 +882,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only and name not in options.only:
             continue
         started = time.perf_counter()
+        if started - begun > options.limit:
+            bench.results[name] = {"error": f"not started: {options.limit:.0f} s had passed"}
+            continue
         try:
             section(bench)
         except Exception as error:
