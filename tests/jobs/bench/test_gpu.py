@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 def test_the_script_runs_without_an_installed_package(tmp_path: Path) -> None:
     out = tmp_path / "gpu.jsonl"
     out.write_text("an earlier line\n")
-    command = [sys.executable, str(ROOT / "jobs" / "bench" / "gpu.py"), "--tiny", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "jobs" / "bench" / "gpu.py"), "--tiny", "--limit", "3600", "--out", str(out)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [*command, "--only", "tower", "layer", "train", "decode", "compiled"],
