@@ -54,7 +54,7 @@ class FocusRows(Cache):
     _keys_with_rows: int = 0  # tokens of the last call that wrote rows
 
     def forget_tokens(self) -> None:
-        """Start anew, for an empty cache."""
+        """Remove all tokens, for an empty cache."""
         self.length, self.start, self.num_columns, self.free_columns = 0, 0, 0, 0
         self.columns = self.count = self._flags = None
         self._rows, self._keys_with_rows = {}, 0

@@ -1,6 +1,6 @@
 """Greedy decoding of LLaVA by a CUDA graph.
 
-In eager mode the host launches every kernel of every layer anew for each token, which takes longer than the GPU needs
+In eager mode the host launches every kernel of every layer for each token, which takes longer than the GPU needs
 for a small batch.  A graph is captured once and then replayed by one call.  All of a step is in it: the decoder on a
 static cache, the choice of the token, the end of answers and the next position.  The host looks at the device only now
 and then, to see if all answers have ended.

@@ -139,7 +139,7 @@ class Goal(NamedTuple):
         group: key of the results.
         variant: the variant; its plain and fused versions are two columns.
         base: the variant to which it is compared.
-        goal: goal of issue 19; None without one.
+        goal: ratio to reach; None without one.
         floor: what fewer tokens allow; None if unknown.
         is_speed: True for base time ÷ variant time, where more is better.
     """
@@ -693,7 +693,7 @@ def split_generation(bench: Bench, group: str) -> None:
 
 
 def time_compiled_decoding(bench: Bench) -> None:
-    """Time a decoded token with StaticCache, which transformers compiles on a GPU; each variant compiled anew."""
+    """Time a decoded token with StaticCache, which transformers compiles on a GPU; each variant is compiled."""
     shapes = bench.shapes
     methods = {name: list_methods(shapes)[name] for name in ("VMTC 288", "VMTC+CMAI 288")}
     base = build_model(bench, build_config(shapes, shapes.compiled_layers)).eval()
@@ -893,7 +893,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds[name] = round(time.perf_counter() - started, 1)
         print(f"{name}: {seconds[name]} s, {time.perf_counter() - begun:.0f} s in all", flush=True)
         bench.free_memory()
-        # the line of this run is written anew after each section
+        # the line of this run is replaced after each section
         if options.out.exists():
             with options.out.open("r+") as file:
                 file.truncate(length_before)

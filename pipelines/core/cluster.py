@@ -208,7 +208,7 @@ def _isolate_processes() -> Iterator[None]:
     these signals, because systemd sends SIGTERM to every process of a service.
 
     The kernel kills them if this process is killed (PR_SET_PDEATHSIG). On systems without that call, Ray has a process
-    that ends the process group, so there they stay in this session.
+    that ends the process group, so there they stay in the session of this process.
     """
     started = list[int]()  # process ids, each also the id of a session
 

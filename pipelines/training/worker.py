@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -96,20 +97,24 @@ def train_worker(
     # Stages that the same number of workers can share. A stage that needs another number gets new workers.
     workers = dist.get_world_size()
     used_workers = stages[number].plan.stage.count_usable_workers(workers)
-    left = list(takewhile(lambda work: work.plan.stage.count_usable_workers(workers) == used_workers, stages[number:]))
+    remaining = list(
+        takewhile(lambda work: work.plan.stage.count_usable_workers(workers) == used_workers, stages[number:])
+    )
     if not _join_used_workers(used_workers):
         return
 
-    feed = Feed(left)
-    while left:
-        if not _train_stage(left[0], number, feed, recorder, extra_hook_factories, entered):
+    feed = Feed(remaining)
+    while remaining:
+        with _report_errors(recorder):
+            is_finished = _train_stage(remaining[0], number, feed, recorder, extra_hook_factories, entered)
+        if not is_finished:
             return
-        left = left[1:]
+        remaining = remaining[1:]
         # No rank leaves while another one still needs it.
         dist.barrier()
         if dist.get_rank() == 0:
-            recorder.finish_stage(number, waiting=bool(left))
-        if left:
+            recorder.finish_stage(number, waiting=bool(remaining))
+        if remaining:
             number = _wait_for_stage(recorder, finished=number)
             if number is None:
                 return
@@ -133,17 +138,11 @@ def _wait_for_stage(recorder: RecorderClient, finished: int) -> int | None:
         time.sleep(STAGE_POLL_S)
 
 
-def _train_stage(
-    work: StageWork,
-    number: int,
-    feed: "Feed",
-    recorder: RecorderClient,
-    extra_hook_factories: Sequence[HookFactory],
-    entered: float,
-) -> bool:
-    """Train one stage. Returns False if the workers must end."""
+@contextmanager
+def _report_errors(recorder: RecorderClient) -> Iterator[None]:
+    """Tell the recorder about errors of a stage that it must handle, and raise them again."""
     try:
-        return _train_rank(work, number, feed, recorder, extra_hook_factories, entered)
+        yield
     except checkpoint.RefusedError as error:
         # The user must decide: the driver ends the run with this message instead of a restart.
         recorder.fail(str(error))
@@ -154,7 +153,7 @@ def _train_stage(
         raise
 
 
-def _train_rank(
+def _train_stage(
     work: StageWork,
     number: int,
     feed: "Feed",
@@ -162,7 +161,7 @@ def _train_rank(
     extra_hook_factories: Sequence[HookFactory],
     entered: float,
 ) -> bool:
-    """Build the engine, restore the newest checkpoint and run the remaining steps.
+    """Train one stage: build the engine, restore the newest checkpoint and run the remaining steps.
 
     Returns:
         False if training stopped before the last step, and the workers must end.

@@ -5,8 +5,8 @@
 3. `_attend_kept`: the focus at the quantile's rank, by bisection over the bits of the scores, then the attention of the
    keys that stay.  The softmax renormalises, so weights before and after inhibition share their scores.
 
-Every program of the third kernel finds the rank anew, which is cheaper than a launch.  A program reads keys up to the
-token's position, which lies on the device: keys to come of a StaticCache cost nothing.  No result depends on the order
+Every program of the third kernel computes the rank again, which is cheaper than a launch.  A program reads keys up to
+the token's position, which lies on the device: keys to come of a StaticCache cost nothing.  No result depends on the order
 of programs.  Scores are float32 here, where the plain code rounds them to the dtype of the query.
 """
 

@@ -1,4 +1,4 @@
-"""A job that starts from pretrained parts: what is refused at once, what it assembles, what its stages are told."""
+"""A job that starts from pretrained parts: what is refused at once, what it assembles, the plans of its stages."""
 
 import json
 from collections.abc import Callable
@@ -53,10 +53,10 @@ def load(parts: dict[str, str], tmp_path: Path) -> Callable[..., Job]:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[StagePlan]]:
-    """The plans that the stages of a job are given."""
+def plan_stages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[StagePlan]]:
+    """Return a function that runs the stages of a job without training, and returns their plans."""
 
-    def told(job: Job, folder: Path, **options: Any) -> list[StagePlan]:
+    def plan_stages(job: Job, folder: Path, **options: Any) -> list[StagePlan]:
         plans: list[Any] = []
         monkeypatch.setattr(driver, "train_stage", lambda plan, **_: plans.append(plan))
         work = list_steps(job, folder, **options)
@@ -64,7 +64,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[StagePlan]]:
             work[name]()
         return plans
 
-    return told
+    return plan_stages
 
 
 def test_the_parts_are_assembled_before_the_first_stage(load: Callable[..., Job], tmp_path: Path) -> None:
@@ -113,10 +113,10 @@ def test_where_a_stage_is_in_full_precision_so_is_what_it_starts_from(load: Call
 
 
 def test_plans_say_where_to_start_and_how_large_images_are(
-    load: Callable[..., Job], told: Callable[..., list[StagePlan]], tmp_path: Path
+    load: Callable[..., Job], plan_stages: Callable[..., list[StagePlan]], tmp_path: Path
 ) -> None:
     job = load("num_workers=[1, 4]", "recovery.restarts=7", "model.kernels=plain")
-    first, second = told(job, tmp_path, allow_changes=True)
+    first, second = plan_stages(job, tmp_path, allow_changes=True)
     whole = tmp_path / "assembled"
     assert (first.start, first.tokenizer, first.model) == (str(whole), whole, None)
     assert (second.start, second.tokenizer) == (first.result, whole)
@@ -128,15 +128,15 @@ def test_plans_say_where_to_start_and_how_large_images_are(
         assert plan.kernels == "plain"
         assert plan.allow_changes
         assert plan.job == schema.dump(job)
-    [plan, _] = told(load("model.vmtc=null", "num_workers=2"), tmp_path / "other")
+    [plan, _] = plan_stages(load("model.vmtc=null", "num_workers=2"), tmp_path / "other")
     assert plan.image_tokens == 16
     assert plan.workers == (2, 2)
 
 
 def test_checkpoints_of_two_jobs_in_one_bucket_do_not_meet(
-    load: Callable[..., Job], told: Callable[..., list[StagePlan]], tmp_path: Path
+    load: Callable[..., Job], plan_stages: Callable[..., list[StagePlan]], tmp_path: Path
 ) -> None:
-    plans = [told(load("checkpoints=s3://bucket/all", f"name={name}"), tmp_path) for name in ("a", "b")]
+    plans = [plan_stages(load("checkpoints=s3://bucket/all", f"name={name}"), tmp_path) for name in ("a", "b")]
     assert [plan.folder for plan, _ in plans] == ["s3://bucket/all/a/pretrain", "s3://bucket/all/b/pretrain"]
     assert plans[0][1].start == "s3://bucket/all/a/pretrain/model"
 
@@ -248,17 +248,17 @@ def checkpoint(load: Callable[..., Job], tmp_path: Path) -> Callable[..., str]:
         folder = tmp_path / "made"
         list_steps(load(), folder)["assemble"]()
         config = folder / "assembled" / "config.json"
-        said = {"conversation_template": template, "image_aspect_ratio": image_aspect_ratio}
-        config.write_text(json.dumps(json.loads(config.read_text()) | said))
+        saved_format = {"conversation_template": template, "image_aspect_ratio": image_aspect_ratio}
+        config.write_text(json.dumps(json.loads(config.read_text()) | saved_format))
         return str(folder / "assembled")
 
     return checkpoint
 
 
-SAID = [("vicuna_bare", "crop"), ("vicuna_v1", "pad"), ("plain", "crop"), (None, None)]
+SAVED_FORMATS = [("vicuna_bare", "crop"), ("vicuna_v1", "pad"), ("plain", "crop"), (None, None)]
 
 
-@pytest.mark.parametrize(("template", "image_aspect_ratio"), SAID)
+@pytest.mark.parametrize(("template", "image_aspect_ratio"), SAVED_FORMATS)
 @pytest.mark.parametrize("searched", [False, True])
 def test_a_job_trains_on_and_asks_as_the_checkpoint_was_trained(
     load: Callable[..., Job],

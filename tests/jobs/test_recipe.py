@@ -43,8 +43,8 @@ def lora(path: Path) -> list[str]:
     """The overrides that the file's header gives for adapters."""
     lines = re.findall(r"^# +(.*)$", path.read_text().partition("\n\n")[0], re.MULTILINE)
     [command] = re.findall(r"redux run (?:.|\n)*?[^\\]$", "\n".join(lines), re.MULTILINE)
-    verb, said, file, *overrides = shlex.split(command.replace("\\\n", " "))
-    assert (verb, said, file) == ("redux", "run", f"jobs/recipes/{path.name}")
+    program, action, file, *overrides = shlex.split(command.replace("\\\n", " "))
+    assert (program, action, file) == ("redux", "run", f"jobs/recipes/{path.name}")
     return overrides
 
 

@@ -452,10 +452,10 @@ def test_a_causal_layer_that_inhibits_nothing_has_no_explicit_mask(monkeypatch: 
         "redux.cmai.sdpa_attention_forward",
         lambda *args, **kwargs: masks.append(args[4]) or (args[1].transpose(1, 2), None),
     )
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     query = noise(2, 4, KEYS, 8)
     none = inhibition(CMAI(gamma_max=0.6))  # layer 0 has ratio 0
     for layer, now in ((0, none), (0, None), (1, None), (1, none)):
-        module.layer_idx = layer  # type: ignore[assignment]
+        module.layer_idx = layer
         inhibited_attention(module, query, query, query, None, now)
     assert [mask is None for mask in masks] == [True, True, True, False]

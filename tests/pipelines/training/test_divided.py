@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -37,11 +38,8 @@ def train(plan: StagePlan, divides: bool) -> tuple[list[float], dict[str, torch.
         built.append(sum(parameter.numel() for parameter in built[0][0].parameters()))
         return built[0]
 
-    engine.build_module = build_module  # type: ignore[assignment]
-    try:
+    with patch.object(engine, "build_module", build_module):
         deepspeed_engine = engine.build_engine(plan, ranks.count_workers())
-    finally:
-        engine.build_module = build
     losses = [step.values["loss"] for step in ranks.run_steps(deepspeed_engine, plan, 0, STEPS)]
     return losses, ranks.gather_state(deepspeed_engine), built[1]
 

@@ -1,4 +1,4 @@
-"""What the library says of its kernels reaches the user through the recorder."""
+"""Log messages about kernels reach the user through the recorder."""
 
 import logging
 from collections.abc import Iterator

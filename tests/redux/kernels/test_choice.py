@@ -1,4 +1,4 @@
-"""The choice between fused kernels and plain code, and what it says of it."""
+"""The choice between fused kernels and plain code, and its log messages."""
 
 import logging
 import subprocess

@@ -1,8 +1,6 @@
 """The fused compression equals the plain one in tokens, slots and gradients, for every option."""
 
 import random
-from collections.abc import Iterator
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,26 +10,14 @@ from torch import Tensor
 from redux.kernels import set_kernels
 from redux.settings import VMTC, CompressionStage
 from redux.vmtc import PatchAssignment, compress_tokens
-
-pytest.importorskip("triton")
-import_module("tests.redux.kernels.interpreter")
-
-
-@pytest.fixture(autouse=True)
-def _default_choice() -> Iterator[None]:
-    yield
-    set_kernels("auto")
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.redux.kernels.comparison import PLAIN_AND_FUSED, noise
 
 
 def compress_both(tokens: Tensor, ips: Tensor, stage: CompressionStage, vmtc: VMTC, **options: Any) -> list[Any]:
     """Results and gradients of the plain and of the fused version."""
     results = []
-    for choice in ("plain", "fused"):
-        set_kernels(choice)  # type: ignore[arg-type]
+    for choice in PLAIN_AND_FUSED:
+        set_kernels(choice)
         leaves = [tokens.clone().requires_grad_(), ips.clone().requires_grad_()]
         # as in the tower, the patches are a view behind the class token
         padded = torch.cat([leaves[0][:, :1], leaves[0]], dim=1)
@@ -48,12 +34,12 @@ def test_equals_the_plain_version_at_random_shapes_and_settings(seed: int) -> No
     patches, dim = draw.randint(2, 40), draw.choice([4, 8, 24])
     kept = draw.randint(0, patches - 1)
     clusters = draw.randint(0 if kept else 1, patches - kept)
-    vmtc = VMTC(
-        weights=("raw", "normalized", "total")[seed % 3],  # type: ignore[arg-type]
-        order=("rank", "spatial")[seed % 2],  # type: ignore[arg-type]
-        seeds=("strided", "farthest", "random")[seed // 3],  # type: ignore[arg-type]
-        iterations=draw.randint(1, 3),
-    )
+    options: dict[str, Any] = {
+        "weights": ("raw", "normalized", "total")[seed % 3],
+        "order": ("rank", "spatial")[seed % 2],
+        "seeds": ("strided", "farthest", "random")[seed // 3],
+    }
+    vmtc = VMTC(**options, iterations=draw.randint(1, 3))
     tokens, ips = noise(2, patches, dim, seed=seed), noise(2, patches + 1, seed=seed + 1).softmax(dim=-1)[:, 1:]
     plain, fused = compress_both(tokens, ips, CompressionStage(0, kept, clusters), vmtc)
     assert torch.equal(fused[1], plain[1])
@@ -98,8 +84,8 @@ def test_patches_are_followed_alike() -> None:
         torch.tensor([[3, -1, 1, 0, 2, 2], [0, 1, 2, 3, -1, 1]]), torch.arange(12).view(2, 6) > 9
     )
     results = []
-    for choice in ("plain", "fused"):
-        set_kernels(choice)  # type: ignore[arg-type]
+    for choice in PLAIN_AND_FUSED:
+        set_kernels(choice)
         results.append(previous.then(slot, cluster))
     assert torch.equal(results[0].slot, results[1].slot)
     assert torch.equal(results[0].merged, results[1].merged)

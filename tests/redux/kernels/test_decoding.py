@@ -10,12 +10,8 @@ from torch import Tensor, nn
 from redux.cmai import Inhibition, inhibited_attention
 from redux.decoding import DecodingStep
 from redux.focus_cache import FocusCache, FocusRows
-from redux.kernels import get_kernels, set_kernels
+from redux.kernels import set_kernels
 from redux.settings import CMAI
-
-pytest.importorskip("triton")
-if not torch.cuda.is_available():
-    import tests.redux.kernels.interpreter  # noqa: F401
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, PROMPT, NEW, DIM = 2, 70, 3, 12
@@ -29,13 +25,6 @@ PLAIN_ONLY = [
     (CMAI(focus="discounted"), "focus is discounted"),
     (CMAI(preamble=False), "preamble is false"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _kernels_as_before() -> Any:
-    before = get_kernels()
-    yield
-    set_kernels(before)
 
 
 def draw(*shape: int, seed: int) -> Tensor:

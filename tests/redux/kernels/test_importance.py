@@ -1,27 +1,11 @@
 """The fused importance score and its gradients equal the plain ones."""
 
-from collections.abc import Iterator
-from importlib import import_module
-
 import pytest
 import torch
-from torch import Tensor
 
 from redux.kernels import set_kernels
 from redux.vmtc import importance_score
-
-pytest.importorskip("triton")
-import_module("tests.redux.kernels.interpreter")
-
-
-@pytest.fixture(autouse=True)
-def _default_choice() -> Iterator[None]:
-    yield
-    set_kernels("auto")
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.redux.kernels.comparison import PLAIN_AND_FUSED, noise
 
 
 @pytest.mark.parametrize("is_biased", [False, True])
@@ -29,8 +13,8 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 def test_equals_the_plain_score_and_its_gradients(is_biased: bool, dim: int) -> None:
     bias = noise(2, 21, seed=2) if is_biased else None
     results = []
-    for choice in ("plain", "fused"):
-        set_kernels(choice)  # type: ignore[arg-type]
+    for choice in PLAIN_AND_FUSED:
+        set_kernels(choice)
         query, keys = noise(2, 21, 3, dim).requires_grad_(), noise(2, 21, 3, dim, seed=1).requires_grad_()
         ips = importance_score(query.transpose(1, 2)[:, :, :1], keys.transpose(1, 2), 0.3, bias)
         results.append((ips, *torch.autograd.grad((ips * noise(2, 20, seed=3)).sum(), [query, keys])))

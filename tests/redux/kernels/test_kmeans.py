@@ -1,7 +1,5 @@
 """Fused K-means gives the labels of the plain version, ties aside, and refills empty clusters by the same rule."""
 
-from collections.abc import Iterator
-from importlib import import_module
 from typing import Any, get_args
 
 import pytest
@@ -12,21 +10,9 @@ from torch.nn import functional as F
 from redux.kernels import set_kernels
 from redux.kmeans import kmeans
 from redux.settings import KMeansSeeds
-
-pytest.importorskip("triton")
-import_module("tests.redux.kernels.interpreter")
+from tests.redux.kernels.comparison import noise
 
 SEEDS = get_args(KMeansSeeds)
-
-
-@pytest.fixture(autouse=True)
-def _default_choice() -> Iterator[None]:
-    yield
-    set_kernels("auto")
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def label_both(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

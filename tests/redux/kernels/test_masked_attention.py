@@ -1,7 +1,6 @@
 """Masked attention in Triton equals scaled-dot-product attention with an explicit mask, gradients included."""
 
 import warnings
-from importlib import import_module
 
 import pytest
 import torch
@@ -10,9 +9,6 @@ from torch.nn import functional as F
 
 from redux.kernels import masked_attention as kernels
 from redux.kernels.masked_attention import KeyMask, Tiles, make_key_mask, masked_attention
-
-pytest.importorskip("triton")
-import_module("tests.redux.kernels.interpreter")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH = 43

@@ -2,9 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from redux.cmai import Inhibition, _explicit_mask, inhibited_attention
-from redux.kernels import get_kernels, mean_attention, set_kernels
 from redux.kernels import masked_attention as attention
+from redux.kernels import mean_attention, set_kernels
 from redux.kernels.masked_attention import Tiles
 from redux.settings import CMAI
-
-pytest.importorskip("triton")
-import_module("tests.redux.kernels.interpreter")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -35,7 +30,7 @@ VARIANTS = {
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that a short sequence fills several times; the interpreter takes time for each."""
     if DEVICE == "cpu":
         tiles = dict.fromkeys((2, 4), Tiles(32, 16, 4, 2))
@@ -45,9 +40,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(attention, "QUERY_GRADIENT_TILES", tiles)
         monkeypatch.setattr(attention, "KEY_GRADIENT_TILES", dict.fromkeys((2, 4), Tiles(16, 32, 4, 2)))
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
-    before = get_kernels()
-    yield
-    set_kernels(before)
 
 
 def draw_call(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -112,8 +104,8 @@ def attend(kernels: Any, call: tuple[Any, ...], recompute: bool = False) -> list
     module = Attention(query.shape[1] // key.shape[1])
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
 
-    def forward(*inputs: Tensor) -> Tensor:
-        return inhibited_attention(module, *inputs, mask, inhibition)[0]  # type: ignore[arg-type]
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return inhibited_attention(module, query, key, value, mask, inhibition)[0]
 
     out = checkpoint(forward, *inputs, use_reentrant=False) if recompute else forward(*inputs)
     change = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)

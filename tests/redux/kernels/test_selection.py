@@ -1,6 +1,6 @@
 """The threshold without a sort decides as `select_above_quantile`, ties included."""
 
-from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +9,11 @@ from redux.cmai import select_above_quantile
 from redux.kernels.masked_attention import make_key_mask
 from redux.kernels.selection import drop_below_quantile
 
-pytest.importorskip("triton")
-import_module("tests.redux.kernels.interpreter")
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTH, FIRST = 20, 3
 
 
-def decide(kind: str, quantile: str, gamma: float, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def decide(kind: str, quantile: Any, gamma: float, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return dropped pairs of the kernel, and of the plain code."""
     generator = torch.Generator().manual_seed(len(kind))
     is_image = torch.rand(3, LENGTH, generator=generator) < 0.5
@@ -36,15 +33,16 @@ def decide(kind: str, quantile: str, gamma: float, padded: bool) -> tuple[torch.
     seen = valid.unsqueeze(1) & (columns.unsqueeze(1) <= torch.arange(FIRST, LENGTH).unsqueeze(1))
     if padding is not None:
         seen &= padding.bool().gather(1, columns).unsqueeze(1)
-    kept = select_above_quantile(focus, seen, gamma, quantile) | ~seen  # type: ignore[arg-type]
+    kept = select_above_quantile(focus, seen, gamma, quantile) | ~seen
     expected = torch.ones(3, LENGTH, LENGTH, dtype=torch.bool)
     for sequence, row in ((sequence, row) for sequence in range(3) for row in range(FIRST, LENGTH)):
         if not is_image[sequence, row]:
             of_sequence = columns[sequence][valid[sequence]]
             expected[sequence, row, of_sequence] = kept[sequence, row - FIRST, : len(of_sequence)]
     mask = make_key_mask(3, LENGTH, DEVICE)
-    tensors = [tensor.to(DEVICE) for tensor in (focus, columns, valid, slots)]
-    drop_below_quantile(mask, *tensors, gamma, quantile, padding.to(DEVICE) if padding is not None else None)  # type: ignore[arg-type]
+    focus, columns, valid, slots = (tensor.to(DEVICE) for tensor in (focus, columns, valid, slots))
+    padding = padding.to(DEVICE) if padding is not None else None
+    drop_below_quantile(mask, focus, columns, valid, slots, gamma, quantile, padding)
     return mask.cpu(), expected
 
 
