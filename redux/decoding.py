@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redux.focus import select_above_quantile
 from redux.focus_cache import FocusRows
 from redux.kernels import use_fused
 from redux.parallel import mean_over_ranks
@@ -89,8 +90,6 @@ class DecodingStep:
         mesh: Any = None,
     ) -> Bool[Tensor, "batch 1 1 keys"]:
         """Compute the keys that stay in one layer, as `Inhibition.compute_mask` does for many rows."""
-        from redux.cmai import select_above_quantile  # which imports this module
-
         batch, keys = len(query), key.shape[2]
         seen = visible[:, 0, 0].expand(batch, keys)
         attention = self._mean_attention(query, key, visible, scale, bias, mesh)

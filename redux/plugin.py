@@ -25,7 +25,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
-from redux.cmai import ATTENTION_NAME, Inhibition
+from redux.attention import ATTENTION_NAME
+from redux.cmai import Inhibition
 from redux.focus_cache import FocusCache, FocusRows, adopt_cache
 from redux.settings import CMAI
 

@@ -44,7 +44,8 @@ def measure(variant: str, heads: int, image: int, text: int, repeats: int = 5) -
     import torch
     from torch import nn
 
-    from redux.cmai import Inhibition, inhibited_attention
+    from redux.attention import inhibited_attention
+    from redux.cmai import Inhibition
     from redux.settings import CMAI
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

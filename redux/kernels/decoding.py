@@ -6,8 +6,8 @@
    keys that stay.  The softmax renormalises, so weights before and after inhibition share their scores.
 
 Every program of the third kernel computes the rank again, which is cheaper than a launch.  A program reads keys up to
-the token's position, which lies on the device: keys to come of a StaticCache cost nothing.  No result depends on the order
-of programs.  Scores are float32 here, where the plain code rounds them to the dtype of the query.
+the token's position, which lies on the device: keys to come of a StaticCache cost nothing.  No result depends on the
+order of programs.  Scores are float32 here, where the plain code rounds them to the dtype of the query.
 """
 
 from typing import TYPE_CHECKING, no_type_check

@@ -81,7 +81,7 @@ def _rank_table(
 ) -> tuple[Int[Tensor, "counts"], Float[Tensor, "counts"]]:
     """Compute the rank of the threshold, and the share of the next rank, for each number of image tokens in sight.
 
-    The arithmetic is that of `redux.cmai.select_above_quantile`, so the ranks are, too.
+    The arithmetic is that of `redux.focus.select_above_quantile`, so the ranks are, too.
     """
     count = torch.arange(columns + 1, device=device)
     if quantile == "count":

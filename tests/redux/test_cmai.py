@@ -15,13 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from redux.cmai import (
+from redux.attention import _build_mask, inhibited_attention
+from redux.cmai import Inhibition, build_causal_mask
+from redux.focus import (
     MAX_WEIGHTS_AT_ONCE,
-    Inhibition,
-    _build_mask,
-    _explicit_mask,
     focus_score,
-    inhibited_attention,
     mean_attention_scores,
     mean_attention_weights,
     select_above_quantile,
@@ -140,7 +138,7 @@ def test_focus_score_equals_the_loops_of_equations_9_to_11(rows: int) -> None:
 def test_mean_weights_equal_the_mean_of_every_heads_softmax(
     kv_heads: int, rows: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("redux.cmai.MAX_WEIGHTS_AT_ONCE", at_once)
+    monkeypatch.setattr("redux.focus.MAX_WEIGHTS_AT_ONCE", at_once)
     query, key = noise(2, 4, rows, 8), noise(2, kv_heads, KEYS, 8, seed=1)
     visible = causal(rows)
     visible[1, :, :, :4] = False  # padding on the left: with all rows here, the first ones see nothing
@@ -441,15 +439,15 @@ def test_a_mask_is_short_if_it_is_causal(changes: dict[str, Any], form: str) -> 
     explicit = sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
     if form == "padding":
         assert (mask.dtype, mask.shape) == (torch.uint8, (2, 1, 1, 6))
-        mask = _explicit_mask(mask[:, 0, 0], 6, mask.device)
+        mask = build_causal_mask(mask[:, 0, 0], 6, mask.device)
     assert torch.equal(mask, explicit)
 
 
-def test_a_causal_layer_that_inhibits_nothing_has_no_explicit_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_causal_layer_that_inhibits_nothing_has_nobuild_causal_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that PyTorch's flash kernel serves it."""
     masks: list[Any] = []
     monkeypatch.setattr(
-        "redux.cmai.sdpa_attention_forward",
+        "redux.attention.sdpa_attention_forward",
         lambda *args, **kwargs: masks.append(args[4]) or (args[1].transpose(1, 2), None),
     )
     module: Any = torch.nn.Module()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from redux.cmai import Inhibition, inhibited_attention
+from redux.attention import inhibited_attention
+from redux.cmai import Inhibition
 from redux.decoding import DecodingStep
 from redux.focus_cache import FocusCache, FocusRows
 from redux.kernels import set_kernels

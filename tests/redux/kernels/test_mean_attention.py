@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from redux.cmai import Inhibition, _explicit_mask, inhibited_attention
+from redux.attention import inhibited_attention
+from redux.cmai import Inhibition, build_causal_mask
 from redux.kernels import masked_attention as attention
 from redux.kernels import mean_attention, set_kernels
 from redux.kernels.masked_attention import Tiles
@@ -65,7 +66,7 @@ def both_masks(cmai: CMAI, call: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tenso
     query, key, _, is_image, padding = call
     inhibition = Inhibition.for_forward(cmai, 2, is_image, None, training=True)
     assert inhibition is not None
-    visible = _explicit_mask(padding, query.shape[2], query.device).expand(2, -1, -1, -1)
+    visible = build_causal_mask(padding, query.shape[2], query.device).expand(2, -1, -1, -1)
     fused = inhibition.compute_key_mask(1, query, key, padding, 0.3).pairs.unsqueeze(1)
     return fused & visible, inhibition.compute_mask(1, query, key, visible, 0.3) & visible, visible
 

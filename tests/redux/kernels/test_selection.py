@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from redux.cmai import select_above_quantile
+from redux.focus import select_above_quantile
 from redux.kernels.masked_attention import make_key_mask
 from redux.kernels.selection import drop_below_quantile
 
