@@ -130,6 +130,16 @@ def encode_conversation(
         ValueError: the cut would go through an image, or leave no text of the assistant.
     """
     pieces = list(template.split_spans(turns, tokenizer.eos_token or EOS_TOKEN))
+    return encode_pieces(tokenizer, pieces, image_tokens, max_length)
+
+
+def encode_pieces(
+    tokenizer: "PreTrainedTokenizerBase",
+    pieces: Sequence[tuple[str, bool]],
+    image_tokens: int,
+    max_length: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode the pieces (text, is_learned) of a conversation.  Result and errors are those of `encode_conversation`."""
     text = "".join(piece for piece, _ in pieces)
     ids, start, end = _tokenize(tokenizer, text)
     # learned_before[c]: learned characters before character c; a token has the difference of two of them

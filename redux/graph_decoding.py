@@ -52,6 +52,9 @@ WARM_STEPS = 2
 CHECK_STEPS = 8
 """Steps between two looks at the device; the first looks come after 1, 2 and 4 steps."""
 
+TokenCallback = Callable[[Int[Tensor, "batch"]], bool]
+"""Gets the new token of each sequence; True ends the decoding."""
+
 _logger = logging.getLogger(__name__)
 _reported: set[str] = set()
 _lock = threading.Lock()
@@ -252,13 +255,16 @@ class GreedySteps:
         else:
             self.graph = graph
 
-    def run(self, prompt: Prompt, limit: int, step: Callable[[], None]) -> Int[Tensor, "batch new"]:
+    def run(
+        self, prompt: Prompt, limit: int, step: Callable[[], None], should_stop: TokenCallback | None = None
+    ) -> Int[Tensor, "batch new"]:
         """Decode a loaded prompt.
 
         Args:
             prompt: the prompt.
             limit: most new tokens, with the first one.
             step: runs one step.
+            should_stop: see `decode_prompt`; it has seen the first tokens.
 
         Returns:
             New tokens; after the end of an answer, padding.
@@ -269,6 +275,8 @@ class GreedySteps:
                 break
             step()
             steps += 1
+            if should_stop and should_stop(self.token.squeeze(1)):
+                break
         return torch.cat([prompt.token.unsqueeze(1), self.tokens[:, length : length + steps]], dim=1)
 
     def _is_end(self, token: Int[Tensor, "batch"]) -> Bool[Tensor, "batch"]:
@@ -301,7 +309,12 @@ def round_up(number: int, step: int) -> int:
 
 
 def decode_prompt(
-    model: Any, prompt: Prompt, eos_token_ids: Sequence[int], pad_token_id: int, max_new_tokens: int
+    model: Any,
+    prompt: Prompt,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    max_new_tokens: int,
+    should_stop: TokenCallback | None = None,
 ) -> Int[Tensor, "batch new"]:
     """Decode greedily after a prompt: by a CUDA graph on a GPU, elsewhere by the same steps in eager mode.
 
@@ -311,11 +324,12 @@ def decode_prompt(
         eos_token_ids: tokens that end an answer.
         pad_token_id: token after the end.
         max_new_tokens: most new tokens of an answer.
+        should_stop: gets the new token of each sequence after each step, for which the host waits. True ends the batch.
 
     Returns:
         New tokens, as `generate` chooses them; after the end of an answer, padding.
     """
-    if max_new_tokens == 1:
+    if (should_stop and should_stop(prompt.token)) or max_new_tokens == 1:
         return prompt.token.unsqueeze(1)
     batch, length = prompt.visible.shape
     # the capture, too, needs room
@@ -334,13 +348,14 @@ def decode_prompt(
         steps.load(prompt, config)
         if model.device.type != "cuda" or not is_free_of_waits(prompt.cache):
             prompt.cache.reset()  # frees its keys and values
-            return steps.run(prompt, max_new_tokens, lambda: steps.step(model))
+            return steps.run(prompt, max_new_tokens, lambda: steps.step(model), should_stop)
         if steps.graph is None and not steps.failed:
             steps.capture(model)
             steps.load(prompt, config)
             _kept[model] = steps
         prompt.cache.reset()
-        return steps.run(prompt, max_new_tokens, steps.graph.replay if steps.graph else lambda: steps.step(model))
+        step = steps.graph.replay if steps.graph else lambda: steps.step(model)
+        return steps.run(prompt, max_new_tokens, step, should_stop)
 
 
 def is_free_of_waits(cache: Cache) -> bool:

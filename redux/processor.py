@@ -24,8 +24,8 @@ from redux.settings import ImageAspectRatio, TemplateName
 def write_chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Write a conversation template as Jinja text for `apply_chat_template`.
 
-    The content of a message is a string or a list of parts.  An image part becomes `<image>` and a newline before the
-    turn's text.  A first message with role system replaces the template's system prompt.
+    The content of a message is a string or a list of parts.  Each image part becomes `<image>` and a newline before
+    the turn's text.  A first message with role system replaces the template's system prompt.
 
     Returns:
         None for "plain", the template of captions, which has no questions.
@@ -50,8 +50,10 @@ _CHAT_TEMPLATE = """\
 {%%- if content is string -%%}{{ content }}
 {%%- else -%%}{%%- for part in content if part.type == "text" -%%}{{ part.text }}{%%- endfor -%%}{%%- endif -%%}
 {%%- endmacro -%%}
-{%%- macro has_image(content) -%%}
-{%%- if content is not string -%%}{%%- for part in content if part.type == "image" -%%}1{%%- endfor -%%}{%%- endif -%%}
+{%%- macro images_of(content, text) -%%}
+{%%- if content is not string -%%}{%%- for part in content if part.type == "image" -%%}
+{{- %(image)s -}}{%%- if text or not loop.last -%%}{{- %(gap)s ~ "\n" -}}{%%- endif -%%}
+{%%- endfor -%%}{%%- endif -%%}
 {%%- endmacro -%%}
 {{- %(bos)s -}}
 {%%- if messages and messages[0].role == "system" -%%}
@@ -62,12 +64,9 @@ _CHAT_TEMPLATE = """\
 {%%- for message in messages -%%}
 {%%- if message.role == "user" -%%}
 {{- %(human)s -}}
-{%%- if has_image(message.content) -%%}
-{{- (%(image)s ~ "\\n" ~ text_of(message.content) | trim) | trim
-    | replace(%(image)s ~ "\\n", %(image)s ~ %(gap)s ~ "\\n", 1) -}}
-{%%- else -%%}
-{{- text_of(message.content) -}}
-{%%- endif -%%}
+{%%- set text = text_of(message.content) -%%}
+{%%- set images = images_of(message.content, text | trim) -%%}
+{{- images ~ text | trim if images else text -}}
 {%%- if not loop.last or add_generation_prompt -%%}{{- %(assistant)s -}}{%%- endif -%%}
 {%%- elif message.role == "assistant" -%%}
 {{- " " ~ text_of(message.content) ~ %(end)s -}}

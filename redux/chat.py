@@ -1,0 +1,427 @@
+"""Conversations with a LLaVA: several turns, several images, batches, sampling, and answers token by token.
+
+A conversation is encoded with the template and the pixels of the training (`redux.conversation`, `redux.image`).  A
+turn with several images begins with one `<image>` line for each.  A batch of conversations is padded on the left, and
+each row has its own sampling and its own end, so a row's answer does not depend on the other rows.  A greedy answer is
+that of `redux.answering`.
+
+Generation calls back after each step, in the thread of the caller.  The caller prints, sends or stores the new text,
+and may end single rows.  On a GPU, greedy batches decode by a CUDA graph (`redux.graph_decoding`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from os import PathLike
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from annotated_types import Ge, Gt, Le
+from jaxtyping import UInt8
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from redux.answering import LlavaAnswerer, load
+from redux.conversation import IMAGE_TOKEN, Template, encode_pieces, pad_rows
+from redux.generation import ensure_pad_token
+from redux.graph_decoding import Prompt as DecodedPrompt
+from redux.graph_decoding import decode_prompt, use_graph
+from redux.image import load_pixels
+from redux.model import ReduxForConditionalGeneration, normalize_pixels
+from redux.settings import ImageAspectRatio
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+REPLACEMENT_CHARACTER = "\ufffd"
+"""Character that stands for bytes of a character whose other bytes are still to come."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """A message of a conversation.
+
+    Args:
+        role: who wrote it. Only the first message may be the system's; then user and assistant take turns.
+        text: its text.
+        images: encoded image files, only in a user's message.
+    """
+
+    role: Role
+    text: str
+    images: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the tokens of an answer are chosen.
+
+    Args:
+        max_new_tokens: limit of the answer in tokens.
+        temperature: divisor of the logits. 0 takes the likeliest token.
+        top_p: smallest probability mass of the likeliest tokens among which one is drawn.
+        seed: seed of the draws. None takes a new one for each answer.
+        stop: texts that end the answer and are not part of it.
+    """
+
+    max_new_tokens: Annotated[int, Ge(1)] = 512
+    temperature: Annotated[float, Ge(0), Le(100)] = 0.0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        bounds: dict[str, tuple[Any, str]] = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature <= 100, "0 to 100"),
+            "top_p": (0 < self.top_p <= 1, "above 0, up to 1"),
+            "stop": (all(self.stop), "texts that are not empty"),
+        }
+        for name, (is_allowed, allowed) in bounds.items():
+            if not is_allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation as the input of a model.
+
+    Args:
+        input_ids: tokens, up to the start of the answer, with image tokens after compression.
+        pixels: its images in the order of their tokens.
+        patches_per_image: image tokens of a LLaVA without compression.
+        tokens_per_image: image tokens in `input_ids`.
+    """
+
+    input_ids: np.ndarray
+    pixels: tuple[UInt8[np.ndarray, "3 size size"], ...]
+    patches_per_image: int
+    tokens_per_image: int
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens that reach the language model."""
+        return len(self.pixels) * self.tokens_per_image
+
+    @property
+    def image_tokens_before(self) -> int:
+        """Image tokens of a LLaVA without compression."""
+        return len(self.pixels) * self.patches_per_image
+
+
+class Delta(NamedTuple):
+    """New text of a row.
+
+    Args:
+        row: number of the row in its batch.
+        text: text to append; it may be empty.
+        tokens: new tokens of the row so far, with the end token.
+        finish_reason: None while the answer goes on; "stop" for the end token or a stop text, "length" for the limit.
+    """
+
+    row: int
+    text: str
+    tokens: int
+    finish_reason: FinishReason | None = None
+
+
+DeltaCallback = Callable[[Sequence[Delta]], Sequence[int]]
+"""Called after each step with the new text of the rows; returns the rows that shall end without more text."""
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A LLaVA that continues conversations.  One batch at a time.
+
+    Args:
+        model: the LLaVA.
+        tokenizer: its tokenizer.
+        template: conversation template of its training.
+        image_aspect_ratio: "pad" or "crop", as in its training.
+    """
+
+    model: ReduxForConditionalGeneration
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    image_aspect_ratio: ImageAspectRatio = "pad"
+
+    def __post_init__(self) -> None:
+        ensure_pad_token(self.tokenizer)
+
+    @cached_property
+    def max_length(self) -> int:
+        """Most tokens of a conversation with its answer."""
+        return min(int(self.model.config.text_config.max_position_embeddings), self.tokenizer.model_max_length)
+
+    def encode(self, messages: Sequence[Message]) -> EncodedChat:
+        """Encode a conversation up to the start of the next answer.
+
+        Raises:
+            ValueError: roles are in a wrong order, a text contains `<image>`, an image cannot be read, or the
+                conversation leaves no position for an answer.
+        """
+        check_messages(messages)
+        config = self.model.config
+        pieces = list(split_messages(self.template, messages, self.tokenizer.eos_token))
+        input_ids, _ = encode_pieces(self.tokenizer, pieces, config.image_seq_length)
+        if len(input_ids) >= self.max_length:
+            raise ValueError(
+                f"messages: got {len(input_ids)} tokens, allowed: up to {self.max_length - 1}, so that an answer fits "
+                f"into the model's {self.max_length} tokens"
+            )
+        size = config.vision_config.image_size
+        pixels = tuple(
+            load_pixels(image, size, self.image_aspect_ratio) for message in messages for image in message.images
+        )
+        return EncodedChat(input_ids, pixels, config.num_patches, config.image_seq_length)
+
+    def generate(
+        self, chats: Sequence[EncodedChat], samplings: Sequence[Sampling], on_deltas: DeltaCallback
+    ) -> list[str]:
+        """Answer a batch of conversations, step by step.
+
+        Args:
+            chats: encoded conversations.
+            samplings: how to answer each of them. An answer also ends at the last position of the model.
+            on_deltas: called after each step, in this thread.
+
+        Returns:
+            The whole answer of each row, as its deltas joined.
+        """
+        rows = [
+            RowDecoder(number, self._decode, self._limit(chat, sampling))
+            for number, (chat, sampling) in enumerate(zip(chats, samplings, strict=True))
+        ]
+        inputs = self._build_inputs(chats)
+        eos_token_id = self.tokenizer.eos_token_id
+
+        def is_finished(tokens: Sequence[int]) -> list[bool]:
+            deltas = [row.add(token, token == eos_token_id) for row, token in zip(rows, tokens, strict=True)]
+            for row in on_deltas([delta for delta in deltas if delta]):
+                rows[row].finish_reason = rows[row].finish_reason or "cancelled"
+            return [row.finish_reason is not None for row in rows]
+
+        limit = max(row.sampling.max_new_tokens for row in rows)
+        self._run(inputs, [row.sampling for row in rows], limit, is_finished)
+        return [row.text for row in rows]
+
+    @torch.inference_mode()
+    def _run(
+        self,
+        inputs: dict[str, Tensor],
+        samplings: Sequence[Sampling],
+        limit: int,
+        is_finished: Callable[[Sequence[int]], list[bool]],
+    ) -> None:
+        """Generate until all rows are finished; `is_finished` gets the new token of each row after each step."""
+        eos_token_id, pad_token_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        if all(sampling.temperature == 0 for sampling in samplings) and use_graph(self.model, inputs):
+            prompt = DecodedPrompt.read(self.model, inputs)
+            decode_prompt(
+                self.model,
+                prompt,
+                [eos_token_id],
+                pad_token_id,
+                limit,
+                lambda tokens: all(is_finished(tokens.tolist())),
+            )
+            return
+        self.model.generate(
+            **inputs,
+            max_new_tokens=limit,
+            do_sample=False,  # `RowSampler` draws; then the drawn token is the likeliest
+            num_beams=1,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            logits_processor=LogitsProcessorList([RowSampler(samplings)]),
+            stopping_criteria=StoppingCriteriaList([RowStopper(is_finished)]),
+        )
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _limit(self, chat: EncodedChat, sampling: Sampling) -> Sampling:
+        """Limit an answer to the positions that the conversation leaves."""
+        room = self.max_length - len(chat.input_ids)
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+
+    def _build_inputs(self, chats: Sequence[EncodedChat]) -> dict[str, Tensor]:
+        """Pad a batch on the left, since decoding continues the last token of each row."""
+        ids = [chat.input_ids for chat in chats]
+        inputs = {
+            "input_ids": torch.from_numpy(pad_rows(ids, self.tokenizer.pad_token_id, left=True)),
+            "attention_mask": torch.from_numpy(pad_rows([np.ones_like(row) for row in ids], 0, left=True)),
+        }
+        pixels = [image for chat in chats for image in chat.pixels]
+        if pixels:
+            inputs["pixel_values"] = torch.from_numpy(np.stack(pixels))
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        if pixels:
+            inputs["pixel_values"] = normalize_pixels(inputs["pixel_values"]).to(self.model.dtype)
+        return inputs
+
+
+def load_chat_model(path: str | PathLike, **options: Any) -> ChatModel:
+    """Load a LLaVA for conversations, with the template and pixels of its training.
+
+    Args:
+        path: folder, hub id or URL (s3://).
+        options: as for `redux.answering.load`, except `image_input`.
+
+    Raises:
+        ValueError: the path has no LLaVA, or as `redux.answering.load`.
+    """
+    answerer = load(path, **options)
+    if not isinstance(answerer, LlavaAnswerer):
+        raise ValueError(f"model: got {path}, which is no LLaVA, allowed: a LLaVA with a CLIP or SigLIP tower")
+    return ChatModel(answerer.model, answerer.tokenizer, answerer.template, answerer.image_aspect_ratio)
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Check the order of roles and the texts of a conversation that the assistant continues.
+
+    Raises:
+        ValueError: names the message and what is allowed.
+    """
+    if not messages:
+        raise ValueError("messages: got none, allowed: at least one of the user")
+    first_turn = int(messages[0].role == "system")
+    for number, message in enumerate(messages, 1):
+        expected = ("user", "assistant")[(number - 1 - first_turn) % 2] if number > first_turn else "system"
+        if message.role != expected:
+            raise ValueError(f"message {number}: got role {message.role}, allowed: {expected}")
+        if IMAGE_TOKEN in message.text:
+            raise ValueError(f"message {number}: got {IMAGE_TOKEN} in its text, allowed: images beside the text")
+        if message.images and message.role != "user":
+            raise ValueError(f"message {number}: got an image of role {message.role}, allowed: images of the user")
+    if messages[-1].role != "user":
+        raise ValueError(f"message {len(messages)}: got role {messages[-1].role}, allowed: user, as the last one")
+
+
+def split_messages(template: Template, messages: Sequence[Message], eos: str | None) -> list[tuple[str, bool]]:
+    """Split a conversation into pieces (text, is_learned) of a template, as `Template.split_spans`.
+
+    A system message replaces the template's system prompt.
+
+    Args:
+        template: the template.
+        messages: checked messages.
+        eos: end token of the tokenizer.
+    """
+    if messages[0].role == "system":
+        template = replace(template, system=f"{messages[0].text} ")
+        messages = messages[1:]
+    roles = {"user": "human", "assistant": "gpt"}
+    turns = [
+        {"from": roles[message.role], "value": f"{IMAGE_TOKEN}\n{message.text}" if message.images else message.text}
+        for message in messages
+    ]
+    pieces = list(template.split_spans(turns, *([eos] if eos else [])))
+    # the template writes one `<image>` line for a turn; a turn of several images needs as many
+    counts = iter([len(message.images) for message in messages if message.images])
+    result = []
+    for text, is_learned in pieces:
+        if IMAGE_TOKEN in text:
+            text = text.replace(IMAGE_TOKEN, "\n".join([IMAGE_TOKEN] * next(counts)))
+        result.append((text, is_learned))
+    return result
+
+
+class RowDecoder:
+    """The growing answer of one row.
+
+    Args:
+        number: number of the row.
+        decode: turns tokens into text.
+        sampling: limit and stop texts.
+    """
+
+    def __init__(self, number: int, decode: Callable[[list[int]], str], sampling: Sampling) -> None:
+        self.number, self.decode, self.sampling = number, decode, sampling
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+
+    def add(self, token: int, is_end: bool) -> Delta | None:
+        """Add a token and return the text that is final now; None after the end."""
+        if self.finish_reason:
+            return None
+        self.tokens.append(token)
+        decoded = self.decode(self.tokens).strip()
+        stop = min((at for stop in self.sampling.stop if (at := decoded.find(stop)) >= 0), default=None)
+        if stop is not None:
+            decoded, self.finish_reason = decoded[:stop].rstrip(), "stop"
+        elif is_end:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.sampling.max_new_tokens:
+            self.finish_reason = "length"
+        final = decoded if self.finish_reason else self._cut_unfinished(decoded)
+        # some decoders change earlier text for a while, which cannot be taken back: wait until they agree again
+        new = final[len(self.text) :] if final.startswith(self.text) or self.finish_reason else ""
+        self.text += new
+        return Delta(self.number, new, len(self.tokens), self.finish_reason)
+
+    def _cut_unfinished(self, decoded: str) -> str:
+        """Cut the end of a text that the next token may change, or that may begin a stop text."""
+        decoded = decoded.rstrip(REPLACEMENT_CHARACTER)
+        for stop in self.sampling.stop:
+            beginnings = (stop[:length] for length in range(len(stop) - 1, 0, -1))
+            decoded = next((decoded.removesuffix(part) for part in beginnings if decoded.endswith(part)), decoded)
+        return decoded.rstrip()
+
+
+class RowSampler(LogitsProcessor):
+    """Draws the next token of each row with the row's own temperature, nucleus and seed.
+
+    The drawn token keeps its score and all others lose theirs, so that greedy generation takes it.  Rows of temperature
+    0 keep all scores.
+
+    Args:
+        samplings: of each row.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling]) -> None:
+        self.samplings = samplings
+        # draws on the CPU, so that a seed gives the same answer on each device
+        self.generators = [torch.Generator() for _ in samplings]
+        for generator, sampling in zip(self.generators, samplings, strict=True):
+            if sampling.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(sampling.seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for row, (sampling, generator) in enumerate(zip(self.samplings, self.generators, strict=True)):
+            if sampling.temperature == 0:
+                continue
+            probabilities, tokens = (
+                (scores[row].float() / sampling.temperature).softmax(dim=0).cpu().sort(descending=True)
+            )
+            # the likeliest tokens whose mass before them is below top_p
+            probabilities[probabilities.cumsum(dim=0) - probabilities >= sampling.top_p] = 0
+            token = tokens[torch.multinomial(probabilities, 1, generator=generator)]
+            kept = scores[row, token].clone()
+            scores[row] = -torch.inf
+            scores[row, token] = kept
+        return scores
+
+
+class RowStopper(StoppingCriteria):
+    """Passes the new token of each row on, and ends the rows that are finished.
+
+    Args:
+        is_finished: gets the new tokens, returns True for rows that are finished.
+    """
+
+    def __init__(self, is_finished: Callable[[Sequence[int]], list[bool]]) -> None:
+        self.is_finished = is_finished
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor(self.is_finished(input_ids[:, -1].tolist()), device=input_ids.device)
