@@ -1,9 +1,13 @@
-"""Locations inside a run folder that later runs read: sets of shards, checkpoints, and models of stages."""
+"""Locations inside a run folder that later runs and other verbs read: sets of shards, checkpoints, and models."""
 
 from pathlib import Path
 
+from jobs import schema
 from jobs.schema import Job
 from pipelines.core import storage
+
+CONFIG_FILE = "config.json"
+"""Configuration of a model, as transformers names it."""
 
 
 def locate_sets(job: Job, folder: Path) -> dict[str, str]:
@@ -19,3 +23,36 @@ def locate_checkpoints(job: Job, folder: Path) -> str:
 def locate_model(job: Job, folder: Path, stage: str) -> str:
     """Locate the folder or URL of the model that a stage makes."""
     return storage.join(locate_checkpoints(job, folder), stage, "model")
+
+
+def find_model(source: str) -> str:
+    """Find the model that a user names, to ask, serve or export it.
+
+    Args:
+        source: folder of a run; or folder, hub id or URL of a model.
+
+    Returns:
+        For a run the model of its last stage, or the checkpoint that it evaluates; for a model the source itself.
+
+    Raises:
+        ValueError: the run has not made its model yet, or the folder has neither a run nor a model.
+    """
+    # these import torch, which finding sets does without
+    from pipelines.training.checkpoint import JOB_FILE
+    from pipelines.training.export import is_complete
+
+    folder = Path(source)
+    if (folder / JOB_FILE).exists():
+        job = schema.load(folder / JOB_FILE)
+        if not job.train:
+            return str(job.model.checkpoint)
+        model = locate_model(job, folder.resolve(), list(job.train)[-1])
+        if not is_complete(model):
+            raise ValueError(
+                f"{source}: the run has no model yet, allowed: a run whose training is finished; redux export writes "
+                "the model of a checkpoint"
+            )
+        return model
+    if folder.is_dir() and not (folder / CONFIG_FILE).exists():
+        raise ValueError(f"{source}: no {JOB_FILE} or {CONFIG_FILE}, allowed: the folder of a run or of a model")
+    return source

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from redux.cmai import Inhibition, build_causal_mask
+from redux.cmai import Inhibition, build_causal_mask, is_recording
 from redux.decoding import DecodingStep
 from redux.kernels import use_fused
 from redux.parallel import head_mesh
@@ -168,6 +168,8 @@ def _unsupported(
         return f"heads have {query.shape[-1]} and {value.shape[-1]} dimensions"
     if inhibition is not None and not inhibition.cmai.preamble:
         return "preamble is false"
+    if is_recording():
+        return "decisions are recorded"
     return ""
 
 

@@ -132,6 +132,20 @@ class Delta(NamedTuple):
     finish_reason: FinishReason | None = None
 
 
+class ChatAnswer(NamedTuple):
+    """The answer of a row.
+
+    Args:
+        text: its deltas, joined.
+        tokens: its tokens, with the end token.
+        finish_reason: why it ended.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+
+
 DeltaCallback = Callable[[Sequence[Delta]], Sequence[int]]
 """Called after each step with the new text of the rows; returns the rows that shall end without more text."""
 
@@ -169,12 +183,12 @@ class ChatModel:
         """
         check_messages(messages)
         config = self.model.config
-        pieces = list(split_messages(self.template, messages, self.tokenizer.eos_token))
+        pieces = split_messages(self.template, messages, self.tokenizer.eos_token)
         input_ids, _ = encode_pieces(self.tokenizer, pieces, config.image_seq_length)
         if len(input_ids) >= self.max_length:
             raise ValueError(
                 f"messages: got {len(input_ids)} tokens, allowed: up to {self.max_length - 1}, so that an answer fits "
-                f"into the model's {self.max_length} tokens"
+                f"into the {self.max_length} positions of the model"
             )
         size = config.vision_config.image_size
         pixels = tuple(
@@ -184,7 +198,7 @@ class ChatModel:
 
     def generate(
         self, chats: Sequence[EncodedChat], samplings: Sequence[Sampling], on_deltas: DeltaCallback
-    ) -> list[str]:
+    ) -> list[ChatAnswer]:
         """Answer a batch of conversations, step by step.
 
         Args:
@@ -193,13 +207,13 @@ class ChatModel:
             on_deltas: called after each step, in this thread.
 
         Returns:
-            The whole answer of each row, as its deltas joined.
+            The answer of each row.
         """
         rows = [
-            RowDecoder(number, self._decode, self._limit(chat, sampling))
+            RowDecoder(number, self.decode, self._limit(chat, sampling))
             for number, (chat, sampling) in enumerate(zip(chats, samplings, strict=True))
         ]
-        inputs = self._build_inputs(chats)
+        inputs = self.build_inputs(chats)
         eos_token_id = self.tokenizer.eos_token_id
 
         def is_finished(tokens: Sequence[int]) -> list[bool]:
@@ -210,7 +224,7 @@ class ChatModel:
 
         limit = max(row.sampling.max_new_tokens for row in rows)
         self._run(inputs, [row.sampling for row in rows], limit, is_finished)
-        return [row.text for row in rows]
+        return [ChatAnswer(row.text, tuple(row.tokens), row.finish_reason or "length") for row in rows]
 
     @torch.inference_mode()
     def _run(
@@ -244,7 +258,8 @@ class ChatModel:
             stopping_criteria=StoppingCriteriaList([RowStopper(is_finished)]),
         )
 
-    def _decode(self, tokens: list[int]) -> str:
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _limit(self, chat: EncodedChat, sampling: Sampling) -> Sampling:
@@ -252,8 +267,8 @@ class ChatModel:
         room = self.max_length - len(chat.input_ids)
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
 
-    def _build_inputs(self, chats: Sequence[EncodedChat]) -> dict[str, Tensor]:
-        """Pad a batch on the left, since decoding continues the last token of each row."""
+    def build_inputs(self, chats: Sequence[EncodedChat]) -> dict[str, Tensor]:
+        """Build the inputs of a batch.  Padding goes left, since decoding continues the last token of each row."""
         ids = [chat.input_ids for chat in chats]
         inputs = {
             "input_ids": torch.from_numpy(pad_rows(ids, self.tokenizer.pad_token_id, left=True)),

@@ -16,6 +16,9 @@ Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all tokens so
 masks (batch, or 1 if all sequences share a mask).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -30,8 +33,32 @@ from redux.focus_cache import FocusRows
 from redux.parallel import mean_over_ranks
 from redux.settings import CMAI
 
+Decisions = dict[int, Bool[Tensor, "batch keys keys"]]
+"""Pairs that stay, by layer; layers that inhibit nothing are missing."""
+
+_recorded: ContextVar[Decisions | None] = ContextVar("recorded decisions", default=None)
+
 DEVICE_FIELDS = ("is_image", "columns", "valid")
 """Fields of an `Inhibition` that are tensors."""
+
+
+@contextmanager
+def record_decisions() -> Iterator[Decisions]:
+    """Record which pairs stay in each layer of the forward passes within the block, by plain code.
+
+    Such a pass must have all tokens of its sequences, without a cache.
+    """
+    decisions: Decisions = {}
+    token = _recorded.set(decisions)
+    try:
+        yield decisions
+    finally:
+        _recorded.reset(token)
+
+
+def is_recording() -> bool:
+    """Tell if `record_decisions` is active, so that decisions must be made by plain code."""
+    return _recorded.get() is not None
 
 
 @dataclass(frozen=True)
@@ -168,6 +195,8 @@ class Inhibition:
         # padded columns point at text keys, which are never inhibited
         kept = kept | ~is_text_row.unsqueeze(-1) | ~self.valid.unsqueeze(1)
         mask[:, start:].scatter_(2, columns, kept)
+        if (decisions := _recorded.get()) is not None:
+            decisions[layer] = mask
         return mask.unsqueeze(1)
 
     @torch.no_grad()

@@ -65,7 +65,8 @@ def answer(
         return []
 
     samplings = samplings or [Sampling(max_new_tokens=6)] * len(conversations)
-    return model.generate([model.encode(messages) for messages in conversations], samplings, collect), deltas
+    answers = model.generate([model.encode(messages) for messages in conversations], samplings, collect)
+    return [answer.text for answer in answers], deltas
 
 
 def test_a_question_is_answered_as_in_evaluation(model: ChatModel) -> None:
@@ -154,9 +155,10 @@ def test_a_cancelled_row_ends_and_the_others_go_on(model: ChatModel) -> None:
         return [1]
 
     chats = [model.encode(messages) for messages in CONVERSATIONS[:3]]
-    texts = model.generate(chats, [Sampling(max_new_tokens=6)] * 3, cancel_row_1)
+    answers = model.generate(chats, [Sampling(max_new_tokens=6)] * 3, cancel_row_1)
     assert [delta.tokens for delta in seen if delta.row == 1] == [1]
-    assert (texts[0], texts[2]) == (expected[0], expected[2])
+    assert (answers[0].text, answers[2].text) == (expected[0], expected[2])
+    assert [len(answers[1].tokens), answers[1].finish_reason] == [1, "cancelled"]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])

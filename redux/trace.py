@@ -1,0 +1,113 @@
+"""What the method did for an answer: the visual token of each patch, and the tokens that each word could attend to.
+
+The answer is read again with its conversation, in one forward pass without a cache, whose decisions are those of
+decoding.  Nothing slows down the generation itself.
+
+Shapes: patches, words (tokens of the answer), tokens (visual tokens of all images, in their order).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+
+from redux.chat import ChatModel, EncodedChat
+from redux.cmai import record_decisions
+from redux.picture import draw_patches
+
+
+@dataclass(frozen=True)
+class ImageTrace:
+    """Compression of an image.
+
+    Args:
+        image: the image as the model sees it.
+        slot: visual token of each patch, -1 if it was dropped.
+        merged: True for patches of a cluster.
+    """
+
+    image: Image.Image
+    slot: Int[np.ndarray, "patches"]
+    merged: Bool[np.ndarray, "patches"]
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens of the image."""
+        return len(np.unique(self.slot[self.slot >= 0]))
+
+    def draw(self, size: int = 256) -> Image.Image:
+        """Draw kept and merged patches over the image, about `size` pixels a side."""
+        return draw_patches(self.image, self.slot, self.merged, size)
+
+
+@dataclass(frozen=True)
+class AnswerTrace:
+    """What the method did for an answer.
+
+    Args:
+        images: compression of each image.
+        words: text that each token of the answer adds; "" for the end token.
+        allowed: share of the layers in which CMAI lets the word attend to the visual token; 1 without CMAI.
+    """
+
+    images: tuple[ImageTrace, ...]
+    words: tuple[str, ...]
+    allowed: Float[np.ndarray, "words tokens"]
+
+    def spread_over_patches(self, word: int, image: int) -> Float[np.ndarray, "patches"]:
+        """Return `allowed` of a word for each patch of an image; 0 for dropped patches."""
+        first = sum(trace.num_tokens for trace in self.images[:image])
+        trace = self.images[image]
+        of_image = self.allowed[word, first : first + trace.num_tokens]
+        return np.where(trace.slot >= 0, of_image[trace.slot], 0.0)
+
+
+def trace_images(model: ChatModel, chat: EncodedChat) -> tuple[ImageTrace, ...]:
+    """Encode the images of a conversation again, and return their compression."""
+    if not chat.pixels:
+        return ()
+    pixel_values = model.build_inputs([chat])["pixel_values"]
+    with torch.inference_mode():
+        _, assignment = model.model.model.encode_images(pixel_values)
+    return tuple(
+        ImageTrace(Image.fromarray(pixels.transpose(1, 2, 0)), slot, merged)
+        for pixels, slot, merged in zip(
+            chat.pixels, assignment.slot.cpu().numpy(), assignment.merged.cpu().numpy(), strict=True
+        )
+    )
+
+
+def trace_answer(model: ChatModel, chat: EncodedChat, tokens: Sequence[int]) -> AnswerTrace:
+    """Read an answer again and record what the method did for it.
+
+    Args:
+        model: the model that gave the answer.
+        chat: the conversation before the answer.
+        tokens: tokens of the answer.
+    """
+    prompt_length = len(chat.input_ids)
+    whole = replace(chat, input_ids=np.concatenate([chat.input_ids, np.asarray(tokens, np.int64)]))
+    with torch.inference_mode(), record_decisions() as decisions:
+        model.model(**model.build_inputs([whole]), use_cache=False, logits_to_keep=1)
+    # a token is chosen by the row of the token before it
+    rows = slice(prompt_length - 1, len(whole.input_ids) - 1)
+    columns = np.flatnonzero(chat.input_ids == model.model.config.image_token_id)
+    inhibited = torch.zeros(len(tokens), len(columns))
+    for kept in decisions.values():
+        inhibited += ~kept[0, rows][:, columns].cpu()
+    allowed = 1 - inhibited / model.model.config.text_config.num_hidden_layers
+    return AnswerTrace(trace_images(model, chat), split_words(model, tokens), allowed.numpy())
+
+
+def split_words(model: ChatModel, tokens: Sequence[int]) -> tuple[str, ...]:
+    """Split an answer into the text that each of its tokens adds."""
+    words: list[str] = []
+    text = ""
+    for number in range(1, len(tokens) + 1):
+        decoded = model.decode(list(tokens[:number]))
+        words.append(decoded[len(text) :])
+        text = decoded
+    return tuple(words)

@@ -1,0 +1,90 @@
+"""The trace of an answer shows the decisions that the model made while it generated the answer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from redux.chat import ChatModel, Message, Sampling
+from redux.conversation import TEMPLATES
+from redux.decoding import DecodingStep
+from redux.model import ReduxForConditionalGeneration
+from redux.settings import CMAI, VMTC
+from redux.trace import trace_answer, trace_images
+from tests.redux.test_chat import encode_image
+
+Tiny = Callable[..., ReduxForConditionalGeneration]
+
+TWO_IMAGES = [Message(role="user", text="Is it a red circle?", images=(encode_image(0), encode_image(1)))]
+
+
+def build(tiny: Tiny, tokenizer: PreTrainedTokenizerBase, **methods: Any) -> ChatModel:
+    return ChatModel(tiny(**methods), tokenizer, TEMPLATES["vicuna_v1"])
+
+
+def test_images_have_the_tokens_of_the_tower(tiny: Tiny, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build(tiny, tokenizer)
+    chat = model.encode(TWO_IMAGES)
+    traces = trace_images(model, chat)
+    assert [trace.num_tokens for trace in traces] == [8, 8]
+    for trace, pixels in zip(traces, chat.pixels, strict=True):
+        assert np.array_equal(np.asarray(trace.image).transpose(2, 0, 1), pixels)
+        assert trace.draw(64).size == (64, 64)
+    _, assignment = model.model.model.encode_images(model.build_inputs([chat])["pixel_values"])
+    assert np.array_equal([trace.slot for trace in traces], assignment.slot.numpy())
+
+
+def test_without_inhibition_each_word_may_attend_to_all_tokens(tiny: Tiny, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build(tiny, tokenizer, cmai=None)
+    tokens = tokenizer("yes, it is.</s>", add_special_tokens=False)["input_ids"]
+    trace = trace_answer(model, model.encode(TWO_IMAGES), tokens)
+    assert "".join(trace.words) == "yes, it is."
+    assert trace.allowed.shape == (len(trace.words), 16)
+    assert (trace.allowed == 1).all()
+
+
+@pytest.mark.parametrize("vmtc", [None, VMTC()])
+def test_the_trace_has_the_decisions_of_decoding(
+    tiny: Tiny, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, vmtc: VMTC | None
+) -> None:
+    model = build(tiny, tokenizer, vmtc=vmtc, cmai=CMAI(gamma_max=0.8))
+    layers = model.model.config.text_config.num_hidden_layers
+    steps: list[torch.Tensor] = []
+    compute_mask = DecodingStep.compute_mask
+
+    def record(step: DecodingStep, *args: Any, **kwargs: Any) -> torch.Tensor:
+        kept = compute_mask(step, *args, **kwargs)
+        steps.append(kept.flatten())
+        return kept
+
+    monkeypatch.setattr(DecodingStep, "compute_mask", record)
+    chat = model.encode(TWO_IMAGES)
+
+    def go_on(_: Sequence[Any]) -> list[int]:
+        return []
+
+    [answer] = model.generate([chat], [Sampling(max_new_tokens=8)], go_on)
+    trace = trace_answer(model, chat, answer.tokens)
+    is_image = chat.input_ids == model.model.config.image_token_id
+    # layers without inhibition are not asked; a step has the others, in their order
+    active = sum(gamma > 0 for gamma in CMAI(gamma_max=0.8).compute_gammas(layers))
+    assert len(steps) >= active
+    for number in range(len(steps) // active):
+        kept = [mask[: len(is_image)][is_image].double() for mask in steps[number * active : (number + 1) * active]]
+        expected = 1 - sum(1 - mask for mask in kept) / layers
+        # the first word comes from the prompt
+        np.testing.assert_allclose(trace.allowed[number + 1], expected, atol=1e-6)
+    assert trace.allowed.min() < 1
+
+
+def test_tokens_of_a_word_are_spread_over_their_patches(tiny: Tiny, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build(tiny, tokenizer, cmai=CMAI(gamma_max=0.8))
+    trace = trace_answer(model, model.encode(TWO_IMAGES), [tokenizer.convert_tokens_to_ids("yes")])
+    for image, first in enumerate((0, 8)):
+        slot = trace.images[image].slot
+        assert trace.spread_over_patches(0, image).tolist() == [
+            float(trace.allowed[0, first + token]) for token in slot
+        ]
