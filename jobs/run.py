@@ -390,6 +390,7 @@ def _resolve_tasks(settings: tasks.Evaluate) -> dict[tasks.TaskName, tasks.TaskS
         result[name] = replace(
             task,
             files=tuple(map(storage.make_absolute, task.files)),
+            file=task.file and storage.make_absolute(task.file),
             images=task.images and storage.make_absolute(task.images),
         )
         evaluate.check_task(name, result[name])

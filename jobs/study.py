@@ -147,5 +147,5 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False) -> None:
             run.run(job, folder / name, allow_changes, until=study.shared[-1] if name == SHARED else None)
     with failures.locate_errors(folder / STUDY_FILE):
         (folder / STUDY_FILE).write_text(document.write(study))
-    tables.write_tables([folder / name for name in runs if name != SHARED], folder, tables.load_scorers())
+    tables.write_tables([folder / name for name in runs if name != SHARED], folder, tables.find_scorer)
     print(f"{study.name} is finished; its tables: {folder / 'tables.html'}")

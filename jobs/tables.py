@@ -8,9 +8,9 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipelines.evaluation.tasks import EVALUATION_TASKS
+from pipelines.evaluation.tasks import RESERVED_NAMES, find_task
 from pipelines.report import comparison, page
-from pipelines.report.runs import Scorers, find_families
+from pipelines.report.runs import FindScorer, Scorer, find_families
 from pipelines.report.tables import Cell, Column, ResultRow, ResultTable, build_tables, compare_prompts
 
 CSV_FIELDS = (
@@ -19,13 +19,13 @@ CSV_FIELDS = (
 )  # fmt: skip
 
 
-def write_tables(runs: Sequence[Path], out: Path | None, scorers: Scorers, samples: int = 10_000) -> str:
+def write_tables(runs: Sequence[Path], out: Path | None, find_scorer: FindScorer, samples: int = 10_000) -> str:
     """Write the tables over runs.
 
     Args:
         runs: folders of runs, or folders that hold such folders.
         out: folder for Markdown, HTML and CSV files; None writes no files.
-        scorers: functions from answered questions to metrics, by task.
+        find_scorer: finds the functions that score the answers of a task.
         samples: draws of each bootstrap.
 
     Returns:
@@ -34,11 +34,11 @@ def write_tables(runs: Sequence[Path], out: Path | None, scorers: Scorers, sampl
     Raises:
         ValueError: there is no finished run.
     """
-    families, notes = find_families(runs, scorers)
+    families, notes = find_families(runs, find_scorer)
     tables = build_tables(families, samples)
     text = format_markdown(tables, [*comparison.write_summary(tables), *notes])
     if out:
-        scorer = scorers.get("instructions")
+        scorer = find_scorer("instructions")
         prompt_plots = {family.label: compare_prompts(family, scorer) for family in families} if scorer else {}
         out.mkdir(parents=True, exist_ok=True)
         page.write(out / "tables.md", text)
@@ -114,6 +114,6 @@ def _list_numbers(cell: Cell) -> dict[str, float | int | None]:
     return numbers
 
 
-def load_scorers() -> Scorers:
-    """Load the scorers of all tasks."""
-    return {name: task.metrics for name, task in EVALUATION_TASKS.items()}
+def find_scorer(name: str) -> Scorer | None:
+    """Find the scorer of a task of any name; None for files of answers that belong to no task."""
+    return None if name in RESERVED_NAMES else find_task(name).metrics

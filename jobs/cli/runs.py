@@ -122,4 +122,4 @@ def _add_tables(verbs: Any) -> None:
 def _tables(arguments: argparse.Namespace) -> None:
     from jobs import tables
 
-    print(tables.write_tables(arguments.runs, arguments.out, tables.load_scorers()), end="")
+    print(tables.write_tables(arguments.runs, arguments.out, tables.find_scorer), end="")

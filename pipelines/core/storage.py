@@ -299,6 +299,11 @@ def join(url: str, *names: str) -> str:
     return posixpath.join(url, *names)
 
 
+def find_parent(url: str) -> str:
+    """Return the folder of a file, given as URL or path."""
+    return posixpath.dirname(url) or "."
+
+
 def make_absolute(url: str) -> str:
     """Return the URL, or the absolute local path with links resolved, without a slash at the end."""
     return os.path.realpath(url.rpartition("://")[2]) if is_local(url) else url.rstrip("/")

@@ -32,10 +32,10 @@ from pipelines.core import cluster, failures, interrupts, jsonl, storage
 from pipelines.data import easy_vqa
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
 from pipelines.evaluation.tasks import (
-    EVALUATION_TASKS,
     Evaluate,
     TaskName,
     TaskSettings,
+    find_task,
     load_questions,
     spread_evenly,
 )
@@ -200,7 +200,7 @@ def list_metric_names(settings: Evaluate) -> set[str]:
 
 def _list_task_metrics(name: TaskName, questions: Sequence[Question]) -> list[str]:
     """List the metrics of a task; ValueError if it has none and no server scores its answers."""
-    metrics = EVALUATION_TASKS[name].metrics([_make_row(question) | {"response": ""} for question in questions])
+    metrics = find_task(name).metrics([_make_row(question) | {"response": ""} for question in questions])
     return list(_score_metrics(name, metrics))
 
 
@@ -226,7 +226,9 @@ def check_task(name: TaskName, task: TaskSettings) -> None:
 
 
 def _find_image_folder(name: TaskName, task: TaskSettings) -> str:
-    return task.images or EVALUATION_TASKS[name].images or "".join(task.files[:1])
+    if task.images:
+        return task.images
+    return storage.find_parent(task.file) if task.file else find_task(name).images or "".join(task.files[:1])
 
 
 def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluate) -> None:
@@ -270,7 +272,7 @@ def _fingerprint_weights(model: str) -> dict[str, int]:
 
 
 def _max_new_tokens(name: TaskName, task: TaskSettings) -> int:
-    return task.max_new_tokens or EVALUATION_TASKS[name].max_new_tokens
+    return task.max_new_tokens or find_task(name).max_new_tokens
 
 
 def _run_inference(
@@ -417,7 +419,7 @@ def compute_scores(run: Path, names: Sequence[TaskName]) -> dict[str, float]:
             raise ValueError(
                 f"evaluate.tasks.{name}: got no answer in {run / ANSWERS_FOLDER}, allowed: an evaluated task"
             )
-        of_task = _score_metrics(name, EVALUATION_TASKS[name].metrics(rows))
+        of_task = _score_metrics(name, find_task(name).metrics(rows))
         scores |= {f"{name}.{metric}": score for metric, score in of_task.items()}
     return scores
 

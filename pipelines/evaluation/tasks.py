@@ -1,4 +1,4 @@
-"""Evaluation tasks and their settings: public benchmarks, easy-VQA, and instruction following.
+"""Evaluation tasks and their settings: public benchmarks, easy-VQA, instruction following, and questions of users.
 
 This module does not import Ray, so answers can be scored without it.
 """
@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Ge, MinLen
+from pydantic import StringConstraints
 
 from pipelines.data import easy_vqa
-from redux.benchmarks import BENCHMARKS, Metric, Question, Row
+from redux.benchmarks import BENCHMARKS, Metric, Question, Row, custom
 from redux.benchmarks import instructions as instruction_following
+from redux.benchmarks.custom import AnswerMetric
 from redux.settings import ImageAspectRatio, TemplateName
 
 
@@ -47,8 +49,15 @@ EVALUATION_TASKS: dict[str, Task] = {
         for name, benchmark in BENCHMARKS.items()
     },
 }
-# mypy and the JSON Schema need the names as literals; they are the keys of EVALUATION_TASKS
-TaskName = Literal["easy_vqa", "instructions", "vqav2", "gqa", "textvqa", "mme", "mmbench"]
+
+CUSTOM_TOKENS = 128
+"""Default of TaskSettings.max_new_tokens for questions of users."""
+
+# the name of a task becomes that of the file of its answers
+TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+RESERVED_NAMES = ("speed",)
+"""Names that no task may have, as files of answers and metrics use them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +67,13 @@ class TaskSettings:
     Args:
         files: the files of the benchmark, paths or URLs. easy_vqa needs none. instructions uses the images of easy-VQA
             unless it gets a file that `redux instructions` wrote.
-        images: folder or URL of the images. null if they are inside the files or in the folder of the benchmark.
+        file: questions of your own, path or URL: JSON lines or a JSON list of {image, question, answer or answers}, and
+            if wanted type and id; or LLaVA records. The task may then have any name.
+        metric: score of a response to questions of `file`. "exact": equal to an answer; "contains": an answer occurs in
+            it; "vqa": VQAv2's accuracy over the answers of several people; "anls": similarity of the text; "choice":
+            names the right option; "instructions": for a file that `redux instructions` wrote.
+        images: folder or URL of the images. null if they are inside the files, in the folder of the benchmark or in
+            that of `file`.
         limit: number of images, evenly spaced, each with all its questions. For a benchmark that asks each question
             several times: number of questions.
         exclude_first: skip the images that `limit: N` would select. For results that must not use the images with
@@ -67,6 +82,8 @@ class TaskSettings:
     """
 
     files: tuple[str, ...] = ()
+    file: str | None = None
+    metric: AnswerMetric | None = None
     images: str | None = None
     limit: Annotated[int, Ge(1)] | None = None
     exclude_first: Annotated[int, Ge(1)] | None = None
@@ -75,6 +92,11 @@ class TaskSettings:
     def __post_init__(self) -> None:
         if self.limit and self.exclude_first:
             raise ValueError(f"exclude_first: got {self.exclude_first} besides limit, allowed: one of the two")
+        if self.file and self.files:
+            raise ValueError(f"file: got {self.file} besides files, allowed: one of the two")
+        if (self.file is None) != (self.metric is None):
+            given, missing = ("file", "metric") if self.file else ("metric", "file")
+            raise ValueError(f"{missing}: got null besides {given}, allowed: file and metric together")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +104,7 @@ class Evaluate:
     """Settings of the evaluation.
 
     Args:
-        tasks: the benchmarks, by name, each with its settings.
+        tasks: the benchmarks and your own questions, by name, each with its settings.
         batch_size: questions answered at a time by one model.
         num_actors: number of models that answer in parallel. "auto" is one per GPU; without GPUs, at most two.
         image_input: "pixels": the model sees the image. "caption": the model sees its own caption (upper limit in the
@@ -104,6 +126,36 @@ class Evaluate:
     image_aspect_ratio: ImageAspectRatio | None = None
     allow_mismatch: bool = False
 
+    def __post_init__(self) -> None:
+        for name, task in self.tasks.items():
+            if name in RESERVED_NAMES or (name in EVALUATION_TASKS) == (task.file is not None):
+                known = ", ".join(EVALUATION_TASKS)
+                got = f"the name {name} with file" if task.file else f"a task {name} without file"
+                raise ValueError(
+                    f"tasks: got {got}, allowed: {known} without file, or another name with file and metric"
+                )
+
+
+def find_task(name: TaskName) -> Task:
+    """Return the task of a name; any name but those of EVALUATION_TASKS is a user's."""
+    return EVALUATION_TASKS.get(name, CUSTOM_TASK)
+
+
+def compute_custom_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
+    """Compute the metrics of questions of users, whose rows say how they are scored."""
+    score = instruction_following.compute_metrics if rows and "instruction_id" in rows[0] else custom.compute_metrics
+    return score(rows)
+
+
+def _load_custom(file: str, metric: AnswerMetric) -> list[Question]:
+    if metric == "instructions":
+        return instruction_following.read_questions(file)
+    return custom.read_questions(file, metric)
+
+
+CUSTOM_TASK = Task(_load_custom, compute_custom_metrics, CUSTOM_TOKENS)
+"""Questions of users: `questions` takes the file and the metric."""
+
 
 def load_questions(name: TaskName, task: TaskSettings) -> list[Question]:
     """Load the questions of a task, after `limit` or `exclude_first`.
@@ -111,12 +163,13 @@ def load_questions(name: TaskName, task: TaskSettings) -> list[Question]:
     Raises:
         ValueError: a file cannot be read, is not of this task, or has an id twice; or no question is left.
     """
+    key = f"evaluate.tasks.{name}.{'file' if task.file else 'files'}"
     try:
-        questions = EVALUATION_TASKS[name].questions(*task.files)
+        questions = find_task(name).questions(*((task.file, task.metric) if task.file else task.files))
     except ValueError as error:
-        raise ValueError(f"evaluate.tasks.{name}.files: {error}") from None
+        raise ValueError(f"{key}: {error}") from None
     if not questions:
-        raise ValueError(f"evaluate.tasks.{name}.files: no questions in {', '.join(task.files)}, allowed: some")
+        raise ValueError(f"{key}: no questions in {task.file or ', '.join(task.files)}, allowed: some")
     if task.limit or task.exclude_first:
         # select whole units, so that all questions about an image are kept or left out together
         units = list(dict.fromkeys(question.unit for question in questions))
@@ -130,7 +183,7 @@ def load_questions(name: TaskName, task: TaskSettings) -> list[Question]:
     # answers are stored by id, so a second question with the same id would take the first answer
     [(id, times)] = Counter(question.id for question in questions).most_common(1)
     if times > 1:
-        raise ValueError(f"evaluate.tasks.{name}.files: {times} questions with the id {id}, allowed: one")
+        raise ValueError(f"{key}: {times} questions with the id {id}, allowed: one")
     return questions
 
 

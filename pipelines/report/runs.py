@@ -40,8 +40,11 @@ CLIP_PATCHES = 576
 CLIP_BLOCKS = 23
 """Blocks of CLIP ViT-L/14 that LLaVA uses, the default for a run with an unknown tower."""
 
-Scorers = Mapping[str, Callable[[Sequence[Row]], dict[str, Metric]]]
-"""Functions from answered questions to metrics, by name of the task."""
+Scorer = Callable[[Sequence[Row]], dict[str, Metric]]
+"""Function from answered questions to metrics."""
+
+FindScorer = Callable[[str], Scorer | None]
+"""Function that finds the scorer of a task by its name; None if the answers are ignored."""
 
 
 @dataclass(frozen=True)
@@ -210,12 +213,12 @@ def count_remaining_tokens(methods: Preset, patches: int = CLIP_PATCHES, blocks:
     return methods.vmtc.count_tokens_left(patches, blocks) if methods.vmtc else patches
 
 
-def find_families(paths: Sequence[Path], scorers: Scorers) -> tuple[list[Family], list[str]]:
+def find_families(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[list[Family], list[str]]:
     """Find the finished runs and group them into families.
 
     Args:
         paths: run folders, or folders that contain run folders.
-        scorers: functions that score the answers, by name of the task.
+        find_scorer: finds the functions that score the answers.
 
     Returns:
         The families, and notes about runs that are left out.
@@ -228,7 +231,7 @@ def find_families(paths: Sequence[Path], scorers: Scorers) -> tuple[list[Family]
     runs: list[FinishedRun] = []
     for folder in dict.fromkeys(folder for path in paths for folder in _find_run_folders(path)):
         if (folder / "scores.json").exists() or (folder / "metrics.json").exists():
-            runs.append(read_run(folder, scorers))
+            runs.append(read_run(folder, find_scorer))
         else:
             notes.append(f"{folder} is not finished and is left out.")
     if not runs:
@@ -278,7 +281,7 @@ def _find_run_folders(path: Path) -> list[Path]:
     ]
 
 
-def read_run(folder: Path, scorers: Scorers) -> FinishedRun:
+def read_run(folder: Path, find_scorer: FindScorer) -> FinishedRun:
     """Read a run folder and score its answers."""
     # numbers of metrics.json replace those of scores.json
     job = _read_job(folder / "job.yaml")
@@ -286,12 +289,11 @@ def read_run(folder: Path, scorers: Scorers) -> FinishedRun:
     for name in ("scores.json", "metrics.json"):
         if (folder / name).exists():
             numbers |= _read_json(folder / name)
-    # a task without a scorer, such as one of another version, is ignored
     metrics: dict[str, Metric] = {}
     for path in sorted((folder / ANSWERS_FOLDER).glob("*.jsonl")):
-        if path.stem in scorers:
+        if scorer := find_scorer(path.stem):
             try:
-                scored = scorers[path.stem](jsonl.read(path))
+                scored = scorer(jsonl.read(path))
             except (KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}: a row lacks or misuses {error}, allowed: rows as an evaluation writes"

@@ -86,7 +86,7 @@ def only_source(sources: Sequence[Source]) -> str:
 
 def read_json(source: Source) -> Any:
     """Read the value of a JSON file."""
-    return _parse_json(source, read_text(source))
+    return parse_json(source, read_text(source))
 
 
 def list_entries(source: Source, content: Any, key: str) -> list[tuple[str, dict[str, Any]]]:
@@ -114,7 +114,7 @@ def read_records(source: Source, key_choices: Sequence[AnswerKeys]) -> Iterator[
         case "":
             return
         case "[":
-            items = number_items(source, _parse_json(source, text))
+            items = number_items(source, parse_json(source, text))
         case "{":
             items = parse_lines(source, text)
         case _:
@@ -129,7 +129,7 @@ def parse_lines(source: Source, text: str) -> Iterator[tuple[str, dict[str, Any]
     """Parse JSON lines to (location, object); blank lines are skipped."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield (location := f"{source}: line {number}"), _require_object(location, _parse_json(source, line, number))
+            yield (location := f"{source}: line {number}"), _require_object(location, parse_json(source, line, number))
 
 
 def parse_table(source: Source, text: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -218,7 +218,7 @@ def number_items(source: Source, items: list[Any]) -> Iterator[tuple[str, dict[s
         yield (location := f"{source}: item {number}"), _require_object(location, item)
 
 
-def _parse_json(source: Source, text: str, first: int = 1) -> Any:
+def parse_json(source: Source, text: str, first: int = 1) -> Any:
     """Parse JSON that begins on line number `first` of the source."""
     try:
         return json.loads(text)

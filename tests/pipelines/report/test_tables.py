@@ -56,7 +56,7 @@ def easy_vqa(rows: Sequence[Row]) -> dict[str, Metric]:
     return {"accuracy": Metric([Outcome("", row["unit"], float(row["response"] == row["answer"])) for row in rows])}
 
 
-SCORERS = {"instructions": instructions, "easy_vqa": easy_vqa}
+FIND_SCORER = {"instructions": instructions, "easy_vqa": easy_vqa}.get
 
 
 def write_run(
@@ -137,7 +137,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tables(runs: Path) -> dict[str, ResultTable]:
-    return {table.key: table for table in build_tables(find_families([runs], SCORERS)[0], samples=400)}
+    return {table.key: table for table in build_tables(find_families([runs], FIND_SCORER)[0], samples=400)}
 
 
 def line(table: ResultTable, label: str, source: str = "ours") -> ResultRow:
@@ -207,7 +207,7 @@ def test_each_preset_fills_its_row_and_no_other(tmp_path: Path) -> None:
     for name in rows:
         write_run(tmp_path, name, **job_changes(PRESETS[name]))
     write_run(tmp_path, "described", **job_changes(PRESETS["llava"]), evaluate__image_input="caption")
-    [family], _ = find_families([tmp_path], SCORERS)
+    [family], _ = find_families([tmp_path], FIND_SCORER)
     found = {model.job["name"]: {row.label for row in rows_of_tables if matches(model, row)} for model in family.models}
     assert found == rows | {"described": {"Upper limit"}}
 
@@ -217,7 +217,7 @@ def test_other_ways_of_down_sampling_and_other_names_make_no_difference(tmp_path
         write_run(tmp_path, f"llava-{method}", **job_changes(PRESETS["llava"]) | {
             "model__reduction": {"method": method, "tokens": 16}
         })  # fmt: skip
-    [family], _ = find_families([tmp_path], SCORERS)
+    [family], _ = find_families([tmp_path], FIND_SCORER)
     [table] = [table for table in build_tables([family], 100) if table.key == "table-1"]
     labels = [row.label for row in table.blocks[family.label] if row.source == "ours"]
     assert labels == ["SPD (reduction.method = bilinear)", "SPD (reduction.method = stride)"]
@@ -226,7 +226,7 @@ def test_other_ways_of_down_sampling_and_other_names_make_no_difference(tmp_path
 def test_runs_that_differ_only_in_seed_are_one_row_and_a_copy_is_left_out(tmp_path: Path) -> None:
     for number, seed in enumerate((0, 1, 1)):
         write_run(tmp_path, f"run-{number}", seed, **job_changes(PRESETS["default"]))
-    [family], notes = find_families([tmp_path], SCORERS)
+    [family], notes = find_families([tmp_path], FIND_SCORER)
     [model] = family.models
     assert [run.seed for run in model.runs] == [0, 1]
     assert len(notes) == 1
@@ -237,7 +237,7 @@ def test_other_sizes_or_data_are_another_family_and_other_machines_are_not(tmp_p
     write_run(tmp_path, "a", 0, **job_changes(PRESETS["llava"]))
     write_run(tmp_path, "b", 1, **job_changes(PRESETS["llava"]), num_workers=7, evaluate__num_actors=1)
     write_run(tmp_path, "c", 0, **job_changes(PRESETS["llava"]), train__instruct__epochs=7)
-    families, _ = find_families([tmp_path], SCORERS)
+    families, _ = find_families([tmp_path], FIND_SCORER)
     assert sorted(len(family.models[0].runs) for family in families) == [1, 2]
     assert any("train.instruct.epochs = 7" in family.label for family in families)
     table = next(table for table in build_tables(families, 100) if table.key == "table-3")
@@ -254,12 +254,12 @@ def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path:
     }
     write_run(tmp_path, "limit", 0, **limit)
     write_run(tmp_path, "later", 0, **job_changes(PRESETS["default"]) | {"train": {}, "model__checkpoint": checkpoint})
-    [family], _ = find_families([tmp_path], SCORERS)
+    [family], _ = find_families([tmp_path], FIND_SCORER)
     assert {run.seed for model in family.models for run in model.runs} == {5}
     found = {model.job["name"]: model for model in family.models}
     assert matches(found["limit"], TABLE_ROWS["table-1"][2])
     assert not found["later"].trained_as_evaluated
-    assert "no run of VMTC + CMAI yet" in write_tables([tmp_path], None, SCORERS, 100).partition("##")[0]
+    assert "no run of VMTC + CMAI yet" in write_tables([tmp_path], None, FIND_SCORER, 100).partition("##")[0]
     assert not any(matches(found["later"], row) for table in TABLE_ROWS.values() for row in table)
 
 
@@ -267,7 +267,7 @@ def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path:
 def test_the_command_of_a_missing_row_is_a_job_that_fills_it(runs: Path, tmp_path: Path, start: str) -> None:
     """Every row has a valid command, whichever runs its family has; the shell and the schema parse it."""
     (tmp_path / start).symlink_to(runs / start)
-    [family], _ = find_families([tmp_path], SCORERS)
+    [family], _ = find_families([tmp_path], FIND_SCORER)
     rows_of_tables = [row for table in TABLE_ROWS.values() for row in table if row.preset]
     for row in rows_of_tables:
         redux, run, job, *overrides, into, paper_rows = shlex.split(write_command(row, family))
@@ -278,7 +278,7 @@ def test_the_command_of_a_missing_row_is_a_job_that_fills_it(runs: Path, tmp_pat
         other.mkdir(parents=True, exist_ok=True)
         (other / "job.yaml").write_text(schema.dump(made))
         (other / "metrics.json").write_text("{}")
-        [again], _ = find_families([other], SCORERS)
+        [again], _ = find_families([other], FIND_SCORER)
         assert matches(again.models[0], row), row.label
         if made.model.vmtc and row.preset != PRESETS["llp"] and start != "a0":
             assert made.model.vmtc.iterations == 4, "the family's own option"
@@ -286,7 +286,7 @@ def test_the_command_of_a_missing_row_is_a_job_that_fills_it(runs: Path, tmp_pat
 
 def test_a_row_that_several_tables_have_is_made_by_one_command(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "c1").symlink_to(runs / "c1")
-    [family], _ = find_families([tmp_path], SCORERS)
+    [family], _ = find_families([tmp_path], FIND_SCORER)
     commands = {
         write_command(row, family) for rows_of_tables in TABLE_ROWS.values() for row in rows_of_tables if row.preset
     }
@@ -337,7 +337,7 @@ def test_what_a_run_folder_holds_of_its_model_gives_flops(tmp_path: Path) -> Non
     for name in ("llava", "default"):
         folder = write_run(tmp_path, name, **job_changes(PRESETS[name]))
         build_llava_config("7b", PRESETS[name]).save_pretrained(folder / "checkpoints/instruct/model")
-    families, _ = find_families([tmp_path], SCORERS)
+    families, _ = find_families([tmp_path], FIND_SCORER)
     table = next(table for table in build_tables(families, 100) if table.key == "spent")
     column = [each.source for each in table.columns].index("prompt")
     flops = {row.label: row.cells[column] for rows in table.blocks.values() for row in rows}
@@ -372,7 +372,7 @@ def test_csv_has_every_cell_and_nothing_is_lost(tables: dict[str, ResultTable]) 
 def test_the_page_runs_nothing_and_escapes_what_models_say(tmp_path: Path) -> None:
     write_run(tmp_path, "a", 0, 0.4, ATTACK, **job_changes(PRESETS["llava"]))
     write_run(tmp_path, "b", 0, 0.6, ATTACK, **job_changes(PRESETS["default"]))
-    text = write_tables([tmp_path], tmp_path / "out", SCORERS, 100)
+    text = write_tables([tmp_path], tmp_path / "out", FIND_SCORER, 100)
     assert (tmp_path / "out/tables.md").read_text() == text
     page = (tmp_path / "out/tables.html").read_text()
     read = Page(page)
@@ -388,7 +388,7 @@ def test_the_page_runs_nothing_and_escapes_what_models_say(tmp_path: Path) -> No
 
 
 def test_the_page_says_what_the_tables_say(runs: Path, tmp_path: Path) -> None:
-    text = write_tables([runs], tmp_path, SCORERS, 100)
+    text = write_tables([runs], tmp_path, FIND_SCORER, 100)
     read = Page((tmp_path / "tables.html").read_text())
     contents = " ".join(read.words.split())
     [cell] = [row for row in text.splitlines() if row.startswith("| SPD | missing")][:1]
@@ -403,24 +403,24 @@ def test_the_page_says_what_the_tables_say(runs: Path, tmp_path: Path) -> None:
 def test_equal_models_are_said_to_be_within_noise(tmp_path: Path) -> None:
     write_run(tmp_path, "a", 0, 0.5, **job_changes(PRESETS["llava"]))
     write_run(tmp_path, "b", 0, 0.5, **job_changes(PRESETS["default"]))
-    assert "within noise" in write_tables([tmp_path], None, SCORERS, 400).partition("##")[0]
+    assert "within noise" in write_tables([tmp_path], None, FIND_SCORER, 400).partition("##")[0]
 
 
 def test_without_llava_or_answers_the_summary_says_so(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "b", 0, 0.5, **job_changes(PRESETS["default"]))
-    assert "There is no run of LLaVA-1.5 yet" in write_tables([tmp_path], None, SCORERS, 100).partition("##")[0]
+    assert "There is no run of LLaVA-1.5 yet" in write_tables([tmp_path], None, FIND_SCORER, 100).partition("##")[0]
     write_run(tmp_path, "a", 0, 0.5, **job_changes(PRESETS["llava"]))
     for file in (folder / "answers").iterdir():
         file.unlink()
     (folder / "metrics.json").write_text(json.dumps({"easy_vqa.accuracy": 0.875}))
-    text = write_tables([tmp_path], tmp_path / "out", SCORERS, 100)
+    text = write_tables([tmp_path], tmp_path / "out", FIND_SCORER, 100)
     assert "no answers to the same questions" in text.partition("##")[0]
     assert "87.5" in text, "a number without answers is shown without an interval"
     assert Page((tmp_path / "out/tables.html").read_text())
 
 
 def test_the_prompts_are_the_same_for_all_and_marked_by_the_scorer(runs: Path) -> None:
-    [family], _ = find_families([runs], SCORERS)
+    [family], _ = find_families([runs], FIND_SCORER)
     contents = compare_prompts(family, instructions)
     assert len(contents) == 6
     for prompt in contents:
@@ -434,22 +434,22 @@ def test_what_cannot_be_read_is_told_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"runs: found none that is finished, allowed: folders with job.yaml and metrics.json at "
     ) as error:
-        write_tables([tmp_path], None, SCORERS)
+        write_tables([tmp_path], None, FIND_SCORER)
     assert str(tmp_path) in str(error.value)
     folder = write_run(tmp_path, "a", **job_changes(PRESETS["llava"]))
     (folder / "answers/easy_vqa.jsonl").write_text('{"id": 1}\n{half\n')
     with pytest.raises(ValueError, match=r"easy_vqa.jsonl: line 2: got '\{half', allowed: an object of JSON"):
-        write_tables([tmp_path], None, SCORERS)
+        write_tables([tmp_path], None, FIND_SCORER)
     (folder / "metrics.json").unlink()
     write_run(tmp_path, "b", **job_changes(PRESETS["default"]))
-    assert "is not finished and is left out" in write_tables([tmp_path], None, SCORERS, 100)
+    assert "is not finished and is left out" in write_tables([tmp_path], None, FIND_SCORER, 100)
 
 
 def test_what_counted_sentences_otherwise_than_ifeval_is_told(tmp_path: Path) -> None:
     for name, splitter in (("a", "punkt"), ("b", "regex")):
         folder = write_run(tmp_path, name, **job_changes(PRESETS["llava" if name == "a" else "default"]))
         (folder / "answers" / PROVENANCE_FILE).write_text(json.dumps({"splitter": splitter}))
-    assert "T12 of b: sentences were counted by regular expressions" in write_tables([tmp_path], None, SCORERS, 100)
+    assert "T12 of b: sentences were counted by regular expressions" in write_tables([tmp_path], None, FIND_SCORER, 100)
 
 
 def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) -> None:
@@ -465,7 +465,7 @@ def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) ->
         folder = write_run(tmp_path, name, model__checkpoint=checkpoint, **{**given, **own, **more})
         methods = {"vmtc": None, "cmai": more.get("model__cmai"), "reduction": None}
         (folder / "answers" / PROVENANCE_FILE).write_text(json.dumps({"model_type": kind, "methods": methods}))
-    [family], _ = find_families([tmp_path], SCORERS)
+    [family], _ = find_families([tmp_path], FIND_SCORER)
     assert family.label == "llava"
     found = {model.runs[0].folder.name: model for model in family.models}
     rows_of_tables = [row for table in TABLE_ROWS.values() for row in table]
@@ -473,7 +473,7 @@ def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) ->
     assert filled["later"] == set()
     assert filled["blip"] == {"InstructBLIP-7B, 64 tokens"}
     assert "LLaVA-1.5-{size}" in filled["plain"]
-    assert "| InstructBLIP | not trained here |" in write_tables([tmp_path], None, SCORERS, 100)
+    assert "| InstructBLIP | not trained here |" in write_tables([tmp_path], None, FIND_SCORER, 100)
 
 
 def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> N
     trained = shutil.copytree(runs / "a0", tmp_path / "a0")
     last = list(yaml.safe_load((trained / "job.yaml").read_text())["train"])[-1]
     (trained / "checkpoints" / last / "model").mkdir(parents=True)
-    [family], _ = find_families([tmp_path], SCORERS)
+    [family], _ = find_families([tmp_path], FIND_SCORER)
     for row in (TABLE_ROWS["table-1"][2], next(row for row in TABLE_ROWS["table-2"] if row.checkpoint)):
         _, _, job, *overrides, _, _ = shlex.split(write_command(row, family))
         made = schema.load(Path(job), overrides)
@@ -495,7 +495,7 @@ def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> N
         else:
             assert made.evaluate
             assert made.evaluate.template is None  # the model itself says how it was trained
-        [again], _ = find_families([tmp_path], SCORERS)
+        [again], _ = find_families([tmp_path], FIND_SCORER)
         assert sum(matches(model, row) for model in again.models) == 1
 
 
@@ -504,7 +504,7 @@ def test_models_that_were_asked_other_things_are_not_compared(tmp_path: Path) ->
     folder = write_run(tmp_path, "b", **job_changes(PRESETS["default"]))
     jsonl(folder / "answers/easy_vqa.jsonl", answered(folder, "easy_vqa")[:-5])
     with pytest.raises(ValueError, match=r"easy_vqa.accuracy of .*b, .*a: .* of unit '39'"):
-        write_tables([tmp_path], None, SCORERS, 100)
+        write_tables([tmp_path], None, FIND_SCORER, 100)
 
 
 def test_the_verb_writes_the_tables_and_tells_where_it_found_none(
