@@ -81,8 +81,8 @@ class Stage:
         activation_checkpointing: recompute activations in the backward pass instead of keeping them. Saves memory.
         save_steps: steps between checkpoints.
         save_total_limit: number of newest checkpoints that are kept.
-        save_best_limit: number of further checkpoints that are kept: those with the lowest mean training loss since the
-            previous checkpoint.
+        save_best_limit: number of checkpoints that are also kept because their mean training loss since the previous
+            checkpoint is lowest.
         on_nonfinite: reaction to a NaN or infinite loss or gradient. "skip" skips the update. "rollback" first repeats
             the steps since the last checkpoint, in case of a hardware fault, and skips the update if it happens again.
         max_nonfinite_steps: allowed number of skipped updates; one more stops the stage.
