@@ -28,8 +28,9 @@ INTRODUCTION = """\
 
 <!-- Written by `redux explain > jobs/REFERENCE.md`; do not edit. -->
 
-`redux explain KEY` prints one entry, `redux schema` the JSON Schema for editors. A `*` stands for a name that you
-choose: of a stage, a set, a task, a variant or a trial. A key without a default is required.
+`redux explain KEY` prints one entry, `redux schema` the JSON Schema for editors. A section is a YAML mapping of keys. A
+`*` stands for a name that you choose, such as that of a stage, or for the name of a task. A key without a default is
+required.
 """
 
 
@@ -157,7 +158,7 @@ def _describe_type(hint: Any) -> str:
         return _describe_type(get_args(hint)[0])
     origin = get_origin(hint)
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"a section by name: {_describe_type(get_args(hint)[1])}"
+        return f"a mapping of names to {_describe_type(get_args(hint)[1])}"
     return type_text.describe_type(hint)
 
 

@@ -36,16 +36,16 @@ class Job:
     Args:
         name: name of the run and of its folder.
         seed: seed of everything that is random.
-        num_workers: "auto", number of training processes, or [fewest, most]. "auto" is one per GPU of Ray when a stage
-            begins, or one per CPU if there are no GPUs; fewer if they do not divide the global batch evenly. Each
-            process has a GPU if there are GPUs.
-        gpu_share: share of a GPU for each evaluation actor and for the worker. Less than 1 lets several runs share a
+        num_workers: number of training processes, or a range [fewest, most], or "auto". "auto" is one per GPU in the
+            Ray cluster when a stage begins, or one per CPU without GPUs. It is fewer if they cannot share the global
+            batch evenly. Each process has a GPU if there are GPUs.
+        gpu_share: share of a GPU for the worker and for each evaluation actor. Less than 1 lets several runs share a
             GPU, and allows only one worker.
-        checkpoints: folder or URL for checkpoints that every worker can reach; a folder with the name of the job is
-            made there. null keeps them in the run folder.
-        data: where samples come from.
-        model: parts of the model, or a checkpoint, and its compression and inhibition.
-        train: the training stages by name, in order. {} only evaluates model.checkpoint.
+        checkpoints: folder or URL for checkpoints that every worker can reach. They are in a subfolder with the name of
+            the job. null keeps them in the run folder.
+        data: sources of the samples.
+        model: parts of the model, or a checkpoint; its token compression and attention inhibition.
+        train: the training stages by name, in order. With {}, the job only evaluates model.checkpoint.
         recovery: reaction to faults and stops.
         evaluate: evaluation after training. null skips it.
         report: the HTML report of the run.

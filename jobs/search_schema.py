@@ -22,8 +22,9 @@ class Search(SearchSettings):
         job: content of a job file without name.
         shared: names of the first stages of the job, in order, that are trained once for all trials. Sets that the job
             makes are always shared.
-        fidelity: values that replace the job's in a trial, by dotted path, to make trials cheaper.
-        text: text tokens of the prompt with one image for which flops, kv_bytes and focus_bytes are computed.
+        fidelity: values that replace those of the job in a trial, by dotted path, to make trials cheaper.
+        text: number of text tokens in the prompt for which flops, kv_bytes and focus_bytes are computed. The prompt
+            also has one image.
     """
 
     name: Name

@@ -43,7 +43,7 @@ class Study:
         seeds: seeds with which each variant is trained. Shared stages use the first.
         shared: names of the job's first stages, in order, that are trained once for all variants.
         job: content of a job file without name and seed.
-        variants: the variants by name, each with the values that replace the job's, by dotted path.
+        variants: the variants by name, each with values that replace those of the job, by dotted path.
     """
 
     name: Name

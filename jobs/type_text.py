@@ -87,11 +87,12 @@ def describe_type(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe_type(member) for member in arguments)
     if origin in (list, tuple):
-        members = dict.fromkeys(describe_type(member) for member in arguments if member is not Ellipsis)
-        count = f"{len(arguments)} values, each " if origin is tuple and ... not in arguments else ""
-        return f"a list of {count}{', '.join(members)}"
+        members = ", ".join(dict.fromkeys(describe_type(member) for member in arguments if member is not Ellipsis))
+        if origin is tuple and ... not in arguments:
+            return f"a list of {len(arguments)} values, each {members}"
+        return f"a list of values, each {members}" if members.startswith("a ") else f"a list of {members}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"a section whose every value is {describe_type(arguments[1])}"
+        return f"a mapping of names to {describe_type(arguments[1])}"
     if is_dataclass(hint):
         required = [field.name for field in fields(hint) if field.default is field.default_factory is MISSING]
         return f"a section with the keys {', '.join(list_field_names(hint))}" + (

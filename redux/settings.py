@@ -113,20 +113,20 @@ class VMTC:
         ratio: share of the image tokens removed in total, 0 <= ratio < 1.
         tokens: image tokens after the last stage.
         kept: k of each stage; requires `clusters`.
-        clusters: c of every stage, or of each. 0 drops the redundant tokens, 1 merges them into a single one. A stage
-            that removes nothing has no redundant tokens, and then no clusters, unless `kept` is set.
+        clusters: c, one number for all stages or one for each. 0 drops the redundant tokens, 1 merges them into a
+            single one. A stage that removes no token has no clusters, unless `kept` is set.
         cluster_share: c as a share of a stage's output tokens, if `clusters` is null. The default is 1/6.
-        stages: number of compressing blocks, equally spaced over the blocks in use; or their numbers from 0, or from
-            the end, with -1 for the last block in use.
+        stages: number of compressing blocks, equally spaced over the blocks in use. Or a list of their numbers, from 0;
+            -1 is the last block in use.
         budget_schedule: distribution of the budget over the stages. "geometric" removes the same share in each stage,
             "linear" the same number.
-        similarity: vectors that are clustered, the "tokens" themselves or their attention "keys", as in PruMerge.
+        similarity: vectors that are clustered: "tokens", or their attention "keys", as in PruMerge.
         weights: merge weight of a token in its cluster. "raw" is IPS(j), as eq. 7 is printed, "normalized" divides by
             the cluster's sum of IPS, "total" by the sum of all redundant tokens.
-        order: order of the output tokens. "spatial" is that of the image, "rank" is by importance (eq. 8), also if
-            nothing is removed. The language model numbers positions in this order, as in LLaVA, not by patch.
-        proportional: weight merged tokens by their number of patches in later attention (ToMe, arXiv 2210.09461, eq. 1,
-            adds log size to its scores). false counts each token once.
+        order: order of the output tokens. "spatial" is that of the image, "rank" is by importance (eq. 8), even if no
+            token is removed. The language model numbers positions in this order.
+        proportional: in later attention, weight a merged token by its number of patches (ToMe, arXiv 2210.09461, eq. 1,
+            adds log size to the scores). false counts each token once.
         seeds: first centroids of K-means, see `redux.kmeans`.
         iterations: iterations of K-means.
 
@@ -269,20 +269,21 @@ class CMAI:
     Args:
         gamma_max: gamma, the ratio of image tokens inhibited for each text token, in the last layer; 0 <= gamma_max
             < 1.
-        gamma_min: gamma in the first layer, 0 <= gamma_min <= gamma_max. gamma_max / layers gives
-            gamma_max (l + 1) / layers.
+        gamma_min: gamma in the first layer, 0 <= gamma_min <= gamma_max. With gamma_max / layers, layer l of a linear
+            schedule has gamma_max (l + 1) / layers.
         schedule: rise of gamma over the layers. "constant" is gamma_max in every layer, "step" in the later half.
-        scores: scores that A averages over heads. "weights" are those after the softmax, "scores" are QK^T, the
-            paper's attention score, "scaled" are QK^T / sqrt(d_k).
+        scores: values that A averages over heads. "weights" are attention weights, after the softmax; "scores" are
+            QK^T, the paper's attention score; "scaled" are QK^T / sqrt(d_k).
         focus: focus score. "neighbourhood" is eq. 11. The others are the baselines of Table 5; "tia" is A_t2i alone,
             "sum" adds the rows of A_t2i of all text tokens up to the row's own, "discounted" adds them times
             discount^distance, in text tokens.
         discount: discount of "discounted", 0 < discount <= 1. The paper gives none.
-        preamble: true counts text before the first image in the softmax of "weights".
-        quantile: threshold in a row. "lower" keeps from the score at rank floor(gamma (n - 1)) on, "linear"
-            interpolates between two ranks, "count" inhibits floor(gamma n) pairs, equal scores by their position.
+        preamble: false leaves text before the first image out of the softmax of "weights".
+        quantile: threshold among the n image tokens of a text token. "lower" is the score at rank floor(gamma (n - 1)),
+            and keeps equal scores; "linear" interpolates between two ranks; "count" inhibits exactly floor(gamma n)
+            pairs, of equal scores the first.
         active: phase in which pairs are inhibited.
-        generated: also inhibit generated tokens, which are decoded with a cache.
+        generated: true also inhibits pairs of generated tokens, which are decoded with a cache.
 
     >>> CMAI(gamma_max=0.6).compute_gammas(4)
     (0.0, 0.2, 0.4, 0.6)

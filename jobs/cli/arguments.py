@@ -9,7 +9,7 @@ EXAMPLE_JOB = "jobs/recipes/quickstart.yaml"
 
 TOKEN_HELP = (
     "If the cluster requires a token, set RAY_AUTH_MODE=token, and put the token in RAY_AUTH_TOKEN, in the file that "
-    "RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token. http is allowed for this machine and for private networks."
+    "RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token. http is allowed only for this machine and private networks."
 )
 
 

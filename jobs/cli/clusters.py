@@ -31,10 +31,10 @@ def _add_submit(verbs: Any) -> None:
         description="Check a job file here and run it on a Ray cluster through Ray's Jobs API. The current folder is "
         "copied to the cluster. The copy is deleted after the job. These are not copied: data, checkpoints, run "
         "folders, links, files that .gitignore or .rayignore list, and files whose names look like keys or begin with "
-        "a dot. In a checkout of Redux the job runs this code, elsewhere the code of the cluster. " + TOKEN_HELP,
+        "a dot. In a clone of Redux, the job runs the code of the clone, otherwise that of the cluster. " + TOKEN_HELP,
         epilog=f"example: redux submit {EXAMPLE_JOB} --runs-dir /mnt/redux/runs --retries 3",
     )
-    add_job(submit, "a job file, a study or a search")
+    add_job(submit, "a job file, which may be a study or a search")
     add_address(submit)
     add = submit.add_argument
     add(
@@ -45,7 +45,7 @@ def _add_submit(verbs: Any) -> None:
     add(
         "--id", metavar="ID",
         help="submission id. A second submission with the same id does not start a job, but shows the existing one. "
-        "Default: NAME, then NAME-2, ..., one active job at a time",
+        "Default: NAME, or NAME-2, NAME-3, ... after earlier jobs. Only one job of a run may be active",
     )  # fmt: skip
     add(
         "--env", metavar="NAME", action="append", default=[],
@@ -152,7 +152,7 @@ def _add_pods(manifest: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--gpus-per-worker-pod", metavar="N", type=parse_count, default=1,
-        help="GPUs, and workers, of a worker pod (default: %(default)s)",
+        help="GPUs per worker pod; each GPU has one worker (default: %(default)s)",
     )  # fmt: skip
     add("--worker-cpus", metavar="N", type=parse_count, default=8, help="CPUs per worker (default: %(default)s)")
     add("--worker-memory", metavar="GIB", type=parse_count, default=64, help="memory per worker (default: %(default)s)")
@@ -162,7 +162,7 @@ def _add_pods(manifest: argparse.ArgumentParser) -> None:
         help="memory of the head, which assembles pretrained parts (default: %(default)s)",
     )  # fmt: skip
     add("--service-account", metavar="NAME", help="service account with cloud rights, for buckets without keys")
-    add("--secret", metavar="NAME", help="Secret that becomes environment variables, such as WANDB_API_KEY or HF_TOKEN")
+    add("--secret", metavar="NAME", help="Secret whose keys become environment variables, such as HF_TOKEN")
 
 
 def _add_machines(manifest: argparse.ArgumentParser) -> None:
@@ -184,7 +184,7 @@ def _add_machines(manifest: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--retries", metavar="N", type=parse_natural, default=3,
-        help="number of new Ray clusters after a failure (default: %(default)s)",
+        help="start a new Ray cluster after a failure, up to N times (default: %(default)s)",
     )  # fmt: skip
     add(
         "--deadline", metavar="SECONDS", dest="deadline_s", type=parse_count,

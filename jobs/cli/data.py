@@ -33,7 +33,7 @@ def _add_make(shards: Any) -> None:
     )
     source = make.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--json", metavar="FILE", help="a list of records with id, image (absent for text alone), conversations"
+        "--json", metavar="FILE", help="JSON list or JSON lines of records: id, image (absent for text), conversations"
     )
     source.add_argument("--easy-vqa", choices=("train", "test"), help="conversations of easy-VQA instead of a file")
     make.add_argument("--images", metavar="DIR", default=".", help="folder of the images (default: current folder)")

@@ -21,8 +21,8 @@ def _add_export(verbs: Any) -> None:
         help="write a checkpoint as a model folder for from_pretrained",
         description="Write the model at a checkpoint, with tokenizer, chat template and processor, to a folder or URL. "
         "Weights that the stage trained come from the checkpoint and are verified. The others are those at the "
-        "start of the stage. LoRA adapters are merged. For a model FOLDER, the weights are written with the names of "
-        "transformers; DDP, torch.compile, PEFT and the LLaVA repository use other names.",
+        "start of the stage. LoRA adapters are merged. For a model FOLDER, the names that DDP, torch.compile, "
+        "PEFT and the LLaVA repository give to weights are changed to those of transformers.",
         epilog="example: redux export runs/quickstart --stage pretrain --out pretrained",
     )
     export.add_argument("run", metavar="FOLDER", type=Path, help="folder of a run or of a model")

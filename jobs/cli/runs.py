@@ -84,9 +84,9 @@ def _add_best(verbs: Any) -> None:
     parser = verbs.add_parser(
         "best",
         help="write the best trial of a search as a job file",
-        description="Write SEARCH/best.yaml, the complete job with the settings of a trial, or best-N.yaml for each of "
-        "several trials. With one objective, the default is the best trial. With several objectives, TRIAL is "
-        "required; the error lists the front.",
+        description="Write the complete job with the settings of a trial to SEARCH/best.yaml, or the jobs of several "
+        "trials to SEARCH/best-N.yaml. With one objective, the default is the best trial. With several objectives, "
+        "TRIAL is required; without it, the error lists the Pareto front.",
         epilog="example: redux best runs/laptop 17 && redux run runs/laptop/best.yaml",
     )
     parser.add_argument("search", metavar="SEARCH", type=Path, help="folder of a search")

@@ -16,13 +16,13 @@ class ShardOptions:
     """Settings for turning records into shards.
 
     Args:
-        samples_per_shard: number of records per shard, including rejected records. One task holds a whole shard in
-            memory.
+        samples_per_shard: number of records per shard, including rejected records. A whole shard is in memory while
+            it is made.
         max_words: reject records with more words. null accepts any length.
-        image_size: store images as squares of this many pixels, 3 image_size² bytes each, as redux.image.prepare_image
-            makes them. null stores the files unchanged.
-        image_aspect_ratio: "pad" or "crop": how stored squares are made.
-        max_bad_fraction: share of the records that may be rejected. With a larger share no index is written.
+        image_size: store images as squares with sides of this many pixels (3 image_size² bytes). They load faster.
+            null stores the files unchanged.
+        image_aspect_ratio: method that makes stored images square, "pad" or "crop".
+        max_bad_fraction: share of the records that may be rejected. With a larger share, no index is written.
     """
 
     samples_per_shard: Annotated[int, Ge(1)] = 1000
@@ -50,10 +50,10 @@ class Data:
     """Data of a job.
 
     Args:
-        source: "easy-vqa" makes the sets of easy-VQA that a stage uses. null makes none.
-        samples_per_shard: number of samples in a shard of these sets.
-        sets: other sets: name to folder or URL, as written by `redux shards make`.
-        make: sets among these that the job makes before training, and their sources.
+        source: "easy-vqa" makes those sets of easy-VQA that a stage uses. null makes none.
+        samples_per_shard: number of samples per shard of these sets.
+        sets: other sets of shards by name, each as a folder or URL.
+        make: sources of those of `sets` that the job makes before training, by name.
         max_bad_fraction: share of the samples of a stage that may be replaced because they cannot be used. A larger
             share stops the stage.
     """

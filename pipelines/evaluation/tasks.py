@@ -74,11 +74,11 @@ class TaskSettings:
             names the right option; "instructions": for a file that `redux instructions` wrote.
         images: folder or URL of the images. null if they are inside the files, in the folder of the benchmark or in
             that of `file`.
-        limit: number of images, evenly spaced, each with all its questions. For a benchmark that asks each question
-            several times: number of questions.
-        exclude_first: skip the images that `limit: N` would select. For results that must not use the images with
-            which settings were chosen.
-        max_new_tokens: maximum length of an answer in tokens. null is the benchmark's own.
+        limit: evaluate on N images, evenly spaced, each with all its questions. For a benchmark that asks each question
+            several times, N questions.
+        exclude_first: skip the images that `limit` with the same number selects. Use it after a search that chose
+            settings on those images.
+        max_new_tokens: maximum length of an answer in tokens. null is the default of the benchmark.
     """
 
     files: tuple[str, ...] = ()
@@ -105,14 +105,13 @@ class Evaluate:
 
     Args:
         tasks: the benchmarks and your own questions, by name, each with its settings.
-        batch_size: questions answered at a time by one model.
-        num_actors: number of models that answer in parallel. "auto" is one per GPU; without GPUs, at most two.
-        image_input: "pixels": the model sees the image. "caption": the model sees its own caption (upper limit in the
-            paper's Table 1).
-        template: conversation template. null is the one the model was trained with; for a LLaVA that does not name it,
-            vicuna_v1.
-        image_aspect_ratio: "pad" or "crop". null is the one the model was trained with; for a LLaVA that does not name
-            it, pad.
+        batch_size: questions that one copy of the model answers at a time.
+        num_actors: number of copies of the model that answer in parallel. "auto" is one per GPU; without GPUs, at most
+            two.
+        image_input: "pixels" shows the image to the model. "caption" shows it the model's own caption instead (upper
+            limit in the paper's Table 1).
+        template: conversation template. null is that of the training, or vicuna_v1 for a LLaVA that does not name it.
+        image_aspect_ratio: "pad" or "crop". null is that of the training, or pad for a LLaVA that does not name it.
         allow_mismatch: allow a template or an image_aspect_ratio that differs from the training.
     """
 

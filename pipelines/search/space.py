@@ -54,7 +54,7 @@ class Range:
         high: largest value of a range, included.
         step: distance between two values of a range. null allows every value.
         log: sample a range on a logarithmic scale; requires low > 0 and no step.
-        when: values of earlier parameters with which this one is sampled, by dotted path. {} samples it always.
+        when: values that earlier parameters must have, by dotted path, or this one is not sampled.
     """
 
     low: int | float
@@ -86,7 +86,7 @@ class Choice:
 
     Args:
         choices: list of values, instead of a range. A value may be a section or a list.
-        when: values of earlier parameters with which this one is sampled, by dotted path. {} samples it always.
+        when: values that earlier parameters must have, by dotted path, or this one is not sampled.
     """
 
     choices: Annotated[tuple[Any, ...], MinLen(1)]

@@ -108,16 +108,15 @@ class SearchSettings:
         max_concurrent_trials: number of trials that run at the same time.
         seed: seed of the sampler. The seed of the job decides the training data, the same for all trials.
         sampler: "tpe" models which values are good (Optuna's default), "nsga2" is an evolutionary algorithm, "random"
-            samples at random, as a baseline of both.
-        space: the parameters by dotted path of the job, in the order in which they are set.
-        references: settings to compare with, by name, each as values by dotted path.
+            samples at random, as a baseline for both.
+        space: the parameters by dotted path of a key of the job, in the order in which they are sampled.
+        references: trials to compare with, by name, each as values by dotted path. They run first.
         objectives: metrics and their direction, "max" or "min".
         limits: limits of metrics. If a limit is on a cost of the model (flops, kv_bytes, …), only values within it are
             sampled.
         prune: early stopping. null trains every trial to its end.
         retries: number of retries of a crashed trial, from its last checkpoint.
-        storage: storage of the study, a URL for Optuna and its dashboard. null is a journal file in the folder of the
-            search.
+        storage: URL of the storage of the Optuna study. null is a journal file in the folder of the search.
     """
 
     num_trials: Annotated[int, Ge(1)]

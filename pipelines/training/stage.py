@@ -44,24 +44,24 @@ class Stage:
         objective: "contrastive" trains the image tower alone, with CLIP's objective on captions; "language" trains
             LLaVA with next-token prediction.
         data: name of a set of shards, or a mixture: set names with their shares of each global batch.
-        template: conversation template. null takes the template of model.checkpoint if it names one for questions,
-            otherwise vicuna_v1.
-        max_length: number of tokens to which a sample is truncated, as in LLaVA. null: samples that exceed the
+        template: conversation template. null takes the template of model.checkpoint, or vicuna_v1 if it has none for
+            questions.
+        max_length: number of tokens to which a sample is truncated, as in LLaVA. With null, samples that exceed the
             positions of the model are replaced.
-        epochs: passes over the data of all sets together. Set exactly one of epochs and steps.
+        epochs: passes over all samples of all sets together. Set exactly one of epochs and steps.
         steps: number of global batches. Set exactly one of epochs and steps.
-        shuffle: "global" draws samples from the whole set; "window" mixes samples within `window` shards at a time,
-            so that reads stay close together; "none" keeps the stored order.
-        window: number of shards that are mixed at a time by shuffle "window".
+        shuffle: "global" mixes the whole set. "window" mixes the shards, and the samples of `window` shards at a time,
+            so that reads stay close together. "none" keeps the stored order.
+        window: number of shards whose samples "window" mixes at a time.
         group_by_length: number of global batches whose samples are sorted together. The sorted batches have one
             modality and similar lengths, as in LLaVA (group_by_modality_length). null mixes all samples.
-        image_aspect_ratio: "pad" pads images to a square (LLaVA's stage 2), "crop" cuts them (its stage 1). null takes
-            that of model.checkpoint if it names one, otherwise pad.
+        image_aspect_ratio: "pad" pads images to a square (LLaVA's stage 2), "crop" crops them (its stage 1). null takes
+            that of model.checkpoint, or pad if it has none.
         image_backend: "exact" computes LLaVA's pixels bit for bit; "fast" differs by one or two grey levels.
         global_batch_size: samples of one optimizer step, over all workers.
         micro_batch_size: samples that one worker computes at a time.
         learning_rate: peak learning rate of each part: tower, projector, language. A part without one is frozen.
-        lora: adapters that are trained instead of the weights of the language model, with its learning rate. null
+        lora: adapters that are trained instead of the weights of the language model, with learning_rate.language. null
             trains the weights.
         loss_reduction: "token" averages over the tokens of a global batch; "sample" averages over its samples, each of
             which is the average of its tokens.
@@ -70,26 +70,25 @@ class Stage:
         beta2: decay of AdamW's second moment. 0.95 adapts sooner and helps small models with small batches.
         weight_decay: weight decay of AdamW.
         max_grad_norm: norm to which gradients are clipped.
-        zero_stage: DeepSpeed's ZeRO stage: what is divided among workers. 0 nothing (in bf16, gradients are then summed
-            in bf16, so results depend slightly on the number of workers), 1 optimizer states, 2 also gradients, 3 also
-            weights.
-        offload_optimizer: keep optimizer states and fp32 weights in the memory of the machine, and update them there.
-            Saves GPU memory and slows steps down. Requires zero_stage 1, 2 or 3.
-        offload_parameters: keep the weights in the memory of the machine, and copy each layer to the GPU when it is
-            used. Requires zero_stage 3.
-        precision: "fp32" or "bf16" for weights and activations; the optimizer keeps fp32 in both.
+        zero_stage: ZeRO stage of DeepSpeed. 1 partitions optimizer states among workers, 2 also gradients, 3 also
+            weights, 0 nothing. With 0 and bf16, gradients are summed in bf16, so results depend slightly on the number
+            of workers.
+        offload_optimizer: keep optimizer states and fp32 weights in CPU memory, and update them there. Saves GPU memory
+            and slows steps down. Requires zero_stage 1, 2 or 3.
+        offload_parameters: keep the weights in CPU memory, and copy each layer to the GPU when it is used. Requires
+            zero_stage 3.
+        precision: "fp32" or "bf16" for weights and activations. The optimizer keeps fp32 weights with both.
         activation_checkpointing: recompute activations in the backward pass instead of keeping them. Saves memory.
         save_steps: steps between checkpoints.
         save_total_limit: number of newest checkpoints that are kept.
-        save_best_limit: number of checkpoints that are kept besides these: those with the lowest mean loss since the
-            checkpoint before.
-        on_nonfinite: reaction to a NaN or infinite loss or gradient. "skip" leaves the update out; "rollback" first
-            repeats the steps since the last checkpoint, in case of a hardware fault, and skips the update if it
-            happens again.
+        save_best_limit: number of checkpoints that are also kept because their mean training loss since the previous
+            checkpoint is lowest.
+        on_nonfinite: reaction to a NaN or infinite loss or gradient. "skip" skips the update. "rollback" first repeats
+            the steps since the last checkpoint, in case of a hardware fault, and skips the update if it happens again.
         max_nonfinite_steps: allowed number of skipped updates; one more stops the stage.
         random_flip: mirror each image with probability 0.5.
-        max_rounds: largest number of question-answer rounds per sample, drawn at random each epoch, so that each
-            question also comes first. null keeps whole conversations.
+        max_rounds: maximum number of question-answer rounds of a sample. They are drawn and shuffled in each epoch, so
+            that each question also comes first. null keeps whole conversations.
     """
 
     objective: Literal["contrastive", "language"]
@@ -209,12 +208,11 @@ class Recovery:
     Args:
         restarts: allowed number of consecutive faults without a new step; one more ends the run.
         watchdog_s: seconds without a finished step after which a worker counts as hung and all workers are restarted.
-            It has to cover a whole start (loading the model and a checkpoint, first batch) and the upload of a
-            checkpoint.
+            They must suffice for a whole start (model, checkpoint, first batch) and for the upload of a checkpoint.
         grace_s: seconds that a run gets after SIGTERM for the current step, one more and a last checkpoint. Most
-            schedulers kill after 30 or more.
-        resize_s: for a range of workers, seconds between checks for new or lost machines. A change restarts all workers
-            from the last checkpoint.
+            schedulers kill a job after 30 seconds or more.
+        resize_s: if num_workers is a range, seconds between checks for new or lost machines. A change restarts all
+            workers from the last checkpoint.
     """
 
     restarts: Annotated[int, Ge(0)] = 3

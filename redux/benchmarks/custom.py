@@ -153,8 +153,7 @@ def _build_question(location: str, entry: Mapping[str, Any], number: int, metric
         raise ValueError(f"{location}: got answers {answers}, allowed: at least one, none of them empty")
     if metric == "vqa" and len(answers) < MIN_PEOPLE:
         raise ValueError(
-            f"{location}: got {len(answers)} answers, allowed with metric vqa: those of at least {MIN_PEOPLE} people; or "
-            "metric exact"
+            f"{location}: got {len(answers)} answers, allowed with metric vqa: at least {MIN_PEOPLE}; or metric exact"
         )
     id = get_id(location, entry, "id") if "id" in entry else str(number)
     reference: dict[str, Any] = {

@@ -125,7 +125,7 @@ def test_an_override_changes_one_of_two_sections_that_share_an_anchor(tmp_path: 
         ("train.pretrain.freeze=tower", "train.pretrain.freeze: got 'tower', allowed: a list of text"),
         ("train.pretrain.freeze=[tower, 1]", "train.pretrain.freeze.1: got 1, allowed: text"),
         ("data.weights.caption=x", "data.weights.caption: got 'x', allowed: a number"),
-        ("data.weights=3", "data.weights: got 3, allowed: a section whose every value is a number"),
+        ("data.weights=3", "data.weights: got 3, allowed: a mapping of names to a number"),
         ("data=3", "data: got 3, allowed: a section with the keys weights, sizes"),
         ("text=1", "text: got 1, allowed: text"),
         ("name=../up", "name: got '../up', allowed: text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$"),

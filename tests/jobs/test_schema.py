@@ -102,7 +102,7 @@ def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
         ),
         (
             "train.instruct.data={conversations: 0}",
-            'train.instruct.data: got {"conversations": 0}, allowed: text or a section whose every value is a number >',
+            'train.instruct.data: got {"conversations": 0}, allowed: text or a mapping of names to a number >',
         ),
         ("train.instruct.data={}", "train.instruct.data: got {}, allowed: "),
         ("train.instruct.steps=9", "train.instruct.epochs: got 6.0, and steps 9, allowed: one of the two"),
