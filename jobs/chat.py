@@ -3,9 +3,8 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,11 +12,9 @@ from PIL import Image
 from jobs.layout import find_model
 from pipelines.core import failures, storage
 from redux.answering import is_llava
-from redux.chat import ChatModel, Delta, Message, Sampling, load_chat_model
-from redux.configuration import ReduxConfig
+from redux.chat import ChatModel, choose_methods, load_chat_model
 from redux.image import decode_rgb
-from redux.pretrained import configure_checkpoint
-from redux.settings import CMAI, VMTC
+from redux.messages import Delta, Message, Sampling
 from redux.trace import trace_images
 
 HELP = """\
@@ -80,44 +77,20 @@ def open_model(arguments: argparse.Namespace) -> ChatModel:
     source = find_model(arguments.model)
     if not is_llava(source):
         raise ValueError(f"{arguments.model}: the model is no LLaVA, allowed: a LLaVA with a CLIP or SigLIP tower")
-    return load_chat_model(source, device=arguments.device, **choose_methods(source, arguments))
-
-
-def choose_methods(source: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Choose the settings of the method that replace those of the training.
-
-    Args:
-        source: path of the model.
-        arguments: `image_tokens` and `gamma`, each None for the setting of the training.
-    """
-    config = configure_checkpoint(source)
-    methods: dict[str, Any] = {}
-    if arguments.image_tokens is not None:
-        methods |= {"vmtc": _choose_vmtc(config, arguments.image_tokens), "reduction": None}
-    if arguments.gamma is not None:
-        saved = config.method_settings("cmai") or CMAI()
-        methods["cmai"] = replace(saved, gamma_max=arguments.gamma) if arguments.gamma else None
-    try:
-        configure_checkpoint(source, **methods)
-    except ValueError as error:
-        raise ValueError(f"--image-tokens: {error}") from None
-    return methods
-
-
-def _choose_vmtc(config: ReduxConfig, image_tokens: int | str) -> VMTC | None:
-    if image_tokens == "all":
-        return None
-    saved = config.method_settings("vmtc") or VMTC()
-    return replace(saved, tokens=image_tokens, ratio=None, kept=None, clusters=None)
+    methods = choose_methods(source, arguments.image_tokens, arguments.gamma)
+    return load_chat_model(source, device=arguments.device, **methods)
 
 
 def read_image(path: str) -> bytes:
     """Read an image file; ValueError if it is missing or no image."""
     try:
         content = storage.read(path)
+    except OSError as error:
+        raise ValueError(failures.classify_error(error).text) from None
+    try:
         decode_rgb(content)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {failures.classify_error(error).text}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return content
 
 

@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from annotated_types import Ge, Gt, Le
 from jaxtyping import UInt8
 from torch import Tensor
 from transformers import (
@@ -34,59 +33,13 @@ from redux.generation import ensure_pad_token
 from redux.graph_decoding import Prompt as DecodedPrompt
 from redux.graph_decoding import decode_prompt, use_graph
 from redux.image import load_pixels
+from redux.messages import Delta, FinishReason, Message, Sampling, check_messages
 from redux.model import ReduxForConditionalGeneration, normalize_pixels
-from redux.settings import ImageAspectRatio
-
-Role = Literal["system", "user", "assistant"]
-FinishReason = Literal["stop", "length", "cancelled"]
+from redux.pretrained import configure_checkpoint
+from redux.settings import CMAI, VMTC, ImageAspectRatio
 
 REPLACEMENT_CHARACTER = "\ufffd"
 """Character that stands for bytes of a character whose other bytes are still to come."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Message:
-    """A message of a conversation.
-
-    Args:
-        role: who wrote it. Only the first message may be the system's; then user and assistant take turns.
-        text: its text.
-        images: encoded image files, only in a user's message.
-    """
-
-    role: Role
-    text: str
-    images: tuple[bytes, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the tokens of an answer are chosen.
-
-    Args:
-        max_new_tokens: limit of the answer in tokens.
-        temperature: divisor of the logits. 0 takes the likeliest token.
-        top_p: smallest probability mass of the likeliest tokens among which one is drawn.
-        seed: seed of the draws. None takes a new one for each answer.
-        stop: texts that end the answer and are not part of it.
-    """
-
-    max_new_tokens: Annotated[int, Ge(1)] = 512
-    temperature: Annotated[float, Ge(0), Le(100)] = 0.0
-    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        bounds: dict[str, tuple[Any, str]] = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature <= 100, "0 to 100"),
-            "top_p": (0 < self.top_p <= 1, "above 0, up to 1"),
-            "stop": (all(self.stop), "texts that are not empty"),
-        }
-        for name, (is_allowed, allowed) in bounds.items():
-            if not is_allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed: {allowed}")
 
 
 @dataclass(frozen=True)
@@ -114,22 +67,6 @@ class EncodedChat:
     def image_tokens_before(self) -> int:
         """Image tokens of a LLaVA without compression."""
         return len(self.pixels) * self.patches_per_image
-
-
-class Delta(NamedTuple):
-    """New text of a row.
-
-    Args:
-        row: number of the row in its batch.
-        text: text to append; it may be empty.
-        tokens: new tokens of the row so far, with the end token.
-        finish_reason: None while the answer goes on; "stop" for the end token or a stop text, "length" for the limit.
-    """
-
-    row: int
-    text: str
-    tokens: int
-    finish_reason: FinishReason | None = None
 
 
 class ChatAnswer(NamedTuple):
@@ -299,25 +236,32 @@ def load_chat_model(path: str | PathLike, **options: Any) -> ChatModel:
     return ChatModel(answerer.model, answerer.tokenizer, answerer.template, answerer.image_aspect_ratio)
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Check the order of roles and the texts of a conversation that the assistant continues.
+def choose_methods(
+    path: str | PathLike, image_tokens: int | Literal["all"] | None = None, gamma: float | None = None
+) -> dict[str, Any]:
+    """Choose settings of the method that replace those of the training, for `load_chat_model`.
+
+    Args:
+        path: folder, hub id or URL (s3://) of a LLaVA.
+        image_tokens: image tokens that VMTC leaves; "all" turns VMTC and other reductions off. None takes the setting
+            of the training.
+        gamma: largest gamma of CMAI; 0 turns it off. None takes the setting of the training.
 
     Raises:
-        ValueError: names the message and what is allowed.
+        ValueError: the model cannot have so many image tokens.
     """
-    if not messages:
-        raise ValueError("messages: got none, allowed: at least one of the user")
-    first_turn = int(messages[0].role == "system")
-    for number, message in enumerate(messages, 1):
-        expected = ("user", "assistant")[(number - 1 - first_turn) % 2] if number > first_turn else "system"
-        if message.role != expected:
-            raise ValueError(f"message {number}: got role {message.role}, allowed: {expected}")
-        if IMAGE_TOKEN in message.text:
-            raise ValueError(f"message {number}: got {IMAGE_TOKEN} in its text, allowed: images beside the text")
-        if message.images and message.role != "user":
-            raise ValueError(f"message {number}: got an image of role {message.role}, allowed: images of the user")
-    if messages[-1].role != "user":
-        raise ValueError(f"message {len(messages)}: got role {messages[-1].role}, allowed: user, as the last one")
+    config = configure_checkpoint(path)
+    methods: dict[str, Any] = {}
+    if image_tokens is not None:
+        methods["vmtc"] = methods["reduction"] = None
+    if isinstance(image_tokens, int):
+        vmtc = config.method_settings("vmtc") or VMTC()
+        methods["vmtc"] = replace(vmtc, tokens=image_tokens, ratio=None, kept=None, clusters=None)
+    if gamma is not None:
+        cmai = config.method_settings("cmai") or CMAI()
+        methods["cmai"] = replace(cmai, gamma_max=gamma, gamma_min=min(cmai.gamma_min, gamma)) if gamma else None
+    configure_checkpoint(path, **methods)
+    return methods
 
 
 def split_messages(template: Template, messages: Sequence[Message], eos: str | None) -> list[tuple[str, bool]]:

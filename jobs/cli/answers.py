@@ -1,9 +1,9 @@
-"""`redux ask` and `redux chat`: ask a trained model in the terminal."""
+"""`redux ask`, `redux chat` and `redux serve`: ask a trained model in the terminal or over HTTP."""
 
 import argparse
 from typing import Any
 
-from jobs.cli.arguments import parse_count, parse_fraction
+from jobs.cli.arguments import parse_count, parse_fraction, parse_share
 
 MODEL_HELP = "folder of a run; or folder, Hugging Face Hub id or URL of a LLaVA"
 
@@ -12,9 +12,10 @@ def add_parsers(verbs: Any) -> None:
     """Add the parsers of this group."""
     _add_ask(verbs)
     _add_chat(verbs)
+    _add_serve(verbs)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that load a model with other settings of the method."""
     parser.add_argument(
         "--image-tokens",
@@ -71,7 +72,7 @@ def _add_ask(verbs: Any) -> None:
     ask.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     ask.add_argument("images", metavar="IMAGE", nargs="*", help="image files, paths or URLs")
     ask.add_argument("question", metavar="QUESTION", help="the question")
-    add_model_options(ask)
+    _add_model_options(ask)
     _add_sampling_options(ask)
     ask.set_defaults(verb=_ask)
 
@@ -93,7 +94,7 @@ def _add_chat(verbs: Any) -> None:
     )
     chat.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     chat.add_argument("images", metavar="IMAGE", nargs="*", help="images for the first question, paths or URLs")
-    add_model_options(chat)
+    _add_model_options(chat)
     _add_sampling_options(chat)
     chat.set_defaults(verb=_chat)
 
@@ -102,3 +103,66 @@ def _chat(arguments: argparse.Namespace) -> None:
     from jobs import chat
 
     chat.run_chat(arguments)
+
+
+def _add_serve(verbs: Any) -> None:
+    serve = verbs.add_parser(
+        "serve",
+        help="serve a model over HTTP, with OpenAI's chat protocol and a demo page",
+        description="Serve a model on Ray Serve until Ctrl-C: /v1/chat/completions and /v1/models in OpenAI's "
+        "protocol, /health, and a demo page at /. If the variable REDUX_API_KEY has a key, each request to /v1 must "
+        "have it as bearer token; other addresses than loopback need one. Usage counts image tokens before and after "
+        "compression.",
+        epilog="example: redux serve runs/quickstart --compare",
+    )
+    serve.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    serve.add_argument("--name", metavar="NAME", help="name of the model in requests (default: that of its folder)")
+    serve.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="(default: %(default)s)")
+    serve.add_argument("--port", metavar="PORT", type=parse_count, default=8000, help="(default: %(default)s)")
+    serve.add_argument(
+        "--compare",
+        action="store_true",
+        help="also serve the same weights without VMTC and CMAI, as NAME-llava; the page then shows both answers",
+    )
+    _add_model_options(serve)
+    resources = serve.add_argument_group("resources")
+    resources.add_argument(
+        "--replicas", metavar="N", type=parse_count, default=1, help="copies of the model (default: %(default)s)"
+    )
+    resources.add_argument(
+        "--gpu-share",
+        metavar="F",
+        type=parse_share,
+        default=1.0,
+        help="share of a GPU for each copy, if there are GPUs (default: %(default)s)",
+    )
+    resources.add_argument(
+        "--max-batch-size",
+        metavar="N",
+        type=parse_count,
+        default=16,
+        help="conversations that a copy answers at the same time (default: %(default)s)",
+    )
+    limits = serve.add_argument_group("limits of a request")
+    for option, default, text in (
+        ("--max-body", 20, "size in MB, with images"),
+        ("--max-images", 8, "images of a conversation"),
+        ("--max-pixels", 50, "megapixels of an image"),
+        ("--max-new-tokens", 2048, "longest answer in tokens"),
+        ("--max-requests", 128, "requests in work at the same time"),
+    ):
+        limits.add_argument(option, metavar="N", type=parse_count, default=default, help=f"{text} (default: {default})")
+    limits.add_argument(
+        "--image-host",
+        metavar="HOST",
+        action="append",
+        default=[],
+        help="allow http(s) URLs of images on this host; may be repeated (default: only data URLs)",
+    )
+    serve.set_defaults(verb=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from jobs import serve
+
+    serve.run_server(arguments)

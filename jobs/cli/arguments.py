@@ -24,6 +24,14 @@ def parse_fraction(text: str) -> float:
     return fraction
 
 
+def parse_share(text: str) -> float:
+    """Parse a number above 0, up to 1."""
+    fraction = parse_fraction(text)
+    if not fraction:
+        raise argparse.ArgumentTypeError(f"got {text}, allowed: a number above 0, up to 1")
+    return fraction
+
+
 def parse_count(text: str) -> int:
     """Parse a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:

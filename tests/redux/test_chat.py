@@ -12,8 +12,9 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from redux import chat
 from redux.answering import LlavaAnswerer
-from redux.chat import ChatModel, Delta, Message, RowDecoder, RowSampler, Sampling, load_chat_model
+from redux.chat import ChatModel, RowDecoder, RowSampler, load_chat_model
 from redux.conversation import IMAGE_TOKEN, TEMPLATES, encode_conversation
+from redux.messages import Delta, Message, Sampling
 from redux.model import ReduxForConditionalGeneration
 from redux.processor import build_processor, record_training_format
 

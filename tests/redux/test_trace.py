@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from redux.chat import ChatModel, Message, Sampling
+from redux.chat import ChatModel
 from redux.conversation import TEMPLATES
 from redux.decoding import DecodingStep
+from redux.messages import Message, Sampling
 from redux.model import ReduxForConditionalGeneration
 from redux.settings import CMAI, VMTC
 from redux.trace import trace_answer, trace_images

@@ -1,0 +1,1 @@
+"""Server of trained models with OpenAI's chat protocol, on Ray Serve."""
