@@ -18,7 +18,7 @@ from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import ledger, metrics
 from pipelines.training.recorder import Recorder, RecorderSettings
 
-ENTRY = {"set": "a", "at": 0, "due": 1, "used": 2, "reason": "broken image"}
+ENTRY = {"set": "a", "index": 0, "scheduled": 1, "used": 2, "reason": "broken image"}
 LOST_FAILURE = Failure(Kind.LOST, "OSError: away")
 
 
