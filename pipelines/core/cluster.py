@@ -422,6 +422,12 @@ def count_model_processes(gpu_share: float = 1) -> int:
     return max(min(limit, 2 * (cpus - 1)), 1)
 
 
+def count_local_cpus() -> int:
+    """Count the CPUs of this machine that this process may use."""
+    # macOS has no affinity of processes
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe_shortage() -> str:
     """Describe the resources that pending placement groups still lack, or return "" if none is lacking."""
     needed = Counter[str]()

@@ -153,8 +153,8 @@ def _describe_refusal(folder: str, report: IndexReport, listed: list[dict[str, A
         )
     example = f"{tars.escape_unprintable(first['key'])} of {first['shard']}: {first['explanation']}"
     return (
-        f"{folder}: {len(listed)} of {report.samples + len(listed)} samples cannot be used ({counts}; first {example}), "
-        f"allowed: {max_bad_fraction:.2%}{advice}; {storage.join(folder, QUARANTINE_FILE)} lists them"
+        f"{folder}: {len(listed)} of {report.samples + len(listed)} samples cannot be used ({counts}; first {example}),"
+        f" allowed: {max_bad_fraction:.2%}{advice}; {storage.join(folder, QUARANTINE_FILE)} lists them"
     )
 
 

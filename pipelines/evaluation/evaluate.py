@@ -15,7 +15,6 @@ answers/provenance.json  the model and the settings that gave the answers; answe
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,7 +97,7 @@ class EvaluationActor:
     def __init__(self, evaluated: EvaluatedModel, settings: Evaluate, actors: int) -> None:
         # actors on a CPU share its cores; more threads than cores slow all of them down
         if not torch.cuda.is_available():
-            torch.set_num_threads(max(len(os.sched_getaffinity(0)) // actors, 1))
+            torch.set_num_threads(max(cluster.count_local_cpus() // actors, 1))
         self.evaluated = evaluated
         self.settings = settings
         self.model: Answerer | None = None

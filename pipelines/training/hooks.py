@@ -81,9 +81,11 @@ class Watchdog(Hook):
     def __init__(self, seconds: float, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"rank-{rank}-*.txt"):
-            # An empty file belongs to a process that ended for another reason.
-            if not path.stat().st_size:
-                path.unlink()
+            # An empty file belongs to a process that ended for another reason. A process that is just ending removes
+            # its own file.
+            with suppress(FileNotFoundError):
+                if not path.stat().st_size:
+                    path.unlink()
         self.seconds = seconds
         self.file = (folder / f"rank-{rank}-{os.getpid()}.txt").open("w")
         self._restart_timer()
@@ -94,7 +96,7 @@ class Watchdog(Hook):
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self.file.close()
-        os.unlink(self.file.name)
+        Path(self.file.name).unlink(missing_ok=True)
 
     def _restart_timer(self) -> None:
         faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.file)
