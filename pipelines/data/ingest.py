@@ -153,6 +153,10 @@ class Reader:
             columns["pixel_values"] = out
         return columns
 
+    def fingerprint_sources(self) -> dict[str, str]:
+        """Return the fingerprint of each set. It depends on contents, not on locations."""
+        return {name: shards.fingerprint for name, shards in self.sources.items()}
+
     def _loaded_tokenizer(self) -> "PreTrainedTokenizerBase | TextTokenizer":
         return self.text_tokenizer or _load_tokenizer(self.tokenizer)
 

@@ -303,15 +303,17 @@ def load_fragments(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> list[d
     result = [
         {state: torch.empty(fragment.length, dtype=torch.float32) for state in fragment.states} for fragment in wanted
     ]
-    # Number of elements of each fragment that are not loaded yet.
-    missing = [dict.fromkeys(fragment.states, fragment.length) for fragment in wanted]
     indices: dict[tuple[str, str], list[int]] = {}
     for index, fragment in enumerate(wanted):
         for state in fragment.states:
             indices.setdefault((fragment.name, state), []).append(index)
 
-    def copy_file(file: str) -> None:
-        """Copy the overlap of every piece of the file with every wanted fragment of the same parameter."""
+    def copy_file(file: str) -> list[tuple[int, str, int]]:
+        """Copy the overlap of every piece of the file with every wanted fragment of the same parameter.
+
+        Returns (index of the fragment, state, number of elements) of each copy.
+        """
+        copied = []
         for (parameter, state, start, length), tensor in _read_checked(saved, file):
             for index in indices.get((parameter, state), []):
                 fragment = wanted[index]
@@ -319,7 +321,8 @@ def load_fragments(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> list[d
                 if first < stop:
                     target = result[index][state][first - fragment.start : stop - fragment.start]
                     target.copy_(tensor[first - start : stop - start])
-                    missing[index][state] -= stop - first
+                    copied.append((index, state, stop - first))
+        return copied
 
     def overlaps(pieces: list[Piece]) -> bool:
         return any(
@@ -330,8 +333,12 @@ def load_fragments(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> list[d
 
     # Read only the files that hold a piece of a wanted fragment.
     needed = [name for name, entry in saved.manifest.files.items() if overlaps(entry.pieces)]
+    missing = [dict.fromkeys(fragment.states, fragment.length) for fragment in wanted]
     with ThreadPoolExecutor(CONCURRENT_READS) as pool:
-        list(pool.map(copy_file, needed))
+        # Count here and not in the threads: two of them may copy into one fragment.
+        for copied in pool.map(copy_file, needed):
+            for index, state, count in copied:
+                missing[index][state] -= count
     for fragment, counts in zip(wanted, missing, strict=True):
         if any(counts.values()):
             raise DamagedError(f"{saved.url}: {fragment.name} is missing or incomplete")

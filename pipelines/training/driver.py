@@ -178,16 +178,22 @@ def train_stage(
     try:
         _follow_workers(work, group, client, should_stop)
         export.export_result(work.plan, work.steps)
-        client.close("end")
+        _close_record(client, "end")
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | StoppedError | ValueError | OSError):
             # On a full disk the record cannot be closed, either. The error that ended the stage is the one to report.
             with suppress(OSError):
-                client.close("stop")
+                _close_record(client, "stop")
         group.end(waits=False)
         raise
     if not group.due:
         group.end()
+
+
+def _close_record(client: RecorderClient, event: str) -> None:
+    """Close the record of a stage, and show its last messages, such as errors of trackers at their end."""
+    for text in client.close(event):
+        print(text, flush=True)
 
 
 def _prepare_stage(plan: StagePlan) -> StageWork:
