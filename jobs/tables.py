@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pipelines.evaluation.tasks import EVALUATION_TASKS
 from pipelines.report import comparison, page
+from pipelines.report.columns import Column
 from pipelines.report.runs import Scorers, find_families
-from pipelines.report.tables import Cell, Column, ResultRow, ResultTable, build_tables, compare_prompts
+from pipelines.report.tables import Cell, ResultRow, ResultTable, build_tables, compare_prompts
 
 CSV_FIELDS = (
     "family", "row", "source", "about", "column", "value", "low", "high",
