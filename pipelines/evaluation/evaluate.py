@@ -291,14 +291,8 @@ def _run_inference(
         gpu_share: share of a GPU for each actor.
     """
     batches = [batch for name, questions in remaining.items() for batch in _make_batches(name, questions, settings)]
-    # check the resources first: Ray would wait for missing ones without end
     actors = count_actors(settings, gpu_share, len(batches))
-    cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate.num_actors = {actors}")
-    gpus = cluster.count_gpus()
-    if 0 < gpus < actors * gpu_share:
-        raise ValueError(
-            f"evaluate.num_actors: got {actors}, allowed: up to {gpus / gpu_share:g}, as there are {gpus:g} GPUs"
-        )
+    _require_actors(actors, gpu_share)
     # the batch is part of its row: Ray's C++ code warns about actors with large constructor arguments
     rows = [{"number": number, "batch": batch} for number, batch in enumerate(batches)]
     answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -307,7 +301,7 @@ def _run_inference(
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.5,
-        num_gpus=gpu_share if gpus else None,
+        num_gpus=gpu_share if cluster.count_gpus() else None,
     )
     # this process writes all answers, so no two actors append to one file
     done = total - sum(map(len, remaining.values()))
@@ -326,6 +320,16 @@ def _run_inference(
             )
             jsonl.append(folder / SPEED_FILE, [_make_speed_row(batch, block)])
             bar.update(len(batch.questions))
+
+
+def _require_actors(actors: int, gpu_share: float) -> None:
+    """Raise ValueError if the cluster cannot run so many actors: Ray would wait for missing resources without end."""
+    cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate.num_actors = {actors}")
+    gpus = cluster.count_gpus()
+    if 0 < gpus < actors * gpu_share:
+        raise ValueError(
+            f"evaluate.num_actors: got {actors}, allowed: up to {gpus / gpu_share:g}, as there are {gpus:g} GPUs"
+        )
 
 
 def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:

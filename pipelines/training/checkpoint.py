@@ -445,24 +445,33 @@ def restore_newest(
         check(candidate.url, candidate.manifest)
 
         # Load into new tensors: another rank may find damage, and then no rank may keep what it loaded.
-        states, error_text = None, ""
-        try:
-            states = load_fragments(candidate, wanted)
-        except DamagedError as error:
-            error_text = str(error)
-        errors: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(errors, error_text)
-        if any(errors):
-            skipped.append(next(filter(None, errors)))
-            first_error = first_error or skipped[-1]
+        states, error = _load_on_all_ranks(candidate, wanted)
+        if error:
+            skipped.append(error)
+            first_error = first_error or error
             continue
 
         # Every rank has its whole share. Write it into the live tensors.
-        assert states is not None
         for fragment, loaded in zip(wanted, states, strict=True):
             for state, tensor in loaded.items():
                 fragment.states[state].data.copy_(tensor)
         return candidate.manifest, skipped
+
+
+def _load_on_all_ranks(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> tuple[list[dict[str, Tensor]], str]:
+    """Load the fragments of this rank. A collective.
+
+    Returns:
+        The states as from `load_fragments`, and the error of the first rank that found damage, or "" if none did.
+    """
+    states, local_error = list[dict[str, Tensor]](), ""
+    try:
+        states = load_fragments(saved, wanted)
+    except DamagedError as error:
+        local_error = str(error)
+    errors: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(errors, local_error)
+    return states, next(filter(None, errors), "")
 
 
 def _broadcast(values: list[Any]) -> list[Any]:

@@ -23,7 +23,7 @@ class Feed:
     def __init__(self, stages: Sequence[StageWork]) -> None:
         self.stages = list(stages)
         self.batches: Iterator[ingest.Batch] | None = None
-        self.due = 0
+        self.next_index = 0
         """Index of the stage whose micro-batches come next."""
 
     def read(self, engine: DeepSpeedEngineProtocol, work: StageWork, cursor: int) -> Iterator[ingest.Batch]:
@@ -35,7 +35,7 @@ class Feed:
         rank, workers = engine.global_rank, engine.dp_world_size
         index = [stage.plan.name for stage in self.stages].index(work.plan.name)
         # The readers of earlier stages are at the beginning of this one, unless it starts from a checkpoint.
-        if self.batches is None or index != self.due or cursor:
+        if self.batches is None or index != self.next_index or cursor:
             self.batches = self._open(engine, index, cursor)
         # Micro-batches go to the ranks in turn: rank r gets r, r + workers, ... A wrong one would change the result.
         accumulation_steps = work.plan.stage.count_accumulation_steps(workers)
@@ -44,7 +44,7 @@ class Feed:
             expected = turn * workers + rank
             if batch["number"] != expected:
                 raise RuntimeError(f"rank {rank}: got micro-batch {batch['number']}, expected {expected}")
-            self.due = index + (turn + 1 == work.steps * accumulation_steps)
+            self.next_index = index + (turn + 1 == work.steps * accumulation_steps)
             yield batch
 
     def _open(self, engine: DeepSpeedEngineProtocol, index: int, cursor: int) -> Iterator[ingest.Batch]:

@@ -1,8 +1,11 @@
 """Metrics and samples of a run: one line per finished step in each of two files.
 
     metrics.jsonl    {"stage", "step", "loss", "learning_rate", "grad_norm", "samples", "replaced", "skipped",
-                     "tokens", "data_s", "compute_s", "stall_s", "peak_bytes", "slowest", "slowest_s"}
+                     "tokens", "data_s", "compute_s", "stall_s", "peak_bytes", "slowest_rank", "slowest_s"}
     consumed.jsonl   samples of the step; see pipelines/data/consumed.py
+
+Seconds are means over the workers, bytes are their sum. `slowest_rank` took `slowest_s` longer than the mean to read
+and to compute the forward pass.
 
 Each step has one line. When a stage resumes, the lines of steps that will be repeated are removed first, and a line
 that a crash truncated.

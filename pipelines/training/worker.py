@@ -403,7 +403,7 @@ def _compute_metrics(
         "grad_norm": update.grad_norm,
         "replaced": replaced,
         "skipped": int(not update.was_applied),
-        "slowest": max(range(len(busy_s)), key=busy_s.__getitem__),
+        "slowest_rank": max(range(len(busy_s)), key=busy_s.__getitem__),
         "slowest_s": max(busy_s) - sum(busy_s) / len(busy_s),
     }
 
