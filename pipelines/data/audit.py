@@ -140,6 +140,7 @@ def _describe_refusal(folder: str, report: IndexReport, listed: list[dict[str, A
         return f"{folder}: no samples in {report.tars} tars, allowed: at least one"
     counts = ", ".join(f"{count} {reason}" for reason, count in report.quarantined.items())
     first = listed[0]
+    # advice for the two usual mistakes: members that do not stand together, and records of another form
     reasons, advice = set(report.quarantined), ""
     if "split sample" in reasons or ("no record" in reasons and reasons & {"tag without image", "missing image"}):
         advice = (
@@ -207,6 +208,7 @@ def _map_tars(items: list[dict[str, Any]], task: Any, name: str, *args: Any) -> 
 def _index_tar(item: dict[str, str]) -> dict[str, Any]:
     """Index one tar. Returns its part of the index, and its counts and notes as JSON. Runs in a Ray task."""
     name = item["tar"].rpartition("/")[2]
+    # errors are values: the caller counts them over all tars
     try:
         data = storage.map_file(item["tar"])
         tar = tars.read_tar(data, item["tar"])
@@ -272,6 +274,7 @@ def _compare_with_index(data: tars.BytesLike, name: str, url: str, rows: list[di
         return [str(error)]
     rejected = {sample.offset: sample for sample in tar.samples if sample.rejection_reason}
     unindexed = {row["offset"]: row for row in tars.make_index_rows(tar, data, name)}
+    # by offset, since keys may repeat
     if unindexed and not rows:
         return [f"{url}: is not in the index"]
     wrong = []

@@ -106,6 +106,7 @@ def verify_coverage(lines: Iterable[bytes], log: str, name: str, num_samples: in
     Returns:
         The use of the set by each stage, and one message per error.
     """
+    # one pass over the log, so it may be larger than the memory
     stages: dict[str, _StageProgress] = {}
     errors = []
     for number, line in enumerate(lines, start=1):
@@ -118,6 +119,7 @@ def verify_coverage(lines: Iterable[bytes], log: str, name: str, num_samples: in
         if (stage := step["stage"]) not in stages:
             stages[stage] = _StageProgress(Coverage(stage), bytearray(num_samples))
         errors += [f"{log}: stage {stage}: {error}" for error in stages[stage].add_step(step, name)]
+    # the last epoch of a stage has no end at which repeats are checked
     for stage, progress in stages.items():
         errors += [f"{log}: stage {stage}: {error}" for error in progress.check_repeats()]
     coverages = [progress.coverage for progress in stages.values() if progress.coverage.samples]

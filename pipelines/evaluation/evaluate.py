@@ -115,6 +115,7 @@ class EvaluationActor:
             problem = failures.classify_error(error).text
         else:
             problem = ""
+        # values of the whole batch are repeated in each row, since Ray Data has columns of equal length
         count = len(answers.texts)
         return {
             "batch": [int(number)] * count,
