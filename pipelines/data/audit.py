@@ -272,9 +272,9 @@ def _compare_with_index(data: tars.BytesLike, name: str, url: str, rows: list[di
         tar = tars.read_tar(data, url)
     except ValueError as error:
         return [str(error)]
+    # by offset, since keys may repeat
     rejected = {sample.offset: sample for sample in tar.samples if sample.rejection_reason}
     unindexed = {row["offset"]: row for row in tars.make_index_rows(tar, data, name)}
-    # by offset, since keys may repeat
     if unindexed and not rows:
         return [f"{url}: is not in the index"]
     wrong = []

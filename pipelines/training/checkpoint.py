@@ -173,12 +173,8 @@ class Upload:
 
     @property
     def done(self) -> bool:
+        """True if the upload has ended, also with an error."""
         return self._future.done()
-
-    @property
-    def failed(self) -> bool:
-        """True if storage refused the upload. Blocks until the upload is done."""
-        return self._future.exception() is not None
 
     def result(self) -> dict[str, FileEntry]:
         """Wait for the upload and return the entries of this rank's files. Raises the error of the storage."""
