@@ -106,7 +106,7 @@ def read_summary(folder: str) -> dict[str, Any] | None:
         raise ValueError(f"{path}: got {error}, allowed: a summary of shards") from None
     if not isinstance(summary, dict):
         return None
-    fields = {FORMER_SUMMARY_FIELDS.get(name, name): value for name, value in summary.items()}
+    fields: dict[str, Any] = {FORMER_SUMMARY_FIELDS.get(name, name): value for name, value in summary.items()}
     if not isinstance(settings := fields.get("settings"), dict):
         return None
     return {**fields, "settings": {FORMER_SHARD_OPTIONS.get(name, name): value for name, value in settings.items()}}
