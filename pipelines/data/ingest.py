@@ -242,9 +242,9 @@ class Segment(NamedTuple):
     stop: int
 
     def list_blocks(self, workers: int) -> list[dict[str, int]]:
-        """List the blocks: every workers-th micro-batch from first to end - 1, which worker block % workers reads.
+        """List the blocks. A block has every `workers`-th micro-batch from `first` to `end` - 1.
 
-        The number of blocks is a multiple of workers, so that all workers get equally many.
+        Worker b % workers reads block b. The number of blocks is a multiple of `workers`, so that all get equally many.
         """
         reader, length = self.reader, self.stop - self.start
         samples = max(MAX_BLOCK_SAMPLES, length * reader.micro_batch_size // MAX_SMALL_BLOCKS)

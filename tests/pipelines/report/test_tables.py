@@ -244,6 +244,17 @@ def test_other_sizes_or_data_are_another_family_and_other_machines_are_not(tmp_p
     assert len(table.blocks) == 2
 
 
+def test_a_job_file_in_a_folder_above_a_checkpoint_is_not_the_job_that_trained_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text("name: mine\n")
+    write_run(tmp_path / "runs", "later", 3, train={}, model__checkpoint="org/llava")
+    [family], _ = find_families([tmp_path / "runs"], SCORERS)
+    [run] = family.models[0].runs
+    assert (run.source_job["model"]["checkpoint"], run.seed) == ("org/llava", 3)
+
+
 def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path: Path) -> None:
     write_run(tmp_path, "trained", 5, **job_changes(PRESETS["llava"]))
     checkpoint = str(tmp_path / "trained/checkpoints/instruct/model")
