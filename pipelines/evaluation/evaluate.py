@@ -326,11 +326,9 @@ def _run_inference(
 def _require_actors(actors: int, gpu_share: float) -> None:
     """Raise ValueError if the cluster cannot run so many actors: Ray would wait for missing resources without end."""
     cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate.num_actors = {actors}")
-    gpus = cluster.count_gpus()
-    if 0 < gpus < actors * gpu_share:
-        raise ValueError(
-            f"evaluate.num_actors: got {actors}, allowed: up to {gpus / gpu_share:g}, as there are {gpus:g} GPUs"
-        )
+    gpus, places = cluster.count_gpus(), cluster.count_gpu_places(gpu_share)
+    if gpus and actors > places:
+        raise ValueError(f"evaluate.num_actors: got {actors}, allowed: up to {places}, as there are {gpus:g} GPUs")
 
 
 def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:
