@@ -423,7 +423,7 @@ def count_model_processes(gpu_share: float = 1) -> int:
 
 def count_gpu_places(gpu_share: float) -> int:
     """Count the processes that fit on the GPUs of the cluster. Ray gives a process no parts of two GPUs."""
-    return int(count_gpus()) * int(1 / gpu_share)
+    return int(count_gpus()) * int(1 / gpu_share + 1e-6)  # 1 / (1 / 93) is less than 93
 
 
 def count_local_cpus() -> int:
