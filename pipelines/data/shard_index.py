@@ -106,10 +106,15 @@ def read_summary(folder: str) -> dict[str, Any] | None:
         raise ValueError(f"{path}: got {error}, allowed: a summary of shards") from None
     if not isinstance(summary, dict):
         return None
-    fields: dict[str, Any] = {FORMER_SUMMARY_FIELDS.get(name, name): value for name, value in summary.items()}
+    fields = _rename_former(summary, FORMER_SUMMARY_FIELDS)
     if not isinstance(settings := fields.get("settings"), dict):
         return None
-    return {**fields, "settings": {FORMER_SHARD_OPTIONS.get(name, name): value for name, value in settings.items()}}
+    return {**fields, "settings": _rename_former(settings, FORMER_SHARD_OPTIONS)}
+
+
+def _rename_former(values: dict[str, Any], current_names: dict[str, str]) -> dict[str, Any]:
+    """Give values their current names."""
+    return {current_names.get(name, name): value for name, value in values.items()}
 
 
 class Shards:
