@@ -34,7 +34,7 @@ def make_set(arguments: argparse.Namespace) -> None:
             f"{arguments.out}: already finished and unchanged; images were not read again. To make the set again, "
             "delete the folder or name another"
         )
-    print(f"{arguments.out}: {summary['kept']} of {summary['records']} records kept")
+    print(f"{arguments.out}: {summary['samples']} of {summary['records']} records kept")
     for reason, count in summary["quarantined"].items():
         print(f"{count:>10} {reason}: {records.RECORD_REASONS.get(reason, 'rejected by an older version')}")
 
@@ -49,7 +49,7 @@ def index_set(arguments: argparse.Namespace) -> None:
     print(f"{report.members:>10} members, of which")
     print(f"{report.used.total():>10} used{_format_counts(report.used)}")
     print(f"{report.ignored.total():>10} ignored{_format_counts(report.ignored)}")
-    print(f"{report.refused:>10} refused, in rejected samples")
+    print(f"{report.rejected:>10} rejected with their samples")
     for line in report.notes:
         print(line)
 

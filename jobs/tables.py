@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pipelines.evaluation.tasks import RESERVED_NAMES, find_task
 from pipelines.report import comparison, page
+from pipelines.report.columns import Column
 from pipelines.report.runs import FindScorer, Scorer, find_families
-from pipelines.report.tables import Cell, Column, ResultRow, ResultTable, build_tables, compare_prompts
+from pipelines.report.tables import Cell, ResultRow, ResultTable, build_tables, compare_prompts
 
 CSV_FIELDS = (
     "family", "row", "source", "about", "column", "value", "low", "high",

@@ -417,9 +417,19 @@ def count_model_processes(gpu_share: float = 1) -> int:
     for reading data.
     """
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    gpu_count = count_gpus()
-    limit = int(gpu_count / gpu_share) if gpu_count else cpus
+    limit = count_gpu_places(gpu_share) if count_gpus() else cpus
     return max(min(limit, 2 * (cpus - 1)), 1)
+
+
+def count_gpu_places(gpu_share: float) -> int:
+    """Count the processes that fit on the GPUs of the cluster. Ray gives a process no parts of two GPUs."""
+    return int(count_gpus()) * int(1 / gpu_share + 1e-6)  # 1 / (1 / 93) is less than 93
+
+
+def count_local_cpus() -> int:
+    """Count the CPUs of this machine that this process may use."""
+    # macOS has no affinity of processes
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_shortage() -> str:

@@ -190,7 +190,12 @@ def _rebuild_error(name: str, text: str) -> BaseException:
     if not (isinstance(builtin, type) and issubclass(builtin, Exception)):
         return type(name, (Exception,), {})(text)
     number = re.match(r"\[Errno (\d+)\] ([^:]*)(?:: '(.*)')?", text) if issubclass(builtin, OSError) else None
-    return OSError(int(number[1]), number[2], number[3]) if number else builtin(text)
+    if number:
+        return OSError(int(number[1]), number[2], number[3])
+    try:
+        return builtin(text)
+    except TypeError:  # UnicodeDecodeError and ExceptionGroup are made of more than a text
+        return type(name, (ValueError if issubclass(builtin, ValueError) else Exception,), {})(text)
 
 
 def _classify(error: BaseException) -> Kind:

@@ -14,16 +14,21 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line is not a JSON object. The message names file and line.
     """
-    objects = []
-    for number, line in enumerate(_read_whole_lines(path).splitlines(), start=1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: line {number}: got {line[:60]!r}, allowed: an object of JSON")
-        objects.append(value)
-    return objects
+    # not splitlines(): other programs write JSON with line separators of Unicode in its texts
+    return [
+        parse_line(line, number, path) for number, line in enumerate(_read_whole_lines(path).split("\n")[:-1], start=1)
+    ]
+
+
+def parse_line(line: str, number: int, path: Path) -> dict[str, Any]:
+    """Parse a line of a file. `number` and `path` are for the message of the ValueError if it is no object."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: line {number}: got {line[:60]!r}, allowed: an object of JSON")
+    return value
 
 
 def append(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:

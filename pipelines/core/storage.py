@@ -23,13 +23,12 @@ import logging
 import mmap
 import os
 import posixpath
-import re
 import shutil
 import stat
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,6 +52,14 @@ from tenacity import (
 )
 
 from pipelines.core.failures import PermanentError
+from pipelines.core.storage_errors import (
+    EXPIRED_CREDENTIALS,
+    describe_cause,
+    find_transient_kind,
+    parse_response,
+    redact,
+    to_user_error,
+)
 
 ByteRange = tuple[str, int, int]
 """URL, first byte, byte after the last."""
@@ -70,37 +77,6 @@ MAX_BLOCK_BYTES = 8 * 2**20
 
 PARTIAL_SUFFIX = ".partial"
 """Suffix of a local file that is being written. `list_files` skips such files."""
-
-EXPIRED_CREDENTIALS = "expired credentials"
-"""Kind of the errors after which a new filesystem reads the credentials again."""
-
-TRANSIENT_CODES = {
-    **dict.fromkeys(
-        ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"), EXPIRED_CREDENTIALS
-    ),
-    **dict.fromkeys(("InvalidToken", "InvalidTokenId"), EXPIRED_CREDENTIALS),
-    **dict.fromkeys(("SlowDown", "TooManyRequests", "TooManyRequestsException", "ServiceUnavailable"), "throttled"),
-    **dict.fromkeys(("Throttling", "ThrottlingException", "ThrottledException", "RequestLimitExceeded"), "throttled"),
-    "InternalError": "server error",
-    "RequestTimeout": "time-out",
-    "IncompleteBody": "truncated body",
-}
-"""Kinds of transient errors by error code of S3 and compatible stores."""
-
-TRANSIENT_STATUSES = {408: "time-out", 429: "throttled", 503: "throttled"}
-"""Kinds of transient errors by HTTP status, for stores whose responses have no code."""
-
-TRANSIENT_CLASSES = {
-    **dict.fromkeys(("TimeoutError", "Timeout", "TimeoutException"), "time-out"),
-    **dict.fromkeys(("IncompleteRead", "IncompleteReadError", "ResponseStreamingError"), "truncated body"),
-    **dict.fromkeys(("ClientPayloadError", "FlexibleChecksumError"), "truncated body"),
-    **dict.fromkeys(("ConnectionError", "ClientConnectionError", "TransportError", "HTTPClientError"), "connection"),
-    "ResponseParserError": "server error",
-}
-"""Kinds of transient errors without a response, by class name; the first match counts.
-
-Names, because few of the libraries are installed.
-"""
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +225,7 @@ def _list_entries(url: str, entry_type: str) -> list[str]:
         try:
             infos = _call(files, "ls", path, detail=True, seconds=seconds)
         except FileNotFoundError as error:
-            if _parse_response(error)[0] == "NoSuchBucket":
+            if parse_response(error)[0] == "NoSuchBucket":
                 raise
             return []
         basenames = (posixpath.basename(info["name"].rstrip("/")) for info in infos if info["type"] == entry_type)
@@ -259,7 +235,7 @@ def _list_entries(url: str, entry_type: str) -> list[str]:
 
 
 def remove_folder(url: str) -> None:
-    """Remove the files directly in a folder, and the folder itself if it is local."""
+    """Remove the files directly in a folder. A local folder is removed with all that is in it."""
     for name in list_files(url):
         remove(join(url, name))
     if is_local(url):
@@ -288,7 +264,7 @@ def remove(url: str) -> None:
         try:
             _call(files, "rm_file", path, seconds=seconds)
         except FileNotFoundError as error:
-            if _parse_response(error)[0] == "NoSuchBucket":
+            if parse_response(error)[0] == "NoSuchBucket":
                 raise
 
     _run_with_retries(url, attempt)
@@ -337,6 +313,7 @@ class _LocalFiles:
                 file.flush()
                 os.fsync(file.fileno())  # before the rename: a crash must not keep the name and lose the bytes
             os.replace(temporary, path)
+            _sync_folder(folder)
         except BaseException:
             if os.path.exists(temporary):
                 os.remove(temporary)
@@ -356,6 +333,16 @@ class _LocalFiles:
             ]
 
     rm_file = os.remove
+
+
+def _sync_folder(folder: str) -> None:
+    """Make new names in a folder survive a crash of the machine. Some network file systems refuse that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def is_local(url: str) -> bool:
@@ -395,10 +382,8 @@ def _get_info(files: Any, path: str, seconds: float) -> dict[str, Any]:
     try:
         info: dict[str, Any] = _call(files, "info", path, seconds=seconds)
     except OSError as error:
-        if _parse_response(error)[0] in (
-            "400",
-            "403",
-        ):  # S3's response to HEAD has no body; that to GET gives the reason
+        # S3's response to HEAD has no body; that to GET gives the reason
+        if parse_response(error)[0] in ("400", "403"):
             _call(files, "cat_file", path, start=0, end=1, seconds=seconds)
         raise
     return info
@@ -427,7 +412,7 @@ def _run_with_retries(url: str, work: Callable[[Any, str, float], T], deadline: 
         try:
             return work(files, path, max(deadline - time.monotonic(), 1e-3))  # 0 would mean no limit
         except Exception as error:
-            if _transient_kind(error) == EXPIRED_CREDENTIALS:
+            if find_transient_kind(error) == EXPIRED_CREDENTIALS:
                 files.clear_instance_cache()  # the next try makes a filesystem that reads the credentials again
             raise
 
@@ -435,7 +420,7 @@ def _run_with_retries(url: str, work: Callable[[Any, str, float], T], deadline: 
         if is_local(url):
             return attempt()
         return Retrying(
-            retry=retry_if_exception(lambda error: _transient_kind(error) is not None),
+            retry=retry_if_exception(lambda error: find_transient_kind(error) is not None),
             wait=wait_random_exponential(multiplier=retry.first_wait_s, max=retry.longest_wait_s),
             stop=stop_after_attempt(retry.tries) | stop_before_delay(deadline - started),
             before_sleep=partial(_log_retry, url),
@@ -443,12 +428,12 @@ def _run_with_retries(url: str, work: Callable[[Any, str, float], T], deadline: 
     except RetryError as exhausted:
         last = exhausted.last_attempt
         cause = last.exception() or exhausted
-        kind = _transient_kind(cause)
+        kind = find_transient_kind(cause)
         tries = f"{last.attempt_number} tries in {time.monotonic() - started:.1f} s"
-        text = f"{_redact(url)}: given up after {tries}, at last {kind}: {_message(cause)}"
+        text = f"{redact(url)}: given up after {tries}, at last {kind}: {describe_cause(cause)}"
         raise (PermanentError if kind == EXPIRED_CREDENTIALS else OSError)(text) from None
     except Exception as error:
-        raise _to_user_error(url, error) from None  # a chained error could show what `_redact` removes
+        raise to_user_error(url, error, is_local(url)) from None  # a chained error could show what `redact` removes
 
 
 def _log_retry(url: str, state: RetryCallState) -> None:
@@ -456,74 +441,8 @@ def _log_retry(url: str, state: RetryCallState) -> None:
     assert state.outcome is not None
     error = state.outcome.exception()
     assert error is not None
-    kind = str(_transient_kind(error))
+    kind = str(find_transient_kind(error))
     level = logging.DEBUG if kind in _retried_kinds else logging.WARNING
     _retried_kinds.append(kind)
     message = "%s: try %d failed, %s: %s; the next in %.1f s; more of this kind are only counted"
-    logger.log(level, message, _redact(url), state.attempt_number, kind, _message(error), state.upcoming_sleep)
-
-
-def _transient_kind(error: BaseException) -> str | None:
-    """Return the kind of a transient error, or None for an error that stays."""
-    code, status = _parse_response(error)
-    if code in TRANSIENT_CODES:
-        return TRANSIENT_CODES[code]
-    classes = {base.__name__ for cause in _iterate_causes(error) for base in type(cause).__mro__}
-    for name, kind in TRANSIENT_CLASSES.items():
-        if name in classes:
-            return kind
-    return TRANSIENT_STATUSES.get(status, "server error" if status >= 500 else None)
-
-
-def _parse_response(error: BaseException) -> tuple[str, int]:
-    """Return the store's error code and HTTP status from a library's error; ("", 0) without a response."""
-    for cause in _iterate_causes(error):
-        response = getattr(cause, "response", None)
-        if isinstance(response, dict):  # botocore
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            return str(response.get("Error", {}).get("Code", "")), int(status)
-        # requests, httpx, aiohttp and gcsfs keep the status in different attributes
-        for owner, name in ((response, "status_code"), (cause, "status_code"), (cause, "status"), (cause, "code")):
-            status = getattr(owner, name, None)
-            if isinstance(status, int) and 400 <= status < 600:
-                return str(status), status
-    return "", 0
-
-
-def _iterate_causes(error: BaseException | None) -> Iterable[BaseException]:
-    """Yield the error, its cause, the cause of that, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _to_user_error(url: str, error: Exception) -> Exception:
-    """Turn a permanent error into one that names the URL and the remedy. Other errors, such as bugs, are returned."""
-    name, message = _redact(url), _message(error)
-    if isinstance(error, ImportError):
-        return ValueError(f"{name}: a package is missing: {message}")
-    if isinstance(error, FileExistsError | NotADirectoryError):
-        return ValueError(f"{name}: {message}, allowed: a path whose folders are folders")
-    if isinstance(error, FileNotFoundError | IsADirectoryError):
-        return ValueError(f"{name}: not found, allowed: an existing file; {message}")
-    if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
-        return ValueError(f"{name}: access denied, allowed: credentials with permission; {message}")
-    if isinstance(error, EOFError) or _parse_response(error)[1] == 416:
-        return ValueError(f"{name}: bytes past its end were requested; {message}")
-    if isinstance(error, ValueError) or any(base.__name__ == "BotoCoreError" for base in type(error).__mro__):
-        return ValueError(f"{name}: {message}, allowed: a path, or a URL such as s3://bucket/key")
-    if isinstance(error, OSError) and error.errno and error.strerror and is_local(url):
-        return OSError(error.errno, error.strerror, name)
-    return OSError(f"{name}: {message}") if isinstance(error, OSError) else error
-
-
-def _message(error: BaseException) -> str:
-    """Format the first cause of an error as one line."""
-    *_, first = _iterate_causes(error)
-    text = " ".join(str(first).split())
-    return _redact(f"{type(first).__name__}: {text}" if text else type(first).__name__)
-
-
-def _redact(text: str) -> str:
-    """Remove possible credentials from a text with URLs: user:password@ and the query of a signed URL."""
-    return re.sub(r"(?<=://)[^/\s@]*@|\?\S*", "", text)
+    logger.log(level, message, redact(url), state.attempt_number, kind, describe_cause(error), state.upcoming_sleep)

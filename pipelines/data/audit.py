@@ -18,7 +18,15 @@ from tqdm import tqdm
 
 from pipelines.core import interrupts, storage
 from pipelines.data import images, records, tars
-from pipelines.data.shard_index import INDEX_FILE, INDEX_SCHEMA, QUARANTINE_FILE, SUMMARY_FILE, UNFINISHED_DIR, Shards
+from pipelines.data.shard_index import (
+    INDEX_FILE,
+    INDEX_SCHEMA,
+    QUARANTINE_FILE,
+    SUMMARY_FILE,
+    UNFINISHED_DIR,
+    Shards,
+    read_summary,
+)
 from pipelines.data.shard_writer import BAR_FORMAT, to_ipc_bytes, write_index
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -30,7 +38,7 @@ class IndexReport:
     """Counts of tars, samples and members of a new index.
 
     samples: samples in the index. quarantined: rejected samples by reason. members: all members of the tars; each is
-    used, ignored or refused. used, ignored: members by suffix or kind. refused: members of rejected samples.
+    used, ignored or rejected. used, ignored: members by suffix or kind. rejected: members of rejected samples.
     notes: lines about unexpected content.
     """
 
@@ -40,7 +48,7 @@ class IndexReport:
     members: int = 0
     used: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
-    refused: int = 0
+    rejected: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -79,7 +87,7 @@ def index_tars(folder: str, max_bad_fraction: float = 0.0) -> IndexReport:
         listed += tar_report["quarantine"]
         report.notes += tar_report["notes"]
         report.members += tar_report["members"]
-        report.refused += tar_report["refused"]
+        report.rejected += tar_report["rejected"]
         report.used += Counter(tar_report["used"])
         report.ignored += Counter(tar_report["ignored"])
     if errors:
@@ -87,7 +95,7 @@ def index_tars(folder: str, max_bad_fraction: float = 0.0) -> IndexReport:
     # the quarantine list comes first: it explains a refusal
     report.samples = sum(map(len, tables))
     report.quarantined = Counter(entry["reason"] for entry in listed)
-    if report.members != report.used.total() + report.ignored.total() + report.refused:
+    if report.members != report.used.total() + report.ignored.total() + report.rejected:
         raise RuntimeError(f"{folder}: {report}: members do not add up")
     storage.write(storage.join(folder, QUARANTINE_FILE), "".join(json.dumps(entry) + "\n" for entry in listed).encode())
     if not report.samples or len(listed) > max_bad_fraction * (report.samples + len(listed)):
@@ -132,8 +140,9 @@ def _describe_refusal(folder: str, report: IndexReport, listed: list[dict[str, A
         return f"{folder}: no samples in {report.tars} tars, allowed: at least one"
     counts = ", ".join(f"{count} {reason}" for reason, count in report.quarantined.items())
     first = listed[0]
+    # advice for the two usual mistakes: members that do not stand together, and records of another form
     reasons, advice = set(report.quarantined), ""
-    if "members apart" in reasons or ("no record" in reasons and reasons & {"tag without image", "missing image"}):
+    if "split sample" in reasons or ("no record" in reasons and reasons & {"tag without image", "missing image"}):
         advice = (
             "; members of a sample must stand together and share their path up to the first dot, KEY.jpg and KEY.json: "
             "put them into one folder, and pack it by tar --sort=name"
@@ -143,10 +152,10 @@ def _describe_refusal(folder: str, report: IndexReport, listed: list[dict[str, A
             "; KEY.json must hold LLaVA's record with conversations, not metadata such as img2dataset's: write a JSON "
             "file of records, and pack it with the images by `redux shards make`"
         )
+    example = f"{tars.escape_unprintable(first['key'])} of {first['shard']}: {first['explanation']}"
     return (
-        f"{folder}: {len(listed)} of {report.samples + len(listed)} samples cannot be used ({counts}; first "
-        f"{tars.escape_unprintable(first['key'])} of {first['shard']}: {first['why']}), allowed: {max_bad_fraction:.2%}"
-        f"{advice}; {storage.join(folder, QUARANTINE_FILE)} lists them"
+        f"{folder}: {len(listed)} of {report.samples + len(listed)} samples cannot be used ({counts}; first {example}),"
+        f" allowed: {max_bad_fraction:.2%}{advice}; {storage.join(folder, QUARANTINE_FILE)} lists them"
     )
 
 
@@ -168,10 +177,10 @@ def verify_set(folder: str, decode: bool = False) -> list[str]:
     """
     shards, wrong = Shards(folder), []
     shards.validate()
-    if storage.exists(summary := storage.join(folder, SUMMARY_FILE)):
-        kept = json.loads(storage.read(summary)).get("kept", len(shards))
-        if kept != len(shards):
-            wrong.append(f"{summary}: says {kept} samples were kept, the index has {len(shards)}")
+    summary = read_summary(folder)
+    if summary and summary.get("samples", len(shards)) != len(shards):
+        path = storage.join(folder, SUMMARY_FILE)
+        wrong.append(f"{path}: says {summary['samples']} samples were kept, the index has {len(shards)}")
     # rows of each shard as (first row, number of rows); a tar that the index lacks has none
     sizes = shards.shard_sizes
     spans = zip((np.cumsum(sizes) - sizes).tolist(), sizes.tolist(), strict=True)
@@ -199,6 +208,7 @@ def _map_tars(items: list[dict[str, Any]], task: Any, name: str, *args: Any) -> 
 def _index_tar(item: dict[str, str]) -> dict[str, Any]:
     """Index one tar. Returns its part of the index, and its counts and notes as JSON. Runs in a Ray task."""
     name = item["tar"].rpartition("/")[2]
+    # errors are values: the caller counts them over all tars
     try:
         data = storage.map_file(item["tar"])
         tar = tars.read_tar(data, item["tar"])
@@ -210,7 +220,7 @@ def _index_tar(item: dict[str, str]) -> dict[str, Any]:
                 "shard": name,
                 "key": tars.to_utf8(sample.key),
                 "reason": sample.rejection_reason,
-                "why": _explain_rejection(sample),
+                "explanation": _explain_rejection(sample),
             }
             for sample in tar.samples
             if sample.rejection_reason
@@ -218,7 +228,7 @@ def _index_tar(item: dict[str, str]) -> dict[str, Any]:
         "members": tar.members,
         "used": tar.used,
         "ignored": tar.ignored,
-        "refused": tar.refused,
+        "rejected": tar.rejected,
         "notes": tar.notes,
     }
     table = pa.Table.from_pylist(tars.make_index_rows(tar, data, name), INDEX_SCHEMA)
@@ -227,8 +237,8 @@ def _index_tar(item: dict[str, str]) -> dict[str, Any]:
 
 def _explain_rejection(sample: tars.TarSample) -> str:
     """Explain the reason of a rejected sample, and list its members."""
-    why = (tars.TAR_REASONS | records.RECORD_REASONS)[sample.rejection_reason or ""]
-    return f"{why}; it has {', '.join(tars.escape_unprintable(member.name) for member in sample.members)}"
+    explanation = (tars.TAR_REASONS | records.RECORD_REASONS)[sample.rejection_reason or ""]
+    return f"{explanation}; it has {', '.join(tars.escape_unprintable(member.name) for member in sample.members)}"
 
 
 def _verify_tar(item: dict[str, Any], shards: Shards, decode: bool) -> dict[str, list[str]]:
@@ -239,17 +249,19 @@ def _verify_tar(item: dict[str, Any], shards: Shards, decode: bool) -> dict[str,
     except ValueError as error:
         return {"wrong": [str(error)]}
     rows = shards.read_rows(range(item["first"], item["first"] + item["rows"]))
+    is_damaged = False
     for row in rows:
         part = data[row["offset"] : row["offset"] + row["length"]]
         if hashlib.sha256(part).digest() != row["sha256"]:
             wrong.append(f"{tar}: sample {row['key']}: bytes differ from the index's checksum")
+            is_damaged = True
         elif decode and row["image_size"]:
             image = part[row["image_at"] : row["image_at"] + row["image_size"]]
             try:
                 images.check_image(image)
             except ValueError as error:
                 wrong.append(f"{tar}: sample {row['key']}: broken image: {error}")
-    if not any("checksum" in line for line in wrong):  # else a damaged header would be reported twice
+    if not is_damaged:  # else a damaged header would be reported twice
         wrong += _compare_with_index(data, item["tar"], tar, rows)
     return {"wrong": wrong}
 
@@ -260,13 +272,14 @@ def _compare_with_index(data: tars.BytesLike, name: str, url: str, rows: list[di
         tar = tars.read_tar(data, url)
     except ValueError as error:
         return [str(error)]
-    refused = {sample.offset: sample for sample in tar.samples if sample.rejection_reason}
+    # by offset, since keys may repeat
+    rejected = {sample.offset: sample for sample in tar.samples if sample.rejection_reason}
     unindexed = {row["offset"]: row for row in tars.make_index_rows(tar, data, name)}
     if unindexed and not rows:
         return [f"{url}: is not in the index"]
     wrong = []
     for row in rows:
-        if sample := refused.get(row["offset"]):
+        if sample := rejected.get(row["offset"]):
             wrong.append(f"{url}: sample {row['key']}: {sample.rejection_reason}: {_explain_rejection(sample)}")
         elif unindexed.pop(row["offset"], None) != row:
             wrong.append(f"{url}: sample {row['key']}: its row of the index differs from the tar")

@@ -1,13 +1,13 @@
 """Log of the samples that a run used, and the check of this log: each sample once per epoch.
 
     consumed.jsonl   {"stage", "step", "samples": {SET: [numbers]},
-                      "replaced": [{"set", "at", "due", "used", "reason"}]}
+                      "replaced": [{"set", "index", "scheduled", "used", "reason"}]}
 
 One line per step that counted. Numbers are rows of the set's index, in the order of the global batch. Readers report a
 number after the bytes that they read matched that row's checksum. The check does not use the order that scheduled the
 samples, so it also finds errors of that order.
 
-replaced: at index `at` of the set's numbers, sample `used` stands in for `due`, the scheduled one.
+replaced: at `index` of the set's numbers, sample `used` stands in for the sample `scheduled`.
 """
 
 import json
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 CONSUMED_FILE = "consumed.jsonl"
+FORMER_FIELDS = {"at": "index", "due": "scheduled"}
+"""Former names of fields of a replacement, found in the logs of older runs."""
 MAX_LISTED_SAMPLES = 5
 """Maximum number of sample numbers in a message."""
 
@@ -66,9 +68,9 @@ def gather_samples(
 
 def _locate_replacement(entry: dict[str, Any], source: np.ndarray) -> dict[str, Any]:
     """Convert the entry's stream position into an index among the set's samples of the global batch."""
-    position = entry["place"] % len(source)
+    position = entry["position"] % len(source)
     index = int((source[:position] == source[position]).sum())
-    return {"set": entry["set"], "at": index, **{name: entry[name] for name in ("due", "used", "reason")}}
+    return {"set": entry["set"], "index": index, **{name: entry[name] for name in ("scheduled", "used", "reason")}}
 
 
 @dataclass
@@ -104,6 +106,7 @@ def verify_coverage(lines: Iterable[bytes], log: str, name: str, num_samples: in
     Returns:
         The use of the set by each stage, and one message per error.
     """
+    # one pass over the log, so it may be larger than the memory
     stages: dict[str, _StageProgress] = {}
     errors = []
     for number, line in enumerate(lines, start=1):
@@ -116,6 +119,7 @@ def verify_coverage(lines: Iterable[bytes], log: str, name: str, num_samples: in
         if (stage := step["stage"]) not in stages:
             stages[stage] = _StageProgress(Coverage(stage), bytearray(num_samples))
         errors += [f"{log}: stage {stage}: {error}" for error in stages[stage].add_step(step, name)]
+    # the last epoch of a stage has no end at which repeats are checked
     for stage, progress in stages.items():
         errors += [f"{log}: stage {stage}: {error}" for error in progress.check_repeats()]
     coverages = [progress.coverage for progress in stages.values() if progress.coverage.samples]
@@ -152,10 +156,11 @@ class _StageProgress:
         for entry in step["replaced"]:
             if entry["set"] == name:
                 used = entry["used"]
-                if numbers[entry["at"] : entry["at"] + 1] != [used] or not 0 <= used < len(self.seen):
+                index = entry["index"]
+                if numbers[index : index + 1] != [used] or not 0 <= used < len(self.seen):
                     yield f"step {number}: sample {used} is listed as a replacement, but was not used there"
                     continue
-                numbers[entry["at"]] = entry["due"]
+                numbers[index] = entry["scheduled"]
                 coverage.replaced += 1
         # mark the samples; an epoch may end in the middle of a step
         outside = [sample for sample in numbers if not 0 <= sample < len(self.seen)]
@@ -196,12 +201,13 @@ def _parse_step(line: bytes) -> dict[str, Any] | None:
     try:
         step = json.loads(line)
         numbers = [number for samples in step["samples"].values() for number in samples]
-        numbers += [entry[key] for entry in step["replaced"] for key in ("at", "due", "used")]
-        names = [step["stage"], *(entry["set"] for entry in step["replaced"])]
+        replaced = [{FORMER_FIELDS.get(key, key): value for key, value in entry.items()} for entry in step["replaced"]]
+        numbers += [entry[key] for entry in replaced for key in ("index", "scheduled", "used")]
+        names = [step["stage"], *(entry["set"] for entry in replaced)]
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
     # exact types, since True is an instance of int
     has_types = all(type(number) is int for number in [step["step"], *numbers]) and all(
         type(name) is str for name in names
     )
-    return step if has_types and isinstance(step["replaced"], list) else None
+    return {**step, "replaced": replaced} if has_types and isinstance(step["replaced"], list) else None

@@ -1,7 +1,7 @@
 """easy-VQA (PyPI `easy-vqa`, MIT) as records in LLaVA's JSON form for training, and as questions for evaluation.
 
 Its images and questions come with a Python package, so no hub is needed. Each image shows one coloured shape, and the
-questions are its only annotations. The about ten questions of an image become one conversation, as in LLaVA's
+questions are its only annotations. The questions of an image, about ten, become one conversation, as in LLaVA's
 instruction mixture. The caption states what the answers determine, and no more.
 
     {"id": "train/7", "image": "train/images/7.png",

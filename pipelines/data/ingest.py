@@ -109,8 +109,8 @@ class Reader:
             pixel_values: (images, height, width, 3) uint8, a view of `out`. Samples of text only have no image.
             input_ids, labels, attention_mask: (samples, longest) int64, padded on the right.
             source, sample: (samples,) int64, index of the source and number of the sample that is used.
-            replaced: JSON, a list of {"set", "place", "due", "used", "reason"}, one entry per replaced sample. `place`
-                is the stream position, `due` the scheduled sample, `used` the replacement.
+            replaced: JSON, a list of {"set", "position", "scheduled", "used", "reason"}, one entry per replaced sample:
+                the position in the stream, the scheduled sample and its replacement.
         """
         first = number * self.micro_batch_size
         # the scheduled samples: a slice of one global batch
@@ -152,6 +152,10 @@ class Reader:
         if all(len(images) == self.micro_batch_size for images in columns["pixel_values"]):
             columns["pixel_values"] = out
         return columns
+
+    def fingerprint_sources(self) -> dict[str, str]:
+        """Return the fingerprint of each set. It depends on contents, not on locations."""
+        return {name: shards.fingerprint for name, shards in self.sources.items()}
 
     def _loaded_tokenizer(self) -> "PreTrainedTokenizerBase | TextTokenizer":
         return self.text_tokenizer or _load_tokenizer(self.tokenizer)
@@ -196,7 +200,7 @@ class Reader:
                 rng = np.random.default_rng((self.order.seed, position, attempt))
                 used, stored_sample = int(rng.integers(len(shards))), None
             else:
-                entry = {"set": name, "place": position, "due": scheduled, "used": used, "reason": reason}
+                entry = {"set": name, "position": position, "scheduled": scheduled, "used": used, "reason": reason}
                 return row, image, entry if reason else None
         raise ValueError(
             f"{shards.folder}: sample {scheduled} and {MAX_SAMPLE_TRIES - 1} replacements cannot be used: {reason}"
@@ -209,7 +213,7 @@ class Reader:
         # foreign tars may hold anything; an image without a tag would be matched with another sample's tag
         checked = {"conversations": sample.record.get("conversations")}
         if rejection := find_rejection({**checked, "image": "image"} if sample.image else checked, None):
-            raise ValueError(f"{rejection.reason}: {rejection.why}: {rejection.field}: got {rejection.value}")
+            raise ValueError(f"{rejection.reason}: {rejection.explanation}: {rejection.field}: got {rejection.value}")
         rng = np.random.default_rng((self.order.seed, position)) if self.random_flip or self.max_rounds else None
         image = (
             load_pixels(sample.image, self.image_size, self.image_aspect_ratio, self.image_backend).transpose(1, 2, 0)
@@ -238,9 +242,9 @@ class Segment(NamedTuple):
     stop: int
 
     def list_blocks(self, workers: int) -> list[dict[str, int]]:
-        """List the blocks: every workers-th micro-batch from first to end - 1, which worker block % workers reads.
+        """List the blocks. A block has every `workers`-th micro-batch from `first` to `end` - 1.
 
-        The number of blocks is a multiple of workers, so that all workers get equally many.
+        Worker b % workers reads block b. The number of blocks is a multiple of `workers`, so that all get equally many.
         """
         reader, length = self.reader, self.stop - self.start
         samples = max(MAX_BLOCK_SAMPLES, length * reader.micro_batch_size // MAX_SMALL_BLOCKS)

@@ -31,18 +31,18 @@ from redux.conversation import IMAGE_TOKEN, move_image_to_front
 RECORD_REASONS = {
     "malformed": "not an object with conversations, a list of turns, each with from and value as text",
     "duplicate": "equal to an earlier record in all fields",
-    "roles": 'turns must alternate between "human" and "gpt", from a first "human" to a last "gpt"',
+    "turn order": 'turns must alternate between "human" and "gpt", from a first "human" to a last "gpt"',
     "empty turn": "a turn without text",
     "broken text": "a lone surrogate, or bytes that are not UTF-8, which no tokenizer reads",
     "video": "about a video, which is neither image nor text",
     "audio": "about a sound, which is neither image nor text",
     "point cloud": "about a point cloud, which is neither image nor text",
-    "image form": "an image in a form that LLaVA does not read; allowed: one path as image, and one <image>",
+    "unsupported image": "an image in a form that LLaVA does not read; allowed: one path as image, and one <image>",
     "image without tag": "there is an image, but no turn has <image>",
     "tag without image": "a turn has <image>, but there is no image",
-    "tags": "there is one image, but <image> in more than one turn",
+    "several tags": "there is one image, but <image> in more than one turn",
     "too long": "more words than max_words",
-    "outside": "the image's path leads out of the image folder",
+    "outside folder": "the image's path leads out of the image folder",
     "missing image": "the file does not exist or is not readable",
     "broken image": "the file is truncated, too large, or no image that Pillow reads",
 }
@@ -66,7 +66,7 @@ class RecordRejection(NamedTuple):
     detail: str = ""
 
     @property
-    def why(self) -> str:
+    def explanation(self) -> str:
         """Explanation of the reason."""
         return f"{RECORD_REASONS[self.reason]}: {self.detail}" if self.detail else RECORD_REASONS[self.reason]
 
@@ -194,13 +194,13 @@ def _find_form_rejection(record: Any) -> RecordRejection | None:
         if rejection := _find_media_field(turn, f"{name}.", has_image(record)):
             return rejection
     if has_image(record) and not isinstance(record["image"], str):
-        return RecordRejection("image form", "image", shorten(record["image"]))
+        return RecordRejection("unsupported image", "image", shorten(record["image"]))
     # order of the turns
     for number, turn in enumerate(turns):
         if turn["from"] != ("human", "gpt")[number % 2]:
-            return RecordRejection("roles", f"conversations[{number}].from", shorten(turn["from"]))
+            return RecordRejection("turn order", f"conversations[{number}].from", shorten(turn["from"]))
     if not turns or len(turns) % 2:
-        return RecordRejection("roles", "conversations", f"{len(turns)} turns")
+        return RecordRejection("turn order", "conversations", f"{len(turns)} turns")
     return None
 
 
@@ -224,7 +224,7 @@ def _find_content_rejection(record: dict, max_words: int | None) -> RecordReject
     if tagged and not has_image(record):
         return RecordRejection("tag without image", "image", shorten(record["image"]) if "image" in record else MISSING)
     if len(tagged) > 1:
-        return RecordRejection("tags", tagged[1], IMAGE_TOKEN)
+        return RecordRejection("several tags", tagged[1], IMAGE_TOKEN)
     if max_words is not None and (count := count_words(record)) > max_words:
         return RecordRejection("too long", "conversations", f"{count} words")
     return None
@@ -272,7 +272,7 @@ _MEDIA_FIELDS = {
     "video": "videos?",
     "audio": "audios?|speech|sounds?|wavs?",
     "point cloud": "point_?clouds?|pcds?",
-    "image form": "images?|imgs?|pictures?|photos?",
+    "unsupported image": "images?|imgs?|pictures?|photos?",
 }
 _MEDIA_FIELD_PATTERNS = {
     reason: re.compile(rf"(?:{names})(?:_?(?:{_CONTAINER_WORDS}))?", re.IGNORECASE)
@@ -285,13 +285,13 @@ _MEDIA_NAMES = {
     "video": "videos?|vid",
     "audio": "audios?|speech|sounds?|wav",
     "point cloud": "point_?clouds?|points?|pcd",
-    "image form": "images?|imgs?|pictures?|photos?|vision|visual",
+    "unsupported image": "images?|imgs?|pictures?|photos?|vision|visual",
 }
 _BARE_TAGS = {
     reason: rf"<(?-i:(?!image>))(?:\|/?|/)?(?:{names})(?:[ _-]?(?:{_TAG_WORDS}))*[ _-]?\d* ?/?\|?>"
     for reason, names in _MEDIA_NAMES.items()
 }
-_BARE_TAGS["image form"] += r"|</?im_(?:start|end|patch)>|(?-i:\[IMG\])"
+_BARE_TAGS["unsupported image"] += r"|</?im_(?:start|end|patch)>|(?-i:\[IMG\])"
 _MEDIA_TAG_PATTERNS = {
     reason: (
         re.compile(rf"(?<![A-Za-z0-9_])(?:{tag})(?!\s*(?:tags?|elements?|attributes?)\b)", re.IGNORECASE),
@@ -309,7 +309,12 @@ def _find_media_field(fields: dict, prefix: str, with_image: bool) -> RecordReje
     """Find a field with content that LLaVA does not read."""
     for field, value in fields.items():
         reason = _media_of_field(field)
-        if not reason or not value or (not prefix and field == "image") or (reason == "image form" and with_image):
+        if (
+            not reason
+            or not value
+            or (not prefix and field == "image")
+            or (reason == "unsupported image" and with_image)
+        ):
             continue
         return RecordRejection(reason, prefix + shorten(field), shorten(value))
     return None

@@ -36,6 +36,9 @@ FORMER_SHARD_OPTIONS = {
 }
 """Former names of shard options, found in the summaries of older sets."""
 
+FORMER_SUMMARY_FIELDS = {"asked": "settings", "kept": "samples"}
+"""Former names of fields of a summary."""
+
 INDEX_FILE = "index.arrow"
 QUARANTINE_FILE = "quarantine.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -84,9 +87,34 @@ def is_finished(out: str) -> bool:
     return storage.exists(storage.join(out, INDEX_FILE))
 
 
-def rename_former_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Give options of a summary their current names."""
-    return {FORMER_SHARD_OPTIONS.get(name, name): value for name, value in options.items()}
+def read_summary(folder: str) -> dict[str, Any] | None:
+    """Read summary.json of a set, with the current names of its fields and options.
+
+    Returns:
+        The summary, or None for a foreign set, which has no such file or that of another program.
+
+    Raises:
+        ValueError: the file is no JSON.
+    """
+    path = storage.join(folder, SUMMARY_FILE)
+    if not storage.exists(path):
+        return None
+    text = storage.read(path)
+    try:
+        summary = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: got {error}, allowed: a summary of shards") from None
+    if not isinstance(summary, dict):
+        return None
+    fields = _rename_former(summary, FORMER_SUMMARY_FIELDS)
+    if not isinstance(settings := fields.get("settings"), dict):
+        return None
+    return {**fields, "settings": _rename_former(settings, FORMER_SHARD_OPTIONS)}
+
+
+def _rename_former(values: dict[str, Any], current_names: dict[str, str]) -> dict[str, Any]:
+    """Give values their current names."""
+    return {current_names.get(name, name): value for name, value in values.items()}
 
 
 class Shards:
@@ -145,10 +173,8 @@ class Shards:
     @property
     def prepared_format(self) -> tuple[int, ImageAspectRatio] | None:
         """image_size and image_aspect_ratio of images stored as squares; None if they are stored unchanged."""
-        path = storage.join(self.folder, SUMMARY_FILE)
-        if not storage.exists(path):  # foreign sets have no summary
-            return None
-        options = rename_former_options(json.loads(storage.read(path)).get("asked", {}))
+        summary = read_summary(self.folder)
+        options = summary["settings"] if summary else {}
         return (options["image_size"], options["image_aspect_ratio"]) if options.get("image_size") else None
 
     def get_key(self, number: int) -> str:

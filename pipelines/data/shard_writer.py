@@ -5,8 +5,10 @@ Shards are plain tars that any WebDataset tool reads. Each sample has two member
 
     out/000000.tar, 000001.tar, ...     KEY.jpg (or png, ...), KEY.json, KEY.jpg, ...; KEY is the record's number
     out/index.arrow                     one row per sample: see pipelines/data/shard_index.py
-    out/quarantine.jsonl                {"number", "id", "reason", "field", "value", "why"} of each rejected record
-    out/summary.json                    settings, number of records, samples kept, rejected records by reason
+    out/quarantine.jsonl                {"number", "id", "reason", "field", "value", "explanation"}, a rejected record a
+                                        line
+    out/summary.json                    {"settings", "records", "samples", "quarantined"}: the last three are numbers of
+                                        records, of samples, and of rejected records by reason
 
 The index is written last: a folder without it is no set. Before that, `out/unfinished/` holds one part of the index for
 each finished shard, and a second start continues from these parts. Folders may be on any file system that fsspec knows.
@@ -38,7 +40,7 @@ from pipelines.data.shard_index import (
     SUMMARY_FILE,
     UNFINISHED_DIR,
     is_finished,
-    rename_former_options,
+    read_summary,
 )
 from redux.image import prepare_image
 
@@ -72,14 +74,14 @@ def make_shards(records: Sequence[Any], images: str, out: str, options: ShardOpt
     finished = is_finished(out)
     previous = _read_previous_summary(out, settings)
     has_shards = finished or storage.list_files(storage.join(out, UNFINISHED_DIR))
-    if has_shards and previous["asked"] != settings:
+    if has_shards and previous["settings"] != settings:
         raise ValueError(
             f"{out}: contains shards of other records or settings, allowed: an empty folder; delete it, or name another"
         )
     if finished:
         return previous
     # from here on the folder belongs to this run
-    storage.write(storage.join(out, SUMMARY_FILE), _to_json({"asked": settings}))
+    storage.write(storage.join(out, SUMMARY_FILE), _to_json({"settings": settings}))
     for folder in (out, storage.join(out, UNFINISHED_DIR)):
         storage.remove_partial(folder)
     # duplicates are known here only, since a task sees one shard
@@ -122,21 +124,16 @@ def _read_previous_summary(out: str, settings: dict[str, Any]) -> dict[str, Any]
     Raises:
         ValueError: the folder contains files of other programs, which would be overwritten.
     """
+    if previous := read_summary(out):
+        return previous
     path = storage.join(out, SUMMARY_FILE)
-    foreign_tars = [name for name in storage.list_files(out) if name.endswith(".tar")]
     if storage.exists(path):
-        try:
-            previous = json.loads(storage.read(path))
-        except ValueError:
-            previous = None
-        if isinstance(previous, dict) and "asked" in previous:
-            return {**previous, "asked": rename_former_options(previous["asked"])}
         raise ValueError(f"{path}: no summary of shards, allowed: a folder for the set alone; name another")
     if is_finished(out):  # an index without a summary: foreign tars that were indexed
-        return {"asked": None}
-    if foreign_tars:
+        return {"settings": None}
+    if foreign_tars := [name for name in storage.list_files(out) if name.endswith(".tar")]:
         raise ValueError(f"{out}: contains tars that were not made here ({foreign_tars[0]}), allowed: an empty folder")
-    return {"asked": settings}
+    return {"settings": settings}
 
 
 def _find_rejection(record: Any, options: ShardOptions, seen: set[bytes]) -> check.RecordRejection | None:
@@ -192,7 +189,7 @@ def _quarantine_entry(number: int, record: Any, rejection: check.RecordRejection
         "reason": rejection.reason,
         "field": rejection.field,
         "value": rejection.value,
-        "why": rejection.why,
+        "explanation": rejection.explanation,
     }
 
 
@@ -206,7 +203,7 @@ def _read_image(
         if options.image_size:
             suffix, image = "ppm", prepare_image(image, options.image_size, options.image_aspect_ratio)
     except OutsideError:
-        return check.RecordRejection("outside", "image", check.shorten(path)), "", b""
+        return check.RecordRejection("outside folder", "image", check.shorten(path)), "", b""
     except FileNotFoundError:
         return check.RecordRejection("missing image", "image", check.shorten(path)), "", b""
     except (ValueError, MemoryError) as error:  # also if the padded square is too large
@@ -226,7 +223,7 @@ def _merge_parts(
     # counts, and the decision if there is a set
     reasons = dict(sorted(Counter(entry["reason"] for entry in quarantined).items()))
     num_kept = sum(len(part) for part in parts)
-    summary = {"asked": settings, "records": len(records), "kept": num_kept, "quarantined": reasons}
+    summary = {"settings": settings, "records": len(records), "samples": num_kept, "quarantined": reasons}
     if num_kept + len(quarantined) != len(records):
         raise RuntimeError(
             f"{out}: {len(records)} records became {num_kept} samples and {len(quarantined)} in quarantine"
@@ -251,8 +248,11 @@ def _describe_refusal(
 ) -> str:
     """Explain with an example why there is no set. If all records fail alike, the form of the file is wrong."""
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    first = {"field": "", "value": "", "why": "", **quarantined[0]}  # parts of older versions have the reason only
-    example = f"record {first['number']}: {first['field'] or 'the record'}: got {first['value']}: {first['why']}"
+    # parts of older versions lack some fields
+    first = {"field": "", "value": "", "explanation": quarantined[0]["reason"], **quarantined[0]}
+    example = (
+        f"record {first['number']}: {first['field'] or 'the record'}: got {first['value']}: {first['explanation']}"
+    )
     all_fail_alike = len(quarantined) == num_records and len(reasons) == 1
     if all_fail_alike and first["reason"] not in ("missing image", "broken image"):
         return (

@@ -41,7 +41,7 @@ TAR_REASONS = {
     "no record": "no member json, LLaVA's record",
     "several records": "more than one member has conversations: a key ends at the first dot of a file's name",
     "several images": "more than one member can be the image, and the record does not tell which",
-    "members apart": "the key comes again further on, with the sample's other members",
+    "split sample": "the key comes again further on, with the sample's other members",
     "sparse member": "the record or the image is stored sparse: no byte range holds it (make the tar without --sparse)",
 }
 """Reasons to reject a sample of a tar, in addition to those of its record."""
@@ -138,7 +138,7 @@ class Tar:
         return Counter(member.suffix for member in unread) + self.outside
 
     @property
-    def refused(self) -> int:
+    def rejected(self) -> int:
         """Number of members of rejected samples."""
         return sum(len(sample.members) for sample in self.samples if sample.rejection_reason)
 
@@ -158,7 +158,7 @@ def read_tar(data: BytesLike, name: str) -> Tar:
         _resolve_sample(sample, data)
         tar.samples.append(sample)
     _reject_split_samples(tar, name)
-    assert sum(tar.used.values()) + sum(tar.ignored.values()) + tar.refused == tar.members, name
+    assert sum(tar.used.values()) + sum(tar.ignored.values()) + tar.rejected == tar.members, name
     return tar
 
 
@@ -411,7 +411,7 @@ def _reject_split_samples(tar: Tar, name: str) -> None:
             continue
         if any(sample.rejection_reason for sample in same):
             for sample in same:
-                sample.rejection_reason = "members apart"
+                sample.rejection_reason = "split sample"
         else:
             tar.notes.append(f"{name}: {len(same)} samples have the key {escape_unprintable(key)}; all are kept")
 

@@ -15,7 +15,6 @@ answers/provenance.json  the model and the settings that gave the answers; answe
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,7 +97,7 @@ class EvaluationActor:
     def __init__(self, evaluated: EvaluatedModel, settings: Evaluate, actors: int) -> None:
         # actors on a CPU share its cores; more threads than cores slow all of them down
         if not torch.cuda.is_available():
-            torch.set_num_threads(max(len(os.sched_getaffinity(0)) // actors, 1))
+            torch.set_num_threads(max(cluster.count_local_cpus() // actors, 1))
         self.evaluated = evaluated
         self.settings = settings
         self.model: Answerer | None = None
@@ -116,6 +115,7 @@ class EvaluationActor:
             problem = failures.classify_error(error).text
         else:
             problem = ""
+        # values of the whole batch are repeated in each row, since Ray Data has columns of equal length
         count = len(answers.texts)
         return {
             "batch": [int(number)] * count,
@@ -294,14 +294,8 @@ def _run_inference(
         gpu_share: share of a GPU for each actor.
     """
     batches = [batch for name, questions in remaining.items() for batch in _make_batches(name, questions, settings)]
-    # check the resources first: Ray would wait for missing ones without end
     actors = count_actors(settings, gpu_share, len(batches))
-    cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate.num_actors = {actors}")
-    gpus = cluster.count_gpus()
-    if 0 < gpus < actors * gpu_share:
-        raise ValueError(
-            f"evaluate.num_actors: got {actors}, allowed: up to {gpus / gpu_share:g}, as there are {gpus:g} GPUs"
-        )
+    _require_actors(actors, gpu_share)
     # the batch is part of its row: Ray's C++ code warns about actors with large constructor arguments
     rows = [{"number": number, "batch": batch} for number, batch in enumerate(batches)]
     answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -310,7 +304,7 @@ def _run_inference(
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.5,
-        num_gpus=gpu_share if gpus else None,
+        num_gpus=gpu_share if cluster.count_gpus() else None,
     )
     # this process writes all answers, so no two actors append to one file
     done = total - sum(map(len, remaining.values()))
@@ -329,6 +323,14 @@ def _run_inference(
             )
             jsonl.append(folder / SPEED_FILE, [_make_speed_row(batch, block)])
             bar.update(len(batch.questions))
+
+
+def _require_actors(actors: int, gpu_share: float) -> None:
+    """Raise ValueError if the cluster cannot run so many actors: Ray would wait for missing resources without end."""
+    cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate.num_actors = {actors}")
+    gpus, places = cluster.count_gpus(), cluster.count_gpu_places(gpu_share)
+    if gpus and actors > places:
+        raise ValueError(f"evaluate.num_actors: got {actors}, allowed: up to {places}, as there are {gpus:g} GPUs")
 
 
 def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:

@@ -7,6 +7,7 @@ made from the numbers alone, so it also says when they allow no conclusion.
 from collections.abc import Mapping, Sequence
 
 from pipelines.report import page
+from pipelines.report.columns import COLUMN_BY_BENCHMARK, IF_COLUMN, PILOT_COLUMNS, Column
 from pipelines.report.plots import (
     ACCENT,
     BAD,
@@ -22,17 +23,8 @@ from pipelines.report.plots import (
     style_axes,
     to_svg,
 )
-from pipelines.report.tables import (
-    COLUMN_BY_BENCHMARK,
-    IF_COLUMN,
-    KIND_TITLES,
-    PILOT_COLUMNS,
-    Cell,
-    Column,
-    ComparedPrompt,
-    ResultRow,
-    ResultTable,
-)
+from pipelines.report.table_rows import KIND_TITLES
+from pipelines.report.tables import Cell, ComparedPrompt, ResultRow, ResultTable
 
 COLOUR_BY_KIND = {"both": ACCENT, "llava": INK, "vmtc": GOOD, "cmai": BAD}
 """Colours of the main kinds of models; all others are faint."""

@@ -338,12 +338,18 @@ def _find_source_job(job: dict[str, Any]) -> dict[str, Any]:
     checkpoint = job["model"].get("checkpoint")
     # the checkpoint of a run is inside the run folder, so a folder above it has the job
     parents = Path(checkpoint).parents if isinstance(checkpoint, str) else ()
-    previous = next((_read_job(folder / "job.yaml") for folder in parents if (folder / "job.yaml").exists()), None)
+    previous = next((_read_job(folder / "job.yaml") for folder in parents if _is_run_folder(folder)), None)
     if previous is None or not job.get("train"):
         return previous or job
     # sizes and inherited methods are in the job of the checkpoint only
     inherited = ("tower", "language", *(name for name in METHODS if job["model"].get(name) == "checkpoint"))
     return job | {"model": job["model"] | {part: previous["model"].get(part) for part in inherited}}
+
+
+def _is_run_folder(folder: Path) -> bool:
+    """Tell if a folder is that of a run, and not a folder in which a user keeps a job file."""
+    has_record = (folder / "metrics.jsonl").exists() or (folder / "metrics.json").exists()
+    return has_record and (folder / "job.yaml").exists()
 
 
 def _read_methods(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rows of the paper's tables: which models match a row, and the command that fills a missing row.
+"""Rows of the paper's tables: their models, the runs that match them, and the command that fills a missing row.
 
 A row is a configuration of `redux.PRESETS`. A model matches a row if its methods are of the same kind and keep the same
 share of the tokens. Sizes and other options do not matter: 32 of 64 patches match the paper's 288 of 576.
@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
+from pipelines.report import paper
 from pipelines.report.runs import CLIP_PATCHES, ComparedModel, Family, count_remaining_tokens, select_changed_fields
 from redux.presets import PRESETS, Preset
-from redux.settings import METHODS, SPATIAL_METHODS, VMTC
+from redux.settings import METHODS, SPATIAL_METHODS, VMTC, Reduction
 
 KIND_BY_METHODS = {
     (None, None): "llava",
@@ -48,6 +49,74 @@ class TableRow:
     paper: str | None = None
     uses_captions: bool = False
     checkpoint: str | None = None
+
+
+LLAVA_ROW = TableRow("LLaVA-1.5", PRESETS["llava"], "LLaVA-1.5-{size}")
+BOTH_ROW = TableRow("VMTC + CMAI", PRESETS["default"], "Ours-{size}")
+TABLE_ROWS = {
+    "table-1": (
+        LLAVA_ROW,
+        TableRow("SPD", PRESETS["spd"], "SPD-{size}"),
+        TableRow("Upper limit", PRESETS["llava"], "Upper Limit-{size}", uses_captions=True),
+        BOTH_ROW,
+    ),
+    "table-2": (
+        *(TableRow(name, None, name) for name in list(paper.TABLE_2.rows)[:9]),
+        LLAVA_ROW,
+        BOTH_ROW,
+        TableRow("InstructBLIP", None, "InstructBLIP-7B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-7b"),
+        TableRow("InstructBLIP", None, "InstructBLIP-13B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-13b"),
+        TableRow("VMTC + CMAI, 64 of 576 tokens", PRESETS["tokens-64"], "Ours-{size}, 64 tokens"),
+        TableRow("BLIP-2-13B", None, "BLIP-2-13B, 36 tokens"),
+        TableRow("PruMerge, 36 of 576 tokens", PRESETS["prumerge"], "LLaVA-Prumerge-{size}, 36 tokens"),
+        TableRow("VMTC + CMAI, 36 of 576 tokens", PRESETS["tokens-36"], "Ours-{size}, 36 tokens"),
+        TableRow("Random places", PRESETS["random"]),
+    ),
+    "table-3": (
+        TableRow("neither", PRESETS["llava"], "neither"),
+        TableRow("VMTC", PRESETS["vmtc"], "VMTC"),
+        TableRow("CMAI", PRESETS["cmai"], "CMAI"),
+        TableRow("VMTC + CMAI", PRESETS["default"], "VMTC, CMAI"),
+    ),
+    "table-4": (
+        TableRow("no VMTC", PRESETS["cmai"], "none"),
+        TableRow("LLP", PRESETS["llp"], "LLP"),
+        TableRow("LWP", PRESETS["lwp"], "LWP"),
+        TableRow("LWP + MG", PRESETS["lwp-mg"], "LWP, MG"),
+        TableRow("LWP + MG + CLST", PRESETS["lwp-mg-clst"], "LWP, MG, CLST"),
+    ),
+    "table-5": (
+        TableRow("no CMAI", PRESETS["vmtc"], "No CMAI"),
+        TableRow("TIA", PRESETS["tia"], "+ TIA"),
+        TableRow("Sum TIA", PRESETS["sum-tia"], "+ Sum TIA"),
+        TableRow("Discounted Sum TIA", PRESETS["discounted-sum-tia"], "+ Discounted Sum TIA"),
+        TableRow("Neighbourhood", PRESETS["default"], "Ours"),
+    ),
+}
+"""Rows of each table of the paper."""
+
+KIND_TITLES = {
+    "llava": "LLaVA-1.5",
+    "both": "VMTC + CMAI",
+    "vmtc": "VMTC",
+    "cmai": "CMAI",
+    "average": "SPD, average",
+    "stride": "SPD, stride",
+    "bilinear": "SPD, bilinear",
+    "random": "Random places",
+    "prumerge": "PruMerge",
+    "llp": "LLP + CMAI",
+    "lwp": "LWP + CMAI",
+    "lwp-mg": "LWP + MG + CMAI",
+    "tia": "VMTC + TIA",
+    "sum": "VMTC + Sum TIA",
+    "discounted": "VMTC + Discounted Sum TIA",
+    "upper-limit": "Upper limit",
+}
+"""Names of the kinds of models, in the order of the tables."""
+
+SPD_RATIOS = (0.25, 0.5, 0.75, 0.9)
+SWEEP_RATIOS = tuple(round(0.1 * tenth, 1) for tenth in range(10))
 
 
 def find_kind(methods: Preset, uses_captions: bool = False) -> str | None:
@@ -187,9 +256,25 @@ def _write_flow_yaml(settings: Any) -> str:
 def _run_suffix(row: TableRow) -> str:
     """Make the end of a run's name, the same in every table with this row."""
     if row.uses_captions:
-        return "described"
+        return "captions"
     assert row.preset is not None
     # the name of the preset, or the label of the row in lower case
     presets = (name for name, preset in PRESETS.items() if preset.methods == row.preset.methods)
     parts = "".join(letter if letter.isalnum() else " " for letter in row.label.lower()).split()
     return next(presets, "-".join(parts))
+
+
+def make_spd_rows() -> list[TableRow]:
+    """Make the rows of Figure 2. The paper does not print its ratios, so SPD_RATIOS are a choice of this project."""
+    reductions = {ratio: Reduction(method="average", ratio=ratio) for ratio in SPD_RATIOS}
+    return [
+        TableRow(f"SPD {ratio:.0%}", Preset(description="", vmtc=None, cmai=None, reduction=reduction))
+        for ratio, reduction in reductions.items()
+    ]
+
+
+def make_sweep_rows() -> list[TableRow]:
+    presets = {ratio: Preset(description="", vmtc=VMTC(ratio=ratio)) for ratio in SWEEP_RATIOS} | {
+        0.5: PRESETS["default"]
+    }
+    return [TableRow(f"VMTC + CMAI {ratio:.0%}", preset) for ratio, preset in presets.items()]

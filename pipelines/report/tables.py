@@ -21,40 +21,33 @@ from pipelines.evaluation import statistics
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER
 from pipelines.evaluation.statistics import Difference, Interval
 from pipelines.report import paper
+from pipelines.report.columns import (
+    BENCHMARK_COLUMNS,
+    CORRECTNESS_COLUMNS,
+    COST_COLUMNS,
+    COST_FUNCTIONS,
+    IF_COLUMN,
+    PILOT_COLUMNS,
+    TABLE_COLUMNS,
+    Column,
+)
 from pipelines.report.runs import ComparedModel, Family, select_changed_fields
-from pipelines.report.table_rows import TableRow, find_kind, matches, write_command
+from pipelines.report.table_rows import (
+    KIND_TITLES,
+    LLAVA_ROW,
+    TABLE_ROWS,
+    TableRow,
+    find_kind,
+    make_spd_rows,
+    make_sweep_rows,
+    matches,
+    write_command,
+)
 from redux.benchmarks import Metric
-from redux.cost import compute_cost, compute_step_cost
-from redux.instructions import INSTRUCTIONS
-from redux.presets import PRESETS, Preset
-from redux.settings import METHODS, SPATIAL_METHODS, VMTC, Reduction
-
-PROMPT_TEXT_TOKENS = 64
-"""Number of text tokens in the prompt whose cost is shown."""
+from redux.settings import METHODS, SPATIAL_METHODS
 
 NUM_COMPARED_PROMPTS = 6
 """Number of prompts in Figure 4."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of our tables.
-
-    Args:
-        name: heading of the column.
-        source: a metric of the answers, or a name in COST_FUNCTIONS.
-        factor: factor from the metric to the number that is shown; 100 for per cent.
-        paper: name of the column in the paper.
-        number_format: format string of the number.
-        about: explanation of the name.
-    """
-
-    name: str
-    source: str
-    factor: float = 100.0
-    paper: str | None = None
-    number_format: str = "{:.1f}"
-    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,112 +120,6 @@ class ComparedPrompt:
 
     text: str
     responses: tuple[tuple[str, str, bool], ...]
-
-
-IF_COLUMN = Column("IF", "instructions.strict", paper="IF")
-CORRECTNESS_COLUMNS = (Column("right", "instructions.right"), Column("both", "instructions.both"))
-INSTRUCTION_COLUMNS = tuple(
-    Column(
-        f"T{instruction.task}",
-        f"instructions.strict.{instruction.name}",
-        paper=f"T{instruction.task}",
-        about=paper.TASK_TITLES[f"T{instruction.task}"],
-    )
-    for instruction in INSTRUCTIONS.values()
-)
-BENCHMARK_COLUMNS = (
-    Column("GQA", "gqa.accuracy", paper="GQA"),
-    Column("VQAv2", "vqav2.accuracy", paper="VQAv2"),
-    Column("TextVQA", "textvqa.accuracy", paper="TextVQA"),
-    Column("MME", "mme.perception", 1.0, "MME"),
-    Column("MMB", "mmbench.accuracy", paper="MMB"),
-    Column("easy-VQA", "easy_vqa.accuracy"),
-)
-COLUMN_BY_BENCHMARK = {column.name: column for column in BENCHMARK_COLUMNS}
-PILOT_COLUMNS = (Column("JSON", "instructions.strict.json"), Column("Keywords", "instructions.strict.keywords"))
-ABLATION_COLUMNS = (
-    COLUMN_BY_BENCHMARK["GQA"],
-    Column("TQA", "textvqa.accuracy", paper="TQA"),
-    COLUMN_BY_BENCHMARK["MME"],
-    IF_COLUMN,
-)
-
-LLAVA_ROW = TableRow("LLaVA-1.5", PRESETS["llava"], "LLaVA-1.5-{size}")
-BOTH_ROW = TableRow("VMTC + CMAI", PRESETS["default"], "Ours-{size}")
-TABLE_ROWS = {
-    "table-1": (
-        LLAVA_ROW,
-        TableRow("SPD", PRESETS["spd"], "SPD-{size}"),
-        TableRow("Upper limit", PRESETS["llava"], "Upper Limit-{size}", uses_captions=True),
-        BOTH_ROW,
-    ),
-    "table-2": (
-        *(TableRow(name, None, name) for name in list(paper.TABLE_2.rows)[:9]),
-        LLAVA_ROW,
-        BOTH_ROW,
-        TableRow("InstructBLIP", None, "InstructBLIP-7B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-7b"),
-        TableRow("InstructBLIP", None, "InstructBLIP-13B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-13b"),
-        TableRow("VMTC + CMAI, 64 of 576 tokens", PRESETS["tokens-64"], "Ours-{size}, 64 tokens"),
-        TableRow("BLIP-2-13B", None, "BLIP-2-13B, 36 tokens"),
-        TableRow("PruMerge, 36 of 576 tokens", PRESETS["prumerge"], "LLaVA-Prumerge-{size}, 36 tokens"),
-        TableRow("VMTC + CMAI, 36 of 576 tokens", PRESETS["tokens-36"], "Ours-{size}, 36 tokens"),
-        TableRow("Random places", PRESETS["random"]),
-    ),
-    "table-3": (
-        TableRow("neither", PRESETS["llava"], "neither"),
-        TableRow("VMTC", PRESETS["vmtc"], "VMTC"),
-        TableRow("CMAI", PRESETS["cmai"], "CMAI"),
-        TableRow("VMTC + CMAI", PRESETS["default"], "VMTC, CMAI"),
-    ),
-    "table-4": (
-        TableRow("no VMTC", PRESETS["cmai"], "none"),
-        TableRow("LLP", PRESETS["llp"], "LLP"),
-        TableRow("LWP", PRESETS["lwp"], "LWP"),
-        TableRow("LWP + MG", PRESETS["lwp-mg"], "LWP, MG"),
-        TableRow("LWP + MG + CLST", PRESETS["lwp-mg-clst"], "LWP, MG, CLST"),
-    ),
-    "table-5": (
-        TableRow("no CMAI", PRESETS["vmtc"], "No CMAI"),
-        TableRow("TIA", PRESETS["tia"], "+ TIA"),
-        TableRow("Sum TIA", PRESETS["sum-tia"], "+ Sum TIA"),
-        TableRow("Discounted Sum TIA", PRESETS["discounted-sum-tia"], "+ Discounted Sum TIA"),
-        TableRow("Neighbourhood", PRESETS["default"], "Ours"),
-    ),
-}
-TABLE_COLUMNS = {
-    "table-1": (
-        *INSTRUCTION_COLUMNS,
-        Column("AVG", IF_COLUMN.source, paper="AVG"),
-        *CORRECTNESS_COLUMNS,
-        COLUMN_BY_BENCHMARK["GQA"],
-    ),
-    "table-2": (
-        IF_COLUMN,
-        *(COLUMN_BY_BENCHMARK[name] for name in ("VQAv2", "GQA", "TextVQA", "MME", "MMB")),
-        CORRECTNESS_COLUMNS[1],
-    ),
-    **dict.fromkeys(("table-3", "table-4", "table-5"), (*ABLATION_COLUMNS, *CORRECTNESS_COLUMNS)),
-}
-KIND_TITLES = {
-    "llava": "LLaVA-1.5",
-    "both": "VMTC + CMAI",
-    "vmtc": "VMTC",
-    "cmai": "CMAI",
-    "average": "SPD, average",
-    "stride": "SPD, stride",
-    "bilinear": "SPD, bilinear",
-    "random": "Random places",
-    "prumerge": "PruMerge",
-    "llp": "LLP + CMAI",
-    "lwp": "LWP + CMAI",
-    "lwp-mg": "LWP + MG + CMAI",
-    "tia": "VMTC + TIA",
-    "sum": "VMTC + Sum TIA",
-    "discounted": "VMTC + Discounted Sum TIA",
-    "upper-limit": "Upper limit",
-}
-SPD_RATIOS = (0.25, 0.5, 0.75, 0.9)
-SWEEP_RATIOS = tuple(round(0.1 * tenth, 1) for tenth in range(10))
 
 
 class FamilyScores:
@@ -308,7 +195,7 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
             "Figure 2: spatial down-sampling",
             _add_columns(PILOT_COLUMNS, extra),
             scores,
-            _make_spd_rows(),
+            make_spd_rows(),
             ("llava", *SPATIAL_METHODS),
         ),
         _build_ratio_table(
@@ -316,10 +203,10 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
             "Scores by share of removed tokens",
             score_columns,
             scores,
-            _make_sweep_rows(),
+            make_sweep_rows(),
             ("llava", "both", "vmtc", *SPATIAL_METHODS, "random", "prumerge"),
         ),
-        _build_full_table("spent", "Costs", COST_COLUMNS, scores),
+        _build_full_table("costs", "Costs", COST_COLUMNS, scores),
     ]
 
 
@@ -443,22 +330,6 @@ def removed_share(model: ComparedModel) -> float:
     return 1 - model.num_tokens / model.num_patches
 
 
-def _make_spd_rows() -> list[TableRow]:
-    """Make the rows of Figure 2. The paper does not print its ratios, so SPD_RATIOS are a choice of this project."""
-    reductions = {ratio: Reduction(method="average", ratio=ratio) for ratio in SPD_RATIOS}
-    return [
-        TableRow(f"SPD {ratio:.0%}", Preset(description="", vmtc=None, cmai=None, reduction=reduction))
-        for ratio, reduction in reductions.items()
-    ]
-
-
-def _make_sweep_rows() -> list[TableRow]:
-    presets = {ratio: Preset(description="", vmtc=VMTC(ratio=ratio)) for ratio in SWEEP_RATIOS} | {
-        0.5: PRESETS["default"]
-    }
-    return [TableRow(f"VMTC + CMAI {ratio:.0%}", preset) for ratio, preset in presets.items()]
-
-
 def _build_full_table(key: str, title: str, columns: tuple[Column, ...], scores: Sequence[FamilyScores]) -> ResultTable:
     blocks = {}
     for of_family in scores:
@@ -512,61 +383,6 @@ def name_model(model: ComparedModel, family: Family) -> str:
 def _list_methods(model: ComparedModel) -> list[str]:
     titles = {"vmtc": "VMTC", "cmai": "CMAI", "reduction": "Reduction"}
     return [titles[part] for part in METHODS if model.methods.methods[part]]
-
-
-# --- costs -----------------------------------------------------------------------------------------------------------
-
-
-def _mean_training_minutes(model: ComparedModel) -> float | None:
-    seconds = [run.training_s for run in model.runs if run.training_s is not None]
-    return sum(seconds) / len(seconds) / 60 if seconds else None
-
-
-def _from_metrics(name: str, factor: float = 1.0) -> Callable[[ComparedModel], float | None]:
-    """Make a cost function that reads a number of metrics.json."""
-
-    def read(model: ComparedModel) -> float | None:
-        number = model.mean_number(name)
-        return None if number is None else number * factor
-
-    return read
-
-
-def _from_config(compute: Callable[[Any], float]) -> Callable[[ComparedModel], float | None]:
-    """Make a cost function of the model's configuration; captions cost a second prompt, so they have no value."""
-
-    def read(model: ComparedModel) -> float | None:
-        config = model.runs[0].config
-        return compute(config) if config and not model.uses_captions else None
-
-    return read
-
-
-def _cache_mebibytes(config: Any) -> float:
-    prompt = compute_cost(config, PROMPT_TEXT_TOKENS)
-    return (prompt.kv_bytes + prompt.focus_bytes) / 2**20
-
-
-COST_FUNCTIONS: dict[str, Callable[[ComparedModel], float | None]] = {
-    "training": _mean_training_minutes,
-    "evaluation": _from_metrics("wall_s.evaluate", 1 / 60),
-    "peak": _from_metrics("speed.peak_bytes", 2**-30),
-    "decode": _from_metrics("speed.decode_tokens_per_s"),
-    "prompt": _from_config(lambda config: compute_cost(config, PROMPT_TEXT_TOKENS).flops / 1e9),
-    "step": _from_config(lambda config: compute_step_cost(config, PROMPT_TEXT_TOKENS).flops / 1e9),
-    "cache": _from_config(_cache_mebibytes),
-}
-"""Costs of a model: measured ones as means over seeds, others computed from its configuration; None if unknown."""
-
-COST_COLUMNS = (
-    Column("training, min", "training"),
-    Column("evaluation, min", "evaluation"),
-    Column("peak memory, GiB", "peak", number_format="{:.2f}"),
-    Column("decoded tokens per second", "decode", number_format="{:,.0f}"),
-    Column(f"GFLOPs of a prompt with {PROMPT_TEXT_TOKENS} text tokens", "prompt", number_format="{:,.3g}"),
-    Column("GFLOPs of the next token", "step", number_format="{:,.3g}"),
-    Column("caches, MiB", "cache", number_format="{:,.3g}"),
-)
 
 
 # --- responses to the same prompts -----------------------------------------------------------------------------------

@@ -169,7 +169,9 @@ class StudySearcher(Searcher):
             return  # StudyScheduler.on_trial_error has the message
         # Tune flattens the reported dictionary
         prefix = "metrics/"
-        reported = {name.removeprefix(prefix): value for name, value in (result or {}).items() if prefix in name}
+        reported = {
+            name.removeprefix(prefix): value for name, value in (result or {}).items() if name.startswith(prefix)
+        }
         self.trials.finish(trial_id, reported)
 
     def save(self, checkpoint_path: str) -> None:

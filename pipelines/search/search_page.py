@@ -207,6 +207,7 @@ def _compare_references(snapshot: Snapshot) -> list[str]:
         values = snapshot.format_objectives(reference)
         if not is_feasible(reference):
             values += "; outside the constraints"
+        # with one objective, a trial that dominates is simply better
         dominating = snapshot.find_dominating(name)
         is_plural = len(dominating) > 1
         if len(snapshot.objectives) == 1:
@@ -291,6 +292,7 @@ def _make_row(snapshot: Snapshot, trial: FrozenTrial, retry: int | None) -> Tria
         remarks.append(name)
     if (retried_number := trial.user_attrs.get("retry_of")) is not None:
         remarks.append(f"retry of {retried_number}")
+    # Optuna keeps the last reported value of a pruned trial as its value; it is not a result
     is_complete = trial.state == TrialState.COMPLETE
     wall_s = get_number(trial, "wall_s")
     return TrialRow(

@@ -164,8 +164,8 @@ def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
 class FeasibleSampler(BaseSampler):
     """Sampler that draws all parameters together with another sampler, until they are a valid job.
 
-    The best values of a model may be an invalid job, however often it is asked. So each further draw takes more of its
-    values at random.
+    A sampler that models the objectives may propose invalid values again and again. So each further draw takes more of
+    its values at random.
 
     Args:
         space: the search space.

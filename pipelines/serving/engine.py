@@ -144,7 +144,9 @@ def describe_trace(trace: AnswerTrace) -> dict[str, Any]:
                 "patches": encode_png(image.draw()),
                 "tokens_before": len(image.slot),
                 "tokens": image.num_tokens,
-                "allowed": [base64.b64encode((row * 255).round().astype("uint8").tobytes()).decode() for row in allowed],
+                "allowed": [
+                    base64.b64encode((row * 255).round().astype("uint8").tobytes()).decode() for row in allowed
+                ],
             }
         )
     return {"words": list(trace.words), "images": images}

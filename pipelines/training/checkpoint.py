@@ -173,12 +173,8 @@ class Upload:
 
     @property
     def done(self) -> bool:
+        """True if the upload has ended, also with an error."""
         return self._future.done()
-
-    @property
-    def failed(self) -> bool:
-        """True if storage refused the upload. Blocks until the upload is done."""
-        return self._future.exception() is not None
 
     def result(self) -> dict[str, FileEntry]:
         """Wait for the upload and return the entries of this rank's files. Raises the error of the storage."""
@@ -303,15 +299,17 @@ def load_fragments(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> list[d
     result = [
         {state: torch.empty(fragment.length, dtype=torch.float32) for state in fragment.states} for fragment in wanted
     ]
-    # Number of elements of each fragment that are not loaded yet.
-    missing = [dict.fromkeys(fragment.states, fragment.length) for fragment in wanted]
     indices: dict[tuple[str, str], list[int]] = {}
     for index, fragment in enumerate(wanted):
         for state in fragment.states:
             indices.setdefault((fragment.name, state), []).append(index)
 
-    def copy_file(file: str) -> None:
-        """Copy the overlap of every piece of the file with every wanted fragment of the same parameter."""
+    def copy_file(file: str) -> list[tuple[int, str, int]]:
+        """Copy the overlap of every piece of the file with every wanted fragment of the same parameter.
+
+        Returns (index of the fragment, state, number of elements) of each copy.
+        """
+        copied = []
         for (parameter, state, start, length), tensor in _read_checked(saved, file):
             for index in indices.get((parameter, state), []):
                 fragment = wanted[index]
@@ -319,7 +317,8 @@ def load_fragments(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> list[d
                 if first < stop:
                     target = result[index][state][first - fragment.start : stop - fragment.start]
                     target.copy_(tensor[first - start : stop - start])
-                    missing[index][state] -= stop - first
+                    copied.append((index, state, stop - first))
+        return copied
 
     def overlaps(pieces: list[Piece]) -> bool:
         return any(
@@ -330,8 +329,12 @@ def load_fragments(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> list[d
 
     # Read only the files that hold a piece of a wanted fragment.
     needed = [name for name, entry in saved.manifest.files.items() if overlaps(entry.pieces)]
+    missing = [dict.fromkeys(fragment.states, fragment.length) for fragment in wanted]
     with ThreadPoolExecutor(CONCURRENT_READS) as pool:
-        list(pool.map(copy_file, needed))
+        # Count here and not in the threads: two of them may copy into one fragment.
+        for copied in pool.map(copy_file, needed):
+            for index, state, count in copied:
+                missing[index][state] -= count
     for fragment, counts in zip(wanted, missing, strict=True):
         if any(counts.values()):
             raise DamagedError(f"{saved.url}: {fragment.name} is missing or incomplete")
@@ -438,24 +441,33 @@ def restore_newest(
         check(candidate.url, candidate.manifest)
 
         # Load into new tensors: another rank may find damage, and then no rank may keep what it loaded.
-        states, error_text = None, ""
-        try:
-            states = load_fragments(candidate, wanted)
-        except DamagedError as error:
-            error_text = str(error)
-        errors: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(errors, error_text)
-        if any(errors):
-            skipped.append(next(filter(None, errors)))
-            first_error = first_error or skipped[-1]
+        states, error = _load_on_all_ranks(candidate, wanted)
+        if error:
+            skipped.append(error)
+            first_error = first_error or error
             continue
 
         # Every rank has its whole share. Write it into the live tensors.
-        assert states is not None
         for fragment, loaded in zip(wanted, states, strict=True):
             for state, tensor in loaded.items():
                 fragment.states[state].data.copy_(tensor)
         return candidate.manifest, skipped
+
+
+def _load_on_all_ranks(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> tuple[list[dict[str, Tensor]], str]:
+    """Load the fragments of this rank. A collective.
+
+    Returns:
+        The states as from `load_fragments`, and the error of the first rank that found damage, or "" if none did.
+    """
+    states, local_error = list[dict[str, Tensor]](), ""
+    try:
+        states = load_fragments(saved, wanted)
+    except DamagedError as error:
+        local_error = str(error)
+    errors: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(errors, local_error)
+    return states, next(filter(None, errors), "")
 
 
 def _broadcast(values: list[Any]) -> list[Any]:

@@ -67,13 +67,13 @@ class WorkerGroup:
     Attributes:
         client: recorder of the workers; None without workers.
         future: result of Ray Train.
-        due: plans of the stages that the workers train next.
+        upcoming: plans of the stages that the workers train next.
     """
 
     def __init__(self) -> None:
         self.client: RecorderClient | None = None
         self.future: Future[Any] = Future()
-        self.due: list[StagePlan] = []
+        self.upcoming: list[StagePlan] = []
         self._run = Path()
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
@@ -87,7 +87,7 @@ class WorkerGroup:
 
     def expects(self, plan: StagePlan) -> bool:
         """Return True if workers wait for this stage."""
-        return not self.future.done() and self.due[:1] == [plan]
+        return not self.future.done() and self.upcoming[:1] == [plan]
 
     def open_stage(
         self, work: StageWork, later: Sequence[StageWork], extra_hook_factories: Sequence[HookFactory]
@@ -101,7 +101,7 @@ class WorkerGroup:
         """
         settings = _recorder_settings(work)
         if self.client and self.expects(work.plan):
-            self.due = self.due[1:]
+            self.upcoming = self.upcoming[1:]
             self.client.open_stage(settings)
             return self.client
         self.end()
@@ -109,7 +109,7 @@ class WorkerGroup:
         remove_placement_group(work.plan.run)
         self.client = recorder.start_recorder(settings)
         self._run = work.plan.run
-        self.due = [following.plan for following in later]
+        self.upcoming = [following.plan for following in later]
         # Ray Train requires a storage folder. Nothing in it is needed later.
         self._scratch = tempfile.TemporaryDirectory()
         trainer = _make_trainer((work, *later), self.client, extra_hook_factories, self._scratch.name)
@@ -178,16 +178,22 @@ def train_stage(
     try:
         _follow_workers(work, group, client, should_stop)
         export.export_result(work.plan, work.steps)
-        client.close("end")
+        _close_record(client, "end")
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | StoppedError | ValueError | OSError):
             # On a full disk the record cannot be closed, either. The error that ended the stage is the one to report.
             with suppress(OSError):
-                client.close("stop")
+                _close_record(client, "stop")
         group.end(waits=False)
         raise
-    if not group.due:
+    if not group.upcoming:
         group.end()
+
+
+def _close_record(client: RecorderClient, event: str) -> None:
+    """Close the record of a stage, and show its last messages, such as errors of trackers at their end."""
+    for text in client.close(event):
+        print(text, flush=True)
 
 
 def _prepare_stage(plan: StagePlan) -> StageWork:
@@ -368,7 +374,7 @@ def _show_until_done(progress: "StageProgress", group: WorkerGroup, should_stop:
         while not wait([group.future], timeout=POLL_S).done:
             interrupts.raise_if_interrupted()
         group.future.result()
-        group.due = []
+        group.upcoming = []
     # Report the last step. The stage is done, so the answer does not matter.
     should_stop(progress.bar.n)
 

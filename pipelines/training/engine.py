@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
+from pipelines.core import cluster
 from pipelines.training.plan import LearningRateSchedule, StagePlan
 from redux import contrastive, model
 from redux.architecture import TowerSizes
@@ -225,7 +226,7 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
     if not torch.cuda.is_available():
         # Divide the cores among the ranks of the machine. More threads than cores would slow all ranks down.
         local_workers = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
-        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // local_workers, 1))
+        torch.set_num_threads(max(cluster.count_local_cpus() // local_workers, 1))
         # DeepSpeed would compile its shared-memory operator for half a minute at the first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

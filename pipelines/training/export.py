@@ -25,8 +25,11 @@ MAX_SHARD_SIZE = "1GB"
 
 
 def export_result(plan: StagePlan, cursor: int) -> None:
-    """Export the result of a stage, its model and tokenizer after so many steps."""
-    saved = checkpoint.read_checkpoint(storage.join(plan.folder, checkpoint.format_name(cursor)))
+    """Export the result of a stage, its model and tokenizer after so many steps. ValueError as `export_checkpoint`."""
+    try:
+        saved = checkpoint.read_checkpoint(storage.join(plan.folder, checkpoint.format_name(cursor)))
+    except DamagedError as error:
+        raise ValueError(str(error)) from None
     export_checkpoint(plan, saved, plan.result)
 
 

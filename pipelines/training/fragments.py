@@ -133,14 +133,18 @@ def _iterate_masters(engine: "DeepSpeedEngineProtocol") -> Iterator[Tensor]:
     yield from (master for group in optimizer.fp32_groups for master in group)
 
 
+def _list_states(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
+    """Return an fp32 tensor that torch's optimizer updates, and its moments, by state."""
+    return {"weight": master.data, **{moment: optimizer.state[master][moment] for moment in MOMENTS}}
+
+
 def _fragment_finder(engine: "DeepSpeedEngineProtocol") -> Callable[[str, torch.nn.Parameter], Fragment | None]:
     """Return a function from a parameter to its local fragment; the function returns None if the rank has no part."""
     optimizer, inner = engine.optimizer, engine.basic_optimizer
 
     def find_whole(name: str, parameter: torch.nn.Parameter) -> Fragment:
         """ZeRO 0."""
-        master = masters[parameter]
-        states = {"weight": master.data, **{moment: inner.state[master][moment] for moment in MOMENTS}}
+        states = _list_states(inner, masters[parameter])
         return Fragment(name, 0, {state: tensor.view(-1) for state, tensor in states.items()})
 
     def find_in_flat_vector(name: str, parameter: Any) -> Fragment | None:
@@ -150,7 +154,7 @@ def _fragment_finder(engine: "DeepSpeedEngineProtocol") -> Callable[[str, torch.
             return None
         # DeepSpeed's mapping.optim_fragment knows the first parameter group only, so read the flat vector instead.
         master, address = flat_masters[mapping.param_group_index], mapping.hp_fragment_address
-        vectors = {"weight": master.data, **{moment: inner.state[master][moment] for moment in MOMENTS}}
+        vectors = _list_states(inner, master)
         states = {state: vector.narrow(0, address.start, address.numel) for state, vector in vectors.items()}
         return Fragment(name, mapping.lp_fragment_address.start, states)
 

@@ -81,9 +81,11 @@ class Watchdog(Hook):
     def __init__(self, seconds: float, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"rank-{rank}-*.txt"):
-            # An empty file belongs to a process that ended for another reason.
-            if not path.stat().st_size:
-                path.unlink()
+            # An empty file belongs to a process that ended for another reason. A process that is just ending removes
+            # its own file.
+            with suppress(FileNotFoundError):
+                if not path.stat().st_size:
+                    path.unlink()
         self.seconds = seconds
         self.file = (folder / f"rank-{rank}-{os.getpid()}.txt").open("w")
         self._restart_timer()
@@ -94,7 +96,7 @@ class Watchdog(Hook):
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self.file.close()
-        os.unlink(self.file.name)
+        Path(self.file.name).unlink(missing_ok=True)
 
     def _restart_timer(self) -> None:
         faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.file)
@@ -130,7 +132,7 @@ class PreemptionHook(Hook):
     would wait forever for idle workers that do not share the global batch.
     """
 
-    votes = ("leaving",)
+    votes = ("preempted",)
 
     def __init__(self, recorder: RecorderClient, is_first: bool) -> None:
         self.recorder, self.is_first = recorder, is_first
@@ -143,10 +145,10 @@ class PreemptionHook(Hook):
         # Internal API of Ray 2.60: the state that Ray Train keeps for this worker, without asking the others.
         info = get_train_context().preemption_context.preemption_info
         self.announced = info.preempted_node_to_ranks if info else {}
-        return {"leaving": float(self.is_first and self.announced != self.handled)}
+        return {"preempted": float(self.is_first and self.announced != self.handled)}
 
     def on_step_end(self, step: StepResult) -> None:
-        if not step.votes["leaving"]:
+        if not step.votes["preempted"]:
             return
         # All ranks set the flag, because all of them see the same sum of votes.
         step.save = True
@@ -173,7 +175,7 @@ class CheckpointHook(Hook):
         losses: losses of the steps since then.
     """
 
-    votes = ("stored", "unstored")
+    votes = ("upload_done",)
 
     engine: "DeepSpeedEngineProtocol"
     plan: StagePlan
@@ -189,14 +191,12 @@ class CheckpointHook(Hook):
 
     def vote(self) -> dict[str, float]:
         # Never wait here: the votes of a step must not delay it.
-        is_done = self.upload is not None and self.upload.done
-        has_failed = is_done and self.upload is not None and self.upload.failed
-        return {"stored": float(is_done and not has_failed), "unstored": float(has_failed)}
+        return {"upload_done": float(self.upload is not None and self.upload.done)}
 
     def on_step_end(self, step: StepResult) -> None:
         self.losses.append(step.values["loss"])
-        # The sums of the votes are equal on all ranks, so all ranks enter the collective at the same step.
-        if self.upload and step.votes["stored"] + step.votes["unstored"] == dist.get_world_size():
+        # The sum of the votes is equal on all ranks, so all ranks enter the collective at the same step.
+        if self.upload and step.votes["upload_done"] == dist.get_world_size():
             self._gather_and_commit()
         is_due = step.number % self.plan.stage.save_steps == 0
         if (is_due or step.save or step.last or step.stopping) and step.number != self.saved:

@@ -1,8 +1,11 @@
 """Metrics and samples of a run: one line per finished step in each of two files.
 
     metrics.jsonl    {"stage", "step", "loss", "learning_rate", "grad_norm", "samples", "replaced", "skipped",
-                     "tokens", "data_s", "compute_s", "stall_s", "peak_bytes", "slowest", "slowest_s"}
+                     "tokens", "data_s", "compute_s", "stall_s", "peak_bytes", "slowest_rank", "slowest_s"}
     consumed.jsonl   samples of the step; see pipelines/data/consumed.py
+
+Seconds are means over the workers, bytes are their sum. `slowest_rank` took `slowest_s` longer than the mean to read
+and to compute the forward pass.
 
 Each step has one line. When a stage resumes, the lines of steps that will be repeated are removed first, and a line
 that a crash truncated.
@@ -11,6 +14,7 @@ that a crash truncated.
 import json
 import os
 import resource
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,9 +35,9 @@ class MetricsWriter:
 
     def __init__(self, run: Path, stage: str, cursor: int) -> None:
         self.stage = stage
-        _drop_steps_after(run / consumed.CONSUMED_FILE, stage, cursor)
-        entries = _drop_steps_after(run / METRICS_FILE, stage, cursor)
-        stage_entries = [entry for entry in entries if entry["stage"] == stage]
+        for name in (consumed.CONSUMED_FILE, METRICS_FILE):
+            _drop_steps_after(run / name, stage, cursor)
+        stage_entries = [entry for entry in jsonl.read(run / METRICS_FILE) if entry["stage"] == stage]
         self.replaced = sum(entry.get("replaced", 0) for entry in stage_entries)
         self.skipped = sum(entry.get("skipped", 0) for entry in stage_entries)
         # Append mode: lines of steps up to the cursor stay.
@@ -74,7 +78,8 @@ def measure_peak_bytes() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
 
 
 def read_last_step(run: Path, stage: str) -> int:
@@ -99,13 +104,20 @@ def compute_tokens_per_s(run: Path, stage: str) -> float:
     return float(sum(entry["tokens"] for entry in steps) / seconds)
 
 
-def _drop_steps_after(path: Path, stage: str, cursor: int) -> list[dict]:
-    """Remove a stage's lines after the cursor, and truncated lines. Returns the entries that stay."""
+def _drop_steps_after(path: Path, stage: str, cursor: int) -> None:
+    """Remove a stage's lines after the cursor, and truncated lines.
+
+    The lines of consumed.jsonl may hold millions of numbers, so only their texts are in memory together.
+    """
     if not path.exists():
-        return []
-    # A line that a crash truncated does not end with a brace and a newline.
-    complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    entries = [(line, json.loads(line)) for line in complete]
-    kept = [(line, entry) for line, entry in entries if entry["stage"] != stage or entry["step"] <= cursor]
-    storage.write(str(path), "".join(line for line, _ in kept).encode())
-    return [entry for _, entry in kept]
+        return
+    kept = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            # A line that a crash truncated does not end with a brace and a newline.
+            if not line.endswith("}\n"):
+                continue
+            entry = jsonl.parse_line(line, number, path)
+            if entry["stage"] != stage or entry["step"] <= cursor:
+                kept.append(line)
+    storage.write(str(path), "".join(kept).encode())

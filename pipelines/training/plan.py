@@ -6,7 +6,7 @@ epochs, the learning rate from the step.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -181,10 +181,6 @@ class StagePlan:
     def count_steps(self, order: Order) -> int:
         """Count the global batches of the stage."""
         return self.stage.steps or order.count_batches(self.stage.epochs or 0)
-
-    def fingerprint_data(self) -> dict[str, Any]:
-        """Return the fingerprint of each set of the mixture. It depends on contents, not on locations."""
-        return {name: shards.fingerprint for name, shards in self.open_sources().items()}
 
 
 class StageWork(NamedTuple):

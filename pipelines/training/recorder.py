@@ -11,7 +11,7 @@ The module does not import torch. Its import takes three seconds of CPU, which w
 import math
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ import ray
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.core import storage
 from pipelines.core.failures import Failure, Kind
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
@@ -34,7 +35,7 @@ STARTING_WORKERS = "starting workers"
 WAIT = -1
 """Answer to workers that have finished their stage, while the driver has not yet opened the next one."""
 
-PLACEMENT_GROUP_FILE = ".held"
+PLACEMENT_GROUP_FILE = ".placement_group"
 """File in the run folder with the ID of the placement group of the current workers."""
 
 TRACKED_METRICS = (
@@ -110,7 +111,8 @@ class Recorder:
         os.environ.update(environment or {})
         self.metrics: MetricsWriter | None = None
         self.trackers: TrackerGroup | None = None
-        # Trackers may be slow; a thread keeps them away from the calls of workers. One thread keeps the order.
+        # Trackers may be slow; a thread keeps them away from the calls of workers. One thread keeps the order. It alone
+        # uses `trackers`.
         self.pool = ThreadPoolExecutor(1)
         self.gauges: dict[str, Gauge] = {}
         self.number = -1
@@ -168,7 +170,7 @@ class Recorder:
             Steps that were rolled back once, or None if the workers must not continue. The driver then has the reason.
         """
         # Written even if the workers must not continue: they hold resources that the driver frees later.
-        (self.settings.run / PLACEMENT_GROUP_FILE).write_text(placement_group)
+        storage.write(str(self.settings.run / PLACEMENT_GROUP_FILE), placement_group.encode())
         if stage != self.number:
             return set()
         self.status.messages += messages
@@ -304,10 +306,11 @@ class Recorder:
         self.status.messages = []
         return status
 
-    def close(self, event: str) -> None:
-        """End the record of the stage with an event of the ledger: "end" or "stop"."""
+    def close(self, event: str) -> list[str]:
+        """End the record of the stage with an event of the ledger: "end" or "stop". Returns the last messages."""
         self._add_event(event)
-        self._close_files()
+        self._close_files().result()
+        return self.poll().messages
 
     def _check_limits(self, step: int, reason: str = "") -> str:
         """Return an error if more samples were replaced or more updates skipped than the job allows, otherwise ""."""
@@ -353,13 +356,18 @@ class Recorder:
         if self.trackers:
             self.trackers.write(step, values)
 
-    def _close_files(self) -> None:
+    def _close_files(self) -> Future[None]:
+        """Close the files of the record, and the trackers in their thread. Returns the end of the latter."""
         if self.metrics:
             self.metrics.close()
-        # The pool is in order: this closes the trackers after all steps that were sent to them.
+        self.metrics = None
+        # The pool is in order: trackers close after all steps that were sent to them, even if they are still starting.
+        return self.pool.submit(self._close_trackers)
+
+    def _close_trackers(self) -> None:
         if self.trackers:
-            self.pool.submit(self.trackers.close).result()
-        self.metrics = self.trackers = None
+            self.trackers.close()
+        self.trackers = None
 
 
 class RecorderClient:
@@ -419,8 +427,8 @@ class RecorderClient:
     def poll(self) -> StageStatus:
         return ray.get(self._actor.poll.remote())
 
-    def close(self, event: str) -> None:
-        ray.get(self._actor.close.remote(event))
+    def close(self, event: str) -> list[str]:
+        return ray.get(self._actor.close.remote(event))
 
     def kill(self) -> None:
         """End the actor's process."""

@@ -129,6 +129,7 @@ class Stage:
             raise ValueError("learning_rate: got {}, allowed: a rate for at least one of tower, projector, language")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"epochs: got {self.epochs}, and steps {self.steps}, allowed: one of the two")
+        # batches
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size: got {self.global_batch_size}, allowed: a multiple of micro_batch_size, "
@@ -139,6 +140,7 @@ class Stage:
                 f"group_by_length: got {self.group_by_length} with shuffle {self.shuffle} and {len(self.mixture)} "
                 "sets, allowed: null, or shuffle global and one set"
             )
+        # the contrastive objective trains the tower alone
         if self.objective == "contrastive" and self.micro_batch_size < 2:
             raise ValueError("micro_batch_size: got 1, allowed: at least 2, as objective contrastive compares samples")
         if self.objective == "contrastive" and set(self.learning_rate) != {"tower"}:
@@ -146,6 +148,7 @@ class Stage:
                 f"learning_rate: got {self.learning_rate}, allowed: tower alone, which is all that objective "
                 "contrastive trains"
             )
+        # DeepSpeed offloads what ZeRO divides
         if self.offload_optimizer and not self.zero_stage:
             raise ValueError("offload_optimizer: got true with zero_stage 0, allowed: false, or zero_stage 1, 2 or 3")
         if self.offload_parameters and self.zero_stage != 3:

@@ -8,10 +8,11 @@ iterator, so tests and benchmarks run it without Ray.
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ray
 import torch
@@ -27,12 +28,14 @@ from pipelines.training.engine import (
     free_engine,
     set_learning_rate,
 )
+from pipelines.training.feed import Feed
 from pipelines.training.hooks import Hook, StepResult
 from pipelines.training.plan import LearningRateSchedule, StagePlan, StageWork
 from pipelines.training.recorder import WAIT, RecorderClient
-from redux import kernels, model
+from redux import kernels
 from redux.conversation import IGNORE_INDEX
 from redux.kernels import set_kernels
+from redux.model import normalize_pixels
 
 HookFactory = Callable[[DeepSpeedEngineProtocol, StagePlan], Hook]
 """Called on every rank with the engine and the plan; returns an additional hook."""
@@ -156,7 +159,7 @@ def _report_errors(recorder: RecorderClient) -> Iterator[None]:
 def _train_stage(
     work: StageWork,
     number: int,
-    feed: "Feed",
+    feed: Feed,
     recorder: RecorderClient,
     extra_hook_factories: Sequence[HookFactory],
     entered: float,
@@ -170,14 +173,16 @@ def _train_stage(
     # The watchdog starts first: building the model and restoring may hang, too.
     watchdog = hooks.Watchdog(plan.recovery.watchdog_s, plan.run / "stacks" / plan.name, dist.get_rank())
     is_first = dist.get_rank() == 0
-    if is_first:
-        recorder.set_phase("loading model")
     set_kernels(plan.kernels)
     if is_first:
+        recorder.set_phase("loading model")
         forward_kernel_messages(recorder, plan.name)
     engine = build_engine(plan, dist.get_world_size())
+    # Fingerprints read the whole index of each set, so they are computed once.
+    data = work.reader.fingerprint_sources()
     description = describe_model(engine)
-    resume_point = _restore(engine, plan, number, description, recorder, entered)
+    check = partial(checkpoint.check_compatible, allow_changes=plan.allow_changes, data=data, model=description)
+    resume_point = _restore(engine, plan, number, check, recorder, entered)
 
     is_finished = resume_point is not None
     if resume_point and resume_point.cursor < steps:
@@ -185,7 +190,7 @@ def _train_stage(
         closing_hooks = [
             hooks.RecordingHook(recorder, is_first),
             hooks.PreemptionHook(recorder, is_first),
-            hooks.CheckpointHook(engine, plan, recorder, plan.fingerprint_data(), description),
+            hooks.CheckpointHook(engine, plan, recorder, data, description),
             *(make(engine, plan) for make in extra_hook_factories),
         ]
         all_hooks = [watchdog, *closing_hooks]
@@ -253,7 +258,7 @@ def _restore(
     engine: DeepSpeedEngineProtocol,
     plan: StagePlan,
     number: int,
-    description: dict[str, Any],
+    check: Callable[[str, checkpoint.Manifest], None],
     recorder: RecorderClient,
     entered: float,
 ) -> ResumePoint | None:
@@ -263,16 +268,13 @@ def _restore(
         engine: engine of this rank.
         plan: plan of the stage.
         number: its number in the recorder.
-        description: description of the model, which must match that of the checkpoint.
+        check: raises ValueError to refuse a checkpoint.
         recorder: gets the start, and decides if the workers may continue.
         entered: time.monotonic() at the entry into the train function.
 
     Returns:
         The start of the loop, or None if the workers must not continue.
     """
-
-    def check(url: str, manifest: checkpoint.Manifest) -> None:
-        checkpoint.check_compatible(url, manifest, plan.allow_changes, plan.fingerprint_data(), description)
 
     local_fragments = fragments.local_fragments(engine)
     manifest, skipped = checkpoint.restore_newest(plan.folder, local_fragments, check)
@@ -334,19 +336,10 @@ def run_training_steps(
         update = forward_backward(engine, plan, micro_batches)
         used = consumed.gather_samples(micro_batches, list(plan.stage.mixture), engine.device)
 
-        # Sum statistics and votes over ranks, in one all-reduce. Seconds are divided by the number of workers, so their
-        # sum is a mean. Each rank adds its busy time under a name of its own, so the sum keeps all of them.
+        # Sum statistics and votes over ranks, in one all-reduce.
         votes = {name: value for hook in step_hooks for name, value in hook.vote().items()}
-        local_stats = _collect_stats(micro_batches, update.loss)
-        local_stats |= {
-            "data_s": data_s / workers,
-            "compute_s": (time.perf_counter() - computing) / workers,
-            "stall_s": stall_s / workers,
-            "peak_bytes": metrics.measure_peak_bytes(),
-            **{name: votes.get(name, 0.0) for name in vote_names},
-            **{f"rank {rank}": 0.0 for rank in range(workers)},
-            f"rank {engine.global_rank}": data_s + update.forward_s,
-        }
+        local_stats = _collect_stats(engine, micro_batches, update, data_s, time.perf_counter() - computing, stall_s)
+        local_stats |= {name: votes.get(name, 0.0) for name in vote_names}
         stats = all_reduce_stats(local_stats, engine.device)
 
         # A rollback: the exception ends the workers, and Ray restarts them from the last checkpoint.
@@ -362,12 +355,30 @@ def run_training_steps(
         stall_s = time.perf_counter() - stalled
 
 
-def _collect_stats(micro_batches: Sequence[ingest.Batch], loss: float) -> dict[str, float]:
-    """Return this rank's loss, samples and tokens of a step."""
+def _collect_stats(
+    engine: DeepSpeedEngineProtocol,
+    micro_batches: Sequence[ingest.Batch],
+    update: LocalUpdate,
+    data_s: float,
+    compute_s: float,
+    stall_s: float,
+) -> dict[str, float]:
+    """Return this rank's statistics of a step. Their sums over ranks are those of the step.
+
+    Seconds are divided by the number of workers, so their sum is a mean. Each rank adds its busy time under a name of
+    its own, so the sum keeps all of them.
+    """
+    workers = engine.dp_world_size
     return {
-        "loss": loss,
+        "loss": update.loss,
         "samples": sum(len(batch["input_ids"]) for batch in micro_batches),
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
+        "data_s": data_s / workers,
+        "compute_s": compute_s / workers,
+        "stall_s": stall_s / workers,
+        "peak_bytes": metrics.measure_peak_bytes(),
+        **{f"rank {rank}": 0.0 for rank in range(workers)},
+        f"rank {engine.global_rank}": data_s + update.forward_s,
     }
 
 
@@ -392,7 +403,7 @@ def _compute_metrics(
         "grad_norm": update.grad_norm,
         "replaced": replaced,
         "skipped": int(not update.was_applied),
-        "slowest": max(range(len(busy_s)), key=busy_s.__getitem__),
+        "slowest_rank": max(range(len(busy_s)), key=busy_s.__getitem__),
         "slowest_s": max(busy_s) - sum(busy_s) / len(busy_s),
     }
 
@@ -429,68 +440,6 @@ def forward_backward(
         loss += output.item()
     was_applied, grad_norm = apply_update(engine)
     return LocalUpdate(loss, forward_s, was_applied, grad_norm)
-
-
-class Feed:
-    """Micro-batches of this rank for the stages of its group, from one Ray Data dataset.
-
-    Readers take seconds to start. Those of the first stage go on with the next one and read ahead of it, while the
-    driver exports the model in between.
-
-    Args:
-        stages: stages in their order, from the current one.
-    """
-
-    def __init__(self, stages: Sequence[StageWork]) -> None:
-        self.stages = list(stages)
-        self.batches: Iterator[ingest.Batch] | None = None
-        self.due = 0
-        """Index of the stage whose micro-batches come next."""
-
-    def read(self, engine: DeepSpeedEngineProtocol, work: StageWork, cursor: int) -> Iterator[ingest.Batch]:
-        """Yield the micro-batches of the global batches cursor+1..steps of a stage. A collective.
-
-        Raises:
-            RuntimeError: Ray Data delivered another micro-batch than the next one.
-        """
-        rank, workers = engine.global_rank, engine.dp_world_size
-        index = [stage.plan.name for stage in self.stages].index(work.plan.name)
-        # The readers of earlier stages are at the beginning of this one, unless it starts from a checkpoint.
-        if self.batches is None or index != self.due or cursor:
-            self.batches = self._open(engine, index, cursor)
-        # Micro-batches go to the ranks in turn: rank r gets r, r + workers, ... A wrong one would change the result.
-        accumulation_steps = work.plan.stage.count_accumulation_steps(workers)
-        for turn in range(cursor * accumulation_steps, work.steps * accumulation_steps):
-            batch = next(self.batches)
-            expected = turn * workers + rank
-            if batch["number"] != expected:
-                raise RuntimeError(f"rank {rank}: got micro-batch {batch['number']}, expected {expected}")
-            self.due = index + (turn + 1 == work.steps * accumulation_steps)
-            yield batch
-
-    def _open(self, engine: DeepSpeedEngineProtocol, index: int, cursor: int) -> Iterator[ingest.Batch]:
-        """Start the readers of a stage and of those after it. A collective."""
-        workers = engine.dp_world_size
-        # Rank 0 alone creates the dataset, so that one set of readers serves all ranks and a split hands each block to
-        # one of them. The others get their iterators from it.
-        splits: list[Any] = [None] * workers
-        if engine.global_rank == 0:
-            segments: list[ingest.Segment] = []
-            for work in self.stages[index:]:
-                count = work.plan.stage.count_accumulation_steps(workers) * workers
-                segments.append(ingest.Segment(work.reader, (0 if segments else cursor) * count, work.steps * count))
-            leaves_cpus = self.stages[index].plan.leaves_cpus_to_readers(uses_gpus=engine.device.type != "cpu")
-            splits = list(ingest.make_streams(segments, workers, leaves_cpus))
-        received: list[Any] = [None]
-        dist.scatter_object_list(received, splits, src=0)
-        blocks = received[0].iter_batches(batch_size=None, prefetch_batches=2)
-        # A generator, so that `splits` stays alive: the first stream owns the execution.
-        return self._iterate(blocks, splits)
-
-    @staticmethod
-    def _iterate(blocks: Iterable[ingest.Batch], splits: list[Any]) -> Iterator[ingest.Batch]:
-        yield from ingest.iterate_micro_batches(blocks)
-        splits.clear()
 
 
 def compute_sample_weights(
@@ -531,5 +480,5 @@ def move_to_device(batch: ingest.Batch, engine: DeepSpeedEngineProtocol) -> dict
     tensors = {name: torch.tensor(batch[name], device=engine.device) for name in names if name in batch}
     images = tensors["pixel_values"].movedim(-1, 1).contiguous()
     dtype = next(engine.module.parameters()).dtype
-    tensors["pixel_values"] = model.normalize_pixels(images).to(dtype)
+    tensors["pixel_values"] = normalize_pixels(images).to(dtype)
     return tensors

@@ -63,6 +63,13 @@ def test_the_quickstart_takes_what_there_is(
     assert evaluate.count_actors(job.evaluate, job.gpu_share, batches=100) == actors
 
 
+@pytest.mark.parametrize(("gpu_share", "processes"), [(1, 2), (0.7, 2), (0.5, 4), (0.4, 4), (1 / 3, 6), (1 / 93, 126)])
+def test_a_process_has_its_share_of_one_gpu(machine, gpu_share: float, processes: int) -> None:
+    """0.4 of two GPUs is there four times: what is left of them is on two GPUs."""
+    machine(64, 2)
+    assert cluster.count_model_processes(gpu_share) == processes
+
+
 @pytest.mark.parametrize(("gpus", "workers"), [(1, 1), (2, 2), (6, 4), (8, 8)])
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.5-13b-redux"])
 def test_a_recipe_takes_the_gpus_that_share_its_batch(

@@ -121,7 +121,8 @@ def assert_stopped(stopped: Stopped, run: Path, torn: int = 0) -> None:
     assert stopped.processes == []
     # torch and Ray keep a folder each for all processes of a user
     assert [path for path in stopped.files if not re.fullmatch(r"torchinductor_[^/]*|ray", path)] == []
-    unfinished = [path for path in run.rglob("*") if re.search(r"\.(partial|tmp)|/\.held$|/\.probe$", str(path))]
+    leftovers = r"\.(partial|tmp)|/\.placement_group$|/\.probe$"
+    unfinished = [path for path in run.rglob("*") if re.search(leftovers, str(path))]
     assert unfinished == []
     halves = [path for path in (run / "checkpoints").glob("*/step-*") if not (path / checkpoint.MANIFEST).exists()]
     assert len(halves) <= torn

@@ -136,6 +136,21 @@ def test_the_core_of_ray_datas_wrapper_is_in_its_stack_trace(wrap: Callable[...,
     assert classify_error(error) == failures.Failure(Kind.PERMANENT, "set: got 1, allowed: 2")
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), (Kind.PERMANENT, "'utf-8' codec can't")),
+        (ExceptionGroup("two", [KeyError(1)]), (Kind.RAISED, "ExceptionGroup: two (1 sub-exception)")),
+    ],
+)
+def test_an_error_that_is_made_of_more_than_a_text_is_read_from_a_stack_trace(
+    error: Exception, expected: tuple[Kind, str]
+) -> None:
+    trace = f'Traceback (most recent call last):\n  File "a", line 1\n{type(error).__name__}: {error}'
+    failure = classify_error(RayTaskError("f", trace, UserCodeException("UDF failed.")))
+    assert (failure.kind, failure.text[: len(expected[1])]) == expected
+
+
 class BrokenActor:
     """Actor whose constructor and methods fail."""
 

@@ -77,7 +77,7 @@ def test_an_index_that_says_otherwise_of_a_sample_is_found(copy: Shards, column:
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_summary_that_counts_otherwise_is_found(copy: Shards):
     path = Path(copy.folder) / SUMMARY_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), "kept": 21}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "samples": 21}))
     (found,) = verify_set(copy.folder)
     assert "says 21 samples were kept, the index has 22" in found
 
@@ -89,7 +89,7 @@ def test_foreign_tars_get_the_index_that_ours_have(stored: Shards, copy: Shards)
     found = index_tars(copy.folder)
     assert (found.tars, found.samples, found.members) == (5, len(stored), 2 * len(stored))
     assert found.used == {"png": len(stored), "json": len(stored)}
-    assert (found.ignored.total(), found.refused, found.notes) == (0, 0, [])
+    assert (found.ignored.total(), found.rejected, found.notes) == (0, 0, [])
     assert Shards(copy.folder).fingerprint == stored.fingerprint
     assert verify_set(copy.folder) == []
     with pytest.raises(ValueError, match="has an index already"):
@@ -107,7 +107,7 @@ def test_samples_that_cannot_be_used_are_listed_and_counted_or_the_whole_is_refu
     assert not (tmp_path / INDEX_FILE).exists()
     found = index_tars(str(tmp_path), max_bad_fraction=0.9)
     assert (found.samples, dict(found.quarantined)) == (1, {"malformed": 5})
-    assert (found.members, found.used, found.ignored, found.refused) == (18, {"json": 1, "jpg": 1}, {"txt": 1}, 15)
+    assert (found.members, found.used, found.ignored, found.rejected) == (18, {"json": 1, "jpg": 1}, {"txt": 1}, 15)
     listed = [json.loads(line) for line in (tmp_path / QUARANTINE_FILE).read_text().splitlines()]
     assert [(entry["shard"], entry["key"], entry["reason"]) for entry in listed] == [
         ("a.tar", str(n), "malformed") for n in range(1, 6)

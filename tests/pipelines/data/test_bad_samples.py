@@ -153,14 +153,14 @@ def test_bad_samples_are_replaced_and_named_and_others_are_as_before(
         reader, sources={"set 0": valid_set}, order=replace(reader.order, shuffle="none"), micro_batch_size=1
     )
     seen = {number: flatten([plain(number)])[0][0][2] for number in range(len(valid_set)) if number != LONG}
-    entries = {entry["place"]: entry for entry in replaced}
+    entries = {entry["position"]: entry for entry in replaced}
     assert len(entries) == len(replaced)
     assert [place for place, number in enumerate(due) if number in BAD] == [*entries]
     for place, (number, (_, sample, content)) in enumerate(zip(due, rows, strict=True)):
         assert content == seen[sample]
         if number in BAD:
             entry = entries[place]
-            assert (entry["set"], entry["due"], entry["used"]) == ("set 0", number, sample)
+            assert (entry["set"], entry["scheduled"], entry["used"]) == ("set 0", number, sample)
             assert sample not in BAD
         else:
             assert sample == number
@@ -182,7 +182,7 @@ def test_the_reason_names_tar_and_sample(damaged_set: Shards, tokenizer: Path, n
     _, replaced = whole(make_reader(tokenizer, damaged_set))
     [row] = damaged_set.read_rows([number])
     tar = f"{damaged_set.folder}/{row['shard']}"
-    [reason] = {entry["reason"] for entry in replaced if entry["due"] == number}
+    [reason] = {entry["reason"] for entry in replaced if entry["scheduled"] == number}
     assert re.fullmatch(f"{re.escape(tar)}: sample {row['key']}: {why}", reason)
 
 
@@ -190,10 +190,10 @@ def test_the_reason_names_tar_and_sample(damaged_set: Shards, tokenizer: Path, n
     ("values", "reason"),
     [
         (["what?", "a"], "image without tag"),
-        (["<image>what?", "a", "<image>and?", "b"], "tags"),
+        (["<image>what?", "a", "<image>and?", "b"], "several tags"),
         (["<image>what?", ""], "empty turn"),
-        (["<image>what?"], "roles"),
-        ([], "roles"),
+        (["<image>what?"], "turn order"),
+        ([], "turn order"),
         (None, "malformed"),
     ],
 )
@@ -216,7 +216,7 @@ def test_records_that_others_made_are_looked_at_when_they_are_read(
     reader = replace(make_reader(tokenizer, Shards(tmp_path)), micro_batch_size=GLOBAL_BATCH)
     batch = reader(0)
     [entry] = json.loads(batch["replaced"])
-    assert entry["due"] == 5
+    assert entry["scheduled"] == 5
     assert entry["reason"].startswith(f"{file}: sample 5: {reason}: ")
     assert len(batch["pixel_values"]) == GLOBAL_BATCH
 
@@ -232,9 +232,9 @@ def test_replacements_are_of_the_same_source(small_set: Shards, damaged_set: Sha
     rows, replaced = whole(make_reader(tokenizer, small_set, damaged_set))
     bad = {"set 0": {6}, "set 1": BAD}
     for entry in replaced:
-        assert entry["due"] in bad[entry["set"]]
+        assert entry["scheduled"] in bad[entry["set"]]
         assert entry["used"] not in bad[entry["set"]]
-        source, sample, _ = rows[entry["place"]]
+        source, sample, _ = rows[entry["position"]]
         assert (f"set {source}", sample) == (entry["set"], entry["used"])
     assert {entry["set"] for entry in replaced} == {*bad}
     assert not any(sample in bad[f"set {source}"] for source, sample, _ in rows)
@@ -261,7 +261,7 @@ def test_replacements_after_a_restart_are_those_from_the_start(
     rows, replaced = flatten(sorted(iterate_micro_batches(blocks), key=lambda batch: batch["number"]))
     before, entries = whole(make_reader(tokenizer, small_set, damaged_set))
     assert rows == before[first:]
-    assert replaced == [entry for entry in entries if entry["place"] >= first] != []
+    assert replaced == [entry for entry in entries if entry["position"] >= first] != []
 
 
 @pytest.mark.parametrize("why", ["not found", "an image that Pillow cannot read"])
@@ -397,8 +397,8 @@ def test_what_all_ranks_used_is_the_global_batch_by_set_with_replaced_ones_in_th
         source, due = reader.order.get_batch(step)
         samples = {name: [*numbers] for name, numbers in used["samples"].items()}
         for entry in used["replaced"]:
-            assert samples[entry["set"]][entry["at"]] == entry["used"] != entry["due"]
-            samples[entry["set"]][entry["at"]] = entry["due"]
+            assert samples[entry["set"]][entry["index"]] == entry["used"] != entry["scheduled"]
+            samples[entry["set"]][entry["index"]] = entry["scheduled"]
         assert samples == {f"set {one}": due[source == one].tolist() for one in range(2)}
         replaced += len(used["replaced"])
     assert replaced > 10

@@ -36,7 +36,7 @@ def find_errors(log: list[dict[str, Any]], samples: int = 10) -> list[str]:
 def replace(log: list[dict[str, Any]], step: int, place: int, by: int) -> None:
     """Replace a sample, as a run does with unusable ones."""
     numbers = log[step]["samples"]["a"]
-    entry = {"set": "a", "at": place, "due": numbers[place], "used": by, "reason": "broken image"}
+    entry = {"set": "a", "index": place, "scheduled": numbers[place], "used": by, "reason": "broken image"}
     log[step]["replaced"].append(entry)
     numbers[place] = by
 
@@ -69,6 +69,15 @@ def test_samples_that_were_replaced_count_as_those_that_were_due(seed: int):
     assert used == [Coverage("instruct", 9, 36, 3, 6, count)]
     next(step for step in log if step["replaced"])["replaced"].clear()
     assert find_errors(log)
+
+
+def test_a_log_of_an_older_version_is_read_by_its_former_names():
+    log = run()
+    replace(log, 2, 1, 7)
+    former = [line.replace(b'"index"', b'"at"').replace(b'"scheduled"', b'"due"') for line in lines(log)]
+    assert former != lines(log)
+    assert verify_coverage(former, "consumed.jsonl", "a", 10) == verify_coverage(lines(log), "consumed.jsonl", "a", 10)
+    assert verify_coverage(former, "consumed.jsonl", "a", 10)[0][0].replaced == 1
 
 
 def lose(log: list[dict[str, Any]]) -> None:
@@ -116,7 +125,7 @@ def name_another_replacement(log: list[dict[str, Any]]) -> None:
 
 def name_another_index(log: list[dict[str, Any]]) -> None:
     replace(log, 8, 1, 3)
-    log[8]["replaced"][0]["at"] = 99
+    log[8]["replaced"][0]["index"] = 99
 
 
 def use_more_than_a_batch(log: list[dict[str, Any]]) -> None:
@@ -125,7 +134,7 @@ def use_more_than_a_batch(log: list[dict[str, Any]]) -> None:
 
 def name_another_scheduled_sample(log: list[dict[str, Any]]) -> None:
     replace(log, 0, 1, log[0]["samples"]["a"][0])
-    log[0]["replaced"][0]["due"] = log[0]["samples"]["a"][2]
+    log[0]["replaced"][0]["scheduled"] = log[0]["samples"]["a"][2]
 
 
 def name_another_set(log: list[dict[str, Any]]) -> None:
@@ -188,7 +197,7 @@ def test_a_fault_names_few_of_many_samples():
         b'{"stage": "instruct", "step": 9, "samples": {"a": [true]}, "replaced": []}',
         b'{"stage": "instruct", "step": 9, "samples": {"a": [1]}, "replaced": {}}',
         b'{"stage": "instruct", "step": 9, "samples": {"a": [1]}, "replaced": [1]}',
-        b'{"stage": "instruct", "step": 9, "samples": {"a": [1]}, "replaced": [{"set": "a", "at": 0, "due": 2}]}',
+        b'{"stage": "instruct", "step": 9, "samples": {"a": [1]}, "replaced": [{"set": "a", "index": 0, "used": 2}]}',
     ],
     ids=str,
 )

@@ -338,5 +338,5 @@ def test_text_alone_has_no_place_in_a_contrastive_stage(mixed: Reader):
         assert len(batch["pixel_values"]) == mixed.micro_batch_size
         for entry in json.loads(batch["replaced"]):
             assert "text alone, allowed in a contrastive stage: an image and its caption" in entry["reason"]
-            assert not only_set(mixed).has_image[entry["due"]]
+            assert not only_set(mixed).has_image[entry["scheduled"]]
             assert only_set(mixed).has_image[entry["used"]]

@@ -24,7 +24,7 @@ from PIL import Image
 from pipelines.core import storage
 from pipelines.data.options import ShardOptions
 from pipelines.data.records import RECORD_REASONS
-from pipelines.data.shard_index import INDEX_FILE, INDEX_SCHEMA, QUARANTINE_FILE, SUMMARY_FILE, Shards
+from pipelines.data.shard_index import INDEX_FILE, INDEX_SCHEMA, QUARANTINE_FILE, SUMMARY_FILE, Shards, read_summary
 from pipelines.data.shard_writer import make_shards, write_index
 from redux.image import load_pixels
 
@@ -183,7 +183,7 @@ def test_odd_values_leave_a_list_that_is_json_in_utf8(
     kept = [{**records[0], "id": name, "more\ud83d": float("inf")} for name in ids]
     with in_process():
         summary = make_shards([*given, *kept], str(pictures), str(tmp_path), ShardOptions(max_bad_fraction=0.5))
-    assert (summary["kept"], summary["quarantined"]) == (len(ids), {"missing image": len(ids)})
+    assert (summary["samples"], summary["quarantined"]) == (len(ids), {"missing image": len(ids)})
     for line in (tmp_path / QUARANTINE_FILE).read_text("utf-8").splitlines():
         entry = json.loads(line, parse_constant=lambda name: pytest.fail(name))
         assert (entry["field"], entry["value"]) == ("image", "none\\ud83d.png")
@@ -201,6 +201,16 @@ def test_a_folder_of_something_else_is_left_alone(
         with in_process(), pytest.raises(ValueError, match=re.escape(str(out)) + ".*allowed: a"):
             make_shards(records, str(pictures), str(out), ShardOptions())
         assert {path.name: path.read_bytes() for path in out.iterdir()} == {name: data}
+
+
+def test_a_summary_of_an_older_version_is_read_by_its_current_names(tmp_path: Path):
+    assert read_summary(str(tmp_path)) is None
+    former = {"asked": {"size": 32, "fit": "crop", "words": None}, "records": 3, "kept": 2, "quarantined": {"tags": 1}}
+    (tmp_path / SUMMARY_FILE).write_text(json.dumps(former))
+    settings = {"image_size": 32, "image_aspect_ratio": "crop", "max_words": None}
+    assert read_summary(str(tmp_path)) == {
+        "settings": settings, "records": 3, "samples": 2, "quarantined": {"tags": 1},
+    }  # fmt: skip
 
 
 def test_a_folder_without_an_index_is_no_set(tmp_path: Path):
@@ -406,11 +416,11 @@ def test_prepared_shards_hold_the_pixels_of_the_originals(
 def test_an_image_whose_square_would_be_too_large_is_broken(records: list[dict], pictures: Path, tmp_path: Path):
     Image.new("RGB", (14_000, 1)).save(pictures / "long.png")
     given = [{**records[0], "image": "long.png"}, records[1]]
-    assert make_shards(given, str(pictures), str(tmp_path / "files"), ShardOptions())["kept"] == 2
+    assert make_shards(given, str(pictures), str(tmp_path / "files"), ShardOptions())["samples"] == 2
     summary = make_shards(
         given, str(pictures), str(tmp_path / "prepared"), ShardOptions(image_size=8, max_bad_fraction=0.5)
     )
-    assert (summary["kept"], summary["quarantined"]) == (1, {"broken image": 1})
+    assert (summary["samples"], summary["quarantined"]) == (1, {"broken image": 1})
 
 
 def test_a_finished_set_has_no_other_files_than_these(stored: Shards):
@@ -427,8 +437,8 @@ def damaged_records(records: list[dict], pictures: Path) -> tuple[list[Any], dic
         1: ({"image": "none.png"}, "missing image"),
         2: ({"image": "cut.png"}, "broken image"),
         5: ({"video": "gif.mp4"}, "video"),
-        6: ({"image": "../images/0.png"}, "outside"),
-        9: ({"conversations": []}, "roles"),
+        6: ({"image": "../images/0.png"}, "outside folder"),
+        9: ({"conversations": []}, "turn order"),
         21: ({"conversations": None}, "malformed"),
     }.items():
         result[number] |= changes
@@ -462,10 +472,10 @@ def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_kept(
         ("conversations", "null"),
         ("", "no record"),
     }
-    assert all(entry["why"].startswith(RECORD_REASONS[entry["reason"]]) for entry in listed)
+    assert all(entry["explanation"].startswith(RECORD_REASONS[entry["reason"]]) for entry in listed)
     assert set(reasons.values()) <= RECORD_REASONS.keys()
     assert summary["quarantined"] == Counter(reasons.values())
-    assert summary["records"] == len(given) == summary["kept"] + sum(summary["quarantined"].values())
+    assert summary["records"] == len(given) == summary["samples"] + sum(summary["quarantined"].values())
     kept = [number for number in range(len(given)) if number not in reasons]
     stored = Shards(tmp_path)
     assert keys(stored) == [f"{number:09d}" for number in kept]

@@ -64,7 +64,7 @@ def test_odd_and_damaged_tars_are_read_as_webdataset_reads_them_or_refused_in_on
         for sample, their in zip(tar.samples, theirs, strict=True):
             ours = {member.suffix: data[member.at : member.at + member.size] for member in sample.members}
             assert ours == {name: value for name, value in their.items() if not name.startswith("__")}, seed
-        assert tar.used.total() + tar.ignored.total() + tar.refused == tar.members, seed
+        assert tar.used.total() + tar.ignored.total() + tar.rejected == tar.members, seed
         with tarfile.open(fileobj=io.BytesIO(data)) as opened:
             assert len(opened.getmembers()) == tar.members, seed
         for row, good in zip(make_index_rows(tar, data, "a.tar"), tar.kept, strict=True):
@@ -125,7 +125,7 @@ def test_members_apart_are_refused_whatever_of_them_could_stand_alone(text: bool
     records = [(f"{number}.json", record(number, image=not text)) for number in range(3)]
     images = [(f"{number}.jpg", JPG) for number in range(3)]
     for entries in (records + images, images + records):
-        assert {rejection_reason for *_, rejection_reason in parts(*entries)} == {"members apart"}
+        assert {rejection_reason for *_, rejection_reason in parts(*entries)} == {"split sample"}
 
 
 def test_a_key_that_comes_again_with_whole_samples_keeps_both_and_says_so():
@@ -159,7 +159,7 @@ def test_each_member_is_counted_once():
     assert found.ignored == Counter(
         {"metadata": 2, "no suffix": 1, "folder": 1, "symbolic link": 1, "hard link": 1, "txt": 1}
     )
-    assert (found.refused, [sample.rejection_reason for sample in found.samples]) == (1, [None, "tag without image"])
+    assert (found.rejected, [sample.rejection_reason for sample in found.samples]) == (1, [None, "tag without image"])
 
 
 def whole() -> bytes:

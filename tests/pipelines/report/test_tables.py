@@ -18,11 +18,11 @@ from jobs import schema
 from jobs.tables import format_csv, write_tables
 from pipelines.evaluation import statistics
 from pipelines.evaluation.answer_files import PROVENANCE_FILE
-from pipelines.report import tables as tables_module
+from pipelines.report import columns as columns_module
 from pipelines.report.paper import TABLE_1, TABLE_3
 from pipelines.report.runs import find_families, select_changed_fields
-from pipelines.report.table_rows import matches, rescale_budget, write_command
-from pipelines.report.tables import TABLE_ROWS, ResultRow, ResultTable, build_tables, compare_prompts
+from pipelines.report.table_rows import TABLE_ROWS, matches, rescale_budget, write_command
+from pipelines.report.tables import ResultRow, ResultTable, build_tables, compare_prompts
 from redux.benchmarks import Metric, Outcome, Row
 from redux.cost import compute_cost
 from redux.instructions import INSTRUCTIONS
@@ -173,8 +173,8 @@ def test_a_cell_is_the_mean_over_seeds_counted_by_hand(runs: Path, tables: dict[
 def test_every_column_of_instructions_has_a_metric() -> None:
     """A column without one would stay empty."""
     metrics = {"strict", "right", "both"} | {f"strict.{instruction.name}" for instruction in INSTRUCTIONS.values()}
-    columns = {column for value in vars(tables_module).values() if isinstance(value, tuple) for column in value}
-    named = {column.source for column in columns if isinstance(column, tables_module.Column)}
+    columns = {column for value in vars(columns_module).values() if isinstance(value, tuple) for column in value}
+    named = {column.source for column in columns if isinstance(column, columns_module.Column)}
     assert {f"instructions.{metric}" for metric in metrics} == {
         metric for metric in named if metric.startswith("instructions.")
     }
@@ -242,6 +242,17 @@ def test_other_sizes_or_data_are_another_family_and_other_machines_are_not(tmp_p
     assert any("train.instruct.epochs = 7" in family.label for family in families)
     table = next(table for table in build_tables(families, 100) if table.key == "table-3")
     assert len(table.blocks) == 2
+
+
+def test_a_job_file_in_a_folder_above_a_checkpoint_is_not_the_job_that_trained_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text("name: mine\n")
+    write_run(tmp_path / "runs", "later", 3, train={}, model__checkpoint="org/llava")
+    [family], _ = find_families([tmp_path / "runs"], FIND_SCORER)
+    [run] = family.models[0].runs
+    assert (run.source_job["model"]["checkpoint"], run.seed) == ("org/llava", 3)
 
 
 def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path: Path) -> None:
@@ -322,7 +333,7 @@ def test_the_sweep_has_its_runs_by_share_and_names_the_missing_tenths(tables: di
 
 
 def test_costs_are_means_over_seeds_and_shares_of_llavas(runs: Path, tables: dict[str, ResultTable]) -> None:
-    table = tables["spent"]
+    table = tables["costs"]
     row = line(table, "VMTC + CMAI, 32")
     contents = {column.source: cell for column, cell in zip(table.columns, row.cells, strict=True)}
     assert contents["training"] is not None
@@ -338,7 +349,7 @@ def test_what_a_run_folder_holds_of_its_model_gives_flops(tmp_path: Path) -> Non
         folder = write_run(tmp_path, name, **job_changes(PRESETS[name]))
         build_llava_config("7b", PRESETS[name]).save_pretrained(folder / "checkpoints/instruct/model")
     families, _ = find_families([tmp_path], FIND_SCORER)
-    table = next(table for table in build_tables(families, 100) if table.key == "spent")
+    table = next(table for table in build_tables(families, 100) if table.key == "costs")
     column = [each.source for each in table.columns].index("prompt")
     flops = {row.label: row.cells[column] for rows in table.blocks.values() for row in rows}
     whole, ours = (compute_cost(build_llava_config("7b", PRESETS[name]), 64).flops for name in ("llava", "default"))
@@ -396,7 +407,7 @@ def test_the_page_says_what_the_tables_say(runs: Path, tmp_path: Path) -> None:
     assert "no run yet" in contents
     assert "model.reduction={method: average, ratio: 0.75}" in contents
     assert {path.name for path in tmp_path.iterdir()} == {
-        "tables.md", "tables.html", *(f"{key}.csv" for key in (*TABLE_ROWS, "models", "figure-2", "ratios", "spent")),
+        "tables.md", "tables.html", *(f"{key}.csv" for key in (*TABLE_ROWS, "models", "figure-2", "ratios", "costs")),
     }  # fmt: skip
 
 

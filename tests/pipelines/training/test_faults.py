@@ -165,7 +165,7 @@ def test_a_slow_rank_is_reported_and_is_no_fault(undisturbed: StagePlan, new_pla
     driver.train_stage(plan, [InjectedFault("slow", 2, 1, tmp_path)])
     assert_same_end(plan, undisturbed)
     late = lines(plan, "metrics.jsonl")[2:]
-    assert all(entry["slowest"] == 1 and entry["slowest_s"] > 0.1 for entry in late)
+    assert all(entry["slowest_rank"] == 1 and entry["slowest_s"] > 0.1 for entry in late)
     assert account(plan).restarts == 0
 
 

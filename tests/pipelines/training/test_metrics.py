@@ -26,7 +26,7 @@ def values(step: int, shift: float = 0) -> dict[str, float | None]:
 
 def used(step: int) -> ConsumedSamples:
     """Return two samples; in every other step, one of them replaces another."""
-    entry = {"set": "a", "at": 1, "due": step, "used": 2 * step, "reason": "broken image"}
+    entry = {"set": "a", "index": 1, "scheduled": step, "used": 2 * step, "reason": "broken image"}
     return ConsumedSamples({"a": [3 * step, 2 * step]}, [entry] * (step % 2))
 
 

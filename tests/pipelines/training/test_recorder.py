@@ -5,6 +5,7 @@ The class runs in this process. In test_faults.py it runs as an actor.
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,10 @@ import pytest
 from pipelines.core.failures import Failure, Kind
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
-from pipelines.training import ledger, metrics
+from pipelines.training import ledger, metrics, trackers
 from pipelines.training.recorder import Recorder, RecorderSettings
 
-ENTRY = {"set": "a", "at": 0, "due": 1, "used": 2, "reason": "broken image"}
+ENTRY = {"set": "a", "index": 0, "scheduled": 1, "used": 2, "reason": "broken image"}
 LOST_FAILURE = Failure(Kind.LOST, "OSError: away")
 
 
@@ -248,6 +249,36 @@ def test_steps_done_again_stand_once_on_record_and_count_as_lost(new: Callable[.
         assert [entry["step"] for entry in lines(tmp_path / file)] == [1, 2, 3, 4]
     spent = ledger.read_ledger(tmp_path).account
     assert (spent.restarts, spent.lost_steps) == (1, 2)
+
+
+def test_a_tracker_that_is_still_starting_at_the_end_of_a_stage_gets_its_steps(
+    new: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short stage may end before a tracker has started. The error of its end is a message, too."""
+    released, calls = threading.Event(), list[Any]()
+
+    class SlowTracker:
+        def __init__(self, *_: object) -> None:
+            assert released.wait(60)
+
+        def write(self, step: int, values: object) -> None:
+            calls.append(step)
+
+        def close(self) -> None:
+            calls.append("close")
+            raise OSError("away")
+
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", SlowTracker)
+    recorder = new(trackers=("tensorboard",))
+    for cursor in (0, 1):
+        assert recorder.begin(0, 2, cursor, 1.0, [], "") is not None
+        do(recorder, cursor + 1)
+    assert calls == []
+    recorder.poll()
+    released.set()
+    messages = recorder.close("end")
+    assert calls == [1, "close", 2, "close"]
+    assert messages == ["trackers: tensorboard left out of tower, it failed at its end: OSError: away"] * 2
 
 
 # Limits

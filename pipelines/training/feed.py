@@ -1,0 +1,72 @@
+"""Micro-batches of one rank, from a Ray Data dataset that all ranks share."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from pipelines.data import ingest
+from pipelines.training.engine import DeepSpeedEngineProtocol
+from pipelines.training.plan import StageWork
+
+
+class Feed:
+    """Micro-batches of this rank for the stages of its group, from one Ray Data dataset.
+
+    Readers take seconds to start. Those of the first stage go on with the next one and read ahead of it, while the
+    driver exports the model in between.
+
+    Args:
+        stages: stages in their order, from the current one.
+    """
+
+    def __init__(self, stages: Sequence[StageWork]) -> None:
+        self.stages = list(stages)
+        self.batches: Iterator[ingest.Batch] | None = None
+        self.next_index = 0
+        """Index of the stage whose micro-batches come next."""
+
+    def read(self, engine: DeepSpeedEngineProtocol, work: StageWork, cursor: int) -> Iterator[ingest.Batch]:
+        """Yield the micro-batches of the global batches cursor+1..steps of a stage. A collective.
+
+        Raises:
+            RuntimeError: Ray Data delivered another micro-batch than the next one.
+        """
+        rank, workers = engine.global_rank, engine.dp_world_size
+        index = [stage.plan.name for stage in self.stages].index(work.plan.name)
+        # The readers of earlier stages are at the beginning of this one, unless it starts from a checkpoint.
+        if self.batches is None or index != self.next_index or cursor:
+            self.batches = self._open(engine, index, cursor)
+        # Micro-batches go to the ranks in turn: rank r gets r, r + workers, ... A wrong one would change the result.
+        accumulation_steps = work.plan.stage.count_accumulation_steps(workers)
+        for turn in range(cursor * accumulation_steps, work.steps * accumulation_steps):
+            batch = next(self.batches)
+            expected = turn * workers + rank
+            if batch["number"] != expected:
+                raise RuntimeError(f"rank {rank}: got micro-batch {batch['number']}, expected {expected}")
+            self.next_index = index + (turn + 1 == work.steps * accumulation_steps)
+            yield batch
+
+    def _open(self, engine: DeepSpeedEngineProtocol, index: int, cursor: int) -> Iterator[ingest.Batch]:
+        """Start the readers of a stage and of those after it. A collective."""
+        workers = engine.dp_world_size
+        # Rank 0 alone creates the dataset, so that one set of readers serves all ranks and a split hands each block to
+        # one of them. The others get their iterators from it.
+        splits: list[Any] = [None] * workers
+        if engine.global_rank == 0:
+            segments: list[ingest.Segment] = []
+            for work in self.stages[index:]:
+                count = work.plan.stage.count_accumulation_steps(workers) * workers
+                segments.append(ingest.Segment(work.reader, (0 if segments else cursor) * count, work.steps * count))
+            leaves_cpus = self.stages[index].plan.leaves_cpus_to_readers(uses_gpus=engine.device.type != "cpu")
+            splits = list(ingest.make_streams(segments, workers, leaves_cpus))
+        received: list[Any] = [None]
+        dist.scatter_object_list(received, splits, src=0)
+        blocks = received[0].iter_batches(batch_size=None, prefetch_batches=2)
+        # A generator, so that `splits` stays alive: the first stream owns the execution.
+        return self._iterate(blocks, splits)
+
+    @staticmethod
+    def _iterate(blocks: Iterable[ingest.Batch], splits: list[Any]) -> Iterator[ingest.Batch]:
+        yield from ingest.iterate_micro_batches(blocks)
+        splits.clear()
