@@ -137,16 +137,15 @@ def describe_trace(trace: AnswerTrace) -> dict[str, Any]:
     """
     images = []
     for number, image in enumerate(trace.images):
-        allowed = [trace.spread_over_patches(word, number) for word in range(len(trace.words))]
+        shares = [trace.spread_over_patches(word, number) for word in range(len(trace.words))]
+        allowed = [(row * 255).round().astype("uint8").tobytes() for row in shares]
         images.append(
             {
                 "image": encode_png(image.image),
                 "patches": encode_png(image.draw()),
                 "tokens_before": len(image.slot),
                 "tokens": image.num_tokens,
-                "allowed": [
-                    base64.b64encode((row * 255).round().astype("uint8").tobytes()).decode() for row in allowed
-                ],
+                "allowed": [base64.b64encode(row).decode() for row in allowed],
             }
         )
     return {"words": list(trace.words), "images": images}

@@ -93,11 +93,16 @@ def _fetch(url: str, limits: RequestLimits) -> bytes:
     return content
 
 
+def is_public_address(address: str) -> bool:
+    """Tell if an IP address belongs to the public internet."""
+    return ipaddress.ip_address(address).is_global
+
+
 def _open_public_socket(host: str, port: int, timeout: float | None) -> socket.socket:
     """Connect to a public address of a host.  The address is checked and used, so no second look-up can change it."""
     addresses = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for address in addresses:
-        if ipaddress.ip_address(address).is_global:
+        if is_public_address(address):
             return socket.create_connection((address, port), timeout)
     raise OSError(f"{host} has no public address")
 
