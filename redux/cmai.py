@@ -115,10 +115,9 @@ class Inhibition:
 
     @cached_property
     def image_span(self) -> Int[Tensor, "batch 2"]:
-        """First image token, and token after the last one, of each sequence; empty without an image."""
-        keys = self.is_image.shape[1]
-        first = self.columns[:, 0].masked_fill(~self.valid[:, 0], keys)
-        return torch.stack([first, ((self.columns + 1) * self.valid).amax(dim=1)], dim=1).int()
+        """First image token, and token after the last one, of each sequence; 0 and 0 without an image."""
+        end = ((self.columns + 1) * self.valid).amax(dim=1)
+        return torch.stack([self.columns[:, 0] * self.valid[:, 0], end], dim=1).int()
 
     @torch.no_grad()
     def compute_mask(

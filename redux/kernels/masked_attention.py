@@ -364,7 +364,7 @@ class KeyMask(NamedTuple):
 
     Args:
         pairs: False for pairs that are dropped. Rows lie `pairs.stride(1)` apart, a multiple of 16.
-        span: first key, and key after the last one, of each sequence for which the mask is read.
+        span: first key, and key after the last one, of each sequence for which the mask is read; never falling.
         first_row: first row for which the mask is read.
     """
 
