@@ -15,6 +15,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redux.kernels.sizes import divide_up, next_power_of_two
 from redux.settings import VMTC, CompressionStage
 
 _RAW, _NORMALIZED, _TOTAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -49,7 +50,7 @@ def merge_tokens(
     cluster = torch.empty(batch, out, dtype=torch.bool, device=tokens.device)
     weight, scale = (torch.empty(batch, patches, dtype=torch.float32, device=tokens.device) for _ in range(2))
     score = ips.detach().contiguous()
-    block_p = max(16, triton.next_power_of_2(patches))
+    block_p = max(16, next_power_of_two(patches))
     with torch.cuda.device_of(tokens):
         _locate_kernel[(batch,)](
             ranked.contiguous(),
@@ -65,7 +66,7 @@ def merge_tokens(
             BLOCK_P=block_p,
             num_warps=4,
         )
-        _arrange_kernel[(batch, triton.cdiv(patches, 16))](
+        _arrange_kernel[(batch, divide_up(patches, 16))](
             score,
             by_rank,
             key,
@@ -98,9 +99,9 @@ class _Merge(torch.autograd.Function):
         batch, out = begin.shape
         dim = tokens.shape[2]
         merged = tokens.new_empty(batch, out, dim)
-        block = min(1024, triton.next_power_of_2(dim))
+        block = min(1024, next_power_of_two(dim))
         with torch.cuda.device_of(tokens):
-            _merge_kernel[(batch, out, triton.cdiv(dim, block))](
+            _merge_kernel[(batch, out, divide_up(dim, block))](
                 tokens,
                 members,
                 begin,
@@ -127,7 +128,7 @@ class _Merge(torch.autograd.Function):
         batch, patches, dim = tokens.shape
         of_tokens = tokens.new_empty(batch, patches, dim)
         of_ips = torch.empty_like(weight)
-        block = min(1024, triton.next_power_of_2(dim))
+        block = min(1024, next_power_of_two(dim))
         with torch.cuda.device_of(tokens):
             _merge_gradient_kernel[(batch, patches)](
                 tokens,
@@ -167,7 +168,7 @@ def follow_patches(
     current = torch.empty(batch, patches, dtype=torch.long, device=slot.device)
     now_merged = torch.empty(batch, patches, dtype=torch.bool, device=slot.device)
     with torch.cuda.device_of(slot):
-        _follow_kernel[(batch, triton.cdiv(patches, 256))](
+        _follow_kernel[(batch, divide_up(patches, 256))](
             previous,
             merged,
             slot.contiguous(),

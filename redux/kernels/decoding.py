@@ -18,6 +18,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from redux.kernels.sizes import divide_up, next_power_of_two
+
 if TYPE_CHECKING:
     from redux.decoding import DecodingStep
 
@@ -309,16 +311,12 @@ def _restore_float(order):
     return bits.to(tl.float32, bitcast=True)
 
 
-def _next_power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
 def attend_decoded_token(
     query: Float[Tensor, "batch heads 1 head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys head_dim"],
-    visible: Bool[Tensor, "masks keys"],
-    is_image: Bool[Tensor, "batch keys"],
+    visible: Bool[Tensor, "masks 1 1 keys"],
+    is_image: Bool[Tensor, "batch capacity"],
     step: "DecodingStep",
     cached: Float[Tensor, "batch rows slots"] | None,
     gamma: float,
@@ -330,7 +328,7 @@ def attend_decoded_token(
         query: query of the new token.
         key, value: keys and values of all tokens so far, perhaps with keys to come.
         visible: keys that the mask leaves.
-        is_image: True for keys that are image tokens.
+        is_image: True for keys that are image tokens, with room for keys to come.
         step: the token, its image tokens and the settings.
         cached: rows of A_t2i of the layer, from `step.cache.start` on; None for a focus without them.
         gamma: gamma of the layer.
@@ -343,37 +341,37 @@ def attend_decoded_token(
     key = key if key.stride(3) == 1 else key.contiguous()
     value = value if value.stride(3) == 1 else value.contiguous()
     # one buffer for scores, parts of log-sum-exps and focus: an allocation costs as much as a launch
-    blocks = -(-keys // BLOCK_KEYS)
+    blocks = divide_up(keys, BLOCK_KEYS)
     scores_size = batch * heads * blocks * BLOCK_KEYS
     focus_offset = scores_size + batch * heads * blocks * 2
     scratch = torch.empty(focus_offset + batch * keys, dtype=torch.float32, device=query.device)
     output = torch.empty(batch, 1, heads, head_dim, dtype=query.dtype, device=query.device)
-    block_dim, block_parts = _next_power_of_two(head_dim), max(_next_power_of_two(blocks), 16)
+    block_dim, block_parts = next_power_of_two(head_dim), max(next_power_of_two(blocks), 16)
     shared = (len(visible) > 1) * visible.stride(0)
     _score_keys[(blocks, batch * kv_heads)](
         query, key, visible, step.position, scratch, scale, keys, scores_size,
-        query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2), shared, visible.stride(1),
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2), shared, visible.stride(3),
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK_KEYS=BLOCK_KEYS,
     )  # fmt: skip
     # raw scores: "scaled" are the scores that attention uses
     factor = 1.0 if cmai.scores != "scores" else 1.0 / scale
     rows, rows_batch, rows_row = (scratch, 0, 0) if cached is None else (cached, cached.stride(0), cached.stride(1))
     block_columns = 32 if batch < 8 else 64
-    _score_focus[(-(-slots // block_columns), batch)](
+    _score_focus[(divide_up(slots, block_columns), batch)](
         scratch, step.position, step.columns, step.valid, step.is_text, rows, factor,
         blocks, scores_size, focus_offset, keys, step.cache.start, slots, rows_batch, rows_row,
-        HEADS=heads, BLOCK_HEADS=_next_power_of_two(heads), BLOCK_PARTS=block_parts, BLOCK_KEYS=BLOCK_KEYS,
+        HEADS=heads, BLOCK_HEADS=next_power_of_two(heads), BLOCK_PARTS=block_parts, BLOCK_KEYS=BLOCK_KEYS,
         BLOCK_COLUMNS=block_columns, WEIGHTS=cmai.scores == "weights", FOCUS=cmai.focus,
     )  # fmt: skip
     if batch * heads < MIN_PROGRAMS:
         block_dim = min(block_dim, 32)
     # the upper 24 bits of gamma, by Veltkamp's splitting
     gamma_high = gamma * (2.0**29 + 1) - (gamma * (2.0**29 + 1) - gamma)
-    _attend_kept[(-(-head_dim // block_dim), batch * heads)](
+    _attend_kept[(divide_up(head_dim, block_dim), batch * heads)](
         scratch, value, step.position, step.columns, step.valid, step.is_text, is_image, output,
         gamma_high, gamma - gamma_high, blocks, scores_size, focus_offset, keys, slots,
         value.stride(0), value.stride(1), value.stride(2), is_image.stride(0),
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK_PARTS=block_parts,
-        BLOCK_KEYS=BLOCK_KEYS, BLOCK_SLOTS=_next_power_of_two(slots), QUANTILE=cmai.quantile,
+        BLOCK_KEYS=BLOCK_KEYS, BLOCK_SLOTS=next_power_of_two(slots), QUANTILE=cmai.quantile,
     )  # fmt: skip
     return output

@@ -13,6 +13,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from redux.kernels.sizes import next_power_of_two
+
 
 def score_importance(
     query: Float[Tensor, "batch heads 1 head_dim"],
@@ -45,7 +47,7 @@ class _ClassAttention(torch.autograd.Function):
                 tokens,
                 DIM=dim,
                 BIASED=bias is not None,
-                BLOCK_T=triton.next_power_of_2(tokens),
+                BLOCK_T=next_power_of_two(tokens),
                 BLOCK_D=16,
                 num_warps=8,
             )

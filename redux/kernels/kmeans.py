@@ -25,6 +25,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from redux.kernels.sizes import divide_up, next_power_of_two
 from redux.settings import KMeansSeeds
 
 _EPSILON = tl.constexpr(1e-12)  # least length that F.normalize divides by
@@ -50,16 +51,16 @@ def cluster_tokens(
     """
     batch, dim = tokens.shape[0], tokens.shape[2]
     count = tokens.shape[1] if index is None else index.shape[1]
-    row = triton.cdiv(count, 16) * 16  # rows of G start at multiples of 64 bytes
+    row = divide_up(count, 16) * 16  # rows of G start at multiples of 64 bytes
     gram = tokens.new_empty(batch, count, row, dtype=torch.float32)
     label = torch.empty(batch, count, dtype=torch.long, device=tokens.device)
-    block_c = max(16, triton.next_power_of_2(clusters))
+    block_c = max(16, next_power_of_two(clusters))
     block_r = 128 if block_c <= 64 and count > 64 else 64
     scores = gram.new_empty(batch, count, block_c)
     similarity = gram.new_empty(batch, count)
     given = _random_positions(count, clusters, tokens.device) if seeds == "random" else label
     block = 64 if tokens.dtype != torch.float32 or count <= 64 else 32
-    tiles = triton.cdiv(count, block)
+    tiles = divide_up(count, block)
     with torch.cuda.device_of(tokens):
         _gram_kernel[(batch, tiles, tiles)](
             tokens,
@@ -88,12 +89,12 @@ def cluster_tokens(
             iterations,
             row,
             SEEDS={"farthest": _FARTHEST, "strided": _STRIDED, "random": _GIVEN}[seeds],
-            TILES_R=triton.cdiv(count, block_r),
-            TILES_K=triton.cdiv(count, 64),
+            TILES_R=divide_up(count, block_r),
+            TILES_K=divide_up(count, 64),
             BLOCK_R=block_r,
             BLOCK_K=64,
             BLOCK_C=block_c,
-            BLOCK_N=triton.next_power_of_2(count),
+            BLOCK_N=next_power_of_two(count),
             num_warps=8,
             num_stages=3,
         )

@@ -19,6 +19,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from redux.kernels.sizes import divide_up, next_power_of_two
+
 
 class Tiles(NamedTuple):
     """Shape of a kernel's tiles, and its launch.
@@ -375,7 +377,7 @@ class KeyMask(NamedTuple):
 
 def make_key_mask(batch: int, length: int, device: torch.device) -> Bool[Tensor, "batch rows keys"]:
     """Make a mask that drops no pair, with the row stride that the kernels need."""
-    stride = triton.cdiv(length, 16) * 16
+    stride = divide_up(length, 16) * 16
     return torch.ones(batch, length, stride, dtype=torch.bool, device=device)[:, :, :length]
 
 
@@ -419,7 +421,7 @@ class _MaskedAttention(torch.autograd.Function):
         out = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
         lse = query.new_empty(batch, heads, length, dtype=torch.float32)
         tiles = FORWARD_TILES[query.element_size()]
-        _forward[(triton.cdiv(length, tiles.rows), batch * heads)](
+        _forward[(divide_up(length, tiles.rows), batch * heads)](
             query, key, value, out, lse, padding, pairs, span,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             pairs.stride(1) if pairs is not None else 16, heads, heads // key.shape[1], length, first_row,
@@ -442,14 +444,14 @@ class _MaskedAttention(torch.autograd.Function):
         mask_stride = pairs.stride(1) if pairs is not None else 16
         scalars = (heads // kv_heads, length, ctx.first_row, ctx.scale * LOG2_E, ctx.scale)
         tiles = QUERY_GRADIENT_TILES[query.element_size()]
-        _query_gradient[(triton.cdiv(length, tiles.rows), batch * heads)](
+        _query_gradient[(divide_up(length, tiles.rows), batch * heads)](
             query, key, value, out, dout, dq, lse, delta, padding, pairs, span,
             *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
             mask_stride, heads, *scalars, **launch_options(query, tiles),
         )  # fmt: skip
         # after dq, which computes delta
         tiles = KEY_GRADIENT_TILES[query.element_size()]
-        _key_gradients[(triton.cdiv(length, tiles.keys), batch * kv_heads)](
+        _key_gradients[(divide_up(length, tiles.keys), batch * kv_heads)](
             query, key, value, dout, dk, dv, lse, delta, padding, pairs, span,
             *inputs, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
             mask_stride, kv_heads, *scalars, **launch_options(query, tiles),
@@ -466,7 +468,7 @@ def launch_options(query: Tensor, tiles: Tiles) -> dict[str, Any]:
     """Make the compile-time arguments that kernels on heads share."""
     return {
         "head_dim": query.shape[-1],
-        "block_dim": max(triton.next_power_of_2(query.shape[-1]), 16),
+        "block_dim": max(next_power_of_two(query.shape[-1]), 16),
         "block_rows": tiles.rows,
         "block_keys": tiles.keys,
         # three products of tensor cores come close to one of float32

@@ -13,6 +13,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from redux.kernels.sizes import next_power_of_two
+
 WARPS: int | None = None
 """Warps of a program; None is one for up to 512 image tokens, else two."""
 
@@ -117,7 +119,7 @@ def drop_below_quantile(
     batch, rows, num_columns = focus.shape
     length = mask.shape[1]
     # a power of two, so that few tables are made
-    block = triton.next_power_of_2(max(num_columns, 32))
+    block = next_power_of_two(max(num_columns, 32))
     ranks, fractions = _rank_table(gamma, quantile, block, focus.device)
     _drop_below[(rows, batch)](
         focus.contiguous(), columns.contiguous(), valid.contiguous(), slots, padding, ranks, fractions, mask,
