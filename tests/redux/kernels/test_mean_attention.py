@@ -127,6 +127,14 @@ def test_a_row_without_an_image_attends_to_each_key_once() -> None:
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_autocast_changes_no_decision() -> None:
+    call = draw_call(1, torch.bfloat16)
+    expected = attend("fused", call)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for result, want in zip(attend("fused", call), expected, strict=True):
+            assert torch.equal(result, want)
+
+
 def test_recomputed_activations_are_equal() -> None:
     for once, again in zip(*(attend("fused", draw_call(3), recompute) for recompute in (False, True)), strict=True):
         assert torch.equal(once, again)
