@@ -33,28 +33,22 @@ MIN_PROGRAMS = 264
 @triton.jit(do_not_specialize=["scores_size", "keys"])
 @no_type_check
 def _score_keys(
-    query,
-    key,
-    visible,
-    position,
-    scores,
-    scale,
-    keys,
-    scores_size,
-    query_batch,
-    query_head,
-    key_batch,
-    key_head,
-    key_row,
-    visible_batch,
-    visible_key,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    query, key, visible, position, scores, scale, keys, scores_size, query_batch, query_head, key_batch, key_head,
+    key_row, visible_batch, visible_key,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-):
-    """Write scores, (batch, heads, blocks x BLOCK_KEYS), then maxima and sums of exponentials by block."""
+):  # fmt: skip
+    """Score the keys of one block, for all query heads of a key head.
+
+    Grid: (blocks, batch x kv_heads).
+
+    Args:
+        query, key: (batch, heads, head_dim) and (batch, kv_heads, keys, head_dim).
+        visible: (batch, keys), with a stride of 0 if all sequences share the row.
+        position: () position of the token, which is the last key.
+        scores: written, (batch, heads, blocks x BLOCK_KEYS); from scores_size on, maximum and sum of exponentials of
+            each block, (batch, heads, blocks, 2).
+    """
     block = tl.program_id(0)
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     kv_head = tl.program_id(1) % KV_HEADS
@@ -88,19 +82,9 @@ def _score_keys(
 @triton.jit
 @no_type_check
 def _load_mean(
-    scores,
-    batch,
-    blocks,
-    rows,
-    inside,
-    heads,
-    largest,
-    log_total,
-    factor,
-    HEADS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-):
+    scores, batch, blocks, rows, inside, heads, largest, log_total, factor,
+    HEADS: tl.constexpr, BLOCK_KEYS: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
     """Load A, the mean over heads, of some keys; zero for keys that are not visible."""
     score = tl.load(
         scores + (batch * HEADS + heads[:, None]) * blocks * BLOCK_KEYS + rows[None, :],
@@ -115,30 +99,23 @@ def _load_mean(
 @triton.jit(do_not_specialize=["blocks", "scores_size", "focus_offset", "keys", "start", "slots"])
 @no_type_check
 def _score_focus(
-    scores,
-    position,
-    columns,
-    valid,
-    is_text,
-    cached,
-    factor,
-    blocks,
-    scores_size,
-    focus_offset,
-    keys,
-    start,
-    slots,
-    cached_batch,
-    cached_row,
-    HEADS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    FOCUS: tl.constexpr,
-):
-    """Write the row of A_t2i into the cache, and the focus of image tokens by key, (batch, keys)."""
+    scores, position, columns, valid, is_text, cached, factor, blocks, scores_size, focus_offset, keys, start,
+    slots, cached_batch, cached_row,
+    HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr, FOCUS: tl.constexpr,
+):  # fmt: skip
+    """Compute the token's row of A_t2i and the focus of some image tokens.
+
+    Grid: (slots / BLOCK_COLUMNS, batch).
+
+    Args:
+        scores: buffer of `_score_keys`; from focus_offset on, the focus by key is written, (batch, keys).
+        position: () position of the token.
+        columns, valid: (batch, slots) positions of image tokens, and True for those in use.
+        is_text: (batch, 1) True where the token is text.
+        cached: (batch, rows, slots) A_t2i by token from start on; the token's row is written.
+        factor: factor of raw scores.
+    """
     batch = tl.program_id(1).to(tl.int64)
     last = tl.load(position).to(tl.int32)
     heads = tl.arange(0, BLOCK_HEADS)
@@ -210,35 +187,23 @@ def _find_rank(bits, candidate, rank):
 @triton.jit(do_not_specialize=["blocks", "scores_size", "focus_offset", "keys", "slots"])
 @no_type_check
 def _attend_kept(
-    scores,
-    value,
-    position,
-    columns,
-    valid,
-    is_text,
-    is_image,
-    output,
-    gamma_high,
-    gamma_low,
-    blocks,
-    scores_size,
-    focus_offset,
-    keys,
-    slots,
-    value_batch,
-    value_head,
-    value_row,
-    is_image_batch,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    QUANTILE: tl.constexpr,
-):
-    """Write the attention of the keys that stay, (batch, heads, head_dim)."""
+    scores, value, position, columns, valid, is_text, is_image, output, gamma_high, gamma_low, blocks, scores_size,
+    focus_offset, keys, slots, value_batch, value_head, value_row, is_image_batch,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, QUANTILE: tl.constexpr,
+):  # fmt: skip
+    """Compute the attention of the keys that stay, in some dimensions of a head.
+
+    Grid: (head_dim / BLOCK_DIM, batch x heads).
+
+    Args:
+        scores: buffer of `_score_keys` and `_score_focus`.
+        value: (batch, kv_heads, keys, head_dim).
+        position, columns, valid, is_text: as for `_score_focus`.
+        is_image: (batch, capacity) True for keys that are image tokens.
+        output: written, (batch, heads, head_dim).
+        gamma_high, gamma_low: gamma in two parts of float32.
+    """
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
     last = tl.load(position).to(tl.int32)

@@ -63,41 +63,16 @@ def cluster_tokens(
     tiles = divide_up(count, block)
     with torch.cuda.device_of(tokens):
         _gram_kernel[(batch, tiles, tiles)](
-            tokens,
-            label if index is None else index,
-            gram,
-            tokens.stride(0),
-            tokens.stride(1),
-            0 if index is None else index.stride(0),
-            count,
-            row,
-            DIM=dim,
-            INDEXED=index is not None,
-            BLOCK=block,
-            BLOCK_D=64,
-            num_warps=4,
-            num_stages=3,
-        )
+            tokens, label if index is None else index, gram, tokens.stride(0), tokens.stride(1),
+            0 if index is None else index.stride(0), count, row,
+            DIM=dim, INDEXED=index is not None, BLOCK=block, BLOCK_D=64, num_warps=4, num_stages=3,
+        )  # fmt: skip
         _kmeans_kernel[(batch,)](
-            gram,
-            scores,
-            similarity,
-            label,
-            given,
-            count,
-            clusters,
-            iterations,
-            row,
+            gram, scores, similarity, label, given, count, clusters, iterations, row,
             SEEDS={"farthest": _FARTHEST, "strided": _STRIDED, "random": _GIVEN}[seeds],
-            TILES_R=divide_up(count, block_r),
-            TILES_K=divide_up(count, 64),
-            BLOCK_R=block_r,
-            BLOCK_K=64,
-            BLOCK_C=block_c,
-            BLOCK_N=next_power_of_two(count),
-            num_warps=8,
-            num_stages=3,
-        )
+            TILES_R=divide_up(count, block_r), TILES_K=divide_up(count, 64), BLOCK_R=block_r, BLOCK_K=64,
+            BLOCK_C=block_c, BLOCK_N=next_power_of_two(count), num_warps=8, num_stages=3,
+        )  # fmt: skip
     return label
 
 
@@ -116,20 +91,18 @@ def _random_positions(count: int, clusters: int, device: torch.device) -> Int[Te
 @triton.jit
 @no_type_check
 def _gram_kernel(
-    tokens,
-    index,
-    gram,
-    stride_batch,
-    stride_token,
-    stride_index,
-    count,
-    row,
-    DIM: tl.constexpr,
-    INDEXED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Compute one tile of the Gram matrix of an image's unit tokens."""
+    tokens, index, gram, stride_batch, stride_token, stride_index, count, row,
+    DIM: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Compute one tile of the Gram matrix of an image's unit tokens.
+
+    Grid: (batch, tiles, tiles).
+
+    Args:
+        tokens: (batch, patches, dim).
+        index: (batch, count) positions of the tokens to cluster; any pointer if all are.
+        gram: written, (batch, count, row), of which each row has count numbers.
+    """
     image = tl.program_id(0).to(tl.int64)
     tokens += image * stride_batch
     left = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -200,17 +173,10 @@ def _score_seeds(gram, scores, seed, count, row, TILES_R: tl.constexpr, BLOCK_R:
 @triton.jit
 @no_type_check
 def _score_members(
-    gram,
-    scores,
-    label,
-    count,
-    row,
-    TILES_R: tl.constexpr,
-    TILES_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    gram, scores, label, count, row,
+    TILES_R: tl.constexpr, TILES_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     """Store the sum of each token's similarities to the members of each cluster; return 1 / length of each sum."""
     cluster = tl.arange(0, BLOCK_C)
     square = tl.zeros((BLOCK_C,), tl.float32)
@@ -238,16 +204,9 @@ def _score_members(
 @triton.jit
 @no_type_check
 def _refill_clusters(
-    similarity,
-    label,
-    members,
-    count,
-    clusters,
-    TILES_R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    similarity, label, members, count, clusters,
+    TILES_R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Move the least similar token into each empty cluster; the best token of every other cluster stays."""
     cluster = tl.arange(0, BLOCK_C)
     highest = tl.full((BLOCK_C,), float("-inf"), tl.float32)
@@ -279,24 +238,20 @@ def _refill_clusters(
 @triton.jit(do_not_specialize=["count", "clusters", "iterations"])
 @no_type_check
 def _kmeans_kernel(
-    gram,
-    scores,
-    similarity,
-    label,
-    given,
-    count,
-    clusters,
-    iterations,
-    row,
-    SEEDS: tl.constexpr,
-    TILES_R: tl.constexpr,
-    TILES_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Cluster the tokens of one image; the threads pass scores and labels through global memory, which L2 holds."""
+    gram, scores, similarity, label, given, count, clusters, iterations, row,
+    SEEDS: tl.constexpr, TILES_R: tl.constexpr, TILES_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Cluster the tokens of one image; the threads pass scores and labels through global memory, which L2 holds.
+
+    Grid: (batch,).
+
+    Args:
+        gram: (batch, count, row) Gram matrices.
+        scores, similarity: scratch, (batch, count, BLOCK_C) and (batch, count).
+        label: written, (batch, count).
+        given: (clusters,) positions of the seeds, for SEEDS == _GIVEN.
+    """
     image = tl.program_id(0).to(tl.int64)
     gram += image * count * row
     scores += image * count * BLOCK_C

@@ -121,13 +121,16 @@ def _attend(
 @triton.jit
 @no_type_check
 def masked_span(span, batch, row_start, first_row, block_rows: tl.constexpr, block_keys: tl.constexpr):
-    """Compute the keys for which a tile of rows reads the mask, in whole tiles; none for rows before first_row."""
+    """Compute the keys before the diagonal tile for which a tile of rows reads the mask, in whole tiles.
+
+    There are none for rows before first_row.
+    """
     low = tl.load(span + batch * 2) // block_keys * block_keys
     high = tl.cdiv(tl.load(span + batch * 2 + 1), block_keys) * block_keys
     if row_start + block_rows <= first_row:
         low = 0
         high = 0
-    return low, high
+    return tl.minimum(low, row_start), tl.minimum(high, row_start)
 
 
 @triton.jit(do_not_specialize=["length", "first_row"])
@@ -139,7 +142,16 @@ def _forward(
     head_dim: tl.constexpr, block_dim: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Attend from one tile of rows of one head; the tiles with the most keys start first."""
+    """Attend from one tile of rows of one head; the tiles with the most keys start first.
+
+    Grid: (length / block_rows, batch x heads).
+
+    Args:
+        q, k, v, out: (batch, heads or kv_heads, length, head_dim); out is written.
+        lse: written, (batch, heads, length), log2 of the sum of exponentials.
+        padding: (batch, length) 0 for keys that no row sees; None without padding.
+        mask, span: pairs and span of a `KeyMask`; None without one.
+    """
     row_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * block_rows
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
@@ -159,8 +171,6 @@ def _forward(
     if mask is not None:
         mask += wide * length * mask_stride
         low, high = masked_span(span, batch, row_start, first_row, block_rows, block_keys)
-        low = tl.minimum(low, row_start)
-        high = tl.minimum(high, row_start)
     q_tile = load_rows(q, q_row, rows, length, dims, head_dim, block_dim)
     accumulator = tl.zeros([block_rows, block_dim], tl.float32)
     top = tl.full([block_rows], float("-inf"), tl.float32)
@@ -222,7 +232,15 @@ def _query_gradient(
     head_dim: tl.constexpr, block_dim: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Compute delta and dq of one tile of rows of one head."""
+    """Compute delta and dq of one tile of rows of one head.
+
+    Grid: (length / block_rows, batch x heads).
+
+    Args:
+        q, k, v, out, lse, padding, mask, span: as for `_forward`.
+        dout: gradient of out.
+        dq, delta: written; delta is sum(dout * out), (batch, heads, length).
+    """
     row_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * block_rows
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
@@ -245,8 +263,6 @@ def _query_gradient(
     if mask is not None:
         mask += wide * length * mask_stride
         low, high = masked_span(span, batch, row_start, first_row, block_rows, block_keys)
-        low = tl.minimum(low, row_start)
-        high = tl.minimum(high, row_start)
     q_tile = load_rows(q, q_row, rows, length, dims, head_dim, block_dim)
     dout_tile = load_rows(dout, dout_row, rows, length, dims, head_dim, block_dim)
     out_tile = load_rows(out, out_row, rows, length, dims, head_dim, block_dim)
@@ -310,7 +326,14 @@ def _key_gradients(
     head_dim: tl.constexpr, block_dim: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv of one tile of keys of one key head; the first keys, seen by most rows, start first."""
+    """Compute dk and dv of one tile of keys of one key head; the first keys, seen by most rows, start first.
+
+    Grid: (length / block_keys, batch x kv_heads).
+
+    Args:
+        q, k, v, dout, lse, delta, padding, mask, span: as for `_query_gradient`.
+        dk, dv: written.
+    """
     key_start = tl.program_id(0) * block_keys
     batch = tl.program_id(1) // kv_heads
     kv_head = tl.program_id(1) % kv_heads

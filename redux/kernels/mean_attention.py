@@ -58,7 +58,15 @@ def _log_sum_exp(
     head_dim: tl.constexpr, block_dim: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Compute log2(sum(2^score)) of one tile of rows of one head; infinity for a row that sees no key."""
+    """Compute log2(sum(2^score)) of one tile of rows of one head; infinity for a row that sees no key.
+
+    Grid: (text / block_rows, batch x heads).
+
+    Args:
+        q, k: (batch, heads or kv_heads, length, head_dim).
+        lse: written, (batch, heads, text), for rows from first_row on.
+        padding: (batch, length) 0 for keys that no row sees; None without padding.
+    """
     row_start = first_row + (tl.num_programs(0) - 1 - tl.program_id(0)) * block_rows
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
@@ -98,7 +106,17 @@ def _mean(
     head_dim: tl.constexpr, block_dim: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of A, for one sequence."""
+    """Compute one tile of A, for one sequence.
+
+    Grid: (length / block_keys, text / block_rows, batch).
+
+    Args:
+        q, k, lse, padding: as for `_log_sum_exp`.
+        slots: (batch, length) number of each image token; -1 for text.
+        t2t: written, (batch, text, text); None without neighbours.
+        t2i: written, (batch, text, image).
+        share: factor of the sum over heads.
+    """
     key_start = tl.program_id(0) * block_keys
     row_start = first_row + tl.program_id(1) * block_rows
     batch = tl.program_id(2).to(tl.int64)

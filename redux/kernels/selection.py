@@ -33,7 +33,18 @@ def _drop_below(
     mask_stride, length, first_row, columns,
     quantile: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Drop the image keys of one row whose score is below the row's threshold."""
+    """Drop the image keys of one row whose score is below the row's threshold.
+
+    Grid: (text, batch).
+
+    Args:
+        focus: (batch, text, columns) focus scores.
+        columns_of, valid: (batch, columns) positions of image tokens, and True for those in use.
+        slots: (batch, length) number of each image token; -1 for text, the only rows that lose keys.
+        padding: (batch, length) 0 for keys that no row sees; None without padding.
+        ranks, fractions: (counts,) tables of `_rank_table`.
+        mask: (batch, length, mask_stride), in which dropped pairs become False.
+    """
     row = first_row + tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     slot = tl.arange(0, block)
