@@ -209,6 +209,7 @@ def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         None for a causal mask; uint8 of shape (batch, 1, 1, keys) for one with padding, 0 for keys that no row sees;
         else sdpa_mask's booleans of shape (batch, 1, rows, keys).
     """
+    # CMAI removes pairs from the mask, so one must exist
     explicit = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     padding, length = kwargs.get("attention_mask"), kwargs.get("q_length")
     offsets = (kwargs.get("q_offset", 0), kwargs.get("kv_offset", 0))

@@ -119,6 +119,7 @@ class FocusRows(Cache):
         if not self._keys_with_rows:
             self.start = first_text_row
         self.num_columns = columns.shape[1]
+        # room for tokens that the model generates, without a new tensor for each
         slots = F.pad(columns, (0, FREE_COLUMNS))
         if self.columns is not None and self.columns.shape == slots.shape and self.count is not None:
             # compiled code knows these tensors by their addresses

@@ -201,6 +201,7 @@ class CompressingBlock(ExtendedModule):
             project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        # with tensor parallelism this rank has some of the heads
         mesh = head_mesh(attention, query.shape[1])
         dropout = attention.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(

@@ -49,6 +49,7 @@ def merge_tokens(
     slot = torch.empty_like(ranked, memory_format=torch.contiguous_format)
     cluster = torch.empty(batch, out, dtype=torch.bool, device=tokens.device)
     weight, scale = (torch.empty(batch, patches, dtype=torch.float32, device=tokens.device) for _ in range(2))
+    # the plan has no gradient; `_Merge` gives the importance one
     score = ips.detach().contiguous()
     block_p = max(16, next_power_of_two(patches))
     with torch.cuda.device_of(tokens):
@@ -83,6 +84,7 @@ class _Merge(torch.autograd.Function):
                 ROWS=4, BLOCK=block, num_warps=4,
             )  # fmt: skip
         ctx.weights, ctx.ips_dtype = weights, ips.dtype
+        # the plan is a few integers a patch, so the backward pass keeps it instead of sorting again
         ctx.save_for_backward(tokens, *plan)
         return merged
 
@@ -100,6 +102,7 @@ class _Merge(torch.autograd.Function):
                 patches, begin.shape[1],
                 DIM=dim, BLOCK=block, num_warps=4,
             )  # fmt: skip
+            # of_ips treats divisors as constants so far
             if ctx.weights == "normalized":
                 _divisor_gradient_kernel[begin.shape](
                     members, begin, length, weight, scale, of_ips, patches, begin.shape[1], BLOCK=32, num_warps=1
@@ -245,6 +248,7 @@ def _merge_kernel(
     place = tl.load(begin + image * out + number)
     end = place + tl.load(length + image * out + number)
     total = tl.zeros((BLOCK,), tl.float32)
+    # one program adds all members in their order: atomic additions would round differently in each run
     while place < end:
         step = place + tl.arange(0, ROWS)
         patch = tl.load(members + image * patches + step, mask=step < end, other=0)

@@ -18,6 +18,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from redux.kernels.masked_attention import unit_stride
 from redux.kernels.sizes import divide_up, next_power_of_two
 
 if TYPE_CHECKING:
@@ -302,9 +303,7 @@ def attend_decoded_token(
     batch, heads, _, head_dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     slots, cmai = step.columns.shape[1], step.cmai
-    query = query if query.stride(3) == 1 else query.contiguous()
-    key = key if key.stride(3) == 1 else key.contiguous()
-    value = value if value.stride(3) == 1 else value.contiguous()
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     # one buffer for scores, parts of log-sum-exps and focus: an allocation costs as much as a launch
     blocks = divide_up(keys, BLOCK_KEYS)
     scores_size = batch * heads * blocks * BLOCK_KEYS

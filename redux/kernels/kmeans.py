@@ -58,6 +58,7 @@ def cluster_tokens(
     block_r = 128 if block_c <= 64 and count > 64 else 64
     scores = gram.new_empty(batch, count, block_c)
     similarity = gram.new_empty(batch, count)
+    # without random seeds the kernel ignores `given`, and any tensor will do
     given = _random_positions(count, clusters, tokens.device) if seeds == "random" else label
     block = 64 if tokens.dtype != torch.float32 or count <= 64 else 32
     tiles = divide_up(count, block)
@@ -191,6 +192,7 @@ def _score_members(
             )
             of_other = tl.load(label + other, mask=other < count, other=-1).to(tl.int32)
             member = (of_other[:, None] == cluster[None, :]).to(tl.float16)
+            # tensor cores multiply float16; two parts keep a similarity to 2^-23
             high = value.to(tl.float16)
             low = (value - high.to(tl.float32)).to(tl.float16)
             total = tl.dot(high, member, total)

@@ -131,6 +131,7 @@ def drop_below_quantile(
     length = mask.shape[1]
     # a power of two, so that few tables are made
     block = next_power_of_two(max(num_columns, 32))
+    # by the number of image tokens in sight, so that the kernel needs no float64
     ranks, fractions = _rank_table(gamma, quantile, block, focus.device)
     _drop_below[(rows, batch)](
         focus.contiguous(), columns.contiguous(), valid.contiguous(), slots, padding, ranks, fractions, mask,
