@@ -137,6 +137,7 @@ class CaptionThenAnswer:
     def __call__(self, prompts: Sequence[str], images: Sequence[bytes | None], max_new_tokens: int) -> Answers:
         """Answer a batch, see `Answerer`."""
         check_batch(prompts, images)
+        # by content: an image that several questions share is captioned once
         digests = [None if image is None else hashlib.sha256(image).digest() for image in images]
         # first generation: captions of new images
         new_images = {

@@ -113,6 +113,7 @@ class ModelSettings:
                 object.__setattr__(self, name, value)  # the dataclass is frozen
         if self.vmtc and self.reduction and "checkpoint" not in (self.vmtc, self.reduction):
             raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other null")
+        # a checkpoint fixes all sizes, so none of the checks below applies
         if self.checkpoint:
             if self.tower or self.language or self.gguf_file:
                 raise ValueError("checkpoint: got one besides parts of a model, allowed: the one or the other")

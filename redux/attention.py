@@ -21,6 +21,7 @@ from redux.cmai import Inhibition, build_causal_mask, is_recording
 from redux.decoding import DecodingStep
 from redux.kernels import use_fused
 from redux.parallel import head_mesh
+from redux.precision import without_autocast
 
 ATTENTION_NAME = "cmai"
 
@@ -29,6 +30,9 @@ MASKED_SCORE = -1e4
 
 UNSUPPORTED_ARGUMENTS = ("position_bias", "softcap", "cache", "sliding_window")
 """Arguments of transformers' attention functions that fused kernels do not know."""
+
+MAX_FUSED_LENGTH = 2**15
+"""Most tokens of a prompt for the fused kernels, whose offsets within a mask have 32 bits."""
 
 FUSED_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 """Dtypes of the fused kernels."""
@@ -77,7 +81,8 @@ def inhibited_attention(
         key, value, attention_mask = key[:, :, :length], value[:, :, :length], attention_mask[..., :length]
         visible, bias = _split_mask(attention_mask)
         mesh = head_mesh(module, query.shape[1])
-        kept = active.to(query.device).compute_mask(layer, query, key, visible, scale, bias, mesh)
+        with without_autocast(query.device):
+            kept = active.to(query.device).compute_mask(layer, query, key, visible, scale, bias, mesh)
         attention_mask = visible & kept if bias is None else bias.masked_fill(~kept, torch.finfo(bias.dtype).min)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
@@ -110,7 +115,7 @@ def _attend_decoded(
         if output is not None:
             return output, None
         # the decorator torch.no_grad() would break the graph of a compiled step (torch 2.13)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(query.device):
             kept = step.compute_mask(layer, query, key, visible, scale, bias, mesh)
         attention_mask = visible & kept if bias is None else bias.masked_fill(~kept, torch.finfo(bias.dtype).min)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -130,11 +135,15 @@ def _fused_attention(
 
     padding = key_mask = None
     if attention_mask is not None:
-        padding = attention_mask[:, 0, 0].expand(len(query), -1).contiguous()
+        padding = attention_mask.flatten(1)
+        if len(padding) != len(query):
+            padding = padding.expand(len(query), -1).contiguous()
     if inhibition is not None:
         inhibition = inhibition.to(query.device)
         mesh = head_mesh(module, query.shape[1])
-        key_mask = inhibition.compute_key_mask(int(module.layer_idx), query, key, padding, scale, mesh)  # type: ignore[arg-type]
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        with without_autocast(query.device):
+            key_mask = inhibition.compute_key_mask(layer, query, key, padding, scale, mesh)
     return masked_attention(query, key, value, scale, padding, key_mask).transpose(1, 2), None
 
 
@@ -156,6 +165,8 @@ def _unsupported(
         return "the mask is not causal with padding"
     if query.shape[2] != key.shape[2]:
         return "there are earlier tokens in the cache"
+    if query.shape[2] > MAX_FUSED_LENGTH:
+        return f"there are more than {MAX_FUSED_LENGTH} tokens"
     if kwargs.get("dropout"):
         return "attention has dropout"
     if others := [name for name in UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]:
@@ -186,8 +197,11 @@ def _split_mask(
 
 
 def _is_short_mask(attention_mask: Tensor) -> bool:
-    """Tell if a mask has the short form of `_build_mask`: causal, with padding."""
-    return attention_mask.dtype == torch.uint8
+    """Tell if a mask has the short form of `_build_mask`: causal, with padding.
+
+    A caller's mask of uint8, which `_split_mask` refuses, has a row for each token.
+    """
+    return attention_mask.dtype == torch.uint8 and attention_mask.shape[2] == 1
 
 
 def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -197,6 +211,7 @@ def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         None for a causal mask; uint8 of shape (batch, 1, 1, keys) for one with padding, 0 for keys that no row sees;
         else sdpa_mask's booleans of shape (batch, 1, rows, keys).
     """
+    # CMAI removes pairs from the mask, so one must exist
     explicit = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     padding, length = kwargs.get("attention_mask"), kwargs.get("q_length")
     offsets = (kwargs.get("q_offset", 0), kwargs.get("kv_offset", 0))

@@ -142,10 +142,9 @@ class Inhibition:
 
     @cached_property
     def image_span(self) -> Int[Tensor, "batch 2"]:
-        """First image token, and token after the last one, of each sequence; empty without an image."""
-        keys = self.is_image.shape[1]
-        first = self.columns[:, 0].masked_fill(~self.valid[:, 0], keys)
-        return torch.stack([first, ((self.columns + 1) * self.valid).amax(dim=1)], dim=1).int()
+        """First image token, and token after the last one, of each sequence; 0 and 0 without an image."""
+        end = ((self.columns + 1) * self.valid).amax(dim=1)
+        return torch.stack([self.columns[:, 0] * self.valid[:, 0], end], dim=1).int()
 
     @torch.no_grad()
     def compute_mask(
@@ -225,19 +224,26 @@ class Inhibition:
         from redux.kernels.mean_attention import mean_attention
         from redux.kernels.selection import drop_below_quantile
 
-        start, length = self.first_text_row, query.shape[2]
+        start, length, num_columns = self.first_text_row, query.shape[2], self.columns.shape[1]
+        cache = None if self.cmai.focus == "tia" else self.cache
+        if cache is None or mesh is not None:
+            t2i = query.new_zeros(len(query), length - start, num_columns, dtype=torch.float32)
+        else:
+            # the kernel writes where the cache keeps the rows, which saves two launches; unused columns are zero there
+            t2i = cache.prepare_rows(layer, length, query)[:, :, :num_columns]
         factor = 1.0 if self.cmai.scores == "scores" else scale
         weights, neighbours = self.cmai.scores == "weights", self.cmai.focus == "neighbourhood"
-        t2t, t2i = mean_attention(
-            query, key, self.slots, self.columns.shape[1], start, factor, weights, neighbours, padding
-        )
-        focus = t2i = mean_over_ranks(t2i, mesh)
-        earlier = self._cached_t2i(layer, t2i)
+        t2t = mean_attention(query, key, self.slots, t2i, start, factor, weights, neighbours, padding)
+        if mesh is not None:
+            t2i = mean_over_ranks(t2i, mesh)
+            if cache is not None:
+                cache.append_rows(layer, t2i)
+        focus = t2i
         if t2t is not None:
             focus = torch.baddbmm(t2i, mean_over_ranks(t2t, mesh), t2i)  # eq. 9, 10, 11
         elif self.cmai.focus != "tia":
             visible = build_causal_mask(padding, length, query.device).expand(len(t2i), 1, -1, -1)[:, 0, start:]
-            focus = focus_score(self._text_to_text(visible.to(t2i.dtype), visible), t2i, earlier)
+            focus = focus_score(self._text_to_text(visible.to(t2i.dtype), visible), t2i, t2i)
         pairs = make_key_mask(len(t2i), length, query.device)
         drop_below_quantile(
             pairs, focus, self.columns, self.valid, self.slots, self.gammas[layer], self.cmai.quantile, padding
@@ -296,7 +302,7 @@ def _locate_image_tokens(
     count = is_image.sum(dim=1, keepdim=True)
     num_columns, first_text_row = torch.stack([count.max(), (~text_after_image).cumprod(dim=0).sum()]).tolist()
     # a stable sort of the flags lists image positions first, in their order
-    columns = is_image.long().argsort(dim=1, descending=True, stable=True)[:, :num_columns]
+    columns = is_image.long().argsort(dim=1, descending=True, stable=True)[:, :num_columns].contiguous()
     return columns, count, first_text_row
 
 

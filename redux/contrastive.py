@@ -38,6 +38,7 @@ class ContrastiveClip(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(clip.logit_scale.detach().reshape(1).clone())
         del clip.logit_scale
+        # CLIPModel reads the name, so a buffer stands in for the parameter
         clip.register_buffer("logit_scale", self.scale.detach()[0].clone())
         self.clip = clip
 

@@ -143,6 +143,7 @@ def encode_pieces(
     text = "".join(piece for piece, _ in pieces)
     ids, start, end = _tokenize(tokenizer, text)
     # learned_before[c]: learned characters before character c; a token has the difference of two of them
+    # by character, since tokens do not respect the borders of pieces
     is_learned = np.repeat([is_learned for _, is_learned in pieces], [len(piece) for piece, _ in pieces])
     learned_before = np.cumsum([0, *is_learned])
     learned = learned_before[end] - learned_before[start]
@@ -155,6 +156,7 @@ def encode_pieces(
     # an image of an assistant's turn is input, not a prediction
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     labels = np.where((learned > 0) & (ids != image_id), ids, IGNORE_INDEX)
+    # the processor of transformers repeats the token in the same way
     repeats = np.where(ids == image_id, image_tokens, 1)
     ids, labels = ids.repeat(repeats), labels.repeat(repeats)
     # the cut, after images have their full length

@@ -85,6 +85,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _build_from_weights(config: ReduxConfig, weights: dict[str, Tensor], folder: Path) -> ReduxForConditionalGeneration:
+    # weights keep their dtype
     dtype = next(iter(weights.values())).dtype
     model, loading_info = ReduxForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -101,6 +102,7 @@ def _convert_layout(
     If the checkpoint has no image tower, the tower is loaded from the source that its configuration names.
     """
     tower = load_part("mm_vision_tower", config["mm_vision_tower"], TOWER_CLASSES, next(iter(weights.values())).dtype)
+    # most checkpoints were trained with a frozen tower and saved without it
     if not any(name.startswith(TOWER_PREFIX) for name in weights):
         weights |= {f"{TOWER_PREFIX}vision_model.{name}": weight for name, weight in tower.state_dict().items()}
     renamed = {_rename_parameter(name): weight for name, weight in weights.items()}

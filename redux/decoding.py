@@ -178,18 +178,10 @@ class DecodingStep:
             return None
         from redux.kernels.decoding import attend_decoded_token  # imports triton
 
-        keys = key.shape[2]
-        return attend_decoded_token(
-            query,
-            key,
-            value,
-            visible[:, 0, 0],
-            self.cache.flags_of(keys),
-            self,
-            self.cache.prepare_rows(layer, keys, query) if self.cmai.focus != "tia" else None,
-            self.gammas[layer],
-            scale,
-        )
+        assert self.cache.flags is not None
+        # whole tensors: the kernels know where the token is, and each slice would cost the host 1 to 2 us a layer
+        rows = None if self.cmai.focus == "tia" else self.cache.reserve_rows(layer, key.shape[2], query)
+        return attend_decoded_token(query, key, value, visible, self.cache.flags, self, rows, self.gammas[layer], scale)
 
     def _missing_kernel(self, query: Tensor, key: Tensor, value: Tensor) -> str:
         """Return why the kernels cannot serve a call, or ""."""
@@ -203,7 +195,7 @@ class DecodingStep:
             return "keys and values differ in shape"
         if self.columns.shape[1] > MAX_SLOTS:
             return f"there are more than {MAX_SLOTS} image tokens"
-        if self.cache.flags_of(1).device != query.device:
+        if self.cache.flags is None or self.cache.flags.device != query.device:
             return "the model lies on several devices"
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             return "gradients are recorded"

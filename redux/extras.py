@@ -26,5 +26,6 @@ def _read_source() -> str | None:
         source = json.loads(distribution(PACKAGE).read_text("direct_url.json") or "{}")
     except (PackageNotFoundError, ValueError):
         return None
+    # PEP 610: dir_info is there only if the package was installed from a folder
     url = urlsplit(source.get("url", ""))
     return unquote(url.path) if url.scheme == "file" and "dir_info" in source else None

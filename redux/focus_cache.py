@@ -39,6 +39,7 @@ class FocusRows(Cache):
         num_columns: image tokens of the sequence with most of them, when the host last counted.
         columns: positions of image tokens, left-aligned, (batch, slots); None until the host has counted.
         count: image tokens of each sequence, (batch, 1).
+        flags: True for image tokens, (batch, capacity); False for tokens to come.
         free_columns: decoded tokens until the host must count again.
     """
 
@@ -49,20 +50,20 @@ class FocusRows(Cache):
     columns: Tensor | None = None
     count: Tensor | None = None
     free_columns: int = 0
-    _flags: Tensor | None = None  # (batch, capacity), True for image tokens
+    flags: Tensor | None = None
     _rows: dict[int, Tensor]  # by layer, (batch, capacity, slots)
     _keys_with_rows: int = 0  # tokens of the last call that wrote rows
 
     def forget_tokens(self) -> None:
         """Remove all tokens, for an empty cache."""
         self.length, self.start, self.num_columns, self.free_columns = 0, 0, 0, 0
-        self.columns = self.count = self._flags = None
+        self.columns = self.count = self.flags = None
         self._rows, self._keys_with_rows = {}, 0
 
     @property
     def is_image(self) -> Bool[Tensor, "batch keys"] | None:
         """True for keys so far that are image tokens; None before the first token."""
-        return None if self._flags is None else self._flags[:, : int(self.length)]
+        return None if self.flags is None else self.flags[:, : int(self.length)]
 
     @property
     def t2i(self) -> dict[int, Float[Tensor, "batch earlier image"]]:
@@ -72,7 +73,7 @@ class FocusRows(Cache):
 
     def has_tokens(self) -> bool:
         """Tell if any token was added."""
-        return self._flags is not None and (isinstance(self.length, Tensor) or self.length > 0)
+        return self.flags is not None and (isinstance(self.length, Tensor) or self.length > 0)
 
     def is_ready(self, rows: int) -> bool:
         """Tell if a call of so many tokens can do without the host knowing which of them are image tokens."""
@@ -96,14 +97,14 @@ class FocusRows(Cache):
         """
         before = int(self.length)
         after = before + is_image.shape[1]
-        if self._flags is None or self._flags.shape[1] < after:
+        if self.flags is None or self.flags.shape[1] < after:
             flags = is_image.new_zeros(len(is_image), self._capacity(after))
-            if self._flags is not None:
-                flags[:, :before] = self._flags[:, :before].to(flags.device)
-            self._flags = self._pin(flags)
-        self._flags[:, before:after] = is_image
+            if self.flags is not None:
+                flags[:, :before] = self.flags[:, :before].to(flags.device)
+            self.flags = self._pin(flags)
+        self.flags[:, before:after] = is_image
         self._set_length(after)
-        return self._flags[:, :after].to(is_image.device)
+        return self.flags[:, :after].to(is_image.device)
 
     def set_columns(
         self, columns: Int[Tensor, "batch image"], count: Int[Tensor, "batch 1"], first_text_row: int
@@ -118,6 +119,7 @@ class FocusRows(Cache):
         if not self._keys_with_rows:
             self.start = first_text_row
         self.num_columns = columns.shape[1]
+        # room for tokens that the model generates, without a new tensor for each
         slots = F.pad(columns, (0, FREE_COLUMNS))
         if self.columns is not None and self.columns.shape == slots.shape and self.count is not None:
             # compiled code knows these tensors by their addresses
@@ -135,22 +137,31 @@ class FocusRows(Cache):
         """
         assert self.columns is not None
         assert self.count is not None
-        assert self._flags is not None
+        assert self.flags is not None
         is_image = is_image.to(self.count.device) & (self.count < self.columns.shape[1] - 1)
         position = self._advance()
         # a column beyond the count is free: text tokens write there, too, and the next one overwrites it
         self.columns.scatter_(1, self.count, position.expand(len(is_image), 1))
         self.count.add_(is_image)
-        self._flags.index_copy_(1, position.reshape(1), is_image)
+        self.flags.index_copy_(1, position.reshape(1), is_image)
         return position, is_image
 
     def flags_of(self, keys: int) -> Bool[Tensor, "batch keys"]:
         """Return the flags of image tokens, for as many keys as a layer has."""
-        assert self._flags is not None
-        return self._flags[:, :keys]
+        assert self.flags is not None
+        return self.flags[:, :keys]
 
     def prepare_rows(self, layer: int, keys: int, like: Tensor) -> Float[Tensor, "batch rows slots"]:
         """Return the rows of a layer from `start` to the last of the keys, for writing in place.
+
+        Arguments are those of `reserve_rows`.
+        """
+        assert self.columns is not None
+        # removed image tokens, as of assisted decoding, leave more columns than there are slots
+        return self.reserve_rows(layer, keys, like)[:, : max(keys - self.start, 0), : self.columns.shape[1]]
+
+    def reserve_rows(self, layer: int, keys: int, like: Tensor) -> Float[Tensor, "batch capacity some"]:
+        """Return all rows of a layer from `start` on, with room for those of all keys; those to come are zero.
 
         Args:
             layer: number of the layer.
@@ -166,7 +177,7 @@ class FocusRows(Cache):
                 grown[:, : rows.shape[1], : rows.shape[2]] = rows  # earlier tokens see no later image
             self._rows[layer] = rows = self._pin(grown)
         self._keys_with_rows = keys
-        return rows[:, :needed]
+        return rows
 
     def append_rows(self, layer: int, t2i: Float[Tensor, "batch rows image"]) -> Float[Tensor, "batch earlier image"]:
         """Store A_t2i of the last rows of a call, and return all rows of the layer."""
@@ -179,7 +190,7 @@ class FocusRows(Cache):
 
     def _capacity(self, tokens: int) -> int:
         """Compute the tokens to have room for, so that copying is amortised."""
-        known = 0 if self._flags is None else self._flags.shape[1]
+        known = 0 if self.flags is None else self.flags.shape[1]
         return max(2 * known if tokens > known else known, tokens + MIN_FREE_ROWS)
 
     def _row_capacity(self, tokens: int) -> int:
@@ -194,13 +205,13 @@ class FocusRows(Cache):
 
     def _advance(self) -> Int[Tensor, ""]:
         """Return the position of a decoded token and count it."""
-        assert self._flags is not None
+        assert self.flags is not None
         position = int(self.length)
         self.length = position + 1
         self.free_columns -= 1
-        if self.length > self._flags.shape[1]:
-            self._flags = F.pad(self._flags, (0, self._capacity(self.length) - self._flags.shape[1]))
-        return torch.full((), position, dtype=torch.long, device=self._flags.device)
+        if self.length > self.flags.shape[1]:
+            self.flags = F.pad(self.flags, (0, self._capacity(self.length) - self.flags.shape[1]))
+        return torch.full((), position, dtype=torch.long, device=self.flags.device)
 
     # generate calls these methods for beam search, for several answers and for assisted decoding
 
@@ -226,14 +237,16 @@ class FocusRows(Cache):
         length = int(self.length) - (length_before - int(self.get_seq_length()))
         self._set_length(length)
         self.free_columns = 0  # image tokens may be among the removed ones, so the host counts again
-        if self._flags is not None:
-            self._flags[:, length:] = False
+        if self.flags is not None:
+            self.flags[:, length:] = False
         for rows in self._rows.values():
             rows[:, max(length - self.start, 0) :] = 0.0
+        if length <= self.start:
+            self._keys_with_rows = 0  # no row is left, so the next prompt may begin its rows elsewhere
 
     def _select(self, select: Callable[[Tensor], Tensor]) -> None:
-        if self._flags is not None:
-            self._flags = select(self._flags)
+        if self.flags is not None:
+            self.flags = select(self.flags)
         if self.columns is not None and self.count is not None:
             self.columns, self.count = select(self.columns), select(self.count)
         self._rows = {layer: select(rows) for layer, rows in self._rows.items()}
@@ -258,10 +271,10 @@ class StaticFocusCache(FocusRows, StaticCache):
 
     def reset(self) -> None:
         # compiled code knows these tensors by their addresses
-        length, flags, columns, count, rows = self.length, self._flags, self.columns, self.count, self._rows
+        length, flags, columns, count, rows = self.length, self.flags, self.columns, self.count, self._rows
         super().reset()
         if isinstance(length, Tensor):
-            self.length, self._flags, self.columns, self.count, self._rows = length, flags, columns, count, rows
+            self.length, self.flags, self.columns, self.count, self._rows = length, flags, columns, count, rows
             for tensor in (length, flags, columns, count, *rows.values()):
                 if tensor is not None:
                     tensor.zero_()
@@ -274,12 +287,12 @@ class StaticFocusCache(FocusRows, StaticCache):
             slots: columns to have room for, at least those of the source.
             start: position of the first row, at most the source's, before which rows are zero.
         """
-        assert source._flags is not None
-        length, flags = int(source.length), source._flags
-        if self._flags is None:
-            self._flags = self._pin(flags.new_zeros(len(flags), self._capacity(length)))
-        self._flags.zero_()
-        self._flags[:, :length] = flags[:, :length]
+        assert source.flags is not None
+        length, flags = int(source.length), source.flags
+        if self.flags is None:
+            self.flags = self._pin(flags.new_zeros(len(flags), self._capacity(length)))
+        self.flags.zero_()
+        self.flags[:, :length] = flags[:, :length]
         self._set_length(length)
         self.start, self._keys_with_rows = start, length
         if source.columns is None or source.count is None:
@@ -313,8 +326,8 @@ class StaticFocusCache(FocusRows, StaticCache):
     def _set_length(self, length: int) -> None:
         if isinstance(self.length, Tensor):
             self.length.fill_(length)
-        elif self._flags is not None:
-            self.length = self._pin(torch.full((), length, dtype=torch.long, device=self._flags.device))
+        elif self.flags is not None:
+            self.length = self._pin(torch.full((), length, dtype=torch.long, device=self.flags.device))
 
     def _advance(self) -> Int[Tensor, ""]:
         assert isinstance(self.length, Tensor)

@@ -63,6 +63,7 @@ class FirstTokenTimer(StoppingCriteria):
         self.time = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        # called after every token; only the first call counts
         if not self.time:
             self.column = input_ids.shape[1] - 1
             self.time = read_clock(input_ids.device)
@@ -72,6 +73,7 @@ class FirstTokenTimer(StoppingCriteria):
 def read_clock(device: torch.device) -> float:
     """Return wall seconds, after all work queued on the device is done."""
     if device.type == "cuda":
+        # the host runs ahead of a GPU, so the clock alone would time the launches
         torch.cuda.synchronize(device)
     return time.perf_counter()
 

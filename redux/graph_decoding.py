@@ -96,6 +96,7 @@ def find_obstacle(model: Any, inputs: Mapping[str, Tensor]) -> str:
     layers = {type(layer).__name__ for layer in DynamicCache(config=decoder.config).layers} - {"DynamicLayer"}
     if layers:
         return f"the cache has layers {', '.join(sorted(layers))}"
+    # anything beyond greedy search, such as penalties, would choose other tokens than `generate`
     settings = model.generation_config.to_diff_dict()
     changes = sorted(name for name in settings.keys() - NEUTRAL_FIELDS if settings[name] not in (None, False))
     if changes:
@@ -131,6 +132,7 @@ class Prompt:
     def read(cls, model: Any, inputs: Mapping[str, Tensor]) -> "Prompt":
         """Run the model on a batch of prompts, with positions as `generate` counts them."""
         mask = inputs["attention_mask"]
+        # `generate` counts positions from the first token that is no padding
         positions = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
         cache = DynamicCache(config=model.get_decoder().config)
         output = model(
@@ -238,6 +240,7 @@ class GreedySteps:
     def capture(self, model: Any) -> None:
         """Capture a step as a graph.  The steps before it spoil the state: load the prompt again."""
         device = self.token.device
+        # captures cannot run on the default stream; libraries have workspaces for each stream, so warm steps run there
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -298,6 +301,7 @@ def describe_model(model: Any, batch: int, eos_token_ids: Sequence[int], pad_tok
     """Describe all that a captured step depends on: settings, and the addresses of all weights."""
     inhibitor = getattr(model, "_inhibitor", None)
     cmai = None if inhibitor is None else (inhibitor.key, inhibitor.cmai)
+    # a graph reads weights at their addresses: a replaced weight needs a new capture
     weights = tuple(parameter.data_ptr() for parameter in model.parameters())
     buffers = tuple(buffer.data_ptr() for buffer in model.buffers())
     return (batch, tuple(eos_token_ids), pad_token_id, cmai, get_kernels(), model.dtype, weights, buffers)
@@ -336,6 +340,7 @@ def decode_prompt(
     needed = length + max(max_new_tokens, WARM_STEPS + 1)
     key = describe_model(model, batch, eos_token_ids, pad_token_id)
     with _lock:
+        # two threads must not replay one graph, which has one set of input tensors
         steps = _kept.get(model)
         if steps is None or not steps.fits(key, needed, prompt.slots, prompt.start):
             _kept.pop(model, None)  # one graph at a time is in memory

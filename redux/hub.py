@@ -29,6 +29,7 @@ def local_copy(source: str | PathLike, names: Sequence[str] = (), label: str = "
         OSError: the store or the local disk failed.
     """
     url = fspath(source)
+    # hub ids stay as they are: transformers has its own cache for them
     if "://" not in url:
         yield url
         return
@@ -36,6 +37,7 @@ def local_copy(source: str | PathLike, names: Sequence[str] = (), label: str = "
         try:
             filesystem, remote_path = fsspec.url_to_fs(url)
             remote_folder = remote_path.rstrip("/")
+            # a configuration alone is read before a job starts; the weights may have many gigabytes
             if names:
                 filesystem.get(
                     [f"{remote_folder}/{name}" for name in names], [path.join(folder, name) for name in names]

@@ -114,6 +114,7 @@ def _pad_to_square(pixels: RgbImage) -> UInt8[np.ndarray, "side side 3"]:
 def _resize_and_crop(pixels: RgbImage, size: int, backend: ImageBackend) -> UInt8[np.ndarray, "size size 3"]:
     """Resize the shorter edge to size and crop the centre: transformers' CLIPImageProcessorPil."""
     short = min(pixels.shape[:2])
+    # rounded down as transformers does, for equal bits
     height, width = (size * edge // short for edge in pixels.shape[:2])
     _check_size(height, width)
     resized = (

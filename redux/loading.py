@@ -117,6 +117,7 @@ def check_loading(
 
 def describe_names(names: Collection[str], path: str | os.PathLike | None) -> str:
     """Describe the origin of unexpected parameter names and the remedy; "" if they show none."""
+    # adapters first: their names carry the prefix of PEFT, too, and need another remedy
     if any(ADAPTER_PARAMETER.search(f".{name}") for name in names):
         return "; these are PEFT adapters: merge them first, by merge_and_unload"
     for prefix, wrapper in WRAPPERS.items():
@@ -172,6 +173,7 @@ def strip_wrappers(name: str) -> str:
     >>> strip_wrappers("module._orig_mod.model.language_model._orig_mod.norm.weight")
     'model.language_model.norm.weight'
     """
+    # torch.compile may wrap any submodule, the others only the whole model
     for prefix in WRAPPERS:
         name = name.removeprefix(prefix) if prefix != "_orig_mod." else name.replace(prefix, "")
     return strip_wrappers(name) if name.startswith(tuple(WRAPPERS)) else name

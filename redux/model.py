@@ -177,6 +177,7 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, config=config, **kwargs)
+        # fields of the configuration, which transformers would pass to `__init__`
         changes = {name: kwargs.pop(name) for name in (*METHODS, *FEATURE_FIELDS) if name in kwargs}
         returns_info = kwargs.pop("output_loading_info", False)
         allows_mismatch = kwargs.pop("ignore_mismatched_sizes", False)

@@ -26,6 +26,7 @@ def head_mesh(attention: nn.Module, heads: int) -> "DeviceMesh | None":
     Raises:
         ValueError: heads are missing on this rank, and no weight is split accordingly.
     """
+    # a module without a configuration counts as whole
     config = getattr(attention, "config", None)
     total = getattr(config, "num_attention_heads", heads)
     if heads == total or not isinstance(total, int) or not (dist.is_available() and dist.is_initialized()):

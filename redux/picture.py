@@ -97,6 +97,7 @@ def _tint_clusters(
     picture: Float[np.ndarray, "height width 3"], slot: Int[np.ndarray, "patches"], cell: int
 ) -> Float[np.ndarray, "height width 3"]:
     """Tint each cluster by its rank among the slots; -1 stays unchanged."""
+    # colours go by rank, since slots also number kept tokens
     clusters = np.unique(slot[slot >= 0])
     rank = _repeat_for_pixels(np.searchsorted(clusters, slot), cell)
     dense = _build_textures(cell, picture.shape[0])[rank // len(CLUSTER_COLOURS) % TEXTURES, *np.indices(rank.shape)]

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
@@ -260,7 +259,10 @@ class _Inhibitor:
                 )
             # generate of Q-Former models embeds the prompt once and repeats it for every beam
             ids = call.ids.repeat_interleave(batch // len(call.ids), dim=0)
-        return torch.stack([ids == token_id for token_id in self.image_token_ids]).any(dim=0)
+        is_image = ids == self.image_token_ids[0]
+        for token_id in self.image_token_ids[1:]:
+            is_image = is_image | (ids == token_id)
+        return is_image
 
     def _prepare_cache(self, decoder: Any, kwargs: dict[str, Any], rows: int) -> FocusRows | None:
         """Return the cache of the call as one of `redux.focus_cache`; ValueError if it holds tokens unknown to CMAI."""

@@ -103,6 +103,7 @@ def assemble(
         "model.language_model": language_model.model,
         "lm_head": language_model.lm_head,
     }
+    # names as in a saved LLaVA
     weights = {f"{part}.{name}": weight for part in parts for name, weight in parts[part].state_dict().items()}
     # from_pretrained takes these tensors without a copy and initialises the missing ones, the projector
     with report_damage(language, "language"):
@@ -110,6 +111,7 @@ def assemble(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
     projector = {name for name in loading_info["missing_keys"] if name.startswith("model.multi_modal_projector.")}
+    # only the projector may be new; any other missing weight would be random without notice
     missing = loading_info["missing_keys"] - projector
     check_loading({**loading_info, "missing_keys": missing}, language, "language")
     return model, tokenizer
@@ -285,6 +287,7 @@ def load_part(
     """
     config = _load_part_config(name, path, classes, gguf_file)
     with _readable_errors(name, path, classes, gguf_file):
+        # a whole CLIP has a nested configuration: the class follows from the part of it that was loaded
         model_class: Any = next(
             model_class for model_class in classes.values() if isinstance(config, model_class.config_class)
         )
@@ -318,6 +321,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConf
         )
     if tokenizer.eos_token is None:
         raise ValueError(f"language: got the tokenizer of {tokenizer.name_or_path}, allowed: one with an eos_token")
+    # normalized=False: a normalizer could change the text of the token and then never match it
     tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -41,6 +41,7 @@ def write_chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) 
         "image": IMAGE_TOKEN,
         "gap": _text_after_image(tokenizer),
     }
+    # JSON strings are Jinja literals, so quotes and line breaks in a template are safe
     literal = {name: json.dumps(value, ensure_ascii=False) for name, value in text.items()}
     return _CHAT_TEMPLATE % literal
 
@@ -114,6 +115,7 @@ def build_processor(config: ReduxConfig, tokenizer: PreTrainedTokenizerBase) -> 
     """
     size = config.vision_config.image_size
     template = config.conversation_template and write_chat_template(TEMPLATES[config.conversation_template], tokenizer)
+    # programs that load the tokenizer alone find the same template
     tokenizer.chat_template = template
     options: dict[str, Any] = {
         "size": {"shortest_edge": size},
@@ -122,6 +124,7 @@ def build_processor(config: ReduxConfig, tokenizer: PreTrainedTokenizerBase) -> 
         "image_std": list(CLIP_STD),
     }
     pads = config.image_aspect_ratio == "pad"
+    # transformers subtracts one token for "default", since it counts the class token among the additional ones
     removes_class_token = config.vision_feature_select_strategy == "default"
     return LlavaProcessor(
         image_processor=LlavaImageProcessorPil(do_pad=True, **options) if pads else CLIPImageProcessorPil(**options),
@@ -150,4 +153,5 @@ def record_training_format(
     """
     model.config.conversation_template, model.config.image_aspect_ratio = template, image_aspect_ratio
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # answers are greedy, whatever the language model's own settings were
     model.generation_config = GenerationConfig(do_sample=False, **special)

@@ -69,6 +69,7 @@ def reduce_by_average(
 
     If the new side does not divide the old one, a patch on a border counts in full in both cells.
     """
+    # in whole numbers, since fractions of a side would round at its borders
     side, out, position, cell = _grid_sides(features, reduction)
     touches = ((position + 1) * out > cell * side) & (position * out < (cell + 1) * side)
     return _pool_grid(features, touches.float())
@@ -101,6 +102,7 @@ def reduce_by_random(
 ) -> ReducedTokens:
     """Select random patches, in their order: the same positions for every image, batch and run."""
     patches = features.shape[1]
+    # a separate generator, which neither reads nor advances the global one
     shuffled = torch.randperm(patches, generator=torch.Generator().manual_seed(reduction.seed))
     positions = shuffled[: reduction.count_tokens(patches)].sort().values
     return _select_patches(features, positions.to(features.device, non_blocking=True))
@@ -131,6 +133,7 @@ def reduce_by_prumerge(
     near = attention.new_zeros(batch, kept_count, patches).scatter(2, _nearest_patches(keys[:, 1:], kept, reduction), 1)
     rest = torch.ones_like(attention).scatter(1, kept, 0).unsqueeze(1)
     weights = torch.cat([near, rest], dim=1) * attention.unsqueeze(1)
+    # a kept token counts in full, whatever its own attention is
     weights = weights.scatter(2, kept.unsqueeze(-1), 1)
     if reduction.weights == "normalized":
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)

@@ -66,6 +66,7 @@ def _load_punkt() -> Any:
     from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
     from punkt import load_model
 
+    # NLTK reads tables from its own folders only; here they are set by hand
     tables, parameters = load_model("english"), PunktParameters()
     parameters.abbrev_types = set(tables.abbrev_types)
     parameters.collocations = set(tables.collocations)

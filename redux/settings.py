@@ -61,6 +61,7 @@ def _has_type(value: Any, hint: Any) -> bool:
         return any(_has_type(value, member) for member in get_args(hint))
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_has_type(item, get_args(hint)[0]) for item in value)
+    # bool is a subclass of int, and a whole number may stand for a float
     if isinstance(value, bool) or hint is not float:
         return type(value) is hint
     return isinstance(value, int | float) and math.isfinite(value)
@@ -179,6 +180,7 @@ class VMTC:
             raise ValueError(
                 f"{budgets[1]}: got {getattr(self, budgets[1])} besides {budgets[0]}, allowed: one of the two"
             )
+        # cluster_share is a share of the output, which `kept` alone does not determine
         if self.kept is not None and self.clusters is None:
             raise ValueError("clusters: got None, allowed: a number, or one for each stage, as kept is given")
 
@@ -242,6 +244,7 @@ class VMTC:
         if round(patches * left) < 1:
             raise ValueError(f"ratio: got {self.ratio}, allowed: one that leaves at least 1 of {patches} patch tokens")
         parts = [number / stages for number in range(1, stages + 1)]
+        # each stage is rounded from the start, not from the stage before, so errors do not add up
         if self.budget_schedule == "linear":
             return tuple(round(patches * (1 - (1 - left) * part)) for part in parts)
         return tuple(round(patches * left**part) for part in parts)
@@ -313,6 +316,7 @@ class CMAI:
     def compute_gammas(self, layers: int) -> tuple[float, ...]:
         """Compute gamma of each layer."""
         rise = [GAMMA_SCHEDULES[self.schedule](layer / max(layers - 1, 1)) for layer in range(layers)]
+        # 12 digits remove the noise of binary fractions, so that 0.6 stays 0.6
         return tuple(round(self.gamma_min + (self.gamma_max - self.gamma_min) * share, 12) for share in rise)
 
 

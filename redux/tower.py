@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from redux.parallel import head_mesh, join_heads
+from redux.precision import without_autocast
 from redux.reduction import reduce_tokens
 from redux.settings import VMTC, CompressionStage, Reduction
 from redux.vmtc import PatchAssignment, compress_tokens, importance_score, mean_received_attention
@@ -152,7 +153,8 @@ class CompressingTower(ExtendedModule):
             if reduction.method == "prumerge":
                 class_attention = self.encoder.layers[-1](hidden, query_and_keys_only=True)
             class_tokens, patches = hidden.split([prefix, hidden.shape[1] - prefix], dim=1)
-            patches, slot, cluster = reduce_tokens(patches, reduction, class_attention)
+            with without_autocast(hidden.device):
+                patches, slot, cluster = reduce_tokens(patches, reduction, class_attention)
             hidden = torch.cat([class_tokens, patches], dim=1)
             assignment = assignment.then(slot, cluster)
         return hidden, *assignment
@@ -199,6 +201,7 @@ class CompressingBlock(ExtendedModule):
             project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        # with tensor parallelism this rank has some of the heads
         mesh = head_mesh(attention, query.shape[1])
         dropout = attention.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(
@@ -214,7 +217,8 @@ class CompressingBlock(ExtendedModule):
         cluster_features = None
         if vmtc.similarity == "keys":
             cluster_features = join_heads(key.transpose(1, 2).flatten(2), mesh)[:, prefix:]
-        patches, slot, cluster = compress_tokens(hidden[:, prefix:], ips, stage, vmtc, cluster_features)
+        with without_autocast(hidden.device):
+            patches, slot, cluster = compress_tokens(hidden[:, prefix:], ips, stage, vmtc, cluster_features)
         hidden = torch.cat([hidden[:, :prefix], patches], dim=1)
         # eq. 2: the MLP, on fewer tokens
         return hidden + self.mlp(self.layer_norm2(hidden)), slot, cluster

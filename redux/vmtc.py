@@ -77,6 +77,7 @@ def mean_received_attention(
     `importance_score`.
     """
     total = query.new_zeros(query.shape[0], query.shape[2], dtype=torch.float32)
+    # head by head: the maps of all heads would be the largest tensors of the tower
     for head in range(query.shape[1]):
         scores = query[:, head] @ keys[:, head].transpose(1, 2) * scale
         scores = scores if bias is None else scores + bias[:, None]
@@ -123,6 +124,7 @@ def compress_tokens(
     ranked = ips.argsort(dim=-1, descending=True, stable=True)
     if use_fused("token compression", tokens.device, _unsupported(tokens, ips, stage, cluster_features)):
         return _compress_fused(tokens, ips, ranked, stage, vmtc, cluster_features)
+    # fixed numbers for every image, so that shapes are static and the host never waits
     kept, redundant = ranked.split([stage.kept, tokens.shape[1] - stage.kept], dim=-1)  # eq. 5, 6
     parts = [_gather_tokens(tokens, kept)]
     slot = torch.full_like(ranked, -1)

@@ -55,6 +55,7 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
     def outcomes() -> Iterator[tuple[str, Outcome]]:
         for row in rows:
+            # the official score takes balanced questions alone
             if "answer" not in row or not row["balanced"]:
                 continue
             outcome = Outcome("", row["unit"], float(is_correct(row["response"], row["answer"])))

@@ -80,6 +80,7 @@ def build_questions(
 
 def _build_question(image_question: ImageQuestion, id: str, seed: int, keywords: Sequence[str]) -> Question:
     task = INSTRUCTIONS[id].task
+    # a seed for each question: adding a question or a task changes no other prompt
     kwargs = draw_arguments(id, random.Random(f"{seed}/{task}/{image_question.id}"), keywords)
     return Question(
         id=f"{_task_group(task)}/{image_question.id}",
@@ -255,6 +256,7 @@ def _parse_question(line: dict[str, Any]) -> Question:
     reference = line["reference"]
     _check_record(reference, REFERENCE_FIELDS)
     prompt = _build_prompt(reference["question"], reference["instruction_id"], reference["kwargs"])
+    # a file that was edited by hand would be scored by arguments that the prompt does not contain
     if line["prompt"] != prompt:
         raise ValueError(f"prompt: got {line['prompt']!r}, allowed: what its reference asks, {prompt!r}")
     if reference["task"] != (task := INSTRUCTIONS[reference["instruction_id"]].task):

@@ -141,6 +141,7 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
     There are no metrics without answers.
     """
+    # all rotations of a question are one outcome, so they are collected first
     rotations = defaultdict(list)
     for row in rows:
         if "answer" in row:

@@ -41,6 +41,7 @@ def read_questions(*sources: Source) -> list[Question]:
     """
     folder = only_source(sources).rstrip("/")
     paths = [PurePosixPath(path) for path in list_files(folder)]
+    # by name without suffix, since images are .jpg or .png
     images = {_image_key(path): str(path) for path in paths if path.suffix != ".txt"}
     result = []
     for path in paths:

@@ -62,6 +62,7 @@ def read_text(source: Source) -> str:
     try:
         with fsspec.open(fspath(source), "rb") as file:
             return file.read().decode("utf-8-sig")  # spreadsheets write a byte order mark
+    # each store of fsspec has errors of its own
     except Exception as error:
         raise explain_error(error, f"{source}: cannot be read", "a path or URL of a file in UTF-8") from None
 
@@ -127,6 +128,7 @@ def read_records(source: Source, key_choices: Sequence[AnswerKeys]) -> Iterator[
 
 def parse_lines(source: Source, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Parse JSON lines to (location, object); blank lines are skipped."""
+    # not splitlines, which also splits at characters that JSON allows inside a text
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield (location := f"{source}: line {number}"), _require_object(location, parse_json(source, line, number))
@@ -177,6 +179,7 @@ def match_answers(answers: Iterable[FoundAnswer], question_ids: Collection[str])
 def get_field(location: str, record: Mapping[str, Any], key: str, value_type: type = str) -> Any:
     """Get the value under `key`; ValueError if it is missing or of another type."""
     value = record.get(key)
+    # True is an int in Python, but no number in a file
     if not isinstance(value, value_type) or isinstance(value, bool):
         got = f"{key} = {str(value)[:80]!r}" if key in record else _describe_keys(record)
         raise ValueError(f"{location}: got {got}, allowed: {key}, {FIELD_TYPES[value_type]}")

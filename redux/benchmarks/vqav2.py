@@ -47,6 +47,7 @@ def read_questions(*sources: Source) -> list[Question]:
         sources: one file or both, in any order.
     """
     question_file, content, references = _sort_sources({fspath(source): read_json(source) for source in sources})
+    # test-dev is a part of test, whose images it shares
     subset = get_field(question_file, content, "data_subtype").replace("test-dev", "test")
     result = []
     for location, entry in list_entries(question_file, content, "questions"):

@@ -15,6 +15,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redux.kernels.sizes import divide_up, next_power_of_two
 from redux.settings import VMTC, CompressionStage
 
 _RAW, _NORMALIZED, _TOTAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -48,43 +49,20 @@ def merge_tokens(
     slot = torch.empty_like(ranked, memory_format=torch.contiguous_format)
     cluster = torch.empty(batch, out, dtype=torch.bool, device=tokens.device)
     weight, scale = (torch.empty(batch, patches, dtype=torch.float32, device=tokens.device) for _ in range(2))
+    # the plan has no gradient; `_Merge` gives the importance one
     score = ips.detach().contiguous()
-    block_p = max(16, triton.next_power_of_2(patches))
+    block_p = max(16, next_power_of_two(patches))
     with torch.cuda.device_of(tokens):
         _locate_kernel[(batch,)](
-            ranked.contiguous(),
-            ranked if label is None else label,
-            first,
-            by_rank,
-            key,
-            patches,
-            stage.kept,
-            out,
-            DROPS=label is None,
+            ranked.contiguous(), ranked if label is None else label, first, by_rank, key, patches, stage.kept, out,
+            DROPS=label is None, SPATIAL=vmtc.order == "spatial", BLOCK_P=block_p, num_warps=4,
+        )  # fmt: skip
+        _arrange_kernel[(batch, divide_up(patches, 16))](
+            score, by_rank, key, slot, members, begin, length, cluster, weight, scale, patches, stage.kept, out,
             SPATIAL=vmtc.order == "spatial",
-            BLOCK_P=block_p,
-            num_warps=4,
-        )
-        _arrange_kernel[(batch, triton.cdiv(patches, 16))](
-            score,
-            by_rank,
-            key,
-            slot,
-            members,
-            begin,
-            length,
-            cluster,
-            weight,
-            scale,
-            patches,
-            stage.kept,
-            out,
-            SPATIAL=vmtc.order == "spatial",
-            WEIGHTS={"raw": _RAW, "normalized": _NORMALIZED, "total": _TOTAL}[vmtc.weights],
-            BLOCK=16,
-            BLOCK_P=block_p,
-            num_warps=4,
-        )
+            WEIGHTS={"raw": _RAW, "normalized": _NORMALIZED, "total": _TOTAL}[vmtc.weights], BLOCK=16,
+            BLOCK_P=block_p, num_warps=4,
+        )  # fmt: skip
     plan = slot, members, begin, length, weight, scale
     return _Merge.apply(tokens, ips, plan, vmtc.weights), slot, cluster
 
@@ -98,25 +76,15 @@ class _Merge(torch.autograd.Function):
         batch, out = begin.shape
         dim = tokens.shape[2]
         merged = tokens.new_empty(batch, out, dim)
-        block = min(1024, triton.next_power_of_2(dim))
+        block = min(1024, next_power_of_two(dim))
         with torch.cuda.device_of(tokens):
-            _merge_kernel[(batch, out, triton.cdiv(dim, block))](
-                tokens,
-                members,
-                begin,
-                length,
-                weight,
-                merged,
-                tokens.stride(0),
-                tokens.stride(1),
-                tokens.shape[1],
-                out,
-                dim,
-                ROWS=4,
-                BLOCK=block,
-                num_warps=4,
-            )
+            _merge_kernel[(batch, out, divide_up(dim, block))](
+                tokens, members, begin, length, weight, merged, tokens.stride(0), tokens.stride(1), tokens.shape[1],
+                out, dim,
+                ROWS=4, BLOCK=block, num_warps=4,
+            )  # fmt: skip
         ctx.weights, ctx.ips_dtype = weights, ips.dtype
+        # the plan is a few integers a patch, so the backward pass keeps it instead of sorting again
         ctx.save_for_backward(tokens, *plan)
         return merged
 
@@ -127,24 +95,14 @@ class _Merge(torch.autograd.Function):
         batch, patches, dim = tokens.shape
         of_tokens = tokens.new_empty(batch, patches, dim)
         of_ips = torch.empty_like(weight)
-        block = min(1024, triton.next_power_of_2(dim))
+        block = min(1024, next_power_of_two(dim))
         with torch.cuda.device_of(tokens):
             _merge_gradient_kernel[(batch, patches)](
-                tokens,
-                gradient,
-                slot,
-                weight,
-                scale,
-                of_tokens,
-                of_ips,
-                tokens.stride(0),
-                tokens.stride(1),
-                patches,
-                begin.shape[1],
-                DIM=dim,
-                BLOCK=block,
-                num_warps=4,
-            )
+                tokens, gradient, slot, weight, scale, of_tokens, of_ips, tokens.stride(0), tokens.stride(1),
+                patches, begin.shape[1],
+                DIM=dim, BLOCK=block, num_warps=4,
+            )  # fmt: skip
+            # of_ips treats divisors as constants so far
             if ctx.weights == "normalized":
                 _divisor_gradient_kernel[begin.shape](
                     members, begin, length, weight, scale, of_ips, patches, begin.shape[1], BLOCK=32, num_warps=1
@@ -167,40 +125,30 @@ def follow_patches(
     current = torch.empty(batch, patches, dtype=torch.long, device=slot.device)
     now_merged = torch.empty(batch, patches, dtype=torch.bool, device=slot.device)
     with torch.cuda.device_of(slot):
-        _follow_kernel[(batch, triton.cdiv(patches, 256))](
-            previous,
-            merged,
-            slot.contiguous(),
-            cluster.contiguous(),
-            current,
-            now_merged,
-            *previous.stride(),
-            *merged.stride(),
-            patches,
-            slot.shape[1],
-            cluster.shape[1],
-            BLOCK=256,
-            num_warps=4,
-        )
+        _follow_kernel[(batch, divide_up(patches, 256))](
+            previous, merged, slot.contiguous(), cluster.contiguous(), current, now_merged, *previous.stride(),
+            *merged.stride(), patches, slot.shape[1], cluster.shape[1],
+            BLOCK=256, num_warps=4,
+        )  # fmt: skip
     return current, now_merged
 
 
 @triton.jit(do_not_specialize=["patches", "kept", "out"])
 @no_type_check
 def _locate_kernel(
-    ranked,
-    label,
-    first,
-    by_rank,
-    key,
-    patches,
-    kept,
-    out,
-    DROPS: tl.constexpr,
-    SPATIAL: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Store the output token of each patch by rank, and a key by which output tokens are sorted."""
+    ranked, label, first, by_rank, key, patches, kept, out,
+    DROPS: tl.constexpr, SPATIAL: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Store the output token of each patch by rank, and a key by which output tokens are sorted.
+
+    Grid: (batch,).
+
+    Args:
+        ranked: (batch, patches) patches by falling importance.
+        label: (batch, patches - kept) cluster of each redundant patch, by rank; any pointer if they are dropped.
+        first: scratch, (batch, out), first patch of each output token.
+        by_rank, key: written, (batch, patches).
+    """
     image = tl.program_id(0).to(tl.int64)
     first += image * out
     number = tl.arange(0, BLOCK_P)
@@ -227,25 +175,20 @@ def _locate_kernel(
 @triton.jit(do_not_specialize=["patches", "kept", "out"])
 @no_type_check
 def _arrange_kernel(
-    score,
-    by_rank,
-    key,
-    slot,
-    members,
-    begin,
-    length,
-    cluster,
-    weight,
-    scale,
-    patches,
-    kept,
-    out,
-    SPATIAL: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Compare some patches with all of the image: places of output tokens, their members, and merge weights."""
+    score, by_rank, key, slot, members, begin, length, cluster, weight, scale, patches, kept, out,
+    SPATIAL: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Compare some patches with all of the image: places of output tokens, their members, and merge weights.
+
+    Grid: (batch, patches / BLOCK).
+
+    Args:
+        score: (batch, patches) importance.
+        by_rank, key: (batch, patches) output token by rank, and sort key, of `_locate_kernel`.
+        slot, members, weight, scale: written, (batch, patches): output token; patches sorted by output token; merge
+            weight; derivative of the weight by the importance, as if the divisor were constant.
+        begin, length, cluster: written, (batch, out): range of each output token in members; True if it is merged.
+    """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = patch < patches
@@ -286,21 +229,18 @@ def _arrange_kernel(
 @triton.jit(do_not_specialize=["patches", "out"])
 @no_type_check
 def _merge_kernel(
-    tokens,
-    members,
-    begin,
-    length,
-    weight,
-    merged,
-    stride_batch,
-    stride_token,
-    patches,
-    out,
-    dim,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Sum the weighted patches of one output token, by position in the image."""
+    tokens, members, begin, length, weight, merged, stride_batch, stride_token, patches, out, dim,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum the weighted patches of one output token, by position in the image.
+
+    Grid: (batch, out, dim / BLOCK).
+
+    Args:
+        tokens: (batch, patches, dim).
+        members, begin, length, weight: as `_arrange_kernel` writes them.
+        merged: written, (batch, out, dim).
+    """
     image = tl.program_id(0).to(tl.int64)
     number = tl.program_id(1)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -308,6 +248,7 @@ def _merge_kernel(
     place = tl.load(begin + image * out + number)
     end = place + tl.load(length + image * out + number)
     total = tl.zeros((BLOCK,), tl.float32)
+    # one program adds all members in their order: atomic additions would round differently in each run
     while place < end:
         step = place + tl.arange(0, ROWS)
         patch = tl.load(members + image * patches + step, mask=step < end, other=0)
@@ -322,21 +263,18 @@ def _merge_kernel(
 @triton.jit(do_not_specialize=["patches", "out"])
 @no_type_check
 def _merge_gradient_kernel(
-    tokens,
-    gradient,
-    slot,
-    weight,
-    scale,
-    of_tokens,
-    of_score,
-    stride_batch,
-    stride_token,
-    patches,
-    out,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Compute the gradients of one patch and of its importance, the latter as if divisors were constants."""
+    tokens, gradient, slot, weight, scale, of_tokens, of_score, stride_batch, stride_token, patches, out,
+    DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of one patch and of its importance, the latter as if divisors were constants.
+
+    Grid: (batch, patches).
+
+    Args:
+        tokens, gradient: (batch, patches, dim) and gradient of the output, (batch, out, dim).
+        slot, weight, scale: as `_arrange_kernel` writes them.
+        of_tokens, of_score: written, (batch, patches, dim) and (batch, patches).
+    """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1)
     here = image * patches + patch
@@ -362,7 +300,14 @@ def _merge_gradient_kernel(
 @triton.jit(do_not_specialize=["patches", "out"])
 @no_type_check
 def _divisor_gradient_kernel(members, begin, length, weight, scale, of_score, patches, out, BLOCK: tl.constexpr):
-    """Add the gradient through the divisor that the patches of one output token share."""
+    """Add the gradient through the divisor that the patches of one output token share.
+
+    Grid: (batch, out).
+
+    Args:
+        members, begin, length, weight, scale: as `_arrange_kernel` writes them.
+        of_score: (batch, patches) gradient of the importance, changed in place.
+    """
     image = tl.program_id(0).to(tl.int64)
     number = tl.program_id(1)
     first = tl.load(begin + image * out + number)
@@ -391,22 +336,19 @@ def _divisor_gradient_kernel(members, begin, length, weight, scale, of_score, pa
 @triton.jit(do_not_specialize=["patches", "tokens", "out"])
 @no_type_check
 def _follow_kernel(
-    previous,
-    merged,
-    slot,
-    cluster,
-    current,
-    now_merged,
-    stride_previous,
-    stride_previous_patch,
-    stride_merged,
-    stride_merged_patch,
-    patches,
-    tokens,
-    out,
+    previous, merged, slot, cluster, current, now_merged, stride_previous, stride_previous_patch, stride_merged,
+    stride_merged_patch, patches, tokens, out,
     BLOCK: tl.constexpr,
-):
-    """Follow some patches of an image through one more stage."""
+):  # fmt: skip
+    """Follow some patches of an image through one more stage.
+
+    Grid: (batch, patches / BLOCK).
+
+    Args:
+        previous, merged: (batch, patches) token and flag of each patch so far.
+        slot, cluster: (batch, tokens) and (batch, out), results of the stage.
+        current, now_merged: written, (batch, patches).
+    """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = patch < patches

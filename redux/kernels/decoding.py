@@ -18,6 +18,9 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from redux.kernels.masked_attention import unit_stride
+from redux.kernels.sizes import divide_up, next_power_of_two
+
 if TYPE_CHECKING:
     from redux.decoding import DecodingStep
 
@@ -31,28 +34,22 @@ MIN_PROGRAMS = 264
 @triton.jit(do_not_specialize=["scores_size", "keys"])
 @no_type_check
 def _score_keys(
-    query,
-    key,
-    visible,
-    position,
-    scores,
-    scale,
-    keys,
-    scores_size,
-    query_batch,
-    query_head,
-    key_batch,
-    key_head,
-    key_row,
-    visible_batch,
-    visible_key,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    query, key, visible, position, scores, scale, keys, scores_size, query_batch, query_head, key_batch, key_head,
+    key_row, visible_batch, visible_key,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-):
-    """Write scores, (batch, heads, blocks x BLOCK_KEYS), then maxima and sums of exponentials by block."""
+):  # fmt: skip
+    """Score the keys of one block, for all query heads of a key head.
+
+    Grid: (blocks, batch x kv_heads).
+
+    Args:
+        query, key: (batch, heads, head_dim) and (batch, kv_heads, keys, head_dim).
+        visible: (batch, keys), with a stride of 0 if all sequences share the row.
+        position: () position of the token, which is the last key.
+        scores: written, (batch, heads, blocks x BLOCK_KEYS); from scores_size on, maximum and sum of exponentials of
+            each block, (batch, heads, blocks, 2).
+    """
     block = tl.program_id(0)
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     kv_head = tl.program_id(1) % KV_HEADS
@@ -86,19 +83,9 @@ def _score_keys(
 @triton.jit
 @no_type_check
 def _load_mean(
-    scores,
-    batch,
-    blocks,
-    rows,
-    inside,
-    heads,
-    largest,
-    log_total,
-    factor,
-    HEADS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-):
+    scores, batch, blocks, rows, inside, heads, largest, log_total, factor,
+    HEADS: tl.constexpr, BLOCK_KEYS: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
     """Load A, the mean over heads, of some keys; zero for keys that are not visible."""
     score = tl.load(
         scores + (batch * HEADS + heads[:, None]) * blocks * BLOCK_KEYS + rows[None, :],
@@ -113,30 +100,23 @@ def _load_mean(
 @triton.jit(do_not_specialize=["blocks", "scores_size", "focus_offset", "keys", "start", "slots"])
 @no_type_check
 def _score_focus(
-    scores,
-    position,
-    columns,
-    valid,
-    is_text,
-    cached,
-    factor,
-    blocks,
-    scores_size,
-    focus_offset,
-    keys,
-    start,
-    slots,
-    cached_batch,
-    cached_row,
-    HEADS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    FOCUS: tl.constexpr,
-):
-    """Write the row of A_t2i into the cache, and the focus of image tokens by key, (batch, keys)."""
+    scores, position, columns, valid, is_text, cached, factor, blocks, scores_size, focus_offset, keys, start,
+    slots, cached_batch, cached_row,
+    HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr, FOCUS: tl.constexpr,
+):  # fmt: skip
+    """Compute the token's row of A_t2i and the focus of some image tokens.
+
+    Grid: (slots / BLOCK_COLUMNS, batch).
+
+    Args:
+        scores: buffer of `_score_keys`; from focus_offset on, the focus by key is written, (batch, keys).
+        position: () position of the token.
+        columns, valid: (batch, slots) positions of image tokens, and True for those in use.
+        is_text: (batch, 1) True where the token is text.
+        cached: (batch, rows, slots) A_t2i by token from start on; the token's row is written.
+        factor: factor of raw scores.
+    """
     batch = tl.program_id(1).to(tl.int64)
     last = tl.load(position).to(tl.int32)
     heads = tl.arange(0, BLOCK_HEADS)
@@ -208,35 +188,23 @@ def _find_rank(bits, candidate, rank):
 @triton.jit(do_not_specialize=["blocks", "scores_size", "focus_offset", "keys", "slots"])
 @no_type_check
 def _attend_kept(
-    scores,
-    value,
-    position,
-    columns,
-    valid,
-    is_text,
-    is_image,
-    output,
-    gamma_high,
-    gamma_low,
-    blocks,
-    scores_size,
-    focus_offset,
-    keys,
-    slots,
-    value_batch,
-    value_head,
-    value_row,
-    is_image_batch,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    QUANTILE: tl.constexpr,
-):
-    """Write the attention of the keys that stay, (batch, heads, head_dim)."""
+    scores, value, position, columns, valid, is_text, is_image, output, gamma_high, gamma_low, blocks, scores_size,
+    focus_offset, keys, slots, value_batch, value_head, value_row, is_image_batch,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, QUANTILE: tl.constexpr,
+):  # fmt: skip
+    """Compute the attention of the keys that stay, in some dimensions of a head.
+
+    Grid: (head_dim / BLOCK_DIM, batch x heads).
+
+    Args:
+        scores: buffer of `_score_keys` and `_score_focus`.
+        value: (batch, kv_heads, keys, head_dim).
+        position, columns, valid, is_text: as for `_score_focus`.
+        is_image: (batch, capacity) True for keys that are image tokens.
+        output: written, (batch, heads, head_dim).
+        gamma_high, gamma_low: gamma in two parts of float32.
+    """
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
     last = tl.load(position).to(tl.int32)
@@ -309,16 +277,12 @@ def _restore_float(order):
     return bits.to(tl.float32, bitcast=True)
 
 
-def _next_power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
 def attend_decoded_token(
     query: Float[Tensor, "batch heads 1 head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys head_dim"],
-    visible: Bool[Tensor, "masks keys"],
-    is_image: Bool[Tensor, "batch keys"],
+    visible: Bool[Tensor, "masks 1 1 keys"],
+    is_image: Bool[Tensor, "batch capacity"],
     step: "DecodingStep",
     cached: Float[Tensor, "batch rows slots"] | None,
     gamma: float,
@@ -330,7 +294,7 @@ def attend_decoded_token(
         query: query of the new token.
         key, value: keys and values of all tokens so far, perhaps with keys to come.
         visible: keys that the mask leaves.
-        is_image: True for keys that are image tokens.
+        is_image: True for keys that are image tokens, with room for keys to come.
         step: the token, its image tokens and the settings.
         cached: rows of A_t2i of the layer, from `step.cache.start` on; None for a focus without them.
         gamma: gamma of the layer.
@@ -339,41 +303,39 @@ def attend_decoded_token(
     batch, heads, _, head_dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     slots, cmai = step.columns.shape[1], step.cmai
-    query = query if query.stride(3) == 1 else query.contiguous()
-    key = key if key.stride(3) == 1 else key.contiguous()
-    value = value if value.stride(3) == 1 else value.contiguous()
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     # one buffer for scores, parts of log-sum-exps and focus: an allocation costs as much as a launch
-    blocks = -(-keys // BLOCK_KEYS)
+    blocks = divide_up(keys, BLOCK_KEYS)
     scores_size = batch * heads * blocks * BLOCK_KEYS
     focus_offset = scores_size + batch * heads * blocks * 2
     scratch = torch.empty(focus_offset + batch * keys, dtype=torch.float32, device=query.device)
     output = torch.empty(batch, 1, heads, head_dim, dtype=query.dtype, device=query.device)
-    block_dim, block_parts = _next_power_of_two(head_dim), max(_next_power_of_two(blocks), 16)
+    block_dim, block_parts = next_power_of_two(head_dim), max(next_power_of_two(blocks), 16)
     shared = (len(visible) > 1) * visible.stride(0)
     _score_keys[(blocks, batch * kv_heads)](
         query, key, visible, step.position, scratch, scale, keys, scores_size,
-        query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2), shared, visible.stride(1),
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2), shared, visible.stride(3),
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK_KEYS=BLOCK_KEYS,
     )  # fmt: skip
     # raw scores: "scaled" are the scores that attention uses
     factor = 1.0 if cmai.scores != "scores" else 1.0 / scale
     rows, rows_batch, rows_row = (scratch, 0, 0) if cached is None else (cached, cached.stride(0), cached.stride(1))
     block_columns = 32 if batch < 8 else 64
-    _score_focus[(-(-slots // block_columns), batch)](
+    _score_focus[(divide_up(slots, block_columns), batch)](
         scratch, step.position, step.columns, step.valid, step.is_text, rows, factor,
         blocks, scores_size, focus_offset, keys, step.cache.start, slots, rows_batch, rows_row,
-        HEADS=heads, BLOCK_HEADS=_next_power_of_two(heads), BLOCK_PARTS=block_parts, BLOCK_KEYS=BLOCK_KEYS,
+        HEADS=heads, BLOCK_HEADS=next_power_of_two(heads), BLOCK_PARTS=block_parts, BLOCK_KEYS=BLOCK_KEYS,
         BLOCK_COLUMNS=block_columns, WEIGHTS=cmai.scores == "weights", FOCUS=cmai.focus,
     )  # fmt: skip
     if batch * heads < MIN_PROGRAMS:
         block_dim = min(block_dim, 32)
     # the upper 24 bits of gamma, by Veltkamp's splitting
     gamma_high = gamma * (2.0**29 + 1) - (gamma * (2.0**29 + 1) - gamma)
-    _attend_kept[(-(-head_dim // block_dim), batch * heads)](
+    _attend_kept[(divide_up(head_dim, block_dim), batch * heads)](
         scratch, value, step.position, step.columns, step.valid, step.is_text, is_image, output,
         gamma_high, gamma - gamma_high, blocks, scores_size, focus_offset, keys, slots,
         value.stride(0), value.stride(1), value.stride(2), is_image.stride(0),
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK_PARTS=block_parts,
-        BLOCK_KEYS=BLOCK_KEYS, BLOCK_SLOTS=_next_power_of_two(slots), QUANTILE=cmai.quantile,
+        BLOCK_KEYS=BLOCK_KEYS, BLOCK_SLOTS=next_power_of_two(slots), QUANTILE=cmai.quantile,
     )  # fmt: skip
     return output

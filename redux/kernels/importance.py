@@ -13,6 +13,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from redux.kernels.sizes import next_power_of_two
+
 
 def score_importance(
     query: Float[Tensor, "batch heads 1 head_dim"],
@@ -33,22 +35,10 @@ class _ClassAttention(torch.autograd.Function):
         weights = torch.empty(batch, heads, tokens, dtype=torch.float32, device=keys.device)
         with torch.cuda.device_of(keys):
             _class_attention_kernel[(batch, heads)](
-                query,
-                keys,
-                weights if bias is None else bias,
-                weights,
-                scale,
-                *query.stride(),
-                *keys.stride(),
-                *((0, 0) if bias is None else bias.stride()),
-                heads,
-                tokens,
-                DIM=dim,
-                BIASED=bias is not None,
-                BLOCK_T=triton.next_power_of_2(tokens),
-                BLOCK_D=16,
-                num_warps=8,
-            )
+                query, keys, weights if bias is None else bias, weights, scale, *query.stride(), *keys.stride(),
+                *((0, 0) if bias is None else bias.stride()), heads, tokens,
+                DIM=dim, BIASED=bias is not None, BLOCK_T=next_power_of_two(tokens), BLOCK_D=16, num_warps=8,
+            )  # fmt: skip
         ctx.scale = scale
         ctx.save_for_backward(query, keys, weights)
         return weights
@@ -56,6 +46,7 @@ class _ClassAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         query, keys, weights = ctx.saved_tensors
+        # the derivative of a softmax; scores are float32, and products run in the dtype of the keys
         of_weights = weights * gradient
         of_scores = (of_weights - weights * of_weights.sum(dim=-1, keepdim=True)) * ctx.scale
         of_scores = of_scores.to(keys.dtype)
@@ -66,28 +57,19 @@ class _ClassAttention(torch.autograd.Function):
 @triton.jit(do_not_specialize=["tokens", "scale"])
 @no_type_check
 def _class_attention_kernel(
-    query,
-    keys,
-    bias,
-    weights,
-    scale,
-    stride_query,
-    stride_query_head,
-    stride_query_dim,
-    stride_keys,
-    stride_keys_head,
-    stride_keys_token,
-    stride_keys_dim,
-    stride_bias,
-    stride_bias_token,
-    heads,
-    tokens,
-    DIM: tl.constexpr,
-    BIASED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Compute the attention weights of one head of an image."""
+    query, keys, bias, weights, scale, stride_query, stride_query_head, stride_query_dim, stride_keys,
+    stride_keys_head, stride_keys_token, stride_keys_dim, stride_bias, stride_bias_token, heads, tokens,
+    DIM: tl.constexpr, BIASED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Compute the attention weights of one head of an image.
+
+    Grid: (batch, heads).
+
+    Args:
+        query, keys: (batch, heads, head_dim) and (batch, heads, tokens, head_dim).
+        bias: (batch, tokens), added to the scores; any pointer without one.
+        weights: written, (batch, heads, tokens).
+    """
     image, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     query += image * stride_query + head * stride_query_head
     keys += image * stride_keys + head * stride_keys_head
@@ -104,6 +86,7 @@ def _class_attention_kernel(
     if BIASED:
         added = tl.load(bias + image * stride_bias + token * stride_bias_token, mask=inside, other=0.0)
         score += added.to(tl.float32)
+    # a whole row of scores fits into registers, so the softmax needs one pass
     score = tl.where(inside, score, float("-inf"))
     score = tl.exp(score - tl.max(score, axis=0))
     tl.store(weights + (image * heads + head) * tokens + token, score / tl.sum(score, axis=0), mask=inside)

@@ -25,6 +25,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from redux.kernels.sizes import divide_up, next_power_of_two
 from redux.settings import KMeansSeeds
 
 _EPSILON = tl.constexpr(1e-12)  # least length that F.normalize divides by
@@ -50,53 +51,29 @@ def cluster_tokens(
     """
     batch, dim = tokens.shape[0], tokens.shape[2]
     count = tokens.shape[1] if index is None else index.shape[1]
-    row = triton.cdiv(count, 16) * 16  # rows of G start at multiples of 64 bytes
+    row = divide_up(count, 16) * 16  # rows of G start at multiples of 64 bytes
     gram = tokens.new_empty(batch, count, row, dtype=torch.float32)
     label = torch.empty(batch, count, dtype=torch.long, device=tokens.device)
-    block_c = max(16, triton.next_power_of_2(clusters))
+    block_c = max(16, next_power_of_two(clusters))
     block_r = 128 if block_c <= 64 and count > 64 else 64
     scores = gram.new_empty(batch, count, block_c)
     similarity = gram.new_empty(batch, count)
+    # without random seeds the kernel ignores `given`, and any tensor will do
     given = _random_positions(count, clusters, tokens.device) if seeds == "random" else label
     block = 64 if tokens.dtype != torch.float32 or count <= 64 else 32
-    tiles = triton.cdiv(count, block)
+    tiles = divide_up(count, block)
     with torch.cuda.device_of(tokens):
         _gram_kernel[(batch, tiles, tiles)](
-            tokens,
-            label if index is None else index,
-            gram,
-            tokens.stride(0),
-            tokens.stride(1),
-            0 if index is None else index.stride(0),
-            count,
-            row,
-            DIM=dim,
-            INDEXED=index is not None,
-            BLOCK=block,
-            BLOCK_D=64,
-            num_warps=4,
-            num_stages=3,
-        )
+            tokens, label if index is None else index, gram, tokens.stride(0), tokens.stride(1),
+            0 if index is None else index.stride(0), count, row,
+            DIM=dim, INDEXED=index is not None, BLOCK=block, BLOCK_D=64, num_warps=4, num_stages=3,
+        )  # fmt: skip
         _kmeans_kernel[(batch,)](
-            gram,
-            scores,
-            similarity,
-            label,
-            given,
-            count,
-            clusters,
-            iterations,
-            row,
+            gram, scores, similarity, label, given, count, clusters, iterations, row,
             SEEDS={"farthest": _FARTHEST, "strided": _STRIDED, "random": _GIVEN}[seeds],
-            TILES_R=triton.cdiv(count, block_r),
-            TILES_K=triton.cdiv(count, 64),
-            BLOCK_R=block_r,
-            BLOCK_K=64,
-            BLOCK_C=block_c,
-            BLOCK_N=triton.next_power_of_2(count),
-            num_warps=8,
-            num_stages=3,
-        )
+            TILES_R=divide_up(count, block_r), TILES_K=divide_up(count, 64), BLOCK_R=block_r, BLOCK_K=64,
+            BLOCK_C=block_c, BLOCK_N=next_power_of_two(count), num_warps=8, num_stages=3,
+        )  # fmt: skip
     return label
 
 
@@ -115,20 +92,18 @@ def _random_positions(count: int, clusters: int, device: torch.device) -> Int[Te
 @triton.jit
 @no_type_check
 def _gram_kernel(
-    tokens,
-    index,
-    gram,
-    stride_batch,
-    stride_token,
-    stride_index,
-    count,
-    row,
-    DIM: tl.constexpr,
-    INDEXED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Compute one tile of the Gram matrix of an image's unit tokens."""
+    tokens, index, gram, stride_batch, stride_token, stride_index, count, row,
+    DIM: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Compute one tile of the Gram matrix of an image's unit tokens.
+
+    Grid: (batch, tiles, tiles).
+
+    Args:
+        tokens: (batch, patches, dim).
+        index: (batch, count) positions of the tokens to cluster; any pointer if all are.
+        gram: written, (batch, count, row), of which each row has count numbers.
+    """
     image = tl.program_id(0).to(tl.int64)
     tokens += image * stride_batch
     left = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -199,17 +174,10 @@ def _score_seeds(gram, scores, seed, count, row, TILES_R: tl.constexpr, BLOCK_R:
 @triton.jit
 @no_type_check
 def _score_members(
-    gram,
-    scores,
-    label,
-    count,
-    row,
-    TILES_R: tl.constexpr,
-    TILES_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    gram, scores, label, count, row,
+    TILES_R: tl.constexpr, TILES_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     """Store the sum of each token's similarities to the members of each cluster; return 1 / length of each sum."""
     cluster = tl.arange(0, BLOCK_C)
     square = tl.zeros((BLOCK_C,), tl.float32)
@@ -224,6 +192,7 @@ def _score_members(
             )
             of_other = tl.load(label + other, mask=other < count, other=-1).to(tl.int32)
             member = (of_other[:, None] == cluster[None, :]).to(tl.float16)
+            # tensor cores multiply float16; two parts keep a similarity to 2^-23
             high = value.to(tl.float16)
             low = (value - high.to(tl.float32)).to(tl.float16)
             total = tl.dot(high, member, total)
@@ -237,16 +206,9 @@ def _score_members(
 @triton.jit
 @no_type_check
 def _refill_clusters(
-    similarity,
-    label,
-    members,
-    count,
-    clusters,
-    TILES_R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    similarity, label, members, count, clusters,
+    TILES_R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Move the least similar token into each empty cluster; the best token of every other cluster stays."""
     cluster = tl.arange(0, BLOCK_C)
     highest = tl.full((BLOCK_C,), float("-inf"), tl.float32)
@@ -278,24 +240,20 @@ def _refill_clusters(
 @triton.jit(do_not_specialize=["count", "clusters", "iterations"])
 @no_type_check
 def _kmeans_kernel(
-    gram,
-    scores,
-    similarity,
-    label,
-    given,
-    count,
-    clusters,
-    iterations,
-    row,
-    SEEDS: tl.constexpr,
-    TILES_R: tl.constexpr,
-    TILES_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Cluster the tokens of one image; the threads pass scores and labels through global memory, which L2 holds."""
+    gram, scores, similarity, label, given, count, clusters, iterations, row,
+    SEEDS: tl.constexpr, TILES_R: tl.constexpr, TILES_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Cluster the tokens of one image; the threads pass scores and labels through global memory, which L2 holds.
+
+    Grid: (batch,).
+
+    Args:
+        gram: (batch, count, row) Gram matrices.
+        scores, similarity: scratch, (batch, count, BLOCK_C) and (batch, count).
+        label: written, (batch, count).
+        given: (clusters,) positions of the seeds, for SEEDS == _GIVEN.
+    """
     image = tl.program_id(0).to(tl.int64)
     gram += image * count * row
     scores += image * count * BLOCK_C

@@ -19,6 +19,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from redux.kernels.sizes import divide_up, next_power_of_two
+
 
 class Tiles(NamedTuple):
     """Shape of a kernel's tiles, and its launch.
@@ -119,13 +121,16 @@ def _attend(
 @triton.jit
 @no_type_check
 def masked_span(span, batch, row_start, first_row, block_rows: tl.constexpr, block_keys: tl.constexpr):
-    """Compute the keys for which a tile of rows reads the mask, in whole tiles; none for rows before first_row."""
+    """Compute the keys before the diagonal tile for which a tile of rows reads the mask, in whole tiles.
+
+    There are none for rows before first_row.
+    """
     low = tl.load(span + batch * 2) // block_keys * block_keys
     high = tl.cdiv(tl.load(span + batch * 2 + 1), block_keys) * block_keys
     if row_start + block_rows <= first_row:
         low = 0
         high = 0
-    return low, high
+    return tl.minimum(low, row_start), tl.minimum(high, row_start)
 
 
 @triton.jit(do_not_specialize=["length", "first_row"])
@@ -137,7 +142,16 @@ def _forward(
     head_dim: tl.constexpr, block_dim: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Attend from one tile of rows of one head; the tiles with the most keys start first."""
+    """Attend from one tile of rows of one head; the tiles with the most keys start first.
+
+    Grid: (length / block_rows, batch x heads).
+
+    Args:
+        q, k, v, out: (batch, heads or kv_heads, length, head_dim); out is written.
+        lse: written, (batch, heads, length), log2 of the sum of exponentials.
+        padding: (batch, length) 0 for keys that no row sees; None without padding.
+        mask, span: pairs and span of a `KeyMask`; None without one.
+    """
     row_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * block_rows
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
@@ -157,8 +171,6 @@ def _forward(
     if mask is not None:
         mask += wide * length * mask_stride
         low, high = masked_span(span, batch, row_start, first_row, block_rows, block_keys)
-        low = tl.minimum(low, row_start)
-        high = tl.minimum(high, row_start)
     q_tile = load_rows(q, q_row, rows, length, dims, head_dim, block_dim)
     accumulator = tl.zeros([block_rows, block_dim], tl.float32)
     top = tl.full([block_rows], float("-inf"), tl.float32)
@@ -220,7 +232,15 @@ def _query_gradient(
     head_dim: tl.constexpr, block_dim: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Compute delta and dq of one tile of rows of one head."""
+    """Compute delta and dq of one tile of rows of one head.
+
+    Grid: (length / block_rows, batch x heads).
+
+    Args:
+        q, k, v, out, lse, padding, mask, span: as for `_forward`.
+        dout: gradient of out.
+        dq, delta: written; delta is sum(dout * out), (batch, heads, length).
+    """
     row_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * block_rows
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
@@ -243,8 +263,6 @@ def _query_gradient(
     if mask is not None:
         mask += wide * length * mask_stride
         low, high = masked_span(span, batch, row_start, first_row, block_rows, block_keys)
-        low = tl.minimum(low, row_start)
-        high = tl.minimum(high, row_start)
     q_tile = load_rows(q, q_row, rows, length, dims, head_dim, block_dim)
     dout_tile = load_rows(dout, dout_row, rows, length, dims, head_dim, block_dim)
     out_tile = load_rows(out, out_row, rows, length, dims, head_dim, block_dim)
@@ -308,7 +326,14 @@ def _key_gradients(
     head_dim: tl.constexpr, block_dim: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv of one tile of keys of one key head; the first keys, seen by most rows, start first."""
+    """Compute dk and dv of one tile of keys of one key head; the first keys, seen by most rows, start first.
+
+    Grid: (length / block_keys, batch x kv_heads).
+
+    Args:
+        q, k, v, dout, lse, delta, padding, mask, span: as for `_query_gradient`.
+        dk, dv: written.
+    """
     key_start = tl.program_id(0) * block_keys
     batch = tl.program_id(1) // kv_heads
     kv_head = tl.program_id(1) % kv_heads
@@ -364,7 +389,7 @@ class KeyMask(NamedTuple):
 
     Args:
         pairs: False for pairs that are dropped. Rows lie `pairs.stride(1)` apart, a multiple of 16.
-        span: first key, and key after the last one, of each sequence for which the mask is read.
+        span: first key, and key after the last one, of each sequence for which the mask is read; never falling.
         first_row: first row for which the mask is read.
     """
 
@@ -375,7 +400,7 @@ class KeyMask(NamedTuple):
 
 def make_key_mask(batch: int, length: int, device: torch.device) -> Bool[Tensor, "batch rows keys"]:
     """Make a mask that drops no pair, with the row stride that the kernels need."""
-    stride = triton.cdiv(length, 16) * 16
+    stride = divide_up(length, 16) * 16
     return torch.ones(batch, length, stride, dtype=torch.bool, device=device)[:, :, :length]
 
 
@@ -419,7 +444,7 @@ class _MaskedAttention(torch.autograd.Function):
         out = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
         lse = query.new_empty(batch, heads, length, dtype=torch.float32)
         tiles = FORWARD_TILES[query.element_size()]
-        _forward[(triton.cdiv(length, tiles.rows), batch * heads)](
+        _forward[(divide_up(length, tiles.rows), batch * heads)](
             query, key, value, out, lse, padding, pairs, span,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             pairs.stride(1) if pairs is not None else 16, heads, heads // key.shape[1], length, first_row,
@@ -442,14 +467,14 @@ class _MaskedAttention(torch.autograd.Function):
         mask_stride = pairs.stride(1) if pairs is not None else 16
         scalars = (heads // kv_heads, length, ctx.first_row, ctx.scale * LOG2_E, ctx.scale)
         tiles = QUERY_GRADIENT_TILES[query.element_size()]
-        _query_gradient[(triton.cdiv(length, tiles.rows), batch * heads)](
+        _query_gradient[(divide_up(length, tiles.rows), batch * heads)](
             query, key, value, out, dout, dq, lse, delta, padding, pairs, span,
             *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
             mask_stride, heads, *scalars, **launch_options(query, tiles),
         )  # fmt: skip
         # after dq, which computes delta
         tiles = KEY_GRADIENT_TILES[query.element_size()]
-        _key_gradients[(triton.cdiv(length, tiles.keys), batch * kv_heads)](
+        _key_gradients[(divide_up(length, tiles.keys), batch * kv_heads)](
             query, key, value, dout, dk, dv, lse, delta, padding, pairs, span,
             *inputs, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
             mask_stride, kv_heads, *scalars, **launch_options(query, tiles),
@@ -466,7 +491,7 @@ def launch_options(query: Tensor, tiles: Tiles) -> dict[str, Any]:
     """Make the compile-time arguments that kernels on heads share."""
     return {
         "head_dim": query.shape[-1],
-        "block_dim": max(triton.next_power_of_2(query.shape[-1]), 16),
+        "block_dim": max(next_power_of_two(query.shape[-1]), 16),
         "block_rows": tiles.rows,
         "block_keys": tiles.keys,
         # three products of tensor cores come close to one of float32

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from redux.kernels.masked_attention import LOG2_E, Tiles, launch_options, load_rows, unit_stride, visible_pairs
+from redux.kernels.sizes import divide_up
 
 LOG_SUM_EXP_TILES = {2: Tiles(64, 64, 4, 3), 4: Tiles(64, 32, 4, 2)}
 MEAN_TILES = {2: Tiles(64, 64, 4, 3), 4: Tiles(64, 32, 4, 2)}
@@ -57,7 +58,15 @@ def _log_sum_exp(
     head_dim: tl.constexpr, block_dim: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Compute log2(sum(2^score)) of one tile of rows of one head; infinity for a row that sees no key."""
+    """Compute log2(sum(2^score)) of one tile of rows of one head; infinity for a row that sees no key.
+
+    Grid: (text / block_rows, batch x heads).
+
+    Args:
+        q, k: (batch, heads or kv_heads, length, head_dim).
+        lse: written, (batch, heads, text), for rows from first_row on.
+        padding: (batch, length) 0 for keys that no row sees; None without padding.
+    """
     row_start = first_row + (tl.num_programs(0) - 1 - tl.program_id(0)) * block_rows
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
@@ -87,17 +96,27 @@ def _log_sum_exp(
     tl.store(lse + rows - first_row, tl.where(sees_none, float("inf"), top + tl.log2(total)), mask=rows < length)
 
 
-@triton.jit(do_not_specialize=["length", "first_row", "columns"])
+@triton.jit(do_not_specialize=["length", "first_row", "t2i_batch", "t2i_row"])
 @no_type_check
 def _mean(
     q, k, lse, slots, padding, t2t, t2i,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, t2t_row,
-    heads, groups, length, first_row, columns, factor, share,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, t2t_row, t2i_batch, t2i_row,
+    heads, groups, length, first_row, factor, share,
     weights: tl.constexpr, neighbours: tl.constexpr,
     head_dim: tl.constexpr, block_dim: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of A, for one sequence."""
+    """Compute one tile of A, for one sequence.
+
+    Grid: (length / block_keys, text / block_rows, batch).
+
+    Args:
+        q, k, lse, padding: as for `_log_sum_exp`.
+        slots: (batch, length) number of each image token; -1 for text.
+        t2t: written, (batch, text, text); None without neighbours.
+        t2i: written, (batch, text, image).
+        share: factor of the sum over heads.
+    """
     key_start = tl.program_id(0) * block_keys
     row_start = first_row + tl.program_id(1) * block_rows
     batch = tl.program_id(2).to(tl.int64)
@@ -131,7 +150,7 @@ def _mean(
         stays = visible_pairs(rows[:, None], keys[None, :], length, padding, None, 0, True, padded)
         mean = tl.where(stays, mean * share, 0.0)
         is_text_row = tl.load(slots + rows, mask=rows < length, other=0) < 0
-        to_t2i = t2i + (batch * num_rows + rows[:, None] - first_row) * columns + slot[None, :]
+        to_t2i = t2i + batch * t2i_batch + (rows[:, None] - first_row) * t2i_row + slot[None, :]
         is_image_key = (rows[:, None] < length) & (slot[None, :] >= 0)
         tl.store(to_t2i, tl.where(is_text_row[:, None], mean, 0.0), mask=is_image_key)
     if neighbours:
@@ -146,19 +165,19 @@ def mean_attention(
     query: Float[Tensor, "batch heads rows head_dim"],
     key: Float[Tensor, "batch kv_heads rows head_dim"],
     slots: Int[Tensor, "batch rows"],
-    columns: int,
+    t2i: Float[Tensor, "batch text image"],
     first_row: int,
     scale: float,
     weights: bool,
     neighbours: bool,
     padding: UInt8[Tensor, "batch rows"] | None = None,
-) -> tuple[Float[Tensor, "batch text text"] | None, Float[Tensor, "batch text image"]]:
+) -> Float[Tensor, "batch text text"] | None:
     """Compute the parts of A, of eq. 9, that a focus score reads, under a causal mask and padding.
 
     Args:
         query, key: of all tokens.
         slots: number of each image token in its sequence; -1 for text.
-        columns: largest number of image tokens of a sequence.
+        t2i: rows to write A_t2i into. Columns beyond the image tokens of a sequence stay as they are.
         first_row: first row of interest; `text` counts rows from it on.
         scale: factor of the scores.
         weights: true for weights after the softmax, false for raw scores.
@@ -166,7 +185,7 @@ def mean_attention(
         padding: 0 for keys that no row sees; None if there are none.
 
     Returns:
-        A of the tokens before the row's own, from first_row on, or None without neighbours; and A_t2i.
+        A of the tokens before the row's own, from first_row on; None without neighbours.
     """
     query, key = unit_stride(query), unit_stride(key)
     batch, heads, length, _ = query.shape
@@ -177,20 +196,20 @@ def mean_attention(
     )
     if weights:
         tiles = LOG_SUM_EXP_TILES[query.element_size()]
-        _log_sum_exp[(triton.cdiv(rows, tiles.rows), batch * heads)](
+        _log_sum_exp[(divide_up(rows, tiles.rows), batch * heads)](
             query, key, lse, padding, *strides, heads, groups, length, first_row, scale * LOG2_E,
             **launch_options(query, tiles),
         )  # fmt: skip
-    t2i = query.new_zeros(batch, rows, columns, dtype=torch.float32)
-    stride = triton.cdiv(rows, 16) * 16
+    # rows begin at multiples of 64 bytes, so that loads in the product of eq. 10 stay wide
+    stride = divide_up(rows, 16) * 16
     t2t = query.new_empty(batch, rows, stride, dtype=torch.float32) if neighbours else None
     tiles = MEAN_TILES[query.element_size()]
-    _mean[(triton.cdiv(length, tiles.keys), triton.cdiv(rows, tiles.rows), batch)](
-        query, key, lse, slots, padding, t2t, t2i, *strides, stride,
-        heads, groups, length, first_row, columns, scale * LOG2_E, _share(heads, scale, weights),
+    _mean[(divide_up(length, tiles.keys), divide_up(rows, tiles.rows), batch)](
+        query, key, lse, slots, padding, t2t, t2i, *strides, stride, *t2i.stride()[:2],
+        heads, groups, length, first_row, scale * LOG2_E, _share(heads, scale, weights),
         weights=weights, neighbours=neighbours, **launch_options(query, tiles),
     )  # fmt: skip
-    return t2t[:, :, :rows] if t2t is not None else None, t2i
+    return t2t[:, :, :rows] if t2t is not None else None
 
 
 def _share(heads: int, scale: float, weights: bool) -> Any:

@@ -13,6 +13,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from redux.kernels.sizes import next_power_of_two
+
 WARPS: int | None = None
 """Warps of a program; None is one for up to 512 image tokens, else two."""
 
@@ -31,7 +33,18 @@ def _drop_below(
     mask_stride, length, first_row, columns,
     quantile: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Drop the image keys of one row whose score is below the row's threshold."""
+    """Drop the image keys of one row whose score is below the row's threshold.
+
+    Grid: (text, batch).
+
+    Args:
+        focus: (batch, text, columns) focus scores.
+        columns_of, valid: (batch, columns) positions of image tokens, and True for those in use.
+        slots: (batch, length) number of each image token; -1 for text, the only rows that lose keys.
+        padding: (batch, length) 0 for keys that no row sees; None without padding.
+        ranks, fractions: (counts,) tables of `_rank_table`.
+        mask: (batch, length, mask_stride), in which dropped pairs become False.
+    """
     row = first_row + tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     slot = tl.arange(0, block)
@@ -117,7 +130,8 @@ def drop_below_quantile(
     batch, rows, num_columns = focus.shape
     length = mask.shape[1]
     # a power of two, so that few tables are made
-    block = triton.next_power_of_2(max(num_columns, 32))
+    block = next_power_of_two(max(num_columns, 32))
+    # by the number of image tokens in sight, so that the kernel needs no float64
     ranks, fractions = _rank_table(gamma, quantile, block, focus.device)
     _drop_below[(rows, batch)](
         focus.contiguous(), columns.contiguous(), valid.contiguous(), slots, padding, ranks, fractions, mask,

@@ -30,6 +30,7 @@ class Instructions(ConfigurableTask):
     """A task with the questions of one instruction, whose id is `dataset_name`."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        # lmms-eval passes the key `class`, which its TaskConfig does not know
         super().__init__(config={name: value for name, value in config.items() if name != "class"})
 
     def download(self, dataset_kwargs: Mapping[str, Any] | None = None) -> None:

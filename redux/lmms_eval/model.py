@@ -101,7 +101,9 @@ class Redux(lmms):
     def _batches(self, requests: Sequence[Instance]) -> Iterator[tuple[int, list[int]]]:
         """Yield (limit of new tokens, positions of requests) of each batch, the longest prompts first."""
         keys = [(_max_new_tokens(request.args[1]), self.answerer.count_tokens(request.args[0])) for request in requests]
+        # the longest first, so that a lack of memory shows at once
         order = sorted(range(len(requests)), key=keys.__getitem__, reverse=True)
+        # a batch has one limit, so requests are grouped by it
         for limit, group in groupby(order, key=lambda position: keys[position][0]):
             positions = list(group)
             for start in range(0, len(positions), self.batch_size):
@@ -116,6 +118,7 @@ class Redux(lmms):
             kinds = ", ".join(type(visual).__name__ for visual in visuals)
             raise ValueError(f"{task}: document {doc_id}: got {kinds}, allowed: one image or none")
         file = io.BytesIO()
+        # PPM is lossless, and takes no time to compress
         visuals[0].convert("RGB").save(file, "PPM")
         return file.getvalue()
 

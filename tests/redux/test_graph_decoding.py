@@ -119,7 +119,7 @@ def test_kept_steps_serve_further_prompts_at_the_same_addresses(tiny: Tiny, samp
         cache: Any = steps.cache
         tensors = [cache.layers[1].keys, cache.layers[1].cumulative_length, steps.visible]
         if steps.slots:
-            tensors += [cache.length, cache._flags, *cache._rows.values()]
+            tensors += [cache.length, cache.flags, *cache._rows.values()]
             tensors += [] if cache.columns is None else [cache.columns, cache.count]
         addresses.add(tuple(tensor.data_ptr() for tensor in tensors))
     assert len(addresses) == 1

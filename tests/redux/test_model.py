@@ -218,6 +218,31 @@ def test_a_cropped_cache_goes_on_as_if_the_rest_had_not_been(tiny: Tiny, sample:
     torch.testing.assert_close(again, logits(model, **inputs, input_ids=ids)[:, -4:], rtol=1e-4, atol=1e-5)
 
 
+def test_after_a_crop_the_next_image_may_come_earlier(tiny: Tiny, sample: Sample) -> None:
+    model = tiny()
+    cache = FocusCache(config=model.config.text_config)
+    text = {"input_ids": sample(model)["input_ids"][:, -6:]}
+    late = [text, sample(model, seed=0)]
+    for piece in late:
+        logits(model, **piece, past_key_values=cache)
+    cache.crop(-cache.get_seq_length() + 1)
+    early = sample(model, seed=1)
+    again = logits(model, **early, past_key_values=cache)
+    ids = torch.cat([text["input_ids"][:, :1], early["input_ids"]], dim=1)
+    whole = logits(model, input_ids=ids, pixel_values=early["pixel_values"])
+    torch.testing.assert_close(again, whole[:, 1:], rtol=1e-4, atol=1e-5)
+
+
+def test_guesses_from_the_prompt_change_no_token(tiny: Tiny, sample: Sample) -> None:
+    """Some of the guessed tokens are image tokens, which the cache must give up again."""
+    model = tiny()
+    inputs = sample(model, text=14, seed=2)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(
+        model.generate(**inputs, **options, prompt_lookup_num_tokens=3), model.generate(**inputs, **options)
+    )
+
+
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 @pytest.mark.parametrize("cmai", VARIANTS, ids=str)
 def test_a_padded_batch_equals_its_rows_alone(tiny: Tiny, sample: Sample, left: bool, cmai: CMAI | None) -> None:

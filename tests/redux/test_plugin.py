@@ -582,7 +582,7 @@ def test_a_mask_of_four_dimensions_is_read(fresh: Callable[[str], Any], low: flo
         assert torch.equal(logits(model, **inputs, attention_mask=mask)[own], expected)
     with pytest.raises(ValueError, match="attention_mask: got sliding_attention, allowed: full_attention"):
         logits(model, **inputs, attention_mask={"sliding_attention": visible})
-    for wrong in (visible.expand(-1, 4, -1, -1), visible.long()):
+    for wrong in (visible.expand(-1, 4, -1, -1), visible.long(), visible.to(torch.uint8)):
         with pytest.raises(ValueError, match=r"attention_mask: got torch\..*, allowed: booleans or floats of shape"):
             logits(model, **inputs, attention_mask=wrong)
 

@@ -119,6 +119,22 @@ def test_a_layer_trains_alike(seed: int) -> None:
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_a_row_without_an_image_attends_to_each_key_once() -> None:
+    query, key, value, is_image, padding = draw_call(6)  # 45 tokens, more than a tile has
+    is_image[1] = False
+    call = query, key, value, is_image, padding
+    for fused, plain in zip(*(attend(kernels, call) for kernels in ("fused", "plain")), strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_changes_no_decision() -> None:
+    call = draw_call(1, torch.bfloat16)
+    expected = attend("fused", call)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for result, want in zip(attend("fused", call), expected, strict=True):
+            assert torch.equal(result, want)
+
+
 def test_recomputed_activations_are_equal() -> None:
     for once, again in zip(*(attend("fused", draw_call(3), recompute) for recompute in (False, True)), strict=True):
         assert torch.equal(once, again)
