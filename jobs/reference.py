@@ -1,7 +1,7 @@
 """Reference of the keys of job, study and search files, read from the dataclasses that define them.
 
 A key's meaning is its entry in the docstring of its dataclass, its type and default are those of the field, and its
-example is the value in a shipped file.  So the reference cannot differ from the code.
+example is the value in a shipped file. So the reference cannot differ from the code.
 """
 
 import difflib

@@ -3,7 +3,7 @@
     python jobs/bench/ingest.py
 
 Photos of 640 x 480 by jobs/bench/pixels.py, each padded and resized to 336 by redux.image.load_pixels, so that loaders
-differ only in reading and transport.  Each has two worker processes, and all its processes share two cores with the
+differ only in reading and transport. Each has two worker processes, and all its processes share two cores with the
 process that receives the batches: 16 images of uint8 each, every image once, which a checksum of all of them proves.
 
     bare, bare-fast     two processes that read files and make pixels; nothing is transported
@@ -14,14 +14,14 @@ process that receives the batches: 16 images of uint8 each, every image once, wh
     ray                 ray.data.read_webdataset over our shards
     redux-*             pipelines.data.ingest: pixels exact, fast, or prepared before (own shards); PASSES epochs
 
-Each measurement runs in a new process, with files in memory, and each round measures every variant once.  Time starts
-where the loader is imported, so the first batch includes the start of its workers, or of Ray and its workers.  The
-steady rate is that from the batch that completes a quarter of the images to the last one.  Shards and conversions are
+Each measurement runs in a new process, with files in memory, and each round measures every variant once. Time starts
+where the loader is imported, so the first batch includes the start of its workers, or of Ray and its workers. The
+steady rate is that from the batch that completes a quarter of the images to the last one. Shards and conversions are
 made before.
 
-A variant whose package is missing is skipped.  Peers are installed without their dependencies, into an environment
+A variant whose package is missing is skipped. Peers are installed without their dependencies, into an environment
 beside the project's: mosaicml-streaming requires numpy < 2.2 and transformers < 5, litdata's torchvision another
-torch.  PEERS lists the packages.  Files, 1 MB per image, stay in --folder.  The script prints a table and appends all
+torch. PEERS lists the packages. Files, 1 MB per image, stay in --folder. The script prints a table and appends all
 measurements to ingest.jsonl; only ratios within one run can be compared.
 """
 

@@ -2,8 +2,8 @@
 
     python jobs/bench/inhibition.py
 
-LLaVA-1.5-7B's shape by default: 32 heads of 128, 576 image tokens and 512 text tokens, float32.  Each variant runs in a
-new process; its peak is the growth of the process beyond its inputs (CUDA: the memory that torch allocated).  The
+LLaVA-1.5-7B's shape by default: 32 heads of 128, 576 image tokens and 512 text tokens, float32. Each variant runs in a
+new process; its peak is the growth of the process beyond its inputs (CUDA: the memory that torch allocated). The
 script prints the result and appends it to inhibition.jsonl; only ratios within one run can be compared.
 """
 

@@ -3,8 +3,8 @@
     python jobs/bench/order.py
 
 Each kind of order runs in a new process and builds batches from all over the epoch, the first of them without warm-up.
-Shards hold 10,000 samples, and lengths are computed instead of read.  Times are CPU times, which a busy machine changes
-little; the peak is that of the whole process, numpy included.  The script prints the result and appends it to
+Shards hold 10,000 samples, and lengths are computed instead of read. Times are CPU times, which a busy machine changes
+little; the peak is that of the whole process, numpy included. The script prints the result and appends it to
 order.jsonl.
 """
 

@@ -2,8 +2,8 @@
 
     python jobs/bench/resume.py
 
-Prepared squares of 336 pixels with texts of two words.  Each measurement starts Ray Data again, alternately at both
-positions, with two training workers that take one batch each.  The script prints the result and appends it to
+Prepared squares of 336 pixels with texts of two words. Each measurement starts Ray Data again, alternately at both
+positions, with two training workers that take one batch each. The script prints the result and appends it to
 resume.jsonl.
 """
 
