@@ -70,10 +70,10 @@ def _format_number(number: float) -> str:
 
 def _read_config(folder: Path) -> ReduxConfig:
     try:
-        if json.loads((folder / "config.json").read_text())["model_type"] == "llava":
+        if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "llava":
             return ReduxConfig.from_pretrained(folder)
-    except (OSError, KeyError, json.JSONDecodeError):
-        pass
+    except (OSError, LookupError, TypeError, ValueError):
+        pass  # no file, or not the object of a LLaVA
     raise ValueError(
         f"--model: got {folder}, allowed: {', '.join(VICUNA_SIZES)}, or the folder of a LLaVA, with its config.json"
     )

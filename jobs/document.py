@@ -67,8 +67,10 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
     """Read the content of a YAML file after overrides, without a check against a schema."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise JobError(f"{path}: {error}, allowed: YAML in UTF-8") from error
+    except OSError as error:
+        raise JobError(f"{path}: {error.strerror}, allowed: a YAML file") from error
     tree = _parse(text, str(path))
     for override in overrides:
         dotted, equals, value = override.partition("=")
@@ -175,7 +177,13 @@ def _parse(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         position = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        raise JobError(f"{source}:{position} {error.problem or error.context}") from error
+        # the problem of a second document begins with "but", after the context
+        words = (
+            (error.context, error.problem)
+            if str(error.problem).startswith("but ")
+            else (error.problem or error.context,)
+        )
+        raise JobError(f"{source}:{position} {', '.join(filter(None, words))}") from error
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise JobError(f"{source}: not plain YAML: {error}") from error
 

@@ -30,7 +30,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 from transformers import AutoTokenizer
 
-from jobs import claims, document, run, schema, search_schema, study
+from jobs import claims, document, model_parts, resolve, run, schema, search_schema, study
 from jobs.schema import Job
 from jobs.search_schema import Search
 from jobs.study import SHARED
@@ -114,7 +114,7 @@ def _read_start_config(
 ) -> dict[str, Any]:
     """Read the configuration of the model that trials start from, once per process."""
     parts = ModelSettings(tower=tower, language=language, gguf_file=gguf_file, checkpoint=checkpoint)
-    return run.build_config(parts).to_dict()
+    return model_parts.build_config(parts).to_dict()
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Search:
@@ -179,7 +179,7 @@ def _check_metrics(search: Search, job: Job, folder: Path) -> None:
     names = {"flops", "kv_bytes", "focus_bytes", "image_tokens"}
     if len(job.train) > len(search.shared):
         names |= {"loss", "tokens_per_s"}
-    if settings := run.resolve_job(job, folder).evaluate:
+    if settings := resolve.resolve_job(job, folder).evaluate:
         names |= evaluate.list_metric_names(settings)
     for section in ("objectives", "limits"):
         for name in getattr(search, section):

@@ -40,7 +40,10 @@ def write_tables(runs: Sequence[Path], out: Path | None, scorers: Scorers, sampl
     if out:
         scorer = scorers.get("instructions")
         prompt_plots = {family.label: compare_prompts(family, scorer) for family in families} if scorer else {}
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out: got {out}, allowed: a folder that can be made; {error.strerror}") from None
         page.write(out / "tables.md", text)
         page.write(out / "tables.html", comparison.render(tables, notes, prompt_plots))
         for table in tables:

@@ -229,7 +229,7 @@ def _manifest(arguments: argparse.Namespace) -> None:
         print(text, end="")
         return
     try:
-        arguments.out.write_text(text)
+        arguments.out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--out: {arguments.out}: {error.strerror}") from None
     print(f"{arguments.out}: kubectl create -f {arguments.out}")

@@ -105,7 +105,12 @@ def _write_archive(target: Path, paths: dict[str, Path]) -> None:
             if KEY_TEXT.search(content):
                 raise ValueError(f"{path}: got a file with a key in it, allowed: none; a .rayignore can exclude it")
             # without the time of the file, so that the same content gives the same package
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+            try:
+                archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{path}: got a name that is not UTF-8, allowed: UTF-8; a .rayignore can exclude it"
+                ) from None
 
 
 def list_files(folder: Path) -> Iterator[Path]:

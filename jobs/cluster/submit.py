@@ -103,8 +103,14 @@ def write_entrypoint(submission: Submission, file: str) -> str:
 
 def _is_redux(folder: Path) -> bool:
     """Tell if a folder is a checkout of Redux."""
-    project = folder / "pyproject.toml"
-    return project.is_file() and tomllib.loads(project.read_text()).get("project", {}).get("name") == "redux-vlm"
+    path = folder / "pyproject.toml"
+    if not path.is_file():
+        return False
+    try:
+        project = tomllib.loads(path.read_text(encoding="utf-8")).get("project")
+    except ValueError as error:  # wrong TOML, or not UTF-8
+        raise ValueError(f"{path}: {error}, allowed: TOML") from None
+    return isinstance(project, dict) and project.get("name") == "redux-vlm"
 
 
 def _check_submission(submission: Submission, job: Mapping[str, Any]) -> None:
@@ -126,7 +132,7 @@ def _check_submission(submission: Submission, job: Mapping[str, Any]) -> None:
             )
     for key, text in {
         "overrides": " ".join(submission.overrides),
-        str(submission.job): submission.job.read_text(),
+        str(submission.job): submission.job.read_text(encoding="utf-8"),
     }.items():
         if PASSWORD.search(text):
             raise ValueError(
