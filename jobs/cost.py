@@ -34,6 +34,7 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
     def build_config(preset: Preset) -> ReduxConfig:
         return ReduxConfig(**{**saved.to_dict(), **preset.methods}) if saved else build_llava_config(model, preset)
 
+    # the base of the shares: the same model without the methods
     llava_cost = compute_cost(build_config(PRESETS["llava"]), text)
     lines = [
         COST_ROW_FORMAT.format("preset", "tokens", "block: kept + clusters", "GFLOPs", "share", "KV MiB", "description")
@@ -43,6 +44,7 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
             config = build_config(preset)
             cost = compute_cost(config, text)
         except ValueError as error:
+            # a preset that the user named is an error; in the list of all it is a line
             if name in names:
                 raise ValueError(f"{name}: {error}") from None
             lines.append(f"{name:<18} does not fit: {error}")

@@ -18,6 +18,7 @@ QUESTION_FORMS: tuple[AnswerKeys, ...] = (("question_id", "text"), ("id", "quest
 def write_prompts(arguments: argparse.Namespace) -> None:
     """Write the prompts and print their number; ValueError if a question or the output file cannot be used."""
     questions = read_questions(arguments.questions) if arguments.questions else easy_vqa.draw_questions()
+    # drawn with the seed, so that the same command writes the same file
     prompts = instructions.build_questions(questions, arguments.per_task, arguments.seed)
     try:
         instructions.write_questions(prompts, arguments.out)

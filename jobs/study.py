@@ -78,6 +78,7 @@ def check_shared_stages(shared: Sequence[str], job: Mapping[str, Any]) -> list[s
 def load(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Load the study of a YAML file after overrides; ValueError if it or one of its jobs is wrong."""
     study = document.read(path, overrides, Study)
+    # every job is built once, so that a wrong variant fails before hours of the others
     list_jobs(study, Path(), str(path))
     return study
 
@@ -122,6 +123,7 @@ def continue_from(tree: dict[str, Any], stages: Sequence[str], shared: Job, fold
         "train": {name: stage for name, stage in tree["train"].items() if name not in stages},
     }
     if stages:
+        # the checkpoint replaces the parts of the model, but its methods may differ between variants
         methods = {name: value for name, value in tree["model"].items() if name in METHODS}
         result["model"] = {**methods, "checkpoint": locate_model(shared, folder, stages[-1])}
     return result
@@ -129,6 +131,7 @@ def continue_from(tree: dict[str, Any], stages: Sequence[str], shared: Job, fold
 
 def build_job(tree: Mapping[str, Any], changes: Mapping[str, Any], name: str, source: str) -> Job:
     """Build a job with a name and changed values, by dotted path; an error message begins with `source`."""
+    # set_value changes the tree in place, and the variants share it
     copied = copy.deepcopy({"name": name, **tree})
     for dotted, value in changes.items():
         document.set_value(copied, dotted, value, f"{source}.{dotted}")
@@ -150,6 +153,7 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False) -> None:
     folder = folder.resolve()
     runs = list_jobs(study, folder)
     claims.make_folder(folder)
+    # one Ray for all runs, because its start takes seconds
     with cluster.open_session():
         for number, (name, job) in enumerate(runs.items(), start=1):
             print(f"[{number}/{len(runs)}] {name}", flush=True)

@@ -57,6 +57,7 @@ def format_markdown(tables: Sequence[ResultTable], notes: Sequence[str]) -> str:
     for table in tables:
         parts.append(f"## {table.title}")
         for family, rows in table.blocks.items():
+            # a single family needs no heading
             parts += [f"**{family}**"] if len(table.blocks) > 1 else []
             parts.append("\n".join(_format_rows(table.columns, rows)))
             if commands := [row.command for row in rows if row.command]:

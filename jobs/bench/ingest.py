@@ -137,6 +137,7 @@ def main() -> None:
 
 def run(variants: list[str], root: Path, images: int, repeats: int) -> None:
     """Make files, measure round after round, print and append the result."""
+    # checksums come from the files themselves, not from a loader that is measured
     expected = make_files(root, images, squares="redux-prepared" in variants)
     options: dict[str, int | Path] = {"images": images, "folder": root.parent}
     readings: dict[str, dict[str, list[float]]] = {}
@@ -183,6 +184,7 @@ def run(variants: list[str], root: Path, images: int, repeats: int) -> None:
 
 def measure(variant: str, root: Path) -> dict[str, float]:
     """Measure samples/s and seconds to the first batch, with the number of images and a checksum of all of them."""
+    # child processes inherit the limit, so every loader has the same cores
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:INGEST_WORKERS])
     warnings.simplefilter("ignore")  # peers warn in every measurement
     import_peer(variant)

@@ -56,6 +56,7 @@ class LaunchCounter(TorchDispatchMode):
         def wrap(original: Any) -> Any:
             def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
                 self.fused[kernel.fn.__name__] += 1
+                # an interpreted kernel calls torch for every instruction of its program
                 operators = self.operators.copy()
                 try:
                     return original(kernel, *args, **kwargs)

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--size", type=int, default=336, help="default: %(default)s")
     arguments = parser.parse_args()
+    # one thread, as in the readers of a stage
     torch.set_num_threads(1)
     files = [make_photo(seed) for seed in range(arguments.images)]
     times_ms = {

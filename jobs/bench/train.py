@@ -188,6 +188,7 @@ def read_events(plan: "StagePlan") -> list[dict[str, Any]]:
 def measure_steps(plan: "StagePlan") -> list[float]:
     """Return the seconds of each step after the warm-up, without its pause for a checkpoint."""
     steps = [event for event in read_events(plan) if event["event"] == "step"]
+    # from the end of a step to the end of the next, as Ray's part lies between them
     pairs = zip(steps[WARMUP_STEPS - 1 :], steps[WARMUP_STEPS:], strict=False)
     return [after["at"] - before["at"] - after["stall_s"] for before, after in pairs]
 
@@ -213,6 +214,7 @@ def train_without_ray(folder: Path) -> None:
     dist.init_process_group("gloo")
     plan = pickle.loads((folder / "plan.pickle").read_bytes())
     engine = build_engine(plan, 2)
+    # all batches are read before, so that this loop waits for no data
     reader, accumulation_steps = plan.build_reader(), plan.stage.count_accumulation_steps(2)
     batches = iter([reader(turn * 2 + engine.global_rank) for turn in range(BENCH_STEPS * accumulation_steps)])
     times = []

@@ -26,6 +26,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Callable[[Any, Path, bool]
     """
     from jobs import document
 
+    # the file alone decides its kind, as overrides cannot make a study of a job
     tree = document.read_tree(arguments.job)
     if isinstance(tree, dict) and "variants" in tree:
         from jobs import study

@@ -61,6 +61,7 @@ def connect(address: str) -> Iterator[JobSubmissionClient]:
 
     address = address.rstrip("/")
     _check_address(address)
+    # Ray's clients log each upload, but a submission is reported in one line
     for name in ("dashboard_sdk", "job.sdk"):
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
     os.environ[ADDRESS_VARIABLE] = address  # Ray's client prefers this variable, or RAY_ADDRESS, to its argument
@@ -151,6 +152,7 @@ def follow(client: JobSubmissionClient, id: str, write_text: Callable[[str], Non
         nonlocal printed, failures
         seen = 0
         async for text in client.tail_job_logs(id):
+            # a new connection sends the log from its beginning
             new = text[max(printed - seen, 0) :]
             seen += len(text)
             if new:
@@ -166,6 +168,7 @@ def follow(client: JobSubmissionClient, id: str, write_text: Callable[[str], Non
                 return job
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
             failures += 1
+            # a cluster that was restarted does not know the job, and waiting does not bring it back
             if failures > MAX_RECONNECTS or UNKNOWN_JOB_TEXT in str(error):
                 raise
         time.sleep(min(2**failures, 30))

@@ -26,7 +26,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs import document
 from jobs.cluster import package
-from jobs.cluster.manifest import PASSWORD, STOP_MARGIN_S
+from jobs.cluster.kubernetes_options import PASSWORD
+from jobs.cluster.manifest import STOP_MARGIN_S
 from jobs.cluster.remote import (
     RUN_METADATA_KEY,
     STOP_WAIT_VARIABLE,
@@ -79,10 +80,12 @@ def submit(submission: Submission) -> int:
     Raises:
         ValueError: the cluster refuses the job, another submission of this run is active, or a file must not be copied.
     """
+    # as written, not resolved: paths in it are those of the cluster
     tree = document.read_tree(submission.job, submission.overrides)
     job = tree.get("job", tree)  # a study or a search has one for all its runs
     _check_submission(submission, job)
     environment = _collect_environment(submission.env, (job.get("recovery") or {}).get("grace_s", Recovery.grace_s))
+    # packaged before the connection: a secret among the files must stop the submission first
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch, "package.zip")
         command = write_entrypoint(submission, package.write_package(Path.cwd(), submission.job, archive))
@@ -98,6 +101,7 @@ def write_entrypoint(submission: Submission, file: str) -> str:
     # ~/ stays outside the quotes, so that the shell of the cluster replaces it
     home = "~/" if submission.runs_dir.startswith("~/") else ""
     runs_dir = home + shlex.quote(submission.runs_dir.removeprefix("~/"))
+    # exec, so that Ray's SIGTERM reaches redux and not a shell around it
     return f"exec {shlex.join([*redux, 'run', file, *submission.overrides])} --runs-dir {runs_dir}"
 
 
@@ -189,6 +193,7 @@ def _submit_once(
     client: JobSubmissionClient, submission: Submission, number: int, command: str, runtime_env: dict[str, Any]
 ) -> str:
     """Submit the job once, or find it if its id was submitted before; returns its id."""
+    # read again for each try, because others may have submitted meanwhile
     jobs_by_id = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
     job_id = _choose_id(submission, number, jobs_by_id)
     if job_id not in jobs_by_id:
@@ -218,6 +223,7 @@ def _submit_once(
                 flush=True,
             )
             return job_id
+    # the id exists: it is this submission, repeated, or somebody else's job
     job = client.get_job_info(job_id)
     if find_run_name(job) != submission.name:
         raise ValueError(
@@ -231,6 +237,7 @@ def _choose_id(submission: Submission, number: int, jobs_by_id: Mapping[str, Any
     """Choose the id of a submission: the id of the user and a number, or the first free id from the name of the run."""
     if submission.id is not None:
         return submission.id if number == 1 else f"{submission.id}-{number}"
+    # Ray refuses the id of an ended job, too
     job_id, count = submission.name, 1
     while job_id in jobs_by_id and (
         jobs_by_id[job_id].status.is_terminal() or find_run_name(jobs_by_id[job_id]) != submission.name

@@ -29,6 +29,7 @@ def time_tower(bench: Bench) -> None:
     base = build_model(bench, build_config(shapes, 1))
     side = shapes.tower["image_size"]
     pixels = torch.randn(batch, 3, side, side, device=bench.device, dtype=torch.bfloat16)
+    # towers share their weights, so that only the compression differs
     towers = {"off": base} | {
         name: share_weights(base, build_config(shapes, 1, VMTC(tokens=tokens))) for name, tokens in budgets.items()
     }
@@ -126,6 +127,7 @@ def time_training(bench: Bench) -> None:
         for name, settings in list_methods(shapes).items()
     }
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    # one optimizer for all variants: they share their weights, and a card has no room for more states
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=bench.device == "cuda")
     steps = {name: build_step(bench, model, optimizer) for name, model in models.items()}
     peak = measure_matmul_peak(bench)
