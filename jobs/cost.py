@@ -41,29 +41,28 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
     ]
     for name, preset in rows.items():
         try:
-            config = build_config(preset)
-            cost = compute_cost(config, text)
+            lines.append(_format_row(name, preset.description, build_config(preset), text, llava_cost.flops))
         except ValueError as error:
             # a preset that the user named is an error; in the list of all it is a line
             if name in names:
                 raise ValueError(f"{name}: {error}") from None
             lines.append(f"{name:<18} does not fit: {error}")
-            continue
-        stages = ", ".join(
-            f"{stage.block}: {stage.kept}+{stage.clusters}" for stage in config.compression_stages.values()
-        )
-        lines.append(
-            COST_ROW_FORMAT.format(
-                name,
-                config.image_seq_length,
-                stages or "-",
-                _format_number(cost.flops / 1e9),
-                f"{cost.flops / llava_cost.flops:.0%}",
-                _format_number(cost.kv_bytes / 2**20),
-                preset.description,
-            )
-        )
     return "\n".join(lines)
+
+
+def _format_row(name: str, description: str, config: ReduxConfig, text: int, llava_flops: float) -> str:
+    """Format the row of a configuration; ValueError if its compression does not fit the tower."""
+    cost = compute_cost(config, text)
+    stages = ", ".join(f"{stage.block}: {stage.kept}+{stage.clusters}" for stage in config.compression_stages.values())
+    return COST_ROW_FORMAT.format(
+        name,
+        config.image_seq_length,
+        stages or "-",
+        _format_number(cost.flops / 1e9),
+        f"{cost.flops / llava_flops:.0%}",
+        _format_number(cost.kv_bytes / 2**20),
+        description,
+    )
 
 
 def _format_number(number: float) -> str:

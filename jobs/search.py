@@ -287,7 +287,7 @@ def _read_metrics(job: Job, trial_folder: Path) -> dict[str, float]:
     result = json.loads((trial_folder / "metrics.json").read_text())
     if job.train:
         stage = list(job.train)[-1]
-        # a skipped step has no loss
+        # None stands for a loss that was not finite
         losses = [loss for loss in metrics.read_losses(trial_folder, stage).values() if loss is not None]
         last = losses[-max(len(losses) // LOSS_PARTS, 1) :]
         result["tokens_per_s"] = metrics.compute_tokens_per_s(trial_folder, stage)
