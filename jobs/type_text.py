@@ -60,6 +60,15 @@ def find_type(hint: Any, location: Sequence[str | int]) -> Any:
     return Any
 
 
+def find_key_type(hint: Any, location: Sequence[str | int]) -> Any:
+    """Find the annotation of the keys of the mapping at a location inside a type; Any if there is none."""
+    for member in list_members(find_type(hint, location)):
+        origin = get_origin(member)
+        if isinstance(origin, type) and issubclass(origin, Mapping):
+            return get_args(member)[0]
+    return Any
+
+
 def list_members(hint: Any) -> Iterator[Any]:
     """List the members of a union, without their annotations; of another type, itself."""
     if get_origin(hint) is Annotated:

@@ -29,7 +29,7 @@ from jobs.bench.gpu_speed.shapes import FULL_SHAPES, TINY_SHAPES  # noqa: E402
 from jobs.bench.gpu_speed.table import build_table, print_table  # noqa: E402
 from jobs.bench.gpu_speed.timing import Bench, describe_error  # noqa: E402
 from jobs.bench.gpu_speed.training import time_layer, time_tower, time_training  # noqa: E402
-from jobs.bench.record import append_record  # noqa: E402
+from jobs.bench.record import add_out_option, append_record  # noqa: E402
 
 TEST_LIMIT_S = 150
 """Seconds after which the tests are stopped, so that time remains for the table."""
@@ -102,10 +102,10 @@ def describe_machine(bench: Bench) -> dict[str, str]:
     }
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="default: %(default)s")
+    add_out_option(parser, __file__)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to check the script on a CPU")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument(
@@ -116,14 +116,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="start no section after this time, default: %(default)s",
     )
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write a profile of each variant there")
-    parsed = parser.parse_args(arguments)
-    parsed.out = parsed.out.with_suffix(".jsonl")
-    return parsed
+    return parser.parse_args(argv)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the sections; 1 if one of them failed as a whole."""
-    options = parse_arguments(arguments)
+    options = parse_arguments(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bench = Bench(TINY_SHAPES if options.tiny else FULL_SHAPES, device, options.profile)
     if device == "cpu":
@@ -155,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with options.out.open("r+") as file:
                 file.truncate(length_before)
         record = {**machine, "tiny": options.tiny, "seconds": seconds, "kernels": collector.messages}
-        append_record(str(options.out), **record, table=build_table(bench), results=bench.results)
+        append_record(options.out, **record, table=build_table(bench), results=bench.results)
     print_table(bench)
     logger.removeHandler(collector)
     return int(any("error" in result for result in bench.results.values()))

@@ -11,7 +11,7 @@ import argparse
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -130,11 +130,11 @@ PATHS: dict[str, CallBuilder] = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), metavar="PATH", help="default: all")
     parser.add_argument("--verbose", action="store_true", help="also print the launches of each operator")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     print("| path | plain | fused | of them Triton |\n|---|---|---|---|")
     for name in arguments.paths:
         plain, fused = count_launches(PATHS[name], "plain"), count_launches(PATHS[name], "fused")

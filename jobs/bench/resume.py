@@ -23,7 +23,7 @@ import ray
 import ray.data
 from PIL import Image
 
-from jobs.bench.record import append_record
+from jobs.bench.record import add_out_option, append_record
 from pipelines.core import cluster, storage
 from pipelines.core.storage import read_ranges
 from pipelines.data.ingest import Reader, iterate_micro_batches, make_conversation_encoder, make_dataset
@@ -36,11 +36,12 @@ from redux.conversation import IMAGE_TOKEN, train_word_tokenizer
 RESUME_SIZE, RESUME_BATCH, RESUME_WORKERS = 336, 16, 2
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=3200, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
-    arguments = parser.parse_args()
+    add_out_option(parser, __file__)
+    arguments = parser.parse_args(argv)
     steps = arguments.samples // (RESUME_BATCH * RESUME_WORKERS)
     first_steps = {"start": 0, "95 %": int(0.95 * steps)}
     seconds: dict[str, list[float]] = {name: [] for name in first_steps}
@@ -56,7 +57,7 @@ def main() -> None:
     for name, median in medians.items():
         print(f"{name:6} {median:6.2f} s to the first batch, {bytes_read[name]} bytes of the shards in it")
     append_record(
-        __file__,
+        arguments.out,
         versions={"ray": ray.__version__},
         samples=arguments.samples,
         first_batch_s=medians,

@@ -20,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.bench.record import append_record
+from jobs.bench.record import add_out_option, append_record
 
 if TYPE_CHECKING:
     from pipelines.training.engine import DeepSpeedEngineProtocol
@@ -54,10 +55,11 @@ HOURS_BETWEEN_FAULTS = 3
 """Mean time between two faults of the large run."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bare", metavar="FOLDER", help="called by torchrun: run the loop without Ray")
-    arguments = parser.parse_args()
+    add_out_option(parser, __file__)
+    arguments = parser.parse_args(argv)
     if arguments.bare:
         train_without_ray(Path(arguments.bare))
         return
@@ -75,7 +77,7 @@ def main() -> None:
             kill_time_file = killed_plan.run / "killed-at"
             driver.train_stage(killed_plan, [KillWorker(KILL_STEP, kill_time_file)])
         append_record(
-            __file__,
+            arguments.out,
             **summarize(
                 measure_steps(plan),
                 train_by_torchrun(plan),
