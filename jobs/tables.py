@@ -32,18 +32,18 @@ def write_tables(runs: Sequence[Path], out: Path | None, scorers: Scorers, sampl
         The tables as Markdown.
 
     Raises:
-        ValueError: there is no finished run.
+        ValueError: there is no finished run, or `out` is a file.
     """
+    # found before the bootstrap, which takes long
+    if out and out.exists() and not out.is_dir():
+        raise ValueError(f"--out: got {out}, which is a file, allowed: a folder")
     families, notes = find_families(runs, scorers)
     tables = build_tables(families, samples)
     text = format_markdown(tables, [*comparison.write_summary(tables), *notes])
     if out:
         scorer = scorers.get("instructions")
         prompt_plots = {family.label: compare_prompts(family, scorer) for family in families} if scorer else {}
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--out: got {out}, allowed: a folder that can be made; {error.strerror}") from None
+        out.mkdir(parents=True, exist_ok=True)
         page.write(out / "tables.md", text)
         page.write(out / "tables.html", comparison.render(tables, notes, prompt_plots))
         for table in tables:

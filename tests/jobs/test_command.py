@@ -308,6 +308,12 @@ def test_a_run_without_training_has_nothing_to_export(tmp_path: Path, capsys: py
     )
 
 
+def test_tables_are_not_written_over_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (out := tmp_path / "out").touch()
+    assert command.main(["tables", str(tmp_path), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"redux: --out: got {out}, which is a file, allowed: a folder\n"
+
+
 def test_an_export_that_is_stopped_leaves_nothing_in_the_way_of_the_next(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
