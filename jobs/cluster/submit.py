@@ -198,8 +198,8 @@ def _submit_once(
     job_id = _choose_id(submission, number, jobs_by_id)
     if job_id not in jobs_by_id:
         active = [
-            id
-            for id, job in jobs_by_id.items()
+            other_id
+            for other_id, job in jobs_by_id.items()
             if find_run_name(job) == submission.name and not job.status.is_terminal()
         ]
         if active:
