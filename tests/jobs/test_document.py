@@ -150,6 +150,10 @@ def test_a_name_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
         ("train.pretrain.epoch=1", "train.pretrain.epoch: unknown key, did you mean 'epochs'? got 1, allowed keys: "),
     ],
 )
+def test_an_unknown_key_is_refused_at_every_depth(tmp_path: Path, override: str, problem: str) -> None:
+    assert mistake(tmp_path, GOOD, override).startswith(f"job.yaml: {problem}")
+
+
 def test_a_key_that_a_user_chooses_is_checked_as_well(tmp_path: Path) -> None:
     assert mistake(tmp_path, GOOD, "variants={a b: 1}") == (
         "job.yaml: variants.a b: key 'a b', allowed keys: text that matches ^[a-z]+$"
@@ -160,10 +164,6 @@ def test_a_key_that_a_user_chooses_is_checked_as_well(tmp_path: Path) -> None:
 def test_files_of_windows_editors_are_read(tmp_path: Path, text: str) -> None:
     (tmp_path / "job.yaml").write_bytes(text.encode())
     assert document.read(tmp_path / "job.yaml", (), Plan) == Plan(name="b", train={})
-
-
-def test_an_unknown_key_is_refused_at_every_depth(tmp_path: Path, override: str, problem: str) -> None:
-    assert mistake(tmp_path, GOOD, override).startswith(f"job.yaml: {problem}")
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
