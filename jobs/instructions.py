@@ -29,7 +29,7 @@ def write_prompts(arguments: argparse.Namespace) -> None:
 
 def read_questions(path: str) -> list[ImageQuestion]:
     """Read questions about images, with optional answers, from a JSON list, JSON lines or a table."""
-    return [
+    questions = [
         ImageQuestion(
             id=record.id,
             image=get_field(record.location, record.fields, "image"),
@@ -38,3 +38,6 @@ def read_questions(path: str) -> list[ImageQuestion]:
         )
         for record in read_records(path, QUESTION_FORMS)
     ]
+    if not questions:
+        raise ValueError(f"FILE: got no question in {path}, allowed: at least one")
+    return questions
