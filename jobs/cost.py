@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from redux.configuration import ReduxConfig
 from redux.cost import compute_cost
 from redux.presets import PRESETS, VICUNA_SIZES, Preset, build_llava_config
@@ -73,8 +75,8 @@ def _read_config(folder: Path) -> ReduxConfig:
     try:
         if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "llava":
             return ReduxConfig.from_pretrained(folder)
-    except (OSError, LookupError, TypeError, ValueError):
-        pass  # no file, or not the object of a LLaVA
+    except (OSError, LookupError, TypeError, ValueError, StrictDataclassError):
+        pass  # no file, or not the object of a LLaVA; transformers' error for a wrong type is none of Python's
     raise ValueError(
         f"--model: got {folder}, allowed: {', '.join(VICUNA_SIZES)}, or the folder of a LLaVA, with its config.json"
     )
