@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs import claims
@@ -57,12 +58,25 @@ def find_assembled(job: Job, folder: Path) -> Path | None:
 
 
 def build_config(model: ModelSettings) -> ReduxConfig:
-    """Build the configuration of a pretrained model or of pretrained parts; ValueError if they do not fit together."""
-    if model.checkpoint:
-        return pretrained.configure_checkpoint(model.checkpoint, **model.methods)
-    assert isinstance(model.tower, str)
-    assert isinstance(model.language, str)
-    return pretrained.configure_assembly(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
+    """Build the configuration of a pretrained model or of pretrained parts.
+
+    Raises:
+        ValueError: a config.json has a value of a wrong type, or the parts do not fit together.
+    """
+    try:
+        if model.checkpoint:
+            return pretrained.configure_checkpoint(model.checkpoint, **model.methods)
+        assert isinstance(model.tower, str)
+        assert isinstance(model.language, str)
+        return pretrained.configure_assembly(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
+    except StrictDataclassError as error:  # transformers 5 raises it for a config.json, and it is no ValueError
+        part, got = (
+            ("checkpoint", model.checkpoint) if model.checkpoint else ("tower", f"{model.tower}, {model.language}")
+        )
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{part}: got {got}, allowed: a config.json whose values have the right types; {reason}"
+        ) from None
 
 
 def measure_image(job: Job, folder: Path) -> tuple[int, int]:

@@ -299,6 +299,15 @@ def test_cost_names_a_folder_whose_config_is_not_that_of_a_llava(
     assert capsys.readouterr().err.startswith(f"redux: --model: got {tmp_path}, allowed: 7b, 13b, or the folder of a")
 
 
+def test_a_config_with_a_value_of_a_wrong_type_is_a_line(tmp_path: Path) -> None:
+    from jobs import model_parts
+    from redux.architecture import ModelSettings
+
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "text_config": 3}')
+    with pytest.raises(ValueError, match=r"^checkpoint: got .*, allowed: a config.json .*'text_config' with value 3"):
+        model_parts.build_config(ModelSettings(checkpoint=str(tmp_path)))
+
+
 def test_a_run_without_training_has_nothing_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = f"name: a\ndata: {{}}\nmodel: {{checkpoint: {tmp_path}}}\nevaluate: {{tasks: {{easy_vqa: {{}}}}}}\n"
     (tmp_path / "job.yaml").write_text(text)
