@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from jobs import schema
 from jobs.claims import Claim
-from jobs.run import list_steps, resolve_job, run
+from jobs.resolve import resolve_job
+from jobs.run import list_steps, run
 from jobs.schema import Job
 from jobs.search import TrialJobs
 from jobs.search import load as load_search

@@ -151,3 +151,19 @@ def test_a_run_that_finds_no_ray_binds_nothing(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(ValueError, match=r"127\.0\.0\.1:1"):
             run(load(f"seed={seed}"), tmp_path / "run")
     assert schema.load(tmp_path / "run" / JOB_FILE).seed == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"a: [", "line 1, column 5: "), (b"\xff", "'utf-8' codec can't decode"), (b"name: \x00", "not plain YAML: ")],
+)
+def test_a_damaged_job_in_the_folder_is_named(tmp_path: Path, content: bytes, problem: str) -> None:
+    (tmp_path / JOB_FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path / JOB_FILE}: {problem}"):
+        Claim.from_folder(tmp_path, load())
+
+
+@pytest.mark.parametrize("content", ["train: 3", "- 1", ""])
+def test_a_job_in_the_folder_that_is_no_job_has_no_stages(tmp_path: Path, content: str) -> None:
+    (tmp_path / JOB_FILE).write_text(content)
+    assert Claim.from_folder(tmp_path, load()).stages[0] == []

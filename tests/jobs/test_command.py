@@ -237,6 +237,20 @@ def test_an_output_that_nobody_reads_any_more_is_no_error(name: str) -> None:
     assert process.returncode == 7
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_an_output_that_the_shell_has_closed_is_no_error(closed: str) -> None:
+    ended = subprocess.run(["sh", "-c", f"{sys.executable} -m jobs.command schema {closed}"], cwd=ROOT)
+    assert ended.returncode == 0
+
+
+def test_a_character_that_the_output_cannot_show_is_no_error() -> None:
+    code = "from jobs import command; command._survive_lost_outputs(); print('caf\\udce9 ü')"
+    for encoding, shown in (("utf-8", "caf\\udce9 ü"), ("ascii", "caf\\udce9 \\xfc")):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment)
+        assert output.decode().strip() == shown
+
+
 def test_an_error_of_ours_keeps_its_traceback(work: Any) -> None:
     def fail(job: Any, folder: Path, changed: bool) -> None:
         raise RuntimeError("a bug")
@@ -265,6 +279,7 @@ def test_cost_prints_the_stages_and_tokens_of_each_preset() -> None:
         (["nothing"], "preset: got nothing, allowed: default, "),
         (["--model", "8b"], "--model: got 8b, allowed: 7b, 13b, or the folder of a LLaVA"),
         (["--text", "0"], "argument --text: got 0, allowed: a whole number >= 1"),
+        (["--text", "9" * 5000], ", allowed: a whole number >= 1"),
     ],
     ids=str,
 )
@@ -273,6 +288,39 @@ def test_what_cost_cannot_show_is_named_in_a_line(arguments: list[str], said: st
     assert told.returncode == 2
     assert said in told.stderr.splitlines()[-1]
     assert not told.stdout
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", '{"model_type": 3}', '{"model_type": "llava", "text_config": 3}'])
+def test_cost_names_a_folder_whose_config_is_not_that_of_a_llava(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert command.main(["cost", "--model", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"redux: --model: got {tmp_path}, allowed: 7b, 13b, or the folder of a")
+
+
+def test_a_config_with_a_value_of_a_wrong_type_is_a_line(tmp_path: Path) -> None:
+    from jobs import model_parts
+    from redux.architecture import ModelSettings
+
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "text_config": 3}')
+    with pytest.raises(ValueError, match=r"^checkpoint: got .*, allowed: a config.json .*'text_config' with value 3"):
+        model_parts.build_config(ModelSettings(checkpoint=str(tmp_path)))
+
+
+def test_a_run_without_training_has_nothing_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"name: a\ndata: {{}}\nmodel: {{checkpoint: {tmp_path}}}\nevaluate: {{tasks: {{easy_vqa: {{}}}}}}\n"
+    (tmp_path / "job.yaml").write_text(text)
+    assert command.main(["export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == (
+        f"redux: {tmp_path}: this run only evaluates, allowed: the folder of a run with training stages\n"
+    )
+
+
+def test_tables_are_not_written_over_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (out := tmp_path / "out").touch()
+    assert command.main(["tables", str(tmp_path), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"redux: --out: got {out}, which is a file, allowed: a folder\n"
 
 
 def test_an_export_that_is_stopped_leaves_nothing_in_the_way_of_the_next(

@@ -39,6 +39,7 @@ class Plan:
     train: dict[str, Stage]
     data: Mixture = Mixture()
     text: str = ""
+    variants: dict[Annotated[str, StringConstraints(pattern=r"^[a-z]+$")], int] = field(default_factory=dict)
 
 
 ONE_LINE = r"^[^\n]+$(?!\n)"
@@ -144,13 +145,25 @@ def test_a_name_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("nmae=b", "nmae: unknown key, did you mean 'name'? got 'b', allowed keys: name, train, data, text"),
+        ("nmae=b", "nmae: unknown key, did you mean 'name'? got 'b', allowed keys: name, train, data, text, variants"),
         ("data.zzz=1", "data.zzz: unknown key, got 1, allowed keys: weights, sizes"),
         ("train.pretrain.epoch=1", "train.pretrain.epoch: unknown key, did you mean 'epochs'? got 1, allowed keys: "),
     ],
 )
 def test_an_unknown_key_is_refused_at_every_depth(tmp_path: Path, override: str, problem: str) -> None:
     assert mistake(tmp_path, GOOD, override).startswith(f"job.yaml: {problem}")
+
+
+def test_a_key_that_a_user_chooses_is_checked_as_well(tmp_path: Path) -> None:
+    assert mistake(tmp_path, GOOD, "variants={a b: 1}") == (
+        "job.yaml: variants.a b: key 'a b', allowed keys: text that matches ^[a-z]+$"
+    )
+
+
+@pytest.mark.parametrize("text", ["\ufeffname: b\ntrain: {}\n", "name: b\r\ntrain: {}\r\n"])
+def test_files_of_windows_editors_are_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "job.yaml").write_bytes(text.encode())
+    assert document.read(tmp_path / "job.yaml", (), Plan) == Plan(name="b", train={})
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
@@ -179,10 +192,16 @@ def test_a_check_of_the_dataclass_itself_keeps_its_words_on_the_whole_path(tmp_p
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "got null, allowed: a section with the keys name, train, data, text (needed: name, train)"),
-        ("- 1", "got [1], allowed: a section with the keys name, train, data, text (needed: name, train)"),
+        ("", "got null, allowed: a section with the keys name, train, data, text, variants (needed: name, train)"),
+        ("- 1", "got [1], allowed: a section with the keys name, train, data, text, variants (needed: name, train)"),
         ("a: 1\nb: [", "line 2, column 5: "),
-        ("a: 1\nb: {c: 1, c: 2}", "line 2, column 11: key 'c' is given twice"),
+        ("a: 1\nb: {c: 1, c: 2}", "line 2, column 11: key 'c' is given twice, allowed: once"),
+        ("a: 1\n---\na: 2", "line 2, column 1: expected a single document in the stream, but found another document"),
+        ("a: !!bool b", "not plain YAML: "),
+        ("a: !!int ''", "not plain YAML: "),
+        ("a: !!float b", "not plain YAML: "),
+        ('a: "\\ud800"', "not plain YAML: "),
+        ("[" * 3000, "not plain YAML: maximum recursion depth exceeded"),
         ("1: a", "line 1, column 1: a key must be text"),
         ("a: 0100", "line 1, column 4: got 0100, allowed: a decimal number without a leading zero"),
         ("a: -0x10", "line 1, column 4: got -0x10, allowed: a decimal number"),
@@ -215,7 +234,14 @@ def test_a_wrong_override_is_quoted(tmp_path: Path, override: str, problem: str)
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
-    for name, problem in [("none.yaml", "No such file"), (".", "Is a directory"), ("bytes.yaml", "'utf-8' codec")]:
+    for name, problem in [
+        ("none.yaml", "No such file or directory, allowed: a YAML file"),
+        (".", "Is a directory, allowed: a YAML file"),
+        (
+            "bytes.yaml",
+            "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte, allowed: YAML in UTF-8",
+        ),
+    ]:
         path = tmp_path / name
         with pytest.raises(ValueError, match=ONE_LINE) as caught:
             document.read(path, [], Plan)

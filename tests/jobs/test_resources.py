@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from jobs import run, schema
+from jobs import model_parts, run, schema
 from jobs.schema import Job
 from pipelines.core import cluster
 from pipelines.evaluation import evaluate
@@ -76,7 +76,7 @@ def test_a_recipe_takes_the_gpus_that_share_its_batch(
     machine, monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, workers: int
 ) -> None:
     machine(32, gpus)
-    monkeypatch.setattr(run, "_measure_image", lambda model, folder: (336, 288))
+    monkeypatch.setattr(model_parts, "measure_image", lambda model, folder: (336, 288))
     job = schema.load(JOBS / f"{name}.yaml")
     run._check_resources(job, every_step(job))
     assert count_workers(job) == {"pretrain": workers, "instruct": workers}

@@ -48,6 +48,7 @@ def test_a_submission_is_written_for_every_question(tmp_path: Path, capsys: pyte
         (["gqa"], "redux: --questions: got none, allowed: the official files of GQA"),
         (["gqa", "--questions", "@", "@"], "redux: questions: got "),
         (["gqa", "--questions", "@", "--submission", "x"], "redux: --submission: got task gqa, allowed: vqav2"),
+        (["instructions", "--submission", "x"], "redux: --submission: got task instructions, allowed: vqav2"),
         (["gqa", "--questions", "@"], "answers: line 1: got an answer to '9', allowed: ids of the 4 questions"),
     ],
     ids=str,

@@ -81,6 +81,12 @@ def test_a_mistake_is_one_line_that_names_the_variant(tmp_path: Path, changes: d
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(ValueError, match=r"runs/mini: no run folder can be made here: Not a directory$"):
+        study.run_study(study.load(FILE), tmp_path / "runs" / "mini")
+
+
 TINY = """
 name: tiny
 shared: [pretrain]

@@ -30,7 +30,7 @@ import psutil
 import pytest
 
 from jobs import command
-from jobs.cluster import package
+from jobs.cluster import package, submit
 from redux.extras import write_install_command
 
 pytestmark = pytest.mark.integration
@@ -330,6 +330,25 @@ def test_a_home_is_not_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ValueError, match="would be uploaded"):
         package.write_package(tmp_path, tmp_path / "job.yaml", tmp_path / "package.zip")
+
+
+def test_a_name_that_is_not_utf8_is_told_with_its_file(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / os.fsdecode(b"caf\xe9.py")).touch()
+    with pytest.raises(ValueError, match=r"here/caf.*\.py: got a name that is not UTF-8, allowed: UTF-8; a .rayignore"):
+        package.write_package(tmp_path / "here", checkout / "job.yaml", tmp_path / "package.zip")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [(b"[project", "pyproject.toml: "), (b"\xff", "pyproject.toml: "), (b"project = 3", "")]
+)
+def test_a_project_file_that_is_none_is_named(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "pyproject.toml").write_bytes(content)
+    if told:
+        with pytest.raises(ValueError, match=rf"{told}.*, allowed: TOML"):
+            submit._is_redux(tmp_path)
+    else:
+        assert not submit._is_redux(tmp_path)
 
 
 # --- who may, and what may be -----------------------------------------------------------------------------------------
