@@ -12,6 +12,7 @@ do not depend on the number of workers.
 import gc
 import json
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -217,9 +218,22 @@ def make_config(plan: StagePlan) -> dict[str, Any]:
     }
 
 
+def import_deepspeed() -> Any:
+    """Import DeepSpeed without MLflow, which its autotuner imports if it is installed, for a second of CPU."""
+    # None makes an import fail. Only a module that is not there is replaced.
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("mlflow", None)
+    try:
+        import deepspeed
+    finally:
+        if modules["mlflow"] is None:
+            del modules["mlflow"]
+    return deepspeed
+
+
 def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
     """Build the DeepSpeed engine of this rank. A collective over all workers."""
-    import deepspeed
+    deepspeed = import_deepspeed()
     from deepspeed.accelerator import get_accelerator
 
     if not torch.cuda.is_available():

@@ -25,6 +25,7 @@ from pipelines.training.engine import (
     build_engine,
     describe_model,
     free_engine,
+    import_deepspeed,
     set_learning_rate,
 )
 from pipelines.training.hooks import Hook, StepResult
@@ -80,20 +81,31 @@ class LocalUpdate(NamedTuple):
     grad_norm: float
 
 
-def train_worker(
-    stages: Sequence[StageWork], recorder: RecorderClient, extra_hook_factories: Sequence[HookFactory]
-) -> None:
+class GroupWork(NamedTuple):
+    """Work of a group of workers.
+
+    Args:
+        stages: stages in their order. The driver may end the workers after any of them.
+        extra_hook_factories: make hooks that run after those of this package.
+    """
+
+    stages: tuple[StageWork, ...]
+    extra_hook_factories: tuple[HookFactory, ...]
+
+
+def train_worker(recorder: RecorderClient) -> None:
     """Train one rank, stage after stage, from the stage that the driver has opened.
 
     Args:
-        stages: the stages of these workers. The driver may end them after any of them.
         recorder: recorder of the stages.
-        extra_hook_factories: make hooks that run after those of this package.
     """
-    entered = time.monotonic()
+    # Import it while the driver may still make the data of the first stage.
+    import_deepspeed()
     number = _wait_for_stage(recorder, finished=-1)
+    entered = time.monotonic()
     if number is None:
         return
+    stages, extra_hook_factories = recorder.get_work()
     # Stages that the same number of workers can share. A stage that needs another number gets new workers.
     workers = dist.get_world_size()
     used_workers = stages[number].plan.stage.count_usable_workers(workers)
@@ -175,6 +187,7 @@ def _train_stage(
     set_kernels(plan.kernels)
     if is_first:
         forward_kernel_messages(recorder, plan.name)
+    feed.prepare(work)
     engine = build_engine(plan, dist.get_world_size())
     description = describe_model(engine)
     resume_point = _restore(engine, plan, number, description, recorder, entered)
@@ -190,7 +203,7 @@ def _train_stage(
         ]
         all_hooks = [watchdog, *closing_hooks]
         cursor, rolled_back = resume_point
-        batches = feed.read(engine, work, cursor)
+        batches = feed.read(work, cursor)
         for step in run_training_steps(engine, plan, batches, cursor, steps, all_hooks, rolled_back):
             for hook in all_hooks:
                 hook.on_step_end(step)
@@ -447,17 +460,31 @@ class Feed:
         self.due = 0
         """Index of the stage whose micro-batches come next."""
 
-    def read(self, engine: DeepSpeedEngineProtocol, work: StageWork, cursor: int) -> Iterator[ingest.Batch]:
+    def prepare(self, work: StageWork) -> None:
+        """Start the readers of a stage that has no checkpoint, so that they start while the model is built.
+
+        A collective. With a checkpoint, the first micro-batch is known only when it is loaded.
+        """
+        has_checkpoint = [dist.get_rank() == 0 and checkpoint.exists(work.plan.folder)]
+        dist.broadcast_object_list(has_checkpoint, src=0)
+        index = self._find_index(work)
+        if not has_checkpoint[0] and (self.batches is None or index != self.due):
+            self.batches, self.due = self._open(index, cursor=0), index
+
+    def _find_index(self, work: StageWork) -> int:
+        return [stage.plan.name for stage in self.stages].index(work.plan.name)
+
+    def read(self, work: StageWork, cursor: int) -> Iterator[ingest.Batch]:
         """Yield the micro-batches of the global batches cursor+1..steps of a stage. A collective.
 
         Raises:
             RuntimeError: Ray Data delivered another micro-batch than the next one.
         """
-        rank, workers = engine.global_rank, engine.dp_world_size
-        index = [stage.plan.name for stage in self.stages].index(work.plan.name)
+        rank, workers = dist.get_rank(), dist.get_world_size()
+        index = self._find_index(work)
         # The readers of earlier stages are at the beginning of this one, unless it starts from a checkpoint.
         if self.batches is None or index != self.due or cursor:
-            self.batches = self._open(engine, index, cursor)
+            self.batches = self._open(index, cursor)
         # Micro-batches go to the ranks in turn: rank r gets r, r + workers, ... A wrong one would change the result.
         accumulation_steps = work.plan.stage.count_accumulation_steps(workers)
         for turn in range(cursor * accumulation_steps, work.steps * accumulation_steps):
@@ -468,18 +495,18 @@ class Feed:
             self.due = index + (turn + 1 == work.steps * accumulation_steps)
             yield batch
 
-    def _open(self, engine: DeepSpeedEngineProtocol, index: int, cursor: int) -> Iterator[ingest.Batch]:
+    def _open(self, index: int, cursor: int) -> Iterator[ingest.Batch]:
         """Start the readers of a stage and of those after it. A collective."""
-        workers = engine.dp_world_size
+        workers = dist.get_world_size()
         # Rank 0 alone creates the dataset, so that one set of readers serves all ranks and a split hands each block to
         # one of them. The others get their iterators from it.
         splits: list[Any] = [None] * workers
-        if engine.global_rank == 0:
+        if dist.get_rank() == 0:
             segments: list[ingest.Segment] = []
             for work in self.stages[index:]:
                 count = work.plan.stage.count_accumulation_steps(workers) * workers
                 segments.append(ingest.Segment(work.reader, (0 if segments else cursor) * count, work.steps * count))
-            leaves_cpus = self.stages[index].plan.leaves_cpus_to_readers(uses_gpus=engine.device.type != "cpu")
+            leaves_cpus = self.stages[index].plan.leaves_cpus_to_readers(uses_gpus=torch.cuda.is_available())
             splits = list(ingest.make_streams(segments, workers, leaves_cpus))
         received: list[Any] = [None]
         dist.scatter_object_list(received, splits, src=0)
