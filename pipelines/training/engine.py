@@ -12,7 +12,6 @@ do not depend on the number of workers.
 import gc
 import json
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
+from pipelines.core.imports import import_without
 from pipelines.training.plan import LearningRateSchedule, StagePlan
 from redux import contrastive, model
 from redux.architecture import TowerSizes
@@ -37,6 +37,9 @@ if not torch.cuda.is_available():
 
 TORCH_LINEAR = F.linear
 """Linear layer of torch. ZeRO 3 of DeepSpeed replaces it in the whole process, which rounds gradients otherwise."""
+
+MAX_REDUCE_BUCKET_SIZE = 500_000_000
+"""Gradients that are summed over ranks at a time, at most: DeepSpeed's default."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -220,15 +223,7 @@ def make_config(plan: StagePlan) -> dict[str, Any]:
 
 def import_deepspeed() -> Any:
     """Import DeepSpeed without MLflow, which its autotuner imports if it is installed, for a second of CPU."""
-    # None makes an import fail. Only a module that is not there is replaced.
-    modules: dict[str, Any] = sys.modules
-    modules.setdefault("mlflow", None)
-    try:
-        import deepspeed
-    finally:
-        if modules["mlflow"] is None:
-            del modules["mlflow"]
-    return deepspeed
+    return import_without("deepspeed", "mlflow")
 
 
 def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
@@ -255,6 +250,12 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
         {"params": [parameter.requires_grad_() for parameter in parts[part]], "lr": 0.0, "peak": rate}
         for part, rate in stage.learning_rate.items()
     ]
+    if stage.zero_stage:
+        # DeepSpeed allocates a whole bucket in every backward pass: by default 2 GB of fp32, which is mapped anew.
+        trained = sum(
+            getattr(parameter, "ds_numel", parameter.numel()) for group in groups for parameter in group["params"]
+        )
+        config["zero_optimization"]["reduce_bucket_size"] = min(trained, MAX_REDUCE_BUCKET_SIZE)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay, fused=True)
 
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
