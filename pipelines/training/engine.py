@@ -252,10 +252,10 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
     ]
     if stage.zero_stage:
         # DeepSpeed allocates a whole bucket in every backward pass: by default 2 GB of fp32, which is mapped anew.
-        trained = sum(
-            getattr(parameter, "ds_numel", parameter.numel()) for group in groups for parameter in group["params"]
-        )
-        config["zero_optimization"]["reduce_bucket_size"] = min(trained, MAX_REDUCE_BUCKET_SIZE)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        # ZeRO 3 has divided the parameters and keeps their size in ds_numel.
+        elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+        config["zero_optimization"]["reduce_bucket_size"] = min(elements, MAX_REDUCE_BUCKET_SIZE)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay, fused=True)
 
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
