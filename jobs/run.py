@@ -97,6 +97,7 @@ def run(
         jsonl.drop_partial_line(folder / PROGRESS)
         with cluster.open_session(), group:
             _check_resources(job, remaining)
+            _start_workers_early(job, folder, allow_changes, list(remaining), group)
             _run_steps(remaining, folder / PROGRESS, started_at)
     if until is None:
         _write_metrics(folder)
@@ -145,6 +146,19 @@ def _check_resources(job: Job, steps_left: Collection[str]) -> None:
     needed = max(fewest, actors if isinstance(actors, int) else 1) * per_process
     available = ray.cluster_resources().get(resource, 0)
     raise ValueError(f"{job.name}: needs {needed:g} {resource}s, found {available:g}; set {' '.join(advice)}, or auto")
+
+
+def _start_workers_early(
+    job: Job, folder: Path, allow_changes: bool, remaining: Sequence[str], group: driver.WorkerGroup
+) -> None:
+    """Start the workers of the first stage, if steps before it are left: they import their libraries meanwhile.
+
+    Not in a cluster, where others may use the workers' resources until then.
+    """
+    plans = plan_stages(job, folder, allow_changes)
+    first_stage = next((name for name in remaining if name in plans), None)
+    if first_stage not in (None, remaining[0]) and cluster.is_private():
+        group.start_early(plans[first_stage])
 
 
 @contextmanager

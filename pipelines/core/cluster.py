@@ -28,6 +28,7 @@ from ray import _raylet
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants, services
 from ray._private import utils as ray_utils
+from ray._private.node import Node
 from ray.exceptions import AuthenticationError
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -85,6 +86,12 @@ LOOPBACK_ENVIRONMENT = {
     "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
 }
 """Environment that keeps Ray and its workers on the loopback interface."""
+
+UNUSED_SERVICES_ENVIRONMENT = {
+    # an actor that asks Ray each second if a machine will be preempted; nobody tells a private Ray
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Environment that turns off services of which a private Ray has no use. On two cores each one slows the workers."""
 
 
 @contextmanager
@@ -153,6 +160,7 @@ def _private_settings() -> Iterator[dict[str, Any]]:
     """
     environment = {
         **LOOPBACK_ENVIRONMENT,
+        **UNUSED_SERVICES_ENVIRONMENT,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         **_find_short_folder(),
@@ -165,7 +173,8 @@ def _private_settings() -> Iterator[dict[str, Any]]:
     folders = set(_list_session_folders())
     keep_folder = False
     try:
-        with _isolate_processes():
+        # The log monitor reads the logs of all processes ten times a second, to print them here. Nothing is printed.
+        with _isolate_processes(), patch.object(Node, "start_log_monitor"):
             yield {"address": "local", "include_dashboard": False}
     except Exception as error:
         keep_folder = not isinstance(error, ValueError)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
 from pipelines.core import cluster
+from pipelines.core.imports import import_without
 from pipelines.training.plan import LearningRateSchedule, StagePlan
 from redux import contrastive, model
 from redux.architecture import TowerSizes
@@ -37,6 +38,9 @@ if not torch.cuda.is_available():
 
 TORCH_LINEAR = F.linear
 """Linear layer of torch. ZeRO 3 of DeepSpeed replaces it in the whole process, which rounds gradients otherwise."""
+
+MAX_REDUCE_BUCKET_SIZE = 500_000_000
+"""Gradients that are summed over ranks at a time, at most: DeepSpeed's default."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -218,9 +222,14 @@ def make_config(plan: StagePlan) -> dict[str, Any]:
     }
 
 
+def import_deepspeed() -> Any:
+    """Import DeepSpeed without MLflow, which its autotuner imports if it is installed, for a second of CPU."""
+    return import_without("deepspeed", "mlflow")
+
+
 def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
     """Build the DeepSpeed engine of this rank. A collective over all workers."""
-    import deepspeed
+    deepspeed = import_deepspeed()
     from deepspeed.accelerator import get_accelerator
 
     if not torch.cuda.is_available():
@@ -242,6 +251,12 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
         {"params": [parameter.requires_grad_() for parameter in parts[part]], "lr": 0.0, "peak": rate}
         for part, rate in stage.learning_rate.items()
     ]
+    if stage.zero_stage:
+        # DeepSpeed allocates a whole bucket in every backward pass: by default 2 GB of fp32, which is mapped anew.
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        # ZeRO 3 has divided the parameters and keeps their size in ds_numel.
+        elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+        config["zero_optimization"]["reduce_bucket_size"] = min(elements, MAX_REDUCE_BUCKET_SIZE)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay, fused=True)
 
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)

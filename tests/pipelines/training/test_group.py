@@ -52,8 +52,11 @@ def new_stages(new_plan: Callable[..., StagePlan]) -> Callable[[], list[StagePla
     return make
 
 
-def train(plans: list[StagePlan], hooks: Sequence[Any]) -> None:
+def train(plans: list[StagePlan], hooks: Sequence[Any], early: bool = False) -> None:
     with driver.WorkerGroup() as group:
+        if early:
+            group.start_early(plans[0])
+            assert group.started_for == plans[0]
         for number, plan in enumerate(plans, start=1):
             driver.train_stage(plan, hooks, group=group, later=plans[number:])
 
@@ -70,7 +73,8 @@ def test_stages_of_one_group_are_those_of_three_also_after_a_fault(
     for plan in apart:
         driver.train_stage(plan)
     # The fault is in the second stage: the first one has no step 5.
-    train(together, [WriteProcess(tmp_path), InjectedFault("raise", 5, 1, tmp_path)])
+    # These workers start before they know their stages.
+    train(together, [WriteProcess(tmp_path), InjectedFault("raise", 5, 1, tmp_path)], early=True)
     assert read_record(together[0]) == read_record(apart[0])
     assert (together[0].run / "consumed.jsonl").read_text() == (apart[0].run / "consumed.jsonl").read_text()
     for one, other in zip(together, apart, strict=True):

@@ -17,7 +17,7 @@ from pipelines.core.failures import Failure, Kind
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import ledger, metrics, trackers
-from pipelines.training.recorder import Recorder, RecorderSettings
+from pipelines.training.recorder import WAIT, Recorder, RecorderSettings, StageStatus
 
 ENTRY = {"set": "a", "index": 0, "scheduled": 1, "used": 2, "reason": "broken image"}
 LOST_FAILURE = Failure(Kind.LOST, "OSError: away")
@@ -69,6 +69,17 @@ def test_late_steps_of_lost_workers_are_ignored(new: Callable[..., Recorder], se
 
 
 # Starts
+
+
+def test_workers_that_start_early_wait_for_their_stage(settings: RecorderSettings) -> None:
+    recorder = Recorder()
+    assert recorder.find_stage(-1) == WAIT
+    recorder.record_fault({0: LOST_FAILURE})
+    assert recorder.poll() == StageStatus(0, None, [], "")
+    recorder.open_stage(settings, "work")
+    assert recorder.find_stage(-1) == 0
+    assert recorder.get_work() == "work"
+    recorder.close("stop")
 
 
 def test_consecutive_faults_without_progress_end_the_run(new: Callable[..., Recorder]) -> None:
