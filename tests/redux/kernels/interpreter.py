@@ -1,7 +1,8 @@
-"""Two gaps of Triton's interpreter (3.6), closed for tests.  Import this module before kernels run.
+"""Three gaps of Triton's interpreter (3.6 to 3.9), closed for tests.  Import this module before kernels run.
 
-NumPy 2.4 no longer converts an array of one element to an int, which loops with computed bounds need.  Products of
-bfloat16, which NumPy lacks, multiply the integers that stand for the numbers.
+NumPy 2.4 no longer converts an array of one element to an int, which loops with computed bounds need (3.6).  Products
+of bfloat16, which NumPy lacks, multiply the integers that stand for the numbers.  A comparison of scalars has the type
+of its operands, so combined with a block of booleans it gives a mask of integers, which 3.9 refuses.
 """
 
 from typing import Any
@@ -19,6 +20,11 @@ def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+def _create_splat_of_data(self: Any, block_type: Any, value: Any) -> Any:
+    block = np.full(block_type.shape, value.data.reshape(()), dtype=value.data.dtype)
+    return interpreter.TensorHandle(block, value.dtype.scalar)
+
+
 def _to_float32(value: Any) -> Any:
     if value.dtype.scalar != tl.bfloat16:
         return value
@@ -30,4 +36,5 @@ def _create_dot_in_float32(self: Any, a: Any, b: Any, *args: Any) -> Any:
 
 
 interpreter._patch_lang_tensor = _patch_tensor_and_index
+interpreter.InterpreterBuilder.create_splat = _create_splat_of_data
 interpreter.InterpreterBuilder.create_dot = _create_dot_in_float32

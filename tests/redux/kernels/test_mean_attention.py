@@ -114,14 +114,16 @@ def attend(kernels: Any, call: tuple[Any, ...], recompute: bool = False) -> list
 
 
 @pytest.mark.parametrize("seed", [3, 4])
-def test_a_layer_trains_alike(seed: int) -> None:
+def test_a_layer_has_the_outputs_and_gradients_of_plain_code(seed: int) -> None:
     for fused, plain in zip(*(attend(kernels, draw_call(seed)) for kernels in ("fused", "plain")), strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_recomputed_activations_are_equal() -> None:
-    for once, again in zip(*(attend("fused", draw_call(3), recompute) for recompute in (False, True)), strict=True):
-        assert torch.equal(once, again)
+    for stored, recomputed in zip(
+        *(attend("fused", draw_call(3), recompute) for recompute in (False, True)), strict=True
+    ):
+        assert torch.equal(stored, recomputed)
 
 
 @pytest.mark.parametrize(
