@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 HEADS, KEY_HEADS = 4, 2
-TOKENS = ["<unk>", "<s>", "</s>", "y", "e", "s", "n", "o", "Ġ", "?", "ye", "yes", "no"]
+TOKENS = ["<unk>", "<s>", "</s>", "<|endoftext|>", "y", "e", "s", "n", "o", "Ġ", "?", "ye", "yes", "no"]
 MERGES = ["y e", "ye s", "n o"]
 CONTROL, NORMAL = 3, 1  # types of tokens
 NAMES = {
@@ -68,7 +68,7 @@ def _add_metadata(writer: GGUFWriter, config: LlamaConfig) -> None:
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(TOKENS)
-    writer.add_token_types([CONTROL] * 3 + [NORMAL] * (len(TOKENS) - 3))
+    writer.add_token_types([CONTROL] * 4 + [NORMAL] * (len(TOKENS) - 4))
     writer.add_token_merges(MERGES)
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
