@@ -131,6 +131,13 @@ def in_process() -> Callable[[], AbstractContextManager[None]]:
     return patched
 
 
+@pytest.fixture
+def local_ray_data(in_process: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Do the work of Ray Data in this process during a whole test."""
+    with in_process():
+        yield
+
+
 class Proxy(ThreadingHTTPServer):
     """Passes requests on to the store, but answers with the next of `faults` while there are any.
 
