@@ -10,14 +10,14 @@ from redux.kernels.masked_attention import make_key_mask
 from redux.kernels.selection import drop_below_quantile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LENGTH, FIRST = 12, 2
+LENGTH, FIRST = 14, 4
 
 
 def decide(kind: str, quantile: Any, gamma: float, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the pairs that the kernel keeps, and those that the plain code keeps."""
     generator = torch.Generator().manual_seed(len(kind))
     is_image = torch.rand(3, LENGTH, generator=generator) < 0.5
-    is_image[0, 7:], is_image[1, :3], is_image[2] = False, False, False  # sequences of several lengths, and none
+    is_image[0, 9:], is_image[1, :3], is_image[2] = False, False, False  # sequences of several lengths, and none
     columns = is_image.long().argsort(dim=1, descending=True, stable=True)[:, : int(is_image.sum(dim=1).max())]
     valid = is_image.gather(1, columns)
     slots = (is_image.cumsum(dim=1) - 1).masked_fill(~is_image, -1).int()
@@ -46,10 +46,18 @@ def decide(kind: str, quantile: Any, gamma: float, padded: bool) -> tuple[torch.
     return mask.cpu(), expected
 
 
-@pytest.mark.parametrize("quantile", ["lower", "linear", "count"])
 @pytest.mark.parametrize(
-    ("kind", "gamma", "padded"),
-    [("noise", 0.6, False), ("noise", 0.35, True), ("ties", 0.5, True), ("ties", 0.95, False), ("equal", 0.6, True)],
+    ("kind", "gamma", "padded", "quantile"),
+    [
+        ("noise", 0.6, False, "lower"),
+        ("noise", 0.6, True, "linear"),
+        ("noise", 0.45, True, "count"),
+        ("ties", 0.5, True, "lower"),
+        ("ties", 0.5, True, "linear"),
+        ("ties", 0.95, False, "count"),
+        ("equal", 0.6, True, "linear"),
+        ("equal", 0.6, True, "count"),
+    ],
 )
 def test_the_kernel_decides_as_the_sort(kind: str, gamma: float, padded: bool, quantile: str) -> None:
     mask, expected = decide(kind, quantile, gamma, padded)
