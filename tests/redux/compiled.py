@@ -29,7 +29,7 @@ DECODING_SETTINGS = [
 def build(**methods: Any) -> Any:
     """Build a model whose attention is far from uniform."""
     torch.manual_seed(0)
-    text = {**SIZES, "num_key_value_heads": 2, "vocab_size": WORDS}
+    text = {**SIZES, "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": WORDS}
     config = ReduxConfig(vision_config=VISION, text_config=text, image_token_index=IMAGE, **methods)
     model = ReduxForConditionalGeneration(config).eval()
     with torch.no_grad():
