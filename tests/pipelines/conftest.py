@@ -14,6 +14,7 @@ from dataclasses import replace
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -99,6 +100,7 @@ class LocalDataset:
     def __init__(self, items: list[dict[str, Any]], override_num_blocks: int) -> None:
         assert override_num_blocks == len(items)
         self.items = items
+        self.context = SimpleNamespace(execution_options=SimpleNamespace(preserve_order=True))
 
     def map(self, task: Callable[..., dict[str, Any]], fn_args: tuple[Any, ...], num_cpus: int) -> "LocalDataset":
         return LocalDataset([task(item, *fn_args) for item in self.items], len(self.items))
