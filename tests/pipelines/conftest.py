@@ -1,6 +1,6 @@
-"""What tests of the Ray floor share: a set of shards that anyone can make in a second, a tokenizer for it, and an S3.
+"""Fixtures of the tests of `pipelines`: a small set of shards, a tokenizer for it, a training stage, and an S3 server.
 
-S3 is moto's server in a process of its own, behind a proxy that answers with the faults it is told to.
+The S3 server is moto's, in a separate process, behind a proxy that injects faults.
 """
 
 import re
@@ -14,6 +14,7 @@ from dataclasses import replace
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -71,10 +72,16 @@ def records(pictures: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def stored(ray_cluster: Any, records: list[dict], pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    """The records as five shards; a test that writes there makes a set of its own."""
+def stored(
+    in_process: Callable[[], AbstractContextManager[None]],
+    records: list[dict],
+    pictures: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Shards:
+    """The records as five shards; no test writes there."""
     folder = tmp_path_factory.mktemp("shards")
-    shard_writer.make_shards(records, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
+    with in_process():
+        shard_writer.make_shards(records, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
     return Shards(folder)
 
 
@@ -87,35 +94,50 @@ def tokenizer(records: list[dict], tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-class Here:
-    """A dataset of items as far as the floor asks Ray Data for it, computed at once, in order and in this process."""
+class LocalDataset:
+    """The part of Ray Data's `Dataset` that pipelines use, computed at once, in order and in this process."""
 
     def __init__(self, items: list[dict[str, Any]], override_num_blocks: int) -> None:
         assert override_num_blocks == len(items)
         self.items = items
+        self.context = SimpleNamespace(execution_options=SimpleNamespace(preserve_order=True))
 
-    def map(self, task: Callable[..., dict[str, Any]], fn_args: tuple[Any, ...], num_cpus: int) -> "Here":
-        return Here([task(item, *fn_args) for item in self.items], len(self.items))
+    def map(self, task: Callable[..., dict[str, Any]], fn_args: tuple[Any, ...], num_cpus: int) -> "LocalDataset":
+        return LocalDataset([task(item, *fn_args) for item in self.items], len(self.items))
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         return iter(self.items)
 
-    def map_batches(self, actor: Callable[..., Any], fn_constructor_args: tuple[Any, ...], **_: Any) -> list[Any]:
+    def map_batches(self, actor: Callable[..., Any], fn_constructor_args: tuple[Any, ...], **_: Any) -> "LocalBlocks":
         compute = actor(*fn_constructor_args)
-        return [compute({name: np.array([value]) for name, value in item.items()}) for item in self.items]
+        return LocalBlocks(compute({name: np.array([value]) for name, value in item.items()}) for item in self.items)
+
+
+class LocalBlocks(list[dict[str, Any]]):
+    """The blocks that an actor has returned."""
+
+    def iter_batches(self, batch_size: None) -> Iterator[dict[str, np.ndarray]]:
+        return ({name: np.asarray(column) for name, column in block.items()} for block in self)
 
 
 @pytest.fixture(scope="session")
 def in_process() -> Callable[[], AbstractContextManager[None]]:
-    """Within it Ray Data's part is done in this process, by `Here`: for many small cases."""
+    """Return a context in which this process does the work of Ray Data. Starting a worker takes seconds."""
 
     @contextmanager
     def patched() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ray.data, "from_items", Here)
+            patch.setattr(ray.data, "from_items", LocalDataset)
             yield
 
     return patched
+
+
+@pytest.fixture
+def local_ray_data(in_process: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Do the work of Ray Data in this process during a whole test."""
+    with in_process():
+        yield
 
 
 class Proxy(ThreadingHTTPServer):
