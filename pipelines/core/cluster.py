@@ -111,7 +111,9 @@ def open_session() -> Iterator[None]:
     disable_progress_bar()  # transformers would show one bar per file that it reads
     with _private_settings() if is_private() else _cluster_settings(os.environ["RAY_ADDRESS"]) as settings:
         try:
-            _connect(runtime_env={"env_vars": environment}, **settings)
+            # A private Ray inherits the variables. A runtime environment there would make the workers useless that Ray
+            # starts in advance, one for each CPU.
+            _connect(runtime_env=None if is_private() else {"env_vars": environment}, **settings)
             interrupts.raise_if_interrupted()
             logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here as exceptions
             ray.data.DataContext.get_current().enable_progress_bars = False  # long steps have bars of ours
