@@ -230,7 +230,6 @@ def import_deepspeed() -> Any:
 def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
     """Build the DeepSpeed engine of this rank. A collective over all workers."""
     deepspeed = import_deepspeed()
-    from deepspeed.accelerator import get_accelerator
 
     if not torch.cuda.is_available():
         # Divide the cores among the ranks of the machine. More threads than cores would slow all ranks down.
@@ -241,7 +240,7 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
 
     # Only parts with a learning rate train.
     config = make_config(plan)
-    device = torch.device(get_accelerator().current_device_name())
+    device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
     module, parts = build_module(plan, device, config if plan.stage.zero_stage == 3 else None)
     module.train()
     for parameter in module.parameters():
@@ -326,10 +325,9 @@ def apply_update(engine: DeepSpeedEngineProtocol) -> tuple[bool, float]:
         parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         is_finite = bool(norm.isfinite())
-        if not is_finite:
-            # AdamW skips parameters without a gradient.
-            for parameter in parameters:
-                parameter.grad = None
+        # torch's fused AdamW skips an update for which a gradient scaler reports an infinite gradient. Without any
+        # gradient, DeepSpeed 0.19 could not clip.
+        engine.optimizer.found_inf = None if is_finite else torch.ones((), device=engine.device)
         engine.step()
         return is_finite, norm.item()
     engine.step()

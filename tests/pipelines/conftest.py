@@ -1,4 +1,4 @@
-"""Fixtures of the tests of `pipelines`: a small set of shards, a tokenizer for it, a training stage, and an S3 server.
+"""Fixtures of the tests of pipelines: records and shards of them, a tokenizer, plans of small stages, and an S3 server.
 
 The S3 server is moto's, in a separate process, behind a proxy that injects faults.
 """
@@ -87,7 +87,7 @@ def stored(
 
 @pytest.fixture(scope="session")
 def tokenizer(records: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a tokenizer of the records' words lies."""
+    """Folder of a tokenizer of the records' words."""
     folder = tmp_path_factory.mktemp("tokenizer")
     pieces = [piece for record in records for piece, _ in TEMPLATES["vicuna_bare"].split_spans(record["conversations"])]
     train_word_tokenizer(pieces, max_length=96).save_pretrained(folder)
@@ -95,7 +95,7 @@ def tokenizer(records: list[dict], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 class LocalDataset:
-    """The part of Ray Data's `Dataset` that pipelines use, computed at once, in order and in this process."""
+    """Dataset of items with the methods that pipelines call. It is computed at once, in order and in this process."""
 
     def __init__(self, items: list[dict[str, Any]], override_num_blocks: int) -> None:
         assert override_num_blocks == len(items)
@@ -141,10 +141,11 @@ def local_ray_data(in_process: Callable[[], AbstractContextManager[None]]) -> It
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to the store, but answers with the next of `faults` while there are any.
+    """Proxy that passes requests on to the store, or answers with the next of `faults` while there are any.
 
-    Beyond `ANSWERS`: `stall` never answers, `drop` does what is asked and closes without a word, `cut` closes amid the
-    body, `short` leaves out half of it and says so in the length, `trickle` sends it a byte each tenth of a second.
+    Faults are the names in `ANSWERS` and these: `stall` never answers. `drop` executes the request and closes without
+    an answer. `cut` closes in the middle of the body. `short` sends half of the body, with its length. `trickle` sends
+    a byte every tenth of a second.
     """
 
     daemon_threads = True
@@ -176,7 +177,7 @@ class Proxy(ThreadingHTTPServer):
             return self.always
 
     def handle_error(self, request: object, address: object) -> None:
-        """A client that gave up is what is tested here."""
+        """Ignore errors: clients that give up are part of the tests."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -199,17 +200,17 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(1)  # returns when the client gives up
             self.close_connection = True
         else:
-            self.pass_on(body, fault)
+            self.forward(body, fault)
 
     do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_any  # noqa: N815
 
-    def pass_on(self, body: bytes, fault: str) -> None:
-        onward = HTTPConnection(*self.server.store)
-        onward.request(self.command, self.path, body, dict(self.headers))
-        answer = onward.getresponse()
+    def forward(self, body: bytes, fault: str) -> None:
+        connection = HTTPConnection(*self.server.store)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        answer = connection.getresponse()
         data = answer.read()
-        onward.close()
-        # moto knows no HEAD of its own: the length is that of the file
+        connection.close()
+        # the answer to HEAD has no body, so its length is that of the file
         length = answer.headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
         headers = [(name, value) for name, value in answer.getheaders() if name not in ("Content-Length", "Connection")]
         if fault == "drop":
@@ -279,7 +280,7 @@ def proxy(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> Retry:
-    """The policy of retries that tests can wait for, in force; nothing was retried so far."""
+    """Short retries for this process, without any retry so far."""
     monkeypatch.setattr(storage, "RETRY", FAST)
     monkeypatch.setattr(storage, "_retried_kinds", [])
     return FAST
@@ -291,8 +292,8 @@ def bucket(proxy: Proxy) -> str:
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
-    """This process is a group of one, for what is a collective."""
+def single_process_group() -> Iterator[None]:
+    """A process group of this process alone, for collectives."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -300,11 +301,15 @@ def alone() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def new_plan(
-    ray_cluster: Any, records: list[dict], pictures: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+    in_process: Callable[[], AbstractContextManager[None]],
+    records: list[dict],
+    pictures: Path,
+    tokenizer: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., StagePlan]:
-    """A small stage of a run of its own, on records of which each third is text alone.
+    """Function that makes the plan of a small stage in a new run folder. Every third record has no image.
 
-    Arguments change the stage; `plan` is a dictionary of changes of the plan.
+    Keyword arguments change the stage; `plan` is a dictionary of changes of the plan.
     """
     folder = tmp_path_factory.mktemp("mixed")
     texts = [
@@ -321,11 +326,12 @@ def new_plan(
     mixed = [
         text if number % 3 == 0 else record for number, (record, text) in enumerate(zip(records, texts, strict=True))
     ]
-    shard_writer.make_shards(mixed, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
+    with in_process():
+        shard_writer.make_shards(mixed, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
 
     def make(plan: dict[str, Any] | None = None, **stage: Any) -> StagePlan:
         run = tmp_path_factory.mktemp("run")
-        made = StagePlan(
+        small_plan = StagePlan(
             name="small",
             stage=replace(small.STAGE, **stage),
             model=small.MODEL,
@@ -340,6 +346,6 @@ def new_plan(
             image_size=small.MODEL.tower.image_size,
             image_tokens=count_image_tokens(small.MODEL),
         )
-        return replace(made, **(plan or {}))
+        return replace(small_plan, **(plan or {}))
 
     return make
