@@ -81,7 +81,8 @@ def claim(
     """Write settings to the file in their folder; arguments, result and errors as for `find_changes`."""
     result = find_changes(path, settings, find_use, allow_changes)
     resolved = document.write(settings)
-    if not path.exists() or path.read_text() != resolved:
+    # an unchanged file keeps its time
+    if not path.exists() or path.read_text(encoding="utf-8") != resolved:
         storage.write(str(path), resolved.encode())
     return result
 
@@ -92,20 +93,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{folder}: no run folder can be made here: {error.strerror}") from None
-
-
-def find_assembled(folder: Path, job: Job) -> Path | None:
-    """Find the assembled model in a run folder; None if there is none, or if it is outdated.
-
-    It is outdated if the model section has changed and no stage has trained from it. After training, a changed model is
-    refused elsewhere, or was allowed by the user.
-    """
-    assembled = folder / ASSEMBLED
-    if not assembled.exists():
-        return None
-    changes = [key for key in find_changes(folder / JOB_FILE, job) if not may_change(key, MAY_CHANGE_ON_RESUME)]
-    outdated = any(key.partition(".")[0] == "model" for key in changes)
-    return None if outdated and not metrics.read_stages(folder) else assembled
 
 
 @dataclass(frozen=True)
@@ -127,9 +114,10 @@ class Claim:
     @classmethod
     def from_folder(cls, folder: Path, job: Job) -> "Claim":
         """Read the stages of the job in the folder, and which steps have started."""
-        previous_stages = _read(folder / JOB_FILE, Job).get("train") if (folder / JOB_FILE).exists() else None
+        previous = _read(folder / JOB_FILE, Job).get("train") if (folder / JOB_FILE).exists() else None
+        previous_stages = list(previous) if isinstance(previous, dict) else []
         started = metrics.read_stages(folder) | ({"evaluate"} if evaluate.has_answers(folder) else set())
-        return cls(folder, job, (list(previous_stages or {}), list(job.train)), frozenset(started))
+        return cls(folder, job, (previous_stages, list(job.train)), frozenset(started))
 
     def find_changes(self, allow_changes: bool = False) -> list[str]:
         """Find the settings that differ from those in the folder; ValueError if a step has used one of them."""
@@ -138,6 +126,7 @@ class Claim:
     def enforce(self, allow_changes: bool = False) -> None:
         """Write the job into the folder, and mark outdated preparations and an outdated report as unfinished."""
         keys = claim(self.folder / JOB_FILE, self.job, self.find_use, allow_changes)
+        # a setting that a step has used was refused above, or the user allowed to keep its result
         outdated = set().union(*(self.find_dependents(key) for key in keys if not self.find_use(key)))
         path = self.folder / PROGRESS
         entries = jsonl.read(path)
@@ -188,13 +177,13 @@ def _read(path: Path, schema: type) -> dict[str, Any]:
         ValueError: the file has keys of an earlier version, whose values cannot be compared.
     """
     try:
-        written = document.write(document.read(path, (), schema))
+        # written and read again, as plain values in which every default is explicit
+        return yaml.safe_load(document.write(document.read(path, (), schema)))
     except document.JobError as error:
         if former := next((problem for problem in error.problems if document.FORMER_KEY in problem), None):
             raise ValueError(
                 f"{former}; an earlier version of Redux started this run: finish it with that version, or choose "
                 "another name"
             ) from None
-        written = path.read_text()
-    tree = yaml.safe_load(written)
+    tree = document.read_tree(path)
     return tree if isinstance(tree, dict) else {}

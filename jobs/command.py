@@ -26,12 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 for success, 1 for a fault that may pass, 2 for a mistake of the user, 130 if interrupted, or
         that of a job on a cluster.
     """
+    _survive_lost_outputs()
     arguments = _parse(argv)
     if not sys.stderr.isatty():  # in a log each refresh of a bar is a line; tqdm reads this at import
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     # no bar per file that transformers reads; it reads this at import
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    _survive_lost_outputs()
     # SIGTERM of a scheduler and SIGHUP of a closed terminal unwind like Ctrl-C
     with interrupts.handle_signals():
         try:
@@ -80,13 +80,16 @@ class _Output(io.FileIO):
 def _survive_lost_outputs() -> None:
     """Make output without a reader no error, as it would end a run, even while it writes a checkpoint.
 
-    Each line is flushed, also to a file, so that a killed run loses no output.
+    Each line is flushed, also to a file, so that a killed run loses no output. Characters that the terminal cannot
+    show, as in a file name that is not UTF-8, are escaped.
     """
-    for name, errors in {"stdout": "strict", "stderr": "backslashreplace"}.items():
+    for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__"):  # not if a test or a notebook has replaced it
+        if stream is None:  # closed by the shell, as with >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
+        elif stream is getattr(sys, f"__{name}__"):  # not if a test or a notebook has replaced it
             raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, errors, line_buffering=True))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from redux.configuration import ReduxConfig
 from redux.cost import compute_cost
 from redux.presets import PRESETS, VICUNA_SIZES, Preset, build_llava_config
@@ -34,34 +36,35 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
     def build_config(preset: Preset) -> ReduxConfig:
         return ReduxConfig(**{**saved.to_dict(), **preset.methods}) if saved else build_llava_config(model, preset)
 
+    # the base of the shares: the same model without the methods
     llava_cost = compute_cost(build_config(PRESETS["llava"]), text)
     lines = [
         COST_ROW_FORMAT.format("preset", "tokens", "block: kept + clusters", "GFLOPs", "share", "KV MiB", "description")
     ]
     for name, preset in rows.items():
         try:
-            config = build_config(preset)
-            cost = compute_cost(config, text)
+            lines.append(_format_row(name, preset.description, build_config(preset), text, llava_cost.flops))
         except ValueError as error:
+            # a preset that the user named is an error; in the list of all it is a line
             if name in names:
                 raise ValueError(f"{name}: {error}") from None
             lines.append(f"{name:<18} does not fit: {error}")
-            continue
-        stages = ", ".join(
-            f"{stage.block}: {stage.kept}+{stage.clusters}" for stage in config.compression_stages.values()
-        )
-        lines.append(
-            COST_ROW_FORMAT.format(
-                name,
-                config.image_seq_length,
-                stages or "-",
-                _format_number(cost.flops / 1e9),
-                f"{cost.flops / llava_cost.flops:.0%}",
-                _format_number(cost.kv_bytes / 2**20),
-                preset.description,
-            )
-        )
     return "\n".join(lines)
+
+
+def _format_row(name: str, description: str, config: ReduxConfig, text: int, llava_flops: float) -> str:
+    """Format the row of a configuration; ValueError if its compression does not fit the tower."""
+    cost = compute_cost(config, text)
+    stages = ", ".join(f"{stage.block}: {stage.kept}+{stage.clusters}" for stage in config.compression_stages.values())
+    return COST_ROW_FORMAT.format(
+        name,
+        config.image_seq_length,
+        stages or "-",
+        _format_number(cost.flops / 1e9),
+        f"{cost.flops / llava_flops:.0%}",
+        _format_number(cost.kv_bytes / 2**20),
+        description,
+    )
 
 
 def _format_number(number: float) -> str:
@@ -70,10 +73,10 @@ def _format_number(number: float) -> str:
 
 def _read_config(folder: Path) -> ReduxConfig:
     try:
-        if json.loads((folder / "config.json").read_text())["model_type"] == "llava":
+        if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "llava":
             return ReduxConfig.from_pretrained(folder)
-    except (OSError, KeyError, json.JSONDecodeError):
-        pass
+    except (OSError, LookupError, TypeError, ValueError, StrictDataclassError):
+        pass  # no file, or not the object of a LLaVA; transformers' error for a wrong type is none of Python's
     raise ValueError(
         f"--model: got {folder}, allowed: {', '.join(VICUNA_SIZES)}, or the folder of a LLaVA, with its config.json"
     )

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from jobs.former_names import FORMER_KEYS
-from jobs.type_text import describe_type, find_type, format_value, list_field_names, list_members
+from jobs.type_text import describe_type, find_key_type, find_type, format_value, list_field_names, list_members
 
 T = TypeVar("T")
 
@@ -67,8 +67,10 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
     """Read the content of a YAML file after overrides, without a check against a schema."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise JobError(f"{path}: {error}, allowed: YAML in UTF-8") from error
+    except OSError as error:
+        raise JobError(f"{path}: {error.strerror}, allowed: a YAML file") from error
     tree = _parse(text, str(path))
     for override in overrides:
         dotted, equals, value = override.partition("=")
@@ -146,7 +148,9 @@ class _Loader(yaml.SafeLoader):
             if key.tag != "tag:yaml.org,2002:str":
                 raise yaml.composer.ComposerError(None, None, "a key must be text", key.start_mark)
             if key.value in seen:
-                raise yaml.composer.ComposerError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+                raise yaml.composer.ComposerError(
+                    None, None, f"key {key.value!r} is given twice, allowed: once", key.start_mark
+                )
             seen.add(key.value)
         return node
 
@@ -170,13 +174,20 @@ _Loader.yaml_implicit_resolvers = {
 def _parse(text: str, source: str) -> Any:
     """Parse YAML to plain values; an error begins with `source`."""
     try:
-        # through JSON, so that an override of one section does not change another that shares its anchor
-        return json.loads(json.dumps(yaml.load(text, Loader=_Loader)))
+        # through JSON, so that an override of one section does not change another that shares its anchor; as bytes,
+        # because half of a surrogate pair could not be written again
+        return json.loads(json.dumps(yaml.load(text, Loader=_Loader), ensure_ascii=False).encode())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         position = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        raise JobError(f"{source}:{position} {error.problem or error.context}") from error
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        # the problem of a second document begins with "but", after the context
+        words = (
+            (error.context, error.problem)
+            if str(error.problem).startswith("but ")
+            else (error.problem or error.context,)
+        )
+        raise JobError(f"{source}:{position} {', '.join(filter(None, words))}") from error
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise JobError(f"{source}: not plain YAML: {error}") from error
 
 
@@ -291,9 +302,10 @@ def _describe_problem(detail: ErrorDetails, location: tuple[str | int, ...], sch
         return f"unknown key{hint} got {format_value(detail['input'])}, allowed keys: {', '.join(allowed)}"
     if detail["type"] in ("value_error", "assertion_error"):
         return str(detail.get("ctx", {}).get("error", detail["msg"]))
+    if detail["loc"][-1:] == ("[key]",):
+        allowed_key = describe_type(find_key_type(schema, location[:-1]))
+        return f"key {format_value(detail['input'])}, allowed keys: {allowed_key}"
     allowed_here = describe_type(find_type(schema, location))
     if detail["type"] == "missing":
         return f"missing, allowed: {allowed_here}"
-    if detail["loc"][-1:] == ("[key]",):
-        return f"key {format_value(detail['input'])} does not fit, {detail['msg']}"
     return f"got {format_value(detail['input'])}, allowed: {allowed_here}"

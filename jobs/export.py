@@ -53,12 +53,15 @@ def _export_folder(source: Path, stage: str | None, step: int | None, out: str) 
         else:
             tokenizer.save_pretrained(folder)
         model.save_pretrained(folder, max_shard_size=export.MAX_SHARD_SIZE)
+        # written here first: transformers can save to a local folder only, and `out` may be a URL
         export.upload_folder(Path(folder), out, str(source))
     return str(source)
 
 
 def _export_checkpoint(run: Path, stage: str | None, step: int | None, out: str) -> str:
     stages = plan_stages(schema.load(run / JOB_FILE), run.resolve())
+    if not stages:
+        raise ValueError(f"{run}: this run only evaluates, allowed: the folder of a run with training stages")
     name = stage or list(stages)[-1]
     if name not in stages:
         raise ValueError(f"stage: got {name}, allowed: {', '.join(stages)}")

@@ -18,6 +18,7 @@ QUESTION_FORMS: tuple[AnswerKeys, ...] = (("question_id", "text"), ("id", "quest
 def write_prompts(arguments: argparse.Namespace) -> None:
     """Write the prompts and print their number; ValueError if a question or the output file cannot be used."""
     questions = read_questions(arguments.questions) if arguments.questions else easy_vqa.draw_questions()
+    # drawn with the seed, so that the same command writes the same file
     prompts = instructions.build_questions(questions, arguments.per_task, arguments.seed)
     try:
         instructions.write_questions(prompts, arguments.out)
@@ -28,7 +29,7 @@ def write_prompts(arguments: argparse.Namespace) -> None:
 
 def read_questions(path: str) -> list[ImageQuestion]:
     """Read questions about images, with optional answers, from a JSON list, JSON lines or a table."""
-    return [
+    questions = [
         ImageQuestion(
             id=record.id,
             image=get_field(record.location, record.fields, "image"),
@@ -37,3 +38,6 @@ def read_questions(path: str) -> list[ImageQuestion]:
         )
         for record in read_records(path, QUESTION_FORMS)
     ]
+    if not questions:
+        raise ValueError(f"FILE: got no question in {path}, allowed: at least one")
+    return questions

@@ -1,7 +1,7 @@
 """Reference of the keys of job, study and search files, read from the dataclasses that define them.
 
 A key's meaning is its entry in the docstring of its dataclass, its type and default are those of the field, and its
-example is the value in a shipped file.  So the reference cannot differ from the code.
+example is the value in a shipped file. So the reference cannot differ from the code.
 """
 
 import difflib
@@ -66,6 +66,7 @@ def explain(key: str) -> str:
         ValueError: no file has such a key.
     """
     entries_by_kind = {file_kind: list_keys(file_kind) for file_kind in SCHEMAS}
+    # the job inside a study or a search has the keys of a job file
     path = re.sub(r"^job\.", "", key)
     for file_kind, entries in entries_by_kind.items():
         matches = [entry for entry in entries if _is_match(entry.path, path)]
@@ -111,6 +112,7 @@ def read_meanings(cls: type) -> dict[str, str]:
     """Read what the docstrings of a dataclass and its bases say of each field: entries `name: text`."""
     names = {field.name for field in fields(cls)}
     meanings: dict[str, str] = {}
+    # a derived class repeats none of the entries of its bases, but may replace one
     for base in reversed(cls.__mro__):
         current: tuple[str, ...] = ()
         for line in inspect.cleandoc(base.__dict__.get("__doc__") or "").splitlines():
@@ -118,6 +120,7 @@ def read_meanings(cls: type) -> dict[str, str]:
             if entry and names.issuperset(entry[1].split(", ")):
                 current = tuple(entry[1].split(", "))
                 meanings |= dict.fromkeys(current, entry[2])
+            # an indented line continues the entry before
             elif current and line.startswith(" "):
                 meanings |= {name: f"{meanings[name]} {line.strip()}" for name in current}
             else:
@@ -142,6 +145,7 @@ def _walk(cls: type, prefix: str, examples: list[Any]) -> Iterator[KeyEntry]:
             if is_dataclass(member) and isinstance(member, type):
                 yield from _walk(member, f"{path}.", values)
             elif isinstance(origin := get_origin(member), type) and issubclass(origin, Mapping):
+                # keys that users choose have one entry, with the values of all of them as examples
                 items = [item for tree in values if isinstance(tree, dict) for item in tree.values()]
                 for item_type in type_text.list_members(get_args(member)[1]):
                     if is_dataclass(item_type) and isinstance(item_type, type):
@@ -183,6 +187,7 @@ def _load_examples(file_kind: str) -> list[Any]:
     distinctive_keys = {"study": "variants", "search": "space"}
     if file_kind in distinctive_keys:
         return [tree for tree in trees if distinctive_keys[file_kind] in tree]
+    # a job file has no key that the others lack
     return [tree for tree in trees if not set(distinctive_keys.values()) & tree.keys()]
 
 

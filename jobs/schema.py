@@ -75,6 +75,7 @@ class Job:
             raise ValueError("train: got no stages, allowed: at least one, or none with model.checkpoint and evaluate")
         if self.data.source and (taken := self.data.sets.keys() & set(EASY_VQA_SETS)):
             raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(EASY_VQA_SETS)}")
+        # each check sees the whole job: what a stage may be depends on the others and on the model
         self._check_objectives()
         for name, stage in self.train.items():
             self._check_stage(name, stage)

@@ -18,6 +18,11 @@ def score(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: the task is unknown, or a file or an answer is wrong.
     """
+    if arguments.task not in (*BENCHMARKS, INSTRUCTIONS_TASK):
+        raise ValueError(f"TASK: got {arguments.task}, allowed: {', '.join(BENCHMARKS)}, {INSTRUCTIONS_TASK}")
+    with_submission = [name for name, benchmark in BENCHMARKS.items() if benchmark.build_submission]
+    if arguments.submission and arguments.task not in with_submission:
+        raise ValueError(f"--submission: got task {arguments.task}, allowed: {', '.join(with_submission)}")
     if arguments.task == INSTRUCTIONS_TASK:
         # imported late, because its checkers take a second to load
         instructions = import_module("redux.benchmarks.instructions")
@@ -25,14 +30,9 @@ def score(arguments: argparse.Namespace) -> None:
         _require_answers(arguments.answers, verdicts)
         print("".join(f"{json.dumps(verdict)}\n" for verdict in verdicts), end="")
         return
-    if arguments.task not in BENCHMARKS:
-        raise ValueError(f"TASK: got {arguments.task}, allowed: {', '.join(BENCHMARKS)}, {INSTRUCTIONS_TASK}")
     benchmark = BENCHMARKS[arguments.task]
     if not arguments.questions:
         raise ValueError(f"--questions: got none, allowed: the official files of {benchmark.title}")
-    if arguments.submission and not benchmark.build_submission:
-        allowed = ", ".join(name for name, other in BENCHMARKS.items() if other.build_submission)
-        raise ValueError(f"--submission: got task {arguments.task}, allowed: {allowed}")
     questions = benchmark.read_questions(*arguments.questions)
     if not questions:
         raise ValueError(f"--questions: got no question in {', '.join(arguments.questions)}, allowed: at least one")

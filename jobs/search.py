@@ -30,7 +30,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 from transformers import AutoTokenizer
 
-from jobs import claims, document, run, schema, search_schema, study
+from jobs import claims, document, model_parts, resolve, run, schema, search_schema, study
 from jobs.schema import Job
 from jobs.search_schema import Search
 from jobs.study import SHARED
@@ -80,13 +80,18 @@ class TrialJobs:
         self.search, self.counts = search, counts or {}
         self.tree = study.continue_from(search.job, search.shared, *shared) if shared else search.job
         tokenizer = shared[1] / run.TOKENIZER if shared else None
+        # pretrained parts bring their own tokenizer, so the shared run has none
         has_tokenizer = tokenizer is not None and tokenizer.exists()
         self.vocabulary = len(AutoTokenizer.from_pretrained(tokenizer)) if has_tokenizer else LLAMA_VOCABULARY
 
     def __call__(self, values: Values, name: str = "trial") -> Job:
         """Build the job of a trial; ValueError if these values make no job."""
         return study.build_job(
-            self.tree, self.counts | self.search.fidelity | values, f"{self.search.name}-{name}", "job"
+            # later values win: those of the trial over the file's, and the file's over the counts of this machine
+            self.tree,
+            self.counts | self.search.fidelity | values,
+            f"{self.search.name}-{name}",
+            "job",
         )
 
     def forecast(self, values: Values) -> dict[str, float]:
@@ -114,7 +119,7 @@ def _read_start_config(
 ) -> dict[str, Any]:
     """Read the configuration of the model that trials start from, once per process."""
     parts = ModelSettings(tower=tower, language=language, gguf_file=gguf_file, checkpoint=checkpoint)
-    return run.build_config(parts).to_dict()
+    return model_parts.build_config(parts).to_dict()
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Search:
@@ -141,6 +146,7 @@ def _check(search: Search) -> None:
         except ValueError as error:
             raise ValueError(f"references.{name}: {error}") from None
     varied = [*search.space, *search.fidelity, *(key for values in search.references.values() for key in values)]
+    # the shared run has used these settings, so a trial cannot change them
     fixed = ["data", *(f"train.{stage}" for stage in search.shared)]
     fixed += [f"model.{part}" for part in ("tower", "language", "gguf_file", "checkpoint")] if search.shared else []
     for key in varied:
@@ -179,7 +185,7 @@ def _check_metrics(search: Search, job: Job, folder: Path) -> None:
     names = {"flops", "kv_bytes", "focus_bytes", "image_tokens"}
     if len(job.train) > len(search.shared):
         names |= {"loss", "tokens_per_s"}
-    if settings := run.resolve_job(job, folder).evaluate:
+    if settings := resolve.resolve_job(job, folder).evaluate:
         names |= evaluate.list_metric_names(settings)
     for section in ("objectives", "limits"):
         for name in getattr(search, section):
@@ -195,12 +201,14 @@ def run_search(search: Search, folder: Path, allow_changes: bool = False) -> Non
     """
     folder = folder.resolve()
     job = TrialJobs(search)({})
+    # a misspelt objective would be noticed only after the first trial
     _check_metrics(search, job, folder)
     claims.make_folder(folder)
     with run.run_lock(folder), cluster.open_session():
         _claim(search, folder, allow_changes)
         _check_resources(search, job)
         shared = _run_shared_stages(search, folder / SHARED, allow_changes)
+        # counts of workers depend on this machine, so they are chosen at each start and not written into the search
         jobs = TrialJobs(search, shared, _divide_resources(search, job))
         trials = Trials(search, search.name, folder, jobs.forecast)
 
@@ -209,6 +217,7 @@ def run_search(search: Search, folder: Path, allow_changes: bool = False) -> Non
             run.run(trial_job, trial_folder, watch=watch, patience_s=PATIENCE_S)
             return _read_metrics(trial_job, trial_folder)
 
+        # `cleaned` lives as long as the search: the weights of a trial are deleted once
         on_trials_ended = functools.partial(_write_results, folder=folder, jobs=jobs, cleaned=set())
         stage = list(job.train)[-1] if job.train else None
         tuning.run_search(trials, folder, run_trial, on_trials_ended, stage, job.recovery.grace_s)
@@ -278,6 +287,7 @@ def _read_metrics(job: Job, trial_folder: Path) -> dict[str, float]:
     result = json.loads((trial_folder / "metrics.json").read_text())
     if job.train:
         stage = list(job.train)[-1]
+        # None stands for a loss that was not finite
         losses = [loss for loss in metrics.read_losses(trial_folder, stage).values() if loss is not None]
         last = losses[-max(len(losses) // LOSS_PARTS, 1) :]
         result["tokens_per_s"] = metrics.compute_tokens_per_s(trial_folder, stage)
@@ -291,6 +301,7 @@ def _write_results(trials: Trials, folder: Path, jobs: TrialJobs, cleaned: set[i
 
     Failed trials keep their weights, because more retries may be allowed later.
     """
+    # the page comes first: to delete weights in a bucket may take long
     search_page.write_page(trials.study, folder)
     for attempts in trials.ended_attempts:
         number = attempts[0].number
@@ -335,6 +346,7 @@ def write_best_jobs(folder: Path, numbers: Sequence[int]) -> list[Path]:
 
 def _write_best_job(search: Search, trial: FrozenTrial, folder: Path, name: str) -> Path:
     """Write the job of a trial, with a comment about its origin; returns the path."""
+    # a reference may have values outside the space, so Optuna does not hold them
     reference = trial.user_attrs.get("reference")
     values = search.references[reference] if reference else Space(search.space).values(trial.params)
     job = study.build_job(search.job, values, f"{search.name}-{trial.number}", f"{folder / SEARCH_FILE}: job")

@@ -42,17 +42,12 @@ class Search(SearchSettings):
                 raise ValueError(
                     f"{section}: got {min(reserved)}, allowed: other keys, as all trials have the same seed"
                 )
-        stages = self.job.get("train", {})
-        if not isinstance(stages, dict):
-            raise ValueError(f"job.train: got {stages!r}, allowed: a section of stages")
-        if list(self.shared) != list(stages)[: len(self.shared)]:
-            raise ValueError(
-                f"shared: got {', '.join(self.shared)}, allowed: the first of the stages {', '.join(stages)}"
-            )
+        study.check_shared_stages(self.shared, self.job)
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Search:
     """Read the search of a YAML file after overrides; ValueError if it or its job is wrong."""
     search = document.read(path, overrides, Search)
+    # without torch the jobs of trials cannot be forecast, but a wrong key is found
     study.build_job(search.job, search.fidelity, search.name, f"{path}: job")
     return search

@@ -5,12 +5,12 @@ from collections import Counter
 from pathlib import Path
 
 from jobs import schema
+from jobs.cli.arguments import build_options
 from jobs.layout import locate_sets
 from pipelines.core import cluster, storage
 from pipelines.data import audit, consumed, easy_vqa, records, shard_index, shard_writer, tars
 from pipelines.data.options import ShardOptions
 from pipelines.training import metrics
-from pipelines.training.checkpoint import JOB_FILE
 
 
 def make_set(arguments: argparse.Namespace) -> None:
@@ -19,13 +19,8 @@ def make_set(arguments: argparse.Namespace) -> None:
         entries, images = easy_vqa.make_conversations(arguments.easy_vqa), str(easy_vqa.PACKAGE_IMAGES)
     else:
         entries, images = records.parse_records(storage.read(arguments.json), arguments.json), arguments.images
-    options = ShardOptions(
-        samples_per_shard=arguments.samples_per_shard,
-        max_words=arguments.max_words,
-        image_size=arguments.image_size,
-        image_aspect_ratio=arguments.image_aspect_ratio,
-        max_bad_fraction=arguments.max_bad_fraction,
-    )
+    options = build_options(ShardOptions, arguments)
+    # asked before, because afterwards the set is finished in any case
     finished = shard_index.is_finished(arguments.out)
     with cluster.open_session():
         summary = shard_writer.make_shards(entries, images, arguments.out, options)
@@ -83,9 +78,12 @@ def verify_set(arguments: argparse.Namespace) -> None:
 
 def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
     """Check the set against the log of a run; returns confirmations and faults, as lines."""
+    from pipelines.training.checkpoint import JOB_FILE  # imports torch, which the other actions do not need
+
     job = schema.load(run / JOB_FILE)
     used = {name for stage in job.train.values() for name in stage.mixture}
     sets = {name: url for name, url in locate_sets(job, run.resolve()).items() if name in used}
+    # two names may stand for the same folder, and the log has them separately
     names = [name for name, url in sets.items() if url == storage.make_absolute(folder)]
     if not names:
         raise ValueError(f"{folder}: {run} did not train on it, allowed: {', '.join(sets.values())}")
@@ -99,6 +97,7 @@ def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
             coverages, errors = consumed.verify_coverage(lines, str(log), name, samples)
         faults += errors
         for coverage in coverages:
+            # a lost end of the log would look like an early stop, but the metrics have their own count
             if (steps := metrics.read_last_step(run, coverage.stage)) != coverage.steps:
                 faults.append(
                     f"{log}: stage {coverage.stage} ends with step {coverage.steps}, "

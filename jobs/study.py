@@ -27,6 +27,7 @@ from annotated_types import Ge, Lt, MinLen
 from jobs import document
 from jobs.layout import locate_model, locate_sets
 from jobs.schema import Job, Name
+from jobs.type_text import format_value
 from pipelines.core import failures
 from redux.settings import METHODS
 
@@ -57,19 +58,27 @@ class Study:
             raise ValueError(f"seeds: got {list(self.seeds)}, allowed: each once")
         if reserved := {"name", "seed"} & self.job.keys():
             raise ValueError(f"job: got a {min(reserved)}, allowed: none, as each run has its own")
-        stages = self.job.get("train", {})
-        if not isinstance(stages, dict):
-            raise ValueError(f"job.train: got {stages!r}, allowed: a section of stages")
-        stages = list(stages)
-        if list(self.shared) != stages[: len(self.shared)] or (self.shared and len(self.shared) == len(stages)):
+        stages = check_shared_stages(self.shared, self.job)
+        if self.shared and len(self.shared) == len(stages):
             raise ValueError(
                 f"shared: got {', '.join(self.shared)}, allowed: the first of the stages {', '.join(stages)}, not all"
             )
 
 
+def check_shared_stages(shared: Sequence[str], job: Mapping[str, Any]) -> list[str]:
+    """Check that shared stages are the first ones of a job, whose content is unchecked; returns all its stages."""
+    stages = job.get("train", {})
+    if not isinstance(stages, dict):
+        raise ValueError(f"job.train: got {format_value(stages)}, allowed: a section of stages")
+    if list(shared) != list(stages)[: len(shared)]:
+        raise ValueError(f"shared: got {', '.join(shared)}, allowed: the first of the stages {', '.join(stages)}")
+    return list(stages)
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Load the study of a YAML file after overrides; ValueError if it or one of its jobs is wrong."""
     study = document.read(path, overrides, Study)
+    # every job is built once, so that a wrong variant fails before hours of the others
     list_jobs(study, Path(), str(path))
     return study
 
@@ -114,6 +123,7 @@ def continue_from(tree: dict[str, Any], stages: Sequence[str], shared: Job, fold
         "train": {name: stage for name, stage in tree["train"].items() if name not in stages},
     }
     if stages:
+        # the checkpoint replaces the parts of the model, but its methods may differ between variants
         methods = {name: value for name, value in tree["model"].items() if name in METHODS}
         result["model"] = {**methods, "checkpoint": locate_model(shared, folder, stages[-1])}
     return result
@@ -121,6 +131,7 @@ def continue_from(tree: dict[str, Any], stages: Sequence[str], shared: Job, fold
 
 def build_job(tree: Mapping[str, Any], changes: Mapping[str, Any], name: str, source: str) -> Job:
     """Build a job with a name and changed values, by dotted path; an error message begins with `source`."""
+    # set_value changes the tree in place, and the variants share it
     copied = copy.deepcopy({"name": name, **tree})
     for dotted, value in changes.items():
         document.set_value(copied, dotted, value, f"{source}.{dotted}")
@@ -135,17 +146,19 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False) -> None:
         folder: folder of the study.
         allow_changes: as for `jobs.run.run`.
     """
-    from jobs import run, tables
+    # imported late: a wrong study is reported before torch and Ray are loaded
+    from jobs import claims, run, tables
     from pipelines.core import cluster
 
     folder = folder.resolve()
     runs = list_jobs(study, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    claims.make_folder(folder)
+    # one Ray for all runs, because its start takes seconds
     with cluster.open_session():
         for number, (name, job) in enumerate(runs.items(), start=1):
             print(f"[{number}/{len(runs)}] {name}", flush=True)
             run.run(job, folder / name, allow_changes, until=study.shared[-1] if name == SHARED else None)
     with failures.locate_errors(folder / STUDY_FILE):
-        (folder / STUDY_FILE).write_text(document.write(study))
+        (folder / STUDY_FILE).write_text(document.write(study), encoding="utf-8")
     tables.write_tables([folder / name for name in runs if name != SHARED], folder, tables.find_scorer)
     print(f"{study.name} is finished; its tables: {folder / 'tables.html'}")

@@ -33,8 +33,11 @@ def write_tables(runs: Sequence[Path], out: Path | None, find_scorer: FindScorer
         The tables as Markdown.
 
     Raises:
-        ValueError: there is no finished run.
+        ValueError: there is no finished run, or `out` is a file.
     """
+    # found before the bootstrap, which takes long
+    if out and out.exists() and not out.is_dir():
+        raise ValueError(f"--out: got {out}, which is a file, allowed: a folder")
     families, notes = find_families(runs, find_scorer)
     tables = build_tables(families, samples)
     text = format_markdown(tables, [*comparison.write_summary(tables), *notes])
@@ -55,6 +58,7 @@ def format_markdown(tables: Sequence[ResultTable], notes: Sequence[str]) -> str:
     for table in tables:
         parts.append(f"## {table.title}")
         for family, rows in table.blocks.items():
+            # a single family needs no heading
             parts += [f"**{family}**"] if len(table.blocks) > 1 else []
             parts.append("\n".join(_format_rows(table.columns, rows)))
             if commands := [row.command for row in rows if row.command]:

@@ -54,8 +54,18 @@ def find_type(hint: Any, location: Sequence[str | int]) -> Any:
         if isinstance(origin, type) and issubclass(origin, Mapping):
             return find_type(arguments[1], remaining)
         if origin in (list, tuple) and isinstance(key, int):
+            # tuple[A, B] has a type per item, tuple[A, ...] one for all
             fixed = origin is tuple and arguments[-1] is not Ellipsis
             return find_type(arguments[key if fixed and key < len(arguments) else 0], remaining)
+    return Any
+
+
+def find_key_type(hint: Any, location: Sequence[str | int]) -> Any:
+    """Find the annotation of the keys of the mapping at a location inside a type; Any if there is none."""
+    for member in list_members(find_type(hint, location)):
+        origin = get_origin(member)
+        if isinstance(origin, type) and issubclass(origin, Mapping):
+            return get_args(member)[0]
     return Any
 
 
@@ -102,6 +112,7 @@ def describe_type(hint: Any) -> str:
 
 
 def _describe_bounds(hint: Any, marks: Sequence[Any]) -> Iterator[str]:
+    # Interval(ge=0, le=1) stands for two bounds
     flat: list[Any] = []
     for mark in marks:
         flat.extend(mark if isinstance(mark, annotated_types.GroupedMetadata) else [mark])

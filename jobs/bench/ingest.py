@@ -3,7 +3,7 @@
     python jobs/bench/ingest.py
 
 Photos of 640 x 480 by jobs/bench/pixels.py, each padded and resized to 336 by redux.image.load_pixels, so that loaders
-differ only in reading and transport.  Each has two worker processes, and all its processes share two cores with the
+differ only in reading and transport. Each has two worker processes, and all its processes share two cores with the
 process that receives the batches: 16 images of uint8 each, every image once, which a checksum of all of them proves.
 
     bare, bare-fast     two processes that read files and make pixels; nothing is transported
@@ -14,14 +14,14 @@ process that receives the batches: 16 images of uint8 each, every image once, wh
     ray                 ray.data.read_webdataset over our shards
     redux-*             pipelines.data.ingest: pixels exact, fast, or prepared before (own shards); PASSES epochs
 
-Each measurement runs in a new process, with files in memory, and each round measures every variant once.  Time starts
-where the loader is imported, so the first batch includes the start of its workers, or of Ray and its workers.  The
-steady rate is that from the batch that completes a quarter of the images to the last one.  Shards and conversions are
+Each measurement runs in a new process, with files in memory, and each round measures every variant once. Time starts
+where the loader is imported, so the first batch includes the start of its workers, or of Ray and its workers. The
+steady rate is that from the batch that completes a quarter of the images to the last one. Shards and conversions are
 made before.
 
-A variant whose package is missing is skipped.  Peers are installed without their dependencies, into an environment
+A variant whose package is missing is skipped. Peers are installed without their dependencies, into an environment
 beside the project's: mosaicml-streaming requires numpy < 2.2 and transformers < 5, litdata's torchvision another
-torch.  PEERS lists the packages.  Files, 1 MB per image, stay in --folder.  The script prints a table and appends all
+torch. PEERS lists the packages. Files, 1 MB per image, stay in --folder. The script prints a table and appends all
 measurements to ingest.jsonl; only ratios within one run can be compared.
 """
 
@@ -40,7 +40,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -56,7 +56,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from jobs.bench.pixels import make_photo
-from jobs.bench.record import append_record, measure_variants
+from jobs.bench.record import add_out_option, append_record, measure_variants
 from pipelines.data.ingest import Batch, Reader, iterate_micro_batches, make_dataset
 from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
@@ -106,7 +106,7 @@ Checksums = list[int]
 """Checksum of each image, see `compute_checksums`."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2000, help=f"a multiple of {INGEST_BATCH}, default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3, help="rounds, default: %(default)s")
@@ -118,7 +118,8 @@ def main() -> None:
     parser.add_argument(
         "--convert", type=int, default=0, help="1, with --variant: only convert the photos to its format"
     )
-    arguments = parser.parse_args()
+    add_out_option(parser, __file__)
+    arguments = parser.parse_args(argv)
     root = arguments.folder.resolve() / str(arguments.images)
     if arguments.variant:
         work = convert_photos if arguments.convert else measure
@@ -132,11 +133,12 @@ def main() -> None:
             f"--images: got {arguments.images}, allowed: multiples of {INGEST_BATCH} from "
             f"{INGEST_PARTS * INGEST_BATCH} on"
         )
-    run(variants, root, arguments.images, arguments.repeats)
+    run(variants, root, arguments.images, arguments.repeats, arguments.out)
 
 
-def run(variants: list[str], root: Path, images: int, repeats: int) -> None:
+def run(variants: list[str], root: Path, images: int, repeats: int, out: Path) -> None:
     """Make files, measure round after round, print and append the result."""
+    # checksums come from the files themselves, not from a loader that is measured
     expected = make_files(root, images, squares="redux-prepared" in variants)
     options: dict[str, int | Path] = {"images": images, "folder": root.parent}
     readings: dict[str, dict[str, list[float]]] = {}
@@ -170,7 +172,7 @@ def run(variants: list[str], root: Path, images: int, repeats: int) -> None:
         print(f"{variant:15} {steady:9.1f} {steady / limit:8.2f} {overall:8.1f} {first:10.2f} s")
     installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
     append_record(
-        __file__,
+        out,
         versions={name: installed[name] for name in VERSIONS if name in installed},
         images=images,
         size=INGEST_SIZE,
@@ -183,6 +185,7 @@ def run(variants: list[str], root: Path, images: int, repeats: int) -> None:
 
 def measure(variant: str, root: Path) -> dict[str, float]:
     """Measure samples/s and seconds to the first batch, with the number of images and a checksum of all of them."""
+    # child processes inherit the limit, so every loader has the same cores
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:INGEST_WORKERS])
     warnings.simplefilter("ignore")  # peers warn in every measurement
     import_peer(variant)

@@ -2,8 +2,8 @@
 
     python jobs/bench/inhibition.py
 
-LLaVA-1.5-7B's shape by default: 32 heads of 128, 576 image tokens and 512 text tokens, float32.  Each variant runs in a
-new process; its peak is the growth of the process beyond its inputs (CUDA: the memory that torch allocated).  The
+LLaVA-1.5-7B's shape by default: 32 heads of 128, 576 image tokens and 512 text tokens, float32. Each variant runs in a
+new process; its peak is the growth of the process beyond its inputs (CUDA: the memory that torch allocated). The
 script prints the result and appends it to inhibition.jsonl; only ratios within one run can be compared.
 """
 
@@ -11,15 +11,16 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.bench.record import append_record, measure_variants
+from jobs.bench.record import add_out_option, append_record, measure_variants
 
 INHIBITION_VARIANTS = ("plain", "eager", "weights", "scores")
 """Attention without CMAI, with CMAI on maps of all heads, and redux.cmai with its two kinds of score."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--heads", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--image", type=int, default=576, help="image tokens, default: %(default)s")
@@ -27,7 +28,8 @@ def main() -> None:
     parser.add_argument(
         "--variant", choices=INHIBITION_VARIANTS, help="measure only this one, in this process, and print it"
     )
-    arguments = parser.parse_args()
+    add_out_option(parser, __file__)
+    arguments = parser.parse_args(argv)
     if arguments.variant:
         print(json.dumps(measure(arguments.variant, arguments.heads, arguments.image, arguments.text)))
         return
@@ -36,7 +38,7 @@ def main() -> None:
     for variant, measured in measure_variants(__file__, INHIBITION_VARIANTS, **sizes):
         results[variant] = measured
         print(f"{variant:8} {measured['peak_mib']:8.0f} MiB {measured['seconds'] * 1e3:8.0f} ms", flush=True)
-    append_record(__file__, **sizes, variants=results)
+    append_record(arguments.out, **sizes, variants=results)
 
 
 def measure(variant: str, heads: int, image: int, text: int, repeats: int = 5) -> dict[str, float | str]:

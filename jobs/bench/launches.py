@@ -1,15 +1,17 @@
-"""Count the kernels that a GPU would launch, without a GPU: python jobs/bench/launches.py [PATH ...]
+"""Count the kernels that a GPU would launch, without a GPU.
 
-Each path is counted with plain code and with fused kernels (interpreted, unless there is a GPU).  An operator of torch
-below autograd counts as one launch, unless it is a view or an allocation, or `KERNELS` has another number for it.  A
+    python jobs/bench/launches.py [--paths PATH ...] [--verbose]
+
+Each path is counted with plain code and with fused kernels (interpreted, unless there is a GPU). An operator of torch
+below autograd counts as one launch, unless it is a view or an allocation, or `KERNELS` has another number for it. A
 path's shapes are small, since its launches do not depend on them.
 """
 
+import argparse
 import os
 import shutil
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +22,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 KERNELS = {"sort": 3, "argsort": 3, "constant_pad_nd": 2}
-"""Launches of an operator on CUDA, where they are not one.  A sort copies, numbers and sorts."""
+"""Launches of an operator on CUDA, where they are not one. A sort copies, numbers and sorts."""
 
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 
-Path = Callable[[], Callable[[], Any]]
+CallBuilder = Callable[[], Callable[[], Any]]
 """Prepares a call, and returns the function whose launches count."""
 
 
@@ -54,6 +56,7 @@ class LaunchCounter(TorchDispatchMode):
         def wrap(original: Any) -> Any:
             def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
                 self.fused[kernel.fn.__name__] += 1
+                # an interpreted kernel calls torch for every instruction of its program
                 operators = self.operators.copy()
                 try:
                     return original(kernel, *args, **kwargs)
@@ -72,7 +75,7 @@ class LaunchCounter(TorchDispatchMode):
                 setattr(kind, "run", original)  # noqa: B010
 
 
-def count_launches(path: Path, kernels: Any) -> LaunchCounter:
+def count_launches(path: CallBuilder, kernels: Any) -> LaunchCounter:
     """Count one call of a path, after another that is not counted."""
     from redux.kernels import get_kernels, set_kernels
 
@@ -119,7 +122,7 @@ def _tower_block(compresses: bool, has_gradient: bool, kept: int = 6, clusters: 
     return call
 
 
-PATHS: dict[str, Path] = {
+PATHS: dict[str, CallBuilder] = {
     "tower block, inference": lambda: _tower_block(compresses=False, has_gradient=False),
     "tower block with VMTC, inference": lambda: _tower_block(compresses=True, has_gradient=False),
     "tower block, forward + backward": lambda: _tower_block(compresses=False, has_gradient=True),
@@ -127,16 +130,19 @@ PATHS: dict[str, Path] = {
 }
 
 
-def main(names: list[str]) -> None:
-    """Print a table of the paths with these names, or of all."""
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), metavar="PATH", help="default: all")
+    parser.add_argument("--verbose", action="store_true", help="also print the launches of each operator")
+    arguments = parser.parse_args(argv)
     print("| path | plain | fused | of them Triton |\n|---|---|---|---|")
-    for name in names or PATHS:
+    for name in arguments.paths:
         plain, fused = count_launches(PATHS[name], "plain"), count_launches(PATHS[name], "fused")
         triton = fused.fused.total()
         print(f"| {name} | {plain.operators.total()} | {fused.operators.total() + triton} | {triton} |")
-        if os.environ.get("VERBOSE"):
+        if arguments.verbose:
             print(plain.operators, fused.operators, fused.fused, sep="\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -3,8 +3,8 @@
     python jobs/bench/order.py
 
 Each kind of order runs in a new process and builds batches from all over the epoch, the first of them without warm-up.
-Shards hold 10,000 samples, and lengths are computed instead of read.  Times are CPU times, which a busy machine changes
-little; the peak is that of the whole process, numpy included.  The script prints the result and appends it to
+Shards hold 10,000 samples, and lengths are computed instead of read. Times are CPU times, which a busy machine changes
+little; the peak is that of the whole process, numpy included. The script prints the result and appends it to
 order.jsonl.
 """
 
@@ -13,10 +13,11 @@ import json
 import resource
 import statistics
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
-from jobs.bench.record import append_record, measure_variants
+from jobs.bench.record import add_out_option, append_record, measure_variants
 from pipelines.data.grouping import LengthGroups
 from pipelines.data.order import Order
 
@@ -24,13 +25,14 @@ SAMPLES = 10**9
 ORDER_VARIANTS = ("global", "mixture", "window", "groups")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--global-batch-size", type=int, default=256, help="default: %(default)s")
     parser.add_argument(
         "--variant", choices=ORDER_VARIANTS, help="measure only this one, in this process, and print it"
     )
-    arguments = parser.parse_args()
+    add_out_option(parser, __file__)
+    arguments = parser.parse_args(argv)
     if arguments.variant:
         print(json.dumps(measure(arguments.variant, arguments.global_batch_size)))
         return
@@ -42,7 +44,7 @@ def main() -> None:
             f"worst {measured['worst_ms']:6.2f} ms, {measured['peak_mib']:4.0f} MiB",
             flush=True,
         )
-    append_record(__file__, samples=SAMPLES, global_batch_size=arguments.global_batch_size, variants=results)
+    append_record(arguments.out, samples=SAMPLES, global_batch_size=arguments.global_batch_size, variants=results)
 
 
 def build_order(variant: str, global_batch_size: int) -> Order:

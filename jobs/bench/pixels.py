@@ -10,7 +10,7 @@ import argparse
 import io
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import numpy as np
@@ -19,16 +19,18 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from jobs.bench.record import append_record
+from jobs.bench.record import add_out_option, append_record
 from redux.image import load_pixels, prepare_image
 from redux.settings import ImageAspectRatio
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--size", type=int, default=336, help="default: %(default)s")
-    arguments = parser.parse_args()
+    add_out_option(parser, __file__)
+    arguments = parser.parse_args(argv)
+    # one thread, as in the readers of a stage
     torch.set_num_threads(1)
     files = [make_photo(seed) for seed in range(arguments.images)]
     times_ms = {
@@ -38,7 +40,7 @@ def main() -> None:
     for image_aspect_ratio, times in times_ms.items():
         print(f"{image_aspect_ratio:5}", *(f"{variant} {ms:.2f} ms  " for variant, ms in times.items()))
     append_record(
-        __file__,
+        arguments.out,
         versions={module.__name__: module.__version__ for module in (PIL, simplejpeg, torch)},
         images=arguments.images,
         size=arguments.size,

@@ -1,5 +1,6 @@
-"""Shared parts of benchmarks: a process for each measurement, and a dated line next to the script."""
+"""Shared parts of benchmarks: a process for each measurement, and a dated line in a file of records."""
 
+import argparse
 import datetime
 import json
 import platform
@@ -28,8 +29,16 @@ def measure_variants(
         yield variant, json.loads(output.splitlines()[-1])
 
 
-def append_record(script: str, **measured: Any) -> None:
-    """Append a line, with date and machine, to the .jsonl file next to the script."""
+def add_out_option(parser: argparse.ArgumentParser, script: str) -> None:
+    """Add the option for the file of records, which by default is the .jsonl file next to the script."""
+    default = Path(script).with_suffix(".jsonl")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, default=default, help="file of records, default: %(default)s"
+    )
+
+
+def append_record(path: Path, **measured: Any) -> None:
+    """Append a line with date and machine to a file of records."""
     line = {"date": datetime.date.today().isoformat(), "machine": platform.machine(), **measured}
-    with Path(script).with_suffix(".jsonl").open("a") as file:
+    with path.open("a") as file:
         file.write(json.dumps(line) + "\n")

@@ -2,8 +2,8 @@
 
     python jobs/bench/resume.py
 
-Prepared squares of 336 pixels with texts of two words.  Each measurement starts Ray Data again, alternately at both
-positions, with two training workers that take one batch each.  The script prints the result and appends it to
+Prepared squares of 336 pixels with texts of two words. Each measurement starts Ray Data again, alternately at both
+positions, with two training workers that take one batch each. The script prints the result and appends it to
 resume.jsonl.
 """
 
@@ -23,7 +23,7 @@ import ray
 import ray.data
 from PIL import Image
 
-from jobs.bench.record import append_record
+from jobs.bench.record import add_out_option, append_record
 from pipelines.core import cluster, storage
 from pipelines.core.storage import read_ranges
 from pipelines.data.ingest import Reader, iterate_micro_batches, make_conversation_encoder, make_dataset
@@ -36,11 +36,12 @@ from redux.conversation import IMAGE_TOKEN, train_word_tokenizer
 RESUME_SIZE, RESUME_BATCH, RESUME_WORKERS = 336, 16, 2
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=3200, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
-    arguments = parser.parse_args()
+    add_out_option(parser, __file__)
+    arguments = parser.parse_args(argv)
     steps = arguments.samples // (RESUME_BATCH * RESUME_WORKERS)
     first_steps = {"start": 0, "95 %": int(0.95 * steps)}
     seconds: dict[str, list[float]] = {name: [] for name in first_steps}
@@ -56,7 +57,7 @@ def main() -> None:
     for name, median in medians.items():
         print(f"{name:6} {median:6.2f} s to the first batch, {bytes_read[name]} bytes of the shards in it")
     append_record(
-        __file__,
+        arguments.out,
         versions={"ray": ray.__version__},
         samples=arguments.samples,
         first_batch_s=medians,
@@ -82,6 +83,7 @@ def build_reader(folder: Path, samples: int) -> Reader:
         }
         for number in range(samples)
     ]
+    # prepared squares: every sample has the same number of bytes, so the reads can be compared
     make_shards(
         records, str(folder), str(folder / "shards"), ShardOptions(samples_per_shard=200, image_size=RESUME_SIZE)
     )
@@ -103,6 +105,7 @@ def time_first_batch(reader: Reader, step: int, steps: int) -> float:
     data.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     with ThreadPoolExecutor(RESUME_WORKERS) as pool:
         numbers = list(pool.map(read_number, data.streaming_split(RESUME_WORKERS, equal=True)))
+    # a time counts only if the batches are the right ones
     if sorted(numbers) != [step * RESUME_WORKERS + rank for rank in range(RESUME_WORKERS)]:
         raise RuntimeError(f"step {step}: got micro-batches {numbers}, allowed: one per worker, from this step")
     return time.perf_counter() - start
@@ -120,6 +123,7 @@ def count_bytes_read(reader: Reader, step: int) -> int:
         requested.extend(ranges)
         return read_ranges(ranges)
 
+    # Shards reads through this function, so its arguments are all that is requested
     with patch.object(storage, "read_ranges", read_and_record):
         for rank in range(RESUME_WORKERS):
             reader(step * RESUME_WORKERS + rank)

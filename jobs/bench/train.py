@@ -20,29 +20,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.bench.record import append_record
+from jobs.bench.record import add_out_option, append_record
 
 if TYPE_CHECKING:
     from pipelines.training.engine import DeepSpeedEngineProtocol
     from pipelines.training.hooks import Hook
     from pipelines.training.plan import StagePlan
     from redux.settings import TemplateName
-
-BENCH_STEPS = 60
-"""Steps of a run."""
-
-SAVE_STEPS = 10
-"""Steps between checkpoints."""
-
-KILL_STEP = 35
-"""Step after which a worker is killed."""
-
-WARMUP_STEPS = 20
-"""First steps, which are left out of medians."""
 
 TEMPLATE: "TemplateName" = "vicuna_bare"
 """Conversation template of the stage."""
@@ -54,10 +43,40 @@ HOURS_BETWEEN_FAULTS = 3
 """Mean time between two faults of the large run."""
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class RunSteps:
+    """Steps of a run, in the proportions of 60: a checkpoint every 10, a kill after 35, a warm-up of 20.
+
+    Args:
+        total: all steps.
+    """
+
+    total: int
+
+    @property
+    def save(self) -> int:
+        """Steps between checkpoints."""
+        return self.total // 6
+
+    @property
+    def killed(self) -> int:
+        """Step after which a worker is killed: between two checkpoints."""
+        return self.total * 7 // 12
+
+    @property
+    def warmup(self) -> int:
+        """First steps, which are left out of medians."""
+        return self.total // 3
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60, help="steps of a run, at least 6, default: %(default)s")
     parser.add_argument("--bare", metavar="FOLDER", help="called by torchrun: run the loop without Ray")
-    arguments = parser.parse_args()
+    add_out_option(parser, __file__)
+    arguments = parser.parse_args(argv)
+    if arguments.steps < 6:
+        parser.error(f"--steps: got {arguments.steps}, allowed: at least 6")
     if arguments.bare:
         train_without_ray(Path(arguments.bare))
         return
@@ -69,14 +88,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         with cluster.open_session():
             make_data(Path(folder))
-            plan = build_plan(Path(folder))
+            plan = build_plan(Path(folder), RunSteps(arguments.steps))
             driver.train_stage(plan)
             killed_plan = move_run(plan, "killed")
             kill_time_file = killed_plan.run / "killed-at"
-            driver.train_stage(killed_plan, [KillWorker(KILL_STEP, kill_time_file)])
+            driver.train_stage(killed_plan, [KillWorker(RunSteps(arguments.steps).killed, kill_time_file)])
         append_record(
-            __file__,
+            arguments.out,
             **summarize(
+                RunSteps(arguments.steps),
                 measure_steps(plan),
                 train_by_torchrun(plan),
                 read_events(plan),
@@ -110,7 +130,7 @@ def make_data(folder: Path) -> None:
     train_word_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
 
 
-def build_plan(folder: Path) -> "StagePlan":
+def build_plan(folder: Path, steps: RunSteps) -> "StagePlan":
     """Build the plan of a stage that trains all parts, on the data of `make_data` in the folder."""
     from pipelines.training.plan import StagePlan
     from pipelines.training.stage import Stage
@@ -126,11 +146,11 @@ def build_plan(folder: Path) -> "StagePlan":
         objective="language",
         data="set",
         template=TEMPLATE,
-        steps=BENCH_STEPS,
+        steps=steps.total,
         global_batch_size=16,
         micro_batch_size=4,
         learning_rate={"tower": 1e-4, "projector": 1e-4, "language": 1e-4},
-        save_steps=SAVE_STEPS,
+        save_steps=steps.save,
     )
     plan = StagePlan(
         name="stage",
@@ -188,7 +208,10 @@ def read_events(plan: "StagePlan") -> list[dict[str, Any]]:
 def measure_steps(plan: "StagePlan") -> list[float]:
     """Return the seconds of each step after the warm-up, without its pause for a checkpoint."""
     steps = [event for event in read_events(plan) if event["event"] == "step"]
-    pairs = zip(steps[WARMUP_STEPS - 1 :], steps[WARMUP_STEPS:], strict=False)
+    assert plan.stage.steps
+    warmup = RunSteps(plan.stage.steps).warmup
+    # from the end of a step to the end of the next, as Ray's part lies between them
+    pairs = zip(steps[warmup - 1 :], steps[warmup:], strict=False)
     return [after["at"] - before["at"] - after["stall_s"] for before, after in pairs]
 
 
@@ -212,14 +235,16 @@ def train_without_ray(folder: Path) -> None:
 
     dist.init_process_group("gloo")
     plan = pickle.loads((folder / "plan.pickle").read_bytes())
+    steps = RunSteps(plan.stage.steps)
     engine = build_engine(plan, 2)
+    # all batches are read before, so that this loop waits for no data
     reader, accumulation_steps = plan.build_reader(), plan.stage.count_accumulation_steps(2)
-    batches = iter([reader(turn * 2 + engine.global_rank) for turn in range(BENCH_STEPS * accumulation_steps)])
+    batches = iter([reader(turn * 2 + engine.global_rank) for turn in range(steps.total * accumulation_steps)])
     times = []
-    for _ in run_training_steps(engine, plan, batches, 0, BENCH_STEPS, [], set()):
+    for _ in run_training_steps(engine, plan, batches, 0, steps.total, [], set()):
         times.append(time.time())
     if engine.global_rank == 0:
-        pairs = zip(times[WARMUP_STEPS - 1 :], times[WARMUP_STEPS:], strict=False)
+        pairs = zip(times[steps.warmup - 1 :], times[steps.warmup :], strict=False)
         (folder / "bare.json").write_text(json.dumps([after - before for before, after in pairs]))
 
 
@@ -238,6 +263,7 @@ def measure_recovery(killed: list[dict[str, Any]], killed_at: float) -> dict[str
 
 
 def summarize(
+    run: RunSteps,
     ray_steps: list[float],
     torchrun_steps: list[float],
     undisturbed: list[dict[str, Any]],
@@ -247,6 +273,7 @@ def summarize(
     """Compute the figures and print them.
 
     Args:
+        run: steps of each run.
         ray_steps: seconds of steps under Ray.
         torchrun_steps: seconds of steps under torchrun.
         undisturbed: events of the run under Ray.
@@ -256,9 +283,7 @@ def summarize(
     # Steps, and pauses in the steps that follow a checkpoint.
     step, torchrun_step = statistics.median(ray_steps), statistics.median(torchrun_steps)
     steps = [event for event in undisturbed if event["event"] == "step"]
-    stalls = [
-        event["stall_s"] for event in steps if event["step"] > WARMUP_STEPS and (event["step"] - 1) % SAVE_STEPS == 0
-    ]
+    stalls = [event["stall_s"] for event in steps if event["step"] > run.warmup and (event["step"] - 1) % run.save == 0]
     stall = statistics.median(stalls)
 
     spans = measure_recovery(killed, killed_at)

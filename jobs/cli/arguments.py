@@ -4,6 +4,9 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 EXAMPLE_JOB = "jobs/recipes/quickstart.yaml"
 
@@ -34,15 +37,18 @@ def parse_share(text: str) -> float:
 
 def parse_count(text: str) -> int:
     """Parse a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, allowed: a whole number >= 1")
-    return int(text)
+    return _parse_whole_number(text, 1)
 
 
 def parse_natural(text: str) -> int:
     """Parse a whole number of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text}, allowed: a whole number >= 0")
+    return _parse_whole_number(text, 0)
+
+
+def _parse_whole_number(text: str, minimum: int) -> int:
+    # int() takes other digits and _ as well; more than 18 digits fit no counter
+    if not (text.isascii() and text.isdecimal() and len(text) <= 18 and int(text) >= minimum):
+        raise argparse.ArgumentTypeError(f"got {text[:80]}, allowed: a whole number >= {minimum}")
     return int(text)
 
 
@@ -52,11 +58,26 @@ def build_pair_parser(form: str) -> Callable[[str], tuple[str, str]]:
 
     def parse_pair(text: str) -> tuple[str, str]:
         first, _, second = text.rpartition(separator)
+        # the last separator counts, because a domain in a key and an IPv6 network hold the same character
         if not first or not second or (form.endswith("PORT") and not second.isdecimal()):
             raise argparse.ArgumentTypeError(f"got {text}, allowed: {form}")
         return first, second
 
     return parse_pair
+
+
+def build_options(options_class: type[T], arguments: argparse.Namespace, **others: Any) -> T:
+    """Build a dataclass of options.
+
+    Args:
+        options_class: the dataclass. Its fields have the names of arguments, except those in `others`.
+        arguments: parsed arguments.
+        others: values of the other fields.
+    """
+    from dataclasses import fields  # imported late, like all that the parser does not need
+
+    names = {field.name for field in fields(options_class)} - others.keys()  # type: ignore[arg-type]
+    return options_class(**others, **{name: getattr(arguments, name) for name in names})
 
 
 def add_job(parser: argparse.ArgumentParser, help: str) -> None:

@@ -10,6 +10,7 @@ from jobs.cli.arguments import (
     TOKEN_HELP,
     add_address,
     add_job,
+    build_options,
     build_pair_parser,
     parse_count,
     parse_natural,
@@ -62,15 +63,10 @@ def _add_submit(verbs: Any) -> None:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from dataclasses import fields
-
     from jobs.cluster import submit
 
     settings, _ = load(arguments)
-    options = {
-        field.name: getattr(arguments, field.name) for field in fields(submit.Submission) if field.name != "name"
-    }
-    return submit.submit(submit.Submission(name=settings.name, **options))
+    return submit.submit(build_options(submit.Submission, arguments, name=settings.name))
 
 
 def _add_jobs(verbs: Any) -> None:
@@ -213,23 +209,19 @@ def _add_network(manifest: argparse.ArgumentParser) -> None:
 
 
 def _manifest(arguments: argparse.Namespace) -> None:
-    from dataclasses import fields
-
     from jobs import schema
     from jobs.cluster import manifest
+    from jobs.cluster.kubernetes_options import KubernetesOptions
 
     job, _ = load(arguments)
     if not isinstance(job, schema.Job):
         raise ValueError(f"{arguments.job}: got a study or a search, allowed: a job; redux submit takes all three")
-    options = manifest.KubernetesOptions(
-        **{field.name: getattr(arguments, field.name) for field in fields(manifest.KubernetesOptions)}
-    )
-    text = manifest.write_manifest(job, options)
+    text = manifest.write_manifest(job, build_options(KubernetesOptions, arguments))
     if arguments.out is None:
         print(text, end="")
         return
     try:
-        arguments.out.write_text(text)
+        arguments.out.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"--out: {arguments.out}: {error.strerror}") from None
+        raise ValueError(f"--out: got {arguments.out}, allowed: a file that can be written; {error.strerror}") from None
     print(f"{arguments.out}: kubectl create -f {arguments.out}")

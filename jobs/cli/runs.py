@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.cli.arguments import EXAMPLE_JOB, add_job
+from jobs.cli.arguments import EXAMPLE_JOB, add_job, parse_natural
 
 
 def add_parsers(verbs: Any) -> None:
@@ -26,6 +26,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Callable[[Any, Path, bool]
     """
     from jobs import document
 
+    # the file alone decides its kind, as overrides cannot make a study of a job
     tree = document.read_tree(arguments.job)
     if isinstance(tree, dict) and "variants" in tree:
         from jobs import study
@@ -90,7 +91,9 @@ def _add_best(verbs: Any) -> None:
         epilog="example: redux best runs/laptop 17 && redux run runs/laptop/best.yaml",
     )
     parser.add_argument("search", metavar="SEARCH", type=Path, help="folder of a search")
-    parser.add_argument("trials", metavar="TRIAL", nargs="*", type=int, help="number of a trial, as in search.html")
+    parser.add_argument(
+        "trials", metavar="TRIAL", nargs="*", type=parse_natural, help="number of a trial, as in search.html"
+    )
     parser.set_defaults(verb=_write_best)
 
 

@@ -61,6 +61,7 @@ def connect(address: str) -> Iterator[JobSubmissionClient]:
 
     address = address.rstrip("/")
     _check_address(address)
+    # Ray's clients log each upload, but a submission is reported in one line
     for name in ("dashboard_sdk", "job.sdk"):
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
     os.environ[ADDRESS_VARIABLE] = address  # Ray's client prefers this variable, or RAY_ADDRESS, to its argument
@@ -138,7 +139,7 @@ def find_exit_code(job: JobDetails) -> int:
     return code if code > 0 else 128 - code  # by a signal, as a shell reports it
 
 
-def follow(client: JobSubmissionClient, id: str, write_text: Callable[[str], None]) -> JobDetails:
+def follow(client: JobSubmissionClient, job_id: str, write_text: Callable[[str], None]) -> JobDetails:
     """Write the log of a job until it ends; returns its final status.
 
     A lost connection is restored, and text that was written is not repeated.
@@ -150,7 +151,8 @@ def follow(client: JobSubmissionClient, id: str, write_text: Callable[[str], Non
     async def tail() -> None:
         nonlocal printed, failures
         seen = 0
-        async for text in client.tail_job_logs(id):
+        async for text in client.tail_job_logs(job_id):
+            # a new connection sends the log from its beginning
             new = text[max(printed - seen, 0) :]
             seen += len(text)
             if new:
@@ -159,13 +161,14 @@ def follow(client: JobSubmissionClient, id: str, write_text: Callable[[str], Non
 
     while True:
         try:
-            job = client.get_job_info(id)
+            job = client.get_job_info(job_id)
             asyncio.run(tail())
-            job = client.get_job_info(id)
+            job = client.get_job_info(job_id)
             if job.status.is_terminal():
                 return job
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
             failures += 1
+            # a cluster that was restarted does not know the job, and waiting does not bring it back
             if failures > MAX_RECONNECTS or UNKNOWN_JOB_TEXT in str(error):
                 raise
         time.sleep(min(2**failures, 30))
@@ -176,11 +179,11 @@ def print_log(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def report_detached(id: str, address: str) -> int:
+def report_detached(job_id: str, address: str) -> int:
     """Tell an interrupted user that the job itself continues; returns the exit code."""
     print(
-        f"redux: {id} continues on the cluster; redux jobs logs {id} -f shows it, redux jobs stop {id} ends it, both "
-        f"with --address {address}",
+        f"redux: {job_id} continues on the cluster; redux jobs logs {job_id} -f shows it, redux jobs stop {job_id} "
+        f"ends it, both with --address {address}",
         file=sys.stderr,
     )
     return EXIT_INTERRUPTED
@@ -201,47 +204,47 @@ def print_jobs(address: str) -> int:
     return 0
 
 
-def _check_id(id: str) -> None:
+def _check_id(job_id: str) -> None:
     """Check the form of an id, because Ray puts it into a URL unchanged."""
-    if not re.fullmatch(r"[^\s/?#%]+", id):
-        raise ValueError(f"ID: got {id or 'nothing'}, allowed: an id that redux jobs list shows")
+    if not re.fullmatch(r"[^\s/?#%]+", job_id):
+        raise ValueError(f"ID: got {job_id or 'nothing'}, allowed: an id that redux jobs list shows")
 
 
-def print_status(address: str, id: str) -> int:
+def print_status(address: str, job_id: str) -> int:
     """Print the status of a job in one line; returns the exit code of the job."""
-    _check_id(id)
+    _check_id(job_id)
     with connect(address) as client:
-        job = client.get_job_info(id)
+        job = client.get_job_info(job_id)
     print(describe_status(job))
     return find_exit_code(job)
 
 
-def print_logs(address: str, id: str, follow_to_end: bool) -> int:
+def print_logs(address: str, job_id: str, follow_to_end: bool) -> int:
     """Print the log of a job so far, or until it ends; then returns the exit code of the job."""
-    _check_id(id)
+    _check_id(job_id)
     with connect(address) as client:
         if not follow_to_end:
-            print_log(client.get_job_logs(id))
+            print_log(client.get_job_logs(job_id))
             return 0
         try:
-            return find_exit_code(follow(client, id, print_log))
+            return find_exit_code(follow(client, job_id, print_log))
         except KeyboardInterrupt:
-            return report_detached(id, address)
+            return report_detached(job_id, address)
 
 
-def stop_job(address: str, id: str) -> int:
+def stop_job(address: str, job_id: str) -> int:
     """Stop a job and wait until it has ended."""
-    _check_id(id)
+    _check_id(job_id)
     with connect(address) as client:
-        job = client.get_job_info(id)
+        job = client.get_job_info(job_id)
         if not job.status.is_terminal():
             grace = ((job.runtime_env or {}).get("env_vars") or {}).get(STOP_WAIT_VARIABLE, DEFAULT_STOP_WAIT_S)
-            print(f"{id} stops; it has up to {grace} s for a checkpoint", flush=True)
-            client.stop_job(id)
+            print(f"{job_id} stops; it has up to {grace} s for a checkpoint", flush=True)
+            client.stop_job(job_id)
             try:
-                job = follow(client, id, lambda text: None)
+                job = follow(client, job_id, lambda text: None)
             except KeyboardInterrupt:
-                print(f"redux: {id} stops in the background", file=sys.stderr)
+                print(f"redux: {job_id} stops in the background", file=sys.stderr)
                 return EXIT_INTERRUPTED
     print(describe_status(job))
     return 0
@@ -249,8 +252,8 @@ def stop_job(address: str, id: str) -> int:
 
 def describe_status(job: JobDetails) -> str:
     """Describe the status of a job in one line."""
-    id, name, status, since, duration, message = _build_row(job)
-    return f"{id} is {status} (run {name}, since {since}, {duration}): {message}"
+    job_id, name, status, since, duration, message = _build_row(job)
+    return f"{job_id} is {status} (run {name}, since {since}, {duration}): {message}"
 
 
 def _build_row(job: JobDetails) -> tuple[str, ...]:

@@ -26,7 +26,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs import document
 from jobs.cluster import package
-from jobs.cluster.manifest import PASSWORD, STOP_MARGIN_S
+from jobs.cluster.kubernetes_options import PASSWORD
+from jobs.cluster.manifest import STOP_MARGIN_S
 from jobs.cluster.remote import (
     RUN_METADATA_KEY,
     STOP_WAIT_VARIABLE,
@@ -79,10 +80,12 @@ def submit(submission: Submission) -> int:
     Raises:
         ValueError: the cluster refuses the job, another submission of this run is active, or a file must not be copied.
     """
+    # as written, not resolved: paths in it are those of the cluster
     tree = document.read_tree(submission.job, submission.overrides)
     job = tree.get("job", tree)  # a study or a search has one for all its runs
     _check_submission(submission, job)
     environment = _collect_environment(submission.env, (job.get("recovery") or {}).get("grace_s", Recovery.grace_s))
+    # packaged before the connection: a secret among the files must stop the submission first
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch, "package.zip")
         command = write_entrypoint(submission, package.write_package(Path.cwd(), submission.job, archive))
@@ -98,13 +101,20 @@ def write_entrypoint(submission: Submission, file: str) -> str:
     # ~/ stays outside the quotes, so that the shell of the cluster replaces it
     home = "~/" if submission.runs_dir.startswith("~/") else ""
     runs_dir = home + shlex.quote(submission.runs_dir.removeprefix("~/"))
+    # exec, so that Ray's SIGTERM reaches redux and not a shell around it
     return f"exec {shlex.join([*redux, 'run', file, *submission.overrides])} --runs-dir {runs_dir}"
 
 
 def _is_redux(folder: Path) -> bool:
     """Tell if a folder is a checkout of Redux."""
-    project = folder / "pyproject.toml"
-    return project.is_file() and tomllib.loads(project.read_text()).get("project", {}).get("name") == "redux-vlm"
+    path = folder / "pyproject.toml"
+    if not path.is_file():
+        return False
+    try:
+        project = tomllib.loads(path.read_text(encoding="utf-8")).get("project")
+    except ValueError as error:  # wrong TOML, or not UTF-8
+        raise ValueError(f"{path}: {error}, allowed: TOML") from None
+    return isinstance(project, dict) and project.get("name") == "redux-vlm"
 
 
 def _check_submission(submission: Submission, job: Mapping[str, Any]) -> None:
@@ -126,7 +136,7 @@ def _check_submission(submission: Submission, job: Mapping[str, Any]) -> None:
             )
     for key, text in {
         "overrides": " ".join(submission.overrides),
-        str(submission.job): submission.job.read_text(),
+        str(submission.job): submission.job.read_text(encoding="utf-8"),
     }.items():
         if PASSWORD.search(text):
             raise ValueError(
@@ -183,12 +193,13 @@ def _submit_once(
     client: JobSubmissionClient, submission: Submission, number: int, command: str, runtime_env: dict[str, Any]
 ) -> str:
     """Submit the job once, or find it if its id was submitted before; returns its id."""
+    # read again for each try, because others may have submitted meanwhile
     jobs_by_id = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
     job_id = _choose_id(submission, number, jobs_by_id)
     if job_id not in jobs_by_id:
         active = [
-            id
-            for id, job in jobs_by_id.items()
+            other_id
+            for other_id, job in jobs_by_id.items()
             if find_run_name(job) == submission.name and not job.status.is_terminal()
         ]
         if active:
@@ -212,6 +223,7 @@ def _submit_once(
                 flush=True,
             )
             return job_id
+    # the id exists: it is this submission, repeated, or somebody else's job
     job = client.get_job_info(job_id)
     if find_run_name(job) != submission.name:
         raise ValueError(
@@ -225,6 +237,7 @@ def _choose_id(submission: Submission, number: int, jobs_by_id: Mapping[str, Any
     """Choose the id of a submission: the id of the user and a number, or the first free id from the name of the run."""
     if submission.id is not None:
         return submission.id if number == 1 else f"{submission.id}-{number}"
+    # Ray refuses the id of an ended job, too
     job_id, count = submission.name, 1
     while job_id in jobs_by_id and (
         jobs_by_id[job_id].status.is_terminal() or find_run_name(jobs_by_id[job_id]) != submission.name

@@ -28,6 +28,7 @@ from ray import _raylet
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants, services
 from ray._private import utils as ray_utils
+from ray._private.node import Node
 from ray.exceptions import AuthenticationError
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -86,6 +87,12 @@ LOOPBACK_ENVIRONMENT = {
 }
 """Environment that keeps Ray and its workers on the loopback interface."""
 
+UNUSED_SERVICES_ENVIRONMENT = {
+    # an actor that asks Ray each second if a machine will be preempted; nobody tells a private Ray
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Environment that turns off services of which a private Ray has no use. On two cores each one slows the workers."""
+
 
 @contextmanager
 def open_session() -> Iterator[None]:
@@ -104,7 +111,9 @@ def open_session() -> Iterator[None]:
     disable_progress_bar()  # transformers would show one bar per file that it reads
     with _private_settings() if is_private() else _cluster_settings(os.environ["RAY_ADDRESS"]) as settings:
         try:
-            _connect(runtime_env={"env_vars": environment}, **settings)
+            # A private Ray inherits the variables. A runtime environment there would make the workers useless that Ray
+            # starts in advance, one for each CPU.
+            _connect(runtime_env=None if is_private() else {"env_vars": environment}, **settings)
             interrupts.raise_if_interrupted()
             logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here as exceptions
             ray.data.DataContext.get_current().enable_progress_bars = False  # long steps have bars of ours
@@ -153,6 +162,7 @@ def _private_settings() -> Iterator[dict[str, Any]]:
     """
     environment = {
         **LOOPBACK_ENVIRONMENT,
+        **UNUSED_SERVICES_ENVIRONMENT,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         **_find_short_folder(),
@@ -165,7 +175,8 @@ def _private_settings() -> Iterator[dict[str, Any]]:
     folders = set(_list_session_folders())
     keep_folder = False
     try:
-        with _isolate_processes():
+        # The log monitor reads the logs of all processes ten times a second, to print them here. Nothing is printed.
+        with _isolate_processes(), patch.object(Node, "start_log_monitor"):
             yield {"address": "local", "include_dashboard": False}
     except Exception as error:
         keep_folder = not isinstance(error, ValueError)

@@ -29,6 +29,7 @@ from pyarrow import ipc
 from tqdm import tqdm
 
 from pipelines.core import interrupts, storage
+from pipelines.core.imports import import_without
 from pipelines.data import records as check
 from pipelines.data import tars
 from pipelines.data.images import ImageFolder, OutsideError, check_image
@@ -147,8 +148,7 @@ def _find_rejection(record: Any, options: ShardOptions, seen: set[bytes]) -> che
 
 def _write_shard(task: dict[str, Any], images: str, out: str, options: ShardOptions) -> dict[str, Any]:
     """Write one shard, then its part of the index. Runs in a Ray task."""
-    import webdataset  # imports torch, which readers do not need
-
+    webdataset = import_without("webdataset", "torch")
     num_kept, quarantined, folder = 0, [], ImageFolder(images)
     records, rejections = json.loads(task["records"]), json.loads(task["rejections"])
     buffer = io.BytesIO()

@@ -35,6 +35,7 @@ from typing import Any
 
 from PIL import Image
 
+from pipelines.core.imports import import_without
 from pipelines.data import records
 
 TAR_REASONS = {
@@ -196,8 +197,7 @@ def escape_unprintable(name: str) -> str:
 
 def _read_members(data: BytesLike, name: str, tar: Tar) -> Iterator[TarMember]:
     """Yield the files that WebDataset groups into samples, and count the others in `tar`."""
-    from webdataset.tariterators import base_plus_ext  # imports torch, which readers do not need
-
+    base_plus_ext = import_without("webdataset.tariterators", "torch").base_plus_ext
     end = 0
     for info, end in _read_headers(data, name):
         tar.members += 1
@@ -289,8 +289,7 @@ def _is_metadata(name: str) -> bool:
 
 def _group_samples(members: Iterator[TarMember], name: str) -> Iterator[TarSample]:
     """Group members into samples with WebDataset's function."""
-    from webdataset.tariterators import group_by_keys
-
+    group_by_keys = import_without("webdataset.tariterators", "torch").group_by_keys
     last: TarMember | None = None  # for the message: WebDataset's error does not name the member
 
     def entries() -> Iterator[dict[str, Any]]:

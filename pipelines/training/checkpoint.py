@@ -123,6 +123,11 @@ def format_name(cursor: int) -> str:
     return f"step-{cursor:06d}"
 
 
+def exists(folder: str) -> bool:
+    """Return True if a stage has a checkpoint, intact or not."""
+    return bool(_list_steps(folder))
+
+
 def list_newest_first(folder: str) -> Iterator[SavedCheckpoint | str]:
     """Yield the checkpoints of a stage, newest first; for a folder without a valid manifest, yield the reason."""
     for step in sorted(_list_steps(folder), key=_sort_key, reverse=True):

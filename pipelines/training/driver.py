@@ -8,7 +8,8 @@ workers. Order, loss and learning rate therefore do not depend on the number of 
 global batch evenly stay idle.
 
 The workers stay for the next stages of the job, as long as these need the same number of them: new processes take many
-seconds to import their libraries. Between two stages they wait while the driver exports the model.
+seconds to import their libraries. Between two stages they wait while the driver exports the model. For the same reason
+they can be started before the first stage, while its data is made.
 
 Ray restarts all workers after every fault. It does not know about checkpoints: workers find the newest intact one in
 storage, where a crash cannot lose it and another driver finds it.
@@ -36,7 +37,7 @@ from pipelines.core import cluster, failures, interrupts, storage
 from pipelines.training import export, launch, recorder, rendezvous
 from pipelines.training.plan import StagePlan, StageWork
 from pipelines.training.recorder import RecorderClient
-from pipelines.training.worker import HookFactory
+from pipelines.training.worker import GroupWork, HookFactory
 
 MAX_RAY_RESTARTS = 1_000_000
 """Restarts that Ray allows, in effect unlimited. The recorder ends a run that makes no progress."""
@@ -68,12 +69,14 @@ class WorkerGroup:
         client: recorder of the workers; None without workers.
         future: result of Ray Train.
         upcoming: plans of the stages that the workers train next.
+        started_for: plan of the stage before which workers were started that have no work yet; None without them.
     """
 
     def __init__(self) -> None:
         self.client: RecorderClient | None = None
         self.future: Future[Any] = Future()
         self.upcoming: list[StagePlan] = []
+        self.started_for: StagePlan | None = None
         self._run = Path()
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
@@ -89,10 +92,36 @@ class WorkerGroup:
         """Return True if workers wait for this stage."""
         return not self.future.done() and self.upcoming[:1] == [plan]
 
+    def start_early(self, plan: StagePlan) -> None:
+        """Start the workers of a stage before its data exists. They import their libraries and wait for the stage.
+
+        Does nothing if its workers may take all CPUs, as the work before the stage needs one.
+        """
+        plan = _decide_workers(plan)
+        assert plan.workers
+        _, most = plan.workers
+        resources = _worker_resources(plan)
+        free_cpus = ray.cluster_resources().get("CPU", 0) - most * resources["CPU"]
+        if free_cpus >= 1 and plan.leaves_cpus_to_readers("GPU" in resources):
+            self._start(plan)
+            self.started_for = plan
+
+    def _start(self, plan: StagePlan) -> None:
+        """Start the recorder and the workers of a stage."""
+        # A driver that was killed may have left workers behind.
+        remove_placement_group(plan.run)
+        self.client = recorder.start_recorder()
+        self._run = plan.run
+        # Ray Train requires a storage folder. Nothing in it is needed later.
+        self._scratch = tempfile.TemporaryDirectory()
+        trainer = _make_trainer(plan, self.client, self._scratch.name)
+        # The main thread receives signals and follows the recorder, while fit() runs in the thread.
+        self.future = run_in_background(trainer.fit)
+
     def open_stage(
         self, work: StageWork, later: Sequence[StageWork], extra_hook_factories: Sequence[HookFactory]
     ) -> RecorderClient:
-        """Let the waiting workers train a stage, or start new ones if they do not expect this one.
+        """Let the waiting workers train a stage, or start new ones if these were not started for it.
 
         Args:
             work: the stage.
@@ -104,17 +133,13 @@ class WorkerGroup:
             self.upcoming = self.upcoming[1:]
             self.client.open_stage(settings)
             return self.client
-        self.end()
-        # A driver that was killed may have left workers behind.
-        remove_placement_group(work.plan.run)
-        self.client = recorder.start_recorder(settings)
-        self._run = work.plan.run
+        if self.client is None or self.started_for != work.plan or self.future.done():
+            self.end()
+            self._start(work.plan)
+        assert self.client
+        self.started_for = None
         self.upcoming = [following.plan for following in later]
-        # Ray Train requires a storage folder. Nothing in it is needed later.
-        self._scratch = tempfile.TemporaryDirectory()
-        trainer = _make_trainer((work, *later), self.client, extra_hook_factories, self._scratch.name)
-        # The main thread receives signals and follows the recorder, while fit() runs in the thread.
-        self.future = run_in_background(trainer.fit)
+        self.client.open_stage(settings, GroupWork((work, *later), tuple(extra_hook_factories)))
         return self.client
 
     def end(self, waits: bool = True) -> None:
@@ -135,7 +160,7 @@ class WorkerGroup:
             remove_placement_group(self._run)
             assert self._scratch
             self._scratch.cleanup()
-            self.client = None
+            self.client = self.started_for = None
 
 
 def train_stage(
@@ -198,10 +223,14 @@ def _close_record(client: RecorderClient, event: str) -> None:
 
 def _prepare_stage(plan: StagePlan) -> StageWork:
     """Decide the number of workers of a stage, and build its reader."""
-    # Without a configured number, use as many workers as the cluster has places for.
-    plan = plan.with_workers(cluster.count_model_processes(plan.gpu_share))
+    plan = _decide_workers(plan)
     reader = plan.build_reader()
     return StageWork(plan, reader, plan.count_steps(reader.order))
+
+
+def _decide_workers(plan: StagePlan) -> StagePlan:
+    """Return the plan with its number of workers. None configured means as many as the cluster has places for."""
+    return plan.with_workers(cluster.count_model_processes(plan.gpu_share))
 
 
 def _check_stage(plan: StagePlan) -> None:
@@ -252,29 +281,21 @@ def _print_summary(work: StageWork) -> None:
     )
 
 
-def _make_trainer(
-    stages: Sequence[StageWork], client: RecorderClient, extra_hook_factories: Sequence[HookFactory], scratch: str
-) -> launch.StageTrainer:
+def _make_trainer(plan: StagePlan, client: RecorderClient, scratch: str) -> launch.StageTrainer:
     """Make Ray Train's trainer for stages with the same number of workers.
 
     Args:
-        stages: the stages.
+        plan: plan of the first stage.
         client: recorder of the stages.
-        extra_hook_factories: see `train_stage`.
         scratch: empty folder.
     """
-    plan = stages[0].plan
     assert plan.workers
     fewest, most = plan.workers
     resources = _worker_resources(plan)
     return launch.StageTrainer(
         launch.run_worker,
         # Pickled to every worker. The recorder client contains the handle of the actor.
-        train_loop_config={
-            "stages": tuple(stages),
-            "recorder": client,
-            "extra_hook_factories": tuple(extra_hook_factories),
-        },
+        train_loop_config={"recorder": client},
         scaling_config=ray.train.ScalingConfig(
             num_workers=(fewest, most) if plan.is_elastic else fewest,
             elastic_resize_monitor_interval_s=plan.recovery.resize_s,

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
 from pipelines.core import cluster
+from pipelines.core.imports import import_without
 from pipelines.training.plan import LearningRateSchedule, StagePlan
 from redux import contrastive, model
 from redux.architecture import TowerSizes
@@ -37,6 +38,9 @@ if not torch.cuda.is_available():
 
 TORCH_LINEAR = F.linear
 """Linear layer of torch. ZeRO 3 of DeepSpeed replaces it in the whole process, which rounds gradients otherwise."""
+
+MAX_REDUCE_BUCKET_SIZE = 500_000_000
+"""Gradients that are summed over ranks at a time, at most: DeepSpeed's default."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -218,10 +222,14 @@ def make_config(plan: StagePlan) -> dict[str, Any]:
     }
 
 
+def import_deepspeed() -> Any:
+    """Import DeepSpeed without MLflow, which its autotuner imports if it is installed, for a second of CPU."""
+    return import_without("deepspeed", "mlflow")
+
+
 def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
     """Build the DeepSpeed engine of this rank. A collective over all workers."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
+    deepspeed = import_deepspeed()
 
     if not torch.cuda.is_available():
         # Divide the cores among the ranks of the machine. More threads than cores would slow all ranks down.
@@ -232,7 +240,7 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
 
     # Only parts with a learning rate train.
     config = make_config(plan)
-    device = torch.device(get_accelerator().current_device_name())
+    device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
     module, parts = build_module(plan, device, config if plan.stage.zero_stage == 3 else None)
     module.train()
     for parameter in module.parameters():
@@ -242,6 +250,12 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
         {"params": [parameter.requires_grad_() for parameter in parts[part]], "lr": 0.0, "peak": rate}
         for part, rate in stage.learning_rate.items()
     ]
+    if stage.zero_stage:
+        # DeepSpeed allocates a whole bucket in every backward pass: by default 2 GB of fp32, which is mapped anew.
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        # ZeRO 3 has divided the parameters and keeps their size in ds_numel.
+        elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+        config["zero_optimization"]["reduce_bucket_size"] = min(elements, MAX_REDUCE_BUCKET_SIZE)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay, fused=True)
 
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
@@ -311,10 +325,10 @@ def apply_update(engine: DeepSpeedEngineProtocol) -> tuple[bool, float]:
         parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         is_finite = bool(norm.isfinite())
-        if not is_finite:
-            # AdamW skips parameters without a gradient.
-            for parameter in parameters:
-                parameter.grad = None
+        # torch's fused AdamW skips an update for which a gradient scaler reports an infinite gradient. Without any
+        # gradient, DeepSpeed 0.19 could not clip.
+        optimizer: Any = engine.optimizer
+        optimizer.found_inf = None if is_finite else torch.ones((), device=engine.device)
         engine.step()
         return is_finite, norm.item()
     engine.step()

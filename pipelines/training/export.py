@@ -65,6 +65,8 @@ def export_checkpoint(plan: StagePlan, saved: checkpoint.SavedCheckpoint, out: s
             processor.build_processor(model.config, tokenizer).save_pretrained(folder)
         else:
             tokenizer.save_pretrained(folder)
+        # save_pretrained imports DeepSpeed if it is installed.
+        engine.import_deepspeed()
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         upload_folder(Path(folder), out, saved.url)
 

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from pipelines.data import ingest
-from pipelines.training.engine import DeepSpeedEngineProtocol
+from pipelines.training import checkpoint
 from pipelines.training.plan import StageWork
 
 
@@ -26,17 +27,28 @@ class Feed:
         self.next_index = 0
         """Index of the stage whose micro-batches come next."""
 
-    def read(self, engine: DeepSpeedEngineProtocol, work: StageWork, cursor: int) -> Iterator[ingest.Batch]:
+    def prepare(self, work: StageWork) -> None:
+        """Start the readers of a stage that has no checkpoint, so that they start while the model is built.
+
+        A collective. With a checkpoint, the first micro-batch is known only when it is loaded.
+        """
+        has_checkpoint = [dist.get_rank() == 0 and checkpoint.exists(work.plan.folder)]
+        dist.broadcast_object_list(has_checkpoint, src=0)
+        index = self._find_index(work)
+        if not has_checkpoint[0] and (self.batches is None or index != self.next_index):
+            self.batches, self.next_index = self._open(index, cursor=0), index
+
+    def read(self, work: StageWork, cursor: int) -> Iterator[ingest.Batch]:
         """Yield the micro-batches of the global batches cursor+1..steps of a stage. A collective.
 
         Raises:
             RuntimeError: Ray Data delivered another micro-batch than the next one.
         """
-        rank, workers = engine.global_rank, engine.dp_world_size
-        index = [stage.plan.name for stage in self.stages].index(work.plan.name)
+        rank, workers = dist.get_rank(), dist.get_world_size()
+        index = self._find_index(work)
         # The readers of earlier stages are at the beginning of this one, unless it starts from a checkpoint.
         if self.batches is None or index != self.next_index or cursor:
-            self.batches = self._open(engine, index, cursor)
+            self.batches = self._open(index, cursor)
         # Micro-batches go to the ranks in turn: rank r gets r, r + workers, ... A wrong one would change the result.
         accumulation_steps = work.plan.stage.count_accumulation_steps(workers)
         for turn in range(cursor * accumulation_steps, work.steps * accumulation_steps):
@@ -47,18 +59,21 @@ class Feed:
             self.next_index = index + (turn + 1 == work.steps * accumulation_steps)
             yield batch
 
-    def _open(self, engine: DeepSpeedEngineProtocol, index: int, cursor: int) -> Iterator[ingest.Batch]:
+    def _find_index(self, work: StageWork) -> int:
+        return [stage.plan.name for stage in self.stages].index(work.plan.name)
+
+    def _open(self, index: int, cursor: int) -> Iterator[ingest.Batch]:
         """Start the readers of a stage and of those after it. A collective."""
-        workers = engine.dp_world_size
+        workers = dist.get_world_size()
         # Rank 0 alone creates the dataset, so that one set of readers serves all ranks and a split hands each block to
         # one of them. The others get their iterators from it.
         splits: list[Any] = [None] * workers
-        if engine.global_rank == 0:
+        if dist.get_rank() == 0:
             segments: list[ingest.Segment] = []
             for work in self.stages[index:]:
                 count = work.plan.stage.count_accumulation_steps(workers) * workers
                 segments.append(ingest.Segment(work.reader, (0 if segments else cursor) * count, work.steps * count))
-            leaves_cpus = self.stages[index].plan.leaves_cpus_to_readers(uses_gpus=engine.device.type != "cpu")
+            leaves_cpus = self.stages[index].plan.leaves_cpus_to_readers(uses_gpus=torch.cuda.is_available())
             splits = list(ingest.make_streams(segments, workers, leaves_cpus))
         received: list[Any] = [None]
         dist.scatter_object_list(received, splits, src=0)

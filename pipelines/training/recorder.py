@@ -1,7 +1,8 @@
 """Recorder of a group of workers: an actor that writes the record of their stages and passes messages to the driver.
 
 The actor runs on the driver's machine, because the run folder is there; workers run anywhere and come and go. The
-recorder outlives them. The driver opens one stage after the other, and the workers wait for the next one meanwhile.
+recorder outlives them. The driver opens one stage after the other, and the workers wait for the next one meanwhile,
+and for the first one if they were started early.
 The recorder knows how far they got, if they make progress, and if the driver requests a stop. Rank 0 sends each step
 without waiting, and reads the answer to the previous step. The record therefore costs a step only the time to send it.
 
@@ -107,7 +108,7 @@ class StageStatus:
 class Recorder:
     """Actor that records stages, one after the other. Start it with `start_recorder`, call it by `RecorderClient`."""
 
-    def __init__(self, settings: RecorderSettings, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, settings: RecorderSettings | None = None, environment: Mapping[str, str] | None = None) -> None:
         os.environ.update(environment or {})
         self.metrics: MetricsWriter | None = None
         self.trackers: TrackerGroup | None = None
@@ -116,11 +117,21 @@ class Recorder:
         self.pool = ThreadPoolExecutor(1)
         self.gauges: dict[str, Gauge] = {}
         self.number = -1
-        self.open_stage(settings)
+        self.work: Any = None
+        self.status = StageStatus(0, None, [], "")
+        self.stop_requested = False
+        if settings:
+            self.open_stage(settings)
 
-    def open_stage(self, settings: RecorderSettings) -> None:
-        """Begin the record of the next stage. Its workers may then train it."""
+    def open_stage(self, settings: RecorderSettings, work: Any = None) -> None:
+        """Begin the record of the next stage. Its workers may then train it.
+
+        Args:
+            settings: settings of the stage.
+            work: for the first stage of new workers, what `get_work` returns to them.
+        """
         self.settings = settings
+        self.work = work or self.work
         self.number += 1
         # A resumed stage continues the account of earlier launches.
         self.ledger = ledger.read_ledger(settings.run)
@@ -146,6 +157,10 @@ class Recorder:
         if self.status.failed or self.stop_requested:
             return None
         return self.number if self.number > finished else WAIT
+
+    def get_work(self) -> Any:
+        """Return the work of the workers, as `open_stage` got it."""
+        return self.work
 
     def finish_stage(self, stage: int, waiting: bool) -> None:
         """Record that all workers are past the last step of a stage. They wait for the next one, or end."""
@@ -240,6 +255,9 @@ class Recorder:
         The run fails on an error that the user must fix, on the same error at the same step, and on too many
         consecutive faults without progress.
         """
+        if self.number < 0:
+            # Workers that were started early: Ray starts them again, and nothing is lost.
+            return
         # An error that explains the others has the lowest kind: lost workers are a consequence of it.
         rank, cause = min(errors_by_rank.items(), key=lambda item: (item[1].kind, item[0]))
         reason, where = f"rank {rank}: {cause.text}", f"train.{self.settings.stage}"
@@ -379,8 +397,13 @@ class RecorderClient:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    def open_stage(self, settings: RecorderSettings) -> None:
-        ray.get(self._actor.open_stage.remote(settings))
+    def open_stage(self, settings: RecorderSettings, work: Any = None) -> None:
+        # In a list, the actor passes a reference on. Alone, Ray would replace it by the object.
+        ray.get(self._actor.open_stage.remote(settings, work and [ray.put(work)]))
+
+    def get_work(self) -> Any:
+        [reference] = ray.get(self._actor.get_work.remote())
+        return ray.get(reference)
 
     def find_stage(self, finished: int) -> int | None:
         return ray.get(self._actor.find_stage.remote(finished))
@@ -435,10 +458,10 @@ class RecorderClient:
         ray.kill(self._actor)
 
 
-def start_recorder(settings: RecorderSettings) -> RecorderClient:
-    """Start the recorder actor on this machine."""
+def start_recorder() -> RecorderClient:
+    """Start the recorder actor on this machine. Workers wait until its first stage is opened."""
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Pass the keys of trackers as an argument: Ray logs everything in a runtime_env.
     environment = {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "MLFLOW_"))}
     options = {"num_cpus": 0, "scheduling_strategy": this_node}
-    return RecorderClient(ray.remote(Recorder).options(**options).remote(settings, environment))
+    return RecorderClient(ray.remote(Recorder).options(**options).remote(environment=environment))

@@ -26,6 +26,7 @@ from pipelines.training.engine import (
     build_engine,
     describe_model,
     free_engine,
+    import_deepspeed,
     set_learning_rate,
 )
 from pipelines.training.feed import Feed
@@ -83,20 +84,31 @@ class LocalUpdate(NamedTuple):
     grad_norm: float
 
 
-def train_worker(
-    stages: Sequence[StageWork], recorder: RecorderClient, extra_hook_factories: Sequence[HookFactory]
-) -> None:
+class GroupWork(NamedTuple):
+    """Work of a group of workers.
+
+    Args:
+        stages: stages in their order. The driver may end the workers after any of them.
+        extra_hook_factories: make hooks that run after those of this package.
+    """
+
+    stages: tuple[StageWork, ...]
+    extra_hook_factories: tuple[HookFactory, ...]
+
+
+def train_worker(recorder: RecorderClient) -> None:
     """Train one rank, stage after stage, from the stage that the driver has opened.
 
     Args:
-        stages: the stages of these workers. The driver may end them after any of them.
         recorder: recorder of the stages.
-        extra_hook_factories: make hooks that run after those of this package.
     """
-    entered = time.monotonic()
+    # Import it while the driver may still make the data of the first stage.
+    import_deepspeed()
     number = _wait_for_stage(recorder, finished=-1)
+    entered = time.monotonic()
     if number is None:
         return
+    stages, extra_hook_factories = recorder.get_work()
     # Stages that the same number of workers can share. A stage that needs another number gets new workers.
     workers = dist.get_world_size()
     used_workers = stages[number].plan.stage.count_usable_workers(workers)
@@ -177,6 +189,7 @@ def _train_stage(
     if is_first:
         recorder.set_phase("loading model")
         forward_kernel_messages(recorder, plan.name)
+    feed.prepare(work)
     engine = build_engine(plan, dist.get_world_size())
     # Fingerprints read the whole index of each set, so they are computed once.
     data = work.reader.fingerprint_sources()
@@ -195,7 +208,7 @@ def _train_stage(
         ]
         all_hooks = [watchdog, *closing_hooks]
         cursor, rolled_back = resume_point
-        batches = feed.read(engine, work, cursor)
+        batches = feed.read(work, cursor)
         for step in run_training_steps(engine, plan, batches, cursor, steps, all_hooks, rolled_back):
             for hook in all_hooks:
                 hook.on_step_end(step)

@@ -1,6 +1,6 @@
-"""`python -m tests.jobs.bucket HOST FOLDER`: a real S3 protocol for s3://runs, where `set` holds what the folder does.
+"""`python -m tests.jobs.bucket HOST FOLDER`: a server of s3://runs, with a copy of the folder as `set`.
 
-Prints its URL once it is there, and ends with who started it.
+It prints its URL when it is ready, and ends when its standard input closes.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What tests of the command line share."""
+"""Fixtures of tests of the command line."""
 
 import signal
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ WORDS = (
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c() -> Iterator[None]:
-    """A shell's background jobs, and what they start, ignore Ctrl-C: the suite may be one, and these tests press it."""
+def reset_sigint() -> Iterator[None]:
+    """Reset SIGINT, which background jobs of a shell, such as the tests may be, and their children ignore."""
     before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -26,7 +26,7 @@ def ctrl_c() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of a random CLIP and a random LLaMA with a tokenizer of LLaMA's kind, as a hub would hold them.
+    """Folders of a random CLIP and a random LLaMA with a tokenizer of LLaMA's kind, as on a hub.
 
     32 px in patches of 8 px: 16 patches, of which VMTC's defaults leave 8.
     """
@@ -39,21 +39,21 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     tokenizer.train_from_iterator([WORDS], trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"]))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(
+    hub_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="right"
     )
     size = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 64}
     torch.manual_seed(0)
-    eyes = CLIPModel(
+    clip = CLIPModel(
         CLIPConfig(
             text_config={**size, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2},
             vision_config={**size, "image_size": 32, "patch_size": 8},
         )
     )
     wide = {**size, "hidden_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}
-    voice = LlamaForCausalLM(LlamaConfig(**wide, vocab_size=len(fast)))
+    llama = LlamaForCausalLM(LlamaConfig(**wide, vocab_size=len(hub_tokenizer)))
     folders: dict[str, Path] = {name: tmp_path_factory.mktemp(name) for name in ("tower", "language")}
-    eyes.save_pretrained(folders["tower"])
-    voice.to(torch.bfloat16).save_pretrained(folders["language"])
-    fast.save_pretrained(folders["language"])
+    clip.save_pretrained(folders["tower"])
+    llama.to(torch.bfloat16).save_pretrained(folders["language"])
+    hub_tokenizer.save_pretrained(folders["language"])
     return {name: str(folder) for name, folder in folders.items()}

@@ -1,9 +1,9 @@
-"""Machines of a Ray cluster as who operates one has them, all on this one.
+"""Machines of a Ray cluster, all on this machine.
 
-Each is a set of Linux namespaces: an address, a name, processes and temporary files of its own, on one network that
-leads nowhere else.  Where these are not allowed, as in most containers, all of them are this machine, at its loopback.
+Each is a set of Linux namespaces: an address, a name, processes and temporary files of its own, on one network without
+a route to others. Where namespaces are not allowed, as in most containers, all of them are this machine, at loopback.
 
-What is lost is lost at once: SIGKILL for all processes, none of which sees another die.
+A machine is lost at once: SIGKILL for all its processes, and none of them sees another one end.
 """
 
 import json
@@ -22,14 +22,14 @@ import psutil
 
 from tests.pipelines.faults import wait_until
 
-QUICK = {
+FAST_FAILURE_DETECTION = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
 }
-"""How soon a cluster and its driver take a node or the head for dead; by Ray's own settings after up to a minute."""
+"""Time until a cluster and its driver notice a lost node or head; with Ray's defaults up to a minute."""
 
 RAY = str(Path(sysconfig.get_path("scripts"), "ray"))
 
@@ -39,137 +39,149 @@ Process = subprocess.Popen[bytes]
 
 
 @cache
-def apart() -> bool:
-    """Whether machines can have namespaces of their own."""
-    spaces = ["unshare", "--user", "--map-root-user", *(f"--{one}" for one in NAMESPACES[1:]), "--fork", "--mount-proc"]
-    needed = """
+def can_use_namespaces() -> bool:
+    """Tell if machines can have namespaces of their own."""
+    unshare = ["unshare", "--user", "--map-root-user", *(f"--{name}" for name in NAMESPACES[1:])]
+    script = """
         ip link add switch type bridge
-        ip link add one type veth peer name other
+        ip link add first type veth peer name second
         mount --bind /tmp /tmp
         command -v nsenter"""
     try:
-        return subprocess.run([*spaces, "sh", "-ec", needed], capture_output=True).returncode == 0
+        command = [*unshare, "--fork", "--mount-proc", "sh", "-ec", script]
+        return subprocess.run(command, capture_output=True).returncode == 0
     except OSError:
         return False
 
 
-def _in(process: int, namespaces: Sequence[str], command: Sequence[str]) -> list[str]:
-    """A command, in namespaces of a process."""
-    entered = [f"--{one}" for one in namespaces]
-    return ["nsenter", f"--target={process}", *entered, "--preserve-credentials", f"--wd={Path.cwd()}", *command]
+def _enter(process: int, namespaces: Sequence[str], command: Sequence[str]) -> list[str]:
+    """Return a command that runs in namespaces of a process."""
+    options = [f"--{name}" for name in namespaces]
+    return ["nsenter", f"--target={process}", *options, "--preserve-credentials", f"--wd={Path.cwd()}", *command]
 
 
-def _held(command: Sequence[str]) -> Process:
-    """Namespaces, once they are there; they last as long as the process."""
-    stays = "echo there; sleep infinity; :"  # the shell too, as what takes leave of orphans
-    held = subprocess.Popen([*command, "sh", "-c", stays], stdout=subprocess.PIPE)
-    assert held.stdout
-    assert held.stdout.readline() == b"there\n", command
-    return held
+def _hold_namespaces(command: Sequence[str]) -> Process:
+    """Start a process that holds the namespaces of a command, and wait until they exist."""
+    script = "echo there; sleep infinity; :"  # the last command keeps the shell, which reaps orphans
+    holder = subprocess.Popen([*command, "sh", "-c", script], stdout=subprocess.PIPE)
+    assert holder.stdout
+    assert holder.stdout.readline() == b"there\n", command
+    return holder
 
 
 class Machine:
-    """One on which commands run.
+    """A machine on which commands run.
 
-    ip: its address.  scratch: a folder of its own, under a short name since Ray's sockets lie in it.
+    Attributes:
+        ip: its address.
+        scratch: a folder of its own. Its path is short, since Ray's sockets lie in it.
+        processes: the commands.
     """
 
     def __init__(self, network: "Network", name: str, ip: str) -> None:
         self.network, self.ip = network, ip
         self.scratch = network.folder / "scratch"
-        self.running: list[Process] = []
+        self.processes: list[Process] = []
         self.holder: Process | None = None
         if network.holder:
-            self._move_in(network.holder.pid, name)
+            self._create_namespaces(network.holder.pid, name)
 
-    def _move_in(self, network: int, name: str) -> None:
-        own, hosts = self.network.folder / name, self.network.folder / f"{name}.hosts"
-        own.mkdir()
+    def _create_namespaces(self, network: int, name: str) -> None:
+        scratch, hosts = self.network.folder / name, self.network.folder / f"{name}.hosts"
+        scratch.mkdir()
         hosts.write_text(f"127.0.0.1 localhost\n{self.ip} {name}\n")
-        wanted = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        self.holder = _held(_in(network, ("user", "net"), wanted))
+        unshare = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        self.holder = _hold_namespaces(_enter(network, ("user", "net"), unshare))
         [first] = psutil.Process(self.holder.pid).children()
         self.first = first.pid
-        _shell(_in(network, ("user", "net"), ()), f"""
+        _run_script(_enter(network, ("user", "net"), ()), f"""
             ip link add {name} type veth peer name eth0 netns {self.first}
             ip link set {name} master switch up""")  # fmt: skip
-        _shell(_in(self.first, NAMESPACES[:-1], ()), f"""
+        _run_script(_enter(self.first, NAMESPACES[:-1], ()), f"""
             hostname {name}
             mount --bind {hosts} /etc/hosts
-            mount --bind {own} {self.scratch}
+            mount --bind {scratch} {self.scratch}
             ip link set lo up
             ip address add {self.ip}/24 dev eth0
             ip link set eth0 up
             ip route add default via {self.network.gateway}""")  # fmt: skip
 
-    def starts(self, command: Sequence[str], environment: Mapping[str, str]) -> Process:
-        """A command whose output goes to a file."""
+    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> Process:
+        """Start a command whose output goes to a file."""
         path = self.network.folder / f"log-{len(self.network.logs)}"
-        inside = _in(self.first, NAMESPACES, command) if self.holder else command
+        words = _enter(self.first, NAMESPACES, command) if self.holder else command
         with path.open("wb") as log:
-            started = subprocess.Popen(
-                inside, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            process = subprocess.Popen(
+                words, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        self.running.append(started)
-        self.network.logs[started] = path
-        return started
+        self.processes.append(process)
+        self.network.logs[process] = path
+        return process
 
-    def processes(self) -> list[psutil.Process]:
-        """All that runs there."""
+    def list_processes(self) -> list[psutil.Process]:
+        """List all processes of this machine."""
         found = []
-        for one in (self.holder, *self.running):
-            if one and one.poll() is None:
-                found += psutil.Process(one.pid).children(recursive=True)
+        for process in (self.holder, *self.processes):
+            if process and process.poll() is None:
+                found += psutil.Process(process.pid).children(recursive=True)
         return found
 
     def lose(self) -> None:
-        for one in (self.holder, *self.running):
-            if one:
-                kill(one)
+        """Kill all processes."""
+        for process in (self.holder, *self.processes):
+            if process:
+                kill(process)
 
 
-def _shell(place: Sequence[str], script: str) -> None:
-    subprocess.run([*place, "sh", "-ec", script], check=True)
+def _run_script(prefix: Sequence[str], script: str) -> None:
+    subprocess.run([*prefix, "sh", "-ec", script], check=True)
 
 
 class Network:
     """Machines that reach each other.
 
-    folder: what all of them see, as they do all files but their scratch.  gateway: the address of what is there besides
-    them, such as buckets.
+    Args:
+        folder: folder that all machines share, as they share all files but their scratch.
+        has_namespaces: give each machine namespaces of its own.
+
+    Attributes:
+        gateway: address of processes beside the machines, such as a bucket.
     """
 
-    def __init__(self, folder: Path, apart: bool) -> None:
+    def __init__(self, folder: Path, has_namespaces: bool) -> None:
         self.folder, self.machines, self.logs = folder, list[Machine](), dict[Process, Path]()
         self.holder: Process | None = None
         self.gateway = "127.0.0.1"
         (folder / "scratch").mkdir()
-        if apart:
+        if has_namespaces:
             self.gateway = "10.77.0.1"
-            self.holder = _held(["unshare", "--user", "--map-root-user", "--net"])
-            _shell(_in(self.holder.pid, ("user", "net"), ()), f"""
+            self.holder = _hold_namespaces(["unshare", "--user", "--map-root-user", "--net"])
+            _run_script(_enter(self.holder.pid, ("user", "net"), ()), f"""
                 ip link set lo up
                 ip link add switch type bridge
                 ip address add {self.gateway}/24 dev switch
                 ip link set switch up""")  # fmt: skip
 
-    def add(self) -> Machine:
+    def add_machine(self) -> Machine:
+        """Add a machine."""
         number = len(self.machines) + 1
-        self.machines.append(Machine(self, f"machine-{number}", self.address(number)))
+        self.machines.append(Machine(self, f"machine-{number}", self.find_address(number)))
         return self.machines[-1]
 
-    def address(self, number: int) -> str:
-        """Of the first machine, the second and so on."""
+    def find_address(self, number: int) -> str:
+        """Return the address of a machine; the first has number 1."""
         return f"10.77.0.{10 + number}" if self.holder else self.gateway
 
-    def besides(self, command: Sequence[str]) -> list[str]:
-        """A command, where it is reached by the gateway's address."""
-        return _in(self.holder.pid, ("user", "net"), command) if self.holder else list(command)
+    def at_gateway(self, command: Sequence[str]) -> list[str]:
+        """Return a command whose servers are reached at the gateway's address."""
+        return _enter(self.holder.pid, ("user", "net"), command) if self.holder else list(command)
 
-    def said(self, started: Process) -> str:
-        return self.logs[started].read_text()
+    def read_log(self, process: Process) -> str:
+        """Read the output of a command."""
+        return self.logs[process].read_text()
 
     def close(self) -> None:
+        """Lose all machines."""
         for machine in self.machines:
             machine.lose()
         if self.holder:
@@ -177,88 +189,105 @@ class Network:
 
 
 @contextmanager
-def network(folder: Path, apart: bool) -> Iterator[Network]:
-    made = Network(folder, apart)
+def open_network(folder: Path, has_namespaces: bool) -> Iterator[Network]:
+    """Make a network for the length of a with block."""
+    network = Network(folder, has_namespaces)
     try:
-        yield made
+        yield network
     finally:
-        made.close()
+        network.close()
 
 
 class Cluster:
-    """A head that only keeps house, nodes of one CPU, and the commands that are run there.
+    """A Ray cluster: a head, nodes with one CPU, and the commands that run there.
 
-    environment: of all of them.  dashboard: whether the head has one.
+    Args:
+        network: the network of its machines.
+        environment: environment of all its processes.
+        has_dashboard: start the head with a dashboard.
+        head_cpus: CPUs of the head for tasks.
     """
 
-    def __init__(self, network: Network, environment: Mapping[str, str], dashboard: bool = False) -> None:
-        self.network, self.house = network, network.add()
+    def __init__(
+        self, network: Network, environment: Mapping[str, str], has_dashboard: bool = False, head_cpus: int = 0
+    ) -> None:
+        self.network, self.head_machine = network, network.add_machine()
         self.nodes: list[Machine] = []
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        self.environment = {**os.environ, **QUICK, **environment, "PATH": path, "RAY_TMPDIR": str(self.house.scratch)}
+        scratch = str(self.head_machine.scratch)
+        self.environment = {
+            **os.environ, **FAST_FAILURE_DETECTION, **environment, "PATH": path, "RAY_TMPDIR": scratch,
+        }  # fmt: skip
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
             self.environment.pop(name, None)
-        port, shown = free_port(), free_port()
-        self.address = f"{self.house.ip}:{port}"
-        self.dashboard = f"http://127.0.0.1:{shown}" if dashboard else ""
-        self._head = ("--head", f"--port={port}", f"--dashboard-port={shown}", f"--include-dashboard={dashboard}")
+        port, dashboard_port = find_free_port(), find_free_port()
+        self.address = f"{self.head_machine.ip}:{port}"
+        self.dashboard = f"http://127.0.0.1:{dashboard_port}" if has_dashboard else ""
+        self._head_options = (
+            *("--head", f"--port={port}", f"--dashboard-port={dashboard_port}"),
+            *(f"--include-dashboard={has_dashboard}", f"--num-cpus={head_cpus}"),
+        )
 
-    def start(self) -> None:
-        """By the same commands each time."""
+    def start(self, nodes: int = 2) -> None:
+        """Start the head and this number of nodes, with the same commands each time."""
         self.nodes.clear()
         self.start_head()
-        self.add()
-        self.add()
+        for _ in range(nodes):
+            self.add_node()
 
     def start_head(self) -> None:
-        self.head = self._ray(self.house, *self._head, "--num-cpus=0")
+        """Start the head."""
+        self.head = self._start_ray(self.head_machine, *self._head_options)
 
-    def add(self) -> None:
-        """A machine more."""
-        self.nodes.append(self.network.add())
-        self._ray(self.nodes[-1], f"--address={self.address}", "--num-cpus=1")
+    def add_node(self) -> None:
+        """Add a machine with a node."""
+        self.nodes.append(self.network.add_machine())
+        self._start_ray(self.nodes[-1], f"--address={self.address}", "--num-cpus=1")
 
-    def _ray(self, machine: Machine, *options: str) -> Process:
-        started = machine.starts([RAY, "start", "--block", "--disable-usage-stats", *options], self.environment)
+    def _start_ray(self, machine: Machine, *options: str) -> Process:
+        process = machine.start([RAY, "start", "--block", "--disable-usage-stats", *options], self.environment)
 
-        def up() -> bool:
-            assert started.poll() is None, self.network.said(started)
-            return "Ray runtime started" in self.network.said(started)
+        def has_started() -> bool:
+            assert process.poll() is None, self.network.read_log(process)
+            return "Ray runtime started" in self.network.read_log(process)
 
-        wait_until(up, 60)
-        return started
+        wait_until(has_started, 60)
+        return process
 
-    def runs(self, *words: str) -> Process:
-        """redux WORDS… on the first of the nodes."""
-        return self._redux(self.nodes[0], words, {"RAY_ADDRESS": self.address})
+    def start_redux(self, *words: str) -> Process:
+        """Start `redux WORDS...` on the first node."""
+        return self._start_redux(self.nodes[0], words, {"RAY_ADDRESS": self.address})
 
-    def runs_at_the_head(self, *words: str) -> Process:
-        return self._redux(self.house, words, {})
+    def start_redux_on_head(self, *words: str) -> Process:
+        """Start `redux WORDS...` on the head."""
+        return self._start_redux(self.head_machine, words, {})
 
-    def _redux(self, machine: Machine, words: Sequence[str], environment: Mapping[str, str]) -> Process:
-        return machine.starts([sys.executable, "-m", "jobs.command", *words], {**self.environment, **environment})
-
-
-def free_port() -> int:
-    with socket.socket() as tried:
-        tried.bind(("127.0.0.1", 0))
-        return int(tried.getsockname()[1])
+    def _start_redux(self, machine: Machine, words: Sequence[str], environment: Mapping[str, str]) -> Process:
+        return machine.start([sys.executable, "-m", "jobs.command", *words], {**self.environment, **environment})
 
 
-def kill(started: Process) -> None:
-    """SIGKILL for it and all that it started."""
-    if started.poll() is None:
-        own = psutil.Process(started.pid)
-        everyone = [own, *own.children(recursive=True)]
+def find_free_port() -> int:
+    """Find a port that no process uses."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def kill(process: Process) -> None:
+    """Send SIGKILL to a process and all its descendants."""
+    if process.poll() is None:
+        parent = psutil.Process(process.pid)
+        tree = [parent, *parent.children(recursive=True)]
+        # suspended first, so that none sees another one end
         for act in (psutil.Process.suspend, psutil.Process.kill):
-            for one in everyone:
+            for member in tree:
                 with suppress(psutil.NoSuchProcess):
-                    act(one)
-        psutil.wait_procs(everyone, timeout=30)
-    started.wait(30)
+                    act(member)
+        psutil.wait_procs(tree, timeout=30)
+    process.wait(30)
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that may still grow."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the complete lines of a file of JSON lines that may still grow."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

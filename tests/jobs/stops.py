@@ -1,4 +1,4 @@
-"""The command itself, stopped at an event: how it ended, and what it left."""
+"""The command itself, stopped at an event: its exit code, and processes and files that it leaves."""
 
 import os
 import re
@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,77 +17,85 @@ from typing import Literal
 import psutil
 
 MARK = "REDUX_TEST_COMMAND"
-"""In the environment of a command and of all that it starts."""
+"""Environment variable of a command and of all its descendants."""
 
 ENDING_S = 120
+"""Limit of the time between a signal and the end."""
 
 Receiver = Literal["command", "group", "all"]
 
 
 @dataclass(kw_only=True)
-class Stopped:
-    """code: of the exit. seconds: from the first signal to the end. shown: what the command wrote.
+class StoppedCommand:
+    """A command that has ended.
 
-    processes, files: left behind, files among those for temporary ones.
+    Args:
+        code: exit code.
+        output: standard output and errors.
+        processes: processes that it has left.
+        files: temporary files that it has left.
     """
 
     code: int
-    seconds: float
-    shown: str
+    output: str
     processes: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
 
 class Command:
-    """A running `redux`, the leader of its process group, as a shell or `timeout` starts one."""
+    """A running `redux`, the leader of its process group, as a shell or `timeout` starts one.
+
+    Args:
+        words: the words after `redux`.
+        environment: variables besides those of this process.
+        reset: called in the command's process before it starts.
+    """
 
     def __init__(self, words: Sequence[str], environment: dict[str, str], reset: Callable[[], None] | None) -> None:
         self.mark = uuid.uuid4().hex
         # Ray's sockets lie in it, whose paths have at most 107 characters
         self.scratch = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
-        own = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-        places = {"TMPDIR": str(self.scratch), "RAY_TMPDIR": str(self.scratch)}
+        inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+        folders = {"TMPDIR": str(self.scratch), "RAY_TMPDIR": str(self.scratch)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jobs.command", *words],
-            env={**own, "TQDM_MININTERVAL": "0.1", **places, MARK: self.mark, **environment},
+            env={**inherited, "TQDM_MININTERVAL": "0.1", **folders, MARK: self.mark, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=reset,
         )
-        self.shown = ""
+        self.output = ""
 
     def wait_for(self, event: str) -> re.Match[str]:
-        """Read what it writes until this is in it."""
+        """Read the output until it matches a pattern."""
         assert self.process.stdout
-        while not (found := re.search(event, self.shown)):
+        while not (found := re.search(event, self.output)):
             part = os.read(self.process.stdout.fileno(), 4096)
-            assert part, f"ended before {event!r}, with {self.process.wait()}:\n{self.shown}"
-            self.shown += part.decode(errors="replace")
+            assert part, f"ended before {event!r}, with {self.process.wait()}:\n{self.output}"
+            self.output += part.decode(errors="replace")
         return found
 
     def send(self, number: signal.Signals, to: Receiver = "command") -> None:
-        """A signal to it, to its process group, or to all that it has started, the command last."""
+        """Send a signal to the command, to its process group, or to all its processes, the command last."""
         if to == "group":
             os.killpg(self.process.pid, number)
             return
-        for process in [*self.processes()] if to == "all" else []:
+        for process in [*self.iterate_processes()] if to == "all" else []:
             if process.pid != self.process.pid:
                 process.send_signal(number)
         self.process.send_signal(number)
 
-    def end(self) -> Stopped:
-        """Wait for its end."""
-        clock = time.monotonic()
+    def wait_for_end(self) -> StoppedCommand:
+        """Wait for the end, and list what is left."""
         output, _ = self.process.communicate(timeout=ENDING_S)
-        seconds = time.monotonic() - clock
-        self.shown += output.decode(errors="replace")
-        left = [f"{process.name()} {process.pid}" for process in self.processes()]
+        self.output += output.decode(errors="replace")
+        processes = [f"{process.name()} {process.pid}" for process in self.iterate_processes()]
         files = [str(path.relative_to(self.scratch)) for path in self.scratch.rglob("*")]
-        return Stopped(code=self.process.returncode, seconds=seconds, shown=self.shown, processes=left, files=files)
+        return StoppedCommand(code=self.process.returncode, output=self.output, processes=processes, files=files)
 
-    def processes(self) -> Iterator[psutil.Process]:
-        """What it has started, in whatever session and group."""
+    def iterate_processes(self) -> Iterator[psutil.Process]:
+        """Iterate over the processes of the command, in all sessions and groups."""
         for process in psutil.process_iter():
             try:
                 if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
@@ -98,15 +105,15 @@ class Command:
 
 
 @contextmanager
-def started(
+def start_command(
     words: Sequence[str], environment: dict[str, str] | None = None, reset: Callable[[], None] | None = None
 ) -> Iterator[Command]:
-    """A command; what is left of it is removed."""
+    """Start a command for the length of a with block. Its processes and files are removed."""
     command = Command(words, environment or {}, reset)
     try:
         yield command
     finally:
-        for process in [*command.processes()]:
+        for process in [*command.iterate_processes()]:
             process.kill()
         command.process.wait()
         shutil.rmtree(command.scratch, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A job that starts from pretrained parts: what is refused at once, what it assembles, the plans of its stages."""
+"""A job that starts from pretrained parts: early errors, the assembled model, the plans of its stages."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from jobs import schema
 from jobs.claims import Claim
-from jobs.run import list_steps, resolve_job, run
+from jobs.resolve import resolve_job
+from jobs.run import list_steps, run
 from jobs.schema import Job
 from jobs.search import TrialJobs
 from jobs.search import load as load_search
@@ -34,7 +35,7 @@ STAGE = {
     "precision": "bf16",
 }
 NO_SETS = ("data.sets={}", "data.source=easy-vqa", *(f"train.{name}.data=captions" for name in STAGES))
-"""Overrides by which a job makes its sets itself, so that none has to be there."""
+"""Overrides by which a job makes its sets itself, so that none has to exist."""
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_the_parts_are_assembled_before_the_first_stage(load: Callable[..., Job]
     assert list(list_steps(easy, tmp_path)) == ["shards", "assemble", "pretrain", "instruct", "evaluate", "report"]
 
 
-def test_what_is_assembled_is_what_assemble_gives(
+def test_the_assembled_model_is_that_of_assemble(
     load: Callable[..., Job], parts: dict[str, str], tmp_path: Path
 ) -> None:
     job = load("seed=3")
@@ -91,7 +92,7 @@ def test_what_is_assembled_is_what_assemble_gives(
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["assembled"]
 
 
-def test_it_is_there_whole_or_not_at_all(
+def test_the_assembled_folder_is_complete_or_missing(
     load: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = list_steps(load(), tmp_path)["assemble"]
@@ -106,13 +107,13 @@ def test_it_is_there_whole_or_not_at_all(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "assembled").iterdir()} == before
 
 
-def test_where_a_stage_is_in_full_precision_so_is_what_it_starts_from(load: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_stage_in_fp32_starts_from_a_model_in_fp32(load: Callable[..., Job], tmp_path: Path) -> None:
     list_steps(load("train.instruct.precision=fp32"), tmp_path)["assemble"]()
     model = ReduxForConditionalGeneration.from_pretrained(tmp_path / "assembled", dtype="auto")
     assert model.dtype == torch.float32
 
 
-def test_plans_say_where_to_start_and_how_large_images_are(
+def test_plans_have_the_start_and_the_size_of_images(
     load: Callable[..., Job], plan_stages: Callable[..., list[StagePlan]], tmp_path: Path
 ) -> None:
     job = load("num_workers=[1, 4]", "recovery.restarts=7", "model.kernels=plain")
@@ -133,7 +134,7 @@ def test_plans_say_where_to_start_and_how_large_images_are(
     assert plan.workers == (2, 2)
 
 
-def test_checkpoints_of_two_jobs_in_one_bucket_do_not_meet(
+def test_checkpoints_of_two_jobs_in_a_bucket_have_their_own_folders(
     load: Callable[..., Job], plan_stages: Callable[..., list[StagePlan]], tmp_path: Path
 ) -> None:
     plans = [plan_stages(load("checkpoints=s3://bucket/all", f"name={name}"), tmp_path) for name in ("a", "b")]
@@ -142,7 +143,7 @@ def test_checkpoints_of_two_jobs_in_one_bucket_do_not_meet(
 
 
 def test_the_parts_are_read_once(load: Callable[..., Job], parts: dict[str, str], tmp_path: Path) -> None:
-    """What is assembled needs them no more, so a run goes on without them."""
+    """A run with an assembled model continues without its parts."""
     list_steps(load(), tmp_path)["assemble"]()
     gone = load(f"model.tower={tmp_path}/gone")
     list_steps(gone, tmp_path)
@@ -159,7 +160,7 @@ def test_the_parts_are_read_once(load: Callable[..., Job], parts: dict[str, str]
         ("model.gguf_file=no.gguf", "model.gguf_file: got no.gguf, allowed: a file in LANGUAGE"),
     ],
 )
-def test_what_cannot_be_assembled_is_told_at_the_start(
+def test_parts_that_do_not_fit_are_refused_at_the_start(
     load: Callable[..., Job], parts: dict[str, str], tmp_path: Path, override: str, message: str
 ) -> None:
     """Before Ray starts, before a run folder is made."""
@@ -193,16 +194,14 @@ def test_what_cannot_be_assembled_is_told_at_the_start(
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_what_the_file_says_wrong_is_told_at_its_place(
-    load: Callable[..., Job], overrides: list[str], message: str
-) -> None:
+def test_a_wrong_value_is_refused_with_its_path(load: Callable[..., Job], overrides: list[str], message: str) -> None:
     sizes = "{hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 16}"
     with pytest.raises(ValueError, match="got") as caught:
         load(*(override.replace("SIZES", sizes) for override in overrides))
     assert str(caught.value).partition(".yaml: ")[2].startswith(message)
 
 
-def test_any_number_of_a_range_of_workers_will_do(load: Callable[..., Job]) -> None:
+def test_a_range_of_workers_need_not_divide_the_batch(load: Callable[..., Job]) -> None:
     job = load("num_workers=[1, 3]", "trackers=[mlflow, wandb]")
     assert job.worker_range == (1, 3)
     assert load("num_workers=2").worker_range == (2, 2)
@@ -216,10 +215,10 @@ def test_a_file_of_weights_needs_a_model_from_a_folder() -> None:
         schema.load(path, ["model.gguf_file=a.gguf"])
 
 
-def test_what_was_assembled_of_other_parts_is_not_used(
+def test_a_model_assembled_of_other_parts_is_not_used(
     load: Callable[..., Job], parts: dict[str, str], tmp_path: Path
 ) -> None:
-    """A run that failed before its first step may go on with other parts."""
+    """A run that failed before its first step may continue with other parts."""
     first = resolve_job(load(*NO_SETS), tmp_path)
     Claim.from_folder(tmp_path, first).enforce()
     list_steps(first, tmp_path)["assemble"]()
@@ -228,10 +227,12 @@ def test_what_was_assembled_of_other_parts_is_not_used(
         list_steps(other, tmp_path)
     assert list_steps(first, tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 1}\n')
-    assert list_steps(other, tmp_path), "what training began with is used, and the change of the job refused or wanted"
+    assert list_steps(other, tmp_path), (
+        "after the first step the model is kept; the changed job is refused unless --allow-changes is given"
+    )
 
 
-def test_folders_are_written_from_the_root_on_and_hub_ids_as_they_are(
+def test_folders_become_absolute_and_hub_ids_stay(
     load: Callable[..., Job], parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(parts["tower"]).parent)
@@ -242,7 +243,7 @@ def test_folders_are_written_from_the_root_on_and_hub_ids_as_they_are(
 
 @pytest.fixture
 def checkpoint(load: Callable[..., Job], tmp_path: Path) -> Callable[..., str]:
-    """A model that says how it was trained."""
+    """Assemble a model that records this training format."""
 
     def checkpoint(template: str | None, image_aspect_ratio: str | None) -> str:
         folder = tmp_path / "made"
@@ -260,7 +261,7 @@ SAVED_FORMATS = [("vicuna_bare", "crop"), ("vicuna_v1", "pad"), ("plain", "crop"
 
 @pytest.mark.parametrize(("template", "image_aspect_ratio"), SAVED_FORMATS)
 @pytest.mark.parametrize("searched", [False, True])
-def test_a_job_trains_on_and_asks_as_the_checkpoint_was_trained(
+def test_template_and_aspect_ratio_are_those_of_the_checkpoint(
     load: Callable[..., Job],
     checkpoint: Callable[..., str],
     tmp_path: Path,
@@ -291,23 +292,25 @@ def test_a_job_trains_on_and_asks_as_the_checkpoint_was_trained(
 
     other = ("vicuna_v1" if expected[0] == "vicuna_bare" else "vicuna_bare", "pad" if expected[1] == "crop" else "crop")
     job = locate(train={"more": stage | {"template": other[0], "image_aspect_ratio": other[1]}})
-    assert (job.train["more"].template, job.train["more"].image_aspect_ratio) == other, "an explicit one wins"
+    assert (job.train["more"].template, job.train["more"].image_aspect_ratio) == other, (
+        "the job file overrides the checkpoint"
+    )
     assert job.evaluate
     assert (job.evaluate.template, job.evaluate.image_aspect_ratio) == other, (
-        "it is asked as its last stage was trained"
+        "the evaluation has the format of the last stage"
     )
     with pytest.raises(ValueError, match=rf"evaluate.template: got {other[0]}, allowed: {expected[0]}"):
         locate(evaluate={"template": other[0]})
     with pytest.raises(ValueError, match=rf"evaluate.image_aspect_ratio: got {other[1]}, allowed: {expected[1]}"):
         locate(evaluate={"image_aspect_ratio": other[1]})
-    wanted = locate(evaluate={"template": other[0], "image_aspect_ratio": other[1], "allow_mismatch": True}).evaluate
-    assert wanted
-    assert (wanted.template, wanted.image_aspect_ratio) == other
+    allowed = locate(evaluate={"template": other[0], "image_aspect_ratio": other[1], "allow_mismatch": True}).evaluate
+    assert allowed
+    assert (allowed.template, allowed.image_aspect_ratio) == other
 
     if template == "plain":
         with pytest.raises(ValueError, match=r"evaluate.template: got plain, .*a model that was last trained with que"):
             locate(train={})
     else:
-        asked = locate(train={}).evaluate
-        assert asked
-        assert (asked.template, asked.image_aspect_ratio) == expected
+        evaluation = locate(train={}).evaluate
+        assert evaluation
+        assert (evaluation.template, evaluation.image_aspect_ratio) == expected

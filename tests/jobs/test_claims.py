@@ -1,4 +1,4 @@
-"""A run folder is bound by what was learned and answered in it, and by nothing else."""
+"""Settings of a run folder are fixed by its finished and started steps alone."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def load(*overrides: str) -> Job:
 
 @pytest.fixture
 def begin(tmp_path: Path) -> Begin:
-    """Folder of a run that finished some steps, and has begun some that it did not finish."""
+    """Make the folder of a run with finished and started steps."""
 
     def begin(finished: tuple[str, ...] = (), begun: tuple[str, ...] = ()) -> Path:
         Claim.from_folder(tmp_path, load()).enforce()
@@ -68,8 +68,8 @@ def finished(folder: Path) -> list[str]:
         ("evaluate=null", PREPARED),
     ],
 )
-def test_before_the_first_step_every_setting_may_change(begin: Begin, override: str, kept: tuple[str, ...]) -> None:
-    """What was prepared stays where it does not depend on the setting."""
+def test_all_settings_may_change_before_the_first_step(begin: Begin, override: str, kept: tuple[str, ...]) -> None:
+    """Prepared files that do not depend on the setting stay."""
     folder = begin(PREPARED)
     Claim.from_folder(folder, load(override)).enforce()
     assert schema.load(folder / JOB_FILE) == load(override)
@@ -91,7 +91,7 @@ def test_before_the_first_step_every_setting_may_change(begin: Begin, override: 
         (FINISHED, (), "model.cmai.gamma_max=0.7", "tower"),
     ],
 )
-def test_a_setting_that_a_step_depends_on_stays(
+def test_a_setting_that_a_step_has_used_is_fixed(
     begin: Begin, done: tuple[str, ...], begun: tuple[str, ...], override: str, use: str
 ) -> None:
     folder = begin(done, begun)
@@ -103,7 +103,7 @@ def test_a_setting_that_a_step_depends_on_stays(
     assert (folder / JOB_FILE).read_text() == before
     Claim.from_folder(folder, load(override)).enforce(allow_changes=True)
     assert schema.load(folder / JOB_FILE) == load(override)
-    assert tuple(finished(folder)) == done, "what was done with the old setting is not done again"
+    assert tuple(finished(folder)) == done, "steps with the old setting are not repeated"
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,7 @@ def test_a_setting_that_a_step_depends_on_stays(
         )),
     ],
 )  # fmt: skip
-def test_a_setting_of_later_steps_or_without_a_result_may_change(
-    begin: Begin, done: tuple[str, ...], override: str
-) -> None:
+def test_other_settings_may_change_during_a_run(begin: Begin, done: tuple[str, ...], override: str) -> None:
     folder = begin(done)
     Claim.from_folder(folder, load(override)).enforce()
     assert schema.load(folder / JOB_FILE) == load(override)
@@ -129,13 +127,13 @@ def test_a_setting_of_later_steps_or_without_a_result_may_change(
     assert (folder / ASSEMBLED).exists()
 
 
-def test_another_report_is_written_anew(begin: Begin) -> None:
+def test_a_changed_report_is_written_again(begin: Begin) -> None:
     folder = begin(FINISHED)
     Claim.from_folder(folder, load("report.examples=3")).enforce()
     assert tuple(finished(folder)) == FINISHED[:-1]
 
 
-def test_a_file_from_before_there_was_a_setting_has_its_default(begin: Begin) -> None:
+def test_an_older_job_file_gets_the_default_of_a_new_setting(begin: Begin) -> None:
     path = begin(FINISHED) / JOB_FILE
     now = path.read_text()
     path.write_text(now.replace("gpu_share: 1.0\n", ""))
@@ -144,10 +142,26 @@ def test_a_file_from_before_there_was_a_setting_has_its_default(begin: Begin) ->
     assert path.read_text() == now
 
 
-def test_a_run_that_finds_no_ray_binds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_ray_fixes_no_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the Ray that tests share may run in this process
     for seed in (0, 1):
         with pytest.raises(ValueError, match=r"127\.0\.0\.1:1"):
             run(load(f"seed={seed}"), tmp_path / "run")
     assert schema.load(tmp_path / "run" / JOB_FILE).seed == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"a: [", "line 1, column 5: "), (b"\xff", "'utf-8' codec can't decode"), (b"name: \x00", "not plain YAML: ")],
+)
+def test_a_damaged_job_in_the_folder_is_named(tmp_path: Path, content: bytes, problem: str) -> None:
+    (tmp_path / JOB_FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path / JOB_FILE}: {problem}"):
+        Claim.from_folder(tmp_path, load())
+
+
+@pytest.mark.parametrize("content", ["train: 3", "- 1", ""])
+def test_a_job_in_the_folder_that_is_no_job_has_no_stages(tmp_path: Path, content: str) -> None:
+    (tmp_path / JOB_FILE).write_text(content)
+    assert Claim.from_folder(tmp_path, load()).stages[0] == []

@@ -1,4 +1,4 @@
-"""Text to typed values: what is read is exactly what was written, and every mistake is one clear line."""
+"""Text to typed values: values are equal after writing and reading, and a mistake is one line."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,7 @@ class Plan:
     train: dict[str, Stage]
     data: Mixture = Mixture()
     text: str = ""
+    variants: dict[Annotated[str, StringConstraints(pattern=r"^[a-z]+$")], int] = field(default_factory=dict)
 
 
 ONE_LINE = r"^[^\n]+$(?!\n)"
@@ -51,23 +52,23 @@ def read(folder: Path, text: str, *overrides: str) -> Plan:
     return document.read(path, overrides, Plan)
 
 
-def mistake(folder: Path, text: str, *overrides: str) -> str:
+def read_error(folder: Path, text: str, *overrides: str) -> str:
     with pytest.raises(ValueError, match=ONE_LINE) as caught:
         read(folder, text, *overrides)
     return str(caught.value).replace(f"{folder}/", "")
 
 
-def test_defaults_fill_what_is_not_said(tmp_path: Path) -> None:
+def test_missing_keys_have_defaults(tmp_path: Path) -> None:
     assert read(tmp_path, GOOD) == Plan(name="a", train={"pretrain": Stage(epochs=2.0)})
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "1.0e-3", ".1e-2", "10e-4", "0.001", "+1e-3"])
-def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> None:
+def test_all_notations_of_a_number_are_read(tmp_path: Path, text: str) -> None:
     assert read(tmp_path, f"name: a\ntrain: {{s: {{epochs: 1, rate: {text}}}}}").train["s"].rate == 1e-3
 
 
 @pytest.mark.parametrize("text", ["1e", "e3", "1e-3x", "v1e3", "2024-11-21", "1.2.3"])
-def test_what_is_no_number_stays_text(tmp_path: Path, text: str) -> None:
+def test_other_text_stays_text(tmp_path: Path, text: str) -> None:
     assert read(tmp_path, f"{GOOD}text: {text}").text == text
 
 
@@ -89,7 +90,7 @@ def test_overrides_set_nested_values_in_order(tmp_path: Path) -> None:
     assert plan.text == "a=b"
 
 
-def test_a_place_in_a_list_and_a_key_with_dots_in_it_can_be_set() -> None:
+def test_list_items_and_keys_with_dots_can_be_set() -> None:
     tree = {"a": {"b": [1, [2, 3]]}, "space": {"a.b.0": {"low": 1}, "a": {"b": 5}}}
     document.set_value(tree, "a.b.1.0", 9, "x")
     document.set_value(tree, "space.a.b.0.low", 7, "x")
@@ -133,45 +134,57 @@ def test_an_override_changes_one_of_two_sections_that_share_an_anchor(tmp_path: 
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(tmp_path: Path, override: str, problem: str) -> None:
-    assert mistake(tmp_path, GOOD, override) == f"job.yaml: {problem}"
+    assert read_error(tmp_path, GOOD, override) == f"job.yaml: {problem}"
 
 
 @pytest.mark.parametrize("name", ["a/b", "a\\b", "-a", "a b", "''", '"a\\n"', "..", "é"])
 def test_a_name_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
-    assert mistake(tmp_path, GOOD, f"name={name}").startswith("job.yaml: name: got ")
+    assert read_error(tmp_path, GOOD, f"name={name}").startswith("job.yaml: name: got ")
 
 
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("nmae=b", "nmae: unknown key, did you mean 'name'? got 'b', allowed keys: name, train, data, text"),
+        ("nmae=b", "nmae: unknown key, did you mean 'name'? got 'b', allowed keys: name, train, data, text, variants"),
         ("data.zzz=1", "data.zzz: unknown key, got 1, allowed keys: weights, sizes"),
         ("train.pretrain.epoch=1", "train.pretrain.epoch: unknown key, did you mean 'epochs'? got 1, allowed keys: "),
     ],
 )
 def test_an_unknown_key_is_refused_at_every_depth(tmp_path: Path, override: str, problem: str) -> None:
-    assert mistake(tmp_path, GOOD, override).startswith(f"job.yaml: {problem}")
+    assert read_error(tmp_path, GOOD, override).startswith(f"job.yaml: {problem}")
+
+
+def test_a_key_that_a_user_chooses_is_checked_as_well(tmp_path: Path) -> None:
+    assert mistake(tmp_path, GOOD, "variants={a b: 1}") == (
+        "job.yaml: variants.a b: key 'a b', allowed keys: text that matches ^[a-z]+$"
+    )
+
+
+@pytest.mark.parametrize("text", ["\ufeffname: b\ntrain: {}\n", "name: b\r\ntrain: {}\r\n"])
+def test_files_of_windows_editors_are_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "job.yaml").write_bytes(text.encode())
+    assert document.read(tmp_path / "job.yaml", (), Plan) == Plan(name="b", train={})
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
-    assert mistake(tmp_path, "name: a\ntrain: {s: {rate: 1}}") == (
+    assert read_error(tmp_path, "name: a\ntrain: {s: {rate: 1}}") == (
         "job.yaml: train.s.epochs: missing, allowed: a number > 0"
     )
 
 
-def test_a_misspelt_key_comes_before_the_missing_one_and_others_are_counted(tmp_path: Path) -> None:
-    message = mistake(tmp_path, "name: a\ntrain: {s: {epoch: 1, window: x}}")
+def test_a_misspelt_key_is_reported_before_a_missing_one(tmp_path: Path) -> None:
+    message = read_error(tmp_path, "name: a\ntrain: {s: {epoch: 1, window: x}}")
     assert message.startswith("job.yaml: train.s.epoch: unknown key, did you mean 'epochs'?")
     assert message.endswith(" (and 2 more)")
 
 
-def test_a_wrong_value_comes_before_a_missing_key(tmp_path: Path) -> None:
-    message = mistake(tmp_path, "train: {s: {epochs: many}}")
+def test_a_wrong_value_is_reported_before_a_missing_key(tmp_path: Path) -> None:
+    message = read_error(tmp_path, "train: {s: {epochs: many}}")
     assert message == "job.yaml: train.s.epochs: got 'many', allowed: a number > 0 (and 1 more)"
 
 
-def test_a_check_of_the_dataclass_itself_keeps_its_words_on_the_whole_path(tmp_path: Path) -> None:
-    assert mistake(tmp_path, GOOD, "train.pretrain.precision=bf16") == (
+def test_an_error_of_a_dataclass_keeps_its_text_and_gets_the_path(tmp_path: Path) -> None:
+    assert read_error(tmp_path, GOOD, "train.pretrain.precision=bf16") == (
         "job.yaml: train.pretrain.precision: got 'bf16' with nothing frozen, allowed: 'fp32'"
     )
 
@@ -179,10 +192,16 @@ def test_a_check_of_the_dataclass_itself_keeps_its_words_on_the_whole_path(tmp_p
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "got null, allowed: a section with the keys name, train, data, text (needed: name, train)"),
-        ("- 1", "got [1], allowed: a section with the keys name, train, data, text (needed: name, train)"),
+        ("", "got null, allowed: a section with the keys name, train, data, text, variants (needed: name, train)"),
+        ("- 1", "got [1], allowed: a section with the keys name, train, data, text, variants (needed: name, train)"),
         ("a: 1\nb: [", "line 2, column 5: "),
-        ("a: 1\nb: {c: 1, c: 2}", "line 2, column 11: key 'c' is given twice"),
+        ("a: 1\nb: {c: 1, c: 2}", "line 2, column 11: key 'c' is given twice, allowed: once"),
+        ("a: 1\n---\na: 2", "line 2, column 1: expected a single document in the stream, but found another document"),
+        ("a: !!bool b", "not plain YAML: "),
+        ("a: !!int ''", "not plain YAML: "),
+        ("a: !!float b", "not plain YAML: "),
+        ('a: "\\ud800"', "not plain YAML: "),
+        ("[" * 3000, "not plain YAML: maximum recursion depth exceeded"),
         ("1: a", "line 1, column 1: a key must be text"),
         ("a: 0100", "line 1, column 4: got 0100, allowed: a decimal number without a leading zero"),
         ("a: -0x10", "line 1, column 4: got -0x10, allowed: a decimal number"),
@@ -195,8 +214,8 @@ def test_a_check_of_the_dataclass_itself_keeps_its_words_on_the_whole_path(tmp_p
         ("a: \x01", "not plain YAML: "),
     ],
 )
-def test_a_text_that_is_no_job_says_where(tmp_path: Path, text: str, problem: str) -> None:
-    assert mistake(tmp_path, text).startswith(f"job.yaml: {problem}")
+def test_a_text_that_is_no_job_is_refused_with_its_position(tmp_path: Path, text: str, problem: str) -> None:
+    assert read_error(tmp_path, text).startswith(f"job.yaml: {problem}")
 
 
 @pytest.mark.parametrize(
@@ -210,12 +229,19 @@ def test_a_text_that_is_no_job_says_where(tmp_path: Path, text: str, problem: st
     ],
 )
 def test_a_wrong_override_is_quoted(tmp_path: Path, override: str, problem: str) -> None:
-    assert mistake(tmp_path, GOOD, override).startswith(problem)
+    assert read_error(tmp_path, GOOD, override).startswith(problem)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
-    for name, problem in [("none.yaml", "No such file"), (".", "Is a directory"), ("bytes.yaml", "'utf-8' codec")]:
+    for name, problem in [
+        ("none.yaml", "No such file or directory, allowed: a YAML file"),
+        (".", "Is a directory, allowed: a YAML file"),
+        (
+            "bytes.yaml",
+            "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte, allowed: YAML in UTF-8",
+        ),
+    ]:
         path = tmp_path / name
         with pytest.raises(ValueError, match=ONE_LINE) as caught:
             document.read(path, [], Plan)
@@ -231,7 +257,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         Plan(name="a", train={}, data=Mixture(weights={"1": 0.1, "null": 2}, sizes=(1, 2))),
     ],
 )
-def test_what_is_written_reads_back_equal_and_says_every_default(tmp_path: Path, plan: Plan) -> None:
+def test_values_are_equal_after_writing_and_reading_with_all_defaults(tmp_path: Path, plan: Plan) -> None:
     text = document.write(plan)
     again = read(tmp_path, text)
     assert again == plan
@@ -240,7 +266,7 @@ def test_what_is_written_reads_back_equal_and_says_every_default(tmp_path: Path,
     assert ("shuffle:" in text) == bool(plan.train)
 
 
-def test_the_schema_needs_no_mark_of_the_reader() -> None:
+def test_the_schema_is_any_dataclass() -> None:
     @dataclass(frozen=True)
     class Plain:
         value: Any = None

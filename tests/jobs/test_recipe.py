@@ -1,4 +1,4 @@
-"""LLaVA-1.5's recipe: its numbers in the files that ship, and each of these files run in small, from end to end.
+"""LLaVA-1.5's recipe: its numbers in the files that ship, and runs of these files in small, from end to end.
 
 A twin is the file itself with tiny parts, tiny sets, smaller batches and two steps a stage; ZeRO, precision, template,
 fit, grouping and what trains are the file's own.
@@ -7,11 +7,8 @@ fit, grouping and what trains are the file's own.
 import io
 import json
 import math
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from pipelines.data import shard_writer
 from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from redux.settings import CMAI, VMTC
+from tests.jobs.command_line import run_command
 
 pytestmark = pytest.mark.integration
 
@@ -36,11 +34,11 @@ SAMPLES = {"llava-pretrain": 558_128, "mix665k": 665_298}
 
 BATCH = {"global_batch_size": 8, "micro_batch_size": 2, "epochs": "null", "steps": 2}
 
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+all_recipes = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
-def lora(path: Path) -> list[str]:
-    """The overrides that the file's header gives for adapters."""
+def read_lora_overrides(path: Path) -> list[str]:
+    """Read the overrides that the file's header gives for adapters."""
     lines = re.findall(r"^# +(.*)$", path.read_text().partition("\n\n")[0], re.MULTILINE)
     [command] = re.findall(r"redux run (?:.|\n)*?[^\\]$", "\n".join(lines), re.MULTILINE)
     program, action, file, *overrides = shlex.split(command.replace("\\\n", " "))
@@ -48,7 +46,7 @@ def lora(path: Path) -> list[str]:
     return overrides
 
 
-@each_file
+@all_recipes
 def test_the_numbers_are_those_of_llavas_scripts(path: Path) -> None:
     """scripts/v1_5/pretrain.sh and finetune.sh of haotian-liu/LLaVA, c121f043."""
     job = schema.load(path)
@@ -94,7 +92,7 @@ def test_the_numbers_are_those_of_llavas_scripts(path: Path) -> None:
     assert (job.model.vmtc, job.model.cmai, job.model.reduction) == (*methods, None)
 
 
-@each_file
+@all_recipes
 def test_an_epoch_has_the_steps_that_llava_reports(path: Path) -> None:
     counted = {}
     for name, stage in schema.load(path).train.items():
@@ -104,9 +102,9 @@ def test_an_epoch_has_the_steps_that_llava_reports(path: Path) -> None:
     assert counted == {"pretrain": 2181, "instruct": 5198}
 
 
-@each_file
+@all_recipes
 def test_the_adapters_in_the_header_are_those_of_llavas_script(path: Path) -> None:
-    job = schema.load(path, lora(path))
+    job = schema.load(path, read_lora_overrides(path))
     stage = job.train["instruct"]
     assert stage.lora
     assert (stage.lora.rank, stage.lora.alpha, stage.lora.dropout) == (128, 256, 0.05)
@@ -121,21 +119,21 @@ def sets(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for number in range(24):
         colour = np.random.default_rng(number).integers(0, 256, (20, 28, 3), np.uint8)
         Image.fromarray(colour).save(folder / f"{number}.png")
-    seen = [record(number, f"{number}.png", "Is there a red shape?") for number in range(24)]
-    told = [record(number, None, "Is the user polite?") for number in range(24, 48)]
-    for name, records in {"llava-pretrain": seen, "mix665k": seen[:12] + told}.items():
+    with_images = [make_record(number, f"{number}.png", "Is there a red shape?") for number in range(24)]
+    text_only = [make_record(number, None, "Is the user polite?") for number in range(24, 48)]
+    for name, records in {"llava-pretrain": with_images, "mix665k": with_images[:12] + text_only}.items():
         shard_writer.make_shards(records, str(folder), str(folder / name), ShardOptions(samples_per_shard=10))
     return {name: str(folder / name) for name in SAMPLES}
 
 
-def record(number: int, image: str | None, question: str) -> dict[str, Any]:
+def make_record(number: int, image: str | None, question: str) -> dict[str, Any]:
     turns = [("human", f"<image>\n{question}" if image else question), ("gpt", "yes, it is." if number % 2 else "no")]
-    shown = {"image": image} if image else {}
-    return {"id": number, **shown, "conversations": [{"from": role, "value": text} for role, text in turns]}
+    image_field = {"image": image} if image else {}
+    return {"id": number, **image_field, "conversations": [{"from": role, "value": text} for role, text in turns]}
 
 
-def small(path: Path, parts: dict[str, str], sets: dict[str, str]) -> list[str]:
-    """Overrides that make the twin of a file."""
+def list_small_overrides(parts: dict[str, str], sets: dict[str, str]) -> list[str]:
+    """List the overrides that make the twin of a file."""
     return [
         "num_workers=2",
         f"data.sets={json.dumps(sets)}",
@@ -144,13 +142,13 @@ def small(path: Path, parts: dict[str, str], sets: dict[str, str]) -> list[str]:
     ]
 
 
-@each_file
-def test_a_twin_is_assembled_as_the_file_says(
+@all_recipes
+def test_a_twin_is_assembled_with_the_settings_of_the_file(
     path: Path, parts: dict[str, str], sets: dict[str, str], tmp_path: Path
 ) -> None:
     from redux.model import ReduxForConditionalGeneration
 
-    job = schema.load(path, small(path, parts, sets))
+    job = schema.load(path, list_small_overrides(parts, sets))
     list_steps(job, tmp_path)["assemble"]()
     model = ReduxForConditionalGeneration.from_pretrained(tmp_path / "assembled", dtype="auto")
     assert model.dtype == torch.bfloat16
@@ -161,25 +159,24 @@ def test_a_twin_is_assembled_as_the_file_says(
     )
 
 
-def run(path: Path, overrides: list[str], into: Path, address: str) -> Path:
-    """`redux run` in a process of its own, to its end; the run folder."""
+def run_job(path: Path, overrides: list[str], runs: Path) -> Path:
+    """Run a job to its end on the Ray of this process, and return its run folder."""
     name = schema.load(path, overrides).name
-    words = [sys.executable, "-m", "jobs.command", "run", str(path), *overrides, "--runs-dir", str(into)]
-    done = subprocess.run(words, env={**os.environ, "RAY_ADDRESS": address}, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    return into / name
+    done = run_command("run", path, *overrides, "--runs-dir", runs)
+    assert done.code == 0, done.err
+    return runs / name
 
 
-def weights(folder: Path) -> dict[str, Any]:
-    """Of a model by part, in float32."""
+def load_weights(folder: Path) -> dict[str, Any]:
+    """Load the weights of a model by part, in float32."""
     from redux.model import ReduxForConditionalGeneration
 
     model = ReduxForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     return {part: [weight.detach() for weight in tensors] for part, tensors in model.parameters_by_part().items()}
 
 
-def same(one: list[Any], other: list[Any]) -> bool:
-    return all(map(torch.equal, one, other))
+def are_equal(first: list[Any], second: list[Any]) -> bool:
+    return all(map(torch.equal, first, second))
 
 
 # in small, those of 13b differ from those of 7b in their name alone
@@ -198,9 +195,8 @@ def twin(
     ray_cluster: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """The run folder of each file's twin."""
-    path, address = request.param, ray_cluster.get_runtime_context().gcs_address
-    return run(path, small(path, parts, sets), tmp_path_factory.mktemp("twin"), address)
+    """The run folder of the twin of a file."""
+    return run_job(request.param, list_small_overrides(parts, sets), tmp_path_factory.mktemp("twin"))
 
 
 def test_a_twin_runs_to_its_end(twin: Path) -> None:
@@ -214,24 +210,24 @@ def test_a_twin_runs_to_its_end(twin: Path) -> None:
     assert "wall_s.instruct" in json.loads((twin / "metrics.json").read_text())
 
 
-def test_a_twin_learns_from_text_alone_too(twin: Path) -> None:
+def test_a_twin_trains_on_batches_of_text_alone(twin: Path) -> None:
     """Its first batch is, whole, since batches are of one modality; so the tower sees no image on any worker."""
     lines = [json.loads(line) for line in (twin / "consumed.jsonl").read_text().splitlines()]
     batches = [line["samples"]["mix665k"] for line in lines if line["stage"] == "instruct"]
     assert [{number >= 12 for number in batch} for batch in batches] == [{True}, {False}]
 
 
-def test_each_stage_of_a_twin_trains_what_it_names(twin: Path) -> None:
-    before = weights(twin / "assembled")
-    first, second = (weights(twin / "checkpoints" / stage / "model") for stage in ("pretrain", "instruct"))
-    assert same(first["tower"], before["tower"])
-    assert same(second["tower"], before["tower"])
-    assert same(first["language"], before["language"])
-    assert not same(first["projector"], before["projector"])
-    assert not same(second["language"], first["language"])
+def test_a_stage_of_a_twin_trains_the_parts_with_a_learning_rate(twin: Path) -> None:
+    before = load_weights(twin / "assembled")
+    first, second = (load_weights(twin / "checkpoints" / stage / "model") for stage in ("pretrain", "instruct"))
+    assert are_equal(first["tower"], before["tower"])
+    assert are_equal(second["tower"], before["tower"])
+    assert are_equal(first["language"], before["language"])
+    assert not are_equal(first["projector"], before["projector"])
+    assert not are_equal(second["language"], first["language"])
 
 
-def test_what_a_twin_made_answers(twin: Path) -> None:
+def test_the_model_of_a_twin_answers(twin: Path) -> None:
     from redux.answering import load
 
     file = io.BytesIO()
@@ -241,22 +237,22 @@ def test_what_a_twin_made_answers(twin: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_twin_with_adapters_leaves_a_plain_model(
+def test_a_twin_with_adapters_gives_a_plain_model(
     parts: dict[str, str], sets: dict[str, str], ray_cluster: Any, tmp_path: Path
 ) -> None:
     """As the header says, at a smaller rank: the language model has learned, and no adapter is left in it."""
     path = FOLDER / "llava-1.5-7b-redux.yaml"
-    overrides = [*small(path, parts, sets), *lora(path), "train.instruct.lora.rank=4"]
-    folder = run(path, overrides, tmp_path, ray_cluster.get_runtime_context().gcs_address)
-    first, second = (weights(folder / "checkpoints" / stage / "model") for stage in ("pretrain", "instruct"))
+    overrides = [*list_small_overrides(parts, sets), *read_lora_overrides(path), "train.instruct.lora.rank=4"]
+    folder = run_job(path, overrides, tmp_path)
+    first, second = (load_weights(folder / "checkpoints" / stage / "model") for stage in ("pretrain", "instruct"))
     assert [weight.shape for weight in second["language"]] == [weight.shape for weight in first["language"]]
-    assert not same(second["language"], first["language"])
+    assert not are_equal(second["language"], first["language"])
 
 
-def test_a_model_of_another_set_and_tokenizer_is_asked_as_it_was_trained(
+def test_a_model_is_evaluated_as_it_was_trained(
     parts: dict[str, str], sets: dict[str, str], ray_cluster: Any, tmp_path: Path
 ) -> None:
-    """Its run and a job that names nothing but the model give the same answers, and LLaVA's own format gives others."""
+    """A job with only the model gives the answers and scores of its run; LLaVA's format gives other answers."""
     from redux.answering import load
 
     path, images = FOLDER / "llava-1.5-7b-redux.yaml", Path(sets["mix665k"]).parent
@@ -267,23 +263,23 @@ def test_a_model_of_another_set_and_tokenizer_is_asked_as_it_was_trained(
     for number in questions:
         Image.open(images / f"{number}.png").save(tmp_path / f"{number}.jpg")
     (tmp_path / "gqa.json").write_text(json.dumps(questions))
-    asked = {"files": [str(tmp_path / "gqa.json")], "images": str(tmp_path), "max_new_tokens": 6}
-    evaluated = f"evaluate={json.dumps({'tasks': {'gqa': asked}})}"
-    trained = ["train.instruct.template=vicuna_bare", "train.instruct.image_aspect_ratio=crop"]
-    address = ray_cluster.get_runtime_context().gcs_address
-    folder = run(path, [*small(path, parts, sets), *trained, evaluated], tmp_path, address)
+    task = {"files": [str(tmp_path / "gqa.json")], "images": str(tmp_path), "max_new_tokens": 6}
+    evaluate = f"evaluate={json.dumps({'tasks': {'gqa': task}})}"
+    training = ["num_workers=1", "train.instruct.template=vicuna_bare", "train.instruct.image_aspect_ratio=crop"]
+    folder = run_job(path, [*list_small_overrides(parts, sets), *training, evaluate], tmp_path)
 
     model = folder / "checkpoints" / "instruct" / "model"
     job = tmp_path / "again.yaml"
     job.write_text(f"name: again\ndata: {{source: null}}\nmodel: {{checkpoint: {model}}}\nevaluate: {{}}\n")
-    again = run(job, [evaluated], tmp_path, address)
-    answers = [(place / "answers" / "gqa.jsonl").read_text() for place in (folder, again)]
+    again = run_job(job, [evaluate], tmp_path)
+    answers = [(run_folder / "answers" / "gqa.jsonl").read_text() for run_folder in (folder, again)]
     assert answers[0] == answers[1]
-    scores = [json.loads((place / "scores.json").read_text()) for place in (folder, again)]
-    assert scores[0]["gqa.accuracy"] == scores[1]["gqa.accuracy"]
+    scores = [json.loads((run_folder / "scores.json").read_text()) for run_folder in (folder, again)]
+    for metric in ("gqa.questions", "gqa.accuracy"):
+        assert scores[0][metric] == scores[1][metric]
 
     rows = [json.loads(line) for line in answers[0].splitlines()]
     photos = [(tmp_path / f"{row['id']}.jpg").read_bytes() for row in rows]
-    other = load(model, template="vicuna_v1", image_aspect_ratio="pad", allow_mismatch=True)
-    told = other([row["prompt"] for row in rows], photos, max_new_tokens=6)
-    assert told.texts != [row["response"] for row in rows]
+    other_format = load(model, template="vicuna_v1", image_aspect_ratio="pad", allow_mismatch=True)
+    other_answers = other_format([row["prompt"] for row in rows], photos, max_new_tokens=6)
+    assert other_answers.texts != [row["response"] for row in rows]

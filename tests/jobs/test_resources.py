@@ -1,4 +1,4 @@
-"""A shipped job takes what a machine has; what does not fit is refused before the first shard, with what would."""
+"""A shipped job uses the CPUs and GPUs of a machine; numbers that do not fit are refused before the first shard."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from jobs import run, schema
+from jobs import model_parts, run, schema
 from jobs.schema import Job
 from pipelines.core import cluster
 from pipelines.evaluation import evaluate
@@ -21,13 +21,13 @@ QUICKSTART = JOBS / "quickstart.yaml"
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
-    """Let Ray tell of so many CPUs and GPUs."""
+    """Replace the numbers of CPUs and GPUs that Ray reports."""
 
-    def tell(cpus: int, gpus: int) -> None:
+    def set_resources(cpus: int, gpus: int) -> None:
         monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus})
         monkeypatch.setattr(cluster, "is_private", lambda: True)
 
-    return tell
+    return set_resources
 
 
 def count_workers(job: Job) -> dict[str, int]:
@@ -36,7 +36,7 @@ def count_workers(job: Job) -> dict[str, int]:
     return {name: plan.workers[0] for name, plan in decided.items() if plan.workers}
 
 
-def every_step(job: Job) -> list[str]:
+def list_all_steps(job: Job) -> list[str]:
     return ["shards", *job.train, "evaluate", "report"]
 
 
@@ -51,13 +51,11 @@ def every_step(job: Job) -> list[str]:
         (3, 8, {"tower": 2, "pretrain": 2, "instruct": 2}, 4),
     ],
 )
-def test_the_quickstart_takes_what_there_is(
-    machine, cpus: int, gpus: int, workers: dict[str, int], actors: int
-) -> None:
+def test_the_quickstart_uses_the_machine(machine, cpus: int, gpus: int, workers: dict[str, int], actors: int) -> None:
     """Its stages have two micro-batches each, so a third worker would have nothing to do."""
     machine(cpus, gpus)
     job = schema.load(QUICKSTART)
-    run._check_resources(job, every_step(job))
+    run._check_resources(job, list_all_steps(job))
     assert count_workers(job) == workers
     assert job.evaluate
     assert evaluate.count_actors(job.evaluate, job.gpu_share, batches=100) == actors
@@ -72,13 +70,13 @@ def test_a_process_has_its_share_of_one_gpu(machine, gpu_share: float, processes
 
 @pytest.mark.parametrize(("gpus", "workers"), [(1, 1), (2, 2), (6, 4), (8, 8)])
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.5-13b-redux"])
-def test_a_recipe_takes_the_gpus_that_share_its_batch(
+def test_a_recipe_uses_gpus_that_divide_its_batch(
     machine, monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, workers: int
 ) -> None:
     machine(32, gpus)
-    monkeypatch.setattr(run, "_measure_image", lambda model, folder: (336, 288))
+    monkeypatch.setattr(model_parts, "measure_image", lambda model, folder: (336, 288))
     job = schema.load(JOBS / f"{name}.yaml")
-    run._check_resources(job, every_step(job))
+    run._check_resources(job, list_all_steps(job))
     assert count_workers(job) == {"pretrain": workers, "instruct": workers}
 
 
@@ -94,15 +92,15 @@ def test_a_recipe_takes_the_gpus_that_share_its_batch(
         (["num_workers=[2, 8]"], "needs 2 GPUs, found 1; set num_workers=1, or auto"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused_with_ones_that_do(machine, overrides: list[str], message: str) -> None:
+def test_the_error_names_numbers_that_fit(machine, overrides: list[str], message: str) -> None:
     machine(16, 1)
     job = schema.load(QUICKSTART, overrides)
     with pytest.raises(ValueError, match=message):
-        run._check_resources(job, every_step(job))
-    run._check_resources(job, ["shards", "report"])  # what is finished needs nothing
+        run._check_resources(job, list_all_steps(job))
+    run._check_resources(job, ["shards", "report"])  # finished steps need nothing
 
 
-def test_the_number_that_is_proposed_suits_every_stage(machine) -> None:
+def test_the_proposed_number_fits_every_stage(machine) -> None:
     """Stages that have four and six micro-batches have two workers in common, on three GPUs."""
     machine(16, 3)
     batches = [
@@ -112,11 +110,11 @@ def test_the_number_that_is_proposed_suits_every_stage(machine) -> None:
     ]
     job = schema.load(QUICKSTART, [*batches, "num_workers=[4, 8]"])
     with pytest.raises(ValueError, match="needs 4 GPUs, found 3; set num_workers=2, or auto"):
-        run._check_resources(job, every_step(job))
+        run._check_resources(job, list_all_steps(job))
     schema.load(QUICKSTART, [*batches, "num_workers=2"])
 
 
-def test_a_share_of_a_gpu_is_for_one_worker(machine) -> None:
+def test_a_share_of_a_gpu_allows_one_worker(machine) -> None:
     machine(16, 1)
     job = schema.load(QUICKSTART, ["gpu_share=0.25"])
     assert set(count_workers(job).values()) == {1}

@@ -1,4 +1,4 @@
-"""Every job file that ships is a job, says all that it needs to, and survives being written out."""
+"""Shipped job files load, are equal after writing and reading, and begin with a comment; wrong values are refused."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def test_jobs_are_shipped() -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(FOLDER)))
-def test_a_shipped_job_loads_and_reads_back_equal(path: Path, tmp_path: Path) -> None:
+def test_a_shipped_job_is_equal_after_writing_and_reading(path: Path, tmp_path: Path) -> None:
     job = schema.load(path)
     resolved = tmp_path / "job.yaml"
     resolved.write_text(schema.dump(job))
@@ -39,33 +39,33 @@ def test_a_shipped_job_loads_and_reads_back_equal(path: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(FOLDER)))
-def test_a_shipped_job_opens_with_what_to_expect_and_is_named_after_its_file(path: Path) -> None:
+def test_a_shipped_job_begins_with_a_comment_and_has_the_name_of_its_file(path: Path) -> None:
     assert path.read_text().startswith("# ")
     assert schema.load(path).name == path.stem
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: str(path.relative_to(FOLDER)))
-def test_a_shipped_study_opens_with_what_to_expect_and_makes_jobs(path: Path, tmp_path: Path) -> None:
+def test_a_shipped_study_begins_with_a_comment_and_makes_jobs(path: Path, tmp_path: Path) -> None:
     assert path.read_text().startswith("# ")
-    several = study.load(path)
-    assert several.name == path.stem
-    assert len(study.list_jobs(several, tmp_path)) == len(several.variants) * len(several.seeds) + bool(several.shared)
+    loaded = study.load(path)
+    assert loaded.name == path.stem
+    assert len(study.list_jobs(loaded, tmp_path)) == len(loaded.variants) * len(loaded.seeds) + bool(loaded.shared)
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: str(path.relative_to(FOLDER)))
-def test_a_shipped_search_opens_with_what_to_expect_and_draws_jobs(
+def test_a_shipped_search_begins_with_a_comment_and_draws_jobs(
     path: Path, parts: dict[str, str], tmp_path: Path
 ) -> None:
-    """Of which each keeps the limits; a whole one is as large as parts without a hub allow."""
+    """All jobs keep the limits. Pretrained parts are replaced by small ones, since there is no hub."""
     assert path.read_text().startswith("# ")
     pretrained = isinstance(document.read_tree(path)["job"]["model"]["tower"], str)
-    asked = search.load(path, [f"job.model.{part}={folder}" for part, folder in parts.items()] if pretrained else [])
-    assert asked.name == path.stem
-    jobs, written = search.TrialJobs(asked), tmp_path / search.SEARCH_FILE
-    written.write_text(document.write(asked))
-    assert search.load(written) == asked
-    trials = Trials(replace(asked, max_concurrent_trials=asked.num_trials), asked.name, tmp_path, jobs.forecast)
-    for number in range(len(asked.references) + 12):
+    loaded = search.load(path, [f"job.model.{part}={folder}" for part, folder in parts.items()] if pretrained else [])
+    assert loaded.name == path.stem
+    jobs, written = search.TrialJobs(loaded), tmp_path / search.SEARCH_FILE
+    written.write_text(document.write(loaded))
+    assert search.load(written) == loaded
+    trials = Trials(replace(loaded, max_concurrent_trials=loaded.num_trials), loaded.name, tmp_path, jobs.forecast)
+    for number in range(len(loaded.references) + 12):
         trial = trials.next_trial(str(number))
         assert trial
         assert jobs(trial.values, str(number)).name == f"{path.stem}-{number}"
@@ -77,7 +77,7 @@ def test_the_numbers_of_a_job_are_checked() -> None:
             schema.load(FOLDER / "quickstart.yaml", [override])
 
 
-def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
+def test_the_name_of_a_stage_cannot_leave_the_run_folder() -> None:
     with pytest.raises(ValueError, match="train"):
         schema.load(FOLDER / "quickstart.yaml", ["train={../up: {}}"])
 
@@ -115,13 +115,13 @@ def test_a_stage_cannot_be_named_out_of_its_folder() -> None:
         ("model.language.max_position_embeddings=32", "model.language.max_position_embeddings: got 32, allowed: more"),
     ],
 )
-def test_what_cannot_be_run_is_refused_at_its_place(override: str, line: str) -> None:
+def test_a_wrong_setting_is_refused_with_its_path(override: str, line: str) -> None:
     with pytest.raises(ValueError, match=f"{re.escape(line)}[^\n]*$"):
         schema.load(FOLDER / "quickstart.yaml", [override])
 
 
 @pytest.mark.parametrize("change", [{"shuffle": "window"}, {"data": {"captions": 1, "conversations": 1}}])
-def test_groups_take_one_set_and_shuffle_all_of_it(change: dict) -> None:
+def test_group_by_length_requires_one_set_and_a_full_shuffle(change: dict) -> None:
     overrides = [f"train.instruct.{key}={json.dumps(value)}" for key, value in {"group_by_length": 2, **change}.items()]
     with pytest.raises(
         ValueError, match=r"train.instruct.group_by_length: got 2 with shuffle \w+ and \d sets, allowed: "
@@ -138,7 +138,7 @@ def test_a_stage_cannot_take_the_name_of_another_step(name: str, tmp_path: Path)
         schema.load(path)
 
 
-def test_the_names_refused_are_those_of_the_steps_that_are_no_stages(parts: dict[str, str], tmp_path: Path) -> None:
+def test_refused_names_of_stages_are_the_names_of_other_steps(parts: dict[str, str], tmp_path: Path) -> None:
     pretrained = [f"model.{part}={folder}" for part, folder in parts.items()]
     jobs = [
         schema.load(FOLDER / "quickstart.yaml"),

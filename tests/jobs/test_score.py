@@ -1,4 +1,4 @@
-"""`redux score`: one line of JSON on standard output, or one line of what is wrong."""
+"""`redux score`: one line of JSON on standard output, or one line with the mistake."""
 
 import importlib.util
 import json
@@ -24,16 +24,16 @@ def test_scores_are_one_line_of_json(gqa: Path, tmp_path: Path, capsys: pytest.C
     answers = tmp_path / "answers.json"
     answers.write_text(json.dumps([{"questionId": "0", "prediction": "yes"}, {"questionId": "2", "prediction": "no"}]))
     assert command.main(["score", "gqa", "--answers", str(answers), "--questions", str(gqa)]) == 0
-    told = capsys.readouterr()
-    assert told.err == ""
-    assert told.out.count("\n") == 1
-    assert json.loads(told.out) == {"task": "gqa", "scores": {"accuracy": 0.25}, "questions": 4, "missing": 2}
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.count("\n") == 1
+    assert json.loads(printed.out) == {"task": "gqa", "scores": {"accuracy": 0.25}, "questions": 4, "missing": 2}
 
 
 def test_a_submission_is_written_for_every_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     questions, answers, out = (tmp_path / name for name in ("questions.json", "answers.jsonl", "out.json"))
-    asked = [{"image_id": 1, "question": "Is it?", "question_id": number} for number in (10, 11)]
-    questions.write_text(json.dumps({"data_subtype": "test2015", "questions": asked}))
+    entries = [{"image_id": 1, "question": "Is it?", "question_id": number} for number in (10, 11)]
+    questions.write_text(json.dumps({"data_subtype": "test2015", "questions": entries}))
     answers.write_text('{"question_id": 11, "text": "The Cat.", "prompt": "Is it?"}\n')
     words = ["score", "vqav2", "--answers", str(answers), "--questions", str(questions), "--submission", str(out)]
     assert command.main(words) == 0
@@ -42,27 +42,28 @@ def test_a_submission_is_written_for_every_question(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["vqav3", "--questions", "@"], "redux: TASK: got vqav3, allowed: vqav2, gqa, textvqa, mme, mmbench, instr"),
         (["gqa"], "redux: --questions: got none, allowed: the official files of GQA"),
         (["gqa", "--questions", "@", "@"], "redux: questions: got "),
         (["gqa", "--questions", "@", "--submission", "x"], "redux: --submission: got task gqa, allowed: vqav2"),
+        (["instructions", "--submission", "x"], "redux: --submission: got task instructions, allowed: vqav2"),
         (["gqa", "--questions", "@"], "answers: line 1: got an answer to '9', allowed: ids of the 4 questions"),
     ],
     ids=str,
 )
 def test_a_mistake_is_one_line_and_exit_2(
-    words: list[str], said: str, gqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, gqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = tmp_path / "answers"
     answers.write_text('{"id": "9", "response": "yes"}\n')
     given = [str(gqa) if word == "@" else word for word in words]
     assert command.main(["score", *given, "--answers", str(answers)]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert said in told.err
-    assert told.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("task", ["gqa", "instructions"])
@@ -72,10 +73,10 @@ def test_no_answer_is_a_mistake(
 ) -> None:
     (answers := tmp_path / "answers").write_text(text)
     assert command.main(["score", task, "--answers", str(answers), "--questions", str(gqa)]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert str(answers) in told.err
-    assert told.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert str(answers) in printed.err
+    assert printed.err.count("\n") == 1
 
 
 def test_questions_without_reference_answers_are_a_mistake(

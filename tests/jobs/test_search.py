@@ -1,4 +1,4 @@
-"""A search's trials are jobs that differ in what is searched alone; what cannot be is told before anything runs."""
+"""Trials of a search are jobs that differ in searched values alone; mistakes are refused before a run."""
 
 import os
 import re
@@ -60,11 +60,11 @@ def write(tmp_path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_a_trial_is_the_job_with_its_values_and_what_makes_it_cheaper(tmp_path: Path) -> None:
-    asked = search.load(write(tmp_path))
-    jobs = search.TrialJobs(asked)
+def test_a_trial_is_the_job_with_its_values_and_the_fidelity(tmp_path: Path) -> None:
+    loaded = search.load(write(tmp_path))
+    jobs = search.TrialJobs(loaded)
     values = {"model.vmtc.kept.0": 9, "model.vmtc.clusters.0": 2, "model.cmai.gamma_max": 0.5}
-    trial, whole = jobs(values, "7"), schema.load(best_of(tmp_path, values))
+    trial, whole = jobs(values, "7"), schema.load(write_best(tmp_path, values))
     assert trial.name == "tiny-7"
     assert (trial.train["instruct"].steps, whole.train["instruct"].steps) == (60, 900)
     assert trial.evaluate
@@ -78,32 +78,30 @@ def test_a_trial_is_the_job_with_its_values_and_what_makes_it_cheaper(tmp_path: 
     assert trial.data == jobs({}, "8").data
 
 
-def best_of(tmp_path: Path, values: dict[str, Any]) -> Path:
-    """What `redux best` writes of a search with one trial of these values."""
+def write_best(tmp_path: Path, values: dict[str, Any]) -> Path:
+    """Write the best job of a search with one trial of these values."""
     folder = tmp_path / "runs"
     folder.mkdir()
-    asked = search.load(write(tmp_path, objectives={"flops": "min"}))
-    claims.claim(folder / search.SEARCH_FILE, asked)
-    trials = Trials(asked, asked.name, folder, lambda drawn: {})
-    places = {name: place.distribution for name, place in asked.space.items()}
-    trials.study.add_trial(create_trial(params=values, distributions=places, value=1.0))
+    loaded = search.load(write(tmp_path, objectives={"flops": "min"}))
+    claims.claim(folder / search.SEARCH_FILE, loaded)
+    trials = Trials(loaded, loaded.name, folder, lambda drawn: {})
+    distributions = {name: searched.distribution for name, searched in loaded.space.items()}
+    trials.study.add_trial(create_trial(params=values, distributions=distributions, value=1.0))
     assert command.main(["best", str(folder)]) == 0
     return folder / search.BEST_FILE
 
 
-def test_the_best_of_several_objectives_is_for_the_user_to_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = search.load(write(tmp_path))
-    claims.claim(tmp_path / search.SEARCH_FILE, asked)
-    trials = Trials(asked, asked.name, tmp_path, lambda drawn: {})
-    places = {name: place.distribution for name, place in asked.space.items()}
+def test_with_several_objectives_best_requires_a_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = search.load(write(tmp_path))
+    claims.claim(tmp_path / search.SEARCH_FILE, loaded)
+    trials = Trials(loaded, loaded.name, tmp_path, lambda drawn: {})
+    distributions = {name: searched.distribution for name, searched in loaded.space.items()}
     for kept, values in ((9, [0.9, 9.0]), (5, [0.8, 5.0]), (6, [0.7, 6.0])):
         drawn = {"model.vmtc.kept.0": kept, "model.vmtc.clusters.0": 1, "model.cmai.gamma_max": 0.0}
-        trials.study.add_trial(create_trial(params=drawn, distributions=places, values=values))
+        trials.study.add_trial(create_trial(params=drawn, distributions=distributions, values=values))
     assert command.main(["best", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert re.search(r"1 \(easy_vqa.accuracy 0.9, flops 9\), 2 \(easy_vqa.accuracy 0.8, flops 5\)$", told.strip())
+    error = capsys.readouterr().err
+    assert re.search(r"1 \(easy_vqa.accuracy 0.9, flops 9\), 2 \(easy_vqa.accuracy 0.8, flops 5\)$", error.strip())
     assert command.main(["best", str(tmp_path), "17"]) == 2
     assert "TRIAL: got 17" in capsys.readouterr().err
     assert command.main(["best", str(tmp_path), "1", "3"]) == 0
@@ -114,9 +112,9 @@ def test_the_best_of_several_objectives_is_for_the_user_to_name(
         assert job.model.vmtc.kept == (kept,)
 
 
-def test_what_is_known_beforehand_is_what_it_costs(tmp_path: Path) -> None:
-    asked = search.load(write(tmp_path))
-    jobs = search.TrialJobs(asked)
+def test_the_forecast_is_the_computed_cost(tmp_path: Path) -> None:
+    loaded = search.load(write(tmp_path))
+    jobs = search.TrialJobs(loaded)
     known = jobs.forecast({"model.vmtc.kept.0": 9, "model.cmai.gamma_max": 0.5})
     config = build_config(jobs({"model.vmtc.kept.0": 9, "model.cmai.gamma_max": 0.5}).model, search.LLAMA_VOCABULARY)
     spent = compute_cost(config, 64)
@@ -128,7 +126,7 @@ def test_what_is_known_beforehand_is_what_it_costs(tmp_path: Path) -> None:
     }
 
 
-def test_a_range_of_whole_numbers_is_one_of_fractions_where_the_job_takes_those(tmp_path: Path) -> None:
+def test_a_range_has_the_type_of_its_key(tmp_path: Path) -> None:
     space = search.load(write(tmp_path)).space
     assert isinstance(space["model.cmai.gamma_max"].distribution, optuna.distributions.FloatDistribution)
     assert isinstance(space["model.vmtc.kept.0"].distribution, optuna.distributions.IntDistribution)
@@ -138,7 +136,7 @@ MAXIMUM = {"model.cmai.gamma_max": {"low": 0.0, "high": 0.9}}
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"space": {"model.cmai.maxmum": {"low": 0.0, "high": 0.9}}}, r"space\.model\.cmai\.maxmum: .*unknown key"),
         (
@@ -165,36 +163,36 @@ MAXIMUM = {"model.cmai.gamma_max": {"low": 0.0, "high": 0.9}}
         ({"limits": {"flops": {}}}, r"limits\.flops\.at_most: got None, and at_least None, allowed: one of the two"),
         ({"prune": {"every": 20, "first": 30}}, r"prune\.first: got 30, allowed: a multiple of every, 20"),
         ({"num_trials": 1}, "num_trials: got 1, allowed: more than the 1 references"),
-        # these two need files, and are told when the search is run
+        # these two need files, and are refused when the search runs
         ({"objectives": {"easy_vqa.acuracy": "max"}}, "objectives: got easy_vqa.acuracy, allowed: easy_vqa.accuracy, "),
         ({"limits": {"flop": {"at_most": 1}}}, "limits: got flop, allowed: easy_vqa.accuracy, "),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_runs(
-    tmp_path: Path, changes: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
+def test_a_mistake_is_one_line_before_a_run(
+    tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command.main(["run", str(write(tmp_path, **changes)), "--runs-dir", str(tmp_path / "runs")]) == 2
-    said = capsys.readouterr().err
-    assert re.search(told, said)
-    assert len(said.splitlines()) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert len(error.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_lags_cannot_be_stopped_where_nothing_is_trained(tmp_path: Path) -> None:
+def test_pruning_requires_a_trained_stage(tmp_path: Path) -> None:
     whole = write(tmp_path, shared=["pretrain", "instruct"], fidelity={}, prune={})
     with pytest.raises(ValueError, match="prune: got a rule, allowed: null, as trials train nothing"):
         search.run_search(search.load(whole), tmp_path / "runs")
 
 
-def test_a_search_is_bound_by_its_trials_and_what_they_share_alone(tmp_path: Path) -> None:
-    """Before a trial has begun any setting may change, and references of before are not tried."""
+def test_settings_of_a_search_are_fixed_by_trials_and_shared_stages(tmp_path: Path) -> None:
+    """Before the first trial all settings may change, and earlier references are not tried."""
     first = search.load(write(tmp_path))
     search._claim(first, tmp_path, False)
     Trials(first, first.name, tmp_path, lambda drawn: {})
-    assert len(study(tmp_path)) == 1
+    assert len(read_states(tmp_path)) == 1
     search._claim(search.load(write(tmp_path, seed=1, objectives={"flops": "min"})), tmp_path, False)
     with pytest.raises(ValueError, match="no study tiny"):
-        study(tmp_path)
+        read_states(tmp_path)
 
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 1}\n')
@@ -211,46 +209,50 @@ def test_a_search_is_bound_by_its_trials_and_what_they_share_alone(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_search_goes_on_after_every_death(tmp_path: Path) -> None:
-    """SIGKILL of the search's driver in mid-trial, then of a trial's worker, then of a trial's own driver.
+def test_a_killed_search_resumes(tmp_path: Path) -> None:
+    """SIGKILL of the search's driver during a trial, then of a trial's worker, then of a trial's driver.
 
-    Finished trials are kept as they are, those under way go on from their checkpoints, and as many as asked are told.
+    Finished trials stay, unfinished ones resume from their checkpoints, and the number of results is num_trials.
     """
     write(tmp_path)
     folder = tmp_path / "runs" / "tiny"
-    with started(tmp_path) as driver:
+    with start_driver(tmp_path) as driver:
         await_steps(driver, folder, trial=1, more=12)
     first = (folder / "trials" / "0000" / "metrics.jsonl").read_bytes()
-    assert study(folder) == ["COMPLETE", "RUNNING"], "nobody was left to say otherwise"
-    with started(tmp_path) as driver:
-        for trial, victim in ((1, "ray::RayTrainWorker"), (2, "ray::ImplicitFunc")):
+    assert read_states(folder) == ["COMPLETE", "RUNNING"], "a killed driver cannot change the state"
+    with start_driver(tmp_path) as driver:
+        for trial, process_name in ((1, "ray::RayTrainWorker"), (2, "ray::ImplicitFunc")):
             await_steps(driver, folder, trial, more=12)
             for process in driver.children(recursive=True):
-                if process.cmdline()[:1] and process.cmdline()[0].startswith(victim):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith(process_name):
                     process.kill()
         assert driver.wait(timeout=500) == 0
     assert (folder / "trials" / "0000" / "metrics.jsonl").read_bytes() == first
-    assert study(folder) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"], "one was tried again"
+    assert read_states(folder) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"], (
+        "a failed trial is retried"
+    )
     used = [(folder / "trials" / f"{number:04}" / consumed.CONSUMED_FILE).read_text() for number in (0, 1, 2, 4, 5)]
-    assert len(set(used)) == 1, "the same samples in the same order, however often it was killed"
+    assert len(set(used)) == 1, "the same samples in the same order after all kills"
     for number in (0, 1, 2, 4, 5):
         entries = jsonl.read(folder / "trials" / f"{number:04}" / "metrics.jsonl")
         assert [entry["step"] for entry in entries] == list(range(1, 61))
         assert not (folder / "trials" / f"{number:04}" / "checkpoints" / "instruct").exists()
     for number in (1, 2):
         events = jsonl.read(folder / "trials" / f"{number:04}" / "ledger.jsonl")
-        assert max(event["cursor"] for event in events if event["event"] == "start") > 0, "it began at a checkpoint"
-    assert "tiny is finished" in (tmp_path / "told").read_text()
+        assert max(event["cursor"] for event in events if event["event"] == "start") > 0, "it started from a checkpoint"
+    assert "tiny is finished" in (tmp_path / "output").read_text()
     assert (folder / "search.html").exists()
 
 
 @contextmanager
-def started(tmp_path: Path) -> Iterator[psutil.Popen]:
-    """The search's driver, with a Ray of its own; SIGKILL at the end, if it lives, and then all of it is gone."""
+def start_driver(tmp_path: Path) -> Iterator[psutil.Popen]:
+    """Start the driver of the search with a private Ray. At the end, SIGKILL for it and all its processes."""
     words = ["run", str(tmp_path / "tiny.yaml"), "--runs-dir", str(tmp_path / "runs")]
-    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with (tmp_path / "told").open("w") as told:
-        driver = psutil.Popen([sys.executable, "-m", "jobs.command", *words], env=alone, stdout=told, stderr=told)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with (tmp_path / "output").open("w") as output:
+        driver = psutil.Popen(
+            [sys.executable, "-m", "jobs.command", *words], env=environment, stdout=output, stderr=output
+        )
     children: list[psutil.Process] = []
     try:
         yield driver
@@ -263,7 +265,7 @@ def started(tmp_path: Path) -> Iterator[psutil.Popen]:
 
 
 def await_steps(driver: psutil.Popen, folder: Path, trial: int, more: int) -> None:
-    """Until a trial has done so many steps more than it has now."""
+    """Wait until a trial has done this number of further steps."""
     path = folder / "trials" / f"{trial:04}" / "metrics.jsonl"
     target = len(jsonl.read(path)) + more
     while len(jsonl.read(path)) < target:
@@ -271,6 +273,6 @@ def await_steps(driver: psutil.Popen, folder: Path, trial: int, more: int) -> No
             raise AssertionError(f"the search ended with {driver.wait(timeout=0.2)}")
 
 
-def study(folder: Path) -> list[str]:
-    asked = search.document.read(folder / search.SEARCH_FILE, (), search.Search)
-    return [trial.state.name for trial in search.load_study(asked, "tiny", folder).trials]
+def read_states(folder: Path) -> list[str]:
+    loaded = search.document.read(folder / search.SEARCH_FILE, (), search.Search)
+    return [trial.state.name for trial in search.load_study(loaded, "tiny", folder).trials]

@@ -1,4 +1,4 @@
-"""The command stopped by each signal at each moment: its exit code, what it loses, and what it leaves behind."""
+"""The command stopped by signals at several moments: its exit code, lost steps, and leftover processes and files."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 from ray._common.test_utils import wait_for_condition
 
 from pipelines.training import checkpoint, metrics
-from tests.jobs.stops import Receiver, Stopped, started
+from tests.jobs.stops import Receiver, StoppedCommand, start_command
 
 pytestmark = pytest.mark.integration
 
@@ -70,84 +70,101 @@ INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job of text alone, so that little is made before its steps, of which there are many."""
     folder = tmp_path_factory.mktemp("stops")
-    records = [{"id": n, "conversations": [turn("human", f"is {n} odd?"), turn("gpt", "yes")]} for n in range(1, 41, 2)]
+    records = [
+        {"id": number, "conversations": [make_turn("human", f"is {number} odd?"), make_turn("gpt", "yes")]}
+        for number in range(1, 41, 2)
+    ]
     (folder / "talk.json").write_text(json.dumps(records))
-    made = {"talk": {"json": str(folder / "talk.json"), "samples_per_shard": 5}}
-    data = {"source": None, "sets": {"talk": str(folder / "talk")}, "make": made}
+    make = {"talk": {"json": str(folder / "talk.json"), "samples_per_shard": 5}}
+    data = {"source": None, "sets": {"talk": str(folder / "talk")}, "make": make}
     (folder / "tiny.yaml").write_text(json.dumps({**JOB, "data": data}))
-    whole = {name: value for name, value in {**JOB, "data": data, "evaluate": None}.items() if name != "name"}
-    (folder / "search.yaml").write_text(json.dumps({**SEARCH, "job": whole}))
+    searched_job = {name: value for name, value in {**JOB, "data": data, "evaluate": None}.items() if name != "name"}
+    (folder / "search.yaml").write_text(json.dumps({**SEARCH, "job": searched_job}))
     return folder / "tiny.yaml"
 
 
-def turn(role: str, text: str) -> dict[str, str]:
+def make_turn(role: str, text: str) -> dict[str, str]:
     return {"from": role, "value": text}
 
 
 def stop(
     job: Path,
-    into: Path,
+    runs: Path,
     event: str,
     *numbers: signal.Signals,
     to: Receiver = "command",
     words: tuple[str, ...] = (),
     **env: str,
-) -> Stopped:
-    """Start the job, send these signals when the event is seen, and look at what is left."""
-    with started(["run", str(job), "--runs-dir", str(into), *words], env, attentive) as command:
+) -> StoppedCommand:
+    """Start the job, send signals when the event appears in the output, and list what is left.
+
+    Args:
+        job: job file.
+        runs: folder of runs.
+        event: pattern of the output.
+        numbers: the signals; all but the first are sent after the message about a second signal.
+        to: receiver of the signals.
+        words: further words of the command.
+        env: further variables.
+    """
+    with start_command(["run", str(job), "--runs-dir", str(runs), *words], env, reset_signals) as command:
         command.wait_for(event)
         for number in numbers[:1]:
             command.send(number, to)
         for number in numbers[1:]:
             command.wait_for("a second signal stops at once")
             command.send(number, to)
-        return command.end()
+        return command.wait_for_end()
 
 
-def attentive() -> None:
-    """A suite in the background ignores Ctrl-C and hands that on, as nohup does with SIGHUP."""
+def reset_signals() -> None:
+    """Reset ignored signals: tests in the background pass ignored SIGINT on, and nohup SIGHUP."""
     for number in (INT, TERM, HUP):
         signal.signal(number, signal.SIG_DFL)
 
 
-def assert_stopped(stopped: Stopped, run: Path, torn: int = 0) -> None:
-    """torn: how many checkpoints may be there by half, of which the next start takes none and removes each.
+def assert_stopped(stopped: StoppedCommand, run: Path, incomplete: int = 0) -> None:
+    """Check exit code, message, and leftover processes and files.
 
-    After a second signal it may be two: one that is being committed, and the one of the stop that is being uploaded.
+    Args:
+        stopped: the command.
+        run: its run folder.
+        incomplete: allowed number of incomplete checkpoints, which the next start removes. After a second signal there
+            may be two: one that is being committed, and the one of the stop that is being uploaded.
     """
-    assert stopped.code == 130, stopped.shown
-    assert "Traceback" not in stopped.shown
-    assert stopped.shown.count("redux: interrupted; the same command continues from the last checkpoint\n") == 1
+    assert stopped.code == 130, stopped.output
+    assert "Traceback" not in stopped.output
+    assert stopped.output.count("redux: interrupted; the same command continues from the last checkpoint\n") == 1
     assert stopped.processes == []
-    # torch and Ray keep a folder each for all processes of a user
+    # torch and Ray each keep a folder for all processes of a user
     assert [path for path in stopped.files if not re.fullmatch(r"torchinductor_[^/]*|ray", path)] == []
     leftovers = r"\.(partial|tmp)|/\.placement_group$|/\.probe$"
     unfinished = [path for path in run.rglob("*") if re.search(leftovers, str(path))]
     assert unfinished == []
-    halves = [path for path in (run / "checkpoints").glob("*/step-*") if not (path / checkpoint.MANIFEST).exists()]
-    assert len(halves) <= torn
+    partial = [path for path in (run / "checkpoints").glob("*/step-*") if not (path / checkpoint.MANIFEST).exists()]
+    assert len(partial) <= incomplete
 
 
-def lost(run: Path) -> int:
-    """Steps that were recorded after the newest checkpoint."""
+def count_lost_steps(run: Path) -> int:
+    """Count the steps that were recorded after the newest checkpoint."""
     saved = [path for path in (run / "checkpoints/instruct").glob("step-*") if (path / checkpoint.MANIFEST).exists()]
     newest = max((int(path.name.removeprefix("step-")) for path in saved), default=0)
     return metrics.read_last_step(run, "instruct") - newest
 
 
-def test_a_signal_while_modules_are_imported_ends_the_command(job: Path, tmp_path: Path) -> None:
-    """Before there is anything to save: Python says what it has imported."""
+def test_a_signal_during_imports_ends_the_command(job: Path, tmp_path: Path) -> None:
+    """Nothing has to be saved yet. Python prints what it imports."""
     stopped = stop(job, tmp_path, r"torch\._C", TERM, to="group", PYTHONPROFILEIMPORTTIME="1")
     assert_stopped(stopped, tmp_path / "tiny")
 
 
-def test_a_signal_while_ray_starts_leaves_nothing_of_it(job: Path, tmp_path: Path) -> None:
+def test_a_signal_during_the_start_of_ray_leaves_no_process(job: Path, tmp_path: Path) -> None:
     assert_stopped(stop(job, tmp_path, "starting Ray", INT, to="group"), tmp_path / "tiny")
 
 
 @pytest.mark.slow
 def test_a_stop_at_any_moment_loses_no_step_and_leaves_nothing(job: Path, tmp_path: Path) -> None:
-    """In one run folder, so that each start goes on where the one before was stopped."""
+    """In one run folder, so that each start resumes where the one before was stopped."""
     run = tmp_path / "tiny"
     moments: list[tuple[str, signal.Signals, Receiver]] = [
         ("shards talk", TERM, "command"),
@@ -164,19 +181,19 @@ def test_a_stop_at_any_moment_loses_no_step_and_leaves_nothing(job: Path, tmp_pa
     for event, number, to in moments:
         before = metrics.read_last_step(run, "instruct") if run.exists() else 0
         assert_stopped(stop(job, tmp_path, event, number, to=to), run)
-        assert lost(run) == 0, (event, number, to)
+        assert count_lost_steps(run) == 0, (event, number, to)
         assert metrics.read_last_step(run, "instruct") >= before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [INT, TERM])
 def test_a_second_signal_stops_at_once(job: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """Also while a checkpoint is on its way, as after every step here: what is there of it does not count as one."""
+    """Also during the upload of a checkpoint, as after every step here: an incomplete checkpoint does not count."""
     run = tmp_path / "tiny"
     words = ("train.instruct.save_steps=1",)
-    assert_stopped(stop(job, tmp_path, STEP, number, number, to="group", words=words), run, torn=2)
+    assert_stopped(stop(job, tmp_path, STEP, number, number, to="group", words=words), run, incomplete=2)
     assert_stopped(stop(job, tmp_path, STEP, number, words=words), run)
-    assert lost(run) == 0
+    assert count_lost_steps(run) == 0
 
 
 @pytest.mark.slow
@@ -185,28 +202,30 @@ def test_a_stop_of_an_evaluation_keeps_its_answers(job: Path, tmp_path: Path) ->
     answers = tmp_path / "tiny/answers/.easy_vqa.jsonl"
     for event, number in ((r"evaluate:[^\r]*loading model", TERM), (r"evaluate:[^\r]*\| [1-9]\d*/\d+", INT)):
         assert_stopped(stop(job, tmp_path, event, number, to="group", words=words), tmp_path / "tiny")
-    done = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert done
-    with started(["run", str(job), "--runs-dir", str(tmp_path), *words], {}, attentive) as command:
-        begun = command.wait_for(r"evaluate:[^\r]*\| (\d+)/\d+")
-        assert int(begun[1]) >= len(done), "what was answered is not asked again"
+    answered = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert answered
+    with start_command(["run", str(job), "--runs-dir", str(tmp_path), *words], {}, reset_signals) as command:
+        progress = command.wait_for(r"evaluate:[^\r]*\| (\d+)/\d+")
+        assert int(progress[1]) >= len(answered), "answered questions are not asked again"
 
 
 @pytest.mark.slow
 def test_a_stop_of_a_search_loses_no_step_of_its_trials(job: Path, tmp_path: Path) -> None:
     trial = tmp_path / "tiny/trials/0000"
-    with started(["run", str(job.parent / "search.yaml"), "--runs-dir", str(tmp_path)], {}, attentive) as command:
+    with start_command(
+        ["run", str(job.parent / "search.yaml"), "--runs-dir", str(tmp_path)], {}, reset_signals
+    ) as command:
         command.wait_for("search:")
         wait_for_condition(lambda: trial.exists() and metrics.read_last_step(trial, "instruct") > 0, timeout=240)
         command.send(TERM, "group")
-        stopped = command.end()
+        stopped = command.wait_for_end()
     assert_stopped(stopped, trial)
-    assert lost(trial) == 0
+    assert count_lost_steps(trial) == 0
 
 
 @pytest.mark.slow
 def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(job: Path, tmp_path: Path) -> None:
-    """The kernel sends SIGHUP, and takes nothing more that is written."""
+    """The kernel sends SIGHUP, and output fails from then on."""
     run = tmp_path / "tiny"
     controller, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 120))  # a bar of no width shows nothing
@@ -214,20 +233,20 @@ def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(job: Path, tmp
         "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
     )
     words = [sys.executable, "-m", "jobs.command", "run", str(job), "--runs-dir", str(tmp_path)]
-    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words],
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
         start_new_session=True,
-        env=own,
-        preexec_fn=attentive,
+        env=environment,
+        preexec_fn=reset_signals,
     )
     os.close(terminal)
-    shown = ""
-    while not re.search(STEP, shown):
-        shown += os.read(controller, 4096).decode(errors="replace")
+    output = ""
+    while not re.search(STEP, output):
+        output += os.read(controller, 4096).decode(errors="replace")
     os.close(controller)
     assert process.wait(timeout=120) == 130
-    assert lost(run) == 0
+    assert count_lost_steps(run) == 0

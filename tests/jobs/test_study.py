@@ -1,4 +1,4 @@
-"""A study's jobs are what a user would write by hand, share what they can, and each mistake is told before any runs."""
+"""The jobs of a study equal jobs that a user writes, and share stages; mistakes are refused before a run."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ def load(tmp_path: Path, **changes: Any) -> Study:
     return study.load(path)
 
 
-def test_variants_go_on_from_what_the_shared_run_leaves(tmp_path: Path) -> None:
+def test_variants_start_from_the_result_of_the_shared_run(tmp_path: Path) -> None:
     mini = study.load(FILE)
     jobs = study.list_jobs(mini, tmp_path)
     shared = jobs.pop(study.SHARED)
@@ -35,15 +35,15 @@ def test_variants_go_on_from_what_the_shared_run_leaves(tmp_path: Path) -> None:
         assert job.evaluate == shared.evaluate
 
 
-def test_variants_differ_in_what_they_say_and_in_nothing_else(tmp_path: Path) -> None:
+def test_variants_differ_in_their_settings_alone(tmp_path: Path) -> None:
     mini = study.load(FILE)
     jobs = study.list_jobs(mini, tmp_path)
     plain = jobs["llava-0"]
     assert (plain.model.vmtc, plain.model.cmai, plain.model.reduction) == (None, None, "checkpoint")
     methods = {name: jobs[f"{name}-0"].model.methods for name in mini.variants}
-    assert [name for name, each in methods.items() if each.get("vmtc")] == ["vmtc", "both"]
-    assert [name for name, each in methods.items() if each.get("cmai")] == ["cmai", "both"]
-    assert [name for name, each in methods.items() if each.get("reduction")] == ["spd", "random", "prumerge"]
+    assert [name for name, settings in methods.items() if settings.get("vmtc")] == ["vmtc", "both"]
+    assert [name for name, settings in methods.items() if settings.get("cmai")] == ["cmai", "both"]
+    assert [name for name, settings in methods.items() if settings.get("reduction")] == ["spd", "random", "prumerge"]
     for variant in mini.variants:
         assert jobs[f"{variant}-0"].name == f"mini-{variant}-0", "names of checkpoints and trackers tell studies apart"
         assert jobs[f"{variant}-0"].seed == 0
@@ -51,7 +51,7 @@ def test_variants_differ_in_what_they_say_and_in_nothing_else(tmp_path: Path) ->
         assert jobs[f"{variant}-1"].model == jobs[f"{variant}-0"].model
 
 
-def test_without_shared_stages_each_run_is_the_whole_job(tmp_path: Path) -> None:
+def test_without_shared_stages_every_run_has_all_stages(tmp_path: Path) -> None:
     jobs = study.list_jobs(load(tmp_path, shared=[], seeds=[3]), tmp_path)
     assert study.SHARED not in jobs
     for job in jobs.values():
@@ -62,7 +62,7 @@ def test_without_shared_stages_each_run_is_the_whole_job(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"variants": {"a": {"model.vmtc.ratio": 2}}}, r"variants\.a: .*ratio: got 2"),
         ({"variants": {"a": {"model.vmtc.ration": 0.5}}}, r"variants\.a: .*unknown key, did you mean 'ratio'"),
@@ -75,10 +75,16 @@ def test_without_shared_stages_each_run_is_the_whole_job(tmp_path: Path) -> None
         ({"job": {"train": 5}}, r"job\.train: got 5, allowed: a section of stages"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_variant(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told) as error:
+def test_a_mistake_is_one_line_that_names_the_variant(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
         load(tmp_path, **changes)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(ValueError, match=r"runs/mini: no run folder can be made here: Not a directory$"):
+        study.run_study(study.load(FILE), tmp_path / "runs" / "mini")
 
 
 TINY = """
@@ -107,7 +113,7 @@ variants:
 
 
 @pytest.mark.slow
-def test_a_study_trains_what_is_shared_once_and_goes_on_where_it_was(
+def test_a_study_trains_shared_stages_once_and_resumes(
     tmp_path: Path, ray_cluster: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "tiny.yaml"
@@ -122,9 +128,9 @@ def test_a_study_trains_what_is_shared_once_and_goes_on_where_it_was(
         ]  # fmt: skip
         assert (folder / name / "report.html").exists()
     assert [line["step"] for line in jsonl.read(folder / "shared" / "progress.jsonl")] == ["shards", "pretrain"]
-    told = (folder / "tables.md").read_text()
-    assert "| LLaVA-1.5 | 2 seeds" in told
-    assert "shared" not in told
+    tables = (folder / "tables.md").read_text()
+    assert "| LLaVA-1.5 | 2 seeds" in tables
+    assert "shared" not in tables
     before = {name: (folder / name / "metrics.jsonl").stat().st_mtime_ns for name in [*runs[1:], "shared"]}
     shutil.rmtree(folder / runs[0])
     capfd.readouterr()

@@ -1,6 +1,6 @@
-"""What tests of the Ray floor share: a set of shards that anyone can make in a second, a tokenizer for it, and an S3.
+"""Fixtures of the tests of pipelines: records and shards of them, a tokenizer, plans of small stages, and an S3 server.
 
-S3 is moto's server in a process of its own, behind a proxy that answers with the faults it is told to.
+The S3 server is moto's, in a separate process, behind a proxy that injects faults.
 """
 
 import re
@@ -14,6 +14,7 @@ from dataclasses import replace
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -71,58 +72,80 @@ def records(pictures: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def stored(ray_cluster: Any, records: list[dict], pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    """The records as five shards; a test that writes there makes a set of its own."""
+def stored(
+    in_process: Callable[[], AbstractContextManager[None]],
+    records: list[dict],
+    pictures: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Shards:
+    """The records as five shards; no test writes there."""
     folder = tmp_path_factory.mktemp("shards")
-    shard_writer.make_shards(records, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
+    with in_process():
+        shard_writer.make_shards(records, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
     return Shards(folder)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(records: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a tokenizer of the records' words lies."""
+    """Folder of a tokenizer of the records' words."""
     folder = tmp_path_factory.mktemp("tokenizer")
     pieces = [piece for record in records for piece, _ in TEMPLATES["vicuna_bare"].split_spans(record["conversations"])]
     train_word_tokenizer(pieces, max_length=96).save_pretrained(folder)
     return folder
 
 
-class Here:
-    """A dataset of items as far as the floor asks Ray Data for it, computed at once, in order and in this process."""
+class LocalDataset:
+    """Dataset of items with the methods that pipelines call. It is computed at once, in order and in this process."""
 
     def __init__(self, items: list[dict[str, Any]], override_num_blocks: int) -> None:
         assert override_num_blocks == len(items)
         self.items = items
+        self.context = SimpleNamespace(execution_options=SimpleNamespace(preserve_order=True))
 
-    def map(self, task: Callable[..., dict[str, Any]], fn_args: tuple[Any, ...], num_cpus: int) -> "Here":
-        return Here([task(item, *fn_args) for item in self.items], len(self.items))
+    def map(self, task: Callable[..., dict[str, Any]], fn_args: tuple[Any, ...], num_cpus: int) -> "LocalDataset":
+        return LocalDataset([task(item, *fn_args) for item in self.items], len(self.items))
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         return iter(self.items)
 
-    def map_batches(self, actor: Callable[..., Any], fn_constructor_args: tuple[Any, ...], **_: Any) -> list[Any]:
+    def map_batches(self, actor: Callable[..., Any], fn_constructor_args: tuple[Any, ...], **_: Any) -> "LocalBlocks":
         compute = actor(*fn_constructor_args)
-        return [compute({name: np.array([value]) for name, value in item.items()}) for item in self.items]
+        return LocalBlocks(compute({name: np.array([value]) for name, value in item.items()}) for item in self.items)
+
+
+class LocalBlocks(list[dict[str, Any]]):
+    """The blocks that an actor has returned."""
+
+    def iter_batches(self, batch_size: None) -> Iterator[dict[str, np.ndarray]]:
+        return ({name: np.asarray(column) for name, column in block.items()} for block in self)
 
 
 @pytest.fixture(scope="session")
 def in_process() -> Callable[[], AbstractContextManager[None]]:
-    """Within it Ray Data's part is done in this process, by `Here`: for many small cases."""
+    """Return a context in which this process does the work of Ray Data. Starting a worker takes seconds."""
 
     @contextmanager
     def patched() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ray.data, "from_items", Here)
+            patch.setattr(ray.data, "from_items", LocalDataset)
             yield
 
     return patched
 
 
-class Proxy(ThreadingHTTPServer):
-    """Passes requests on to the store, but answers with the next of `faults` while there are any.
+@pytest.fixture
+def local_ray_data(in_process: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Do the work of Ray Data in this process during a whole test."""
+    with in_process():
+        yield
 
-    Beyond `ANSWERS`: `stall` never answers, `drop` does what is asked and closes without a word, `cut` closes amid the
-    body, `short` leaves out half of it and says so in the length, `trickle` sends it a byte each tenth of a second.
+
+class Proxy(ThreadingHTTPServer):
+    """Proxy that passes requests on to the store, or answers with the next of `faults` while there are any.
+
+    Faults are the names in `ANSWERS` and these: `stall` never answers. `drop` executes the request and closes without
+    an answer. `cut` closes in the middle of the body. `short` sends half of the body, with its length. `trickle` sends
+    a byte every tenth of a second.
     """
 
     daemon_threads = True
@@ -154,7 +177,7 @@ class Proxy(ThreadingHTTPServer):
             return self.always
 
     def handle_error(self, request: object, address: object) -> None:
-        """A client that gave up is what is tested here."""
+        """Ignore errors: clients that give up are part of the tests."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -177,17 +200,17 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(1)  # returns when the client gives up
             self.close_connection = True
         else:
-            self.pass_on(body, fault)
+            self.forward(body, fault)
 
     do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_any  # noqa: N815
 
-    def pass_on(self, body: bytes, fault: str) -> None:
-        onward = HTTPConnection(*self.server.store)
-        onward.request(self.command, self.path, body, dict(self.headers))
-        answer = onward.getresponse()
+    def forward(self, body: bytes, fault: str) -> None:
+        connection = HTTPConnection(*self.server.store)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        answer = connection.getresponse()
         data = answer.read()
-        onward.close()
-        # moto knows no HEAD of its own: the length is that of the file
+        connection.close()
+        # the answer to HEAD has no body, so its length is that of the file
         length = answer.headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
         headers = [(name, value) for name, value in answer.getheaders() if name not in ("Content-Length", "Connection")]
         if fault == "drop":
@@ -257,7 +280,7 @@ def proxy(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> Retry:
-    """The policy of retries that tests can wait for, in force; nothing was retried so far."""
+    """Short retries for this process, without any retry so far."""
     monkeypatch.setattr(storage, "RETRY", FAST)
     monkeypatch.setattr(storage, "_retried_kinds", [])
     return FAST
@@ -269,8 +292,8 @@ def bucket(proxy: Proxy) -> str:
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
-    """This process is a group of one, for what is a collective."""
+def single_process_group() -> Iterator[None]:
+    """A process group of this process alone, for collectives."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -278,11 +301,15 @@ def alone() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def new_plan(
-    ray_cluster: Any, records: list[dict], pictures: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+    in_process: Callable[[], AbstractContextManager[None]],
+    records: list[dict],
+    pictures: Path,
+    tokenizer: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., StagePlan]:
-    """A small stage of a run of its own, on records of which each third is text alone.
+    """Function that makes the plan of a small stage in a new run folder. Every third record has no image.
 
-    Arguments change the stage; `plan` is a dictionary of changes of the plan.
+    Keyword arguments change the stage; `plan` is a dictionary of changes of the plan.
     """
     folder = tmp_path_factory.mktemp("mixed")
     texts = [
@@ -299,11 +326,12 @@ def new_plan(
     mixed = [
         text if number % 3 == 0 else record for number, (record, text) in enumerate(zip(records, texts, strict=True))
     ]
-    shard_writer.make_shards(mixed, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
+    with in_process():
+        shard_writer.make_shards(mixed, str(pictures), str(folder), ShardOptions(samples_per_shard=5))
 
     def make(plan: dict[str, Any] | None = None, **stage: Any) -> StagePlan:
         run = tmp_path_factory.mktemp("run")
-        made = StagePlan(
+        small_plan = StagePlan(
             name="small",
             stage=replace(small.STAGE, **stage),
             model=small.MODEL,
@@ -318,6 +346,6 @@ def new_plan(
             image_size=small.MODEL.tower.image_size,
             image_tokens=count_image_tokens(small.MODEL),
         )
-        return replace(made, **(plan or {}))
+        return replace(small_plan, **(plan or {}))
 
     return make

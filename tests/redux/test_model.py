@@ -1,7 +1,5 @@
 """The model is LLaVA where the modules are off, and with them the same however its inputs are cut, padded or saved."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -494,34 +492,6 @@ def test_proportional_attention_counts_a_merged_token_as_the_patches_it_holds(ti
             features[name] = model.model.encode_images(torch.ones(1, 3, 32, 32))[0][0, 0]
     fair, once = (float((features[name] - features["whole"]).abs().max()) for name in ("fair", "once"))
     assert fair < 1e-4 < 1e-2 < once
-
-
-COMPILED = """
-import torch
-from redux.configuration import ReduxConfig
-from redux.model import ReduxForConditionalGeneration
-from redux.settings import VMTC
-
-sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
-vision = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, **sizes}
-vmtc = VMTC(tokens=8, clusters=2, stages=1, iterations=2, proportional=True)
-torch.manual_seed(0)
-torch.set_num_threads(1)
-model = ReduxForConditionalGeneration(ReduxConfig(vision_config=vision, text_config=sizes, vmtc=vmtc)).eval()
-images = torch.randn(2, 3, 32, 32)
-compiled = torch.compile(model.model.encode_images, fullgraph=True)
-with torch.no_grad():
-    (tokens, assignment), (expected, own) = compiled(images), model.model.encode_images(images)
-assert tokens.shape == (2, 8, 32)
-torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
-assert torch.equal(assignment.slot, own.slot)
-"""
-
-
-def test_the_tower_compiles_to_one_graph_that_gives_the_same() -> None:
-    """In a process of its own: the shape checks of tests are no part of what users compile."""
-    ended = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
 
 
 def test_text_alone_gives_the_tower_a_gradient_of_zeros(tiny: Tiny) -> None:

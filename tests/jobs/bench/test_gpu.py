@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from jobs.bench import gpu
+from jobs.bench.gpu_speed.shapes import TINY_SHAPES
+from jobs.bench.gpu_speed.table import Goal, compute_ratio, list_goals
+from jobs.bench.gpu_speed.timing import CHOICES, Bench, Variant
 
 ROOT = Path(__file__).parents[3]
 
@@ -30,20 +33,20 @@ def test_the_script_runs_without_an_installed_package(tmp_path: Path) -> None:
     record = json.loads(line)
     assert earlier == "an earlier line"
     assert set(record["seconds"]) == {"tower", "layer", "train", "decode", "compiled"}
-    for goal in gpu.list_goals(gpu.TINY):
+    for goal in list_goals(TINY_SHAPES):
         result = record["results"][goal.group]
         assert result["ms"][f"{goal.base}/plain"]
         known = {**result["ms"], **{label.replace("|all", ""): text for label, text in result["errors"].items()}}
-        assert any(f"{goal.variant}/{choice}" in known for choice in gpu.CHOICES), goal
-    assert len(record["table"]) == len(gpu.list_goals(gpu.TINY)) + 4
+        assert any(f"{goal.variant}/{choice}" in known for choice in CHOICES), goal
+    assert len(record["table"]) == len(list_goals(TINY_SHAPES)) + 4
     assert "tower inference: 288 / off" in done.stdout
 
 
 def test_a_section_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(bench: gpu.Bench) -> None:
+    def fail(bench: Bench) -> None:
         raise RuntimeError("no such card")
 
-    def write(bench: gpu.Bench) -> None:
+    def write(bench: Bench) -> None:
         bench.results["later"] = {"summary": "done"}
 
     monkeypatch.setattr(gpu, "SECTIONS", {"first": fail, "later": write})
@@ -56,24 +59,24 @@ def test_a_section_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_variant_that_fails_leaves_the_others() -> None:
-    bench = gpu.Bench(gpu.TINY, "cpu")
+    bench = Bench(TINY_SHAPES, "cpu")
     calls: list[str] = []
 
     def fail() -> None:
         calls.append("fails")
         raise ValueError("kernels: got fused")
 
-    variants = [gpu.Variant("works", "plain", lambda: calls.append("works")), gpu.Variant("fails", "fused", fail)]
+    variants = [Variant("works", "plain", lambda: calls.append("works")), Variant("fails", "fused", fail)]
     bench.time_variants("group", variants)
     result = bench.results["group"]
-    assert len(result["ms"]["works/plain"]) >= gpu.TINY.rounds
+    assert len(result["ms"]["works/plain"]) >= TINY_SHAPES.rounds
     assert result["errors"] == {"fails/fused": "ValueError: kernels: got fused"}
     assert calls.count("fails") == 1
 
 
 def test_a_ratio_pairs_the_times_of_a_round() -> None:
-    goal = gpu.Goal("group", "ours", "LLaVA", None, None)
+    goal = Goal("group", "ours", "LLaVA", None, None)
     result = {"ms": {"ours/plain": [2.0, 8.0, 6.0], "LLaVA/plain": [1.0, 2.0, 2.0]}}
-    assert gpu.compute_ratio(result, goal, "plain") == (2.5, 3.0, 3.5)
-    assert gpu.compute_ratio(result, goal._replace(is_speed=True), "plain") == pytest.approx((7 / 24, 1 / 3, 5 / 12))
-    assert gpu.compute_ratio(result, goal, "fused") is None
+    assert compute_ratio(result, goal, "plain") == (2.5, 3.0, 3.5)
+    assert compute_ratio(result, goal._replace(is_speed=True), "plain") == pytest.approx((7 / 24, 1 / 3, 5 / 12))
+    assert compute_ratio(result, goal, "fused") is None

@@ -1,8 +1,8 @@
-"""A job file becomes objects that KubeRay takes, and says of pods only what the job says of workers.
+"""Kubernetes objects of a job file: KubeRay accepts them, and pods follow the job's workers.
 
-KubeRay's schema is that of its resource definition; as the API server drops fields that it does not know, a misspelt
-one would vanish in silence, so here they are refused.  What only its operator checks (names, tokens) has tests of its
-own.  No cluster is asked.
+KubeRay's schema is that of its resource definition. The API server drops unknown fields, so a misspelt one would have
+no effect; here it is an error. Rules that only KubeRay's operator checks (names, tokens) have other tests. No cluster
+is used.
 """
 
 import gzip
@@ -59,40 +59,40 @@ def render(capsys: pytest.CaptureFixture[str]) -> Render:
     return call
 
 
-def parsed(text: str) -> dict[str, Tree]:
-    """The documents by kind."""
-    return {one["kind"]: one for one in yaml.safe_load_all(text)}
+def parse(text: str) -> dict[str, Tree]:
+    """Parse the documents, by kind."""
+    return {tree["kind"]: tree for tree in yaml.safe_load_all(text)}
 
 
-def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a tree by its dotted path."""
+def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over the values of a tree with their dotted paths."""
     if isinstance(tree, dict | list) and tree:
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from flat(value, f"{path}.{key}" if path else str(key))
+            yield from flatten(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, tree
 
 
-def strict(node: Tree) -> Tree:
-    """A schema of Kubernetes as one of JSON: what it would drop in silence is an error."""
+def refuse_unknown_fields(node: Tree) -> Tree:
+    """Return a schema of Kubernetes in which fields that it would drop are errors."""
     result = dict(node)
     if "properties" in node:
-        result["properties"] = {name: strict(each) for name, each in node["properties"].items()}
+        result["properties"] = {name: refuse_unknown_fields(field) for name, field in node["properties"].items()}
         if not node.get("x-kubernetes-preserve-unknown-fields"):
             result["additionalProperties"] = False
     for inner in ("items", "additionalProperties"):
         if isinstance(node.get(inner), dict):
-            result[inner] = strict(node[inner])
+            result[inner] = refuse_unknown_fields(node[inner])
     return result
 
 
 @pytest.fixture(scope="module")
 def definition() -> jsonschema.Draft7Validator:
     tree = json.loads(gzip.decompress((FOLDER / "rayjob.json.gz").read_bytes()))
-    return jsonschema.Draft7Validator(strict(tree))
+    return jsonschema.Draft7Validator(refuse_unknown_fields(tree))
 
 
-def pods(documents: dict[str, Tree]) -> dict[str, Tree]:
+def list_pods(documents: dict[str, Tree]) -> dict[str, Tree]:
     spec = documents["RayJob"]["spec"]
     [workers] = spec["rayClusterSpec"]["workerGroupSpecs"]
     return {
@@ -103,7 +103,7 @@ def pods(documents: dict[str, Tree]) -> dict[str, Tree]:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_a_manifest_is_the_one_on_file(render: Render, name: str) -> None:
+def test_a_manifest_equals_the_stored_one(render: Render, name: str) -> None:
     assert render(*GOLDEN[name]) == (FOLDER / f"{name}.yaml").read_text()
 
 
@@ -118,19 +118,19 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
-def test_kuberay_knows_every_field(
+def test_kuberay_accepts_all_fields(
     render: Render, definition: jsonschema.Draft7Validator, arguments: tuple[object, ...]
 ) -> None:
-    documents = parsed(render(*arguments))
+    documents = parse(render(*arguments))
     assert list(documents) == ["ConfigMap", "NetworkPolicy", "RayJob"]
     definition.validate(documents["RayJob"])
     # the same types of Kubernetes' network policies as KubeRay has in a cluster's
     spec = definition.schema["properties"]["spec"]["properties"]
-    own = spec["rayClusterSpec"]["properties"]["networkPolicy"]["properties"]["head"]["properties"]
+    rules = spec["rayClusterSpec"]["properties"]["networkPolicy"]["properties"]["head"]["properties"]
     policy = documents["NetworkPolicy"]["spec"]
     assert set(policy) == {"podSelector", "policyTypes", "ingress", "egress"}
-    definition.evolve(schema=own["ingressRules"]).validate(policy["ingress"])
-    definition.evolve(schema=own["egressRules"]).validate(policy["egress"])
+    definition.evolve(schema=rules["ingressRules"]).validate(policy["ingress"])
+    definition.evolve(schema=rules["egressRules"]).validate(policy["egress"])
 
 
 @pytest.mark.parametrize(
@@ -143,10 +143,10 @@ def test_kuberay_knows_every_field(
         ("spec.rayClusterSpec.workerGroupSpecs.0.template.spec.containers.0.resources.limits.memory", "64 GB"),
     ],
 )
-def test_the_schema_refuses_what_kuberay_would_not_understand(
+def test_the_schema_refuses_wrong_fields(
     render: Render, definition: jsonschema.Draft7Validator, place: str, value: object
 ) -> None:
-    tree: Any = parsed(render(*QUICKSTART))["RayJob"]
+    tree: Any = parse(render(*QUICKSTART))["RayJob"]
     section = tree
     *above, last = place.split(".")
     for key in above:
@@ -213,8 +213,8 @@ SIZE = {
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_change_changes_what_it_should_and_nothing_else(render: Render, change: list[str], paths: set[str]) -> None:
-    before, after = (dict(flat(parsed(render(*QUICKSTART, *more)))) for more in ([], change))
+def test_an_option_changes_its_fields_alone(render: Render, change: list[str], paths: set[str]) -> None:
+    before, after = (dict(flatten(parse(render(*QUICKSTART, *more)))) for more in ([], change))
     changed = {path for path in before.keys() | after.keys() if before.get(path, ...) != after.get(path, ...)}
     assert changed == paths
 
@@ -228,7 +228,7 @@ def test_pods_hold_all_workers_and_no_more(render: Render, fewest: int, most: in
         "train.pretrain.global_batch_size=192",
         "train.instruct.global_batch_size=48",
     )
-    documents = parsed(render(*QUICKSTART, f"num_workers={workers}", *job, "--gpus-per-worker-pod", per_pod))
+    documents = parse(render(*QUICKSTART, f"num_workers={workers}", *job, "--gpus-per-worker-pod", per_pod))
     cluster = documents["RayJob"]["spec"]["rayClusterSpec"]
     [group] = cluster["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -242,29 +242,33 @@ def test_pods_hold_all_workers_and_no_more(render: Render, fewest: int, most: in
 
 
 @pytest.mark.parametrize("grace_s", [0, 25, 44.5, 600])
-def test_a_pod_ends_only_after_the_grace_that_ray_gives(render: Render, grace_s: float) -> None:
-    spec = pods(parsed(render(*QUICKSTART, f"recovery.grace_s={grace_s}")))["worker"]["spec"]
+def test_the_grace_of_a_pod_exceeds_that_of_ray(render: Render, grace_s: float) -> None:
+    spec = list_pods(parse(render(*QUICKSTART, f"recovery.grace_s={grace_s}")))["worker"]["spec"]
     [variable] = spec["containers"][0]["env"]
     assert variable["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     assert float(variable["value"]) == grace_s
     assert spec["terminationGracePeriodSeconds"] >= math.ceil(grace_s) + 10
 
 
-def test_ray_reads_the_grace_where_the_pod_has_it(render: Render) -> None:
-    [variable] = pods(parsed(render(*QUICKSTART, "recovery.grace_s=44.5")))["worker"]["spec"]["containers"][0]["env"]
+def test_ray_reads_the_grace_from_the_variable_of_the_pod(render: Render) -> None:
+    [variable] = list_pods(parse(render(*QUICKSTART, "recovery.grace_s=44.5")))["worker"]["spec"]["containers"][0][
+        "env"
+    ]
     program = "from ray._private import ray_constants as c; print(c.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S)"
     environment = {**os.environ, variable["name"]: variable["value"]}
-    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert float(told.stdout) == 44.5
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert float(printed.stdout) == 44.5
 
 
-def test_the_job_travels_whole(render: Render, tmp_path: Path) -> None:
-    documents = parsed(render(*QUICKSTART, "seed=7"))
+def test_the_config_map_has_the_complete_job(render: Render, tmp_path: Path) -> None:
+    documents = parse(render(*QUICKSTART, "seed=7"))
     path = tmp_path / "job.yaml"
     path.write_text(documents["ConfigMap"]["data"]["job.yaml"])
     assert schema.load(path) == schema.load(QUICKSTART[0], [*COUNTS, "seed=7"])
     for pod in ("head", "worker"):
-        spec = pods(documents)[pod]["spec"]
+        spec = list_pods(documents)[pod]["spec"]
         volumes = {volume["name"]: volume for volume in spec["volumes"]}
         assert volumes["job"]["configMap"]["name"] == documents["ConfigMap"]["metadata"]["name"]
         mounts = {mount["name"]: mount for mount in spec["containers"][0]["volumeMounts"]}
@@ -277,14 +281,14 @@ def test_the_job_travels_whole(render: Render, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
-def test_pods_have_no_rights_and_share_what_only_they_may_reach(render: Render, arguments: tuple[object, ...]) -> None:
-    documents = parsed(render(*arguments))
+def test_pods_have_no_rights_and_a_private_network(render: Render, arguments: tuple[object, ...]) -> None:
+    documents = parse(render(*arguments))
     job = documents["RayJob"]
     cluster, policy = job["spec"]["rayClusterSpec"], documents["NetworkPolicy"]["spec"]
     elastic = cluster["enableInTreeAutoscaling"]
     assert cluster["authOptions"] == {"mode": "token"}
     assert (cluster["headGroupSpec"]["serviceType"], cluster["headGroupSpec"]["enableIngress"]) == ("ClusterIP", False)
-    for name, pod in pods(documents).items():
+    for name, pod in list_pods(documents).items():
         spec = pod["spec"]
         assert spec["securityContext"]["runAsNonRoot"]
         assert spec["automountServiceAccountToken"] == (name == "head" and elastic)
@@ -296,15 +300,15 @@ def test_pods_have_no_rights_and_share_what_only_they_may_reach(render: Render, 
             }
             assert container["resources"]["requests"] == container["resources"]["limits"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
-    own, operator = policy["ingress"]
-    assert own == {"from": [{"podSelector": policy["podSelector"]}]}
+    pod_rule, operator = policy["ingress"]
+    assert pod_rule == {"from": [{"podSelector": policy["podSelector"]}]}
     assert [port["port"] for port in operator["ports"]] == [8265]
     assert set(operator["from"][0]) == {"namespaceSelector", "podSelector"}
 
 
-def test_spot_machines_are_for_workers_alone(render: Render) -> None:
+def test_only_workers_run_on_spot_machines(render: Render) -> None:
     key, value = "cloud.google.com/gke-spot", "true"
-    both = pods(parsed(render(*QUICKSTART, "--spot-label", f"{key}={value}", "--node-label", "zone=a")))
+    both = list_pods(parse(render(*QUICKSTART, "--spot-label", f"{key}={value}", "--node-label", "zone=a")))
     assert both["worker"]["spec"]["nodeSelector"] == {key: value, "zone": "a"}
     assert {"key": key, "operator": "Equal", "value": value, "effect": "NoSchedule"} in both["worker"]["spec"][
         "tolerations"
@@ -316,9 +320,9 @@ def test_spot_machines_are_for_workers_alone(render: Render) -> None:
     ]
 
 
-def test_secrets_are_named_not_written(render: Render) -> None:
-    documents = parsed(render(*LLAVA, *EVERYTHING))
-    for path, value in flat(documents["RayJob"]):
+def test_secrets_are_references(render: Render) -> None:
+    documents = parse(render(*LLAVA, *EVERYTHING))
+    for path, value in flatten(documents["RayJob"]):
         if re.search(r"password|token|secret", path, re.IGNORECASE) and not path.endswith(
             "automountServiceAccountToken"
         ):
@@ -388,11 +392,13 @@ def test_secrets_are_named_not_written(render: Render) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_could_not_run_or_go_on_is_refused_in_a_line(render: Render, arguments: list[str], line: str) -> None:
-    with pytest.raises(ValueError, match=line) as told:
+def test_a_job_that_cannot_run_or_resume_is_refused_in_one_line(
+    render: Render, arguments: list[str], line: str
+) -> None:
+    with pytest.raises(ValueError, match=line) as error:
         render(*QUICKSTART, *arguments)
-    assert str(told.value).count("\n") == 1
-    assert "key:secret" not in str(told.value)
+    assert str(error.value).count("\n") == 1
+    assert "key:secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +412,7 @@ def test_what_could_not_run_or_go_on_is_refused_in_a_line(render: Render, argume
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_options_are_looked_at_before_the_job(
+def test_options_are_checked_before_the_job(
     capsys: pytest.CaptureFixture[str], arguments: list[str], line: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -415,7 +421,7 @@ def test_options_are_looked_at_before_the_job(
     assert line in capsys.readouterr().err
 
 
-def test_what_some_readers_of_yaml_take_for_a_boolean_is_quoted(render: Render) -> None:
+def test_texts_like_yaml_booleans_are_quoted(render: Render) -> None:
     text = render(*QUICKSTART, "name=y", "--node-label", "fast=N")
     assert "name: y\n" not in text.replace("    name: y", "", 1), "but in the job file, which Redux reads"
     assert 'fast: "N"' in text
@@ -427,32 +433,32 @@ def test_a_model_on_this_machine_is_refused(render: Render, path: str) -> None:
         render(*LLAVA, f"model.tower={path}")
 
 
-def test_a_study_is_no_job(render: Render) -> None:
+def test_a_study_is_refused(render: Render) -> None:
     with pytest.raises(ValueError, match=r"mini\.yaml: got a study or a search, allowed: a job"):
         render(JOBS / "reproduce" / "mini.yaml", *AUTO[1:])
 
 
-def test_paths_on_the_volume_and_urls_are_taken(render: Render) -> None:
+def test_paths_on_the_volume_and_urls_are_allowed(render: Render) -> None:
     for folder in ("/mnt/redux/checkpoints", "file:///mnt/redux/checkpoints", "gs://bucket/checkpoints"):
         assert render(*QUICKSTART, f"checkpoints={folder}")
 
 
-def test_out_writes_what_is_printed_else(render: Render, tmp_path: Path) -> None:
+def test_out_writes_the_printed_manifest(render: Render, tmp_path: Path) -> None:
     path = tmp_path / "quickstart.k8s.yaml"
-    told = render(*QUICKSTART, "--out", path)
+    printed = render(*QUICKSTART, "--out", path)
     assert path.read_text() == render(*QUICKSTART)
-    assert told == f"{path}: kubectl create -f {path}\n"
+    assert printed == f"{path}: kubectl create -f {path}\n"
     with pytest.raises(ValueError, match=r"--out: .*No such file"):
         render(*QUICKSTART, "--out", tmp_path / "none" / "a.yaml")
 
 
-def test_texts_that_some_yaml_takes_for_numbers_are_quoted(render: Render) -> None:
+def test_texts_like_yaml_numbers_are_quoted(render: Render) -> None:
     text = render(*QUICKSTART, "--service-account", "1e5", "--queue", "0x1f")
     assert 'serviceAccountName: "1e5"' in text
     assert 'kueue.x-k8s.io/queue-name: "0x1f"' in text
 
 
-def test_every_scheduler_that_the_command_names_is_known() -> None:
+def test_all_schedulers_of_the_command_are_supported() -> None:
     arguments = command._parse(["manifest", *map(str, QUICKSTART)])
     assert arguments.scheduler in manifest.SCHEDULERS
     for name in manifest.SCHEDULERS:

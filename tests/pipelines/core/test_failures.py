@@ -4,7 +4,6 @@ Wrapped errors come from a real Ray: from a task, from an actor's constructor an
 """
 
 import errno
-import os
 import resource
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from pipelines.core.failures import Kind, classify_error
 from pipelines.data.consumed import ConsumedSamples
 from pipelines.report import page
 from pipelines.training import export, ledger, metrics
+from tests.pipelines.core.remote_errors import BrokenActor, end_process, raise_permission_error, raise_refusal
 
 pytestmark = pytest.mark.integration
 
@@ -69,13 +69,13 @@ def catch_error(work: Callable[[], Any]) -> BaseException:
     ],
 )
 def test_an_error_is_one_line_and_of_a_kind(error: BaseException, kind: Kind, text: str) -> None:
-    told = classify_error(error)
-    assert told.kind == kind
-    assert told.text.startswith(text)
-    assert "\n" not in told.text
+    failure = classify_error(error)
+    assert failure.kind == kind
+    assert failure.text.startswith(text)
+    assert "\n" not in failure.text
 
 
-def test_a_reason_is_whole_up_to_thousands_of_characters_and_then_keeps_both_ends() -> None:
+def test_a_reason_of_more_than_thousands_of_characters_keeps_both_ends() -> None:
     text = "a" + "x" * 3000 + "z"
     assert classify_error(ValueError(text)).text == text
     cut = classify_error(ValueError("a" + "x" * 10**6 + "z")).text
@@ -83,11 +83,11 @@ def test_a_reason_is_whole_up_to_thousands_of_characters_and_then_keeps_both_end
     assert (cut[0], cut[-1]) == ("a", "z")
 
 
-def test_numbers_of_a_process_do_not_tell_two_errors_apart() -> None:
-    one, two = (classify_error(RuntimeError(f"process {n}: tried {n}.5 GiB at 0x{n:x}")) for n in (12, 934))
-    assert one.text != two.text
-    assert one.pattern == two.pattern
-    assert one.pattern != classify_error(RuntimeError("another")).pattern
+def test_errors_that_differ_in_numbers_have_the_same_pattern() -> None:
+    first, second = (classify_error(RuntimeError(f"process {n}: tried {n}.5 GiB at 0x{n:x}")) for n in (12, 934))
+    assert first.text != second.text
+    assert first.pattern == second.pattern
+    assert first.pattern != classify_error(RuntimeError("another")).pattern
 
 
 # Behind wrappers
@@ -110,20 +110,20 @@ CORE_TEXT = "/a: Permission denied; get permission for it, or choose another fol
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_the_core_of_a_wrapper_is_told(error: BaseException) -> None:
+def test_the_innermost_error_of_a_wrapper_is_classified(error: BaseException) -> None:
     assert classify_error(error) == failures.Failure(Kind.PERMANENT, CORE_TEXT)
 
 
 def raise_in_ray_data() -> None:
     try:
-        _refuse()
+        raise_refusal()
     except ValueError as error:
         raise UserCodeException("UDF failed.\nFailed after 1/1 attempts.") from error
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, lambda error: error.as_instanceof_cause()])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_the_core_of_ray_datas_wrapper_is_in_its_stack_trace(wrap: Callable[..., Any], depth: int) -> None:
+def test_the_innermost_error_of_ray_data_is_read_from_the_stack_trace(wrap: Callable[..., Any], depth: int) -> None:
     """The cause of a wrapper is lost when the wrapper is pickled."""
     trace, cause = "", UserCodeException("UDF failed.\nFailed after 1/1 attempts.")
     try:
@@ -151,39 +151,13 @@ def test_an_error_that_is_made_of_more_than_a_text_is_read_from_a_stack_trace(
     assert (failure.kind, failure.text[: len(expected[1])]) == expected
 
 
-class BrokenActor:
-    """Actor whose constructor and methods fail."""
-
-    def __init__(self, where: str) -> None:
-        if where == "start":
-            _refuse()
-
-    def __call__(self, row: dict) -> dict:
-        return _refuse()
-
-
-def _refuse(*_: Any) -> Any:
-    try:
-        raise KeyError("beneath")
-    except KeyError as error:
-        raise ValueError("set: got 1,\n    allowed: 2") from error
-
-
-def _deny(row: dict) -> dict:
-    raise PermissionError(errno.EACCES, "Permission denied", "/a")
-
-
-def _end(row: dict) -> dict:
-    os._exit(3)
-
-
 def _rows() -> ray.data.Dataset:
     return ray.data.from_items([{"id": 0}], override_num_blocks=1)
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_errors_of_a_real_ray_are_told_as_they_were_raised() -> None:
-    refuse = ray.remote(num_cpus=0)(_refuse)
+def test_errors_of_a_real_ray_are_classified_by_their_cause() -> None:
+    refuse = ray.remote(num_cpus=0)(raise_refusal)
     broken = ray.remote(num_cpus=0)(BrokenActor)
     refused = failures.Failure(Kind.PERMANENT, "set: got 1, allowed: 2")
     assert classify_error(catch_error(lambda: ray.get(refuse.remote()))) == refused
@@ -191,15 +165,18 @@ def test_errors_of_a_real_ray_are_told_as_they_were_raised() -> None:
     assert isinstance(init, ActorDiedError)
     assert classify_error(init) == refused
     assert classify_error(catch_error(lambda: ray.get(broken.remote("").__call__.remote({})))) == refused
-    assert classify_error(catch_error(lambda: _rows().map(_refuse).materialize())) == refused
-    assert classify_error(catch_error(lambda: _rows().map(_deny).materialize())).text == CORE_TEXT
-    assert classify_error(catch_error(lambda: ray.get(ray.remote(max_retries=0)(_end).remote({})))).kind == Kind.LOST
+    assert classify_error(catch_error(lambda: _rows().map(raise_refusal).materialize())) == refused
+    assert classify_error(catch_error(lambda: _rows().map(raise_permission_error).materialize())).text == CORE_TEXT
+    assert (
+        classify_error(catch_error(lambda: ray.get(ray.remote(max_retries=0)(end_process).remote({})))).kind
+        == Kind.LOST
+    )
 
 
 def test_an_error_of_a_file_names_it(tmp_path: Path) -> None:
-    told = classify_error(catch_error(lambda: (tmp_path / "none" / "x").write_text("")))
-    assert told.text == f"{tmp_path / 'none' / 'x'}: No such file or directory"
-    assert told.kind == Kind.PERMANENT
+    failure = classify_error(catch_error(lambda: (tmp_path / "none" / "x").write_text("")))
+    assert failure.text == f"{tmp_path / 'none' / 'x'}: No such file or directory"
+    assert failure.kind == Kind.PERMANENT
 
 
 # Disks
@@ -243,19 +220,19 @@ def write_weights(path: Path) -> None:
     ],
     ids=["storage", "lines", "page", "ledger", "metrics", "weights"],
 )
-def test_a_file_that_the_kernel_does_not_take_is_named_with_what_mends_it(
+def test_an_error_of_a_full_disk_names_the_file_and_the_remedy(
     name: str, write: Callable[[Path], None], tmp_path: Path
 ) -> None:
     path = tmp_path / name
     with full_disk():
-        told = classify_error(catch_error(lambda: write(path)))
-    assert told == failures.Failure(
+        failure = classify_error(catch_error(lambda: write(path)))
+    assert failure == failures.Failure(
         Kind.PERMANENT, f"{path}: File too large; raise the limit of file sizes (ulimit -f)"
     )
     write(path)
 
 
-def test_an_export_that_does_not_fit_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+def test_an_export_that_does_not_fit_on_the_disk_leaves_no_files(tmp_path: Path) -> None:
     made, out = tmp_path / "made", str(tmp_path / "out")
     made.mkdir()
     (made / "config.json").write_bytes(b"{}")
@@ -267,7 +244,7 @@ def test_an_export_that_does_not_fit_leaves_nothing_in_the_way(tmp_path: Path) -
     assert export.is_complete(out)
 
 
-def test_errors_that_are_none_of_a_disk_stay_as_they_are() -> None:
+def test_errors_without_a_disk_stay_unchanged() -> None:
     for error in (ValueError("config (os error 2)"), KeyError("a"), OSError("s3://a: given up")):
         with pytest.raises(type(error)) as raised, failures.locate_errors("x"):
             raise error
@@ -275,7 +252,7 @@ def test_errors_that_are_none_of_a_disk_stay_as_they_are() -> None:
     assert classify_error(SafetensorError("I/O error: No space left on device (os error 28)")).kind == Kind.PERMANENT
 
 
-def test_the_command_line_tells_a_full_disk_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_prints_a_full_disk_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The message has no stack trace, but the full disk, the safe data and the way to continue."""
     with full_disk():
         code = main(["run", str(JOBS / "quickstart.yaml"), "--runs-dir", str(tmp_path)])

@@ -22,12 +22,12 @@ def copy(stored: Shards, tmp_path: Path) -> Shards:
     return Shards(shutil.copytree(stored.folder, tmp_path / "copy"))
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_whole_set_has_no_fault(stored: Shards):
+@pytest.mark.usefixtures("local_ray_data")
+def test_a_complete_set_has_no_fault(stored: Shards):
     assert verify_set(stored.folder) == []
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("local_ray_data")
 def test_a_shard_of_which_nothing_was_kept_is_no_fault(records: list[dict], pictures: Path, tmp_path: Path):
     given = [{**record, "image": "none.png"} for record in records[:2]] + records[2:4]
     make_shards(given, str(pictures), str(tmp_path), ShardOptions(samples_per_shard=2, max_bad_fraction=0.5))
@@ -59,9 +59,9 @@ def test_a_flipped_bit_a_missing_and_a_strange_tar_are_found(copy: Shards):
     assert found[3].endswith(": is not in the index")
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("local_ray_data")
 @pytest.mark.parametrize("column", ["image_size", "words"])
-def test_an_index_that_says_otherwise_of_a_sample_is_found(copy: Shards, column: str):
+def test_an_index_that_differs_from_a_sample_is_found(copy: Shards, column: str):
     path = Path(copy.folder) / INDEX_FILE
     table = ipc.open_file(path.read_bytes()).read_all()
     values = table[column].to_pylist()
@@ -74,8 +74,8 @@ def test_an_index_that_says_otherwise_of_a_sample_is_found(copy: Shards, column:
     assert f"sample {copy.get_key(7)}: its row of the index differs from the tar" in found
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_summary_that_counts_otherwise_is_found(copy: Shards):
+@pytest.mark.usefixtures("local_ray_data")
+def test_a_summary_with_a_wrong_count_is_found(copy: Shards):
     path = Path(copy.folder) / SUMMARY_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "samples": 21}))
     (found,) = verify_set(copy.folder)
@@ -83,7 +83,7 @@ def test_a_summary_that_counts_otherwise_is_found(copy: Shards):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_foreign_tars_get_the_index_that_ours_have(stored: Shards, copy: Shards):
+def test_indexing_foreign_tars_gives_the_index_of_our_shards(stored: Shards, copy: Shards):
     for name in (INDEX_FILE, QUARANTINE_FILE, SUMMARY_FILE):
         (Path(copy.folder) / name).unlink()
     found = index_tars(copy.folder)
@@ -96,8 +96,8 @@ def test_foreign_tars_get_the_index_that_ours_have(stored: Shards, copy: Shards)
         index_tars(copy.folder)
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_samples_that_cannot_be_used_are_listed_and_counted_or_the_whole_is_refused(tmp_path: Path):
+@pytest.mark.usefixtures("local_ray_data")
+def test_unusable_samples_are_listed_and_counted_or_the_set_is_refused(tmp_path: Path):
     bodies = [record(0), b"no json", b"[]", b"{}", b'{"conversations": [1]}', b'{"conversations": [{}]}']
     entries = [(f"{n}.{kind}", part) for n, body in enumerate(bodies) for kind, part in _members(body)]
     (tmp_path / "a.tar").write_bytes(pack(entries))
@@ -119,8 +119,8 @@ def _members(body: bytes, image: bytes = picture()) -> list[tuple[str, bytes]]:
     return [("jpg", image), ("json", body), ("txt", b"a thing")]
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_images_are_decoded_where_that_is_asked_for(tmp_path: Path):
+@pytest.mark.usefixtures("local_ray_data")
+def test_images_are_decoded_on_request(tmp_path: Path):
     images = [picture(), picture()[:-200], b"<html>404</html>"]
     entries = [(f"{n}.{kind}", part) for n, image in enumerate(images) for kind, part in _members(record(n), image)]
     (tmp_path / "a.tar").write_bytes(pack(entries))
@@ -132,7 +132,7 @@ def test_images_are_decoded_where_that_is_asked_for(tmp_path: Path):
     ]
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("local_ray_data")
 def test_damaged_tars_are_refused_in_one_line(tmp_path: Path):
     (tmp_path / "a.tar").write_bytes(pack([("0.json", record(0, image=False))]))
     for name in ("b.tar", "c.tar"):
@@ -141,7 +141,7 @@ def test_damaged_tars_are_refused_in_one_line(tmp_path: Path):
         index_tars(str(tmp_path))
 
 
-def test_tars_that_would_be_left_out_are_named(tmp_path: Path):
+def test_tars_that_are_not_indexed_are_named(tmp_path: Path):
     (tmp_path / "a.tar").write_bytes(pack([]))
     (tmp_path / "b.tar.gz").write_bytes(b"")
     with pytest.raises(ValueError, match=r"b\.tar\.gz: compressed, allowed: plain tars"):
@@ -158,20 +158,20 @@ def test_tars_that_would_be_left_out_are_named(tmp_path: Path):
         index_tars(str(tmp_path))
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("local_ray_data")
 def test_tars_without_a_sample_are_no_set(tmp_path: Path):
     (tmp_path / "a.tar").write_bytes(pack([]))
     with pytest.raises(ValueError, match="no samples in 1 tars, allowed: at least one"):
         index_tars(str(tmp_path))
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("local_ray_data")
 def test_a_set_without_samples_has_no_fault(tmp_path: Path):
     make_shards([], ".", str(tmp_path), ShardOptions())
     assert verify_set(str(tmp_path)) == []
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("local_ray_data")
 def test_a_folder_without_tars_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match="no tars here"):
         index_tars(str(tmp_path))

@@ -127,7 +127,9 @@ def test_a_tar_that_was_cut_short_is_an_error_that_names_the_tar(copy: Shards):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_making_shards_twice_gives_equal_bytes(stored: Shards, records: list[dict], pictures: Path, tmp_path: Path):
+def test_shards_made_on_ray_have_the_bytes_of_those_made_in_one_process(
+    stored: Shards, records: list[dict], pictures: Path, tmp_path: Path
+):
     make_shards(records, str(pictures), str(tmp_path), ShardOptions(samples_per_shard=5))
     for tar in tars(stored):
         assert (tmp_path / tar.name).read_bytes() == tar.read_bytes()
@@ -191,7 +193,7 @@ def test_odd_values_leave_a_list_that_is_json_in_utf8(
     assert all(sample.id.encode() for sample in Shards(tmp_path).read_samples(range(len(ids))))
 
 
-def test_a_folder_of_something_else_is_left_alone(
+def test_files_that_are_no_shards_are_not_overwritten(
     in_process: Callable[[], AbstractContextManager[None]], records: list[dict], pictures: Path, tmp_path: Path
 ):
     for name, data in (("000000.tar", b"mine"), (SUMMARY_FILE, b"mine"), (SUMMARY_FILE, b"{}")):
@@ -287,7 +289,7 @@ def test_shards_travel_as_the_name_of_their_folder(tmp_path: Path):
     assert arrived.read_rows([99_999]) == shards.read_rows([99_999])
 
 
-def test_an_index_that_was_replaced_is_seen_by_what_is_constructed_then(tmp_path: Path):
+def test_a_replaced_index_is_read_by_shards_constructed_later(tmp_path: Path):
     write_index(str(tmp_path), table(10))
     before = Shards(tmp_path)
     write_index(str(tmp_path), table(10, word=2))
@@ -386,7 +388,7 @@ def test_shards_that_do_not_stand_together_are_found(tmp_path: Path, names: list
         Shards(tmp_path).validate()
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("local_ray_data")
 @pytest.mark.parametrize("image_aspect_ratio", ["pad", "crop"])
 def test_prepared_shards_hold_the_pixels_of_the_originals(
     records: list[dict], pictures: Path, tmp_path: Path, image_aspect_ratio: Any
@@ -412,7 +414,7 @@ def test_prepared_shards_hold_the_pixels_of_the_originals(
             make_shards(records, str(pictures), str(tmp_path), other)
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("local_ray_data")
 def test_an_image_whose_square_would_be_too_large_is_broken(records: list[dict], pictures: Path, tmp_path: Path):
     Image.new("RGB", (14_000, 1)).save(pictures / "long.png")
     given = [{**records[0], "image": "long.png"}, records[1]]
@@ -455,7 +457,7 @@ def damaged_records(records: list[dict], pictures: Path) -> tuple[list[Any], dic
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("size", [1, 5, 100])
-def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_kept(
+def test_unusable_records_are_listed_with_their_reasons_and_the_others_are_kept(
     records: list[dict], pictures: Path, tmp_path: Path, size: int
 ):
     given, reasons = damaged_records(records, pictures)
@@ -484,8 +486,8 @@ def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_kept(
     assert stored.read_samples([kept.index(14)])[0].image == b""
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_past_the_tolerated_share_there_is_a_list_but_no_set(records: list[dict], pictures: Path, tmp_path: Path):
+@pytest.mark.usefixtures("local_ray_data")
+def test_with_too_many_unusable_records_there_is_a_list_but_no_set(records: list[dict], pictures: Path, tmp_path: Path):
     given, reasons = damaged_records(records, pictures)
     with pytest.raises(ValueError, match=r"8 of 24 records cannot be used \(.*1 duplicate.*\), allowed: 30\.00%"):
         make_shards(given, str(pictures), str(tmp_path), ShardOptions(samples_per_shard=5, max_bad_fraction=0.3))
@@ -496,8 +498,8 @@ def test_past_the_tolerated_share_there_is_a_list_but_no_set(records: list[dict]
     assert len(Shards(tmp_path)) == 16
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_second_start_makes_only_what_is_missing_and_a_third_nothing(
+@pytest.mark.usefixtures("local_ray_data")
+def test_a_second_start_makes_only_missing_shards_and_a_third_none(
     stored: Shards, records: list[dict], pictures: Path, tmp_path: Path
 ):
     making = ShardOptions(samples_per_shard=5)
@@ -517,8 +519,8 @@ def test_a_second_start_makes_only_what_is_missing_and_a_third_nothing(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_shards_of_something_else_are_left_alone(records: list[dict], pictures: Path, tmp_path: Path):
+@pytest.mark.usefixtures("local_ray_data")
+def test_shards_of_other_records_or_settings_are_not_overwritten(records: list[dict], pictures: Path, tmp_path: Path):
     make_shards(records, str(pictures), str(tmp_path), ShardOptions(samples_per_shard=5))
     for given, making in (
         (records[1:], ShardOptions(samples_per_shard=5)),

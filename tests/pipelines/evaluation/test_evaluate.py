@@ -7,7 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +39,8 @@ from tests.pipelines.faults import wait_until
 
 pytestmark = pytest.mark.integration
 
+InProcess = Callable[[], AbstractContextManager[None]]
+
 TEMPLATE = "vicuna_bare"
 PATCHES = 16
 LIMIT = TaskSettings(limit=6, max_new_tokens=5)
@@ -50,7 +53,7 @@ ASKED = len(load_questions("easy_vqa", LIMIT))
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with both modules on and random weights, large enough that answers differ."""
     folder = tmp_path_factory.mktemp("model")
-    words = train_word_tokenizer((each.prompt for each in easy_vqa.load_questions()), 160)
+    words = train_word_tokenizer((question.prompt for question in easy_vqa.load_questions()), 160)
     size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
     llava = build_model(
@@ -84,7 +87,7 @@ def settings(**tasks: TaskSettings) -> Evaluate:
 
 @pytest.fixture(scope="module")
 def undisturbed(evaluated: EvaluatedModel, ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder in which both built-in tasks were evaluated."""
+    """A run folder in which two actors of Ray evaluated both built-in tasks."""
     run = tmp_path_factory.mktemp("undisturbed")
     evaluate.evaluate(evaluated, run, settings(easy_vqa=LIMIT, instructions=FEW))
     return run
@@ -94,33 +97,33 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def spent(run: Path, name: str = "easy_vqa") -> int:
+def count_answered(run: Path, name: str = "easy_vqa") -> int:
     """Count the questions that a model has answered, including repeated ones."""
     path = run / ANSWERS_FOLDER / evaluate.SPEED_FILE
-    return sum(each["questions"] for each in lines(path) if each["task"] == name) if path.exists() else 0
+    return sum(row["questions"] for row in lines(path) if row["task"] == name) if path.exists() else 0
 
 
-# What is answered
+# Answers and scores
 
 
 def test_every_question_is_answered_once_in_the_order_of_the_benchmark(undisturbed: Path) -> None:
     for name, task in TASK_SETTINGS.items():
         unanswered_questions = load_questions(name, task)
         expected = [(row["id"], row["unit"], row["prompt"]) for row in read_answers(undisturbed, name)]
-        assert expected == [(each.id, each.unit, each.prompt) for each in unanswered_questions]
-        assert spent(undisturbed, name) == len(unanswered_questions)
+        assert expected == [(question.id, question.unit, question.prompt) for question in unanswered_questions]
+        assert count_answered(undisturbed, name) == len(unanswered_questions)
     assert not list((undisturbed / ANSWERS_FOLDER).glob(".*"))
 
 
 def test_a_batch_gets_the_answers_that_each_question_gets_alone(evaluated: EvaluatedModel, undisturbed: Path) -> None:
-    alone = answering.load(evaluated.model, template=TEMPLATE)
+    answerer = answering.load(evaluated.model, template=TEMPLATE)
     for name, task in TASK_SETTINGS.items():
         responses = []
-        for each in load_questions(name, task):
-            assert isinstance(each.image, str)
+        for question in load_questions(name, task):
+            assert isinstance(question.image, str)
             assert task.max_new_tokens
-            image = (easy_vqa.PACKAGE_IMAGES / each.image).read_bytes()
-            responses += alone([each.prompt], [image], task.max_new_tokens).texts
+            image = (easy_vqa.PACKAGE_IMAGES / question.image).read_bytes()
+            responses += answerer([question.prompt], [image], task.max_new_tokens).texts
         assert responses == [row["response"] for row in read_answers(undisturbed, name)]
         assert len(set(responses)) > len(responses) // 4, "answers that differ, or equality says nothing"
 
@@ -158,49 +161,49 @@ def test_scores_of_types_count_their_own_questions() -> None:
 
 def test_a_limit_asks_about_images_from_all_over_and_all_about_each() -> None:
     everything = load_questions("easy_vqa", TaskSettings())
-    units = list(dict.fromkeys(each.unit for each in everything))
+    units = list(dict.fromkeys(question.unit for question in everything))
     some = load_questions("easy_vqa", TaskSettings(limit=90))
-    kept = [units.index(unit) for unit in dict.fromkeys(each.unit for each in some)]
+    kept = [units.index(unit) for unit in dict.fromkeys(question.unit for question in some)]
     assert (len(everything), len(units), len(kept)) == (9673, 1000, 90)
     assert set(np.diff(kept)) == {11, 12}
-    assert some == [each for each in everything if units.index(each.unit) in kept]
+    assert some == [question for question in everything if units.index(question.unit) in kept]
     assert load_questions("easy_vqa", TaskSettings(limit=10**6)) == everything
 
 
 # Crashes
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_what_is_on_file_is_not_asked_again(evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path) -> None:
+def test_questions_with_an_answer_on_disk_are_not_asked_again(
+    in_process: InProcess, evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path
+) -> None:
     whole = read_answers(undisturbed, "easy_vqa")
     folder = tmp_path / ANSWERS_FOLDER
     folder.mkdir()
     kept = [row | {"response": "on file"} for row in whole[10:30]]
     (folder / ".easy_vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    evaluate.evaluate(evaluated, tmp_path, settings())
+    with in_process():
+        evaluate.evaluate(evaluated, tmp_path, settings())
     assert read_answers(tmp_path, "easy_vqa") == whole[:10] + kept + whole[30:]
-    assert spent(tmp_path) == ASKED - len(kept)
+    assert count_answered(tmp_path) == ASKED - len(kept)
     evaluate.evaluate(evaluated, tmp_path, settings())
     evaluate.evaluate(replace(evaluated, kernels="plain"), tmp_path, settings())
-    assert spent(tmp_path) == ASKED - len(kept), "a finished task is left alone, with any kernels"
+    assert count_answered(tmp_path) == ASKED - len(kept), "a finished task is not repeated, with any kernels"
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_another_question_under_an_old_id_is_asked(
-    evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path
+def test_another_question_with_the_id_of_an_answered_one_is_asked(
+    in_process: InProcess, evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path
 ) -> None:
     whole = read_answers(undisturbed, "easy_vqa")
     (tmp_path / ANSWERS_FOLDER).mkdir()
     other = [row | {"prompt": "what was that?"} for row in whole[:4]] + whole[4:]
     (tmp_path / ANSWERS_FOLDER / "easy_vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
-    evaluate.evaluate(evaluated, tmp_path, settings())
+    with in_process():
+        evaluate.evaluate(evaluated, tmp_path, settings())
     assert read_answers(tmp_path, "easy_vqa") == whole
-    assert spent(tmp_path) == 4
+    assert count_answered(tmp_path) == 4
 
 
-def test_whatever_of_the_last_line_was_written_it_is_asked_again_and_no_other(
-    undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_question_whose_line_was_cut_off_is_asked_again_and_no_other(undisturbed: Path, tmp_path: Path) -> None:
     """A crash may cut the line at any byte; rows of instructions contain nested braces."""
     first, last = (json.dumps(row) + "\n" for row in read_answers(undisturbed, "instructions")[:2])
     unanswered_questions = load_questions("instructions", FEW)[:2]
@@ -212,7 +215,9 @@ def test_whatever_of_the_last_line_was_written_it_is_asked_again_and_no_other(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_answers_of_others_are_not_taken(evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path) -> None:
+def test_answers_of_other_models_and_settings_are_refused(
+    evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path
+) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     twin = str(shutil.copytree(evaluated.model, tmp_path / "twin"))
     for other, expected in (
@@ -221,9 +226,9 @@ def test_answers_of_others_are_not_taken(evaluated: EvaluatedModel, undisturbed:
         ((evaluated, settings(easy_vqa=replace(LIMIT, max_new_tokens=6))), "max_new_tokens.easy_vqa = 5, not 6"),
         ((evaluated, replace(settings(), image_input="caption")), "image_input = 'pixels', not 'caption'"),
     ):
-        who, how = other
+        other_model, other_settings = other
         with pytest.raises(ValueError, match=re.escape(expected)):
-            evaluate.evaluate(who, tmp_path, how)
+            evaluate.evaluate(other_model, tmp_path, other_settings)
 
 
 KILLED = """
@@ -235,12 +240,13 @@ from pipelines.evaluation.tasks import TaskSettings
 with cluster.open_session():
     task = TaskSettings(limit=6, max_new_tokens=5)
     evaluated = evaluate.EvaluatedModel(model=sys.argv[1], template="vicuna_bare")
-    evaluate.evaluate(evaluated, Path(sys.argv[2]), evaluate.Evaluate(tasks={"easy_vqa": task}, batch_size=2))
+    settings = evaluate.Evaluate(tasks={"easy_vqa": task}, batch_size=2, num_actors=1)
+    evaluate.evaluate(evaluated, Path(sys.argv[2]), settings)
 """
 
 
-def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(
-    evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path, ray_cluster: Any
+def test_an_evaluation_that_was_killed_continues_to_the_same_answers(
+    in_process: InProcess, evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path, ray_cluster: Any
 ) -> None:
     environment = {**os.environ, "RAY_ADDRESS": ray_cluster.get_runtime_context().gcs_address}
     command = [sys.executable, "-c", KILLED, evaluated.model, str(tmp_path)]
@@ -251,26 +257,28 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(
     process.wait()
     before = [row["id"] for row in lines(partial)]
     assert len(before) < ASKED, "it was killed too late"
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    with in_process():
+        evaluate.evaluate(evaluated, tmp_path, settings())
     assert (tmp_path / ANSWERS_FOLDER / "easy_vqa.jsonl").read_bytes() == (
         undisturbed / ANSWERS_FOLDER / "easy_vqa.jsonl"
     ).read_bytes()
     # the batch whose answers were written last may have been killed before its time was
-    assert spent(tmp_path) in (ASKED, ASKED - 2)
+    assert count_answered(tmp_path) in (ASKED, ASKED - 2)
 
 
-# What cannot be
+# Errors
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_missing_image_is_named_in_one_line(evaluated: EvaluatedModel, tmp_path: Path) -> None:
+def test_a_missing_image_is_named_in_one_line(in_process: InProcess, evaluated: EvaluatedModel, tmp_path: Path) -> None:
     task = TaskSettings(limit=1, images=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"evaluate\.tasks\.easy_vqa: .*nowhere/test/images/\d+\.png"):
+    message = r"evaluate\.tasks\.easy_vqa: .*nowhere/test/images/\d+\.png"
+    with in_process(), pytest.raises(ValueError, match=message):
         evaluate.evaluate(evaluated, tmp_path, settings(easy_vqa=task))
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_what_is_no_such_model_is_named_in_one_line(tmp_path: Path) -> None:
+def test_a_model_of_another_type_is_named_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="model_type: got bert"):
         evaluate.evaluate(EvaluatedModel(model=str(tmp_path)), tmp_path, settings())
@@ -301,7 +309,7 @@ def test_an_id_that_comes_twice_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questions(
+def test_the_requested_number_of_examples_shows_different_images_with_their_questions(
     evaluated: EvaluatedModel, undisturbed: Path, count: int
 ) -> None:
     answered = read_answers(undisturbed, "easy_vqa")
@@ -319,7 +327,7 @@ def test_examples_are_as_many_as_asked_on_different_images_with_their_own_questi
     assert len(shown) == len(set(shown)) == count
 
 
-def test_an_example_says_where_each_patch_went(evaluated: EvaluatedModel, undisturbed: Path) -> None:
+def test_an_example_has_the_token_of_each_patch(evaluated: EvaluatedModel, undisturbed: Path) -> None:
     for example in collect_examples(evaluated, undisturbed, 5):
         slot, merged = np.asarray(example.slot), np.asarray(example.merged)
         assert slot.shape == merged.shape == (PATCHES,)

@@ -1,4 +1,4 @@
-"""Tests of the search with Ray Tune: trials run in processes of their own, and the study gets every result."""
+"""Tests of the search with Ray Tune: each trial runs in a separate process, and the study gets every result."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 from optuna.trial import TrialState
 
 from pipelines.search import driver
+from pipelines.search import trials as trials_module
 from pipelines.search.driver import LossReporter
 from pipelines.search.space import Range
 from pipelines.search.trials import Prune, SearchSettings, Trials, TrialSpec
@@ -22,74 +23,80 @@ STEPS = 20
 
 def settings(**changes: Any) -> SearchSettings:
     search_settings = SearchSettings(
-        num_trials=6, max_concurrent_trials=2, space={"x": Range(low=0.0, high=1.0)}, objectives={"good": "max"}
+        num_trials=4, max_concurrent_trials=2, space={"x": Range(low=0.0, high=1.0)}, objectives={"good": "max"}
     )
     return replace(search_settings, **changes)
 
 
-def test_crashes_stops_and_results_are_told_as_such(ray_cluster: Any, tmp_path: Path) -> None:
-    def work(trial: TrialSpec, place: Path, watch: Any) -> dict[str, float]:
-        place.mkdir(parents=True, exist_ok=True)
-        tries = len(list(place.glob("try-*")))
-        (place / f"try-{tries}").touch()
+def test_crashes_early_stops_and_results_have_their_states(ray_cluster: Any, tmp_path: Path) -> None:
+    """Trial 0 is a reference and by far the best, trials 1 and 2 crash at first."""
+
+    def work(trial: TrialSpec, run: Path, should_stop: Any) -> dict[str, float]:
+        run.mkdir(parents=True, exist_ok=True)
+        tries = len(list(run.glob("try-*")))
+        (run / f"try-{tries}").touch()
         if tries == 0 and trial.number == 1:
             raise OSError("no space left")
         if tries == 0 and trial.number == 2:
             os._exit(1)
         try:
-            with (place / "metrics.jsonl").open("w") as file:
+            with (run / "metrics.jsonl").open("w") as file:
                 for step in range(1, STEPS + 1):
                     file.write(json.dumps({"stage": "s", "step": step, "loss": 1 - trial.values["x"]}) + "\n")
                     file.flush()
-                    if watch(place, "s", step, STEPS):
+                    if should_stop(run, "s", step, STEPS):
                         raise driver.StoppedError
             return {"good": trial.values["x"]}
         finally:
-            (place / "left").touch()
+            (run / "left").touch()
 
-    search_settings = settings(references={"paper": {"x": 0.5}}, prune=Prune(every=5, first=5, factor=2))
+    search_settings = settings(references={"paper": {"x": 1.0}}, prune=Prune(every=5, first=5, factor=2))
     trials = Trials(search_settings, "toy", tmp_path, lambda values: {})
     seen: list[int] = []
     driver.run_search(trials, tmp_path, work, lambda reports: seen.append(len(reports.ended_attempts)))
     found = {trial.number: trial for trial in trials.study.trials}
-    assert len(found) == 6 + 2, "two crashed and were tried again"
-    assert seen[-1] == 6
+    assert len(found) == 4 + 2, "two crashed and were tried again"
+    assert seen[-1] == 4
     failed = [trial for trial in found.values() if trial.state == TrialState.FAIL]
     assert [trial.number for trial in failed] == [1, 2]
     assert failed[0].user_attrs["error"] == "no space left"
     assert "died" in failed[1].user_attrs["error"]
-    again = {trial.user_attrs["retry_of"]: trial for trial in found.values() if "retry_of" in trial.user_attrs}
+    retries = {trial.user_attrs["retry_of"]: trial for trial in found.values() if "retry_of" in trial.user_attrs}
     for number in (1, 2):
-        assert again[number].params == found[number].params
-        assert again[number].state in (TrialState.COMPLETE, TrialState.PRUNED)
+        assert retries[number].params == found[number].params
+        assert retries[number].state in (TrialState.COMPLETE, TrialState.PRUNED)
         assert len(list((tmp_path / "trials" / f"{number:04}").glob("try-*"))) == 2, "in the same folder"
     assert found[0].user_attrs["reference"] == "paper"
-    assert found[0].value == 0.5
+    assert found[0].value == 1.0
     stopped = [trial for trial in found.values() if trial.state == TrialState.PRUNED]
-    assert stopped, "of six with these losses some lag behind"
+    assert stopped, "trials that start after the end of the reference lag behind it"
     for trial in stopped:
         first = trial.user_attrs.get("retry_of", trial.number)
         assert trial.user_attrs["step"] < STEPS
-        place = tmp_path / "trials" / f"{first:04}"
-        assert (place / "left").exists(), "it ended by itself, and left nothing running"
-        recorded = len((place / "metrics.jsonl").read_text().splitlines())
+        run = tmp_path / "trials" / f"{first:04}"
+        assert (run / "left").exists(), "it ended by itself, and left nothing running"
+        recorded = len((run / "metrics.jsonl").read_text().splitlines())
         assert recorded == trial.user_attrs["step"], "it stopped at the step of the report"
 
 
-def test_where_every_trial_fails_the_search_ends_with_the_reason(ray_cluster: Any, tmp_path: Path) -> None:
-    def work(trial: TrialSpec, place: Path, watch: Any) -> dict[str, float]:
+def test_a_search_of_which_all_trials_fail_ends_with_the_reason(
+    ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(trial: TrialSpec, run: Path, should_stop: Any) -> dict[str, float]:
         raise ValueError("data.sets.a: no such bucket")
 
-    trials = Trials(settings(retries=0), "toy", tmp_path, lambda values: {})
+    # the number of trials has a test without their processes, in test_trials.py
+    monkeypatch.setattr(trials_module, "MAX_CONSECUTIVE_FAILURES", 1)
+    trials = Trials(settings(num_trials=2, max_concurrent_trials=1, retries=0), "toy", tmp_path, lambda values: {})
     with pytest.raises(ValueError, match=r"like all before it: data\.sets\.a: no such bucket"):
         driver.run_search(trials, tmp_path, work, lambda reports: None)
     assert all(trial.state == TrialState.FAIL for trial in trials.study.trials)
 
 
-def test_means_are_over_whole_windows_however_late_they_are_asked_for(
+def test_mean_losses_are_those_of_whole_windows_also_after_late_calls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after the record was cut back to a checkpoint, and for a run that continues in the middle."""
+    """Also after the metrics were cut back to a checkpoint, and for a run that continues in the middle."""
     reports: list[dict[str, float]] = []
     monkeypatch.setattr(driver.tune, "report", reports.append)
     monkeypatch.setattr(driver.ray, "get", lambda reference: False)

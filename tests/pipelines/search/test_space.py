@@ -6,6 +6,8 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from pipelines.search.space import (
     MAX_DRAWS,
@@ -31,7 +33,7 @@ STAGES = Space(
 )
 
 
-def falling(values: Values) -> None:
+def check_token_counts(values: Values) -> None:
     """Check that k + c of a stage is at most the tokens of the stage before; the first has 64."""
     outs = [64, *(values[f"kept.{stage}"] + values[f"clusters.{stage}"] for stage in (0, 1))]
     if sorted(outs, reverse=True) != outs:
@@ -41,73 +43,78 @@ def falling(values: Values) -> None:
 def study(space: Space, name: Any, seed: int = 0, **where: Any) -> optuna.Study:
     return optuna.create_study(
         directions=["minimize", "minimize"],
-        sampler=FeasibleSampler(space, name, seed, falling if space is STAGES else lambda values: None),
+        sampler=FeasibleSampler(space, name, seed, check_token_counts if space is STAGES else lambda values: None),
         load_if_exists=True,
         **where,
     )
 
 
-def go_on(of: optuna.Study, space: Space, trials: int) -> list[Values]:
+def draw_trials(search: optuna.Study, space: Space, trials: int) -> list[Values]:
     drawn = []
     for _ in range(trials):
-        trial = of.ask()
+        trial = search.ask()
         values = space.suggest(trial)
-        of.tell(trial, [values["kept.0"], 100 - values["kept.1"]])
+        search.tell(trial, [values["kept.0"], 100 - values["kept.1"]])
         drawn.append(values)
     return drawn
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_what_makes_no_job_is_never_drawn(name: str) -> None:
-    drawn = go_on(study(STAGES, name), STAGES, 40)
+def test_invalid_jobs_are_never_drawn(name: str) -> None:
+    drawn = draw_trials(study(STAGES, name), STAGES, 40)
     for values in drawn:
-        falling(values)
+        check_token_counts(values)
         assert ("discount" in values) == (values["schedule"] == "step")
     assert len({json.dumps(values) for values in drawn}) > 30
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_search_that_is_opened_again_draws_on_as_if_it_had_never_stopped(name: str, tmp_path: Path) -> None:
-    storage = f"sqlite:///{tmp_path}/study.db"
-    whole = go_on(study(STAGES, name, seed=3), STAGES, 24)
-    parts = [go_on(study(STAGES, name, seed=3, storage=storage, study_name="parts"), STAGES, 6) for _ in range(4)]
+def test_a_reopened_search_draws_the_same_values_as_one_that_never_stopped(name: str, tmp_path: Path) -> None:
+    """The storage is that of a search; after ten trials TPE has a model."""
+
+    def reopen() -> optuna.Study:
+        storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.journal")))
+        return study(STAGES, name, seed=3, storage=storage, study_name="parts")
+
+    whole = draw_trials(study(STAGES, name, seed=3), STAGES, 16)
+    parts = [draw_trials(reopen(), STAGES, 4) for _ in range(4)]
     assert [values for part in parts for values in part] == whole
-    assert go_on(study(STAGES, name, seed=4), STAGES, 3) != whole[:3]
+    assert draw_trials(study(STAGES, name, seed=4), STAGES, 3) != whole[:3]
 
 
-def test_the_model_finds_what_chance_does_not() -> None:
+def test_the_model_of_tpe_finds_better_values_than_random_draws() -> None:
     space = Space({f"x{place}": Range(low=0.0, high=1.0) for place in range(6)})
     best = {}
     names: tuple[SamplerName, ...] = ("tpe", "random")
     for name in names:
-        of = optuna.create_study(sampler=FeasibleSampler(space, name, 0, lambda values: None))
+        search = optuna.create_study(sampler=FeasibleSampler(space, name, 0, lambda values: None))
         for _ in range(60):
-            trial = of.ask()
-            of.tell(trial, sum((value - 0.3) ** 2 for value in space.suggest(trial).values()))
-        best[name] = of.best_value
+            trial = search.ask()
+            search.tell(trial, sum((value - 0.3) ** 2 for value in space.suggest(trial).values()))
+        best[name] = search.best_value
     assert best["tpe"] < best["random"] / 2
 
 
-def test_sections_lists_and_scalars_come_back_as_they_were() -> None:
+def test_sections_lists_and_scalars_are_drawn_unchanged() -> None:
     values = (None, True, 1, 0.5, "step", {"ratio": 0.5, "stages": [1, 2]}, [1, 2])
     space = Space({"a": Choice(choices=values), "b": Choice(choices=({"c": 1},), when={"a": ([1, 2],)})})
-    of = optuna.create_study(sampler=FeasibleSampler(space, "random", 0, lambda values: None))
-    drawn = [space.suggest(of.ask()) for _ in range(60)]
+    search = optuna.create_study(sampler=FeasibleSampler(space, "random", 0, lambda values: None))
+    drawn = [space.suggest(search.ask()) for _ in range(60)]
     assert {json.dumps(values_of_trial["a"]) for values_of_trial in drawn} == set(map(json.dumps, values))
     assert all(
         values_of_trial.get("b") == ({"c": 1} if values_of_trial["a"] == [1, 2] else None) for values_of_trial in drawn
     )
 
 
-def test_a_space_without_any_job_is_said_to_be_at_fault() -> None:
+def test_a_space_without_any_valid_job_is_an_error() -> None:
     space = Space({"a": Range(low=0, high=9)})
 
     def never(values: Values) -> None:
         raise ValueError(f"a: got {values['a']}")
 
-    of = optuna.create_study(sampler=FeasibleSampler(space, "tpe", 0, never))
+    search = optuna.create_study(sampler=FeasibleSampler(space, "tpe", 0, never))
     with pytest.raises(ValueError, match=rf"space: got no valid job in {MAX_DRAWS} draws, .*; last error: a: got \d"):
-        space.suggest(of.ask())
+        space.suggest(search.ask())
 
 
 @pytest.mark.parametrize(
@@ -132,7 +139,7 @@ def test_a_space_without_any_job_is_said_to_be_at_fault() -> None:
         ),
     ],
 )
-def test_a_place_or_a_choice_that_no_job_has_is_named(params: dict[str, Any], message: str) -> None:
+def test_a_range_or_a_choice_that_no_job_has_is_named(params: dict[str, Any], message: str) -> None:
     def check_values(values: Values) -> None:
         if unknown := values.keys() - {"kind", "kept"}:
             raise ValueError(f"{min(unknown)}: unknown")
@@ -145,8 +152,8 @@ def test_a_place_or_a_choice_that_no_job_has_is_named(params: dict[str, Any], me
         check_space(Space(params), check_values)
 
 
-def test_a_range_of_which_a_part_goes_with_the_others_is_no_mistake() -> None:
-    check_space(STAGES, falling)
+def test_a_range_may_be_invalid_in_part() -> None:
+    check_space(STAGES, check_token_counts)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +169,6 @@ def test_a_range_of_which_a_part_goes_with_the_others_is_no_mistake() -> None:
         ),
     ],
 )
-def test_what_is_no_range_is_refused(make: Any, message: str) -> None:
+def test_invalid_ranges_and_choices_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

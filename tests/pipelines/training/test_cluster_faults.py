@@ -18,10 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
-from pipelines.training import driver, ledger
+from pipelines.training import ledger
 from pipelines.training.plan import StagePlan
 from pipelines.training.stage import Recovery
-from tests.pipelines.training.test_faults import account, assert_same_end, lines, losses
+from tests.pipelines import ranks
+from tests.pipelines.training.test_faults import assert_same_end, read_account, read_lines, read_losses
 
 NewPlan = Callable[..., StagePlan]
 
@@ -32,14 +33,9 @@ LOSS_TOLERANCE = 1e-5
 """Difference of the loss between runs with different numbers of workers."""
 
 
-def train(plan: StagePlan) -> StagePlan:
-    driver.train_stage(plan)
-    return plan
-
-
 @pytest.fixture(scope="module")
-def undisturbed(new_plan: NewPlan) -> StagePlan:
-    return train(new_plan(save_steps=SAVE_STEPS))
+def without_faults(new_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> StagePlan:
+    return ranks.train_without_ray(new_plan(save_steps=SAVE_STEPS), tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture
@@ -83,31 +79,31 @@ def find_processes(folder: str) -> list[psutil.Process]:
 
 def measure_recovery(plan: StagePlan, at: float) -> float:
     """Return the seconds from a time to the first step of workers that started after it."""
-    later = [event for event in lines(plan, ledger.LEDGER_FILE) if event["at"] > at]
+    later = [event for event in read_lines(plan, ledger.LEDGER_FILE) if event["at"] > at]
     start = next(index for index, event in enumerate(later) if event["event"] == "start")
     return next(event["at"] for event in later[start:] if event["event"] == "step") - at
 
 
 @pytest.mark.slow
-def test_a_machine_that_dies_costs_no_more_than_a_checkpoint_interval(undisturbed: StagePlan, folder: Path) -> None:
-    plan, output = run_scenario(undisturbed, "killed", folder)
-    assert_same_end(plan, undisturbed)
-    spent = account(plan)
+def test_a_machine_that_dies_costs_no_more_than_a_checkpoint_interval(without_faults: StagePlan, folder: Path) -> None:
+    plan, output = run_scenario(without_faults, "killed", folder)
+    assert_same_end(plan, without_faults)
+    spent = read_account(plan)
     assert spent.restarts == 1
     assert 0 < spent.lost_steps <= SAVE_STEPS
     assert measure_recovery(plan, output["at"]) < 120
 
 
 @pytest.mark.slow
-def test_a_preemption_notice_triggers_a_checkpoint(undisturbed: StagePlan, folder: Path) -> None:
+def test_a_preemption_notice_triggers_a_checkpoint(without_faults: StagePlan, folder: Path) -> None:
     """No checkpoint is due at that step. A third worker is idle and must not delay the others."""
-    stage = replace(undisturbed.stage, save_steps=100)
-    plan, output = run_scenario(replace(undisturbed, stage=stage, workers=(3, 3)), "preempted", folder)
+    stage = replace(without_faults.stage, save_steps=100)
+    plan, output = run_scenario(replace(without_faults, stage=stage, workers=(3, 3)), "preempted", folder)
     [saved] = output["saved"]
     assert saved in ("step-000003", "step-000004")  # the announcement came before step 4
-    assert losses(plan) == losses(undisturbed)
-    assert lines(plan, "consumed.jsonl") == lines(undisturbed, "consumed.jsonl")
-    spent = account(plan)
+    assert read_losses(plan) == read_losses(without_faults)
+    assert read_lines(plan, "consumed.jsonl") == read_lines(without_faults, "consumed.jsonl")
+    spent = read_account(plan)
     assert spent.restarts == 1
     assert 0 < spent.lost_steps <= 4
     assert measure_recovery(plan, output["at"]) < 120
@@ -115,27 +111,27 @@ def test_a_preemption_notice_triggers_a_checkpoint(undisturbed: StagePlan, folde
 
 @pytest.mark.slow
 def test_a_driver_ends_without_its_head_and_the_same_command_resumes_elsewhere(
-    undisturbed: StagePlan, folder: Path
+    without_faults: StagePlan, folder: Path
 ) -> None:
-    plan, output = run_scenario(undisturbed, "head_killed", folder)
+    plan, output = run_scenario(without_faults, "head_killed", folder)
     assert output["code"] != 0
     assert output["ended"] - output["at"] < 60
-    assert_same_end(plan, undisturbed)
-    assert account(plan).lost_steps <= SAVE_STEPS
+    assert_same_end(plan, without_faults)
+    assert read_account(plan).lost_steps <= SAVE_STEPS
 
 
 @pytest.mark.slow
-def test_workers_follow_machines_that_come_and_go(new_plan: NewPlan, folder: Path) -> None:
-    undisturbed = train(new_plan(save_steps=SAVE_STEPS, global_batch_size=12))
-    elastic = replace(undisturbed, workers=(1, 3), recovery=Recovery(resize_s=1))
+def test_workers_follow_machines_that_come_and_go(new_plan: NewPlan, folder: Path, tmp_path: Path) -> None:
+    without_faults = ranks.train_without_ray(new_plan(save_steps=SAVE_STEPS, global_batch_size=12), tmp_path)
+    elastic = replace(without_faults, workers=(1, 3), recovery=Recovery(resize_s=1))
     plan, output = run_scenario(elastic, "resized", folder)
-    groups = [event["workers"] for event in lines(plan, ledger.LEDGER_FILE) if event["event"] == "start"]
+    groups = [event["workers"] for event in read_lines(plan, ledger.LEDGER_FILE) if event["event"] == "start"]
     assert groups == [2, 3, 2]
-    steps, expected = zip(*losses(undisturbed), strict=True)
-    assert [step for step, _ in losses(plan)] == list(steps)
-    assert [loss for _, loss in losses(plan)] == pytest.approx(expected, abs=LOSS_TOLERANCE)
-    assert lines(plan, "consumed.jsonl") == lines(undisturbed, "consumed.jsonl")
-    spent = account(plan)
+    steps, expected = zip(*read_losses(without_faults), strict=True)
+    assert [step for step, _ in read_losses(plan)] == list(steps)
+    assert [loss for _, loss in read_losses(plan)] == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    assert read_lines(plan, "consumed.jsonl") == read_lines(without_faults, "consumed.jsonl")
+    spent = read_account(plan)
     assert spent.restarts == 2
     assert spent.lost_steps <= 2 * SAVE_STEPS
     assert measure_recovery(plan, output["at"]) < 120

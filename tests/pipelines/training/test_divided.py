@@ -26,22 +26,22 @@ OFFLOADED = [
 ]
 
 
-def train(plan: StagePlan, divides: bool) -> tuple[list[float], dict[str, torch.Tensor], int]:
+def train(plan: StagePlan, is_divided: bool) -> tuple[list[float], dict[str, torch.Tensor], int]:
     """Train on this rank. Returns losses, weights and moments, and parameter elements after loading."""
     from pipelines.training import engine
 
-    built: list[Any] = []
+    results: list[Any] = []
     build = engine.build_module
 
     def build_module(plan: StagePlan, device: Any, zero_config: Any) -> Any:
-        built.append(build(plan, device, zero_config if divides else None))
-        built.append(sum(parameter.numel() for parameter in built[0][0].parameters()))
-        return built[0]
+        results.append(build(plan, device, zero_config if is_divided else None))
+        results.append(sum(parameter.numel() for parameter in results[0][0].parameters()))
+        return results[0]
 
     with patch.object(engine, "build_module", build_module):
         deepspeed_engine = engine.build_engine(plan, ranks.count_workers())
     losses = [step.values["loss"] for step in ranks.run_steps(deepspeed_engine, plan, 0, STEPS)]
-    return losses, ranks.gather_state(deepspeed_engine), built[1]
+    return losses, ranks.gather_state(deepspeed_engine), results[1]
 
 
 def train_all(jobs: list[tuple[Any, ...]]) -> list[Any]:
@@ -59,14 +59,14 @@ def start(new_plan: Callable[..., StagePlan], tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def test_a_model_in_parts_trains_like_a_whole_one(
+def test_a_model_divided_among_ranks_trains_like_a_whole_one(
     start: Path, new_plan: Callable[..., StagePlan], tmp_path: Path
 ) -> None:
     plans = [
         new_plan({"start": str(start)}, zero_stage=3, precision=precision, activation_checkpointing=recomputes)
         for precision, recomputes in (("fp32", False), ("bf16", True))
     ]
-    jobs = [(plan, divides) for plan in plans for divides in (True, False)]
+    jobs = [(plan, is_divided) for plan in plans for is_divided in (True, False)]
     results = ranks.run_on_ranks(tmp_path, 2, train_all, jobs)[0]
     for parts, whole in zip(results[::2], results[1::2], strict=True):
         assert parts[0] == whole[0]
@@ -88,10 +88,12 @@ def train_and_resume(jobs: list[tuple[StagePlan, str]]) -> list[Any]:
         runs = []
         for first, second in ((plain, plain), (plan, plan), (plan, plain)):
             saved = replace(first, checkpoints=f"{folder}/{len(runs)}")
-            begun = engine.build_engine(first, ranks.count_workers())
-            losses = [step.values["loss"] for step in itertools.islice(ranks.run_steps(begun, first, 0, STEPS), 3)]
-            ranks.save_checkpoint(begun, saved, 3)
-            del begun
+            deepspeed_engine = engine.build_engine(first, ranks.count_workers())
+            losses = [
+                step.values["loss"] for step in itertools.islice(ranks.run_steps(deepspeed_engine, first, 0, STEPS), 3)
+            ]
+            ranks.save_checkpoint(deepspeed_engine, saved, 3)
+            del deepspeed_engine
             resumed = engine.build_engine(second, ranks.count_workers())
             local = fragments.local_fragments(resumed)
             manifest, _ = checkpoint.restore_newest(saved.folder, local, lambda url, manifest: None)

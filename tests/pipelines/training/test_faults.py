@@ -1,14 +1,13 @@
-"""Runs through faults end as the undisturbed run does: the same losses, samples and weights, nothing left behind.
+"""Stages with faults end like a stage without faults: same losses, samples and weights, and no leftovers.
 
-Each is a whole stage on a real Ray: Ray Train's workers, DeepSpeed, Ray Data's readers, the recorder.  Checkpoints are
-two steps apart.
+They run on a real Ray: Ray Train's workers, DeepSpeed, Ray Data's readers, the recorder. The stage without faults runs
+on the same number of ranks without Ray. Checkpoints are two steps apart. test_group.py has stages without faults on
+Ray, test_worker.py faults on ranks without Ray.
 """
 
 import json
 import os
 import random
-import re
-import resource
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,122 +28,104 @@ from pipelines.training.checkpoint import SavedCheckpoint
 from pipelines.training.hooks import Hook, StepResult
 from pipelines.training.plan import StagePlan
 from pipelines.training.stage import Recovery
+from tests.pipelines import ranks
 from tests.pipelines.faults import InjectedFault
-from tests.pipelines.small import STAGE, STEPS
+from tests.pipelines.small import STAGE
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 NewPlan = Callable[..., StagePlan]
 
 
-def lines(plan: StagePlan, file: str) -> list[dict[str, Any]]:
+def read_lines(plan: StagePlan, file: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (plan.run / file).read_text().splitlines()]
 
 
-def losses(plan: StagePlan) -> list[tuple[int, float | None]]:
-    return [(entry["step"], entry["loss"]) for entry in lines(plan, "metrics.jsonl")]
+def read_losses(plan: StagePlan) -> list[tuple[int, float | None]]:
+    return [(entry["step"], entry["loss"]) for entry in read_lines(plan, "metrics.jsonl")]
 
 
-def account(plan: StagePlan) -> ledger.Account:
+def read_account(plan: StagePlan) -> ledger.Account:
     return ledger.read_ledger(plan.run).account
 
 
 @pytest.fixture(scope="module")
-def undisturbed(new_plan: NewPlan) -> StagePlan:
-    plan = new_plan()
-    driver.train_stage(plan)
-    return plan
+def without_faults(new_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> StagePlan:
+    return ranks.train_without_ray(new_plan(), tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(autouse=True)
-def clean(undisturbed: StagePlan) -> Iterator[None]:
+def check_leftovers() -> Iterator[None]:
     """Check that no worker, recorder or placement group outlives a run."""
     yield
-    wait_for_condition(lambda: not left(), timeout=20)
+    wait_for_condition(lambda: not list_leftovers(), timeout=20)
 
 
-def left() -> list[str]:
+def list_leftovers() -> list[str]:
     groups = [name for name, group in placement_group_table().items() if group["state"] != "REMOVED"]
     processes = [process.name() for process in psutil.Process().children(recursive=True) if process.is_running()]
     return groups + [name for name in processes if "RayTrain" in name or "Recorder" in name or "SplitCoord" in name]
 
 
-def assert_same_end(plan: StagePlan, undisturbed: StagePlan) -> None:
+def assert_same_end(plan: StagePlan, without_faults: StagePlan) -> None:
     """Compare losses, samples and weights bit for bit, and the names of the files."""
-    assert losses(plan) == losses(undisturbed)
-    assert lines(plan, "consumed.jsonl") == lines(undisturbed, "consumed.jsonl")
-    found, expected = (load_file(Path(run.result) / "model.safetensors") for run in (plan, undisturbed))
+    assert read_losses(plan) == read_losses(without_faults)
+    assert read_lines(plan, "consumed.jsonl") == read_lines(without_faults, "consumed.jsonl")
+    found, expected = (load_file(Path(run.result) / "model.safetensors") for run in (plan, without_faults))
     assert found.keys() == expected.keys()
     assert all(found[name].equal(expected[name]) for name in found)
-    assert files(plan) == files(undisturbed)
+    assert list_files(plan) == list_files(without_faults)
 
 
-def files(plan: StagePlan) -> set[str]:
+def list_files(plan: StagePlan) -> set[str]:
     found = {str(path.relative_to(plan.folder)) for path in Path(plan.folder).rglob("*") if path.is_file()}
     assert not [name for name in found if name.endswith(storage.PARTIAL_SUFFIX)]
     return found
 
 
-def test_an_undisturbed_run_has_each_step_once_and_keeps_the_newest_checkpoints(undisturbed: StagePlan) -> None:
-    assert [step for step, _ in losses(undisturbed)] == list(range(1, STEPS + 1))
-    there = [
-        one.manifest.cursor
-        for one in checkpoint.list_newest_first(undisturbed.folder)
-        if isinstance(one, checkpoint.SavedCheckpoint)
-    ]
-    assert there == [8, 6]
-    spent = account(undisturbed)
-    assert (spent.restarts, spent.lost_steps, spent.lost, spent.restart) == (0, 0, 0, 0)
-    assert spent.productive > 0
-
-
-def test_a_run_with_several_faults_ends_like_an_undisturbed_one(
-    undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path
+def test_stages_with_faults_of_machines_equal_one_without(
+    without_faults: StagePlan, new_plan: NewPlan, tmp_path: Path
 ) -> None:
-    """An exception, os._exit and SIGKILL, on either rank, each after a checkpoint."""
-    plan = new_plan()
-    kinds = [("raise", 3, 1), ("exit", 5, 0), ("SIGKILL", 7, 1)]
+    """A loss that is not finite, an exception, os._exit and SIGKILL, on either rank; all but the first after a
+    checkpoint. The rollback repeats the step whose loss was not finite.
+    """
+    plan = new_plan(on_nonfinite="rollback")
+    kinds = [("nan", 2, 0), ("raise", 3, 1), ("exit", 5, 0), ("SIGKILL", 7, 1)]
     driver.train_stage(plan, [InjectedFault(kind, step, rank, tmp_path) for kind, step, rank in kinds])
-    assert len(list(tmp_path.iterdir())) == 3
-    assert_same_end(plan, undisturbed)
-    spent = account(plan)
-    assert spent.restarts == 3
-    assert spent.lost_steps <= 3 * STAGE.save_steps
+    assert len(list(tmp_path.iterdir())) == len(kinds)
+    assert_same_end(plan, without_faults)
+    spent = read_account(plan)
+    assert spent.restarts == len(kinds)
+    assert spent.lost_steps <= len(kinds) * STAGE.save_steps
     assert spent.lost > 0
     assert spent.restart > 0
 
 
-def test_a_batch_that_is_not_finite_is_named_and_skipped_or_done_again(
-    undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_step_that_stays_not_finite_is_skipped_and_too_many_end_the_stage(
+    new_plan: NewPlan, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A rollback undoes a fault of the machine; a repeated fault is skipped."""
-    plan = new_plan(on_nonfinite="rollback")
-    driver.train_stage(plan, [InjectedFault("nan", 2, 0, tmp_path)])
-    assert_same_end(plan, undisturbed)
-
-    plan = new_plan(on_nonfinite="rollback")
-    driver.train_stage(plan, [InjectedFault("nan", 4, 0, tmp_path, times=2)])
-    entries = lines(plan, "metrics.jsonl")
+    """The rollback comes first. The step is then in the record, and one line names it."""
+    reference = ranks.train_without_ray(new_plan({"workers": (1, 1)}), tmp_path)
+    plan = new_plan({"workers": (1, 1)}, on_nonfinite="rollback", max_nonfinite_steps=0)
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    with pytest.raises(
+        ValueError, match=r"train\.small\.max_nonfinite_steps: loss or gradient of 1 steps .* at step 5"
+    ):
+        driver.train_stage(plan, [InjectedFault("nan", 4, 0, marks, times=2)])
+    entries = read_lines(plan, "metrics.jsonl")
     assert [entry["step"] for entry in entries if entry["skipped"]] == [5]
     assert entries[4]["loss"] is None
-    assert losses(plan)[:4] == losses(undisturbed)[:4]
-    assert all(entry["loss"] is not None for entry in entries[5:])
+    assert read_losses(plan)[:4] == read_losses(reference)[:4]
+    assert read_account(plan).restarts == 1
     assert "small: loss or gradient of step 5 was not finite" in capfd.readouterr().out
 
 
-def test_too_many_batches_that_are_not_finite_end_with_one_line(new_plan: NewPlan, tmp_path: Path) -> None:
-    plan = new_plan(max_nonfinite_steps=0)
-    with pytest.raises(
-        ValueError, match=r"train\.small\.max_nonfinite_steps: loss or gradient of 1 steps .* at step 3"
-    ):
-        driver.train_stage(plan, [InjectedFault("nan", 2, 1, tmp_path)])
-
-
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_found(undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_found(without_faults: StagePlan, new_plan: NewPlan, tmp_path: Path) -> None:
     """SIGSTOP also stops the watchdog of its rank; the watchdog of the other rank ends the workers."""
     plan = new_plan({"recovery": Recovery(watchdog_s=45)})
     driver.train_stage(plan, [InjectedFault("SIGSTOP", 3, 1, tmp_path)])
-    assert_same_end(plan, undisturbed)
+    assert_same_end(plan, without_faults)
     [stacks] = (plan.run / "stacks" / plan.name).iterdir()
     assert stacks.name.startswith("rank-0-")
     assert "pipelines/training/worker.py" in stacks.read_text()
@@ -160,61 +141,13 @@ def test_workers_without_progress_end_the_run(new_plan: NewPlan, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_slow_rank_is_reported_and_is_no_fault(undisturbed: StagePlan, new_plan: NewPlan, tmp_path: Path) -> None:
+def test_a_slow_rank_is_reported_and_is_no_fault(without_faults: StagePlan, new_plan: NewPlan, tmp_path: Path) -> None:
     plan = new_plan()
     driver.train_stage(plan, [InjectedFault("slow", 2, 1, tmp_path)])
-    assert_same_end(plan, undisturbed)
-    late = lines(plan, "metrics.jsonl")[2:]
+    assert_same_end(plan, without_faults)
+    late = read_lines(plan, "metrics.jsonl")[2:]
     assert all(entry["slowest_rank"] == 1 and entry["slowest_s"] > 0.1 for entry in late)
-    assert account(plan).restarts == 0
-
-
-@dataclass(frozen=True)
-class LimitFileSize:
-    """Factory of a hook that limits files to 1 KB on rank 1, from the end of step `start` to the end of step `stop`."""
-
-    start: int
-    stop: int
-
-    def __call__(self, engine: Any, plan: StagePlan) -> Hook:
-        return _LimitFileSizeHook(self.start, self.stop)
-
-
-class _LimitFileSizeHook(Hook):
-    def __init__(self, start: int, stop: int) -> None:
-        self.limits = {start: 1024, stop: resource.RLIM_INFINITY}
-
-    def on_step_end(self, step: StepResult) -> None:
-        if dist.get_rank() == 1 and step.number in self.limits:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limits[step.number], resource.RLIM_INFINITY))
-
-
-def test_a_full_disk_does_not_stop_training_and_a_later_checkpoint_succeeds(
-    undisturbed: StagePlan, new_plan: NewPlan, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The checkpoint after step 6 may or may not succeed, because the limit ends after that step."""
-    plan = new_plan(save_total_limit=9)
-    driver.train_stage(plan, [LimitFileSize(3, 6)])
-    assert losses(plan) == losses(undisturbed)
-    there = {
-        one.manifest.cursor
-        for one in checkpoint.list_newest_first(plan.folder)
-        if isinstance(one, checkpoint.SavedCheckpoint)
-    }
-    refused = {
-        int(found) for found in re.findall(r"small: no checkpoint after step (\d): rank 1: .*too large", shown(capsys))
-    }
-    assert there - {6} == {2, 8}
-    assert refused - {6} == {4}
-    assert there | refused == {2, 4, 6, 8}
-    assert not there & refused
-    names = {path.parent.name for path in Path(plan.folder).glob("step-*/*")}
-    assert names == set(map(checkpoint.format_name, there))
-
-
-def shown(capsys: pytest.CaptureFixture[str]) -> str:
-    out, err = capsys.readouterr()
-    return out + err
+    assert read_account(plan).restarts == 0
 
 
 class SetS3Environment:
@@ -258,7 +191,7 @@ class _RaiseHook(Hook):
 
 @pytest.mark.slow
 def test_a_stage_resumes_from_a_faulty_bucket(
-    undisturbed: StagePlan,
+    without_faults: StagePlan,
     new_plan: NewPlan,
     proxy: Any,
     bucket: str,
@@ -275,13 +208,13 @@ def test_a_stage_resumes_from_a_faulty_bucket(
     [broken] = tmp_path.iterdir()
     assert len(proxy.faults) < 30, "most were served"
     proxy.clear()
-    assert losses(plan) == losses(undisturbed)
-    assert account(plan).lost_steps <= int(broken.name) - STAGE.save_steps, "it resumed from a checkpoint"
+    assert read_losses(plan) == read_losses(without_faults)
+    assert read_account(plan).lost_steps <= int(broken.name) - STAGE.save_steps, "it resumed from a checkpoint"
     assert storage.list_folders(plan.folder) == ["model", "step-000006", "step-000008"]
     assert export.is_complete(plan.result)
     name = "model.safetensors"
     found = load(storage.read(storage.join(plan.result, name)))
-    expected = load_file(Path(undisturbed.result) / name)
+    expected = load_file(Path(without_faults.result) / name)
     assert found.keys() == expected.keys()
     assert all(found[name].equal(expected[name]) for name in found)
     before = len(proxy.asked)

@@ -28,7 +28,7 @@ from tests.pipelines import small
 
 LAST = 6
 
-pytestmark = pytest.mark.usefixtures("alone")
+pytestmark = pytest.mark.usefixtures("single_process_group")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def messages() -> list[str]:
 
 
 @pytest.fixture
-def saving(messages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckpointHook:
+def hook(messages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckpointHook:
     """Build a hook that saves a state of 1 KB every two steps, and a recorder that collects messages."""
     recorder = SimpleNamespace(
         add_message=messages.append,
@@ -65,25 +65,27 @@ def saving(messages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return CheckpointHook(None, plan, recorder, {}, {})
 
 
-def do(saving: CheckpointHook, *numbers: int, **about: Any) -> None:
+def finish_steps(hook: CheckpointHook, *numbers: int, **flags: Any) -> None:
+    """End these steps, with flags of their results."""
     for number in numbers:
-        saving.on_step_end(
-            StepResult(number, number == LAST, {"loss": float(number)}, ConsumedSamples({}, []), saving.vote(), **about)
+        hook.on_step_end(
+            StepResult(number, number == LAST, {"loss": float(number)}, ConsumedSamples({}, []), hook.vote(), **flags)
         )
 
 
-def there(saving: CheckpointHook) -> list[int]:
+def list_cursors(hook: CheckpointHook) -> list[int]:
+    """List the steps of the complete checkpoints, and check that there are no others."""
     found = [
         saved.manifest.cursor
-        for saved in checkpoint.list_newest_first(saving.plan.folder)
+        for saved in checkpoint.list_newest_first(hook.plan.folder)
         if isinstance(saved, SavedCheckpoint)
     ]
-    assert len(found) == len(list(Path(saving.plan.folder).glob("*"))), "something half written is left"
+    assert len(found) == len(list(Path(hook.plan.folder).glob("*"))), "an incomplete checkpoint is left"
     return found[::-1]
 
 
 @contextmanager
-def no_room() -> Iterator[None]:
+def full_disk() -> Iterator[None]:
     """Limit files to a few bytes. Writes then fail like on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # SIGXFSZ is ignored by Python
@@ -93,46 +95,46 @@ def no_room() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_checkpoints_are_made_at_their_steps_at_the_last_and_when_asked_for(saving: CheckpointHook) -> None:
-    do(saving, 1, 2)
-    do(saving, 3, save=True)
-    do(saving, 4, 5, 6)
-    assert there(saving) == [2, 3, 4, 6]
-    losses = {saved.manifest.cursor: saved.manifest.loss for saved in checkpoint.list_newest_first(saving.plan.folder)}
+def test_checkpoints_are_saved_at_their_steps_at_the_last_step_and_on_request(hook: CheckpointHook) -> None:
+    finish_steps(hook, 1, 2)
+    finish_steps(hook, 3, save=True)
+    finish_steps(hook, 4, 5, 6)
+    assert list_cursors(hook) == [2, 3, 4, 6]
+    losses = {saved.manifest.cursor: saved.manifest.loss for saved in checkpoint.list_newest_first(hook.plan.folder)}
     assert losses == {2: 1.5, 3: 3.0, 4: 4.0, 6: 5.5}
 
 
-def test_a_stop_leaves_a_whole_checkpoint(saving: CheckpointHook) -> None:
-    do(saving, 1, 2)
-    do(saving, 3, stopping=True)
-    assert there(saving) == [2, 3]
+def test_a_stop_saves_a_complete_checkpoint(hook: CheckpointHook) -> None:
+    finish_steps(hook, 1, 2)
+    finish_steps(hook, 3, stopping=True)
+    assert list_cursors(hook) == [2, 3]
 
 
 def test_the_record_is_flushed_before_a_checkpoint_is_committed(
-    saving: CheckpointHook, messages: list[str], monkeypatch: pytest.MonkeyPatch
+    hook: CheckpointHook, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = checkpoint.commit
     monkeypatch.setattr(checkpoint, "commit", lambda *args: (messages.append("committed"), commit(*args)))
-    do(saving, 1, 2, 3, 4, 5, 6)
+    finish_steps(hook, 1, 2, 3, 4, 5, 6)
     assert messages == ["synced", "committed"] * 3
 
 
-def test_a_failed_checkpoint_is_reported_and_the_next_one_succeeds(saving: CheckpointHook, messages: list[str]) -> None:
-    do(saving, 1, 2)
-    saving.finish()
-    with no_room():
-        do(saving, 3, 4)
-        saving.finish()
-        assert there(saving) == [2]
-    do(saving, 5, 6)
-    assert there(saving) == [2, 6]
+def test_a_failed_checkpoint_is_reported_and_the_next_one_succeeds(hook: CheckpointHook, messages: list[str]) -> None:
+    finish_steps(hook, 1, 2)
+    hook.finish()
+    with full_disk():
+        finish_steps(hook, 3, 4)
+        hook.finish()
+        assert list_cursors(hook) == [2]
+    finish_steps(hook, 5, 6)
+    assert list_cursors(hook) == [2, 6]
     [message] = [text for text in messages if text != "synced"]
     assert message.startswith("small: no checkpoint after step 4: rank 0: ")
     assert "File too large" in message
 
 
 def test_a_checkpoint_that_cannot_be_committed_is_removed(
-    saving: CheckpointHook, messages: list[str], monkeypatch: pytest.MonkeyPatch
+    hook: CheckpointHook, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = storage.write
 
@@ -142,44 +144,44 @@ def test_a_checkpoint_that_cannot_be_committed_is_removed(
         write(url, data)
 
     monkeypatch.setattr(storage, "write", refuse)
-    do(saving, 1, 2, 3, 4, 5)
-    saving.finish()
-    assert there(saving) == [2]
+    finish_steps(hook, 1, 2, 3, 4, 5)
+    hook.finish()
+    assert list_cursors(hook) == [2]
     assert messages[-1] == "small: no checkpoint after step 4: no more room"
-    do(saving, 6)
-    assert there(saving) == [2, 6]
+    finish_steps(hook, 6)
+    assert list_cursors(hook) == [2, 6]
 
 
-def test_after_the_last_step_a_checkpoint_that_is_missing_is_an_error(saving: CheckpointHook) -> None:
-    with no_room(), pytest.raises(ValueError, match=r"no checkpoint after step 6: rank 0: .*File too large"):
-        do(saving, 6)
+def test_a_missing_checkpoint_after_the_last_step_is_an_error(hook: CheckpointHook) -> None:
+    with full_disk(), pytest.raises(ValueError, match=r"no checkpoint after step 6: rank 0: .*File too large"):
+        finish_steps(hook, 6)
 
 
 def test_a_failed_removal_of_old_checkpoints_does_not_affect_the_new_one(
-    saving: CheckpointHook, messages: list[str], monkeypatch: pytest.MonkeyPatch
+    hook: CheckpointHook, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any) -> None:
         raise OSError("not now")
 
     monkeypatch.setattr(checkpoint, "prune", refuse)
-    do(saving, 5, 6)
-    assert there(saving) == [6]
+    finish_steps(hook, 5, 6)
+    assert list_cursors(hook) == [6]
     assert messages == ["synced", "small: checkpoints before step 6 stay for now: not now"]
 
 
-def test_steps_do_not_wait_for_uploads(saving: CheckpointHook, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_do_not_wait_for_uploads(hook: CheckpointHook, monkeypatch: pytest.MonkeyPatch) -> None:
     write, free = storage.write, threading.Event()
 
-    def slowly(url: str, data: bytes) -> None:
+    def write_late(url: str, data: bytes) -> None:
         free.wait()
         write(url, data)
 
-    monkeypatch.setattr(storage, "write", slowly)
-    do(saving, 1, 2, 3)
-    assert there(saving) == []
+    monkeypatch.setattr(storage, "write", write_late)
+    finish_steps(hook, 1, 2, 3)
+    assert list_cursors(hook) == []
     free.set()
-    saving.finish()
-    assert there(saving) == [2]
+    hook.finish()
+    assert list_cursors(hook) == [2]
 
 
 def test_the_watchdog_ends_a_process_that_hangs_and_leaves_its_stacks(tmp_path: Path) -> None:

@@ -62,12 +62,12 @@ def parts(*events: Event) -> dict[str, float]:
     return {name: value for name, value in asdict(account(*events)).items() if value}
 
 
-BEGUN = [launch(1000), start(1008), step(1013, 1, 3, 1)]  # 12 of starting up, 1 of computing
-RUNNING = [*BEGUN, step(1019, 2, 1, 4, 0.5), step(1024, 3, 1, 4)]
+FIRST_STEP = [launch(1000), start(1008), step(1013, 1, 3, 1)]  # 12 of starting up, 1 of computing
+THREE_STEPS = [*FIRST_STEP, step(1019, 2, 1, 4, 0.5), step(1024, 3, 1, 4)]
 
 
-def test_a_stage_that_nothing_disturbs():
-    events = [*RUNNING, evaluate(1034, 9), end(1036)]
+def test_a_stage_without_faults():
+    events = [*THREE_STEPS, evaluate(1034, 9), end(1036)]
     assert parts(*events) == {
         "startup": 12, "productive": 9, "data": 2, "checkpoint": 0.5, "evaluation": 9, "other": 3.5
     }  # fmt: skip
@@ -75,24 +75,24 @@ def test_a_stage_that_nothing_disturbs():
     assert account(*events).goodput == 9 / 36
 
 
-def test_workers_that_fail_lose_the_steps_after_the_cursor_and_the_time_until_the_next_step():
-    again = [start(1124, cursor=1), step(1130, 2, 2, 4), step(1135, 3, 1, 4)]
-    assert parts(*RUNNING, *again) == {
+def test_failed_workers_lose_the_steps_after_the_cursor_and_the_time_until_the_next_step():
+    repeated = [start(1124, cursor=1), step(1130, 2, 2, 4), step(1135, 3, 1, 4)]
+    assert parts(*THREE_STEPS, *repeated) == {
         "startup": 12, "productive": 9, "data": 1, "lost": 11, "restart": 102, "restarts": 1, "lost_steps": 2
     }  # fmt: skip
 
 
-def test_a_driver_that_dies_costs_from_its_last_event_on():
-    again = [launch(1120), start(1124, cursor=3), step(1130, 4, 2, 4)]
-    assert parts(*RUNNING, *again) == parts(*RUNNING) | {"restart": 102, "restarts": 1, "productive": 13}
+def test_a_lost_driver_costs_the_time_since_its_last_event():
+    repeated = [launch(1120), start(1124, cursor=3), step(1130, 4, 2, 4)]
+    assert parts(*THREE_STEPS, *repeated) == parts(*THREE_STEPS) | {"restart": 102, "restarts": 1, "productive": 13}
 
 
 def test_after_an_orderly_stop_time_does_not_count_until_the_next_launch():
     late = [step(1026, 4, 0, 1), evaluate(1050, 20)]
-    again = [launch(9000), start(9004, cursor=3), step(9010, 4, 2, 4)]
-    expected = parts(*RUNNING) | {"restart": 6, "restarts": 1, "productive": 13, "other": 1.5}
-    assert parts(*RUNNING, stop(1025), *late, *again) == expected
-    assert account(*RUNNING, stop(1025), *late).total == 25
+    repeated = [launch(9000), start(9004, cursor=3), step(9010, 4, 2, 4)]
+    expected = parts(*THREE_STEPS) | {"restart": 6, "restarts": 1, "productive": 13, "other": 1.5}
+    assert parts(*THREE_STEPS, stop(1025), *late, *repeated) == expected
+    assert account(*THREE_STEPS, stop(1025), *late).total == 25
 
 
 def test_workers_that_fail_before_the_first_step_are_a_restart():
@@ -101,45 +101,45 @@ def test_workers_that_fail_before_the_first_step_are_a_restart():
     }  # fmt: skip
 
 
-def test_every_stage_starts_up_and_only_its_own_steps_are_undone():
+def test_every_stage_has_a_start_and_only_steps_of_that_stage_are_undone():
     second = [end(1025), launch(1030, "b"), start(1032, 0, "b"), step(1040, 1, 1, 5, stage="b")]
     undone = [start(1140, 0, "b"), step(1150, 1, 5, 5, stage="b")]
-    assert parts(*RUNNING, *second) == parts(*RUNNING) | {"startup": 17, "productive": 14, "other": 6.5}
-    assert parts(*RUNNING, *second, *undone) == parts(*RUNNING, *second) | {
+    assert parts(*THREE_STEPS, *second) == parts(*THREE_STEPS) | {"startup": 17, "productive": 14, "other": 6.5}
+    assert parts(*THREE_STEPS, *second, *undone) == parts(*THREE_STEPS, *second) | {
         "lost": 5, "restart": 105, "restarts": 1, "lost_steps": 1
     }  # fmt: skip
 
 
 def test_a_step_can_be_lost_more_than_once():
-    events = [*BEGUN, *(event for at in (1020, 1040) for event in (start(at), step(at + 10, 1, 1, 8)))]
+    events = [*FIRST_STEP, *(event for at in (1020, 1040) for event in (start(at), step(at + 10, 1, 1, 8)))]
     assert parts(*events) == {
         "startup": 12, "restart": 21, "productive": 8, "lost": 9, "restarts": 2, "lost_steps": 2
     }  # fmt: skip
 
 
-def test_steps_done_again_are_lost_though_the_start_is_missing():
-    assert parts(*RUNNING, step(1030, 2, 1, 5)) == {
+def test_repeated_steps_are_lost_even_if_the_start_is_missing():
+    assert parts(*THREE_STEPS, step(1030, 2, 1, 5)) == {
         "startup": 12, "productive": 6, "data": 1, "lost": 11, "lost_steps": 2
     }  # fmt: skip
 
 
-def test_a_clock_that_goes_back_takes_nothing_away():
+def test_a_clock_that_goes_back_reduces_no_part():
     moved = [step(500, 4, 1, 4), step(506, 5, 1, 4)]
-    assert parts(*RUNNING, *moved) == parts(*RUNNING) | {"productive": 13, "data": 3, "other": 1.5}
+    assert parts(*THREE_STEPS, *moved) == parts(*THREE_STEPS) | {"productive": 13, "data": 3, "other": 1.5}
 
 
-def test_a_step_that_claims_more_time_than_has_passed_is_cut_where_it_would_flatter():
+def test_a_step_cannot_claim_more_time_than_has_passed():
     claims = step(1034, 4, 5, 100, 3)
-    assert parts(*RUNNING, claims) == parts(*RUNNING) | {"data": 7, "checkpoint": 3.5, "productive": 11}
-    assert parts(*RUNNING, evaluate(1034, 100)) == parts(*RUNNING) | {"evaluation": 10}
+    assert parts(*THREE_STEPS, claims) == parts(*THREE_STEPS) | {"data": 7, "checkpoint": 3.5, "productive": 11}
+    assert parts(*THREE_STEPS, evaluate(1034, 100)) == parts(*THREE_STEPS) | {"evaluation": 10}
 
 
-def test_nothing_has_no_goodput():
+def test_an_account_without_steps_has_no_goodput():
     assert asdict(account()) == dict.fromkeys([*ACCOUNT_PARTS, "restarts", "lost_steps"], 0)
     assert account().goodput == account(launch(5)).goodput == 0
 
 
-def slow(events: list[Event]) -> Counter[str]:
+def compute_slowly(events: list[Event]) -> Counter[str]:
     """Compute the same account interval by interval, from all events before and after each."""
     kept: list[Event] = []
     for event in events:
@@ -183,12 +183,12 @@ def slow(events: list[Event]) -> Counter[str]:
     return spent
 
 
-def sensible(random: random.Random) -> list[Event]:
+def draw_sensible_events(random: random.Random) -> list[Event]:
     """Draw events of stages in a row, with failing machines and dying or stopped drivers, in multiples of 1/8 s."""
     events: list[Event] = []
     at = 0.0
 
-    def passes(longest: int = 80) -> float:
+    def advance(longest: int = 80) -> float:
         nonlocal at
         at += random.randrange(longest) / 8
         return at
@@ -197,26 +197,26 @@ def sensible(random: random.Random) -> list[Event]:
         cursor, failure = 0, "driver"
         while cursor < 8:
             if failure in ("driver", "stop"):
-                events.append(launch(passes(), stage))
-            events.append(start(passes(), cursor, stage))
+                events.append(launch(advance(), stage))
+            events.append(start(advance(), cursor, stage))
             done, failure = cursor, random.choice(["", "driver", "workers", "stop"])
             for number in range(cursor + 1, random.randrange(cursor + 1, 9) if failure else 9):
                 seconds = [random.randrange(16) / 8 for _ in range(3)]
                 at += sum(seconds)
-                events.append(step(passes(8), number, *seconds, stage))
+                events.append(step(advance(8), number, *seconds, stage))
                 done = number
                 if not random.randrange(4):
-                    events.append(evaluate(passes() + 1, 1, stage))
+                    events.append(evaluate(advance() + 1, 1, stage))
                     at += 1
             if failure == "stop":
-                events.append(stop(passes(), stage))
+                events.append(stop(advance(), stage))
             cursor = random.randrange(cursor, done + 1) if failure else done
-            passes(800)
-        events.append(end(passes(), stage))
+            advance(800)
+        events.append(end(advance(), stage))
     return events
 
 
-def absurd(random: random.Random) -> list[Event]:
+def draw_absurd_events(random: random.Random) -> list[Event]:
     """Draw events in any order, with jumping clocks and impossible durations."""
     events, at = [], 100.0
     for _ in range(random.randrange(40)):
@@ -229,27 +229,27 @@ def absurd(random: random.Random) -> list[Event]:
     return events
 
 
-@pytest.mark.parametrize("make", [sensible, absurd])
-def test_the_account_is_that_of_a_slow_one_and_its_parts_add_up_exactly(make: Any):
-    seen = Counter[str]()
+@pytest.mark.parametrize("make", [draw_sensible_events, draw_absurd_events])
+def test_the_account_equals_the_slow_reference_and_its_parts_add_up_exactly(make: Any):
+    totals = Counter[str]()
     for seed in range(300):
         events = make(random.Random(seed))
-        fast, expected = account(*events), slow(events)
+        fast, expected = account(*events), compute_slowly(events)
         assert asdict(fast) == {name: expected[name] for name in asdict(fast)}, seed
         assert fast.total == sum(expected[part] for part in ACCOUNT_PARTS)
-        seen += expected
-    assert set(seen) == {*ACCOUNT_PARTS, "restarts", "lost_steps"}  # every part must occur in the drawn events
+        totals += expected
+    assert set(totals) == {*ACCOUNT_PARTS, "restarts", "lost_steps"}  # every part must occur in the drawn events
 
 
-def test_the_total_is_the_time_between_first_and_last_event_but_for_the_stops():
+def test_the_total_is_the_time_between_first_and_last_event_without_the_stops():
     for seed in range(100):
-        events = sensible(random.Random(seed))
-        nobodys = sum(after["at"] - at["at"] for at, after in pairwise(events)
+        events = draw_sensible_events(random.Random(seed))
+        stopped = sum(after["at"] - at["at"] for at, after in pairwise(events)
                       if at["event"] == "stop")  # fmt: skip
-        assert account(*events).total == events[-1]["at"] - events[0]["at"] - nobodys
+        assert account(*events).total == events[-1]["at"] - events[0]["at"] - stopped
 
 
-def test_no_rounding_is_left_of_what_is_taken_back():
+def test_undone_parts_are_exactly_zero():
     times = [1.7e9 + 0.1 * number for number in range(1, 100)]
     steps = [step(at, number, 0.01 / 7, 0.06 / number, 0.003 / 7) for number, at in enumerate(times, 1)]
     undone = account(launch(1.7e9), start(1.7e9), *steps, start(1.7e9 + 20))
@@ -269,36 +269,36 @@ def test_adding_events_one_at_a_time_equals_reading_the_file(tmp_path: Path):
         ("evaluate", {"wall_s": 1e-6}),
         ("end", {}),
     ]:
-        noted = append_event(tmp_path, event, "a", **values)
-        assert before <= noted["at"] <= time.time()
-        assert noted == {"at": noted["at"], "event": event, "stage": "a", **values}
-        live.add(noted)
+        appended = append_event(tmp_path, event, "a", **values)
+        assert before <= appended["at"] <= time.time()
+        assert appended == {"at": appended["at"], "event": event, "stage": "a", **values}
+        live.add(appended)
         assert read_ledger(tmp_path).account == live.account
 
 
-def test_a_line_that_a_crash_tore_is_skipped_and_tears_no_other(tmp_path: Path):
+def test_a_truncated_line_is_skipped_and_the_next_one_is_complete(tmp_path: Path):
     def write(lines: list[Event], more: str = "") -> None:
         (tmp_path / LEDGER_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines) + more)
 
     whole = json.dumps(end(1030))
     for length in range(len(whole)):
-        write(RUNNING, whole[:length])
-        assert read_ledger(tmp_path).account == account(*RUNNING)
-    write(RUNNING, whole[:20])
-    again = append_event(tmp_path, "launch", "a")
-    assert read_ledger(tmp_path).account == account(*RUNNING, again)
-    assert again == json.loads((tmp_path / LEDGER_FILE).read_text().splitlines()[-1])
+        write(THREE_STEPS, whole[:length])
+        assert read_ledger(tmp_path).account == account(*THREE_STEPS)
+    write(THREE_STEPS, whole[:20])
+    repeated = append_event(tmp_path, "launch", "a")
+    assert read_ledger(tmp_path).account == account(*THREE_STEPS, repeated)
+    assert repeated == json.loads((tmp_path / LEDGER_FILE).read_text().splitlines()[-1])
 
 
-def test_many_may_append_at_once(tmp_path: Path):
+def test_several_threads_may_append_at_once(tmp_path: Path):
     with ThreadPoolExecutor(8) as pool:  # each call opens the file for itself, as another process would
-        noted = list(pool.map(lambda number: append_event(tmp_path, "step", "a", step=number), range(400)))
+        appended = list(pool.map(lambda number: append_event(tmp_path, "step", "a", step=number), range(400)))
     lines = [json.loads(line) for line in (tmp_path / LEDGER_FILE).read_text().splitlines() if line]
-    assert sorted(lines, key=lambda line: line["step"]) == noted
+    assert sorted(lines, key=lambda line: line["step"]) == appended
 
 
-def test_gauges_hold_the_goodput_and_every_part():
-    values = compute_gauges(account(*RUNNING, start(1124, cursor=1)))
+def test_gauges_have_the_goodput_and_every_part():
+    values = compute_gauges(account(*THREE_STEPS, start(1124, cursor=1)))
     assert values["redux_goodput"] == 1 / 124
     assert values["redux_seconds_lost"] == 11
     assert (values["redux_restarts"], values["redux_lost_steps"]) == (1, 2)

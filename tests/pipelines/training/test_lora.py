@@ -30,10 +30,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_word_tokenizer(["is it a red circle ? yes , no"], 64)
 
 
-def llava(tokenizer: PreTrainedTokenizerFast, on: bool = True) -> ReduxForConditionalGeneration:
+def build_llava(tokenizer: PreTrainedTokenizerFast, has_modules: bool = True) -> ReduxForConditionalGeneration:
     """Build a deterministic model, with both modules or neither."""
     torch.manual_seed(0)
-    methods: dict[str, Any] = {"vmtc": VMTC(), "cmai": CMAI()} if on else {"vmtc": None, "cmai": None}
+    methods: dict[str, Any] = {"vmtc": VMTC(), "cmai": CMAI()} if has_modules else {"vmtc": None, "cmai": None}
     model = build_model(ModelSettings(tower=TOWER, language=LANGUAGE, **methods), tokenizer).eval()
     with torch.no_grad():
         for weight in model.parameters():
@@ -42,33 +42,35 @@ def llava(tokenizer: PreTrainedTokenizerFast, on: bool = True) -> ReduxForCondit
     return model
 
 
-def inputs(model: Any) -> dict[str, Tensor]:
+def make_inputs(model: Any) -> dict[str, Tensor]:
     image = [model.config.image_token_id] * (8 if getattr(model.config, "vmtc", None) else 16)
     ids = torch.tensor([[1, *image, 5, 6, 7, 8, 9]])
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=model.dtype)
     return {"input_ids": ids, "pixel_values": pixels, "labels": ids}
 
 
-def logits(model: Any) -> Tensor:
+def compute_logits(model: Any) -> Tensor:
     with torch.no_grad():
-        return model.eval()(**inputs(model)).logits
+        return model.eval()(**make_inputs(model)).logits
 
 
-def adapted(tokenizer: PreTrainedTokenizerFast, on: bool = True, steps: int = 3) -> ReduxForConditionalGeneration:
+def train_adapters(
+    tokenizer: PreTrainedTokenizerFast, has_modules: bool = True, steps: int = 3
+) -> ReduxForConditionalGeneration:
     """Build a model and train its adapters for a few steps."""
-    model = llava(tokenizer, on)
+    model = build_llava(tokenizer, has_modules)
     lora.add_adapters(model, LORA)
     optimizer = torch.optim.SGD(lora.list_adapter_parameters(model), lr=0.5)
     model.train()
     for _ in range(steps):
-        model(**inputs(model)).loss.backward()
+        model(**make_inputs(model)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
 
 
-def test_adapters_are_in_the_language_models_linear_layers_alone(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = llava(tokenizer)
+def test_only_linear_layers_of_the_language_model_have_adapters(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build_llava(tokenizer)
     before = {name for name, _ in model.named_parameters()}
     lora.add_adapters(model, LORA)
     new = {name for name, _ in model.named_parameters() if ".lora_" in name}
@@ -80,96 +82,99 @@ def test_adapters_are_in_the_language_models_linear_layers_alone(tokenizer: PreT
     assert all(name.startswith("model.language_model.layers.") for name in new)
     assert {name.replace(".base_layer", "") for name, _ in model.named_parameters()} - new == before
     parts = model.parameters_by_part()
-    assert {id(one) for one in parts["language"] if one.requires_grad} == {
-        id(one) for one in lora.list_adapter_parameters(model)
+    assert {id(weight) for weight in parts["language"] if weight.requires_grad} == {
+        id(weight) for weight in lora.list_adapter_parameters(model)
     }
     assert all(parameter.requires_grad for part in ("tower", "projector") for parameter in parts[part])
     assert {parameter.shape[0] if "lora_A" in name else parameter.shape[1]
             for name, parameter in model.named_parameters() if name in new} == {LORA.rank}  # fmt: skip
 
 
-@pytest.mark.parametrize("on", [True, False], ids=["modules on", "modules off"])
-def test_new_adapters_change_nothing(tokenizer: PreTrainedTokenizerFast, on: bool) -> None:
-    model = llava(tokenizer, on)
-    expected = logits(model)
+@pytest.mark.parametrize("has_modules", [True, False], ids=["modules on", "modules off"])
+def test_new_adapters_change_nothing(tokenizer: PreTrainedTokenizerFast, has_modules: bool) -> None:
+    model = build_llava(tokenizer, has_modules)
+    expected = compute_logits(model)
     lora.add_adapters(model, LORA)
-    assert torch.equal(logits(model), expected)
+    assert torch.equal(compute_logits(model), expected)
 
 
-def test_training_them_leaves_all_else_bit_equal(tokenizer: PreTrainedTokenizerFast) -> None:
-    before = llava(tokenizer)
-    model = adapted(tokenizer)
+def test_training_adapters_changes_no_other_weight(tokenizer: PreTrainedTokenizerFast) -> None:
+    before = build_llava(tokenizer)
+    model = train_adapters(tokenizer)
     stored = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()}
     assert all(torch.equal(stored[name], weight) for name, weight in before.state_dict().items())
-    assert not torch.allclose(logits(model), logits(before), atol=1e-2)
+    assert not torch.allclose(compute_logits(model), compute_logits(before), atol=1e-2)
 
 
 def test_both_modules_work_on_an_adapted_model(tokenizer: PreTrainedTokenizerFast) -> None:
     """CMAI changes the logits; decoding with a cache equals the whole pass."""
     import redux
 
-    model = adapted(tokenizer)
-    expected = logits(model)
-    given = {name: value for name, value in inputs(model).items() if name != "labels"}
+    model = train_adapters(tokenizer)
+    expected = compute_logits(model)
+    batch = {name: value for name, value in make_inputs(model).items() if name != "labels"}
     with torch.no_grad():
-        shorter = {**given, "input_ids": given["input_ids"][:, :-1]}
+        shorter = {**batch, "input_ids": batch["input_ids"][:, :-1]}
         cache = model(**shorter, use_cache=True).past_key_values
-        last = model(input_ids=given["input_ids"][:, -1:], past_key_values=cache).logits
+        last = model(input_ids=batch["input_ids"][:, -1:], past_key_values=cache).logits
     torch.testing.assert_close(last[:, -1], expected[:, -1], atol=1e-5, rtol=1e-5)
     redux.inhibit(model, None)
-    assert not torch.allclose(logits(model), expected, atol=1e-3)
+    assert not torch.allclose(compute_logits(model), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("on", [True, False], ids=["modules on", "modules off"])
+@pytest.mark.parametrize("has_modules", [True, False], ids=["modules on", "modules off"])
 def test_a_merged_model_has_the_same_outputs_and_loads_as_plain_llava(
-    tokenizer: PreTrainedTokenizerFast, on: bool, tmp_path: Path
+    tokenizer: PreTrainedTokenizerFast, has_modules: bool, tmp_path: Path
 ) -> None:
     """Within 1e-5 in float32, of logits of a size of about 1: the order of additions."""
-    model = adapted(tokenizer, on)
-    expected, names = logits(model), set(llava(tokenizer, on).state_dict())
+    model = train_adapters(tokenizer, has_modules)
+    expected, names = compute_logits(model), set(build_llava(tokenizer, has_modules).state_dict())
     merged = lora.merge_adapters(model)
     assert merged is model
     assert set(merged.state_dict()) == names
     assert not lora.list_adapter_parameters(merged)
-    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compute_logits(merged), expected, atol=1e-5, rtol=1e-5)
     merged.save_pretrained(tmp_path)
-    again, loading = ReduxForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    reloaded, loading = ReduxForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values())
-    assert torch.equal(logits(again), logits(merged))
+    assert torch.equal(compute_logits(reloaded), compute_logits(merged))
     plain, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values())
-    if not on:
-        assert torch.equal(logits(plain), logits(merged))
+    if not has_modules:
+        assert torch.equal(compute_logits(plain), compute_logits(merged))
 
 
 def test_adapters_have_the_dtype_of_the_model(tokenizer: PreTrainedTokenizerFast) -> None:
     """Merged weights are rounded to 8 bits of mantissa: logits of a size of about 1 move by 0.05 at most."""
-    model = adapted(tokenizer).to(torch.bfloat16)
-    expected = logits(model)
-    torch.testing.assert_close(logits(lora.merge_adapters(model)), expected, atol=0.05, rtol=0.05)
-    fresh = llava(tokenizer).to(torch.bfloat16)
+    model = train_adapters(tokenizer).to(torch.bfloat16)
+    expected = compute_logits(model)
+    torch.testing.assert_close(compute_logits(lora.merge_adapters(model)), expected, atol=0.05, rtol=0.05)
+    fresh = build_llava(tokenizer).to(torch.bfloat16)
     lora.add_adapters(fresh, LORA)
     assert {parameter.dtype for parameter in lora.list_adapter_parameters(fresh)} == {torch.bfloat16}
 
 
-def test_a_model_is_wrapped_once_and_again_when_merged(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = adapted(tokenizer)
+def test_a_model_has_adapters_once_and_may_get_new_ones_after_merging(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = train_adapters(tokenizer)
     with pytest.raises(ValueError, match="lora: got a model with adapters, allowed: a model whose"):
         lora.add_adapters(model, LORA)
     lora.add_adapters(lora.merge_adapters(model), LORA)
     assert len(lora.list_adapter_parameters(model)) == 2 * len(lora.ADAPTED_LAYERS) * LANGUAGE.num_hidden_layers
 
 
-def test_adapters_follow_torchs_seed(tokenizer: PreTrainedTokenizerFast) -> None:
-    one, other = (
-        [weight.clone() for weight in lora.list_adapter_parameters(adapted(tokenizer, steps=0))] for _ in range(2)
+def test_adapters_depend_on_the_seed_of_torch(tokenizer: PreTrainedTokenizerFast) -> None:
+    first, second = (
+        [weight.clone() for weight in lora.list_adapter_parameters(train_adapters(tokenizer, steps=0))]
+        for _ in range(2)
     )
-    assert all(map(torch.equal, one, other))
+    assert all(map(torch.equal, first, second))
 
 
-def test_without_peft_the_extra_is_named(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_peft_names_the_extra(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
-    for call in (lambda: lora.add_adapters(llava(tokenizer), LORA), lambda: lora.require_peft()):
+    for call in (lambda: lora.add_adapters(build_llava(tokenizer), LORA), lambda: lora.require_peft()):
         with pytest.raises(ValueError, match=re.escape(write_install_command("lora"))):
             call()

@@ -49,13 +49,13 @@ def language(plans: dict[tuple[int, str], StagePlan]) -> Iterator[LlavaWithLoss]
     torch.set_num_threads(before)
 
 
-def masks(seed: int) -> np.ndarray:
+def draw_masks(seed: int) -> np.ndarray:
     """Draw a mask of learned tokens: none, a few, or all of a sample. Shape (samples, 512)."""
     rng = np.random.default_rng(seed)
     return rng.random((SAMPLES, 512)) < rng.choice([0, 0, 0.1, 0.5, 1], (SAMPLES, 1))
 
 
-def cut(plan: StagePlan, learned: np.ndarray) -> list[Batch]:
+def cut_batches(plan: StagePlan, learned: np.ndarray) -> list[Batch]:
     """Cut the global batch into micro-batches with these labels."""
     micro = plan.stage.micro_batch_size
     batches = [plan.build_reader()(number) for number in range(SAMPLES // micro)]
@@ -65,18 +65,20 @@ def cut(plan: StagePlan, learned: np.ndarray) -> list[Batch]:
     return batches
 
 
-def gradients(language: LlavaWithLoss) -> dict[str, Tensor]:
+def pop_gradients(language: LlavaWithLoss) -> dict[str, Tensor]:
     """Return the gradients of the last loss, and clear them."""
     found = {name: parameter.grad for name, parameter in language.named_parameters() if parameter.grad is not None}
     language.zero_grad()
     return found
 
 
-def slow(language: LlavaWithLoss, plan: StagePlan, learned: np.ndarray) -> tuple[float, dict[str, Tensor], int]:
+def compute_slowly(
+    language: LlavaWithLoss, plan: StagePlan, learned: np.ndarray
+) -> tuple[float, dict[str, Tensor], int]:
     """Compute loss, gradient and number of learned tokens from all logits of one sample at a time."""
     samples = []
-    for batch in cut(plan, learned):
-        inputs = tensors(language, batch)
+    for batch in cut_batches(plan, learned):
+        inputs = make_tensors(language, batch)
         labels = inputs.pop("labels")[0, 1:]
         log_probs = language.llava(**inputs).logits[0, :-1].log_softmax(-1)
         samples.append(
@@ -88,10 +90,10 @@ def slow(language: LlavaWithLoss, plan: StagePlan, learned: np.ndarray) -> tuple
     else:
         total = torch.stack([torch.stack(losses).mean() for losses in samples if losses]).sum() / SAMPLES
     total.backward()
-    return total.item(), gradients(language), len(tokens)
+    return total.item(), pop_gradients(language), len(tokens)
 
 
-def tensors(language: LlavaWithLoss, batch: Batch) -> dict[str, Tensor]:
+def make_tensors(language: LlavaWithLoss, batch: Batch) -> dict[str, Tensor]:
     engine: Any = SimpleNamespace(module=language, device=CPU)
     return worker.move_to_device(batch, engine)
 
@@ -105,22 +107,22 @@ def test_loss_and_gradient_equal_the_slow_reference_for_every_division(
     language: LlavaWithLoss,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    learned = masks(seed)
-    expected, expected_gradients, count = slow(language, plans[1, kind], learned)
+    learned = draw_masks(seed)
+    expected, expected_gradients, count = compute_slowly(language, plans[1, kind], learned)
     assert count > 20
     monkeypatch.setattr(worker.dist, "all_reduce", lambda total: total.fill_(count))
     for micro, workers in CUTS:
         plan = plans[micro, kind]
-        batches = cut(plan, learned)
+        batches = cut_batches(plan, learned)
         loss = 0.0
         for rank in range(workers):
             local = batches[rank::workers]
             for batch, weight in zip(local, worker.compute_sample_weights(local, plan, CPU), strict=True):
-                part = language(**tensors(language, batch), weight=weight)
+                part = language(**make_tensors(language, batch), weight=weight)
                 part.backward()
                 loss += part.item()
         assert loss == pytest.approx(expected, rel=1e-6), (micro, workers)  # weights are of 32 bits
-        found = gradients(language)
+        found = pop_gradients(language)
         assert found.keys() >= expected_gradients.keys()
         for name, gradient in found.items():
             reference = expected_gradients.get(name, torch.zeros_like(gradient))
@@ -133,12 +135,12 @@ def test_a_global_batch_without_a_learned_token_changes_nothing(
 ) -> None:
     monkeypatch.setattr(worker.dist, "all_reduce", lambda total: None)
     plan = plans[4, kind]
-    batches = cut(plan, np.zeros((SAMPLES, 512), bool))
+    batches = cut_batches(plan, np.zeros((SAMPLES, 512), bool))
     for batch, weight in zip(batches, worker.compute_sample_weights(batches, plan, CPU), strict=True):
-        loss = language(**tensors(language, batch), weight=weight)
+        loss = language(**make_tensors(language, batch), weight=weight)
         loss.backward()
         assert loss.item() == 0
-    assert not any(gradient.any() for gradient in gradients(language).values())
+    assert not any(gradient.any() for gradient in pop_gradients(language).values())
 
 
 def test_each_pair_of_a_contrastive_batch_counts_the_same(new_plan: Callable[..., StagePlan]) -> None:

@@ -33,14 +33,14 @@ def stage(**changes: Any) -> Stage:
     return replace(STAGE, **changes)
 
 
-def test_workers_and_accumulation_make_up_the_global_batch():
+def test_micro_batches_workers_and_accumulation_multiply_to_the_global_batch():
     for micro in (1, 2, 4, 8, 16, 32, 64):
         for workers in (1, 2, 4, 8):
             if micro * workers <= 64:
                 assert stage(micro_batch_size=micro).count_accumulation_steps(workers) * micro * workers == 64
 
 
-def test_as_many_workers_are_used_as_share_the_global_batch():
+def test_the_largest_number_of_workers_that_divides_the_global_batch_is_used():
     for seed in range(200):
         rng = random.Random(seed)
         micro, turns, workers = rng.randint(1, 9), rng.randint(1, 40), rng.randint(1, 50)
@@ -55,7 +55,7 @@ def test_as_many_workers_are_used_as_share_the_global_batch():
 
 
 @pytest.mark.parametrize(("micro", "workers", "multiple"), [(8, 3, 24), (32, 4, 128)])
-def test_a_global_batch_that_workers_cannot_share_is_refused_with_what_would_do(
+def test_a_global_batch_that_workers_cannot_share_is_refused_with_the_allowed_multiple(
     micro: int, workers: int, multiple: int
 ):
     allowed = (
@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_settings_that_contradict_each_other_are_refused_with_what_would_do(case: str):
+def test_contradicting_settings_are_refused_with_the_allowed_values(case: str):
     changes, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         stage(**changes)
@@ -122,18 +122,18 @@ def test_the_language_objective_trains_any_parts(parts: tuple[str, ...]):
 
 @pytest.mark.parametrize("steps", [2, 3, 10, 101, 1000])
 @pytest.mark.parametrize("warmup", [0, 0.03, 0.1, 0.5])
-def test_the_rate_rises_to_its_peak_and_falls_to_nothing(steps: int, warmup: float):
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(steps: int, warmup: float):
     rates = [LearningRateSchedule(steps, warmup)(step) for step in range(steps + 1)]
     rising = rates.index(1) + 1
     assert rising == pytest.approx(max(steps * warmup, 1), abs=0.5)
     assert all(before < after for before, after in pairwise(rates[:rising]))
     assert all(before > after for before, after in pairwise(rates[rising:]))
     assert max(rates) == 1
-    assert min(rates[:-1]) > 0, "no step without learning"
+    assert min(rates[:-1]) > 0, "every step has a learning rate above zero"
     assert rates[-1] == 0
 
 
-def test_the_warm_up_is_a_line_and_the_fall_half_a_cosine():
+def test_the_warm_up_is_linear_and_the_decay_half_a_cosine():
     rate = LearningRateSchedule(steps=110, warmup=10 / 110)
     assert [rate(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1])
     assert [rate(10 + step) for step in (0, 25, 50, 75, 100)] == pytest.approx(
@@ -141,7 +141,7 @@ def test_the_warm_up_is_a_line_and_the_fall_half_a_cosine():
     )
 
 
-def test_the_rate_stays_down_after_the_last_step():
+def test_the_learning_rate_is_zero_after_the_last_step():
     rate = LearningRateSchedule(steps=20, warmup=0.1)
     assert [rate(step) for step in (20, 21, 1000)] == pytest.approx([0, 0, 0], abs=1e-12)
 
@@ -158,12 +158,12 @@ def test_steps_follow_from_epochs_or_are_given(new_plan: Callable[..., StagePlan
     assert plan.count_steps(plan.build_reader().order) == 5
 
 
-def test_a_stage_s_checkpoints_and_model_have_a_folder_of_its_own(new_plan: Callable[..., StagePlan]) -> None:
+def test_each_stage_has_a_folder_for_its_checkpoints_and_its_model(new_plan: Callable[..., StagePlan]) -> None:
     plan = new_plan({"checkpoints": "s3://bucket/job"})
     assert (plan.folder, plan.result) == ("s3://bucket/job/small", "s3://bucket/job/small/model")
 
 
-def test_a_checkpoint_goes_with_the_contents_of_the_sets_not_with_where_they_lie(
+def test_the_fingerprint_depends_on_the_contents_of_the_sets_and_not_on_their_folder(
     new_plan: Callable[..., StagePlan], tmp_path: Path
 ) -> None:
     plan = new_plan()
@@ -177,6 +177,7 @@ def test_a_checkpoint_goes_with_the_contents_of_the_sets_not_with_where_they_lie
 # The driver
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_finished_stage_is_skipped(
     new_plan: Callable[..., StagePlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +185,7 @@ def test_a_finished_stage_is_skipped(
     plan = new_plan({"sets": {"set": str(tmp_path / "none")}})
     with pytest.raises(ValueError, match="no shards here"):
         driver.train_stage(plan)
-    storage.write(storage.join(plan.result, "model.safetensors"), b"what a crash left")
+    storage.write(storage.join(plan.result, "model.safetensors"), b"left by a crash")
     with pytest.raises(ValueError, match="no shards here"):
         driver.train_stage(plan)
     storage.write(storage.join(plan.result, MANIFEST), b"{}")
@@ -193,6 +194,7 @@ def test_a_finished_stage_is_skipped(
     driver.train_stage(plan)
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_stage_without_enough_resources_starts_nothing(
     new_plan: Callable[..., StagePlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,18 +205,20 @@ def test_a_stage_without_enough_resources_starts_nothing(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_what_this_machine_has_no_room_for_is_refused_instead_of_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    have = ray.cluster_resources()["CPU"]
-    cluster.require_resources({"CPU": have}, "all of it")
+def test_resources_that_the_machine_lacks_are_refused_unless_the_cluster_may_grow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    available = ray.cluster_resources()["CPU"]
+    cluster.require_resources({"CPU": available}, "all CPUs")
     with pytest.raises(
-        ValueError, match=rf"train.tower with num_workers = 99 needs {have + 1:g} CPUs, allowed: {have:g}"
+        ValueError, match=rf"train.tower with num_workers = 99 needs {available + 1:g} CPUs, allowed: {available:g}"
     ):
-        cluster.require_resources({"CPU": have + 1}, "train.tower with num_workers = 99")
+        cluster.require_resources({"CPU": available + 1}, "train.tower with num_workers = 99")
     monkeypatch.setenv("RAY_ADDRESS", "a cluster that may grow")
-    cluster.require_resources({"CPU": have + 1}, "train.tower with num_workers = 99")
+    cluster.require_resources({"CPU": available + 1}, "train.tower with num_workers = 99")
 
 
-def test_offloading_needs_a_zero_stage_that_divides_what_is_offloaded() -> None:
+def test_offloading_requires_a_zero_stage_that_divides_the_offloaded_states() -> None:
     for zero_stage, names in ((0, ["offload_optimizer"]), (2, ["offload_parameters"])):
         with pytest.raises(ValueError, match=rf"^{names[0]}: got true with zero_stage {zero_stage}, allowed: "):
             replace(STAGE, zero_stage=zero_stage, **dict.fromkeys(names, True))

@@ -26,24 +26,24 @@ pytestmark = pytest.mark.integration
 
 SETTINGS = {"name": "job", "train": {"tower": {"epochs": 2, "data": None}}, "many": {str(n): n for n in range(150)}}
 # the discard port, on which no server listens
-AWAY = "http://127.0.0.1:9"
-CUT_OFF = {"DO_NOT_TRACK": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_BASE_URL": AWAY}
+UNUSED_ADDRESS = "http://127.0.0.1:9"
+CUT_OFF = {"DO_NOT_TRACK": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_BASE_URL": UNUSED_ADDRESS}
 WRITER = """
 import sys
 from pathlib import Path
 from pipelines.training.trackers import TrackerGroup
 name, run, stage, cursor, stop, shift = sys.argv[1:]
-shown = TrackerGroup([name], Path(run), "job", stage, int(cursor), {"a": {"b": 1}}, print)
+group = TrackerGroup([name], Path(run), "job", stage, int(cursor), {"a": {"b": 1}}, print)
 for step in range(int(cursor) + 1, int(stop) + 1):
-    shown.write(step, {"loss": step / 4 + int(shift), "replaced": step % 2})
+    group.write(step, {"loss": step / 4 + int(shift), "replaced": step % 2})
 print("written", flush=True)
 sys.stdin.read()
-shown.close()
+group.close()
 """
 
 
 @pytest.fixture(autouse=True)
-def _nothing_goes_out(monkeypatch: pytest.MonkeyPatch):
+def cut_off_network(monkeypatch: pytest.MonkeyPatch):
     for name in [name for name in os.environ if name.startswith(("MLFLOW_", "WANDB_"))]:
         monkeypatch.delenv(name)
     for name, value in {**CUT_OFF, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
@@ -52,96 +52,98 @@ def _nothing_goes_out(monkeypatch: pytest.MonkeyPatch):
 
 def write(name: str, run: Path, stage: str, cursor: int, stop: int, shift: float = 0) -> None:
     """Write steps cursor+1..stop of a stage. Their values are exact in 32-bit floats."""
-    shown = TrackerGroup([name], run, "job", stage, cursor, SETTINGS, print)
+    group = TrackerGroup([name], run, "job", stage, cursor, SETTINGS, print)
     for step in range(cursor + 1, stop + 1):
-        shown.write(step, {"loss": step / 4 + shift, "replaced": step % 2})
-    shown.close()
+        group.write(step, {"loss": step / 4 + shift, "replaced": step % 2})
+    group.close()
 
 
-def tensorboard(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
+def read_tensorboard(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run / "tensorboard" / stage), size_guidance={"scalars": 0}).Reload()
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def mlflow(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
-    client, identity = client_of(run), ids(run)["mlflow"]
-    found = {}
+def read_mlflow(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
+    client, identity = open_mlflow(run), read_ids(run)["mlflow"]
+    values_read = {}
     for key in client.get_run(identity).data.metrics:
         if key.startswith(f"{stage}/"):
             history = sorted(client.get_metric_history(identity, key), key=lambda metric: metric.timestamp)
-            found[key.partition("/")[2]] = [(metric.step, metric.value) for metric in history]
-    return found
+            values_read[key.partition("/")[2]] = [(metric.step, metric.value) for metric in history]
+    return values_read
 
 
-def wandb(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
-    found: dict[str, list[tuple[int, float]]] = {}
-    for file in sorted(run.glob(f"wandb/offline-run-*-{ids(run)['wandb']}*/*.wandb")):
-        for record in records(file):
+def read_wandb(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
+    values_read: dict[str, list[tuple[int, float]]] = {}
+    for file in sorted(run.glob(f"wandb/offline-run-*-{read_ids(run)['wandb']}*/*.wandb")):
+        for record in read_wandb_records(file):
             item = record.get("history", {}).get("item", {})
             for key, value in item.items():
                 if key.startswith(f"{stage}/") and key != f"{stage}/step":
-                    found.setdefault(key.partition("/")[2], []).append((item[f"{stage}/step"], value))
-    return found
+                    values_read.setdefault(key.partition("/")[2], []).append((item[f"{stage}/step"], value))
+    return values_read
 
 
-READERS = {"tensorboard": tensorboard, "mlflow": mlflow, "wandb": wandb}
+READERS = {"tensorboard": read_tensorboard, "mlflow": read_mlflow, "wandb": read_wandb}
 
 
-def client_of(run: Path) -> MlflowClient:
+def open_mlflow(run: Path) -> MlflowClient:
     return MlflowClient(f"sqlite:///{run / 'mlflow.db'}")
 
 
-def ids(run: Path) -> dict[str, str]:
+def read_ids(run: Path) -> dict[str, str]:
     return json.loads((run / TRACKER_IDS_FILE).read_text())
 
 
-def records(file: Path) -> Iterator[dict]:
+def read_wandb_records(file: Path) -> Iterator[dict]:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     lines = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.splitlines()
     return map(json.loads, lines)
 
 
-def losses(start: int, stop: int, shift: float = 0) -> list[tuple[int, float]]:
+def make_losses(start: int, stop: int, shift: float = 0) -> list[tuple[int, float]]:
     return [(step, step / 4 + shift) for step in range(start, stop + 1)]
 
 
-def kill_after_writing(name: str, run: Path, cursor: int, stop: int, shift: int, shown: list) -> None:
+def kill_after_writing(name: str, run: Path, cursor: int, stop: int, shift: int, expected: list) -> None:
     """Write in a separate process and SIGKILL it after its values can be read. W&B takes up to a second for that."""
     command = [sys.executable, "-c", WRITER, name, str(run), "tower", str(cursor), str(stop), str(shift)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout
         assert writer.stdout.readline() == b"written\n"
-        until = time.monotonic() + (30 if name == "wandb" else 0)
-        while (found := READERS[name](run, "tower").get("loss")) != shown and time.monotonic() < until:
+        deadline = time.monotonic() + (30 if name == "wandb" else 0)
+        while (values_read := READERS[name](run, "tower").get("loss")) != expected and time.monotonic() < deadline:
             pass
         writer.kill()
-    assert found == shown
+    assert values_read == expected
 
 
 @pytest.mark.parametrize("name", TRACKERS)
-def test_a_stage_s_numbers_are_read_back_whole(tmp_path: Path, name: str):
+def test_all_values_of_a_stage_can_be_read(tmp_path: Path, name: str):
     write(name, tmp_path, "tower", 0, 20)
     write(name, tmp_path, "instruct", 0, 7, shift=2)
     for stage, stop, shift in (("tower", 20, 0), ("instruct", 7, 2)):
         replaced = [(step, step % 2) for step in range(1, stop + 1)]
-        assert READERS[name](tmp_path, stage) == {"loss": losses(1, stop, shift), "replaced": replaced}
+        assert READERS[name](tmp_path, stage) == {"loss": make_losses(1, stop, shift), "replaced": replaced}
 
 
 @pytest.mark.parametrize("name", TRACKERS)
-def test_killed_runs_resume_under_the_same_id(tmp_path: Path, name: str):
-    kill_after_writing(name, tmp_path, 0, 5, 0, losses(1, 5))
-    before = ids(tmp_path) if name != "tensorboard" else None
+def test_killed_runs_resume_with_the_same_id(tmp_path: Path, name: str):
+    kill_after_writing(name, tmp_path, 0, 5, 0, make_losses(1, 5))
+    before = read_ids(tmp_path) if name != "tensorboard" else None
     # MLflow and W&B keep all values of a step; the latest one counts
-    kept = losses(1, 3) if name == "tensorboard" else losses(1, 5)
-    kill_after_writing(name, tmp_path, 3, 7, 1, kept + losses(4, 7, 1))
-    assert before is None or (ids(tmp_path) == before and list(before) == [name])
+    kept = make_losses(1, 3) if name == "tensorboard" else make_losses(1, 5)
+    kill_after_writing(name, tmp_path, 3, 7, 1, kept + make_losses(4, 7, 1))
+    assert before is None or (read_ids(tmp_path) == before and list(before) == [name])
 
 
 def test_tensorboard_has_each_step_once_after_many_restarts_in_a_second(tmp_path: Path):
     for shift in range(15):
         write("tensorboard", tmp_path, "tower", shift, shift + 4, shift)
-    expected = [one for shift in range(15) for one in losses(shift + 1, shift + 1, shift)] + losses(16, 18, 14)
-    assert tensorboard(tmp_path, "tower")["loss"] == expected
+    expected = [loss for shift in range(15) for loss in make_losses(shift + 1, shift + 1, shift)] + make_losses(
+        16, 18, 14
+    )
+    assert read_tensorboard(tmp_path, "tower")["loss"] == expected
 
 
 def test_tensorboard_has_each_step_once_when_the_next_machine_s_clock_is_behind(tmp_path: Path):
@@ -149,25 +151,25 @@ def test_tensorboard_has_each_step_once_when_the_next_machine_s_clock_is_behind(
     (file,) = (tmp_path / "tensorboard" / "tower").iterdir()
     file.rename(file.with_name(f"events.out.tfevents.{int(time.time()) + 3600:010d}.zebra.1.0"))
     write("tensorboard", tmp_path, "tower", 2, 4, shift=3)
-    assert tensorboard(tmp_path, "tower")["loss"] == losses(1, 2) + losses(3, 4, 3)
+    assert read_tensorboard(tmp_path, "tower")["loss"] == make_losses(1, 2) + make_losses(3, 4, 3)
 
 
-@pytest.mark.parametrize("torn", [1, 8, 20])
-def test_tensorboard_goes_on_after_an_event_torn_by_a_crash(tmp_path: Path, torn: int):
+@pytest.mark.parametrize("missing_bytes", [1, 8, 20])
+def test_tensorboard_continues_after_an_event_that_a_crash_truncated(tmp_path: Path, missing_bytes: int):
     write("tensorboard", tmp_path, "tower", 0, 6)
     (file,) = (tmp_path / "tensorboard" / "tower").iterdir()
-    os.truncate(file, file.stat().st_size - torn)
+    os.truncate(file, file.stat().st_size - missing_bytes)
     write("tensorboard", tmp_path, "tower", 4, 8, shift=3)
-    assert tensorboard(tmp_path, "tower")["loss"] == losses(1, 4) + losses(5, 8, 3)
+    assert read_tensorboard(tmp_path, "tower")["loss"] == make_losses(1, 4) + make_losses(5, 8, 3)
 
 
-def test_mlflow_has_the_job_once_and_knows_whether_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_mlflow_has_one_run_for_the_job_and_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "towers")
     write("mlflow", tmp_path, "tower", 0, 1)
-    shown = TRACKERS["mlflow"](tmp_path, "job", "instruct", 0, SETTINGS)
-    client, identity = client_of(tmp_path), ids(tmp_path)["mlflow"]
+    group = TRACKERS["mlflow"](tmp_path, "job", "instruct", 0, SETTINGS)
+    client, identity = open_mlflow(tmp_path), read_ids(tmp_path)["mlflow"]
     assert client.get_run(identity).info.status == "RUNNING"
-    shown.close()
+    group.close()
     experiment = client.get_experiment_by_name("towers").experiment_id
     (run,) = client.search_runs([experiment])
     assert (run.info.run_id, run.info.run_name, run.info.status) == (identity, "job", "FINISHED")
@@ -183,54 +185,54 @@ def test_two_jobs_share_an_experiment_of_the_store_that_the_environment_names(
         run.mkdir()
         write("mlflow", run, "tower", 0, 1)
         assert not (run / "mlflow.db").exists()
-    client = client_of(tmp_path)
+    client = open_mlflow(tmp_path)
     runs = client.search_runs([client.get_experiment_by_name("redux").experiment_id])
-    assert {run.info.run_id for run in runs} == {ids(tmp_path / name)["mlflow"] for name in ("one", "two")}
+    assert {run.info.run_id for run in runs} == {read_ids(tmp_path / name)["mlflow"] for name in ("one", "two")}
 
 
-def test_wandb_has_the_job_and_draws_a_stage_over_its_own_steps(tmp_path: Path):
+def test_wandb_has_the_job_and_plots_a_stage_over_the_steps_of_the_stage(tmp_path: Path):
     write("wandb", tmp_path, "tower", 0, 2)
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    found = list(records(file))
-    (run,) = (record["run"] for record in found if record["type"] == "run")
+    records = list(read_wandb_records(file))
+    (run,) = (record["run"] for record in records if record["type"] == "run")
     config = {name: value for name, value in run["config"]["update"].items() if name != "_wandb"}
     assert (run["run_id"], run["project"], run["display_name"], config) == (
-        ids(tmp_path)["wandb"],
+        read_ids(tmp_path)["wandb"],
         "redux",
         "job",
         SETTINGS,
     )
-    metrics = [record["metric"] for record in found if record["type"] == "metric"]
-    assert [(one.get("name"), one.get("glob_name"), one.get("step_metric")) for one in metrics] == [
+    metrics = [record["metric"] for record in records if record["type"] == "metric"]
+    assert [(metric.get("name"), metric.get("glob_name"), metric.get("step_metric")) for metric in metrics] == [
         ("tower/step", None, None),
         (None, "tower/*", "tower/step"),
     ]
 
 
 def test_a_failing_tracker_is_reported_once_and_the_others_continue(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    shown = TrackerGroup(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
-    shown.write(1, {"loss": 0.25})
-    client_of(tmp_path).delete_run(ids(tmp_path)["mlflow"])
+    group = TrackerGroup(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
+    group.write(1, {"loss": 0.25})
+    open_mlflow(tmp_path).delete_run(read_ids(tmp_path)["mlflow"])
     capsys.readouterr()
     for step in (2, 3):
-        shown.write(step, {"loss": step / 4})
-    shown.close()
+        group.write(step, {"loss": step / 4})
+    group.close()
     messages = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trackers:")]
     assert len(messages) == 1
     assert messages[0].startswith("trackers: mlflow left out of tower, it failed at step 2: MlflowException: ")
-    assert tensorboard(tmp_path, "tower")["loss"] == losses(1, 3)
+    assert read_tensorboard(tmp_path, "tower")["loss"] == make_losses(1, 3)
 
 
-def test_a_server_that_is_away_at_the_start_is_left_out(
+def test_a_tracker_without_a_server_at_the_start_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", UNUSED_ADDRESS)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    shown = TrackerGroup(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
-    shown.write(1, {"loss": 0.25})
-    shown.close()
+    group = TrackerGroup(["mlflow", "tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
+    group.write(1, {"loss": 0.25})
+    group.close()
     assert "trackers: mlflow left out of tower, it failed at its start: " in capsys.readouterr().out
-    assert tensorboard(tmp_path, "tower")["loss"] == losses(1, 1)
+    assert read_tensorboard(tmp_path, "tower")["loss"] == make_losses(1, 1)
     # no ID is stored, so the next start creates a run
     assert not (tmp_path / TRACKER_IDS_FILE).exists()
 
@@ -247,9 +249,9 @@ def test_ctrl_c_is_no_failure_of_a_tracker(tmp_path: Path, monkeypatch: pytest.M
         return Interrupted()
 
     monkeypatch.setitem(TRACKERS, "tensorboard", make)
-    shown = TrackerGroup(["tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
+    group = TrackerGroup(["tensorboard"], tmp_path, "job", "tower", 0, SETTINGS, print)
     with pytest.raises(KeyboardInterrupt):
-        shown.write(1, {"loss": 0})
+        group.write(1, {"loss": 0})
 
 
 def test_an_unknown_name_is_refused():
@@ -258,7 +260,7 @@ def test_an_unknown_name_is_refused():
     assert set(TRACKERS) == set(trackers.get_args(trackers.TrackerName))
 
 
-def test_a_tracker_that_is_not_installed_is_refused_with_what_installs_it(
+def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "mlflow", None)
@@ -272,7 +274,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_installs_it(
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "message"),
     [
         ({}, "trackers: got wandb without a key: set WANDB_API_KEY, or WANDB_MODE=offline to send it later"),
         ({"WANDB_API_KEY": "short"}, "trackers: got wandb with invalid credentials: WANDB_API_KEY invalid"),
@@ -281,8 +283,8 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_installs_it(
     ],
     ids=["neither", "bad key", "key", "offline"],
 )
-def test_wandb_without_a_key_is_refused_and_never_asked_for_even_at_a_terminal(
-    tmp_path: Path, environment: dict[str, str], said: str
+def test_wandb_without_a_key_is_refused_without_a_prompt_at_a_terminal(
+    tmp_path: Path, environment: dict[str, str], message: str
 ):
     program = """
 from pipelines.training.trackers import check_trackers
@@ -292,22 +294,22 @@ try:
 except ValueError as error:
     print(error)
 """
-    terminal, theirs = pty.openpty()
+    terminal, terminal_of_process = pty.openpty()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     try:
         ended = subprocess.run(
             [sys.executable, "-c", program],
             env=clean | {"HOME": str(tmp_path), "TERM": "xterm", **CUT_OFF, **environment},
-            stdin=theirs,
+            stdin=terminal_of_process,
             stdout=subprocess.PIPE,
-            stderr=theirs,
+            stderr=terminal_of_process,
             text=True,
             timeout=60,
         )
     finally:
         os.close(terminal)
-        os.close(theirs)
-    assert ended.stdout.splitlines()[-1].startswith(said)
+        os.close(terminal_of_process)
+    assert ended.stdout.splitlines()[-1].startswith(message)
 
 
 def test_no_tracker_loads_torch(tmp_path: Path):
@@ -316,10 +318,10 @@ def test_no_tracker_loads_torch(tmp_path: Path):
 import sys
 from pathlib import Path
 from pipelines.training.trackers import TRACKERS, TrackerGroup
-shown = TrackerGroup(TRACKERS, Path({str(tmp_path)!r}), "job", "tower", 0, {{}}, print)
-shown.write(1, {{"loss": 1}})
-assert set(shown.open) == set(TRACKERS)
-shown.close()
+group = TrackerGroup(TRACKERS, Path({str(tmp_path)!r}), "job", "tower", 0, {{}}, print)
+group.write(1, {{"loss": 1}})
+assert set(group.open) == set(TRACKERS)
+group.close()
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -1,10 +1,9 @@
 """The choice between fused kernels and plain code, and its log messages."""
 
 import logging
-import subprocess
-import sys
 from collections.abc import Iterator
 
+import jaxtyping
 import pytest
 import torch
 
@@ -15,8 +14,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process whose choice and whose messages are those of its start, with triton and its interpreter."""
+def restored_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start with the choice "auto", no message logged, Triton and its interpreter; restore the choice afterwards."""
     monkeypatch.setattr(kernels, "_reported", set())
     monkeypatch.setattr(kernels, "find_spec", lambda name: object())
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -26,18 +25,18 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernels.set_kernels(before)
 
 
-def test_auto_takes_kernels_on_a_gpu_alone() -> None:
+def test_auto_uses_kernels_only_on_a_gpu() -> None:
     assert kernels.use_fused("K-means", GPU)
     assert not kernels.use_fused("K-means", CPU)
     assert not kernels.use_fused("K-means", GPU, unsupported="there are more than 1,024 tokens")
 
 
-def test_plain_takes_none() -> None:
+def test_plain_uses_no_kernel() -> None:
     redux.set_kernels("plain")
     assert not kernels.use_fused("K-means", GPU)
 
 
-def test_fused_takes_a_kernel_or_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_uses_a_kernel_or_is_an_error_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     redux.set_kernels("fused")
     assert kernels.use_fused("K-means", GPU)
     assert kernels.use_fused("K-means", CPU), "the interpreter runs kernels on tensors of a CPU"
@@ -67,16 +66,8 @@ def test_each_decision_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_an_unknown_choice_is_an_error() -> None:
-    # in a process without the type checker of the tests, which would refuse it first
-    done = run_python("import redux; redux.set_kernels('fast')")
-    assert "ValueError: kernels: got 'fast', allowed: auto, plain, fused" in done.stderr
-
-
-def test_the_library_needs_no_triton() -> None:
-    done = run_python("import sys; sys.modules['triton'] = None; import redux.model, redux.plugin, redux.kernels")
-    assert done.returncode == 0, done.stderr
-
-
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the type checker of tests would refuse it first
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="kernels: got 'fast', allowed: auto, plain, fused"):
+        redux.set_kernels("fast")  # type: ignore[arg-type]

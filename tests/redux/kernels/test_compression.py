@@ -78,7 +78,7 @@ def test_other_features_may_be_clustered() -> None:
     assert torch.equal(fused[1], plain[1])
 
 
-def test_patches_are_followed_alike() -> None:
+def test_patches_are_followed_through_a_stage_as_by_plain_code() -> None:
     slot, cluster = torch.tensor([[0, -1, 1, 2], [2, 1, 0, -1]]), torch.tensor([[True, False, True], [False] * 3])
     previous = PatchAssignment(
         torch.tensor([[3, -1, 1, 0, 2, 2], [0, 1, 2, 3, -1, 1]]), torch.arange(12).view(2, 6) > 9

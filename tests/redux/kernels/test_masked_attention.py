@@ -48,7 +48,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_equals_attention_with_an_explicit_mask(case: str) -> None:
+def test_masked_attention_equals_attention_with_an_explicit_mask(case: str) -> None:
     heads, kv_heads, dim, dtype, padded, masked = CASES[case]
     query = noise(2, LENGTH, heads, dim, dtype=dtype)
     key, value = (noise(2, LENGTH, kv_heads, dim, dtype=dtype, seed=seed) for seed in (1, 2))

@@ -2,7 +2,6 @@
 
 import random
 import warnings
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,13 +20,15 @@ from redux.settings import CMAI
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 VARIANTS = {
-    "paper": CMAI(),
-    "scores, linear": CMAI(scores="scores", quantile="linear"),
-    "scaled, count": CMAI(scores="scaled", quantile="count"),
-    "tia": CMAI(focus="tia"),
-    "sum": CMAI(focus="sum", quantile="count"),
-    "discounted": CMAI(focus="discounted", quantile="linear"),
+    "paper": (CMAI(gamma_max=0.5), 13),
+    "paper, no padding": (CMAI(gamma_max=0.8), 12),
+    "scores, linear": (CMAI(scores="scores", quantile="linear", gamma_max=0.8), 14),
+    "scaled, count": (CMAI(scores="scaled", quantile="count", gamma_max=0.5), 13),
+    "tia": (CMAI(focus="tia", gamma_max=0.8), 4),
+    "sum, no padding": (CMAI(focus="sum", quantile="count", gamma_max=0.5), 3),
+    "discounted": (CMAI(focus="discounted", quantile="linear", gamma_max=0.8), 11),
 }
+"""Settings, and the seed of queries, keys and images; at a multiple of three there is no padding."""
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +72,9 @@ def both_masks(cmai: CMAI, call: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tenso
     return fused & visible, inhibition.compute_mask(1, query, key, visible, 0.3) & visible, visible
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("cmai", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(("cmai", "seed"), VARIANTS.values(), ids=VARIANTS)
 def test_kernels_drop_the_same_pairs(cmai: CMAI, seed: int) -> None:
-    fused, plain, visible = both_masks(replace(cmai, gamma_max=0.5 + 0.3 * seed), draw_call(seed + len(cmai.focus)))
+    fused, plain, visible = both_masks(cmai, draw_call(seed))
     assert torch.equal(fused, plain)
     assert not torch.equal(plain, visible)
 
@@ -113,10 +113,13 @@ def attend(kernels: Any, call: tuple[Any, ...], recompute: bool = False) -> list
     return [out, *torch.autograd.grad(out, inputs, change)]
 
 
-@pytest.mark.parametrize("seed", [3, 4])
-def test_a_layer_trains_alike(seed: int) -> None:
-    for fused, plain in zip(*(attend(kernels, draw_call(seed)) for kernels in ("fused", "plain")), strict=True):
-        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+def test_a_layer_has_the_outputs_and_gradients_of_plain_code_also_where_recomputed() -> None:
+    for seed in (3, 4):
+        fused, plain = (attend(kernels, draw_call(seed)) for kernels in ("fused", "plain"))
+        for tensor, expected in zip(fused, plain, strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5)
+    recomputed = attend("fused", draw_call(seed), recompute=True)
+    assert all(torch.equal(stored, again) for stored, again in zip(fused, recomputed, strict=True))
 
 
 def test_a_row_without_an_image_attends_to_each_key_once() -> None:
@@ -133,11 +136,6 @@ def test_autocast_changes_no_decision() -> None:
     with torch.autocast(DEVICE, torch.bfloat16):
         for result, want in zip(attend("fused", call), expected, strict=True):
             assert torch.equal(result, want)
-
-
-def test_recomputed_activations_are_equal() -> None:
-    for once, again in zip(*(attend("fused", draw_call(3), recompute) for recompute in (False, True)), strict=True):
-        assert torch.equal(once, again)
 
 
 @pytest.mark.parametrize(

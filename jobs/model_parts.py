@@ -1,0 +1,146 @@
+"""Parts of a job's model: pretrained folders or hub ids, and the initial model that a run assembles from them."""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
+
+from jobs import claims
+from jobs.claims import ASSEMBLED
+from jobs.schema import Job
+from pipelines.core import failures, storage
+from pipelines.training import metrics
+from pipelines.training.checkpoint import JOB_FILE
+from redux import answering, pretrained
+from redux.architecture import ModelSettings, TowerSizes, count_image_tokens
+from redux.configuration import ReduxConfig
+from redux.hub import local_copy
+from redux.model import ReduxForConditionalGeneration
+
+T = TypeVar("T")
+
+
+def make_folder_absolute(part: T) -> T | str:
+    """Make a folder's path absolute; anything else, such as a hub id, stays as it is."""
+    return storage.make_absolute(part) if isinstance(part, str) and Path(part).is_dir() else part
+
+
+def locate_parts(model: ModelSettings) -> ModelSettings:
+    """Make the folders of a model's parts absolute."""
+    return replace(
+        model,
+        tower=make_folder_absolute(model.tower),
+        language=make_folder_absolute(model.language),
+        checkpoint=make_folder_absolute(model.checkpoint),
+    )
+
+
+def find_assembled(job: Job, folder: Path) -> Path | None:
+    """Find the assembled model of this job's parts in the run folder; None if there is none, or if it is outdated.
+
+    It is outdated if the model section has changed and no stage has trained from it. After training, a changed model is
+    refused elsewhere, or was allowed by the user.
+    """
+    assembled = folder / ASSEMBLED
+    if not assembled.exists():
+        return None
+    # the file has absolute paths
+    located = replace(job, model=locate_parts(job.model))
+    keys = claims.find_changes(folder / JOB_FILE, located)
+    changed = [key for key in keys if not claims.may_change(key, claims.MAY_CHANGE_ON_RESUME)]
+    outdated = any(key.partition(".")[0] == "model" for key in changed)
+    return None if outdated and not metrics.read_stages(folder) else assembled
+
+
+def build_config(model: ModelSettings) -> ReduxConfig:
+    """Build the configuration of a pretrained model or of pretrained parts.
+
+    Raises:
+        ValueError: a config.json has a value of a wrong type, or the parts do not fit together.
+    """
+    try:
+        if model.checkpoint:
+            return pretrained.configure_checkpoint(model.checkpoint, **model.methods)
+        assert isinstance(model.tower, str)
+        assert isinstance(model.language, str)
+        return pretrained.configure_assembly(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
+    except StrictDataclassError as error:  # transformers 5 raises it for a config.json, and it is no ValueError
+        part, got = (
+            ("checkpoint", model.checkpoint) if model.checkpoint else ("tower", f"{model.tower}, {model.language}")
+        )
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{part}: got {got}, allowed: a config.json whose values have the right types; {reason}"
+        ) from None
+
+
+def measure_image(job: Job, folder: Path) -> tuple[int, int]:
+    """Return the side of an image in pixels, and the number of its tokens that reach the language model."""
+    model = job.model
+    if isinstance(model.tower, TowerSizes):
+        return model.tower.image_size, count_image_tokens(model)
+    try:
+        # once the model is assembled, its parts are no longer needed
+        assembled = find_assembled(job, folder)
+        config = ReduxConfig.from_pretrained(assembled) if assembled else build_config(model)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
+    return config.vision_config.image_size, config.image_seq_length
+
+
+def check_weights(job: Job, folder: Path) -> None:
+    """Check that the checkpoint or the parts have all weights and a tokenizer, without reading the weights.
+
+    Raises:
+        ValueError: something is missing.
+    """
+    model = job.model
+    if not model.is_pretrained or find_assembled(job, folder):
+        return  # the run has made its own copy, so the parts may be gone
+    try:
+        if not model.checkpoint:
+            pretrained.check_parts(str(model.tower), str(model.language), model.gguf_file)
+        elif job.train or answering.is_llava(model.checkpoint):
+            build_config(model)
+            pretrained.check_checkpoint(model.checkpoint)
+        else:
+            pretrained.check_checkpoint(model.checkpoint, AutoModelForImageTextToText)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
+
+
+def assemble(job: Job, folder: Path) -> None:
+    """Assemble the initial model and its tokenizer in a folder that exists only when complete."""
+    if folder.exists():
+        return
+    # weights that every stage reads as bf16 take half the space and time
+    is_half = all(stage.precision == "bf16" for stage in job.train.values())
+    torch.manual_seed(job.seed)  # the projector of assembled parts is random
+    model, tokenizer = _load_or_assemble(job.model, torch.bfloat16 if is_half else torch.float32)
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with failures.locate_errors(folder):
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, folder)
+    except BaseException:  # such as a full disk or a signal
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _load_or_assemble(
+    model: ModelSettings, dtype: torch.dtype
+) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:
+    if model.checkpoint:
+        with local_copy(model.checkpoint, label="checkpoint") as folder:
+            llava = ReduxForConditionalGeneration.from_pretrained(folder, dtype=dtype, **model.methods)
+            return llava, AutoTokenizer.from_pretrained(folder)
+    assert isinstance(model.tower, str)
+    assert isinstance(model.language, str)
+    return pretrained.assemble(model.tower, model.language, gguf_file=model.gguf_file, **model.methods, dtype=dtype)

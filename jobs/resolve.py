@@ -1,0 +1,100 @@
+"""Resolve a job before it runs: absolute paths, and the template and aspect ratio with which a model was trained.
+
+Everything that can be checked is checked here, before days of training.
+"""
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from jobs.model_parts import find_assembled, locate_parts, make_folder_absolute
+from jobs.schema import Job
+from pipelines.core import storage
+from pipelines.data import shard_index
+from pipelines.data.options import SetSource
+from pipelines.evaluation import evaluate, tasks
+from pipelines.training import lora, trackers
+from redux import answering
+from redux.extras import write_install_command
+
+
+def resolve_job(job: Job, folder: Path) -> Job:
+    """Resolve a job: absolute paths, and templates and aspect ratios as the model was trained.
+
+    Args:
+        job: the job as loaded.
+        folder: run folder; parts that were assembled there are not searched elsewhere.
+
+    Raises:
+        ValueError: a set or a benchmark file cannot be used, a package is missing, or the evaluation contradicts the
+            training of the model.
+    """
+    sets = {name: storage.make_absolute(url) for name, url in job.data.sets.items()}
+    for name, url in sets.items():
+        if name not in job.data.make and not len(shard_index.Shards(url)):
+            raise ValueError(f"data.sets.{name}: {url} has no samples, allowed: at least one")
+    # packages are looked for now: workers would import them only after the data is made
+    trackers.check_trackers(job.trackers)
+    for name, stage in job.train.items():
+        if stage.lora:
+            lora.require_peft(f"train.{name}.lora")
+        if stage.image_backend == "fast" and find_spec("simplejpeg") is None:
+            raise ValueError(
+                f"train.{name}.image_backend: got fast, allowed: exact, or the package simplejpeg: "
+                + write_install_command("fast")
+            )
+    job = _resolve_formats(job, folder)
+    return replace(
+        job,
+        checkpoints=job.checkpoints and storage.make_absolute(job.checkpoints),
+        data=replace(
+            job.data, sets=sets, make={name: _resolve_source(name, source) for name, source in job.data.make.items()}
+        ),
+        evaluate=job.evaluate and replace(job.evaluate, tasks=_resolve_tasks(job.evaluate)),
+        model=locate_parts(job.model),
+    )
+
+
+def _resolve_formats(job: Job, folder: Path) -> Job:
+    """Resolve the template and the aspect ratio of each stage and of the evaluation."""
+    assembled = find_assembled(job, folder)
+    start = str(assembled) if assembled else make_folder_absolute(job.model.checkpoint)
+    saved = answering.read_config(start) if start and (job.train or answering.is_llava(start)) else {}
+    trained = {"template": saved.get("conversation_template"), "image_aspect_ratio": saved.get("image_aspect_ratio")}
+    train = {name: stage.resolve_format(**trained) for name, stage in job.train.items()}
+    settings = job.evaluate
+    # a model of another library has no saved format, so its settings stay as they are
+    if settings and (saved or train):
+        last = list(train.values())[-1] if train else None
+        if last:
+            saved = {"conversation_template": last.template, "image_aspect_ratio": last.image_aspect_ratio}
+        try:
+            template, image_aspect_ratio = answering.resolve_format(
+                saved, settings.template, settings.image_aspect_ratio, settings.allow_mismatch
+            )
+        except ValueError as error:
+            raise ValueError(f"evaluate.{error}") from None
+        settings = replace(settings, template=template, image_aspect_ratio=image_aspect_ratio)
+    return replace(job, train=train, evaluate=settings)
+
+
+def _resolve_source(name: str, source: SetSource) -> SetSource:
+    """Make the paths of a source absolute; ValueError if its records do not exist."""
+    url = storage.make_absolute(source.json)
+    if not storage.exists(url):
+        raise ValueError(f"data.make.{name}.json: {url} does not exist, allowed: a JSON file of records")
+    return replace(source, json=url, images=storage.make_absolute(source.images))
+
+
+def _resolve_tasks(settings: tasks.Evaluate) -> dict[tasks.TaskName, tasks.TaskSettings]:
+    """Make the paths of all tasks absolute and check their files."""
+    result = dict(settings.tasks)
+    for name, task in settings.tasks.items():
+        result[name] = replace(
+            task,
+            files=tuple(map(storage.make_absolute, task.files)),
+            file=task.file and storage.make_absolute(task.file),
+            images=task.images and storage.make_absolute(task.images),
+        )
+        evaluate.check_task(name, result[name])
+    return result

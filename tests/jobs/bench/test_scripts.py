@@ -1,0 +1,54 @@
+"""Every benchmark starts from the command line, and the cheap ones run as a whole in their smallest size."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.bench import inhibition, launches, order, pixels
+
+ROOT = Path(__file__).parents[3]
+SCRIPTS = sorted(path.stem for path in (ROOT / "jobs" / "bench").glob("*.py") if path.stem != "record")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_explains_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module(f"jobs.bench.{name}").main
+    for arguments, code, stream in ((["--help"], 0, "out"), (["--nothing"], 2, "err")):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == code
+        assert "usage: " in getattr(capsys.readouterr(), stream)
+
+
+def test_pixels_in_the_smallest_size(tmp_path: Path) -> None:
+    pytest.importorskip("simplejpeg")
+    pixels.main(["--images", "1", "--size", "28", "--out", str(tmp_path / "out.jsonl")])
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    assert {"pad", "crop"} == record["ms"].keys()
+    assert {"exact", "fast", "prepared"} == record["ms"]["pad"].keys()
+
+
+@pytest.mark.parametrize("variant", order.ORDER_VARIANTS)
+def test_order_in_the_smallest_size(variant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    order.main(["--global-batch-size", "8", "--variant", variant])
+    assert json.loads(capsys.readouterr().out).keys() == {"first_ms", "median_ms", "worst_ms", "peak_mib"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of the process from /proc")
+@pytest.mark.parametrize("variant", inhibition.INHIBITION_VARIANTS)
+def test_inhibition_in_the_smallest_size(variant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    inhibition.main(["--heads", "2", "--image", "8", "--text", "4", "--variant", variant])
+    assert json.loads(capsys.readouterr().out).keys() == {"peak_mib", "seconds", "device"}
+
+
+def test_launches_of_one_path(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    launches.main(["--paths", "tower block, inference", "--verbose"])
+    row, plain, fused, kernels = capsys.readouterr().out.splitlines()[2:]
+    assert row.startswith("| tower block, inference | ")
+    assert "addmm" in plain
+    assert "addmm" in fused
+    assert kernels == "Counter()"
