@@ -330,7 +330,8 @@ def apply_update(engine: DeepSpeedEngineProtocol) -> tuple[bool, float]:
         is_finite = bool(norm.isfinite())
         # torch's fused AdamW skips an update for which a gradient scaler reports an infinite gradient. Without any
         # gradient, DeepSpeed 0.19 could not clip.
-        engine.optimizer.found_inf = None if is_finite else torch.ones((), device=engine.device)
+        optimizer: Any = engine.basic_optimizer
+        optimizer.found_inf = None if is_finite else torch.ones((), device=engine.device)
         engine.step()
         return is_finite, norm.item()
     engine.step()
