@@ -296,7 +296,7 @@ def test_a_tracker_that_is_still_starting_at_the_end_of_a_stage_gets_its_steps(
     recorder = new(trackers=("tensorboard",))
     for cursor in (0, 1):
         assert recorder.begin(0, 2, cursor, 1.0, [], "") is not None
-        do(recorder, cursor + 1)
+        write_steps(recorder, cursor + 1)
     assert calls == []
     recorder.poll()
     released.set()
