@@ -1,4 +1,4 @@
-"""Names of files that finished runs, checkpoints and models have.  Does not import torch, so that verbs find models fast."""
+"""Names of files that finished runs, checkpoints and models have.  Does not import torch: verbs find models fast."""
 
 from pipelines.core import storage
 

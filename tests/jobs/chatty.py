@@ -10,7 +10,10 @@ from redux.model import build_model
 from redux.processor import build_processor, record_training_format
 from redux.settings import CMAI, VMTC
 
-WORDS = "Is it a red circle? What colour is the shape? yes, a blue square or a green triangle. You are kind. USER: ASSISTANT:"
+WORDS = (
+    "Is it a red circle? What colour is the shape? yes, a blue square or a green triangle. You are kind. "
+    "USER: ASSISTANT:"
+)
 
 POSITIONS = 32768
 """Positions of the model: an answer of this length takes minutes."""

@@ -3,14 +3,12 @@
 The tests run in the order of the file: those that harm the server come after those that only ask it.
 """
 
-import base64
 import http.client
 import io
 import json
 import re
 import signal
 import socket
-import struct
 import subprocess
 import threading
 import time
@@ -220,9 +218,7 @@ def test_the_compared_model_has_no_compression(server: Server, folder: Path) -> 
     answer = server.client.chat.completions.create(
         model=f"{NAME}-llava", messages=[user([show(make_url(IMAGE)), text(QUESTION)])], max_tokens=6
     )
-    assert answer.choices[0].message.content == answer_here(
-        plain, Message(role="user", text=QUESTION, images=(IMAGE,))
-    )
+    assert answer.choices[0].message.content == answer_here(plain, Message(role="user", text=QUESTION, images=(IMAGE,)))
     assert answer.usage.prompt_tokens_details.model_dump()["image_tokens"] == 16
 
 
@@ -239,7 +235,9 @@ def test_curl_gets_the_same_answer(server: Server, model: ChatModel) -> None:
     """The printed command works as it is, apart from the limit of the answer."""
     printed = server.command.wait_for(r"curl .*\n")[0].replace('"messages"', '"max_tokens": 6, "messages"')
     assert KEY not in server.command.output
-    done = subprocess.run(["bash", "-c", printed], env={"REDUX_API_KEY": KEY, "PATH": "/usr/bin:/bin"}, capture_output=True)
+    done = subprocess.run(
+        ["bash", "-c", printed], env={"REDUX_API_KEY": KEY, "PATH": "/usr/bin:/bin"}, capture_output=True
+    )
     answer = json.loads(done.stdout)["choices"][0]["message"]["content"]
     assert answer == answer_here(model, Message(role="user", text="Hello"))
 
@@ -295,7 +293,9 @@ def test_other_names_of_this_machine_are_refused(server: Server) -> None:
         (["--max-images", "0"], "--max-images"),
     ],
 )
-def test_wrong_options_are_one_line(folder: Path, words: list[str], error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_options_are_one_line(
+    folder: Path, words: list[str], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("REDUX_API_KEY", raising=False)
     result = run_command("serve", folder, *words)
     assert result.code == 2
@@ -311,7 +311,11 @@ def test_a_port_in_use_is_one_line(server: Server, folder: Path) -> None:
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path: Path, folder: Path) -> None:
-    for content, error in ((None, "no job.yaml or config.json"), ("{", "cannot be read"), ('{"model_type": "bert"}', "bert")):
+    for content, error in (
+        (None, "no job.yaml or config.json"),
+        ("{", "cannot be read"),
+        ('{"model_type": "bert"}', "bert"),
+    ):
         if content is not None:
             (tmp_path / "config.json").write_text(content)
         result = run_command("serve", tmp_path, "--port", find_free_port())
@@ -458,7 +462,8 @@ def test_a_thousand_open_connections(server: Server) -> None:
 
 def test_noise_on_the_port(server: Server) -> None:
     """Neither another protocol nor a web socket ends the server."""
-    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    upgrade += b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
     for content in (
         bytes(range(256)) * 100,
         b"\x16\x03\x01\x02\x00\x01",
@@ -502,4 +507,8 @@ def test_ctrl_c_ends_the_server_and_leaves_nothing(server: Server) -> None:
     assert not [path for path in ended.files if "session_" in path]
     lines = ended.output.splitlines()
     assert lines[0] == "starting Ray"
-    assert [line for line in lines if not re.match(r"starting Ray|m, m-llava: |    curl |.*cop(y|ies) of the model|stopped", line)] == []
+    assert [
+        line
+        for line in lines
+        if not re.match(r"starting Ray|m, m-llava: |    curl |.*cop(y|ies) of the model|stopped", line)
+    ] == []
