@@ -487,11 +487,11 @@ def test_after_all_of_it_the_server_answers_as_before(server: Server, model: Cha
 
 
 def test_a_killed_replica_costs_no_request_its_answer(server: Server, model: ChatModel) -> None:
-    limit = 600
+    limit, replica = 300, server.find_replica()
     expected = answer_here(model, Message(role="user", text=QUESTION), max_new_tokens=limit)
     stream = iter(server.ask(QUESTION, stream=True, max_tokens=limit))
     texts = [next(stream).choices[0].delta.content or "" for _ in range(20)]
-    server.find_replica().send_signal(signal.SIGKILL)
+    replica.send_signal(signal.SIGKILL)
     # while no replica lives
     assert server.ask(QUESTION).choices[0].message.content == answer_here(model, Message(role="user", text=QUESTION))
     texts += [chunk.choices[0].delta.content or "" for chunk in stream]
