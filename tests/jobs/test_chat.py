@@ -48,7 +48,7 @@ def test_options_change_model_and_sampling(folder: Path) -> None:
     model = load_chat_model(folder / "m", vmtc=None, reduction=None, cmai=None)
     chat = model.encode([Message(role="user", text=QUESTION, images=(IMAGE, IMAGE))])
     assert chat.image_tokens == 32
-    sampling = Sampling(max_new_tokens=6, temperature=2, seed=1)
+    sampling = Sampling(max_new_tokens=6, temperature=2.0, seed=1)
     assert run_command(*words, *options).out == model.generate([chat], [sampling], lambda deltas: [])[0].text + "\n"
 
 

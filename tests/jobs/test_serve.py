@@ -206,7 +206,7 @@ def test_a_stop_text_ends_the_answer(server: Server, model: ChatModel) -> None:
 
 
 def test_a_seed_repeats_a_sampled_answer(server: Server, model: ChatModel) -> None:
-    options = {"temperature": 2, "top_p": 0.95}
+    options = {"temperature": 2.0, "top_p": 0.95}
     first, second = (server.ask(QUESTION, seed=3, **options).choices[0].message.content for _ in range(2))
     assert first == second == answer_here(model, Message(role="user", text=QUESTION), seed=3, **options)
     assert len({server.ask(QUESTION, **options).choices[0].message.content for _ in range(5)}) > 1
@@ -214,7 +214,7 @@ def test_a_seed_repeats_a_sampled_answer(server: Server, model: ChatModel) -> No
 
 def test_the_compared_model_has_no_compression(server: Server, folder: Path) -> None:
     assert [model.id for model in server.client.models.list()] == [NAME, f"{NAME}-llava"]
-    plain = load_chat_model(folder, **choose_methods(folder, "all", 0))
+    plain = load_chat_model(folder, **choose_methods(folder, "all", 0.0))
     answer = server.client.chat.completions.create(
         model=f"{NAME}-llava", messages=[user([show(make_url(IMAGE)), text(QUESTION)])], max_tokens=6
     )
