@@ -22,6 +22,7 @@ import ray
 import tenacity
 
 from jobs import claims, model_parts, schema
+from jobs.asking import describe_asking
 from jobs.claims import ASSEMBLED, PROGRESS
 from jobs.layout import locate_checkpoints, locate_sets
 from jobs.resolve import resolve_job
@@ -75,6 +76,7 @@ def run(
         work = {name: work[name] for name in names[: names.index(until) + 1]}
     # read first without the lock and without Ray: to repeat the command of a finished run costs seconds
     finished = f"{job.name} is finished; its {until or 'report'}: {folder / ('' if until else 'report.html')}"
+    finished += "" if until else f"\n{describe_asking(job, folder)}"
     changes = claims.Claim.from_folder(folder, job).find_changes(allow_changes)
     if not changes and not work.keys() - _list_finished(folder):
         print(finished)
@@ -101,7 +103,7 @@ def run(
             _run_steps(remaining, folder / PROGRESS, started_at)
     if until is None:
         _write_metrics(folder)
-        print(f"{job.name} is finished; its report: {folder / 'report.html'}")
+        print(finished)
 
 
 def _run_steps(steps: Mapping[str, Callable[[], None]], progress: Path, started_at: float) -> None:

@@ -11,6 +11,7 @@ from pipelines.core import cluster, storage
 from pipelines.data import audit, consumed, easy_vqa, records, shard_index, shard_writer, tars
 from pipelines.data.options import ShardOptions
 from pipelines.training import metrics
+from pipelines.training.files import JOB_FILE
 
 
 def make_set(arguments: argparse.Namespace) -> None:
@@ -78,8 +79,6 @@ def verify_set(arguments: argparse.Namespace) -> None:
 
 def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
     """Check the set against the log of a run; returns confirmations and faults, as lines."""
-    from pipelines.training.checkpoint import JOB_FILE  # imports torch, which the other actions do not need
-
     job = schema.load(run / JOB_FILE)
     used = {name for stage in job.train.values() for name in stage.mixture}
     sets = {name: url for name, url in locate_sets(job, run.resolve()).items() if name in used}

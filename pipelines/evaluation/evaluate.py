@@ -34,6 +34,7 @@ from pipelines.evaluation.tasks import (
     Evaluate,
     TaskName,
     TaskSettings,
+    find_image_folder,
     find_task,
     load_questions,
     spread_evenly,
@@ -220,15 +221,9 @@ def check_task(name: TaskName, task: TaskSettings) -> None:
     _list_task_metrics(name, questions)
     first = questions[0]
     try:
-        _read_images(QuestionBatch(name, [first], _find_image_folder(name, task), 0))
+        _read_images(QuestionBatch(name, [first], find_image_folder(name, task), 0))
     except (OSError, ValueError) as error:
         raise ValueError(f"evaluate.tasks.{name}.images: {error}") from None
-
-
-def _find_image_folder(name: TaskName, task: TaskSettings) -> str:
-    if task.images:
-        return task.images
-    return storage.find_parent(task.file) if task.file else find_task(name).images or "".join(task.files[:1])
 
 
 def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluate) -> None:
@@ -351,7 +346,7 @@ def _make_batches(name: TaskName, questions: Sequence[Question], settings: Evalu
     longest_first = sorted(questions, key=lambda question: -len(question.prompt))
     for start in range(0, len(longest_first), settings.batch_size):
         part = longest_first[start : start + settings.batch_size]
-        yield QuestionBatch(name, part, _find_image_folder(name, task), _max_new_tokens(name, task))
+        yield QuestionBatch(name, part, find_image_folder(name, task), _max_new_tokens(name, task))
 
 
 def _make_speed_row(batch: QuestionBatch, block: Mapping[str, np.ndarray]) -> dict[str, Any]:
