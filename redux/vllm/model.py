@@ -14,11 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import BatchFeature
-
-from redux.conversation import IMAGE_TOKEN
-from redux.image import square_pixels
-from redux.model import normalize_pixels
-from redux.vllm.configuration import build_image_encoder, check_config
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import SupportsMultiModal, SupportsPP
 from vllm.model_executor.models.utils import (
@@ -38,6 +33,12 @@ from vllm.multimodal.processing import (
     BaseProcessingInfo,
     PromptReplacement,
 )
+
+from redux.answering import resolve_format
+from redux.conversation import IMAGE_TOKEN
+from redux.image import square_pixels
+from redux.model import normalize_pixels
+from redux.vllm.configuration import build_image_encoder, check_config
 
 
 class EncodedImageItems(ImageProcessorItems):
@@ -64,6 +65,7 @@ class ReduxProcessingInfo(BaseProcessingInfo):
         super().__init__(ctx)
         try:
             self.config = check_config(ctx.get_hf_config())
+            _, self.image_aspect_ratio = resolve_format(self.config.to_dict())
         except ValueError as error:  # vLLM (0.32) would take it for a model without images, and go on
             raise RuntimeError(str(error)) from error
 
@@ -92,8 +94,7 @@ class ReduxMultiModalProcessor(BaseMultiModalProcessor):
     """Prepares the images of a request and makes room for their tokens in its prompt."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
-        config = self.info.config
-        size, aspect_ratio = config.vision_config.image_size, config.image_aspect_ratio or "pad"
+        size, aspect_ratio = self.info.config.vision_config.image_size, self.info.image_aspect_ratio
         pixels = [square_pixels(decode_image(image), size, aspect_ratio) for image in hf_data["images"]]
         return BatchFeature({"pixel_values": torch.from_numpy(np.stack(pixels))})
 
@@ -136,7 +137,7 @@ class ServedRedux(nn.Module, SupportsMultiModal, SupportsPP):
         """Return the text of an image in a prompt that vLLM writes without the chat template's image parts."""
         return IMAGE_TOKEN
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = check_config(vllm_config.model_config.hf_config)
         self.configure_mm_token_handling(config.text_config.vocab_size, [config.image_token_index])
