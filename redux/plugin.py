@@ -222,7 +222,9 @@ class _Inhibitor:
                 "redux.inhibit(model, None) turns it off"
             )
         # recomputation would write into the cache a second time; transformers' layers drop their cache for it, too
-        recomputing = decoder.training and decoder.is_activation_checkpointing
+        # the same property of transformers has two names, before version 5.20 and after it
+        checkpointing = (getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
+        recomputing = decoder.training and any(checkpointing)
         is_image = self._find_image_tokens(kwargs)
         cache = None if recomputing else self._prepare_cache(decoder, kwargs, is_image.shape[1])
         inhibition = Inhibition.for_forward(
