@@ -222,7 +222,7 @@ class _Inhibitor:
                 "redux.inhibit(model, None) turns it off"
             )
         # recomputation would write into the cache a second time; transformers' layers drop their cache for it, too
-        # the same property of transformers has two names, before version 5.20 and after it
+        # transformers has a property for this, whose name differs between 5.19 and 5.23
         checkpointing = (getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
         recomputing = decoder.training and any(checkpointing)
         is_image = self._find_image_tokens(kwargs)
