@@ -221,7 +221,9 @@ class _Inhibitor:
                 "redux.inhibit(model, None) turns it off"
             )
         # recomputation would write into the cache a second time; transformers' layers drop their cache for it, too
-        recomputing = decoder.training and decoder.is_activation_checkpointing
+        # transformers has a property for this, whose name differs between 5.19 and 5.23
+        checkpointing = (getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
+        recomputing = decoder.training and any(checkpointing)
         is_image = self._find_image_tokens(kwargs)
         cache = None if recomputing else self._prepare_cache(decoder, kwargs, is_image.shape[1])
         inhibition = Inhibition.for_forward(
