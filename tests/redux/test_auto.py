@@ -108,7 +108,7 @@ def test_other_llavas_open_as_before(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_plain_transformers_refuses_compressed_prompts(folder: Path) -> None:
-    """Without the import, Auto classes take LLaVA's class. It finds too few image tokens and does not answer wrongly."""
+    """Without the import, Auto classes take LLaVA's class. It finds too few image tokens, so no answer is wrong."""
     processor, model = AutoProcessor.from_pretrained(folder), LlavaForConditionalGeneration.from_pretrained(folder)
     inputs = processor(images=picture(0), text=processor.image_token, return_tensors="pt")
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
