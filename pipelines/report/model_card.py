@@ -374,7 +374,7 @@ def _describe_times(run: Path, stages: Mapping[str, Any]) -> str:
 def _list_settings(config: ReduxConfig) -> Iterator[tuple[str, str]]:
     yield "image tokens", f"{config.num_patches} → {config.image_seq_length}"
     for stage in config.compression_stages.values():
-        yield f"block {stage.block} of the tower", f"{stage.kept} tokens kept, {stage.clusters} clusters"
+        yield f"block {stage.block} of the tower", f"k = {stage.kept} tokens kept, c = {stage.clusters} merged"
     for name in METHODS:
         settings = config.method_settings(name)
         if settings is None:
@@ -382,7 +382,7 @@ def _list_settings(config: ReduxConfig) -> Iterator[tuple[str, str]]:
             continue
         for field, value in asdict(settings).items():
             if value is not None:
-                yield f"{name}.{field}", str(list(value) if isinstance(value, tuple) else value)
+                yield f"{name}.{field}", str(list(value)) if isinstance(value, tuple) else format_number(value)
     yield "conversation template", str(config.conversation_template)
     yield "image_aspect_ratio", str(config.image_aspect_ratio)
 
@@ -420,6 +420,9 @@ def _list_limits(run: FinishedRun, model: ExportedModel) -> Iterator[str]:
     yield "One training run with one seed. Another seed gives another score."
     yield "Nothing was measured on safety, bias, or languages other than those of the data."
     if model.config.conversation_template and model.config.conversation_template != "plain":
+        yield (
+            "Images are read without their EXIF rotation, as in training; pipelines of transformers rotate image files."
+        )
         yield (
             f"Prompts must have the conversation template {model.config.conversation_template}, which the saved chat "
             "template writes."
