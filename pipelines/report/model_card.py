@@ -108,9 +108,11 @@ def render_card(model: ExportedModel, find_scorer: FindScorer) -> str:
     """
     import jinja2
 
+    # Answers are scored once; the sections below share the run.
     run = runs.read_run(model.run, find_scorer)
     job, config = run.job, model.config
     stages = _select_stages(job, model.stage)
+    # Scores of another checkpoint of the run say nothing about this model.
     cmai_off = find_cmai_off(run, model, find_scorer) if model.is_last else None
     # Markdown needs no HTML escapes; `cell` keeps a text inside its cell of a table.
     environment = jinja2.Environment(
@@ -124,6 +126,7 @@ def render_card(model: ExportedModel, find_scorer: FindScorer) -> str:
     text = environment.get_template(TEMPLATE_FILE).render(
         front_matter=write_front_matter(model, job, stages),
         title=f"{job['name']}, stage {model.stage}, step {model.step}",
+        # The model, and the ways to ask it.
         methods=" and ".join(title for name, title in METHOD_TITLES.items() if getattr(config, name)),
         is_adapter=model.form == "adapter",
         form=model.form,
@@ -135,11 +138,13 @@ def render_card(model: ExportedModel, find_scorer: FindScorer) -> str:
         plain_tokens=_count_plain_tokens(config),
         template_name=config.conversation_template,
         vllm_command=write_vllm_command(model.out, config),
+        # Scores and the effect of CMAI.
         scores=list(list_scores(run.metrics)) if model.is_last else [],
         is_evaluated=model.is_last,
         has_scores=bool(run.metrics),
         differences=list(list_differences(run.metrics, cmai_off.metrics)) if cmai_off else [],
         cmai_off_command=write_cmai_off_command(run, model) if config.cmai and run.metrics and model.is_last else "",
+        # Data and recipe.
         data=list(_list_data(run, model, stages)),
         parts=", ".join(f"`{part}`" for part in _list_parts(job)),
         stages=[_describe_stage(run.folder, name, stage) for name, stage in stages.items()],
@@ -147,21 +152,23 @@ def render_card(model: ExportedModel, find_scorer: FindScorer) -> str:
         times=_describe_times(run.folder, stages),
         machine=describe_machine(run.folder, model.workers),
         code=describe_code(run.folder),
+        # Settings, cost and limits.
         settings=list(_list_settings(config)),
         text_tokens=PROMPT_TEXT_TOKENS,
         cost=_list_costs(config),
         limits=list(_list_limits(run, model)),
     )
-    # conditions in the template leave empty lines
+    # Conditions in the template leave empty lines.
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def write_front_matter(model: ExportedModel, job: Mapping[str, Any], stages: Mapping[str, Any]) -> str:
     """Write the YAML front matter. Without a licence: that of data and parts is unknown."""
+    # The Hub links base_model to pages of its own, so folders are left out.
     bases = [part for part in _list_parts(job) if is_hub_id(part)]
     sets = {name: None for stage in stages.values() for name in _read_mixture(stage)}
     generated = job["data"].get("source")
-    # sets that the job makes of easy-VQA are one data set
+    # Sets that the job makes of easy-VQA are one data set.
     datasets = dict.fromkeys(generated if generated and name in EASY_VQA_SETS else name for name in sets)
     fields = {
         "library_name": "peft" if model.form == "adapter" else "transformers",
@@ -192,6 +199,7 @@ def write_vllm_command(folder: str, config: ReduxConfig) -> str:
 def list_scores(metrics: Mapping[str, Metric]) -> Iterator[CardScore]:
     """List the main metrics of each task with their intervals; metrics of single types are left out."""
     for name, metric in metrics.items():
+        # "task.metric" is over all questions, "task.metric.type" over one type.
         if name.count(".") == 1 and metric.outcomes:
             score = bootstrap_interval([metric]).scale(_find_factor(name))
             questions = f"{len(metric.outcomes):,}"
@@ -205,7 +213,8 @@ def list_differences(ours: Mapping[str, Metric], base: Mapping[str, Metric]) -> 
             continue
         try:
             difference: Difference = bootstrap_difference([metric], [base[name]])
-        except ValueError:  # the two runs asked other questions
+        except ValueError:
+            # The two runs asked other questions, so there is no pair to compare.
             continue
         factor = _find_factor(name)
         scaled = difference.scale(factor)
@@ -228,10 +237,12 @@ def find_cmai_off(run: FinishedRun, model: ExportedModel, find_scorer: FindScore
         is_finished = (folder / "scores.json").exists() or (folder / "metrics.json").exists()
         if folder == run.folder.resolve() or not is_finished:
             continue
+        # Look at the job before the answers: a folder of runs may hold hundreds.
         checkpoint = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("model", {}).get("checkpoint")
         if checkpoint != model.trained_model:
             continue
         other = runs.read_run(folder, find_scorer)
+        # VMTC must be as in this run, or the difference would be that of both.
         others = {name: value for name, value in other.methods.methods.items() if name != "cmai"}
         if not other.methods.cmai and all(run.methods.methods[name] == value for name, value in others.items()):
             return other
@@ -242,7 +253,8 @@ def write_cmai_off_command(run: FinishedRun, model: ExportedModel) -> str:
     """Write the command that evaluates the model of the run with CMAI off, beside the run."""
     overrides = [f"name={run.job['name']}-cmai-off", "train={}"]
     overrides.append(f"model={{checkpoint: {model.trained_model}, cmai: null}}")
-    if run.job["data"].get("make"):  # these sets are not needed
+    if run.job["data"].get("make"):
+        # An evaluation would make these sets again, without a use.
         overrides.append("data.make={}")
     folder = run.folder
     return shlex.join(["redux", "run", str(folder / "job.yaml"), *overrides, "--runs-dir", str(folder.parent)])
@@ -250,6 +262,7 @@ def write_cmai_off_command(run: FinishedRun, model: ExportedModel) -> str:
 
 def describe_code(run: Path) -> str:
     """Describe the commit and the versions that computed the run; without a record, the versions of this process."""
+    # A run that was resumed may have several commits and versions.
     entries = jsonl.read(run / ENVIRONMENT_RECORD)
     commits = dict.fromkeys(
         f"commit {entry['commit']}{' with changes' if entry.get('is_modified') else ''}"
@@ -271,6 +284,7 @@ def describe_machine(run: Path, workers: int) -> str:
     described = f"{workers} {'worker' if workers == 1 else 'workers'}"
     if not entries:
         return described
+    # Names of GPUs say more than the processor beside them.
     last = entries[-1]
     gpus = [f"{count:g} × {name}" for name, count in (last.get("gpus") or {}).items()]
     cpus = f"{last.get('cpus', 0):g} CPUs ({last.get('cpu', 'unknown')})"
@@ -321,6 +335,7 @@ def _list_data(run: FinishedRun, model: ExportedModel, stages: Mapping[str, Any]
     steps = jsonl.read(run.folder / "metrics.jsonl")
     source = run.job["data"].get("source")
     for stage_name, stage in stages.items():
+        # An exported checkpoint may be older than the last step of its stage.
         limit = model.step if stage_name == model.stage else None
         seen = sum(
             row.get("samples") or 0
@@ -348,6 +363,7 @@ def _count_samples(url: str | None) -> str:
 
 
 def _describe_stage(run: Path, name: str, stage: Mapping[str, Any]) -> dict[str, str]:
+    # Parts without a learning rate were frozen.
     lora = stage.get("lora")
     adapters = f" (LoRA, rank {lora['rank']}, alpha {lora['alpha']:g})" if lora else ""
     rates = [
@@ -355,6 +371,7 @@ def _describe_stage(run: Path, name: str, stage: Mapping[str, Any]) -> dict[str,
     ]
     is_language = stage["objective"] == "language"
     length = f"{stage['steps']:,}" if stage.get("steps") else f"{stage['epochs']:g} epochs"
+    # An epoch has as many steps as the samples give, which the metrics have counted.
     done = len({row["step"] for row in jsonl.read(run / "metrics.jsonl") if row["stage"] == name})
     return {
         "name": name,
@@ -380,6 +397,7 @@ def _list_settings(config: ReduxConfig) -> Iterator[tuple[str, str]]:
         if settings is None:
             yield name, "off"
             continue
+        # Fields at None follow from the others.
         for field, value in asdict(settings).items():
             if value is not None:
                 yield f"{name}.{field}", str(list(value)) if isinstance(value, tuple) else format_number(value)
@@ -389,6 +407,7 @@ def _list_settings(config: ReduxConfig) -> Iterator[tuple[str, str]]:
 
 def _list_costs(config: ReduxConfig) -> list[dict[str, str]]:
     """Compute the costs of the model and of a LLaVA of its sizes; none if several layers of the tower are read."""
+    # The same sizes without the methods are a LLaVA.
     plain = ReduxConfig(**{**config.to_dict(), **dict.fromkeys(METHODS)})
     try:
         ours, base = (compute_cost(each, PROMPT_TEXT_TOKENS) for each in (config, plain))
