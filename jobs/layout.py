@@ -10,6 +10,9 @@ from pipelines.training.files import JOB_FILE, is_complete
 CONFIG_FILE = "config.json"
 """Configuration of a model, as transformers names it."""
 
+ADAPTER_FILE = "adapter_config.json"
+"""Configuration of LoRA adapters, as PEFT names it."""
+
 
 def locate_sets(job: Job, folder: Path) -> dict[str, str]:
     """Locate each set of shards, both those that the job makes and those that it names, in a run folder."""
@@ -50,6 +53,11 @@ def find_model(source: str) -> str:
                 "the model of a checkpoint"
             )
         return model
+    if (folder / ADAPTER_FILE).exists():
+        raise ValueError(
+            f"{source}: the folder has LoRA adapters alone, allowed: a whole model; its README.md joins them with "
+            "their base"
+        )
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
         raise ValueError(f"{source}: no {JOB_FILE} or {CONFIG_FILE}, allowed: the folder of a run or of a model")
     return source

@@ -18,25 +18,41 @@ def add_parsers(verbs: Any) -> None:
 def _add_export(verbs: Any) -> None:
     export = verbs.add_parser(
         "export",
-        help="write a checkpoint as a model folder for from_pretrained",
-        description="Write the model at a checkpoint, with tokenizer, chat template and processor, to a folder or URL. "
-        "Weights that the stage trained come from the checkpoint and are verified. The others are those at the "
-        "start of the stage. LoRA adapters are merged. For a model FOLDER, the names that DDP, torch.compile, "
-        "PEFT and the LLaVA repository give to weights are changed to those of transformers.",
-        epilog="example: redux export runs/quickstart --stage pretrain --out pretrained",
+        help="write a model folder for transformers or vLLM, with a model card",
+        description="Write the model at a checkpoint as a complete folder: weights, tokenizer, processor, chat "
+        "template, generation settings, and a model card with data, recipe, scores and cost. Weights that the stage "
+        "trained come from the checkpoint and are verified. The others are those at the start of the stage. For a "
+        "model FOLDER, the names that DDP, torch.compile, PEFT and the LLaVA repository give to weights are changed to "
+        "those of transformers.",
+        epilog="example: redux export runs/quickstart --out quickstart-model",
     )
     export.add_argument("run", metavar="FOLDER", type=Path, help="folder of a run or of a model")
+    export.add_argument(
+        "--to",
+        choices=("hf", "vllm"),
+        default="hf",
+        help="hf writes a folder for transformers; vllm the same folder, with checks and vLLM's command "
+        "(default: %(default)s)",
+    )
+    form = export.add_mutually_exclusive_group()
+    form.add_argument("--merge-lora", action="store_true", help="merge LoRA adapters into the weights (the default)")
+    form.add_argument(
+        "--adapter", action="store_true", help="write LoRA adapters and other trained parts in PEFT's format instead"
+    )
     export.add_argument("--stage", metavar="NAME", help="training stage (default: the last one)")
     export.add_argument("--step", metavar="N", type=parse_count, help="step of the checkpoint (default: the newest)")
-    export.add_argument("--out", metavar="URI", required=True, help="folder or URL; it must be empty or missing")
+    export.add_argument(
+        "--out", metavar="URI", help="folder or URL, empty or missing (default for a run: exports/ in its folder)"
+    )
     export.set_defaults(verb=_export)
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from jobs import export
 
-    url = export.export_model(arguments.run, arguments.stage, arguments.step, arguments.out)
-    print(f"{arguments.out}: the model of {url}")
+    options = export.ExportOptions(to=arguments.to, adapter=arguments.adapter)
+    out, url = export.export_model(arguments.run, arguments.stage, arguments.step, arguments.out, options)
+    print(f"{out}: the model of {url}")
 
 
 def _add_cost(verbs: Any) -> None:

@@ -178,3 +178,29 @@ def test_the_error_without_peft_names_the_extra(
     for call in (lambda: lora.add_adapters(build_llava(tokenizer), LORA), lambda: lora.require_peft()):
         with pytest.raises(ValueError, match=re.escape(write_install_command("lora"))):
             call()
+
+
+@pytest.mark.parametrize("other_parts", [[], ["tower", "projector"]], ids=["adapters alone", "all parts"])
+def test_saved_adapters_on_their_base_give_the_outputs_of_the_merged_model(
+    tokenizer: PreTrainedTokenizerFast, other_parts: list[str], tmp_path: Path
+) -> None:
+    """Bit for bit, with PEFT's own loader and merge, and with the trained weights of other parts."""
+    from peft import PeftModel
+
+    build_llava(tokenizer).save_pretrained(tmp_path / "base")
+    model = train_adapters(tokenizer)
+    with torch.no_grad():
+        for part in other_parts:
+            for weight in model.parameters_by_part()[part]:
+                weight.add_(0.01)
+    (tmp_path / "adapter").mkdir()
+    lora.save_adapters(model, LORA, other_parts, str(tmp_path / "base"), tmp_path / "adapter")
+    expected = compute_logits(lora.merge_adapters(model))
+    base = ReduxForConditionalGeneration.from_pretrained(tmp_path / "base")
+    assert not torch.allclose(compute_logits(base), expected, atol=1e-3)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    assert isinstance(loaded, ReduxForConditionalGeneration)
+    assert {name: tuple(weight.shape) for name, weight in loaded.state_dict().items()} == {
+        name: tuple(weight.shape) for name, weight in model.state_dict().items()
+    }
+    assert torch.equal(compute_logits(loaded), expected)
