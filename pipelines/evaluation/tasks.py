@@ -11,6 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 from annotated_types import Ge, MinLen
 from pydantic import StringConstraints
 
+from pipelines.core import storage
 from pipelines.data import easy_vqa
 from redux.benchmarks import BENCHMARKS, Metric, Question, Row, custom
 from redux.benchmarks import instructions as instruction_following
@@ -138,6 +139,13 @@ class Evaluate:
 def find_task(name: TaskName) -> Task:
     """Return the task of a name; any name but those of EVALUATION_TASKS is a user's."""
     return EVALUATION_TASKS.get(name, CUSTOM_TASK)
+
+
+def find_image_folder(name: TaskName, task: TaskSettings) -> str:
+    """Return the folder or URL of the images of a task."""
+    if task.images:
+        return task.images
+    return storage.find_parent(task.file) if task.file else find_task(name).images or "".join(task.files[:1])
 
 
 def compute_custom_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
