@@ -110,13 +110,14 @@ class ImageReader:
             return image
         if not self._is_reachable:
             raise ValueError("the folder of the images cannot be reached")
+        url = self.locate({"image": str(image)})
         try:
-            return storage.read(storage.join(find_image_folder(self.name, self.settings), str(image)))
-        except FileNotFoundError:
-            raise ValueError(f"{image} is missing") from None
-        except Exception as error:  # each kind of store has its own; a store that does not answer is not asked again
-            self._is_reachable = storage.is_local(find_image_folder(self.name, self.settings))
-            raise ValueError(f"{image}: {error}") from None
+            return storage.read(url)
+        except Exception as error:  # each kind of store has its own
+            # a store that does not answer is not asked again, as each try may take minutes
+            self._is_reachable = storage.is_local(url)
+            reason = str(error).removeprefix(f"{url}: ").partition(", allowed")[0]
+            raise ValueError(f"{image}: {reason}") from None
 
     def locate(self, row: Mapping[str, Any]) -> str:
         """Return the path or URL of the image of a row; "" if its line of answers does not name it."""
@@ -175,8 +176,11 @@ def _spread_over_kinds(rows: Sequence[JudgedRow], count: int) -> list[JudgedRow]
             if left and quotas[kind] < len(numbers):
                 quotas[kind] += 1
                 left -= 1
+    # each type begins at another place, as several types may have the same images in the same order
     selected = [
-        numbers[position] for kind, numbers in by_kind.items() for position in spread_evenly(len(numbers), quotas[kind])
+        numbers[(position + shift) % len(numbers)]
+        for shift, (kind, numbers) in enumerate(by_kind.items())
+        for position in spread_evenly(len(numbers), quotas[kind])
     ]
     return [rows[number] for number in sorted(selected)]
 

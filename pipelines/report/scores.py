@@ -43,6 +43,9 @@ OTHER = "other"
 TYPE_KEYS = ("type", "answer_type", "subtask", "structural", "l2-category", "category")
 """Keys of a row that have the type of its question, by preference."""
 
+UNTYPED = "all"
+"""Type of a user's question that has none."""
+
 TASK_TITLES = {"easy_vqa": "easy-VQA", "instructions": "Instructions"}
 METRIC_TITLES = {
     "strict": "followed (strict)",
@@ -62,12 +65,14 @@ class ScoreLine(NamedTuple):
         outcomes: number of its outcomes.
         interval: value and interval.
         maximum: largest possible value, 1 for a share.
+        is_type: it is the main metric of one type of question.
     """
 
     title: str
     outcomes: int
     interval: Interval
     maximum: float
+    is_type: bool = False
 
     @property
     def is_share(self) -> bool:
@@ -194,7 +199,13 @@ def make_score_line(name: str, metric: Metric, main: str) -> ScoreLine:
     maximum = metric.weight * groups
     title = name.removeprefix(f"{main}.")
     title = METRIC_TITLES.get(title, title)
-    return ScoreLine(shorten(title, LABEL_LENGTH), len(metric.outcomes), compute_interval(metric, maximum), maximum)
+    return ScoreLine(
+        shorten(title, LABEL_LENGTH),
+        len(metric.outcomes),
+        compute_interval(metric, maximum),
+        maximum,
+        is_type=name.startswith(f"{main}."),
+    )
 
 
 def compute_interval(metric: Metric, maximum: float = 1.0) -> Interval:
@@ -251,7 +262,8 @@ def _find_kind(row: Mapping[str, Any]) -> str:
     if "instruction_id" in row:
         instruction = INSTRUCTIONS.get(str(row["instruction_id"]))
         return instruction.name if instruction else str(row["instruction_id"])
-    return shorten(next((str(row[key]) for key in TYPE_KEYS if row.get(key)), ""), LABEL_LENGTH)
+    kind = next((str(row[key]) for key in TYPE_KEYS if row.get(key)), "")
+    return "" if kind == UNTYPED else shorten(kind, LABEL_LENGTH)
 
 
 def _list_references(row: Mapping[str, Any]) -> tuple[str, ...]:
