@@ -178,10 +178,11 @@ def _read_result(folder: Path, name: str) -> TaskResult:
         # rows of another version or of another program: the page still shows them
         problem = f"The answers cannot be scored: {type(error).__name__}: {error}"
     judged = tuple(JudgedRow(row, _score_row(score, row), _find_kind(row), _list_references(row)) for row in rows)
-    return TaskResult(name, _find_title(name), main, tuple(others), judged, not partial.exists(), problem)
+    return TaskResult(name, find_title(name), main, tuple(others), judged, not partial.exists(), problem)
 
 
-def _find_title(name: str) -> str:
+def find_title(name: str) -> str:
+    """Return the name of a task for readers."""
     if name in BENCHMARKS:
         return BENCHMARKS[name].title
     return TASK_TITLES.get(name, name)
