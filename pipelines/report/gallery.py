@@ -178,7 +178,7 @@ def _spread_over_kinds(rows: Sequence[JudgedRow], count: int) -> list[JudgedRow]
                 left -= 1
     # each type begins at another place, as several types may have the same images in the same order
     selected = [
-        numbers[(position + shift) % len(numbers)]
+        numbers[(position + shift * (len(numbers) // len(by_kind) + 1)) % len(numbers)]
         for shift, (kind, numbers) in enumerate(by_kind.items())
         for position in spread_evenly(len(numbers), quotas[kind])
     ]

@@ -20,7 +20,7 @@ from pipelines.core import storage
 if TYPE_CHECKING:
     import PIL.Image
 
-JPEG_QUALITY = 80
+JPEG_QUALITY = 75
 TEXT_LENGTH = 1200
 """Longest text of a question or an answer in a page, in characters."""
 

@@ -9,7 +9,7 @@ Cost: a bootstrap for each score and one for each difference (`pipelines.evaluat
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from pipelines.report.plots import ACCENT, BAD, FAINT, GOOD, INK, STYLE, Plot, s
 from pipelines.report.runs import FinishedRun
 from pipelines.report.scores import METRIC_TITLES, find_title
 from redux.benchmarks import Metric
+from redux.settings import METHODS
 
 UNCOMPARED_KEYS = (
     "name", "seed", "num_workers", "gpu_share", "checkpoints", "recovery", "report", "trackers",
@@ -30,7 +31,8 @@ UNCOMPARED_KEYS = (
 )  # fmt: skip
 """Keys of a job that make no variant: the seed, and keys without effect on the result."""
 
-LABEL_LENGTH = 120
+LABEL_LENGTH = 200
+SHORT_LENGTH = 32
 LINE_COLOURS = (ACCENT, BAD, GOOD, INK, FAINT)
 LINE_STYLES = ("-", "--", ":", "-.")
 MAX_POINTS = 400
@@ -43,11 +45,13 @@ class Variant:
 
     Args:
         label: name for readers.
+        short: its name in plots.
         settings: keys in which variants differ, with the values of this one.
         runs: the runs, by seed.
     """
 
     label: str
+    short: str
     settings: str
     runs: tuple[FinishedRun, ...]
 
@@ -138,22 +142,31 @@ def compare_variants(runs: Sequence[FinishedRun], samples: int = 10_000) -> Vari
 
 def group_variants(runs: Sequence[FinishedRun]) -> tuple[Variant, ...]:
     """Group runs by all settings but the seed, in the order of the study, or else of the runs."""
-    settings = [_read_settings(run) for run in runs]
-    keys = dict.fromkeys(key for of_run in settings for key in of_run)
-    differing = [key for key in keys if len({_write(of_run.get(key)) for of_run in settings}) > 1]
+    settings = _drop_common(
+        [_read_settings(run) | methods for run, methods in zip(runs, _list_methods(runs), strict=True)]
+    )
     groups: dict[str, list[FinishedRun]] = {}
     for run, of_run in zip(runs, settings, strict=True):
-        text = ", ".join(f"{key} = {_write(of_run.get(key))}" for key in differing)
         # runs of two variants of a study with equal settings stay two variants
-        groups.setdefault(json.dumps([text, _find_study_variant(run)]), []).append(run)
+        groups.setdefault(json.dumps([of_run, _find_study_variant(run)]), []).append(run)
     order = _read_order(runs)
     variants = []
     for key, of_group in groups.items():
-        text, name = json.loads(key)
+        of_run, name = json.loads(key)
+        text = shorten(", ".join(f"{path} = {value}" for path, value in of_run.items()), LABEL_LENGTH)
+        last = ", ".join(f"{path.rpartition('.')[2]} = {value}" for path, value in of_run.items())
         label = name or text or "same settings"
-        variants.append(Variant(shorten(label, LABEL_LENGTH), text if name else "", tuple(_sort(of_group))))
+        short = shorten(name or last or label, SHORT_LENGTH)
+        variants.append(Variant(label, short, text if name else "", tuple(_sort(of_group))))
     variants.sort(key=lambda variant: order.get(variant.label, len(order)))
     return tuple(variants)
+
+
+def _drop_common(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Keep the keys whose values differ, with the values as text."""
+    keys = dict.fromkeys(key for of_run in settings for key in of_run)
+    differing = [key for key in keys if len({_write(of_run.get(key)) for of_run in settings}) > 1]
+    return [{key: _write(of_run.get(key)) for key in differing} for of_run in settings]
 
 
 def _sort(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
@@ -161,23 +174,29 @@ def _sort(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
 
 
 def _read_settings(run: FinishedRun) -> dict[str, Any]:
-    """Read the settings that decide the result; a run that evaluates the model of another run also has those of it."""
+    """Read the settings that decide the result; a run that evaluates the model of another run has those of that run."""
     settings = flatten_dict({**run.source_job, "evaluate": run.job.get("evaluate")})
-    settings |= {f"model.{key}": value for key, value in flatten_dict(dict(_list_methods(run))).items()}
+    ignored = [*UNCOMPARED_KEYS, *(f"model.{name}" for name in METHODS)]
+    if run.source_job is run.job and run.job.get("train"):
+        ignored.append("model.checkpoint")
     return {
         key: value
         for key, value in settings.items()
-        if not any(f"{key}.".startswith(f"{uncompared}.") for uncompared in UNCOMPARED_KEYS)
-        and not (key == "model.checkpoint" and run.source_job is run.job and run.job.get("train"))
+        if not any(f"{key}.".startswith(f"{prefix}.") for prefix in ignored)
     }
 
 
-def _list_methods(run: FinishedRun) -> Iterator[tuple[str, Any]]:
-    """List the methods as the evaluation has set them."""
-    from dataclasses import asdict
-
-    for name, settings in run.methods.methods.items():
-        yield name, asdict(settings) if settings else None
+def _list_methods(runs: Sequence[FinishedRun]) -> list[dict[str, str]]:
+    """List the methods of each run as the evaluation has set them: "off", or "on" with the fields that differ."""
+    result: list[dict[str, str]] = [{} for _ in runs]
+    for name in METHODS:
+        fields = [asdict(method) if (method := run.methods.methods[name]) else None for run in runs]
+        differing = iter(_drop_common([of_run for of_run in fields if of_run is not None]))
+        for of_run, written in zip(fields, result, strict=True):
+            values = None if of_run is None else next(differing)
+            text = "" if not values else ", ".join(f"{key}: {value}" for key, value in values.items())
+            written[f"model.{name}"] = "off" if values is None else f"{{{text}}}" if text else "on"
+    return result
 
 
 def _find_study_variant(run: FinishedRun) -> str:
@@ -310,10 +329,10 @@ def _plot_stage(stage: str, curves: Sequence[tuple[int, list[Mapping[str, Any]]]
                 [row["step"] for row in rows][::every], loss[::every], linewidth=1.3, alpha=0.9,
                 color=LINE_COLOURS[number % len(LINE_COLOURS)],
                 linestyle=LINE_STYLES[number // len(LINE_COLOURS) % len(LINE_STYLES)],
-                label=None if number in labelled else shorten(variants[number].label, 40),
+                label=None if number in labelled else variants[number].short,
             )  # fmt: skip
             labelled.add(number)
-            ends.append(f"{shorten(variants[number].label, 40)} {loss[-1]:.3g}")
+            ends.append(f"{variants[number].short} {loss[-1]:.3g}")
         axes.set_xlabel("step", color=INK)
         axes.set_ylabel("loss", color=INK)
         for text in axes.legend(frameon=False, labelcolor=INK, fontsize=8).get_texts():

@@ -313,7 +313,7 @@ def test_own_questions_have_a_score_types_a_matrix_and_pictures(run: Path):
     assert "mine, accuracy 75.0 %" in words
     assert read.row("near")[1:3] == ["20", "50.0 %"]
     assert read.row("far")[1:4] == ["20", "100.0 %", "34.2 – 100.0 %"]  # Wilson's interval of two images
-    assert read.row("red")[1:] == ["10", "0", "10"]
+    assert read.row("red")[1:] == ["0", "10", "10"]  # of green, red and other
     images = read.attributes("img")
     assert len(images) == 24 + 24
     assert all((image["src"] or "").startswith("data:image/") for image in images)
@@ -375,7 +375,7 @@ def test_the_page_stays_small_with_many_photos(run: Path):
     rows = own_questions(run / "images", 200)
     noise = np.random.default_rng(0)
     for number in range(2):
-        photo = Image.fromarray(noise.integers(0, 256, (90, 120, 3), dtype=np.uint8)).resize((1200, 900))
+        photo = Image.fromarray(noise.integers(0, 256, (45, 60, 3), dtype=np.uint8)).resize((1200, 900))
         photo.save(run / f"images/{number}.jpg")
     for task in ("one", "two", "three", "four", "five", "six"):
         jsonl(run / f"answers/{task}.jsonl", rows)

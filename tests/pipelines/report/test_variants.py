@@ -1,6 +1,7 @@
 """Tests of the comparison of own runs: groups by settings, means over seeds, differences to the first variant."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_scores_are_means_over_seeds_and_differences_are_to_the_first(runs: Path
     assert all(0 < position < 100 for position in positions)
     [plot] = table.plots
     assert plot.title == "instruct"
-    assert "0.001 1" in plot.svg, "the last loss is in the description"
+    assert re.search(r"projector = 0.001 [\d.]+; projector = 0.001 [\d.]+; projector = 0.0001 ", plot.svg)
 
 
 def test_a_study_has_its_names_and_its_order(tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_a_study_has_its_names_and_its_order(tmp_path: Path) -> None:
             write_run(tmp_path, f"{name}-{seed}", seed, model__cmai=cmai)
     variants = group_variants(read(tmp_path))
     assert [(variant.label, len(variant.runs)) for variant in variants] == [("second", 2), ("first", 2), ("same", 2)]
-    assert "model.cmai" in variants[0].settings
+    assert [variant.settings for variant in variants] == ["model.cmai = off", "model.cmai = on", "model.cmai = on"]
 
 
 def test_one_variant_is_not_compared_and_other_questions_have_no_difference(tmp_path: Path) -> None:
