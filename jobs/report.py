@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from jobs import schema
+from jobs import document, schema
 from jobs.layout import CONFIG_FILE, locate_model
 from jobs.schema import Job
 from pipelines.evaluation import evaluate
@@ -99,7 +99,13 @@ def _describe_model(evaluated: EvaluatedModel | None) -> ReportedModel | None:
 
 def send_to_trackers(job: Job, folder: Path, scores: dict[str, float], report: WrittenReport) -> None:
     """Send the scores and some pictures to the trackers of a job."""
-    group = trackers.TrackerGroup(job.trackers, folder, job.name, TRACKER_STAGE, 0, schema.dump(job), print)
+    try:
+        group = trackers.TrackerGroup(
+            job.trackers, folder, job.name, TRACKER_STAGE, 0, document.write_plain(job), print
+        )
+    except ValueError as error:  # the results are written, so a missing key of a tracker is no failure
+        print(error)
+        return
     group.write(1, scores)
     for number, picture in enumerate(report.pictures, start=1):
         group.write_picture(1, f"{picture.task}/{number}", picture.image, picture.caption)

@@ -46,6 +46,7 @@ from redux.generation import Answers
 from redux.image import load_pixels
 from redux.kernels import set_kernels
 from redux.model import ReduxForConditionalGeneration, normalize_pixels
+from redux.pretrained import configure_checkpoint
 from redux.sentences import choose_splitter
 from redux.settings import METHODS, ImageAspectRatio, KernelChoice, TemplateName
 from redux.trace import ImageTrace
@@ -452,10 +453,10 @@ def trace_compression(evaluated: EvaluatedModel, images: Sequence[bytes]) -> lis
     """
     if not images or not answering.is_llava(evaluated.model):
         return []
-    llava = ReduxForConditionalGeneration.from_pretrained(evaluated.model, **evaluated.methods).eval()
-    config = llava.config
+    config = configure_checkpoint(evaluated.model, **evaluated.methods)
     if config.num_visual_tokens == config.num_patches:
-        return []
+        return []  # the weights are not read
+    llava = ReduxForConditionalGeneration.from_pretrained(evaluated.model, **evaluated.methods).eval()
     _, image_aspect_ratio = answering.resolve_format(
         config.to_dict(), evaluated.template, evaluated.image_aspect_ratio, evaluated.allow_mismatch
     )

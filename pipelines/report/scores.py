@@ -6,12 +6,12 @@ maximum.
 
 A run that is not finished has answers too: they are in the task's partial file.
 
-Cost: a bootstrap for each metric (`pipelines.evaluation.statistics`), and one call of the metrics function for each
-row. 9,673 questions of easy-VQA take a second, 3,488 instructions several, mostly for detecting languages.
+Cost: a bootstrap for each metric (`pipelines.evaluation.statistics`); and if the main metric has not one outcome for
+each row, one call of the metrics function for each row.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -22,6 +22,7 @@ from pipelines.evaluation.answer_files import ANSWERS_FOLDER, find_partial_file
 from pipelines.evaluation.statistics import Interval, bootstrap_interval
 from pipelines.evaluation.tasks import RESERVED_NAMES, find_task
 from pipelines.report.plots import shorten
+from pipelines.report.runs import Scorer
 from redux.benchmarks import BENCHMARKS, Metric, Row
 from redux.instructions import INSTRUCTIONS
 
@@ -168,17 +169,28 @@ def _read_result(folder: Path, name: str) -> TaskResult:
     stored = [row for path in (folder / f"{name}.jsonl", partial) for row in jsonl.read(path)]
     rows = list({row.get("id", number): row for number, row in enumerate(stored)}.values())
     score = find_task(name).metrics
-    main, others, problem = None, list[ScoreLine](), ""
+    metrics: dict[str, Metric] = {}
+    problem = "The questions have no reference answers, so nothing is scored here."
     try:
         metrics = {metric_name: metric for metric_name, metric in score(rows).items() if metric.outcomes}
-        lines = [make_score_line(metric_name, metric, next(iter(metrics))) for metric_name, metric in metrics.items()]
-        main, others = (lines[0], lines[1:]) if lines else (None, [])
-        problem = "" if lines else "The questions have no reference answers, so nothing is scored here."
     except (LookupError, TypeError, ValueError) as error:
         # rows of another version or of another program: the page still shows them
         problem = f"The answers cannot be scored: {type(error).__name__}: {error}"
-    judged = tuple(JudgedRow(row, _score_row(score, row), _find_kind(row), _list_references(row)) for row in rows)
-    return TaskResult(name, find_title(name), main, tuple(others), judged, not partial.exists(), problem)
+    main = next(iter(metrics), "")
+    lines = [make_score_line(metric_name, metric, main) for metric_name, metric in metrics.items()]
+    judged = tuple(
+        JudgedRow(row, row_score, _find_kind(row), _list_references(row))
+        for row, row_score in zip(rows, _score_rows(score, rows, metrics.get(main)), strict=True)
+    )
+    return TaskResult(
+        name=name,
+        title=find_title(name),
+        main=lines[0] if lines else None,
+        others=tuple(lines[1:]),
+        rows=judged,
+        is_complete=not partial.exists(),
+        problem="" if lines else problem,
+    )
 
 
 def find_title(name: str) -> str:
@@ -247,8 +259,14 @@ def wilson_interval(successes: float, n: int, z: float = 1.959964) -> tuple[floa
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def _score_row(score: Callable[[Sequence[Row]], dict[str, Metric]], row: Row) -> float | None:
-    """Compute the first metric of a row alone, as a share of its maximum; None if there is none."""
+def _score_rows(score: Scorer, rows: Sequence[Row], main: Metric | None) -> list[float | None]:
+    """Compute the first metric of each row alone, as a share of its maximum; None for a row that has none."""
+    if main and [outcome.unit for outcome in main.outcomes] == [row.get("unit") for row in rows]:
+        return [outcome.value for outcome in main.outcomes]  # it has one outcome for each row, in their order
+    return [_score_row(score, row) for row in rows]
+
+
+def _score_row(score: Scorer, row: Row) -> float | None:
     try:
         metric = next(iter(score([row]).values()), None)
     except (LookupError, TypeError, ValueError):

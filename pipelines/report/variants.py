@@ -10,7 +10,6 @@ Cost: a bootstrap for each score and one for each difference (`pipelines.evaluat
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import yaml
@@ -120,10 +119,6 @@ class VariantTable:
     columns: tuple[VariantColumn, ...]
     cells: tuple[tuple[VariantCell | None, ...], ...]
     plots: tuple[Plot, ...]
-
-    @cached_property
-    def num_seeds(self) -> int:
-        return max(len(variant.runs) for variant in self.variants)
 
 
 def compare_variants(runs: Sequence[FinishedRun], samples: int = 10_000) -> VariantTable | None:
