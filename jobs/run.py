@@ -21,7 +21,7 @@ from pathlib import Path
 import ray
 import tenacity
 
-from jobs import claims, model_parts, schema
+from jobs import claims, model_parts, report, schema
 from jobs.asking import describe_asking
 from jobs.claims import ASSEMBLED, PROGRESS
 from jobs.layout import locate_checkpoints, locate_sets
@@ -31,7 +31,7 @@ from pipelines.core import cluster, failures, interrupts, jsonl, storage
 from pipelines.data import easy_vqa, records, shard_index, shard_writer
 from pipelines.data.options import ShardOptions
 from pipelines.evaluation import evaluate, tasks
-from pipelines.report import run_report
+from pipelines.report.environment import record_environment
 from pipelines.training import driver, ledger
 from pipelines.training.plan import StagePlan
 from pipelines.training.stage import count_shared_workers
@@ -99,6 +99,7 @@ def run(
         jsonl.drop_partial_line(folder / PROGRESS)
         with cluster.open_session(), group:
             _check_resources(job, remaining)
+            record_environment(folder, list(remaining))
             _start_workers_early(job, folder, allow_changes, list(remaining), group)
             _run_steps(remaining, folder / PROGRESS, started_at)
     if until is None:
@@ -223,20 +224,17 @@ def list_steps(
             driver.train_stage, plan, should_stop=watch, group=group, later=plans[number:] if group else ()
         )
     settings = job.evaluate
-    if settings is None:
-        result["report"] = lambda: _write_report(folder, [])
-        return result
-    evaluated = _choose_evaluated_model(job, settings, stages)
 
-    def run_evaluation() -> None:
+    def run_evaluation(settings: tasks.Evaluate) -> None:
         started_at = time.monotonic()
+        evaluated = report.choose_evaluated_model(job, folder)
         _write_json(folder / SCORES, evaluate.evaluate(evaluated, folder, settings, job.gpu_share))
         ledger.append_event(folder, "evaluate", last, wall_s=time.monotonic() - started_at)
 
-    def report_examples() -> None:
-        _write_report(folder, evaluate.collect_examples(evaluated, folder, job.report.examples))
-
-    return {**result, "evaluate": run_evaluation, "report": report_examples}
+    if settings is not None:
+        result["evaluate"] = functools.partial(run_evaluation, settings)
+    result["report"] = lambda: _write_report(job, folder)
+    return result
 
 
 def _check_stored_images(job: Job, folder: Path) -> None:
@@ -261,18 +259,6 @@ def _check_stored_images(job: Job, folder: Path) -> None:
         for plan in plan_stages(job, folder).values():
             for name in plan.stage.mixture:
                 plan.check_prepared(name, prepared.get(name))
-
-
-def _choose_evaluated_model(
-    job: Job, settings: tasks.Evaluate, stages: dict[str, StagePlan]
-) -> evaluate.EvaluatedModel:
-    """Choose the model to evaluate: the result of the last stage, or model.checkpoint if there is no stage."""
-    options = {name: getattr(settings, name) for name in ("template", "image_aspect_ratio", "allow_mismatch")}
-    options["kernels"] = job.model.kernels
-    if stages:
-        return evaluate.EvaluatedModel(model=list(stages.values())[-1].result, **options)
-    assert job.model.checkpoint
-    return evaluate.EvaluatedModel(model=job.model.checkpoint, methods=job.model.methods, **options)
 
 
 def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str, StagePlan]:
@@ -322,13 +308,18 @@ def _list_finished(folder: Path) -> list[str]:
 def _write_metrics(folder: Path) -> None:
     """Write metrics.json: scores, and wall-clock seconds of each finished step and of all."""
     times = {f"wall_s.{entry['step']}": entry["wall_s"] for entry in jsonl.read(folder / PROGRESS)}
-    scores = json.loads((folder / SCORES).read_text()) if (folder / SCORES).exists() else {}
-    _write_json(folder / "metrics.json", {**scores, "wall_s": sum(times.values()), **times})
+    _write_json(folder / "metrics.json", {**_read_scores(folder), "wall_s": sum(times.values()), **times})
 
 
-def _write_report(folder: Path, examples: Sequence[evaluate.Example]) -> None:
+def _write_report(job: Job, folder: Path) -> None:
     _write_metrics(folder)
-    run_report.write_report(folder, examples)
+    written = report.write_report(job, folder)
+    if job.evaluate and (folder / SCORES).exists():
+        report.send_to_trackers(job, folder, _read_scores(folder), written)
+
+
+def _read_scores(folder: Path) -> dict[str, float]:
+    return json.loads((folder / SCORES).read_text()) if (folder / SCORES).exists() else {}
 
 
 def _write_json(path: Path, values: dict[str, float]) -> None:

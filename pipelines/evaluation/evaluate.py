@@ -28,8 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
-from pipelines.data import easy_vqa
-from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
+from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE, find_partial_file
 from pipelines.evaluation.tasks import (
     Evaluate,
     TaskName,
@@ -37,7 +36,6 @@ from pipelines.evaluation.tasks import (
     find_image_folder,
     find_task,
     load_questions,
-    spread_evenly,
 )
 from pipelines.training.metrics import measure_peak_bytes
 from redux import answering
@@ -48,8 +46,10 @@ from redux.generation import Answers
 from redux.image import load_pixels
 from redux.kernels import set_kernels
 from redux.model import ReduxForConditionalGeneration, normalize_pixels
+from redux.pretrained import configure_checkpoint
 from redux.sentences import choose_splitter
 from redux.settings import METHODS, ImageAspectRatio, KernelChoice, TemplateName
+from redux.trace import ImageTrace
 
 SPEED_FILE = "speed.jsonl"
 
@@ -313,7 +313,7 @@ def _run_inference(
                 raise ValueError(f"evaluate.tasks.{batch.task}: {problem}")
             answered = zip(batch.questions, block["response"], strict=True)
             jsonl.append(
-                _partial_file(folder, batch.task),
+                find_partial_file(folder, batch.task),
                 (_make_row(question) | {"response": str(response)} for question, response in answered),
             )
             jsonl.append(folder / SPEED_FILE, [_make_speed_row(batch, block)])
@@ -363,13 +363,9 @@ def _make_row(question: Question) -> dict[str, Any]:
     return {"id": question.id, "unit": question.unit, "prompt": question.prompt, **question.reference}
 
 
-def _partial_file(folder: Path, name: str) -> Path:
-    return folder / f".{name}.jsonl"
-
-
 def _find_unanswered(folder: Path, name: str, questions: Sequence[Question]) -> list[Question]:
     """Find the questions without an answer on disk."""
-    jsonl.drop_partial_line(_partial_file(folder, name))
+    jsonl.drop_partial_line(find_partial_file(folder, name))
     rows = _read_rows_by_id(folder, name)
     return [
         question for question in questions if question.id not in rows or not _is_answer(question, rows[question.id])
@@ -379,7 +375,7 @@ def _find_unanswered(folder: Path, name: str, questions: Sequence[Question]) -> 
 def _read_rows_by_id(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """Read all rows of a task, from its complete and its partial file."""
     # rows of the partial file are newer, so they come last
-    files = (folder / f"{name}.jsonl", _partial_file(folder, name))
+    files = (folder / f"{name}.jsonl", find_partial_file(folder, name))
     return {row["id"]: row for path in files for row in jsonl.read(path)}
 
 
@@ -394,7 +390,7 @@ def _write_in_order(folder: Path, name: str, questions: Sequence[Question]) -> N
     rows = _read_rows_by_id(folder, name)
     text = "".join(json.dumps(rows[question.id]) + "\n" for question in questions)
     storage.write(str(folder / f"{name}.jsonl"), text.encode())
-    _partial_file(folder, name).unlink(missing_ok=True)
+    find_partial_file(folder, name).unlink(missing_ok=True)
 
 
 def read_answers(run: Path, name: str) -> list[dict[str, Any]]:
@@ -442,62 +438,37 @@ def compute_speed(run: Path) -> dict[str, float]:
     }
 
 
-@dataclass
-class Example:
-    """A test question, its answer, and the compression of its image.
+def trace_compression(evaluated: EvaluatedModel, images: Sequence[bytes]) -> list[ImageTrace]:
+    """Encode images as for the answers, and return the tokens of their patches.
 
     Args:
-        image: the image as the model sees it.
-        question: text of the question.
-        answer: reference answer.
-        response: answer of the model.
-        correct: the response is correct.
-        slot: token of each patch, shape (patches,), -1 if dropped, as `redux.picture.draw` takes it.
-        merged: patches that share a token, shape (patches,), as `redux.picture.draw` takes it.
+        evaluated: the model that gave the answers.
+        images: encoded image files.
+
+    Returns:
+        A trace for each image; none for a model that keeps all tokens or is no LLaVA.
+
+    Raises:
+        ValueError: an image cannot be read.
     """
-
-    image: Image.Image
-    question: str
-    answer: str
-    response: str
-    correct: bool
-    slot: np.ndarray
-    merged: np.ndarray
-
-
-def collect_examples(evaluated: EvaluatedModel, run: Path, count: int) -> list[Example]:
-    """Collect answered easy-VQA questions about different images, evenly spaced, with the compression by VMTC.
-
-    Args:
-        evaluated: the model that gave the answers; other models than LLaVA have no examples.
-        run: the run folder with the answers.
-        count: maximum number of examples.
-    """
-    # the first question of each image, in the order of the benchmark
-    first = {row["image"]: row for row in reversed(read_answers(run, "easy_vqa"))}
-    by_image = list(reversed(first.values()))
-    if not (count and by_image and answering.is_llava(evaluated.model)):
+    if not images or not answering.is_llava(evaluated.model):
         return []
+    config = configure_checkpoint(evaluated.model, **evaluated.methods)
+    if config.num_visual_tokens == config.num_patches:
+        return []  # the weights are not read
     llava = ReduxForConditionalGeneration.from_pretrained(evaluated.model, **evaluated.methods).eval()
     _, image_aspect_ratio = answering.resolve_format(
-        llava.config.to_dict(), evaluated.template, evaluated.image_aspect_ratio, evaluated.allow_mismatch
+        config.to_dict(), evaluated.template, evaluated.image_aspect_ratio, evaluated.allow_mismatch
     )
-    examples = []
-    for row in (by_image[index] for index in spread_evenly(len(by_image), count)):
-        content = (easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes()
-        image = load_pixels(content, llava.config.vision_config.image_size, image_aspect_ratio)
-        # encode again to get the token of each patch; inference keeps only the tokens
+    traces = []
+    for image in images:
+        pixels = load_pixels(image, config.vision_config.image_size, image_aspect_ratio)
         with torch.inference_mode():
-            _, assignment = llava.model.encode_images(normalize_pixels(torch.from_numpy(image[None])))
-        examples.append(
-            Example(
-                image=Image.fromarray(image.transpose(1, 2, 0)),
-                question=row["prompt"],
-                answer=row["answer"],
-                response=row["response"],
-                correct=easy_vqa.is_correct(row),
-                slot=assignment.slot[0].numpy(),
-                merged=assignment.merged[0].numpy(),
+            values = normalize_pixels(torch.from_numpy(pixels[None])).to(llava.dtype)
+            _, assignment = llava.model.encode_images(values)
+        traces.append(
+            ImageTrace(
+                Image.fromarray(pixels.transpose(1, 2, 0)), assignment.slot[0].numpy(), assignment.merged[0].numpy()
             )
         )
-    return examples
+    return traces

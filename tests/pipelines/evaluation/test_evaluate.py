@@ -20,7 +20,7 @@ import torch
 from pipelines.data import easy_vqa
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER
-from pipelines.evaluation.evaluate import EvaluatedModel, collect_examples, read_answers
+from pipelines.evaluation.evaluate import EvaluatedModel, read_answers, trace_compression
 from pipelines.evaluation.tasks import (
     EVALUATION_TASKS,
     Evaluate,
@@ -305,36 +305,24 @@ def test_an_id_that_comes_twice_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         load_questions("gqa", TaskSettings())
 
 
-# Examples
+# Compression of images
 
 
-@pytest.mark.parametrize("count", [0, 1, 5])
-def test_the_requested_number_of_examples_shows_different_images_with_their_questions(
-    evaluated: EvaluatedModel, undisturbed: Path, count: int
-) -> None:
-    answered = read_answers(undisturbed, "easy_vqa")
-    given = {(row["image"], row["prompt"], row["answer"], row["response"]) for row in answered}
-    pictures = {
-        load_pixels((easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"]
-        for row in answered
-    }
-    shown = []
-    for example in collect_examples(evaluated, undisturbed, count):
-        image = pictures[np.asarray(example.image).transpose(2, 0, 1).tobytes()]
-        assert (image, example.question, example.answer, example.response) in given
-        assert example.correct == (example.answer == example.response)
-        shown.append(image)
-    assert len(shown) == len(set(shown)) == count
+def test_a_traced_image_is_that_of_the_model_and_has_the_token_of_each_patch(evaluated: EvaluatedModel) -> None:
+    images = [(easy_vqa.PACKAGE_IMAGES / f"test/images/{number}.png").read_bytes() for number in range(3)]
+    traces = trace_compression(evaluated, images)
+    assert len(traces) == len(images)
+    for image, trace in zip(images, traces, strict=True):
+        assert np.array_equal(np.asarray(trace.image).transpose(2, 0, 1), load_pixels(image, 16, "pad"))
+        assert trace.slot.shape == trace.merged.shape == (PATCHES,)
+        assert set(trace.slot) - {-1} == set(range(PATCHES // 2)), "half of the tokens reach the language model"
+        kept = trace.slot[~trace.merged & (trace.slot >= 0)]
+        assert len(kept) == len(set(kept)) > 0, "a kept patch has a token of its own"
 
 
-def test_an_example_has_the_token_of_each_patch(evaluated: EvaluatedModel, undisturbed: Path) -> None:
-    for example in collect_examples(evaluated, undisturbed, 5):
-        slot, merged = np.asarray(example.slot), np.asarray(example.merged)
-        assert slot.shape == merged.shape == (PATCHES,)
-        assert set(slot) - {-1} == set(range(PATCHES // 2)), "half of the tokens reach the language model"
-        assert not merged.all()
-        kept = slot[~merged & (slot >= 0)]
-        assert len(kept) == len(set(kept)), "a kept patch has a token of its own"
+def test_a_model_that_keeps_all_tokens_has_no_traces(evaluated: EvaluatedModel) -> None:
+    image = (easy_vqa.PACKAGE_IMAGES / "test/images/0.png").read_bytes()
+    assert trace_compression(replace(evaluated, methods={"vmtc": None}), [image]) == []
 
 
 @pytest.fixture(autouse=True)
