@@ -76,14 +76,14 @@ def run(
     # read first without the lock and without Ray: to repeat the command of a finished run costs seconds
     finished = f"{job.name} is finished; its {until or 'report'}: {folder / ('' if until else 'report.html')}"
     changes = claims.Claim.from_folder(folder, job).find_changes(allow_changes)
-    if not changes and not work.keys() - _list_finished(folder):
+    if not changes and not work.keys() - _list_finished(job, folder):
         print(finished)
         return
     claims.make_folder(folder)
     with run_lock(folder, patience_s):
         # another process may have worked on this run until now, so its progress is read again
         claims.Claim.from_folder(folder, job).enforce(allow_changes)
-        done = _list_finished(folder)
+        done = _list_finished(job, folder)
         remaining = {name: step for name, step in work.items() if name not in done}
         if not remaining:
             print(finished)
@@ -313,8 +313,12 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
     return result
 
 
-def _list_finished(folder: Path) -> list[str]:
-    return [entry["step"] for entry in jsonl.read(folder / PROGRESS)]
+def _list_finished(job: Job, folder: Path) -> list[str]:
+    """List the finished steps; without evaluation and report, if a file of own questions has changed since then."""
+    finished = [entry["step"] for entry in jsonl.read(folder / PROGRESS)]
+    if "evaluate" in finished and job.evaluate and evaluate.has_new_questions(folder, job.evaluate):
+        return [step for step in finished if step not in ("evaluate", "report")]
+    return finished
 
 
 def _write_metrics(folder: Path) -> None:
