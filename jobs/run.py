@@ -298,6 +298,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
             checkpoints=locate_checkpoints(job, folder),
             sets={name: sets[name] for name in stage.mixture},
             max_bad_fraction=job.data.max_bad_fraction,
+            hold_out=job.data.hold_out,
             tokenizer=tokenizer,
             start=start,
             image_size=image_size,
