@@ -78,14 +78,14 @@ def run(
     finished = f"{job.name} is finished; its {until or 'report'}: {folder / ('' if until else 'report.html')}"
     finished += "" if until else f"\n{describe_asking(job, folder)}"
     changes = claims.Claim.from_folder(folder, job).find_changes(allow_changes)
-    if not changes and not work.keys() - _list_finished(folder):
+    if not changes and not work.keys() - _list_finished(job, folder):
         print(finished)
         return
     claims.make_folder(folder)
     with run_lock(folder, patience_s):
         # another process may have worked on this run until now, so its progress is read again
         claims.Claim.from_folder(folder, job).enforce(allow_changes)
-        done = _list_finished(folder)
+        done = _list_finished(job, folder)
         remaining = {name: step for name, step in work.items() if name not in done}
         if not remaining:
             print(finished)
@@ -286,6 +286,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
             checkpoints=locate_checkpoints(job, folder),
             sets={name: sets[name] for name in stage.mixture},
             max_bad_fraction=job.data.max_bad_fraction,
+            hold_out=job.data.hold_out,
             tokenizer=tokenizer,
             start=start,
             image_size=image_size,
@@ -301,8 +302,12 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
     return result
 
 
-def _list_finished(folder: Path) -> list[str]:
-    return [entry["step"] for entry in jsonl.read(folder / PROGRESS)]
+def _list_finished(job: Job, folder: Path) -> list[str]:
+    """List the finished steps; without evaluation and report, if a file of own questions has changed since then."""
+    finished = [entry["step"] for entry in jsonl.read(folder / PROGRESS)]
+    if "evaluate" in finished and job.evaluate and evaluate.has_new_questions(folder, job.evaluate):
+        return [step for step in finished if step not in ("evaluate", "report")]
+    return finished
 
 
 def _write_metrics(folder: Path) -> None:

@@ -9,6 +9,7 @@ from jobs.cli.arguments import build_options
 from jobs.layout import locate_sets
 from pipelines.core import cluster, storage
 from pipelines.data import audit, consumed, easy_vqa, records, shard_index, shard_writer, tars
+from pipelines.data.held_out import select_held_out
 from pipelines.data.options import ShardOptions
 from pipelines.training import metrics
 from pipelines.training.files import JOB_FILE
@@ -88,12 +89,13 @@ def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
         raise ValueError(f"{folder}: {run} did not train on it, allowed: {', '.join(sets.values())}")
     log = run / consumed.CONSUMED_FILE
     samples = len(shard_index.Shards(folder))
+    held = select_held_out(samples, job.data.hold_out, folder).tolist() if job.data.hold_out else []
     confirmations, faults = list[str](), list[str]()
     if not log.exists():
         raise ValueError(f"{log}: does not exist, allowed: a run that has trained")
     for name in names:
         with log.open("rb") as lines:
-            coverages, errors = consumed.verify_coverage(lines, str(log), name, samples)
+            coverages, errors = consumed.verify_coverage(lines, str(log), name, samples, held)
         faults += errors
         for coverage in coverages:
             # a lost end of the log would look like an early stop, but the metrics have their own count
@@ -104,7 +106,8 @@ def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
                 )
             confirmations.append(
                 f"{coverage.stage}: {coverage.steps} steps used {coverage.samples} samples of {name}: each of its "
-                f"{samples} once in each of {coverage.epochs} epochs, {coverage.partial_samples} once in the epoch "
-                f"that is not finished; {coverage.replaced} replaced"
+                f"{samples - len(held)} once in each of {coverage.epochs} epochs, {coverage.partial_samples} once in "
+                f"the epoch that is not finished; {coverage.replaced} replaced"
+                + (f"; its {len(held)} held-out samples were not used" if held else "")
             )
     return confirmations, faults

@@ -198,7 +198,8 @@ class Reader:
                 reason = reason or _describe_failure(shards, used, error)
                 # seeded by the position, so that every reader draws the same replacement
                 rng = np.random.default_rng((self.order.seed, position, attempt))
-                used, stored_sample = int(rng.integers(len(shards))), None
+                drawn = rng.integers(self.order.samples[source], size=1)
+                used, stored_sample = int(self.order.get_rows(source, drawn)[0]), None
             else:
                 entry = {"set": name, "position": position, "scheduled": scheduled, "used": used, "reason": reason}
                 return row, image, entry if reason else None
