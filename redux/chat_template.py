@@ -8,6 +8,7 @@ Qwen3's template, asked with `enable_thinking` false, puts an empty thinking blo
 it stands before each answer, since a model learns all answers of a conversation at once.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,6 +36,8 @@ CHECKED_TEXTS = (
 
 TODAY = date(2024, 7, 26)
 """Date for chat templates that write the date: a conversation must have the same tokens on each day."""
+
+CALL_OF_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 THINKING_BLOCK = re.compile(r"<think>\s*</think>\s*")
 
@@ -109,14 +112,17 @@ def _render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], system: st
     """Render a conversation by the chat template; one that ends with a question asks for the answer."""
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": ROLES[number % 2], "content": text} for number, text in enumerate(texts)]
+    undated = CALL_OF_DATE.sub(
+        lambda call: json.dumps(TODAY.strftime(call[2])), tokenizer.get_chat_template()
+    )
     try:
         return str(
             tokenizer.apply_chat_template(
                 messages,
+                chat_template=undated,
                 tokenize=False,
                 add_generation_prompt=len(texts) % 2 == 1,
                 enable_thinking=False,
-                strftime_now=TODAY.strftime,
             )
         )
     except Exception as error:  # a chat template is a program, which may raise any error

@@ -266,6 +266,8 @@ def _load_language_config(path: str | PathLike, gguf_file: str | None = None) ->
     if language_class is None:
         raise ValueError(f"language: got {path} of model_type {model_type}, allowed: {_describe_allowed({})}")
     config = _load_part_config("language", path, {model_type: language_class}, gguf_file)
+    if getattr(config, "quantization_config", None) and not gguf_file:
+        raise ValueError(f"language: got {path} with quantized weights, allowed: others, or a GGUF file")
     drop_idle_window(config)
     try:
         check_language(config)
