@@ -112,9 +112,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], system: st
     """Render a conversation by the chat template; one that ends with a question asks for the answer."""
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": ROLES[number % 2], "content": text} for number, text in enumerate(texts)]
-    undated = CALL_OF_DATE.sub(
-        lambda call: json.dumps(TODAY.strftime(call[2])), tokenizer.get_chat_template()
-    )
+    undated = CALL_OF_DATE.sub(lambda call: json.dumps(TODAY.strftime(call[2])), tokenizer.get_chat_template())
     try:
         return str(
             tokenizer.apply_chat_template(
