@@ -211,7 +211,8 @@ def list_steps(
     sets, result = locate_sets(job, folder), {}
     stages = plan_stages(job, folder, allow_changes)
     if job.generated_sets or job.data.make or not job.model.is_pretrained:
-        templates = [TEMPLATES[plan.template] for plan in stages.values()]
+        # pretrained parts bring their tokenizer, and perhaps a chat template
+        templates = [] if job.model.is_pretrained else [TEMPLATES[plan.template] for plan in stages.values()]
         result["shards"] = lambda: _make_shards(job, sets, folder / TOKENIZER, templates)
     model_parts.check_weights(job, folder)
     if job.model.is_pretrained and job.train:

@@ -76,6 +76,11 @@ def _check_compatible(model: PreTrainedModel) -> None:
     forgetful = {type(layer).__name__ for layer in DynamicCache(config=text_config).layers} - {"DynamicLayer"}
     if forgetful:
         raise ValueError(f"cache: got {', '.join(sorted(forgetful))}, allowed: DynamicLayer, which forgets no token")
+    if getattr(text_config, "attn_logit_softcapping", None):
+        raise ValueError(
+            f"attn_logit_softcapping: got {text_config.attn_logit_softcapping} in the language model of {model_class}, "
+            "allowed: None, as scaled-dot-product attention would leave the cap out"
+        )
     decoder = model.get_decoder()
     if not (decoder._supports_attention_backend and decoder._supports_sdpa):
         raise ValueError(

@@ -20,6 +20,7 @@ from pipelines.data.shard_index import Shards
 from pipelines.data.text_tokenizer import load_text_tokenizer
 from pipelines.training.stage import DEFAULT_IMAGE_ASPECT_RATIO, DEFAULT_TEMPLATE, Recovery, Stage
 from redux.architecture import ModelSettings
+from redux.conversation import TEMPLATES, Template
 from redux.settings import ImageAspectRatio, KernelChoice, TemplateName
 
 
@@ -76,7 +77,7 @@ class StagePlan:
 
     @property
     def template(self) -> TemplateName:
-        """Template of the conversations."""
+        """Name of the conversation template."""
         return self.stage.template or DEFAULT_TEMPLATE
 
     @property
@@ -176,16 +177,16 @@ class StagePlan:
             groups=groups,
             held_out=held_out,
         )
-        is_language = stage.objective == "language"
+        encode = ingest.encode_caption
+        if stage.objective == "language":
+            encode = ingest.make_conversation_encoder(self.load_template(), self.image_tokens, stage.max_length)
         return ingest.Reader(
             sources=sources,
             order=order,
             micro_batch_size=stage.micro_batch_size,
             image_size=self.image_size,
             tokenizer=self.tokenizer,
-            encode=ingest.make_conversation_encoder(self.template, self.image_tokens, stage.max_length)
-            if is_language
-            else ingest.encode_caption,
+            encode=encode,
             image_aspect_ratio=self.image_aspect_ratio,
             image_backend=stage.image_backend,
             random_flip=stage.random_flip,
@@ -213,6 +214,25 @@ class StagePlan:
             )
             for (name, shards), held_out in zip(reader.sources.items(), reader.order.held_out, strict=True)
         ]
+
+    def load_template(self) -> Template:
+        """Load the conversation template; "chat" is that of the tokenizer, which exists when the stage begins.
+
+        Readers get the result, as they do without transformers.
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or one that cannot be expressed as a `Template`.
+        """
+        if self.template in TEMPLATES:
+            return TEMPLATES[self.template]
+        from transformers import AutoTokenizer
+
+        from redux.chat_template import find_template
+
+        try:
+            return find_template(self.template, AutoTokenizer.from_pretrained(self.tokenizer))
+        except ValueError as error:
+            raise ValueError(f"train.{self.name}.{error}") from None
 
     def count_steps(self, order: Order) -> int:
         """Count the global batches of the stage."""

@@ -44,8 +44,9 @@ class Stage:
         objective: "contrastive" trains the image tower alone, with CLIP's objective on captions; "language" trains
             LLaVA with next-token prediction.
         data: name of a set of shards, or a mixture: set names with their shares of each global batch.
-        template: conversation template. null takes the template of model.checkpoint, or vicuna_v1 if it has none for
-            questions.
+        template: conversation template. "plain" keeps only image and answer (LLaVA's stage 1), "vicuna_v1" is that of
+            its stage 2, "vicuna_bare" the same without system prompt, "chat" the chat template of the language model's
+            tokenizer. null takes the template of model.checkpoint, or vicuna_v1 if it has none for questions.
         max_length: number of tokens to which a sample is truncated, as in LLaVA. With null, samples that exceed the
             positions of the model are replaced.
         epochs: passes over all samples of all sets together. Set exactly one of epochs and steps.
