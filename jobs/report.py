@@ -75,7 +75,7 @@ def _read_evaluated(folder: Path) -> EvaluatedModel | None:
     found = next((model for model in models if (Path(model) / CONFIG_FILE).exists()), None)
     if found is None:
         return None
-    options = {name: provenance.get(name) for name in ("template", "image_aspect_ratio")}
+    options: dict[str, Any] = {name: provenance.get(name) for name in ("template", "image_aspect_ratio")}
     return EvaluatedModel(model=found, allow_mismatch=True, **options)
 
 

@@ -54,7 +54,8 @@ def check_language(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: tells what LLaVA would compute otherwise, or why CMAI cannot work.  It begins with "which".
     """
-    if problem := _find_problem(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)):
+    config_class: Any = type(config)
+    if problem := _find_problem(config_class, json.dumps(config.to_dict(), sort_keys=True, default=str)):
         raise ValueError(problem)
 
 
@@ -117,7 +118,8 @@ def _find_other_build(language: Any) -> str:
     config, head, base = language.config, language.get_output_embeddings(), language.base_model
     if type(head) is not nn.Linear or head.bias is not None:
         return "whose head is no linear layer without bias"
-    if type(base) is not type(AutoModel.from_config(config)) or language.base_model_prefix != "model":
+    plain: Any = AutoModel.from_config(config)
+    if not isinstance(base, type(plain)) or language.base_model_prefix != "model":
         return f"whose decoder {type(base).__name__} has other names than LLaMA's"
     if missing := [name for name in ("embed_tokens", "layers", "norm") if not hasattr(base, name)]:
         return f"whose decoder has no {missing[0]}"

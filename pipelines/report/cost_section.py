@@ -1,5 +1,6 @@
 """Cost of a model beside that of a LLaVA of the same sizes, computed from the configuration alone."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from redux.configuration import ReduxConfig
@@ -70,10 +71,10 @@ def compare_cost(config: ReduxConfig) -> CostComparison:
     costs = [compute_cost(each, TEXT_TOKENS) for each in (config, llava)]
     steps = [compute_step_cost(each, TEXT_TOKENS) for each in (config, llava)]
     lines = (
-        _make_line("Image tokens", *(float(each.image_seq_length) for each in (config, llava))),
-        _make_line(f"FLOPs of a prompt with {TEXT_TOKENS} text tokens", *(float(cost.flops) for cost in costs)),
-        _make_line("FLOPs of the next token", *(float(step.flops) for step in steps)),
-        _make_line("KV cache and CMAI's cache", *(float(cost.kv_bytes + cost.focus_bytes) for cost in costs), "bytes"),
+        _make_line("Image tokens", [each.image_seq_length for each in (config, llava)]),
+        _make_line(f"FLOPs of a prompt with {TEXT_TOKENS} text tokens", [cost.flops for cost in costs]),
+        _make_line("FLOPs of the next token", [step.flops for step in steps]),
+        _make_line("KV cache and CMAI's cache", [cost.kv_bytes + cost.focus_bytes for cost in costs], "bytes"),
     )
     longest = max(cost.flops for cost in costs)
     bars = tuple(
@@ -87,7 +88,9 @@ def compare_cost(config: ReduxConfig) -> CostComparison:
     return CostComparison(lines, bars, tuple(parts[title] for title in order), has_method, tokens)
 
 
-def _make_line(title: str, ours: float, llava: float, unit: str = "") -> CostLine:
+def _make_line(title: str, values: Sequence[float], unit: str = "") -> CostLine:
+    """Make a line from the values of the model and of LLaVA."""
+    ours, llava = map(float, values)
     write = _format_bytes if unit == "bytes" else _format
     return CostLine(title, write(ours), write(llava), ours / llava)
 

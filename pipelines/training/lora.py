@@ -104,11 +104,17 @@ def save_adapters(
     """
     require_peft()
     from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
     modules = [PART_PREFIXES[part] for part in other_parts]
     # The tower has layers of the same names, so a pattern names those of the language model.
-    pattern = rf"model\.language_model\..*\.({'|'.join(ADAPTED_LAYERS)})"
+    adapted = {
+        name.rpartition(".")[2]
+        for name, layer in llava.model.language_model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    pattern = rf"model\.language_model\..*\.({'|'.join(sorted(adapted))})"
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

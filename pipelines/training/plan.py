@@ -177,9 +177,11 @@ class StagePlan:
             groups=groups,
             held_out=held_out,
         )
-        encode = ingest.encode_caption
-        if stage.objective == "language":
-            encode = ingest.make_conversation_encoder(self.load_template(), self.image_tokens, stage.max_length)
+        encode = (
+            ingest.make_conversation_encoder(self.load_template(), self.image_tokens, stage.max_length)
+            if stage.objective == "language"
+            else ingest.encode_caption
+        )
         return ingest.Reader(
             sources=sources,
             order=order,
