@@ -118,8 +118,8 @@ def _find_other_build(language: Any) -> str:
     config, head, base = language.config, language.get_output_embeddings(), language.base_model
     if type(head) is not nn.Linear or head.bias is not None:
         return "whose head is no linear layer without bias"
-    plain: Any = AutoModel.from_config(config)
-    if not isinstance(base, type(plain)) or language.base_model_prefix != "model":
+    decoder_name = type(AutoModel.from_config(config)).__name__
+    if type(base).__name__ != decoder_name or language.base_model_prefix != "model":
         return f"whose decoder {type(base).__name__} has other names than LLaMA's"
     if missing := [name for name in ("embed_tokens", "layers", "norm") if not hasattr(base, name)]:
         return f"whose decoder has no {missing[0]}"
