@@ -116,7 +116,7 @@ def shrink_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def _find_other_build(language: Any) -> str:
     """Find a part that a language model of LLaMA's build does not have."""
     config, head, base = language.config, language.get_output_embeddings(), language.base_model
-    if type(head) is not nn.Linear or head.bias is not None:
+    if type(head) is not nn.Linear or len(list(head.parameters())) > 1:
         return "whose head is no linear layer without bias"
     decoder_name = type(AutoModel.from_config(config)).__name__
     if type(base).__name__ != decoder_name or language.base_model_prefix != "model":

@@ -38,7 +38,6 @@ class StagePlan:
         checkpoints: folder or URL that every worker can reach.
         sets: folder or URL of each set of the mixture.
         max_bad_fraction: share of the stage's samples that may be replaced before it stops.
-        hold_out: share of each set that is held out of training.
         tokenizer: folder of the tokenizer.
         start: folder or URL of the model from which the stage starts: that of the previous stage or a pretrained one.
             None builds `model` with random weights.
@@ -51,6 +50,7 @@ class StagePlan:
         allow_changes: resume from a checkpoint that was written with other data or another model.
         gpu_share: share of a GPU of each worker.
         kernels: choice between fused kernels and plain code.
+        hold_out: share of each set that is held out of training.
     """
 
     name: str
