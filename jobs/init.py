@@ -54,7 +54,7 @@ class InitAnswers:
         questions: file of questions with answers; None for none.
         metric: their metric.
         gpus: number of GPUs.
-        model: "small", a name in LARGE_MODELS, or folder or hub id of a LLaVA.
+        model: "small", a name in LARGE_MODELS, folder or hub id of a LLaVA, or those of a tower and a language model.
     """
 
     name: str
@@ -66,6 +66,14 @@ class InitAnswers:
     metric: AnswerMetric = "contains"
     gpus: int
     model: str
+
+    @property
+    def parts(self) -> tuple[str, str] | None:
+        """Tower and language model that are joined by a new projector; None for other models."""
+        if self.model in LARGE_MODELS:
+            return CLIP_TOWER, LARGE_MODELS[self.model]
+        tower, _, language = self.model.partition(" ")
+        return (tower, language) if language else None
 
 
 class Dialog:
@@ -159,8 +167,8 @@ def ask_all(dialog: Dialog) -> InitAnswers:
         )
     gpus = dialog.ask("Number of GPUs", str(count_local_gpus()), parse_gpus)
     model = dialog.ask(
-        f"Model: {SMALL_MODEL} (from random weights), {' or '.join(LARGE_MODELS)} (CLIP and Vicuna, as LLaVA-1.5), or "
-        "folder or hub id of a LLaVA",
+        f"Model: {SMALL_MODEL} (from random weights), {' or '.join(LARGE_MODELS)} (CLIP and Vicuna, as LLaVA-1.5), "
+        "folder or hub id of a LLaVA, or those of an image tower and a language model with a blank between",
         DEFAULT_CHECKPOINT if gpus and data != EASY_VQA else SMALL_MODEL,
         lambda text: parse_model(text, gpus),
     )
@@ -279,17 +287,26 @@ def parse_model(text: str, gpus: int) -> str:
         raise ValueError(f"model: got {text} without a GPU, allowed: {SMALL_MODEL}, or a LLaVA that fits into memory")
     if text in (SMALL_MODEL, *LARGE_MODELS):
         return text
+    sources = text.split()
+    if len(sources) not in (1, 2):
+        raise ValueError(f"model: got {len(sources)} names, allowed: one LLaVA, or an image tower and a language model")
+    return " ".join(_parse_source(source, is_llava=len(sources) == 1) for source in sources)
+
+
+def _parse_source(text: str, is_llava: bool) -> str:
+    """Check a folder, hub id or URL of a model or of a part; folders must have a configuration."""
     path = Path(text).expanduser()
     if path.is_dir():
         try:
             model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
         except (OSError, ValueError, AttributeError):
             model_type = None
-        if model_type != "llava":
-            raise ValueError(f"model: got {path}, allowed: a folder whose config.json has model_type llava")
+        if model_type is None or (is_llava and model_type != "llava"):
+            kind = "model_type llava" if is_llava else "a model_type"
+            raise ValueError(f"model: got {path}, allowed: a folder whose config.json has {kind}")
         return str(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+|[a-z0-9]+://\S+", text):
-        allowed = f"{SMALL_MODEL}, {', '.join(LARGE_MODELS)}, or folder, hub id or URL of a LLaVA"
+        allowed = f"{SMALL_MODEL}, {', '.join(LARGE_MODELS)}, or folder, hub id or URL of a LLaVA or of two parts"
         raise ValueError(f"model: got {text}, allowed: {allowed}")
     return text
 
@@ -356,8 +373,9 @@ def _write_model(answers: InitAnswers) -> list[str]:
             "  language: {hidden_size: 128, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 352, "
             "max_position_embeddings: 512}",
         ]
-    elif answers.model in LARGE_MODELS:
-        lines += [f"  tower: {CLIP_TOWER}", f"  language: {LARGE_MODELS[answers.model]}"]
+    elif answers.parts:
+        tower, language = answers.parts
+        lines += [f"  tower: {_quote(tower)}", f"  language: {_quote(language)}  # a new projector joins both"]
     else:
         lines.append(f"  checkpoint: {_quote(answers.model)}  # a LLaVA, from which training starts")
     lines.append("  vmtc: {ratio: 0.5}      # token compression removes half of the image tokens; null turns it off")
@@ -390,12 +408,13 @@ def _write_stages(answers: InitAnswers) -> list[str]:
             ),
         ]
     memory = ("precision: bf16", "activation_checkpointing: true") if answers.gpus else ("precision: fp32",)
-    if answers.model in LARGE_MODELS:
-        whole = (*memory, "zero_stage: 3")
+    if answers.parts:
+        whole = (*memory, "zero_stage: 3") if answers.gpus else memory
+        template = "vicuna_v1" if answers.model in LARGE_MODELS else None
         return [
             *_write_stage("pretrain", answers, captions, "{projector: 1e-3}", "plain", 1, 256, memory),
             *_write_stage(
-                "instruct", answers, conversations, "{projector: 2e-5, language: 2e-5}", "vicuna_v1", 1, 128, whole
+                "instruct", answers, conversations, "{projector: 2e-5, language: 2e-5}", template, 1, 128, whole
             ),
         ]
     adapters = ("lora: {rank: 128, alpha: 256}  # adapters instead of all weights; null trains the weights", *memory)

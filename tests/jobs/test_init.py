@@ -81,7 +81,7 @@ def test_own_records_questions_and_a_llava(mine: Path, capsys: pytest.CaptureFix
     assert (task.file, task.images, task.metric) == (str(mine / "questions.jsonl"), str(mine / "images"), "exact")
 
 
-@pytest.mark.parametrize("model", ["small", "7b", "13b"])
+@pytest.mark.parametrize("model", ["small", "7b", "13b", "openai/clip-vit-base-patch32 s3://bucket/language"])
 @pytest.mark.parametrize("gpus", ["1", "3", "8"])
 @pytest.mark.parametrize("data", ["easy-vqa", "own"])
 def test_every_choice_gives_a_job_whose_batches_the_workers_share(mine: Path, data: str, gpus: str, model: str) -> None:
@@ -100,7 +100,7 @@ def test_wrong_answers_are_explained_and_asked_again(mine: Path, capsys: pytest.
         "nowhere", str(mine / "broken.jsonl"), str(mine / "questions.jsonl"),  # questions
         "best", "vqa", "contains",  # metric
         "two", "-1", "0",  # GPUs
-        "7b", "???", folder, "small",  # model
+        "7b", "???", folder, "a/b c/d e/f", f"a/b {folder}", "small",  # model
         "../up", "run",  # name
     ]  # fmt: skip
     job = write_and_load(answers, mine)
