@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from tests.pipelines.serving.test_protocol import encode_image
 
 QUESTION = "What colour is the shape?"
 IMAGE = encode_image(40, 30)
+
+EVENT_S = 300
+"""Limit of the wait for more output."""
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +123,7 @@ class Terminal:
     def wait_for(self, pattern: str) -> str:
         """Read until the new output matches a pattern; return the output up to the end of the match."""
         while not (found := re.search(pattern, self.output, re.DOTALL)):
+            assert select.select([self.terminal], [], [], EVENT_S)[0], f"no {pattern!r} in {self.output!r}"
             self.output += os.read(self.terminal, 4096).decode(errors="replace").replace("\r\n", "\n")
         text, self.output = self.output[: found.end()], self.output[found.end() :]
         return text
@@ -153,7 +158,7 @@ def test_a_conversation_in_a_terminal(terminal: Terminal, folder: Path) -> None:
     terminal.type("/tokens\n")
     terminal.wait_for(r"no image yet")
     terminal.type("/image gone.png\n")
-    terminal.wait_for(r"gone.png: No such file")
+    terminal.wait_for(r"gone\.png: not found")
     terminal.type(f"/image {folder}/a b.png\n")
     terminal.wait_for(r"a b.png goes with the next question")
     # the answer would take minutes

@@ -60,6 +60,7 @@ def serve_locally(settings: ServerSettings) -> Iterator[str]:
     config = uvicorn.Config(build_app(settings, replica), port=0, lifespan="off", log_level="error")
     server = uvicorn.Server(config)
     sockets = [config.bind_socket()]
+    sockets[0].listen()  # so that callers wait until the server has started
     thread = threading.Thread(target=server.run, args=(sockets,))
     thread.start()
     try:

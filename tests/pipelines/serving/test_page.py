@@ -17,6 +17,7 @@ from tests.pipelines.serving.test_protocol import encode_image
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROGRAM is None, reason="needs chromium")]
 
 QUESTION = "What colour is the <b>shape</b>?"
+KEY = "k-3y"
 IDLE = "document.querySelector('#send').textContent === 'Ask'"
 
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(folder: Path) -> Iterator[str]:
     settings = ServerSettings(
         model=ServedModel(name="m", path=str(folder / "m"), compares=True),
-        api_key="right",
+        api_key=KEY,
         limits=RequestLimits(new_tokens=30_000),
     )
     with serve_locally(settings) as url:
@@ -51,12 +52,12 @@ def test_a_conversation_on_a_desktop(browser: Browser, url: str, folder: Path, m
     monkeypatch.setattr(protocol, "DEFAULT_NEW_TOKENS", 6)
     browser.open(url, 1280)
     browser.wait_for("!document.querySelector('#key-label').hidden")
-    for key, shown in (("wrong", "#error"), ("right", "#compare-label")):
+    for key, shown in (("wrong", "#error"), (KEY, "#compare-label")):
         browser.run("document.querySelector('#key').value = ''; document.querySelector('#key').focus()")
         browser.type(key)
         browser.press("Enter")
         browser.wait_for(f"!document.querySelector('{shown}').hidden")
-    assert "right" not in browser.run("document.documentElement.outerHTML")
+    assert KEY not in browser.run("document.documentElement.outerHTML")
     assert browser.run("document.querySelector('#key-label').hidden")
 
     browser.choose_files("#file", folder / "1.png", folder / "2.png")
@@ -142,6 +143,6 @@ def test_a_dark_phone(browser: Browser, url: str, folder: Path, monkeypatch: pyt
 
 def open_with_key(browser: Browser, url: str, width: int, is_dark: bool = False) -> None:
     browser.open(url, width, is_dark)
-    browser.run("sessionStorage.setItem('redux-key', 'right')")
+    browser.run(f"sessionStorage.setItem('redux-key', '{KEY}')")
     browser.open(f"{url}/?", width, is_dark)
     browser.wait_for("!document.querySelector('#compare-label').hidden")
