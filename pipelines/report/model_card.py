@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from pipelines.core import jsonl, storage
+from pipelines.core import jsonl
 from pipelines.data.easy_vqa import EASY_VQA_SETS
-from pipelines.data.shard_index import Shards
+from pipelines.data.shard_index import Shards, is_finished
 from pipelines.evaluation.statistics import Difference, Interval, bootstrap_difference, bootstrap_interval
 from pipelines.evaluation.tasks import EVALUATION_TASKS
 from pipelines.report import runs
@@ -357,7 +357,7 @@ def _list_data(run: FinishedRun, model: ExportedModel, stages: Mapping[str, Any]
 def _count_samples(url: str | None) -> str:
     """Count the samples of a set; "unknown" if it is no longer there."""
     try:
-        return f"{len(Shards(url)):,}" if url and storage.exists(url) else "unknown"
+        return f"{len(Shards(url)):,}" if url and is_finished(url) else "unknown"
     except (OSError, ValueError):
         return "unknown"
 

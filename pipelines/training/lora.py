@@ -103,7 +103,9 @@ def save_adapters(
 
     modules = [PART_PREFIXES[part] for part in other_parts]
     # The tower has layers of the same names, so a pattern names those of the language model.
-    pattern = rf"model\.language_model\..*\.({'|'.join(ADAPTED_LAYERS)})"
+    names = [name for name, _ in llava.named_parameters() if ".lora_" in name]
+    layers = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in names})
+    pattern = rf"model\.language_model\..*\.({'|'.join(layers)})"
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
