@@ -223,7 +223,8 @@ def list_differences(ours: Mapping[str, Metric], base: Mapping[str, Metric]) -> 
             _format_score(name, metric.score * factor),
             _format_score(name, base[name].score * factor),
             f"{scaled.value:+.1f}",
-            f"{scaled.low:+.1f} to {scaled.high:+.1f}",
+            # Without any different outcome the bootstrap has no variance, and its interval would be 0 to 0.
+            f"{scaled.low:+.1f} to {scaled.high:+.1f}" if scaled.low < scaled.high else "each question scores alike",
             difference.is_noise,
         )
 
