@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from pipelines.core import jsonl, storage
+from pipelines.core import jsonl
 from pipelines.data.easy_vqa import EASY_VQA_SETS
-from pipelines.data.shard_index import Shards
+from pipelines.data.shard_index import Shards, is_finished
 from pipelines.evaluation.statistics import Difference, Interval, bootstrap_difference, bootstrap_interval
 from pipelines.evaluation.tasks import EVALUATION_TASKS
 from pipelines.report import runs
@@ -223,7 +223,8 @@ def list_differences(ours: Mapping[str, Metric], base: Mapping[str, Metric]) -> 
             _format_score(name, metric.score * factor),
             _format_score(name, base[name].score * factor),
             f"{scaled.value:+.1f}",
-            f"{scaled.low:+.1f} to {scaled.high:+.1f}",
+            # Without any different outcome the bootstrap has no variance, and its interval would be 0 to 0.
+            f"{scaled.low:+.1f} to {scaled.high:+.1f}" if scaled.low < scaled.high else "each question scores alike",
             difference.is_noise,
         )
 
@@ -357,7 +358,7 @@ def _list_data(run: FinishedRun, model: ExportedModel, stages: Mapping[str, Any]
 def _count_samples(url: str | None) -> str:
     """Count the samples of a set; "unknown" if it is no longer there."""
     try:
-        return f"{len(Shards(url)):,}" if url and storage.exists(url) else "unknown"
+        return f"{len(Shards(url)):,}" if url and is_finished(url) else "unknown"
     except (OSError, ValueError):
         return "unknown"
 
