@@ -204,12 +204,15 @@ def select_images(rows: Sequence[JudgedRow], reader: ImageReader, count: int) ->
 
 
 def _make_card(judged: JudgedRow, reader: ImageReader) -> Card:
-    texts = {
-        "question": cut_text(judged.row.get("prompt")),
-        "references": tuple(cut_text(text) for text in judged.references[:MAX_SHOWN_REFERENCES]),
-        "response": cut_text(judged.row.get("response")),
-    }
-    card = Card(**texts, score=judged.score, kind=judged.kind, image="", problem="")
+    card = Card(
+        question=cut_text(judged.row.get("prompt")),
+        references=tuple(cut_text(text) for text in judged.references[:MAX_SHOWN_REFERENCES]),
+        response=cut_text(judged.row.get("response")),
+        score=judged.score,
+        kind=judged.kind,
+        image="",
+        problem="",
+    )
     try:
         content = reader.read(judged.row)
         if content is None:
