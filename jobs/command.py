@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.cli import answers, clusters, data, models, reference, runs
+from jobs.cli import answers, clusters, data, init, models, reference, runs
 from jobs.cli.arguments import EXAMPLE_JOB
 from jobs.exit_codes import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_MISUSE
 from jobs.former_names import FORMER_OPTIONS
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BaseException as error:
             # an interrupt may appear as another error: of an import, of a library, of a stopping Ray
             if interrupts.was_interrupted() or isinstance(error, KeyboardInterrupt):
-                print("redux: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+                advice = "; the same command continues from the last checkpoint" * getattr(arguments, "resumes", True)
+                print(f"redux: interrupted{advice}", file=sys.stderr)
                 return EXIT_INTERRUPTED
             code, problems = _describe(error)
             if not problems:
@@ -115,7 +116,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for group in (runs, answers, data, clusters, models, reference):
+    for group in (init, runs, answers, data, clusters, models, reference):
         group.add_parsers(verbs)
     return parser
 

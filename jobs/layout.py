@@ -5,9 +5,13 @@ from pathlib import Path
 from jobs import schema
 from jobs.schema import Job
 from pipelines.core import storage
+from pipelines.training.files import JOB_FILE, is_complete
 
 CONFIG_FILE = "config.json"
 """Configuration of a model, as transformers names it."""
+
+ADAPTER_FILE = "adapter_config.json"
+"""Configuration of LoRA adapters, as PEFT names it."""
 
 
 def locate_sets(job: Job, folder: Path) -> dict[str, str]:
@@ -37,10 +41,6 @@ def find_model(source: str) -> str:
     Raises:
         ValueError: the run has not made its model yet, or the folder has neither a run nor a model.
     """
-    # these import torch, which finding sets does without
-    from pipelines.training.checkpoint import JOB_FILE
-    from pipelines.training.export import is_complete
-
     folder = Path(source)
     if (folder / JOB_FILE).exists():
         job = schema.load(folder / JOB_FILE)
@@ -53,6 +53,11 @@ def find_model(source: str) -> str:
                 "the model of a checkpoint"
             )
         return model
+    if (folder / ADAPTER_FILE).exists():
+        raise ValueError(
+            f"{source}: the folder has LoRA adapters alone, allowed: a whole model; its README.md joins them with "
+            "their base"
+        )
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
         raise ValueError(f"{source}: no {JOB_FILE} or {CONFIG_FILE}, allowed: the folder of a run or of a model")
     return source

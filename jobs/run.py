@@ -22,6 +22,7 @@ import ray
 import tenacity
 
 from jobs import claims, model_parts, report, schema
+from jobs.asking import describe_asking
 from jobs.claims import ASSEMBLED, PROGRESS
 from jobs.layout import locate_checkpoints, locate_sets
 from jobs.resolve import resolve_job
@@ -75,15 +76,16 @@ def run(
         work = {name: work[name] for name in names[: names.index(until) + 1]}
     # read first without the lock and without Ray: to repeat the command of a finished run costs seconds
     finished = f"{job.name} is finished; its {until or 'report'}: {folder / ('' if until else 'report.html')}"
+    finished += "" if until else f"\n{describe_asking(job, folder)}"
     changes = claims.Claim.from_folder(folder, job).find_changes(allow_changes)
-    if not changes and not work.keys() - _list_finished(folder):
+    if not changes and not work.keys() - _list_finished(job, folder):
         print(finished)
         return
     claims.make_folder(folder)
     with run_lock(folder, patience_s):
         # another process may have worked on this run until now, so its progress is read again
         claims.Claim.from_folder(folder, job).enforce(allow_changes)
-        done = _list_finished(folder)
+        done = _list_finished(job, folder)
         remaining = {name: step for name, step in work.items() if name not in done}
         if not remaining:
             print(finished)
@@ -102,7 +104,7 @@ def run(
             _run_steps(remaining, folder / PROGRESS, started_at)
     if until is None:
         _write_metrics(folder)
-        print(f"{job.name} is finished; its report: {folder / 'report.html'}")
+        print(finished)
 
 
 def _run_steps(steps: Mapping[str, Callable[[], None]], progress: Path, started_at: float) -> None:
@@ -209,7 +211,8 @@ def list_steps(
     sets, result = locate_sets(job, folder), {}
     stages = plan_stages(job, folder, allow_changes)
     if job.generated_sets or job.data.make or not job.model.is_pretrained:
-        templates = [TEMPLATES[plan.template] for plan in stages.values()]
+        # pretrained parts bring their tokenizer, and perhaps a chat template
+        templates = [] if job.model.is_pretrained else [TEMPLATES[plan.template] for plan in stages.values()]
         result["shards"] = lambda: _make_shards(job, sets, folder / TOKENIZER, templates)
     model_parts.check_weights(job, folder)
     if job.model.is_pretrained and job.train:
@@ -284,6 +287,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
             checkpoints=locate_checkpoints(job, folder),
             sets={name: sets[name] for name in stage.mixture},
             max_bad_fraction=job.data.max_bad_fraction,
+            hold_out=job.data.hold_out,
             tokenizer=tokenizer,
             start=start,
             image_size=image_size,
@@ -299,8 +303,12 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
     return result
 
 
-def _list_finished(folder: Path) -> list[str]:
-    return [entry["step"] for entry in jsonl.read(folder / PROGRESS)]
+def _list_finished(job: Job, folder: Path) -> list[str]:
+    """List the finished steps; without evaluation and report, if a file of own questions has changed since then."""
+    finished = [entry["step"] for entry in jsonl.read(folder / PROGRESS)]
+    if "evaluate" in finished and job.evaluate and evaluate.has_new_questions(folder, job.evaluate):
+        return [step for step in finished if step not in ("evaluate", "report")]
+    return finished
 
 
 def _write_metrics(folder: Path) -> None:

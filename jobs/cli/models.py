@@ -6,6 +6,8 @@ from typing import Any
 
 from jobs.cli.arguments import parse_count
 
+OWN_METRICS = ("exact", "contains", "vqa", "anls", "choice")
+
 
 def add_parsers(verbs: Any) -> None:
     """Add the parsers of this group."""
@@ -18,25 +20,41 @@ def add_parsers(verbs: Any) -> None:
 def _add_export(verbs: Any) -> None:
     export = verbs.add_parser(
         "export",
-        help="write a checkpoint as a model folder for from_pretrained",
-        description="Write the model at a checkpoint, with tokenizer, chat template and processor, to a folder or URL. "
-        "Weights that the stage trained come from the checkpoint and are verified. The others are those at the "
-        "start of the stage. LoRA adapters are merged. For a model FOLDER, the names that DDP, torch.compile, "
-        "PEFT and the LLaVA repository give to weights are changed to those of transformers.",
-        epilog="example: redux export runs/quickstart --stage pretrain --out pretrained",
+        help="write a model folder for transformers or vLLM, with a model card",
+        description="Write the model at a checkpoint as a complete folder: weights, tokenizer, processor, chat "
+        "template, generation settings, and a model card with data, recipe, scores and cost. Weights that the stage "
+        "trained come from the checkpoint and are verified. The others are those at the start of the stage. For a "
+        "model FOLDER, the names that DDP, torch.compile, PEFT and the LLaVA repository give to weights are changed to "
+        "those of transformers.",
+        epilog="example: redux export runs/quickstart --out quickstart-model",
     )
     export.add_argument("run", metavar="FOLDER", type=Path, help="folder of a run or of a model")
+    export.add_argument(
+        "--to",
+        choices=("hf", "vllm"),
+        default="hf",
+        help="hf writes a folder for transformers; vllm the same folder, with checks and vLLM's command "
+        "(default: %(default)s)",
+    )
+    form = export.add_mutually_exclusive_group()
+    form.add_argument("--merge-lora", action="store_true", help="merge LoRA adapters into the weights (the default)")
+    form.add_argument(
+        "--adapter", action="store_true", help="write LoRA adapters and other trained parts in PEFT's format instead"
+    )
     export.add_argument("--stage", metavar="NAME", help="training stage (default: the last one)")
     export.add_argument("--step", metavar="N", type=parse_count, help="step of the checkpoint (default: the newest)")
-    export.add_argument("--out", metavar="URI", required=True, help="folder or URL; it must be empty or missing")
+    export.add_argument(
+        "--out", metavar="URI", help="folder or URL, empty or missing (default for a run: exports/ in its folder)"
+    )
     export.set_defaults(verb=_export)
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from jobs import export
 
-    url = export.export_model(arguments.run, arguments.stage, arguments.step, arguments.out)
-    print(f"{arguments.out}: the model of {url}")
+    options = export.ExportOptions(to=arguments.to, adapter=arguments.adapter)
+    out, url = export.export_model(arguments.run, arguments.stage, arguments.step, arguments.out, options)
+    print(f"{out}: the model of {url}")
 
 
 def _add_cost(verbs: Any) -> None:
@@ -67,20 +85,27 @@ def _cost(arguments: argparse.Namespace) -> None:
 def _add_score(verbs: Any) -> None:
     score = verbs.add_parser(
         "score",
-        help="score a file of answers to a benchmark",
-        description="Score answers to a benchmark as its official scorer does, and print the scores as one line of "
-        "JSON. Answers are in the benchmark's official result format, in LLaVA's format, or JSON lines with id and "
-        "response. An answer to an unknown question is an error; a missing answer counts as wrong. For instructions, "
-        "answers are JSON lines with instruction_id, kwargs and response, and a line with strict and loose is printed "
-        "for each.",
+        help="score a file of answers to a benchmark or to your own questions",
+        description="Score answers to a benchmark as its official scorer does, or answers to your own questions by "
+        "--metric, and print the scores as one line of JSON. Answers are in the benchmark's official result format, in "
+        "LLaVA's format, or JSON lines with id and response. An answer to an unknown question is an error; a missing "
+        "answer counts as wrong. For instructions, answers are JSON lines with instruction_id, kwargs and response, "
+        "and a line with strict and loose is printed for each.",
         epilog="example: redux score vqav2 --answers merge.jsonl "
         "--questions v2_OpenEnded_mscoco_val2014_questions.json v2_mscoco_val2014_annotations.json",
     )
-    score.add_argument("task", metavar="TASK", help="vqav2, gqa, textvqa, mme, mmbench or instructions")
+    score.add_argument("task", metavar="TASK", nargs="?", help="vqav2, gqa, textvqa, mme, mmbench or instructions")
+    score.add_argument(
+        "--metric",
+        choices=OWN_METRICS,
+        help="in place of TASK: the metric of your own questions, see evaluate.tasks.NAME.metric",
+    )
     score.add_argument(
         "--answers", metavar="FILE", required=True, help="path or URL; a folder for the official format of MME"
     )
-    score.add_argument("--questions", metavar="FILE", nargs="+", help="the official files of the benchmark")
+    score.add_argument(
+        "--questions", metavar="FILE", nargs="+", help="the official files of the benchmark, or your own file"
+    )
     score.add_argument("--submission", metavar="OUT", type=Path, help="also write the result file for the VQAv2 server")
     score.set_defaults(verb=_score)
 

@@ -16,6 +16,7 @@ answers/provenance.json  the model and the settings that gave the answers; answe
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
+from pipelines.data.images import check_image, is_image
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE, find_partial_file
 from pipelines.evaluation.tasks import (
     Evaluate,
     TaskName,
     TaskSettings,
+    count_new_tokens,
     find_image_folder,
     find_task,
     load_questions,
@@ -52,6 +55,9 @@ from redux.settings import METHODS, ImageAspectRatio, KernelChoice, TemplateName
 from redux.trace import ImageTrace
 
 SPEED_FILE = "speed.jsonl"
+
+MAX_EXAMPLES = 3
+"""Number of images that an error names."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class EvaluationActor:
             answers = self._answer(batch)
         except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
             answers = Answers([""], [0], 0.0, 0.0)
-            problem = failures.classify_error(error).text
+            problem = f"{failures.classify_error(error).text}{_name_broken_image(batch)}"
         else:
             problem = ""
         # values of the whole batch are repeated in each row, since Ray Data has columns of equal length
@@ -153,6 +159,19 @@ def _read_images(batch: QuestionBatch) -> list[bytes | None]:
     return [content[image] if isinstance(image, str) else image for image in images]
 
 
+def _name_broken_image(batch: QuestionBatch) -> str:
+    """Name the first image of a batch that cannot be decoded, for an error; "" if all can."""
+    for question in batch.questions:
+        if isinstance(question.image, str):
+            with suppress(OSError, ValueError):
+                content = storage.read(path := storage.join(batch.images, question.image))
+                try:
+                    check_image(content)
+                except ValueError:
+                    return f"; the image is {path}"
+    return ""
+
+
 def evaluate(evaluated: EvaluatedModel, run: Path, settings: Evaluate, gpu_share: float = 1) -> dict[str, float]:
     """Answer all questions without an answer in run/answers/, and return all scores by name.
 
@@ -185,6 +204,16 @@ def has_answers(run: Path) -> bool:
     return any(path.stat().st_size for path in (run / ANSWERS_FOLDER).glob("*.jsonl"))
 
 
+def has_new_questions(run: Path, settings: Evaluate) -> bool:
+    """Tell if the file of a user's task has other questions than those that were answered."""
+    for name, task in settings.tasks.items():
+        if task.file:
+            questions, rows = load_questions(name, task), read_answers(run, name)
+            if len(questions) != len(rows) or not all(map(_is_answer, questions, rows)):
+                return True
+    return False
+
+
 def list_metric_names(settings: Evaluate) -> set[str]:
     """List the names of all metrics that `evaluate` returns.
 
@@ -215,15 +244,35 @@ def check_task(name: TaskName, task: TaskSettings) -> None:
     """Check the files of a task before any model is loaded.
 
     Raises:
-        ValueError: a file cannot be read, is not of this task, or has nothing to score; or the first image is missing.
+        ValueError: a file cannot be read, is not of this task, or has nothing to score; or a local image is missing, or
+            one of a user's is no image; or the first image cannot be read.
     """
     questions = load_questions(name, task)
     _list_task_metrics(name, questions)
-    first = questions[0]
+    folder = find_image_folder(name, task)
     try:
-        _read_images(QuestionBatch(name, [first], find_image_folder(name, task), 0))
+        if storage.is_local(folder):
+            names = dict.fromkeys(question.image for question in questions if isinstance(question.image, str))
+            _check_local_images(folder, list(names), reads_headers=task.file is not None)
+        _read_images(QuestionBatch(name, questions[:1], folder, 0))
     except (OSError, ValueError) as error:
         raise ValueError(f"evaluate.tasks.{name}.images: {error}") from None
+
+
+def _check_local_images(folder: str, names: Sequence[str], reads_headers: bool) -> None:
+    """Check that all images exist; ValueError with their number and some examples.
+
+    Args:
+        folder: folder of the images.
+        names: paths in it.
+        reads_headers: also check that Pillow knows the format of each. It takes a few milliseconds in a hundred files.
+    """
+    missing = [name for name in names if not Path(folder, name).is_file()]
+    unknown = [name for name in names if reads_headers and not missing and not is_image(Path(folder, name))]
+    for found, allowed in ((missing, "files that exist"), (unknown, "images that Pillow reads")):
+        if found:
+            examples = ", ".join(map(repr, found[:MAX_EXAMPLES])) + (", …" if len(found) > MAX_EXAMPLES else "")
+            raise ValueError(f"got {len(found)} of {len(names)} images in {folder}: {examples}, allowed: {allowed}")
 
 
 def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluate) -> None:
@@ -242,7 +291,7 @@ def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluat
         "splitter": choose_splitter(),
         "weights": _fingerprint_weights(evaluated.model),
         "image_input": settings.image_input,
-        **{f"max_new_tokens.{name}": _max_new_tokens(name, task) for name, task in settings.tasks.items()},
+        **{f"max_new_tokens.{name}": count_new_tokens(name, task) for name, task in settings.tasks.items()},
     }
     # through JSON, so that tuples equal the lists of the file
     current = json.loads(json.dumps(current))
@@ -264,10 +313,6 @@ def _fingerprint_weights(model: str) -> dict[str, int]:
         "bytes": sum(file.st_size for file in files),
         "changed_ns": max((file.st_mtime_ns for file in files), default=0),
     }
-
-
-def _max_new_tokens(name: TaskName, task: TaskSettings) -> int:
-    return task.max_new_tokens or find_task(name).max_new_tokens
 
 
 def _run_inference(
@@ -346,7 +391,7 @@ def _make_batches(name: TaskName, questions: Sequence[Question], settings: Evalu
     longest_first = sorted(questions, key=lambda question: -len(question.prompt))
     for start in range(0, len(longest_first), settings.batch_size):
         part = longest_first[start : start + settings.batch_size]
-        yield QuestionBatch(name, part, find_image_folder(name, task), _max_new_tokens(name, task))
+        yield QuestionBatch(name, part, find_image_folder(name, task), count_new_tokens(name, task))
 
 
 def _make_speed_row(batch: QuestionBatch, block: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from pipelines.report.page import format_number
 from pipelines.report.plots import ACCENT, FAINT, INK, STYLE, style_axes, to_svg
 from pipelines.training import ledger
 from pipelines.training.ledger import Account, LoopTime
+from pipelines.training.metrics import VALIDATION_LOSS
 from redux.extras import write_install_command
 
 if TYPE_CHECKING:
@@ -372,8 +373,15 @@ def _plot_loss(stage: str, rows: Sequence[Mapping[str, Any]]) -> LossPlot:
         marker = "o" if len(rows) == 1 else ""  # a single step has no line
         axes.plot(step, loss, color=ACCENT, linewidth=0.6, alpha=0.4)
         axes.plot(step, smoothed, color=ACCENT, linewidth=1.8, marker=marker, markersize=4)
-        _scale_loss_axis(axes, loss)
+        validated = _read_column(rows, VALIDATION_LOSS)
+        shown = np.isfinite(validated)
         label = f"{name}: loss over {len(rows)} steps, at the end {format_number(last)}"
+        if shown.any():
+            points = (step[shown], validated[shown])
+            axes.plot(*points, color=INK, linewidth=1, linestyle="--", marker="o", markersize=3, label="validation")
+            axes.legend(frameon=False, fontsize=8, loc="lower left")
+            label += f"; validation loss {format_number(float(points[1][-1]))}"
+        _scale_loss_axis(axes, np.concatenate([loss, validated]))
         return LossPlot(name, last, len(rows), to_svg(figure, f"{stage}-", label))
 
 

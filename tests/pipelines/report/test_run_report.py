@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipelines.evaluation.answer_files import PROVENANCE_FILE
 from pipelines.evaluation.tasks import TaskSettings
+from pipelines.report import run_report
 from pipelines.report.environment import ENVIRONMENT_FILE
 from pipelines.report.gallery import select_rows
 from pipelines.report.run_report import Report, ReportedModel, smooth_curve, write_report
@@ -549,3 +550,11 @@ def test_importing_the_settings_loads_nothing_heavy():
     code = f"import sys, pipelines.report.run_report; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_loss_plot_shows_the_losses_of_validated_steps() -> None:
+    rows = [row | ({"validation_loss": 8.0 / row["step"]} if row["step"] % 2 == 0 else {}) for row in steps("tower", 4)]
+    plain, validated = run_report._plot_loss("tower", steps("tower", 4)), run_report._plot_loss("tower", rows)
+    assert "; validation loss 2" in validated.svg
+    assert "validation" not in plain.svg
+    assert validated.last == plain.last

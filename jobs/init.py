@@ -1,0 +1,490 @@
+"""Questions that lead to a first job file (`redux init`).
+
+Each question shows its default; a wrong answer is explained and asked again. Paths are checked while the user is there
+to correct them. Importing this module loads neither torch nor Ray.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+
+from jobs import schema
+from pipelines.data import records, shard_index
+from redux.benchmarks import custom, instructions
+from redux.benchmarks.custom import AnswerMetric
+
+T = TypeVar("T")
+
+EASY_VQA = "easy-vqa"
+NO_QUESTIONS = "none"
+SMALL_MODEL = "small"
+LARGE_MODELS = {"7b": "lmsys/vicuna-7b-v1.5", "13b": "lmsys/vicuna-13b-v1.5"}
+"""Language models of LLaVA-1.5 by the answer that chooses them."""
+
+CLIP_TOWER = "openai/clip-vit-large-patch14-336"
+DEFAULT_CHECKPOINT = "llava-hf/llava-1.5-7b-hf"
+MAX_CHECKED_RECORDS = 20_000
+EASY_VQA_IMAGES = 4000
+"""Training images of easy-VQA, each with one record in each set."""
+
+CPU_WORKERS = 2
+"""Workers among which a batch can be shared evenly on CPUs."""
+
+MIN_STEPS_PER_EPOCH = 20
+"""Steps of an epoch below which the batches of a small set are made smaller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitAnswers:
+    """Answers of the user.
+
+    Args:
+        name: name of the run.
+        data: "easy-vqa", a JSON file of records, or a folder of shards.
+        images: folder of the images of a JSON file.
+        num_records: number of records.
+        bad_fraction: share of the records that will be rejected.
+        questions: file of questions with answers; None for none.
+        metric: their metric.
+        gpus: number of GPUs.
+        model: "small", a name in LARGE_MODELS, folder or hub id of a LLaVA, or those of a tower and a language model.
+    """
+
+    name: str
+    data: str
+    images: str | None = None
+    num_records: int = EASY_VQA_IMAGES
+    bad_fraction: float = 0.0
+    questions: str | None = None
+    metric: AnswerMetric = "contains"
+    gpus: int
+    model: str
+
+    @property
+    def parts(self) -> tuple[str, str] | None:
+        """Tower and language model that are joined by a new projector; None for other models."""
+        if self.model in LARGE_MODELS:
+            return CLIP_TOWER, LARGE_MODELS[self.model]
+        tower, _, language = self.model.partition(" ")
+        return (tower, language) if language else None
+
+
+class Dialog:
+    """Questions on the terminal.
+
+    Args:
+        takes_defaults: answer every question by its default.
+        read: reads a line of the user.
+    """
+
+    def __init__(self, takes_defaults: bool, read: Callable[[str], str] = input) -> None:
+        self.takes_defaults, self.read = takes_defaults, read
+
+    def ask(self, question: str, default: str, parse: Callable[[str], T]) -> T:
+        """Ask until the answer is right.
+
+        Args:
+            question: the question.
+            default: answer of an empty line.
+            parse: turns the answer into its value; a ValueError explains a wrong one.
+
+        Raises:
+            ValueError: the input ends, or a default is wrong and defaults are taken.
+        """
+        if self.takes_defaults:
+            return parse(default)
+        while True:
+            try:
+                return parse(self.read(f"{question} [{default}]: ").strip() or default)
+            except EOFError:
+                raise ValueError("init: got the end of the input, allowed: an answer to each question") from None
+            except ValueError as error:
+                print(f"  {error}")
+
+
+def init(path: Path, takes_defaults: bool) -> None:
+    """Ask the questions and write the job file.
+
+    Args:
+        path: job file, which must not exist.
+        takes_defaults: answer every question by its default.
+
+    Raises:
+        ValueError: the file exists or cannot be written, or there is no terminal.
+    """
+    if path.exists():
+        raise ValueError(f"{path}: exists, allowed: a new file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: {path.parent} is no folder, allowed: a file in a folder that exists")
+    if not takes_defaults and not sys.stdin.isatty():
+        raise ValueError("init: got an input that is no terminal, allowed: a terminal, or --yes for all defaults")
+    if not takes_defaults:
+        print("Enter takes the answer in brackets.")
+    answers = ask_all(Dialog(takes_defaults))
+    text = write_job(answers)
+    with path.open("x", encoding="utf-8") as file:  # never over a file that appeared meanwhile
+        file.write(text)
+    schema.load(path)
+    print(f"{path}: written. Next:\n    redux run {path}")
+    print(f'After training:\n    redux ask runs/{answers.name} IMAGE "question"')
+
+
+def ask_all(dialog: Dialog) -> InitAnswers:
+    """Ask all questions."""
+    data = dialog.ask("Data: easy-vqa, a JSON file of records, or a folder of shards", EASY_VQA, parse_data)
+    images: str | None = None
+    questions: str | None = None
+    number, bad_fraction = EASY_VQA_IMAGES, 0.0
+    metric: AnswerMetric = "contains"
+    if data != EASY_VQA and Path(data).is_file():
+        loaded = records.parse_records(Path(data).read_bytes(), data)
+        parent = str(Path(data).parent)
+        images, rejected = dialog.ask("Folder of the images", parent, lambda text: check_images(text, loaded))
+        number = len(loaded)
+        checked = min(number, MAX_CHECKED_RECORDS)
+        bad_fraction = rejected.total() / checked
+        listing = "".join(f", {count} with {reason}" for reason, count in rejected.most_common())
+        print(f"  {number:,} records, {checked:,} of them checked: {rejected.total():,} rejected{listing}")
+    elif data != EASY_VQA:
+        number = len(shard_index.Shards(data))
+        print(f"  {number:,} samples")
+    if data != EASY_VQA:
+        questions = dialog.ask(
+            "File of your own questions with answers, to score the model, or none", NO_QUESTIONS, parse_questions
+        )
+    if questions:
+        metric = dialog.ask(
+            f"How to score them: {', '.join(get_args(AnswerMetric))}",
+            metric,
+            lambda text: parse_metric(text, questions),
+        )
+    gpus = dialog.ask("Number of GPUs", str(count_local_gpus()), parse_gpus)
+    model = dialog.ask(
+        f"Model: {SMALL_MODEL} (from random weights), {' or '.join(LARGE_MODELS)} (CLIP and Vicuna, as LLaVA-1.5), "
+        "folder or hub id of a LLaVA, or those of an image tower and a language model with a blank between",
+        DEFAULT_CHECKPOINT if gpus and data != EASY_VQA else SMALL_MODEL,
+        lambda text: parse_model(text, gpus),
+    )
+    name = dialog.ask("Name of the run", EASY_VQA if data == EASY_VQA else "mine", parse_name)
+    return InitAnswers(
+        name=name,
+        data=data,
+        images=images,
+        num_records=number,
+        bad_fraction=bad_fraction,
+        questions=questions,
+        metric=metric,
+        gpus=gpus,
+        model=model,
+    )
+
+
+def parse_data(text: str) -> str:
+    """Check the source of the data."""
+    if text == EASY_VQA:
+        return text
+    path = Path(text).expanduser()
+    if path.is_file():
+        loaded = records.parse_records(path.read_bytes(), str(path))
+        rejections = [records.find_rejection(record, None) for record in loaded[:MAX_CHECKED_RECORDS]]
+        if all(rejections) and rejections[0]:
+            field, explanation = rejections[0].field, rejections[0].explanation
+            raise ValueError(
+                f"{path}: every record is rejected, allowed: records with image and conversations, as LLaVA's; the "
+                f"first: {field} {explanation}"
+            )
+        return str(path)
+    if path.is_dir():
+        if not shard_index.is_finished(str(path)):
+            raise ValueError(
+                f"{path}: a folder without shards, allowed: a JSON file of records and their images, or a folder that "
+                "redux shards make or redux shards index has finished"
+            )
+        return str(path)
+    raise ValueError(f"{path}: does not exist, allowed: {EASY_VQA}, a JSON file, or a folder of shards")
+
+
+def check_images(text: str, entries: list[Any]) -> tuple[str, Counter[str]]:
+    """Check a folder of images against the records.
+
+    Returns:
+        The folder, and counts of the rejected records by reason.
+
+    Raises:
+        ValueError: it is no folder, or every record is rejected.
+    """
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no folder, allowed: the folder in which the images of the records are")
+    rejected = Counter[str]()
+    checked = entries[:MAX_CHECKED_RECORDS]
+    example = ""
+    for record in checked:
+        rejection = records.find_rejection(record, None)
+        if rejection:
+            rejected[rejection.reason] += 1
+            example = example or f"{rejection.field} {rejection.value}: {rejection.explanation}"
+        elif record.get("image") and not (folder / record["image"]).is_file():
+            rejected["missing image"] += 1
+            example = example or f"{folder / record['image']} does not exist"
+    if rejected.total() == len(checked):
+        raise ValueError(f"{folder}: every record is rejected, allowed: at least one that is right; {example}")
+    return str(folder), rejected
+
+
+def parse_questions(text: str) -> str | None:
+    """Check a file of questions."""
+    if text == NO_QUESTIONS:
+        return None
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{path}: no file, allowed: JSON lines of image, question and answer, or {NO_QUESTIONS}")
+    try:
+        custom.read_questions(str(path), "exact")
+    except ValueError:
+        # prompts that `redux instructions` wrote have another form
+        try:
+            instructions.read_questions(str(path))
+        except ValueError:
+            custom.read_questions(str(path), "exact")
+    return str(path)
+
+
+def parse_metric(text: str, questions: str) -> AnswerMetric:
+    """Check the metric against the questions."""
+    for metric in get_args(AnswerMetric):
+        if text == metric:
+            if metric == "instructions":
+                instructions.read_questions(questions)
+            else:
+                custom.read_questions(questions, metric)
+            return metric
+    raise ValueError(f"metric: got {text}, allowed: {', '.join(get_args(AnswerMetric))}")
+
+
+def count_local_gpus() -> int:
+    """Count the NVIDIA GPUs of this machine by their device files."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def parse_gpus(text: str) -> int:
+    """Parse the number of GPUs."""
+    if not (text.isascii() and text.isdecimal() and int(text) <= 1024):
+        raise ValueError(f"GPUs: got {text}, allowed: a whole number, 0 for training on CPUs")
+    return int(text)
+
+
+def parse_model(text: str, gpus: int) -> str:
+    """Check the model."""
+    if text in LARGE_MODELS and not gpus:
+        raise ValueError(f"model: got {text} without a GPU, allowed: {SMALL_MODEL}, or a LLaVA that fits into memory")
+    if text in (SMALL_MODEL, *LARGE_MODELS):
+        return text
+    sources = text.split()
+    if len(sources) not in (1, 2):
+        raise ValueError(f"model: got {len(sources)} names, allowed: one LLaVA, or an image tower and a language model")
+    return " ".join(_parse_source(source, is_llava=len(sources) == 1) for source in sources)
+
+
+def _parse_source(text: str, is_llava: bool) -> str:
+    """Check a folder, hub id or URL of a model or of a part; folders must have a configuration."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        try:
+            model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+        except (OSError, ValueError, AttributeError):
+            model_type = None
+        if model_type is None or (is_llava and model_type != "llava"):
+            kind = "model_type llava" if is_llava else "a model_type"
+            raise ValueError(f"model: got {path}, allowed: a folder whose config.json has {kind}")
+        return str(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+|[a-z0-9]+://\S+", text):
+        allowed = f"{SMALL_MODEL}, {', '.join(LARGE_MODELS)}, or folder, hub id or URL of a LLaVA or of two parts"
+        raise ValueError(f"model: got {text}, allowed: {allowed}")
+    return text
+
+
+def parse_name(text: str) -> str:
+    """Check the name of the run, which becomes that of its folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
+        raise ValueError(f"name: got {text}, allowed: letters, digits, '.', '_' and '-', first a letter or a digit")
+    return text
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def write_job(answers: InitAnswers) -> str:
+    """Write a job file with comments."""
+    lines = [
+        "# Job file of Redux, written by `redux init`. `redux explain KEY` explains a key, `redux run` runs the file.",
+        "# Relative paths start at the folder where the command runs.",
+        "",
+        f"name: {_quote(answers.name)}  # the run folder is runs/NAME",
+        "seed: 0",
+        f"num_workers: {answers.gpus or 'auto'}  # training processes: one for each GPU, or auto",
+        "",
+        *_write_data(answers),
+        "",
+        *_write_model(answers),
+        "",
+        "train:",
+        *_write_stages(answers),
+        "",
+        *_write_evaluation(answers),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _quote(value: str) -> str:
+    """Write a text as YAML on one line."""
+    return str(yaml.safe_dump([value], default_flow_style=True, width=100_000, allow_unicode=True)).strip()[1:-1]
+
+
+def _write_data(answers: InitAnswers) -> list[str]:
+    if answers.data == EASY_VQA:
+        return ["data:", f"  source: {EASY_VQA}  # images and questions of the package easy-vqa"]
+    lines = ["data:", "  source: null"]
+    if answers.images is None:
+        return [*lines, "  sets:", f"    mine: {_quote(answers.data)}  # folder or URL of shards"]
+    lines += ["  sets:", f"    mine: {_quote(f'shards/{answers.name}')}  # shards that the run makes of the records"]
+    lines += ["  make:", "    mine:", f"      json: {_quote(answers.data)}", f"      images: {_quote(answers.images)}"]
+    if answers.bad_fraction:
+        # rounded up, as the same records are rejected again
+        share = min(answers.bad_fraction * 1.01 + 0.0001, 1)
+        lines.append(f"      max_bad_fraction: {share:.4f}  # share of the records that may be rejected")
+    return lines
+
+
+def _write_model(answers: InitAnswers) -> list[str]:
+    lines = ["model:"]
+    if answers.model == SMALL_MODEL:
+        lines += [
+            "  # a small model from random values, for simple images and short answers",
+            "  tower: {image_size: 64, patch_size: 8, hidden_size: 96, num_hidden_layers: 5, num_attention_heads: 3, "
+            "intermediate_size: 192}",
+            "  language: {hidden_size: 128, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 352, "
+            "max_position_embeddings: 512}",
+        ]
+    elif answers.parts:
+        tower, language = answers.parts
+        lines += [f"  tower: {_quote(tower)}", f"  language: {_quote(language)}  # a new projector joins both"]
+    else:
+        lines.append(f"  checkpoint: {_quote(answers.model)}  # a LLaVA, from which training starts")
+    lines.append("  vmtc: {ratio: 0.5}      # token compression removes half of the image tokens; null turns it off")
+    lines.append("  cmai: {gamma_max: 0.6}  # attention inhibition; null turns it off")
+    return lines
+
+
+def _write_stages(answers: InitAnswers) -> list[str]:
+    """Write the training stages: three for a small model and easy-VQA, two for parts, one otherwise."""
+    own_data = answers.data != EASY_VQA
+    captions, conversations = ("mine", "mine") if own_data else ("captions", "conversations")
+    rates = "{tower: 1e-3, projector: 1e-3, language: 1e-3}"
+    if answers.model == SMALL_MODEL and own_data:
+        return _write_stage(
+            "instruct", answers, conversations, rates, "vicuna_bare", 10, 32, ("max_length: 512", "beta2: 0.95")
+        )
+    if answers.model == SMALL_MODEL:
+        return [
+            *_write_stage("tower", answers, captions, "{tower: 1e-3}", None, 7, 64, ("random_flip: true",)),
+            *_write_stage("pretrain", answers, captions, rates, "plain", 2, 16, ("beta2: 0.95", "random_flip: true")),
+            *_write_stage(
+                "instruct",
+                answers,
+                conversations,
+                "{tower: 1e-4, projector: 1e-3, language: 1e-3}",
+                "vicuna_bare",
+                6,
+                8,
+                ("beta2: 0.95", "save_steps: 500", "max_rounds: 3"),
+            ),
+        ]
+    memory = ("precision: bf16", "activation_checkpointing: true") if answers.gpus else ("precision: fp32",)
+    if answers.parts:
+        whole = (*memory, "zero_stage: 3") if answers.gpus else memory
+        template = "vicuna_v1" if answers.model in LARGE_MODELS else None
+        return [
+            *_write_stage("pretrain", answers, captions, "{projector: 1e-3}", "plain", 1, 256, memory),
+            *_write_stage(
+                "instruct", answers, conversations, "{projector: 2e-5, language: 2e-5}", template, 1, 128, whole
+            ),
+        ]
+    adapters = ("lora: {rank: 128, alpha: 256}  # adapters instead of all weights; null trains the weights", *memory)
+    epochs = 3 if own_data else 1
+    return _write_stage(
+        "instruct", answers, conversations, "{projector: 2e-5, language: 2e-4}", None, epochs, 128, adapters
+    )
+
+
+def _write_stage(
+    name: str,
+    answers: InitAnswers,
+    data: str,
+    rates: str,
+    template: str | None,
+    epochs: int,
+    batch: int,
+    others: tuple[str, ...],
+) -> list[str]:
+    """Write a stage.
+
+    Args:
+        name: name of the stage.
+        answers: answers of the user.
+        data: name of its set.
+        rates: learning rate of each trained part, as YAML.
+        template: conversation template; None for that of the checkpoint, or for a tower.
+        epochs: passes over the data.
+        batch: largest batch.
+        others: further lines.
+    """
+    global_batch, micro_batch = choose_batch(answers.num_records, answers.gpus or CPU_WORKERS, batch)
+    objective = "contrastive" if name == "tower" else "language"
+    lines = [f"objective: {objective}", f"data: {data}"]
+    lines += [f"template: {template}"] if template else []
+    lines += [
+        f"epochs: {epochs}  # passes over the data",
+        f"global_batch_size: {global_batch}",
+        f"micro_batch_size: {micro_batch}  # samples that a worker computes at a time; smaller needs less memory",
+        f"learning_rate: {rates}  # parts without one stay frozen",
+        *others,
+    ]
+    return [f"  {name}:", *(f"    {line}" for line in lines)]
+
+
+def choose_batch(num_records: int, workers: int, largest: int) -> tuple[int, int]:
+    """Choose the batch and the micro-batch, so that an epoch has some steps and the workers share a batch evenly.
+
+    >>> [choose_batch(*case) for case in ((4000, 1, 64), (200, 1, 128), (200, 8, 128), (665_000, 8, 128))]
+    [(64, 16), (8, 8), (8, 1), (128, 16)]
+    """
+    batch = largest
+    while batch > 8 and num_records < MIN_STEPS_PER_EPOCH * batch:
+        batch //= 2
+    micro_batch = max(min(batch // workers, 16), 1)
+    return micro_batch * workers * max(batch // (micro_batch * workers), 1), micro_batch
+
+
+def _write_evaluation(answers: InitAnswers) -> list[str]:
+    if answers.data == EASY_VQA:
+        return ["evaluate:", "  tasks: {easy_vqa: {}}  # its 9,673 test questions"]
+    if answers.questions is None:
+        return [
+            '# Score the model on your own questions, lines {"image", "question", "answer"} of a JSON file:',
+            "# evaluate:",
+            "#   tasks: {own: {file: questions.jsonl, images: images, metric: contains}}",
+        ]
+    images = f", images: {_quote(answers.images)}" if answers.images else ""
+    return [
+        "evaluate:",
+        "  tasks:",
+        f"    own: {{file: {_quote(answers.questions)}{images}, metric: {answers.metric}}}  # your own questions",
+    ]

@@ -1,0 +1,168 @@
+"""`redux init`: the dialog in a terminal, its explanations, and files that `redux run` accepts."""
+
+import json
+import os
+import pty
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from jobs import schema
+from jobs.init import Dialog, ask_all, choose_batch, write_job
+from pipelines.training.stage import Lora
+from redux.settings import CMAI, VMTC
+from tests.jobs.command_line import run_command
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A folder with 12 records, one of them without its image, and 3 questions."""
+    entries = [make_record(number) for number in range(12)]
+    (tmp_path / "records.json").write_text(json.dumps(entries))
+    (tmp_path / "images").mkdir()
+    for number in range(11):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{number}.png")
+    questions = [{"image": f"{number}.png", "question": "is it?", "answer": "yes"} for number in range(3)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return tmp_path
+
+
+def make_record(number: int) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<image>\nis it?"}, {"from": "gpt", "value": "yes"}]
+    return {"id": str(number), "image": f"{number}.png", "conversations": turns}
+
+
+def write_and_load(answers: list[str], folder: Path) -> schema.Job:
+    """Write the job of scripted answers, and load it."""
+    lines: Iterator[str] = iter(answers)
+    path = folder / "job.yaml"
+    path.write_text(write_job(ask_all(Dialog(False, lambda prompt: next(lines)))))
+    assert next(lines, None) is None, "every answer was asked for"
+    return schema.load(path)
+
+
+def test_defaults_without_a_gpu_are_the_small_model_on_easy_vqa(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.init.count_local_gpus", lambda: 0)
+    written = run_command("init", tmp_path / "job.yaml", "--yes")
+    assert written.code == 0, written.err
+    assert f"redux run {tmp_path / 'job.yaml'}" in written.out
+    job = schema.load(tmp_path / "job.yaml")
+    quickstart = schema.load(Path(__file__).parents[2] / "jobs/recipes/quickstart.yaml")
+    assert list(job.train) == list(quickstart.train)
+    assert [stage.learning_rate for stage in job.train.values()] == [
+        stage.learning_rate for stage in quickstart.train.values()
+    ]
+    assert (job.model.vmtc, job.model.cmai, job.evaluate) == (VMTC(ratio=0.5), CMAI(), quickstart.evaluate)
+
+
+def test_own_records_questions_and_a_llava(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = [
+        str(mine / "records.json"), str(mine / "images"), str(mine / "questions.jsonl"), "exact", "4",
+        "llava-hf/llava-1.5-7b-hf", "shapes",
+    ]  # fmt: skip
+    job = write_and_load(answers, mine)
+    assert "12 records, 12 of them checked: 1 rejected, 1 with missing image" in capsys.readouterr().out
+    source = job.data.make["mine"]
+    assert (source.json, source.images) == (str(mine / "records.json"), str(mine / "images"))
+    assert 1 / 12 <= source.max_bad_fraction < 0.1, "the record without an image does not stop the run"
+    assert (job.name, job.num_workers, job.model.checkpoint) == ("shapes", 4, "llava-hf/llava-1.5-7b-hf")
+    stage = job.train["instruct"]
+    assert (stage.data, stage.lora, stage.precision) == ("mine", Lora(), "bf16")
+    assert stage.count_accumulation_steps(4) == 1
+    assert job.evaluate
+    task = job.evaluate.tasks["own"]
+    assert (task.file, task.images, task.metric) == (str(mine / "questions.jsonl"), str(mine / "images"), "exact")
+
+
+@pytest.mark.parametrize("model", ["small", "7b", "13b", "openai/clip-vit-base-patch32 s3://bucket/language"])
+@pytest.mark.parametrize("gpus", ["1", "3", "8"])
+@pytest.mark.parametrize("data", ["easy-vqa", "own"])
+def test_every_choice_gives_a_job_whose_batches_the_workers_share(mine: Path, data: str, gpus: str, model: str) -> None:
+    own = [str(mine / "records.json"), str(mine / "images"), ""]
+    job = write_and_load([*(own if data == "own" else ["easy-vqa"]), gpus, model, "run"], mine)
+    for stage in job.train.values():
+        assert stage.count_accumulation_steps(int(gpus)) >= 1
+
+
+def test_wrong_answers_are_explained_and_asked_again(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, records = str(mine), str(mine / "records.json")
+    (mine / "broken.jsonl").write_text('{"image": "0.png"}\n')
+    answers = [
+        "nowhere", folder, str(mine / "questions.jsonl"), str(mine / "missing"), records,  # data
+        "nowhere", folder, str(mine / "images"),  # images
+        "nowhere", str(mine / "broken.jsonl"), str(mine / "questions.jsonl"),  # questions
+        "best", "vqa", "contains",  # metric
+        "two", "-1", "0",  # GPUs
+        "7b", "???", folder, "a/b c/d e/f", f"a/b {folder}", "small",  # model
+        "../up", "run",  # name
+    ]  # fmt: skip
+    job = write_and_load(answers, mine)
+    assert job.name == "run"
+    explained = re.findall(r"^  (.*)$", capsys.readouterr().out, re.M)
+    # seven answers are right; one line counts the records
+    assert len(explained) == len(answers) - 7 + 1
+    assert [line for line in explained if "allowed" not in line and "checked: " not in line] == []
+
+
+def test_an_existing_file_and_a_missing_terminal_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "job.yaml").write_text("name: kept\n")
+    refused = run_command("init", tmp_path / "job.yaml", "--yes")
+    assert (refused.code, refused.err) == (2, f"redux: {tmp_path / 'job.yaml'}: exists, allowed: a new file\n")
+    assert (tmp_path / "job.yaml").read_text() == "name: kept\n"
+    with open(os.devnull) as empty:
+        monkeypatch.setattr(sys, "stdin", empty)
+        piped = run_command("init", tmp_path / "new.yaml")
+    assert piped.code == 2
+    assert piped.err == (
+        "redux: init: got an input that is no terminal, allowed: a terminal, or --yes for all defaults\n"
+    )
+    assert not (tmp_path / "new.yaml").exists()
+
+
+@pytest.mark.integration
+def test_the_dialog_in_a_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "jobs.command", "init", str(path)])
+    output = b""
+    # each answer is typed when its question is there
+    for question, answer in (
+        (b"[easy-vqa]: ", b"nowhere\n"), (b"[easy-vqa]: ", b"\n"), (b"GPUs [", b"0\n"), (b"[small]: ", b"\n"),
+        (b"[easy-vqa]: ", b"typed\n"),
+    ):  # fmt: skip
+        seen = len(output)
+        while question not in output[seen:]:
+            output += os.read(terminal, 4096)
+        os.write(terminal, answer)
+    while part := read_terminal(terminal):
+        output += part
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, output
+    assert b"nowhere: does not exist, allowed: easy-vqa" in output
+    assert f"redux run {path}".encode() in output
+    assert schema.load(path).name == "typed"
+
+
+def read_terminal(terminal: int) -> bytes:
+    """Read from a terminal; b"" after its program has ended."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""
+
+
+def test_batches_never_exceed_the_largest_and_use_all_workers() -> None:
+    for records in (1, 50, 10_000):
+        for workers in (1, 2, 3, 7, 8):
+            batch, micro = choose_batch(records, workers, 128)
+            assert batch % (micro * workers) == 0
+            assert workers <= batch <= 128
