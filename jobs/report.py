@@ -75,8 +75,12 @@ def _read_evaluated(folder: Path) -> EvaluatedModel | None:
     found = next((model for model in models if (Path(model) / CONFIG_FILE).exists()), None)
     if found is None:
         return None
-    options: dict[str, Any] = {name: provenance.get(name) for name in ("template", "image_aspect_ratio")}
-    return EvaluatedModel(model=found, allow_mismatch=True, **options)
+    return EvaluatedModel(
+        model=found,
+        template=provenance.get("template"),
+        image_aspect_ratio=provenance.get("image_aspect_ratio"),
+        allow_mismatch=True,
+    )
 
 
 def _describe_model(evaluated: EvaluatedModel | None) -> ReportedModel | None:

@@ -1,6 +1,6 @@
 """Cost of a model beside that of a LLaVA of the same sizes, computed from the configuration alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from redux.configuration import ReduxConfig
@@ -68,17 +68,17 @@ class CostComparison(NamedTuple):
 def compare_cost(config: ReduxConfig) -> CostComparison:
     """Compare the cost of a prompt with one image; ValueError if the cost of this model cannot be computed."""
     llava = ReduxConfig(**{**config.to_dict(), **dict.fromkeys(METHODS)})
-    costs = [compute_cost(each, TEXT_TOKENS) for each in (config, llava)]
-    steps = [compute_step_cost(each, TEXT_TOKENS) for each in (config, llava)]
+    costs = [compute_cost(model, TEXT_TOKENS) for model in (config, llava)]
+    steps = [compute_step_cost(model, TEXT_TOKENS) for model in (config, llava)]
     lines = (
-        _make_line("Image tokens", [each.image_seq_length for each in (config, llava)]),
+        _make_line("Image tokens", [config.image_seq_length, llava.image_seq_length]),
         _make_line(f"FLOPs of a prompt with {TEXT_TOKENS} text tokens", [cost.flops for cost in costs]),
         _make_line("FLOPs of the next token", [step.flops for step in steps]),
-        _make_line("KV cache and CMAI's cache", [cost.kv_bytes + cost.focus_bytes for cost in costs], "bytes"),
+        _make_line("KV cache and CMAI's cache", [cost.kv_bytes + cost.focus_bytes for cost in costs], _format_bytes),
     )
     longest = max(cost.flops for cost in costs)
     bars = tuple(
-        (title, _format(float(cost.flops)), _split_flops(cost, longest))
+        (title, _format(cost.flops), _split_flops(cost, longest))
         for title, cost in zip(("this model", "LLaVA"), costs, strict=True)
     )
     parts = {part.title: part for _, _, bar in reversed(bars) for part in bar if part.share}
@@ -88,10 +88,10 @@ def compare_cost(config: ReduxConfig) -> CostComparison:
     return CostComparison(lines, bars, tuple(parts[title] for title in order), has_method, tokens)
 
 
-def _make_line(title: str, values: Sequence[float], unit: str = "") -> CostLine:
-    """Make a line from the values of the model and of LLaVA."""
-    ours, llava = map(float, values)
-    write = _format_bytes if unit == "bytes" else _format
+def _make_line(title: str, costs: Sequence[int], write: Callable[[float], str] | None = None) -> CostLine:
+    """Make the line of a cost of the model and of LLaVA."""
+    ours, llava = costs
+    write = write or _format
     return CostLine(title, write(ours), write(llava), ours / llava)
 
 

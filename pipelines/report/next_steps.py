@@ -59,10 +59,10 @@ def list_next_steps(
                 "Serve it over HTTP, with a demo page" + (" that also shows the answers of plain LLaVA" * has_method),
                 _join("redux", "serve", folder, *(["--compare"] * has_method)),
             ),
-            NextStep(
-                "Write a model folder for transformers", _join("redux", "export", folder, "--out", f"{run.name}-model")
-            ),
         ]
+        if job.get("train"):
+            export = _join("redux", "export", folder, "--to", "hf")
+            steps.append(NextStep("Write a model folder for transformers, with a model card", export))
     if is_finished and job.get("evaluate"):
         if has_cmai and model:
             steps.append(NextStep("Evaluate it with CMAI off", _write_evaluation(run, job, model)))
