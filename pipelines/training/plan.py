@@ -4,6 +4,7 @@ Values that follow from others are derived, not configured: accumulation steps f
 epochs, the learning rate from the step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -162,7 +163,7 @@ class StagePlan:
             shards=tuple(shards.shard_sizes for shards in sources.values()) if stage.shuffle == "window" else (),
             groups=groups,
         )
-        encode = ingest.encode_caption
+        encode: Callable[..., ingest.TextRow] = ingest.encode_caption
         if stage.objective == "language":
             encode = ingest.make_conversation_encoder(self.load_template(), self.image_tokens, stage.max_length)
         return ingest.Reader(
