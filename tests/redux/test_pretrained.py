@@ -399,7 +399,7 @@ def test_a_published_language_model_trains_on_its_chat_template(tower: Path, smo
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[2] < losses[1] < losses[0]
 
     record_training_format(model, tokenizer, "chat", "pad")
