@@ -29,6 +29,9 @@ SMALL_VOCABULARY = 64
 SMALL_LAYERS = 4
 """Most layers of a small copy.  Patterns of layers, as every fourth without positions, are no longer."""
 
+OTHER_ATTENTION = {"diffllama": "whose attention is the difference of two maps, and CMAI would read their mean"}
+"""Reasons against types of models whose build shows nothing of them."""
+
 IMAGE_ID = SMALL_VOCABULARY - 1
 
 
@@ -60,7 +63,7 @@ def check_language(config: PreTrainedConfig) -> None:
 
 
 @lru_cache(maxsize=64)
-def _find_problem(config_class: type[PreTrainedConfig], saved: str) -> str:
+def _find_problem(config_class: Any, saved: str) -> str:
     """Find a reason against a language model by its configuration as JSON; "" without any."""
     values = json.loads(saved)
     # of a quantized model the build is the same
@@ -71,6 +74,8 @@ def _find_problem(config_class: type[PreTrainedConfig], saved: str) -> str:
     forgetful = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {"DynamicLayer"}
     if forgetful:
         return f"which does not keep the keys of all tokens ({', '.join(sorted(forgetful))})"
+    if reason := OTHER_ATTENTION.get(config.model_type):
+        return reason
     if getattr(config, "attn_logit_softcapping", None):
         return "whose attention scores have a soft cap (attn_logit_softcapping)"
     # the caller's seed decides the weights of a new projector

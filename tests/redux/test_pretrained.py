@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
@@ -38,11 +39,13 @@ from transformers import (
     ViTConfig,
 )
 
-from redux.answering import LlavaAnswerer
+from redux.answering import LlavaAnswerer, load
+from redux.chat_template import find_template
 from redux.configuration import ReduxConfig
-from redux.conversation import TEMPLATES
+from redux.conversation import TEMPLATES, encode_conversation
 from redux.model import ReduxForConditionalGeneration
 from redux.pretrained import assemble, configure_assembly
+from redux.processor import build_processor, record_training_format
 from redux.settings import CMAI, VMTC, Reduction
 from tests.redux.tiny_gguf import TOKENS as TINY_TOKENS
 from tests.redux.tiny_gguf import write_tiny_gguf
@@ -379,6 +382,38 @@ def test_a_published_language_model_from_gguf_answers(tower: Path, smol: Path) -
     tokens = model.eval().generate(**inputs, max_new_tokens=16, do_sample=False)
     assert "Paris" in tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])
     assert_assembled_from_gguf(model, smol, SMOL)
+
+
+@pytest.mark.slow
+def test_a_published_language_model_trains_on_its_chat_template(tower: Path, smol: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, tokenizer = assemble(tower, smol, gguf_file=SMOL, cmai=CMAI())
+    template = find_template("chat", tokenizer)
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A red circle."}]
+    ids, labels = (torch.from_numpy(row)[None] for row in encode_conversation(tokenizer, turns, template, 16))
+    assert tokenizer.decode(labels[labels >= 0]) == "A red circle.<|im_end|>"
+    pixels = torch.randn(1, 3, 32, 32)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    for _ in range(3):
+        loss = model(input_ids=ids, pixel_values=pixels, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[2] < losses[1] < losses[0]
+
+    record_training_format(model, tokenizer, "chat", "pad")
+    build_processor(model.config, tokenizer).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    asked = load(tmp_path, device="cpu")
+    assert isinstance(asked, LlavaAnswerer)
+    assert asked.template == template
+    assert asked.model.lm_head.weight is asked.model.get_input_embeddings().weight
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    text = AutoProcessor.from_pretrained(tmp_path).apply_chat_template(messages, add_generation_prompt=True)
+    expected, _ = encode_conversation(tokenizer, turns[:1], template, 1)
+    assert asked.tokenizer(text, add_special_tokens=False)["input_ids"] == expected.tolist()
+    assert asked(["What is the capital of France?"], [None], 12).texts[0].startswith("The capital of France is Paris.")
 
 
 @pytest.fixture
