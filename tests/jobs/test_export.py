@@ -203,6 +203,9 @@ def test_adapters_on_their_base_answer_as_the_merged_model(run: Path, expected: 
     [program] = re.findall(r"```python\n(.*?)```", text, re.S)
     exec(program.replace('"MERGED"', repr(str(tmp_path / "merged"))), {})
     assert answer(tmp_path / "merged") == expected
+    refused = run_command("ask", out, "is it ?")
+    assert refused.code == 2
+    assert refused.err.startswith(f"redux: {out}: the folder has LoRA adapters alone, allowed: a whole model")
 
 
 def test_the_base_of_the_first_stage_is_the_checkpoint_of_the_job(run: Path, tmp_path: Path) -> None:
