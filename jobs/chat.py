@@ -19,7 +19,7 @@ from redux.trace import trace_images
 
 HELP = """\
 /image FILE      show an image with the next question
-/tokens [FILE]   draw the image tokens: kept patches have a white line, patches of one colour share a token
+/tokens [FILE]   draw the image tokens: kept patches are unchanged, patches of one colour and texture share a token
 /reset           begin again
 /quit            end (or Ctrl-D)"""
 
@@ -157,6 +157,8 @@ class Conversation:
         try:
             self.model.generate([chat], [self.sampling], show)
         except KeyboardInterrupt:
+            if not sys.stdin.isatty():  # nobody would go on
+                raise
             print(" …", end="")
         print()
         self.messages += [message, Message(role="assistant", text="".join(printed))]
@@ -206,9 +208,14 @@ def format_picture(picture: Image.Image, columns: int) -> str:
 
 
 def _read_lines() -> Iterator[str]:
-    """Read lines until the end of the input.  Ctrl-C at the prompt ends the conversation, too."""
+    """Read lines until the end of the input.  Ctrl-C at the prompt ends a conversation in a terminal, too."""
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")
         except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print()
             return

@@ -5,6 +5,7 @@ from pathlib import Path
 from jobs import schema
 from jobs.schema import Job
 from pipelines.core import storage
+from pipelines.training.files import JOB_FILE, is_complete
 
 CONFIG_FILE = "config.json"
 """Configuration of a model, as transformers names it."""
@@ -40,10 +41,6 @@ def find_model(source: str) -> str:
     Raises:
         ValueError: the run has not made its model yet, or the folder has neither a run nor a model.
     """
-    # these import torch, which finding sets does without
-    from pipelines.training.checkpoint import JOB_FILE
-    from pipelines.training.export import is_complete
-
     folder = Path(source)
     if (folder / JOB_FILE).exists():
         job = schema.load(folder / JOB_FILE)

@@ -18,8 +18,10 @@ from pipelines.training import metrics
 from pipelines.training.checkpoint import JOB_FILE
 from redux import answering, pretrained
 from redux.architecture import ModelSettings, TowerSizes, count_image_tokens
+from redux.chat_template import find_template
 from redux.configuration import ReduxConfig
 from redux.hub import local_copy
+from redux.loading import load_tokenizer
 from redux.model import ReduxForConditionalGeneration
 
 T = TypeVar("T")
@@ -105,13 +107,32 @@ def check_weights(job: Job, folder: Path) -> None:
     try:
         if not model.checkpoint:
             pretrained.check_parts(str(model.tower), str(model.language), model.gguf_file)
+            if Path(str(model.language)).is_dir() and not model.gguf_file:
+                check_templates(job, load_tokenizer(str(model.language), "language"))
         elif job.train or answering.is_llava(model.checkpoint):
             build_config(model)
             pretrained.check_checkpoint(model.checkpoint)
+            if Path(model.checkpoint).is_dir():
+                check_templates(job, load_tokenizer(model.checkpoint, "checkpoint"))
         else:
             pretrained.check_checkpoint(model.checkpoint, AutoModelForImageTextToText)
     except ValueError as error:
-        raise ValueError(f"model.{error}") from None
+        place = "" if str(error).startswith("train.") else "model."
+        raise ValueError(f"{place}{error}") from None
+
+
+def check_templates(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that stages which train on the tokenizer's chat template can do so.
+
+    Raises:
+        ValueError: the chat template is missing, or cannot be expressed.
+    """
+    for name, stage in job.train.items():
+        if stage.template == "chat":
+            try:
+                find_template("chat", tokenizer)
+            except ValueError as error:
+                raise ValueError(f"train.{name}.{error}") from None
 
 
 def assemble(job: Job, folder: Path) -> None:
@@ -122,6 +143,7 @@ def assemble(job: Job, folder: Path) -> None:
     is_half = all(stage.precision == "bf16" for stage in job.train.values())
     torch.manual_seed(job.seed)  # the projector of assembled parts is random
     model, tokenizer = _load_or_assemble(job.model, torch.bfloat16 if is_half else torch.float32)
+    check_templates(job, tokenizer)
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

@@ -11,6 +11,7 @@ from jobs.model_parts import find_assembled, locate_parts, make_folder_absolute
 from jobs.schema import Job
 from pipelines.core import storage
 from pipelines.data import shard_index
+from pipelines.data.held_out import select_held_out
 from pipelines.data.options import SetSource
 from pipelines.evaluation import evaluate, tasks
 from pipelines.training import lora, trackers
@@ -31,8 +32,13 @@ def resolve_job(job: Job, folder: Path) -> Job:
     """
     sets = {name: storage.make_absolute(url) for name, url in job.data.sets.items()}
     for name, url in sets.items():
-        if name not in job.data.make and not len(shard_index.Shards(url)):
+        if name in job.data.make:
+            continue
+        samples = len(shard_index.Shards(url))
+        if not samples:
             raise ValueError(f"data.sets.{name}: {url} has no samples, allowed: at least one")
+        if job.data.hold_out and any(name in stage.mixture for stage in job.train.values()):
+            select_held_out(samples, job.data.hold_out, name)  # raises if a set is too small
     # packages are looked for now: workers would import them only after the data is made
     trackers.check_trackers(job.trackers)
     for name, stage in job.train.items():

@@ -21,7 +21,8 @@ from pathlib import Path
 import ray
 import tenacity
 
-from jobs import claims, model_parts, schema
+from jobs import claims, model_parts, report, schema
+from jobs.asking import describe_asking
 from jobs.claims import ASSEMBLED, PROGRESS
 from jobs.layout import locate_checkpoints, locate_sets
 from jobs.resolve import resolve_job
@@ -30,7 +31,7 @@ from pipelines.core import cluster, failures, interrupts, jsonl, storage
 from pipelines.data import easy_vqa, records, shard_index, shard_writer
 from pipelines.data.options import ShardOptions
 from pipelines.evaluation import evaluate, tasks
-from pipelines.report import run_report
+from pipelines.report.environment import record_environment
 from pipelines.training import driver, ledger
 from pipelines.training.plan import StagePlan
 from pipelines.training.stage import count_shared_workers
@@ -75,15 +76,16 @@ def run(
         work = {name: work[name] for name in names[: names.index(until) + 1]}
     # read first without the lock and without Ray: to repeat the command of a finished run costs seconds
     finished = f"{job.name} is finished; its {until or 'report'}: {folder / ('' if until else 'report.html')}"
+    finished += "" if until else f"\n{describe_asking(job, folder)}"
     changes = claims.Claim.from_folder(folder, job).find_changes(allow_changes)
-    if not changes and not work.keys() - _list_finished(folder):
+    if not changes and not work.keys() - _list_finished(job, folder):
         print(finished)
         return
     claims.make_folder(folder)
     with run_lock(folder, patience_s):
         # another process may have worked on this run until now, so its progress is read again
         claims.Claim.from_folder(folder, job).enforce(allow_changes)
-        done = _list_finished(folder)
+        done = _list_finished(job, folder)
         remaining = {name: step for name, step in work.items() if name not in done}
         if not remaining:
             print(finished)
@@ -97,11 +99,12 @@ def run(
         jsonl.drop_partial_line(folder / PROGRESS)
         with cluster.open_session(), group:
             _check_resources(job, remaining)
+            record_environment(folder, list(remaining))
             _start_workers_early(job, folder, allow_changes, list(remaining), group)
             _run_steps(remaining, folder / PROGRESS, started_at)
     if until is None:
         _write_metrics(folder)
-        print(f"{job.name} is finished; its report: {folder / 'report.html'}")
+        print(finished)
 
 
 def _run_steps(steps: Mapping[str, Callable[[], None]], progress: Path, started_at: float) -> None:
@@ -208,7 +211,8 @@ def list_steps(
     sets, result = locate_sets(job, folder), {}
     stages = plan_stages(job, folder, allow_changes)
     if job.generated_sets or job.data.make or not job.model.is_pretrained:
-        templates = [TEMPLATES[plan.template] for plan in stages.values()]
+        # pretrained parts bring their tokenizer, and perhaps a chat template
+        templates = [] if job.model.is_pretrained else [TEMPLATES[plan.template] for plan in stages.values()]
         result["shards"] = lambda: _make_shards(job, sets, folder / TOKENIZER, templates)
     model_parts.check_weights(job, folder)
     if job.model.is_pretrained and job.train:
@@ -221,20 +225,17 @@ def list_steps(
             driver.train_stage, plan, should_stop=watch, group=group, later=plans[number:] if group else ()
         )
     settings = job.evaluate
-    if settings is None:
-        result["report"] = lambda: _write_report(folder, [])
-        return result
-    evaluated = _choose_evaluated_model(job, settings, stages)
 
-    def run_evaluation() -> None:
+    def run_evaluation(settings: tasks.Evaluate) -> None:
         started_at = time.monotonic()
+        evaluated = report.choose_evaluated_model(job, folder)
         _write_json(folder / SCORES, evaluate.evaluate(evaluated, folder, settings, job.gpu_share))
         ledger.append_event(folder, "evaluate", last, wall_s=time.monotonic() - started_at)
 
-    def report_examples() -> None:
-        _write_report(folder, evaluate.collect_examples(evaluated, folder, job.report.examples))
-
-    return {**result, "evaluate": run_evaluation, "report": report_examples}
+    if settings is not None:
+        result["evaluate"] = functools.partial(run_evaluation, settings)
+    result["report"] = lambda: _write_report(job, folder)
+    return result
 
 
 def _check_stored_images(job: Job, folder: Path) -> None:
@@ -259,18 +260,6 @@ def _check_stored_images(job: Job, folder: Path) -> None:
         for plan in plan_stages(job, folder).values():
             for name in plan.stage.mixture:
                 plan.check_prepared(name, prepared.get(name))
-
-
-def _choose_evaluated_model(
-    job: Job, settings: tasks.Evaluate, stages: dict[str, StagePlan]
-) -> evaluate.EvaluatedModel:
-    """Choose the model to evaluate: the result of the last stage, or model.checkpoint if there is no stage."""
-    options = {name: getattr(settings, name) for name in ("template", "image_aspect_ratio", "allow_mismatch")}
-    options["kernels"] = job.model.kernels
-    if stages:
-        return evaluate.EvaluatedModel(model=list(stages.values())[-1].result, **options)
-    assert job.model.checkpoint
-    return evaluate.EvaluatedModel(model=job.model.checkpoint, methods=job.model.methods, **options)
 
 
 def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str, StagePlan]:
@@ -298,6 +287,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
             checkpoints=locate_checkpoints(job, folder),
             sets={name: sets[name] for name in stage.mixture},
             max_bad_fraction=job.data.max_bad_fraction,
+            hold_out=job.data.hold_out,
             tokenizer=tokenizer,
             start=start,
             image_size=image_size,
@@ -313,20 +303,29 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
     return result
 
 
-def _list_finished(folder: Path) -> list[str]:
-    return [entry["step"] for entry in jsonl.read(folder / PROGRESS)]
+def _list_finished(job: Job, folder: Path) -> list[str]:
+    """List the finished steps; without evaluation and report, if a file of own questions has changed since then."""
+    finished = [entry["step"] for entry in jsonl.read(folder / PROGRESS)]
+    if "evaluate" in finished and job.evaluate and evaluate.has_new_questions(folder, job.evaluate):
+        return [step for step in finished if step not in ("evaluate", "report")]
+    return finished
 
 
 def _write_metrics(folder: Path) -> None:
     """Write metrics.json: scores, and wall-clock seconds of each finished step and of all."""
     times = {f"wall_s.{entry['step']}": entry["wall_s"] for entry in jsonl.read(folder / PROGRESS)}
-    scores = json.loads((folder / SCORES).read_text()) if (folder / SCORES).exists() else {}
-    _write_json(folder / "metrics.json", {**scores, "wall_s": sum(times.values()), **times})
+    _write_json(folder / "metrics.json", {**_read_scores(folder), "wall_s": sum(times.values()), **times})
 
 
-def _write_report(folder: Path, examples: Sequence[evaluate.Example]) -> None:
+def _write_report(job: Job, folder: Path) -> None:
     _write_metrics(folder)
-    run_report.write_report(folder, examples)
+    written = report.write_report(job, folder)
+    if job.evaluate and (folder / SCORES).exists():
+        report.send_to_trackers(job, folder, _read_scores(folder), written)
+
+
+def _read_scores(folder: Path) -> dict[str, float]:
+    return json.loads((folder / SCORES).read_text()) if (folder / SCORES).exists() else {}
 
 
 def _write_json(path: Path, values: dict[str, float]) -> None:

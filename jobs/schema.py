@@ -114,6 +114,11 @@ class Job:
             raise ValueError(
                 f"train.{name}.data: got {min(unknown)}, allowed: {', '.join(sets) or 'none'}, those of data.sets"
             )
+        if stage.template == "chat" and not self.model.is_pretrained:
+            raise ValueError(
+                f"train.{name}.template: got chat, allowed for a model built from sizes: plain, vicuna_v1, "
+                "vicuna_bare, as its tokenizer has no chat template"
+            )
         if name in OTHER_STEPS:
             raise ValueError(f"train: got a stage {name}, allowed: any other name than {', '.join(OTHER_STEPS)}")
         # of a range, a stage uses a number that divides the batch, see Stage.count_usable_workers

@@ -6,7 +6,7 @@ from collections.abc import Sized
 from importlib import import_module
 from pathlib import Path
 
-from redux.benchmarks import BENCHMARKS, compute_scores, join_answers
+from redux.benchmarks import BENCHMARKS, compute_scores, custom, join_answers
 from redux.benchmarks.source import read_text
 
 INSTRUCTIONS_TASK = "instructions"
@@ -18,8 +18,12 @@ def score(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: the task is unknown, or a file or an answer is wrong.
     """
+    if arguments.metric:
+        _score_own_questions(arguments)
+        return
     if arguments.task not in (*BENCHMARKS, INSTRUCTIONS_TASK):
-        raise ValueError(f"TASK: got {arguments.task}, allowed: {', '.join(BENCHMARKS)}, {INSTRUCTIONS_TASK}")
+        known = f"{', '.join(BENCHMARKS)}, {INSTRUCTIONS_TASK}, or --metric for questions of your own"
+        raise ValueError(f"TASK: got {arguments.task or 'none'}, allowed: {known}")
     with_submission = [name for name, benchmark in BENCHMARKS.items() if benchmark.build_submission]
     if arguments.submission and arguments.task not in with_submission:
         raise ValueError(f"--submission: got task {arguments.task}, allowed: {', '.join(with_submission)}")
@@ -45,6 +49,22 @@ def score(arguments: argparse.Namespace) -> None:
     # a submission is scored elsewhere, so reference answers may be missing then
     scores = compute_scores(metrics, "--questions") if metrics or not arguments.submission else {}
     print(json.dumps({"task": arguments.task, "scores": scores, "questions": len(questions), "missing": missing}))
+
+
+def _score_own_questions(arguments: argparse.Namespace) -> None:
+    """Print the scores of answers to a user's file of questions."""
+    if arguments.task or arguments.submission:
+        raise ValueError(f"--metric: got {arguments.metric} besides TASK or --submission, allowed: --metric alone")
+    if len(arguments.questions or ()) != 1:
+        raise ValueError("--questions: got none or several files, allowed with --metric: one")
+    questions = custom.read_questions(arguments.questions[0], arguments.metric)
+    if not questions:
+        raise ValueError(f"--questions: got no question in {arguments.questions[0]}, allowed: at least one")
+    answers = custom.read_answers(arguments.answers, questions)
+    _require_answers(arguments.answers, answers)
+    rows, missing = join_answers(questions, answers)
+    scores = compute_scores(custom.compute_metrics(rows), "--questions")
+    print(json.dumps({"metric": arguments.metric, "scores": scores, "questions": len(questions), "missing": missing}))
 
 
 def _require_answers(path: str, answers: Sized) -> None:

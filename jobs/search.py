@@ -184,7 +184,7 @@ def _check_metrics(search: Search, job: Job, folder: Path) -> None:
     """Check that trials will report each objective and each metric with a limit; ValueError otherwise."""
     names = {"flops", "kv_bytes", "focus_bytes", "image_tokens"}
     if len(job.train) > len(search.shared):
-        names |= {"loss", "tokens_per_s"}
+        names |= {"loss", "tokens_per_s"} | ({metrics.VALIDATION_LOSS} if job.data.hold_out else set())
     if settings := resolve.resolve_job(job, folder).evaluate:
         names |= evaluate.list_metric_names(settings)
     for section in ("objectives", "limits"):
@@ -293,6 +293,8 @@ def _read_metrics(job: Job, trial_folder: Path) -> dict[str, float]:
         result["tokens_per_s"] = metrics.compute_tokens_per_s(trial_folder, stage)
         if last:
             result["loss"] = sum(last) / len(last)
+        if (validation_loss := metrics.read_validation_loss(trial_folder, stage)) is not None:
+            result[metrics.VALIDATION_LOSS] = validation_loss
     return result
 
 

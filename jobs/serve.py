@@ -1,15 +1,24 @@
 """Serve a trained model (`redux serve`)."""
 
 import argparse
+import json
 import os
 import socket
-import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
-from jobs.layout import find_model
+from jobs.layout import CONFIG_FILE, find_model
+from pipelines.core import interrupts
 from pipelines.serving.settings import API_KEY_VARIABLE, MEGABYTE, RequestLimits, ServedModel, ServerSettings
 from redux.extras import write_install_command
+
+POLL_S = 2.0
+"""Seconds between two looks at the replicas."""
+
+PACKAGES = ("fastapi", "starlette", "uvicorn")
+"""Packages that ray[serve] adds to Ray."""
 
 
 def run_server(arguments: argparse.Namespace) -> None:
@@ -18,29 +27,61 @@ def run_server(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: the model, the address or an option cannot be used.
     """
+    try:
+        _serve_until_interrupted(arguments)
+    except BaseException:
+        # an interrupt may appear as another error: of an import, of a library, of a stopping Ray
+        if not interrupts.was_interrupted():
+            raise
+    print("stopped")
+
+
+def _serve_until_interrupted(arguments: argparse.Namespace) -> None:
     settings = build_settings(arguments)
-    check_port(settings.host, settings.port)
-    if find_spec("starlette") is None:
+    check_model(settings.model.path)
+    if os.environ.get("RAY_ADDRESS", "") in ("", "local"):  # a cluster listens on another machine
+        check_port(settings.host, settings.port)
+    if any(find_spec(package) is None for package in PACKAGES):
         raise ValueError(f"serve: needs ray[serve]: {write_install_command('serve')}")
-    # a second to import, which wrong options need not wait for
+    # seconds to import, which wrong options need not wait for
+    import ray
     from ray import serve
 
     from pipelines.core import cluster
-    from pipelines.serving.app import start_server
+    from pipelines.serving import app
 
     with cluster.open_session():
-        has_gpus = cluster.count_gpus() > 0
+        has_gpus = cluster.count_gpus() > 0 and settings.model.device != "cpu"
         needed = {"GPU": settings.gpu_share} if has_gpus else {"CPU": 1.0}
         total = {name: amount * settings.replicas for name, amount in needed.items()}
         cluster.require_resources(total, f"--replicas {settings.replicas}")
-        try:
-            start_server(settings, has_gpus)
-            print(describe_server(settings), flush=True)
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print("stopping")
-        finally:
-            serve.shutdown()
+        # Ray 2.60 prints a line for each process that ends, also those that Ray Serve ends
+        with patch.object(ray._private.worker, "print_to_stdstream"):
+            was_started = app.is_started()
+            try:
+                app.start_server(settings, has_gpus)
+                print(describe_server(settings), flush=True)
+                _watch(settings.replicas)
+            finally:
+                # a private Ray ends with all its processes, at once
+                if not cluster.is_private() and not was_started:
+                    serve.shutdown()
+
+
+def _watch(replicas: int) -> None:
+    """Print a line when a replica has died, and when all answer again.  Ends by an interrupt alone."""
+    from pipelines.serving import app
+
+    was_complete = True
+    while True:
+        interrupts.raise_if_interrupted()
+        time.sleep(POLL_S)
+        is_complete = app.is_complete()
+        if was_complete and not is_complete:
+            print(f"a copy of the model has died and is replaced; copies in all: {replicas}", flush=True)
+        elif is_complete and not was_complete:
+            print("all copies of the model answer again", flush=True)
+        was_complete = is_complete
 
 
 def build_settings(arguments: argparse.Namespace) -> ServerSettings:
@@ -50,6 +91,8 @@ def build_settings(arguments: argparse.Namespace) -> ServerSettings:
         ValueError: there is no such model, or the address is public and there is no key.
     """
     path = find_model(arguments.model)
+    if Path(path).is_dir():
+        path = str(Path(path).resolve())  # replicas may have another working directory
     name = arguments.name or Path(arguments.model).resolve().name
     return ServerSettings(
         model=ServedModel(
@@ -77,6 +120,19 @@ def build_settings(arguments: argparse.Namespace) -> ServerSettings:
     )
 
 
+def check_model(path: str) -> None:
+    """Raise a ValueError if a local folder has no LLaVA; other sources are read by the replicas."""
+    config = Path(path) / CONFIG_FILE
+    if not config.exists():
+        return
+    try:
+        model_type = json.loads(config.read_bytes()).get("model_type")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{config}: cannot be read as JSON, allowed: the configuration of a model") from None
+    if model_type != "llava":
+        raise ValueError(f"{path}: got a model of type {model_type}, allowed: llava, with a CLIP or SigLIP tower")
+
+
 def check_port(host: str, port: int) -> None:
     """Raise a ValueError if the address cannot be listened on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -85,8 +141,9 @@ def check_port(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(f"--host, --port: got {host}:{port}, allowed: a free address; {error.strerror}") from None
+        except (OSError, OverflowError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"--host, --port: got {host}:{port}, allowed: a free address; {reason}") from None
 
 
 def describe_server(settings: ServerSettings) -> str:

@@ -9,8 +9,10 @@ from jobs.cli.arguments import build_options
 from jobs.layout import locate_sets
 from pipelines.core import cluster, storage
 from pipelines.data import audit, consumed, easy_vqa, records, shard_index, shard_writer, tars
+from pipelines.data.held_out import select_held_out
 from pipelines.data.options import ShardOptions
 from pipelines.training import metrics
+from pipelines.training.files import JOB_FILE
 
 
 def make_set(arguments: argparse.Namespace) -> None:
@@ -78,8 +80,6 @@ def verify_set(arguments: argparse.Namespace) -> None:
 
 def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
     """Check the set against the log of a run; returns confirmations and faults, as lines."""
-    from pipelines.training.checkpoint import JOB_FILE  # imports torch, which the other actions do not need
-
     job = schema.load(run / JOB_FILE)
     used = {name for stage in job.train.values() for name in stage.mixture}
     sets = {name: url for name, url in locate_sets(job, run.resolve()).items() if name in used}
@@ -89,12 +89,13 @@ def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
         raise ValueError(f"{folder}: {run} did not train on it, allowed: {', '.join(sets.values())}")
     log = run / consumed.CONSUMED_FILE
     samples = len(shard_index.Shards(folder))
+    held = select_held_out(samples, job.data.hold_out, folder).tolist() if job.data.hold_out else []
     confirmations, faults = list[str](), list[str]()
     if not log.exists():
         raise ValueError(f"{log}: does not exist, allowed: a run that has trained")
     for name in names:
         with log.open("rb") as lines:
-            coverages, errors = consumed.verify_coverage(lines, str(log), name, samples)
+            coverages, errors = consumed.verify_coverage(lines, str(log), name, samples, held)
         faults += errors
         for coverage in coverages:
             # a lost end of the log would look like an early stop, but the metrics have their own count
@@ -105,7 +106,8 @@ def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
                 )
             confirmations.append(
                 f"{coverage.stage}: {coverage.steps} steps used {coverage.samples} samples of {name}: each of its "
-                f"{samples} once in each of {coverage.epochs} epochs, {coverage.partial_samples} once in the epoch "
-                f"that is not finished; {coverage.replaced} replaced"
+                f"{samples - len(held)} once in each of {coverage.epochs} epochs, {coverage.partial_samples} once in "
+                f"the epoch that is not finished; {coverage.replaced} replaced"
+                + (f"; its {len(held)} held-out samples were not used" if held else "")
             )
     return confirmations, faults

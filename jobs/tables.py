@@ -11,8 +11,9 @@ from pathlib import Path
 from pipelines.evaluation.tasks import RESERVED_NAMES, find_task
 from pipelines.report import comparison, page
 from pipelines.report.columns import Column
-from pipelines.report.runs import FindScorer, Scorer, find_families
+from pipelines.report.runs import FindScorer, Scorer, group_families, read_finished_runs
 from pipelines.report.tables import Cell, ResultRow, ResultTable, build_tables, compare_prompts
+from pipelines.report.variants import VariantCell, VariantTable, compare_variants
 
 CSV_FIELDS = (
     "family", "row", "source", "about", "column", "value", "low", "high",
@@ -38,23 +39,46 @@ def write_tables(runs: Sequence[Path], out: Path | None, find_scorer: FindScorer
     # found before the bootstrap, which takes long
     if out and out.exists() and not out.is_dir():
         raise ValueError(f"--out: got {out}, which is a file, allowed: a folder")
-    families, notes = find_families(runs, find_scorer)
+    finished, notes = read_finished_runs(runs, find_scorer)
+    variants = compare_variants(finished, samples)
+    families = group_families(finished, notes)
     tables = build_tables(families, samples)
-    text = format_markdown(tables, [*comparison.write_summary(tables), *notes])
+    text = format_markdown(tables, [*comparison.write_summary(tables), *notes], variants)
     if out:
         scorer = find_scorer("instructions")
         prompt_plots = {family.label: compare_prompts(family, scorer) for family in families} if scorer else {}
         out.mkdir(parents=True, exist_ok=True)
         page.write(out / "tables.md", text)
-        page.write(out / "tables.html", comparison.render(tables, notes, prompt_plots))
+        page.write(out / "tables.html", comparison.render(tables, notes, prompt_plots, variants))
         for table in tables:
             page.write(out / f"{table.key}.csv", format_csv(table))
     return text
 
 
-def format_markdown(tables: Sequence[ResultTable], notes: Sequence[str]) -> str:
+def _format_variants(table: VariantTable) -> str:
+    """Format the comparison of own variants as Markdown."""
+    lines = ["## Variants", "", "| | " + " | ".join(column.title for column in table.columns) + " |"]
+    lines.append("|---|" + "---:|" * len(table.columns))
+    for variant, cells in zip(table.variants, table.cells, strict=True):
+        texts = (variant.label, *(_format_variant_cell(cell) for cell in cells))
+        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
+    return "\n".join(lines)
+
+
+def _format_variant_cell(cell: VariantCell | None) -> str:
+    if cell is None:
+        return ""
+    text = f"{cell.value:.1f}"
+    if cell.interval:
+        text += f" ({cell.interval.low:.1f} to {cell.interval.high:.1f})"
+    if cell.difference:
+        text += f"; {cell.difference.value:+.1f}" + (" within noise" if cell.difference.is_noise else "")
+    return text
+
+
+def format_markdown(tables: Sequence[ResultTable], notes: Sequence[str], variants: VariantTable | None = None) -> str:
     """Format each table as Markdown, with the commands of its missing rows below it."""
-    parts = ["\n\n".join(notes)]
+    parts = ["\n\n".join(notes), *([_format_variants(variants)] if variants else [])]
     for table in tables:
         parts.append(f"## {table.title}")
         for family, rows in table.blocks.items():

@@ -24,7 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import CONFIG_NAME
 
 from redux.adapters import TransformersModel
-from redux.conversation import IMAGE_TOKEN, TEMPLATES, Template, encode_conversation, pad_rows
+from redux.chat_template import find_template, set_end_token
+from redux.conversation import IMAGE_TOKEN, Template, encode_conversation, pad_rows
 from redux.generation import Answers, check_batch, ensure_pad_token, generate_greedily
 from redux.hub import local_copy
 from redux.image import load_pixels
@@ -77,6 +78,7 @@ class LlavaAnswerer:
 
     def __post_init__(self) -> None:
         ensure_pad_token(self.tokenizer)
+        set_end_token(self.tokenizer, self.template)
 
     def __call__(self, prompts: Sequence[str], images: Sequence[bytes | None], max_new_tokens: int) -> Answers:
         """Answer a batch, see `Answerer`."""
@@ -104,7 +106,7 @@ class LlavaAnswerer:
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         if present:
             inputs["pixel_values"] = normalize_pixels(inputs["pixel_values"]).to(self.model.dtype)
-        # the templates end with the tokenizer's end token, whatever the checkpoint's generation settings are
+        # answers end with the template's end token, whatever the checkpoint's generation settings are
         return generate_greedily(self.model, self.tokenizer, inputs, [self.tokenizer.eos_token_id], max_new_tokens)
 
     def count_tokens(self, prompt: str) -> int:
@@ -180,8 +182,8 @@ def load(
 
     Args:
         path: folder, hub id or URL (s3://).
-        template: conversation template of a LLaVA, a name in TEMPLATES. None takes that of its training; if its
-            configuration has none, LLaVA-1.5's `vicuna_v1`. Other models have their own.
+        template: conversation template of a LLaVA: vicuna_v1, vicuna_bare, or chat, that of its tokenizer. None takes
+            that of its training; if its configuration has none, LLaVA-1.5's `vicuna_v1`. Other models have their own.
         image_aspect_ratio: "pad" or "crop" for a LLaVA. None takes that of its training; if its configuration has
             none, LLaVA-1.5's `pad`.
         allow_mismatch: allow another template or aspect ratio than in training.
@@ -211,7 +213,9 @@ def load(
             llava = ReduxForConditionalGeneration.from_pretrained(folder, **options, **methods).eval().to(torch_device)
             tokenizer = load_tokenizer(folder, "model")
             check_image_token(tokenizer, llava.config, path, "model")
-            answerer = LlavaAnswerer(llava, tokenizer, TEMPLATES[resolved_template], resolved_aspect_ratio)
+            answerer = LlavaAnswerer(
+                llava, tokenizer, find_template(resolved_template, tokenizer), resolved_aspect_ratio
+            )
         else:
             if unsupported := [name for name, value in methods.items() if value is not None]:
                 raise ValueError(f"{unsupported[0]}: got one, allowed: None, as {path} is no LLaVA")
@@ -237,7 +241,7 @@ def resolve_format(
         ValueError: a name is unknown or differs from the training, or the last training had captions alone.
     """
     trained = {"template": config.get("conversation_template"), "image_aspect_ratio": config.get("image_aspect_ratio")}
-    choices = {"template": tuple(TEMPLATES), "image_aspect_ratio": get_args(ImageAspectRatio)}
+    choices = {"template": get_args(TemplateName), "image_aspect_ratio": get_args(ImageAspectRatio)}
     for name, value in {"template": template, "image_aspect_ratio": image_aspect_ratio}.items():
         if value not in (None, *choices[name]):
             raise ValueError(f"{name}: got {value!r}, allowed: {', '.join(choices[name])}")

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from redux.answering import LlavaAnswerer, load
+from redux.chat_template import set_end_token
 from redux.conversation import IMAGE_TOKEN, Template, encode_pieces, pad_rows
 from redux.generation import ensure_pad_token
 from redux.graph_decoding import Prompt as DecodedPrompt
@@ -105,6 +106,7 @@ class ChatModel:
 
     def __post_init__(self) -> None:
         ensure_pad_token(self.tokenizer)
+        set_end_token(self.tokenizer, self.template)
 
     @cached_property
     def max_length(self) -> int:
@@ -121,7 +123,12 @@ class ChatModel:
         check_messages(messages)
         config = self.model.config
         pieces = split_messages(self.template, messages, self.tokenizer.eos_token)
-        input_ids, _ = encode_pieces(self.tokenizer, pieces, config.image_seq_length)
+        input_ids, _ = encode_pieces(
+            self.tokenizer,
+            pieces,
+            config.image_seq_length,
+            add_special_tokens=not self.template.has_special_tokens,
+        )
         if len(input_ids) >= self.max_length:
             raise ValueError(
                 f"messages: got {len(input_ids)} tokens, allowed: up to {self.max_length - 1}, so that an answer fits "
@@ -275,7 +282,7 @@ def split_messages(template: Template, messages: Sequence[Message], eos: str | N
         eos: end token of the tokenizer.
     """
     if messages[0].role == "system":
-        template = replace(template, system=f"{messages[0].text} ")
+        template = template.replace_system(messages[0].text)
         messages = messages[1:]
     roles = {"user": "human", "assistant": "gpt"}
     turns = [

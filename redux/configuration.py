@@ -10,7 +10,7 @@ from typing import Any, get_args
 from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedTokenizerBase
 
 from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
-from redux.conversation import CLIP_MAX_LENGTH, TEMPLATES
+from redux.conversation import CLIP_MAX_LENGTH
 from redux.settings import FORMER_FIELD_NAMES, METHODS, CompressionStage, ImageAspectRatio, TemplateName
 
 
@@ -20,7 +20,7 @@ class ReduxConfig(LlavaConfig):
     Args:
         vmtc, cmai, reduction: settings as dictionaries, or as the dataclasses of `redux.settings`. None turns a part
             off.
-        conversation_template: name in `redux.conversation.TEMPLATES`; None if unknown.
+        conversation_template: name of the conversation template; None if unknown.
         image_aspect_ratio: "pad" or "crop", the method that made training images square; None if unknown.
     """
 
@@ -54,7 +54,7 @@ class ReduxConfig(LlavaConfig):
                 raise ValueError(f"vision_feature_layer: got {layer}, allowed: {-num_layers - 1} to {num_layers}")
         if self.vmtc is not None and self.reduction is not None:
             raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other None")
-        choices = {"conversation_template": tuple(TEMPLATES), "image_aspect_ratio": get_args(ImageAspectRatio)}
+        choices = {"conversation_template": get_args(TemplateName), "image_aspect_ratio": get_args(ImageAspectRatio)}
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in (None, *allowed):
                 raise ValueError(f"{name}: got {value!r}, allowed: {', '.join(allowed)} or None")

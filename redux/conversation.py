@@ -8,14 +8,12 @@ A conversation is a list of turns {"from": "human" | "gpt", "value": text} in wh
 in LLaVA's trainer, `<image>` moves to the front of its turn, on a line of its own.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-from redux.settings import TemplateName
 
 if TYPE_CHECKING:
     # readers of conversations do without transformers
@@ -34,19 +32,29 @@ CLIP_MAX_LENGTH = 77
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """Text around the turns of a conversation.  The model learns the assistant's text and `end`.
+    """Text around the turns of a conversation.  The model learns `answer`, the assistant's text and `end`.
 
     Args:
         system: text at the start of the conversation.
         human: text before a human turn.
         assistant: text before a turn of the assistant.
         end: text after a turn of the assistant; EOS_TOKEN stands for the tokenizer's end token.
+        answer: learned text before the assistant's text.
+        after: text after `end`.
+        system_message: text before and after a system message, which replaces `system`; None if there can be none.
+        strips: blanks around the text of a turn are removed.
+        has_special_tokens: the text begins as the model's input does, so that the tokenizer adds no token.
     """
 
     system: str
     human: str
     assistant: str
     end: str
+    answer: str = ""
+    after: str = ""
+    system_message: tuple[str, str] | None = ("", " ")
+    strips: bool = False
+    has_special_tokens: bool = False
 
     def split_spans(self, turns: Sequence[dict], eos: str = EOS_TOKEN) -> Iterator[tuple[str, bool]]:
         """Split a conversation into pieces (text, is_learned), whose concatenation is the conversation.
@@ -65,11 +73,23 @@ class Template:
             if turn["from"] != role:
                 raise ValueError(f"turn {number + 1}: got role {turn['from']!r}, allowed: {role!r}")
             text = move_image_to_front(turn["value"])
+            if self.strips:
+                text = text.strip()
             if role == "human":
                 yield self.human + self.human_text(text), False
                 yield self.assistant, False
             else:
-                yield f" {text}{end}" if self.assistant else text + end, True
+                yield f"{self.answer}{text}{end}", True
+                yield self.after, False
+
+    def replace_system(self, message: str) -> "Template":
+        """Return the template with a system message in place of its own; ValueError if there can be none."""
+        if self.system_message is None:
+            raise ValueError(
+                "messages: got a system message, allowed: user and assistant, as the model's chat template has none"
+            )
+        before, after = self.system_message
+        return replace(self, system=f"{before}{message.strip() if self.strips else message}{after}")
 
     def human_text(self, text: str) -> str:
         """Return the text of a human turn; LLaVA's stage 1 (an empty `human`) keeps only its image."""
@@ -97,10 +117,10 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. "
 )
-TEMPLATES: dict[TemplateName, Template] = {
+TEMPLATES: Mapping[str, Template] = {
     "plain": Template(system="", human="", assistant="", end="\n"),
-    "vicuna_v1": Template(system=VICUNA_SYSTEM, human="USER: ", assistant=" ASSISTANT:", end=EOS_TOKEN),
-    "vicuna_bare": Template(system="", human="USER: ", assistant=" ASSISTANT:", end=EOS_TOKEN),
+    "vicuna_v1": Template(system=VICUNA_SYSTEM, human="USER: ", assistant=" ASSISTANT:", end=EOS_TOKEN, answer=" "),
+    "vicuna_bare": Template(system="", human="USER: ", assistant=" ASSISTANT:", end=EOS_TOKEN, answer=" "),
 }
 """LLaVA-1.5's two templates (haotian-liu/LLaVA, conversation.py), and vicuna_v1 without its system prompt."""
 
@@ -130,7 +150,7 @@ def encode_conversation(
         ValueError: the cut would go through an image, or leave no text of the assistant.
     """
     pieces = list(template.split_spans(turns, tokenizer.eos_token or EOS_TOKEN))
-    return encode_pieces(tokenizer, pieces, image_tokens, max_length)
+    return encode_pieces(tokenizer, pieces, image_tokens, max_length, not template.has_special_tokens)
 
 
 def encode_pieces(
@@ -138,10 +158,17 @@ def encode_pieces(
     pieces: Sequence[tuple[str, bool]],
     image_tokens: int,
     max_length: int | None = None,
+    add_special_tokens: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encode the pieces (text, is_learned) of a conversation.  Result and errors are those of `encode_conversation`."""
+    """Encode the pieces (text, is_learned) of a conversation.
+
+    Args:
+        tokenizer, image_tokens, max_length: as for `encode_conversation`, and so are result and errors.
+        pieces: the pieces.
+        add_special_tokens: the tokenizer puts its begin token before the text.
+    """
     text = "".join(piece for piece, _ in pieces)
-    ids, start, end = _tokenize(tokenizer, text)
+    ids, start, end = _tokenize(tokenizer, text, add_special_tokens)
     # learned_before[c]: learned characters before character c; a token has the difference of two of them
     # by character, since tokens do not respect the borders of pieces
     is_learned = np.repeat([is_learned for _, is_learned in pieces], [len(piece) for piece, _ in pieces])
@@ -169,7 +196,9 @@ def encode_pieces(
     return ids[:max_length], labels[:max_length]
 
 
-def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _tokenize(
+    tokenizer: "PreTrainedTokenizerBase", text: str, add_special_tokens: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokenize a text with images.
 
     Text between images is tokenized piece by piece, as in LLaVA's tokenizer_image_token: SentencePiece puts a blank
@@ -185,7 +214,7 @@ def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[np.ndarr
     first = 0  # first character of the part
     for number, part in enumerate(parts):
         # the begin token belongs to the first part only
-        encoded = tokenizer(part, add_special_tokens=number == 0, return_offsets_mapping=True)
+        encoded = tokenizer(part, add_special_tokens=add_special_tokens and number == 0, return_offsets_mapping=True)
         ids += encoded["input_ids"]
         spans += [(first + start, first + end) for start, end in encoded["offset_mapping"]]
         first += len(part) + len(IMAGE_TOKEN)

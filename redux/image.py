@@ -45,7 +45,15 @@ def load_pixels(
         ValueError: the file is no image, is truncated, or is too large for Pillow's limit against decompression bombs,
             also after padding or resizing.  A JPEG with damage in its middle is partly grey, as for LLaVA.
     """
-    pixels = _decode_jpeg(image) if backend == "fast" else decode_rgb(image)
+    return square_pixels(
+        _decode_jpeg(image) if backend == "fast" else decode_rgb(image), size, image_aspect_ratio, backend
+    )
+
+
+def square_pixels(
+    pixels: RgbImage, size: int, image_aspect_ratio: ImageAspectRatio, backend: ImageBackend = "exact"
+) -> UInt8[np.ndarray, "3 size size"]:
+    """Make a decoded image square and resize it; arguments and errors as `load_pixels`."""
     if pixels.shape[:2] != (size, size):  # a prepared image needs neither step
         if image_aspect_ratio == "pad":
             pixels = _pad_to_square(pixels)

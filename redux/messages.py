@@ -50,6 +50,7 @@ class Sampling:
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature <= 100, "0 to 100"),
             "top_p": (0 < self.top_p <= 1, "above 0, up to 1"),
+            "seed": (self.seed is None or -(2**63) <= self.seed < 2**63, "a number of 64 bits"),
             "stop": (all(self.stop), "texts that are not empty"),
         }
         for name, (is_allowed, allowed) in bounds.items():

@@ -76,6 +76,11 @@ def _check_compatible(model: PreTrainedModel) -> None:
     forgetful = {type(layer).__name__ for layer in DynamicCache(config=text_config).layers} - {"DynamicLayer"}
     if forgetful:
         raise ValueError(f"cache: got {', '.join(sorted(forgetful))}, allowed: DynamicLayer, which forgets no token")
+    if getattr(text_config, "attn_logit_softcapping", None):
+        raise ValueError(
+            f"attn_logit_softcapping: got {text_config.attn_logit_softcapping} in the language model of {model_class}, "
+            "allowed: None, as scaled-dot-product attention would leave the cap out"
+        )
     decoder = model.get_decoder()
     if not (decoder._supports_attention_backend and decoder._supports_sdpa):
         raise ValueError(
@@ -221,7 +226,9 @@ class _Inhibitor:
                 "redux.inhibit(model, None) turns it off"
             )
         # recomputation would write into the cache a second time; transformers' layers drop their cache for it, too
-        recomputing = decoder.training and decoder.is_activation_checkpointing
+        # transformers has a property for this, whose name differs between 5.19 and 5.23
+        checkpointing = (getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
+        recomputing = decoder.training and any(checkpointing)
         is_image = self._find_image_tokens(kwargs)
         cache = None if recomputing else self._prepare_cache(decoder, kwargs, is_image.shape[1])
         inhibition = Inhibition.for_forward(

@@ -1,4 +1,4 @@
-"""Assemble a LLaVA from pretrained parts: the image tower of a CLIP or SigLIP, and a LLaMA.
+"""Assemble a LLaVA from pretrained parts: the image tower of a CLIP or SigLIP, and a language model of LLaMA's build.
 
 transformers loads the parts, so it decides which sources work: folders, hub ids, GGUF files (with the packages gguf and
 accelerate).  The weights of the parts stay bit-equal.  New are the projector, random from torch's seed, and the token
@@ -17,7 +17,6 @@ from transformers import (
     AddedToken,
     CLIPVisionConfig,
     CLIPVisionModel,
-    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,6 +28,7 @@ from redux.configuration import ReduxConfig
 from redux.conversation import IMAGE_TOKEN
 from redux.extras import write_install_command
 from redux.hub import local_copy
+from redux.language import ALLOWED_LANGUAGE, check_language, drop_idle_window, find_language_class
 from redux.loading import (
     check_image_token,
     check_layout,
@@ -51,9 +51,6 @@ TOWER_CLASSES = {
 OTHER_WEIGHTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 """Prefixes of weights of a whole CLIP or SigLIP that do not belong to its image tower."""
 
-LANGUAGE_CLASSES = {"llama": LlamaForCausalLM}
-"""Classes of language models by model_type.  CMAI is an attention function of LLaMA's."""
-
 
 def assemble(
     tower: str | PathLike,
@@ -70,7 +67,7 @@ def assemble(
 
     Args:
         tower: folder, hub id or URL (s3://) of a CLIP or SigLIP.
-        language: folder, hub id or URL (s3://) of a LLaMA.
+        language: folder, hub id or URL (s3://) of a language model that `redux.language` admits.
         gguf_file: file in `language` with language model and tokenizer.
         vmtc, cmai, reduction: settings of the method; None turns a part off.
         feature_layer: layer of the tower that LLaVA reads, as transformers counts: 0 is the input of the first block.
@@ -82,7 +79,7 @@ def assemble(
     with local_copy(tower, label="tower") as folder:
         vision_tower = load_part("tower", folder, TOWER_CLASSES, dtype)
     with local_copy(language, label="language") as folder:
-        language_model = load_part("language", folder, LANGUAGE_CLASSES, dtype, gguf_file)
+        language_model = load_language(folder, gguf_file, dtype=dtype)
         tokenizer = load_tokenizer(folder, "language", gguf_file=gguf_file)
     prepare_tokenizer(tokenizer, language_model.config, language)
     # many tokenizers have no limit, which transformers represents as 10^30
@@ -101,7 +98,7 @@ def assemble(
     parts = {
         "model.vision_tower": vision_tower,
         "model.language_model": language_model.model,
-        "lm_head": language_model.lm_head,
+        "lm_head": language_model.get_output_embeddings(),
     }
     # names as in a saved LLaVA
     weights = {f"{part}.{name}": weight for part in parts for name, weight in parts[part].state_dict().items()}
@@ -135,7 +132,7 @@ def configure_assembly(
     with local_copy(tower, [CONFIG_NAME], "tower") as folder:
         vision_config = _load_part_config("tower", folder, TOWER_CLASSES)
     with local_copy(language, [gguf_file or CONFIG_NAME], "language") as folder:
-        text_config = _load_part_config("language", folder, LANGUAGE_CLASSES, gguf_file)
+        text_config = _load_language_config(folder, gguf_file)
     plain = _join_configs(vision_config, text_config, feature_layer)
     try:
         config = ReduxConfig(**{**plain.to_dict(), "vmtc": vmtc, "cmai": cmai, "reduction": reduction})
@@ -164,7 +161,7 @@ def check_parts(tower: str | PathLike, language: str | PathLike, gguf_file: str 
     if Path(tower).is_dir():
         load_part("tower", tower, TOWER_CLASSES, device_map="meta")
     if Path(language).is_dir() and not gguf_file:
-        language_model = load_part("language", language, LANGUAGE_CLASSES, device_map="meta")
+        language_model = load_language(language, device_map="meta")
         prepare_tokenizer(load_tokenizer(language, "language"), language_model.config, language)
 
 
@@ -243,6 +240,44 @@ def _load_part_config(
         return classes[model_type].config_class.from_pretrained(path, gguf_file=gguf_file)
 
 
+def load_language(path: str | PathLike, gguf_file: str | None = None, **options: Any) -> Any:
+    """Load a language model with all of its weights, after checking that it can be LLaVA's.
+
+    Args:
+        path: folder or hub id.
+        gguf_file: file in `path` with the weights.
+        options: further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: there is no such language model, or weights are missing.
+    """
+    config = _load_language_config(path, gguf_file)
+    classes = {config.model_type: find_language_class(config.model_type)}
+    model = load_part("language", path, classes, gguf_file=gguf_file, **options)
+    drop_idle_window(model.config)
+    return model
+
+
+def _load_language_config(path: str | PathLike, gguf_file: str | None = None) -> PreTrainedConfig:
+    """Load the configuration of a language model and check it.  Errors are those of `load_language`."""
+    with _readable_errors("language", path, {}, gguf_file):
+        model_type = PreTrainedConfig.get_config_dict(path, gguf_file=gguf_file)[0].get("model_type")
+    language_class = find_language_class(model_type)
+    if language_class is None:
+        raise ValueError(f"language: got {path} of model_type {model_type}, allowed: {_describe_allowed({})}")
+    config = _load_part_config("language", path, {model_type: language_class}, gguf_file)
+    if getattr(config, "quantization_config", None) and not gguf_file:
+        raise ValueError(f"language: got {path} with quantized weights, allowed: others, or a GGUF file")
+    drop_idle_window(config)
+    try:
+        check_language(config)
+    except ValueError as error:
+        raise ValueError(
+            f"language: got {path} of model_type {model_type}, {error}, allowed: {ALLOWED_LANGUAGE}"
+        ) from None
+    return config
+
+
 @contextmanager
 def _readable_errors(
     name: str, path: str | PathLike, classes: Mapping[str, Any], gguf_file: str | None
@@ -261,6 +296,9 @@ def _readable_errors(
 
 
 def _describe_allowed(classes: Mapping[str, Any]) -> str:
+    """Describe the checkpoints of one of these types; without any, those of language models."""
+    if not classes:
+        return "folder or hub id of a causal language model of transformers"
     return f"folder or hub id of a checkpoint of model_type {', '.join(classes)}"
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from redux.chat_template import find_template, set_end_token
 from redux.configuration import ReduxConfig
-from redux.conversation import EOS_TOKEN, IMAGE_TOKEN, TEMPLATES, Template
+from redux.conversation import EOS_TOKEN, IMAGE_TOKEN, Template
 from redux.image import CLIP_MEAN, CLIP_STD
 from redux.model import ReduxForConditionalGeneration
 from redux.settings import ImageAspectRatio, TemplateName
@@ -25,7 +26,7 @@ def write_chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) 
     """Write a conversation template as Jinja text for `apply_chat_template`.
 
     The content of a message is a string or a list of parts.  Each image part becomes `<image>` and a newline before
-    the turn's text.  A first message with role system replaces the template's system prompt.
+    the turn's text.  A first message with role system replaces the template's system prompt, if there can be one.
 
     Returns:
         None for "plain", the template of captions, which has no questions.
@@ -33,17 +34,30 @@ def write_chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) 
     if not template.human:
         return None
     text = {
-        "bos": _bos_in_template(tokenizer),
+        "bos": "" if template.has_special_tokens else _bos_in_template(tokenizer),
         "system": template.system,
         "human": template.human,
         "assistant": template.assistant,
-        "end": template.end.replace(EOS_TOKEN, tokenizer.eos_token or EOS_TOKEN),
+        "answer": template.answer,
+        "end": template.end.replace(EOS_TOKEN, tokenizer.eos_token or EOS_TOKEN) + template.after,
         "image": IMAGE_TOKEN,
         "gap": _text_after_image(tokenizer),
     }
     # JSON strings are Jinja literals, so quotes and line breaks in a template are safe
-    literal = {name: json.dumps(value, ensure_ascii=False) for name, value in text.items()}
+    literal = {name: _write_literal(value) for name, value in text.items()}
+    literal["strip"] = " | trim" if template.strips else ""
+    literal["system_message"] = f"raise_exception({_write_literal(NO_SYSTEM_MESSAGE)})"
+    if template.system_message:
+        before, after = map(_write_literal, template.system_message)
+        literal["system_message"] = f"{before} ~ text_of(messages[0].content){literal['strip']} ~ {after}"
     return _CHAT_TEMPLATE % literal
+
+
+def _write_literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+NO_SYSTEM_MESSAGE = "messages: got role system, allowed: user and assistant"
 
 
 _CHAT_TEMPLATE = """\
@@ -58,19 +72,19 @@ _CHAT_TEMPLATE = """\
 {%%- endmacro -%%}
 {{- %(bos)s -}}
 {%%- if messages and messages[0].role == "system" -%%}
-{{- text_of(messages[0].content) ~ " " -}}
+{{- %(system_message)s -}}
 {%%- else -%%}
 {{- %(system)s -}}
 {%%- endif -%%}
 {%%- for message in messages -%%}
 {%%- if message.role == "user" -%%}
 {{- %(human)s -}}
-{%%- set text = text_of(message.content) -%%}
+{%%- set text = text_of(message.content)%(strip)s -%%}
 {%%- set images = images_of(message.content, text | trim) -%%}
 {{- images ~ text | trim if images else text -}}
 {%%- if not loop.last or add_generation_prompt -%%}{{- %(assistant)s -}}{%%- endif -%%}
 {%%- elif message.role == "assistant" -%%}
-{{- " " ~ text_of(message.content) ~ %(end)s -}}
+{{- %(answer)s ~ text_of(message.content)%(strip)s ~ %(end)s -}}
 {%%- endif -%%}
 {%%- endfor -%%}
 """
@@ -111,10 +125,12 @@ def _text_after_image(tokenizer: PreTrainedTokenizerBase) -> str:
 def build_processor(config: ReduxConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
     """Build the processor of a model from the format in its configuration.
 
-    It replaces the tokenizer's own chat template, which the model was not trained with.
+    Its chat template replaces the tokenizer's own, which knows no images.  `find_template` reads "chat" from either.
     """
     size = config.vision_config.image_size
-    template = config.conversation_template and write_chat_template(TEMPLATES[config.conversation_template], tokenizer)
+    template = None
+    if config.conversation_template:
+        template = write_chat_template(find_template(config.conversation_template, tokenizer), tokenizer)
     # programs that load the tokenizer alone find the same template
     tokenizer.chat_template = template
     options: dict[str, Any] = {
@@ -147,10 +163,11 @@ def record_training_format(
 
     Args:
         model: model to change.
-        tokenizer: its tokenizer, whose special tokens end and pad answers.
+        tokenizer: its tokenizer, whose special tokens end and pad answers.  Its end token becomes that of the template.
         template: name of the conversation template.
         image_aspect_ratio: "pad" or "crop".
     """
+    set_end_token(tokenizer, find_template(template, tokenizer))
     model.config.conversation_template, model.config.image_aspect_ratio = template, image_aspect_ratio
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # answers are greedy, whatever the language model's own settings were

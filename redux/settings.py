@@ -11,8 +11,8 @@ from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-TemplateName = Literal["plain", "vicuna_v1", "vicuna_bare"]
-"""Name of a conversation template in `redux.conversation.TEMPLATES`."""
+TemplateName = Literal["plain", "vicuna_v1", "vicuna_bare", "chat"]
+"""Name of a conversation template in `redux.conversation.TEMPLATES`, or "chat" for that of the tokenizer."""
 
 ImageAspectRatio = Literal["pad", "crop"]
 """Method to make an image square: pad the shorter edges (LLaVA-1.5's stage 2), or crop the longer ones (stage 1)."""

@@ -31,7 +31,7 @@ from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
 from pipelines.data.shard_writer import make_shards
-from redux.conversation import IMAGE_TOKEN, train_word_tokenizer
+from redux.conversation import IMAGE_TOKEN, TEMPLATES, train_word_tokenizer
 
 RESUME_SIZE, RESUME_BATCH, RESUME_WORKERS = 336, 16, 2
 
@@ -94,7 +94,7 @@ def build_reader(folder: Path, samples: int) -> Reader:
         micro_batch_size=RESUME_BATCH,
         image_size=RESUME_SIZE,
         tokenizer=folder / "tokenizer",
-        encode=make_conversation_encoder("plain", image_tokens=1),
+        encode=make_conversation_encoder(TEMPLATES["plain"], image_tokens=1),
     )
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from jobs.cli.arguments import parse_count
 
+OWN_METRICS = ("exact", "contains", "vqa", "anls", "choice")
+
 
 def add_parsers(verbs: Any) -> None:
     """Add the parsers of this group."""
@@ -83,20 +85,27 @@ def _cost(arguments: argparse.Namespace) -> None:
 def _add_score(verbs: Any) -> None:
     score = verbs.add_parser(
         "score",
-        help="score a file of answers to a benchmark",
-        description="Score answers to a benchmark as its official scorer does, and print the scores as one line of "
-        "JSON. Answers are in the benchmark's official result format, in LLaVA's format, or JSON lines with id and "
-        "response. An answer to an unknown question is an error; a missing answer counts as wrong. For instructions, "
-        "answers are JSON lines with instruction_id, kwargs and response, and a line with strict and loose is printed "
-        "for each.",
+        help="score a file of answers to a benchmark or to your own questions",
+        description="Score answers to a benchmark as its official scorer does, or answers to your own questions by "
+        "--metric, and print the scores as one line of JSON. Answers are in the benchmark's official result format, in "
+        "LLaVA's format, or JSON lines with id and response. An answer to an unknown question is an error; a missing "
+        "answer counts as wrong. For instructions, answers are JSON lines with instruction_id, kwargs and response, "
+        "and a line with strict and loose is printed for each.",
         epilog="example: redux score vqav2 --answers merge.jsonl "
         "--questions v2_OpenEnded_mscoco_val2014_questions.json v2_mscoco_val2014_annotations.json",
     )
-    score.add_argument("task", metavar="TASK", help="vqav2, gqa, textvqa, mme, mmbench or instructions")
+    score.add_argument("task", metavar="TASK", nargs="?", help="vqav2, gqa, textvqa, mme, mmbench or instructions")
+    score.add_argument(
+        "--metric",
+        choices=OWN_METRICS,
+        help="in place of TASK: the metric of your own questions, see evaluate.tasks.NAME.metric",
+    )
     score.add_argument(
         "--answers", metavar="FILE", required=True, help="path or URL; a folder for the official format of MME"
     )
-    score.add_argument("--questions", metavar="FILE", nargs="+", help="the official files of the benchmark")
+    score.add_argument(
+        "--questions", metavar="FILE", nargs="+", help="the official files of the benchmark, or your own file"
+    )
     score.add_argument("--submission", metavar="OUT", type=Path, help="also write the result file for the VQAv2 server")
     score.set_defaults(verb=_score)
 

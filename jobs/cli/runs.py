@@ -1,4 +1,4 @@
-"""`redux run`, `best` and `tables`: run job files, and read what runs found."""
+"""`redux run`, `best`, `report` and `tables`: run job files, and read what runs found."""
 
 import argparse
 from collections.abc import Callable
@@ -12,6 +12,7 @@ def add_parsers(verbs: Any) -> None:
     """Add the parsers of this group."""
     _add_run(verbs)
     _add_best(verbs)
+    _add_report(verbs)
     _add_tables(verbs)
 
 
@@ -102,6 +103,30 @@ def _write_best(arguments: argparse.Namespace) -> None:
 
     for path in search.write_best_jobs(arguments.search, arguments.trials):
         print(path)
+
+
+def _add_report(verbs: Any) -> None:
+    report = verbs.add_parser(
+        "report",
+        help="write the HTML report of a run again",
+        description="Write RUN/report.html from what the run folder has: scores with 95 % intervals, answers with "
+        "images, kept and merged patches, cost beside LLaVA, loss curves. The run need not be finished.",
+        epilog="example: redux report runs/quickstart --examples 100",
+    )
+    report.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    report.add_argument(
+        "--examples",
+        metavar="N",
+        type=parse_natural,
+        help="questions of each task that are shown with their images (default: that of the job)",
+    )
+    report.set_defaults(verb=_report)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from jobs import report
+
+    print(report.render_again(arguments.run, arguments.examples))
 
 
 def _add_tables(verbs: Any) -> None:

@@ -11,7 +11,7 @@ replaced: at `index` of the set's numbers, sample `used` stands in for the sampl
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,19 +89,22 @@ class Coverage:
     replaced: int = 0
 
 
-def verify_coverage(lines: Iterable[bytes], log: str, name: str, num_samples: int) -> tuple[list[Coverage], list[str]]:
-    """Check that a log uses each sample of a set exactly once per epoch.
+def verify_coverage(
+    lines: Iterable[bytes], log: str, name: str, num_samples: int, held_out: Collection[int] = ()
+) -> tuple[list[Coverage], list[str]]:
+    """Check that a log uses each sample of a set exactly once per epoch, and no held-out sample.
 
     For each stage, steps must be 1, 2, 3, ... and of equal size. The scheduled samples are cut into epochs of
-    `num_samples`, counted from 0. A complete epoch must have each number once, the last one no number twice. Memory is
-    one byte per sample and stage.
+    all samples that are not held out. A complete epoch must have each number once, the last one no number twice. Memory
+    is one byte per sample and stage.
 
     Args:
         lines: lines of the log with their line breaks. A line without one is a partial line of a crash, and ends the
             check.
         log: path of the log, for messages.
         name: name of the set in the run.
-        num_samples: number of samples of the set.
+        num_samples: number of samples of the set, counted from 0.
+        held_out: samples that training must not use.
 
     Returns:
         The use of the set by each stage, and one message per error.
@@ -117,7 +120,7 @@ def verify_coverage(lines: Iterable[bytes], log: str, name: str, num_samples: in
             errors.append(f"{log}: line {number}: no step, allowed: an object with stage, step, samples of each set")
             continue
         if (stage := step["stage"]) not in stages:
-            stages[stage] = _StageProgress(Coverage(stage), bytearray(num_samples))
+            stages[stage] = _StageProgress(Coverage(stage), bytearray(num_samples), frozenset(held_out))
         errors += [f"{log}: stage {stage}: {error}" for error in stages[stage].add_step(step, name)]
     # the last epoch of a stage has no end at which repeats are checked
     for stage, progress in stages.items():
@@ -132,12 +135,13 @@ def verify_coverage(lines: Iterable[bytes], log: str, name: str, num_samples: in
 class _StageProgress:
     """Progress of the check through a stage.
 
-    seen: one byte per sample, 1 if the current epoch has used it. batch_size: size of the stage's global batches.
-    repeated: samples that the current epoch has used again.
+    seen: one byte per sample, 1 if the current epoch has used it. held_out: samples that must not be used. batch_size:
+    size of the stage's global batches. repeated: samples that the current epoch has used again.
     """
 
     coverage: Coverage
     seen: bytearray
+    held_out: frozenset[int]
     batch_size: int = 0
     repeated: list[int] = field(default_factory=list)
 
@@ -152,6 +156,8 @@ class _StageProgress:
         self.batch_size = self.batch_size or batch_size
         if batch_size != self.batch_size:
             yield f"step {number}: {batch_size} samples, allowed: {self.batch_size}, as in the first"
+        if forbidden := [sample for sample in numbers if sample in self.held_out]:
+            yield f"step {number}: used held-out samples {_format_samples(forbidden)}"
         # put the scheduled samples in place of their replacements
         for entry in step["replaced"]:
             if entry["set"] == name:
@@ -173,7 +179,7 @@ class _StageProgress:
                 self.seen[sample] = 1
             coverage.samples += 1
             coverage.partial_samples += 1
-            if coverage.partial_samples == len(self.seen):
+            if coverage.partial_samples == len(self.seen) - len(self.held_out):
                 yield from self._end_epoch()
 
     def check_repeats(self) -> Iterator[str]:
@@ -184,9 +190,9 @@ class _StageProgress:
 
     def _end_epoch(self) -> Iterator[str]:
         yield from self.check_repeats()
-        if count := self.seen.count(0):
-            missing = [sample for sample, seen in enumerate(self.seen) if not seen]
-            yield f"epoch {self.coverage.epochs}: {count} samples are missing: {_format_samples(missing)}"
+        missing = [sample for sample, seen in enumerate(self.seen) if not seen and sample not in self.held_out]
+        if missing:
+            yield f"epoch {self.coverage.epochs}: {len(missing)} samples are missing: {_format_samples(missing)}"
         self.seen, self.repeated = bytearray(len(self.seen)), []
         self.coverage.epochs += 1
         self.coverage.partial_samples = 0

@@ -55,6 +55,17 @@ def check_image(image: bytes) -> str:
     return suffix
 
 
+def is_image(path: str | os.PathLike[str]) -> bool:
+    """Tell if Pillow knows the format of a local file. Reads its first bytes only."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(path).close()
+    except Exception:  # each format raises others
+        return False
+    return True
+
+
 class OutsideError(ValueError):
     """Error of a path that leads out of the image folder."""
 

@@ -29,9 +29,9 @@ from pipelines.data.order import Order
 from pipelines.data.records import find_rejection
 from pipelines.data.shard_index import Shards, StoredSample, read_samples
 from pipelines.data.text_tokenizer import TextTokenizer
-from redux.conversation import CLIP_MAX_LENGTH, IGNORE_INDEX, IMAGE_TOKEN, TEMPLATES, encode_conversation, pad_rows
+from redux.conversation import CLIP_MAX_LENGTH, IGNORE_INDEX, IMAGE_TOKEN, Template, encode_conversation, pad_rows
 from redux.image import load_pixels
-from redux.settings import ImageAspectRatio, ImageBackend, TemplateName
+from redux.settings import ImageAspectRatio, ImageBackend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,7 +198,8 @@ class Reader:
                 reason = reason or _describe_failure(shards, used, error)
                 # seeded by the position, so that every reader draws the same replacement
                 rng = np.random.default_rng((self.order.seed, position, attempt))
-                used, stored_sample = int(rng.integers(len(shards))), None
+                drawn = rng.integers(self.order.samples[source], size=1)
+                used, stored_sample = int(self.order.get_rows(source, drawn)[0]), None
             else:
                 entry = {"set": name, "position": position, "scheduled": scheduled, "used": used, "reason": reason}
                 return row, image, entry if reason else None
@@ -329,12 +330,12 @@ def encode_caption(tokenizer: "PreTrainedTokenizerBase | TextTokenizer", sample:
 
 
 def make_conversation_encoder(
-    template: TemplateName, image_tokens: int, max_length: int | None = None
+    template: Template, image_tokens: int, max_length: int | None = None
 ) -> "Callable[[PreTrainedTokenizerBase | TextTokenizer, StoredSample], TextRow]":
     """Make the function that encodes a sample's conversation as input_ids and labels, as LLaVA does.
 
     Args:
-        template: name of the conversation template.
+        template: conversation template.
         image_tokens: number of tokens that stand for an image.
         max_length: number of tokens to which a sample is truncated, as in LLaVA. None rejects samples that are longer
             than the model's positions.
@@ -343,7 +344,7 @@ def make_conversation_encoder(
     def encode(tokenizer: "PreTrainedTokenizerBase | TextTokenizer", sample: StoredSample) -> TextRow:
         turns = sample.record["conversations"]
         try:
-            ids, labels = encode_conversation(tokenizer, turns, TEMPLATES[template], image_tokens, max_length)
+            ids, labels = encode_conversation(tokenizer, turns, template, image_tokens, max_length)
         except ValueError as error:
             raise ValueError(f"sample {sample.key}: {error}") from None
         if len(ids) > tokenizer.model_max_length:

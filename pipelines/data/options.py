@@ -6,7 +6,7 @@ Plain Python, so that mistakes in a job file are found without Ray.
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Lt
 
 from redux.settings import ImageAspectRatio
 
@@ -56,6 +56,8 @@ class Data:
         make: sources of those of `sets` that the job makes before training, by name.
         max_bad_fraction: share of the samples of a stage that may be replaced because they cannot be used. A larger
             share stops the stage.
+        hold_out: share of each set that training never uses, such as 0.01. Its loss is the validation loss, see
+            train.*.validate_steps. The samples are the same for every seed.
     """
 
     source: Literal["easy-vqa"] | None = "easy-vqa"
@@ -63,6 +65,7 @@ class Data:
     sets: dict[str, str] = field(default_factory=dict)
     make: dict[str, SetSource] = field(default_factory=dict)
     max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.001
+    hold_out: Annotated[float, Ge(0), Lt(1)] = 0.0
 
     def __post_init__(self) -> None:
         if missing := self.make.keys() - self.sets.keys():

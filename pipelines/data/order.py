@@ -48,6 +48,9 @@ class Order:
         shards: for each source, the number of samples of each shard, for shuffle "window".
         groups: modalities and lengths, for batches of one modality and similar lengths. Requires a single source,
             because such batches cannot also have an exact ratio of sources, and shuffle "global".
+        held_out: for each source, the sample numbers that are held out, in ascending order; () holds out none.
+            `samples`, `shards` and `groups` are without them.
+        validates: batches have the held-out samples in their stored order, and `samples` counts them.
     """
 
     samples: tuple[int, ...]
@@ -58,6 +61,8 @@ class Order:
     window: int = 8
     shards: tuple[Int[np.ndarray, " shards"], ...] = ()
     groups: LengthGroups | None = None
+    held_out: tuple[Int[np.ndarray, " held_out"], ...] = ()
+    validates: bool = False
 
     def __post_init__(self) -> None:
         # single fields
@@ -135,7 +140,17 @@ class Order:
         result = np.empty_like(positions)
         for epoch in np.unique(epochs):
             result[epochs == epoch] = self._permute(source, positions[epochs == epoch], int(epoch))
-        return result
+        return self.get_rows(source, result)
+
+    def get_rows(self, source: int, numbers: Int[np.ndarray, " numbers"]) -> Int[np.ndarray, " numbers"]:
+        """Return the rows in the source's index of its samples 0, 1, ..., which are counted without held-out ones."""
+        if not self.held_out:
+            return numbers
+        held_out = self.held_out[source]
+        if self.validates:
+            return held_out[numbers]
+        # held-out row i has held_out[i] - i other rows before it
+        return numbers + np.searchsorted(held_out - np.arange(len(held_out)), numbers, side="right")
 
     def _permute(
         self, source: int, positions: Int[np.ndarray, " positions"], epoch: int

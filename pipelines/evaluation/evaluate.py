@@ -16,6 +16,7 @@ answers/provenance.json  the model and the settings that gave the answers; answe
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
-from pipelines.data import easy_vqa
-from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
+from pipelines.data.images import check_image, is_image
+from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE, find_partial_file
 from pipelines.evaluation.tasks import (
     Evaluate,
     TaskName,
     TaskSettings,
+    count_new_tokens,
+    find_image_folder,
     find_task,
     load_questions,
-    spread_evenly,
 )
 from pipelines.training.metrics import measure_peak_bytes
 from redux import answering
@@ -47,10 +49,15 @@ from redux.generation import Answers
 from redux.image import load_pixels
 from redux.kernels import set_kernels
 from redux.model import ReduxForConditionalGeneration, normalize_pixels
+from redux.pretrained import configure_checkpoint
 from redux.sentences import choose_splitter
 from redux.settings import METHODS, ImageAspectRatio, KernelChoice, TemplateName
+from redux.trace import ImageTrace
 
 SPEED_FILE = "speed.jsonl"
+
+MAX_EXAMPLES = 3
+"""Number of images that an error names."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class EvaluationActor:
             answers = self._answer(batch)
         except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
             answers = Answers([""], [0], 0.0, 0.0)
-            problem = failures.classify_error(error).text
+            problem = f"{failures.classify_error(error).text}{_name_broken_image(batch)}"
         else:
             problem = ""
         # values of the whole batch are repeated in each row, since Ray Data has columns of equal length
@@ -152,6 +159,19 @@ def _read_images(batch: QuestionBatch) -> list[bytes | None]:
     return [content[image] if isinstance(image, str) else image for image in images]
 
 
+def _name_broken_image(batch: QuestionBatch) -> str:
+    """Name the first image of a batch that cannot be decoded, for an error; "" if all can."""
+    for question in batch.questions:
+        if isinstance(question.image, str):
+            with suppress(OSError, ValueError):
+                content = storage.read(path := storage.join(batch.images, question.image))
+                try:
+                    check_image(content)
+                except ValueError:
+                    return f"; the image is {path}"
+    return ""
+
+
 def evaluate(evaluated: EvaluatedModel, run: Path, settings: Evaluate, gpu_share: float = 1) -> dict[str, float]:
     """Answer all questions without an answer in run/answers/, and return all scores by name.
 
@@ -184,6 +204,16 @@ def has_answers(run: Path) -> bool:
     return any(path.stat().st_size for path in (run / ANSWERS_FOLDER).glob("*.jsonl"))
 
 
+def has_new_questions(run: Path, settings: Evaluate) -> bool:
+    """Tell if the file of a user's task has other questions than those that were answered."""
+    for name, task in settings.tasks.items():
+        if task.file:
+            questions, rows = load_questions(name, task), read_answers(run, name)
+            if len(questions) != len(rows) or not all(map(_is_answer, questions, rows)):
+                return True
+    return False
+
+
 def list_metric_names(settings: Evaluate) -> set[str]:
     """List the names of all metrics that `evaluate` returns.
 
@@ -214,21 +244,35 @@ def check_task(name: TaskName, task: TaskSettings) -> None:
     """Check the files of a task before any model is loaded.
 
     Raises:
-        ValueError: a file cannot be read, is not of this task, or has nothing to score; or the first image is missing.
+        ValueError: a file cannot be read, is not of this task, or has nothing to score; or a local image is missing, or
+            one of a user's is no image; or the first image cannot be read.
     """
     questions = load_questions(name, task)
     _list_task_metrics(name, questions)
-    first = questions[0]
+    folder = find_image_folder(name, task)
     try:
-        _read_images(QuestionBatch(name, [first], _find_image_folder(name, task), 0))
+        if storage.is_local(folder):
+            names = dict.fromkeys(question.image for question in questions if isinstance(question.image, str))
+            _check_local_images(folder, list(names), reads_headers=task.file is not None)
+        _read_images(QuestionBatch(name, questions[:1], folder, 0))
     except (OSError, ValueError) as error:
         raise ValueError(f"evaluate.tasks.{name}.images: {error}") from None
 
 
-def _find_image_folder(name: TaskName, task: TaskSettings) -> str:
-    if task.images:
-        return task.images
-    return storage.find_parent(task.file) if task.file else find_task(name).images or "".join(task.files[:1])
+def _check_local_images(folder: str, names: Sequence[str], reads_headers: bool) -> None:
+    """Check that all images exist; ValueError with their number and some examples.
+
+    Args:
+        folder: folder of the images.
+        names: paths in it.
+        reads_headers: also check that Pillow knows the format of each. It takes a few milliseconds in a hundred files.
+    """
+    missing = [name for name in names if not Path(folder, name).is_file()]
+    unknown = [name for name in names if reads_headers and not missing and not is_image(Path(folder, name))]
+    for found, allowed in ((missing, "files that exist"), (unknown, "images that Pillow reads")):
+        if found:
+            examples = ", ".join(map(repr, found[:MAX_EXAMPLES])) + (", …" if len(found) > MAX_EXAMPLES else "")
+            raise ValueError(f"got {len(found)} of {len(names)} images in {folder}: {examples}, allowed: {allowed}")
 
 
 def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluate) -> None:
@@ -247,7 +291,7 @@ def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluat
         "splitter": choose_splitter(),
         "weights": _fingerprint_weights(evaluated.model),
         "image_input": settings.image_input,
-        **{f"max_new_tokens.{name}": _max_new_tokens(name, task) for name, task in settings.tasks.items()},
+        **{f"max_new_tokens.{name}": count_new_tokens(name, task) for name, task in settings.tasks.items()},
     }
     # through JSON, so that tuples equal the lists of the file
     current = json.loads(json.dumps(current))
@@ -269,10 +313,6 @@ def _fingerprint_weights(model: str) -> dict[str, int]:
         "bytes": sum(file.st_size for file in files),
         "changed_ns": max((file.st_mtime_ns for file in files), default=0),
     }
-
-
-def _max_new_tokens(name: TaskName, task: TaskSettings) -> int:
-    return task.max_new_tokens or find_task(name).max_new_tokens
 
 
 def _run_inference(
@@ -318,7 +358,7 @@ def _run_inference(
                 raise ValueError(f"evaluate.tasks.{batch.task}: {problem}")
             answered = zip(batch.questions, block["response"], strict=True)
             jsonl.append(
-                _partial_file(folder, batch.task),
+                find_partial_file(folder, batch.task),
                 (_make_row(question) | {"response": str(response)} for question, response in answered),
             )
             jsonl.append(folder / SPEED_FILE, [_make_speed_row(batch, block)])
@@ -351,7 +391,7 @@ def _make_batches(name: TaskName, questions: Sequence[Question], settings: Evalu
     longest_first = sorted(questions, key=lambda question: -len(question.prompt))
     for start in range(0, len(longest_first), settings.batch_size):
         part = longest_first[start : start + settings.batch_size]
-        yield QuestionBatch(name, part, _find_image_folder(name, task), _max_new_tokens(name, task))
+        yield QuestionBatch(name, part, find_image_folder(name, task), count_new_tokens(name, task))
 
 
 def _make_speed_row(batch: QuestionBatch, block: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -368,13 +408,9 @@ def _make_row(question: Question) -> dict[str, Any]:
     return {"id": question.id, "unit": question.unit, "prompt": question.prompt, **question.reference}
 
 
-def _partial_file(folder: Path, name: str) -> Path:
-    return folder / f".{name}.jsonl"
-
-
 def _find_unanswered(folder: Path, name: str, questions: Sequence[Question]) -> list[Question]:
     """Find the questions without an answer on disk."""
-    jsonl.drop_partial_line(_partial_file(folder, name))
+    jsonl.drop_partial_line(find_partial_file(folder, name))
     rows = _read_rows_by_id(folder, name)
     return [
         question for question in questions if question.id not in rows or not _is_answer(question, rows[question.id])
@@ -384,7 +420,7 @@ def _find_unanswered(folder: Path, name: str, questions: Sequence[Question]) -> 
 def _read_rows_by_id(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """Read all rows of a task, from its complete and its partial file."""
     # rows of the partial file are newer, so they come last
-    files = (folder / f"{name}.jsonl", _partial_file(folder, name))
+    files = (folder / f"{name}.jsonl", find_partial_file(folder, name))
     return {row["id"]: row for path in files for row in jsonl.read(path)}
 
 
@@ -399,7 +435,7 @@ def _write_in_order(folder: Path, name: str, questions: Sequence[Question]) -> N
     rows = _read_rows_by_id(folder, name)
     text = "".join(json.dumps(rows[question.id]) + "\n" for question in questions)
     storage.write(str(folder / f"{name}.jsonl"), text.encode())
-    _partial_file(folder, name).unlink(missing_ok=True)
+    find_partial_file(folder, name).unlink(missing_ok=True)
 
 
 def read_answers(run: Path, name: str) -> list[dict[str, Any]]:
@@ -447,62 +483,37 @@ def compute_speed(run: Path) -> dict[str, float]:
     }
 
 
-@dataclass
-class Example:
-    """A test question, its answer, and the compression of its image.
+def trace_compression(evaluated: EvaluatedModel, images: Sequence[bytes]) -> list[ImageTrace]:
+    """Encode images as for the answers, and return the tokens of their patches.
 
     Args:
-        image: the image as the model sees it.
-        question: text of the question.
-        answer: reference answer.
-        response: answer of the model.
-        correct: the response is correct.
-        slot: token of each patch, shape (patches,), -1 if dropped, as `redux.picture.draw` takes it.
-        merged: patches that share a token, shape (patches,), as `redux.picture.draw` takes it.
+        evaluated: the model that gave the answers.
+        images: encoded image files.
+
+    Returns:
+        A trace for each image; none for a model that keeps all tokens or is no LLaVA.
+
+    Raises:
+        ValueError: an image cannot be read.
     """
-
-    image: Image.Image
-    question: str
-    answer: str
-    response: str
-    correct: bool
-    slot: np.ndarray
-    merged: np.ndarray
-
-
-def collect_examples(evaluated: EvaluatedModel, run: Path, count: int) -> list[Example]:
-    """Collect answered easy-VQA questions about different images, evenly spaced, with the compression by VMTC.
-
-    Args:
-        evaluated: the model that gave the answers; other models than LLaVA have no examples.
-        run: the run folder with the answers.
-        count: maximum number of examples.
-    """
-    # the first question of each image, in the order of the benchmark
-    first = {row["image"]: row for row in reversed(read_answers(run, "easy_vqa"))}
-    by_image = list(reversed(first.values()))
-    if not (count and by_image and answering.is_llava(evaluated.model)):
+    if not images or not answering.is_llava(evaluated.model):
         return []
+    config = configure_checkpoint(evaluated.model, **evaluated.methods)
+    if config.num_visual_tokens == config.num_patches:
+        return []  # the weights are not read
     llava = ReduxForConditionalGeneration.from_pretrained(evaluated.model, **evaluated.methods).eval()
     _, image_aspect_ratio = answering.resolve_format(
-        llava.config.to_dict(), evaluated.template, evaluated.image_aspect_ratio, evaluated.allow_mismatch
+        config.to_dict(), evaluated.template, evaluated.image_aspect_ratio, evaluated.allow_mismatch
     )
-    examples = []
-    for row in (by_image[index] for index in spread_evenly(len(by_image), count)):
-        content = (easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes()
-        image = load_pixels(content, llava.config.vision_config.image_size, image_aspect_ratio)
-        # encode again to get the token of each patch; inference keeps only the tokens
+    traces = []
+    for image in images:
+        pixels = load_pixels(image, config.vision_config.image_size, image_aspect_ratio)
         with torch.inference_mode():
-            _, assignment = llava.model.encode_images(normalize_pixels(torch.from_numpy(image[None])))
-        examples.append(
-            Example(
-                image=Image.fromarray(image.transpose(1, 2, 0)),
-                question=row["prompt"],
-                answer=row["answer"],
-                response=row["response"],
-                correct=easy_vqa.is_correct(row),
-                slot=assignment.slot[0].numpy(),
-                merged=assignment.merged[0].numpy(),
+            values = normalize_pixels(torch.from_numpy(pixels[None])).to(llava.dtype)
+            _, assignment = llava.model.encode_images(values)
+        traces.append(
+            ImageTrace(
+                Image.fromarray(pixels.transpose(1, 2, 0)), assignment.slot[0].numpy(), assignment.merged[0].numpy()
             )
         )
-    return examples
+    return traces

@@ -3,15 +3,19 @@
 This module does not import Ray, so answers can be scored without it.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Ge, MinLen
 from pydantic import StringConstraints
 
+from pipelines.core import storage
 from pipelines.data import easy_vqa
+from pipelines.data.images import ImageFolder
 from redux.benchmarks import BENCHMARKS, Metric, Question, Row, custom
 from redux.benchmarks import instructions as instruction_following
 from redux.benchmarks.custom import AnswerMetric
@@ -68,10 +72,10 @@ class TaskSettings:
         files: the files of the benchmark, paths or URLs. easy_vqa needs none. instructions uses the images of easy-VQA
             unless it gets a file that `redux instructions` wrote.
         file: questions of your own, path or URL: JSON lines or a JSON list of {image, question, answer or answers}, and
-            if wanted type and id; or LLaVA records. The task may then have any name.
+            if wanted type, id and options; or LLaVA records. The task may then have any name.
         metric: score of a response to questions of `file`. "exact": equal to an answer; "contains": an answer occurs in
-            it; "vqa": VQAv2's accuracy over the answers of several people; "anls": similarity of the text; "choice":
-            names the right option; "instructions": for a file that `redux instructions` wrote.
+            it as whole words; "vqa": VQAv2's accuracy over the answers of several people; "anls": similarity of the
+            text; "choice": names the right option; "instructions": for a file that `redux instructions` wrote.
         images: folder or URL of the images. null if they are inside the files, in the folder of the benchmark or in
             that of `file`.
         limit: evaluate on N images, evenly spaced, each with all its questions. For a benchmark that asks each question
@@ -140,20 +144,45 @@ def find_task(name: TaskName) -> Task:
     return EVALUATION_TASKS.get(name, CUSTOM_TASK)
 
 
+def find_image_folder(name: TaskName, task: TaskSettings) -> str:
+    """Return the folder or URL of the images of a task."""
+    if task.images:
+        return task.images
+    return storage.find_parent(task.file) if task.file else find_task(name).images or "".join(task.files[:1])
+
+
+def count_new_tokens(name: TaskName, task: TaskSettings) -> int:
+    """Return the maximum length of an answer in tokens."""
+    is_instructions = task.metric == "instructions"
+    return task.max_new_tokens or find_task("instructions" if is_instructions else name).max_new_tokens
+
+
 def compute_custom_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     """Compute the metrics of questions of users, whose rows say how they are scored."""
     score = instruction_following.compute_metrics if rows and "instruction_id" in rows[0] else custom.compute_metrics
     return score(rows)
 
 
-def _load_custom(file: str, metric: AnswerMetric) -> list[Question]:
+def _load_custom(file: str, metric: AnswerMetric, images: str) -> list[Question]:
     if metric == "instructions":
         return instruction_following.read_questions(file)
-    return custom.read_questions(file, metric)
+    return custom.read_questions(file, metric, partial(_resolve_image, ImageFolder(images)))
+
+
+def _resolve_image(folder: ImageFolder, path: str) -> str:
+    """Return the path of an image in its folder, from a path as a file names it; ValueError if it leads outside.
+
+    The file may have absolute paths below the folder, and backslashes.
+    """
+    candidates, _ = folder.list_candidates(path)
+    if not candidates:
+        raise ValueError(f"got image {path!r}, which leads out of {folder.url}, allowed: a path below this folder")
+    found = (name for name in candidates if folder.is_local and os.path.isfile(os.path.join(folder.roots[0], name)))
+    return next(found, candidates[0])
 
 
 CUSTOM_TASK = Task(_load_custom, compute_custom_metrics, CUSTOM_TOKENS)
-"""Questions of users: `questions` takes the file and the metric."""
+"""Questions of users: `questions` takes the file, the metric and the folder of the images."""
 
 
 def load_questions(name: TaskName, task: TaskSettings) -> list[Question]:
@@ -163,8 +192,9 @@ def load_questions(name: TaskName, task: TaskSettings) -> list[Question]:
         ValueError: a file cannot be read, is not of this task, or has an id twice; or no question is left.
     """
     key = f"evaluate.tasks.{name}.{'file' if task.file else 'files'}"
+    arguments = (task.file, task.metric, find_image_folder(name, task)) if task.file else task.files
     try:
-        questions = find_task(name).questions(*((task.file, task.metric) if task.file else task.files))
+        questions = find_task(name).questions(*arguments)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
     if not questions:

@@ -5,6 +5,7 @@ made from the numbers alone, so it also says when they allow no conclusion.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from pipelines.report import page
 from pipelines.report.columns import COLUMN_BY_BENCHMARK, IF_COLUMN, PILOT_COLUMNS, Column
@@ -25,6 +26,7 @@ from pipelines.report.plots import (
 )
 from pipelines.report.table_rows import KIND_TITLES
 from pipelines.report.tables import Cell, ComparedPrompt, ResultRow, ResultTable
+from pipelines.report.variants import VariantTable
 
 COLOUR_BY_KIND = {"both": ACCENT, "llava": INK, "vmtc": GOOD, "cmai": BAD}
 """Colours of the main kinds of models; all others are faint."""
@@ -76,24 +78,41 @@ def _compare_cells(column: Column, phrase: str, ours: Cell, base: Cell) -> str:
     )
 
 
-def render(tables: Sequence[ResultTable], notes: Sequence[str], prompts: Mapping[str, Sequence[ComparedPrompt]]) -> str:
-    """Render the page.
+def render(
+    tables: Sequence[ResultTable],
+    notes: Sequence[str],
+    prompts: Mapping[str, Sequence[ComparedPrompt]],
+    variants: VariantTable | None = None,
+) -> str:
+    """Render the page. Rows without a run are only in the Markdown file.
 
     Args:
         tables: all tables.
         notes: remarks about runs that are left out.
         prompts: responses to the same prompts, by label of the family.
+        variants: comparison of own variants; None for a single one.
     """
     by_key = {table.key: table for table in tables}
     return page.render(
         "tables.html.j2",
         summary=write_summary(tables),
-        tables=[table for table in tables if any(table.blocks.values())],
+        variants=variants,
+        tables=[filled for table in tables if (filled := _keep_filled(table)).blocks],
         tradeoffs=_plot_tradeoffs(by_key["models"]),
         ratio_plots={key: _plot_ratios(by_key[key]) for key in ("figure-2", "ratios")},
         prompts={label: of_family for label, of_family in prompts.items() if of_family},
         notes=notes,
     )
+
+
+def _keep_filled(table: ResultTable) -> ResultTable:
+    """Keep the rows with numbers, of families that have a run in the table."""
+    blocks = {
+        label: [row for row in rows if row.source != "missing"]
+        for label, rows in table.blocks.items()
+        if any(row.source == "ours" and any(row.cells) for row in rows)
+    }
+    return replace(table, blocks=blocks)
 
 
 def _plot_tradeoffs(table: ResultTable) -> list[Plot]:

@@ -6,12 +6,23 @@ extend. Plots come from `pipelines/report/plots.py`.
 Importing this module is cheap: Jinja is imported by the function that needs it.
 """
 
+from __future__ import annotations
+
+import base64
+import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.core import storage
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+JPEG_QUALITY = 75
+TEXT_LENGTH = 1200
+"""Longest text of a question or an answer in a page, in characters."""
 
 UNITS = {"T": 1e12, "G": 1e9, "M": 1e6}
 
@@ -28,14 +39,32 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(percent=format_percent, number=format_number, duration=format_duration)
+    environment.filters.update(percent=format_percent, number=format_number, duration=format_duration, cut=cut_text)
     return environment.get_template(template).render(**values)
 
 
 def write(path: Path, text: str) -> Path:
     """Write a file in one atomic step, so that a reader sees the old or the new one as a whole; return its path."""
-    storage.write(str(path), text.encode())
+    # texts of models may have half of a surrogate pair, which UTF-8 cannot write
+    storage.write(str(path), text.encode(errors="replace"))
     return path
+
+
+def encode_image(image: PIL.Image.Image) -> str:
+    """Encode an image as a data URI, as PNG or JPEG, whichever is smaller: drawings are PNG, photos JPEG."""
+    files = []
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": JPEG_QUALITY, "optimize": True})):
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        files.append((len(file.getvalue()), kind, file.getvalue()))
+    _, kind, content = min(files)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def cut_text(text: Any, length: int = TEXT_LENGTH) -> str:
+    """Cut a long text, and say how long it was; "" for None."""
+    text = "" if text is None else str(text)
+    return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
 
 
 def format_percent(fraction: float, digits: int = 1) -> str:

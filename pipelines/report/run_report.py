@@ -1,24 +1,23 @@
 """Report of a run: one HTML file that needs neither the run folder nor a network, for mail and archives.
 
-Images are data URIs, plots are SVG. The page runs no script, and its content security policy forbids any. Texts from
-questions and answers are escaped. The report shows what the run folder has and leaves out the rest.
+Images are data URIs, plots are SVG. The page runs no script, and its content security policy forbids any: filters are
+radio buttons of CSS. Texts from questions and answers are escaped. The report shows what the run folder has and leaves
+out the rest, so an unfinished run and a run of an earlier version have one too.
 
-Cost: every line of `metrics.jsonl` and `answers/easy_vqa.jsonl` is read into memory. A run of 10,000 steps and 10,000
-questions takes about two seconds, mostly in matplotlib. Importing this module is cheap: job files are validated against
-`Report`, so heavy packages are imported by the functions that need them.
+Cost: every line of `metrics.jsonl` and of the answers is read into memory and scored, see `pipelines.report.scores`. A
+run of 10,000 steps and 10,000 questions takes about five seconds. Patches cost the loading of the model. Importing this
+module is cheap: job files are validated against `Report`, so heavy packages are imported by the functions that need
+them.
 """
 
 from __future__ import annotations
 
-import base64
-import importlib.metadata
-import io
+import contextlib
 import json
 import math
-import platform
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -26,11 +25,12 @@ from annotated_types import Ge
 
 from pipelines.core import jsonl
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
-from pipelines.report import page
+from pipelines.report import environment, page
 from pipelines.report.page import format_number
 from pipelines.report.plots import ACCENT, FAINT, INK, STYLE, style_axes, to_svg
 from pipelines.training import ledger
 from pipelines.training.ledger import Account, LoopTime
+from pipelines.training.metrics import VALIDATION_LOSS
 from redux.extras import write_install_command
 
 if TYPE_CHECKING:
@@ -39,9 +39,13 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
 
-    from pipelines.evaluation.evaluate import Example
+    from pipelines.evaluation.tasks import TaskSettings
+    from pipelines.report.cost_section import CostComparison
+    from pipelines.report.gallery import ImageReader
+    from pipelines.report.scores import JudgedRow, TaskResult
+    from redux.configuration import ReduxConfig
+    from redux.trace import ImageTrace
 
-PACKAGES = ("redux-vlm", "torch", "ray", "transformers", "deepspeed")
 STAGE_TITLES = {"tower": "Image tower", "pretrain": "Pretraining", "instruct": "Instruction tuning"}
 # parts of the wall time by their name in the ledger: title, colour and opacity
 TIME_PARTS = {
@@ -54,8 +58,10 @@ TIME_PARTS = {
     "restart": ("restarting", "bad", 0.5),
     "lost": ("repeated steps", "bad", 1.0),
 }
-OVERALL_TITLES = {"strict": "all, strict", "loose": "all, loose", "both": "all, and correct"}
-MAX_CONFUSIONS = 8
+REPORT_FILE = "report.html"
+PATCH_IMAGES = 4
+"""Images of a task whose patches are shown."""
+CAPTION_LENGTH = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,45 +69,45 @@ class Report:
     """Settings of the HTML report.
 
     Args:
-        examples: number of test images that are shown with their patches, question and answers.
+        examples: number of questions of each task that are shown with image, question and answers.
     """
 
-    examples: Annotated[int, Ge(0)] = 5
+    examples: Annotated[int, Ge(0)] = 24
 
 
-class Score(NamedTuple):
-    """Accuracy with its Wilson 95 % interval."""
+@dataclass(frozen=True, kw_only=True)
+class ReportedModel:
+    """The model of a run.
 
-    name: str
-    correct: int
-    questions: int
+    Args:
+        path: folder, hub id or URL.
+        config: its configuration, with the settings of the evaluation; None for a model that is no LLaVA.
+        trace: function from encoded images to the tokens of their patches; an empty list if it keeps all tokens.
+    """
 
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.questions
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.correct, self.questions)
-
-
-class BootstrapScore(NamedTuple):
-    """Accuracy with a bootstrap interval, for prompts that depend on each other because they share a question."""
-
-    name: str
-    questions: int
-    correct: int
-    accuracy: float
-    interval: tuple[float, float]
+    path: str
+    config: ReduxConfig | None = None
+    trace: Callable[[Sequence[bytes]], list[ImageTrace]] | None = None
 
 
-class Confusion(NamedTuple):
-    """A wrong response, its count, and its share of the questions with the same reference answer."""
+class Picture(NamedTuple):
+    """A picture of a question for a tracker."""
 
-    answer: str
-    response: str
-    times: int
-    share: float
+    task: str
+    caption: str
+    image: PIL.Image.Image
+
+
+class WrittenReport(NamedTuple):
+    """A report that was written.
+
+    Args:
+        path: the HTML file.
+        pictures: some images of each task, with their patches if tokens are merged or dropped.
+    """
+
+    path: Path
+    pictures: list[Picture]
 
 
 class Throughput(NamedTuple):
@@ -151,11 +157,12 @@ class LossPlot(NamedTuple):
     svg: Markup
 
 
-class ExamplePanel(NamedTuple):
-    """An example with its images as data URIs.
+class PatchPanel(NamedTuple):
+    """An image with its patches, as data URIs.
 
     Args:
-        example: question and answers.
+        task: title of the task.
+        judged: the question and the response.
         original: the image as the model sees it.
         patches: the image with its patches marked.
         before: number of patches.
@@ -166,7 +173,8 @@ class ExamplePanel(NamedTuple):
         dropped: number of patches without a token.
     """
 
-    example: Example
+    task: str
+    judged: JudgedRow
     original: str
     patches: str
     before: int
@@ -177,70 +185,125 @@ class ExamplePanel(NamedTuple):
     dropped: int
 
 
-def write_report(run: Path, examples: Sequence[Example]) -> Path:
-    """Write `run/report.html` in one atomic step, and return its path.
+@dataclass(frozen=True)
+class Patches:
+    """Panels, pictures for trackers, and the reason why panels are missing."""
 
-    Reads, if they exist: job.yaml, metrics.json (dotted name -> number), metrics.jsonl (one step per line), answers/
-    (one question per line) and ledger.jsonl (one event per line).
-    """
-    return page.write(run / "report.html", _render(run, examples))
+    panels: list[PatchPanel] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    problem: str = ""
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Compute the score interval of a share (E. B. Wilson 1927, JASA 22, p. 209-212).
+def write_report(
+    run: Path,
+    report: Report = Report(),
+    tasks: Mapping[str, TaskSettings] | None = None,
+    model: ReportedModel | None = None,
+) -> WrittenReport:
+    """Write `run/report.html` in one atomic step.
 
-    Unlike share ± z·sd, the interval stays within 0..1 and does not vanish for 0 or n successes. For n = 0 it is
-    (0, 1).
+    Reads, if they exist: job.yaml, progress.jsonl, metrics.json (dotted name -> number), metrics.jsonl (one step per
+    line), answers/ (one question per line), ledger.jsonl and environment.jsonl (one event per line).
 
     Args:
-        successes: number of successes.
-        n: number of trials.
-        z: quantile of the normal distribution; 1.96 gives 95 %.
+        run: run folder.
+        report: settings.
+        tasks: settings of the tasks, which say where the images are.
+        model: the model that was trained or evaluated; None if there is none yet.
     """
-    if not n:
-        return 0.0, 1.0
-    fraction = successes / n
-    centre = fraction + z * z / (2 * n)
-    half = z * math.sqrt(fraction * (1 - fraction) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    from pipelines.report.gallery import ImageReader, make_gallery
+    from pipelines.report.scores import count_confusions, read_results
 
-
-def _render(run: Path, examples: Sequence[Example]) -> str:
     # every file may be missing: the report then leaves out its section
     job = _read_text(run / "job.yaml")
-    metrics = json.loads(_read_text(run / "metrics.json") or "{}")
-    provenance = json.loads(_read_text(run / ANSWERS_FOLDER / PROVENANCE_FILE) or "{}")
-    stages = _group_by_stage(jsonl.read(run / "metrics.jsonl"))
-    answers = _judge_answers(run / ANSWERS_FOLDER / "easy_vqa.jsonl")
-    book = ledger.read_ledger(run)
-    return page.render(
+    results = read_results(run)
+    readers = {result.name: ImageReader(result.name, (tasks or {}).get(result.name)) for result in results}
+    galleries = [make_gallery(result, readers[result.name], report.examples) for result in results if report.examples]
+    patches = _collect_patches(results, readers, model, min(report.examples, PATCH_IMAGES))
+    cost = _compare_cost(model)
+    confusions = {result.name: count_confusions(result) for result in results}
+    text = page.render(
         "report.html.j2",
-        # header
-        name=_read_name(job) or run.resolve().name,
-        total=_compute_total(metrics, answers),
-        wall_s=metrics.get("wall_s"),
-        # answers
-        scores=_score_by_type(answers),
-        overall=Score("all", sum(row["correct"] for row in answers), len(answers)),
-        confusions=_count_confusions(answers),
-        wrong=sum(not row["correct"] for row in answers),
-        followed=_score_instructions(jsonl.read(run / ANSWERS_FOLDER / "instructions.jsonl")),
-        splitter=provenance.get("splitter"),
+        job=job,
+        results=results,
+        confusions=confusions,
+        galleries=galleries,
+        patches=patches,
+        cost=cost,
+        splitter=json.loads(_read_text(run / ANSWERS_FOLDER / PROVENANCE_FILE) or "{}").get("splitter"),
         punkt_command=write_install_command("instructions"),
-        panels=[_make_panel(example) for example in examples],
-        # training and time
-        plots=[_plot_loss(stage, rows) for stage, rows in stages.items()],
-        throughput=[
+        next_steps=_list_next_steps(run, job, model, cost, results, readers),
+        **_collect_training(run, job),
+    )
+    return WrittenReport(page.write(run / REPORT_FILE, text), patches.pictures)
+
+
+def _collect_training(run: Path, job: str) -> dict[str, Any]:
+    """Collect the values of the page that come from the records of the training."""
+    metrics = json.loads(_read_text(run / "metrics.json") or "{}")
+    stages = _group_by_stage(jsonl.read(run / "metrics.jsonl"))
+    book = ledger.read_ledger(run)
+    described = environment.describe_environment(run)
+    return {
+        "name": _parse_job(job).get("name") or run.resolve().name,
+        "metrics": metrics,
+        "wall_s": metrics.get("wall_s"),
+        "is_finished": bool(metrics),
+        "finished_steps": [str(entry.get("step")) for entry in jsonl.read(run / "progress.jsonl")],
+        "started": described.get("started") or _read_start(run),
+        "environment": described,
+        "device": described.get(environment.GPUS_TITLE) or described.get(environment.CPUS_TITLE, ""),
+        "versions": environment.read_versions(),
+        "plots": [_plot_loss(stage, rows) for stage, rows in stages.items()],
+        "throughput": [
             _sum_throughput(stage, rows, book.loops[stage]) for stage, rows in stages.items() if stage in book.loops
         ],
-        spans=_split_wall_time(metrics),
-        account=book.account,
-        parts=_make_time_parts(book.account),
-        # provenance
-        job=job,
-        metrics=metrics,
-        versions=_read_versions(),
+        "spans": _split_wall_time(metrics),
+        "account": book.account,
+        "parts": _make_time_parts(book.account),
+    }
+
+
+def _read_start(run: Path) -> str:
+    """Read when the first stage began, for a run without a record of its environment."""
+    first = next(iter(jsonl.read(run / ledger.LEDGER_FILE)), {})
+    return environment.format_time(first["at"]) if "at" in first else ""
+
+
+def _compare_cost(model: ReportedModel | None) -> CostComparison | None:
+    if model is None or model.config is None:
+        return None
+    from pipelines.report.cost_section import compare_cost
+
+    try:
+        return compare_cost(model.config)
+    except ValueError:
+        return None  # a LLaVA whose cost is not computed, such as one that reads several layers of its tower
+
+
+def _list_next_steps(
+    run: Path,
+    job: str,
+    model: ReportedModel | None,
+    cost: CostComparison | None,
+    results: Sequence[TaskResult],
+    readers: Mapping[str, ImageReader],
+) -> list[Any]:
+    from pipelines.report.next_steps import list_next_steps, make_sample
+
+    samples = (
+        make_sample(readers[result.name].locate(judged.row), str(judged.row.get("prompt") or ""))
+        for result in results
+        for judged in result.rows[:1]
+    )
+    return list_next_steps(
+        run,
+        _parse_job(job),
+        model.path if model and model.config else None,
+        (run / "metrics.json").exists(),
+        has_cmai=bool(model and model.config and model.config.method_settings("cmai")),
+        has_method=bool(cost and cost.has_method),
+        sample=next(filter(None, samples), None),
     )
 
 
@@ -248,17 +311,12 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def _judge_answers(path: Path) -> list[dict[str, Any]]:
-    from pipelines.data import easy_vqa
-
-    return [row | {"correct": easy_vqa.is_correct(row)} for row in jsonl.read(path)]
-
-
-def _read_name(job: str) -> str | None:
+def _parse_job(text: str) -> dict[str, Any]:
+    """Parse a job file without a check, since an earlier version may have written it."""
     import yaml
 
-    values = yaml.safe_load(job)
-    return str(values["name"]) if isinstance(values, Mapping) and values.get("name") else None
+    values = yaml.safe_load(text)
+    return values if isinstance(values, dict) else {}
 
 
 def _group_by_stage(steps: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -267,61 +325,6 @@ def _group_by_stage(steps: Iterable[Mapping[str, Any]]) -> dict[str, list[Mappin
     for step in steps:
         stages[step["stage"]].append(step)
     return dict(stages)
-
-
-def _compute_total(metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]]) -> Score | None:
-    """Compute the accuracy of the header: from the metrics, or from the answers if the metrics lack it."""
-    questions = int(metrics.get("easy_vqa.questions", len(answers)))
-    if not questions:
-        return None
-    accuracy = metrics.get("easy_vqa.accuracy")
-    correct = sum(row["correct"] for row in answers) if accuracy is None else round(accuracy * questions)
-    return Score("all", correct, questions)
-
-
-def _score_by_type(answers: Iterable[Mapping[str, Any]]) -> list[Score]:
-    """Compute the accuracy of each type of question, the most frequent type first."""
-    questions = Counter[str]()
-    correct = Counter[str]()
-    for row in answers:
-        questions[row["type"]] += 1
-        correct[row["type"]] += row["correct"]
-    return [Score(name, correct[name], count) for name, count in questions.most_common()]
-
-
-def _score_instructions(rows: Sequence[Mapping[str, Any]]) -> list[BootstrapScore]:
-    """Compute how often each instruction is followed (strict), then the scores over all instructions."""
-    if not rows:
-        return []
-    from pipelines.evaluation import statistics
-    from redux.benchmarks import instructions
-
-    metrics = instructions.compute_metrics(rows)
-    prefix = "strict."
-    titles = {name: name.removeprefix(prefix) for name in metrics if name.startswith(prefix)}
-    titles |= {name: title for name, title in OVERALL_TITLES.items() if name in metrics}
-    scores = []
-    for name, title in titles.items():
-        interval = statistics.bootstrap_interval([metrics[name]])
-        count = len(metrics[name].outcomes)
-        # the score is a mean over instructions, so the count is recovered from it
-        correct = round(interval.value * count)
-        scores.append(BootstrapScore(title, count, correct, interval.value, (interval.low, interval.high)))
-    return scores
-
-
-def _count_confusions(answers: Iterable[Mapping[str, Any]]) -> list[Confusion]:
-    questions = Counter[str]()
-    wrong = Counter[tuple[str, str]]()
-    for row in answers:
-        # the share of a confusion is relative to all questions with the same reference answer
-        questions[row["answer"]] += 1
-        if not row["correct"]:
-            wrong[row["answer"], row["response"].strip()] += 1
-    return [
-        Confusion(answer, response, times, times / questions[answer])
-        for (answer, response), times in wrong.most_common(MAX_CONFUSIONS)
-    ]
 
 
 def _sum_throughput(stage: str, rows: Sequence[Mapping[str, Any]], loop: LoopTime) -> Throughput:
@@ -370,8 +373,15 @@ def _plot_loss(stage: str, rows: Sequence[Mapping[str, Any]]) -> LossPlot:
         marker = "o" if len(rows) == 1 else ""  # a single step has no line
         axes.plot(step, loss, color=ACCENT, linewidth=0.6, alpha=0.4)
         axes.plot(step, smoothed, color=ACCENT, linewidth=1.8, marker=marker, markersize=4)
-        _scale_loss_axis(axes, loss)
+        validated = _read_column(rows, VALIDATION_LOSS)
+        shown = np.isfinite(validated)
         label = f"{name}: loss over {len(rows)} steps, at the end {format_number(last)}"
+        if shown.any():
+            points = (step[shown], validated[shown])
+            axes.plot(*points, color=INK, linewidth=1, linestyle="--", marker="o", markersize=3, label="validation")
+            axes.legend(frameon=False, fontsize=8, loc="lower left")
+            label += f"; validation loss {format_number(float(points[1][-1]))}"
+        _scale_loss_axis(axes, np.concatenate([loss, validated]))
         return LossPlot(name, last, len(rows), to_svg(figure, f"{stage}-", label))
 
 
@@ -431,39 +441,68 @@ def _scale_loss_axis(axes: Axes, loss: np.ndarray) -> None:
     style_axes(axes)
 
 
-def _make_panel(example: Example) -> ExamplePanel:
-    from redux import picture
+def _collect_patches(
+    results: Sequence[TaskResult], readers: Mapping[str, ImageReader], model: ReportedModel | None, count: int
+) -> Patches:
+    """Draw the patches of some images of each task; the model is loaded once for all of them.
 
-    slot = example.slot
-    merged = example.merged
-    # see Example for the two arrays
+    The images are evenly spaced and do not depend on the responses.
+    """
+    from pipelines.report.gallery import make_thumbnail, select_images
+
+    selected = [
+        (result.title, judged, image)
+        for result in results
+        for judged, image in select_images(result.rows, readers[result.name], count)
+    ]
+    traces: list[ImageTrace] = []
+    problem = ""
+    try:
+        if model and model.trace and selected:
+            traces = model.trace([image for _, _, image in selected])
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        problem = f"The patches are not shown: {error}"  # a report without them is better than none
+    if not traces:
+        pictures = []
+        for title, judged, image in selected:
+            with contextlib.suppress(ValueError):  # not an image that can be read
+                pictures.append(Picture(title, _write_caption(judged), make_thumbnail(image)))
+        return Patches(pictures=pictures, problem=problem)
+    drawn = [_draw_panel(title, judged, trace) for (title, judged, _), trace in zip(selected, traces, strict=True)]
+    return Patches([panel for panel, _ in drawn], [picture for _, picture in drawn])
+
+
+def _draw_panel(title: str, judged: JudgedRow, trace: ImageTrace) -> tuple[PatchPanel, Picture]:
+    """Draw the image as the model sees it, and with its patches; the tracker gets both side by side."""
+    import PIL.Image
+
+    from redux.picture import enlarge_image
+
+    slot, merged = trace.slot, trace.merged
+    # see ImageTrace for the two arrays
     dropped = slot < 0
     clustered = merged & ~dropped
-    return ExamplePanel(
-        example,
-        original=_encode_png(picture.enlarge_image(example.image, slot.size)),
-        patches=_encode_png(picture.draw_patches(example.image, slot, merged)),
+    original, patches = enlarge_image(trace.image, slot.size), trace.draw()
+    panel = PatchPanel(
+        title,
+        judged,
+        original=page.encode_image(original),
+        patches=page.encode_image(patches),
         before=slot.size,
-        after=len(set(slot[~dropped].tolist())),
+        after=trace.num_tokens,
         kept=int((~merged & ~dropped).sum()),
         merged=int(clustered.sum()),
         clusters=len(set(slot[clustered].tolist())),
         dropped=int(dropped.sum()),
     )
+    both = PIL.Image.new("RGB", (original.width + patches.width, original.height))
+    both.paste(original, (0, 0))
+    both.paste(patches, (original.width, 0))
+    return panel, Picture(title, _write_caption(judged), both)
 
 
-def _encode_png(image: PIL.Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _read_versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {package: _read_version(package) for package in PACKAGES}
-
-
-def _read_version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def _write_caption(judged: JudgedRow) -> str:
+    row = judged.row
+    return f"{row.get('prompt', '')} Response: {row.get('response', '')} Reference: {', '.join(judged.references)}"[
+        :500
+    ]

@@ -213,20 +213,19 @@ def count_remaining_tokens(methods: Preset, patches: int = CLIP_PATCHES, blocks:
     return methods.vmtc.count_tokens_left(patches, blocks) if methods.vmtc else patches
 
 
-def find_families(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[list[Family], list[str]]:
-    """Find the finished runs and group them into families.
+def read_finished_runs(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[list[FinishedRun], list[str]]:
+    """Read the finished runs and score their answers.
 
     Args:
         paths: run folders, or folders that contain run folders.
         find_scorer: finds the functions that score the answers.
 
     Returns:
-        The families, and notes about runs that are left out.
+        The runs, and notes about runs that are left out.
 
     Raises:
         ValueError: there is no finished run at these paths, or a file of a run cannot be read.
     """
-    # score the answers of every finished run
     notes: list[str] = []
     runs: list[FinishedRun] = []
     for folder in dict.fromkeys(folder for path in paths for folder in _find_run_folders(path)):
@@ -239,6 +238,23 @@ def find_families(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[list[
         raise ValueError(
             f"runs: found none that is finished, allowed: folders with job.yaml and metrics.json at {searched}"
         )
+    return runs, notes
+
+
+def find_families(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[list[Family], list[str]]:
+    """Find the finished runs and group them into families.
+
+    Arguments and errors are those of `read_finished_runs`.
+
+    Returns:
+        The families, and notes about runs that are left out.
+    """
+    runs, notes = read_finished_runs(paths, find_scorer)
+    return group_families(runs, notes), notes
+
+
+def group_families(runs: Sequence[FinishedRun], notes: list[str]) -> list[Family]:
+    """Group runs into families; notes about runs that are left out are appended to `notes`."""
     if approximate := [run.folder.name for run in runs if run.provenance.get("splitter") == "regex"]:
         notes.append(
             f"T12 of {', '.join(approximate)}: sentences were counted by regular expressions, "
@@ -258,7 +274,7 @@ def find_families(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[list[
                 models[key].append(model)
     # labels come last, as they name only the differences between families
     labels = _make_labels(list(models))
-    return [Family(label, tuple(models[key])) for key, label in zip(models, labels, strict=True)], notes
+    return [Family(label, tuple(models[key])) for key, label in zip(models, labels, strict=True)]
 
 
 def _family_key(run: FinishedRun) -> str:

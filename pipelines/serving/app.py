@@ -10,6 +10,7 @@ its place, and skips the text that the client has already.  So a sampled answer 
 import asyncio
 import hmac
 import json
+import logging
 import random
 import time
 from collections.abc import AsyncIterator
@@ -19,10 +20,12 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
+import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
@@ -46,14 +49,22 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 
+CONTROLLER = {"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}
+"""Ray's name of the actor that a running Ray Serve has."""
+
 BODY_S = 60.0
 """Seconds until a client must have sent its request."""
 
 RECOVERY_S = 120.0
-"""Seconds for which a request waits for a replica in place of a dead one."""
+"""Seconds for which a request asks again for a replica in place of a dead one."""
+
+FAILED_REPLICA_S = 60.0
+"""Seconds after which a replica that could not load the model is replaced."""
 
 RETRY_S = 0.5
 """Seconds between two tries."""
+
+_logger = logging.getLogger("ray.serve")
 
 
 class AnswerCall(NamedTuple):
@@ -103,9 +114,11 @@ class ModelReplica:
         # a problem is a value, since Ray Serve would start a replica whose constructor raises again and again
         self.problem = ""
         self.engine: BatchingEngine | None = None
+        self.started_at = time.monotonic()
         try:
             self.engine = BatchingEngine(load_models(served), max_batch_size)
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            _logger.exception("the model cannot be loaded")
             self.problem = failures.classify_error(error).text
 
     def find_problem(self) -> str:
@@ -113,15 +126,24 @@ class ModelReplica:
         return self.problem
 
     def check_health(self) -> None:
-        """Raise if the engine has ended; Ray Serve then replaces the replica."""
+        """Raise if the engine has ended or could not start; Ray Serve then replaces the replica."""
         if self.engine and not self.engine.is_alive:
             raise RuntimeError("the engine has ended")
+        if self.problem and time.monotonic() - self.started_at > FAILED_REPLICA_S:
+            raise RuntimeError(self.problem)
+
+    def count_conversations(self) -> int:
+        """Count the conversations that wait or are answered.  Raises as `check_health`."""
+        self.check_health()
+        return self.engine.count_conversations() if self.engine else 0
 
     async def answer(self, call: AnswerCall) -> AsyncIterator[Any]:
         """Answer a conversation: a RefusalEvent, or a PromptEvent and the events of the engine."""
         from pipelines.serving.engine import Ticket
 
-        assert self.engine
+        if self.engine is None:
+            yield FailureEvent(f"the model cannot be loaded: {self.problem}")
+            return
         try:
             chat = await asyncio.to_thread(self.engine.models[call.model].encode, call.messages)
         except ValueError as error:
@@ -182,6 +204,8 @@ class Gateway:
             return error.build_response()
         except ClientDisconnect:
             return Response(status_code=400)
+        except Exception as error:
+            return _describe_bug(error).build_response()
 
     def _check_host(self, request: Request) -> None:
         """Refuse names other than this machine's on a loopback address: they are from pages of other sites."""
@@ -205,10 +229,10 @@ class Gateway:
     async def _check_health(self, request: Request) -> Response:
         try:
             async with asyncio.timeout(5):
-                await self.replica.check_health.remote()
+                count = await self.replica.count_conversations.remote()
         except Exception as error:  # whatever the reason, the model does not answer
             raise RequestError(503, f"the model does not answer: {type(error).__name__}", "server_error") from None
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", "conversations": count})
 
     async def _list_models(self, request: Request) -> Response:
         return JSONResponse(protocol.build_model_list(self.settings.model.names, self.created))
@@ -226,6 +250,8 @@ class Gateway:
         # from here on the answer has begun, so errors before this line have a status
         if isinstance(first, RefusalEvent):
             raise RequestError(400, first.message)
+        if isinstance(first, FailureEvent):
+            raise RequestError(503, first.message, "server_error")
         completion = Completion(chat_request.model)
         if chat_request.stream:
             lines = self._stream(completion, chat_request, first, events, slot)
@@ -275,11 +301,12 @@ class Gateway:
     async def _iterate_events(self, call: AnswerCall) -> AsyncIterator[Any]:
         """Yield the events of an answer, once each, however many replicas die meanwhile."""
         started, sent = False, 0
-        deadline = time.monotonic() + RECOVERY_S
+        deadline: float | None = None
         while True:
             skip = sent
             try:
                 async for event in self.replica.options(stream=True).answer.remote(call):
+                    deadline = None
                     if isinstance(event, PromptEvent):
                         if not started:
                             yield event
@@ -294,6 +321,7 @@ class Gateway:
                         yield event
                 return
             except RayActorError:
+                deadline = deadline or time.monotonic() + RECOVERY_S
                 if time.monotonic() > deadline:
                     raise RequestError(503, "the model does not answer", "server_error") from None
                 await asyncio.sleep(RETRY_S)
@@ -324,8 +352,15 @@ class Gateway:
             if chat_request.stream_options and chat_request.stream_options.include_usage:
                 yield _format_event(completion.build_last_chunk(usage=_build_usage(prompt, tokens)))
             yield "data: [DONE]\n\n"
-        except RequestError as error:
-            yield _format_event(protocol.build_error(error.message, error.kind, error.code))
+        except Exception as error:  # the status is sent already
+            failed = error if isinstance(error, RequestError) else _describe_bug(error)
+            yield _format_event(protocol.build_error(failed.message, failed.kind, failed.code))
+
+
+def _describe_bug(error: Exception) -> RequestError:
+    """Describe an error that nobody expects: its class for the client, all of it for the log."""
+    _logger.error("a request failed", exc_info=error)
+    return RequestError(500, f"{type(error).__name__}; the log of the server has the details", "server_error")
 
 
 async def _collect(completion: Completion, prompt: PromptEvent, events: AsyncIterator[Any]) -> dict[str, Any]:
@@ -360,15 +395,25 @@ def start_server(settings: ServerSettings, has_gpus: bool) -> None:
         has_gpus: give each replica its share of a GPU.
 
     Raises:
-        ValueError: the model cannot be served.
+        ValueError: Ray Serve runs already, or the model cannot be served.
     """
-    serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=settings.host, port=settings.port))
+    if is_started():
+        raise ValueError("RAY_ADDRESS: got a cluster in which Ray Serve runs already, allowed: one without")
+    # access and state go to files of the Ray session; the terminal has only lines of ours
+    _logger.setLevel(logging.CRITICAL)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options=HTTPOptions(host=settings.host, port=settings.port),
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+    )
     replica = serve.deployment(
         num_replicas=settings.replicas,
         max_ongoing_requests=2 * settings.limits.concurrent,
         ray_actor_options={"num_cpus": 0 if has_gpus else 1, "num_gpus": settings.gpu_share if has_gpus else 0},
         health_check_period_s=2,
         graceful_shutdown_timeout_s=2,
+        # a process that dies while it loads the model, as without memory
+        max_constructor_retry_count=2,
     )(ModelReplica)
     gateway = serve.deployment(
         # beyond the limit of requests the gateway itself answers, with status 429
@@ -377,6 +422,23 @@ def start_server(settings: ServerSettings, has_gpus: bool) -> None:
         graceful_shutdown_timeout_s=2,
     )(Gateway)
     bound = replica.bind(settings.model, settings.max_batch_size)
-    serve.run(gateway.bind(settings, bound), name=APPLICATION, route_prefix="/")
+    try:
+        serve.run(gateway.bind(settings, bound), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise ValueError(f"{settings.model.path}: cannot be served: {error}") from None
     if problem := serve.get_deployment_handle("ModelReplica", APPLICATION).find_problem.remote().result():
         raise ValueError(problem)
+
+
+def is_started() -> bool:
+    """Tell if Ray Serve runs in the current Ray session."""
+    try:
+        ray.get_actor(**CONTROLLER)
+    except ValueError:
+        return False
+    return True
+
+
+def is_complete() -> bool:
+    """Tell if all replicas answer; False while Ray Serve replaces one."""
+    return bool(serve.status().applications[APPLICATION].status == ApplicationStatus.RUNNING)

@@ -56,6 +56,7 @@ class BatchingEngine:
     def __init__(self, models: Mapping[str, ChatModel], max_batch_size: int) -> None:
         self.models, self.max_batch_size = models, max_batch_size
         self._waiting: deque[Ticket] = deque()
+        self._answered: list[Ticket] = []
         self._changed = threading.Condition()
         self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="batching", daemon=True)
@@ -72,6 +73,11 @@ class BatchingEngine:
             self._waiting.append(ticket)
             self._changed.notify()
 
+    def count_conversations(self) -> int:
+        """Count the conversations that wait or are answered."""
+        with self._changed:
+            return sum(not ticket.is_cancelled for ticket in self._waiting) + len(self._answered)
+
     def close(self) -> None:
         """End the thread after the current batch."""
         with self._changed:
@@ -87,6 +93,8 @@ class BatchingEngine:
                 _logger.exception("a batch of %d failed", len(batch))
                 for ticket in batch:
                     ticket.deliver(FailureEvent(_describe_failure(error)))
+            with self._changed:
+                self._answered = []
 
     def _next_batch(self) -> list[Ticket]:
         """Wait for conversations and take those of one model; an empty list at the end."""
@@ -101,6 +109,7 @@ class BatchingEngine:
             name = self._waiting[0].model
             batch = [ticket for ticket in self._waiting if ticket.model == name][: self.max_batch_size]
             self._waiting = deque(ticket for ticket in self._waiting if ticket not in batch)
+            self._answered = batch
             return batch
 
     def _answer(self, batch: Sequence[Ticket]) -> None:

@@ -47,7 +47,8 @@ def check_image(content: bytes, max_pixels: int) -> None:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
-            is_animated = getattr(image, "is_animated", False)
+            # the further pictures in a camera's JPEG (MPO) are previews; Pillow decodes the first one
+            is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
     except Image.DecompressionBombError:
         raise ValueError(f"image: got one beyond Pillow's limit, allowed: up to {max_pixels} pixels") from None
     except MemoryError:

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from pipelines.core import failures, storage
 from pipelines.core.failures import Failure
+from pipelines.training.files import JOB_FILE as JOB_FILE
+from pipelines.training.files import MANIFEST as MANIFEST
 from pipelines.training.fragments import Fragment
 
-MANIFEST = "manifest.json"
-JOB_FILE = "job.yaml"
 MAX_FILE_BYTES = 512 * 2**20
 """Largest size of a file of several pieces. A larger piece has a file of its own."""
 

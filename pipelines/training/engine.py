@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
 from pipelines.core import cluster
 from pipelines.core.imports import import_without
+from pipelines.data import ingest
 from pipelines.training.plan import LearningRateSchedule, StagePlan
 from redux import contrastive, model
 from redux.architecture import TowerSizes
@@ -30,7 +31,7 @@ from redux.contrastive import ContrastiveClip
 from redux.conversation import IGNORE_INDEX
 from redux.hub import local_copy
 from redux.loading import load_model
-from redux.model import ReduxForConditionalGeneration
+from redux.model import ReduxForConditionalGeneration, normalize_pixels
 
 if not torch.cuda.is_available():
     # DeepSpeed reads this variable when it is imported, and accelerate imports DeepSpeed to save a model.
@@ -312,6 +313,19 @@ def set_learning_rate(engine: DeepSpeedEngineProtocol, schedule: LearningRateSch
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak"] * share
     return max(group["lr"] for group in engine.optimizer.param_groups)
+
+
+def move_to_device(batch: ingest.Batch, engine: DeepSpeedEngineProtocol) -> dict[str, torch.Tensor]:
+    """Copy a micro-batch to the device of the rank. Pixels become normalised floats of the model's precision.
+
+    Images travel as uint8 of shape (images, height, width, 3); the model takes (images, 3, height, width).
+    """
+    names = ("pixel_values", "input_ids", "labels", "attention_mask")
+    tensors = {name: torch.tensor(batch[name], device=engine.device) for name in names if name in batch}
+    images = tensors["pixel_values"].movedim(-1, 1).contiguous()
+    dtype = next(engine.module.parameters()).dtype
+    tensors["pixel_values"] = normalize_pixels(images).to(dtype)
+    return tensors
 
 
 def apply_update(engine: DeepSpeedEngineProtocol) -> tuple[bool, float]:

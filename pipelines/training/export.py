@@ -16,7 +16,9 @@ from transformers import AutoTokenizer
 
 from pipelines.core import failures, storage
 from pipelines.training import checkpoint, engine
-from pipelines.training.checkpoint import MANIFEST, DamagedError
+from pipelines.training.checkpoint import DamagedError
+from pipelines.training.files import MANIFEST
+from pipelines.training.files import is_complete as is_complete
 from pipelines.training.plan import StagePlan
 from redux import processor
 from redux.model import ReduxForConditionalGeneration
@@ -138,8 +140,3 @@ def upload_folder(folder: Path, out: str, source: str) -> None:
             with suppress(OSError, ValueError):
                 storage.remove(storage.join(out, path.name))
         raise
-
-
-def is_complete(url: str) -> bool:
-    """Return True if a model was uploaded there completely."""
-    return storage.exists(storage.join(url, MANIFEST))

@@ -17,9 +17,6 @@ from pipelines.training.stage import Lora
 from redux.extras import write_install_command
 from redux.model import PART_PREFIXES, ReduxForConditionalGeneration
 
-ADAPTED_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-"""All linear layers of the language model except the head, as in LLaVA."""
-
 
 def require_peft(setting: str = "lora") -> None:
     """Check that peft is installed.
@@ -47,13 +44,21 @@ def add_adapters(llava: ReduxForConditionalGeneration, lora: Lora) -> None:
 
     if list_adapter_parameters(llava):
         raise ValueError("lora: got a model with adapters, allowed: a model whose adapters are merged")
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=ADAPTED_LAYERS)
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list_adapted_layers(llava)
+    )
     inject_adapter_in_model(config, llava.model.language_model)
     # Of the whole language part, including the head outside of the wrapped module, only the adapters train.
     for parameter in llava.parameters_by_part()["language"]:
         parameter.requires_grad_(False)
     for parameter in list_adapter_parameters(llava):
         parameter.requires_grad_(True)
+
+
+def list_adapted_layers(llava: ReduxForConditionalGeneration) -> list[str]:
+    """List the names of all linear layers of the language model except the head, as in LLaVA."""
+    modules = llava.model.language_model.named_modules()
+    return sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
 
 
 def list_adapter_parameters(llava: ReduxForConditionalGeneration) -> list[nn.Parameter]:
@@ -99,13 +104,17 @@ def save_adapters(
     """
     require_peft()
     from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
     modules = [PART_PREFIXES[part] for part in other_parts]
     # The tower has layers of the same names, so a pattern names those of the language model.
-    names = [name for name, _ in llava.named_parameters() if ".lora_" in name]
-    layers = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in names})
-    pattern = rf"model\.language_model\..*\.({'|'.join(layers)})"
+    adapted = {
+        name.rpartition(".")[2]
+        for name, layer in llava.model.language_model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    pattern = rf"model\.language_model\..*\.({'|'.join(sorted(adapted))})"
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

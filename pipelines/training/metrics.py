@@ -1,7 +1,8 @@
 """Metrics and samples of a run: one line per finished step in each of two files.
 
     metrics.jsonl    {"stage", "step", "loss", "learning_rate", "grad_norm", "samples", "replaced", "skipped",
-                     "tokens", "data_s", "compute_s", "stall_s", "peak_bytes", "slowest_rank", "slowest_s"}
+                     "tokens", "data_s", "compute_s", "stall_s", "peak_bytes", "slowest_rank", "slowest_s"}, and
+                     "validation_loss" for validated steps
     consumed.jsonl   samples of the step; see pipelines/data/consumed.py
 
 Seconds are means over the workers, bytes are their sum. `slowest_rank` took `slowest_s` longer than the mean to read
@@ -23,6 +24,9 @@ from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
 
 METRICS_FILE = "metrics.jsonl"
+
+VALIDATION_LOSS = "validation_loss"
+"""Metric of the steps that were validated, see pipelines/training/validation.py."""
 
 
 class MetricsWriter:
@@ -95,6 +99,12 @@ def read_stages(run: Path) -> set[str]:
 def read_losses(run: Path, stage: str) -> dict[int, float | None]:
     """Return the loss of each recorded step of a stage; None if it was not finite."""
     return {entry["step"]: entry["loss"] for entry in jsonl.read(run / METRICS_FILE) if entry["stage"] == stage}
+
+
+def read_validation_loss(run: Path, stage: str) -> float | None:
+    """Return the last validation loss of a stage; None if it was not validated or the loss was not finite."""
+    entries = [entry for entry in jsonl.read(run / METRICS_FILE) if entry["stage"] == stage]
+    return next((entry[VALIDATION_LOSS] for entry in reversed(entries) if VALIDATION_LOSS in entry), None)
 
 
 def compute_tokens_per_s(run: Path, stage: str) -> float:

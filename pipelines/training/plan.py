@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from pipelines.core import storage
 from pipelines.data import ingest
 from pipelines.data.grouping import LengthGroups
+from pipelines.data.held_out import select_held_out
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
 from pipelines.data.text_tokenizer import load_text_tokenizer
 from pipelines.training.stage import DEFAULT_IMAGE_ASPECT_RATIO, DEFAULT_TEMPLATE, Recovery, Stage
 from redux.architecture import ModelSettings
+from redux.conversation import TEMPLATES, Template
 from redux.settings import ImageAspectRatio, KernelChoice, TemplateName
 
 
@@ -47,6 +50,7 @@ class StagePlan:
         allow_changes: resume from a checkpoint that was written with other data or another model.
         gpu_share: share of a GPU of each worker.
         kernels: choice between fused kernels and plain code.
+        hold_out: share of each set that is held out of training.
     """
 
     name: str
@@ -69,10 +73,11 @@ class StagePlan:
     allow_changes: bool = False
     gpu_share: float = 1
     kernels: KernelChoice = "auto"
+    hold_out: float = 0
 
     @property
     def template(self) -> TemplateName:
-        """Template of the conversations."""
+        """Name of the conversation template."""
         return self.stage.template or DEFAULT_TEMPLATE
 
     @property
@@ -145,32 +150,45 @@ class StagePlan:
         stage = self.stage
         sources = self.open_sources()
         # Only a single set can be grouped; Stage checks that.
+        held_out: tuple[Int[np.ndarray, " samples"], ...] = ()
+        if self.hold_out:
+            held_out = tuple(select_held_out(len(shards), self.hold_out, name) for name, shards in sources.items())
         groups = None
         if stage.group_by_length:
             [shards] = sources.values()
-            groups = LengthGroups.from_columns(shards.has_image, shards.word_counts, stage.group_by_length)
+            rows = held_out[0] if held_out else ()
+            modality, lengths = (np.delete(column, rows) for column in (shards.has_image, shards.word_counts))
+            groups = LengthGroups.from_columns(modality, lengths, stage.group_by_length)
+        sizes = tuple(map(len, sources.values()))
+        shard_sizes = tuple(shards.shard_sizes for shards in sources.values()) if stage.shuffle == "window" else ()
+        if held_out:
+            sizes = tuple(size - len(rows) for size, rows in zip(sizes, held_out, strict=True))
+            shard_sizes = tuple(map(_subtract_held_out, shard_sizes, held_out))
 
         # The order of samples is a function of these values alone, not of the number of workers.
         order = Order(
-            samples=tuple(map(len, sources.values())),
+            samples=sizes,
             weights=() if isinstance(stage.data, str) else tuple(stage.data.values()),
             global_batch_size=stage.global_batch_size,
             seed=self.seed,
             shuffle=stage.shuffle,
             window=stage.window,
-            shards=tuple(shards.shard_sizes for shards in sources.values()) if stage.shuffle == "window" else (),
+            shards=shard_sizes,
             groups=groups,
+            held_out=held_out,
         )
-        is_language = stage.objective == "language"
+        encode = (
+            ingest.make_conversation_encoder(self.load_template(), self.image_tokens, stage.max_length)
+            if stage.objective == "language"
+            else ingest.encode_caption
+        )
         return ingest.Reader(
             sources=sources,
             order=order,
             micro_batch_size=stage.micro_batch_size,
             image_size=self.image_size,
             tokenizer=self.tokenizer,
-            encode=ingest.make_conversation_encoder(self.template, self.image_tokens, stage.max_length)
-            if is_language
-            else ingest.encode_caption,
+            encode=encode,
             image_aspect_ratio=self.image_aspect_ratio,
             image_backend=stage.image_backend,
             random_flip=stage.random_flip,
@@ -178,9 +196,57 @@ class StagePlan:
             text_tokenizer=load_text_tokenizer(self.tokenizer),
         )
 
+    def build_validation_readers(self, reader: ingest.Reader) -> list[ingest.Reader]:
+        """Build a reader of the held-out samples of each set, whose global batches are micro-batches."""
+        # one reader per set: in a mixture, the epochs of sets may end in different batches
+        return [
+            replace(
+                reader,
+                sources={name: shards},
+                order=Order(
+                    samples=(len(held_out),),
+                    global_batch_size=self.stage.micro_batch_size,
+                    seed=self.seed,
+                    shuffle="none",
+                    held_out=(held_out,),
+                    validates=True,
+                ),
+                random_flip=False,
+                max_rounds=None,
+            )
+            for (name, shards), held_out in zip(reader.sources.items(), reader.order.held_out, strict=True)
+        ]
+
+    def load_template(self) -> Template:
+        """Load the conversation template; "chat" is that of the tokenizer, which exists when the stage begins.
+
+        Readers get the result, as they do without transformers.
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or one that cannot be expressed as a `Template`.
+        """
+        if self.template in TEMPLATES:
+            return TEMPLATES[self.template]
+        from transformers import AutoTokenizer
+
+        from redux.chat_template import find_template
+
+        try:
+            return find_template(self.template, AutoTokenizer.from_pretrained(self.tokenizer))
+        except ValueError as error:
+            raise ValueError(f"train.{self.name}.{error}") from None
+
     def count_steps(self, order: Order) -> int:
         """Count the global batches of the stage."""
         return self.stage.steps or order.count_batches(self.stage.epochs or 0)
+
+
+def _subtract_held_out(
+    shard_sizes: Int[np.ndarray, " shards"], held_out: Int[np.ndarray, " samples"]
+) -> Int[np.ndarray, " shards"]:
+    """Subtract the held-out samples of each shard from its number of samples."""
+    shard = np.searchsorted(np.cumsum(shard_sizes), held_out, side="right")
+    return shard_sizes - np.bincount(shard, minlength=len(shard_sizes))
 
 
 class StageWork(NamedTuple):

@@ -27,7 +27,7 @@ from pipelines.core.failures import Failure, Kind
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import ledger
-from pipelines.training.metrics import MetricsWriter
+from pipelines.training.metrics import VALIDATION_LOSS, MetricsWriter
 from pipelines.training.trackers import TrackerGroup
 
 STARTING_WORKERS = "starting workers"
@@ -41,6 +41,7 @@ PLACEMENT_GROUP_FILE = ".placement_group"
 
 TRACKED_METRICS = (
     "loss",
+    VALIDATION_LOSS,
     "learning_rate",
     "grad_norm",
     "samples",
@@ -235,7 +236,7 @@ class Recorder:
                 f"{self.settings.stage}: loss or gradient of step {step} was not finite: its update was skipped"
             )
         self._add_event("step", step=step, **{name: values[name] for name in ("data_s", "compute_s", "stall_s")})
-        tracked = {name: value for name in TRACKED_METRICS if (value := finite[name]) is not None}
+        tracked = {name: value for name in TRACKED_METRICS if (value := finite.get(name)) is not None}
         goodput = self.ledger.account.goodput
         self.pool.submit(self._write_trackers, step, tracked | {"goodput": goodput})
 

@@ -44,8 +44,9 @@ class Stage:
         objective: "contrastive" trains the image tower alone, with CLIP's objective on captions; "language" trains
             LLaVA with next-token prediction.
         data: name of a set of shards, or a mixture: set names with their shares of each global batch.
-        template: conversation template. null takes the template of model.checkpoint, or vicuna_v1 if it has none for
-            questions.
+        template: conversation template. "plain" keeps only image and answer (LLaVA's stage 1), "vicuna_v1" is that of
+            its stage 2, "vicuna_bare" the same without system prompt, "chat" the chat template of the language model's
+            tokenizer. null takes the template of model.checkpoint, or vicuna_v1 if it has none for questions.
         max_length: number of tokens to which a sample is truncated, as in LLaVA. With null, samples that exceed the
             positions of the model are replaced.
         epochs: passes over all samples of all sets together. Set exactly one of epochs and steps.
@@ -83,6 +84,8 @@ class Stage:
         save_total_limit: number of newest checkpoints that are kept.
         save_best_limit: number of checkpoints that are also kept because their mean training loss since the previous
             checkpoint is lowest.
+        validate_steps: steps between validations, which compute the loss of the samples that data.hold_out keeps out of
+            training. The last step is validated as well. null is save_steps.
         on_nonfinite: reaction to a NaN or infinite loss or gradient. "skip" skips the update. "rollback" first repeats
             the steps since the last checkpoint, in case of a hardware fault, and skips the update if it happens again.
         max_nonfinite_steps: allowed number of skipped updates; one more stops the stage.
@@ -119,6 +122,7 @@ class Stage:
     save_steps: Annotated[int, Ge(1)] = 100
     save_total_limit: Annotated[int, Ge(1)] = 2
     save_best_limit: Annotated[int, Ge(0)] = 0
+    validate_steps: Annotated[int, Ge(1)] | None = None
     on_nonfinite: Literal["skip", "rollback"] = "skip"
     max_nonfinite_steps: Annotated[int, Ge(0)] = 10
     random_flip: bool = False

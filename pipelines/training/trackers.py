@@ -22,8 +22,10 @@ readers sort them by name, which after a restart may differ from the order of wr
 two minutes, and a kill loses them.
 """
 
+import io
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -32,8 +34,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 from uuid import uuid4
 
+import PIL.Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pipelines.core import storage
@@ -65,6 +68,9 @@ class Tracker(Protocol):
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write one step."""
 
+    def write_picture(self, step: int, name: str, image: PIL.Image.Image, caption: str) -> None:
+        """Write a picture of one step."""
+
     def close(self) -> None:
         """End the stage. Another one may follow in the same run."""
 
@@ -87,6 +93,13 @@ class TensorBoardTracker:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._add(step=step, summary=Summary(value=scalars))
+
+    def write_picture(self, step: int, name: str, image: PIL.Image.Image, caption: str) -> None:
+        picture = Summary.Image(
+            height=image.height, width=image.width, colorspace=3, encoded_image_string=_encode_png(image)
+        )
+        metadata = SummaryMetadata(summary_description=caption)
+        self._add(step=step, summary=Summary(value=[Summary.Value(tag=name, image=picture, metadata=metadata)]))
 
     def close(self) -> None:
         self.file.close()
@@ -115,8 +128,14 @@ class MLflowTracker:
         from mlflow.entities import Metric
 
         now = time.time_ns() // 1_000_000
-        metrics = [Metric(f"{self.stage}/{name}", value, now, step) for name, value in values.items()]
+        metrics = [Metric(_clean_name(f"{self.stage}/{name}"), value, now, step) for name, value in values.items()]
         self.client.log_batch(self.id, metrics=metrics)
+
+    def write_picture(self, step: int, name: str, image: PIL.Image.Image, caption: str) -> None:
+        """MLflow's artifacts have no captions, and its local store would put them into the working folder: no picture
+        is written without a server."""
+        if os.environ.get("MLFLOW_TRACKING_URI"):
+            self.client.log_image(self.id, image, artifact_file=f"{_clean_name(f'{self.stage}/{name}')}.png")
 
     def close(self) -> None:
         self.client.set_terminated(self.id)
@@ -180,6 +199,12 @@ class WandBTracker:
         named = {f"{self.stage}/{name}": value for name, value in values.items()}
         self.run.log({f"{self.stage}/step": step, **named})
 
+    def write_picture(self, step: int, name: str, image: PIL.Image.Image, caption: str) -> None:
+        import wandb
+
+        picture = wandb.Image(image, caption=caption)
+        self.run.log({f"{self.stage}/step": step, f"{self.stage}/{name}": picture})
+
     def close(self) -> None:
         self.run.finish()
 
@@ -236,6 +261,13 @@ class TrackerGroup:
             except Exception as error:
                 self._drop(name, f"at step {step}", error)
 
+    def write_picture(self, step: int, name: str, image: PIL.Image.Image, caption: str) -> None:
+        for tracker_name, tracker in list(self.open.items()):
+            try:
+                tracker.write_picture(step, name, image, caption)
+            except Exception as error:
+                self._drop(tracker_name, f"at the picture {name}", error)
+
     def close(self) -> None:
         for name, tracker in list(self.open.items()):
             try:
@@ -248,6 +280,17 @@ class TrackerGroup:
         self.open.pop(name, None)
         message = " ".join(f"{type(error).__name__}: {error}".split())
         self.report(f"trackers: {name} left out of {self.stage}, it failed {when}: {message}")
+
+
+def _encode_png(image: PIL.Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _clean_name(name: str) -> str:
+    """Replace the characters that MLflow does not allow in a name."""
+    return re.sub(r"[^\w./ -]", "_", name)
 
 
 def check_trackers(names: Iterable[str]) -> None:

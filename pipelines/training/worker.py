@@ -27,16 +27,17 @@ from pipelines.training.engine import (
     describe_model,
     free_engine,
     import_deepspeed,
+    move_to_device,
     set_learning_rate,
 )
 from pipelines.training.feed import Feed
 from pipelines.training.hooks import Hook, StepResult
 from pipelines.training.plan import LearningRateSchedule, StagePlan, StageWork
 from pipelines.training.recorder import WAIT, RecorderClient
+from pipelines.training.validation import ValidationHook
 from redux import kernels
 from redux.conversation import IGNORE_INDEX
 from redux.kernels import set_kernels
-from redux.model import normalize_pixels
 
 HookFactory = Callable[[DeepSpeedEngineProtocol, StagePlan], Hook]
 """Called on every rank with the engine and the plan; returns an additional hook."""
@@ -199,8 +200,10 @@ def _train_stage(
 
     is_finished = resume_point is not None
     if resume_point and resume_point.cursor < steps:
-        # Order matters: Recording and Preemption set the flags of the step that the checkpoint hook reads.
+        # Order matters: Recording and Preemption set the flags of the step that the checkpoint hook reads, and the
+        # validation loss is part of the record.
         closing_hooks = [
+            *([ValidationHook(engine, plan, work.reader)] if plan.hold_out else []),
             hooks.RecordingHook(recorder, is_first),
             hooks.PreemptionHook(recorder, is_first),
             hooks.CheckpointHook(engine, plan, recorder, data, description),
@@ -482,16 +485,3 @@ def compute_sample_weights(
     total = torch.stack([count.sum() for count in counts]).sum()
     dist.all_reduce(total)
     return [1 / total.clamp(min=1).expand_as(count) for count in counts]
-
-
-def move_to_device(batch: ingest.Batch, engine: DeepSpeedEngineProtocol) -> dict[str, torch.Tensor]:
-    """Copy a micro-batch to the device of the rank. Pixels become normalised floats of the model's precision.
-
-    Images travel as uint8 of shape (images, height, width, 3); the model takes (images, 3, height, width).
-    """
-    names = ("pixel_values", "input_ids", "labels", "attention_mask")
-    tensors = {name: torch.tensor(batch[name], device=engine.device) for name in names if name in batch}
-    images = tensors["pixel_values"].movedim(-1, 1).contiguous()
-    dtype = next(engine.module.parameters()).dtype
-    tensors["pixel_values"] = normalize_pixels(images).to(dtype)
-    return tensors

@@ -1,6 +1,7 @@
 """A job that starts from pretrained parts: early errors, the assembled model, the plans of its stages."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jobs.search import load as load_search
 from pipelines.training import driver
 from pipelines.training.plan import StagePlan
 from pipelines.training.stage import Recovery
+from redux.conversation import TEMPLATES
 from redux.model import ReduxForConditionalGeneration
 from redux.pretrained import assemble
 
@@ -314,3 +316,29 @@ def test_template_and_aspect_ratio_are_those_of_the_checkpoint(
         evaluation = locate(train={}).evaluate
         assert evaluation
         assert (evaluation.template, evaluation.image_aspect_ratio) == expected
+
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for turn in messages %}{{ turn.role + ': ' + turn.content }}"
+    "{{ eos_token if turn.role == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def test_a_stage_trains_on_the_chat_template_of_the_language_model(
+    load: Callable[..., Job], parts: dict[str, str], plan_stages: Callable[..., list[StagePlan]], tmp_path: Path
+) -> None:
+    chat = "train.instruct.template=chat"
+    with pytest.raises(
+        ValueError, match=r"^train.instruct.template: got chat for a tokenizer without a chat template, al"
+    ):
+        list_steps(load(chat), tmp_path / "none")
+    language = tmp_path / "language"
+    shutil.copytree(parts["language"], language)
+    (language / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    job = load(chat, f"model.language={language}")
+    list_steps(job, tmp_path)["assemble"]()
+    plain, instruct = plan_stages(job, tmp_path)
+    assert plain.load_template() is TEMPLATES["plain"]
+    template = instruct.load_template()
+    assert (template.human, template.assistant, template.answer, template.end) == ("user: ", " assistant:", " ", "</s>")

@@ -155,7 +155,7 @@ def test_an_unknown_key_is_refused_at_every_depth(tmp_path: Path, override: str,
 
 
 def test_a_key_that_a_user_chooses_is_checked_as_well(tmp_path: Path) -> None:
-    assert mistake(tmp_path, GOOD, "variants={a b: 1}") == (
+    assert read_error(tmp_path, GOOD, "variants={a b: 1}") == (
         "job.yaml: variants.a b: key 'a b', allowed keys: text that matches ^[a-z]+$"
     )
 

@@ -128,7 +128,11 @@ def test_a_run_leaves_everything_in_its_folder(finished: tuple[Path, str]) -> No
     assert scores["wall_s"] > 0
     assert len((run / "answers" / "easy_vqa.jsonl").read_text().splitlines()) == len(questions)
     assert (run / "report.html").stat().st_size > 10_000
-    assert list((run / "tensorboard" / "instruct").glob("events.*"))
+    launch = json.loads((run / "environment.jsonl").read_text())
+    assert {"evaluate", "report"} <= set(launch["steps"])
+    assert launch["cpu"]
+    for stage in ("instruct", "evaluate"):
+        assert list((run / "tensorboard" / stage).glob("events.*"))
     assert (run / "checkpoints" / "instruct" / "model" / "model.safetensors").exists()
     for bar in ("shards captions", "tower", "instruct", "evaluate"):
         assert re.search(rf"{bar}: 100%", printed), f"no finished progress bar {bar!r}"
@@ -270,7 +274,9 @@ def test_a_model_in_a_folder_is_only_evaluated(finished: tuple[Path, str], tmp_p
     scores = json.loads((tmp_path / "asked" / "metrics.json").read_text())
     assert scores["instructions.questions"] == 32
     assert {"instructions.strict", "instructions.loose", "instructions.both"} <= scores.keys()
-    assert (tmp_path / "asked" / "report.html").exists()
+    page = (tmp_path / "asked" / "report.html").read_text()
+    assert "Instructions, followed (strict)" in page
+    assert "Kept and merged patches" not in page, "this model keeps all patches"
     assert not (tmp_path / "asked" / "checkpoints").exists()
 
 

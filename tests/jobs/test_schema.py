@@ -112,6 +112,10 @@ def test_the_name_of_a_stage_cannot_leave_the_run_folder() -> None:
             "data.sets: got formats, allowed: other names than captions, conversations, shown, formats",
         ),
         ("data.max_bad_fraction=2", "data.max_bad_fraction: got 2, allowed: a number from 0 to 1"),
+        (
+            "train.instruct.template=chat",
+            "train.instruct.template: got chat, allowed for a model built from sizes: plain, vicuna_v1, vicuna_bare",
+        ),
         ("model.language.max_position_embeddings=32", "model.language.max_position_embeddings: got 32, allowed: more"),
     ],
 )

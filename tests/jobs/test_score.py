@@ -66,6 +66,33 @@ def test_a_mistake_is_one_line_and_exit_2(
     assert printed.err.count("\n") == 1
 
 
+def test_own_questions_are_scored_by_a_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions, answers = tmp_path / "my.jsonl", tmp_path / "answers.jsonl"
+    entries = [
+        {"question": "Which colour?", "answer": "red", "type": "colour"},
+        {"question": "Which shape?", "answer": "a circle", "type": "shape", "id": "s"},
+        {"question": "Which shape?", "answer": "a circle", "type": "shape"},
+    ]
+    questions.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    answers.write_text('{"id": 1, "response": "It is red."}\n{"id": "s", "response": "a square"}\n')
+    words = ["score", "--metric", "contains", "--questions", str(questions), "--answers", str(answers)]
+    assert command.main(words) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "metric": "contains",
+        "scores": {"accuracy": 1 / 3, "accuracy.colour": 1.0, "accuracy.shape": 0.0},
+        "questions": 3,
+        "missing": 1,
+    }
+    for words, message in (
+        (["--questions", str(questions)], "TASK: got none, allowed: vqav2"),
+        (["gqa", "--metric", "exact"], "--metric: got exact besides TASK or --submission, allowed: --metric alone"),
+        (["--metric", "exact"], "--questions: got none or several files, allowed with --metric: one"),
+        (["--metric", "choice", "--questions", str(questions)], "my.jsonl: line 1: got 0 options"),
+    ):
+        assert command.main(["score", *words, "--answers", str(answers)]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task", ["gqa", "instructions"])
 @pytest.mark.parametrize("text", ["", "\n", "[]"])
 def test_no_answer_is_a_mistake(

@@ -554,7 +554,7 @@ def test_recomputed_activations_give_the_same_gradients(tiny: Tiny, sample: Samp
     def gradients(recompute: bool) -> dict[str, Tensor]:
         model = tiny(cmai=CMAI(gamma_max=0.9)).train()
         if recompute:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         inputs = sample(model)
         output = model(**inputs, labels=inputs["input_ids"])
         output.loss.backward()

@@ -373,7 +373,7 @@ def test_recomputed_activations_give_the_same_gradients(
         model = fresh(family).train()
         inhibit(model, STRONG)
         if recompute:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         output = model(**inputs, labels=inputs["input_ids"])
         output.loss.backward()

@@ -262,16 +262,17 @@ def test_what_is_no_part_of_a_llava_is_named(
     GPT2Config().save_pretrained(gpt)
     speaker().model.save_pretrained(headless)
     a_tower = "allowed: folder or hub id of a checkpoint of model_type clip, clip_vision_model, siglip, "
-    a_language = "allowed: folder or hub id of a checkpoint of model_type llama"
+    a_language = "allowed: folder or hub id of a causal language model of transformers"
     cases = [
         ((tmp_path / "none", language, None), f"tower: got {tmp_path}/none, {a_tower}"),
         ((empty, language, None), f"tower: got {empty} of model_type None, {a_tower}"),
         ((vit, language, None), f"tower: got {vit} of model_type vit, {a_tower}"),
         ((language, language, None), f"tower: got {language} of model_type llama, {a_tower}"),
         ((tower, tmp_path / "none", None), f"language: got {tmp_path}/none, {a_language}"),
-        ((tower, gpt, None), f"language: got {gpt} of model_type gpt2, {a_language}"),
+        ((tower, vit, None), f"language: got {vit} of model_type vit, {a_language}"),
+        ((tower, gpt, None), f"language: got {gpt} of model_type gpt2, whose decoder GPT2Model has"),
         ((tower, headless, None), f"language: got {headless} without lm_head.weight, allowed: "),
-        ((tower, no_weights, None), f"language: got {no_weights}, {a_language}"),
+        ((tower, no_weights, None), f"language: got {no_weights}, allowed: folder or hub id of a checkpoint"),
         ((tower, language, "no.gguf"), f"gguf_file: got no.gguf, allowed: a file in {language}"),
     ]
     for (seen, spoken, gguf_file), message in cases:

@@ -57,7 +57,7 @@ def test_prumerge_asks_the_last_block_by_its_own_forward_pass(tiny: Tiny, sample
 
 def test_a_compressing_block_is_recomputed(tiny: Tiny, sample: Sample) -> None:
     model = tiny(vmtc=VMTC(stages=(1, 3))).train()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     inputs, called = sample(model), []
     for block in (1, 3):
         attention: Any = model.model.vision_tower.encoder.layers[block].self_attn

@@ -3,11 +3,15 @@
 import importlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from jobs.bench import inhibition, launches, order, pixels
+from jobs.bench import inhibition, launches, order, pixels, serve
+from pipelines.serving.settings import ServedModel, ServerSettings
+from tests.pipelines.serving.local_gateway import serve_locally
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = sorted(path.stem for path in (ROOT / "jobs" / "bench").glob("*.py") if path.stem != "record")
@@ -52,3 +56,19 @@ def test_launches_of_one_path(capsys: pytest.CaptureFixture[str]) -> None:
     assert "addmm" in plain
     assert "addmm" in fused
     assert kernels == "Counter()"
+
+
+def test_serve_in_the_smallest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def start_locally(model: Path, tokens: int | None) -> Iterator[str]:
+        served = ServedModel(name="m", path=str(model), image_tokens="all" if tokens == 576 else tokens)
+        with serve_locally(ServerSettings(model=served)) as url:
+            yield url
+
+    monkeypatch.setattr(serve, "start_server", start_locally)
+    words = "--small --tokens 576 64 --concurrency 1 2 --requests 2 --new-tokens 2"
+    serve.main([*words.split(), "--out", str(tmp_path / "out.jsonl")])
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    measured = [(result["image_tokens"], result["concurrency"], result["requests"]) for result in record["results"]]
+    assert measured == [(576, 1, 2), (576, 2, 4), (64, 1, 2), (64, 2, 4)]
+    assert all(result["first_token_p95_ms"] >= result["first_token_p50_ms"] > 0 for result in record["results"])

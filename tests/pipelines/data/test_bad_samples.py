@@ -30,6 +30,7 @@ from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from pipelines.data.shard_index import INDEX_SCHEMA, Shards
 from pipelines.data.shard_writer import make_shards, write_index
+from redux.conversation import TEMPLATES
 
 SIDE = 16
 GLOBAL_BATCH = 8
@@ -120,7 +121,7 @@ def make_reader(tokenizer: Path, *sets: Shards) -> Reader:
         micro_batch_size=2,
         image_size=SIDE,
         tokenizer=tokenizer,
-        encode=make_conversation_encoder("vicuna_bare", 5),
+        encode=make_conversation_encoder(TEMPLATES["vicuna_bare"], 5),
     )
 
 

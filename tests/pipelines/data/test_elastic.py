@@ -34,7 +34,7 @@ from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
 from pipelines.data.shard_writer import make_shards
-from redux.conversation import IMAGE_TOKEN
+from redux.conversation import IMAGE_TOKEN, TEMPLATES
 
 pytestmark = pytest.mark.integration
 
@@ -88,7 +88,7 @@ def make_reader(tokenizer: Path, order: Order, sets: Sequence[Shards]) -> Reader
         micro_batch_size=order.global_batch_size,
         image_size=SIDE,
         tokenizer=tokenizer,
-        encode=make_conversation_encoder("vicuna_bare", 2),
+        encode=make_conversation_encoder(TEMPLATES["vicuna_bare"], 2),
         random_flip=True,
         max_rounds=2,
     )

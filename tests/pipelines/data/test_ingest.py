@@ -26,12 +26,13 @@ from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards, StoredSample
 from pipelines.data.shard_writer import make_shards
-from redux.conversation import CLIP_MAX_LENGTH, IGNORE_INDEX, IMAGE_TOKEN
+from redux.conversation import CLIP_MAX_LENGTH, IGNORE_INDEX, IMAGE_TOKEN, TEMPLATES
 from redux.image import load_pixels
 
 pytestmark = pytest.mark.integration
 
 SIDE = 16
+TEMPLATE = TEMPLATES["vicuna_bare"]
 IMAGE_TOKENS = 5
 GLOBAL_BATCH = 8
 
@@ -45,7 +46,7 @@ def reader(stored: Shards, tokenizer: Path) -> Reader:
         micro_batch_size=4,
         image_size=SIDE,
         tokenizer=tokenizer,
-        encode=make_conversation_encoder("vicuna_bare", IMAGE_TOKENS),
+        encode=make_conversation_encoder(TEMPLATE, IMAGE_TOKENS),
         random_flip=True,
         max_rounds=99,
     )
@@ -167,20 +168,20 @@ def test_rows_are_padded_on_the_right_with_ignored_tokens(reader: Reader):
 def test_a_conversation_that_is_too_long_names_the_sample_and_the_limit(tokenizer: Path):
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     with pytest.raises(ValueError, match=rf"sample test/99: \d+ tokens, allowed: {loaded.model_max_length}, "):
-        make_conversation_encoder("vicuna_bare", IMAGE_TOKENS)(loaded, replace(make_sample(40), key="test/99"))
+        make_conversation_encoder(TEMPLATE, IMAGE_TOKENS)(loaded, replace(make_sample(40), key="test/99"))
 
 
 def test_a_conversation_that_is_too_long_can_be_cut_off_instead(tokenizer: Path):
     """Truncation as in LLaVA: the same tokens up to max_length, including image tokens."""
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    whole = make_conversation_encoder("vicuna_bare", IMAGE_TOKENS)(loaded, make_sample(3))
+    whole = make_conversation_encoder(TEMPLATE, IMAGE_TOKENS)(loaded, make_sample(3))
     length = len(whole["input_ids"]) - 5
-    cut = make_conversation_encoder("vicuna_bare", IMAGE_TOKENS, length)(loaded, make_sample(3))
+    cut = make_conversation_encoder(TEMPLATE, IMAGE_TOKENS, length)(loaded, make_sample(3))
     assert all(np.array_equal(cut[name], whole[name][:length]) for name in ("input_ids", "labels"))
-    longer = make_conversation_encoder("vicuna_bare", IMAGE_TOKENS, loaded.model_max_length)(loaded, make_sample(40))
+    longer = make_conversation_encoder(TEMPLATE, IMAGE_TOKENS, loaded.model_max_length)(loaded, make_sample(40))
     assert len(longer["input_ids"]) == loaded.model_max_length
     with pytest.raises(ValueError, match=r"sample \S+: \d+ tokens, cut off after 3 within or before the image"):
-        make_conversation_encoder("vicuna_bare", IMAGE_TOKENS, 3)(loaded, make_sample(3))
+        make_conversation_encoder(TEMPLATE, IMAGE_TOKENS, 3)(loaded, make_sample(3))
 
 
 @pytest.mark.parametrize("roles", ["human human", "gpt human", "human user"])
@@ -188,7 +189,7 @@ def test_a_conversation_of_wrong_roles_names_the_sample(tokenizer: Path, roles: 
     turns = [{"from": role, "value": "a question"} for role in roles.split()]
     sample = replace(make_sample(1), key="test/7", record={"conversations": turns})
     with pytest.raises(ValueError, match=r"sample test/7: turn \d: got role"):
-        make_conversation_encoder("vicuna_bare", IMAGE_TOKENS)(AutoTokenizer.from_pretrained(tokenizer), sample)
+        make_conversation_encoder(TEMPLATE, IMAGE_TOKENS)(AutoTokenizer.from_pretrained(tokenizer), sample)
 
 
 def test_a_conversation_may_have_as_many_tokens_as_the_limit_and_no_more(tokenizer: Path):
@@ -200,7 +201,7 @@ def test_a_conversation_may_have_as_many_tokens_as_the_limit_and_no_more(tokeniz
 
 
 def encode_alone(tokenizer: Any, image_tokens: int) -> list[int]:
-    return make_conversation_encoder("vicuna_bare", image_tokens)(tokenizer, make_sample(2))["input_ids"].tolist()
+    return make_conversation_encoder(TEMPLATE, image_tokens)(tokenizer, make_sample(2))["input_ids"].tolist()
 
 
 def test_captions_are_the_answers_and_equal_captions_are_equal_rows(reader: Reader):

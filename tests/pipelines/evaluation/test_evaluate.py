@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +20,21 @@ import torch
 from pipelines.data import easy_vqa
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER
-from pipelines.evaluation.evaluate import EvaluatedModel, collect_examples, read_answers
+from pipelines.evaluation.evaluate import EvaluatedModel, read_answers, trace_compression
+from pipelines.evaluation.statistics import bootstrap_interval
 from pipelines.evaluation.tasks import (
     EVALUATION_TASKS,
     Evaluate,
     TaskName,
     TaskSettings,
+    count_new_tokens,
+    find_task,
     load_questions,
 )
 from redux import answering
 from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
 from redux.benchmarks import Question
+from redux.benchmarks.instructions import write_questions
 from redux.conversation import train_word_tokenizer
 from redux.image import load_pixels
 from redux.model import build_model
@@ -305,36 +309,24 @@ def test_an_id_that_comes_twice_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         load_questions("gqa", TaskSettings())
 
 
-# Examples
+# Compression of images
 
 
-@pytest.mark.parametrize("count", [0, 1, 5])
-def test_the_requested_number_of_examples_shows_different_images_with_their_questions(
-    evaluated: EvaluatedModel, undisturbed: Path, count: int
-) -> None:
-    answered = read_answers(undisturbed, "easy_vqa")
-    given = {(row["image"], row["prompt"], row["answer"], row["response"]) for row in answered}
-    pictures = {
-        load_pixels((easy_vqa.PACKAGE_IMAGES / row["image"]).read_bytes(), 16, "pad").tobytes(): row["image"]
-        for row in answered
-    }
-    shown = []
-    for example in collect_examples(evaluated, undisturbed, count):
-        image = pictures[np.asarray(example.image).transpose(2, 0, 1).tobytes()]
-        assert (image, example.question, example.answer, example.response) in given
-        assert example.correct == (example.answer == example.response)
-        shown.append(image)
-    assert len(shown) == len(set(shown)) == count
+def test_a_traced_image_is_that_of_the_model_and_has_the_token_of_each_patch(evaluated: EvaluatedModel) -> None:
+    images = [(easy_vqa.PACKAGE_IMAGES / f"test/images/{number}.png").read_bytes() for number in range(3)]
+    traces = trace_compression(evaluated, images)
+    assert len(traces) == len(images)
+    for image, trace in zip(images, traces, strict=True):
+        assert np.array_equal(np.asarray(trace.image).transpose(2, 0, 1), load_pixels(image, 16, "pad"))
+        assert trace.slot.shape == trace.merged.shape == (PATCHES,)
+        assert set(trace.slot) - {-1} == set(range(PATCHES // 2)), "half of the tokens reach the language model"
+        kept = trace.slot[~trace.merged & (trace.slot >= 0)]
+        assert len(kept) == len(set(kept)) > 0, "a kept patch has a token of its own"
 
 
-def test_an_example_has_the_token_of_each_patch(evaluated: EvaluatedModel, undisturbed: Path) -> None:
-    for example in collect_examples(evaluated, undisturbed, 5):
-        slot, merged = np.asarray(example.slot), np.asarray(example.merged)
-        assert slot.shape == merged.shape == (PATCHES,)
-        assert set(slot) - {-1} == set(range(PATCHES // 2)), "half of the tokens reach the language model"
-        assert not merged.all()
-        kept = slot[~merged & (slot >= 0)]
-        assert len(kept) == len(set(kept)), "a kept patch has a token of its own"
+def test_a_model_that_keeps_all_tokens_has_no_traces(evaluated: EvaluatedModel) -> None:
+    image = (easy_vqa.PACKAGE_IMAGES / "test/images/0.png").read_bytes()
+    assert trace_compression(replace(evaluated, methods={"vmtc": None}), [image]) == []
 
 
 @pytest.fixture(autouse=True)
@@ -344,3 +336,182 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# Questions of users
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Folder with a file of eight questions about images in folders below it, and about none."""
+    folder = tmp_path / "own"
+    rows = [
+        {"question": question.prompt, "answer": question.reference["answer"], "type": question.reference["type"]}
+        | {"image": question.image, "id": f"q{number}"}
+        for number, question in enumerate(load_questions("easy_vqa", TaskSettings(limit=3))[:8])
+    ]
+    for row in rows:
+        (folder / row["image"]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(easy_vqa.PACKAGE_IMAGES / row["image"], folder / row["image"])
+    rows[7] |= {"image": None, "type": "text"}
+    write_lines(folder / "my.jsonl", rows)
+    return folder
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def own_task(folder: Path, **changes: Any) -> TaskSettings:
+    return TaskSettings(**{"file": str(folder / "my.jsonl"), "metric": "contains", "max_new_tokens": 5, **changes})
+
+
+@pytest.mark.usefixtures("local_ray_data", "ray_cluster")
+def test_own_questions_are_answered_scored_and_reported_by_type(
+    evaluated: EvaluatedModel, own: Path, tmp_path: Path
+) -> None:
+    tasks = settings(mine=own_task(own), easy_vqa=LIMIT)
+    scores = evaluate.evaluate(evaluated, tmp_path, tasks)
+    rows = read_answers(tmp_path, "mine")
+    assert [row["prompt"] for row in rows] == [row["question"] for row in lines(own / "my.jsonl")]
+    # the answers are those of the model to each question alone
+    answerer = answering.load(evaluated.model, template=TEMPLATE)
+    for row in rows:
+        image = (own / row["image"]).read_bytes() if row["image"] else None
+        assert answerer([row["prompt"]], [image], 5).texts == [row["response"]]
+    # scores by type, from the file alone
+    right = [row["answers"][0] in row["response"].lower().split() for row in rows]
+    types = {row["type"] for row in rows}
+    assert scores["mine.questions"] == 8
+    assert scores["mine.accuracy"] == sum(right) / 8
+    for type in types:
+        of_type = [correct for correct, row in zip(right, rows, strict=True) if row["type"] == type]
+        assert scores[f"mine.accuracy.{type}"] == sum(of_type) / len(of_type)
+    # a search may optimise each of these
+    assert scores.keys() == evaluate.list_metric_names(tasks)
+    # intervals by type
+    for name, metric in find_task("mine").metrics(rows).items():
+        interval = bootstrap_interval([metric], samples=200)
+        assert interval.low <= scores[f"mine.{name}"] == interval.value <= interval.high
+
+
+@pytest.mark.usefixtures("local_ray_data", "ray_cluster")
+def test_questions_that_changed_in_the_file_are_asked_again_and_no_other(
+    evaluated: EvaluatedModel, own: Path, tmp_path: Path
+) -> None:
+    tasks = settings(mine=own_task(own))
+    evaluate.evaluate(evaluated, tmp_path, tasks)
+    assert not evaluate.has_new_questions(tmp_path, tasks)
+    answered, rows = read_answers(tmp_path, "mine"), lines(own / "my.jsonl")
+    # one question is removed, one has another answer, one another text, one another image; one is new
+    changed = [*rows[1:], {"question": "what is this?", "answer": "red", "id": "new"}]
+    changed[0] = changed[0] | {"answer": "something else"}
+    changed[1] = changed[1] | {"question": "what colour?"}
+    changed[2] = changed[2] | {"image": None}
+    write_lines(own / "my.jsonl", changed)
+    assert evaluate.has_new_questions(tmp_path, tasks)
+    scores = evaluate.evaluate(evaluated, tmp_path, tasks)
+    again = read_answers(tmp_path, "mine")
+    assert [row["id"] for row in again] == [row["id"] for row in changed]
+    assert again[3:-1] == answered[4:]
+    assert count_answered(tmp_path, "mine") == 8 + 4
+    assert again[0]["response"] == answered[1]["response"]
+    assert again[0]["answers"] == ["something else"]
+    assert scores == evaluate.compute_scores(tmp_path, ["mine"]) | evaluate.compute_speed(tmp_path)
+    assert not evaluate.has_new_questions(tmp_path, tasks)
+    # another metric scores other rows
+    assert evaluate.has_new_questions(tmp_path, settings(mine=own_task(own, metric="exact")))
+
+
+@pytest.mark.usefixtures("local_ray_data", "ray_cluster")
+def test_an_image_that_cannot_be_decoded_is_named(evaluated: EvaluatedModel, own: Path, tmp_path: Path) -> None:
+    first, *others = lines(own / "my.jsonl")
+    path = own / "cut.png"
+    content = (own / first["image"]).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    write_lines(own / "my.jsonl", [*others, first | {"image": "cut.png"}])
+    evaluate.check_task("mine", own_task(own))
+    with pytest.raises(ValueError, match=rf"^evaluate\.tasks\.mine: .*; the image is {re.escape(str(path))}$"):
+        evaluate.evaluate(evaluated, tmp_path, settings(mine=own_task(own)))
+
+
+def test_all_local_images_are_checked_before_the_start(own: Path, tmp_path: Path) -> None:
+    rows = lines(own / "my.jsonl")
+    evaluate.check_task("mine", own_task(own))
+    evaluate.check_task("easy_vqa", LIMIT)
+    # formats that Pillow does not know
+    (own / "text.png").write_text("no image")
+    write_lines(own / "my.jsonl", [*rows, {**rows[0], "id": "x", "image": "text.png"}])
+    with pytest.raises(
+        ValueError, match=r"tasks\.mine\.images: got 1 of \d images in .*: 'text\.png', allowed: images"
+    ):
+        evaluate.check_task("mine", own_task(own))
+    # missing files, the first one present; also a folder
+    missing = [{**rows[0], "id": f"m{number}", "image": f"gone/{number}.png"} for number in range(5)]
+    write_lines(own / "my.jsonl", [*rows, *missing, {**missing[0], "id": "n"}, {**rows[0], "id": "f", "image": "test"}])
+    message = r"got 6 of \d+ images in .*: 'gone/0\.png', 'gone/1\.png', 'gone/2\.png', …, allowed: files that exist"
+    with pytest.raises(ValueError, match=rf"^evaluate\.tasks\.mine\.images: {message}$"):
+        evaluate.check_task("mine", own_task(own))
+    elsewhere = own_task(own, images=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"images in .*nowhere.*allowed: files that exist"):
+        evaluate.check_task("mine", elsewhere)
+    with pytest.raises(ValueError, match=r"tasks\.easy_vqa\.images: got 6 of 6 images in .*nowhere"):
+        evaluate.check_task("easy_vqa", replace(LIMIT, images=str(tmp_path / "nowhere")))
+
+
+def test_an_image_is_a_path_below_its_folder(own: Path, tmp_path: Path) -> None:
+    row = lines(own / "my.jsonl")[0]
+    for path in (row["image"], f"./{row['image']}", str(own / row["image"]), row["image"].replace("/", "\\")):
+        write_lines(own / "my.jsonl", [{**row, "image": path}])
+        [question] = load_questions("mine", own_task(own))
+        assert (question.image, question.reference["image"]) == (row["image"], row["image"])
+        evaluate.check_task("mine", own_task(own))
+    for path in ("../x.png", "a/../../x.png", "/etc/passwd", "https://host/x.png", "file:///x.png", "..", ""):
+        write_lines(own / "my.jsonl", [{**row, "image": path}])
+        message = (
+            rf"evaluate\.tasks\.mine\.file: .*my\.jsonl: line 1: got image {re.escape(repr(path))}, which leads out"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_questions("mine", own_task(own))
+    # images of another folder or a URL are not looked at here
+    write_lines(own / "my.jsonl", [{**row, "image": "a/1.png"}])
+    [question] = load_questions("mine", own_task(own, images="s3://bucket/images"))
+    assert question.image == "a/1.png"
+
+
+def test_prompts_with_instructions_are_own_questions_with_long_answers(tmp_path: Path) -> None:
+    questions = load_questions("instructions", FEW)
+    write_questions(questions, tmp_path / "my.jsonl")
+    task = own_task(tmp_path, metric="instructions", images=str(easy_vqa.PACKAGE_IMAGES), max_new_tokens=None)
+    assert load_questions("mine", task) == questions
+    assert count_new_tokens("mine", task) == count_new_tokens("instructions", TaskSettings()) == 1024
+    assert count_new_tokens("mine", own_task(tmp_path, max_new_tokens=None)) == 128
+    names = evaluate.list_metric_names(settings(mine=task))
+    assert {"mine.strict", "mine.both", "mine.strict.json", "mine.questions"} <= names
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "message"),
+    [
+        ("mine", {}, "got a task mine without file, allowed: easy_vqa, instructions, vqav2"),
+        ("gqa", {"file": "a", "metric": "exact"}, "got the name gqa with file"),
+        ("speed", {"file": "a", "metric": "exact"}, "got the name speed with file"),
+        ("mine", {"file": "a"}, "metric: got null besides file, allowed: file and metric together"),
+        ("mine", {"metric": "exact"}, "file: got null besides metric"),
+        (
+            "mine",
+            {"file": "a", "metric": "exact", "files": ("b",)},
+            "file: got a besides files, allowed: one of the two",
+        ),
+    ],
+)
+def test_settings_that_name_no_task_are_refused(name: str, task: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settings(**{name: TaskSettings(**task)})
+
+
+@pytest.mark.parametrize("text", ["", "\n", "[]"])
+def test_a_file_without_questions_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "my.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"evaluate\.tasks\.mine\.file: no questions in .*my\.jsonl"):
+        load_questions("mine", own_task(tmp_path))

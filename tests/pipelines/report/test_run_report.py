@@ -15,8 +15,16 @@ import pytest
 from PIL import Image
 
 from pipelines.evaluation.answer_files import PROVENANCE_FILE
-from pipelines.evaluation.evaluate import Example
-from pipelines.report.run_report import smooth_curve, wilson_interval, write_report
+from pipelines.evaluation.tasks import TaskSettings
+from pipelines.report import run_report
+from pipelines.report.environment import ENVIRONMENT_FILE
+from pipelines.report.gallery import select_rows
+from pipelines.report.run_report import Report, ReportedModel, smooth_curve, write_report
+from pipelines.report.scores import JudgedRow, wilson_interval
+from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
+from redux.configuration import build_config
+from redux.settings import CMAI, VMTC
+from redux.trace import ImageTrace
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 ATTACK = "<script>alert(1)</script>"
@@ -77,7 +85,8 @@ def answers() -> list[dict[str, Any]]:
         for number in range(asked):
             correct = number < right
             rows.append(
-                {"id": f"{kind}-{number}", "unit": "0", "image": "0", "prompt": "?", "answer": f"the {kind}",
+                {"id": f"{kind}-{number}", "unit": f"{kind}-{number}", "image": "test/images/0.png", "prompt": "?",
+                 "answer": f"the {kind}",
                  "type": kind, "response": f"the {kind}" if correct else f"not the {kind}"}
             )  # fmt: skip
     return rows
@@ -97,10 +106,34 @@ def jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def example(**changes: Any) -> Example:
+def trace(images: Sequence[bytes]) -> list[ImageTrace]:
+    """Trace images of 4 x 4 patches: 6 are kept, 8 are merged into 3 tokens, 2 are dropped."""
     slot = np.concatenate([np.arange(6), 6 + np.arange(8) % 3, np.full(2, -1)])
-    fields = {"question": "what shape?", "answer": "circle", "response": "circle", "correct": True} | changes
-    return Example(Image.new("RGB", (64, 64), "teal"), slot=slot, merged=slot >= 6, **fields)
+    return [ImageTrace(Image.new("RGB", (64, 64), "teal"), slot, slot >= 6) for _ in images]
+
+
+def llava() -> ReportedModel:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    settings = ModelSettings(
+        tower=TowerSizes(image_size=16, patch_size=4, num_hidden_layers=4, **sizes),
+        language=LanguageSizes(num_hidden_layers=2, **sizes),
+        vmtc=VMTC(tokens=8, stages=1),
+        cmai=CMAI(),
+    )
+    return ReportedModel(path="model", config=build_config(settings, 100), trace=trace)
+
+
+def own_questions(folder: Path, count: int, **changes: Any) -> list[dict[str, Any]]:
+    """Make rows of questions of a user about two images in a folder; every fourth response is wrong."""
+    folder.mkdir(exist_ok=True)
+    for number, colour in enumerate(("red", "green")):
+        Image.new("RGB", (900, 600), colour).save(folder / f"{number}.jpg")
+    return [
+        {"id": str(number), "unit": f"{number % 2}.jpg", "prompt": f"colour {number}?", "image": f"{number % 2}.jpg",
+         "answers": [("red", "green")[number % 2]], "type": ("near", "far")[number % 4 // 2], "metric": "exact",
+         "response": ("red", "green")[number % 2] if number % 4 else "purple"} | changes
+        for number in range(count)
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -117,16 +150,16 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def page(run: Path, examples: Sequence[Example] = ()) -> Page:
-    return Page(write_report(run, examples).read_text(encoding="utf-8"))
+def page(run: Path, model: ReportedModel | None = None, **options: Any) -> Page:
+    return Page(write_report(run, model=model, **options).path.read_text(encoding="utf-8"))
 
 
 def test_accuracy_by_type_equals_a_hand_count(run: Path):
     read = page(run)
-    assert read.row("yes/no")[1:4] == ["70", "61", "87.1 %"]
-    assert read.row("shape")[1:4] == ["20", "19", "95.0 %"]
-    assert read.row("colour")[1:5] == ["10", "10", "100.0 %", "72.2 % – 100.0 %"]
-    assert read.row("all")[1:4] == ["100", "90", "90.0 %"]
+    assert read.row("yes/no")[1:3] == ["70", "87.1 %"]
+    assert read.row("shape")[1:3] == ["20", "95.0 %"]
+    assert read.row("colour")[1:4] == ["10", "100.0 %", "72.2 – 100.0 %"]
+    assert read.row("accuracy")[1:3] == ["100", "90.0 %"]
 
 
 def test_instructions_are_shown_one_by_one_and_together(run: Path):
@@ -140,25 +173,41 @@ def test_instructions_are_shown_one_by_one_and_together(run: Path):
     jsonl(run / "answers" / "instructions.jsonl", rows)
     (run / "answers" / PROVENANCE_FILE).write_text('{"splitter": "regex"}')
     read = page(run)
-    assert read.row("json")[1:4] == ["40", "10", "25.0 %"]
-    assert read.row("no comma")[1:4] == ["40", "10", "25.0 %"]
-    assert read.row("all, strict")[1:4] == ["80", "20", "25.0 %"]
-    assert read.row("all, and correct")[1:4] == ["80", "20", "25.0 %"]
-    low, high = (float(end.split()[0]) for end in read.row("all, strict")[4].split("–"))
+    assert read.row("json")[1:3] == ["40", "25.0 %"]
+    assert read.row("no comma")[1:3] == ["40", "25.0 %"]
+    assert read.row("followed (strict)")[1:3] == ["80", "25.0 %"]
+    assert read.row("followed and correct")[1:3] == ["80", "25.0 %"]
+    low, high = (float(end.split()[0]) for end in read.row("followed (strict)")[3].split("–"))
     assert high - low > 25, "forty questions, not eighty"
     assert "regular expressions, not by Punkt" in read.words
 
 
-def test_wrong_answers_are_counted_most_frequent_first(run: Path):
-    rows = page(run).rows
-    wrong = [row for row in rows if len(row) == 4 and row[1].startswith("not ")]
-    assert wrong == [["the yes/no", "not the yes/no", "9", "12.9 %"], ["the shape", "not the shape", "1", "5.0 %"]]
+def test_a_matrix_counts_the_responses_to_each_reference_answer(run: Path):
+    read = page(run)
+    # columns are the references by type, then other responses
+    assert read.row("the colour")[1:] == ["10", "0", "0", "0"]
+    assert read.row("the shape")[1:] == ["0", "19", "0", "1"]
+    assert read.row("the yes/no")[1:] == ["0", "0", "61", "9"]
+
+
+def test_many_reference_answers_have_a_list_of_confusions(run: Path):
+    rows = [{**row, "answer": f"{number % 30}", "response": f"{number % 30 + number % 2}"}
+            for number, row in enumerate(answers() * 3)]  # fmt: skip
+    for number, row in enumerate(rows):
+        row["id"] = str(number)
+    jsonl(run / "answers/easy_vqa.jsonl", rows)
+    wrong = [row for row in page(run).rows if len(row) == 4 and row[3] == "100.0 %"]
+    assert len(wrong) == 8
+    assert all(int(row[1]) == int(row[0]) + 1 and row[2] == "10" for row in wrong)
 
 
 def test_header_holds_name_accuracy_interval_and_wall_time(run: Path):
-    words = page(run).words
+    words = " ".join(page(run).words.split())
     assert "quick & small" in words
-    assert re.search(r"90\.0 %\s+82\.6 % to 94\.5 %, n = 100", words)
+    found = re.search(r"easy-VQA, accuracy 90\.0 % 95 %: (\S+) to (\S+) % 100 questions", words)
+    assert found
+    assert float(found[1]) == pytest.approx(82.6, abs=2)
+    assert float(found[2]) == pytest.approx(94.5, abs=2)
     assert "11 min 40 s" in words
 
 
@@ -215,10 +264,13 @@ def test_numbers_nobody_foresaw_are_shown(run: Path):
 
 def test_nothing_comes_from_elsewhere_and_nothing_runs(run: Path):
     jsonl(run / "ledger.jsonl", events())
-    read = page(run, [example()])
+    read = page(run, llava())
     for tag, attrs in read.tags:
         for name in ("src", "href", "xlink:href", "srcset", "data"):
-            assert (attrs.get(name) or "#").startswith(("#", "data:image/png;base64,")), (tag, attrs)
+            assert (attrs.get(name) or "#").startswith(("#", "data:image/png;base64,", "data:image/jpeg;base64,")), (
+                tag,
+                attrs,
+            )
         assert not [name for name in attrs if name.startswith("on")]
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in read.tags}
     assert any("default-src 'none'" in (attrs.get("content") or "") for attrs in read.attributes("meta"))
@@ -226,38 +278,203 @@ def test_nothing_comes_from_elsewhere_and_nothing_runs(run: Path):
 
 def test_texts_are_escaped(run: Path):
     (run / "job.yaml").write_text(f'name: "{ATTACK}"\n')
-    row = {"id": "0", "image": "0", "question": ATTACK, "answer": ATTACK, "response": ATTACK + "!", "correct": False}
+    row = {"id": "0", "unit": ATTACK, "image": ATTACK, "prompt": ATTACK, "answer": ATTACK, "response": ATTACK + "!"}
     jsonl(run / "answers/easy_vqa.jsonl", [row | {"type": ATTACK}])
+    jsonl(run / f"answers/{ATTACK.replace('/', '')}.jsonl", own_questions(run / "images", 4, type=ATTACK))
     jsonl(run / "metrics.jsonl", steps(ATTACK, 3))
-    read = page(run, [example(question=ATTACK, answer=ATTACK, response=ATTACK)])
+    read = page(run, llava())
     assert "script" not in {tag for tag, _ in read.tags}
     assert read.words.count(ATTACK) >= 8
 
 
-def test_examples_show_counts_and_verdicts(run: Path):
-    read = page(run, [example(), example(), example(response="square", correct=False), example(correct=False)])
-    assert (read.words.count("✓ correct"), read.words.count("✗ wrong")) == (2, 2)
+def test_hostile_texts_leave_the_page_whole_and_small(run: Path):
+    texts = ["</style></dd><b>" * 40_000, "\u202eمرحبا" * 50_000, "x" * 1_000_000, "\ud800 \x00", "", None]
+    rows = [
+        row | {"prompt": text or "?", "response": text, "type": (text or "none")[:100_000]}
+        for row, text in zip(own_questions(run / "images", len(texts)), texts, strict=True)
+    ]
+    jsonl(run / "answers/mine.jsonl", rows)
+    settings = {"mine": TaskSettings(file="mine.jsonl", metric="exact", images=str(run / "images"))}
+    written = write_report(run, tasks=settings, model=llava())
+    assert written.path.stat().st_size < 1_000_000
+    read = Page(written.path.read_text(encoding="utf-8"))
+    assert {"b", "script"}.isdisjoint(tag for tag, attrs in read.tags if not attrs) or read.words.count("→")
+    assert "(1,000,000 characters)" in read.words
+    assert all(attrs.get("dir") == "auto" for attrs in read.attributes("dd") if "long" in (attrs.get("class") or ""))
+
+
+# --- own questions ---------------------------------------------------------------------------------------------------
+
+
+def test_own_questions_have_a_score_types_a_matrix_and_pictures(run: Path):
+    jsonl(run / "answers/mine.jsonl", own_questions(run / "images", 40))
+    settings = {"mine": TaskSettings(file="mine.jsonl", metric="exact", images=str(run / "images"))}
+    read = page(run, tasks=settings)
     words = " ".join(read.words.split())
-    assert words.count("16 → 9 visual tokens: 6 kept, 8 merged into 3, 2 dropped") == 4
-    assert "44 % removed" in words
+    assert "mine, accuracy 75.0 %" in words
+    assert read.row("near")[1:3] == ["20", "50.0 %"]
+    assert read.row("far")[1:4] == ["20", "100.0 %", "34.2 – 100.0 %"]  # Wilson's interval of two images
+    assert read.row("red")[1:] == ["0", "10", "10"]  # of green, red and other
     images = read.attributes("img")
-    assert len(images) == 8
-    assert all(attrs["alt"] for attrs in images)
-    assert "6 kept, 8 merged into 3, 2 dropped" in (images[1]["alt"] or "")
+    assert len(images) == 24 + 24
+    assert all((image["src"] or "").startswith("data:image/") for image in images)
+    assert words.count("no image:") == 0
+
+
+def test_wrong_answers_come_first_and_right_ones_are_not_missing():
+    rows = [JudgedRow({"id": number}, float(number % 2), "ab"[number % 3 == 0], ()) for number in range(100)]
+    selected = select_rows(rows, 12)
+    assert [judged.score for judged in selected] == [0.0] * 9 + [1.0] * 3
+    assert {judged.kind for judged in selected[:9]} == {judged.kind for judged in selected[9:]} == {"a", "b"}
+    assert len(select_rows(rows[:6], 12)) == 6
+    assert select_rows(rows, 0) == []
+
+
+def test_missing_images_leave_a_placeholder(run: Path):
+    rows = own_questions(run / "images", 6)
+    rows[0]["image"], rows[1]["image"] = "absent.jpg", None
+    (run / "images/broken.jpg").write_bytes(b"no image")
+    rows[2]["image"] = "broken.jpg"
+    jsonl(run / "answers/mine.jsonl", rows)
+    settings = {"mine": TaskSettings(file="gone.jsonl", metric="exact", images=str(run / "images"))}
+    read = page(run, llava(), tasks=settings)
+    words = " ".join(read.words.split())
+    assert "no image: absent.jpg: not found" in words
+    assert "no image: not an image that can be read" in words
+    assert "text without an image" in words
+
+
+def test_a_task_whose_files_are_gone_is_shown_without_images(run: Path):
+    rows = [
+        {"id": f"{n}", "unit": "i", "prompt": "?", "answer": "yes", "balanced": True, "response": "yes"}
+        for n in range(3)
+    ]
+    jsonl(run / "answers/gqa.jsonl", rows)
+    words = " ".join(page(run, tasks={"gqa": TaskSettings(files=("gone.json",))}).words.split())
+    assert "GQA, accuracy 100.0 %" in words
+    assert words.count("no image: the questions cannot be read again") == 3
+
+
+def test_answers_that_cannot_be_scored_are_shown(run: Path):
+    jsonl(run / "answers/mme.jsonl", [{"id": "0", "prompt": "is it red?", "response": "yes"}])
+    words = page(run).words
+    assert "The answers cannot be scored: KeyError" in words
+    assert "is it red?" in words
+
+
+def test_points_are_shown_with_their_maximum(run: Path):
+    rows = [
+        {"id": f"{image}/{number}", "unit": f"existence/{image}", "prompt": "?", "subtask": "existence",
+         "answer": "yes", "response": "Yes" if number or image % 2 else "No"}
+        for image in range(10) for number in range(2)
+    ]  # fmt: skip
+    jsonl(run / "answers/mme.jsonl", rows)
+    assert re.search(r"MME, perception, points 125 95 %: \d+ to \d+ of 200", " ".join(page(run).words.split()))
+
+
+def test_the_page_stays_small_with_many_photos(run: Path):
+    rows = own_questions(run / "images", 200)
+    noise = np.random.default_rng(0)
+    for number in range(2):
+        photo = Image.fromarray(noise.integers(0, 256, (45, 60, 3), dtype=np.uint8)).resize((1200, 900))
+        photo.save(run / f"images/{number}.jpg")
+    for task in ("one", "two", "three", "four", "five", "six"):
+        jsonl(run / f"answers/{task}.jsonl", rows)
+    settings = {path.stem: TaskSettings(file="x.jsonl", metric="exact", images=str(run / "images"))
+                for path in (run / "answers").iterdir() if path.stem != "easy_vqa"}  # fmt: skip
+    written = write_report(run, tasks=settings, model=llava())
+    assert len(written.pictures) == 6 * 2 + 1, "two images of each own task, one of easy-VQA"
+    assert written.path.stat().st_size < 4_000_000
+
+
+def test_filters_need_no_script(run: Path):
+    jsonl(run / "answers/mine.jsonl", own_questions(run / "images", 8))
+    text = write_report(run).path.read_text(encoding="utf-8")
+    read = Page(text)
+    radios = {attrs["id"]: attrs["name"] for attrs in read.attributes("input")}
+    assert {"task-1", "task-2", "only-wrong", "type-2-1", "type-2-2"} <= radios.keys()
+    for id in radios:
+        assert id.endswith("-all") or f"#{id}:checked" in text, id
+    assert len([attrs for attrs in read.attributes("input") if "checked" in attrs]) == len(set(radios.values()))
+
+
+# --- other runs ------------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_run_shows_what_there_is(run: Path):
+    for name in ("metrics.json", "answers/easy_vqa.jsonl"):
+        (run / name).unlink()
+    jsonl(run / "progress.jsonl", [{"step": "shards", "wall_s": 1.0}, {"step": "tower", "wall_s": 2.0}])
+    (run / "answers/.easy_vqa.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in answers()[:65]) + '{"id": "ha'
+    )
+    words = " ".join(page(run).words.split())
+    assert "not finished finished steps: shards, tower" in words
+    assert "65 questions so far" in words
+    assert f"redux run {run}/job.yaml" in words or "job.yaml --runs-dir" in words
+
+
+def test_a_finished_run_says_what_comes_next(run: Path):
+    (run / "job.yaml").write_text("name: mine\ntrain: {instruct: {}}\nevaluate: {tasks: {easy_vqa: {}}}\n")
+    words = page(run, llava()).words
+    for verb in ("ask", "chat", "serve", "export", "tables", "report"):
+        assert f"redux {verb} " in words
+    assert "name=mine-cmai-off" in words
+    assert "--compare" in words
+    assert "redux ask" not in page(run).words, "there is no model"
+
+
+def test_cost_is_compared_with_llava(run: Path):
+    read = page(run, llava())
+    assert read.row("Image tokens")[1:] == ["8", "16", "0.50"]
+    assert float(read.row("FLOPs of a prompt with 64 text tokens")[3]) < 1
+    assert "16 → 8" in read.words
+
+
+def test_the_machine_and_the_code_of_all_launches_are_named(run: Path):
+    launch = {"at": 1.7e9, "commit": "a" * 40, "is_modified": True, "cpu": "Processor 9", "cpus": 8, "nodes": 1,
+              "gpus": {"H100": 2}, "system": "Linux", "versions": {"torch": "2.13.0"}}  # fmt: skip
+    jsonl(run / ENVIRONMENT_FILE, [launch, launch | {"gpus": {}, "at": 1.8e9}])
+    read = page(run)
+    assert read.row("started")[1] == "2023-11-14 22:13 UTC"
+    assert read.row("GPUs")[1] == "2 × H100"
+    assert read.row("launches")[1] == "2"
+    assert read.row("commit")[1] == "a" * 40 + " with changes"
+
+
+def test_a_model_that_cannot_be_loaded_leaves_a_note(run: Path):
+    def fail(images: Sequence[bytes]) -> list[ImageTrace]:
+        raise ValueError("model.safetensors is damaged")
+
+    model = ReportedModel(path="model", config=llava().config, trace=fail)
+    assert "The patches are not shown: model.safetensors is damaged" in page(run, model).words
+
+
+def test_patches_show_counts_and_verdicts(run: Path):
+    jsonl(run / "answers/mine.jsonl", own_questions(run / "images", 8))
+    settings = {"mine": TaskSettings(file="mine.jsonl", metric="exact", images=str(run / "images"))}
+    read = page(run, llava(), tasks=settings, report=Report(examples=2))
+    words = " ".join(read.words.split())
+    assert (
+        words.count("16 → 9 image tokens: 6 kept, 8 merged into 3, 2 dropped") == 3
+    )  # two images, and one of easy-VQA
+    patches = [image for image in read.attributes("img") if (image["alt"] or "").startswith("Patches")]
+    assert len(patches) == 3
+    assert "6 kept, 8 merged into 3, 2 dropped" in (patches[0]["alt"] or "")
 
 
 def test_page_can_be_read_aloud(run: Path):
     jsonl(run / "ledger.jsonl", events())
-    read = page(run, [example()])
+    read = page(run, llava())
     assert read.attributes("html")[0]["lang"] == "en"
     assert all(attrs.get("scope") in ("row", "col") for attrs in read.attributes("th"))
     assert all(attrs.get("role") == "img" and attrs.get("aria-label") for attrs in read.attributes("svg"))
-    assert len(read.attributes("svg")) == 3
+    assert len(read.attributes("svg")) == 5
 
 
 def test_ids_are_unique_and_every_reference_within_the_page_is_met(run: Path):
     jsonl(run / "ledger.jsonl", events())
-    text = write_report(run, [example()]).read_text(encoding="utf-8")
+    text = write_report(run, model=llava()).path.read_text(encoding="utf-8")
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="#|url\(#|aria-labelledby=")([^")]+)', text)) <= set(ids)
@@ -292,16 +509,16 @@ def test_odd_stages_are_drawn(run: Path, rows: list[dict[str, Any]]):
 
 def test_the_same_run_gives_the_same_bytes_and_leaves_no_other_file(run: Path):
     before = {file.name for file in run.iterdir()}
-    first = write_report(run, [example()]).read_bytes()
-    assert write_report(run, [example()]).read_bytes() == first
+    first = write_report(run, model=llava()).path.read_bytes()
+    assert write_report(run, model=llava()).path.read_bytes() == first
     assert {file.name for file in run.iterdir()} == before | {"report.html"}
 
 
 def test_a_report_that_fails_leaves_the_old_one(run: Path):
-    old = write_report(run, []).read_bytes()
+    old = write_report(run).path.read_bytes()
     (run / "metrics.jsonl").write_text("{half a line\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 1: got"):
-        write_report(run, [])
+        write_report(run)
     assert (run / "report.html").read_bytes() == old
 
 
@@ -333,3 +550,11 @@ def test_importing_the_settings_loads_nothing_heavy():
     code = f"import sys, pipelines.report.run_report; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_loss_plot_shows_the_losses_of_validated_steps() -> None:
+    rows = [row | ({"validation_loss": 8.0 / row["step"]} if row["step"] % 2 == 0 else {}) for row in steps("tower", 4)]
+    plain, validated = run_report._plot_loss("tower", steps("tower", 4)), run_report._plot_loss("tower", rows)
+    assert "; validation loss 2" in validated.svg
+    assert "validation" not in plain.svg
+    assert validated.last == plain.last

@@ -276,7 +276,7 @@ def test_repeated_steps_are_recorded_once_and_count_as_lost(
 
 
 def test_a_tracker_that_is_still_starting_at_the_end_of_a_stage_gets_its_steps(
-    new: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
+    make_recorder: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A short stage may end before a tracker has started. The error of its end is a message, too."""
     released, calls = threading.Event(), list[Any]()
@@ -293,10 +293,10 @@ def test_a_tracker_that_is_still_starting_at_the_end_of_a_stage_gets_its_steps(
             raise OSError("away")
 
     monkeypatch.setitem(trackers.TRACKERS, "tensorboard", SlowTracker)
-    recorder = new(trackers=("tensorboard",))
+    recorder = make_recorder(trackers=("tensorboard",))
     for cursor in (0, 1):
         assert recorder.begin(0, 2, cursor, 1.0, [], "") is not None
-        do(recorder, cursor + 1)
+        write_steps(recorder, cursor + 1)
     assert calls == []
     recorder.poll()
     released.set()

@@ -3,6 +3,7 @@
 Values are read back with each library's reader; for W&B that is `wandb leet inspect` on the files of a run.
 """
 
+import io
 import json
 import os
 import pty
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.training import trackers
@@ -135,6 +137,25 @@ def test_killed_runs_resume_with_the_same_id(tmp_path: Path, name: str):
     kept = make_losses(1, 3) if name == "tensorboard" else make_losses(1, 5)
     kill_after_writing(name, tmp_path, 3, 7, 1, kept + make_losses(4, 7, 1))
     assert before is None or (read_ids(tmp_path) == before and list(before) == [name])
+
+
+def test_scores_and_pictures_of_an_evaluation_can_be_read(tmp_path: Path):
+    picture = Image.new("RGB", (20, 10), "teal")
+    group = TrackerGroup(TRACKERS, tmp_path, "job", "evaluate", 0, SETTINGS, pytest.fail)
+    group.write(1, {"easy_vqa.accuracy.yes/no": 0.5, "mine.accuracy.é: (a)": 0.25})
+    group.write_picture(1, "mine/1", picture, "what? teal")
+    group.close()
+    for name, of_tracker in READERS.items():
+        scores = {"easy_vqa.accuracy.yes/no": [(1, 0.5)], "mine.accuracy.é: (a)": [(1, 0.25)]}
+        if name == "mlflow":
+            scores = {re.sub("[:()]", "_", key): values for key, values in scores.items()}
+        found = of_tracker(tmp_path, "evaluate")
+        assert {key: found.get(key) for key in scores} == scores, name
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "evaluate")).Reload()
+    [shown] = events.Images("mine/1")
+    assert (shown.step, shown.width, shown.height) == (1, 20, 10)
+    assert Image.open(io.BytesIO(shown.encoded_image_string)).getpixel((3, 3)) == (0, 128, 128)
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/**/*.png"))
 
 
 def test_tensorboard_has_each_step_once_after_many_restarts_in_a_second(tmp_path: Path):
