@@ -24,6 +24,7 @@ from pipelines.evaluation.statistics import Difference, Interval, bootstrap_diff
 from pipelines.evaluation.tasks import EVALUATION_TASKS
 from pipelines.report import runs
 from pipelines.report.columns import PROMPT_TEXT_TOKENS
+from pipelines.report.environment import ENVIRONMENT_FILE
 from pipelines.report.page import format_duration, format_number
 from pipelines.report.runs import FindScorer, FinishedRun
 from pipelines.training import ledger
@@ -34,9 +35,6 @@ from redux.settings import METHODS
 
 CARD_FILE = "README.md"
 TEMPLATE_FILE = "model_card.md.j2"
-ENVIRONMENT_RECORD = "environment.jsonl"
-"""Record of the environments of a run: a line for each launch, with commit, machine and versions."""
-
 METHOD_TITLES = {"vmtc": "VMTC", "cmai": "CMAI", "reduction": "a reduction of image tokens"}
 PACKAGE_NAMES = ("redux-vlm", "torch", "transformers")
 
@@ -264,7 +262,7 @@ def write_cmai_off_command(run: FinishedRun, model: ExportedModel) -> str:
 def describe_code(run: Path) -> str:
     """Describe the commit and the versions that computed the run; without a record, the versions of this process."""
     # A run that was resumed may have several commits and versions.
-    entries = jsonl.read(run / ENVIRONMENT_RECORD)
+    entries = jsonl.read(run / ENVIRONMENT_FILE)
     commits = dict.fromkeys(
         f"commit {entry['commit']}{' with changes' if entry.get('is_modified') else ''}"
         for entry in entries
@@ -281,7 +279,7 @@ def describe_code(run: Path) -> str:
 
 def describe_machine(run: Path, workers: int) -> str:
     """Describe the machines of the run; without a record, the number of workers."""
-    entries = jsonl.read(run / ENVIRONMENT_RECORD)
+    entries = jsonl.read(run / ENVIRONMENT_FILE)
     described = f"{workers} {'worker' if workers == 1 else 'workers'}"
     if not entries:
         return described

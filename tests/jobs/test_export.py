@@ -18,7 +18,7 @@ from jobs import schema
 from jobs.export import ExportOptions, export_model
 from jobs.run import plan_stages
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER
-from pipelines.report.model_card import ENVIRONMENT_RECORD
+from pipelines.report.environment import ENVIRONMENT_FILE
 from pipelines.training import checkpoint, engine, export
 from pipelines.training.checkpoint import JOB_FILE
 from pipelines.training.fragments import STATES, Fragment
@@ -147,7 +147,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for step in range(1, STEPS + 1)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    (run / ENVIRONMENT_RECORD).write_text(
+    (run / ENVIRONMENT_FILE).write_text(
         json.dumps({"at": 0, "commit": "abc123", "is_modified": True, "cpus": 2, "cpu": "Toy", "gpus": {},
                     "versions": {"torch": "1.2.3"}}) + "\n"
     )  # fmt: skip
