@@ -263,7 +263,7 @@ def test_the_card_agrees_with_the_run(run: Path, tmp_path: Path) -> None:
     assert "| instruct | projector 2e-05, language (LoRA, rank 4, alpha 8) 0.0002 | 3 | 8 | vicuna_bare |" in text
     assert "Seed 3." in text
     assert "commit abc123 with changes, torch 1.2.3" in text
-    assert re.search(r"\| image tokens \| 8 \| 16 \| 0.50 \|", text)
+    assert re.search(r"\| Image tokens \| 8 \| 16 \| 0.50 \|", text)
     assert re.search(r"Not evaluated on: .*gqa", text)
     assert "{{" not in text
 
