@@ -410,7 +410,8 @@ def _write_stages(answers: InitAnswers) -> list[str]:
     memory = ("precision: bf16", "activation_checkpointing: true") if answers.gpus else ("precision: fp32",)
     if answers.parts:
         whole = (*memory, "zero_stage: 3") if answers.gpus else memory
-        template = "vicuna_v1" if answers.model in LARGE_MODELS else None
+        choice = "" if answers.model in LARGE_MODELS else "  # or chat, the chat template of the language model"
+        template = f"vicuna_v1{choice}"
         return [
             *_write_stage("pretrain", answers, captions, "{projector: 1e-3}", "plain", 1, 256, memory),
             *_write_stage(

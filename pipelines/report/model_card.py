@@ -7,7 +7,6 @@ Cost: the answers of the run are scored, with a bootstrap for each metric; so ar
 evaluates the same model with CMAI off.
 """
 
-import importlib.metadata
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -23,22 +22,18 @@ from pipelines.data.shard_index import Shards, is_finished
 from pipelines.evaluation.statistics import Difference, Interval, bootstrap_difference, bootstrap_interval
 from pipelines.evaluation.tasks import EVALUATION_TASKS
 from pipelines.report import runs
-from pipelines.report.columns import PROMPT_TEXT_TOKENS
+from pipelines.report.cost_section import TEXT_TOKENS, CostLine, compare_cost
+from pipelines.report.environment import ENVIRONMENT_FILE, read_versions
 from pipelines.report.page import format_duration, format_number
 from pipelines.report.runs import FindScorer, FinishedRun
 from pipelines.training import ledger
 from redux.benchmarks import Metric
 from redux.configuration import ReduxConfig
-from redux.cost import compute_cost, compute_step_cost
 from redux.settings import METHODS
 
 CARD_FILE = "README.md"
 TEMPLATE_FILE = "model_card.md.j2"
-ENVIRONMENT_RECORD = "environment.jsonl"
-"""Record of the environments of a run: a line for each launch, with commit, machine and versions."""
-
 METHOD_TITLES = {"vmtc": "VMTC", "cmai": "CMAI", "reduction": "a reduction of image tokens"}
-PACKAGE_NAMES = ("redux-vlm", "torch", "transformers")
 
 CardForm = Literal["hf", "vllm", "adapter"]
 
@@ -154,7 +149,7 @@ def render_card(model: ExportedModel, find_scorer: FindScorer) -> str:
         code=describe_code(run.folder),
         # Settings, cost and limits.
         settings=list(_list_settings(config)),
-        text_tokens=PROMPT_TEXT_TOKENS,
+        text_tokens=TEXT_TOKENS,
         cost=_list_costs(config),
         limits=list(_list_limits(run, model)),
     )
@@ -264,7 +259,7 @@ def write_cmai_off_command(run: FinishedRun, model: ExportedModel) -> str:
 def describe_code(run: Path) -> str:
     """Describe the commit and the versions that computed the run; without a record, the versions of this process."""
     # A run that was resumed may have several commits and versions.
-    entries = jsonl.read(run / ENVIRONMENT_RECORD)
+    entries = jsonl.read(run / ENVIRONMENT_FILE)
     commits = dict.fromkeys(
         f"commit {entry['commit']}{' with changes' if entry.get('is_modified') else ''}"
         for entry in entries
@@ -275,13 +270,13 @@ def describe_code(run: Path) -> str:
             f"{name} {version}" for entry in entries for name, version in (entry.get("versions") or {}).items()
         )
         return f"The code was that of {', '.join((*commits, *versions))}."
-    installed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGE_NAMES)
+    installed = ", ".join(f"{name} {version}" for name, version in read_versions().items())
     return f"The run has no record of its code. The export used {installed}."
 
 
 def describe_machine(run: Path, workers: int) -> str:
     """Describe the machines of the run; without a record, the number of workers."""
-    entries = jsonl.read(run / ENVIRONMENT_RECORD)
+    entries = jsonl.read(run / ENVIRONMENT_FILE)
     described = f"{workers} {'worker' if workers == 1 else 'workers'}"
     if not entries:
         return described
@@ -406,26 +401,12 @@ def _list_settings(config: ReduxConfig) -> Iterator[tuple[str, str]]:
     yield "image_aspect_ratio", str(config.image_aspect_ratio)
 
 
-def _list_costs(config: ReduxConfig) -> list[dict[str, str]]:
+def _list_costs(config: ReduxConfig) -> list[CostLine]:
     """Compute the costs of the model and of a LLaVA of its sizes; none if several layers of the tower are read."""
-    # The same sizes without the methods are a LLaVA.
-    plain = ReduxConfig(**{**config.to_dict(), **dict.fromkeys(METHODS)})
     try:
-        ours, base = (compute_cost(each, PROMPT_TEXT_TOKENS) for each in (config, plain))
-        our_step, base_step = (compute_step_cost(each, PROMPT_TEXT_TOKENS) for each in (config, plain))
+        return list(compare_cost(config).lines)
     except ValueError:
         return []
-    caches = [(cost.kv_bytes + cost.focus_bytes) / 2**20 for cost in (ours, base)]
-    rows = {
-        "image tokens": (config.image_seq_length, plain.image_seq_length),
-        "FLOPs of the prompt": (ours.flops, base.flops),
-        "FLOPs of the next token": (our_step.flops, base_step.flops),
-        "KV cache and CMAI's cache, MiB, 2 bytes per number": tuple(caches),
-    }
-    return [
-        {"name": name, "ours": format_number(first), "base": format_number(second), "share": f"{first / second:.2f}"}
-        for name, (first, second) in rows.items()
-    ]
 
 
 def _count_plain_tokens(config: ReduxConfig) -> int:

@@ -18,7 +18,7 @@ from jobs import schema
 from jobs.export import ExportOptions, export_model
 from jobs.run import plan_stages
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER
-from pipelines.report.model_card import ENVIRONMENT_RECORD
+from pipelines.report.environment import ENVIRONMENT_FILE
 from pipelines.training import checkpoint, engine, export
 from pipelines.training.checkpoint import JOB_FILE
 from pipelines.training.fragments import STATES, Fragment
@@ -147,7 +147,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for step in range(1, STEPS + 1)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    (run / ENVIRONMENT_RECORD).write_text(
+    (run / ENVIRONMENT_FILE).write_text(
         json.dumps({"at": 0, "commit": "abc123", "is_modified": True, "cpus": 2, "cpu": "Toy", "gpus": {},
                     "versions": {"torch": "1.2.3"}}) + "\n"
     )  # fmt: skip
@@ -203,6 +203,9 @@ def test_adapters_on_their_base_answer_as_the_merged_model(run: Path, expected: 
     [program] = re.findall(r"```python\n(.*?)```", text, re.S)
     exec(program.replace('"MERGED"', repr(str(tmp_path / "merged"))), {})
     assert answer(tmp_path / "merged") == expected
+    refused = run_command("ask", out, "is it ?")
+    assert refused.code == 2
+    assert refused.err.startswith(f"redux: {out}: the folder has LoRA adapters alone, allowed: a whole model")
 
 
 def test_the_base_of_the_first_stage_is_the_checkpoint_of_the_job(run: Path, tmp_path: Path) -> None:
@@ -260,7 +263,7 @@ def test_the_card_agrees_with_the_run(run: Path, tmp_path: Path) -> None:
     assert "| instruct | projector 2e-05, language (LoRA, rank 4, alpha 8) 0.0002 | 3 | 8 | vicuna_bare |" in text
     assert "Seed 3." in text
     assert "commit abc123 with changes, torch 1.2.3" in text
-    assert re.search(r"\| image tokens \| 8 \| 16 \| 0.50 \|", text)
+    assert re.search(r"\| Image tokens \| 8 \| 16 \| 0.50 \|", text)
     assert re.search(r"Not evaluated on: .*gqa", text)
     assert "{{" not in text
 
