@@ -208,6 +208,7 @@ def has_new_questions(run: Path, settings: Evaluate) -> bool:
     """Tell if the file of a user's task has other questions than those that were answered."""
     for name, task in settings.tasks.items():
         if task.file:
+            # all of them in their order, or the file has changed
             questions, rows = load_questions(name, task), read_answers(run, name)
             if len(questions) != len(rows) or not all(map(_is_answer, questions, rows)):
                 return True
@@ -267,6 +268,7 @@ def _check_local_images(folder: str, names: Sequence[str], reads_headers: bool) 
         names: paths in it.
         reads_headers: also check that Pillow knows the format of each. It takes a few milliseconds in a hundred files.
     """
+    # formats are checked only if all files exist
     missing = [name for name in names if not Path(folder, name).is_file()]
     unknown = [name for name in names if reads_headers and not missing and not is_image(Path(folder, name))]
     for found, allowed in ((missing, "files that exist"), (unknown, "images that Pillow reads")):

@@ -161,6 +161,7 @@ class StagePlan:
             groups = LengthGroups.from_columns(modality, lengths, stage.group_by_length)
         sizes = tuple(map(len, sources.values()))
         shard_sizes = tuple(shards.shard_sizes for shards in sources.values()) if stage.shuffle == "window" else ()
+        # From here on, samples are counted without the held-out ones.
         if held_out:
             sizes = tuple(size - len(rows) for size, rows in zip(sizes, held_out, strict=True))
             shard_sizes = tuple(map(_subtract_held_out, shard_sizes, held_out))
@@ -245,6 +246,7 @@ def _subtract_held_out(
     shard_sizes: Int[np.ndarray, " shards"], held_out: Int[np.ndarray, " samples"]
 ) -> Int[np.ndarray, " shards"]:
     """Subtract the held-out samples of each shard from its number of samples."""
+    # the shard of each held-out sample
     shard = np.searchsorted(np.cumsum(shard_sizes), held_out, side="right")
     return shard_sizes - np.bincount(shard, minlength=len(shard_sizes))
 

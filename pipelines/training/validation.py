@@ -56,10 +56,12 @@ def compute_validation_loss(
         plan: plan of the stage.
         readers: readers of `StagePlan.build_validation_readers`.
     """
+    # The micro-batches of all ranks, and those of this one.
     parts = [Part(reader, number) for reader in readers for number in range(reader.order.count_batches(1))]
     # With ZeRO 3 every forward pass is a collective, so all ranks compute equally many; the surplus ones count nothing.
     parts += [parts[0]._replace(counts=False)] * (-len(parts) % engine.dp_world_size)
     own = parts[engine.global_rank :: engine.dp_world_size]
+    # Total loss and its divisor. Dropout is off, and no rank keeps activations.
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     engine.module.eval()
     try:
@@ -70,6 +72,7 @@ def compute_validation_loss(
                 sums += torch.stack([loss.double(), count.to(sums)])
     finally:
         engine.module.train()
+    # The divisor is zero if no held-out sample has a labelled token.
     dist.all_reduce(sums)
     total, count = sums.tolist()
     return total / count if count else math.nan

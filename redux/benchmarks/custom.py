@@ -45,7 +45,7 @@ AnswerMetric = Literal["exact", "contains", "vqa", "anls", "choice", "instructio
 MIN_PEOPLE = 4
 """Fewest answers with which VQAv2's accuracy can reach 1."""
 
-OPTION_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+CHOICE_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 OPTION_LINE = re.compile(r"^\s*\(?([A-Z])[.):]\s*(\S.*?)\s*$", re.MULTILINE)
 """An option in the text of a question, such as "A. a red circle"."""
 
@@ -316,8 +316,8 @@ def _read_options(location: str, entry: Mapping[str, Any], prompt: str) -> dict[
         options = {letter.upper(): _to_text(location, f"options.{letter}", text) for letter, text in given.items()}
     else:
         texts = get_field(location, entry, "options", list)
-        options = dict(zip(OPTION_LETTERS, (_to_text(location, "options", text) for text in texts), strict=False))
-    if len(options) < 2 or not all(letter in OPTION_LETTERS and letter for letter in options):
+        options = dict(zip(CHOICE_LETTERS, (_to_text(location, "options", text) for text in texts), strict=False))
+    if len(options) < 2 or not all(letter in CHOICE_LETTERS and letter for letter in options):
         raise ValueError(
             f"{location}: got {len(options)} options{f' {list(options)}' if options else ''}, allowed with metric "
             'choice: at least two, under options as a list or by letter, or as lines "A. …" of the question'
@@ -329,7 +329,7 @@ def _find_option_lines(prompt: str) -> dict[str, str]:
     """Find the options A, B, … in their order; a line such as "Q: …" is none."""
     options: dict[str, str] = {}
     for letter, text in OPTION_LINE.findall(prompt):
-        if letter == OPTION_LETTERS[len(options) : len(options) + 1]:
+        if letter == CHOICE_LETTERS[len(options) : len(options) + 1]:
             options[letter] = text
     return options
 

@@ -9,9 +9,10 @@ import ray
 
 from jobs import schema
 from jobs.claims import ASSEMBLED, PROGRESS, Claim
-from jobs.run import run
+from jobs.run import _list_finished, run
 from jobs.schema import Job
 from pipelines.core import jsonl
+from pipelines.evaluation import evaluate
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
 from pipelines.training.checkpoint import JOB_FILE
 
@@ -131,6 +132,14 @@ def test_a_changed_report_is_written_again(begin: Begin) -> None:
     folder = begin(FINISHED)
     Claim.from_folder(folder, load("report.examples=3")).enforce()
     assert tuple(finished(folder)) == FINISHED[:-1]
+
+
+def test_changed_questions_of_users_are_asked_by_a_finished_run(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = begin(FINISHED)
+    assert _list_finished(load(), folder) == list(FINISHED)
+    monkeypatch.setattr(evaluate, "has_new_questions", lambda *_: True)
+    assert _list_finished(load(), folder) == list(TRAINED)
+    assert _list_finished(load("evaluate=null"), folder) == list(FINISHED)
 
 
 def test_an_older_job_file_gets_the_default_of_a_new_setting(begin: Begin) -> None:
