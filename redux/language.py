@@ -57,7 +57,8 @@ def check_language(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: tells what LLaVA would compute otherwise, or why CMAI cannot work.  It begins with "which".
     """
-    if problem := _find_problem(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)):
+    config_class: Any = type(config)
+    if problem := _find_problem(config_class, json.dumps(config.to_dict(), sort_keys=True, default=str)):
         raise ValueError(problem)
 
 
