@@ -163,6 +163,7 @@ class StagePlan:
             shards=tuple(shards.shard_sizes for shards in sources.values()) if stage.shuffle == "window" else (),
             groups=groups,
         )
+        # The driver finds the template, since readers load no chat template.
         encode: Callable[..., ingest.TextRow] = ingest.encode_caption
         if stage.objective == "language":
             encode = ingest.make_conversation_encoder(self.load_template(), self.image_tokens, stage.max_length)
@@ -190,6 +191,7 @@ class StagePlan:
         """
         if self.template in TEMPLATES:
             return TEMPLATES[self.template]
+        # imports torch, which the other templates do not need
         from transformers import AutoTokenizer
 
         from redux.chat_template import find_template
