@@ -57,6 +57,7 @@ def add_adapters(llava: ReduxForConditionalGeneration, lora: Lora) -> None:
 
 def list_adapted_layers(llava: ReduxForConditionalGeneration) -> list[str]:
     """List the names of all linear layers of the language model except the head, as in LLaVA."""
+    # Names differ between models: Phi-3 has one layer for queries, keys and values.
     modules = llava.model.language_model.named_modules()
     return sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
 

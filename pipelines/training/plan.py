@@ -178,6 +178,7 @@ class StagePlan:
             groups=groups,
             held_out=held_out,
         )
+        # The driver finds the template, since readers load no chat template.
         encode = (
             ingest.make_conversation_encoder(self.load_template(), self.image_tokens, stage.max_length)
             if stage.objective == "language"
@@ -228,6 +229,7 @@ class StagePlan:
         """
         if self.template in TEMPLATES:
             return TEMPLATES[self.template]
+        # imports torch, which the other templates do not need
         from transformers import AutoTokenizer
 
         from redux.chat_template import find_template
