@@ -20,7 +20,7 @@ from redux.conversation import EOS_TOKEN, IMAGE_TOKEN, TEMPLATES, Template, enco
 from redux.settings import TemplateName
 
 ROLES = ("user", "assistant")
-WORDS = ("qzqa", "azaz", "qzqb", "bzbz")
+PROBE_WORDS = ("qzqa", "azaz", "qzqb", "bzbz")
 """Turns of a conversation whose rendering shows the text around them: no template contains these words."""
 
 SYSTEM_WORD = "szsz"
@@ -73,8 +73,8 @@ def derive_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     """
     if not tokenizer.chat_template:
         raise _refuse("a tokenizer without a chat template")
-    prefix, assistant = _render_around(tokenizer, WORDS[:1])
-    start, _, between, before_answer, tail = _render_around(tokenizer, WORDS)
+    prefix, assistant = _render_around(tokenizer, PROBE_WORDS[:1])
+    start, _, between, before_answer, tail = _render_around(tokenizer, PROBE_WORDS)
     human = between.removeprefix(tail)
     if not between.startswith(tail) or not human or start != prefix or not prefix.endswith(human):
         raise _refuse("a chat template that writes first and later turns differently")
@@ -95,7 +95,7 @@ def derive_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         has_special_tokens=True,
     )
     _check_renderings(tokenizer, template)
-    turns = [{"from": role, "value": text} for role, text in zip(("human", "gpt"), WORDS[:2], strict=True)]
+    turns = [{"from": role, "value": text} for role, text in zip(("human", "gpt"), PROBE_WORDS[:2], strict=True)]
     try:
         encode_conversation(tokenizer, turns, template, 1)
     except ValueError:
@@ -140,8 +140,8 @@ def _render_around(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], sys
 
 def _strips(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell if a chat template removes blanks around all turns.  No template itself writes a tab there."""
-    text = _render(tokenizer, [f"\t{word}\t" for word in WORDS])
-    return all(f"\t{word}" not in text and f"{word}\t" not in text for word in WORDS)
+    text = _render(tokenizer, [f"\t{word}\t" for word in PROBE_WORDS])
+    return all(f"\t{word}" not in text and f"{word}\t" not in text for word in PROBE_WORDS)
 
 
 def _find_end(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
@@ -158,9 +158,9 @@ def _find_end(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
 def _find_system_message(tokenizer: PreTrainedTokenizerBase, human: str) -> tuple[str, str] | None:
     """Find the text around a system message; None if the chat template does not write one before the first turn."""
     try:
-        before, after, _ = _render_around(tokenizer, WORDS[:1], SYSTEM_WORD)
+        before, after, _ = _render_around(tokenizer, PROBE_WORDS[:1], SYSTEM_WORD)
         template = (before, after.removesuffix(human)) if after.endswith(human) else None
-        _render_around(tokenizer, WORDS, SYSTEM_WORD)
+        _render_around(tokenizer, PROBE_WORDS, SYSTEM_WORD)
     except ValueError:
         return None
     return template

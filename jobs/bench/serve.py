@@ -39,7 +39,7 @@ from redux.model import build_model
 from redux.processor import build_processor, record_training_format
 
 QUESTION = "What is in the image?"
-WORDS = f"USER: {QUESTION} ASSISTANT: " + " ".join(f"word{number}" for number in range(200))
+VOCABULARY = f"USER: {QUESTION} ASSISTANT: " + " ".join(f"word{number}" for number in range(200))
 
 LAYERS = 12
 """Layers of the random model's tower and of its language model."""
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def save_random_model(folder: Path, small: bool) -> Path:
     """Save a random LLaVA in bf16, whose answers end only at their limit; return its folder."""
-    tokenizer = train_word_tokenizer([WORDS], 1024)
+    tokenizer = train_word_tokenizer([VOCABULARY], 1024)
     width, layers = (64, SMALLEST_LAYERS) if small else (384, LAYERS)
     tower = TowerSizes(
         image_size=336,

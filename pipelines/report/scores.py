@@ -24,16 +24,17 @@ from pipelines.evaluation.tasks import RESERVED_NAMES, find_task
 from pipelines.report.plots import shorten
 from pipelines.report.runs import Scorer
 from redux.benchmarks import BENCHMARKS, Metric, Row
+from redux.benchmarks.custom import UNTYPED
 from redux.instructions import INSTRUCTIONS
 
 MAX_REFERENCES = 20
 """Most different reference answers of a task that has a confusion matrix."""
 
 MAX_CONFUSIONS = 8
-LABEL_LENGTH = 40
+ANSWER_LABEL_LENGTH = 40
 """Longest name of an answer, a type or a metric in a table, in characters."""
 
-MAX_DRAWS = 10_000
+MAX_BOOTSTRAP_DRAWS = 10_000
 MIN_DRAWS = 1_000
 DRAWN_UNITS = 30_000_000
 """Units of all draws of a bootstrap together; tasks with more units get fewer draws."""
@@ -44,10 +45,7 @@ OTHER = "other"
 TYPE_KEYS = ("type", "answer_type", "subtask", "structural", "l2-category", "category")
 """Keys of a row that have the type of its question, by preference."""
 
-UNTYPED = "all"
-"""Type of a user's question that has none."""
-
-TASK_TITLES = {"easy_vqa": "easy-VQA", "instructions": "Instructions"}
+SCORED_TASK_TITLES = {"easy_vqa": "easy-VQA", "instructions": "Instructions"}
 METRIC_TITLES = {
     "strict": "followed (strict)",
     "loose": "followed (loose)",
@@ -158,6 +156,7 @@ class TaskResult:
 def read_results(run: Path) -> list[TaskResult]:
     """Read and score the answers of all tasks of a run, finished or not, in the order of their names."""
     folder = run / ANSWERS_FOLDER
+    # an unfinished task has only its hidden partial file
     names = {path.name.removeprefix(".").removesuffix(".jsonl") for path in folder.glob("*.jsonl")}
     results = (_read_result(folder, name) for name in sorted(names - set(RESERVED_NAMES)))
     return [result for result in results if result.rows]
@@ -176,8 +175,10 @@ def _read_result(folder: Path, name: str) -> TaskResult:
     except (LookupError, TypeError, ValueError) as error:
         # rows of another version or of another program: the page still shows them
         problem = f"The answers cannot be scored: {type(error).__name__}: {error}"
+    # tasks list their main metric first
     main = next(iter(metrics), "")
     lines = [make_score_line(metric_name, metric, main) for metric_name, metric in metrics.items()]
+    # each question also gets a score of its own, for the gallery
     judged = tuple(
         JudgedRow(row, row_score, _find_kind(row), _list_references(row))
         for row, row_score in zip(rows, _score_rows(score, rows, metrics.get(main)), strict=True)
@@ -197,7 +198,7 @@ def find_title(name: str) -> str:
     """Return the name of a task for readers."""
     if name in BENCHMARKS:
         return BENCHMARKS[name].title
-    return TASK_TITLES.get(name, name)
+    return SCORED_TASK_TITLES.get(name, name)
 
 
 def make_score_line(name: str, metric: Metric, main: str) -> ScoreLine:
@@ -209,11 +210,12 @@ def make_score_line(name: str, metric: Metric, main: str) -> ScoreLine:
         main: name of the main metric; "MAIN.TYPE" gets the title TYPE.
     """
     groups = len({outcome.group for outcome in metric.outcomes})
+    # a mean is at most 1 in each group
     maximum = metric.weight * groups
     title = name.removeprefix(f"{main}.")
     title = METRIC_TITLES.get(title, title)
     return ScoreLine(
-        shorten(title, LABEL_LENGTH),
+        shorten(title, ANSWER_LABEL_LENGTH),
         len(metric.outcomes),
         compute_interval(metric, maximum),
         maximum,
@@ -231,10 +233,12 @@ def compute_interval(metric: Metric, maximum: float = 1.0) -> Interval:
         maximum: its largest possible value.
     """
     units = len({outcome.unit for outcome in metric.outcomes})
-    draws = min(max(DRAWN_UNITS // units, MIN_DRAWS), MAX_DRAWS)
+    # many questions need fewer draws for an interval of the same accuracy
+    draws = min(max(DRAWN_UNITS // units, MIN_DRAWS), MAX_BOOTSTRAP_DRAWS)
     interval = bootstrap_interval([metric], draws)
     if interval.high - interval.low > 1e-9 * maximum:
         return interval
+    # a bootstrap of equal outcomes would give an interval of no length
     low, high = wilson_interval(interval.value / maximum * units, units)
     return Interval(interval.value, low * maximum, high * maximum)
 
@@ -281,13 +285,15 @@ def _find_kind(row: Mapping[str, Any]) -> str:
     if "instruction_id" in row:
         instruction = INSTRUCTIONS.get(str(row["instruction_id"]))
         return instruction.name if instruction else str(row["instruction_id"])
+    # benchmarks name the type of a question differently
     kind = next((str(row[key]) for key in TYPE_KEYS if row.get(key)), "")
-    return "" if kind == UNTYPED else shorten(kind, LABEL_LENGTH)
+    return "" if kind == UNTYPED else shorten(kind, ANSWER_LABEL_LENGTH)
 
 
 def _list_references(row: Mapping[str, Any]) -> tuple[str, ...]:
     answers = row.get("answers") or ([] if row.get("answer") is None else [row["answer"]])
     answers = [str(answer) for answer in (answers if isinstance(answers, list) else [answers])]
+    # a letter alone means nothing to a reader
     options = row.get("options")
     if isinstance(options, Mapping):
         answers = [f"{answer}. {options[answer]}" if answer in options else answer for answer in answers]
@@ -308,6 +314,7 @@ def count_confusions(result: TaskResult) -> ConfusionMatrix | list[Confusion]:
     kinds = {_name_reference(row): row.kind for row in judged}
     if 2 <= len(counts) <= MAX_REFERENCES:
         return _count_matrix(judged, sorted(counts, key=lambda answer: (kinds[answer], -counts[answer], answer)))
+    # with more answers a matrix would be too wide for the page
     wrong = Counter((_name_reference(row), _name_response(row)) for row in judged if row.is_wrong)
     return [
         Confusion(answer, response, times, times / counts[answer])
@@ -331,8 +338,8 @@ def _count_matrix(judged: Sequence[JudgedRow], references: Sequence[str]) -> Con
 
 
 def _name_reference(judged: JudgedRow) -> str:
-    return shorten(judged.references[0].strip(), LABEL_LENGTH)
+    return shorten(judged.references[0].strip(), ANSWER_LABEL_LENGTH)
 
 
 def _name_response(judged: JudgedRow) -> str:
-    return shorten(str(judged.row.get("response") or "").strip(), LABEL_LENGTH)
+    return shorten(str(judged.row.get("response") or "").strip(), ANSWER_LABEL_LENGTH)

@@ -30,7 +30,7 @@ UNCOMPARED_KEYS = (
 )  # fmt: skip
 """Keys of a job that make no variant: the seed, and keys without effect on the result."""
 
-LABEL_LENGTH = 200
+SETTINGS_LABEL_LENGTH = 200
 SHORT_LENGTH = 32
 LINE_COLOURS = (ACCENT, BAD, GOOD, INK, FAINT)
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -148,7 +148,7 @@ def group_variants(runs: Sequence[FinishedRun]) -> tuple[Variant, ...]:
     variants = []
     for key, of_group in groups.items():
         of_run, name = json.loads(key)
-        text = shorten(", ".join(f"{path} = {value}" for path, value in of_run.items()), LABEL_LENGTH)
+        text = shorten(", ".join(f"{path} = {value}" for path, value in of_run.items()), SETTINGS_LABEL_LENGTH)
         last = ", ".join(f"{path.rpartition('.')[2]} = {value}" for path, value in of_run.items())
         label = name or text or "same settings"
         short = shorten(name or last or label, SHORT_LENGTH)

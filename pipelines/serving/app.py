@@ -155,6 +155,7 @@ class ModelReplica:
         def deliver(event: Any) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
+        # the events come from the thread of the engine
         ticket = Ticket(call.model, chat, call.sampling, call.traces, deliver)
         self.engine.submit(ticket)
         try:
@@ -190,7 +191,9 @@ class Gateway:
             "/v1/chat/completions": ("POST", self._complete),
         }
         try:
+            # a page of another site may reach this address by its own name
             self._check_host(request)
+            # a slash at the end is no other path
             path = request.url.path.removesuffix("/") or "/"
             if path not in routes:
                 raise RequestError(404, f"got {path}, allowed: {', '.join(routes)}", code="not_found")
@@ -241,6 +244,7 @@ class Gateway:
         limit = self.settings.limits.concurrent
         if len(self.slots) >= limit:
             raise RequestError(429, f"got more than {limit} requests at a time", "rate_limit_error", "busy")
+        # counted before the body is read, so that waiting clients cannot fill the memory
         slot = _RequestSlot()
         self.slots.add(slot)
         chat_request = await self._read_request(request)
@@ -264,9 +268,11 @@ class Gateway:
             raise RequestError(415, "content-type: allowed: application/json")
         limit = self.settings.limits.body_bytes
         too_large = RequestError(413, f"got more than {limit} bytes, allowed: up to them", code="too_large")
+        # refuse by the header before anything of the body is read
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > limit:
             raise too_large
+        # a client may send more than its header says, or no header
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_S):

@@ -115,6 +115,7 @@ class ChatRequest(ProtocolObject):
 
     def build_sampling(self, limits: RequestLimits) -> Sampling:
         """Build the sampling.  Without a temperature the answer is greedy, as in evaluation."""
+        # OpenAI renamed the field; clients send either
         requested = self.max_completion_tokens or self.max_tokens or DEFAULT_NEW_TOKENS
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return Sampling(
@@ -135,12 +136,14 @@ def parse_request(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
+        # clients show one line, so the first problem is enough
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[union]"))
         raise ValueError(f"{place or 'body'}: {first['msg']}") from None
 
 
 def _build_message(message: ChatMessage, limits: RequestLimits) -> Message:
+    # newer clients call the system role developer
     role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
         return Message(role=role, text=message.content)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 
 from jobs.bench.gpu_speed.models import build_config, build_inputs, build_model, list_methods, share_weights
-from jobs.bench.gpu_speed.timing import Bench, Variant, build_variants
+from jobs.bench.gpu_speed.timing import Bench, TimedVariant, build_variants
 from redux.graph_decoding import Prompt, decode_prompt, release_graphs
 from redux.model import ReduxForConditionalGeneration
 
@@ -45,7 +45,7 @@ def time_graphs(bench: Bench, models: dict[str, ReduxForConditionalGeneration], 
         # a model keeps one graph, so it has one choice of kernels
         choice = "plain" if name == "LLaVA" else "fused"
         for phase, tokens in (("prefill", 1), ("all", bench.shapes.new_tokens)):
-            variants.append(Variant(f"{name}|{phase}", choice, build_graph_generation(model, inputs, tokens)))
+            variants.append(TimedVariant(f"{name}|{phase}", choice, build_graph_generation(model, inputs, tokens)))
     bench.time_variants("generation", variants, warm_calls=1, settles=False)
     split_generation(bench, f"graph batch {batch}")
     # a graph holds the memory of its cache
@@ -118,7 +118,7 @@ def time_compiled_decoding(bench: Bench) -> None:
         # the cache has the length of max_new_tokens, so the short call stops early instead of asking for fewer
         short = StoppingCriteriaList([MaxLengthCriteria(max_length=inputs["input_ids"].shape[1] + 2)])
         variants = [
-            Variant(
+            TimedVariant(
                 f"{name}|{phase}",
                 choice,
                 build_generation(model, inputs, shapes.new_tokens + 1, cache_implementation="static", **options),

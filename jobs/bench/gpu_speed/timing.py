@@ -23,7 +23,7 @@ CHOICES: dict[Choice, Any] = {"plain": "plain", "fused": "auto"}
 MAX_ROUNDS = 15
 
 
-class Variant(NamedTuple):
+class TimedVariant(NamedTuple):
     """One thing to time.
 
     Args:
@@ -74,7 +74,7 @@ class Bench:
         return begin.elapsed_time(end)
 
     def time_variants(
-        self, group: str, variants: Sequence[Variant], warm_calls: int = 2, settles: bool = True, **extra: Any
+        self, group: str, variants: Sequence[TimedVariant], warm_calls: int = 2, settles: bool = True, **extra: Any
     ) -> None:
         """Time variants in turn, round after round, and put the times into the results.
 
@@ -90,7 +90,7 @@ class Bench:
         self.results[group] = result
         remaining = list(variants)
 
-        def attempt(variant: Variant) -> float | None:
+        def attempt(variant: TimedVariant) -> float | None:
             # kernels are chosen for the whole process, so each call sets its own choice
             set_kernels(CHOICES[variant.choice])
             try:
@@ -123,7 +123,7 @@ class Bench:
             for variant in remaining:
                 self.profile_call(group, variant)
 
-    def profile_call(self, group: str, variant: Variant) -> None:
+    def profile_call(self, group: str, variant: TimedVariant) -> None:
         """Write the operations of one call, by time, into a file."""
         from torch.profiler import ProfilerActivity, profile
 
@@ -161,9 +161,9 @@ def describe_error(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
-def build_variants(name: str, run: Callable[[], object]) -> list[Variant]:
+def build_variants(name: str, run: Callable[[], object]) -> list[TimedVariant]:
     """Return the plain and the fused variant of a call."""
-    return [Variant(name, choice, run) for choice in CHOICES]
+    return [TimedVariant(name, choice, run) for choice in CHOICES]
 
 
 def format_medians(result: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from jobs.bench.gpu_speed.models import (
     list_methods,
     share_weights,
 )
-from jobs.bench.gpu_speed.timing import CHOICES, Bench, Choice, Variant, build_variants
+from jobs.bench.gpu_speed.timing import CHOICES, Bench, Choice, TimedVariant, build_variants
 from redux.kernels import set_kernels
 from redux.model import ReduxForConditionalGeneration
 from redux.settings import CMAI, VMTC
@@ -49,7 +49,7 @@ def time_tower(bench: Bench) -> None:
 
     for group, trains in (("tower inference", False), ("tower forward+backward", True)):
         # compressing blocks are patched at the first encoding, so the tower of transformers is `off`'s
-        variants = [Variant(name, "plain", build_run(name, trains)) for name in ("transformers", "off")]
+        variants = [TimedVariant(name, "plain", build_run(name, trains)) for name in ("transformers", "off")]
         for name in budgets:
             variants += build_variants(name, build_run(name, trains))
         bench.time_variants(group, variants)
@@ -94,11 +94,11 @@ def time_layer_of_length(bench: Bench, image: int, text: int) -> None:
         return run
 
     variants = [
-        Variant("causal SDPA", "plain", build_run("causal SDPA", "plain")),
-        Variant("masked SDPA", "plain", build_run("causal SDPA", "plain", attention_mask=visible)),
+        TimedVariant("causal SDPA", "plain", build_run("causal SDPA", "plain")),
+        TimedVariant("masked SDPA", "plain", build_run("causal SDPA", "plain", attention_mask=visible)),
     ]
     for name in ("CMAI weights", "CMAI scores"):
-        variants += [Variant(name, choice, build_run(name, choice)) for choice in CHOICES]
+        variants += [TimedVariant(name, choice, build_run(name, choice)) for choice in CHOICES]
     peaks = {variant.label: bench.measure_peak_gib(variant.run) for variant in variants[:2]}
     bench.time_variants(f"layer {image}+{text}", variants, peak_gib=peaks)
 
@@ -136,7 +136,7 @@ def time_training(bench: Bench) -> None:
         for model in models.values():
             if recomputes:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-        variants = [Variant("LLaVA", "plain", steps["LLaVA"])]
+        variants = [TimedVariant("LLaVA", "plain", steps["LLaVA"])]
         for name in list_methods(shapes):
             variants += build_variants(name, steps[name])
         bench.time_variants(group, variants, matmul_tflops=round(peak / 1e12, 1))

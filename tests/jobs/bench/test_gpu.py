@@ -11,7 +11,7 @@ import pytest
 from jobs.bench import gpu
 from jobs.bench.gpu_speed.shapes import TINY_SHAPES
 from jobs.bench.gpu_speed.table import Goal, compute_ratio, list_goals
-from jobs.bench.gpu_speed.timing import CHOICES, Bench, Variant
+from jobs.bench.gpu_speed.timing import CHOICES, Bench, TimedVariant
 
 ROOT = Path(__file__).parents[3]
 
@@ -66,7 +66,7 @@ def test_a_variant_that_fails_leaves_the_others() -> None:
         calls.append("fails")
         raise ValueError("kernels: got fused")
 
-    variants = [Variant("works", "plain", lambda: calls.append("works")), Variant("fails", "fused", fail)]
+    variants = [TimedVariant("works", "plain", lambda: calls.append("works")), TimedVariant("fails", "fused", fail)]
     bench.time_variants("group", variants)
     result = bench.results["group"]
     assert len(result["ms"]["works/plain"]) >= TINY_SHAPES.rounds
