@@ -14,10 +14,10 @@ from pipelines.core import interrupts
 from pipelines.serving.settings import API_KEY_VARIABLE, MEGABYTE, RequestLimits, ServedModel, ServerSettings
 from redux.extras import write_install_command
 
-POLL_S = 2.0
+STATUS_POLL_S = 2.0
 """Seconds between two looks at the replicas."""
 
-PACKAGES = ("fastapi", "starlette", "uvicorn")
+SERVE_PACKAGES = ("fastapi", "starlette", "uvicorn")
 """Packages that ray[serve] adds to Ray."""
 
 
@@ -41,7 +41,7 @@ def _serve_until_interrupted(arguments: argparse.Namespace) -> None:
     check_model(settings.model.path)
     if os.environ.get("RAY_ADDRESS", "") in ("", "local"):  # a cluster listens on another machine
         check_port(settings.host, settings.port)
-    if any(find_spec(package) is None for package in PACKAGES):
+    if any(find_spec(package) is None for package in SERVE_PACKAGES):
         raise ValueError(f"serve: needs ray[serve]: {write_install_command('serve')}")
     # seconds to import, which wrong options need not wait for
     import ray
@@ -75,7 +75,7 @@ def _watch(replicas: int) -> None:
     was_complete = True
     while True:
         interrupts.raise_if_interrupted()
-        time.sleep(POLL_S)
+        time.sleep(STATUS_POLL_S)
         is_complete = app.is_complete()
         if was_complete and not is_complete:
             print(f"a copy of the model has died and is replaced; copies in all: {replicas}", flush=True)

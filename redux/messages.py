@@ -29,7 +29,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the tokens of an answer are chosen.
+    """Choice of the tokens of an answer.
 
     Args:
         max_new_tokens: limit of the answer in tokens.

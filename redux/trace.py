@@ -1,4 +1,4 @@
-"""What the method did for an answer: the visual token of each patch, and the tokens that each word could attend to.
+"""Trace of the method for an answer: the visual token of each patch, and the tokens that each word could attend to.
 
 The answer is read again with its conversation, in one forward pass without a cache, whose decisions are those of
 decoding.  Nothing slows down the generation itself.
@@ -45,7 +45,7 @@ class ImageTrace:
 
 @dataclass(frozen=True)
 class AnswerTrace:
-    """What the method did for an answer.
+    """Trace of the method for an answer.
 
     Args:
         images: compression of each image.

@@ -38,7 +38,7 @@ class TextEvent(NamedTuple):
 
 
 class TraceEvent(NamedTuple):
-    """What the method did for an answer, see `describe_trace`; it comes after the text."""
+    """Trace of the method for an answer, see `describe_trace`; it comes after the text."""
 
     trace: dict[str, Any]
 
