@@ -30,7 +30,6 @@ from pipelines.report.page import format_number
 from pipelines.report.plots import ACCENT, FAINT, INK, STYLE, style_axes, to_svg
 from pipelines.training import ledger
 from pipelines.training.ledger import Account, LoopTime
-from pipelines.training.metrics import VALIDATION_LOSS
 from redux.extras import write_install_command
 
 if TYPE_CHECKING:
@@ -360,6 +359,8 @@ def _plot_loss(stage: str, rows: Sequence[Mapping[str, Any]]) -> LossPlot:
     import numpy as np
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+
+    from pipelines.training.metrics import VALIDATION_LOSS
 
     name = STAGE_TITLES.get(stage, stage)
     step = np.array([row["step"] for row in rows])
