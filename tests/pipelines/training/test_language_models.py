@@ -76,6 +76,7 @@ def test_readers_encode_conversations_as_the_chat_template(tied_plan: Callable[.
         assert learned.count("<|im_end|>") == text.count("<|im_start|>assistant\n")
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_table_that_head_and_embeddings_share_trains_alike_under_every_stage(
     tied_plan: Callable[..., StagePlan], tmp_path: Path
