@@ -93,8 +93,8 @@ def test_the_name_of_a_stage_cannot_leave_the_run_folder() -> None:
         ("model.vmtc.stages=99", "model.vmtc.stages: got 99, allowed: 1 to 4"),
         ("model.vmtc.ratio=0.999", "model.vmtc.ratio: got 0.999, allowed: one that leaves at least 1 of 64"),
         (
-            "model.language.hidden_size=24",
-            "model.language.num_attention_heads: got 8, allowed: one that gives heads of",
+            "model.language.hidden_size=20",
+            "model.language.num_attention_heads: got 4, allowed: one that gives heads of",
         ),
         (
             "train.tower.data=caption",
