@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,10 +48,9 @@ class Command:
     Args:
         words: the words after `redux`.
         environment: variables besides those of this process.
-        reset: called in the command's process before it starts.
     """
 
-    def __init__(self, words: Sequence[str], environment: dict[str, str], reset: Callable[[], None] | None) -> None:
+    def __init__(self, words: Sequence[str], environment: dict[str, str]) -> None:
         self.mark = uuid.uuid4().hex
         # Ray's sockets lie in it, whose paths have at most 107 characters
         self.scratch = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
@@ -63,7 +62,7 @@ class Command:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=reset,
+            preexec_fn=reset_signals,
         )
         self.output = ""
 
@@ -104,12 +103,16 @@ class Command:
                 continue
 
 
+def reset_signals() -> None:
+    """Reset ignored signals: tests in the background pass ignored SIGINT on, and nohup SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
-def start_command(
-    words: Sequence[str], environment: dict[str, str] | None = None, reset: Callable[[], None] | None = None
-) -> Iterator[Command]:
+def start_command(words: Sequence[str], environment: dict[str, str] | None = None) -> Iterator[Command]:
     """Start a command for the length of a with block. Its processes and files are removed."""
-    command = Command(words, environment or {}, reset)
+    command = Command(words, environment or {})
     try:
         yield command
     finally:

@@ -112,8 +112,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def measure_memory(command: Command) -> int:
-    """Measure the bytes that the processes have for themselves."""
-    return sum(process.memory_full_info().uss for process in command.iterate_processes())
+    """Measure the memory of the processes without files, whose pages count differently as other processes map them."""
+    maps = (mapped for process in command.iterate_processes() for mapped in process.memory_maps(grouped=True))
+    return sum(mapped.anonymous for mapped in maps)
 
 
 def find_free_port() -> int:

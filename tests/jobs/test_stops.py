@@ -15,7 +15,7 @@ import pytest
 from ray._common.test_utils import wait_for_condition
 
 from pipelines.training import checkpoint, metrics
-from tests.jobs.stops import Receiver, StoppedCommand, start_command
+from tests.jobs.stops import Receiver, StoppedCommand, reset_signals, start_command
 
 pytestmark = pytest.mark.integration
 
@@ -107,7 +107,7 @@ def stop(
         words: further words of the command.
         env: further variables.
     """
-    with start_command(["run", str(job), "--runs-dir", str(runs), *words], env, reset_signals) as command:
+    with start_command(["run", str(job), "--runs-dir", str(runs), *words], env) as command:
         command.wait_for(event)
         for number in numbers[:1]:
             command.send(number, to)
@@ -115,12 +115,6 @@ def stop(
             command.wait_for("a second signal stops at once")
             command.send(number, to)
         return command.wait_for_end()
-
-
-def reset_signals() -> None:
-    """Reset ignored signals: tests in the background pass ignored SIGINT on, and nohup SIGHUP."""
-    for number in (INT, TERM, HUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def assert_stopped(stopped: StoppedCommand, run: Path, incomplete: int = 0) -> None:
@@ -204,7 +198,7 @@ def test_a_stop_of_an_evaluation_keeps_its_answers(job: Path, tmp_path: Path) ->
         assert_stopped(stop(job, tmp_path, event, number, to="group", words=words), tmp_path / "tiny")
     answered = [json.loads(line) for line in answers.read_text().splitlines()]
     assert answered
-    with start_command(["run", str(job), "--runs-dir", str(tmp_path), *words], {}, reset_signals) as command:
+    with start_command(["run", str(job), "--runs-dir", str(tmp_path), *words]) as command:
         progress = command.wait_for(r"evaluate:[^\r]*\| (\d+)/\d+")
         assert int(progress[1]) >= len(answered), "answered questions are not asked again"
 
@@ -212,9 +206,7 @@ def test_a_stop_of_an_evaluation_keeps_its_answers(job: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_stop_of_a_search_loses_no_step_of_its_trials(job: Path, tmp_path: Path) -> None:
     trial = tmp_path / "tiny/trials/0000"
-    with start_command(
-        ["run", str(job.parent / "search.yaml"), "--runs-dir", str(tmp_path)], {}, reset_signals
-    ) as command:
+    with start_command(["run", str(job.parent / "search.yaml"), "--runs-dir", str(tmp_path)]) as command:
         command.wait_for("search:")
         wait_for_condition(lambda: trial.exists() and metrics.read_last_step(trial, "instruct") > 0, timeout=240)
         command.send(TERM, "group")
