@@ -17,10 +17,8 @@ class LlavaByArchitecture(LlavaForConditionalGeneration):
     """Stand-in for the class of all LLaVAs, which opens each by its own class."""
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
-    ) -> LlavaForConditionalGeneration:
-        """Load a model, as the Auto classes do: with its configuration."""
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load a model as the Auto classes do: with its configuration, and loading information if it is requested."""
         return _choose_class(config).from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     @classmethod

@@ -1,7 +1,9 @@
 """transformers' Auto classes and pipelines open a saved folder and answer as `redux.answering` does."""
 
+import importlib
 import io
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from transformers import (
     pipeline,
 )
 
-import redux.auto  # noqa: F401  # the subject of these tests
 from redux import answering
 from redux.model import ReduxForConditionalGeneration
 from redux.processor import build_processor, record_training_format
@@ -42,6 +43,17 @@ def as_file(image: Image.Image) -> bytes:
 
 def ask(text: str, image: Image.Image) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> Iterator[None]:
+    """Import `redux.auto`, and undo its registrations afterwards: other tests open models in plain transformers."""
+    mapping = AutoModelForImageTextToText._model_mapping
+    before = dict(mapping._extra_content)
+    importlib.import_module("redux.auto")
+    yield
+    mapping._extra_content = before
+    del sys.modules["redux.auto"]
 
 
 @pytest.fixture(scope="module")
