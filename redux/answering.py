@@ -60,6 +60,34 @@ class Answerer(Protocol):
         """Count the tokens of a prompt without its image, so that prompts of similar lengths share a batch."""
 
 
+def build_inputs(
+    model: ReduxForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[np.ndarray],
+    pixels: Sequence[np.ndarray],
+) -> dict[str, torch.Tensor]:
+    """Build a LLaVA's inputs for a batch of prompts, on the model's device.
+
+    Args:
+        model: the LLaVA.
+        tokenizer: its tokenizer, with a pad token.
+        rows: token ids of each prompt.
+        pixels: images in the order of their tokens, each (3, size, size) uint8; none for text alone.
+    """
+    # decoding continues the last token of each row, so padding goes left
+    inputs = {
+        "input_ids": torch.from_numpy(pad_rows(rows, tokenizer.pad_token_id, left=True)),
+        "attention_mask": torch.from_numpy(pad_rows([np.ones_like(row) for row in rows], 0, left=True)),
+    }
+    if pixels:
+        inputs["pixel_values"] = torch.from_numpy(np.stack(pixels))
+    # uint8 pixels go to the device and become floats there: a quarter of the bytes to copy
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    if pixels:
+        inputs["pixel_values"] = normalize_pixels(inputs["pixel_values"]).to(model.dtype)
+    return inputs
+
+
 @dataclass(frozen=True)
 class LlavaAnswerer:
     """An `Answerer` for a LLaVA of this package or a plain one.  A batch may mix prompts with and without images.
@@ -87,25 +115,15 @@ class LlavaAnswerer:
             raise ValueError(
                 f"prompt: got {invalid!r}, allowed: one without {IMAGE_TOKEN}, which the template puts in front"
             )
-        # decoding continues the last token of each row, so padding goes left
         rows = [
             self._encode(prompt if image is None else f"{IMAGE_TOKEN}\n{prompt}")
             for prompt, image in zip(prompts, images, strict=True)
         ]
-        inputs = {
-            "input_ids": torch.from_numpy(pad_rows(rows, self.tokenizer.pad_token_id, left=True)),
-            "attention_mask": torch.from_numpy(pad_rows([np.ones_like(row) for row in rows], 0, left=True)),
-        }
         # an image that several prompts share is decoded once
         present = [image for image in images if image is not None]
-        if present:
-            size = self.model.config.vision_config.image_size
-            squares = {image: load_pixels(image, size, self.image_aspect_ratio) for image in set(present)}
-            inputs["pixel_values"] = torch.from_numpy(np.stack([squares[image] for image in present]))
-        # uint8 pixels go to the device and become floats there: a quarter of the bytes to copy
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        if present:
-            inputs["pixel_values"] = normalize_pixels(inputs["pixel_values"]).to(self.model.dtype)
+        size = self.model.config.vision_config.image_size
+        squares = {image: load_pixels(image, size, self.image_aspect_ratio) for image in set(present)}
+        inputs = build_inputs(self.model, self.tokenizer, rows, [squares[image] for image in present])
         # answers end with the template's end token, whatever the checkpoint's generation settings are
         return generate_greedily(self.model, self.tokenizer, inputs, [self.tokenizer.eos_token_id], max_new_tokens)
 

@@ -27,15 +27,15 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from redux.answering import LlavaAnswerer, load
+from redux.answering import LlavaAnswerer, build_inputs, load
 from redux.chat_template import set_end_token
-from redux.conversation import IMAGE_TOKEN, Template, encode_pieces, pad_rows
+from redux.conversation import IMAGE_TOKEN, Template, encode_pieces
 from redux.generation import ensure_pad_token
 from redux.graph_decoding import Prompt as DecodedPrompt
 from redux.graph_decoding import decode_prompt, use_graph
 from redux.image import load_pixels
 from redux.messages import Delta, FinishReason, Message, Sampling, check_messages
-from redux.model import ReduxForConditionalGeneration, normalize_pixels
+from redux.model import ReduxForConditionalGeneration
 from redux.pretrained import configure_checkpoint
 from redux.settings import CMAI, VMTC, ImageAspectRatio
 
@@ -212,19 +212,9 @@ class ChatModel:
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
 
     def build_inputs(self, chats: Sequence[EncodedChat]) -> dict[str, Tensor]:
-        """Build the inputs of a batch.  Padding goes left, since decoding continues the last token of each row."""
-        ids = [chat.input_ids for chat in chats]
-        inputs = {
-            "input_ids": torch.from_numpy(pad_rows(ids, self.tokenizer.pad_token_id, left=True)),
-            "attention_mask": torch.from_numpy(pad_rows([np.ones_like(row) for row in ids], 0, left=True)),
-        }
-        pixels = [image for chat in chats for image in chat.pixels]
-        if pixels:
-            inputs["pixel_values"] = torch.from_numpy(np.stack(pixels))
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        if pixels:
-            inputs["pixel_values"] = normalize_pixels(inputs["pixel_values"]).to(self.model.dtype)
-        return inputs
+        """Build the inputs of a batch, see `redux.answering.build_inputs`."""
+        rows = [chat.input_ids for chat in chats]
+        return build_inputs(self.model, self.tokenizer, rows, [image for chat in chats for image in chat.pixels])
 
 
 def load_chat_model(path: str | PathLike, **options: Any) -> ChatModel:
