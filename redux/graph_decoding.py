@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
 from transformers.cache_utils import Cache
 
+from redux.cuda_graph import WARM_CALLS, capture_graph
 from redux.focus_cache import FREE_COLUMNS, FocusCache, StaticFocusCache
 from redux.kernels import get_kernels
 
@@ -45,9 +46,6 @@ SPARE_CAPACITY = 3 * CAPACITY_STEP
 
 SLOT_STEP = 64
 """Image tokens in which the room for them grows, and tokens in which the first row of A_t2i is rounded down."""
-
-WARM_STEPS = 2
-"""Steps before the capture: they compile kernels, and let libraries allocate their workspaces."""
 
 CHECK_STEPS = 8
 """Steps between two looks at the device; the first looks come after 1, 2 and 4 steps."""
@@ -239,24 +237,11 @@ class GreedySteps:
 
     def capture(self, model: Any) -> None:
         """Capture a step as a graph.  The steps before it spoil the state: load the prompt again."""
-        device = self.token.device
-        # captures cannot run on the default stream; libraries have workspaces for each stream, so warm steps run there
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_STEPS):
-                self.step(model)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
         try:
-            # other threads may use the GPU meanwhile
-            with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self.step(model)
+            self.graph, _ = capture_graph(lambda: self.step(model), self.token.device)
         except RuntimeError as error:  # a decoder of another version of transformers may wait for the device
             self.failed = True
             report(f"capturing it failed: {' '.join(str(error).split())}")
-        else:
-            self.graph = graph
 
     def run(
         self, prompt: Prompt, limit: int, step: Callable[[], None], should_stop: TokenCallback | None = None
@@ -337,7 +322,7 @@ def decode_prompt(
         return prompt.token.unsqueeze(1)
     batch, length = prompt.visible.shape
     # the capture, too, needs room
-    needed = length + max(max_new_tokens, WARM_STEPS + 1)
+    needed = length + max(max_new_tokens, WARM_CALLS + 1)
     key = describe_model(model, batch, eos_token_ids, pad_token_id)
     with _lock:
         # two threads must not replay one graph, which has one set of input tensors

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from redux.architecture import ModelSettings
 from redux.configuration import ReduxConfig, build_config
 from redux.conversation import IMAGE_TOKEN
+from redux.graph_encoding import run_tower
 from redux.hub import local_copy
 from redux.image import CLIP_MEAN, CLIP_STD
 from redux.loading import check_layout, check_loading, report_damage
@@ -115,7 +116,7 @@ class ReduxModel(LlavaModel):
         compression = TowerCompression(
             self.config.num_blocks_used, num_prefix_tokens, self.compressions, self.reduction
         )
-        hidden, *assignment = self.vision_tower(pixel_values, tower_compression=compression)
+        hidden, *assignment = run_tower(self.vision_tower, pixel_values, compression)
         features = hidden if self.config.keeps_class_token else hidden[:, num_prefix_tokens:]
         return features, PatchAssignment(*assignment)
 

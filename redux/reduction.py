@@ -105,7 +105,7 @@ def reduce_by_random(
     # a separate generator, which neither reads nor advances the global one
     shuffled = torch.randperm(patches, generator=torch.Generator().manual_seed(reduction.seed))
     positions = shuffled[: reduction.count_tokens(patches)].sort().values
-    return _select_patches(features, positions.to(features.device, non_blocking=True))
+    return _select_patches(features, positions.to(features.device))
 
 
 def reduce_by_prumerge(

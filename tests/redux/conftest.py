@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
 from redux.conversation import TEMPLATES, train_word_tokenizer
 from redux.model import ReduxForConditionalGeneration, build_model
-from redux.settings import CMAI, VMTC
+from redux.settings import CMAI, VMTC, Reduction
 
 TEXTS = (
     "USER: <image>\nIs it a red circle? ASSISTANT: yes, it is.",
@@ -46,10 +46,13 @@ def tiny(tokenizer: PreTrainedTokenizerFast, tower: TowerSizes) -> Callable[...,
 
     on = (VMTC(), CMAI())
 
-    def make(vmtc: VMTC | None = on[0], cmai: CMAI | None = on[1], layers: int = 3) -> ReduxForConditionalGeneration:
+    def make(
+        vmtc: VMTC | None = on[0], cmai: CMAI | None = on[1], layers: int = 3, reduction: Reduction | None = None
+    ) -> ReduxForConditionalGeneration:
         language = LanguageSizes(hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64)
         torch.manual_seed(0)
-        model = build_model(ModelSettings(tower=tower, language=language, vmtc=vmtc, cmai=cmai), tokenizer).eval()
+        settings = ModelSettings(tower=tower, language=language, vmtc=vmtc, cmai=cmai, reduction=reduction)
+        model = build_model(settings, tokenizer).eval()
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.dim() > 1:  # attention of weights as initialised is all but uniform

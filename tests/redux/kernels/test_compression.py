@@ -10,7 +10,7 @@ from torch import Tensor
 from redux.kernels import set_kernels
 from redux.settings import VMTC, CompressionStage
 from redux.vmtc import PatchAssignment, compress_tokens
-from tests.redux.kernels.comparison import PLAIN_AND_FUSED, noise
+from tests.redux.kernels.comparison import DEVICE, PLAIN_AND_FUSED, noise
 
 
 def compress_both(tokens: Tensor, ips: Tensor, stage: CompressionStage, vmtc: VMTC, **options: Any) -> list[Any]:
@@ -62,7 +62,7 @@ def test_bfloat16_tokens_equal_the_plain_version_up_to_rounding() -> None:
 
 @pytest.mark.parametrize("weight", [1 / 21, 0.0])
 def test_a_constant_image_gives_numbers(weight: float) -> None:
-    tokens, ips = torch.ones(1, 12, 8), torch.full((1, 12), weight)
+    tokens, ips = torch.ones(1, 12, 8, device=DEVICE), torch.full((1, 12), weight, device=DEVICE)
     set_kernels("fused")
     leaves = [tokens.requires_grad_(), ips.requires_grad_()]
     merged, slot, _ = compress_tokens(*leaves, CompressionStage(0, 5, 3), VMTC(iterations=1))
@@ -79,10 +79,10 @@ def test_other_features_may_be_clustered() -> None:
 
 
 def test_patches_are_followed_through_a_stage_as_by_plain_code() -> None:
-    slot, cluster = torch.tensor([[0, -1, 1, 2], [2, 1, 0, -1]]), torch.tensor([[True, False, True], [False] * 3])
-    previous = PatchAssignment(
-        torch.tensor([[3, -1, 1, 0, 2, 2], [0, 1, 2, 3, -1, 1]]), torch.arange(12).view(2, 6) > 9
-    )
+    slot = torch.tensor([[0, -1, 1, 2], [2, 1, 0, -1]], device=DEVICE)
+    cluster = torch.tensor([[True, False, True], [False] * 3], device=DEVICE)
+    before = torch.tensor([[3, -1, 1, 0, 2, 2], [0, 1, 2, 3, -1, 1]], device=DEVICE)
+    previous = PatchAssignment(before, torch.arange(12, device=DEVICE).view(2, 6) > 9)
     results = []
     for choice in PLAIN_AND_FUSED:
         set_kernels(choice)

@@ -13,8 +13,8 @@ from redux.decoding import DecodingStep
 from redux.focus_cache import FocusCache, FocusRows
 from redux.kernels import set_kernels
 from redux.settings import CMAI
+from tests.redux.kernels.comparison import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, PROMPT, NEW, DIM = 2, 70, 2, 12
 FUSED: list[tuple[Any, Any, Any, str, int]] = [
     ("weights", "neighbourhood", "lower", "left", 2),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from redux.kernels import set_kernels
 from redux.kmeans import kmeans
 from redux.settings import KMeansSeeds
-from tests.redux.kernels.comparison import noise
+from tests.redux.kernels.comparison import DEVICE, noise
 
 SEEDS = get_args(KMeansSeeds)
 
@@ -50,10 +50,10 @@ def test_more_than_one_token_is_moved_by_falling_distance_into_empty_clusters() 
 @pytest.mark.parametrize("kind", ["constant", "zero", "two kinds", "not finite"])
 def test_every_cluster_of_a_degenerate_image_holds_a_token(kind: str, seeds: KMeansSeeds) -> None:
     tokens = {
-        "constant": torch.ones(1, 12, 8),
-        "zero": torch.zeros(1, 12, 8),
-        "two kinds": F.one_hot(torch.arange(12) % 2, 8).float().unsqueeze(0),
-        "not finite": noise(1, 12, 8).masked_fill(torch.arange(12).view(1, 12, 1) % 3 == 0, torch.nan),
+        "constant": torch.ones(1, 12, 8, device=DEVICE),
+        "zero": torch.zeros(1, 12, 8, device=DEVICE),
+        "two kinds": F.one_hot(torch.arange(12, device=DEVICE) % 2, 8).float().unsqueeze(0),
+        "not finite": noise(1, 12, 8).masked_fill(torch.arange(12, device=DEVICE).view(1, 12, 1) % 3 == 0, torch.nan),
     }[kind]
     set_kernels("fused")
     assert kmeans(tokens, 5, 2, seeds).unique().tolist() == list(range(5))
@@ -75,10 +75,10 @@ def test_tokens_without_a_kernel_are_refused_with_the_reason() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize(("count", "clusters"), [(195, 76), (345, 46), (385, 38), (61, 6), (576, 128)])
 def test_labels_on_a_gpu_agree_except_where_similarities_are_close(count: int, clusters: int) -> None:
-    tokens = noise(8, count, 1024).bfloat16().cuda()
+    tokens = noise(8, count, 1024).bfloat16()
     plain, fused = label_both(tokens, clusters, 10, "strided")
     assert (plain == fused).float().mean() > 0.98
     assert torch.equal(fused, kmeans(tokens, clusters, 10))

@@ -9,15 +9,15 @@ from torch.nn import functional as F
 
 from redux.kernels import masked_attention as kernels
 from redux.kernels.masked_attention import KeyMask, Tiles, make_key_mask, masked_attention
+from tests.redux.kernels.comparison import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH = 43
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that a short sequence fills several times; the interpreter takes time for each."""
-    if DEVICE == "cpu":
+    if DEVICE.type == "cpu":
         for name, tiles in (("FORWARD", (32, 16)), ("QUERY_GRADIENT", (32, 16)), ("KEY_GRADIENT", (16, 32))):
             monkeypatch.setattr(kernels, f"{name}_TILES", dict.fromkeys((2, 4), Tiles(*tiles, 4, 2)))
     # the logarithm of a row that sees no key is replaced afterwards
@@ -31,7 +31,7 @@ def noise(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 def random_mask(batch: int, spans: list[tuple[int, int]], first_row: int) -> KeyMask:
     generator = torch.Generator().manual_seed(1)
-    pairs = make_key_mask(batch, LENGTH, torch.device(DEVICE))
+    pairs = make_key_mask(batch, LENGTH, DEVICE)
     for sequence, (first, last) in enumerate(spans):
         dropped = torch.rand(LENGTH - first_row, last - first, generator=generator) < 0.6
         pairs[sequence, first_row:, first:last] = ~dropped.to(DEVICE)
@@ -75,7 +75,7 @@ def test_masked_attention_equals_attention_with_an_explicit_mask(case: str) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_gpu_computes_every_head_size(dim: int, dtype: torch.dtype) -> None:

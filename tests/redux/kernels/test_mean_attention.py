@@ -16,8 +16,7 @@ from redux.kernels import masked_attention as attention
 from redux.kernels import mean_attention, set_kernels
 from redux.kernels.masked_attention import Tiles
 from redux.settings import CMAI
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.redux.kernels.comparison import DEVICE
 
 VARIANTS = {
     "paper": (CMAI(gamma_max=0.5), 13),
@@ -34,7 +33,7 @@ VARIANTS = {
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that a short sequence fills several times; the interpreter takes time for each."""
-    if DEVICE == "cpu":
+    if DEVICE.type == "cpu":
         tiles = dict.fromkeys((2, 4), Tiles(32, 16, 4, 2))
         monkeypatch.setattr(mean_attention, "LOG_SUM_EXP_TILES", tiles)
         monkeypatch.setattr(mean_attention, "MEAN_TILES", tiles)
@@ -133,7 +132,7 @@ def test_a_row_without_an_image_attends_to_each_key_once() -> None:
 def test_autocast_changes_no_decision() -> None:
     call = draw_call(1, torch.bfloat16)
     expected = attend("fused", call)
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         for result, want in zip(attend("fused", call), expected, strict=True):
             assert torch.equal(result, want)
 

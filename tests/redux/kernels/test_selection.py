@@ -8,8 +8,8 @@ import torch
 from redux.focus import select_above_quantile
 from redux.kernels.masked_attention import make_key_mask
 from redux.kernels.selection import drop_below_quantile
+from tests.redux.kernels.comparison import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTH, FIRST = 14, 4
 
 
