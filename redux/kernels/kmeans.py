@@ -63,10 +63,12 @@ def cluster_tokens(
     block = 64 if tokens.dtype != torch.float32 or count <= 64 else 32
     tiles = divide_up(count, block)
     with torch.cuda.device_of(tokens):
+        # one stage: in a pipeline, Triton 3.6 lets a load overwrite a tile that a product on tensor cores still reads,
+        # as the loop also reads it for the lengths
         _gram_kernel[(batch, tiles, tiles)](
             tokens, label if index is None else index, gram, tokens.stride(0), tokens.stride(1),
             0 if index is None else index.stride(0), count, row,
-            DIM=dim, INDEXED=index is not None, BLOCK=block, BLOCK_D=64, num_warps=4, num_stages=3,
+            DIM=dim, INDEXED=index is not None, BLOCK=block, BLOCK_D=64, num_warps=4, num_stages=1,
         )  # fmt: skip
         _kmeans_kernel[(batch,)](
             gram, scores, similarity, label, given, count, clusters, iterations, row,
