@@ -61,11 +61,15 @@ def list_goals(shapes: Shapes) -> list[Goal]:
     return rows
 
 
+def find_base_times(result: dict[str, Any], goal: Goal) -> list[float]:
+    """Return the milliseconds of the base; by CUDA graph it has one variant, with the same choice as the others."""
+    return result["ms"].get(f"{goal.base}/plain") or result["ms"].get(f"{goal.base}/fused", [])
+
+
 def compute_ratio(result: dict[str, Any], goal: Goal, choice: Choice) -> tuple[float, float, float] | None:
     """Compute quartiles of the ratio over rounds: (first, median, third); None if a variant has no times."""
     times = result["ms"].get(f"{goal.variant}/{choice}", [])
-    # by CUDA graph, LLaVA has one variant, with the same choice as the others
-    base = result["ms"].get(f"{goal.base}/plain", []) or result["ms"].get(f"{goal.base}/fused", [])
+    base = find_base_times(result, goal)
     # of one round each, so that a clock that changes between rounds cancels out
     pairs = [
         (below / above if goal.is_speed else above / below)
