@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SAMPLE_QUESTION = "What is in the image?"
-SAMPLE_IMAGE = "photo.png"
 MAX_QUESTION_LENGTH = 100
 
 
@@ -19,10 +17,15 @@ class NextStep(NamedTuple):
 
 
 class SampleQuestion(NamedTuple):
-    """A question of the run and the path of its image."""
+    """A question about an image.
 
-    image: str
-    question: str
+    Args:
+        image: path or URL of the image.
+        question: the question.
+    """
+
+    image: str = "photo.jpg"
+    question: str = "What is in the image?"
 
 
 def list_next_steps(
@@ -51,10 +54,10 @@ def list_next_steps(
         command = _join("redux", "run", f"{folder}/job.yaml", "--runs-dir", shorten_path(run.resolve().parent))
         steps.append(NextStep("Continue this run", command))
     if model:
-        image, question = sample or (SAMPLE_IMAGE, SAMPLE_QUESTION)
+        sample = sample or SampleQuestion()
         steps += [
-            NextStep("Ask one question about an image", _join("redux", "ask", folder, image, question)),
-            NextStep("Talk with the model in the terminal", _join("redux", "chat", folder, image)),
+            NextStep("Ask one question about an image", write_ask_command(run, sample)),
+            NextStep("Talk with the model in the terminal", _join("redux", "chat", folder, sample.image)),
             NextStep(
                 "Serve it over HTTP, with a demo page" + (" that also shows the answers of plain LLaVA" * has_method),
                 _join("redux", "serve", folder, *(["--compare"] * has_method)),
@@ -78,6 +81,11 @@ def list_next_steps(
     return steps
 
 
+def write_ask_command(run: Path, sample: SampleQuestion) -> str:
+    """Write the command that asks the model of a run."""
+    return _join("redux", "ask", shorten_path(run), *sample)
+
+
 def _write_evaluation(run: Path, job: Mapping[str, Any], model: str) -> str:
     """Write the command that evaluates the model of a run without CMAI."""
     name = f"name={job.get('name', run.name)}-cmai-off"
@@ -91,12 +99,9 @@ def _write_evaluation(run: Path, job: Mapping[str, Any], model: str) -> str:
 
 
 def shorten_path(path: str | Path) -> str:
-    """Write a path relative to the working folder if it lies inside; a hub id or URL stays as it is."""
+    """Write an absolute path relative to the working folder if it lies inside; all else stays as it is."""
     text = str(path)
-    if not Path(text).exists():
-        return text
-    relative = os.path.relpath(text)
-    return os.path.realpath(text) if relative.startswith("..") else relative
+    return os.path.relpath(text) if Path(text).is_relative_to(Path.cwd()) else text
 
 
 def make_sample(image: str, question: str) -> SampleQuestion | None:

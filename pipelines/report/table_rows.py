@@ -70,7 +70,7 @@ TABLE_ROWS = {
         TableRow("BLIP-2-13B", None, "BLIP-2-13B, 36 tokens"),
         TableRow("PruMerge, 36 of 576 tokens", PRESETS["prumerge"], "LLaVA-Prumerge-{size}, 36 tokens"),
         TableRow("VMTC + CMAI, 36 of 576 tokens", PRESETS["tokens-36"], "Ours-{size}, 36 tokens"),
-        TableRow("Random places", PRESETS["random"]),
+        TableRow("Random patches", PRESETS["random"]),
     ),
     "table-3": (
         TableRow("neither", PRESETS["llava"], "neither"),
@@ -103,7 +103,7 @@ KIND_TITLES = {
     "average": "SPD, average",
     "stride": "SPD, stride",
     "bilinear": "SPD, bilinear",
-    "random": "Random places",
+    "random": "Random patches",
     "prumerge": "PruMerge",
     "llp": "LLP + CMAI",
     "lwp": "LWP + CMAI",

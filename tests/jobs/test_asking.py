@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from jobs import schema
-from jobs.asking import PLACEHOLDERS, describe_asking
+from jobs.asking import describe_asking
 from jobs.cli.arguments import EXAMPLE_JOB
 from pipelines.data import easy_vqa
+from pipelines.report.next_steps import SampleQuestion
 from redux.benchmarks.custom import read_questions
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,6 @@ def test_odd_names_are_quoted(tmp_path: Path) -> None:
 
 
 def test_a_run_without_questions_has_placeholders(tmp_path: Path) -> None:
-    assert list_words(load_job(tmp_path, None), Path("/runs/a"))[2:] == ["/runs/a", *PLACEHOLDERS]
+    assert list_words(load_job(tmp_path, None), Path("/runs/a"))[2:] == ["/runs/a", *SampleQuestion()]
     missing = {"tasks": {"mine": {"file": str(tmp_path / "gone.jsonl"), "metric": "exact"}}}
-    assert list_words(load_job(tmp_path, missing), Path("/runs/a"))[2:] == ["/runs/a", *PLACEHOLDERS]
+    assert list_words(load_job(tmp_path, missing), Path("/runs/a"))[2:] == ["/runs/a", *SampleQuestion()]

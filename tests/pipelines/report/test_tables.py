@@ -201,7 +201,7 @@ def test_each_preset_fills_its_row_and_no_other(tmp_path: Path) -> None:
         "spd": {"SPD"}, "vmtc": {"VMTC", "no CMAI"}, "cmai": {"CMAI", "no VMTC"}, "llp": {"LLP"}, "lwp": {"LWP"},
         "lwp-mg": {"LWP + MG"}, "tia": {"TIA"}, "sum-tia": {"Sum TIA"}, "discounted-sum-tia": {"Discounted Sum TIA"},
         "tokens-64": {"VMTC + CMAI, 64 of 576 tokens"}, "tokens-36": {"VMTC + CMAI, 36 of 576 tokens"},
-        "prumerge": {"PruMerge, 36 of 576 tokens"}, "random": {"Random places"}, "evit": set(),
+        "prumerge": {"PruMerge, 36 of 576 tokens"}, "random": {"Random patches"}, "evit": set(),
     }  # fmt: skip
     rows_of_tables = [row for table in TABLE_ROWS.values() for row in table]
     for name in rows:
