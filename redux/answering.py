@@ -89,8 +89,8 @@ def build_inputs(
 
 
 @dataclass(frozen=True)
-class LlavaAnswerer:
-    """An `Answerer` for a LLaVA of this package or a plain one.  A batch may mix prompts with and without images.
+class TrainedLlava:
+    """A LLaVA with what its training fixed about its inputs.
 
     Args:
         model: the LLaVA.
@@ -107,6 +107,10 @@ class LlavaAnswerer:
     def __post_init__(self) -> None:
         ensure_pad_token(self.tokenizer)
         set_end_token(self.tokenizer, self.template)
+
+
+class LlavaAnswerer(TrainedLlava):
+    """An `Answerer` for a LLaVA of this package or a plain one.  A batch may mix prompts with and without images."""
 
     def __call__(self, prompts: Sequence[str], images: Sequence[bytes | None], max_new_tokens: int) -> Answers:
         """Answer a batch, see `Answerer`."""

@@ -22,22 +22,18 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from redux.answering import LlavaAnswerer, build_inputs, load
-from redux.chat_template import set_end_token
+from redux.answering import LlavaAnswerer, TrainedLlava, build_inputs, load
 from redux.conversation import IMAGE_TOKEN, Template, encode_pieces
-from redux.generation import ensure_pad_token
 from redux.graph_decoding import Prompt as DecodedPrompt
 from redux.graph_decoding import decode_prompt, use_graph
 from redux.image import load_pixels
 from redux.messages import Delta, FinishReason, Message, Sampling, check_messages
-from redux.model import ReduxForConditionalGeneration
 from redux.pretrained import configure_checkpoint
-from redux.settings import CMAI, VMTC, ImageAspectRatio
+from redux.settings import CMAI, VMTC
 
 REPLACEMENT_CHARACTER = "\ufffd"
 """Character that stands for bytes of a character whose other bytes are still to come."""
@@ -88,25 +84,8 @@ DeltaCallback = Callable[[Sequence[Delta]], Sequence[int]]
 """Called after each step with the new text of the rows; returns the rows that shall end without more text."""
 
 
-@dataclass(frozen=True)
-class ChatModel:
-    """A LLaVA that continues conversations.  One batch at a time.
-
-    Args:
-        model: the LLaVA.
-        tokenizer: its tokenizer.
-        template: conversation template of its training.
-        image_aspect_ratio: "pad" or "crop", as in its training.
-    """
-
-    model: ReduxForConditionalGeneration
-    tokenizer: PreTrainedTokenizerBase
-    template: Template
-    image_aspect_ratio: ImageAspectRatio = "pad"
-
-    def __post_init__(self) -> None:
-        ensure_pad_token(self.tokenizer)
-        set_end_token(self.tokenizer, self.template)
+class ChatModel(TrainedLlava):
+    """A LLaVA that continues conversations.  One batch at a time."""
 
     @cached_property
     def max_length(self) -> int:
