@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+# Test processes, ranks and workers share the CPUs. Threads of OpenMP that wait for each other must not take CPU time
+# from others. Set here, since torch reads it when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 if shutil.which("nvidia-smi") is None:
     # without a GPU, tests of kernels interpret them; set here, since transformers imports triton, which reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
