@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+# Test processes, ranks and workers share the CPUs. Threads of OpenMP that wait for each other must not take CPU time
+# from others. Set here, since torch reads it when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 if shutil.which("nvidia-smi") is None:
     # without a GPU, tests of kernels interpret them; set here, since transformers imports triton, which reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -19,10 +23,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use the shared Ray as integration tests."""
+    """Mark the tests that use the shared Ray as integration tests, and start the files of integration tests first.
+
+    They take minutes. The short files after them keep all test processes busy until the end.
+    """
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("integration")
+    long_files = {item.path for item in items if item.get_closest_marker("integration")}
+    items.sort(key=lambda item: item.path not in long_files)
 
 
 @pytest.fixture(scope="session")
@@ -31,19 +40,12 @@ def ray_cluster() -> Iterator[Any]:
 
     Starting takes seconds, so it is shared, and imported here so that tests without it do not pay for it.
     """
-    import ray
     import torch
 
-    if not torch.cuda.is_available():
+    from tests import shared_ray
+
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # set before Ray starts, so that its workers inherit it
-    for attempt in range(3):
-        try:
-            # address="local": a Ray that happens to run on the machine is not a test's to use
-            ray.init(address="local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
-            break
-        except Exception as error:  # Ray 2.60 gives up after 30 s on a busy machine
-            ray.shutdown()
-            if attempt == 2 or "timed out during startup" not in str(error):
-                raise
-    yield ray
-    ray.shutdown()
+    with shared_ray.start_ray(with_forks=not has_gpu) as ray:
+        yield ray
