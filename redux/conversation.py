@@ -149,8 +149,17 @@ def encode_conversation(
     Raises:
         ValueError: the cut would go through an image, or leave no text of the assistant.
     """
+    _, tokens = label_conversation(tokenizer, turns, template, image_tokens)
+    return _cut(tokenizer, tokens, max_length)
+
+
+def label_conversation(
+    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict], template: Template, image_tokens: int
+) -> "tuple[str, LabelledTokens]":
+    """Encode a conversation without a limit of tokens, and return its text as well; see `encode_conversation`."""
     pieces = list(template.split_spans(turns, tokenizer.eos_token or EOS_TOKEN))
-    return encode_pieces(tokenizer, pieces, image_tokens, max_length, not template.has_special_tokens)
+    tokens = label_pieces(tokenizer, pieces, image_tokens, not template.has_special_tokens)
+    return "".join(text for text, _ in pieces), tokens
 
 
 def encode_pieces(
@@ -167,16 +176,7 @@ def encode_pieces(
         pieces: the pieces.
         add_special_tokens: the tokenizer puts its begin token before the text.
     """
-    ids, labels, _, _ = label_pieces(tokenizer, pieces, image_tokens, add_special_tokens)
-    # the cut, after images have their full length
-    if max_length is None or len(ids) <= max_length:
-        return ids, labels
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if (ids[max_length:] == image_id).any():
-        raise ValueError(f"{len(ids)} tokens, cut off after {max_length} within or before the image")
-    if (labels[:max_length] == IGNORE_INDEX).all():  # a batch of such samples would have no loss
-        raise ValueError(f"{len(ids)} tokens, cut off after {max_length} before any answer")
-    return ids[:max_length], labels[:max_length]
+    return _cut(tokenizer, label_pieces(tokenizer, pieces, image_tokens, add_special_tokens), max_length)
 
 
 class LabelledTokens(NamedTuple):
@@ -221,6 +221,22 @@ def label_pieces(
     # the processor of transformers repeats the token in the same way
     repeats = np.where(ids == image_id, image_tokens, 1)
     return LabelledTokens(*(column.repeat(repeats) for column in (ids, labels, start, end)))
+
+
+def _cut(
+    tokenizer: "PreTrainedTokenizerBase", tokens: LabelledTokens, max_length: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a conversation off; arguments, result and errors are those of `encode_conversation`."""
+    ids, labels = tokens.ids, tokens.labels
+    # images have their full length here
+    if max_length is None or len(ids) <= max_length:
+        return ids, labels
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if (ids[max_length:] == image_id).any():
+        raise ValueError(f"{len(ids)} tokens, cut off after {max_length} within or before the image")
+    if (labels[:max_length] == IGNORE_INDEX).all():  # a batch of such samples would have no loss
+        raise ValueError(f"{len(ids)} tokens, cut off after {max_length} before any answer")
+    return ids[:max_length], labels[:max_length]
 
 
 def _tokenize(

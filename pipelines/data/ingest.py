@@ -339,9 +339,13 @@ def encode_caption(tokenizer: "PreTrainedTokenizerBase | TextTokenizer", sample:
     """Encode the first answer of a sample for CLIP, as `<s> caption </s>`, truncated to CLIP_MAX_LENGTH tokens."""
     if not sample.image:
         raise ValueError(f"sample {sample.key}: text alone, allowed in a contrastive stage: an image and its caption")
-    caption_text = sample.record["conversations"][1]["value"].replace(IMAGE_TOKEN, "")
-    ids = tokenizer(caption_text, truncation=True, max_length=CLIP_MAX_LENGTH - 1)["input_ids"]
+    ids = tokenizer(get_caption(sample), truncation=True, max_length=CLIP_MAX_LENGTH - 1)["input_ids"]
     return {"input_ids": np.array([*ids, tokenizer.eos_token_id])}
+
+
+def get_caption(sample: StoredSample) -> str:
+    """Return the text that a contrastive stage compares with the image: the first answer."""
+    return str(sample.record["conversations"][1]["value"]).replace(IMAGE_TOKEN, "")
 
 
 def make_conversation_encoder(

@@ -13,7 +13,7 @@ from pipelines.data.ingest import Reader, make_conversation_encoder
 from pipelines.data.order import Order
 from pipelines.data.preview import draw_positions, draw_rows, draw_samples
 from pipelines.data.shard_index import Shards
-from redux.conversation import TEMPLATES, encode_conversation, label_pieces
+from redux.conversation import TEMPLATES, encode_conversation, label_conversation
 from tests.pipelines.data.test_bad_samples import damage
 
 GLOBAL_BATCH = 8
@@ -105,13 +105,11 @@ def test_rows_are_drawn_once(stored: Shards) -> None:
 
 def test_whole_conversations_begin_with_the_cut_ones(records: list[dict], tokenizer: Path) -> None:
     loaded, template = AutoTokenizer.from_pretrained(tokenizer), TEMPLATES["vicuna_v1"]
-    pieces = list(template.split_spans(records[3]["conversations"], loaded.eos_token))
-    whole = label_pieces(loaded, pieces, 5)
+    text, whole = label_conversation(loaded, records[3]["conversations"], template, 5)
     ids, labels = encode_conversation(loaded, records[3]["conversations"], template, 5, 60)
     assert len(ids) == 60 < len(whole.ids)
     assert whole.ids[:60].tolist() == ids.tolist()
     assert whole.labels[:60].tolist() == labels.tolist()
-    text = "".join(piece for piece, _ in pieces)
     spans = [text[start:end] for start, end in zip(whole.start, whole.end, strict=True)]
     assert spans.count("<image>") == 5
     assert "ASSISTANT:" in spans
