@@ -1,8 +1,10 @@
 """Show what a job trains on before it is trained: some samples of each set, as a page or in the terminal."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ from PIL import Image
 from jobs import document, model_parts, schema
 from jobs.chat import PICTURE_COLUMNS, format_picture
 from jobs.dry_run import belongs_to_run, open_stages
-from jobs.layout import locate_model
+from jobs.layout import find_model, locate_model
 from jobs.resolve import resolve_job
 from jobs.schema import Job
 from pipelines.core import storage
@@ -43,6 +45,9 @@ from redux.trace import ImageTrace
 
 SET_IMAGE_SIZE = 336
 """Side of the images of a set that is shown without a model."""
+
+NO_RUN = os.path.join(os.devnull, "run")
+"""Path of a run folder that cannot exist."""
 
 ENCODED_TOGETHER = 4
 """Images that the tower encodes together: little memory beside its weights."""
@@ -101,9 +106,18 @@ def _collect(arguments: argparse.Namespace) -> tuple[str, str, list[StageView]]:
         stage = look_at_set(source, title, arguments.samples, arguments.seed)
         lead = f"Samples of {source}, drawn with seed {arguments.seed}. --model MODEL shows their tokens."
         return title, lead, [stage]
-    job = build_job(source, title, model)
-    stages = look_at_job(job, Path("no run").resolve(), arguments.samples, arguments.seed)
+    job = build_job(source, title, find_model(model))
+    stages = [_without_steps(stage) for stage in look_at_job(job, Path(NO_RUN), arguments.samples, arguments.seed)]
     return title, f"Samples of {source} as fine-tuning of {model} gets them, drawn with seed {arguments.seed}.", stages
+
+
+def _without_steps(stage: StageView) -> StageView:
+    """Leave out the steps of a stage that no job has."""
+    facts = {name: value for name, value in stage.facts.items() if name != "steps"}
+    sets = tuple(
+        replace(shown, samples=tuple(replace(sample, place="") for sample in shown.samples)) for shown in stage.sets
+    )
+    return replace(stage, facts=facts, sets=sets)
 
 
 def load_job(path: Path, overrides: Sequence[str]) -> Job:

@@ -42,7 +42,8 @@ def add_parsers(verbs: Any) -> None:
     look.add_argument(
         "--model",
         metavar="MODEL",
-        help="for a set: folder, Hugging Face Hub id or URL of the LLaVA that shall be trained on it",
+        help="for a set: the LLaVA that shall be trained on it, as folder of a run, or folder, Hugging Face Hub id or "
+        "URL of a model",
     )
     look.add_argument(
         "--runs-dir",

@@ -226,10 +226,7 @@ class Reader:
         Raises:
             ValueError: the record is rejected, or its image is broken.
         """
-        # foreign tars may hold anything; an image without a tag would be matched with another sample's tag
-        checked = {"conversations": sample.record.get("conversations")}
-        if rejection := find_rejection({**checked, "image": "image"} if sample.image else checked, None):
-            raise ValueError(f"{rejection.reason}: {rejection.explanation}: {rejection.field}: got {rejection.value}")
+        check_record(sample)
         rng = np.random.default_rng((self.order.seed, position)) if self.random_flip or self.max_rounds else None
         image = (
             load_pixels(sample.image, self.image_size, self.image_aspect_ratio, self.image_backend).transpose(1, 2, 0)
@@ -242,6 +239,14 @@ class Reader:
         if self.max_rounds and rng:
             sample = draw_rounds(sample, self.max_rounds, rng)
         return sample, image
+
+
+def check_record(sample: StoredSample) -> None:
+    """Raise a ValueError if the record of a stored sample would be rejected."""
+    # foreign tars may hold anything; an image without a tag would be matched with another sample's tag
+    checked = {"conversations": sample.record.get("conversations")}
+    if rejection := find_rejection({**checked, "image": "image"} if sample.image else checked, None):
+        raise ValueError(f"{rejection.reason}: {rejection.explanation}: {rejection.field}: got {rejection.value}")
 
 
 class Segment(NamedTuple):

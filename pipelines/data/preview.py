@@ -99,6 +99,7 @@ def draw_positions(
         seed: seed of the draw.
         batches: number of global batches of the stage; None for as many as an epoch of the source needs.
     """
+    # the source's first epoch ends in this batch, whatever the other sources have
     weights = order.weights or order.samples
     per_batch = order.global_batch_size * weights[source] / sum(weights)
     in_epoch = math.ceil(order.samples[source] / per_batch)
@@ -110,6 +111,7 @@ def draw_positions(
     for batch in rng.permutation(span).tolist():
         sources, samples = order.get_batch(batch)
         turns = rng.permutation(np.flatnonzero(sources == source))[:from_each]
+        # the last batch of an epoch may repeat a sample of the first one
         for turn in turns.tolist():
             place = StreamPosition(batch * order.global_batch_size + turn, batch, int(samples[turn]))
             found.setdefault(place.sample, place)
@@ -127,7 +129,7 @@ def read_stored(shards: Shards, rows: Sequence[int]) -> list[StoredSample | str]
     """Read samples together. A damaged sample is the reason why it cannot be read."""
     try:
         return list(shards.read_samples(rows))
-    except ValueError:
+    except ValueError:  # one of them is damaged, and the error does not say which
         return [_read_alone(shards, row) for row in rows]
 
 
@@ -140,6 +142,7 @@ def _read_alone(shards: Shards, row: int) -> StoredSample | str:
 
 def _prepare(reader: Reader, shards: Shards, place: StreamPosition, found: StoredSample | str) -> PreviewSample:
     """Prepare a sample; it is not encoded yet."""
+    # runs in a thread, so an error is a value: the other samples of the block are still wanted
     stored = prepared = image = None
     problem = ""
     if isinstance(found, str):
@@ -155,6 +158,7 @@ def _prepare(reader: Reader, shards: Shards, place: StreamPosition, found: Store
 
 def _encode(reader: Reader, shards: Shards, sample: PreviewSample) -> PreviewSample:
     """Add the text columns to a prepared sample."""
+    # the first problem of a sample is the one that training would report
     if sample.prepared is None:
         return sample
     try:

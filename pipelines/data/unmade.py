@@ -33,7 +33,9 @@ class UnmadeShards(Shards):
         self.folder = images
         self.options = options
         self._images = ImageFolder(images)
+        # the numbers of the records name samples, and assign them to shards, as in a set that is made
         self._numbers: list[int] = []
+        # digests, as whole records of a large file would be in memory twice
         seen: set[bytes] = set()
         for number, record in enumerate(records):
             digest = hashlib.sha256(json.dumps(record).encode()).digest()
@@ -50,6 +52,7 @@ class UnmadeShards(Shards):
 
     @property
     def shard_sizes(self) -> Int64[np.ndarray, " shards"]:
+        # a shard has fewer samples if records are rejected, and none if all are
         sizes = np.bincount(np.array(self._numbers, np.int64) // self.options.samples_per_shard)
         return sizes[sizes > 0].astype(np.int64)
 
@@ -84,6 +87,7 @@ class UnmadeShards(Shards):
         """Read the image of a record, as it would be stored; b"" for text only."""
         if not has_image(record):
             return b""
+        # the reasons are those of the quarantine list
         try:
             image = self._images.read(record["image"])
             check_image(image)

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from PIL import Image
 
-from pipelines.data.ingest import Reader, TextRow, get_caption
+from pipelines.data.ingest import Reader, TextRow, check_record, get_caption
 from pipelines.data.preview import PreviewSample
-from pipelines.data.records import find_rejection
 from pipelines.data.shard_index import StoredSample
+from pipelines.data.text_tokenizer import TextTokenizer
 from pipelines.report import page
 from redux.conversation import EOS_TOKEN, IGNORE_INDEX, IMAGE_TOKEN, Template, label_conversation
 from redux.image import load_pixels
@@ -33,6 +33,7 @@ KINDS = {
     "image": "image tokens",
     "caption": "caption that is compared with the image",
     "cut": "cut off by max_length",
+    "unknown": "text that the tokenizer does not know",
 }
 """Kinds of tokens, with explanations for the legend."""
 
@@ -49,7 +50,7 @@ NEWLINE = "⏎"
 CONTINUED = "·"
 """Sign for a token that has no first byte of a character, such as the later ones of an emoji."""
 
-PLACEHOLDERS = ({"from": "human", "value": f"{IMAGE_TOKEN}\n[question]"}, {"from": "gpt", "value": "[answer]"})
+TEMPLATE_TURNS = ({"from": "human", "value": f"{IMAGE_TOKEN}\n[question]"}, {"from": "gpt", "value": "[answer]"})
 """Conversation that shows the text of a template around its turns."""
 
 
@@ -61,12 +62,14 @@ class ShownToken(NamedTuple):
         id: number in the vocabulary; None if there is no tokenizer.
         position: number in the sequence; None if there is no tokenizer.
         is_special: the text is the name of a special token.
+        is_unknown: the vocabulary does not have the characters, so the model reads the token for unknown text.
     """
 
     text: str
     id: int | None = None
     position: int | None = None
     is_special: bool = False
+    is_unknown: bool = False
 
 
 class TokenRun(NamedTuple):
@@ -146,8 +149,15 @@ class SampleView:
         """Numbers of tokens in one line."""
         if self.num_tokens is None:
             return ""
-        counts = {"image": self.count("image"), "learned": self.count("learned"), "cut off": self.count(is_cut=True)}
-        parts = [f"{number:,} {name}" for name, number in counts.items() if number]
+        # 0 learned tokens are a fault, so they are always counted, except for captions, which have no labels
+        always = set() if any(run.kind == "caption" for run in self.runs) else {"learned"}
+        counts = {
+            "image": self.count("image"),
+            "learned": self.count("learned"),
+            "unknown": sum(token.is_unknown for run in self.runs if not run.is_cut for token in run.tokens),
+            "cut off": self.count(is_cut=True),
+        }
+        parts = [f"{number:,} {name}" for name, number in counts.items() if number or name in always]
         return f"{self.num_tokens:,} tokens" + (f": {', '.join(parts)}" if parts else "")
 
 
@@ -171,11 +181,12 @@ class SetView:
         lengths = [sample.num_tokens for sample in self.samples if sample.num_tokens]
         if not lengths:
             return ""
-        learned = sum(sample.count("learned") for sample in self.samples)
+        has_labels = any(run.kind != "caption" for sample in self.samples for run in sample.runs)
+        learned = sum(sample.count("learned") for sample in self.samples if not sample.problem)
         cut = sum(bool(sample.count(is_cut=True)) for sample in self.samples)
         unusable = sum(bool(sample.problem) for sample in self.samples)
         parts = [f"{min(lengths):,} to {max(lengths):,} tokens" if len(set(lengths)) > 1 else f"{lengths[0]:,} tokens"]
-        parts += [f"{page.format_percent(learned / sum(lengths))} of them learned"] if learned else []
+        parts += [f"{page.format_percent(learned / sum(lengths))} of them learned"] if has_labels else []
         parts += [f"{cut} cut off"] if cut else []
         parts += [f"{unusable} unusable"] if unusable else []
         return ", ".join(parts)
@@ -217,6 +228,7 @@ def view_sample(
         picture: its kept and merged patches.
     """
     runs: tuple[TokenRun, ...] = ()
+    # a sample that cannot be prepared has no text to show
     if sample.prepared is not None:
         turns = sample.prepared.record["conversations"]
         try:
@@ -226,6 +238,7 @@ def view_sample(
                 runs = _view_conversation(reader, turns, sample.row, template, image_tokens, max_length)
         except ValueError:  # the sample has this problem; its text is shown without tokens
             runs = view_pieces(template, turns, reader.get_tokenizer().eos_token) if template else ()
+    # readers count steps and samples from 1
     stored = sample.stored
     batch_size = reader.order.global_batch_size
     return SampleView(
@@ -260,10 +273,7 @@ def view_stored(
     runs: tuple[TokenRun, ...] = ()
     notes: tuple[str, ...] = ()
     try:
-        checked = {"conversations": stored.record.get("conversations")}
-        rejection = find_rejection({**checked, "image": "image"} if stored.image else checked, None)
-        if rejection:
-            raise ValueError(f"{rejection.reason}: {rejection.explanation}: {rejection.field}: got {rejection.value}")
+        check_record(stored)
         runs = view_pieces(template, stored.record["conversations"])
         if stored.image:
             image = Image.fromarray(load_pixels(stored.image, size, image_aspect_ratio).transpose(1, 2, 0))
@@ -289,7 +299,7 @@ def format_record(record: dict) -> str:
 
 def view_template(template: Template, eos: str | None = None) -> tuple[TokenRun, ...]:
     """Show the text of a template around one question and its answer; `eos` is the end token of the tokenizer."""
-    return view_pieces(template, PLACEHOLDERS, eos)
+    return view_pieces(template, TEMPLATE_TURNS, eos)
 
 
 def view_pieces(template: Template, turns: Sequence[dict], eos: str | None = None) -> tuple[TokenRun, ...]:
@@ -297,9 +307,11 @@ def view_pieces(template: Template, turns: Sequence[dict], eos: str | None = Non
     runs: list[TokenRun] = []
     for text, is_learned in template.split_spans(turns, eos or EOS_TOKEN):
         for number, part in enumerate(text.split(IMAGE_TOKEN)):
+            # each cut between two parts is a tag
             if number:
                 runs.append(TokenRun("image", False, (ShownToken(IMAGE_TOKEN, is_special=True),), None, 1))
             kind: RunKind = "learned" if is_learned else "context"
+            # neighbouring pieces of one kind, such as the system prompt and a question, are one run
             if part and runs and runs[-1].kind == kind:
                 runs[-1] = runs[-1]._replace(tokens=(ShownToken(runs[-1].tokens[0].text + part),))
             elif part:
@@ -325,6 +337,7 @@ def _view_conversation(
         if (row["input_ids"] != whole.ids[:kept]).any():
             raise RuntimeError("a sample has other tokens than the beginning of its conversation")
         labels = np.concatenate([row["labels"], whole.labels[kept:]])
+    # the image of an answer is no prediction, so it is told apart by its id
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     kinds: list[RunKind] = [
         "image" if token == image_id else "context" if label == IGNORE_INDEX else "learned"
@@ -341,14 +354,10 @@ def _view_caption(reader: Reader, sample: StoredSample, row: TextRow | None) -> 
     start, end = np.array(whole["offset_mapping"], np.int64).reshape(-1, 2).T
     ids, kept = np.array(whole["input_ids"], np.int64), len(whole["input_ids"])
     if row is not None:
-        # the end token stands behind the caption, where it is cut off
+        # the encoder puts the end token where it cuts the caption; it has no characters
         kept = len(row["input_ids"])
-        added = [column[:1] * 0 + len(text) for column in (start, end)]
         ids = np.concatenate([row["input_ids"], ids[kept - 1 :]])
-        start, end = (
-            np.concatenate([column[: kept - 1], last, column[kept - 1 :]])
-            for column, last in zip((start, end), added, strict=True)
-        )
+        start, end = (np.insert(column, kept - 1, len(text)) for column in (start, end))
     return join_runs(name_tokens(tokenizer, text, ids, start, end), ["caption"] * len(ids), kept)
 
 
@@ -360,10 +369,11 @@ def name_tokens(
     end: Int[np.ndarray, " tokens"],
 ) -> list[ShownToken]:
     """Give each token its characters start:end of the text; a token without any, its name in the vocabulary."""
-    backend = getattr(tokenizer, "backend", None)
-    if backend:
-        find_name = backend.id_to_token
-        special_ids = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+    # readers have a tokenizer without transformers, with other names for the same
+    if isinstance(tokenizer, TextTokenizer):
+        find_name = tokenizer.backend.id_to_token
+        added = tokenizer.backend.get_added_tokens_decoder()
+        special_ids = {number for number, token in added.items() if token.special}
     else:
         find_name, special_ids = tokenizer.convert_ids_to_tokens, set(tokenizer.all_special_ids)
     result = list[ShownToken]()
@@ -380,7 +390,10 @@ def name_tokens(
             # several tokens of one character, such as the bytes of an emoji, have the same characters
             shown = ShownToken(CONTINUED, token, position, True)
         else:
-            shown = ShownToken(characters, token, position, token in special_ids)
+            # the token for unknown text is special, too, but stands for characters
+            is_unknown = token == tokenizer.unk_token_id
+            is_special = token in special_ids and not is_unknown
+            shown = ShownToken(characters, token, position, is_special, is_unknown)
         reached = max(reached, last)
         result.append(shown)
     return result
@@ -398,6 +411,7 @@ def join_runs(tokens: Sequence[ShownToken], kinds: Sequence[RunKind], kept: int)
     runs = []
     for (kind, is_cut), group in itertools.groupby(range(len(tokens)), keys.__getitem__):
         positions = list(group)
+        # all tokens of an image are alike, and what is cut off may be long
         limit = 1 if kind == "image" else MAX_CUT_TOKENS if is_cut else len(positions)
         shown = tuple(tokens[position] for position in positions[:limit])
         runs.append(TokenRun(kind, is_cut, shown, positions[0], len(positions)))
@@ -409,16 +423,20 @@ def _list_notes(sample: PreviewSample, reader: Reader) -> tuple[str, ...]:
     notes = []
     if sample.stored and sample.image is not None:
         notes.append(_describe_resizing(sample.stored.image, Image.fromarray(np.ascontiguousarray(sample.image))))
-        # the reader draws the flip, so it is found by comparison
-        plain = replace(reader, random_flip=False, max_rounds=None)
-        _, unflipped = plain.prepare_sample(sample.stored, sample.place.position)
-        if unflipped is not None and not np.array_equal(sample.image, unflipped):
+        if reader.random_flip and _is_mirrored(sample.stored, sample.image, reader):
             notes.append("mirrored")
+    # rounds that were left out are in the stored record only
     if sample.stored and sample.prepared:
         stored, used = (len(found.record["conversations"]) // 2 for found in (sample.stored, sample.prepared))
         if reader.max_rounds:
             notes.append(f"{used} of {stored} rounds drawn")
     return tuple(notes)
+
+
+def _is_mirrored(stored: StoredSample, image: UInt8[np.ndarray, "height width 3"], reader: Reader) -> bool:
+    """Tell if the reader has mirrored an image. It does not say so, but another reader that never does shows it."""
+    _, unflipped = replace(reader, random_flip=False, max_rounds=None).prepare_sample(stored, 0)
+    return unflipped is not None and not np.array_equal(image, unflipped)
 
 
 def _describe_resizing(stored: bytes, image: Image.Image) -> str:
@@ -446,6 +464,7 @@ def format_stages(stages: Sequence[StageView], draw: Callable[[Image.Image], str
 
 
 def _format_stage(stage: StageView, draw: Callable[[Image.Image], str] | None) -> Iterator[str]:
+    # settings first, then the template, then set by set
     yield f"=== {stage.name} ==="
     width = max(map(len, stage.facts), default=0)
     yield from (f"{name:{width}}  {value}" for name, value in stage.facts.items())
@@ -454,9 +473,11 @@ def _format_stage(stage: StageView, draw: Callable[[Image.Image], str] | None) -
     for shown_set in stage.sets:
         yield f"\n--- {shown_set.name}: {'; '.join(filter(None, (*shown_set.facts, shown_set.summary)))} ---"
         for number, sample in enumerate(shown_set.samples, start=1):
-            yield f"\n[{number}] " + ", ".join(filter(None, (sample.title, sample.place, *sample.notes)))
+            title = ", ".join(filter(None, (sample.title, sample.place, *sample.notes)))
+            yield f"\n[{number}] {_escape_controls(title)}"
             if sample.problem:
-                yield f"  unusable: {sample.problem}"
+                yield f"  unusable: {_escape_controls(sample.problem)}"
+            # the picture of the patches shows the image as well
             if draw and (picture := sample.picture or sample.image):
                 yield draw(picture)
             if sample.summary:
@@ -468,17 +489,27 @@ def _format_stage(stage: StageView, draw: Callable[[Image.Image], str] | None) -
 
 def _format_run(run: TokenRun, has_colours: bool) -> Iterator[str]:
     """Format a run as lines: positions, kind and text."""
-    text = page.cut_text("".join(token.text for token in run.tokens), MAX_LINE_CHARACTERS)
+    text = "".join(f"[unknown:{token.text}]" if token.is_unknown else token.text for token in run.tokens)
+    text = page.cut_text(_escape_controls(text), MAX_LINE_CHARACTERS)
     if run.kind == "image" and run.first is not None:
         text = f"{IMAGE_TOKEN} x {run.length}"
     if run.hidden:
         text += f" … and {run.hidden} more"
     style = ANSI["cut" if run.is_cut else run.kind] if has_colours else ""
+    # a line of the text is a line of the terminal, with a sign for the line feed, which is a token
     lines = text.split("\n")
     lines = [f"{line}{NEWLINE}" for line in lines[:-1]] + lines[-1:]
     head = f"  {run.positions:>9}  {run.title:8}  "
     for number, line in enumerate(filter(None, lines)):
         yield (" " * len(head) if number else head) + (f"{style}{line}{ANSI_END}" if style else line)
+
+
+def _escape_controls(text: str) -> str:
+    """Escape characters that a terminal would obey instead of showing them; line feeds and blanks stay."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t\u200d" else char.encode("unicode_escape", "replace").decode()
+        for char in text
+    )
 
 
 # --- as a page -------------------------------------------------------------------------------------------------------
@@ -493,8 +524,11 @@ def encode_exactly(image: Image.Image) -> str:
 
 def render_page(title: str, lead: str, stages: Sequence[StageView]) -> str:
     """Render the page: one file without scripts that needs no network."""
+    # the legend explains what occurs in this page
     samples = [sample for stage in stages for shown in stage.sets for sample in shown.samples]
     used = {"cut" if run.is_cut else run.kind for sample in samples for run in sample.runs}
+    if any(token.is_unknown for sample in samples for run in sample.runs for token in run.tokens):
+        used.add("unknown")
     return page.render(
         "look.html.j2",
         title=title,

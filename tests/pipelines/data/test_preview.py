@@ -1,5 +1,6 @@
 """Tests of preview: drawn samples are those of the micro-batches at their positions, bit for bit."""
 
+import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -75,6 +76,7 @@ def test_unusable_samples_have_the_reason_of_training(
 @pytest.mark.parametrize("weights", [(), (1.0, 3.0, 0.1)])
 def test_positions_are_those_of_the_order(weights: tuple[float, ...]) -> None:
     order = Order(samples=(400, 100, 30), global_batch_size=16, seed=0, weights=weights)
+    get_batch = functools.cache(order.get_batch)
     for source, samples in enumerate(order.samples):
         for count, batches in ((10, None), (1000, None), (1000, 3)):
             places = draw_positions(order, source, count, seed=5, batches=batches)
@@ -82,7 +84,7 @@ def test_positions_are_those_of_the_order(weights: tuple[float, ...]) -> None:
                 assert min(count, samples) - 1 <= len(places) <= count
             assert len({place.sample for place in places}) == len(places)
             for position, batch, sample in places:
-                sources, numbers = order.get_batch(batch)
+                sources, numbers = get_batch(batch)
                 assert (sources[position % 16], numbers[position % 16]) == (source, sample)
                 assert batches is None or batch < batches
 
