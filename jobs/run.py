@@ -13,13 +13,15 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import ray
 import tenacity
+from transformers import PreTrainedTokenizerFast
 
 from jobs import claims, model_parts, report, schema
 from jobs.asking import describe_asking
@@ -347,16 +349,25 @@ def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Seq
         return  # pretrained parts bring their tokenizer
     # its words are those of all sets, also of sets that earlier commands made
     mixed = {name for stage in job.train.values() for name in stage.mixture}
-    other_records = (
-        record
-        for name in sorted(mixed - generated.keys())
-        for record in shard_index.Shards(sets[name]).iterate_records()
-        if records.find_rejection(record, None) is None
-    )
+    others = [shard_index.Shards(sets[name]).iterate_records() for name in sorted(mixed - generated.keys())]
+    with failures.locate_errors(tokenizer):
+        train_tokenizer(job.model.language, templates, [*generated.values(), *others]).save_pretrained(tokenizer)
+
+
+def train_tokenizer(
+    language: LanguageSizes, templates: Sequence[Template], sets: Iterable[Iterable[Any]]
+) -> PreTrainedTokenizerFast:
+    """Train the tokenizer of a language model that is built from sizes.
+
+    Args:
+        language: its sizes.
+        templates: conversation templates of the stages.
+        sets: records of each set; rejected ones are left out.
+    """
     texts = (
         "".join(piece for piece, _ in template.split_spans(record["conversations"]))
-        for record in itertools.chain(*generated.values(), other_records)
+        for record in itertools.chain(*sets)
+        if records.find_rejection(record, None) is None
         for template in templates
     )
-    with failures.locate_errors(tokenizer):
-        train_word_tokenizer(texts, job.model.language.max_position_embeddings).save_pretrained(tokenizer)
+    return train_word_tokenizer(texts, language.max_position_embeddings)

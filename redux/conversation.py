@@ -10,7 +10,7 @@ in LLaVA's trainer, `<image>` moves to the front of its turn, on a line of its o
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -149,8 +149,17 @@ def encode_conversation(
     Raises:
         ValueError: the cut would go through an image, or leave no text of the assistant.
     """
+    _, tokens = label_conversation(tokenizer, turns, template, image_tokens)
+    return _cut(tokenizer, tokens, max_length)
+
+
+def label_conversation(
+    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict], template: Template, image_tokens: int
+) -> "tuple[str, LabelledTokens]":
+    """Encode a conversation without a limit of tokens, and return its text as well; see `encode_conversation`."""
     pieces = list(template.split_spans(turns, tokenizer.eos_token or EOS_TOKEN))
-    return encode_pieces(tokenizer, pieces, image_tokens, max_length, not template.has_special_tokens)
+    tokens = label_pieces(tokenizer, pieces, image_tokens, not template.has_special_tokens)
+    return "".join(text for text, _ in pieces), tokens
 
 
 def encode_pieces(
@@ -167,6 +176,32 @@ def encode_pieces(
         pieces: the pieces.
         add_special_tokens: the tokenizer puts its begin token before the text.
     """
+    return _cut(tokenizer, label_pieces(tokenizer, pieces, image_tokens, add_special_tokens), max_length)
+
+
+class LabelledTokens(NamedTuple):
+    """Tokens of a conversation before it is cut, each of shape (length,).
+
+    Args:
+        ids: token ids.
+        labels: labels, IGNORE_INDEX except on the assistant's text.
+        start, end: characters start:end of each token in the joined pieces. All tokens of an image have those of its
+            tag. A token that the tokenizer adds has none.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+
+
+def label_pieces(
+    tokenizer: "PreTrainedTokenizerBase",
+    pieces: Sequence[tuple[str, bool]],
+    image_tokens: int,
+    add_special_tokens: bool = True,
+) -> LabelledTokens:
+    """Encode the pieces (text, is_learned) of a conversation, without a limit of tokens; see `encode_pieces`."""
     text = "".join(piece for piece, _ in pieces)
     ids, start, end = _tokenize(tokenizer, text, add_special_tokens)
     # learned_before[c]: learned characters before character c; a token has the difference of two of them
@@ -185,10 +220,18 @@ def encode_pieces(
     labels = np.where((learned > 0) & (ids != image_id), ids, IGNORE_INDEX)
     # the processor of transformers repeats the token in the same way
     repeats = np.where(ids == image_id, image_tokens, 1)
-    ids, labels = ids.repeat(repeats), labels.repeat(repeats)
-    # the cut, after images have their full length
+    return LabelledTokens(*(column.repeat(repeats) for column in (ids, labels, start, end)))
+
+
+def _cut(
+    tokenizer: "PreTrainedTokenizerBase", tokens: LabelledTokens, max_length: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a conversation off; arguments, result and errors are those of `encode_conversation`."""
+    ids, labels = tokens.ids, tokens.labels
+    # images have their full length here
     if max_length is None or len(ids) <= max_length:
         return ids, labels
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if (ids[max_length:] == image_id).any():
         raise ValueError(f"{len(ids)} tokens, cut off after {max_length} within or before the image")
     if (labels[:max_length] == IGNORE_INDEX).all():  # a batch of such samples would have no loss

@@ -4,6 +4,7 @@ transformers opens folders and hub ids.  Here any URL that fsspec knows (s3:// w
 It is deleted as soon as the weights are in memory, since a cache of whole models would fill the disk.
 """
 
+import posixpath
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath, path
@@ -15,14 +16,21 @@ PERMANENT_ERRORS = (ImportError, FileNotFoundError, IsADirectoryError, NotADirec
 """Errors of a store that the same URL raises again; other errors may be temporary."""
 
 
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+"""Suffixes of files with weights."""
+
+
 @contextmanager
-def local_copy(source: str | PathLike, names: Sequence[str] = (), label: str = "path") -> Iterator[str]:
+def local_copy(
+    source: str | PathLike, names: Sequence[str] = (), label: str = "path", skips_weights: bool = False
+) -> Iterator[str]:
     """Yield a local path of a checkpoint: the path itself, or for a URL a temporary folder with its files.
 
     Args:
         source: folder, hub id or URL.
         names: files to copy; empty copies all.
         label: name of the source in an error.
+        skips_weights: files of weights are not copied.
 
     Raises:
         ValueError: there are no files, or access is denied.
@@ -38,6 +46,9 @@ def local_copy(source: str | PathLike, names: Sequence[str] = (), label: str = "
             filesystem, remote_path = fsspec.url_to_fs(url)
             remote_folder = remote_path.rstrip("/")
             # a configuration alone is read before a job starts; the weights may have many gigabytes
+            if skips_weights:
+                found = [posixpath.basename(file) for file in filesystem.ls(remote_folder, detail=False)]
+                names = [name for name in found if name and not name.endswith(WEIGHT_SUFFIXES)]
             if names:
                 filesystem.get(
                     [f"{remote_folder}/{name}" for name in names], [path.join(folder, name) for name in names]

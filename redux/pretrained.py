@@ -17,6 +17,8 @@ from transformers import (
     AddedToken,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,7 +39,7 @@ from redux.loading import (
     load_tokenizer,
     report_damage,
 )
-from redux.model import ReduxForConditionalGeneration
+from redux.model import PART_PREFIXES, ReduxForConditionalGeneration, ReduxModel
 from redux.settings import CMAI, VMTC, Reduction
 
 TOWER_CLASSES = {
@@ -82,8 +84,6 @@ def assemble(
         language_model = load_language(folder, gguf_file, dtype=dtype)
         tokenizer = load_tokenizer(folder, "language", gguf_file=gguf_file)
     prepare_tokenizer(tokenizer, language_model.config, language)
-    # many tokenizers have no limit, which transformers represents as 10^30
-    tokenizer.model_max_length = min(tokenizer.model_max_length, language_model.config.max_position_embeddings)
     resize_embeddings(language_model, len(tokenizer))
     config = _join_configs(
         vision_tower.config,
@@ -112,6 +112,54 @@ def assemble(
     missing = loading_info["missing_keys"] - projector
     check_loading({**loading_info, "missing_keys": missing}, language, "language")
     return model, tokenizer
+
+
+def load_assembled_tokenizer(language: str | PathLike, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that `assemble` returns, without reading weights.  Arguments and errors are those of it."""
+    with local_copy(language, label="language", skips_weights=not gguf_file) as folder:
+        tokenizer = load_tokenizer(folder, "language", gguf_file=gguf_file)
+        prepare_tokenizer(tokenizer, _load_language_config(folder, gguf_file), language)
+    return tokenizer
+
+
+def load_image_encoder(
+    config: ReduxConfig, *, checkpoint: str | PathLike | None = None, tower: str | PathLike | None = None
+) -> ReduxModel:
+    """Load the image tower with its compression alone: of the model only `encode_images` can be called.
+
+    Args:
+        config: configuration of the whole model, with the settings of the method.
+        checkpoint: folder, hub id or URL of a LLaVA whose tower is taken; weights of its other parts are not kept.
+        tower: folder, hub id or URL of a CLIP or SigLIP, instead of a checkpoint.
+
+    Raises:
+        ValueError: the tower cannot be loaded completely.
+    """
+    # the smallest language model there is, as it is never run
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    language = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=8)
+    config = ReduxConfig(**{**config.to_dict(), "text_config": language.to_dict()})
+    model = ReduxForConditionalGeneration(config).model.eval()
+    if tower is not None:
+        with local_copy(tower, label="tower") as folder:
+            model.vision_tower = load_part("tower", folder, TOWER_CLASSES, torch.float32).eval()
+        return model
+    assert checkpoint is not None
+    with local_copy(checkpoint, label="checkpoint") as folder, report_damage(checkpoint, "checkpoint"):
+        # the plain class, as Redux's own refuses weights that the model does not have
+        llava, loading_info = LlavaForConditionalGeneration.from_pretrained(
+            folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    of_tower = {
+        "missing_keys": {name for name in loading_info["missing_keys"] if name.startswith(PART_PREFIXES["tower"])},
+        "mismatched_keys": {
+            found for found in loading_info["mismatched_keys"] if found[0].startswith(PART_PREFIXES["tower"])
+        },
+        "unexpected_keys": set(),
+    }
+    check_loading(of_tower, checkpoint, "checkpoint")
+    model.vision_tower = llava.model.vision_tower.eval()
+    return model
 
 
 def configure_assembly(
@@ -339,7 +387,7 @@ def load_part(
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, language: str | PathLike) -> None:
-    """Add `<image>` and a pad token to a tokenizer.
+    """Add `<image>`, a pad token and the limit of positions to a tokenizer.
 
     The pad token is the unknown token, as in LLaVA, or else the end token.
 
@@ -363,6 +411,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConf
     tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    # many tokenizers have no limit, which transformers represents as 10^30
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
 
 
 def resize_embeddings(language: PreTrainedModel, size: int) -> None:

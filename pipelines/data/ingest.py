@@ -137,7 +137,7 @@ class Reader:
         return {
             "number": number,
             "pixel_values": out[:num_images],
-            **_pad_rows(rows, self._loaded_tokenizer().pad_token_id),
+            **_pad_rows(rows, self.get_tokenizer().pad_token_id),
             "source": source,
             "sample": used,
             "replaced": json.dumps(replaced),
@@ -157,7 +157,8 @@ class Reader:
         """Return the fingerprint of each set. It depends on contents, not on locations."""
         return {name: shards.fingerprint for name, shards in self.sources.items()}
 
-    def _loaded_tokenizer(self) -> "PreTrainedTokenizerBase | TextTokenizer":
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase | TextTokenizer":
+        """Return the tokenizer; the folder is read at the first call in a process."""
         return self.text_tokenizer or _load_tokenizer(self.tokenizer)
 
     def _fetch(
@@ -195,7 +196,7 @@ class Reader:
             try:
                 row, image = self._encode(stored_sample or shards.read_samples([used])[0], position)
             except ValueError as error:
-                reason = reason or _describe_failure(shards, used, error)
+                reason = reason or describe_failure(shards, used, error)
                 # seeded by the position, so that every reader draws the same replacement
                 rng = np.random.default_rng((self.order.seed, position, attempt))
                 drawn = rng.integers(self.order.samples[source], size=1)
@@ -210,11 +211,22 @@ class Reader:
     def _encode(
         self, sample: StoredSample, position: int
     ) -> tuple[TextRow, UInt8[np.ndarray, "height width 3"] | None]:
-        """Encode text and image, with augmentations drawn by (seed, stream position)."""
-        # foreign tars may hold anything; an image without a tag would be matched with another sample's tag
-        checked = {"conversations": sample.record.get("conversations")}
-        if rejection := find_rejection({**checked, "image": "image"} if sample.image else checked, None):
-            raise ValueError(f"{rejection.reason}: {rejection.explanation}: {rejection.field}: got {rejection.value}")
+        """Encode text and image. See `prepare_sample`."""
+        sample, image = self.prepare_sample(sample, position)
+        return self.encode(self.get_tokenizer(), sample), image
+
+    def prepare_sample(
+        self, sample: StoredSample, position: int
+    ) -> tuple[StoredSample, UInt8[np.ndarray, "height width 3"] | None]:
+        """Check a sample and draw its augmentations by (seed, stream position).
+
+        Returns:
+            The sample with the rounds that are learned, and its image as the tower gets it; None for text only.
+
+        Raises:
+            ValueError: the record is rejected, or its image is broken.
+        """
+        check_record(sample)
         rng = np.random.default_rng((self.order.seed, position)) if self.random_flip or self.max_rounds else None
         image = (
             load_pixels(sample.image, self.image_size, self.image_aspect_ratio, self.image_backend).transpose(1, 2, 0)
@@ -226,7 +238,15 @@ class Reader:
             image = image[:, ::-1]
         if self.max_rounds and rng:
             sample = draw_rounds(sample, self.max_rounds, rng)
-        return self.encode(self._loaded_tokenizer(), sample), image
+        return sample, image
+
+
+def check_record(sample: StoredSample) -> None:
+    """Raise a ValueError if the record of a stored sample would be rejected."""
+    # foreign tars may hold anything; an image without a tag would be matched with another sample's tag
+    checked = {"conversations": sample.record.get("conversations")}
+    if rejection := find_rejection({**checked, "image": "image"} if sample.image else checked, None):
+        raise ValueError(f"{rejection.reason}: {rejection.explanation}: {rejection.field}: got {rejection.value}")
 
 
 class Segment(NamedTuple):
@@ -324,9 +344,13 @@ def encode_caption(tokenizer: "PreTrainedTokenizerBase | TextTokenizer", sample:
     """Encode the first answer of a sample for CLIP, as `<s> caption </s>`, truncated to CLIP_MAX_LENGTH tokens."""
     if not sample.image:
         raise ValueError(f"sample {sample.key}: text alone, allowed in a contrastive stage: an image and its caption")
-    caption_text = sample.record["conversations"][1]["value"].replace(IMAGE_TOKEN, "")
-    ids = tokenizer(caption_text, truncation=True, max_length=CLIP_MAX_LENGTH - 1)["input_ids"]
+    ids = tokenizer(get_caption(sample), truncation=True, max_length=CLIP_MAX_LENGTH - 1)["input_ids"]
     return {"input_ids": np.array([*ids, tokenizer.eos_token_id])}
+
+
+def get_caption(sample: StoredSample) -> str:
+    """Return the text that a contrastive stage compares with the image: the first answer."""
+    return str(sample.record["conversations"][1]["value"]).replace(IMAGE_TOKEN, "")
 
 
 def make_conversation_encoder(
@@ -371,7 +395,7 @@ def draw_rounds(sample: StoredSample, max_rounds: int, rng: np.random.Generator)
     return replace(sample, record={**sample.record, "conversations": shuffled})
 
 
-def _describe_failure(shards: Shards, number: int, error: ValueError) -> str:
+def describe_failure(shards: Shards, number: int, error: ValueError) -> str:
     """Describe an unusable sample: its tar, its name and the error."""
     try:
         [row] = shards.read_rows([number])

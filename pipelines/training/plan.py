@@ -145,10 +145,14 @@ class StagePlan:
                 "of the tower and image_aspect_ratio, or original images"
             )
 
-    def build_reader(self) -> ingest.Reader:
-        """Build the reader of micro-batches, which Ray Data runs."""
+    def build_reader(self, sources: dict[str, Shards] | None = None) -> ingest.Reader:
+        """Build the reader of micro-batches, which Ray Data runs.
+
+        Args:
+            sources: sets of the mixture; None opens them.
+        """
         stage = self.stage
-        sources = self.open_sources()
+        sources = sources or self.open_sources()
         # Only a single set can be grouped; Stage checks that.
         held_out: tuple[Int[np.ndarray, " samples"], ...] = ()
         if self.hold_out:

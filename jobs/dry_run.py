@@ -1,0 +1,113 @@
+"""The stages of a job before it has run: what their workers would read, without Ray and without a training step.
+
+Everything that exists in the run folder is used. What a run would make first is made here in memory or in a temporary
+folder: its sets, and the tokenizer. No weights are read.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from jobs import claims
+from jobs.layout import locate_sets
+from jobs.model_parts import find_assembled
+from jobs.run import TOKENIZER, plan_stages, train_tokenizer
+from jobs.schema import Job
+from pipelines.core import storage
+from pipelines.data import easy_vqa, records
+from pipelines.data.options import ShardOptions
+from pipelines.data.shard_index import Shards, is_finished
+from pipelines.data.unmade import UnmadeShards
+from pipelines.training.files import JOB_FILE
+from pipelines.training.plan import StagePlan, StageWork
+from redux.architecture import LanguageSizes
+from redux.conversation import TEMPLATES
+from redux.hub import local_copy
+from redux.pretrained import load_assembled_tokenizer
+
+SECTIONS_OF_TRAINING = ("data", "model", "train", "seed")
+"""Sections of a job on which samples and weights depend."""
+
+
+@contextmanager
+def open_stages(job: Job, folder: Path) -> Iterator[dict[str, StageWork]]:
+    """Open the stages of a job by name, in order. A tokenizer that was made for it is deleted afterwards.
+
+    Args:
+        job: the job, resolved.
+        folder: run folder; it need not exist.
+
+    Raises:
+        ValueError: a set, the tokenizer or a configuration cannot be read.
+    """
+    plans = plan_stages(job, folder)
+    sources = open_sets(job, folder)
+    with TemporaryDirectory() as temporary:
+        tokenizer = find_tokenizer(job, folder)
+        if tokenizer is None:
+            tokenizer = Path(temporary)
+            _make_tokenizer(job, plans, sources).save_pretrained(tokenizer)
+        result = {}
+        for name, plan in plans.items():
+            plan = replace(plan, tokenizer=tokenizer)
+            mixture = {source: sources[source] for source in plan.stage.mixture}
+            for source, shards in mixture.items():
+                plan.check_prepared(source, shards.prepared_format)
+            reader = plan.build_reader(mixture)
+            result[name] = StageWork(plan, reader, plan.count_steps(reader.order))
+        yield result
+
+
+def belongs_to_run(job: Job, folder: Path) -> bool:
+    """Tell if the run folder has this job: samples and weights in it are those that the job would make."""
+    if not (folder / JOB_FILE).exists():
+        return False
+    changes = claims.find_changes(folder / JOB_FILE, job)
+    return not any(
+        claims.may_change(key, SECTIONS_OF_TRAINING) and not claims.may_change(key, claims.MAY_CHANGE_ON_RESUME)
+        for key in changes
+    )
+
+
+def open_sets(job: Job, folder: Path) -> dict[str, Shards]:
+    """Open the sets on which the stages of a job train, by name. Sets that are not made yet are opened as records."""
+    urls = locate_sets(job, folder)
+    used = {name for stage in job.train.values() for name in stage.mixture}
+    return {name: _open_set(job, folder, name, urls[name]) for name in urls if name in used}
+
+
+def _open_set(job: Job, folder: Path, name: str, url: str) -> Shards:
+    if name in job.generated_sets:
+        if belongs_to_run(job, folder) and is_finished(url):
+            return Shards(url)
+        options = ShardOptions(samples_per_shard=job.data.samples_per_shard)
+        return UnmadeShards(easy_vqa.EASY_VQA_SETS[name](), str(easy_vqa.PACKAGE_IMAGES), options)
+    source = job.data.make.get(name)
+    if source is None or is_finished(url):
+        return Shards(url)
+    options = ShardOptions(**{field.name: getattr(source, field.name) for field in fields(ShardOptions)})
+    return UnmadeShards(records.parse_records(storage.read(source.json), source.json), source.images, options)
+
+
+def find_tokenizer(job: Job, folder: Path) -> Path | None:
+    """Find the tokenizer that the run has made; None if there is none, or that of another job."""
+    if job.model.is_pretrained:
+        return find_assembled(job, folder)
+    tokenizer = folder / TOKENIZER
+    return tokenizer if tokenizer.exists() and belongs_to_run(job, folder) else None
+
+
+def _make_tokenizer(job: Job, plans: dict[str, StagePlan], sources: dict[str, Shards]) -> PreTrainedTokenizerBase:
+    """Make the tokenizer that the run would make."""
+    model = job.model
+    if isinstance(model.language, LanguageSizes):
+        templates = [TEMPLATES[plan.template] for plan in plans.values()]
+        return train_tokenizer(model.language, templates, [shards.iterate_records() for shards in sources.values()])
+    if model.checkpoint:
+        with local_copy(model.checkpoint, label="checkpoint", skips_weights=True) as copy:
+            return AutoTokenizer.from_pretrained(copy)
+    return load_assembled_tokenizer(str(model.language), model.gguf_file)

@@ -1,0 +1,542 @@
+"""View of the samples of a stage before training, as a page (`redux look`) or as text for a terminal.
+
+A sample is shown as its worker gets it: `pipelines.data.preview` has encoded it with the code of training. Here its
+tokens only get their texts, and are divided into runs: context, image, learned, and what truncation cuts off.
+"""
+
+import base64
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from pipelines.data.ingest import Reader, TextRow, check_record, get_caption
+from pipelines.data.preview import PreviewSample
+from pipelines.data.shard_index import StoredSample
+from pipelines.data.text_tokenizer import TextTokenizer
+from pipelines.report import page
+from redux.conversation import EOS_TOKEN, IGNORE_INDEX, IMAGE_TOKEN, Template, label_conversation
+from redux.image import load_pixels
+from redux.settings import ImageAspectRatio
+
+RunKind = Literal["context", "image", "learned", "caption"]
+
+KINDS = {
+    "learned": "token that is learned",
+    "context": "token that is read, not learned",
+    "image": "image tokens",
+    "caption": "caption that is compared with the image",
+    "cut": "cut off by max_length",
+    "unknown": "text that the tokenizer does not know",
+}
+"""Kinds of tokens, with explanations for the legend."""
+
+MAX_CUT_TOKENS = 200
+"""Tokens that are shown of what truncation cuts off."""
+
+MAX_LINE_CHARACTERS = 600
+"""Characters of a run that are shown in a terminal."""
+
+MAX_RECORD_CHARACTERS = 4000
+"""Characters of a stored record that are shown."""
+
+NEWLINE = "⏎"
+CONTINUED = "·"
+"""Sign for a token that has no first byte of a character, such as the later ones of an emoji."""
+
+TEMPLATE_TURNS = ({"from": "human", "value": f"{IMAGE_TOKEN}\n[question]"}, {"from": "gpt", "value": "[answer]"})
+"""Conversation that shows the text of a template around its turns."""
+
+
+class ShownToken(NamedTuple):
+    """A token with its text.
+
+    Args:
+        text: its characters; blanks are kept.
+        id: number in the vocabulary; None if there is no tokenizer.
+        position: number in the sequence; None if there is no tokenizer.
+        is_special: the text is the name of a special token.
+        is_unknown: the vocabulary does not have the characters, so the model reads the token for unknown text.
+    """
+
+    text: str
+    id: int | None = None
+    position: int | None = None
+    is_special: bool = False
+    is_unknown: bool = False
+
+
+class TokenRun(NamedTuple):
+    """Neighbouring tokens of one kind.
+
+    Args:
+        kind: what training does with them.
+        is_cut: truncation cuts them off.
+        tokens: the tokens; one for all tokens of an image.
+        first: position of the first token; None if there is no tokenizer.
+        length: number of tokens, also of those that are not shown.
+    """
+
+    kind: RunKind
+    is_cut: bool
+    tokens: tuple[ShownToken, ...]
+    first: int | None
+    length: int
+
+    @property
+    def positions(self) -> str:
+        """First and last position, for a reader."""
+        if self.first is None:
+            return ""
+        return str(self.first) if self.length == 1 else f"{self.first}–{self.first + self.length - 1}"
+
+    @property
+    def title(self) -> str:
+        """Name of the kind for a reader."""
+        return f"cut off, {self.kind}" if self.is_cut else self.kind
+
+    @property
+    def hidden(self) -> int:
+        """Number of tokens that are not shown."""
+        return 0 if self.kind == "image" else self.length - len(self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleView:
+    """A sample for a reader.
+
+    Args:
+        name: id of its record, or its key; "" if it cannot be read.
+        place: when training uses it; "" without a stage.
+        row: number of the sample in its set.
+        problem: reason why training replaces it, or "".
+        runs: its tokens.
+        notes: what preparation has changed.
+        record: the stored record, as JSON.
+        image: image as the tower gets it; None for text only.
+        picture: its kept and merged patches; None if they are not known.
+        num_tokens: tokens that a worker gets; None if there is no tokenizer, or the sample is unusable.
+    """
+
+    name: str
+    place: str
+    row: int
+    problem: str
+    runs: tuple[TokenRun, ...] = ()
+    notes: tuple[str, ...] = ()
+    record: str = ""
+    image: Image.Image | None = None
+    picture: Image.Image | None = None
+    num_tokens: int | None = None
+
+    @property
+    def title(self) -> str:
+        """Name for a reader."""
+        return f"{self.name}, row {self.row}" if self.name else f"row {self.row}"
+
+    def count(self, *kinds: RunKind, is_cut: bool = False) -> int:
+        """Count the tokens of kinds; of all without one."""
+        return sum(run.length for run in self.runs if run.is_cut == is_cut and (not kinds or run.kind in kinds))
+
+    @property
+    def summary(self) -> str:
+        """Numbers of tokens in one line."""
+        if self.num_tokens is None:
+            return ""
+        # 0 learned tokens are a fault, so they are always counted, except for captions, which have no labels
+        always = set() if any(run.kind == "caption" for run in self.runs) else {"learned"}
+        counts = {
+            "image": self.count("image"),
+            "learned": self.count("learned"),
+            "unknown": sum(token.is_unknown for run in self.runs if not run.is_cut for token in run.tokens),
+            "cut off": self.count(is_cut=True),
+        }
+        parts = [f"{number:,} {name}" for name, number in counts.items() if number or name in always]
+        return f"{self.num_tokens:,} tokens" + (f": {', '.join(parts)}" if parts else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetView:
+    """Samples of a set in a stage.
+
+    Args:
+        name: name of the set.
+        facts: what holds for the whole set, in short sentences.
+        samples: the samples.
+    """
+
+    name: str
+    facts: tuple[str, ...]
+    samples: tuple[SampleView, ...]
+
+    @property
+    def summary(self) -> str:
+        """Lengths and shares of the shown samples in one line; "" if there is no tokenizer."""
+        lengths = [sample.num_tokens for sample in self.samples if sample.num_tokens]
+        if not lengths:
+            return ""
+        has_labels = any(run.kind != "caption" for sample in self.samples for run in sample.runs)
+        learned = sum(sample.count("learned") for sample in self.samples if not sample.problem)
+        cut = sum(bool(sample.count(is_cut=True)) for sample in self.samples)
+        unusable = sum(bool(sample.problem) for sample in self.samples)
+        parts = [f"{min(lengths):,} to {max(lengths):,} tokens" if len(set(lengths)) > 1 else f"{lengths[0]:,} tokens"]
+        parts += [f"{page.format_percent(learned / sum(lengths))} of them learned"] if has_labels else []
+        parts += [f"{cut} cut off"] if cut else []
+        parts += [f"{unusable} unusable"] if unusable else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageView:
+    """Samples of the sets of a stage.
+
+    Args:
+        name: name of the stage.
+        facts: settings that decide what a sample becomes, as names and values.
+        template: text of the template around a conversation; empty if it has none.
+        sets: the sets.
+    """
+
+    name: str
+    facts: dict[str, str]
+    template: tuple[TokenRun, ...]
+    sets: tuple[SetView, ...]
+
+
+def view_sample(
+    sample: PreviewSample,
+    reader: Reader,
+    template: Template | None,
+    image_tokens: int,
+    max_length: int | None,
+    picture: Image.Image | None,
+) -> SampleView:
+    """Make the view of a sample.
+
+    Args:
+        sample: the sample as a worker gets it.
+        reader: reader of the stage.
+        template: conversation template; None in a contrastive stage.
+        image_tokens: number of tokens that stand for an image.
+        max_length: number of tokens to which a sample is truncated; None for no limit.
+        picture: its kept and merged patches.
+    """
+    runs: tuple[TokenRun, ...] = ()
+    # a sample that cannot be prepared has no text to show
+    if sample.prepared is not None:
+        turns = sample.prepared.record["conversations"]
+        try:
+            if template is None:
+                runs = _view_caption(reader, sample.prepared, sample.row)
+            else:
+                runs = _view_conversation(reader, turns, sample.row, template, image_tokens, max_length)
+        except ValueError:  # the sample has this problem; its text is shown without tokens
+            runs = view_pieces(template, turns, reader.get_tokenizer().eos_token) if template else ()
+    # readers count steps and samples from 1
+    stored = sample.stored
+    batch_size = reader.order.global_batch_size
+    return SampleView(
+        name=stored.id if stored else "",
+        place=f"step {sample.place.batch + 1:,}, sample {sample.place.position % batch_size + 1:,} of {batch_size:,}",
+        row=sample.place.sample,
+        problem=sample.problem,
+        runs=runs,
+        notes=_list_notes(sample, reader),
+        record=format_record(stored.record) if stored else "",
+        image=None if sample.image is None else Image.fromarray(np.ascontiguousarray(sample.image)),
+        picture=picture,
+        num_tokens=len(sample.row["input_ids"]) if sample.row else None,
+    )
+
+
+def view_stored(
+    row: int, stored: StoredSample | str, template: Template, size: int, image_aspect_ratio: ImageAspectRatio
+) -> SampleView:
+    """Make the view of a stored sample without a tokenizer: its text as the template writes it, and its image.
+
+    Args:
+        row: number of the sample in its set.
+        stored: the sample, or the reason why it cannot be read.
+        template: conversation template.
+        size: side of the image in pixels.
+        image_aspect_ratio: "pad" or "crop".
+    """
+    if isinstance(stored, str):
+        return SampleView(name="", place="", row=row, problem=stored)
+    problem, image = "", None
+    runs: tuple[TokenRun, ...] = ()
+    notes: tuple[str, ...] = ()
+    try:
+        check_record(stored)
+        runs = view_pieces(template, stored.record["conversations"])
+        if stored.image:
+            image = Image.fromarray(load_pixels(stored.image, size, image_aspect_ratio).transpose(1, 2, 0))
+            notes = (_describe_resizing(stored.image, image),)
+    except ValueError as error:
+        problem = str(error)
+    return SampleView(
+        name=stored.id,
+        place="",
+        row=row,
+        problem=problem,
+        runs=runs,
+        notes=notes,
+        record=format_record(stored.record),
+        image=image,
+    )
+
+
+def format_record(record: dict) -> str:
+    """Format a stored record as JSON, cut to a readable length."""
+    return page.cut_text(json.dumps(record, indent=2, ensure_ascii=False), MAX_RECORD_CHARACTERS)
+
+
+def view_template(template: Template, eos: str | None = None) -> tuple[TokenRun, ...]:
+    """Show the text of a template around one question and its answer; `eos` is the end token of the tokenizer."""
+    return view_pieces(template, TEMPLATE_TURNS, eos)
+
+
+def view_pieces(template: Template, turns: Sequence[dict], eos: str | None = None) -> tuple[TokenRun, ...]:
+    """Divide a conversation into runs by its text alone."""
+    runs: list[TokenRun] = []
+    for text, is_learned in template.split_spans(turns, eos or EOS_TOKEN):
+        for number, part in enumerate(text.split(IMAGE_TOKEN)):
+            # each cut between two parts is a tag
+            if number:
+                runs.append(TokenRun("image", False, (ShownToken(IMAGE_TOKEN, is_special=True),), None, 1))
+            kind: RunKind = "learned" if is_learned else "context"
+            # neighbouring pieces of one kind, such as the system prompt and a question, are one run
+            if part and runs and runs[-1].kind == kind:
+                runs[-1] = runs[-1]._replace(tokens=(ShownToken(runs[-1].tokens[0].text + part),))
+            elif part:
+                runs.append(TokenRun(kind, False, (ShownToken(part),), None, 1))
+    return tuple(runs)
+
+
+def _view_conversation(
+    reader: Reader,
+    turns: Sequence[dict],
+    row: TextRow | None,
+    template: Template,
+    image_tokens: int,
+    max_length: int | None,
+) -> tuple[TokenRun, ...]:
+    """Divide a conversation into runs, also that of an unusable sample, which has no row."""
+    tokenizer: Any = reader.get_tokenizer()
+    text, whole = label_conversation(tokenizer, turns, template, image_tokens)
+    labels, kept = whole.labels, min(len(whole.ids), max_length or len(whole.ids))
+    if row is not None:
+        # ids and labels are those that a worker gets; only what is cut off comes from the whole conversation
+        kept = len(row["input_ids"])
+        if (row["input_ids"] != whole.ids[:kept]).any():
+            raise RuntimeError("a sample has other tokens than the beginning of its conversation")
+        labels = np.concatenate([row["labels"], whole.labels[kept:]])
+    # the image of an answer is no prediction, so it is told apart by its id
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    kinds: list[RunKind] = [
+        "image" if token == image_id else "context" if label == IGNORE_INDEX else "learned"
+        for token, label in zip(whole.ids, labels, strict=True)
+    ]
+    return join_runs(name_tokens(tokenizer, text, whole.ids, whole.start, whole.end), kinds, kept)
+
+
+def _view_caption(reader: Reader, sample: StoredSample, row: TextRow | None) -> tuple[TokenRun, ...]:
+    """Divide the caption of a contrastive stage into runs."""
+    tokenizer: Any = reader.get_tokenizer()
+    text = get_caption(sample)
+    whole = tokenizer(text, return_offsets_mapping=True)
+    start, end = np.array(whole["offset_mapping"], np.int64).reshape(-1, 2).T
+    ids, kept = np.array(whole["input_ids"], np.int64), len(whole["input_ids"])
+    if row is not None:
+        # the encoder puts the end token where it cuts the caption; it has no characters
+        kept = len(row["input_ids"])
+        ids = np.concatenate([row["input_ids"], ids[kept - 1 :]])
+        start, end = (np.insert(column, kept - 1, len(text)) for column in (start, end))
+    return join_runs(name_tokens(tokenizer, text, ids, start, end), ["caption"] * len(ids), kept)
+
+
+def name_tokens(
+    tokenizer: Any,
+    text: str,
+    ids: Int[np.ndarray, " tokens"],
+    start: Int[np.ndarray, " tokens"],
+    end: Int[np.ndarray, " tokens"],
+) -> list[ShownToken]:
+    """Give each token its characters start:end of the text; a token without any, its name in the vocabulary."""
+    # readers have a tokenizer without transformers, with other names for the same
+    if isinstance(tokenizer, TextTokenizer):
+        find_name = tokenizer.backend.id_to_token
+        added = tokenizer.backend.get_added_tokens_decoder()
+        special_ids = {number for number, token in added.items() if token.special}
+    else:
+        find_name, special_ids = tokenizer.convert_ids_to_tokens, set(tokenizer.all_special_ids)
+    result = list[ShownToken]()
+    reached = 0
+    for position, (token, first, last) in enumerate(zip(ids.tolist(), start.tolist(), end.tolist(), strict=True)):
+        # blanks before a token that the tokenizer drops are shown with the token
+        gap = text[reached:first]
+        characters = (gap if gap.isspace() else "") + text[first:last]
+        if text[first:last] == IMAGE_TOKEN:
+            shown = ShownToken(IMAGE_TOKEN, token, position, True)
+        elif first == last:
+            shown = ShownToken(find_name(token) or f"<{token}>", token, position, True)
+        elif last <= reached:
+            # several tokens of one character, such as the bytes of an emoji, have the same characters
+            shown = ShownToken(CONTINUED, token, position, True)
+        else:
+            # the token for unknown text is special, too, but stands for characters
+            is_unknown = token == tokenizer.unk_token_id
+            is_special = token in special_ids and not is_unknown
+            shown = ShownToken(characters, token, position, is_special, is_unknown)
+        reached = max(reached, last)
+        result.append(shown)
+    return result
+
+
+def join_runs(tokens: Sequence[ShownToken], kinds: Sequence[RunKind], kept: int) -> tuple[TokenRun, ...]:
+    """Join neighbouring tokens of one kind.
+
+    Args:
+        tokens: all tokens.
+        kinds: kind of each of them.
+        kept: number of tokens before the cut.
+    """
+    keys = [(kind, position >= kept) for position, kind in enumerate(kinds)]
+    runs = []
+    for (kind, is_cut), group in itertools.groupby(range(len(tokens)), keys.__getitem__):
+        positions = list(group)
+        # all tokens of an image are alike, and what is cut off may be long
+        limit = 1 if kind == "image" else MAX_CUT_TOKENS if is_cut else len(positions)
+        shown = tuple(tokens[position] for position in positions[:limit])
+        runs.append(TokenRun(kind, is_cut, shown, positions[0], len(positions)))
+    return tuple(runs)
+
+
+def _list_notes(sample: PreviewSample, reader: Reader) -> tuple[str, ...]:
+    """List what preparation has changed."""
+    notes = []
+    if sample.stored and sample.image is not None:
+        notes.append(_describe_resizing(sample.stored.image, Image.fromarray(np.ascontiguousarray(sample.image))))
+        if reader.random_flip and _is_mirrored(sample.stored, sample.image, reader):
+            notes.append("mirrored")
+    # rounds that were left out are in the stored record only
+    if sample.stored and sample.prepared:
+        stored, used = (len(found.record["conversations"]) // 2 for found in (sample.stored, sample.prepared))
+        if reader.max_rounds:
+            notes.append(f"{used} of {stored} rounds drawn")
+    return tuple(notes)
+
+
+def _is_mirrored(stored: StoredSample, image: UInt8[np.ndarray, "height width 3"], reader: Reader) -> bool:
+    """Tell if the reader has mirrored an image. It does not say so, but another reader that never does shows it."""
+    _, unflipped = replace(reader, random_flip=False, max_rounds=None).prepare_sample(stored, 0)
+    return unflipped is not None and not np.array_equal(image, unflipped)
+
+
+def _describe_resizing(stored: bytes, image: Image.Image) -> str:
+    """Describe the sizes of an image before and after."""
+    with Image.open(io.BytesIO(stored)) as opened:
+        kind, (width, height) = opened.format, opened.size
+    text = f"{kind} of {width} × {height} pixels"
+    return text if (width, height) == image.size else f"{text}, as {image.width} × {image.height}"
+
+
+# --- as text ---------------------------------------------------------------------------------------------------------
+
+ANSI = {"context": "", "image": "\x1b[33m", "learned": "\x1b[1;32m", "caption": "", "cut": "\x1b[9;31m"}
+ANSI_END = "\x1b[0m"
+
+
+def format_stages(stages: Sequence[StageView], draw: Callable[[Image.Image], str] | None = None) -> str:
+    """Format stages for a terminal.
+
+    Args:
+        stages: the stages.
+        draw: formats a picture with colours; None writes text without colours.
+    """
+    return "\n".join(itertools.chain.from_iterable(_format_stage(stage, draw) for stage in stages))
+
+
+def _format_stage(stage: StageView, draw: Callable[[Image.Image], str] | None) -> Iterator[str]:
+    # settings first, then the template, then set by set
+    yield f"=== {stage.name} ==="
+    width = max(map(len, stage.facts), default=0)
+    yield from (f"{name:{width}}  {value}" for name, value in stage.facts.items())
+    for run in stage.template:
+        yield from _format_run(run, draw is not None)
+    for shown_set in stage.sets:
+        yield f"\n--- {shown_set.name}: {'; '.join(filter(None, (*shown_set.facts, shown_set.summary)))} ---"
+        for number, sample in enumerate(shown_set.samples, start=1):
+            title = ", ".join(filter(None, (sample.title, sample.place, *sample.notes)))
+            yield f"\n[{number}] {_escape_controls(title)}"
+            if sample.problem:
+                yield f"  unusable: {_escape_controls(sample.problem)}"
+            # the picture of the patches shows the image as well
+            if draw and (picture := sample.picture or sample.image):
+                yield draw(picture)
+            if sample.summary:
+                yield f"  {sample.summary}"
+            for run in sample.runs:
+                yield from _format_run(run, draw is not None)
+    yield ""
+
+
+def _format_run(run: TokenRun, has_colours: bool) -> Iterator[str]:
+    """Format a run as lines: positions, kind and text."""
+    text = "".join(f"[unknown:{token.text}]" if token.is_unknown else token.text for token in run.tokens)
+    text = page.cut_text(_escape_controls(text), MAX_LINE_CHARACTERS)
+    if run.kind == "image" and run.first is not None:
+        text = f"{IMAGE_TOKEN} x {run.length}"
+    if run.hidden:
+        text += f" … and {run.hidden} more"
+    style = ANSI["cut" if run.is_cut else run.kind] if has_colours else ""
+    # a line of the text is a line of the terminal, with a sign for the line feed, which is a token
+    lines = text.split("\n")
+    lines = [f"{line}{NEWLINE}" for line in lines[:-1]] + lines[-1:]
+    head = f"  {run.positions:>9}  {run.title:8}  "
+    for number, line in enumerate(filter(None, lines)):
+        yield (" " * len(head) if number else head) + (f"{style}{line}{ANSI_END}" if style else line)
+
+
+def _escape_controls(text: str) -> str:
+    """Escape characters that a terminal would obey instead of showing them; line feeds and blanks stay."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t\u200d" else char.encode("unicode_escape", "replace").decode()
+        for char in text
+    )
+
+
+# --- as a page -------------------------------------------------------------------------------------------------------
+
+
+def encode_exactly(image: Image.Image) -> str:
+    """Encode an image without loss as a data URI, so that the page shows the pixels of the tower."""
+    file = io.BytesIO()
+    image.save(file, "webp", lossless=True, method=2)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def render_page(title: str, lead: str, stages: Sequence[StageView]) -> str:
+    """Render the page: one file without scripts that needs no network."""
+    # the legend explains what occurs in this page
+    samples = [sample for stage in stages for shown in stage.sets for sample in shown.samples]
+    used = {"cut" if run.is_cut else run.kind for sample in samples for run in sample.runs}
+    if any(token.is_unknown for sample in samples for run in sample.runs for token in run.tokens):
+        used.add("unknown")
+    return page.render(
+        "look.html.j2",
+        title=title,
+        lead=lead,
+        stages=stages,
+        kinds=[(kind, text) for kind, text in KINDS.items() if kind in used],
+        has_pictures=any(sample.picture for sample in samples),
+        encode=page.encode_image,
+        encode_exact=encode_exactly,
+        newline=NEWLINE,
+    )
