@@ -40,19 +40,12 @@ def ray_cluster() -> Iterator[Any]:
 
     Starting takes seconds, so it is shared, and imported here so that tests without it do not pay for it.
     """
-    import ray
     import torch
 
-    if not torch.cuda.is_available():
+    from tests import shared_ray
+
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # set before Ray starts, so that its workers inherit it
-    for attempt in range(3):
-        try:
-            # address="local": a Ray that happens to run on the machine is not a test's to use
-            ray.init(address="local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
-            break
-        except Exception as error:  # Ray 2.60 gives up after 30 s on a busy machine
-            ray.shutdown()
-            if attempt == 2 or "timed out during startup" not in str(error):
-                raise
-    yield ray
-    ray.shutdown()
+    with shared_ray.start_ray(with_forks=not has_gpu) as ray:
+        yield ray
