@@ -21,11 +21,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-WORKER_MODULES = ["deepspeed", "torch._dynamo", "torch._inductor", "pytest", "pipelines.training.worker"]
-"""Modules that workers would import. DeepSpeed and torch import the second and third in every rank."""
+from pipelines.core.imports import import_without
+
+WORKER_MODULES = ["torch._dynamo", "torch._inductor", "pytest", "redux.contrastive", "redux.loading"]
+"""Modules that workers import and that do not import Ray. DeepSpeed imports the first two in every rank."""
 
 WORKERS_SOCKET = "REDUX_TEST_WORKERS_SOCKET"
 """Environment variable with the path of the socket for requests."""
@@ -63,7 +66,8 @@ def _init_ray(path: str | None) -> None:
     script = path and str(Path(__file__).with_name("request_worker.py"))
     with (
         patch.object(parameter, "RayParams", partial(parameter.RayParams, setup_worker_path=script)),
-        patch.dict(os.environ, {WORKERS_SOCKET: path or ""}),
+        # The server answers the first requests when it has imported everything, on a busy machine after minutes.
+        patch.dict(os.environ, {WORKERS_SOCKET: path or "", "RAY_worker_register_timeout_seconds": "600"}),
     ):
         # address="local": a Ray that happens to run on the machine is not a test's to use
         ray.init(address="local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
@@ -85,12 +89,14 @@ def _start_server(path: str) -> subprocess.Popen[bytes]:
         listener.listen(100)
         number = listener.fileno()
         command = [sys.executable, "-m", "tests.shared_ray", str(number)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[number])
+        return subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[number], cwd=Path(__file__).parents[1])
 
 
 def serve(listener: socket.socket) -> None:
     """Fork a worker for each request, until standard input is closed."""
-    importlib.import_module("torch")
+    import_without("deepspeed", "mlflow")
+    for name in WORKER_MODULES:
+        importlib.import_module(name)
     is_first = True
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         request, _ = listener.accept()
@@ -101,8 +107,7 @@ def serve(listener: socket.socket) -> None:
         if is_first:
             # Ray reads these variables when it is imported. A worker without a job gets its job with its first task.
             os.environ.update(environment, RAY_JOB_ID="ffffffff")
-            for name in WORKER_MODULES:
-                importlib.import_module(name)
+            _import_with_ray()
             # Nobody waits for the workers.
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             is_first = False
@@ -114,6 +119,20 @@ def serve(listener: socket.socket) -> None:
             _become_worker(words, environment, folder)
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _import_with_ray() -> None:
+    """Import the modules that import Ray, without a draw from Ray's generator of IDs.
+
+    The first draw seeds it. Forks of a process with a seeded generator would draw the same IDs for their tasks.
+    """
+    import ray.actor
+
+    class_id = ray.actor.ActorClassID
+    # Ray draws an ID for each class of actors.
+    draw = SimpleNamespace(from_random=lambda: class_id(os.urandom(class_id.size())))
+    with patch.object(ray.actor, "ActorClassID", draw):
+        importlib.import_module("pipelines.training.worker")
 
 
 def _become_worker(words: list[str], environment: dict[str, str], folder: str) -> NoReturn:
