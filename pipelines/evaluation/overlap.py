@@ -116,7 +116,8 @@ def _list_candidates(shards: Shards, evaluation: EvaluationImages) -> Any:
     if shards.prepared_format or not evaluation.by_size:
         # compare paths, which are in the records
         return np.arange(len(shards)) if set(evaluation.by_path) else np.arange(0)
-    return np.flatnonzero(np.isin(shards.image_sizes, sizes))
+    # -1 is unknown, for a set that is not made yet
+    return np.flatnonzero(np.isin(shards.image_sizes, [-1, *sizes]))
 
 
 def _read(shards: Shards, rows: Any) -> Iterator[StoredSample]:

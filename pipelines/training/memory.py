@@ -10,6 +10,7 @@ DeepSpeed 0.19 with the configuration of `engine.make_config`. Tests compare the
     activations   tensors for the backward pass, and temporary ones, at their peak
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,12 +24,16 @@ from pipelines.training.step_trace import (
     StepTrace,
     make_captions,
     make_conversations,
+    trace_shapes,
     trace_step,
 )
 from redux.configuration import ReduxConfig
 from redux.model import ReduxForConditionalGeneration
 
 FP32_BYTES = 4
+
+SPARE_SHARE = 0.1
+"""Share of the memory that is left for the CUDA context, communication and fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,7 @@ class ModelShape:
         plan: plan of the stage.
         trained: number of trained elements of each part that trains.
         frozen: number of other elements.
-        largest: elements of the largest weights.
-        gathered: elements that ZeRO 3 divides: parameters above its threshold.
+        image_id: id of the token `<image>`; -1 without a language model.
     """
 
     module: torch.nn.Module
@@ -80,6 +84,11 @@ class ModelShape:
     def num_trained(self) -> int:
         """Number of trained elements."""
         return sum(self.trained)
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements of the model."""
+        return self.num_trained + self.frozen
 
 
 def build_shape(plan: StagePlan, config: ReduxConfig | None) -> ModelShape:
@@ -216,3 +225,60 @@ def _count_states(shape: ModelShape, workers: int) -> _States:
     optimizer = 8 * part if stage.precision == "fp32" else 12 * part
     gradients = FP32_BYTES * part + width * bucket
     return _States(width * (own + gathered), optimizer, gradients, 0, gradients, gradients)
+
+
+# --- micro-batches ---------------------------------------------------------------------------------------------------
+
+
+def count_tower_tokens(shape: ModelShape) -> int | None:
+    """Count the tokens that the tower makes of an image, by running it on shapes; None without a language model."""
+    llava = getattr(shape.module, "llava", None)
+    if llava is None:
+        return None
+    size, dtype = shape.plan.image_size, DTYPES[shape.plan.stage.precision]
+    with torch.no_grad(), trace_shapes():
+        pixels = torch.empty(1, 3, size, size, dtype=dtype, device="meta")
+        return len(llava.model.get_image_features(pixels).pooler_output[0])
+
+
+def choose_largest(samples: Sequence[SampleShape], count: int) -> list[SampleShape]:
+    """Choose the samples of the largest micro-batch that may occur: the longest, those with most learned tokens first.
+
+    Fewer samples than `count` are repeated.
+    """
+    ordered = sorted(samples, key=lambda sample: (sample.length, sample.learned, sample.has_image), reverse=True)
+    return [ordered[number % len(ordered)] for number in range(count)]
+
+
+def list_micro_batches(plan: StagePlan, workers: int) -> list[int]:
+    """List the sizes of micro-batches with which the workers share a global batch evenly."""
+    per_worker = plan.stage.global_batch_size // workers
+    fewest = 2 if plan.stage.objective == "contrastive" else 1
+    return [size for size in range(fewest, per_worker + 1) if per_worker % size == 0]
+
+
+def find_largest_micro_batch(
+    shape: ModelShape,
+    samples: Sequence[SampleShape],
+    workers: int,
+    device: Device,
+    is_fused: bool,
+    capacity: int,
+) -> int | None:
+    """Find the largest micro-batch whose step fits into the memory of a worker; None if none does.
+
+    Args:
+        shape, workers, device, is_fused: as for `estimate_memory`.
+        samples: sizes of samples of the stage.
+        capacity: memory of a worker in bytes, of which SPARE_SHARE stays free.
+    """
+    sizes = list_micro_batches(shape.plan, workers)
+
+    def fits(size: int) -> bool:
+        stage = replace(shape.plan.stage, micro_batch_size=size)
+        changed = replace(shape, plan=replace(shape.plan, stage=stage))
+        total = estimate_memory(changed, choose_largest(samples, size), workers, device, is_fused).total
+        return total <= (1 - SPARE_SHARE) * capacity
+
+    # the bytes rise with the size, so a binary search needs few traces
+    return sizes[found - 1] if (found := bisect_left(sizes, True, key=lambda size: not fits(size))) else None

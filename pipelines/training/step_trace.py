@@ -253,6 +253,11 @@ def _imitate_device(device: Device, is_fused: bool) -> Iterator[None]:
         AttentionInterface.register(ATTENTION_NAME, inhibited_attention)
 
 
+def trace_shapes() -> ShapeMode:
+    """Return a context in which meta tensors and known integers meet, without a count."""
+    return ShapeMode(ByteCounter())
+
+
 def trace_step(
     module: torch.nn.Module,
     make_batch: Callable[[], dict[str, Tensor]],
