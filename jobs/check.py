@@ -6,7 +6,7 @@ Nothing is trained, no weights are read and no Ray is started. Problems are coll
 import argparse
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +14,12 @@ from typing import Any
 
 import psutil
 import torch
+from transformers.utils import logging as transformers_logging
 
 from jobs import claims, document, model_parts, resolve, schema
 from jobs.check_text import (
     format_bytes,
+    format_evaluation,
     format_inspection,
     format_memory,
     format_overlap,
@@ -35,6 +37,7 @@ from pipelines.data.options import SetSource
 from pipelines.data.shard_index import Shards
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.overlap import EvaluationImages, find_overlap
+from pipelines.evaluation.tasks import count_new_tokens
 from pipelines.training import inspection as inspections
 from pipelines.training import lora, metrics, trackers
 from pipelines.training.driver import check_writable
@@ -43,15 +46,16 @@ from pipelines.training.memory import (
     MemoryEstimate,
     ModelShape,
     build_shape,
-    choose_largest,
+    count_queued_bytes,
     count_tower_tokens,
-    estimate_memory,
-    find_largest_micro_batch,
+    plan_memory,
 )
 from pipelines.training.plan import StageWork
 from pipelines.training.step_trace import Device
 from redux.conversation import IMAGE_TOKEN
-from redux.extras import write_install_command
+
+MAX_MEASURED_PROMPTS = 100
+"""Longest prompts of a task, by characters, whose tokens are counted."""
 
 MAX_EXAMPLES = 3
 """Examples of a problem in one line."""
@@ -86,6 +90,7 @@ def check_job(arguments: argparse.Namespace) -> None:
     Raises:
         JobError: there are problems; it has a line for each.
     """
+    transformers_logging.disable_progress_bar()
     job = _load_job(arguments.job, arguments.overrides)
     folder = (arguments.runs_dir / job.name).resolve()
     problems = ProblemList()
@@ -156,7 +161,9 @@ def _check_folder(folder: Path) -> None:
     """Check that a folder can be made and written; ValueError if not."""
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder}: cannot be written, as {parent} {_describe_access(parent)}, allowed: another folder")
+        raise ValueError(
+            f"{folder}: cannot be written, as {parent} {_describe_access(parent)}, allowed: another folder"
+        )
 
 
 def _describe_access(path: Path) -> str:
@@ -180,11 +187,7 @@ def _check_source(name: str, source: SetSource, problems: ProblemList) -> None:
             f"{first.value}"
         )
     images = ImageFolder(storage.make_absolute(source.images))
-    named = [
-        entry["image"]
-        for entry in sample
-        if isinstance(entry, dict) and isinstance(entry.get("image"), str)
-    ]
+    named = [entry["image"] for entry in sample if isinstance(entry, dict) and isinstance(entry.get("image"), str)]
     missing = [path for path in named if not _has_image(images, path)]
     if missing and len(missing) > source.max_bad_fraction * len(sample):
         examples = ", ".join(map(repr, missing[:MAX_EXAMPLES]))
@@ -255,7 +258,7 @@ def _check_stages(job: Job, folder: Path, arguments: argparse.Namespace, problem
             _print_stage(work, shape, stage_sets, arguments, device, capacity, problems)
         for line in inspections.list_image_problems(found):
             problems.add(line)
-        _check_overlap(job, stages, arguments.seed, problems)
+        _check_evaluation(job, stages, sizes, arguments, problems)
         _check_disk(job, folder, sizes, problems)
 
 
@@ -302,7 +305,8 @@ def _print_stage(
     rate = arguments.tokens_per_s
     if rate is None and metrics.read_last_step(plan.run, plan.name):
         rate = metrics.compute_tokens_per_s(plan.run, plan.name)
-    print(f"\n{plan.name}: {plan.stage.objective}, template {plan.template}, {workers} workers")
+    template = f", template {plan.template}" if plan.stage.objective == "language" else ""
+    print(f"\n{plan.name}: {plan.stage.objective}{template}, {workers} worker{'s' * (workers > 1)}")
     for inspected in stage_sets:
         print(format_inspection(inspected, plan.stage.max_length))
     tokens = work.steps * plan.stage.global_batch_size * _mean_tokens(work, stage_sets)
@@ -311,15 +315,14 @@ def _print_stage(
     if not shapes:
         return
     share = capacity // workers if capacity and device == "cpu" else capacity
-    estimate = estimate_memory(
-        shape, choose_largest(shapes, plan.stage.micro_batch_size), workers, device, _is_fused(work, device)
-    )
+    estimate, find_largest = plan_memory(shape, shapes, workers, device, _is_fused(work, device))
     largest = None
     if share:
-        largest = find_largest_micro_batch(shape, shapes, workers, device, _is_fused(work, device), share)
+        largest = find_largest(share)
         if not largest or largest < plan.stage.micro_batch_size:
             _add_memory_problem(work, estimate, share, largest, problems)
-    print(format_memory(estimate, device, share, plan.stage.micro_batch_size, largest))
+    queued = count_queued_bytes(work, workers)
+    print(format_memory(estimate, device, share, plan.stage.micro_batch_size, largest, queued))
 
 
 def _is_fused(work: StageWork, device: Device) -> bool:
@@ -344,22 +347,30 @@ def _mean_tokens(work: StageWork, stage_sets: list[SetInspection]) -> float:
     """Return the mean tokens of a sample of the stage, over its mixture."""
     order = work.reader.order
     weights = order.weights or order.samples
-    return sum(
-        weight * inspected.mean_tokens for weight, inspected in zip(weights, stage_sets, strict=True)
-    ) / sum(weights)
+    return sum(weight * inspected.mean_tokens for weight, inspected in zip(weights, stage_sets, strict=True)) / sum(
+        weights
+    )
 
 
-def _check_overlap(job: Job, stages: dict[str, StageWork], seed: int, problems: ProblemList) -> None:
-    """Look for the evaluation questions in the training sets."""
+def _check_evaluation(
+    job: Job,
+    stages: dict[str, StageWork],
+    shapes: dict[str, ModelShape],
+    arguments: argparse.Namespace,
+    problems: ProblemList,
+) -> None:
+    """Look for the evaluation questions in the training sets, and print the memory of the evaluation."""
     if job.evaluate is None:
         return
     sets = {name: shards for work in stages.values() for name, shards in work.reader.sources.items()}
+    prompts: dict[str, list[str]] = {}
     print()
     for task, settings in job.evaluate.tasks.items():
         with problems.collect():
             questions = EvaluationImages.from_task(task, settings)
+            prompts[task] = questions.prompts
             for name, shards in sets.items():
-                overlap = find_overlap(shards, task, questions, seed)
+                overlap = find_overlap(shards, task, questions, arguments.seed)
                 print(format_overlap(overlap, name, len(shards)))
                 if overlap.pairs:
                     problems.add(
@@ -367,6 +378,13 @@ def _check_overlap(job: Job, stages: dict[str, StageWork], seed: int, problems: 
                         f"training set {name}, with the same image ({overlap.example}), allowed: questions that are "
                         "not trained on"
                     )
+    *_, last = stages
+    tokenizer = stages[last].reader.get_tokenizer()
+    for task, texts in prompts.items():
+        longest = sorted(texts, key=len)[-MAX_MEASURED_PROMPTS:]
+        tokens = max(len(tokenizer(text)["input_ids"]) for text in longest)
+        tokens += count_new_tokens(task, job.evaluate.tasks[task])
+        print(format_evaluation(task, shapes[last].measure_cache(tokens), tokens, job.evaluate.batch_size))
 
 
 def _check_disk(job: Job, folder: Path, shapes: dict[str, ModelShape], problems: ProblemList) -> None:

@@ -39,12 +39,15 @@ def format_inspection(inspected: SetInspection, max_length: int | None) -> str:
         return "\n".join(lines)
     lengths = np.array([shape.length for shape in inspected.shapes])
     learned = np.array([shape.learned for shape in inspected.shapes])
-    lines += [
-        f"    tokens       {_format_range(lengths)}"
-        + (f", {inspected.truncated} of {len(lengths)} cut at {max_length}" if max_length else ""),
-        f"    learned      {learned.sum() / lengths.sum():.1%} of the tokens, "
-        f"{int((learned == 0).sum())} samples without any",
-    ]
+    if not inspected.learns_tokens:
+        lines.append(f"    tokens       {_format_range(lengths)}")
+    else:
+        lines += [
+            f"    tokens       {_format_range(lengths)}"
+            + (f", {inspected.truncated} of {len(lengths)} cut at {max_length}" if max_length else ""),
+            f"    learned      {learned.sum() / lengths.sum():.1%} of the tokens, "
+            f"{int((learned == 0).sum())} samples without any",
+        ]
     if inspected.formats:
         formats = ", ".join(f"{count} {name}" for name, count in inspected.formats.most_common(MAX_FORMATS))
         width, height = np.array(inspected.sides).T if inspected.sides else (np.zeros(1), np.zeros(1))
@@ -58,14 +61,12 @@ def format_inspection(inspected: SetInspection, max_length: int | None) -> str:
     return "\n".join(lines)
 
 
-def _format_range(values: "np.ndarray") -> str:
+def _format_range(values: np.ndarray) -> str:
     low, middle, high = np.percentile(values, (0, 50, 100))
     return f"{low:.0f} to {high:.0f}, median {middle:.0f}"
 
 
-def format_steps(
-    steps: int, batch: int, tokens: float, rate: float | None, workers: int, price: float | None
-) -> str:
+def format_steps(steps: int, batch: int, tokens: float, rate: float | None, workers: int, price: float | None) -> str:
     """Format steps, tokens, hours and cost of a stage.
 
     Args:
@@ -89,7 +90,12 @@ def _format_hours(hours: float) -> str:
 
 
 def format_memory(
-    estimate: MemoryEstimate, device: Device, share: int | None, micro_batch_size: int, largest: int | None
+    estimate: MemoryEstimate,
+    device: Device,
+    share: int | None,
+    micro_batch_size: int,
+    largest: int | None,
+    queued: int,
 ) -> str:
     """Format the peak memory of a worker by part.
 
@@ -99,6 +105,7 @@ def format_memory(
         share: memory of a worker in bytes; None if unknown.
         micro_batch_size: samples of a micro-batch.
         largest: largest micro-batch that fits; None if unknown.
+        queued: bytes of micro-batches that are queued for a worker.
     """
     parts: Sequence[tuple[str, int]] = (
         ("weights", estimate.weights),
@@ -109,8 +116,10 @@ def format_memory(
     where = "GPU memory" if device == "cuda" else "memory"
     listing = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts)
     lines = [f"  {where} of a worker: {format_bytes(estimate.total)} at the peak ({estimate.phase}): {listing}"]
+    host = [f"queued micro-batches {format_bytes(queued)}"]
     if estimate.host:
-        lines.append(f"  host memory of a worker: {format_bytes(estimate.host)} of offloaded states")
+        host.append(f"offloaded states {format_bytes(estimate.host)}")
+    lines.append(f"  host memory of a worker, besides its process: {', '.join(host)}")
     if share:
         fits = f"largest that fits into {format_bytes(share)}: {largest}" if largest else "no micro-batch fits"
         lines.append(f"  micro_batch_size: {micro_batch_size}; {fits}")
@@ -123,4 +132,20 @@ def format_overlap(overlap: Overlap, name: str, samples: int) -> str:
     return (
         f"overlap: {len(overlap.pairs)} of {overlap.questions:,} questions of {overlap.task} are in {name} "
         f"({compared} samples compared)"
+    )
+
+
+def format_evaluation(task: str, cache: tuple[int, int], tokens: int, batch_size: int) -> str:
+    """Format the memory of an evaluation.
+
+    Args:
+        task: name of the task.
+        cache: bytes of the weights, and of the caches of one sequence.
+        tokens: text tokens of the longest prompt and its answer.
+        batch_size: questions that are answered together.
+    """
+    weights, kv = cache
+    return (
+        f"memory of an actor that answers {task}: weights {format_bytes(weights)}, KV cache "
+        f"{format_bytes(kv * batch_size)} for batch_size {batch_size} of an image and up to {tokens} text tokens"
     )

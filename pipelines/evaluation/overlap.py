@@ -17,7 +17,6 @@ import numpy as np
 from pipelines.core import storage
 from pipelines.data.shard_index import Shards, StoredSample
 from pipelines.evaluation.tasks import TaskName, TaskSettings, find_image_folder, load_questions
-
 from redux.conversation import IMAGE_TOKEN
 
 MAX_CANDIDATES = 20_000
@@ -33,10 +32,12 @@ class EvaluationImages:
     Args:
         by_size: local image files by their size in bytes.
         by_path: questions of each image, by path as its file names it; None stands for text only.
+        prompts: prompts of all questions.
     """
 
     by_size: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
     by_path: dict[str | None, set[str]] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
 
     @classmethod
     def from_task(cls, name: TaskName, task: TaskSettings) -> "EvaluationImages":
@@ -44,6 +45,7 @@ class EvaluationImages:
         result = cls()
         folder = find_image_folder(name, task)
         for question in load_questions(name, task):
+            result.prompts.append(question.prompt)
             path = question.image if isinstance(question.image, str) else None
             if path is None and question.image is not None:
                 continue  # an image inside the file of a benchmark
@@ -111,7 +113,7 @@ def find_overlap(shards: Shards, task: str, evaluation: EvaluationImages, seed: 
 
 
 def _list_candidates(shards: Shards, evaluation: EvaluationImages) -> Any:
-    """List the rows of a set whose image has the size of an evaluation image, or that have none, if questions have none."""
+    """List the rows whose image has the size of an evaluation image, and those without one if questions have none."""
     sizes = [*evaluation.by_size, *([0] if None in evaluation.by_path else [])]
     if shards.prepared_format or not evaluation.by_size:
         # compare paths, which are in the records
@@ -136,9 +138,7 @@ def _list_questions(record: Mapping[str, Any]) -> Iterable[str]:
     return [turn["value"] for turn in turns[::2] if isinstance(turn, dict) and isinstance(turn.get("value"), str)]
 
 
-def _find_paths(
-    sample: StoredSample, evaluation: EvaluationImages, digests: dict[str, bytes]
-) -> Iterable[str | None]:
+def _find_paths(sample: StoredSample, evaluation: EvaluationImages, digests: dict[str, bytes]) -> Iterable[str | None]:
     """Find the evaluation images that a sample has."""
     if not sample.image:
         return [None]

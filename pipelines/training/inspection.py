@@ -74,6 +74,7 @@ class SetInspection:
         stage: name of the stage.
         name: name of the set.
         samples: number of samples of the set.
+        learns_tokens: True if tokens have labels, as in stages with the objective language.
         shapes: sizes of the encoded samples.
         truncated: samples that were cut at max_length.
         unusable: samples that training would replace, by the kind of reason.
@@ -88,6 +89,7 @@ class SetInspection:
     stage: str
     name: str
     samples: int
+    learns_tokens: bool = True
     shapes: list[SampleShape] = field(default_factory=list)
     truncated: int = 0
     unusable: dict[str, Findings] = field(default_factory=dict)
@@ -132,7 +134,7 @@ def inspect_set(
         threads: threads that decode images.
     """
     reader, plan = work.reader, work.plan
-    inspection = SetInspection(plan.name, name, len(reader.sources[name]))
+    inspection = SetInspection(plan.name, name, len(reader.sources[name]), plan.stage.objective == "language")
     checker = _SampleChecker(inspection, work, tower_tokens)
     for sample in draw_samples(reader, name, count, seed, work.steps, threads):
         if sample.stored is not None:

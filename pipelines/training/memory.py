@@ -10,14 +10,16 @@ DeepSpeed 0.19 with the configuration of `engine.make_config`. Tests compare the
     activations   tensors for the backward pass, and temporary ones, at their peak
 """
 
-from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import torch
 
+from pipelines.data.ingest import TEXT_BYTES_PER_SAMPLE, Segment
 from pipelines.training.engine import DTYPES, MAX_REDUCE_BUCKET_SIZE, add_loss, build_module, select_trained
-from pipelines.training.plan import StagePlan
+from pipelines.training.plan import StagePlan, StageWork
 from pipelines.training.step_trace import (
     Device,
     SampleShape,
@@ -28,9 +30,16 @@ from pipelines.training.step_trace import (
     trace_step,
 )
 from redux.configuration import ReduxConfig
+from redux.cost import compute_cost
 from redux.model import ReduxForConditionalGeneration
 
 FP32_BYTES = 4
+
+QUEUED_BLOCKS = 3
+"""Blocks of micro-batches of a worker in memory: the one that it reads, and two ahead."""
+
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""Elements that DeepSpeed's ZeRO 3 gathers on a worker at most, by default."""
 
 SPARE_SHARE = 0.1
 """Share of the memory that is left for the CUDA context, communication and fragmentation."""
@@ -90,6 +99,19 @@ class ModelShape:
         """Number of elements of the model."""
         return self.num_trained + self.frozen
 
+    def measure_cache(self, text: int) -> tuple[int, int]:
+        """Measure the bytes of an evaluation: weights, and the caches of one sequence with an image.
+
+        Args:
+            text: text tokens of the prompt and the answer.
+        """
+        width = DTYPES[self.plan.stage.precision].itemsize
+        llava: Any = getattr(self.module, "llava", None)
+        if llava is None:
+            return width * self.num_elements, 0
+        cost = compute_cost(llava.config, text, bytes_per_number=width)
+        return width * self.num_elements, cost.kv_bytes + cost.focus_bytes
+
 
 def build_shape(plan: StagePlan, config: ReduxConfig | None) -> ModelShape:
     """Build the model of a stage without memory.
@@ -99,7 +121,8 @@ def build_shape(plan: StagePlan, config: ReduxConfig | None) -> ModelShape:
         config: configuration of a pretrained model; None builds `plan.model`.
     """
     dtype = DTYPES[plan.stage.precision]
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 renames gradient checkpointing
         if config is None:
             module, parts = build_module(replace(plan, start=None))
         else:
@@ -144,7 +167,11 @@ def estimate_memory(
         device: device of the workers.
         is_fused: fused kernels compute CMAI.
     """
-    plan, step = shape.plan, trace(shape, samples, device, is_fused)
+    return sum_memory(shape, trace(shape, samples, device, is_fused), workers)
+
+
+def sum_memory(shape: ModelShape, step: StepTrace, workers: int) -> MemoryEstimate:
+    """Sum the memory of a worker in each phase of a step, and return that of the largest."""
     states = _count_states(shape, workers)
     phases = {
         "forward": (states.kept_gradients, step.forward_peak_bytes),
@@ -180,51 +207,68 @@ class _States:
 
 
 def _count_states(shape: ModelShape, workers: int) -> _States:
+    """Count what DeepSpeed 0.19 keeps and makes, in bytes."""
     stage = shape.plan.stage
     width = DTYPES[stage.precision].itemsize
     trained, part = shape.num_trained, -(-shape.num_trained // workers)
-    largest_group = -(-max(shape.trained) // workers)
-    bucket = min(trained, MAX_REDUCE_BUCKET_SIZE)
-    accumulates = stage.count_accumulation_steps(workers) > 1
-    weights = width * (trained + shape.frozen)
-    match stage.zero_stage, stage.precision:
-        case 0, "fp32":
-            flat = FP32_BYTES * bucket if workers > 1 else 0
-            gradients = FP32_BYTES * trained
-            return _States(weights, 8 * trained, gradients * accumulates, 0, gradients + flat, gradients)
-        case 0, "bf16":
-            flat = width * bucket if workers > 1 else 0
-            gradients = width * trained
-            return _States(
-                weights, 12 * trained, gradients * accumulates, 0, gradients + flat, gradients + FP32_BYTES * trained
-            )
-        case 1, "fp32":
-            gradients = FP32_BYTES * trained
-            return _States(
-                weights, 12 * part, gradients * accumulates, FP32_BYTES * bucket, FP32_BYTES * (bucket + part),
-                FP32_BYTES * (part + largest_group),
-            )  # fmt: skip
-        case 1, "bf16":
-            gradients = FP32_BYTES * trained
-            return _States(
-                weights, 12 * part, gradients, width * bucket, gradients + width * bucket + FP32_BYTES * part,
-                FP32_BYTES * (part + largest_group),
-            )  # fmt: skip
-        case 2, "fp32":
-            return _States(
-                weights, 12 * part, FP32_BYTES * part * accumulates, FP32_BYTES * bucket, FP32_BYTES * (bucket + part),
-                FP32_BYTES * (part + largest_group),
-            )  # fmt: skip
-        case 2, "bf16":
-            return _States(
-                weights, 12 * part, FP32_BYTES * part * accumulates, width * bucket,
-                width * bucket + FP32_BYTES * part, FP32_BYTES * part,
-            )  # fmt: skip
-    gathered = min(trained + shape.frozen, 1_000_000_000)
-    own = -(-(trained + shape.frozen) // workers)
-    optimizer = 8 * part if stage.precision == "fp32" else 12 * part
-    gradients = FP32_BYTES * part + width * bucket
-    return _States(width * (own + gathered), optimizer, gradients, 0, gradients, gradients)
+    bucket = width * min(trained, MAX_REDUCE_BUCKET_SIZE)
+    weights = width * shape.num_elements
+    # fp32 gradients of one part of the model, as its optimizer gets them
+    update = FP32_BYTES * -(-max(shape.trained) // workers)
+    accumulated = FP32_BYTES * part * (stage.count_accumulation_steps(workers) > 1)
+    if stage.zero_stage == 0:
+        return _count_whole_states(shape, workers)
+    if stage.zero_stage == 1:
+        # the gradients of all weights stay until the update; in bf16 they are summed in fp32
+        accumulates = stage.count_accumulation_steps(workers) > 1 or stage.precision == "bf16"
+        kept = FP32_BYTES * trained * accumulates
+        return _States(weights, 12 * part, kept, bucket, FP32_BYTES * trained + bucket, FP32_BYTES * part + update)
+    if stage.zero_stage == 2:
+        states = _States(
+            weights, 12 * part, accumulated, bucket, bucket + FP32_BYTES * part, FP32_BYTES * part + update
+        )
+    else:
+        # this worker's share, and the weights that are gathered while they are used
+        gathered = width * min(shape.num_elements, MAX_LIVE_PARAMETERS)
+        weights = -(-weights // workers) + gathered
+        kept = FP32_BYTES * part + bucket
+        # a full bucket is copied when it is summed, within the backward pass unless it holds all gradients
+        copy = bucket * (trained > MAX_REDUCE_BUCKET_SIZE)
+        states = _States(weights, 12 * part, kept, copy, kept + bucket, kept + update)
+    return _offload(states, shape, workers)
+
+
+def _count_whole_states(shape: ModelShape, workers: int) -> _States:
+    """Count the states of ZeRO 0, which divides nothing."""
+    stage, trained = shape.plan.stage, shape.num_trained
+    width = DTYPES[stage.precision].itemsize
+    gradients = width * trained
+    kept = gradients * (stage.count_accumulation_steps(workers) > 1)
+    # a flat copy in which gradients are summed over ranks
+    flat = width * min(trained, MAX_REDUCE_BUCKET_SIZE) * (workers > 1)
+    is_half = stage.precision == "bf16"
+    return _States(
+        width * shape.num_elements,
+        (12 if is_half else 8) * trained,
+        kept,
+        0,
+        gradients + flat,
+        gradients + FP32_BYTES * trained * is_half,
+    )
+
+
+def _offload(states: _States, shape: ModelShape, workers: int) -> _States:
+    """Move states to the memory of the host, as the stage says."""
+    stage, part = shape.plan.stage, -(-shape.num_trained // workers)
+    width = DTYPES[stage.precision].itemsize
+    if stage.offload_parameters:
+        own = -(-width * shape.num_elements // workers)
+        states = replace(states, weights=states.weights - own, host=states.host + own)
+    if stage.offload_optimizer:
+        # the host has fp32 weights, moments, fp32 gradients, and a copy of the weights that compute
+        host = states.host + 12 * part + FP32_BYTES * part + width * part
+        states = replace(states, optimizer=0, host=host)
+    return states
 
 
 # --- micro-batches ---------------------------------------------------------------------------------------------------
@@ -257,28 +301,52 @@ def list_micro_batches(plan: StagePlan, workers: int) -> list[int]:
     return [size for size in range(fewest, per_worker + 1) if per_worker % size == 0]
 
 
-def find_largest_micro_batch(
-    shape: ModelShape,
-    samples: Sequence[SampleShape],
-    workers: int,
-    device: Device,
-    is_fused: bool,
-    capacity: int,
-) -> int | None:
-    """Find the largest micro-batch whose step fits into the memory of a worker; None if none does.
+def plan_memory(
+    shape: ModelShape, samples: Sequence[SampleShape], workers: int, device: Device, is_fused: bool = False
+) -> tuple[MemoryEstimate, Callable[[int], int | None]]:
+    """Estimate the memory of a worker, and find the largest micro-batch.
+
+    The bytes of activations rise by the same amount with each sample, so two traces tell those of all sizes.
 
     Args:
         shape, workers, device, is_fused: as for `estimate_memory`.
-        samples: sizes of samples of the stage.
-        capacity: memory of a worker in bytes, of which SPARE_SHARE stays free.
+        samples: sizes of samples of the stage, of which the longest make a micro-batch.
+
+    Returns:
+        The estimate for micro_batch_size, and a function from the memory of a worker in bytes, of which SPARE_SHARE
+        stays free, to the largest micro-batch that fits; None if none does.
     """
+    size = shape.plan.stage.micro_batch_size
     sizes = list_micro_batches(shape.plan, workers)
+    other = sizes[0] if size > sizes[0] else size + 1
+    step, other_step = (trace(shape, choose_largest(samples, count), device, is_fused) for count in (size, other))
 
-    def fits(size: int) -> bool:
-        stage = replace(shape.plan.stage, micro_batch_size=size)
+    def estimate(count: int) -> MemoryEstimate:
+        stage = replace(shape.plan.stage, micro_batch_size=count)
         changed = replace(shape, plan=replace(shape.plan, stage=stage))
-        total = estimate_memory(changed, choose_largest(samples, size), workers, device, is_fused).total
-        return total <= (1 - SPARE_SHARE) * capacity
+        return sum_memory(changed, _interpolate((step, other_step), (size, other), count), workers)
 
-    # the bytes rise with the size, so a binary search needs few traces
-    return sizes[found - 1] if (found := bisect_left(sizes, True, key=lambda size: not fits(size))) else None
+    def find_largest(capacity: int) -> int | None:
+        limit = (1 - SPARE_SHARE) * capacity
+        return max((count for count in sizes if estimate(count).total <= limit), default=None)
+
+    return sum_memory(shape, step, workers), find_largest
+
+
+def count_queued_bytes(work: StageWork, workers: int) -> int:
+    """Count the bytes of the micro-batches that are queued for a worker in the memory of its host."""
+    stage = work.plan.stage
+    stop = work.steps * stage.count_accumulation_steps(workers) * workers
+    block = Segment(work.reader, 0, stop).list_blocks(workers)[0]
+    micro_batches = -(-(block["end"] - block["first"]) // workers)
+    samples = micro_batches * stage.micro_batch_size
+    return QUEUED_BLOCKS * samples * (3 * work.plan.image_size**2 + TEXT_BYTES_PER_SAMPLE)
+
+
+def _interpolate(steps: Sequence[StepTrace], sizes: tuple[int, int], size: int) -> StepTrace:
+    """Compute the trace of a micro-batch from those of two others."""
+    share = (size - sizes[0]) / (sizes[1] - sizes[0])
+    first, second = steps
+    return StepTrace(
+        *(round(low + share * (high - low)) for low, high in zip(astuple(first), astuple(second), strict=True))
+    )

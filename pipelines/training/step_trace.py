@@ -9,7 +9,7 @@ Cost: two seconds for a step of a 7B model, of any batch size.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from transformers import AttentionInterface
 
 from redux.attention import ATTENTION_NAME, inhibited_attention
@@ -102,31 +101,40 @@ class ShapeMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = _run(func, args, kwargs or {})
-        tree_map_only(Tensor, self.counter.add, result)
+        for tensor in _list_tensors([result]):
+            self.counter.add(tensor)
         return result
+
+
+def _list_tensors(values: Iterable[Any]) -> list[Tensor]:
+    """List the tensors among arguments or results, which may be lists of tensors."""
+    tensors = []
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, list | tuple):
+            tensors += [item for item in value if isinstance(item, Tensor)]
+    return tensors
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation on meta tensors if one of its tensors is on "meta", else for real."""
-    leaves, form = tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if not any(tensor.device.type == "meta" for tensor in tensors):
+    devices = {tensor.device.type for tensor in _list_tensors((*args, *kwargs.values()))}
+    if "meta" not in devices:
         if str(kwargs.get("device")) == "meta" and not _makes_floats(func, args, kwargs):
             kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+    if len(devices) == 1:
         return func(*args, **kwargs)
     if func in INDEXING and args[0].device.type == "meta":
         # the shape depends on the values of the index
         indices = [
-            part
-            for index in args[1]
-            for part in (index.nonzero(as_tuple=True) if _is_known_mask(index) else (index,))
+            part for index in args[1] for part in (index.nonzero(as_tuple=True) if _is_known_mask(index) else (index,))
         ]
         args = (args[0], indices, *args[2:])
-        leaves, form = tree_flatten((args, kwargs))
     elif func._schema.is_mutable and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
         return args[0]  # known integers are overwritten by unknown ones; only their size matters from here on
-    args, kwargs = tree_unflatten([_to_meta(leaf) for leaf in leaves], form)
-    return func(*args, **kwargs)
+    return func(*map(_to_meta, args), **{name: _to_meta(value) for name, value in kwargs.items()})
 
 
 def _makes_floats(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -138,7 +146,7 @@ def _makes_floats(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     if tensors:
         return bool(tensors[0].is_floating_point())
     if "arange" in str(func) or "full" in str(func):
-        return any(isinstance(leaf, float) for leaf in tree_flatten(args)[0])
+        return any(isinstance(leaf, float) for leaf in args)
     return True
 
 
@@ -146,10 +154,13 @@ def _is_known_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype == torch.bool and index.device.type == "cpu"
 
 
-def _to_meta(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
-    return leaf
+def _to_meta(value: Any) -> Any:
+    """Move a tensor, or the tensors of a list, to "meta"."""
+    if isinstance(value, list | tuple):
+        return [_to_meta(item) for item in value]
+    if isinstance(value, Tensor) and value.device.type == "cpu":
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return value
 
 
 def _drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -1,12 +1,16 @@
-"""Measurement of the memory of real training steps: all allocations of torch on the CPU, as its profiler records them."""
+"""Measurement of the memory of real training steps of DeepSpeed: the bytes of all tensors that are alive."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from pipelines.training.plan import StagePlan
+from pipelines.training.step_trace import ByteCounter
 from tests.pipelines import ranks
 
 STEPS = 3
@@ -19,7 +23,7 @@ class MeasuredBytes(NamedTuple):
     Args:
         resting: before the step.
         peak: largest sum within the step.
-        update_peak: the same within the last backward pass's reduction and the update.
+        update_peak: the same within the update.
     """
 
     resting: int
@@ -27,62 +31,67 @@ class MeasuredBytes(NamedTuple):
     update_peak: int
 
 
+class CountingMode(TorchDispatchMode):
+    """Counts the results of all operations of this thread."""
+
+    def __init__(self, counter: ByteCounter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.counter.add, result)
+        return result
+
+
 def measure_step(plan: StagePlan) -> MeasuredBytes:
     """Train some steps on this rank and measure the last one."""
-    from pipelines.training import engine, worker
+    from pipelines.training import engine
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        # the profiler goes on from what earlier engines have left
-        with record_function("begin"):
-            torch.ones(1)
+    counter = ByteCounter()
+    with CountingMode(counter), _measure_update(counter) as update_peaks:
         deepspeed_engine: Any = engine.build_engine(plan, ranks.count_workers())
-        update = worker.apply_update
-
-        def marked_update(*args: Any) -> Any:
-            with record_function("update"):
-                return update(*args)
-
-        worker.apply_update = marked_update  # type: ignore[assignment]
         steps = ranks.run_steps(deepspeed_engine, plan, 0, STEPS)
         for _ in range(STEPS - 1):
             next(steps)
-        with record_function("measured step"):
-            next(steps)
-        worker.apply_update = update  # type: ignore[assignment]
-        del steps
-        engine.free_engine(deepspeed_engine)
-        del deepspeed_engine
-    return _find_peaks(profiler)
+        gc.collect()
+        resting = counter.peak = counter.live
+        next(steps)
+    peak = max(counter.peak, *update_peaks[-1])
+    del steps
+    engine.free_engine(deepspeed_engine)
+    return MeasuredBytes(resting, peak, update_peaks[-1][1])
 
 
-def _find_peaks(profiler: Any) -> MeasuredBytes:
-    events = sorted(profiler.profiler.kineto_results.experimental_event_tree(), key=lambda event: event.start_time_ns)
-    allocations: list[tuple[int, int]] = []
-    spans: dict[str, tuple[int, int]] = {}
-    pending = list(events)
-    while pending:
-        event = pending.pop()
-        pending += event.children
-        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
-            allocations.append((event.start_time_ns, event.extra_fields.total_allocated))
-        elif event.name in ("begin", "measured step", "update"):
-            # of several updates, the last is in the measured step
-            spans[event.name] = max(
-                spans.get(event.name, (0, 0)), (event.start_time_ns, event.start_time_ns + event.duration_time_ns)
-            )
-    allocations.sort()
-    before = next(total for time, total in allocations if time >= spans["begin"][0])
-    start, end = spans["measured step"]
-    update_start, update_end = spans["update"]
-    # the last of the totals before the step
-    resting = max((time, total) for time, total in allocations if time < start)[1]
-    peak = max(total for time, total in allocations if start <= time <= end)
-    update_peak = max((total for time, total in allocations if update_start <= time <= update_end), default=0)
-    return MeasuredBytes(resting - before, peak - before, update_peak - before)
+@contextmanager
+def _measure_update(counter: ByteCounter) -> Iterator[list[tuple[int, int]]]:
+    """Yield a list with the peaks before and within each update."""
+    from pipelines.training import worker
+
+    peaks: list[tuple[int, int]] = []
+    update: Any = worker.apply_update
+
+    def measured_update(*args: Any) -> Any:
+        before, counter.peak = counter.peak, counter.live
+        result = update(*args)
+        peaks.append((before, counter.peak))
+        return result
+
+    worker.apply_update = measured_update
+    try:
+        yield peaks
+    finally:
+        worker.apply_update = update
 
 
 def measure_all(plans: list[StagePlan]) -> list[MeasuredBytes]:
     """Measure several plans on this rank, one after the other."""
-    return [measure_step(plan) for plan in plans]
+    out = []
+    import time
 
-
+    for plan in plans:
+        t = time.process_time()
+        out.append(measure_step(plan))
+        if ranks.dist.get_rank() == 0:
+            print(len(out), out[-1], time.process_time() - t, file=open("/work/tmp/hc/meas.txt", "a"), flush=True)
+    return out
