@@ -182,8 +182,8 @@ def _check_source(name: str, source: SetSource, problems: ProblemList) -> None:
     if len(rejections) > source.max_bad_fraction * len(sample):
         first = rejections[0]
         problems.add(
-            f"data.make.{name}.json: {len(rejections)} of {len(sample)} records of {url} are rejected, allowed: a share "
-            f"of max_bad_fraction, {source.max_bad_fraction:g}; the first: {first.reason}: {first.field}: got "
+            f"data.make.{name}.json: {len(rejections)} of {len(sample)} records of {url} are rejected, allowed: a "
+            f"share of max_bad_fraction, {source.max_bad_fraction:g}; the first: {first.reason}: {first.field}: got "
             f"{first.value}"
         )
     images = ImageFolder(storage.make_absolute(source.images))
@@ -240,6 +240,8 @@ def _check_stages(job: Job, folder: Path, arguments: argparse.Namespace, problem
     job = resolve.resolve_job(job, folder)
     with open_stages(job, folder) as stages:
         config = None if not job.model.is_pretrained else _build_config(job, folder, stages)
+        if config is not None:
+            _print_template_notes(config, stages)
         device, capacity = _find_device(job, arguments)
         found: list[SetInspection] = []
         sizes = {}
@@ -270,7 +272,20 @@ def _build_config(job: Job, folder: Path, stages: dict[str, StageWork]) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(next(iter(stages.values())).plan.tokenizer)
     config.image_token_index = config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer))
+    config.has_chat_template = bool(tokenizer.chat_template)
     return config
+
+
+def _print_template_notes(config: Any, stages: dict[str, StageWork]) -> None:
+    """Print a note for each stage whose template differs from that of the model from which training starts."""
+    for name, work in stages.items():
+        template = work.plan.template
+        if work.plan.stage.objective != "language" or template == "plain":
+            continue
+        if config.conversation_template not in (None, "plain", template):
+            print(f"note: {name} trains template {template}, the model was trained with {config.conversation_template}")
+        elif config.conversation_template is None and template != "chat" and config.has_chat_template:
+            print(f"note: {name} trains template {template}, the language model has a chat template: template: chat")
 
 
 def _find_device(job: Job, arguments: argparse.Namespace) -> tuple[Device, int | None]:

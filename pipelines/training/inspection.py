@@ -216,8 +216,11 @@ class _SampleChecker:
         if not learned:
             self.inspection.add_fault("nothing learned", f"{key}: no token has a label")
             return
-        is_cut = len(ids) == self.plan.stage.max_length
-        self._check_labels(ids, labels, [turn["value"] for turn in turns[1::2]], key, is_cut)
+        answers = [turn["value"] for turn in turns[1::2]]
+        # under "plain" several answers are one text, and an image in an answer divides it
+        if len(answers) == 1 or self.template is None or self.template.human:
+            if not any(IMAGE_TOKEN in answer for answer in answers):
+                self._check_labels(ids, labels, answers, key, len(ids) == self.plan.stage.max_length)
 
     def _check_turns(self, turns: list[dict], key: str) -> None:
         """Check the text of the turns against the template."""
@@ -240,7 +243,7 @@ class _SampleChecker:
             return
         runs = [ids[run] for run in _split_runs(np.flatnonzero(is_learned))]
         has_end = bool(runs) and (self.end_id is None or self.end_id in runs[-1][-2:])
-        if is_cut and not has_end:
+        if is_cut and (not has_end or len(runs) < len(answers)):
             self.inspection.truncated += 1
             answers = answers[: len(runs)]
         if len(runs) != len(answers):

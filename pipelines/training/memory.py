@@ -12,7 +12,7 @@ DeepSpeed 0.19 with the configuration of `engine.make_config`. Tests compare the
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -346,7 +346,4 @@ def count_queued_bytes(work: StageWork, workers: int) -> int:
 def _interpolate(steps: Sequence[StepTrace], sizes: tuple[int, int], size: int) -> StepTrace:
     """Compute the trace of a micro-batch from those of two others."""
     share = (size - sizes[0]) / (sizes[1] - sizes[0])
-    first, second = steps
-    return StepTrace(
-        *(round(low + share * (high - low)) for low, high in zip(astuple(first), astuple(second), strict=True))
-    )
+    return StepTrace(*(round(low + share * (high - low)) for low, high in zip(*steps, strict=True)))
