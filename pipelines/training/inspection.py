@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.data.preview import PreviewSample, draw_samples
+from pipelines.data.text_tokenizer import TextTokenizer
 from pipelines.training.plan import StagePlan, StageWork
 from pipelines.training.step_trace import SampleShape
 from redux.conversation import EOS_TOKEN, IGNORE_INDEX, IMAGE_TOKEN, Template
@@ -139,6 +140,8 @@ def inspect_set(
     for sample in draw_samples(reader, name, count, seed, work.steps, threads):
         if sample.stored is not None:
             _note_source(inspection, sample)
+        if sample.prepared is not None and inspection.learns_tokens:
+            checker.check_turns(sample.prepared.record["conversations"], f"sample {sample.prepared.key}")
         if sample.row is None:
             inspection.unusable.setdefault(_find_kind(sample.problem), Findings()).add(sample.problem)
         else:
@@ -208,7 +211,6 @@ class _SampleChecker:
         if labels is None:
             return
         key = f"sample {sample.prepared.key}"
-        self._check_turns(turns, key)
         images = int((ids == self.image_id).sum())
         wanted = (self.tower_tokens or 0) * (sample.image is not None)
         if self.tower_tokens is not None and images != wanted:
@@ -222,7 +224,7 @@ class _SampleChecker:
             if not any(IMAGE_TOKEN in answer for answer in answers):
                 self._check_labels(ids, labels, answers, key, len(ids) == self.plan.stage.max_length)
 
-    def _check_turns(self, turns: list[dict], key: str) -> None:
+    def check_turns(self, turns: list[dict], key: str) -> None:
         """Check the text of the turns against the template."""
         texts = [turn["value"].replace(IMAGE_TOKEN, "").strip() for turn in turns]
         self.inspection.questions[texts[0]] += 1
@@ -273,7 +275,7 @@ class _SampleChecker:
         return _squeeze(self._decode(alone)) != _squeeze(wanted) and abs(len(alone) - len(run)) <= 1
 
     def _decode(self, ids: Any) -> str:
-        tokenizer = getattr(self.tokenizer, "backend", self.tokenizer)
+        tokenizer = self.tokenizer.backend if isinstance(self.tokenizer, TextTokenizer) else self.tokenizer
         return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=False))
 
     def _show(self, ids: Any) -> str:
@@ -318,7 +320,7 @@ def list_problems(inspection: SetInspection, plan: StagePlan) -> Iterator[str]:
 
 def _list_template_problems(inspection: SetInspection, plan: StagePlan) -> Iterator[str]:
     place = f"train.{inspection.stage}.template: got {plan.template}"
-    count = len(inspection.shapes)
+    count = inspection.questions.total()
     marked = inspection.faults.get("template marks", Findings())
     if count and marked.count / count > MAX_MARKED_SHARE:
         yield (

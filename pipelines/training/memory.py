@@ -215,7 +215,8 @@ def _count_states(shape: ModelShape, workers: int) -> _States:
     weights = width * shape.num_elements
     # fp32 gradients of one part of the model, as its optimizer gets them
     update = FP32_BYTES * -(-max(shape.trained) // workers)
-    accumulated = FP32_BYTES * part * (stage.count_accumulation_steps(workers) > 1)
+    # sums of earlier micro-batches; DeepSpeed makes a second buffer before it frees that of the last step
+    accumulated = 2 * FP32_BYTES * part * (stage.count_accumulation_steps(workers) > 1)
     if stage.zero_stage == 0:
         return _count_whole_states(shape, workers)
     if stage.zero_stage == 1:
