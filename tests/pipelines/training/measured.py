@@ -86,12 +86,4 @@ def _measure_update(counter: ByteCounter) -> Iterator[list[tuple[int, int]]]:
 
 def measure_all(plans: list[StagePlan]) -> list[MeasuredBytes]:
     """Measure several plans on this rank, one after the other."""
-    out = []
-    import time
-
-    for plan in plans:
-        t = time.process_time()
-        out.append(measure_step(plan))
-        if ranks.dist.get_rank() == 0:
-            print(len(out), out[-1], time.process_time() - t, file=open("/work/tmp/hc/meas.txt", "a"), flush=True)
-    return out
+    return [measure_step(plan) for plan in plans]
