@@ -57,8 +57,8 @@ from redux.conversation import IMAGE_TOKEN
 MAX_MEASURED_PROMPTS = 100
 """Longest prompts of a task, by characters, whose tokens are counted."""
 
-MAX_EXAMPLES = 3
-"""Examples of a problem in one line."""
+MAX_NAMED_IMAGES = 3
+"""Missing images that a problem names."""
 
 
 @dataclass
@@ -190,7 +190,7 @@ def _check_source(name: str, source: SetSource, problems: ProblemList) -> None:
     named = [entry["image"] for entry in sample if isinstance(entry, dict) and isinstance(entry.get("image"), str)]
     missing = [path for path in named if not _has_image(images, path)]
     if missing and len(missing) > source.max_bad_fraction * len(sample):
-        examples = ", ".join(map(repr, missing[:MAX_EXAMPLES]))
+        examples = ", ".join(map(repr, missing[:MAX_NAMED_IMAGES]))
         problems.add(
             f"data.make.{name}.images: {len(missing)} of {len(named)} images are not in {images.url}: {examples}, "
             f"allowed: the folder from which the paths of the records start"

@@ -220,9 +220,9 @@ class _SampleChecker:
             return
         answers = [turn["value"] for turn in turns[1::2]]
         # under "plain" several answers are one text, and an image in an answer divides it
-        if len(answers) == 1 or self.template is None or self.template.human:
-            if not any(IMAGE_TOKEN in answer for answer in answers):
-                self._check_labels(ids, labels, answers, key, len(ids) == self.plan.stage.max_length)
+        is_one_text = self.template is not None and not self.template.human and len(answers) > 1
+        if not is_one_text and not any(IMAGE_TOKEN in answer for answer in answers):
+            self._check_labels(ids, labels, answers, key, len(ids) == self.plan.stage.max_length)
 
     def check_turns(self, turns: list[dict], key: str) -> None:
         """Check the text of the turns against the template."""
