@@ -10,6 +10,7 @@ do not depend on the number of workers.
 """
 
 import gc
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -276,7 +277,10 @@ def select_trained(
     module.train()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    return {part: [parameter.requires_grad_() for parameter in parts[part]] for part in stage.learning_rate}
+    trained = {part: parts[part] for part in stage.learning_rate}
+    for parameter in itertools.chain(*trained.values()):
+        parameter.requires_grad_()
+    return trained
 
 
 def free_engine(engine: DeepSpeedEngineProtocol) -> None:

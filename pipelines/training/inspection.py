@@ -313,8 +313,8 @@ def list_problems(inspection: SetInspection, plan: StagePlan) -> Iterator[str]:
         "image tokens": "as many image tokens as the tower makes",
     }
     for kind, allowed in advice.items():
-        if found := inspection.faults.get(kind):
-            yield f"{place}: {found.count} of {drawn} samples: {found.example}, allowed: {allowed}"
+        if faulty := inspection.faults.get(kind):
+            yield f"{place}: {faulty.count} of {drawn} samples: {faulty.example}, allowed: {allowed}"
     yield from _list_template_problems(inspection, plan)
 
 
