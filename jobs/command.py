@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.cli import answers, clusters, data, init, look, models, reference, runs
+from jobs.cli import answers, check, clusters, data, init, look, models, reference, runs
 from jobs.cli.arguments import EXAMPLE_JOB
 from jobs.exit_codes import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_MISUSE
 from jobs.former_names import FORMER_OPTIONS
@@ -116,7 +116,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for group in (init, look, runs, answers, data, clusters, models, reference):
+    for group in (init, check, look, runs, answers, data, clusters, models, reference):
         group.add_parsers(verbs)
     return parser
 

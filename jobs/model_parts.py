@@ -86,13 +86,18 @@ def measure_image(job: Job, folder: Path) -> tuple[int, int]:
     model = job.model
     if isinstance(model.tower, TowerSizes):
         return model.tower.image_size, count_image_tokens(model)
+    config = read_config(job, folder)
+    return config.vision_config.image_size, config.image_seq_length
+
+
+def read_config(job: Job, folder: Path) -> ReduxConfig:
+    """Read the configuration of a pretrained model, without its weights; ValueError if it cannot be built."""
     try:
         # once the model is assembled, its parts are no longer needed
         assembled = find_assembled(job, folder)
-        config = ReduxConfig.from_pretrained(assembled) if assembled else build_config(model)
+        return ReduxConfig.from_pretrained(assembled) if assembled else build_config(job.model)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
-    return config.vision_config.image_size, config.image_seq_length
 
 
 def check_weights(job: Job, folder: Path) -> None:

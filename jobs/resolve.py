@@ -15,6 +15,7 @@ from pipelines.data.held_out import select_held_out
 from pipelines.data.options import SetSource
 from pipelines.evaluation import evaluate, tasks
 from pipelines.training import lora, trackers
+from pipelines.training.stage import Stage
 from redux import answering
 from redux.extras import write_install_command
 
@@ -44,11 +45,7 @@ def resolve_job(job: Job, folder: Path) -> Job:
     for name, stage in job.train.items():
         if stage.lora:
             lora.require_peft(f"train.{name}.lora")
-        if stage.image_backend == "fast" and find_spec("simplejpeg") is None:
-            raise ValueError(
-                f"train.{name}.image_backend: got fast, allowed: exact, or the package simplejpeg: "
-                + write_install_command("fast")
-            )
+        check_image_backend(name, stage)
     job = _resolve_formats(job, folder)
     return replace(
         job,
@@ -59,6 +56,15 @@ def resolve_job(job: Job, folder: Path) -> Job:
         evaluate=job.evaluate and replace(job.evaluate, tasks=_resolve_tasks(job.evaluate)),
         model=locate_parts(job.model),
     )
+
+
+def check_image_backend(name: str, stage: Stage) -> None:
+    """Check that the package of a stage's image backend is installed; ValueError if not."""
+    if stage.image_backend == "fast" and find_spec("simplejpeg") is None:
+        raise ValueError(
+            f"train.{name}.image_backend: got fast, allowed: exact, or the package simplejpeg: "
+            + write_install_command("fast")
+        )
 
 
 def _resolve_formats(job: Job, folder: Path) -> Job:
@@ -96,11 +102,16 @@ def _resolve_tasks(settings: tasks.Evaluate) -> dict[tasks.TaskName, tasks.TaskS
     """Make the paths of all tasks absolute and check their files."""
     result = dict(settings.tasks)
     for name, task in settings.tasks.items():
-        result[name] = replace(
-            task,
-            files=tuple(map(storage.make_absolute, task.files)),
-            file=task.file and storage.make_absolute(task.file),
-            images=task.images and storage.make_absolute(task.images),
-        )
+        result[name] = resolve_task(task)
         evaluate.check_task(name, result[name])
     return result
+
+
+def resolve_task(task: tasks.TaskSettings) -> tasks.TaskSettings:
+    """Make the paths of a task absolute."""
+    return replace(
+        task,
+        files=tuple(map(storage.make_absolute, task.files)),
+        file=task.file and storage.make_absolute(task.file),
+        images=task.images and storage.make_absolute(task.images),
+    )

@@ -166,6 +166,11 @@ class Shards:
         return self._rows["image_size"].to_numpy() > 0
 
     @property
+    def image_sizes(self) -> Int64[np.ndarray, " samples"]:
+        """Bytes of the image file of each sample, 0 for text only; a view of the index."""
+        return self._rows["image_size"].to_numpy()
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the index in hex, equal for the same samples in the same order. Reads the whole index."""
         return hashlib.sha256(self._opened[0]).hexdigest()

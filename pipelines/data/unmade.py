@@ -65,6 +65,11 @@ class UnmadeShards(Shards):
         return np.array([has_image(record) for record in self._records], bool)
 
     @property
+    def image_sizes(self) -> Int64[np.ndarray, " samples"]:
+        """-1 for each sample with an image, as it is not read yet, and 0 for text only."""
+        return -self.has_image.astype(np.int64)
+
+    @property
     def prepared_format(self) -> tuple[int, ImageAspectRatio] | None:
         size = self.options.image_size
         return (size, self.options.image_aspect_ratio) if size else None

@@ -10,6 +10,7 @@ do not depend on the number of workers.
 """
 
 import gc
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from pipelines.core import cluster
 from pipelines.core.imports import import_without
 from pipelines.data import ingest
 from pipelines.training.plan import LearningRateSchedule, StagePlan
+from pipelines.training.stage import Part, Stage
 from redux import contrastive, model
 from redux.architecture import TowerSizes
 from redux.contrastive import ContrastiveClip
@@ -145,8 +147,14 @@ def build_module(
         llava = model.build_model(plan.model, tokenizer)
     if isinstance(start, CLIPModel):
         llava.model.vision_tower.load_state_dict(start.vision_model.state_dict())
-    parts = llava.parameters_by_part()
+    return add_loss(llava, plan)
 
+
+def add_loss(
+    llava: ReduxForConditionalGeneration, plan: StagePlan
+) -> tuple[LlavaWithLoss, dict[str, list[torch.nn.Parameter]]]:
+    """Prepare a LLaVA for the stage: adapters and checkpoints of activations. Result as of `build_module`."""
+    parts = llava.parameters_by_part()
     # Adapters draw from torch's generator, so they are added after everything else is built.
     if plan.stage.lora:
         from pipelines.training import lora
@@ -239,17 +247,13 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
         # DeepSpeed would compile its shared-memory operator for half a minute at the first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-    # Only parts with a learning rate train.
     config = make_config(plan)
     device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
     module, parts = build_module(plan, device, config if plan.stage.zero_stage == 3 else None)
-    module.train()
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
     stage = plan.stage
     groups = [
-        {"params": [parameter.requires_grad_() for parameter in parts[part]], "lr": 0.0, "peak": rate}
-        for part, rate in stage.learning_rate.items()
+        {"params": parameters, "lr": 0.0, "peak": stage.learning_rate[part]}
+        for part, parameters in select_trained(module, parts, stage).items()
     ]
     if stage.zero_stage:
         # DeepSpeed allocates a whole bucket in every backward pass: by default 2 GB of fp32, which is mapped anew.
@@ -264,6 +268,19 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
     for state in optimizer.state.values():
         state["step"].zero_()
     return engine
+
+
+def select_trained(
+    module: torch.nn.Module, parts: Mapping[str, list[torch.nn.Parameter]], stage: Stage
+) -> dict[Part, list[torch.nn.Parameter]]:
+    """Prepare a module for training: parts with a learning rate train, all others are frozen. Returns the former."""
+    module.train()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    trained = {part: parts[part] for part in stage.learning_rate}
+    for parameter in itertools.chain(*trained.values()):
+        parameter.requires_grad_()
+    return trained
 
 
 def free_engine(engine: DeepSpeedEngineProtocol) -> None:

@@ -67,12 +67,13 @@ def work(
 def test_help_and_version_load_nothing_heavy() -> None:
     program = (
         "import sys\nfrom jobs.command import main\n"
-        "for words in ('--help', 'run --help', 'look --help', 'score --help', 'manifest --help', '--version', 'run'):\n"
+        "for words in ('--help', 'run --help', 'check --help', 'look --help', 'score --help', 'manifest --help', "
+        "'--version', 'run'):\n"
         " try: main(words.split())\n except SystemExit: print('ENDED')\n"
         "print('LOADED', *sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert output.stdout.count("ENDED") == 7
+    assert output.stdout.count("ENDED") == 8
     loaded = {name.partition(".")[0] for name in output.stdout.partition("LOADED")[2].split()}
     assert "argparse" in loaded
     assert not loaded & HEAVY

@@ -1,0 +1,428 @@
+"""Check a job before it runs: all that would fail or go wrong silently, and what the job will take (`redux check`).
+
+Nothing is trained, no weights are read and no Ray is started. Problems are collected, so that one call lists them all.
+"""
+
+import argparse
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers.utils import logging as transformers_logging
+
+from jobs import claims, document, model_parts, resolve, schema
+from jobs.check_text import (
+    format_bytes,
+    format_evaluation,
+    format_inspection,
+    format_memory,
+    format_overlap,
+    format_steps,
+)
+from jobs.dry_run import open_stages
+from jobs.layout import locate_checkpoints
+from jobs.schema import Job
+from pipelines.core import storage
+from pipelines.core.failures import classify_error
+from pipelines.data import records
+from pipelines.data.held_out import select_held_out
+from pipelines.data.images import ImageFolder, OutsideError
+from pipelines.data.options import SetSource
+from pipelines.data.shard_index import Shards
+from pipelines.evaluation import evaluate
+from pipelines.evaluation.overlap import EvaluationImages, find_overlap
+from pipelines.evaluation.tasks import count_new_tokens
+from pipelines.training import inspection as inspections
+from pipelines.training import lora, metrics, trackers
+from pipelines.training.driver import check_writable
+from pipelines.training.inspection import SetInspection
+from pipelines.training.memory import (
+    MemoryEstimate,
+    ModelShape,
+    build_shape,
+    count_queued_bytes,
+    count_tower_tokens,
+    plan_memory,
+)
+from pipelines.training.plan import StageWork
+from pipelines.training.step_trace import Device
+from redux.conversation import IMAGE_TOKEN
+
+MAX_MEASURED_PROMPTS = 100
+"""Longest prompts of a task, by characters, whose tokens are counted."""
+
+MAX_NAMED_IMAGES = 3
+"""Missing images that a problem names."""
+
+
+@dataclass
+class ProblemList:
+    """Problems that were found so far, each a line."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, line: str) -> None:
+        """Add a problem, once."""
+        line = " ".join(line.split())
+        if line not in self.lines:
+            self.lines.append(line)
+
+    @contextmanager
+    def collect(self, prefix: str = "") -> Iterator[None]:
+        """Add an error within the block, and go on after it."""
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            problems = getattr(error, "problems", None) or [classify_error(error).text or str(error)]
+            for problem in problems:
+                self.add(problem if problem.startswith(prefix) else f"{prefix}{problem}")
+
+
+def check_job(arguments: argparse.Namespace) -> None:
+    """Check a job and print what it will take.
+
+    Raises:
+        JobError: there are problems; it has a line for each.
+    """
+    transformers_logging.disable_progress_bar()
+    job = _load_job(arguments.job, arguments.overrides)
+    folder = (arguments.runs_dir / job.name).resolve()
+    problems = ProblemList()
+    _check_preparations(job, folder, problems)
+    usable = _drop_unusable(job, problems)
+    if usable is not None:
+        with problems.collect():
+            _check_stages(usable, folder, arguments, problems)
+    if problems.lines:
+        print(f"{len(problems.lines)} problem{'s' * (len(problems.lines) > 1)}")
+        raise document.JobError(*problems.lines)
+    print("no problems found")
+
+
+def _load_job(path: Path, overrides: Sequence[str]) -> Job:
+    tree = document.read_tree(path)
+    for key, kind in (("variants", "a study"), ("space", "a search")):
+        if isinstance(tree, dict) and key in tree:
+            raise document.JobError(f"{path}: got {kind}, allowed: a job; each run of {kind} has one in its folder")
+    return schema.load(path, overrides)
+
+
+# --- paths, packages, permissions ------------------------------------------------------------------------------------
+
+
+def _check_preparations(job: Job, folder: Path, problems: ProblemList) -> None:
+    """Check everything that needs no sample."""
+    for name, url in job.data.sets.items():
+        with problems.collect(f"data.sets.{name}: "):
+            if name in job.data.make:
+                _check_source(name, job.data.make[name], problems)
+            else:
+                _check_set(job, name, storage.make_absolute(url))
+    with problems.collect():
+        trackers.check_trackers(job.trackers)
+    for name, stage in job.train.items():
+        with problems.collect():
+            if stage.lora:
+                lora.require_peft(f"train.{name}.lora")
+        with problems.collect():
+            resolve.check_image_backend(name, stage)
+    for name, task in job.evaluate.tasks.items() if job.evaluate else ():
+        with problems.collect(f"evaluate.tasks.{name}"):
+            evaluate.check_task(name, resolve.resolve_task(task))
+    try:
+        with problems.collect():
+            model_parts.check_weights(replace(job, model=model_parts.locate_parts(job.model)), folder)
+    except RuntimeError as error:  # safetensors cannot map a file that is larger than the memory
+        print(f"note: the names of the weights were not checked: {str(error).partition(chr(10))[0]}")
+    with problems.collect():
+        claims.Claim.from_folder(folder, job).find_changes()
+    with problems.collect():
+        _check_folder(folder)
+    with problems.collect():
+        checkpoints = locate_checkpoints(job, folder)
+        if job.checkpoints and not storage.is_local(checkpoints):
+            check_writable(checkpoints)
+        elif job.checkpoints:
+            _check_folder(Path(checkpoints))
+
+
+def _check_set(job: Job, name: str, url: str) -> None:
+    samples = len(Shards(url))
+    if not samples:
+        raise ValueError(f"{url} has no samples, allowed: at least one")
+    if job.data.hold_out and any(name in stage.mixture for stage in job.train.values()):
+        select_held_out(samples, job.data.hold_out, name)
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that a folder can be made and written; ValueError if not."""
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{folder}: cannot be written, as {parent} {_describe_access(parent)}, allowed: another folder"
+        )
+
+
+def _describe_access(path: Path) -> str:
+    return "gives no permission" if path.is_dir() else "is no folder"
+
+
+def _check_source(name: str, source: SetSource, problems: ProblemList) -> None:
+    """Check the records of a set that the job makes, and that their images are in the folder."""
+    url = storage.make_absolute(source.json)
+    if not storage.exists(url):
+        raise ValueError(f"data.make.{name}.json: {url} does not exist, allowed: a JSON file of records")
+    entries = records.parse_records(storage.read(url), url)
+    step = max(len(entries) // 1000, 1)
+    sample = entries[::step]
+    rejections = [rejection for entry in sample if (rejection := records.find_rejection(entry, source.max_words))]
+    if len(rejections) > source.max_bad_fraction * len(sample):
+        first = rejections[0]
+        problems.add(
+            f"data.make.{name}.json: {len(rejections)} of {len(sample)} records of {url} are rejected, allowed: a "
+            f"share of max_bad_fraction, {source.max_bad_fraction:g}; the first: {first.reason}: {first.field}: got "
+            f"{first.value}"
+        )
+    images = ImageFolder(storage.make_absolute(source.images))
+    named = [entry["image"] for entry in sample if isinstance(entry, dict) and isinstance(entry.get("image"), str)]
+    missing = [path for path in named if not _has_image(images, path)]
+    if missing and len(missing) > source.max_bad_fraction * len(sample):
+        examples = ", ".join(map(repr, missing[:MAX_NAMED_IMAGES]))
+        problems.add(
+            f"data.make.{name}.images: {len(missing)} of {len(named)} images are not in {images.url}: {examples}, "
+            f"allowed: the folder from which the paths of the records start"
+        )
+
+
+def _has_image(images: ImageFolder, path: str) -> bool:
+    if not images.is_local:
+        return True  # found by the samples, which are fewer
+    try:
+        images.read(path)
+    except (FileNotFoundError, OutsideError):
+        return False
+    return True
+
+
+def _drop_unusable(job: Job, problems: ProblemList) -> Job | None:
+    """Return the job with the stages whose sets can be read, and the tasks that can; None if no stage is left."""
+    broken = {
+        name
+        for name in job.data.sets
+        if any(line.startswith((f"data.sets.{name}:", f"data.make.{name}.json:")) for line in problems.lines)
+    }
+    train = {name: stage for name, stage in job.train.items() if not broken & stage.mixture.keys()}
+    tasks = {
+        name: task
+        for name, task in (job.evaluate.tasks if job.evaluate else {}).items()
+        if not any(line.startswith(f"evaluate.tasks.{name}") for line in problems.lines)
+    }
+    blocks = ("model.", "train.", "trackers")
+    if not train or any(line.startswith(blocks) for line in problems.lines):
+        return None
+    try:
+        kept = {name: job.data.sets[name] for name in job.data.sets if name not in broken}
+        data = replace(job.data, sets=kept, make={name: job.data.make[name] for name in kept if name in job.data.make})
+        evaluated = replace(job.evaluate, tasks=tasks) if job.evaluate and tasks else None
+        return replace(job, data=data, train=train, evaluate=evaluated)
+    except ValueError:
+        return None
+
+
+# --- samples, steps, memory ------------------------------------------------------------------------------------------
+
+
+def _check_stages(job: Job, folder: Path, arguments: argparse.Namespace, problems: ProblemList) -> None:
+    """Check the samples of each stage, and print what it will take."""
+    job = resolve.resolve_job(job, folder)
+    with open_stages(job, folder) as stages:
+        config = None if not job.model.is_pretrained else _build_config(job, folder, stages)
+        if config is not None:
+            _print_template_notes(config, stages)
+        device, capacity = _find_device(job, arguments)
+        found: list[SetInspection] = []
+        sizes = {}
+        for name, work in stages.items():
+            shape = build_shape(work.plan, config)
+            sizes[name] = shape
+            tower_tokens = count_tower_tokens(shape)
+            stage_sets = [
+                inspections.inspect_set(work, source, arguments.samples, arguments.seed, tower_tokens)
+                for source in work.reader.sources
+            ]
+            found += stage_sets
+            for inspected in stage_sets:
+                for line in inspections.list_problems(inspected, work.plan):
+                    problems.add(line)
+            _print_stage(work, shape, stage_sets, arguments, device, capacity, problems)
+        for line in inspections.list_image_problems(found):
+            problems.add(line)
+        _check_evaluation(job, stages, sizes, arguments, problems)
+        _check_disk(job, folder, sizes, problems)
+
+
+def _build_config(job: Job, folder: Path, stages: dict[str, StageWork]) -> Any:
+    """Build the configuration of the pretrained model, with the tokens of its tokenizer."""
+    from transformers import AutoTokenizer
+
+    config = model_parts.read_config(job, folder)
+    tokenizer = AutoTokenizer.from_pretrained(next(iter(stages.values())).plan.tokenizer)
+    config.image_token_index = config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer))
+    config.has_chat_template = bool(tokenizer.chat_template)
+    return config
+
+
+def _print_template_notes(config: Any, stages: dict[str, StageWork]) -> None:
+    """Print a note for each stage whose template differs from that of the model from which training starts."""
+    for name, work in stages.items():
+        template = work.plan.template
+        if work.plan.stage.objective != "language" or template == "plain":
+            continue
+        if config.conversation_template not in (None, "plain", template):
+            print(f"note: {name} trains template {template}, the model was trained with {config.conversation_template}")
+        elif config.conversation_template is None and template != "chat" and config.has_chat_template:
+            print(f"note: {name} trains template {template}, the language model has a chat template: template: chat")
+
+
+def _find_device(job: Job, arguments: argparse.Namespace) -> tuple[Device, int | None]:
+    """Find the device of the workers and its memory in bytes; None if that is unknown."""
+    if arguments.gpu_memory:
+        return "cuda", int(arguments.gpu_memory * 2**30)
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_properties(0).total_memory
+    if job.model.is_pretrained:
+        return "cuda", None
+    return "cpu", psutil.virtual_memory().total
+
+
+def _count_workers(work: StageWork, arguments: argparse.Namespace, device: Device) -> int:
+    wanted = work.plan.workers[1] if work.plan.workers else None
+    local = torch.cuda.device_count() if device == "cuda" else (os.cpu_count() or 1)
+    return work.plan.stage.count_usable_workers(arguments.workers or wanted or max(local, 1))
+
+
+def _print_stage(
+    work: StageWork,
+    shape: ModelShape,
+    stage_sets: list[SetInspection],
+    arguments: argparse.Namespace,
+    device: Device,
+    capacity: int | None,
+    problems: ProblemList,
+) -> None:
+    """Print the samples, the steps and the memory of a stage."""
+    plan = work.plan
+    workers = _count_workers(work, arguments, device)
+    rate = arguments.tokens_per_s
+    if rate is None and metrics.read_last_step(plan.run, plan.name):
+        rate = metrics.compute_tokens_per_s(plan.run, plan.name)
+    template = f", template {plan.template}" if plan.stage.objective == "language" else ""
+    print(f"\n{plan.name}: {plan.stage.objective}{template}, {workers} worker{'s' * (workers > 1)}")
+    for inspected in stage_sets:
+        print(format_inspection(inspected, plan.stage.max_length))
+    tokens = work.steps * plan.stage.global_batch_size * _mean_tokens(work, stage_sets)
+    print(format_steps(work.steps, plan.stage.global_batch_size, tokens, rate, workers, arguments.price))
+    shapes = [shape for inspected in stage_sets for shape in inspected.shapes]
+    if not shapes:
+        return
+    share = capacity // workers if capacity and device == "cpu" else capacity
+    estimate, find_largest = plan_memory(shape, shapes, workers, device, _is_fused(work, device))
+    largest = None
+    if share:
+        largest = find_largest(share)
+        if not largest or largest < plan.stage.micro_batch_size:
+            _add_memory_problem(work, estimate, share, largest, problems)
+    queued = count_queued_bytes(work, workers)
+    print(format_memory(estimate, device, share, plan.stage.micro_batch_size, largest, queued))
+
+
+def _is_fused(work: StageWork, device: Device) -> bool:
+    return device == "cuda" and work.plan.kernels != "plain"
+
+
+def _add_memory_problem(
+    work: StageWork, estimate: MemoryEstimate, share: int, largest: int | None, problems: ProblemList
+) -> None:
+    name = work.plan.name
+    if largest:
+        advice = f"train.{name}.micro_batch_size={largest}"
+    else:
+        advice = "more workers, zero_stage 3, activation_checkpointing, lora or offloading"
+    problems.add(
+        f"train.{name}.micro_batch_size: got {work.plan.stage.micro_batch_size}, which needs "
+        f"{format_bytes(estimate.total)} of {format_bytes(share)} on each worker, allowed: {advice}"
+    )
+
+
+def _mean_tokens(work: StageWork, stage_sets: list[SetInspection]) -> float:
+    """Return the mean tokens of a sample of the stage, over its mixture."""
+    order = work.reader.order
+    weights = order.weights or order.samples
+    return sum(weight * inspected.mean_tokens for weight, inspected in zip(weights, stage_sets, strict=True)) / sum(
+        weights
+    )
+
+
+def _check_evaluation(
+    job: Job,
+    stages: dict[str, StageWork],
+    shapes: dict[str, ModelShape],
+    arguments: argparse.Namespace,
+    problems: ProblemList,
+) -> None:
+    """Look for the evaluation questions in the training sets, and print the memory of the evaluation."""
+    if job.evaluate is None:
+        return
+    sets = {name: shards for work in stages.values() for name, shards in work.reader.sources.items()}
+    prompts: dict[str, list[str]] = {}
+    print()
+    for task, settings in job.evaluate.tasks.items():
+        with problems.collect():
+            questions = EvaluationImages.from_task(task, settings)
+            prompts[task] = questions.prompts
+            for name, shards in sets.items():
+                overlap = find_overlap(shards, task, questions, arguments.seed)
+                print(format_overlap(overlap, name, len(shards)))
+                if overlap.pairs:
+                    problems.add(
+                        f"evaluate.tasks.{task}: {len(overlap.pairs)} of its {overlap.questions} questions are in the "
+                        f"training set {name}, with the same image ({overlap.example}), allowed: questions that are "
+                        "not trained on"
+                    )
+    *_, last = stages
+    tokenizer = stages[last].reader.get_tokenizer()
+    for task, texts in prompts.items():
+        longest = sorted(texts, key=len)[-MAX_MEASURED_PROMPTS:]
+        tokens = max(len(tokenizer(text)["input_ids"]) for text in longest)
+        tokens += count_new_tokens(task, job.evaluate.tasks[task])
+        print(format_evaluation(task, shapes[last].measure_cache(tokens), tokens, job.evaluate.batch_size))
+
+
+def _check_disk(job: Job, folder: Path, shapes: dict[str, ModelShape], problems: ProblemList) -> None:
+    """Compare the bytes of checkpoints and models with the free disk space."""
+    checkpoints = locate_checkpoints(job, folder)
+    needed = 0
+    for name, stage in job.train.items():
+        shape = shapes[name]
+        # weights in fp32 and two moments; the next checkpoint is written before an old one is deleted
+        kept = stage.save_total_limit + stage.save_best_limit + 1
+        needed += 12 * shape.num_trained * kept + shape.num_elements * (2 if stage.precision == "bf16" else 4)
+    where = f"checkpoints and models need about {format_bytes(needed)}"
+    if not storage.is_local(checkpoints):
+        print(f"\ndisk: {where} in {checkpoints}")
+        return
+    parent = next(path for path in (Path(checkpoints), *Path(checkpoints).parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    print(f"\ndisk: {where}, {format_bytes(free)} are free in {parent}")
+    if needed > free:
+        problems.add(
+            f"checkpoints: {where}, but {parent} has {format_bytes(free)} free, allowed: a folder or URL with more "
+            "space, or a smaller save_total_limit"
+        )

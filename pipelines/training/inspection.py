@@ -1,0 +1,385 @@
+"""Statistics and faults of the samples of a stage, as its workers would get them.
+
+Samples are encoded by the code of training, see `pipelines.data.preview`. What is checked here does not use that code
+again: which tokens are learned is compared with the text of the answers, the number of image tokens with the output of
+the image tower, the end of answers with the end token. A fault in the encoding, the tokenizer, the template or the data
+then shows before the first step.
+"""
+
+import io
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipelines.data.preview import PreviewSample, draw_samples
+from pipelines.data.text_tokenizer import TextTokenizer
+from pipelines.training.plan import StagePlan, StageWork
+from pipelines.training.step_trace import SampleShape
+from redux.conversation import EOS_TOKEN, IGNORE_INDEX, IMAGE_TOKEN, Template
+
+TEMPLATE_MARKS = re.compile(
+    r"<\|im_start\|>|<\|im_end\|>|<\|start_header_id\|>|<\|eot_id\|>|<start_of_turn>|<\|assistant\|>|<\|user\|>|"
+    r"\[/?INST\]|^\s*(?:USER|ASSISTANT|### ?(?:Human|Assistant|Instruction|Response)):",
+    re.MULTILINE,
+)
+"""Marks of conversation templates, which do not belong into the text of a turn."""
+
+MAX_MARKED_SHARE = 0.05
+"""Largest share of samples with marks of a template, or with several rounds under "plain", that is no fault."""
+
+MAX_PLAIN_QUESTIONS = 0.2
+"""Largest number of different questions per sample under "plain", which leaves them out."""
+
+MIN_ITEMS = 20
+"""Fewest samples from which a share is judged."""
+
+FEW_IMAGES = 0.05
+"""A set has suspiciously few different images below this share of its samples."""
+
+MIN_DIGITS = 6
+"""Fewest digits of an image's number that is no mere count."""
+
+MAX_SHOWN_TEXT = 60
+
+
+@dataclass
+class Findings:
+    """Samples with a fault: their number, and the first of them as text.
+
+    Args:
+        count: number of samples.
+        example: the first one.
+    """
+
+    count: int = 0
+    example: str = ""
+
+    def add(self, example: str) -> None:
+        """Count a sample."""
+        self.count += 1
+        self.example = self.example or example
+
+
+@dataclass
+class SetInspection:
+    """What the drawn samples of a set are in a stage.
+
+    Args:
+        stage: name of the stage.
+        name: name of the set.
+        samples: number of samples of the set.
+        learns_tokens: True if tokens have labels, as in stages with the objective language.
+        shapes: sizes of the encoded samples.
+        truncated: samples that were cut at max_length.
+        unusable: samples that training would replace, by the kind of reason.
+        formats: image formats.
+        sides: width and height of the images as stored.
+        image_hashes: number of samples with each image.
+        faults: faults of the labels and of the tokens, by kind.
+        questions: number of samples with each first question.
+        ids: id, and name of the image without suffix, of each sample with both.
+    """
+
+    stage: str
+    name: str
+    samples: int
+    learns_tokens: bool = True
+    shapes: list[SampleShape] = field(default_factory=list)
+    truncated: int = 0
+    unusable: dict[str, Findings] = field(default_factory=dict)
+    formats: Counter[str] = field(default_factory=Counter)
+    sides: list[tuple[int, int]] = field(default_factory=list)
+    image_hashes: Counter[int] = field(default_factory=Counter)
+    faults: dict[str, Findings] = field(default_factory=dict)
+    questions: Counter[str] = field(default_factory=Counter)
+    ids: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def drawn(self) -> int:
+        """Number of drawn samples."""
+        return len(self.shapes) + self.num_unusable
+
+    @property
+    def num_unusable(self) -> int:
+        """Number of drawn samples that training would replace."""
+        return sum(found.count for found in self.unusable.values())
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean number of tokens of a sample, without padding."""
+        return float(np.mean([shape.length for shape in self.shapes])) if self.shapes else 0.0
+
+    def add_fault(self, kind: str, example: str) -> None:
+        """Count a sample with a fault."""
+        self.faults.setdefault(kind, Findings()).add(example)
+
+
+def inspect_set(
+    work: StageWork, name: str, count: int, seed: int, tower_tokens: int | None, threads: int = 2
+) -> SetInspection:
+    """Draw samples of a set, encode them as in training, and check them.
+
+    Args:
+        work: a stage.
+        name: name of a set of its mixture.
+        count: number of samples.
+        seed: seed of the draw.
+        tower_tokens: tokens that the tower makes of an image; None skips their check.
+        threads: threads that decode images.
+    """
+    reader, plan = work.reader, work.plan
+    inspection = SetInspection(plan.name, name, len(reader.sources[name]), plan.stage.objective == "language")
+    checker = _SampleChecker(inspection, work, tower_tokens)
+    for sample in draw_samples(reader, name, count, seed, work.steps, threads):
+        if sample.stored is not None:
+            _note_source(inspection, sample)
+        if sample.prepared is not None and inspection.learns_tokens:
+            checker.check_turns(sample.prepared.record["conversations"], f"sample {sample.prepared.key}")
+        if sample.row is None:
+            inspection.unusable.setdefault(_find_kind(sample.problem), Findings()).add(sample.problem)
+        else:
+            checker.check(sample)
+    return inspection
+
+
+def _note_source(inspection: SetInspection, sample: PreviewSample) -> None:
+    """Note the image and the record of a sample as stored."""
+    stored = sample.stored
+    assert stored is not None
+    if stored.image:
+        inspection.image_hashes[hash(stored.image)] += 1
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(io.BytesIO(stored.image)) as opened:
+                    inspection.formats[opened.format or "?"] += 1
+                    inspection.sides.append(opened.size)
+        except Exception:  # each format raises others; the sample is unusable, and its problem says why
+            inspection.formats["unreadable"] += 1
+    if isinstance(image := stored.record.get("image"), str) and stored.record.get("id") is not None:
+        inspection.ids.append((str(stored.record["id"]), PurePosixPath(image.replace("\\", "/")).stem))
+
+
+def _find_kind(problem: str) -> str:
+    """Find the kind of a problem: its text without the place of the sample, and without numbers.
+
+    >>> _find_kind("shards/0.tar: sample 000000017: 91 tokens, cut off after 30 before any answer")
+    'N tokens, cut off after N before any answer'
+    """
+    text = re.sub(r"^.*?: sample [^:]*: ", "", problem)
+    return re.sub(r"\d+", "N", text)[:120]
+
+
+class _SampleChecker:
+    """Checks of the encoded samples of a set in a stage."""
+
+    def __init__(self, inspection: SetInspection, work: StageWork, tower_tokens: int | None) -> None:
+        self.inspection, self.plan, self.tower_tokens = inspection, work.plan, tower_tokens
+        self.tokenizer: Any = work.reader.get_tokenizer()
+        self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.is_language = work.plan.stage.objective == "language"
+        self.template: Template | None = work.plan.load_template() if self.is_language else None
+        self.end_id = self._find_end_token()
+
+    def _find_end_token(self) -> int | None:
+        """Find the token that must end each answer; None under "plain", whose answers end with a new line."""
+        if self.template is None or not self.template.end.strip():
+            return None
+        if EOS_TOKEN in self.template.end:
+            return int(self.tokenizer.eos_token_id)
+        found = self.tokenizer.convert_tokens_to_ids(self.template.end.strip())
+        # an end of several tokens, as in Phi-3's template, has its last one
+        return None if found is None or found == self.tokenizer.unk_token_id else int(found)
+
+    def check(self, sample: PreviewSample) -> None:
+        """Check one encoded sample."""
+        assert sample.row is not None
+        assert sample.prepared is not None
+        ids = sample.row["input_ids"]
+        labels = sample.row.get("labels")
+        # no logits predict the first token
+        learned = len(ids) if labels is None else int((labels[1:] != IGNORE_INDEX).sum())
+        self.inspection.shapes.append(SampleShape(len(ids), learned, sample.image is not None))
+        turns = sample.prepared.record["conversations"]
+        if labels is None:
+            return
+        key = f"sample {sample.prepared.key}"
+        images = int((ids == self.image_id).sum())
+        wanted = (self.tower_tokens or 0) * (sample.image is not None)
+        if self.tower_tokens is not None and images != wanted:
+            self.inspection.add_fault("image tokens", f"{key}: {images} image tokens, the tower makes {wanted}")
+        if not learned:
+            self.inspection.add_fault("nothing learned", f"{key}: no token has a label")
+            return
+        answers = [turn["value"] for turn in turns[1::2]]
+        # under "plain" several answers are one text, and an image in an answer divides it
+        is_one_text = self.template is not None and not self.template.human and len(answers) > 1
+        if not is_one_text and not any(IMAGE_TOKEN in answer for answer in answers):
+            self._check_labels(ids, labels, answers, key, len(ids) == self.plan.stage.max_length)
+
+    def check_turns(self, turns: list[dict], key: str) -> None:
+        """Check the text of the turns against the template."""
+        texts = [turn["value"].replace(IMAGE_TOKEN, "").strip() for turn in turns]
+        self.inspection.questions[texts[0]] += 1
+        if found := next((mark for mark in map(TEMPLATE_MARKS.search, texts) if mark), None):
+            self.inspection.add_fault("template marks", f"{key}: {found[0].strip()!r} in the text of a turn")
+        if self.template is not None and not self.template.human and len(turns) > 2:
+            self.inspection.add_fault("plain rounds", f"{key}: {len(turns) // 2} questions")
+
+    def _check_labels(self, ids: Any, labels: Any, answers: list[str], key: str, is_cut: bool) -> None:
+        """Compare the learned tokens with the answers."""
+        is_learned = labels != IGNORE_INDEX
+        wrong = np.flatnonzero(is_learned & (labels != ids))
+        if wrong.size:
+            place = int(wrong[0])
+            self.inspection.add_fault(
+                "labels", f"{key}: token {place} is {self._show([ids[place]])}, its label {self._show([labels[place]])}"
+            )
+            return
+        runs = [ids[run] for run in _split_runs(np.flatnonzero(is_learned))]
+        has_end = bool(runs) and (self.end_id is None or self.end_id in runs[-1][-2:])
+        if is_cut and (not has_end or len(runs) < len(answers)):
+            self.inspection.truncated += 1
+            answers = answers[: len(runs)]
+        if len(runs) != len(answers):
+            self.inspection.add_fault("labels", f"{key}: {len(runs)} learned parts for {len(answers)} answers")
+            return
+        complete = runs[:-1] if is_cut and not has_end else runs
+        for run, answer in zip(complete, answers, strict=False):
+            if self.end_id is not None and self.end_id not in run[-2:]:
+                self.inspection.add_fault("end token", f"{key}: an answer ends with {self._show(run[-3:])}")
+                return
+            if not self._is_answer(run, answer):
+                self.inspection.add_fault(
+                    "labels", f"{key}: learned {self._show(run)} for the answer {answer[:MAX_SHOWN_TEXT]!r}"
+                )
+                return
+
+    def _is_answer(self, run: Any, answer: str) -> bool:
+        """Tell if tokens are an answer and the text that the template puts around it."""
+        assert self.template is not None
+        text = answer.strip() if self.template.strips else answer
+        end = self.template.end.replace(EOS_TOKEN, self.tokenizer.eos_token or EOS_TOKEN)
+        wanted = f"{self.template.answer}{text}{end}"
+        if _squeeze(self._decode(run)) == _squeeze(wanted):
+            return True
+        # a tokenizer that does not give every text back decides nothing
+        alone = self.tokenizer(wanted, add_special_tokens=False)["input_ids"]
+        return _squeeze(self._decode(alone)) != _squeeze(wanted) and abs(len(alone) - len(run)) <= 1
+
+    def _decode(self, ids: Any) -> str:
+        tokenizer = self.tokenizer.backend if isinstance(self.tokenizer, TextTokenizer) else self.tokenizer
+        return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=False))
+
+    def _show(self, ids: Any) -> str:
+        return repr(self._decode(ids)[:MAX_SHOWN_TEXT])
+
+
+def _squeeze(text: str) -> str:
+    """Remove white space, which tokenizers do not give back exactly, and marks of word pieces."""
+    return re.sub(r"\s+|##", "", text)
+
+
+def _split_runs(positions: Any) -> list[Any]:
+    """Split ascending positions into runs without a gap."""
+    return np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1) if len(positions) else []
+
+
+# --- what is a problem -----------------------------------------------------------------------------------------------
+
+
+def list_problems(inspection: SetInspection, plan: StagePlan) -> Iterator[str]:
+    """List the faults of a set in a stage, a line each."""
+    place, drawn = f"train.{inspection.stage}.data: {inspection.name}", inspection.drawn
+    share = inspection.num_unusable / max(drawn, 1)
+    if share > plan.max_bad_fraction:
+        for kind, found in sorted(inspection.unusable.items(), key=lambda item: -item[1].count):
+            yield (
+                f"{place}: {found.count} of {drawn} samples cannot be used ({kind}), allowed: a share of "
+                f"data.max_bad_fraction, {plan.max_bad_fraction:g}; the first: {found.example}"
+            )
+    advice = {
+        "labels": "labels on the answers' own tokens; check the tokenizer's offsets and the template",
+        "nothing learned": "at least one learned token in each sample",
+        "end token": "answers that end with the end token, or the model never learns to stop; check eos_token of the "
+        "tokenizer",
+        "image tokens": "as many image tokens as the tower makes",
+    }
+    for kind, allowed in advice.items():
+        if faulty := inspection.faults.get(kind):
+            yield f"{place}: {faulty.count} of {drawn} samples: {faulty.example}, allowed: {allowed}"
+    yield from _list_template_problems(inspection, plan)
+
+
+def _list_template_problems(inspection: SetInspection, plan: StagePlan) -> Iterator[str]:
+    place = f"train.{inspection.stage}.template: got {plan.template}"
+    count = inspection.questions.total()
+    marked = inspection.faults.get("template marks", Findings())
+    if count and marked.count / count > MAX_MARKED_SHARE:
+        yield (
+            f"{place} for {inspection.name}, where {marked.count} of {count} samples have a template in their text "
+            f"already ({marked.example}), allowed: turns of plain text, as the stage adds the template"
+        )
+    rounds = inspection.faults.get("plain rounds", Findings())
+    if count and rounds.count / count > MAX_MARKED_SHARE:
+        yield (
+            f"{place} for {inspection.name}, where {rounds.count} of {count} samples have several questions, which "
+            f"plain leaves out ({rounds.example}), allowed: vicuna_v1, vicuna_bare, chat, or captions"
+        )
+    elif plan.template == "plain" and count >= MIN_ITEMS and inspection.questions:
+        different = len(inspection.questions)
+        if different / count > MAX_PLAIN_QUESTIONS:
+            yield (
+                f"{place} for {inspection.name}, where {count} samples have {different} different questions, which "
+                "plain leaves out, allowed: vicuna_v1, vicuna_bare, chat, or captions"
+            )
+
+
+def list_image_problems(inspections: list[SetInspection]) -> Iterator[str]:
+    """List sets whose images do not seem to belong to their records.
+
+    In LLaVA's files the id of a record is the name of its image. If hardly any id of a set is, but the images carry the
+    ids of other records, then the column of images was taken from other rows, or from another set.
+    """
+    by_set = {inspection.name: inspection for inspection in inspections}
+    ids = {name: {id for id, _ in inspection.ids} for name, inspection in by_set.items()}
+    for name, inspection in by_set.items():
+        # ids that count rows often meet the numbers of images by chance
+        pairs = [(id, stem) for id, stem in inspection.ids if not (stem.isdecimal() and len(stem) < MIN_DIGITS)]
+        if len(pairs) < MIN_ITEMS:
+            continue
+        own = sum(_names_image(id, stem) for id, stem in pairs)
+        for other, other_ids in ids.items():
+            stems = {_last_part(id) for id in other_ids}
+            strangers = [(id, stem) for id, stem in pairs if stem in stems and not _names_image(id, stem)]
+            if own < len(pairs) / 10 and len(strangers) > len(pairs) / 10:
+                id, stem = strangers[0]
+                whose = "other records of the set" if other == name else f"records of {other}"
+                yield (
+                    f"data.sets.{name}: the images of {len(strangers)} of {len(pairs)} records have the ids of "
+                    f"{whose}; record {id} has the image {stem}, allowed: the image of the record itself; check the "
+                    "column of images"
+                )
+                break
+        images = inspection.image_hashes
+        if images.total() >= MIN_ITEMS and len(images) < FEW_IMAGES * images.total():
+            yield (
+                f"data.sets.{name}: {images.total()} samples have {len(images)} different images, allowed: the image "
+                "of each record; check the folder or the column of images"
+            )
+
+
+def _last_part(id: str) -> str:
+    return PurePosixPath(id).stem
+
+
+def _names_image(id: str, stem: str) -> bool:
+    """Tell if an id names an image: it is its name, or ends or begins with it."""
+    return _last_part(id) == stem or (len(stem) >= 4 and stem in id)
