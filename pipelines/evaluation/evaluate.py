@@ -224,7 +224,10 @@ def list_metric_names(settings: Evaluate) -> set[str]:
     speed = {"decode_tokens_per_s", "prefill_s_per_question", "peak_bytes"}
     names = {f"speed.{name}" for name in speed}
     for task, task_settings in settings.tasks.items():
-        metrics = _list_task_metrics(task, load_questions(task, task_settings))
+        # held-out samples become questions only in a run, so their types are not known yet
+        metrics = (
+            ["accuracy"] if task_settings.held_out else _list_task_metrics(task, load_questions(task, task_settings))
+        )
         names |= {f"{task}.questions", *(f"{task}.{metric}" for metric in metrics)}
     return names
 
