@@ -132,7 +132,9 @@ def _check_preparations(job: Job, folder: Path, problems: ProblemList) -> None:
                 lora.require_peft(f"train.{name}.lora")
         with problems.collect():
             resolve.check_image_backend(name, stage)
-    for name, task in job.evaluate.tasks.items() if job.evaluate else ():
+    for name, task in job.evaluation_tasks.items():
+        if task.held_out:
+            continue  # its questions are samples of a set, which are checked there
         with problems.collect(f"evaluate.tasks.{name}"):
             evaluate.check_task(name, resolve.resolve_task(task))
     try:
@@ -220,7 +222,7 @@ def _drop_unusable(job: Job, problems: ProblemList) -> Job | None:
     train = {name: stage for name, stage in job.train.items() if not broken & stage.mixture.keys()}
     tasks = {
         name: task
-        for name, task in (job.evaluate.tasks if job.evaluate else {}).items()
+        for name, task in job.evaluation_tasks.items()
         if not any(line.startswith(f"evaluate.tasks.{name}") for line in problems.lines)
     }
     blocks = ("model.", "train.", "trackers")
@@ -384,6 +386,8 @@ def _check_evaluation(
     prompts: dict[str, list[str]] = {}
     print()
     for task, settings in job.evaluate.tasks.items():
+        if settings.held_out:
+            continue  # by its definition not trained on
         with problems.collect():
             questions = EvaluationImages.from_task(task, settings)
             prompts[task] = questions.prompts

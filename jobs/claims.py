@@ -151,7 +151,7 @@ class Claim:
         if section == "report":
             return {"report"}
         if section == "evaluate":
-            return {"evaluate", "report"}
+            return {"questions", "evaluate", "report"}
         if section in ("name", "checkpoints"):
             return {*self._all_stages, "evaluate", "report"}
         if section == "train" and subkey:
@@ -162,7 +162,7 @@ class Claim:
             orders = [order[order.index(stage) :] for order in self.stages if stage in order]
             preparations = {"": PREPARATIONS, "data": {"shards"}, "template": {"shards"}, "precision": {"assemble"}}
             return {*itertools.chain(*orders), *preparations.get(setting, ()), "evaluate", "report"}
-        preparations = {"data": {"shards"}, "seed": {"assemble"}}
+        preparations = {"data": {"shards", "questions"}, "seed": {"assemble"}}
         return {*self._all_stages, *preparations.get(section, PREPARATIONS), "evaluate", "report"}
 
     @property

@@ -482,6 +482,7 @@ def _write_evaluation(answers: InitAnswers) -> list[str]:
             '# Score the model on your own questions, lines {"image", "question", "answer"} of a JSON file:',
             "# evaluate:",
             "#   tasks: {own: {file: questions.jsonl, images: images, metric: contains}}",
+            "# Or ask a share of the data, which is then not trained on: data.hold_out: 0.05 and evaluate: {}",
         ]
     images = f", images: {_quote(answers.images)}" if answers.images else ""
     return [

@@ -1,11 +1,18 @@
 """Locations inside a run folder that later runs and other verbs read: sets of shards, checkpoints, and models."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from jobs import schema
 from jobs.schema import Job
 from pipelines.core import storage
+from pipelines.evaluation.tasks import TaskName, TaskSettings
 from pipelines.training.files import JOB_FILE, is_complete
+
+HELD_OUT_FOLDER = "held_out"
+"""Folder of a run with the questions of held-out samples; each task has a folder in it."""
+
+QUESTIONS_FILE = "questions.jsonl"
 
 CONFIG_FILE = "config.json"
 """Configuration of a model, as transformers names it."""
@@ -17,6 +24,16 @@ ADAPTER_FILE = "adapter_config.json"
 def locate_sets(job: Job, folder: Path) -> dict[str, str]:
     """Locate each set of shards, both those that the job makes and those that it names, in a run folder."""
     return {name: str(folder / "shards" / name) for name in job.generated_sets} | job.data.sets
+
+
+def locate_tasks(job: Job, folder: Path) -> dict[TaskName, TaskSettings]:
+    """Locate the questions of each task: held-out samples are a file of questions in the run folder."""
+    return {
+        name: replace(task, held_out=None, file=str(folder / HELD_OUT_FOLDER / name / QUESTIONS_FILE))
+        if task.held_out
+        else task
+        for name, task in job.evaluation_tasks.items()
+    }
 
 
 def locate_checkpoints(job: Job, folder: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from jobs import document, schema
-from jobs.layout import CONFIG_FILE, locate_model
+from jobs.layout import CONFIG_FILE, locate_model, locate_tasks
 from jobs.schema import Job
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
@@ -50,8 +50,8 @@ def render_again(folder: Path, examples: int | None = None) -> Path:
 
 def write_report(job: Job, folder: Path) -> WrittenReport:
     """Write the report of a job that has run in a folder, as far as it has come."""
-    tasks = job.evaluate.tasks if job.evaluate else None
-    return run_report.write_report(folder, job.report, tasks, _describe_model(choose_evaluated_model(job, folder)))
+    described = _describe_model(choose_evaluated_model(job, folder))
+    return run_report.write_report(folder, job.report, locate_tasks(job, folder), described)
 
 
 def choose_evaluated_model(job: Job, folder: Path) -> EvaluatedModel:

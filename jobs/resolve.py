@@ -38,7 +38,8 @@ def resolve_job(job: Job, folder: Path) -> Job:
         samples = len(shard_index.Shards(url))
         if not samples:
             raise ValueError(f"data.sets.{name}: {url} has no samples, allowed: at least one")
-        if job.data.hold_out and any(name in stage.mixture for stage in job.train.values()):
+        asked = {task.held_out for task in job.evaluation_tasks.values()}
+        if job.data.hold_out and name in asked.union(*(stage.mixture for stage in job.train.values())):
             select_held_out(samples, job.data.hold_out, name)  # raises if a set is too small
     # packages are looked for now: workers would import them only after the data is made
     trackers.check_trackers(job.trackers)
@@ -53,7 +54,7 @@ def resolve_job(job: Job, folder: Path) -> Job:
         data=replace(
             job.data, sets=sets, make={name: _resolve_source(name, source) for name, source in job.data.make.items()}
         ),
-        evaluate=job.evaluate and replace(job.evaluate, tasks=_resolve_tasks(job.evaluate)),
+        evaluate=job.evaluate and replace(job.evaluate, tasks=_resolve_tasks(job)),
         model=locate_parts(job.model),
     )
 
@@ -98,12 +99,12 @@ def _resolve_source(name: str, source: SetSource) -> SetSource:
     return replace(source, json=url, images=storage.make_absolute(source.images))
 
 
-def _resolve_tasks(settings: tasks.Evaluate) -> dict[tasks.TaskName, tasks.TaskSettings]:
-    """Make the paths of all tasks absolute and check their files."""
-    result = dict(settings.tasks)
-    for name, task in settings.tasks.items():
-        result[name] = resolve_task(task)
-        evaluate.check_task(name, result[name])
+def _resolve_tasks(job: Job) -> dict[tasks.TaskName, tasks.TaskSettings]:
+    """Make the paths of all tasks absolute and check their files. Those of held-out samples do not exist yet."""
+    result = {name: resolve_task(task) for name, task in job.evaluation_tasks.items()}
+    for name, task in result.items():
+        if not task.held_out:
+            evaluate.check_task(name, task)
     return result
 
 

@@ -3,6 +3,7 @@
 runs/NAME/job.yaml        resolved job; jobs/claims.py decides which settings may still change
 runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step; the next start reads it
 runs/NAME/shards/SET/     captions, conversations, shown, formats: those of them that a stage uses
+runs/NAME/held_out/TASK/  questions of held-out samples, for tasks with `held_out`
 runs/NAME/tokenizer/      trained on the training sets, for a model that is built from sizes
 runs/NAME/assembled/      for a model from pretrained parts: these and a projector as one model, with its tokenizer
 runs/NAME/scores.json     scores of the evaluation; metrics.json repeats them
@@ -15,7 +16,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from transformers import PreTrainedTokenizerFast
 from jobs import claims, model_parts, report, schema
 from jobs.asking import describe_asking
 from jobs.claims import ASSEMBLED, PROGRESS
-from jobs.layout import locate_checkpoints, locate_sets
+from jobs.layout import locate_checkpoints, locate_sets, locate_tasks
 from jobs.resolve import resolve_job
 from jobs.schema import Job
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
 from pipelines.data import easy_vqa, records, shard_index, shard_writer
 from pipelines.data.options import ShardOptions
 from pipelines.evaluation import evaluate, tasks
+from pipelines.evaluation.held_out_questions import write_held_out_questions
 from pipelines.report.environment import record_environment
 from pipelines.training import driver, ledger
 from pipelines.training.plan import StagePlan
@@ -77,11 +79,9 @@ def run(
         names = list(work)
         work = {name: work[name] for name in names[: names.index(until) + 1]}
     # read first without the lock and without Ray: to repeat the command of a finished run costs seconds
-    finished = f"{job.name} is finished; its {until or 'report'}: {folder / ('' if until else 'report.html')}"
-    finished += "" if until else f"\n{describe_asking(job, folder)}"
     changes = claims.Claim.from_folder(folder, job).find_changes(allow_changes)
     if not changes and not work.keys() - _list_finished(job, folder):
-        print(finished)
+        print(_describe_result(job, folder, until))
         return
     claims.make_folder(folder)
     with run_lock(folder, patience_s):
@@ -90,7 +90,7 @@ def run(
         done = _list_finished(job, folder)
         remaining = {name: step for name, step in work.items() if name not in done}
         if not remaining:
-            print(finished)
+            print(_describe_result(job, folder, until))
             return
         if done:
             print(f"{job.name} continues with {next(iter(remaining))}; finished: {', '.join(done)}")
@@ -106,7 +106,14 @@ def run(
             _run_steps(remaining, folder / PROGRESS, started_at)
     if until is None:
         _write_metrics(folder)
-        print(finished)
+        print(_describe_result(job, folder, until))
+
+
+def _describe_result(job: Job, folder: Path, until: str | None) -> str:
+    """Describe a finished run: its report, or the step with which it ends, and how to ask its model."""
+    if until:
+        return f"{job.name} is finished; its {until}: {folder}"
+    return f"{job.name} is finished; its report: {folder / 'report.html'}\n{describe_asking(job, folder)}"
 
 
 def _run_steps(steps: Mapping[str, Callable[[], None]], progress: Path, started_at: float) -> None:
@@ -199,7 +206,7 @@ def list_steps(
     watch: driver.StopCallback | None = None,
     group: driver.WorkerGroup | None = None,
 ) -> dict[str, Callable[[], None]]:
-    """List the steps of a job by name, in order: shards, assemble, each training stage, evaluate, report.
+    """List the steps of a job by name, in order: shards, questions, assemble, each training stage, evaluate, report.
 
     Args:
         job: the job, resolved.
@@ -216,6 +223,9 @@ def list_steps(
         # pretrained parts bring their tokenizer, and perhaps a chat template
         templates = [] if job.model.is_pretrained else [TEMPLATES[plan.template] for plan in stages.values()]
         result["shards"] = lambda: _make_shards(job, sets, folder / TOKENIZER, templates)
+    if any(task.held_out for task in job.evaluation_tasks.values()):
+        # before training, so that samples which are no questions are noticed early
+        result["questions"] = lambda: _write_questions(job, sets, folder)
     model_parts.check_weights(job, folder)
     if job.model.is_pretrained and job.train:
         result["assemble"] = lambda: model_parts.assemble(job, folder / ASSEMBLED)
@@ -229,6 +239,7 @@ def list_steps(
     settings = job.evaluate
 
     def run_evaluation(settings: tasks.Evaluate) -> None:
+        settings = replace(settings, tasks=locate_tasks(job, folder))
         started_at = time.monotonic()
         evaluated = report.choose_evaluated_model(job, folder)
         _write_json(folder / SCORES, evaluate.evaluate(evaluated, folder, settings, job.gpu_share))
@@ -332,6 +343,17 @@ def _read_scores(folder: Path) -> dict[str, float]:
 
 def _write_json(path: Path, values: dict[str, float]) -> None:
     storage.write(str(path), (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _write_questions(job: Job, sets: Mapping[str, str], folder: Path) -> None:
+    """Write the questions of all tasks of held-out samples, and check them like other files of questions."""
+    located = locate_tasks(job, folder)
+    for name, task in job.evaluation_tasks.items():
+        if task.held_out:
+            file = Path(str(located[name].file))
+            with failures.locate_errors(file):
+                write_held_out_questions(sets[task.held_out], job.data.hold_out, task.held_out, file)
+            evaluate.check_task(name, located[name])
 
 
 def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence[Template]) -> None:

@@ -3,7 +3,8 @@
 Importing this module loads neither torch nor Ray, so a wrong job file is reported at once.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,13 +15,13 @@ from pydantic import StringConstraints
 from jobs import document
 from pipelines.data.easy_vqa import EASY_VQA_SETS
 from pipelines.data.options import Data
-from pipelines.evaluation.tasks import Evaluate
+from pipelines.evaluation.tasks import Evaluate, TaskName, TaskSettings
 from pipelines.report.run_report import Report
 from pipelines.training.stage import Recovery, Stage
 from pipelines.training.trackers import TrackerName as Tracker
 from redux.architecture import ModelSettings
 
-OTHER_STEPS = ("shards", "assemble", "evaluate", "report")
+OTHER_STEPS = ("shards", "questions", "assemble", "evaluate", "report")
 """Steps of a job besides its stages: names that no stage may have."""
 
 # names of jobs and stages become folders, so they must not lead out of the run folder
@@ -77,6 +78,7 @@ class Job:
             raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(EASY_VQA_SETS)}")
         # each check sees the whole job: what a stage may be depends on the others and on the model
         self._check_objectives()
+        self._check_held_out()
         for name, stage in self.train.items():
             self._check_stage(name, stage)
 
@@ -92,6 +94,27 @@ class Job:
         """Names of the sets that the job makes from its source: those that a stage trains on."""
         used = {name for stage in self.train.values() for name in stage.mixture}
         return tuple(name for name in EASY_VQA_SETS if name in used) if self.data.source else ()
+
+    @property
+    def evaluation_tasks(self) -> Mapping[TaskName, TaskSettings]:
+        """Tasks of the evaluation. If it names none: the held-out samples of the last stage, or easy_vqa."""
+        if not self.evaluate or self.evaluate.tasks:
+            return self.evaluate.tasks if self.evaluate else {}
+        stages = list(self.train.values())
+        sets = list(stages[-1].mixture if stages else self.data.sets) if self.data.hold_out else []
+        tasks = {_name_held_out_task(name): TaskSettings(held_out=name, metric="contains") for name in sets}
+        return tasks or {"easy_vqa": TaskSettings()}
+
+    def _check_held_out(self) -> None:
+        """Check the sets whose held-out samples are questions."""
+        sets = [*self.generated_sets, *self.data.sets]
+        for name, task in self.evaluate.tasks.items() if self.evaluate else ():
+            key = f"evaluate.tasks.{name}.held_out"
+            if task.held_out and task.held_out not in sets:
+                allowed = f"sets of a stage or of data.sets: {', '.join(sets) or 'none'}"
+                raise ValueError(f"{key}: got {task.held_out}, allowed: {allowed}")
+            if task.held_out and not self.data.hold_out:
+                raise ValueError(f"{key}: got {task.held_out} with data.hold_out: 0, allowed: a share above 0")
 
     def _check_objectives(self) -> None:
         objectives = [stage.objective for stage in self.train.values()]
@@ -127,6 +150,11 @@ class Job:
                 stage.count_accumulation_steps(self.num_workers)
             except ValueError as error:
                 raise ValueError(f"train.{name}.{error}") from None
+
+
+def _name_held_out_task(name: str) -> TaskName:
+    """Name the task of the held-out samples of a set, whose name may have characters that no task may have."""
+    return "held_out_" + re.sub(r"[^A-Za-z0-9_-]", lambda found: f"-{ord(found[0]):x}-", name)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Job:

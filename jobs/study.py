@@ -122,6 +122,10 @@ def continue_from(tree: dict[str, Any], stages: Sequence[str], shared: Job, fold
         "data": tree.get("data", {}) | {"source": None, "make": {}, "sets": locate_sets(shared, folder)},
         "train": {name: stage for name, stage in tree["train"].items() if name not in stages},
     }
+    if shared.evaluate and not shared.evaluate.tasks:
+        # what is asked without names depends on the last stage, which may be a shared one
+        tasks = {name: document.write_plain(task) for name, task in shared.evaluation_tasks.items()}
+        result["evaluate"] = {**tree["evaluate"], "tasks": tasks}
     if stages:
         # the checkpoint replaces the parts of the model, but its methods may differ between variants
         methods = {name: value for name, value in tree["model"].items() if name in METHODS}

@@ -78,7 +78,7 @@ def _format_variant_cell(cell: VariantCell | None) -> str:
 
 def format_markdown(tables: Sequence[ResultTable], notes: Sequence[str], variants: VariantTable | None = None) -> str:
     """Format each table as Markdown, with the commands of its missing rows below it."""
-    parts = ["\n\n".join(notes), *([_format_variants(variants)] if variants else [])]
+    parts = [*notes, *([_format_variants(variants)] if variants else [])]
     for table in tables:
         parts.append(f"## {table.title}")
         for family, rows in table.blocks.items():

@@ -57,7 +57,8 @@ class Data:
         max_bad_fraction: share of the samples of a stage that may be replaced because they cannot be used. A larger
             share stops the stage.
         hold_out: share of each set that training never uses, such as 0.01. Its loss is the validation loss, see
-            train.*.validate_steps. The samples are the same for every seed.
+            train.*.validate_steps; evaluate.tasks.*.held_out asks its questions. The samples are the same for every
+            seed.
     """
 
     source: Literal["easy-vqa"] | None = "easy-vqa"

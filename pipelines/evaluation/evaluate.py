@@ -16,16 +16,19 @@ answers/provenance.json  the model and the settings that gave the answers; answe
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import ray
 import ray.data
 import torch
 from PIL import Image
+from ray.data._internal.execution.operators.map_operator import MapOperator
 from tqdm import tqdm
 
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
@@ -224,7 +227,10 @@ def list_metric_names(settings: Evaluate) -> set[str]:
     speed = {"decode_tokens_per_s", "prefill_s_per_question", "peak_bytes"}
     names = {f"speed.{name}" for name in speed}
     for task, task_settings in settings.tasks.items():
-        metrics = _list_task_metrics(task, load_questions(task, task_settings))
+        # held-out samples become questions only in a run, so their types are not known yet
+        metrics = (
+            ["accuracy"] if task_settings.held_out else _list_task_metrics(task, load_questions(task, task_settings))
+        )
         names |= {f"{task}.questions", *(f"{task}.{metric}" for metric in metrics)}
     return names
 
@@ -338,7 +344,7 @@ def _run_inference(
     batches = [batch for name, questions in remaining.items() for batch in _make_batches(name, questions, settings)]
     actors = count_actors(settings, gpu_share, len(batches))
     _require_actors(actors, gpu_share)
-    # the batch is part of its row: Ray's C++ code warns about actors with large constructor arguments
+    # the batch is part of its row: large constructor arguments would be in the object store, see `_pass_by_value`
     rows = [{"number": number, "batch": batch} for number, batch in enumerate(batches)]
     answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         EvaluationActor,
@@ -350,7 +356,7 @@ def _run_inference(
     )
     # this process writes all answers, so no two actors append to one file
     done = total - sum(map(len, remaining.values()))
-    with tqdm(desc="evaluate", total=total, initial=done, unit="question") as bar:
+    with _pass_by_value(), tqdm(desc="evaluate", total=total, initial=done, unit="question") as bar:
         bar.set_postfix_str("loading model")
         for block in answers.iter_batches(batch_size=None):
             interrupts.raise_if_interrupted()
@@ -365,6 +371,20 @@ def _run_inference(
             )
             jsonl.append(folder / SPEED_FILE, [_make_speed_row(batch, block)])
             bar.update(len(batch.questions))
+
+
+@contextmanager
+def _pass_by_value() -> Iterator[None]:
+    """Let Ray Data pass the arguments of actors by value.
+
+    Ray 2.60 passes references to its object store. For each actor that may restart, its C++ side then prints an error:
+    a restart fails if the store has lost them.
+    """
+    with (
+        patch.object(MapOperator, "_map_transformer_ref", property(attrgetter("_map_transformer"))),
+        patch.object(MapOperator, "_data_context_ref", property(attrgetter("data_context"))),
+    ):
+        yield
 
 
 def _require_actors(actors: int, gpu_share: float) -> None:

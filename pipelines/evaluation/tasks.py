@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
-from annotated_types import Ge, MinLen
+from annotated_types import Ge
 from pydantic import StringConstraints
 
 from pipelines.core import storage
@@ -63,6 +63,9 @@ TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*
 RESERVED_NAMES = ("speed",)
 """Names that no task may have, as files of answers and metrics use them."""
 
+HELD_OUT_METRICS = ("exact", "contains", "anls")
+"""Metrics for one answer in free form."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
@@ -73,9 +76,12 @@ class TaskSettings:
             unless it gets a file that `redux instructions` wrote.
         file: questions of your own, path or URL: JSON lines or a JSON list of {image, question, answer or answers}, and
             if wanted type, id and options; or LLaVA records. The task may then have any name.
-        metric: score of a response to questions of `file`. "exact": equal to an answer; "contains": an answer occurs in
-            it as whole words; "vqa": VQAv2's accuracy over the answers of several people; "anls": similarity of the
-            text; "choice": names the right option; "instructions": for a file that `redux instructions` wrote.
+        held_out: set of shards. The questions are the first ones of the samples that data.hold_out keeps out of its
+            training, with their images as stored. The task may then have any name.
+        metric: score of a response to questions of `file` or `held_out`. "exact": equal to an answer; "contains": an
+            answer occurs in it as whole words; "vqa": VQAv2's accuracy over the answers of several people; "anls":
+            similarity of the text; "choice": names the right option; "instructions": for a file that
+            `redux instructions` wrote.
         images: folder or URL of the images. null if they are inside the files, in the folder of the benchmark or in
             that of `file`.
         limit: evaluate on N images, evenly spaced, each with all its questions. For a benchmark that asks each question
@@ -87,6 +93,7 @@ class TaskSettings:
 
     files: tuple[str, ...] = ()
     file: str | None = None
+    held_out: str | None = None
     metric: AnswerMetric | None = None
     images: str | None = None
     limit: Annotated[int, Ge(1)] | None = None
@@ -96,11 +103,29 @@ class TaskSettings:
     def __post_init__(self) -> None:
         if self.limit and self.exclude_first:
             raise ValueError(f"exclude_first: got {self.exclude_first} besides limit, allowed: one of the two")
-        if self.file and self.files:
-            raise ValueError(f"file: got {self.file} besides files, allowed: one of the two")
-        if (self.file is None) != (self.metric is None):
-            given, missing = ("file", "metric") if self.file else ("metric", "file")
-            raise ValueError(f"{missing}: got null besides {given}, allowed: file and metric together")
+        sources = {"file": self.file, "held_out": self.held_out, "files": self.files}
+        first, *others = [name for name, value in sources.items() if value] or [""]
+        if others:
+            raise ValueError(f"{first}: got {sources[first]} besides {others[0]}, allowed: one of the two")
+        if self.is_custom != (self.metric is not None):
+            given, missing = (first, "metric") if self.is_custom else ("metric", "file")
+            raise ValueError(f"{missing}: got null besides {given}, allowed: file and metric, or held_out and metric")
+        if self.held_out:
+            self._check_held_out()
+
+    @property
+    def is_custom(self) -> bool:
+        """True for questions of the user, which may have any name."""
+        return bool(self.file or self.held_out)
+
+    def _check_held_out(self) -> None:
+        if self.metric not in HELD_OUT_METRICS:
+            raise ValueError(
+                f"metric: got {self.metric} with held_out, allowed: {', '.join(HELD_OUT_METRICS)}, as a sample has one "
+                "answer in free form"
+            )
+        if self.images:
+            raise ValueError(f"images: got {self.images} besides held_out, allowed: null, as samples have their images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +133,8 @@ class Evaluate:
     """Settings of the evaluation.
 
     Args:
-        tasks: the benchmarks and your own questions, by name, each with its settings.
+        tasks: the benchmarks and your own questions, by name, each with its settings. {} asks the held-out samples of
+            the sets of the last stage, with metric contains; without data.hold_out it is easy_vqa.
         batch_size: questions that one copy of the model answers at a time.
         num_actors: number of copies of the model that answer in parallel. "auto" is one per GPU; without GPUs, at most
             two.
@@ -119,9 +145,7 @@ class Evaluate:
         allow_mismatch: allow a template or an image_aspect_ratio that differs from the training.
     """
 
-    tasks: Annotated[Mapping[TaskName, TaskSettings], MinLen(1)] = field(
-        default_factory=lambda: {"easy_vqa": TaskSettings()}
-    )
+    tasks: Mapping[TaskName, TaskSettings] = field(default_factory=dict)
     batch_size: Annotated[int, Ge(1)] = 64
     num_actors: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
     image_input: Literal["pixels", "caption"] = "pixels"
@@ -131,11 +155,12 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         for name, task in self.tasks.items():
-            if name in RESERVED_NAMES or (name in EVALUATION_TASKS) == (task.file is not None):
+            if name in RESERVED_NAMES or (name in EVALUATION_TASKS) == task.is_custom:
                 known = ", ".join(EVALUATION_TASKS)
-                got = f"the name {name} with file" if task.file else f"a task {name} without file"
+                source = "held_out" if task.held_out else "file"
+                got = f"the name {name} with {source}" if task.is_custom else f"a task {name} without file or held_out"
                 raise ValueError(
-                    f"tasks: got {got}, allowed: {known} without file, or another name with file and metric"
+                    f"tasks: got {got}, allowed: {known} without them, or another name with one of them and metric"
                 )
 
 

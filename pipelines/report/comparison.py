@@ -1,7 +1,7 @@
 """Page that compares several runs: a summary sentence, plots of the trade-off, and the tables.
 
 Like the report, the page is one file: no script, nothing loaded from elsewhere, texts of models escaped. The summary is
-made from the numbers alone, so it also says when they allow no conclusion.
+made from the numbers alone, so it also says when they allow no conclusion. Only what has rows is shown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,20 +36,20 @@ LABEL_LENGTH = 30
 
 
 def write_summary(tables: Sequence[ResultTable]) -> list[str]:
-    """Write a sentence for each family that compares VMTC + CMAI with LLaVA, or says what is missing."""
+    """Write a sentence for each family with runs of both, which compares VMTC + CMAI with LLaVA."""
     [table] = [table for table in tables if table.key == "models"]
     texts = {label: _compare_with_llava(table, rows) for label, rows in table.blocks.items()}
-    return [f"{label}: {text}" if len(texts) > 1 else text for label, text in texts.items()]
+    return [f"{label}: {text}" if len(texts) > 1 else text for label, text in texts.items() if text]
 
 
 def _compare_with_llava(table: ResultTable, rows: Sequence[ResultRow]) -> str:
+    """Compare VMTC + CMAI with LLaVA in a sentence; "" without a run of one of them, as runs may vary anything."""
     # of several budgets, the one nearest to the paper's half of the tokens
     candidates = [row for row in rows if row.kind == "both" and row.removed is not None]
     ours = min(candidates, key=lambda row: abs((row.removed or 0) - 0.5), default=None)
     base = next((row for row in rows if row.kind == "llava"), None)
     if ours is None or base is None:
-        missing = " and ".join(KIND_TITLES[kind] for kind, row in (("both", ours), ("llava", base)) if row is None)
-        return f"There is no run of {missing} yet, so the method cannot be compared with LLaVA."
+        return ""
     # later entries replace earlier ones: MME counts points, not correct answers
     phrases = {name: f"correct on {name}" for name in COLUMN_BY_BENCHMARK}
     phrases |= {IF_COLUMN.name: "of instructions followed", "both": "followed and correct", "MME": "points on MME"}
@@ -93,11 +93,15 @@ def render(
         variants: comparison of own variants; None for a single one.
     """
     by_key = {table.key: table for table in tables}
+    filled_tables = [filled for table in tables if (filled := _keep_filled(table)).blocks]
+    rows = [row for table in filled_tables for of_family in table.blocks.values() for row in of_family]
     return page.render(
         "tables.html.j2",
         summary=write_summary(tables),
         variants=variants,
-        tables=[filled for table in tables if (filled := _keep_filled(table)).blocks],
+        tables=filled_tables,
+        has_scores=any(cell and cell.interval for row in rows for cell in row.cells),
+        has_paper_rows=any(row.source == "paper" for row in rows),
         tradeoffs=_plot_tradeoffs(by_key["models"]),
         ratio_plots={key: _plot_ratios(by_key[key]) for key in ("figure-2", "ratios")},
         prompts={label: of_family for label, of_family in prompts.items() if of_family},

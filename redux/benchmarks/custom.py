@@ -84,7 +84,7 @@ def read_questions(
     questions: list[Question] = []
     locations: dict[str, str] = {}
     for number, (location, entry) in enumerate(_read_entries(source), 1):
-        fields = _read_llava(location, entry) if "conversations" in entry else entry
+        fields = read_first_question(location, entry) if "conversations" in entry else entry
         question = _build_question(location, fields, number, metric, resolve_image)
         # answers are stored by id
         if first := locations.get(question.id):
@@ -240,8 +240,16 @@ def _read_entries(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from parse_lines(source, text)
 
 
-def _read_llava(location: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the first question and its answer from a LLaVA record."""
+def read_first_question(location: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the first question of a LLaVA record and its answer, as an entry of a file of questions.
+
+    Args:
+        location: file and line or item, for errors.
+        record: the record.
+
+    Raises:
+        ValueError: the conversation does not begin with a question and its answer.
+    """
     turns = get_field(location, record, "conversations", list)
     if len(turns) < 2 or any(not isinstance(turn, dict) for turn in turns[:2]):
         raise ValueError(f"{location}: got conversations of {len(turns)} turns, allowed: a question and its answer")

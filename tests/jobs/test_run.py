@@ -136,6 +136,7 @@ def test_a_run_leaves_everything_in_its_folder(finished: tuple[Path, str]) -> No
     assert (run / "checkpoints" / "instruct" / "model" / "model.safetensors").exists()
     for bar in ("shards captions", "tower", "instruct", "evaluate"):
         assert re.search(rf"{bar}: 100%", printed), f"no finished progress bar {bar!r}"
+    assert not re.search(r"\w+\.cc:\d+: ", printed), "a line of Ray's C++ side"
 
 
 def test_each_sample_is_used_once_per_epoch(finished: tuple[Path, str], job: Path) -> None:

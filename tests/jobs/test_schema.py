@@ -146,9 +146,15 @@ def test_refused_names_of_stages_are_the_names_of_other_steps(parts: dict[str, s
     pretrained = [f"model.{part}={folder}" for part, folder in parts.items()]
     jobs = [
         schema.load(FOLDER / "quickstart.yaml"),
+        schema.load(FOLDER / "quickstart.yaml", ["data.hold_out=0.01", "evaluate={}"]),
         schema.load(FOLDER / "quickstart.yaml", ["evaluate=null"]),
         schema.load(FOLDER / "llava-1.5-7b.yaml", pretrained),
     ]
     found = [tuple(name for name in list_steps(job, tmp_path) if name not in job.train) for job in jobs]
-    assert found == [("shards", "evaluate", "report"), ("shards", "report"), ("assemble", "report")]
+    assert found == [
+        ("shards", "evaluate", "report"),
+        ("shards", "questions", "evaluate", "report"),
+        ("shards", "report"),
+        ("assemble", "report"),
+    ]
     assert {name for names in found for name in names} == set(schema.OTHER_STEPS)

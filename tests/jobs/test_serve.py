@@ -88,12 +88,11 @@ class Server:
         """Count the conversations that wait or are answered."""
         return int(json.loads(self.send("GET", "/health")[1])["conversations"])
 
-    def find_replica(self) -> psutil.Process:
-        """Find the process that has the model."""
-        [replica] = [
+    def find_replicas(self) -> list[psutil.Process]:
+        """Find the processes that have the model."""
+        return [
             process for process in self.command.iterate_processes() if "ModelReplica" in " ".join(process.cmdline())
         ]
-        return replica
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -244,6 +243,10 @@ def test_curl_gets_the_same_answer(server: Server, model: ChatModel) -> None:
 
 
 def test_many_callers_get_the_answers_of_their_questions(server: Server, model: ChatModel) -> None:
+    check_answers_of_many_callers(server, model)
+
+
+def check_answers_of_many_callers(server: Server, model: ChatModel) -> None:
     questions = [f"{word} {QUESTION}" for word in ("yes", "red", "blue", "green", "kind", "or")]
     answers: dict[str, str] = {}
 
@@ -488,7 +491,7 @@ def test_after_all_of_it_the_server_answers_as_before(server: Server, model: Cha
 
 
 def test_a_killed_replica_costs_no_request_its_answer(server: Server, model: ChatModel) -> None:
-    limit, replica = 300, server.find_replica()
+    limit, [replica] = 300, server.find_replicas()
     expected = answer_here(model, Message(role="user", text=QUESTION), max_new_tokens=limit)
     stream = iter(server.ask(QUESTION, stream=True, max_tokens=limit))
     texts = [next(stream).choices[0].delta.content or "" for _ in range(20)]
@@ -513,3 +516,24 @@ def test_ctrl_c_ends_the_server_and_leaves_nothing(server: Server) -> None:
         for line in lines
         if not re.match(r"starting Ray|m, m-llava: |    curl |.*cop(y|ies) of the model|stopped", line)
     ] == []
+
+
+def test_two_replicas_answer_as_one_does(folder: Path, model: ChatModel) -> None:
+    """After the first server has ended, so that two Rays never run at once."""
+    port = find_free_port()
+    with start_command(
+        ["serve", str(folder), "--port", str(port), "--replicas", "2"], {"REDUX_API_KEY": KEY}
+    ) as command:
+        command.wait_for("Ctrl-C stops it")
+        server = Server(command, port, folder, 0)
+        replicas = server.find_replicas()
+        assert len(replicas) == 2
+        check_answers_of_many_callers(server, model)
+        assert server.send("GET", "/v1/models", headers={"Authorization": "Bearer wrong"})[0] == 401
+        # each copy alone gives the answers of both
+        replicas[0].send_signal(signal.SIGKILL)
+        check_answers_of_many_callers(server, model)
+        command.send(signal.SIGINT, "group")
+        ended = command.wait_for_end()
+        assert ended.code == 0, ended.output
+        assert not ended.processes

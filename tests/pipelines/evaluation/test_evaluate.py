@@ -493,10 +493,23 @@ def test_prompts_with_instructions_are_own_questions_with_long_answers(tmp_path:
 @pytest.mark.parametrize(
     ("name", "task", "message"),
     [
-        ("mine", {}, "got a task mine without file, allowed: easy_vqa, instructions, vqav2"),
+        ("mine", {}, "got a task mine without file or held_out, allowed: easy_vqa, instructions, vqav2"),
         ("gqa", {"file": "a", "metric": "exact"}, "got the name gqa with file"),
         ("speed", {"file": "a", "metric": "exact"}, "got the name speed with file"),
-        ("mine", {"file": "a"}, "metric: got null besides file, allowed: file and metric together"),
+        ("mine", {"file": "a"}, "metric: got null besides file, allowed: file and metric, or held_out and metric"),
+        ("mine", {"held_out": "a"}, "metric: got null besides held_out"),
+        ("gqa", {"held_out": "a", "metric": "exact"}, "got the name gqa with held_out"),
+        (
+            "mine",
+            {"held_out": "a", "metric": "vqa"},
+            "metric: got vqa with held_out, allowed: exact, contains, anls, as a sample has one answer",
+        ),
+        ("mine", {"held_out": "a", "metric": "anls", "images": "b"}, "images: got b besides held_out, allowed: null"),
+        (
+            "mine",
+            {"held_out": "a", "metric": "anls", "file": "b"},
+            "file: got b besides held_out, allowed: one of the two",
+        ),
         ("mine", {"metric": "exact"}, "file: got null besides metric"),
         (
             "mine",

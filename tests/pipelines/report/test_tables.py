@@ -15,7 +15,7 @@ import yaml
 
 from jobs import command as command_line
 from jobs import schema
-from jobs.tables import format_csv, write_tables
+from jobs.tables import find_scorer, format_csv, write_tables
 from pipelines.evaluation import statistics
 from pipelines.evaluation.answer_files import PROVENANCE_FILE
 from pipelines.report import columns as columns_module
@@ -270,7 +270,7 @@ def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path:
     found = {model.job["name"]: model for model in family.models}
     assert matches(found["limit"], TABLE_ROWS["table-1"][2])
     assert not found["later"].trained_as_evaluated
-    assert "no run of VMTC + CMAI yet" in write_tables([tmp_path], None, FIND_SCORER, 100).partition("##")[0]
+    assert not write_tables([tmp_path], None, FIND_SCORER, 100).partition("##")[0], "no run of VMTC + CMAI to compare"
     assert not any(matches(found["later"], row) for table in TABLE_ROWS.values() for row in table)
 
 
@@ -418,9 +418,10 @@ def test_equal_models_are_said_to_be_within_noise(tmp_path: Path) -> None:
     assert "within noise" in write_tables([tmp_path], None, FIND_SCORER, 400).partition("##")[0]
 
 
-def test_without_llava_or_answers_the_summary_says_so(tmp_path: Path) -> None:
+def test_without_llava_the_page_does_not_mention_it_and_without_answers_it_says_so(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "b", 0, 0.5, **job_changes(PRESETS["default"]))
-    assert "There is no run of LLaVA-1.5 yet" in write_tables([tmp_path], None, FIND_SCORER, 100).partition("##")[0]
+    assert "LLaVA" not in write_tables([tmp_path], tmp_path / "alone", FIND_SCORER, 100).partition("##")[0]
+    assert "no run of" not in (tmp_path / "alone/tables.html").read_text()
     write_run(tmp_path, "a", 0, 0.5, **job_changes(PRESETS["llava"]))
     for file in (folder / "answers").iterdir():
         file.unlink()
@@ -429,6 +430,22 @@ def test_without_llava_or_answers_the_summary_says_so(tmp_path: Path) -> None:
     assert "no answers to the same questions" in text.partition("##")[0]
     assert "87.5" in text, "a number without answers is shown without an interval"
     assert Page((tmp_path / "out/tables.html").read_text())
+
+
+def test_the_page_of_runs_with_own_questions_has_only_what_has_rows(tmp_path: Path) -> None:
+    """Two learning rates of a model of own sizes: variants and costs, no table and no word of the paper."""
+    row = {"id": "1", "unit": "1", "prompt": "red?", "image": None, "answers": ["yes"], "type": "all"}
+    for name, rate in (("a", 1e-3), ("b", 1e-4)):
+        folder = write_run(tmp_path, name, **job_changes(PRESETS["default"]), train__instruct__learning_rate=rate)
+        shutil.rmtree(folder / "answers")
+        (folder / "answers").mkdir()
+        jsonl(folder / "answers/own.jsonl", [row | {"metric": "exact", "response": "yes"}])
+    text = write_tables([tmp_path], tmp_path / "out", find_scorer, 100)
+    assert text.startswith("## Variants")
+    contents = " ".join(Page((tmp_path / "out/tables.html").read_text()).words.split())
+    assert "Variants and costs" in contents
+    for absent in ("LLaVA-1.5", "of the paper", "Figure", "Table 1", "How to read it"):
+        assert absent not in contents, absent
 
 
 def test_the_prompts_are_the_same_for_all_and_marked_by_the_scorer(runs: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 
 from pipelines.data.consumed import CONSUMED_FILE, verify_coverage
 from pipelines.data.held_out import select_held_out
+from pipelines.data.shard_index import Shards
 from pipelines.training import driver
 from pipelines.training.metrics import METRICS_FILE, VALIDATION_LOSS, read_validation_loss
 from pipelines.training.plan import StagePlan
+from pipelines.training.stage import Lora
 from redux.conversation import IGNORE_INDEX
 from tests.pipelines import ranks
 from tests.pipelines.small import STEPS
@@ -60,8 +63,13 @@ def compute_reference(plan: StagePlan) -> float:
     module.eval()
     reader = plan.build_reader()
     means, totals, tokens = [], [], []
-    for number in HELD_OUT:
-        row, image = reader._encode(reader.sources["set"].read_samples([number])[0], 0)
+    samples = [
+        sample
+        for name, shards in reader.sources.items()
+        for sample in shards.read_samples(select_held_out(len(shards), plan.hold_out, name))
+    ]
+    for sample in samples:
+        row, image = reader._encode(sample, 0)
         labels = torch.from_numpy(row["labels"])[None]
         batch = {"input_ids": torch.from_numpy(row["input_ids"])[None], "labels": labels}
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
@@ -102,6 +110,27 @@ def test_the_validation_loss_is_that_of_a_plain_loop_on_any_ranks(new_plan: NewP
     # training does not notice the validation
     assert two[0][5] == (two[0][0][0], {})
     assert two[0][6] == (two[0][3][0], {})
+
+
+def test_several_sets_bf16_and_adapters_have_the_loss_of_a_plain_loop(
+    new_plan: NewPlan, stored: Shards, tmp_path: Path
+) -> None:
+    """The two sets have different shares of a batch, but all their held-out samples count alike."""
+    plan = new_plan({"hold_out": HOLD_OUT}, micro_batch_size=4, validate_steps=STEPS)
+    sets = {**plan.sets, "other": stored.folder}
+    cases = {
+        "sets": (replace(plan, sets=sets, stage=replace(plan.stage, data={"set": 0.25, "other": 0.75})), 1e-5),
+        "bf16": (replace(plan, stage=replace(plan.stage, zero_stage=2, precision="bf16")), 0.02),
+        "adapters": (replace(plan, stage=replace(plan.stage, lora=Lora(rank=4, alpha=8, dropout=0.5))), 1e-5),
+    }
+    two = ranks.run_on_ranks(tmp_path, 2, train_all, [(case, True) for case, _ in cases.values()])
+    assert two[0] == two[1], "all ranks know the same values"
+    expected = {name: compute_reference(case) for name, (case, _) in cases.items()}
+    for (name, (_, tolerance)), (_, found) in zip(cases.items(), two[0], strict=True):
+        assert list(found) == [0, STEPS], name
+        assert found[0] == pytest.approx(expected[name], rel=tolerance), name
+        assert found[STEPS] < found[0], name
+    assert expected["sets"] != pytest.approx(expected["bf16"], rel=1e-3), "the second set counts"
 
 
 @pytest.mark.usefixtures("ray_cluster")
