@@ -73,7 +73,7 @@ class Job:
             raise ValueError(f"gpu_share: got {self.gpu_share}, allowed: 1 with several workers, as each needs a GPU")
         if not self.train and not (self.model.checkpoint and self.evaluate):
             raise ValueError("train: got no stages, allowed: at least one, or none with model.checkpoint and evaluate")
-        if self.data.source and (taken := self.data.sets.keys() & set(EASY_VQA_SETS)):
+        if self.data.source and (taken := set(self.data.set_names) & set(EASY_VQA_SETS)):
             raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(EASY_VQA_SETS)}")
         # each check sees the whole job: what a stage may be depends on the others and on the model
         self._check_objectives()
@@ -109,7 +109,7 @@ class Job:
             )
 
     def _check_stage(self, name: str, stage: Stage) -> None:
-        sets = [*(EASY_VQA_SETS if self.data.source else ()), *self.data.sets]
+        sets = [*(EASY_VQA_SETS if self.data.source else ()), *self.data.set_names]
         if unknown := stage.mixture.keys() - set(sets):
             raise ValueError(
                 f"train.{name}.data: got {min(unknown)}, allowed: {', '.join(sets) or 'none'}, those of data.sets"
