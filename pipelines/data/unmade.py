@@ -19,7 +19,6 @@ from pipelines.data.shard_index import Shards, StoredSample
 from pipelines.data.shard_writer import admit_record, as_source_record, read_image
 from redux.settings import ImageAspectRatio
 
-
 MAX_EMBEDDED_BYTES = 2**31
 """Maximum size of images that come with the records, since they are kept in memory."""
 
@@ -54,8 +53,8 @@ class UnmadeShards(Shards):
                     embedded_bytes += len(given.image)
                     if embedded_bytes > MAX_EMBEDDED_BYTES:
                         raise ValueError(
-                            f"{images}: its images take more than {MAX_EMBEDDED_BYTES >> 30} GiB, allowed for a set that "
-                            "is not made yet: less; make it by redux shards make"
+                            f"{images}: its images take more than {MAX_EMBEDDED_BYTES >> 30} GiB, allowed for a set "
+                            "that is not made yet: less; make it by redux shards make"
                         )
                 self._numbers.append(number)
                 self._records.append(record)

@@ -37,7 +37,7 @@ def test_an_error_of_a_task_or_of_an_item_is_raised() -> None:
         yield 1
         raise OSError("no more items")
 
-    with pytest.raises(ValueError, match="item [12]"):
+    with pytest.raises(ValueError, match=r"item [12]"):
         list(map_bounded(fail, [1, 2]))
     with pytest.raises(OSError, match="no more items"):
         list(map_bounded(lambda item: item, draw_items()))
