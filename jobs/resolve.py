@@ -82,7 +82,7 @@ def _find_sources(data: Data, folder: Path) -> Data:
                 find_layout(url)
             except ValueError as error:
                 raise ValueError(
-                    f"data.sets.{name}: no shards, as {shard_index.INDEX_FILE} is missing; {error}"
+                    f"data.sets.{name}: no shards here, {shard_index.INDEX_FILE} is missing; {error}"
                 ) from None
             make[name] = SetSource(source=url)
             del sets[name]

@@ -121,7 +121,10 @@ def test_a_set_that_the_job_makes_needs_no_folder(chats: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.sets.mine=FOLDER/none", "data.sets.mine: no shards, as index.arrow is missing; .*/none: does not exist"),
+        (
+            "data.sets.mine=FOLDER/none",
+            "data.sets.mine: no shards here, index.arrow is missing; .*/none: does not exist",
+        ),
         ("data.make.mine={source: FOLDER/none}", "data.make.mine.source: .*/none: does not exist, allowed: a JSON"),
         ("data.make.mine={json: a}", "data.make.mine.json: this key is now source"),
         (
