@@ -15,7 +15,7 @@ from pipelines.core import storage
 from pipelines.data.records import MAX_DEPTH, shorten, shorten_text
 
 CHUNK_BYTES = 2**22
-MAX_RECORD_CHARACTERS = 2**28
+MAX_JSON_RECORD_CHARACTERS = 2**28
 """Maximum length of one record. A longer one is a damaged file: an open quotation mark makes one text of its rest."""
 
 CUT_MARGIN = 16
@@ -78,8 +78,8 @@ class _TextReader:
     def fill(self) -> bool:
         """Decode another chunk, as long as the text that is not consumed yet. False if there is none."""
         pending = max(len(self.text) - self.at, 1)
-        if pending > MAX_RECORD_CHARACTERS:
-            raise self.describe_damage(f"a record longer than {MAX_RECORD_CHARACTERS} characters")
+        if pending > MAX_JSON_RECORD_CHARACTERS:
+            raise self.describe_damage(f"a record longer than {MAX_JSON_RECORD_CHARACTERS} characters")
         self.consumed += self.at
         parts = [self.text[self.at :]]
         self.at = added = 0
