@@ -278,7 +278,7 @@ def test_missing_files_of_all_kinds_are_listed_together(
     locked.write_text("no folder")
     job = material.write_job(
         {**sets, "captions": str(tmp_path / "nothing"), "made": str(tmp_path / "made")},
-        data__make={"made": {"json": str(records), "images": str(tmp_path)}},
+        data__make={"made": {"source": str(records), "images": str(tmp_path)}},
         checkpoints=str(locked / "checkpoints"),
         evaluate={"tasks": {"own": {"file": str(tmp_path / "none.jsonl"), "metric": "exact"}}},
     )
