@@ -64,8 +64,8 @@ MAX_NAMED_IMAGES = 3
 """Missing images that a problem names."""
 
 
-MAX_READ_RECORDS = 20_000
-"""Records of a set in another form that are read; every twentieth of them is checked."""
+MAX_READ_RECORDS = 1000
+"""First records of a set in another form, which are checked before its samples are drawn."""
 
 
 @dataclass
@@ -187,8 +187,8 @@ def _check_source(key: str, source: SetSource, problems: ProblemList) -> None:
     """Check the records of a set that the job makes, and that their images are in the folder."""
     try:
         opened = RecordSource(source)
-        # the first part of a source of any size
-        sample = list(itertools.islice(opened, 0, MAX_READ_RECORDS, MAX_READ_RECORDS // 1000))
+        # the first part alone, since a source may have any size
+        sample = list(itertools.islice(opened, MAX_READ_RECORDS))
     except ValueError as error:
         raise ValueError(f"{key}.source: {error}" if key.startswith("data.make.") else f"{key}: {error}") from None
     admitted = [admit_record(given, source) for given in sample]
@@ -232,7 +232,7 @@ def _drop_unusable(job: Job, problems: ProblemList) -> Job | None:
         name
         for name in job.data.set_names
         if any(
-            line.startswith((f"data.sets.{name}", f"data.make.{name}:", f"data.make.{name}.source:"))
+            line.startswith((f"data.sets.{name}:", f"data.make.{name}:", f"data.make.{name}.source:"))
             for line in problems.lines
         )
     }
