@@ -4,6 +4,7 @@ Nothing is trained, no weights are read and no Ray is started. Problems are coll
 """
 
 import argparse
+import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -30,11 +31,13 @@ from jobs.layout import locate_checkpoints
 from jobs.schema import Job
 from pipelines.core import storage
 from pipelines.core.failures import classify_error
-from pipelines.data import records
 from pipelines.data.held_out import select_held_out
 from pipelines.data.images import ImageFolder, OutsideError
 from pipelines.data.options import SetSource
-from pipelines.data.shard_index import Shards
+from pipelines.data.records import has_image
+from pipelines.data.shard_index import Shards, is_finished
+from pipelines.data.shard_writer import admit_record
+from pipelines.data.sources.opened import RecordSource
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.overlap import EvaluationImages, find_overlap
 from pipelines.evaluation.tasks import count_new_tokens
@@ -59,6 +62,10 @@ MAX_MEASURED_PROMPTS = 100
 
 MAX_NAMED_IMAGES = 3
 """Missing images that a problem names."""
+
+
+MAX_READ_RECORDS = 1000
+"""First records of a set in another form, which are checked before its samples are drawn."""
 
 
 @dataclass
@@ -120,10 +127,13 @@ def _check_preparations(job: Job, folder: Path, problems: ProblemList) -> None:
     """Check everything that needs no sample."""
     for name, url in job.data.sets.items():
         with problems.collect(f"data.sets.{name}: "):
-            if name in job.data.make:
-                _check_source(name, job.data.make[name], problems)
-            else:
+            if name not in job.data.make and not is_finished(url):  # data in another form
+                _check_source(f"data.sets.{name}", SetSource(source=url), problems)
+            elif name not in job.data.make:
                 _check_set(job, name, storage.make_absolute(url))
+    for name, source in job.data.make.items():
+        with problems.collect():
+            _check_source(f"data.make.{name}", source, problems)
     with problems.collect():
         trackers.check_trackers(job.trackers)
     for name, stage in job.train.items():
@@ -175,29 +185,35 @@ def _describe_access(path: Path) -> str:
     return "gives no permission" if path.is_dir() else "is no folder"
 
 
-def _check_source(name: str, source: SetSource, problems: ProblemList) -> None:
+def _check_source(key: str, source: SetSource, problems: ProblemList) -> None:
     """Check the records of a set that the job makes, and that their images are in the folder."""
-    url = storage.make_absolute(source.json)
-    if not storage.exists(url):
-        raise ValueError(f"data.make.{name}.json: {url} does not exist, allowed: a JSON file of records")
-    entries = records.parse_records(storage.read(url), url)
-    step = max(len(entries) // 1000, 1)
-    sample = entries[::step]
-    rejections = [rejection for entry in sample if (rejection := records.find_rejection(entry, source.max_words))]
+    try:
+        opened = RecordSource(source)
+        # the first part alone, since a source may have any size
+        sample = list(itertools.islice(opened, MAX_READ_RECORDS))
+    except ValueError as error:
+        raise ValueError(f"{key}.source: {error}" if key.startswith("data.make.") else f"{key}: {error}") from None
+    admitted = [admit_record(given, source) for given in sample]
+    rejections = [rejection for record, rejection, _ in admitted if record is None and rejection]
     if len(rejections) > source.max_bad_fraction * len(sample):
         first = rejections[0]
         problems.add(
-            f"data.make.{name}.json: {len(rejections)} of {len(sample)} records of {url} are rejected, allowed: a "
+            f"{key}: {len(rejections)} of {len(sample)} records of {source.source} are rejected, allowed: a "
             f"share of max_bad_fraction, {source.max_bad_fraction:g}; the first: {first.reason}: {first.field}: got "
             f"{first.value}"
         )
-    images = ImageFolder(storage.make_absolute(source.images))
-    named = [entry["image"] for entry in sample if isinstance(entry, dict) and isinstance(entry.get("image"), str)]
+    images = ImageFolder(storage.make_absolute(opened.images))
+    # images in the source are read with the samples
+    named = [
+        str(record["image"])
+        for given, (record, _, _) in zip(sample, admitted, strict=True)
+        if given.image is None and record is not None and has_image(record)
+    ]
     missing = [path for path in named if not _has_image(images, path)]
     if missing and len(missing) > source.max_bad_fraction * len(sample):
         examples = ", ".join(map(repr, missing[:MAX_NAMED_IMAGES]))
         problems.add(
-            f"data.make.{name}.images: {len(missing)} of {len(named)} images are not in {images.url}: {examples}, "
+            f"{key}.images: {len(missing)} of {len(named)} images are not in {images.url}: {examples}, "
             f"allowed: the folder from which the paths of the records start"
         )
 
@@ -216,8 +232,11 @@ def _drop_unusable(job: Job, problems: ProblemList) -> Job | None:
     """Return the job with the stages whose sets can be read, and the tasks that can; None if no stage is left."""
     broken = {
         name
-        for name in job.data.sets
-        if any(line.startswith((f"data.sets.{name}:", f"data.make.{name}.json:")) for line in problems.lines)
+        for name in job.data.set_names
+        if any(
+            line.startswith((f"data.sets.{name}:", f"data.make.{name}:", f"data.make.{name}.source:"))
+            for line in problems.lines
+        )
     }
     train = {name: stage for name, stage in job.train.items() if not broken & stage.mixture.keys()}
     tasks = {
@@ -230,7 +249,8 @@ def _drop_unusable(job: Job, problems: ProblemList) -> Job | None:
         return None
     try:
         kept = {name: job.data.sets[name] for name in job.data.sets if name not in broken}
-        data = replace(job.data, sets=kept, make={name: job.data.make[name] for name in kept if name in job.data.make})
+        made = {name: source for name, source in job.data.make.items() if name not in broken}
+        data = replace(job.data, sets=kept, make=made)
         evaluated = replace(job.evaluate, tasks=tasks) if job.evaluate and tasks else None
         return replace(job, data=data, train=train, evaluate=evaluated)
     except ValueError:

@@ -17,10 +17,10 @@ from jobs.layout import locate_sets
 from jobs.model_parts import find_assembled
 from jobs.run import TOKENIZER, plan_stages, train_tokenizer
 from jobs.schema import Job
-from pipelines.core import storage
-from pipelines.data import easy_vqa, records
+from pipelines.data import easy_vqa
 from pipelines.data.options import ShardOptions
 from pipelines.data.shard_index import Shards, is_finished
+from pipelines.data.sources.opened import RecordSource
 from pipelines.data.unmade import UnmadeShards
 from pipelines.training.files import JOB_FILE
 from pipelines.training.plan import StagePlan, StageWork
@@ -90,7 +90,8 @@ def _open_set(job: Job, folder: Path, name: str, url: str) -> Shards:
     if source is None or is_finished(url):
         return Shards(url)
     options = ShardOptions(**{field.name: getattr(source, field.name) for field in fields(ShardOptions)})
-    return UnmadeShards(records.parse_records(storage.read(source.json), source.json), source.images, options)
+    opened = RecordSource(source)
+    return UnmadeShards(opened, opened.images, options)
 
 
 def find_tokenizer(job: Job, folder: Path) -> Path | None:

@@ -4,6 +4,7 @@ Each question shows its default; a wrong answer is explained and asked again. Pa
 to correct them. Importing this module loads neither torch nor Ray.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -11,12 +12,16 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import yaml
 
 from jobs import schema
 from pipelines.data import records, shard_index
+from pipelines.data.options import SetSource
+from pipelines.data.sources.layouts import ALLOWED_SOURCES
+from pipelines.data.sources.opened import RecordSource
+from pipelines.data.sources.rows import SourceRecord
 from redux.benchmarks import custom, instructions
 from redux.benchmarks.custom import AnswerMetric
 
@@ -138,17 +143,15 @@ def init(path: Path, takes_defaults: bool) -> None:
 
 def ask_all(dialog: Dialog) -> InitAnswers:
     """Ask all questions."""
-    data = dialog.ask("Data: easy-vqa, a JSON file of records, or a folder of shards", EASY_VQA, parse_data)
+    data = dialog.ask(
+        "Data: easy-vqa, a file or folder of records or captions, or a folder of shards", EASY_VQA, parse_data
+    )
     images: str | None = None
     questions: str | None = None
     number, bad_fraction = EASY_VQA_IMAGES, 0.0
     metric: AnswerMetric = "contains"
-    if data != EASY_VQA and Path(data).is_file():
-        loaded = records.parse_records(Path(data).read_bytes(), data)
-        parent = str(Path(data).parent)
-        images, rejected = dialog.ask("Folder of the images", parent, lambda text: check_images(text, loaded))
-        number = len(loaded)
-        checked = min(number, MAX_CHECKED_RECORDS)
+    if data != EASY_VQA and not shard_index.is_finished(data):
+        images, rejected, number, checked = ask_images(dialog, data)
         bad_fraction = rejected.total() / checked
         listing = "".join(f", {count} with {reason}" for reason, count in rejected.most_common())
         print(f"  {number:,} records, {checked:,} of them checked: {rejected.total():,} rejected{listing}")
@@ -186,32 +189,58 @@ def ask_all(dialog: Dialog) -> InitAnswers:
     )
 
 
+def ask_images(dialog: Dialog, data: str) -> tuple[str, Counter[str], int, int]:
+    """Ask for the folder of the images, if they are not in the source.
+
+    Returns:
+        The folder, counts of rejected records by reason, number of records, and number of those that were checked.
+    """
+    source = RecordSource(SetSource(source=data))
+    first = list(itertools.islice(source, MAX_CHECKED_RECORDS))
+    images, rejected = source.images, count_rejections(first, Path(source.images))[0]
+    if any(entry.image is None for entry in first):
+        images, rejected = dialog.ask("Folder of the images", images, lambda text: check_images(text, first))
+    return images, rejected, sum(1 for _ in source), len(first)
+
+
 def parse_data(text: str) -> str:
     """Check the source of the data."""
     if text == EASY_VQA:
         return text
     path = Path(text).expanduser()
-    if path.is_file():
-        loaded = records.parse_records(path.read_bytes(), str(path))
-        rejections = [records.find_rejection(record, None) for record in loaded[:MAX_CHECKED_RECORDS]]
-        if all(rejections) and rejections[0]:
-            field, explanation = rejections[0].field, rejections[0].explanation
-            raise ValueError(
-                f"{path}: every record is rejected, allowed: records with image and conversations, as LLaVA's; the "
-                f"first: {field} {explanation}"
-            )
+    if shard_index.is_finished(str(path)):
         return str(path)
-    if path.is_dir():
-        if not shard_index.is_finished(str(path)):
-            raise ValueError(
-                f"{path}: a folder without shards, allowed: a JSON file of records and their images, or a folder that "
-                "redux shards make or redux shards index has finished"
-            )
-        return str(path)
-    raise ValueError(f"{path}: does not exist, allowed: {EASY_VQA}, a JSON file, or a folder of shards")
+    try:
+        source = RecordSource(SetSource(source=str(path)))
+    except ValueError as error:
+        raise ValueError(f"{str(error).partition(', allowed: ')[0]}, allowed: {EASY_VQA}, {ALLOWED_SOURCES}") from None
+    first = list(itertools.islice(source, MAX_CHECKED_RECORDS))
+    rejections = [entry.rejection or records.find_rejection(entry.record, None) for entry in first]
+    if all(rejections):
+        reason = f"{rejections[0].field} {rejections[0].explanation}" if rejections[0] else "it has no records"
+        raise ValueError(
+            f"{path}: every record is rejected, allowed: conversations, questions with answers, or captions; the "
+            f"first: {reason}"
+        )
+    return str(path)
 
 
-def check_images(text: str, entries: list[Any]) -> tuple[str, Counter[str]]:
+def count_rejections(entries: list[SourceRecord], folder: Path) -> tuple[Counter[str], str]:
+    """Count the rejected records by reason, and describe the first one."""
+    rejected = Counter[str]()
+    example = ""
+    for entry in entries:
+        rejection = entry.rejection or records.find_rejection(entry.record, None)
+        if rejection:
+            rejected[rejection.reason] += 1
+            example = example or f"{rejection.field} {rejection.value}: {rejection.explanation}"
+        elif entry.image is None and (name := entry.record.get("image")) and not (folder / name).is_file():
+            rejected["missing image"] += 1
+            example = example or f"{folder / name} does not exist"
+    return rejected, example
+
+
+def check_images(text: str, entries: list[SourceRecord]) -> tuple[str, Counter[str]]:
     """Check a folder of images against the records.
 
     Returns:
@@ -223,18 +252,8 @@ def check_images(text: str, entries: list[Any]) -> tuple[str, Counter[str]]:
     folder = Path(text).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{folder}: no folder, allowed: the folder in which the images of the records are")
-    rejected = Counter[str]()
-    checked = entries[:MAX_CHECKED_RECORDS]
-    example = ""
-    for record in checked:
-        rejection = records.find_rejection(record, None)
-        if rejection:
-            rejected[rejection.reason] += 1
-            example = example or f"{rejection.field} {rejection.value}: {rejection.explanation}"
-        elif record.get("image") and not (folder / record["image"]).is_file():
-            rejected["missing image"] += 1
-            example = example or f"{folder / record['image']} does not exist"
-    if rejected.total() == len(checked):
+    rejected, example = count_rejections(entries, folder)
+    if rejected.total() == len(entries):
         raise ValueError(f"{folder}: every record is rejected, allowed: at least one that is right; {example}")
     return str(folder), rejected
 
@@ -355,7 +374,12 @@ def _write_data(answers: InitAnswers) -> list[str]:
     if answers.images is None:
         return [*lines, "  sets:", f"    mine: {_quote(answers.data)}  # folder or URL of shards"]
     lines += ["  sets:", f"    mine: {_quote(f'shards/{answers.name}')}  # shards that the run makes of the records"]
-    lines += ["  make:", "    mine:", f"      json: {_quote(answers.data)}", f"      images: {_quote(answers.images)}"]
+    lines += [
+        "  make:",
+        "    mine:",
+        f"      source: {_quote(answers.data)}",
+        f"      images: {_quote(answers.images)}",
+    ]
     if answers.bad_fraction:
         # rounded up, as the same records are rejected again
         share = min(answers.bad_fraction * 1.01 + 0.0001, 1)

@@ -14,6 +14,9 @@ HELD_OUT_FOLDER = "held_out"
 
 QUESTIONS_FILE = "questions.jsonl"
 
+SHARDS_DIR = "shards"
+"""Folder of the sets that a job makes, in its run folder."""
+
 CONFIG_FILE = "config.json"
 """Configuration of a model, as transformers names it."""
 
@@ -23,7 +26,8 @@ ADAPTER_FILE = "adapter_config.json"
 
 def locate_sets(job: Job, folder: Path) -> dict[str, str]:
     """Locate each set of shards, both those that the job makes and those that it names, in a run folder."""
-    return {name: str(folder / "shards" / name) for name in job.generated_sets} | job.data.sets
+    made = {name: str(folder / SHARDS_DIR / name) for name in (*job.generated_sets, *job.data.make)}
+    return made | job.data.sets
 
 
 def locate_tasks(job: Job, folder: Path) -> dict[TaskName, TaskSettings]:

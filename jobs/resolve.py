@@ -7,12 +7,14 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from jobs.layout import SHARDS_DIR
 from jobs.model_parts import find_assembled, locate_parts, make_folder_absolute
 from jobs.schema import Job
 from pipelines.core import storage
 from pipelines.data import shard_index
 from pipelines.data.held_out import select_held_out
-from pipelines.data.options import SetSource
+from pipelines.data.options import Data, SetSource
+from pipelines.data.sources.layouts import find_layout
 from pipelines.evaluation import evaluate, tasks
 from pipelines.training import lora, trackers
 from pipelines.training.stage import Stage
@@ -31,6 +33,7 @@ def resolve_job(job: Job, folder: Path) -> Job:
         ValueError: a set or a benchmark file cannot be used, a package is missing, or the evaluation contradicts the
             training of the model.
     """
+    job = replace(job, data=_find_sources(job.data, folder))
     sets = {name: storage.make_absolute(url) for name, url in job.data.sets.items()}
     for name, url in sets.items():
         if name in job.data.make:
@@ -68,6 +71,26 @@ def check_image_backend(name: str, stage: Stage) -> None:
         )
 
 
+def _find_sources(data: Data, folder: Path) -> Data:
+    """Replace each set that is no set of shards, but data in another form, by a set that the job makes of it.
+
+    A set that the job makes, and that has no folder, gets one in the run folder.
+    """
+    sets, make = dict(data.sets), dict(data.make)
+    for name, url in data.sets.items():
+        if name not in make and not shard_index.is_finished(url):
+            try:
+                find_layout(url)
+            except ValueError as error:
+                raise ValueError(
+                    f"data.sets.{name}: no shards here, {shard_index.INDEX_FILE} is missing; {error}"
+                ) from None
+            make[name] = SetSource(source=url)
+            del sets[name]
+    made = {name: str(folder / SHARDS_DIR / name) for name in make if name not in sets}
+    return replace(data, sets=sets | made, make=make)
+
+
 def _resolve_formats(job: Job, folder: Path) -> Job:
     """Resolve the template and the aspect ratio of each stage and of the evaluation."""
     assembled = find_assembled(job, folder)
@@ -92,11 +115,13 @@ def _resolve_formats(job: Job, folder: Path) -> Job:
 
 
 def _resolve_source(name: str, source: SetSource) -> SetSource:
-    """Make the paths of a source absolute; ValueError if its records do not exist."""
-    url = storage.make_absolute(source.json)
-    if not storage.exists(url):
-        raise ValueError(f"data.make.{name}.json: {url} does not exist, allowed: a JSON file of records")
-    return replace(source, json=url, images=storage.make_absolute(source.images))
+    """Make the paths of a source absolute; ValueError if its form is not read."""
+    path = storage.make_absolute(source.source)
+    try:
+        find_layout(path)
+    except ValueError as error:
+        raise ValueError(f"data.make.{name}.source: {error}") from None
+    return replace(source, source=path, images=source.images and storage.make_absolute(source.images))
 
 
 def _resolve_tasks(job: Job) -> dict[tasks.TaskName, tasks.TaskSettings]:

@@ -31,8 +31,9 @@ from jobs.layout import locate_checkpoints, locate_sets, locate_tasks
 from jobs.resolve import resolve_job
 from jobs.schema import Job
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
-from pipelines.data import easy_vqa, records, shard_index, shard_writer
+from pipelines.data import easy_vqa, quarantine, records, shard_index, shard_writer
 from pipelines.data.options import ShardOptions
+from pipelines.data.sources.opened import RecordSource
 from pipelines.evaluation import evaluate, tasks
 from pipelines.evaluation.held_out_questions import write_held_out_questions
 from pipelines.report.environment import record_environment
@@ -360,9 +361,12 @@ def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Seq
     """Make the sets of the job and, for a model that is built from sizes, a tokenizer."""
     for name, source in job.data.make.items():
         options = ShardOptions(**{field.name: getattr(source, field.name) for field in fields(ShardOptions)})
-        shard_writer.make_shards(
-            records.parse_records(storage.read(source.json), source.json), source.images, sets[name], options
-        )
+        opened = RecordSource(source)
+        try:
+            shard_writer.make_shards(opened, opened.images, sets[name], options)
+        except quarantine.QuarantineError as error:
+            print("\n".join(quarantine.explain_rejections(error.entries)))
+            raise
     generated = {name: easy_vqa.EASY_VQA_SETS[name]() for name in job.generated_sets}
     options = ShardOptions(samples_per_shard=job.data.samples_per_shard)
     for name, set_records in generated.items():

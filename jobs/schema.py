@@ -74,7 +74,7 @@ class Job:
             raise ValueError(f"gpu_share: got {self.gpu_share}, allowed: 1 with several workers, as each needs a GPU")
         if not self.train and not (self.model.checkpoint and self.evaluate):
             raise ValueError("train: got no stages, allowed: at least one, or none with model.checkpoint and evaluate")
-        if self.data.source and (taken := self.data.sets.keys() & set(EASY_VQA_SETS)):
+        if self.data.source and (taken := set(self.data.set_names) & set(EASY_VQA_SETS)):
             raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(EASY_VQA_SETS)}")
         # each check sees the whole job: what a stage may be depends on the others and on the model
         self._check_objectives()
@@ -101,13 +101,13 @@ class Job:
         if not self.evaluate or self.evaluate.tasks:
             return self.evaluate.tasks if self.evaluate else {}
         stages = list(self.train.values())
-        sets = list(stages[-1].mixture if stages else self.data.sets) if self.data.hold_out else []
+        sets = list(stages[-1].mixture if stages else self.data.set_names) if self.data.hold_out else []
         tasks = {_name_held_out_task(name): TaskSettings(held_out=name, metric="contains") for name in sets}
         return tasks or {"easy_vqa": TaskSettings()}
 
     def _check_held_out(self) -> None:
         """Check the sets whose held-out samples are questions."""
-        sets = [*self.generated_sets, *self.data.sets]
+        sets = [*self.generated_sets, *self.data.set_names]
         for name, task in self.evaluate.tasks.items() if self.evaluate else ():
             key = f"evaluate.tasks.{name}.held_out"
             if task.held_out and task.held_out not in sets:
@@ -132,7 +132,7 @@ class Job:
             )
 
     def _check_stage(self, name: str, stage: Stage) -> None:
-        sets = [*(EASY_VQA_SETS if self.data.source else ()), *self.data.sets]
+        sets = [*(EASY_VQA_SETS if self.data.source else ()), *self.data.set_names]
         if unknown := stage.mixture.keys() - set(sets):
             raise ValueError(
                 f"train.{name}.data: got {min(unknown)}, allowed: {', '.join(sets) or 'none'}, those of data.sets"

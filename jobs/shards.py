@@ -1,48 +1,83 @@
 """Make, index and verify sets of shards from the command line (`redux shards`)."""
 
 import argparse
+import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, get_args
 
 from jobs import schema
 from jobs.cli.arguments import build_options
 from jobs.layout import locate_sets
 from pipelines.core import cluster, storage
-from pipelines.data import audit, consumed, easy_vqa, records, shard_index, shard_writer, tars
+from pipelines.data import audit, consumed, easy_vqa, quarantine, shard_index, shard_writer, tars
 from pipelines.data.held_out import select_held_out
-from pipelines.data.options import ShardOptions
+from pipelines.data.options import ColumnName, SetSource, ShardOptions
+from pipelines.data.sources.opened import RecordSource
 from pipelines.training import metrics
 from pipelines.training.files import JOB_FILE
 
 
 def make_set(arguments: argparse.Namespace) -> None:
-    """Make shards from a JSON file in LLaVA's form and its images, or from easy-VQA."""
+    """Make shards from data in any form that is read, or from easy-VQA.
+
+    Raises:
+        ValueError: the set cannot be made. If that is because of rejected records, they were explained before.
+    """
+    options = build_options(ShardOptions, arguments)
+    entries: Iterable[Any]
     if arguments.easy_vqa:
         entries, images = easy_vqa.make_conversations(arguments.easy_vqa), str(easy_vqa.PACKAGE_IMAGES)
     else:
-        entries, images = records.parse_records(storage.read(arguments.json), arguments.json), arguments.images
-    options = build_options(ShardOptions, arguments)
+        source = build_options(SetSource, arguments, columns=_read_columns(arguments))
+        entries = RecordSource(source)
+        images = entries.images
     # asked before, because afterwards the set is finished in any case
     finished = shard_index.is_finished(arguments.out)
-    with cluster.open_session():
-        summary = shard_writer.make_shards(entries, images, arguments.out, options)
+    try:
+        with cluster.open_session():
+            summary = shard_writer.make_shards(entries, images, arguments.out, options)
+    except quarantine.QuarantineError as error:
+        print("\n".join(quarantine.explain_rejections(error.entries)))
+        raise
     if finished:
         print(
             f"{arguments.out}: already finished and unchanged; images were not read again. To make the set again, "
             "delete the folder or name another"
         )
     print(f"{arguments.out}: {summary['samples']} of {summary['records']} records kept")
-    for reason, count in summary["quarantined"].items():
-        print(f"{count:>10} {reason}: {records.RECORD_REASONS.get(reason, 'rejected by an older version')}")
+    for reason, count in summary.get("repaired", {}).items():
+        print(f"{count:>10} repaired, {reason}")
+    if summary["quarantined"]:
+        path = storage.join(arguments.out, shard_index.QUARANTINE_FILE)
+        listed = [json.loads(line) for line in storage.read(path).splitlines()]
+        print("\n".join([*quarantine.explain_rejections(listed), f"all are listed in {path}"]))
+
+
+def _read_columns(arguments: argparse.Namespace) -> dict[ColumnName, str]:
+    """Read the column map of the command line."""
+    columns = dict(arguments.columns)
+    if arguments.image_key:
+        columns["image"] = arguments.image_key
+    if arguments.text_key:
+        columns["text"] = arguments.text_key
+    if unknown := columns.keys() - set(get_args(ColumnName)):
+        raise ValueError(f"--columns: got {min(unknown)}, allowed: {', '.join(get_args(ColumnName))}")
+    return columns
 
 
 def index_set(arguments: argparse.Namespace) -> None:
     """Write the index of tars from elsewhere, and print the counts of their samples and members."""
-    with cluster.open_session():
-        report = audit.index_tars(arguments.folder, arguments.max_bad_fraction)
+    try:
+        with cluster.open_session():
+            report = audit.index_tars(arguments.folder, arguments.max_bad_fraction)
+    except quarantine.QuarantineError as error:
+        print("\n".join(quarantine.explain_rejections(error.entries)))
+        raise
     print(f"{arguments.folder}: indexed {report.samples} samples in {report.tars} tars")
-    for reason, count in report.quarantined.items():
-        print(f"{count:>10} rejected samples: {reason}")
+    if report.listed:
+        print("\n".join(quarantine.explain_rejections(report.listed)))
     print(f"{report.members:>10} members, of which")
     print(f"{report.used.total():>10} used{_format_counts(report.used)}")
     print(f"{report.ignored.total():>10} ignored{_format_counts(report.ignored)}")

@@ -5,7 +5,8 @@ tokenizes pieces and adds up their lengths; if a tokenizer merges across two pie
 is silently masked.  Here a token across the end of a span is an error that names the token.
 
 A conversation is a list of turns {"from": "human" | "gpt", "value": text} in which `<image>` stands for the image.  As
-in LLaVA's trainer, `<image>` moves to the front of its turn, on a line of its own.
+in LLaVA's trainer, `<image>` moves to the front of its turn, on a line of its own.  A first turn {"from": "system"}
+replaces the system message of the template.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -64,10 +65,13 @@ class Template:
             eos: end token of the tokenizer.
 
         Raises:
-            ValueError: roles do not alternate human, gpt, human, ...
+            ValueError: roles do not alternate human, gpt, human, ..., or the template takes no system message.
         """
         end = self.end.replace(EOS_TOKEN, eos)
-        yield self.system, False
+        system, turns = split_system(turns)
+        # LLaVA's stage 1 (an empty `human`) keeps nothing but the image and its caption
+        template = self.replace_system(system) if system is not None and self.human else self
+        yield template.system, False
         for number, turn in enumerate(turns):
             role = ("human", "gpt")[number % 2]
             if turn["from"] != role:
@@ -96,6 +100,13 @@ class Template:
         if self.human:
             return text
         return IMAGE_TOKEN if IMAGE_TOKEN in text else ""
+
+
+def split_system(turns: Sequence[dict]) -> tuple[str | None, Sequence[dict]]:
+    """Split the system message, a first turn {"from": "system"}, from the other turns. None if there is none."""
+    if turns and turns[0]["from"] == "system":
+        return turns[0]["value"], turns[1:]
+    return None, turns
 
 
 def move_image_to_front(text: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.cli.arguments import parse_count, parse_fraction
+from jobs.cli.arguments import build_pair_parser, parse_count, parse_fraction
 
 
 def add_parsers(verbs: Any) -> None:
@@ -13,7 +13,7 @@ def add_parsers(verbs: Any) -> None:
     shards = verbs.add_parser(
         "shards",
         help="make, index or verify WebDataset shards",
-        description="Make WebDataset shards from LLaVA's JSON files, index tars of another program, verify shards. "
+        description="Make WebDataset shards from common forms of data, index tars of another program, verify shards. "
         "Folders are local, or any URL that fsspec opens, such as s3://bucket/folder.",
     ).add_subparsers(metavar="ACTION", required=True)
     _add_make(shards)
@@ -24,19 +24,15 @@ def add_parsers(verbs: Any) -> None:
 def _add_make(shards: Any) -> None:
     make = shards.add_parser(
         "make",
-        help="make shards from a JSON file and its images",
-        description="Write the records of a JSON file in LLaVA's form, with their images, as shards with an index. "
-        "Rejected records are listed in quarantine.jsonl with a reason. The same command resumes after an "
-        "interruption.",
-        epilog="example: redux shards make --json llava_v1_5_mix665k.json --images data --out s3://bucket/mix665k "
-        "--max-bad-fraction 0.001",
+        help="make shards from records or captions and their images",
+        description="Write records with their images as shards with an index. The source is a file or folder of "
+        "records as LLaVA's, ShareGPT's or OpenAI's messages (JSON, JSON Lines, parquet, Arrow, CSV), an entry of "
+        "LLaMA-Factory's dataset_info.json, images with captions, WebDataset tars, or an Energon folder. Rejected "
+        "records are explained, and listed in quarantine.jsonl. The same command resumes after an interruption.",
+        epilog="examples: redux shards make --source llava_v1_5_mix665k.json --images data --out s3://bucket/mix665k "
+        "--max-bad-fraction 0.001; redux shards make --source 'data/train-*.parquet' --out shards/mine",
     )
-    source = make.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--json", metavar="FILE", help="JSON list or JSON lines of records: id, image (absent for text), conversations"
-    )
-    source.add_argument("--easy-vqa", choices=("train", "test"), help="conversations of easy-VQA instead of a file")
-    make.add_argument("--images", metavar="DIR", default=".", help="folder of the images (default: current folder)")
+    _add_source(make)
     make.add_argument("--out", metavar="URI", required=True, help="folder of the shards")
     make.add_argument(
         "--samples-per-shard",
@@ -62,6 +58,35 @@ def _add_make(shards: Any) -> None:
     )
     _add_max_bad_fraction(make)
     make.set_defaults(verb=_call("make_set"))
+
+
+def _add_source(make: argparse.ArgumentParser) -> None:
+    """Add what the shards are made of."""
+    source = make.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--source",
+        metavar="PATH",
+        help="file, folder or URL of the data; a pattern in quotes for several files; or FOLDER/dataset_info.json:NAME",
+    )
+    source.add_argument("--easy-vqa", choices=("train", "test"), help="conversations of easy-VQA instead of a source")
+    make.add_argument(
+        "--images", metavar="DIR", help="folder of the images that records name (default: the folder of the source)"
+    )
+    make.add_argument(
+        "--columns",
+        metavar="COLUMN=NAME",
+        nargs="+",
+        type=build_pair_parser("COLUMN=NAME"),
+        default=[],
+        help="names of columns that differ from the usual ones, such as conversations=chat or question=prompt "
+        "answer=reply; `redux explain 'data.make.*.columns'` lists the columns",
+    )
+    make.add_argument("--image-key", metavar="NAME", help="column, or suffix in tars, of the image")
+    make.add_argument("--text-key", metavar="NAME", help="column, or suffix in tars, of the caption")
+    make.add_argument("--prompt", metavar="TEXT", help="question of captions (default: empty)")
+    make.add_argument(
+        "--fix", action="store_true", help="repair records where the repair is certain, and list them in repaired.jsonl"
+    )
 
 
 def _add_max_bad_fraction(parser: argparse.ArgumentParser) -> None:

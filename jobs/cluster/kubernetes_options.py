@@ -208,8 +208,8 @@ def _list_paths(job: Job) -> Iterator[Pair]:
     for name, folder in job.data.sets.items():
         yield f"data.sets.{name}", folder
     for name, source in job.data.make.items():
-        yield f"data.make.{name}.json", source.json
-        if source.images != type(source).images:
+        yield f"data.make.{name}.source", source.source
+        if source.images is not None:
             yield f"data.make.{name}.images", source.images
     for part in ("tower", "language", "checkpoint"):
         source_model = getattr(job.model, part)

@@ -126,8 +126,10 @@ def _check_submission(submission: Submission, job: Mapping[str, Any]) -> None:
         )
     if submission.id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", submission.id):
         raise ValueError(f"--id: got {submission.id}, allowed: letters, digits, dots, _ and -, a letter or digit first")
-    sets = (job.get("data") or {}).get("sets") or {}
-    urls = {"checkpoints": job.get("checkpoints")} | {f"data.sets.{name}": url for name, url in sets.items()}
+    data = job.get("data") or {}
+    urls = {"checkpoints": job.get("checkpoints")}
+    urls |= {f"data.sets.{name}": url for name, url in (data.get("sets") or {}).items()}
+    urls |= {f"data.make.{name}.source": made.get("source") for name, made in (data.get("make") or {}).items()}
     for key, url in urls.items():
         if url and "://" not in url and not PurePosixPath(url).is_absolute():
             raise ValueError(

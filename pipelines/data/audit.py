@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pipelines.core import interrupts, storage
 from pipelines.data import images, records, tars
+from pipelines.data.quarantine import QuarantineError
 from pipelines.data.shard_index import (
     INDEX_FILE,
     INDEX_SCHEMA,
@@ -39,7 +40,7 @@ class IndexReport:
 
     samples: samples in the index. quarantined: rejected samples by reason. members: all members of the tars; each is
     used, ignored or rejected. used, ignored: members by suffix or kind. rejected: members of rejected samples.
-    notes: lines about unexpected content.
+    notes: lines about unexpected content. listed: entries of the quarantine list.
     """
 
     tars: int = 0
@@ -50,6 +51,7 @@ class IndexReport:
     ignored: Counter[str] = field(default_factory=Counter)
     rejected: int = 0
     notes: list[str] = field(default_factory=list)
+    listed: list[dict[str, Any]] = field(default_factory=list)
 
 
 def index_tars(folder: str, max_bad_fraction: float = 0.0) -> IndexReport:
@@ -77,7 +79,7 @@ def index_tars(folder: str, max_bad_fraction: float = 0.0) -> IndexReport:
     # one task per tar; errors are collected, so that the message can count them
     names, notes = _list_tars(folder)
     report = IndexReport(tars=len(names), notes=notes)
-    tables, listed, errors = [], [], []
+    tables, listed, errors = [], report.listed, []
     for row in _map_tars([{"tar": storage.join(folder, name)} for name in names], _index_tar, "index"):
         if row["error"]:
             errors.append(row["error"])
@@ -99,7 +101,7 @@ def index_tars(folder: str, max_bad_fraction: float = 0.0) -> IndexReport:
         raise RuntimeError(f"{folder}: {report}: members do not add up")
     storage.write(storage.join(folder, QUARANTINE_FILE), "".join(json.dumps(entry) + "\n" for entry in listed).encode())
     if not report.samples or len(listed) > max_bad_fraction * (report.samples + len(listed)):
-        raise ValueError(_describe_refusal(folder, report, listed, max_bad_fraction))
+        raise QuarantineError(_describe_refusal(folder, report, listed, max_bad_fraction), listed)
     write_index(folder, pa.concat_tables(tables))
     return report
 
@@ -149,8 +151,8 @@ def _describe_refusal(folder: str, report: IndexReport, listed: list[dict[str, A
         )
     elif reasons & {"malformed", "no record"}:
         advice = (
-            "; KEY.json must hold LLaVA's record with conversations, not metadata such as img2dataset's: write a JSON "
-            "file of records, and pack it with the images by `redux shards make`"
+            "; KEY.json must hold LLaVA's record with conversations: `redux shards make --source` reads tars with "
+            "captions or other conversations"
         )
     example = f"{tars.escape_unprintable(first['key'])} of {first['shard']}: {first['explanation']}"
     return (
@@ -220,6 +222,8 @@ def _index_tar(item: dict[str, str]) -> dict[str, Any]:
                 "shard": name,
                 "key": tars.to_utf8(sample.key),
                 "reason": sample.rejection_reason,
+                "field": sample.rejection_field,
+                "value": sample.rejection_value or _list_members(sample),
                 "explanation": _explain_rejection(sample),
             }
             for sample in tar.samples
@@ -238,7 +242,11 @@ def _index_tar(item: dict[str, str]) -> dict[str, Any]:
 def _explain_rejection(sample: tars.TarSample) -> str:
     """Explain the reason of a rejected sample, and list its members."""
     explanation = (tars.TAR_REASONS | records.RECORD_REASONS)[sample.rejection_reason or ""]
-    return f"{explanation}; it has {', '.join(tars.escape_unprintable(member.name) for member in sample.members)}"
+    return f"{explanation}; it has {_list_members(sample)}"
+
+
+def _list_members(sample: tars.TarSample) -> str:
+    return ", ".join(tars.escape_unprintable(member.name) for member in sample.members)
 
 
 def _verify_tar(item: dict[str, Any], shards: Shards, decode: bool) -> dict[str, list[str]]:

@@ -35,6 +35,11 @@ SUFFIX_BY_FORMAT = {
 }
 """Suffix of an image in a tar by Pillow's name of the format. Others get `img`."""
 
+MAX_HINTS = 3
+"""Missing images of a shard that are searched elsewhere; the others are missing for the same reason."""
+
+MAX_HINT_FOLDERS = 20
+
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -80,6 +85,7 @@ class ImageFolder:
         path = url.rpartition("://")[2] if self.is_local else ""
         self.roots = list(dict.fromkeys((os.path.abspath(path), os.path.realpath(path)))) if self.is_local else []
         self._names: dict[str, dict[str, list[str]]] = {}
+        self._hints = MAX_HINTS
 
     def read(self, path: str) -> bytes:
         """Read the file that a record names.
@@ -100,6 +106,21 @@ class ImageFolder:
         if path and (leads_out or not candidates):
             raise OutsideError(path)
         raise FileNotFoundError(path)
+
+    def find_elsewhere(self, path: str) -> str:
+        """Describe where a missing image is, if the folder is a level too high or too low. "" if it is not found."""
+        if not self.is_local or not self._hints:
+            return ""
+        self._hints -= 1
+        parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        for depth in range(1, len(parts)):
+            shorter = "/".join(parts[depth:])
+            if self._find(shorter):
+                return f"{shorter} exists: the path has {'/'.join(parts[:depth])}/ too much for this folder"
+        for name in sorted(storage.list_folders(self.url))[:MAX_HINT_FOLDERS]:
+            if _is_regular_file(os.path.join(self.roots[0], name, *parts)):
+                return f"it exists in {name}/: choose that folder"
+        return ""
 
     def list_candidates(self, path: str) -> tuple[list[str], bool]:
         """List the relative paths that a record's path may mean, likeliest first.

@@ -29,7 +29,15 @@ from pipelines.data.order import Order
 from pipelines.data.records import find_rejection
 from pipelines.data.shard_index import Shards, StoredSample, read_samples
 from pipelines.data.text_tokenizer import TextTokenizer
-from redux.conversation import CLIP_MAX_LENGTH, IGNORE_INDEX, IMAGE_TOKEN, Template, encode_conversation, pad_rows
+from redux.conversation import (
+    CLIP_MAX_LENGTH,
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    Template,
+    encode_conversation,
+    pad_rows,
+    split_system,
+)
 from redux.image import load_pixels
 from redux.settings import ImageAspectRatio, ImageBackend
 
@@ -350,7 +358,8 @@ def encode_caption(tokenizer: "PreTrainedTokenizerBase | TextTokenizer", sample:
 
 def get_caption(sample: StoredSample) -> str:
     """Return the text that a contrastive stage compares with the image: the first answer."""
-    return str(sample.record["conversations"][1]["value"]).replace(IMAGE_TOKEN, "")
+    _, turns = split_system(sample.record["conversations"])
+    return str(turns[1]["value"]).replace(IMAGE_TOKEN, "")
 
 
 def make_conversation_encoder(
@@ -383,7 +392,8 @@ def make_conversation_encoder(
 
 def draw_rounds(sample: StoredSample, max_rounds: int, rng: np.random.Generator) -> StoredSample:
     """Return the sample with at most `max_rounds` of its rounds, shuffled. The image stays in the first turn."""
-    turns = sample.record["conversations"]
+    all_turns = sample.record["conversations"]
+    _, turns = split_system(all_turns)
     if len(turns) % 2:
         raise ValueError(f"sample {sample.key}: {len(turns)} turns, allowed: an even number, so that each is answered")
     texts = [{**turn, "value": turn["value"].replace(IMAGE_TOKEN, "").strip()} for turn in turns]
@@ -392,7 +402,8 @@ def draw_rounds(sample: StoredSample, max_rounds: int, rng: np.random.Generator)
     shuffled = [turn for start in starts for turn in texts[start : start + 2]]
     if any(IMAGE_TOKEN in turn["value"] for turn in turns):
         shuffled[0]["value"] = f"{IMAGE_TOKEN}\n{shuffled[0]['value']}"
-    return replace(sample, record={**sample.record, "conversations": shuffled})
+    system = all_turns[: len(all_turns) - len(turns)]
+    return replace(sample, record={**sample.record, "conversations": [*system, *shuffled]})
 
 
 def describe_failure(shards: Shards, number: int, error: ValueError) -> str:

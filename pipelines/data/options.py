@@ -10,6 +10,23 @@ from annotated_types import Ge, Le, Lt
 
 from redux.settings import ImageAspectRatio
 
+ColumnName = Literal[
+    "conversations",
+    "question",
+    "input",
+    "answer",
+    "history",
+    "text",
+    "image",
+    "system",
+    "id",
+    "role",
+    "content",
+    "user",
+    "assistant",
+]
+"""Columns that a column map may name: those of a row; then field names of a turn, and the roles of the two speakers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOptions:
@@ -23,6 +40,7 @@ class ShardOptions:
             null stores the files unchanged.
         image_aspect_ratio: method that makes stored images square, "pad" or "crop".
         max_bad_fraction: share of the records that may be rejected. With a larger share, no index is written.
+        fix: repair records where the repair is certain, and list them in repaired.jsonl.
     """
 
     samples_per_shard: Annotated[int, Ge(1)] = 1000
@@ -30,6 +48,7 @@ class ShardOptions:
     image_size: Annotated[int, Ge(1)] | None = None
     image_aspect_ratio: ImageAspectRatio = "pad"
     max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.0
+    fix: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +56,18 @@ class SetSource(ShardOptions):
     """Source of a set that the job makes.
 
     Args:
-        json: file or URL of the records, in LLaVA's form.
-        images: folder or URL of their images.
+        source: file, folder or URL of the data, in any form of "Formats" in jobs/README.md.
+        images: folder or URL of the images that records name. null is the folder of the source.
+        columns: names of columns that differ from the usual ones, such as {conversations: chat, image: photo}. Keys are
+            conversations; question, input, answer, history; text, the caption; image, system, id. Of a turn, role and
+            content are fields, and user and assistant are values of the role. In tars, columns are suffixes of members.
+        prompt: question of captions. null leaves it empty.
     """
 
-    json: str
-    images: str = "."
+    source: str
+    images: str | None = None
+    columns: dict[ColumnName, str] = field(default_factory=dict)
+    prompt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +77,10 @@ class Data:
     Args:
         source: "easy-vqa" makes those sets of easy-VQA that a stage uses. null makes none.
         samples_per_shard: number of samples per shard of these sets.
-        sets: other sets of shards by name, each as a folder or URL.
-        make: sources of those of `sets` that the job makes before training, by name.
+        sets: other sets by name: folders or URLs of shards, or data in any form of "Formats" in jobs/README.md, of
+            which the job makes shards.
+        make: sources of sets that the job makes before training, by name. Their folders are those in `sets`, or folders
+            in the run folder.
         max_bad_fraction: share of the samples of a stage that may be replaced because they cannot be used. A larger
             share stops the stage.
         hold_out: share of each set that training never uses, such as 0.01. Its loss is the validation loss, see
@@ -68,8 +95,7 @@ class Data:
     max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.001
     hold_out: Annotated[float, Ge(0), Lt(1)] = 0.0
 
-    def __post_init__(self) -> None:
-        if missing := self.make.keys() - self.sets.keys():
-            raise ValueError(
-                f"make: got {min(missing)}, allowed: names in sets, which give the folders: {', '.join(self.sets)}"
-            )
+    @property
+    def set_names(self) -> tuple[str, ...]:
+        """Names of all sets besides those of `source`."""
+        return tuple(dict.fromkeys([*self.sets, *self.make]))

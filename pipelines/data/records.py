@@ -1,4 +1,4 @@
-"""Parsing and validation of records in LLaVA's JSON form.
+"""Validation of records in LLaVA's JSON form.
 
     [{"id": "33471", "image": "coco/33471.jpg", "conversations": [{"from": "human", "value": "<image>\\n…"},
       {"from": "gpt", "value": "…"}, …]}, …]           a record without `image` is text only
@@ -23,7 +23,6 @@ earlier one in all fields.
 import functools
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from redux.conversation import IMAGE_TOKEN, move_image_to_front
@@ -31,7 +30,8 @@ from redux.conversation import IMAGE_TOKEN, move_image_to_front
 RECORD_REASONS = {
     "malformed": "not an object with conversations, a list of turns, each with from and value as text",
     "duplicate": "equal to an earlier record in all fields",
-    "turn order": 'turns must alternate between "human" and "gpt", from a first "human" to a last "gpt"',
+    "turn order": 'turns must alternate between "human" and "gpt", from a first "human" to a last "gpt"; one "system" '
+    "turn may come before",
     "empty turn": "a turn without text",
     "broken text": "a lone surrogate, or bytes that are not UTF-8, which no tokenizer reads",
     "video": "about a video, which is neither image nor text",
@@ -40,11 +40,15 @@ RECORD_REASONS = {
     "unsupported image": "an image in a form that LLaVA does not read; allowed: one path as image, and one <image>",
     "image without tag": "there is an image, but no turn has <image>",
     "tag without image": "a turn has <image>, but there is no image",
+    "tag in system message": "<image> in the system message; allowed: in a turn of human",
     "several tags": "there is one image, but <image> in more than one turn",
     "too long": "more words than max_words",
     "outside folder": "the image's path leads out of the image folder",
     "missing image": "the file does not exist or is not readable",
     "broken image": "the file is truncated, too large, or no image that Pillow reads",
+    "several records": "more than one member has conversations: a key ends at the first dot of a file's name",
+    "several columns": "more than one column can be the image or the caption",
+    "several images": "more than one member can be the image, and the record does not tell which",
 }
 """Reasons to reject a record, with explanations."""
 
@@ -71,91 +75,6 @@ class RecordRejection(NamedTuple):
         return f"{RECORD_REASONS[self.reason]}: {self.detail}" if self.detail else RECORD_REASONS[self.reason]
 
 
-# --- files of records ------------------------------------------------------------------------------------------------
-
-
-def parse_records(text: bytes, name: str) -> list[Any]:
-    """Parse the records of a file: a JSON list, JSON lines, or one record. Records are not checked.
-
-    A record that Python cannot parse (nested too deep, a number of thousands of digits, a damaged line) is returned as
-    its text, and is rejected later.
-
-    Args:
-        text: content of the file.
-        name: name of the file, for messages.
-
-    Raises:
-        ValueError: the file has another form or no record.
-    """
-    decoded = _decode(text)
-    # a list; if it cannot be parsed as a whole, then its elements or lines one by one
-    try:
-        records = json.loads(decoded)
-    except (ValueError, RecursionError) as error:  # too many digits raise ValueError, not JSONDecodeError
-        if decoded.lstrip().startswith("["):
-            is_damaged = isinstance(error, json.JSONDecodeError)
-            records = error if is_damaged else [_parse_record(part) for part in _split_list(decoded)]
-        else:
-            lines = [_parse_record(line) for line in decoded.split("\n") if line.strip()]
-            records = lines if any(isinstance(line, dict) for line in lines) else error
-    if isinstance(records, dict) and "conversations" in records:
-        records = [records]
-    # no list of records: describe what the file contains instead
-    if not isinstance(records, list) or not records:
-        if isinstance(records, dict):
-            got = f"got one object with {_shorten(', '.join(records), 80)}"
-        elif isinstance(records, Exception):
-            got = f"not JSON: {records}" if decoded.strip() else "an empty file"
-        else:
-            got = f"got {type(records).__name__}" if records != [] else "no records"
-        raise ValueError(f"{name}: {got}, allowed: a list of records as JSON, or JSON lines, one record a line")
-    return [_shorten(_to_json(record)) if _is_too_deep(record) else record for record in records]
-
-
-def _decode(text: bytes) -> str:
-    """Decode UTF-8, -16 or -32. Invalid bytes become lone surrogates, so that only their record is rejected."""
-    encoding = json.detect_encoding(text)
-    try:
-        return text.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass")
-    except UnicodeDecodeError:  # UTF-8 that looks like UTF-16
-        return text.decode("utf-8", "surrogateescape")
-
-
-def _parse_record(text: str) -> Any:
-    """Parse one record, or return its text."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text.strip()
-
-
-def _split_list(text: str) -> Iterator[str]:
-    """Yield the texts of a JSON list's elements, split at its commas."""
-    depth = first = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[\]{},]', text, re.DOTALL):
-        mark = token.group()
-        if (mark == "," and depth == 1) or (mark == "]" and depth == 1):
-            yield text[first : token.start()].strip()
-            first = token.end()
-        depth += (mark in "[{") - (mark in "]}")
-        if depth == 1 and mark == "[" and not first:
-            first = token.end()
-    if last := text[first:].strip():
-        yield last
-
-
-def _is_too_deep(value: Any) -> bool:
-    """Tell if lists and objects are nested deeper than MAX_DEPTH. Breadth first, since recursion has a limit, too."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        containers = [item for item in level if isinstance(item, list | dict)]
-        children = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
-        level = [child for child in children if isinstance(child, list | dict)]
-        if not level:
-            return False
-    return True
-
-
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
@@ -174,7 +93,7 @@ def _find_form_rejection(record: Any) -> RecordRejection | None:
     if not isinstance(record, dict):
         return RecordRejection("malformed", "", shorten(record))
     # fields of the record
-    if rejection := _find_media_field(record, "", has_image(record)):
+    if rejection := find_media_field(record, "", has_image(record)):
         return rejection
     if "conversations" not in record:
         return RecordRejection("malformed", "conversations", f"{MISSING}; there are {shorten(list(record))}")
@@ -191,15 +110,16 @@ def _find_form_rejection(record: Any) -> RecordRejection | None:
                 return RecordRejection(
                     "malformed", f"{name}.{field}", shorten(turn[field]) if field in turn else MISSING
                 )
-        if rejection := _find_media_field(turn, f"{name}.", has_image(record)):
+        if rejection := find_media_field(turn, f"{name}.", has_image(record)):
             return rejection
     if has_image(record) and not isinstance(record["image"], str):
         return RecordRejection("unsupported image", "image", shorten(record["image"]))
     # order of the turns
-    for number, turn in enumerate(turns):
+    first = count_system_turns(turns)
+    for number, turn in enumerate(turns[first:]):
         if turn["from"] != ("human", "gpt")[number % 2]:
-            return RecordRejection("turn order", f"conversations[{number}].from", shorten(turn["from"]))
-    if not turns or len(turns) % 2:
+            return RecordRejection("turn order", f"conversations[{first + number}].from", shorten(turn["from"]))
+    if len(turns) == first or (len(turns) - first) % 2:
         return RecordRejection("turn order", "conversations", f"{len(turns)} turns")
     return None
 
@@ -207,20 +127,23 @@ def _find_form_rejection(record: Any) -> RecordRejection | None:
 def _find_content_rejection(record: dict, max_words: int | None) -> RecordRejection | None:
     """Find the first turn that cannot be trained on."""
     turns = record["conversations"]
+    first = count_system_turns(turns)
     tagged = []  # names of the turns with <image>, once per tag
-    for number, turn in enumerate(turns):
-        text, name = turn["value"], f"conversations[{number}].value"
+    for number, turn in enumerate(turns, start=-first):
+        text, name = turn["value"], f"conversations[{first + number}].value"
         if not _is_unicode(text):
             return RecordRejection("broken text", name, shorten(text))
         if reason := _find_media_tag(text, number % 2 == 1):
             return RecordRejection(reason, name, shorten(text))
         tags = move_image_to_front(text).count(IMAGE_TOKEN)
+        if tags and number < 0:
+            return RecordRejection("tag in system message", name, shorten(text))
         tagged += [name] * tags
         if not text.replace(IMAGE_TOKEN, "").strip() and (number % 2 or not tags):
             return RecordRejection("empty turn", name, shorten(text))
     # image and tags must agree
     if has_image(record) and not tagged:
-        return RecordRejection("image without tag", "conversations[0].value", shorten(turns[0]["value"]))
+        return RecordRejection("image without tag", f"conversations[{first}].value", shorten(turns[first]["value"]))
     if tagged and not has_image(record):
         return RecordRejection("tag without image", "image", shorten(record["image"]) if "image" in record else MISSING)
     if len(tagged) > 1:
@@ -235,6 +158,11 @@ def has_image(record: dict) -> bool:
     return record.get("image") is not None
 
 
+def count_system_turns(turns: list[Any]) -> int:
+    """Return 1 if the first turn is a system message, otherwise 0."""
+    return int(bool(turns) and turns[0]["from"] == "system")
+
+
 def count_words(record: dict) -> int:
     """Count the words of all turns, without image tags."""
     return sum(len(turn["value"].replace(IMAGE_TOKEN, "").split()) for turn in record["conversations"])
@@ -242,10 +170,11 @@ def count_words(record: dict) -> int:
 
 def shorten(value: Any) -> str:
     """Format a value as one short line of printable text."""
-    return _shorten(value if isinstance(value, str) else _to_json(value))
+    return shorten_text(value if isinstance(value, str) else _to_json(value))
 
 
-def _shorten(text: str, limit: int = MAX_SHOWN_CHARACTERS) -> str:
+def shorten_text(text: str, limit: int = MAX_SHOWN_CHARACTERS) -> str:
+    """Shorten a text and escape what is not printable."""
     text = text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
@@ -305,8 +234,14 @@ _QUOTED = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\"<[^\"\n]*>\"|'<[^'\n]*>'|“
 _MARKUP = re.compile(r"<(?:!doctype|html|head|body|div|span|p|ul|table|script|source)\b", re.IGNORECASE)
 
 
-def _find_media_field(fields: dict, prefix: str, with_image: bool) -> RecordRejection | None:
-    """Find a field with content that LLaVA does not read."""
+def find_media_field(fields: dict, prefix: str, with_image: bool) -> RecordRejection | None:
+    """Find a field with content that LLaVA does not read.
+
+    Args:
+        fields: fields of a record or of a turn.
+        prefix: name of the turn with a dot; "" for a record.
+        with_image: the record has an image, so that other fields may describe it.
+    """
     for field, value in fields.items():
         reason = _media_of_field(field)
         if (
@@ -334,3 +269,13 @@ def _find_media_tag(text: str, is_answer: bool) -> str | None:
         return None
     plain = _QUOTED.sub(" ", text)
     return next((reason for reason, tags in _MEDIA_TAG_PATTERNS.items() if tags[is_answer].search(plain)), None)
+
+
+def find_image_tags(text: str) -> list[str]:
+    """List the tags with which other trainers mark an image in a question."""
+    return [match.group() for match in _MEDIA_TAG_PATTERNS["unsupported image"][0].finditer(text)]
+
+
+def replace_image_tag(text: str, tag: str) -> str:
+    """Replace a tag of another trainer by `<image>`."""
+    return text.replace(tag, IMAGE_TOKEN, 1)

@@ -41,6 +41,7 @@ FORMER_SUMMARY_FIELDS = {"asked": "settings", "kept": "samples"}
 
 INDEX_FILE = "index.arrow"
 QUARANTINE_FILE = "quarantine.jsonl"
+REPAIRED_FILE = "repaired.jsonl"
 SUMMARY_FILE = "summary.json"
 UNFINISHED_DIR = "unfinished"
 INDEX_SCHEMA = pa.schema(

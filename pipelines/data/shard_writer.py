@@ -1,4 +1,4 @@
-"""Writer of WebDataset shards on Ray Data, with an index for random access.
+"""Writer of WebDataset shards on Ray, with an index for random access.
 
 Shards are plain tars that any WebDataset tool reads. Each sample has two members: the image, unchanged or prepared, and
 `json`, the record.
@@ -6,7 +6,8 @@ Shards are plain tars that any WebDataset tool reads. Each sample has two member
     out/000000.tar, 000001.tar, ...     KEY.jpg (or png, ...), KEY.json, KEY.jpg, ...; KEY is the record's number
     out/index.arrow                     one row per sample: see pipelines/data/shard_index.py
     out/quarantine.jsonl                {"number", "id", "reason", "field", "value", "explanation"}, a rejected record a
-                                        line
+                                        line; with "origin", its position in a source, and "repair", if --fix repairs it
+    out/repaired.jsonl                  with --fix: the same of each repaired record, and the "record" as it is now
     out/summary.json                    {"settings", "records", "samples", "quarantined"}: the last three are numbers of
                                         records, of samples, and of rejected records by reason
 
@@ -16,48 +17,59 @@ each finished shard, and a second start continues from these parts. Folders may 
 
 import hashlib
 import io
+import itertools
 import json
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
-import ray.data
 from pyarrow import ipc
 from tqdm import tqdm
 
-from pipelines.core import interrupts, storage
+from pipelines.core import parallel, storage
 from pipelines.core.imports import import_without
 from pipelines.data import records as check
 from pipelines.data import tars
 from pipelines.data.images import ImageFolder, OutsideError, check_image
 from pipelines.data.options import ShardOptions
+from pipelines.data.quarantine import QuarantineError
+from pipelines.data.repairs import find_repair
 from pipelines.data.shard_index import (
     INDEX_FILE,
     INDEX_SCHEMA,
     QUARANTINE_FILE,
+    REPAIRED_FILE,
     SUMMARY_FILE,
     UNFINISHED_DIR,
     is_finished,
     read_summary,
 )
+from pipelines.data.sources.opened import RecordSource
+from pipelines.data.sources.rows import SourceRecord
 from redux.image import prepare_image
 
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 """tqdm's default format, but with rates in the same unit for slow and fast bars."""
 
+COUNT_FORMAT = "{desc}: {n_fmt} [{elapsed}, {rate_noinv_fmt}]"
+"""Format for records that are not counted before they are read."""
 
-def make_shards(records: Sequence[Any], images: str, out: str, options: ShardOptions) -> dict[str, Any]:
+
+def make_shards(records: Iterable[Any], images: str, out: str, options: ShardOptions) -> dict[str, Any]:
     """Write records as shards with an index.
 
     Rejected records go to the quarantine list with a reason of `records.RECORD_REASONS`. An interrupted run continues
     with the missing shards, and a finished set is left unchanged. A run that failed before its first shard leaves
     nothing that a later run with other options must match.
 
+    Memory: the records of as many shards as there are CPUs, a digest of each record of the set, and its index.
+
     Args:
-        records: records in LLaVA's form; `image` is a path within `images`.
+        records: records in LLaVA's form, of which `image` is a path within `images`; or a `RecordSource`. They are read
+            once.
         images: folder or URL of the images.
         out: folder or URL of the set.
         options: size of the shards, limits of the records, form of the stored images.
@@ -66,57 +78,179 @@ def make_shards(records: Sequence[Any], images: str, out: str, options: ShardOpt
         The summary, as in summary.json.
 
     Raises:
-        ValueError: `out` contains shards of other records or options, or other files; or more records than
-            max_bad_fraction were rejected. Then there is a quarantine list, but no index.
+        QuarantineError: more records than max_bad_fraction were rejected. Then there is a quarantine list, but no
+            index.
+        ValueError: `out` contains shards of other records or options, or other files.
     """
-    # the settings that two runs in the same folder must share; more may be tolerated in the second one
-    settings = {**asdict(options), "records": hashlib.sha256(_to_json(records)).hexdigest()}
-    del settings["max_bad_fraction"]
+    settings = _describe_settings(records, options)
     finished = is_finished(out)
     previous = _read_previous_summary(out, settings)
     has_shards = finished or storage.list_files(storage.join(out, UNFINISHED_DIR))
-    if has_shards and previous["settings"] != settings:
-        raise ValueError(
-            f"{out}: contains shards of other records or settings, allowed: an empty folder; delete it, or name another"
-        )
+    earlier = {name: value for name, value in (previous["settings"] or {}).items() if name != "records"}
+    if has_shards and earlier != settings:
+        raise _describe_conflict(out)
     if finished:
+        # records are compared by their digest, and files with images by their names and sizes
+        if "files" not in settings and previous["settings"]["records"] != _compute_digest(records):
+            raise _describe_conflict(out)
         return previous
     # from here on the folder belongs to this run
     storage.write(storage.join(out, SUMMARY_FILE), _to_json({"settings": settings}))
     for folder in (out, storage.join(out, UNFINISHED_DIR)):
         storage.remove_partial(folder)
-    # duplicates are known here only, since a task sees one shard
-    seen: set[bytes] = set()
-    rejections = [_find_rejection(record, options, seen) for record in records]
-    tasks, num_done = _list_missing_shards(records, rejections, out, options)
+    plan = _ShardPlan(records, out, options)
     title = f"shards {posixpath.basename(out.rstrip('/'))}"
-    with tqdm(desc=title, total=len(records), initial=num_done, unit="record", bar_format=BAR_FORMAT) as bar:
-        if tasks:
-            rows = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-                _write_shard, fn_args=(images, out, options), num_cpus=1
-            )
-            for row in rows.iter_rows():
-                interrupts.raise_if_interrupted()
-                bar.update(row["records"])
-    return _merge_parts(records, out, options, settings, -(-len(records) // options.samples_per_shard))
+    total = len(records) if isinstance(records, Sized) else None
+    with tqdm(desc=title, total=total, unit="record", bar_format=BAR_FORMAT if total else COUNT_FORMAT) as bar:
+        for count in parallel.map_bounded(_write_shard, plan.iterate_tasks(bar.update), images, out, options):
+            bar.update(count)
+    return _merge_parts(plan, out, options, {**settings, "records": plan.digest})
 
 
-def _list_missing_shards(
-    records: Sequence[Any], rejections: Sequence[check.RecordRejection | None], out: str, options: ShardOptions
-) -> tuple[list[dict[str, Any]], int]:
-    """List the arguments of `_write_shard` for each shard that is not there, and count the records of the others."""
-    done = set(storage.list_files(storage.join(out, UNFINISHED_DIR)))
-    tasks = list[dict[str, Any]]()
-    num_done = 0
-    for number, first in enumerate(range(0, len(records), options.samples_per_shard)):
-        part = slice(first, first + options.samples_per_shard)
-        if f"{number:06d}.arrow" in done:
-            num_done += len(records[part])
-        else:
-            # as JSON, since Arrow would give all records the same fields
-            columns = {"records": _to_json(records[part]), "rejections": _to_json(rejections[part])}
-            tasks.append({"shard": number, "first": first, **columns})
-    return tasks, num_done
+def _describe_settings(records: Iterable[Any], options: ShardOptions) -> dict[str, Any]:
+    """Describe what two runs in a folder must share. The second one may tolerate more rejected records."""
+    settings = {name: value for name, value in asdict(options).items() if name != "max_bad_fraction"}
+    if not options.fix:  # sets of versions without this option have no value
+        del settings["fix"]
+    if isinstance(records, RecordSource):
+        settings |= records.describe()
+    # as it will be read again
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def _describe_conflict(out: str) -> ValueError:
+    return ValueError(
+        f"{out}: contains shards of other records or settings, allowed: an empty folder; delete it, or name another"
+    )
+
+
+def as_source_record(record: Any) -> SourceRecord:
+    """Return a record of a source, or make one of a record in LLaVA's form."""
+    return record if isinstance(record, SourceRecord) else SourceRecord(record)
+
+
+class _ListDigest:
+    """SHA-256 of a JSON list whose items come one after the other."""
+
+    def __init__(self) -> None:
+        self._hash, self._mark = hashlib.sha256(), b"["
+
+    def add(self, item: bytes) -> None:
+        """Add an item, given as JSON."""
+        self._hash.update(self._mark + item)
+        self._mark = b", "
+
+    def hexdigest(self) -> str:
+        """Return the digest of the list so far."""
+        digest = self._hash.copy()
+        digest.update(b"[]" if self._mark == b"[" else b"]")
+        return digest.hexdigest()
+
+
+def _compute_digest(records: Iterable[Any]) -> str:
+    """Compute the digest of all records, as in the summary of a set."""
+    digest = _ListDigest()
+    for record in records:
+        digest.add(_to_json(as_source_record(record).record))
+    return digest.hexdigest()
+
+
+def admit_record(
+    given: SourceRecord, options: ShardOptions
+) -> tuple[dict[str, Any] | None, check.RecordRejection | None, str]:
+    """Decide if a record is stored, without a look at its image and at other records.
+
+    Returns:
+        The record to store, or None; the reason to reject it or to repair it, or None; what the repair does, also if it
+        is not asked for.
+    """
+    if given.rejection:
+        return None, given.rejection, ""
+    rejection = check.find_rejection(given.record, options.max_words)
+    if not rejection:
+        return given.record, None, ""
+    repair = find_repair(given.record, rejection, options.max_words)
+    record = repair.record if repair and options.fix else None
+    return record, given.name_field(rejection), repair.description if repair else ""
+
+
+class _ShardPlan:
+    """Tasks of the shards of a set. After their iteration, `count` and `digest` are those of all records."""
+
+    def __init__(self, records: Iterable[Any], out: str, options: ShardOptions) -> None:
+        self.records, self.out, self.options = records, out, options
+        self.count = self.shards = 0
+        self._digest = _ListDigest()
+        # duplicates are known here only, since a task sees one shard
+        self._seen: set[bytes] = set()
+
+    @property
+    def digest(self) -> str:
+        """Digest of all records."""
+        return self._digest.hexdigest()
+
+    def iterate_tasks(self, skip: Callable[[int], Any]) -> Iterator[dict[str, Any]]:
+        """Yield the first argument of `_write_shard` for each shard that is not there.
+
+        Args:
+            skip: called with the number of records of each shard that is there.
+
+        Raises:
+            ValueError: a shard that is there was made of other records.
+        """
+        done = set(storage.list_files(storage.join(self.out, UNFINISHED_DIR)))
+        batches = iter(self.records)
+        while batch := list(itertools.islice(batches, self.options.samples_per_shard)):
+            # each record is read once: what the shard needs of it is taken here
+            digest = _ListDigest()
+            entries = [self._make_entry(as_source_record(record), digest) for record in batch]
+            number, self.shards = self.shards, self.shards + 1
+            name = f"{number:06d}.arrow"
+            task = {"shard": number, "entries": entries, "records": digest.hexdigest()}
+            if name not in done or (found := _read_part_digest(self.out, name)) is None:
+                yield task
+            elif found != task["records"]:
+                raise _describe_conflict(self.out)
+            else:
+                skip(len(batch))
+
+    def _make_entry(self, given: SourceRecord, digest: _ListDigest) -> dict[str, Any]:
+        """Make what a task needs of a record: the record with its image, or an entry of the quarantine list."""
+        number, self.count = self.count, self.count + 1
+        text = _to_json(given.record)
+        for list_digest in (self._digest, digest):
+            list_digest.add(text)
+        if rejection := self._find_duplicate(given, text):
+            return {"quarantine": _make_list_entry(number, given, rejection)}
+        record, rejection, repair = admit_record(given, self.options)
+        listed = _make_list_entry(number, given, rejection, repair) if rejection else None
+        if record is None:
+            return {"quarantine": listed}
+        entry = {"number": number, "record": record, "image": given.image, **_locate(given)}
+        return {**entry, "repair": {**listed, "record": record}} if listed else entry
+
+    def _find_duplicate(self, given: SourceRecord, text: bytes) -> check.RecordRejection | None:
+        if given.rejection:
+            return None
+        key = hashlib.sha256(text)
+        if given.image is not None:  # the same words may be about several images
+            key.update(hashlib.sha256(given.image).digest())
+        digest = key.digest()[:16]
+        if digest in self._seen:
+            return check.RecordRejection("duplicate", "", check.shorten(given.record))
+        self._seen.add(digest)
+        return None
+
+
+def _read_part_digest(out: str, name: str) -> str | None:
+    """Read the digest of the records of a part; None if another version wrote it, or it is damaged."""
+    try:
+        schema = ipc.open_file(storage.read(storage.join(out, UNFINISHED_DIR, name))).schema
+    except pa.ArrowException:
+        return None
+    digest = (schema.metadata or {}).get(b"records")
+    return digest.decode() if digest else None
 
 
 def _read_previous_summary(out: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -137,35 +271,32 @@ def _read_previous_summary(out: str, settings: dict[str, Any]) -> dict[str, Any]
     return {"settings": settings}
 
 
-def _find_rejection(record: Any, options: ShardOptions, seen: set[bytes]) -> check.RecordRejection | None:
-    """Find the reason to reject a record. `seen` has the digests of earlier records."""
-    digest = hashlib.sha256(_to_json(record)).digest()
-    if digest in seen:
-        return check.RecordRejection("duplicate", "", check.shorten(record))
-    seen.add(digest)
-    return check.find_rejection(record, options.max_words)
-
-
-def _write_shard(task: dict[str, Any], images: str, out: str, options: ShardOptions) -> dict[str, Any]:
-    """Write one shard, then its part of the index. Runs in a Ray task."""
+def _write_shard(task: dict[str, Any], images: str, out: str, options: ShardOptions) -> int:
+    """Write one shard, then its part of the index. Returns the number of its records. Runs in a Ray task."""
     webdataset = import_without("webdataset", "torch")
-    num_kept, quarantined, folder = 0, [], ImageFolder(images)
-    records, rejections = json.loads(task["records"]), json.loads(task["rejections"])
+    num_kept, quarantined, repaired, folder = 0, [], [], ImageFolder(images)
     buffer = io.BytesIO()
     # fixed times and owner: equal records give equal bytes
     with webdataset.TarWriter(buffer, mtime=0, user="redux", group="redux") as tar:
-        for number, (record, fields) in enumerate(zip(records, rejections, strict=True), start=task["first"]):
-            rejection = check.RecordRejection(*fields) if fields else None
-            sample = {"__key__": f"{number:09d}", "json": record}
-            # a record that passed so far may still have an unusable image
-            if not rejection and check.has_image(record):
-                rejection, suffix, image = _read_image(folder, record["image"], options)
-                sample = {"__key__": sample["__key__"], suffix: image, "json": record}
-            if rejection:
-                quarantined.append(_quarantine_entry(number, record, rejection))
+        for entry in task["entries"]:
+            if "quarantine" in entry:
+                quarantined.append(entry["quarantine"])
                 continue
+            record, key = entry["record"], f"{entry['number']:09d}"
+            sample = {"__key__": key, "json": record}
+            # a record that passed so far may still have an unusable image
+            if check.has_image(record):
+                rejection, suffix, image = read_image(folder, record["image"], entry["image"], options)
+                if rejection:
+                    rejection = rejection._replace(field=entry["image_name"])
+                    given = SourceRecord(record, origin=entry["origin"])
+                    quarantined.append(_make_list_entry(entry["number"], given, rejection))
+                    continue
+                sample = {"__key__": key, suffix: image, "json": record}
             tar.write(sample)
             num_kept += 1
+            if "repair" in entry:
+                repaired.append(entry["repair"])
     # read the tar back as a check, and index what was read
     data, name = buffer.getvalue(), f"{task['shard']:06d}.tar"
     rows = tars.make_index_rows(tars.read_tar(data, name), data, name) if num_kept else []
@@ -173,17 +304,32 @@ def _write_shard(task: dict[str, Any], images: str, out: str, options: ShardOpti
         raise RuntimeError(f"{storage.join(out, name)}: {num_kept} samples were written, {len(rows)} are read")
     # the part comes after the tar: its name marks the shard as finished
     storage.write(storage.join(out, name), data)
-    table = pa.Table.from_pylist(rows, INDEX_SCHEMA)
-    table = table.replace_schema_metadata({"quarantine": json.dumps(quarantined)})
+    lists = {"quarantine": json.dumps(quarantined), "repaired": json.dumps(repaired), "records": task["records"]}
+    table = pa.Table.from_pylist(rows, INDEX_SCHEMA).replace_schema_metadata(lists)
     storage.write(storage.join(out, UNFINISHED_DIR, f"{task['shard']:06d}.arrow"), to_ipc_bytes(table))
-    return {"records": len(records)}
+    return len(task["entries"])
 
 
-def _quarantine_entry(number: int, record: Any, rejection: check.RecordRejection) -> dict[str, Any]:
-    """Make a line of the quarantine list, as UTF-8 and JSON that any reader accepts."""
+def _locate(given: SourceRecord) -> dict[str, str]:
+    """Return the position of a record in its source, and the name of its image there."""
+    return {"origin": given.origin, "image_name": given.names.get("image", "image")}
+
+
+def _make_list_entry(
+    number: int, given: SourceRecord, rejection: check.RecordRejection, repair: str = ""
+) -> dict[str, Any]:
+    """Make a line of the quarantine list, as UTF-8 and JSON that any reader accepts.
+
+    Args:
+        number: number of the record in the set.
+        given: the record.
+        rejection: the reason to reject it.
+        repair: what `fix` would do; "" if no repair is certain.
+    """
+    record = given.record
     name = record.get("id") if isinstance(record, dict) else None
     is_plain = name is None or (isinstance(name, int) and abs(name) < 2**63)
-    return {
+    entry = {
         "number": number,
         "id": name if is_plain else check.shorten(name),
         "reason": rejection.reason,
@@ -191,49 +337,66 @@ def _quarantine_entry(number: int, record: Any, rejection: check.RecordRejection
         "value": rejection.value,
         "explanation": rejection.explanation,
     }
+    if given.origin:
+        entry["origin"] = check.shorten(given.origin)
+    if repair:
+        entry["repair"] = repair
+    return entry
 
 
-def _read_image(
-    folder: ImageFolder, path: str, options: ShardOptions
+def read_image(
+    folder: ImageFolder, path: str, image: bytes | None, options: ShardOptions
 ) -> tuple[check.RecordRejection | None, str, bytes]:
-    """Read and check an image. Returns the rejection or None, the suffix, and the bytes to store."""
+    """Read and check an image. Returns the rejection or None, the suffix, and the bytes to store.
+
+    Args:
+        folder: folder of the images.
+        path: path that the record names.
+        image: bytes that came with the record; None reads the path.
+        options: form of the stored images.
+    """
     try:
-        image = folder.read(path)
+        image = folder.read(path) if image is None else image
         suffix = check_image(image)
         if options.image_size:
             suffix, image = "ppm", prepare_image(image, options.image_size, options.image_aspect_ratio)
-    except OutsideError:
-        return check.RecordRejection("outside folder", "image", check.shorten(path)), "", b""
-    except FileNotFoundError:
-        return check.RecordRejection("missing image", "image", check.shorten(path)), "", b""
+    except (OutsideError, FileNotFoundError) as error:
+        reason = "outside folder" if isinstance(error, OutsideError) else "missing image"
+        hint = check.shorten(folder.find_elsewhere(path))
+        return check.RecordRejection(reason, "image", check.shorten(path), hint), "", b""
     except (ValueError, MemoryError) as error:  # also if the padded square is too large
         detail = check.shorten(str(error))
         return check.RecordRejection("broken image", "image", check.shorten(path), detail), "", b""
     return None, suffix, image
 
 
-def _merge_parts(
-    records: Sequence[Any], out: str, options: ShardOptions, settings: dict, num_shards: int
-) -> dict[str, Any]:
+def _merge_parts(plan: _ShardPlan, out: str, options: ShardOptions, settings: dict[str, Any]) -> dict[str, Any]:
     """Merge the parts of all shards into the quarantine list, the summary and the index."""
-    names = [storage.join(out, UNFINISHED_DIR, f"{number:06d}.arrow") for number in range(num_shards)]
-    parts = [ipc.open_file(storage.read(name)).read_all() for name in names]
-    quarantined = [entry for part in parts for entry in json.loads(part.schema.metadata[b"quarantine"])]
-    storage.write(storage.join(out, QUARANTINE_FILE), b"".join(_to_json(entry) + b"\n" for entry in quarantined))
+    names = [storage.join(out, UNFINISHED_DIR, f"{number:06d}.arrow") for number in range(plan.shards)]
+    # local parts are mapped: they are in memory once only, as the index
+    parts = [ipc.open_file(pa.py_buffer(storage.map_file(name))).read_all() for name in names]
+    quarantined = [entry for part in parts for entry in _read_list(part, b"quarantine")]
+    _write_list(storage.join(out, QUARANTINE_FILE), quarantined)
+    repaired = [entry for part in parts for entry in _read_list(part, b"repaired")]
+    if options.fix:
+        _write_list(storage.join(out, REPAIRED_FILE), repaired)
     # counts, and the decision if there is a set
     reasons = dict(sorted(Counter(entry["reason"] for entry in quarantined).items()))
     num_kept = sum(len(part) for part in parts)
-    summary = {"settings": settings, "records": len(records), "samples": num_kept, "quarantined": reasons}
-    if num_kept + len(quarantined) != len(records):
+    summary = {"settings": settings, "records": plan.count, "samples": num_kept, "quarantined": reasons}
+    if options.fix:
+        summary["repaired"] = dict(sorted(Counter(entry["reason"] for entry in repaired).items()))
+    if num_kept + len(quarantined) != plan.count:
         raise RuntimeError(
-            f"{out}: {len(records)} records became {num_kept} samples and {len(quarantined)} in quarantine"
+            f"{out}: {plan.count} records became {num_kept} samples and {len(quarantined)} in quarantine"
         )
-    if len(quarantined) > options.max_bad_fraction * len(records):
+    num_bad = sum(entry["reason"] != "duplicate" for entry in quarantined) if options.fix else len(quarantined)
+    if num_bad > options.max_bad_fraction * plan.count:
         for name, part in zip(names, parts, strict=True):
-            if json.loads(part.schema.metadata[b"quarantine"]):
+            if _read_list(part, b"quarantine"):
                 storage.remove(name)  # so that a second run checks these records again: files can be repaired
-        refusal = _describe_refusal(quarantined, len(records), reasons, options)
-        raise ValueError(f"{out}: {refusal} {storage.join(out, QUARANTINE_FILE)}")
+        refusal = _describe_refusal(quarantined, plan.count, reasons, options)
+        raise QuarantineError(f"{out}: {refusal} {storage.join(out, QUARANTINE_FILE)}", quarantined)
     # the index comes last: it makes the folder a set
     storage.write(storage.join(out, SUMMARY_FILE), json.dumps(summary, indent=2).encode())
     tables = [part.replace_schema_metadata() for part in parts] or [INDEX_SCHEMA.empty_table()]
@@ -241,6 +404,16 @@ def _merge_parts(
     for name in names:
         storage.remove(name)
     return summary
+
+
+def _read_list(part: pa.Table, name: bytes) -> list[dict[str, Any]]:
+    """Read a list in the metadata of a part."""
+    entries: list[dict[str, Any]] = json.loads(part.schema.metadata.get(name, b"[]"))
+    return entries
+
+
+def _write_list(path: str, entries: list[dict[str, Any]]) -> None:
+    storage.write(path, b"".join(_to_json(entry) + b"\n" for entry in entries))
 
 
 def _describe_refusal(
@@ -257,7 +430,7 @@ def _describe_refusal(
     if all_fail_alike and first["reason"] not in ("missing image", "broken image"):
         return (
             f"all {num_records} records cannot be used for one reason ({counts}), so the form of the file is wrong; "
-            f"{example}; allowed: a list of records of LLaVA's form in UTF-8; all are listed in"
+            f'{example}; allowed: a form of "Formats" in jobs/README.md, or a column map; all are listed in'
         )
     return (
         f"{len(quarantined)} of {num_records} records cannot be used ({counts}), allowed: "
@@ -266,8 +439,13 @@ def _describe_refusal(
 
 
 def _to_json(value: Any) -> bytes:
-    """Serialise as JSON that `json.loads` reads, including lone surrogates."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    """Serialise as JSON that `json.loads` reads, including lone surrogates. Bytes become their digest."""
+    return json.dumps(value, ensure_ascii=False, default=_describe_value).encode("utf-8", "surrogatepass")
+
+
+def _describe_value(value: Any) -> str:
+    """Describe a value of a table that JSON does not have."""
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
 
 
 def write_index(out: str, table: pa.Table) -> None:

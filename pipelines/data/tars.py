@@ -40,8 +40,6 @@ from pipelines.data import records
 
 TAR_REASONS = {
     "no record": "no member json, LLaVA's record",
-    "several records": "more than one member has conversations: a key ends at the first dot of a file's name",
-    "several images": "more than one member can be the image, and the record does not tell which",
     "split sample": "the key comes again further on, with the sample's other members",
     "sparse member": "the record or the image is stored sparse: no byte range holds it (make the tar without --sparse)",
 }
@@ -87,6 +85,7 @@ class TarSample:
     """Sample that WebDataset reads.
 
     words: number of words of all turns. rejection_reason: None for a usable sample, which has a record.
+    rejection_field, rejection_value: field of the record that is the reason, and its value; "" for other reasons.
     """
 
     key: str
@@ -95,6 +94,8 @@ class TarSample:
     image: TarMember | None = None
     words: int = 0
     rejection_reason: str | None = None
+    rejection_field: str = ""
+    rejection_value: str = ""
 
     @property
     def offset(self) -> int:
@@ -161,6 +162,19 @@ def read_tar(data: BytesLike, name: str) -> Tar:
     _reject_split_samples(tar, name)
     assert sum(tar.used.values()) + sum(tar.ignored.values()) + tar.rejected == tar.members, name
     return tar
+
+
+def iterate_samples(data: BytesLike, name: str) -> Iterator[TarSample]:
+    """Yield the samples that WebDataset reads from a tar, without a search for record and image.
+
+    Args:
+        data: the whole tar, in memory or mapped into memory.
+        name: name of the tar, for messages.
+
+    Raises:
+        ValueError: the whole tar is rejected. The message is one line.
+    """
+    return _group_samples(_read_members(data, name, Tar()), name)
 
 
 def make_index_rows(tar: Tar, data: BytesLike, name: str) -> list[dict[str, Any]]:
@@ -319,13 +333,13 @@ def _group_samples(members: Iterator[TarMember], name: str) -> Iterator[TarSampl
 
 def _resolve_sample(sample: TarSample, data: BytesLike) -> None:
     """Find the sample's record and image, or the reason to reject it."""
-    if any(member.sparse and _last_suffix(member) in IMAGE_SUFFIXES | {"json"} for member in sample.members):
+    if any(member.sparse and find_last_suffix(member) in IMAGE_SUFFIXES | {"json"} for member in sample.members):
         sample.rejection_reason = "sparse member"
         return
     record, sample.rejection_reason = _find_record(sample, data)
     if sample.rejection_reason:
         return
-    sample.image, sample.rejection_reason = _find_image(sample, record, data)
+    sample.image, sample.rejection_reason = find_image(sample, record, data)
     if sample.rejection_reason:
         return
     if sample.image:
@@ -337,8 +351,10 @@ def _resolve_sample(sample: TarSample, data: BytesLike) -> None:
         sample.rejection_reason = "missing image"
         return
     rejection = records.find_rejection(record, None)
-    sample.rejection_reason = rejection and rejection.reason
-    if not sample.rejection_reason:
+    if rejection:
+        sample.rejection_reason = rejection.reason
+        sample.rejection_field, sample.rejection_value = rejection.field, rejection.value
+    else:
         sample.words = records.count_words(record)
 
 
@@ -346,7 +362,7 @@ def _find_record(sample: TarSample, data: BytesLike) -> tuple[Any, str | None]:
     """Find the sample's record, and set `sample.record`. Returns the record unchecked, or a reason to reject."""
     plain = [member for member in sample.members if member.suffix == "json"]
     dotted = [member for member in sample.members if member.suffix.endswith(".json")]
-    values = {member.name: _parse_json(data, member) for member in plain + dotted}
+    values = {member.name: parse_member(data, member) for member in plain + dotted}
     with_conversations = [member for member in plain + dotted if _has_conversations(values[member.name])]
     if len(with_conversations) > 1:
         return None, "several records"
@@ -362,12 +378,12 @@ def _has_conversations(value: Any) -> bool:
     return isinstance(value, dict) and "conversations" in value
 
 
-def _last_suffix(member: TarMember) -> str:
+def find_last_suffix(member: TarMember) -> str:
     """Return the last part of a member's suffix."""
     return member.suffix.rpartition(".")[2]
 
 
-def _parse_json(data: BytesLike, member: TarMember) -> Any:
+def parse_member(data: BytesLike, member: TarMember) -> Any:
     """Parse a member as JSON; None if it is none."""
     try:
         return json.loads(data[member.at : member.at + member.size])
@@ -375,10 +391,10 @@ def _parse_json(data: BytesLike, member: TarMember) -> Any:
         return None
 
 
-def _find_image(sample: TarSample, record: dict, data: BytesLike) -> tuple[TarMember | None, str | None]:
-    """Find the sample's image. Returns the member or None, and a reason to reject or None."""
+def find_image(sample: TarSample, record: dict, data: BytesLike) -> tuple[TarMember | None, str | None]:
+    """Find the image of a sample. Returns the member or None, and a reason to reject or None."""
     plain = [member for member in sample.members if member.suffix in IMAGE_SUFFIXES]
-    dotted = [member for member in sample.members if _last_suffix(member) in IMAGE_SUFFIXES]
+    dotted = [member for member in sample.members if find_last_suffix(member) in IMAGE_SUFFIXES]
     path = record.get("image")
     if len(plain) > 1 and isinstance(path, str):
         suffix = posixpath.splitext(path)[1].lower().removeprefix(".")
@@ -391,7 +407,7 @@ def _find_image(sample: TarSample, record: dict, data: BytesLike) -> tuple[TarMe
 
 def _is_image(member: TarMember, data: BytesLike) -> bool:
     """Tell if the bytes of a member begin like an image. False for members with a suffix of texts."""
-    if member.sparse or _last_suffix(member) in TEXT_SUFFIXES:
+    if member.sparse or find_last_suffix(member) in TEXT_SUFFIXES:
         return False
     try:
         with Image.open(io.BytesIO(data[member.at : member.at + member.size]), formats=RECOGNIZED_FORMATS):

@@ -6,43 +6,59 @@ when a sample is read, so a record whose image is missing is still counted here,
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from pipelines.data.images import ImageFolder, OutsideError, check_image
+from pipelines.data.images import ImageFolder
 from pipelines.data.options import ShardOptions
-from pipelines.data.records import count_words, find_rejection, has_image, shorten
+from pipelines.data.records import count_words, has_image
 from pipelines.data.shard_index import Shards, StoredSample
-from redux.image import prepare_image
+from pipelines.data.shard_writer import admit_record, as_source_record, read_image
 from redux.settings import ImageAspectRatio
+
+MAX_EMBEDDED_BYTES = 2**31
+"""Maximum size of images that come with the records, since they are kept in memory."""
 
 
 class UnmadeShards(Shards):
     """Set of the records that `make_shards` would store. Only its own methods work, and not in another process.
 
     Args:
-        records: records of the set; those that would be rejected are left out.
+        records: records of the set, or a `RecordSource`; those that would be rejected are left out.
         images: folder or URL of their images.
         options: options with which the set would be made.
     """
 
-    def __init__(self, records: Sequence[Any], images: str, options: ShardOptions) -> None:
+    def __init__(self, records: Iterable[Any], images: str, options: ShardOptions) -> None:
         self.folder = images
         self.options = options
         self._images = ImageFolder(images)
         # the numbers of the records name samples, and assign them to shards, as in a set that is made
         self._numbers: list[int] = []
+        self._records: list[dict[str, Any]] = []
+        self._embedded: dict[int, bytes] = {}  # images that come with their records
         # digests, as whole records of a large file would be in memory twice
         seen: set[bytes] = set()
-        for number, record in enumerate(records):
-            digest = hashlib.sha256(json.dumps(record).encode()).digest()
-            if digest not in seen and find_rejection(record, options.max_words) is None:
+        embedded_bytes = 0
+        for number, given in enumerate(map(as_source_record, records)):
+            digest = hashlib.sha256(json.dumps(given.record, default=str).encode())
+            digest.update(given.image or b"")
+            record, _, _ = admit_record(given, options)
+            if record is not None and digest.digest() not in seen:
+                if given.image is not None:
+                    self._embedded[len(self._numbers)] = given.image
+                    embedded_bytes += len(given.image)
+                    if embedded_bytes > MAX_EMBEDDED_BYTES:
+                        raise ValueError(
+                            f"{images}: its images take more than {MAX_EMBEDDED_BYTES >> 30} GiB, allowed for a set "
+                            "that is not made yet: less; make it by redux shards make"
+                        )
                 self._numbers.append(number)
-            seen.add(digest)
-        self._records = [records[number] for number in self._numbers]
+                self._records.append(record)
+            seen.add(digest.digest())
 
     def __len__(self) -> int:
         return len(self._records)
@@ -84,21 +100,20 @@ class UnmadeShards(Shards):
     def read_samples(self, numbers: Iterable[int]) -> list[StoredSample]:
         """Read samples as they would be stored. ValueError if an image is missing or broken."""
         return [
-            StoredSample(f"{self._numbers[number]:09d}", self._read_image(self._records[number]), self._records[number])
+            StoredSample(f"{self._numbers[number]:09d}", self._read_image(number), self._records[number])
             for number in numbers
         ]
 
-    def _read_image(self, record: dict) -> bytes:
-        """Read the image of a record, as it would be stored; b"" for text only."""
+    def _read_image(self, number: int) -> bytes:
+        """Read the image of a sample, as it would be stored; b"" for text only."""
+        record = self._records[number]
         if not has_image(record):
             return b""
+        embedded = self._embedded.get(number)
+        rejection, _, image = read_image(self._images, record["image"], embedded, self.options)
         # the reasons are those of the quarantine list
-        try:
-            image = self._images.read(record["image"])
-            check_image(image)
-        except (FileNotFoundError, OutsideError):
-            raise ValueError(f"missing image: {shorten(record['image'])}, allowed: a file in {self.folder}") from None
-        except ValueError as error:
-            raise ValueError(f"broken image: {shorten(record['image'])}: {error}") from None
-        size = self.options.image_size
-        return prepare_image(image, size, self.options.image_aspect_ratio) if size else image
+        if rejection and rejection.reason == "broken image":
+            raise ValueError(f"broken image: {rejection.value}: {rejection.detail}")
+        if rejection:
+            raise ValueError(f"missing image: {rejection.value}, allowed: a file in {self.folder}")
+        return image

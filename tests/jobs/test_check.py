@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray.data
 import yaml
 from PIL import Image
 
 from jobs import model_parts
+from pipelines.core import parallel
 from pipelines.data import ingest, shard_writer
 from pipelines.data.options import ShardOptions
 from redux.conversation import IGNORE_INDEX
 from tests.jobs.command_line import CommandResult, run_command
-from tests.pipelines.conftest import LocalDataset
+from tests.pipelines.conftest import map_locally
 
 COUNT = 40
 COLOURS = ("red", "blue")
@@ -56,7 +56,7 @@ class Material:
         out = self.folder / "shards" / name
         if not out.exists():
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(ray.data, "from_items", LocalDataset)
+                patch.setattr(parallel, "map_bounded", map_locally)
                 options = ShardOptions(samples_per_shard=20, max_bad_fraction=1)
                 shard_writer.make_shards(records, str(self.folder), str(out), options)
         return str(out)
@@ -278,7 +278,7 @@ def test_missing_files_of_all_kinds_are_listed_together(
     locked.write_text("no folder")
     job = material.write_job(
         {**sets, "captions": str(tmp_path / "nothing"), "made": str(tmp_path / "made")},
-        data__make={"made": {"json": str(records), "images": str(tmp_path)}},
+        data__make={"made": {"source": str(records), "images": str(tmp_path)}},
         checkpoints=str(locked / "checkpoints"),
         evaluate={"tasks": {"own": {"file": str(tmp_path / "none.jsonl"), "metric": "exact"}}},
     )

@@ -73,7 +73,7 @@ def test_own_records_questions_and_a_llava(mine: Path, capsys: pytest.CaptureFix
     job = write_and_load(answers, mine)
     assert "12 records, 12 of them checked: 1 rejected, 1 with missing image" in capsys.readouterr().out
     source = job.data.make["mine"]
-    assert (source.json, source.images) == (str(mine / "records.json"), str(mine / "images"))
+    assert (source.source, source.images) == (str(mine / "records.json"), str(mine / "images"))
     assert 1 / 12 <= source.max_bad_fraction < 0.1, "the record without an image does not stop the run"
     assert (job.name, job.num_workers, job.model.checkpoint) == ("shapes", 4, "llava-hf/llava-1.5-7b-hf")
     stage = job.train["instruct"]

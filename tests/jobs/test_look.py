@@ -96,7 +96,7 @@ def open_job(path: Path, folder: Path) -> tuple[Job, Path]:
 def test_a_set_that_is_not_made_yet_gives_the_samples_of_the_made_one(
     write_job: Callable[..., Path], folder: Path, tmp_path: Path
 ) -> None:
-    source = {"json": str(folder / "records.json"), "images": str(folder), "samples_per_shard": 5}
+    source = {"source": str(folder / "records.json"), "images": str(folder), "samples_per_shard": 5}
     stage = {"shuffle": "window", "window": 1}
     rows = []
     for data in ({}, {"sets": {"talk": str(tmp_path / "later")}, "make": {"talk": source}}):

@@ -26,7 +26,7 @@ data:
   source: easy-vqa
   samples_per_shard: 1500
   sets: {talk: TALK}
-  make: {talk: {json: TALK.json, samples_per_shard: 3}}
+  make: {talk: {source: TALK.json, samples_per_shard: 3}}
 model:
   tower:
     image_size: 64

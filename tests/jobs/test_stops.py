@@ -75,7 +75,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(1, 41, 2)
     ]
     (folder / "talk.json").write_text(json.dumps(records))
-    make = {"talk": {"json": str(folder / "talk.json"), "samples_per_shard": 5}}
+    make = {"talk": {"source": str(folder / "talk.json"), "samples_per_shard": 5}}
     data = {"source": None, "sets": {"talk": str(folder / "talk")}, "make": make}
     (folder / "tiny.yaml").write_text(json.dumps({**JOB, "data": data}))
     searched_job = {name: value for name, value in {**JOB, "data": data, "evaluate": None}.items() if name != "name"}

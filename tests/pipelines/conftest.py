@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -24,7 +24,7 @@ import ray.data
 import torch.distributed as dist
 from PIL import Image
 
-from pipelines.core import storage
+from pipelines.core import parallel, storage
 from pipelines.core.storage import Retry
 from pipelines.data import shard_writer
 from pipelines.data.options import ShardOptions
@@ -120,14 +120,19 @@ class LocalBlocks(list[dict[str, Any]]):
         return ({name: np.asarray(column) for name, column in block.items()} for block in self)
 
 
+def map_locally(task: Callable[..., Any], items: Iterable[Any], *args: Any) -> Iterator[Any]:
+    return (task(item, *args) for item in items)
+
+
 @pytest.fixture(scope="session")
 def in_process() -> Callable[[], AbstractContextManager[None]]:
-    """Return a context in which this process does the work of Ray Data. Starting a worker takes seconds."""
+    """Return a context in which this process does the work of Ray. Starting a worker takes seconds."""
 
     @contextmanager
     def patched() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ray.data, "from_items", LocalDataset)
+            patch.setattr(parallel, "map_bounded", map_locally)
             yield
 
     return patched

@@ -1,5 +1,7 @@
 """Labels cover what the assistant says and nothing else, in the words of LLaVA's own templates."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -83,6 +85,21 @@ def test_the_text_is_that_of_llavas_vicuna_v1() -> None:
     assert text_of(TEMPLATES["vicuna_bare"], turns) == "USER: q ASSISTANT: a</s>USER: q2 ASSISTANT:"
 
 
+def test_a_system_message_replaces_that_of_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    for name in ("vicuna_v1", "vicuna_bare"):
+        assert text_of(TEMPLATES[name], turns) == "Be brief. USER: q ASSISTANT: a</s>"
+    assert text_of(TEMPLATES["plain"], turns) == "a\n", "LLaVA's stage 1 has no text besides the caption"
+    without = replace(TEMPLATES["vicuna_v1"], system_message=None)
+    with pytest.raises(ValueError, match="got a system message, allowed: user and assistant"):
+        text_of(without, turns)
+    ids, labels = encode_conversation(tokenizer, turns, TEMPLATES["vicuna_v1"], 1)
+    learned = labels[labels != IGNORE_INDEX]
+    _, plain_labels = encode_conversation(tokenizer, turns[1:], TEMPLATES["vicuna_v1"], 1)
+    assert np.array_equal(learned, plain_labels[plain_labels != IGNORE_INDEX])
+    assert len(learned) < len(ids)
+
+
 def test_the_plain_template_keeps_only_the_image_of_what_the_human_says() -> None:
     assert text_of(TEMPLATES["plain"], CAPTION) == "<image>A blue square.\n"
     assert text_of(TEMPLATES["plain"], [{"from": "human", "value": "no image"}, CAPTION[1]]) == "A blue square.\n"
@@ -101,9 +118,10 @@ def test_a_question_ends_ready_to_be_answered(tokenizer: PreTrainedTokenizerFast
     [
         (TALK[1:], "turn 1: got role 'gpt', allowed: 'human'"),
         ([TALK[0], TALK[2]], "turn 2: got role 'human', allowed: 'gpt'"),
-        ([{"from": "system", "value": ""}], "turn 1: got role 'system'"),
+        ([{"from": "tool", "value": ""}], "turn 1: got role 'tool'"),
+        ([*TALK[:2], {"from": "system", "value": ""}], "turn 3: got role 'system', allowed: 'human'"),
     ],
-    ids=["gpt first", "human twice", "unknown"],
+    ids=["gpt first", "human twice", "unknown", "system later"],
 )
 def test_roles_out_of_turn_are_refused(tokenizer: PreTrainedTokenizerFast, turns: list[dict], message: str) -> None:
     with pytest.raises(ValueError, match=message):

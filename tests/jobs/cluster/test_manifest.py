@@ -359,11 +359,11 @@ def test_secrets_are_references(render: Render) -> None:
         (["checkpoints=s3://key:secret@bucket/x"], "^redux: checkpoints: got a URL with a password, allowed: .*"),
         (["--redis-secret", "a:b"], "--redis-secret: got a secret without --redis"),
         (
-            ["data.make={mine: {json: /home/me/a.json}}", "data.sets={mine: /mnt/redux/mine}"],
-            "data.make.mine.json: got /h",
+            ["data.make={mine: {source: /home/me/a.json}}", "data.sets={mine: /mnt/redux/mine}"],
+            "data.make.mine.source: got /h",
         ),
         (
-            ["data.make={mine: {json: s3://b/a.json, images: coco}}", "data.sets={mine: /mnt/redux/mine}"],
+            ["data.make={mine: {source: s3://b/a.json, images: coco}}", "data.sets={mine: /mnt/redux/mine}"],
             "data.make.mine.images: got coco, allowed: a URL, or",
         ),
         *(

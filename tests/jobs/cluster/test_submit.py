@@ -531,7 +531,7 @@ def test_a_killed_run_is_retried_from_its_checkpoint_and_a_stopped_one_saves_one
     turns = [{"from": "human", "value": "is it odd?"}, {"from": "gpt", "value": "yes"}]
     (tmp_path / "talk.json").write_text(json.dumps([{"id": id, "conversations": turns} for id in range(20)]))
     (tmp_path / "job.yaml").write_text(JOB)
-    data = {"source": None, "sets": {"talk": f"{tmp_path}/talk"}, "make": {"talk": {"json": f"{tmp_path}/talk.json"}}}
+    data = {"source": None, "sets": {"talk": f"{tmp_path}/talk"}, "make": {"talk": {"source": f"{tmp_path}/talk.json"}}}
     job = ("job.yaml", "name=real", f"data={json.dumps(data)}", "train.instruct.data=talk")
     words = ("submit", *job, "--runs-dir", tmp_path / "on the cluster", "--retries", 1)
     waiting = subprocess.Popen(

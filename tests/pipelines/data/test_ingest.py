@@ -119,6 +119,16 @@ def test_shuffled_rounds_keep_each_answer_with_its_question_and_the_image_first(
     assert sample == make_sample(rounds), "the sample itself is as it was"
 
 
+def test_a_system_message_stays_first() -> None:
+    sample = make_sample(4)
+    system = {"from": "system", "value": "Be brief."}
+    with_system = replace(sample, record={"conversations": [system, *sample.record["conversations"]]})
+    for seed in range(5):
+        drawn_turns = draw_rounds(with_system, 2, np.random.default_rng(seed)).record["conversations"]
+        same = draw_rounds(sample, 2, np.random.default_rng(seed)).record["conversations"]
+        assert drawn_turns == [system, *same]
+
+
 def test_a_draw_of_fewer_rounds_takes_all_rounds_equally_often():
     sample = make_sample(5)
     draws = [pairs(draw_rounds(sample, 2, np.random.default_rng(seed))) for seed in range(500)]

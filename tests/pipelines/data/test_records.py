@@ -1,24 +1,22 @@
 """Tests of records: every unusable record has its reason, and records that LLaVA's trainer reads have none."""
 
-import json
 from typing import Any
 
 import pytest
 
 from pipelines.data.records import (
-    MAX_DEPTH,
     MISSING,
     RECORD_REASONS,
     count_words,
     find_rejection,
     has_image,
-    parse_records,
     shorten,
 )
 
 ASK = {"from": "human", "value": "<image>\nis it red?"}
 SAY = {"from": "gpt", "value": "yes"}
 MORE = [{"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes, sure"}]
+SYSTEM = {"from": "system", "value": "Be brief."}
 GOOD: dict[str, Any] = {"id": "a", "image": "b/c.jpg", "conversations": [ASK, SAY, *MORE]}
 TEXT = {"id": "t", "conversations": MORE}
 
@@ -62,6 +60,8 @@ def without_field(name: str, record: dict[str, Any]) -> dict[str, Any]:
         {**GOOD, "conversations": [*MORE, {"from": "human", "value": "<image>"}, SAY]},
         {**GOOD, "conversations": [MORE[0], {"from": "gpt", "value": "yes <image>"}]},
         turn(2, value="and <b>this</b>?"),
+        {**GOOD, "conversations": [SYSTEM, *GOOD["conversations"]]},
+        {**TEXT, "conversations": [SYSTEM, *MORE]},
     ],
     ids=ascii,
 )
@@ -88,6 +88,18 @@ def test_what_llavas_trainer_reads_is_kept(record: dict) -> None:
         ({**TEXT, "conversations": MORE[::-1]}, "turn order", "conversations[0].from", "gpt"),
         (turn(0, **{"from": "Human"}), "turn order", "conversations[0].from", "Human"),
         (turn(1, **{"from": "assistant"}), "turn order", "conversations[1].from", "assistant"),
+        ({**TEXT, "conversations": [SYSTEM]}, "turn order", "conversations", "1 turns"),
+        ({**TEXT, "conversations": [SYSTEM, *MORE[:1]]}, "turn order", "conversations", "2 turns"),
+        ({**TEXT, "conversations": [SYSTEM, SYSTEM, *MORE]}, "turn order", "conversations[1].from", "system"),
+        ({**TEXT, "conversations": [SYSTEM, *MORE[::-1]]}, "turn order", "conversations[1].from", "gpt"),
+        ({**TEXT, "conversations": [{**SYSTEM, "value": ""}, *MORE]}, "empty turn", "conversations[0].value", ""),
+        (
+            {**GOOD, "conversations": [{**SYSTEM, "value": "<image>"}, *MORE]},
+            "tag in system message",
+            "conversations[0].value",
+            "<image>",
+        ),
+        ({**GOOD, "conversations": [SYSTEM, *MORE]}, "image without tag", "conversations[1].value", "sure?"),
         (turn(1, value=" "), "empty turn", "conversations[1].value", " "),
         (turn(1, value="<image>"), "empty turn", "conversations[1].value", "<image>"),
         (turn(2, value=""), "empty turn", "conversations[2].value", ""),
@@ -197,65 +209,3 @@ def test_a_value_is_shown_in_part_and_as_any_file_can_hold_it() -> None:
     assert shorten("\udc00é") == "\\udc00é"
     assert shorten("a\n\u2028\x1b b") == "a\\n\\u2028\\x1b b"
     assert shorten({"a": float("nan")}) == '{"a": NaN}'
-
-
-DEEP = "[" * 5000 + "]" * 5000
-LINES = [json.dumps({**TEXT, "id": number}) for number in range(3)]
-LISTED = [json.loads(line) for line in LINES]
-
-
-@pytest.mark.parametrize(
-    ("text", "records"),
-    [
-        (json.dumps(LISTED).encode(), LISTED),
-        ("\n".join(LINES).encode(), LISTED),
-        ("\r\n\r\n".join([*LINES, ""]).encode(), LISTED),
-        (b"\xef\xbb\xbf" + json.dumps(LISTED).encode(), LISTED),
-        (json.dumps(LISTED).encode("utf-16"), LISTED),
-        ("\n".join(LINES).encode("utf-16-le"), LISTED),
-        (LINES[0].encode(), LISTED[:1]),
-        (json.dumps(LISTED[0], indent=1).encode(), LISTED[:1]),
-        ("\n".join(['{"cut', *LINES]).encode(), ['{"cut', *LISTED]),
-        ("\n".join([LINES[0], DEEP, "9" * 5000]).encode(), [LISTED[0], DEEP, "9" * 5000]),
-        (f"[{LINES[0]}, {DEEP},\n{LINES[1]} , {'9' * 5000}, \"],[\", null]".encode(),
-         [LISTED[0], DEEP, LISTED[1], "9" * 5000, "],[", None]),
-        (f'[{LINES[0]}, {{"id": {DEEP}}}]'.encode(), [LISTED[0], f'{{"id": {DEEP}}}']),
-    ],
-    ids=range(12),
-)  # fmt: skip
-def test_records_are_read_from_a_list_and_from_lines(text: bytes, records: list) -> None:
-    assert parse_records(text, "x.json") == records
-
-
-def test_one_records_bytes_or_depth_are_that_records_matter() -> None:
-    latin = json.dumps(text_record("Café?"), ensure_ascii=False).encode("latin-1")
-    cut = (
-        json.dumps(text_record("What?", "Great 😀"), ensure_ascii=False)
-        .encode()
-        .replace("😀".encode(), "😀".encode()[:2])
-    )
-    deep = {**TEXT, "more": json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH)}
-    for one in (latin, cut, json.dumps(deep).encode()):
-        records = parse_records(b"[" + one + b"," + LINES[0].encode() + b"]", "x.json")
-        faults = [find_rejection(record, None) for record in records]
-        assert faults[1] is None
-        assert faults[0] is not None
-        assert faults[0].reason in ("broken text", "malformed")
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (b"{", "x.json: not JSON: "),
-        (b"\xff", "x.json: not JSON: "),
-        (b"", "x.json: an empty file"),
-        (b" \n", "x.json: an empty file"),
-        (b"[]", "x.json: no records"),
-        (b'"a"', "x.json: got str"),
-        (b'{"data": []}', "x.json: got one object with data"),
-        (b'[{"id": 1}, {"i', "x.json: not JSON: "),
-    ],
-)
-def test_a_file_without_records_is_named_with_what_is_allowed(text: bytes, said: str) -> None:
-    with pytest.raises(ValueError, match=said + r".*allowed: a list of records as JSON, or JSON lines, one record a"):
-        parse_records(text, "x.json")

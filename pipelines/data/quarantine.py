@@ -1,0 +1,90 @@
+"""Explanation of rejected records: each reason with its count, three examples with field and value, and what to do."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.data import records, tars
+
+MAX_SHOWN_RECORDS = 3
+
+REASON_ADVICE = {
+    "malformed": "name the columns of your data by --columns, such as --columns conversations=chat (columns: "
+    "{conversations: chat} in a job file)",
+    "duplicate": "remove the copies; --fix leaves them out, and does not count them as rejected",
+    "turn order": "merge or remove turns, so that questions and answers alternate; tool calls are not read",
+    "empty turn": "remove the round, or write the missing text",
+    "broken text": "write the file again in UTF-8",
+    "video": "remove these records, or replace a video by one of its frames",
+    "audio": "remove these records",
+    "point cloud": "remove these records",
+    "unsupported image": "give each record one image, and one <image> in its first question",
+    "image without tag": "put <image> where the question refers to the image",
+    "tag without image": "name the image of the record, or remove <image> from its text",
+    "tag in system message": "move <image> to a question",
+    "several tags": "keep one <image>, or make a record for each image",
+    "too long": "raise --max-words, or split the conversation",
+    "outside folder": "choose a higher folder as --images; download images of URLs first, with img2dataset for example",
+    "missing image": "check --images: the path must exist below it",
+    "broken image": "download or convert the file again",
+    "no record": "redux shards make --source reads tars with captions or other conversations",
+    "several records": "keep one JSON member with a conversation in each sample",
+    "several columns": "name the column by --image-key or --text-key (columns: {image: NAME, text: NAME} in a job "
+    "file)",
+    "several images": "name the member with the image by --image-key, such as --image-key jpg (columns: {image: jpg} "
+    "in a job file)",
+    "split sample": "pack the members of a sample one after the other, with tar --sort=name",
+    "sparse member": "make the tar again without --sparse",
+}
+"""Advice for each reason of RECORD_REASONS and TAR_REASONS."""
+
+
+class QuarantineError(ValueError):
+    """Error of a set with too many rejected records. Its text is one line.
+
+    Args:
+        message: the line.
+        entries: entries of the quarantine list.
+    """
+
+    def __init__(self, message: str, entries: Sequence[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.entries = entries
+
+
+def explain_rejections(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """Explain the entries of a quarantine list in lines, the most frequent reason first."""
+    by_reason: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        by_reason.setdefault(entry["reason"], []).append(entry)
+    lines = []
+    for reason, found in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        explanation = (tars.TAR_REASONS | records.RECORD_REASONS).get(reason, "rejected by an older version")
+        lines.append(f"{len(found):>10} {reason}: {explanation}")
+        lines += [f"{'':>11}{_describe_example(entry)}" for entry in found[:MAX_SHOWN_RECORDS]]
+        if reason in REASON_ADVICE:
+            lines.append(f"{'':>11}what to do: {REASON_ADVICE[reason]}")
+        # entries know their repair even if --fix was not given
+        repairs = [entry["repair"] for entry in found if entry.get("repair")]
+        if repairs:
+            lines.append(f"{'':>11}--fix repairs {len(repairs)} of them: it {repairs[0]}")
+    return lines
+
+
+def _describe_example(entry: dict[str, Any]) -> str:
+    """Describe one rejected record: its position, its field and its value."""
+    if "number" in entry:
+        name = f"record {entry['number']}"
+        details = [str(entry[key]) for key in ("origin", "id") if entry.get(key) not in (None, "")]
+        # the id is known by the origin already if that is a sample of a tar
+        if len(details) == 2 and details[0].endswith(details[1]):
+            details.pop()
+        name += f" ({', '.join(details)})" if details else ""
+    else:
+        name = f"{tars.escape_unprintable(entry['key'])} of {entry['shard']}"
+    field, value = entry.get("field") or "", entry.get("value") or ""
+    # the details of this record, after the explanation of the reason
+    reason = records.RECORD_REASONS.get(entry["reason"], "")
+    explanation = str(entry.get("explanation", ""))
+    detail = explanation.removeprefix(f"{reason}: ") if reason and explanation.startswith(f"{reason}: ") else ""
+    shown = f"{name}: {field + ': ' if field else ''}got {value}" if value else name
+    return f"{shown}: {detail}" if detail else shown

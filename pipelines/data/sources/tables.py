@@ -1,0 +1,71 @@
+"""Rows of tables: parquet and Arrow files as Hugging Face `datasets` writes them, and CSV files."""
+
+import csv
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import ipc, parquet
+
+from pipelines.core import storage
+
+BATCH_ROWS = 64
+"""Rows that are read at a time. Their images are in memory."""
+
+
+def read_parquet(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield position and values of each row of a parquet file."""
+    try:
+        # a local file is mapped, so memory does not grow with it
+        with parquet.ParquetFile(pa.BufferReader(_map(url))) as file:
+            yield from _list_rows(file.iter_batches(batch_size=BATCH_ROWS))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{url}: no parquet file, or damaged: {error}, allowed: a whole parquet file") from None
+
+
+def read_arrow(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield position and values of each row of an Arrow file, in the stream format or the file format."""
+    data = _map(url)
+    try:
+        if data.slice(0, 6).to_pybytes() == b"ARROW1":
+            file = ipc.open_file(data)
+            batches = (file.get_batch(number) for number in range(file.num_record_batches))
+        else:
+            batches = iter(ipc.open_stream(data))
+        parts = (batch.slice(first, BATCH_ROWS) for batch in batches for first in range(0, len(batch), BATCH_ROWS))
+        yield from _list_rows(parts)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{url}: no Arrow file, or damaged: {error}, allowed: a whole Arrow file") from None
+
+
+def read_csv(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield position and values of each row of a CSV file with a header; a .tsv file has tabs."""
+    try:
+        text = storage.read(url).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{url}: {error}, allowed: a table in UTF-8") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if url.lower().endswith(".tsv") else ",")
+    for row in reader:
+        yield f"line {reader.line_num}", {name: value for name, value in row.items() if name is not None}
+
+
+def read_columns(url: str) -> list[str]:
+    """Return the names of the columns of a parquet file."""
+    try:
+        with parquet.ParquetFile(pa.BufferReader(_map(url))) as file:
+            return list(file.schema_arrow.names)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{url}: no parquet file, or damaged: {error}, allowed: a whole parquet file") from None
+
+
+def _map(url: str) -> pa.Buffer:
+    return pa.py_buffer(storage.map_file(url))
+
+
+def _list_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            yield f"row {number}", row
+            number += 1
