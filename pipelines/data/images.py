@@ -112,6 +112,7 @@ class ImageFolder:
         if not self.is_local or not self._hints:
             return ""
         self._hints -= 1
+        # too many folders in the path first, then a folder too few
         parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..")]
         for depth in range(1, len(parts)):
             shorter = "/".join(parts[depth:])

@@ -53,6 +53,7 @@ class QuarantineError(ValueError):
 
 def explain_rejections(entries: Sequence[dict[str, Any]]) -> list[str]:
     """Explain the entries of a quarantine list in lines, the most frequent reason first."""
+    # entries of make have a number, those of index a key and a tar
     by_reason: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
         by_reason.setdefault(entry["reason"], []).append(entry)

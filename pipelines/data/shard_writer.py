@@ -150,6 +150,7 @@ class _ListDigest:
 
 def _compute_digest(records: Iterable[Any]) -> str:
     """Compute the digest of all records, as in the summary of a set."""
+    # the same bytes as those of a list that is serialised at once, which older sets have
     digest = _ListDigest()
     for record in records:
         digest.add(_to_json(as_source_record(record).record))
@@ -167,6 +168,7 @@ def admit_record(
     """
     if given.rejection:
         return None, given.rejection, ""
+    # most records need no repair, which costs as much as another check
     rejection = check.find_rejection(given.record, options.max_words)
     if not rejection:
         return given.record, None, ""
@@ -249,6 +251,7 @@ def _read_part_digest(out: str, name: str) -> str | None:
         schema = ipc.open_file(storage.read(storage.join(out, UNFINISHED_DIR, name))).schema
     except pa.ArrowException:
         return None
+    # parts of versions without it are made again
     digest = (schema.metadata or {}).get(b"records")
     return digest.decode() if digest else None
 

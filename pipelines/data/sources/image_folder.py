@@ -40,6 +40,7 @@ def read_image_folder(folder: str, below: str = "") -> Iterator[tuple[str, dict[
             path = posixpath.join(below, name)
             row = {"id": posixpath.join(below, stem), "image": path}
             yield path, {**_read_caption_file(folder, below, stem, known), **row}
+    # folder after folder, so that the order is that of the paths
     for name in storage.list_folders(storage.join(folder, below)):
         yield from read_image_folder(folder, posixpath.join(below, name))
 

@@ -24,6 +24,7 @@ class RecordSource:
     """
 
     def __init__(self, settings: SetSource) -> None:
+        # the files are listed once; each iteration opens them again
         self.layout = find_layout(settings.source)
         # those that the user names come before those of a description
         self.columns = {**self.layout.columns, **settings.columns}

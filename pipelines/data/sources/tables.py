@@ -26,6 +26,7 @@ def read_parquet(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def read_arrow(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield position and values of each row of an Arrow file, in the stream format or the file format."""
+    # save_to_disk writes the stream format, other programs the file format
     data = _map(url)
     try:
         if data.slice(0, 6).to_pybytes() == b"ARROW1":
@@ -45,6 +46,7 @@ def read_csv(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
         text = storage.read(url).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{url}: {error}, allowed: a table in UTF-8") from None
+    # captions may contain line breaks, so the reader splits the lines
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if url.lower().endswith(".tsv") else ",")
     for row in reader:
         yield f"line {reader.line_num}", {name: value for name, value in row.items() if name is not None}
@@ -64,6 +66,7 @@ def _map(url: str) -> pa.Buffer:
 
 
 def _list_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, dict[str, Any]]]:
+    # rows are numbered over all batches, as `datasets` counts them
     number = 0
     for batch in batches:
         for row in batch.to_pylist():

@@ -122,6 +122,7 @@ def _read_value(member: TarMember, keys: tuple[str | int, ...], data: BytesLike,
         return _read_bytes(member, data)
     if tars.find_last_suffix(member) != "json":
         return _read_text(member, data)
+    # a sample without the value is rejected later, as one without the column
     value = tars.parse_member(data, member)
     for key in keys:
         try:
