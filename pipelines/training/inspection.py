@@ -69,7 +69,7 @@ class Findings:
 
 @dataclass
 class SetInspection:
-    """What the drawn samples of a set are in a stage.
+    """Properties of the drawn samples of a set in a stage.
 
     Args:
         stage: name of the stage.
