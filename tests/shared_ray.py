@@ -25,9 +25,11 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest.mock import patch
 
+import pytest
+
 from pipelines.core.imports import import_without
 
-WORKER_MODULES = ["torch._dynamo", "torch._inductor", "pytest", "redux.contrastive", "redux.loading"]
+WORKER_MODULES = ["torch._dynamo", "torch._inductor", "redux.contrastive", "redux.loading"]
 """Modules that workers import and that do not import Ray. DeepSpeed imports the first two in every rank."""
 
 WORKERS_SOCKET = "REDUX_TEST_WORKERS_SOCKET"
@@ -64,11 +66,12 @@ def _init_ray(path: str | None) -> None:
     from ray._private import parameter
 
     script = path and str(Path(__file__).with_name("request_worker.py"))
-    with (
-        patch.object(parameter, "RayParams", partial(parameter.RayParams, setup_worker_path=script)),
+    # ray.init sets variables that must stay, so only these two are restored.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(parameter, "RayParams", partial(parameter.RayParams, setup_worker_path=script))
+        patched.setenv(WORKERS_SOCKET, path or "")
         # The server answers the first requests when it has imported everything, on a busy machine after minutes.
-        patch.dict(os.environ, {WORKERS_SOCKET: path or "", "RAY_worker_register_timeout_seconds": "600"}),
-    ):
+        patched.setenv("RAY_worker_register_timeout_seconds", "600")
         # address="local": a Ray that happens to run on the machine is not a test's to use
         ray.init(address="local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
 
