@@ -26,6 +26,7 @@ from jaxtyping import Int, UInt8
 
 from pipelines.core import storage
 from pipelines.data.order import Order
+from pipelines.data.packing import BYTES_PER_TOKEN, Packing, divide_evenly, join_rows, lay_rows
 from pipelines.data.records import find_rejection
 from pipelines.data.shard_index import Shards, StoredSample, read_samples
 from pipelines.data.text_tokenizer import TextTokenizer
@@ -74,7 +75,7 @@ class Reader:
     Args:
         sources: sets of shards by name, in the order of `order.samples`.
         order: assignment of samples to global batches.
-        micro_batch_size: samples per micro-batch.
+        micro_batch_size: samples per micro-batch; with packing, on average.
         image_size: side of the square images in pixels.
         tokenizer: folder of the saved tokenizer.
         encode: function from (tokenizer, sample) to the text columns.
@@ -83,6 +84,8 @@ class Reader:
         random_flip: mirror every image with probability 0.5.
         max_rounds: see `draw_rounds`. None leaves conversations unchanged.
         text_tokenizer: the same tokenizer without transformers; None loads `tokenizer`.
+        packing: packing of several conversations into a row; None gives each a row of its own.
+        image_tokens: number of tokens that stand for an image, for packing.
     """
 
     sources: Mapping[str, Shards]
@@ -96,6 +99,8 @@ class Reader:
     random_flip: bool = False
     max_rounds: int | None = None
     text_tokenizer: TextTokenizer | None = None
+    packing: Packing | None = None
+    image_tokens: int = 0
 
     def __call__(self, number: int, out: UInt8[np.ndarray, "size height width 3"] | None = None) -> Batch:
         """Make a micro-batch.
@@ -107,37 +112,44 @@ class Reader:
         Returns:
             number: number of the micro-batch.
             pixel_values: (images, height, width, 3) uint8, a view of `out`. Samples of text only have no image.
-            input_ids, labels, attention_mask: (samples, longest) int64, padded on the right.
-            source, sample: (samples,) int64, index of the source and number of the sample that is used.
+            input_ids, labels, attention_mask: (rows, longest) int64, padded on the right. A row is a sample, or several
+                with packing. Then there are position_ids and sample_index as well, see `packing.join_rows`.
+            position, source, sample: (samples,) int64, position in the stream, index of the source and number of the
+                sample that is used. With packing, in the order of the rows.
             replaced: JSON, a list of {"set", "position", "scheduled", "used", "reason"}, one entry per replaced sample:
                 the position in the stream, the scheduled sample and its replacement.
         """
-        first = number * self.micro_batch_size
-        # the scheduled samples: a slice of one global batch
-        batch, offset = divmod(first, self.order.global_batch_size)
-        columns = _cached_global_batch(self.order, batch)
-        source, scheduled = (column[offset : offset + self.micro_batch_size] for column in columns)
+        position, source, scheduled = self._schedule(number)
         if out is None:
-            out = np.empty((self.micro_batch_size, self.image_size, self.image_size, 3), np.uint8)
-        # read them together, then encode one by one and replace unusable samples
+            out = np.empty((len(position), self.image_size, self.image_size, 3), np.uint8)
+        # read the samples together, then encode one by one and replace unusable samples
         rows, replaced = [], []
         used = scheduled.copy()
-        num_images = 0
+        with_image: list[int] = []
         for turn, stored_sample in enumerate(self._fetch(source, scheduled)):
             row, image, entry = self._usable_or_replacement(
-                first + turn, int(source[turn]), int(scheduled[turn]), stored_sample
+                int(position[turn]), int(source[turn]), int(scheduled[turn]), stored_sample
             )
             rows.append(row)
             if image is not None:
-                out[num_images] = image
-                num_images += 1
+                out[len(with_image)] = image
+                with_image.append(turn)
             if entry:
                 replaced.append(entry)
                 used[turn] = entry["used"]
+        images = out[: len(with_image)]
+        if self.packing:
+            layout = lay_rows([len(row["input_ids"]) for row in rows], self.packing.max_length)
+            rows = join_rows(rows, layout)
+            # samples and images in the order of the rows
+            turns = np.concatenate([np.array(members) for members in layout])
+            position, source, used = position[turns], source[turns], used[turns]
+            images = images[[with_image.index(turn) for turn in turns if turn in with_image]]
         return {
             "number": number,
-            "pixel_values": out[:num_images],
+            "pixel_values": images,
             **_pad_rows(rows, self._loaded_tokenizer().pad_token_id),
+            "position": position,
             "source": source,
             "sample": used,
             "replaced": json.dumps(replaced),
@@ -145,6 +157,9 @@ class Reader:
 
     def read_block(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Make several micro-batches as columns, one row each. Full image batches are not copied again."""
+        if self.packing:
+            packed = [self(number) for number in numbers]
+            return {name: [batch[name] for batch in packed] for name in packed[0]}
         out = np.empty((len(numbers), self.micro_batch_size, self.image_size, self.image_size, 3), np.uint8)
         batches = [self(number, batch_out) for number, batch_out in zip(numbers, out, strict=True)]
         columns: dict[str, Any] = {name: [batch[name] for batch in batches] for name in batches[0]}
@@ -156,6 +171,31 @@ class Reader:
     def fingerprint_sources(self) -> dict[str, str]:
         """Return the fingerprint of each set. It depends on contents, not on locations."""
         return {name: shards.fingerprint for name, shards in self.sources.items()}
+
+    def _schedule(
+        self, number: int
+    ) -> tuple[Int[np.ndarray, " samples"], Int[np.ndarray, " samples"], Int[np.ndarray, " samples"]]:
+        """Schedule the samples of a micro-batch: a slice of one global batch, or its part by length with packing.
+
+        Returns:
+            Position in the stream, index of the source and number of each scheduled sample.
+        """
+        size = self.micro_batch_size
+        batch, offset = divmod(number * size, self.order.global_batch_size)
+        source, scheduled = _cached_global_batch(self.order, batch)
+        indices = np.arange(offset, offset + size)
+        if self.packing:
+            lengths = self._estimate_lengths(source, scheduled)
+            indices = np.array(divide_evenly(lengths, self.order.global_batch_size // size)[offset // size])
+        return batch * self.order.global_batch_size + indices, source[indices], scheduled[indices]
+
+    def _estimate_lengths(self, source: Int[np.ndarray, " size"], scheduled: Int[np.ndarray, " size"]) -> list[int]:
+        """Estimate the tokens of scheduled samples from the index."""
+        lengths = np.empty(len(source), np.int64)
+        for index, shards in enumerate(self.sources.values()):
+            record_sizes, has_image = shards.read_sizes(scheduled[source == index])
+            lengths[source == index] = record_sizes // BYTES_PER_TOKEN + has_image * self.image_tokens
+        return lengths.tolist()
 
     def _loaded_tokenizer(self) -> "PreTrainedTokenizerBase | TextTokenizer":
         return self.text_tokenizer or _load_tokenizer(self.tokenizer)
@@ -386,7 +426,8 @@ def _pad_rows(rows: Sequence[TextRow], pad_token_id: int) -> dict[str, Int[np.nd
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     mask = [np.ones_like(ids) for ids in columns["input_ids"]]
     fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
-    padded = {name: pad_rows(column, fill[name]) for name, column in columns.items()}
+    # position 0 makes each padding token a conversation of its own, which no other token sees
+    padded = {name: pad_rows(column, fill.get(name, 0)) for name, column in columns.items()}
     return {**padded, "attention_mask": pad_rows(mask, 0)}
 
 

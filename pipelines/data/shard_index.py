@@ -165,6 +165,13 @@ class Shards:
         """True for each sample with an image; one byte per sample."""
         return self._rows["image_size"].to_numpy() > 0
 
+    def read_sizes(
+        self, numbers: Int64[np.ndarray, " numbers"]
+    ) -> tuple[Int64[np.ndarray, " numbers"], Bool[np.ndarray, " numbers"]]:
+        """Return the bytes of the record of each sample, and True for each with an image."""
+        record_sizes, image_sizes = (self._rows[name].to_numpy()[numbers] for name in ("record_size", "image_size"))
+        return record_sizes, image_sizes > 0
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the index in hex, equal for the same samples in the same order. Reads the whole index."""
