@@ -215,6 +215,7 @@ def list_steps(
         templates = [] if job.model.is_pretrained else [TEMPLATES[plan.template] for plan in stages.values()]
         result["shards"] = lambda: _make_shards(job, sets, folder / TOKENIZER, templates)
     model_parts.check_weights(job, folder)
+    model_parts.check_packing(job, folder)
     if job.model.is_pretrained and job.train:
         result["assemble"] = lambda: model_parts.assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""  # the ledger names the stage before an evaluation
