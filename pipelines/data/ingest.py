@@ -148,7 +148,7 @@ class Reader:
         return {
             "number": number,
             "pixel_values": images,
-            **_pad_rows(rows, self._loaded_tokenizer().pad_token_id),
+            **pad_columns(rows, self._loaded_tokenizer().pad_token_id),
             "position": position,
             "source": source,
             "sample": used,
@@ -421,7 +421,7 @@ def _describe_failure(shards: Shards, number: int, error: ValueError) -> str:
     return f"{tar}: {name}: {str(error).removeprefix(f'{tar}: ').removeprefix(f'{name}: ')}"
 
 
-def _pad_rows(rows: Sequence[TextRow], pad_token_id: int) -> dict[str, Int[np.ndarray, "samples longest"]]:
+def pad_columns(rows: Sequence[TextRow], pad_token_id: int) -> dict[str, Int[np.ndarray, "samples longest"]]:
     """Pad text columns on the right, and add the attention mask."""
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     mask = [np.ones_like(ids) for ids in columns["input_ids"]]

@@ -10,6 +10,7 @@ depend on the number of workers. A micro-batch of a single row has no padding.
 """
 
 import heapq
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -62,27 +63,53 @@ def lay_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
         Indices of the items of each row.
 
     >>> lay_rows([5, 4, 3, 3, 3], 10)
-    [[0, 3], [1, 2, 4]]
+    [[0, 1], [2, 3, 4]]
     """
     alone = [[index] for index, length in enumerate(lengths) if length > max_length]
     others = [index for index, length in enumerate(lengths) if length <= max_length]
     if not others:
         return alone
-    short = [lengths[index] for index in others]
     # the smallest number of rows for which they are short enough; one row for each item always is
-    count = max(-(-sum(short) // max_length), 1)
-    while _measure_longest(short, divide_evenly(short, count)) > max_length:
+    count = max(-(-sum(lengths[index] for index in others) // max_length), 1)
+    while _measure_longest(lengths, rows := _balance(lengths, others, count)) > max_length:
         count += 1
-    layouts = [alone + _select(others, divide_evenly(short, rows)) for rows in (count, min(count + 1, len(short)))]
-    return min(layouts, key=lambda rows: len(rows) * _measure_longest(lengths, rows))
+    layouts = [rows, _balance(lengths, others, min(count + 1, len(others)))]
+    return min([alone + rows for rows in layouts], key=lambda rows: len(rows) * _measure_longest(lengths, rows))
 
 
 def _measure_longest(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
     return max(sum(lengths[index] for index in row) for row in rows)
 
 
-def _select(items: Sequence[int], rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    return [[items[index] for index in row] for row in rows]
+def _balance(lengths: Sequence[int], items: Sequence[int], count: int) -> list[list[int]]:
+    """Divide items into so many rows, and shorten the longest row by exchanges with others while any does."""
+    parts = divide_evenly([lengths[index] for index in items], count)
+    rows = [[items[index] for index in part] for part in parts]
+    while exchange := _find_exchange(lengths, rows):
+        longest, other, given, taken = exchange
+        rows[longest] = [index for index in rows[longest] if index != given] + taken
+        rows[other] = [index for index in rows[other] if index not in taken] + [given]
+    return [sorted(row) for row in rows]
+
+
+def _find_exchange(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[int, int, int, list[int]] | None:
+    """Find the item that the longest row should give to another row, and the items that it takes: none or one.
+
+    Returns:
+        Longest row, other row, item that is given, items that are taken; None if no exchange shortens the longest row.
+    """
+    totals = [sum(lengths[index] for index in row) for row in rows]
+    longest = totals.index(max(totals))
+    best, exchange = totals[longest], None
+    for other, row in enumerate(rows):
+        if other == longest:
+            continue
+        for given, taken in itertools.product(rows[longest], [[], *([index] for index in row)]):
+            moved = lengths[given] - sum(lengths[index] for index in taken)
+            longer = max(totals[longest] - moved, totals[other] + moved)
+            if longer < best:
+                best, exchange = longer, (longest, other, given, taken)
+    return exchange
 
 
 def join_rows(
