@@ -108,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         name = "CMAI" if has_cmai else "without CMAI"
         speed[name] = measure_speed(arguments.steps, has_cmai)
         print(
-            ", ".join(f"{key} {value:.4g}" for key, value in {f"{name}: packed": 0.0, **speed[name]}.items() if value)
+            f"{name}: {speed[name]['packed']:.0f} tokens/s packed, {speed[name]['unpacked']:.0f} without packing, "
+            f"ratio {speed[name]['ratio']:.2f}",
+            flush=True,
         )
     append_record(arguments.out, global_batch_size=GLOBAL_BATCH, padding=padding, tokens_per_cpu_second=speed)
 
