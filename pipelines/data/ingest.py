@@ -426,8 +426,13 @@ def pad_columns(rows: Sequence[TextRow], pad_token_id: int) -> dict[str, Int[np.
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     mask = [np.ones_like(ids) for ids in columns["input_ids"]]
     fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
-    # position 0 makes each padding token a conversation of its own, which no other token sees
     padded = {name: pad_rows(column, fill.get(name, 0)) for name, column in columns.items()}
+    if "position_ids" in columns:
+        # padding goes on with the last conversation of a row, which does not see it
+        longest = padded["position_ids"].shape[1]
+        padded["position_ids"] = np.stack(
+            [np.append(row, row[-1] + 1 + np.arange(longest - len(row))) for row in columns["position_ids"]]
+        )
     return {**padded, "attention_mask": pad_rows(mask, 0)}
 
 
