@@ -63,10 +63,12 @@ def inhibited_attention(
     if isinstance(inhibition, PackedInhibition):
         # attend within each conversation; its mask takes the place of that of the rows
         packed = inhibition.to(query.device)
-        parts = [packed.conversations.split(rows) for rows in (query, key, value)]
-        mask = packed.conversations.padding[:, None, None]
-        output, _ = inhibited_attention(module, *parts, mask, packed.inhibition, scaling, **kwargs)
-        return packed.conversations.join(output), None
+        conversations, padding = packed.conversations, packed.conversations.padding[:, None, None]
+        split_query, split_key, split_value = (conversations.split(rows) for rows in (query, key, value))
+        output, _ = inhibited_attention(
+            module, split_query, split_key, split_value, padding, packed.inhibition, scaling, **kwargs
+        )
+        return conversations.join(output), None
     if isinstance(inhibition, DecodingStep):
         return _attend_decoded(module, layer, query, key, value, attention_mask, inhibition, scaling, **kwargs)
     if inhibition is not None and attention_mask is not None and not _is_short_mask(attention_mask):

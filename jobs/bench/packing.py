@@ -36,6 +36,9 @@ PACKED_LAYOUTS = ((4, 4096), (8, 8192), (16, 4096), (16, 16384))
 SPEED_SCALE = 9
 """Divisor of lengths for the small model, whose images have 288 / 9 tokens."""
 
+SPEED_VOCABULARY, SPEED_IMAGE_ID = 1000, 999
+"""Words of the small model, and the token that stands for an image."""
+
 Batches = list[dict[str, Any]]
 
 
@@ -188,9 +191,6 @@ def measure_speed(steps: int, has_cmai: bool, micro_batch_size: int = 8, batch_s
     return {**speed, "ratio": speed["packed"] / speed["unpacked"]}
 
 
-VOCABULARY, IMAGE_ID = 1000, 999
-
-
 def build_speed_model(has_cmai: bool) -> "LlavaWithLoss":
     """Build a LLaVA with VMTC whose images have 32 tokens."""
     import torch
@@ -207,15 +207,15 @@ def build_speed_model(has_cmai: bool) -> "LlavaWithLoss":
         language=LanguageSizes(num_hidden_layers=6, **sizes),
         cmai=CMAI() if has_cmai else None,
     )
-    config = build_config(settings, VOCABULARY, bos_token_id=1, eos_token_id=3, pad_token_id=2)
-    config.image_token_index = IMAGE_ID
+    config = build_config(settings, SPEED_VOCABULARY, bos_token_id=1, eos_token_id=3, pad_token_id=2)
+    config.image_token_index = SPEED_IMAGE_ID
     torch.manual_seed(0)
     return LlavaWithLoss(ReduxForConditionalGeneration(config)).train()
 
 
 def make_conversation(text: int, image_tokens: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Make a conversation of random tokens after an image, of which the model learns the second half."""
-    ids = np.concatenate([[1], np.full(image_tokens, IMAGE_ID), rng.integers(4, IMAGE_ID, max(text, 2))])
+    ids = np.concatenate([[1], np.full(image_tokens, SPEED_IMAGE_ID), rng.integers(4, SPEED_IMAGE_ID, max(text, 2))])
     labels = np.where(np.arange(len(ids)) < image_tokens + text // 2, -100, ids)
     return {"input_ids": ids, "labels": labels}
 
@@ -243,7 +243,7 @@ def make_batch(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     from pipelines.data.ingest import pad_columns
 
     columns = pad_columns(rows, pad_token_id=2)
-    images = int((columns["input_ids"] == IMAGE_ID).sum()) // 32
+    images = int((columns["input_ids"] == SPEED_IMAGE_ID).sum()) // 32
     if "position_ids" in columns:
         del columns["attention_mask"]
     tensors = {name: torch.from_numpy(column) for name, column in columns.items()}

@@ -138,6 +138,7 @@ class Reader:
                 replaced.append(entry)
                 used[turn] = entry["used"]
         images = out[: len(with_image)]
+        # rows follow from the samples that are used, replacements included
         if self.packing:
             layout = lay_rows([len(row["input_ids"]) for row in rows], self.packing.max_length)
             rows = join_rows(rows, layout)
@@ -157,6 +158,7 @@ class Reader:
 
     def read_block(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Make several micro-batches as columns, one row each. Full image batches are not copied again."""
+        # packed micro-batches have different numbers of samples, so no array holds the images of all
         if self.packing:
             packed = [self(number) for number in numbers]
             return {name: [batch[name] for batch in packed] for name in packed[0]}
@@ -184,6 +186,7 @@ class Reader:
         batch, offset = divmod(number * size, self.order.global_batch_size)
         source, scheduled = _cached_global_batch(self.order, batch)
         indices = np.arange(offset, offset + size)
+        # every reader divides the whole global batch, and takes the part of its micro-batch
         if self.packing:
             lengths = self._estimate_lengths(source, scheduled)
             indices = np.array(divide_evenly(lengths, self.order.global_batch_size // size)[offset // size])

@@ -47,6 +47,7 @@ def divide_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """
     shortest = [(0, 0, part) for part in range(parts)]  # length, number of items, part: a heap
     result: list[list[int]] = [[] for _ in range(parts)]
+    # a stable sort: of equally long items the first comes first
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         length, items, part = shortest[0]
         heapq.heapreplace(shortest, (length + lengths[index], items + 1, part))
@@ -65,6 +66,7 @@ def lay_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     >>> lay_rows([5, 4, 3, 3, 3], 10)
     [[0, 1], [2, 3, 4]]
     """
+    # items that are too long take no others
     alone = [[index] for index, length in enumerate(lengths) if length > max_length]
     others = [index for index, length in enumerate(lengths) if length <= max_length]
     if not others:
@@ -73,6 +75,7 @@ def lay_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     count = max(-(-sum(lengths[index] for index in others) // max_length), 1)
     while _measure_longest(lengths, rows := _balance(lengths, others, count)) > max_length:
         count += 1
+    # one row more: shorter rows, sometimes with less padding
     layouts = [rows, _balance(lengths, others, min(count + 1, len(others)))]
     return min([alone + rows for rows in layouts], key=lambda rows: len(rows) * _measure_longest(lengths, rows))
 
@@ -104,6 +107,7 @@ def _find_exchange(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> tup
     for other, row in enumerate(rows):
         if other == longest:
             continue
+        # an item against none, or against one of the other row
         for given, taken in itertools.product(rows[longest], [[], *([index] for index in row)]):
             moved = lengths[given] - sum(lengths[index] for index in taken)
             longer = max(totals[longest] - moved, totals[other] + moved)
@@ -130,6 +134,7 @@ def join_rows(
     for row in rows:
         members = [conversations[index] for index in row]
         lengths = [len(member["input_ids"]) for member in members]
+        # no token sees that others stand before its conversation
         position_ids = np.concatenate([np.arange(length) for length in lengths])
         labels = np.concatenate([member["labels"] for member in members])
         joined.append(

@@ -71,6 +71,7 @@ class LlavaWithLoss(torch.nn.Module):
         learned = labels[:, 1:] != IGNORE_INDEX
         logits = self.llava.lm_head(hidden[:, :-1][learned]).float()
         losses = F.cross_entropy(logits, labels[:, 1:][learned], reduction="none")
+        # each token has the weight of its sample
         token_weight = weight[:, None].expand_as(learned) if sample_index is None else weight[sample_index[:, 1:]]
         return (losses * token_weight[learned]).sum()
 

@@ -463,6 +463,7 @@ def forward_backward(
 def _count_labels(batch: ingest.Batch) -> Int[np.ndarray, " samples"]:
     """Count the labelled tokens of each sample. No logits predict the first token, so its label does not count."""
     learned = batch["labels"][:, 1:] != IGNORE_INDEX
+    # packed rows have several samples each
     if "sample_index" in batch:
         return np.bincount(batch["sample_index"][:, 1:][learned], minlength=len(batch["sample"]))
     return learned.sum(axis=1)
