@@ -63,10 +63,10 @@ def inhibited_attention(
     if isinstance(inhibition, PackedInhibition):
         # attend within each conversation; its mask takes the place of that of the rows
         packed = inhibition.to(query.device)
-        conversations, padding = packed.conversations, packed.conversations.padding[:, None, None]
+        conversations, short_mask = packed.conversations, packed.conversations.padding[:, None, None]
         split_query, split_key, split_value = (conversations.split(rows) for rows in (query, key, value))
         output, _ = inhibited_attention(
-            module, split_query, split_key, split_value, padding, packed.inhibition, scaling, **kwargs
+            module, split_query, split_key, split_value, short_mask, packed.inhibition, scaling, **kwargs
         )
         return conversations.join(output), None
     if isinstance(inhibition, DecodingStep):
