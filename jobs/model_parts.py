@@ -16,7 +16,7 @@ from jobs.schema import Job
 from pipelines.core import failures, storage
 from pipelines.training import metrics
 from pipelines.training.checkpoint import JOB_FILE
-from redux import answering, pretrained
+from redux import answering, language, pretrained
 from redux.architecture import ModelSettings, TowerSizes, count_image_tokens
 from redux.chat_template import find_template
 from redux.configuration import ReduxConfig
@@ -98,6 +98,23 @@ def read_config(job: Job, folder: Path) -> ReduxConfig:
         return ReduxConfig.from_pretrained(assembled) if assembled else build_config(job.model)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
+
+
+def check_packing(job: Job, folder: Path) -> None:
+    """Check that the language model can train on packed conversations, if a stage packs them.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    packing = [name for name, stage in job.train.items() if stage.packing]
+    if not packing or not job.model.is_pretrained:
+        return  # a model that is built from sizes can
+    assembled = find_assembled(job, folder)
+    try:
+        config = ReduxConfig.from_pretrained(assembled) if assembled else build_config(job.model)
+        language.check_packing(config.text_config)
+    except ValueError as error:
+        raise ValueError(f"train.{packing[0]}.packing: got one with a language model {error}, allowed: null") from None
 
 
 def check_weights(job: Job, folder: Path) -> None:

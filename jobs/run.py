@@ -228,6 +228,7 @@ def list_steps(
         # before training, so that samples which are no questions are noticed early
         result["questions"] = lambda: _write_questions(job, sets, folder)
     model_parts.check_weights(job, folder)
+    model_parts.check_packing(job, folder)
     if job.model.is_pretrained and job.train:
         result["assemble"] = lambda: model_parts.assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""  # the ledger names the stage before an evaluation

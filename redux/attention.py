@@ -20,6 +20,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from redux.cmai import Inhibition, build_causal_mask, is_recording
 from redux.decoding import DecodingStep
 from redux.kernels import use_fused
+from redux.packed import PackedInhibition
 from redux.parallel import head_mesh
 from redux.precision import without_autocast
 
@@ -44,7 +45,7 @@ def inhibited_attention(
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys head_dim"],
     attention_mask: Shaped[Tensor, "masks one mask_rows keys"] | None,
-    inhibition: Inhibition | DecodingStep | None = None,
+    inhibition: Inhibition | DecodingStep | PackedInhibition | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch rows heads head_dim"], None]:
@@ -59,6 +60,15 @@ def inhibited_attention(
         kwargs: further arguments of transformers' attention functions.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if isinstance(inhibition, PackedInhibition):
+        # attend within each conversation; its mask takes the place of that of the rows
+        packed = inhibition.to(query.device)
+        conversations, short_mask = packed.conversations, packed.conversations.padding[:, None, None]
+        split_query, split_key, split_value = (conversations.split(rows) for rows in (query, key, value))
+        output, _ = inhibited_attention(
+            module, split_query, split_key, split_value, short_mask, packed.inhibition, scaling, **kwargs
+        )
+        return conversations.join(output), None
     if isinstance(inhibition, DecodingStep):
         return _attend_decoded(module, layer, query, key, value, attention_mask, inhibition, scaling, **kwargs)
     if inhibition is not None and attention_mask is not None and not _is_short_mask(attention_mask):

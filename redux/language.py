@@ -62,6 +62,30 @@ def check_language(config: PreTrainedConfig) -> None:
         raise ValueError(problem)
 
 
+def check_packing(config: PreTrainedConfig) -> None:
+    """Check that a language model computes for packed conversations what it computes for each alone.
+
+    Args:
+        config: configuration of the language model, which `check_language` admits.
+
+    Raises:
+        ValueError: tokens attend to those of another conversation.
+    """
+    config_class: Any = type(config)
+    # of a quantized model the build is the same
+    values = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        torch.manual_seed(0)
+        base = AutoModel.from_config(shrink_config(config_class(**values))).eval()
+        parts = base.get_input_embeddings()(torch.arange(3, 15)[None]).split([7, 1, 4], dim=1)
+        alone = [base(inputs_embeds=part, use_cache=False).last_hidden_state for part in parts]
+        # no attention mask: transformers finds conversations where positions restart
+        positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+        packed = base(inputs_embeds=torch.cat(parts, dim=1), position_ids=positions, use_cache=False).last_hidden_state
+    if not torch.allclose(packed, torch.cat(alone, dim=1), rtol=1e-3, atol=1e-4):
+        raise ValueError(f"which computes something else with packed conversations ({config.model_type})")
+
+
 @lru_cache(maxsize=64)
 def _find_problem(config_class: Any, saved: str) -> str:
     """Find a reason against a language model by its configuration as JSON; "" without any."""

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from redux.attention import ATTENTION_NAME
-from redux.cmai import Inhibition
+from redux.cmai import Inhibition, is_recording
 from redux.focus_cache import FocusCache, FocusRows, adopt_cache
+from redux.packed import PackedConversations, PackedInhibition
 from redux.settings import CMAI
 
 IMAGE_TOKEN_FIELDS = ("image_token_id", "video_token_id")
@@ -231,9 +232,16 @@ class _Inhibitor:
         recomputing = decoder.training and any(checkpointing)
         is_image = self._find_image_tokens(kwargs)
         cache = None if recomputing else self._prepare_cache(decoder, kwargs, is_image.shape[1])
-        inhibition = Inhibition.for_forward(
-            self.cmai, decoder.config.num_hidden_layers, is_image, cache, decoder.training
+        conversations = None if cache is not None else self._find_conversations(kwargs, is_image)
+        inhibition: Any = Inhibition.for_forward(
+            self.cmai,
+            decoder.config.num_hidden_layers,
+            conversations.split_flags(is_image) if conversations else is_image,
+            cache,
+            decoder.training,
         )
+        if conversations and inhibition:
+            inhibition = PackedInhibition(conversations, inhibition)
         changes: dict[str, Any] = {"inhibition": inhibition}
         if not recomputing:
             changes["past_key_values"] = cache
@@ -270,6 +278,18 @@ class _Inhibitor:
         for token_id in self.image_token_ids[1:]:
             is_image = is_image | (ids == token_id)
         return is_image
+
+    def _find_conversations(
+        self, kwargs: dict[str, Any], is_image: Bool[Tensor, "batch rows"]
+    ) -> PackedConversations | None:
+        """Find the conversations of packed rows; None if rows are not packed, or masked by the caller."""
+        position_ids = kwargs.get("position_ids")
+        if position_ids is None or position_ids.dim() != 2 or kwargs.get("attention_mask") is not None:
+            return None
+        # as in transformers, only a call without earlier tokens has packed rows; recorded decisions are those of rows
+        if kwargs.get("past_key_values") is not None or is_recording():
+            return None
+        return PackedConversations.find(position_ids.expand(is_image.shape))
 
     def _prepare_cache(self, decoder: Any, kwargs: dict[str, Any], rows: int) -> FocusRows | None:
         """Return the cache of the call as one of `redux.focus_cache`; ValueError if it holds tokens unknown to CMAI."""

@@ -48,17 +48,21 @@ def gather_samples(
     import torch  # the process that writes the log runs without torch
     import torch.distributed as dist
 
-    columns = [[batch["source"], batch["sample"]] for batch in micro_batches]
-    local = torch.from_numpy(np.array(columns)).to(device)
-    ranks = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(ranks, local)
-    # micro-batches are dealt to the ranks in turn: (turns, ranks, 2, size) is the order of the global batch
-    source, sample = torch.stack(ranks, 1).movedim(2, 0).flatten(1).cpu().numpy()
-    # replacements are rare, so their lists are gathered only if there are any
     replaced = [entry for batch in micro_batches for entry in json.loads(batch["replaced"])]
-    count = torch.tensor(len(replaced), device=device)
-    dist.all_reduce(count)
-    if count.item():
+    position, source, sample = np.hstack(
+        [[batch["position"], batch["source"], batch["sample"]] for batch in micro_batches]
+    )
+    counts = torch.tensor([len(position), len(replaced)], device=device)
+    dist.all_reduce(counts)
+    size, num_replaced = counts.tolist()
+    # each rank fills in its samples, at their positions in the global batch
+    columns = np.zeros((2, size), np.int64)
+    columns[:, position % size] = source, sample
+    gathered = torch.from_numpy(columns).to(device)
+    dist.all_reduce(gathered)
+    source, sample = gathered.cpu().numpy()
+    # replacements are rare, so their lists are gathered only if there are any
+    if num_replaced:
         lists: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(lists, replaced)
         replaced = [_locate_replacement(entry, source) for entries in lists for entry in entries]

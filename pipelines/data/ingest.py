@@ -26,6 +26,7 @@ from jaxtyping import Int, UInt8
 
 from pipelines.core import storage
 from pipelines.data.order import Order
+from pipelines.data.packing import BYTES_PER_TOKEN, Packing, divide_evenly, join_rows, lay_rows
 from pipelines.data.records import find_rejection
 from pipelines.data.shard_index import Shards, StoredSample, read_samples
 from pipelines.data.text_tokenizer import TextTokenizer
@@ -82,7 +83,7 @@ class Reader:
     Args:
         sources: sets of shards by name, in the order of `order.samples`.
         order: assignment of samples to global batches.
-        micro_batch_size: samples per micro-batch.
+        micro_batch_size: samples per micro-batch; with packing, on average.
         image_size: side of the square images in pixels.
         tokenizer: folder of the saved tokenizer.
         encode: function from (tokenizer, sample) to the text columns.
@@ -91,6 +92,8 @@ class Reader:
         random_flip: mirror every image with probability 0.5.
         max_rounds: see `draw_rounds`. None leaves conversations unchanged.
         text_tokenizer: the same tokenizer without transformers; None loads `tokenizer`.
+        packing: packing of several conversations into a row; None gives each a row of its own.
+        image_tokens: number of tokens that stand for an image, for packing.
     """
 
     sources: Mapping[str, Shards]
@@ -104,6 +107,8 @@ class Reader:
     random_flip: bool = False
     max_rounds: int | None = None
     text_tokenizer: TextTokenizer | None = None
+    packing: Packing | None = None
+    image_tokens: int = 0
 
     def __call__(self, number: int, out: UInt8[np.ndarray, "size height width 3"] | None = None) -> Batch:
         """Make a micro-batch.
@@ -115,37 +120,45 @@ class Reader:
         Returns:
             number: number of the micro-batch.
             pixel_values: (images, height, width, 3) uint8, a view of `out`. Samples of text only have no image.
-            input_ids, labels, attention_mask: (samples, longest) int64, padded on the right.
-            source, sample: (samples,) int64, index of the source and number of the sample that is used.
+            input_ids, labels, attention_mask: (rows, longest) int64, padded on the right. A row is a sample, or several
+                with packing. Then there are position_ids and sample_index as well, see `packing.join_rows`.
+            position, source, sample: (samples,) int64, position in the stream, index of the source and number of the
+                sample that is used. With packing, in the order of the rows.
             replaced: JSON, a list of {"set", "position", "scheduled", "used", "reason"}, one entry per replaced sample:
                 the position in the stream, the scheduled sample and its replacement.
         """
-        first = number * self.micro_batch_size
-        # the scheduled samples: a slice of one global batch
-        batch, offset = divmod(first, self.order.global_batch_size)
-        columns = _cached_global_batch(self.order, batch)
-        source, scheduled = (column[offset : offset + self.micro_batch_size] for column in columns)
+        position, source, scheduled = self._schedule(number)
         if out is None:
-            out = np.empty((self.micro_batch_size, self.image_size, self.image_size, 3), np.uint8)
-        # read them together, then encode one by one and replace unusable samples
+            out = np.empty((len(position), self.image_size, self.image_size, 3), np.uint8)
+        # read the samples together, then encode one by one and replace unusable samples
         rows, replaced = [], []
         used = scheduled.copy()
-        num_images = 0
+        with_image: list[int] = []
         for turn, stored_sample in enumerate(self._fetch(source, scheduled)):
             row, image, entry = self._usable_or_replacement(
-                first + turn, int(source[turn]), int(scheduled[turn]), stored_sample
+                int(position[turn]), int(source[turn]), int(scheduled[turn]), stored_sample
             )
             rows.append(row)
             if image is not None:
-                out[num_images] = image
-                num_images += 1
+                out[len(with_image)] = image
+                with_image.append(turn)
             if entry:
                 replaced.append(entry)
                 used[turn] = entry["used"]
+        images = out[: len(with_image)]
+        # rows follow from the samples that are used, replacements included
+        if self.packing:
+            layout = lay_rows([len(row["input_ids"]) for row in rows], self.packing.max_length)
+            rows = join_rows(rows, layout)
+            # samples and images in the order of the rows
+            turns = np.concatenate([np.array(members) for members in layout])
+            position, source, used = position[turns], source[turns], used[turns]
+            images = images[[with_image.index(turn) for turn in turns if turn in with_image]]
         return {
             "number": number,
-            "pixel_values": out[:num_images],
-            **_pad_rows(rows, self.get_tokenizer().pad_token_id),
+            "pixel_values": images,
+            **pad_columns(rows, self.get_tokenizer().pad_token_id),
+            "position": position,
             "source": source,
             "sample": used,
             "replaced": json.dumps(replaced),
@@ -153,6 +166,10 @@ class Reader:
 
     def read_block(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Make several micro-batches as columns, one row each. Full image batches are not copied again."""
+        # packed micro-batches have different numbers of samples, so no array holds the images of all
+        if self.packing:
+            packed = [self(number) for number in numbers]
+            return {name: [batch[name] for batch in packed] for name in packed[0]}
         out = np.empty((len(numbers), self.micro_batch_size, self.image_size, self.image_size, 3), np.uint8)
         batches = [self(number, batch_out) for number, batch_out in zip(numbers, out, strict=True)]
         columns: dict[str, Any] = {name: [batch[name] for batch in batches] for name in batches[0]}
@@ -168,6 +185,32 @@ class Reader:
     def get_tokenizer(self) -> "PreTrainedTokenizerBase | TextTokenizer":
         """Return the tokenizer; the folder is read at the first call in a process."""
         return self.text_tokenizer or _load_tokenizer(self.tokenizer)
+
+    def _schedule(
+        self, number: int
+    ) -> tuple[Int[np.ndarray, " samples"], Int[np.ndarray, " samples"], Int[np.ndarray, " samples"]]:
+        """Schedule the samples of a micro-batch: a slice of one global batch, or its part by length with packing.
+
+        Returns:
+            Position in the stream, index of the source and number of each scheduled sample.
+        """
+        size = self.micro_batch_size
+        batch, offset = divmod(number * size, self.order.global_batch_size)
+        source, scheduled = _cached_global_batch(self.order, batch)
+        indices = np.arange(offset, offset + size)
+        # every reader divides the whole global batch, and takes the part of its micro-batch
+        if self.packing:
+            lengths = self._estimate_lengths(source, scheduled)
+            indices = np.array(divide_evenly(lengths, self.order.global_batch_size // size)[offset // size])
+        return batch * self.order.global_batch_size + indices, source[indices], scheduled[indices]
+
+    def _estimate_lengths(self, source: Int[np.ndarray, " size"], scheduled: Int[np.ndarray, " size"]) -> list[int]:
+        """Estimate the tokens of scheduled samples from the index."""
+        lengths = np.empty(len(source), np.int64)
+        for index, shards in enumerate(self.sources.values()):
+            record_sizes, has_image = shards.read_sizes(scheduled[source == index])
+            lengths[source == index] = record_sizes // BYTES_PER_TOKEN + has_image * self.image_tokens
+        return lengths.tolist()
 
     def _fetch(
         self, source: Int[np.ndarray, " size"], scheduled: Int[np.ndarray, " size"]
@@ -416,12 +459,18 @@ def describe_failure(shards: Shards, number: int, error: ValueError) -> str:
     return f"{tar}: {name}: {str(error).removeprefix(f'{tar}: ').removeprefix(f'{name}: ')}"
 
 
-def _pad_rows(rows: Sequence[TextRow], pad_token_id: int) -> dict[str, Int[np.ndarray, "samples longest"]]:
+def pad_columns(rows: Sequence[TextRow], pad_token_id: int) -> dict[str, Int[np.ndarray, "samples longest"]]:
     """Pad text columns on the right, and add the attention mask."""
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     mask = [np.ones_like(ids) for ids in columns["input_ids"]]
     fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
-    padded = {name: pad_rows(column, fill[name]) for name, column in columns.items()}
+    padded = {name: pad_rows(column, fill.get(name, 0)) for name, column in columns.items()}
+    if "position_ids" in columns:
+        # padding goes on with the last conversation of a row, which does not see it
+        longest = padded["position_ids"].shape[1]
+        padded["position_ids"] = np.stack(
+            [np.append(row, row[-1] + 1 + np.arange(longest - len(row))) for row in columns["position_ids"]]
+        )
     return {**padded, "attention_mask": pad_rows(mask, 0)}
 
 

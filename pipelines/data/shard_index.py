@@ -166,6 +166,13 @@ class Shards:
         """True for each sample with an image; one byte per sample."""
         return self._rows["image_size"].to_numpy() > 0
 
+    def read_sizes(
+        self, numbers: Int64[np.ndarray, " numbers"]
+    ) -> tuple[Int64[np.ndarray, " numbers"], Bool[np.ndarray, " numbers"]]:
+        """Return the bytes of the record of each sample, and True for each with an image."""
+        record_sizes, image_sizes = (self._rows[name].to_numpy()[numbers] for name in ("record_size", "image_size"))
+        return record_sizes, image_sizes > 0
+
     @property
     def image_sizes(self) -> Int64[np.ndarray, " samples"]:
         """Bytes of the image file of each sample, 0 for text only; a view of the index."""

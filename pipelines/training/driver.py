@@ -275,9 +275,10 @@ def _print_summary(work: StageWork) -> None:
     workers = f"{most} workers" if fewest == most else f"{fewest} to {most} workers"
     accumulation_steps = stage.count_accumulation_steps(stage.count_usable_workers(most))
     device = "GPUs" if "GPU" in _worker_resources(plan) else "CPUs"
+    packing = f", packed in rows of up to {stage.packing.max_length} tokens" if stage.packing else ""
     print(
         f"{plan.name}: {steps} steps of {stage.global_batch_size} = {epochs:.4g} epochs of {samples} samples, "
-        f"{workers} x {stage.micro_batch_size} x {accumulation_steps}, on {device}"
+        f"{workers} x {stage.micro_batch_size} x {accumulation_steps}, on {device}{packing}"
     )
 
 

@@ -56,9 +56,15 @@ class LlavaWithLoss(torch.nn.Module):
         self.llava = llava
 
     def forward(
-        self, labels: Int[Tensor, "samples length"], weight: Float[Tensor, " samples"], **batch: Tensor
+        self,
+        labels: Int[Tensor, "rows length"],
+        weight: Float[Tensor, " samples"],
+        sample_index: Int[Tensor, "rows length"] | None = None,
+        **batch: Tensor,
     ) -> Float[Tensor, ""]:
         """Return the sum over samples of the sample's weight times the cross-entropy of its labelled tokens.
+
+        `sample_index` is the sample of each token of packed rows; None if each row is a sample.
 
         Logits are computed for labelled tokens only. For all 2,048 tokens of a sample and 32,000 words they would take
         262 MB.
@@ -67,7 +73,9 @@ class LlavaWithLoss(torch.nn.Module):
         learned = labels[:, 1:] != IGNORE_INDEX
         logits = self.llava.lm_head(hidden[:, :-1][learned]).float()
         losses = F.cross_entropy(logits, labels[:, 1:][learned], reduction="none")
-        return (losses * weight[:, None].expand_as(learned)[learned]).sum()
+        # each token has the weight of its sample
+        token_weight = weight[:, None].expand_as(learned) if sample_index is None else weight[sample_index[:, 1:]]
+        return (losses * token_weight[learned]).sum()
 
 
 class ClipWithLoss(torch.nn.Module):
@@ -337,7 +345,9 @@ def move_to_device(batch: ingest.Batch, engine: DeepSpeedEngineProtocol) -> dict
 
     Images travel as uint8 of shape (images, height, width, 3); the model takes (images, 3, height, width).
     """
-    names = ("pixel_values", "input_ids", "labels", "attention_mask")
+    names = ["pixel_values", "input_ids", "labels"]
+    # transformers separates conversations of a row where positions restart, but only without an attention mask
+    names += ["position_ids", "sample_index"] if "position_ids" in batch else ["attention_mask"]
     tensors = {name: torch.tensor(batch[name], device=engine.device) for name in names if name in batch}
     images = tensors["pixel_values"].movedim(-1, 1).contiguous()
     dtype = next(engine.module.parameters()).dtype

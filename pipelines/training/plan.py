@@ -200,6 +200,8 @@ class StagePlan:
             random_flip=stage.random_flip,
             max_rounds=stage.max_rounds,
             text_tokenizer=load_text_tokenizer(self.tokenizer),
+            packing=stage.packing,
+            image_tokens=self.image_tokens,
         )
 
     def build_validation_readers(self, reader: ingest.Reader) -> list[ingest.Reader]:
@@ -219,6 +221,7 @@ class StagePlan:
                 ),
                 random_flip=False,
                 max_rounds=None,
+                packing=None,
             )
             for (name, shards), held_out in zip(reader.sources.items(), reader.order.held_out, strict=True)
         ]

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from pipelines.data.order import Shuffle
+from pipelines.data.packing import Packing
 from redux.settings import ImageAspectRatio, ImageBackend, TemplateName
 
 Part = Literal["tower", "projector", "language"]
@@ -56,11 +57,14 @@ class Stage:
         window: number of shards whose samples "window" mixes at a time.
         group_by_length: number of global batches whose samples are sorted together. The sorted batches have one
             modality and similar lengths, as in LLaVA (group_by_modality_length). null mixes all samples.
+        packing: rows of several conversations, for little padding. Loss and gradients are those without packing, except
+            by rounding and dropout. null gives each conversation a row of its own.
         image_aspect_ratio: "pad" pads images to a square (LLaVA's stage 2), "crop" crops them (its stage 1). null takes
             that of model.checkpoint, or pad if it has none.
         image_backend: "exact" computes LLaVA's pixels bit for bit; "fast" differs by one or two grey levels.
         global_batch_size: samples of one optimizer step, over all workers.
-        micro_batch_size: samples that one worker computes at a time.
+        micro_batch_size: samples that one worker computes at a time. With packing it is their mean number: the
+            micro-batches of a step have about equally many tokens, each in as few rows as packing.max_length admits.
         learning_rate: peak learning rate of each part: tower, projector, language. A part without one is frozen.
         lora: adapters that are trained instead of the weights of the language model, with learning_rate.language. null
             trains the weights.
@@ -103,6 +107,7 @@ class Stage:
     shuffle: Shuffle = "global"
     window: Annotated[int, Ge(1)] = 8
     group_by_length: Annotated[int, Ge(1)] | None = None
+    packing: Packing | None = None
     image_aspect_ratio: ImageAspectRatio | None = None
     image_backend: ImageBackend = "exact"
     global_batch_size: Annotated[int, Ge(1)]
@@ -144,6 +149,8 @@ class Stage:
                 f"group_by_length: got {self.group_by_length} with shuffle {self.shuffle} and {len(self.mixture)} "
                 "sets, allowed: null, or shuffle global and one set"
             )
+        if self.packing:
+            self._check_packing(self.packing)
         # the contrastive objective trains the tower alone
         if self.objective == "contrastive" and self.micro_batch_size < 2:
             raise ValueError("micro_batch_size: got 1, allowed: at least 2, as objective contrastive compares samples")
@@ -161,6 +168,19 @@ class Stage:
             )
         if self.lora and "language" not in self.learning_rate:
             raise ValueError("lora: requires learning_rate.language, the learning rate of the adapters")
+
+    def _check_packing(self, packing: Packing) -> None:
+        """Raise a ValueError if the stage cannot pack conversations."""
+        if self.objective == "contrastive":
+            raise ValueError("packing: got one with objective contrastive, allowed: null, or objective language")
+        if self.group_by_length:
+            raise ValueError(
+                f"packing: got one with group_by_length {self.group_by_length}, allowed: null, or group_by_length null"
+            )
+        if self.max_length and packing.max_length < self.max_length:
+            raise ValueError(
+                f"packing.max_length: got {packing.max_length}, allowed: at least max_length, {self.max_length}"
+            )
 
     @property
     def mixture(self) -> dict[str, float]:

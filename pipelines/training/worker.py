@@ -14,9 +14,11 @@ from functools import partial
 from itertools import takewhile
 from typing import NamedTuple
 
+import numpy as np
 import ray
 import torch
 import torch.distributed as dist
+from jaxtyping import Int
 
 from pipelines.data import consumed, ingest
 from pipelines.training import checkpoint, fragments, hooks, metrics, rendezvous
@@ -387,7 +389,7 @@ def _collect_stats(
     workers = engine.dp_world_size
     return {
         "loss": update.loss,
-        "samples": sum(len(batch["input_ids"]) for batch in micro_batches),
+        "samples": sum(len(batch["sample"]) for batch in micro_batches),
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
         "data_s": data_s / workers,
         "compute_s": compute_s / workers,
@@ -458,6 +460,15 @@ def forward_backward(
     return LocalUpdate(loss, forward_s, was_applied, grad_norm)
 
 
+def _count_labels(batch: ingest.Batch) -> Int[np.ndarray, " samples"]:
+    """Count the labelled tokens of each sample. No logits predict the first token, so its label does not count."""
+    learned = batch["labels"][:, 1:] != IGNORE_INDEX
+    # packed rows have several samples each
+    if "sample_index" in batch:
+        return np.bincount(batch["sample_index"][:, 1:][learned], minlength=len(batch["sample"]))
+    return learned.sum(axis=1)
+
+
 def compute_sample_weights(
     micro_batches: Sequence[ingest.Batch], plan: StagePlan, device: torch.device
 ) -> list[torch.Tensor]:
@@ -474,10 +485,7 @@ def compute_sample_weights(
         share = 1 / stage.global_batch_size
         return [torch.full((len(batch["input_ids"]),), share, device=device) for batch in micro_batches]
 
-    # No logits predict the first token, so its label does not count.
-    counts = [
-        torch.tensor((batch["labels"][:, 1:] != IGNORE_INDEX).sum(axis=1), device=device) for batch in micro_batches
-    ]
+    counts = [torch.tensor(_count_labels(batch), device=device) for batch in micro_batches]
     if stage.loss_reduction == "sample":
         return [1 / (count.clamp(min=1) * stage.global_batch_size) for count in counts]
 

@@ -144,6 +144,18 @@ def test_checkpoints_of_two_jobs_in_a_bucket_have_their_own_folders(
     assert plans[0][1].start == "s3://bucket/all/a/pretrain/model"
 
 
+def test_packing_is_refused_early_if_the_language_model_mixes_conversations(
+    load: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = load("train.instruct.packing={max_length: 64}")
+    list_steps(job, tmp_path)
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    with pytest.raises(
+        ValueError, match=r"^train.instruct.packing: got one with a language model which .*allowed: null$"
+    ):
+        list_steps(job, tmp_path)
+
+
 def test_the_parts_are_read_once(load: Callable[..., Job], parts: dict[str, str], tmp_path: Path) -> None:
     """A run with an assembled model continues without its parts."""
     list_steps(load(), tmp_path)["assemble"]()

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from redux.graph_decoding import find_obstacle
-from redux.language import check_language, drop_idle_window, find_language_class
+from redux.language import check_language, check_packing, drop_idle_window, find_language_class
 from redux.model import ReduxForConditionalGeneration
 from redux.plugin import inhibit
 from redux.pretrained import assemble, configure_assembly
@@ -202,6 +202,17 @@ def test_a_window_over_all_positions_forgets_nothing(parts: dict[str, Path]) -> 
     short = Phi3Config(sliding_window=2047)
     drop_idle_window(short)
     assert short.sliding_window == 2047
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config, GemmaConfig, SmolLM3Config])
+def test_packed_conversations_of_a_language_model_are_apart(config_class: Any) -> None:
+    check_packing(config_class())
+
+
+def test_a_language_model_that_mixes_packed_conversations_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    with pytest.raises(ValueError, match=r"^which computes something else with packed conversations \(llama\)$"):
+        check_packing(LlamaConfig())
 
 
 def test_the_check_leaves_the_callers_seed_alone() -> None:

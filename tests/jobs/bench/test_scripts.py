@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.bench import inhibition, launches, order, pixels, serve
+from jobs.bench import inhibition, launches, order, packing, pixels, serve
 from pipelines.serving.settings import ServedModel, ServerSettings
 from tests.pipelines.serving.local_gateway import serve_locally
 
@@ -46,6 +46,13 @@ def test_order_in_the_smallest_size(variant: str, capsys: pytest.CaptureFixture[
 def test_inhibition_in_the_smallest_size(variant: str, capsys: pytest.CaptureFixture[str]) -> None:
     inhibition.main(["--heads", "2", "--image", "8", "--text", "4", "--variant", variant])
     assert json.loads(capsys.readouterr().out).keys() == {"peak_mib", "seconds", "device"}
+
+
+def test_packing_in_the_smallest_size(tmp_path: Path) -> None:
+    packing.main(["--batches", "10", "--steps", "1", "--out", str(tmp_path / "out.jsonl")])
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    assert all(layout["packed"] <= 0.03 < layout["unpacked"] for layout in record["padding"])
+    assert all(speed["packed"] > 0 for speed in record["tokens_per_cpu_second"].values())
 
 
 def test_launches_of_one_path(capsys: pytest.CaptureFixture[str]) -> None:

@@ -364,7 +364,7 @@ def gathered(
         reader = make_mixture(tokenizer, small_set, damaged_set, world)
         batches = [reader(number) for number in range(STEPS * 2 * world)]
         plain = [
-            {**{name: batch[name].tolist() for name in ("source", "sample")}, "replaced": batch["replaced"]}
+            {**{name: batch[name].tolist() for name in ("position", "source", "sample")}, "replaced": batch["replaced"]}
             for batch in batches
         ]
         steps = [plain[first : first + 2 * world] for first in range(0, len(plain), 2 * world)]

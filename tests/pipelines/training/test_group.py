@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from pipelines.data.packing import Packing
 from pipelines.training import checkpoint, driver, ledger
 from pipelines.training.hooks import Hook
 from pipelines.training.plan import StagePlan
@@ -34,10 +35,23 @@ class WriteProcess:
 
 
 def make_plans(plan: StagePlan) -> list[StagePlan]:
-    """Make the plans of four stages of one run, each from the model of the one before, with other batches."""
+    """Make the plans of four stages of one run, each from the model of the one before, with other batches.
+
+    The second stage packs conversations.
+    """
+    packing = Packing(max_length=64)
     changes: Sequence[tuple[str, dict[str, Any]]] = (
         ("first", {"steps": 4}),
-        ("second", {"steps": 6, "micro_batch_size": 4, "learning_rate": {"projector": 1e-3}, "zero_stage": 3}),
+        (
+            "second",
+            {
+                "steps": 6,
+                "micro_batch_size": 4,
+                "packing": packing,
+                "learning_rate": {"projector": 1e-3},
+                "zero_stage": 3,
+            },
+        ),
         ("third", {"steps": 4, "random_flip": True}),
         ("fourth", {"steps": 2}),
     )

@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from pipelines.core import cluster, storage
+from pipelines.data.packing import Packing
 from pipelines.training import driver, recorder
 from pipelines.training.checkpoint import MANIFEST
 from pipelines.training.plan import LearningRateSchedule, StagePlan
@@ -79,6 +80,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "groups of a mixture": (
         {"group_by_length": 4, "data": {"a": 1, "b": 2}},
         "^group_by_length: got 4 with shuffle global and 2 sets, allowed: null, or shuffle global and one set$",
+    ),
+    "packed pairs": (
+        {"objective": "contrastive", "learning_rate": {"tower": 1}, "packing": Packing(max_length=9)},
+        "^packing: got one with objective contrastive, allowed: null, or objective language$",
+    ),
+    "packed groups": (
+        {"group_by_length": 4, "packing": Packing(max_length=9)},
+        "^packing: got one with group_by_length 4, allowed: null, or group_by_length null$",
+    ),
+    "rows shorter than samples": (
+        {"max_length": 10, "packing": Packing(max_length=9)},
+        "^packing.max_length: got 9, allowed: at least max_length, 10$",
     ),
     "comparing one sample with none": (
         {"objective": "contrastive", "micro_batch_size": 1, "learning_rate": {"tower": 1}},

@@ -1,0 +1,263 @@
+"""Measure padding with and without packing, and the tokens that a small model trains per second of CPU.
+
+    python jobs/bench/packing.py
+
+Padding is measured on lengths like those of LLaVA-1.5's mix665k. The numbers of samples of its parts are exact. The
+text lengths of a part are drawn from a log-normal distribution, whose median and spread are estimates. Micro-batches
+are divided by lengths with errors, as the index gives them, and laid out by true ones.
+
+The speed is that of forward and backward passes of a LLaVA whose lengths are a ninth of these. One thread computes, and
+times are CPU times, which a busy machine changes little. Packed and other steps take turns. The script prints the
+result and appends it to packing.jsonl.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jobs.bench.record import add_out_option, append_record
+from pipelines.data.packing import divide_evenly, join_rows, lay_rows
+
+if TYPE_CHECKING:
+    from pipelines.training.engine import LlavaWithLoss
+
+GLOBAL_BATCH = 128
+MAX_TOKENS = 2048
+ESTIMATE_ERROR = 0.1
+"""Standard deviation of the logarithm of an estimated text length."""
+
+PACKED_LAYOUTS = ((4, 4096), (8, 8192), (16, 4096), (16, 16384))
+"""Micro-batch size and packing.max_length."""
+
+SPEED_SCALE = 9
+"""Divisor of lengths for the small model, whose images have 288 / 9 tokens."""
+
+SPEED_VOCABULARY, SPEED_IMAGE_ID = 1000, 999
+"""Words of the small model, and the token that stands for an image."""
+
+Batches = list[dict[str, Any]]
+
+
+class MixturePart(NamedTuple):
+    """Part of the mixture.
+
+    Args:
+        samples: number of its conversations.
+        median: estimated median of their text tokens.
+        spread: estimated standard deviation of the logarithm of their text tokens.
+        has_image: False for text only.
+    """
+
+    samples: int
+    median: int
+    spread: float
+    has_image: bool = True
+
+
+MIX665K = {
+    "LLaVA-Instruct": MixturePart(157_712, 330, 0.4),
+    "ShareGPT": MixturePart(40_688, 1400, 0.6, has_image=False),
+    "VQAv2": MixturePart(82_783, 200, 0.5),
+    "GQA": MixturePart(72_140, 330, 0.6),
+    "OKVQA": MixturePart(8_998, 60, 0.4),
+    "OCR-VQA": MixturePart(80_000, 160, 0.4),
+    "A-OKVQA": MixturePart(66_160, 110, 0.5),
+    "TextCaps": MixturePart(21_953, 70, 0.3),
+    "RefCOCO": MixturePart(48_447, 500, 0.6),
+    "Visual Genome": MixturePart(86_417, 550, 0.6),
+}
+
+
+class DrawnLengths(NamedTuple):
+    """Lengths of conversations.
+
+    Args:
+        text: tokens of the text.
+        has_image: True for each with an image.
+        estimated: tokens of the text as the index tells them.
+    """
+
+    text: np.ndarray
+    has_image: np.ndarray
+    estimated: np.ndarray
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, default=400, help="global batches of the simulation, %(default)s")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of each kind, default: %(default)s")
+    add_out_option(parser, __file__)
+    arguments = parser.parse_args(argv)
+    padding = []
+    for image_tokens in (576, 288):
+        lengths = draw_lengths(arguments.batches * GLOBAL_BATCH)
+        for micro_batch_size, max_length in PACKED_LAYOUTS:
+            shares = measure_padding(lengths, image_tokens, micro_batch_size, max_length)
+            padding.append(
+                {"image_tokens": image_tokens, "micro_batch_size": micro_batch_size, "max_length": max_length, **shares}
+            )
+            print(
+                f"{image_tokens} image tokens, micro-batch {micro_batch_size:2}, rows of {max_length:5}: "
+                f"padding {shares['packed']:6.2%}, without packing {shares['unpacked']:6.2%}; "
+                f"largest micro-batch / mean {shares['largest']:.2f}, without packing {shares['largest_unpacked']:.2f}",
+                flush=True,
+            )
+    speed = {}
+    for has_cmai in (True, False):
+        name = "CMAI" if has_cmai else "without CMAI"
+        speed[name] = measure_speed(arguments.steps, has_cmai)
+        print(
+            f"{name}: {speed[name]['packed']:.0f} tokens/s packed, {speed[name]['unpacked']:.0f} without packing, "
+            f"ratio {speed[name]['ratio']:.2f}",
+            flush=True,
+        )
+    append_record(arguments.out, global_batch_size=GLOBAL_BATCH, padding=padding, tokens_per_cpu_second=speed)
+
+
+def draw_lengths(samples: int, seed: int = 0) -> DrawnLengths:
+    """Draw the lengths of samples of the mixture."""
+    rng = np.random.default_rng(seed)
+    parts = list(MIX665K.values())
+    counts = np.array([part.samples for part in parts])
+    part = rng.choice(len(parts), samples, p=counts / counts.sum())
+    median, spread, has_image = (
+        np.array([getattr(one, name) for one in parts])[part] for name in ("median", "spread", "has_image")
+    )
+    text = (median * np.exp(spread * rng.standard_normal(samples))).astype(np.int64) + 8
+    estimated = (text * np.exp(ESTIMATE_ERROR * rng.standard_normal(samples))).astype(np.int64)
+    return DrawnLengths(text, has_image, estimated)
+
+
+def measure_padding(
+    lengths: DrawnLengths, image_tokens: int, micro_batch_size: int, max_length: int
+) -> dict[str, float]:
+    """Measure the share of padding among the tokens that are computed, and the largest micro-batch of a step.
+
+    Returns:
+        packed, unpacked: share of padding. largest, largest_unpacked: computed tokens of the largest micro-batch of a
+        global batch, divided by their mean; a mean over global batches.
+    """
+    tokens = np.minimum(lengths.text + image_tokens * lengths.has_image, MAX_TOKENS)
+    estimated = np.minimum(lengths.estimated + image_tokens * lengths.has_image, MAX_TOKENS)
+    packed, unpacked = [], []
+    for start in range(0, len(tokens), GLOBAL_BATCH):
+        batch = tokens[start : start + GLOBAL_BATCH]
+        parts = divide_evenly(estimated[start : start + GLOBAL_BATCH].tolist(), GLOBAL_BATCH // micro_batch_size)
+        packed.append([count_computed_tokens(batch[part].tolist(), max_length) for part in parts])
+        unpacked.append((batch.reshape(-1, micro_batch_size).max(axis=1) * micro_batch_size).tolist())
+    computed = {"packed": np.array(packed), "unpacked": np.array(unpacked)}
+    shares = {name: round(1 - float(tokens.sum() / values.sum()), 5) for name, values in computed.items()}
+    largest = {name: float((values.max(axis=1) / values.mean(axis=1)).mean()) for name, values in computed.items()}
+    return {**shares, "largest": round(largest["packed"], 3), "largest_unpacked": round(largest["unpacked"], 3)}
+
+
+def count_computed_tokens(lengths: Sequence[int], max_length: int) -> int:
+    """Count the tokens of a packed micro-batch with its padding."""
+    rows = lay_rows(lengths, max_length)
+    return len(rows) * max(sum(lengths[index] for index in row) for row in rows)
+
+
+def measure_speed(steps: int, has_cmai: bool, micro_batch_size: int = 8, batch_size: int = 32) -> dict[str, float]:
+    """Measure the tokens without padding that forward and backward passes compute per second of CPU.
+
+    Returns:
+        packed, unpacked: tokens per second; medians over steps. ratio: their ratio.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    module = build_speed_model(has_cmai)
+    image_tokens = module.llava.config.image_seq_length
+    lengths = draw_lengths(steps * batch_size, seed=1)
+    rng = np.random.default_rng(1)
+    found: dict[str, list[float]] = {"packed": [], "unpacked": []}
+    for step in range(steps):
+        batch = slice(step * batch_size, (step + 1) * batch_size)
+        conversations = [
+            make_conversation(int(text), image_tokens if has_image else 0, rng)
+            for text, has_image in zip(lengths.text[batch] // SPEED_SCALE, lengths.has_image[batch], strict=True)
+        ]
+        total = sum(len(conversation["input_ids"]) for conversation in conversations)
+        kinds = {"packed": pack(conversations, micro_batch_size), "unpacked": cut(conversations, micro_batch_size)}
+        for kind, batches in kinds.items():
+            started = time.process_time()
+            train_step(module, batches)
+            found[kind].append(total / (time.process_time() - started))
+    speed = {kind: statistics.median(values) for kind, values in found.items()}
+    return {**speed, "ratio": speed["packed"] / speed["unpacked"]}
+
+
+def build_speed_model(has_cmai: bool) -> "LlavaWithLoss":
+    """Build a LLaVA with VMTC whose images have 32 tokens."""
+    import torch
+
+    from pipelines.training.engine import LlavaWithLoss
+    from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
+    from redux.configuration import build_config
+    from redux.model import ReduxForConditionalGeneration
+    from redux.settings import CMAI
+
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 768}
+    settings = ModelSettings(
+        tower=TowerSizes(image_size=64, patch_size=8, num_hidden_layers=5, **sizes),
+        language=LanguageSizes(num_hidden_layers=6, **sizes),
+        cmai=CMAI() if has_cmai else None,
+    )
+    config = build_config(settings, SPEED_VOCABULARY, bos_token_id=1, eos_token_id=3, pad_token_id=2)
+    config.image_token_index = SPEED_IMAGE_ID
+    torch.manual_seed(0)
+    return LlavaWithLoss(ReduxForConditionalGeneration(config)).train()
+
+
+def make_conversation(text: int, image_tokens: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Make a conversation of random tokens after an image, of which the model learns the second half."""
+    ids = np.concatenate([[1], np.full(image_tokens, SPEED_IMAGE_ID), rng.integers(4, SPEED_IMAGE_ID, max(text, 2))])
+    labels = np.where(np.arange(len(ids)) < image_tokens + text // 2, -100, ids)
+    return {"input_ids": ids, "labels": labels}
+
+
+def pack(conversations: list[dict[str, np.ndarray]], micro_batch_size: int, max_length: int = 1024) -> Batches:
+    """Pack conversations into micro-batches."""
+    lengths = [len(conversation["input_ids"]) for conversation in conversations]
+    batches = []
+    for part in divide_evenly(lengths, len(conversations) // micro_batch_size):
+        members = [conversations[index] for index in part]
+        batches.append(make_batch(join_rows(members, lay_rows([lengths[index] for index in part], max_length))))
+    return batches
+
+
+def cut(conversations: list[dict[str, np.ndarray]], micro_batch_size: int) -> Batches:
+    """Cut conversations into micro-batches without packing."""
+    starts = range(0, len(conversations), micro_batch_size)
+    return [make_batch(conversations[start : start + micro_batch_size]) for start in starts]
+
+
+def make_batch(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Make a micro-batch as `ingest.Reader` does, with black images."""
+    import torch
+
+    from pipelines.data.ingest import pad_columns
+
+    columns = pad_columns(rows, pad_token_id=2)
+    images = int((columns["input_ids"] == SPEED_IMAGE_ID).sum()) // 32
+    if "position_ids" in columns:
+        del columns["attention_mask"]
+    tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+    return {**tensors, "pixel_values": torch.zeros(images, 3, 64, 64), "weight": torch.full((64,), 1e-3)}
+
+
+def train_step(module: "LlavaWithLoss", batches: Batches) -> None:
+    """Compute the gradient of micro-batches."""
+    for batch in batches:
+        rows = len(batch["input_ids"])
+        weight = batch["weight"] if "sample_index" in batch else batch["weight"][:rows]
+        module(**{**batch, "weight": weight}).backward()
+    module.zero_grad()
+
+
+if __name__ == "__main__":
+    main()

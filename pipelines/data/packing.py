@@ -1,0 +1,149 @@
+"""Packing: several conversations in one row of a micro-batch, for little padding.
+
+A global batch is shared among the same number of micro-batches as without packing. Their token counts, estimated from
+the index, are about equal, so that ranks wait little for each other. Each micro-batch lays its conversations into the
+fewest rows that `max_length` admits. The rows depend on the tokens of the conversations that are used, so a replacement
+needs no rule of its own: the micro-batch is laid out with it.
+
+Hence the conversations of a row are a function of sets, seed, settings and number of the global batch. They do not
+depend on the number of workers. A micro-batch of a single row has no padding.
+"""
+
+import heapq
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from annotated_types import Ge
+from jaxtyping import Int
+
+from redux.conversation import IGNORE_INDEX
+
+BYTES_PER_TOKEN = 4
+"""Estimated bytes of a stored record per token of its text. A wrong estimate only makes micro-batches less equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """Packing of conversations into rows.
+
+    Args:
+        max_length: maximum number of tokens of a row. A longer conversation has a row of its own.
+    """
+
+    max_length: Annotated[int, Ge(1)]
+
+
+def divide_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Divide items into parts of about equal total length: the longest item first, each to the shortest part.
+
+    Returns:
+        Indices of the items of each part, ascending. No part is empty if there are enough items.
+
+    >>> divide_evenly([5, 4, 3, 3, 3], 2)
+    [[0, 3], [1, 2, 4]]
+    """
+    shortest = [(0, 0, part) for part in range(parts)]  # length, number of items, part: a heap
+    result: list[list[int]] = [[] for _ in range(parts)]
+    # a stable sort: of equally long items the first comes first
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length, items, part = shortest[0]
+        heapq.heapreplace(shortest, (length + lengths[index], items + 1, part))
+        result[part].append(index)
+    return [sorted(part) for part in result]
+
+
+def lay_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Lay items into rows of at most `max_length`, which are about equally long.
+
+    A longer item has a row of its own. One row more than needed is taken if it leaves less padding.
+
+    Returns:
+        Indices of the items of each row.
+
+    >>> lay_rows([5, 4, 3, 3, 3], 10)
+    [[0, 1], [2, 3, 4]]
+    """
+    # items that are too long take no others
+    alone = [[index] for index, length in enumerate(lengths) if length > max_length]
+    others = [index for index, length in enumerate(lengths) if length <= max_length]
+    if not others:
+        return alone
+    # the smallest number of rows for which they are short enough; one row for each item always is
+    count = max(-(-sum(lengths[index] for index in others) // max_length), 1)
+    while _measure_longest(lengths, rows := _balance(lengths, others, count)) > max_length:
+        count += 1
+    # one row more: shorter rows, sometimes with less padding
+    layouts = [rows, _balance(lengths, others, min(count + 1, len(others)))]
+    return min([alone + rows for rows in layouts], key=lambda rows: len(rows) * _measure_longest(lengths, rows))
+
+
+def _measure_longest(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
+    return max(sum(lengths[index] for index in row) for row in rows)
+
+
+def _balance(lengths: Sequence[int], items: Sequence[int], count: int) -> list[list[int]]:
+    """Divide items into so many rows, and shorten the longest row by exchanges with others while any does."""
+    parts = divide_evenly([lengths[index] for index in items], count)
+    rows = [[items[index] for index in part] for part in parts]
+    while exchange := _find_exchange(lengths, rows):
+        longest, other, given, taken = exchange
+        rows[longest] = [index for index in rows[longest] if index != given] + taken
+        rows[other] = [index for index in rows[other] if index not in taken] + [given]
+    return [sorted(row) for row in rows]
+
+
+def _find_exchange(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[int, int, int, list[int]] | None:
+    """Find the item that the longest row should give to another row, and the items that it takes: none or one.
+
+    Returns:
+        Longest row, other row, item that is given, items that are taken; None if no exchange shortens the longest row.
+    """
+    totals = [sum(lengths[index] for index in row) for row in rows]
+    longest = totals.index(max(totals))
+    best, exchange = totals[longest], None
+    for other, row in enumerate(rows):
+        if other == longest:
+            continue
+        # an item against none, or against one of the other row
+        for given, taken in itertools.product(rows[longest], [[], *([index] for index in row)]):
+            moved = lengths[given] - sum(lengths[index] for index in taken)
+            longer = max(totals[longest] - moved, totals[other] + moved)
+            if longer < best:
+                best, exchange = longer, (longest, other, given, taken)
+    return exchange
+
+
+def join_rows(
+    conversations: Sequence[Mapping[str, Int[np.ndarray, " length"]]], rows: Sequence[Sequence[int]]
+) -> list[dict[str, Int[np.ndarray, " length"]]]:
+    """Join the text columns of conversations to those of rows.
+
+    Args:
+        conversations: input_ids and labels of each conversation.
+        rows: indices of the conversations of each row.
+
+    Returns:
+        Columns of each row: input_ids, labels, position_ids from 0 in each conversation, and sample_index, which counts
+        the conversations of all rows. The first token of a conversation has no label, as no token predicts it.
+    """
+    joined = []
+    number = 0
+    for row in rows:
+        members = [conversations[index] for index in row]
+        lengths = [len(member["input_ids"]) for member in members]
+        # no token sees that others stand before its conversation
+        position_ids = np.concatenate([np.arange(length) for length in lengths])
+        labels = np.concatenate([member["labels"] for member in members])
+        joined.append(
+            {
+                "input_ids": np.concatenate([member["input_ids"] for member in members]),
+                "labels": np.where(position_ids == 0, IGNORE_INDEX, labels),
+                "position_ids": position_ids,
+                "sample_index": np.repeat(np.arange(number, number + len(row)), lengths),
+            }
+        )
+        number += len(row)
+    return joined
