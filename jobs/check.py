@@ -7,7 +7,7 @@ import argparse
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import psutil
 import torch
 from transformers.utils import logging as transformers_logging
 
-from jobs import claims, document, model_parts, resolve, schema
+from jobs import claims, document, model_parts, resolve
 from jobs.check_text import (
     format_bytes,
     format_evaluation,
@@ -26,7 +26,7 @@ from jobs.check_text import (
     format_overlap,
     format_steps,
 )
-from jobs.dry_run import open_stages
+from jobs.dry_run import load_job, open_stages
 from jobs.layout import locate_checkpoints
 from jobs.schema import Job
 from pipelines.core import storage
@@ -98,7 +98,7 @@ def check_job(arguments: argparse.Namespace) -> None:
         JobError: there are problems; it has a line for each.
     """
     transformers_logging.disable_progress_bar()
-    job = _load_job(arguments.job, arguments.overrides)
+    job = load_job(arguments.job, arguments.overrides)
     folder = (arguments.runs_dir / job.name).resolve()
     problems = ProblemList()
     _check_preparations(job, folder, problems)
@@ -110,14 +110,6 @@ def check_job(arguments: argparse.Namespace) -> None:
         print(f"{len(problems.lines)} problem{'s' * (len(problems.lines) > 1)}")
         raise document.JobError(*problems.lines)
     print("no problems found")
-
-
-def _load_job(path: Path, overrides: Sequence[str]) -> Job:
-    tree = document.read_tree(path)
-    for key, kind in (("variants", "a study"), ("space", "a search")):
-        if isinstance(tree, dict) and key in tree:
-            raise document.JobError(f"{path}: got {kind}, allowed: a job; each run of {kind} has one in its folder")
-    return schema.load(path, overrides)
 
 
 # --- paths, packages, permissions ------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Everything that exists in the run folder is used. What a run would make first is
 folder: its sets, and the tokenizer. No weights are read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from jobs import claims
+from jobs import claims, document, schema
 from jobs.layout import locate_sets
 from jobs.model_parts import find_assembled
 from jobs.run import TOKENIZER, plan_stages, train_tokenizer
@@ -31,6 +31,15 @@ from redux.pretrained import load_assembled_tokenizer
 
 SECTIONS_OF_TRAINING = ("data", "model", "train", "seed")
 """Sections of a job on which samples and weights depend."""
+
+
+def load_job(path: Path, overrides: Sequence[str]) -> Job:
+    """Load a job; ValueError for a study or a search, which have several."""
+    tree = document.read_tree(path)
+    for key, kind in (("variants", "a study"), ("space", "a search")):
+        if isinstance(tree, dict) and key in tree:
+            raise document.JobError(f"{path}: got {kind}, allowed: a job; its runs have job files, RUN/{JOB_FILE}")
+    return schema.load(path, overrides)
 
 
 @contextmanager

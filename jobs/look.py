@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from jobs import document, model_parts, schema
+from jobs import model_parts
 from jobs.chat import PICTURE_COLUMNS, format_picture
-from jobs.dry_run import belongs_to_run, open_stages
+from jobs.dry_run import belongs_to_run, load_job, open_stages
 from jobs.layout import find_model, locate_model
 from jobs.resolve import resolve_job
 from jobs.schema import Job
@@ -91,6 +91,8 @@ def _collect(arguments: argparse.Namespace) -> tuple[str, str, list[StageView]]:
         if model:
             raise ValueError(f"--model: got {model} with a job, allowed: with a set of shards")
         job = load_job(Path(source) if is_file else Path(source) / JOB_FILE, arguments.overrides)
+        if not job.train:
+            raise ValueError(f"{source}: train: got no stages, allowed: at least one, as samples are shown by stage")
         folder = arguments.runs_dir / job.name if is_file else Path(source)
         stages = look_at_job(job, folder.resolve(), arguments.samples, arguments.seed)
         return job.name, f"Samples of each set as {source} trains on them, drawn with seed {arguments.seed}.", stages
@@ -118,18 +120,6 @@ def _without_steps(stage: StageView) -> StageView:
         replace(shown, samples=tuple(replace(sample, place="") for sample in shown.samples)) for shown in stage.sets
     )
     return replace(stage, facts=facts, sets=sets)
-
-
-def load_job(path: Path, overrides: Sequence[str]) -> Job:
-    """Load a job; ValueError for a study or a search, which have several."""
-    tree = document.read_tree(path)
-    for key, kind in (("variants", "a study"), ("space", "a search")):
-        if isinstance(tree, dict) and key in tree:
-            raise ValueError(f"{path}: got {kind}, allowed: a job; its runs have job files, RUN/{JOB_FILE}")
-    job = schema.load(path, overrides)
-    if not job.train:
-        raise ValueError(f"{path}: train: got no stages, allowed: at least one, as samples are shown by stage")
-    return job
 
 
 def build_job(source: str, name: str, model: str) -> Job:
