@@ -21,6 +21,7 @@ from pipelines.data.packing import Packing
 from pipelines.training import worker
 from pipelines.training.engine import LlavaWithLoss
 from pipelines.training.plan import StagePlan
+from pipelines.training.stage import Lora
 from redux import model
 from redux.settings import CMAI, VMTC
 from tests.pipelines import ranks, small
@@ -139,12 +140,37 @@ def stop_by_signal(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def assert_same_steps(steps: list[Step], expected: list[Step]) -> None:
+def assert_same_steps(steps: list[Step], expected: list[Step], tolerance: float = TOLERANCE) -> None:
     losses, norms, samples = zip(*steps, strict=True)
     expected_losses, expected_norms, expected_samples = zip(*expected, strict=True)
-    assert losses == pytest.approx(expected_losses, rel=TOLERANCE)
-    assert norms == pytest.approx(expected_norms, rel=10 * TOLERANCE)
+    assert losses == pytest.approx(expected_losses, rel=tolerance)
+    assert norms == pytest.approx(expected_norms, rel=10 * tolerance)
     assert samples == expected_samples
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    **{f"ZeRO {zero_stage}": {"zero_stage": zero_stage} for zero_stage in (0, 1, 2, 3)},
+    "LoRA": {"lora": Lora(rank=2, alpha=4, dropout=0), "learning_rate": {"language": 1e-2}},
+    "bf16": {"precision": "bf16"},
+}
+BF16_TOLERANCE = 1e-3
+
+
+def train_all(plans: list[StagePlan]) -> list[list[Step]]:
+    """Train two steps of each plan on this rank."""
+    return [train_part(plan, 0, 2) for plan in plans]
+
+
+@pytest.mark.integration
+def test_every_layout_trains_packed_rows_as_without_packing(plans: dict[bool, StagePlan], tmp_path: Path) -> None:
+    all_plans = [
+        replace(plans[packs], stage=replace(plans[packs].stage, **layout))
+        for layout in LAYOUTS.values()
+        for packs in (True, False)
+    ]
+    runs = ranks.run_on_ranks(tmp_path, 2, train_all, all_plans)[0]
+    for name, packed, unpacked in zip(LAYOUTS, runs[::2], runs[1::2], strict=True):
+        assert_same_steps(packed, unpacked, BF16_TOLERANCE if name == "bf16" else TOLERANCE)
 
 
 @pytest.mark.integration
