@@ -2,9 +2,9 @@
 
     python jobs/bench/packing.py
 
-Padding is measured on lengths like those of LLaVA-1.5's mix665k. The numbers of samples of its parts are exact. The
-text lengths of a part are drawn from a log-normal distribution, whose median and spread are estimates. Micro-batches
-are divided by lengths with errors, as the index gives them, and laid out by true ones.
+Padding is measured on lengths like those of LLaVA-1.5's mix665k, whose parts have 665,298 samples together. The text
+lengths of a part are drawn from a log-normal distribution, whose median and spread are estimates. Micro-batches are
+divided by lengths with errors, as the index gives them, and laid out by true ones.
 
 The speed is that of forward and backward passes of a LLaVA whose lengths are a ninth of these. One thread computes, and
 times are CPU times, which a busy machine changes little. Packed and other steps take turns. The script prints the

@@ -94,7 +94,7 @@ def test_a_run_asks_the_held_out_samples_and_shows_them(tmp_path: Path) -> None:
             "source": None,
             "hold_out": 0.3,
             "sets": {"mine": str(tmp_path / "shards")},
-            "make": {"mine": {"json": str(tmp_path / "records.json"), "images": str(tmp_path)}},
+            "make": {"mine": {"source": str(tmp_path / "records.json"), "images": str(tmp_path)}},
         },
         "model": {"checkpoint": str(tmp_path / "m")},
         "evaluate": {"tasks": {"chats": {"held_out": "mine", "metric": "contains", "max_new_tokens": 3}}},
