@@ -104,7 +104,7 @@ class Template:
 
 def split_system(turns: Sequence[dict]) -> tuple[str | None, Sequence[dict]]:
     """Split the system message, a first turn {"from": "system"}, from the other turns. None if there is none."""
-    if turns and turns[0]["from"] == "system":
+    if turns and turns[0].get("from") == "system":
         return turns[0]["value"], turns[1:]
     return None, turns
 
