@@ -17,8 +17,11 @@ if shutil.which("nvidia-smi") is None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return the number of test processes of `-n auto`: one for each CPU, at most 8, since many tests start a Ray."""
-    return min(os.cpu_count() or 1, 8)
+    """Return the number of test processes of `-n auto`: one more than there are CPUs, since tests wait for processes.
+
+    At most 8, since many tests start a Ray.
+    """
+    return min((os.cpu_count() or 1) + 1, 8)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers

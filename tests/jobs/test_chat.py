@@ -1,5 +1,6 @@
 """`redux ask` and `redux chat`: answers are those of evaluation, and a conversation in a terminal survives Ctrl-C."""
 
+import codecs
 import io
 import os
 import pty
@@ -119,12 +120,14 @@ class Terminal:
         )
         os.close(inside)
         self.output = ""
+        # a read may end within a character, or within the end of a line
+        self.decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
 
     def wait_for(self, pattern: str) -> str:
         """Read until the new output matches a pattern; return the output up to the end of the match."""
         while not (found := re.search(pattern, self.output, re.DOTALL)):
             assert select.select([self.terminal], [], [], EVENT_S)[0], f"no {pattern!r} in {self.output!r}"
-            self.output += os.read(self.terminal, 4096).decode(errors="replace").replace("\r\n", "\n")
+            self.output += self.decoder.decode(os.read(self.terminal, 4096))
         text, self.output = self.output[: found.end()], self.output[found.end() :]
         return text
 
