@@ -221,6 +221,8 @@ def _list_paths(job: Job) -> Iterator[Pair]:
     for task, settings in job.evaluate.tasks.items() if job.evaluate else ():
         for file in settings.files:
             yield f"evaluate.tasks.{task}.files", file
+        if settings.file:
+            yield f"evaluate.tasks.{task}.file", settings.file
         if settings.images:
             yield f"evaluate.tasks.{task}.images", settings.images
 

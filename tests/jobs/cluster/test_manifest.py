@@ -355,6 +355,7 @@ def test_secrets_are_references(render: Render) -> None:
         (["checkpoints=file:///data"], "checkpoints: got file:///data, allowed: a URL, or"),
         (["data.sets={mine: data/mine}"], "data.sets.mine: got data/mine, allowed: a URL, or"),
         (["evaluate.tasks={gqa: {files: [q.json]}}"], "evaluate.tasks.gqa.files: got q.json, allowed: a URL, or"),
+        (["evaluate.tasks={own: {file: q.json, metric: exact}}"], "evaluate.tasks.own.file: got q.json, allowed: a"),
         (["evaluate.tasks={mme: {files: ['s3://key:secret@bucket/x']}}"], "^redux: the job: got a URL with a password"),
         (["checkpoints=s3://key:secret@bucket/x"], "^redux: checkpoints: got a URL with a password, allowed: .*"),
         (["--redis-secret", "a:b"], "--redis-secret: got a secret without --redis"),

@@ -355,6 +355,8 @@ def test_a_project_file_that_is_none_is_named(tmp_path: Path, content: bytes, me
     (("--env", "KEY=hunter2"), "--env: got KEY=…"),
     (("checkpoints=here",), "checkpoints: got here"),
     (("data.sets={a: here}",), "data.sets.a: got here"),
+    (("data.make={a: {source: 's3://b/a', images: here}}",), "data.make.a.images: got here"),
+    (("evaluate={tasks: {own: {file: q.jsonl, metric: exact}}}",), "evaluate.tasks.own.file: got q.jsonl"),
     (("data.sets={a: 's3://me:hunter2@host/a'}",), "a URL with a password"),
 ])  # fmt: skip
 def test_a_wrong_submission_is_refused_before_a_connection(redux: Redux, words: tuple[str, ...], message: str) -> None:
