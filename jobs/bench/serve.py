@@ -103,7 +103,8 @@ def save_random_model(folder: Path, small: bool) -> Path:
         max_position_embeddings=1024,
     )
     torch.manual_seed(0)
-    model = build_model(ModelSettings(tower=tower, language=language), tokenizer)
+    # trained with all image tokens: the number is chosen when it is served
+    model = build_model(ModelSettings(tower=tower, language=language, vmtc=None), tokenizer)
     with torch.no_grad():
         model.get_output_embeddings().weight[tokenizer.all_special_ids] = 0
     print(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f}M weights", flush=True)
