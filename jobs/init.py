@@ -22,6 +22,7 @@ from pipelines.data.options import SetSource
 from pipelines.data.sources.layouts import ALLOWED_SOURCES
 from pipelines.data.sources.opened import RecordSource
 from pipelines.data.sources.rows import SourceRecord
+from pipelines.evaluation import tasks
 from redux.benchmarks import custom, instructions
 from redux.benchmarks.custom import AnswerMetric
 
@@ -57,6 +58,7 @@ class InitAnswers:
         num_records: number of records.
         bad_fraction: share of the records that will be rejected.
         questions: file of questions with answers; None for none.
+        question_images: folder of their images; None for the folder of the file.
         metric: their metric.
         gpus: number of GPUs.
         model: "small", a name in LARGE_MODELS, folder or hub id of a LLaVA, or those of a tower and a language model.
@@ -68,6 +70,7 @@ class InitAnswers:
     num_records: int = EASY_VQA_IMAGES
     bad_fraction: float = 0.0
     questions: str | None = None
+    question_images: str | None = None
     metric: AnswerMetric = "contains"
     gpus: int
     model: str
@@ -149,6 +152,7 @@ def ask_all(dialog: Dialog) -> InitAnswers:
     images: str | None = None
     questions: str | None = None
     number, bad_fraction = EASY_VQA_IMAGES, 0.0
+    question_images: str | None = None
     metric: AnswerMetric = "contains"
     if data != EASY_VQA and not shard_index.is_finished(data):
         images, rejected, number, checked = ask_images(dialog, data)
@@ -168,6 +172,7 @@ def ask_all(dialog: Dialog) -> InitAnswers:
             metric,
             lambda text: parse_metric(text, questions),
         )
+        question_images = ask_question_images(dialog, questions, metric, images)
     gpus = dialog.ask("Number of GPUs", str(count_local_gpus()), parse_gpus)
     model = dialog.ask(
         f"Model: {SMALL_MODEL} (from random weights), {' or '.join(LARGE_MODELS)} (CLIP and Vicuna, as LLaVA-1.5), "
@@ -183,6 +188,7 @@ def ask_all(dialog: Dialog) -> InitAnswers:
         num_records=number,
         bad_fraction=bad_fraction,
         questions=questions,
+        question_images=question_images,
         metric=metric,
         gpus=gpus,
         model=model,
@@ -274,6 +280,40 @@ def parse_questions(text: str) -> str | None:
         except ValueError:
             custom.read_questions(str(path), "exact")
     return str(path)
+
+
+def ask_question_images(dialog: Dialog, questions: str, metric: AnswerMetric, images: str | None) -> str | None:
+    """Find the folder of the images of the questions, or ask for it; None for the folder of the file.
+
+    Args:
+        dialog: asks.
+        questions: file of the questions.
+        metric: their metric.
+        images: folder of the training images.
+    """
+    for folder in (images, None):
+        try:
+            return check_question_images(folder, questions, metric)
+        except ValueError:
+            continue
+    return dialog.ask(
+        "Folder of the images of the questions",
+        str(Path(questions).parent),
+        lambda text: check_question_images(text, questions, metric),
+    )
+
+
+def check_question_images(folder: str | None, questions: str, metric: AnswerMetric) -> str | None:
+    """Check that a folder, by default that of the file, has the images of all questions; ValueError if not."""
+    task = tasks.TaskSettings(file=questions, metric=metric, images=folder)
+    root = Path(tasks.find_image_folder("own", task)).expanduser()
+    names = [question.image for question in tasks.load_questions("own", task) if isinstance(question.image, str)]
+    if missing := [name for name in names if not (root / name).is_file()]:
+        raise ValueError(
+            f"{root}: {len(missing)} of {len(names)} images are missing, allowed: the folder of all; "
+            f"the first: {missing[0]}"
+        )
+    return folder
 
 
 def parse_metric(text: str, questions: str) -> AnswerMetric:
@@ -508,7 +548,7 @@ def _write_evaluation(answers: InitAnswers) -> list[str]:
             "#   tasks: {own: {file: questions.jsonl, images: images, metric: contains}}",
             "# Or ask a share of the data, which is then not trained on: data.hold_out: 0.05 and evaluate: {}",
         ]
-    images = f", images: {_quote(answers.images)}" if answers.images else ""
+    images = f", images: {_quote(answers.question_images)}" if answers.question_images else ""
     return [
         "evaluate:",
         "  tasks:",

@@ -84,6 +84,20 @@ def test_own_records_questions_and_a_llava(mine: Path, capsys: pytest.CaptureFix
     assert (task.file, task.images, task.metric) == (str(mine / "questions.jsonl"), str(mine / "images"), "exact")
 
 
+def test_questions_may_have_images_of_their_own(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (mine / "asked").mkdir()
+    for number in range(3):
+        (mine / "images" / f"{number}.png").rename(mine / "asked" / f"{number}.png")
+    answers = [
+        str(mine / "records.json"), str(mine / "images"), str(mine / "questions.jsonl"), "exact", str(mine / "images"),
+        str(mine / "asked"), "4", "llava-hf/llava-1.5-7b-hf", "shapes",
+    ]  # fmt: skip
+    job = write_and_load(answers, mine)
+    assert "images: 3 of 3 images are missing, allowed: the folder of all; the first: 0.png" in capsys.readouterr().out
+    assert job.evaluate
+    assert job.evaluate.tasks["own"].images == str(mine / "asked")
+
+
 @pytest.mark.parametrize("model", ["small", "7b", "13b", "openai/clip-vit-base-patch32 s3://bucket/language"])
 @pytest.mark.parametrize("gpus", ["1", "3", "8"])
 @pytest.mark.parametrize("data", ["easy-vqa", "own"])
