@@ -74,7 +74,7 @@ def _add_ask(verbs: Any) -> None:
     ask.add_argument("question", metavar="QUESTION", help="the question")
     _add_model_options(ask)
     _add_sampling_options(ask)
-    ask.set_defaults(verb=_ask, resumes=False)
+    ask.set_defaults(verb=_ask)
 
 
 def _ask(arguments: argparse.Namespace) -> None:
@@ -96,7 +96,7 @@ def _add_chat(verbs: Any) -> None:
     chat.add_argument("images", metavar="IMAGE", nargs="*", help="images for the first question, paths or URLs")
     _add_model_options(chat)
     _add_sampling_options(chat)
-    chat.set_defaults(verb=_chat, resumes=False)
+    chat.set_defaults(verb=_chat)
 
 
 def _chat(arguments: argparse.Namespace) -> None:

@@ -50,7 +50,7 @@ def add_parsers(verbs: Any) -> None:
         help="tokens per second of all workers together (default: those of the stage in the run folder, if it has run)",
     )
     check.add_argument("--price", metavar="P", type=_parse_positive, help="price of a GPU-hour, in any currency")
-    check.set_defaults(verb=_check, resumes=False)
+    check.set_defaults(verb=_check)
 
 
 def _parse_positive(text: str) -> float:

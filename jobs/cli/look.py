@@ -52,7 +52,7 @@ def add_parsers(verbs: Any) -> None:
         default=Path("runs"),
         help="the run folder of a job is DIR/NAME; what exists there is used (default: %(default)s)",
     )
-    look.set_defaults(verb=_look, resumes=False)
+    look.set_defaults(verb=_look)
 
 
 def _look(arguments: argparse.Namespace) -> None:

@@ -74,7 +74,7 @@ def _add_run(verbs: Any) -> None:
         action="store_true",
         help="resume although the job, its data or its model have changed since the start of the run",
     )
-    run.set_defaults(verb=_run)
+    run.set_defaults(verb=_run, resumes=True)
 
 
 def _run(arguments: argparse.Namespace) -> None:
