@@ -30,6 +30,9 @@ T = TypeVar("T")
 
 EASY_VQA = "easy-vqa"
 NO_QUESTIONS = "none"
+OWN_SET = "records"
+"""Name of the set of the user's data."""
+
 SMALL_MODEL = "small"
 LARGE_MODELS = {"7b": "lmsys/vicuna-7b-v1.5", "13b": "lmsys/vicuna-13b-v1.5"}
 """Language models of LLaVA-1.5 by the answer that chooses them."""
@@ -412,11 +415,14 @@ def _write_data(answers: InitAnswers) -> list[str]:
         return ["data:", f"  source: {EASY_VQA}  # images and questions of the package easy-vqa"]
     lines = ["data:", "  source: null"]
     if answers.images is None:
-        return [*lines, "  sets:", f"    mine: {_quote(answers.data)}  # folder or URL of shards"]
-    lines += ["  sets:", f"    mine: {_quote(f'shards/{answers.name}')}  # shards that the run makes of the records"]
+        return [*lines, "  sets:", f"    {OWN_SET}: {_quote(answers.data)}  # folder or URL of shards"]
+    lines += [
+        "  sets:",
+        f"    {OWN_SET}: {_quote(f'shards/{answers.name}')}  # shards that the run makes of the records",
+    ]
     lines += [
         "  make:",
-        "    mine:",
+        f"    {OWN_SET}:",
         f"      source: {_quote(answers.data)}",
         f"      images: {_quote(answers.images)}",
     ]
@@ -450,7 +456,7 @@ def _write_model(answers: InitAnswers) -> list[str]:
 def _write_stages(answers: InitAnswers) -> list[str]:
     """Write the training stages: three for a small model and easy-VQA, two for parts, one otherwise."""
     own_data = answers.data != EASY_VQA
-    captions, conversations = ("mine", "mine") if own_data else ("captions", "conversations")
+    captions, conversations = (OWN_SET, OWN_SET) if own_data else ("captions", "conversations")
     rates = "{tower: 1e-3, projector: 1e-3, language: 1e-3}"
     if answers.model == SMALL_MODEL and own_data:
         return _write_stage(

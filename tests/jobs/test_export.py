@@ -280,10 +280,10 @@ def test_the_card_has_the_effect_of_cmai_or_the_command_that_measures_it(run: Pa
     assert (off.train, off.model.cmai, off.model.vmtc) == ({}, None, "checkpoint")
     assert off.model.checkpoint == str(model)
     # the evaluation that this command would leave
-    (beside := run.parent / off.name).mkdir()
-    (beside / JOB_FILE).write_text(schema.dump(off))
+    (run_off := run.parent / off.name).mkdir()
+    (run_off / JOB_FILE).write_text(schema.dump(off))
     vmtc = ReduxForConditionalGeneration.config_class.from_pretrained(model).vmtc
-    write_answers(beside, right=5, methods={"vmtc": vmtc, "cmai": None, "reduction": None})
+    write_answers(run_off, right=5, methods={"vmtc": vmtc, "cmai": None, "reduction": None})
     export_model(run, None, None, str(tmp_path / "after"))
     _, text = read_card(tmp_path / "after")
     assert re.search(r"\| easy_vqa \| 75.0 % \| 25.0 % \| \+50.0 \| \+[\d.]+ to \+[\d.]+ \|", text)

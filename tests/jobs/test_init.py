@@ -21,7 +21,7 @@ from tests.jobs.command_line import run_command
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Path:
+def files(tmp_path: Path) -> Path:
     """A folder with 12 records, one of them without its image, and 3 questions."""
     entries = [make_record(number) for number in range(12)]
     (tmp_path / "records.json").write_text(json.dumps(entries))
@@ -65,62 +65,68 @@ def test_defaults_without_a_gpu_are_the_small_model_on_easy_vqa(
     assert job.evaluate == replace(quickstart.evaluate, tasks=quickstart.evaluation_tasks)
 
 
-def test_own_records_questions_and_a_llava(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_records_questions_and_a_llava(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answers = [
-        str(mine / "records.json"), str(mine / "images"), str(mine / "questions.jsonl"), "exact", "4",
+        str(files / "records.json"), str(files / "images"), str(files / "questions.jsonl"), "exact", "4",
         "llava-hf/llava-1.5-7b-hf", "shapes",
     ]  # fmt: skip
-    job = write_and_load(answers, mine)
+    job = write_and_load(answers, files)
     assert "12 records, 12 of them checked: 1 rejected, 1 with missing image" in capsys.readouterr().out
-    source = job.data.make["mine"]
-    assert (source.source, source.images) == (str(mine / "records.json"), str(mine / "images"))
+    source = job.data.make["records"]
+    assert (source.source, source.images) == (str(files / "records.json"), str(files / "images"))
     assert 1 / 12 <= source.max_bad_fraction < 0.1, "the record without an image does not stop the run"
     assert (job.name, job.num_workers, job.model.checkpoint) == ("shapes", 4, "llava-hf/llava-1.5-7b-hf")
     stage = job.train["instruct"]
-    assert (stage.data, stage.lora, stage.precision) == ("mine", Lora(), "bf16")
+    assert (stage.data, stage.lora, stage.precision) == ("records", Lora(), "bf16")
     assert stage.count_accumulation_steps(4) == 1
     assert job.evaluate
     task = job.evaluate.tasks["own"]
-    assert (task.file, task.images, task.metric) == (str(mine / "questions.jsonl"), str(mine / "images"), "exact")
+    assert (task.file, task.images, task.metric) == (
+        str(files / "questions.jsonl"),
+        str(files / "images"),
+        "exact",
+    )
 
 
-def test_questions_may_have_images_of_their_own(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (mine / "asked").mkdir()
+def test_questions_may_have_images_of_their_own(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "asked").mkdir()
     for number in range(3):
-        (mine / "images" / f"{number}.png").rename(mine / "asked" / f"{number}.png")
+        (files / "images" / f"{number}.png").rename(files / "asked" / f"{number}.png")
     answers = [
-        str(mine / "records.json"), str(mine / "images"), str(mine / "questions.jsonl"), "exact", str(mine / "images"),
-        str(mine / "asked"), "4", "llava-hf/llava-1.5-7b-hf", "shapes",
+        str(files / "records.json"), str(files / "images"), str(files / "questions.jsonl"), "exact",
+        str(files / "images"), str(files / "asked"), "4", "llava-hf/llava-1.5-7b-hf", "shapes",
     ]  # fmt: skip
-    job = write_and_load(answers, mine)
+    job = write_and_load(answers, files)
     assert "images: 3 of 3 images are missing, allowed: the folder of all; the first: 0.png" in capsys.readouterr().out
     assert job.evaluate
-    assert job.evaluate.tasks["own"].images == str(mine / "asked")
+    assert job.evaluate.tasks["own"].images == str(files / "asked")
 
 
 @pytest.mark.parametrize("model", ["small", "7b", "13b", "openai/clip-vit-base-patch32 s3://bucket/language"])
 @pytest.mark.parametrize("gpus", ["1", "3", "8"])
 @pytest.mark.parametrize("data", ["easy-vqa", "own"])
-def test_every_choice_gives_a_job_whose_batches_the_workers_share(mine: Path, data: str, gpus: str, model: str) -> None:
-    own = [str(mine / "records.json"), str(mine / "images"), ""]
-    job = write_and_load([*(own if data == "own" else ["easy-vqa"]), gpus, model, "run"], mine)
+def test_every_choice_gives_a_job_whose_batches_the_workers_share(
+    files: Path, data: str, gpus: str, model: str
+) -> None:
+    own = [str(files / "records.json"), str(files / "images"), ""]
+    job = write_and_load([*(own if data == "own" else ["easy-vqa"]), gpus, model, "run"], files)
     for stage in job.train.values():
         assert stage.count_accumulation_steps(int(gpus)) >= 1
 
 
-def test_wrong_answers_are_explained_and_asked_again(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, records = str(mine), str(mine / "records.json")
-    (mine / "broken.jsonl").write_text('{"image": "0.png"}\n')
+def test_wrong_answers_are_explained_and_asked_again(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, records = str(files), str(files / "records.json")
+    (files / "broken.jsonl").write_text('{"image": "0.png"}\n')
     answers = [
-        "nowhere", folder, str(mine / "questions.jsonl"), str(mine / "missing"), records,  # data
-        "nowhere", folder, str(mine / "images"),  # images
-        "nowhere", str(mine / "broken.jsonl"), str(mine / "questions.jsonl"),  # questions
+        "nowhere", folder, str(files / "questions.jsonl"), str(files / "missing"), records,  # data
+        "nowhere", folder, str(files / "images"),  # images
+        "nowhere", str(files / "broken.jsonl"), str(files / "questions.jsonl"),  # questions
         "best", "vqa", "contains",  # metric
         "two", "-1", "0",  # GPUs
         "7b", "???", folder, "a/b c/d e/f", f"a/b {folder}", "small",  # model
         "../up", "run",  # name
     ]  # fmt: skip
-    job = write_and_load(answers, mine)
+    job = write_and_load(answers, files)
     assert job.name == "run"
     explained = re.findall(r"^  (.*)$", capsys.readouterr().out, re.M)
     # seven answers are right; one line counts the records

@@ -9,6 +9,7 @@ multiplies.
 import json
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 # before the first import of triton: an interpreted kernel has no code
@@ -31,9 +32,10 @@ class HopperDriver:
 
     launcher_cls = staticmethod(lambda *_args, **_options: lambda *_args, **_options: None)
 
-    class utils:  # noqa: N801
-        load_binary = staticmethod(lambda *_args: (0, 0, 0, 0, 1024))
-        get_device_properties = staticmethod(lambda _device: {"max_shared_mem": 232448, "warpSize": 32})
+    utils = SimpleNamespace(
+        load_binary=lambda *_args: (0, 0, 0, 0, 1024),
+        get_device_properties=lambda _device: {"max_shared_mem": 232448, "warpSize": 32},
+    )
 
     def get_current_device(self) -> int:
         return 0
