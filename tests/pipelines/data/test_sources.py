@@ -77,31 +77,33 @@ def check_equal(batch: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def conversations(
+def read_records(
     in_process: Callable[[], AbstractContextManager[None]],
     photos: Path,
     words: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Any]:
-    """The batch of the conversations in LLaVA's form."""
-    out = str(tmp_path_factory.mktemp("expected"))
-    with in_process():
-        make_shards(CONVERSATIONS, str(photos), out, ShardOptions())
-    return read_batch(out, words)
+) -> Callable[[Any], dict[str, Any]]:
+    """Reads the batch of records in LLaVA's form."""
+
+    def read(records: Any) -> dict[str, Any]:
+        out = str(tmp_path_factory.mktemp("expected"))
+        with in_process():
+            make_shards(records, str(photos), out, ShardOptions())
+        return read_batch(out, words)
+
+    return read
 
 
 @pytest.fixture(scope="module")
-def captions(
-    in_process: Callable[[], AbstractContextManager[None]],
-    photos: Path,
-    words: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Any]:
+def conversations(read_records: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """The batch of the conversations in LLaVA's form."""
+    return read_records(CONVERSATIONS)
+
+
+@pytest.fixture(scope="module")
+def captions(read_records: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     """The batch of the captions in LLaVA's form."""
-    out = str(tmp_path_factory.mktemp("expected"))
-    with in_process():
-        make_shards(source_files.make_llava(SAMPLES), str(photos), out, ShardOptions())
-    return read_batch(out, words)
+    return read_records(source_files.make_llava(SAMPLES))
 
 
 def test_the_expected_batches_have_images_labels_and_a_system_message(
