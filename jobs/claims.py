@@ -10,7 +10,7 @@ Cost: reads the lines of metrics.jsonl once.
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import yaml
 from jobs import document
 from jobs.schema import Job
 from pipelines.core import jsonl, storage
+from pipelines.core.settings import KEYS_WITHOUT_EFFECT, is_in_sections
 from pipelines.evaluation import evaluate
 from pipelines.training import checkpoint, metrics
 from pipelines.training.checkpoint import JOB_FILE
@@ -27,23 +28,8 @@ from pipelines.training.checkpoint import JOB_FILE
 PROGRESS = "progress.jsonl"
 ASSEMBLED = "assembled"
 
-MAY_CHANGE_ON_RESUME = (
-    "data.max_bad_fraction", "num_workers", "gpu_share", "recovery", "trackers", "model.kernels",
-    "evaluate.batch_size", "evaluate.num_actors",
-)  # fmt: skip
-"""Settings of a job that change no result of a finished step."""
-
 PREPARATIONS = {"shards", "assemble"}
 """Steps that are repeated if their settings change before the first training step."""
-
-
-def may_change(key: str, sections: Collection[str]) -> bool:
-    """Tell if a dotted path is one of these sections or lies in one.
-
-    >>> may_change("recovery.restarts", MAY_CHANGE_ON_RESUME), may_change("evaluate.limit", MAY_CHANGE_ON_RESUME)
-    (True, False)
-    """
-    return any(f"{key}.".startswith(f"{name}.") for name in sections)
 
 
 def find_changes(
@@ -145,7 +131,7 @@ class Claim:
 
     def find_dependents(self, key: str) -> set[str]:
         """Find the steps whose results depend on the setting at a dotted path."""
-        if may_change(key, MAY_CHANGE_ON_RESUME):
+        if is_in_sections(key, KEYS_WITHOUT_EFFECT):
             return set()
         section, _, subkey = key.partition(".")
         if section == "report":

@@ -17,6 +17,7 @@ from jobs.layout import locate_sets
 from jobs.model_parts import find_assembled
 from jobs.run import TOKENIZER, plan_stages, train_tokenizer
 from jobs.schema import Job
+from pipelines.core.settings import KEYS_WITHOUT_EFFECT, is_in_sections
 from pipelines.data import easy_vqa
 from pipelines.data.options import ShardOptions
 from pipelines.data.shard_index import Shards, is_finished
@@ -77,8 +78,7 @@ def belongs_to_run(job: Job, folder: Path) -> bool:
         return False
     changes = claims.find_changes(folder / JOB_FILE, job)
     return not any(
-        claims.may_change(key, SECTIONS_OF_TRAINING) and not claims.may_change(key, claims.MAY_CHANGE_ON_RESUME)
-        for key in changes
+        is_in_sections(key, SECTIONS_OF_TRAINING) and not is_in_sections(key, KEYS_WITHOUT_EFFECT) for key in changes
     )
 
 

@@ -1,7 +1,9 @@
 """Locations inside a run folder that later runs and other verbs read: sets of shards, checkpoints, and models."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jobs import schema
 from jobs.schema import Job
@@ -48,6 +50,30 @@ def locate_checkpoints(job: Job, folder: Path) -> str:
 def locate_model(job: Job, folder: Path, stage: str) -> str:
     """Locate the folder or URL of the model that a stage makes."""
     return storage.join(locate_checkpoints(job, folder), stage, "model")
+
+
+def list_paths(job: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """List the keys of a job that name folders, files or URLs, with their values.
+
+    A hub id of a model is not listed. A name such as `a/b` is a hub id unless this folder exists here.
+
+    Args:
+        job: the job as a tree, with or without its defaults.
+    """
+    data, model, evaluation = (job.get(section) or {} for section in ("data", "model", "evaluate"))
+    pairs = [("checkpoints", job.get("checkpoints"))]
+    pairs += [(f"data.sets.{name}", url) for name, url in (data.get("sets") or {}).items()]
+    for name, source in (data.get("make") or {}).items():
+        pairs += [(f"data.make.{name}.{key}", (source or {}).get(key)) for key in ("source", "images")]
+    for part in ("tower", "language", "checkpoint"):
+        text = model.get(part)
+        if isinstance(text, str) and (text.startswith(("/", ".", "~", "file:")) or Path(text).is_dir()):
+            pairs.append((f"model.{part}", text))
+    for name, task in (evaluation.get("tasks") or {}).items():
+        settings = task or {}
+        pairs += [(f"evaluate.tasks.{name}.files", file) for file in settings.get("files") or ()]
+        pairs += [(f"evaluate.tasks.{name}.{key}", settings.get(key)) for key in ("file", "images")]
+    yield from ((key, value) for key, value in pairs if value)
 
 
 def find_model(source: str) -> str:

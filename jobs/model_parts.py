@@ -14,6 +14,7 @@ from jobs import claims
 from jobs.claims import ASSEMBLED
 from jobs.schema import Job
 from pipelines.core import failures, storage
+from pipelines.core.settings import KEYS_WITHOUT_EFFECT, is_in_sections
 from pipelines.training import metrics
 from pipelines.training.checkpoint import JOB_FILE
 from redux import answering, language, pretrained
@@ -54,7 +55,7 @@ def find_assembled(job: Job, folder: Path) -> Path | None:
     # the file has absolute paths
     located = replace(job, model=locate_parts(job.model))
     keys = claims.find_changes(folder / JOB_FILE, located)
-    changed = [key for key in keys if not claims.may_change(key, claims.MAY_CHANGE_ON_RESUME)]
+    changed = [key for key in keys if not is_in_sections(key, KEYS_WITHOUT_EFFECT)]
     outdated = any(key.partition(".")[0] == "model" for key in changed)
     return None if outdated and not metrics.read_stages(folder) else assembled
 

@@ -113,7 +113,7 @@ def run(
 def _describe_result(job: Job, folder: Path, until: str | None) -> str:
     """Describe a finished run: its report, or the step with which it ends, and how to ask its model."""
     if until:
-        return f"{job.name} is finished; its {until}: {folder}"
+        return f"{job.name} has finished {until}: {folder}"
     return f"{job.name} is finished; its report: {folder / 'report.html'}\n{describe_asking(job, folder)}"
 
 

@@ -35,6 +35,7 @@ from jobs.schema import Job
 from jobs.search_schema import Search
 from jobs.study import SHARED
 from pipelines.core import cluster, storage
+from pipelines.core.settings import KEYS_WITHOUT_EFFECT, is_in_sections
 from pipelines.evaluation import evaluate
 from pipelines.report import page
 from pipelines.search import driver as tuning
@@ -53,7 +54,7 @@ SEARCH_MAY_CHANGE_ON_RESUME = (
     "num_trials",
     "max_concurrent_trials",
     "retries",
-    *(f"job.{name}" for name in (*claims.MAY_CHANGE_ON_RESUME, "report")),
+    *(f"job.{name}" for name in (*KEYS_WITHOUT_EFFECT, "report")),
 )
 """Settings of a search that change no result of a finished trial."""
 
@@ -233,7 +234,7 @@ def _claim(search: Search, folder: Path, allow_changes: bool) -> None:
     """
 
     def find_use(key: str) -> str:
-        if claims.may_change(key, SEARCH_MAY_CHANGE_ON_RESUME):
+        if is_in_sections(key, SEARCH_MAY_CHANGE_ON_RESUME):
             return ""
         if has_trained and key.startswith("job."):
             return f"{SHARED}, which has started,"
@@ -242,7 +243,7 @@ def _claim(search: Search, folder: Path, allow_changes: bool) -> None:
     has_trials = any((folder / tuning.TRIALS_FOLDER).glob("*"))
     has_trained = bool(metrics.read_stages(folder / SHARED))
     keys = claims.claim(folder / SEARCH_FILE, search, find_use, allow_changes)
-    if not has_trials and not all(claims.may_change(key, SEARCH_MAY_CHANGE_ON_RESUME) for key in keys):
+    if not has_trials and not all(is_in_sections(key, SEARCH_MAY_CHANGE_ON_RESUME) for key in keys):
         discard_study(search, search.name, folder)
     open_storage(search, folder)  # reports a wrong `storage` before any work
 

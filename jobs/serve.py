@@ -11,7 +11,14 @@ from unittest.mock import patch
 
 from jobs.layout import CONFIG_FILE, find_model
 from pipelines.core import interrupts
-from pipelines.serving.settings import API_KEY_VARIABLE, MEGABYTE, RequestLimits, ServedModel, ServerSettings
+from pipelines.serving.settings import (
+    API_KEY_VARIABLE,
+    MEGABYTE,
+    MEGAPIXEL,
+    RequestLimits,
+    ServedModel,
+    ServerSettings,
+)
 from redux.extras import write_install_command
 
 STATUS_POLL_S = 2.0
@@ -112,7 +119,7 @@ def build_settings(arguments: argparse.Namespace) -> ServerSettings:
         limits=RequestLimits(
             body_bytes=arguments.max_body * MEGABYTE,
             images=arguments.max_images,
-            pixels=arguments.max_pixels * MEGABYTE,
+            pixels=arguments.max_pixels * MEGAPIXEL,
             new_tokens=arguments.max_new_tokens,
             concurrent=arguments.max_requests,
             image_hosts=tuple(arguments.image_host),

@@ -108,19 +108,20 @@ class CompressionStage(NamedTuple):
 class VMTC:
     """Settings of the token compression.
 
-    The budget is one of `ratio`, `tokens` or `kept`; without any of them, a ratio of 0.5.
+    A stage of the compression is a block of the image tower that compresses. It is not a stage of the training.
 
     Args:
-        ratio: share of the image tokens removed in total, 0 <= ratio < 1.
-        tokens: image tokens after the last stage.
-        kept: k of each stage; requires `clusters`.
-        clusters: c, one number for all stages or one for each. 0 drops the redundant tokens, 1 merges them into a
-            single one. A stage that removes no token has no clusters, unless `kept` is set.
-        cluster_share: c as a share of a stage's output tokens, if `clusters` is null. The default is 1/6.
-        stages: number of compressing blocks, equally spaced over the blocks in use. Or a list of their numbers, from 0;
+        ratio: share of the image tokens removed in total, 0 <= ratio < 1. Set at most one of `ratio`, `tokens` and
+            `kept`; without any of them, half of the tokens are removed.
+        tokens: number of image tokens that reach the language model, instead of `ratio`.
+        kept: k of each compressing block, instead of `ratio`; requires `clusters`.
+        clusters: c, one number for all compressing blocks or one for each. 0 drops the redundant tokens, 1 merges them
+            into a single one. A block that removes no token has no clusters, unless `kept` is set.
+        cluster_share: c as a share of a block's output tokens, if `clusters` is null. The default is 1/6.
+        stages: number of compressing blocks, equally spaced over the blocks in use. Or a list of their indices, from 0;
             -1 is the last block in use.
-        budget_schedule: distribution of the budget over the stages. "geometric" removes the same share in each stage,
-            "linear" the same number.
+        budget_schedule: distribution of the budget over the compressing blocks. "geometric" removes the same share in
+            each, "linear" the same number.
         similarity: vectors that are clustered: "tokens", or their attention "keys", as in PruMerge.
         weights: merge weight of a token in its cluster. "raw" is IPS(j), as eq. 7 is printed, "normalized" divides by
             the cluster's sum of IPS, "total" by the sum of all redundant tokens.

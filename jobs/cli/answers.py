@@ -149,7 +149,7 @@ def _add_serve(verbs: Any) -> None:
         ("--max-images", 8, "images of a conversation"),
         ("--max-pixels", 50, "megapixels of an image"),
         ("--max-new-tokens", 2048, "longest answer in tokens"),
-        ("--max-requests", 128, "requests in work at the same time"),
+        ("--max-requests", 128, "requests in progress at the same time"),
     ):
         limits.add_argument(option, metavar="N", type=parse_count, default=default, help=f"{text} (default: {default})")
     limits.add_argument(

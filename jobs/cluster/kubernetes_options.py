@@ -5,10 +5,14 @@ Kubernetes would report most mistakes only when it creates the objects, or when 
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
+from typing import Any
 
+import yaml
+
+from jobs.layout import list_paths
 from jobs.schema import Job
 
 Pair = tuple[str, str]
@@ -113,7 +117,7 @@ def check_job(job: Job, options: KubernetesOptions, resolved: str) -> None:
     """
     _check_numbers(job, options)
     _check_options(options)
-    _check_paths(job, PurePosixPath(options.volume[1]))
+    _check_paths(yaml.safe_load(resolved), PurePosixPath(options.volume[1]))
     _check_passwords(resolved)
 
 
@@ -183,7 +187,7 @@ def _list_texts(options: KubernetesOptions) -> Iterator[tuple[str, str, TextRule
                 yield option, text, rule
 
 
-def _check_paths(job: Job, volume: PurePosixPath) -> None:
+def _check_paths(job: Mapping[str, Any], volume: PurePosixPath) -> None:
     """Check paths; ValueError if the job uses a path of this machine alone, or the volume hides a path of a pod."""
     reserved = [PurePosixPath(folder) for folder in RESERVED_DIRS]
     # in both directions: a volume at / would hide all of them
@@ -192,39 +196,13 @@ def _check_paths(job: Job, volume: PurePosixPath) -> None:
         raise ValueError(
             f"--volume: got {volume}, allowed: an absolute path outside system folders, such as /mnt/redux"
         )
-    for key, url in _list_paths(job):
+    for key, url in list_paths(job):
         local = url.removeprefix("file://")
         path = PurePosixPath(local)
         if "://" not in local and (".." in path.parts or not path.is_relative_to(volume)):
             raise ValueError(
                 f"{key}: got {url}, allowed: a URL, or a path in {volume}, which all pods and retries share"
             )
-
-
-def _list_paths(job: Job) -> Iterator[Pair]:
-    """List (key, path or URL) of the folders and files of a job. A hub id of a model is not listed."""
-    if job.checkpoints:
-        yield "checkpoints", job.checkpoints
-    for name, folder in job.data.sets.items():
-        yield f"data.sets.{name}", folder
-    for name, source in job.data.make.items():
-        yield f"data.make.{name}.source", source.source
-        if source.images is not None:
-            yield f"data.make.{name}.images", source.images
-    for part in ("tower", "language", "checkpoint"):
-        source_model = getattr(job.model, part)
-        # a hub id may look like a relative path; it is a path if it exists here
-        if isinstance(source_model, str) and (
-            source_model.startswith(("/", ".", "~", "file:")) or Path(source_model).is_dir()
-        ):
-            yield f"model.{part}", source_model
-    for task, settings in job.evaluate.tasks.items() if job.evaluate else ():
-        for file in settings.files:
-            yield f"evaluate.tasks.{task}.files", file
-        if settings.file:
-            yield f"evaluate.tasks.{task}.file", settings.file
-        if settings.images:
-            yield f"evaluate.tasks.{task}.images", settings.images
 
 
 def _check_passwords(resolved: str) -> None:

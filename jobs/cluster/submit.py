@@ -17,7 +17,7 @@ import re
 import shlex
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,6 +41,7 @@ from jobs.cluster.remote import (
     report_detached,
 )
 from jobs.exit_codes import EXIT_MISUSE
+from jobs.layout import list_paths
 from pipelines.training.stage import Recovery
 
 
@@ -126,8 +127,8 @@ def _check_submission(submission: Submission, job: Mapping[str, Any]) -> None:
         )
     if submission.id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", submission.id):
         raise ValueError(f"--id: got {submission.id}, allowed: letters, digits, dots, _ and -, a letter or digit first")
-    for key, url in _list_paths(job):
-        if url and "://" not in url and not PurePosixPath(url).is_absolute():
+    for key, url in list_paths(job):
+        if "://" not in url and not PurePosixPath(url).is_absolute():
             raise ValueError(
                 f"{key}: got {url}, allowed: a URL or an absolute path, as the working folder of the job "
                 "has no data and is deleted after it"
@@ -140,23 +141,6 @@ def _check_submission(submission: Submission, job: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{key}: got a URL with a password, allowed: a URL without, as others can read submitted files"
             )
-
-
-def _list_paths(job: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """List (key, path or URL) of the folders and files that a job names; None for one that it leaves out."""
-    data, evaluation = job.get("data") or {}, job.get("evaluate") or {}
-    yield "checkpoints", job.get("checkpoints")
-    for name, url in (data.get("sets") or {}).items():
-        yield f"data.sets.{name}", url
-    for name, made in (data.get("make") or {}).items():
-        for key in ("source", "images"):
-            yield f"data.make.{name}.{key}", made.get(key)
-    for name, task in (evaluation.get("tasks") or {}).items():
-        settings = task or {}
-        for key in ("file", "images"):
-            yield f"evaluate.tasks.{name}.{key}", settings.get(key)
-        for file in settings.get("files") or ():
-            yield f"evaluate.tasks.{name}.files", file
 
 
 def _collect_environment(names: Sequence[str], grace_s: float) -> dict[str, str]:

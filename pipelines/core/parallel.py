@@ -16,7 +16,8 @@ POLL_SECONDS = 0.5
 def map_bounded(task: Callable[..., Result], items: Iterable[Item], *args: Any) -> Iterator[Result]:
     """Run `task(item, *args)` in a Ray task per item, and yield results as they come.
 
-    At most one item per CPU of the cluster and one more are in work, so that `items` may be a generator of any length.
+    At most one item per CPU of the cluster and one more are in progress, so that `items` may be a generator of any
+    length.
     """
     # arguments of all tasks are stored once
     remote = ray.remote(num_cpus=1)(task)

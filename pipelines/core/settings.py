@@ -1,7 +1,22 @@
 """Nested settings, such as those of a job file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+KEYS_WITHOUT_EFFECT = (
+    "data.max_bad_fraction", "num_workers", "gpu_share", "recovery", "trackers", "model.kernels",
+    "evaluate.batch_size", "evaluate.num_actors",
+)  # fmt: skip
+"""Keys of a job that change no result of a finished step."""
+
+
+def is_in_sections(key: str, sections: Iterable[str]) -> bool:
+    """Tell if a dotted path is one of these sections or lies in one.
+
+    >>> is_in_sections("recovery.restarts", KEYS_WITHOUT_EFFECT), is_in_sections("evaluate.limit", KEYS_WITHOUT_EFFECT)
+    (True, False)
+    """
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,20 +19,23 @@ from typing import Any
 import yaml
 
 from pipelines.core import jsonl
-from pipelines.core.settings import flatten_dict
+from pipelines.core.settings import KEYS_WITHOUT_EFFECT, flatten_dict, is_in_sections
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
 from redux.benchmarks import Metric, Row
 from redux.configuration import ReduxConfig
 from redux.presets import Preset
 from redux.settings import METHODS
 
-IRRELEVANT_KEYS = (
-    "name", "seed", "num_workers", "checkpoints", "recovery", "report", "trackers", "data.max_bad_fraction",
-    "model.kernels", "evaluate.num_actors", "evaluate.batch_size", "evaluate.image_input", "evaluate.template",
-    "evaluate.image_aspect_ratio", "evaluate.allow_mismatch",
-    *(f"model.{name}" for name in METHODS),
+UNCOMPARED_KEYS = (*KEYS_WITHOUT_EFFECT, "name", "seed", "checkpoints", "report")
+"""Keys of a job in which runs of one variant may differ: the seed, and keys without effect on the result."""
+
+METHOD_KEYS = tuple(f"model.{name}" for name in METHODS)
+
+SAME_FAMILY_KEYS = (
+    *UNCOMPARED_KEYS, *METHOD_KEYS, "evaluate.image_input", "evaluate.template", "evaluate.image_aspect_ratio",
+    "evaluate.allow_mismatch",
 )  # fmt: skip
-"""Keys of a job that do not separate families: the seed, the method, and keys without effect on the result."""
+"""Keys of a job in which runs of one family may differ: those of a variant, the method, and its input."""
 
 CLIP_PATCHES = 576
 """Patches of an image in CLIP ViT-L/14 at 336 pixels, the default for a run with an unknown tower."""
@@ -388,11 +391,7 @@ def family_settings(source_job: Mapping[str, Any], job: Mapping[str, Any]) -> di
     """Collect the settings that separate families, by dotted name: training and evaluation tasks."""
     # training settings of the source, evaluation settings of this run
     combined = copy.deepcopy({**source_job, "evaluate": job.get("evaluate")})
-    return {
-        key: value
-        for key, value in flatten_dict(combined).items()
-        if not any(f"{key}.".startswith(f"{irrelevant}.") for irrelevant in IRRELEVANT_KEYS)
-    }
+    return {key: value for key, value in flatten_dict(combined).items() if not is_in_sections(key, SAME_FAMILY_KEYS)}
 
 
 def _group_seeds(family: Sequence[FinishedRun], notes: list[str]) -> Iterator[ComparedModel]:

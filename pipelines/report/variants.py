@@ -15,20 +15,14 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipelines.core import jsonl
-from pipelines.core.settings import flatten_dict
+from pipelines.core.settings import flatten_dict, is_in_sections
 from pipelines.evaluation import statistics
 from pipelines.evaluation.statistics import Difference, Interval
 from pipelines.report.plots import ACCENT, BAD, FAINT, GOOD, INK, STYLE, Plot, shorten, style_axes, to_svg
-from pipelines.report.runs import FinishedRun
+from pipelines.report.runs import METHOD_KEYS, UNCOMPARED_KEYS, FinishedRun
 from pipelines.report.scores import METRIC_TITLES, find_title
 from redux.benchmarks import Metric
 from redux.settings import METHODS
-
-UNCOMPARED_KEYS = (
-    "name", "seed", "num_workers", "gpu_share", "checkpoints", "recovery", "report", "trackers",
-    "data.max_bad_fraction", "model.kernels", "evaluate.num_actors", "evaluate.batch_size",
-)  # fmt: skip
-"""Keys of a job that make no variant: the seed, and keys without effect on the result."""
 
 SETTINGS_LABEL_LENGTH = 200
 SHORT_LENGTH = 32
@@ -171,14 +165,10 @@ def _sort(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
 def _read_settings(run: FinishedRun) -> dict[str, Any]:
     """Read the settings that decide the result; a run that evaluates the model of another run has those of that run."""
     settings = flatten_dict({**run.source_job, "evaluate": run.job.get("evaluate")})
-    ignored = [*UNCOMPARED_KEYS, *(f"model.{name}" for name in METHODS)]
+    ignored = [*UNCOMPARED_KEYS, *METHOD_KEYS]
     if run.source_job is run.job and run.job.get("train"):
         ignored.append("model.checkpoint")
-    return {
-        key: value
-        for key, value in settings.items()
-        if not any(f"{key}.".startswith(f"{prefix}.") for prefix in ignored)
-    }
+    return {key: value for key, value in settings.items() if not is_in_sections(key, ignored)}
 
 
 def _list_methods(runs: Sequence[FinishedRun]) -> list[dict[str, str]]:

@@ -170,7 +170,7 @@ class ModelReplica:
 
 
 class _RequestSlot:
-    """A request in work.  It ends with its last reference, also if the client leaves before the answer begins."""
+    """A request in progress.  It ends with its last reference, also if the client leaves before the answer begins."""
 
 
 class Gateway:
@@ -191,9 +191,9 @@ class Gateway:
             "/v1/chat/completions": ("POST", self._complete),
         }
         try:
-            # a page of another site may reach this address by its own name
+            # DNS rebinding: the name of another site may resolve to this address
             self._check_host(request)
-            # a slash at the end is no other path
+            # a slash at the end is ignored
             path = request.url.path.removesuffix("/") or "/"
             if path not in routes:
                 raise RequestError(404, f"got {path}, allowed: {', '.join(routes)}", code="not_found")
@@ -264,10 +264,11 @@ class Gateway:
 
     async def _read_request(self, request: Request) -> ChatRequest:
         """Read and parse the body within the limits."""
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise RequestError(415, "content-type: allowed: application/json")
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip()
+        if content_type != "application/json":
+            raise RequestError(415, f"content-type: got {content_type or 'none'}, allowed: application/json")
         limit = self.settings.limits.body_bytes
-        too_large = RequestError(413, f"got more than {limit} bytes, allowed: up to them", code="too_large")
+        too_large = RequestError(413, f"got more bytes, allowed: up to {limit}", code="too_large")
         # refuse by the header before anything of the body is read
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > limit:

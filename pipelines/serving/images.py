@@ -90,7 +90,7 @@ def _fetch(url: str, limits: RequestLimits) -> bytes:
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"image_url: {host} cannot be read: {type(error).__name__}: {error}") from None
     if len(content) > limits.body_bytes:
-        raise ValueError(f"image_url: got more than {limits.body_bytes} bytes, allowed: up to them")
+        raise ValueError(f"image_url: got more bytes, allowed: up to {limits.body_bytes}")
     return content
 
 

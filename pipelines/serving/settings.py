@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 MEGABYTE = 1_000_000
+MEGAPIXEL = 1_000_000
 
 API_KEY_VARIABLE = "REDUX_API_KEY"
-"""Environment variable with the key that every request must have."""
+"""Environment variable with the key that requests to /v1 must have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +20,14 @@ class RequestLimits:
         images: images of a conversation.
         pixels: width x height of an image.
         new_tokens: tokens of an answer; longer requests are cut to it.
-        concurrent: requests that are in work or wait at the same time; further ones get status 429.
+        concurrent: requests that are in progress or wait at the same time; further ones get status 429.
         image_hosts: hosts from which images may be fetched by http(s); the default is none.
         fetch_s: seconds until the fetch of an image is given up.
     """
 
     body_bytes: int = 20 * MEGABYTE
     images: int = 8
-    pixels: int = 50_000_000
+    pixels: int = 50 * MEGAPIXEL
     new_tokens: int = 2048
     concurrent: int = 128
     image_hosts: tuple[str, ...] = ()
@@ -65,7 +66,7 @@ class ServerSettings:
     Args:
         model: the model.
         host, port: address.
-        api_key: key that every request must have; None requires none.
+        api_key: key that requests to /v1 must have; None requires none.
         replicas: copies of the model.
         gpu_share: share of a GPU for each copy, if there are GPUs.
         max_batch_size: conversations that a copy answers at the same time.

@@ -46,9 +46,6 @@ KEY_GRADIENT_TILES = {2: Tiles(32, 64, 4, 3), 4: Tiles(16, 64, 4, 2)}
 The longer side of a tile is a multiple of the other: rows of keys in the first two kernels, keys of rows in the third.
 """
 
-HEAD_DIMS = (16, 256)
-"""Smallest and largest size of a head."""
-
 LOG2_E = math.log2(math.e)
 
 

@@ -235,7 +235,7 @@ def test_runs_that_differ_only_in_seed_are_one_row_and_a_copy_is_left_out(tmp_pa
 
 def test_other_sizes_or_data_are_another_family_and_other_machines_are_not(tmp_path: Path) -> None:
     write_run(tmp_path, "a", 0, **job_changes(PRESETS["llava"]))
-    write_run(tmp_path, "b", 1, **job_changes(PRESETS["llava"]), num_workers=7, evaluate__num_actors=1)
+    write_run(tmp_path, "b", 1, **job_changes(PRESETS["llava"]), num_workers=7, gpu_share=0.5, evaluate__num_actors=1)
     write_run(tmp_path, "c", 0, **job_changes(PRESETS["llava"]), train__instruct__epochs=7)
     families, _ = find_families([tmp_path], FIND_SCORER)
     assert sorted(len(family.models[0].runs) for family in families) == [1, 2]
