@@ -23,7 +23,7 @@ from pipelines.core import jsonl, storage
 from pipelines.core.settings import KEYS_WITHOUT_EFFECT, is_in_sections
 from pipelines.evaluation import evaluate
 from pipelines.training import checkpoint, metrics
-from pipelines.training.checkpoint import JOB_FILE
+from pipelines.training.files import JOB_FILE
 
 PROGRESS = "progress.jsonl"
 ASSEMBLED = "assembled"

@@ -21,7 +21,8 @@ from pipelines.core import failures, storage
 from pipelines.report import model_card
 from pipelines.report.model_card import ExportedModel
 from pipelines.training import checkpoint, export, lora
-from pipelines.training.checkpoint import JOB_FILE, MANIFEST, SavedCheckpoint
+from pipelines.training.checkpoint import SavedCheckpoint
+from pipelines.training.files import JOB_FILE, MANIFEST, is_complete
 from pipelines.training.plan import StagePlan
 from redux import conversion, processor
 from redux.configuration import ReduxConfig
@@ -76,7 +77,7 @@ def export_model(
         if not (source / JOB_FILE).exists():
             raise ValueError(f"--out: missing, allowed: a folder or URL, as {source} is no run folder")
         out = str(source / EXPORTS_FOLDER / options.form)
-    if export.is_complete(out) or storage.list_files(out):
+    if is_complete(out) or storage.list_files(out):
         raise ValueError(f"out: got {out}, which holds files, allowed: an empty or new folder")
     try:
         return out, _export_folder(source, stage, step, out, options)
@@ -189,7 +190,7 @@ def _find_base(job: Job, plans: Mapping[str, StagePlan], stage: str) -> str:
 def _is_evaluated(plans: Mapping[str, StagePlan], stage: str, saved: SavedCheckpoint) -> bool:
     """Tell if the run evaluates this checkpoint: it is that of the model of the last stage."""
     plan = plans[stage]
-    if stage != list(plans)[-1] or not export.is_complete(plan.result):
+    if stage != list(plans)[-1] or not is_complete(plan.result):
         return False
     source = json.loads(storage.read(storage.join(plan.result, MANIFEST)))["from"]
     # the run folder may have been moved since

@@ -9,7 +9,8 @@ from jobs import schema
 from jobs.schema import Job
 from pipelines.core import storage
 from pipelines.evaluation.tasks import TaskName, TaskSettings
-from pipelines.training.files import JOB_FILE, is_complete
+from pipelines.training import files
+from pipelines.training.files import CONFIG_FILE, JOB_FILE, is_complete
 
 HELD_OUT_FOLDER = "held_out"
 """Folder of a run with the questions of held-out samples; each task has a folder in it."""
@@ -18,9 +19,6 @@ QUESTIONS_FILE = "questions.jsonl"
 
 SHARDS_DIR = "shards"
 """Folder of the sets that a job makes, in its run folder."""
-
-CONFIG_FILE = "config.json"
-"""Configuration of a model, as transformers names it."""
 
 ADAPTER_FILE = "adapter_config.json"
 """Configuration of LoRA adapters, as PEFT names it."""
@@ -44,7 +42,7 @@ def locate_tasks(job: Job, folder: Path) -> dict[TaskName, TaskSettings]:
 
 def locate_checkpoints(job: Job, folder: Path) -> str:
     """Locate the folder or URL that holds one folder per stage."""
-    return storage.join(job.checkpoints, job.name) if job.checkpoints else str(folder / "checkpoints")
+    return files.locate_checkpoints(job.checkpoints, job.name, folder)
 
 
 def locate_model(job: Job, folder: Path, stage: str) -> str:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -230,7 +230,7 @@ def find_encoder(job: Job, folder: Path, plan: StagePlan) -> Encoder:
     try:
         return _load_encoder(job, folder, plan)
     except (OSError, ValueError) as error:
-        return Encoder(None, f"not shown, as the tower cannot be loaded: {' '.join(str(error).split())}")
+        return Encoder(None, f"not shown, because the tower cannot be loaded: {' '.join(str(error).split())}")
 
 
 def _load_encoder(job: Job, folder: Path, plan: StagePlan) -> Encoder:
@@ -249,13 +249,14 @@ def _load_encoder(job: Job, folder: Path, plan: StagePlan) -> Encoder:
     if assembled := model_parts.find_assembled(job, folder):
         return Encoder(load_image_encoder(config, checkpoint=assembled), f"{counts}, by the pretrained tower")
     # weights of whole models are large, so they are read only where they are
-    if job.model.checkpoint and not Path(job.model.checkpoint).is_dir():
-        return Encoder(None, f"{counts}; not shown, as {job.model.checkpoint} is no local folder")
+    weights: Any = job.model.checkpoint or job.model.tower
+    if not isinstance(weights, str):
+        return Encoder(None, f"{counts}; not shown, because the tower is not trained yet")
+    if not Path(weights).is_dir():
+        return Encoder(None, f"{counts}; not shown, because {weights} is not a local folder")
     if job.model.checkpoint:
-        return Encoder(load_image_encoder(config, checkpoint=job.model.checkpoint), f"{counts}, by the checkpoint")
-    if isinstance(job.model.tower, str):
-        return Encoder(load_image_encoder(config, tower=job.model.tower), f"{counts}, by the pretrained tower")
-    return Encoder(None, f"{counts}; not shown, as the tower is not trained yet")
+        return Encoder(load_image_encoder(config, checkpoint=weights), f"{counts}, by the checkpoint")
+    return Encoder(load_image_encoder(config, tower=weights), f"{counts}, by the pretrained tower")
 
 
 def _configure(job: Job, folder: Path) -> ReduxConfig:

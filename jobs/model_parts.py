@@ -16,7 +16,7 @@ from jobs.schema import Job
 from pipelines.core import failures, storage
 from pipelines.core.settings import KEYS_WITHOUT_EFFECT, is_in_sections
 from pipelines.training import metrics
-from pipelines.training.checkpoint import JOB_FILE
+from pipelines.training.files import JOB_FILE
 from redux import answering, language, pretrained
 from redux.architecture import ModelSettings, TowerSizes, count_image_tokens
 from redux.chat_template import find_template

@@ -75,12 +75,13 @@ def explain(key: str) -> str:
             parts = [f"{entry.path} ({file_kind} file)\n{_write_lines(entry)}" for entry in matches]
             parts += [f"{entry.path}\n{_write_lines(entry)}" for entry in below]
             return "\n".join(parts)
-    paths = [entry.path for entries in entries_by_kind.values() for entry in entries]
-    similar = difflib.get_close_matches(path, paths, n=3, cutoff=0.5)
-    # keys with the same last part, which is the name that a user remembers
-    last_part = path.rpartition(".")[2]
-    similar += [other for other in paths if other.rpartition(".")[2] == last_part and other not in similar]
-    examples = ", ".join(similar[:5] or ["train.*.epochs"])
+    # a search and a study have some keys of a job
+    paths = list(dict.fromkeys(entry.path for entries in entries_by_kind.values() for entry in entries))
+    # by the last part, which is the name that a user remembers
+    names = list(dict.fromkeys(other.rpartition(".")[2] for other in paths))
+    close = difflib.get_close_matches(path.rpartition(".")[2], names, n=3, cutoff=0.6)
+    similar = [other for name in close for other in paths if other.rpartition(".")[2] == name]
+    examples = ", ".join(similar[:5] or ["train.*.epochs", "model.vmtc.tokens"])
     raise ValueError(f"KEY: got {key}, allowed: a key of a file, such as {examples}")
 
 

@@ -9,15 +9,16 @@ from typing import Any
 import yaml
 
 from jobs import document, schema
-from jobs.layout import CONFIG_FILE, locate_model, locate_tasks
+from jobs.layout import locate_model, locate_tasks
 from jobs.schema import Job
+from pipelines.core import storage
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
 from pipelines.evaluation.evaluate import EvaluatedModel
 from pipelines.report import run_report
 from pipelines.report.run_report import Report, ReportedModel, WrittenReport
 from pipelines.training import trackers
-from pipelines.training.checkpoint import JOB_FILE
+from pipelines.training.files import CONFIG_FILE, JOB_FILE, list_stage_models
 from redux import answering
 from redux.pretrained import configure_checkpoint
 
@@ -69,10 +70,9 @@ def _read_evaluated(folder: Path) -> EvaluatedModel | None:
     path = folder / ANSWERS_FOLDER / PROVENANCE_FILE
     provenance = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     job = yaml.safe_load((folder / JOB_FILE).read_text(encoding="utf-8"))
-    stages = list(job.get("train") or {}) if isinstance(job, dict) else []
-    made = [str(folder / "checkpoints" / stage / "model") for stage in stages[-1:]]
-    models = [*made, *([str(provenance["model"])] if "model" in provenance else [])]
-    found = next((model for model in models if (Path(model) / CONFIG_FILE).exists()), None)
+    stages = list_stage_models(job, folder) if isinstance(job, dict) else []
+    models = [*stages[-1:], *([str(provenance["model"])] if "model" in provenance else [])]
+    found = next((model for model in models if storage.exists(storage.join(model, CONFIG_FILE))), None)
     if found is None:
         return None
     return EvaluatedModel(

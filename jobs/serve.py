@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
-from jobs.layout import CONFIG_FILE, find_model
+from jobs.layout import find_model
 from pipelines.core import interrupts
 from pipelines.serving.settings import (
     API_KEY_VARIABLE,
@@ -19,6 +19,7 @@ from pipelines.serving.settings import (
     ServedModel,
     ServerSettings,
 )
+from pipelines.training.files import CONFIG_FILE
 from redux.extras import write_install_command
 
 STATUS_POLL_S = 2.0

@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
-from pipelines.core import jsonl
+from pipelines.core import jsonl, storage
 from pipelines.core.settings import KEYS_WITHOUT_EFFECT, flatten_dict, is_in_sections
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
+from pipelines.training.files import CONFIG_FILE, is_complete, list_stage_models
 from redux.benchmarks import Metric, Row
 from redux.configuration import ReduxConfig
 from redux.presets import Preset
@@ -116,9 +117,12 @@ class FinishedRun:
     def config(self) -> ReduxConfig | None:
         """Configuration of the model, if the run folder has it."""
         # the last stage has the model that was evaluated
-        stages = [f"checkpoints/{stage}/model" for stage in reversed(list(self.job.get("train") or {}))]
-        folders = (self.folder / name for name in (*stages, "assembled"))
-        return next((ReduxConfig.from_pretrained(path) for path in folders if (path / "config.json").exists()), None)
+        stages = list_stage_models(self.job, self.folder)
+        for model in (*reversed(stages), str(self.folder / "assembled")):
+            path = storage.join(model, CONFIG_FILE)
+            if storage.exists(path):
+                return ReduxConfig.from_dict(json.loads(storage.read(path)))
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,9 +158,9 @@ class ComparedModel:
 
     @property
     def trained_model(self) -> str:
-        """Folder of the model that the first run trained, "" if there is none."""
-        stages = [self.runs[0].folder / "checkpoints" / stage / "model" for stage in self.job.get("train") or {}]
-        return str(stages[-1]) if stages and stages[-1].exists() else ""
+        """Folder or URL of the model that the first run trained, "" if there is none."""
+        stages = list_stage_models(self.job, self.runs[0].folder)
+        return stages[-1] if stages and is_complete(stages[-1]) else ""
 
     @cached_property
     def num_patches(self) -> int:

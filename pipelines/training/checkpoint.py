@@ -29,8 +29,7 @@ from torch import Tensor
 
 from pipelines.core import failures, storage
 from pipelines.core.failures import Failure
-from pipelines.training.files import JOB_FILE as JOB_FILE
-from pipelines.training.files import MANIFEST as MANIFEST
+from pipelines.training.files import JOB_FILE, MANIFEST
 from pipelines.training.fragments import Fragment
 
 MAX_FILE_BYTES = 512 * 2**20

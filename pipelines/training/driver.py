@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from pipelines.core import cluster, failures, interrupts, storage
 from pipelines.training import export, launch, recorder, rendezvous
+from pipelines.training.files import is_complete
 from pipelines.training.plan import StagePlan, StageWork
 from pipelines.training.recorder import RecorderClient
 from pipelines.training.worker import GroupWork, HookFactory
@@ -186,7 +187,7 @@ def train_stage(
         StoppedError: `should_stop` returned True.
         KeyboardInterrupt: a signal stopped the command.
     """
-    if export.is_complete(plan.result):
+    if is_complete(plan.result):
         return
     if group is None:
         with WorkerGroup() as group:
@@ -196,7 +197,7 @@ def train_stage(
     _print_summary(work)
     _check_stage(work.plan)
     # The model of a later stage may exist already: it is skipped, and new workers train those after it.
-    unfinished = takewhile(lambda following: not export.is_complete(following.result), later)
+    unfinished = takewhile(lambda following: not is_complete(following.result), later)
     prepared = [work, *map(_prepare_stage, unfinished)] if not group.expects(work.plan) else [work]
     same = list(takewhile(lambda following: following.plan.workers == work.plan.workers, prepared))
     client = group.open_stage(work, same[1:], extra_hook_factories)

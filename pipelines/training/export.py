@@ -18,7 +18,6 @@ from pipelines.core import failures, storage
 from pipelines.training import checkpoint, engine
 from pipelines.training.checkpoint import DamagedError
 from pipelines.training.files import MANIFEST
-from pipelines.training.files import is_complete as is_complete
 from pipelines.training.plan import StagePlan
 from redux import processor
 from redux.model import ReduxForConditionalGeneration

@@ -14,7 +14,7 @@ from jobs.schema import Job
 from pipelines.core import jsonl
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
-from pipelines.training.checkpoint import JOB_FILE
+from pipelines.training.files import JOB_FILE
 
 QUICKSTART = Path(__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
 """Stages: tower, pretrain, instruct."""

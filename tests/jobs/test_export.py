@@ -20,7 +20,7 @@ from jobs.run import plan_stages
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER
 from pipelines.report.environment import ENVIRONMENT_FILE
 from pipelines.training import checkpoint, engine, export
-from pipelines.training.checkpoint import JOB_FILE
+from pipelines.training.files import JOB_FILE
 from pipelines.training.fragments import STATES, Fragment
 from redux import answering
 from redux.architecture import LanguageSizes, ModelSettings, TowerSizes

@@ -187,7 +187,7 @@ def test_a_page_of_a_job_that_has_not_run(
     assert (result.code, result.out, result.err) == (0, "look-mine.html\n", "")
     html = (tmp_path / "look-mine.html").read_text()
     assert html.count("<article") == 4
-    assert "not shown, as the tower is not trained yet" in html
+    assert "not shown, because the tower is not trained yet" in html
     assert "at most 24 tokens; the rest is cut off" in html
     again = run_command("look", "mine.yaml", "--seed", 0, "--samples", 4, "--text", "train.instruct.max_length=24")
     shown = re.findall(r"^\[\d+\] (\S+), row \d+, (step \d+, sample \d of 4)", again.out, re.M)

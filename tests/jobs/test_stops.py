@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from ray._common.test_utils import wait_for_condition
 
-from pipelines.training import checkpoint, metrics
+from pipelines.training import metrics
+from pipelines.training.files import MANIFEST
 from tests.jobs.stops import Receiver, StoppedCommand, reset_signals, start_command
 
 pytestmark = pytest.mark.integration
@@ -135,13 +136,13 @@ def assert_stopped(stopped: StoppedCommand, run: Path, incomplete: int = 0) -> N
     leftovers = r"\.(partial|tmp)|/\.placement_group$|/\.probe$"
     unfinished = [path for path in run.rglob("*") if re.search(leftovers, str(path))]
     assert unfinished == []
-    partial = [path for path in (run / "checkpoints").glob("*/step-*") if not (path / checkpoint.MANIFEST).exists()]
+    partial = [path for path in (run / "checkpoints").glob("*/step-*") if not (path / MANIFEST).exists()]
     assert len(partial) <= incomplete
 
 
 def count_lost_steps(run: Path) -> int:
     """Count the steps that were recorded after the newest checkpoint."""
-    saved = [path for path in (run / "checkpoints/instruct").glob("step-*") if (path / checkpoint.MANIFEST).exists()]
+    saved = [path for path in (run / "checkpoints/instruct").glob("step-*") if (path / MANIFEST).exists()]
     newest = max((int(path.name.removeprefix("step-")) for path in saved), default=0)
     return metrics.read_last_step(run, "instruct") - newest
 

@@ -27,6 +27,7 @@ from pipelines.core.failures import Kind, classify_error
 from pipelines.data.consumed import ConsumedSamples
 from pipelines.report import page
 from pipelines.training import export, ledger, metrics
+from pipelines.training.files import is_complete
 from tests.pipelines.core.remote_errors import BrokenActor, end_process, raise_permission_error, raise_refusal
 
 pytestmark = pytest.mark.integration
@@ -241,7 +242,7 @@ def test_an_export_that_does_not_fit_on_the_disk_leaves_no_files(tmp_path: Path)
         export.upload_folder(made, out, "here")
     assert storage.list_files(out) == []
     export.upload_folder(made, out, "here")
-    assert export.is_complete(out)
+    assert is_complete(out)
 
 
 def test_errors_without_a_disk_stay_unchanged() -> None:

@@ -20,10 +20,11 @@ from pipelines.evaluation import statistics
 from pipelines.evaluation.answer_files import PROVENANCE_FILE
 from pipelines.report import columns as columns_module
 from pipelines.report.paper import TABLE_1, TABLE_3
-from pipelines.report.runs import find_families, select_changed_fields
+from pipelines.report.runs import find_families, read_run, select_changed_fields
 from pipelines.report.table_rows import TABLE_ROWS, matches, rescale_budget, write_command
 from pipelines.report.tables import ResultRow, ResultTable, build_tables, compare_prompts
 from redux.benchmarks import Metric, Outcome, Row
+from redux.configuration import ReduxConfig
 from redux.cost import compute_cost
 from redux.instructions import INSTRUCTIONS
 from redux.presets import PRESETS, Preset, build_llava_config
@@ -242,6 +243,18 @@ def test_other_sizes_or_data_are_another_family_and_other_machines_are_not(tmp_p
     assert any("train.instruct.epochs = 7" in family.label for family in families)
     table = next(table for table in build_tables(families, 100) if table.key == "table-3")
     assert len(table.blocks) == 2
+
+
+def test_models_are_found_where_the_job_has_its_checkpoints(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "run", **job_changes(PRESETS["default"]), checkpoints=f"file://{tmp_path}/store")
+    model = tmp_path / "store/run/instruct/model"
+    ReduxConfig(vision_config={"image_size": 48, "patch_size": 8}).save_pretrained(model)
+    (model / "manifest.json").write_text("{}")
+    run = read_run(folder, FIND_SCORER)
+    assert run.config is not None
+    assert run.config.num_patches == 36
+    [family], _ = find_families([folder], FIND_SCORER)
+    assert family.models[0].trained_model == f"file://{model}"
 
 
 def test_a_job_file_in_a_folder_above_a_checkpoint_is_not_the_job_that_trained_it(

@@ -23,8 +23,9 @@ from safetensors.torch import load, load_file
 
 from pipelines.core import storage
 from pipelines.core.storage import Retry
-from pipelines.training import checkpoint, driver, export, ledger
+from pipelines.training import checkpoint, driver, ledger
 from pipelines.training.checkpoint import SavedCheckpoint
+from pipelines.training.files import is_complete
 from pipelines.training.hooks import Hook, StepResult
 from pipelines.training.plan import StagePlan
 from pipelines.training.stage import Recovery
@@ -211,7 +212,7 @@ def test_a_stage_resumes_from_a_faulty_bucket(
     assert read_losses(plan) == read_losses(without_faults)
     assert read_account(plan).lost_steps <= int(broken.name) - STAGE.save_steps, "it resumed from a checkpoint"
     assert storage.list_folders(plan.folder) == ["model", "step-000006", "step-000008"]
-    assert export.is_complete(plan.result)
+    assert is_complete(plan.result)
     name = "model.safetensors"
     found = load(storage.read(storage.join(plan.result, name)))
     expected = load_file(Path(without_faults.result) / name)

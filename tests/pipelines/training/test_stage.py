@@ -16,7 +16,7 @@ import ray
 from pipelines.core import cluster, storage
 from pipelines.data.packing import Packing
 from pipelines.training import driver, recorder
-from pipelines.training.checkpoint import MANIFEST
+from pipelines.training.files import MANIFEST
 from pipelines.training.plan import LearningRateSchedule, StagePlan
 from pipelines.training.stage import Lora, Stage
 
