@@ -133,7 +133,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path) -> Iterator[Server]:
     port = find_free_port()
     options = ["--port", str(port), "--compare", "--max-requests", str(MAX_REQUESTS), "--max-new-tokens", "32000"]
-    with start_command(["serve", str(folder), *options], {"REDUX_API_KEY": KEY}) as command:
+    with start_command(["serve", str(folder), *options], {"REDUX_API_KEY": KEY}, with_forks=True) as command:
         command.wait_for("Ctrl-C stops it")
         server = Server(command, port, folder, 0)
         server.ask([show(make_url(IMAGE)), text(QUESTION)])  # the first answer imports further parts
@@ -522,7 +522,7 @@ def test_two_replicas_answer_as_one_does(folder: Path, model: ChatModel) -> None
     """After the first server has ended, so that two Rays never run at once."""
     port = find_free_port()
     with start_command(
-        ["serve", str(folder), "--port", str(port), "--replicas", "2"], {"REDUX_API_KEY": KEY}
+        ["serve", str(folder), "--port", str(port), "--replicas", "2"], {"REDUX_API_KEY": KEY}, with_forks=True
     ) as command:
         command.wait_for("Ctrl-C stops it")
         server = Server(command, port, folder, 0)
