@@ -10,11 +10,13 @@ do not depend on the number of workers.
 """
 
 import gc
+import importlib
 import itertools
 import json
 import os
 from collections.abc import Mapping
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 from jaxtyping import Float, Int
@@ -240,8 +242,15 @@ def make_config(plan: StagePlan) -> dict[str, Any]:
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed without MLflow, which its autotuner imports if it is installed, for a second of CPU."""
-    return import_without("deepspeed", "mlflow")
+    """Import DeepSpeed without two packages that are not used here and cost seconds of CPU.
+
+    Its autotuner imports MLflow if that is installed. Engines import its Muon optimizer, whose functions are compiled,
+    for which torch imports Inductor.
+    """
+    deepspeed = import_without("deepspeed", "mlflow")
+    with patch.object(torch, "compile", deepspeed.runtime.compiler.dummy_decorator):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    return deepspeed
 
 
 def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
