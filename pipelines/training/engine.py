@@ -242,20 +242,23 @@ def make_config(plan: StagePlan) -> dict[str, Any]:
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed without two packages that are not used here and cost seconds of CPU.
+    """Import DeepSpeed without MLflow, which its autotuner imports if it is installed, for a second of CPU."""
+    return import_without("deepspeed", "mlflow")
 
-    Its autotuner imports MLflow if that is installed. Engines import its Muon optimizer, whose functions are compiled,
-    for which torch imports Inductor.
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer, as engines do, though it is not used here (DeepSpeed 0.19).
+
+    Its functions stay as they are. To compile them, torch would import Inductor, for two seconds of CPU.
     """
-    deepspeed = import_without("deepspeed", "mlflow")
-    with patch.object(torch, "compile", deepspeed.runtime.compiler.dummy_decorator):
+    with patch.object(torch, "compile", importlib.import_module("deepspeed.runtime.compiler").dummy_decorator):
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    return deepspeed
 
 
 def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
     """Build the DeepSpeed engine of this rank. A collective over all workers."""
     deepspeed = import_deepspeed()
+    _import_muon()
 
     if not torch.cuda.is_available():
         # Divide the cores among the ranks of the machine. More threads than cores would slow all ranks down.
