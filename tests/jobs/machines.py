@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from tests.pipelines.faults import wait_until
+from tests.waiting import wait_until
 from tests.worker_forks import WITH_FORKS
 
 FAST_FAILURE_DETECTION = {

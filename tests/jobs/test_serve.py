@@ -11,8 +11,7 @@ import signal
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from tests.jobs import chatty
 from tests.jobs.command_line import run_command
 from tests.jobs.stops import Command, start_command
 from tests.pipelines.serving.test_protocol import claim_size, encode_image, make_url, show
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -101,13 +101,6 @@ def user(content: Any) -> dict[str, Any]:
 
 def text(content: str) -> dict[str, str]:
     return {"type": "text", "text": content}
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + EVENT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def measure_memory(command: Command) -> int:
