@@ -130,8 +130,22 @@ def _become_worker(words: list[str], environment: dict[str, str], folder: str) -
         os._exit(code if isinstance(code, int) else code is not None)
 
 
-if __name__ == "__main__":
+def run_with_forks() -> None:
+    """Run the module that the first word of this command names, with the other words.
+
+    A Ray that it starts has neither a log monitor nor a server of Ray's client, which no test uses.
+    """
+    from ray._private.node import Node
+
     sys.argv.pop(0)
     os.environ.update(REGISTER_TIMEOUT)
-    with nullcontext() if shutil.which("nvidia-smi") else use_forks():
+    with (
+        patch.object(Node, "start_log_monitor"),
+        patch.object(Node, "start_ray_client_server"),
+        nullcontext() if shutil.which("nvidia-smi") else use_forks(),
+    ):
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    run_with_forks()
