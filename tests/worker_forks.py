@@ -43,9 +43,15 @@ REGISTER_TIMEOUT = {"RAY_worker_register_timeout_seconds": "600"}
 
 @contextmanager
 def use_forks() -> Iterator[None]:
-    """Let the workers of a Ray that this process starts in a with block be forks, which cannot use a GPU."""
+    """Let the workers of a Ray that this process starts in a with block be forks, which cannot use a GPU.
+
+    On other systems than Linux, they are new processes.
+    """
     from ray._private import parameter
 
+    if sys.platform != "linux":
+        yield
+        return
     parameters = partial(parameter.RayParams, setup_worker_path=WORKER_SCRIPT)
     with patch.object(parameter, "RayParams", parameters):
         yield
@@ -53,7 +59,8 @@ def use_forks() -> Iterator[None]:
 
 def serve(listener: socket.socket) -> None:
     """Fork a worker for each request, until the raylet ends."""
-    raylet = os.pidfd_open(os.getppid())
+    # It fails if the raylet has ended already, and with it this process.
+    raylet = os.pidfd_open(int(os.environ["RAY_RAYLET_PID"]))
     import_without("deepspeed", "mlflow")
     for name in WORKER_MODULES:
         importlib.import_module(name)
