@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,17 +25,45 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min((os.cpu_count() or 1) + 1, 8)
 
 
+PROCESS_FIXTURES = {"ray_cluster", "server"}
+"""Fixtures that start processes: Ray, and the S3 server of tests/pipelines/conftest.py."""
+
+LONGEST_FILES = (
+    "jobs/cluster/test_submit.py",
+    "jobs/test_run.py",
+    "jobs/cluster/test_cluster.py",
+    "pipelines/training/test_layouts.py",
+    "pipelines/training/test_faults.py",
+    "pipelines/training/test_divided.py",
+    "jobs/test_serve.py",
+    "pipelines/training/test_group.py",
+    "jobs/test_recipe.py",
+    "pipelines/training/test_trackers.py",
+    "pipelines/training/test_validation.py",
+    "pipelines/training/test_worker.py",
+    "pipelines/training/test_packed.py",
+    "redux/test_compiled.py",
+    "jobs/bench/test_gpu.py",
+    "test_house.py",
+)
+"""Files that take about half a minute or more, the longest first."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use the shared Ray as integration tests, and start the files of integration tests first.
+    """Mark the tests with fixtures that start processes as integration tests, and start long files first.
 
-    They take minutes. The short files after them keep all test processes busy until the end.
+    These are the longest files and then those of integration tests. The short files after them keep all test processes
+    busy until the end.
     """
     for item in items:
-        if "ray_cluster" in getattr(item, "fixturenames", ()):
+        if PROCESS_FIXTURES & {*getattr(item, "fixturenames", ())}:
             item.add_marker("integration")
-    long_files = {item.path for item in items if item.get_closest_marker("integration")}
-    items.sort(key=lambda item: item.path not in long_files)
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST_FILES)}
+    for item in items:
+        if item.get_closest_marker("integration"):
+            ranks.setdefault(item.path, len(LONGEST_FILES))
+    items.sort(key=lambda item: ranks.get(item.path, len(LONGEST_FILES) + 1))
 
 
 @pytest.fixture(scope="session")

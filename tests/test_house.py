@@ -29,6 +29,7 @@ def list_tracked_files() -> list[Path]:
     return [Path(name) for name in listing.stdout.split("\0") if name and (ROOT / name).exists()]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "command",
     [
@@ -68,6 +69,7 @@ def test_every_python_file_opens_with_a_docstring() -> None:
     assert not [name for name, text in texts.items() if text and not text.startswith(('"""', 'r"""'))]
 
 
+@pytest.mark.integration
 def test_the_library_imports_neither_ray_nor_pydantic_and_needs_no_triton() -> None:
     """import-linter reads the sources; this test imports the library."""
     modules = [".".join(path.with_suffix("").parts) for path in list_tracked_files() if path.match("redux/*.py")]

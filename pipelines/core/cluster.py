@@ -175,8 +175,7 @@ def _private_settings() -> Iterator[dict[str, Any]]:
     folders = set(_list_session_folders())
     keep_folder = False
     try:
-        # The log monitor reads the logs of all processes ten times a second, to print them here. Nothing is printed.
-        with _isolate_processes(), patch.object(Node, "start_log_monitor"):
+        with _isolate_processes(), omit_services():
             yield {"address": "local", "include_dashboard": False}
     except Exception as error:
         keep_folder = not isinstance(error, ValueError)
@@ -192,6 +191,25 @@ def _private_settings() -> Iterator[dict[str, Any]]:
             else:
                 os.environ[name] = value
         _reload_environment()
+
+
+@contextmanager
+def omit_services() -> Iterator[None]:
+    """Start a Ray without the services that show or report its state, or scale a cluster (Ray 2.60).
+
+    Each is a process that imports packages for a second of CPU or more. ray.init would wait for the API server.
+    """
+    with (
+        # It would read the logs of all processes ten times a second, to print them here. Nothing is printed.
+        patch.object(Node, "start_log_monitor"),
+        # The autoscaler
+        patch.object(Node, "start_monitor"),
+        # The dashboard; without its frontend, it only reports usage to Ray's authors.
+        patch.object(Node, "start_api_server"),
+        # The agent of each node then does what it does where Ray is installed without `ray[default]`.
+        patch.object(ray_utils, "get_dashboard_dependency_error", return_value=ImportError("not needed")),
+    ):
+        yield
 
 
 def _find_short_folder() -> dict[str, str]:

@@ -10,11 +10,13 @@ do not depend on the number of workers.
 """
 
 import gc
+import importlib
 import itertools
 import json
 import os
 from collections.abc import Mapping
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 from jaxtyping import Float, Int
@@ -244,9 +246,19 @@ def import_deepspeed() -> Any:
     return import_without("deepspeed", "mlflow")
 
 
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer, as engines do, though it is not used here (DeepSpeed 0.19).
+
+    Its functions stay as they are. To compile them, torch would import Inductor, for two seconds of CPU.
+    """
+    with patch.object(torch, "compile", importlib.import_module("deepspeed.runtime.compiler").dummy_decorator):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
 def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
     """Build the DeepSpeed engine of this rank. A collective over all workers."""
     deepspeed = import_deepspeed()
+    _import_muon()
 
     if not torch.cuda.is_available():
         # Divide the cores among the ranks of the machine. More threads than cores would slow all ranks down.

@@ -11,7 +11,6 @@ import os
 import socket
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -20,7 +19,8 @@ from typing import Any
 
 import psutil
 
-from tests.pipelines.faults import wait_until
+from tests.waiting import wait_until
+from tests.worker_forks import WITH_FORKS
 
 FAST_FAILURE_DETECTION = {
     "RAY_health_check_initial_delay_ms": "0",
@@ -31,7 +31,8 @@ FAST_FAILURE_DETECTION = {
 }
 """Time until a cluster and its driver notice a lost node or head; with Ray's defaults up to a minute."""
 
-RAY = str(Path(sysconfig.get_path("scripts"), "ray"))
+RAY = [*WITH_FORKS, "ray.scripts.scripts"]
+"""The command `ray`, whose workers are forks."""
 
 NAMESPACES = ("user", "net", "mount", "uts", "pid")
 
@@ -245,7 +246,7 @@ class Cluster:
         self._start_ray(self.nodes[-1], f"--address={self.address}", "--num-cpus=1")
 
     def _start_ray(self, machine: Machine, *options: str) -> Process:
-        process = machine.start([RAY, "start", "--block", "--disable-usage-stats", *options], self.environment)
+        process = machine.start([*RAY, "start", "--block", "--disable-usage-stats", *options], self.environment)
 
         def has_started() -> bool:
             assert process.poll() is None, self.network.read_log(process)

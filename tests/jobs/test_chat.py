@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from PIL import Image
 
@@ -71,7 +72,8 @@ def test_options_change_model_and_sampling(folder: Path) -> None:
 )
 def test_mistakes_are_one_line(folder: Path, words: list[str], error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # huggingface_hub has read the environment; online, it would ask for minutes
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     result = run_command("ask", *words)
     assert (result.code, result.out) == (2, "")
     assert error in result.err.splitlines()[-1]

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from jobs import schema
-from jobs.init import Dialog, ask_all, choose_batch, write_job
+from jobs.first_job import write_job
+from jobs.init import Dialog, ask_all
 from pipelines.training.stage import Lora
 from redux.settings import CMAI, VMTC
 from tests.jobs.command_line import run_command
@@ -181,11 +182,3 @@ def read_terminal(terminal: int) -> bytes:
         return os.read(terminal, 4096)
     except OSError:
         return b""
-
-
-def test_batches_never_exceed_the_largest_and_use_all_workers() -> None:
-    for records in (1, 50, 10_000):
-        for workers in (1, 2, 3, 7, 8):
-            batch, micro = choose_batch(records, workers, 128)
-            assert batch % (micro * workers) == 0
-            assert workers <= batch <= 128

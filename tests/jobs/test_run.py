@@ -16,6 +16,7 @@ import pytest
 from pipelines.evaluation import tasks
 from pipelines.training import ledger, metrics
 from tests.jobs.command_line import CommandResult, run_command
+from tests.worker_forks import WITH_FORKS
 
 pytestmark = pytest.mark.integration
 
@@ -92,13 +93,13 @@ def finished(job: Path, ray_cluster: Any) -> tuple[Path, str]:
     assert not (job.parent / "whole" / "tiny" / "shards").exists()
     address = ray_cluster.get_runtime_context().gcs_address
     done = subprocess.run(
-        [*PROGRAM, *words], env={**os.environ, "RAY_ADDRESS": address}, text=True, capture_output=True
+        [sys.executable, "-m", "jobs.command", *words],
+        env={**os.environ, "RAY_ADDRESS": address},
+        text=True,
+        capture_output=True,
     )
     assert done.returncode == 0, done.stderr
     return job.parent / "whole" / "tiny", done.stdout + done.stderr
-
-
-PROGRAM = [sys.executable, "-m", "jobs.command"]
 
 
 def list_words(job: Path, runs: str) -> list[str]:
@@ -236,9 +237,11 @@ def test_a_run_that_is_killed_and_then_stopped_resumes_to_the_same_end(finished:
 
 def start_and_stop(words: list[str], after: int, by: signal.Signals) -> int:
     """Exit code of a run that gets a signal after a step of the last stage; its processes end with it."""
-    # bars as on a terminal; and Ray's agents end 15 s after the others, by default after a minute
-    environment = {**ENVIRONMENT, "TQDM_MININTERVAL": "0.1", "RAY_gcs_rpc_server_reconnect_timeout_s": "15"}
-    process = subprocess.Popen([*PROGRAM, *words], env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    # bars as on a terminal; and Ray's agents end 5 s after the others, by default after a minute
+    environment = {**ENVIRONMENT, "TQDM_MININTERVAL": "0.1", "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+    process = subprocess.Popen(
+        [*WITH_FORKS, "jobs.command", *words], env=environment, stderr=subprocess.PIPE, start_new_session=True
+    )
     assert process.stderr
     output = b""
     while not any(int(step) >= after for step in re.findall(rb"instruct:[^\r]*\| (\d+)/60 ", output)):

@@ -11,8 +11,7 @@ import signal
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from tests.jobs import chatty
 from tests.jobs.command_line import run_command
 from tests.jobs.stops import Command, start_command
 from tests.pipelines.serving.test_protocol import claim_size, encode_image, make_url, show
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -103,13 +103,6 @@ def text(content: str) -> dict[str, str]:
     return {"type": "text", "text": content}
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + EVENT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def measure_memory(command: Command) -> int:
     """Measure the memory of the processes without files, whose pages count differently as other processes map them."""
     maps = (mapped for process in command.iterate_processes() for mapped in process.memory_maps(grouped=True))
@@ -133,7 +126,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path) -> Iterator[Server]:
     port = find_free_port()
     options = ["--port", str(port), "--compare", "--max-requests", str(MAX_REQUESTS), "--max-new-tokens", "32000"]
-    with start_command(["serve", str(folder), *options], {"REDUX_API_KEY": KEY}) as command:
+    with start_command(["serve", str(folder), *options], {"REDUX_API_KEY": KEY}, with_forks=True) as command:
         command.wait_for("Ctrl-C stops it")
         server = Server(command, port, folder, 0)
         server.ask([show(make_url(IMAGE)), text(QUESTION)])  # the first answer imports further parts
@@ -522,7 +515,7 @@ def test_two_replicas_answer_as_one_does(folder: Path, model: ChatModel) -> None
     """After the first server has ended, so that two Rays never run at once."""
     port = find_free_port()
     with start_command(
-        ["serve", str(folder), "--port", str(port), "--replicas", "2"], {"REDUX_API_KEY": KEY}
+        ["serve", str(folder), "--port", str(port), "--replicas", "2"], {"REDUX_API_KEY": KEY}, with_forks=True
     ) as command:
         command.wait_for("Ctrl-C stops it")
         server = Server(command, port, folder, 0)

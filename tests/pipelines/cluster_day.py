@@ -26,7 +26,8 @@ from ray.util.placement_group import placement_group_table
 
 from pipelines.core import cluster
 from pipelines.training import driver
-from tests.pipelines.faults import Hold, wait_until
+from tests.pipelines.faults import Hold
+from tests.waiting import wait_until
 
 HOLD_STEPS = (3, 5, 7)
 """Steps after which ranks wait until the scenario lets them continue."""

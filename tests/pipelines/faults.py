@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from pipelines.training.hooks import Hook, StepResult
 from pipelines.training.plan import StagePlan
+from tests.waiting import wait_until
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,3 @@ class _HoldHook(Hook):
         wait_until((self.hold.marks / f"go-{step.number}").exists)
         if (self.hold.marks / f"announced-{step.number}").exists():
             wait_until(lambda: get_train_context().preemption_context.preemption_info)
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 240) -> Any:
-    """Wait until the condition returns a true value, and return it."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{condition} for {seconds} s")
-        threading.Event().wait(0.02)
-    return value

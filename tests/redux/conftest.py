@@ -1,5 +1,6 @@
 """A word tokenizer and tiny models, shared: every one is random but seeded, so a failure comes again."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,3 +76,12 @@ def sample(tokenizer: PreTrainedTokenizerFast) -> Callable[..., dict[str, Any]]:
         return {"input_ids": ids, "pixel_values": torch.randn(1, 3, side, side, generator=draw)}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def new_model() -> Callable[[str], Any]:
+    """Function that returns a new copy of the model of a family; families.py has the families."""
+    from tests.redux import families
+
+    models = {family: families.build(kind, config()) for family, (kind, config) in families.FAMILIES.items()}
+    return lambda family: copy.deepcopy(models[family])

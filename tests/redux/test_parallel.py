@@ -1,6 +1,5 @@
 """On two ranks a model gives what it gives on one, however it is split; each is a process of its own."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +15,9 @@ from transformers import LlamaConfig
 from redux.configuration import ReduxConfig
 from redux.model import ReduxForConditionalGeneration
 from redux.settings import CMAI, VMTC, Reduction
+from tests.pipelines import ranks
+
+pytestmark = pytest.mark.integration
 
 STRONG = CMAI(gamma_max=0.9, gamma_min=0.5)
 WHOLE_TOWER = {
@@ -139,25 +140,20 @@ SHARDED: dict[str, dict[str, Any]] = {
 }
 
 
-def on_rank(rank: int, folder: Path) -> None:
+def on_rank(folder: Path) -> dict[str, Any]:
     """All that two ranks do together; they start once."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results: dict[str, Any] = {f"split {name}": split(folder / name, **how) for name, how in SPLIT.items()}
     results |= {f"sharded {name}": shard(**how) for name, how in SHARDED.items()}
     results["replicated"] = replicate()
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(on_rank, (folder,), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return ranks.run_on_ranks(folder, 2, on_rank, folder)
 
 
 def methods(how: dict[str, Any]) -> dict[str, Any]:
@@ -174,22 +170,22 @@ def same(found: Any, expected: Any, **tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("name", SPLIT)
-def test_heads_split_over_ranks_give_what_one_process_gives(ranks: list[dict[str, Any]], name: str) -> None:
+def test_heads_split_over_ranks_give_what_one_process_gives(found_on_ranks: list[dict[str, Any]], name: str) -> None:
     how = SPLIT[name]
     work: Callable[[Any], Any] = gradients if how.get("train") else answer
     expected = work(build(**methods(how)))
-    for found in ranks:
+    for found in found_on_ranks:
         same(found[f"split {name}"], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_sharded_blocks_teach_what_one_process_does(ranks: list[dict[str, Any]], name: str) -> None:
+def test_sharded_blocks_teach_what_one_process_does(found_on_ranks: list[dict[str, Any]], name: str) -> None:
     expected = gradients(build(**methods(SHARDED[name])))
-    for found in ranks:
+    for found in found_on_ranks:
         same(found[f"sharded {name}"], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_replica_without_images_takes_part_in_the_mean(ranks: list[dict[str, Any]]) -> None:
+def test_a_replica_without_images_takes_part_in_the_mean(found_on_ranks: list[dict[str, Any]]) -> None:
     total: dict[str, Tensor] = {}
     for images in ((2, 1), (0, 0)):
         model = build(vmtc=VMTC(stages=2), cmai=STRONG).train()
@@ -198,5 +194,5 @@ def test_a_replica_without_images_takes_part_in_the_mean(ranks: list[dict[str, A
         for name, weight in model.named_parameters():
             if weight.grad is not None:
                 total[name] = total.get(name, 0) + weight.grad / 2
-    for found in ranks:
+    for found in found_on_ranks:
         same(found["replicated"], total, rtol=1e-3, atol=1e-5)

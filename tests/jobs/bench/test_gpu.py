@@ -16,6 +16,7 @@ from jobs.bench.gpu_speed.timing import CHOICES, Bench, TimedVariant
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.integration
 def test_the_script_runs_without_an_installed_package(tmp_path: Path) -> None:
     out = tmp_path / "gpu.jsonl"
     out.write_text("an earlier line\n")

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,7 +32,6 @@ from pipelines.data.options import ShardOptions
 from tests.jobs.command_line import run_command
 from tests.jobs.machines import (
     FAST_FAILURE_DETECTION,
-    RAY,
     Cluster,
     Network,
     Process,
@@ -583,7 +583,7 @@ class Operator:
         redux.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m jobs.command "$@"\n')
         redux.chmod(0o755)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        path = os.pathsep.join([str(redux.parent), str(Path(RAY).parent), environment["PATH"]])
+        path = os.pathsep.join([str(redux.parent), sysconfig.get_path("scripts"), environment["PATH"]])
         self.environment = environment | {
             "HOME": str(folder / "home"), "PATH": path, "RAY_TMPDIR": str(folder / "ray"),
             "PYTHONPATH": str(PAGE.parents[1]),

@@ -31,6 +31,7 @@ import pytest
 from jobs.cluster import package, submit
 from redux.extras import write_install_command
 from tests.jobs.command_line import CommandResult, run_command
+from tests.worker_forks import WITH_FORKS
 
 pytestmark = pytest.mark.integration
 
@@ -138,7 +139,7 @@ def head() -> Iterator[Head]:
         environment.pop(name, None)
     process = subprocess.Popen(
         [
-            *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
+            *(*WITH_FORKS, "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
             *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--port=0", f"--dashboard-port={dashboard}"),
             *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"),
             *("--num-cpus=2", "--num-gpus=0", f"--temp-dir={folder}/ray"),

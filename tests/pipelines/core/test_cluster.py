@@ -10,7 +10,7 @@ from ray._private import utils as ray_utils
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipelines.core import cluster
-from tests.pipelines.faults import wait_until
+from tests.waiting import wait_until
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -39,7 +39,7 @@ from redux.conversation import train_word_tokenizer
 from redux.image import load_pixels
 from redux.model import build_model
 from redux.settings import CMAI, VMTC
-from tests.pipelines.faults import wait_until
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 

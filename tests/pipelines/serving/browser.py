@@ -6,14 +6,16 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
+
+from tests.waiting import wait_until
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 """Chromium, or None."""
@@ -70,10 +72,7 @@ class Browser:
 
     def wait_for(self, script: str) -> None:
         """Wait until an expression is true."""
-        deadline = time.monotonic() + EVENT_S
-        while not self.run(script):
-            assert time.monotonic() < deadline, script
-            time.sleep(0.05)
+        wait_until(partial(self.run, script), EVENT_S)
 
     def choose_files(self, selector: str, *paths: Path) -> None:
         """Choose files in an input."""

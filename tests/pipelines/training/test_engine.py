@@ -1,12 +1,15 @@
-"""DeepSpeed is imported without MLflow. test_layouts.py, test_divided.py and test_worker.py train with the engine."""
+"""DeepSpeed is imported without MLflow and Inductor. test_layouts.py and test_worker.py train with the engine."""
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipelines.training import engine
+from pipelines.training.plan import StagePlan
+from tests.pipelines import ranks
 
 
 def test_deepspeed_is_imported_without_mlflow_which_can_be_imported_later(
@@ -23,3 +26,15 @@ def test_deepspeed_is_imported_without_mlflow_which_can_be_imported_later(
     assert importlib.import_module("mlflow").__file__ == str(tmp_path / "mlflow.py")
     del sys.modules["deepspeed"]
     assert engine.import_deepspeed().mlflow, "an imported MLflow stays"
+
+
+def train_a_step(plan: StagePlan) -> bool:
+    """Train a step on this rank, and tell if Inductor is imported."""
+    deepspeed_engine = engine.build_engine(plan, 1)
+    next(ranks.run_steps(deepspeed_engine, plan, 0, 1))
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+@pytest.mark.integration
+def test_training_does_not_import_inductor(new_plan: Callable[..., StagePlan], tmp_path: Path) -> None:
+    assert ranks.run_on_ranks(tmp_path, 1, train_a_step, new_plan(zero_stage=2)) == [False]
