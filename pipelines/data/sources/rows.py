@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipelines.data.options import ColumnName
-from pipelines.data.records import MISSING, RecordRejection, find_media_field, shorten
+from pipelines.data.records import MISSING, RecordRejection, find_media_field, holds_image, shorten
 from redux.conversation import IMAGE_TOKEN
 
 TURN_COLUMNS = ("conversations", "messages", "conversation", "texts", "dialogue")
@@ -167,7 +167,8 @@ class _Conversion:
         self._read_image_column()
         # what is left in the row may be a video or a sound, without which the text has no sense
         others = {name: value for name, value in self.row.items() if name not in self.used}
-        if rejection := find_media_field(others, "", bool(self.images)):
+        is_named = "image" in self.columns
+        if rejection := find_media_field(others, "", bool(self.images), is_named) or self._find_other_image(others):
             raise RowError(rejection)
         image_name, image_value = self._choose_image()
         if self.needs_image and image_value is None:
@@ -280,6 +281,9 @@ class _Conversion:
             elif kind in IMAGE_PARTS:
                 # tables give all parts the same fields, and null to those that a part lacks
                 values = {key: value for key, value in part.items() if key in PART_FIELDS and value is not None}
+                others = {key: value for key, value in part.items() if key not in PART_FIELDS}
+                if rejection := find_media_field(others, f"{field_name}.", False):
+                    raise RowError(rejection)
                 # a part without an address stands for the image of the column
                 self.images += [(field_name, values)] if values else []
                 yield IMAGE_TOKEN
@@ -341,6 +345,15 @@ class _Conversion:
             values = value if isinstance(value, list) else [value]
             self.images += [(name if len(values) == 1 else f"{name}[{number}]", v) for number, v in enumerate(values)]
 
+    def _find_other_image(self, others: dict[str, Any]) -> RecordRejection | None:
+        """Find an image in a column whose name does not tell that it is one."""
+        found = next((name for name, value in others.items() if holds_image(value)), None)
+        if found is None or "image" in self.columns:
+            return None
+        if self.images:
+            return RecordRejection("several columns", f"{self.images[0][0]} and {found}", "images")
+        return RecordRejection("unsupported image", found, shorten(others[found]), "name its column by --image-key")
+
     def _choose_image(self) -> tuple[str, Any]:
         """Return field and value of the image; ("", None) if there is none."""
         if len(self.images) > 1:
@@ -394,9 +407,11 @@ def _load_image(name: str, value: Any) -> tuple[str | None, bytes | None]:
             return (path if isinstance(path, str) and path else EMBEDDED_IMAGE), value["bytes"]
         if isinstance(value.get("base64"), str):
             return EMBEDDED_IMAGE, _decode_base64(name, value["base64"])
-        inner = next((value[key] for key in ("path", "url", "image_url", "image") if value.get(key)), None)
-        if inner is not None:
-            return _load_image(name, inner)
+        inner = [value[key] for key in ("path", "url", "image_url", "image") if value.get(key)]
+        if any(other != inner[0] for other in inner[1:]):
+            raise RowError(RecordRejection("unsupported image", name, shorten(value), "more than one address"))
+        if inner:
+            return _load_image(name, inner[0])
     if not isinstance(value, str):
         raise RowError(RecordRejection("unsupported image", name, shorten(value)))
     # a text: a data URL holds the image, all others name it

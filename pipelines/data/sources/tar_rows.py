@@ -17,7 +17,7 @@ from typing import Any
 
 from pipelines.core import storage
 from pipelines.data import tars
-from pipelines.data.records import MISSING, RecordRejection, shorten
+from pipelines.data.records import MISSING, RecordRejection, find_several_images, shorten
 from pipelines.data.sources.rows import TURN_COLUMNS, Columns, SourceRecord, convert_row
 from pipelines.data.tars import BytesLike, TarMember, TarSample
 
@@ -105,6 +105,8 @@ def _add_image(
     if problem:
         images = [m.suffix for m in sample.members if tars.find_last_suffix(m) in tars.IMAGE_SUFFIXES]
         return row, RecordRejection(problem, "", ", ".join(images))
+    if rejection := find_several_images(row):
+        return row, rejection
     named = row.get("image") or row.get("images")
     # the member counts, whatever path the record names
     for name in ("image", "images"):

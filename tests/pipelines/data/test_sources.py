@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipelines.data import shard_writer
 from pipelines.data.ingest import Reader, make_conversation_encoder
 from pipelines.data.options import SetSource, ShardOptions
 from pipelines.data.order import Order
-from pipelines.data.quarantine import QuarantineError
+from pipelines.data.quarantine import QuarantineError, explain_rejections
 from pipelines.data.records import find_rejection
 from pipelines.data.shard_index import QUARANTINE_FILE, Shards
 from pipelines.data.shard_writer import make_shards
@@ -27,7 +28,7 @@ from pipelines.data.sources.opened import RecordSource
 from pipelines.data.sources.rows import SourceRecord, convert_row
 from redux.conversation import TEMPLATES, train_word_tokenizer
 from tests.pipelines.data import source_files
-from tests.pipelines.data.source_files import CAPTION_WRITERS, CONVERSATION_WRITERS, PROMPT
+from tests.pipelines.data.source_files import CAPTION_WRITERS, CONVERSATION_WRITERS, PROMPT, SEVERAL_IMAGE_WRITERS
 from tests.pipelines.odd_records import odd_record
 
 SAMPLES = source_files.draw_samples()
@@ -217,6 +218,46 @@ def test_equal_words_about_other_images_are_no_duplicates(tmp_path: Path) -> Non
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     summary = make_set({"source": str(tmp_path / "a.parquet")}, tmp_path / "out", max_bad_fraction=0.1)
     assert (summary["samples"], summary["quarantined"]) == (10, {"duplicate": 1})
+
+
+@pytest.mark.usefixtures("local_ray_data")
+@pytest.mark.parametrize("form", SEVERAL_IMAGE_WRITERS)
+def test_a_record_with_several_images_is_listed_and_never_read_as_one(form: str, tmp_path: Path) -> None:
+    source_files.write_photos(tmp_path, SAMPLES)
+    write, field = SEVERAL_IMAGE_WRITERS[form]
+    settings = write(tmp_path, SAMPLES)
+    with pytest.raises(QuarantineError, match="1 of 2 records cannot be used"):
+        make_set(settings, tmp_path / "out")
+    assert make_set(settings, tmp_path / "out", max_bad_fraction=0.5)["samples"] == 1
+    [entry] = [json.loads(line) for line in (tmp_path / "out" / QUARANTINE_FILE).read_text().splitlines()]
+    assert (entry["number"], entry["field"]) == (0, field)
+    assert entry["reason"] in ("unsupported image", "several images", "several columns")
+    # file, record, value and the way out
+    reason, example, advice = explain_rejections([entry])
+    assert "image" in reason
+    assert example.strip().startswith(f"record 0 ({entry['origin']})")
+    assert re.match(
+        r"(\w+\.(jsonl|parquet|tar)|data-.*\.arrow|metadata.jsonl): (line 1|row 0|sample 0)$", entry["origin"]
+    )
+    assert f"{field + ': ' if field else ''}got {entry['value']}" in example
+    assert advice.strip().startswith("what to do: ")
+
+
+@pytest.mark.usefixtures("local_ray_data")
+def test_the_image_that_the_user_names_is_read_beside_others(tmp_path: Path) -> None:
+    source_files.write_photos(tmp_path, SAMPLES)
+    for number, (form, column) in enumerate(
+        {
+            "LLaVA, numbered fields": "image",
+            "parquet, two columns": "screenshot",
+            "WebDataset, a numbered member": "jpg",
+        }.items()
+    ):
+        folder = tmp_path / f"{number}"
+        source_files.write_photos(folder, SAMPLES)
+        settings = SEVERAL_IMAGE_WRITERS[form][0](folder, SAMPLES)
+        summary = make_set({**settings, "columns": {"image": column}}, folder / "out", max_bad_fraction=1)
+        assert summary["samples"] == (1 if column == "screenshot" else 2), form
 
 
 def row_of(**columns: Any) -> dict[str, Any]:
