@@ -88,5 +88,6 @@ def _describe_example(entry: dict[str, Any]) -> str:
     reason = records.RECORD_REASONS.get(entry["reason"], "")
     explanation = str(entry.get("explanation", ""))
     detail = explanation.removeprefix(f"{reason}: ") if reason and explanation.startswith(f"{reason}: ") else ""
-    shown = f"{name}: {field + ': ' if field else ''}got {value}" if value else name
+    # an empty text is a value, too
+    shown = f"{name}: {field + ': ' if field else ''}got {value or repr('')}" if value or field else name
     return f"{shown}: {detail}" if detail else shown

@@ -60,6 +60,11 @@ MAX_DEPTH = 100
 
 MISSING = "(missing)"
 
+LFS_POINTER = "version https://git-lfs"
+"""Beginning of a file of a clone without git-lfs, in place of its content."""
+
+LFS_ADVICE = "a git-lfs pointer; git lfs pull fetches the file"
+
 
 class RecordRejection(NamedTuple):
     """Rejection of a record: the reason, the field, its value as in the quarantine list, and details."""
@@ -133,6 +138,8 @@ def _find_content_rejection(record: dict, max_words: int | None) -> RecordReject
         text, name = turn["value"], f"conversations[{first + number}].value"
         if not _is_unicode(text):
             return RecordRejection("broken text", name, shorten(text))
+        if text.startswith(LFS_POINTER):
+            return RecordRejection("broken text", name, shorten(text), LFS_ADVICE)
         if reason := _find_media_tag(text, number % 2 == 1):
             return RecordRejection(reason, name, shorten(text))
         tags = move_image_to_front(text).count(IMAGE_TOKEN)

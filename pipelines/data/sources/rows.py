@@ -15,6 +15,8 @@ image part. Rows whose form has no tags get `<image>` at the start of the first 
 
 import base64
 import binascii
+import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -158,6 +160,9 @@ class _Conversion:
 
     def convert(self) -> SourceRecord:
         """Convert the row; RowError if that is not possible."""
+        if further := self.row.get(None):  # type: ignore[call-overload]  # only a table of text has it
+            detail = "more cells than columns: put a text with a separator into quotation marks"
+            raise RowError(RecordRejection("malformed", "", shorten(further), detail))
         turns = self._read_turns()
         # a column of system messages, unless the turns have one
         system = self._get("system")
@@ -177,7 +182,9 @@ class _Conversion:
         # a record with the fields that training reads
         record: dict[str, Any] = {}
         if (name := self._get("id", *ID_COLUMNS)) is not None:
-            record["id"] = name if isinstance(name, str | int | float) else shorten(name)
+            # JSON has no number for NaN
+            is_plain = isinstance(name, str | int) or (isinstance(name, float) and math.isfinite(name))
+            record["id"] = name if is_plain else shorten(name)
         if path is not None:
             record["image"] = path
         record["conversations"] = [{"from": turn.role, "value": turn.text} for turn in turns]
@@ -224,6 +231,7 @@ class _Conversion:
         turns = self.row[name]
         self.used.add(name)
         self.turns_name = name
+        turns = _parse_turns(turns)
         if not isinstance(turns, list) or not turns:
             raise RowError(RecordRejection("malformed", name, shorten(turns)))
         result = []
@@ -362,6 +370,20 @@ class _Conversion:
                 RecordRejection("unsupported image", self.images[0][0], f"{len(self.images)} images: {names}")
             )
         return self.images[0] if self.images else ("", None)
+
+
+def _parse_turns(turns: Any) -> Any:
+    """Return turns that a table stores as JSON, or as one list for each field. Other values stay as they are."""
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        try:
+            return json.loads(turns)
+        except (ValueError, RecursionError):
+            return turns
+    # `datasets` stores a sequence of objects so
+    if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
+        if len({len(values) for values in turns.values()}) == 1:
+            return [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
+    return turns
 
 
 def _make_round(question: tuple[str, Any], answer: tuple[str, Any]) -> list[_Turn]:
