@@ -56,6 +56,7 @@ from pipelines.training.memory import (
 from pipelines.training.plan import StageWork
 from pipelines.training.step_trace import Device
 from redux.conversation import IMAGE_TOKEN
+from redux.loading import UnmappedWeightsError
 
 MAX_MEASURED_PROMPTS = 100
 """Longest prompts of a task, by characters, whose tokens are counted."""
@@ -139,11 +140,11 @@ def _check_preparations(job: Job, folder: Path, problems: ProblemList) -> None:
             continue  # its questions are samples of a set, which are checked there
         with problems.collect(f"evaluate.tasks.{name}"):
             evaluate.check_task(name, resolve.resolve_task(task))
-    try:
-        with problems.collect():
+    with problems.collect():
+        try:
             model_parts.check_weights(replace(job, model=model_parts.locate_parts(job.model)), folder)
-    except RuntimeError as error:  # safetensors cannot map a file that is larger than the memory
-        print(f"note: the names of the weights were not checked: {str(error).partition(chr(10))[0]}")
+        except UnmappedWeightsError as error:  # a job may be checked on a smaller machine than it runs on
+            print(f"note: the names of the weights were not checked: {error}")
     with problems.collect():
         claims.Claim.from_folder(folder, job).find_changes()
     with problems.collect():

@@ -22,7 +22,7 @@ from redux.architecture import ModelSettings, TowerSizes, count_image_tokens
 from redux.chat_template import find_template
 from redux.configuration import ReduxConfig
 from redux.hub import local_copy
-from redux.loading import load_tokenizer
+from redux.loading import UnmappedWeightsError, load_tokenizer
 from redux.model import ReduxForConditionalGeneration
 
 T = TypeVar("T")
@@ -139,6 +139,8 @@ def check_weights(job: Job, folder: Path) -> None:
                 check_templates(job, load_tokenizer(model.checkpoint, "checkpoint"))
         else:
             pretrained.check_checkpoint(model.checkpoint, AutoModelForImageTextToText)
+    except UnmappedWeightsError as error:
+        raise UnmappedWeightsError(f"model.{error}") from None
     except ValueError as error:
         place = "" if str(error).startswith("train.") else "model."
         raise ValueError(f"{place}{error}") from None

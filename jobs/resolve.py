@@ -33,9 +33,8 @@ def resolve_job(job: Job, folder: Path) -> Job:
         ValueError: a set or a benchmark file cannot be used, a package is missing, or the evaluation contradicts the
             training of the model.
     """
-    job = replace(job, data=_find_sources(job.data, folder))
-    sets = {name: storage.make_absolute(url) for name, url in job.data.sets.items()}
-    for name, url in sets.items():
+    job = replace(job, data=resolve_data(job.data, folder))
+    for name, url in job.data.sets.items():
         if name in job.data.make:
             continue
         samples = len(shard_index.Shards(url))
@@ -54,9 +53,6 @@ def resolve_job(job: Job, folder: Path) -> Job:
     return replace(
         job,
         checkpoints=job.checkpoints and storage.make_absolute(job.checkpoints),
-        data=replace(
-            job.data, sets=sets, make={name: _resolve_source(name, source) for name, source in job.data.make.items()}
-        ),
         evaluate=job.evaluate and replace(job.evaluate, tasks=_resolve_tasks(job)),
         model=locate_parts(job.model),
     )
@@ -71,10 +67,15 @@ def check_image_backend(name: str, stage: Stage) -> None:
         )
 
 
-def _find_sources(data: Data, folder: Path) -> Data:
-    """Replace each set that is no set of shards, but data in another form, by a set that the job makes of it.
+def resolve_data(data: Data, folder: Path) -> Data:
+    """Make the paths of sets absolute, and replace each set in another form than shards by one that the job makes.
 
-    A set that the job makes, and that has no folder, gets one in the run folder.
+    Args:
+        data: the data section of the job.
+        folder: run folder. A set that the job makes, and that has no folder, gets one in it.
+
+    Raises:
+        ValueError: there is no such source, or its form is not read.
     """
     sets, make = dict(data.sets), dict(data.make)
     for name, url in data.sets.items():
@@ -88,7 +89,11 @@ def _find_sources(data: Data, folder: Path) -> Data:
             make[name] = SetSource(source=url)
             del sets[name]
     made = {name: str(folder / SHARDS_DIR / name) for name in make if name not in sets}
-    return replace(data, sets=sets | made, make=make)
+    return replace(
+        data,
+        sets={name: storage.make_absolute(url) for name, url in (sets | made).items()},
+        make={name: _resolve_source(name, source) for name, source in make.items()},
+    )
 
 
 def _resolve_formats(job: Job, folder: Path) -> Job:

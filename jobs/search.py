@@ -251,6 +251,8 @@ def _claim(search: Search, folder: Path, allow_changes: bool) -> None:
 def _run_shared_stages(search: Search, folder: Path, allow_changes: bool) -> tuple[Job, Path] | None:
     """Run the shared stages; returns their job and folder, or None if trials share nothing."""
     job = study.build_job(search.job, {}, f"{search.name}-{SHARED}", "job")
+    # sets in other forms than shards are made once, and trials read them
+    job = replace(job, data=resolve.resolve_data(job.data, folder))
     until = search.shared[-1] if search.shared else "shards"
     if until not in run.list_steps(job, folder):
         return None

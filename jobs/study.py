@@ -10,6 +10,7 @@
 
 runs/NAME/study.yaml       the resolved study
 runs/NAME/shared/          run of the shared stages
+runs/NAME/shards/SET/      a set that is made of data in another form; in shared/ if there are shared stages
 runs/NAME/VARIANT-SEED/    run of one variant with one seed
 runs/NAME/tables.html      results; see pipelines/report/tables.py
 
@@ -18,7 +19,7 @@ Each run is an ordinary job: its job.yaml can be run and resumed on its own.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +73,13 @@ def check_shared_stages(shared: Sequence[str], job: Mapping[str, Any]) -> list[s
         raise ValueError(f"job.train: got {format_value(stages)}, allowed: a section of stages")
     if list(shared) != list(stages)[: len(shared)]:
         raise ValueError(f"shared: got {', '.join(shared)}, allowed: the first of the stages {', '.join(stages)}")
+    last = stages[shared[-1]] if shared else None
+    if isinstance(last, dict) and last.get("objective") == "contrastive":
+        others = [name for name in stages if name not in shared]
+        raise ValueError(
+            f"shared: got {', '.join(shared)}, allowed: {', '.join([*shared, *others[:1]])}, as the others start from "
+            "the whole model of a language stage, and a contrastive stage makes a tower alone"
+        )
     return list(stages)
 
 
@@ -142,6 +150,17 @@ def build_job(tree: Mapping[str, Any], changes: Mapping[str, Any], name: str, so
     return document.build(copied, Job, source)
 
 
+def _share_sets(study: Study, folder: Path) -> Study:
+    """Name the folders of the sets that are made of data in other forms, so that the first run makes them for all."""
+    from jobs import resolve  # imported late, as in `run_study`
+
+    if any(key == "data" or key.startswith("data.make") for changes in study.variants.values() for key in changes):
+        return study  # variants make sets of their own
+    job = build_job(study.job, {}, study.name, "job")
+    data = resolve.resolve_data(job.data, folder / SHARED if study.shared else folder)
+    return replace(study, job={**study.job, "data": document.write_plain(data)})
+
+
 def run_study(study: Study, folder: Path, allow_changes: bool = False) -> None:
     """Run the unfinished jobs of a study in its folder, one after the other, then write the tables.
 
@@ -155,7 +174,7 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False) -> None:
     from pipelines.core import cluster
 
     folder = folder.resolve()
-    runs = list_jobs(study, folder)
+    runs = list_jobs(_share_sets(study, folder), folder)
     claims.make_folder(folder)
     # one Ray for all runs, because its start takes seconds
     with cluster.open_session():

@@ -35,6 +35,10 @@ ADAPTER_PARAMETER = re.compile(r"\.(lora_|base_layer\.|modules_to_save\.)")
 """Pattern in parameter names of PEFT adapters that were not merged."""
 
 
+class UnmappedWeightsError(ValueError):
+    """Error of a file of weights that this machine cannot map into memory, though it may be complete."""
+
+
 def load_model(
     model_class: Any, path: str | os.PathLike, *, label: str, ignored: Collection[str] = (), **options: Any
 ) -> Any:
@@ -48,7 +52,7 @@ def load_model(
         options: arguments of `from_pretrained`.
 
     Raises:
-        ValueError: weights are missing, unexpected or of another shape, or files are damaged.
+        ValueError: weights are missing, unexpected or of another shape, or files are damaged or cannot be mapped.
         OSError: there is no such checkpoint.
     """
     with report_damage(path, label):
@@ -72,6 +76,12 @@ def report_damage(path: str | os.PathLike | None, label: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # torch raises it for a file that is larger than the address space or the memory that may be committed
+        if isinstance(error, RuntimeError) and "unable to mmap" in str(error):
+            raise UnmappedWeightsError(
+                f"{label}: got {path}, whose weights cannot be mapped into memory, allowed: a machine with more memory "
+                f"({_shorten(str(error))})"
+            ) from error
         if type(error).__name__ not in DAMAGE_ERRORS:
             raise
         # a clone without git-lfs has small text files in place of the weights

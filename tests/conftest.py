@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,18 @@ def ray_cluster() -> Iterator[Any]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # set before Ray starts, so that its workers inherit it
     with shared_ray.start_ray(with_forks=not has_gpu) as ray:
         yield ray
+
+
+@pytest.fixture(scope="session")
+def in_process() -> Callable[[], AbstractContextManager[None]]:
+    """Return a context in which this process does the work of Ray."""
+    from tests import local_ray  # imported here, as it imports Ray
+
+    return local_ray.run_in_process
+
+
+@pytest.fixture
+def local_ray_data(in_process: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Do the work of Ray Data in this process during a whole test."""
+    with in_process():
+        yield

@@ -15,9 +15,10 @@ import warnings
 from stat import S_ISREG
 from urllib.parse import quote, unquote
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipelines.core import storage
+from pipelines.data import records
 
 SUFFIX_BY_FORMAT = {
     "JPEG": "jpg",
@@ -55,6 +56,9 @@ def check_image(image: bytes) -> str:
             with Image.open(io.BytesIO(image)) as opened:
                 suffix = SUFFIX_BY_FORMAT.get(opened.format or "", "img")
                 opened.convert("RGB")
+    except UnidentifiedImageError:  # its text has an address in memory
+        pointer = image.startswith(records.LFS_POINTER.encode())
+        raise ValueError(records.LFS_ADVICE if pointer else "no format that Pillow knows") from None
     except Exception as error:  # each format raises others: OSError, SyntaxError, struct.error, MemoryError, ...
         raise ValueError(" ".join(f"{type(error).__name__}: {error}".split())) from None
     return suffix

@@ -17,7 +17,8 @@ REASON_ADVICE = {
     "video": "remove these records, or replace a video by one of its frames",
     "audio": "remove these records",
     "point cloud": "remove these records",
-    "unsupported image": "give each record one image, and one <image> in its first question",
+    "unsupported image": "give each record one image, and one <image> in its first question: remove the others, make a "
+    "record for each, or join them into one image; name another column of the image by --image-key",
     "image without tag": "put <image> where the question refers to the image",
     "tag without image": "name the image of the record, or remove <image> from its text",
     "tag in system message": "move <image> to a question",
@@ -87,5 +88,6 @@ def _describe_example(entry: dict[str, Any]) -> str:
     reason = records.RECORD_REASONS.get(entry["reason"], "")
     explanation = str(entry.get("explanation", ""))
     detail = explanation.removeprefix(f"{reason}: ") if reason and explanation.startswith(f"{reason}: ") else ""
-    shown = f"{name}: {field + ': ' if field else ''}got {value}" if value else name
+    # an empty text is a value, too
+    shown = f"{name}: {field + ': ' if field else ''}got {value or repr('')}" if value or field else name
     return f"{shown}: {detail}" if detail else shown

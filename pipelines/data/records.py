@@ -37,7 +37,7 @@ RECORD_REASONS = {
     "video": "about a video, which is neither image nor text",
     "audio": "about a sound, which is neither image nor text",
     "point cloud": "about a point cloud, which is neither image nor text",
-    "unsupported image": "an image in a form that LLaVA does not read; allowed: one path as image, and one <image>",
+    "unsupported image": "several images, or an image in a form that is not read; allowed: one image, and one <image>",
     "image without tag": "there is an image, but no turn has <image>",
     "tag without image": "a turn has <image>, but there is no image",
     "tag in system message": "<image> in the system message; allowed: in a turn of human",
@@ -59,6 +59,11 @@ MAX_DEPTH = 100
 """Maximum nesting of lists and objects in a record. Python's JSON reader and writer fail at some hundreds."""
 
 MISSING = "(missing)"
+
+LFS_POINTER = "version https://git-lfs"
+"""Beginning of a file of a clone without git-lfs, in place of its content."""
+
+LFS_ADVICE = "a git-lfs pointer; git lfs pull fetches the file"
 
 
 class RecordRejection(NamedTuple):
@@ -133,6 +138,8 @@ def _find_content_rejection(record: dict, max_words: int | None) -> RecordReject
         text, name = turn["value"], f"conversations[{first + number}].value"
         if not _is_unicode(text):
             return RecordRejection("broken text", name, shorten(text))
+        if text.startswith(LFS_POINTER):
+            return RecordRejection("broken text", name, shorten(text), LFS_ADVICE)
         if reason := _find_media_tag(text, number % 2 == 1):
             return RecordRejection(reason, name, shorten(text))
         tags = move_image_to_front(text).count(IMAGE_TOKEN)
@@ -150,6 +157,15 @@ def _find_content_rejection(record: dict, max_words: int | None) -> RecordReject
         return RecordRejection("several tags", tagged[1], IMAGE_TOKEN)
     if max_words is not None and (count := count_words(record)) > max_words:
         return RecordRejection("too long", "conversations", f"{count} words")
+    return None
+
+
+def find_several_images(record: dict) -> RecordRejection | None:
+    """Find a field with a list of several images, as the image of a tar stands for the path that a record names."""
+    for field in ("image", "images"):
+        value = record.get(field)
+        if isinstance(value, list) and len(value) > 1:
+            return RecordRejection("unsupported image", field, shorten(value), f"{len(value)} images")
     return None
 
 
@@ -181,9 +197,14 @@ def shorten_text(text: str, limit: int = MAX_SHOWN_CHARACTERS) -> str:
 
 def _to_json(value: Any) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, default=_describe_value)
     except (ValueError, TypeError, RecursionError):
         return f"{type(value).__name__}, nested too deep or no JSON"
+
+
+def _describe_value(value: Any) -> str:
+    """Describe a value of a table that JSON does not have."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
 
 
 def _is_unicode(text: str) -> bool:
@@ -208,6 +229,22 @@ _MEDIA_FIELD_PATTERNS = {
     for reason, names in _MEDIA_FIELDS.items()
 }
 """Patterns of fields with other media, by reason. Those of images count only if the record has no `image`."""
+
+_SIDES = "left|right|first|second|before|after|source|target|reference|input|output|edited"
+_IMAGE_WORDS = _MEDIA_FIELDS["unsupported image"]
+_ONE_OF_SEVERAL_IMAGES = re.compile(
+    rf"(?:(?:{_SIDES})_)?(?:{_IMAGE_WORDS})(?:_?(?:{_CONTAINER_WORDS}))?(?:_?\d+|_(?:{_SIDES}))?"
+    rf"(?:_?(?:{_CONTAINER_WORDS}))?|(?:\w+_)?file_names|(?:{_SIDES})_file_name",
+    re.IGNORECASE,
+)
+"""Pattern of fields with one of several images, such as image_2, image1_path and left_image, and of `image` itself."""
+
+_IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+"""First bytes of images."""
+
+_IMAGE_PATH = re.compile(
+    r"data:image/.*|\S+\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|ppm)(?:\?\S*)?", re.DOTALL | re.I
+)
 
 _TAG_WORDS = "start|end|begin|bos|eos|pad|patch|here|placeholder|soft|token|content|context|feature|embed|file|path"
 _MEDIA_NAMES = {
@@ -234,30 +271,60 @@ _QUOTED = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\"<[^\"\n]*>\"|'<[^'\n]*>'|“
 _MARKUP = re.compile(r"<(?:!doctype|html|head|body|div|span|p|ul|table|script|source)\b", re.IGNORECASE)
 
 
-def find_media_field(fields: dict, prefix: str, with_image: bool) -> RecordRejection | None:
+def find_media_field(fields: dict, prefix: str, with_image: bool, is_named: bool = False) -> RecordRejection | None:
     """Find a field with content that LLaVA does not read.
 
     Args:
         fields: fields of a record or of a turn.
         prefix: name of the turn with a dot; "" for a record.
         with_image: the record has an image, so that other fields may describe it.
+        is_named: the user has named the column of the image, so that other images are not meant.
     """
     for field, value in fields.items():
+        if not value or (not prefix and field == "image"):
+            continue
         reason = _media_of_field(field)
+        # other fields describe the image, unless they are about several images
+        if reason == "unsupported image" and with_image:
+            reason = reason if isinstance(value, list) and len(value) > 1 and not is_named else None
         if (
             not reason
-            or not value
-            or (not prefix and field == "image")
-            or (reason == "unsupported image" and with_image)
+            and not (with_image and is_named)
+            and _may_be_one_of_several(field)
+            and holds_image(value, or_path=True)
         ):
-            continue
-        return RecordRejection(reason, prefix + shorten(field), shorten(value))
+            reason = "unsupported image"
+        if reason:
+            return RecordRejection(reason, prefix + shorten(field), shorten(value))
     return None
 
 
 @functools.lru_cache(maxsize=1024)  # a file uses few names for many records
 def _media_of_field(name: str) -> str | None:
     return next((reason for reason, names in _MEDIA_FIELD_PATTERNS.items() if names.fullmatch(name)), None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _may_be_one_of_several(name: str) -> bool:
+    """Tell if a field is named as one of several images, such as image_2."""
+    is_plain = _MEDIA_FIELD_PATTERNS["unsupported image"].fullmatch(name)
+    return not is_plain and _ONE_OF_SEVERAL_IMAGES.fullmatch(name) is not None
+
+
+def holds_image(value: Any, or_path: bool = False) -> bool:
+    """Tell if a value of a table is an image: its bytes, an object with them, or a list of these.
+
+    Args:
+        value: the value.
+        or_path: a path or a data URL of an image counts as well.
+    """
+    if isinstance(value, list):
+        return any(holds_image(item, or_path) for item in value)
+    if isinstance(value, dict):
+        return any(holds_image(value.get(name), or_path) for name in ("bytes", "path", "url", "base64"))
+    if isinstance(value, str):
+        return or_path and _IMAGE_PATH.fullmatch(value) is not None
+    return isinstance(value, bytes) and (value.startswith(_IMAGE_MAGIC) or value[8:12] == b"WEBP")
 
 
 def _find_media_tag(text: str, is_answer: bool) -> str | None:

@@ -12,7 +12,7 @@ The record is the `json` member, or the only member with conversations whose suf
 The image is the first of these that exists:
 
 1. The member with a plain image suffix (`jpg`, not `depth.png`); of several, the one with the suffix of the record's
-   `image`.
+   `image`. Beside a numbered one, such as `2.jpg`, it is one of several.
 2. The only member whose suffix ends in an image suffix.
 3. The only member whose bytes are an image. Text files are never tried.
 
@@ -54,6 +54,7 @@ _TEXT_SUFFIXES = "cls csv html id index json jsonl text tsv txt xml yaml yml"
 TEXT_SUFFIXES = frozenset(_TEXT_SUFFIXES.split())
 """Suffixes of members that are never images, whatever their bytes."""
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".pyd", ".npy", ".npz")
+_NUMBERED_SUFFIX = re.compile(r"(?:image|img|photo|picture)?_?\d+\.\w+$")
 COMPRESSION_MAGIC = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -342,15 +343,14 @@ def _resolve_sample(sample: TarSample, data: BytesLike) -> None:
     sample.image, sample.rejection_reason = find_image(sample, record, data)
     if sample.rejection_reason:
         return
+    rejection = records.find_several_images(record)
     if sample.image:
-        record = {
-            **record,
-            "image": f"image.{sample.image.suffix}",
-        }  # the member counts, whatever path the record names
-    elif records.has_image(record):
+        # the member counts, whatever path the record names
+        record = {**record, "image": f"image.{sample.image.suffix}"}
+    elif records.has_image(record) and not rejection:
         sample.rejection_reason = "missing image"
         return
-    rejection = records.find_rejection(record, None)
+    rejection = rejection or records.find_rejection(record, None)
     if rejection:
         sample.rejection_reason = rejection.reason
         sample.rejection_field, sample.rejection_value = rejection.field, rejection.value
@@ -399,7 +399,10 @@ def find_image(sample: TarSample, record: dict, data: BytesLike) -> tuple[TarMem
     if len(plain) > 1 and isinstance(path, str):
         suffix = posixpath.splitext(path)[1].lower().removeprefix(".")
         plain = [member for member in plain if member.suffix == suffix] or plain
-    candidates = plain or dotted or [member for member in sample.members if _is_image(member, data)]
+    # `jpg` beside `depth.png` is the image, but beside `2.jpg` one of several
+    numbered = [member for member in dotted if _NUMBERED_SUFFIX.match(member.suffix)]
+    candidates = [*plain, *numbered] if plain else dotted
+    candidates = candidates or [member for member in sample.members if _is_image(member, data)]
     if len(candidates) > 1:
         return None, "several images"
     return (candidates[0] if candidates else None), None

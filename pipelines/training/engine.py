@@ -172,6 +172,7 @@ def add_loss(
         lora.add_adapters(llava, plan.stage.lora)
         parts["language"] = lora.list_adapter_parameters(llava)
     if plan.stage.activation_checkpointing:
+        # transformers 5.23 deprecates it, but 5.19 to 5.22 do not have its successor, activation_checkpointing_enable
         llava.gradient_checkpointing_enable({"use_reentrant": False})
     return LlavaWithLoss(llava), parts
 

@@ -12,12 +12,11 @@ import yaml
 from PIL import Image
 
 from jobs import model_parts
-from pipelines.core import parallel
 from pipelines.data import ingest, shard_writer
 from pipelines.data.options import ShardOptions
 from redux.conversation import IGNORE_INDEX
 from tests.jobs.command_line import CommandResult, run_command
-from tests.pipelines.conftest import map_locally
+from tests.local_ray import run_in_process
 
 COUNT = 40
 COLOURS = ("red", "blue")
@@ -55,8 +54,7 @@ class Material:
         """Make shards of records, and return their folder."""
         out = self.folder / "shards" / name
         if not out.exists():
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(parallel, "map_bounded", map_locally)
+            with run_in_process():
                 options = ShardOptions(samples_per_shard=20, max_bad_fraction=1)
                 shard_writer.make_shards(records, str(self.folder), str(out), options)
         return str(out)

@@ -28,7 +28,6 @@ from redux.pretrained import load_assembled_tokenizer, load_image_encoder
 from redux.trace import ImageTrace
 from tests.jobs import chatty
 from tests.jobs.command_line import run_command
-from tests.pipelines.conftest import in_process  # noqa: F401  a fixture
 from tests.pipelines.serving.browser import PROGRAM, open_browser
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
@@ -40,7 +39,7 @@ def make_turns(question: str, answer: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def folder(in_process: Callable[[], AbstractContextManager[None]], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def folder(in_process: Callable[[], AbstractContextManager[None]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with records.json, images, the set `talk`, and the model `m`."""
     folder = tmp_path_factory.mktemp("look")
     noise = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """Trials of a search are jobs that differ in searched values alone; mistakes are refused before a run."""
 
+import json
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ import pytest
 import yaml
 from optuna.trial import create_trial
 
-from jobs import claims, command, schema, search
+from jobs import claims, command, run, schema, search
 from pipelines.core import jsonl
 from pipelines.data import consumed
 from pipelines.search.trials import Trials
@@ -76,6 +77,24 @@ def test_a_trial_is_the_job_with_its_values_and_the_fidelity(tmp_path: Path) -> 
         assert job.model.cmai.gamma_max == 0.5
     assert trial.seed == jobs({}, "8").seed, "the same samples in the same order"
     assert trial.data == jobs({}, "8").data
+
+
+def test_trials_read_the_set_that_is_made_of_data_in_another_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"conversations": turns}))
+    job = yaml.safe_load(TINY)["job"]
+    job["data"] = {"source": None, "sets": {"mine": str(tmp_path / "mine.jsonl")}}
+    for stage in job["train"].values():
+        stage["data"] = "mine"
+    loaded = search.load(write(tmp_path, job=job, objectives={"flops": "min"}))
+    ran: list[schema.Job] = []
+    monkeypatch.setattr(run, "run", lambda job, folder, changes, until: ran.append(job))
+    shared = search._run_shared_stages(loaded, tmp_path / "shared", False)
+    assert ran[0].data.make["mine"].source == str(tmp_path / "mine.jsonl")
+    trial = search.TrialJobs(loaded, shared)({})
+    assert (trial.data.make, trial.data.sets) == ({}, {"mine": str(tmp_path / "shared" / "shards" / "mine")})
 
 
 def write_best(tmp_path: Path, values: dict[str, Any]) -> Path:

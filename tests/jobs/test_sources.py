@@ -3,9 +3,7 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -13,7 +11,7 @@ from PIL import Image
 from jobs import schema
 from jobs.layout import locate_sets
 from jobs.resolve import resolve_job
-from pipelines.core import cluster, parallel
+from pipelines.core import cluster
 from pipelines.data.options import SetSource
 from pipelines.data.shard_index import Shards
 from tests.jobs.command_line import run_command
@@ -41,13 +39,8 @@ def chats(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def _local(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make shards in this process."""
-
-    def map_locally(task: Any, items: Any, *args: Any) -> Iterator[Any]:
-        return (task(item, *args) for item in items)
-
-    monkeypatch.setattr(parallel, "map_bounded", map_locally)
+def _local(local_ray_data: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make shards in this process, without Ray."""
     monkeypatch.setattr(cluster, "open_session", contextlib.nullcontext)
 
 

@@ -1,15 +1,18 @@
 """The jobs of a study equal jobs that a user writes, and share stages; mistakes are refused before a run."""
 
+import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from jobs import command, study
+from jobs import command, run, study, tables
+from jobs.schema import Job
 from jobs.study import Study
-from pipelines.core import jsonl
+from pipelines.core import cluster, jsonl
 
 FILE = Path(__file__).parents[2] / "jobs" / "recipes" / "reproduce" / "mini.yaml"
 
@@ -71,6 +74,10 @@ def test_without_shared_stages_every_run_has_all_stages(tmp_path: Path) -> None:
         ({"seeds": [1, 1]}, r"seeds: got \[1, 1\], allowed: each once"),
         ({"shared": ["pretrain"]}, "shared: got pretrain, allowed: the first of the stages tower, pretrain, instruct"),
         ({"shared": ["tower", "pretrain", "instruct"]}, "shared: got .*, allowed: the first of the stages .*, not all"),
+        (
+            {"shared": ["tower"]},
+            "shared: got tower, allowed: tower, pretrain, as the others start from the whole model",
+        ),
         ({"job": {"name": "x"}}, "job: got a name, allowed: none"),
         ({"job": {"train": 5}}, r"job\.train: got 5, allowed: a section of stages"),
     ],
@@ -79,6 +86,44 @@ def test_a_mistake_is_one_line_that_names_the_variant(tmp_path: Path, changes: d
     with pytest.raises(ValueError, match=message) as error:
         load(tmp_path, **changes)
     assert "\n" not in str(error.value)
+
+
+SOURCED = """
+name: sourced
+job:
+  data: {source: null, sets: {mine: mine.jsonl}}
+  model: {checkpoint: model}
+  train:
+    pretrain: &stage
+      {objective: language, data: mine, steps: 2, global_batch_size: 4, micro_batch_size: 4,
+       learning_rate: {projector: 1e-3}}
+    instruct: *stage
+variants: {a: {}, b: {seed: 5}}
+"""
+
+
+@pytest.mark.parametrize("shared", [[], ["pretrain"]])
+def test_data_in_another_form_is_made_into_one_set_for_all_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"conversations": turns}))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(yaml.safe_load(SOURCED) | {"shared": shared}, sort_keys=False))
+    jobs: dict[str, Job] = {}
+    monkeypatch.setattr(run, "run", lambda job, folder, changes, until: jobs.update({folder.name: job}))
+    monkeypatch.setattr(cluster, "open_session", nullcontext)
+    monkeypatch.setattr(tables, "write_tables", lambda *_: None)
+    study.run_study(study.load(tmp_path / "study.yaml"), tmp_path / "runs")
+    assert list(jobs) == [*(["shared"] if shared else []), "a-0", "b-0"]
+    made = tmp_path / "runs" / ("shared/shards" if shared else "shards") / "mine"
+    for name, job in jobs.items():
+        assert job.data.sets == {"mine": str(made)}
+        # the shared run makes the set, or else the first run, and the others find it finished
+        makes_set = name == "shared" or not shared
+        assert {n: source.source for n, source in job.data.make.items()} == (
+            {"mine": str(tmp_path / "mine.jsonl")} if makes_set else {}
+        )
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -8,23 +8,21 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import pytest
-import ray.data
 import torch.distributed as dist
 from PIL import Image
 
-from pipelines.core import parallel, storage
+from pipelines.core import storage
 from pipelines.core.storage import Retry
 from pipelines.data import shard_writer
 from pipelines.data.options import ShardOptions
@@ -92,57 +90,6 @@ def tokenizer(records: list[dict], tmp_path_factory: pytest.TempPathFactory) -> 
     pieces = [piece for record in records for piece, _ in TEMPLATES["vicuna_bare"].split_spans(record["conversations"])]
     train_word_tokenizer(pieces, max_length=96).save_pretrained(folder)
     return folder
-
-
-class LocalDataset:
-    """Dataset of items with the methods that pipelines call. It is computed at once, in order and in this process."""
-
-    def __init__(self, items: list[dict[str, Any]], override_num_blocks: int) -> None:
-        assert override_num_blocks == len(items)
-        self.items = items
-        self.context = SimpleNamespace(execution_options=SimpleNamespace(preserve_order=True))
-
-    def map(self, task: Callable[..., dict[str, Any]], fn_args: tuple[Any, ...], num_cpus: int) -> "LocalDataset":
-        return LocalDataset([task(item, *fn_args) for item in self.items], len(self.items))
-
-    def iter_rows(self) -> Iterator[dict[str, Any]]:
-        return iter(self.items)
-
-    def map_batches(self, actor: Callable[..., Any], fn_constructor_args: tuple[Any, ...], **_: Any) -> "LocalBlocks":
-        compute = actor(*fn_constructor_args)
-        return LocalBlocks(compute({name: np.array([value]) for name, value in item.items()}) for item in self.items)
-
-
-class LocalBlocks(list[dict[str, Any]]):
-    """The blocks that an actor has returned."""
-
-    def iter_batches(self, batch_size: None) -> Iterator[dict[str, np.ndarray]]:
-        return ({name: np.asarray(column) for name, column in block.items()} for block in self)
-
-
-def map_locally(task: Callable[..., Any], items: Iterable[Any], *args: Any) -> Iterator[Any]:
-    return (task(item, *args) for item in items)
-
-
-@pytest.fixture(scope="session")
-def in_process() -> Callable[[], AbstractContextManager[None]]:
-    """Return a context in which this process does the work of Ray. Starting a worker takes seconds."""
-
-    @contextmanager
-    def patched() -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ray.data, "from_items", LocalDataset)
-            patch.setattr(parallel, "map_bounded", map_locally)
-            yield
-
-    return patched
-
-
-@pytest.fixture
-def local_ray_data(in_process: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Do the work of Ray Data in this process during a whole test."""
-    with in_process():
-        yield
 
 
 class Proxy(ThreadingHTTPServer):

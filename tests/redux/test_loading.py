@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, CLIPVisionModel, PreTraine
 from redux import answering
 from redux.conversation import IMAGE_TOKEN
 from redux.conversion import convert_checkpoint
-from redux.loading import load_model, load_tokenizer, strip_wrappers
+from redux.loading import UnmappedWeightsError, load_model, load_tokenizer, strip_wrappers
 from redux.model import ReduxForConditionalGeneration
 from redux.pretrained import check_checkpoint
 from redux.settings import CMAI, VMTC
@@ -110,6 +110,18 @@ def test_damaged_files_are_named(
     file.write_bytes(content(file.read_bytes()))
     with pytest.raises(ValueError, match=message):
         LOADERS[loader](folder)
+
+
+def test_a_file_that_cannot_be_mapped_is_no_damaged_one(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"unable to mmap 99 bytes from file <{whole}>: Cannot allocate memory (12)\nmore")
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", refuse)
+    with pytest.raises(
+        UnmappedWeightsError, match=r"^model: got .*, whose weights cannot be mapped into mem"
+    ) as caught:
+        LOADERS["foreign"](whole)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_was_asked_to_be_random_may_be(changed: Callable[[Callable[[Weights], Weights]], Path]) -> None:

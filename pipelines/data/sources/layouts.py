@@ -41,6 +41,13 @@ ALLOWED_SOURCES = (
 LLAMA_FACTORY_FILE = "dataset_info.json"
 HUB_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 LLAMA_FACTORY_KEYS = frozenset({"file_name", "file_sha1", "formatting", "columns", "tags", "split"})
+LLAMA_FACTORY_TYPES: tuple[tuple[str, Any, str], ...] = (
+    ("file_name", str, "the name of a file or a folder"),
+    ("columns", dict | None, "names of columns by their meaning"),
+    ("tags", dict | None, "names of fields and roles by their meaning"),
+)
+"""Types of an entry's values, and what is allowed."""
+
 ALPACA_COLUMNS: dict[str, tuple[ColumnName, str | None]] = {
     "prompt": ("question", "instruction"),
     "query": ("input", "input"),
@@ -98,13 +105,16 @@ def find_layout(source: str) -> Layout:
     Raises:
         ValueError: nothing is there, or its form is not read, or there are several.
     """
+    if not source.strip():
+        raise ValueError(f"source: got an empty text, allowed: {ALLOWED_SOURCES}")
     # the name of an entry follows a colon, which no other source has after this file name
     path, _, entry = source.partition(f"{LLAMA_FACTORY_FILE}:")
     if entry:
         return _find_llama_factory(path + LLAMA_FACTORY_FILE, entry)
     folder, name = posixpath.split(source.rstrip("/"))
-    # a file may have these characters in its own name
-    if any(mark in name for mark in "*?[") and not storage.exists(source):
+    # a file or a folder may have these characters in its own name
+    is_pattern = any(mark in name for mark in "*?[") and not storage.exists(source)
+    if is_pattern and not (storage.list_files(source) or storage.list_folders(source)):
         found = fnmatch.filter(storage.list_files(folder or "."), name)
         if not found:
             raise ValueError(f"{source}: no file matches, allowed: a pattern of names in {folder or '.'}")
@@ -214,7 +224,10 @@ def _find_llama_factory(url: str, name: str) -> Layout:
         raise ValueError(
             f"{where}.{hub}: got {entry[hub]}, allowed: file_name; download the data, and give the path of its files"
         )
-    if entry.get("ranking") or {"chosen", "rejected", "kto_tag"} & entry.get("columns", {}).keys():
+    for key, kinds, allowed in LLAMA_FACTORY_TYPES:
+        if not isinstance(value := entry.get(key), kinds):
+            raise ValueError(f"{where}.{key}: got {value!r}, allowed: {allowed}")
+    if entry.get("ranking") or {"chosen", "rejected", "kto_tag"} & (entry.get("columns") or {}).keys():
         raise ValueError(f"{where}: got preferences, allowed: conversations with one answer each")
     if unread := entry.keys() - LLAMA_FACTORY_KEYS - {"ranking"}:
         raise ValueError(f"{where}.{min(unread)}: got {entry[min(unread)]!r}, allowed: {sorted(LLAMA_FACTORY_KEYS)}")
@@ -230,7 +243,7 @@ def _map_llama_factory(where: str, entry: dict[str, Any]) -> Columns:
     if formatting not in ("alpaca", "sharegpt"):
         raise ValueError(f"{where}.formatting: got {formatting}, allowed: alpaca, sharegpt")
     known = ALPACA_COLUMNS if formatting == "alpaca" else SHAREGPT_COLUMNS
-    named = {key: value for key, value in entry.get("columns", {}).items() if value}
+    named = {key: value for key, value in (entry.get("columns") or {}).items() if value}
     # videos and sounds stay columns of the row, and reject their records
     if unread := named.keys() - known.keys() - {"videos", "audios"}:
         raise ValueError(f"{where}.columns.{min(unread)}: got {named[min(unread)]!r}, allowed: {', '.join(known)}")
@@ -239,7 +252,11 @@ def _map_llama_factory(where: str, entry: dict[str, Any]) -> Columns:
     for key, (column, default) in known.items():
         if name := named.get(key, default):
             columns[column] = name
-    tags = entry.get("tags", {}) if formatting == "sharegpt" else {}
+    tags = (entry.get("tags") or {}) if formatting == "sharegpt" else {}
+    for section, values in (("columns", named), ("tags", tags)):
+        for key, value in values.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{where}.{section}.{key}: got {value!r}, allowed: a name")
     for key, value in tags.items():
         if key in UNREAD_TAGS and UNREAD_TAGS[key] in (None, value):
             continue
@@ -268,10 +285,14 @@ def _find_energon(folder: str) -> Layout:
     description = _read_yaml(storage.join(folder, ENERGON_DIR, "dataset.yaml"))
     split = _read_yaml(storage.join(folder, ENERGON_DIR, "split.yaml"))
     parts = split.get("split_parts")
+    path = storage.join(folder, ENERGON_DIR, "split.yaml")
     if not isinstance(parts, dict) or not parts.get("train"):
-        path = storage.join(folder, ENERGON_DIR, "split.yaml")
         raise ValueError(f"{path}: got split_parts {parts!r}, allowed: tars for train")
-    names, excluded = _apply_exclusions(parts["train"], split.get("exclude") or [])
+    exclude = split.get("exclude") or []
+    for name, value in (("split_parts.train", parts["train"]), ("exclude", exclude)):
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{path}: {name}: got {value!r}, allowed: a list of names")
+    names, excluded = _apply_exclusions(parts["train"], exclude)
     files = tuple(storage.join(folder, name) for name in names)
     columns = _map_energon(storage.join(folder, ENERGON_DIR, "dataset.yaml"), description)
     keys = {storage.join(folder, name): frozenset(found) for name, found in excluded.items()}
@@ -292,11 +313,15 @@ def _apply_exclusions(train: list[str], exclude: list[str]) -> tuple[list[str], 
 def _map_energon(path: str, description: dict[str, Any]) -> Columns:
     """Translate the field map of a sample type. Without a field map, samples are read as those of any tar."""
     sample_type = description.get("sample_type") or description
+    if not isinstance(sample_type, dict):
+        raise ValueError(f"{path}: sample_type: got {sample_type!r}, allowed: __module__ and __class__")
     name = re.sub(r"(Sample|Webdataset)$", "", str(sample_type.get("__class__", "")))
     fields = description.get("field_map")
     if not fields:
         # a sample loader is code, which is not run
         return {}
+    if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
+        raise ValueError(f"{path}: field_map: got {fields!r}, allowed: members by their meaning")
     known = ENERGON_FIELDS.get(name)
     if known is None:
         allowed = ", ".join(f"{kind}Sample" for kind in ENERGON_FIELDS)

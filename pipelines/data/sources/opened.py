@@ -5,6 +5,7 @@ from typing import Any
 
 from pipelines.core import storage
 from pipelines.data.options import SetSource
+from pipelines.data.records import LFS_ADVICE, LFS_POINTER
 from pipelines.data.sources.image_folder import read_image_folder
 from pipelines.data.sources.json_records import read_json_records
 from pipelines.data.sources.layouts import find_layout
@@ -24,6 +25,7 @@ class RecordSource:
     """
 
     def __init__(self, settings: SetSource) -> None:
+        self.source = settings.source
         # the files are listed once; each iteration opens them again
         self.layout = find_layout(settings.source)
         # those that the user names come before those of a description
@@ -32,11 +34,21 @@ class RecordSource:
         self.images = settings.images or self.layout.images
 
     def __iter__(self) -> Iterator[SourceRecord]:
+        count = 0
+        for count, record in enumerate(self._iterate(), start=1):
+            yield record
+        if not count:
+            raise ValueError(f"{self.source}: no records, allowed: at least one")
+
+    def _iterate(self) -> Iterator[SourceRecord]:
         if self.layout.kind == "images":
             for origin, row in read_image_folder(self.layout.files[0]):
                 yield convert_row(row, self.columns, self.prompt, origin, may_be_record=False)
             return
         for url in self.layout.files:
+            size = min(storage.get_size(url), len(LFS_POINTER))
+            if storage.read_ranges([(url, 0, size)])[0] == LFS_POINTER.encode():
+                raise ValueError(f"{url}: {LFS_ADVICE}")
             if self.layout.kind == "tar":
                 yield from read_tar_records(url, self.columns, self.prompt, self.layout.excluded.get(url, frozenset()))
                 continue

@@ -15,6 +15,8 @@ image part. Rows whose form has no tags get `<image>` at the start of the first 
 
 import base64
 import binascii
+import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipelines.data.options import ColumnName
-from pipelines.data.records import MISSING, RecordRejection, find_media_field, shorten
+from pipelines.data.records import MISSING, RecordRejection, find_media_field, holds_image, shorten
 from redux.conversation import IMAGE_TOKEN
 
 TURN_COLUMNS = ("conversations", "messages", "conversation", "texts", "dialogue")
@@ -158,6 +160,9 @@ class _Conversion:
 
     def convert(self) -> SourceRecord:
         """Convert the row; RowError if that is not possible."""
+        if further := self.row.get(None):  # type: ignore[call-overload]  # only a table of text has it
+            detail = "more cells than columns: put a text with a separator into quotation marks"
+            raise RowError(RecordRejection("malformed", "", shorten(further), detail))
         turns = self._read_turns()
         # a column of system messages, unless the turns have one
         system = self._get("system")
@@ -167,7 +172,8 @@ class _Conversion:
         self._read_image_column()
         # what is left in the row may be a video or a sound, without which the text has no sense
         others = {name: value for name, value in self.row.items() if name not in self.used}
-        if rejection := find_media_field(others, "", bool(self.images)):
+        is_named = "image" in self.columns
+        if rejection := find_media_field(others, "", bool(self.images), is_named) or self._find_other_image(others):
             raise RowError(rejection)
         image_name, image_value = self._choose_image()
         if self.needs_image and image_value is None:
@@ -176,7 +182,9 @@ class _Conversion:
         # a record with the fields that training reads
         record: dict[str, Any] = {}
         if (name := self._get("id", *ID_COLUMNS)) is not None:
-            record["id"] = name if isinstance(name, str | int | float) else shorten(name)
+            # JSON has no number for NaN
+            is_plain = isinstance(name, str | int) or (isinstance(name, float) and math.isfinite(name))
+            record["id"] = name if is_plain else shorten(name)
         if path is not None:
             record["image"] = path
         record["conversations"] = [{"from": turn.role, "value": turn.text} for turn in turns]
@@ -223,6 +231,7 @@ class _Conversion:
         turns = self.row[name]
         self.used.add(name)
         self.turns_name = name
+        turns = _parse_turns(turns)
         if not isinstance(turns, list) or not turns:
             raise RowError(RecordRejection("malformed", name, shorten(turns)))
         result = []
@@ -280,6 +289,9 @@ class _Conversion:
             elif kind in IMAGE_PARTS:
                 # tables give all parts the same fields, and null to those that a part lacks
                 values = {key: value for key, value in part.items() if key in PART_FIELDS and value is not None}
+                others = {key: value for key, value in part.items() if key not in PART_FIELDS}
+                if rejection := find_media_field(others, f"{field_name}.", False):
+                    raise RowError(rejection)
                 # a part without an address stands for the image of the column
                 self.images += [(field_name, values)] if values else []
                 yield IMAGE_TOKEN
@@ -341,6 +353,15 @@ class _Conversion:
             values = value if isinstance(value, list) else [value]
             self.images += [(name if len(values) == 1 else f"{name}[{number}]", v) for number, v in enumerate(values)]
 
+    def _find_other_image(self, others: dict[str, Any]) -> RecordRejection | None:
+        """Find an image in a column whose name does not tell that it is one."""
+        found = next((name for name, value in others.items() if holds_image(value)), None)
+        if found is None or "image" in self.columns:
+            return None
+        if self.images:
+            return RecordRejection("several columns", f"{self.images[0][0]} and {found}", "images")
+        return RecordRejection("unsupported image", found, shorten(others[found]), "name its column by --image-key")
+
     def _choose_image(self) -> tuple[str, Any]:
         """Return field and value of the image; ("", None) if there is none."""
         if len(self.images) > 1:
@@ -349,6 +370,20 @@ class _Conversion:
                 RecordRejection("unsupported image", self.images[0][0], f"{len(self.images)} images: {names}")
             )
         return self.images[0] if self.images else ("", None)
+
+
+def _parse_turns(turns: Any) -> Any:
+    """Return turns that a table stores as JSON, or as one list for each field. Other values stay as they are."""
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        try:
+            return json.loads(turns)
+        except (ValueError, RecursionError):
+            return turns
+    # `datasets` stores a sequence of objects so
+    if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
+        if len({len(values) for values in turns.values()}) == 1:
+            return [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
+    return turns
 
 
 def _make_round(question: tuple[str, Any], answer: tuple[str, Any]) -> list[_Turn]:
@@ -394,9 +429,11 @@ def _load_image(name: str, value: Any) -> tuple[str | None, bytes | None]:
             return (path if isinstance(path, str) and path else EMBEDDED_IMAGE), value["bytes"]
         if isinstance(value.get("base64"), str):
             return EMBEDDED_IMAGE, _decode_base64(name, value["base64"])
-        inner = next((value[key] for key in ("path", "url", "image_url", "image") if value.get(key)), None)
-        if inner is not None:
-            return _load_image(name, inner)
+        inner = [value[key] for key in ("path", "url", "image_url", "image") if value.get(key)]
+        if any(other != inner[0] for other in inner[1:]):
+            raise RowError(RecordRejection("unsupported image", name, shorten(value), "more than one address"))
+        if inner:
+            return _load_image(name, inner[0])
     if not isinstance(value, str):
         raise RowError(RecordRejection("unsupported image", name, shorten(value)))
     # a text: a data URL holds the image, all others name it

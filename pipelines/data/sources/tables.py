@@ -13,12 +13,16 @@ from pipelines.core import storage
 BATCH_ROWS = 64
 """Rows that are read at a time. Their images are in memory."""
 
+MAX_CELL_CHARACTERS = 2**31 - 1
+"""Maximum length of a cell of a CSV file. It may hold an image as base64, which Python's default does not allow."""
+
 
 def read_parquet(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield position and values of each row of a parquet file."""
     try:
         # a local file is mapped, so memory does not grow with it
         with parquet.ParquetFile(pa.BufferReader(_map(url))) as file:
+            _check_names(url, file.schema_arrow.names)
             yield from _list_rows(file.iter_batches(batch_size=BATCH_ROWS))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{url}: no parquet file, or damaged: {error}, allowed: a whole parquet file") from None
@@ -33,7 +37,9 @@ def read_arrow(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
             file = ipc.open_file(data)
             batches = (file.get_batch(number) for number in range(file.num_record_batches))
         else:
-            batches = iter(ipc.open_stream(data))
+            file = ipc.open_stream(data)
+            batches = iter(file)
+        _check_names(url, file.schema.names)
         parts = (batch.slice(first, BATCH_ROWS) for batch in batches for first in range(0, len(batch), BATCH_ROWS))
         yield from _list_rows(parts)
     except (pa.ArrowException, OSError) as error:
@@ -41,15 +47,28 @@ def read_arrow(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_csv(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield position and values of each row of a CSV file with a header; a .tsv file has tabs."""
+    """Yield position and values of each row of a CSV file with a header; a .tsv file has tabs.
+
+    The key None has the cells of a row that come after its last column.
+    """
     try:
         text = storage.read(url).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{url}: {error}, allowed: a table in UTF-8") from None
     # captions may contain line breaks, so the reader splits the lines
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if url.lower().endswith(".tsv") else ",")
-    for row in reader:
-        yield f"line {reader.line_num}", {name: value for name, value in row.items() if name is not None}
+    delimiter = "\t" if url.lower().endswith(".tsv") else ","
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
+    # strict: an open quotation mark would make one text of the lines after it
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        _check_names(url, list(reader.fieldnames or ()))
+        for row in reader:
+            yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        raise ValueError(
+            f"{url}: the row after line {reader.line_num}: {error}, allowed: cells in pairs of quotation marks, or "
+            "without any"
+        ) from None
 
 
 def read_columns(url: str) -> list[str]:
@@ -61,6 +80,12 @@ def read_columns(url: str) -> list[str]:
         raise ValueError(f"{url}: no parquet file, or damaged: {error}, allowed: a whole parquet file") from None
 
 
+def _check_names(url: str, names: list[str]) -> None:
+    """Check that no two columns have the same name, of which only one would be read."""
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{url}: got {names.count(repeated[0])} columns {repeated[0]}, allowed: one of each name")
+
+
 def _map(url: str) -> pa.Buffer:
     return pa.py_buffer(storage.map_file(url))
 
@@ -69,6 +94,10 @@ def _list_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, dict[st
     # rows are numbered over all batches, as `datasets` counts them
     number = 0
     for batch in batches:
+        try:
+            batch.validate(full=True)  # offsets of a damaged file may lead out of it, and texts may be no UTF-8
+        except pa.ArrowInvalid as error:
+            raise pa.ArrowInvalid(f"rows {number} to {number + len(batch) - 1}: {error}") from None
         for row in batch.to_pylist():
             yield f"row {number}", row
             number += 1

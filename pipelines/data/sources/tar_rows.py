@@ -17,7 +17,14 @@ from typing import Any
 
 from pipelines.core import storage
 from pipelines.data import tars
-from pipelines.data.records import MISSING, RecordRejection, shorten
+from pipelines.data.records import (
+    LFS_ADVICE,
+    LFS_POINTER,
+    MISSING,
+    RecordRejection,
+    find_several_images,
+    shorten,
+)
 from pipelines.data.sources.rows import TURN_COLUMNS, Columns, SourceRecord, convert_row
 from pipelines.data.tars import BytesLike, TarMember, TarSample
 
@@ -56,6 +63,8 @@ def _make_row(sample: TarSample, data: BytesLike, columns: Columns) -> tuple[dic
     for suffix in CAPTION_SUFFIXES:
         if suffix in members and not row.keys() & set(TURN_COLUMNS):
             row["txt"] = _read_text(members[suffix], data)
+    if not columns and "txt" not in row and (unread := _find_unread_json(sample, data)):
+        return row, unread
     # members that the column map or Energon's field map names
     for column, accessor in columns.items():
         suffix, keys = split_accessor(accessor)
@@ -78,6 +87,17 @@ def _read_json(sample: TarSample, data: BytesLike) -> tuple[dict[str, Any], str 
     # without turns, a caption may be in the metadata
     metadata = [value for member, value in values if member.suffix == "json" and isinstance(value, dict)]
     return dict(next(iter(rows or metadata), {})), None
+
+
+def _find_unread_json(sample: TarSample, data: BytesLike) -> RecordRejection | None:
+    """Find a member `json` that is no JSON, since the caption or the turns may be in it."""
+    member = next((member for member in sample.members if member.suffix == "json"), None)
+    if member is None or tars.parse_member(data, member) is not None:
+        return None
+    text = _read_text(member, data)
+    return RecordRejection(
+        "malformed", "json", shorten(text), LFS_ADVICE if text.startswith(LFS_POINTER) else "no JSON object"
+    )
 
 
 def _is_turns(value: Any) -> bool:
@@ -105,6 +125,8 @@ def _add_image(
     if problem:
         images = [m.suffix for m in sample.members if tars.find_last_suffix(m) in tars.IMAGE_SUFFIXES]
         return row, RecordRejection(problem, "", ", ".join(images))
+    if rejection := find_several_images(row):
+        return row, rejection
     named = row.get("image") or row.get("images")
     # the member counts, whatever path the record names
     for name in ("image", "images"):

@@ -466,3 +466,165 @@ CAPTION_WRITERS: dict[str, CaptionWriter] = {
     "the_cauldron": write_cauldron,
     "LLaMA-Factory, alpaca": write_alpaca,
 }
+
+
+# --- several images --------------------------------------------------------------------------------------------------
+# each writer writes a first record with two images and a second one with one
+
+SeveralWriter = Callable[[Path, list[CaptionSample]], Settings]
+
+
+def write_several_rows(make_row: Callable[[list[str]], dict[str, Any]]) -> SeveralWriter:
+    """Return a writer of JSON lines. `make_row` gets the paths of the images of a row."""
+
+    def write(folder: Path, samples: list[CaptionSample]) -> Settings:
+        paths = [f"photos/{sample.key}.jpg" for sample in samples]
+        return {"source": write_lines(folder / "a.jsonl", [make_row(paths[:2]), make_row(paths[2:3])])}
+
+    return write
+
+
+def make_turns(tag: str = "<image>\n") -> list[dict[str, str]]:
+    return [{"from": "human", "value": f"{tag}{PROMPT}"}, {"from": "gpt", "value": "A picture."}]
+
+
+def make_numbered_row(paths: list[str]) -> dict[str, Any]:
+    others = {f"image_{number}": path for number, path in enumerate(paths[1:], start=2)}
+    return {"image": paths[0], **others, "conversations": make_turns()}
+
+
+def make_parts_row(paths: list[str]) -> dict[str, Any]:
+    parts = [{"type": "image_url", "image_url": {"url": path}} for path in paths]
+    content = [*parts, {"type": "text", "text": PROMPT}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A picture."}]}
+
+
+def make_axolotl_row(paths: list[str]) -> dict[str, Any]:
+    row = make_parts_row(paths)
+    row["messages"][0]["content"][:-1] = [{"type": "image", "path": path} for path in paths]
+    return row
+
+
+def write_several_llama_factory(folder: Path, samples: list[CaptionSample]) -> Settings:
+    rows = write_several_rows(lambda paths: {"conversations": make_turns(), "images": paths})
+    path = rows(folder, samples)["source"]
+    entry = {"file_name": Path(path).name, "formatting": "sharegpt", "columns": {"images": "images"}}
+    return {"source": write_json(folder / "dataset_info.json", {"demo": entry}) + ":demo"}
+
+
+def write_several_parquet(folder: Path, samples: list[CaptionSample]) -> Settings:
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": sample.image, "path": None} for sample in samples]
+    rows = [
+        {"images": images[:2], "conversations": make_turns()},
+        {"images": images[2:3], "conversations": make_turns()},
+    ]
+    data = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+    data.to_parquet(str(folder / "a.parquet"))
+    return {"source": str(folder / "a.parquet")}
+
+
+def write_two_image_columns(folder: Path, samples: list[CaptionSample]) -> Settings:
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": sample.image, "path": None} for sample in samples]
+    rows = [
+        {"image": images[0], "screenshot": images[1], "conversations": make_turns()},
+        {"image": images[2], "screenshot": None, "conversations": make_turns()},
+    ]
+    data = datasets.Dataset.from_list(rows)
+    for name in ("image", "screenshot"):
+        data = data.cast_column(name, datasets.Image())
+    data.to_parquet(str(folder / "a.parquet"))
+    return {"source": str(folder / "a.parquet")}
+
+
+def write_several_disk(folder: Path, samples: list[CaptionSample]) -> Settings:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_parquet(write_several_parquet(folder, samples)["source"]).save_to_disk(str(folder / "saved"))
+    return {"source": str(folder / "saved")}
+
+
+def write_several_members(suffixes: list[str], content: Callable[[list[str]], Any]) -> SeveralWriter:
+    """Return a writer of a tar. `content` makes the JSON of a sample of the suffixes of its images."""
+
+    def write(folder: Path, samples: list[CaptionSample]) -> Settings:
+        (folder / "tars").mkdir()
+        with webdataset.TarWriter(str(folder / "tars" / "a.tar")) as tar:
+            for key, part in (("0", samples[:2]), ("1", samples[2:3])):
+                images = {suffix: sample.image for suffix, sample in zip(suffixes, part, strict=False)}
+                tar.write({"__key__": key, **images, "json": json.dumps(content(list(images))).encode()})
+        return {"source": str(folder / "tars")}
+
+    return write
+
+
+def write_several_list(folder: Path, samples: list[CaptionSample]) -> Settings:
+    """Write a tar with one image in each sample, of which the first names two."""
+    (folder / "tars").mkdir()
+    with webdataset.TarWriter(str(folder / "tars" / "a.tar")) as tar:
+        for key, paths in (("0", ["a.jpg", "b.jpg"]), ("1", ["a.jpg"])):
+            record = {"conversations": make_turns(), "images": paths}
+            tar.write({"__key__": key, "jpg": samples[0].image, "json": record})
+    return {"source": str(folder / "tars")}
+
+
+def write_several_energon(folder: Path, samples: list[CaptionSample]) -> Settings:
+    write = write_several_members(
+        ["jpg", "2.jpg"], lambda names: {"messages": to_messages({"conversations": make_turns()})}
+    )
+    settings = write(folder, samples)
+    sample_type = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
+    write_energon_files(folder / "tars", {"sample_type": sample_type}, ["a.tar"])
+    return settings
+
+
+def write_several_metadata(folder: Path, samples: list[CaptionSample]) -> Settings:
+    root = folder / "train"
+    write_photos(root, samples)
+    paths = [f"photos/{sample.key}.jpg" for sample in samples]
+    rows = [{"file_names": paths[:2], "conversations": make_turns("")}, {"file_name": paths[2], "text": "A picture."}]
+    write_lines(root / "metadata.jsonl", rows)
+    return {"source": str(root)}
+
+
+SEVERAL_IMAGE_WRITERS: dict[str, tuple[SeveralWriter, str]] = {
+    "LLaVA, list of images": (
+        write_several_rows(lambda paths: {"image": paths if paths[1:] else paths[0], "conversations": make_turns()}),
+        "image[0]",
+    ),
+    "LLaVA, numbered fields": (write_several_rows(make_numbered_row), "image_2"),
+    "ShareGPT": (write_several_rows(lambda paths: {"images": paths, "conversations": make_turns()}), "images[0]"),
+    "messages of parts": (write_several_rows(make_parts_row), "messages[0].content[0]"),
+    "Axolotl": (write_several_rows(make_axolotl_row), "messages[0].content[0]"),
+    "questions and answers": (
+        write_several_rows(lambda paths: {"question": PROMPT, "answer": "A.", "images": paths}),
+        "images[0]",
+    ),
+    "captions": (write_several_rows(lambda paths: {"caption": "A picture.", "images": paths}), "images[0]"),
+    "LLaMA-Factory": (write_several_llama_factory, "images[0]"),
+    "parquet, list of images": (write_several_parquet, "images[0]"),
+    "parquet, two columns": (write_two_image_columns, "image and screenshot"),
+    "Arrow of datasets": (write_several_disk, "images[0]"),
+    "WebDataset, two members": (
+        write_several_members(["0.jpg", "1.jpg"], lambda names: {"conversations": make_turns()}),
+        "",
+    ),
+    "WebDataset, a numbered member": (
+        write_several_members(["jpg", "2.jpg"], lambda names: {"conversations": make_turns()}),
+        "",
+    ),
+    "WebDataset, a list in the record": (
+        write_several_list,
+        "images",
+    ),
+    "LLaVA-OneVision tars": (
+        write_several_members(
+            ["0_a.jpg", "1_b.jpg"],
+            lambda names: {"texts": to_messages({"conversations": make_turns()}), "media": "image", "name": names},
+        ),
+        "image[0]",
+    ),
+    "Energon": (write_several_energon, ""),
+    "ImageFolder": (write_several_metadata, "file_names"),
+}
+"""Writers of records with several images, and the field that is named."""

@@ -1,7 +1,10 @@
 """Tests of sources: the same samples in every form give the same batches, and what is not read is refused in a line."""
 
+import csv
+import io
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,7 +20,7 @@ from pipelines.data import shard_writer
 from pipelines.data.ingest import Reader, make_conversation_encoder
 from pipelines.data.options import SetSource, ShardOptions
 from pipelines.data.order import Order
-from pipelines.data.quarantine import QuarantineError
+from pipelines.data.quarantine import QuarantineError, explain_rejections
 from pipelines.data.records import find_rejection
 from pipelines.data.shard_index import QUARANTINE_FILE, Shards
 from pipelines.data.shard_writer import make_shards
@@ -27,7 +30,7 @@ from pipelines.data.sources.opened import RecordSource
 from pipelines.data.sources.rows import SourceRecord, convert_row
 from redux.conversation import TEMPLATES, train_word_tokenizer
 from tests.pipelines.data import source_files
-from tests.pipelines.data.source_files import CAPTION_WRITERS, CONVERSATION_WRITERS, PROMPT
+from tests.pipelines.data.source_files import CAPTION_WRITERS, CONVERSATION_WRITERS, PROMPT, SEVERAL_IMAGE_WRITERS
 from tests.pipelines.odd_records import odd_record
 
 SAMPLES = source_files.draw_samples()
@@ -219,6 +222,46 @@ def test_equal_words_about_other_images_are_no_duplicates(tmp_path: Path) -> Non
     assert (summary["samples"], summary["quarantined"]) == (10, {"duplicate": 1})
 
 
+@pytest.mark.usefixtures("local_ray_data")
+@pytest.mark.parametrize("form", SEVERAL_IMAGE_WRITERS)
+def test_a_record_with_several_images_is_listed_and_never_read_as_one(form: str, tmp_path: Path) -> None:
+    source_files.write_photos(tmp_path, SAMPLES)
+    write, field = SEVERAL_IMAGE_WRITERS[form]
+    settings = write(tmp_path, SAMPLES)
+    with pytest.raises(QuarantineError, match="1 of 2 records cannot be used"):
+        make_set(settings, tmp_path / "out")
+    assert make_set(settings, tmp_path / "out", max_bad_fraction=0.5)["samples"] == 1
+    [entry] = [json.loads(line) for line in (tmp_path / "out" / QUARANTINE_FILE).read_text().splitlines()]
+    assert (entry["number"], entry["field"]) == (0, field)
+    assert entry["reason"] in ("unsupported image", "several images", "several columns")
+    # file, record, value and the way out
+    reason, example, advice = explain_rejections([entry])
+    assert "image" in reason
+    assert example.strip().startswith(f"record 0 ({entry['origin']})")
+    assert re.match(
+        r"(\w+\.(jsonl|parquet|tar)|data-.*\.arrow|metadata.jsonl): (line 1|row 0|sample 0)$", entry["origin"]
+    )
+    assert f"{field + ': ' if field else ''}got {entry['value']}" in example
+    assert advice.strip().startswith("what to do: ")
+
+
+@pytest.mark.usefixtures("local_ray_data")
+def test_the_image_that_the_user_names_is_read_beside_others(tmp_path: Path) -> None:
+    source_files.write_photos(tmp_path, SAMPLES)
+    for number, (form, column) in enumerate(
+        {
+            "LLaVA, numbered fields": "image",
+            "parquet, two columns": "screenshot",
+            "WebDataset, a numbered member": "jpg",
+        }.items()
+    ):
+        folder = tmp_path / f"{number}"
+        source_files.write_photos(folder, SAMPLES)
+        settings = SEVERAL_IMAGE_WRITERS[form][0](folder, SAMPLES)
+        summary = make_set({**settings, "columns": {"image": column}}, folder / "out", max_bad_fraction=1)
+        assert summary["samples"] == (1 if column == "screenshot" else 2), form
+
+
 def row_of(**columns: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], **columns}
 
@@ -340,6 +383,80 @@ def test_sources_that_are_not_read_are_refused_in_a_line(tmp_path: Path) -> None
     assert find_layout(f"{tmp_path}/splits/train-*").files == (f"{tmp_path}/splits/train-00000-of-00001.parquet",)
 
 
+HEADER = "image,caption\n"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+TABLE = pa.table({"image": [SAMPLES[0].image], "caption": ["a"]})
+DAMAGED_TEXT = pa.StringArray.from_buffers(1, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff"))
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    parquet.write_table(table, sink)
+    return sink.getvalue()
+
+
+@pytest.mark.usefixtures("local_ray_data")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        *((f"a.{suffix}", POINTER, "a git-lfs pointer; git lfs pull") for suffix in ("json", "parquet", "csv", "tar")),
+        ("a.csv", HEADER, "no records, allowed: at least one"),
+        ("a.csv", "", "no records, allowed: at least one"),
+        ("a.csv", f'{HEADER}a.jpg,"open\nb.jpg,two\n', "the row after line 1: unexpected end of data, allowed: cells"),
+        ("a.csv", "image,caption,caption\na.jpg,a,b\n", "got 2 columns caption"),
+        ("a.parquet", to_parquet(TABLE.append_column("caption", TABLE["caption"])), "got 2 columns caption"),
+        ("a.parquet", to_parquet(TABLE.slice(1)), "no records, allowed: at least one"),
+        ("a.parquet", to_parquet(pa.table({"image": ["a"], "caption": DAMAGED_TEXT})), "rows 0 to 0: .*Invalid UTF8"),
+    ],
+)  # fmt: skip
+def test_files_that_would_be_misread_are_refused_in_a_line(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{name}: .*{message}") as error:
+        make_set({"source": str(tmp_path / name)}, tmp_path / "out", max_bad_fraction=1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("local_ray_data")
+def test_rows_that_would_be_misread_are_listed_with_their_detail(tmp_path: Path) -> None:
+    (tmp_path / "p.jpg").write_text(POINTER)
+    (tmp_path / "a.jpg").write_bytes(SAMPLES[0].image)
+    (tmp_path / "a.csv").write_text(f'{HEADER}a.jpg,one, two\na.jpg,kept\np.jpg,three\na.jpg,"{POINTER}"\na.jpg,\n')
+    summary = make_set({"source": str(tmp_path / "a.csv")}, tmp_path / "out", max_bad_fraction=1)
+    assert (summary["records"], summary["samples"]) == (5, 1)
+    listed = [json.loads(line) for line in (tmp_path / "out" / QUARANTINE_FILE).read_text().splitlines()]
+    lines = "\n".join(explain_rejections(listed))
+    for part in (
+        'line 2): got [" two"]: more cells than columns: put a text with a separator into quotation marks',
+        "line 4): image: got p.jpg: a git-lfs pointer; git lfs pull fetches the file",
+        ": a git-lfs pointer; git lfs pull fetches the file\n",
+        "caption: got ''",
+    ):
+        assert part in lines
+
+
+def test_a_large_cell_and_turns_in_cells_are_read(tmp_path: Path) -> None:
+    url = source_files.to_data_url(SAMPLES[0].image + bytes(200_000))
+    turns = source_files.to_messages(CONVERSATIONS[0])
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "messages"], [url, json.dumps(turns)]])
+    columns = {name: [turn[name] for turn in turns] for name in turns[0]}
+    parquet.write_table(pa.Table.from_pylist([{"image": url, "messages": columns}]), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        [record] = RecordSource(SetSource(source=str(tmp_path / name)))
+        assert record.record["conversations"] == CONVERSATIONS[0]["conversations"]
+        assert len(record.image or b"") > 200_000
+
+
+def test_a_folder_with_the_characters_of_a_pattern_is_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / "a [1]").mkdir()
+    (tmp_path / "a [1]" / "a.jsonl").touch()
+    assert find_layout(str(tmp_path / "a [1]")).files == (str(tmp_path / "a [1]" / "a.jsonl"),)
+    with pytest.raises(ValueError, match="source: got an empty text"):
+        find_layout(" ")
+
+
 ENTRY = {"file_name": "a.json"}
 
 
@@ -357,6 +474,10 @@ ENTRY = {"file_name": "a.json"}
         ({"a": {**ENTRY, "formatting": "sharegpt", "tags": {"what": "x"}}}, ":a",
          "a.tags.what: got 'x', allowed: role_tag"),
         ([], ":a", "got list, allowed: entries of data sets by name"),
+        ({"a": {**ENTRY, "columns": ["x"]}}, ":a", r"a.columns: got \['x'\], allowed: names of columns"),
+        ({"a": {**ENTRY, "columns": {"prompt": 5}}}, ":a", "a.columns.prompt: got 5, allowed: a name"),
+        ({"a": {**ENTRY, "formatting": "sharegpt", "tags": ["x"]}}, ":a", r"a.tags: got \['x'\], allowed: names of fi"),
+        ({"a": {"file_name": None}}, ":a", "a.file_name: got None, allowed: the name of a file or a folder"),
     ],
 )  # fmt: skip
 def test_entries_of_llama_factory_that_are_not_read_are_refused(
@@ -371,6 +492,28 @@ def test_an_energon_sample_type_that_is_not_read_is_refused(tmp_path: Path) -> N
     sample_type = {"__module__": "megatron.energon", "__class__": "MultiChoiceVQASample"}
     source_files.write_energon_files(tmp_path, {"sample_type": sample_type, "field_map": {"image": "jpg"}}, ["a.tar"])
     with pytest.raises(ValueError, match="a field_map of MultiChoiceVQASample, allowed: CaptioningSample, VQASample"):
+        find_layout(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("description", "split", "message"),
+    [
+        ({}, {"split_parts": {"train": "a.tar"}}, "split.yaml: split_parts.train: got 'a.tar', allowed: a list"),
+        ({}, {"split_parts": {"train": [1]}}, r"split.yaml: split_parts.train: got \[1\], allowed: a list of names"),
+        ({}, {"split_parts": {"train": ["a.tar"]}, "exclude": "a.tar/0"}, "split.yaml: exclude: got 'a.tar/0'"),
+        ({"sample_type": "CaptioningSample"}, {}, "dataset.yaml: sample_type: got 'CaptioningSample', allowed: __mod"),
+        ({"field_map": ["jpg"]}, {}, r"dataset.yaml: field_map: got \['jpg'\], allowed: members by their meaning"),
+        ({"field_map": {"image": None}}, {}, r"dataset.yaml: field_map: got {'image': None}, allowed: members"),
+    ],
+)  # fmt: skip
+def test_descriptions_of_energon_with_wrong_types_are_refused(
+    tmp_path: Path, description: dict[str, Any], split: dict[str, Any], message: str
+) -> None:
+    sample_type = {"sample_type": {"__class__": "CaptioningSample"}}
+    source_files.write_energon_files(tmp_path, {**sample_type, **description}, ["a.tar"])
+    if split:
+        (tmp_path / ".nv-meta" / "split.yaml").write_text(json.dumps(split))
+    with pytest.raises(ValueError, match=message):
         find_layout(str(tmp_path))
 
 
@@ -391,6 +534,7 @@ def test_samples_of_tars_without_one_image_or_text_are_listed(tmp_path: Path) ->
             {"json": {"texts": turns, "media": "video", "name": ["0_a.mp4"]}, "0_a.mp4": b"x"},
             {"jpg": image, "txt": b"\xff"},
             {"jpg": b"no image", "txt": "broken"},
+            {"jpg": image, "json": b"{no JSON"},
         ):
             tar.write({"__key__": f"{len(tar.tarstream.members):04d}", **members})
     summary = make_set({"source": str(source)}, tmp_path / "out", max_bad_fraction=1)
@@ -398,7 +542,8 @@ def test_samples_of_tars_without_one_image_or_text_are_listed(tmp_path: Path) ->
     listed = [json.loads(line) for line in (tmp_path / "out" / QUARANTINE_FILE).read_text().splitlines()]
     assert [entry["reason"] for entry in listed] == [
         "several images", "malformed", "missing image", "several records", "missing image", "video", "broken text",
-        "broken image",
+        "broken image", "malformed",
     ]  # fmt: skip
     assert all(entry["origin"].startswith("a.tar: sample ") for entry in listed)
     assert [entry["value"] for entry in listed][:1] == ["jpg, png"]
+    assert (listed[-1]["field"], listed[-1]["value"]) == ("json", "{no JSON")
