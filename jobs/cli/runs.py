@@ -93,7 +93,12 @@ def _add_best(verbs: Any) -> None:
     )
     parser.add_argument("search", metavar="SEARCH", type=Path, help="folder of a search")
     parser.add_argument(
-        "trials", metavar="TRIAL", nargs="*", type=parse_natural, help="number of a trial, as in search.html"
+        "trials",
+        metavar="TRIAL",
+        nargs="*",
+        default=[],
+        type=parse_natural,
+        help="number of a trial, as in search.html",
     )
     parser.set_defaults(verb=_write_best)
 
