@@ -25,6 +25,7 @@ from pipelines.data.sources.rows import SourceRecord
 from pipelines.evaluation import tasks
 from redux.benchmarks import custom, instructions
 from redux.benchmarks.custom import AnswerMetric
+from redux.hub import describe_missing, is_hub_id
 
 T = TypeVar("T")
 
@@ -367,7 +368,10 @@ def _parse_source(text: str, is_llava: bool) -> str:
             kind = "model_type llava" if is_llava else "a model_type"
             raise ValueError(f"model: got {path}, allowed: a folder whose config.json has {kind}")
         return str(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+|[a-z0-9]+://\S+", text):
+    is_url = re.fullmatch(r"[a-z0-9]+://\S+", text)
+    if not is_url and "/" in text and not is_hub_id(text):
+        raise ValueError(f"model: got {text}, allowed: folder, hub id or URL of a model; {describe_missing(path)}")
+    if not is_url and "/" not in text:
         allowed = f"{SMALL_MODEL}, {', '.join(LARGE_MODELS)}, or folder, hub id or URL of a LLaVA or of two parts"
         raise ValueError(f"model: got {text}, allowed: {allowed}")
     return text

@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jobs.layout import require_folder
 from pipelines.evaluation.tasks import RESERVED_NAMES, find_task
 from pipelines.report import comparison, page
 from pipelines.report.columns import Column
@@ -37,6 +38,8 @@ def write_tables(runs: Sequence[Path], out: Path | None, find_scorer: FindScorer
         ValueError: there is no finished run, or `out` is a file.
     """
     # found before the bootstrap, which takes long
+    for run in runs:
+        require_folder(run, "RUN", "the folder of a run, or a folder that holds run folders")
     if out and out.exists() and not out.is_dir():
         raise ValueError(f"--out: got {out}, which is a file, allowed: a folder")
     finished, notes = read_finished_runs(runs, find_scorer)

@@ -127,6 +127,57 @@ def test_an_unknown_option_is_named_by_the_usage_of_its_verb() -> None:
     assert run_command("run", "j.yaml", "--into", "x").err.endswith("--into: this option is now --runs-dir\n")
 
 
+JOB = "name: a\ndata: {source: easy-vqa}\nmodel: {checkpoint: runs/quikstart}\nevaluate: {tasks: {easy_vqa: {}}}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "ask runs/quikstart what?",
+        "chat runs/quikstart",
+        "serve runs/quikstart",
+        "export runs/quikstart",
+        "export runs/quikstart --out o",
+        "report runs/quikstart",
+        "tables runs/quikstart",
+        "best runs/quikstart",
+        "look runs/quikstart",
+        "cost --model runs/quikstart",
+        "shards verify runs/quikstart",
+        "shards verify runs/quickstart --consumed runs/quikstart",
+        "shards index runs/quikstart",
+        "check job.yaml",
+        "run job.yaml",
+    ],
+)
+def test_a_mistyped_folder_is_named_in_one_line(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_ray: None
+) -> None:
+    """In each verb that takes a folder of a run or of a model, without Ray and without the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text(JOB)
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    result = run_command(*words.split())
+    assert result.code == 2
+    assert result.out in ("", "1 problem\n")  # redux check counts them
+    [line] = result.err.splitlines()
+    assert "there is no folder runs/quikstart (did you mean runs/quickstart?)" in line
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a start of Ray and a request to the hub an error."""
+    import huggingface_hub
+
+    from pipelines.core import cluster
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("called")
+
+    monkeypatch.setattr(cluster, "open_session", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+
+
 def test_mistakes_in_a_job_are_one_line_for_each_key_before_ray_starts(tmp_path: Path) -> None:
     job, ray = tmp_path / "job.yaml", tmp_path / "ray"
     job.write_text("nmae: a\n")
