@@ -35,6 +35,7 @@ def local_copy(
     label: str = "path",
     skips_weights: bool = False,
     asks_hub: bool = True,
+    allowed: str = ALLOWED_SOURCES,
 ) -> Iterator[str]:
     """Yield a local path of a checkpoint: the path itself, or for a URL a temporary folder with its files.
 
@@ -44,6 +45,7 @@ def local_copy(
         label: name of the source in an error.
         skips_weights: files of weights are not copied.
         asks_hub: ask the hub if it has a model of this name, with the user's own token and cache.
+        allowed: sources that are allowed, for the error of a folder that does not exist.
 
     Raises:
         ValueError: there is no such folder or model, there are no files, or access is denied.
@@ -53,7 +55,7 @@ def local_copy(
     # hub ids stay as they are: transformers has its own cache for them
     if "://" not in url:
         if asks_hub or not is_hub_id(url):
-            check_source(url, label)
+            check_source(url, label, allowed)
         yield url
         return
     with TemporaryDirectory() as folder:
