@@ -20,7 +20,6 @@ from pipelines.core import jsonl
 from pipelines.data.easy_vqa import EASY_VQA_SETS
 from pipelines.data.shard_index import Shards, is_finished
 from pipelines.evaluation.statistics import Difference, Interval, bootstrap_difference, bootstrap_interval
-from pipelines.evaluation.tasks import EVALUATION_TASKS
 from pipelines.report import runs
 from pipelines.report.cost_section import TEXT_TOKENS, CostLine, compare_cost
 from pipelines.report.environment import ENVIRONMENT_FILE, read_versions
@@ -416,8 +415,11 @@ def _count_plain_tokens(config: ReduxConfig) -> int:
 
 def _list_limits(run: FinishedRun, model: ExportedModel) -> Iterator[str]:
     evaluated = {name.partition(".")[0] for name in run.metrics} if model.is_last else set()
-    if missing := [name for name in EVALUATION_TASKS if name not in evaluated]:
+    named = (run.job.get("evaluate") or {}).get("tasks") or {}
+    if missing := [name for name in named if name not in evaluated]:
         yield f"Not evaluated on: {', '.join(missing)}."
+    if evaluated:
+        yield f"Evaluated on {', '.join(sorted(evaluated))} alone. Other tasks and other images may give other scores."
     yield "One training run with one seed. Another seed gives another score."
     yield "Nothing was measured on safety, bias, or languages other than those of the data."
     if model.config.conversation_template and model.config.conversation_template != "plain":

@@ -215,12 +215,22 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
 
 
 def keep_filled(table: ResultTable) -> ResultTable:
-    """Keep the rows with numbers, of families that have a run in the table."""
-    blocks = {
-        label: [row for row in rows if row.source != "missing"]
-        for label, rows in table.blocks.items()
-        if any(row.source == "ours" and any(row.cells) for row in rows)
-    }
+    """Keep the rows with numbers, of families that have a run in the table.
+
+    A table of the paper is kept only if a run has a number in one of the paper's columns, as nothing else compares.
+    """
+    blocks = {}
+    for label, rows in table.blocks.items():
+        has_paper_rows = any(row.source == "paper" for row in rows)
+        cells = [
+            cell
+            for row in rows
+            if row.source == "ours"
+            for column, cell in zip(table.columns, row.cells, strict=False)
+            if column.paper or not has_paper_rows
+        ]
+        if any(cells):
+            blocks[label] = [row for row in rows if row.source != "missing"]
     return replace(table, blocks=blocks)
 
 

@@ -422,6 +422,16 @@ def test_rows_without_a_run_are_listed_on_request_alone(runs: Path, tmp_path: Pa
     assert write_tables([tmp_path], None, FIND_SCORER, 100, lists_missing=True).count("redux run") > 20
 
 
+def test_a_table_of_the_paper_needs_a_number_to_compare(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "b0", tmp_path / "b0")
+    assert "## Table 1" in write_tables([tmp_path], None, FIND_SCORER, 100)
+    (tmp_path / "b0/answers/instructions.jsonl").unlink()
+    text = write_tables([tmp_path], None, FIND_SCORER, 100)
+    assert "easy-VQA" in text
+    assert "Table" not in text
+    assert "paper" not in text
+
+
 @pytest.mark.parametrize(
     ("trained", "applied", "label"),
     [
