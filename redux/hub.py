@@ -22,7 +22,7 @@ PERMANENT_ERRORS = (ImportError, FileNotFoundError, IsADirectoryError, NotADirec
 HUB_TIMEOUT_S = 10.0
 """Seconds to wait for the hub to say that it has a model."""
 
-ALLOWED_SOURCES = "a folder, hub id or URL of a model"
+ALLOWED_MODELS = "a folder, hub id or URL of a model"
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 """Suffixes of files with weights."""
@@ -35,7 +35,7 @@ def local_copy(
     label: str = "path",
     skips_weights: bool = False,
     asks_hub: bool = True,
-    allowed: str = ALLOWED_SOURCES,
+    allowed: str = ALLOWED_MODELS,
 ) -> Iterator[str]:
     """Yield a local path of a checkpoint: the path itself, or for a URL a temporary folder with its files.
 
@@ -77,7 +77,7 @@ def local_copy(
         yield folder
 
 
-def check_source(source: str | PathLike, label: str, allowed: str = ALLOWED_SOURCES) -> None:
+def check_source(source: str | PathLike, label: str, allowed: str = ALLOWED_MODELS) -> None:
     """Check that a local folder exists, or that the hub has a model of this name.  URLs are not checked.
 
     transformers would ask the hub for a mistyped folder, six times within 25 s if the hub cannot be reached.
@@ -103,10 +103,14 @@ def check_source(source: str | PathLike, label: str, allowed: str = ALLOWED_SOUR
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell if a name that is no folder can be that of a model on the hub, and does not look like a path."""
+    """Tell if a name can be that of a model on the hub, and neither is nor looks like a path or URL.
+
+    >>> [is_hub_id(name) for name in ("lmsys/vicuna-7b-v1.5", "/data/clip", "s3://bucket/clip", "runs/a/b")]
+    [True, False, False, False]
+    """
     folder = path.dirname(name)
     # a name in a folder that exists is a mistyped path, as runs/name
-    if name.startswith((".", "~")) or path.exists(name) or (folder and path.isdir(folder)):
+    if name.startswith(("/", ".", "~")) or path.exists(name) or (folder and path.isdir(folder)):
         return False
     try:
         utils.validate_repo_id(name)

@@ -47,7 +47,7 @@ from redux.benchmarks import Metric
 from redux.presets import Preset
 from redux.settings import SPATIAL_METHODS
 
-METHOD_TITLES = {"vmtc": "VMTC", "cmai": "CMAI", "reduction": "Reduction"}
+METHOD_LABELS = {"vmtc": "VMTC", "cmai": "CMAI", "reduction": "Reduction"}
 """Titles of the methods, by their names in `redux.settings.METHODS`."""
 
 NUM_COMPARED_PROMPTS = 6
@@ -398,7 +398,7 @@ def name_model(model: ComparedModel, family: Family) -> str:
 def _name_methods(model: ComparedModel) -> str:
     """Name the methods with which a model was trained, and those with which it was asked if they are others."""
     kind = find_kind(model.trained_with, model.uses_captions and model.trained_as_evaluated)
-    parts = [KIND_TITLES[kind] if kind else " + ".join(list_methods(model.trained_with))]
+    parts = [KIND_TITLES[kind] if kind else " + ".join(list_method_labels(model.trained_with))]
     changes = describe_changes(model.trained_with, model.methods)
     if kind != "upper-limit" and model.uses_captions:
         changes = ["captions", *changes]
@@ -417,7 +417,7 @@ def describe_changes(trained: Preset, applied: Preset) -> list[str]:
     ['VMTC (tokens = 64)']
     """
     changes = []
-    for part, title in METHOD_TITLES.items():
+    for part, title in METHOD_LABELS.items():
         before, after = trained.methods[part], applied.methods[part]
         if before == after:
             continue
@@ -432,9 +432,9 @@ def describe_changes(trained: Preset, applied: Preset) -> list[str]:
     return changes
 
 
-def list_methods(methods: Preset) -> list[str]:
+def list_method_labels(methods: Preset) -> list[str]:
     """List the titles of methods that are on."""
-    return [title for part, title in METHOD_TITLES.items() if methods.methods[part]]
+    return [title for part, title in METHOD_LABELS.items() if methods.methods[part]]
 
 
 # --- responses to the same prompts -----------------------------------------------------------------------------------
