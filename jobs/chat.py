@@ -23,6 +23,11 @@ HELP = """\
 /reset           begin again
 /quit            end (or Ctrl-D)"""
 
+QUESTION_LAST = "a question as the last argument, after the images: redux ask MODEL IMAGE... QUESTION"
+
+NO_IMAGE = "no image: the model answers from the text alone"
+"""Remark on a question without any image, which is often forgotten."""
+
 UPPER_HALF = "▀"
 """Character whose colour is the upper of two pixels, on a background of the lower one."""
 
@@ -37,8 +42,17 @@ def ask(arguments: argparse.Namespace) -> str:
         ValueError: the model or an image cannot be read, or an option is out of range.
     """
     sampling = build_sampling(arguments)
-    message = Message(role="user", text=arguments.question, images=tuple(map(read_image, arguments.images)))
+    find_model(arguments.model)  # a wrong model is named before a wrong image
+    if Path(arguments.question).is_file():
+        raise ValueError(f"QUESTION: got the file {arguments.question}, allowed: {QUESTION_LAST}")
+    try:
+        images = tuple(map(read_image, arguments.images))
+    except ValueError as error:
+        raise ValueError(f"{error}; {QUESTION_LAST}") from None
+    message = Message(role="user", text=arguments.question, images=images)
     model = open_model(arguments)
+    if not images:
+        print(f"redux: {NO_IMAGE}", file=sys.stderr)
     [answer] = model.generate([model.encode([message])], [sampling], lambda deltas: [])
     return answer.text
 
@@ -50,6 +64,7 @@ def run_chat(arguments: argparse.Namespace) -> None:
         ValueError: the model or a first image cannot be read, or an option is out of range.
     """
     sampling = build_sampling(arguments)
+    find_model(arguments.model)  # a wrong model is named before a wrong image
     images = [read_image(image) for image in arguments.images]
     model = open_model(arguments)
     conversation = Conversation(model, sampling, images)
@@ -146,6 +161,8 @@ class Conversation:
     def _answer(self, question: str) -> None:
         """Answer a question and print the answer as it grows.  Ctrl-C ends the answer, which stays as far as it got."""
         message = Message(role="user", text=question, images=tuple(self.new_images))
+        if not self.messages and not message.images:
+            print(f"({NO_IMAGE}; /image FILE shows one with the next question)")
         chat = self.model.encode([*self.messages, message])
         printed: list[str] = []
 

@@ -354,8 +354,9 @@ def _print_stage(
         largest = find_largest(share)
         if not largest or largest < plan.stage.micro_batch_size:
             _add_memory_problem(work, estimate, share, largest, problems)
+    whole_share = plan.stage.global_batch_size // workers
     queued = count_queued_bytes(work, workers)
-    print(format_memory(estimate, device, share, plan.stage.micro_batch_size, largest, queued))
+    print(format_memory(estimate, device, share, plan.stage.micro_batch_size, largest, whole_share, queued))
 
 
 def _is_fused(work: StageWork, device: Device) -> bool:

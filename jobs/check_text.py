@@ -95,6 +95,7 @@ def format_memory(
     share: int | None,
     micro_batch_size: int,
     largest: int | None,
+    whole_share: int,
     queued: int,
 ) -> str:
     """Format the peak memory of a worker by part.
@@ -105,6 +106,7 @@ def format_memory(
         share: memory of a worker in bytes; None if unknown.
         micro_batch_size: samples of a micro-batch.
         largest: largest micro-batch that fits; None if unknown.
+        whole_share: samples of a global batch that a worker has, the largest micro-batch there is.
         queued: bytes of micro-batches that are queued for a worker.
     """
     parts: Sequence[tuple[str, int]] = (
@@ -122,6 +124,8 @@ def format_memory(
     lines.append(f"  host memory of a worker, besides its process: {', '.join(host)}")
     if share:
         fits = f"largest that fits into {format_bytes(share)}: {largest}" if largest else "no micro-batch fits"
+        if largest == whole_share:
+            fits = f"all {largest} samples of a worker (global_batch_size / workers) fit into {format_bytes(share)}"
         lines.append(f"  micro_batch_size: {micro_batch_size}; {fits}")
     return "\n".join(lines)
 

@@ -116,8 +116,8 @@ class Claim:
         outdated = set().union(*(self.find_dependents(key) for key in keys if not self.find_use(key)))
         path = self.folder / PROGRESS
         entries = jsonl.read(path)
-        if any(entry["step"] in outdated for entry in entries):
-            kept = [entry for entry in entries if entry["step"] not in outdated]
+        if any(entry.get("step") in outdated for entry in entries):
+            kept = [entry for entry in entries if entry.get("step") not in outdated]
             storage.write(str(path), "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         if "assemble" in outdated:
             shutil.rmtree(self.folder / ASSEMBLED, ignore_errors=True)

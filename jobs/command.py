@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jobs.cli import answers, check, clusters, data, init, look, models, reference, runs
 from jobs.cli.arguments import EXAMPLE_JOB
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         that of a job on a cluster.
     """
     _survive_lost_outputs()
-    arguments = _parse(argv)
+    arguments = _build_parser().parse_args(argv)
     if not sys.stderr.isatty():  # in a log each refresh of a bar is a line; tqdm reads this at import
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     # no bar per file that transformers reads; it reads this at import
@@ -93,19 +93,34 @@ def _survive_lost_outputs() -> None:
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the arguments, with overrides at any position."""
-    parser = _build_parser()
-    arguments, unparsed = parser.parse_known_args(argv)
-    for word in unparsed:
-        if new_name := FORMER_OPTIONS.get(word.partition("=")[0]):
-            parser.error(f"{word}: this option is now {new_name}")
-    # argparse closes a list of positionals at the first option, so overrides after --runs-dir stay unparsed
-    if any(word.startswith("-") for word in unparsed) or (unparsed and "overrides" not in arguments):
-        parser.error(f"unrecognized arguments: {' '.join(unparsed)}")
-    if unparsed:
-        arguments.overrides.extend(unparsed)
-    return arguments
+class VerbParser(argparse.ArgumentParser):
+    """Parser of a verb, whose options may stand between its arguments, also between those of a list."""
+
+    _is_inner_call = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse options, then all other words as arguments.  The parser above calls this method."""
+        has_actions = any(action.nargs == argparse.PARSER for action in self._actions)
+        # parse_known_intermixed_args of Python 3.11 calls this method for each of its two passes
+        if has_actions or self._is_inner_call:
+            return super().parse_known_args(args, namespace)
+        self._is_inner_call = True
+        try:
+            arguments, unparsed = self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_inner_call = False
+        if unparsed:
+            self._refuse(unparsed)
+        return arguments, []
+
+    def _refuse(self, words: Sequence[str]) -> NoReturn:
+        """Refuse words that are no arguments of the verb."""
+        options = [word for word in words if word.startswith("-")]
+        for word in options:
+            if new_name := FORMER_OPTIONS.get(word.partition("=")[0]):
+                self.error(f"{word}: this option is now {new_name}")
+        # the words after an unknown option are perhaps its values
+        self.error(f"unrecognized arguments: {' '.join(options or words)}")
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -115,7 +130,7 @@ def _build_parser() -> argparse.ArgumentParser:
         epilog=f"redux VERB --help explains a verb. To begin: redux run {EXAMPLE_JOB}",
     )
     parser.add_argument("--version", action=_Version)
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=VerbParser)
     for group in (init, check, look, runs, answers, data, clusters, models, reference):
         group.add_parsers(verbs)
     return parser

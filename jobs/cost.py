@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from redux.configuration import ReduxConfig
 from redux.cost import compute_cost
+from redux.hub import describe_missing
 from redux.presets import PRESETS, VICUNA_SIZES, Preset, build_llava_config
 from redux.settings import METHODS
 
@@ -77,6 +78,8 @@ def _read_config(folder: Path) -> ReduxConfig:
             return ReduxConfig.from_pretrained(folder)
     except (OSError, LookupError, TypeError, ValueError, StrictDataclassError):
         pass  # no file, or not the object of a LLaVA; transformers' error for a wrong type is none of Python's
+    missing = "" if folder.is_dir() else f"; {describe_missing(folder)}"
     raise ValueError(
         f"--model: got {folder}, allowed: {', '.join(VICUNA_SIZES)}, or the folder of a LLaVA, with its config.json"
+        f"{missing}"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from jobs import schema
-from jobs.layout import locate_sets
+from jobs.layout import locate_sets, require_folder
 from jobs.run import plan_stages
 from jobs.schema import Job
 from jobs.tables import find_scorer
@@ -73,6 +73,7 @@ def export_model(
     Raises:
         ValueError: no such run, model, stage or checkpoint exists, the checkpoint is damaged, or `out` holds files.
     """
+    require_folder(source, "FOLDER", "the folder of a run or of a model")
     if out is None:
         if not (source / JOB_FILE).exists():
             raise ValueError(f"--out: missing, allowed: a folder or URL, as {source} is no run folder")

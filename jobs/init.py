@@ -23,10 +23,14 @@ from pipelines.data.sources.rows import SourceRecord
 from pipelines.evaluation import tasks
 from redux.benchmarks import custom, instructions
 from redux.benchmarks.custom import AnswerMetric
+from redux.hub import describe_missing, is_hub_id
 
 T = TypeVar("T")
 
 NO_QUESTIONS = "none"
+
+RUNS = Path("runs")
+"""Default folder of the run folders of `redux run`."""
 
 DEFAULT_CHECKPOINT = "llava-hf/llava-1.5-7b-hf"
 MAX_CHECKED_RECORDS = 20_000
@@ -56,13 +60,18 @@ class Dialog:
         """
         if self.takes_defaults:
             return parse(default)
+        offered = default
         while True:
             try:
-                return parse(self.read(f"{question} [{default}]: ").strip() or default)
+                answer = self.read(f"{question} [{offered}]: " if offered else f"{question}: ").strip() or offered
+                if answer:
+                    return parse(answer)
             except EOFError:
                 raise ValueError("init: got the end of the input, allowed: an answer to each question") from None
             except ValueError as error:
                 print(f"  {error}")
+                if answer == offered:
+                    offered = ""  # a default that was refused is not offered again
 
 
 def init(path: Path, takes_defaults: bool) -> None:
@@ -88,8 +97,9 @@ def init(path: Path, takes_defaults: bool) -> None:
     with path.open("x", encoding="utf-8") as file:  # never over a file that appeared meanwhile
         file.write(text)
     schema.load(path)
-    print(f"{path}: written. Next:\n    redux run {path}")
-    print(f'After training:\n    redux ask runs/{answers.name} IMAGE "question"')
+    print(f"{path}: written. Look for mistakes, which takes a minute:\n    redux check {path}")
+    print(f"Train, score and write a report:\n    redux run {path}")
+    print(f'Then ask the model:\n    redux ask runs/{answers.name} IMAGE "question"')
 
 
 def ask_all(dialog: Dialog) -> InitAnswers:
@@ -128,7 +138,7 @@ def ask_all(dialog: Dialog) -> InitAnswers:
         DEFAULT_CHECKPOINT if gpus and data != EASY_VQA else SMALL_MODEL,
         lambda text: parse_model(text, gpus),
     )
-    name = dialog.ask("Name of the run", EASY_VQA if data == EASY_VQA else "mine", parse_name)
+    name = dialog.ask("Name of the run", find_free_name(EASY_VQA if data == EASY_VQA else "mine"), parse_name)
     return InitAnswers(
         name=name,
         data=data,
@@ -312,14 +322,25 @@ def _parse_source(text: str, is_llava: bool) -> str:
             kind = "model_type llava" if is_llava else "a model_type"
             raise ValueError(f"model: got {path}, allowed: a folder whose config.json has {kind}")
         return str(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+|[a-z0-9]+://\S+", text):
+    is_url = re.fullmatch(r"[a-z0-9]+://\S+", text)
+    if not is_url and "/" in text and not is_hub_id(text):
+        raise ValueError(f"model: got {text}, allowed: folder, hub id or URL of a model; {describe_missing(path)}")
+    if not is_url and "/" not in text:
         allowed = f"{SMALL_MODEL}, {', '.join(LARGE_MODELS)}, or folder, hub id or URL of a LLaVA or of two parts"
         raise ValueError(f"model: got {text}, allowed: {allowed}")
     return text
+
+
+def find_free_name(name: str) -> str:
+    """Find a name of which there is no run folder yet: NAME, or NAME-2, NAME-3 and so on."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(free for free in names if not (RUNS / free).exists())
 
 
 def parse_name(text: str) -> str:
     """Check the name of the run, which becomes that of its folder."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
         raise ValueError(f"name: got {text}, allowed: letters, digits, '.', '_' and '-', first a letter or a digit")
+    if (RUNS / text).exists():
+        raise ValueError(f"name: got {text}, whose folder {RUNS / text} exists, allowed: a new name")
     return text

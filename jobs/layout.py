@@ -11,6 +11,7 @@ from pipelines.core import storage
 from pipelines.evaluation.tasks import TaskName, TaskSettings
 from pipelines.training import files
 from pipelines.training.files import CONFIG_FILE, JOB_FILE, is_complete
+from redux.hub import check_source, describe_missing
 
 HELD_OUT_FOLDER = "held_out"
 """Folder of a run with the questions of held-out samples; each task has a folder in it."""
@@ -105,4 +106,17 @@ def find_model(source: str) -> str:
         )
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
         raise ValueError(f"{source}: no {JOB_FILE} or {CONFIG_FILE}, allowed: the folder of a run or of a model")
+    check_source(source, "MODEL", "the folder of a run; or folder, hub id or URL of a model")
     return source
+
+
+def require_folder(folder: Path, label: str, allowed: str) -> None:
+    """Raise a ValueError if a local folder that the user names does not exist.
+
+    Args:
+        folder: the folder.
+        label: name of the argument in the error.
+        allowed: folders that are allowed, for the error.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{label}: got {folder}, allowed: {allowed}; {describe_missing(folder)}")

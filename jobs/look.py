@@ -39,6 +39,7 @@ from pipelines.training.stage import DEFAULT_IMAGE_ASPECT_RATIO, DEFAULT_TEMPLAT
 from redux.architecture import LanguageSizes, ModelSettings
 from redux.configuration import ReduxConfig, build_config
 from redux.conversation import TEMPLATES
+from redux.hub import describe_missing
 from redux.model import ReduxModel, normalize_pixels
 from redux.pretrained import configure_checkpoint, load_image_encoder
 from redux.trace import ImageTrace
@@ -97,9 +98,10 @@ def _collect(arguments: argparse.Namespace) -> tuple[str, str, list[StageView]]:
         stages = look_at_job(job, folder.resolve(), arguments.samples, arguments.seed)
         return job.name, f"Samples of each set as {source} trains on them, drawn with seed {arguments.seed}.", stages
     if not is_finished(source):
+        missing = "" if "://" in source or Path(source).is_dir() else f"; {describe_missing(source)}"
         raise ValueError(
             f"JOB|SET: got {source}, allowed: a job file (.yaml), the folder of a run, or a folder or URL of shards; "
-            "redux shards make or index makes shards"
+            "redux shards make or index makes shards" + missing
         )
     if arguments.overrides:
         raise ValueError(f"{arguments.overrides[0]}: got a value for a set of shards, allowed: with a job file")

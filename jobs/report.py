@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from jobs import document, schema
-from jobs.layout import locate_model, locate_tasks
+from jobs.layout import locate_model, locate_tasks, require_folder
 from jobs.schema import Job
 from pipelines.core import storage
 from pipelines.evaluation import evaluate
@@ -36,6 +36,7 @@ def render_again(folder: Path, examples: int | None = None) -> Path:
     Raises:
         ValueError: the folder is not that of a run, or a file in it cannot be read.
     """
+    require_folder(folder, "RUN", "the folder of a run")
     if not (folder / JOB_FILE).exists():
         hint = "; redux tables compares the runs of a study" if (folder / "study.yaml").exists() else ""
         raise ValueError(f"RUN: got {folder}, which has no {JOB_FILE}, allowed: the folder of a run{hint}")

@@ -1,7 +1,8 @@
 """Run a job step by step, from images to report. Finished steps are skipped.
 
 runs/NAME/job.yaml        resolved job; jobs/claims.py decides which settings may still change
-runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step; the next start reads it
+runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step, which the next start reads; {"interrupted",
+                           "wall_s"} of one that did not finish
 runs/NAME/shards/SET/     captions, conversations, shown, formats: those of them that a stage uses
 runs/NAME/held_out/TASK/  questions of held-out samples, for tasks with `held_out`
 runs/NAME/tokenizer/      trained on the training sets, for a model that is built from sizes
@@ -15,7 +16,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from pipelines.data.sources.opened import RecordSource
 from pipelines.evaluation import evaluate, tasks
 from pipelines.evaluation.held_out_questions import write_held_out_questions
 from pipelines.report.environment import record_environment
+from pipelines.report.scores import describe_scores
 from pipelines.training import driver, ledger
 from pipelines.training.plan import StagePlan
 from pipelines.training.stage import count_shared_workers
@@ -111,10 +113,15 @@ def run(
 
 
 def _describe_result(job: Job, folder: Path, until: str | None) -> str:
-    """Describe a finished run: its report, or the step with which it ends, and how to ask its model."""
+    """Describe a finished run: its scores, its report and how to ask its model, or the step with which it ends."""
     if until:
         return f"{job.name} has finished {until}: {folder}"
-    return f"{job.name} is finished; its report: {folder / 'report.html'}\n{describe_asking(job, folder)}"
+    lines = [
+        f"{job.name} is finished; its report: {folder / 'report.html'}",
+        *(f"    {line}" for line in describe_scores(folder)),
+        describe_asking(job, folder),
+    ]
+    return "\n".join(lines)
 
 
 def _run_steps(steps: Mapping[str, Callable[[], None]], progress: Path, started_at: float) -> None:
@@ -128,9 +135,14 @@ def _run_steps(steps: Mapping[str, Callable[[], None]], progress: Path, started_
     for name, step in steps.items():
         # a library may have swallowed the exception of a signal that came during the step before
         interrupts.raise_if_interrupted()
-        step()
-        ended_at = time.monotonic()
-        jsonl.append(progress, [{"step": name, "wall_s": ended_at - started_at}])
+        key = "interrupted"
+        try:
+            step()
+            key = "step"
+        finally:
+            ended_at = time.monotonic()
+            with suppress(OSError):  # a full disk has ended the step, and its error says more
+                jsonl.append(progress, [{key: name, "wall_s": ended_at - started_at}])
         started_at = ended_at
 
 
@@ -320,15 +332,18 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
 
 def _list_finished(job: Job, folder: Path) -> list[str]:
     """List the finished steps; without evaluation and report, if a file of own questions has changed since then."""
-    finished = [entry["step"] for entry in jsonl.read(folder / PROGRESS)]
+    finished = [entry["step"] for entry in jsonl.read(folder / PROGRESS) if "step" in entry]
     if "evaluate" in finished and job.evaluate and evaluate.has_new_questions(folder, job.evaluate):
         return [step for step in finished if step not in ("evaluate", "report")]
     return finished
 
 
 def _write_metrics(folder: Path) -> None:
-    """Write metrics.json: scores, and wall-clock seconds of each finished step and of all."""
-    times = {f"wall_s.{entry['step']}": entry["wall_s"] for entry in jsonl.read(folder / PROGRESS)}
+    """Write metrics.json: scores, and wall-clock seconds of each step and of all, of all launches together."""
+    times: dict[str, float] = {}
+    for entry in jsonl.read(folder / PROGRESS):
+        name = f"wall_s.{entry.get('step') or entry['interrupted']}"
+        times[name] = times.get(name, 0.0) + entry["wall_s"]
     _write_json(folder / "metrics.json", {**_read_scores(folder), "wall_s": sum(times.values()), **times})
 
 

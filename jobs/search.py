@@ -31,6 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 from transformers import AutoTokenizer
 
 from jobs import claims, document, model_parts, resolve, run, schema, search_schema, study
+from jobs.layout import require_folder
 from jobs.schema import Job
 from jobs.search_schema import Search
 from jobs.study import SHARED
@@ -333,6 +334,7 @@ def write_best_jobs(folder: Path, numbers: Sequence[int]) -> list[Path]:
     Raises:
         ValueError: a trial has no result.
     """
+    require_folder(folder, "SEARCH", "the folder of a search")
     search = document.read(folder / SEARCH_FILE, (), Search)
     study = load_study(search, search.name, folder)
     complete = {trial.number: trial for trial in study.get_trials(states=(TrialState.COMPLETE,))}

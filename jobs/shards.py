@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from jobs import schema
 from jobs.cli.arguments import build_options
-from jobs.layout import locate_sets
+from jobs.layout import locate_sets, require_folder
 from pipelines.core import cluster, storage
 from pipelines.data import audit, consumed, easy_vqa, quarantine, shard_index, shard_writer, tars
 from pipelines.data.held_out import select_held_out
@@ -69,6 +69,7 @@ def _read_columns(arguments: argparse.Namespace) -> dict[ColumnName, str]:
 
 def index_set(arguments: argparse.Namespace) -> None:
     """Write the index of tars from elsewhere, and print the counts of their samples and members."""
+    _check_folder(arguments.folder)
     try:
         with cluster.open_session():
             report = audit.index_tars(arguments.folder, arguments.max_bad_fraction)
@@ -99,7 +100,9 @@ def verify_set(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: there are faults; each was printed on a line.
     """
+    _check_folder(arguments.folder)
     if arguments.consumed:
+        require_folder(arguments.consumed, "--consumed", "the folder of a run that trained on the shards")
         confirmations, faults = _verify_coverage(arguments.folder, arguments.consumed)
     else:
         decoded = ", and every image decodes" if arguments.decode else ""
@@ -111,6 +114,12 @@ def verify_set(arguments: argparse.Namespace) -> None:
     if faults:
         raise ValueError(f"{arguments.folder}: {len(faults)} faults, allowed: none")
     print("\n".join(confirmations))
+
+
+def _check_folder(folder: str) -> None:
+    """Raise a ValueError if a local folder does not exist, before Ray starts; URLs are not checked."""
+    if "://" not in folder:
+        require_folder(Path(folder), "URI", "a folder or URL of tars")
 
 
 def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:

@@ -8,11 +8,12 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jobs.layout import require_folder
 from pipelines.evaluation.tasks import RESERVED_NAMES, find_task
 from pipelines.report import comparison, page
 from pipelines.report.columns import Column
 from pipelines.report.runs import FindScorer, Scorer, group_families, read_finished_runs
-from pipelines.report.tables import Cell, ResultRow, ResultTable, build_tables, compare_prompts
+from pipelines.report.tables import Cell, ResultRow, ResultTable, build_tables, compare_prompts, keep_filled
 from pipelines.report.variants import VariantCell, VariantTable, compare_variants
 
 CSV_FIELDS = (
@@ -21,7 +22,9 @@ CSV_FIELDS = (
 )  # fmt: skip
 
 
-def write_tables(runs: Sequence[Path], out: Path | None, find_scorer: FindScorer, samples: int = 10_000) -> str:
+def write_tables(
+    runs: Sequence[Path], out: Path | None, find_scorer: FindScorer, samples: int = 10_000, lists_missing: bool = False
+) -> str:
     """Write the tables over runs.
 
     Args:
@@ -29,6 +32,7 @@ def write_tables(runs: Sequence[Path], out: Path | None, find_scorer: FindScorer
         out: folder for Markdown, HTML and CSV files; None writes no files.
         find_scorer: finds the functions that score the answers of a task.
         samples: draws of each bootstrap.
+        lists_missing: list rows of the paper's tables without a run, each with its command.
 
     Returns:
         The tables as Markdown.
@@ -37,13 +41,16 @@ def write_tables(runs: Sequence[Path], out: Path | None, find_scorer: FindScorer
         ValueError: there is no finished run, or `out` is a file.
     """
     # found before the bootstrap, which takes long
+    for run in runs:
+        require_folder(run, "RUN", "the folder of a run, or a folder that holds run folders")
     if out and out.exists() and not out.is_dir():
         raise ValueError(f"--out: got {out}, which is a file, allowed: a folder")
     finished, notes = read_finished_runs(runs, find_scorer)
     variants = compare_variants(finished, samples)
     families = group_families(finished, notes)
     tables = build_tables(families, samples)
-    text = format_markdown(tables, [*comparison.write_summary(tables), *notes], variants)
+    shown = tables if lists_missing else [filled for table in tables if (filled := keep_filled(table)).blocks]
+    text = format_markdown(shown, [*comparison.write_summary(tables), *notes], variants)
     if out:
         scorer = find_scorer("instructions")
         prompt_plots = {family.label: compare_prompts(family, scorer) for family in families} if scorer else {}
@@ -77,7 +84,7 @@ def _format_variant_cell(cell: VariantCell | None) -> str:
 
 
 def format_markdown(tables: Sequence[ResultTable], notes: Sequence[str], variants: VariantTable | None = None) -> str:
-    """Format each table as Markdown, with the commands of its missing rows below it."""
+    """Format each table as Markdown, with the commands of missing rows below it."""
     parts = [*notes, *([_format_variants(variants)] if variants else [])]
     for table in tables:
         parts.append(f"## {table.title}")

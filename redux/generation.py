@@ -39,6 +39,20 @@ class Answers:
     decode_s: float
 
 
+def drop_warm_up(batches: Sequence[Answers]) -> list[Answers]:
+    """Drop the first batch of each size, in which kernels are compiled, memory is allocated and graphs are captured.
+
+    If no batch is left, all are kept: their times are all there is.
+    """
+    sizes = set[int]()
+    kept = []
+    for answers in batches:
+        if len(answers.texts) in sizes:
+            kept.append(answers)
+        sizes.add(len(answers.texts))
+    return kept or list(batches)
+
+
 def check_batch(prompts: Sequence[str], images: Sequence[bytes | None]) -> None:
     """Raise a ValueError unless there is at least one prompt, and an image or None for each."""
     if not prompts or len(prompts) != len(images):

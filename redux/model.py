@@ -182,7 +182,11 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
         changes = {name: kwargs.pop(name) for name in (*METHODS, *FEATURE_FIELDS) if name in kwargs}
         returns_info = kwargs.pop("output_loading_info", False)
         allows_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        with local_copy(pretrained_model_name_or_path) as folder, report_damage(pretrained_model_name_or_path, "path"):
+        # transformers asks the hub with a token or a cache of the arguments
+        with (
+            local_copy(pretrained_model_name_or_path, asks_hub=False) as folder,
+            report_damage(pretrained_model_name_or_path, "path"),
+        ):
             # read the configuration first: the layout of the LLaVA repository would fail later without a clear error
             if config is None or isinstance(config, str | os.PathLike):
                 hub_options = ("cache_dir", "revision", "subfolder", "token", "local_files_only")

@@ -50,6 +50,10 @@ TOWER_CLASSES = {
 }
 """Classes of image towers by the model_type of a checkpoint that holds the tower, alone or with a text tower."""
 
+ALLOWED_TOWER = f"folder or hub id of a checkpoint of model_type {', '.join(TOWER_CLASSES)}"
+
+ALLOWED_PART = "folder or hub id of a causal language model of transformers"
+
 OTHER_WEIGHTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 """Prefixes of weights of a whole CLIP or SigLIP that do not belong to its image tower."""
 
@@ -78,9 +82,9 @@ def assemble(
     Raises:
         ValueError: a part cannot be loaded completely, or the settings do not fit it.
     """
-    with local_copy(tower, label="tower") as folder:
+    with local_copy(tower, label="tower", allowed=ALLOWED_TOWER) as folder:
         vision_tower = load_part("tower", folder, TOWER_CLASSES, dtype)
-    with local_copy(language, label="language") as folder:
+    with local_copy(language, label="language", allowed=ALLOWED_PART) as folder:
         language_model = load_language(folder, gguf_file, dtype=dtype)
         tokenizer = load_tokenizer(folder, "language", gguf_file=gguf_file)
     prepare_tokenizer(tokenizer, language_model.config, language)
@@ -116,7 +120,7 @@ def assemble(
 
 def load_assembled_tokenizer(language: str | PathLike, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer that `assemble` returns, without reading weights.  Arguments and errors are those of it."""
-    with local_copy(language, label="language", skips_weights=not gguf_file) as folder:
+    with local_copy(language, label="language", skips_weights=not gguf_file, allowed=ALLOWED_PART) as folder:
         tokenizer = load_tokenizer(folder, "language", gguf_file=gguf_file)
         prepare_tokenizer(tokenizer, _load_language_config(folder, gguf_file), language)
     return tokenizer
@@ -141,7 +145,7 @@ def load_image_encoder(
     config = ReduxConfig(**{**config.to_dict(), "text_config": language.to_dict()})
     model = ReduxForConditionalGeneration(config).model.eval()
     if tower is not None:
-        with local_copy(tower, label="tower") as folder:
+        with local_copy(tower, label="tower", allowed=ALLOWED_TOWER) as folder:
             model.vision_tower = load_part("tower", folder, TOWER_CLASSES, torch.float32).eval()
         return model
     assert checkpoint is not None
@@ -177,9 +181,9 @@ def configure_assembly(
     Fields that depend on the tokenizer are missing.  Arguments and errors are those of `assemble`.  From a bucket only
     configurations are copied, or a whole GGUF file, which contains one.
     """
-    with local_copy(tower, [CONFIG_NAME], "tower") as folder:
+    with local_copy(tower, [CONFIG_NAME], "tower", allowed=ALLOWED_TOWER) as folder:
         vision_config = _load_part_config("tower", folder, TOWER_CLASSES)
-    with local_copy(language, [gguf_file or CONFIG_NAME], "language") as folder:
+    with local_copy(language, [gguf_file or CONFIG_NAME], "language", allowed=ALLOWED_PART) as folder:
         text_config = _load_language_config(folder, gguf_file)
     plain = _join_configs(vision_config, text_config, feature_layer)
     try:
@@ -346,7 +350,7 @@ def _readable_errors(
 def _describe_allowed(classes: Mapping[str, Any]) -> str:
     """Describe the checkpoints of one of these types; without any, those of language models."""
     if not classes:
-        return "folder or hub id of a causal language model of transformers"
+        return ALLOWED_PART
     return f"folder or hub id of a checkpoint of model_type {', '.join(classes)}"
 
 

@@ -70,7 +70,7 @@ def _add_ask(verbs: Any) -> None:
         epilog='example: redux ask runs/quickstart photo.png "what shape is in the image?"',
     )
     ask.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    ask.add_argument("images", metavar="IMAGE", nargs="*", help="image files, paths or URLs")
+    ask.add_argument("images", metavar="IMAGE", nargs="*", default=[], help="image files, paths or URLs")
     ask.add_argument("question", metavar="QUESTION", help="the question")
     _add_model_options(ask)
     _add_sampling_options(ask)
@@ -93,7 +93,9 @@ def _add_chat(verbs: Any) -> None:
         epilog="example: redux chat runs/quickstart photo.png",
     )
     chat.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    chat.add_argument("images", metavar="IMAGE", nargs="*", help="images for the first question, paths or URLs")
+    chat.add_argument(
+        "images", metavar="IMAGE", nargs="*", default=[], help="images for the first question, paths or URLs"
+    )
     _add_model_options(chat)
     _add_sampling_options(chat)
     chat.set_defaults(verb=_chat)

@@ -87,6 +87,7 @@ def add_job(parser: argparse.ArgumentParser, help: str) -> None:
         "overrides",
         metavar="section.key=value",
         nargs="*",
+        default=[],  # argparse calls a list without a default required
         help="replace a value of the file; the value is written as in YAML",
     )
 

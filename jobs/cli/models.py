@@ -66,7 +66,7 @@ def _add_cost(verbs: Any) -> None:
         "Everything is computed from the configuration; no model runs.",
         epilog="example: redux cost default tokens-64 --model runs/quickstart/checkpoints/instruct/model",
     )
-    cost.add_argument("presets", metavar="PRESET", nargs="*", help="a name in the table (default: all)")
+    cost.add_argument("presets", metavar="PRESET", nargs="*", default=[], help="a name in the table (default: all)")
     cost.add_argument(
         "--model", default="7b", help="7b or 13b for LLaVA-1.5, or the folder of a LLaVA (default: %(default)s)"
     )

@@ -93,7 +93,12 @@ def _add_best(verbs: Any) -> None:
     )
     parser.add_argument("search", metavar="SEARCH", type=Path, help="folder of a search")
     parser.add_argument(
-        "trials", metavar="TRIAL", nargs="*", type=parse_natural, help="number of a trial, as in search.html"
+        "trials",
+        metavar="TRIAL",
+        nargs="*",
+        default=[],
+        type=parse_natural,
+        help="number of a trial, as in search.html",
     )
     parser.set_defaults(verb=_write_best)
 
@@ -132,10 +137,10 @@ def _report(arguments: argparse.Namespace) -> None:
 def _add_tables(verbs: Any) -> None:
     tables = verbs.add_parser(
         "tables",
-        help="compare finished runs in the paper's tables",
-        description="Print the paper's tables over finished runs as Markdown: scores with 95 % intervals, differences "
-        "to LLaVA, the numbers of the paper, and the command that fills each empty row. The settings of a run decide "
-        "its row. Runs that differ only in their seed share a row.",
+        help="compare finished runs in tables, also those of the paper",
+        description="Print tables over finished runs as Markdown: scores with 95 % intervals, differences to LLaVA or "
+        "to the first variant, costs, and the paper's tables that a run fills, with the numbers of the paper. The "
+        "settings of a run decide its row. Runs that differ only in their seed share a row.",
         epilog="example: redux tables runs --out tables",
     )
     tables.add_argument(
@@ -144,10 +149,16 @@ def _add_tables(verbs: Any) -> None:
     tables.add_argument(
         "--out", metavar="DIR", type=Path, help="also write tables.md, tables.html and one CSV file per table there"
     )
+    tables.add_argument(
+        "--missing",
+        action="store_true",
+        help="also list the rows of the paper's tables that no run fills, each with the command that fills it",
+    )
     tables.set_defaults(verb=_tables)
 
 
 def _tables(arguments: argparse.Namespace) -> None:
     from jobs import tables
 
-    print(tables.write_tables(arguments.runs, arguments.out, tables.find_scorer), end="")
+    text = tables.write_tables(arguments.runs, arguments.out, tables.find_scorer, lists_missing=arguments.missing)
+    print(text, end="")

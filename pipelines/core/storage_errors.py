@@ -84,7 +84,9 @@ def to_user_error(url: str, error: Exception, is_local: bool) -> Exception:
     if isinstance(error, FileExistsError | NotADirectoryError):
         return ValueError(f"{name}: {message}, allowed: a path whose folders are folders")
     if isinstance(error, FileNotFoundError | IsADirectoryError):
-        return ValueError(f"{name}: not found, allowed: an existing file; {message}")
+        # a store says which part is missing, such as the bucket
+        detail = "" if is_local and isinstance(error, FileNotFoundError) else f"; {message}"
+        return ValueError(f"{name}: not found, allowed: an existing file{detail}")
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
         return ValueError(f"{name}: access denied, allowed: credentials with permission; {message}")
     if isinstance(error, EOFError) or parse_response(error)[1] == 416:

@@ -404,8 +404,7 @@ def _merge_parts(plan: _ShardPlan, out: str, options: ShardOptions, settings: di
     storage.write(storage.join(out, SUMMARY_FILE), json.dumps(summary, indent=2).encode())
     tables = [part.replace_schema_metadata() for part in parts] or [INDEX_SCHEMA.empty_table()]
     write_index(out, pa.concat_tables(tables))
-    for name in names:
-        storage.remove(name)
+    storage.remove_folder(storage.join(out, UNFINISHED_DIR))
     return summary
 
 

@@ -10,7 +10,8 @@ resources: `num_actors` actors share the CPUs, or take a GPU each
 
 answers/TASK.jsonl    {"id", "unit", "prompt", …, "response"}, one line per question in the order of the benchmark: all
                       that scoring needs. Until it is complete it is .TASK.jsonl, in the order of the answers.
-answers/speed.jsonl   {"task", "questions", "tokens", "prefill_s", "decode_s", "peak_bytes"}, one line per batch
+answers/speed.jsonl   {"task", "questions", "tokens", "prefill_s", "decode_s", "peak_bytes", "is_warm_up"}, one line per
+                      batch
 answers/provenance.json  the model and the settings that gave the answers; answers of other models are never reused
 """
 
@@ -111,6 +112,7 @@ class EvaluationActor:
         self.evaluated = evaluated
         self.settings = settings
         self.model: Answerer | None = None
+        self.sizes = set[int]()  # numbers of questions of earlier batches
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
         """Answer a batch: one row per question, or a single row with "error" if it cannot be answered.
@@ -125,6 +127,9 @@ class EvaluationActor:
             problem = f"{failures.classify_error(error).text}{_name_broken_image(batch)}"
         else:
             problem = ""
+        # the first batch of a size compiles kernels, allocates memory and captures a graph, so its times are others
+        is_warm_up = len(batch.questions) not in self.sizes
+        self.sizes.add(len(batch.questions))
         # values of the whole batch are repeated in each row, since Ray Data has columns of equal length
         count = len(answers.texts)
         return {
@@ -134,6 +139,7 @@ class EvaluationActor:
             "prefill_s": [answers.prefill_s] * count,
             "decode_s": [answers.decode_s] * count,
             "peak_bytes": [measure_peak_bytes()] * count,
+            "is_warm_up": [is_warm_up] * count,
             "error": [problem] * count,
         }
 
@@ -423,6 +429,7 @@ def _make_speed_row(batch: QuestionBatch, block: Mapping[str, np.ndarray]) -> di
         "tokens": int(block["tokens"].sum()),
         **{name: float(block[name][0]) for name in ("prefill_s", "decode_s")},
         "peak_bytes": int(block["peak_bytes"][0]),
+        "is_warm_up": bool(block["is_warm_up"][0]),
     }
 
 
@@ -485,7 +492,9 @@ def compute_scores(run: Path, names: Sequence[TaskName]) -> dict[str, float]:
 
 
 def compute_speed(run: Path) -> dict[str, float]:
-    """Compute speed and memory over all batches.
+    """Compute speed over all batches but those of warm-up, and memory over all.
+
+    If all batches are the first of their size, their times are all there is, and count.
 
     Returns:
         decode_tokens_per_s (new tokens per second of decoding, of one actor), prefill_s_per_question (seconds to the
@@ -494,8 +503,10 @@ def compute_speed(run: Path) -> dict[str, float]:
     batches = jsonl.read(run / ANSWERS_FOLDER / SPEED_FILE)
     if not batches:
         return {}
+    # rows of earlier versions do not name them
+    timed = [batch for batch in batches if not batch.get("is_warm_up")] or batches
     questions, tokens, prefill_s, decode_s = (
-        sum(batch[name] for batch in batches) for name in ("questions", "tokens", "prefill_s", "decode_s")
+        sum(batch[name] for batch in timed) for name in ("questions", "tokens", "prefill_s", "decode_s")
     )
     return {
         # the prefill computes the first token of each answer, so decoding does not count it

@@ -5,7 +5,6 @@ made from the numbers alone, so it also says when they allow no conclusion. Only
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from pipelines.report import page
 from pipelines.report.columns import COLUMN_BY_BENCHMARK, IF_COLUMN, PILOT_COLUMNS, Column
@@ -25,7 +24,7 @@ from pipelines.report.plots import (
     to_svg,
 )
 from pipelines.report.table_rows import KIND_TITLES
-from pipelines.report.tables import Cell, ComparedPrompt, ResultRow, ResultTable
+from pipelines.report.tables import Cell, ComparedPrompt, ResultRow, ResultTable, keep_filled
 from pipelines.report.variants import VariantTable
 
 COLOUR_BY_KIND = {"both": ACCENT, "llava": INK, "vmtc": GOOD, "cmai": BAD}
@@ -93,7 +92,7 @@ def render(
         variants: comparison of own variants; None for a single one.
     """
     by_key = {table.key: table for table in tables}
-    filled_tables = [filled for table in tables if (filled := _keep_filled(table)).blocks]
+    filled_tables = [filled for table in tables if (filled := keep_filled(table)).blocks]
     rows = [row for table in filled_tables for of_family in table.blocks.values() for row in of_family]
     return page.render(
         "tables.html.j2",
@@ -107,16 +106,6 @@ def render(
         prompts={label: of_family for label, of_family in prompts.items() if of_family},
         notes=notes,
     )
-
-
-def _keep_filled(table: ResultTable) -> ResultTable:
-    """Keep the rows with numbers, of families that have a run in the table."""
-    blocks = {
-        label: [row for row in rows if row.source != "missing"]
-        for label, rows in table.blocks.items()
-        if any(row.source == "ours" and any(row.cells) for row in rows)
-    }
-    return replace(table, blocks=blocks)
 
 
 def _plot_tradeoffs(table: ResultTable) -> list[Plot]:

@@ -20,7 +20,6 @@ from pipelines.core import jsonl
 from pipelines.data.easy_vqa import EASY_VQA_SETS
 from pipelines.data.shard_index import Shards, is_finished
 from pipelines.evaluation.statistics import Difference, Interval, bootstrap_difference, bootstrap_interval
-from pipelines.evaluation.tasks import EVALUATION_TASKS
 from pipelines.report import runs
 from pipelines.report.cost_section import TEXT_TOKENS, CostLine, compare_cost
 from pipelines.report.environment import ENVIRONMENT_FILE, read_versions
@@ -29,6 +28,7 @@ from pipelines.report.runs import FindScorer, FinishedRun
 from pipelines.training import ledger
 from redux.benchmarks import Metric
 from redux.configuration import ReduxConfig
+from redux.hub import is_hub_id
 from redux.settings import METHODS
 
 CARD_FILE = "README.md"
@@ -160,7 +160,7 @@ def render_card(model: ExportedModel, find_scorer: FindScorer) -> str:
 def write_front_matter(model: ExportedModel, job: Mapping[str, Any], stages: Mapping[str, Any]) -> str:
     """Write the YAML front matter. Without a licence: that of data and parts is unknown."""
     # The Hub links base_model to pages of its own, so folders are left out.
-    bases = [part for part in _list_parts(job) if is_hub_id(part)]
+    bases = [part for part in _list_parts(job) if "/" in part and is_hub_id(part)]
     sets = {name: None for stage in stages.values() for name in _read_mixture(stage)}
     generated = job["data"].get("source")
     # Sets that the job makes of easy-VQA are one data set.
@@ -174,15 +174,6 @@ def write_front_matter(model: ExportedModel, job: Mapping[str, Any], stages: Map
     }
     kept = {name: value for name, value in fields.items() if value}
     return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n"
-
-
-def is_hub_id(name: str) -> bool:
-    """Tell if the name of a model is an id of the Hugging Face Hub, and no folder or URL.
-
-    >>> [is_hub_id(name) for name in ("lmsys/vicuna-7b-v1.5", "/data/clip", "s3://bucket/clip", "runs/a/b")]
-    [True, False, False, False]
-    """
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
 def write_vllm_command(folder: str, config: ReduxConfig) -> str:
@@ -416,8 +407,11 @@ def _count_plain_tokens(config: ReduxConfig) -> int:
 
 def _list_limits(run: FinishedRun, model: ExportedModel) -> Iterator[str]:
     evaluated = {name.partition(".")[0] for name in run.metrics} if model.is_last else set()
-    if missing := [name for name in EVALUATION_TASKS if name not in evaluated]:
+    named = (run.job.get("evaluate") or {}).get("tasks") or {}
+    if missing := [name for name in named if name not in evaluated]:
         yield f"Not evaluated on: {', '.join(missing)}."
+    if evaluated:
+        yield f"Evaluated on {', '.join(sorted(evaluated))} alone. Other tasks and other images may give other scores."
     yield "One training run with one seed. Another seed gives another score."
     yield "Nothing was measured on safety, bias, or languages other than those of the data."
     if model.config.conversation_template and model.config.conversation_template != "plain":

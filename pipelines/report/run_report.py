@@ -54,8 +54,9 @@ TIME_PARTS = {
     "checkpoint": ("checkpoints", "accent", 0.35),
     "startup": ("starting up", "faint", 0.7),
     "other": ("other", "faint", 0.35),
-    "restart": ("restarting", "bad", 0.5),
+    "restart": ("starting again", "bad", 0.5),
     "lost": ("repeated steps", "bad", 1.0),
+    "outside": ("before and after training", "faint", 0.15),
 }
 REPORT_FILE = "report.html"
 PATCH_IMAGES = 4
@@ -243,12 +244,14 @@ def _collect_training(run: Path, job: str) -> dict[str, Any]:
     stages = _group_by_stage(jsonl.read(run / "metrics.jsonl"))
     book = ledger.read_ledger(run)
     described = environment.describe_environment(run)
+    # the ledger begins with the first stage; it also has the time between a crash and the next launch
+    wall_s = max(metrics["wall_s"], book.account.total) if "wall_s" in metrics else None
     return {
         "name": _parse_job(job).get("name") or run.resolve().name,
         "metrics": metrics,
-        "wall_s": metrics.get("wall_s"),
+        "wall_s": wall_s,
         "is_finished": bool(metrics),
-        "finished_steps": [str(entry.get("step")) for entry in jsonl.read(run / "progress.jsonl")],
+        "finished_steps": [str(entry.get("step")) for entry in jsonl.read(run / "progress.jsonl") if "step" in entry],
         "started": described.get("started") or _read_start(run),
         "environment": described,
         "device": described.get(environment.GPUS_TITLE) or described.get(environment.CPUS_TITLE, ""),
@@ -257,9 +260,10 @@ def _collect_training(run: Path, job: str) -> dict[str, Any]:
         "throughput": [
             _sum_throughput(stage, rows, book.loops[stage]) for stage, rows in stages.items() if stage in book.loops
         ],
-        "spans": _split_wall_time(metrics),
+        "spans": _split_wall_time(metrics, wall_s),
         "account": book.account,
-        "parts": _make_time_parts(book.account),
+        "resumes": book.resumes,
+        "parts": _make_time_parts(book.account, wall_s),
     }
 
 
@@ -331,24 +335,31 @@ def _sum_throughput(stage: str, rows: Sequence[Mapping[str, Any]], loop: LoopTim
     return Throughput(STAGE_TITLES.get(stage, stage), len(rows), samples, tokens, loop)
 
 
-def _split_wall_time(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
+def _split_wall_time(metrics: Mapping[str, float], wall_s: float | None) -> list[tuple[str, float]]:
     """List the seconds of each step of the job ("wall_s.tower"), and the seconds between steps."""
     prefix = "wall_s."
     # time outside the steps is shown from half a second on
     spans = [(name.removeprefix(prefix), seconds) for name, seconds in metrics.items() if name.startswith(prefix)]
-    unassigned_s = metrics.get("wall_s", 0.0) - sum(seconds for _, seconds in spans)
+    unassigned_s = (wall_s or 0.0) - sum(seconds for _, seconds in spans)
     return [*spans, ("between steps", unassigned_s)] if spans and unassigned_s >= 0.5 else spans
 
 
-def _make_time_parts(account: Account) -> list[TimePart]:
-    """Make the segments of the wall time; an empty list if no time has passed."""
-    total = account.total
-    if not total:
+def _make_time_parts(account: Account, wall_s: float | None) -> list[TimePart]:
+    """Make the segments of the wall time; an empty list if no stage has begun.
+
+    Args:
+        account: the account from the first stage on.
+        wall_s: seconds of the whole job; None for a job that has not finished.
+    """
+    if not account.total:
         return []
+    total = wall_s or account.total
     parts = []
     before = 0.0
     for key, (name, colour, opacity) in TIME_PARTS.items():
-        seconds = getattr(account, key)
+        seconds = total - account.total if key == "outside" else getattr(account, key)
+        if key == "outside" and not seconds:
+            continue
         parts.append(TimePart(name, seconds, seconds / total, before, colour, opacity))
         before += seconds / total
     return parts

@@ -86,10 +86,13 @@ class FinishedRun:
     def trained_with(self) -> Preset:
         """Methods of the training.
 
-        A checkpoint from elsewhere was trained with its own methods; a method that the job sets was not trained.
+        A checkpoint from elsewhere was trained with the methods that its folder has. Without the folder, they are those
+        of the evaluation, except methods that the job sets.
         """
         if self.source_job is not self.job or self.job.get("train"):
             return make_preset(_read_methods(self.source_job))
+        if (saved := _read_saved_methods(self.job)) is not None:
+            return make_preset(saved)
         evaluated = self.provenance.get("methods", {})
         return make_preset(
             {name: None if value else evaluated.get(name) for name, value in _read_methods(self.job).items()}
@@ -132,16 +135,21 @@ class ComparedModel:
     Args:
         runs: the runs, by seed.
         methods: methods of the evaluation.
+        trained_with: methods of the training.
         uses_captions: the model sees a caption in place of the image.
-        trained_as_evaluated: training and evaluation have the same methods.
         is_foreign: the model is not a LLaVA.
     """
 
     runs: tuple[FinishedRun, ...]
     methods: Preset
+    trained_with: Preset
     uses_captions: bool
-    trained_as_evaluated: bool
     is_foreign: bool
+
+    @property
+    def trained_as_evaluated(self) -> bool:
+        """True if training and evaluation have the same methods; never for a model that is not a LLaVA."""
+        return self.methods == self.trained_with and not self.is_foreign
 
     @property
     def job(self) -> dict[str, Any]:
@@ -380,6 +388,18 @@ def _read_methods(job: Mapping[str, Any]) -> dict[str, Any]:
     return {name: None if (value := job["model"].get(name)) == "checkpoint" else value for name in METHODS}
 
 
+def _read_saved_methods(job: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the methods in the configuration of a checkpoint; None if it is no local folder of a LLaVA."""
+    path = Path(str(job["model"].get("checkpoint"))) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(config, dict) or config.get("model_type") != "llava":
+        return None
+    return {name: config.get(name) for name in METHODS}
+
+
 def make_preset(methods: Mapping[str, Any], shows: str = "") -> Preset:
     """Make a preset from method settings as a YAML or JSON file has them."""
     arguments = {}
@@ -415,8 +435,8 @@ def _group_seeds(family: Sequence[FinishedRun], notes: list[str]) -> Iterator[Co
         yield ComparedModel(
             runs=runs,
             methods=first.methods,
+            trained_with=first.trained_with,
             uses_captions=first.uses_captions,
-            trained_as_evaluated=first.methods == first.trained_with and not first.is_foreign,
             is_foreign=first.is_foreign,
         )
 

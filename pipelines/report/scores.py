@@ -194,6 +194,21 @@ def _read_result(folder: Path, name: str) -> TaskResult:
     )
 
 
+def describe_scores(run: Path) -> list[str]:
+    """Describe the main score of each task with its 95 % interval, a line each; none without answers."""
+    return [_describe_score(result) for result in read_results(run)]
+
+
+def _describe_score(result: TaskResult) -> str:
+    questions = f"{len(result.rows):,} question{'s' * (len(result.rows) != 1)}"
+    if result.main is None:
+        return f"{result.title}: no score of {questions}. {result.problem}"
+    factor, unit = (100, " %") if result.main.is_share else (1, "")
+    interval = result.main.interval.scale(factor)
+    value, low, high = (f"{number:.1f}" for number in (interval.value, interval.low, interval.high))
+    return f"{result.title}, {result.main.title}: {value}{unit} (95 % interval {low} to {high}{unit}), {questions}"
+
+
 def find_title(name: str) -> str:
     """Return the name of a task for readers."""
     if name in BENCHMARKS:

@@ -12,7 +12,7 @@ for twenty runs of 3,488 instructions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,11 @@ from pipelines.report.table_rows import (
     write_command,
 )
 from redux.benchmarks import Metric
-from redux.settings import METHODS, SPATIAL_METHODS
+from redux.presets import Preset
+from redux.settings import SPATIAL_METHODS
+
+METHOD_LABELS = {"vmtc": "VMTC", "cmai": "CMAI", "reduction": "Reduction"}
+"""Titles of the methods, by their names in `redux.settings.METHODS`."""
 
 NUM_COMPARED_PROMPTS = 6
 """Number of prompts in Figure 4."""
@@ -210,6 +214,26 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
     ]
 
 
+def keep_filled(table: ResultTable) -> ResultTable:
+    """Keep the rows with numbers, of families that have a run in the table.
+
+    A table of the paper is kept only if a run has a number in one of the paper's columns, as nothing else compares.
+    """
+    blocks = {}
+    for label, rows in table.blocks.items():
+        has_paper_rows = any(row.source == "paper" for row in rows)
+        cells = [
+            cell
+            for row in rows
+            if row.source == "ours"
+            for column, cell in zip(table.columns, row.cells, strict=False)
+            if column.paper or not has_paper_rows
+        ]
+        if any(cells):
+            blocks[label] = [row for row in rows if row.source != "missing"]
+    return replace(table, blocks=blocks)
+
+
 def _add_columns(columns: Sequence[Column], extra: Sequence[Column]) -> tuple[Column, ...]:
     """Add extra columns, except those whose metric the table already has, possibly under another name."""
     sources = {column.source for column in columns}
@@ -352,26 +376,17 @@ def _sort_models(models: Sequence[ComparedModel]) -> list[ComparedModel]:
 
 
 def name_model(model: ComparedModel, family: Family) -> str:
-    """Name a model by its methods, with as much detail as separates it from the others of its family."""
+    """Name a model by the methods of its training, with as much detail as separates it from the others of its family.
+
+    If the evaluation had other methods than the training, the name says in what: "VMTC + CMAI, asked with CMAI off".
+    """
     if model.is_foreign:
         return Path(model.checkpoint).name
-    # methods, then captions and training, then tokens or options
-    kind = find_kind(model.methods, model.uses_captions)
-    methods = _list_methods(model)
+    name = _name_methods(model)
     # models that would have the same name without tokens or options
-    alike = [
-        other
-        for other in family.models
-        if find_kind(other.methods, other.uses_captions) == kind
-        and other.trained_as_evaluated == model.trained_as_evaluated
-    ]
-    if kind is None:
-        alike = [other for other in family.models if _list_methods(other) == methods]
-    parts = [KIND_TITLES[kind] if kind else " + ".join(methods)]
-    if kind is None and model.uses_captions:
-        parts.append("captions")
-    if not model.trained_as_evaluated:
-        parts.append("not trained with it")
+    alike = [other for other in family.models if not other.is_foreign and _name_methods(other) == name]
+    parts = [name]
+    kind = find_kind(model.trained_with, model.uses_captions and model.trained_as_evaluated)
     # the number of tokens is shorter than the options, if it is enough
     if [other.num_tokens for other in alike].count(model.num_tokens) > 1 or (kind is None and len(alike) == 1):
         parts.append(_describe_options(model, alike if len(alike) > 1 else family.models))
@@ -380,9 +395,46 @@ def name_model(model: ComparedModel, family: Family) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _list_methods(model: ComparedModel) -> list[str]:
-    titles = {"vmtc": "VMTC", "cmai": "CMAI", "reduction": "Reduction"}
-    return [titles[part] for part in METHODS if model.methods.methods[part]]
+def _name_methods(model: ComparedModel) -> str:
+    """Name the methods with which a model was trained, and those with which it was asked if they are others."""
+    kind = find_kind(model.trained_with, model.uses_captions and model.trained_as_evaluated)
+    parts = [KIND_TITLES[kind] if kind else " + ".join(list_method_labels(model.trained_with))]
+    changes = describe_changes(model.trained_with, model.methods)
+    if kind != "upper-limit" and model.uses_captions:
+        changes = ["captions", *changes]
+    if changes:
+        parts.append(f"asked with {' and '.join(changes)}")
+    return ", ".join(parts)
+
+
+def describe_changes(trained: Preset, applied: Preset) -> list[str]:
+    """Describe the methods of an evaluation that differ from those of the training.
+
+    >>> from redux.presets import PRESETS
+    >>> describe_changes(PRESETS["default"], PRESETS["vmtc"]), describe_changes(PRESETS["llava"], PRESETS["tokens-64"])
+    (['CMAI off'], ['VMTC (tokens = 64)', 'CMAI'])
+    >>> describe_changes(PRESETS["default"], PRESETS["tokens-64"])
+    ['VMTC (tokens = 64)']
+    """
+    changes = []
+    for part, title in METHOD_LABELS.items():
+        before, after = trained.methods[part], applied.methods[part]
+        if before == after:
+            continue
+        if after is None:
+            changes.append(f"{title} off")
+            continue
+        values = asdict(after)
+        others = asdict(before) if before else {field.name: field.default for field in fields(after)}
+        # a field at None follows from the others
+        differing = [f"{key} = {value}" for key, value in values.items() if value not in (None, others[key])]
+        changes.append(f"{title} ({', '.join(differing)})" if differing else title)
+    return changes
+
+
+def list_method_labels(methods: Preset) -> list[str]:
+    """List the titles of methods that are on."""
+    return [title for part, title in METHOD_LABELS.items() if methods.methods[part]]
 
 
 # --- responses to the same prompts -----------------------------------------------------------------------------------

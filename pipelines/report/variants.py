@@ -172,16 +172,31 @@ def _read_settings(run: FinishedRun) -> dict[str, Any]:
 
 
 def _list_methods(runs: Sequence[FinishedRun]) -> list[dict[str, str]]:
-    """List the methods of each run as the evaluation has set them: "off", or "on" with the fields that differ."""
+    """List the methods of each run as the evaluation has set them, and those of the training if they differ."""
     result: list[dict[str, str]] = [{} for _ in runs]
     for name in METHODS:
-        fields = [asdict(method) if (method := run.methods.methods[name]) else None for run in runs]
-        differing = iter(_drop_common([of_run for of_run in fields if of_run is not None]))
-        for of_run, written in zip(fields, result, strict=True):
-            values = None if of_run is None else next(differing)
-            text = "" if not values else ", ".join(f"{key}: {value}" for key, value in values.items())
-            written[f"model.{name}"] = "off" if values is None else f"{{{text}}}" if text else "on"
+        applied = [run.methods.methods[name] for run in runs]
+        trained = [run.trained_with.methods[name] for run in runs]
+        texts = _write_methods([*applied, *trained])
+        for number, written in enumerate(result):
+            text, trained_text = texts[number], texts[len(runs) + number]
+            is_same = applied[number] == trained[number] or runs[number].is_foreign
+            written[f"model.{name}"] = text if is_same else f"{text} (trained with {trained_text})"
     return result
+
+
+def _write_methods(methods: Sequence[Any]) -> list[str]:
+    """Write settings of one method: "off", or "on" with the fields in which they differ."""
+    values = [None if method is None else asdict(method) for method in methods]
+    differing = iter(_drop_common([of_one for of_one in values if of_one is not None]))
+    texts = []
+    for of_one in values:
+        if of_one is None:
+            texts.append("off")
+            continue
+        text = ", ".join(f"{key}: {value}" for key, value in next(differing).items())
+        texts.append(f"{{{text}}}" if text else "on")
+    return texts
 
 
 def _find_study_variant(run: FinishedRun) -> str:

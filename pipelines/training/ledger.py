@@ -115,6 +115,8 @@ class Ledger:
     def __init__(self) -> None:
         self._parts = dict.fromkeys(ACCOUNT_PARTS, 0)
         self._restarts = self._lost_steps = 0
+        self.resumes = 0
+        """Launches that resume a stage after an orderly stop.  They are among the account's restarts."""
         # "stopped", or a key of REMAINDER_PARTS
         self._phase = "stopped"
         self._last_at = 0
@@ -164,10 +166,11 @@ class Ledger:
                 self._phase = {"end": "between", "stop": "stopped"}.get(kind, self._phase)
 
     def _add_launch(self, stage: str, interval: int) -> None:
-        is_relaunch = stage in self._launched
+        is_relaunch, was_stopped = stage in self._launched, self._phase == "stopped"
         self._parts["other" if self._phase == "between" and not is_relaunch else "restart"] += interval
         self._phase = "restart" if is_relaunch else "startup"
         self._restarts += is_relaunch
+        self.resumes += is_relaunch and was_stopped
         self._launched.add(stage)
         self._has_started = False
 

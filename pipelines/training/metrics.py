@@ -108,8 +108,12 @@ def read_validation_loss(run: Path, stage: str) -> float | None:
 
 
 def compute_tokens_per_s(run: Path, stage: str) -> float:
-    """Compute tokens per second over the recorded steps of a stage and all workers, without start-up and evaluation."""
+    """Compute tokens per second over the recorded steps of a stage and all workers, without start-up and evaluation.
+
+    The first step, which compiles kernels and allocates memory, counts only if it is the only one.
+    """
     steps = [entry for entry in jsonl.read(run / METRICS_FILE) if entry["stage"] == stage]
+    steps = steps[1:] or steps
     seconds = sum(entry[name] for entry in steps for name in ("data_s", "compute_s", "stall_s"))
     return float(sum(entry["tokens"] for entry in steps) / seconds)
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from redux.answering import ImageInput, load
 from redux.conversation import IMAGE_TOKEN
-from redux.generation import Answers
+from redux.generation import Answers, drop_warm_up
 from redux.kernels import set_kernels
 from redux.settings import ImageAspectRatio, KernelChoice, TemplateName
 
@@ -145,7 +145,8 @@ def _cut_at_stop(text: str, settings: Mapping[str, Any]) -> str:
 
 
 def _log_throughput(batches: Sequence[Answers]) -> None:
-    """Log tokens and seconds in the form that lmms-eval adds up."""
+    """Log tokens and seconds in the form that lmms-eval adds up, without those of warm-up."""
+    batches = drop_warm_up(batches)
     tokens = sum(sum(answers.tokens) for answers in batches)
     prefill, decode = (sum(getattr(answers, name) for answers in batches) for name in ("prefill_s", "decode_s"))
     seconds = prefill + decode

@@ -61,7 +61,11 @@ def test_options_change_model_and_sampling(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["m", "gone.png", QUESTION], "gone.png"),
+        (
+            ["m", "gone.png", QUESTION],
+            "gone.png: not found, allowed: an existing file; a question as the last argument",
+        ),
+        (["m", QUESTION, "a b.png"], "QUESTION: got the file a b.png, allowed: a question as the last argument, after"),
         (["m", "m/config.json", QUESTION], "config.json"),
         (["m", QUESTION, "--temperature", "-1"], "--temperature: got -1.0, allowed: 0 to 100"),
         (["m", QUESTION, "--image-tokens", "17"], "17"),
@@ -78,6 +82,13 @@ def test_mistakes_are_one_line(folder: Path, words: list[str], error: str, monke
     assert (result.code, result.out) == (2, "")
     assert error in result.err.splitlines()[-1]
     assert "Traceback" not in result.err
+
+
+def test_a_question_without_an_image_is_answered_with_a_remark(folder: Path) -> None:
+    result = run_command("ask", folder / "m", QUESTION, "--max-new-tokens", 6)
+    assert result.out == load(folder / "m")([QUESTION], [None], max_new_tokens=6).texts[0] + "\n"
+    assert "redux: no image: the model answers from the text alone\n" in result.err
+    assert "no image" not in run_command("ask", folder / "m", folder / "a b.png", QUESTION, "--max-new-tokens", 6).err
 
 
 # --- redux chat ----------------------------------------------------------------------------------------------------
@@ -103,6 +114,15 @@ def test_a_conversation_from_a_file(folder: Path, monkeypatch: pytest.MonkeyPatc
         answers[1],
     ]
     assert Image.open(folder / "t.png").width == 256
+
+
+def test_a_conversation_without_an_image_says_so_at_its_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a reset; a conversation with an image has no such remark."""
+    lines = f"{QUESTION}\n{QUESTION}\n/reset\n{QUESTION}\n/reset\n/image {folder}/a b.png\n{QUESTION}\n{QUESTION}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    result = run_command("chat", folder / "m", "--max-new-tokens", 2)
+    said = [number for number, line in enumerate(result.out.splitlines()) if "no image: the model answers" in line]
+    assert said == [0, 4]
 
 
 class Terminal:

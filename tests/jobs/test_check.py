@@ -158,7 +158,8 @@ def test_a_clean_job_has_no_problem(
         assert expected in lines
     assert "steps: 6 of 8 samples" in checked.out
     assert "at 2 per GPU-hour" in checked.out
-    assert checked.out.count("largest that fits into 1 GiB: 4") == 2
+    limit = "all 4 samples of a worker (global_batch_size / workers) fit into 1 GiB"
+    assert checked.out.count(f"micro_batch_size: 2; {limit}") == 2
     assert "overlap: 0 of 40 questions of clean are in chats (all samples compared)" in lines
     # nothing was written
     assert list(tmp_path.iterdir()) == []

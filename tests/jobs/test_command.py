@@ -84,6 +84,100 @@ def test_help_shows_an_example() -> None:
     assert f"redux run {QUICKSTART}" in run_command("run", "--help").out
 
 
+@pytest.mark.parametrize(
+    ("verb", "arguments", "options"),
+    [
+        ("ask", "m a.png b.png what?", "--gamma 0"),
+        ("chat", "m a.png b.png", "--gamma 0"),
+        ("serve", "m", "--port 9 --compare"),
+        ("run", "j.yaml a=1 b=-2", "--runs-dir x --allow-changes"),
+        ("look", "j.yaml a=1 b=2", "--seed 3"),
+        ("check", "j.yaml a=1 b=2", "--price 3"),
+        ("best", "s 1 2", ""),
+        ("tables", "a b", "--out o"),
+        ("cost", "default tokens-64", "--text 3"),
+        ("score", "gqa", "--answers a"),
+        ("export", "m", "--to vllm --stage s"),
+        ("shards verify", "x", "--consumed r --decode"),
+    ],
+)
+def test_options_may_stand_between_arguments(verb: str, arguments: str, options: str) -> None:
+    """Also between those of a list."""
+    words = arguments.split()
+    parser = command._build_parser()
+    parsed = [
+        vars(parser.parse_args([*verb.split(), *words[:place], *options.split(), *words[place:]]))
+        for place in range(len(words) + 1)
+    ]
+    for values in parsed:
+        values.pop("verb")  # that of shards is a new function for each action
+    assert all(values == parsed[0] for values in parsed)
+
+
+def test_only_arguments_that_are_missing_are_named() -> None:
+    assert run_command("run").err.endswith("redux run: error: the following arguments are required: JOB\n")
+    assert run_command("ask", "m").err.endswith("required: QUESTION\n")
+
+
+def test_an_unknown_option_is_named_by_the_usage_of_its_verb() -> None:
+    result = run_command("ask", "m", "--gama", "0", "a.png", "what?")
+    assert result.code == 2
+    assert result.err.startswith("usage: redux ask")
+    assert result.err.endswith("redux ask: error: unrecognized arguments: --gama\n")
+    assert run_command("run", "j.yaml", "--into", "x").err.endswith("--into: this option is now --runs-dir\n")
+
+
+JOB = "name: a\ndata: {source: easy-vqa}\nmodel: {checkpoint: runs/quikstart}\nevaluate: {tasks: {easy_vqa: {}}}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "ask runs/quikstart what?",
+        "chat runs/quikstart",
+        "serve runs/quikstart",
+        "export runs/quikstart",
+        "export runs/quikstart --out o",
+        "report runs/quikstart",
+        "tables runs/quikstart",
+        "best runs/quikstart",
+        "look runs/quikstart",
+        "cost --model runs/quikstart",
+        "shards verify runs/quikstart",
+        "shards verify runs/quickstart --consumed runs/quikstart",
+        "shards index runs/quikstart",
+        "check job.yaml",
+        "run job.yaml",
+    ],
+)
+def test_a_mistyped_folder_is_named_in_one_line(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_ray: None
+) -> None:
+    """In each verb that takes a folder of a run or of a model, without Ray and without the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text(JOB)
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    result = run_command(*words.split())
+    assert result.code == 2
+    assert result.out in ("", "1 problem\n")  # redux check counts them
+    [line] = result.err.splitlines()
+    assert "there is no folder runs/quikstart (did you mean runs/quickstart?)" in line
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a start of Ray and a request to the hub an error."""
+    import huggingface_hub
+
+    from pipelines.core import cluster
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("called")
+
+    monkeypatch.setattr(cluster, "open_session", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+
+
 def test_mistakes_in_a_job_are_one_line_for_each_key_before_ray_starts(tmp_path: Path) -> None:
     job, ray = tmp_path / "job.yaml", tmp_path / "ray"
     job.write_text("nmae: a\n")

@@ -54,6 +54,8 @@ def test_defaults_without_a_gpu_are_the_small_model_on_easy_vqa(
     monkeypatch.setattr("jobs.init.count_local_gpus", lambda: 0)
     written = run_command("init", tmp_path / "job.yaml", "--yes")
     assert written.code == 0, written.err
+    commands = [line.split()[1] for line in written.out.splitlines() if line.startswith("    ")]
+    assert commands == ["check", "run", "ask"]
     assert f"redux run {tmp_path / 'job.yaml'}" in written.out
     job = schema.load(tmp_path / "job.yaml")
     quickstart = schema.load(Path(__file__).parents[2] / "jobs/recipes/quickstart.yaml")
@@ -113,6 +115,38 @@ def test_every_choice_gives_a_job_whose_batches_the_workers_share(
     job = write_and_load([*(own if data == "own" else ["easy-vqa"]), gpus, model, "run"], files)
     for stage in job.train.values():
         assert stage.count_accumulation_steps(int(gpus)) >= 1
+
+
+def test_a_refused_default_is_not_offered_again(files: Path) -> None:
+    """The images do not lie beside the records."""
+    prompts: list[str] = []
+    lines = iter([str(files / "records.json"), "", "", str(files / "images"), "", "0", "", "named"])
+
+    def read(prompt: str) -> str:
+        prompts.append(prompt)
+        return next(lines)
+
+    assert ask_all(Dialog(False, read)).images == str(files / "images")
+    of_images = [prompt for prompt in prompts if prompt.startswith("Folder of the images")]
+    assert of_images == [f"Folder of the images [{files}]: ", *(["Folder of the images: "] * 2)]
+
+
+def test_the_suggested_name_has_no_run_folder(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(files)
+    for name in ("mine", "mine-2"):
+        (files / "runs" / name).mkdir(parents=True)
+    prompts: list[str] = []
+    lines = iter([str(files / "records.json"), str(files / "images"), "", "0", "small", "mine", ""])
+
+    def read(prompt: str) -> str:
+        prompts.append(prompt)
+        return next(lines)
+
+    assert ask_all(Dialog(False, read)).name == "mine-3"
+    assert prompts[-2:] == ["Name of the run [mine-3]: "] * 2
+    assert "name: got mine, whose folder runs/mine exists" in capsys.readouterr().out
 
 
 def test_wrong_answers_are_explained_and_asked_again(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

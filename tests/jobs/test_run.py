@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from jobs import run as run_module
+from jobs.claims import PROGRESS
 from pipelines.evaluation import tasks
 from pipelines.training import ledger, metrics
 from tests.jobs.command_line import CommandResult, run_command
@@ -138,6 +140,32 @@ def test_a_run_leaves_everything_in_its_folder(finished: tuple[Path, str]) -> No
     for bar in ("shards captions", "tower", "instruct", "evaluate"):
         assert re.search(rf"{bar}: 100%", printed), f"no finished progress bar {bar!r}"
     assert not re.search(r"\w+\.cc:\d+: ", printed), "a line of Ray's C++ side"
+
+
+def test_a_run_ends_with_its_scores_and_the_path_of_its_report(finished: tuple[Path, str]) -> None:
+    run, printed = finished
+    accuracy = json.loads((run / "metrics.json").read_text())["easy_vqa.accuracy"]
+    assert f"is finished; its report: {run / 'report.html'}" in printed
+    assert re.search(
+        rf"    easy-VQA, accuracy: {100 * accuracy:.1f} % \(95 % interval [\d.]+ to [\d.]+ %\), \d+ questions", printed
+    )
+
+
+def test_the_seconds_of_an_interrupted_step_count(tmp_path: Path) -> None:
+    """The wall time is that of all launches of the command."""
+    progress = tmp_path / PROGRESS
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_module._run_steps({"tower": interrupt}, progress, 0)
+    run_module._run_steps({"tower": lambda: None}, progress, 0)
+    run_module._write_metrics(tmp_path)
+    first, second = map(json.loads, progress.read_text().splitlines())
+    assert (first["interrupted"], second["step"]) == ("tower", "tower")
+    seconds = first["wall_s"] + second["wall_s"]
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"wall_s": seconds, "wall_s.tower": seconds}
 
 
 def test_each_sample_is_used_once_per_epoch(finished: tuple[Path, str], job: Path) -> None:

@@ -41,7 +41,7 @@ from transformers.utils import is_torchvision_available
 from redux.adapters import TransformersModel
 from redux.answering import Answerer, CaptionThenAnswer, LlavaAnswerer, load
 from redux.conversation import TEMPLATES, train_word_tokenizer
-from redux.generation import Answers
+from redux.generation import Answers, drop_warm_up
 from redux.model import ReduxForConditionalGeneration
 
 WORDS = "USER ASSISTANT : Question Answer User Is it a red circle ? yes no blue green square shape What colour the is ."
@@ -420,3 +420,9 @@ def test_templates_are_asked_for_by_name(folders: Callable[[str], Path]) -> None
     assert isinstance(bare, LlavaAnswerer)
     direct = LlavaAnswerer(bare.model, AutoTokenizer.from_pretrained(folder), TEMPLATES["vicuna_v1"])
     assert direct(PROMPTS, IMAGES, 6).texts == full(PROMPTS, IMAGES, 6).texts != bare(PROMPTS, IMAGES, 6).texts
+
+
+def test_the_first_batch_of_each_size_is_dropped_as_warm_up() -> None:
+    batches = [Answers(["a"] * size, [1] * size, float(number), 0.0) for number, size in enumerate((2, 2, 3, 2, 3))]
+    assert [answers.prefill_s for answers in drop_warm_up(batches)] == [1, 3, 4]
+    assert drop_warm_up(batches[1:3]) == batches[1:3], "no other times"

@@ -148,6 +148,24 @@ def test_scores_are_those_of_the_files_alone(undisturbed: Path) -> None:
     assert all(value > 0 for value in speed.values()), speed
 
 
+def test_the_first_batch_of_each_size_of_an_actor_does_not_count_as_speed(undisturbed: Path, tmp_path: Path) -> None:
+    rows = lines(undisturbed / ANSWERS_FOLDER / evaluate.SPEED_FILE)
+    sizes = {row["questions"] for row in rows}
+    # each of the two actors has at most one for each size
+    assert len(sizes) <= sum(row["is_warm_up"] for row in rows) <= 2 * len(sizes)
+    assert all(any(row["is_warm_up"] for row in rows if row["questions"] == size) for size in sizes)
+    row = {"task": "easy_vqa", "questions": 4, "tokens": 12, "prefill_s": 2.0, "decode_s": 0.5, "peak_bytes": 5}
+    warm_up = row | {"prefill_s": 90.0, "decode_s": 60.0, "peak_bytes": 7, "is_warm_up": True}
+    file = tmp_path / ANSWERS_FOLDER / evaluate.SPEED_FILE
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps(each) + "\n" for each in (warm_up, row, row | {"is_warm_up": False})))
+    expected = {"speed.decode_tokens_per_s": 16.0, "speed.prefill_s_per_question": 0.5, "speed.peak_bytes": 7}
+    assert evaluate.compute_speed(tmp_path) == expected
+    # a single batch has no other times
+    file.write_text(json.dumps(warm_up) + "\n")
+    assert evaluate.compute_speed(tmp_path)["speed.prefill_s_per_question"] == 22.5
+
+
 def test_scores_of_types_count_their_own_questions() -> None:
     counted = {"yes/no": (3, 4), "colour": (1, 5), "shape": (0, 1)}  # right, asked
     answered = [

@@ -20,7 +20,7 @@ from pipelines.report import run_report
 from pipelines.report.environment import ENVIRONMENT_FILE
 from pipelines.report.gallery import select_rows
 from pipelines.report.run_report import Report, ReportedModel, smooth_curve, write_report
-from pipelines.report.scores import JudgedRow, wilson_interval
+from pipelines.report.scores import JudgedRow, describe_scores, wilson_interval
 from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
 from redux.configuration import build_config
 from redux.settings import CMAI, VMTC
@@ -211,6 +211,15 @@ def test_header_holds_name_accuracy_interval_and_wall_time(run: Path):
     assert "11 min 40 s" in words
 
 
+def test_scores_are_described_in_a_line_for_each_task(run: Path, tmp_path: Path):
+    jsonl(run / "answers/mine.jsonl", own_questions(tmp_path / "scans", 8))
+    jsonl(run / "answers/open.jsonl", [{"id": "1", "unit": "1", "prompt": "?", "response": "a", "metric": "exact"}])
+    lines = describe_scores(run)
+    assert re.fullmatch(r"easy-VQA, accuracy: 90\.0 % \(95 % interval 8\d\.\d to 9\d\.\d %\), 100 questions", lines[0])
+    assert re.fullmatch(r"mine, accuracy: 75\.0 % \(95 % interval \d+\.\d to \d+\.\d %\), 8 questions", lines[1])
+    assert lines[2].startswith("open: no score of 1 question. ")
+
+
 def test_the_training_loop_has_the_seconds_of_the_account(run: Path):
     """Waiting for the first batch of a stage counts as starting up in both tables."""
     steps = [
@@ -236,10 +245,11 @@ def test_wall_time_is_split_among_the_steps_and_what_is_left(run: Path):
 def test_the_parts_of_the_wall_time_are_told_and_drawn(run: Path):
     assert "Goodput" not in page(run).words
     jsonl(run / "ledger.jsonl", events())
+    (run / "metrics.json").write_text('{"wall_s": 100.0, "wall_s.tower": 100.0}')
     read = page(run)
     expected = {
         "computing": 25, "evaluating": 12.5, "waiting for data": 0, "checkpoints": 0, "starting up": 10,
-        "other": 7.5, "restarting": 30, "repeated steps": 15
+        "other": 7.5, "starting again": 30, "repeated steps": 15
     }  # fmt: skip
     assert {name: read.row(name)[1:] for name in expected} == {
         name: [f"{seconds:.1f} s", f"{seconds:.1f} %"] for name, seconds in expected.items()
@@ -251,6 +261,37 @@ def test_the_parts_of_the_wall_time_are_told_and_drawn(run: Path):
     assert [float(bar["width"] or 0) for bar in bars] == [seconds for seconds in expected.values() if seconds]
     places = [(float(bar["x"] or 0), float(bar["width"] or 0)) for bar in bars]
     assert all(x + width == after for (x, width), (after, _) in pairwise([*places, (100.0, 0.0)]))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "shown"),
+    [(700.0, "11 min 40 s"), (60.0, "1 min 40 s"), (None, "1 min 40 s")],
+    ids=["with shards and report", "with a crash of the command", "unfinished"],
+)
+def test_a_report_shows_one_wall_time(run: Path, recorded: float | None, shown: str) -> None:
+    """In the header, as the sum of the parts, and as the sum of the steps of the job."""
+    jsonl(run / "ledger.jsonl", events())
+    if recorded is None:
+        (run / "metrics.json").unlink()
+    else:
+        (run / "metrics.json").write_text(json.dumps({"wall_s": recorded, "wall_s.tower": recorded - 10}))
+    read = page(run)
+    assert ["all", shown, ""] in read.rows
+    if recorded:
+        assert f"Wall time {shown}" in " ".join(read.words.split())
+    outside = [row for row in read.rows if row[0] == "before and after training"]
+    assert [row[1] for row in outside] == (["10 min 00 s"] if recorded == 700 else [])
+
+
+def test_an_own_stop_is_no_restart(run: Path) -> None:
+    stopped = [event for event in events() if event["at"] <= 1.7e9 + 35] + [
+        {"at": 1.7e9 + 40, "event": "stop", "stage": "tower"},
+        {"at": 1.7e9 + 90_000, "event": "launch", "stage": "tower"},
+        {"at": 1.7e9 + 90_010, "event": "start", "stage": "tower", "cursor": 2},
+        {"at": 1.7e9 + 90_020, "event": "step", "stage": "tower", "step": 3, "data_s": 0, "compute_s": 9, "stall_s": 0},
+    ]
+    jsonl(run / "ledger.jsonl", stopped)
+    assert "0 restarts, resumed once after a stop, 0 steps repeated" in " ".join(page(run).words.split())
 
 
 def test_a_ledger_in_which_no_time_has_passed_shows_nothing(run: Path):

@@ -20,9 +20,10 @@ from pipelines.evaluation import statistics
 from pipelines.evaluation.answer_files import PROVENANCE_FILE
 from pipelines.report import columns as columns_module
 from pipelines.report.paper import TABLE_1, TABLE_3
-from pipelines.report.runs import find_families, read_run, select_changed_fields
+from pipelines.report.runs import find_families, read_finished_runs, read_run, select_changed_fields
 from pipelines.report.table_rows import TABLE_ROWS, matches, rescale_budget, write_command
-from pipelines.report.tables import ResultRow, ResultTable, build_tables, compare_prompts
+from pipelines.report.tables import ResultRow, ResultTable, build_tables, compare_prompts, name_model
+from pipelines.report.variants import group_variants
 from redux.benchmarks import Metric, Outcome, Row
 from redux.configuration import ReduxConfig
 from redux.cost import compute_cost
@@ -412,7 +413,7 @@ def test_the_page_runs_nothing_and_escapes_what_models_say(tmp_path: Path) -> No
 
 
 def test_the_page_says_what_the_tables_say(runs: Path, tmp_path: Path) -> None:
-    text = write_tables([runs], tmp_path, FIND_SCORER, 100)
+    text = write_tables([runs], tmp_path, FIND_SCORER, 100, lists_missing=True)
     read = Page((tmp_path / "tables.html").read_text())
     contents = " ".join(read.words.split())
     [cell] = [row for row in text.splitlines() if row.startswith("| SPD | missing")][:1]
@@ -423,6 +424,71 @@ def test_the_page_says_what_the_tables_say(runs: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {
         "tables.md", "tables.html", *(f"{key}.csv" for key in (*TABLE_ROWS, "models", "figure-2", "ratios", "costs")),
     }  # fmt: skip
+
+
+def test_rows_without_a_run_are_listed_on_request_alone(runs: Path, tmp_path: Path) -> None:
+    """A user's own runs fill few rows of the paper's tables; the others would be most of the output."""
+    (tmp_path / "b0").symlink_to(runs / "b0")
+    text = write_tables([tmp_path], None, FIND_SCORER, 100)
+    assert "redux run" not in text
+    assert "missing" not in text
+    assert write_tables([tmp_path], None, FIND_SCORER, 100, lists_missing=True).count("redux run") > 20
+
+
+def test_a_table_of_the_paper_needs_a_number_to_compare(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "b0", tmp_path / "b0")
+    assert "## Table 1" in write_tables([tmp_path], None, FIND_SCORER, 100)
+    (tmp_path / "b0/answers/instructions.jsonl").unlink()
+    text = write_tables([tmp_path], None, FIND_SCORER, 100)
+    assert "easy-VQA" in text
+    assert "Table" not in text
+    assert "paper" not in text
+
+
+@pytest.mark.parametrize(
+    ("trained", "applied", "label"),
+    [
+        ("default", "default", "VMTC + CMAI"),
+        ("default", "vmtc", "VMTC + CMAI, asked with CMAI off"),
+        ("default", "llava", "VMTC + CMAI, asked with VMTC off and CMAI off"),
+        ("llava", "default", "LLaVA-1.5, asked with VMTC (iterations = 4) and CMAI"),
+        ("vmtc", "default", "VMTC, asked with CMAI"),
+        ("cmai", "llava", "CMAI, asked with CMAI off"),
+        ("evit", "llava", "VMTC, asked with VMTC off"),
+    ],
+)
+def test_a_label_says_what_was_trained_and_what_was_applied(
+    tmp_path: Path, trained: str, applied: str, label: str
+) -> None:
+    """Whether the checkpoint lies in its run folder, or was exported to a folder of its own."""
+    write_run(tmp_path, "trained", **job_changes(PRESETS[trained]))
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    settings = {name.removeprefix("model__"): value for name, value in job_changes(PRESETS[trained]).items()}
+    (exported / "config.json").write_text(json.dumps({"model_type": "llava", **settings}))
+    for name, checkpoint in (
+        ("asked", str(tmp_path / "trained/checkpoints/instruct/model")),
+        ("asked-export", str(exported)),
+    ):
+        changes = job_changes(PRESETS[applied]) | {"train": {}, "model__checkpoint": checkpoint}
+        write_run(tmp_path / name, name, **changes)
+        families, _ = find_families([tmp_path / name], FIND_SCORER)
+        [[model]] = [family.models for family in families]
+        assert name_model(model, families[0]).startswith(label), name
+
+
+def test_variants_that_were_asked_otherwise_than_trained_stay_apart(tmp_path: Path) -> None:
+    """A model trained without CMAI is another variant than one that was asked with CMAI off."""
+    write_run(tmp_path, "both", **job_changes(PRESETS["default"]))
+    write_run(tmp_path, "vmtc", **job_changes(PRESETS["vmtc"]))
+    checkpoint = str(tmp_path / "both/checkpoints/instruct/model")
+    write_run(tmp_path, "off", **job_changes(PRESETS["vmtc"]) | {"train": {}, "model__checkpoint": checkpoint})
+    runs, _ = read_finished_runs([tmp_path], FIND_SCORER)
+    assert [variant.label for variant in group_variants(runs)] == [
+        "model.cmai = on",
+        "model.cmai = off (trained with on)",
+        "model.cmai = off",
+    ]
 
 
 def test_equal_models_are_said_to_be_within_noise(tmp_path: Path) -> None:

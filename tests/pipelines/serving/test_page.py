@@ -100,9 +100,18 @@ def test_a_conversation_on_a_desktop(browser: Browser, url: str, folder: Path, m
     browser.press("Enter")
     browser.wait_for("document.querySelectorAll('.chips li').length === 16")
     assert browser.run("document.querySelectorAll('.turn:last-child .card')[0].querySelectorAll('figure').length") == 3
+    assert browser.run("document.querySelectorAll('.remark').length") == 0
     browser.run("document.querySelector('#reset').click()")
     assert browser.run("document.querySelectorAll('.turn').length") == 0
     assert not browser.run("document.querySelector('#welcome').hidden")
+
+    # a question without any image is answered, with a remark; so far the conversation had images
+    browser.run("document.querySelector('#text').focus()")
+    browser.type("Is it red?")
+    browser.press("Enter")
+    browser.wait_for("document.querySelector('.remark')?.textContent.startsWith('No image: ')")
+    browser.wait_for(IDLE)
+    browser.wait_for("document.querySelectorAll('.card').length === 2")
 
 
 def test_an_answer_can_be_stopped(browser: Browser, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

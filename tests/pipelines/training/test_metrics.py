@@ -128,3 +128,15 @@ def test_the_last_recorded_step_belongs_to_the_stage(tmp_path: Path):
     write(tmp_path, "tower", 0, 5)
     write(tmp_path, "instruct", 0, 2)
     assert [metrics.read_last_step(tmp_path, stage) for stage in ("tower", "instruct", "another")] == [5, 2, 0]
+
+
+def test_the_first_step_does_not_count_as_speed(tmp_path: Path) -> None:
+    """Unless it is the only one."""
+    steps = [
+        {"stage": "instruct", "step": 1, "tokens": 60, "compute_s": 28.0, "data_s": 1.0, "stall_s": 1.0},
+        {"stage": "instruct", "step": 2, "tokens": 60, "compute_s": 1.0, "data_s": 1.0, "stall_s": 1.0},
+    ]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert metrics.compute_tokens_per_s(tmp_path, "instruct") == 20
+    (tmp_path / METRICS_FILE).write_text(json.dumps(steps[0]) + "\n")
+    assert metrics.compute_tokens_per_s(tmp_path, "instruct") == 2
