@@ -31,8 +31,8 @@ class InitAnswers:
 
     Args:
         name: name of the run.
-        data: "easy-vqa", a JSON file of records, or a folder of shards.
-        images: folder of the images of a JSON file.
+        data: "easy-vqa", a source of records in any form that is read, or a folder of shards; paths or URLs.
+        images: folder or URL of the images of the records, unless they are in the source.
         num_records: number of records.
         bad_fraction: share of the records that will be rejected.
         questions: file of questions with answers; None for none.

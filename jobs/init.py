@@ -15,6 +15,7 @@ from typing import TypeVar, get_args
 
 from jobs import schema
 from jobs.first_job import EASY_VQA, EASY_VQA_IMAGES, LARGE_MODELS, SMALL_MODEL, InitAnswers, write_job
+from pipelines.core import storage
 from pipelines.data import records, shard_index
 from pipelines.data.options import SetSource
 from pipelines.data.sources.layouts import ALLOWED_SOURCES
@@ -34,6 +35,7 @@ RUNS = Path("runs")
 
 DEFAULT_CHECKPOINT = "llava-hf/llava-1.5-7b-hf"
 MAX_CHECKED_RECORDS = 20_000
+MAX_CHECKED_URLS = 20
 
 
 class Dialog:
@@ -161,7 +163,7 @@ def ask_images(dialog: Dialog, data: str) -> tuple[str, Counter[str], int, int]:
     """
     source = RecordSource(SetSource(source=data))
     first = list(itertools.islice(source, MAX_CHECKED_RECORDS))
-    images, rejected = source.images, count_rejections(first, Path(source.images))[0]
+    images, rejected = source.images, count_rejections(first, source.images)[0]
     if any(entry.image is None for entry in first):
         images, rejected = dialog.ask("Folder of the images", images, lambda text: check_images(text, first))
     return images, rejected, sum(1 for _ in source), len(first)
@@ -171,11 +173,11 @@ def parse_data(text: str) -> str:
     """Check the source of the data."""
     if text == EASY_VQA:
         return text
-    path = Path(text).expanduser()
-    if shard_index.is_finished(str(path)):
-        return str(path)
+    data = expand_home(text)
+    if shard_index.is_finished(data):
+        return data
     try:
-        source = RecordSource(SetSource(source=str(path)))
+        source = RecordSource(SetSource(source=data))
     except ValueError as error:
         raise ValueError(f"{str(error).partition(', allowed: ')[0]}, allowed: {EASY_VQA}, {ALLOWED_SOURCES}") from None
     first = list(itertools.islice(source, MAX_CHECKED_RECORDS))
@@ -183,24 +185,38 @@ def parse_data(text: str) -> str:
     if all(rejections):
         reason = f"{rejections[0].field} {rejections[0].explanation}" if rejections[0] else "it has no records"
         raise ValueError(
-            f"{path}: every record is rejected, allowed: conversations, questions with answers, or captions; the "
+            f"{data}: every record is rejected, allowed: conversations, questions with answers, or captions; the "
             f"first: {reason}"
         )
-    return str(path)
+    return data
 
 
-def count_rejections(entries: list[SourceRecord], folder: Path) -> tuple[Counter[str], str]:
-    """Count the rejected records by reason, and describe the first one."""
+def expand_home(text: str) -> str:
+    """Replace ~ at the start of a path by the home folder; a URL stays as it is."""
+    return str(Path(text.removeprefix("file://")).expanduser()) if storage.is_local(text) else text
+
+
+def count_rejections(entries: list[SourceRecord], folder: str) -> tuple[Counter[str], str]:
+    """Count the rejected records by reason, and describe the first one.
+
+    Args:
+        entries: the records.
+        folder: folder or URL of their images. In a bucket, only the first MAX_CHECKED_URLS are looked for.
+    """
     rejected = Counter[str]()
     example = ""
+    remaining = len(entries) if storage.is_local(folder) else MAX_CHECKED_URLS
     for entry in entries:
         rejection = entry.rejection or records.find_rejection(entry.record, None)
         if rejection:
             rejected[rejection.reason] += 1
             example = example or f"{rejection.field} {rejection.value}: {rejection.explanation}"
-        elif entry.image is None and (name := entry.record.get("image")) and not (folder / name).is_file():
-            rejected["missing image"] += 1
-            example = example or f"{folder / name} does not exist"
+        elif entry.image is None and (name := entry.record.get("image")) and remaining:
+            remaining -= 1
+            path = storage.join(folder, name)
+            if not (Path(path).is_file() if storage.is_local(path) else storage.exists(path)):
+                rejected["missing image"] += 1
+                example = example or f"{path} does not exist"
     return rejected, example
 
 
@@ -213,13 +229,13 @@ def check_images(text: str, entries: list[SourceRecord]) -> tuple[str, Counter[s
     Raises:
         ValueError: it is no folder, or every record is rejected.
     """
-    folder = Path(text).expanduser()
-    if not folder.is_dir():
+    folder = expand_home(text)
+    if storage.is_local(folder) and not Path(folder).is_dir():
         raise ValueError(f"{folder}: no folder, allowed: the folder in which the images of the records are")
     rejected, example = count_rejections(entries, folder)
     if rejected.total() == len(entries):
         raise ValueError(f"{folder}: every record is rejected, allowed: at least one that is right; {example}")
-    return str(folder), rejected
+    return folder, rejected
 
 
 def parse_questions(text: str) -> str | None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from PIL import Image
 
@@ -89,6 +90,17 @@ def test_own_records_questions_and_a_llava(files: Path, capsys: pytest.CaptureFi
         str(files / "images"),
         "exact",
     )
+
+
+def test_data_in_a_bucket_keeps_its_url(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bucket = fsspec.filesystem("memory")
+    bucket.put(str(files / "records.json"), "/bucket/records.json")
+    bucket.put(str(files / "images"), "/bucket/images", recursive=True)
+    job = write_and_load(["memory://bucket/records.json", "memory://bucket/images", "none", "0", "small", "m"], files)
+    made = job.data.make["records"]
+    assert (made.source, made.images) == ("memory://bucket/records.json", "memory://bucket/images")
+    assert made.max_bad_fraction > 0
+    assert "1 with missing image" in capsys.readouterr().out
 
 
 def test_questions_may_have_images_of_their_own(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
