@@ -45,7 +45,7 @@ def ask(arguments: argparse.Namespace) -> str:
     find_model(arguments.model)  # a wrong model is named before a wrong image
     if Path(arguments.question).is_file():
         raise ValueError(
-            f"QUESTION: got the file {arguments.question}, allowed: a question in words, as the last argument: {ASK_USAGE}"
+            f"QUESTION: got the file {arguments.question}, allowed: a question as the last argument: {ASK_USAGE}"
         )
     try:
         images = tuple(map(read_image, arguments.images))
