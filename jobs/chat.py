@@ -1,6 +1,7 @@
 """Ask a trained model in the terminal: one question (`redux ask`) or a conversation (`redux chat`)."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ def ask(arguments: argparse.Namespace) -> str:
     """
     sampling = build_sampling(arguments)
     find_model(arguments.model)  # a wrong model is named before a wrong image
-    if Path(arguments.question).is_file():
+    if os.path.isfile(arguments.question):  # Path.is_file() raises for a long question
         raise ValueError(
             f"QUESTION: got the file {arguments.question}, allowed: a question as the last argument: {ASK_USAGE}"
         )

@@ -66,8 +66,9 @@ def test_options_change_model_and_sampling(folder: Path) -> None:
         ),
         (
             ["m", QUESTION, "a b.png"],
-            "QUESTION: got the file a b.png, allowed: a question as the last argument: redux ask",
+            "QUESTION: got the file a b.png, allowed: a question as the last",
         ),
+        (["m", "gone.png", "why? " * 1000], "gone.png: not found"),
         (["m", "m/config.json", QUESTION], "config.json"),
         (["m", QUESTION, "--temperature", "-1"], "--temperature: got -1.0, allowed: 0 to 100"),
         (["m", QUESTION, "--image-tokens", "17"], "17"),
