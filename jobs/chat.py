@@ -1,6 +1,7 @@
 """Ask a trained model in the terminal: one question (`redux ask`) or a conversation (`redux chat`)."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ HELP = """\
 /reset           begin again
 /quit            end (or Ctrl-D)"""
 
-QUESTION_LAST = "a question as the last argument, after the images: redux ask MODEL IMAGE... QUESTION"
+ASK_USAGE = "redux ask MODEL IMAGE... QUESTION"
 
 NO_IMAGE = "no image: the model answers from the text alone"
 """Remark on a question without any image, which is often forgotten."""
@@ -43,12 +44,14 @@ def ask(arguments: argparse.Namespace) -> str:
     """
     sampling = build_sampling(arguments)
     find_model(arguments.model)  # a wrong model is named before a wrong image
-    if Path(arguments.question).is_file():
-        raise ValueError(f"QUESTION: got the file {arguments.question}, allowed: {QUESTION_LAST}")
+    if os.path.isfile(arguments.question):  # Path.is_file() raises for a long question
+        raise ValueError(
+            f"QUESTION: got the file {arguments.question}, allowed: a question as the last argument: {ASK_USAGE}"
+        )
     try:
         images = tuple(map(read_image, arguments.images))
     except ValueError as error:
-        raise ValueError(f"{error}; {QUESTION_LAST}") from None
+        raise ValueError(f"{error}; the question is the last argument: {ASK_USAGE}") from None
     message = Message(role="user", text=arguments.question, images=images)
     model = open_model(arguments)
     if not images:

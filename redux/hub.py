@@ -7,17 +7,21 @@ It is deleted as soon as the weights are in memory, since a cache of whole model
 import difflib
 import os
 import posixpath
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath, path
 from tempfile import TemporaryDirectory
 
 import fsspec
-from huggingface_hub import HfApi, constants, errors, utils
+from huggingface_hub import HfApi, constants, errors
 from huggingface_hub.file_download import repo_folder_name
 
 PERMANENT_ERRORS = (ImportError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
 """Errors of a store that the same URL raises again; other errors may be temporary."""
+
+HUB_ID = re.compile(r"([a-z0-9][\w.-]*/)?[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
+"""Form of the name of a model on the hub."""
 
 HUB_TIMEOUT_S = 10.0
 """Seconds to wait for the hub to say that it has a model."""
@@ -110,13 +114,9 @@ def is_hub_id(name: str) -> bool:
     """
     folder = path.dirname(name)
     # a name in a folder that exists is a mistyped path, as runs/name
-    if name.startswith(("/", ".", "~")) or path.exists(name) or (folder and path.isdir(folder)):
+    if path.exists(name) or (folder and path.isdir(folder)):
         return False
-    try:
-        utils.validate_repo_id(name)
-    except errors.HFValidationError:
-        return False
-    return True
+    return bool(HUB_ID.fullmatch(name))
 
 
 def describe_missing(source: str | PathLike) -> str:

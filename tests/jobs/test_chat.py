@@ -63,9 +63,13 @@ def test_options_change_model_and_sampling(folder: Path) -> None:
     [
         (
             ["m", "gone.png", QUESTION],
-            "gone.png: not found, allowed: an existing file; a question as the last argument",
+            "gone.png: not found, allowed: an existing file; the question is the last argument",
         ),
-        (["m", QUESTION, "a b.png"], "QUESTION: got the file a b.png, allowed: a question as the last argument, after"),
+        (
+            ["m", QUESTION, "a b.png"],
+            "QUESTION: got the file a b.png, allowed: a question as the last",
+        ),
+        (["m", "gone.png", "why? " * 1000], "gone.png: not found"),
         (["m", "m/config.json", QUESTION], "config.json"),
         (["m", QUESTION, "--temperature", "-1"], "--temperature: got -1.0, allowed: 0 to 100"),
         (["m", QUESTION, "--image-tokens", "17"], "17"),
