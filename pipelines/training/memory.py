@@ -215,13 +215,13 @@ def _count_states(shape: ModelShape, workers: int) -> _States:
     weights = width * shape.num_elements
     # fp32 gradients of one part of the model, as its optimizer gets them
     update = FP32_BYTES * -(-max(shape.trained) // workers)
-    # sums of earlier micro-batches; DeepSpeed makes a second buffer before it frees that of the last step
-    accumulated = 2 * FP32_BYTES * part * (stage.count_accumulation_steps(workers) > 1)
+    # sums of earlier micro-batches
+    accumulates = stage.count_accumulation_steps(workers) > 1
+    accumulated = FP32_BYTES * part * accumulates
     if stage.zero_stage == 0:
         return _count_whole_states(shape, workers)
     if stage.zero_stage == 1:
-        # the gradients of all weights stay until the update; in bf16 they are summed in fp32
-        accumulates = stage.count_accumulation_steps(workers) > 1 or stage.precision == "bf16"
+        # the gradients of all weights stay until the update, as fp32
         kept = FP32_BYTES * trained * accumulates
         return _States(weights, 12 * part, kept, bucket, FP32_BYTES * trained + bucket, FP32_BYTES * part + update)
     if stage.zero_stage == 2:

@@ -34,10 +34,11 @@ class RecordSource:
         self.images = settings.images or self.layout.images
 
     def __iter__(self) -> Iterator[SourceRecord]:
-        count = 0
-        for count, record in enumerate(self._iterate(), start=1):
+        is_empty = True
+        for record in self._iterate():
+            is_empty = False
             yield record
-        if not count:
+        if is_empty:
             raise ValueError(f"{self.source}: no records, allowed: at least one")
 
     def _iterate(self) -> Iterator[SourceRecord]:

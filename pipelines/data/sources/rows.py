@@ -380,9 +380,9 @@ def _parse_turns(turns: Any) -> Any:
         except (ValueError, RecursionError):
             return turns
     # `datasets` stores a sequence of objects so
-    if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
-        if len({len(values) for values in turns.values()}) == 1:
-            return [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
+    columns = list(turns.values()) if isinstance(turns, dict) else []
+    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return [dict(zip(turns, values, strict=True)) for values in zip(*columns, strict=True)]
     return turns
 
 

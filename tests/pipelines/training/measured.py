@@ -40,8 +40,13 @@ class CountingMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self.counter.add, result)
+        tree_map_only(Tensor, self._add, result)
         return result
+
+    def _add(self, tensor: Tensor) -> None:
+        # DeepSpeed's ZeRO 1 and 2 keep the shapes of all trained weights as tensors on "meta", which have no memory
+        if tensor.device.type != "meta":
+            self.counter.add(tensor)
 
 
 def measure_step(plan: StagePlan) -> MeasuredBytes:
