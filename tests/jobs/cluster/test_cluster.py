@@ -219,7 +219,7 @@ def inspect_run(folder: Path, driver: psutil.Process) -> PrivateRun:
         addresses = {str(found.laddr.ip) for found in connections if found.status == psutil.CONN_LISTEN}
         listening[f"{process.pid} {Path(words[0]).name if words else process.name()}"] = addresses
         commands += words
-    dashboard = "--disable-frontend" not in commands
+    dashboard = any(word.endswith("dashboard/dashboard.py") for word in commands)
     return PrivateRun(folder, listening, "\n".join(commands), token, dashboard, read_files(folder))
 
 
