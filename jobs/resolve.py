@@ -55,7 +55,10 @@ def resolve_job(job: Job, folder: Path) -> Job:
         job,
         checkpoints=job.checkpoints and storage.make_absolute(job.checkpoints),
         data=replace(
-            job.data, sets=sets, make={name: _resolve_source(name, source) for name, source in job.data.make.items()}
+            job.data,
+            sets=sets,
+            make={name: _resolve_source(name, source) for name, source in job.data.make.items()},
+            features={name: storage.make_absolute(url) for name, url in job.data.features.items()},
         ),
         evaluate=job.evaluate and replace(job.evaluate, tasks=_resolve_tasks(job)),
         model=locate_parts(job.model),

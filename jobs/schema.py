@@ -79,6 +79,9 @@ class Job:
         # each check sees the whole job: what a stage may be depends on the others and on the model
         self._check_objectives()
         self._check_held_out()
+        sets = [*self.generated_sets, *self.data.set_names]
+        if unknown := self.data.features.keys() - set(sets):
+            raise ValueError(f"data.features: got {min(unknown)}, allowed: {', '.join(sets) or 'none'}, those of data.sets")
         for name, stage in self.train.items():
             self._check_stage(name, stage)
 

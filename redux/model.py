@@ -148,10 +148,16 @@ class ReduxModel(LlavaModel):
             output = super().get_image_features(pixel_values, **kwargs)
         else:
             features, _ = self.encode_images(pixel_values, first_token_only=not has_images)
-            output = BaseModelOutputWithPooling(features, pooler_output=list(self.multi_modal_projector(features)))
+            output = self.project_features(features)
         if not has_images:
             output.pooler_output = [tokens[:0] for tokens in output.pooler_output]
         return output
+
+    def project_features(self, features: Float[Tensor, "images tokens dim"]) -> BaseModelOutputWithPooling:
+        """Project features of `encode_images`.  Result as of `get_image_features`."""
+        projected = self.multi_modal_projector(features)
+        # the list must not be empty, since its tensors are joined
+        return BaseModelOutputWithPooling(features, pooler_output=list(projected) or [projected.flatten(0, 1)])
 
 
 class ReduxForConditionalGeneration(LlavaForConditionalGeneration):

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import UInt8
 
 from pipelines.core import storage
 from pipelines.data.shard_index import Shards
@@ -88,14 +87,11 @@ class StoredFeatures:
                 "features of this set; write them again into another folder"
             )
 
-    def read(self, numbers: Sequence[int]) -> list[UInt8[np.ndarray, "tokens row_bytes"] | None]:
+    def read(self, numbers: Sequence[int]) -> list[bytes]:
         """Read the features of samples with images.
 
-        Returns:
-            The bytes of each token; None for a sample whose image could not be used.
-
         Raises:
-            ValueError: stored bytes are damaged.
+            ValueError: features are damaged, or there are none as an image cannot be used. The message names the sample.
         """
         stops = np.cumsum(self.shards.shard_sizes)
         image_sizes, size = self.shards.image_sizes, self.format.record_bytes
@@ -105,15 +101,15 @@ class StoredFeatures:
             first = int(stops[shard - 1]) if shard else 0
             position = int(np.count_nonzero(image_sizes[first:number]))
             ranges.append((storage.join(self.folder, name_file(shard)), position * size, (position + 1) * size))
-        result: list[UInt8[np.ndarray, "tokens row_bytes"] | None] = []
-        for row, data, (url, *_) in zip(self.shards.read_rows(numbers), storage.read_ranges(ranges), ranges, strict=True):
+        result = []
+        rows = self.shards.read_rows(numbers)
+        for row, data, (url, *_) in zip(rows, storage.read_ranges(ranges), ranges, strict=True):
             digest, features = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
             if not any(digest):
-                result.append(None)
-                continue
+                raise ValueError(f"{url}: sample {row['key']}: no features, as its image cannot be used")
             if digest != compute_digest(row["sha256"], features):
                 raise ValueError(f"{url}: sample {row['key']}: features differ from their checksum")
-            result.append(np.frombuffer(features, np.uint8).reshape(self.format.tokens, self.format.row_bytes))
+            result.append(features)
         return result
 
 

@@ -28,11 +28,17 @@ from pipelines.data.features import (
     read_format,
     write_format,
 )
+from pipelines.data.preview import read_stored
 from pipelines.data.shard_index import Shards, StoredSample
 from pipelines.data.shard_writer import BAR_FORMAT
 from redux.image import load_pixels
-from redux.model import ReduxModel, normalize_pixels
-from redux.settings import METHODS
+from redux.model import FEATURE_FIELDS, ReduxModel, normalize_pixels
+
+FEATURE_SETTINGS = ("vmtc", "reduction", *FEATURE_FIELDS)
+"""Settings of a model on which its features depend."""
+
+TOWER_SETTINGS = ("model_type", "image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
+"""Settings of a tower that the shapes of its weights do not tell."""
 
 CHUNK_SAMPLES = 64
 """Samples that are read together."""
@@ -43,9 +49,8 @@ def compute_tower_digest(model: ReduxModel) -> str:
 
     The weights must be whole, see `deepspeed.zero.GatheredParameters`.
     """
-    config = model.config
-    names = (*(name for name in METHODS if name != "cmai"), "vision_feature_layer", "vision_feature_select_strategy")
-    settings = {name: config.to_dict()[name] for name in names}
+    settings = [model.config.to_dict()[name] for name in FEATURE_SETTINGS]
+    settings += [getattr(model.config.vision_config, name, None) for name in TOWER_SETTINGS]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, weight in sorted(model.vision_tower.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -165,18 +170,18 @@ class FeatureEncoder:
         records = []
         for first in range(0, len(numbers), CHUNK_SAMPLES):
             chunk = numbers[first : first + CHUNK_SAMPLES].tolist()
+            samples = read_stored(self.shards, chunk)
             rows_of_index = self.shards.read_rows(chunk)
-            samples = self.shards.read_samples(chunk)
-            records += [
-                self._encode(row["sha256"], sample) for row, sample in zip(rows_of_index, samples, strict=True)
-            ]
+            records += [self._encode(row["sha256"], sample) for row, sample in zip(rows_of_index, samples, strict=True)]
         storage.write(storage.join(self.out, name_file(shard)), b"".join(records))
         unusable = sum(not any(record[:DIGEST_BYTES]) for record in records)
         return {"shard": [shard], "images": [len(records)], "unusable": [unusable]}
 
-    def _encode(self, sample_digest: bytes, sample: StoredSample) -> bytes:
-        """Encode a sample as a record; zeros if its image cannot be used."""
+    def _encode(self, sample_digest: bytes, sample: StoredSample | str) -> bytes:
+        """Encode a sample as a record; zeros if it is damaged, or its image cannot be used."""
         form = self.format
+        if isinstance(sample, str):
+            return bytes(form.record_bytes)
         try:
             pixels = load_pixels(sample.image, form.image_size, form.image_aspect_ratio, form.image_backend)
         except ValueError:
