@@ -139,8 +139,8 @@ class ReduxModel(LlavaModel):
         if overrides and (self.vmtc or self.reduction):
             name, value = overrides.popitem()
             raise ValueError(f"{name}: got {value}, allowed with vmtc or reduction: {getattr(self.config, name)}")
-        # A batch of text alone encodes a token of a blank image and takes nothing of it.  Parameters then have gradients,
-        # zeros, and modules run as on ranks with images.  Otherwise ranks would wait for each other in a collective.
+        # A batch of text alone encodes a token of a blank image and takes nothing of it.  Parameters then have
+        # gradients, zeros, and modules run as on ranks with images.  Otherwise ranks would wait for each other.
         has_images = len(pixel_values) > 0
         if not has_images:
             pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])

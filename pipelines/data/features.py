@@ -91,7 +91,7 @@ class StoredFeatures:
         """Read the features of samples with images.
 
         Raises:
-            ValueError: features are damaged, or there are none as an image cannot be used. The message names the sample.
+            ValueError: features are damaged, or there are none, as an image cannot be used. One line with the sample.
         """
         stops = np.cumsum(self.shards.shard_sizes)
         image_sizes, size = self.shards.image_sizes, self.format.record_bytes

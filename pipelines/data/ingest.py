@@ -290,9 +290,7 @@ class Reader:
             f"{shards.folder}: sample {scheduled} and {MAX_SAMPLE_TRIES - 1} replacements cannot be used: {reason}"
         )
 
-    def _encode(
-        self, sample: StoredSample, position: int
-    ) -> tuple[TextRow, UInt8[np.ndarray, "..."] | None]:
+    def _encode(self, sample: StoredSample, position: int) -> tuple[TextRow, UInt8[np.ndarray, "..."] | None]:
         """Encode text and image. See `prepare_sample`."""
         sample, image = self.prepare_sample(sample, position)
         return self.encode(self.get_tokenizer(), sample), image
@@ -303,8 +301,8 @@ class Reader:
         """Check a sample and draw its augmentations by (seed, stream position).
 
         Returns:
-            The sample with the rounds that are learned, and its image as the tower gets it, or its features; None for text
-            only.
+            The sample with the rounds that are learned, and its image as the tower gets it, or its features. None for
+            text only.
 
         Raises:
             ValueError: the record is rejected, or its image is broken.

@@ -113,8 +113,8 @@ def write_features(source: str, out: str, model: ReduxModel, format: FeatureForm
     found = read_format(out)
     if found and found[:2] != (format, fingerprint):
         raise ValueError(
-            f"{out}: contains features of another set, tower or form of images, allowed: an empty folder; delete it, or "
-            "name another"
+            f"{out}: contains features of another set, tower or form of images, allowed: an empty folder; delete it, "
+            "or name another"
         )
     write_format(out, format, fingerprint, is_finished=bool(found and found[2]))
     storage.remove_partial(out)
@@ -124,9 +124,7 @@ def write_features(source: str, out: str, model: ReduxModel, format: FeatureForm
     num_images = int(np.count_nonzero(shards.image_sizes))
     unusable = 0
     skipped = int(sizes.sum()) - sum(int(sizes[item["shard"]]) for item in missing)
-    with tqdm(
-        desc="features", total=int(sizes.sum()), initial=skipped, unit="sample", bar_format=BAR_FORMAT
-    ) as bar:
+    with tqdm(desc="features", total=int(sizes.sum()), initial=skipped, unit="sample", bar_format=BAR_FORMAT) as bar:
         for block in _encode_shards(missing, shards, out, model, format):
             interrupts.raise_if_interrupted()
             unusable += int(block["unusable"][0])

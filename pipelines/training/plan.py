@@ -159,15 +159,19 @@ class StagePlan:
         if not self.features or "tower" in stage.learning_rate:
             return {}
         if stage.random_flip:
-            raise ValueError(f"train.{self.name}.random_flip: got true with data.features, allowed: false, as features "
-                "are those of images that are not mirrored")
+            raise ValueError(
+                f"train.{self.name}.random_flip: got true with data.features, allowed: false, as features "
+                "are those of images that are not mirrored"
+            )
         opened = {}
         for name, shards in sources.items():
             if name in self.features:
                 opened[name] = StoredFeatures(self.features[name], shards)
             elif shards.has_image.any():
-                raise ValueError(f"data.features: got none for {name}, which train.{self.name} mixes with "
-                    f"{', '.join(self.features)}; allowed: features of each set with images, or none")
+                raise ValueError(
+                    f"data.features: got none for {name}, which train.{self.name} mixes with "
+                    f"{', '.join(self.features)}; allowed: features of each set with images, or none"
+                )
         wanted = {
             "image_size": self.image_size,
             "image_aspect_ratio": self.image_aspect_ratio,
@@ -178,8 +182,10 @@ class StagePlan:
         for name, stored in opened.items():
             for value, expected in wanted.items():
                 if (found := getattr(stored.format, value)) != expected:
-                    raise ValueError(f"data.features.{name}: got features with {value} {found}, allowed for "
-                        f"train.{self.name}: {expected}; write them again with `redux shards features`")
+                    raise ValueError(
+                        f"data.features.{name}: got features with {value} {found}, allowed for "
+                        f"train.{self.name}: {expected}; write them again with `redux shards features`"
+                    )
         if len({stored.format for stored in opened.values()}) > 1:
             raise ValueError(f"data.features: got features of different towers for train.{self.name}, allowed: one")
         return opened

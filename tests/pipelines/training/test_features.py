@@ -34,7 +34,7 @@ InProcess = Callable[[], AbstractContextManager[None]]
 
 @pytest.fixture(scope="module")
 def plan(new_plan: NewPlan) -> StagePlan:
-    return new_plan(learning_rate=FROZEN, micro_batch_size=4)
+    return new_plan(learning_rate=FROZEN, micro_batch_size=4, loss_reduction="sample")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def compute(plan: StagePlan, llava: ReduxForConditionalGeneration, number: int) 
     engine.select_trained(module, llava.parameters_by_part(), plan.stage)
     batch = plan.build_reader()(number)
     stand_in: Any = SimpleNamespace(module=module, device=CPU)
-    [weight] = worker.compute_sample_weights([batch], replace(plan, stage=replace(plan.stage, loss_reduction="sample")), CPU)
+    [weight] = worker.compute_sample_weights([batch], plan, CPU)
     loss = module(**engine.move_to_device(batch, stand_in), weight=weight)
     loss.backward()
     gradients = {name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None}
@@ -140,11 +140,11 @@ def test_features_of_other_images_or_another_tower_are_refused(
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):
             replace(named, stage=replace(plan.stage, **changes)).build_reader()
-    with pytest.raises(ValueError, match="got features with tokens 8, allowed for train.small: 16"):
+    with pytest.raises(ValueError, match=r"got features with tokens 8, allowed for train\.small: 16"):
         replace(named, image_tokens=16).build_reader()
     with pytest.raises(ValueError, match="got features of another set than"):
         replace(named, sets={"set": stored.folder}).build_reader()
-    with pytest.raises(ValueError, match="got none for set, which train.small mixes with other"):
+    with pytest.raises(ValueError, match=r"got none for set, which train\.small mixes with other"):
         replace(plan, features={"other": folder}).build_reader()
     # a stage that trains the tower reads images
     assert not replace(named, stage=small.STAGE).build_reader().features
