@@ -139,7 +139,7 @@ class ReduxModel(LlavaModel):
         if overrides and (self.vmtc or self.reduction):
             name, value = overrides.popitem()
             raise ValueError(f"{name}: got {value}, allowed with vmtc or reduction: {getattr(self.config, name)}")
-        # A batch of text alone encodes a token of a blank image and takes nothing of it.  Parameters then have
+        # A batch of text alone encodes a token of a blank image, and takes nothing of it.  Parameters then have
         # gradients, zeros, and modules run as on ranks with images.  Otherwise ranks would wait for each other.
         has_images = len(pixel_values) > 0
         if not has_images:
@@ -147,7 +147,7 @@ class ReduxModel(LlavaModel):
         if overrides or kwargs.get("output_hidden_states") or not self.runs_blocks:
             output = super().get_image_features(pixel_values, **kwargs)
         else:
-            features, _ = self.encode_images(pixel_values, first_token_only=not has_images)
+            features, _ = self.encode_images(pixel_values, first_token_only=not has_images and not self.reduction)
             output = self.project_features(features)
         if not has_images:
             output.pooler_output = [tokens[:0] for tokens in output.pooler_output]

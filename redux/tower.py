@@ -51,7 +51,7 @@ class TowerCompression(NamedTuple):
         compressions: compressing blocks by number.
         reduction: reduction of the patches after the last of these blocks.
         first_token_only: run all modules in the same order on the first token of each image, and compress nothing. For
-            their hooks, at a small part of the cost.
+            their hooks, at a small part of the cost. Not with a reduction, whose gradients need all tokens.
     """
 
     num_blocks_used: int
@@ -160,8 +160,6 @@ class CompressingTower(ExtendedModule):
             class_attention = None
             if reduction.method == "prumerge":
                 class_attention = self.encoder.layers[-1](hidden, query_and_keys_only=True)
-            if first_token_only:
-                return hidden, *assignment
             class_tokens, patches = hidden.split([prefix, hidden.shape[1] - prefix], dim=1)
             with without_autocast(hidden.device):
                 patches, slot, cluster = reduce_tokens(patches, reduction, class_attention)

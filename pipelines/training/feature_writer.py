@@ -11,7 +11,8 @@ an interrupted run continues with the missing ones.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -138,12 +139,14 @@ def _encode_shards(
 ) -> Iterable[Mapping[str, Any]]:
     if not missing:
         return []
+    # the weights are stored once for all actors, and stay there as long as this process holds them
+    get_model = share_model(model)
     actors = min(cluster.count_model_processes(), len(missing))
     return (
         ray.data.from_items(missing, override_num_blocks=len(missing))
         .map_batches(
             FeatureEncoder,
-            fn_constructor_args=(shards, out, model, format),
+            fn_constructor_args=(shards, out, get_model, format),
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=1,
@@ -153,12 +156,17 @@ def _encode_shards(
     )
 
 
+def share_model(model: ReduxModel) -> Callable[[], ReduxModel]:
+    """Store a model in Ray. Returns a function that any worker calls to get it."""
+    return partial(ray.get, ray.put(model))
+
+
 class FeatureEncoder:
     """Actor that writes the features of a shard."""
 
-    def __init__(self, shards: Shards, out: str, model: ReduxModel, format: FeatureFormat) -> None:
+    def __init__(self, shards: Shards, out: str, get_model: Callable[[], ReduxModel], format: FeatureFormat) -> None:
         self.shards, self.out, self.format = shards, out, format
-        self.model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        self.model = get_model().to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, list[int]]:
         shard = int(rows["shard"][0])

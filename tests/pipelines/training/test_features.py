@@ -48,6 +48,7 @@ def one_actor(monkeypatch: pytest.MonkeyPatch, local_ray_data: None) -> None:
     """Count no resources, since no Ray runs."""
     monkeypatch.setattr(feature_writer.cluster, "count_model_processes", lambda: 1)
     monkeypatch.setattr(feature_writer.cluster, "count_gpus", lambda: 0)
+    monkeypatch.setattr(feature_writer, "share_model", lambda model: lambda: model)
 
 
 def write(plan: StagePlan, llava: ReduxForConditionalGeneration, folder: Path) -> str:
