@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pipelines.training.engine import LlavaWithLoss
     from pipelines.training.plan import StagePlan
 
-RANKS, ROWS, TEXT_TOKENS, REPEATS = 3, 4, 30, 30
+RANKS, ROWS, ROW_WORDS, REPEATS = 3, 4, 30, 30
 IMAGE_COUNTS = (0, 1, 4)
 TEXT_STEP = 10
 """Every so many steps, all ranks have text alone."""
@@ -116,7 +116,7 @@ def make_batch(plan: "StagePlan", number: int, images: int, image_id: int) -> "B
     rng = np.random.default_rng((number, images))
     rows = []
     for row in range(ROWS):
-        words = rng.integers(image_id + 1, image_id + len(WORDS), TEXT_TOKENS)
+        words = rng.integers(image_id + 1, image_id + len(WORDS), ROW_WORDS)
         ids = np.concatenate([np.full(plan.image_tokens * (row < images), image_id), words])
         rows.append({"input_ids": ids, "labels": np.where(ids == image_id, -100, ids)})
     size = (images, plan.image_size, plan.image_size, 3)

@@ -81,6 +81,7 @@ class StoredFeatures:
         self.format, fingerprint, is_finished = found
         if not is_finished:
             raise ValueError(f"{folder}: features are unfinished, allowed: start `redux shards features` again first")
+        # reads the whole index, once per stage
         if fingerprint != shards.fingerprint:
             raise ValueError(
                 f"{folder}: got features of another set than {shards.folder}, or the set was made again; allowed: "
@@ -93,6 +94,7 @@ class StoredFeatures:
         Raises:
             ValueError: features are damaged, or there are none, as an image cannot be used. One line with the sample.
         """
+        # the position of a record in its file: the images before it in its shard
         stops = np.cumsum(self.shards.shard_sizes)
         image_sizes, size = self.shards.image_sizes, self.format.record_bytes
         ranges = []
@@ -107,6 +109,7 @@ class StoredFeatures:
             digest, features = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
             if not any(digest):
                 raise ValueError(f"{url}: sample {row['key']}: no features, as its image cannot be used")
+            # the checksum of the sample is part of it, so a file of another sample is noticed as well
             if digest != compute_digest(row["sha256"], features):
                 raise ValueError(f"{url}: sample {row['key']}: features differ from their checksum")
             result.append(features)

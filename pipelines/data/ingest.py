@@ -245,6 +245,7 @@ class Reader:
         Raises:
             ValueError: a sample or its features are damaged, or there are no features as its image cannot be used.
         """
+        # the whole sample is read, so that its checksum is checked here as without features
         sets = list(self.sources.values())
         samples = read_samples([(sets[index], number) for index, number in zip(source, numbers, strict=True)])
         for index, name in enumerate(self.sources):

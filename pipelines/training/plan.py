@@ -163,6 +163,7 @@ class StagePlan:
                 f"train.{self.name}.random_flip: got true with data.features, allowed: false, as features "
                 "are those of images that are not mirrored"
             )
+        # a micro-batch has either features or pixels, so all sets with images need features
         opened = {}
         for name, shards in sources.items():
             if name in self.features:
