@@ -132,8 +132,6 @@ def write_features(arguments: argparse.Namespace) -> None:
         dtype = DTYPES[arguments.precision]
         llava = load_model(ReduxForConditionalGeneration, folder, label="--model", dtype=dtype).eval()
     aspect_ratio = arguments.image_aspect_ratio or llava.config.image_aspect_ratio or DEFAULT_IMAGE_ASPECT_RATIO
-    # actors need no language model
-    del llava.model.language_model
     form = feature_writer.describe_format(
         llava.model, image_aspect_ratio=aspect_ratio, image_backend=arguments.image_backend
     )

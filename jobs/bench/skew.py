@@ -137,6 +137,7 @@ def measure_passes(plan: "StagePlan", is_trained: bool) -> dict[str, float]:
 
     torch.set_num_threads(1)
     module, parts = engine.build_module(plan)
+    assert isinstance(module, engine.LlavaWithLoss)
     stage = plan.stage if is_trained else replace(plan.stage, learning_rate={"projector": 1e-4, "language": 1e-4})
     engine.select_trained(module, parts, stage)
     found: dict[str, list[float]] = {}

@@ -143,7 +143,7 @@ def _encode_shards(
     if not missing:
         return []
     # the weights are stored once for all actors, and stay there as long as this process holds them
-    get_model = share_model(model)
+    get_model = share_tower(model)
     actors = min(cluster.count_model_processes(), len(missing))
     return (
         ray.data.from_items(missing, override_num_blocks=len(missing))
@@ -159,9 +159,18 @@ def _encode_shards(
     )
 
 
-def share_model(model: ReduxModel) -> Callable[[], ReduxModel]:
-    """Store a model in Ray. Returns a function that any worker calls to get it."""
-    return partial(ray.get, ray.put(model))
+def share_tower(model: ReduxModel) -> Callable[[], ReduxModel]:
+    """Store the tower of a model in Ray. Returns a function by which any worker gets a model with this tower."""
+    return partial(_build_model, ray.put((model.config, model.vision_tower)))
+
+
+def _build_model(shared: Any) -> ReduxModel:
+    """Build a model around a shared tower. Its other parts have no weights."""
+    config, tower = ray.get(shared)
+    with torch.device("meta"):
+        model = ReduxModel(config)
+    model.vision_tower = tower
+    return model
 
 
 class FeatureEncoder:
@@ -169,7 +178,8 @@ class FeatureEncoder:
 
     def __init__(self, shards: Shards, out: str, get_model: Callable[[], ReduxModel], format: FeatureFormat) -> None:
         self.shards, self.out, self.format = shards, out, format
-        self.model = get_model().to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        self.model = get_model().eval()
+        self.model.vision_tower.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, list[int]]:
         shard = int(rows["shard"][0])

@@ -1,5 +1,6 @@
 """Stored features train as images do with a frozen tower, and are refused where they would differ."""
 
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -48,7 +49,8 @@ def one_actor(monkeypatch: pytest.MonkeyPatch, local_ray_data: None) -> None:
     """Count no resources, since no Ray runs."""
     monkeypatch.setattr(feature_writer.cluster, "count_model_processes", lambda: 1)
     monkeypatch.setattr(feature_writer.cluster, "count_gpus", lambda: 0)
-    monkeypatch.setattr(feature_writer, "share_model", lambda model: lambda: model)
+    monkeypatch.setattr(feature_writer.ray, "put", pickle.dumps)
+    monkeypatch.setattr(feature_writer.ray, "get", pickle.loads)
 
 
 def write(plan: StagePlan, llava: ReduxForConditionalGeneration, folder: Path) -> str:
