@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from pipelines.core import storage
+from pipelines.core.storage import Retry
 from pipelines.data.features import StoredFeatures, name_file, read_format
 from pipelines.data.packing import Packing
 from pipelines.data.shard_index import Shards
@@ -182,3 +184,17 @@ def test_a_damaged_record_is_a_replaced_sample(
     reader = named.build_reader()
     replaced = [reader(number)["replaced"] for number in range(2)]
     assert "features differ from their checksum" in "".join(replaced)
+
+
+def test_features_in_a_bucket_are_those_in_a_folder(
+    plan: StagePlan, llava: ReduxForConditionalGeneration, bucket: str, fast: Retry, tmp_path: Path
+) -> None:
+    shards = Shards(plan.sets["set"])
+    numbers = np.flatnonzero(shards.has_image).tolist()
+    form = feature_writer.describe_format(llava.model, **PIXELS)
+    found = []
+    for folder in (str(tmp_path / "features"), bucket):
+        feature_writer.write_features(plan.sets["set"], folder, llava.model, form)
+        found.append(StoredFeatures(folder, shards).read(numbers))
+    assert len(numbers) > 10
+    assert found[0] == found[1]
