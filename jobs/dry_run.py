@@ -63,8 +63,11 @@ def open_stages(job: Job, folder: Path) -> Iterator[dict[str, StageWork]]:
             _make_tokenizer(job, plans, sources).save_pretrained(tokenizer)
         result = {}
         for name, plan in plans.items():
-            plan = replace(plan, tokenizer=tokenizer)
             mixture = {source: sources[source] for source in plan.stage.mixture}
+            if not any(isinstance(shards, UnmadeShards) for shards in mixture.values()):
+                plan.open_features(mixture)
+            # images are shown and checked, also where training reads stored features
+            plan = replace(plan, tokenizer=tokenizer, features={})
             for source, shards in mixture.items():
                 plan.check_prepared(source, shards.prepared_format)
             reader = plan.build_reader(mixture)

@@ -93,6 +93,7 @@ def resolve_data(data: Data, folder: Path) -> Data:
         data,
         sets={name: storage.make_absolute(url) for name, url in (sets | made).items()},
         make={name: _resolve_source(name, source) for name, source in make.items()},
+        features={name: storage.make_absolute(url) for name, url in data.features.items()},
     )
 
 

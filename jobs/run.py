@@ -99,6 +99,7 @@ def run(
             print(f"{job.name} continues with {next(iter(remaining))}; finished: {', '.join(done)}")
         # all that can fail for a mistake of the user fails before Ray starts
         _check_stored_images(job, folder)
+        _check_features(job, folder)
         if job.checkpoints and job.train.keys() & remaining.keys():
             driver.check_writable(locate_checkpoints(job, folder))
         jsonl.drop_partial_line(folder / PROGRESS)
@@ -289,6 +290,13 @@ def _check_stored_images(job: Job, folder: Path) -> None:
                 plan.check_prepared(name, prepared.get(name))
 
 
+def _check_features(job: Job, folder: Path) -> None:
+    """Check the stored features that stages read in place of images; ValueError if they do not fit."""
+    if job.data.features:
+        for plan in plan_stages(job, folder).values():
+            plan.open_features(plan.open_sources() if plan.features else {})
+
+
 def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str, StagePlan]:
     """Plan the stages of a job, by name and in order. Each stage starts from the model of the one before.
 
@@ -315,6 +323,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
             sets={name: sets[name] for name in stage.mixture},
             max_bad_fraction=job.data.max_bad_fraction,
             hold_out=job.data.hold_out,
+            features={name: url for name, url in job.data.features.items() if name in stage.mixture},
             tokenizer=tokenizer,
             start=start,
             image_size=image_size,

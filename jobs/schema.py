@@ -79,6 +79,7 @@ class Job:
         # each check sees the whole job: what a stage may be depends on the others and on the model
         self._check_objectives()
         self._check_held_out()
+        self._check_features()
         for name, stage in self.train.items():
             self._check_stage(name, stage)
 
@@ -115,6 +116,13 @@ class Job:
                 raise ValueError(f"{key}: got {task.held_out}, allowed: {allowed}")
             if task.held_out and not self.data.hold_out:
                 raise ValueError(f"{key}: got {task.held_out} with data.hold_out: 0, allowed: a share above 0")
+
+    def _check_features(self) -> None:
+        """Check that stored features are those of known sets."""
+        sets = [*self.generated_sets, *self.data.set_names]
+        if unknown := self.data.features.keys() - set(sets):
+            allowed = f"sets of a stage or of data.sets: {', '.join(sets) or 'none'}"
+            raise ValueError(f"data.features: got {min(unknown)}, allowed: {allowed}")
 
     def _check_objectives(self) -> None:
         objectives = [stage.objective for stage in self.train.values()]

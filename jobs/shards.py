@@ -1,4 +1,4 @@
-"""Make, index and verify sets of shards from the command line (`redux shards`)."""
+"""Make, index and verify sets of shards, and store features, from the command line (`redux shards`)."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from jobs import schema
 from jobs.cli.arguments import build_options
-from jobs.layout import locate_sets, require_folder
+from jobs.layout import find_model, locate_sets, require_folder
 from pipelines.core import cluster, storage
 from pipelines.data import audit, consumed, easy_vqa, quarantine, shard_index, shard_writer, tars
 from pipelines.data.held_out import select_held_out
@@ -17,6 +17,7 @@ from pipelines.data.options import ColumnName, SetSource, ShardOptions
 from pipelines.data.sources.opened import RecordSource
 from pipelines.training import metrics
 from pipelines.training.files import JOB_FILE
+from pipelines.training.stage import DEFAULT_IMAGE_ASPECT_RATIO
 
 
 def make_set(arguments: argparse.Namespace) -> None:
@@ -114,6 +115,38 @@ def verify_set(arguments: argparse.Namespace) -> None:
     if faults:
         raise ValueError(f"{arguments.folder}: {len(faults)} faults, allowed: none")
     print("\n".join(confirmations))
+
+
+def write_features(arguments: argparse.Namespace) -> None:
+    """Write the features of a set by the image tower of a model.
+
+    Raises:
+        ValueError: the model is no LLaVA, the set cannot be read, or the folder has other features.
+    """
+    # torch and transformers take seconds to import, which the other verbs save
+    from pipelines.training import feature_writer
+    from pipelines.training.engine import DTYPES
+    from redux.hub import local_copy
+    from redux.loading import load_model
+    from redux.model import ReduxForConditionalGeneration
+
+    _check_folder(arguments.folder)
+    path = find_model(arguments.model)
+    with local_copy(path, label="--model") as folder:
+        dtype = DTYPES[arguments.precision]
+        llava = load_model(ReduxForConditionalGeneration, folder, label="--model", dtype=dtype).eval()
+    aspect_ratio = arguments.image_aspect_ratio or llava.config.image_aspect_ratio or DEFAULT_IMAGE_ASPECT_RATIO
+    form = feature_writer.describe_format(
+        llava.model, image_aspect_ratio=aspect_ratio, image_backend=arguments.image_backend
+    )
+    with cluster.open_session():
+        images, unusable = feature_writer.write_features(arguments.folder, arguments.out, llava.model, form)
+    print(
+        f"{arguments.out}: features of {images} images, {form.tokens} x {form.width} values in {form.precision}, "
+        f"{form.record_bytes} bytes for each"
+    )
+    if unusable:
+        print(f"{unusable:>10} images cannot be used; training replaces their samples")
 
 
 def _check_folder(folder: str) -> None:

@@ -44,7 +44,8 @@ def run_tower(
     Returns:
         (tokens, slot, merged), as `redux.tower.CompressingTower`.
     """
-    if get_kernels() == "plain" or pixels.device.type != "cuda" or find_tower_obstacle(tower, pixels):
+    is_plain = get_kernels() == "plain" or pixels.device.type != "cuda" or compression.first_token_only
+    if is_plain or find_tower_obstacle(tower, pixels):
         return tower(pixels, tower_compression=compression)
     settings = (tower.training, get_kernels(), compression)
     # a graph reads weights at their addresses, so a replaced weight needs a new capture

@@ -103,9 +103,13 @@ class ReduxModel(LlavaModel):
             extend_module(tower.encoder.layers[-1], CompressingBlock)
 
     def encode_images(
-        self, pixel_values: Float[Tensor, "images 3 height width"]
+        self, pixel_values: Float[Tensor, "images 3 height width"], first_token_only: bool = False
     ) -> tuple[Float[Tensor, "images tokens dim"], PatchAssignment]:
         """Compute the features of the layer that LLaVA reads, compressed.
+
+        Args:
+            pixel_values: normalised pixels.
+            first_token_only: see `TowerCompression`.
 
         Returns:
             The features, which begin with the class token if `vision_feature_select_strategy` is full; and the visual
@@ -114,7 +118,7 @@ class ReduxModel(LlavaModel):
         self._extend_tower()
         num_prefix_tokens = int(self.config.has_class_token)
         compression = TowerCompression(
-            self.config.num_blocks_used, num_prefix_tokens, self.compressions, self.reduction
+            self.config.num_blocks_used, num_prefix_tokens, self.compressions, self.reduction, first_token_only
         )
         hidden, *assignment = run_tower(self.vision_tower, pixel_values, compression)
         features = hidden if self.config.keeps_class_token else hidden[:, num_prefix_tokens:]
@@ -135,16 +139,25 @@ class ReduxModel(LlavaModel):
         if overrides and (self.vmtc or self.reduction):
             name, value = overrides.popitem()
             raise ValueError(f"{name}: got {value}, allowed with vmtc or reduction: {getattr(self.config, name)}")
-        if not len(pixel_values):
-            # A batch of text alone encodes a blank image and takes none of its tokens: the tower then has gradients,
-            # zeros, as on ranks with images.  Without them ranks would wait for each other in the all-reduce.
-            image = self.get_image_features(pixel_values.new_zeros(1, *pixel_values.shape[1:]), **kwargs)
-            image.pooler_output = [tokens[:0] for tokens in image.pooler_output]
-            return image
+        # A batch of text alone encodes a token of a blank image, and takes nothing of it.  Parameters then have
+        # gradients, zeros, and modules run as on ranks with images.  Otherwise ranks would wait for each other.
+        has_images = len(pixel_values) > 0
+        if not has_images:
+            pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
         if overrides or kwargs.get("output_hidden_states") or not self.runs_blocks:
-            return super().get_image_features(pixel_values, **kwargs)
-        features, _ = self.encode_images(pixel_values)
-        return BaseModelOutputWithPooling(features, pooler_output=list(self.multi_modal_projector(features)))
+            output = super().get_image_features(pixel_values, **kwargs)
+        else:
+            features, _ = self.encode_images(pixel_values, first_token_only=not has_images and not self.reduction)
+            output = self.project_features(features)
+        if not has_images:
+            output.pooler_output = [tokens[:0] for tokens in output.pooler_output]
+        return output
+
+    def project_features(self, features: Float[Tensor, "images tokens dim"]) -> BaseModelOutputWithPooling:
+        """Project features of `encode_images`.  Result as of `get_image_features`."""
+        projected = self.multi_modal_projector(features)
+        # the list must not be empty, since its tensors are joined
+        return BaseModelOutputWithPooling(features, pooler_output=list(projected) or [projected.flatten(0, 1)])
 
 
 class ReduxForConditionalGeneration(LlavaForConditionalGeneration):

@@ -32,12 +32,12 @@ class BlockCompression(NamedTuple):
     """Compression in one block.
 
     Args:
-        stage: tokens kept and clusters made.
+        stage: tokens kept and clusters made; None keeps all.
         vmtc: settings.
         num_prefix_tokens: tokens before the patches, 1 with a class token, else 0.
     """
 
-    stage: CompressionStage
+    stage: CompressionStage | None
     vmtc: VMTC
     num_prefix_tokens: int
 
@@ -50,12 +50,15 @@ class TowerCompression(NamedTuple):
         num_prefix_tokens: tokens before the patches, 1 with a class token, else 0.
         compressions: compressing blocks by number.
         reduction: reduction of the patches after the last of these blocks.
+        first_token_only: run all modules in the same order on the first token of each image, and compress nothing. For
+            their hooks, at a small part of the cost. Not with a reduction, whose gradients need all tokens.
     """
 
     num_blocks_used: int
     num_prefix_tokens: int
     compressions: dict[int, BlockCompression]
     reduction: Reduction | None
+    first_token_only: bool = False
 
 
 def is_clip_like(tower: nn.Module) -> bool:
@@ -132,6 +135,9 @@ class CompressingTower(ExtendedModule):
         hidden = self.embeddings(pixel_values)
         if hasattr(self, "pre_layrnorm"):  # CLIP has this norm, under this name; SigLIP has none
             hidden = self.pre_layrnorm(hidden)
+        first_token_only = tower_compression.first_token_only
+        if first_token_only:
+            hidden = hidden[:, :1]
         assignment = PatchAssignment.untouched(hidden.shape[0], hidden.shape[1] - prefix, hidden.device)
         mask = None
         # VMTC: follow each patch through the compressing blocks
@@ -140,6 +146,8 @@ class CompressingTower(ExtendedModule):
             if compression is None:
                 hidden = block(hidden, attention_mask=mask)
                 continue
+            if first_token_only:
+                compression = compression._replace(stage=None)
             hidden, slot, cluster = block(hidden, attention_mask=mask, compression=compression)
             assignment = assignment.then(slot, cluster)
             if compression.vmtc.proportional:
@@ -208,6 +216,9 @@ class CompressingBlock(ExtendedModule):
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=attention.scale
         )
         hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+        if stage is None:
+            untouched = PatchAssignment.untouched(hidden.shape[0], hidden.shape[1] - prefix, hidden.device)
+            return hidden + self.mlp(self.layer_norm2(hidden)), *untouched
         # eq. 5-8: the importance score, from the class token or, without one, from all patches
         bias = None if mask is None else mask[:, 0, 0]
         if prefix:

@@ -1,4 +1,4 @@
-"""`redux shards`: make, index and verify WebDataset shards."""
+"""`redux shards`: make, index and verify WebDataset shards, and store features of their images."""
 
 import argparse
 from collections.abc import Callable
@@ -19,6 +19,7 @@ def add_parsers(verbs: Any) -> None:
     _add_make(shards)
     _add_index(shards)
     _add_verify(shards)
+    _add_features(shards)
 
 
 def _add_make(shards: Any) -> None:
@@ -126,6 +127,36 @@ def _add_verify(shards: Any) -> None:
     verify.add_argument("--consumed", metavar="RUN", type=Path, help="folder of a run that trained on the shards")
     verify.add_argument("folder", metavar="URI", help="folder of the shards")
     verify.set_defaults(verb=_call("verify_set"))
+
+
+def _add_features(shards: Any) -> None:
+    features = shards.add_parser(
+        "features",
+        help="store the outputs of a frozen image tower",
+        description="Encode each image of a set once with the image tower of a model and its VMTC, and store the "
+        "features that the projector takes. Stages with a frozen tower read them in place of images, if the job names "
+        "them in data.features. The same command resumes after an interruption.",
+        epilog="example: redux shards features shards/mine --model runs/mine/assembled --precision bf16 --out "
+        "shards/mine-features; redux run job.yaml data.features.mine=shards/mine-features",
+    )
+    features.add_argument("folder", metavar="URI", help="folder of the shards")
+    features.add_argument(
+        "--model", metavar="MODEL", required=True, help="folder, hub id or URL of a LLaVA, or folder of a run"
+    )
+    features.add_argument("--out", metavar="URI", required=True, help="folder of the features")
+    features.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="precision of the stage that reads the features (default: %(default)s)",
+    )
+    features.add_argument(
+        "--image-aspect-ratio", choices=("pad", "crop"), help="how images become squares (default: that of the model)"
+    )
+    features.add_argument(
+        "--image-backend", choices=("exact", "fast"), default="exact", help="decoder of images (default: %(default)s)"
+    )
+    features.set_defaults(verb=_call("write_features"))
 
 
 def _call(function: str) -> Callable[[argparse.Namespace], None]:

@@ -15,8 +15,9 @@ task, so with tasks a CPU would idle for 0.2 seconds after each block (jobs/benc
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,7 @@ import ray.data
 from jaxtyping import Int, UInt8
 
 from pipelines.core import storage
+from pipelines.data.features import StoredFeatures
 from pipelines.data.order import Order
 from pipelines.data.packing import BYTES_PER_TOKEN, Packing, divide_evenly, join_rows, lay_rows
 from pipelines.data.records import find_rejection
@@ -94,6 +96,8 @@ class Reader:
         text_tokenizer: the same tokenizer without transformers; None loads `tokenizer`.
         packing: packing of several conversations into a row; None gives each a row of its own.
         image_tokens: number of tokens that stand for an image, for packing.
+        features: stored features by set, of one format, which are read in place of images; empty decodes images. Sets
+            without any have text only.
     """
 
     sources: Mapping[str, Shards]
@@ -109,8 +113,21 @@ class Reader:
     text_tokenizer: TextTokenizer | None = None
     packing: Packing | None = None
     image_tokens: int = 0
+    features: Mapping[str, StoredFeatures] = field(default_factory=dict)
 
-    def __call__(self, number: int, out: UInt8[np.ndarray, "size height width 3"] | None = None) -> Batch:
+    @property
+    def image_column(self) -> str:
+        """Name of the column that has the images."""
+        return "image_features" if self.features else "pixel_values"
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of an image: (height, width, 3) pixels, or (tokens, bytes) of features."""
+        for stored in self.features.values():
+            return stored.format.tokens, stored.format.row_bytes
+        return self.image_size, self.image_size, 3
+
+    def __call__(self, number: int, out: UInt8[np.ndarray, "size ..."] | None = None) -> Batch:
         """Make a micro-batch.
 
         Args:
@@ -119,7 +136,8 @@ class Reader:
 
         Returns:
             number: number of the micro-batch.
-            pixel_values: (images, height, width, 3) uint8, a view of `out`. Samples of text only have no image.
+            pixel_values: (images, height, width, 3) uint8, a view of `out`. Samples of text only have no image. With
+                features instead image_features: (images, tokens, bytes) uint8.
             input_ids, labels, attention_mask: (rows, longest) int64, padded on the right. A row is a sample, or several
                 with packing. Then there are position_ids and sample_index as well, see `packing.join_rows`.
             position, source, sample: (samples,) int64, position in the stream, index of the source and number of the
@@ -129,7 +147,7 @@ class Reader:
         """
         position, source, scheduled = self._schedule(number)
         if out is None:
-            out = np.empty((len(position), self.image_size, self.image_size, 3), np.uint8)
+            out = np.empty((len(position), *self.image_shape), np.uint8)
         # read the samples together, then encode one by one and replace unusable samples
         rows, replaced = [], []
         used = scheduled.copy()
@@ -156,7 +174,7 @@ class Reader:
             images = images[[with_image.index(turn) for turn in turns if turn in with_image]]
         return {
             "number": number,
-            "pixel_values": images,
+            self.image_column: images,
             **pad_columns(rows, self.get_tokenizer().pad_token_id),
             "position": position,
             "source": source,
@@ -170,12 +188,12 @@ class Reader:
         if self.packing:
             packed = [self(number) for number in numbers]
             return {name: [batch[name] for batch in packed] for name in packed[0]}
-        out = np.empty((len(numbers), self.micro_batch_size, self.image_size, self.image_size, 3), np.uint8)
+        out = np.empty((len(numbers), self.micro_batch_size, *self.image_shape), np.uint8)
         batches = [self(number, batch_out) for number, batch_out in zip(numbers, out, strict=True)]
         columns: dict[str, Any] = {name: [batch[name] for batch in batches] for name in batches[0]}
         # one dense array, if no sample is text only
-        if all(len(images) == self.micro_batch_size for images in columns["pixel_values"]):
-            columns["pixel_values"] = out
+        if all(len(images) == self.micro_batch_size for images in columns[self.image_column]):
+            columns[self.image_column] = out
         return columns
 
     def fingerprint_sources(self) -> dict[str, str]:
@@ -216,13 +234,27 @@ class Reader:
         self, source: Int[np.ndarray, " size"], scheduled: Int[np.ndarray, " size"]
     ) -> list[StoredSample | None]:
         """Read the scheduled samples together; None for all of them if one is damaged."""
-        sets = list(self.sources.values())
         try:
-            return list(
-                read_samples([(sets[index], int(number)) for index, number in zip(source, scheduled, strict=True)])
-            )
+            return list(self._read(source.tolist(), scheduled.tolist()))
         except ValueError:
             return [None] * len(scheduled)
+
+    def _read(self, source: Sequence[int], numbers: Sequence[int]) -> list[StoredSample]:
+        """Read samples together. With features, the bytes of these stand in place of the image file.
+
+        Raises:
+            ValueError: a sample or its features are damaged, or there are no features as its image cannot be used.
+        """
+        # the whole sample is read, so that its checksum is checked here as without features
+        sets = list(self.sources.values())
+        samples = read_samples([(sets[index], number) for index, number in zip(source, numbers, strict=True)])
+        for index, name in enumerate(self.sources):
+            turns = [turn for turn, sample in enumerate(samples) if source[turn] == index and sample.image]
+            if name in self.features and turns:
+                found = self.features[name].read([numbers[turn] for turn in turns])
+                for turn, features in zip(turns, found, strict=True):
+                    samples[turn] = replace(samples[turn], image=features)
+        return samples
 
     def _usable_or_replacement(
         self, position: int, source: int, scheduled: int, stored_sample: StoredSample | None
@@ -245,7 +277,7 @@ class Reader:
         used, reason = scheduled, ""
         for attempt in range(1, MAX_SAMPLE_TRIES + 1):
             try:
-                row, image = self._encode(stored_sample or shards.read_samples([used])[0], position)
+                row, image = self._encode(stored_sample or self._read([source], [used])[0], position)
             except ValueError as error:
                 reason = reason or describe_failure(shards, used, error)
                 # seeded by the position, so that every reader draws the same replacement
@@ -259,37 +291,38 @@ class Reader:
             f"{shards.folder}: sample {scheduled} and {MAX_SAMPLE_TRIES - 1} replacements cannot be used: {reason}"
         )
 
-    def _encode(
-        self, sample: StoredSample, position: int
-    ) -> tuple[TextRow, UInt8[np.ndarray, "height width 3"] | None]:
+    def _encode(self, sample: StoredSample, position: int) -> tuple[TextRow, UInt8[np.ndarray, "..."] | None]:
         """Encode text and image. See `prepare_sample`."""
         sample, image = self.prepare_sample(sample, position)
         return self.encode(self.get_tokenizer(), sample), image
 
     def prepare_sample(
         self, sample: StoredSample, position: int
-    ) -> tuple[StoredSample, UInt8[np.ndarray, "height width 3"] | None]:
+    ) -> tuple[StoredSample, UInt8[np.ndarray, "..."] | None]:
         """Check a sample and draw its augmentations by (seed, stream position).
 
         Returns:
-            The sample with the rounds that are learned, and its image as the tower gets it; None for text only.
+            The sample with the rounds that are learned, and its image as the tower gets it, or its features. None for
+            text only.
 
         Raises:
             ValueError: the record is rejected, or its image is broken.
         """
         check_record(sample)
         rng = np.random.default_rng((self.order.seed, position)) if self.random_flip or self.max_rounds else None
-        image = (
-            load_pixels(sample.image, self.image_size, self.image_aspect_ratio, self.image_backend).transpose(1, 2, 0)
-            if sample.image
-            else None
-        )
+        image = self._load_image(sample.image) if sample.image else None
         # the draw for the flip comes first, also without an image: it sets the state for the rounds
         if self.random_flip and rng and rng.random() < 0.5 and image is not None:
             image = image[:, ::-1]
         if self.max_rounds and rng:
             sample = draw_rounds(sample, self.max_rounds, rng)
         return sample, image
+
+    def _load_image(self, image: bytes) -> UInt8[np.ndarray, "..."]:
+        if self.features:
+            return np.frombuffer(image, np.uint8).reshape(self.image_shape)
+        pixels = load_pixels(image, self.image_size, self.image_aspect_ratio, self.image_backend)
+        return pixels.transpose(1, 2, 0)
 
 
 def check_record(sample: StoredSample) -> None:
@@ -320,7 +353,7 @@ class Segment(NamedTuple):
         """
         reader, length = self.reader, self.stop - self.start
         samples = max(MAX_BLOCK_SAMPLES, length * reader.micro_batch_size // MAX_SMALL_BLOCKS)
-        samples = min(samples, MAX_IMAGE_BLOCK_BYTES // (3 * reader.image_size**2 + TEXT_BYTES_PER_SAMPLE))
+        samples = min(samples, MAX_IMAGE_BLOCK_BYTES // (math.prod(reader.image_shape) + TEXT_BYTES_PER_SAMPLE))
         turn = max(samples // reader.micro_batch_size, 1) * workers
         return [
             {"first": start + worker, "end": min(start + worker + turn, self.stop)}

@@ -86,6 +86,8 @@ class Data:
         hold_out: share of each set that training never uses, such as 0.01. Its loss is the validation loss, see
             train.*.validate_steps; evaluate.tasks.*.held_out asks its questions. The samples are the same for every
             seed.
+        features: folder or URL of stored features of sets, by name, which `redux shards features` writes. A stage whose
+            tower is frozen reads them in place of images. Other stages and the evaluation read images.
     """
 
     source: Literal["easy-vqa"] | None = "easy-vqa"
@@ -94,6 +96,7 @@ class Data:
     make: dict[str, SetSource] = field(default_factory=dict)
     max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.001
     hold_out: Annotated[float, Ge(0), Lt(1)] = 0.0
+    features: dict[str, str] = field(default_factory=dict)
 
     @property
     def set_names(self) -> tuple[str, ...]:

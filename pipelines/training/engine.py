@@ -27,6 +27,8 @@ from transformers import AutoConfig, AutoTokenizer, CLIPModel
 from pipelines.core import cluster
 from pipelines.core.imports import import_without
 from pipelines.data import ingest
+from pipelines.training.checkpoint import RefusedError
+from pipelines.training.feature_writer import compute_tower_digest
 from pipelines.training.plan import LearningRateSchedule, StagePlan
 from pipelines.training.stage import Part, Stage
 from redux import contrastive, model
@@ -62,15 +64,19 @@ class LlavaWithLoss(torch.nn.Module):
         labels: Int[Tensor, "rows length"],
         weight: Float[Tensor, " samples"],
         sample_index: Int[Tensor, "rows length"] | None = None,
-        **batch: Tensor,
+        image_features: Float[Tensor, "images tokens width"] | None = None,
+        **batch: Any,
     ) -> Float[Tensor, ""]:
         """Return the sum over samples of the sample's weight times the cross-entropy of its labelled tokens.
 
-        `sample_index` is the sample of each token of packed rows; None if each row is a sample.
+        `sample_index` is the sample of each token of packed rows; None if each row is a sample. `image_features` are
+        outputs of the tower, in place of pixels.
 
         Logits are computed for labelled tokens only. For all 2,048 tokens of a sample and 32,000 words they would take
         262 MB.
         """
+        if image_features is not None:
+            batch["mm_encoder_outputs"] = {"image": self.llava.model.project_features(image_features)}
         hidden = self.llava.model(**batch, use_cache=False).last_hidden_state
         learned = labels[:, 1:] != IGNORE_INDEX
         logits = self.llava.lm_head(hidden[:, :-1][learned]).float()
@@ -345,6 +351,30 @@ def describe_model(engine: DeepSpeedEngineProtocol) -> dict[str, Any]:
     return json.loads(json.dumps({"config": {**config, **dict.fromkeys(ignored)}, "trained": shapes}))
 
 
+def check_features(engine: DeepSpeedEngineProtocol, plan: StagePlan, reader: ingest.Reader) -> None:
+    """Check that stored features are those of the tower of this rank. A collective.
+
+    Raises:
+        RefusedError: they are those of another tower.
+    """
+    if not reader.features:
+        return
+    module = engine.module
+    assert isinstance(module, LlavaWithLoss)
+    parameters = list(module.llava.model.vision_tower.parameters())
+    deepspeed = import_deepspeed()
+    # ZeRO 3 keeps a part of each weight on this rank
+    with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
+        digest = compute_tower_digest(module.llava.model)
+    for name, stored in reader.features.items():
+        if stored.format.tower != digest:
+            raise RefusedError(
+                f"data.features.{name}: got {stored.folder}, features of another tower or other settings of vmtc than "
+                f"those of train.{plan.name}, allowed: features of its model; write them again with "
+                "`redux shards features`"
+            )
+
+
 def set_learning_rate(engine: DeepSpeedEngineProtocol, schedule: LearningRateSchedule, step: int) -> float:
     """Set the learning rate of each part for a step, counted from 1. Returns the largest of them."""
     share = schedule(step - 1)
@@ -356,15 +386,22 @@ def set_learning_rate(engine: DeepSpeedEngineProtocol, schedule: LearningRateSch
 def move_to_device(batch: ingest.Batch, engine: DeepSpeedEngineProtocol) -> dict[str, torch.Tensor]:
     """Copy a micro-batch to the device of the rank. Pixels become normalised floats of the model's precision.
 
-    Images travel as uint8 of shape (images, height, width, 3); the model takes (images, 3, height, width).
+    Images travel as uint8 of shape (images, height, width, 3); the model takes (images, 3, height, width). Stored
+    features travel as their bytes.
     """
-    names = ["pixel_values", "input_ids", "labels"]
+    names = ["pixel_values", "image_features", "input_ids", "labels"]
     # transformers separates conversations of a row where positions restart, but only without an attention mask
     names += ["position_ids", "sample_index"] if "position_ids" in batch else ["attention_mask"]
     tensors = {name: torch.tensor(batch[name], device=engine.device) for name in names if name in batch}
-    images = tensors["pixel_values"].movedim(-1, 1).contiguous()
     dtype = next(engine.module.parameters()).dtype
-    tensors["pixel_values"] = normalize_pixels(images).to(dtype)
+    if "image_features" in tensors:
+        count, tokens, row_bytes = tensors["image_features"].shape
+        # torch does not view the bytes of no image in three dimensions
+        values = tensors["image_features"].flatten().view(dtype)
+        tensors["image_features"] = values.view(count, tokens, row_bytes // dtype.itemsize)
+    else:
+        images = tensors["pixel_values"].movedim(-1, 1).contiguous()
+        tensors["pixel_values"] = normalize_pixels(images).to(dtype)
     return tensors
 
 

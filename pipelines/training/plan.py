@@ -4,7 +4,7 @@ Values that follow from others are derived, not configured: accumulation steps f
 epochs, the learning rate from the step.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from pipelines.core import storage
 from pipelines.data import ingest
+from pipelines.data.features import StoredFeatures
 from pipelines.data.grouping import LengthGroups
 from pipelines.data.held_out import select_held_out
 from pipelines.data.order import Order
@@ -51,6 +52,7 @@ class StagePlan:
         gpu_share: share of a GPU of each worker.
         kernels: choice between fused kernels and plain code.
         hold_out: share of each set that is held out of training.
+        features: folder or URL of the stored features of sets, by name. A stage that trains the tower ignores them.
     """
 
     name: str
@@ -74,6 +76,7 @@ class StagePlan:
     gpu_share: float = 1
     kernels: KernelChoice = "auto"
     hold_out: float = 0
+    features: dict[str, str] = field(default_factory=dict)
 
     @property
     def template(self) -> TemplateName:
@@ -145,6 +148,49 @@ class StagePlan:
                 "of the tower and image_aspect_ratio, or original images"
             )
 
+    def open_features(self, sources: dict[str, Shards]) -> dict[str, StoredFeatures]:
+        """Open the stored features of the mixture; {} if the stage decodes images.
+
+        Raises:
+            ValueError: features are missing or were made of other images than the stage trains on. Weights of the tower
+                are checked later, when they are loaded.
+        """
+        stage = self.stage
+        if not self.features or "tower" in stage.learning_rate:
+            return {}
+        if stage.random_flip:
+            raise ValueError(
+                f"train.{self.name}.random_flip: got true with data.features, allowed: false, as features "
+                "are those of images that are not mirrored"
+            )
+        # a micro-batch has either features or pixels, so all sets with images need features
+        opened = {}
+        for name, shards in sources.items():
+            if name in self.features:
+                opened[name] = StoredFeatures(self.features[name], shards)
+            elif shards.has_image.any():
+                raise ValueError(
+                    f"data.features: got none for {name}, which train.{self.name} mixes with "
+                    f"{', '.join(self.features)}; allowed: features of each set with images, or none"
+                )
+        wanted = {
+            "image_size": self.image_size,
+            "image_aspect_ratio": self.image_aspect_ratio,
+            "image_backend": stage.image_backend,
+            "precision": stage.precision,
+            "tokens": self.image_tokens,
+        }
+        for name, stored in opened.items():
+            for value, expected in wanted.items():
+                if (found := getattr(stored.format, value)) != expected:
+                    raise ValueError(
+                        f"data.features.{name}: got features with {value} {found}, allowed for "
+                        f"train.{self.name}: {expected}; write them again with `redux shards features`"
+                    )
+        if len({stored.format for stored in opened.values()}) > 1:
+            raise ValueError(f"data.features: got features of different towers for train.{self.name}, allowed: one")
+        return opened
+
     def build_reader(self, sources: dict[str, Shards] | None = None) -> ingest.Reader:
         """Build the reader of micro-batches, which Ray Data runs.
 
@@ -202,6 +248,7 @@ class StagePlan:
             text_tokenizer=load_text_tokenizer(self.tokenizer),
             packing=stage.packing,
             image_tokens=self.image_tokens,
+            features=self.open_features(sources),
         )
 
     def build_validation_readers(self, reader: ingest.Reader) -> list[ingest.Reader]:

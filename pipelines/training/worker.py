@@ -26,6 +26,7 @@ from pipelines.training.engine import (
     DeepSpeedEngineProtocol,
     apply_update,
     build_engine,
+    check_features,
     describe_model,
     free_engine,
     import_deepspeed,
@@ -194,6 +195,7 @@ def _train_stage(
         forward_kernel_messages(recorder, plan.name)
     feed.prepare(work)
     engine = build_engine(plan, dist.get_world_size())
+    check_features(engine, plan, work.reader)
     # Fingerprints read the whole index of each set, so they are computed once.
     data = work.reader.fingerprint_sources()
     description = describe_model(engine)

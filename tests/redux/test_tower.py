@@ -55,6 +55,47 @@ def test_prumerge_asks_the_last_block_by_its_own_forward_pass(tiny: Tiny, sample
     assert called == ["last"]
 
 
+@pytest.mark.parametrize(
+    "methods",
+    [
+        {},
+        {"vmtc": None},
+        {"vmtc": VMTC(stages=(1, 3), proportional=True, similarity="keys")},
+        {"vmtc": None, "reduction": Reduction(method="prumerge", tokens=4)},
+        {"vmtc": None, "reduction": Reduction(method="average", tokens=4)},
+    ],
+    ids=str,
+)
+def test_text_alone_runs_the_modules_of_an_image_in_their_order(
+    methods: dict[str, Any], tiny: Tiny, sample: Sample
+) -> None:
+    """ZeRO 3 gathers weights module by module on all ranks, and some of them may have no image."""
+    model = tiny(**methods).train()
+    projector = model.model.multi_modal_projector.named_modules(prefix="projector")
+    called: list[str] = []
+    for name, module in [*model.model.vision_tower.named_modules(), *projector]:
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+    inputs = sample(model)
+    text = {"input_ids": inputs["input_ids"][:, -6:]}
+    results = []
+    for images in (inputs["pixel_values"], inputs["pixel_values"][:0]):
+        ids = inputs["input_ids"] if len(images) else text["input_ids"]
+        called.clear()
+        output = model(input_ids=ids, pixel_values=images, labels=ids)
+        output.loss.backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        results.append((called.copy(), gradients, output.logits))
+        model.zero_grad()
+    (order, gradients, _), (text_order, text_gradients, text_logits) = results
+    assert order == text_order
+    assert len(order) > 20
+    assert gradients.keys() == text_gradients.keys()
+    of_images = [name for name in gradients if "vision_tower" in name or "projector" in name]
+    assert of_images
+    assert not any(text_gradients[name].any() for name in of_images)
+    assert torch.equal(text_logits, model(**text).logits)
+
+
 def test_a_compressing_block_is_recomputed(tiny: Tiny, sample: Sample) -> None:
     model = tiny(vmtc=VMTC(stages=(1, 3))).train()
     model.gradient_checkpointing_enable()
