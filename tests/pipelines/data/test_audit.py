@@ -10,8 +10,9 @@ import pytest
 from pyarrow import ipc
 
 from pipelines.data.audit import index_tars, verify_set
+from pipelines.data.index_file import INDEX_FILE
 from pipelines.data.options import ShardOptions
-from pipelines.data.shard_index import INDEX_FILE, QUARANTINE_FILE, SUMMARY_FILE, UNFINISHED_DIR, Shards
+from pipelines.data.shard_index import QUARANTINE_FILE, SUMMARY_FILE, UNFINISHED_DIR, Shards
 from pipelines.data.shard_writer import make_shards, to_ipc_bytes
 from tests.pipelines.odd_tars import pack, picture, record
 
