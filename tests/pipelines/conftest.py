@@ -26,7 +26,7 @@ from PIL import Image
 
 from pipelines.core import parallel, storage
 from pipelines.core.storage import Retry
-from pipelines.data import shard_writer
+from pipelines.data import lazy_input, shard_writer
 from pipelines.data.options import ShardOptions
 from pipelines.data.shard_index import Shards
 from pipelines.training.plan import StagePlan
@@ -132,6 +132,7 @@ def in_process() -> Callable[[], AbstractContextManager[None]]:
     def patched() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ray.data, "from_items", LocalDataset)
+            patch.setattr(lazy_input, "from_sequence", lambda items: LocalDataset(list(items), len(items)))
             patch.setattr(parallel, "map_bounded", map_locally)
             yield
 
