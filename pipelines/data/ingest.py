@@ -366,7 +366,7 @@ class BlockLayout(NamedTuple):
         return {"first": start + worker, "end": min(end, self.stop)}
 
 
-class _BlockSequence(Sequence[dict[str, int]]):
+class BlockSequence(Sequence[dict[str, int]]):
     """Blocks of all segments, each computed when it is due."""
 
     def __init__(self, layouts: Sequence[BlockLayout]) -> None:
@@ -401,7 +401,7 @@ def join_segments(segments: Sequence[Segment], workers: int, leaves_cpus: bool =
         workers: number of training workers.
         leaves_cpus: True if the workers leave CPUs for readers.
     """
-    blocks = _BlockSequence([segment.lay_out_blocks(workers) for segment in segments])
+    blocks = BlockSequence([segment.lay_out_blocks(workers) for segment in segments])
     return lazy_input.from_sequence(blocks).map_batches(
         _BlockReader,
         fn_constructor_args=([segment.reader for segment in segments], workers),
