@@ -162,7 +162,10 @@ def measure_nodes(folder: Path, latency_s: float, micro_batches: int) -> dict[st
     marks.mkdir()
     with serve_bucket(files, latency_s) as bucket:
         os.environ.update(bucket.environment)  # nodes and readers inherit it
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 500 * 10**6})
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 500 * 10**6},
+        )
         try:
             ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
             text = load_text_tokenizer(folder / "tokenizer")

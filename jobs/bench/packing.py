@@ -141,7 +141,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             flush=True,
         )
     append_record(
-        arguments.out, global_batch_size=GLOBAL_BATCH, padding=padding, peers=peers, tokens_per_cpu_second=speed
+        arguments.out,
+        global_batch_size=GLOBAL_BATCH,
+        padding=padding,
+        peers=peers,
+        tokens_per_cpu_second=speed,
     )
 
 
@@ -271,7 +275,8 @@ def _import_packing(folder: Path) -> Any:
     spec = importlib.util.spec_from_file_location(
         "lmms_engine_packing", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = sys.modules["lmms_engine_packing"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

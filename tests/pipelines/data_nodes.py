@@ -75,7 +75,10 @@ def main(folder: Path) -> None:
     log.mkdir()
     # small blocks: many of them are on the way when the node dies
     ingest.MAX_BLOCK_SAMPLES = 8
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": FAST_HEALTH_CHECKS})
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": FAST_HEALTH_CHECKS},
+    )
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1)
