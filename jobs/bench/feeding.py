@@ -16,7 +16,6 @@ The bucket is simulated (simulated_bucket.py). The script prints the results and
 import argparse
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from typing import Any
 import psutil
 import ray
 from ray.cluster_utils import Cluster
+from tokenizers import Tokenizer
 
 from jobs.bench.record import add_out_option, append_record
 from jobs.bench.simulated_bucket import SET_URL, serve_bucket, simulate_set
@@ -52,6 +52,13 @@ OPEN_PROGRAM = "from jobs.bench.feeding import open_set; open_set()"
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="open,nodes", help="default: %(default)s")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        nargs="+",
+        default=OPENED_SAMPLES,
+        help="of the opened sets, default: %(default)s",
+    )
     parser.add_argument("--latency-s", type=float, default=1.0, help="of the bucket of the nodes, default: %(default)s")
     parser.add_argument("--micro-batches", type=int, default=24, help="of each node, default: %(default)s")
     add_out_option(parser, __file__)
@@ -62,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = Path(folder, "tokenizer")
         train_word_tokenizer(["photo"], 32).save_pretrained(tokenizer)
         if "open" in parts:
-            measured["open"] = [measure_open(samples, Path(folder)) for samples in OPENED_SAMPLES]
+            measured["open"] = [measure_open(samples, Path(folder)) for samples in arguments.samples]
         if "nodes" in parts:
             measured["nodes"] = measure_nodes(Path(folder), arguments.latency_s, arguments.micro_batches)
     append_record(arguments.out, versions={"ray": ray.__version__}, **measured)
@@ -90,11 +97,13 @@ def measure_open(samples: int, folder: Path) -> dict[str, float]:
 
     files = simulate_set((make_photo(0), "photo"), samples)
     # the text of the tokenizer is loaded here, since the readers of a stage get it, too
-    text = pickle.dumps((folder / "tokenizer", load_text_tokenizer(folder / "tokenizer")))
+    text = load_text_tokenizer(folder / "tokenizer")
+    assert text
+    given = {"tokenizer": str(folder / "tokenizer"), "text": {**vars(text), "backend": text.backend.to_str()}}
     with serve_bucket(files) as bucket:
-        command = [sys.executable, "-c", OPEN_PROGRAM]
+        command, environment = [sys.executable, "-c", OPEN_PROGRAM], os.environ | bucket.environment
         output = subprocess.run(
-            command, input=text, stdout=subprocess.PIPE, check=True, env=os.environ | bucket.environment
+            command, input=json.dumps(given), stdout=subprocess.PIPE, check=True, text=True, env=environment
         ).stdout
         traffic = {"requests": bucket.requests, "megabytes": round(bucket.bytes_sent / 1e6, 2)}
     measured = {"samples": samples, **json.loads(output), **traffic}
@@ -111,11 +120,12 @@ def open_set() -> None:
     """Open the simulated set, describe the blocks of an epoch and make a micro-batch; print what it took."""
     import s3fs  # noqa: F401  # counted as an import
 
-    tokenizer, text = pickle.loads(sys.stdin.buffer.read())
+    given = json.load(sys.stdin)
+    text = TextTokenizer(**{**given["text"], "backend": Tokenizer.from_str(given["text"]["backend"])})
     Path("/proc/self/clear_refs").write_text("5")  # Linux resets the peak
     imports = read_peak_mb()
     cpu, wall = time.process_time(), time.perf_counter()
-    reader = build_reader(Shards(SET_URL), tokenizer, text, 336, OPEN_BATCH)
+    reader = build_reader(Shards(SET_URL), Path(given["tokenizer"]), text, 336, OPEN_BATCH)
     reader.fingerprint_sources()
     stop = reader.order.count_batches(1) * OPEN_WORKERS
     blocks = ingest.BlockSequence([Segment(reader, 0, stop).lay_out_blocks(OPEN_WORKERS)])

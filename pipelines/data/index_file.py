@@ -92,11 +92,15 @@ class _DigestSink(io.RawIOBase):
         return len(data)
 
 
-def encode_index(table: pa.Table) -> bytes:
-    """Encode the rows of a set, a table of INDEX_SCHEMA, as an index file."""
+def encode_index(table: pa.Table, fingerprint: str = "") -> bytes:
+    """Encode the rows of a set, a table of INDEX_SCHEMA, as an index file.
+
+    Args:
+        table: the rows.
+        fingerprint: fingerprint of the set; "" computes it.
+    """
     rows = as_record_batch(table)
-    sink = _DigestSink()
-    _write_file(sink, [rows], rows.schema)
+    fingerprint = fingerprint or _compute_fingerprint(rows)
     shard = rows["shard"]
     numbers = shard.indices.to_numpy()
     sizes = np.diff(np.searchsorted(numbers, np.arange(len(shard.dictionary) + 1)))
@@ -104,15 +108,33 @@ def encode_index(table: pa.Table) -> bytes:
         "shards": shard.dictionary.to_pylist(),
         "sizes": sizes.tolist(),
         "rows_per_block": ROWS_PER_BLOCK,
-        "fingerprint": sink.digest.hexdigest(),
+        "fingerprint": fingerprint,
     }
     metadata = {name: json.dumps(value) for name, value in about.items()}
     at = table.schema.get_field_index("shard")
     stored = pa.Table.from_batches([rows]).set_column(at, "shard", shard.indices).replace_schema_metadata(metadata)
     file = io.BytesIO()
     blocks = stored.to_batches(max_chunksize=ROWS_PER_BLOCK)
-    _write_file(file, blocks, stored.schema, {BLOCK_MARK: sink.digest.hexdigest()[:MARK_LENGTH]})
+    _write_file(file, blocks, stored.schema, {BLOCK_MARK: fingerprint[:MARK_LENGTH]})
     return file.getvalue()
+
+
+def _compute_fingerprint(rows: pa.RecordBatch) -> str:
+    sink = _DigestSink()
+    _write_file(sink, [rows], rows.schema)
+    return sink.digest.hexdigest()
+
+
+def rewrite_former(folder: str) -> bool:
+    """Write an index of an earlier version in blocks, with the same fingerprint. Returns False if there is none."""
+    path = storage.join(folder, INDEX_FILE)
+    if not storage.exists(path):
+        return False
+    index = IndexFile(folder)
+    table = index.read_former()
+    if table is not None:
+        storage.write(path, encode_index(table, index.fingerprint))
+    return table is not None
 
 
 def as_record_batch(table: pa.Table) -> pa.RecordBatch:
@@ -223,6 +245,10 @@ class IndexFile:
     def fingerprint(self) -> str:
         """SHA-256 of the rows in hex, equal for the same samples in the same order. See the module's docstring."""
         return self._fingerprint or hashlib.sha256(self._data).hexdigest()
+
+    def read_former(self) -> pa.Table | None:
+        """Read all rows of a file of earlier versions, with INDEX_SCHEMA; None for a file in blocks."""
+        return ipc.open_file(pa.py_buffer(self._data)).read_all() if self._single is not None else None
 
     def damaged(self, reason: object) -> ValueError:
         """Make the error for an index that is damaged."""

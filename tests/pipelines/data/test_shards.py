@@ -402,6 +402,19 @@ def test_blocks_of_two_indexes_are_not_mixed(bucket_index: Callable[[bytes], str
         shards.read_rows([999])
 
 
+def test_an_index_of_an_earlier_version_is_written_in_blocks(tmp_path: Path):
+    former = to_ipc_bytes(table(1000))
+    (tmp_path / INDEX_FILE).write_bytes(former)
+    before = Shards(tmp_path)
+    # another version of Arrow may have written it, so the fingerprint is not computed again
+    assert index_file.rewrite_former(str(tmp_path))
+    after = Shards(tmp_path)
+    assert (tmp_path / INDEX_FILE).read_bytes() == encode_index(table(1000))
+    assert (after.fingerprint, rows(after)) == (before.fingerprint, rows(before))
+    assert not index_file.rewrite_former(str(tmp_path))
+    assert not index_file.rewrite_former(str(tmp_path / "none"))
+
+
 @pytest.mark.parametrize("samples", [0, 22, 1000])
 def test_the_index_of_an_earlier_version_is_the_same_set(
     bucket_index: Callable[[bytes], str], tmp_path: Path, samples: int
