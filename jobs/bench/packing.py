@@ -112,13 +112,28 @@ class DrawnLengths(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default="padding,peers,speed", help="default: %(default)s")
     parser.add_argument("--batches", type=int, default=400, help="global batches of the simulation, %(default)s")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each kind, default: %(default)s")
     add_out_option(parser, __file__)
     arguments = parser.parse_args(argv)
+    parts = arguments.parts.split(",")
+    samples = arguments.batches * GLOBAL_BATCH
+    measured: dict[str, Any] = {}
+    if "padding" in parts:
+        measured["padding"] = compare_paddings(samples)
+    if "peers" in parts:
+        measured["peers"] = compare_packers(samples)
+    if "speed" in parts:
+        measured["tokens_per_cpu_second"] = compare_speeds(arguments.steps)
+    append_record(arguments.out, global_batch_size=GLOBAL_BATCH, **measured)
+
+
+def compare_paddings(samples: int) -> list[dict[str, Any]]:
+    """Compare the padding with and without packing, for several layouts."""
     padding = []
     for image_tokens in (576, 288):
-        lengths = draw_lengths(arguments.batches * GLOBAL_BATCH)
+        lengths = draw_lengths(samples)
         for micro_batch_size, max_length in PACKED_LAYOUTS:
             shares = measure_padding(lengths, image_tokens, micro_batch_size, max_length)
             padding.append(
@@ -130,23 +145,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"largest micro-batch / mean {shares['largest']:.2f}, without packing {shares['largest_unpacked']:.2f}",
                 flush=True,
             )
-    peers = compare_packers(arguments.batches * GLOBAL_BATCH)
+    return padding
+
+
+def compare_speeds(steps: int) -> dict[str, dict[str, float]]:
+    """Compare the tokens per second of CPU with and without packing."""
     speed = {}
     for has_cmai in (True, False):
         name = "CMAI" if has_cmai else "without CMAI"
-        speed[name] = measure_speed(arguments.steps, has_cmai)
+        speed[name] = measure_speed(steps, has_cmai)
         print(
             f"{name}: {speed[name]['packed']:.0f} tokens/s packed, {speed[name]['unpacked']:.0f} without packing, "
             f"ratio {speed[name]['ratio']:.2f}",
             flush=True,
         )
-    append_record(
-        arguments.out,
-        global_batch_size=GLOBAL_BATCH,
-        padding=padding,
-        peers=peers,
-        tokens_per_cpu_second=speed,
-    )
+    return speed
 
 
 def draw_lengths(samples: int, seed: int = 0) -> DrawnLengths:
