@@ -102,11 +102,9 @@ def encode_index(table: pa.Table, fingerprint: str = "") -> bytes:
     rows = as_record_batch(table)
     fingerprint = fingerprint or _compute_fingerprint(rows)
     shard = rows["shard"]
-    numbers = shard.indices.to_numpy()
-    sizes = np.diff(np.searchsorted(numbers, np.arange(len(shard.dictionary) + 1)))
     about = {
         "shards": shard.dictionary.to_pylist(),
-        "sizes": sizes.tolist(),
+        "sizes": _count_shard_sizes(shard).tolist(),
         "rows_per_block": ROWS_PER_BLOCK,
         "fingerprint": fingerprint,
     }
@@ -117,6 +115,11 @@ def encode_index(table: pa.Table, fingerprint: str = "") -> bytes:
     blocks = stored.to_batches(max_chunksize=ROWS_PER_BLOCK)
     _write_file(file, blocks, stored.schema, {BLOCK_MARK: fingerprint[:MARK_LENGTH]})
     return file.getvalue()
+
+
+def _count_shard_sizes(shard: pa.DictionaryArray) -> Int64[np.ndarray, " shards"]:
+    """Count the samples of each shard. Shard numbers ascend, so a binary search reads only a few pages of a file."""
+    return np.diff(np.searchsorted(shard.indices.to_numpy(), np.arange(len(shard.dictionary) + 1))).astype(np.int64)
 
 
 def _compute_fingerprint(rows: pa.RecordBatch) -> str:
@@ -168,20 +171,27 @@ class IndexFile:
         if not storage.exists(self._path):
             raise ValueError(f"{folder}: no shards here, {INDEX_FILE} is missing")
         self._map = storage.map_file(self._path) if storage.is_local(self._path) else None
+        size = len(self._map) if self._map is not None else storage.get_size(self._path)
+        footer = self._read_footer(size)
         try:
-            self._open()
-        except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+            # Arrow needs no block to parse the footer
+            parsed = ipc.open_file(pa.py_buffer(MAGIC + b"\0\0" + footer))
+        except (pa.ArrowException, OSError) as error:
+            raise self.damaged(error) from None
+        is_former = parsed.schema.equals(INDEX_SCHEMA)
+        if is_former:
+            self._data = self._map if self._map is not None else storage.map_file(self._path)
+        # from here on nothing is read: an error of the storage is not taken for damage
+        try:
+            if is_former:
+                self._open_single()
+            else:
+                self._open_blocks(parsed, footer, size - len(footer))
+        except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise self.damaged(error) from None
 
-    def _open(self) -> None:
-        """Read the footer, or all of a file with one record batch."""
-        size = len(self._map) if self._map is not None else storage.get_size(self._path)
-        footer, start = self._read_footer(size)
-        # Arrow needs no block to parse the footer
-        parsed = ipc.open_file(pa.py_buffer(MAGIC + b"\0\0" + footer))
-        if parsed.schema.equals(INDEX_SCHEMA):
-            self._open_single()
-            return
+    def _open_blocks(self, parsed: ipc.RecordBatchFileReader, footer: bytes, end: int) -> None:
+        """Take the metadata and the positions of the blocks, which are before `end`. ValueError if they differ."""
         if not parsed.schema.equals(STORED_SCHEMA):
             raise ValueError("other columns")
         about = {name.decode(): json.loads(value) for name, value in parsed.schema.metadata.items()}
@@ -190,18 +200,16 @@ class IndexFile:
         self._fingerprint = str(about["fingerprint"])
         self._rows_per_block, self._length = max(int(about["rows_per_block"]), 1), int(self.shard_sizes.sum())
         self._positions = _parse_positions(footer)
-        end = self._positions["offset"] + self._positions["metadata"] + self._positions["body"]
-        blocks = -(-self._length // self._rows_per_block)
-        if {len(self._positions), parsed.num_record_batches} != {blocks} or len(self.shard_names) != len(
-            self.shard_sizes
-        ):
-            raise ValueError(f"{len(self._positions)} blocks and {len(self.shard_names)} names, not those of its sizes")
-        if (self.shard_sizes < 0).any() or (self._positions["offset"] < 0).any() or (end > start).any():
+        if {len(self._positions), parsed.num_record_batches} != {-(-self._length // self._rows_per_block)}:
+            raise ValueError(f"{len(self._positions)} blocks, which are not those of {self._length} samples")
+        if len(self.shard_names) != len(self.shard_sizes) or (self.shard_sizes < 0).any():
+            raise ValueError(f"{len(self.shard_names)} names and {len(self.shard_sizes)} sizes of shards")
+        block_ends = self._positions["offset"] + self._positions["metadata"] + self._positions["body"]
+        if (self._positions["offset"] < 0).any() or (block_ends > end).any():
             raise ValueError("a block outside of the file")
 
     def _open_single(self) -> None:
-        """Open a file of earlier versions: one record batch, with a dictionary of the shards."""
-        self._data = self._map if self._map is not None else storage.map_file(self._path)
+        """Take the rows of a file of earlier versions: one record batch, with a dictionary of the shards."""
         file = ipc.open_file(pa.py_buffer(self._data))
         if file.num_record_batches != 1:
             raise ValueError("more than one record batch")
@@ -209,27 +217,24 @@ class IndexFile:
         rows.validate()
         shard = rows["shard"]
         shard.dictionary.validate(full=True)
+        if any(column.null_count for column in rows.columns):
+            raise ValueError("rows with nulls")
         self._fingerprint = ""
         self._rows_per_block, self._length = max(rows.num_rows, 1), rows.num_rows
         self.shard_names = shard.dictionary.to_pylist()
-        # shard numbers ascend, so a binary search reads only a few pages of the column
-        self.shard_sizes = np.diff(
-            np.searchsorted(shard.indices.to_numpy(), np.arange(len(self.shard_names) + 1))
-        ).astype(np.int64)
-        if any(column.null_count for column in rows.columns):
-            raise ValueError("rows with nulls")
+        self.shard_sizes = _count_shard_sizes(shard)
         columns = [shard.indices if name == "shard" else rows[name] for name in STORED_SCHEMA.names]
         self._single = pa.RecordBatch.from_arrays(columns, schema=STORED_SCHEMA)
 
-    def _read_footer(self, size: int) -> tuple[bytes, int]:
-        """Read the footer with its length and the magic bytes after it; returns it and its start."""
+    def _read_footer(self, size: int) -> bytes:
+        """Read the footer with its length and the magic bytes after it."""
         tail = bytes(self._read_bytes([(max(size - TAIL_BYTES, 0), size)])[0])
         length = int.from_bytes(tail[-10:-6], "little", signed=True) + 10
         if tail[-6:] != MAGIC or not 10 < length <= size - 8:
-            raise ValueError("no footer")
+            raise self.damaged("no footer")
         if length > len(tail):
             tail = bytes(self._read_bytes([(size - length, size - len(tail))])[0]) + tail
-        return tail[-length:], size - length
+        return tail[-length:]
 
     def _read_bytes(self, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         """Read byte ranges; those of a local file are views of its map."""
