@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -227,7 +228,7 @@ def compare_packers(samples: int, image_tokens: int = 576) -> list[dict[str, Any
                 raise RuntimeError(
                     f"{name}: got packs with other tokens, allowed: each sample once, within {max_length}"
                 )
-            np.random.default_rng(2).shuffle(packs)  # type: ignore[arg-type]
+            np.random.default_rng(2).shuffle(packs)
             micro_batches = [packs[start : start + rows] for start in range(0, len(packs) - rows + 1, rows)]
             measured[name] = measure_micro_batches(micro_batches)
             measured[name]["microseconds_per_sample"] = round(1e6 * seconds / samples, 1)
@@ -276,10 +277,7 @@ def load_packers() -> dict[str, Packer]:
     found = importlib.util.find_spec("lmms_engine")
     if found and found.submodule_search_locations:
         build = _import_packing(Path(found.submodule_search_locations[0], "datasets", "packing")).build_online_packer
-        packers |= {
-            f"lmms-engine-{name}": lambda lengths, max_length, name=name: pack_online(build(name, max_length), lengths)
-            for name in LMMS_STRATEGIES
-        }
+        packers |= {f"lmms-engine-{name}": partial(pack_online, partial(build, name)) for name in LMMS_STRATEGIES}
     return packers
 
 
@@ -306,8 +304,9 @@ def pack_like_swift(lengths: list[int], max_length: int) -> Iterator[list[int]]:
     yield waiting
 
 
-def pack_online(packer: Any, lengths: list[int]) -> Iterator[list[int]]:
-    """Pack with an online packer of lmms-engine."""
+def pack_online(build: Callable[[int], Any], lengths: list[int], max_length: int) -> Iterator[list[int]]:
+    """Pack with an online packer of lmms-engine, which `build` makes for a maximum length."""
+    packer = build(max_length)
     for length in lengths:
         yield from packer.add(length, length)
     yield from packer.flush()

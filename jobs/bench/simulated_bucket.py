@@ -117,7 +117,7 @@ def _simulate_index(row: dict[str, Any], samples: int) -> TiledFile:
         "fingerprint": FINGERPRINT,
     }
     number = np.arange(ROWS_PER_BLOCK)
-    columns = {name: [value] * ROWS_PER_BLOCK for name, value in row.items()}
+    columns: dict[str, Any] = {name: [value] * ROWS_PER_BLOCK for name, value in row.items()}
     columns |= {"shard": 0 * number, "offset": number * row["length"], "key": [f"{i:09d}" for i in number]}
     block = pa.RecordBatch.from_pydict(columns, STORED_SCHEMA)
     sink = _SkippingSink()

@@ -345,8 +345,11 @@ class IndexFile:
 
     def _read_blocks(self, numbers: Sequence[int]) -> list[pa.RecordBatch]:
         """Read and check blocks."""
-        positions = self._positions[list(numbers)] if numbers else []
-        ranges = [(int(start), int(start) + int(meta) + int(body)) for start, meta, _, body in positions]
+        if not numbers:  # also if the index has a single block, and no positions
+            return []
+        ranges = [
+            (start, start + metadata + body) for start, metadata, _, body in self._positions[list(numbers)].tolist()
+        ]
         blocks = []
         for number, data in zip(numbers, self._read_bytes(ranges), strict=True):
             try:
