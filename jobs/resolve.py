@@ -13,6 +13,7 @@ from jobs.schema import Job
 from pipelines.core import storage
 from pipelines.data import shard_index
 from pipelines.data.held_out import select_held_out
+from pipelines.data.index_file import INDEX_FILE
 from pipelines.data.options import Data, SetSource
 from pipelines.data.sources.layouts import find_layout
 from pipelines.evaluation import evaluate, tasks
@@ -83,9 +84,7 @@ def resolve_data(data: Data, folder: Path) -> Data:
             try:
                 find_layout(url)
             except ValueError as error:
-                raise ValueError(
-                    f"data.sets.{name}: no shards here, {shard_index.INDEX_FILE} is missing; {error}"
-                ) from None
+                raise ValueError(f"data.sets.{name}: no shards here, {INDEX_FILE} is missing; {error}") from None
             make[name] = SetSource(source=url)
             del sets[name]
     made = {name: str(folder / SHARDS_DIR / name) for name in make if name not in sets}

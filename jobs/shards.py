@@ -13,6 +13,7 @@ from jobs.layout import find_model, locate_sets, require_folder
 from pipelines.core import cluster, storage
 from pipelines.data import audit, consumed, easy_vqa, quarantine, shard_index, shard_writer, tars
 from pipelines.data.held_out import select_held_out
+from pipelines.data.index_file import rewrite_former
 from pipelines.data.options import ColumnName, SetSource, ShardOptions
 from pipelines.data.sources.opened import RecordSource
 from pipelines.training import metrics
@@ -69,8 +70,14 @@ def _read_columns(arguments: argparse.Namespace) -> dict[ColumnName, str]:
 
 
 def index_set(arguments: argparse.Namespace) -> None:
-    """Write the index of tars from elsewhere, and print the counts of their samples and members."""
+    """Write the index of tars from elsewhere, and print the counts of their samples and members.
+
+    An index of an earlier version is written in its present form.
+    """
     _check_folder(arguments.folder)
+    if rewrite_former(arguments.folder):
+        print(f"{arguments.folder}: wrote the index in blocks; the set and its fingerprint are the same")
+        return
     try:
         with cluster.open_session():
             report = audit.index_tars(arguments.folder, arguments.max_bad_fraction)

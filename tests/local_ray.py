@@ -10,6 +10,7 @@ import pytest
 import ray.data
 
 from pipelines.core import parallel
+from pipelines.data import lazy_input
 
 
 class LocalDataset:
@@ -47,5 +48,6 @@ def run_in_process() -> Iterator[None]:
     """Let this process do the work of Ray."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray.data, "from_items", LocalDataset)
+        patch.setattr(lazy_input, "from_sequence", lambda items: LocalDataset(list(items), len(items)))
         patch.setattr(parallel, "map_bounded", map_locally)
         yield

@@ -6,15 +6,29 @@ Padding is measured on lengths like those of LLaVA-1.5's mix665k, whose parts ha
 lengths of a part are drawn from a log-normal distribution, whose median and spread are estimates. Micro-batches are
 divided by lengths with errors, as the index gives them, and laid out by true ones.
 
+Packers of other projects get the same lengths, without errors. A pack of theirs is a row. Packs come in a random order,
+as their samplers draw them, and RANKS ranks compute a micro-batch each at the same time. Two costs are compared: the
+padding, if the rows of a micro-batch are padded to the longest, and the share of the time that ranks wait for the one
+with the most tokens. Both packages are optional, and only their packers are imported:
+
+    pip install --no-deps binpacking lmms_engine
+
+    ms-swift            its packer, which calls binpacking for 1,000 samples at a time and keeps the last pack
+    lmms-engine-*       its online packers with their defaults
+
 The speed is that of forward and backward passes of a LLaVA whose lengths are a ninth of these. One thread computes, and
 times are CPU times, which a busy machine changes little. Packed and other steps take turns. The script prints the
 result and appends it to packing.jsonl.
 """
 
 import argparse
+import importlib.util
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,7 +53,18 @@ SPEED_SCALE = 9
 SPEED_VOCABULARY, SPEED_IMAGE_ID = 1000, 999
 """Words of the small model, and the token that stands for an image."""
 
+RANKS = 8
+PEER_LAYOUTS = ((16, 4096, 3), (8, 8192, 1))
+"""Micro-batch size and packing.max_length, and the packs of max_length in a micro-batch with about as many tokens."""
+
+SWIFT_SAMPLES = 1000
+"""Samples that ms-swift 4.6 packs together (`PackingDataset.PACKING_BATCH_SIZE`)."""
+
+LMMS_STRATEGIES = ("first_fit", "best_fit", "balanced")
+
 Batches = list[dict[str, Any]]
+Packer = Callable[[list[int], int], Iterator[list[int]]]
+"""Function from lengths and max_length to packs: lists of lengths."""
 
 
 class MixturePart(NamedTuple):
@@ -88,13 +113,28 @@ class DrawnLengths(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default="padding,peers,speed", help="default: %(default)s")
     parser.add_argument("--batches", type=int, default=400, help="global batches of the simulation, %(default)s")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each kind, default: %(default)s")
     add_out_option(parser, __file__)
     arguments = parser.parse_args(argv)
+    parts = arguments.parts.split(",")
+    samples = arguments.batches * GLOBAL_BATCH
+    measured: dict[str, Any] = {}
+    if "padding" in parts:
+        measured["padding"] = compare_paddings(samples)
+    if "peers" in parts:
+        measured["peers"] = compare_packers(samples)
+    if "speed" in parts:
+        measured["tokens_per_cpu_second"] = compare_speeds(arguments.steps)
+    append_record(arguments.out, global_batch_size=GLOBAL_BATCH, **measured)
+
+
+def compare_paddings(samples: int) -> list[dict[str, Any]]:
+    """Compare the padding with and without packing, for several layouts."""
     padding = []
     for image_tokens in (576, 288):
-        lengths = draw_lengths(arguments.batches * GLOBAL_BATCH)
+        lengths = draw_lengths(samples)
         for micro_batch_size, max_length in PACKED_LAYOUTS:
             shares = measure_padding(lengths, image_tokens, micro_batch_size, max_length)
             padding.append(
@@ -106,16 +146,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"largest micro-batch / mean {shares['largest']:.2f}, without packing {shares['largest_unpacked']:.2f}",
                 flush=True,
             )
+    return padding
+
+
+def compare_speeds(steps: int) -> dict[str, dict[str, float]]:
+    """Compare the tokens per second of CPU with and without packing."""
     speed = {}
     for has_cmai in (True, False):
         name = "CMAI" if has_cmai else "without CMAI"
-        speed[name] = measure_speed(arguments.steps, has_cmai)
+        speed[name] = measure_speed(steps, has_cmai)
         print(
             f"{name}: {speed[name]['packed']:.0f} tokens/s packed, {speed[name]['unpacked']:.0f} without packing, "
             f"ratio {speed[name]['ratio']:.2f}",
             flush=True,
         )
-    append_record(arguments.out, global_batch_size=GLOBAL_BATCH, padding=padding, tokens_per_cpu_second=speed)
+    return speed
 
 
 def draw_lengths(samples: int, seed: int = 0) -> DrawnLengths:
@@ -159,6 +204,115 @@ def count_computed_tokens(lengths: Sequence[int], max_length: int) -> int:
     """Count the tokens of a packed micro-batch with its padding."""
     rows = lay_rows(lengths, max_length)
     return len(rows) * max(sum(lengths[index] for index in row) for row in rows)
+
+
+# --- packers of other projects ----------------------------------------------------------------------------------------
+
+
+def compare_packers(samples: int, image_tokens: int = 576) -> list[dict[str, Any]]:
+    """Compare the padding and the waiting of packers on the same lengths."""
+    lengths = draw_lengths(samples)
+    tokens = np.minimum(lengths.text + image_tokens * lengths.has_image, MAX_TOKENS)
+    estimated = np.minimum(lengths.estimated + image_tokens * lengths.has_image, MAX_TOKENS)
+    results = []
+    for micro_batch_size, max_length, rows in PEER_LAYOUTS:
+        layout = {"micro_batch_size": micro_batch_size, "max_length": max_length, "rows": rows}
+        measured = {
+            "redux": measure_micro_batches(pack_global_batches(tokens, estimated, micro_batch_size, max_length))
+        }
+        for name, packer in load_packers().items():
+            started = time.process_time()
+            packs = list(packer(tokens.tolist(), max_length))
+            seconds = time.process_time() - started
+            if sum(map(sum, packs)) != tokens.sum() or any(sum(pack) > max_length for pack in packs):
+                raise RuntimeError(
+                    f"{name}: got packs with other tokens, allowed: each sample once, within {max_length}"
+                )
+            np.random.default_rng(2).shuffle(packs)
+            micro_batches = [packs[start : start + rows] for start in range(0, len(packs) - rows + 1, rows)]
+            measured[name] = measure_micro_batches(micro_batches)
+            measured[name]["microseconds_per_sample"] = round(1e6 * seconds / samples, 1)
+        for name, shares in measured.items():
+            print(
+                f"{name:22} rows of {max_length}: padding {shares['padding']:6.2%}, waiting {shares['waiting']:6.2%}",
+                flush=True,
+            )
+        results.append({**layout, "packers": measured})
+    return results
+
+
+def pack_global_batches(
+    tokens: np.ndarray, estimated: np.ndarray, micro_batch_size: int, max_length: int
+) -> list[list[list[int]]]:
+    """Pack global batches as Redux does. Returns micro-batches, lists of rows, which are lists of lengths."""
+    micro_batches = []
+    for start in range(0, len(tokens), GLOBAL_BATCH):
+        batch = tokens[start : start + GLOBAL_BATCH]
+        parts = divide_evenly(estimated[start : start + GLOBAL_BATCH].tolist(), GLOBAL_BATCH // micro_batch_size)
+        for part in parts:
+            lengths = batch[part].tolist()
+            micro_batches.append([[lengths[index] for index in row] for row in lay_rows(lengths, max_length)])
+    return micro_batches
+
+
+def measure_micro_batches(micro_batches: list[list[list[int]]]) -> dict[str, float]:
+    """Measure padding and waiting.
+
+    Args:
+        micro_batches: lists of rows, which are lists of lengths. Ranks compute RANKS of them at the same time.
+    """
+    rows = [[sum(row) for row in micro_batch] for micro_batch in micro_batches]
+    computed = np.array([len(lengths) * max(lengths) for lengths in rows], float)
+    padding = 1 - sum(map(sum, rows)) / computed.sum()
+    turns = computed[: len(computed) // RANKS * RANKS].reshape(-1, RANKS)
+    waiting = 1 - turns.sum() / (RANKS * turns.max(axis=1).sum())
+    return {"padding": round(float(padding), 5), "waiting": round(float(waiting), 5)}
+
+
+def load_packers() -> dict[str, Packer]:
+    """Load the packers of other projects that are installed."""
+    packers: dict[str, Packer] = {}
+    if importlib.util.find_spec("binpacking"):
+        packers["ms-swift"] = pack_like_swift
+    found = importlib.util.find_spec("lmms_engine")
+    if found and found.submodule_search_locations:
+        build = _import_packing(Path(found.submodule_search_locations[0], "datasets", "packing")).build_online_packer
+        packers |= {f"lmms-engine-{name}": partial(pack_online, partial(build, name)) for name in LMMS_STRATEGIES}
+    return packers
+
+
+def _import_packing(folder: Path) -> Any:
+    """Import a package by its folder: the packages above it import DeepSpeed's peers, which the packers do not need."""
+    spec = importlib.util.spec_from_file_location(
+        "lmms_engine_packing", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec
+    assert spec.loader
+    module = sys.modules["lmms_engine_packing"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pack_like_swift(lengths: list[int], max_length: int) -> Iterator[list[int]]:
+    """Pack with binpacking as ms-swift does: chunks of samples, of which the last pack goes on to the next chunk."""
+    import binpacking  # type: ignore[import-not-found]
+
+    waiting: list[int] = []
+    for start in range(0, len(lengths), SWIFT_SAMPLES):
+        *packs, waiting = binpacking.to_constant_volume([*waiting, *lengths[start : start + SWIFT_SAMPLES]], max_length)
+        yield from packs
+    yield waiting
+
+
+def pack_online(build: Callable[[int], Any], lengths: list[int], max_length: int) -> Iterator[list[int]]:
+    """Pack with an online packer of lmms-engine, which `build` makes for a maximum length."""
+    packer = build(max_length)
+    for length in lengths:
+        yield from packer.add(length, length)
+    yield from packer.flush()
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
 
 
 def measure_speed(steps: int, has_cmai: bool, micro_batch_size: int = 8, batch_size: int = 32) -> dict[str, float]:

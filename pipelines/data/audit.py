@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 from pipelines.core import interrupts, storage
 from pipelines.data import images, records, tars
+from pipelines.data.index_file import INDEX_FILE, INDEX_SCHEMA
 from pipelines.data.quarantine import QuarantineError
 from pipelines.data.shard_index import (
-    INDEX_FILE,
-    INDEX_SCHEMA,
     QUARANTINE_FILE,
     SUMMARY_FILE,
     UNFINISHED_DIR,

@@ -11,6 +11,7 @@ zeros, and training replaces it as it replaces the image.
 no tower. Everything else that shows or evaluates images reads the set itself.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Int64
 
 from pipelines.core import storage
 from pipelines.data.shard_index import Shards
@@ -88,20 +90,25 @@ class StoredFeatures:
                 "features of this set; write them again into another folder"
             )
 
+    @functools.cached_property
+    def _images_before(self) -> Int64[np.ndarray, " samples"]:
+        """Number of images before each sample. Reads the whole index, once in each reader."""
+        has_image = self.shards.has_image
+        return np.cumsum(has_image) - has_image
+
     def read(self, numbers: Sequence[int]) -> list[bytes]:
         """Read the features of samples with images.
 
         Raises:
             ValueError: features are damaged, or there are none, as an image cannot be used. One line with the sample.
         """
-        # the position of a record in its file: the images before it in its shard
-        stops = np.cumsum(self.shards.shard_sizes)
-        image_sizes, size = self.shards.image_sizes, self.format.record_bytes
+        stops, size = np.cumsum(self.shards.shard_sizes), self.format.record_bytes
         ranges = []
         for number in numbers:
             shard = int(np.searchsorted(stops, number, side="right"))
             first = int(stops[shard - 1]) if shard else 0
-            position = int(np.count_nonzero(image_sizes[first:number]))
+            # the position of a record in its file: the images before it in its shard
+            position = int(self._images_before[number] - self._images_before[first])
             ranges.append((storage.join(self.folder, name_file(shard)), position * size, (position + 1) * size))
         result = []
         rows = self.shards.read_rows(numbers)

@@ -24,8 +24,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import ray.data
 from jaxtyping import Int, UInt8
+from ray.data import ExecutionResources
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
+from ray.data._internal.stats import get_or_create_stats_actor
 
 from pipelines.core import storage
+from pipelines.data import lazy_input
 from pipelines.data.features import StoredFeatures
 from pipelines.data.order import Order
 from pipelines.data.packing import BYTES_PER_TOKEN, Packing, divide_evenly, join_rows, lay_rows
@@ -61,11 +66,15 @@ TEXT_BYTES_PER_SAMPLE = 24 * 2048
 """Estimated size of a sample's text: three columns of 8 bytes per token."""
 
 MAX_SMALL_BLOCKS = 4096
-"""Number of blocks up to which they hold MAX_BLOCK_SAMPLES; a longer run has larger blocks.
+"""Number of blocks up to which they hold MAX_BLOCK_SAMPLES; a longer run has larger blocks, which cost Ray less."""
 
-Ray Data takes 0.8 ms per block before the first block arrives. At 336 pixels MAX_IMAGE_BLOCK_BYTES is the limit: 100
-million samples wait for ten minutes.
-"""
+PREFETCHED_BYTES = 128 * 2**20
+"""Bytes of blocks that a worker fetches ahead; at least one block."""
+
+MAX_STORED_BYTES_PER_WORKER = 2**30
+"""Bytes of blocks in Ray's object store, for each worker, above which readers wait.
+
+Ray Data ends idle readers, so there are as many as the workers need, whatever the number of CPUs."""
 
 MAX_BLOCKS_IN_FLIGHT = 3
 """Blocks that a reader works on or that are queued for it."""
@@ -126,6 +135,11 @@ class Reader:
         for stored in self.features.values():
             return stored.format.tokens, stored.format.row_bytes
         return self.image_size, self.image_size, 3
+
+    @property
+    def sample_bytes(self) -> int:
+        """Estimated bytes of a sample in a micro-batch."""
+        return math.prod(self.image_shape) + TEXT_BYTES_PER_SAMPLE
 
     def __call__(self, number: int, out: UInt8[np.ndarray, "size ..."] | None = None) -> Batch:
         """Make a micro-batch.
@@ -346,20 +360,65 @@ class Segment(NamedTuple):
     start: int
     stop: int
 
-    def list_blocks(self, workers: int) -> list[dict[str, int]]:
-        """List the blocks. A block has every `workers`-th micro-batch from `first` to `end` - 1.
-
-        Worker b % workers reads block b. The number of blocks is a multiple of `workers`, so that all get equally many.
-        """
+    def lay_out_blocks(self, workers: int) -> "BlockLayout":
+        """Lay out the blocks in which Ray Data moves the micro-batches to the workers."""
         reader, length = self.reader, self.stop - self.start
         samples = max(MAX_BLOCK_SAMPLES, length * reader.micro_batch_size // MAX_SMALL_BLOCKS)
-        samples = min(samples, MAX_IMAGE_BLOCK_BYTES // (math.prod(reader.image_shape) + TEXT_BYTES_PER_SAMPLE))
-        turn = max(samples // reader.micro_batch_size, 1) * workers
-        return [
-            {"first": start + worker, "end": min(start + worker + turn, self.stop)}
-            for start in range(self.start, self.stop, turn)
-            for worker in range(workers)
-        ]
+        samples = min(samples, MAX_IMAGE_BLOCK_BYTES // reader.sample_bytes)
+        size = min(samples // reader.micro_batch_size, length // workers)
+        return BlockLayout(self.start, self.stop, max(size, 1), workers)
+
+    def count_prefetched_blocks(self, workers: int) -> int:
+        """Count the blocks that a worker fetches ahead of the one that it reads."""
+        block_bytes = self.lay_out_blocks(workers).size * self.reader.micro_batch_size * self.reader.sample_bytes
+        return max(PREFETCHED_BYTES // block_bytes, 1)
+
+
+class BlockLayout(NamedTuple):
+    """Blocks of a segment. Worker b % workers reads block b, so all workers read equally many.
+
+    Args:
+        start: number of the first micro-batch.
+        stop: number after the last one.
+        size: micro-batches of a block. The first block of each worker has a single one, so that it comes soon.
+        workers: number of workers.
+    """
+
+    start: int
+    stop: int
+    size: int
+    workers: int
+
+    def count_blocks(self) -> int:
+        """Count the blocks."""
+        after_first = max(self.stop - self.start - self.workers, 0)
+        turns = (self.stop > self.start) + -(-after_first // (self.size * self.workers))
+        return turns * self.workers
+
+    def describe_block(self, number: int) -> dict[str, int]:
+        """Describe a block: it has every `workers`-th micro-batch from `first` to `end` - 1."""
+        turn, worker = divmod(number, self.workers)
+        start = self.start + (1 + (turn - 1) * self.size if turn else 0) * self.workers
+        end = start + (self.size if turn else 1) * self.workers
+        return {"first": start + worker, "end": min(end, self.stop)}
+
+
+class BlockSequence(Sequence[dict[str, int]]):
+    """Blocks of all segments, each computed when it is due."""
+
+    def __init__(self, layouts: Sequence[BlockLayout]) -> None:
+        self.layouts = layouts
+        self.ends = np.cumsum([layout.count_blocks() for layout in layouts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        segment = int(np.searchsorted(self.ends, number, side="right"))
+        first = int(self.ends[segment - 1]) if segment else 0
+        return {"segment": segment, **self.layouts[segment].describe_block(number - first)}
 
 
 def make_dataset(reader: Reader, start: int, stop: int, workers: int, leaves_cpus: bool = True) -> ray.data.Dataset:
@@ -379,12 +438,8 @@ def join_segments(segments: Sequence[Segment], workers: int, leaves_cpus: bool =
         workers: number of training workers.
         leaves_cpus: True if the workers leave CPUs for readers.
     """
-    blocks = [
-        {"segment": number, **block}
-        for number, segment in enumerate(segments)
-        for block in segment.list_blocks(workers)
-    ]
-    return ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
+    blocks = BlockSequence([segment.lay_out_blocks(workers) for segment in segments])
+    return lazy_input.from_sequence(blocks).map_batches(
         _BlockReader,
         fn_constructor_args=([segment.reader for segment in segments], workers),
         batch_size=None,
@@ -402,12 +457,25 @@ def make_streams(segments: Sequence[Segment], workers: int, leaves_cpus: bool = 
     """
     data = join_segments(segments, workers, leaves_cpus)
     data.context.execution_options.preserve_order = True
+    data.context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=workers * MAX_STORED_BYTES_PER_WORKER
+    )
     data.context.enable_progress_bars = False
     return data.streaming_split(workers, equal=True)
 
 
+def start_shared_actors() -> None:
+    """Start the actors that all datasets of a cluster share, if they do not exist.
+
+    Ray Data 2.60 starts them with the first dataset, and its readers wait for them: 3 seconds of CPU.
+    """
+    get_or_create_autoscaling_coordinator()
+    get_or_create_actor_location_tracker()
+    get_or_create_stats_actor()
+
+
 class _BlockReader:
-    """Actor that maps a block of `Segment.list_blocks` to its micro-batches."""
+    """Actor that maps a block of `BlockLayout` to its micro-batches."""
 
     def __init__(self, readers: Sequence[Reader], workers: int) -> None:
         self.readers, self.workers = readers, workers

@@ -3,11 +3,7 @@
 The index gives every sample's shard, byte range and checksum, so one sample is one ranged read. Training can take any
 sample at any time and in any order, without streaming the tar before it. Nothing in a shard is ever unpickled.
 
-    out/index.arrow                     one row per sample, in the order of the records: INDEX_SCHEMA
-
-The index is an Arrow IPC file of one uncompressed record batch, about 100 bytes per sample. A local index is mapped
-into memory: a process pays for the pages that it touches, and all processes of a machine share them. It is therefore
-replaced, and never written in place, which would crash its readers. From a bucket each process reads all of it.
+    out/index.arrow                     one row per sample, in the order of the records: see index_file.py
 """
 
 import contextlib
@@ -21,11 +17,10 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Bool, Int32, Int64
-from pyarrow import ipc
 
 from pipelines.core import storage
+from pipelines.data.index_file import INDEX_FILE, IndexFile
 from redux.settings import ImageAspectRatio
 
 FORMER_SHARD_OPTIONS = {
@@ -39,33 +34,10 @@ FORMER_SHARD_OPTIONS = {
 FORMER_SUMMARY_FIELDS = {"asked": "settings", "kept": "samples"}
 """Former names of fields of a summary."""
 
-INDEX_FILE = "index.arrow"
 QUARANTINE_FILE = "quarantine.jsonl"
 REPAIRED_FILE = "repaired.jsonl"
 SUMMARY_FILE = "summary.json"
 UNFINISHED_DIR = "unfinished"
-INDEX_SCHEMA = pa.schema(
-    {
-        "key": pa.large_string(),
-        "shard": pa.dictionary(pa.int32(), pa.string()),
-        "offset": pa.int64(),
-        "length": pa.int64(),
-        "sha256": pa.binary(32),
-        "record_at": pa.int64(),
-        "record_size": pa.int64(),
-        "image_at": pa.int64(),
-        "image_size": pa.int64(),
-        "words": pa.int32(),
-    }
-)
-"""Columns of the index.
-
-key: name of the sample in its tar. shard: file name of the tar. offset, length, sha256: byte range in the tar, and its
-checksum. record_at, record_size, image_at, image_size: record and image file within the range; image_size is 0 for
-text only. words: number of words of all turns.
-
-The samples of a shard are contiguous, and the dictionary lists the shards in the order of their samples.
-"""
 
 
 @dataclass(frozen=True)
@@ -129,7 +101,7 @@ class Shards:
         """Open a set. ValueError if the index is missing or invalid. Its rows are checked when they are read."""
         self.folder = os.fspath(folder)
         self._cache_key = uuid4().hex  # of this object and its pickled copies
-        self._length = _open_index(self.folder, self._cache_key)[1].num_rows
+        self._length = len(_open_index(self.folder, self._cache_key))
 
     def __len__(self) -> int:
         return self._length
@@ -147,41 +119,39 @@ class Shards:
     @property
     def shard_names(self) -> list[str]:
         """File names of the shards, in the order of the index."""
-        return self._rows["shard"].dictionary.to_pylist()
+        return self._index.shard_names
 
     @property
     def shard_sizes(self) -> Int64[np.ndarray, " shards"]:
         """Number of samples of each shard, in the order of the index."""
-        shard = self._rows["shard"]
-        # shard numbers ascend, so a binary search reads only a few pages of the column
-        return np.diff(np.searchsorted(shard.indices.to_numpy(), np.arange(len(shard.dictionary) + 1)))
+        return self._index.shard_sizes
 
     @property
     def word_counts(self) -> Int32[np.ndarray, " samples"]:
-        """Number of words of each sample, over all turns; a view of the index."""
-        return self._rows["words"].to_numpy()
+        """Number of words of each sample, over all turns. Reads the whole index."""
+        return self._index.read_column("words")
 
     @property
     def has_image(self) -> Bool[np.ndarray, " samples"]:
-        """True for each sample with an image; one byte per sample."""
-        return self._rows["image_size"].to_numpy() > 0
+        """True for each sample with an image. Reads the whole index."""
+        return self.image_sizes > 0
 
     def read_sizes(
         self, numbers: Int64[np.ndarray, " numbers"]
     ) -> tuple[Int64[np.ndarray, " numbers"], Bool[np.ndarray, " numbers"]]:
         """Return the bytes of the record of each sample, and True for each with an image."""
-        record_sizes, image_sizes = (self._rows[name].to_numpy()[numbers] for name in ("record_size", "image_size"))
+        record_sizes, image_sizes = self._index.read_values(numbers, "record_size", "image_size")
         return record_sizes, image_sizes > 0
 
     @property
     def image_sizes(self) -> Int64[np.ndarray, " samples"]:
-        """Bytes of the image file of each sample, 0 for text only; a view of the index."""
-        return self._rows["image_size"].to_numpy()
+        """Bytes of the image file of each sample, 0 for text only. Reads the whole index."""
+        return self._index.read_column("image_size")
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the index in hex, equal for the same samples in the same order. Reads the whole index."""
-        return hashlib.sha256(self._opened[0]).hexdigest()
+        """SHA-256 of the rows in hex, equal for the same samples in the same order."""
+        return self._index.fingerprint
 
     @property
     def prepared_format(self) -> tuple[int, ImageAspectRatio] | None:
@@ -201,74 +171,29 @@ class Shards:
             IndexError: a number is out of range.
             ValueError: a row is damaged.
         """
-        selected = np.array([int(number) for number in numbers], np.int64)
-        table = self._rows
-        outside = selected[(selected < 0) | (selected >= len(self))]
-        if outside.size:
-            raise IndexError(f"{self.folder}: got sample {outside[0]}, allowed: 0 to {len(self) - 1}")
-        # check the rows first: Arrow does not, and would read outside of the file
-        shard = table["shard"].indices.to_numpy()[selected]
-        if ((shard < 0) | (shard >= len(table["shard"].dictionary))).any():
-            raise _damaged_index(self.folder, "a row of no shard")
-        try:
-            for number in selected.tolist():
-                table["key"].slice(number, 1).validate(full=True)
-        except pa.ArrowException as error:
-            raise _damaged_index(self.folder, error) from None
-        return table.take(pa.array(selected)).to_pylist()
+        return self._index.read_rows(numbers)
 
     def validate(self) -> None:
         """Check the whole index. ValueError if it is damaged."""
-        try:
-            self._rows.validate(full=True)
-        except pa.ArrowException as error:
-            raise _damaged_index(self.folder, error) from None
-        shard = self._rows["shard"]
-        # shard numbers start at 0 and never skip or decrease
-        steps = np.diff(shard.indices.to_numpy(), prepend=-1, append=len(shard.dictionary))
-        if ((steps != 0) & (steps != 1)).any() or len(set(self.shard_names)) < len(self.shard_names):
-            raise _damaged_index(self.folder, "samples of a shard do not stand together")
+        self._index.validate()
 
     def read_samples(self, numbers: Iterable[int]) -> list[StoredSample]:
         """Read samples by number, in this order. ValueError if stored bytes differ from the index's checksum."""
         return read_samples([(self, number) for number in numbers])
 
     @property
-    def _opened(self) -> tuple[pa.Buffer, pa.RecordBatch]:
-        """The index file and its rows. ValueError if the file was replaced by one of another length."""
+    def _index(self) -> IndexFile:
+        """The index file. ValueError if it was replaced by one of another length."""
         opened = _open_index(self.folder, self._cache_key)
-        if opened[1].num_rows != len(self):
-            raise ValueError(f"{self.folder}: {INDEX_FILE} has {opened[1].num_rows} samples now, it had {len(self)}")
+        if len(opened) != len(self):
+            raise ValueError(f"{self.folder}: {INDEX_FILE} has {len(opened)} samples now, it had {len(self)}")
         return opened
-
-    @property
-    def _rows(self) -> pa.RecordBatch:
-        return self._opened[1]
 
 
 @functools.lru_cache(maxsize=64)  # a mixture has fewer sets
-def _open_index(folder: str, cache_key: str) -> tuple[pa.Buffer, pa.RecordBatch]:
+def _open_index(folder: str, cache_key: str) -> IndexFile:
     """Open the index file, once per process and cache key, because the file may be replaced in between."""
-    path = storage.join(folder, INDEX_FILE)
-    if not storage.exists(path):
-        raise ValueError(f"{folder}: no shards here, {INDEX_FILE} is missing")
-    data = pa.py_buffer(storage.map_file(path))
-    try:
-        file = ipc.open_file(data)
-        if not file.schema.equals(INDEX_SCHEMA) or file.num_record_batches != 1:
-            raise _damaged_index(folder, "other columns, or more than one batch")
-        rows = file.get_batch(0)
-        rows.validate()
-        rows["shard"].dictionary.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged_index(folder, error) from None
-    if any(column.null_count for column in rows.columns):
-        raise _damaged_index(folder, "rows with nulls")
-    return data, rows
-
-
-def _damaged_index(folder: str, reason: object) -> ValueError:
-    return ValueError(f"{storage.join(folder, INDEX_FILE)}: not an index of shards, or damaged: {reason}")
+    return IndexFile(folder)
 
 
 def read_samples(requests: Sequence[tuple[Shards, int]]) -> list[StoredSample]:

@@ -4,7 +4,7 @@ Shards are plain tars that any WebDataset tool reads. Each sample has two member
 `json`, the record.
 
     out/000000.tar, 000001.tar, ...     KEY.jpg (or png, ...), KEY.json, KEY.jpg, ...; KEY is the record's number
-    out/index.arrow                     one row per sample: see pipelines/data/shard_index.py
+    out/index.arrow                     one row per sample: see pipelines/data/index_file.py
     out/quarantine.jsonl                {"number", "id", "reason", "field", "value", "explanation"}, a rejected record a
                                         line; with "origin", its position in a source, and "repair", if --fix repairs it
     out/repaired.jsonl                  with --fix: the same of each repaired record, and the "record" as it is now
@@ -34,12 +34,11 @@ from pipelines.core.imports import import_without
 from pipelines.data import records as check
 from pipelines.data import tars
 from pipelines.data.images import ImageFolder, OutsideError, check_image
+from pipelines.data.index_file import INDEX_FILE, INDEX_SCHEMA, as_record_batch, encode_index
 from pipelines.data.options import ShardOptions
 from pipelines.data.quarantine import QuarantineError
 from pipelines.data.repairs import find_repair
 from pipelines.data.shard_index import (
-    INDEX_FILE,
-    INDEX_SCHEMA,
     QUARANTINE_FILE,
     REPAIRED_FILE,
     SUMMARY_FILE,
@@ -452,13 +451,12 @@ def _describe_value(value: Any) -> str:
 
 def write_index(out: str, table: pa.Table) -> None:
     """Write the index, which makes the folder a set."""
-    storage.write(storage.join(out, INDEX_FILE), to_ipc_bytes(table))
+    storage.write(storage.join(out, INDEX_FILE), encode_index(table))
 
 
 def to_ipc_bytes(table: pa.Table) -> bytes:
     """Serialise a table as an Arrow IPC file of one record batch."""
-    batch = pa.RecordBatch.from_arrays([column.combine_chunks() for column in table.columns], schema=table.schema)
     sink = io.BytesIO()
     with ipc.new_file(sink, table.schema) as file:
-        file.write_batch(batch)
+        file.write_batch(as_record_batch(table))
     return sink.getvalue()

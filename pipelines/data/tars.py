@@ -179,7 +179,7 @@ def iterate_samples(data: BytesLike, name: str) -> Iterator[TarSample]:
 
 
 def make_index_rows(tar: Tar, data: BytesLike, name: str) -> list[dict[str, Any]]:
-    """Make the rows of the index, one per kept sample, with the columns of `shard_index.INDEX_SCHEMA`."""
+    """Make the rows of the index, one per kept sample, with the columns of `index_file.INDEX_SCHEMA`."""
     return [
         {
             "key": to_utf8(sample.key),

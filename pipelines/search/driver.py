@@ -29,9 +29,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from pipelines.core import failures, interrupts
+from pipelines.core.background import run_in_background
 from pipelines.search.trials import Prune, Trials, TrialSpec
 from pipelines.training import metrics
-from pipelines.training.driver import StopCallback, StoppedError, remove_placement_group, run_in_background
+from pipelines.training.driver import StopCallback, StoppedError, remove_placement_group
 from pipelines.training.stage import Recovery
 
 TRIALS_FOLDER = "trials"

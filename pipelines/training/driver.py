@@ -16,7 +16,6 @@ storage, where a crash cannot lose it and another driver finds it.
 """
 
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -34,6 +33,8 @@ from ray.util.placement_group import PlacementGroup
 from tqdm import tqdm
 
 from pipelines.core import cluster, failures, interrupts, storage
+from pipelines.core.background import run_in_background
+from pipelines.data import ingest
 from pipelines.training import export, launch, recorder, rendezvous
 from pipelines.training.files import is_complete
 from pipelines.training.plan import StagePlan, StageWork
@@ -116,7 +117,9 @@ class WorkerGroup:
         # Ray Train requires a storage folder. Nothing in it is needed later.
         self._scratch = tempfile.TemporaryDirectory()
         trainer = _make_trainer(plan, self.client, self._scratch.name)
-        # The main thread receives signals and follows the recorder, while fit() runs in the thread.
+        ingest.start_shared_actors()
+        # The main thread receives signals and follows the recorder, while fit() runs in the thread. In the main thread,
+        # fit() of Ray Train 2.60 takes Ctrl-C for itself and exits with code 0, and it never returns if Ray has ended.
         self.future = run_in_background(trainer.fit)
 
     def open_stage(
@@ -343,24 +346,6 @@ def _follow_workers(
                 wait([group.future], timeout=plan.recovery.grace_s)
                 progress.show()
             raise
-
-
-def run_in_background(work: Callable[[], Any]) -> Future[Any]:
-    """Run a function in a daemon thread, which ends with the process.
-
-    In the main thread, fit() of Ray Train 2.60 takes Ctrl-C for itself and exits with code 0, and it never returns if
-    Ray itself has ended.
-    """
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def _worker_resources(plan: StagePlan) -> dict[str, float]:

@@ -1,11 +1,14 @@
 """Micro-batches of one rank, from a Ray Data dataset that all ranks share."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from pipelines.core.background import run_in_background
 from pipelines.data import ingest
 from pipelines.training import checkpoint
 from pipelines.training.plan import StageWork
@@ -74,14 +77,24 @@ class Feed:
                 count = work.plan.stage.count_accumulation_steps(workers) * workers
                 segments.append(ingest.Segment(work.reader, (0 if segments else cursor) * count, work.steps * count))
             leaves_cpus = self.stages[index].plan.leaves_cpus_to_readers(uses_gpus=torch.cuda.is_available())
-            splits = list(ingest.make_streams(segments, workers, leaves_cpus))
+            prefetched_blocks = min(segment.count_prefetched_blocks(workers) for segment in segments)
+            splits = [(stream, prefetched_blocks) for stream in ingest.make_streams(segments, workers, leaves_cpus)]
         received: list[Any] = [None]
         dist.scatter_object_list(received, splits, src=0)
-        blocks = received[0].iter_batches(batch_size=None, prefetch_batches=2)
-        # A generator, so that `splits` stays alive: the first stream owns the execution.
-        return self._iterate(blocks, splits)
+        stream, prefetched_blocks = received[0]
+        batches = self._iterate(stream.iter_batches(batch_size=None, prefetch_batches=prefetched_blocks), splits)
+        # Ray Data starts the readers when every rank asks for a micro-batch. So a thread asks now, and the readers
+        # start while the model is built.
+        first = run_in_background(partial(next, batches))
+        return self._continue(first, batches)
 
     @staticmethod
     def _iterate(blocks: Iterable[ingest.Batch], splits: list[Any]) -> Iterator[ingest.Batch]:
+        # A generator, so that `splits` stays alive: the first stream owns the execution.
         yield from ingest.iterate_micro_batches(blocks)
         splits.clear()
+
+    @staticmethod
+    def _continue(first: Future[ingest.Batch], batches: Iterator[ingest.Batch]) -> Iterator[ingest.Batch]:
+        yield first.result()
+        yield from batches

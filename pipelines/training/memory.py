@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipelines.data.ingest import TEXT_BYTES_PER_SAMPLE, Segment
+from pipelines.data.ingest import Segment
 from pipelines.training.engine import DTYPES, MAX_REDUCE_BUCKET_SIZE, add_loss, build_module, select_trained
 from pipelines.training.plan import StagePlan, StageWork
 from pipelines.training.step_trace import (
@@ -34,9 +34,6 @@ from redux.cost import compute_cost
 from redux.model import ReduxForConditionalGeneration
 
 FP32_BYTES = 4
-
-QUEUED_BLOCKS = 3
-"""Blocks of micro-batches of a worker in memory: the one that it reads, and two ahead."""
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """Elements that DeepSpeed's ZeRO 3 gathers on a worker at most, by default."""
@@ -338,10 +335,11 @@ def count_queued_bytes(work: StageWork, workers: int) -> int:
     """Count the bytes of the micro-batches that are queued for a worker in the memory of its host."""
     stage = work.plan.stage
     stop = work.steps * stage.count_accumulation_steps(workers) * workers
-    block = Segment(work.reader, 0, stop).list_blocks(workers)[0]
-    micro_batches = -(-(block["end"] - block["first"]) // workers)
-    samples = micro_batches * stage.micro_batch_size
-    return QUEUED_BLOCKS * samples * (3 * work.plan.image_size**2 + TEXT_BYTES_PER_SAMPLE)
+    segment = Segment(work.reader, 0, stop)
+    samples = segment.lay_out_blocks(workers).size * stage.micro_batch_size
+    # the block that it reads, and those ahead
+    blocks = 1 + segment.count_prefetched_blocks(workers)
+    return blocks * samples * work.reader.sample_bytes
 
 
 def _interpolate(steps: Sequence[StepTrace], sizes: tuple[int, int], size: int) -> StepTrace:

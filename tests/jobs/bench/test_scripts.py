@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from jobs.bench import inhibition, launches, order, packing, pixels, serve
+from jobs.bench import feeding, inhibition, launches, order, packing, pixels, serve
+from jobs.bench.simulated_bucket import TiledFile
 from pipelines.serving.settings import ServedModel, ServerSettings
 from tests.pipelines.serving.local_gateway import serve_locally
 
 ROOT = Path(__file__).parents[3]
-SCRIPTS = sorted(path.stem for path in (ROOT / "jobs" / "bench").glob("*.py") if path.stem != "record")
+SHARED_PARTS = {"record", "simulated_bucket"}
+SCRIPTS = sorted({path.stem for path in (ROOT / "jobs" / "bench").glob("*.py")} - SHARED_PARTS)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -53,6 +55,31 @@ def test_packing_in_the_smallest_size(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert all(layout["packed"] <= 0.03 < layout["unpacked"] for layout in record["padding"])
     assert all(speed["packed"] > 0 for speed in record["tokens_per_cpu_second"].values())
+    assert all(layout["packers"]["redux"]["padding"] <= 0.03 for layout in record["peers"])
+
+
+def test_padding_and_waiting_are_shares() -> None:
+    even, uneven = [[[4, 4], [8]]] * packing.RANKS, [[[4], [8]], *[[[4, 4]]] * (packing.RANKS - 1)]
+    assert packing.measure_micro_batches(even) == {"padding": 0, "waiting": 0}
+    # one rank pads 4 of 16 tokens, and seven ranks with 8 tokens wait for it
+    assert packing.measure_micro_batches(uneven) == {"padding": round(4 / 72, 5), "waiting": round(1 - 72 / 128, 5)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of the process from /proc")
+def test_a_large_set_is_opened_with_few_requests(tmp_path: Path) -> None:
+    pytest.importorskip("s3fs")
+    feeding.main(["--parts", "open", "--samples", "160000", "--out", str(tmp_path / "out.jsonl")])
+    [opened] = json.loads((tmp_path / "out.jsonl").read_text())["open"]
+    assert (opened["samples"], opened["requests"] <= 3 + 2 * feeding.OPEN_BATCH + 3) == (160_000, True)
+    assert opened["megabytes"] < 3
+
+
+def test_ranges_of_a_tiled_file_are_those_of_its_bytes() -> None:
+    file = TiledFile(b"head", b"tile!", 3, b"end")
+    whole = b"head" + 3 * b"tile!" + b"end"
+    assert len(file) == len(whole)
+    ranges = [(start, stop) for start in range(len(whole)) for stop in range(start, len(whole) + 1)]
+    assert [file.read(*part) for part in ranges] == [whole[slice(*part)] for part in ranges]
 
 
 def test_launches_of_one_path(capsys: pytest.CaptureFixture[str]) -> None:

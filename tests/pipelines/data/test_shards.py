@@ -1,5 +1,6 @@
 """Tests of shards: WebDataset reads them, and the index finds every sample or names the error."""
 
+import hashlib
 import itertools
 import json
 import pickle
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ import webdataset
 from PIL import Image
 
 from pipelines.core import storage
+from pipelines.data import index_file
+from pipelines.data.index_file import INDEX_FILE, INDEX_SCHEMA, encode_index
 from pipelines.data.options import ShardOptions
 from pipelines.data.records import RECORD_REASONS
-from pipelines.data.shard_index import INDEX_FILE, INDEX_SCHEMA, QUARANTINE_FILE, SUMMARY_FILE, Shards, read_summary
-from pipelines.data.shard_writer import make_shards, write_index
+from pipelines.data.shard_index import QUARANTINE_FILE, SUMMARY_FILE, Shards, read_summary
+from pipelines.data.shard_writer import make_shards, to_ipc_bytes, write_index
 from redux.image import load_pixels
 
 
@@ -321,7 +324,7 @@ def own():
 before = own()
 shards = Shards({str(tmp_path)!r})
 assert [row["key"] for row in shards.read_rows([999_999, 5])] == ["999999", "5"]
-assert shards.shard_sizes.tolist() == [1000] * 1000 and shards.word_counts[-1] == 1
+assert shards.shard_sizes.tolist() == [1000] * 1000 and shards.read_rows([999_998])[0]["words"] == 1
 print(own() - before)"""
     grown = int(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout)
     assert grown < 5e6 < 50e6 < (tmp_path / INDEX_FILE).stat().st_size
@@ -335,12 +338,100 @@ def test_a_set_in_a_bucket_is_read_as_a_local_one(stored: Shards, monkeypatch: p
         shards = Shards("memory://bucket/set")
         assert shards.fingerprint == stored.fingerprint
         assert shards.read_samples([21, 0]) == stored.read_samples([21, 0])
+        assert shards.word_counts.tolist() == stored.word_counts.tolist()
         memory.rm(f"/bucket/set/{INDEX_FILE}")
-        assert shards.word_counts.tolist() == stored.word_counts.tolist(), "the index is read once"
+        assert shards.read_rows([3]) == stored.read_rows([3]), "a block of the index is read once"
         with pytest.raises(ValueError, match="memory://bucket/set: no shards here"):
             Shards("memory://bucket/set")
     finally:
         memory.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def bucket_index() -> Iterator[Callable[[bytes], str]]:
+    """Function that writes an index into a bucket in memory, and returns the URL of its set."""
+    memory = fsspec.filesystem("memory")
+
+    def write(data: bytes) -> str:
+        memory.pipe(f"/bucket/{INDEX_FILE}", data)
+        return "memory://bucket"
+
+    yield write
+    memory.rm("/bucket", recursive=True)
+
+
+def test_a_row_of_an_index_in_a_bucket_takes_the_footer_and_one_block(
+    bucket_index: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch
+):
+    data = encode_index(table(100_000))
+    shards = Shards(bucket_index(data))
+    asked, read = [], storage.read_ranges
+
+    def counted(ranges: Sequence[storage.ByteRange]) -> list[bytes]:
+        asked.extend(ranges)
+        return read(ranges)
+
+    monkeypatch.setattr(storage, "read_ranges", counted)
+    assert [row["key"] for row in Shards(shards.folder).read_rows([77_777, 77_778])] == ["77777", "77778"]
+    assert len(asked) == 2
+    assert sum(stop - start for _, start, stop in asked) < 100_000 < len(data) / 100
+
+
+def test_blocks_that_were_not_used_lately_are_read_again(
+    bucket_index: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(index_file, "MAX_CACHED_BLOCKS", 2)
+    shards, asked, read = Shards(bucket_index(encode_index(table(2000)))), list[int](), storage.read_ranges
+
+    def counted(ranges: Sequence[storage.ByteRange]) -> list[bytes]:
+        asked.append(len(ranges))
+        return read(ranges)
+
+    monkeypatch.setattr(storage, "read_ranges", counted)
+    for number in (0, 300, 1, 600, 2, 301):  # blocks 0, 1, 0, 2, 0, 1
+        assert shards.get_key(number) == str(number)
+    assert asked == [1, 1, 0, 1, 0, 1]
+    assert [row["key"] for row in shards.read_rows([1999, 0, 999, 1])] == ["1999", "0", "999", "1"]
+
+
+def test_blocks_of_two_indexes_are_not_mixed(bucket_index: Callable[[bytes], str]):
+    shards = Shards(bucket_index(encode_index(table(1000))))
+    assert shards.read_rows([0])
+    bucket_index(encode_index(table(1000, word=2)))
+    with pytest.raises(ValueError, match="block 3 is that of another index, or the set was replaced"):
+        shards.read_rows([999])
+
+
+def test_an_index_of_an_earlier_version_is_written_in_blocks(tmp_path: Path):
+    former = to_ipc_bytes(table(1000))
+    (tmp_path / INDEX_FILE).write_bytes(former)
+    before = Shards(tmp_path)
+    # another version of Arrow may have written it, so the fingerprint is not computed again
+    assert index_file.rewrite_former(str(tmp_path))
+    after = Shards(tmp_path)
+    assert (tmp_path / INDEX_FILE).read_bytes() == encode_index(table(1000))
+    assert (after.fingerprint, rows(after)) == (before.fingerprint, rows(before))
+    assert not index_file.rewrite_former(str(tmp_path))
+    assert not index_file.rewrite_former(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("samples", [0, 22, 1000])
+def test_the_index_of_an_earlier_version_is_the_same_set(
+    bucket_index: Callable[[bytes], str], tmp_path: Path, samples: int
+):
+    """It was one record batch; fingerprints are in checkpoints, so they stay those of that file."""
+    former = to_ipc_bytes(table(samples))
+    (tmp_path / INDEX_FILE).write_bytes(former)
+    for opened in (Shards(tmp_path), Shards(bucket_index(former)), Shards(bucket_index(encode_index(table(samples))))):
+        assert opened.fingerprint == hashlib.sha256(former).hexdigest()
+        assert rows(opened) == table(samples).to_pylist()
+        assert opened.shard_names == [f"{shard:06d}.tar" for shard in range(-(-samples // 1000))]
+        assert opened.shard_sizes.sum() == samples
+        assert (len(opened.word_counts), opened.has_image.sum()) == (samples, (np.arange(samples) % 3 > 0).sum())
+        record_sizes, has_image = opened.read_sizes(np.arange(samples)[::-7])
+        assert record_sizes.tolist() == [512] * len(record_sizes)
+        assert has_image.tolist() == opened.has_image[::-7].tolist()
+        opened.validate()
 
 
 def test_an_index_of_something_else_is_named(tmp_path: Path):
@@ -354,9 +445,13 @@ def test_an_index_of_something_else_is_named(tmp_path: Path):
             Shards(tmp_path)
 
 
-def test_a_damaged_index_is_an_error_or_other_rows_but_never_a_crash(tmp_path: Path):
+@pytest.mark.parametrize("encode", [encode_index, to_ipc_bytes], ids=["blocks", "earlier version"])
+def test_a_damaged_index_is_an_error_or_other_rows_but_never_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encode: Callable[[pa.Table], bytes]
+):
     """Arrow trusts offsets in an index; an offset outside of the file would crash the process."""
-    write_index(str(tmp_path), table(22, each=5))
+    monkeypatch.setattr(index_file, "ROWS_PER_BLOCK", 8)
+    (tmp_path / INDEX_FILE).write_bytes(encode(table(22, each=5)))
     path, rng = tmp_path / INDEX_FILE, np.random.default_rng(0)
     whole = path.read_bytes()
     refused = []

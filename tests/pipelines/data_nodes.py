@@ -1,0 +1,96 @@
+"""A stream of micro-batches from data nodes of which one dies; a script for test_data_nodes.py.
+
+    python -m tests.pipelines.data_nodes FOLDER
+
+The training node has no CPUs for readers. FOLDER contains the reader (reader.pickle). The samples of the stream are
+printed as JSON, with the nodes that read them.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import ray
+from ray.cluster_utils import Cluster
+
+from pipelines.data import ingest
+from pipelines.data.ingest import Reader, Segment
+from tests.pipelines.cluster_day import FAST_HEALTH_CHECKS, power_off
+from tests.pipelines.faults import wait_until
+
+WORKERS = 2
+EPOCHS = 30
+
+
+def log_node(encode: Callable[..., Any], log: Path) -> Callable[..., Any]:
+    """Make an encoder that leaves a file for its node, and waits until two nodes have left one."""
+
+    def encode_and_log(tokenizer: Any, sample: Any) -> Any:
+        (log / ray.get_runtime_context().get_node_id()).touch()
+        wait_until(lambda: len(list(log.iterdir())) >= 2)
+        return encode(tokenizer, sample)
+
+    return encode_and_log
+
+
+def read_stream(cluster: Cluster, reader: Reader, log: Path) -> dict[str, Any]:
+    """Read a stream on all ranks. A node that has read samples dies, then a new one joins."""
+    stop = reader.order.count_batches(EPOCHS) * reader.order.global_batch_size // reader.micro_batch_size
+    segment = Segment(replace(reader, encode=log_node(reader.encode, log)), 0, stop)
+    streams = ingest.make_streams([segment], WORKERS)
+    killed: list[str] = []
+
+    def kill_reading_node() -> None:
+        """Kill a node, whose blocks nobody has read yet, and add another one."""
+        node = cluster.worker_nodes[0]
+        killed.append(node.node_id)
+        power_off(node)
+        cluster.worker_nodes.remove(node)
+        cluster.add_node(num_cpus=1)
+
+    def read(rank: int) -> list[dict[str, Any]]:
+        found = []
+        for batch in ingest.iterate_micro_batches(streams[rank].iter_batches(batch_size=None, prefetch_batches=1)):
+            found.append({name: batch[name].tolist() for name in ("source", "sample", "input_ids")})
+            found[-1]["number"] = int(batch["number"])
+            if rank == 0 and len(found) == 3:
+                kill_reading_node()
+        return found
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        ranks = list(pool.map(read, range(WORKERS)))
+    return {"ranks": ranks, "killed": killed, "nodes": sorted(path.name for path in log.iterdir())}
+
+
+def main(folder: Path) -> None:
+    reader = cloudpickle.loads((folder / "reader.pickle").read_bytes())
+    log = folder / "nodes"
+    log.mkdir()
+    # small blocks: many of them are on the way when the node dies
+    ingest.MAX_BLOCK_SAMPLES = 8
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": FAST_HEALTH_CHECKS},
+    )
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        (folder / "stream.json").write_text(json.dumps(read_stream(cluster, reader, log)))
+    finally:
+        with suppress(Exception):
+            ray.shutdown()
+        for node in [cluster.head_node, *cluster.worker_nodes]:
+            power_off(node)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
+    main(Path(sys.argv[1]))
