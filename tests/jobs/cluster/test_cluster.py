@@ -157,7 +157,7 @@ class PrivateRun:
         listening: addresses on which each process listens.
         commands: all command lines.
         token: the token of Ray.
-        dashboard: True if Ray shows a dashboard.
+        dashboard: True if a process of the dashboard runs.
         files: the content of all files during the run.
     """
 
