@@ -247,6 +247,8 @@ def _unsupported(
         return f"heads have {query.shape[-1]} and {value.shape[-1]} dimensions"
     if inhibition is not None and not inhibition.cmai.preamble:
         return "preamble is false"
+    if inhibition is not None and inhibition.cmai.heads != "mean":
+        return "heads have masks of their own"
     if is_recording():
         return "decisions are recorded"
     if _recorder.get() is not None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from redux.focus import select_above_quantile
-from redux.focus_cache import FocusRows
+from redux.focus import fold_heads, select_above_quantile, unfold_heads
+from redux.focus_cache import FocusRows, HeadRows
 from redux.kernels import use_fused
 from redux.parallel import mean_over_ranks
 from redux.settings import CMAI
@@ -25,6 +25,24 @@ DECODING_TENSORS = ("position", "is_text", "columns", "valid")
 
 MAX_SLOTS = 8192
 """Largest number of columns that one program of the kernel holds."""
+
+
+def select_heads(cmai: CMAI, layer: int, num_heads: int, mesh: Any) -> tuple[int, ...]:
+    """Select the heads of a layer that have masks of their own, see `CMAI.select_heads`.
+
+    Raises:
+        ValueError: heads have numbers, and ranks share the heads.
+    """
+    if mesh is not None and not isinstance(cmai.heads, str):
+        raise ValueError(f"heads: got {cmai.heads}, allowed with tensor parallelism: mean or each")
+    return cmai.select_heads(layer, num_heads)
+
+
+def repeat_for_heads(
+    pairs: Shaped[Tensor, "masks 1 rows keys"] | None, batch: int, num_heads: int
+) -> Shaped[Tensor, "repeated 1 rows keys"] | None:
+    """Repeat a mask for the sequences of `fold_heads`; one that all sequences share stays as it is."""
+    return pairs if pairs is None or len(pairs) != batch else pairs.repeat_interleave(num_heads, dim=0)
 
 
 @dataclass(frozen=True)
@@ -44,7 +62,7 @@ class DecodingStep:
 
     cmai: CMAI
     gammas: tuple[float, ...]
-    cache: FocusRows
+    cache: FocusRows | HeadRows
     position: Int[Tensor, ""]
     is_text: Bool[Tensor, "batch 1"]
     columns: Int[Tensor, "batch slots"]
@@ -88,8 +106,10 @@ class DecodingStep:
         scale: float,
         bias: Float[Tensor, "masks 1 1 keys"] | None = None,
         mesh: Any = None,
-    ) -> Bool[Tensor, "batch 1 1 keys"]:
+    ) -> Bool[Tensor, "batch mask_heads 1 keys"]:
         """Compute the keys that stay in one layer, as `Inhibition.compute_mask` does for many rows."""
+        if self.cmai.heads != "mean":
+            return self._compute_head_masks(layer, query, key, visible, scale, bias, mesh)
         batch, keys = len(query), key.shape[2]
         seen = visible[:, 0, 0].expand(batch, keys)
         attention = self._mean_attention(query, key, visible, scale, bias, mesh)
@@ -102,7 +122,7 @@ class DecodingStep:
             earlier = torch.arange(keys, device=key.device) < self.position
             t2n = (self._text_to_text(attention, seen) * earlier)[:, keys - rows.shape[1] :]
             focus = torch.baddbmm(t2i.unsqueeze(1), t2n.unsqueeze(1), rows).squeeze(1)
-            rows.index_copy_(1, (self.position - self.cache.start).reshape(1), t2i.unsqueeze(1))
+            self.cache.write_row(layer, keys, (self.position - self.cache.start).reshape(1), t2i.unsqueeze(1))
         candidates = seen.gather(1, self.columns) & self.valid
         kept = select_above_quantile(
             focus.unsqueeze(1), candidates.unsqueeze(1), self.gammas[layer], self.cmai.quantile
@@ -110,6 +130,33 @@ class DecodingStep:
         # free columns point at the token's own key, which always stays
         mask = torch.ones_like(seen).scatter(1, self.columns, kept | ~inhibited)
         return mask[:, None, None]
+
+    def _compute_head_masks(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch heads 1 head_dim"],
+        key: Float[Tensor, "batch kv_heads keys head_dim"],
+        visible: Bool[Tensor, "masks 1 1 keys"],
+        scale: float,
+        bias: Float[Tensor, "masks 1 1 keys"] | None,
+        mesh: Any,
+    ) -> Bool[Tensor, "batch heads 1 keys"]:
+        """Compute a mask for each head that `CMAI.heads` names, see `Inhibition`."""
+        heads = select_heads(self.cmai, layer, query.shape[1], mesh)
+        if not heads:
+            return query.new_ones(len(query), query.shape[1], 1, key.shape[2], dtype=torch.bool)
+        visible, bias = (repeat_for_heads(pairs, len(query), len(heads)) for pairs in (visible, bias))
+        kept = self._repeat_for_heads(len(heads)).compute_mask(
+            layer, *fold_heads(query, key, heads), visible, scale, bias
+        )
+        return unfold_heads(kept, heads, query.shape[1])
+
+    def _repeat_for_heads(self, num_heads: int) -> "DecodingStep":
+        """Return the step of the sequences of `fold_heads`."""
+        names = ("is_text", "columns", "valid")
+        tensors = {name: getattr(self, name).repeat_interleave(num_heads, dim=0) for name in names}
+        cmai, cache = replace(self.cmai, heads="mean"), HeadRows(self.cache, num_heads)
+        return replace(self, **tensors, cmai=cmai, cache=cache, copies={})
 
     def _mean_attention(
         self,
@@ -185,6 +232,8 @@ class DecodingStep:
 
     def _missing_kernel(self, query: Tensor, key: Tensor, value: Tensor) -> str:
         """Return why the kernels cannot serve a call, or ""."""
+        if self.cmai.heads != "mean":
+            return "heads have masks of their own"
         if self.cmai.focus == "discounted":
             return "focus is discounted"
         if self.cmai.scores == "weights" and not self.cmai.preamble:
