@@ -179,8 +179,32 @@ class Inhibition:
         Returns:
             False for pairs of a text row and an image key whose focus is below the row's quantile, else True.
         """
-        if self.cmai.heads != "mean":
-            return self._compute_head_masks(layer, query, key, visible, scale, bias, mesh)
+        heads = select_heads(self.cmai, layer, query.shape[1], mesh)
+        if heads is None:
+            mask = self._compute_mean_mask(layer, query, key, visible, scale, bias, mesh)
+        elif not heads:
+            mask = query.new_ones(len(query), 1, query.shape[2], key.shape[2], dtype=torch.bool)
+        else:
+            # each of these heads of each sequence is a sequence of its own
+            visible, bias = (repeat_for_heads(pairs, len(query), len(heads)) for pairs in (visible, bias))
+            folded = self._repeat_for_heads(len(heads))
+            kept = folded._compute_mean_mask(layer, *fold_heads(query, key, heads), visible, scale, bias, None)
+            mask = unfold_heads(kept, heads, query.shape[1])
+        if (decisions := _recorded.get()) is not None:
+            decisions[layer] = mask
+        return mask
+
+    def _compute_mean_mask(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch heads rows head_dim"],
+        key: Float[Tensor, "batch kv_heads keys head_dim"],
+        visible: Bool[Tensor, "masks 1 rows keys"],
+        scale: float,
+        bias: Float[Tensor, "masks 1 rows keys"] | None,
+        mesh: Any,
+    ) -> Bool[Tensor, "batch 1 rows keys"]:
+        """Compute one mask for all heads, from the mean of their attention."""
         batch, _, rows, _ = query.shape
         keys = key.shape[2]
         mask = visible.new_ones(batch, rows, keys)
@@ -204,38 +228,13 @@ class Inhibition:
         # padded columns point at text keys, which are never inhibited
         kept = kept | ~is_text_row.unsqueeze(-1) | ~self.valid.unsqueeze(1)
         mask[:, start:].scatter_(2, columns, kept)
-        if (decisions := _recorded.get()) is not None:
-            decisions[layer] = mask.unsqueeze(1)
         return mask.unsqueeze(1)
-
-    def _compute_head_masks(
-        self,
-        layer: int,
-        query: Float[Tensor, "batch heads rows head_dim"],
-        key: Float[Tensor, "batch kv_heads keys head_dim"],
-        visible: Bool[Tensor, "masks 1 rows keys"],
-        scale: float,
-        bias: Float[Tensor, "masks 1 rows keys"] | None,
-        mesh: Any,
-    ) -> Bool[Tensor, "batch heads rows keys"]:
-        """Compute a mask for each head that `CMAI.heads` names, as if it were the only head of the layer."""
-        heads = select_heads(self.cmai, layer, query.shape[1], mesh)
-        mask = query.new_ones(len(query), query.shape[1], query.shape[2], key.shape[2], dtype=torch.bool)
-        if heads:
-            visible, bias = (repeat_for_heads(pairs, len(query), len(heads)) for pairs in (visible, bias))
-            kept = self._repeat_for_heads(len(heads)).compute_mask(
-                layer, *fold_heads(query, key, heads), visible, scale, bias
-            )
-            mask = unfold_heads(kept, heads, query.shape[1])
-        if (decisions := _recorded.get()) is not None:
-            decisions[layer] = mask
-        return mask
 
     def _repeat_for_heads(self, num_heads: int) -> "Inhibition":
         """Return the inhibition of the sequences of `fold_heads`."""
         tensors = {name: getattr(self, name).repeat_interleave(num_heads, dim=0) for name in DEVICE_FIELDS}
-        cache = None if self.cache is None else HeadRows(self.cache, num_heads)
-        return replace(self, **tensors, cmai=replace(self.cmai, heads="mean"), cache=cache, copies={})
+        cache = self.cache if self.cache is None else HeadRows(self.cache, num_heads)
+        return replace(self, **tensors, cache=cache, copies={})
 
     @torch.no_grad()
     def compute_key_mask(

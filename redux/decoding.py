@@ -27,13 +27,15 @@ MAX_SLOTS = 8192
 """Largest number of columns that one program of the kernel holds."""
 
 
-def select_heads(cmai: CMAI, layer: int, num_heads: int, mesh: Any) -> tuple[int, ...]:
-    """Select the heads of a layer that have masks of their own, see `CMAI.select_heads`.
+def select_heads(cmai: CMAI, layer: int, num_heads: int, mesh: Any) -> tuple[int, ...] | None:
+    """Select the heads of a layer that have masks of their own; None if one mask serves all heads.
 
     Raises:
         ValueError: heads have numbers, and ranks share the heads.
     """
-    if mesh is not None and not isinstance(cmai.heads, str):
+    if cmai.heads == "mean":
+        return None
+    if mesh is not None and cmai.heads != "each":
         raise ValueError(f"heads: got {cmai.heads}, allowed with tensor parallelism: mean or each")
     return cmai.select_heads(layer, num_heads)
 
@@ -108,8 +110,27 @@ class DecodingStep:
         mesh: Any = None,
     ) -> Bool[Tensor, "batch mask_heads 1 keys"]:
         """Compute the keys that stay in one layer, as `Inhibition.compute_mask` does for many rows."""
-        if self.cmai.heads != "mean":
-            return self._compute_head_masks(layer, query, key, visible, scale, bias, mesh)
+        heads = select_heads(self.cmai, layer, query.shape[1], mesh)
+        if heads is None:
+            return self._compute_mean_mask(layer, query, key, visible, scale, bias, mesh)
+        if not heads:
+            return query.new_ones(len(query), 1, 1, key.shape[2], dtype=torch.bool)
+        visible, bias = (repeat_for_heads(pairs, len(query), len(heads)) for pairs in (visible, bias))
+        folded = self._repeat_for_heads(len(heads))
+        kept = folded._compute_mean_mask(layer, *fold_heads(query, key, heads), visible, scale, bias, None)
+        return unfold_heads(kept, heads, query.shape[1])
+
+    def _compute_mean_mask(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch heads 1 head_dim"],
+        key: Float[Tensor, "batch kv_heads keys head_dim"],
+        visible: Bool[Tensor, "masks 1 1 keys"],
+        scale: float,
+        bias: Float[Tensor, "masks 1 1 keys"] | None,
+        mesh: Any,
+    ) -> Bool[Tensor, "batch 1 1 keys"]:
+        """Compute one mask for all heads, from the mean of their attention."""
         batch, keys = len(query), key.shape[2]
         seen = visible[:, 0, 0].expand(batch, keys)
         attention = self._mean_attention(query, key, visible, scale, bias, mesh)
@@ -131,32 +152,11 @@ class DecodingStep:
         mask = torch.ones_like(seen).scatter(1, self.columns, kept | ~inhibited)
         return mask[:, None, None]
 
-    def _compute_head_masks(
-        self,
-        layer: int,
-        query: Float[Tensor, "batch heads 1 head_dim"],
-        key: Float[Tensor, "batch kv_heads keys head_dim"],
-        visible: Bool[Tensor, "masks 1 1 keys"],
-        scale: float,
-        bias: Float[Tensor, "masks 1 1 keys"] | None,
-        mesh: Any,
-    ) -> Bool[Tensor, "batch heads 1 keys"]:
-        """Compute a mask for each head that `CMAI.heads` names, see `Inhibition`."""
-        heads = select_heads(self.cmai, layer, query.shape[1], mesh)
-        if not heads:
-            return query.new_ones(len(query), query.shape[1], 1, key.shape[2], dtype=torch.bool)
-        visible, bias = (repeat_for_heads(pairs, len(query), len(heads)) for pairs in (visible, bias))
-        kept = self._repeat_for_heads(len(heads)).compute_mask(
-            layer, *fold_heads(query, key, heads), visible, scale, bias
-        )
-        return unfold_heads(kept, heads, query.shape[1])
-
     def _repeat_for_heads(self, num_heads: int) -> "DecodingStep":
         """Return the step of the sequences of `fold_heads`."""
         names = ("is_text", "columns", "valid")
         tensors = {name: getattr(self, name).repeat_interleave(num_heads, dim=0) for name in names}
-        cmai, cache = replace(self.cmai, heads="mean"), HeadRows(self.cache, num_heads)
-        return replace(self, **tensors, cmai=cmai, cache=cache, copies={})
+        return replace(self, **tensors, cache=HeadRows(self.cache, num_heads), copies={})
 
     def _mean_attention(
         self,
