@@ -28,8 +28,8 @@ from redux.settings import METHODS
 
 IRRELEVANT_KEYS = (
     "name", "seed", "num_workers", "checkpoints", "recovery", "report", "trackers", "data.max_bad_fraction",
-    "model.kernels", "evaluate.num_actors", "evaluate.batch_size", "evaluate.image_input", "evaluate.template",
-    "evaluate.image_aspect_ratio", "evaluate.allow_mismatch",
+    "model.kernels", "evaluate.num_actors", "evaluate.batch_size", "evaluate.image_input", "evaluate.attention",
+    "evaluate.template", "evaluate.image_aspect_ratio", "evaluate.allow_mismatch",
     *(f"model.{name}" for name in METHODS),
 )  # fmt: skip
 """Keys of a job that do not separate families: the seed, the method, and keys without effect on the result."""
