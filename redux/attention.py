@@ -70,7 +70,9 @@ class AttentionRecorder:
         for head in range(query.shape[1]):
             # a mask for each head, or one for all
             head_mask = attention_mask[:, head % attention_mask.shape[1], first:]
-            visible, bias = (head_mask, None) if head_mask.dtype == torch.bool else (head_mask > MASKED_SCORE, head_mask)
+            visible, bias = (
+                (head_mask, None) if head_mask.dtype == torch.bool else (head_mask > MASKED_SCORE, head_mask)
+            )
             of_head = key[:, head * key.shape[1] // query.shape[1]].unsqueeze(1)
             weights = mean_attention_weights(query[:, head : head + 1, first:], of_head, visible, scale, bias)
             total += weights[0].mean(dim=0)

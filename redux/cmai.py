@@ -10,8 +10,8 @@ keys and values, so decoding (`redux.decoding`) equals the full forward pass.  `
 `CMAI` has an option wherever the paper is silent or contradicts itself.  The paper calls QK^T the attention score and
 then treats A as weights.  A product of signed scores is no weighting, so the default is weights.  One mask serves all
 heads, since the paper's A is a mean, and a mask for each head would be the heads x text x image map avoided here.
-`heads` makes such masks all the same, for comparison, by plain code: each head of a sequence counts as a sequence.  Text
-of earlier turns and text about other images are neighbours like any other.
+`heads` makes such masks for comparison, by plain code: each head of a sequence counts as a sequence.  Text of earlier
+turns and text about other images are neighbours like any other.
 
 Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all tokens so far), image (columns of image tokens),
 masks (batch, or 1 if all sequences share a mask).
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from redux.decoding import DecodingStep, repeat_for_heads, select_heads
 from redux.focus import (
-    fold_heads,
     focus_score,
+    fold_heads,
     mean_attention_scores,
     mean_attention_weights,
     select_above_quantile,
@@ -80,7 +80,7 @@ class Inhibition:
         columns: positions of image tokens, left-aligned. Sequences with fewer image tokens are padded.
         valid: False for padding in `columns`.
         first_text_row: position of the first text token after an image, in any sequence of the batch.
-        cache: cache of the call; None without one.
+        cache: cache of the call, `FocusRows`, or `HeadRows` for masks of single heads; None without one.
         copies: this inhibition on other devices, for a model that lies on several.
     """
 
@@ -90,7 +90,7 @@ class Inhibition:
     columns: Int[Tensor, "batch image"]
     valid: Bool[Tensor, "batch image"]
     first_text_row: int
-    cache: FocusRows | HeadRows | None
+    cache: Any
     copies: dict[torch.device, "Inhibition"] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: Any, non_blocking: bool = False) -> "Inhibition":
@@ -186,7 +186,8 @@ class Inhibition:
             mask = query.new_ones(len(query), 1, query.shape[2], key.shape[2], dtype=torch.bool)
         else:
             # each of these heads of each sequence is a sequence of its own
-            visible, bias = (repeat_for_heads(pairs, len(query), len(heads)) for pairs in (visible, bias))
+            visible = repeat_for_heads(visible, len(query), len(heads))
+            bias = None if bias is None else repeat_for_heads(bias, len(query), len(heads))
             folded = self._repeat_for_heads(len(heads))
             kept = folded._compute_mean_mask(layer, *fold_heads(query, key, heads), visible, scale, bias, None)
             mask = unfold_heads(kept, heads, query.shape[1])

@@ -41,10 +41,10 @@ def select_heads(cmai: CMAI, layer: int, num_heads: int, mesh: Any) -> tuple[int
 
 
 def repeat_for_heads(
-    pairs: Shaped[Tensor, "masks 1 rows keys"] | None, batch: int, num_heads: int
-) -> Shaped[Tensor, "repeated 1 rows keys"] | None:
+    pairs: Shaped[Tensor, "masks 1 rows keys"], batch: int, num_heads: int
+) -> Shaped[Tensor, "repeated 1 rows keys"]:
     """Repeat a mask for the sequences of `fold_heads`; one that all sequences share stays as it is."""
-    return pairs if pairs is None or len(pairs) != batch else pairs.repeat_interleave(num_heads, dim=0)
+    return pairs.repeat_interleave(num_heads, dim=0) if len(pairs) == batch else pairs
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DecodingStep:
     Args:
         cmai: settings.
         gammas: gamma of each layer.
-        cache: cache of the call, which counts the new token.
+        cache: cache of the call, which counts the new token: `FocusRows`, or `HeadRows` for masks of single heads.
         position: position of the new token.
         is_text: True for sequences whose new token is text.
         columns: positions of image tokens, left-aligned; free ones are the token's own position.
@@ -64,7 +64,7 @@ class DecodingStep:
 
     cmai: CMAI
     gammas: tuple[float, ...]
-    cache: FocusRows | HeadRows
+    cache: Any
     position: Int[Tensor, ""]
     is_text: Bool[Tensor, "batch 1"]
     columns: Int[Tensor, "batch slots"]
@@ -115,7 +115,8 @@ class DecodingStep:
             return self._compute_mean_mask(layer, query, key, visible, scale, bias, mesh)
         if not heads:
             return query.new_ones(len(query), 1, 1, key.shape[2], dtype=torch.bool)
-        visible, bias = (repeat_for_heads(pairs, len(query), len(heads)) for pairs in (visible, bias))
+        visible = repeat_for_heads(visible, len(query), len(heads))
+        bias = None if bias is None else repeat_for_heads(bias, len(query), len(heads))
         folded = self._repeat_for_heads(len(heads))
         kept = folded._compute_mean_mask(layer, *fold_heads(query, key, heads), visible, scale, bias, None)
         return unfold_heads(kept, heads, query.shape[1])

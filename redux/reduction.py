@@ -147,7 +147,9 @@ def reduce_by_prumerge(
 
 def resize_pixels(
     pixels: Float[Tensor, "batch channels height width"], reduction: Reduction, patch_size: int
-) -> tuple[Float[Tensor, "batch channels new_height new_width"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]:
+) -> tuple[
+    Float[Tensor, "batch channels new_height new_width"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]
+]:
     """Reduce images to the pixels of fewer patches, by torch's bilinear interpolation with antialiasing.
 
     Args:

@@ -129,8 +129,10 @@ class CompressingTower(ExtendedModule):
         if tower_compression is None:
             return self.original_forward(pixel_values, *args, **kwargs)
         prefix, reduction = tower_compression.num_prefix_tokens, tower_compression.reduction
-        resizes = reduction is not None and reduction.method == "resize"
-        if resizes:
+        resizes = False
+        # fewer pixels: the patches of the whole image are followed, although only those of the smaller one exist
+        if reduction is not None and reduction.method == "resize":
+            resizes = True
             pixel_values, slot, cluster = resize_pixels(pixel_values, reduction, self.embeddings.patch_size)
         hidden = self.embeddings(pixel_values, **({"interpolate_pos_encoding": True} if resizes else {}))
         if hasattr(self, "pre_layrnorm"):  # CLIP has this norm, under this name; SigLIP has none

@@ -24,7 +24,6 @@ from redux.kmeans import MAX_FUSED_TOKENS, kmeans, unsupported_clustering
 from redux.parallel import mean_over_ranks
 from redux.settings import VMTC, CompressionStage
 
-
 SINK_FACTOR = 1e-6
 """Factor of an attention sink's importance: below any other patch's, and not zero, as merge weights need a sum."""
 

@@ -465,8 +465,6 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, wrong: dict[s
         CMAI(**wrong)
 
 
-
-
 def test_a_maximum_of_zero_is_no_inhibition_bit_for_bit(tiny: Tiny, sample: Callable[..., dict]) -> None:
     zero, off = tiny(cmai=CMAI(gamma_max=0.0)), tiny(cmai=None)
     inputs = sample(zero)
