@@ -11,7 +11,7 @@ import copy
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ import yaml
 from pipelines.core import jsonl, storage
 from pipelines.core.settings import KEYS_WITHOUT_EFFECT, flatten_dict, is_in_sections
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
+from pipelines.report.instruction_scores import add_split_metrics
 from pipelines.training.files import CONFIG_FILE, is_complete, list_stage_models
 from redux.benchmarks import Metric, Row
 from redux.configuration import ReduxConfig
 from redux.presets import Preset
 from redux.settings import METHODS
 
-UNCOMPARED_KEYS = (*KEYS_WITHOUT_EFFECT, "name", "seed", "checkpoints", "report")
+UNCOMPARED_KEYS = (*KEYS_WITHOUT_EFFECT, "name", "seed", "checkpoints", "report", "evaluate.attention")
 """Keys of a job in which runs of one variant may differ: the seed, and keys without effect on the result."""
 
 METHOD_KEYS = tuple(f"model.{name}" for name in METHODS)
@@ -253,7 +254,8 @@ def read_finished_runs(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[
         raise ValueError(
             f"runs: found none that is finished, allowed: folders with job.yaml and metrics.json at {searched}"
         )
-    return runs, notes
+    metrics = add_split_metrics([run.metrics for run in runs], [run.source_job for run in runs])
+    return [replace(run, metrics=of_run) for run, of_run in zip(runs, metrics, strict=True)], notes
 
 
 def find_families(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[list[Family], list[str]]:
