@@ -1,7 +1,7 @@
-"""Write prompts that combine questions about images with the sixteen instructions (`redux instructions`).
+"""Write prompts that combine questions about images with instructions (`redux instructions`).
 
 Arguments of the instructions are drawn once, so that every model answers the same prompts. A job names the file in
-`evaluate.tasks.instructions.files`.
+`evaluate.tasks.instructions.files`, or in that of `instructions_held_out` for the held-out constraints.
 """
 
 import argparse
@@ -10,6 +10,8 @@ from pipelines.data import easy_vqa
 from redux.benchmarks import instructions
 from redux.benchmarks.instructions import ImageQuestion
 from redux.benchmarks.source import AnswerKeys, get_field, read_records
+from redux.held_out_instructions import HELD_OUT_INSTRUCTIONS
+from redux.instructions import INSTRUCTIONS
 
 QUESTION_FORMS: tuple[AnswerKeys, ...] = (("question_id", "text"), ("id", "question"), ("id", "prompt"))
 """Names of the fields for id and text of a question, in LLaVA's files and in others."""
@@ -19,7 +21,8 @@ def write_prompts(arguments: argparse.Namespace) -> None:
     """Write the prompts and print their number; ValueError if a question or the output file cannot be used."""
     questions = read_questions(arguments.questions) if arguments.questions else easy_vqa.draw_questions()
     # drawn with the seed, so that the same command writes the same file
-    prompts = instructions.build_questions(questions, arguments.per_task, arguments.seed)
+    ids = HELD_OUT_INSTRUCTIONS if arguments.held_out else INSTRUCTIONS
+    prompts = instructions.build_questions(questions, arguments.per_task, arguments.seed, instruction_ids=ids)
     try:
         instructions.write_questions(prompts, arguments.out)
     except OSError as error:

@@ -8,6 +8,10 @@ Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all tokens so
 sequences share a mask), mask_rows (rows, or 1 for a mask of `_build_mask` in its short form).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from redux.cmai import Inhibition, build_causal_mask, is_recording
 from redux.decoding import DecodingStep
+from redux.focus import mean_attention_weights
 from redux.kernels import use_fused
 from redux.packed import PackedInhibition
 from redux.parallel import head_mesh
@@ -37,6 +42,56 @@ MAX_FUSED_LENGTH = 2**15
 
 FUSED_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 """Dtypes of the fused kernels."""
+
+
+@dataclass(frozen=True)
+class AttentionRecorder:
+    """Attention weights of the last rows of a sequence, as the model uses them.
+
+    Args:
+        rows: number of the last rows.
+        weights: attention of these rows to each key, mean over heads and rows, by layer.
+    """
+
+    rows: int
+    weights: dict[int, Float[Tensor, "keys"]] = field(default_factory=dict)
+
+    def add(
+        self,
+        layer: int,
+        query: Float[Tensor, "1 heads rows head_dim"],
+        key: Float[Tensor, "1 kv_heads keys head_dim"],
+        attention_mask: Shaped[Tensor, "1 mask_heads rows keys"],
+        scale: float,
+    ) -> None:
+        """Add a layer; the mask is final, with the inhibition."""
+        first = query.shape[2] - self.rows
+        total = torch.zeros(key.shape[2], device=query.device)
+        for head in range(query.shape[1]):
+            # a mask for each head, or one for all
+            head_mask = attention_mask[:, head % attention_mask.shape[1], first:]
+            visible, bias = (head_mask, None) if head_mask.dtype == torch.bool else (head_mask > MASKED_SCORE, head_mask)
+            of_head = key[:, head * key.shape[1] // query.shape[1]].unsqueeze(1)
+            weights = mean_attention_weights(query[:, head : head + 1, first:], of_head, visible, scale, bias)
+            total += weights[0].mean(dim=0)
+        self.weights[layer] = total / query.shape[1]
+
+
+_recorder: ContextVar[AttentionRecorder | None] = ContextVar("recorded attention", default=None)
+
+
+@contextmanager
+def record_attention(rows: int) -> Iterator[AttentionRecorder]:
+    """Record the attention of the last rows in each layer of a forward pass within the block, by plain code.
+
+    The pass must have the attention function "cmai", one sequence without padding, and no cache.
+    """
+    recorder = AttentionRecorder(rows)
+    token = _recorder.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _recorder.reset(token)
 
 
 def inhibited_attention(
@@ -74,7 +129,8 @@ def inhibited_attention(
     if inhibition is not None and attention_mask is not None and not _is_short_mask(attention_mask):
         _split_mask(attention_mask)  # refuse here a mask that only some layers would read
     active = inhibition if inhibition is not None and inhibition.gammas[layer] > 0 else None
-    if active is None and (attention_mask is None or not _is_short_mask(attention_mask)):
+    recorder = _recorder.get()
+    if active is None and recorder is None and (attention_mask is None or not _is_short_mask(attention_mask)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # fused kernels, if they serve this call
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -94,6 +150,8 @@ def inhibited_attention(
         with without_autocast(query.device):
             kept = active.to(query.device).compute_mask(layer, query, key, visible, scale, bias, mesh)
         attention_mask = visible & kept if bias is None else bias.masked_fill(~kept, torch.finfo(bias.dtype).min)
+    if recorder is not None:
+        recorder.add(layer, query, key, attention_mask, scale)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -191,6 +249,8 @@ def _unsupported(
         return "preamble is false"
     if is_recording():
         return "decisions are recorded"
+    if _recorder.get() is not None:
+        return "attention is recorded"
     return ""
 
 

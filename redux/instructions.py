@@ -16,6 +16,8 @@ regular expressions.  There are only these differences:
   missing argument, and lm-eval drops an argument of 0, so that the number checked was not in the prompt.
 - Brackets nested too deeply for Python's JSON reader are not JSON.  In IFEval they end the evaluation.
 
+All functions also take the constraints of `redux.held_out_instructions`, which are no part of IFEval.
+
 `redux.sentences` splits sentences.  Words are matches of the library `regex`, as in NLTK since 3.10, which lm-eval
 uses: in Unicode a combining mark belongs to its word.  Older NLTK matches with `re`.
 
@@ -26,7 +28,6 @@ import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ import regex
 from langdetect import LangDetectException
 from langdetect.detector_factory import PROFILES_DIRECTORY, DetectorFactory
 
+from redux.held_out_instructions import HELD_OUT_INSTRUCTIONS
+from redux.instruction_form import Instruction, InstructionArgument, Keywords, number_argument
 from redux.sentences import SPLITTERS, choose_splitter
 
 NUMBER_RELATIONS = ("less than", "at least")
@@ -73,48 +76,6 @@ KEYWORDS = tuple(_COMMON.split())
 
 IFEval's list of about 1,500 words is not copied: it is a work of its authors, and many of its words fit no image.
 """
-
-Keywords = Sequence[str]
-
-
-@dataclass(frozen=True)
-class InstructionArgument:
-    """An argument of an instruction.
-
-    Args:
-        sample: returns a random value, for keywords from a list of words.
-        allowed: description of the allowed values.
-        is_valid: tells if a value is allowed.
-        normalize: IFEval's change of a value before rendering and checking.
-    """
-
-    sample: Callable[[random.Random, Keywords], Any]
-    allowed: str
-    is_valid: Callable[[Any], bool]
-    normalize: Callable[[Any], Any] = lambda value: value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Instruction:
-    """A verifiable instruction.
-
-    Args:
-        task: number in the paper.
-        id: id in IFEval.
-        name: name for tables.
-        group: group in the paper.
-        text: text with the arguments in braces.
-        check: takes a response and the arguments by name; tells if the response follows the instruction.
-        arguments: arguments by IFEval's names.
-    """
-
-    task: int
-    id: str
-    name: str
-    group: str
-    text: str
-    check: Callable[..., bool]
-    arguments: dict[str, InstructionArgument] = field(default_factory=dict)
 
 
 def draw_arguments(id: str, rng: random.Random, words: Keywords = KEYWORDS) -> dict[str, Any]:
@@ -183,9 +144,9 @@ def _any_follows(id: str, kwargs: Mapping[str, Any], responses: Sequence[str]) -
 
 
 def _find_instruction(id: str) -> Instruction:
-    if id not in INSTRUCTIONS:
-        raise ValueError(f"instruction_id: got {id!r}, allowed: {', '.join(INSTRUCTIONS)}")
-    return INSTRUCTIONS[id]
+    if id not in ALL_INSTRUCTIONS:
+        raise ValueError(f"instruction_id: got {id!r}, allowed: {', '.join(ALL_INSTRUCTIONS)}")
+    return ALL_INSTRUCTIONS[id]
 
 
 def _check_arguments(instruction: Instruction, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,14 +281,6 @@ def _build_start_pattern(starter: str) -> str:
 # --- instructions ----------------------------------------------------------------------------------------------------
 
 
-def _number_argument(low: int, high: int) -> InstructionArgument:
-    return InstructionArgument(
-        sample=lambda rng, words: rng.randint(low, high),
-        allowed="a whole number, at least 1",
-        is_valid=lambda value: type(value) is int and value >= 1,
-    )
-
-
 def _phrase_argument(*usual: str, pattern: Callable[[str], str] = re.escape) -> InstructionArgument:
     """Build an argument of text, sampled from the usual ones; `pattern` turns it into the check's expression."""
     return InstructionArgument(
@@ -405,7 +358,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             text="The response must contain at least {num_placeholders} placeholders represented by square brackets, "
             "such as [address].",
             check=_has_placeholders,
-            arguments={"num_placeholders": _number_argument(1, 4)},
+            arguments={"num_placeholders": number_argument(1, 4)},
         ),
         Instruction(
             task=5,
@@ -441,7 +394,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             text="Highlight at least {num_highlights} sections in your answer with markdown, i.e. *highlighted "
             "section*.",
             check=_has_highlights,
-            arguments={"num_highlights": _number_argument(1, 4)},
+            arguments={"num_highlights": number_argument(1, 4)},
         ),
         Instruction(
             task=9,
@@ -462,7 +415,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             check=_has_sections,
             arguments={
                 "section_spliter": _phrase_argument("Section", "SECTION", pattern=_build_section_pattern),
-                "num_sections": _number_argument(1, 5),
+                "num_sections": number_argument(1, 5),
             },
         ),
         Instruction(
@@ -473,7 +426,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             text="Your answer must contain exactly {num_bullets} bullet points. Use the markdown bullet points such "
             "as:\n* This is point 1. \n* This is point 2",
             check=_has_bullets,
-            arguments={"num_bullets": _number_argument(1, 5)},
+            arguments={"num_bullets": number_argument(1, 5)},
         ),
         Instruction(
             task=12,
@@ -482,7 +435,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             group=_LENGTH,
             text="Your response should contain {relation} {num_sentences} sentences.",
             check=_has_sentence_count,
-            arguments={"num_sentences": _number_argument(1, 20), "relation": _RELATION},
+            arguments={"num_sentences": number_argument(1, 20), "relation": _RELATION},
         ),
         Instruction(
             task=13,
@@ -491,7 +444,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
             group=_LENGTH,
             text="Answer with {relation} {num_words} words.",
             check=_has_word_count,
-            arguments={"num_words": _number_argument(100, 500), "relation": _RELATION},
+            arguments={"num_words": number_argument(100, 500), "relation": _RELATION},
         ),
         Instruction(
             task=14,
@@ -525,3 +478,6 @@ INSTRUCTIONS: dict[str, Instruction] = {
     )
 }
 """The sixteen instructions by IFEval's id, in the paper's order."""
+
+ALL_INSTRUCTIONS: dict[str, Instruction] = INSTRUCTIONS | HELD_OUT_INSTRUCTIONS
+"""The sixteen instructions, then the constraints of `redux.held_out_instructions`, by id."""

@@ -128,6 +128,9 @@ class VMTC:
             token is removed. The language model numbers positions in this order.
         proportional: in later attention, weight a merged token by its number of patches (ToMe, arXiv 2210.09461, eq. 1,
             adds log size to the scores). false counts each token once.
+        sink_norm: patches whose norm exceeds sink_norm × the median norm of the image's patches are attention sinks
+            (arXiv 2309.16588), and their importance counts a millionth: they are kept last and add almost nothing to
+            a cluster. null treats all patches alike.
         seeds: first centroids of K-means, see `redux.kmeans`.
         iterations: iterations of K-means.
 
@@ -148,6 +151,7 @@ class VMTC:
     weights: Literal["normalized", "raw", "total"] = "normalized"
     order: Literal["spatial", "rank"] = "spatial"
     proportional: bool = False
+    sink_norm: float | None = None
     seeds: KMeansSeeds = "strided"
     iterations: int = 10
 
@@ -161,6 +165,7 @@ class VMTC:
                 lambda stages: stages != () and (not isinstance(stages, int) or stages >= 1),
             ),
             cluster_share=("0 <= cluster_share <= 1", lambda share: 0 <= share <= 1),
+            sink_norm=("at least 1", lambda sink_norm: sink_norm >= 1),
             iterations=("at least 1", lambda iterations: iterations >= 1),
         )
         count = self.stages if isinstance(self.stages, int) else len(self.stages)
@@ -280,6 +285,9 @@ class CMAI:
         focus: focus score. "neighbourhood" is eq. 11. The others are the baselines of Table 5; "tia" is A_t2i alone,
             "sum" adds the rows of A_t2i of all text tokens up to the row's own, "discounted" adds them times
             discount^distance, in text tokens.
+        heads: "mean" averages A over heads, and one mask serves all heads. "each" has a focus score and a mask for each
+            head, by plain code. A list of numbers, layer × heads + head from 0, inhibits these heads alone, each by a
+            mask of its own; `redux.heads` finds those that decide.
         discount: discount of "discounted", 0 < discount <= 1. The paper gives none.
         preamble: false leaves text before the first image out of the softmax of "weights".
         quantile: threshold among the n image tokens of a text token. "lower" is the score at rank floor(gamma (n - 1)),
@@ -299,6 +307,7 @@ class CMAI:
     schedule: Literal["linear", "constant", "cosine", "step"] = "linear"
     scores: Literal["weights", "scores", "scaled"] = "weights"
     focus: Literal["neighbourhood", "tia", "sum", "discounted"] = "neighbourhood"
+    heads: Literal["mean", "each"] | tuple[int, ...] = "mean"
     discount: float = 0.9
     preamble: bool = True
     quantile: Literal["lower", "linear", "count"] = "lower"
@@ -310,8 +319,18 @@ class CMAI:
             self,
             gamma_max=("0 <= gamma_max < 1", lambda gamma: 0 <= gamma < 1),
             gamma_min=(f"0 <= gamma_min <= gamma_max, {self.gamma_max}", lambda gamma: 0 <= gamma <= self.gamma_max),
+            heads=(
+                "mean, each, or different numbers of at least 0",
+                lambda heads: isinstance(heads, str) or (len(set(heads)) == len(heads) > 0 and min(heads) >= 0),
+            ),
             discount=("0 < discount <= 1", lambda discount: 0 < discount <= 1),
         )
+
+    def select_heads(self, layer: int, num_heads: int) -> tuple[int, ...]:
+        """Select the heads of a layer that have masks of their own; all of them for "each"."""
+        if isinstance(self.heads, str):
+            return tuple(range(num_heads))
+        return tuple(number % num_heads for number in self.heads if number // num_heads == layer)
 
     def compute_gammas(self, layers: int) -> tuple[float, ...]:
         """Compute gamma of each layer."""
@@ -320,19 +339,19 @@ class CMAI:
         return tuple(round(self.gamma_min + (self.gamma_max - self.gamma_min) * share, 12) for share in rise)
 
 
-SPATIAL_METHODS = ("average", "stride", "bilinear")
+SPATIAL_METHODS = ("average", "stride", "bilinear", "resize")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """Settings of a baseline of VMTC that reduces tokens after the tower.
+    """Settings of a baseline of VMTC that reduces tokens after the tower, or with "resize" pixels before it.
 
     The budget is one of `tokens` and `ratio`.
 
     Args:
         method: method of `redux.reduction`.
-        tokens: image tokens after the reduction. A square number for "average", "stride" and "bilinear", at least 2
-            for "prumerge".
+        tokens: image tokens after the reduction. A square number for the spatial methods "average", "stride",
+            "bilinear" and "resize", at least 2 for "prumerge".
         ratio: share of the image tokens removed, 0 <= ratio < 1. The spatial methods take the nearest square number.
         seed: seed of "random".
         neighbours: for "prumerge", number of the most similar tokens added to each kept token.
@@ -347,7 +366,7 @@ class Reduction:
     64
     """
 
-    method: Literal["average", "stride", "bilinear", "random", "prumerge"]
+    method: Literal["average", "stride", "bilinear", "resize", "random", "prumerge"]
     tokens: int | None = None
     ratio: float | None = None
     seed: int = 0

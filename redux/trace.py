@@ -6,16 +6,24 @@ decoding.  Nothing slows down the generation itself.
 Shapes: patches, words (tokens of the answer), tokens (visual tokens of all images, in their order).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
+from redux.answering import TrainedLlava, build_inputs
+from redux.attention import ATTENTION_NAME, AttentionRecorder, record_attention
+from redux.attention_mass import AttentionMass
 from redux.chat import ChatModel, EncodedChat
 from redux.cmai import record_decisions
+from redux.conversation import IGNORE_INDEX, IMAGE_TOKEN, encode_conversation
+from redux.image import load_pixels
+from redux.model import ReduxForConditionalGeneration
 from redux.picture import draw_patches
 
 
@@ -111,3 +119,47 @@ def split_words(model: ChatModel, tokens: Sequence[int]) -> tuple[str, ...]:
         words.append(decoded[len(text) :])
         text = decoded
     return tuple(words)
+
+
+def measure_attention(answerer: TrainedLlava, prompt: str, image: bytes, answer: str) -> AttentionMass:
+    """Read an answer again and measure its attention to the image and to the text of the prompt.
+
+    The answer is tokenized as in training, with the token that ends it.
+
+    Args:
+        answerer: the model that gave the answer.
+        prompt: the question, without any template.
+        image: the encoded image.
+        answer: text of the answer.
+    """
+    model, size = answerer.model, answerer.model.config.vision_config.image_size
+    turns = [{"from": "human", "value": f"{IMAGE_TOKEN}\n{prompt}"}, {"from": "gpt", "value": answer}]
+    ids, labels = encode_conversation(answerer.tokenizer, turns, answerer.template, model.config.image_seq_length)
+    prompt_length = int(np.flatnonzero(labels != IGNORE_INDEX)[0])
+    pixels = load_pixels(image, size, answerer.image_aspect_ratio)
+    inputs = build_inputs(model, answerer.tokenizer, [ids], [pixels])
+    # a token is chosen by the row of the token before it
+    with torch.inference_mode(), _attention_by_layer(model, len(ids) - prompt_length + 1) as recorder:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    weights = torch.stack([recorder.weights[layer] for layer in sorted(recorder.weights)]).cpu()[:, :prompt_length]
+    is_image = torch.from_numpy(ids[:prompt_length] == model.config.image_token_id)
+    return AttentionMass(
+        image=weights[:, is_image].sum(dim=1).tolist(),
+        text=weights[:, ~is_image].sum(dim=1).tolist(),
+        image_tokens=int(is_image.sum()),
+        text_tokens=int((~is_image).sum()),
+    )
+
+
+@contextmanager
+def _attention_by_layer(model: ReduxForConditionalGeneration, rows: int) -> Iterator[AttentionRecorder]:
+    """Record the attention of the last rows, in the attention function of CMAI also if CMAI is off."""
+    decoder: Any = model.get_decoder()
+    original_attention = decoder.config._attn_implementation
+    # without an inhibition, "cmai" computes what the model's own attention does
+    decoder.set_attn_implementation(ATTENTION_NAME)
+    try:
+        with record_attention(rows) as recorder:
+            yield recorder
+    finally:
+        decoder.set_attn_implementation(original_attention)

@@ -100,6 +100,12 @@ EASY_VQA_SETS: dict[str, Callable[[], list[dict]]] = {
 }
 """Training sets that a job can make of easy-VQA, by name."""
 
+INSTRUCTIONS_BY_SET: dict[str, tuple[str, ...]] = {
+    "shown": INSTRUCTIONS_WITH_IMAGES,
+    "formats": tuple(formats.INSTRUCTION_FORMS),
+}
+"""Ids of the instructions that each of these sets teaches; the others teach none."""
+
 
 def load_questions(*files: str) -> list[Question]:
     """Load all 9,673 test questions. Questions about one image share their `unit`, since they are not independent.

@@ -9,7 +9,7 @@ rows out:  one block per batch: the responses, and the time they took
 resources: `num_actors` actors share the CPUs, or take a GPU each
 
 answers/TASK.jsonl    {"id", "unit", "prompt", …, "response"}, one line per question in the order of the benchmark: all
-                      that scoring needs. Until it is complete it is .TASK.jsonl, in the order of the answers.
+                      that scoring needs, with "attention" where it was measured. Until it is complete it is .TASK.jsonl, in the order of the answers.
 answers/speed.jsonl   {"task", "questions", "tokens", "prefill_s", "decode_s", "peak_bytes"}, one line per batch
 answers/provenance.json  the model and the settings that gave the answers; answers of other models are never reused
 """
@@ -17,7 +17,7 @@ answers/provenance.json  the model and the settings that gave the answers; answe
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,11 @@ from pipelines.evaluation.tasks import (
     find_image_folder,
     find_task,
     load_questions,
+    spread_evenly,
 )
 from pipelines.training.metrics import measure_peak_bytes
 from redux import answering
-from redux.answering import Answerer
+from redux.answering import Answerer, TrainedLlava
 from redux.benchmarks import BENCHMARKS, Metric, Question
 from redux.benchmarks import compute_scores as benchmark_scores
 from redux.generation import Answers
@@ -55,9 +56,12 @@ from redux.model import ReduxForConditionalGeneration, normalize_pixels
 from redux.pretrained import configure_checkpoint
 from redux.sentences import choose_splitter
 from redux.settings import METHODS, ImageAspectRatio, KernelChoice, TemplateName
-from redux.trace import ImageTrace
+from redux.trace import ImageTrace, measure_attention
 
 SPEED_FILE = "speed.jsonl"
+
+ANSWER_FIELDS = ("response", "attention")
+"""Fields of a row that are of the answer, not of the question."""
 
 MAX_EXAMPLES = 3
 """Number of images that an error names."""
@@ -72,12 +76,14 @@ class QuestionBatch:
         questions: the questions.
         images: folder or URL of their images.
         max_new_tokens: maximum length of an answer in tokens.
+        measured: ids of questions whose answers' attention is measured.
     """
 
     task: TaskName
     questions: list[Question]
     images: str
     max_new_tokens: int
+    measured: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +125,9 @@ class EvaluationActor:
         """
         [number], [batch] = rows["number"], rows["batch"]
         try:
-            answers = self._answer(batch)
+            answers, attention = self._answer(batch)
         except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
-            answers = Answers([""], [0], 0.0, 0.0)
+            answers, attention = Answers([""], [0], 0.0, 0.0), [""]
             problem = f"{failures.classify_error(error).text}{_name_broken_image(batch)}"
         else:
             problem = ""
@@ -130,6 +136,7 @@ class EvaluationActor:
         return {
             "batch": [int(number)] * count,
             "response": answers.texts,
+            "attention": attention,
             "tokens": answers.tokens,
             "prefill_s": [answers.prefill_s] * count,
             "decode_s": [answers.decode_s] * count,
@@ -137,7 +144,8 @@ class EvaluationActor:
             "error": [problem] * count,
         }
 
-    def _answer(self, batch: QuestionBatch) -> Answers:
+    def _answer(self, batch: QuestionBatch) -> tuple[Answers, list[str]]:
+        """Answer a batch, and measure the attention of some answers, as JSON; "" for the others."""
         # the model is loaded here, not in __init__: an error in __init__ would make Ray start the actor again
         if self.model is None:
             evaluated = self.evaluated
@@ -150,8 +158,15 @@ class EvaluationActor:
                 image_input=self.settings.image_input,
                 **evaluated.methods,
             )
-        prompts = [question.prompt for question in batch.questions]
-        return self.model(prompts, _read_images(batch), batch.max_new_tokens)
+        images = _read_images(batch)
+        answers = self.model([question.prompt for question in batch.questions], images, batch.max_new_tokens)
+        attention = [
+            json.dumps(asdict(measure_attention(self.model, question.prompt, image, text)))
+            if question.id in batch.measured and image is not None and isinstance(self.model, TrainedLlava)
+            else ""
+            for question, image, text in zip(batch.questions, images, answers.texts, strict=True)
+        ]
+        return answers, attention
 
 
 def _read_images(batch: QuestionBatch) -> list[bytes | None]:
@@ -192,11 +207,15 @@ def evaluate(evaluated: EvaluatedModel, run: Path, settings: Evaluate, gpu_share
     # the check comes before any answer is written, as answers do not say which model gave them
     _check_provenance(folder, evaluated, settings)
     questions = {name: load_questions(name, task) for name, task in settings.tasks.items()}
-    remaining = {name: _find_unanswered(folder, name, of_task) for name, of_task in questions.items()}
+    measured = {
+        name: _select_measured(of_task, settings.attention if _measures_attention(evaluated, settings) else 0)
+        for name, of_task in questions.items()
+    }
+    remaining = {name: _find_unanswered(folder, name, of_task, measured[name]) for name, of_task in questions.items()}
     jsonl.drop_partial_line(folder / SPEED_FILE)
     if any(remaining.values()):
         total = sum(len(of_task) for of_task in questions.values())
-        _run_inference(evaluated, folder, settings, remaining, total, gpu_share)
+        _run_inference(evaluated, folder, settings, remaining, measured, total, gpu_share)
     for name, of_task in questions.items():
         _write_in_order(folder, name, of_task)
     return compute_scores(run, list(questions)) | compute_speed(run)
@@ -328,6 +347,7 @@ def _run_inference(
     folder: Path,
     settings: Evaluate,
     remaining: Mapping[TaskName, Sequence[Question]],
+    measured: Mapping[TaskName, frozenset[str]],
     total: int,
     gpu_share: float,
 ) -> None:
@@ -338,10 +358,15 @@ def _run_inference(
         folder: the folder of the answers.
         settings: tasks and resources.
         remaining: questions without an answer, by task.
+        measured: ids of questions whose answers' attention is measured, by task.
         total: number of all questions, for the progress bar.
         gpu_share: share of a GPU for each actor.
     """
-    batches = [batch for name, questions in remaining.items() for batch in _make_batches(name, questions, settings)]
+    batches = [
+        replace(batch, measured=measured[name])
+        for name, questions in remaining.items()
+        for batch in _make_batches(name, questions, settings)
+    ]
     actors = count_actors(settings, gpu_share, len(batches))
     _require_actors(actors, gpu_share)
     # the batch is part of its row: large constructor arguments would be in the object store, see `_pass_by_value`
@@ -364,10 +389,15 @@ def _run_inference(
             batch = batches[int(block["batch"][0])]
             if problem := str(block["error"][0]):
                 raise ValueError(f"evaluate.tasks.{batch.task}: {problem}")
-            answered = zip(batch.questions, block["response"], strict=True)
+            answered = zip(batch.questions, block["response"], block["attention"], strict=True)
             jsonl.append(
                 find_partial_file(folder, batch.task),
-                (_make_row(question) | {"response": str(response)} for question, response in answered),
+                (
+                    _make_row(question)
+                    | {"response": str(response)}
+                    | ({"attention": json.loads(attention)} if attention else {})
+                    for question, response, attention in answered
+                ),
             )
             jsonl.append(folder / SPEED_FILE, [_make_speed_row(batch, block)])
             bar.update(len(batch.questions))
@@ -430,12 +460,29 @@ def _make_row(question: Question) -> dict[str, Any]:
     return {"id": question.id, "unit": question.unit, "prompt": question.prompt, **question.reference}
 
 
-def _find_unanswered(folder: Path, name: str, questions: Sequence[Question]) -> list[Question]:
-    """Find the questions without an answer on disk."""
+def _measures_attention(evaluated: EvaluatedModel, settings: Evaluate) -> bool:
+    """Tell if attention to images can be measured: a LLaVA sees their pixels."""
+    return settings.image_input == "pixels" and answering.is_llava(evaluated.model)
+
+
+def _select_measured(questions: Sequence[Question], count: int) -> frozenset[str]:
+    """Select the questions whose answers' attention is measured: evenly spaced ones with images, the same in any run."""
+    with_images = [question.id for question in questions if question.image is not None]
+    return frozenset(with_images[index] for index in spread_evenly(len(with_images), count))
+
+
+def _find_unanswered(
+    folder: Path, name: str, questions: Sequence[Question], measured: frozenset[str] = frozenset()
+) -> list[Question]:
+    """Find the questions without an answer on disk, or without an attention that has to be measured."""
     jsonl.drop_partial_line(find_partial_file(folder, name))
     rows = _read_rows_by_id(folder, name)
     return [
-        question for question in questions if question.id not in rows or not _is_answer(question, rows[question.id])
+        question
+        for question in questions
+        if question.id not in rows
+        or not _is_answer(question, rows[question.id])
+        or (question.id in measured and "attention" not in rows[question.id])
     ]
 
 
@@ -448,7 +495,9 @@ def _read_rows_by_id(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 
 def _is_answer(question: Question, row: Mapping[str, Any]) -> bool:
     """Tell if a row answers this question; an earlier call may have used the id for another one."""
-    return json.loads(json.dumps(_make_row(question))) == {name: row[name] for name in row if name != "response"}
+    return json.loads(json.dumps(_make_row(question))) == {
+        name: row[name] for name in row if name not in ANSWER_FIELDS
+    }
 
 
 def _write_in_order(folder: Path, name: str, questions: Sequence[Question]) -> None:

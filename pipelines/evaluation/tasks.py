@@ -5,7 +5,7 @@ This module does not import Ray, so answers can be scored without it.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
@@ -19,6 +19,8 @@ from pipelines.data.images import ImageFolder
 from redux.benchmarks import BENCHMARKS, Metric, Question, Row, custom
 from redux.benchmarks import instructions as instruction_following
 from redux.benchmarks.custom import AnswerMetric
+from redux.held_out_instructions import HELD_OUT_INSTRUCTIONS
+from redux.instructions import INSTRUCTIONS
 from redux.settings import ImageAspectRatio, TemplateName
 
 
@@ -38,16 +40,30 @@ class Task(NamedTuple):
     images: str | None = None
 
 
-def _load_instructions(*prompts: str) -> list[Question]:
+def _load_instructions(*prompts: str, instruction_ids: Iterable[str] = tuple(INSTRUCTIONS)) -> list[Question]:
     """Load prompts with instructions from frozen files; without files, make them from the images of easy-VQA."""
     if not prompts:
-        return instruction_following.build_questions(easy_vqa.draw_questions())
+        return instruction_following.build_questions(easy_vqa.draw_questions(), instruction_ids=instruction_ids)
     return [question for path in prompts for question in instruction_following.read_questions(path)]
+
+
+def _load_held_out_instructions(*prompts: str) -> list[Question]:
+    """Load prompts as `_load_instructions`, with the held-out constraints."""
+    return _load_instructions(*prompts, instruction_ids=HELD_OUT_INSTRUCTIONS)
+
+
+def _load_instructions_without_image(*prompts: str) -> list[Question]:
+    """Load the prompts of the task "instructions" as text alone."""
+    return instruction_following.without_images(_load_instructions(*prompts))
 
 
 EVALUATION_TASKS: dict[str, Task] = {
     "easy_vqa": Task(easy_vqa.load_questions, easy_vqa.compute_metrics, 8, str(easy_vqa.PACKAGE_IMAGES)),
     "instructions": Task(_load_instructions, instruction_following.compute_metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)),
+    "instructions_held_out": Task(
+        _load_held_out_instructions, instruction_following.compute_metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)
+    ),
+    "instructions_without_image": Task(_load_instructions_without_image, instruction_following.compute_metrics, 1024),
     **{
         name: Task(benchmark.read_questions, benchmark.compute_metrics, benchmark.max_new_tokens)
         for name, benchmark in BENCHMARKS.items()
@@ -72,8 +88,9 @@ class TaskSettings:
     """Settings of one evaluation task.
 
     Args:
-        files: the files of the benchmark, paths or URLs. easy_vqa needs none. instructions uses the images of easy-VQA
-            unless it gets a file that `redux instructions` wrote.
+        files: the files of the benchmark, paths or URLs. easy_vqa needs none. instructions,
+            instructions_held_out and instructions_without_image use the images of easy-VQA unless they get files that
+            `redux instructions` wrote.
         file: questions of your own, path or URL: JSON lines or a JSON list of {image, question, answer or answers}, and
             if wanted type, id and options; or LLaVA records. The task may then have any name.
         held_out: set of shards. The questions are the first ones of the samples that data.hold_out keeps out of its
@@ -140,6 +157,8 @@ class Evaluate:
             two.
         image_input: "pixels" shows the image to the model. "caption" shows it the model's own caption instead (upper
             limit in the paper's Table 1).
+        attention: number of questions with images, in each task, whose answers a LLaVA reads again to measure its
+            attention to the image by layer. One forward pass each.
         template: conversation template. null is that of the training, or vicuna_v1 for a LLaVA that does not name it.
         image_aspect_ratio: "pad" or "crop". null is that of the training, or pad for a LLaVA that does not name it.
         allow_mismatch: allow a template or an image_aspect_ratio that differs from the training.
@@ -149,6 +168,7 @@ class Evaluate:
     batch_size: Annotated[int, Ge(1)] = 64
     num_actors: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
     image_input: Literal["pixels", "caption"] = "pixels"
+    attention: Annotated[int, Ge(0)] = 0
     template: TemplateName | None = None
     image_aspect_ratio: ImageAspectRatio | None = None
     allow_mismatch: bool = False

@@ -9,7 +9,16 @@ Arguments are sampled once and frozen in a file, so that every model answers the
 seed, the task and the id of the question.
 
 A model that ignores the image may follow instructions better.  So if an answer is known, a score also shows whether the
-response contains it ("right"), and whether it contains it and follows the instruction ("both").
+response contains it ("right"), and whether it contains it and follows the instruction ("both").  "words" is the mean
+length of responses, since a short one breaks many instructions and a long one contains many answers.
+
+A prompt has one instruction, so IFEval's prompt-level and instruction-level accuracies are the same number here.
+
+The constraints of `redux.held_out_instructions` are asked in the same way, as further tasks.  The same prompts without
+images, which `without_images` makes, show what the language model follows by text alone.
+
+An evaluation can measure the attention of some answers (`redux.attention_mass`), as the field "attention" of their
+rows.  "image_mass" is the mass on image tokens, "dominance" the Modality Dominance Index.
 
 Cost: some seconds for 3,488 responses, mostly for detecting the language of responses in upper or lower case.
 """
@@ -18,13 +27,19 @@ import base64
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import regex
+
+from redux.attention_mass import AttentionMass
 from redux.benchmarks import Metric, Outcome, Question, Row, source
+from redux.benchmarks.benchmark import group_metrics
 from redux.instructions import (
+    ALL_INSTRUCTIONS,
     INSTRUCTIONS,
     KEYWORDS,
     draw_arguments,
@@ -54,15 +69,20 @@ class ImageQuestion:
 
 
 def build_questions(
-    questions: Sequence[ImageQuestion], per_task: int = PER_TASK, seed: int = 0, keywords: Sequence[str] = KEYWORDS
+    questions: Sequence[ImageQuestion],
+    per_task: int = PER_TASK,
+    seed: int = 0,
+    keywords: Sequence[str] = KEYWORDS,
+    instruction_ids: Iterable[str] = tuple(INSTRUCTIONS),
 ) -> list[Question]:
-    """Combine questions with the sixteen instructions: 16 × per_task questions, task by task.
+    """Combine questions with instructions, by default the sixteen: 16 × per_task questions, task by task.
 
     Args:
         questions: questions about images; a random sample of them is used, in their order.
         per_task: size of the sample.
         seed: seed of the sample and of the arguments.
-        keywords: words that "keywords" samples from.
+        keywords: words that "keywords" and "word order" sample from.
+        instruction_ids: ids of the instructions.
 
     Raises:
         ValueError: there are too few questions, two have the same id, or an answer is empty.
@@ -75,11 +95,18 @@ def build_questions(
     if empty := [question.id for question in questions if question.answer is not None and not question.answer.strip()]:
         raise ValueError(f"{empty[0]}: answer: got nothing, allowed: a text or None")
     positions = sorted(random.Random(seed).sample(range(len(questions)), per_task))
-    return [_build_question(questions[position], id, seed, keywords) for id in INSTRUCTIONS for position in positions]
+    return [
+        _build_question(questions[position], id, seed, keywords) for id in instruction_ids for position in positions
+    ]
+
+
+def without_images(questions: Iterable[Question]) -> list[Question]:
+    """Remove the images: the same prompts, ids and units as text alone, without image tokens."""
+    return [replace(question, image=None) for question in questions]
 
 
 def _build_question(image_question: ImageQuestion, id: str, seed: int, keywords: Sequence[str]) -> Question:
-    task = INSTRUCTIONS[id].task
+    task = ALL_INSTRUCTIONS[id].task
     # a seed for each question: adding a question or a task changes no other prompt
     kwargs = draw_arguments(id, random.Random(f"{seed}/{task}/{image_question.id}"), keywords)
     return Question(
@@ -140,17 +167,47 @@ def contains_answer(answer: str, response: str) -> bool:
 def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     """Compute "strict" and "loose", means over tasks as the paper's AVG, and "strict.NAME" of each task with rows.
 
-    For rows with a known answer also "right" and "both" (right and strict).
+    For rows with a known answer also "right" and "both" (right and strict).  "words" is the mean number of words.  For
+    rows with a measured attention also those of `_attention_metrics`.
     """
     outcomes: dict[str, list[Outcome]] = {"strict": [], "loose": []}
     for row in rows:
-        scores: dict[str, bool] = judge_row(row)
+        scores: dict[str, float] = dict(judge_row(row))
         if "right" in scores:
             scores["both"] = scores["right"] and scores["strict"]
-        scores[f"strict.{INSTRUCTIONS[row['instruction_id']].name}"] = scores["strict"]
+        scores[f"strict.{ALL_INSTRUCTIONS[row['instruction_id']].name}"] = scores["strict"]
+        scores["words"] = count_words(row["response"])
         for name, value in scores.items():
             outcomes.setdefault(name, []).append(Outcome(_task_group(row["task"]), row["unit"], float(value)))
-    return {name: _mean_over_tasks(named) for name, named in outcomes.items()}
+    return {name: _mean_over_tasks(named) for name, named in outcomes.items()} | _attention_metrics(rows)
+
+
+def count_words(response: str) -> int:
+    """Count the words of a response, as the instruction on their number does."""
+    return len(regex.findall(r"\w+", response))
+
+
+def _attention_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
+    """Compute "image_mass", its mean over layers; "image_mass.layer_NN", from 0; and "dominance".
+
+    Only rows with images and a measured attention count, each alike.
+    """
+    outcomes: list[tuple[str, Outcome]] = []
+    for row in rows:
+        if attention := row.get("attention"):
+            mass = AttentionMass(**attention)
+            values = {"image_mass": fmean(mass.image)}
+            values |= {f"image_mass.layer_{layer:02}": value for layer, value in enumerate(mass.image)}
+            values["dominance"] = mass.dominance
+            outcomes += [(name, Outcome("", row["unit"], value)) for name, value in values.items()]
+    return group_metrics(outcomes)
+
+
+def select_tasks(metric: Metric, instruction_ids: Collection[str]) -> Metric | None:
+    """Select the tasks of some instructions from a mean over tasks, such as "strict"; None if it has none of them."""
+    groups = {_task_group(ALL_INSTRUCTIONS[id].task) for id in instruction_ids}
+    selected = [outcome for outcome in metric.outcomes if outcome.group in groups]
+    return _mean_over_tasks(selected) if selected else None
 
 
 def _mean_over_tasks(outcomes: Sequence[Outcome]) -> Metric:
@@ -259,7 +316,7 @@ def _parse_question(line: dict[str, Any]) -> Question:
     # a file that was edited by hand would be scored by arguments that the prompt does not contain
     if line["prompt"] != prompt:
         raise ValueError(f"prompt: got {line['prompt']!r}, allowed: what its reference asks, {prompt!r}")
-    if reference["task"] != (task := INSTRUCTIONS[reference["instruction_id"]].task):
+    if reference["task"] != (task := ALL_INSTRUCTIONS[reference["instruction_id"]].task):
         raise ValueError(f"task: got {reference['task']}, allowed: that of {reference['instruction_id']}, {task}")
     return Question(**{**line, "image": _decode_image(line["image"])})
 

@@ -1,10 +1,11 @@
-"""Plugin for lmms-eval: the model `redux`, which answers through `redux.answering`, and sixteen instruction tasks.
+"""Plugin for lmms-eval: the model `redux`, which answers through `redux.answering`, and instruction tasks.
 
     pip install -e ".[lmms-eval]"
     lmms-eval --model redux --model_args pretrained=FOLDER --tasks gqa --batch_size 16
     lmms-eval --model redux --model_args pretrained=FOLDER --tasks redux_instructions --batch_size 16 \\
         --include_path "$(python -c 'import redux.lmms_eval; print(redux.lmms_eval.TASKS_FOLDER)')"
 
+`redux_instructions` are the paper's sixteen, `redux_instructions_held_out` the constraints that nothing teaches.
 lmms-eval finds the model by an entry point and the tasks by their path.  It installs about two hundred packages, with
 an older W&B than that of the extra `wandb`, so it needs a separate environment.
 """

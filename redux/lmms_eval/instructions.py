@@ -1,4 +1,4 @@
-"""The sixteen instructions as tasks of lmms-eval, with a local file of frozen prompts.
+"""The sixteen instructions and the held-out constraints as tasks of lmms-eval, with a local file of frozen prompts.
 
 `redux.benchmarks.instructions` writes the file.  lmms-eval has no argument for the location of data.  So a task reads
 `instructions.jsonl`, and images from the folder `images`, in the working directory.  A task file of three lines that

@@ -1,6 +1,7 @@
 """The same questions go with all sixteen instructions, stay as they were drawn, and are scored row by row."""
 
 import json
+import random
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import pytest
 
 from redux.benchmarks import Question
+from redux.attention_mass import AttentionMass
 from redux.benchmarks.instructions import (
+    REFERENCE_FIELDS,
     ImageQuestion,
     build_questions,
     compute_metrics,
@@ -16,8 +19,11 @@ from redux.benchmarks.instructions import (
     judge_row,
     read_questions,
     score_lines,
+    select_tasks,
+    without_images,
     write_questions,
 )
+from redux.held_out_instructions import HELD_OUT_INSTRUCTIONS
 from redux.instructions import INSTRUCTIONS, render_instruction
 
 ASKED = [
@@ -131,9 +137,86 @@ def test_without_answers_nothing_is_right_or_wrong() -> None:
     assert set(compute_metrics(rows(build_questions(asked, 1), "red"))) == {
         "strict",
         "loose",
+        "words",
         *(f"strict.{each.name}" for each in INSTRUCTIONS.values()),
     }
     assert compute_metrics([])["strict"].score == 0
+
+
+def test_words_are_the_mean_length_of_all_answers() -> None:
+    answered = rows(build_questions(ASKED, per_task=12), "red", "it is red", "no", "it's blue, not red")
+    assert compute_metrics(answered)["words"].score == pytest.approx((1 + 3 + 1 + 5) / 4)
+
+
+def test_attention_counts_where_it_was_measured() -> None:
+    answered = rows(build_questions(ASKED, per_task=12), "red")
+    measured = [
+        AttentionMass(image=[0.1, 0.3], text=[0.6, 0.2], image_tokens=16, text_tokens=8),
+        AttentionMass(image=[0.5, 0.1], text=[0.4, 0.4], image_tokens=16, text_tokens=10),
+    ]
+    for row, mass in zip(answered[::20], measured, strict=False):
+        row["attention"] = vars(mass)
+    found = compute_metrics(answered)
+    assert {outcome.unit for outcome in found["image_mass"].outcomes} == {answered[0]["unit"], answered[20]["unit"]}
+    assert found["image_mass"].score == pytest.approx(0.25)
+    assert found["image_mass.layer_00"].score == pytest.approx(0.3)
+    assert found["image_mass.layer_01"].score == pytest.approx(0.2)
+    assert found["dominance"].score == pytest.approx(fmean(each.dominance for each in measured))
+
+
+def test_tasks_of_some_instructions_are_a_mean_of_their_own() -> None:
+    answered = rows(build_questions(ASKED, per_task=12), "it is red", '*{"x": 1}*')
+    strict = compute_metrics(answered)["strict"]
+    first, others = list(INSTRUCTIONS)[:5], list(INSTRUCTIONS)[5:]
+    parts = [select_tasks(strict, ids) for ids in (first, others)]
+    assert all(parts)
+    assert strict.score == pytest.approx(
+        sum(part.score * len(ids) / 16 for part, ids in zip(parts, (first, others), strict=True) if part)
+    )
+    only = select_tasks(strict, [first[0]])
+    assert only
+    assert only.score == pytest.approx(compute_metrics(answered)["strict.no comma"].score)
+    assert select_tasks(strict, HELD_OUT_INSTRUCTIONS) is None
+
+
+def test_scores_do_not_depend_on_the_arm() -> None:
+    """A scorer sees rows alone: answers of several arms, pooled and shuffled, have the scores that they have apart."""
+    arms = {
+        arm: rows(build_questions(ASKED, per_task=12), *responses)
+        for arm, responses in {"llava": ("it is red",), "both": ("RED", "blue, I think"), "random": ('{"a": "red"}',)}.items()
+    }
+    apart = {(arm, row["id"]): judge_row(row) for arm, answered in arms.items() for row in answered}
+    pooled = [(arm, row) for arm, answered in arms.items() for row in answered]
+    random.Random(0).shuffle(pooled)
+    assert {(arm, row["id"]): judge_row(row) for arm, row in pooled} == apart
+    fields = {name for answered in arms.values() for row in answered for name in row}
+    assert fields == {"id", "unit", "prompt", "response", *REFERENCE_FIELDS}, "no field names an arm"
+    # other labels on the same answers change no score
+    relabelled = dict(zip(arms, [*list(arms.values())[1:], arms["llava"]], strict=True))
+    scores, others = (
+        sorted(compute_metrics(answered)["strict"].score for answered in of_arms.values())
+        for of_arms in (arms, relabelled)
+    )
+    assert scores == others
+
+
+# --- held-out constraints, and no image ------------------------------------------------------------------------------
+
+
+def test_held_out_constraints_are_tasks_after_the_sixteen(tmp_path: Path) -> None:
+    made = build_questions(ASKED, per_task=5, instruction_ids=HELD_OUT_INSTRUCTIONS)
+    assert [question.reference["task"] for question in made[::5]] == list(range(17, 29))
+    assert {question.unit for question in made} == {question.unit for question in build_questions(ASKED, per_task=5)}
+    write_questions(made, tmp_path / "frozen.jsonl")
+    assert read_questions(tmp_path / "frozen.jsonl") == made
+    found = compute_metrics(rows(made, "it is red"))
+    assert {f"strict.{each.name}" for each in HELD_OUT_INSTRUCTIONS.values()} <= set(found)
+
+
+def test_without_images_the_prompts_are_the_same() -> None:
+    made = build_questions(ASKED, per_task=5)
+    text = without_images(made)
+    assert [vars(question) for question in text] == [{**vars(question), "image": None} for question in made]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from redux.answering import load
 from redux.benchmarks.instructions import ImageQuestion, build_questions, read_questions, write_questions
+from redux.held_out_instructions import HELD_OUT_INSTRUCTIONS
 from redux.instructions import INSTRUCTIONS, follows_loosely, follows_strictly
 from redux.lmms_eval import TASKS_FOLDER
 from redux.model import ReduxForConditionalGeneration
@@ -23,6 +24,7 @@ installed = pytest.mark.skipif(
     reason='lmms-eval is not installed: pip install -e ".[lmms-eval]", in an environment of its own',
 )
 NAMES = {id: f"redux_{each.name.replace(' ', '_')}" for id, each in INSTRUCTIONS.items()}
+HELD_OUT_NAMES = {id: f"redux_{each.name.replace(' ', '_')}" for id, each in HELD_OUT_INSTRUCTIONS.items()}
 
 
 def plain(path: Path) -> dict[str, Any]:
@@ -35,12 +37,13 @@ def plain(path: Path) -> dict[str, Any]:
     return yaml.load(path.read_text(), Loader)
 
 
-def test_each_instruction_is_a_task_and_the_group_has_them_all() -> None:
+def test_each_instruction_is_a_task_and_two_groups_have_them_all() -> None:
     files = {path.stem: plain(path) for path in TASKS_FOLDER.glob("*.yaml")}
-    group = files.pop("instructions")
-    assert {each["dataset_name"]: each["task"] for each in files.values()} == NAMES
+    group, held_out = files.pop("instructions"), files.pop("instructions_held_out")
+    assert {each["dataset_name"]: each["task"] for each in files.values()} == NAMES | HELD_OUT_NAMES
     assert all(each["include"] == "_instruction" and f"redux_{stem}" == each["task"] for stem, each in files.items())
     assert group["task"] == list(NAMES.values())
+    assert held_out["task"] == list(HELD_OUT_NAMES.values())
     shared = plain(TASKS_FOLDER / "_instruction")
     for function in (shared["class"], shared["process_results"]):
         module, name = function.rsplit(".", 1)
