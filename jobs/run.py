@@ -2,7 +2,7 @@
 
 runs/NAME/job.yaml        resolved job; jobs/claims.py decides which settings may still change
 runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step; the next start reads it
-runs/NAME/shards/SET/     captions, conversations, shown, formats: those of them that a stage uses
+runs/NAME/shards/SET/     sets of easy-VQA, those of them that a stage uses
 runs/NAME/held_out/TASK/  questions of held-out samples, for tasks with `held_out`
 runs/NAME/tokenizer/      trained on the training sets, for a model that is built from sizes; for a tower that is built
                           from sizes beside a pretrained language model, on the captions of its stages

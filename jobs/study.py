@@ -46,7 +46,7 @@ class AppliedVariant:
     """A trained variant that is evaluated with other settings, without training.
 
     Args:
-        variant: name of the variant whose models are evaluated.
+        variant: name of the variant whose models are evaluated; "shared" is the model after the shared stages.
         changes: values that replace those of the job, by dotted path. Methods that are not named are those with which
             the variant was trained.
     """
@@ -93,14 +93,17 @@ class Study:
     def _check_names(self) -> None:
         """Check the names of `repeated` and `applied`."""
         known = ", ".join(self.variants)
+        if SHARED in self.variants:
+            raise ValueError(f"variants: got {SHARED}, allowed: another name, as the run of the shared stages has it")
         for name in self.repeated or ():
             if name not in self.variants:
                 raise ValueError(f"repeated: got {name}, allowed: {known}")
         for name, applied in self.applied.items():
             if name in self.variants:
                 raise ValueError(f"applied: got {name}, which is a variant, allowed: another name")
-            if applied.variant not in self.variants:
-                raise ValueError(f"applied.{name}.variant: got {applied.variant}, allowed: {known}")
+            models = [*self.variants, *([SHARED] if self.shared else [])]
+            if applied.variant not in models:
+                raise ValueError(f"applied.{name}.variant: got {applied.variant}, allowed: {', '.join(models)}")
         if self.applied and not self.job.get("evaluate"):
             raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, as job.evaluate is null")
 
@@ -133,8 +136,8 @@ class Share:
     def select(self, study: Study) -> set[str]:
         """Select the names of the runs of this share.
 
-        Variants and seeds take turns, so that a share has runs of every kind. Evaluations of a trained variant are in
-        the share that trains it, as they need its model.
+        Each trained run goes to the share with the fewest runs so far, together with the evaluations that need its
+        model. The first share evaluates the model of the shared stages.
 
         Raises:
             ValueError: there are more shares than trained runs.
@@ -144,16 +147,14 @@ class Share:
         ]
         if self.total > len(trained):
             raise ValueError(
-                f"--share: got {self.number}/{self.total}, allowed: at most {len(trained)} shares, one per run"
+                f"--share: got {self.number}/{self.total}, allowed: at most {len(trained)} shares, one for each "
+                "trained run"
             )
-        mine = trained[self.number - 1 :: self.total]
-        names = {format_run(variant, seed) for variant, seed in mine}
-        return names | {
-            format_run(name, seed)
-            for name, applied in study.applied.items()
-            for variant, seed in mine
-            if applied.variant == variant
-        }
+        shares: list[list[str]] = [[] for _ in range(self.total)]
+        for variant, seed in [(SHARED, study.seeds[0]), *trained]:
+            names = [variant, *(name for name, applied in study.applied.items() if applied.variant == variant)]
+            min(shares, key=len).extend(format_run(name, seed) for name in names if name != SHARED)
+        return set(shares[self.number - 1])
 
 
 def format_run(variant: str, seed: int) -> str:
@@ -194,6 +195,7 @@ def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Jo
     if study.shared:
         seeded = {"seed": study.seeds[0], **tree}
         result[SHARED] = shared = build_job(seeded, {}, f"{study.name}-{SHARED}", f"{source}: job")
+        result |= _list_applied(study, seeded, shared, folder, SHARED, study.seeds[0], source)
         tree = continue_from(tree, study.shared, shared, folder / SHARED)
     for seed in study.seeds:
         for variant, changes in study.variants.items():
@@ -203,25 +205,45 @@ def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Jo
             seeded = {"seed": seed, **tree}
             result[name] = job = build_job(seeded, changes, f"{study.name}-{name}", f"{source}: variants.{variant}")
             # evaluations follow the run whose model they need
-            for other, applied in study.applied.items():
-                if applied.variant == variant:
-                    name = format_run(other, seed)
-                    evaluated = evaluate_only(seeded, job, folder / format_run(variant, seed))
-                    result[name] = build_job(
-                        evaluated, applied.changes, f"{study.name}-{name}", f"{source}: applied.{other}"
-                    )
+            result |= _list_applied(study, seeded, job, folder, variant, seed, source)
     return result
 
 
-def evaluate_only(tree: Mapping[str, Any], trained: Job, folder: Path) -> dict[str, Any]:
+def _list_applied(
+    study: Study, tree: Mapping[str, Any], trained: Job, folder: Path, variant: str, seed: int, source: str
+) -> dict[str, Job]:
+    """List the evaluations of the model of a trained job with other settings.
+
+    Args:
+        study: the study.
+        tree: content of the job that trained.
+        trained: that job.
+        folder: folder of the study.
+        variant: name of the variant, or SHARED.
+        seed: seed of the training.
+        source: beginning of an error message.
+    """
+    result = {}
+    for name, applied in study.applied.items():
+        if applied.variant == variant:
+            run, stage = (SHARED, study.shared[-1]) if variant == SHARED else (format_run(variant, seed), "")
+            evaluated = evaluate_only(tree, trained, folder / run, stage or list(trained.train)[-1])
+            title = format_run(name, seed)
+            label = f"{source}: applied.{name}.changes"
+            result[title] = build_job(evaluated, applied.changes, f"{study.name}-{title}", label)
+    return result
+
+
+def evaluate_only(tree: Mapping[str, Any], trained: Job, folder: Path, stage: str) -> dict[str, Any]:
     """Return the content of a job that evaluates the model of a trained job, with the methods of its training.
 
     Args:
         tree: content of the job that trained.
         trained: that job.
         folder: its run folder.
+        stage: stage after which the model is evaluated.
     """
-    model = {"checkpoint": locate_model(trained, folder, list(trained.train)[-1])}
+    model = {"checkpoint": locate_model(trained, folder, stage)}
     tasks = {name: document.write_plain(task) for name, task in trained.evaluation_tasks.items()}
     data = tree.get("data", {}) | {"source": None, "make": {}, "sets": locate_sets(trained, folder)}
     return {**tree, "data": data, "model": model, "train": {}, "evaluate": {**tree["evaluate"], "tasks": tasks}}

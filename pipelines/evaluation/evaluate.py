@@ -495,9 +495,7 @@ def _read_rows_by_id(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 
 def _is_answer(question: Question, row: Mapping[str, Any]) -> bool:
     """Tell if a row answers this question; an earlier call may have used the id for another one."""
-    return json.loads(json.dumps(_make_row(question))) == {
-        name: row[name] for name in row if name not in ANSWER_FIELDS
-    }
+    return json.loads(json.dumps(_make_row(question))) == {name: row[name] for name in row if name not in ANSWER_FIELDS}
 
 
 def _write_in_order(folder: Path, name: str, questions: Sequence[Question]) -> None:

@@ -183,7 +183,11 @@ def test_scores_do_not_depend_on_the_arm() -> None:
     """A scorer sees rows alone: answers of several arms, pooled and shuffled, have the scores that they have apart."""
     arms = {
         arm: rows(build_questions(ASKED, per_task=12), *responses)
-        for arm, responses in {"llava": ("it is red",), "both": ("RED", "blue, I think"), "random": ('{"a": "red"}',)}.items()
+        for arm, responses in {
+            "llava": ("it is red",),
+            "both": ("RED", "blue, I think"),
+            "random": ('{"a": "red"}',),
+        }.items()
     }
     apart = {(arm, row["id"]): judge_row(row) for arm, answered in arms.items() for row in answered}
     pooled = [(arm, row) for arm, answered in arms.items() for row in answered]
