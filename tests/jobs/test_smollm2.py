@@ -8,22 +8,25 @@ import random
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs import study
+from jobs.run import list_steps, plan_stages, train_tokenizer
+from jobs.schema import Job
 from jobs.study import Share, Study
 from pipelines.core import jsonl
 from pipelines.data import easy_vqa
+from pipelines.training import engine
 from redux.chat_template import find_template
 from redux.held_out_instructions import HELD_OUT_INSTRUCTIONS
 from redux.instructions import INSTRUCTIONS, draw_arguments, render_instruction
-from redux.model import ReduxForConditionalGeneration
 from tests.jobs.command_line import run_command
 
 FOLDER = Path(__file__).parents[2] / "jobs" / "recipes" / "reproduce"
@@ -205,7 +208,7 @@ def test_a_mistake_in_a_study_is_one_line(tmp_path: Path, changes: dict[str, Any
 
 def list_wordings(text: str) -> list[str]:
     """List patterns of an instruction: its parts between arguments of at least three words, or else the whole text."""
-    parts = [normalize(part) for part in re.split(r"\{\w+\}", text)]
+    parts = [normalize(part) for part in re.split(r"\{[^}]+\}", text)]
     long = [part for part in parts if len(part.split()) >= 3]
     # an argument has up to three words
     return long or [r"(?: [\w']+){1,3} ".join(part for part in parts if part)]
@@ -258,6 +261,82 @@ def test_the_text_only_rows_teach_every_second_instruction_and_are_always_the_sa
     assert [INSTRUCTIONS[id].task for id in taught] == [2, 4, 6, 8, 10, 12, 14, 16]
 
 
+# --- a tower of sizes beside a pretrained language model -------------------------------------------------------------
+
+
+@pytest.fixture
+def shared_job(language: Path, tmp_path: Path) -> Job:
+    """The job of the shared stages of the small study."""
+    small = study.load(write_small_study(RECIPE, language, tmp_path / "small.yaml", ("llava", "both")))
+    return study.list_jobs(small, tmp_path)[study.SHARED]
+
+
+def test_the_parts_are_joined_after_the_stage_that_trains_the_tower(shared_job: Job, tmp_path: Path) -> None:
+    assert list(list_steps(shared_job, tmp_path)) == [
+        "shards", "tower", "assemble", "pretrain", "instruct", "evaluate", "report",
+    ]  # fmt: skip
+    plans = plan_stages(shared_job, tmp_path)
+    assembled = tmp_path / "assembled"
+    assert [plan.tokenizer for plan in plans.values()] == [tmp_path / "tokenizer", assembled, assembled]
+    assert [plan.start for plan in plans.values()] == [None, str(assembled), plans["pretrain"].result]
+
+
+def test_the_joined_model_has_the_trained_tower_and_the_language_model(
+    shared_job: Job, language: Path, tmp_path: Path
+) -> None:
+    captions = easy_vqa.EASY_VQA_SETS["captions"]()[:50]
+    tokenizer = train_tokenizer(shared_job, [captions])
+    assert {"red", "circle"} <= tokenizer.get_vocab().keys()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tower = plan_stages(shared_job, tmp_path)["tower"]
+    module, _ = engine.build_module(tower)
+    clip = engine.extract_model(module, tower)
+    clip.save_pretrained(tower.result)
+    list_steps(shared_job, tmp_path)["assemble"]()
+
+    pretrain = plan_stages(shared_job, tmp_path)["pretrain"]
+    joined, parts = engine.build_module(pretrain)
+    assert isinstance(joined, engine.LlavaWithLoss)
+    assert set(parts) == {"tower", "projector", "language"}
+    in_clip = clip.vision_model.state_dict()
+    in_llava = joined.llava.model.vision_tower.state_dict()
+    assert in_llava.keys() == in_clip.keys()
+    assert all(torch.equal(in_llava[name].to(torch.bfloat16), in_clip[name].to(torch.bfloat16)) for name in in_clip)
+    plain = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32)
+    head = joined.llava.lm_head.weight[: plain.config.vocab_size]
+    assert torch.equal(head.float(), plain.lm_head.weight)
+    template = (
+        pretrain.load_template() if pretrain.template == "chat" else find_template("chat", load_tokenizer(joined))
+    )
+    assert template.end.startswith("</s>")
+
+
+def load_tokenizer(module: engine.LlavaWithLoss) -> Any:
+    """Load the tokenizer of an assembled model."""
+    return AutoTokenizer.from_pretrained(module.llava.config.name_or_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("job.model.language=package:no_such_package", "model: got package:no_such_package, allowed: an installed"),
+        ("job.train.tower=null", "shared"),
+    ],
+)
+def test_a_missing_part_is_refused_before_a_run(override: str, message: str, tmp_path: Path) -> None:
+    done = run_command("run", RECIPE, override, "--runs-dir", tmp_path / "runs")
+    assert done.code == 2
+    assert message in done.err.splitlines()[-1]
+
+
+def test_a_tower_of_sizes_needs_a_stage_that_trains_it(shared_job: Job, language: Path) -> None:
+    stages = {name: stage for name, stage in shared_job.train.items() if name != "tower"}
+    with pytest.raises(
+        ValueError, match=r"train: got objectives language, language, allowed: a contrastive stage first"
+    ):
+        replace(shared_job, train=stages)
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -277,23 +356,12 @@ def joined(language: Path, ray_cluster: Any, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
-def test_the_tower_is_trained_before_it_is_joined_with_the_language_model(joined: Path, language: Path) -> None:
+def test_the_tower_is_trained_before_it_is_joined_with_the_language_model(joined: Path) -> None:
     steps = [line["step"] for line in jsonl.read(joined / "shared" / "progress.jsonl")]
     assert steps == ["shards", "tower", "assemble", "pretrain"]
     assert [line["step"] for line in jsonl.read(joined / "llava-1" / "progress.jsonl")] == [
         "assemble", "instruct", "evaluate", "report",
     ]  # fmt: skip
-    model = ReduxForConditionalGeneration.from_pretrained(joined / "shared" / "assembled", dtype=torch.float32)
-    from transformers import AutoModelForCausalLM, CLIPModel
-
-    clip = CLIPModel.from_pretrained(joined / "shared" / "checkpoints" / "tower" / "model")
-    of_clip = clip.vision_model.state_dict()
-    tower = model.model.vision_tower.state_dict()
-    assert tower.keys() == of_clip.keys()
-    assert all(torch.equal(tower[name], of_clip[name].to(torch.bfloat16).float()) for name in tower)
-    plain = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32)
-    head = model.lm_head.weight[: plain.config.vocab_size]
-    assert torch.equal(head, plain.lm_head.weight)
 
 
 @pytest.mark.slow
