@@ -70,7 +70,9 @@ class AttentionRecorder:
         for head in range(query.shape[1]):
             # a mask for each head, or one for all
             head_mask = attention_mask[:, head % attention_mask.shape[1], first:]
-            visible, bias = (head_mask, None) if head_mask.dtype == torch.bool else (head_mask > MASKED_SCORE, head_mask)
+            visible, bias = (
+                (head_mask, None) if head_mask.dtype == torch.bool else (head_mask > MASKED_SCORE, head_mask)
+            )
             of_head = key[:, head * key.shape[1] // query.shape[1]].unsqueeze(1)
             weights = mean_attention_weights(query[:, head : head + 1, first:], of_head, visible, scale, bias)
             total += weights[0].mean(dim=0)
@@ -247,6 +249,8 @@ def _unsupported(
         return f"heads have {query.shape[-1]} and {value.shape[-1]} dimensions"
     if inhibition is not None and not inhibition.cmai.preamble:
         return "preamble is false"
+    if inhibition is not None and inhibition.cmai.heads != "mean":
+        return "heads have masks of their own"
     if is_recording():
         return "decisions are recorded"
     if _recorder.get() is not None:

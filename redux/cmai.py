@@ -9,8 +9,9 @@ keys and values, so decoding (`redux.decoding`) equals the full forward pass.  `
 
 `CMAI` has an option wherever the paper is silent or contradicts itself.  The paper calls QK^T the attention score and
 then treats A as weights.  A product of signed scores is no weighting, so the default is weights.  One mask serves all
-heads, since the paper's A is a mean, and a mask for each head would be the heads x text x image map avoided here.  Text
-of earlier turns and text about other images are neighbours like any other.
+heads, since the paper's A is a mean, and a mask for each head would be the heads x text x image map avoided here.
+`heads` makes such masks for comparison, by plain code: each head of a sequence counts as a sequence.  Text of earlier
+turns and text about other images are neighbours like any other.
 
 Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all tokens so far), image (columns of image tokens),
 masks (batch, or 1 if all sequences share a mask).
@@ -27,14 +28,21 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from redux.decoding import DecodingStep
-from redux.focus import focus_score, mean_attention_scores, mean_attention_weights, select_above_quantile
-from redux.focus_cache import FocusRows
+from redux.decoding import DecodingStep, repeat_for_heads, select_heads
+from redux.focus import (
+    focus_score,
+    fold_heads,
+    mean_attention_scores,
+    mean_attention_weights,
+    select_above_quantile,
+    unfold_heads,
+)
+from redux.focus_cache import FocusRows, HeadRows
 from redux.parallel import mean_over_ranks
 from redux.settings import CMAI
 
-Decisions = dict[int, Bool[Tensor, "batch keys keys"]]
-"""Pairs that stay, by layer; layers that inhibit nothing are missing."""
+Decisions = dict[int, Bool[Tensor, "batch mask_heads keys keys"]]
+"""Pairs that stay, by layer, one mask for all heads or one for each; layers that inhibit nothing are missing."""
 
 _recorded: ContextVar[Decisions | None] = ContextVar("recorded decisions", default=None)
 
@@ -72,7 +80,7 @@ class Inhibition:
         columns: positions of image tokens, left-aligned. Sequences with fewer image tokens are padded.
         valid: False for padding in `columns`.
         first_text_row: position of the first text token after an image, in any sequence of the batch.
-        cache: cache of the call; None without one.
+        cache: cache of the call, `FocusRows`, or `HeadRows` for masks of single heads; None without one.
         copies: this inhibition on other devices, for a model that lies on several.
     """
 
@@ -82,7 +90,7 @@ class Inhibition:
     columns: Int[Tensor, "batch image"]
     valid: Bool[Tensor, "batch image"]
     first_text_row: int
-    cache: FocusRows | None
+    cache: Any
     copies: dict[torch.device, "Inhibition"] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: Any, non_blocking: bool = False) -> "Inhibition":
@@ -156,8 +164,8 @@ class Inhibition:
         scale: float,
         bias: Float[Tensor, "masks 1 rows keys"] | None = None,
         mesh: Any = None,
-    ) -> Bool[Tensor, "batch 1 rows keys"]:
-        """Compute the pairs that stay in one layer.
+    ) -> Bool[Tensor, "batch mask_heads rows keys"]:
+        """Compute the pairs that stay in one layer: one mask for all heads, or one for each if `CMAI.heads` says so.
 
         Args:
             layer: number of the layer.
@@ -171,6 +179,33 @@ class Inhibition:
         Returns:
             False for pairs of a text row and an image key whose focus is below the row's quantile, else True.
         """
+        heads = select_heads(self.cmai, layer, query.shape[1], mesh)
+        if heads is None:
+            mask = self._compute_mean_mask(layer, query, key, visible, scale, bias, mesh)
+        elif not heads:
+            mask = query.new_ones(len(query), 1, query.shape[2], key.shape[2], dtype=torch.bool)
+        else:
+            # each of these heads of each sequence is a sequence of its own
+            visible = repeat_for_heads(visible, len(query), len(heads))
+            bias = None if bias is None else repeat_for_heads(bias, len(query), len(heads))
+            folded = self._repeat_for_heads(len(heads))
+            kept = folded._compute_mean_mask(layer, *fold_heads(query, key, heads), visible, scale, bias, None)
+            mask = unfold_heads(kept, heads, query.shape[1])
+        if (decisions := _recorded.get()) is not None:
+            decisions[layer] = mask
+        return mask
+
+    def _compute_mean_mask(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch heads rows head_dim"],
+        key: Float[Tensor, "batch kv_heads keys head_dim"],
+        visible: Bool[Tensor, "masks 1 rows keys"],
+        scale: float,
+        bias: Float[Tensor, "masks 1 rows keys"] | None,
+        mesh: Any,
+    ) -> Bool[Tensor, "batch 1 rows keys"]:
+        """Compute one mask for all heads, from the mean of their attention."""
         batch, _, rows, _ = query.shape
         keys = key.shape[2]
         mask = visible.new_ones(batch, rows, keys)
@@ -194,9 +229,13 @@ class Inhibition:
         # padded columns point at text keys, which are never inhibited
         kept = kept | ~is_text_row.unsqueeze(-1) | ~self.valid.unsqueeze(1)
         mask[:, start:].scatter_(2, columns, kept)
-        if (decisions := _recorded.get()) is not None:
-            decisions[layer] = mask
         return mask.unsqueeze(1)
+
+    def _repeat_for_heads(self, num_heads: int) -> "Inhibition":
+        """Return the inhibition of the sequences of `fold_heads`."""
+        tensors = {name: getattr(self, name).repeat_interleave(num_heads, dim=0) for name in DEVICE_FIELDS}
+        cache = self.cache if self.cache is None else HeadRows(self.cache, num_heads)
+        return replace(self, **tensors, cache=cache, copies={})
 
     @torch.no_grad()
     def compute_key_mask(

@@ -142,8 +142,11 @@ def _tower_flops(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> i
     tower, prefix = config.vision_config, int(config.has_class_token)
     dim = tower.hidden_size
     out = {stage.block: stage.out for stage in stages}
-    flops = matmul_flops(config.num_patches, tower.num_channels * tower.patch_size**2, dim)  # convolution into patches
-    tokens = prefix + config.num_patches
+    reduction = config.method_settings("reduction")
+    resizes = reduction is not None and reduction.method == "resize"
+    patches = config.num_visual_tokens if resizes else config.num_patches
+    flops = matmul_flops(patches, tower.num_channels * tower.patch_size**2, dim)  # convolution into patches
+    tokens = prefix + patches
     for block in range(config.num_blocks_used):
         flops += 4 * matmul_flops(tokens, dim, dim)  # queries, keys, values, output
         flops += attention_flops(tokens, tokens, dim)
@@ -178,7 +181,7 @@ def _stage_flops(config: ReduxConfig, vmtc: VMTC, stage: CompressionStage, patch
 def _reduction_flops(config: ReduxConfig, reduction: Reduction) -> int:
     patches, dim = config.num_patches, config.vision_config.hidden_size
     out = reduction.count_tokens(patches)
-    if reduction.method in ("stride", "random"):  # they select tokens without a product
+    if reduction.method in ("stride", "random", "resize"):  # they select tokens or pixels without a product
         return 0
     mixing = matmul_flops(out, patches, dim)
     if reduction.method != "prumerge":
@@ -221,10 +224,22 @@ def _inhibition_flops(
     if not (layers := _count_inhibiting_layers(config, image)):
         return 0
     text, cmai = config.text_config, config.method_settings("cmai")
+    # eq. 10
+    focus = 0 if cmai.focus == "tia" else matmul_flops(rows, text_after_image, image + free_columns)
+    if cmai.heads != "mean":
+        return _count_inhibited_heads(config, image) * (matmul_flops(rows, _head_dim(text), keys) + focus)
     # weights: QK^T of each head; raw scores: one product of the key heads side by side
     width = text.num_attention_heads * _head_dim(text) if cmai.scores == "weights" else _key_width(text)
-    focus = 0 if cmai.focus == "tia" else matmul_flops(rows, text_after_image, image + free_columns)  # eq. 10
     return layers * (matmul_flops(rows, width, keys) + focus)
+
+
+def _count_inhibited_heads(config: ReduxConfig, image: int) -> int:
+    """Count the heads that have masks of their own, in all layers that inhibit at inference."""
+    text, cmai = config.text_config, config.method_settings("cmai")
+    if not _count_inhibiting_layers(config, image):
+        return 0
+    gammas = enumerate(cmai.compute_gammas(text.num_hidden_layers))
+    return sum(len(cmai.select_heads(layer, text.num_attention_heads)) for layer, gamma in gammas if gamma > 0)
 
 
 def _count_inhibiting_layers(config: ReduxConfig, image: int) -> int:
@@ -245,7 +260,8 @@ def _focus_bytes(config: ReduxConfig, text_after_image: int, image: int) -> int:
     layers = _count_inhibiting_layers(config, image)
     if not layers or config.method_settings("cmai").focus == "tia":
         return 0
-    return layers * text_after_image * image * FOCUS_NUMBER_BYTES
+    rows = layers if config.method_settings("cmai").heads == "mean" else _count_inhibited_heads(config, image)
+    return rows * text_after_image * image * FOCUS_NUMBER_BYTES
 
 
 def _head_dim(text: Any) -> int:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from redux.focus import select_above_quantile
-from redux.focus_cache import FocusRows
+from redux.focus import fold_heads, select_above_quantile, unfold_heads
+from redux.focus_cache import FocusRows, HeadRows
 from redux.kernels import use_fused
 from redux.parallel import mean_over_ranks
 from redux.settings import CMAI
@@ -27,6 +27,26 @@ MAX_SLOTS = 8192
 """Largest number of columns that one program of the kernel holds."""
 
 
+def select_heads(cmai: CMAI, layer: int, num_heads: int, mesh: Any) -> tuple[int, ...] | None:
+    """Select the heads of a layer that have masks of their own; None if one mask serves all heads.
+
+    Raises:
+        ValueError: heads have numbers, and ranks share the heads.
+    """
+    if cmai.heads == "mean":
+        return None
+    if mesh is not None and cmai.heads != "each":
+        raise ValueError(f"heads: got {cmai.heads}, allowed with tensor parallelism: mean or each")
+    return cmai.select_heads(layer, num_heads)
+
+
+def repeat_for_heads(
+    pairs: Shaped[Tensor, "masks 1 rows keys"], batch: int, num_heads: int
+) -> Shaped[Tensor, "repeated 1 rows keys"]:
+    """Repeat a mask for the sequences of `fold_heads`; one that all sequences share stays as it is."""
+    return pairs.repeat_interleave(num_heads, dim=0) if len(pairs) == batch else pairs
+
+
 @dataclass(frozen=True)
 class DecodingStep:
     """The inhibition of one decoded token, shared by all layers.
@@ -34,7 +54,7 @@ class DecodingStep:
     Args:
         cmai: settings.
         gammas: gamma of each layer.
-        cache: cache of the call, which counts the new token.
+        cache: cache of the call, which counts the new token: `FocusRows`, or `HeadRows` for masks of single heads.
         position: position of the new token.
         is_text: True for sequences whose new token is text.
         columns: positions of image tokens, left-aligned; free ones are the token's own position.
@@ -44,7 +64,7 @@ class DecodingStep:
 
     cmai: CMAI
     gammas: tuple[float, ...]
-    cache: FocusRows
+    cache: Any
     position: Int[Tensor, ""]
     is_text: Bool[Tensor, "batch 1"]
     columns: Int[Tensor, "batch slots"]
@@ -88,8 +108,30 @@ class DecodingStep:
         scale: float,
         bias: Float[Tensor, "masks 1 1 keys"] | None = None,
         mesh: Any = None,
-    ) -> Bool[Tensor, "batch 1 1 keys"]:
+    ) -> Bool[Tensor, "batch mask_heads 1 keys"]:
         """Compute the keys that stay in one layer, as `Inhibition.compute_mask` does for many rows."""
+        heads = select_heads(self.cmai, layer, query.shape[1], mesh)
+        if heads is None:
+            return self._compute_mean_mask(layer, query, key, visible, scale, bias, mesh)
+        if not heads:
+            return query.new_ones(len(query), 1, 1, key.shape[2], dtype=torch.bool)
+        visible = repeat_for_heads(visible, len(query), len(heads))
+        bias = None if bias is None else repeat_for_heads(bias, len(query), len(heads))
+        folded = self._repeat_for_heads(len(heads))
+        kept = folded._compute_mean_mask(layer, *fold_heads(query, key, heads), visible, scale, bias, None)
+        return unfold_heads(kept, heads, query.shape[1])
+
+    def _compute_mean_mask(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch heads 1 head_dim"],
+        key: Float[Tensor, "batch kv_heads keys head_dim"],
+        visible: Bool[Tensor, "masks 1 1 keys"],
+        scale: float,
+        bias: Float[Tensor, "masks 1 1 keys"] | None,
+        mesh: Any,
+    ) -> Bool[Tensor, "batch 1 1 keys"]:
+        """Compute one mask for all heads, from the mean of their attention."""
         batch, keys = len(query), key.shape[2]
         seen = visible[:, 0, 0].expand(batch, keys)
         attention = self._mean_attention(query, key, visible, scale, bias, mesh)
@@ -102,7 +144,7 @@ class DecodingStep:
             earlier = torch.arange(keys, device=key.device) < self.position
             t2n = (self._text_to_text(attention, seen) * earlier)[:, keys - rows.shape[1] :]
             focus = torch.baddbmm(t2i.unsqueeze(1), t2n.unsqueeze(1), rows).squeeze(1)
-            rows.index_copy_(1, (self.position - self.cache.start).reshape(1), t2i.unsqueeze(1))
+            self.cache.write_row(layer, keys, (self.position - self.cache.start).reshape(1), t2i.unsqueeze(1))
         candidates = seen.gather(1, self.columns) & self.valid
         kept = select_above_quantile(
             focus.unsqueeze(1), candidates.unsqueeze(1), self.gammas[layer], self.cmai.quantile
@@ -110,6 +152,12 @@ class DecodingStep:
         # free columns point at the token's own key, which always stays
         mask = torch.ones_like(seen).scatter(1, self.columns, kept | ~inhibited)
         return mask[:, None, None]
+
+    def _repeat_for_heads(self, num_heads: int) -> "DecodingStep":
+        """Return the step of the sequences of `fold_heads`."""
+        names = ("is_text", "columns", "valid")
+        tensors = {name: getattr(self, name).repeat_interleave(num_heads, dim=0) for name in names}
+        return replace(self, **tensors, cache=HeadRows(self.cache, num_heads), copies={})
 
     def _mean_attention(
         self,
@@ -185,6 +233,8 @@ class DecodingStep:
 
     def _missing_kernel(self, query: Tensor, key: Tensor, value: Tensor) -> str:
         """Return why the kernels cannot serve a call, or ""."""
+        if self.cmai.heads != "mean":
+            return "heads have masks of their own"
         if self.cmai.focus == "discounted":
             return "focus is discounted"
         if self.cmai.scores == "weights" and not self.cmai.preamble:

@@ -8,6 +8,7 @@ at a time, never heads x text x keys.  At 32 heads and 576 + 512 tokens that is 
 Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all tokens so far), image (columns of image tokens).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -95,6 +96,37 @@ def focus_score(
     """
     rows, keys = t2n.shape[1:]
     return t2n.tril(keys - rows - 1)[:, :, keys - earlier.shape[1] :] @ earlier + t2i  # eq. 9, 10, 11
+
+
+def fold_heads(
+    query: Float[Tensor, "batch heads rows head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    heads: Sequence[int],
+) -> tuple[Float[Tensor, "sequences 1 rows head_dim"], Float[Tensor, "sequences 1 keys head_dim"]]:
+    """Make each of some heads of each sequence a sequence with one head, so that a mean over heads is that head's A.
+
+    Args:
+        query, key: of all heads.
+        heads: numbers of the heads.
+
+    Returns:
+        Queries and keys of sequence 0 with each of the heads, then of sequence 1, and so on.
+    """
+    group = query.shape[1] // key.shape[1]
+    # views of single heads, as an index of numbers would be copied to the device
+    queries = torch.stack([query[:, head] for head in heads], dim=1)
+    keys = torch.stack([key[:, head // group] for head in heads], dim=1)
+    return queries.flatten(0, 1).unsqueeze(1), keys.flatten(0, 1).unsqueeze(1)
+
+
+def unfold_heads(
+    kept: Bool[Tensor, "sequences 1 rows keys"], heads: Sequence[int], num_heads: int
+) -> Bool[Tensor, "batch num_heads rows keys"]:
+    """Lay the masks of the sequences of `fold_heads` side by side; all pairs of other heads stay."""
+    of_heads = kept.squeeze(1).unflatten(0, (-1, len(heads)))
+    others = torch.ones_like(of_heads[:, 0])
+    masks = dict(zip(heads, of_heads.unbind(dim=1), strict=True))
+    return torch.stack([masks.get(head, others) for head in range(num_heads)], dim=1)
 
 
 def select_above_quantile(

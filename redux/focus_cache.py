@@ -10,10 +10,11 @@ counts again before they can be full.  In a StaticFocusCache the next generated 
 that number, count as text.
 
 Shapes: batch, keys (all tokens so far), slots (columns of image tokens, with free ones and a last one that nobody
-reads), image (columns in use), rows (tokens from `start` on).
+reads), image (columns in use), rows (tokens from `start` on), head (none, or the heads that have rows of their own).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class FocusRows(Cache):
     count: Tensor | None = None
     free_columns: int = 0
     flags: Tensor | None = None
-    _rows: dict[int, Tensor]  # by layer, (batch, capacity, slots)
+    _rows: dict[int, Tensor]  # by layer, (batch, capacity, slots), or with the heads as a last dimension
     _keys_with_rows: int = 0  # tokens of the last call that wrote rows
 
     def forget_tokens(self) -> None:
@@ -66,7 +67,7 @@ class FocusRows(Cache):
         return None if self.flags is None else self.flags[:, : int(self.length)]
 
     @property
-    def t2i(self) -> dict[int, Float[Tensor, "batch earlier image"]]:
+    def t2i(self) -> dict[int, Float[Tensor, "batch earlier image *head"]]:
         """A_t2i of the latest tokens by layer.  Tokens before them see no image or are part of one."""
         earlier = max(min(int(self.length), self._keys_with_rows) - self.start, 0)
         return {layer: rows[:, :earlier, : self.num_columns] for layer, rows in self._rows.items()}
@@ -151,37 +152,51 @@ class FocusRows(Cache):
         assert self.flags is not None
         return self.flags[:, :keys]
 
-    def prepare_rows(self, layer: int, keys: int, like: Tensor) -> Float[Tensor, "batch rows slots"]:
+    def prepare_rows(
+        self, layer: int, keys: int, like: Tensor, heads: tuple[int, ...] = ()
+    ) -> Float[Tensor, "batch rows slots *head"]:
         """Return the rows of a layer from `start` to the last of the keys, for writing in place.
 
         Arguments are those of `reserve_rows`.
         """
         assert self.columns is not None
         # removed image tokens, as of assisted decoding, leave more columns than there are slots
-        return self.reserve_rows(layer, keys, like)[:, : max(keys - self.start, 0), : self.columns.shape[1]]
+        return self.reserve_rows(layer, keys, like, heads)[:, : max(keys - self.start, 0), : self.columns.shape[1]]
 
-    def reserve_rows(self, layer: int, keys: int, like: Tensor) -> Float[Tensor, "batch capacity some"]:
+    def reserve_rows(
+        self, layer: int, keys: int, like: Tensor, heads: tuple[int, ...] = ()
+    ) -> Float[Tensor, "batch capacity some *head"]:
         """Return all rows of a layer from `start` on, with room for those of all keys; those to come are zero.
 
         Args:
             layer: number of the layer.
             keys: keys of the layer.
             like: a tensor whose device and batch size the rows have.
+            heads: the number of heads that have rows of their own, as a last dimension; () for one mean of all heads.
         """
         assert self.columns is not None
         needed, slots = max(keys - self.start, 0), self.columns.shape[1]
         rows = self._rows.get(layer)
         if rows is None or rows.shape[1] < needed or rows.shape[2] < slots:
-            grown = torch.zeros(len(like), self._row_capacity(keys), slots, dtype=torch.float32, device=like.device)
+            size = (len(like), self._row_capacity(keys), slots, *heads)
+            grown = torch.zeros(size, dtype=torch.float32, device=like.device)
             if rows is not None:
                 grown[:, : rows.shape[1], : rows.shape[2]] = rows  # earlier tokens see no later image
             self._rows[layer] = rows = self._pin(grown)
         self._keys_with_rows = keys
         return rows
 
-    def append_rows(self, layer: int, t2i: Float[Tensor, "batch rows image"]) -> Float[Tensor, "batch earlier image"]:
+    def write_row(
+        self, layer: int, keys: int, row: Int[Tensor, "1"], t2i: Float[Tensor, "batch 1 slots *head"]
+    ) -> None:
+        """Write A_t2i of one token into the rows of a layer."""
+        self.prepare_rows(layer, keys, t2i, t2i.shape[3:]).index_copy_(1, row, t2i)
+
+    def append_rows(
+        self, layer: int, t2i: Float[Tensor, "batch rows image *head"]
+    ) -> Float[Tensor, "batch earlier image *head"]:
         """Store A_t2i of the last rows of a call, and return all rows of the layer."""
-        rows = self.prepare_rows(layer, int(self.length), t2i)
+        rows = self.prepare_rows(layer, int(self.length), t2i, t2i.shape[3:])
         earlier = rows.shape[1] - t2i.shape[1]
         rows[:, earlier:, : t2i.shape[2]] = t2i
         return rows[:, :, : t2i.shape[2]]
@@ -305,7 +320,7 @@ class StaticFocusCache(FocusRows, StaticCache):
         self.count.copy_(source.count)
         self.num_columns, self.free_columns = source.num_columns, FREE_COLUMNS - 1
         for layer, rows in source.t2i.items():
-            own = self.prepare_rows(layer, self.get_max_length(), rows)
+            own = self.prepare_rows(layer, self.get_max_length(), rows, rows.shape[3:])
             own.zero_()
             first = source.start - start
             own[:, first : first + rows.shape[1], : rows.shape[2]] = rows
@@ -334,6 +349,47 @@ class StaticFocusCache(FocusRows, StaticCache):
         position = self.length.clone()
         self.length.add_(1)
         return position
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """A view of a cache for heads that have rows of their own: each head of each sequence is a sequence of its own.
+
+    Args:
+        cache: the cache.
+        num_heads: heads with rows.
+    """
+
+    cache: FocusRows
+    num_heads: int
+
+    @property
+    def start(self) -> int:
+        return self.cache.start
+
+    def flags_of(self, keys: int) -> Bool[Tensor, "sequences keys"]:
+        """Return the flags of image tokens, see `FocusRows.flags_of`."""
+        return self.cache.flags_of(keys).repeat_interleave(self.num_heads, dim=0)
+
+    def append_rows(
+        self, layer: int, t2i: Float[Tensor, "sequences rows image"]
+    ) -> Float[Tensor, "sequences earlier image"]:
+        """Store A_t2i of the last rows of a call, and return all rows of the layer."""
+        return self._join(self.cache.append_rows(layer, self._split(t2i)))
+
+    def prepare_rows(self, layer: int, keys: int, like: Tensor) -> Float[Tensor, "sequences rows slots"]:
+        """Return a copy of the rows of a layer, see `FocusRows.prepare_rows`; `write_row` changes the cache."""
+        return self._join(self.cache.prepare_rows(layer, keys, like[:: self.num_heads], (self.num_heads,)))
+
+    def write_row(self, layer: int, keys: int, row: Int[Tensor, "1"], t2i: Float[Tensor, "sequences 1 slots"]) -> None:
+        """Write A_t2i of one token into the rows of a layer."""
+        self.cache.write_row(layer, keys, row, self._split(t2i))
+
+    def _split(self, t2i: Float[Tensor, "sequences rows image"]) -> Float[Tensor, "batch rows image heads"]:
+        return t2i.unflatten(0, (-1, self.num_heads)).permute(0, 2, 3, 1)
+
+    def _join(self, t2i: Float[Tensor, "batch rows image heads"]) -> Float[Tensor, "sequences rows image"]:
+        return t2i.permute(0, 3, 1, 2).flatten(0, 1)
 
 
 def adopt_cache(cache: Cache) -> Cache:

@@ -51,6 +51,7 @@ def inhibit(model: PreTrainedModel, cmai: CMAI | None) -> None:
         raise ValueError(f"cmai: got {cmai!r}, allowed: redux.CMAI, or None to turn it off")
     if cmai is not None:
         _check_compatible(model)
+        _check_heads(model, cmai)
     if hasattr(model, "_inhibitor"):
         model._inhibitor.remove(model)
         del model._inhibitor
@@ -88,6 +89,14 @@ def _check_compatible(model: PreTrainedModel) -> None:
             f"model: got {type(decoder).__name__}, allowed: a language model that uses AttentionInterface and has "
             "scaled-dot-product attention"
         )
+
+
+def _check_heads(model: PreTrainedModel, cmai: CMAI) -> None:
+    """Raise a ValueError if the settings number a head that the model does not have."""
+    text_config = model.config.get_text_config()
+    num_heads = text_config.num_hidden_layers * text_config.num_attention_heads
+    if not isinstance(cmai.heads, str) and max(cmai.heads) >= num_heads:
+        raise ValueError(f"heads: got {max(cmai.heads)}, allowed: 0 to {num_heads - 1}, the heads of all layers")
 
 
 def _image_token_ids(model: PreTrainedModel) -> list[int]:

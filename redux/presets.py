@@ -56,8 +56,15 @@ PRESETS = {
     "sum-tia": Preset(description="Table 5, its sum over text tokens", cmai=CMAI(focus="sum")),
     "discounted-sum-tia": Preset(description="Table 5, its discounted sum", cmai=CMAI(focus="discounted")),
     "spd": _reduction_preset("Table 1, spatial down-sampling", Reduction(method="average", ratio=0.75)),
+    "resize": _reduction_preset(
+        "images of half the side, a quarter of the tokens", Reduction(method="resize", ratio=0.75)
+    ),
     "random": _reduction_preset("random places, half of the tokens", Reduction(method="random", ratio=0.5)),
     "prumerge": _reduction_preset("Table 2, LLaVA-PruMerge", Reduction(method="prumerge", tokens=36)),
+    "each-head": Preset(description="the default, with a mask of CMAI for each head", cmai=CMAI(heads="each")),
+    "no-sinks": Preset(
+        description="the default, whose primary tokens are no attention sinks", vmtc=VMTC(sink_norm=3.0)
+    ),
     "evit": Preset(
         description="EViT: pruning layer by layer, one fused token",
         vmtc=VMTC(clusters=1, weights="raw", order="rank"),

@@ -6,6 +6,9 @@ patches beat many published methods, so a comparison should include them.  "prum
 2024, arXiv 2403.15388), after the authors' code (github.com/42Shawn/LLaVA-PruMerge, clip_encoder.py): the tokens to
 which the class token attends most, each with its most similar tokens added, and one token of all the rest.
 
+"resize" is the only one before the tower: the image itself has fewer pixels, and the tower fewer patches in all of its
+blocks, whose position embeddings are interpolated as transformers does.
+
 Mixed tokens are one product with a matrix of weights, (out x patches): no loop over images or tokens and no wait for
 the host.  Its gradients are deterministic, unlike those of torch's pooling on a GPU.  It runs in float32, so that
 bfloat16 rounds a result once.
@@ -142,6 +145,33 @@ def reduce_by_prumerge(
     return _mix_patches(weights, features), slot, number == kept_count
 
 
+def resize_pixels(
+    pixels: Float[Tensor, "batch channels height width"], reduction: Reduction, patch_size: int
+) -> tuple[
+    Float[Tensor, "batch channels new_height new_width"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]
+]:
+    """Reduce images to the pixels of fewer patches, by torch's bilinear interpolation with antialiasing.
+
+    Args:
+        pixels: normalised pixels of square images.
+        reduction: settings with method "resize".
+        patch_size: pixels on each side of a patch.
+
+    Returns:
+        (pixels', slot, cluster).  slot[b, p] is the new patch that holds the centre of patch p.  cluster is True, as
+        each new patch mixes pixels of several.
+    """
+    side = pixels.shape[-1] // patch_size
+    out = grid_side(reduction.count_tokens(side * side))
+    slot = _locate_cells(side, out, pixels.device).expand(len(pixels), -1)
+    cluster = torch.full((len(pixels), out * out), out < side, device=pixels.device)
+    if out == side:
+        return pixels, slot, cluster
+    size = (out * patch_size, out * patch_size)
+    resized = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False)
+    return resized.to(pixels.dtype), slot, cluster
+
+
 REDUCERS: dict[str, Callable[..., ReducedTokens]] = {
     "average": reduce_by_average,
     "stride": reduce_by_stride,
@@ -149,6 +179,7 @@ REDUCERS: dict[str, Callable[..., ReducedTokens]] = {
     "random": reduce_by_random,
     "prumerge": reduce_by_prumerge,
 }
+"""Functions that reduce tokens after the tower; "resize" is `resize_pixels`, before it."""
 
 
 def _grid_sides(
@@ -164,10 +195,15 @@ def _pool_grid(features: Float[Tensor, "batch patches dim"], weights: Float[Tens
     """Pool rows and columns by the same weights, of the patches of a side in the cells of a side, not normalised."""
     weights = weights / weights.sum(dim=1, keepdim=True)
     out, side = weights.shape
-    cell = (2 * torch.arange(side, device=features.device) + 1) * out // (2 * side)
-    slot = (cell.unsqueeze(1) * out + cell).flatten().expand(features.shape[:2])
+    slot = _locate_cells(side, out, features.device).expand(features.shape[:2])
     tokens = _mix_patches(torch.kron(weights, weights), features)
     return tokens, slot, torch.full(tokens.shape[:2], out < side, device=features.device)
+
+
+def _locate_cells(side: int, out: int, device: torch.device) -> Int[Tensor, "patches"]:
+    """Locate the cell in which the centre of each patch lies, row by row."""
+    cell = (2 * torch.arange(side, device=device) + 1) * out // (2 * side)
+    return (cell.unsqueeze(1) * out + cell).flatten()
 
 
 def _select_patches(features: Float[Tensor, "batch patches dim"], positions: Int[Tensor, "out"]) -> ReducedTokens:

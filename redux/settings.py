@@ -327,7 +327,7 @@ class CMAI:
         )
 
     def select_heads(self, layer: int, num_heads: int) -> tuple[int, ...]:
-        """Select the heads of a layer that have masks of their own; all of them for "each"."""
+        """Select the heads of a layer that are inhibited; all of them for "mean" and "each"."""
         if isinstance(self.heads, str):
             return tuple(range(num_heads))
         return tuple(number % num_heads for number in self.heads if number // num_heads == layer)

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from redux.parallel import head_mesh, join_heads
 from redux.precision import without_autocast
-from redux.reduction import reduce_tokens
+from redux.reduction import reduce_tokens, resize_pixels
 from redux.settings import VMTC, CompressionStage, Reduction
-from redux.vmtc import PatchAssignment, compress_tokens, importance_score, mean_received_attention
+from redux.vmtc import PatchAssignment, compress_tokens, discount_sinks, importance_score, mean_received_attention
 
 
 class BlockCompression(NamedTuple):
@@ -49,7 +49,7 @@ class TowerCompression(NamedTuple):
         num_blocks_used: blocks that are computed.
         num_prefix_tokens: tokens before the patches, 1 with a class token, else 0.
         compressions: compressing blocks by number.
-        reduction: reduction of the patches after the last of these blocks.
+        reduction: reduction of the patches after the last of these blocks, or of the pixels before the first.
     """
 
     num_blocks_used: int
@@ -128,11 +128,19 @@ class CompressingTower(ExtendedModule):
         """
         if tower_compression is None:
             return self.original_forward(pixel_values, *args, **kwargs)
-        prefix = tower_compression.num_prefix_tokens
-        hidden = self.embeddings(pixel_values)
+        prefix, reduction = tower_compression.num_prefix_tokens, tower_compression.reduction
+        resizes = False
+        # fewer pixels: the patches of the whole image are followed, although only those of the smaller one exist
+        if reduction is not None and reduction.method == "resize":
+            resizes = True
+            pixel_values, slot, cluster = resize_pixels(pixel_values, reduction, self.embeddings.patch_size)
+        hidden = self.embeddings(pixel_values, **({"interpolate_pos_encoding": True} if resizes else {}))
         if hasattr(self, "pre_layrnorm"):  # CLIP has this norm, under this name; SigLIP has none
             hidden = self.pre_layrnorm(hidden)
-        assignment = PatchAssignment.untouched(hidden.shape[0], hidden.shape[1] - prefix, hidden.device)
+        num_patches = slot.shape[1] if resizes else hidden.shape[1] - prefix
+        assignment = PatchAssignment.untouched(hidden.shape[0], num_patches, hidden.device)
+        if resizes:
+            assignment = assignment.then(slot, cluster)
         mask = None
         # VMTC: follow each patch through the compressing blocks
         for number, block in enumerate(self.encoder.layers[: tower_compression.num_blocks_used]):
@@ -147,8 +155,7 @@ class CompressingTower(ExtendedModule):
                 sizes = assignment.count_patches(hidden.shape[1] - prefix).to(hidden.dtype)
                 mask = F.pad(sizes.log(), (prefix, 0))[:, None, None]
         # a rival of VMTC: reduce once, after the last block
-        reduction = tower_compression.reduction
-        if reduction:
+        if reduction and not resizes:
             class_attention = None
             if reduction.method == "prumerge":
                 class_attention = self.encoder.layers[-1](hidden, query_and_keys_only=True)
@@ -214,6 +221,7 @@ class CompressingBlock(ExtendedModule):
             ips = importance_score(query[:, :, :1], key, attention.scale, bias, mesh)
         else:
             ips = mean_received_attention(query, key, attention.scale, bias, mesh)
+        ips = discount_sinks(hidden[:, prefix:], ips, vmtc.sink_norm)
         cluster_features = None
         if vmtc.similarity == "keys":
             cluster_features = join_heads(key.transpose(1, 2).flatten(2), mesh)[:, prefix:]

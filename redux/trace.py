@@ -58,7 +58,8 @@ class AnswerTrace:
     Args:
         images: compression of each image.
         words: text that each token of the answer adds; "" for the end token.
-        allowed: share of the layers in which CMAI lets the word attend to the visual token; 1 without CMAI.
+        allowed: share of the layers, and of their heads, in which CMAI lets the word attend to the visual token; 1
+            without CMAI.
     """
 
     images: tuple[ImageTrace, ...]
@@ -105,7 +106,7 @@ def trace_answer(model: ChatModel, chat: EncodedChat, tokens: Sequence[int]) -> 
     columns = np.flatnonzero(chat.input_ids == model.model.config.image_token_id)
     inhibited = torch.zeros(len(tokens), len(columns))
     for kept in decisions.values():
-        inhibited += ~kept[0, rows][:, columns].cpu()
+        inhibited += (~kept[0, :, rows][:, :, columns]).float().mean(dim=0).cpu()
     allowed = 1 - inhibited / model.model.config.text_config.num_hidden_layers
     return AnswerTrace(trace_images(model, chat), split_words(model, tokens), allowed.numpy())
 

@@ -24,6 +24,9 @@ from redux.kmeans import MAX_FUSED_TOKENS, kmeans, unsupported_clustering
 from redux.parallel import mean_over_ranks
 from redux.settings import VMTC, CompressionStage
 
+SINK_FACTOR = 1e-6
+"""Factor of an attention sink's importance: below any other patch's, and not zero, as merge weights need a sum."""
+
 
 def importance_score(
     query: Float[Tensor, "batch heads 1 head_dim"],
@@ -83,6 +86,32 @@ def mean_received_attention(
         scores = scores if bias is None else scores + bias[:, None]
         total = total + scores.softmax(dim=-1, dtype=torch.float32).mean(dim=1)
     return mean_over_ranks(total / query.shape[1], mesh)
+
+
+def discount_sinks(
+    tokens: Float[Tensor, "batch patches dim"], ips: Float[Tensor, "batch patches"], sink_norm: float | None
+) -> Float[Tensor, "batch patches"]:
+    """Count the importance of attention sinks a millionth.
+
+    Some patches of large ViTs hold little of the image, have a far larger norm than the others, and draw the attention
+    of the class token (Darcet et al. 2024, arXiv 2309.16588).  Without this, they survive as primary tokens.
+
+    Args:
+        tokens: patch tokens z' of the block, without the class token.
+        ips: importance score of each.
+        sink_norm: a patch is a sink if its norm exceeds sink_norm × the median norm of its image; None has no sinks.
+
+    >>> tokens = torch.tensor([[[1.0], [-2.0], [9.0]]])
+    >>> discount_sinks(tokens, torch.tensor([[0.1, 0.2, 0.6]]), 3.0).tolist()[0] == [
+    ...     float(torch.tensor(value)) for value in (0.1, 0.2, 0.6e-6)
+    ... ]
+    True
+    """
+    if sink_norm is None:
+        return ips
+    norm = tokens.detach().float().norm(dim=-1)
+    is_sink = norm > sink_norm * norm.median(dim=-1, keepdim=True).values
+    return ips.where(~is_sink, ips * SINK_FACTOR)
 
 
 def compress_tokens(

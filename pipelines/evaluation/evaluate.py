@@ -9,7 +9,8 @@ rows out:  one block per batch: the responses, and the time they took
 resources: `num_actors` actors share the CPUs, or take a GPU each
 
 answers/TASK.jsonl    {"id", "unit", "prompt", …, "response"}, one line per question in the order of the benchmark: all
-                      that scoring needs, with "attention" where it was measured. Until it is complete it is .TASK.jsonl, in the order of the answers.
+                      that scoring needs, with "attention" where it was measured. Until it is complete it is
+                      .TASK.jsonl, in the order of the answers.
 answers/speed.jsonl   {"task", "questions", "tokens", "prefill_s", "decode_s", "peak_bytes"}, one line per batch
 answers/provenance.json  the model and the settings that gave the answers; answers of other models are never reused
 """
@@ -466,7 +467,7 @@ def _measures_attention(evaluated: EvaluatedModel, settings: Evaluate) -> bool:
 
 
 def _select_measured(questions: Sequence[Question], count: int) -> frozenset[str]:
-    """Select the questions whose answers' attention is measured: evenly spaced ones with images, the same in any run."""
+    """Select the questions whose answers' attention is measured: those with images, evenly, the same in any run."""
     with_images = [question.id for question in questions if question.image is not None]
     return frozenset(with_images[index] for index in spread_evenly(len(with_images), count))
 

@@ -40,6 +40,27 @@ class Column:
 
 IF_COLUMN = Column("IF", "instructions.strict", paper="IF")
 CORRECTNESS_COLUMNS = (Column("right", "instructions.right"), Column("both", "instructions.both"))
+MEASURE_COLUMNS = (
+    IF_COLUMN,
+    Column("loose", "instructions.loose", about="first and last line, and asterisks, are forgiven as in IFEval"),
+    Column("taught", "instructions.strict_taught", about="of the sixteen, those that the training text teaches"),
+    Column("untaught", "instructions.strict_untaught", about="of the sixteen, those that no training text teaches"),
+    Column("held out", "instructions_held_out.strict", about="constraints of other kinds, in no training text"),
+    Column("held out, loose", "instructions_held_out.loose"),
+    Column("no image", "instructions_without_image.strict", about="the sixteen, asked by text alone without the image"),
+    *CORRECTNESS_COLUMNS,
+    Column("words", "instructions.words", 1.0, about="mean number of words of an answer"),
+    Column("image attention", "instructions.image_mass", about="attention of answers to image tokens, per cent"),
+    Column(
+        "dominance",
+        "instructions.dominance",
+        1.0,
+        number_format="{:.2f}",
+        about="attention to a text token over that to an image token",
+    ),
+)
+"""Measures of instruction following beside the paper's."""
+
 INSTRUCTION_COLUMNS = tuple(
     Column(
         f"T{instruction.task}",

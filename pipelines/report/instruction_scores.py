@@ -4,7 +4,7 @@ A model can learn the form of an instruction from text, or follow one that it ha
 constraints are a task of their own, `instructions_held_out`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pipelines.data.easy_vqa import INSTRUCTIONS_BY_SET
@@ -48,3 +48,16 @@ def split_by_teaching(metrics: Mapping[str, Metric], taught: Collection[str]) ->
         for part, ids in parts.items()
     }
     return {name: metric for name, metric in split.items() if metric}
+
+
+def add_split_metrics(
+    metrics: Sequence[Mapping[str, Metric]], jobs: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Metric]]:
+    """Add the metrics of `split_by_teaching` to those of several runs, by what any of their jobs teaches.
+
+    Args:
+        metrics: metrics of each run.
+        jobs: the job that trained each run.
+    """
+    taught = frozenset(id for job in jobs for id in list_taught(job))
+    return [{**of_run, **split_by_teaching(of_run, taught)} for of_run in metrics]

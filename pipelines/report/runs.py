@@ -11,7 +11,7 @@ import copy
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import yaml
 from pipelines.core import jsonl
 from pipelines.core.settings import flatten_dict
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
+from pipelines.report.instruction_scores import add_split_metrics
 from redux.benchmarks import Metric, Row
 from redux.configuration import ReduxConfig
 from redux.presets import Preset
@@ -28,8 +29,8 @@ from redux.settings import METHODS
 
 IRRELEVANT_KEYS = (
     "name", "seed", "num_workers", "checkpoints", "recovery", "report", "trackers", "data.max_bad_fraction",
-    "model.kernels", "evaluate.num_actors", "evaluate.batch_size", "evaluate.image_input", "evaluate.template",
-    "evaluate.image_aspect_ratio", "evaluate.allow_mismatch",
+    "model.kernels", "evaluate.num_actors", "evaluate.batch_size", "evaluate.image_input", "evaluate.attention",
+    "evaluate.template", "evaluate.image_aspect_ratio", "evaluate.allow_mismatch",
     *(f"model.{name}" for name in METHODS),
 )  # fmt: skip
 """Keys of a job that do not separate families: the seed, the method, and keys without effect on the result."""
@@ -238,7 +239,8 @@ def read_finished_runs(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[
         raise ValueError(
             f"runs: found none that is finished, allowed: folders with job.yaml and metrics.json at {searched}"
         )
-    return runs, notes
+    metrics = add_split_metrics([run.metrics for run in runs], [run.source_job for run in runs])
+    return [replace(run, metrics=of_run) for run, of_run in zip(runs, metrics, strict=True)], notes
 
 
 def find_families(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[list[Family], list[str]]:

@@ -25,7 +25,7 @@ from pipelines.report.plots import shorten
 from pipelines.report.runs import Scorer
 from redux.benchmarks import BENCHMARKS, Metric, Row
 from redux.benchmarks.custom import UNTYPED
-from redux.instructions import INSTRUCTIONS
+from redux.instructions import ALL_INSTRUCTIONS
 
 MAX_REFERENCES = 20
 """Most different reference answers of a task that has a confusion matrix."""
@@ -45,15 +45,28 @@ OTHER = "other"
 TYPE_KEYS = ("type", "answer_type", "subtask", "structural", "l2-category", "category")
 """Keys of a row that have the type of its question, by preference."""
 
-SCORED_TASK_TITLES = {"easy_vqa": "easy-VQA", "instructions": "Instructions"}
+SCORED_TASK_TITLES = {
+    "easy_vqa": "easy-VQA",
+    "instructions": "Instructions",
+    "instructions_held_out": "Held-out constraints",
+    "instructions_without_image": "Instructions without image",
+}
 METRIC_TITLES = {
     "strict": "followed (strict)",
     "loose": "followed (loose)",
     "right": "answer correct",
     "both": "followed and correct",
+    "words": "words per answer",
+    "image_mass": "attention to image tokens",
+    "dominance": "dominance index of text",
     "perception": "perception, points",
     "cognition": "cognition, points",
 }
+QUANTITIES = ("words", "dominance")
+"""Metrics without a largest possible value."""
+
+LAYER_METRICS = "image_mass.layer_"
+"""Beginning of the names of metrics by layer, which the lists of scores leave out."""
 
 
 class ScoreLine(NamedTuple):
@@ -63,8 +76,9 @@ class ScoreLine(NamedTuple):
         title: name for readers.
         outcomes: number of its outcomes.
         interval: value and interval.
-        maximum: largest possible value, 1 for a share.
+        maximum: largest possible value, 1 for a share; of a quantity, the largest of its outcomes.
         is_type: it is the main metric of one type of question.
+        is_quantity: it has no largest possible value.
     """
 
     title: str
@@ -72,10 +86,11 @@ class ScoreLine(NamedTuple):
     interval: Interval
     maximum: float
     is_type: bool = False
+    is_quantity: bool = False
 
     @property
     def is_share(self) -> bool:
-        return abs(self.maximum - 1) < 1e-9
+        return abs(self.maximum - 1) < 1e-9 and not self.is_quantity
 
 
 class JudgedRow(NamedTuple):
@@ -177,7 +192,11 @@ def _read_result(folder: Path, name: str) -> TaskResult:
         problem = f"The answers cannot be scored: {type(error).__name__}: {error}"
     # tasks list their main metric first
     main = next(iter(metrics), "")
-    lines = [make_score_line(metric_name, metric, main) for metric_name, metric in metrics.items()]
+    lines = [
+        make_score_line(metric_name, metric, main)
+        for metric_name, metric in metrics.items()
+        if not metric_name.startswith(LAYER_METRICS)
+    ]
     # each question also gets a score of its own, for the gallery
     judged = tuple(
         JudgedRow(row, row_score, _find_kind(row), _list_references(row))
@@ -209,17 +228,23 @@ def make_score_line(name: str, metric: Metric, main: str) -> ScoreLine:
         metric: the metric.
         main: name of the main metric; "MAIN.TYPE" gets the title TYPE.
     """
-    groups = len({outcome.group for outcome in metric.outcomes})
-    # a mean is at most 1 in each group
-    maximum = metric.weight * groups
+    is_quantity = name in QUANTITIES
+    if is_quantity:
+        maximum = max(*(outcome.value for outcome in metric.outcomes), 1e-9)
+        interval = bootstrap_interval([metric])
+    else:
+        # a mean is at most 1 in each group
+        maximum = metric.weight * len({outcome.group for outcome in metric.outcomes})
+        interval = compute_interval(metric, maximum)
     title = name.removeprefix(f"{main}.")
     title = METRIC_TITLES.get(title, title)
     return ScoreLine(
         shorten(title, ANSWER_LABEL_LENGTH),
         len(metric.outcomes),
-        compute_interval(metric, maximum),
+        interval,
         maximum,
         is_type=name.startswith(f"{main}."),
+        is_quantity=is_quantity,
     )
 
 
@@ -283,7 +308,7 @@ def _score_row(score: Scorer, row: Row) -> float | None:
 def _find_kind(row: Mapping[str, Any]) -> str:
     """Find the type of a question, "" if it has none."""
     if "instruction_id" in row:
-        instruction = INSTRUCTIONS.get(str(row["instruction_id"]))
+        instruction = ALL_INSTRUCTIONS.get(str(row["instruction_id"]))
         return instruction.name if instruction else str(row["instruction_id"])
     # benchmarks name the type of a question differently
     kind = next((str(row[key]) for key in TYPE_KEYS if row.get(key)), "")

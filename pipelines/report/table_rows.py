@@ -103,6 +103,7 @@ KIND_TITLES = {
     "average": "SPD, average",
     "stride": "SPD, stride",
     "bilinear": "SPD, bilinear",
+    "resize": "SPD, smaller image",
     "random": "Random patches",
     "prumerge": "PruMerge",
     "llp": "LLP + CMAI",
@@ -127,6 +128,8 @@ def find_kind(methods: Preset, uses_captions: bool = False) -> str | None:
     """
     if uses_captions:
         return "upper-limit" if methods.methods == PRESETS["llava"].methods else None
+    if (methods.cmai and methods.cmai.heads != "mean") or (methods.vmtc and methods.vmtc.sink_norm):
+        return None
     if methods.reduction:
         return None if methods.cmai else methods.reduction.method
     parts = _name_vmtc_parts(methods.vmtc) if methods.vmtc else None

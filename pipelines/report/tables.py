@@ -27,6 +27,7 @@ from pipelines.report.columns import (
     COST_COLUMNS,
     COST_FUNCTIONS,
     IF_COLUMN,
+    MEASURE_COLUMNS,
     PILOT_COLUMNS,
     TABLE_COLUMNS,
     Column,
@@ -46,6 +47,7 @@ from pipelines.report.table_rows import (
 from redux.benchmarks import Metric
 from redux.settings import METHODS, SPATIAL_METHODS
 
+MEASURES_TITLE = "Instruction following: what was taught, answers without image, length and attention"
 NUM_COMPARED_PROMPTS = 6
 """Number of prompts in Figure 4."""
 
@@ -169,7 +171,7 @@ class FamilyScores:
 
 
 def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[ResultTable]:
-    """Build all tables: all models, Tables 1 to 5, Figure 2, the sweep of ratios, and costs.
+    """Build all tables: models, measures of instruction following, Tables 1 to 5, Figure 2, sweep of ratios, costs.
 
     Args:
         families: the families.
@@ -183,9 +185,16 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
     evaluated = {name for family in families for model in family.models for run in model.runs for name in run.metrics}
     extra = tuple(column for column in BENCHMARK_COLUMNS if column.source in evaluated)
     score_columns = _add_columns((IF_COLUMN, *CORRECTNESS_COLUMNS), extra)
+    measures = tuple(column for column in MEASURE_COLUMNS if column.source in evaluated)
     # the order of the page
     return [
         _build_full_table("models", "All models", score_columns, scores),
+        # runs of the paper's measures alone need no second table
+        *(
+            [_build_full_table("measures", MEASURES_TITLE, measures, scores)]
+            if set(measures) - set(score_columns)
+            else []
+        ),
         *(
             _build_paper_table(key, _add_columns(TABLE_COLUMNS[key], extra), scores, TABLE_ROWS[key], printed)
             for key, printed in paper.TABLES.items()

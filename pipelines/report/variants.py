@@ -26,7 +26,7 @@ from redux.settings import METHODS
 
 UNCOMPARED_KEYS = (
     "name", "seed", "num_workers", "gpu_share", "checkpoints", "recovery", "report", "trackers",
-    "data.max_bad_fraction", "model.kernels", "evaluate.num_actors", "evaluate.batch_size",
+    "data.max_bad_fraction", "model.kernels", "evaluate.num_actors", "evaluate.batch_size", "evaluate.attention",
 )  # fmt: skip
 """Keys of a job that make no variant: the seed, and keys without effect on the result."""
 

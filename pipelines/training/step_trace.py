@@ -226,7 +226,9 @@ def _fused_attention(
 ) -> tuple[Tensor, None]:
     """Make the tensors of Redux's fused kernels: maps of text and image tokens, and the mask of pairs."""
     active = inhibition is not None and inhibition.gammas[module.layer_idx] > 0
-    if not active and attention_mask is None:
+    # masks of single heads, and weights without the preamble, are plain code on every device
+    is_plain = active and (inhibition.cmai.heads != "mean" or not inhibition.cmai.preamble)
+    if is_plain or (not active and attention_mask is None):
         return inhibited_attention(module, query, key, value, attention_mask, inhibition, scaling, **kwargs)
     pairs = None
     if active:

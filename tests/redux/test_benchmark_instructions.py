@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from redux.benchmarks import Question
 from redux.attention_mass import AttentionMass
+from redux.benchmarks import Question
 from redux.benchmarks.instructions import (
     REFERENCE_FIELDS,
     ImageQuestion,

@@ -26,7 +26,10 @@ from redux.focus import (
 )
 from redux.focus_cache import FocusCache
 from redux.model import ReduxForConditionalGeneration
+from redux.plugin import inhibit
 from redux.settings import CMAI
+
+Tiny = Callable[..., ReduxForConditionalGeneration]
 
 KEYS = 14
 DEFAULT = CMAI()
@@ -285,6 +288,83 @@ def test_keep_piece_by_piece_equals_keep_at_once(pieces: tuple[int, ...], cmai: 
         start = end
 
 
+HEADS = [
+    CMAI(heads="each"),
+    CMAI(heads="each", focus="sum", scores="scaled"),
+    CMAI(heads="each", focus="discounted", quantile="count"),
+    CMAI(heads="each", focus="tia"),
+    CMAI(heads="each", preamble=False),
+    CMAI(heads=(4, 7, 1)),
+    CMAI(heads=(6,), scores="scores"),
+]
+"""Settings with masks of single heads, for layers of four heads; layer 1 has the numbers 4 to 7."""
+
+
+@pytest.mark.parametrize("cmai", HEADS, ids=name)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_a_mask_of_a_head_equals_the_slow_loop_of_a_layer_with_that_head_alone(cmai: CMAI, kv_heads: int) -> None:
+    query, key = noise(2, 4, KEYS, 8), noise(2, kv_heads, KEYS, 8, seed=1)
+    visible = causal()[0, 0]
+    keep = inhibition(cmai).compute_mask(1, query, key, causal(), 0.7)
+    inhibited = {number - 4 for number in cmai.heads if number >= 4} if cmai.heads != "each" else set(range(4))
+    assert keep.shape[1] == 4
+    for head in range(4):
+        if head not in inhibited:
+            assert keep[:, head].all()
+            continue
+        for sequence, image in enumerate(IMAGE):
+            shared = key[sequence, head * kv_heads // 4].unsqueeze(0)
+            attention = slow_attention(query[sequence, head].unsqueeze(0), shared, image, visible, 0.7, cmai)
+            expected = slow_keep(slow_focus(attention, image, cmai), visible, image, 0.6, cmai.quantile)
+            assert not expected.all()
+            assert torch.equal(keep[sequence, head] & visible, expected & visible)
+
+
+@pytest.mark.parametrize("cmai", HEADS, ids=name)
+@pytest.mark.parametrize("pieces", [(8, 1, 1, 1, 1, 1, 1), (2, 3, 9), (10, 4)], ids=str)
+def test_masks_of_heads_piece_by_piece_equal_those_at_once(pieces: tuple[int, ...], cmai: CMAI) -> None:
+    query, key = noise(2, 4, KEYS, 8), noise(2, 2, KEYS, 8, seed=1)
+    whole = inhibition(cmai).compute_mask(1, query, key, causal(), 1.0)
+    cache, start = FocusCache(), 0
+    for rows in pieces:
+        end = start + rows
+        now = Inhibition.for_forward(cmai, 2, IMAGE[:, start:end], cache, training=False)
+        visible = causal(rows, end)
+        if now is None:
+            assert whole[:, :, start:end, :end].all()
+        else:
+            kept = now.compute_mask(1, query[:, :, start:end], key[:, :, :end], visible, 1.0)
+            assert torch.equal(kept & visible, whole[:, :, start:end, :end] & visible)
+        start = end
+
+
+def test_of_one_head_the_mean_is_that_head() -> None:
+    query, key = noise(2, 1, KEYS, 8), noise(2, 1, KEYS, 8, seed=1)
+    mean, each, numbered = (
+        inhibition(CMAI(heads=heads)).compute_mask(1, query, key, causal(), 1.0) for heads in ("mean", "each", (1,))
+    )
+    assert torch.equal(mean, each)
+    assert torch.equal(mean, numbered)
+
+
+def test_a_layer_without_a_chosen_head_loses_nothing() -> None:
+    now = inhibition(CMAI(gamma_min=0.5, heads=(4, 5)))
+    assert now.compute_mask(0, noise(2, 4, KEYS, 8), noise(2, 4, KEYS, 8, seed=1), causal(), 1.0).all()
+
+
+@pytest.mark.parametrize("heads", ["one", (), (1, 1), (-1,), (1.0,)])
+def test_wrong_heads_are_named(monkeypatch: pytest.MonkeyPatch, heads: Any) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"heads: got .*, allowed: "):
+        CMAI(heads=heads)
+
+
+def test_heads_that_a_model_does_not_have_are_refused(tiny: Tiny) -> None:
+    model = tiny(cmai=CMAI(heads=(11,)))  # three layers of four heads
+    with pytest.raises(ValueError, match="heads: got 12, allowed: 0 to 11, the heads of all layers"):
+        inhibit(model, CMAI(heads=(0, 12)))
+
+
 def test_text_keys_and_image_rows_are_never_inhibited() -> None:
     strong = inhibition(CMAI(gamma_max=0.95))
     keep = strong.compute_mask(1, noise(2, 4, KEYS, 8), noise(2, 4, KEYS, 8, seed=1), causal(), 1.0)[:, 0]
@@ -383,9 +463,6 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, wrong: dict[s
     ((field, value),) = wrong.items()
     with pytest.raises(ValueError, match=re.escape(f"{field}: got {value!r}, allowed: ")):
         CMAI(**wrong)
-
-
-Tiny = Callable[..., ReduxForConditionalGeneration]
 
 
 def test_a_maximum_of_zero_is_no_inhibition_bit_for_bit(tiny: Tiny, sample: Callable[..., dict]) -> None:

@@ -164,11 +164,11 @@ def test_compression_in_the_tower(vmtc: VMTC, siglip: bool) -> None:
     assert first.compression > 0
 
 
-@pytest.mark.parametrize("method", ["average", "stride", "bilinear", "random", "prumerge"])
+@pytest.mark.parametrize("method", ["average", "stride", "bilinear", "resize", "random", "prumerge"])
 @pytest.mark.parametrize("tokens", [4, 25, 64])
 def test_a_reduction_after_the_tower(method: Any, tokens: int) -> None:
     first, _ = check(configuration(reduction=Reduction(method=method, tokens=tokens, neighbours=5)))
-    assert (first.compression > 0) == (method not in ("stride", "random"))
+    assert (first.compression > 0) == (method not in ("stride", "random", "resize"))
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 2])
@@ -305,3 +305,12 @@ def test_llava_with_the_method_by_hand() -> None:
     # 64 image and 64 text tokens, gamma 0 in the first of 32 layers
     assert spent.inhibition == 31 * (2 * 64 * 128 * 4096 + 2 * 64**3)
     assert spent.focus_bytes == 31 * 64 * 64 * 4
+
+
+@pytest.mark.parametrize("focus", ["neighbourhood", "tia"])
+@pytest.mark.parametrize("heads", ["each", (6, 7, 20), (2,)], ids=str)
+def test_masks_of_single_heads(heads: Any, focus: Any) -> None:
+    first, after = check(configuration(cmai=CMAI(heads=heads, focus=focus)))
+    is_inhibited = heads != (2,)  # gamma is 0 in the layer of head 2
+    assert (first.inhibition > 0) == (after.inhibition > 0) == is_inhibited
+    assert (first.focus_bytes > 0) == (is_inhibited and focus != "tia")

@@ -132,6 +132,8 @@ VARIANTS = [
     *(CMAI(schedule=schedule) for schedule in chosen("schedule")),
     CMAI(gamma_max=0.95, quantile="count"),
     CMAI(quantile="linear", preamble=False),
+    *(CMAI(heads="each", focus=focus) for focus in chosen("focus")),
+    CMAI(heads=(9, 6, 11), scores="scaled"),
 ]
 
 

@@ -14,7 +14,7 @@ from redux.presets import PRESETS, VICUNA_SIZES, build_llava_config
 from redux.settings import CMAI, VMTC
 
 Tiny = Callable[..., ReduxForConditionalGeneration]
-TOKENS = {"llava": 576, "cmai": 576, "tokens-64": 64, "tokens-36": 36, "spd": 144, "prumerge": 36}
+TOKENS = {"llava": 576, "cmai": 576, "tokens-64": 64, "tokens-36": 36, "spd": 144, "resize": 144, "prumerge": 36}
 
 
 @pytest.mark.parametrize("size", VICUNA_SIZES)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from redux.reduction import REDUCERS, reduce_tokens
+from redux.reduction import REDUCERS, reduce_tokens, resize_pixels
 from redux.settings import SPATIAL_METHODS, Reduction
 
 GRIDS = [(1, 1), (2, 1), (3, 2), (5, 3), (6, 3), (7, 6), (8, 8)]
@@ -180,7 +180,7 @@ def test_every_token_holds_a_patch_and_every_slot_is_a_token(method: str, count:
         assert (-1 in row) == (method in ("stride", "random") and count < 16)
 
 
-@pytest.mark.parametrize("method", [*SPATIAL_METHODS, "random"])
+@pytest.mark.parametrize("method", ["average", "stride", "bilinear", "random"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_removed_is_nothing_changed(method: str, dtype: torch.dtype) -> None:
     features = noise(2, 576, 5).to(dtype)
@@ -284,7 +284,33 @@ def test_prumerge_needs_a_class_token() -> None:
 
 
 def test_every_method_that_may_be_named_is_there() -> None:
-    assert get_args(get_type_hints(Reduction)["method"]) == tuple(REDUCERS)
+    assert set(get_args(get_type_hints(Reduction)["method"])) == {*REDUCERS, "resize"}
+
+
+# --- fewer pixels before the tower -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "out"), GRIDS)
+def test_a_smaller_image_has_pixels_of_bilinear_weights(side: int, out: int) -> None:
+    patch = 4
+    pixels = noise(2, 3, side * patch, side * patch)
+    resized, slot, cluster = resize_pixels(pixels, settings("resize", tokens=out**2), patch)
+    rows = torch.zeros(out * patch, side * patch)
+    for cell in range(out * patch):
+        for place, weight in triangle(side * patch, out * patch, cell).items():
+            rows[cell, place] = weight
+    rows /= rows.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(resized, rows @ pixels @ rows.T, rtol=1e-4, atol=1e-5)
+    cell_numbers = [cell_of(side, out, place) for place in range(side)]
+    assert slot.tolist() == [[row * out + column for row in cell_numbers for column in cell_numbers]] * 2
+    assert cluster.tolist() == [[out < side] * out**2] * 2
+
+
+def test_an_image_of_all_patches_stays_as_it_is() -> None:
+    pixels = noise(1, 3, 18, 18)  # pixels that fill no patch stay
+    resized, slot, _ = resize_pixels(pixels, settings("resize", ratio=0.0), 4)
+    assert resized is pixels
+    assert slot.tolist() == [list(range(16))]
 
 
 @pytest.mark.parametrize(

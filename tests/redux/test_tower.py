@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import send_to_device
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionModel
 
 from redux.cmai import Inhibition
@@ -22,6 +24,7 @@ from redux.settings import CMAI, VMTC, Reduction
 
 Tiny = Callable[..., ReduxForConditionalGeneration]
 Sample = Callable[..., dict[str, Any]]
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
 
 
 def logits(model: Any, **inputs: Any) -> Tensor:
@@ -53,6 +56,48 @@ def test_prumerge_asks_the_last_block_by_its_own_forward_pass(tiny: Tiny, sample
     tower.encoder.layers[-1].mlp.register_forward_hook(lambda *_: called.append("mlp"))
     logits(model, **sample(model))
     assert called == ["last"]
+
+
+@pytest.mark.parametrize("siglip", [False, True], ids=["clip", "siglip"])
+def test_a_smaller_image_is_encoded_as_transformers_does(tiny: Tiny, siglip: bool) -> None:
+    config = {**tiny(vmtc=None).config.to_dict(), "reduction": Reduction(method="resize", tokens=9)}
+    if siglip:
+        sizes = {name: config["vision_config"][name] for name in SIZES}
+        config |= {"vision_config": {"model_type": "siglip_vision_model", **sizes}}
+        config |= {"vision_feature_select_strategy": "full"}
+    model = ReduxForConditionalGeneration(ReduxConfig(**config)).eval()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features, assignment = model.model.encode_images(pixels)
+        smaller = F.interpolate(pixels, (24, 24), mode="bilinear", antialias=True)
+        whole = model.model.vision_tower(smaller, interpolate_pos_encoding=True, output_hidden_states=True)
+    torch.testing.assert_close(features, whole.hidden_states[-2][:, 0 if siglip else 1 :])
+    assert features.shape[1] == 9
+    assert assignment.slot[0].tolist() == [0, 1, 1, 2, 3, 4, 4, 5, 3, 4, 4, 5, 6, 7, 7, 8]
+    assert assignment.merged.all()
+
+
+def test_attention_sinks_of_the_tower_are_no_primary_tokens(tiny: Tiny) -> None:
+    """The first block gives some patches a large norm, and the class token attends to them."""
+    compressing = VMTC(tokens=6, stages=(2,), clusters=0)
+    models = [tiny(vmtc=replace(compressing, sink_norm=sink_norm)) for sink_norm in (None, 2.0)]
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    sinks = [1, 9]
+
+    def enlarge(block: Any, args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden = hidden.clone()
+        hidden[:, [1 + patch for patch in sinks]] += 40 * hidden[:, :1].sign()
+        return hidden
+
+    kept = []
+    for model in models:
+        model.model.vision_tower.encoder.layers[1].register_forward_hook(enlarge)
+        with torch.no_grad():
+            _, assignment = model.model.encode_images(pixels)
+        kept.append({patch for patch in range(16) if assignment.slot[0, patch] >= 0})
+    assert len(kept[0]) == len(kept[1]) == 6
+    assert not kept[1] & set(sinks)
 
 
 def test_a_compressing_block_is_recomputed(tiny: Tiny, sample: Sample) -> None:

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from redux.kmeans import kmeans
 from redux.settings import VMTC, CompressionStage
-from redux.vmtc import PatchAssignment, compress_tokens, importance_score, mean_received_attention
+from redux.vmtc import (
+    PatchAssignment,
+    compress_tokens,
+    discount_sinks,
+    importance_score,
+    mean_received_attention,
+)
 
 WEIGHTS: list[Any] = ["normalized", "raw", "total"]
 ORDERS: list[Any] = ["spatial", "rank"]
@@ -271,6 +277,42 @@ def test_in_bfloat16_importance_hardly_ties() -> None:
     query, keys = noise(1, 16, 577, 8).bfloat16() * 0.3, noise(1, 16, 577, 8, seed=1).bfloat16()
     for ips in (importance_score(query[:, :, :1], keys, 0.3), mean_received_attention(query, keys, 0.3)):
         assert ips.unique().numel() > 550
+
+
+@pytest.mark.parametrize("sink_norm", [1.0, 1.5, 3.0])
+def test_sinks_are_patches_of_a_norm_far_above_the_median(sink_norm: float) -> None:
+    tokens, ips = example()
+    tokens[0, 3] *= 30
+    tokens[1, [2, 5]] *= -30
+    found = discount_sinks(tokens, ips, sink_norm)
+    for image, patches in enumerate(tokens):
+        norms = [math.sqrt(sum(float(value) ** 2 for value in patch)) for patch in patches]
+        median = sorted(norms)[(len(norms) - 1) // 2]
+        for patch, norm in enumerate(norms):
+            factor = 1e-6 if norm > sink_norm * median else 1.0
+            assert float(found[image, patch]) == pytest.approx(float(ips[image, patch]) * factor)
+    if sink_norm == 3.0:
+        assert (found < 1e-6).nonzero().tolist() == [[0, 3], [1, 2], [1, 5]]
+
+
+@pytest.mark.parametrize("clusters", [0, 1, 3])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_no_sink_is_a_primary_token_while_another_patch_is_left(weights: Any, clusters: int) -> None:
+    tokens, ips = example()
+    tokens[:, [3, 8]] *= 30
+    ips[:, [3, 8]] = 0.4  # sinks draw most of the attention
+    stage, vmtc = CompressionStage(0, 12, clusters), VMTC(order="rank", weights=weights)
+    _, kept, _ = compress_tokens(tokens, ips, stage, vmtc)
+    assert (kept[:, [3, 8]] < 2).all()
+    merged, kept, _ = compress_tokens(tokens, discount_sinks(tokens, ips, 3.0), stage, vmtc)
+    assert ((kept[:, [3, 8]] >= 12) | (kept[:, [3, 8]] == -1)).all()
+    assert merged.isfinite().all()
+
+
+def test_without_sinks_importance_stays_as_it_is() -> None:
+    tokens, ips = example()
+    assert discount_sinks(tokens, ips, None) is ips
+    assert torch.equal(discount_sinks(tokens, ips, 1e9), ips)
 
 
 def test_a_bias_of_log_two_counts_a_key_twice() -> None:
