@@ -18,7 +18,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs import study
-from jobs.run import list_steps, plan_stages, train_tokenizer
+from jobs.model_parts import locate_parts
+from jobs.run import list_steps, plan_stages, run, train_tokenizer
 from jobs.schema import Job
 from jobs.study import Share, Study
 from pipelines.core import jsonl
@@ -316,17 +317,13 @@ def load_tokenizer(module: engine.LlavaWithLoss) -> Any:
     return AutoTokenizer.from_pretrained(module.llava.config.name_or_path)
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("job.model.language=package:no_such_package", "model: got package:no_such_package, allowed: an installed"),
-        ("job.train.tower=null", "shared"),
-    ],
-)
-def test_a_missing_part_is_refused_before_a_run(override: str, message: str, tmp_path: Path) -> None:
-    done = run_command("run", RECIPE, override, "--runs-dir", tmp_path / "runs")
-    assert done.code == 2
-    assert message in done.err.splitlines()[-1]
+def test_a_missing_package_is_named_with_the_command_that_installs_it(shared_job: Job, tmp_path: Path) -> None:
+    missing = replace(shared_job, model=replace(shared_job.model, language="package:no_such_package"))
+    with pytest.raises(ValueError, match=r"^model: got package:no_such_package, allowed: an installed package; pip "):
+        run(missing, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    package = replace(shared_job.model, language="package:easy_vqa")
+    assert locate_parts(package).language == str(easy_vqa.PACKAGE_IMAGES.parent)
 
 
 def test_a_tower_of_sizes_needs_a_stage_that_trains_it(shared_job: Job, language: Path) -> None:
