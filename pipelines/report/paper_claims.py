@@ -134,9 +134,13 @@ CLAIMS = (
         "Table 5", "The focus score of eq. 11 adds more than text-to-image attention.", "Neighbourhood", "TIA",
         "following", "gain",
     ),
-    PaperClaim("Table 5", "The focus score of eq. 11 adds more than the sum of this attention.", "Neighbourhood", "Sum TIA", "following", "gain"),
     PaperClaim(
-        "Table 5", "The focus score of eq. 11 adds more than a discounted sum of it.", "Neighbourhood", "Discounted Sum TIA", "following", "gain"
+        "Table 5", "The focus score of eq. 11 adds more than the sum of this attention.", "Neighbourhood", "Sum TIA",
+        "following", "gain",
+    ),
+    PaperClaim(
+        "Table 5", "The focus score of eq. 11 adds more than a discounted sum of it.", "Neighbourhood",
+        "Discounted Sum TIA", "following", "gain",
     ),
     PaperClaim(
         "Table 5", "A discounted sum costs understanding.", "Discounted Sum TIA", "no CMAI", "understanding", "loss"
