@@ -305,6 +305,9 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Sh
     folder = folder.resolve()
     runs = list_jobs(study, folder)
     claims.make_folder(folder)
+    # written first: the tables of an unfinished study name its variants, too
+    with failures.locate_errors(folder / STUDY_FILE):
+        storage.write(str(folder / STUDY_FILE), document.write(study).encode())
     work = {name: job for name, job in runs.items() if name == SHARED or name in selected}
     # one Ray for all runs, because its start takes seconds
     with cluster.open_session():
@@ -314,8 +317,6 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Sh
             # another share may train the shared stages in the same folder
             patience_s = math.inf if name == SHARED and share.total > 1 else 0
             run.run(job, folder / name, allow_changes, until, patience_s=patience_s)
-    with failures.locate_errors(folder / STUDY_FILE):
-        storage.write(str(folder / STUDY_FILE), document.write(study).encode())
     tables.write_tables([folder / name for name in runs if name != SHARED], folder, tables.find_scorer)
     print(_describe_end(study, folder, share, [name for name in runs if name != SHARED and name not in selected]))
 

@@ -15,6 +15,7 @@ The cost of a claim is one bootstrap, see `pipelines.evaluation.statistics`.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import Literal, NamedTuple
 
 from pipelines.evaluation import power, statistics
@@ -201,8 +202,9 @@ def describe_need(claim: PaperClaim, ours: Sequence[Metric], base: Sequence[Metr
     deviation = power.estimate_seed_deviation([ours, base])
     if deviation is None:
         return "at least 2 seeds of both models, which also show how many are needed"
-    items = power.count_items(effect, 100 * power.estimate_item_deviation(ours, base))
-    seeds = power.count_seeds(effect, 100 * deviation)
+    # the errors over items and over seeds add, so each gets half of the variance that the effect allows
+    items = power.count_items(effect / sqrt(2), 100 * power.estimate_item_deviation(ours, base))
+    seeds = power.count_seeds(effect / sqrt(2), 100 * deviation)
     return (
         f"about {seeds:,} seeds of both models and {items:,} items for {effect:.1f} points "
         f"(trainings differ by {100 * deviation:.1f} points)"
@@ -245,7 +247,7 @@ def analyse_power() -> list[EffectPower]:
     Two models that follow a share p each, independently, differ on a prompt with a standard deviation of
     sqrt(2 p (1 - p)). Models that follow the same prompts need fewer.
     """
-    deviation = 100 * (2 * PAPER_SHARE * (1 - PAPER_SHARE)) ** 0.5
+    deviation = 100 * sqrt(2 * PAPER_SHARE * (1 - PAPER_SHARE))
     return [
         EffectPower(
             claim,
@@ -259,7 +261,7 @@ def analyse_power() -> list[EffectPower]:
 
 def find_smallest_paper_effect() -> float:
     """Find the smallest difference in points that the paper's number of prompts shows with a power of 80 %."""
-    return power.find_smallest_effect(100 * (2 * PAPER_SHARE * (1 - PAPER_SHARE)) ** 0.5, PAPER_ITEMS)
+    return power.find_smallest_effect(100 * sqrt(2 * PAPER_SHARE * (1 - PAPER_SHARE)), PAPER_ITEMS)
 
 
 def _list_effects() -> Iterator[tuple[PaperClaim, float]]:
