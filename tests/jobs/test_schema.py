@@ -25,7 +25,7 @@ NAMES = {
 
 def test_jobs_are_shipped() -> None:
     assert {path.stem for path in SHIPPED} == NAMES
-    assert {path.stem for path in STUDIES} == {"mini", "smollm2", "smollm2-pilot"}
+    assert {path.stem for path in STUDIES} == {"mini", "smollm2", "smollm2-pilot", "training-free"}
     assert {path.stem for path in SEARCHES} == {"laptop", "llava-1.5-7b"}
 
 
