@@ -39,6 +39,7 @@ from redux.conversation import train_word_tokenizer
 from redux.image import load_pixels
 from redux.model import build_model
 from redux.settings import CMAI, VMTC
+from redux.trace import measure_attention
 from tests.pipelines.faults import wait_until
 
 pytestmark = pytest.mark.integration
@@ -172,6 +173,50 @@ def test_a_limit_asks_about_images_from_all_over_and_all_about_each() -> None:
     assert set(np.diff(kept)) == {11, 12}
     assert some == [question for question in everything if units.index(question.unit) in kept]
     assert load_questions("easy_vqa", TaskSettings(limit=10**6)) == everything
+
+
+# Attention, and answers without image
+
+
+def test_attention_is_measured_of_as_many_answers_as_asked_for(
+    in_process: InProcess, evaluated: EvaluatedModel, undisturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed / ANSWERS_FOLDER, tmp_path / ANSWERS_FOLDER)
+    tasks = {"instructions": FEW, "instructions_without_image": FEW}
+    before = count_answered(tmp_path, "instructions")
+    with in_process():
+        found = evaluate.evaluate(evaluated, tmp_path, replace(settings(**tasks), attention=3))
+    rows, whole = read_answers(tmp_path, "instructions"), read_answers(undisturbed, "instructions")
+    measured = [row for row in rows if "attention" in row]
+    assert [row["id"] for row in measured] == [rows[len(rows) * number // 3]["id"] for number in range(3)]
+    assert count_answered(tmp_path, "instructions") == before + 3, "only these are asked again"
+    assert [{**row, "attention": None} for row in rows] == [{**row, "attention": None} for row in whole]
+    answerer = answering.load(evaluated.model, template=TEMPLATE)
+    assert isinstance(answerer, answering.TrainedLlava)
+    images = {question.id: str(question.image) for question in load_questions("instructions", FEW)}
+    for row in measured:
+        image = (easy_vqa.PACKAGE_IMAGES / images[row["id"]]).read_bytes()
+        expected = measure_attention(answerer, row["prompt"], image, row["response"])
+        assert row["attention"]["image"] == pytest.approx(expected.image)
+        assert row["attention"]["image_tokens"] == PATCHES // 2
+    assert 0 < found["instructions.image_mass"] < 1
+    assert found["instructions.dominance"] > 0
+    assert "instructions_without_image.image_mass" not in found, "no image, no attention to it"
+
+
+def test_the_same_prompts_without_image_are_answered_from_text_alone(
+    in_process: InProcess, evaluated: EvaluatedModel, tmp_path: Path
+) -> None:
+    with in_process():
+        evaluate.evaluate(evaluated, tmp_path, settings(instructions_without_image=FEW))
+    rows, with_image = read_answers(tmp_path, "instructions_without_image"), load_questions("instructions", FEW)
+    assert [(row["id"], row["unit"], row["prompt"]) for row in rows] == [
+        (question.id, question.unit, question.prompt) for question in with_image
+    ]
+    answerer = answering.load(evaluated.model, template=TEMPLATE)
+    assert FEW.max_new_tokens
+    for row in rows[::9]:
+        assert answerer([row["prompt"]], [None], FEW.max_new_tokens).texts == [row["response"]]
 
 
 # Crashes
