@@ -106,6 +106,8 @@ class Study:
                 raise ValueError(f"applied.{name}.variant: got {applied.variant}, allowed: {', '.join(models)}")
         if self.applied and not self.job.get("evaluate"):
             raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, as job.evaluate is null")
+        if self.applied and not self.job.get("train"):
+            raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, as job.train has no stages")
 
     def list_seeds(self, variant: str) -> tuple[int, ...]:
         """List the seeds of a variant."""
@@ -299,7 +301,7 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Sh
     """
     selected = share.select(study)
     # imported late: a wrong study is reported before torch and Ray are loaded
-    from jobs import claims, run, tables
+    from jobs import claims, model_parts, run, tables
     from pipelines.core import cluster
 
     folder = folder.resolve()
@@ -309,6 +311,8 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Sh
     with failures.locate_errors(folder / STUDY_FILE):
         storage.write(str(folder / STUDY_FILE), document.write(study).encode())
     work = {name: job for name, job in runs.items() if name == SHARED or name in selected}
+    for job in work.values():
+        model_parts.locate_parts(job.model)  # a missing package is named before Ray starts
     # one Ray for all runs, because its start takes seconds
     with cluster.open_session():
         for number, (name, job) in enumerate(work.items(), start=1):

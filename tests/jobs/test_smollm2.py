@@ -180,6 +180,9 @@ def test_a_share_that_cannot_be_is_refused_before_a_run(tmp_path: Path) -> None:
     assert "allowed: a study" in job.err
 
 
+TRAINED_ELSEWHERE = {"data": {"source": None}, "model": {"checkpoint": "x"}, "train": {}, "evaluate": {"batch_size": 1}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -192,6 +195,10 @@ def test_a_share_that_cannot_be_is_refused_before_a_run(tmp_path: Path) -> None:
         (
             {"applied": {"x": {"variant": "llava", "changes": {"model.cmai": {"gamma_max": 2}}}}},
             r"applied\.x\.changes: .*gamma_max: got 2",
+        ),
+        (
+            {"applied": {"x": {"variant": "llava", "changes": {}}}, "shared": [], "job": TRAINED_ELSEWHERE},
+            "applied: got x, allowed: none, as job.train has no stages",
         ),
         ({"variants": {"shared": {}}, "repeated": None, "applied": {}}, "variants: got shared, allowed: another name"),
     ],
