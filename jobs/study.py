@@ -197,6 +197,7 @@ def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Jo
     if study.shared:
         seeded = {"seed": study.seeds[0], **tree}
         result[SHARED] = shared = build_job(seeded, {}, f"{study.name}-{SHARED}", f"{source}: job")
+        _check_templates(study, shared, source)
         result |= _list_applied(study, seeded, shared, folder, SHARED, study.seeds[0], source)
         tree = continue_from(tree, study.shared, shared, folder / SHARED)
     for seed in study.seeds:
@@ -209,6 +210,17 @@ def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Jo
             # evaluations follow the run whose model they need
             result |= _list_applied(study, seeded, job, folder, variant, seed, source)
     return result
+
+
+def _check_templates(study: Study, shared: Job, source: str) -> None:
+    """Check that a stage with the chat template can start from the model of the shared stages; ValueError if not."""
+    last = study.shared[-1]
+    chat = [name for name, stage in shared.train.items() if name not in study.shared and stage.template == "chat"]
+    if chat and shared.train[last].template == "plain":
+        raise ValueError(
+            f"{source}: job.train.{last}.template: got plain before {chat[0]} with chat, allowed: chat, as the model of "
+            "a stage with captions alone has no chat template"
+        )
 
 
 def _list_applied(

@@ -186,6 +186,10 @@ TRAINED_ELSEWHERE = {"data": {"source": None}, "model": {"checkpoint": "x"}, "tr
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"job": yaml.safe_load(RECIPE.read_text().replace("template: chat  ", "template: plain"))["job"]},
+            r"job\.train\.pretrain\.template: got plain before instruct with chat, allowed: chat",
+        ),
         ({"repeated": ["lava"]}, "repeated: got lava, allowed: llava"),
         (
             {"applied": {"x": {"variant": "lava", "changes": {}}}},
