@@ -218,8 +218,8 @@ def _check_templates(study: Study, shared: Job, source: str) -> None:
     chat = [name for name, stage in shared.train.items() if name not in study.shared and stage.template == "chat"]
     if chat and shared.train[last].template == "plain":
         raise ValueError(
-            f"{source}: job.train.{last}.template: got plain before {chat[0]} with chat, allowed: chat, as a model that "
-            "was last trained with captions alone has no chat template"
+            f"{source}: job.train.{last}.template: got plain before {chat[0]} with chat, allowed: chat, as a model "
+            "that was last trained with captions alone has no chat template"
         )
 
 
