@@ -144,6 +144,16 @@ def test_both_parts_keep_their_weights(towers: dict[str, Path], language: Path, 
     assert_same(got, spoken)
 
 
+def test_by_text_alone_it_is_the_bare_language_model(tower: Path, language: Path) -> None:
+    """So the score without image of a LLaVA whose language model is not trained is that of the language model."""
+    model, _ = assemble(tower, language, vmtc=VMTC(tokens=4), cmai=CMAI(gamma_max=0.9, schedule="constant"))
+    bare = LlamaForCausalLM.from_pretrained(language)
+    ids = {"input_ids": torch.tensor([[1, 5, 7, 8, 3, 9]])}
+    with torch.no_grad():
+        alone = bare.eval()(**ids).logits
+        torch.testing.assert_close(model.eval()(**ids).logits[..., : alone.shape[-1]], alone)
+
+
 @pytest.mark.parametrize("kind", TOWERS)
 def test_saved_without_modules_it_opens_in_plain_transformers(
     towers: dict[str, Path], language: Path, tmp_path: Path, kind: str

@@ -204,6 +204,7 @@ def test_attention_is_measured_of_as_many_answers_as_asked_for(
     assert "instructions_without_image.image_mass" not in found, "no image, no attention to it"
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_the_same_prompts_without_image_are_answered_from_text_alone(
     in_process: InProcess, evaluated: EvaluatedModel, tmp_path: Path
 ) -> None:
@@ -538,7 +539,11 @@ def test_prompts_with_instructions_are_own_questions_with_long_answers(tmp_path:
 @pytest.mark.parametrize(
     ("name", "task", "message"),
     [
-        ("mine", {}, "got a task mine without file or held_out, allowed: easy_vqa, instructions, vqav2"),
+        (
+            "mine",
+            {},
+            "got a task mine without file or held_out, allowed: easy_vqa, instructions, instructions_held_out,",
+        ),
         ("gqa", {"file": "a", "metric": "exact"}, "got the name gqa with file"),
         ("speed", {"file": "a", "metric": "exact"}, "got the name speed with file"),
         ("mine", {"file": "a"}, "metric: got null besides file, allowed: file and metric, or held_out and metric"),
