@@ -159,8 +159,8 @@ def _add_tables(verbs: Any) -> None:
         "tables",
         help="compare finished runs in the paper's tables",
         description="Print the paper's tables over finished runs as Markdown: scores with 95 % intervals, differences "
-        "to LLaVA, the numbers of the paper, and the command that fills each empty row. The settings of a run decide "
-        "its row. Runs that differ only in their seed share a row.",
+        "to LLaVA, the numbers of the paper, a verdict on each of its claims, and the command that fills each empty "
+        "row. The settings of a run decide its row. Runs that differ only in their seed share a row.",
         epilog="example: redux tables runs --out tables",
     )
     tables.add_argument(
