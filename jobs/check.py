@@ -257,14 +257,14 @@ def _check_stages(job: Job, folder: Path, arguments: argparse.Namespace, problem
     """Check the samples of each stage, and print what it will take."""
     job = resolve.resolve_job(job, folder)
     with open_stages(job, folder) as stages:
-        config = None if not job.model.is_pretrained else _build_config(job, folder, stages)
+        config = _build_config(job, folder, stages) if job.model.has_pretrained_language else None
         if config is not None:
             _print_template_notes(config, stages)
         device, capacity = _find_device(job, arguments)
         found: list[SetInspection] = []
         sizes = {}
         for name, work in stages.items():
-            shape = build_shape(work.plan, config)
+            shape = build_shape(work.plan, None if work.plan.stage.objective == "contrastive" else config)
             sizes[name] = shape
             tower_tokens = count_tower_tokens(shape)
             stage_sets = [
@@ -287,7 +287,8 @@ def _build_config(job: Job, folder: Path, stages: dict[str, StageWork]) -> Any:
     from transformers import AutoTokenizer
 
     config = model_parts.read_config(job, folder)
-    tokenizer = AutoTokenizer.from_pretrained(next(iter(stages.values())).plan.tokenizer)
+    # contrastive stages have another one, and come first
+    tokenizer = AutoTokenizer.from_pretrained(list(stages.values())[-1].plan.tokenizer)
     config.image_token_index = config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer))
     config.has_chat_template = bool(tokenizer.chat_template)
@@ -312,7 +313,7 @@ def _find_device(job: Job, arguments: argparse.Namespace) -> tuple[Device, int |
         return "cuda", int(arguments.gpu_memory * 2**30)
     if torch.cuda.is_available():
         return "cuda", torch.cuda.get_device_properties(0).total_memory
-    if job.model.is_pretrained:
+    if job.model.has_pretrained_language:
         return "cuda", None
     return "cpu", psutil.virtual_memory().total
 

@@ -13,9 +13,10 @@ from tempfile import TemporaryDirectory
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs import claims, document, schema
+from jobs.claims import ASSEMBLED
 from jobs.layout import locate_sets
 from jobs.model_parts import find_assembled
-from jobs.run import TOKENIZER, plan_stages, train_tokenizer
+from jobs.run import TOKENIZER, list_word_sets, plan_stages, train_tokenizer
 from jobs.schema import Job
 from pipelines.core.settings import KEYS_WITHOUT_EFFECT, is_in_sections
 from pipelines.data import easy_vqa
@@ -25,8 +26,6 @@ from pipelines.data.sources.opened import RecordSource
 from pipelines.data.unmade import UnmadeShards
 from pipelines.training.files import JOB_FILE
 from pipelines.training.plan import StagePlan, StageWork
-from redux.architecture import LanguageSizes
-from redux.conversation import TEMPLATES
 from redux.hub import local_copy
 from redux.pretrained import load_assembled_tokenizer
 
@@ -57,17 +56,15 @@ def open_stages(job: Job, folder: Path) -> Iterator[dict[str, StageWork]]:
     plans = plan_stages(job, folder)
     sources = open_sets(job, folder)
     with TemporaryDirectory() as temporary:
-        tokenizer = find_tokenizer(job, folder)
-        if tokenizer is None:
-            tokenizer = Path(temporary)
-            _make_tokenizer(job, plans, sources).save_pretrained(tokenizer)
+        tokenizers = _find_tokenizers(job, folder, plans, sources, Path(temporary))
         result = {}
         for name, plan in plans.items():
+            plan = replace(plan, tokenizer=tokenizers[plan.tokenizer])
             mixture = {source: sources[source] for source in plan.stage.mixture}
             if not any(isinstance(shards, UnmadeShards) for shards in mixture.values()):
                 plan.open_features(mixture)
             # images are shown and checked, also where training reads stored features
-            plan = replace(plan, tokenizer=tokenizer, features={})
+            plan = replace(plan, features={})
             for source, shards in mixture.items():
                 plan.check_prepared(source, shards.prepared_format)
             reader = plan.build_reader(mixture)
@@ -106,20 +103,39 @@ def _open_set(job: Job, folder: Path, name: str, url: str) -> Shards:
     return UnmadeShards(opened, opened.images, options)
 
 
-def find_tokenizer(job: Job, folder: Path) -> Path | None:
-    """Find the tokenizer that the run has made; None if there is none, or that of another job."""
-    if job.model.is_pretrained:
+def _find_tokenizers(
+    job: Job, folder: Path, plans: dict[str, StagePlan], sources: dict[str, Shards], temporary: Path
+) -> dict[Path, Path]:
+    """Find or make the tokenizer of each stage, by its place in the run folder."""
+    result = {}
+    for place in dict.fromkeys(plan.tokenizer for plan in plans.values()):
+        found = find_tokenizer(job, folder, place)
+        if found is None:
+            found = temporary / place.name
+            _make_tokenizer(job, place, sources).save_pretrained(found)
+        result[place] = found
+    return result
+
+
+def find_tokenizer(job: Job, folder: Path, place: Path | None = None) -> Path | None:
+    """Find the tokenizer that the run has made; None if there is none, or that of another job.
+
+    Args:
+        job: the job, resolved.
+        folder: run folder.
+        place: its place in the run folder; None for that of the language model.
+    """
+    place = place or folder / (ASSEMBLED if job.model.has_pretrained_language else TOKENIZER)
+    if place.name == ASSEMBLED:
         return find_assembled(job, folder)
-    tokenizer = folder / TOKENIZER
-    return tokenizer if tokenizer.exists() and belongs_to_run(job, folder) else None
+    return place if place.exists() and belongs_to_run(job, folder) else None
 
 
-def _make_tokenizer(job: Job, plans: dict[str, StagePlan], sources: dict[str, Shards]) -> PreTrainedTokenizerBase:
-    """Make the tokenizer that the run would make."""
+def _make_tokenizer(job: Job, place: Path, sources: dict[str, Shards]) -> PreTrainedTokenizerBase:
+    """Make the tokenizer that the run would make at a place."""
     model = job.model
-    if isinstance(model.language, LanguageSizes):
-        templates = [TEMPLATES[plan.template] for plan in plans.values()]
-        return train_tokenizer(model.language, templates, [shards.iterate_records() for shards in sources.values()])
+    if place.name == TOKENIZER:
+        return train_tokenizer(job, [sources[name].iterate_records() for name in sorted(list_word_sets(job))])
     if model.checkpoint:
         with local_copy(model.checkpoint, label="checkpoint", skips_weights=True) as copy:
             return AutoTokenizer.from_pretrained(copy)

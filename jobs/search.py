@@ -45,7 +45,7 @@ from pipelines.search.space import Range, Space, Values, check_space
 from pipelines.search.trials import Trials, TrialSpec, check_feasible, discard_study, load_study, open_storage
 from pipelines.training import driver, metrics
 from pipelines.training.stage import count_shared_workers
-from redux.architecture import ModelSettings
+from redux.architecture import ModelSettings, TowerSizes
 from redux.configuration import ReduxConfig, build_config
 from redux.cost import compute_cost
 
@@ -109,7 +109,7 @@ class TrialJobs:
 
 
 def _build_config(model: ModelSettings, vocabulary: int) -> ReduxConfig:
-    if not model.is_pretrained:
+    if not model.has_pretrained_language:
         return build_config(model, vocabulary)
     start = _read_start_config(model.tower, model.language, model.gguf_file, model.checkpoint)
     return ReduxConfig(**{**start, **model.methods})
@@ -117,7 +117,7 @@ def _build_config(model: ModelSettings, vocabulary: int) -> ReduxConfig:
 
 @functools.cache
 def _read_start_config(
-    tower: str | None, language: str | None, gguf_file: str | None, checkpoint: str | None
+    tower: TowerSizes | str | None, language: str | None, gguf_file: str | None, checkpoint: str | None
 ) -> dict[str, Any]:
     """Read the configuration of the model that trials start from, once per process."""
     parts = ModelSettings(tower=tower, language=language, gguf_file=gguf_file, checkpoint=checkpoint)
@@ -158,7 +158,9 @@ def _check(search: Search) -> None:
     # limits are checked too, except for a model from sizes, whose vocabulary is not known yet
     check_space(
         Space(search.space),
-        functools.partial(check_feasible, search, jobs.forecast) if job.model.is_pretrained else jobs.forecast,
+        functools.partial(check_feasible, search, jobs.forecast)
+        if job.model.has_pretrained_language
+        else jobs.forecast,
     )
 
 

@@ -7,19 +7,25 @@
     variants:
       llava: {model.vmtc: null, model.cmai: null}
       vmtc: {model.cmai: null}
+    repeated: [llava]              # the other variants are trained with the first seed alone
+    applied:                       # trained variants, evaluated with other settings
+      llava-cmai: {variant: llava, changes: {model.cmai: {gamma_max: 0.6}}}
 
 runs/NAME/study.yaml       the resolved study
 runs/NAME/shared/          run of the shared stages
 runs/NAME/shards/SET/      a set that is made of data in another form; in shared/ if there are shared stages
-runs/NAME/VARIANT-SEED/    run of one variant with one seed
+runs/NAME/VARIANT-SEED/    run of one variant with one seed, or of one of `applied`
 runs/NAME/tables.html      results; see pipelines/report/tables.py
 
-Each run is an ordinary job: its job.yaml can be run and resumed on its own.
+Each run is an ordinary job: its job.yaml can be run and resumed on its own. Several machines or calls can divide the
+runs of a study, see `Share`. Each of them runs the shared stages unless they are finished, so with one folder for all
+the first trains them and the others wait.
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,11 +35,25 @@ from jobs import document
 from jobs.layout import locate_model, locate_sets
 from jobs.schema import Job, Name
 from jobs.type_text import format_value
-from pipelines.core import failures
+from pipelines.core import failures, storage
 from redux.settings import METHODS
 
 SHARED = "shared"
 STUDY_FILE = "study.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppliedVariant:
+    """A trained variant that is evaluated with other settings, without training.
+
+    Args:
+        variant: name of the variant whose models are evaluated; "shared" is the model after the shared stages.
+        changes: values that replace those of the job, by dotted path. Methods that are not named are those with which
+            the variant was trained.
+    """
+
+    variant: Name
+    changes: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +66,9 @@ class Study:
         shared: names of the job's first stages, in order, that are trained once for all variants.
         job: content of a job file without name and seed.
         variants: the variants by name, each with values that replace those of the job, by dotted path.
+        repeated: names of the variants that are trained with every seed; the others have the first seed alone. null
+            repeats all.
+        applied: evaluations of trained variants with other settings, by name, with the seeds of the variant.
     """
 
     name: Name
@@ -53,6 +76,8 @@ class Study:
     shared: tuple[Name, ...] = ()
     job: dict[str, Any]
     variants: Annotated[dict[Name, dict[str, Any]], MinLen(1)]
+    repeated: tuple[Name, ...] | None = None
+    applied: dict[Name, AppliedVariant] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < len(self.seeds):
@@ -64,6 +89,80 @@ class Study:
             raise ValueError(
                 f"shared: got {', '.join(self.shared)}, allowed: the first of the stages {', '.join(stages)}, not all"
             )
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Check the names of `repeated` and `applied`."""
+        known = ", ".join(self.variants)
+        if SHARED in self.variants:
+            raise ValueError(f"variants: got {SHARED}, allowed: another name, as the run of the shared stages has it")
+        for name in self.repeated or ():
+            if name not in self.variants:
+                raise ValueError(f"repeated: got {name}, allowed: {known}")
+        for name, applied in self.applied.items():
+            if name in self.variants:
+                raise ValueError(f"applied: got {name}, which is a variant, allowed: another name")
+            models = [*self.variants, *([SHARED] if self.shared else [])]
+            if applied.variant not in models:
+                raise ValueError(f"applied.{name}.variant: got {applied.variant}, allowed: {', '.join(models)}")
+        if self.applied and not self.job.get("evaluate"):
+            raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, as job.evaluate is null")
+        if self.applied and not self.job.get("train"):
+            raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, as job.train has no stages")
+
+    def list_seeds(self, variant: str) -> tuple[int, ...]:
+        """List the seeds of a variant."""
+        return self.seeds if self.repeated is None or variant in self.repeated else self.seeds[:1]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of several equal shares of the runs of a study, for several machines or calls.
+
+    Args:
+        number: number of this share, from 1.
+        total: number of shares.
+    """
+
+    number: int
+    total: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """Parse K/N, such as 2/3; ValueError unless 1 <= K <= N."""
+        number, _, total = text.partition("/")
+        is_number = text.isascii() and number.isdecimal() and total.isdecimal() and len(text) <= 18
+        if not (is_number and 1 <= int(number) <= int(total)):
+            raise ValueError(f"got {text[:80]}, allowed: K/N with 1 <= K <= N, such as 2/3")
+        return cls(int(number), int(total))
+
+    def select(self, study: Study) -> set[str]:
+        """Select the names of the runs of this share.
+
+        Each trained run goes to the share with the fewest runs so far, together with the evaluations that need its
+        model. The first share evaluates the model of the shared stages.
+
+        Raises:
+            ValueError: there are more shares than trained runs.
+        """
+        trained = [
+            (variant, seed) for seed in study.seeds for variant in study.variants if seed in study.list_seeds(variant)
+        ]
+        if self.total > len(trained):
+            raise ValueError(
+                f"--share: got {self.number}/{self.total}, allowed: at most {len(trained)} shares, one for each "
+                "trained run"
+            )
+        shares: list[list[str]] = [[] for _ in range(self.total)]
+        for variant, seed in [(SHARED, study.seeds[0]), *trained]:
+            names = [variant, *(name for name, applied in study.applied.items() if applied.variant == variant)]
+            min(shares, key=len).extend(format_run(name, seed) for name in names if name != SHARED)
+        return set(shares[self.number - 1])
+
+
+def format_run(variant: str, seed: int) -> str:
+    """Format the name of the folder of a run."""
+    return f"{variant}-{seed}"
 
 
 def check_shared_stages(shared: Sequence[str], job: Mapping[str, Any]) -> list[str]:
@@ -106,13 +205,70 @@ def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Jo
     if study.shared:
         seeded = {"seed": study.seeds[0], **tree}
         result[SHARED] = shared = build_job(seeded, {}, f"{study.name}-{SHARED}", f"{source}: job")
+        _check_templates(study, shared, source)
+        result |= _list_applied(study, seeded, shared, folder, SHARED, study.seeds[0], source)
         tree = continue_from(tree, study.shared, shared, folder / SHARED)
     for seed in study.seeds:
         for variant, changes in study.variants.items():
-            name = f"{variant}-{seed}"
+            if seed not in study.list_seeds(variant):
+                continue
+            name = format_run(variant, seed)
             seeded = {"seed": seed, **tree}
-            result[name] = build_job(seeded, changes, f"{study.name}-{name}", f"{source}: variants.{variant}")
+            result[name] = job = build_job(seeded, changes, f"{study.name}-{name}", f"{source}: variants.{variant}")
+            # evaluations follow the run whose model they need
+            result |= _list_applied(study, seeded, job, folder, variant, seed, source)
     return result
+
+
+def _check_templates(study: Study, shared: Job, source: str) -> None:
+    """Check that a stage with the chat template can start from the model of the shared stages; ValueError if not."""
+    last = study.shared[-1]
+    chat = [name for name, stage in shared.train.items() if name not in study.shared and stage.template == "chat"]
+    if chat and shared.train[last].template == "plain":
+        raise ValueError(
+            f"{source}: job.train.{last}.template: got plain before {chat[0]} with chat, allowed: chat, as a model "
+            "that was last trained with captions alone has no chat template"
+        )
+
+
+def _list_applied(
+    study: Study, tree: Mapping[str, Any], trained: Job, folder: Path, variant: str, seed: int, source: str
+) -> dict[str, Job]:
+    """List the evaluations of the model of a trained job with other settings.
+
+    Args:
+        study: the study.
+        tree: content of the job that trained.
+        trained: that job.
+        folder: folder of the study.
+        variant: name of the variant, or SHARED.
+        seed: seed of the training.
+        source: beginning of an error message.
+    """
+    result = {}
+    for name, applied in study.applied.items():
+        if applied.variant == variant:
+            run, stage = (SHARED, study.shared[-1]) if variant == SHARED else (format_run(variant, seed), "")
+            evaluated = evaluate_only(tree, trained, folder / run, stage or list(trained.train)[-1])
+            title = format_run(name, seed)
+            label = f"{source}: applied.{name}.changes"
+            result[title] = build_job(evaluated, applied.changes, f"{study.name}-{title}", label)
+    return result
+
+
+def evaluate_only(tree: Mapping[str, Any], trained: Job, folder: Path, stage: str) -> dict[str, Any]:
+    """Return the content of a job that evaluates the model of a trained job, with the methods of its training.
+
+    Args:
+        tree: content of the job that trained.
+        trained: that job.
+        folder: its run folder.
+        stage: stage after which the model is evaluated.
+    """
+    model = {"checkpoint": locate_model(trained, folder, stage)}
+    tasks = {name: document.write_plain(task) for name, task in trained.evaluation_tasks.items()}
+    data = tree.get("data", {}) | {"source": None, "make": {}, "sets": locate_sets(trained, folder)}
+    return {**tree, "data": data, "model": model, "train": {}, "evaluate": {**tree["evaluate"], "tasks": tasks}}
 
 
 def continue_from(tree: dict[str, Any], stages: Sequence[str], shared: Job, folder: Path) -> dict[str, Any]:
@@ -161,27 +317,52 @@ def _share_sets(study: Study, folder: Path) -> Study:
     return replace(study, job={**study.job, "data": document.write_plain(data)})
 
 
-def run_study(study: Study, folder: Path, allow_changes: bool = False) -> None:
+def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Share = Share(1, 1)) -> None:
     """Run the unfinished jobs of a study in its folder, one after the other, then write the tables.
 
     Args:
         study: the study.
         folder: folder of the study.
         allow_changes: as for `jobs.run.run`.
+        share: runs of the study that are run here, besides the shared stages. The tables have all finished runs in the
+            folder.
+
+    Raises:
+        ValueError: as for `jobs.run.run`, or there are more shares than runs.
     """
+    selected = share.select(study)
     # imported late: a wrong study is reported before torch and Ray are loaded
-    from jobs import claims, run, tables
+    from jobs import claims, model_parts, run, tables
     from pipelines.core import cluster
 
     folder = folder.resolve()
     runs = list_jobs(_share_sets(study, folder), folder)
     claims.make_folder(folder)
+    # written first: the tables of an unfinished study name its variants, too
+    with failures.locate_errors(folder / STUDY_FILE):
+        storage.write(str(folder / STUDY_FILE), document.write(study).encode())
+    work = {name: job for name, job in runs.items() if name == SHARED or name in selected}
+    for job in work.values():
+        model_parts.locate_parts(job.model)  # a missing package is named before Ray starts
     # one Ray for all runs, because its start takes seconds
     with cluster.open_session():
-        for number, (name, job) in enumerate(runs.items(), start=1):
-            print(f"[{number}/{len(runs)}] {name}", flush=True)
-            run.run(job, folder / name, allow_changes, until=study.shared[-1] if name == SHARED else None)
-    with failures.locate_errors(folder / STUDY_FILE):
-        (folder / STUDY_FILE).write_text(document.write(study), encoding="utf-8")
+        for number, (name, job) in enumerate(work.items(), start=1):
+            print(f"[{number}/{len(work)}] {name}", flush=True)
+            until = study.shared[-1] if name == SHARED else None
+            # another share may train the shared stages in the same folder
+            patience_s = math.inf if name == SHARED and share.total > 1 else 0
+            run.run(job, folder / name, allow_changes, until, patience_s=patience_s)
     tables.write_tables([folder / name for name in runs if name != SHARED], folder, tables.find_scorer)
-    print(f"{study.name} is finished; its tables: {folder / 'tables.html'}")
+    print(_describe_end(study, folder, share, [name for name in runs if name != SHARED and name not in selected]))
+
+
+def _describe_end(study: Study, folder: Path, share: Share, others: Sequence[str]) -> str:
+    """Describe the end of a call: the tables, and the runs of other shares that are not finished here."""
+    missing = sum(not (folder / name / "metrics.json").exists() for name in others)
+    done = (
+        f"{study.name} is finished"
+        if share.total == 1
+        else f"{study.name}: share {share.number}/{share.total} is finished"
+    )
+    rest = f"; {missing} runs of other shares are not finished in this folder" if missing else ""
+    return f"{done}{rest}; its tables: {folder / 'tables.html'}"

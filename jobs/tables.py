@@ -15,6 +15,7 @@ from pipelines.report.columns import Column
 from pipelines.report.runs import FindScorer, Scorer, group_families, read_finished_runs
 from pipelines.report.tables import Cell, ResultRow, ResultTable, build_tables, compare_prompts, keep_filled
 from pipelines.report.variants import VariantCell, VariantTable, compare_variants
+from pipelines.report.verdicts import FamilyVerdicts, Verdict, judge_claims
 
 CSV_FIELDS = (
     "family", "row", "source", "about", "column", "value", "low", "high",
@@ -50,13 +51,14 @@ def write_tables(
     families = group_families(finished, notes)
     tables = build_tables(families, samples)
     shown = tables if lists_missing else [filled for table in tables if (filled := keep_filled(table)).blocks]
-    text = format_markdown(shown, [*comparison.write_summary(tables), *notes], variants)
+    verdicts = judge_claims(families, samples)
+    text = format_markdown(shown, [*comparison.write_summary(tables), *notes], variants, verdicts)
     if out:
         scorer = find_scorer("instructions")
         prompt_plots = {family.label: compare_prompts(family, scorer) for family in families} if scorer else {}
         out.mkdir(parents=True, exist_ok=True)
         page.write(out / "tables.md", text)
-        page.write(out / "tables.html", comparison.render(tables, notes, prompt_plots, variants))
+        page.write(out / "tables.html", comparison.render(tables, notes, prompt_plots, variants, verdicts))
         for table in tables:
             page.write(out / f"{table.key}.csv", format_csv(table))
     return text
@@ -83,9 +85,39 @@ def _format_variant_cell(cell: VariantCell | None) -> str:
     return text
 
 
-def format_markdown(tables: Sequence[ResultTable], notes: Sequence[str], variants: VariantTable | None = None) -> str:
+def _format_verdicts(verdicts: Sequence[FamilyVerdicts]) -> Iterator[str]:
+    """Format the verdicts of each family as Markdown; claims without a measurement are counted."""
+    yield "## Claims of the paper"
+    for family in verdicts:
+        if len(verdicts) > 1:
+            yield f"**{family.label}**"
+        lines = ["| | claim | paper | measured | verdict |", "|---|---|---:|---:|---|"]
+        lines += ["| " + " | ".join(_format_verdict(verdict)) + " |" for verdict in family.measured]
+        yield "\n".join(lines)
+        if family.missing:
+            yield f"{len(family.missing)} further claims have no run; tables.html lists their commands."
+
+
+def _format_verdict(verdict: Verdict) -> Iterator[str]:
+    claim, interval = verdict.claim, verdict.interval
+    assert interval
+    effects = ", ".join(f"{effect:+.1f} ({size})" for size, effect in claim.effects.items())
+    yield claim.source
+    yield claim.text.replace("|", "\\|")
+    yield effects
+    yield f"{interval.value:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
+    yield f"{verdict.outcome}: {verdict.reason}" + (f" Needed: {verdict.needed}." if verdict.needed else "")
+
+
+def format_markdown(
+    tables: Sequence[ResultTable],
+    notes: Sequence[str],
+    variants: VariantTable | None = None,
+    verdicts: Sequence[FamilyVerdicts] = (),
+) -> str:
     """Format each table as Markdown, with the commands of missing rows below it."""
     parts = [*notes, *([_format_variants(variants)] if variants else [])]
+    parts += _format_verdicts(verdicts) if verdicts else []
     for table in tables:
         parts.append(f"## {table.title}")
         for family, rows in table.blocks.items():

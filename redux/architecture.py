@@ -84,7 +84,9 @@ class ModelSettings:
 
     Args:
         tower: sizes of an image tower to build; or folder, hub id or URL (s3://) of a pretrained one.
-        language: sizes of a language model to build; or folder, hub id or URL (s3://) of a pretrained one.
+        language: sizes of a language model to build; or folder, hub id or URL (s3://) of a pretrained one, or
+            package:NAME for the folder of an installed Python package. Beside a tower of sizes, contrastive stages
+            train the tower before both are joined.
         gguf_file: file in `language` with language model and tokenizer.
         checkpoint: folder, hub id or URL of a whole model, instead of parts. Training requires a LLaVA.
         vmtc: settings of the token compression; null turns it off. "checkpoint" takes those of the checkpoint, or the
@@ -122,21 +124,20 @@ class ModelSettings:
         if not (self.tower and self.language):
             missing = "language" if self.tower else "tower"
             raise ValueError(f"{missing}: got null, allowed: sizes or a pretrained one, or a checkpoint of both")
-        if isinstance(self.tower, str) != isinstance(self.language, str):
+        if isinstance(self.tower, str) and not isinstance(self.language, str):
             raise ValueError(
-                f"language: got {_describe_part(self.language)} beside a tower of {_describe_part(self.tower)}, "
-                "allowed: sizes for both, or pretrained ones"
+                f"language: got sizes beside a tower of {self.tower}, allowed: sizes for both, or a pretrained one"
             )
-        if isinstance(self.tower, str) or isinstance(self.language, str):
+        if isinstance(self.tower, str):
             return  # redux.pretrained.configure_assembly checks pretrained parts
-        if self.gguf_file:
+        if self.gguf_file and not isinstance(self.language, str):
             raise ValueError(f"gguf_file: got {self.gguf_file}, allowed: null, as language is built from sizes")
         # the visual tokens of an image must fit into the language model
         try:
             tokens = count_image_tokens(self)
         except ValueError as error:
             raise ValueError(f"{'vmtc' if self.vmtc else 'reduction'}.{error}") from None
-        if self.language.max_position_embeddings <= tokens:
+        if isinstance(self.language, LanguageSizes) and self.language.max_position_embeddings <= tokens:
             raise ValueError(
                 f"language.max_position_embeddings: got {self.language.max_position_embeddings}, "
                 f"allowed: more than the {tokens} tokens of an image"
@@ -144,8 +145,13 @@ class ModelSettings:
 
     @property
     def is_pretrained(self) -> bool:
-        """True if the model or its parts come from checkpoints."""
+        """True if the model or its parts come from checkpoints, so that the first stage starts from a LLaVA."""
         return not isinstance(self.tower, TowerSizes)
+
+    @property
+    def has_pretrained_language(self) -> bool:
+        """True if the language model, with its tokenizer, comes from a checkpoint."""
+        return not isinstance(self.language, LanguageSizes)
 
     @property
     def methods(self) -> dict[str, Any]:
@@ -153,12 +159,8 @@ class ModelSettings:
         return {name: value for name in METHODS if (value := getattr(self, name)) != "checkpoint"}
 
 
-def _describe_part(part: TransformerSizes | str) -> str:
-    return part if isinstance(part, str) else "sizes"
-
-
 def count_image_tokens(model: ModelSettings) -> int:
-    """Count the visual tokens of one image that reach the language model, for a model that is built from sizes."""
+    """Count the visual tokens of one image that reach the language model, for a tower that is built from sizes."""
     assert isinstance(model.tower, TowerSizes)
     patches = (model.tower.image_size // model.tower.patch_size) ** 2
     if isinstance(model.reduction, Reduction):

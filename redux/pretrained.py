@@ -26,7 +26,8 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME
 
-from redux.configuration import ReduxConfig
+from redux.architecture import TowerSizes
+from redux.configuration import ReduxConfig, build_vision_config
 from redux.conversation import IMAGE_TOKEN
 from redux.extras import write_install_command
 from redux.hub import local_copy
@@ -167,7 +168,7 @@ def load_image_encoder(
 
 
 def configure_assembly(
-    tower: str | PathLike,
+    tower: str | PathLike | TowerSizes,
     language: str | PathLike,
     *,
     gguf_file: str | None = None,
@@ -178,11 +179,15 @@ def configure_assembly(
 ) -> ReduxConfig:
     """Build the configuration of an assembled model without its weights.
 
-    Fields that depend on the tokenizer are missing.  Arguments and errors are those of `assemble`.  From a bucket only
-    configurations are copied, or a whole GGUF file, which contains one.
+    Fields that depend on the tokenizer are missing.  Arguments and errors are those of `assemble`; `tower` may also be
+    sizes of a tower that is not trained yet.  From a bucket only configurations are copied, or a whole GGUF file, which
+    contains one.
     """
-    with local_copy(tower, [CONFIG_NAME], "tower", allowed=ALLOWED_TOWER) as folder:
-        vision_config = _load_part_config("tower", folder, TOWER_CLASSES)
+    if isinstance(tower, TowerSizes):
+        vision_config: PreTrainedConfig = build_vision_config(tower)
+    else:
+        with local_copy(tower, [CONFIG_NAME], "tower", allowed=ALLOWED_TOWER) as folder:
+            vision_config = _load_part_config("tower", folder, TOWER_CLASSES)
     with local_copy(language, [gguf_file or CONFIG_NAME], "language", allowed=ALLOWED_PART) as folder:
         text_config = _load_language_config(folder, gguf_file)
     plain = _join_configs(vision_config, text_config, feature_layer)
@@ -202,15 +207,16 @@ def configure_assembly(
     return config
 
 
-def check_parts(tower: str | PathLike, language: str | PathLike, gguf_file: str | None = None) -> None:
+def check_parts(tower: Any, language: str | PathLike, gguf_file: str | None = None) -> None:
     """Check that two local folders have all weights and a tokenizer for `assemble`, without reading weights.
 
-    Sources that are no local folders are skipped.  So is a GGUF file, which cannot be checked without reading it.
+    Sources that are no local folders are skipped, and so are sizes of a tower.  A GGUF file is skipped too, since it
+    cannot be checked without reading it.
 
     Raises:
         ValueError: as `assemble`.
     """
-    if Path(tower).is_dir():
+    if isinstance(tower, str | PathLike) and Path(tower).is_dir():
         load_part("tower", tower, TOWER_CLASSES, device_map="meta")
     if Path(language).is_dir() and not gguf_file:
         language_model = load_language(language, device_map="meta")

@@ -74,11 +74,36 @@ def _add_run(verbs: Any) -> None:
         action="store_true",
         help="resume although the job, its data or its model have changed since the start of the run",
     )
+    run.add_argument(
+        "--share",
+        metavar="K/N",
+        type=parse_share,
+        help="of a study, run only share K of N equal shares of its runs. Use one folder for all shares, or copy their "
+        "folders into one; redux tables then shows the whole study",
+    )
     run.set_defaults(verb=_run, resumes=True)
+
+
+def parse_share(text: str) -> Any:
+    """Parse the value of --share."""
+    from jobs.study import Share
+
+    try:
+        return Share.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _run(arguments: argparse.Namespace) -> None:
     settings, execute = load(arguments)
+    if arguments.share:
+        from jobs import study
+
+        if not isinstance(settings, study.Study):
+            raise ValueError(f"--share: got one with {arguments.job}, allowed: a study, which has several runs")
+        folder = arguments.runs_dir / settings.name
+        study.run_study(settings, folder, arguments.allow_changes, arguments.share)
+        return
     execute(settings, arguments.runs_dir / settings.name, arguments.allow_changes)
 
 
@@ -139,8 +164,8 @@ def _add_tables(verbs: Any) -> None:
         "tables",
         help="compare finished runs in tables, also those of the paper",
         description="Print tables over finished runs as Markdown: scores with 95 % intervals, differences to LLaVA or "
-        "to the first variant, costs, and the paper's tables that a run fills, with the numbers of the paper. The "
-        "settings of a run decide its row. Runs that differ only in their seed share a row.",
+        "to the first variant, costs, the paper's tables that a run fills, with the numbers of the paper, and a verdict "
+        "on each of its claims. The settings of a run decide its row. Runs that differ only in their seed share a row.",
         epilog="example: redux tables runs --out tables",
     )
     tables.add_argument(

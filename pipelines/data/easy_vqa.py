@@ -46,6 +46,9 @@ INSTRUCTIONS_WITH_IMAGES = (
 Without them, a small model learns to use nothing but the question as soon as there is an image.
 """
 
+HALF_OF_INSTRUCTIONS = tuple(formats.INSTRUCTION_FORMS)[1::2]
+"""Every second of the sixteen, T2 to T16, so that the taught and the untaught half have instructions of each kind."""
+
 QuestionAnswers = list[tuple[str, str]]
 
 
@@ -80,8 +83,12 @@ def make_image_instructions() -> list[dict]:
     ]
 
 
-def make_text_instructions() -> list[dict]:
-    """Make text-only records: a description of each training image, with two questions and an instruction each."""
+def make_text_instructions(taught: Sequence[str] = tuple(formats.INSTRUCTION_FORMS)) -> list[dict]:
+    """Make text-only records: a description of each training image, with two questions and an instruction each.
+
+    Args:
+        taught: ids of the instructions. Descriptions and questions are the same for all choices.
+    """
     rng = random.Random(0)
     examples = [
         (f"there is {derive_caption(pairs)}.", *pair)
@@ -89,7 +96,7 @@ def make_text_instructions() -> list[dict]:
         for pair in rng.sample(pairs, 2)
     ]
     rng.shuffle(examples)
-    return formats.make_records(examples)
+    return formats.make_records(examples, taught=taught)
 
 
 EASY_VQA_SETS: dict[str, Callable[[], list[dict]]] = {
@@ -97,12 +104,14 @@ EASY_VQA_SETS: dict[str, Callable[[], list[dict]]] = {
     "conversations": partial(make_conversations, "train"),
     "shown": make_image_instructions,
     "formats": make_text_instructions,
+    "half_formats": partial(make_text_instructions, HALF_OF_INSTRUCTIONS),
 }
 """Training sets that a job can make of easy-VQA, by name."""
 
 INSTRUCTIONS_BY_SET: dict[str, tuple[str, ...]] = {
     "shown": INSTRUCTIONS_WITH_IMAGES,
     "formats": tuple(formats.INSTRUCTION_FORMS),
+    "half_formats": HALF_OF_INSTRUCTIONS,
 }
 """Ids of the instructions that each of these sets teaches; the others teach none."""
 

@@ -166,18 +166,21 @@ INSTRUCTION_FORMS: dict[str, tuple[tuple[str, ...], Callable[[str, Arguments, ra
 """Wordings of each instruction, and the function from (answer, arguments, rng) to a response that follows it."""
 
 
-def make_records(examples: Sequence[tuple[str, str, str]], seed: int = 0) -> list[dict]:
+def make_records(
+    examples: Sequence[tuple[str, str, str]], seed: int = 0, taught: Sequence[str] = tuple(INSTRUCTION_FORMS)
+) -> list[dict]:
     """Make one conversation per example. Instructions take turns, so that all are equally frequent.
 
     Args:
         examples: tuples of (description of an image, question, answer).
         seed: seed of all draws; the result is deterministic.
+        taught: ids of the instructions.
 
     Returns:
         Records in LLaVA's form.
     """
     rng = random.Random(seed)
-    names = itertools.cycle(INSTRUCTION_FORMS)
+    names = itertools.cycle(taught)
     result = []
     for number, (description, question, answer) in enumerate(examples):
         human, gpt = add_instruction(next(names), question, answer, rng)

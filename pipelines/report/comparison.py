@@ -26,6 +26,13 @@ from pipelines.report.plots import (
 from pipelines.report.table_rows import KIND_TITLES
 from pipelines.report.tables import Cell, ComparedPrompt, ResultRow, ResultTable, keep_filled
 from pipelines.report.variants import VariantTable
+from pipelines.report.verdicts import (
+    PAPER_ITEMS,
+    SEED_DEVIATIONS,
+    FamilyVerdicts,
+    analyse_power,
+    find_smallest_paper_effect,
+)
 
 COLOUR_BY_KIND = {"both": ACCENT, "llava": INK, "vmtc": GOOD, "cmai": BAD}
 """Colours of the main kinds of models; all others are faint."""
@@ -82,6 +89,7 @@ def render(
     notes: Sequence[str],
     prompts: Mapping[str, Sequence[ComparedPrompt]],
     variants: VariantTable | None = None,
+    verdicts: Sequence[FamilyVerdicts] = (),
 ) -> str:
     """Render the page. Rows without a run are only in the Markdown file.
 
@@ -90,6 +98,7 @@ def render(
         notes: remarks about runs that are left out.
         prompts: responses to the same prompts, by label of the family.
         variants: comparison of own variants; None for a single one.
+        verdicts: verdicts on the claims of the paper, of families that can judge at least one.
     """
     by_key = {table.key: table for table in tables}
     filled_tables = [filled for table in tables if (filled := keep_filled(table)).blocks]
@@ -98,6 +107,11 @@ def render(
         "tables.html.j2",
         summary=write_summary(tables),
         variants=variants,
+        verdicts=verdicts,
+        powers=analyse_power() if verdicts else [],
+        seed_deviations=SEED_DEVIATIONS,
+        smallest_effect=find_smallest_paper_effect(),
+        paper_items=PAPER_ITEMS,
         tables=filled_tables,
         has_scores=any(cell and cell.interval for row in rows for cell in row.cells),
         has_paper_rows=any(row.source == "paper" for row in rows),

@@ -317,7 +317,7 @@ def _find_run_folders(path: Path) -> list[Path]:
 def read_run(folder: Path, find_scorer: FindScorer) -> FinishedRun:
     """Read a run folder and score its answers."""
     # numbers of metrics.json replace those of scores.json
-    job = _read_job(folder / "job.yaml")
+    job = _rebase(_read_job(folder / "job.yaml"), folder)
     numbers: dict[str, float] = {}
     for name in ("scores.json", "metrics.json"):
         if (folder / name).exists():
@@ -360,6 +360,22 @@ def _read_job(path: Path) -> dict[str, Any]:
     if "workers" in job:  # a key of every resolved job before the keys got their present names
         raise ValueError(f"{path}: written by an earlier version of Redux, allowed: runs of this version")
     return job
+
+
+def _rebase(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Replace the folder in which a run was made by the one in which it is, in all paths of its job.
+
+    Runs of a study are copied into one folder from several machines. Their checkpoint is that of a run beside them.
+    """
+    checkpoint = job["model"].get("checkpoint")
+    if not isinstance(checkpoint, str) or Path(checkpoint).exists():
+        return job
+    here = folder.resolve().parent
+    before = next((parent.parent for parent in Path(checkpoint).parents if _is_run_folder(here / parent.name)), None)
+    if before is None:
+        return job
+    text = json.dumps(job).replace(json.dumps(f"{before}/")[:-1], json.dumps(f"{here}/")[:-1])
+    return dict(json.loads(text))
 
 
 def _find_source_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -447,7 +463,15 @@ def _make_labels(keys: Sequence[str]) -> Iterator[str]:
     """Make labels of families: their sizes, and every other setting in which they differ."""
     families = [json.loads(key) for key in keys]
     sizes = [_describe_sizes(settings) for settings in families]
-    names = dict.fromkeys(name for settings in families for name in settings)
+    stages = [_list_stages(settings) for settings in families]
+    # a stage that some families lack is named as a whole, not by each of its settings
+    common = set(stages[0]).intersection(*stages)
+    names = dict.fromkeys(
+        name
+        for settings in families
+        for name in settings
+        if not name.startswith("train.") or name.split(".")[1] in common
+    )
     sizes_differ = len(set(sizes)) == len(sizes)  # then other settings of the model add nothing
     differing = [
         name
@@ -455,8 +479,14 @@ def _make_labels(keys: Sequence[str]) -> Iterator[str]:
         if len({json.dumps(settings.get(name)) for settings in families}) > 1
         and not (sizes_differ and name.startswith("model."))
     ]
-    for size, settings in zip(sizes, families, strict=True):
-        yield ", ".join([size, *(f"{name} = {json.dumps(settings.get(name))}" for name in differing)])
+    for size, settings, of_family in zip(sizes, families, stages, strict=True):
+        trained = [f"stages {' and '.join(of_family)}"] if len({*map(tuple, stages)}) > 1 else []
+        yield ", ".join([size, *trained, *(f"{name} = {json.dumps(settings.get(name))}" for name in differing)])
+
+
+def _list_stages(settings: Mapping[str, Any]) -> list[str]:
+    """List the training stages of a family, from its settings by dotted name."""
+    return list(dict.fromkeys(name.split(".")[1] for name in settings if name.startswith("train.") and "." in name))
 
 
 def _describe_sizes(settings: Mapping[str, Any]) -> str:

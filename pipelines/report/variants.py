@@ -206,14 +206,14 @@ def _find_study_variant(run: FinishedRun) -> str:
 
 
 def _read_study(run: FinishedRun) -> Mapping[str, Any]:
-    """Read the variants of the study that a run belongs to."""
+    """Read the variants of the study that a run belongs to, trained ones first."""
     path = run.folder.parent / "study.yaml"
     try:
         study = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    variants = study.get("variants") if isinstance(study, dict) else None
-    return variants if isinstance(variants, dict) else {}
+    parts = [study.get(key) for key in ("variants", "applied")] if isinstance(study, dict) else []
+    return {name: changes for part in parts if isinstance(part, dict) for name, changes in part.items()}
 
 
 def _read_order(runs: Sequence[FinishedRun]) -> dict[str, int]:

@@ -25,7 +25,7 @@ NAMES = {
 
 def test_jobs_are_shipped() -> None:
     assert {path.stem for path in SHIPPED} == NAMES
-    assert {path.stem for path in STUDIES} == {"mini"}
+    assert {path.stem for path in STUDIES} == {"mini", "smollm2", "smollm2-pilot", "training-free"}
     assert {path.stem for path in SEARCHES} == {"laptop", "llava-1.5-7b"}
 
 
@@ -49,7 +49,10 @@ def test_a_shipped_study_begins_with_a_comment_and_makes_jobs(path: Path, tmp_pa
     assert path.read_text().startswith("# ")
     loaded = study.load(path)
     assert loaded.name == path.stem
-    assert len(study.list_jobs(loaded, tmp_path)) == len(loaded.variants) * len(loaded.seeds) + bool(loaded.shared)
+    seeds = {study.SHARED: 1} | {variant: len(loaded.list_seeds(variant)) for variant in loaded.variants}
+    evaluated = sum(seeds[applied.variant] for applied in loaded.applied.values())
+    trained = sum(seeds.values()) - (not loaded.shared)
+    assert len(study.list_jobs(loaded, tmp_path)) == trained + evaluated
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: str(path.relative_to(FOLDER)))
@@ -98,7 +101,7 @@ def test_the_name_of_a_stage_cannot_leave_the_run_folder() -> None:
         ),
         (
             "train.tower.data=caption",
-            "train.tower.data: got caption, allowed: captions, conversations, shown, formats, those of",
+            "train.tower.data: got caption, allowed: captions, conversations, shown, formats, half_formats, those of",
         ),
         (
             "train.instruct.data={conversations: 0}",
@@ -109,7 +112,7 @@ def test_the_name_of_a_stage_cannot_leave_the_run_folder() -> None:
         ("train.instruct.epochs=null", "train.instruct.epochs: got None, and steps None, allowed: one of the two"),
         (
             "data.sets={formats: a}",
-            "data.sets: got formats, allowed: other names than captions, conversations, shown, formats",
+            "data.sets: got formats, allowed: other names than captions, conversations, shown, formats, half_formats",
         ),
         ("data.max_bad_fraction=2", "data.max_bad_fraction: got 2, allowed: a number from 0 to 1"),
         (
