@@ -164,8 +164,8 @@ def _add_tables(verbs: Any) -> None:
         "tables",
         help="compare finished runs in tables, also those of the paper",
         description="Print tables over finished runs as Markdown: scores with 95 % intervals, differences to LLaVA or "
-        "to the first variant, costs, the paper's tables that a run fills, with the numbers of the paper, and a verdict "
-        "on each of its claims. The settings of a run decide its row. Runs that differ only in their seed share a row.",
+        "to the first variant, costs, the paper's tables that a run fills, with the numbers of the paper, and verdicts "
+        "on its claims. The settings of a run decide its row. Runs that differ only in their seed share a row.",
         epilog="example: redux tables runs --out tables",
     )
     tables.add_argument(
