@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.bench import inhibition, launches, order, packing, pixels, serve
+from jobs.bench import inhibition, launches, order, packing, pixels, serve, skew
 from pipelines.serving.settings import ServedModel, ServerSettings
 from tests.pipelines.serving.local_gateway import serve_locally
 
@@ -53,6 +53,15 @@ def test_packing_in_the_smallest_size(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert all(layout["packed"] <= 0.03 < layout["unpacked"] for layout in record["padding"])
     assert all(speed["packed"] > 0 for speed in record["tokens_per_cpu_second"].values())
+
+
+def test_passes_of_text_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skew, "REPEATS", 1)
+    passes = skew.measure_passes(skew.build_plan(tmp_path, 1), is_trained=True)
+    assert passes.keys() == {"images", "text", "whole_image", "no_tower", "share", "whole_image_share"}
+    counts = list(skew.draw_image_counts(skew.TEXT_STEP))
+    assert counts[-1] == [0, 0, 0]
+    assert {number for step in counts for number in step} == set(skew.IMAGE_COUNTS)
 
 
 def test_launches_of_one_path(capsys: pytest.CaptureFixture[str]) -> None:
