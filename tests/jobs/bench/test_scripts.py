@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.bench import feeding, inhibition, launches, order, packing, pixels, serve
+from jobs.bench import feeding, inhibition, launches, order, packing, pixels, serve, skew
 from jobs.bench.simulated_bucket import TiledFile
 from pipelines.serving.settings import ServedModel, ServerSettings
 from tests.pipelines.serving.local_gateway import serve_locally
@@ -80,6 +80,15 @@ def test_ranges_of_a_tiled_file_are_those_of_its_bytes() -> None:
     assert len(file) == len(whole)
     ranges = [(start, stop) for start in range(len(whole)) for stop in range(start, len(whole) + 1)]
     assert [file.read(*part) for part in ranges] == [whole[slice(*part)] for part in ranges]
+
+
+def test_passes_of_text_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skew, "REPEATS", 1)
+    passes = skew.measure_passes(skew.build_plan(tmp_path, 1), is_trained=True)
+    assert passes.keys() == {"images", "text", "whole_image", "no_tower", "share", "whole_image_share"}
+    counts = list(skew.draw_image_counts(skew.TEXT_STEP))
+    assert counts[-1] == [0, 0, 0]
+    assert {number for step in counts for number in step} == set(skew.IMAGE_COUNTS)
 
 
 def test_launches_of_one_path(capsys: pytest.CaptureFixture[str]) -> None:
