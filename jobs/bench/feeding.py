@@ -214,7 +214,7 @@ def _run_nodes(cluster: Cluster, reader: Reader, marks: Path, micro_batches: int
             f"linear; the training node uses {cpu[str(count)]:.0%} of a core",
             flush=True,
         )
-    killed = cluster.worker_nodes[0]
+    killed = min(cluster.worker_nodes, key=lambda node: node.node_id)
     kill_node(killed)
     cluster.worker_nodes.remove(killed)
     for _ in range(4 * micro_batches):
