@@ -45,7 +45,7 @@ OPENED_SAMPLES = (1_280_000, 12_800_000, 102_400_000)
 OPEN_BATCH, OPEN_WORKERS = 16, 8
 
 NODE_COUNTS = (1, 2, 4)
-NODE_IMAGE_SIZE, NODE_BATCH, NODE_SAMPLES = 32, 16, 1_280_000
+NODE_IMAGE_SIZE, NODE_BATCH, NODE_SAMPLES = 32, 16, 160_000
 
 OPEN_PROGRAM = "from jobs.bench.feeding import open_set; open_set()"
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=OPENED_SAMPLES,
         help="of the opened sets, default: %(default)s",
     )
-    parser.add_argument("--latency-s", type=float, default=1.0, help="of the bucket of the nodes, default: %(default)s")
+    parser.add_argument("--latency-s", type=float, default=0.5, help="of the bucket of the nodes, default: %(default)s")
     parser.add_argument("--micro-batches", type=int, default=24, help="of each node, default: %(default)s")
     add_out_option(parser, __file__)
     arguments = parser.parse_args(argv)
@@ -214,7 +214,7 @@ def _run_nodes(cluster: Cluster, reader: Reader, marks: Path, micro_batches: int
             f"linear; the training node uses {cpu[str(count)]:.0%} of a core",
             flush=True,
         )
-    killed = cluster.worker_nodes[0]
+    killed = min(cluster.worker_nodes, key=lambda node: node.node_id)
     kill_node(killed)
     cluster.worker_nodes.remove(killed)
     for _ in range(4 * micro_batches):

@@ -78,6 +78,10 @@ class _LazyInputOperator(PhysicalOperator):
         # Ray Data asks an operator without inputs if it is finished while items wait
         return self._is_execution_marked_finished or self._made == len(self._items)
 
+    def throttling_disabled(self) -> bool:
+        # otherwise Ray Data reserves CPUs and memory for this operator, and starts fewer readers
+        return True
+
     def get_stats(self) -> dict[str, Any]:
         return {}
 

@@ -9,6 +9,7 @@ printed as JSON, with the nodes that read them.
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -45,15 +46,7 @@ def read_stream(cluster: Cluster, reader: Reader, log: Path) -> dict[str, Any]:
     stop = reader.order.count_batches(EPOCHS) * reader.order.global_batch_size // reader.micro_batch_size
     segment = Segment(replace(reader, encode=log_node(reader.encode, log)), 0, stop)
     streams = ingest.make_streams([segment], WORKERS)
-    killed: list[str] = []
-
-    def kill_reading_node() -> None:
-        """Kill a node, whose blocks nobody has read yet, and add another one."""
-        node = cluster.worker_nodes[0]
-        killed.append(node.node_id)
-        power_off(node)
-        cluster.worker_nodes.remove(node)
-        cluster.add_node(num_cpus=1)
+    is_reading, is_killed = threading.Event(), threading.Event()
 
     def read(rank: int) -> list[dict[str, Any]]:
         found = []
@@ -61,12 +54,24 @@ def read_stream(cluster: Cluster, reader: Reader, log: Path) -> dict[str, Any]:
             found.append({name: batch[name].tolist() for name in ("source", "sample", "input_ids")})
             found[-1]["number"] = int(batch["number"])
             if rank == 0 and len(found) == 3:
-                kill_reading_node()
+                is_reading.set()
+                assert is_killed.wait(timeout=240)
         return found
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        ranks = list(pool.map(read, range(WORKERS)))
-    return {"ranks": ranks, "killed": killed, "nodes": sorted(path.name for path in log.iterdir())}
+        ranks = [pool.submit(read, rank) for rank in range(WORKERS)]
+        assert is_reading.wait(timeout=400)
+        # a node whose blocks nobody has read yet; the main thread does it, as Ray's nodes handle signals
+        node = min(cluster.worker_nodes, key=lambda node: node.node_id)
+        power_off(node)
+        cluster.worker_nodes.remove(node)
+        cluster.add_node(num_cpus=1)
+        is_killed.set()
+        return {
+            "ranks": [rank.result() for rank in ranks],
+            "killed": node.node_id,
+            "nodes": sorted(path.name for path in log.iterdir()),
+        }
 
 
 def main(folder: Path) -> None:

@@ -41,7 +41,7 @@ def test_a_data_node_that_dies_costs_no_sample_and_changes_no_order(
         code = subprocess.run(command, env=os.environ | folders, stdout=output, stderr=output, timeout=500).returncode
     assert code == 0, (folder / "output.txt").read_text()[-4000:]
     found = json.loads((folder / "stream.json").read_text())
-    assert found["killed"][0] in found["nodes"], "it had read samples"
+    assert found["killed"] in found["nodes"], "it had read samples"
     # all micro-batches of all ranks, in their order, as one reader computes them
     numbers = order.count_batches(EPOCHS) * 4
     for rank, batches in enumerate(found["ranks"]):
