@@ -23,6 +23,11 @@ CSV_FIELDS = (
 )  # fmt: skip
 
 
+CLAIM_FIELDS = (
+    "family", "source", "claim", "value", "low", "high", "outcome", "reason", "about", "needed", "command",
+)  # fmt: skip
+
+
 def write_tables(
     runs: Sequence[Path], out: Path | None, find_scorer: FindScorer, samples: int = 10_000, lists_missing: bool = False
 ) -> str:
@@ -59,6 +64,8 @@ def write_tables(
         out.mkdir(parents=True, exist_ok=True)
         page.write(out / "tables.md", text)
         page.write(out / "tables.html", comparison.render(tables, notes, prompt_plots, variants, verdicts))
+        if verdicts:
+            page.write(out / "claims.csv", format_claims_csv(verdicts))
         for table in tables:
             page.write(out / f"{table.key}.csv", format_csv(table))
     return text
@@ -95,7 +102,7 @@ def _format_verdicts(verdicts: Sequence[FamilyVerdicts]) -> Iterator[str]:
         lines += ["| " + " | ".join(_format_verdict(verdict)) + " |" for verdict in family.measured]
         yield "\n".join(lines)
         if family.missing:
-            yield f"{len(family.missing)} further claims have no run; tables.html lists their commands."
+            yield f"{len(family.missing)} further claims have no run; claims.csv has the commands."
 
 
 def _format_verdict(verdict: Verdict) -> Iterator[str]:
@@ -150,6 +157,21 @@ def _format_cell(column: Column, cell: Cell | None) -> str:
     if cell.difference:
         text += f"; {cell.difference.value:+.1f}" + (" within noise" if cell.difference.is_noise else "")
     return text + (f"; {cell.ratio:.2f} of LLaVA's" if cell.ratio is not None else "")
+
+
+def format_claims_csv(verdicts: Sequence[FamilyVerdicts]) -> str:
+    """Format all verdicts as CSV with one line per claim, with the command of a missing run."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, CLAIM_FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for family in verdicts:
+        for verdict in (*family.measured, *family.missing):
+            interval = verdict.interval
+            numbers = {"value": interval.value, "low": interval.low, "high": interval.high} if interval else {}
+            head = {"family": family.label, "source": verdict.claim.source, "claim": verdict.claim.text}
+            texts = {name: getattr(verdict, name) for name in ("outcome", "reason", "about", "needed", "command")}
+            writer.writerow(head | numbers | texts)
+    return file.getvalue()
 
 
 def format_csv(table: ResultTable) -> str:

@@ -17,6 +17,7 @@ from transformers import (
     AddedToken,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GgufConfig,
     LlamaConfig,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
@@ -387,11 +388,14 @@ def load_part(
         model_class: Any = next(
             model_class for model_class in classes.values() if isinstance(config, model_class.config_class)
         )
+        if gguf_file:
+            # with the package `kernels`, transformers would keep the weights packed, which cannot be trained
+            options["quantization_config"] = GgufConfig(dequantize=True)
         model = load_model(
             model_class, path, label=name, ignored=OTHER_WEIGHTS, gguf_file=gguf_file, dtype=dtype, **options
         )
-    if gguf_file:
-        # transformers has unpacked the weights; a model that is called packed can neither be saved nor trained
+    if gguf_file and hasattr(model.config, "quantization_config"):
+        # the weights are unpacked; a model that is called packed can neither be saved nor trained
         del model.config.quantization_config
     return model
 

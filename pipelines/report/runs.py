@@ -370,10 +370,12 @@ def _rebase(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     checkpoint = job["model"].get("checkpoint")
     if not isinstance(checkpoint, str) or Path(checkpoint).exists():
         return job
+    # the run of the checkpoint lies beside this one, under another path than in the job
     here = folder.resolve().parent
     before = next((parent.parent for parent in Path(checkpoint).parents if _is_run_folder(here / parent.name)), None)
     if before is None:
         return job
+    # paths of sets and checkpoints all begin with the former folder
     text = json.dumps(job).replace(json.dumps(f"{before}/")[:-1], json.dumps(f"{here}/")[:-1])
     return dict(json.loads(text))
 

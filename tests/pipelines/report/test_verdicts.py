@@ -1,5 +1,6 @@
 """Tests of the verdicts: claims agree with the tables of the paper, and outcomes follow from intervals by one rule."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,11 @@ def test_the_page_and_the_text_show_each_verdict(runs: Path, family: Family, tmp
         assert verdict.claim.text in text
         assert verdict.claim.text in page.words
         assert verdict.reason in page.words
+    lines = list(csv.DictReader((tmp_path / "out" / "claims.csv").read_text().splitlines()))
+    assert [line["outcome"] for line in lines] == [verdict.outcome for verdict in (*judged.measured, *judged.missing)]
+    commands = {line["claim"]: line["command"] for line in lines}
     for verdict in judged.missing:
+        assert commands[verdict.claim.text] == verdict.command
         assert verdict.claim.text in page.words
         assert f"| {verdict.claim.text} |" not in text
 
