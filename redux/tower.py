@@ -132,21 +132,7 @@ class CompressingTower(ExtendedModule):
         if tower_compression is None:
             return self.original_forward(pixel_values, *args, **kwargs)
         prefix, reduction = tower_compression.num_prefix_tokens, tower_compression.reduction
-        resizes = False
-        # fewer pixels: the patches of the whole image are followed, although only those of the smaller one exist
-        if reduction is not None and reduction.method == "resize":
-            resizes = True
-            pixel_values, slot, cluster = resize_pixels(pixel_values, reduction, self.embeddings.patch_size)
-        hidden = self.embeddings(pixel_values, **({"interpolate_pos_encoding": True} if resizes else {}))
-        if hasattr(self, "pre_layrnorm"):  # CLIP has this norm, under this name; SigLIP has none
-            hidden = self.pre_layrnorm(hidden)
-        first_token_only = tower_compression.first_token_only
-        if first_token_only:
-            hidden = hidden[:, :1]
-        num_patches = slot.shape[1] if resizes else hidden.shape[1] - prefix
-        assignment = PatchAssignment.untouched(hidden.shape[0], num_patches, hidden.device)
-        if resizes:
-            assignment = assignment.then(slot, cluster)
+        hidden, assignment = self.embed_patches(pixel_values, tower_compression)
         mask = None
         # VMTC: follow each patch through the compressing blocks
         for number, block in enumerate(self.encoder.layers[: tower_compression.num_blocks_used]):
@@ -154,7 +140,7 @@ class CompressingTower(ExtendedModule):
             if compression is None:
                 hidden = block(hidden, attention_mask=mask)
                 continue
-            if first_token_only:
+            if tower_compression.first_token_only:
                 compression = compression._replace(stage=None)
             hidden, slot, cluster = block(hidden, attention_mask=mask, compression=compression)
             assignment = assignment.then(slot, cluster)
@@ -163,7 +149,7 @@ class CompressingTower(ExtendedModule):
                 sizes = assignment.count_patches(hidden.shape[1] - prefix).to(hidden.dtype)
                 mask = F.pad(sizes.log(), (prefix, 0))[:, None, None]
         # a rival of VMTC: reduce once, after the last block
-        if reduction and not resizes:
+        if reduction and reduction.method != "resize":
             class_attention = None
             if reduction.method == "prumerge":
                 class_attention = self.encoder.layers[-1](hidden, query_and_keys_only=True)
@@ -173,6 +159,23 @@ class CompressingTower(ExtendedModule):
             hidden = torch.cat([class_tokens, patches], dim=1)
             assignment = assignment.then(slot, cluster)
         return hidden, *assignment
+
+    def embed_patches(
+        self: Any, pixel_values: Float[Tensor, "batch 3 height width"], compression: TowerCompression
+    ) -> tuple[Float[Tensor, "batch all dim"], PatchAssignment]:
+        """Embed the patches of the images, or of smaller ones, and assign each patch of the image to its token."""
+        resized = None
+        # fewer pixels: the patches of the whole image are followed, although only those of the smaller one exist
+        if compression.reduction is not None and compression.reduction.method == "resize":
+            pixel_values, *resized = resize_pixels(pixel_values, compression.reduction, self.embeddings.patch_size)
+        hidden = self.embeddings(pixel_values, **({"interpolate_pos_encoding": True} if resized else {}))
+        if hasattr(self, "pre_layrnorm"):  # CLIP has this norm, under this name; SigLIP has none
+            hidden = self.pre_layrnorm(hidden)
+        if compression.first_token_only:
+            hidden = hidden[:, :1]
+        num_patches = resized[0].shape[1] if resized else hidden.shape[1] - compression.num_prefix_tokens
+        assignment = PatchAssignment.untouched(hidden.shape[0], num_patches, hidden.device)
+        return hidden, assignment.then(*resized) if resized else assignment
 
 
 class CompressingBlock(ExtendedModule):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pipelines.training.engine import LlavaWithLoss
     from pipelines.training.plan import StagePlan
 
-RANKS, ROWS, ROW_WORDS, REPEATS = 3, 4, 30, 30
+SKEWED_RANKS, ROWS, ROW_WORDS, REPEATS = 3, 4, 30, 30
 IMAGE_COUNTS = (0, 1, 4)
 TEXT_STEP = 10
 """Every so many steps, all ranks have text alone."""
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run = replace(plan, stage=replace(plan.stage, zero_stage=zero_stage))
             runs[f"ZeRO {zero_stage}"] = train_by_torchrun(run, folder)
             print(f"ZeRO {zero_stage}: {runs[f'ZeRO {zero_stage}']}", flush=True)
-    append_record(arguments.out, steps=arguments.steps, ranks=RANKS, text_rank=shares, runs=runs)
+    append_record(arguments.out, steps=arguments.steps, ranks=SKEWED_RANKS, text_rank=shares, runs=runs)
 
 
 def build_plan(folder: Path, steps: int) -> "StagePlan":
@@ -88,7 +88,7 @@ def build_plan(folder: Path, steps: int) -> "StagePlan":
         objective="language",
         data="set",
         steps=steps,
-        global_batch_size=ROWS * RANKS,
+        global_batch_size=ROWS * SKEWED_RANKS,
         micro_batch_size=ROWS,
         learning_rate={"tower": 1e-4, "projector": 1e-4, "language": 1e-4},
     )
@@ -97,7 +97,7 @@ def build_plan(folder: Path, steps: int) -> "StagePlan":
         stage=stage,
         model=model,
         seed=0,
-        workers=(RANKS, RANKS),
+        workers=(SKEWED_RANKS, SKEWED_RANKS),
         run=folder,
         checkpoints=str(folder),
         sets={},
@@ -185,7 +185,7 @@ def train_by_torchrun(plan: "StagePlan", folder: Path) -> dict[str, Any]:
     import pickle
 
     (folder / "plan.pickle").write_bytes(pickle.dumps(plan))
-    arguments = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", __file__]
+    arguments = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SKEWED_RANKS}", __file__]
     subprocess.run([sys.executable, *arguments, "--rank", str(folder)], check=True, stdout=subprocess.DEVNULL)
     measured: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return measured
@@ -195,8 +195,8 @@ def draw_image_counts(steps: int) -> Iterator[list[int]]:
     """Draw the number of images of each rank, step by step."""
     rng = np.random.default_rng(0)
     for step in range(1, steps + 1):
-        counts: list[int] = rng.choice(IMAGE_COUNTS, RANKS).tolist()
-        yield [0] * RANKS if step % TEXT_STEP == 0 else counts
+        counts: list[int] = rng.choice(IMAGE_COUNTS, SKEWED_RANKS).tolist()
+        yield [0] * SKEWED_RANKS if step % TEXT_STEP == 0 else counts
 
 
 def train_rank(folder: Path) -> None:
@@ -216,7 +216,7 @@ def train_rank(folder: Path) -> None:
     config = engine.make_config(plan)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     with patch.object(engine, "make_config", lambda plan: config):
-        deepspeed_engine = engine.build_engine(plan, RANKS)
+        deepspeed_engine = engine.build_engine(plan, SKEWED_RANKS)
     rank, steps = deepspeed_engine.global_rank, plan.stage.steps
     module: Any = deepspeed_engine.module
     image_id = module.llava.config.image_token_index
@@ -224,7 +224,7 @@ def train_rank(folder: Path) -> None:
     started, started_cpu = time.perf_counter(), time.process_time()
     for number, counts in enumerate(draw_image_counts(steps), start=1):
         engine.set_learning_rate(deepspeed_engine, schedule, number)
-        batch = make_batch(plan, number * RANKS + rank, counts[rank], image_id)
+        batch = make_batch(plan, number * SKEWED_RANKS + rank, counts[rank], image_id)
         update = worker.forward_backward(deepspeed_engine, plan, [batch])
         losses.append(worker.all_reduce_stats({"loss": update.loss}, deepspeed_engine.device)["loss"])
         skewed += len(set(counts)) > 1

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -204,13 +204,8 @@ def _train_stage(
 
     is_finished = resume_point is not None
     if resume_point and resume_point.cursor < steps:
-        # Order matters: Recording and Preemption set the flags of the step that the checkpoint hook reads, and the
-        # validation loss is part of the record.
         closing_hooks = [
-            *([ValidationHook(engine, plan, work.reader)] if plan.hold_out else []),
-            hooks.RecordingHook(recorder, is_first),
-            hooks.PreemptionHook(recorder, is_first),
-            hooks.CheckpointHook(engine, plan, recorder, data, description),
+            *_build_hooks(engine, work, recorder, data, description),
             *(make(engine, plan) for make in extra_hook_factories),
         ]
         all_hooks = [watchdog, *closing_hooks]
@@ -228,6 +223,27 @@ def _train_stage(
     # The next stage needs the memory.
     free_engine(engine)
     return is_finished
+
+
+def _build_hooks(
+    engine: DeepSpeedEngineProtocol,
+    work: StageWork,
+    recorder: RecorderClient,
+    data: dict[str, str],
+    description: dict[str, Any],
+) -> list[hooks.Hook]:
+    """Build the hooks of a stage, in the order in which they run after each step.
+
+    Recording and Preemption set the flags of the step that the checkpoint hook reads, and the validation loss is part
+    of the record.
+    """
+    plan, is_first = work.plan, dist.get_rank() == 0
+    return [
+        *([ValidationHook(engine, plan, work.reader)] if plan.hold_out else []),
+        hooks.RecordingHook(recorder, is_first),
+        hooks.PreemptionHook(recorder, is_first),
+        hooks.CheckpointHook(engine, plan, recorder, data, description),
+    ]
 
 
 def forward_kernel_messages(recorder: RecorderClient, stage: str) -> None:
