@@ -117,7 +117,7 @@ def read_default_argument(name: str) -> str:
 
 def test_the_image_has_existing_extras_and_all_their_requirements() -> None:
     extras, available = read_default_argument("EXTRAS").split(","), PROJECT["project"]["optional-dependencies"]
-    assert {"cluster", "fast", "instructions", "lora", "pretrained", "s3"} == set(extras) <= available.keys()
+    assert {"cluster", "fast", "instructions", "lora", "pretrained", "s3", "serve"} == set(extras) <= available.keys()
     [listing] = [rest for kind, rest in read_instructions() if kind == "RUN" and "python -c" in rest]
     arguments = shlex.split(listing)
     program = arguments[arguments.index("-c") + 1]

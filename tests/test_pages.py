@@ -32,8 +32,8 @@ def find_commands(page: Path) -> list[str]:
     """Find the commands of a page: indented lines, without their comments."""
     commands = []
     for found in COMMAND.finditer(page.read_text()):
-        line = " ".join(shlex.split(found[1].replace("\\\n", " "), comments=True))
-        commands += [part.strip() for part in line.split("&&")]
+        parts = found[1].replace("\\\n", " ").split("&&")
+        commands += [shlex.join(shlex.split(part, comments=True)) for part in parts]
     return [command for command in commands if command.startswith("redux ")]
 
 

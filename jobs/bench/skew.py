@@ -44,14 +44,16 @@ WORDS = [f"word{number}" for number in range(200)]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000, help="steps at each ZeRO stage, default: %(default)s")
-    parser.add_argument("--rank", metavar="FOLDER", help="called by torchrun: train the plan in this folder")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank that torchrun starts
+    parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=0, help=argparse.SUPPRESS)
     add_out_option(parser, __file__)
     arguments = parser.parse_args(argv)
-    if arguments.rank:
-        train_rank(Path(arguments.rank))
+    if arguments.folder:
+        train_rank(build_plan(arguments.folder, arguments.steps, arguments.zero_stage), arguments.steps)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        train_tokenizer(folder)
         plan = build_plan(folder, arguments.steps)
         shares = {
             "tower trained": measure_passes(plan, is_trained=True),
@@ -61,21 +63,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{kind}: " + ", ".join(f"{key} {value:.4g}" for key, value in passes.items()), flush=True)
         runs = {}
         for zero_stage in (0, 1, 2, 3):
-            run = replace(plan, stage=replace(plan.stage, zero_stage=zero_stage))
-            runs[f"ZeRO {zero_stage}"] = train_by_torchrun(run, folder)
+            runs[f"ZeRO {zero_stage}"] = train_by_torchrun(folder, arguments.steps, zero_stage)
             print(f"ZeRO {zero_stage}: {runs[f'ZeRO {zero_stage}']}", flush=True)
     append_record(arguments.out, steps=arguments.steps, ranks=SKEWED_RANKS, text_rank=shares, runs=runs)
 
 
-def build_plan(folder: Path, steps: int) -> "StagePlan":
-    """Build the plan of a stage with the model of the quickstart, and its tokenizer."""
+def train_tokenizer(folder: Path) -> None:
+    """Train the tokenizer of the words of all batches, which ranks read."""
+    from redux.conversation import train_word_tokenizer
+
+    train_word_tokenizer([" ".join(WORDS)], 512).save_pretrained(folder / "tokenizer")
+
+
+def build_plan(folder: Path, steps: int, zero_stage: Any = 0) -> "StagePlan":
+    """Build the plan of a stage with the model of the quickstart; the folder has its tokenizer."""
     from pipelines.training.plan import StagePlan
     from pipelines.training.stage import Stage
     from redux.architecture import LanguageSizes, ModelSettings, TowerSizes, count_image_tokens
-    from redux.conversation import train_word_tokenizer
     from redux.settings import CMAI, VMTC
 
-    train_word_tokenizer([" ".join(WORDS)], 512).save_pretrained(folder / "tokenizer")
     tower = {"hidden_size": 96, "num_hidden_layers": 5, "num_attention_heads": 3, "intermediate_size": 192}
     language = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 352}
     model = ModelSettings(
@@ -91,6 +97,7 @@ def build_plan(folder: Path, steps: int) -> "StagePlan":
         global_batch_size=ROWS * SKEWED_RANKS,
         micro_batch_size=ROWS,
         learning_rate={"tower": 1e-4, "projector": 1e-4, "language": 1e-4},
+        zero_stage=zero_stage,
     )
     return StagePlan(
         name="stage",
@@ -180,13 +187,11 @@ def measure_pass(plan: "StagePlan", module: "LlavaWithLoss", kind: str) -> float
     return taken
 
 
-def train_by_torchrun(plan: "StagePlan", folder: Path) -> dict[str, Any]:
+def train_by_torchrun(folder: Path, steps: int, zero_stage: int) -> dict[str, Any]:
     """Train the stage in processes of torchrun, and return what rank 0 measured."""
-    import pickle
-
-    (folder / "plan.pickle").write_bytes(pickle.dumps(plan))
-    arguments = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SKEWED_RANKS}", __file__]
-    subprocess.run([sys.executable, *arguments, "--rank", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SKEWED_RANKS}", __file__]
+    options = ["--folder", str(folder), "--steps", str(steps), "--zero-stage", str(zero_stage)]
+    subprocess.run([sys.executable, *launch, *options], check=True, stdout=subprocess.DEVNULL)
     measured: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return measured
 
@@ -199,11 +204,10 @@ def draw_image_counts(steps: int) -> Iterator[list[int]]:
         yield [0] * SKEWED_RANKS if step % TEXT_STEP == 0 else counts
 
 
-def train_rank(folder: Path) -> None:
+def train_rank(plan: "StagePlan", steps: int) -> None:
     """Train this rank of torchrun, and write the seconds of all steps."""
     # DeepSpeed reads this variable when it is imported
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import pickle
     from unittest.mock import patch
 
     import torch.distributed as dist
@@ -212,12 +216,11 @@ def train_rank(folder: Path) -> None:
     from pipelines.training.plan import LearningRateSchedule
 
     dist.init_process_group("gloo")
-    plan = pickle.loads((folder / "plan.pickle").read_bytes())
     config = engine.make_config(plan)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     with patch.object(engine, "make_config", lambda plan: config):
         deepspeed_engine = engine.build_engine(plan, SKEWED_RANKS)
-    rank, steps = deepspeed_engine.global_rank, plan.stage.steps
+    rank = deepspeed_engine.global_rank
     module: Any = deepspeed_engine.module
     image_id = module.llava.config.image_token_index
     schedule, losses, skewed = LearningRateSchedule(steps, plan.stage.warmup_ratio), list[float](), 0
@@ -236,7 +239,7 @@ def train_rank(folder: Path) -> None:
         "last_loss": round(losses[-1], 4),
     }
     if rank == 0:
-        (folder / "result.json").write_text(json.dumps(measured))
+        (plan.run / "result.json").write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_data_in_another_form_is_made_into_one_set_for_all_runs(
     (tmp_path / "mine.jsonl").write_text(json.dumps({"conversations": turns}))
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(yaml.safe_load(SOURCED) | {"shared": shared}, sort_keys=False))
     jobs: dict[str, Job] = {}
-    monkeypatch.setattr(run, "run", lambda job, folder, changes, until: jobs.update({folder.name: job}))
+    monkeypatch.setattr(run, "run", lambda job, folder, *_, **__: jobs.update({folder.name: job}))
     monkeypatch.setattr(cluster, "open_session", nullcontext)
     monkeypatch.setattr(tables, "write_tables", lambda *_: None)
     study.run_study(study.load(tmp_path / "study.yaml"), tmp_path / "runs")

@@ -84,6 +84,7 @@ def test_ranges_of_a_tiled_file_are_those_of_its_bytes() -> None:
 
 def test_passes_of_text_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skew, "REPEATS", 1)
+    skew.train_tokenizer(tmp_path)
     passes = skew.measure_passes(skew.build_plan(tmp_path, 1), is_trained=True)
     assert passes.keys() == {"images", "text", "whole_image", "no_tower", "share", "whole_image_share"}
     counts = list(skew.draw_image_counts(skew.TEXT_STEP))

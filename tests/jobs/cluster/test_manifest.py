@@ -460,7 +460,8 @@ def test_texts_like_yaml_numbers_are_quoted(render: Render) -> None:
 
 
 def test_all_schedulers_of_the_command_are_supported() -> None:
-    arguments = command._parse(["manifest", *map(str, QUICKSTART)])
+    parser = command._build_parser()
+    arguments = parser.parse_args(["manifest", *map(str, QUICKSTART)])
     assert arguments.scheduler in manifest.SCHEDULERS
     for name in manifest.SCHEDULERS:
-        assert command._parse(["manifest", *map(str, QUICKSTART), "--scheduler", name]).scheduler == name
+        assert parser.parse_args(["manifest", *map(str, QUICKSTART), "--scheduler", name]).scheduler == name

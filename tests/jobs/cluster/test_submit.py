@@ -356,7 +356,7 @@ def test_a_project_file_that_is_none_is_named(tmp_path: Path, content: bytes, me
     (("--env", "KEY=hunter2"), "--env: got KEY=…"),
     (("checkpoints=here",), "checkpoints: got here"),
     (("data.sets={a: here}",), "data.sets.a: got here"),
-    (("model.checkpoint=./here",), "model.checkpoint: got ./here"),
+    (("model={checkpoint: ./here}",), "model.checkpoint: got ./here"),
     (("data.make={a: {source: 's3://b/a', images: here}}",), "data.make.a.images: got here"),
     (("evaluate={tasks: {own: {file: q.jsonl, metric: exact}}}",), "evaluate.tasks.own.file: got q.jsonl"),
     (("data.sets={a: 's3://me:hunter2@host/a'}",), "a URL with a password"),

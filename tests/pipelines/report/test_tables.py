@@ -24,6 +24,7 @@ from pipelines.report.runs import find_families, read_finished_runs, read_run, s
 from pipelines.report.table_rows import TABLE_ROWS, matches, rescale_budget, write_command
 from pipelines.report.tables import ResultRow, ResultTable, build_tables, compare_prompts, name_model
 from pipelines.report.variants import group_variants
+from pipelines.training.files import MANIFEST
 from redux.benchmarks import Metric, Outcome, Row
 from redux.configuration import ReduxConfig
 from redux.cost import compute_cost
@@ -251,7 +252,7 @@ def test_models_are_found_where_the_job_has_its_checkpoints(tmp_path: Path) -> N
     folder = write_run(tmp_path, "run", **job_changes(PRESETS["default"]), checkpoints=f"file://{tmp_path}/store")
     model = tmp_path / "store/run/instruct/model"
     ReduxConfig(vision_config={"image_size": 48, "patch_size": 8}).save_pretrained(model)
-    (model / "manifest.json").write_text("{}")
+    (model / MANIFEST).write_text("{}")
     run = read_run(folder, FIND_SCORER)
     assert run.config is not None
     assert run.config.num_patches == 36
@@ -588,7 +589,9 @@ def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> N
     """The upper limit is a trained LLaVA that gets captions; a foreign model is its checkpoint."""
     trained = shutil.copytree(runs / "a0", tmp_path / "a0")
     last = list(yaml.safe_load((trained / "job.yaml").read_text())["train"])[-1]
-    (trained / "checkpoints" / last / "model").mkdir(parents=True)
+    model = trained / "checkpoints" / last / "model"
+    model.mkdir(parents=True)
+    (model / MANIFEST).write_text("{}")
     [family], _ = find_families([tmp_path], FIND_SCORER)
     for row in (TABLE_ROWS["table-1"][2], next(row for row in TABLE_ROWS["table-2"] if row.checkpoint)):
         _, _, job, *overrides, _, _ = shlex.split(write_command(row, family))
