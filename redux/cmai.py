@@ -10,8 +10,8 @@ keys and values, so decoding (`redux.decoding`) equals the full forward pass.  `
 `CMAI` has an option wherever the paper is silent or contradicts itself.  The paper calls QK^T the attention score and
 then treats A as weights.  A product of signed scores is no weighting, so the default is weights.  One mask serves all
 heads, since the paper's A is a mean, and a mask for each head would be the heads x text x image map avoided here.
-`heads` makes such masks for comparison, by plain code: each head of a sequence counts as a sequence.  Text of earlier
-turns and text about other images are neighbours like any other.
+`heads` makes such masks for comparison, by plain code: each head of a sequence counts as a sequence.  Neighbours
+include text of earlier turns and text about other images.
 
 Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all tokens so far), image (columns of image tokens),
 masks (batch, or 1 if all sequences share a mask).
@@ -312,7 +312,7 @@ class Inhibition:
     def _text_to_text(
         self, attention: Float[Tensor, "batch rows keys"], visible: Bool[Tensor, "batch rows keys"]
     ) -> Float[Tensor, "batch rows keys"]:
-        """Compute the weight of each earlier text token in a row's focus: A_t2n of eq. 9, or that of a rival."""
+        """Compute the weight of each earlier text token in a row's focus: A_t2n of eq. 9, or that of a baseline."""
         match self.cmai.focus:
             case "sum":
                 return visible.to(attention.dtype)

@@ -189,7 +189,7 @@ class DecodingStep:
     def _text_to_text(
         self, attention: Float[Tensor, "batch keys"], visible: Bool[Tensor, "batch keys"]
     ) -> Float[Tensor, "batch keys"]:
-        """Compute the weight of each earlier text token in the focus: A_t2n of eq. 9, or that of a rival."""
+        """Compute the weight of each earlier text token in the focus: A_t2n of eq. 9, or that of a baseline."""
         match self.cmai.focus:
             case "sum":
                 return visible.to(attention.dtype)

@@ -5,9 +5,9 @@ A `StaticFocusCache` has the size of its StaticCache, and tensors that stay at t
 CUDA graphs read and write them in place.
 
 After a prompt the number of image tokens is known on the host.  A decoded token is an image token only if the model
-itself generates one, and the host does not wait to see that: `FREE_COLUMNS` are there for such tokens.  A FocusCache
-counts again before they can be full.  In a StaticFocusCache the next generated image tokens, beyond
-that number, count as text.
+itself generates one, and the host does not wait to see that.  `FREE_COLUMNS` columns are reserved for such tokens.  A
+FocusCache counts the tokens again before these columns can be full.  A StaticFocusCache counts further image tokens as
+text.
 
 Shapes: batch, keys (all tokens so far), slots (columns of image tokens, with free ones and a last one that nobody
 reads), image (columns in use), rows (tokens from `start` on), head (none, or the heads that have rows of their own).

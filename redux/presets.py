@@ -37,9 +37,9 @@ def _reduction_preset(description: str, reduction: Reduction) -> Preset:
 
 
 PRESETS = {
-    "default": Preset(description="Ours, as its argument has it: half of the tokens"),
+    "default": Preset(description="Redux, default: as the text of the paper argues, with half of the tokens"),
     "paper-literal": Preset(
-        description="Ours, as its equations are printed",
+        description="Redux, literal: as the equations of the paper are printed",
         vmtc=VMTC(weights="raw", order="rank"),
         cmai=CMAI(scores="scores"),
     ),
@@ -59,7 +59,7 @@ PRESETS = {
     "resize": _reduction_preset(
         "images of half the side, a quarter of the tokens", Reduction(method="resize", ratio=0.75)
     ),
-    "random": _reduction_preset("random places, half of the tokens", Reduction(method="random", ratio=0.5)),
+    "random": _reduction_preset("random patches, half of the tokens", Reduction(method="random", ratio=0.5)),
     "prumerge": _reduction_preset("Table 2, LLaVA-PruMerge", Reduction(method="prumerge", tokens=36)),
     "each-head": Preset(description="the default, with a mask of CMAI for each head", cmai=CMAI(heads="each")),
     "no-sinks": Preset(

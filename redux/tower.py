@@ -148,7 +148,7 @@ class CompressingTower(ExtendedModule):
                 # log size on the scores counts a merged token once for each of its patches (ToMe, eq. 1)
                 sizes = assignment.count_patches(hidden.shape[1] - prefix).to(hidden.dtype)
                 mask = F.pad(sizes.log(), (prefix, 0))[:, None, None]
-        # a rival of VMTC: reduce once, after the last block
+        # a baseline: reduce once, after the last block
         if reduction and reduction.method != "resize":
             class_attention = None
             if reduction.method == "prumerge":

@@ -98,7 +98,7 @@ def _add_jobs(verbs: Any) -> None:
         "stop",
         help="stop a job after a checkpoint",
         description="Stop a job and wait until it has ended. The job gets SIGTERM and writes a checkpoint. It is "
-        "killed after grace_s + 15 seconds (recovery.grace_s). If it is submitted again, it resumes from the "
+        "killed after recovery.grace_s + 15 seconds. If it is submitted again, it resumes from the "
         "checkpoint.",
     )
     stop.set_defaults(verb=_call("stop_job", "id"))

@@ -35,7 +35,7 @@ class FeatureFormat:
     """Everything on which features depend, besides the images.
 
     Args:
-        tower: SHA-256 of weights and settings of the tower, of VMTC and of the rivals, see
+        tower: SHA-256 of weights and settings of the tower, of VMTC and of the baselines, see
             `pipelines.training.feature_writer.compute_tower_digest`.
         precision: precision of tower and features.
         tokens: tokens of an image.

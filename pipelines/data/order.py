@@ -12,7 +12,7 @@ batch is left. Hence each batch has weight x global_batch_size samples of a sour
 
 The count of a source since the start stays within 1 of the exact ratio for up to three sources. For more sources it
 stayed within 1.1 in all of 3,000 mixtures tried, and above 1 in about one of two hundred. Without halving, one would
-have to count batches from the start, or break one of the two bounds by a whole sample.
+have to count batches from the start, or one of these two numbers would be off by one more sample.
 
 Cost: about 0.3 microseconds per sample, up to a millisecond more for a mixture, and no memory except the batch. See
 permutation.py and grouping.py for windows and groups.

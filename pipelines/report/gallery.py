@@ -68,7 +68,7 @@ class Gallery:
 
     Args:
         name: name of the task.
-        title: its name for readers.
+        title: its name on the page.
         cards: the cards, wrong ones first.
         kinds: types of the questions on the cards.
         wrong: number of all wrong answers.

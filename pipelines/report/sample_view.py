@@ -91,14 +91,14 @@ class TokenRun(NamedTuple):
 
     @property
     def positions(self) -> str:
-        """First and last position, for a reader."""
+        """First and last position, as text."""
         if self.first is None:
             return ""
         return str(self.first) if self.length == 1 else f"{self.first}–{self.first + self.length - 1}"
 
     @property
     def title(self) -> str:
-        """Name of the kind for a reader."""
+        """Name of the kind on the page."""
         return f"cut off, {self.kind}" if self.is_cut else self.kind
 
     @property
@@ -109,7 +109,7 @@ class TokenRun(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleView:
-    """A sample for a reader.
+    """A sample as it is shown.
 
     Args:
         name: id of its record, or its key; "" if it cannot be read.
@@ -137,7 +137,7 @@ class SampleView:
 
     @property
     def title(self) -> str:
-        """Name for a reader."""
+        """Name on the page."""
         return f"{self.name}, row {self.row}" if self.name else f"row {self.row}"
 
     def count(self, *kinds: RunKind, is_cut: bool = False) -> int:
@@ -238,7 +238,7 @@ def view_sample(
                 runs = _view_conversation(reader, turns, sample.row, template, image_tokens, max_length)
         except ValueError:  # the sample has this problem; its text is shown without tokens
             runs = view_pieces(template, turns, reader.get_tokenizer().eos_token) if template else ()
-    # readers count steps and samples from 1
+    # people count steps and samples from 1
     stored = sample.stored
     batch_size = reader.order.global_batch_size
     return SampleView(

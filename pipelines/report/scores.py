@@ -73,7 +73,7 @@ class ScoreLine(NamedTuple):
     """A metric with its 95 % interval.
 
     Args:
-        title: name for readers.
+        title: name on the page.
         outcomes: number of its outcomes.
         interval: value and interval.
         maximum: largest possible value, 1 for a share; of a quantity, the largest of its outcomes.
@@ -147,7 +147,7 @@ class TaskResult:
 
     Args:
         name: name of the task.
-        title: its name for readers.
+        title: its name on the page.
         main: the main metric; None if nothing can be scored.
         others: the other metrics.
         rows: all answered questions.
@@ -229,7 +229,7 @@ def _describe_score(result: TaskResult) -> str:
 
 
 def find_title(name: str) -> str:
-    """Return the name of a task for readers."""
+    """Return the name of a task on the page."""
     if name in BENCHMARKS:
         return BENCHMARKS[name].title
     return SCORED_TASK_TITLES.get(name, name)

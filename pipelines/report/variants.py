@@ -37,7 +37,7 @@ class Variant:
     """Runs that differ only in the seed.
 
     Args:
-        label: name for readers.
+        label: name on the page.
         short: its name in plots.
         settings: keys in which variants differ, with the values of this one.
         runs: the runs, by seed.

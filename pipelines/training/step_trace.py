@@ -180,7 +180,7 @@ def _attend(
     if enable_gqa:
         key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in (key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        # torch makes a mask of floats
+        # torch makes a mask of floats; here only its shape and dtype matter
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype, device=query.device).masked_fill(attn_mask, 0.0)
     if device == "cpu":
         out: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(

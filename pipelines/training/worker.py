@@ -46,7 +46,7 @@ HookFactory = Callable[[DeepSpeedEngineProtocol, StagePlan], Hook]
 """Called on every rank with the engine and the plan; returns an additional hook."""
 
 STAGE_POLL_S = 0.1
-"""Seconds between two questions if the driver has opened the next stage."""
+"""Seconds between two polls for the next stage."""
 
 
 class NotFiniteError(Exception):

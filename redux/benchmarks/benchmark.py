@@ -115,7 +115,7 @@ class Benchmark:
     """Questions and scorer of a benchmark.
 
     Args:
-        title: name for readers.
+        title: name on pages.
         read_questions: reads the official files, given as paths or URLs; a ValueError names the file and the place of
             an error.
         compute_metrics: computes metrics by name from rows; none if the rows have no references (test splits).

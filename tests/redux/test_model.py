@@ -469,7 +469,7 @@ def test_another_layer_for_one_call_is_read_or_refused(tiny: Tiny, sample: Sampl
         logits(tiny(), **sample(tiny()), vision_feature_layer=-3)
 
 
-def test_a_rival_that_needs_a_class_token_says_so(tiny: Tiny) -> None:
+def test_a_baseline_that_needs_a_class_token_says_so(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match=r"reduction\.method: got prumerge, allowed: any other"):
         siglip(tiny, reduction=Reduction(method="prumerge", tokens=4))
     with pytest.raises(ValueError, match="vision_feature_select_strategy: got default, allowed: full"):

@@ -233,10 +233,10 @@ def test_a_device_map_is_found_when_a_model_is_loaded(tiny: Tiny, sample: Sample
         assert torch.equal(logits(loaded.eval(), **sample(model)), logits(model, **sample(model)))
 
 
-@pytest.mark.parametrize("rival", [False, True], ids=["vmtc", "prumerge"])
-def test_what_belongs_to_a_call_travels_with_it_to_other_devices(tiny: Tiny, sample: Sample, rival: bool) -> None:
+@pytest.mark.parametrize("is_baseline", [False, True], ids=["vmtc", "prumerge"])
+def test_what_belongs_to_a_call_travels_with_it_to_other_devices(tiny: Tiny, sample: Sample, is_baseline: bool) -> None:
     """The second half of tower and decoder lies on "meta", which computes shapes and refuses other devices."""
-    model = reduced(tiny) if rival else tiny(vmtc=VMTC(stages=(1, 3), proportional=True, similarity="keys"))
+    model = reduced(tiny) if is_baseline else tiny(vmtc=VMTC(stages=(1, 3), proportional=True, similarity="keys"))
     tower, decoder = model.model.vision_tower, model.get_decoder()
     away: list[Any] = [*tower.encoder.layers[2:], model.model.multi_modal_projector]
     for module in away:
