@@ -331,6 +331,8 @@ def read_run(folder: Path, find_scorer: FindScorer) -> FinishedRun:
                 raise ValueError(
                     f"{path}: a row lacks or misuses {error}, allowed: rows as an evaluation writes"
                 ) from None
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
             metrics |= {f"{path.stem}.{name}": metric for name, metric in scored.items()}
     provenance = folder / ANSWERS_FOLDER / PROVENANCE_FILE
     return FinishedRun(

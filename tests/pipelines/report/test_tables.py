@@ -248,6 +248,16 @@ def test_other_sizes_or_data_are_another_family_and_other_machines_are_not(tmp_p
     assert len(table.blocks) == 2
 
 
+def test_an_error_of_a_scorer_names_the_file_of_the_answers(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "run")
+
+    def refuse(rows: Sequence[Row]) -> dict[str, Metric]:
+        raise ValueError("num_words: got nothing, allowed: a whole number")
+
+    with pytest.raises(ValueError, match=r"run/answers/easy_vqa.jsonl: num_words: got nothing"):
+        read_run(folder, {"easy_vqa": refuse}.get)
+
+
 def test_models_are_found_where_the_job_has_its_checkpoints(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "run", **job_changes(PRESETS["default"]), checkpoints=f"file://{tmp_path}/store")
     model = tmp_path / "store/run/instruct/model"
