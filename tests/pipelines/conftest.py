@@ -4,8 +4,10 @@ The S3 server is moto's, in a separate process, behind a proxy that injects faul
 """
 
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -241,6 +243,14 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> Retry:
 @pytest.fixture
 def bucket(proxy: Proxy) -> str:
     return f"s3://{BUCKET}/{uuid4()}"
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder with a short name, because paths of Ray's sockets in it are limited in length."""
+    made = Path(tempfile.mkdtemp(prefix="day-", dir="/tmp"))
+    yield made
+    shutil.rmtree(made)
 
 
 @pytest.fixture

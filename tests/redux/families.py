@@ -114,7 +114,7 @@ def build(kind: type, config: Any) -> Any:
 
 
 def pictures(family: str, rows: list[int]) -> tuple[dict[str, Tensor], list[int]]:
-    """What a model needs of the images of rows that have so many of them, and the tokens of each image."""
+    """Return the inputs of a model for rows with these numbers of images, and the tokens of each image."""
     count = sum(rows)
     draw = torch.Generator().manual_seed(0)
     if family == "qwen":
@@ -165,7 +165,7 @@ def logits(model: Any, **inputs: Any) -> Tensor:
 
 
 def state(model: PreTrainedModel) -> list[Any]:
-    """What inhibit may have touched: attributes, hooks and attention of every module."""
+    """Collect what `inhibit` may change: attributes, hooks and attention of every module."""
     return [
         (name, sorted(vars(module)), len(module._forward_pre_hooks), len(module._forward_hooks))
         + ((module.config._attn_implementation,) if isinstance(module, PreTrainedModel) else ())

@@ -36,12 +36,22 @@ def test_only_what_the_same_url_meets_again_is_a_mistake(error: Exception, kind:
 # --- folders and hub ids -------------------------------------------------------------------------------------------
 
 
+class HubServer(http.server.ThreadingHTTPServer):
+    """Server on this machine that records the paths of requests for models."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.requests = list[str]()
+
+
 class HubHandler(http.server.BaseHTTPRequestHandler):
     """A hub with the public model `org/known` alone."""
 
+    server: HubServer
+
     def do_GET(self) -> None:
         if self.path.startswith("/api/models/"):
-            self.server.requests.append(self.path)  # type: ignore[attr-defined]
+            self.server.requests.append(self.path)
         is_known = self.path.endswith("/org/known")
         body = b'{"id": "org/known", "_id": "1", "modelId": "org/known"}' if is_known else b"{}"
         self.send_response(200 if is_known else 404)
@@ -57,10 +67,9 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[http.server.ThreadingHTTPServer]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """A hub on this machine with an empty cache, and a working folder with the folders `runs/quickstart` and `mine`."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
-    server.requests = []  # type: ignore[attr-defined]
+    server = HubServer()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -88,19 +97,17 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[http.server
         ("s3://bucket/model", None),
     ],
 )
-def test_a_name_that_is_no_hub_id_is_refused_without_the_hub(
-    hub: http.server.ThreadingHTTPServer, name: str, problem: str | None
-) -> None:
+def test_a_name_that_is_no_hub_id_is_refused_without_the_hub(hub: HubServer, name: str, problem: str | None) -> None:
     if problem:
         line = f"MODEL: got {name}, allowed: a folder, hub id or URL of a model; {problem}"
         with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
             check_source(name, "MODEL")
     else:
         check_source(name, "MODEL")
-    assert hub.requests == []  # type: ignore[attr-defined]
+    assert hub.requests == []
 
 
-def test_a_hub_id_is_looked_up_once(hub: http.server.ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_a_hub_id_is_looked_up_once(hub: HubServer, tmp_path: Path) -> None:
     check_source("org/known", "MODEL")
     with pytest.raises(ValueError, match=r"there is no folder mien \(did you mean mine\?\), and http:.* has no public"):
         check_source("mien", "MODEL")
@@ -109,12 +116,12 @@ def test_a_hub_id_is_looked_up_once(hub: http.server.ThreadingHTTPServer, tmp_pa
     # a copy in the cache needs no hub
     (tmp_path / "cache/models--org--cached/snapshots").mkdir(parents=True)
     check_source("org/cached", "MODEL")
-    asked = [path.removeprefix("/api/models/") for path in hub.requests]  # type: ignore[attr-defined]
+    asked = [path.removeprefix("/api/models/") for path in hub.requests]
     assert asked == ["org/known", "mien", "org/gone"]
 
 
 def test_a_hub_that_is_away_is_named_in_one_line(
-    hub: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"there is no folder org/gone, and http://127\.0\.0\.1:9 cannot be asked for"):

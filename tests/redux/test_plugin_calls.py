@@ -101,7 +101,7 @@ def test_models_that_share_a_configuration_go_back_to_what_they_were() -> None:
 
 
 def apart(parts: list[dict[str, Tensor]], run: Callable[[dict[str, Tensor]], Tensor]) -> list[Tensor]:
-    """What each of several threads, begun at once, gets for its part."""
+    """Return the results of several threads that start at once, one for each item."""
     results: list[Any] = [None] * len(parts)
 
     def work(number: int) -> None:
@@ -156,7 +156,7 @@ def test_threads_generate_with_a_model(new_model: Callable[[str], Any], family: 
 
 @every_family
 def test_a_call_within_a_call_changes_neither(new_model: Callable[[str], Any], family: str) -> None:
-    """Of the same model and of another."""
+    """Caches of the same model and of another model."""
     parts = two_prompts(family)
     for model, inner in [(new_model(family), None), (new_model(family), new_model("llava"))]:
         inhibit(model, STRONG)

@@ -14,14 +14,13 @@ from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
 from redux.conversation import TEMPLATES
 from tests.pipelines.data_nodes import EPOCHS, WORKERS
-from tests.pipelines.training.test_cluster_faults import find_processes, folder  # noqa: F401
 
 
 @pytest.mark.slow
 def test_a_data_node_that_dies_costs_no_sample_and_changes_no_order(
     stored: Shards,
     tokenizer: Path,
-    folder: Path,  # noqa: F811
+    short_folder: Path,
 ) -> None:
     order = Order(samples=(len(stored),), global_batch_size=8, seed=3)
     reader = Reader(
@@ -32,15 +31,15 @@ def test_a_data_node_that_dies_costs_no_sample_and_changes_no_order(
         tokenizer=tokenizer,
         encode=make_conversation_encoder(TEMPLATES["vicuna_bare"], 2),
     )
-    (folder / "reader.pickle").write_bytes(cloudpickle.dumps(reader))
+    (short_folder / "reader.pickle").write_bytes(cloudpickle.dumps(reader))
     for name in ("tmp", "ray"):
-        (folder / name).mkdir()
-    folders = {"TMPDIR": str(folder / "tmp"), "RAY_TMPDIR": str(folder / "ray")}
-    command = [sys.executable, "-m", "tests.pipelines.data_nodes", str(folder)]
-    with (folder / "output.txt").open("w") as output:
+        (short_folder / name).mkdir()
+    folders = {"TMPDIR": str(short_folder / "tmp"), "RAY_TMPDIR": str(short_folder / "ray")}
+    command = [sys.executable, "-m", "tests.pipelines.data_nodes", str(short_folder)]
+    with (short_folder / "output.txt").open("w") as output:
         code = subprocess.run(command, env=os.environ | folders, stdout=output, stderr=output, timeout=500).returncode
-    assert code == 0, (folder / "output.txt").read_text()[-4000:]
-    found = json.loads((folder / "stream.json").read_text())
+    assert code == 0, (short_folder / "output.txt").read_text()[-4000:]
+    found = json.loads((short_folder / "stream.json").read_text())
     assert found["killed"] in found["nodes"], "it had read samples"
     # all micro-batches of all ranks, in their order, as one reader computes them
     numbers = order.count_batches(EPOCHS) * 4

@@ -14,7 +14,7 @@ RUN = 5
 """Words in a row that make two wordings the same."""
 
 MASKS: dict[type, Any] = {str: "…", list: ["…", "…"]}
-"""What stands for an argument that is a phrase or a list of words."""
+"""Text in place of an argument that is a phrase or a list of words."""
 
 
 def split_words(text: str) -> list[str]:

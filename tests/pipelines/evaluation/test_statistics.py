@@ -265,7 +265,7 @@ def test_exchanged_labels_leave_no_effect() -> None:
 
 
 def test_a_p_value_counts_every_exchange_of_few_units() -> None:
-    """Of the 32 exchanges of five units, two give a difference as large as that of all five."""
+    """Two of the 32 exchanges of five units give a difference as large as that of all five."""
     ours = Metric([Outcome("all", str(unit), 1.0) for unit in range(5)])
     base = replace(ours, outcomes=[each._replace(value=0.0) for each in ours.outcomes])
     assert permutation_p_value([ours], [base], samples=20_000) == pytest.approx(2 / 32, abs=0.01)

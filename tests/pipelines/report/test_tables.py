@@ -471,7 +471,7 @@ def test_a_table_of_the_paper_needs_a_number_to_compare(runs: Path, tmp_path: Pa
 def test_a_label_says_what_was_trained_and_what_was_applied(
     tmp_path: Path, trained: str, applied: str, label: str
 ) -> None:
-    """Whether the checkpoint lies in its run folder, or was exported to a folder of its own."""
+    """The checkpoint is in its run folder, or was exported to another folder."""
     write_run(tmp_path, "trained", **job_changes(PRESETS[trained]))
     exported = tmp_path / "exported"
     exported.mkdir()

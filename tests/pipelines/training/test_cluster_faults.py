@@ -6,11 +6,9 @@ Each test runs a scenario of cluster_day.py in a separate process with its own c
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +34,6 @@ LOSS_TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def without_faults(new_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> StagePlan:
     return ranks.train_without_ray(new_plan(save_steps=SAVE_STEPS), tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Create a folder with a short name, because paths of Ray's sockets in it are limited in length."""
-    made = Path(tempfile.mkdtemp(prefix="day-", dir="/tmp"))
-    yield made
-    shutil.rmtree(made)
 
 
 def run_scenario(plan: StagePlan, scenario: str, folder: Path) -> tuple[StagePlan, dict[str, Any]]:
@@ -85,8 +75,10 @@ def measure_recovery(plan: StagePlan, at: float) -> float:
 
 
 @pytest.mark.slow
-def test_a_machine_that_dies_costs_no_more_than_a_checkpoint_interval(without_faults: StagePlan, folder: Path) -> None:
-    plan, output = run_scenario(without_faults, "killed", folder)
+def test_a_machine_that_dies_costs_no_more_than_a_checkpoint_interval(
+    without_faults: StagePlan, short_folder: Path
+) -> None:
+    plan, output = run_scenario(without_faults, "killed", short_folder)
     assert_same_end(plan, without_faults)
     spent = read_account(plan)
     assert spent.restarts == 1
@@ -95,10 +87,10 @@ def test_a_machine_that_dies_costs_no_more_than_a_checkpoint_interval(without_fa
 
 
 @pytest.mark.slow
-def test_a_preemption_notice_triggers_a_checkpoint(without_faults: StagePlan, folder: Path) -> None:
+def test_a_preemption_notice_triggers_a_checkpoint(without_faults: StagePlan, short_folder: Path) -> None:
     """No checkpoint is due at that step. A third worker is idle and must not delay the others."""
     stage = replace(without_faults.stage, save_steps=100)
-    plan, output = run_scenario(replace(without_faults, stage=stage, workers=(3, 3)), "preempted", folder)
+    plan, output = run_scenario(replace(without_faults, stage=stage, workers=(3, 3)), "preempted", short_folder)
     [saved] = output["saved"]
     assert saved in ("step-000003", "step-000004")  # the announcement came before step 4
     assert read_losses(plan) == read_losses(without_faults)
@@ -111,9 +103,9 @@ def test_a_preemption_notice_triggers_a_checkpoint(without_faults: StagePlan, fo
 
 @pytest.mark.slow
 def test_a_driver_ends_without_its_head_and_the_same_command_resumes_elsewhere(
-    without_faults: StagePlan, folder: Path
+    without_faults: StagePlan, short_folder: Path
 ) -> None:
-    plan, output = run_scenario(without_faults, "head_killed", folder)
+    plan, output = run_scenario(without_faults, "head_killed", short_folder)
     assert output["code"] != 0
     assert output["ended"] - output["at"] < 60
     assert_same_end(plan, without_faults)
@@ -121,10 +113,10 @@ def test_a_driver_ends_without_its_head_and_the_same_command_resumes_elsewhere(
 
 
 @pytest.mark.slow
-def test_workers_follow_machines_that_come_and_go(new_plan: NewPlan, folder: Path, tmp_path: Path) -> None:
+def test_workers_follow_machines_that_come_and_go(new_plan: NewPlan, short_folder: Path, tmp_path: Path) -> None:
     without_faults = ranks.train_without_ray(new_plan(save_steps=SAVE_STEPS, global_batch_size=12), tmp_path)
     elastic = replace(without_faults, workers=(1, 3), recovery=Recovery(resize_s=1))
-    plan, output = run_scenario(elastic, "resized", folder)
+    plan, output = run_scenario(elastic, "resized", short_folder)
     groups = [event["workers"] for event in read_lines(plan, ledger.LEDGER_FILE) if event["event"] == "start"]
     assert groups == [2, 3, 2]
     steps, expected = zip(*read_losses(without_faults), strict=True)
