@@ -4,6 +4,8 @@
 
     open-*    A process opens a set of so many samples in a bucket, describes the blocks of an epoch, and makes the
               first micro-batch. The time is that of its CPU, the memory what it takes above its imports.
+    start     Seconds from the start of a stage to its first micro-batch of 16 photos at 336 pixels, in a Ray that runs:
+              three stages after each other, each with readers of its own. The samples lie in shards on this machine.
     nodes     One training node without CPUs for readers, and data nodes of one CPU each, all on this machine. The
               bucket answers after a latency that is long against the work on a sample, so that readers wait and the
               cores of this machine are not the limit: what is measured is the coordination of the nodes. One stream
@@ -36,13 +38,17 @@ from jobs.bench.record import add_out_option, append_record
 from jobs.bench.simulated_bucket import SET_URL, serve_bucket, simulate_set
 from pipelines.data import ingest
 from pipelines.data.ingest import Batch, Reader, Segment, make_conversation_encoder
+from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
+from pipelines.data.shard_writer import make_shards
 from pipelines.data.text_tokenizer import TextTokenizer, load_text_tokenizer
-from redux.conversation import TEMPLATES, train_word_tokenizer
+from redux.conversation import IMAGE_TOKEN, TEMPLATES, train_word_tokenizer
 
 OPENED_SAMPLES = (1_280_000, 12_800_000, 102_400_000)
 OPEN_BATCH, OPEN_WORKERS = 16, 8
+
+START_STAGES, START_SAMPLES, START_MICRO_BATCHES = 3, 640, 40
 
 NODE_COUNTS = (1, 2, 4)
 NODE_IMAGE_SIZE, NODE_BATCH, NODE_SAMPLES = 32, 16, 160_000
@@ -52,7 +58,7 @@ OPEN_PROGRAM = "from jobs.bench.feeding import open_set; open_set()"
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="open,nodes", help="default: %(default)s")
+    parser.add_argument("--parts", default="open,start,nodes", help="default: %(default)s")
     parser.add_argument(
         "--samples",
         type=int,
@@ -71,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_word_tokenizer(["photo"], 32).save_pretrained(tokenizer)
         if "open" in parts:
             measured["open"] = [measure_open(samples, Path(folder)) for samples in arguments.samples]
+        if "start" in parts:
+            measured["start"] = measure_start(Path(folder))
         if "nodes" in parts:
             measured["nodes"] = measure_nodes(Path(folder), arguments.latency_s, arguments.micro_batches)
     append_record(arguments.out, versions={"ray": ray.__version__}, **measured)
@@ -151,6 +159,68 @@ def read_peak_mb() -> float:
     return int(found[1]) * 1024 / 1e6
 
 
+# --- the start of a stage ---------------------------------------------------------------------------------------------
+
+
+def measure_start(folder: Path) -> list[float]:
+    """Measure the seconds to the first micro-batch of each of START_STAGES stages, which have readers of their own."""
+    from jobs.bench.pixels import make_photo
+    from pipelines.core import cluster  # the private Ray of a run
+
+    images = folder / "photos"
+    images.mkdir()
+    for number in range(START_SAMPLES):
+        (images / f"{number}.jpg").write_bytes(make_photo(number))
+    records = [
+        {
+            "id": number,
+            "image": f"{number}.jpg",
+            "conversations": [{"from": "human", "value": IMAGE_TOKEN}, {"from": "gpt", "value": "photo"}],
+        }
+        for number in range(START_SAMPLES)
+    ]
+    text = load_text_tokenizer(folder / "tokenizer")
+    assert text
+    measured = []
+    with cluster.open_session():
+        make_shards(records, str(images), str(folder / "shards"), ShardOptions())
+        shards = Shards(folder / "shards")
+        ingest.start_shared_actors()  # as the workers of a run do before their first stage
+        await_idle()
+        for stage in range(START_STAGES):
+            start = time.perf_counter()
+            reader = build_reader(shards, folder / "tokenizer", text, 336, OPEN_BATCH)
+            [stream] = ingest.make_streams([Segment(reader, 0, START_MICRO_BATCHES)], workers=1)
+            batches = check_order(ingest.read_stream(stream, prefetched_blocks=4))
+            next(batches)
+            first = time.perf_counter() - start
+            print(f"stage {stage + 1}: first micro-batch after {first:.2f} s", flush=True)
+            measured.append(round(first, 2))
+            for _ in batches:  # to the end, so that the readers end before the next stage
+                pass
+            await_idle()
+    return measured
+
+
+def await_idle() -> None:
+    """Wait until the processes below this one use less than a tenth of a core for a second."""
+    while True:
+        before = measure_children_cpu()
+        time.sleep(1)
+        if measure_children_cpu() - before < 0.1:
+            return
+
+
+def measure_children_cpu() -> float:
+    """Measure the CPU seconds of the processes below this one."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
 # --- data nodes -------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +262,7 @@ def measure_nodes(folder: Path, latency_s: float, micro_batches: int) -> dict[st
 def _run_nodes(cluster: Cluster, reader: Reader, marks: Path, micro_batches: int) -> dict[str, Any]:
     stop = reader.order.count_batches(1) * OPEN_WORKERS
     [stream] = ingest.make_streams([Segment(reader, 0, stop)], workers=1)
-    batches = check_order(ingest.iterate_micro_batches(stream.iter_batches(batch_size=None, prefetch_batches=1)))
+    batches = check_order(ingest.read_stream(stream))
     rates: dict[str, float] = {}
     cpu: dict[str, float] = {}
     for count in NODE_COUNTS:

@@ -13,6 +13,7 @@ process that receives the batches: 16 images of uint8 each, every image once, wh
     torchdata           StatefulDataLoader over our shards, any sample by its byte range
     ray                 ray.data.read_webdataset over our shards
     redux-*             pipelines.data.ingest: pixels exact, fast, or prepared before (own shards); PASSES epochs
+    redux-texts         as redux-exact, with the conversations: tokenized, labelled and padded
 
 Each measurement runs in a new process, with files in memory, and each round measures every variant once. Time starts
 where the loader is imported, so the first batch includes the start of its workers, or of Ray and its workers. The
@@ -57,12 +58,20 @@ from tqdm import tqdm
 
 from jobs.bench.pixels import make_photo
 from jobs.bench.record import add_out_option, append_record, measure_variants
-from pipelines.data.ingest import Batch, Reader, iterate_micro_batches, make_dataset
+from pipelines.data.ingest import (
+    Batch,
+    Reader,
+    Segment,
+    make_conversation_encoder,
+    make_streams,
+    read_stream,
+)
 from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
 from pipelines.data.shard_writer import make_shards
-from redux.conversation import IMAGE_TOKEN, train_word_tokenizer
+from pipelines.data.text_tokenizer import load_text_tokenizer
+from redux.conversation import IMAGE_TOKEN, TEMPLATES, train_word_tokenizer
 from redux.image import load_pixels
 from redux.settings import ImageBackend
 
@@ -73,7 +82,7 @@ INGEST_PARTS = 8
 """Number of shards. They have equal sizes if this divides the images, as loaders give whole shards to workers."""
 BUFFER = 100
 """Shuffle buffer, in samples, of loaders that read whole shards."""
-PASSES = {"redux-exact": 3, "redux-fast": 6, "redux-prepared": 12}
+PASSES = {"redux-exact": 3, "redux-texts": 3, "redux-fast": 6, "redux-prepared": 12}
 """Epochs of a variant, 1 for the others. More dilute the batches that Ray's workers prepare before the first one."""
 
 PEERS = {
@@ -288,7 +297,10 @@ def _compute_pair(path: Path) -> tuple[int, int]:
 
 
 def _build_record(number: int) -> dict[str, Any]:
-    turns = [{"from": "human", "value": IMAGE_TOKEN}, {"from": "gpt", "value": f"photo {number}"}]
+    """Build a conversation of six turns and 150 words, about as long as those of LLaVA's mixture."""
+    answer = " ".join(["photo"] * 24 + [str(number)])
+    turns = [{"from": ("human", "gpt")[turn % 2], "value": answer} for turn in range(6)]
+    turns[0]["value"] = f"{IMAGE_TOKEN}\n{answer}"
     return {"id": number, "image": f"{number:05d}.jpg", "conversations": turns}
 
 
@@ -515,25 +527,34 @@ def _load_pixels(rows: Batch) -> Batch:
 
 
 def iterate_redux(
-    root: Path, passes: int, backend: ImageBackend = "exact", folder: str = "shards"
+    root: Path, passes: int, backend: ImageBackend = "exact", folder: str = "shards", texts: bool = False
 ) -> Iterator[Checksums]:
-    """Iterate over epochs of the shards as the only training worker does; like the others, with images alone."""
+    """Iterate over epochs of the shards as the only training worker does.
+
+    Args:
+        root: folder of the files.
+        passes: number of epochs.
+        backend: image backend.
+        folder: folder of the shards in `root`.
+        texts: encode the conversations; False is like the other loaders, with images alone.
+    """
     shards = Shards(root / folder)
+    tokenizer = root / "tokenizer"
+    train_word_tokenizer(["photo"], 32).save_pretrained(tokenizer)
+    encode = make_conversation_encoder(TEMPLATES["v1"], image_tokens=576)
     reader = Reader(
         sources={"photos": shards},
         order=Order(samples=(len(shards),), global_batch_size=INGEST_BATCH, seed=0),
         micro_batch_size=INGEST_BATCH,
         image_size=INGEST_SIZE,
-        tokenizer=root / "tokenizer",
-        encode=lambda tokenizer, sample: {"input_ids": np.zeros(1, np.int64)},
+        tokenizer=tokenizer,
+        encode=encode if texts else lambda tokenizer, sample: {"input_ids": np.zeros(1, np.int64)},
         image_backend=backend,
+        text_tokenizer=load_text_tokenizer(tokenizer),
     )
-    train_word_tokenizer(["photo"], 32).save_pretrained(reader.tokenizer)
     with open_ray_session():
-        data = make_dataset(reader, 0, passes * len(shards) // INGEST_BATCH, workers=1)
-        data.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
-        [shard] = data.streaming_split(1, equal=True)
-        for batch in iterate_micro_batches(shard.iter_batches(batch_size=None, prefetch_batches=2)):
+        [stream] = make_streams([Segment(reader, 0, passes * len(shards) // INGEST_BATCH)], workers=1)
+        for batch in read_stream(stream, prefetched_blocks=2):
             yield compute_checksums(batch["pixel_values"].transpose(0, 3, 1, 2))
 
 
@@ -547,6 +568,7 @@ INGEST_VARIANTS: dict[str, Callable[[Path], Iterator[Checksums]]] = {
     "torchdata": iterate_torchdata,
     "ray": iterate_ray_data,
     "redux-exact": partial(iterate_redux, passes=PASSES["redux-exact"]),
+    "redux-texts": partial(iterate_redux, passes=PASSES["redux-texts"], texts=True),
     "redux-fast": partial(iterate_redux, passes=PASSES["redux-fast"], backend="fast"),
     "redux-prepared": partial(iterate_redux, passes=PASSES["redux-prepared"], folder="squares"),
 }

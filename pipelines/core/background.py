@@ -1,11 +1,13 @@
 """Work in a daemon thread."""
 
+import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 def run_in_background(work: Callable[[], Result]) -> Future[Result]:
@@ -20,3 +22,38 @@ def run_in_background(work: Callable[[], Result]) -> Future[Result]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+def read_ahead(items: Iterator[Item], count: int) -> Iterator[Item]:
+    """Start a daemon thread that fetches items ahead, and return an iterator over them.
+
+    Args:
+        items: read in the thread, the first one at once.
+        count: maximum number of items that wait, at least 1.
+    """
+    waiting: queue.SimpleQueue[Future[Item]] = queue.SimpleQueue()
+    places = threading.Semaphore(count)
+
+    def fetch() -> None:
+        while True:
+            places.acquire()
+            item: Future[Item] = Future()
+            try:
+                item.set_result(next(items))
+            except BaseException as error:  # StopIteration included
+                item.set_exception(error)
+            waiting.put(item)
+            if item.exception():
+                return
+
+    def iterate() -> Iterator[Item]:
+        while True:
+            try:
+                item = waiting.get().result()
+            except StopIteration:
+                return
+            places.release()
+            yield item
+
+    threading.Thread(target=fetch, daemon=True).start()
+    return iterate()

@@ -30,6 +30,7 @@ from ray.data._internal.execution.node_trackers import get_or_create_actor_locat
 from ray.data._internal.stats import get_or_create_stats_actor
 
 from pipelines.core import storage
+from pipelines.core.background import read_ahead
 from pipelines.data import lazy_input
 from pipelines.data.features import StoredFeatures
 from pipelines.data.order import Order
@@ -483,6 +484,20 @@ class _BlockReader:
     def __call__(self, rows: Batch) -> dict[str, Any]:
         segment, first, end = (int(rows[name][0]) for name in ("segment", "first", "end"))
         return self.readers[segment].read_block(range(first, end, self.workers))
+
+
+def read_stream(stream: ray.data.DataIterator, prefetched_blocks: int = 1) -> Iterator[Batch]:
+    """Start to read the stream of a worker, and return its micro-batches, as `Reader` made them.
+
+    Readers start when all workers read their streams.
+
+    Args:
+        stream: see `make_streams`.
+        prefetched_blocks: maximum number of blocks that are fetched ahead.
+    """
+    # Ray Data 2.60 would fetch ahead, too, but would yield the first block only after all those ahead of it
+    blocks = stream.iter_batches(batch_size=None, prefetch_batches=0)
+    return iterate_micro_batches(read_ahead(iter(blocks), prefetched_blocks))
 
 
 def iterate_micro_batches(blocks: Iterable[Batch]) -> Iterator[Batch]:

@@ -1,14 +1,11 @@
 """Micro-batches of one rank, from a Ray Data dataset that all ranks share."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipelines.core.background import run_in_background
 from pipelines.data import ingest
 from pipelines.training import checkpoint
 from pipelines.training.plan import StageWork
@@ -82,19 +79,11 @@ class Feed:
         received: list[Any] = [None]
         dist.scatter_object_list(received, splits, src=0)
         stream, prefetched_blocks = received[0]
-        batches = self._iterate(stream.iter_batches(batch_size=None, prefetch_batches=prefetched_blocks), splits)
-        # Ray Data starts the readers when every rank asks for a micro-batch. So a thread asks now, and the readers
-        # start while the model is built.
-        first = run_in_background(partial(next, batches))
-        return self._continue(first, batches)
+        # It starts to read now, so that the readers start while the model is built.
+        return self._keep_splits(ingest.read_stream(stream, prefetched_blocks), splits)
 
     @staticmethod
-    def _iterate(blocks: Iterable[ingest.Batch], splits: list[Any]) -> Iterator[ingest.Batch]:
-        # A generator, so that `splits` stays alive: the first stream owns the execution.
-        yield from ingest.iterate_micro_batches(blocks)
-        splits.clear()
-
-    @staticmethod
-    def _continue(first: Future[ingest.Batch], batches: Iterator[ingest.Batch]) -> Iterator[ingest.Batch]:
-        yield first.result()
+    def _keep_splits(batches: Iterator[ingest.Batch], splits: list[Any]) -> Iterator[ingest.Batch]:
+        """Yield the micro-batches, and keep all streams until then: the first one owns the execution."""
         yield from batches
+        splits.clear()

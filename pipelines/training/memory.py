@@ -337,8 +337,8 @@ def count_queued_bytes(work: StageWork, workers: int) -> int:
     stop = work.steps * stage.count_accumulation_steps(workers) * workers
     segment = Segment(work.reader, 0, stop)
     samples = segment.lay_out_blocks(workers).size * stage.micro_batch_size
-    # the block that it reads, and those ahead
-    blocks = 1 + segment.count_prefetched_blocks(workers)
+    # the block that it reads, those ahead, and two that Ray Data's iterator holds
+    blocks = 3 + segment.count_prefetched_blocks(workers)
     return blocks * samples * work.reader.sample_bytes
 
 

@@ -50,7 +50,7 @@ def read_stream(cluster: Cluster, reader: Reader, log: Path) -> dict[str, Any]:
 
     def read(rank: int) -> list[dict[str, Any]]:
         found = []
-        for batch in ingest.iterate_micro_batches(streams[rank].iter_batches(batch_size=None, prefetch_batches=1)):
+        for batch in ingest.read_stream(streams[rank]):
             found.append({name: batch[name].tolist() for name in ("source", "sample", "input_ids")})
             found[-1]["number"] = int(batch["number"])
             if rank == 0 and len(found) == 3:
