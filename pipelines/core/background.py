@@ -25,7 +25,7 @@ def run_in_background(work: Callable[[], Result]) -> Future[Result]:
 
 
 def read_ahead(items: Iterator[Item], count: int) -> Iterator[Item]:
-    """Start a daemon thread that fetches items ahead, and return an iterator over them.
+    """Start a daemon thread that fetches items ahead, and return an iterator over them. Closing it ends the thread.
 
     Args:
         items: read in the thread, the first one at once.
@@ -33,10 +33,10 @@ def read_ahead(items: Iterator[Item], count: int) -> Iterator[Item]:
     """
     waiting: queue.SimpleQueue[Future[Item]] = queue.SimpleQueue()
     places = threading.Semaphore(count)
+    is_closed = False
 
     def fetch() -> None:
-        while True:
-            places.acquire()
+        while places.acquire() and not is_closed:
             item: Future[Item] = Future()
             try:
                 item.set_result(next(items))
@@ -47,13 +47,17 @@ def read_ahead(items: Iterator[Item], count: int) -> Iterator[Item]:
                 return
 
     def iterate() -> Iterator[Item]:
-        while True:
-            try:
+        nonlocal is_closed
+        try:
+            while True:
                 item = waiting.get().result()
-            except StopIteration:
-                return
+                places.release()
+                yield item
+        except StopIteration:
+            return
+        finally:
+            is_closed = True
             places.release()
-            yield item
 
     threading.Thread(target=fetch, daemon=True).start()
     return iterate()

@@ -13,21 +13,25 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset
+from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import ActorPoolScalingRequest, AutoscalingActorPool
 from ray.data._internal.execution.interfaces import BlockEntry, PhysicalOperator, RefBundle
 from ray.data._internal.logical.interfaces import LogicalOperator, LogicalPlan, SourceOperator
 from ray.data._internal.planner.planner import Planner
 from ray.data._internal.stats import DatasetStats
 from ray.data.block import BlockMetadataWithSchema
 
-MAX_WAITING_ITEMS = 64
-"""Items that wait for the next operator."""
+MAX_ITEMS_AHEAD = 8
+"""Items for each actor of the next operator that are made and whose results did not come out yet, in order.
+
+An actor works on at most three items, see `pipelines.data.ingest`. Without a limit, actors would read far ahead of one
+that was lost and starts again."""
 
 MAX_KEPT_ITEMS = 4096
 """Items that stay in the object store, a kilobyte each: more than there are blocks that nobody has read yet."""
 
 
 def from_sequence(items: Sequence[Mapping[str, int]]) -> Dataset:
-    """Make a dataset of items, each a block of one row.
+    """Make a dataset of items, each a block of one row, that actors map to one block each, in order.
 
     Args:
         items: a sequence that computes its items, as it is pickled.
@@ -58,11 +62,28 @@ class _LazyInputOperator(PhysicalOperator):
         self._items = items
         self._estimated_num_output_bundles = len(items)
         self._made = 0
+        self._released = 0
         self._kept: deque[RefBundle] = deque(maxlen=MAX_KEPT_ITEMS)
 
     def has_next(self) -> bool:
-        taken = sum(operator.metrics.num_inputs_received for operator in self.output_dependencies)
-        return self._made < len(self._items) and self._made - taken < MAX_WAITING_ITEMS
+        [operator] = self.output_dependencies
+        [actors] = operator.get_autoscaling_actor_pools()
+        self._release_idle(actors)
+        ahead = self._made - operator.metrics.num_outputs_taken
+        return self._made < len(self._items) and ahead < MAX_ITEMS_AHEAD * max(actors.current_size(), 1)
+
+    def _release_idle(self, actors: AutoscalingActorPool) -> None:
+        """End an idle actor for each one that starts again on another node, as that needs its CPU.
+
+        Ray Data 2.60 keeps idle actors while others have work. If all CPUs are taken when a node is lost, its actors
+        would never start again, and the others would wait for their results.
+        """
+        restarting, pending = actors.num_restarting_actors(), actors.num_pending_actors()
+        self._released = min(self._released, restarting)
+        if missing := restarting - self._released:
+            # it ends pending actors first, which would take the CPUs
+            ended = -(actors.scale(ActorPoolScalingRequest.downscale(delta=-pending - missing, force=True)) or 0)
+            self._released += max(ended - pending, 0)
 
     def _get_next_inner(self) -> RefBundle:
         row = {name: [value] for name, value in self._items[self._made].items()}

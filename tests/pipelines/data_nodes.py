@@ -12,8 +12,8 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ from tests.pipelines.cluster_day import FAST_HEALTH_CHECKS, power_off
 from tests.pipelines.faults import wait_until
 
 WORKERS = 2
-EPOCHS = 30
+EPOCHS = 300
+"""Epochs that are read, more than readers without a limit have finished when the node dies."""
+
+ENDLESS_EPOCHS = 100_000
+"""Epochs of the stream: more than readers finish during the test, so that none becomes idle at its end."""
 
 
 def log_node(encode: Callable[..., Any], log: Path) -> Callable[..., Any]:
@@ -42,15 +46,17 @@ def log_node(encode: Callable[..., Any], log: Path) -> Callable[..., Any]:
 
 
 def read_stream(cluster: Cluster, reader: Reader, log: Path) -> dict[str, Any]:
-    """Read a stream on all ranks. A node that has read samples dies, then a new one joins."""
-    stop = reader.order.count_batches(EPOCHS) * reader.order.global_batch_size // reader.micro_batch_size
+    """Read the first epochs of a stream on all ranks. A node that has read samples dies, and none replaces it."""
+    per_batch = reader.order.global_batch_size // reader.micro_batch_size
+    stop = reader.order.count_batches(ENDLESS_EPOCHS) * per_batch
+    due = reader.order.count_batches(EPOCHS) * per_batch // WORKERS
     segment = Segment(replace(reader, encode=log_node(reader.encode, log)), 0, stop)
     streams = ingest.make_streams([segment], WORKERS)
     is_reading, is_killed = threading.Event(), threading.Event()
 
     def read(rank: int) -> list[dict[str, Any]]:
         found = []
-        for batch in ingest.read_stream(streams[rank]):
+        for batch in islice(ingest.read_stream(streams[rank]), due):
             found.append({name: batch[name].tolist() for name in ("source", "sample", "input_ids")})
             found[-1]["number"] = int(batch["number"])
             if rank == 0 and len(found) == 3:
@@ -65,7 +71,6 @@ def read_stream(cluster: Cluster, reader: Reader, log: Path) -> dict[str, Any]:
         node = min(cluster.worker_nodes, key=lambda node: node.node_id)
         power_off(node)
         cluster.worker_nodes.remove(node)
-        cluster.add_node(num_cpus=1)
         is_killed.set()
         return {
             "ranks": [rank.result() for rank in ranks],
@@ -90,8 +95,6 @@ def main(folder: Path) -> None:
         ray.init(address=cluster.address, log_to_driver=False)
         (folder / "stream.json").write_text(json.dumps(read_stream(cluster, reader, log)))
     finally:
-        with suppress(Exception):
-            ray.shutdown()
         for node in [cluster.head_node, *cluster.worker_nodes]:
             power_off(node)
 
@@ -99,3 +102,6 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     main(Path(sys.argv[1]))
+    # threads still read the stream, from a cluster that is gone
+    sys.stdout.flush()
+    os._exit(0)

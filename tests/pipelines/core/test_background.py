@@ -60,3 +60,13 @@ def test_error_comes_after_the_items_before_it() -> None:
     assert next(items) == 1
     with pytest.raises(ValueError, match="broken"):
         next(items)
+
+
+def test_closed_iterator_ends_its_thread() -> None:
+    before = set(threading.enumerate())
+    items = read_ahead(CountedItems(50, 1), 1)
+    [thread] = set(threading.enumerate()) - before
+    assert next(items) == 0
+    items.close()
+    thread.join(60)
+    assert not thread.is_alive()
