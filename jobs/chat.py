@@ -94,7 +94,7 @@ def open_model(arguments: argparse.Namespace) -> ChatModel:
     """Load the model that the arguments name, with their settings of the method."""
     source = find_model(arguments.model)
     if not is_llava(source):
-        raise ValueError(f"{arguments.model}: the model is no LLaVA, allowed: a LLaVA with a CLIP or SigLIP tower")
+        raise ValueError(f"{arguments.model}: the model is not a LLaVA, allowed: a LLaVA with a CLIP or SigLIP tower")
     methods = choose_methods(source, arguments.image_tokens, arguments.gamma)
     return load_chat_model(source, device=arguments.device, **methods)
 

@@ -1,6 +1,6 @@
 """Check a job before it runs: all that would fail or go wrong silently, and what the job will take (`redux check`).
 
-Nothing is trained, no weights are read and no Ray is started. Problems are collected, so that one call lists them all.
+Nothing is trained, no weights are read and Ray is not started. Problems are collected, so that one call lists them all.
 """
 
 import argparse
@@ -170,12 +170,12 @@ def _check_folder(folder: Path) -> None:
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(
-            f"{folder}: cannot be written, as {parent} {_describe_access(parent)}, allowed: another folder"
+            f"{folder}: cannot be written, because {parent} {_describe_access(parent)}, allowed: another folder"
         )
 
 
 def _describe_access(path: Path) -> str:
-    return "gives no permission" if path.is_dir() else "is no folder"
+    return "gives no permission" if path.is_dir() else "is not a folder"
 
 
 def _check_source(key: str, source: SetSource, problems: ProblemList) -> None:

@@ -79,7 +79,7 @@ class _Output(io.FileIO):
 
 
 def _survive_lost_outputs() -> None:
-    """Make output without a reader no error, as it would end a run, even while it writes a checkpoint.
+    """Ignore outputs that nobody reads: their error would end a run, even while it writes a checkpoint.
 
     Each line is flushed, also to a file, so that a killed run loses no output. Characters that the terminal cannot
     show, as in a file name that is not UTF-8, are escaped.
@@ -114,7 +114,7 @@ class VerbParser(argparse.ArgumentParser):
         return arguments, []
 
     def _refuse(self, words: Sequence[str]) -> NoReturn:
-        """Refuse words that are no arguments of the verb."""
+        """Refuse words that are not arguments of the verb."""
         options = [word for word in words if word.startswith("-")]
         for word in options:
             if new_name := FORMER_OPTIONS.get(word.partition("=")[0]):

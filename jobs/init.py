@@ -89,9 +89,9 @@ def init(path: Path, takes_defaults: bool) -> None:
     if path.exists():
         raise ValueError(f"{path}: exists, allowed: a new file")
     if not path.parent.is_dir():
-        raise ValueError(f"{path}: {path.parent} is no folder, allowed: a file in a folder that exists")
+        raise ValueError(f"{path}: {path.parent} is not a folder, allowed: a file in a folder that exists")
     if not takes_defaults and not sys.stdin.isatty():
-        raise ValueError("init: got an input that is no terminal, allowed: a terminal, or --yes for all defaults")
+        raise ValueError("init: got an input that is not a terminal, allowed: a terminal, or --yes for all defaults")
     if not takes_defaults:
         print("Enter takes the answer in brackets.")
     answers = ask_all(Dialog(takes_defaults))
@@ -227,7 +227,7 @@ def check_images(text: str, entries: list[SourceRecord]) -> tuple[str, Counter[s
         The folder, and counts of the rejected records by reason.
 
     Raises:
-        ValueError: it is no folder, or every record is rejected.
+        ValueError: it is not a folder, or every record is rejected.
     """
     folder = expand_home(text)
     if storage.is_local(folder) and not Path(folder).is_dir():

@@ -93,7 +93,9 @@ def _collect(arguments: argparse.Namespace) -> tuple[str, str, list[StageView]]:
             raise ValueError(f"--model: got {model} with a job, allowed: with a set of shards")
         job = load_job(Path(source) if is_file else Path(source) / JOB_FILE, arguments.overrides)
         if not job.train:
-            raise ValueError(f"{source}: train: got no stages, allowed: at least one, as samples are shown by stage")
+            raise ValueError(
+                f"{source}: train: got no stages, allowed: at least one, because samples are shown by stage"
+            )
         folder = arguments.runs_dir / job.name if is_file else Path(source)
         stages = look_at_job(job, folder.resolve(), arguments.samples, arguments.seed)
         return job.name, f"Samples of each set as {source} trains on them, drawn with seed {arguments.seed}.", stages

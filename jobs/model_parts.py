@@ -94,7 +94,7 @@ def build_config(model: ModelSettings) -> ReduxConfig:
         assert model.tower
         assert isinstance(model.language, str)
         return pretrained.configure_assembly(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
-    except StrictDataclassError as error:  # transformers 5 raises it for a config.json, and it is no ValueError
+    except StrictDataclassError as error:  # transformers 5 raises it for a config.json, and it is not a ValueError
         part, got = (
             ("checkpoint", model.checkpoint) if model.checkpoint else ("tower", f"{model.tower}, {model.language}")
         )

@@ -108,7 +108,7 @@ def send_to_trackers(job: Job, folder: Path, scores: dict[str, float], report: W
         group = trackers.TrackerGroup(
             job.trackers, folder, job.name, TRACKER_STAGE, 0, document.write_plain(job), print
         )
-    except ValueError as error:  # the results are written, so a missing key of a tracker is no failure
+    except ValueError as error:  # the results are written, so a missing key of a tracker is not a failure
         print(error)
         return
     group.write(1, scores)

@@ -132,7 +132,7 @@ def _run_steps(steps: Mapping[str, Callable[[], None]], progress: Path, started_
     Args:
         steps: functions by name of the step.
         progress: file of finished steps.
-        started_at: monotonic time from which the first step counts, as preparations belong to it.
+        started_at: monotonic time from which the first step counts, because preparations belong to it.
     """
     for name, step in steps.items():
         # a library may have swallowed the exception of a signal that came during the step before
@@ -237,7 +237,7 @@ def list_steps(
     if job.generated_sets or job.data.make or not job.model.is_pretrained:
         result["shards"] = lambda: _make_shards(job, sets, folder / TOKENIZER)
     if any(task.held_out for task in job.evaluation_tasks.values()):
-        # before training, so that samples which are no questions are noticed early
+        # before training, so that samples which are not questions are noticed early
         result["questions"] = lambda: _write_questions(job, sets, folder)
     model_parts.check_weights(job, folder)
     model_parts.check_packing(job, folder)

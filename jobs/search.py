@@ -153,7 +153,9 @@ def _check(search: Search) -> None:
     fixed += [f"model.{part}" for part in ("tower", "language", "gguf_file", "checkpoint")] if search.shared else []
     for key in varied:
         if sections := [section for section in fixed if key == section or key.startswith(f"{section}.")]:
-            raise ValueError(f"{key}: got other values for trials, allowed: none, as all trials share {sections[0]}")
+            raise ValueError(
+                f"{key}: got other values for trials, allowed: none, because all trials share {sections[0]}"
+            )
     _check_pruning(search, job)
     # limits are checked too, except for a model from sizes, whose vocabulary is not known yet
     check_space(
@@ -170,7 +172,7 @@ def _check_pruning(search: Search, job: Job) -> None:
         return
     stages = [name for name in job.train if name not in search.shared]
     if not stages:
-        raise ValueError("prune: got a rule, allowed: null, as trials train nothing")
+        raise ValueError("prune: got a rule, allowed: null, because trials train nothing")
     steps = job.train[stages[-1]].steps
     if steps and steps <= search.prune.first:
         raise ValueError(f"prune.first: got {search.prune.first}, allowed: less than the {steps} steps of {stages[-1]}")

@@ -128,7 +128,7 @@ def write_features(arguments: argparse.Namespace) -> None:
     """Write the features of a set by the image tower of a model.
 
     Raises:
-        ValueError: the model is no LLaVA, the set cannot be read, or the folder has other features.
+        ValueError: the model is not a LLaVA, the set cannot be read, or the folder has other features.
     """
     # torch and transformers take seconds to import, which the other verbs save
     from pipelines.training import feature_writer

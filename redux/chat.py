@@ -208,7 +208,7 @@ def load_chat_model(path: str | PathLike, **options: Any) -> ChatModel:
     """
     answerer = load(path, **options)
     if not isinstance(answerer, LlavaAnswerer):
-        raise ValueError(f"model: got {path}, which is no LLaVA, allowed: a LLaVA with a CLIP or SigLIP tower")
+        raise ValueError(f"model: got {path}, which is not a LLaVA, allowed: a LLaVA with a CLIP or SigLIP tower")
     return ChatModel(answerer.model, answerer.tokenizer, answerer.template, answerer.image_aspect_ratio)
 
 

@@ -8,8 +8,8 @@ Rows up to the first text after an image lose nothing and are skipped.  A `Focus
 keys and values, so decoding (`redux.decoding`) equals the full forward pass.  `redux.plugin` finds the image tokens.
 
 `CMAI` has an option wherever the paper is silent or contradicts itself.  The paper calls QK^T the attention score and
-then treats A as weights.  A product of signed scores is no weighting, so the default is weights.  One mask serves all
-heads, since the paper's A is a mean, and a mask for each head would be the heads x text x image map avoided here.
+then treats A as weights.  A product of signed scores is not a weighting, so the default is weights.  One mask serves
+all heads, since the paper's A is a mean, and a mask for each head would be the heads x text x image map avoided here.
 `heads` makes such masks for comparison, by plain code: each head of a sequence counts as a sequence.  Neighbours
 include text of earlier turns and text about other images.
 

@@ -160,7 +160,7 @@ class FocusRows(Cache):
         Arguments are those of `reserve_rows`.
         """
         assert self.columns is not None
-        # removed image tokens, as of assisted decoding, leave more columns than there are slots
+        # removed image tokens, such as those of assisted decoding, leave more columns than there are slots
         return self.reserve_rows(layer, keys, like, heads)[:, : max(keys - self.start, 0), : self.columns.shape[1]]
 
     def reserve_rows(

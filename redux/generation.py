@@ -60,7 +60,7 @@ def check_batch(prompts: Sequence[str], images: Sequence[bytes | None]) -> None:
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer a pad token if it has none.  Any token will do, as attention is masked there."""
+    """Give the tokenizer a pad token if it has none.  Any token will do, because attention is masked there."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 

@@ -85,7 +85,7 @@ def report(reason: str) -> None:
 def find_obstacle(model: Any, inputs: Mapping[str, Tensor]) -> str:
     """Return why static steps cannot decode a batch, or ""."""
     if not isinstance(model, LlavaForConditionalGeneration):
-        return f"{type(model).__name__} is no LLaVA"
+        return f"{type(model).__name__} is not a LLaVA"
     decoder = model.get_decoder()
     if not decoder._can_compile_fullgraph:
         return f"{type(decoder).__name__} has no static cache"
@@ -130,7 +130,7 @@ class Prompt:
     def read(cls, model: Any, inputs: Mapping[str, Tensor]) -> "Prompt":
         """Run the model on a batch of prompts, with positions as `generate` counts them."""
         mask = inputs["attention_mask"]
-        # `generate` counts positions from the first token that is no padding
+        # `generate` counts positions from the first token that is not padding
         positions = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
         cache = DynamicCache(config=model.get_decoder().config)
         output = model(

@@ -123,7 +123,7 @@ def reduce_by_prumerge(
 
     The authors keep the outliers of the attention of each image.  Here the number is fixed, as in the branch that their
     code of PruMerge+ marks "for training", since a batch needs images of one length.  The evenly spaced tokens of
-    PruMerge+ are left out.  `tokens` equal to the patches is no identity: the last token is still weighted.
+    PruMerge+ are left out.  `tokens` equal to the patches is not the identity: the last token is still weighted.
     """
     if last is None:
         raise ValueError("last: got None, allowed: query and keys; a tower with a class token is needed")
@@ -158,7 +158,7 @@ def resize_pixels(
         patch_size: pixels on each side of a patch.
 
     Returns:
-        (pixels', slot, cluster).  slot[b, p] is the new patch that holds the centre of patch p.  cluster is True, as
+        (pixels', slot, cluster).  slot[b, p] is the new patch that holds the centre of patch p.  cluster is True, since
         each new patch mixes pixels of several.
     """
     side = pixels.shape[-1] // patch_size

@@ -35,7 +35,7 @@ TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", N
 def check_fields(settings: Any, **rules: FieldRule) -> None:
     """Check the fields of a dataclass against their types and against rules.
 
-    Types are strict: True is no number, and neither is NaN.  None breaks no rule if the type allows it.
+    Types are strict: True is not a number, and neither is NaN.  None breaks no rule if the type allows it.
 
     Args:
         settings: instance of a dataclass.
@@ -68,13 +68,18 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 
 def _describe_type(hint: Any) -> str:
+    *first, last = _list_alternatives(hint)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _list_alternatives(hint: Any) -> list[str]:
     if get_origin(hint) is Literal:
-        return " or ".join(map(repr, get_args(hint)))
+        return list(map(repr, get_args(hint)))
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_describe_type(member) for member in get_args(hint))
+        return [text for member in get_args(hint) for text in _list_alternatives(member)]
     if get_origin(hint) is tuple:
-        return f"a tuple, of each {_describe_type(get_args(hint)[0])}"
-    return TYPE_NAMES[hint]
+        return [f"a tuple (each {_describe_type(get_args(hint)[0])})"]
+    return [TYPE_NAMES[hint]]
 
 
 def grid_side(patches: int) -> int:
@@ -188,7 +193,7 @@ class VMTC:
             )
         # cluster_share is a share of the output, which `kept` alone does not determine
         if self.kept is not None and self.clusters is None:
-            raise ValueError("clusters: got None, allowed: a number, or one for each stage, as kept is given")
+            raise ValueError("clusters: got None, allowed: a number, or one for each stage, because kept is given")
 
     def plan_stages(self, patches: int, blocks: int) -> tuple[CompressionStage, ...]:
         """Plan the compressing blocks of a tower.

@@ -25,7 +25,7 @@ from redux.parallel import mean_over_ranks
 from redux.settings import VMTC, CompressionStage
 
 SINK_FACTOR = 1e-6
-"""Factor of an attention sink's importance: below any other patch's, and not zero, as merge weights need a sum."""
+"""Factor of an attention sink's importance: below any other patch's, and not zero, because merge weights need a sum."""
 
 
 def importance_score(

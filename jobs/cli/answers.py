@@ -19,7 +19,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that load a model with other settings of the method."""
     parser.add_argument(
         "--image-tokens",
-        metavar="N",
+        metavar="N|all",
         type=_parse_budget,
         help="image tokens that VMTC leaves; all turns it off (default: as trained)",
     )

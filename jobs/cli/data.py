@@ -107,8 +107,8 @@ def _add_index(shards: Any) -> None:
         description="Write the index of WebDataset tars that another program made: the samples that WebDataset reads. "
         "A sample needs KEY.json, a record in LLaVA's form, and KEY.jpg (or png, webp, ...) or no image. A key ends at "
         "the first dot of a file name, and the members of a sample must be adjacent (tar --sort=name). Rejected "
-        "samples are listed in quarantine.jsonl with a reason. Every member is counted as used, ignored or rejected. "
-        "An index of an earlier version of Redux is written in its present form.",
+        "samples are listed in quarantine.jsonl with a reason. The summary counts every member as used, ignored or "
+        "rejected. An index of an earlier version of Redux is written in its present form.",
         epilog="example: redux shards index s3://bucket/tars",
     )
     _add_max_bad_fraction(index)

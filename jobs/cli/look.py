@@ -14,7 +14,7 @@ def add_parsers(verbs: Any) -> None:
         help="show what a job trains on, before it is trained",
         description="Write a page with some samples of each set as training gets them: the image as the model sees "
         "it, kept and merged patches, tokens with their positions and labels, the template, and what is cut off. "
-        "Nothing is trained, and no Ray is started. A set of shards is shown with the default template; --model adds "
+        "Nothing is trained, and Ray is not started. A set of shards is shown with the default template; --model adds "
         "the tokens of a model.",
         epilog=f"example: redux look {EXAMPLE_JOB}",
     )

@@ -5,8 +5,8 @@ huggingface_hub.
 
 One retry policy, `RETRY`, applies to all stores. The libraries have retries of their own (s3fs five tries, each around
 five of botocore), which multiply and are silent. For S3 they are switched off, so a try is one request, is counted in
-`count_retries`, and respects the deadline. Ray's retries are no substitute: they match the texts of Arrow's errors, not
-those of s3fs.
+`count_retries`, and respects the deadline. Ray's retries are not a substitute: they match the texts of Arrow's errors,
+not those of s3fs.
 
 Every try asks fsspec for the filesystem, and fsspec caches one per process. So nothing is open at import, nothing is
 pickled, and a forked process gets a new one. After expired credentials, the next one reads environment and profile
@@ -258,7 +258,7 @@ def remove_tree(url: str) -> None:
 
 
 def remove(url: str) -> None:
-    """Remove a file. A missing file is no error: an earlier try may have removed it, and its response was lost."""
+    """Remove a file. A missing file is not an error: an earlier try may have removed it, and its response was lost."""
 
     def attempt(files: Any, path: str, seconds: float) -> None:
         try:

@@ -257,7 +257,7 @@ class Reader:
         """Read samples together. With features, the bytes of these stand in place of the image file.
 
         Raises:
-            ValueError: a sample or its features are damaged, or there are no features as its image cannot be used.
+            ValueError: a sample or its features are damaged, or has no features because its image cannot be used.
         """
         # the whole sample is read, so that its checksum is checked here as without features
         sets = list(self.sources.values())

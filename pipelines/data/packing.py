@@ -127,7 +127,7 @@ def join_rows(
 
     Returns:
         Columns of each row: input_ids, labels, position_ids from 0 in each conversation, and sample_index, which counts
-        the conversations of all rows. The first token of a conversation has no label, as no token predicts it.
+        the conversations of all rows. The first token of a conversation has no label, because no token predicts it.
     """
     joined = []
     number = 0

@@ -104,7 +104,7 @@ def draw_positions(
     per_batch = order.global_batch_size * weights[source] / sum(weights)
     in_epoch = math.ceil(order.samples[source] / per_batch)
     span = in_epoch if batches is None else min(in_epoch, batches)
-    # a few samples from each of many batches, as a batch may hold samples of one length and one window of shards
+    # a few samples from each of many batches, because a batch may hold samples of one length and one window of shards
     from_each = math.ceil(count / span)
     rng = np.random.default_rng((seed, source))
     found: dict[int, StreamPosition] = {}

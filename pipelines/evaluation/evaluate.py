@@ -211,7 +211,7 @@ def evaluate(evaluated: EvaluatedModel, run: Path, settings: Evaluate, gpu_share
     """
     folder = run / ANSWERS_FOLDER
     folder.mkdir(exist_ok=True)
-    # the check comes before any answer is written, as answers do not say which model gave them
+    # the check comes before any answer is written, because answers do not say which model gave them
     _check_provenance(folder, evaluated, settings)
     questions = {name: load_questions(name, task) for name, task in settings.tasks.items()}
     measured = {
@@ -278,7 +278,7 @@ def check_task(name: TaskName, task: TaskSettings) -> None:
 
     Raises:
         ValueError: a file cannot be read, is not of this task, or has nothing to score; or a local image is missing, or
-            one of a user's is no image; or the first image cannot be read.
+            one of a user's is not an image; or the first image cannot be read.
     """
     questions = load_questions(name, task)
     _list_task_metrics(name, questions)
@@ -429,7 +429,7 @@ def _require_actors(actors: int, gpu_share: float) -> None:
     cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate.num_actors = {actors}")
     gpus, places = cluster.count_gpus(), cluster.count_gpu_places(gpu_share)
     if gpus and actors > places:
-        raise ValueError(f"evaluate.num_actors: got {actors}, allowed: up to {places}, as there are {gpus:g} GPUs")
+        raise ValueError(f"evaluate.num_actors: got {actors}, allowed: up to {places}, because there are {gpus:g} GPUs")
 
 
 def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:
@@ -572,7 +572,7 @@ def trace_compression(evaluated: EvaluatedModel, images: Sequence[bytes]) -> lis
         images: encoded image files.
 
     Returns:
-        A trace for each image; none for a model that keeps all tokens or is no LLaVA.
+        A trace for each image; none for a model that keeps all tokens or is not a LLaVA.
 
     Raises:
         ValueError: an image cannot be read.

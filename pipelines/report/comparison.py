@@ -49,7 +49,7 @@ def write_summary(tables: Sequence[ResultTable]) -> list[str]:
 
 
 def _compare_with_llava(table: ResultTable, rows: Sequence[ResultRow]) -> str:
-    """Compare VMTC + CMAI with LLaVA in a sentence; "" without a run of one of them, as runs may vary anything."""
+    """Compare VMTC + CMAI with LLaVA in a sentence; "" without a run of one of them, because runs may vary anything."""
     # of several budgets, the one nearest to the paper's half of the tokens
     candidates = [row for row in rows if row.kind == "both" and row.removed is not None]
     ours = min(candidates, key=lambda row: abs((row.removed or 0) - 0.5), default=None)

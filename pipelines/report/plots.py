@@ -97,7 +97,7 @@ def place_label(
     """Write a label next to a data point, at the first position that is free and inside the axes.
 
     Args:
-        axes: the axes; the figure must be drawn, as positions are in pixels.
+        axes: the axes; the figure must be drawn, because positions are in pixels.
         text: the label, never read as a formula.
         point: the data point.
         colour: colour of the text.

@@ -81,7 +81,7 @@ class ReportedModel:
 
     Args:
         path: folder, hub id or URL.
-        config: its configuration, with the settings of the evaluation; None for a model that is no LLaVA.
+        config: its configuration, with the settings of the evaluation; None for a model that is not a LLaVA.
         trace: function from encoded images to the tokens of their patches; an empty list if it keeps all tokens.
     """
 

@@ -289,7 +289,7 @@ def group_families(runs: Sequence[FinishedRun], notes: list[str]) -> list[Family
         for key, family in by_family.items():
             if _read_tasks(family[0]) == _read_tasks(model.runs[0]):
                 models[key].append(model)
-    # labels come last, as they name only the differences between families
+    # labels come last, because they name only the differences between families
     labels = _make_labels(list(models))
     return [Family(label, tuple(models[key])) for key, label in zip(models, labels, strict=True)]
 
@@ -411,7 +411,7 @@ def _read_methods(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_saved_methods(job: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Read the methods in the configuration of a checkpoint; None if it is no local folder of a LLaVA."""
+    """Read the methods in the configuration of a checkpoint; None if it is not a local folder of a LLaVA."""
     path = Path(str(job["model"].get("checkpoint"))) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

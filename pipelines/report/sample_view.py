@@ -337,7 +337,7 @@ def _view_conversation(
         if (row["input_ids"] != whole.ids[:kept]).any():
             raise RuntimeError("a sample has other tokens than the beginning of its conversation")
         labels = np.concatenate([row["labels"], whole.labels[kept:]])
-    # the image of an answer is no prediction, so it is told apart by its id
+    # the image of an answer is not a prediction, so it is told apart by its id
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     kinds: list[RunKind] = [
         "image" if token == image_id else "context" if label == IGNORE_INDEX else "learned"

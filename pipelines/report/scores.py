@@ -40,7 +40,7 @@ DRAWN_UNITS = 30_000_000
 """Units of all draws of a bootstrap together; tasks with more units get fewer draws."""
 
 OTHER = "other"
-"""Column of the responses that are no reference answer."""
+"""Column of the responses that are not reference answers."""
 
 TYPE_KEYS = ("type", "answer_type", "subtask", "structural", "l2-category", "category")
 """Keys of a row that have the type of its question, by preference."""

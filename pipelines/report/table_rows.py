@@ -64,8 +64,10 @@ TABLE_ROWS = {
         *(TableRow(name, None, name) for name in list(paper.TABLE_2.rows)[:9]),
         LLAVA_ROW,
         BOTH_ROW,
-        TableRow("InstructBLIP", None, "InstructBLIP-7B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-7b"),
-        TableRow("InstructBLIP", None, "InstructBLIP-13B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-13b"),
+        TableRow("InstructBLIP-7B", None, "InstructBLIP-7B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-7b"),
+        TableRow(
+            "InstructBLIP-13B", None, "InstructBLIP-13B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-13b"
+        ),
         TableRow("VMTC + CMAI, 64 of 576 tokens", PRESETS["tokens-64"], "Ours-{size}, 64 tokens"),
         TableRow("BLIP-2-13B", None, "BLIP-2-13B, 36 tokens"),
         TableRow("PruMerge, 36 of 576 tokens", PRESETS["prumerge"], "LLaVA-Prumerge-{size}, 36 tokens"),

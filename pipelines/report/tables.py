@@ -1,8 +1,8 @@
 """The paper's tables over finished runs: scores with intervals, the paper's numbers, and missing rows.
 
 Each score is a mean over training seeds with a 95 % interval over items. It is compared with LLaVA-1.5 of the same
-family, the row with neither module. The numbers of the paper are in lines of their own, as they are of other sizes and
-other data. A row without a run has the command that fills it.
+family, the row with neither module. The numbers of the paper are in lines of their own, since they are of other sizes
+and other data. A row without a run has the command that fills it.
 
 The paper counts followed instructions, not correct answers, and a model that ignores the image can follow instructions.
 So the tables also have the columns "right" and "both".
@@ -226,7 +226,7 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
 def keep_filled(table: ResultTable) -> ResultTable:
     """Keep the rows with numbers, of families that have a run in the table.
 
-    A table of the paper is kept only if a run has a number in one of the paper's columns, as nothing else compares.
+    A table of the paper is kept only if a run has a number in one of the paper's columns, since nothing else compares.
     """
     blocks = {}
     for label, rows in table.blocks.items():

@@ -180,7 +180,7 @@ def _label_points(axes: "Axes", snapshot: Snapshot, points: Mapping[int, tuple[f
     occupied = find_point_boxes(axes, list(points.values()))
     references = {trial.number: name for name, trial in snapshot.references.items()}
     front = {trial.number: str(trial.number) for trial in snapshot.front}
-    # references come first, as their labels are required
+    # references come first, because their labels are required
     for number, text in (references | front | references).items():
         if number in points:
             colour = ACCENT if number in front else INK

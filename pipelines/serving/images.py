@@ -42,7 +42,7 @@ def check_image(content: bytes, max_pixels: int) -> None:
     """Check format, size and frames of an image by its header.
 
     Raises:
-        ValueError: the file is no image, has several frames or too many pixels.
+        ValueError: the file is not an image, has several frames or too many pixels.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:

@@ -97,7 +97,7 @@ class WorkerGroup:
     def start_early(self, plan: StagePlan) -> None:
         """Start the workers of a stage before its data exists. They import their libraries and wait for the stage.
 
-        Does nothing if its workers may take all CPUs, as the work before the stage needs one.
+        Does nothing if its workers may take all CPUs, because the work before the stage needs one.
         """
         plan = _decide_workers(plan)
         assert plan.workers
@@ -378,7 +378,7 @@ def _show_until_done(progress: "StageProgress", group: WorkerGroup, should_stop:
     if failed:
         raise ValueError(failed)
     if not progress.waiting:
-        # Wait in slices, as a signal must not wait for Ray.
+        # Wait in slices, because a signal must not wait for Ray.
         while not wait([group.future], timeout=POLL_S).done:
             interrupts.raise_if_interrupted()
         group.future.result()

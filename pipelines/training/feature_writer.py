@@ -107,7 +107,7 @@ def write_features(source: str, out: str, model: ReduxModel, format: FeatureForm
         Number of images, and of those that cannot be used.
 
     Raises:
-        ValueError: `out` has features of another set, or by another tower or other pixels; or `source` is no set.
+        ValueError: `out` has features of another set, or by another tower or other pixels; or `source` is not a set.
     """
     # the format comes first, so that a second start with other settings is refused
     shards = Shards(source)

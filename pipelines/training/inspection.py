@@ -32,7 +32,7 @@ TEMPLATE_MARKS = re.compile(
 """Marks of conversation templates, which do not belong into the text of a turn."""
 
 MAX_MARKED_SHARE = 0.05
-"""Largest share of samples with marks of a template, or with several rounds under "plain", that is no fault."""
+"""Largest share of samples with marks of a template, or with several rounds under "plain", that is not a fault."""
 
 MAX_PLAIN_QUESTIONS = 0.2
 """Largest number of different questions per sample under "plain", which leaves them out."""
@@ -44,7 +44,7 @@ FEW_IMAGES = 0.05
 """A set has suspiciously few different images below this share of its samples."""
 
 MIN_DIGITS = 6
-"""Fewest digits of an image's number that is no mere count."""
+"""Fewest digits of an image's number that is not a mere count."""
 
 MAX_SHOWN_TEXT = 60
 
@@ -325,7 +325,7 @@ def _list_template_problems(inspection: SetInspection, plan: StagePlan) -> Itera
     if count and marked.count / count > MAX_MARKED_SHARE:
         yield (
             f"{place} for {inspection.name}, where {marked.count} of {count} samples have a template in their text "
-            f"already ({marked.example}), allowed: turns of plain text, as the stage adds the template"
+            f"already ({marked.example}), allowed: turns of plain text, because the stage adds the template"
         )
     rounds = inspection.faults.get("plain rounds", Findings())
     if count and rounds.count / count > MAX_MARKED_SHARE:

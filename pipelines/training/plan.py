@@ -160,7 +160,7 @@ class StagePlan:
             return {}
         if stage.random_flip:
             raise ValueError(
-                f"train.{self.name}.random_flip: got true with data.features, allowed: false, as features "
+                f"train.{self.name}.random_flip: got true with data.features, allowed: false, because features "
                 "are those of images that are not mirrored"
             )
         # a micro-batch has either features or pixels, so all sets with images need features

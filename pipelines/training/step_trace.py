@@ -247,7 +247,7 @@ def _fused_attention(
 def _imitate_device(device: Device, is_fused: bool) -> Iterator[None]:
     """Let attention and dropout keep what they keep on a device, within the block.
 
-    For meta tensors torch would take its slowest attention. A mode of torch cannot do it, as recomputed activations
+    For meta tensors torch would take its slowest attention. A mode of torch cannot do it, since recomputed activations
     would not see it (torch 2.13).
     """
     attend, drop = F.scaled_dot_product_attention, F.dropout

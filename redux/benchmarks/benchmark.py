@@ -91,7 +91,7 @@ def compute_scores(metrics: Mapping[str, Metric], name: str) -> dict[str, float]
         name: name of the benchmark or the option, for errors.
 
     Raises:
-        ValueError: nothing was scored, or a score is no number.
+        ValueError: nothing was scored, or a score is not a number.
     """
     scores = {metric_name: metric.score for metric_name, metric in metrics.items() if metric.outcomes}
     if not scores:

@@ -195,16 +195,16 @@ def test_parts_that_do_not_fit_are_refused_at_the_start(
         (["model.tower=TOWER", "model.language=SIZES"], "model.language: got sizes beside a tower of TOWER, allowed: "),
         (
             ["train.pretrain.objective=contrastive", "train.pretrain.learning_rate={tower: 1}"],
-            "train: got objectives contrastive, language, allowed: language alone, as model.tower is pretrained",
+            "train: got objectives contrastive, language, allowed: language alone, because model.tower is pretrained",
         ),
         (["num_workers=[3, 2]"], "num_workers: got [3, 2], allowed: the fewest first"),
         (
             ["num_workers=[3]"],
-            "num_workers: got [3], allowed: 'auto' or a whole number >= 1 or a list of 2 values, each a whole number",
+            "num_workers: got [3], allowed: 'auto', a whole number >= 1 or a list of 2 values (each a whole number",
         ),
         (["num_workers=3"], "train.pretrain.global_batch_size: got 8, allowed: a multiple of 6"),
         (["train.pretrain.data=captions"], "train.pretrain.data: got captions, allowed: talk, those of data.sets"),
-        (["trackers=[paper]"], "trackers.0: got 'paper', allowed: 'tensorboard' or 'mlflow' or 'wandb'"),
+        (["trackers=[paper]"], "trackers.0: got 'paper', allowed: 'tensorboard', 'mlflow' or 'wandb'"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -224,7 +224,7 @@ def test_a_range_of_workers_need_not_divide_the_batch(load: Callable[..., Job]) 
 def test_a_file_of_weights_needs_a_model_from_a_folder() -> None:
     path = Path(__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
     with pytest.raises(
-        ValueError, match=r"model\.gguf_file: got a.gguf, allowed: null, as language is built from sizes"
+        ValueError, match=r"model\.gguf_file: got a.gguf, allowed: null, because language is built from sizes"
     ):
         schema.load(path, ["model.gguf_file=a.gguf"])
 

@@ -231,7 +231,7 @@ def test_the_base_of_the_first_stage_is_the_checkpoint_of_the_job(run: Path, tmp
     [
         (["--adapter", "--stage", "captions"],
          "--adapter: got stage captions, which trained no LoRA adapters, allowed: --stage instruct"),
-        (["--adapter", "--to", "vllm"], "--adapter: got it with --to vllm, allowed: with --to hf"),
+        (["--adapter", "--to", "vllm"], "--adapter: got --to vllm, allowed: --to hf"),
         (["--to", "vllm", "--stage", "captions"], "--to: got vllm for stage captions, which learns no conversations"),
         (["--stage", "other"], "stage: got other, allowed: captions, instruct"),
     ],

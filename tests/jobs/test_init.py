@@ -193,7 +193,7 @@ def test_an_existing_file_and_a_missing_terminal_are_refused_in_one_line(
         piped = run_command("init", tmp_path / "new.yaml")
     assert piped.code == 2
     assert piped.err == (
-        "redux: init: got an input that is no terminal, allowed: a terminal, or --yes for all defaults\n"
+        "redux: init: got an input that is not a terminal, allowed: a terminal, or --yes for all defaults\n"
     )
     assert not (tmp_path / "new.yaml").exists()
 

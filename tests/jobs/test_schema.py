@@ -90,7 +90,7 @@ def test_the_name_of_a_stage_cannot_leave_the_run_folder() -> None:
     [
         ("train.instruct.template=plain", "train.instruct.template: got plain, allowed: "),
         ("train.tower.micro_batch_size=1", "train.tower.micro_batch_size: got 1, allowed: at least 2"),
-        ("train.instruct.zero_stage=4", "train.instruct.zero_stage: got 4, allowed: 0 or 1 or 2 or 3"),
+        ("train.instruct.zero_stage=4", "train.instruct.zero_stage: got 4, allowed: 0, 1, 2 or 3"),
         ("seed=4294967296", "seed: got 4294967296, allowed: a whole number from 0 to 4294967295"),
         ("num_workers=3", "train.tower.global_batch_size: got 64, allowed: a multiple of 96"),
         ("model.vmtc.stages=99", "model.vmtc.stages: got 99, allowed: 1 to 4"),

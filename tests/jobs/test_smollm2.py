@@ -202,7 +202,7 @@ TRAINED_ELSEWHERE = {"data": {"source": None}, "model": {"checkpoint": "x"}, "tr
         ),
         (
             {"applied": {"x": {"variant": "llava", "changes": {}}}, "shared": [], "job": TRAINED_ELSEWHERE},
-            "applied: got x, allowed: none, as job.train has no stages",
+            "applied: got x, allowed: none, because job.train has no stages",
         ),
         ({"variants": {"shared": {}}, "repeated": None, "applied": {}}, "variants: got shared, allowed: another name"),
     ],

@@ -281,7 +281,7 @@ def llava(layers: int, hidden: int, heads: int, mlp: int, **modules: Any) -> Red
 )
 def test_llava_whole_by_published_numbers(layers: int, hidden: int, heads: int, mlp: int, parameters: int) -> None:
     spent = compute_cost(llava(layers, hidden, heads, mlp), text=64)
-    # each matrix takes two FLOPs a parameter and token; embeddings and norms are no matrices, the head sees one token
+    # each matrix takes two FLOPs a parameter and token; embeddings and norms are not matrices, the head sees one token
     matrices = parameters - 2 * 32000 * hidden - (2 * layers + 1) * hidden
     assert spent.language == 2 * 640 * matrices + layers * 4 * 640**2 * hidden + 2 * 32000 * hidden
     # 576 patches and a class token, 12 dim^2 parameters in a block, 23 blocks of 24

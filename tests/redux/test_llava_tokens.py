@@ -69,7 +69,7 @@ def tokenize(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def llava_v1(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
-    """LLaVA's preprocess_v1; None where it masks all of a conversation, as its lengths disagree."""
+    """LLaVA's preprocess_v1; None where it masks all of a conversation, because its lengths disagree."""
     end = str(tokenizer.eos_token)
     prompt = VICUNA_SYSTEM
     for turn in turns:

@@ -400,7 +400,7 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, wrong: dict[s
     [
         ({"ratio": 0.5, "tokens": 64}, "tokens: got 64 besides ratio, allowed: one of the two"),
         ({"tokens": 64, "kept": (9, 9, 9), "clusters": 0}, r"kept: got \(9, 9, 9\) besides tokens"),
-        ({"kept": (9, 9, 9)}, "clusters: got None, allowed: a number, or one for each stage, as kept is given"),
+        ({"kept": (9, 9, 9)}, "clusters: got None, allowed: a number, or one for each stage, because kept is given"),
     ],
     ids=str,
 )

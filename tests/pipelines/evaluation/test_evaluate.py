@@ -570,7 +570,7 @@ def test_prompts_with_instructions_are_own_questions_with_long_answers(tmp_path:
         (
             "mine",
             {"held_out": "a", "metric": "vqa"},
-            "metric: got vqa with held_out, allowed: exact, contains, anls, as a sample has one answer",
+            "metric: got vqa with held_out, allowed: exact, contains, anls, because a sample has one answer",
         ),
         ("mine", {"held_out": "a", "metric": "anls", "images": "b"}, "images: got b besides held_out, allowed: null"),
         (

@@ -592,7 +592,7 @@ def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) ->
     assert filled["later"] == set()
     assert filled["blip"] == {"InstructBLIP-7B, 64 tokens"}
     assert "LLaVA-1.5-{size}" in filled["plain"]
-    assert "| InstructBLIP | not trained here |" in write_tables([tmp_path], None, FIND_SCORER, 100)
+    assert "| InstructBLIP-7B | not trained here |" in write_tables([tmp_path], None, FIND_SCORER, 100)
 
 
 def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> None:

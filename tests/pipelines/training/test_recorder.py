@@ -141,7 +141,7 @@ def test_a_permanent_failure_is_not_retried(make_recorder: Callable[..., Recorde
         "train.tower: rank 1: /data: No space left on device; "
         "the checkpoint after step 1 is safe; the same command continues from there"
     )
-    assert status.messages == [], "the reason is no message"
+    assert status.messages == [], "the reason is not a message"
 
 
 def test_the_same_error_at_the_same_step_is_tried_once_more(make_recorder: Callable[..., Recorder]) -> None:
