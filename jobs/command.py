@@ -18,6 +18,17 @@ from jobs.exit_codes import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_MISUSE
 from jobs.former_names import FORMER_OPTIONS
 from pipelines.core import interrupts
 
+VERB_GROUPS = {
+    "prepare data and job files": ("init", "shards", "look", "check"),
+    "train": ("run", "best"),
+    "see results": ("report", "tables"),
+    "use a model": ("ask", "chat", "serve", "export"),
+    "work on a cluster": ("submit", "jobs", "manifest"),
+    "benchmarks and costs": ("instructions", "score", "cost"),
+    "keys of job files": ("explain", "schema"),
+}
+"""Verbs by what the user wants to do, in the order of `redux --help`."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
@@ -123,8 +134,29 @@ class VerbParser(argparse.ArgumentParser):
         self.error(f"unrecognized arguments: {' '.join(options or words)}")
 
 
+class RootParser(argparse.ArgumentParser):
+    """Parser of `redux`, whose help lists the verbs in groups."""
+
+    def format_help(self) -> str:
+        """Format the help.  argparse itself would list all verbs in one group."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        [verbs] = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        entries = {entry.dest: entry for entry in verbs._get_subactions()}
+        for title, names in VERB_GROUPS.items():
+            formatter.start_section(title)
+            formatter.add_arguments([entries[name] for name in names])
+            formatter.end_section()
+        formatter.start_section("options")
+        formatter.add_arguments([action for action in self._actions if action.option_strings])
+        formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = RootParser(
         prog="redux",
         description="Train vision-language models that follow instructions, with fewer image tokens.",
         epilog=f"redux VERB --help explains a verb. To begin: redux run {EXAMPLE_JOB}",
