@@ -262,7 +262,6 @@ def _collect_training(run: Path, job: str) -> dict[str, Any]:
         ],
         "spans": _split_wall_time(metrics, wall_s),
         "account": book.account,
-        "resumes": book.resumes,
         "parts": _make_time_parts(book.account, wall_s),
     }
 

@@ -171,7 +171,10 @@ MAXIMUM = {"model.cmai.gamma_max": {"low": 0.0, "high": 0.9}}
             'got "lineer", allowed: values of a valid job',
         ),
         ({"space": {"model.cmai.schedule": {"choices": []}}}, r"schedule\.choices: got \[\], allowed: .* >= 1"),
-        ({"space": {"train.pretrain.warmup_ratio": {"low": 0.0, "high": 0.5}}}, "because all trials share train.pretrain"),
+        (
+            {"space": {"train.pretrain.warmup_ratio": {"low": 0.0, "high": 0.5}}},
+            "because all trials share train.pretrain",
+        ),
         ({"space": {}}, "space: got {}"),
         (
             {"references": {"paper": {"model.vmtc.ratoi": 0.5}}},
