@@ -32,7 +32,7 @@ def test_a_script_explains_its_options(name: str, capsys: pytest.CaptureFixture[
 
 def test_the_page_lists_every_script_with_its_record() -> None:
     folder = ROOT / "jobs" / "bench"
-    rows = re.findall(r"^\| `(\w+)\.py` \| [^|]+ \| (?:`(\w+)\.jsonl`)? \|", (folder / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| `(\w+)\.py` \| [^|]+ \| ?(?:`(\w+)\.jsonl`)? \|", (folder / "README.md").read_text(), re.M)
     assert sorted(name for name, _ in rows) == SCRIPTS
     assert all(record == (name if (folder / f"{name}.jsonl").exists() else "") for name, record in rows)
 
