@@ -282,9 +282,11 @@ def draw_pictures(model: ReduxModel | None, samples: Sequence[PreviewSample]) ->
         values = np.stack([images[number].transpose(2, 0, 1) for number in numbers])
         with torch.inference_mode():
             _, assignment = model.encode_images(normalize_pixels(torch.from_numpy(values)))
-        for number, slot, merged in zip(numbers, assignment.slot.numpy(), assignment.merged.numpy(), strict=True):
+        for number, token_of_patch, merged in zip(
+            numbers, assignment.token_of_patch.numpy(), assignment.merged.numpy(), strict=True
+        ):
             image = Image.fromarray(np.ascontiguousarray(images[number]))
-            pictures[number] = ImageTrace(image, slot, merged).draw(SET_IMAGE_SIZE)
+            pictures[number] = ImageTrace(image, token_of_patch, merged).draw(SET_IMAGE_SIZE)
     return [pictures.get(number) for number in range(len(samples))]
 
 

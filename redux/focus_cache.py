@@ -169,7 +169,7 @@ class FocusRows(Cache):
         """Return all rows of a layer from `start` on, with room for those of all keys; those to come are zero.
 
         Args:
-            layer: number of the layer.
+            layer: index of the layer.
             keys: keys of the layer.
             like: a tensor whose device and batch size the rows have.
             heads: the number of heads that have rows of their own, as a last dimension; () for one mean of all heads.

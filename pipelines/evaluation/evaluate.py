@@ -594,7 +594,9 @@ def trace_compression(evaluated: EvaluatedModel, images: Sequence[bytes]) -> lis
             _, assignment = llava.model.encode_images(values)
         traces.append(
             ImageTrace(
-                Image.fromarray(pixels.transpose(1, 2, 0)), assignment.slot[0].numpy(), assignment.merged[0].numpy()
+                Image.fromarray(pixels.transpose(1, 2, 0)),
+                assignment.token_of_patch[0].numpy(),
+                assignment.merged[0].numpy(),
             )
         )
     return traces

@@ -489,21 +489,21 @@ def _draw_panel(title: str, judged: JudgedRow, trace: ImageTrace) -> tuple[Patch
 
     from redux.picture import enlarge_image
 
-    slot, merged = trace.slot, trace.merged
+    token_of_patch, merged = trace.token_of_patch, trace.merged
     # see ImageTrace for the two arrays
-    dropped = slot < 0
+    dropped = token_of_patch < 0
     clustered = merged & ~dropped
-    original, patches = enlarge_image(trace.image, slot.size), trace.draw()
+    original, patches = enlarge_image(trace.image, token_of_patch.size), trace.draw()
     panel = PatchPanel(
         title,
         judged,
         original=page.encode_image(original),
         patches=page.encode_image(patches),
-        before=slot.size,
+        before=token_of_patch.size,
         after=trace.num_tokens,
         kept=int((~merged & ~dropped).sum()),
         merged=int(clustered.sum()),
-        clusters=len(set(slot[clustered].tolist())),
+        clusters=len(set(token_of_patch[clustered].tolist())),
         dropped=int(dropped.sum()),
     )
     both = PIL.Image.new("RGB", (original.width + patches.width, original.height))

@@ -162,7 +162,9 @@ def test_the_tokenizer_is_that_of_the_assembled_model(
     with torch.inference_mode():
         values = normalize_pixels(torch.from_numpy(sample.image.transpose(2, 0, 1)[None].copy()))
         _, assignment = whole.model.encode_images(values)
-    trace = ImageTrace(Image.fromarray(sample.image), assignment.slot[0].numpy(), assignment.merged[0].numpy())
+    trace = ImageTrace(
+        Image.fromarray(sample.image), assignment.token_of_patch[0].numpy(), assignment.merged[0].numpy()
+    )
     expected = np.asarray(trace.draw(look.SET_IMAGE_SIZE))
     for encoder in (before, after):
         [picture] = look.draw_pictures(encoder.model, [sample])

@@ -327,8 +327,8 @@ def test_image_seq_length_is_the_number_of_tokens_that_come_out(tiny: Tiny, vmtc
     model = tiny(vmtc=vmtc)
     tokens, assignment = model.model.encode_images(torch.randn(3, 3, 32, 32))
     assert tokens.shape == (3, model.config.image_seq_length, 32)
-    assert assignment.slot.shape == (3, 16)
-    assert int(assignment.slot.max()) == model.config.image_seq_length - 1
+    assert assignment.token_of_patch.shape == (3, 16)
+    assert int(assignment.token_of_patch.max()) == model.config.image_seq_length - 1
 
 
 def test_a_compressing_block_compresses_between_its_attention_and_its_mlp(tiny: Tiny) -> None:
@@ -355,7 +355,7 @@ def test_a_compressing_block_compresses_between_its_attention_and_its_mlp(tiny: 
         hidden = hidden + block.mlp(block.layer_norm2(hidden))
     tokens, assignment = model.model.encode_images(images)
     torch.testing.assert_close(tokens, hidden[:, 1:], rtol=1e-4, atol=1e-5)
-    assert torch.equal(assignment.slot, slot)
+    assert torch.equal(assignment.token_of_patch, slot)
     assert torch.equal(assignment.merged, cluster.gather(1, slot))
 
 
@@ -388,7 +388,7 @@ def test_without_class_token_the_patches_that_receive_most_are_kept(tiny: Tiny) 
     tokens, assignment = model.model.encode_images(images)
     assert tokens.shape == (3, 8, 32)
     for image in range(3):
-        kept = (assignment.slot[image] >= 0).nonzero()[:, 0]
+        kept = (assignment.token_of_patch[image] >= 0).nonzero()[:, 0]
         assert set(kept.tolist()) == set(weights[image].topk(8).indices.tolist())
 
 
@@ -535,7 +535,7 @@ def test_images_are_encoded_alone_as_in_a_batch(tiny: Tiny) -> None:
     for number in range(3):
         alone, own = model.model.encode_images(images[number : number + 1])
         torch.testing.assert_close(alone[0], tokens[number], rtol=1e-5, atol=1e-5)
-        assert torch.equal(own.slot[0], assignment.slot[number])
+        assert torch.equal(own.token_of_patch[0], assignment.token_of_patch[number])
 
 
 @pytest.mark.parametrize("weights", ["normalized", "raw"])

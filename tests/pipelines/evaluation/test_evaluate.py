@@ -382,9 +382,11 @@ def test_a_traced_image_is_that_of_the_model_and_has_the_token_of_each_patch(eva
     assert len(traces) == len(images)
     for image, trace in zip(images, traces, strict=True):
         assert np.array_equal(np.asarray(trace.image).transpose(2, 0, 1), load_pixels(image, 16, "pad"))
-        assert trace.slot.shape == trace.merged.shape == (PATCHES,)
-        assert set(trace.slot) - {-1} == set(range(PATCHES // 2)), "half of the tokens reach the language model"
-        kept = trace.slot[~trace.merged & (trace.slot >= 0)]
+        assert trace.token_of_patch.shape == trace.merged.shape == (PATCHES,)
+        assert set(trace.token_of_patch) - {-1} == set(range(PATCHES // 2)), (
+            "half of the tokens reach the language model"
+        )
+        kept = trace.token_of_patch[~trace.merged & (trace.token_of_patch >= 0)]
         assert len(kept) == len(set(kept)) > 0, "a kept patch has a token of its own"
 
 
