@@ -121,7 +121,7 @@ def _without_steps(stage: StageView) -> StageView:
     """Leave out the steps of a stage that no job has."""
     facts = {name: value for name, value in stage.facts.items() if name != "steps"}
     sets = tuple(
-        replace(shown, samples=tuple(replace(sample, place="") for sample in shown.samples)) for shown in stage.sets
+        replace(shown, samples=tuple(replace(sample, position="") for sample in shown.samples)) for shown in stage.sets
     )
     return replace(stage, facts=facts, sets=sets)
 

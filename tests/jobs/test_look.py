@@ -104,10 +104,10 @@ def test_a_set_that_is_not_made_yet_gives_the_samples_of_the_made_one(
             assert isinstance(work.reader.sources["talk"], UnmadeShards) == bool(data)
             assert work.steps == 3
             samples = list(draw_samples(work.reader, "talk", 20, 0, work.steps))
-            assert all(sample.row is not None for sample in samples)
+            assert all(sample.encoded is not None for sample in samples)
             rows.append(
                 [
-                    (sample.place, sample.stored and sample.stored.key, sample.row["input_ids"].tolist(),  # type: ignore[index]
+                    (sample.stream_position, sample.stored and sample.stored.key, sample.encoded["input_ids"].tolist(),  # type: ignore[index]
                      None if sample.image is None else sample.image.tobytes())
                     for sample in samples
                 ]

@@ -42,20 +42,22 @@ def make_reader(stored: Shards, tokenizer: Path) -> Callable[[Shards], Reader]:
 def test_samples_are_those_of_the_micro_batches(make_reader: Callable[..., Reader]) -> None:
     reader = make_reader()
     samples = list(draw_samples(reader, "all", 100, seed=1, threads=2))
-    assert sorted(sample.place.sample for sample in samples) == list(range(22))
+    assert sorted(sample.stream_position.sample for sample in samples) == list(range(22))
     for sample in samples:
-        number, turn = divmod(sample.place.position, reader.micro_batch_size)
+        number, turn = divmod(sample.stream_position.position, reader.micro_batch_size)
         batch = reader(number)
-        assert batch["sample"][turn] == sample.place.sample
-        assert sample.place.batch == sample.place.position // GLOBAL_BATCH
+        assert batch["sample"][turn] == sample.stream_position.sample
+        assert sample.stream_position.batch == sample.stream_position.position // GLOBAL_BATCH
         assert sample.image is not None
-        assert sample.row is not None
+        assert sample.encoded is not None
         assert sample.problem == ""
         assert (batch["pixel_values"][turn] == sample.image).all()
         length = int(batch["attention_mask"][turn].sum())
         for name in ("input_ids", "labels"):
-            assert batch[name][turn, :length].tolist() == sample.row[name].tolist()
-    assert [sample.place for sample in draw_samples(reader, "all", 100, seed=1)] == [sample.place for sample in samples]
+            assert batch[name][turn, :length].tolist() == sample.encoded[name].tolist()
+    assert [sample.stream_position for sample in draw_samples(reader, "all", 100, seed=1)] == [
+        sample.stream_position for sample in samples
+    ]
 
 
 def test_unusable_samples_have_the_reason_of_training(
@@ -65,7 +67,7 @@ def test_unusable_samples_have_the_reason_of_training(
     damage(folder, 2)
     reader = make_reader(Shards(folder))
     reader = replace(reader, encode=make_conversation_encoder(TEMPLATES["vicuna_bare"], 90, 92))
-    samples = {sample.place.sample: sample for sample in draw_samples(reader, "all", 22, seed=0)}
+    samples = {sample.stream_position.sample: sample for sample in draw_samples(reader, "all", 22, seed=0)}
     assert samples[2].stored is None
     assert "checksum" in samples[2].problem
     assert samples[1].row is None
