@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BaseException as error:
             # an interrupt may appear as another error: of an import, of a library, of a stopping Ray
             if interrupts.was_interrupted() or isinstance(error, KeyboardInterrupt):
-                advice = "; the same command continues from the last checkpoint" * getattr(arguments, "resumes", False)
+                resumes = getattr(arguments, "resumes", False)
+                advice = "; the same command continues from the last checkpoint" if resumes else ""
                 print(f"redux: interrupted{advice}", file=sys.stderr)
                 return EXIT_INTERRUPTED
             code, problems = _describe(error)

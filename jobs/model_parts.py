@@ -166,8 +166,8 @@ def check_weights(job: Job, folder: Path) -> None:
     except UnmappedWeightsError as error:
         raise UnmappedWeightsError(f"model.{error}") from None
     except ValueError as error:
-        place = "" if str(error).startswith("train.") else "model."
-        raise ValueError(f"{place}{error}") from None
+        prefix = "" if str(error).startswith("train.") else "model."
+        raise ValueError(f"{prefix}{error}") from None
 
 
 def check_templates(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:

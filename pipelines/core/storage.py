@@ -141,8 +141,9 @@ def read_ranges(ranges: Sequence[ByteRange]) -> list[bytes]:
         return [_read_block(block, deadline) for block in ranges]
     # merge near ranges into blocks; empty ranges need no request
     nonempty = [byte_range for byte_range in ranges if byte_range[1] < byte_range[2]]
-    columns = ([byte_range[part] for byte_range in nonempty] for part in range(3))  # URLs, starts, stops
-    blocks: list[ByteRange] = list(zip(*merge_offset_ranges(*columns, MAX_GAP_BYTES, MAX_BLOCK_BYTES), strict=True))
+    urls, starts, stops = (list(column) for column in zip(*nonempty, strict=True)) if nonempty else ([], [], [])
+    merged = merge_offset_ranges(urls, starts, stops, MAX_GAP_BYTES, MAX_BLOCK_BYTES)
+    blocks: list[ByteRange] = list(zip(*merged, strict=True))
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         contents = list(pool.map(partial(_read_block, deadline=deadline), blocks))
     # cut the ranges out of the blocks

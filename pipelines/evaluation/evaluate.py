@@ -427,9 +427,11 @@ def _pass_by_value() -> Iterator[None]:
 def _require_actors(actors: int, gpu_share: float) -> None:
     """Raise ValueError if the cluster cannot run so many actors: Ray would wait for missing resources without end."""
     cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate.num_actors = {actors}")
-    gpus, places = cluster.count_gpus(), cluster.count_gpu_places(gpu_share)
-    if gpus and actors > places:
-        raise ValueError(f"evaluate.num_actors: got {actors}, allowed: up to {places}, because there are {gpus:g} GPUs")
+    gpus, capacity = cluster.count_gpus(), cluster.count_processes_on_gpus(gpu_share)
+    if gpus and actors > capacity:
+        raise ValueError(
+            f"evaluate.num_actors: got {actors}, allowed: up to {capacity}, because there are {gpus:g} GPUs"
+        )
 
 
 def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:

@@ -176,7 +176,7 @@ def _spread_over_kinds(rows: Sequence[JudgedRow], count: int) -> list[JudgedRow]
             if left and quotas[kind] < len(numbers):
                 quotas[kind] += 1
                 left -= 1
-    # each type begins at another place, because several types may have the same images in the same order
+    # each type begins at another row, because several types may have the same images in the same order
     selected = [
         numbers[(position + shift * (len(numbers) // len(by_kind) + 1)) % len(numbers)]
         for shift, (kind, numbers) in enumerate(by_kind.items())

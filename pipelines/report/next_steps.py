@@ -59,8 +59,9 @@ def list_next_steps(
             NextStep("Ask one question about an image", write_ask_command(run, sample)),
             NextStep("Talk with the model in the terminal", _join("redux", "chat", folder, sample.image)),
             NextStep(
-                "Serve it over HTTP, with a demo page" + (" that also shows the answers of plain LLaVA" * has_method),
-                _join("redux", "serve", folder, *(["--compare"] * has_method)),
+                "Serve it over HTTP, with a demo page"
+                + (" that also shows the answers of plain LLaVA" if has_method else ""),
+                _join("redux", "serve", folder, *(["--compare"] if has_method else [])),
             ),
         ]
         if job.get("train"):

@@ -219,7 +219,7 @@ def describe_scores(run: Path) -> list[str]:
 
 
 def _describe_score(result: TaskResult) -> str:
-    questions = f"{len(result.rows):,} question{'s' * (len(result.rows) != 1)}"
+    questions = f"{len(result.rows):,} {'question' if len(result.rows) == 1 else 'questions'}"
     if result.main is None:
         return f"{result.title}: no score of {questions}. {result.problem}"
     factor, unit = (100, " %") if result.main.is_share else (1, "")

@@ -299,7 +299,7 @@ def _make_row(label: str, model: ComparedModel, scores: FamilyScores, columns: S
     if model.is_foreign:
         return ResultRow(label, "ours", "not trained here", cells)
     # foreign models have no seeds and another number of tokens
-    seeds = f"{model.num_seeds} seed" + "s" * (model.num_seeds > 1)
+    seeds = f"{model.num_seeds} seed" if model.num_seeds == 1 else f"{model.num_seeds} seeds"
     about = f"{seeds}, {model.num_tokens} of {model.num_patches} tokens"
     kind = find_kind(model.methods, model.uses_captions) if model.trained_as_evaluated else None
     return ResultRow(label, "ours", about, cells, kind=kind, removed=removed_share(model))

@@ -1,4 +1,4 @@
-"""Files of finished runs, checkpoints and models: names and places.  Does not import torch: verbs find models fast."""
+"""Files of finished runs, checkpoints and models: names and paths.  Does not import torch: verbs find models fast."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -289,7 +289,9 @@ def trace_step(
     for tensor in (*module.parameters(), *module.buffers()):
         counter.ignore(tensor)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    handles = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained * takes_gradients]
+    handles = []
+    if takes_gradients:
+        handles = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained]
     try:
         with _imitate_device(device, is_fused), ShapeMode(counter):
             loss = module(**make_batch())

@@ -70,7 +70,7 @@ def test_unusable_samples_have_the_reason_of_training(
     samples = {sample.stream_position.sample: sample for sample in draw_samples(reader, "all", 22, seed=0)}
     assert samples[2].stored is None
     assert "checksum" in samples[2].problem
-    assert samples[1].row is None
+    assert samples[1].encoded is None
     assert "cut off after 92" in samples[1].problem
     assert samples[1].image is not None
 
@@ -81,11 +81,11 @@ def test_positions_are_those_of_the_order(weights: tuple[float, ...]) -> None:
     get_batch = functools.cache(order.get_batch)
     for source, samples in enumerate(order.samples):
         for count, batches in ((10, None), (1000, None), (1000, 3)):
-            places = draw_positions(order, source, count, seed=5, batches=batches)
+            positions = draw_positions(order, source, count, seed=5, batches=batches)
             if batches is None:
-                assert min(count, samples) - 1 <= len(places) <= count
-            assert len({place.sample for place in places}) == len(places)
-            for position, batch, sample in places:
+                assert min(count, samples) - 1 <= len(positions) <= count
+            assert len({found.sample for found in positions}) == len(positions)
+            for position, batch, sample in positions:
                 sources, numbers = get_batch(batch)
                 assert (sources[position % 16], numbers[position % 16]) == (source, sample)
                 assert batches is None or batch < batches
@@ -93,7 +93,7 @@ def test_positions_are_those_of_the_order(weights: tuple[float, ...]) -> None:
 
 def test_held_out_samples_are_not_drawn() -> None:
     order = Order(samples=(90,), global_batch_size=8, seed=0, held_out=(np.arange(0, 100, 10),))
-    drawn = {place.sample for place in draw_positions(order, 0, 90, seed=0)}
+    drawn = {found.sample for found in draw_positions(order, 0, 90, seed=0)}
     assert drawn == set(range(100)) - set(range(0, 100, 10))
 
 
