@@ -75,7 +75,7 @@ def _describe(error: BaseException) -> tuple[int, list[str]]:
     if isinstance(cause, ValueError | ImportError):
         return EXIT_MISUSE, [" ".join(problem.split()) for problem in getattr(cause, "problems", [failure.text])]
     code = EXIT_FAULT if failure.kind == failures.Kind.LOST else EXIT_MISUSE
-    return code, [f"{failure.text}; finished steps are safe: after a fix, the same command continues"]
+    return code, [f"{failure.text}; finished phases are safe: after a fix, the same command continues"]
 
 
 class _Output(io.FileIO):

@@ -1,7 +1,7 @@
-"""Run a job step by step, from images to report. Finished steps are skipped.
+"""Run a job phase by phase, from images to report. Finished phases are skipped.
 
 runs/NAME/job.yaml        resolved job; jobs/claims.py decides which settings may still change
-runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step, which the next start reads; {"interrupted",
+runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished phase, which the next start reads; {"interrupted",
                            "wall_s"} of one that did not finish
 runs/NAME/shards/SET/     sets of easy-VQA, those of them that a stage uses
 runs/NAME/held_out/TASK/  questions of held-out samples, for tasks with `held_out`
@@ -59,26 +59,26 @@ def run(
     watch: driver.StopCallback | None = None,
     patience_s: float = 0,
 ) -> None:
-    """Run the unfinished steps of a job in its run folder.
+    """Run the unfinished phases of a job in its run folder.
 
     Args:
         job: the job as loaded.
         folder: run folder.
-        allow_changes: continue even if finished steps used other settings, or checkpoints have other data or another
+        allow_changes: continue even if finished phases used other settings, or checkpoints have other data or another
             model.
-        until: last step to run; None runs all.
+        until: last phase to run; None runs all.
         watch: called during training, see `pipelines.training.driver`.
         patience_s: seconds to wait for another process that works on this run.
 
     Raises:
-        ValueError: the job cannot run here, settings changed that finished steps used, or another process works on
+        ValueError: the job cannot run here, settings changed that finished phases used, or another process works on
             this run.
     """
     started_at = time.monotonic()
     folder = folder.resolve()
     job = resolve_job(job, folder)
     group = driver.WorkerGroup()
-    work = list_steps(job, folder, allow_changes, watch, group)
+    work = list_phases(job, folder, allow_changes, watch, group)
     if until:
         names = list(work)
         work = {name: work[name] for name in names[: names.index(until) + 1]}
@@ -92,7 +92,7 @@ def run(
         # another process may have worked on this run until now, so its progress is read again
         claims.Claim.from_folder(folder, job).enforce(allow_changes)
         done = _list_finished(job, folder)
-        remaining = {name: step for name, step in work.items() if name not in done}
+        remaining = {name: phase for name, phase in work.items() if name not in done}
         if not remaining:
             print(_describe_result(job, folder, until))
             return
@@ -108,14 +108,14 @@ def run(
             _check_resources(job, remaining)
             record_environment(folder, list(remaining))
             _start_workers_early(job, folder, allow_changes, list(remaining), group)
-            _run_steps(remaining, folder / PROGRESS, started_at)
+            _run_phases(remaining, folder / PROGRESS, started_at)
     if until is None:
         _write_metrics(folder)
         print(_describe_result(job, folder, until))
 
 
 def _describe_result(job: Job, folder: Path, until: str | None) -> str:
-    """Describe a finished run: its scores, its report and how to ask its model, or the step with which it ends."""
+    """Describe a finished run: its scores, its report and how to ask its model, or the phase with which it ends."""
     if until:
         return f"{job.name} has finished {until}: {folder}"
     lines = [
@@ -126,32 +126,32 @@ def _describe_result(job: Job, folder: Path, until: str | None) -> str:
     return "\n".join(lines)
 
 
-def _run_steps(steps: Mapping[str, Callable[[], None]], progress: Path, started_at: float) -> None:
-    """Run steps in order, and append each with its wall-clock seconds to the progress.
+def _run_phases(phases: Mapping[str, Callable[[], None]], progress: Path, started_at: float) -> None:
+    """Run phases in order, and append each with its wall-clock seconds to the progress.
 
     Args:
-        steps: functions by name of the step.
-        progress: file of finished steps.
-        started_at: monotonic time from which the first step counts, because preparations belong to it.
+        phases: functions by name of the phase.
+        progress: file of finished phases.
+        started_at: monotonic time from which the first phase counts, because preparations belong to it.
     """
-    for name, step in steps.items():
-        # a library may have swallowed the exception of a signal that came during the step before
+    for name, phase in phases.items():
+        # a library may have swallowed the exception of a signal that came during the phase before
         interrupts.raise_if_interrupted()
         key = "interrupted"
         try:
-            step()
+            phase()
             key = "step"
         finally:
             ended_at = time.monotonic()
-            with suppress(OSError):  # a full disk has ended the step, and its error says more
+            with suppress(OSError):  # a full disk has ended the phase, and its error says more
                 jsonl.append(progress, [{key: name, "wall_s": ended_at - started_at}])
         started_at = ended_at
 
 
 def _check_resources(job: Job, steps_left: Collection[str]) -> None:
-    """Check that a Ray of this machine alone has the CPUs and GPUs of all unfinished steps; they would wait forever.
+    """Check that a Ray of this machine alone has the CPUs and GPUs of all unfinished phases; they would wait forever.
 
-    This runs before the first step, so that nothing is refused after hours of work.
+    This runs before the first phase, so that nothing is refused after hours of work.
 
     Raises:
         ValueError: resources are missing; the text names numbers that fit.
@@ -178,7 +178,7 @@ def _check_resources(job: Job, steps_left: Collection[str]) -> None:
 def _start_workers_early(
     job: Job, folder: Path, allow_changes: bool, remaining: Sequence[str], group: driver.WorkerGroup
 ) -> None:
-    """Start the workers of the first stage, if steps before it are left: they import their libraries meanwhile.
+    """Start the workers of the first stage, if phases before it are left: they import their libraries meanwhile.
 
     Not in a cluster, where others may use the workers' resources until then.
     """
@@ -214,14 +214,14 @@ def run_lock(folder: Path, patience_s: float = 0) -> Iterator[None]:
         yield
 
 
-def list_steps(
+def list_phases(
     job: Job,
     folder: Path,
     allow_changes: bool = False,
     watch: driver.StopCallback | None = None,
     group: driver.WorkerGroup | None = None,
 ) -> dict[str, Callable[[], None]]:
-    """List the steps of a job by name, in order: shards, questions, assemble, each training stage, evaluate, report.
+    """List the phases of a job by name, in order: shards, questions, assemble, each training stage, evaluate, report.
 
     Args:
         job: the job, resolved.
@@ -269,7 +269,7 @@ def list_steps(
 def _list_stages(
     plans: Sequence[StagePlan], watch: driver.StopCallback | None, group: driver.WorkerGroup | None
 ) -> dict[str, Callable[[], None]]:
-    """List the steps of stages that the same workers can train one after the other."""
+    """List the phases of stages that the same workers can train one after the other."""
     # workers stay for the later stages, which then start without loading torch again
     return {
         plan.name: functools.partial(
@@ -357,15 +357,15 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
 
 
 def _list_finished(job: Job, folder: Path) -> list[str]:
-    """List the finished steps; without evaluation and report, if a file of own questions has changed since then."""
+    """List the finished phases; without evaluation and report, if a file of own questions has changed since then."""
     finished = [entry["step"] for entry in jsonl.read(folder / PROGRESS) if "step" in entry]
     if "evaluate" in finished and job.evaluate and evaluate.has_new_questions(folder, job.evaluate):
-        return [step for step in finished if step not in ("evaluate", "report")]
+        return [phase for phase in finished if phase not in ("evaluate", "report")]
     return finished
 
 
 def _write_metrics(folder: Path) -> None:
-    """Write metrics.json: scores, and wall-clock seconds of each step and of all, of all launches together."""
+    """Write metrics.json: scores, and wall-clock seconds of each phase and of all, of all launches together."""
     times: dict[str, float] = {}
     for entry in jsonl.read(folder / PROGRESS):
         name = f"wall_s.{entry.get('step') or entry['interrupted']}"

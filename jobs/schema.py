@@ -21,8 +21,8 @@ from pipelines.training.stage import Recovery, Stage
 from pipelines.training.trackers import TrackerName as Tracker
 from redux.architecture import ModelSettings
 
-OTHER_STEPS = ("shards", "questions", "assemble", "evaluate", "report")
-"""Steps of a job besides its stages: names that no stage may have."""
+OTHER_PHASES = ("shards", "questions", "assemble", "evaluate", "report")
+"""Phases of a job besides its stages: names that no stage may have."""
 
 # names of jobs and stages become folders, so they must not lead out of the run folder
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -157,8 +157,8 @@ class Job:
                 f"train.{name}.template: got chat, allowed for a model built from sizes: plain, vicuna_v1, "
                 "vicuna_bare, because its tokenizer has no chat template"
             )
-        if name in OTHER_STEPS:
-            raise ValueError(f"train: got a stage {name}, allowed: any other name than {', '.join(OTHER_STEPS)}")
+        if name in OTHER_PHASES:
+            raise ValueError(f"train: got a stage {name}, allowed: any other name than {', '.join(OTHER_PHASES)}")
         # of a range, a stage uses a number that divides the batch, see Stage.count_usable_workers
         if isinstance(self.num_workers, int):
             try:

@@ -259,7 +259,7 @@ def _run_shared_stages(search: Search, folder: Path, allow_changes: bool) -> tup
     # sets in other forms than shards are made once, and trials read them
     job = replace(job, data=resolve.resolve_data(job.data, folder))
     until = search.shared[-1] if search.shared else "shards"
-    if until not in run.list_steps(job, folder):
+    if until not in run.list_phases(job, folder):
         return None
     run.run(job, folder, allow_changes, until=until)
     return job, folder

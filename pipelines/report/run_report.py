@@ -251,7 +251,7 @@ def _collect_training(run: Path, job: str) -> dict[str, Any]:
         "metrics": metrics,
         "wall_s": wall_s,
         "is_finished": bool(metrics),
-        "finished_steps": [str(entry.get("step")) for entry in jsonl.read(run / "progress.jsonl") if "step" in entry],
+        "finished_phases": [str(entry.get("step")) for entry in jsonl.read(run / "progress.jsonl") if "step" in entry],
         "started": described.get("started") or _read_start(run),
         "environment": described,
         "device": described.get(environment.GPUS_TITLE) or described.get(environment.CPUS_TITLE, ""),

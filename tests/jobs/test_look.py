@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from jobs import look, schema
 from jobs.dry_run import find_tokenizer, open_stages
 from jobs.resolve import resolve_job
-from jobs.run import list_steps
+from jobs.run import list_phases
 from jobs.schema import Job
 from pipelines.data.options import ShardOptions
 from pipelines.data.preview import draw_samples
@@ -143,7 +143,7 @@ def test_the_tokenizer_is_that_of_the_assembled_model(
     job, run_folder = open_job(write_job(model), tmp_path)
     early = load_assembled_tokenizer(parts["language"])
     assert find_tokenizer(job, run_folder) is None
-    list_steps(job, run_folder)["assemble"]()
+    list_phases(job, run_folder)["assemble"]()
     made = find_tokenizer(job, run_folder)
     assert made is not None
     late = AutoTokenizer.from_pretrained(made)
@@ -202,7 +202,7 @@ def test_a_run_is_shown_with_its_own_tokenizer(write_job: Callable[..., Path], t
     folder.mkdir(parents=True)
     job = resolve_job(schema.load(path), folder)
     (folder / JOB_FILE).write_text(schema.dump(job))
-    list_steps(job, folder)["shards"]()
+    list_phases(job, folder)["shards"]()
     assert find_tokenizer(job, folder) == folder / "tokenizer"
     texts = [run_command("look", *words, "--text").out.partition("\n\n")[2] for words in ([folder], [path])]
     texts += [run_command("look", path, "--runs-dir", tmp_path / "runs", "--text").out.partition("\n\n")[2]]

@@ -159,8 +159,8 @@ def test_the_seconds_of_an_interrupted_step_count(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_module._run_steps({"tower": interrupt}, progress, 0)
-    run_module._run_steps({"tower": lambda: None}, progress, 0)
+        run_module._run_phases({"tower": interrupt}, progress, 0)
+    run_module._run_phases({"tower": lambda: None}, progress, 0)
     run_module._write_metrics(tmp_path)
     first, second = map(json.loads, progress.read_text().splitlines())
     assert (first["interrupted"], second["step"]) == ("tower", "tower")

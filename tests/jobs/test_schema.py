@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs import document, schema, search, study
-from jobs.run import list_steps
+from jobs.run import list_phases
 from pipelines.search.trials import Trials
 
 FOLDER = Path(__file__).parents[2] / "jobs" / "recipes"
@@ -137,7 +137,7 @@ def test_group_by_length_requires_one_set_and_a_full_shuffle(change: dict) -> No
     schema.load(FOLDER / "quickstart.yaml", overrides[:1])
 
 
-@pytest.mark.parametrize("name", schema.OTHER_STEPS)
+@pytest.mark.parametrize("name", schema.OTHER_PHASES)
 def test_a_stage_cannot_take_the_name_of_another_step(name: str, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text((FOLDER / "quickstart.yaml").read_text().replace("  pretrain:", f"  {name}:"))
@@ -153,11 +153,11 @@ def test_refused_names_of_stages_are_the_names_of_other_steps(parts: dict[str, s
         schema.load(FOLDER / "quickstart.yaml", ["evaluate=null"]),
         schema.load(FOLDER / "llava-1.5-7b.yaml", pretrained),
     ]
-    found = [tuple(name for name in list_steps(job, tmp_path) if name not in job.train) for job in jobs]
+    found = [tuple(name for name in list_phases(job, tmp_path) if name not in job.train) for job in jobs]
     assert found == [
         ("shards", "evaluate", "report"),
         ("shards", "questions", "evaluate", "report"),
         ("shards", "report"),
         ("assemble", "report"),
     ]
-    assert {name for names in found for name in names} == set(schema.OTHER_STEPS)
+    assert {name for names in found for name in names} == set(schema.OTHER_PHASES)

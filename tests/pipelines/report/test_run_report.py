@@ -450,7 +450,7 @@ def test_an_unfinished_run_shows_what_there_is(run: Path):
         "".join(json.dumps(row) + "\n" for row in answers()[:65]) + '{"id": "ha'
     )
     words = " ".join(page(run).words.split())
-    assert "not finished finished steps: shards, tower" in words
+    assert "not finished finished phases: shards, tower" in words
     assert "65 questions so far" in words
     assert f"redux run {run}/job.yaml" in words or "job.yaml --runs-dir" in words
 
