@@ -23,10 +23,7 @@ from pipelines.core import jsonl, storage
 from pipelines.core.settings import KEYS_WITHOUT_EFFECT, is_in_sections
 from pipelines.evaluation import evaluate
 from pipelines.training import checkpoint, metrics
-from pipelines.training.files import JOB_FILE
-
-PROGRESS = "progress.jsonl"
-ASSEMBLED = "assembled"
+from pipelines.training.files import ASSEMBLED_FOLDER, JOB_FILE, PROGRESS_FILE
 
 PREPARATIONS = {"shards", "assemble"}
 """Phases that are repeated if their settings change before the first training step."""
@@ -114,13 +111,13 @@ class Claim:
         keys = claim(self.folder / JOB_FILE, self.job, self.find_use, allow_changes)
         # a setting that a phase has used was refused above, or the user allowed to keep its result
         outdated = set().union(*(self.find_dependents(key) for key in keys if not self.find_use(key)))
-        path = self.folder / PROGRESS
+        path = self.folder / PROGRESS_FILE
         entries = jsonl.read(path)
         if any(entry.get("step") in outdated for entry in entries):
             kept = [entry for entry in entries if entry.get("step") not in outdated]
             storage.write(str(path), "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         if "assemble" in outdated:
-            shutil.rmtree(self.folder / ASSEMBLED, ignore_errors=True)
+            shutil.rmtree(self.folder / ASSEMBLED_FOLDER, ignore_errors=True)
 
     def find_use(self, key: str) -> str:
         """Find the first phase that has started and depends on a setting; "" if there is none."""

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs import claims, document, schema
-from jobs.claims import ASSEMBLED
 from jobs.layout import locate_sets
 from jobs.model_parts import find_assembled
 from jobs.run import TOKENIZER, list_word_sets, plan_stages, train_tokenizer
@@ -24,7 +23,7 @@ from pipelines.data.options import ShardOptions
 from pipelines.data.shard_index import Shards, is_finished
 from pipelines.data.sources.opened import RecordSource
 from pipelines.data.unmade import UnmadeShards
-from pipelines.training.files import JOB_FILE
+from pipelines.training.files import ASSEMBLED_FOLDER, JOB_FILE
 from pipelines.training.plan import StagePlan, StageWork
 from redux.hub import local_copy
 from redux.pretrained import load_assembled_tokenizer
@@ -125,8 +124,8 @@ def find_tokenizer(job: Job, folder: Path, path: Path | None = None) -> Path | N
         folder: run folder.
         path: its path in the run folder; None for that of the language model.
     """
-    path = path or folder / (ASSEMBLED if job.model.has_pretrained_language else TOKENIZER)
-    if path.name == ASSEMBLED:
+    path = path or folder / (ASSEMBLED_FOLDER if job.model.has_pretrained_language else TOKENIZER)
+    if path.name == ASSEMBLED_FOLDER:
         return find_assembled(job, folder)
     return path if path.exists() and belongs_to_run(job, folder) else None
 

@@ -12,12 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs import claims
-from jobs.claims import ASSEMBLED
 from jobs.schema import Job
 from pipelines.core import failures, storage
 from pipelines.core.settings import KEYS_WITHOUT_EFFECT, is_in_sections
 from pipelines.training import metrics
-from pipelines.training.files import JOB_FILE
+from pipelines.training.files import ASSEMBLED_FOLDER, JOB_FILE
 from redux import answering, language, pretrained
 from redux.architecture import ModelSettings, TowerSizes, count_image_tokens
 from redux.chat_template import find_template
@@ -71,7 +70,7 @@ def find_assembled(job: Job, folder: Path) -> Path | None:
     It is outdated if the model section has changed and no stage has trained from it. After training, a changed model is
     refused elsewhere, or was allowed by the user.
     """
-    assembled = folder / ASSEMBLED
+    assembled = folder / ASSEMBLED_FOLDER
     if not assembled.exists():
         return None
     # the file has absolute paths

@@ -28,7 +28,6 @@ from transformers import PreTrainedTokenizerFast
 
 from jobs import claims, model_parts, report, schema
 from jobs.asking import describe_asking
-from jobs.claims import ASSEMBLED, PROGRESS
 from jobs.layout import locate_checkpoints, locate_sets, locate_tasks
 from jobs.resolve import resolve_job
 from jobs.schema import Job
@@ -41,12 +40,12 @@ from pipelines.evaluation.held_out_questions import write_held_out_questions
 from pipelines.report.environment import record_environment
 from pipelines.report.scores import describe_scores
 from pipelines.training import driver, ledger
+from pipelines.training.files import ASSEMBLED_FOLDER, PROGRESS_FILE, RESULT_FILE, SCORES_FILE
 from pipelines.training.plan import StagePlan
 from pipelines.training.stage import DEFAULT_TEMPLATE, count_shared_workers
 from redux.architecture import LanguageSizes
 from redux.conversation import CLIP_MAX_LENGTH, TEMPLATES, train_word_tokenizer
 
-SCORES = "scores.json"
 TOKENIZER = "tokenizer"
 LOCK = ".lock"
 
@@ -103,12 +102,12 @@ def run(
         _check_features(job, folder)
         if job.checkpoints and job.train.keys() & remaining.keys():
             driver.check_writable(locate_checkpoints(job, folder))
-        jsonl.drop_partial_line(folder / PROGRESS)
+        jsonl.drop_partial_line(folder / PROGRESS_FILE)
         with cluster.open_session(), group:
             _check_resources(job, remaining)
             record_environment(folder, list(remaining))
             _start_workers_early(job, folder, allow_changes, list(remaining), group)
-            _run_phases(remaining, folder / PROGRESS, started_at)
+            _run_phases(remaining, folder / PROGRESS_FILE, started_at)
     if until is None:
         _write_metrics(folder)
         print(_describe_result(job, folder, until))
@@ -249,7 +248,7 @@ def list_phases(
     result |= _list_stages(towers, watch, group)
     if trains_parts and job.train:
         trained = towers[-1].result if towers else None
-        result["assemble"] = lambda: model_parts.assemble(job, folder / ASSEMBLED, trained)
+        result["assemble"] = lambda: model_parts.assemble(job, folder / ASSEMBLED_FOLDER, trained)
     result |= _list_stages(plans, watch, group)
     settings = job.evaluate
 
@@ -257,7 +256,7 @@ def list_phases(
         settings = replace(settings, tasks=locate_tasks(job, folder))
         started_at = time.monotonic()
         evaluated = report.choose_evaluated_model(job, folder)
-        _write_json(folder / SCORES, evaluate.evaluate(evaluated, folder, settings, job.gpu_share))
+        _write_json(folder / SCORES_FILE, evaluate.evaluate(evaluated, folder, settings, job.gpu_share))
         ledger.append_event(folder, "evaluate", last, wall_s=time.monotonic() - started_at)
 
     if settings is not None:
@@ -320,7 +319,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
     if not job.train:
         return result
     image_size, image_tokens = model_parts.measure_image(job, folder)
-    assembled = folder / ASSEMBLED
+    assembled = folder / ASSEMBLED_FOLDER
     start: str | None = None
     is_joined = False
     for name, stage in job.train.items():
@@ -358,7 +357,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
 
 def _list_finished(job: Job, folder: Path) -> list[str]:
     """List the finished phases; without evaluation and report, if a file of own questions has changed since then."""
-    finished = [entry["step"] for entry in jsonl.read(folder / PROGRESS) if "step" in entry]
+    finished = [entry["step"] for entry in jsonl.read(folder / PROGRESS_FILE) if "step" in entry]
     if "evaluate" in finished and job.evaluate and evaluate.has_new_questions(folder, job.evaluate):
         return [phase for phase in finished if phase not in ("evaluate", "report")]
     return finished
@@ -367,21 +366,21 @@ def _list_finished(job: Job, folder: Path) -> list[str]:
 def _write_metrics(folder: Path) -> None:
     """Write metrics.json: scores, and wall-clock seconds of each phase and of all, of all launches together."""
     times: dict[str, float] = {}
-    for entry in jsonl.read(folder / PROGRESS):
+    for entry in jsonl.read(folder / PROGRESS_FILE):
         name = f"wall_s.{entry.get('step') or entry['interrupted']}"
         times[name] = times.get(name, 0.0) + entry["wall_s"]
-    _write_json(folder / "metrics.json", {**_read_scores(folder), "wall_s": sum(times.values()), **times})
+    _write_json(folder / RESULT_FILE, {**_read_scores(folder), "wall_s": sum(times.values()), **times})
 
 
 def _write_report(job: Job, folder: Path) -> None:
     _write_metrics(folder)
     written = report.write_report(job, folder)
-    if job.evaluate and (folder / SCORES).exists():
+    if job.evaluate and (folder / SCORES_FILE).exists():
         report.send_to_trackers(job, folder, _read_scores(folder), written)
 
 
 def _read_scores(folder: Path) -> dict[str, float]:
-    return json.loads((folder / SCORES).read_text()) if (folder / SCORES).exists() else {}
+    return json.loads((folder / SCORES_FILE).read_text()) if (folder / SCORES_FILE).exists() else {}
 
 
 def _write_json(path: Path, values: dict[str, float]) -> None:

@@ -44,6 +44,7 @@ from pipelines.search import search_page
 from pipelines.search.space import Range, Space, Values, check_space
 from pipelines.search.trials import Trials, TrialSpec, check_feasible, discard_study, load_study, open_storage
 from pipelines.training import driver, metrics
+from pipelines.training.files import ASSEMBLED_FOLDER, RESULT_FILE
 from pipelines.training.stage import count_shared_workers
 from redux.architecture import ModelSettings, TowerSizes
 from redux.configuration import ReduxConfig, build_config
@@ -292,7 +293,7 @@ def _divide_resources(search: Search, job: Job) -> Values:
 
 def _read_metrics(job: Job, trial_folder: Path) -> dict[str, float]:
     """Read all metrics of a trial's run."""
-    result = json.loads((trial_folder / "metrics.json").read_text())
+    result = json.loads((trial_folder / RESULT_FILE).read_text())
     if job.train:
         stage = list(job.train)[-1]
         # None stands for a loss that was not finite
@@ -319,7 +320,7 @@ def _write_results(trials: Trials, folder: Path, jobs: TrialJobs, cleaned: set[i
             continue
         cleaned.add(number)
         trial_folder = folder / tuning.TRIALS_FOLDER / f"{number:04}"
-        shutil.rmtree(trial_folder / claims.ASSEMBLED, ignore_errors=True)
+        shutil.rmtree(trial_folder / ASSEMBLED_FOLDER, ignore_errors=True)
         for plan in run.plan_stages(jobs({}, str(number)), trial_folder).values():
             with suppress(OSError):  # a bucket that cannot be reached must not end the search
                 storage.remove_tree(plan.folder)

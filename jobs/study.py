@@ -36,6 +36,7 @@ from jobs.layout import locate_model, locate_sets
 from jobs.schema import Job, Name
 from jobs.type_text import format_value
 from pipelines.core import failures, storage
+from pipelines.training.files import RESULT_FILE
 from redux.settings import METHODS
 
 SHARED = "shared"
@@ -360,7 +361,7 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Sh
 
 def _describe_end(study: Study, folder: Path, share: Share, others: Sequence[str]) -> str:
     """Describe the end of a call: the tables, and the runs of other shares that are not finished here."""
-    missing = sum(not (folder / name / "metrics.json").exists() for name in others)
+    missing = sum(not (folder / name / RESULT_FILE).exists() for name in others)
     done = (
         f"{study.name} is finished"
         if share.total == 1

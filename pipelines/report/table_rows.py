@@ -14,6 +14,7 @@ import yaml
 
 from pipelines.report import paper
 from pipelines.report.runs import CLIP_PATCHES, ComparedModel, Family, count_remaining_tokens, select_changed_fields
+from pipelines.training.files import JOB_FILE
 from redux.presets import PRESETS, Preset
 from redux.settings import METHODS, SPATIAL_METHODS, VMTC, Reduction
 
@@ -214,7 +215,7 @@ def _write_evaluation_command(row: TableRow, ranked: Sequence[ComparedModel]) ->
 
 def _write_run_command(template: ComparedModel, overrides: Sequence[str]) -> str:
     folder = template.runs[0].folder
-    return shlex.join(["redux", "run", str(folder / "job.yaml"), *overrides, "--runs-dir", str(folder.parent)])
+    return shlex.join(["redux", "run", str(folder / JOB_FILE), *overrides, "--runs-dir", str(folder.parent)])
 
 
 def _job_name(model: ComparedModel) -> str:

@@ -21,6 +21,7 @@ from pipelines.evaluation.statistics import Difference, Interval
 from pipelines.report.plots import ACCENT, BAD, FAINT, GOOD, INK, STYLE, Plot, shorten, style_axes, to_svg
 from pipelines.report.runs import METHOD_KEYS, UNCOMPARED_KEYS, FinishedRun
 from pipelines.report.scores import METRIC_TITLES, find_title
+from pipelines.training.files import METRICS_FILE
 from redux.benchmarks import Metric
 from redux.settings import METHODS
 
@@ -304,7 +305,7 @@ def _plot_losses(variants: Sequence[Variant]) -> Iterator[Plot]:
 
 def _read_losses(run: FinishedRun) -> dict[str, list[Mapping[str, Any]]]:
     by_stage: dict[str, list[Mapping[str, Any]]] = {}
-    for row in jsonl.read(run.folder / "metrics.jsonl"):
+    for row in jsonl.read(run.folder / METRICS_FILE):
         if isinstance(row.get("loss"), int | float):
             by_stage.setdefault(str(row["stage"]), []).append(row)
     return by_stage

@@ -16,7 +16,8 @@ import pytest
 from pipelines.core.failures import Failure, Kind
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
-from pipelines.training import ledger, metrics, trackers
+from pipelines.training import ledger, trackers
+from pipelines.training.files import METRICS_FILE
 from pipelines.training.recorder import NoStage, Recorder, RecorderSettings, StageStatus
 
 ENTRY = {"set": "a", "index": 0, "scheduled": 1, "used": 2, "reason": "broken image"}
@@ -73,7 +74,7 @@ def test_late_steps_of_lost_workers_are_ignored(
     write_steps(recorder, 4, loss=7.0)
     write_steps(recorder, 2, 3)
     recorder.close("end")
-    steps = [(entry["step"], entry["loss"]) for entry in read_lines(settings.run / metrics.METRICS_FILE)]
+    steps = [(entry["step"], entry["loss"]) for entry in read_lines(settings.run / METRICS_FILE)]
     assert steps == [(1, 1.0), (2, 1.0), (3, 1.0)]
 
 
@@ -252,7 +253,7 @@ def test_values_that_are_not_finite_are_null_in_the_record(
     recorder.begin(0, 2, 0, 1.0, [], "")
     write_steps(recorder, 1, loss=math.nan, grad_norm=math.inf, skipped=1)
     recorder.sync()
-    [line] = (tmp_path / metrics.METRICS_FILE).read_text().splitlines()
+    [line] = (tmp_path / METRICS_FILE).read_text().splitlines()
     entry = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert (entry["loss"], entry["grad_norm"], entry["skipped"]) == (None, None, 1)
     status = recorder.poll()
@@ -269,7 +270,7 @@ def test_repeated_steps_are_recorded_once_and_count_as_lost(
     recorder.begin(0, 2, 1, 1.0, [], "")
     write_steps(recorder, 2, 3, 4)
     recorder.sync()
-    for file in (metrics.METRICS_FILE, consumed.CONSUMED_FILE):
+    for file in (METRICS_FILE, consumed.CONSUMED_FILE):
         assert [entry["step"] for entry in read_lines(tmp_path / file)] == [1, 2, 3, 4]
     spent = ledger.read_ledger(tmp_path).account
     assert (spent.restarts, spent.lost_steps) == (1, 2)
