@@ -11,6 +11,7 @@ Cost: one bootstrap for each score and one for each difference, see `pipelines.e
 for twenty runs of 3,488 instructions.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -224,8 +225,7 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
 
 
 def keep_filled(table: ResultTable) -> ResultTable:
-    """Keep the rows with numbers, of families that have a run in the table.
-
+    """Keep the rows and columns with numbers, of families that have a run in the table.
     A table of the paper is kept only if a run has a number in one of the paper's columns, since nothing else compares.
     """
     blocks = {}
@@ -240,7 +240,22 @@ def keep_filled(table: ResultTable) -> ResultTable:
         ]
         if any(cells):
             blocks[label] = [row for row in rows if row.source != "missing"]
-    return replace(table, blocks=blocks)
+    return drop_empty_columns(replace(table, blocks=blocks))
+
+
+def drop_empty_columns(table: ResultTable) -> ResultTable:
+    """Leave out the columns in which no row has a number. A table without any number keeps its columns."""
+    rows = [row for rows in table.blocks.values() for row in rows]
+    # a missing row has no cells at all
+    padded = itertools.zip_longest(table.columns, *(row.cells for row in rows))
+    filled = [any(cells) for _, *cells in padded]
+    if not any(filled):
+        return table
+    blocks = {
+        label: [replace(row, cells=tuple(itertools.compress(row.cells, filled))) for row in rows]
+        for label, rows in table.blocks.items()
+    }
+    return replace(table, columns=tuple(itertools.compress(table.columns, filled)), blocks=blocks)
 
 
 def _add_columns(columns: Sequence[Column], extra: Sequence[Column]) -> tuple[Column, ...]:

@@ -19,6 +19,7 @@ SHIPPED = [path for path in FILES if path not in STUDIES + SEARCHES]
 NAMES = {
     "quickstart",
     "evaluate",
+    "one-gpu",
     *(f"llava-1.5-{size}{method}" for size in ("7b", "13b") for method in ("", "-redux")),
 }
 

@@ -455,7 +455,7 @@ def test_a_batch_of_a_billion_samples_takes_little_memory_and_few_rows_of_the_in
         ({"window": 0}, "window: got 0, allowed: at least 1 shard"),
         ({"shuffle": "window"}, r"shards: got \(\) samples, allowed: \(4, 5\)"),
         ({"shards": (np.array([4]), np.array([4]))}, r"shards: got \(4, 4\) samples, allowed: \(4, 5\)"),
-        ({"groups": LengthGroups.from_columns(np.zeros(9), np.ones(9), 1)}, r"groups: got 9 samples, .* one source"),
+        ({"groups": LengthGroups.from_columns(np.zeros(9), np.ones(9), 1)}, r"groups: got 9 samples, .* one set"),
     ],
 )
 def test_what_makes_no_order_is_refused_by_name(changes: dict[str, Any], message: str):
