@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jobs.cli.arguments import EXAMPLE_JOB, parse_count, parse_natural
+from jobs.cli.arguments import EXAMPLE_JOB, build_options, parse_count, parse_natural
 
 
 def add_parsers(verbs: Any) -> None:
@@ -59,4 +59,4 @@ def add_parsers(verbs: Any) -> None:
 def _look(arguments: argparse.Namespace) -> None:
     from jobs import look
 
-    print(look.look(arguments))
+    print(look.look(build_options(look.LookOptions, arguments)))
