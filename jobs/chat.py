@@ -80,7 +80,7 @@ def ask(options: AskOptions) -> str:
             f"QUESTION: got the file {options.question}, allowed: a question as the last argument: {ASK_USAGE}"
         )
     try:
-        images = tuple(map(read_image, options.images))
+        images = tuple(map(read_image_file, options.images))
     except ValueError as error:
         raise ValueError(f"{error}; the question is the last argument: {ASK_USAGE}") from None
     message = Message(role="user", text=options.question, images=images)
@@ -99,7 +99,7 @@ def run_chat(options: ChatOptions) -> None:
     """
     sampling = build_sampling(options)
     find_model(options.model)  # a wrong model is named before a wrong image
-    images = [read_image(image) for image in options.images]
+    images = [read_image_file(image) for image in options.images]
     model = open_model(options)
     conversation = Conversation(model, sampling, images)
     if sys.stdin.isatty():
@@ -130,7 +130,7 @@ def open_model(options: ChatOptions) -> ChatModel:
     return load_chat_model(source, device=options.device, **methods)
 
 
-def read_image(path: str) -> bytes:
+def read_image_file(path: str) -> bytes:
     """Read an image file; ValueError if it is missing or no image."""
     try:
         content = storage.read(path)
@@ -184,7 +184,7 @@ class Conversation:
     def _add_image(self, path: str) -> None:
         if not path:
             raise ValueError("/image: got no file, allowed: /image FILE")
-        self.new_images.append(read_image(path))
+        self.new_images.append(read_image_file(path))
         print(f"{path} goes with the next question")
 
     def _reset(self, _: str) -> None:

@@ -26,7 +26,7 @@ from jobs.check_text import (
     format_steps,
 )
 from jobs.dry_run import load_job, open_stages
-from jobs.layout import locate_checkpoints
+from jobs.layout import locate_job_checkpoints
 from jobs.schema import Job
 from pipelines.core import storage
 from pipelines.core.failures import classify_error
@@ -187,7 +187,7 @@ def _check_preparations(job: Job, folder: Path, problems: ProblemList) -> None:
     with problems.collect():
         _check_folder(folder)
     with problems.collect():
-        checkpoints = locate_checkpoints(job, folder)
+        checkpoints = locate_job_checkpoints(job, folder)
         if job.checkpoints and not storage.is_local(checkpoints):
             check_writable(checkpoints)
         elif job.checkpoints:
@@ -315,7 +315,7 @@ def _build_config(job: Job, folder: Path, stages: dict[str, StageWork]) -> Any:
     """Build the configuration of the pretrained model, with the tokens of its tokenizer."""
     from transformers import AutoTokenizer
 
-    config = model_parts.read_config(job, folder)
+    config = model_parts.read_job_config(job, folder)
     # contrastive stages have another one, and come first
     tokenizer = AutoTokenizer.from_pretrained(list(stages.values())[-1].plan.tokenizer)
     config.image_token_index = config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -455,7 +455,7 @@ def _check_evaluation(
 
 def _check_disk(job: Job, folder: Path, shapes: dict[str, ModelShape], problems: ProblemList) -> None:
     """Compare the bytes of checkpoints and models with the free disk space."""
-    checkpoints = locate_checkpoints(job, folder)
+    checkpoints = locate_job_checkpoints(job, folder)
     needed = 0
     for name, stage in job.train.items():
         shape = shapes[name]

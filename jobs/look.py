@@ -304,7 +304,7 @@ def _configure(job: Job, folder: Path) -> ReduxConfig:
         return build_config(job.model, vocab_size=8)
     if assembled := model_parts.find_assembled(job, folder):
         return configure_checkpoint(assembled)
-    return model_parts.build_config(job.model)
+    return model_parts.configure_model(job.model)
 
 
 def draw_pictures(model: ReduxModel | None, samples: Sequence[PreviewSample]) -> list[Image.Image | None]:

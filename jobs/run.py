@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jobs import claims, model_parts, report, schema
 from jobs.asking import describe_asking
-from jobs.layout import locate_checkpoints, locate_sets, locate_tasks
+from jobs.layout import locate_job_checkpoints, locate_sets, locate_tasks
 from jobs.resolve import resolve_job
 from jobs.schema import Job
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
@@ -101,7 +101,7 @@ def run(
         _check_stored_images(job, folder)
         _check_features(job, folder)
         if job.checkpoints and job.train.keys() & remaining.keys():
-            driver.check_writable(locate_checkpoints(job, folder))
+            driver.check_writable(locate_job_checkpoints(job, folder))
         jsonl.drop_partial_line(folder / PROGRESS_FILE)
         with cluster.open_session(), group:
             _check_resources(job, remaining)
@@ -239,7 +239,7 @@ def list_phases(
         # before training, so that samples which are not questions are noticed early
         result["questions"] = lambda: _write_questions(job, sets, folder)
     model_parts.check_weights(job, folder)
-    model_parts.check_packing(job, folder)
+    model_parts.check_stage_packing(job, folder)
     last = list(stages)[-1] if stages else ""  # the ledger names the stage before an evaluation
     # parts are joined before the first language stage; before it, contrastive stages may train the tower
     trains_parts = job.model.has_pretrained_language
@@ -248,7 +248,7 @@ def list_phases(
     result |= _list_stages(towers, watch, group)
     if trains_parts and job.train:
         trained = towers[-1].result if towers else None
-        result["assemble"] = lambda: model_parts.assemble(job, folder / ASSEMBLED_FOLDER, trained)
+        result["assemble"] = lambda: model_parts.assemble_parts(job, folder / ASSEMBLED_FOLDER, trained)
     result |= _list_stages(plans, watch, group)
     settings = job.evaluate
 
@@ -335,7 +335,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
             gpu_share=job.gpu_share,
             kernels=job.model.kernels,
             run=folder,
-            checkpoints=locate_checkpoints(job, folder),
+            checkpoints=locate_job_checkpoints(job, folder),
             sets={name: sets[name] for name in stage.mixture},
             max_bad_fraction=job.data.max_bad_fraction,
             hold_out=job.data.hold_out,

@@ -122,7 +122,7 @@ def _read_start_config(
 ) -> dict[str, Any]:
     """Read the configuration of the model that trials start from, once per process."""
     parts = ModelSettings(tower=tower, language=language, gguf_file=gguf_file, checkpoint=checkpoint)
-    return model_parts.build_config(parts).to_dict()
+    return model_parts.configure_model(parts).to_dict()
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Search:
@@ -227,9 +227,9 @@ def run_search(search: Search, folder: Path, allow_changes: bool = False) -> Non
         # `cleaned` lives as long as the search: the weights of a trial are deleted once
         on_trials_ended = functools.partial(_write_results, folder=folder, jobs=jobs, cleaned=set())
         stage = list(job.train)[-1] if job.train else None
-        tuning.run_search(trials, folder, run_trial, on_trials_ended, stage, job.recovery.grace_s)
+        tuning.run_trials(trials, folder, run_trial, on_trials_ended, stage, job.recovery.grace_s)
     print(f"{search.name} is finished: {folder / 'search.html'}")
-    for line in search_page.write_summary(trials.study):
+    for line in search_page.summarize_search(trials.study):
         print(line)
 
 

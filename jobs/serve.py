@@ -108,7 +108,7 @@ def _watch(replicas: int) -> None:
     while True:
         interrupts.raise_if_interrupted()
         time.sleep(STATUS_POLL_S)
-        is_complete = app.is_complete()
+        is_complete = app.all_replicas_run()
         if was_complete and not is_complete:
             print(f"a copy of the model has died and is replaced; copies in all: {replicas}", flush=True)
         elif is_complete and not was_complete:

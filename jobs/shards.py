@@ -102,7 +102,7 @@ def _format_counts(counts: Counter[str]) -> str:
     return f": {listing}{remainder}" if listing else ""
 
 
-def verify_set(arguments: argparse.Namespace) -> None:
+def verify_shards(arguments: argparse.Namespace) -> None:
     """Check a set against its index, or that a run used each sample once per epoch.
 
     Raises:
@@ -124,7 +124,7 @@ def verify_set(arguments: argparse.Namespace) -> None:
     print("\n".join(confirmations))
 
 
-def write_features(arguments: argparse.Namespace) -> None:
+def store_features(arguments: argparse.Namespace) -> None:
     """Write the features of a set by the image tower of a model.
 
     Raises:

@@ -127,7 +127,7 @@ def _add_verify(shards: Any) -> None:
     verify.add_argument("--decode", action="store_true", help="also decode every image")
     verify.add_argument("--consumed", metavar="RUN", type=Path, help="folder of a run that trained on the shards")
     verify.add_argument("folder", metavar="URI", help="folder of the shards")
-    verify.set_defaults(verb=_call("verify_set"))
+    verify.set_defaults(verb=_call("verify_shards"))
 
 
 def _add_features(shards: Any) -> None:
@@ -157,7 +157,7 @@ def _add_features(shards: Any) -> None:
     features.add_argument(
         "--image-backend", choices=("exact", "fast"), default="exact", help="decoder of images (default: %(default)s)"
     )
-    features.set_defaults(verb=_call("write_features"))
+    features.set_defaults(verb=_call("store_features"))
 
 
 def _call(function: str) -> Callable[[argparse.Namespace], None]:

@@ -77,14 +77,14 @@ def _add_run(verbs: Any) -> None:
     run.add_argument(
         "--share",
         metavar="K/N",
-        type=parse_share,
+        type=parse_study_share,
         help="of a study, run only share K of N equal shares of its runs. Use one folder for all shares, or copy their "
         "folders into one; redux tables then shows the whole study",
     )
     run.set_defaults(verb=_run, resumes=True)
 
 
-def parse_share(text: str) -> Any:
+def parse_study_share(text: str) -> Any:
     """Parse the value of --share."""
     from jobs.study import Share
 

@@ -104,7 +104,7 @@ class KubernetesOptions:
         return self.queue is not None and self.scheduler == "kueue"
 
 
-def check_job(job: Job, options: KubernetesOptions, resolved: str) -> None:
+def check_kubernetes(job: Job, options: KubernetesOptions, resolved: str) -> None:
     """Check a job with its options.
 
     Args:

@@ -58,7 +58,7 @@ def _load_instructions_without_image(*prompts: str) -> list[Question]:
 
 
 EVALUATION_TASKS: dict[str, Task] = {
-    "easy_vqa": Task(easy_vqa.load_questions, easy_vqa.compute_metrics, 8, str(easy_vqa.PACKAGE_IMAGES)),
+    "easy_vqa": Task(easy_vqa.load_test_questions, easy_vqa.compute_metrics, 8, str(easy_vqa.PACKAGE_IMAGES)),
     "instructions": Task(_load_instructions, instruction_following.compute_metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)),
     "instructions_held_out": Task(
         _load_held_out_instructions, instruction_following.compute_metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)

@@ -19,7 +19,7 @@ from pipelines.report.plots import (
     Plot,
     find_point_boxes,
     place_label,
-    shorten,
+    shorten_label,
     style_axes,
     to_svg,
 )
@@ -170,7 +170,9 @@ def _plot_tradeoff(family: str, column: Column, rows: Sequence[ResultRow], acros
         figure.draw_without_rendering()
         occupied = find_point_boxes(axes, points)
         for row, point in zip(rows, points, strict=True):
-            place_label(axes, shorten(row.label, LABEL_LENGTH), point, _colour_of(row.kind), occupied, required=True)
+            place_label(
+                axes, shorten_label(row.label, LABEL_LENGTH), point, _colour_of(row.kind), occupied, required=True
+            )
         # the numbers are the description for screen readers
         values = "; ".join(f"{row.label} {x:.1f}, {y:.1f}" for row, (x, y) in zip(rows, points, strict=True))
         return Plot(

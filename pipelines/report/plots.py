@@ -121,10 +121,10 @@ def place_label(
             note.remove()
 
 
-def shorten(text: str, length: int) -> str:
+def shorten_label(text: str, length: int) -> str:
     """Cut a text to at most `length` characters, with an ellipsis at the end.
 
-    >>> shorten("instructions", 6)
+    >>> shorten_label("instructions", 6)
     'instr…'
     """
     return text if len(text) <= length else text[: length - 1] + "…"

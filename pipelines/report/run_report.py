@@ -195,7 +195,7 @@ class Patches:
     problem: str = ""
 
 
-def write_report(
+def write_run_report(
     run: Path,
     report: Report = Report(),
     tasks: Mapping[str, TaskSettings] | None = None,

@@ -21,7 +21,7 @@ from pipelines.core import jsonl
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, find_partial_file
 from pipelines.evaluation.statistics import Interval, bootstrap_interval
 from pipelines.evaluation.tasks import RESERVED_NAMES, find_task
-from pipelines.report.plots import shorten
+from pipelines.report.plots import shorten_label
 from pipelines.report.runs import Scorer
 from redux.benchmarks import BENCHMARKS, Metric, Row
 from redux.benchmarks.custom import UNTYPED
@@ -254,7 +254,7 @@ def make_score_line(name: str, metric: Metric, main: str) -> ScoreLine:
     title = name.removeprefix(f"{main}.")
     title = METRIC_TITLES.get(title, title)
     return ScoreLine(
-        shorten(title, ANSWER_LABEL_LENGTH),
+        shorten_label(title, ANSWER_LABEL_LENGTH),
         len(metric.outcomes),
         interval,
         maximum,
@@ -327,7 +327,7 @@ def _find_kind(row: Mapping[str, Any]) -> str:
         return instruction.name if instruction else str(row["instruction_id"])
     # benchmarks name the type of a question differently
     kind = next((str(row[key]) for key in TYPE_KEYS if row.get(key)), "")
-    return "" if kind == UNTYPED else shorten(kind, ANSWER_LABEL_LENGTH)
+    return "" if kind == UNTYPED else shorten_label(kind, ANSWER_LABEL_LENGTH)
 
 
 def _list_references(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -378,8 +378,8 @@ def _count_matrix(judged: Sequence[JudgedRow], references: Sequence[str]) -> Con
 
 
 def _name_reference(judged: JudgedRow) -> str:
-    return shorten(judged.references[0].strip(), ANSWER_LABEL_LENGTH)
+    return shorten_label(judged.references[0].strip(), ANSWER_LABEL_LENGTH)
 
 
 def _name_response(judged: JudgedRow) -> str:
-    return shorten(str(judged.row.get("response") or "").strip(), ANSWER_LABEL_LENGTH)
+    return shorten_label(str(judged.row.get("response") or "").strip(), ANSWER_LABEL_LENGTH)

@@ -447,6 +447,6 @@ def is_started() -> bool:
     return True
 
 
-def is_complete() -> bool:
+def all_replicas_run() -> bool:
     """Tell if all replicas answer; False while Ray Serve replaces one."""
     return bool(serve.status().applications[APPLICATION].status == ApplicationStatus.RUNNING)

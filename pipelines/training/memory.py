@@ -24,8 +24,8 @@ from pipelines.training.step_trace import (
     Device,
     SampleShape,
     StepTrace,
-    make_captions,
-    make_conversations,
+    make_caption_batch,
+    make_conversation_batch,
     trace_shapes,
     trace_step,
 )
@@ -140,8 +140,8 @@ def trace(shape: ModelShape, samples: Sequence[SampleShape], device: Device, is_
 
     def make_batch() -> dict[str, torch.Tensor]:
         if plan.stage.objective == "contrastive":
-            return make_captions(samples, plan.image_size, dtype)
-        return make_conversations(samples, plan.image_tokens, shape.image_id, plan.image_size, dtype)
+            return make_caption_batch(samples, plan.image_size, dtype)
+        return make_conversation_batch(samples, plan.image_tokens, shape.image_id, plan.image_size, dtype)
 
     return trace_step(shape.module, make_batch, device, takes_gradients(plan), is_fused)
 

@@ -310,7 +310,7 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def make_conversations(
+def make_conversation_batch(
     samples: Sequence[SampleShape], image_tokens: int, image_id: int, image_size: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Make a micro-batch of samples of given sizes, padded to the longest, as `move_to_device` does.
@@ -342,8 +342,8 @@ def make_conversations(
     }
 
 
-def make_captions(samples: Sequence[SampleShape], image_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Make a micro-batch of captions with images. Arguments as for `make_conversations`."""
+def make_caption_batch(samples: Sequence[SampleShape], image_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Make a micro-batch of captions with images. Arguments as for `make_conversation_batch`."""
     length = max(sample.length for sample in samples)
     ids = torch.arange(len(samples) * length).view(len(samples), length) % 2
     return {

@@ -413,7 +413,7 @@ def test_a_config_with_a_value_of_a_wrong_type_is_a_line(tmp_path: Path) -> None
 
     (tmp_path / "config.json").write_text('{"model_type": "llava", "text_config": 3}')
     with pytest.raises(ValueError, match=r"^checkpoint: got .*, allowed: a config.json .*'text_config' with value 3"):
-        model_parts.build_config(ModelSettings(checkpoint=str(tmp_path)))
+        model_parts.configure_model(ModelSettings(checkpoint=str(tmp_path)))
 
 
 def test_a_run_without_training_has_nothing_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

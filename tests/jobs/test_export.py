@@ -129,7 +129,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     from jobs import model_parts
 
-    model_parts.assemble(schema.load(run / JOB_FILE), run / "assembled")
+    model_parts.assemble_parts(schema.load(run / JOB_FILE), run / "assembled")
     for stage in ("captions", "instruct"):
         save_checkpoint(run, stage)
     steps = [

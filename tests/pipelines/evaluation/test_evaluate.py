@@ -58,7 +58,7 @@ ASKED = len(load_questions("easy_vqa", LIMIT))
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with both modules on and random weights, large enough that answers differ."""
     folder = tmp_path_factory.mktemp("model")
-    words = train_word_tokenizer((question.prompt for question in easy_vqa.load_questions()), 160)
+    words = train_word_tokenizer((question.prompt for question in easy_vqa.load_test_questions()), 160)
     size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
     llava = build_model(
