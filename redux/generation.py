@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from redux.graph_decoding import Prompt, decode_prompt, use_graph
+from redux.graph_decoding import PrefilledPrompt, decode_prompt, use_graph
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def generate_greedily(
     """
     start_s = read_clock(model.device)
     if use_graph(model, inputs):
-        prompt = Prompt.read(model, inputs)
+        prompt = PrefilledPrompt.run(model, inputs)
         first_s = read_clock(model.device)
         new_tokens = decode_prompt(model, prompt, eos_token_ids, tokenizer.pad_token_id, max_new_tokens)
     else:
