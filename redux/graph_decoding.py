@@ -183,13 +183,9 @@ class GreedySteps:
         pad_token_id: int,
         start: int = 0,
     ) -> None:
-        self.key, self.capacity, self.image_room, self.pad_token_id, self.start = (
-            key,
-            capacity,
-            image_room,
-            pad_token_id,
-            start,
-        )
+        self.key = key
+        self.capacity, self.image_room, self.start = capacity, image_room, start
+        self.pad_token_id = pad_token_id
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.visible = torch.zeros(batch, 1, 1, capacity, dtype=torch.bool, device=device)

@@ -323,7 +323,7 @@ def test_a_deferred_interrupt_is_raised_after_its_block(work: Any) -> None:
 
 
 def test_an_ignored_signal_stays_ignored(work: Any) -> None:
-    """As under nohup."""
+    """Under nohup, SIGHUP is ignored from the start."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     work(lambda *arguments: signal.raise_signal(signal.SIGHUP))
     try:

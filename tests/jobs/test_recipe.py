@@ -240,7 +240,7 @@ def test_the_model_of_a_twin_answers(twin: Path) -> None:
 def test_a_twin_with_adapters_gives_a_plain_model(
     parts: dict[str, str], sets: dict[str, str], ray_cluster: Any, tmp_path: Path
 ) -> None:
-    """As the header says, at a smaller rank: the language model has learned, and no adapter is left in it."""
+    """With the overrides of the header, at a smaller rank: the language model has learned, and no adapter is left."""
     path = FOLDER / "llava-1.5-7b-redux.yaml"
     overrides = [*list_small_overrides(parts, sets), *read_lora_overrides(path), "train.instruct.lora.rank=4"]
     folder = run_job(path, overrides, tmp_path)

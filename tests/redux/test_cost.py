@@ -1,6 +1,6 @@
-"""What a configuration is said to cost is what the model does, to the last FLOP and byte.
+"""The computed cost of a configuration equals that of the model, to the last FLOP and byte.
 
-The models are as small as lets every term be seen: 64 patches against a width of 24, and no two sizes equal, so that no
+The models are small, but every term counts: 64 patches against a width of 24, and no two sizes equal, so that no
 two terms can be taken for each other.
 """
 
@@ -92,7 +92,7 @@ class Measured:
         return call
 
     def forward(self, cache: Any = None, **inputs: Any) -> tuple[Cost, Any]:
-        """What one forward pass spends and leaves in the cache; and that cache."""
+        """Count the FLOPs and cache bytes of one forward pass; also return the cache."""
         self.spent.clear()
         parts = [
             ("compression", redux.tower, name)

@@ -27,7 +27,7 @@ def logits(model: Any, **inputs: Any) -> Tensor:
 
 
 def chosen(field: str) -> tuple[Any, ...]:
-    """What a field of CMAI can be."""
+    """Values that a field of CMAI can have."""
     return get_args(get_type_hints(CMAI)[field])
 
 
@@ -157,7 +157,7 @@ def test_decoding_with_the_caches_equals_the_full_pass_token_by_token(
 
 @pytest.mark.parametrize("cmai", VARIANTS[1:], ids=str)
 def test_behind_padding_on_the_right_decoding_equals_the_full_pass(tiny: Tiny, sample: Sample, cmai: CMAI) -> None:
-    """As when the turns of a batch are fed one after the other, each padded on its right."""
+    """The turns of a batch are fed one after the other, each padded on its right."""
     model = tiny(cmai=cmai)
     batch = together([sample(model), sample(model, text=5, seed=1)], left=False)
     more = torch.tensor([[7, 8, 9], [10, 11, 12]])
@@ -280,7 +280,7 @@ def test_the_scores_of_beam_search_are_those_of_the_full_pass(tiny: Tiny, sample
 
 
 def test_sampling_draws_from_the_full_pass(tiny: Tiny, sample: Sample) -> None:
-    """Of the two likeliest tokens both come, at about their odds, and no other."""
+    """Both of the two likeliest tokens are drawn, at about their odds, and no other."""
     model = tiny()
     inputs = sample(model)
     end = model.config.text_config.eos_token_id
@@ -477,7 +477,7 @@ def test_a_baseline_that_needs_a_class_token_says_so(tiny: Tiny) -> None:
 
 
 def test_proportional_attention_counts_a_merged_token_as_the_patches_it_holds(tiny: Tiny) -> None:
-    """Where all patches are equal nothing is lost by merging them, if a token counts as often as it holds patches."""
+    """Equal patches are merged without a loss, if a token counts as often as it holds patches."""
     config = tiny(vmtc=None, cmai=None).config.to_dict() | {"vision_feature_select_strategy": "full"}
     features = {}
     for name, vmtc in {

@@ -36,7 +36,7 @@ def mean(patches: list[tuple[float, Tensor]]) -> Tensor:
 
 
 def cells(side: int, out: int) -> list[tuple[float, float]]:
-    """Where each cell starts and ends along one side, in patches."""
+    """Compute the start and the end of each cell along one side, in patches."""
     return [(cell * side / out, (cell + 1) * side / out) for cell in range(out)]
 
 

@@ -161,7 +161,7 @@ def test_copies_compress_as_well(tiny: Tiny, sample: Sample, again: Callable[[An
 
 
 def test_a_tower_and_its_blocks_are_still_transformers_own(tiny: Tiny) -> None:
-    """What goes by class or by its name finds them: device maps, FSDP's plans, recorded hidden states."""
+    """Code that goes by class or by its name finds them: device maps, FSDP's plans, recorded hidden states."""
     model, images = tiny(), torch.randn(2, 3, 32, 32)
     tower: Any = model.model.vision_tower
     assert isinstance(tower, CLIPVisionModel)
