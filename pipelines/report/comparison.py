@@ -101,6 +101,7 @@ def render(
         verdicts: verdicts on the claims of the paper, of families that can judge at least one.
     """
     by_key = {table.key: table for table in tables}
+    # plots find their columns in whole tables; the page shows what is filled
     filled_tables = [filled for table in tables if (filled := keep_filled(table)).blocks]
     rows = [row for table in filled_tables for of_family in table.blocks.values() for row in of_family]
     return page.render(

@@ -273,6 +273,7 @@ def view_stored(
     problem, image = "", None
     spans: tuple[TokenSpan, ...] = ()
     notes: tuple[str, ...] = ()
+    # an unusable sample is shown with its problem
     try:
         check_record(stored)
         spans = view_pieces(template, stored.record["conversations"])

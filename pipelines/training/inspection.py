@@ -236,6 +236,7 @@ class _SampleChecker:
     def _check_labels(self, ids: Any, labels: Any, answers: list[str], key: str, is_cut: bool) -> None:
         """Compare the learned tokens with the answers."""
         is_learned = labels != IGNORE_INDEX
+        # a label is the token itself; the model shifts labels by one
         wrong = np.flatnonzero(is_learned & (labels != ids))
         if wrong.size:
             index = int(wrong[0])
@@ -245,12 +246,14 @@ class _SampleChecker:
             return
         spans = [ids[span] for span in _split_spans(np.flatnonzero(is_learned))]
         has_end = bool(spans) and (self.end_id is None or self.end_id in spans[-1][-2:])
+        # truncation may cut off answers, and the end of the last one
         if is_cut and (not has_end or len(spans) < len(answers)):
             self.inspection.truncated += 1
             answers = answers[: len(spans)]
         if len(spans) != len(answers):
             self.inspection.add_fault("labels", f"{key}: {len(spans)} learned parts for {len(answers)} answers")
             return
+        # each whole answer ends with the end token, perhaps before a line break of the template
         complete = spans[:-1] if is_cut and not has_end else spans
         for span, answer in zip(complete, answers, strict=False):
             if self.end_id is not None and self.end_id not in span[-2:]:

@@ -145,7 +145,7 @@ class Recorder:
         for name in ledger.compute_gauges(self.ledger.account):
             self.gauges.setdefault(name, Gauge(name, tag_keys=("run", "stage")))
         self.furthest_step = self.num_faults = self.saved_cursor = 0
-        self.last_fault = (-1, "")
+        self.last_fault: tuple[int, str] | None = None
         self.has_begun = False
         self.status = StageStatus(0, None, [], "")
         self.stop_requested = False

@@ -285,6 +285,7 @@ def trace_step(
         takes_gradients: gradients are taken away as soon as they are computed, as ZeRO 2 and 3 do.
         is_fused: fused kernels compute CMAI.
     """
+    # weights and buffers count as states, see memory.py
     counter = ByteCounter(CUDA_BLOCK_BYTES if device == "cuda" else 1)
     for tensor in (*module.parameters(), *module.buffers()):
         counter.ignore(tensor)
@@ -295,10 +296,12 @@ def trace_step(
     try:
         with _imitate_device(device, is_fused), ShapeMode(counter):
             loss = module(**make_batch())
+            # what the backward pass needs is still alive here
             saved = counter.live
             forward_peak, counter.peak = counter.peak, counter.live
             loss.backward()
     finally:
+        # the module is traced again with other sizes
         for handle in handles:
             handle.remove()
         for parameter in trained:

@@ -184,7 +184,7 @@ def _train_stage(
     Returns:
         False if training stopped before the last step, and the workers must end.
     """
-    plan, steps = work.plan, work.steps
+    plan = work.plan
     # The watchdog starts first: building the model and restoring may hang, too.
     watchdog = hooks.Watchdog(plan.recovery.watchdog_s, plan.run / "stacks" / plan.name, dist.get_rank())
     is_first = dist.get_rank() == 0
@@ -192,6 +192,7 @@ def _train_stage(
     if is_first:
         recorder.set_phase("loading model")
         forward_kernel_messages(recorder, plan.name)
+    # Readers start while the model is built.
     feed.prepare(work)
     engine = build_engine(plan, dist.get_world_size())
     check_features(engine, plan, work.reader)
@@ -202,26 +203,36 @@ def _train_stage(
     resume_point = _restore(engine, plan, stage_index, check, recorder, entered)
 
     is_finished = resume_point is not None
-    if resume_point and resume_point.cursor < steps:
+    if resume_point and resume_point.cursor < work.steps:
         closing_hooks = [
             *_build_hooks(engine, work, recorder, data, description),
             *(make(engine, plan) for make in extra_hook_factories),
         ]
-        all_hooks = [watchdog, *closing_hooks]
-        cursor, rolled_back = resume_point
-        batches = feed.read(work, cursor)
-        for step in run_training_steps(engine, plan, batches, cursor, steps, all_hooks, rolled_back):
-            for hook in all_hooks:
-                hook.on_step_end(step)
-            if step.should_stop:
-                is_finished = step.is_last
-                break
+        is_finished = _run_remaining_steps(engine, work, feed, resume_point, [watchdog, *closing_hooks])
         for hook in closing_hooks:
             hook.close()
     watchdog.close()
     # The next stage needs the memory.
     free_engine(engine)
     return is_finished
+
+
+def _run_remaining_steps(
+    engine: DeepSpeedEngineProtocol,
+    work: StageWork,
+    feed: Feed,
+    resume_point: ResumePoint,
+    all_hooks: Sequence[Hook],
+) -> bool:
+    """Run the steps after the resume point, with the hooks after each. Returns False if a hook stopped the training."""
+    cursor, rolled_back = resume_point
+    batches = feed.read(work, cursor)
+    for step in run_training_steps(engine, work.plan, batches, cursor, work.steps, all_hooks, rolled_back):
+        for hook in all_hooks:
+            hook.on_step_end(step)
+        if step.should_stop:
+            return step.is_last
+    return True
 
 
 def _build_hooks(
