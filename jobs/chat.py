@@ -1,11 +1,11 @@
 """Ask a trained model in the terminal: one question (`redux ask`) or a conversation (`redux chat`)."""
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -36,70 +36,101 @@ PICTURE_COLUMNS = 48
 """Width of a picture in the terminal, in characters."""
 
 
-def ask(arguments: argparse.Namespace) -> str:
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """Options of `redux chat`, see its help.
+
+    Args:
+        model: folder of a run; or folder, hub id or URL of a LLaVA.
+        images: images of the first question.
+        image_tokens: image tokens that VMTC leaves, or "all"; None for those of the training.
+        gamma: largest share of inhibited image tokens; None for that of the training.
+        device: device; None takes a GPU if there is one.
+        max_new_tokens, temperature, top_p, seed: see `redux.chat.Sampling`.
+    """
+
+    model: str
+    images: Sequence[str]
+    image_tokens: int | Literal["all"] | None
+    gamma: float | None
+    device: str | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions(ChatOptions):
+    """Options of `redux ask`: a question, about all images."""
+
+    question: str
+
+
+def ask(options: AskOptions) -> str:
     """Return the answer to one question.
 
     Raises:
         ValueError: the model or an image cannot be read, or an option is out of range.
     """
-    sampling = build_sampling(arguments)
-    find_model(arguments.model)  # a wrong model is named before a wrong image
-    if os.path.isfile(arguments.question):  # Path.is_file() raises for a long question
+    sampling = build_sampling(options)
+    find_model(options.model)  # a wrong model is named before a wrong image
+    if os.path.isfile(options.question):  # Path.is_file() raises for a long question
         raise ValueError(
-            f"QUESTION: got the file {arguments.question}, allowed: a question as the last argument: {ASK_USAGE}"
+            f"QUESTION: got the file {options.question}, allowed: a question as the last argument: {ASK_USAGE}"
         )
     try:
-        images = tuple(map(read_image, arguments.images))
+        images = tuple(map(read_image_file, options.images))
     except ValueError as error:
         raise ValueError(f"{error}; the question is the last argument: {ASK_USAGE}") from None
-    message = Message(role="user", text=arguments.question, images=images)
-    model = open_model(arguments)
+    message = Message(role="user", text=options.question, images=images)
+    model = open_model(options)
     if not images:
         print(f"redux: {NO_IMAGE}", file=sys.stderr)
     [answer] = model.generate([model.encode([message])], [sampling], lambda deltas: [])
     return answer.text
 
 
-def run_chat(arguments: argparse.Namespace) -> None:
+def run_chat(options: ChatOptions) -> None:
     """Hold a conversation in the terminal until its input ends.
 
     Raises:
         ValueError: the model or a first image cannot be read, or an option is out of range.
     """
-    sampling = build_sampling(arguments)
-    find_model(arguments.model)  # a wrong model is named before a wrong image
-    images = [read_image(image) for image in arguments.images]
-    model = open_model(arguments)
+    sampling = build_sampling(options)
+    find_model(options.model)  # a wrong model is named before a wrong image
+    images = [read_image_file(image) for image in options.images]
+    model = open_model(options)
     conversation = Conversation(model, sampling, images)
     if sys.stdin.isatty():
         import readline  # noqa: F401  # gives input() a history and line editing
 
-        print(f"{arguments.model}; /help lists the commands")
+        print(f"{options.model}; /help lists the commands")
     for line in _read_lines():
         if not conversation.handle(line.strip()):
             break
 
 
-def build_sampling(arguments: argparse.Namespace) -> Sampling:
+def build_sampling(options: ChatOptions) -> Sampling:
     """Build the sampling from the options; ValueError names an option that is out of range."""
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     try:
-        return Sampling(**{name: getattr(arguments, name) for name in names})
+        return Sampling(**{name: getattr(options, name) for name in names})
     except ValueError as error:
         name, _, rest = str(error).partition(":")
         raise ValueError(f"--{name.replace('_', '-')}:{rest}") from None
 
 
-def open_model(arguments: argparse.Namespace) -> ChatModel:
-    """Load the model that the arguments name, with their settings of the method."""
-    source = find_model(arguments.model)
+def open_model(options: ChatOptions) -> ChatModel:
+    """Load the model that the options name, with their settings of the method."""
+    source = find_model(options.model)
     if not is_llava(source):
-        raise ValueError(f"{arguments.model}: the model is no LLaVA, allowed: a LLaVA with a CLIP or SigLIP tower")
-    methods = choose_methods(source, arguments.image_tokens, arguments.gamma)
-    return load_chat_model(source, device=arguments.device, **methods)
+        raise ValueError(f"{options.model}: the model is not a LLaVA, allowed: a LLaVA with a CLIP or SigLIP tower")
+    methods = choose_methods(source, options.image_tokens, options.gamma)
+    return load_chat_model(source, device=options.device, **methods)
 
 
-def read_image(path: str) -> bytes:
+def read_image_file(path: str) -> bytes:
     """Read an image file; ValueError if it is missing or no image."""
     try:
         content = storage.read(path)
@@ -153,7 +184,7 @@ class Conversation:
     def _add_image(self, path: str) -> None:
         if not path:
             raise ValueError("/image: got no file, allowed: /image FILE")
-        self.new_images.append(read_image(path))
+        self.new_images.append(read_image_file(path))
         print(f"{path} goes with the next question")
 
     def _reset(self, _: str) -> None:

@@ -1,13 +1,12 @@
 """Check a job before it runs: all that would fail or go wrong silently, and what the job will take (`redux check`).
 
-Nothing is trained, no weights are read and no Ray is started. Problems are collected, so that one call lists them all.
+Nothing is trained, no weights are read and Ray is not started. Problems are collected, so that one call lists them all.
 """
 
-import argparse
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from jobs.check_text import (
     format_steps,
 )
 from jobs.dry_run import load_job, open_stages
-from jobs.layout import locate_checkpoints
+from jobs.layout import locate_job_checkpoints
 from jobs.schema import Job
 from pipelines.core import storage
 from pipelines.core.failures import classify_error
@@ -69,47 +68,85 @@ MAX_READ_RECORDS = 1000
 """First records of a set in another form, which are checked before its samples are drawn."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Options of `redux check`, see its help.
+
+    Args:
+        job: job file.
+        overrides: values to replace.
+        runs_dir: folder of the run folders.
+        samples: samples of each set.
+        seed: seed of the draw.
+        workers: number of workers; None for that of the job.
+        gpu_memory: memory of a GPU in GiB; None for that of this machine.
+        tokens_per_s: tokens per second of all workers; None for those of the run.
+        price: price of a GPU-hour.
+    """
+
+    job: Path
+    overrides: Sequence[str]
+    runs_dir: Path
+    samples: int
+    seed: int
+    workers: int | None
+    gpu_memory: float | None
+    tokens_per_s: float | None
+    price: float | None
+
+
 @dataclass
 class ProblemList:
-    """Problems that were found so far, each a line."""
+    """Problems that were found so far, each a line.
 
-    lines: list[str] = field(default_factory=list)
+    Args:
+        keys: key of the job that cannot be used, by line; "" for a problem that leaves all keys usable.
+    """
 
-    def add(self, line: str) -> None:
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def add(self, line: str, unusable: str = "") -> None:
         """Add a problem, once."""
-        line = " ".join(line.split())
-        if line not in self.lines:
-            self.lines.append(line)
+        self.keys.setdefault(" ".join(line.split()), unusable)
+
+    def has(self, unusable: str) -> bool:
+        """Tell if a problem makes a key of the job unusable."""
+        return unusable in self.keys.values()
 
     @contextmanager
-    def collect(self, prefix: str = "") -> Iterator[None]:
-        """Add an error within the block, and go on after it."""
+    def collect(self, unusable: str = "", prefix: str = "") -> Iterator[None]:
+        """Add an error within the block, and go on after it.
+
+        Args:
+            unusable: key that cannot be used after an error.
+            prefix: beginning of the lines, if they do not have it.
+        """
         try:
             yield
         except (ValueError, OSError, ImportError) as error:
             problems = getattr(error, "problems", None) or [classify_error(error).text or str(error)]
             for problem in problems:
-                self.add(problem if problem.startswith(prefix) else f"{prefix}{problem}")
+                self.add(problem if problem.startswith(prefix) else f"{prefix}{problem}", unusable)
 
 
-def check_job(arguments: argparse.Namespace) -> None:
+def check_job(options: CheckOptions) -> None:
     """Check a job and print what it will take.
 
     Raises:
         JobError: there are problems; it has a line for each.
     """
     transformers_logging.disable_progress_bar()
-    job = load_job(arguments.job, arguments.overrides)
-    folder = (arguments.runs_dir / job.name).resolve()
+    job = load_job(options.job, options.overrides)
+    folder = (options.runs_dir / job.name).resolve()
     problems = ProblemList()
     _check_preparations(job, folder, problems)
     usable = _drop_unusable(job, problems)
     if usable is not None:
         with problems.collect():
-            _check_stages(usable, folder, arguments, problems)
-    if problems.lines:
-        print(f"{len(problems.lines)} problem{'s' * (len(problems.lines) > 1)}")
-        raise document.JobError(*problems.lines)
+            _check_stages(usable, folder, options, problems)
+    if problems.keys:
+        print("1 problem" if len(problems.keys) == 1 else f"{len(problems.keys)} problems")
+        raise document.JobError(*problems.keys)
     print("no problems found")
 
 
@@ -119,28 +156,28 @@ def check_job(arguments: argparse.Namespace) -> None:
 def _check_preparations(job: Job, folder: Path, problems: ProblemList) -> None:
     """Check everything that needs no sample."""
     for name, url in job.data.sets.items():
-        with problems.collect(f"data.sets.{name}: "):
+        with problems.collect(f"data.sets.{name}", prefix=f"data.sets.{name}: "):
             if name not in job.data.make and not is_finished(url):  # data in another form
                 _check_source(f"data.sets.{name}", SetSource(source=url), problems)
             elif name not in job.data.make:
                 _check_set(job, name, storage.make_absolute(url))
     for name, source in job.data.make.items():
-        with problems.collect():
+        with problems.collect(f"data.make.{name}"):
             _check_source(f"data.make.{name}", source, problems)
-    with problems.collect():
+    with problems.collect("trackers"):
         trackers.check_trackers(job.trackers)
     for name, stage in job.train.items():
-        with problems.collect():
+        with problems.collect("train"):
             if stage.lora:
                 lora.require_peft(f"train.{name}.lora")
-        with problems.collect():
+        with problems.collect("train"):
             resolve.check_image_backend(name, stage)
     for name, task in job.evaluation_tasks.items():
         if task.held_out:
             continue  # its questions are samples of a set, which are checked there
-        with problems.collect(f"evaluate.tasks.{name}"):
+        with problems.collect(f"evaluate.tasks.{name}", prefix=f"evaluate.tasks.{name}"):
             evaluate.check_task(name, resolve.resolve_task(task))
-    with problems.collect():
+    with problems.collect("model"):
         try:
             model_parts.check_weights(replace(job, model=model_parts.locate_parts(job.model)), folder)
         except UnmappedWeightsError as error:  # a job may be checked on a smaller machine than it runs on
@@ -150,7 +187,7 @@ def _check_preparations(job: Job, folder: Path, problems: ProblemList) -> None:
     with problems.collect():
         _check_folder(folder)
     with problems.collect():
-        checkpoints = locate_checkpoints(job, folder)
+        checkpoints = locate_job_checkpoints(job, folder)
         if job.checkpoints and not storage.is_local(checkpoints):
             check_writable(checkpoints)
         elif job.checkpoints:
@@ -170,12 +207,12 @@ def _check_folder(folder: Path) -> None:
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(
-            f"{folder}: cannot be written, as {parent} {_describe_access(parent)}, allowed: another folder"
+            f"{folder}: cannot be written, because {parent} {_describe_access(parent)}, allowed: another folder"
         )
 
 
 def _describe_access(path: Path) -> str:
-    return "gives no permission" if path.is_dir() else "is no folder"
+    return "gives no permission" if path.is_dir() else "is not a folder"
 
 
 def _check_source(key: str, source: SetSource, problems: ProblemList) -> None:
@@ -193,7 +230,8 @@ def _check_source(key: str, source: SetSource, problems: ProblemList) -> None:
         problems.add(
             f"{key}: {len(rejections)} of {len(sample)} records of {source.source} are rejected, allowed: a "
             f"share of max_bad_fraction, {source.max_bad_fraction:g}; the first: {first.reason}: {first.field}: got "
-            f"{first.value}"
+            f"{first.value}",
+            unusable=key,
         )
     images = ImageFolder(storage.make_absolute(opened.images))
     # images in the source are read with the samples
@@ -224,21 +262,12 @@ def _has_image(images: ImageFolder, path: str) -> bool:
 def _drop_unusable(job: Job, problems: ProblemList) -> Job | None:
     """Return the job with the stages whose sets can be read, and the tasks that can; None if no stage is left."""
     broken = {
-        name
-        for name in job.data.set_names
-        if any(
-            line.startswith((f"data.sets.{name}:", f"data.make.{name}:", f"data.make.{name}.source:"))
-            for line in problems.lines
-        )
+        name for name in job.data.set_names if problems.has(f"data.sets.{name}") or problems.has(f"data.make.{name}")
     }
     train = {name: stage for name, stage in job.train.items() if not broken & stage.mixture.keys()}
-    tasks = {
-        name: task
-        for name, task in job.evaluation_tasks.items()
-        if not any(line.startswith(f"evaluate.tasks.{name}") for line in problems.lines)
-    }
-    blocks = ("model.", "train.", "trackers")
-    if not train or any(line.startswith(blocks) for line in problems.lines):
+    tasks = {name: task for name, task in job.evaluation_tasks.items() if not problems.has(f"evaluate.tasks.{name}")}
+    # without these nothing can be encoded or counted
+    if not train or any(map(problems.has, ("model", "train", "trackers"))):
         return None
     try:
         kept = {name: job.data.sets[name] for name in job.data.sets if name not in broken}
@@ -253,14 +282,14 @@ def _drop_unusable(job: Job, problems: ProblemList) -> Job | None:
 # --- samples, steps, memory ------------------------------------------------------------------------------------------
 
 
-def _check_stages(job: Job, folder: Path, arguments: argparse.Namespace, problems: ProblemList) -> None:
+def _check_stages(job: Job, folder: Path, options: CheckOptions, problems: ProblemList) -> None:
     """Check the samples of each stage, and print what it will take."""
     job = resolve.resolve_job(job, folder)
     with open_stages(job, folder) as stages:
         config = _build_config(job, folder, stages) if job.model.has_pretrained_language else None
         if config is not None:
             _print_template_notes(config, stages)
-        device, capacity = _find_device(job, arguments)
+        device, capacity = _find_device(job, options)
         found: list[SetInspection] = []
         sizes = {}
         for name, work in stages.items():
@@ -268,17 +297,17 @@ def _check_stages(job: Job, folder: Path, arguments: argparse.Namespace, problem
             sizes[name] = shape
             tower_tokens = count_tower_tokens(shape)
             stage_sets = [
-                inspections.inspect_set(work, source, arguments.samples, arguments.seed, tower_tokens)
+                inspections.inspect_set(work, source, options.samples, options.seed, tower_tokens)
                 for source in work.reader.sources
             ]
             found += stage_sets
             for inspected in stage_sets:
                 for line in inspections.list_problems(inspected, work.plan):
                     problems.add(line)
-            _print_stage(work, shape, stage_sets, arguments, device, capacity, problems)
+            _print_stage(work, shape, stage_sets, options, device, capacity, problems)
         for line in inspections.list_image_problems(found):
             problems.add(line)
-        _check_evaluation(job, stages, sizes, arguments, problems)
+        _check_evaluation(job, stages, sizes, options, problems)
         _check_disk(job, folder, sizes, problems)
 
 
@@ -286,7 +315,7 @@ def _build_config(job: Job, folder: Path, stages: dict[str, StageWork]) -> Any:
     """Build the configuration of the pretrained model, with the tokens of its tokenizer."""
     from transformers import AutoTokenizer
 
-    config = model_parts.read_config(job, folder)
+    config = model_parts.read_job_config(job, folder)
     # contrastive stages have another one, and come first
     tokenizer = AutoTokenizer.from_pretrained(list(stages.values())[-1].plan.tokenizer)
     config.image_token_index = config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -307,10 +336,10 @@ def _print_template_notes(config: Any, stages: dict[str, StageWork]) -> None:
             print(f"note: {name} trains template {template}, the language model has a chat template: template: chat")
 
 
-def _find_device(job: Job, arguments: argparse.Namespace) -> tuple[Device, int | None]:
+def _find_device(job: Job, options: CheckOptions) -> tuple[Device, int | None]:
     """Find the device of the workers and its memory in bytes; None if that is unknown."""
-    if arguments.gpu_memory:
-        return "cuda", int(arguments.gpu_memory * 2**30)
+    if options.gpu_memory:
+        return "cuda", int(options.gpu_memory * 2**30)
     if torch.cuda.is_available():
         return "cuda", torch.cuda.get_device_properties(0).total_memory
     if job.model.has_pretrained_language:
@@ -318,25 +347,25 @@ def _find_device(job: Job, arguments: argparse.Namespace) -> tuple[Device, int |
     return "cpu", psutil.virtual_memory().total
 
 
-def _count_workers(work: StageWork, arguments: argparse.Namespace, device: Device) -> int:
+def _count_workers(work: StageWork, options: CheckOptions, device: Device) -> int:
     wanted = work.plan.workers[1] if work.plan.workers else None
     local = torch.cuda.device_count() if device == "cuda" else (os.cpu_count() or 1)
-    return work.plan.stage.count_usable_workers(arguments.workers or wanted or max(local, 1))
+    return work.plan.stage.count_usable_workers(options.workers or wanted or max(local, 1))
 
 
 def _print_stage(
     work: StageWork,
     shape: ModelShape,
     stage_sets: list[SetInspection],
-    arguments: argparse.Namespace,
+    options: CheckOptions,
     device: Device,
     capacity: int | None,
     problems: ProblemList,
 ) -> None:
     """Print the samples, the steps and the memory of a stage."""
     plan = work.plan
-    workers = _count_workers(work, arguments, device)
-    rate = arguments.tokens_per_s
+    workers = _count_workers(work, options, device)
+    rate = options.tokens_per_s
     if rate is None and metrics.read_last_step(plan.run, plan.name):
         rate = metrics.compute_tokens_per_s(plan.run, plan.name)
     template = f", template {plan.template}" if plan.stage.objective == "language" else ""
@@ -344,7 +373,7 @@ def _print_stage(
     for inspected in stage_sets:
         print(format_inspection(inspected, plan.stage.max_length))
     tokens = work.steps * plan.stage.global_batch_size * _mean_tokens(work, stage_sets)
-    print(format_steps(work.steps, plan.stage.global_batch_size, tokens, rate, workers, arguments.price))
+    print(format_steps(work.steps, plan.stage.global_batch_size, tokens, rate, workers, options.price))
     shapes = [shape for inspected in stage_sets for shape in inspected.shapes]
     if not shapes:
         return
@@ -391,7 +420,7 @@ def _check_evaluation(
     job: Job,
     stages: dict[str, StageWork],
     shapes: dict[str, ModelShape],
-    arguments: argparse.Namespace,
+    options: CheckOptions,
     problems: ProblemList,
 ) -> None:
     """Look for the evaluation questions in the training sets, and print the memory of the evaluation."""
@@ -407,7 +436,7 @@ def _check_evaluation(
             questions = EvaluationImages.from_task(task, settings)
             prompts[task] = questions.prompts
             for name, shards in sets.items():
-                overlap = find_overlap(shards, task, questions, arguments.seed)
+                overlap = find_overlap(shards, task, questions, options.seed)
                 print(format_overlap(overlap, name, len(shards)))
                 if overlap.pairs:
                     problems.add(
@@ -426,7 +455,7 @@ def _check_evaluation(
 
 def _check_disk(job: Job, folder: Path, shapes: dict[str, ModelShape], problems: ProblemList) -> None:
     """Compare the bytes of checkpoints and models with the free disk space."""
-    checkpoints = locate_checkpoints(job, folder)
+    checkpoints = locate_job_checkpoints(job, folder)
     needed = 0
     for name, stage in job.train.items():
         shape = shapes[name]

@@ -23,13 +23,10 @@ from pipelines.core import jsonl, storage
 from pipelines.core.settings import KEYS_WITHOUT_EFFECT, is_in_sections
 from pipelines.evaluation import evaluate
 from pipelines.training import checkpoint, metrics
-from pipelines.training.files import JOB_FILE
-
-PROGRESS = "progress.jsonl"
-ASSEMBLED = "assembled"
+from pipelines.training.files import ASSEMBLED_FOLDER, JOB_FILE, PROGRESS_FILE
 
 PREPARATIONS = {"shards", "assemble"}
-"""Steps that are repeated if their settings change before the first training step."""
+"""Phases that are repeated if their settings change before the first training step."""
 
 
 def find_changes(
@@ -83,7 +80,7 @@ def make_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Claim:
-    """Claim of a run folder by a job: which steps depend on which settings, and which have started.
+    """Claim of a run folder by a job: which phases depend on which settings, and which have started.
 
     Args:
         folder: run folder.
@@ -99,38 +96,38 @@ class Claim:
 
     @classmethod
     def from_folder(cls, folder: Path, job: Job) -> "Claim":
-        """Read the stages of the job in the folder, and which steps have started."""
+        """Read the stages of the job in the folder, and which phases have started."""
         previous = _read(folder / JOB_FILE, Job).get("train") if (folder / JOB_FILE).exists() else None
         previous_stages = list(previous) if isinstance(previous, dict) else []
         started = metrics.read_stages(folder) | ({"evaluate"} if evaluate.has_answers(folder) else set())
         return cls(folder, job, (previous_stages, list(job.train)), frozenset(started))
 
     def find_changes(self, allow_changes: bool = False) -> list[str]:
-        """Find the settings that differ from those in the folder; ValueError if a step has used one of them."""
+        """Find the settings that differ from those in the folder; ValueError if a phase has used one of them."""
         return find_changes(self.folder / JOB_FILE, self.job, self.find_use, allow_changes)
 
     def enforce(self, allow_changes: bool = False) -> None:
         """Write the job into the folder, and mark outdated preparations and an outdated report as unfinished."""
         keys = claim(self.folder / JOB_FILE, self.job, self.find_use, allow_changes)
-        # a setting that a step has used was refused above, or the user allowed to keep its result
+        # a setting that a phase has used was refused above, or the user allowed to keep its result
         outdated = set().union(*(self.find_dependents(key) for key in keys if not self.find_use(key)))
-        path = self.folder / PROGRESS
+        path = self.folder / PROGRESS_FILE
         entries = jsonl.read(path)
         if any(entry.get("step") in outdated for entry in entries):
             kept = [entry for entry in entries if entry.get("step") not in outdated]
             storage.write(str(path), "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         if "assemble" in outdated:
-            shutil.rmtree(self.folder / ASSEMBLED, ignore_errors=True)
+            shutil.rmtree(self.folder / ASSEMBLED_FOLDER, ignore_errors=True)
 
     def find_use(self, key: str) -> str:
-        """Find the first step that has started and depends on a setting; "" if there is none."""
-        steps = self.find_dependents(key)
-        if steps & PREPARATIONS:  # every stage trains on their results
-            steps = steps.union(*self.stages)
-        return next((name for name in (*self._all_stages, "evaluate") if name in steps & self.started), "")
+        """Find the first phase that has started and depends on a setting; "" if there is none."""
+        phases = self.find_dependents(key)
+        if phases & PREPARATIONS:  # every stage trains on their results
+            phases = phases.union(*self.stages)
+        return next((name for name in (*self._all_stages, "evaluate") if name in phases & self.started), "")
 
     def find_dependents(self, key: str) -> set[str]:
-        """Find the steps whose results depend on the setting at a dotted path."""
+        """Find the phases whose results depend on the setting at a dotted path."""
         if is_in_sections(key, KEYS_WITHOUT_EFFECT):
             return set()
         section, _, subkey = key.partition(".")

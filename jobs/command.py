@@ -18,6 +18,17 @@ from jobs.exit_codes import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_MISUSE
 from jobs.former_names import FORMER_OPTIONS
 from pipelines.core import interrupts
 
+VERB_GROUPS = {
+    "prepare data and job files": ("init", "shards", "look", "check"),
+    "train": ("run", "best"),
+    "see results": ("report", "tables"),
+    "use a model": ("ask", "chat", "serve", "export"),
+    "work on a cluster": ("submit", "jobs", "manifest"),
+    "benchmarks and costs": ("instructions", "score", "cost"),
+    "keys of job files": ("explain", "schema"),
+}
+"""Verbs by what the user wants to do, in the order of `redux --help`."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
@@ -39,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BaseException as error:
             # an interrupt may appear as another error: of an import, of a library, of a stopping Ray
             if interrupts.was_interrupted() or isinstance(error, KeyboardInterrupt):
-                advice = "; the same command continues from the last checkpoint" * getattr(arguments, "resumes", False)
+                resumes = getattr(arguments, "resumes", False)
+                advice = "; the same command continues from the last checkpoint" if resumes else ""
                 print(f"redux: interrupted{advice}", file=sys.stderr)
                 return EXIT_INTERRUPTED
             code, problems = _describe(error)
@@ -63,7 +75,7 @@ def _describe(error: BaseException) -> tuple[int, list[str]]:
     if isinstance(cause, ValueError | ImportError):
         return EXIT_MISUSE, [" ".join(problem.split()) for problem in getattr(cause, "problems", [failure.text])]
     code = EXIT_FAULT if failure.kind == failures.Kind.LOST else EXIT_MISUSE
-    return code, [f"{failure.text}; finished steps are safe: after a fix, the same command continues"]
+    return code, [f"{failure.text}; finished phases are safe: after a fix, the same command continues"]
 
 
 class _Output(io.FileIO):
@@ -79,7 +91,7 @@ class _Output(io.FileIO):
 
 
 def _survive_lost_outputs() -> None:
-    """Make output without a reader no error, as it would end a run, even while it writes a checkpoint.
+    """Ignore outputs that nobody reads: their error would end a run, even while it writes a checkpoint.
 
     Each line is flushed, also to a file, so that a killed run loses no output. Characters that the terminal cannot
     show, as in a file name that is not UTF-8, are escaped.
@@ -114,7 +126,7 @@ class VerbParser(argparse.ArgumentParser):
         return arguments, []
 
     def _refuse(self, words: Sequence[str]) -> NoReturn:
-        """Refuse words that are no arguments of the verb."""
+        """Refuse words that are not arguments of the verb."""
         options = [word for word in words if word.startswith("-")]
         for word in options:
             if new_name := FORMER_OPTIONS.get(word.partition("=")[0]):
@@ -123,8 +135,29 @@ class VerbParser(argparse.ArgumentParser):
         self.error(f"unrecognized arguments: {' '.join(options or words)}")
 
 
+class RootParser(argparse.ArgumentParser):
+    """Parser of `redux`, whose help lists the verbs in groups."""
+
+    def format_help(self) -> str:
+        """Format the help.  argparse itself would list all verbs in one group."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        [verbs] = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        entries = {entry.dest: entry for entry in verbs._get_subactions()}
+        for title, names in VERB_GROUPS.items():
+            formatter.start_section(title)
+            formatter.add_arguments([entries[name] for name in names])
+            formatter.end_section()
+        formatter.start_section("options")
+        formatter.add_arguments([action for action in self._actions if action.option_strings])
+        formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = RootParser(
         prog="redux",
         description="Train vision-language models that follow instructions, with fewer image tokens.",
         epilog=f"redux VERB --help explains a verb. To begin: redux run {EXAMPLE_JOB}",

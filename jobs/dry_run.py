@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs import claims, document, schema
-from jobs.claims import ASSEMBLED
 from jobs.layout import locate_sets
 from jobs.model_parts import find_assembled
 from jobs.run import TOKENIZER, list_word_sets, plan_stages, train_tokenizer
@@ -24,7 +23,7 @@ from pipelines.data.options import ShardOptions
 from pipelines.data.shard_index import Shards, is_finished
 from pipelines.data.sources.opened import RecordSource
 from pipelines.data.unmade import UnmadeShards
-from pipelines.training.files import JOB_FILE
+from pipelines.training.files import ASSEMBLED_FOLDER, JOB_FILE
 from pipelines.training.plan import StagePlan, StageWork
 from redux.hub import local_copy
 from redux.pretrained import load_assembled_tokenizer
@@ -106,35 +105,35 @@ def _open_set(job: Job, folder: Path, name: str, url: str) -> Shards:
 def _find_tokenizers(
     job: Job, folder: Path, plans: dict[str, StagePlan], sources: dict[str, Shards], temporary: Path
 ) -> dict[Path, Path]:
-    """Find or make the tokenizer of each stage, by its place in the run folder."""
+    """Find or make the tokenizer of each stage, by its path in the run folder."""
     result = {}
-    for place in dict.fromkeys(plan.tokenizer for plan in plans.values()):
-        found = find_tokenizer(job, folder, place)
+    for path in dict.fromkeys(plan.tokenizer for plan in plans.values()):
+        found = find_tokenizer(job, folder, path)
         if found is None:
-            found = temporary / place.name
-            _make_tokenizer(job, place, sources).save_pretrained(found)
-        result[place] = found
+            found = temporary / path.name
+            _make_tokenizer(job, path, sources).save_pretrained(found)
+        result[path] = found
     return result
 
 
-def find_tokenizer(job: Job, folder: Path, place: Path | None = None) -> Path | None:
+def find_tokenizer(job: Job, folder: Path, path: Path | None = None) -> Path | None:
     """Find the tokenizer that the run has made; None if there is none, or that of another job.
 
     Args:
         job: the job, resolved.
         folder: run folder.
-        place: its place in the run folder; None for that of the language model.
+        path: its path in the run folder; None for that of the language model.
     """
-    place = place or folder / (ASSEMBLED if job.model.has_pretrained_language else TOKENIZER)
-    if place.name == ASSEMBLED:
+    path = path or folder / (ASSEMBLED_FOLDER if job.model.has_pretrained_language else TOKENIZER)
+    if path.name == ASSEMBLED_FOLDER:
         return find_assembled(job, folder)
-    return place if place.exists() and belongs_to_run(job, folder) else None
+    return path if path.exists() and belongs_to_run(job, folder) else None
 
 
-def _make_tokenizer(job: Job, place: Path, sources: dict[str, Shards]) -> PreTrainedTokenizerBase:
-    """Make the tokenizer that the run would make at a place."""
+def _make_tokenizer(job: Job, path: Path, sources: dict[str, Shards]) -> PreTrainedTokenizerBase:
+    """Make the tokenizer that the run would make at a path."""
     model = job.model
-    if place.name == TOKENIZER:
+    if path.name == TOKENIZER:
         return train_tokenizer(job, [sources[name].iterate_records() for name in sorted(list_word_sets(job))])
     if model.checkpoint:
         with local_copy(model.checkpoint, label="checkpoint", skips_weights=True) as copy:

@@ -47,7 +47,7 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         if self.adapter and self.to == "vllm":
-            raise ValueError("--adapter: got it with --to vllm, allowed: with --to hf, as vLLM reads the merged model")
+            raise ValueError("--adapter: got --to vllm, allowed: --to hf, because vLLM reads the merged model")
 
     @property
     def form(self) -> model_card.CardForm:
@@ -76,7 +76,7 @@ def export_model(
     require_folder(source, "FOLDER", "the folder of a run or of a model")
     if out is None:
         if not (source / JOB_FILE).exists():
-            raise ValueError(f"--out: missing, allowed: a folder or URL, as {source} is no run folder")
+            raise ValueError(f"--out: missing, allowed: a folder or URL, because {source} is not a run folder")
         out = str(source / EXPORTS_FOLDER / options.form)
     if is_complete(out) or storage.list_files(out):
         raise ValueError(f"out: got {out}, which holds files, allowed: an empty or new folder")
@@ -128,7 +128,7 @@ def _export_checkpoint(run: Path, stage: str | None, step: int | None, out: str,
 
     def add_card(folder: Path) -> None:
         if plan.stage.objective == "contrastive":
-            return  # a CLIP, which is no model of this library
+            return  # a CLIP, which is not a model of this library
         model = ExportedModel(
             run=run,
             stage=name,

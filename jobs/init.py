@@ -11,14 +11,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from jobs import schema
-from jobs.first_job import EASY_VQA, EASY_VQA_IMAGES, LARGE_MODELS, SMALL_MODEL, InitAnswers, write_job
+from jobs.first_job import EASY_VQA, LARGE_MODELS, SMALL_MODEL, InitAnswers, write_job
 from pipelines.core import storage
 from pipelines.data import records, shard_index
 from pipelines.data.options import SetSource
-from pipelines.data.sources.layouts import ALLOWED_SOURCES
 from pipelines.data.sources.opened import RecordSource
 from pipelines.data.sources.rows import SourceRecord
 from pipelines.evaluation import tasks
@@ -34,6 +33,7 @@ RUNS = Path("runs")
 """Default folder of the run folders of `redux run`."""
 
 DEFAULT_CHECKPOINT = "llava-hf/llava-1.5-7b-hf"
+DEFAULT_METRIC: AnswerMetric = "contains"
 MAX_CHECKED_RECORDS = 20_000
 MAX_CHECKED_URLS = 20
 
@@ -89,9 +89,9 @@ def init(path: Path, takes_defaults: bool) -> None:
     if path.exists():
         raise ValueError(f"{path}: exists, allowed: a new file")
     if not path.parent.is_dir():
-        raise ValueError(f"{path}: {path.parent} is no folder, allowed: a file in a folder that exists")
+        raise ValueError(f"{path}: {path.parent} is not a folder, allowed: a file in a folder that exists")
     if not takes_defaults and not sys.stdin.isatty():
-        raise ValueError("init: got an input that is no terminal, allowed: a terminal, or --yes for all defaults")
+        raise ValueError("init: got an input that is not a terminal, allowed: a terminal, or --yes for all defaults")
     if not takes_defaults:
         print("Enter takes the answer in brackets.")
     answers = ask_all(Dialog(takes_defaults))
@@ -109,30 +109,8 @@ def ask_all(dialog: Dialog) -> InitAnswers:
     data = dialog.ask(
         "Data: easy-vqa, a file or folder of records or captions, or a folder of shards", EASY_VQA, parse_data
     )
-    images: str | None = None
-    questions: str | None = None
-    number, bad_fraction = EASY_VQA_IMAGES, 0.0
-    question_images: str | None = None
-    metric: AnswerMetric = "contains"
-    if data != EASY_VQA and not shard_index.is_finished(data):
-        images, rejected, number, checked = ask_images(dialog, data)
-        bad_fraction = rejected.total() / checked
-        listing = "".join(f", {count} with {reason}" for reason, count in rejected.most_common())
-        print(f"  {number:,} records, {checked:,} of them checked: {rejected.total():,} rejected{listing}")
-    elif data != EASY_VQA:
-        number = len(shard_index.Shards(data))
-        print(f"  {number:,} samples")
-    if data != EASY_VQA:
-        questions = dialog.ask(
-            "File of your own questions with answers, to score the model, or none", NO_QUESTIONS, parse_questions
-        )
-    if questions:
-        metric = dialog.ask(
-            f"How to score them: {', '.join(get_args(AnswerMetric))}",
-            metric,
-            lambda text: parse_metric(text, questions),
-        )
-        question_images = ask_question_images(dialog, questions, metric, images)
+    about_data = ask_about_data(dialog, data)
+    about_questions = {} if data == EASY_VQA else ask_about_questions(dialog, about_data.get("images"))
     gpus = dialog.ask("Number of GPUs", str(count_local_gpus()), parse_gpus)
     model = dialog.ask(
         f"Model: {SMALL_MODEL} (from random weights), {' or '.join(LARGE_MODELS)} (CLIP and Vicuna, as LLaVA-1.5), "
@@ -141,18 +119,37 @@ def ask_all(dialog: Dialog) -> InitAnswers:
         lambda text: parse_model(text, gpus),
     )
     name = dialog.ask("Name of the run", find_free_name(EASY_VQA if data == EASY_VQA else "mine"), parse_name)
-    return InitAnswers(
-        name=name,
-        data=data,
-        images=images,
-        num_records=number,
-        bad_fraction=bad_fraction,
-        questions=questions,
-        question_images=question_images,
-        metric=metric,
-        gpus=gpus,
-        model=model,
+    return InitAnswers(name=name, data=data, gpus=gpus, model=model, **about_data, **about_questions)
+
+
+def ask_about_data(dialog: Dialog, data: str) -> dict[str, Any]:
+    """Count the records, and ask for their images if they are not in the source. Returns fields of `InitAnswers`."""
+    if data == EASY_VQA:
+        return {}
+    if shard_index.is_finished(data):
+        number = len(shard_index.Shards(data))
+        print(f"  {number:,} samples")
+        return {"num_records": number}
+    images, rejected, number, checked = ask_images(dialog, data)
+    listing = "".join(f", {count} with {reason}" for reason, count in rejected.most_common())
+    print(f"  {number:,} records, {checked:,} of them checked: {rejected.total():,} rejected{listing}")
+    return {"images": images, "num_records": number, "bad_fraction": rejected.total() / checked}
+
+
+def ask_about_questions(dialog: Dialog, images: str | None) -> dict[str, Any]:
+    """Ask for questions to score the model, their metric and images. Returns fields of `InitAnswers`."""
+    questions = dialog.ask(
+        "File of your own questions with answers, to score the model, or none", NO_QUESTIONS, parse_questions
     )
+    if not questions:
+        return {}
+    metric = dialog.ask(
+        f"How to score them: {', '.join(get_args(AnswerMetric))}",
+        DEFAULT_METRIC,
+        lambda text: parse_metric(text, questions),
+    )
+    question_images = ask_question_images(dialog, questions, metric, images)
+    return {"questions": questions, "metric": metric, "question_images": question_images}
 
 
 def ask_images(dialog: Dialog, data: str) -> tuple[str, Counter[str], int, int]:
@@ -179,7 +176,8 @@ def parse_data(text: str) -> str:
     try:
         source = RecordSource(SetSource(source=data))
     except ValueError as error:
-        raise ValueError(f"{str(error).partition(', allowed: ')[0]}, allowed: {EASY_VQA}, {ALLOWED_SOURCES}") from None
+        # easy-vqa is allowed here as well; the error may end with advice
+        raise ValueError(str(error).replace(", allowed: ", f", allowed: {EASY_VQA}, ", 1)) from None
     first = list(itertools.islice(source, MAX_CHECKED_RECORDS))
     rejections = [entry.rejection or records.find_rejection(entry.record, None) for entry in first]
     if all(rejections):
@@ -227,7 +225,7 @@ def check_images(text: str, entries: list[SourceRecord]) -> tuple[str, Counter[s
         The folder, and counts of the rejected records by reason.
 
     Raises:
-        ValueError: it is no folder, or every record is rejected.
+        ValueError: it is not a folder, or every record is rejected.
     """
     folder = expand_home(text)
     if storage.is_local(folder) and not Path(folder).is_dir():

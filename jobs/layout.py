@@ -41,14 +41,14 @@ def locate_tasks(job: Job, folder: Path) -> dict[TaskName, TaskSettings]:
     }
 
 
-def locate_checkpoints(job: Job, folder: Path) -> str:
+def locate_job_checkpoints(job: Job, folder: Path) -> str:
     """Locate the folder or URL that holds one folder per stage."""
     return files.locate_checkpoints(job.checkpoints, job.name, folder)
 
 
 def locate_model(job: Job, folder: Path, stage: str) -> str:
     """Locate the folder or URL of the model that a stage makes."""
-    return storage.join(locate_checkpoints(job, folder), stage, "model")
+    return storage.join(locate_job_checkpoints(job, folder), stage, "model")
 
 
 def list_paths(job: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

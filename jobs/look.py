@@ -1,10 +1,9 @@
 """Show what a job trains on before it is trained: some samples of each set, as a page or in the terminal."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +49,7 @@ SET_IMAGE_SIZE = 336
 NO_RUN = os.path.join(os.devnull, "run")
 """Path of a run folder that cannot exist."""
 
-ENCODED_TOGETHER = 4
+ENCODE_BATCH_SIZE = 4
 """Images that the tower encodes together: little memory beside its weights."""
 
 
@@ -66,7 +65,32 @@ class Encoder(NamedTuple):
     note: str
 
 
-def look(arguments: argparse.Namespace) -> str:
+@dataclass(frozen=True, kw_only=True)
+class LookOptions:
+    """Options of `redux look`, see its help.
+
+    Args:
+        source: job file, folder of a run, or folder or URL of shards.
+        overrides: values of the job file to replace.
+        text: print to the terminal instead of writing a page.
+        out: the page; None for look-NAME.html.
+        samples: samples of each set.
+        seed: seed of the draw.
+        model: LLaVA that shall be trained on a set.
+        runs_dir: folder of the run folders.
+    """
+
+    source: str
+    overrides: Sequence[str]
+    text: bool
+    out: Path | None
+    samples: int
+    seed: int
+    model: str | None
+    runs_dir: Path
+
+
+def look(options: LookOptions) -> str:
     """Show samples of a job or of a set.
 
     Returns:
@@ -75,56 +99,70 @@ def look(arguments: argparse.Namespace) -> str:
     Raises:
         ValueError: there is no such job or set, or it cannot be read.
     """
-    title, lead, stages = _collect(arguments)
-    if arguments.text:
+    title, lead, stages = _collect(options)
+    if options.text:
         draw = _draw if sys.stdout.isatty() else None
         return f"{title}: {lead}\n\n{format_stages(stages, draw)}"
-    out = arguments.out or Path(f"look-{title}.html")
+    out = options.out or Path(f"look-{title}.html")
     return str(page.write(out, render_page(title, lead, stages)))
 
 
-def _collect(arguments: argparse.Namespace) -> tuple[str, str, list[StageView]]:
+def _collect(options: LookOptions) -> tuple[str, str, list[StageView]]:
     """Collect what is shown: a title, a sentence about it, and the stages."""
-    source, model = arguments.source, arguments.model
-    is_file = source.endswith((".yaml", ".yml"))
-    is_run = (Path(source) / JOB_FILE).exists()
-    if is_file or is_run:
-        if model:
-            raise ValueError(f"--model: got {model} with a job, allowed: with a set of shards")
-        job = load_job(Path(source) if is_file else Path(source) / JOB_FILE, arguments.overrides)
-        if not job.train:
-            raise ValueError(f"{source}: train: got no stages, allowed: at least one, as samples are shown by stage")
-        folder = arguments.runs_dir / job.name if is_file else Path(source)
-        stages = look_at_job(job, folder.resolve(), arguments.samples, arguments.seed)
-        return job.name, f"Samples of each set as {source} trains on them, drawn with seed {arguments.seed}.", stages
-    if not is_finished(source):
-        missing = "" if "://" in source or Path(source).is_dir() else f"; {describe_missing(source)}"
+    path = Path(options.source)
+    # a job is a file, or the folder of its run
+    if options.source.endswith((".yaml", ".yml")):
+        return _collect_job(options, path, run=None)
+    if (path / JOB_FILE).exists():
+        return _collect_job(options, path / JOB_FILE, run=path)
+    if is_finished(options.source):
+        return _collect_set(options)
+    missing = "" if "://" in options.source or path.is_dir() else f"; {describe_missing(options.source)}"
+    raise ValueError(
+        f"JOB|SET: got {options.source}, allowed: a job file (.yaml), the folder of a run, or a folder or URL of "
+        "shards; redux shards make or index makes shards" + missing
+    )
+
+
+def _collect_job(options: LookOptions, path: Path, run: Path | None) -> tuple[str, str, list[StageView]]:
+    """Collect the samples of a job. `run` is its run folder; None for that of its name."""
+    if options.model:
+        raise ValueError(f"--model: got {options.model} with a job, allowed: with a set of shards")
+    job = load_job(path, options.overrides)
+    if not job.train:
         raise ValueError(
-            f"JOB|SET: got {source}, allowed: a job file (.yaml), the folder of a run, or a folder or URL of shards; "
-            "redux shards make or index makes shards" + missing
+            f"{options.source}: train: got no stages, allowed: at least one, because samples are shown by stage"
         )
-    if arguments.overrides:
-        raise ValueError(f"{arguments.overrides[0]}: got a value for a set of shards, allowed: with a job file")
+    folder = run or options.runs_dir / job.name
+    stages = look_at_job(job, folder.resolve(), options.samples, options.seed)
+    lead = f"Samples of each set as {options.source} trains on them, drawn with seed {options.seed}."
+    return job.name, lead, stages
+
+
+def _collect_set(options: LookOptions) -> tuple[str, str, list[StageView]]:
+    """Collect the samples of a set, as a model would be trained on them if one is named."""
+    source, model, seed = options.source, options.model, options.seed
+    if options.overrides:
+        raise ValueError(f"{options.overrides[0]}: got a value for a set of shards, allowed: with a job file")
     title = source.rstrip("/").rpartition("/")[2]
     if not model:
-        stage = look_at_set(source, title, arguments.samples, arguments.seed)
-        lead = f"Samples of {source}, drawn with seed {arguments.seed}. --model MODEL shows their tokens."
-        return title, lead, [stage]
-    job = build_job(source, title, find_model(model))
-    stages = [_without_steps(stage) for stage in look_at_job(job, Path(NO_RUN), arguments.samples, arguments.seed)]
-    return title, f"Samples of {source} as fine-tuning of {model} gets them, drawn with seed {arguments.seed}.", stages
+        stage = look_at_set(source, title, options.samples, seed)
+        return title, f"Samples of {source}, drawn with seed {seed}. --model MODEL shows their tokens.", [stage]
+    job = build_fine_tuning(source, title, find_model(model))
+    stages = [_without_steps(stage) for stage in look_at_job(job, Path(NO_RUN), options.samples, seed)]
+    return title, f"Samples of {source} as fine-tuning of {model} gets them, drawn with seed {seed}.", stages
 
 
 def _without_steps(stage: StageView) -> StageView:
     """Leave out the steps of a stage that no job has."""
     facts = {name: value for name, value in stage.facts.items() if name != "steps"}
     sets = tuple(
-        replace(shown, samples=tuple(replace(sample, place="") for sample in shown.samples)) for shown in stage.sets
+        replace(shown, samples=tuple(replace(sample, position="") for sample in shown.samples)) for shown in stage.sets
     )
     return replace(stage, facts=facts, sets=sets)
 
 
-def build_job(source: str, name: str, model: str) -> Job:
+def build_fine_tuning(source: str, name: str, model: str) -> Job:
     """Build a job that fine-tunes a model on one set, with the template and the images of the model."""
     stage = Stage(
         objective="language",
@@ -266,7 +304,7 @@ def _configure(job: Job, folder: Path) -> ReduxConfig:
         return build_config(job.model, vocab_size=8)
     if assembled := model_parts.find_assembled(job, folder):
         return configure_checkpoint(assembled)
-    return model_parts.build_config(job.model)
+    return model_parts.configure_model(job.model)
 
 
 def draw_pictures(model: ReduxModel | None, samples: Sequence[PreviewSample]) -> list[Image.Image | None]:
@@ -275,14 +313,16 @@ def draw_pictures(model: ReduxModel | None, samples: Sequence[PreviewSample]) ->
         return [None] * len(samples)
     images = {number: sample.image for number, sample in enumerate(samples) if sample.image is not None}
     pictures: dict[int, Image.Image] = {}
-    for first in range(0, len(images), ENCODED_TOGETHER):
-        numbers = list(images)[first : first + ENCODED_TOGETHER]
+    for first in range(0, len(images), ENCODE_BATCH_SIZE):
+        numbers = list(images)[first : first + ENCODE_BATCH_SIZE]
         values = np.stack([images[number].transpose(2, 0, 1) for number in numbers])
         with torch.inference_mode():
             _, assignment = model.encode_images(normalize_pixels(torch.from_numpy(values)))
-        for number, slot, merged in zip(numbers, assignment.slot.numpy(), assignment.merged.numpy(), strict=True):
+        for number, token_of_patch, merged in zip(
+            numbers, assignment.token_of_patch.numpy(), assignment.merged.numpy(), strict=True
+        ):
             image = Image.fromarray(np.ascontiguousarray(images[number]))
-            pictures[number] = ImageTrace(image, slot, merged).draw(SET_IMAGE_SIZE)
+            pictures[number] = ImageTrace(image, token_of_patch, merged).draw(SET_IMAGE_SIZE)
     return [pictures.get(number) for number in range(len(samples))]
 
 

@@ -12,12 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs import claims
-from jobs.claims import ASSEMBLED
 from jobs.schema import Job
 from pipelines.core import failures, storage
 from pipelines.core.settings import KEYS_WITHOUT_EFFECT, is_in_sections
 from pipelines.training import metrics
-from pipelines.training.files import JOB_FILE
+from pipelines.training.files import ASSEMBLED_FOLDER, JOB_FILE
 from redux import answering, language, pretrained
 from redux.architecture import ModelSettings, TowerSizes, count_image_tokens
 from redux.chat_template import find_template
@@ -71,7 +70,7 @@ def find_assembled(job: Job, folder: Path) -> Path | None:
     It is outdated if the model section has changed and no stage has trained from it. After training, a changed model is
     refused elsewhere, or was allowed by the user.
     """
-    assembled = folder / ASSEMBLED
+    assembled = folder / ASSEMBLED_FOLDER
     if not assembled.exists():
         return None
     # the file has absolute paths
@@ -82,7 +81,7 @@ def find_assembled(job: Job, folder: Path) -> Path | None:
     return None if outdated and not metrics.read_stages(folder) else assembled
 
 
-def build_config(model: ModelSettings) -> ReduxConfig:
+def configure_model(model: ModelSettings) -> ReduxConfig:
     """Build the configuration of a pretrained model or of pretrained parts.
 
     Raises:
@@ -94,7 +93,7 @@ def build_config(model: ModelSettings) -> ReduxConfig:
         assert model.tower
         assert isinstance(model.language, str)
         return pretrained.configure_assembly(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
-    except StrictDataclassError as error:  # transformers 5 raises it for a config.json, and it is no ValueError
+    except StrictDataclassError as error:  # transformers 5 raises it for a config.json, and it is not a ValueError
         part, got = (
             ("checkpoint", model.checkpoint) if model.checkpoint else ("tower", f"{model.tower}, {model.language}")
         )
@@ -109,21 +108,21 @@ def measure_image(job: Job, folder: Path) -> tuple[int, int]:
     model = job.model
     if isinstance(model.tower, TowerSizes):
         return model.tower.image_size, count_image_tokens(model)
-    config = read_config(job, folder)
+    config = read_job_config(job, folder)
     return config.vision_config.image_size, config.image_seq_length
 
 
-def read_config(job: Job, folder: Path) -> ReduxConfig:
+def read_job_config(job: Job, folder: Path) -> ReduxConfig:
     """Read the configuration of a pretrained model, without its weights; ValueError if it cannot be built."""
     try:
         # once the model is assembled, its parts are no longer needed
         assembled = find_assembled(job, folder)
-        return ReduxConfig.from_pretrained(assembled) if assembled else build_config(job.model)
+        return ReduxConfig.from_pretrained(assembled) if assembled else configure_model(job.model)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
 
 
-def check_packing(job: Job, folder: Path) -> None:
+def check_stage_packing(job: Job, folder: Path) -> None:
     """Check that the language model can train on packed conversations, if a stage packs them.
 
     Raises:
@@ -134,7 +133,7 @@ def check_packing(job: Job, folder: Path) -> None:
         return  # a model that is built from sizes can
     assembled = find_assembled(job, folder)
     try:
-        config = ReduxConfig.from_pretrained(assembled) if assembled else build_config(job.model)
+        config = ReduxConfig.from_pretrained(assembled) if assembled else configure_model(job.model)
         language.check_packing(config.text_config)
     except ValueError as error:
         raise ValueError(f"train.{packing[0]}.packing: got one with a language model {error}, allowed: null") from None
@@ -152,12 +151,12 @@ def check_weights(job: Job, folder: Path) -> None:
     try:
         if not model.checkpoint:
             if not model.is_pretrained:
-                build_config(model)  # of a pretrained tower the plans read it
+                configure_model(model)  # of a pretrained tower the plans read it
             pretrained.check_parts(model.tower, str(model.language), model.gguf_file)
             if Path(str(model.language)).is_dir() and not model.gguf_file:
                 check_templates(job, load_tokenizer(str(model.language), "language"))
         elif job.train or answering.is_llava(model.checkpoint):
-            build_config(model)
+            configure_model(model)
             pretrained.check_checkpoint(model.checkpoint)
             if Path(model.checkpoint).is_dir():
                 check_templates(job, load_tokenizer(model.checkpoint, "checkpoint"))
@@ -166,8 +165,8 @@ def check_weights(job: Job, folder: Path) -> None:
     except UnmappedWeightsError as error:
         raise UnmappedWeightsError(f"model.{error}") from None
     except ValueError as error:
-        place = "" if str(error).startswith("train.") else "model."
-        raise ValueError(f"{place}{error}") from None
+        prefix = "" if str(error).startswith("train.") else "model."
+        raise ValueError(f"{prefix}{error}") from None
 
 
 def check_templates(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -184,7 +183,7 @@ def check_templates(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
                 raise ValueError(f"train.{name}.{error}") from None
 
 
-def assemble(job: Job, folder: Path, tower: str | None = None) -> None:
+def assemble_parts(job: Job, folder: Path, tower: str | None = None) -> None:
     """Assemble the initial model and its tokenizer in a folder that exists only when complete.
 
     Args:

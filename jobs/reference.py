@@ -11,6 +11,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -155,16 +156,20 @@ def _walk(cls: type, prefix: str, examples: list[Any]) -> Iterator[KeyEntry]:
 
 def _describe_type(hint: Any) -> str:
     """Describe a type; sections in one word, because their keys have entries of their own."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_describe_type(member) for member in get_args(hint)))
+    return type_text.join_alternatives(_list_alternatives(hint))
+
+
+def _list_alternatives(hint: Any) -> list[str]:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return [text for member in arguments for text in _list_alternatives(member)]
     if is_dataclass(hint):
-        return "a section"
-    if get_origin(hint) is Annotated and not isinstance(get_args(hint)[0], type):
-        return _describe_type(get_args(hint)[0])
-    origin = get_origin(hint)
+        return ["a section"]
+    if origin is Annotated and not isinstance(arguments[0], type):
+        return _list_alternatives(arguments[0])
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"a mapping of names to {_describe_type(get_args(hint)[1])}"
-    return type_text.describe_type(hint)
+        return [f"a mapping of names to {_describe_type(arguments[1])}"]
+    return type_text.list_alternatives(hint)
 
 
 def _format_default(field: Field[Any]) -> str | None:
@@ -174,7 +179,13 @@ def _format_default(field: Field[Any]) -> str | None:
         value = field.default_factory()
     else:
         return None
-    return "a section with its defaults" if is_dataclass(value) else _shorten(document.write_plain(value))
+    if is_dataclass(value):
+        return "a section with its defaults"
+    if isinstance(value, float):
+        fraction = Fraction(value).limit_denominator(10)
+        if fraction.denominator > 1 and float(fraction) == value and len(str(fraction)) < len(str(value)):
+            return str(fraction)
+    return _shorten(document.write_plain(value))
 
 
 def _shorten(value: Any) -> str:

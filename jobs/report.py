@@ -45,7 +45,7 @@ def render_again(folder: Path, examples: int | None = None) -> Path:
         job = schema.load(folder / JOB_FILE)
     except ValueError:  # of an earlier version: its answers say which model gave them
         options = Report() if examples is None else Report(examples=examples)
-        return run_report.write_report(folder, options, None, _describe_model(_read_evaluated(folder))).path
+        return run_report.write_run_report(folder, options, None, _describe_model(_read_evaluated(folder))).path
     options = job.report if examples is None else replace(job.report, examples=examples)
     return write_report(replace(job, report=options), folder).path
 
@@ -53,7 +53,7 @@ def render_again(folder: Path, examples: int | None = None) -> Path:
 def write_report(job: Job, folder: Path) -> WrittenReport:
     """Write the report of a job that has run in a folder, as far as it has come."""
     described = _describe_model(choose_evaluated_model(job, folder))
-    return run_report.write_report(folder, job.report, locate_tasks(job, folder), described)
+    return run_report.write_run_report(folder, job.report, locate_tasks(job, folder), described)
 
 
 def choose_evaluated_model(job: Job, folder: Path) -> EvaluatedModel:
@@ -108,7 +108,7 @@ def send_to_trackers(job: Job, folder: Path, scores: dict[str, float], report: W
         group = trackers.TrackerGroup(
             job.trackers, folder, job.name, TRACKER_STAGE, 0, document.write_plain(job), print
         )
-    except ValueError as error:  # the results are written, so a missing key of a tracker is no failure
+    except ValueError as error:  # the results are written, so a missing key of a tracker is not a failure
         print(error)
         return
     group.write(1, scores)

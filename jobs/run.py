@@ -1,7 +1,7 @@
-"""Run a job step by step, from images to report. Finished steps are skipped.
+"""Run a job phase by phase, from images to report. Finished phases are skipped.
 
 runs/NAME/job.yaml        resolved job; jobs/claims.py decides which settings may still change
-runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished step, which the next start reads; {"interrupted",
+runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished phase, which the next start reads; {"interrupted",
                            "wall_s"} of one that did not finish
 runs/NAME/shards/SET/     sets of easy-VQA, those of them that a stage uses
 runs/NAME/held_out/TASK/  questions of held-out samples, for tasks with `held_out`
@@ -28,8 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jobs import claims, model_parts, report, schema
 from jobs.asking import describe_asking
-from jobs.claims import ASSEMBLED, PROGRESS
-from jobs.layout import locate_checkpoints, locate_sets, locate_tasks
+from jobs.layout import locate_job_checkpoints, locate_sets, locate_tasks
 from jobs.resolve import resolve_job
 from jobs.schema import Job
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
@@ -41,12 +40,12 @@ from pipelines.evaluation.held_out_questions import write_held_out_questions
 from pipelines.report.environment import record_environment
 from pipelines.report.scores import describe_scores
 from pipelines.training import driver, ledger
+from pipelines.training.files import ASSEMBLED_FOLDER, PROGRESS_FILE, RESULT_FILE, SCORES_FILE
 from pipelines.training.plan import StagePlan
 from pipelines.training.stage import DEFAULT_TEMPLATE, count_shared_workers
 from redux.architecture import LanguageSizes
 from redux.conversation import CLIP_MAX_LENGTH, TEMPLATES, train_word_tokenizer
 
-SCORES = "scores.json"
 TOKENIZER = "tokenizer"
 LOCK = ".lock"
 
@@ -59,26 +58,26 @@ def run(
     watch: driver.StopCallback | None = None,
     patience_s: float = 0,
 ) -> None:
-    """Run the unfinished steps of a job in its run folder.
+    """Run the unfinished phases of a job in its run folder.
 
     Args:
         job: the job as loaded.
         folder: run folder.
-        allow_changes: continue even if finished steps used other settings, or checkpoints have other data or another
+        allow_changes: continue even if finished phases used other settings, or checkpoints have other data or another
             model.
-        until: last step to run; None runs all.
+        until: last phase to run; None runs all.
         watch: called during training, see `pipelines.training.driver`.
         patience_s: seconds to wait for another process that works on this run.
 
     Raises:
-        ValueError: the job cannot run here, settings changed that finished steps used, or another process works on
+        ValueError: the job cannot run here, settings changed that finished phases used, or another process works on
             this run.
     """
     started_at = time.monotonic()
     folder = folder.resolve()
     job = resolve_job(job, folder)
     group = driver.WorkerGroup()
-    work = list_steps(job, folder, allow_changes, watch, group)
+    work = list_phases(job, folder, allow_changes, watch, group)
     if until:
         names = list(work)
         work = {name: work[name] for name in names[: names.index(until) + 1]}
@@ -92,7 +91,7 @@ def run(
         # another process may have worked on this run until now, so its progress is read again
         claims.Claim.from_folder(folder, job).enforce(allow_changes)
         done = _list_finished(job, folder)
-        remaining = {name: step for name, step in work.items() if name not in done}
+        remaining = {name: phase for name, phase in work.items() if name not in done}
         if not remaining:
             print(_describe_result(job, folder, until))
             return
@@ -102,20 +101,20 @@ def run(
         _check_stored_images(job, folder)
         _check_features(job, folder)
         if job.checkpoints and job.train.keys() & remaining.keys():
-            driver.check_writable(locate_checkpoints(job, folder))
-        jsonl.drop_partial_line(folder / PROGRESS)
+            driver.check_writable(locate_job_checkpoints(job, folder))
+        jsonl.drop_partial_line(folder / PROGRESS_FILE)
         with cluster.open_session(), group:
             _check_resources(job, remaining)
             record_environment(folder, list(remaining))
             _start_workers_early(job, folder, allow_changes, list(remaining), group)
-            _run_steps(remaining, folder / PROGRESS, started_at)
+            _run_phases(remaining, folder / PROGRESS_FILE, started_at)
     if until is None:
         _write_metrics(folder)
         print(_describe_result(job, folder, until))
 
 
 def _describe_result(job: Job, folder: Path, until: str | None) -> str:
-    """Describe a finished run: its scores, its report and how to ask its model, or the step with which it ends."""
+    """Describe a finished run: its scores, its report and how to ask its model, or the phase with which it ends."""
     if until:
         return f"{job.name} has finished {until}: {folder}"
     lines = [
@@ -126,32 +125,32 @@ def _describe_result(job: Job, folder: Path, until: str | None) -> str:
     return "\n".join(lines)
 
 
-def _run_steps(steps: Mapping[str, Callable[[], None]], progress: Path, started_at: float) -> None:
-    """Run steps in order, and append each with its wall-clock seconds to the progress.
+def _run_phases(phases: Mapping[str, Callable[[], None]], progress: Path, started_at: float) -> None:
+    """Run phases in order, and append each with its wall-clock seconds to the progress.
 
     Args:
-        steps: functions by name of the step.
-        progress: file of finished steps.
-        started_at: monotonic time from which the first step counts, as preparations belong to it.
+        phases: functions by name of the phase.
+        progress: file of finished phases.
+        started_at: monotonic time from which the first phase counts, because preparations belong to it.
     """
-    for name, step in steps.items():
-        # a library may have swallowed the exception of a signal that came during the step before
+    for name, phase in phases.items():
+        # a library may have swallowed the exception of a signal that came during the phase before
         interrupts.raise_if_interrupted()
         key = "interrupted"
         try:
-            step()
+            phase()
             key = "step"
         finally:
             ended_at = time.monotonic()
-            with suppress(OSError):  # a full disk has ended the step, and its error says more
+            with suppress(OSError):  # a full disk has ended the phase, and its error says more
                 jsonl.append(progress, [{key: name, "wall_s": ended_at - started_at}])
         started_at = ended_at
 
 
 def _check_resources(job: Job, steps_left: Collection[str]) -> None:
-    """Check that a Ray of this machine alone has the CPUs and GPUs of all unfinished steps; they would wait forever.
+    """Check that a Ray of this machine alone has the CPUs and GPUs of all unfinished phases; they would wait forever.
 
-    This runs before the first step, so that nothing is refused after hours of work.
+    This runs before the first phase, so that nothing is refused after hours of work.
 
     Raises:
         ValueError: resources are missing; the text names numbers that fit.
@@ -178,7 +177,7 @@ def _check_resources(job: Job, steps_left: Collection[str]) -> None:
 def _start_workers_early(
     job: Job, folder: Path, allow_changes: bool, remaining: Sequence[str], group: driver.WorkerGroup
 ) -> None:
-    """Start the workers of the first stage, if steps before it are left: they import their libraries meanwhile.
+    """Start the workers of the first stage, if phases before it are left: they import their libraries meanwhile.
 
     Not in a cluster, where others may use the workers' resources until then.
     """
@@ -214,14 +213,14 @@ def run_lock(folder: Path, patience_s: float = 0) -> Iterator[None]:
         yield
 
 
-def list_steps(
+def list_phases(
     job: Job,
     folder: Path,
     allow_changes: bool = False,
     watch: driver.StopCallback | None = None,
     group: driver.WorkerGroup | None = None,
 ) -> dict[str, Callable[[], None]]:
-    """List the steps of a job by name, in order: shards, questions, assemble, each training stage, evaluate, report.
+    """List the phases of a job by name, in order: shards, questions, assemble, each training stage, evaluate, report.
 
     Args:
         job: the job, resolved.
@@ -237,10 +236,10 @@ def list_steps(
     if job.generated_sets or job.data.make or not job.model.is_pretrained:
         result["shards"] = lambda: _make_shards(job, sets, folder / TOKENIZER)
     if any(task.held_out for task in job.evaluation_tasks.values()):
-        # before training, so that samples which are no questions are noticed early
+        # before training, so that samples which are not questions are noticed early
         result["questions"] = lambda: _write_questions(job, sets, folder)
     model_parts.check_weights(job, folder)
-    model_parts.check_packing(job, folder)
+    model_parts.check_stage_packing(job, folder)
     last = list(stages)[-1] if stages else ""  # the ledger names the stage before an evaluation
     # parts are joined before the first language stage; before it, contrastive stages may train the tower
     trains_parts = job.model.has_pretrained_language
@@ -249,7 +248,7 @@ def list_steps(
     result |= _list_stages(towers, watch, group)
     if trains_parts and job.train:
         trained = towers[-1].result if towers else None
-        result["assemble"] = lambda: model_parts.assemble(job, folder / ASSEMBLED, trained)
+        result["assemble"] = lambda: model_parts.assemble_parts(job, folder / ASSEMBLED_FOLDER, trained)
     result |= _list_stages(plans, watch, group)
     settings = job.evaluate
 
@@ -257,7 +256,7 @@ def list_steps(
         settings = replace(settings, tasks=locate_tasks(job, folder))
         started_at = time.monotonic()
         evaluated = report.choose_evaluated_model(job, folder)
-        _write_json(folder / SCORES, evaluate.evaluate(evaluated, folder, settings, job.gpu_share))
+        _write_json(folder / SCORES_FILE, evaluate.evaluate(evaluated, folder, settings, job.gpu_share))
         ledger.append_event(folder, "evaluate", last, wall_s=time.monotonic() - started_at)
 
     if settings is not None:
@@ -269,7 +268,7 @@ def list_steps(
 def _list_stages(
     plans: Sequence[StagePlan], watch: driver.StopCallback | None, group: driver.WorkerGroup | None
 ) -> dict[str, Callable[[], None]]:
-    """List the steps of stages that the same workers can train one after the other."""
+    """List the phases of stages that the same workers can train one after the other."""
     # workers stay for the later stages, which then start without loading torch again
     return {
         plan.name: functools.partial(
@@ -320,7 +319,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
     if not job.train:
         return result
     image_size, image_tokens = model_parts.measure_image(job, folder)
-    assembled = folder / ASSEMBLED
+    assembled = folder / ASSEMBLED_FOLDER
     start: str | None = None
     is_joined = False
     for name, stage in job.train.items():
@@ -336,7 +335,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
             gpu_share=job.gpu_share,
             kernels=job.model.kernels,
             run=folder,
-            checkpoints=locate_checkpoints(job, folder),
+            checkpoints=locate_job_checkpoints(job, folder),
             sets={name: sets[name] for name in stage.mixture},
             max_bad_fraction=job.data.max_bad_fraction,
             hold_out=job.data.hold_out,
@@ -357,31 +356,31 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
 
 
 def _list_finished(job: Job, folder: Path) -> list[str]:
-    """List the finished steps; without evaluation and report, if a file of own questions has changed since then."""
-    finished = [entry["step"] for entry in jsonl.read(folder / PROGRESS) if "step" in entry]
+    """List the finished phases; without evaluation and report, if a file of own questions has changed since then."""
+    finished = [entry["step"] for entry in jsonl.read(folder / PROGRESS_FILE) if "step" in entry]
     if "evaluate" in finished and job.evaluate and evaluate.has_new_questions(folder, job.evaluate):
-        return [step for step in finished if step not in ("evaluate", "report")]
+        return [phase for phase in finished if phase not in ("evaluate", "report")]
     return finished
 
 
 def _write_metrics(folder: Path) -> None:
-    """Write metrics.json: scores, and wall-clock seconds of each step and of all, of all launches together."""
+    """Write metrics.json: scores, and wall-clock seconds of each phase and of all, of all launches together."""
     times: dict[str, float] = {}
-    for entry in jsonl.read(folder / PROGRESS):
+    for entry in jsonl.read(folder / PROGRESS_FILE):
         name = f"wall_s.{entry.get('step') or entry['interrupted']}"
         times[name] = times.get(name, 0.0) + entry["wall_s"]
-    _write_json(folder / "metrics.json", {**_read_scores(folder), "wall_s": sum(times.values()), **times})
+    _write_json(folder / RESULT_FILE, {**_read_scores(folder), "wall_s": sum(times.values()), **times})
 
 
 def _write_report(job: Job, folder: Path) -> None:
     _write_metrics(folder)
     written = report.write_report(job, folder)
-    if job.evaluate and (folder / SCORES).exists():
+    if job.evaluate and (folder / SCORES_FILE).exists():
         report.send_to_trackers(job, folder, _read_scores(folder), written)
 
 
 def _read_scores(folder: Path) -> dict[str, float]:
-    return json.loads((folder / SCORES).read_text()) if (folder / SCORES).exists() else {}
+    return json.loads((folder / SCORES_FILE).read_text()) if (folder / SCORES_FILE).exists() else {}
 
 
 def _write_json(path: Path, values: dict[str, float]) -> None:

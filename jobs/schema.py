@@ -21,8 +21,8 @@ from pipelines.training.stage import Recovery, Stage
 from pipelines.training.trackers import TrackerName as Tracker
 from redux.architecture import ModelSettings
 
-OTHER_STEPS = ("shards", "questions", "assemble", "evaluate", "report")
-"""Steps of a job besides its stages: names that no stage may have."""
+OTHER_PHASES = ("shards", "questions", "assemble", "evaluate", "report")
+"""Phases of a job besides its stages: names that no stage may have."""
 
 # names of jobs and stages become folders, so they must not lead out of the run folder
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -71,7 +71,9 @@ class Job:
         if fewest > most:
             raise ValueError(f"num_workers: got {[fewest, most]}, allowed: the fewest first")
         if self.gpu_share < 1 < most:
-            raise ValueError(f"gpu_share: got {self.gpu_share}, allowed: 1 with several workers, as each needs a GPU")
+            raise ValueError(
+                f"gpu_share: got {self.gpu_share}, allowed: 1 with several workers, because each needs a GPU"
+            )
         if not self.train and not (self.model.checkpoint and self.evaluate):
             raise ValueError("train: got no stages, allowed: at least one, or none with model.checkpoint and evaluate")
         if self.data.source and (taken := set(self.data.set_names) & set(EASY_VQA_SETS)):
@@ -130,7 +132,7 @@ class Job:
             return
         got = f"train: got objectives {', '.join(objectives)}"
         if self.model.is_pretrained and "contrastive" in objectives:
-            raise ValueError(f"{got}, allowed: language alone, as model.tower is pretrained")
+            raise ValueError(f"{got}, allowed: language alone, because model.tower is pretrained")
         if not self.model.is_pretrained and self.model.has_pretrained_language and "contrastive" not in objectives:
             raise ValueError(
                 f"{got}, allowed: a contrastive stage first, which trains the tower before it is joined with "
@@ -153,10 +155,10 @@ class Job:
         if stage.template == "chat" and not self.model.has_pretrained_language:
             raise ValueError(
                 f"train.{name}.template: got chat, allowed for a model built from sizes: plain, vicuna_v1, "
-                "vicuna_bare, as its tokenizer has no chat template"
+                "vicuna_bare, because its tokenizer has no chat template"
             )
-        if name in OTHER_STEPS:
-            raise ValueError(f"train: got a stage {name}, allowed: any other name than {', '.join(OTHER_STEPS)}")
+        if name in OTHER_PHASES:
+            raise ValueError(f"train: got a stage {name}, allowed: any other name than {', '.join(OTHER_PHASES)}")
         # of a range, a stage uses a number that divides the batch, see Stage.count_usable_workers
         if isinstance(self.num_workers, int):
             try:

@@ -44,6 +44,7 @@ from pipelines.search import search_page
 from pipelines.search.space import Range, Space, Values, check_space
 from pipelines.search.trials import Trials, TrialSpec, check_feasible, discard_study, load_study, open_storage
 from pipelines.training import driver, metrics
+from pipelines.training.files import ASSEMBLED_FOLDER, RESULT_FILE
 from pipelines.training.stage import count_shared_workers
 from redux.architecture import ModelSettings, TowerSizes
 from redux.configuration import ReduxConfig, build_config
@@ -121,7 +122,7 @@ def _read_start_config(
 ) -> dict[str, Any]:
     """Read the configuration of the model that trials start from, once per process."""
     parts = ModelSettings(tower=tower, language=language, gguf_file=gguf_file, checkpoint=checkpoint)
-    return model_parts.build_config(parts).to_dict()
+    return model_parts.configure_model(parts).to_dict()
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Search:
@@ -153,7 +154,9 @@ def _check(search: Search) -> None:
     fixed += [f"model.{part}" for part in ("tower", "language", "gguf_file", "checkpoint")] if search.shared else []
     for key in varied:
         if sections := [section for section in fixed if key == section or key.startswith(f"{section}.")]:
-            raise ValueError(f"{key}: got other values for trials, allowed: none, as all trials share {sections[0]}")
+            raise ValueError(
+                f"{key}: got other values for trials, allowed: none, because all trials share {sections[0]}"
+            )
     _check_pruning(search, job)
     # limits are checked too, except for a model from sizes, whose vocabulary is not known yet
     check_space(
@@ -170,7 +173,7 @@ def _check_pruning(search: Search, job: Job) -> None:
         return
     stages = [name for name in job.train if name not in search.shared]
     if not stages:
-        raise ValueError("prune: got a rule, allowed: null, as trials train nothing")
+        raise ValueError("prune: got a rule, allowed: null, because trials train nothing")
     steps = job.train[stages[-1]].steps
     if steps and steps <= search.prune.first:
         raise ValueError(f"prune.first: got {search.prune.first}, allowed: less than the {steps} steps of {stages[-1]}")
@@ -224,9 +227,9 @@ def run_search(search: Search, folder: Path, allow_changes: bool = False) -> Non
         # `cleaned` lives as long as the search: the weights of a trial are deleted once
         on_trials_ended = functools.partial(_write_results, folder=folder, jobs=jobs, cleaned=set())
         stage = list(job.train)[-1] if job.train else None
-        tuning.run_search(trials, folder, run_trial, on_trials_ended, stage, job.recovery.grace_s)
+        tuning.run_trials(trials, folder, run_trial, on_trials_ended, stage, job.recovery.grace_s)
     print(f"{search.name} is finished: {folder / 'search.html'}")
-    for line in search_page.write_summary(trials.study):
+    for line in search_page.summarize_search(trials.study):
         print(line)
 
 
@@ -257,7 +260,7 @@ def _run_shared_stages(search: Search, folder: Path, allow_changes: bool) -> tup
     # sets in other forms than shards are made once, and trials read them
     job = replace(job, data=resolve.resolve_data(job.data, folder))
     until = search.shared[-1] if search.shared else "shards"
-    if until not in run.list_steps(job, folder):
+    if until not in run.list_phases(job, folder):
         return None
     run.run(job, folder, allow_changes, until=until)
     return job, folder
@@ -290,7 +293,7 @@ def _divide_resources(search: Search, job: Job) -> Values:
 
 def _read_metrics(job: Job, trial_folder: Path) -> dict[str, float]:
     """Read all metrics of a trial's run."""
-    result = json.loads((trial_folder / "metrics.json").read_text())
+    result = json.loads((trial_folder / RESULT_FILE).read_text())
     if job.train:
         stage = list(job.train)[-1]
         # None stands for a loss that was not finite
@@ -317,7 +320,7 @@ def _write_results(trials: Trials, folder: Path, jobs: TrialJobs, cleaned: set[i
             continue
         cleaned.add(number)
         trial_folder = folder / tuning.TRIALS_FOLDER / f"{number:04}"
-        shutil.rmtree(trial_folder / claims.ASSEMBLED, ignore_errors=True)
+        shutil.rmtree(trial_folder / ASSEMBLED_FOLDER, ignore_errors=True)
         for plan in run.plan_stages(jobs({}, str(number)), trial_folder).values():
             with suppress(OSError):  # a bucket that cannot be reached must not end the search
                 storage.remove_tree(plan.folder)

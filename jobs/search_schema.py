@@ -36,11 +36,11 @@ class Search(SearchSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if "name" in self.job:
-            raise ValueError("job: got a name, allowed: none, as each trial has its own")
+            raise ValueError("job: got a name, allowed: none, because each trial has its own")
         for section in ("space", "fidelity"):
             if reserved := {"name", "seed"} & getattr(self, section).keys():
                 raise ValueError(
-                    f"{section}: got {min(reserved)}, allowed: other keys, as all trials have the same seed"
+                    f"{section}: got {min(reserved)}, allowed: other keys, because all trials have the same seed"
                 )
         study.check_shared_stages(self.shared, self.job)
 

@@ -1,12 +1,14 @@
 """Serve a trained model (`redux serve`)."""
 
-import argparse
 import json
 import os
 import socket
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 from jobs.layout import find_model
@@ -29,14 +31,37 @@ SERVE_PACKAGES = ("fastapi", "starlette", "uvicorn")
 """Packages that ray[serve] adds to Ray."""
 
 
-def run_server(arguments: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Options of `redux serve`, see its help. `pipelines.serving.settings` explains their values."""
+
+    model: str
+    name: str | None
+    host: str
+    port: int
+    compare: bool
+    image_tokens: int | Literal["all"] | None
+    gamma: float | None
+    device: str | None
+    replicas: int
+    gpu_share: float
+    max_batch_size: int
+    max_body: int
+    max_images: int
+    max_pixels: int
+    max_new_tokens: int
+    max_requests: int
+    image_host: Sequence[str]
+
+
+def run_server(options: ServeOptions) -> None:
     """Serve a model until the command is interrupted.
 
     Raises:
         ValueError: the model, the address or an option cannot be used.
     """
     try:
-        _serve_until_interrupted(arguments)
+        _serve_until_interrupted(build_settings(options))
     except BaseException:
         # an interrupt may appear as another error: of an import, of a library, of a stopping Ray
         if not interrupts.was_interrupted():
@@ -44,8 +69,7 @@ def run_server(arguments: argparse.Namespace) -> None:
     print("stopped")
 
 
-def _serve_until_interrupted(arguments: argparse.Namespace) -> None:
-    settings = build_settings(arguments)
+def _serve_until_interrupted(settings: ServerSettings) -> None:
     check_model(settings.model.path)
     if os.environ.get("RAY_ADDRESS", "") in ("", "local"):  # a cluster listens on another machine
         check_port(settings.host, settings.port)
@@ -84,7 +108,7 @@ def _watch(replicas: int) -> None:
     while True:
         interrupts.raise_if_interrupted()
         time.sleep(STATUS_POLL_S)
-        is_complete = app.is_complete()
+        is_complete = app.all_replicas_run()
         if was_complete and not is_complete:
             print(f"a copy of the model has died and is replaced; copies in all: {replicas}", flush=True)
         elif is_complete and not was_complete:
@@ -92,38 +116,38 @@ def _watch(replicas: int) -> None:
         was_complete = is_complete
 
 
-def build_settings(arguments: argparse.Namespace) -> ServerSettings:
+def build_settings(options: ServeOptions) -> ServerSettings:
     """Build the settings from the options.
 
     Raises:
         ValueError: there is no such model, or the address is public and there is no key.
     """
-    path = find_model(arguments.model)
+    path = find_model(options.model)
     if Path(path).is_dir():
         path = str(Path(path).resolve())  # replicas may have another working directory
-    name = arguments.name or Path(arguments.model).resolve().name
+    name = options.name or Path(options.model).resolve().name
     return ServerSettings(
         model=ServedModel(
             name=name,
             path=path,
-            image_tokens=arguments.image_tokens,
-            gamma=arguments.gamma,
-            compares=arguments.compare,
-            device=arguments.device,
+            image_tokens=options.image_tokens,
+            gamma=options.gamma,
+            compares=options.compare,
+            device=options.device,
         ),
-        host=arguments.host,
-        port=arguments.port,
+        host=options.host,
+        port=options.port,
         api_key=os.environ.get(API_KEY_VARIABLE) or None,
-        replicas=arguments.replicas,
-        gpu_share=arguments.gpu_share,
-        max_batch_size=arguments.max_batch_size,
+        replicas=options.replicas,
+        gpu_share=options.gpu_share,
+        max_batch_size=options.max_batch_size,
         limits=RequestLimits(
-            body_bytes=arguments.max_body * MEGABYTE,
-            images=arguments.max_images,
-            pixels=arguments.max_pixels * MEGAPIXEL,
-            new_tokens=arguments.max_new_tokens,
-            concurrent=arguments.max_requests,
-            image_hosts=tuple(arguments.image_host),
+            body_bytes=options.max_body * MEGABYTE,
+            images=options.max_images,
+            pixels=options.max_pixels * MEGAPIXEL,
+            new_tokens=options.max_new_tokens,
+            concurrent=options.max_requests,
+            image_hosts=tuple(options.image_host),
         ),
     )
 

@@ -17,7 +17,7 @@ from pipelines.data.index_file import rewrite_former
 from pipelines.data.options import ColumnName, SetSource, ShardOptions
 from pipelines.data.sources.opened import RecordSource
 from pipelines.training import metrics
-from pipelines.training.files import JOB_FILE
+from pipelines.training.files import JOB_FILE, METRICS_FILE
 from pipelines.training.stage import DEFAULT_IMAGE_ASPECT_RATIO
 
 
@@ -102,7 +102,7 @@ def _format_counts(counts: Counter[str]) -> str:
     return f": {listing}{remainder}" if listing else ""
 
 
-def verify_set(arguments: argparse.Namespace) -> None:
+def verify_shards(arguments: argparse.Namespace) -> None:
     """Check a set against its index, or that a run used each sample once per epoch.
 
     Raises:
@@ -124,11 +124,11 @@ def verify_set(arguments: argparse.Namespace) -> None:
     print("\n".join(confirmations))
 
 
-def write_features(arguments: argparse.Namespace) -> None:
+def store_features(arguments: argparse.Namespace) -> None:
     """Write the features of a set by the image tower of a model.
 
     Raises:
-        ValueError: the model is no LLaVA, the set cannot be read, or the folder has other features.
+        ValueError: the model is not a LLaVA, the set cannot be read, or the folder has other features.
     """
     # torch and transformers take seconds to import, which the other verbs save
     from pipelines.training import feature_writer
@@ -185,8 +185,7 @@ def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
             # a lost end of the log would look like an early stop, but the metrics have their own count
             if (steps := metrics.read_last_step(run, coverage.stage)) != coverage.steps:
                 faults.append(
-                    f"{log}: stage {coverage.stage} ends with step {coverage.steps}, "
-                    f"{metrics.METRICS_FILE} with {steps}"
+                    f"{log}: stage {coverage.stage} ends with step {coverage.steps}, {METRICS_FILE} with {steps}"
                 )
             confirmations.append(
                 f"{coverage.stage}: {coverage.steps} steps used {coverage.samples} samples of {name}: each of its "

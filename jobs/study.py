@@ -36,6 +36,7 @@ from jobs.layout import locate_model, locate_sets
 from jobs.schema import Job, Name
 from jobs.type_text import format_value
 from pipelines.core import failures, storage
+from pipelines.training.files import RESULT_FILE
 from redux.settings import METHODS
 
 SHARED = "shared"
@@ -83,7 +84,7 @@ class Study:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: got {list(self.seeds)}, allowed: each once")
         if reserved := {"name", "seed"} & self.job.keys():
-            raise ValueError(f"job: got a {min(reserved)}, allowed: none, as each run has its own")
+            raise ValueError(f"job: got a {min(reserved)}, allowed: none, because each run has its own")
         stages = check_shared_stages(self.shared, self.job)
         if self.shared and len(self.shared) == len(stages):
             raise ValueError(
@@ -95,7 +96,9 @@ class Study:
         """Check the names of `repeated` and `applied`."""
         known = ", ".join(self.variants)
         if SHARED in self.variants:
-            raise ValueError(f"variants: got {SHARED}, allowed: another name, as the run of the shared stages has it")
+            raise ValueError(
+                f"variants: got {SHARED}, allowed: another name, because the run of the shared stages has this one"
+            )
         for name in self.repeated or ():
             if name not in self.variants:
                 raise ValueError(f"repeated: got {name}, allowed: {known}")
@@ -106,9 +109,9 @@ class Study:
             if applied.variant not in models:
                 raise ValueError(f"applied.{name}.variant: got {applied.variant}, allowed: {', '.join(models)}")
         if self.applied and not self.job.get("evaluate"):
-            raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, as job.evaluate is null")
+            raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, because job.evaluate is null")
         if self.applied and not self.job.get("train"):
-            raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, as job.train has no stages")
+            raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, because job.train has no stages")
 
     def list_seeds(self, variant: str) -> tuple[int, ...]:
         """List the seeds of a variant."""
@@ -176,8 +179,8 @@ def check_shared_stages(shared: Sequence[str], job: Mapping[str, Any]) -> list[s
     if isinstance(last, dict) and last.get("objective") == "contrastive":
         others = [name for name in stages if name not in shared]
         raise ValueError(
-            f"shared: got {', '.join(shared)}, allowed: {', '.join([*shared, *others[:1]])}, as the others start from "
-            "the whole model of a language stage, and a contrastive stage makes a tower alone"
+            f"shared: got {', '.join(shared)}, allowed: {', '.join([*shared, *others[:1]])}, because the others start "
+            "from the whole model of a language stage, and a contrastive stage makes a tower alone"
         )
     return list(stages)
 
@@ -226,8 +229,8 @@ def _check_templates(study: Study, shared: Job, source: str) -> None:
     chat = [name for name, stage in shared.train.items() if name not in study.shared and stage.template == "chat"]
     if chat and shared.train[last].template == "plain":
         raise ValueError(
-            f"{source}: job.train.{last}.template: got plain before {chat[0]} with chat, allowed: chat, as a model "
-            "that was last trained with captions alone has no chat template"
+            f"{source}: job.train.{last}.template: got plain before {chat[0]} with chat, allowed: chat, because a "
+            "model that was last trained with captions alone has no chat template"
         )
 
 
@@ -358,7 +361,7 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Sh
 
 def _describe_end(study: Study, folder: Path, share: Share, others: Sequence[str]) -> str:
     """Describe the end of a call: the tables, and the runs of other shares that are not finished here."""
-    missing = sum(not (folder / name / "metrics.json").exists() for name in others)
+    missing = sum(not (folder / name / RESULT_FILE).exists() for name in others)
     done = (
         f"{study.name} is finished"
         if share.total == 1

@@ -13,7 +13,15 @@ from pipelines.evaluation.tasks import RESERVED_NAMES, find_task
 from pipelines.report import comparison, page
 from pipelines.report.columns import Column
 from pipelines.report.runs import FindScorer, Scorer, group_families, read_finished_runs
-from pipelines.report.tables import Cell, ResultRow, ResultTable, build_tables, compare_prompts, keep_filled
+from pipelines.report.tables import (
+    Cell,
+    ResultRow,
+    ResultTable,
+    build_tables,
+    compare_prompts,
+    drop_empty_columns,
+    keep_filled,
+)
 from pipelines.report.variants import VariantCell, VariantTable, compare_variants
 from pipelines.report.verdicts import FamilyVerdicts, Verdict, judge_claims
 
@@ -55,7 +63,10 @@ def write_tables(
     variants = compare_variants(finished, samples)
     families = group_families(finished, notes)
     tables = build_tables(families, samples)
-    shown = tables if lists_missing else [filled for table in tables if (filled := keep_filled(table)).blocks]
+    if lists_missing:
+        shown = [drop_empty_columns(table) for table in tables]
+    else:
+        shown = [filled for table in tables if (filled := keep_filled(table)).blocks]
     verdicts = judge_claims(families, samples)
     text = format_markdown(shown, [*comparison.write_summary(tables), *notes], variants, verdicts)
     if out:

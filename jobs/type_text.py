@@ -87,20 +87,34 @@ def list_field_names(hint: Any) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def join_alternatives(alternatives: Sequence[str]) -> str:
+    """Join alternatives, each named once: "A", "A or B", "A, B or C"."""
+    *first, last = dict.fromkeys(alternatives)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def list_alternatives(hint: Any) -> list[str]:
+    """Describe each value of a Literal, or each member of a union; of another type, the type itself."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return [format_value(value) for value in arguments]
+    if origin in (Union, types.UnionType):
+        return [text for member in arguments for text in list_alternatives(member)]
+    return [describe_type(hint)]
+
+
 def describe_type(hint: Any) -> str:
     """Describe the values that a type allows, such as 'a whole number >= 1', "'a' or 'b'" or 'a list of text'."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return " ".join([describe_type(arguments[0]), *_describe_bounds(arguments[0], arguments[1:])])
-    if origin is Literal:
-        return " or ".join(format_value(value) for value in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe_type(member) for member in arguments)
+    if origin in (Literal, Union, types.UnionType):
+        return join_alternatives(list_alternatives(hint))
     if origin in (list, tuple):
         members = ", ".join(dict.fromkeys(describe_type(member) for member in arguments if member is not Ellipsis))
         if origin is tuple and ... not in arguments:
-            return f"a list of {len(arguments)} values, each {members}"
-        return f"a list of values, each {members}" if members.startswith("a ") else f"a list of {members}"
+            return f"a list of {len(arguments)} values (each {members})"
+        return f"a list of values (each {members})" if members.startswith("a ") else f"a list of {members}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a mapping of names to {describe_type(arguments[1])}"
     if is_dataclass(hint):

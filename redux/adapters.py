@@ -27,7 +27,7 @@ PROMPTS_BY_MODEL_TYPE = {
 
 @dataclass(frozen=True)
 class TransformersModel:
-    """An `Answerer` for a model that is no LLaVA.
+    """An `Answerer` for a model that is not a LLaVA.
 
     It generates with the checkpoint's own settings, but greedily.
 

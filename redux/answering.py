@@ -240,7 +240,7 @@ def load(
             )
         else:
             if unsupported := [name for name, value in methods.items() if value is not None]:
-                raise ValueError(f"{unsupported[0]}: got one, allowed: None, as {path} is no LLaVA")
+                raise ValueError(f"{unsupported[0]}: got one, allowed: None, because {path} is not a LLaVA")
             model = load_model(AutoModelForImageTextToText, folder, label="model", **options)
             answerer = TransformersModel(model.eval().to(torch_device), _load_processor(folder))
     return CaptionThenAnswer(answerer) if image_input == "caption" else answerer

@@ -52,7 +52,9 @@ class TowerSizes(TransformerSizes):
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size: got {self.patch_size}, allowed: a divisor of image_size, {self.image_size}")
         if self.num_hidden_layers < 2:
-            raise ValueError("num_hidden_layers: got 1, allowed: at least 2, as LLaVA reads the last but one layer")
+            raise ValueError(
+                "num_hidden_layers: got 1, allowed: at least 2, because LLaVA reads the layer before the last"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ class ModelSettings:
         if isinstance(self.tower, str):
             return  # redux.pretrained.configure_assembly checks pretrained parts
         if self.gguf_file and not isinstance(self.language, str):
-            raise ValueError(f"gguf_file: got {self.gguf_file}, allowed: null, as language is built from sizes")
+            raise ValueError(f"gguf_file: got {self.gguf_file}, allowed: null, because language is built from sizes")
         # the visual tokens of an image must fit into the language model
         try:
             tokens = count_image_tokens(self)

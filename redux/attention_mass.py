@@ -7,8 +7,8 @@ over the attention that it pays to an image token, each a mean over the tokens o
 
 Its paper leaves some choices open.  Here A is the attention weight after any inhibition, mean over heads and over the
 rows that choose the answer's tokens.  "text" is the prompt with its template, before the answer; attention of the
-answer to itself counts for neither.  Both sums are means over layers before the ratio, as a layer that hardly sees the
-image would else decide it.
+answer to itself counts for neither.  Both sums are means over layers before the ratio, since a layer that hardly sees
+the image would else decide it.
 
 `redux.trace.measure_attention` measures it.  This module needs no torch, so answers can be scored without it.
 """

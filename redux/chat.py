@@ -28,8 +28,7 @@ from transformers import (
 
 from redux.answering import LlavaAnswerer, TrainedLlava, build_inputs, load
 from redux.conversation import IMAGE_TOKEN, Template, encode_pieces
-from redux.graph_decoding import Prompt as DecodedPrompt
-from redux.graph_decoding import decode_prompt, use_graph
+from redux.graph_decoding import PrefilledPrompt, decode_prompt, use_graph
 from redux.image import load_pixels
 from redux.messages import Delta, FinishReason, Message, Sampling, check_messages
 from redux.pretrained import configure_checkpoint
@@ -160,7 +159,7 @@ class ChatModel(TrainedLlava):
         """Generate until all rows are finished; `is_finished` gets the new token of each row after each step."""
         eos_token_id, pad_token_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         if all(sampling.temperature == 0 for sampling in samplings) and use_graph(self.model, inputs):
-            prompt = DecodedPrompt.read(self.model, inputs)
+            prompt = PrefilledPrompt.run(self.model, inputs)
             decode_prompt(
                 self.model,
                 prompt,
@@ -208,7 +207,7 @@ def load_chat_model(path: str | PathLike, **options: Any) -> ChatModel:
     """
     answerer = load(path, **options)
     if not isinstance(answerer, LlavaAnswerer):
-        raise ValueError(f"model: got {path}, which is no LLaVA, allowed: a LLaVA with a CLIP or SigLIP tower")
+        raise ValueError(f"model: got {path}, which is not a LLaVA, allowed: a LLaVA with a CLIP or SigLIP tower")
     return ChatModel(answerer.model, answerer.tokenizer, answerer.template, answerer.image_aspect_ratio)
 
 

@@ -8,8 +8,8 @@ Rows up to the first text after an image lose nothing and are skipped.  A `Focus
 keys and values, so decoding (`redux.decoding`) equals the full forward pass.  `redux.plugin` finds the image tokens.
 
 `CMAI` has an option wherever the paper is silent or contradicts itself.  The paper calls QK^T the attention score and
-then treats A as weights.  A product of signed scores is no weighting, so the default is weights.  One mask serves all
-heads, since the paper's A is a mean, and a mask for each head would be the heads x text x image map avoided here.
+then treats A as weights.  A product of signed scores is not a weighting, so the default is weights.  One mask serves
+all heads, since the paper's A is a mean, and a mask for each head would be the heads x text x image map avoided here.
 `heads` makes such masks for comparison, by plain code: each head of a sequence counts as a sequence.  Neighbours
 include text of earlier turns and text about other images.
 
@@ -28,14 +28,12 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from redux.decoding import DecodingStep, repeat_for_heads, select_heads
+from redux.decoding import DecodingStep, mask_heads, select_heads
 from redux.focus import (
     focus_score,
-    fold_heads,
     mean_attention_scores,
     mean_attention_weights,
     select_above_quantile,
-    unfold_heads,
 )
 from redux.focus_cache import FocusRows, HeadRows
 from redux.parallel import mean_over_ranks
@@ -144,8 +142,8 @@ class Inhibition:
         return cls(cmai, cmai.compute_gammas(num_layers), is_image, columns, valid, first_text_row, cache)
 
     @cached_property
-    def slots(self) -> Int[Tensor, "batch keys"]:
-        """Number of each image token in its sequence; -1 for text.  Computed once for all layers."""
+    def image_index(self) -> Int[Tensor, "batch keys"]:
+        """Index of each image token among those of its sequence; -1 for text.  Computed once for all layers."""
         return (self.is_image.cumsum(dim=1) - 1).masked_fill(~self.is_image, -1).int()
 
     @cached_property
@@ -168,7 +166,7 @@ class Inhibition:
         """Compute the pairs that stay in one layer: one mask for all heads, or one for each if `CMAI.heads` says so.
 
         Args:
-            layer: number of the layer.
+            layer: index of the layer.
             query: queries of the new tokens.
             key: keys of all tokens so far.
             visible: pairs that the causal mask leaves.
@@ -179,18 +177,16 @@ class Inhibition:
         Returns:
             False for pairs of a text row and an image key whose focus is below the row's quantile, else True.
         """
+
+        def mean_mask(
+            query: Tensor, key: Tensor, visible: Tensor, bias: Tensor | None, num_heads: int | None
+        ) -> Tensor:
+            if num_heads is None:
+                return self._compute_mean_mask(layer, query, key, visible, scale, bias, mesh)
+            return self._repeat_for_heads(num_heads)._compute_mean_mask(layer, query, key, visible, scale, bias, None)
+
         heads = select_heads(self.cmai, layer, query.shape[1], mesh)
-        if heads is None:
-            mask = self._compute_mean_mask(layer, query, key, visible, scale, bias, mesh)
-        elif not heads:
-            mask = query.new_ones(len(query), 1, query.shape[2], key.shape[2], dtype=torch.bool)
-        else:
-            # each of these heads of each sequence is a sequence of its own
-            visible = repeat_for_heads(visible, len(query), len(heads))
-            bias = None if bias is None else repeat_for_heads(bias, len(query), len(heads))
-            folded = self._repeat_for_heads(len(heads))
-            kept = folded._compute_mean_mask(layer, *fold_heads(query, key, heads), visible, scale, bias, None)
-            mask = unfold_heads(kept, heads, query.shape[1])
+        mask = mask_heads(heads, query, key, visible, bias, mean_mask)
         if (decisions := _recorded.get()) is not None:
             decisions[layer] = mask
         return mask
@@ -250,7 +246,7 @@ class Inhibition:
         """Compute the pairs that stay in one layer with fused kernels, under a causal mask without earlier tokens.
 
         Args:
-            layer: number of the layer.
+            layer: index of the layer.
             query, key: of all tokens.
             padding: 0 for keys that no row sees; None if there are none.
             scale: factor of the scores.
@@ -272,7 +268,7 @@ class Inhibition:
             t2i = cache.prepare_rows(layer, length, query)[:, :, :num_columns]
         factor = 1.0 if self.cmai.scores == "scores" else scale
         weights, neighbours = self.cmai.scores == "weights", self.cmai.focus == "neighbourhood"
-        t2t = mean_attention(query, key, self.slots, t2i, start, factor, weights, neighbours, padding)
+        t2t = mean_attention(query, key, self.image_index, t2i, start, factor, weights, neighbours, padding)
         if mesh is not None:
             t2i = mean_over_ranks(t2i, mesh)
             if cache is not None:
@@ -285,7 +281,7 @@ class Inhibition:
             focus = focus_score(self._text_to_text(visible.to(t2i.dtype), visible), t2i, t2i)
         pairs = make_key_mask(len(t2i), length, query.device)
         drop_below_quantile(
-            pairs, focus, self.columns, self.valid, self.slots, self.gammas[layer], self.cmai.quantile, padding
+            pairs, focus, self.columns, self.valid, self.image_index, self.gammas[layer], self.cmai.quantile, padding
         )
         return KeyMask(pairs, self.image_span, start)
 

@@ -90,7 +90,7 @@ class Template:
         """Return the template with a system message in place of its own; ValueError if there can be none."""
         if self.system_message is None:
             raise ValueError(
-                "messages: got a system message, allowed: user and assistant, as the model's chat template has none"
+                "messages: got a system message, allowed: user and assistant, because the chat template has none"
             )
         before, after = self.system_message
         return replace(self, system=f"{before}{message.strip() if self.strips else message}{after}")

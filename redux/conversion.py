@@ -47,7 +47,7 @@ def convert_checkpoint(source: str | PathLike) -> tuple[ReduxForConditionalGener
         The model and its tokenizer, to be saved by transformers.
 
     Raises:
-        ValueError: it is no LLaVA, or weights are missing, unexpected or of another shape.
+        ValueError: it is not a LLaVA, or weights are missing, unexpected or of another shape.
     """
     folder = Path(source)
     try:

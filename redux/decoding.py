@@ -7,6 +7,7 @@ Shapes: batch, heads, kv_heads, keys (in a StaticFocusCache with those to come, 
 image tokens, some of them free), rows (rows of A_t2i, from position `start` on), masks (batch, or 1 for all sequences).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,12 @@ from redux.settings import CMAI
 
 DECODING_TENSORS = ("position", "is_text", "columns", "valid")
 """Fields of a `DecodingStep` that are tensors."""
+
+MeanMask = Callable[[Tensor, Tensor, Tensor, Tensor | None, int | None], Tensor]
+"""Function from (query, key, visible, bias, num_heads) to one mask for all heads.
+
+num_heads: each of so many heads of a sequence is a sequence of its own; None if sequences have all their heads.
+"""
 
 MAX_SLOTS = 8192
 """Largest number of columns that one program of the kernel holds."""
@@ -45,6 +52,32 @@ def repeat_for_heads(
 ) -> Shaped[Tensor, "repeated 1 rows keys"]:
     """Repeat a mask for the sequences of `fold_heads`; one that all sequences share stays as it is."""
     return pairs.repeat_interleave(num_heads, dim=0) if len(pairs) == batch else pairs
+
+
+def mask_heads(
+    heads: tuple[int, ...] | None,
+    query: Float[Tensor, "batch heads rows head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    visible: Bool[Tensor, "masks 1 rows keys"],
+    bias: Float[Tensor, "masks 1 rows keys"] | None,
+    mean_mask: MeanMask,
+) -> Bool[Tensor, "batch mask_heads rows keys"]:
+    """Compute one mask for all heads, or a mask for each head with a mask of its own.
+
+    Args:
+        heads: heads with masks of their own, as `select_heads` returns them.
+        query, key, visible, bias: as for `Inhibition.compute_mask`.
+        mean_mask: computes the mask from the mean of all heads.
+    """
+    if heads is None:
+        return mean_mask(query, key, visible, bias, None)
+    if not heads:
+        return query.new_ones(len(query), 1, query.shape[2], key.shape[2], dtype=torch.bool)
+    # each of these heads of each sequence is a sequence of its own
+    visible = repeat_for_heads(visible, len(query), len(heads))
+    bias = None if bias is None else repeat_for_heads(bias, len(query), len(heads))
+    kept = mean_mask(*fold_heads(query, key, heads), visible, bias, len(heads))
+    return unfold_heads(kept, heads, query.shape[1])
 
 
 @dataclass(frozen=True)
@@ -110,16 +143,16 @@ class DecodingStep:
         mesh: Any = None,
     ) -> Bool[Tensor, "batch mask_heads 1 keys"]:
         """Compute the keys that stay in one layer, as `Inhibition.compute_mask` does for many rows."""
+
+        def mean_mask(
+            query: Tensor, key: Tensor, visible: Tensor, bias: Tensor | None, num_heads: int | None
+        ) -> Tensor:
+            if num_heads is None:
+                return self._compute_mean_mask(layer, query, key, visible, scale, bias, mesh)
+            return self._repeat_for_heads(num_heads)._compute_mean_mask(layer, query, key, visible, scale, bias, None)
+
         heads = select_heads(self.cmai, layer, query.shape[1], mesh)
-        if heads is None:
-            return self._compute_mean_mask(layer, query, key, visible, scale, bias, mesh)
-        if not heads:
-            return query.new_ones(len(query), 1, 1, key.shape[2], dtype=torch.bool)
-        visible = repeat_for_heads(visible, len(query), len(heads))
-        bias = None if bias is None else repeat_for_heads(bias, len(query), len(heads))
-        folded = self._repeat_for_heads(len(heads))
-        kept = folded._compute_mean_mask(layer, *fold_heads(query, key, heads), visible, scale, bias, None)
-        return unfold_heads(kept, heads, query.shape[1])
+        return mask_heads(heads, query, key, visible, bias, mean_mask)
 
     def _compute_mean_mask(
         self,
@@ -214,7 +247,7 @@ class DecodingStep:
         """Compute the attention of one layer with the fused kernels; None if they do not serve this call.
 
         Args:
-            layer: number of the layer.
+            layer: index of the layer.
             query: query of the new token.
             key, value: keys and values of all tokens so far.
             visible: keys that the causal mask leaves.

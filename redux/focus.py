@@ -113,7 +113,7 @@ def fold_heads(
         Queries and keys of sequence 0 with each of the heads, then of sequence 1, and so on.
     """
     group = query.shape[1] // key.shape[1]
-    # views of single heads, as an index of numbers would be copied to the device
+    # views of single heads, because an index of numbers would be copied to the device
     queries = torch.stack([query[:, head] for head in heads], dim=1)
     keys = torch.stack([key[:, head // group] for head in heads], dim=1)
     return queries.flatten(0, 1).unsqueeze(1), keys.flatten(0, 1).unsqueeze(1)

@@ -160,7 +160,7 @@ class FocusRows(Cache):
         Arguments are those of `reserve_rows`.
         """
         assert self.columns is not None
-        # removed image tokens, as of assisted decoding, leave more columns than there are slots
+        # removed image tokens, such as those of assisted decoding, leave more columns than there are slots
         return self.reserve_rows(layer, keys, like, heads)[:, : max(keys - self.start, 0), : self.columns.shape[1]]
 
     def reserve_rows(
@@ -169,7 +169,7 @@ class FocusRows(Cache):
         """Return all rows of a layer from `start` on, with room for those of all keys; those to come are zero.
 
         Args:
-            layer: number of the layer.
+            layer: index of the layer.
             keys: keys of the layer.
             like: a tensor whose device and batch size the rows have.
             heads: the number of heads that have rows of their own, as a last dimension; () for one mean of all heads.

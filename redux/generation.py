@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from redux.graph_decoding import Prompt, decode_prompt, use_graph
+from redux.graph_decoding import PrefilledPrompt, decode_prompt, use_graph
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def check_batch(prompts: Sequence[str], images: Sequence[bytes | None]) -> None:
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer a pad token if it has none.  Any token will do, as attention is masked there."""
+    """Give the tokenizer a pad token if it has none.  Any token will do, because attention is masked there."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
@@ -111,7 +111,7 @@ def generate_greedily(
     """
     start_s = read_clock(model.device)
     if use_graph(model, inputs):
-        prompt = Prompt.read(model, inputs)
+        prompt = PrefilledPrompt.run(model, inputs)
         first_s = read_clock(model.device)
         new_tokens = decode_prompt(model, prompt, eos_token_ids, tokenizer.pad_token_id, max_new_tokens)
     else:

@@ -44,7 +44,7 @@ CAPACITY_STEP = 128
 SPARE_CAPACITY = 3 * CAPACITY_STEP
 """Largest unused capacity with which a graph serves a batch; attention reads all of it."""
 
-SLOT_STEP = 64
+IMAGE_ROOM_STEP = 64
 """Image tokens in which the room for them grows, and tokens in which the first row of A_t2i is rounded down."""
 
 CHECK_STEPS = 8
@@ -85,7 +85,7 @@ def report(reason: str) -> None:
 def find_obstacle(model: Any, inputs: Mapping[str, Tensor]) -> str:
     """Return why static steps cannot decode a batch, or ""."""
     if not isinstance(model, LlavaForConditionalGeneration):
-        return f"{type(model).__name__} is no LLaVA"
+        return f"{type(model).__name__} is not a LLaVA"
     decoder = model.get_decoder()
     if not decoder._can_compile_fullgraph:
         return f"{type(decoder).__name__} has no static cache"
@@ -111,8 +111,8 @@ def find_obstacle(model: Any, inputs: Mapping[str, Tensor]) -> str:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt after the decoder.
+class PrefilledPrompt:
+    """A prompt after its prefill.
 
     Args:
         cache: its keys and values.
@@ -127,10 +127,10 @@ class Prompt:
     token: Int[Tensor, "batch"]
 
     @classmethod
-    def read(cls, model: Any, inputs: Mapping[str, Tensor]) -> "Prompt":
+    def run(cls, model: Any, inputs: Mapping[str, Tensor]) -> "PrefilledPrompt":
         """Run the model on a batch of prompts, with positions as `generate` counts them."""
         mask = inputs["attention_mask"]
-        # `generate` counts positions from the first token that is no padding
+        # `generate` counts positions from the first token that is not padding
         positions = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
         cache = DynamicCache(config=model.get_decoder().config)
         output = model(
@@ -143,7 +143,7 @@ class Prompt:
         return cls(cache, mask != 0, positions[:, -1:] + 1, choose_tokens(output.logits))
 
     @property
-    def slots(self) -> int:
+    def image_room(self) -> int:
         """Room that the image tokens need."""
         return self.cache.num_columns + FREE_COLUMNS if isinstance(self.cache, FocusCache) else 0
 
@@ -165,7 +165,7 @@ class GreedySteps:
         key: all that a captured graph depends on, except the sizes below.
         batch: sequences.
         capacity: tokens of the cache.
-        slots: room for image tokens; 0 without CMAI.
+        image_room: room for image tokens; 0 without CMAI.
         device: device of the model.
         eos_token_ids: tokens that end an answer.
         pad_token_id: token after the end.
@@ -177,13 +177,15 @@ class GreedySteps:
         key: Any,
         batch: int,
         capacity: int,
-        slots: int,
+        image_room: int,
         device: torch.device,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         start: int = 0,
     ) -> None:
-        self.key, self.capacity, self.slots, self.pad_token_id, self.start = key, capacity, slots, pad_token_id, start
+        self.key = key
+        self.capacity, self.image_room, self.start = capacity, image_room, start
+        self.pad_token_id = pad_token_id
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.visible = torch.zeros(batch, 1, 1, capacity, dtype=torch.bool, device=device)
@@ -196,21 +198,21 @@ class GreedySteps:
         self.graph: Any = None
         self.failed = False
 
-    def fits(self, key: Any, needed: int, slots: int, start: int = 0) -> bool:
+    def fits(self, key: Any, needed: int, image_room: int, start: int = 0) -> bool:
         """Tell if the steps serve another batch."""
-        has_room = 0 <= self.capacity - needed <= SPARE_CAPACITY and slots <= self.slots
-        return self.key == key and has_room and (self.slots > 0) == (slots > 0) and self.start <= start
+        has_room = 0 <= self.capacity - needed <= SPARE_CAPACITY and image_room <= self.image_room
+        return self.key == key and has_room and (self.image_room > 0) == (image_room > 0) and self.start <= start
 
-    def load(self, prompt: Prompt, config: Any) -> None:
+    def load(self, prompt: PrefilledPrompt, config: Any) -> None:
         """Begin after a prompt."""
         length = prompt.visible.shape[1]
         if self.cache is None:
-            cache_class = StaticFocusCache if self.slots else StaticCache
+            cache_class = StaticFocusCache if self.image_room else StaticCache
             self.cache = cache_class(config=config, max_cache_len=self.capacity)
         copy_cache(self.cache, prompt.cache)
         if isinstance(self.cache, StaticFocusCache):
             assert isinstance(prompt.cache, FocusCache)
-            self.cache.copy_tokens(prompt.cache, self.slots, self.start)
+            self.cache.copy_tokens(prompt.cache, self.image_room, self.start)
         self.visible.zero_()
         self.visible[:, 0, 0, :length] = prompt.visible
         self.position.copy_(prompt.position)
@@ -244,7 +246,7 @@ class GreedySteps:
             report(f"capturing it failed: {' '.join(str(error).split())}")
 
     def run(
-        self, prompt: Prompt, limit: int, step: Callable[[], None], should_stop: TokenCallback | None = None
+        self, prompt: PrefilledPrompt, limit: int, step: Callable[[], None], should_stop: TokenCallback | None = None
     ) -> Int[Tensor, "batch new"]:
         """Decode a loaded prompt.
 
@@ -299,7 +301,7 @@ def round_up(number: int, step: int) -> int:
 
 def decode_prompt(
     model: Any,
-    prompt: Prompt,
+    prompt: PrefilledPrompt,
     eos_token_ids: Sequence[int],
     pad_token_id: int,
     max_new_tokens: int,
@@ -327,13 +329,13 @@ def decode_prompt(
     with _lock:
         # two threads must not replay one graph, which has one set of input tensors
         steps = _kept.get(model)
-        if steps is None or not steps.fits(key, needed, prompt.slots, prompt.start):
+        if steps is None or not steps.fits(key, needed, prompt.image_room, prompt.start):
             _kept.pop(model, None)  # one graph at a time is in memory
             del steps
-            slots = round_up(prompt.slots, SLOT_STEP)
+            image_room = round_up(prompt.image_room, IMAGE_ROOM_STEP)
             capacity = round_up(needed, CAPACITY_STEP)
-            start = prompt.start // SLOT_STEP * SLOT_STEP
-            steps = GreedySteps(key, batch, capacity, slots, model.device, eos_token_ids, pad_token_id, start)
+            start = prompt.start // IMAGE_ROOM_STEP * IMAGE_ROOM_STEP
+            steps = GreedySteps(key, batch, capacity, image_room, model.device, eos_token_ids, pad_token_id, start)
         config = model.get_decoder().config
         steps.load(prompt, config)
         if model.device.type != "cuda" or not is_free_of_waits(prompt.cache):

@@ -42,7 +42,7 @@ def run_tower(
         compression: the compression.
 
     Returns:
-        (tokens, slot, merged), as `redux.tower.CompressingTower`.
+        (tokens, token_of_patch, merged), as `redux.tower.CompressingTower`.
     """
     is_plain = get_kernels() == "plain" or pixels.device.type != "cuda" or compression.first_token_only
     if is_plain or find_tower_obstacle(tower, pixels):

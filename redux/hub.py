@@ -113,14 +113,14 @@ def is_hub_id(name: str) -> bool:
     [True, False, False, False]
     """
     folder = path.dirname(name)
-    # a name in a folder that exists is a mistyped path, as runs/name
+    # a name in a folder that exists is a mistyped path, such as runs/name
     if path.exists(name) or (folder and path.isdir(folder)):
         return False
     return bool(HUB_ID.fullmatch(name))
 
 
 def describe_missing(source: str | PathLike) -> str:
-    """Describe that a path is no folder, with a similar name beside it if there is one."""
+    """Describe that a path is not a folder, with a similar name beside it if there is one."""
     name = fspath(source)
     if path.exists(name):
         return f"{name} is a file, not a folder"

@@ -42,8 +42,8 @@ def load_pixels(
         backend: "exact" or "fast".
 
     Raises:
-        ValueError: the file is no image, is truncated, or is too large for Pillow's limit against decompression bombs,
-            also after padding or resizing.  A JPEG with damage in its middle is partly grey, as for LLaVA.
+        ValueError: the file is not an image, is truncated, or is too large for Pillow's limit against decompression
+            bombs, also after padding or resizing.  A JPEG with damage in its middle is partly grey, as for LLaVA.
     """
     return square_pixels(
         _decode_jpeg(image) if backend == "fast" else decode_rgb(image), size, image_aspect_ratio, backend

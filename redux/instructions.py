@@ -16,7 +16,7 @@ regular expressions.  There are only these differences:
   missing argument, and lm-eval drops an argument of 0, so that the number checked was not in the prompt.
 - Brackets nested too deeply for Python's JSON reader are not JSON.  In IFEval they end the evaluation.
 
-All functions also take the constraints of `redux.held_out_instructions`, which are no part of IFEval.
+All functions also take the constraints of `redux.held_out_instructions`, which are not part of IFEval.
 
 `redux.sentences` splits sentences.  Words are matches of the library `regex`, as in NLTK since 3.10, which lm-eval
 uses: in Unicode a combining mark belongs to its word.  Older NLTK matches with `re`.
@@ -90,7 +90,7 @@ def draw_arguments(id: str, rng: random.Random, words: Keywords = KEYWORDS) -> d
         Values by IFEval's names.
 
     Raises:
-        ValueError: `words` has fewer than two different words, or one that is no regular expression.
+        ValueError: `words` has fewer than two different words, or one that is not a regular expression.
     """
     instruction = _find_instruction(id)
     unique_words = list(dict.fromkeys(words))

@@ -27,7 +27,7 @@ ALLOWED_LANGUAGE = "a dense decoder of LLaMA's build, see redux/README.md"
 
 SMALL_VOCABULARY = 64
 SMALL_LAYERS = 4
-"""Most layers of a small copy.  Patterns of layers, as every fourth without positions, are no longer."""
+"""Most layers of a small copy.  Patterns of layers, such as every fourth without positions, are no longer."""
 
 OTHER_ATTENTION = {"diffllama": "whose attention is the difference of two maps, and CMAI would read their mean"}
 """Reasons against types of models whose build shows nothing of them."""
@@ -108,7 +108,7 @@ def _find_problem(config_class: Any, saved: str) -> str:
         language_class = find_language_class(config.model_type)
         try:
             small = shrink_config(config)
-            # without memory first, as experts are many and not small
+            # without memory first, because experts are many and not small
             with torch.device("meta"):
                 problem = _find_other_build(language_class(small))
             language = None if problem else language_class(small).eval()
@@ -146,7 +146,7 @@ def _find_other_build(language: Any) -> str:
     """Find a part that a language model of LLaMA's build does not have."""
     config, head, base = language.config, language.get_output_embeddings(), language.base_model
     if type(head) is not nn.Linear or len(list(head.parameters())) > 1:
-        return "whose head is no linear layer without bias"
+        return "whose head is not a linear layer without bias"
     decoder_name = type(AutoModel.from_config(config)).__name__
     if type(base).__name__ != decoder_name or language.base_model_prefix != "model":
         return f"whose decoder {type(base).__name__} has other names than LLaMA's"

@@ -79,15 +79,15 @@ class ReduxModel(LlavaModel):
             )
         if not (config.has_class_token or config.keeps_class_token):
             raise ValueError(
-                f"vision_feature_select_strategy: got default, allowed: full, as {model_type} has no class token to "
-                "leave out"
+                f"vision_feature_select_strategy: got default, allowed: full, because {model_type} has no class token "
+                "to leave out"
             )
         if self.reduction and self.reduction.method == "prumerge":
             last = config.vision_config.num_hidden_layers - 1
             if not config.has_class_token or config.num_blocks_used != last:
                 raise ValueError(
-                    "reduction.method: got prumerge, allowed: any other, as that one needs a class token and features "
-                    f"of layer {last}, below the last block"
+                    "reduction.method: got prumerge, allowed: any other, because prumerge needs a class token and "
+                    f"features of layer {last}, below the last block"
                 )
 
     def _extend_tower(self) -> None:

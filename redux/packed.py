@@ -23,14 +23,14 @@ class PackedConversations:
     """The conversations of packed rows.
 
     Args:
-        tokens: number of each token of a conversation among those of all rows; padding repeats the first one.
+        tokens: index of each token of a conversation among those of all rows; padding repeats the first one.
         padding: 0 for padding.
-        places: for each token of the rows, its number among those of all padded conversations.
+        indices: for each token of the rows, its index among those of all padded conversations.
     """
 
     tokens: Int[Tensor, "conversations longest"]
     padding: UInt8[Tensor, "conversations longest"]
-    places: Int[Tensor, "rows length"]
+    indices: Int[Tensor, "rows length"]
 
     @classmethod
     def find(cls, position_ids: Int[Tensor, "rows length"]) -> "PackedConversations | None":
@@ -55,12 +55,12 @@ class PackedConversations:
         is_token = numbers[:longest] < sizes[:, None]
         tokens = torch.where(is_token, first[:, None] + numbers[:longest], first[:, None])
         conversation = is_start.flatten().cumsum(dim=0) - 1
-        places = conversation * longest + numbers - first[conversation]
-        return cls(tokens, is_token.to(torch.uint8), places.view(rows, length))
+        indices = conversation * longest + numbers - first[conversation]
+        return cls(tokens, is_token.to(torch.uint8), indices.view(rows, length))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "PackedConversations":
         """Copy the tensors to a device."""
-        tensors = (self.tokens, self.padding, self.places)
+        tensors = (self.tokens, self.padding, self.indices)
         return PackedConversations(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
 
     def split_flags(self, flags: Bool[Tensor, "rows length"]) -> Bool[Tensor, "conversations longest"]:
@@ -74,7 +74,7 @@ class PackedConversations:
 
     def join(self, outputs: Float[Tensor, "conversations longest heads dim"]) -> Float[Tensor, "rows length heads dim"]:
         """Join the outputs of attention to rows."""
-        return outputs.flatten(0, 1).index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
+        return outputs.flatten(0, 1).index_select(0, self.indices.flatten()).unflatten(0, self.indices.shape)
 
 
 @dataclass(frozen=True)

@@ -42,29 +42,30 @@ def enlarge_image(image: Image.Image, patches: int, size: int = 256) -> Image.Im
 
 
 def draw_patches(
-    image: Image.Image, slot: Int[np.ndarray, "patches"], merged: Bool[np.ndarray, "patches"], size: int = 256
+    image: Image.Image, token_of_patch: Int[np.ndarray, "patches"], merged: Bool[np.ndarray, "patches"], size: int = 256
 ) -> Image.Image:
     """Draw the output token of each patch over the image.
 
     Args:
         image: input of the image tower; an image that is not square is stretched.
-        slot: slot[p] is the output token that holds patch p, -1 if p was dropped. Patches are numbered row by row.
+        token_of_patch: token_of_patch[p] is the output token that holds patch p, -1 if p was dropped. Patches are
+        numbered row by row.
         merged: merged[p] is True if patch p is part of a cluster. A patch that is neither merged nor dropped was kept.
         size: approximate side of the picture in pixels.
 
     Raises:
         ValueError: the patches do not fill a square.
     """
-    side = grid_side(slot.size)
-    picture = np.asarray(enlarge_image(image, slot.size, size)).astype(np.float32)
+    side = grid_side(token_of_patch.size)
+    picture = np.asarray(enlarge_image(image, token_of_patch.size, size)).astype(np.float32)
     cell = picture.shape[0] // side
     # fill: grey for dropped patches, a tint for each cluster
-    dropped = slot < 0
+    dropped = token_of_patch < 0
     clustered = merged & ~dropped
     picture = np.where(_repeat_for_pixels(dropped, cell)[..., None], _darken_to_grey(picture), picture)
-    picture = _tint_clusters(picture, np.where(clustered, slot, -1), cell)
+    picture = _tint_clusters(picture, np.where(clustered, token_of_patch, -1), cell)
     # outlines: black between tokens
-    edges = _find_borders(slot, cell)
+    edges = _find_borders(token_of_patch, cell)
     picture = _blend(picture, 0, DARK * edges)
     kept = _repeat_for_pixels(~merged & ~dropped, cell)
     # a white line inside the black one: on every colour one of the two is visible
@@ -94,14 +95,14 @@ def _darken_to_grey(picture: Float[np.ndarray, "height width 3"]) -> Float[np.nd
 
 
 def _tint_clusters(
-    picture: Float[np.ndarray, "height width 3"], slot: Int[np.ndarray, "patches"], cell: int
+    picture: Float[np.ndarray, "height width 3"], token_of_patch: Int[np.ndarray, "patches"], cell: int
 ) -> Float[np.ndarray, "height width 3"]:
-    """Tint each cluster by its rank among the slots; -1 stays unchanged."""
-    # colours go by rank, since slots also number kept tokens
-    clusters = np.unique(slot[slot >= 0])
-    rank = _repeat_for_pixels(np.searchsorted(clusters, slot), cell)
+    """Tint each cluster by its rank among the output tokens; -1 stays unchanged."""
+    # colours go by rank, since numbers of tokens also count kept ones
+    clusters = np.unique(token_of_patch[token_of_patch >= 0])
+    rank = _repeat_for_pixels(np.searchsorted(clusters, token_of_patch), cell)
     dense = _build_textures(cell, picture.shape[0])[rank // len(CLUSTER_COLOURS) % TEXTURES, *np.indices(rank.shape)]
-    opacity = np.where(dense, TINT, STRIPE) * _repeat_for_pixels(slot >= 0, cell)
+    opacity = np.where(dense, TINT, STRIPE) * _repeat_for_pixels(token_of_patch >= 0, cell)
     return _blend(picture, CLUSTER_COLOURS[rank % len(CLUSTER_COLOURS)], opacity)
 
 
@@ -114,12 +115,12 @@ def _build_textures(cell: int, width: int) -> Bool[np.ndarray, "textures width w
     return np.stack([np.ones_like(down), down, up, (row // half + column // half) % 2 == 0])
 
 
-def _find_borders(slot: Int[np.ndarray, "patches"], cell: int) -> Bool[np.ndarray, "height width"]:
+def _find_borders(token_of_patch: Int[np.ndarray, "patches"], cell: int) -> Bool[np.ndarray, "height width"]:
     """Find the pixels next to borders between patches of different tokens, and at the edge of the image.
 
     Dropped patches are one dark area without borders.
     """
-    area = np.pad(_repeat_for_pixels(slot, cell), 1, constant_values=-2)
+    area = np.pad(_repeat_for_pixels(token_of_patch, cell), 1, constant_values=-2)
     here = area[1:-1, 1:-1]
     return (here != area[:-2, 1:-1]) | (here != area[2:, 1:-1]) | (here != area[1:-1, :-2]) | (here != area[1:-1, 2:])
 

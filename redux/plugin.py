@@ -74,14 +74,14 @@ def _check_compatible(model: PreTrainedModel) -> None:
         raise ValueError(f"is_encoder_decoder: got True in the language model of {model_class}, allowed: False")
     if getattr(text_config, "cross_attention_layers", None):
         raise ValueError(f"cross_attention_layers: got some in {model_class}, allowed: images and text in one sequence")
-    # a cache that drops keys, as of sliding windows, no longer has image tokens at their positions
+    # a cache that drops keys, such as that of sliding windows, no longer has image tokens at their positions
     forgetful = {type(layer).__name__ for layer in DynamicCache(config=text_config).layers} - {"DynamicLayer"}
     if forgetful:
         raise ValueError(f"cache: got {', '.join(sorted(forgetful))}, allowed: DynamicLayer, which forgets no token")
     if getattr(text_config, "attn_logit_softcapping", None):
         raise ValueError(
             f"attn_logit_softcapping: got {text_config.attn_logit_softcapping} in the language model of {model_class}, "
-            "allowed: None, as scaled-dot-product attention would leave the cap out"
+            "allowed: None, because scaled-dot-product attention would leave the cap out"
         )
     decoder = model.get_decoder()
     if not (decoder._supports_attention_backend and decoder._supports_sdpa):

@@ -63,7 +63,7 @@ PRESETS = {
     "prumerge": _reduction_preset("Table 2, LLaVA-PruMerge", Reduction(method="prumerge", tokens=36)),
     "each-head": Preset(description="the default, with a mask of CMAI for each head", cmai=CMAI(heads="each")),
     "no-sinks": Preset(
-        description="the default, whose primary tokens are no attention sinks", vmtc=VMTC(sink_norm=3.0)
+        description="the default, whose primary tokens are not attention sinks", vmtc=VMTC(sink_norm=3.0)
     ),
     "evit": Preset(
         description="EViT: pruning layer by layer, one fused token",

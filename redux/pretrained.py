@@ -141,7 +141,7 @@ def load_image_encoder(
     Raises:
         ValueError: the tower cannot be loaded completely.
     """
-    # the smallest language model there is, as it is never run
+    # the smallest language model there is, because it is never run
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
     language = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=8)
     config = ReduxConfig(**{**config.to_dict(), "text_config": language.to_dict()})
@@ -152,7 +152,7 @@ def load_image_encoder(
         return model
     assert checkpoint is not None
     with local_copy(checkpoint, label="checkpoint") as folder, report_damage(checkpoint, "checkpoint"):
-        # the plain class, as Redux's own refuses weights that the model does not have
+        # the plain class, because Redux's own refuses weights that the model does not have
         llava, loading_info = LlavaForConditionalGeneration.from_pretrained(
             folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -211,7 +211,7 @@ def configure_assembly(
 def check_parts(tower: Any, language: str | PathLike, gguf_file: str | None = None) -> None:
     """Check that two local folders have all weights and a tokenizer for `assemble`, without reading weights.
 
-    Sources that are no local folders are skipped, and so are sizes of a tower.  A GGUF file is skipped too, since it
+    Sources that are not local folders are skipped, and so are sizes of a tower.  A GGUF file is skipped too, since it
     cannot be checked without reading it.
 
     Raises:
@@ -249,7 +249,7 @@ def configure_checkpoint(checkpoint: str | PathLike, **methods: Any) -> ReduxCon
         methods: settings by their names in `redux.settings.METHODS`.
 
     Raises:
-        ValueError: the checkpoint is no LLaVA, or the settings do not fit it.
+        ValueError: the checkpoint is not a LLaVA, or the settings do not fit it.
     """
     with local_copy(checkpoint, [CONFIG_NAME], "checkpoint") as folder:
         try:

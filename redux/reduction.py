@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from redux.settings import Reduction, grid_side
 
 ReducedTokens = tuple[Float[Tensor, "batch out dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]
-"""(tokens', slot, cluster), as in `vmtc.compress_tokens`."""
+"""(tokens', token_of_patch, cluster), as in `vmtc.compress_tokens`."""
 
 ClassQueryAndKeys = tuple[Float[Tensor, "batch width"], Float[Tensor, "batch patches+1 width"]]
 """Query of the class token and all keys, the class token's first, in the tower's last block."""
@@ -46,8 +46,9 @@ def reduce_tokens(
         last: query and keys for "prumerge"; other methods ignore it.
 
     Returns:
-        (tokens', slot, cluster).  slot[b, p] is the output token that holds patch p, -1 if p was dropped.  A pooled
-        token holds the patches whose centre lies in its cell.  cluster[b, o] is True if output token o mixes patches.
+        (tokens', token_of_patch, cluster).  token_of_patch[b, p] is the output token that holds patch p, -1 if p was
+        dropped.  A pooled token holds the patches whose centre lies in its cell.  cluster[b, o] is True if output token
+        o mixes patches.
 
     Raises:
         ValueError: as `Reduction.count_tokens`, and for "prumerge" without `last`.
@@ -55,11 +56,11 @@ def reduce_tokens(
     Nine patches to four: the windows of "average" overlap, and the centre of the image lies in the last cell.
 
     >>> features = torch.arange(9.0).reshape(1, 9, 1)
-    >>> tokens, slot, cluster = reduce_tokens(features, Reduction(method="average", tokens=4))
-    >>> tokens.flatten().tolist(), slot.tolist()
+    >>> tokens, token_of_patch, cluster = reduce_tokens(features, Reduction(method="average", tokens=4))
+    >>> tokens.flatten().tolist(), token_of_patch.tolist()
     ([2.0, 3.0, 5.0, 6.0], [[0, 1, 1, 2, 3, 3, 2, 3, 3]])
-    >>> tokens, slot, cluster = reduce_tokens(features, Reduction(method="stride", tokens=4))
-    >>> tokens.flatten().tolist(), slot.tolist()
+    >>> tokens, token_of_patch, cluster = reduce_tokens(features, Reduction(method="stride", tokens=4))
+    >>> tokens.flatten().tolist(), token_of_patch.tolist()
     ([0.0, 2.0, 6.0, 8.0], [[0, -1, 1, -1, -1, -1, 2, -1, 3]])
     """
     return REDUCERS[reduction.method](features, reduction, last)
@@ -118,12 +119,12 @@ def reduce_by_prumerge(
 
     The weight of a patch is the class token's attention in the last block, with all heads as one.  A kept token is
     itself plus the weighted sum of the `neighbours` tokens, kept or not, with the most similar keys.  The last token is
-    the weighted sum of all tokens that were not kept, and their slot.  Kept tokens do not count as clusters, although
-    neighbours were added to them.
+    the weighted sum of all tokens that were not kept, and their token_of_patch.  Kept tokens do not count as clusters,
+    although neighbours were added to them.
 
     The authors keep the outliers of the attention of each image.  Here the number is fixed, as in the branch that their
     code of PruMerge+ marks "for training", since a batch needs images of one length.  The evenly spaced tokens of
-    PruMerge+ are left out.  `tokens` equal to the patches is no identity: the last token is still weighted.
+    PruMerge+ are left out.  `tokens` equal to the patches is not the identity: the last token is still weighted.
     """
     if last is None:
         raise ValueError("last: got None, allowed: query and keys; a tower with a class token is needed")
@@ -141,8 +142,8 @@ def reduce_by_prumerge(
     if reduction.weights == "normalized":
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     number = torch.arange(kept_count + 1, device=kept.device).expand(batch, -1)
-    slot = torch.full_like(attention, kept_count, dtype=torch.long).scatter(1, kept, number[:, :-1])
-    return _mix_patches(weights, features), slot, number == kept_count
+    token_of_patch = torch.full_like(attention, kept_count, dtype=torch.long).scatter(1, kept, number[:, :-1])
+    return _mix_patches(weights, features), token_of_patch, number == kept_count
 
 
 def resize_pixels(
@@ -158,18 +159,18 @@ def resize_pixels(
         patch_size: pixels on each side of a patch.
 
     Returns:
-        (pixels', slot, cluster).  slot[b, p] is the new patch that holds the centre of patch p.  cluster is True, as
-        each new patch mixes pixels of several.
+        (pixels', token_of_patch, cluster).  token_of_patch[b, p] is the new patch that holds the centre of patch p.
+        cluster is True, since each new patch mixes pixels of several.
     """
     side = pixels.shape[-1] // patch_size
     out = grid_side(reduction.count_tokens(side * side))
-    slot = _locate_cells(side, out, pixels.device).expand(len(pixels), -1)
+    token_of_patch = _locate_cells(side, out, pixels.device).expand(len(pixels), -1)
     cluster = torch.full((len(pixels), out * out), out < side, device=pixels.device)
     if out == side:
-        return pixels, slot, cluster
+        return pixels, token_of_patch, cluster
     size = (out * patch_size, out * patch_size)
     resized = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False)
-    return resized.to(pixels.dtype), slot, cluster
+    return resized.to(pixels.dtype), token_of_patch, cluster
 
 
 REDUCERS: dict[str, Callable[..., ReducedTokens]] = {
@@ -195,9 +196,9 @@ def _pool_grid(features: Float[Tensor, "batch patches dim"], weights: Float[Tens
     """Pool rows and columns by the same weights, of the patches of a side in the cells of a side, not normalised."""
     weights = weights / weights.sum(dim=1, keepdim=True)
     out, side = weights.shape
-    slot = _locate_cells(side, out, features.device).expand(features.shape[:2])
+    token_of_patch = _locate_cells(side, out, features.device).expand(features.shape[:2])
     tokens = _mix_patches(torch.kron(weights, weights), features)
-    return tokens, slot, torch.full(tokens.shape[:2], out < side, device=features.device)
+    return tokens, token_of_patch, torch.full(tokens.shape[:2], out < side, device=features.device)
 
 
 def _locate_cells(side: int, out: int, device: torch.device) -> Int[Tensor, "patches"]:
@@ -208,10 +209,10 @@ def _locate_cells(side: int, out: int, device: torch.device) -> Int[Tensor, "pat
 
 def _select_patches(features: Float[Tensor, "batch patches dim"], positions: Int[Tensor, "out"]) -> ReducedTokens:
     tokens = features.index_select(1, positions)
-    slot = positions.new_full(features.shape[1:2], -1).scatter(
+    token_of_patch = positions.new_full(features.shape[1:2], -1).scatter(
         0, positions, torch.arange(len(positions), device=positions.device)
     )
-    return tokens, slot.expand(features.shape[:2]), torch.zeros_like(tokens[..., 0], dtype=torch.bool)
+    return tokens, token_of_patch.expand(features.shape[:2]), torch.zeros_like(tokens[..., 0], dtype=torch.bool)
 
 
 def _mix_patches(

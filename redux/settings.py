@@ -35,7 +35,7 @@ TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", N
 def check_fields(settings: Any, **rules: FieldRule) -> None:
     """Check the fields of a dataclass against their types and against rules.
 
-    Types are strict: True is no number, and neither is NaN.  None breaks no rule if the type allows it.
+    Types are strict: True is not a number, and neither is NaN.  None breaks no rule if the type allows it.
 
     Args:
         settings: instance of a dataclass.
@@ -68,13 +68,18 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 
 def _describe_type(hint: Any) -> str:
+    *first, last = _list_alternatives(hint)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _list_alternatives(hint: Any) -> list[str]:
     if get_origin(hint) is Literal:
-        return " or ".join(map(repr, get_args(hint)))
+        return list(map(repr, get_args(hint)))
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_describe_type(member) for member in get_args(hint))
+        return [text for member in get_args(hint) for text in _list_alternatives(member)]
     if get_origin(hint) is tuple:
-        return f"a tuple, of each {_describe_type(get_args(hint)[0])}"
-    return TYPE_NAMES[hint]
+        return [f"a tuple (each {_describe_type(get_args(hint)[0])})"]
+    return [TYPE_NAMES[hint]]
 
 
 def grid_side(patches: int) -> int:
@@ -89,7 +94,7 @@ class CompressionStage(NamedTuple):
     """Token counts of one compressing block.
 
     Args:
-        block: number of the block, from 0.
+        block: index of the block, from 0.
         kept: patch tokens kept, k of eq. 5.
         clusters: clusters of the other tokens, c of eq. 7.
     """
@@ -170,7 +175,7 @@ class VMTC:
             iterations=("at least 1", lambda iterations: iterations >= 1),
         )
         count = self.stages if isinstance(self.stages, int) else len(self.stages)
-        per_stage = f"a number of at least 0 for each of {count} stages"
+        per_stage = f"a number of at least 0 for each of {count} compressing blocks"
         check_fields(
             self,
             kept=(per_stage, lambda kept: len(kept) == count and min(kept) >= 0),
@@ -188,7 +193,7 @@ class VMTC:
             )
         # cluster_share is a share of the output, which `kept` alone does not determine
         if self.kept is not None and self.clusters is None:
-            raise ValueError("clusters: got None, allowed: a number, or one for each stage, as kept is given")
+            raise ValueError("clusters: got None, allowed: a number, or one for each block, because kept is given")
 
     def plan_stages(self, patches: int, blocks: int) -> tuple[CompressionStage, ...]:
         """Plan the compressing blocks of a tower.
@@ -200,11 +205,11 @@ class VMTC:
             blocks: blocks in use.
 
         Raises:
-            ValueError: a block is not in use, or a stage would keep no token or more than its input.
+            ValueError: a block is not in use, or would keep no token or more than its input.
         """
         numbers = self._block_numbers(blocks)
         clusters_by_stage = self.clusters if isinstance(self.clusters, tuple) else (self.clusters,) * len(numbers)
-        # tokens after each stage: k + c where k is given, else from the total
+        # tokens after each block: k + c where k is given, else from the total
         if self.kept is not None:
             outs = tuple(kept + (clusters or 0) for kept, clusters in zip(self.kept, clusters_by_stage, strict=True))
         else:
@@ -228,7 +233,7 @@ class VMTC:
         return tuple(stages)
 
     def _block_numbers(self, blocks: int) -> tuple[int, ...]:
-        """Resolve `stages` to block numbers from 0."""
+        """Resolve `stages` to indices of blocks, from 0."""
         if isinstance(self.stages, tuple):
             numbers = tuple(number + blocks if number < 0 else number for number in self.stages)
             # -1 and `blocks` are the bounds
@@ -243,20 +248,20 @@ class VMTC:
         return tuple(blocks * number // (self.stages + 1) for number in range(1, self.stages + 1))
 
     def _tokens_after_stages(self, patches: int, stages: int) -> tuple[int, ...]:
-        """Compute the patch tokens after each stage from the total budget."""
+        """Compute the patch tokens after each compressing block from the total budget."""
         if self.tokens is not None and self.tokens > patches:
             raise ValueError(f"tokens: got {self.tokens}, allowed: 1 to {patches}, the patch tokens of an image")
         left = self.tokens / patches if self.tokens is not None else 1 - (0.5 if self.ratio is None else self.ratio)
         if round(patches * left) < 1:
             raise ValueError(f"ratio: got {self.ratio}, allowed: one that leaves at least 1 of {patches} patch tokens")
         parts = [number / stages for number in range(1, stages + 1)]
-        # each stage is rounded from the start, not from the stage before, so errors do not add up
+        # each block is rounded from the start, not from the block before, so errors do not add up
         if self.budget_schedule == "linear":
             return tuple(round(patches * (1 - (1 - left) * part)) for part in parts)
         return tuple(round(patches * left**part) for part in parts)
 
     def count_tokens_left(self, patches: int, blocks: int) -> int:
-        """Compute the patch tokens after the last stage."""
+        """Compute the patch tokens after the last compressing block."""
         return self.plan_stages(patches, blocks)[-1].out
 
 

@@ -126,8 +126,8 @@ class CompressingTower(ExtendedModule):
         """Encode images with compression, or as transformers does if `tower_compression` is None.
 
         Returns:
-            (tokens, slot, merged): tokens (batch, all, dim), the class token first if there is one; and the fields of
-            `PatchAssignment`.
+            (tokens, token_of_patch, merged): tokens (batch, all, dim), the class token first if there is one; and the
+            fields of `PatchAssignment`.
         """
         if tower_compression is None:
             return self.original_forward(pixel_values, *args, **kwargs)
@@ -142,8 +142,8 @@ class CompressingTower(ExtendedModule):
                 continue
             if tower_compression.first_token_only:
                 compression = compression._replace(stage=None)
-            hidden, slot, cluster = block(hidden, attention_mask=mask, compression=compression)
-            assignment = assignment.then(slot, cluster)
+            hidden, token_of_patch, cluster = block(hidden, attention_mask=mask, compression=compression)
+            assignment = assignment.then(token_of_patch, cluster)
             if compression.vmtc.proportional:
                 # log size on the scores counts a merged token once for each of its patches (ToMe, eq. 1)
                 sizes = assignment.count_patches(hidden.shape[1] - prefix).to(hidden.dtype)
@@ -155,9 +155,9 @@ class CompressingTower(ExtendedModule):
                 class_attention = self.encoder.layers[-1](hidden, query_and_keys_only=True)
             class_tokens, patches = hidden.split([prefix, hidden.shape[1] - prefix], dim=1)
             with without_autocast(hidden.device):
-                patches, slot, cluster = reduce_tokens(patches, reduction, class_attention)
+                patches, token_of_patch, cluster = reduce_tokens(patches, reduction, class_attention)
             hidden = torch.cat([class_tokens, patches], dim=1)
-            assignment = assignment.then(slot, cluster)
+            assignment = assignment.then(token_of_patch, cluster)
         return hidden, *assignment
 
     def embed_patches(
@@ -240,10 +240,10 @@ class CompressingBlock(ExtendedModule):
         if vmtc.similarity == "keys":
             cluster_features = join_heads(key.transpose(1, 2).flatten(2), mesh)[:, prefix:]
         with without_autocast(hidden.device):
-            patches, slot, cluster = compress_tokens(hidden[:, prefix:], ips, stage, vmtc, cluster_features)
+            patches, token_of_patch, cluster = compress_tokens(hidden[:, prefix:], ips, stage, vmtc, cluster_features)
         hidden = torch.cat([hidden[:, :prefix], patches], dim=1)
         # eq. 2: the MLP, on fewer tokens
-        return hidden + self.mlp(self.layer_norm2(hidden)), slot, cluster
+        return hidden + self.mlp(self.layer_norm2(hidden)), token_of_patch, cluster
 
     def _class_query_and_keys(
         self: Any, hidden: Float[Tensor, "batch all dim"]

@@ -33,22 +33,22 @@ class ImageTrace:
 
     Args:
         image: the image as the model sees it.
-        slot: visual token of each patch, -1 if it was dropped.
+        token_of_patch: visual token of each patch, -1 if it was dropped.
         merged: True for patches of a cluster.
     """
 
     image: Image.Image
-    slot: Int[np.ndarray, "patches"]
+    token_of_patch: Int[np.ndarray, "patches"]
     merged: Bool[np.ndarray, "patches"]
 
     @property
     def num_tokens(self) -> int:
         """Visual tokens of the image."""
-        return len(np.unique(self.slot[self.slot >= 0]))
+        return len(np.unique(self.token_of_patch[self.token_of_patch >= 0]))
 
     def draw(self, size: int = 256) -> Image.Image:
         """Draw kept and merged patches over the image, about `size` pixels a side."""
-        return draw_patches(self.image, self.slot, self.merged, size)
+        return draw_patches(self.image, self.token_of_patch, self.merged, size)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class AnswerTrace:
         first = sum(trace.num_tokens for trace in self.images[:image])
         trace = self.images[image]
         of_image = self.allowed[word, first : first + trace.num_tokens]
-        return np.where(trace.slot >= 0, of_image[trace.slot], 0.0)
+        return np.where(trace.token_of_patch >= 0, of_image[trace.token_of_patch], 0.0)
 
 
 def trace_images(model: ChatModel, chat: EncodedChat) -> tuple[ImageTrace, ...]:
@@ -82,9 +82,9 @@ def trace_images(model: ChatModel, chat: EncodedChat) -> tuple[ImageTrace, ...]:
     with torch.inference_mode():
         _, assignment = model.model.model.encode_images(pixel_values)
     return tuple(
-        ImageTrace(Image.fromarray(pixels.transpose(1, 2, 0)), slot, merged)
-        for pixels, slot, merged in zip(
-            chat.pixels, assignment.slot.cpu().numpy(), assignment.merged.cpu().numpy(), strict=True
+        ImageTrace(Image.fromarray(pixels.transpose(1, 2, 0)), token_of_patch, merged)
+        for pixels, token_of_patch, merged in zip(
+            chat.pixels, assignment.token_of_patch.cpu().numpy(), assignment.merged.cpu().numpy(), strict=True
         )
     )
 

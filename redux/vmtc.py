@@ -6,7 +6,7 @@ of the attention weights is needed, so the block keeps scaled-dot-product attent
 the (tokens x tokens) map.
 
 `VMTC` has an option wherever the paper leaves something open.  By default the budget falls geometrically over the
-stages (as EViT's constant keep rate), a sixth of a stage's output tokens are clusters, and output tokens keep the order
+blocks (as EViT's constant keep rate), a sixth of a block's output tokens are clusters, and output tokens keep the order
 of the image.  Merge weights are normalised within a cluster; `weights="raw"` is eq. 7 as printed, where a merged token
 is about a hundred times smaller than a kept one.
 
@@ -25,7 +25,7 @@ from redux.parallel import mean_over_ranks
 from redux.settings import VMTC, CompressionStage
 
 SINK_FACTOR = 1e-6
-"""Factor of an attention sink's importance: below any other patch's, and not zero, as merge weights need a sum."""
+"""Factor of an attention sink's importance: below any other patch's, and not zero, because merge weights need a sum."""
 
 
 def importance_score(
@@ -128,26 +128,26 @@ def compress_tokens(
     Args:
         tokens: patch tokens, without the class token.
         ips: importance score of each.
-        stage: numbers of kept tokens (k) and clusters (c).
+        stage: numbers of kept tokens (k) and clusters (c) of the block.
         vmtc: settings.
         cluster_features: vectors for K-means; None takes the tokens.
 
     Returns:
-        (tokens', slot, cluster).  slot[b, p] is the output token that holds input token p, -1 if p was dropped.
-        cluster[b, o] is True if output token o is a merged cluster.
+        (tokens', token_of_patch, cluster).  token_of_patch[b, p] is the output token that holds input token p, -1 if p
+        was dropped.  cluster[b, o] is True if output token o is a merged cluster.
 
     Six tokens: the two most important are kept, the other four become two clusters.
 
     >>> tokens = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [5.0, 5.0], [9.0, 1.0]]])
     >>> ips = torch.tensor([[0.1, 0.1, 0.1, 0.3, 0.25, 0.05]])
     >>> stage = CompressionStage(0, kept=2, clusters=2)
-    >>> merged, slot, cluster = compress_tokens(tokens, ips, stage, VMTC(order="rank"))
+    >>> merged, token_of_patch, cluster = compress_tokens(tokens, ips, stage, VMTC(order="rank"))
     >>> merged  # token 3, token 4, and by weight tokens 0, 1 and 5, (0.1 * 1 + 0.1 * 2 + 0.05 * 9) / 0.25; and token 2
     tensor([[[0.0000, 3.0000],
              [5.0000, 5.0000],
              [3.0000, 0.2000],
              [0.0000, 1.0000]]])
-    >>> slot
+    >>> token_of_patch
     tensor([[2, 2, 3, 0, 1, 2]])
     """
     ranked = ips.argsort(dim=-1, descending=True, stable=True)
@@ -156,8 +156,8 @@ def compress_tokens(
     # fixed numbers for every image, so that shapes are static and the host never waits
     kept, redundant = ranked.split([stage.kept, tokens.shape[1] - stage.kept], dim=-1)  # eq. 5, 6
     parts = [_gather_tokens(tokens, kept)]
-    slot = torch.full_like(ranked, -1)
-    slot.scatter_(1, kept, torch.arange(stage.kept, device=tokens.device).expand_as(kept))
+    token_of_patch = torch.full_like(ranked, -1)
+    token_of_patch.scatter_(1, kept, torch.arange(stage.kept, device=tokens.device).expand_as(kept))
     if stage.clusters:
         # redundant tokens come by falling importance, which K-means takes its seeds by
         rest, weight = _gather_tokens(tokens, redundant), ips.gather(1, redundant)
@@ -170,10 +170,14 @@ def compress_tokens(
             total = members.sum(dim=1 if vmtc.weights == "normalized" else (1, 2), keepdim=True)
             members = members / total.clamp_min(torch.finfo(weight.dtype).tiny)
         parts.append((members.transpose(1, 2) @ rest.to(weight.dtype)).to(tokens.dtype))  # eq. 7
-        slot.scatter_(1, redundant, label + stage.kept)
+        token_of_patch.scatter_(1, redundant, label + stage.kept)
     merged = torch.cat(parts, dim=1)  # eq. 8
     cluster = (torch.arange(merged.shape[1], device=tokens.device) >= stage.kept).expand(merged.shape[:2])
-    return _sort_by_position(merged, slot, cluster) if vmtc.order == "spatial" else (merged, slot, cluster)
+    return (
+        _sort_by_position(merged, token_of_patch, cluster)
+        if vmtc.order == "spatial"
+        else (merged, token_of_patch, cluster)
+    )
 
 
 def _unsupported(
@@ -215,51 +219,57 @@ def _gather_tokens(
 
 
 def _sort_by_position(
-    tokens: Float[Tensor, "batch out dim"], slot: Int[Tensor, "batch patches"], cluster: Bool[Tensor, "batch out"]
+    tokens: Float[Tensor, "batch out dim"],
+    token_of_patch: Int[Tensor, "batch patches"],
+    cluster: Bool[Tensor, "batch out"],
 ) -> tuple[Float[Tensor, "batch out dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]:
     """Sort output tokens by the first input token that each of them holds."""
-    patches, out = slot.shape[1], tokens.shape[1]
-    position = torch.arange(patches, device=slot.device).expand_as(slot)
-    # dropped tokens (slot -1) write into an extra column, which is cut off afterwards
-    column = torch.where(slot < 0, out, slot)
-    first = slot.new_full((slot.shape[0], out + 1), patches).scatter_reduce(1, column, position, "amin")[:, :out]
+    patches, out = token_of_patch.shape[1], tokens.shape[1]
+    position = torch.arange(patches, device=token_of_patch.device).expand_as(token_of_patch)
+    # dropped tokens (token_of_patch -1) write into an extra column, which is cut off afterwards
+    column = torch.where(token_of_patch < 0, out, token_of_patch)
+    first = token_of_patch.new_full((token_of_patch.shape[0], out + 1), patches).scatter_reduce(
+        1, column, position, "amin"
+    )[:, :out]
     order = first.argsort(dim=1, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(out, device=slot.device).expand_as(order))
-    moved = torch.where(slot < 0, slot, rank.gather(1, slot.clamp_min(0)))
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(out, device=token_of_patch.device).expand_as(order))
+    moved = torch.where(token_of_patch < 0, token_of_patch, rank.gather(1, token_of_patch.clamp_min(0)))
     return _gather_tokens(tokens, order), moved, cluster.gather(1, order)
 
 
 class PatchAssignment(NamedTuple):
-    """The visual token that holds each patch of an image, after all stages.
+    """The visual token that holds each patch of an image, after all compressing blocks.
 
     Args:
-        slot: slot[b, p] is the visual token that holds patch p, -1 if a stage dropped p.
-        merged: merged[b, p] is True if any stage merged patch p into a cluster.
+        token_of_patch: token_of_patch[b, p] is the visual token that holds patch p, -1 if a block dropped p.
+        merged: merged[b, p] is True if any block merged patch p into a cluster.
     """
 
-    slot: Int[Tensor, "batch patches"]
+    token_of_patch: Int[Tensor, "batch patches"]
     merged: Bool[Tensor, "batch patches"]
 
     @classmethod
     def untouched(cls, batch: int, patches: int, device: torch.device) -> "PatchAssignment":
         """Build the assignment before compression: every patch is its own token."""
-        slot = torch.arange(patches, device=device).expand(batch, patches)
-        return cls(slot, torch.zeros_like(slot, dtype=torch.bool))
+        token_of_patch = torch.arange(patches, device=device).expand(batch, patches)
+        return cls(token_of_patch, torch.zeros_like(token_of_patch, dtype=torch.bool))
 
     def count_patches(self, tokens: int) -> Int[Tensor, "batch tokens"]:
         """Count the patches that each of the tokens holds."""
-        column = torch.where(self.slot < 0, tokens, self.slot)
+        column = torch.where(self.token_of_patch < 0, tokens, self.token_of_patch)
         counts = column.new_zeros(column.shape[0], tokens + 1)
         return counts.scatter_add(1, column, torch.ones_like(column))[:, :tokens]
 
-    def then(self, slot: Int[Tensor, "batch tokens"], cluster: Bool[Tensor, "batch out"]) -> "PatchAssignment":
-        """Follow the patches through one more `compress_tokens`, whose slot and cluster these are."""
+    def then(
+        self, token_of_patch: Int[Tensor, "batch tokens"], cluster: Bool[Tensor, "batch out"]
+    ) -> "PatchAssignment":
+        """Follow the patches through one more `compress_tokens`, whose results these are."""
         # blocks of one tower may lie on several devices; the result lies where the last of them is
-        previous, merged = self.slot.to(slot.device), self.merged.to(slot.device)
-        if use_fused("patch assignment", slot.device):
+        previous, merged = self.token_of_patch.to(token_of_patch.device), self.merged.to(token_of_patch.device)
+        if use_fused("patch assignment", token_of_patch.device):
             from redux.kernels.compression import follow_patches
 
-            return PatchAssignment(*follow_patches(previous, merged, slot, cluster))
-        current = torch.where(previous >= 0, slot.gather(1, previous.clamp_min(0)), -1)
+            return PatchAssignment(*follow_patches(previous, merged, token_of_patch, cluster))
+        current = torch.where(previous >= 0, token_of_patch.gather(1, previous.clamp_min(0)), -1)
         in_cluster = cluster.gather(1, current.clamp_min(0)) & (current >= 0)
         return PatchAssignment(current, merged | in_cluster)

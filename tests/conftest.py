@@ -87,7 +87,7 @@ def ray_cluster() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def in_process() -> Callable[[], AbstractContextManager[None]]:
     """Return a context in which this process does the work of Ray."""
-    from tests import local_ray  # imported here, as it imports Ray
+    from tests import local_ray  # imported here, because it imports Ray
 
     return local_ray.run_in_process
 

@@ -79,7 +79,7 @@ class MessageCollector(logging.Handler):
         print(record.getMessage(), flush=True)
 
 
-def describe_machine(bench: Bench) -> dict[str, str]:
+def describe_gpu(bench: Bench) -> dict[str, str]:
     """Describe card, versions and commit."""
     try:
         import triton
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger = logging.getLogger("redux")
     logger.addHandler(collector)
     logger.setLevel(logging.INFO)
-    machine, begun, seconds = describe_machine(bench), time.perf_counter(), {}
+    machine, begun, seconds = describe_gpu(bench), time.perf_counter(), {}
     length_before = options.out.stat().st_size if options.out.exists() else 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, section in SECTIONS.items():

@@ -79,7 +79,7 @@ INGEST_SIZE = 336
 INGEST_BATCH = 16
 INGEST_WORKERS = 2
 INGEST_PARTS = 8
-"""Number of shards. They have equal sizes if this divides the images, as loaders give whole shards to workers."""
+"""Number of shards. They have equal sizes if this divides the images, because loaders give whole shards to workers."""
 BUFFER = 100
 """Shuffle buffer, in samples, of loaders that read whole shards."""
 PASSES = {"redux-exact": 3, "redux-texts": 3, "redux-fast": 6, "redux-prepared": 12}

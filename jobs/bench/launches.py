@@ -112,8 +112,8 @@ def _tower_block(compresses: bool, has_gradient: bool, kept: int = 6, clusters: 
     def call() -> None:
         with torch.set_grad_enabled(has_gradient):
             if compresses:
-                output, slot, cluster = block(hidden, compression=compression)
-                assignment.then(slot, cluster)
+                output, token_of_patch, cluster = block(hidden, compression=compression)
+                assignment.then(token_of_patch, cluster)
             else:
                 output = block(hidden, attention_mask=None)
         if has_gradient:

@@ -78,7 +78,7 @@ def make_photo(seed: int, width: int = 640, height: int = 480) -> bytes:
 
 
 def _time_ms(function: Callable[..., object], *arguments: object, repeats: int = 3) -> float:
-    """Measure the shortest of several times, as other load only adds to a time."""
+    """Measure the shortest of several times, because other load only adds to a time."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

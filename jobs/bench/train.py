@@ -210,7 +210,7 @@ def measure_steps(plan: "StagePlan") -> list[float]:
     steps = [event for event in read_events(plan) if event["event"] == "step"]
     assert plan.stage.steps
     warmup = RunSteps(plan.stage.steps).warmup
-    # from the end of a step to the end of the next, as Ray's part lies between them
+    # from the end of a step to the end of the next, because Ray's part lies between them
     pairs = zip(steps[warmup - 1 :], steps[warmup:], strict=False)
     return [after["at"] - before["at"] - after["stall_s"] for before, after in pairs]
 

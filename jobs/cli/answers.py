@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from jobs.cli.arguments import parse_count, parse_fraction, parse_share
+from jobs.cli.arguments import build_options, parse_count, parse_fraction, parse_share
 
 MODEL_HELP = "folder of a run; or folder, Hugging Face Hub id or URL of a LLaVA"
 
@@ -19,7 +19,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that load a model with other settings of the method."""
     parser.add_argument(
         "--image-tokens",
-        metavar="N",
+        metavar="N|all",
         type=_parse_budget,
         help="image tokens that VMTC leaves; all turns it off (default: as trained)",
     )
@@ -80,7 +80,7 @@ def _add_ask(verbs: Any) -> None:
 def _ask(arguments: argparse.Namespace) -> None:
     from jobs import chat
 
-    print(chat.ask(arguments))
+    print(chat.ask(build_options(chat.AskOptions, arguments)))
 
 
 def _add_chat(verbs: Any) -> None:
@@ -104,7 +104,7 @@ def _add_chat(verbs: Any) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     from jobs import chat
 
-    chat.run_chat(arguments)
+    chat.run_chat(build_options(chat.ChatOptions, arguments))
 
 
 def _add_serve(verbs: Any) -> None:
@@ -167,4 +167,4 @@ def _add_serve(verbs: Any) -> None:
 def _serve(arguments: argparse.Namespace) -> None:
     from jobs import serve
 
-    serve.run_server(arguments)
+    serve.run_server(build_options(serve.ServeOptions, arguments))

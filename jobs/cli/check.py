@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jobs.cli.arguments import EXAMPLE_JOB, add_job, parse_count, parse_natural
+from jobs.cli.arguments import EXAMPLE_JOB, add_job, build_options, parse_count, parse_natural
 
 
 def add_parsers(verbs: Any) -> None:
@@ -67,4 +67,4 @@ def _parse_positive(text: str) -> float:
 def _check(arguments: argparse.Namespace) -> None:
     from jobs import check
 
-    check.check_job(arguments)
+    check.check_job(build_options(check.CheckOptions, arguments))

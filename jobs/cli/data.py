@@ -107,8 +107,8 @@ def _add_index(shards: Any) -> None:
         description="Write the index of WebDataset tars that another program made: the samples that WebDataset reads. "
         "A sample needs KEY.json, a record in LLaVA's form, and KEY.jpg (or png, webp, ...) or no image. A key ends at "
         "the first dot of a file name, and the members of a sample must be adjacent (tar --sort=name). Rejected "
-        "samples are listed in quarantine.jsonl with a reason. Every member is counted as used, ignored or rejected. "
-        "An index of an earlier version of Redux is written in its present form.",
+        "samples are listed in quarantine.jsonl with a reason. The summary counts every member as used, ignored or "
+        "rejected. An index of an earlier version of Redux is written in its present form.",
         epilog="example: redux shards index s3://bucket/tars",
     )
     _add_max_bad_fraction(index)
@@ -127,7 +127,7 @@ def _add_verify(shards: Any) -> None:
     verify.add_argument("--decode", action="store_true", help="also decode every image")
     verify.add_argument("--consumed", metavar="RUN", type=Path, help="folder of a run that trained on the shards")
     verify.add_argument("folder", metavar="URI", help="folder of the shards")
-    verify.set_defaults(verb=_call("verify_set"))
+    verify.set_defaults(verb=_call("verify_shards"))
 
 
 def _add_features(shards: Any) -> None:
@@ -157,7 +157,7 @@ def _add_features(shards: Any) -> None:
     features.add_argument(
         "--image-backend", choices=("exact", "fast"), default="exact", help="decoder of images (default: %(default)s)"
     )
-    features.set_defaults(verb=_call("write_features"))
+    features.set_defaults(verb=_call("store_features"))
 
 
 def _call(function: str) -> Callable[[argparse.Namespace], None]:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jobs.cli.arguments import EXAMPLE_JOB, parse_count, parse_natural
+from jobs.cli.arguments import EXAMPLE_JOB, build_options, parse_count, parse_natural
 
 
 def add_parsers(verbs: Any) -> None:
@@ -14,7 +14,7 @@ def add_parsers(verbs: Any) -> None:
         help="show what a job trains on, before it is trained",
         description="Write a page with some samples of each set as training gets them: the image as the model sees "
         "it, kept and merged patches, tokens with their positions and labels, the template, and what is cut off. "
-        "Nothing is trained, and no Ray is started. A set of shards is shown with the default template; --model adds "
+        "Nothing is trained, and Ray is not started. A set of shards is shown with the default template; --model adds "
         "the tokens of a model.",
         epilog=f"example: redux look {EXAMPLE_JOB}",
     )
@@ -59,4 +59,4 @@ def add_parsers(verbs: Any) -> None:
 def _look(arguments: argparse.Namespace) -> None:
     from jobs import look
 
-    print(look.look(arguments))
+    print(look.look(build_options(look.LookOptions, arguments)))

@@ -27,7 +27,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Callable[[Any, Path, bool]
     """
     from jobs import document
 
-    # the file alone decides its kind, as overrides cannot make a study of a job
+    # the file alone decides its kind, because overrides cannot make a study of a job
     tree = document.read_tree(arguments.job)
     if isinstance(tree, dict) and "variants" in tree:
         from jobs import study
@@ -77,14 +77,14 @@ def _add_run(verbs: Any) -> None:
     run.add_argument(
         "--share",
         metavar="K/N",
-        type=parse_share,
+        type=parse_study_share,
         help="of a study, run only share K of N equal shares of its runs. Use one folder for all shares, or copy their "
         "folders into one; redux tables then shows the whole study",
     )
     run.set_defaults(verb=_run, resumes=True)
 
 
-def parse_share(text: str) -> Any:
+def parse_study_share(text: str) -> Any:
     """Parse the value of --share."""
     from jobs.study import Share
 
@@ -140,7 +140,7 @@ def _add_report(verbs: Any) -> None:
         "report",
         help="write the HTML report of a run again",
         description="Write RUN/report.html from what the run folder has: scores with 95 % intervals, answers with "
-        "images, kept and merged patches, cost beside LLaVA, loss curves. The run need not be finished.",
+        "images, kept and merged patches, cost compared with LLaVA, loss curves. The run need not be finished.",
         epilog="example: redux report runs/quickstart --examples 100",
     )
     report.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
@@ -163,7 +163,7 @@ def _add_tables(verbs: Any) -> None:
     tables = verbs.add_parser(
         "tables",
         help="compare finished runs in tables, also those of the paper",
-        description="Print tables over finished runs as Markdown: scores with 95 % intervals, differences to LLaVA or "
+        description="Print tables of finished runs as Markdown: scores with 95 % intervals, differences to LLaVA or "
         "to the first variant, costs, the paper's tables that a run fills, with the numbers of the paper, and verdicts "
         "on its claims. The settings of a run decide its row. Runs that differ only in their seed share a row.",
         epilog="example: redux tables runs --out tables",

@@ -104,7 +104,7 @@ class KubernetesOptions:
         return self.queue is not None and self.scheduler == "kueue"
 
 
-def check_job(job: Job, options: KubernetesOptions, resolved: str) -> None:
+def check_kubernetes(job: Job, options: KubernetesOptions, resolved: str) -> None:
     """Check a job with its options.
 
     Args:
@@ -132,7 +132,8 @@ def _check_numbers(job: Job, options: KubernetesOptions) -> None:
         )
     if job.worker_range is None:
         raise ValueError(
-            "num_workers: got auto, allowed: a number or a range, such as num_workers=8, as it sets the number of pods"
+            "num_workers: got auto, allowed: a number or a range, such as num_workers=8, because it sets the number of "
+            "pods"
         )
     (fewest, most), gpus = job.worker_range, options.gpus_per_worker_pod
     if fewest % gpus or most % gpus:
@@ -146,7 +147,7 @@ def _check_numbers(job: Job, options: KubernetesOptions) -> None:
     # Kueue reserves the pods of a job before it starts, and none that the autoscaler adds later
     if options.uses_kueue and fewest < most:
         raise ValueError(
-            f"num_workers: got {[fewest, most]}, allowed: one number, as Kueue reserves a fixed number of pods"
+            f"num_workers: got {[fewest, most]}, allowed: one number, because Kueue reserves a fixed number of pods"
         )
 
 

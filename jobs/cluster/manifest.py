@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from jobs import schema
-from jobs.cluster.kubernetes_options import KubernetesOptions, check_job
+from jobs.cluster.kubernetes_options import KubernetesOptions, check_kubernetes
 from jobs.schema import Job
 
 Tree = dict[str, Any]
@@ -64,7 +64,7 @@ def write_manifest(job: Job, options: KubernetesOptions) -> str:
         ValueError: Kubernetes would refuse an option, or the job cannot run or resume with these options.
     """
     resolved = schema.dump(job)
-    check_job(job, options, resolved)
+    check_kubernetes(job, options, resolved)
     documents = [
         _build_config_map(job.name, resolved),
         _build_network_policy(job, options),
@@ -136,7 +136,7 @@ def _build_ray_job(job: Job, options: KubernetesOptions) -> Tree:
 
 
 def _build_ray_cluster(job: Job, options: KubernetesOptions) -> Tree:
-    assert job.worker_range  # check_job refuses None
+    assert job.worker_range  # check_kubernetes refuses None
     fewest, most = job.worker_range
     elastic = fewest < most
     return _drop_none(
@@ -192,7 +192,7 @@ def _build_head(job: Job, options: KubernetesOptions) -> Tree:
         # without the port of Ray Client, which is not used
         "ports": [{"containerPort": 6379, "name": "gcs-server"}, {"containerPort": 8265, "name": "dashboard"}],
     }
-    assert job.worker_range  # check_job refuses None
+    assert job.worker_range  # check_kubernetes refuses None
     fewest, most = job.worker_range
     return _build_pod(
         job,

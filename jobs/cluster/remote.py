@@ -116,8 +116,8 @@ def _check_address(address: str) -> None:
     # an IPv6 address may end with %interface
     if any(ipaddress.ip_address(str(ip).partition("%")[0]).is_global for ip in addresses):
         raise ValueError(
-            f"--address: got {address}, allowed: https, a private network or a tunnel to this machine, as others could "
-            "read the token and the variables of a job on the network"
+            f"--address: got {address}, allowed: https, a private network or a tunnel to this machine, because others "
+            "could read the token and the variables of a job on the network"
         )
 
 

@@ -122,7 +122,7 @@ def _check_submission(submission: Submission, job: Mapping[str, Any]) -> None:
     """Check the options and the paths of the job, which must exist on the cluster."""
     if not (PurePosixPath(submission.runs_dir).is_absolute() or submission.runs_dir.startswith("~/")):
         raise ValueError(
-            f"--runs-dir: got {submission.runs_dir}, allowed: an absolute path on the cluster, or '~/…', as the "
+            f"--runs-dir: got {submission.runs_dir}, allowed: an absolute path on the cluster, or '~/…', because the "
             "working folder of a job is deleted after it"
         )
     if submission.id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", submission.id):
@@ -130,7 +130,7 @@ def _check_submission(submission: Submission, job: Mapping[str, Any]) -> None:
     for key, url in list_paths(job):
         if "://" not in url and not PurePosixPath(url).is_absolute():
             raise ValueError(
-                f"{key}: got {url}, allowed: a URL or an absolute path, as the working folder of the job "
+                f"{key}: got {url}, allowed: a URL or an absolute path, because the working folder of the job "
                 "has no data and is deleted after it"
             )
     for key, text in {
@@ -139,7 +139,7 @@ def _check_submission(submission: Submission, job: Mapping[str, Any]) -> None:
     }.items():
         if PASSWORD.search(text):
             raise ValueError(
-                f"{key}: got a URL with a password, allowed: a URL without, as others can read submitted files"
+                f"{key}: got a URL with a password, allowed: a URL without, because others can read submitted files"
             )
 
 
@@ -154,7 +154,8 @@ def _collect_environment(names: Sequence[str], grace_s: float) -> dict[str, str]
             raise ValueError(f"--env: got {name}, which is not set here, allowed: a variable that is set")
         if "$" in os.environ[name]:
             raise ValueError(
-                f"--env: {name} has a $ in its value, allowed: none, as Ray would replace it by the value of a variable"
+                f"--env: {name} has a $ in its value, allowed: none, because Ray would replace it by the value of a "
+                "variable"
             )
     return {
         STOP_WAIT_VARIABLE: str(math.ceil(grace_s) + STOP_MARGIN_S),

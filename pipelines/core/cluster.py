@@ -446,11 +446,11 @@ def count_model_processes(gpu_share: float = 1) -> int:
     for reading data.
     """
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    limit = count_gpu_places(gpu_share) if count_gpus() else cpus
+    limit = count_processes_on_gpus(gpu_share) if count_gpus() else cpus
     return max(min(limit, 2 * (cpus - 1)), 1)
 
 
-def count_gpu_places(gpu_share: float) -> int:
+def count_processes_on_gpus(gpu_share: float) -> int:
     """Count the processes that fit on the GPUs of the cluster. Ray gives a process no parts of two GPUs."""
     return int(count_gpus()) * int(1 / gpu_share + 1e-6)  # 1 / (1 / 93) is less than 93
 

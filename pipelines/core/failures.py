@@ -143,7 +143,7 @@ def find_cause(error: BaseException) -> BaseException:
 
 
 def _unwrap(error: BaseException) -> BaseException | None:
-    """Return the error that a wrapper of Ray 2.60 holds, or None if this is no wrapper."""
+    """Return the error that a wrapper of Ray 2.60 holds, or None if this is not a wrapper."""
     names = _class_names(error)
     # of several workers, the error of the lowest kind
     if "WorkerGroupError" in names:

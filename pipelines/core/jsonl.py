@@ -21,7 +21,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_line(line: str, number: int, path: Path) -> dict[str, Any]:
-    """Parse a line of a file. `number` and `path` are for the message of the ValueError if it is no object."""
+    """Parse a line of a file. `number` and `path` are for the message of the ValueError if it is not an object."""
     try:
         value = json.loads(line)
     except ValueError:

@@ -5,8 +5,8 @@ huggingface_hub.
 
 One retry policy, `RETRY`, applies to all stores. The libraries have retries of their own (s3fs five tries, each around
 five of botocore), which multiply and are silent. For S3 they are switched off, so a try is one request, is counted in
-`count_retries`, and respects the deadline. Ray's retries are no substitute: they match the texts of Arrow's errors, not
-those of s3fs.
+`count_retries`, and respects the deadline. Ray's retries are not a substitute: they match the texts of Arrow's errors,
+not those of s3fs.
 
 Every try asks fsspec for the filesystem, and fsspec caches one per process. So nothing is open at import, nothing is
 pickled, and a forked process gets a new one. After expired credentials, the next one reads environment and profile
@@ -141,8 +141,9 @@ def read_ranges(ranges: Sequence[ByteRange]) -> list[bytes]:
         return [_read_block(block, deadline) for block in ranges]
     # merge near ranges into blocks; empty ranges need no request
     nonempty = [byte_range for byte_range in ranges if byte_range[1] < byte_range[2]]
-    columns = ([byte_range[part] for byte_range in nonempty] for part in range(3))  # URLs, starts, stops
-    blocks: list[ByteRange] = list(zip(*merge_offset_ranges(*columns, MAX_GAP_BYTES, MAX_BLOCK_BYTES), strict=True))
+    urls, starts, stops = (list(column) for column in zip(*nonempty, strict=True)) if nonempty else ([], [], [])
+    merged = merge_offset_ranges(urls, starts, stops, MAX_GAP_BYTES, MAX_BLOCK_BYTES)
+    blocks: list[ByteRange] = list(zip(*merged, strict=True))
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         contents = list(pool.map(partial(_read_block, deadline=deadline), blocks))
     # cut the ranges out of the blocks
@@ -258,7 +259,7 @@ def remove_tree(url: str) -> None:
 
 
 def remove(url: str) -> None:
-    """Remove a file. A missing file is no error: an earlier try may have removed it, and its response was lost."""
+    """Remove a file. A missing file is not an error: an earlier try may have removed it, and its response was lost."""
 
     def attempt(files: Any, path: str, seconds: float) -> None:
         try:

@@ -116,7 +116,7 @@ INSTRUCTIONS_BY_SET: dict[str, tuple[str, ...]] = {
 """Ids of the instructions that each of these sets teaches; the others teach none."""
 
 
-def load_questions(*files: str) -> list[Question]:
+def load_test_questions(*files: str) -> list[Question]:
     """Load all 9,673 test questions. Questions about one image share their `unit`, since they are not independent.
 
     Takes no files: the parameter is that of other benchmarks.
@@ -139,7 +139,7 @@ def load_questions(*files: str) -> list[Question]:
 def draw_questions() -> list[ImageQuestion]:
     """Draw one question per test image, for the evaluation of instructions. The draw is always the same."""
     rng = random.Random(0)
-    return [rng.choice(group) for group in _group_by_image(load_questions())]
+    return [rng.choice(group) for group in _group_by_image(load_test_questions())]
 
 
 def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:

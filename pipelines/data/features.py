@@ -100,7 +100,7 @@ class StoredFeatures:
         """Read the features of samples with images.
 
         Raises:
-            ValueError: features are damaged, or there are none, as an image cannot be used. One line with the sample.
+            ValueError: features are damaged, or there are none because an image cannot be used; names the sample.
         """
         stops, size = np.cumsum(self.shards.shard_sizes), self.format.record_bytes
         ranges = []
@@ -115,7 +115,7 @@ class StoredFeatures:
         for row, data, (url, *_) in zip(rows, storage.read_ranges(ranges), ranges, strict=True):
             digest, features = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
             if not any(digest):
-                raise ValueError(f"{url}: sample {row['key']}: no features, as its image cannot be used")
+                raise ValueError(f"{url}: sample {row['key']}: no features, because its image cannot be used")
             # the checksum of the sample is part of it, so a file of another sample is noticed as well
             if digest != compute_digest(row["sha256"], features):
                 raise ValueError(f"{url}: sample {row['key']}: features differ from their checksum")

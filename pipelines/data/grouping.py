@@ -94,13 +94,13 @@ class LengthGroups:
         # modality and megabatch of the batch
         ends = np.cumsum(pure)
         modality = int(np.searchsorted(ends, batch, side="right"))
-        megabatch, turn = divmod(batch - int(ends[modality] - pure[modality]), self.megabatch)
+        megabatch, index = divmod(batch - int(ends[modality] - pure[modality]), self.megabatch)
         stop = min((megabatch + 1) * self.megabatch, int(pure[modality]))
         ranks = np.arange(megabatch * self.megabatch * global_batch_size, stop * global_batch_size)
         # sort the megabatch, and cut the batch out of it
         samples = self._take(modality, ranks, seed, epoch)
         by_length = samples[np.argsort(self.lengths(samples), kind="stable")]
-        return by_length[turn * global_batch_size : (turn + 1) * global_batch_size]
+        return by_length[index * global_batch_size : (index + 1) * global_batch_size]
 
     def _take_leftovers(
         self, positions: Int[np.ndarray, " positions"], taken: Int[np.ndarray, " modalities"], seed: int, epoch: int

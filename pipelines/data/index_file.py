@@ -4,7 +4,7 @@ A reader opens the file by its footer: names and sizes of the shards, the finger
 Then a row costs one ranged read of its block, 30 KB. So opening a set of 100 million samples takes 12 MB of a file of
 12 GB, and no time per sample. A local file is mapped into memory instead, and all processes of a machine share it.
 
-The schema of the file is INDEX_SCHEMA, but `shard` is the number of a shard, as a dictionary is no part of a block.
+The schema of the file is INDEX_SCHEMA, but `shard` is the number of a shard, since a dictionary is not part of a block.
 Metadata of the schema, in JSON:
 
     shards, sizes    name and number of samples of each shard, in the order of the samples
@@ -261,7 +261,7 @@ class IndexFile:
 
     def read_column(self, name: str) -> Shaped[np.ndarray, " samples"]:
         """Read a whole column of numbers."""
-        # filled block by block, as the blocks of a whole index take more memory
+        # filled block by block, because the blocks of a whole index take more memory
         column = np.empty(len(self), STORED_SCHEMA.field(name).type.to_pandas_dtype())
         start = 0
         for block in self._iterate_blocks():

@@ -166,27 +166,28 @@ class Reader:
         # read the samples together, then encode one by one and replace unusable samples
         rows, replaced = [], []
         used = scheduled.copy()
-        with_image: list[int] = []
-        for turn, stored_sample in enumerate(self._fetch(source, scheduled)):
+        # rows of `out` by index of the sample in the micro-batch
+        image_rows: dict[int, int] = {}
+        for index, stored_sample in enumerate(self._fetch(source, scheduled)):
             row, image, entry = self._usable_or_replacement(
-                int(position[turn]), int(source[turn]), int(scheduled[turn]), stored_sample
+                int(position[index]), int(source[index]), int(scheduled[index]), stored_sample
             )
             rows.append(row)
             if image is not None:
-                out[len(with_image)] = image
-                with_image.append(turn)
+                out[len(image_rows)] = image
+                image_rows[index] = len(image_rows)
             if entry:
                 replaced.append(entry)
-                used[turn] = entry["used"]
-        images = out[: len(with_image)]
+                used[index] = entry["used"]
+        images = out[: len(image_rows)]
         # rows follow from the samples that are used, replacements included
         if self.packing:
             layout = lay_rows([len(row["input_ids"]) for row in rows], self.packing.max_length)
             rows = join_rows(rows, layout)
             # samples and images in the order of the rows
-            turns = np.concatenate([np.array(members) for members in layout])
-            position, source, used = position[turns], source[turns], used[turns]
-            images = images[[with_image.index(turn) for turn in turns if turn in with_image]]
+            indices = np.concatenate([np.array(members) for members in layout])
+            position, source, used = position[indices], source[indices], used[indices]
+            images = images[[image_rows[index] for index in indices.tolist() if index in image_rows]]
         return {
             "number": number,
             self.image_column: images,
@@ -258,17 +259,17 @@ class Reader:
         """Read samples together. With features, the bytes of these stand in place of the image file.
 
         Raises:
-            ValueError: a sample or its features are damaged, or there are no features as its image cannot be used.
+            ValueError: a sample or its features are damaged, or has no features because its image cannot be used.
         """
         # the whole sample is read, so that its checksum is checked here as without features
         sets = list(self.sources.values())
         samples = read_samples([(sets[index], number) for index, number in zip(source, numbers, strict=True)])
-        for index, name in enumerate(self.sources):
-            turns = [turn for turn, sample in enumerate(samples) if source[turn] == index and sample.image]
-            if name in self.features and turns:
-                found = self.features[name].read([numbers[turn] for turn in turns])
-                for turn, features in zip(turns, found, strict=True):
-                    samples[turn] = replace(samples[turn], image=features)
+        for set_index, name in enumerate(self.sources):
+            indices = [index for index, sample in enumerate(samples) if source[index] == set_index and sample.image]
+            if name in self.features and indices:
+                found = self.features[name].read([numbers[index] for index in indices])
+                for index, features in zip(indices, found, strict=True):
+                    samples[index] = replace(samples[index], image=features)
         return samples
 
     def _usable_or_replacement(

@@ -34,7 +34,7 @@ def from_sequence(items: Sequence[Mapping[str, int]]) -> Dataset:
     """Make a dataset of items, each a block of one row, that actors map to one block each, in order.
 
     Args:
-        items: a sequence that computes its items, as it is pickled.
+        items: a sequence that computes its items. It is pickled, so it must be small.
     """
     context = DataContext.get_current().copy()
     return Dataset(LogicalPlan(_LazyInput(items), context), context, DatasetStats(metadata={}, parent=None))

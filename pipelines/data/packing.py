@@ -73,11 +73,13 @@ def lay_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
         return alone
     # the smallest number of rows for which they are short enough; one row for each item always is
     count = max(-(-sum(lengths[index] for index in others) // max_length), 1)
-    while _measure_longest(lengths, rows := _balance(lengths, others, count)) > max_length:
+    fewest = _balance(lengths, others, count)
+    while _measure_longest(lengths, fewest) > max_length:
         count += 1
+        fewest = _balance(lengths, others, count)
     # one row more: shorter rows, sometimes with less padding
-    layouts = [rows, _balance(lengths, others, min(count + 1, len(others)))]
-    return min([alone + rows for rows in layouts], key=lambda rows: len(rows) * _measure_longest(lengths, rows))
+    one_more = _balance(lengths, others, min(count + 1, len(others)))
+    return min(alone + fewest, alone + one_more, key=lambda rows: len(rows) * _measure_longest(lengths, rows))
 
 
 def _measure_longest(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
@@ -127,7 +129,7 @@ def join_rows(
 
     Returns:
         Columns of each row: input_ids, labels, position_ids from 0 in each conversation, and sample_index, which counts
-        the conversations of all rows. The first token of a conversation has no label, as no token predicts it.
+        the conversations of all rows. The first token of a conversation has no label, because no token predicts it.
     """
     joined = []
     number = 0

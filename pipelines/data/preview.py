@@ -43,20 +43,20 @@ class PreviewSample:
     """Sample as a worker would get it. A part that cannot be made is None, and `problem` says why.
 
     Args:
-        place: its position in the stream.
+        stream_position: its position in the stream.
         problem: reason why training would replace it, in the words of `consumed.jsonl`; "" for a usable sample.
         stored: the sample as stored; None if its bytes are damaged.
         prepared: the sample with the rounds that are learned, in their order.
         image: image as the tower gets it, (height, width, 3); None for text only.
-        row: text columns of the encoded sample: input_ids, and labels in a stage with the objective language.
+        encoded: text columns of the encoded sample: input_ids, and labels in a stage with the objective language.
     """
 
-    place: StreamPosition
+    stream_position: StreamPosition
     problem: str
     stored: StoredSample | None
     prepared: StoredSample | None
     image: UInt8[np.ndarray, "height width 3"] | None
-    row: TextRow | None
+    encoded: TextRow | None
 
 
 def draw_samples(
@@ -76,12 +76,12 @@ def draw_samples(
         Different samples, in an order that depends on the seed.
     """
     shards = reader.sources[source]
-    places = draw_positions(reader.order, list(reader.sources).index(source), count, seed, batches)
+    positions = draw_positions(reader.order, list(reader.sources).index(source), count, seed, batches)
     with ThreadPoolExecutor(threads) as executor:
-        for first in range(0, len(places), BLOCK_SAMPLES):
-            block = places[first : first + BLOCK_SAMPLES]
-            stored = read_stored(shards, [place.sample for place in block])
-            prepared = executor.map(lambda place, found: _prepare(reader, shards, place, found), block, stored)
+        for first in range(0, len(positions), BLOCK_SAMPLES):
+            block = positions[first : first + BLOCK_SAMPLES]
+            stored = read_stored(shards, [position.sample for position in block])
+            prepared = executor.map(lambda position, found: _prepare(reader, shards, position, found), block, stored)
             # tokens here, not in the threads: truncation is a setting of the tokenizer that all of them would share
             for sample in prepared:
                 yield _encode(reader, shards, sample)
@@ -104,17 +104,17 @@ def draw_positions(
     per_batch = order.global_batch_size * weights[source] / sum(weights)
     in_epoch = math.ceil(order.samples[source] / per_batch)
     span = in_epoch if batches is None else min(in_epoch, batches)
-    # a few samples from each of many batches, as a batch may hold samples of one length and one window of shards
+    # a few samples from each of many batches, because a batch may hold samples of one length and one window of shards
     from_each = math.ceil(count / span)
     rng = np.random.default_rng((seed, source))
     found: dict[int, StreamPosition] = {}
     for batch in rng.permutation(span).tolist():
         sources, samples = order.get_batch(batch)
-        turns = rng.permutation(np.flatnonzero(sources == source))[:from_each]
+        indices = rng.permutation(np.flatnonzero(sources == source))[:from_each]
         # the last batch of an epoch may repeat a sample of the first one
-        for turn in turns.tolist():
-            place = StreamPosition(batch * order.global_batch_size + turn, batch, int(samples[turn]))
-            found.setdefault(place.sample, place)
+        for index in indices.tolist():
+            position = StreamPosition(batch * order.global_batch_size + index, batch, int(samples[index]))
+            found.setdefault(position.sample, position)
         if len(found) >= count:
             break
     return list(found.values())[:count]
@@ -140,7 +140,7 @@ def _read_alone(shards: Shards, row: int) -> StoredSample | str:
         return describe_failure(shards, row, error)
 
 
-def _prepare(reader: Reader, shards: Shards, place: StreamPosition, found: StoredSample | str) -> PreviewSample:
+def _prepare(reader: Reader, shards: Shards, position: StreamPosition, found: StoredSample | str) -> PreviewSample:
     """Prepare a sample; it is not encoded yet."""
     # runs in a thread, so an error is a value: the other samples of the block are still wanted
     stored = prepared = image = None
@@ -150,10 +150,12 @@ def _prepare(reader: Reader, shards: Shards, place: StreamPosition, found: Store
     else:
         stored = found
         try:
-            prepared, image = reader.prepare_sample(found, place.position)
+            prepared, image = reader.prepare_sample(found, position.position)
         except ValueError as error:
-            problem = describe_failure(shards, place.sample, error)
-    return PreviewSample(place=place, problem=problem, stored=stored, prepared=prepared, image=image, row=None)
+            problem = describe_failure(shards, position.sample, error)
+    return PreviewSample(
+        stream_position=position, problem=problem, stored=stored, prepared=prepared, image=image, encoded=None
+    )
 
 
 def _encode(reader: Reader, shards: Shards, sample: PreviewSample) -> PreviewSample:
@@ -162,6 +164,6 @@ def _encode(reader: Reader, shards: Shards, sample: PreviewSample) -> PreviewSam
     if sample.prepared is None:
         return sample
     try:
-        return replace(sample, row=reader.encode(reader.get_tokenizer(), sample.prepared))
+        return replace(sample, encoded=reader.encode(reader.get_tokenizer(), sample.prepared))
     except ValueError as error:
-        return replace(sample, problem=describe_failure(shards, sample.place.sample, error))
+        return replace(sample, problem=describe_failure(shards, sample.stream_position.sample, error))

@@ -161,7 +161,7 @@ def _find_content_rejection(record: dict, max_words: int | None) -> RecordReject
 
 
 def find_several_images(record: dict) -> RecordRejection | None:
-    """Find a field with a list of several images, as the image of a tar stands for the path that a record names."""
+    """Find a field with a list of several images, since the image of a tar stands for the path that a record names."""
     for field in ("image", "images"):
         value = record.get(field)
         if isinstance(value, list) and len(value) > 1:

@@ -67,7 +67,7 @@ def read_summary(folder: str) -> dict[str, Any] | None:
         The summary, or None for a foreign set, which has no such file or that of another program.
 
     Raises:
-        ValueError: the file is no JSON.
+        ValueError: the file is not JSON.
     """
     path = storage.join(folder, SUMMARY_FILE)
     if not storage.exists(path):

@@ -11,8 +11,9 @@ Shards are plain tars that any WebDataset tool reads. Each sample has two member
     out/summary.json                    {"settings", "records", "samples", "quarantined"}: the last three are numbers of
                                         records, of samples, and of rejected records by reason
 
-The index is written last: a folder without it is no set. Before that, `out/unfinished/` holds one part of the index for
-each finished shard, and a second start continues from these parts. Folders may be on any file system that fsspec knows.
+The index is written last: a folder without it is not a set. Before that, `out/unfinished/` holds one part of the index
+for each finished shard, and a second start continues from these parts. Folders may be on any file system that fsspec
+knows.
 """
 
 import hashlib

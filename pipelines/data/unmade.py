@@ -40,7 +40,7 @@ class UnmadeShards(Shards):
         self._numbers: list[int] = []
         self._records: list[dict[str, Any]] = []
         self._embedded: dict[int, bytes] = {}  # images that come with their records
-        # digests, as whole records of a large file would be in memory twice
+        # digests, because whole records of a large file would be in memory twice
         seen: set[bytes] = set()
         embedded_bytes = 0
         for number, given in enumerate(map(as_source_record, records)):
@@ -82,7 +82,7 @@ class UnmadeShards(Shards):
 
     @property
     def image_sizes(self) -> Int64[np.ndarray, " samples"]:
-        """-1 for each sample with an image, as it is not read yet, and 0 for text only."""
+        """-1 for each sample with an image, because it is not read yet, and 0 for text only."""
         return -self.has_image.astype(np.int64)
 
     @property

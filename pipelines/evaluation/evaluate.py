@@ -211,7 +211,7 @@ def evaluate(evaluated: EvaluatedModel, run: Path, settings: Evaluate, gpu_share
     """
     folder = run / ANSWERS_FOLDER
     folder.mkdir(exist_ok=True)
-    # the check comes before any answer is written, as answers do not say which model gave them
+    # the check comes before any answer is written, because answers do not say which model gave them
     _check_provenance(folder, evaluated, settings)
     questions = {name: load_questions(name, task) for name, task in settings.tasks.items()}
     measured = {
@@ -278,7 +278,7 @@ def check_task(name: TaskName, task: TaskSettings) -> None:
 
     Raises:
         ValueError: a file cannot be read, is not of this task, or has nothing to score; or a local image is missing, or
-            one of a user's is no image; or the first image cannot be read.
+            one of a user's is not an image; or the first image cannot be read.
     """
     questions = load_questions(name, task)
     _list_task_metrics(name, questions)
@@ -427,9 +427,11 @@ def _pass_by_value() -> Iterator[None]:
 def _require_actors(actors: int, gpu_share: float) -> None:
     """Raise ValueError if the cluster cannot run so many actors: Ray would wait for missing resources without end."""
     cluster.require_resources({"CPU": actors / 2 + 1}, f"evaluate.num_actors = {actors}")
-    gpus, places = cluster.count_gpus(), cluster.count_gpu_places(gpu_share)
-    if gpus and actors > places:
-        raise ValueError(f"evaluate.num_actors: got {actors}, allowed: up to {places}, as there are {gpus:g} GPUs")
+    gpus, capacity = cluster.count_gpus(), cluster.count_processes_on_gpus(gpu_share)
+    if gpus and actors > capacity:
+        raise ValueError(
+            f"evaluate.num_actors: got {actors}, allowed: up to {capacity}, because there are {gpus:g} GPUs"
+        )
 
 
 def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:
@@ -572,7 +574,7 @@ def trace_compression(evaluated: EvaluatedModel, images: Sequence[bytes]) -> lis
         images: encoded image files.
 
     Returns:
-        A trace for each image; none for a model that keeps all tokens or is no LLaVA.
+        A trace for each image; none for a model that keeps all tokens or is not a LLaVA.
 
     Raises:
         ValueError: an image cannot be read.
@@ -594,7 +596,9 @@ def trace_compression(evaluated: EvaluatedModel, images: Sequence[bytes]) -> lis
             _, assignment = llava.model.encode_images(values)
         traces.append(
             ImageTrace(
-                Image.fromarray(pixels.transpose(1, 2, 0)), assignment.slot[0].numpy(), assignment.merged[0].numpy()
+                Image.fromarray(pixels.transpose(1, 2, 0)),
+                assignment.token_of_patch[0].numpy(),
+                assignment.merged[0].numpy(),
             )
         )
     return traces

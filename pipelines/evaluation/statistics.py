@@ -142,7 +142,7 @@ def compare_over_seeds(
     """
     scores = _resample_scores(_UnitSums([ours, base]), samples, seed)
     difference = scores[:, 0] - scores[:, 1]
-    # two streams of draws, as the seeds of the models are independent
+    # two streams of draws, because the seeds of the models are independent
     difference += _draw_deviations(ours, samples, seed) - _draw_deviations(base, samples, seed + 1)
     mean = np.mean([metric.score for metric in ours]) - np.mean([metric.score for metric in base])
     return Interval(float(mean), *_percentiles(difference))

@@ -58,7 +58,7 @@ def _load_instructions_without_image(*prompts: str) -> list[Question]:
 
 
 EVALUATION_TASKS: dict[str, Task] = {
-    "easy_vqa": Task(easy_vqa.load_questions, easy_vqa.compute_metrics, 8, str(easy_vqa.PACKAGE_IMAGES)),
+    "easy_vqa": Task(easy_vqa.load_test_questions, easy_vqa.compute_metrics, 8, str(easy_vqa.PACKAGE_IMAGES)),
     "instructions": Task(_load_instructions, instruction_following.compute_metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)),
     "instructions_held_out": Task(
         _load_held_out_instructions, instruction_following.compute_metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)
@@ -77,7 +77,7 @@ CUSTOM_TOKENS = 128
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 RESERVED_NAMES = ("speed",)
-"""Names that no task may have, as files of answers and metrics use them."""
+"""Names that no task may have, because files of answers and metrics use them."""
 
 HELD_OUT_METRICS = ("exact", "contains", "anls")
 """Metrics for one answer in free form."""
@@ -138,11 +138,13 @@ class TaskSettings:
     def _check_held_out(self) -> None:
         if self.metric not in HELD_OUT_METRICS:
             raise ValueError(
-                f"metric: got {self.metric} with held_out, allowed: {', '.join(HELD_OUT_METRICS)}, as a sample has one "
-                "answer in free form"
+                f"metric: got {self.metric} with held_out, allowed: {', '.join(HELD_OUT_METRICS)}, because a sample "
+                "has one answer in free form"
             )
         if self.images:
-            raise ValueError(f"images: got {self.images} besides held_out, allowed: null, as samples have their images")
+            raise ValueError(
+                f"images: got {self.images} besides held_out, allowed: null, because samples have their images"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

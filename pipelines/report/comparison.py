@@ -19,7 +19,7 @@ from pipelines.report.plots import (
     Plot,
     find_point_boxes,
     place_label,
-    shorten,
+    shorten_label,
     style_axes,
     to_svg,
 )
@@ -49,7 +49,7 @@ def write_summary(tables: Sequence[ResultTable]) -> list[str]:
 
 
 def _compare_with_llava(table: ResultTable, rows: Sequence[ResultRow]) -> str:
-    """Compare VMTC + CMAI with LLaVA in a sentence; "" without a run of one of them, as runs may vary anything."""
+    """Compare VMTC + CMAI with LLaVA in a sentence; "" without a run of one of them, because runs may vary anything."""
     # of several budgets, the one nearest to the paper's half of the tokens
     candidates = [row for row in rows if row.kind == "both" and row.removed is not None]
     ours = min(candidates, key=lambda row: abs((row.removed or 0) - 0.5), default=None)
@@ -101,6 +101,7 @@ def render(
         verdicts: verdicts on the claims of the paper, of families that can judge at least one.
     """
     by_key = {table.key: table for table in tables}
+    # plots find their columns in whole tables; the page shows what is filled
     filled_tables = [filled for table in tables if (filled := keep_filled(table)).blocks]
     rows = [row for table in filled_tables for of_family in table.blocks.values() for row in of_family]
     return page.render(
@@ -170,7 +171,9 @@ def _plot_tradeoff(family: str, column: Column, rows: Sequence[ResultRow], acros
         figure.draw_without_rendering()
         occupied = find_point_boxes(axes, points)
         for row, point in zip(rows, points, strict=True):
-            place_label(axes, shorten(row.label, LABEL_LENGTH), point, _colour_of(row.kind), occupied, required=True)
+            place_label(
+                axes, shorten_label(row.label, LABEL_LENGTH), point, _colour_of(row.kind), occupied, required=True
+            )
         # the numbers are the description for screen readers
         values = "; ".join(f"{row.label} {x:.1f}, {y:.1f}" for row, (x, y) in zip(rows, points, strict=True))
         return Plot(

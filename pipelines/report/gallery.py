@@ -114,7 +114,7 @@ class ImageReader:
         try:
             return storage.read(url)
         except Exception as error:  # each kind of store has its own
-            # a store that does not answer is not asked again, as each try may take minutes
+            # a store that does not answer is not asked again, because each try may take minutes
             self._is_reachable = storage.is_local(url)
             reason = str(error).removeprefix(f"{url}: ").partition(", allowed")[0]
             raise ValueError(f"{image}: {reason}") from None
@@ -176,7 +176,7 @@ def _spread_over_kinds(rows: Sequence[JudgedRow], count: int) -> list[JudgedRow]
             if left and quotas[kind] < len(numbers):
                 quotas[kind] += 1
                 left -= 1
-    # each type begins at another place, as several types may have the same images in the same order
+    # each type begins at another row, because several types may have the same images in the same order
     selected = [
         numbers[(position + shift * (len(numbers) // len(by_kind) + 1)) % len(numbers)]
         for shift, (kind, numbers) in enumerate(by_kind.items())

@@ -26,6 +26,7 @@ from pipelines.report.environment import ENVIRONMENT_FILE, read_versions
 from pipelines.report.page import format_duration, format_number
 from pipelines.report.runs import FindScorer, FinishedRun
 from pipelines.training import ledger
+from pipelines.training.files import JOB_FILE, METRICS_FILE, RESULT_FILE, SCORES_FILE
 from redux.benchmarks import Metric
 from redux.configuration import ReduxConfig
 from redux.hub import is_hub_id
@@ -221,7 +222,7 @@ def find_cmai_off(run: FinishedRun, model: ExportedModel, find_scorer: FindScore
         return None
     for path in sorted(run.folder.resolve().parent.glob("*/job.yaml")):
         folder = path.parent
-        is_finished = (folder / "scores.json").exists() or (folder / "metrics.json").exists()
+        is_finished = (folder / SCORES_FILE).exists() or (folder / RESULT_FILE).exists()
         if folder == run.folder.resolve() or not is_finished:
             continue
         # Look at the job before the answers: a folder of runs may hold hundreds.
@@ -244,7 +245,7 @@ def write_cmai_off_command(run: FinishedRun, model: ExportedModel) -> str:
         # An evaluation would make these sets again, without a use.
         overrides.append("data.make={}")
     folder = run.folder
-    return shlex.join(["redux", "run", str(folder / "job.yaml"), *overrides, "--runs-dir", str(folder.parent)])
+    return shlex.join(["redux", "run", str(folder / JOB_FILE), *overrides, "--runs-dir", str(folder.parent)])
 
 
 def describe_code(run: Path) -> str:
@@ -319,7 +320,7 @@ def _read_mixture(stage: Mapping[str, Any]) -> dict[str, float]:
 
 def _list_data(run: FinishedRun, model: ExportedModel, stages: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """List the sets of each stage; the samples that a stage has seen are those of all of its sets."""
-    steps = jsonl.read(run.folder / "metrics.jsonl")
+    steps = jsonl.read(run.folder / METRICS_FILE)
     source = run.job["data"].get("source")
     for stage_name, stage in stages.items():
         # An exported checkpoint may be older than the last step of its stage.
@@ -359,7 +360,7 @@ def _describe_stage(run: Path, name: str, stage: Mapping[str, Any]) -> dict[str,
     is_language = stage["objective"] == "language"
     length = f"{stage['steps']:,}" if stage.get("steps") else f"{stage['epochs']:g} epochs"
     # An epoch has as many steps as the samples give, which the metrics have counted.
-    done = len({row["step"] for row in jsonl.read(run / "metrics.jsonl") if row["stage"] == name})
+    done = len({row["step"] for row in jsonl.read(run / METRICS_FILE) if row["stage"] == name})
     return {
         "name": name,
         "rates": ", ".join(rates),

@@ -53,16 +53,15 @@ def list_next_steps(
     if not is_finished:
         command = _join("redux", "run", f"{folder}/job.yaml", "--runs-dir", shorten_path(run.resolve().parent))
         steps.append(NextStep("Continue this run", command))
+    # a model can be used before the run is finished
     if model:
         sample = sample or SampleQuestion()
         steps += [
             NextStep("Ask one question about an image", write_ask_command(run, sample)),
             NextStep("Talk with the model in the terminal", _join("redux", "chat", folder, sample.image)),
-            NextStep(
-                "Serve it over HTTP, with a demo page" + (" that also shows the answers of plain LLaVA" * has_method),
-                _join("redux", "serve", folder, *(["--compare"] * has_method)),
-            ),
+            _serve_step(folder, has_method),
         ]
+        # a job that only evaluates has no model of its own to export
         if job.get("train"):
             export = _join("redux", "export", folder, "--to", "hf")
             steps.append(NextStep("Write a model folder for transformers, with a model card", export))
@@ -79,6 +78,13 @@ def list_next_steps(
         NextStep("Render this page again, with more questions", _join("redux", "report", folder, "--examples", "100"))
     )
     return steps
+
+
+def _serve_step(folder: str, has_method: bool) -> NextStep:
+    if not has_method:
+        return NextStep("Serve it over HTTP, with a demo page", _join("redux", "serve", folder))
+    title = "Serve it over HTTP, with a demo page that also shows the answers of plain LLaVA"
+    return NextStep(title, _join("redux", "serve", folder, "--compare"))
 
 
 def write_ask_command(run: Path, sample: SampleQuestion) -> str:

@@ -97,7 +97,7 @@ def place_label(
     """Write a label next to a data point, at the first position that is free and inside the axes.
 
     Args:
-        axes: the axes; the figure must be drawn, as positions are in pixels.
+        axes: the axes; the figure must be drawn, because positions are in pixels.
         text: the label, never read as a formula.
         point: the data point.
         colour: colour of the text.
@@ -121,10 +121,10 @@ def place_label(
             note.remove()
 
 
-def shorten(text: str, length: int) -> str:
+def shorten_label(text: str, length: int) -> str:
     """Cut a text to at most `length` characters, with an ellipsis at the end.
 
-    >>> shorten("instructions", 6)
+    >>> shorten_label("instructions", 6)
     'instr…'
     """
     return text if len(text) <= length else text[: length - 1] + "…"

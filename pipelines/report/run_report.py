@@ -29,6 +29,7 @@ from pipelines.report import environment, page
 from pipelines.report.page import format_number
 from pipelines.report.plots import ACCENT, FAINT, INK, STYLE, style_axes, to_svg
 from pipelines.training import ledger
+from pipelines.training.files import JOB_FILE, METRICS_FILE, PROGRESS_FILE, RESULT_FILE
 from pipelines.training.ledger import Account, LoopTime
 from redux.extras import write_install_command
 
@@ -81,7 +82,7 @@ class ReportedModel:
 
     Args:
         path: folder, hub id or URL.
-        config: its configuration, with the settings of the evaluation; None for a model that is no LLaVA.
+        config: its configuration, with the settings of the evaluation; None for a model that is not a LLaVA.
         trace: function from encoded images to the tokens of their patches; an empty list if it keeps all tokens.
     """
 
@@ -194,7 +195,7 @@ class Patches:
     problem: str = ""
 
 
-def write_report(
+def write_run_report(
     run: Path,
     report: Report = Report(),
     tasks: Mapping[str, TaskSettings] | None = None,
@@ -215,7 +216,7 @@ def write_report(
     from pipelines.report.scores import count_confusions, read_results
 
     # every file may be missing: the report then leaves out its section
-    job = _read_text(run / "job.yaml")
+    job = _read_text(run / JOB_FILE)
     results = read_results(run)
     readers = {result.name: ImageReader(result.name, (tasks or {}).get(result.name)) for result in results}
     galleries = [make_gallery(result, readers[result.name], report.examples) for result in results if report.examples]
@@ -240,8 +241,8 @@ def write_report(
 
 def _collect_training(run: Path, job: str) -> dict[str, Any]:
     """Collect the values of the page that come from the records of the training."""
-    metrics = json.loads(_read_text(run / "metrics.json") or "{}")
-    stages = _group_by_stage(jsonl.read(run / "metrics.jsonl"))
+    metrics = json.loads(_read_text(run / RESULT_FILE) or "{}")
+    stages = _group_by_stage(jsonl.read(run / METRICS_FILE))
     book = ledger.read_ledger(run)
     described = environment.describe_environment(run)
     # the ledger begins with the first stage; it also has the time between a crash and the next launch
@@ -251,7 +252,7 @@ def _collect_training(run: Path, job: str) -> dict[str, Any]:
         "metrics": metrics,
         "wall_s": wall_s,
         "is_finished": bool(metrics),
-        "finished_steps": [str(entry.get("step")) for entry in jsonl.read(run / "progress.jsonl") if "step" in entry],
+        "finished_phases": [str(entry.get("step")) for entry in jsonl.read(run / PROGRESS_FILE) if "step" in entry],
         "started": described.get("started") or _read_start(run),
         "environment": described,
         "device": described.get(environment.GPUS_TITLE) or described.get(environment.CPUS_TITLE, ""),
@@ -262,7 +263,6 @@ def _collect_training(run: Path, job: str) -> dict[str, Any]:
         ],
         "spans": _split_wall_time(metrics, wall_s),
         "account": book.account,
-        "resumes": book.resumes,
         "parts": _make_time_parts(book.account, wall_s),
     }
 
@@ -303,7 +303,7 @@ def _list_next_steps(
         run,
         _parse_job(job),
         model.path if model and model.config else None,
-        (run / "metrics.json").exists(),
+        (run / RESULT_FILE).exists(),
         has_cmai=bool(model and model.config and model.config.method_settings("cmai")),
         has_method=bool(cost and cost.has_method),
         sample=next(filter(None, samples), None),
@@ -490,21 +490,21 @@ def _draw_panel(title: str, judged: JudgedRow, trace: ImageTrace) -> tuple[Patch
 
     from redux.picture import enlarge_image
 
-    slot, merged = trace.slot, trace.merged
+    token_of_patch, merged = trace.token_of_patch, trace.merged
     # see ImageTrace for the two arrays
-    dropped = slot < 0
+    dropped = token_of_patch < 0
     clustered = merged & ~dropped
-    original, patches = enlarge_image(trace.image, slot.size), trace.draw()
+    original, patches = enlarge_image(trace.image, token_of_patch.size), trace.draw()
     panel = PatchPanel(
         title,
         judged,
         original=page.encode_image(original),
         patches=page.encode_image(patches),
-        before=slot.size,
+        before=token_of_patch.size,
         after=trace.num_tokens,
         kept=int((~merged & ~dropped).sum()),
         merged=int(clustered.sum()),
-        clusters=len(set(slot[clustered].tolist())),
+        clusters=len(set(token_of_patch[clustered].tolist())),
         dropped=int(dropped.sum()),
     )
     both = PIL.Image.new("RGB", (original.width + patches.width, original.height))

@@ -22,7 +22,16 @@ from pipelines.core import jsonl, storage
 from pipelines.core.settings import KEYS_WITHOUT_EFFECT, flatten_dict, is_in_sections
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
 from pipelines.report.instruction_scores import add_split_metrics
-from pipelines.training.files import CONFIG_FILE, is_complete, list_stage_models
+from pipelines.training.files import (
+    ASSEMBLED_FOLDER,
+    CONFIG_FILE,
+    JOB_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    SCORES_FILE,
+    is_complete,
+    list_stage_models,
+)
 from redux.benchmarks import Metric, Row
 from redux.configuration import ReduxConfig
 from redux.presets import Preset
@@ -112,7 +121,7 @@ class FinishedRun:
     def training_s(self) -> float | None:
         """Seconds of the training loops: computing, waiting for data, and stalls."""
         # a job that only evaluates has no record of training
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / METRICS_FILE
         if not path.exists():
             return None
         return sum(step.get(part) or 0.0 for step in jsonl.read(path) for part in ("compute_s", "data_s", "stall_s"))
@@ -122,7 +131,7 @@ class FinishedRun:
         """Configuration of the model, if the run folder has it."""
         # the last stage has the model that was evaluated
         stages = list_stage_models(self.job, self.folder)
-        for model in (*reversed(stages), str(self.folder / "assembled")):
+        for model in (*reversed(stages), str(self.folder / ASSEMBLED_FOLDER)):
             path = storage.join(model, CONFIG_FILE)
             if storage.exists(path):
                 return ReduxConfig.from_dict(json.loads(storage.read(path)))
@@ -245,7 +254,7 @@ def read_finished_runs(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[
     notes: list[str] = []
     runs: list[FinishedRun] = []
     for folder in dict.fromkeys(folder for path in paths for folder in _find_run_folders(path)):
-        if (folder / "scores.json").exists() or (folder / "metrics.json").exists():
+        if (folder / SCORES_FILE).exists() or (folder / RESULT_FILE).exists():
             runs.append(read_run(folder, find_scorer))
         else:
             notes.append(f"{folder} is not finished and is left out.")
@@ -289,7 +298,7 @@ def group_families(runs: Sequence[FinishedRun], notes: list[str]) -> list[Family
         for key, family in by_family.items():
             if _read_tasks(family[0]) == _read_tasks(model.runs[0]):
                 models[key].append(model)
-    # labels come last, as they name only the differences between families
+    # labels come last, because they name only the differences between families
     labels = _make_labels(list(models))
     return [Family(label, tuple(models[key])) for key, label in zip(models, labels, strict=True)]
 
@@ -303,7 +312,7 @@ def _read_tasks(run: FinishedRun) -> Any:
 
 
 def _find_run_folders(path: Path) -> list[Path]:
-    if (path / "job.yaml").exists():
+    if (path / JOB_FILE).exists():
         return [path]
     files = [file for pattern in ("*/job.yaml", "*/*/job.yaml") for file in sorted(path.glob(pattern))]
     # the shared stages of a study are not evaluated
@@ -317,9 +326,9 @@ def _find_run_folders(path: Path) -> list[Path]:
 def read_run(folder: Path, find_scorer: FindScorer) -> FinishedRun:
     """Read a run folder and score its answers."""
     # numbers of metrics.json replace those of scores.json
-    job = _rebase(_read_job(folder / "job.yaml"), folder)
+    job = _rebase(_read_job(folder / JOB_FILE), folder)
     numbers: dict[str, float] = {}
-    for name in ("scores.json", "metrics.json"):
+    for name in (SCORES_FILE, "metrics.json"):
         if (folder / name).exists():
             numbers |= _read_json(folder / name)
     metrics: dict[str, Metric] = {}
@@ -391,7 +400,7 @@ def _find_source_job(job: dict[str, Any]) -> dict[str, Any]:
     checkpoint = job["model"].get("checkpoint")
     # the checkpoint of a run is inside the run folder, so a folder above it has the job
     parents = Path(checkpoint).parents if isinstance(checkpoint, str) else ()
-    previous = next((_read_job(folder / "job.yaml") for folder in parents if _is_run_folder(folder)), None)
+    previous = next((_read_job(folder / JOB_FILE) for folder in parents if _is_run_folder(folder)), None)
     if previous is None or not job.get("train"):
         return previous or job
     # sizes and inherited methods are in the job of the checkpoint only
@@ -401,8 +410,8 @@ def _find_source_job(job: dict[str, Any]) -> dict[str, Any]:
 
 def _is_run_folder(folder: Path) -> bool:
     """Tell if a folder is that of a run, and not a folder in which a user keeps a job file."""
-    has_record = (folder / "metrics.jsonl").exists() or (folder / "metrics.json").exists()
-    return has_record and (folder / "job.yaml").exists()
+    has_record = (folder / METRICS_FILE).exists() or (folder / RESULT_FILE).exists()
+    return has_record and (folder / JOB_FILE).exists()
 
 
 def _read_methods(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -411,7 +420,7 @@ def _read_methods(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_saved_methods(job: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Read the methods in the configuration of a checkpoint; None if it is no local folder of a LLaVA."""
+    """Read the methods in the configuration of a checkpoint; None if it is not a local folder of a LLaVA."""
     path = Path(str(job["model"].get("checkpoint"))) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

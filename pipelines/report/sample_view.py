@@ -1,7 +1,7 @@
 """View of the samples of a stage before training, as a page (`redux look`) or as text for a terminal.
 
 A sample is shown as its worker gets it: `pipelines.data.preview` has encoded it with the code of training. Here its
-tokens only get their texts, and are divided into runs: context, image, learned, and what truncation cuts off.
+tokens only get their texts, and are divided into spans: context, image, learned, and what truncation cuts off.
 """
 
 import base64
@@ -25,7 +25,7 @@ from redux.conversation import EOS_TOKEN, IGNORE_INDEX, IMAGE_TOKEN, Template, l
 from redux.image import load_pixels
 from redux.settings import ImageAspectRatio
 
-RunKind = Literal["context", "image", "learned", "caption"]
+SpanKind = Literal["context", "image", "learned", "caption"]
 
 KINDS = {
     "learned": "token that is learned",
@@ -41,7 +41,7 @@ MAX_CUT_TOKENS = 200
 """Tokens that are shown of what truncation cuts off."""
 
 MAX_LINE_CHARACTERS = 600
-"""Characters of a run that are shown in a terminal."""
+"""Characters of a span that are shown in a terminal."""
 
 MAX_RECORD_CHARACTERS = 4000
 """Characters of a stored record that are shown."""
@@ -72,7 +72,7 @@ class ShownToken(NamedTuple):
     is_unknown: bool = False
 
 
-class TokenRun(NamedTuple):
+class TokenSpan(NamedTuple):
     """Neighbouring tokens of one kind.
 
     Args:
@@ -83,7 +83,7 @@ class TokenRun(NamedTuple):
         length: number of tokens, also of those that are not shown.
     """
 
-    kind: RunKind
+    kind: SpanKind
     is_cut: bool
     tokens: tuple[ShownToken, ...]
     first: int | None
@@ -113,10 +113,10 @@ class SampleView:
 
     Args:
         name: id of its record, or its key; "" if it cannot be read.
-        place: when training uses it; "" without a stage.
-        row: number of the sample in its set.
+        position: when training uses it; "" without a stage.
+        index: index of the sample in its set.
         problem: reason why training replaces it, or "".
-        runs: its tokens.
+        spans: its tokens.
         notes: what preparation has changed.
         record: the stored record, as JSON.
         image: image as the tower gets it; None for text only.
@@ -125,10 +125,10 @@ class SampleView:
     """
 
     name: str
-    place: str
-    row: int
+    position: str
+    index: int
     problem: str
-    runs: tuple[TokenRun, ...] = ()
+    spans: tuple[TokenSpan, ...] = ()
     notes: tuple[str, ...] = ()
     record: str = ""
     image: Image.Image | None = None
@@ -138,11 +138,11 @@ class SampleView:
     @property
     def title(self) -> str:
         """Name on the page."""
-        return f"{self.name}, row {self.row}" if self.name else f"row {self.row}"
+        return f"{self.name}, row {self.index}" if self.name else f"row {self.index}"
 
-    def count(self, *kinds: RunKind, is_cut: bool = False) -> int:
+    def count(self, *kinds: SpanKind, is_cut: bool = False) -> int:
         """Count the tokens of kinds; of all without one."""
-        return sum(run.length for run in self.runs if run.is_cut == is_cut and (not kinds or run.kind in kinds))
+        return sum(span.length for span in self.spans if span.is_cut == is_cut and (not kinds or span.kind in kinds))
 
     @property
     def summary(self) -> str:
@@ -150,11 +150,11 @@ class SampleView:
         if self.num_tokens is None:
             return ""
         # 0 learned tokens are a fault, so they are always counted, except for captions, which have no labels
-        always = set() if any(run.kind == "caption" for run in self.runs) else {"learned"}
+        always = set() if any(span.kind == "caption" for span in self.spans) else {"learned"}
         counts = {
             "image": self.count("image"),
             "learned": self.count("learned"),
-            "unknown": sum(token.is_unknown for run in self.runs if not run.is_cut for token in run.tokens),
+            "unknown": sum(token.is_unknown for span in self.spans if not span.is_cut for token in span.tokens),
             "cut off": self.count(is_cut=True),
         }
         parts = [f"{number:,} {name}" for name, number in counts.items() if number or name in always]
@@ -181,7 +181,7 @@ class SetView:
         lengths = [sample.num_tokens for sample in self.samples if sample.num_tokens]
         if not lengths:
             return ""
-        has_labels = any(run.kind != "caption" for sample in self.samples for run in sample.runs)
+        has_labels = any(span.kind != "caption" for sample in self.samples for span in sample.spans)
         learned = sum(sample.count("learned") for sample in self.samples if not sample.problem)
         cut = sum(bool(sample.count(is_cut=True)) for sample in self.samples)
         unusable = sum(bool(sample.problem) for sample in self.samples)
@@ -205,7 +205,7 @@ class StageView:
 
     name: str
     facts: dict[str, str]
-    template: tuple[TokenRun, ...]
+    template: tuple[TokenSpan, ...]
     sets: tuple[SetView, ...]
 
 
@@ -227,54 +227,56 @@ def view_sample(
         max_length: number of tokens to which a sample is truncated; None for no limit.
         picture: its kept and merged patches.
     """
-    runs: tuple[TokenRun, ...] = ()
+    spans: tuple[TokenSpan, ...] = ()
     # a sample that cannot be prepared has no text to show
     if sample.prepared is not None:
         turns = sample.prepared.record["conversations"]
         try:
             if template is None:
-                runs = _view_caption(reader, sample.prepared, sample.row)
+                spans = _view_caption(reader, sample.prepared, sample.encoded)
             else:
-                runs = _view_conversation(reader, turns, sample.row, template, image_tokens, max_length)
+                spans = _view_conversation(reader, turns, sample.encoded, template, image_tokens, max_length)
         except ValueError:  # the sample has this problem; its text is shown without tokens
-            runs = view_pieces(template, turns, reader.get_tokenizer().eos_token) if template else ()
+            spans = view_pieces(template, turns, reader.get_tokenizer().eos_token) if template else ()
     # people count steps and samples from 1
     stored = sample.stored
     batch_size = reader.order.global_batch_size
+    step, index_in_batch = sample.stream_position.batch + 1, sample.stream_position.position % batch_size
     return SampleView(
         name=stored.id if stored else "",
-        place=f"step {sample.place.batch + 1:,}, sample {sample.place.position % batch_size + 1:,} of {batch_size:,}",
-        row=sample.place.sample,
+        position=f"step {step:,}, sample {index_in_batch + 1:,} of {batch_size:,}",
+        index=sample.stream_position.sample,
         problem=sample.problem,
-        runs=runs,
+        spans=spans,
         notes=_list_notes(sample, reader),
         record=format_record(stored.record) if stored else "",
         image=None if sample.image is None else Image.fromarray(np.ascontiguousarray(sample.image)),
         picture=picture,
-        num_tokens=len(sample.row["input_ids"]) if sample.row else None,
+        num_tokens=len(sample.encoded["input_ids"]) if sample.encoded else None,
     )
 
 
 def view_stored(
-    row: int, stored: StoredSample | str, template: Template, size: int, image_aspect_ratio: ImageAspectRatio
+    index: int, stored: StoredSample | str, template: Template, size: int, image_aspect_ratio: ImageAspectRatio
 ) -> SampleView:
     """Make the view of a stored sample without a tokenizer: its text as the template writes it, and its image.
 
     Args:
-        row: number of the sample in its set.
+        index: index of the sample in its set.
         stored: the sample, or the reason why it cannot be read.
         template: conversation template.
         size: side of the image in pixels.
         image_aspect_ratio: "pad" or "crop".
     """
     if isinstance(stored, str):
-        return SampleView(name="", place="", row=row, problem=stored)
+        return SampleView(name="", position="", index=index, problem=stored)
     problem, image = "", None
-    runs: tuple[TokenRun, ...] = ()
+    spans: tuple[TokenSpan, ...] = ()
     notes: tuple[str, ...] = ()
+    # an unusable sample is shown with its problem
     try:
         check_record(stored)
-        runs = view_pieces(template, stored.record["conversations"])
+        spans = view_pieces(template, stored.record["conversations"])
         if stored.image:
             image = Image.fromarray(load_pixels(stored.image, size, image_aspect_ratio).transpose(1, 2, 0))
             notes = (_describe_resizing(stored.image, image),)
@@ -282,10 +284,10 @@ def view_stored(
         problem = str(error)
     return SampleView(
         name=stored.id,
-        place="",
-        row=row,
+        position="",
+        index=index,
         problem=problem,
-        runs=runs,
+        spans=spans,
         notes=notes,
         record=format_record(stored.record),
         image=image,
@@ -297,68 +299,68 @@ def format_record(record: dict) -> str:
     return page.cut_text(json.dumps(record, indent=2, ensure_ascii=False), MAX_RECORD_CHARACTERS)
 
 
-def view_template(template: Template, eos: str | None = None) -> tuple[TokenRun, ...]:
+def view_template(template: Template, eos: str | None = None) -> tuple[TokenSpan, ...]:
     """Show the text of a template around one question and its answer; `eos` is the end token of the tokenizer."""
     return view_pieces(template, TEMPLATE_TURNS, eos)
 
 
-def view_pieces(template: Template, turns: Sequence[dict], eos: str | None = None) -> tuple[TokenRun, ...]:
-    """Divide a conversation into runs by its text alone."""
-    runs: list[TokenRun] = []
+def view_pieces(template: Template, turns: Sequence[dict], eos: str | None = None) -> tuple[TokenSpan, ...]:
+    """Divide a conversation into spans by its text alone."""
+    spans: list[TokenSpan] = []
     for text, is_learned in template.split_spans(turns, eos or EOS_TOKEN):
         for number, part in enumerate(text.split(IMAGE_TOKEN)):
             # each cut between two parts is a tag
             if number:
-                runs.append(TokenRun("image", False, (ShownToken(IMAGE_TOKEN, is_special=True),), None, 1))
-            kind: RunKind = "learned" if is_learned else "context"
-            # neighbouring pieces of one kind, such as the system prompt and a question, are one run
-            if part and runs and runs[-1].kind == kind:
-                runs[-1] = runs[-1]._replace(tokens=(ShownToken(runs[-1].tokens[0].text + part),))
+                spans.append(TokenSpan("image", False, (ShownToken(IMAGE_TOKEN, is_special=True),), None, 1))
+            kind: SpanKind = "learned" if is_learned else "context"
+            # neighbouring pieces of one kind, such as the system prompt and a question, are one span
+            if part and spans and spans[-1].kind == kind:
+                spans[-1] = spans[-1]._replace(tokens=(ShownToken(spans[-1].tokens[0].text + part),))
             elif part:
-                runs.append(TokenRun(kind, False, (ShownToken(part),), None, 1))
-    return tuple(runs)
+                spans.append(TokenSpan(kind, False, (ShownToken(part),), None, 1))
+    return tuple(spans)
 
 
 def _view_conversation(
     reader: Reader,
     turns: Sequence[dict],
-    row: TextRow | None,
+    encoded: TextRow | None,
     template: Template,
     image_tokens: int,
     max_length: int | None,
-) -> tuple[TokenRun, ...]:
-    """Divide a conversation into runs, also that of an unusable sample, which has no row."""
+) -> tuple[TokenSpan, ...]:
+    """Divide a conversation into spans, also that of an unusable sample, which is not encoded."""
     tokenizer: Any = reader.get_tokenizer()
     text, whole = label_conversation(tokenizer, turns, template, image_tokens)
     labels, kept = whole.labels, min(len(whole.ids), max_length or len(whole.ids))
-    if row is not None:
+    if encoded is not None:
         # ids and labels are those that a worker gets; only what is cut off comes from the whole conversation
-        kept = len(row["input_ids"])
-        if (row["input_ids"] != whole.ids[:kept]).any():
+        kept = len(encoded["input_ids"])
+        if (encoded["input_ids"] != whole.ids[:kept]).any():
             raise RuntimeError("a sample has other tokens than the beginning of its conversation")
-        labels = np.concatenate([row["labels"], whole.labels[kept:]])
-    # the image of an answer is no prediction, so it is told apart by its id
+        labels = np.concatenate([encoded["labels"], whole.labels[kept:]])
+    # the image of an answer is not a prediction, so it is told apart by its id
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    kinds: list[RunKind] = [
+    kinds: list[SpanKind] = [
         "image" if token == image_id else "context" if label == IGNORE_INDEX else "learned"
         for token, label in zip(whole.ids, labels, strict=True)
     ]
-    return join_runs(name_tokens(tokenizer, text, whole.ids, whole.start, whole.end), kinds, kept)
+    return join_spans(name_tokens(tokenizer, text, whole.ids, whole.start, whole.end), kinds, kept)
 
 
-def _view_caption(reader: Reader, sample: StoredSample, row: TextRow | None) -> tuple[TokenRun, ...]:
-    """Divide the caption of a contrastive stage into runs."""
+def _view_caption(reader: Reader, sample: StoredSample, encoded: TextRow | None) -> tuple[TokenSpan, ...]:
+    """Divide the caption of a contrastive stage into spans."""
     tokenizer: Any = reader.get_tokenizer()
     text = get_caption(sample)
     whole = tokenizer(text, return_offsets_mapping=True)
     start, end = np.array(whole["offset_mapping"], np.int64).reshape(-1, 2).T
     ids, kept = np.array(whole["input_ids"], np.int64), len(whole["input_ids"])
-    if row is not None:
+    if encoded is not None:
         # the encoder puts the end token where it cuts the caption; it has no characters
-        kept = len(row["input_ids"])
-        ids = np.concatenate([row["input_ids"], ids[kept - 1 :]])
+        kept = len(encoded["input_ids"])
+        ids = np.concatenate([encoded["input_ids"], ids[kept - 1 :]])
         start, end = (np.insert(column, kept - 1, len(text)) for column in (start, end))
-    return join_runs(name_tokens(tokenizer, text, ids, start, end), ["caption"] * len(ids), kept)
+    return join_spans(name_tokens(tokenizer, text, ids, start, end), ["caption"] * len(ids), kept)
 
 
 def name_tokens(
@@ -399,7 +401,7 @@ def name_tokens(
     return result
 
 
-def join_runs(tokens: Sequence[ShownToken], kinds: Sequence[RunKind], kept: int) -> tuple[TokenRun, ...]:
+def join_spans(tokens: Sequence[ShownToken], kinds: Sequence[SpanKind], kept: int) -> tuple[TokenSpan, ...]:
     """Join neighbouring tokens of one kind.
 
     Args:
@@ -408,14 +410,14 @@ def join_runs(tokens: Sequence[ShownToken], kinds: Sequence[RunKind], kept: int)
         kept: number of tokens before the cut.
     """
     keys = [(kind, position >= kept) for position, kind in enumerate(kinds)]
-    runs = []
+    spans = []
     for (kind, is_cut), group in itertools.groupby(range(len(tokens)), keys.__getitem__):
         positions = list(group)
         # all tokens of an image are alike, and what is cut off may be long
         limit = 1 if kind == "image" else MAX_CUT_TOKENS if is_cut else len(positions)
         shown = tuple(tokens[position] for position in positions[:limit])
-        runs.append(TokenRun(kind, is_cut, shown, positions[0], len(positions)))
-    return tuple(runs)
+        spans.append(TokenSpan(kind, is_cut, shown, positions[0], len(positions)))
+    return tuple(spans)
 
 
 def _list_notes(sample: PreviewSample, reader: Reader) -> tuple[str, ...]:
@@ -468,12 +470,12 @@ def _format_stage(stage: StageView, draw: Callable[[Image.Image], str] | None) -
     yield f"=== {stage.name} ==="
     width = max(map(len, stage.facts), default=0)
     yield from (f"{name:{width}}  {value}" for name, value in stage.facts.items())
-    for run in stage.template:
-        yield from _format_run(run, draw is not None)
+    for span in stage.template:
+        yield from _format_span(span, draw is not None)
     for shown_set in stage.sets:
         yield f"\n--- {shown_set.name}: {'; '.join(filter(None, (*shown_set.facts, shown_set.summary)))} ---"
         for number, sample in enumerate(shown_set.samples, start=1):
-            title = ", ".join(filter(None, (sample.title, sample.place, *sample.notes)))
+            title = ", ".join(filter(None, (sample.title, sample.position, *sample.notes)))
             yield f"\n[{number}] {_escape_controls(title)}"
             if sample.problem:
                 yield f"  unusable: {_escape_controls(sample.problem)}"
@@ -482,24 +484,24 @@ def _format_stage(stage: StageView, draw: Callable[[Image.Image], str] | None) -
                 yield draw(picture)
             if sample.summary:
                 yield f"  {sample.summary}"
-            for run in sample.runs:
-                yield from _format_run(run, draw is not None)
+            for span in sample.spans:
+                yield from _format_span(span, draw is not None)
     yield ""
 
 
-def _format_run(run: TokenRun, has_colours: bool) -> Iterator[str]:
-    """Format a run as lines: positions, kind and text."""
-    text = "".join(f"[unknown:{token.text}]" if token.is_unknown else token.text for token in run.tokens)
+def _format_span(span: TokenSpan, has_colours: bool) -> Iterator[str]:
+    """Format a span as lines: positions, kind and text."""
+    text = "".join(f"[unknown:{token.text}]" if token.is_unknown else token.text for token in span.tokens)
     text = page.cut_text(_escape_controls(text), MAX_LINE_CHARACTERS)
-    if run.kind == "image" and run.first is not None:
-        text = f"{IMAGE_TOKEN} x {run.length}"
-    if run.hidden:
-        text += f" … and {run.hidden} more"
-    style = ANSI["cut" if run.is_cut else run.kind] if has_colours else ""
+    if span.kind == "image" and span.first is not None:
+        text = f"{IMAGE_TOKEN} x {span.length}"
+    if span.hidden:
+        text += f" … and {span.hidden} more"
+    style = ANSI["cut" if span.is_cut else span.kind] if has_colours else ""
     # a line of the text is a line of the terminal, with a sign for the line feed, which is a token
     lines = text.split("\n")
     lines = [f"{line}{NEWLINE}" for line in lines[:-1]] + lines[-1:]
-    head = f"  {run.positions:>9}  {run.title:8}  "
+    head = f"  {span.positions:>9}  {span.title:8}  "
     for number, line in enumerate(filter(None, lines)):
         yield (" " * len(head) if number else head) + (f"{style}{line}{ANSI_END}" if style else line)
 
@@ -526,8 +528,8 @@ def render_page(title: str, lead: str, stages: Sequence[StageView]) -> str:
     """Render the page: one file without scripts that needs no network."""
     # the legend explains what occurs in this page
     samples = [sample for stage in stages for shown in stage.sets for sample in shown.samples]
-    used = {"cut" if run.is_cut else run.kind for sample in samples for run in sample.runs}
-    if any(token.is_unknown for sample in samples for run in sample.runs for token in run.tokens):
+    used = {"cut" if span.is_cut else span.kind for sample in samples for span in sample.spans}
+    if any(token.is_unknown for sample in samples for span in sample.spans for token in span.tokens):
         used.add("unknown")
     return page.render(
         "look.html.j2",

@@ -21,7 +21,7 @@ from pipelines.core import jsonl
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, find_partial_file
 from pipelines.evaluation.statistics import Interval, bootstrap_interval
 from pipelines.evaluation.tasks import RESERVED_NAMES, find_task
-from pipelines.report.plots import shorten
+from pipelines.report.plots import shorten_label
 from pipelines.report.runs import Scorer
 from redux.benchmarks import BENCHMARKS, Metric, Row
 from redux.benchmarks.custom import UNTYPED
@@ -40,7 +40,7 @@ DRAWN_UNITS = 30_000_000
 """Units of all draws of a bootstrap together; tasks with more units get fewer draws."""
 
 OTHER = "other"
-"""Column of the responses that are no reference answer."""
+"""Column of the responses that are not reference answers."""
 
 TYPE_KEYS = ("type", "answer_type", "subtask", "structural", "l2-category", "category")
 """Keys of a row that have the type of its question, by preference."""
@@ -219,7 +219,7 @@ def describe_scores(run: Path) -> list[str]:
 
 
 def _describe_score(result: TaskResult) -> str:
-    questions = f"{len(result.rows):,} question{'s' * (len(result.rows) != 1)}"
+    questions = f"{len(result.rows):,} {'question' if len(result.rows) == 1 else 'questions'}"
     if result.main is None:
         return f"{result.title}: no score of {questions}. {result.problem}"
     factor, unit = (100, " %") if result.main.is_share else (1, "")
@@ -254,7 +254,7 @@ def make_score_line(name: str, metric: Metric, main: str) -> ScoreLine:
     title = name.removeprefix(f"{main}.")
     title = METRIC_TITLES.get(title, title)
     return ScoreLine(
-        shorten(title, ANSWER_LABEL_LENGTH),
+        shorten_label(title, ANSWER_LABEL_LENGTH),
         len(metric.outcomes),
         interval,
         maximum,
@@ -327,7 +327,7 @@ def _find_kind(row: Mapping[str, Any]) -> str:
         return instruction.name if instruction else str(row["instruction_id"])
     # benchmarks name the type of a question differently
     kind = next((str(row[key]) for key in TYPE_KEYS if row.get(key)), "")
-    return "" if kind == UNTYPED else shorten(kind, ANSWER_LABEL_LENGTH)
+    return "" if kind == UNTYPED else shorten_label(kind, ANSWER_LABEL_LENGTH)
 
 
 def _list_references(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -378,8 +378,8 @@ def _count_matrix(judged: Sequence[JudgedRow], references: Sequence[str]) -> Con
 
 
 def _name_reference(judged: JudgedRow) -> str:
-    return shorten(judged.references[0].strip(), ANSWER_LABEL_LENGTH)
+    return shorten_label(judged.references[0].strip(), ANSWER_LABEL_LENGTH)
 
 
 def _name_response(judged: JudgedRow) -> str:
-    return shorten(str(judged.row.get("response") or "").strip(), ANSWER_LABEL_LENGTH)
+    return shorten_label(str(judged.row.get("response") or "").strip(), ANSWER_LABEL_LENGTH)

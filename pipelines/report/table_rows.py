@@ -14,6 +14,7 @@ import yaml
 
 from pipelines.report import paper
 from pipelines.report.runs import CLIP_PATCHES, ComparedModel, Family, count_remaining_tokens, select_changed_fields
+from pipelines.training.files import JOB_FILE
 from redux.presets import PRESETS, Preset
 from redux.settings import METHODS, SPATIAL_METHODS, VMTC, Reduction
 
@@ -64,8 +65,10 @@ TABLE_ROWS = {
         *(TableRow(name, None, name) for name in list(paper.TABLE_2.rows)[:9]),
         LLAVA_ROW,
         BOTH_ROW,
-        TableRow("InstructBLIP", None, "InstructBLIP-7B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-7b"),
-        TableRow("InstructBLIP", None, "InstructBLIP-13B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-13b"),
+        TableRow("InstructBLIP-7B", None, "InstructBLIP-7B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-7b"),
+        TableRow(
+            "InstructBLIP-13B", None, "InstructBLIP-13B, 64 tokens", checkpoint="Salesforce/instructblip-vicuna-13b"
+        ),
         TableRow("VMTC + CMAI, 64 of 576 tokens", PRESETS["tokens-64"], "Ours-{size}, 64 tokens"),
         TableRow("BLIP-2-13B", None, "BLIP-2-13B, 36 tokens"),
         TableRow("PruMerge, 36 of 576 tokens", PRESETS["prumerge"], "LLaVA-Prumerge-{size}, 36 tokens"),
@@ -212,7 +215,7 @@ def _write_evaluation_command(row: TableRow, ranked: Sequence[ComparedModel]) ->
 
 def _write_run_command(template: ComparedModel, overrides: Sequence[str]) -> str:
     folder = template.runs[0].folder
-    return shlex.join(["redux", "run", str(folder / "job.yaml"), *overrides, "--runs-dir", str(folder.parent)])
+    return shlex.join(["redux", "run", str(folder / JOB_FILE), *overrides, "--runs-dir", str(folder.parent)])
 
 
 def _job_name(model: ComparedModel) -> str:

@@ -1,8 +1,8 @@
 """The paper's tables over finished runs: scores with intervals, the paper's numbers, and missing rows.
 
 Each score is a mean over training seeds with a 95 % interval over items. It is compared with LLaVA-1.5 of the same
-family, the row with neither module. The numbers of the paper are in lines of their own, as they are of other sizes and
-other data. A row without a run has the command that fills it.
+family, the row with neither module. The numbers of the paper are in lines of their own, since they are of other sizes
+and other data. A row without a run has the command that fills it.
 
 The paper counts followed instructions, not correct answers, and a model that ignores the image can follow instructions.
 So the tables also have the columns "right" and "both".
@@ -11,6 +11,7 @@ Cost: one bootstrap for each score and one for each difference, see `pipelines.e
 for twenty runs of 3,488 instructions.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -224,9 +225,8 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
 
 
 def keep_filled(table: ResultTable) -> ResultTable:
-    """Keep the rows with numbers, of families that have a run in the table.
-
-    A table of the paper is kept only if a run has a number in one of the paper's columns, as nothing else compares.
+    """Keep the rows and columns with numbers, of families that have a run in the table.
+    A table of the paper is kept only if a run has a number in one of the paper's columns, since nothing else compares.
     """
     blocks = {}
     for label, rows in table.blocks.items():
@@ -240,7 +240,22 @@ def keep_filled(table: ResultTable) -> ResultTable:
         ]
         if any(cells):
             blocks[label] = [row for row in rows if row.source != "missing"]
-    return replace(table, blocks=blocks)
+    return drop_empty_columns(replace(table, blocks=blocks))
+
+
+def drop_empty_columns(table: ResultTable) -> ResultTable:
+    """Leave out the columns in which no row has a number. A table without any number keeps its columns."""
+    rows = [row for rows in table.blocks.values() for row in rows]
+    # a missing row has no cells at all
+    padded = itertools.zip_longest(table.columns, *(row.cells for row in rows))
+    filled = [any(cells) for _, *cells in padded]
+    if not any(filled):
+        return table
+    blocks = {
+        label: [replace(row, cells=tuple(itertools.compress(row.cells, filled))) for row in rows]
+        for label, rows in table.blocks.items()
+    }
+    return replace(table, columns=tuple(itertools.compress(table.columns, filled)), blocks=blocks)
 
 
 def _add_columns(columns: Sequence[Column], extra: Sequence[Column]) -> tuple[Column, ...]:
@@ -299,7 +314,7 @@ def _make_row(label: str, model: ComparedModel, scores: FamilyScores, columns: S
     if model.is_foreign:
         return ResultRow(label, "ours", "not trained here", cells)
     # foreign models have no seeds and another number of tokens
-    seeds = f"{model.num_seeds} seed" + "s" * (model.num_seeds > 1)
+    seeds = f"{model.num_seeds} seed" if model.num_seeds == 1 else f"{model.num_seeds} seeds"
     about = f"{seeds}, {model.num_tokens} of {model.num_patches} tokens"
     kind = find_kind(model.methods, model.uses_captions) if model.trained_as_evaluated else None
     return ResultRow(label, "ours", about, cells, kind=kind, removed=removed_share(model))

@@ -18,9 +18,10 @@ from pipelines.core import jsonl
 from pipelines.core.settings import flatten_dict, is_in_sections
 from pipelines.evaluation import statistics
 from pipelines.evaluation.statistics import Difference, Interval
-from pipelines.report.plots import ACCENT, BAD, FAINT, GOOD, INK, STYLE, Plot, shorten, style_axes, to_svg
+from pipelines.report.plots import ACCENT, BAD, FAINT, GOOD, INK, STYLE, Plot, shorten_label, style_axes, to_svg
 from pipelines.report.runs import METHOD_KEYS, UNCOMPARED_KEYS, FinishedRun
 from pipelines.report.scores import METRIC_TITLES, find_title
+from pipelines.training.files import METRICS_FILE
 from redux.benchmarks import Metric
 from redux.settings import METHODS
 
@@ -142,10 +143,10 @@ def group_variants(runs: Sequence[FinishedRun]) -> tuple[Variant, ...]:
     variants = []
     for key, of_group in groups.items():
         of_run, name = json.loads(key)
-        text = shorten(", ".join(f"{path} = {value}" for path, value in of_run.items()), SETTINGS_LABEL_LENGTH)
+        text = shorten_label(", ".join(f"{path} = {value}" for path, value in of_run.items()), SETTINGS_LABEL_LENGTH)
         last = ", ".join(f"{path.rpartition('.')[2]} = {value}" for path, value in of_run.items())
         label = name or text or "same settings"
-        short = shorten(name or last or label, SHORT_LENGTH)
+        short = shorten_label(name or last or label, SHORT_LENGTH)
         variants.append(Variant(label, short, text if name else "", tuple(_sort(of_group))))
     variants.sort(key=lambda variant: order.get(variant.label, len(order)))
     return tuple(variants)
@@ -304,7 +305,7 @@ def _plot_losses(variants: Sequence[Variant]) -> Iterator[Plot]:
 
 def _read_losses(run: FinishedRun) -> dict[str, list[Mapping[str, Any]]]:
     by_stage: dict[str, list[Mapping[str, Any]]] = {}
-    for row in jsonl.read(run.folder / "metrics.jsonl"):
+    for row in jsonl.read(run.folder / METRICS_FILE):
         if isinstance(row.get("loss"), int | float):
             by_stage.setdefault(str(row["stage"]), []).append(row)
     return by_stage

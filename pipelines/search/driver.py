@@ -45,7 +45,7 @@ OnTrialsEnded = Callable[[Trials], None]
 """Function that is called after trials have ended."""
 
 
-def run_search(
+def run_trials(
     trials: Trials,
     folder: Path,
     run_trial: RunTrial,

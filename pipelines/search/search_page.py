@@ -28,7 +28,7 @@ from pipelines.report.page import format_duration, format_percent
 from pipelines.search import search_plots
 from pipelines.search.snapshot import (
     Snapshot,
-    format_value,
+    format_parameter,
     get_number,
     get_reference,
     is_feasible,
@@ -99,7 +99,7 @@ def find_dominating(study: Study, name: str) -> list[FrozenTrial]:
     return Snapshot.from_study(study).find_dominating(name)
 
 
-def write_summary(study: Study) -> list[str]:
+def summarize_search(study: Study) -> list[str]:
     """Write the results so far as sentences."""
     return _write_summary(Snapshot.from_study(study))
 
@@ -125,7 +125,7 @@ def _render(study: Study, snapshot: Snapshot) -> str:
         "search.html.j2",
         search=snapshot,
         states=_count_states(snapshot),
-        best=(format_value(best.values[0]), label_trial(best)) if best else None,
+        best=(format_parameter(best.values[0]), label_trial(best)) if best else None,
         saved=saved / planned if planned else 0,
         summary=_write_summary(snapshot),
         fronts=search_plots.plot_fronts(snapshot),
@@ -245,7 +245,7 @@ def _write_csv(snapshot: Snapshot) -> str:
     """Write all trials as CSV: numbers with all digits, columns that depend only on names."""
     taken = {*IDENTITY_FIELDS, *snapshot.objectives, *snapshot.constraints, *snapshot.params, *EFFORT_FIELDS}
     metrics = sorted({name for trial in snapshot.trials for name in _get_metrics(trial)} - taken)
-    # metrics of the trials that are no objective come after objectives and constraints
+    # metrics of the trials that are not objectives come after objectives and constraints
     columns = [
         *IDENTITY_FIELDS,
         *snapshot.objectives,
@@ -301,10 +301,10 @@ def _make_row(snapshot: Snapshot, trial: FrozenTrial, retry: int | None) -> Tria
         remarks=", ".join(remarks),
         state=_describe_state(trial) + (f", retried as {retry}" if retry is not None else ""),
         error=str(trial.user_attrs.get("error") or ""),
-        values=[format_value(value) for value in trial.values] if is_complete else [""] * len(snapshot.objectives),
+        values=[format_parameter(value) for value in trial.values] if is_complete else [""] * len(snapshot.objectives),
         constraints=[_describe_constraint(trial.constraints.get(name)) for name in snapshot.constraints],
         wall=format_duration(wall_s) if wall_s else "",
-        params=[format_value(trial.params[name]) if name in trial.params else "" for name in snapshot.params],
+        params=[format_parameter(trial.params[name]) if name in trial.params else "" for name in snapshot.params],
     )
 
 
@@ -319,7 +319,7 @@ def _describe_state(trial: FrozenTrial) -> str:
 def _describe_constraint(excess: float | None) -> str:
     if excess is None:
         return ""
-    return "met" if excess <= 0 else f"exceeded by {format_value(excess)}"
+    return "met" if excess <= 0 else f"exceeded by {format_parameter(excess)}"
 
 
 def _compute_importances(study: Study, snapshot: Snapshot) -> dict[str, dict[str, float]]:

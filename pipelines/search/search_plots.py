@@ -21,13 +21,13 @@ from pipelines.report.plots import (
     Plot,
     find_point_boxes,
     place_label,
-    shorten,
+    shorten_label,
     style_axes,
     to_svg,
 )
 from pipelines.search.snapshot import (
     Snapshot,
-    format_value,
+    format_parameter,
     get_reference,
     is_feasible,
     join_words,
@@ -133,7 +133,7 @@ def _plot_history(snapshot: Snapshot, objective: int) -> Plot:
         axes.set_xlabel("trial", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         style_axes(axes)
-        best_text = f", best {format_value(best_so_far[-1])}" if best_so_far else ""
+        best_text = f", best {format_parameter(best_so_far[-1])}" if best_so_far else ""
         element = to_svg(figure, f"history-{objective}-", f"{name} of {pluralize(len(points), 'trial')}{best_text}")
     return Plot(name, element, _describe_direction(snapshot, objective))
 
@@ -170,7 +170,7 @@ def _scale_axis(axes: "Axes", axis_name: str, name: str, values: Sequence[float]
     axes.set(**{f"{axis_name}scale": "log" if is_log else "linear"})
     axis = getattr(axes, f"{axis_name}axis")
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_log else MaxNLocator(6))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_parameter(value)))
     axis.set_minor_formatter(NullFormatter())
     axis.set_label_text(name, color=INK, parse_math=False)
 
@@ -180,11 +180,11 @@ def _label_points(axes: "Axes", snapshot: Snapshot, points: Mapping[int, tuple[f
     occupied = find_point_boxes(axes, list(points.values()))
     references = {trial.number: name for name, trial in snapshot.references.items()}
     front = {trial.number: str(trial.number) for trial in snapshot.front}
-    # references come first, as their labels are required
+    # references come first, because their labels are required
     for number, text in (references | front | references).items():
         if number in points:
             colour = ACCENT if number in front else INK
-            place_label(axes, shorten(text, 24), points[number], colour, occupied, required=number in references)
+            place_label(axes, shorten_label(text, 24), points[number], colour, occupied, required=number in references)
 
 
 def build_axes(snapshot: Snapshot) -> list[ParallelAxis]:
@@ -197,7 +197,7 @@ def build_axes(snapshot: Snapshot) -> list[ParallelAxis]:
         # turn the axis so that the best value is at the top
         worst, best = (max(values), min(values)) if sign > 0 else (min(values), max(values))
         positions = {number: _position(value, worst, best) for number, value in zip(numbers, values, strict=True)}
-        ticks = {_position(value, worst, best): format_value(value) for value in (worst, best)}
+        ticks = {_position(value, worst, best): format_parameter(value) for value in (worst, best)}
         objectives.append(ParallelAxis(name, positions, ticks))
     return [*(axis for axis in params if len(set(axis.positions.values())) > 1), *objectives]
 
@@ -212,16 +212,16 @@ def _build_param_axis(name: str, trials: Sequence[FrozenTrial]) -> ParallelAxis:
         low, high = min(item.low for item in ranges), max(item.high for item in ranges)
         scale: Callable[[float], float] = math.log if all(item.log for item in ranges) else float
         positions = {trial.number: _position(*map(scale, (trial.params[name], low, high))) for trial in having}
-        ticks = {_position(*map(scale, (value, low, high))): format_value(value) for value in (low, high)}
+        ticks = {_position(*map(scale, (value, low, high))): format_parameter(value) for value in (low, high)}
     else:
         # choices, or a parameter that was a number in some trials and a choice in others
         choices = [
             choice for item in distributions if isinstance(item, CategoricalDistribution) for choice in item.choices
         ]
         values = [*choices, *(trial.params[name] for trial in having)]
-        texts = list(dict.fromkeys(format_value(value) for value in values))
+        texts = list(dict.fromkeys(format_parameter(value) for value in values))
         position_by_text = {text: _position(index, 0, len(texts) - 1) for index, text in enumerate(texts)}
-        positions = {trial.number: position_by_text[format_value(trial.params[name])] for trial in having}
+        positions = {trial.number: position_by_text[format_parameter(trial.params[name])] for trial in having}
         ticks = {position: word for word, position in position_by_text.items()}
     if len(having) < len(trials):
         ticks[ABSENT_POSITION] = "absent"
@@ -266,6 +266,6 @@ def _plot_parallel_axis(axes: "Axes", x: int, axis: ParallelAxis) -> None:
     for position, word in axis.ticks.items():
         away, vertical = END_OFFSETS.get(position, (0, "center"))
         offset, horizontal = ((0, away), "center") if away else ((4, 0), "left")
-        axes.annotate(shorten(word, 14), (x, position), offset, ha=horizontal, va=vertical, color=INK, **style)
-    name = ".\n".join(shorten(part, 14) for part in axis.name.split("."))
+        axes.annotate(shorten_label(word, 14), (x, position), offset, ha=horizontal, va=vertical, color=INK, **style)
+    name = ".\n".join(shorten_label(part, 14) for part in axis.name.split("."))
     axes.annotate(name, (x, 1), (0, 18), ha="center", va="bottom", color=FAINT, **style)

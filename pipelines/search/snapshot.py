@@ -56,7 +56,7 @@ class Snapshot:
 
     def format_objectives(self, trial: FrozenTrial) -> str:
         values = zip(self.objectives, trial.values, strict=True)
-        return ", ".join(f"{name} {format_value(value)}" for name, value in values)
+        return ", ".join(f"{name} {format_parameter(value)}" for name, value in values)
 
     def sort_key(self, trial: FrozenTrial) -> tuple[list[float], int]:
         """Sort key of a trial: the first objective, the best first, then the next objectives, then the number."""
@@ -150,7 +150,7 @@ def label_trial(trial: FrozenTrial) -> str:
     return get_reference(trial) or f"trial {trial.number}"
 
 
-def format_value(value: object) -> str:
+def format_parameter(value: object) -> str:
     """Format a parameter or an objective with four significant digits."""
     return format_number(value, SIGNIFICANT_DIGITS)
 

@@ -42,7 +42,7 @@ Condition = dict[str, Annotated[tuple[Any, ...], MinLen(1)]]
 """Allowed values of earlier parameters, by dotted path."""
 
 CheckValues = Callable[[Values], object]
-"""Function that raises ValueError with the reason if values are no valid job."""
+"""Function that raises ValueError with the reason if values are not a valid job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ class FeasibleSampler(BaseSampler):
         space: the search space.
         name: name of the other sampler.
         seed: seed of the search.
-        check_values: raises ValueError if values are no valid job.
+        check_values: raises ValueError if values are not a valid job.
     """
 
     def __init__(self, space: Space, name: SamplerName, seed: int, check_values: CheckValues) -> None:
@@ -211,7 +211,7 @@ class FeasibleSampler(BaseSampler):
         self._make_sampler(trial).after_trial(study, trial, state, values)
 
     def _make_sampler(self, trial: FrozenTrial) -> BaseSampler:
-        """Make a fresh sampler for each trial, as a continued search has no state of the earlier one."""
+        """Make a fresh sampler for each trial, because a continued search has no state of the earlier one."""
         return self.make_sampler(self._derive_seed(trial))
 
     def _derive_seed(self, trial: FrozenTrial) -> int:
@@ -255,7 +255,7 @@ def check_space(space: Space, check_values: CheckValues) -> None:
 
     Args:
         space: the search space.
-        check_values: raises ValueError if values are no valid job.
+        check_values: raises ValueError if values are not a valid job.
 
     Raises:
         ValueError: a range or a choice is part of no valid job.

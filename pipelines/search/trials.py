@@ -153,11 +153,11 @@ class TrialSpec:
 
 
 ComputeCosts = Callable[[Values], Mapping[str, float]]
-"""Function from values to the metrics that are known before training; ValueError if the values are no valid job."""
+"""Function from values to the metrics that are known before training; ValueError if the values are not a valid job."""
 
 
 def check_feasible(settings: SearchSettings, compute_costs: ComputeCosts, values: Values) -> None:
-    """Raise ValueError if values are no valid job, or exceed a limit of a metric that is known before training."""
+    """Raise ValueError if values are not a valid job, or exceed a limit of a metric that is known before training."""
     costs = compute_costs(values)
     for name, limit in settings.limits.items():
         if name in costs and limit.excess(costs[name]) > 0:
@@ -259,7 +259,7 @@ class Trials:
             wall_s = self._measure_time(key)
             trial = self.running.pop(key)
             trial.set_user_attr("wall_s", wall_s)
-            # a trial may crash while it stops early: that is no failure
+            # a trial may crash while it stops early: that is not a failure
             if trial.user_attrs.get("lags", False) and not metrics:
                 self._finish_in_study(trial, TrialState.PRUNED)
                 return
@@ -308,7 +308,7 @@ class Trials:
         return is_waiting or len(self._group_attempts()) < self.settings.num_trials
 
     def _requeue_running(self) -> None:
-        """Set RUNNING trials to WAITING, as their driver has ended or is ending."""
+        """Set RUNNING trials to WAITING, because their driver has ended or is ending."""
         for trial in self._all_trials():
             if trial.state == TrialState.RUNNING:
                 # Optuna's Study has no public method for this
@@ -388,7 +388,7 @@ class _Rungs:
         return trial.should_prune()
 
     def finish(self, number: int, state: TrialState) -> None:
-        """Finish a trial that is COMPLETE or PRUNED; a failed one stays, as it may be retried."""
+        """Finish a trial that is COMPLETE or PRUNED; a failed one stays, because it may be retried."""
         if number in self.trials and state in (TrialState.COMPLETE, TrialState.PRUNED):
             trial = self.trials[number]
             losses = self.study.trials[trial.number].intermediate_values

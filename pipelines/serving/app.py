@@ -198,7 +198,8 @@ class Gateway:
             if path not in routes:
                 raise RequestError(404, f"got {path}, allowed: {', '.join(routes)}", code="not_found")
             method, handle = routes[path]
-            if request.method not in (method, "HEAD" if method == "GET" else method):
+            # HTTP allows HEAD wherever it allows GET
+            if request.method != method and (request.method, method) != ("HEAD", "GET"):
                 raise RequestError(405, f"got {request.method}, allowed: {method}", code="method_not_allowed")
             if path.startswith("/v1/"):
                 self._check_key(request)
@@ -446,6 +447,6 @@ def is_started() -> bool:
     return True
 
 
-def is_complete() -> bool:
+def all_replicas_run() -> bool:
     """Tell if all replicas answer; False while Ray Serve replaces one."""
     return bool(serve.status().applications[APPLICATION].status == ApplicationStatus.RUNNING)

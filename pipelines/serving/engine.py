@@ -156,7 +156,7 @@ def describe_trace(trace: AnswerTrace) -> dict[str, Any]:
             {
                 "image": encode_png(image.image),
                 "patches": encode_png(image.draw()),
-                "tokens_before": len(image.slot),
+                "tokens_before": len(image.token_of_patch),
                 "tokens": image.num_tokens,
                 "allowed": [base64.b64encode(row).decode() for row in allowed],
             }

@@ -34,15 +34,15 @@ def read_image_url(url: str, limits: RequestLimits) -> bytes:
     else:
         allowed = f", or http(s) of {', '.join(limits.image_hosts)}" if limits.image_hosts else ""
         raise ValueError(f"image_url: got {url[:40]!r}, allowed: a URL data:image/…;base64,…{allowed}")
-    check_image(content, limits.pixels)
+    check_sent_image(content, limits.pixels)
     return content
 
 
-def check_image(content: bytes, max_pixels: int) -> None:
+def check_sent_image(content: bytes, max_pixels: int) -> None:
     """Check format, size and frames of an image by its header.
 
     Raises:
-        ValueError: the file is no image, has several frames or too many pixels.
+        ValueError: the file is not an image, has several frames or too many pixels.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:

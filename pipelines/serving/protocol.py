@@ -138,8 +138,8 @@ def parse_request(body: bytes) -> ChatRequest:
     except ValidationError as error:
         # clients show one line, so the first problem is enough
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[union]"))
-        raise ValueError(f"{place or 'body'}: {first['msg']}") from None
+        path = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[union]"))
+        raise ValueError(f"{path or 'body'}: {first['msg']}") from None
 
 
 def _build_message(message: ChatMessage, limits: RequestLimits) -> Message:

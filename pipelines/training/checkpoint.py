@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -31,6 +31,8 @@ from pipelines.core import failures, storage
 from pipelines.core.failures import Failure
 from pipelines.training.files import JOB_FILE, MANIFEST
 from pipelines.training.fragments import Fragment
+
+T = TypeVar("T")
 
 MAX_FILE_BYTES = 512 * 2**20
 """Largest size of a file of several pieces. A larger piece has a file of its own."""
@@ -428,9 +430,9 @@ def restore_newest(
     # Rank 0 alone lists the storage, so that all ranks see the same candidates in the same order.
     candidates = list_newest_first(folder) if rank == 0 else iter(())
 
-    # Each turn tries one candidate and ends on all ranks in the same way, because each turn has collectives.
+    # Each iteration tries one candidate. It ends on all ranks in the same way, because it has collectives.
     while True:
-        [candidate] = _broadcast([next(candidates, None) if rank == 0 else None])
+        candidate = broadcast_from_rank_0(lambda: next(candidates, None))
         if candidate is None and first_error:
             raise RefusedError(
                 f"{folder}: none of its checkpoints can be loaded; {first_error}; remove them to start from step 0"
@@ -474,7 +476,8 @@ def _load_on_all_ranks(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> tu
     return states, next(filter(None, errors), "")
 
 
-def _broadcast(values: list[Any]) -> list[Any]:
-    """Overwrite the list on all ranks with that of rank 0."""
+def broadcast_from_rank_0(compute: Callable[[], T]) -> T:
+    """Call a function on rank 0 alone, and return its result on all ranks. A collective."""
+    values: list[Any] = [compute() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(values, src=0)
-    return values
+    return values[0]

@@ -97,7 +97,7 @@ class WorkerGroup:
     def start_early(self, plan: StagePlan) -> None:
         """Start the workers of a stage before its data exists. They import their libraries and wait for the stage.
 
-        Does nothing if its workers may take all CPUs, as the work before the stage needs one.
+        Does nothing if its workers may take all CPUs, because the work before the stage needs one.
         """
         plan = _decide_workers(plan)
         assert plan.workers
@@ -340,7 +340,7 @@ def _follow_workers(
             progress.show()
             # Workers without a finished step have nothing to save and end with Ray. After a StoppedError this
             # process continues, and Ray with it, so wait for them in that case, too.
-            if not progress.phase or isinstance(error, StoppedError):
+            if not progress.worker_phase or isinstance(error, StoppedError):
                 hint = "; a second signal stops at once" if isinstance(error, KeyboardInterrupt) else ""
                 bar.write(f"{plan.name}: stopping after a checkpoint{hint}")
                 wait([group.future], timeout=plan.recovery.grace_s)
@@ -366,7 +366,7 @@ def _show_until_done(progress: "StageProgress", group: WorkerGroup, should_stop:
         StoppedError: `should_stop` returned True for the last recorded step.
         ValueError: the recorder failed the run.
     """
-    while not wait([group.future], timeout=POLL_S).done and not progress.finished:
+    while not wait([group.future], timeout=POLL_S).done and not progress.is_finished:
         interrupts.raise_if_interrupted()
         if progress.show():
             # The run has failed. Give the workers time to end with a checkpoint.
@@ -374,11 +374,11 @@ def _show_until_done(progress: "StageProgress", group: WorkerGroup, should_stop:
             break
         if should_stop(progress.bar.n):
             raise StoppedError
-    failed = progress.show()
-    if failed:
-        raise ValueError(failed)
-    if not progress.waiting:
-        # Wait in slices, as a signal must not wait for Ray.
+    failure_reason = progress.show()
+    if failure_reason:
+        raise ValueError(failure_reason)
+    if not progress.is_waiting:
+        # Wait in slices, because a signal must not wait for Ray.
         while not wait([group.future], timeout=POLL_S).done:
             interrupts.raise_if_interrupted()
         group.future.result()
@@ -391,39 +391,39 @@ class StageProgress:
     """Progress bar of a stage, from the status of the recorder.
 
     Attributes:
-        phase: phase of workers without a finished step, otherwise "".
-        finished, waiting: see `recorder.StageStatus`.
+        worker_phase: phase of workers without a finished step, otherwise "".
+        is_finished, is_waiting: see `recorder.StageStatus`.
     """
 
     def __init__(self, client: RecorderClient, bar: tqdm) -> None:
         self.client, self.bar = client, bar
         self.starts = 0
-        self.phase = recorder.STARTING_WORKERS
+        self.worker_phase = recorder.STARTING_WORKERS
         self.phase_since = time.monotonic()
         self.shortage = ""
-        self.finished = self.waiting = False
-        bar.set_postfix_str(self.phase)
+        self.is_finished = self.is_waiting = False
+        bar.set_postfix_str(self.worker_phase)
 
     def show(self) -> str:
         """Show messages, phase, loss and step. Returns the reason for which the run must end, or ""."""
         status = self.client.poll()
-        self.finished, self.waiting = status.finished, status.waiting
+        self.is_finished, self.is_waiting = status.is_finished, status.is_waiting
         for text in status.messages:
             self.bar.write(text)
         # A new group of workers: the bar jumps back to the checkpoint.
         if status.starts != self.starts:
             self.starts = status.starts
             self._reset_bar(status.cursor)
-        if status.phase != self.phase:
-            self.phase = status.phase
+        if status.worker_phase != self.worker_phase:
+            self.worker_phase = status.worker_phase
             self.phase_since = time.monotonic()
-            self.bar.set_postfix_str(status.phase)
-        if self.phase == recorder.STARTING_WORKERS and time.monotonic() - self.phase_since > PLACEMENT_NOTICE_S:
+            self.bar.set_postfix_str(status.worker_phase)
+        if self.worker_phase == recorder.STARTING_WORKERS and time.monotonic() - self.phase_since > PLACEMENT_NOTICE_S:
             self._show_shortage()
-        if status.loss is not None and not status.phase:
+        if status.loss is not None and not status.worker_phase:
             self.bar.set_postfix_str(f"loss {status.loss:.3f}", refresh=False)
         self.bar.update(status.step - self.bar.n)
-        return status.failed
+        return status.failure_reason
 
     def _show_shortage(self) -> None:
         """Show the resources that Ray cannot place, each time they change."""

@@ -1,6 +1,6 @@
 """The model of a stage in a DeepSpeed engine, for every ZeRO stage and precision.
 
-A model is loaded on the device of the rank. Under ZeRO 3 each rank keeps only its part of every layer from the moment
+A model is loaded on the device of the rank. Under ZeRO 3 each rank keeps only its share of every layer from the moment
 the layer is made, so the ranks of a machine never hold a copy of the model each. A model that is built from sizes is
 drawn on the CPU, because its random weights must be the same on every device.
 
@@ -325,8 +325,8 @@ def free_engine(engine: DeepSpeedEngineProtocol) -> None:
             if hasattr(parameter, "ds_tensor"):
                 parameter.ds_tensor.data = parameter.data
         engine.basic_optimizer.state.clear()
-        for part in (optimizer.parameter_offload, optimizer):
-            vars(part).clear()
+        for holder in (optimizer.parameter_offload, optimizer):
+            vars(holder).clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -363,7 +363,7 @@ def check_features(engine: DeepSpeedEngineProtocol, plan: StagePlan, reader: ing
     assert isinstance(module, LlavaWithLoss)
     parameters = list(module.llava.model.vision_tower.parameters())
     deepspeed = import_deepspeed()
-    # ZeRO 3 keeps a part of each weight on this rank
+    # ZeRO 3 keeps a share of each weight on this rank
     with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
         digest = compute_tower_digest(module.llava.model)
     for name, stored in reader.features.items():

@@ -73,7 +73,7 @@ def describe_format(model: ReduxModel, **pixels: Any) -> FeatureFormat:
     """
     config = model.config
     size = config.vision_config.image_size
-    features = encode_image(model, np.zeros((3, size, size), np.uint8))
+    features = compute_image_features(model, np.zeros((3, size, size), np.uint8))
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[features.dtype]
     return FeatureFormat(
         tower=compute_tower_digest(model),
@@ -86,7 +86,7 @@ def describe_format(model: ReduxModel, **pixels: Any) -> FeatureFormat:
 
 
 @torch.no_grad()
-def encode_image(model: ReduxModel, pixels: np.ndarray) -> torch.Tensor:
+def compute_image_features(model: ReduxModel, pixels: np.ndarray) -> torch.Tensor:
     """Compute the features of one image, as training computes them from its pixels: (tokens, width)."""
     weight = next(model.vision_tower.parameters())
     images = torch.from_numpy(np.ascontiguousarray(pixels)).to(weight.device)[None]
@@ -107,7 +107,7 @@ def write_features(source: str, out: str, model: ReduxModel, format: FeatureForm
         Number of images, and of those that cannot be used.
 
     Raises:
-        ValueError: `out` has features of another set, or by another tower or other pixels; or `source` is no set.
+        ValueError: `out` has features of another set, or by another tower or other pixels; or `source` is not a set.
     """
     # the format comes first, so that a second start with other settings is refused
     shards = Shards(source)
@@ -206,5 +206,5 @@ class FeatureEncoder:
             pixels = load_pixels(sample.image, form.image_size, form.image_aspect_ratio, form.image_backend)
         except ValueError:
             return bytes(form.record_bytes)
-        features = to_bytes(encode_image(self.model, pixels))
+        features = to_bytes(compute_image_features(self.model, pixels))
         return compute_digest(sample_digest, features) + features

@@ -32,10 +32,9 @@ class Feed:
 
         A collective. With a checkpoint, the first micro-batch is known only when it is loaded.
         """
-        has_checkpoint = [dist.get_rank() == 0 and checkpoint.exists(work.plan.folder)]
-        dist.broadcast_object_list(has_checkpoint, src=0)
+        has_checkpoint = checkpoint.broadcast_from_rank_0(lambda: checkpoint.exists(work.plan.folder))
         index = self._find_index(work)
-        if not has_checkpoint[0] and (self.batches is None or index != self.next_index):
+        if not has_checkpoint and (self.batches is None or index != self.next_index):
             self.batches, self.next_index = self._open(index, cursor=0), index
 
     def read(self, work: StageWork, cursor: int) -> Iterator[ingest.Batch]:
@@ -51,12 +50,12 @@ class Feed:
             self.batches = self._open(index, cursor)
         # Micro-batches go to the ranks in turn: rank r gets r, r + workers, ... A wrong one would change the result.
         accumulation_steps = work.plan.stage.count_accumulation_steps(workers)
-        for turn in range(cursor * accumulation_steps, work.steps * accumulation_steps):
+        for local_index in range(cursor * accumulation_steps, work.steps * accumulation_steps):
             batch = next(self.batches)
-            expected = turn * workers + rank
+            expected = local_index * workers + rank
             if batch["number"] != expected:
                 raise RuntimeError(f"rank {rank}: got micro-batch {batch['number']}, expected {expected}")
-            self.next_index = index + (turn + 1 == work.steps * accumulation_steps)
+            self.next_index = index + (local_index + 1 == work.steps * accumulation_steps)
             yield batch
 
     def _find_index(self, work: StageWork) -> int:

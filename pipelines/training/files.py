@@ -1,4 +1,4 @@
-"""Files of finished runs, checkpoints and models: names and places.  Does not import torch: verbs find models fast."""
+"""Files of finished runs, checkpoints and models: names and paths.  Does not import torch: verbs find models fast."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +8,18 @@ from pipelines.core import storage
 
 MANIFEST = "manifest.json"
 JOB_FILE = "job.yaml"
+PROGRESS_FILE = "progress.jsonl"
+"""Finished phases of a job, each with its seconds."""
+
+METRICS_FILE = "metrics.jsonl"
+"""Metrics of the training, a line for each step."""
+
+RESULT_FILE = "metrics.json"
+"""Scores and seconds of a finished run."""
+
+SCORES_FILE = "scores.json"
+ASSEMBLED_FOLDER = "assembled"
+"""Pretrained parts and a new projector as one model, before training."""
 
 CONFIG_FILE = "config.json"
 """Configuration of a model, as transformers names it."""

@@ -37,21 +37,21 @@ class StepResult:
 
     Args:
         number: step, counted from 1.
-        last: True for the last step of the stage.
+        is_last: True for the last step of the stage.
         values: metrics of the step, equal on all ranks.
         used: samples of the step.
         votes: sums over ranks, by name of the vote.
-        stopping: training stops after this step.
-        save: a checkpoint is requested after this step.
+        should_stop: training stops after this step.
+        should_save: a checkpoint is requested after this step.
     """
 
     number: int
-    last: bool
+    is_last: bool
     values: dict[str, float]
     used: ConsumedSamples
     votes: dict[str, float]
-    stopping: bool = False
-    save: bool = False
+    should_stop: bool = False
+    should_save: bool = False
 
 
 class Hook:
@@ -116,7 +116,7 @@ class RecordingHook(Hook):
         return {"stop": float(self.answer is not None and ray.get(self.answer))}
 
     def on_step_end(self, step: StepResult) -> None:
-        step.stopping = step.stopping or step.votes["stop"] > 0
+        step.should_stop = step.should_stop or step.votes["stop"] > 0
         if self.is_first:
             self.answer = self.recorder.write_step(step.number, step.values, step.used)
 
@@ -151,7 +151,7 @@ class PreemptionHook(Hook):
         if not step.votes["preempted"]:
             return
         # All ranks set the flag, because all of them see the same sum of votes.
-        step.save = True
+        step.should_save = True
         self.handled = self.announced
         if self.is_first:
             ranks = sorted(rank for node_ranks in self.handled.values() for rank in node_ranks)
@@ -199,11 +199,11 @@ class CheckpointHook(Hook):
         if self.upload and step.votes["upload_done"] == dist.get_world_size():
             self._gather_and_commit()
         is_due = step.number % self.plan.stage.save_steps == 0
-        if (is_due or step.save or step.last or step.stopping) and step.number != self.saved:
+        if (is_due or step.should_save or step.is_last or step.should_stop) and step.number != self.saved:
             self._begin_upload(step)
-        if step.last or step.stopping:
+        if step.is_last or step.should_stop:
             failure = self.finish()
-            if failure and step.last:
+            if failure and step.is_last:
                 raise (ValueError if failure.kind == Kind.PERMANENT else OSError)(failure.text)
 
     def finish(self) -> Failure | None:

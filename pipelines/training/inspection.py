@@ -32,7 +32,7 @@ TEMPLATE_MARKS = re.compile(
 """Marks of conversation templates, which do not belong into the text of a turn."""
 
 MAX_MARKED_SHARE = 0.05
-"""Largest share of samples with marks of a template, or with several rounds under "plain", that is no fault."""
+"""Largest share of samples with marks of a template, or with several rounds under "plain", that is not a fault."""
 
 MAX_PLAIN_QUESTIONS = 0.2
 """Largest number of different questions per sample under "plain", which leaves them out."""
@@ -44,7 +44,7 @@ FEW_IMAGES = 0.05
 """A set has suspiciously few different images below this share of its samples."""
 
 MIN_DIGITS = 6
-"""Fewest digits of an image's number that is no mere count."""
+"""Fewest digits of an image's number that is not a mere count."""
 
 MAX_SHOWN_TEXT = 60
 
@@ -142,7 +142,7 @@ def inspect_set(
             _note_source(inspection, sample)
         if sample.prepared is not None and inspection.learns_tokens:
             checker.check_turns(sample.prepared.record["conversations"], f"sample {sample.prepared.key}")
-        if sample.row is None:
+        if sample.encoded is None:
             inspection.unusable.setdefault(_find_kind(sample.problem), Findings()).add(sample.problem)
         else:
             checker.check(sample)
@@ -168,7 +168,7 @@ def _note_source(inspection: SetInspection, sample: PreviewSample) -> None:
 
 
 def _find_kind(problem: str) -> str:
-    """Find the kind of a problem: its text without the place of the sample, and without numbers.
+    """Find the kind of a problem: its text without the key of the sample, and without numbers.
 
     >>> _find_kind("shards/0.tar: sample 000000017: 91 tokens, cut off after 30 before any answer")
     'N tokens, cut off after N before any answer'
@@ -200,10 +200,10 @@ class _SampleChecker:
 
     def check(self, sample: PreviewSample) -> None:
         """Check one encoded sample."""
-        assert sample.row is not None
+        assert sample.encoded is not None
         assert sample.prepared is not None
-        ids = sample.row["input_ids"]
-        labels = sample.row.get("labels")
+        ids = sample.encoded["input_ids"]
+        labels = sample.encoded.get("labels")
         # no logits predict the first token
         learned = len(ids) if labels is None else int((labels[1:] != IGNORE_INDEX).sum())
         self.inspection.shapes.append(SampleShape(len(ids), learned, sample.image is not None))
@@ -236,43 +236,46 @@ class _SampleChecker:
     def _check_labels(self, ids: Any, labels: Any, answers: list[str], key: str, is_cut: bool) -> None:
         """Compare the learned tokens with the answers."""
         is_learned = labels != IGNORE_INDEX
+        # a label is the token itself; the model shifts labels by one
         wrong = np.flatnonzero(is_learned & (labels != ids))
         if wrong.size:
-            place = int(wrong[0])
+            index = int(wrong[0])
             self.inspection.add_fault(
-                "labels", f"{key}: token {place} is {self._show([ids[place]])}, its label {self._show([labels[place]])}"
+                "labels", f"{key}: token {index} is {self._show([ids[index]])}, its label {self._show([labels[index]])}"
             )
             return
-        runs = [ids[run] for run in _split_runs(np.flatnonzero(is_learned))]
-        has_end = bool(runs) and (self.end_id is None or self.end_id in runs[-1][-2:])
-        if is_cut and (not has_end or len(runs) < len(answers)):
+        spans = [ids[span] for span in _split_spans(np.flatnonzero(is_learned))]
+        has_end = bool(spans) and (self.end_id is None or self.end_id in spans[-1][-2:])
+        # truncation may cut off answers, and the end of the last one
+        if is_cut and (not has_end or len(spans) < len(answers)):
             self.inspection.truncated += 1
-            answers = answers[: len(runs)]
-        if len(runs) != len(answers):
-            self.inspection.add_fault("labels", f"{key}: {len(runs)} learned parts for {len(answers)} answers")
+            answers = answers[: len(spans)]
+        if len(spans) != len(answers):
+            self.inspection.add_fault("labels", f"{key}: {len(spans)} learned parts for {len(answers)} answers")
             return
-        complete = runs[:-1] if is_cut and not has_end else runs
-        for run, answer in zip(complete, answers, strict=False):
-            if self.end_id is not None and self.end_id not in run[-2:]:
-                self.inspection.add_fault("end token", f"{key}: an answer ends with {self._show(run[-3:])}")
+        # each whole answer ends with the end token, perhaps before a line break of the template
+        complete = spans[:-1] if is_cut and not has_end else spans
+        for span, answer in zip(complete, answers, strict=False):
+            if self.end_id is not None and self.end_id not in span[-2:]:
+                self.inspection.add_fault("end token", f"{key}: an answer ends with {self._show(span[-3:])}")
                 return
-            if not self._is_answer(run, answer):
+            if not self._is_answer(span, answer):
                 self.inspection.add_fault(
-                    "labels", f"{key}: learned {self._show(run)} for the answer {answer[:MAX_SHOWN_TEXT]!r}"
+                    "labels", f"{key}: learned {self._show(span)} for the answer {answer[:MAX_SHOWN_TEXT]!r}"
                 )
                 return
 
-    def _is_answer(self, run: Any, answer: str) -> bool:
+    def _is_answer(self, span: Any, answer: str) -> bool:
         """Tell if tokens are an answer and the text that the template puts around it."""
         assert self.template is not None
         text = answer.strip() if self.template.strips else answer
         end = self.template.end.replace(EOS_TOKEN, self.tokenizer.eos_token or EOS_TOKEN)
         wanted = f"{self.template.answer}{text}{end}"
-        if _squeeze(self._decode(run)) == _squeeze(wanted):
+        if _squeeze(self._decode(span)) == _squeeze(wanted):
             return True
         # a tokenizer that does not give every text back decides nothing
         alone = self.tokenizer(wanted, add_special_tokens=False)["input_ids"]
-        return _squeeze(self._decode(alone)) != _squeeze(wanted) and abs(len(alone) - len(run)) <= 1
+        return _squeeze(self._decode(alone)) != _squeeze(wanted) and abs(len(alone) - len(span)) <= 1
 
     def _decode(self, ids: Any) -> str:
         tokenizer = self.tokenizer.backend if isinstance(self.tokenizer, TextTokenizer) else self.tokenizer
@@ -287,8 +290,8 @@ def _squeeze(text: str) -> str:
     return re.sub(r"\s+|##", "", text)
 
 
-def _split_runs(positions: Any) -> list[Any]:
-    """Split ascending positions into runs without a gap."""
+def _split_spans(positions: Any) -> list[Any]:
+    """Split ascending positions into spans without a gap."""
     return np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1) if len(positions) else []
 
 
@@ -297,12 +300,12 @@ def _split_runs(positions: Any) -> list[Any]:
 
 def list_problems(inspection: SetInspection, plan: StagePlan) -> Iterator[str]:
     """List the faults of a set in a stage, a line each."""
-    place, drawn = f"train.{inspection.stage}.data: {inspection.name}", inspection.drawn
+    prefix, drawn = f"train.{inspection.stage}.data: {inspection.name}", inspection.drawn
     share = inspection.num_unusable / max(drawn, 1)
     if share > plan.max_bad_fraction:
         for kind, found in sorted(inspection.unusable.items(), key=lambda item: -item[1].count):
             yield (
-                f"{place}: {found.count} of {drawn} samples cannot be used ({kind}), allowed: a share of "
+                f"{prefix}: {found.count} of {drawn} samples cannot be used ({kind}), allowed: a share of "
                 f"data.max_bad_fraction, {plan.max_bad_fraction:g}; the first: {found.example}"
             )
     advice = {
@@ -314,30 +317,30 @@ def list_problems(inspection: SetInspection, plan: StagePlan) -> Iterator[str]:
     }
     for kind, allowed in advice.items():
         if faulty := inspection.faults.get(kind):
-            yield f"{place}: {faulty.count} of {drawn} samples: {faulty.example}, allowed: {allowed}"
+            yield f"{prefix}: {faulty.count} of {drawn} samples: {faulty.example}, allowed: {allowed}"
     yield from _list_template_problems(inspection, plan)
 
 
 def _list_template_problems(inspection: SetInspection, plan: StagePlan) -> Iterator[str]:
-    place = f"train.{inspection.stage}.template: got {plan.template}"
+    prefix = f"train.{inspection.stage}.template: got {plan.template}"
     count = inspection.questions.total()
     marked = inspection.faults.get("template marks", Findings())
     if count and marked.count / count > MAX_MARKED_SHARE:
         yield (
-            f"{place} for {inspection.name}, where {marked.count} of {count} samples have a template in their text "
-            f"already ({marked.example}), allowed: turns of plain text, as the stage adds the template"
+            f"{prefix} for {inspection.name}, where {marked.count} of {count} samples have a template in their text "
+            f"already ({marked.example}), allowed: turns of plain text, because the stage adds the template"
         )
     rounds = inspection.faults.get("plain rounds", Findings())
     if count and rounds.count / count > MAX_MARKED_SHARE:
         yield (
-            f"{place} for {inspection.name}, where {rounds.count} of {count} samples have several questions, which "
+            f"{prefix} for {inspection.name}, where {rounds.count} of {count} samples have several questions, which "
             f"plain leaves out ({rounds.example}), allowed: vicuna_v1, vicuna_bare, chat, or captions"
         )
     elif plan.template == "plain" and count >= MIN_ITEMS and inspection.questions:
         different = len(inspection.questions)
         if different / count > MAX_PLAIN_QUESTIONS:
             yield (
-                f"{place} for {inspection.name}, where {count} samples have {different} different questions, which "
+                f"{prefix} for {inspection.name}, where {count} samples have {different} different questions, which "
                 "plain leaves out, allowed: vicuna_v1, vicuna_bare, chat, or captions"
             )
 

@@ -58,7 +58,8 @@ class Account:
         restart: from the last event before a later launch or group of workers to its first step; after an orderly
             stop, from the launch.
         lost: steps that were repeated.
-        restarts: launches of a stage and starts of its workers, after the first.
+        restarts: launches of a stage and starts of its workers after a fault.
+        resumes: launches that resume a stage after an orderly stop.
         lost_steps: number of steps that were repeated.
     """
 
@@ -71,6 +72,7 @@ class Account:
     restart: float
     lost: float
     restarts: int
+    resumes: int
     lost_steps: int
 
     @property
@@ -114,9 +116,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._parts = dict.fromkeys(ACCOUNT_PARTS, 0)
-        self._restarts = self._lost_steps = 0
-        self.resumes = 0
-        """Launches that resume a stage after an orderly stop.  They are among the account's restarts."""
+        self._restarts = self._resumes = self._lost_steps = 0
         # "stopped", or a key of REMAINDER_PARTS
         self._phase = "stopped"
         self._last_at = 0
@@ -129,7 +129,7 @@ class Ledger:
     @property
     def account(self) -> Account:
         seconds = {part: microseconds / 1e6 for part, microseconds in self._parts.items()}
-        return Account(**seconds, restarts=self._restarts, lost_steps=self._lost_steps)
+        return Account(**seconds, restarts=self._restarts, resumes=self._resumes, lost_steps=self._lost_steps)
 
     @property
     def loops(self) -> dict[str, LoopTime]:
@@ -169,8 +169,10 @@ class Ledger:
         is_relaunch, was_stopped = stage in self._launched, self._phase == "stopped"
         self._parts["other" if self._phase == "between" and not is_relaunch else "restart"] += interval
         self._phase = "restart" if is_relaunch else "startup"
-        self._restarts += is_relaunch
-        self.resumes += is_relaunch and was_stopped
+        if is_relaunch and was_stopped:
+            self._resumes += 1
+        elif is_relaunch:
+            self._restarts += 1
         self._launched.add(stage)
         self._has_started = False
 

@@ -24,8 +24,8 @@ from pipelines.training.step_trace import (
     Device,
     SampleShape,
     StepTrace,
-    make_captions,
-    make_conversations,
+    make_caption_batch,
+    make_conversation_batch,
     trace_shapes,
     trace_step,
 )
@@ -140,8 +140,8 @@ def trace(shape: ModelShape, samples: Sequence[SampleShape], device: Device, is_
 
     def make_batch() -> dict[str, torch.Tensor]:
         if plan.stage.objective == "contrastive":
-            return make_captions(samples, plan.image_size, dtype)
-        return make_conversations(samples, plan.image_tokens, shape.image_id, plan.image_size, dtype)
+            return make_caption_batch(samples, plan.image_size, dtype)
+        return make_conversation_batch(samples, plan.image_tokens, shape.image_id, plan.image_size, dtype)
 
     return trace_step(shape.module, make_batch, device, takes_gradients(plan), is_fused)
 
@@ -207,32 +207,44 @@ def _count_states(shape: ModelShape, workers: int) -> _States:
     """Count what DeepSpeed 0.19 keeps and makes, in bytes."""
     stage = shape.plan.stage
     width = DTYPES[stage.precision].itemsize
-    trained, part = shape.num_trained, -(-shape.num_trained // workers)
+    trained, share_of_rank = shape.num_trained, -(-shape.num_trained // workers)
     bucket = width * min(trained, MAX_REDUCE_BUCKET_SIZE)
     weights = width * shape.num_elements
     # fp32 gradients of one part of the model, as its optimizer gets them
     update = FP32_BYTES * -(-max(shape.trained) // workers)
     # sums of earlier micro-batches
     accumulates = stage.count_accumulation_steps(workers) > 1
-    accumulated = FP32_BYTES * part * accumulates
+    accumulated = FP32_BYTES * share_of_rank if accumulates else 0
     if stage.zero_stage == 0:
         return _count_whole_states(shape, workers)
     if stage.zero_stage == 1:
         # the gradients of all weights stay until the update, as fp32
-        kept = FP32_BYTES * trained * accumulates
-        return _States(weights, 12 * part, kept, bucket, FP32_BYTES * trained + bucket, FP32_BYTES * part + update)
+        kept = FP32_BYTES * trained if accumulates else 0
+        return _States(
+            weights,
+            12 * share_of_rank,
+            kept,
+            bucket,
+            FP32_BYTES * trained + bucket,
+            FP32_BYTES * share_of_rank + update,
+        )
     if stage.zero_stage == 2:
         states = _States(
-            weights, 12 * part, accumulated, bucket, bucket + FP32_BYTES * part, FP32_BYTES * part + update
+            weights,
+            12 * share_of_rank,
+            accumulated,
+            bucket,
+            bucket + FP32_BYTES * share_of_rank,
+            FP32_BYTES * share_of_rank + update,
         )
     else:
         # this worker's share, and the weights that are gathered while they are used
         gathered = width * min(shape.num_elements, MAX_LIVE_PARAMETERS)
         weights = -(-weights // workers) + gathered
-        kept = FP32_BYTES * part + bucket
+        kept = FP32_BYTES * share_of_rank + bucket
         # a full bucket is copied when it is summed, within the backward pass unless it holds all gradients
-        copy = bucket * (trained > MAX_REDUCE_BUCKET_SIZE)
-        states = _States(weights, 12 * part, kept, copy, kept + bucket, kept + update)
+        copy = bucket if trained > MAX_REDUCE_BUCKET_SIZE else 0
+        states = _States(weights, 12 * share_of_rank, kept, copy, kept + bucket, kept + update)
     return _offload(states, shape, workers)
 
 
@@ -241,9 +253,9 @@ def _count_whole_states(shape: ModelShape, workers: int) -> _States:
     stage, trained = shape.plan.stage, shape.num_trained
     width = DTYPES[stage.precision].itemsize
     gradients = width * trained
-    kept = gradients * (stage.count_accumulation_steps(workers) > 1)
+    kept = gradients if stage.count_accumulation_steps(workers) > 1 else 0
     # a flat copy in which gradients are summed over ranks
-    flat = width * min(trained, MAX_REDUCE_BUCKET_SIZE) * (workers > 1)
+    flat = width * min(trained, MAX_REDUCE_BUCKET_SIZE) if workers > 1 else 0
     is_half = stage.precision == "bf16"
     return _States(
         width * shape.num_elements,
@@ -251,20 +263,20 @@ def _count_whole_states(shape: ModelShape, workers: int) -> _States:
         kept,
         0,
         gradients + flat,
-        gradients + FP32_BYTES * trained * is_half,
+        gradients + (FP32_BYTES * trained if is_half else 0),
     )
 
 
 def _offload(states: _States, shape: ModelShape, workers: int) -> _States:
     """Move states to the memory of the host, as the stage says."""
-    stage, part = shape.plan.stage, -(-shape.num_trained // workers)
+    stage, share_of_rank = shape.plan.stage, -(-shape.num_trained // workers)
     width = DTYPES[stage.precision].itemsize
     if stage.offload_parameters:
-        own = -(-width * shape.num_elements // workers)
-        states = replace(states, weights=states.weights - own, host=states.host + own)
+        share = -(-width * shape.num_elements // workers)
+        states = replace(states, weights=states.weights - share, host=states.host + share)
     if stage.offload_optimizer:
         # the host has fp32 weights, moments, fp32 gradients, and a copy of the weights that compute
-        host = states.host + 12 * part + FP32_BYTES * part + width * part
+        host = states.host + 12 * share_of_rank + FP32_BYTES * share_of_rank + width * share_of_rank
         states = replace(states, optimizer=0, host=host)
     return states
 

@@ -22,8 +22,7 @@ from pathlib import Path
 from pipelines.core import failures, jsonl, storage
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
-
-METRICS_FILE = "metrics.jsonl"
+from pipelines.training.files import METRICS_FILE
 
 VALIDATION_LOSS = "validation_loss"
 """Metric of the steps that were validated, see pipelines/training/validation.py."""

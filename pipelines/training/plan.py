@@ -98,16 +98,16 @@ class StagePlan:
         """Return False if an elastic group of CPU workers may take all CPUs of the cluster."""
         return uses_gpus or not self.is_elastic
 
-    def with_workers(self, places: int) -> "StagePlan":
+    def with_workers(self, capacity: int) -> "StagePlan":
         """Return the plan with its number of workers decided.
 
         Args:
-            places: number of workers that fit into the cluster. Workers that cannot share the global batch evenly are
+            capacity: number of workers that fit into the cluster. Workers that cannot share the global batch evenly are
                 left out.
         """
         if self.workers:
             return self
-        count = self.stage.count_usable_workers(places)
+        count = self.stage.count_usable_workers(capacity)
         return replace(self, workers=(count, count))
 
     @property
@@ -160,7 +160,7 @@ class StagePlan:
             return {}
         if stage.random_flip:
             raise ValueError(
-                f"train.{self.name}.random_flip: got true with data.features, allowed: false, as features "
+                f"train.{self.name}.random_flip: got true with data.features, allowed: false, because features "
                 "are those of images that are not mirrored"
             )
         # a micro-batch has either features or pixels, so all sets with images need features

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,13 @@ from pipelines.training.trackers import TrackerGroup
 STARTING_WORKERS = "starting workers"
 """Phase before a group of workers has begun."""
 
-WAIT = -1
-"""Answer to workers that have finished their stage, while the driver has not yet opened the next one."""
+
+class NoStage(Enum):
+    """Answers to workers that ask for a stage, in place of its index."""
+
+    NOT_YET = "the driver has not yet opened the next stage"
+    NO_MORE = "the workers must end"
+
 
 PLACEMENT_GROUP_FILE = ".placement_group"
 """File in the run folder with the ID of the placement group of the current workers."""
@@ -87,23 +93,23 @@ class StageStatus:
         step: last finished step.
         loss: loss of that step; None if it is not finite or there is no step yet.
         messages: messages since the previous poll.
-        failed: reason for which the run must end, or "".
-        phase: current phase of workers without a finished step, which have nothing to save; otherwise "".
+        failure_reason: reason for which the run must end, or "".
+        worker_phase: current phase of workers without a finished step, which have nothing to save; otherwise "".
         starts: number of groups of workers that have begun so far.
         cursor: step after which the last group began.
-        finished: all workers are past the last step, and their checkpoint is complete.
-        waiting: the workers wait for the next stage. Otherwise they end with this stage.
+        is_finished: all workers are past the last step, and their checkpoint is complete.
+        is_waiting: the workers wait for the next stage. Otherwise they end with this stage.
     """
 
     step: int
     loss: float | None
     messages: list[str]
-    failed: str
-    phase: str = STARTING_WORKERS
+    failure_reason: str
+    worker_phase: str = STARTING_WORKERS
     starts: int = 0
     cursor: int = 0
-    finished: bool = False
-    waiting: bool = False
+    is_finished: bool = False
+    is_waiting: bool = False
 
 
 class Recorder:
@@ -117,7 +123,7 @@ class Recorder:
         # uses `trackers`.
         self.pool = ThreadPoolExecutor(1)
         self.gauges: dict[str, Gauge] = {}
-        self.number = -1
+        self.stage_index: int | None = None
         self.work: Any = None
         self.status = StageStatus(0, None, [], "")
         self.stop_requested = False
@@ -133,41 +139,40 @@ class Recorder:
         """
         self.settings = settings
         self.work = work or self.work
-        self.number += 1
+        self.stage_index = 0 if self.stage_index is None else self.stage_index + 1
         # A resumed stage continues the account of earlier launches.
         self.ledger = ledger.read_ledger(settings.run)
         for name in ledger.compute_gauges(self.ledger.account):
             self.gauges.setdefault(name, Gauge(name, tag_keys=("run", "stage")))
         self.furthest_step = self.num_faults = self.saved_cursor = 0
-        self.last_fault = (-1, "")
+        self.last_fault: tuple[int, str] | None = None
         self.has_begun = False
         self.status = StageStatus(0, None, [], "")
         self.stop_requested = False
         self.rolled_back = set[int]()
         self._add_event("launch")
 
-    def find_stage(self, finished: int) -> int | None:
-        """Return the number of the stage that workers train next, counted from the first one of this recorder.
+    def find_stage(self, finished: int | None) -> int | NoStage:
+        """Return the index of the stage that workers train next, counted from the first one of this recorder.
 
         Args:
-            finished: number of the stage that the workers have finished; -1 for new workers.
-
-        Returns:
-            The number, WAIT if the driver has not yet opened the next stage, or None if the workers must end.
+            finished: index of the stage that the workers have finished; None for new workers.
         """
-        if self.status.failed or self.stop_requested:
-            return None
-        return self.number if self.number > finished else WAIT
+        if self.status.failure_reason or self.stop_requested:
+            return NoStage.NO_MORE
+        if self.stage_index is None or (finished is not None and self.stage_index <= finished):
+            return NoStage.NOT_YET
+        return self.stage_index
 
     def get_work(self) -> Any:
         """Return the work of the workers, as `open_stage` got it."""
         return self.work
 
-    def finish_stage(self, stage: int, waiting: bool) -> None:
+    def finish_stage(self, stage: int, is_waiting: bool) -> None:
         """Record that all workers are past the last step of a stage. They wait for the next one, or end."""
-        if stage == self.number:
-            self.status.finished = True
-            self.status.waiting = waiting
+        if stage == self.stage_index:
+            self.status.is_finished = True
+            self.status.is_waiting = is_waiting
 
     def begin(
         self, stage: int, workers: int, cursor: int, restore_s: float, messages: Sequence[str], placement_group: str
@@ -175,7 +180,7 @@ class Recorder:
         """Record that a group of workers continues after a global batch.
 
         Args:
-            stage: number of the stage. New workers may still begin a stage that is done, to find that out.
+            stage: index of the stage. New workers may still begin a stage that is done, to find that out.
             workers: number of workers.
             cursor: last finished global batch.
             restore_s: seconds since the workers entered the train function.
@@ -187,12 +192,12 @@ class Recorder:
         """
         # Written even if the workers must not continue: they hold resources that the driver frees later.
         storage.write(str(self.settings.run / PLACEMENT_GROUP_FILE), placement_group.encode())
-        if stage != self.number:
+        if stage != self.stage_index:
             return set()
         self.status.messages += messages
         self.furthest_step = max(self.furthest_step, cursor)
         self.saved_cursor = cursor
-        if self.status.failed or self.stop_requested:
+        if self.status.failure_reason or self.stop_requested:
             return None
         if self.has_begun:
             self.add_message(f"{self.settings.stage}: restarted with {workers} workers after step {cursor}")
@@ -204,11 +209,11 @@ class Recorder:
         self.pool.submit(self._open_trackers, cursor)
         self.status.step = self.status.cursor = cursor
         self.status.starts += 1
-        self.status.phase = "first batch"
+        self.status.worker_phase = "first batch"
         self._add_event("start", workers=workers, cursor=cursor, restore_s=restore_s)
         # The record may already exceed a limit, also after a new launch.
         self.fail(self._check_limits(cursor))
-        return None if self.status.failed else self.rolled_back
+        return None if self.status.failure_reason else self.rolled_back
 
     def write_step(self, step: int, values: dict[str, float], used: ConsumedSamples) -> bool:
         """Record one step.
@@ -216,7 +221,7 @@ class Recorder:
         A step other than the next one comes late, from workers that are gone. It is ignored.
 
         Args:
-            step: number of the step, counted from 1.
+            step: the step, counted from 1.
             values: its metrics.
             used: its samples.
 
@@ -225,7 +230,7 @@ class Recorder:
         """
         assert self.metrics
         if step != self.status.step + 1:
-            return self.stop_requested or bool(self.status.failed)
+            return self.stop_requested or bool(self.status.failure_reason)
 
         # metrics.jsonl, ledger.jsonl, and the trackers in their thread.
         # JSON has no NaN and no infinity.
@@ -246,9 +251,9 @@ class Recorder:
             self.num_faults = 0
         self.status.step = step
         self.status.loss = finite["loss"]
-        self.status.phase = ""
+        self.status.worker_phase = ""
         self.fail(self._check_limits(step, used.replaced[-1]["reason"] if used.replaced else ""))
-        return self.stop_requested or bool(self.status.failed)
+        return self.stop_requested or bool(self.status.failure_reason)
 
     def record_fault(self, errors_by_rank: Mapping[int, Failure]) -> None:
         """Record that workers failed. Ray restarts all of them, unless the run fails.
@@ -256,7 +261,7 @@ class Recorder:
         The run fails on an error that the user must fix, on the same error at the same step, and on too many
         consecutive faults without progress.
         """
-        if self.number < 0:
+        if self.stage_index is None:
             # Workers that were started early: Ray starts them again, and nothing is lost.
             return
         # An error that explains the others has the lowest kind: lost workers are a consequence of it.
@@ -275,8 +280,8 @@ class Recorder:
                 f"{where}: {self.num_faults} faults in a row without a step beyond {self.furthest_step}, "
                 f"allowed: {self.settings.restarts}, recovery.restarts; the last: {reason}; {self._describe_resume()}"
             )
-        if not self.status.failed:
-            self.status.phase = STARTING_WORKERS
+        if not self.status.failure_reason:
+            self.status.worker_phase = STARTING_WORKERS
             self.status.messages += [f"rank {rank}: {failure.text}" for rank, failure in sorted(errors_by_rank.items())]
         self.last_fault = fault
         # A full disk may be the fault. Then the ledger cannot be written, either.
@@ -300,7 +305,7 @@ class Recorder:
 
     def set_phase(self, phase: str) -> None:
         """Set the phase of workers that have not begun."""
-        self.status.phase = phase
+        self.status.worker_phase = phase
 
     def add_message(self, text: str) -> None:
         """Add a message for the user."""
@@ -308,7 +313,7 @@ class Recorder:
 
     def fail(self, text: str) -> None:
         """End the run with this reason, because a restart would not help. Ignores "" and all reasons but the first."""
-        self.status.failed = self.status.failed or text
+        self.status.failure_reason = self.status.failure_reason or text
 
     def mark_rolled_back(self, step: int) -> None:
         """Record a rollback of a step that was not finite. If it repeats, the batch causes it and not the machine."""
@@ -406,11 +411,11 @@ class RecorderClient:
         [reference] = ray.get(self._actor.get_work.remote())
         return ray.get(reference)
 
-    def find_stage(self, finished: int) -> int | None:
+    def find_stage(self, finished: int | None) -> int | NoStage:
         return ray.get(self._actor.find_stage.remote(finished))
 
-    def finish_stage(self, stage: int, waiting: bool) -> None:
-        ray.get(self._actor.finish_stage.remote(stage, waiting))
+    def finish_stage(self, stage: int, is_waiting: bool) -> None:
+        ray.get(self._actor.finish_stage.remote(stage, is_waiting))
 
     def begin(
         self, stage: int, workers: int, cursor: int, restore_s: float, messages: Sequence[str], placement_group: str

@@ -153,7 +153,9 @@ class Stage:
             self._check_packing(self.packing)
         # the contrastive objective trains the tower alone
         if self.objective == "contrastive" and self.micro_batch_size < 2:
-            raise ValueError("micro_batch_size: got 1, allowed: at least 2, as objective contrastive compares samples")
+            raise ValueError(
+                "micro_batch_size: got 1, allowed: at least 2, because a contrastive stage compares samples"
+            )
         if self.objective == "contrastive" and set(self.learning_rate) != {"tower"}:
             raise ValueError(
                 f"learning_rate: got {self.learning_rate}, allowed: tower alone, which is all that objective "

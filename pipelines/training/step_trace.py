@@ -247,7 +247,7 @@ def _fused_attention(
 def _imitate_device(device: Device, is_fused: bool) -> Iterator[None]:
     """Let attention and dropout keep what they keep on a device, within the block.
 
-    For meta tensors torch would take its slowest attention. A mode of torch cannot do it, as recomputed activations
+    For meta tensors torch would take its slowest attention. A mode of torch cannot do it, since recomputed activations
     would not see it (torch 2.13).
     """
     attend, drop = F.scaled_dot_product_attention, F.dropout
@@ -285,18 +285,23 @@ def trace_step(
         takes_gradients: gradients are taken away as soon as they are computed, as ZeRO 2 and 3 do.
         is_fused: fused kernels compute CMAI.
     """
+    # weights and buffers count as states, see memory.py
     counter = ByteCounter(CUDA_BLOCK_BYTES if device == "cuda" else 1)
     for tensor in (*module.parameters(), *module.buffers()):
         counter.ignore(tensor)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    handles = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained * takes_gradients]
+    handles = []
+    if takes_gradients:
+        handles = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained]
     try:
         with _imitate_device(device, is_fused), ShapeMode(counter):
             loss = module(**make_batch())
+            # what the backward pass needs is still alive here
             saved = counter.live
             forward_peak, counter.peak = counter.peak, counter.live
             loss.backward()
     finally:
+        # the module is traced again with other sizes
         for handle in handles:
             handle.remove()
         for parameter in trained:
@@ -308,7 +313,7 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def make_conversations(
+def make_conversation_batch(
     samples: Sequence[SampleShape], image_tokens: int, image_id: int, image_size: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Make a micro-batch of samples of given sizes, padded to the longest, as `move_to_device` does.
@@ -340,8 +345,8 @@ def make_conversations(
     }
 
 
-def make_captions(samples: Sequence[SampleShape], image_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Make a micro-batch of captions with images. Arguments as for `make_conversations`."""
+def make_caption_batch(samples: Sequence[SampleShape], image_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Make a micro-batch of captions with images. Arguments as for `make_conversation_batch`."""
     length = max(sample.length for sample in samples)
     ids = torch.arange(len(samples) * length).view(len(samples), length) % 2
     return {

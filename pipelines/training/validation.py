@@ -42,7 +42,7 @@ class ValidationHook(Hook):
     def on_step_end(self, step: StepResult) -> None:
         # A stopped run has only seconds left for its checkpoint.
         is_stopped = step.votes.get("stop", 0) > 0
-        if (step.number % self.every == 0 or step.last) and not is_stopped:
+        if (step.number % self.every == 0 or step.is_last) and not is_stopped:
             step.values[VALIDATION_LOSS] = compute_validation_loss(self.engine, self.plan, self.readers)
 
 

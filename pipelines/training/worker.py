@@ -36,7 +36,7 @@ from pipelines.training.engine import (
 from pipelines.training.feed import Feed
 from pipelines.training.hooks import Hook, StepResult
 from pipelines.training.plan import LearningRateSchedule, StagePlan, StageWork
-from pipelines.training.recorder import WAIT, RecorderClient
+from pipelines.training.recorder import NoStage, RecorderClient
 from pipelines.training.validation import ValidationHook
 from redux import kernels
 from redux.conversation import IGNORE_INDEX
@@ -108,16 +108,16 @@ def train_worker(recorder: RecorderClient) -> None:
     """
     # Import it while the driver may still make the data of the first stage.
     import_deepspeed()
-    number = _wait_for_stage(recorder, finished=-1)
+    stage_index = _wait_for_stage(recorder, finished=None)
     entered = time.monotonic()
-    if number is None:
+    if stage_index is None:
         return
     stages, extra_hook_factories = recorder.get_work()
     # Stages that the same number of workers can share. A stage that needs another number gets new workers.
     workers = dist.get_world_size()
-    used_workers = stages[number].plan.stage.count_usable_workers(workers)
+    used_workers = stages[stage_index].plan.stage.count_usable_workers(workers)
     remaining = list(
-        takewhile(lambda work: work.plan.stage.count_usable_workers(workers) == used_workers, stages[number:])
+        takewhile(lambda work: work.plan.stage.count_usable_workers(workers) == used_workers, stages[stage_index:])
     )
     if not _join_used_workers(used_workers):
         return
@@ -125,35 +125,34 @@ def train_worker(recorder: RecorderClient) -> None:
     feed = Feed(remaining)
     while remaining:
         with _report_errors(recorder):
-            is_finished = _train_stage(remaining[0], number, feed, recorder, extra_hook_factories, entered)
+            is_finished = _train_stage(remaining[0], stage_index, feed, recorder, extra_hook_factories, entered)
         if not is_finished:
             return
         remaining = remaining[1:]
         # No rank leaves while another one still needs it.
         dist.barrier()
         if dist.get_rank() == 0:
-            recorder.finish_stage(number, waiting=bool(remaining))
+            recorder.finish_stage(stage_index, is_waiting=bool(remaining))
         if remaining:
-            number = _wait_for_stage(recorder, finished=number)
-            if number is None:
+            stage_index = _wait_for_stage(recorder, finished=stage_index)
+            if stage_index is None:
                 return
         entered = time.monotonic()
 
 
-def _wait_for_stage(recorder: RecorderClient, finished: int) -> int | None:
+def _wait_for_stage(recorder: RecorderClient, finished: int | None) -> int | None:
     """Wait until the driver opens a stage after the finished one. A collective.
 
     Returns:
-        The number of the stage, or None if the workers must end.
+        The index of the stage, or None if the workers must end.
     """
     while True:
         # Rank 0 alone asks, so that all ranks take the same decision. A broadcast has a time-out, so none is long.
-        answer: list[int | None] = [None]
-        if dist.get_rank() == 0:
-            answer = [recorder.find_stage(finished)]
-        dist.broadcast_object_list(answer, src=0)
-        if answer[0] != WAIT:
-            return answer[0]
+        answer = checkpoint.broadcast_from_rank_0(lambda: recorder.find_stage(finished))
+        if answer is NoStage.NO_MORE:
+            return None
+        if isinstance(answer, int):
+            return answer
         time.sleep(STAGE_POLL_S)
 
 
@@ -174,7 +173,7 @@ def _report_errors(recorder: RecorderClient) -> Iterator[None]:
 
 def _train_stage(
     work: StageWork,
-    number: int,
+    stage_index: int,
     feed: Feed,
     recorder: RecorderClient,
     extra_hook_factories: Sequence[HookFactory],
@@ -185,7 +184,7 @@ def _train_stage(
     Returns:
         False if training stopped before the last step, and the workers must end.
     """
-    plan, steps = work.plan, work.steps
+    plan = work.plan
     # The watchdog starts first: building the model and restoring may hang, too.
     watchdog = hooks.Watchdog(plan.recovery.watchdog_s, plan.run / "stacks" / plan.name, dist.get_rank())
     is_first = dist.get_rank() == 0
@@ -193,6 +192,7 @@ def _train_stage(
     if is_first:
         recorder.set_phase("loading model")
         forward_kernel_messages(recorder, plan.name)
+    # Readers start while the model is built.
     feed.prepare(work)
     engine = build_engine(plan, dist.get_world_size())
     check_features(engine, plan, work.reader)
@@ -200,29 +200,39 @@ def _train_stage(
     data = work.reader.fingerprint_sources()
     description = describe_model(engine)
     check = partial(checkpoint.check_compatible, allow_changes=plan.allow_changes, data=data, model=description)
-    resume_point = _restore(engine, plan, number, check, recorder, entered)
+    resume_point = _restore(engine, plan, stage_index, check, recorder, entered)
 
     is_finished = resume_point is not None
-    if resume_point and resume_point.cursor < steps:
+    if resume_point and resume_point.cursor < work.steps:
         closing_hooks = [
             *_build_hooks(engine, work, recorder, data, description),
             *(make(engine, plan) for make in extra_hook_factories),
         ]
-        all_hooks = [watchdog, *closing_hooks]
-        cursor, rolled_back = resume_point
-        batches = feed.read(work, cursor)
-        for step in run_training_steps(engine, plan, batches, cursor, steps, all_hooks, rolled_back):
-            for hook in all_hooks:
-                hook.on_step_end(step)
-            if step.stopping:
-                is_finished = step.last
-                break
+        is_finished = _run_remaining_steps(engine, work, feed, resume_point, [watchdog, *closing_hooks])
         for hook in closing_hooks:
             hook.close()
     watchdog.close()
     # The next stage needs the memory.
     free_engine(engine)
     return is_finished
+
+
+def _run_remaining_steps(
+    engine: DeepSpeedEngineProtocol,
+    work: StageWork,
+    feed: Feed,
+    resume_point: ResumePoint,
+    all_hooks: Sequence[Hook],
+) -> bool:
+    """Run the steps after the resume point, with the hooks after each. Returns False if a hook stopped the training."""
+    cursor, rolled_back = resume_point
+    batches = feed.read(work, cursor)
+    for step in run_training_steps(engine, work.plan, batches, cursor, work.steps, all_hooks, rolled_back):
+        for hook in all_hooks:
+            hook.on_step_end(step)
+        if step.should_stop:
+            return step.is_last
+    return True
 
 
 def _build_hooks(
@@ -275,8 +285,7 @@ def _join_used_workers(used_workers: int) -> bool:
         return True
 
     # Rank 0 opens the store of the new group and sends its address through the old group.
-    address = [rendezvous.format_url(*rendezvous.open_store()) if rank == 0 else ""]
-    dist.broadcast_object_list(address, src=0)
+    address = checkpoint.broadcast_from_rank_0(lambda: rendezvous.format_url(*rendezvous.open_store()))
     backend = dist.get_backend()
 
     # Nobody destroys the old group before all ranks have the address.
@@ -286,14 +295,14 @@ def _join_used_workers(used_workers: int) -> bool:
         return False
     # DeepSpeed reads the number of workers from the environment.
     os.environ["WORLD_SIZE"] = str(used_workers)
-    dist.init_process_group(backend, init_method=address[0], rank=rank, world_size=used_workers)
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=used_workers)
     return True
 
 
 def _restore(
     engine: DeepSpeedEngineProtocol,
     plan: StagePlan,
-    number: int,
+    stage_index: int,
     check: Callable[[str, checkpoint.Manifest], None],
     recorder: RecorderClient,
     entered: float,
@@ -303,7 +312,7 @@ def _restore(
     Args:
         engine: engine of this rank.
         plan: plan of the stage.
-        number: its number in the recorder.
+        stage_index: its index in the recorder.
         check: raises ValueError to refuse a checkpoint.
         recorder: gets the start, and decides if the workers may continue.
         entered: time.monotonic() at the entry into the train function.
@@ -311,7 +320,6 @@ def _restore(
     Returns:
         The start of the loop, or None if the workers must not continue.
     """
-
     local_fragments = fragments.local_fragments(engine)
     manifest, skipped = checkpoint.restore_newest(plan.folder, local_fragments, check)
     cursor = 0
@@ -319,16 +327,16 @@ def _restore(
         fragments.copy_masters_to_model(engine, manifest.updates)
         cursor = manifest.cursor
 
-    # Rank 0 alone talks to the recorder; its answer goes to all ranks, so that all take the same decision.
-    answer: list[set[int] | None] = [None]
-    if dist.get_rank() == 0:
+    def begin() -> set[int] | None:
         checkpoint.remove_incomplete(plan.folder)
         messages = [f"{plan.name}: skipped {reason}" for reason in skipped]
         restore_s = time.monotonic() - entered
         placement_group = ray.util.get_current_placement_group().id.hex()
-        answer = [recorder.begin(number, dist.get_world_size(), cursor, restore_s, messages, placement_group)]
-    dist.broadcast_object_list(answer, src=0)
-    return None if answer[0] is None else ResumePoint(cursor, answer[0])
+        return recorder.begin(stage_index, dist.get_world_size(), cursor, restore_s, messages, placement_group)
+
+    # Rank 0 alone talks to the recorder; its answer goes to all ranks, so that all take the same decision.
+    rolled_back = checkpoint.broadcast_from_rank_0(begin)
+    return None if rolled_back is None else ResumePoint(cursor, rolled_back)
 
 
 def run_training_steps(

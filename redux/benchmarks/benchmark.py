@@ -91,7 +91,7 @@ def compute_scores(metrics: Mapping[str, Metric], name: str) -> dict[str, float]
         name: name of the benchmark or the option, for errors.
 
     Raises:
-        ValueError: nothing was scored, or a score is no number.
+        ValueError: nothing was scored, or a score is not a number.
     """
     scores = {metric_name: metric.score for metric_name, metric in metrics.items() if metric.outcomes}
     if not scores:
@@ -116,8 +116,8 @@ class Benchmark:
 
     Args:
         title: name on pages.
-        read_questions: reads the official files, given as paths or URLs; a ValueError names the file and the place of
-            an error.
+        read_questions: reads the official files, given as paths or URLs; a ValueError names the file and the location
+            of an error.
         compute_metrics: computes metrics by name from rows; none if the rows have no references (test splits).
         read_answers: reads {question id: response} from another system's file, in the official format of results, that
             of LLaVA, or answers/TASK.jsonl; a ValueError names the file and the line or item of an error.

@@ -56,7 +56,7 @@ LETTER_ALONE = r"^[\W_]*([A-Za-z])[\W_]*$"
 CHOICE_PATTERNS = tuple(map(re.compile, (STATED_LETTER, MARKED_LETTER, CAPITAL_FIRST, LETTER_ALONE)))
 """Forms of a response that names an option by its letter: "The answer is B.", "B. red", "B because …", "(b)".
 
-The words "A" and "I" at the start of a sentence are no letters.
+The words "A" and "I" at the start of a sentence are not letters.
 """
 
 NARROW_LETTER = r"[^\W\u0E00-\u0EFF\u2E80-\u9FFF\uAC00-\uD7AF\uF900-\uFAFF]"

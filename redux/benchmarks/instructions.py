@@ -289,8 +289,8 @@ def read_questions(path: str | Path) -> list[Question]:
     """Read the file of `write_questions`.
 
     Raises:
-        ValueError: names the file and a line that is no question, whose prompt differs from its reference, or whose id
-            occurs twice.
+        ValueError: names the file and a line that is not a question, whose prompt differs from its reference, or whose
+            id occurs twice.
     """
     questions: dict[str, Question] = {}
     for location, line in source.parse_lines(path, source.read_text(path)):

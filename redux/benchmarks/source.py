@@ -68,7 +68,7 @@ def read_text(source: Source) -> str:
 
 
 def list_files(folder: Source) -> list[str]:
-    """List the files under a folder, as sorted relative paths; none if it is no folder."""
+    """List the files under a folder, as sorted relative paths; none if it is not a folder."""
     try:
         filesystem, root = fsspec.url_to_fs(fspath(folder))
         if not filesystem.isdir(root):
@@ -216,7 +216,7 @@ def _read_header(text: str) -> tuple[list[str], str]:
 
 
 def number_items(source: Source, items: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Number the objects of a list from 1: (location, object).  ValueError for an item that is no object."""
+    """Number the objects of a list from 1: (location, object).  ValueError for an item that is not an object."""
     for number, item in enumerate(items, 1):
         yield (location := f"{source}: item {number}"), _require_object(location, item)
 

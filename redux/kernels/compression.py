@@ -46,7 +46,7 @@ def merge_tokens(
     key = ranked.new_empty(batch, patches, dtype=torch.int32)
     by_rank = torch.empty_like(key)
     members, begin, length = torch.empty_like(key), torch.empty_like(first), torch.empty_like(first)
-    slot = torch.empty_like(ranked, memory_format=torch.contiguous_format)
+    token_of_patch = torch.empty_like(ranked, memory_format=torch.contiguous_format)
     cluster = torch.empty(batch, out, dtype=torch.bool, device=tokens.device)
     weight, scale = (torch.empty(batch, patches, dtype=torch.float32, device=tokens.device) for _ in range(2))
     # the plan has no gradient; `_Merge` gives the importance one
@@ -58,13 +58,13 @@ def merge_tokens(
             DROPS=label is None, SPATIAL=vmtc.order == "spatial", BLOCK_P=block_p, num_warps=4,
         )  # fmt: skip
         _arrange_kernel[(batch, divide_up(patches, 16))](
-            score, by_rank, key, slot, members, begin, length, cluster, weight, scale, patches, stage.kept, out,
-            SPATIAL=vmtc.order == "spatial",
+            score, by_rank, key, token_of_patch, members, begin, length, cluster, weight, scale, patches, stage.kept,
+            out, SPATIAL=vmtc.order == "spatial",
             WEIGHTS={"raw": _RAW, "normalized": _NORMALIZED, "total": _TOTAL}[vmtc.weights], BLOCK=16,
             BLOCK_P=block_p, num_warps=4,
         )  # fmt: skip
-    plan = slot, members, begin, length, weight, scale
-    return _Merge.apply(tokens, ips, plan, vmtc.weights), slot, cluster
+    plan = token_of_patch, members, begin, length, weight, scale
+    return _Merge.apply(tokens, ips, plan, vmtc.weights), token_of_patch, cluster
 
 
 class _Merge(torch.autograd.Function):
@@ -90,7 +90,7 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        tokens, slot, members, begin, length, weight, scale = ctx.saved_tensors
+        tokens, token_of_patch, members, begin, length, weight, scale = ctx.saved_tensors
         gradient = gradient.contiguous()
         batch, patches, dim = tokens.shape
         of_tokens = tokens.new_empty(batch, patches, dim)
@@ -98,7 +98,7 @@ class _Merge(torch.autograd.Function):
         block = min(1024, next_power_of_two(dim))
         with torch.cuda.device_of(tokens):
             _merge_gradient_kernel[(batch, patches)](
-                tokens, gradient, slot, weight, scale, of_tokens, of_ips, tokens.stride(0), tokens.stride(1),
+                tokens, gradient, token_of_patch, weight, scale, of_tokens, of_ips, tokens.stride(0), tokens.stride(1),
                 patches, begin.shape[1],
                 DIM=dim, BLOCK=block, num_warps=4,
             )  # fmt: skip
@@ -117,17 +117,17 @@ class _Merge(torch.autograd.Function):
 def follow_patches(
     previous: Int[Tensor, "batch patches"],
     merged: Bool[Tensor, "batch patches"],
-    slot: Int[Tensor, "batch tokens"],
+    token_of_patch: Int[Tensor, "batch tokens"],
     cluster: Bool[Tensor, "batch out"],
 ) -> tuple[Int[Tensor, "batch patches"], Bool[Tensor, "batch patches"]]:
-    """Follow the patches through one more stage: `redux.vmtc.PatchAssignment.then` in one launch."""
+    """Follow the patches through one more compressing block: `redux.vmtc.PatchAssignment.then` in one launch."""
     batch, patches = previous.shape
-    current = torch.empty(batch, patches, dtype=torch.long, device=slot.device)
-    now_merged = torch.empty(batch, patches, dtype=torch.bool, device=slot.device)
-    with torch.cuda.device_of(slot):
+    current = torch.empty(batch, patches, dtype=torch.long, device=token_of_patch.device)
+    now_merged = torch.empty(batch, patches, dtype=torch.bool, device=token_of_patch.device)
+    with torch.cuda.device_of(token_of_patch):
         _follow_kernel[(batch, divide_up(patches, 256))](
-            previous, merged, slot.contiguous(), cluster.contiguous(), current, now_merged, *previous.stride(),
-            *merged.stride(), patches, slot.shape[1], cluster.shape[1],
+            previous, merged, token_of_patch.contiguous(), cluster.contiguous(), current, now_merged,
+            *previous.stride(), *merged.stride(), patches, token_of_patch.shape[1], cluster.shape[1],
             BLOCK=256, num_warps=4,
         )  # fmt: skip
     return current, now_merged
@@ -175,18 +175,18 @@ def _locate_kernel(
 @triton.jit(do_not_specialize=["patches", "kept", "out"])
 @no_type_check
 def _arrange_kernel(
-    score, by_rank, key, slot, members, begin, length, cluster, weight, scale, patches, kept, out,
+    score, by_rank, key, token_of_patch, members, begin, length, cluster, weight, scale, patches, kept, out,
     SPATIAL: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Compare some patches with all of the image: places of output tokens, their members, and merge weights.
+    """Compare some patches with all of the image: positions of output tokens, their members, and merge weights.
 
     Grid: (batch, patches / BLOCK).
 
     Args:
         score: (batch, patches) importance.
         by_rank, key: (batch, patches) output token by rank, and sort key, of `_locate_kernel`.
-        slot, members, weight, scale: written, (batch, patches): output token; patches sorted by output token; merge
-            weight; derivative of the weight by the importance, as if the divisor were constant.
+        token_of_patch, members, weight, scale: written, (batch, patches): output token; patches sorted by output token;
+            merge weight; derivative of the weight by the importance, as if the divisor were constant.
         begin, length, cluster: written, (batch, out): range of each output token in members; True if it is merged.
     """
     image = tl.program_id(0).to(tl.int64)
@@ -211,7 +211,7 @@ def _arrange_kernel(
         number = tl.sum((lower & (key_of_other == other)[None, :]).to(tl.int32), axis=1)
     in_cluster = inside & (rank_of_patch >= kept)
     is_first = inside & (rank_of_patch >= 0) & (tl.sum(earlier.to(tl.int32), axis=1) == 0)
-    tl.store(slot + row + patch, tl.where(rank_of_patch >= 0, number, -1).to(tl.int64), mask=inside)
+    tl.store(token_of_patch + row + patch, tl.where(rank_of_patch >= 0, number, -1).to(tl.int64), mask=inside)
     tl.store(members + row + place, patch, mask=inside)
     tl.store(begin + image * out + number, place, mask=is_first)
     tl.store(length + image * out + number, tl.sum(same.to(tl.int32), axis=1), mask=is_first)
@@ -263,7 +263,7 @@ def _merge_kernel(
 @triton.jit(do_not_specialize=["patches", "out"])
 @no_type_check
 def _merge_gradient_kernel(
-    tokens, gradient, slot, weight, scale, of_tokens, of_score, stride_batch, stride_token, patches, out,
+    tokens, gradient, token_of_patch, weight, scale, of_tokens, of_score, stride_batch, stride_token, patches, out,
     DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one patch and of its importance, the latter as if divisors were constants.
@@ -272,13 +272,13 @@ def _merge_gradient_kernel(
 
     Args:
         tokens, gradient: (batch, patches, dim) and gradient of the output, (batch, out, dim).
-        slot, weight, scale: as `_arrange_kernel` writes them.
+        token_of_patch, weight, scale: as `_arrange_kernel` writes them.
         of_tokens, of_score: written, (batch, patches, dim) and (batch, patches).
     """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1)
     here = image * patches + patch
-    number = tl.load(slot + here)
+    number = tl.load(token_of_patch + here)
     factor = tl.load(weight + here)
     factor_of_score = tl.load(scale + here)
     held = number >= 0
@@ -336,24 +336,24 @@ def _divisor_gradient_kernel(members, begin, length, weight, scale, of_score, pa
 @triton.jit(do_not_specialize=["patches", "tokens", "out"])
 @no_type_check
 def _follow_kernel(
-    previous, merged, slot, cluster, current, now_merged, stride_previous, stride_previous_patch, stride_merged,
-    stride_merged_patch, patches, tokens, out,
+    previous, merged, token_of_patch, cluster, current, now_merged, stride_previous, stride_previous_patch,
+    stride_merged, stride_merged_patch, patches, tokens, out,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Follow some patches of an image through one more stage.
+    """Follow some patches of an image through one more compressing block.
 
     Grid: (batch, patches / BLOCK).
 
     Args:
         previous, merged: (batch, patches) token and flag of each patch so far.
-        slot, cluster: (batch, tokens) and (batch, out), results of the stage.
+        token_of_patch, cluster: (batch, tokens) and (batch, out), results of the block.
         current, now_merged: written, (batch, patches).
     """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = patch < patches
     before = tl.load(previous + image * stride_previous + patch * stride_previous_patch, mask=inside, other=-1)
-    after = tl.load(slot + image * tokens + before, mask=before >= 0, other=-1)
+    after = tl.load(token_of_patch + image * tokens + before, mask=before >= 0, other=-1)
     was_merged = tl.load(merged + image * stride_merged + patch * stride_merged_patch, mask=inside, other=0) != 0
     in_cluster = tl.load(cluster + image * out + after, mask=after >= 0, other=0) != 0
     tl.store(current + image * patches + patch, after, mask=inside)

@@ -10,8 +10,8 @@ which reads the image's matrix from L2 in each iteration and stops once no label
 the same labels until its last iteration.
 
 Rounding: products of bfloat16 or float16 tokens are exact and summed in float32; float32 tokens are multiplied without
-TF32.  G is split into two float16 parts for tensor cores, with an error up to 2^-23, as the membership in a cluster (0
-or 1) is exact.  Labels thus equal those of the plain version, except where similarities agree to about 1e-6.  Values
+TF32.  G is split into two float16 parts for tensor cores, with an error up to 2^-23, since the membership in a cluster
+(0 or 1) is exact.  Labels thus equal those of the plain version, except where similarities agree to about 1e-6.  Values
 that are not finite count as a similarity of 0, so that every label is valid.
 
 Shapes: batch, tokens, dim; clusters = c.

@@ -99,7 +99,7 @@ def _log_sum_exp(
 @triton.jit(do_not_specialize=["length", "first_row", "t2i_batch", "t2i_row"])
 @no_type_check
 def _mean(
-    q, k, lse, slots, padding, t2t, t2i,
+    q, k, lse, image_index, padding, t2t, t2i,
     q_batch, q_head, q_row, k_batch, k_head, k_row, t2t_row, t2i_batch, t2i_row,
     heads, groups, length, first_row, factor, share,
     weights: tl.constexpr, neighbours: tl.constexpr,
@@ -112,7 +112,7 @@ def _mean(
 
     Args:
         q, k, lse, padding: as for `_log_sum_exp`.
-        slots: (batch, length) number of each image token; -1 for text.
+        image_index: (batch, length) index of each image token; -1 for text.
         t2t: written, (batch, text, text); None without neighbours.
         t2i: written, (batch, text, image).
         share: factor of the sum over heads.
@@ -127,9 +127,9 @@ def _mean(
     padded: tl.constexpr = padding is not None
     if padded:
         padding += batch * length
-    slots += batch * length
-    slot = tl.load(slots + keys, mask=keys < length, other=-1)
-    has_image = tl.max(slot, 0) >= 0
+    image_index += batch * length
+    index_of_key = tl.load(image_index + keys, mask=keys < length, other=-1)
+    has_image = tl.max(index_of_key, 0) >= 0
     has_neighbours = neighbours and key_start + block_keys > first_row
     below = key_start < row_start + block_rows
     mean = tl.zeros([block_rows, block_keys], tl.float32)
@@ -149,9 +149,9 @@ def _mean(
                 mean = tl.dot(q_tile, tl.trans(k_tile), mean, input_precision=precision)
         stays = visible_pairs(rows[:, None], keys[None, :], length, padding, None, 0, True, padded)
         mean = tl.where(stays, mean * share, 0.0)
-        is_text_row = tl.load(slots + rows, mask=rows < length, other=0) < 0
-        to_t2i = t2i + batch * t2i_batch + (rows[:, None] - first_row) * t2i_row + slot[None, :]
-        is_image_key = (rows[:, None] < length) & (slot[None, :] >= 0)
+        is_text_row = tl.load(image_index + rows, mask=rows < length, other=0) < 0
+        to_t2i = t2i + batch * t2i_batch + (rows[:, None] - first_row) * t2i_row + index_of_key[None, :]
+        is_image_key = (rows[:, None] < length) & (index_of_key[None, :] >= 0)
         tl.store(to_t2i, tl.where(is_text_row[:, None], mean, 0.0), mask=is_image_key)
     if neighbours:
         # zeros on and above the diagonal; columns reach up to the row stride of t2t
@@ -164,7 +164,7 @@ def _mean(
 def mean_attention(
     query: Float[Tensor, "batch heads rows head_dim"],
     key: Float[Tensor, "batch kv_heads rows head_dim"],
-    slots: Int[Tensor, "batch rows"],
+    image_index: Int[Tensor, "batch rows"],
     t2i: Float[Tensor, "batch text image"],
     first_row: int,
     scale: float,
@@ -176,7 +176,7 @@ def mean_attention(
 
     Args:
         query, key: of all tokens.
-        slots: number of each image token in its sequence; -1 for text.
+        image_index: index of each image token in its sequence; -1 for text.
         t2i: rows to write A_t2i into. Columns beyond the image tokens of a sequence stay as they are.
         first_row: first row of interest; `text` counts rows from it on.
         scale: factor of the scores.
@@ -205,7 +205,7 @@ def mean_attention(
     t2t = query.new_empty(batch, rows, stride, dtype=torch.float32) if neighbours else None
     tiles = MEAN_TILES[query.element_size()]
     _mean[(divide_up(length, tiles.keys), divide_up(rows, tiles.rows), batch)](
-        query, key, lse, slots, padding, t2t, t2i, *strides, stride, *t2i.stride()[:2],
+        query, key, lse, image_index, padding, t2t, t2i, *strides, stride, *t2i.stride()[:2],
         heads, groups, length, first_row, scale * LOG2_E, _share(heads, scale, weights),
         weights=weights, neighbours=neighbours, **launch_options(query, tiles),
     )  # fmt: skip

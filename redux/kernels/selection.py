@@ -29,7 +29,7 @@ def _order_bits(bits):
 @triton.jit(do_not_specialize=["length", "first_row", "columns"])
 @no_type_check
 def _drop_below(
-    focus, columns_of, valid, slots, padding, ranks, fractions, mask,
+    focus, columns_of, valid, image_index, padding, ranks, fractions, mask,
     mask_stride, length, first_row, columns,
     quantile: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def _drop_below(
     Args:
         focus: (batch, text, columns) focus scores.
         columns_of, valid: (batch, columns) positions of image tokens, and True for those in use.
-        slots: (batch, length) number of each image token; -1 for text, the only rows that lose keys.
+        image_index: (batch, length) index of each image token; -1 for text, the only rows that lose keys.
         padding: (batch, length) 0 for keys that no row sees; None without padding.
         ranks, fractions: (counts,) tables of `_rank_table`.
         mask: (batch, length, mask_stride), in which dropped pairs become False.
@@ -48,7 +48,7 @@ def _drop_below(
     row = first_row + tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     slot = tl.arange(0, block)
-    if tl.load(slots + batch * length + row) < 0:
+    if tl.load(image_index + batch * length + row) < 0:
         column = tl.load(columns_of + batch * columns + slot, mask=slot < columns, other=0)
         seen = (slot < columns) & (column <= row)
         seen = seen & (tl.load(valid + batch * columns + slot, mask=slot < columns, other=0) != 0)
@@ -110,7 +110,7 @@ def drop_below_quantile(
     focus: Float[Tensor, "batch text image"],
     columns: Int[Tensor, "batch image"],
     valid: Bool[Tensor, "batch image"],
-    slots: Int[Tensor, "batch rows"],
+    image_index: Int[Tensor, "batch rows"],
     gamma: float,
     quantile: str,
     padding: UInt8[Tensor, "batch rows"] | None = None,
@@ -122,7 +122,7 @@ def drop_below_quantile(
         focus: focus scores of the last `text` rows.
         columns: positions of image tokens.
         valid: False for padding in `columns`.
-        slots: number of each image token in its sequence; -1 for text.
+        image_index: index of each image token in its sequence; -1 for text.
         gamma: ratio of image tokens to inhibit.
         quantile: threshold in a row, see `redux.settings.CMAI`.
         padding: 0 for keys that no row sees; None if there are none.
@@ -134,7 +134,7 @@ def drop_below_quantile(
     # by the number of image tokens in sight, so that the kernel needs no float64
     ranks, fractions = _rank_table(gamma, quantile, block, focus.device)
     _drop_below[(rows, batch)](
-        focus.contiguous(), columns.contiguous(), valid.contiguous(), slots, padding, ranks, fractions, mask,
+        focus.contiguous(), columns.contiguous(), valid.contiguous(), image_index, padding, ranks, fractions, mask,
         mask.stride(1), length, length - rows, num_columns,
         quantile=quantile, block=block, num_warps=WARPS or (1 if block <= 512 else 2),
         # a fused multiplication and addition would interpolate with another rounding than PyTorch

@@ -17,7 +17,7 @@ def check_config(config: PreTrainedConfig) -> ReduxConfig:
     """
     checked = ReduxConfig(**config.to_dict())
     if checked.cmai:
-        raise ValueError(f"cmai: got settings, allowed: null, as vLLM has no CMAI; without CMAI: {WITHOUT_CMAI}")
+        raise ValueError(f"cmai: got settings, allowed: null, because vLLM has no CMAI; without CMAI: {WITHOUT_CMAI}")
     return checked
 
 

@@ -142,7 +142,7 @@ class Network:
     """Machines that reach each other.
 
     Args:
-        folder: folder that all machines share, as they share all files but their scratch.
+        folder: folder that all machines share, because they share all files but their scratch.
         has_namespaces: give each machine namespaces of its own.
 
     Attributes:

@@ -34,7 +34,7 @@ def test_the_question_is_the_first_of_the_evaluation(tmp_path: Path, monkeypatch
     redux, ask, run, image, question = list_words(
         load_job(tmp_path, {"tasks": {"easy_vqa": {}}}), tmp_path / "runs" / "a"
     )
-    first = easy_vqa.load_questions()[0]
+    first = easy_vqa.load_test_questions()[0]
     assert (redux, ask, run) == ("redux", "ask", "runs/a")
     assert image == f"{easy_vqa.PACKAGE_IMAGES}/{first.image}"
     assert Path(image).is_file()

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from jobs import schema
 from jobs.claims import Claim
 from jobs.resolve import resolve_job
-from jobs.run import list_steps, run
+from jobs.run import list_phases, run
 from jobs.schema import Job
 from jobs.search import TrialJobs
 from jobs.search import load as load_search
@@ -62,7 +62,7 @@ def plan_stages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[StagePlan
     def plan_stages(job: Job, folder: Path, **options: Any) -> list[StagePlan]:
         plans: list[Any] = []
         monkeypatch.setattr(driver, "train_stage", lambda plan, **_: plans.append(plan))
-        work = list_steps(job, folder, **options)
+        work = list_phases(job, folder, **options)
         for name in job.train:
             work[name]()
         return plans
@@ -71,16 +71,16 @@ def plan_stages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[StagePlan
 
 
 def test_the_parts_are_assembled_before_the_first_stage(load: Callable[..., Job], tmp_path: Path) -> None:
-    assert list(list_steps(load(), tmp_path)) == ["assemble", "pretrain", "instruct", "report"]
+    assert list(list_phases(load(), tmp_path)) == ["assemble", "pretrain", "instruct", "report"]
     easy = load("data.source=easy-vqa", "train.pretrain.data=captions", "evaluate={}")
-    assert list(list_steps(easy, tmp_path)) == ["shards", "assemble", "pretrain", "instruct", "evaluate", "report"]
+    assert list(list_phases(easy, tmp_path)) == ["shards", "assemble", "pretrain", "instruct", "evaluate", "report"]
 
 
 def test_the_assembled_model_is_that_of_assemble(
     load: Callable[..., Job], parts: dict[str, str], tmp_path: Path
 ) -> None:
     job = load("seed=3")
-    list_steps(job, tmp_path)["assemble"]()
+    list_phases(job, tmp_path)["assemble"]()
     whole = tmp_path / "assembled"
     model = ReduxForConditionalGeneration.from_pretrained(whole, dtype="auto")
     torch.manual_seed(3)
@@ -97,7 +97,7 @@ def test_the_assembled_model_is_that_of_assemble(
 def test_the_assembled_folder_is_complete_or_missing(
     load: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = list_steps(load(), tmp_path)["assemble"]
+    step = list_phases(load(), tmp_path)["assemble"]
     with monkeypatch.context() as patch:
         patch.setattr(ReduxForConditionalGeneration, "save_pretrained", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -110,7 +110,7 @@ def test_the_assembled_folder_is_complete_or_missing(
 
 
 def test_a_stage_in_fp32_starts_from_a_model_in_fp32(load: Callable[..., Job], tmp_path: Path) -> None:
-    list_steps(load("train.instruct.precision=fp32"), tmp_path)["assemble"]()
+    list_phases(load("train.instruct.precision=fp32"), tmp_path)["assemble"]()
     model = ReduxForConditionalGeneration.from_pretrained(tmp_path / "assembled", dtype="auto")
     assert model.dtype == torch.float32
 
@@ -148,21 +148,21 @@ def test_packing_is_refused_early_if_the_language_model_mixes_conversations(
     load: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = load("train.instruct.packing={max_length: 64}")
-    list_steps(job, tmp_path)
+    list_phases(job, tmp_path)
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     with pytest.raises(
         ValueError, match=r"^train.instruct.packing: got one with a language model which .*allowed: null$"
     ):
-        list_steps(job, tmp_path)
+        list_phases(job, tmp_path)
 
 
 def test_the_parts_are_read_once(load: Callable[..., Job], parts: dict[str, str], tmp_path: Path) -> None:
     """A run with an assembled model continues without its parts."""
-    list_steps(load(), tmp_path)["assemble"]()
+    list_phases(load(), tmp_path)["assemble"]()
     gone = load(f"model.tower={tmp_path}/gone")
-    list_steps(gone, tmp_path)
+    list_phases(gone, tmp_path)
     with pytest.raises(ValueError, match=f"^model.tower: got {tmp_path}/gone, allowed: folder or hub id"):
-        list_steps(gone, tmp_path / "other")
+        list_phases(gone, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -195,16 +195,16 @@ def test_parts_that_do_not_fit_are_refused_at_the_start(
         (["model.tower=TOWER", "model.language=SIZES"], "model.language: got sizes beside a tower of TOWER, allowed: "),
         (
             ["train.pretrain.objective=contrastive", "train.pretrain.learning_rate={tower: 1}"],
-            "train: got objectives contrastive, language, allowed: language alone, as model.tower is pretrained",
+            "train: got objectives contrastive, language, allowed: language alone, because model.tower is pretrained",
         ),
         (["num_workers=[3, 2]"], "num_workers: got [3, 2], allowed: the fewest first"),
         (
             ["num_workers=[3]"],
-            "num_workers: got [3], allowed: 'auto' or a whole number >= 1 or a list of 2 values, each a whole number",
+            "num_workers: got [3], allowed: 'auto', a whole number >= 1 or a list of 2 values (each a whole number",
         ),
         (["num_workers=3"], "train.pretrain.global_batch_size: got 8, allowed: a multiple of 6"),
         (["train.pretrain.data=captions"], "train.pretrain.data: got captions, allowed: talk, those of data.sets"),
-        (["trackers=[paper]"], "trackers.0: got 'paper', allowed: 'tensorboard' or 'mlflow' or 'wandb'"),
+        (["trackers=[paper]"], "trackers.0: got 'paper', allowed: 'tensorboard', 'mlflow' or 'wandb'"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -224,7 +224,7 @@ def test_a_range_of_workers_need_not_divide_the_batch(load: Callable[..., Job]) 
 def test_a_file_of_weights_needs_a_model_from_a_folder() -> None:
     path = Path(__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
     with pytest.raises(
-        ValueError, match=r"model\.gguf_file: got a.gguf, allowed: null, as language is built from sizes"
+        ValueError, match=r"model\.gguf_file: got a.gguf, allowed: null, because language is built from sizes"
     ):
         schema.load(path, ["model.gguf_file=a.gguf"])
 
@@ -235,13 +235,13 @@ def test_a_model_assembled_of_other_parts_is_not_used(
     """A run that failed before its first step may continue with other parts."""
     first = resolve_job(load(*NO_SETS), tmp_path)
     Claim.from_folder(tmp_path, first).enforce()
-    list_steps(first, tmp_path)["assemble"]()
+    list_phases(first, tmp_path)["assemble"]()
     other = load(*NO_SETS, f"model.tower={tmp_path}/gone")
     with pytest.raises(ValueError, match=f"^model.tower: got {tmp_path}/gone, allowed: folder or hub id"):
-        list_steps(other, tmp_path)
-    assert list_steps(first, tmp_path)
+        list_phases(other, tmp_path)
+    assert list_phases(first, tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 1}\n')
-    assert list_steps(other, tmp_path), (
+    assert list_phases(other, tmp_path), (
         "after the first step the model is kept; the changed job is refused unless --allow-changes is given"
     )
 
@@ -261,7 +261,7 @@ def checkpoint(load: Callable[..., Job], tmp_path: Path) -> Callable[..., str]:
 
     def checkpoint(template: str | None, image_aspect_ratio: str | None) -> str:
         folder = tmp_path / "made"
-        list_steps(load(), folder)["assemble"]()
+        list_phases(load(), folder)["assemble"]()
         config = folder / "assembled" / "config.json"
         saved_format = {"conversation_template": template, "image_aspect_ratio": image_aspect_ratio}
         config.write_text(json.dumps(json.loads(config.read_text()) | saved_format))
@@ -344,12 +344,12 @@ def test_a_stage_trains_on_the_chat_template_of_the_language_model(
     with pytest.raises(
         ValueError, match=r"^train.instruct.template: got chat for a tokenizer without a chat template, al"
     ):
-        list_steps(load(chat), tmp_path / "none")
+        list_phases(load(chat), tmp_path / "none")
     language = tmp_path / "language"
     shutil.copytree(parts["language"], language)
     (language / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     job = load(chat, f"model.language={language}")
-    list_steps(job, tmp_path)["assemble"]()
+    list_phases(job, tmp_path)["assemble"]()
     plain, instruct = plan_stages(job, tmp_path)
     assert plain.load_template() is TEMPLATES["plain"]
     template = instruct.load_template()

@@ -8,13 +8,13 @@ import pytest
 import ray
 
 from jobs import schema
-from jobs.claims import ASSEMBLED, PROGRESS, Claim
+from jobs.claims import Claim
 from jobs.run import _list_finished, run
 from jobs.schema import Job
 from pipelines.core import jsonl
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, PROVENANCE_FILE
-from pipelines.training.files import JOB_FILE
+from pipelines.training.files import ASSEMBLED_FOLDER, JOB_FILE, PROGRESS_FILE
 
 QUICKSTART = Path(__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
 """Stages: tower, pretrain, instruct."""
@@ -36,7 +36,9 @@ def begin(tmp_path: Path) -> Begin:
 
     def begin(finished: tuple[str, ...] = (), begun: tuple[str, ...] = ()) -> Path:
         Claim.from_folder(tmp_path, load()).enforce()
-        (tmp_path / PROGRESS).write_text("".join(json.dumps({"step": name, "wall_s": 1}) + "\n" for name in finished))
+        (tmp_path / PROGRESS_FILE).write_text(
+            "".join(json.dumps({"step": name, "wall_s": 1}) + "\n" for name in finished)
+        )
         stages = [name for name in (*finished, *begun) if name in ("tower", "pretrain", "instruct")]
         (tmp_path / "metrics.jsonl").write_text("".join(f'{{"stage": "{name}", "step": 1}}\n' for name in stages))
         (tmp_path / ANSWERS_FOLDER).mkdir()
@@ -44,14 +46,14 @@ def begin(tmp_path: Path) -> Begin:
         if "evaluate" in (*finished, *begun):
             (tmp_path / ANSWERS_FOLDER / ".easy_vqa.jsonl").write_text('{"id": "1"}\n')
         if "assemble" in finished:
-            (tmp_path / ASSEMBLED).mkdir()
+            (tmp_path / ASSEMBLED_FOLDER).mkdir()
         return tmp_path
 
     return begin
 
 
 def finished(folder: Path) -> list[str]:
-    return [entry["step"] for entry in jsonl.read(folder / PROGRESS)]
+    return [entry["step"] for entry in jsonl.read(folder / PROGRESS_FILE)]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_all_settings_may_change_before_the_first_step(begin: Begin, override: s
     Claim.from_folder(folder, load(override)).enforce()
     assert schema.load(folder / JOB_FILE) == load(override)
     assert tuple(finished(folder)) == kept
-    assert (folder / ASSEMBLED).exists() == ("assemble" in kept)
+    assert (folder / ASSEMBLED_FOLDER).exists() == ("assemble" in kept)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_other_settings_may_change_during_a_run(begin: Begin, done: tuple[str, .
     Claim.from_folder(folder, load(override)).enforce()
     assert schema.load(folder / JOB_FILE) == load(override)
     assert tuple(finished(folder)) == done
-    assert (folder / ASSEMBLED).exists()
+    assert (folder / ASSEMBLED_FOLDER).exists()
 
 
 def test_a_changed_report_is_written_again(begin: Begin) -> None:

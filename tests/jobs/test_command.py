@@ -1,6 +1,7 @@
 """The command line as a user meets it: its exit codes, its one line for a mistake, and how it ends when interrupted."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from jobs import command
+from jobs.command import VERB_GROUPS, _build_parser
 from pipelines.core import interrupts, storage
 from tests.jobs.command_line import run_command
 
@@ -82,6 +84,13 @@ def test_help_and_version_load_nothing_heavy() -> None:
 def test_help_shows_an_example() -> None:
     assert "redux run" in run_command("--help").out
     assert f"redux run {QUICKSTART}" in run_command("run", "--help").out
+
+
+def test_help_lists_each_verb_in_one_group() -> None:
+    listed = re.findall(r"^  ([a-z]+) ", run_command("--help").out, re.M)
+    assert sorted(listed) == sorted(verb for verbs in VERB_GROUPS.values() for verb in verbs)
+    [verbs] = [action for action in _build_parser()._actions if isinstance(action.choices, dict)]
+    assert sorted(listed) == sorted(verbs.choices or ())
 
 
 @pytest.mark.parametrize(
@@ -314,7 +323,7 @@ def test_a_deferred_interrupt_is_raised_after_its_block(work: Any) -> None:
 
 
 def test_an_ignored_signal_stays_ignored(work: Any) -> None:
-    """As under nohup."""
+    """Under nohup, SIGHUP is ignored from the start."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     work(lambda *arguments: signal.raise_signal(signal.SIGHUP))
     try:
@@ -404,7 +413,7 @@ def test_a_config_with_a_value_of_a_wrong_type_is_a_line(tmp_path: Path) -> None
 
     (tmp_path / "config.json").write_text('{"model_type": "llava", "text_config": 3}')
     with pytest.raises(ValueError, match=r"^checkpoint: got .*, allowed: a config.json .*'text_config' with value 3"):
-        model_parts.build_config(ModelSettings(checkpoint=str(tmp_path)))
+        model_parts.configure_model(ModelSettings(checkpoint=str(tmp_path)))
 
 
 def test_a_run_without_training_has_nothing_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

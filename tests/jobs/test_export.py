@@ -129,7 +129,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     from jobs import model_parts
 
-    model_parts.assemble(schema.load(run / JOB_FILE), run / "assembled")
+    model_parts.assemble_parts(schema.load(run / JOB_FILE), run / "assembled")
     for stage in ("captions", "instruct"):
         save_checkpoint(run, stage)
     steps = [
@@ -231,7 +231,7 @@ def test_the_base_of_the_first_stage_is_the_checkpoint_of_the_job(run: Path, tmp
     [
         (["--adapter", "--stage", "captions"],
          "--adapter: got stage captions, which trained no LoRA adapters, allowed: --stage instruct"),
-        (["--adapter", "--to", "vllm"], "--adapter: got it with --to vllm, allowed: with --to hf"),
+        (["--adapter", "--to", "vllm"], "--adapter: got --to vllm, allowed: --to hf"),
         (["--to", "vllm", "--stage", "captions"], "--to: got vllm for stage captions, which learns no conversations"),
         (["--stage", "other"], "stage: got other, allowed: captions, instruct"),
     ],

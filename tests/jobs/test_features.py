@@ -69,7 +69,7 @@ def read_losses(run: Path) -> list[float]:
 
 
 def test_a_run_with_features_is_the_run_with_images(job: Path, run: Callable[..., CommandResult]) -> None:
-    """Bit for bit, as micro-batches have one sample each."""
+    """Bit for bit, because micro-batches have one sample each."""
     runs, features = job.parent / "runs", job.parent / "talk-features"
     done = run()
     assert done.code == 0, done.err

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from jobs import schema
-from jobs.first_job import write_job
-from jobs.init import Dialog, ask_all
+from jobs.first_job import InitAnswers, write_job
+from jobs.init import DEFAULT_CHECKPOINT, Dialog, ask_all
 from pipelines.training.stage import Lora
 from redux.settings import CMAI, VMTC
 from tests.jobs.command_line import run_command
@@ -90,6 +90,18 @@ def test_own_records_questions_and_a_llava(files: Path, capsys: pytest.CaptureFi
         str(files / "images"),
         "exact",
     )
+
+
+def test_the_recipe_for_one_gpu_is_what_init_writes(tmp_path: Path) -> None:
+    """Except the length of samples and the micro-batch, which a GPU of 24 GB limits."""
+    answers = InitAnswers(
+        name="one-gpu", data="records.json", images="images", num_records=50_000, gpus=1, model=DEFAULT_CHECKPOINT
+    )
+    (tmp_path / "job.yaml").write_text(write_job(answers))
+    written = schema.load(
+        tmp_path / "job.yaml", ["train.instruct.max_length=2048", "train.instruct.micro_batch_size=1"]
+    )
+    assert schema.load(Path(__file__).parents[2] / "jobs/recipes/one-gpu.yaml") == written
 
 
 def test_data_in_a_bucket_keeps_its_url(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,7 +205,7 @@ def test_an_existing_file_and_a_missing_terminal_are_refused_in_one_line(
         piped = run_command("init", tmp_path / "new.yaml")
     assert piped.code == 2
     assert piped.err == (
-        "redux: init: got an input that is no terminal, allowed: a terminal, or --yes for all defaults\n"
+        "redux: init: got an input that is not a terminal, allowed: a terminal, or --yes for all defaults\n"
     )
     assert not (tmp_path / "new.yaml").exists()
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from jobs import look, schema
 from jobs.dry_run import find_tokenizer, open_stages
 from jobs.resolve import resolve_job
-from jobs.run import list_steps
+from jobs.run import list_phases
 from jobs.schema import Job
 from pipelines.data.options import ShardOptions
 from pipelines.data.preview import draw_samples
@@ -104,10 +104,10 @@ def test_a_set_that_is_not_made_yet_gives_the_samples_of_the_made_one(
             assert isinstance(work.reader.sources["talk"], UnmadeShards) == bool(data)
             assert work.steps == 3
             samples = list(draw_samples(work.reader, "talk", 20, 0, work.steps))
-            assert all(sample.row is not None for sample in samples)
+            assert all(sample.encoded is not None for sample in samples)
             rows.append(
                 [
-                    (sample.place, sample.stored and sample.stored.key, sample.row["input_ids"].tolist(),  # type: ignore[index]
+                    (sample.stream_position, sample.stored and sample.stored.key, sample.encoded["input_ids"].tolist(),  # type: ignore[index]
                      None if sample.image is None else sample.image.tobytes())
                     for sample in samples
                 ]
@@ -143,7 +143,7 @@ def test_the_tokenizer_is_that_of_the_assembled_model(
     job, run_folder = open_job(write_job(model), tmp_path)
     early = load_assembled_tokenizer(parts["language"])
     assert find_tokenizer(job, run_folder) is None
-    list_steps(job, run_folder)["assemble"]()
+    list_phases(job, run_folder)["assemble"]()
     made = find_tokenizer(job, run_folder)
     assert made is not None
     late = AutoTokenizer.from_pretrained(made)
@@ -162,7 +162,9 @@ def test_the_tokenizer_is_that_of_the_assembled_model(
     with torch.inference_mode():
         values = normalize_pixels(torch.from_numpy(sample.image.transpose(2, 0, 1)[None].copy()))
         _, assignment = whole.model.encode_images(values)
-    trace = ImageTrace(Image.fromarray(sample.image), assignment.slot[0].numpy(), assignment.merged[0].numpy())
+    trace = ImageTrace(
+        Image.fromarray(sample.image), assignment.token_of_patch[0].numpy(), assignment.merged[0].numpy()
+    )
     expected = np.asarray(trace.draw(look.SET_IMAGE_SIZE))
     for encoder in (before, after):
         [picture] = look.draw_pictures(encoder.model, [sample])
@@ -200,7 +202,7 @@ def test_a_run_is_shown_with_its_own_tokenizer(write_job: Callable[..., Path], t
     folder.mkdir(parents=True)
     job = resolve_job(schema.load(path), folder)
     (folder / JOB_FILE).write_text(schema.dump(job))
-    list_steps(job, folder)["shards"]()
+    list_phases(job, folder)["shards"]()
     assert find_tokenizer(job, folder) == folder / "tokenizer"
     texts = [run_command("look", *words, "--text").out.partition("\n\n")[2] for words in ([folder], [path])]
     texts += [run_command("look", path, "--runs-dir", tmp_path / "runs", "--text").out.partition("\n\n")[2]]

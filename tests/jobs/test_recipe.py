@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from jobs import schema
-from jobs.run import list_steps
+from jobs.run import list_phases
 from pipelines.data import shard_writer
 from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
@@ -149,7 +149,7 @@ def test_a_twin_is_assembled_with_the_settings_of_the_file(
     from redux.model import ReduxForConditionalGeneration
 
     job = schema.load(path, list_small_overrides(parts, sets))
-    list_steps(job, tmp_path)["assemble"]()
+    list_phases(job, tmp_path)["assemble"]()
     model = ReduxForConditionalGeneration.from_pretrained(tmp_path / "assembled", dtype="auto")
     assert model.dtype == torch.bfloat16
     assert model.config.image_seq_length == (8 if "redux" in path.stem else 16)
@@ -240,7 +240,7 @@ def test_the_model_of_a_twin_answers(twin: Path) -> None:
 def test_a_twin_with_adapters_gives_a_plain_model(
     parts: dict[str, str], sets: dict[str, str], ray_cluster: Any, tmp_path: Path
 ) -> None:
-    """As the header says, at a smaller rank: the language model has learned, and no adapter is left in it."""
+    """With the overrides of the header, at a smaller rank: the language model has learned, and no adapter is left."""
     path = FOLDER / "llava-1.5-7b-redux.yaml"
     overrides = [*list_small_overrides(parts, sets), *read_lora_overrides(path), "train.instruct.lora.rank=4"]
     folder = run_job(path, overrides, tmp_path)

@@ -97,7 +97,7 @@ def test_the_error_names_numbers_that_fit(machine, overrides: list[str], message
     job = schema.load(QUICKSTART, overrides)
     with pytest.raises(ValueError, match=message):
         run._check_resources(job, list_all_steps(job))
-    run._check_resources(job, ["shards", "report"])  # finished steps need nothing
+    run._check_resources(job, ["shards", "report"])  # finished phases need nothing
 
 
 def test_the_proposed_number_fits_every_stage(machine) -> None:

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from jobs import run as run_module
-from jobs.claims import PROGRESS
 from pipelines.evaluation import tasks
 from pipelines.training import ledger, metrics
+from pipelines.training.files import PROGRESS_FILE
 from tests.jobs.command_line import CommandResult, run_command
 from tests.worker_forks import WITH_FORKS
 
@@ -153,14 +153,14 @@ def test_a_run_ends_with_its_scores_and_the_path_of_its_report(finished: tuple[P
 
 def test_the_seconds_of_an_interrupted_step_count(tmp_path: Path) -> None:
     """The wall time is that of all launches of the command."""
-    progress = tmp_path / PROGRESS
+    progress = tmp_path / PROGRESS_FILE
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_module._run_steps({"tower": interrupt}, progress, 0)
-    run_module._run_steps({"tower": lambda: None}, progress, 0)
+        run_module._run_phases({"tower": interrupt}, progress, 0)
+    run_module._run_phases({"tower": lambda: None}, progress, 0)
     run_module._write_metrics(tmp_path)
     first, second = map(json.loads, progress.read_text().splitlines())
     assert (first["interrupted"], second["step"]) == ("tower", "tower")

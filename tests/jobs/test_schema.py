@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs import document, schema, search, study
-from jobs.run import list_steps
+from jobs.run import list_phases
 from pipelines.search.trials import Trials
 
 FOLDER = Path(__file__).parents[2] / "jobs" / "recipes"
@@ -19,6 +19,7 @@ SHIPPED = [path for path in FILES if path not in STUDIES + SEARCHES]
 NAMES = {
     "quickstart",
     "evaluate",
+    "one-gpu",
     *(f"llava-1.5-{size}{method}" for size in ("7b", "13b") for method in ("", "-redux")),
 }
 
@@ -90,7 +91,7 @@ def test_the_name_of_a_stage_cannot_leave_the_run_folder() -> None:
     [
         ("train.instruct.template=plain", "train.instruct.template: got plain, allowed: "),
         ("train.tower.micro_batch_size=1", "train.tower.micro_batch_size: got 1, allowed: at least 2"),
-        ("train.instruct.zero_stage=4", "train.instruct.zero_stage: got 4, allowed: 0 or 1 or 2 or 3"),
+        ("train.instruct.zero_stage=4", "train.instruct.zero_stage: got 4, allowed: 0, 1, 2 or 3"),
         ("seed=4294967296", "seed: got 4294967296, allowed: a whole number from 0 to 4294967295"),
         ("num_workers=3", "train.tower.global_batch_size: got 64, allowed: a multiple of 96"),
         ("model.vmtc.stages=99", "model.vmtc.stages: got 99, allowed: 1 to 4"),
@@ -137,7 +138,7 @@ def test_group_by_length_requires_one_set_and_a_full_shuffle(change: dict) -> No
     schema.load(FOLDER / "quickstart.yaml", overrides[:1])
 
 
-@pytest.mark.parametrize("name", schema.OTHER_STEPS)
+@pytest.mark.parametrize("name", schema.OTHER_PHASES)
 def test_a_stage_cannot_take_the_name_of_another_step(name: str, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text((FOLDER / "quickstart.yaml").read_text().replace("  pretrain:", f"  {name}:"))
@@ -153,11 +154,11 @@ def test_refused_names_of_stages_are_the_names_of_other_steps(parts: dict[str, s
         schema.load(FOLDER / "quickstart.yaml", ["evaluate=null"]),
         schema.load(FOLDER / "llava-1.5-7b.yaml", pretrained),
     ]
-    found = [tuple(name for name in list_steps(job, tmp_path) if name not in job.train) for job in jobs]
+    found = [tuple(name for name in list_phases(job, tmp_path) if name not in job.train) for job in jobs]
     assert found == [
         ("shards", "evaluate", "report"),
         ("shards", "questions", "evaluate", "report"),
         ("shards", "report"),
         ("assemble", "report"),
     ]
-    assert {name for names in found for name in names} == set(schema.OTHER_STEPS)
+    assert {name for names in found for name in names} == set(schema.OTHER_PHASES)

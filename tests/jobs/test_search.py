@@ -171,7 +171,10 @@ MAXIMUM = {"model.cmai.gamma_max": {"low": 0.0, "high": 0.9}}
             'got "lineer", allowed: values of a valid job',
         ),
         ({"space": {"model.cmai.schedule": {"choices": []}}}, r"schedule\.choices: got \[\], allowed: .* >= 1"),
-        ({"space": {"train.pretrain.warmup_ratio": {"low": 0.0, "high": 0.5}}}, "as all trials share train.pretrain"),
+        (
+            {"space": {"train.pretrain.warmup_ratio": {"low": 0.0, "high": 0.5}}},
+            "because all trials share train.pretrain",
+        ),
         ({"space": {}}, "space: got {}"),
         (
             {"references": {"paper": {"model.vmtc.ratoi": 0.5}}},
@@ -199,7 +202,7 @@ def test_a_mistake_is_one_line_before_a_run(
 
 def test_pruning_requires_a_trained_stage(tmp_path: Path) -> None:
     whole = write(tmp_path, shared=["pretrain", "instruct"], fidelity={}, prune={})
-    with pytest.raises(ValueError, match="prune: got a rule, allowed: null, as trials train nothing"):
+    with pytest.raises(ValueError, match="prune: got a rule, allowed: null, because trials train nothing"):
         search.run_search(search.load(whole), tmp_path / "runs")
 
 

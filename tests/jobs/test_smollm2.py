@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs import study
 from jobs.model_parts import locate_parts
-from jobs.run import list_steps, plan_stages, run, train_tokenizer
+from jobs.run import list_phases, plan_stages, run, train_tokenizer
 from jobs.schema import Job
 from jobs.study import Share, Study
 from pipelines.core import jsonl
@@ -202,7 +202,7 @@ TRAINED_ELSEWHERE = {"data": {"source": None}, "model": {"checkpoint": "x"}, "tr
         ),
         (
             {"applied": {"x": {"variant": "llava", "changes": {}}}, "shared": [], "job": TRAINED_ELSEWHERE},
-            "applied: got x, allowed: none, as job.train has no stages",
+            "applied: got x, allowed: none, because job.train has no stages",
         ),
         ({"variants": {"shared": {}}, "repeated": None, "applied": {}}, "variants: got shared, allowed: another name"),
     ],
@@ -284,7 +284,7 @@ def shared_job(language: Path, tmp_path: Path) -> Job:
 
 
 def test_the_parts_are_joined_after_the_stage_that_trains_the_tower(shared_job: Job, tmp_path: Path) -> None:
-    assert list(list_steps(shared_job, tmp_path)) == [
+    assert list(list_phases(shared_job, tmp_path)) == [
         "shards", "tower", "assemble", "pretrain", "instruct", "evaluate", "report",
     ]  # fmt: skip
     plans = plan_stages(shared_job, tmp_path)
@@ -304,7 +304,7 @@ def test_the_joined_model_has_the_trained_tower_and_the_language_model(
     module, _ = engine.build_module(tower)
     clip = engine.extract_model(module, tower)
     clip.save_pretrained(tower.result)
-    list_steps(shared_job, tmp_path)["assemble"]()
+    list_phases(shared_job, tmp_path)["assemble"]()
 
     pretrain = plan_stages(shared_job, tmp_path)["pretrain"]
     joined, parts = engine.build_module(pretrain)

@@ -76,7 +76,7 @@ def test_without_shared_stages_every_run_has_all_stages(tmp_path: Path) -> None:
         ({"shared": ["tower", "pretrain", "instruct"]}, "shared: got .*, allowed: the first of the stages .*, not all"),
         (
             {"shared": ["tower"]},
-            "shared: got tower, allowed: tower, pretrain, as the others start from the whole model",
+            "shared: got tower, allowed: tower, pretrain, because the others start from the whole model",
         ),
         ({"job": {"name": "x"}}, "job: got a name, allowed: none"),
         ({"job": {"train": 5}}, r"job\.train: got 5, allowed: a section of stages"),

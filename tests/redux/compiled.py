@@ -46,7 +46,7 @@ def check_tower(backend: str) -> None:
     (tokens, assignment), (expected, expected_assignment) = compiled(images), model.model.encode_images(images)
     assert tokens.shape == (2, 8, 32)
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(assignment.slot, expected_assignment.slot)
+    assert torch.equal(assignment.token_of_patch, expected_assignment.token_of_patch)
 
 
 def check_threads() -> None:

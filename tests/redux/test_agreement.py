@@ -115,7 +115,7 @@ def test_at_least_2000_responses_are_scored_the_same(original: "Original") -> No
 
 
 def test_long_prose_is_counted_the_same(original: "Original") -> None:
-    """What bounds of 100 to 500 words are for."""
+    """Words and sentences of texts that are as long as bounds of 100 to 500 words."""
     for id in ("length_constraints:number_words", "length_constraints:number_sentences"):
         chance, seen = random.Random(id), Counter()
         for _ in range(100):

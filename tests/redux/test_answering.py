@@ -113,7 +113,7 @@ def blip2() -> tuple[Any, Any]:
 
 
 def blip2_t5() -> tuple[Any, Any]:
-    """Of an encoder and a decoder: what is generated follows a start token, not the prompt."""
+    """A model with an encoder and a decoder: generated tokens follow a start token, not the prompt."""
     tokenizer = words()
     sizes = {
         "d_model": 32,

@@ -171,7 +171,7 @@ def test_other_templates_need_no_chat_template() -> None:
 
 
 def test_an_end_token_that_takes_the_line_break_along_is_learned_with_it() -> None:
-    """As Phi-3's, whose special tokens remove blanks on their right."""
+    """Special tokens of Phi-3 remove blanks on their right."""
     tokenizer = make_tokenizer(CHATML)
     tokenizer.add_tokens([AddedToken("<|im_end|>", special=True, normalized=False, rstrip=True)], special_tokens=True)
     assert len(tokenizer("<|im_end|>\n")["input_ids"]) == 1

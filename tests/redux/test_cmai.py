@@ -42,7 +42,7 @@ SCORES, FOCUS = get_args(get_type_hints(CMAI)["scores"]), get_args(get_type_hint
 
 
 def name(cmai: CMAI) -> str:
-    """What a setting changes of the defaults."""
+    """Name a setting by its values that differ from the defaults."""
     changed = (getattr(cmai, field.name) for field in fields(CMAI) if getattr(cmai, field.name) != field.default)
     return "-".join(map(str, changed)) or "default"
 
@@ -109,7 +109,7 @@ def inhibition(cmai: CMAI, image: Tensor = IMAGE, cache: FocusCache | None = Non
 
 
 def slow_keep(focus: dict[tuple[int, int], float], visible: Tensor, image: Tensor, ratio: float, kind: str) -> Tensor:
-    """Which pairs of one sequence stay: by text row, all but those whose focus is below the quantile of its row."""
+    """Compute the pairs of one sequence that stay: all but pairs whose focus is below the quantile of its row."""
     keep = torch.ones_like(visible)
     for row in range(len(image)):
         keys = sorted((k for j, k in focus if j == row and visible[row, k]), key=lambda k: focus[row, k])

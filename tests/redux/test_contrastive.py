@@ -1,4 +1,4 @@
-"""The contrastive objective is CLIP's, but equal captions are no negatives of each other."""
+"""The contrastive objective is CLIP's, but equal captions are not negatives of each other."""
 
 import copy
 import math

@@ -71,7 +71,7 @@ def test_each_image_is_as_many_tokens_as_asked_for(tokenizer: PreTrainedTokenize
 
 
 def test_the_text_is_that_of_llavas_vicuna_v1() -> None:
-    """As haotian-liu/LLaVA's conv_vicuna_v1.get_prompt() prints a conversation that waits for an answer."""
+    """Equal to haotian-liu/LLaVA's conv_vicuna_v1.get_prompt() of a conversation that waits for an answer."""
     turns = [
         {"from": "human", "value": "q"},
         {"from": "gpt", "value": "a"},
@@ -137,7 +137,7 @@ def test_a_token_across_the_seam_is_refused_and_named(tokenizer: PreTrainedToken
 
 @pytest.fixture(scope="module")
 def smol() -> PreTrainedTokenizerFast:
-    """Of SmolLM2's kind: bytes, no token before the text, and an end of another name than Vicuna's."""
+    """A tokenizer of SmolLM2's kind: bytes, no token before the text, and an end of another name than Vicuna's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -175,7 +175,7 @@ def test_where_the_end_has_vicunas_name_the_text_is_vicunas(tokenizer: PreTraine
 def test_a_long_conversation_is_cut_off_after_its_images_are_counted(
     tokenizer: PreTrainedTokenizerFast, length: int
 ) -> None:
-    """As LLaVA's prepare_inputs_labels_for_multimodal does with tokenizer_model_max_length."""
+    """Like LLaVA's prepare_inputs_labels_for_multimodal with tokenizer_model_max_length."""
     whole = encode_conversation(tokenizer, [*TALK, *TALK[2:] * 6], TEMPLATES["vicuna_bare"], 16)
     assert 50 < len(whole[0]) < 1000
     for cut, column in zip(

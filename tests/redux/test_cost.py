@@ -1,6 +1,6 @@
-"""What a configuration is said to cost is what the model does, to the last FLOP and byte.
+"""The computed cost of a configuration equals that of the model, to the last FLOP and byte.
 
-The models are as small as lets every term be seen: 64 patches against a width of 24, and no two sizes equal, so that no
+The models are small, but every term counts: 64 patches against a width of 24, and no two sizes equal, so that no
 two terms can be taken for each other.
 """
 
@@ -92,7 +92,7 @@ class Measured:
         return call
 
     def forward(self, cache: Any = None, **inputs: Any) -> tuple[Cost, Any]:
-        """What one forward pass spends and leaves in the cache; and that cache."""
+        """Count the FLOPs and cache bytes of one forward pass; also return the cache."""
         self.spent.clear()
         parts = [
             ("compression", redux.tower, name)
@@ -281,7 +281,7 @@ def llava(layers: int, hidden: int, heads: int, mlp: int, **modules: Any) -> Red
 )
 def test_llava_whole_by_published_numbers(layers: int, hidden: int, heads: int, mlp: int, parameters: int) -> None:
     spent = compute_cost(llava(layers, hidden, heads, mlp), text=64)
-    # each matrix takes two FLOPs a parameter and token; embeddings and norms are no matrices, the head sees one token
+    # each matrix takes two FLOPs a parameter and token; embeddings and norms are not matrices, the head sees one token
     matrices = parameters - 2 * 32000 * hidden - (2 * layers + 1) * hidden
     assert spent.language == 2 * 640 * matrices + layers * 4 * 640**2 * hidden + 2 * 32000 * hidden
     # 576 patches and a class token, 12 dim^2 parameters in a block, 23 blocks of 24

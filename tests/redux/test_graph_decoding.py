@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from redux import graph_decoding
 from redux.generation import generate_greedily
-from redux.graph_decoding import GreedySteps, Prompt, decode_prompt, find_obstacle, use_graph
+from redux.graph_decoding import GreedySteps, PrefilledPrompt, decode_prompt, find_obstacle, use_graph
 from redux.model import ReduxForConditionalGeneration
 from redux.settings import CMAI
 
@@ -59,7 +59,7 @@ def compare(model: Any, inputs: dict[str, Tensor], eos: list[int], new: int = NE
         **inputs, max_new_tokens=new, do_sample=False, eos_token_id=eos, pad_token_id=PAD
     )[:, inputs["input_ids"].shape[1] :]  # fmt: skip
     assert not find_obstacle(model, inputs)
-    tokens = decode_prompt(model, Prompt.read(model, inputs), eos, PAD, new)
+    tokens = decode_prompt(model, PrefilledPrompt.run(model, inputs), eos, PAD, new)
     # the steps look for the end now and then, so padding may follow
     assert torch.equal(tokens[:, : expected.shape[1]], expected)
     assert (tokens[:, expected.shape[1] :] == PAD).all()
@@ -108,8 +108,8 @@ def test_kept_steps_serve_further_prompts_at_the_same_addresses(tiny: Tiny, samp
     for seed, kind in enumerate(["one", "several", "one"]):
         inputs = build_batch(model, sample, kind, seed)
         expected = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER, pad_token_id=PAD)
-        prompt = Prompt.read(model, inputs)
-        assert steps.fits(None, 200, prompt.slots)
+        prompt = PrefilledPrompt.run(model, inputs)
+        assert steps.fits(None, 200, prompt.image_room)
         steps.load(prompt, model.config.text_config)
         for _ in range(2):  # as before a capture
             steps.step(model)
@@ -118,7 +118,7 @@ def test_kept_steps_serve_further_prompts_at_the_same_addresses(tiny: Tiny, samp
         assert torch.equal(tokens, expected[:, -NEW:])
         cache: Any = steps.cache
         tensors = [cache.layers[1].keys, cache.layers[1].cumulative_length, steps.visible]
-        if steps.slots:
+        if steps.image_room:
             tensors += [cache.length, cache.flags, *cache._rows.values()]
             tensors += [] if cache.columns is None else [cache.columns, cache.count]
         addresses.add(tuple(tensor.data_ptr() for tensor in tensors))
@@ -143,7 +143,7 @@ def test_rows_begin_where_text_follows_an_image(tiny: Tiny, sample: Sample, name
     model = tiny(**METHODS[name])
     inputs = build_batch(model, sample, "one")
     expected = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER, pad_token_id=PAD)
-    prompt = Prompt.read(model, inputs)
+    prompt = PrefilledPrompt.run(model, inputs)
     for start in (prompt.start, prompt.start - 3):
         steps = GreedySteps(None, 3, 128, 64, model.device, [NEVER], PAD, start)
         steps.load(prompt, model.config.text_config)
@@ -155,9 +155,9 @@ def test_rows_begin_where_text_follows_an_image(tiny: Tiny, sample: Sample, name
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "training alone"])
 def test_a_step_never_waits_for_the_device(tiny: Tiny, sample: Sample, name: str, kind: str) -> None:
     model = tiny(**METHODS[name])
-    prompt = Prompt.read(model, build_batch(model, sample, kind))
+    prompt = PrefilledPrompt.run(model, build_batch(model, sample, kind))
     assert graph_decoding.is_free_of_waits(prompt.cache)
-    steps = GreedySteps(None, 3, 128, prompt.slots, model.device, [NEVER], PAD)
+    steps = GreedySteps(None, 3, 128, prompt.image_room, model.device, [NEVER], PAD)
     steps.load(prompt, model.config.text_config)
     steps.step(model)
     with Operations() as operations:

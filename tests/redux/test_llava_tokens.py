@@ -69,7 +69,7 @@ def tokenize(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def llava_v1(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
-    """LLaVA's preprocess_v1; None where it masks all of a conversation, as its lengths disagree."""
+    """LLaVA's preprocess_v1; None where it masks all of a conversation, because its lengths disagree."""
     end = str(tokenizer.eos_token)
     prompt = VICUNA_SYSTEM
     for turn in turns:
@@ -99,7 +99,7 @@ def llava_plain(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> tuple[list[
 
 
 def spread(ids: list[int], labels: list[int], image: int) -> tuple[list[int], list[int]]:
-    """What LLaVA's model makes of it: an image is COUNT positions, which are never predicted."""
+    """Spread tokens as LLaVA's model does: an image is COUNT positions, which are never predicted."""
     pairs = [
         pair
         for one, label in zip(ids, labels, strict=True)
@@ -219,7 +219,7 @@ def test_the_image_stands_in_front_of_its_turn(text: str, moved: str) -> None:
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "vicuna_bare"])
 def test_a_chat_template_gives_the_same_tokens(llama: PreTrainedTokenizerBase, name: str) -> None:
-    """As programs write the text: all of it in one, tokenised as a whole."""
+    """Programs write the text in one piece, which is tokenized as a whole."""
     chat = write_chat_template(TEMPLATES[name], llama)
     for texts in (["What?"], [""], ["  red \n"], ["What?", "red", "a?"], ["", " a", "What?", "b"]):
         messages, turns = [], []

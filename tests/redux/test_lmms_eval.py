@@ -59,7 +59,7 @@ def place(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Where lmms-eval is started: a model, frozen prompts, and their images."""
+    """Working folder of lmms-eval: a model, frozen prompts, and their images."""
     folder = tmp_path_factory.mktemp("place")
     tiny().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

@@ -27,7 +27,7 @@ def logits(model: Any, **inputs: Any) -> Tensor:
 
 
 def chosen(field: str) -> tuple[Any, ...]:
-    """What a field of CMAI can be."""
+    """Values that a field of CMAI can have."""
     return get_args(get_type_hints(CMAI)[field])
 
 
@@ -157,7 +157,7 @@ def test_decoding_with_the_caches_equals_the_full_pass_token_by_token(
 
 @pytest.mark.parametrize("cmai", VARIANTS[1:], ids=str)
 def test_behind_padding_on_the_right_decoding_equals_the_full_pass(tiny: Tiny, sample: Sample, cmai: CMAI) -> None:
-    """As when the turns of a batch are fed one after the other, each padded on its right."""
+    """The turns of a batch are fed one after the other, each padded on its right."""
     model = tiny(cmai=cmai)
     batch = together([sample(model), sample(model, text=5, seed=1)], left=False)
     more = torch.tensor([[7, 8, 9], [10, 11, 12]])
@@ -280,7 +280,7 @@ def test_the_scores_of_beam_search_are_those_of_the_full_pass(tiny: Tiny, sample
 
 
 def test_sampling_draws_from_the_full_pass(tiny: Tiny, sample: Sample) -> None:
-    """Of the two likeliest tokens both come, at about their odds, and no other."""
+    """Both of the two likeliest tokens are drawn, at about their odds, and no other."""
     model = tiny()
     inputs = sample(model)
     end = model.config.text_config.eos_token_id
@@ -327,8 +327,8 @@ def test_image_seq_length_is_the_number_of_tokens_that_come_out(tiny: Tiny, vmtc
     model = tiny(vmtc=vmtc)
     tokens, assignment = model.model.encode_images(torch.randn(3, 3, 32, 32))
     assert tokens.shape == (3, model.config.image_seq_length, 32)
-    assert assignment.slot.shape == (3, 16)
-    assert int(assignment.slot.max()) == model.config.image_seq_length - 1
+    assert assignment.token_of_patch.shape == (3, 16)
+    assert int(assignment.token_of_patch.max()) == model.config.image_seq_length - 1
 
 
 def test_a_compressing_block_compresses_between_its_attention_and_its_mlp(tiny: Tiny) -> None:
@@ -355,7 +355,7 @@ def test_a_compressing_block_compresses_between_its_attention_and_its_mlp(tiny: 
         hidden = hidden + block.mlp(block.layer_norm2(hidden))
     tokens, assignment = model.model.encode_images(images)
     torch.testing.assert_close(tokens, hidden[:, 1:], rtol=1e-4, atol=1e-5)
-    assert torch.equal(assignment.slot, slot)
+    assert torch.equal(assignment.token_of_patch, slot)
     assert torch.equal(assignment.merged, cluster.gather(1, slot))
 
 
@@ -388,7 +388,7 @@ def test_without_class_token_the_patches_that_receive_most_are_kept(tiny: Tiny) 
     tokens, assignment = model.model.encode_images(images)
     assert tokens.shape == (3, 8, 32)
     for image in range(3):
-        kept = (assignment.slot[image] >= 0).nonzero()[:, 0]
+        kept = (assignment.token_of_patch[image] >= 0).nonzero()[:, 0]
         assert set(kept.tolist()) == set(weights[image].topk(8).indices.tolist())
 
 
@@ -477,7 +477,7 @@ def test_a_baseline_that_needs_a_class_token_says_so(tiny: Tiny) -> None:
 
 
 def test_proportional_attention_counts_a_merged_token_as_the_patches_it_holds(tiny: Tiny) -> None:
-    """Where all patches are equal nothing is lost by merging them, if a token counts as often as it holds patches."""
+    """Equal patches are merged without a loss, if a token counts as often as it holds patches."""
     config = tiny(vmtc=None, cmai=None).config.to_dict() | {"vision_feature_select_strategy": "full"}
     features = {}
     for name, vmtc in {
@@ -535,7 +535,7 @@ def test_images_are_encoded_alone_as_in_a_batch(tiny: Tiny) -> None:
     for number in range(3):
         alone, own = model.model.encode_images(images[number : number + 1])
         torch.testing.assert_close(alone[0], tokens[number], rtol=1e-5, atol=1e-5)
-        assert torch.equal(own.slot[0], assignment.slot[number])
+        assert torch.equal(own.token_of_patch[0], assignment.token_of_patch[number])
 
 
 @pytest.mark.parametrize("weights", ["normalized", "raw"])

@@ -151,7 +151,7 @@ def on_rank(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks found."""
+    """Results of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     return ranks.run_on_ranks(folder, 2, on_rank, folder)
 

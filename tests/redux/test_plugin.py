@@ -69,7 +69,7 @@ def test_off_again_the_model_is_what_it_was(new_model: Callable[[str], Any], fam
 
 
 def slow_keep(weights: list[list[float]], image: list[bool], visible: Tensor, ratio: float) -> Tensor:
-    """Which pairs of one sequence stay; equations 9 to 11 as loops, then the quantile of each row."""
+    """Compute the pairs of one sequence that stay; equations 9 to 11 as loops, then the quantile of each row."""
     keep, length = visible.clone(), len(image)
     for j in range(length):
         columns = [k for k in range(length) if image[k] and visible[j, k]]

@@ -69,7 +69,7 @@ def speaker(**other: Any) -> LlamaForCausalLM:
 
 
 def plain_tokenizer(unk: bool = True) -> PreTrainedTokenizerFast:
-    """As LLaMA's: no padding, no `<image>`."""
+    """A tokenizer like LLaMA's: no padding, no `<image>`."""
     special = ["<unk>", "<s>", "</s>"]
     words = {word: number for number, word in enumerate([*special, *TEXT.split()])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -110,7 +110,7 @@ def language(saved: Callable[..., Path]) -> Path:
 
 
 def logits(model: Any, tokens: int = 16) -> Tensor:
-    """What a model says of one image, on each call the same."""
+    """Compute a model's logits for one image, the same on each call."""
     image = [model.config.image_token_id] * tokens
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=model.dtype)
     with torch.no_grad():

@@ -60,7 +60,7 @@ def saved(tiny: Tiny, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Cal
 
 
 def conversation(turns: list[tuple[str, bool, str]]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """As messages of a chat, and as turns of a LLaVA record."""
+    """The same conversation as messages of a chat, and as turns of a LLaVA record."""
     messages, record = [], []
     for role, shows, text in turns:
         parts: list[dict[str, Any]] = [{"type": "image", "image": picture()}] if shows else []

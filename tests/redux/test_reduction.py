@@ -36,7 +36,7 @@ def mean(patches: list[tuple[float, Tensor]]) -> Tensor:
 
 
 def cells(side: int, out: int) -> list[tuple[float, float]]:
-    """Where each cell starts and ends along one side, in patches."""
+    """Compute the start and the end of each cell along one side, in patches."""
     return [(cell * side / out, (cell + 1) * side / out) for cell in range(out)]
 
 
@@ -112,7 +112,7 @@ def test_random_places_are_those_of_the_seed_in_order_of_place() -> None:
         assert slot.tolist() == [[taken.index(patch) if patch in taken else -1 for patch in range(16)]] * 3
         assert torch.equal(tokens, features[:, taken])
         assert not cluster.any()
-        torch.manual_seed(seed + 1)  # the state of the program is no part of it
+        torch.manual_seed(seed + 1)  # the state of the program is not part of it
         again, _, _ = reduce_tokens(features, settings("random", tokens=7, seed=seed))
         assert torch.equal(again, tokens)
         chosen[seed] = taken
@@ -329,7 +329,7 @@ def test_an_image_of_all_patches_stays_as_it_is() -> None:
         ({"ratio": -0.1}, "ratio: got -0.1, allowed: 0 <= ratio < 1"),
         ({"ratio": math.nan}, "ratio: got nan, allowed: a number or None"),
         ({"ratio": 0.5, "neighbours": 0}, "neighbours: got 0, allowed: at least 1"),
-        ({"ratio": 0.5, "method": "max"}, "method: got 'max', allowed: 'average' or 'stride' or "),
+        ({"ratio": 0.5, "method": "max"}, "method: got 'max', allowed: 'average', 'stride', "),
         ({"ratio": 0.5, "weights": "total"}, "weights: got 'total', allowed: 'raw' or 'normalized'"),
     ],
     ids=str,

@@ -114,7 +114,7 @@ def test_a_smaller_image_is_encoded_as_transformers_does(tiny: Tiny, siglip: boo
         whole = model.model.vision_tower(smaller, interpolate_pos_encoding=True, output_hidden_states=True)
     torch.testing.assert_close(features, whole.hidden_states[-2][:, 0 if siglip else 1 :])
     assert features.shape[1] == 9
-    assert assignment.slot[0].tolist() == [0, 1, 1, 2, 3, 4, 4, 5, 3, 4, 4, 5, 6, 7, 7, 8]
+    assert assignment.token_of_patch[0].tolist() == [0, 1, 1, 2, 3, 4, 4, 5, 3, 4, 4, 5, 6, 7, 7, 8]
     assert assignment.merged.all()
 
 
@@ -136,7 +136,7 @@ def test_attention_sinks_of_the_tower_are_no_primary_tokens(tiny: Tiny) -> None:
         model.model.vision_tower.encoder.layers[1].register_forward_hook(enlarge)
         with torch.no_grad():
             _, assignment = model.model.encode_images(pixels)
-        kept.append({patch for patch in range(16) if assignment.slot[0, patch] >= 0})
+        kept.append({patch for patch in range(16) if assignment.token_of_patch[0, patch] >= 0})
     assert len(kept[0]) == len(kept[1]) == 6
     assert not kept[1] & set(sinks)
 
@@ -161,7 +161,7 @@ def test_copies_compress_as_well(tiny: Tiny, sample: Sample, again: Callable[[An
 
 
 def test_a_tower_and_its_blocks_are_still_transformers_own(tiny: Tiny) -> None:
-    """What goes by class or by its name finds them: device maps, FSDP's plans, recorded hidden states."""
+    """Code that goes by class or by its name finds them: device maps, FSDP's plans, recorded hidden states."""
     model, images = tiny(), torch.randn(2, 3, 32, 32)
     tower: Any = model.model.vision_tower
     assert isinstance(tower, CLIPVisionModel)

@@ -37,7 +37,7 @@ def test_images_have_the_tokens_of_the_tower(tiny: Tiny, tokenizer: PreTrainedTo
         assert np.array_equal(np.asarray(trace.image).transpose(2, 0, 1), pixels)
         assert trace.draw(64).size == (64, 64)
     _, assignment = model.model.model.encode_images(model.build_inputs([chat])["pixel_values"])
-    assert np.array_equal([trace.slot for trace in traces], assignment.slot.numpy())
+    assert np.array_equal([trace.token_of_patch for trace in traces], assignment.token_of_patch.numpy())
 
 
 def test_without_inhibition_each_word_may_attend_to_all_tokens(tiny: Tiny, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -87,7 +87,7 @@ def test_tokens_of_a_word_are_spread_over_their_patches(tiny: Tiny, tokenizer: P
     model = build(tiny, tokenizer, cmai=CMAI(gamma_max=0.8))
     trace = trace_answer(model, model.encode(TWO_IMAGES), [tokenizer.convert_tokens_to_ids("yes")])
     for image, first in enumerate((0, 8)):
-        slot = trace.images[image].slot
+        slot = trace.images[image].token_of_patch
         assert trace.spread_over_patches(0, image).tolist() == [
             float(trace.allowed[0, first + token]) for token in slot
         ]

@@ -349,8 +349,8 @@ def test_assignment_follows_every_patch_through_all_stages() -> None:
                     where[image][patch] = int(slot[image, where[image][patch]])
                 if where[image][patch] >= 0:
                     merged[image][patch] |= bool(cluster[image, where[image][patch]])
-    assert (assignment.slot.tolist(), assignment.merged.tolist()) == (where, merged)
-    assert (assignment.slot == -1).any()
+    assert (assignment.token_of_patch.tolist(), assignment.merged.tolist()) == (where, merged)
+    assert (assignment.token_of_patch == -1).any()
     assert assignment.merged.any()
 
 
@@ -400,7 +400,7 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, wrong: dict[s
     [
         ({"ratio": 0.5, "tokens": 64}, "tokens: got 64 besides ratio, allowed: one of the two"),
         ({"tokens": 64, "kept": (9, 9, 9), "clusters": 0}, r"kept: got \(9, 9, 9\) besides tokens"),
-        ({"kept": (9, 9, 9)}, "clusters: got None, allowed: a number, or one for each stage, as kept is given"),
+        ({"kept": (9, 9, 9)}, "clusters: got None, allowed: a number, or one for each block, because kept is given"),
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ from transformers import MaxLengthCriteria, StoppingCriteriaList
 
 from jobs.bench.gpu_speed.models import build_config, build_inputs, build_model, list_methods, share_weights
 from jobs.bench.gpu_speed.timing import Bench, TimedVariant, build_variants
-from redux.graph_decoding import Prompt, decode_prompt, release_graphs
+from redux.graph_decoding import PrefilledPrompt, decode_prompt, release_graphs
 from redux.model import ReduxForConditionalGeneration
 
 
@@ -59,7 +59,7 @@ def build_graph_generation(
 
     def run() -> object:
         with torch.inference_mode():
-            return decode_prompt(model, Prompt.read(model, inputs), [], 0, tokens)
+            return decode_prompt(model, PrefilledPrompt.run(model, inputs), [], 0, tokens)
 
     return run
 

@@ -82,7 +82,7 @@ class Bench:
             group: key of the results.
             variants: the variants. One that fails is left out of the further rounds.
             warm_calls: calls of each variant before the first round, in which kernels are compiled and tuned.
-            settles: call each variant twice in a round and time the second call, as the first one follows another
+            settles: call each variant twice in a round and time the second call, because the first one follows another
                 variant.
             extra: further values for the results.
         """

@@ -73,7 +73,7 @@ def time_layer_of_length(bench: Bench, image: int, text: int) -> None:
     )
     methods = {"causal SDPA": None, "CMAI weights": CMAI(), "CMAI scores": CMAI(scores="scores")}
     decoders = {name: build_last_layer(bench, cmai) for name, cmai in methods.items()}
-    # equal weights, so that a sharper attention in one of them is no difference
+    # equal weights, so that a sharper attention in one of them makes no difference
     for decoder in decoders.values():
         decoder.layers[0].load_state_dict(decoders["causal SDPA"].layers[0].state_dict())
     visible = torch.ones(length, length, dtype=torch.bool, device=bench.device).tril().expand(batch, 1, -1, -1)

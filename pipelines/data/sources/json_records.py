@@ -208,7 +208,7 @@ def _iterate_lines(text: _TextReader, name: str, known_columns: frozenset[str]) 
 
 
 def _parse_lines(text: _TextReader) -> Iterator[tuple[str, Any, str]]:
-    """Yield position, value, and the error of a line that is no JSON. An object over several lines is one value."""
+    """Yield position, value, and the error of a line that is not JSON. An object over several lines is one value."""
     number = 0
     while (line := text.take_line()) is not None:
         number += 1

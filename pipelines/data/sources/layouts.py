@@ -142,7 +142,7 @@ def _find_file(url: str) -> Layout:
 
 def _choose_files(source: str, folder: str, names: list[str]) -> Layout:
     """Choose the files of a folder, which must be of one kind and of one split."""
-    # files of other kinds, such as a README, are no data
+    # files of other kinds, such as a README, are not data
     kinds = sorted({KIND_BY_SUFFIX[suffix] for name in names if (suffix := split_suffix(name)[1]) in KIND_BY_SUFFIX})
     if len(kinds) != 1:
         got = " and ".join(kinds) if kinds else f"files such as {names[0]}"

@@ -40,7 +40,7 @@ TEXT_COLUMNS = ("caption", "text", "txt")
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "image_path", "file_name")
 ID_COLUMNS = ("id", "key", "__key__")
 KNOWN_COLUMNS = frozenset([*TURN_COLUMNS, *(name for names in ROUND_COLUMNS for name in names), *TEXT_COLUMNS])
-"""Usual names of columns with text: a JSON object without any of them is no record."""
+"""Usual names of columns with text: a JSON object without any of them is not a record."""
 
 TURN_FIELDS = (("from", "value"), ("role", "content"))
 ROLE_NAMES = {
@@ -119,7 +119,7 @@ def convert_row(
         columns: names of columns that differ from the usual ones.
         prompt: question of a row that has a caption and no question.
         origin: file and position of the row.
-        may_be_record: the row is kept as it is if it has LLaVA's form. False for rows with values that are no JSON.
+        may_be_record: the row is kept as it is if it has LLaVA's form. False for rows with values that are not JSON.
     """
     if not isinstance(row, dict) or (may_be_record and not columns and _is_llava(row)):
         return SourceRecord(row, origin=origin)

@@ -90,7 +90,7 @@ def _read_json(sample: TarSample, data: BytesLike) -> tuple[dict[str, Any], str 
 
 
 def _find_unread_json(sample: TarSample, data: BytesLike) -> RecordRejection | None:
-    """Find a member `json` that is no JSON, since the caption or the turns may be in it."""
+    """Find a member `json` that is not JSON, since the caption or the turns may be in it."""
     member = next((member for member in sample.members if member.suffix == "json"), None)
     if member is None or tars.parse_member(data, member) is not None:
         return None
@@ -110,7 +110,7 @@ def _add_image(
     """Put the bytes of the image into the row."""
     listed = row.pop("name", None) if "media" in row else None
     media = row.pop("media", None)
-    # LLaVA-OneVision's JSON names its members, also those that are no images
+    # LLaVA-OneVision's JSON names its members, also those that are not images
     if isinstance(listed, list) and listed and media == "video":
         return {**row, "video": listed}, None
     if isinstance(listed, list) and listed:

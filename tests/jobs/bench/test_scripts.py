@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,13 @@ def test_a_script_explains_its_options(name: str, capsys: pytest.CaptureFixture[
             main(arguments)
         assert ended.value.code == code
         assert "usage: " in getattr(capsys.readouterr(), stream)
+
+
+def test_the_page_lists_every_script_with_its_record() -> None:
+    folder = ROOT / "jobs" / "bench"
+    rows = re.findall(r"^\| `(\w+)\.py` \| [^|]+ \| ?(?:`(\w+)\.jsonl`)? \|", (folder / "README.md").read_text(), re.M)
+    assert sorted(name for name, _ in rows) == SCRIPTS
+    assert all(record == (name if (folder / f"{name}.jsonl").exists() else "") for name, record in rows)
 
 
 def test_pixels_in_the_smallest_size(tmp_path: Path) -> None:

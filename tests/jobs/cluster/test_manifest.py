@@ -344,7 +344,7 @@ def test_secrets_are_references(render: Render) -> None:
         (["num_workers=[3, 8]", "--gpus-per-worker-pod", "2"], r"num_workers: got \[3, 8\], allowed: multiples of 2"),
         (["num_workers=auto"], r"num_workers: got auto, allowed: a number or a range, such as num_workers=8"),
         (["num_workers=[8, 4]"], r"num_workers: got \[8, 4\], allowed: the fewest first"),
-        (["num_workers=[2, 8]", "--queue", "q"], r"num_workers: got \[2, 8\], allowed: one number, as Kueue"),
+        (["num_workers=[2, 8]", "--queue", "q"], r"num_workers: got \[2, 8\], allowed: one number, because Kueue"),
         (["evaluate.num_actors=3"], "evaluate.num_actors: got 3, allowed: up to 2"),
         (
             ["checkpoints=/data/checkpoints"],

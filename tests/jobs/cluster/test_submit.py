@@ -531,7 +531,7 @@ def read_events(run: Path, kind: str) -> list[dict[str, Any]]:
 def test_a_killed_run_is_retried_from_its_checkpoint_and_a_stopped_one_saves_one(
     redux: Redux, head: Head, tmp_path: Path
 ) -> None:
-    """From a folder that is no checkout, so with the Redux that the cluster has."""
+    """From a folder that is not a checkout, so with the Redux that the cluster has."""
     turns = [{"from": "human", "value": "is it odd?"}, {"from": "gpt", "value": "yes"}]
     (tmp_path / "talk.json").write_text(json.dumps([{"id": id, "conversations": turns} for id in range(20)]))
     (tmp_path / "job.yaml").write_text(JOB)

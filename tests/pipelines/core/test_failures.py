@@ -261,5 +261,5 @@ def test_the_command_line_prints_a_full_disk_in_one_line(tmp_path: Path, capsys:
     assert code == EXIT_MISUSE
     assert lines == [
         f"redux: {tmp_path / 'quickstart' / 'job.yaml'}: File too large; raise the limit of file sizes (ulimit -f); "
-        "finished steps are safe: after a fix, the same command continues"
+        "finished phases are safe: after a fix, the same command continues"
     ]

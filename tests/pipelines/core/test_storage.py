@@ -73,7 +73,7 @@ def test_what_is_written_is_read_listed_and_removed(home: str) -> None:
         storage.remove(join(folder, "b.tar"))
     assert storage.list_files(folder) == ["a.json", "empty"]
     assert not storage.exists(join(folder, "b.tar"))
-    assert not storage.exists(folder), "a folder is no file"
+    assert not storage.exists(folder), "a folder is not a file"
     assert storage.count_retries() == {}
 
 

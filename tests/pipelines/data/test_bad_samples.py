@@ -202,7 +202,7 @@ def test_the_reason_names_tar_and_sample(damaged_set: Shards, tokenizer: Path, n
 def test_records_that_others_made_are_looked_at_when_they_are_read(
     pictures: Path, tokenizer: Path, tmp_path: Path, values: list[str] | None, reason: str
 ):
-    """If images and tags disagreed, images would be matched with texts of other samples."""
+    """Otherwise images would be matched with texts of other samples, where images and tags disagree."""
     file = tmp_path / "a.tar"
     with tarfile.open(file, "w") as tar:
         for number in range(8):

@@ -37,7 +37,7 @@ def test_the_selection_has_the_share_and_depends_on_nothing_else() -> None:
     # spread over the set, as a random sample is
     tenths = np.histogram(select_held_out(665_298, 0.01, "a"), 10, (0, 665_298))[0]
     assert tenths.min() > 0.8 * tenths.mean()
-    # later versions must hold out the same samples, as earlier models were not trained on them
+    # later versions must hold out the same samples, because earlier models were not trained on them
     assert select_held_out(1000, 0.005, "a").tolist() == [39, 180, 318, 448, 821]
 
 

@@ -39,7 +39,7 @@ GLOBAL_BATCH = 8
 
 @pytest.fixture(scope="session")
 def reader(stored: Shards, tokenizer: Path) -> Reader:
-    """A reader of micro-batches of 4. 22 samples are no multiple of the global batch, so epochs meet within one."""
+    """A reader of micro-batches of 4. 22 samples are not a multiple of the global batch, so epochs meet within one."""
     return Reader(
         sources={"all": stored},
         order=Order(samples=(len(stored),), global_batch_size=GLOBAL_BATCH, seed=3),

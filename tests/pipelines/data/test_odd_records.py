@@ -28,7 +28,7 @@ def listed(out: Path, total: int) -> dict[int, str]:
     """Read reasons by number, and check that each line is JSON in UTF-8 with a field and a value."""
     reasons = {}
     for line in (out / QUARANTINE_FILE).read_text("utf-8").splitlines():
-        entry = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        entry = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
         assert entry.keys() - {"repair"} == {"number", "id", "reason", "field", "value", "explanation"}
         assert entry["explanation"].startswith(RECORD_REASONS[entry["reason"]])
         assert len(line) < 2000

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pipelines.data.grouping import LengthGroups
-from pipelines.data.order import Order, count_source_samples
+from pipelines.data.order import Order, count_set_samples
 from pipelines.data.permutation import permute, permute_windows
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 16, 17, 31, 63, 64, 65, 100, 255, 256, 257, 1000, 4000)
@@ -183,7 +183,7 @@ def test_each_batch_and_the_whole_run_keep_the_ratio(weights: tuple[float, ...],
     exact = np.array(weights) / sum(weights) * global_batch_size
     total = np.zeros(len(weights), int)
     for number in range(200):
-        starts, counts = count_source_samples([Fraction(str(weight)) for weight in weights], global_batch_size, number)
+        starts, counts = count_set_samples([Fraction(str(weight)) for weight in weights], global_batch_size, number)
         assert sum(counts) == global_batch_size
         assert (np.abs(counts - exact) < 1).all(), number
         assert np.array_equal(starts, total), number
@@ -199,18 +199,16 @@ def test_ratios_hold_for_mixtures_by_chance():
         global_batch_size = int(rng.integers(1, 70))
         exact = np.array(weights, float) / float(sum(weights)) * global_batch_size
         for number in map(int, rng.integers(0, 2 * sum(weights), 12)):
-            starts, counts = count_source_samples(weights, global_batch_size, number)
+            starts, counts = count_set_samples(weights, global_batch_size, number)
             assert (np.abs(counts - exact) < 1).all()
-            assert np.array_equal(
-                np.add(starts, counts), count_source_samples(weights, global_batch_size, number + 1)[0]
-            )
+            assert np.array_equal(np.add(starts, counts), count_set_samples(weights, global_batch_size, number + 1)[0])
             assert np.abs(starts - exact * number).max() < (1 if len(weights) < 4 else 1.2)
 
 
 @pytest.mark.parametrize("far", [10**9, 10**15])
 def test_ratios_hold_far_into_a_run(far: int):
     weights = (0.6180339887, 0.3, 0.0819660113)
-    starts, counts = count_source_samples([Fraction(str(weight)) for weight in weights], 256, far)
+    starts, counts = count_set_samples([Fraction(str(weight)) for weight in weights], 256, far)
     for start, count, weight in zip(starts, counts, weights, strict=True):
         assert abs(start - Fraction(str(weight)) * 256 * far) < 1
         assert abs(count - weight * 256) < 1
@@ -445,19 +443,19 @@ def test_a_batch_of_a_billion_samples_takes_little_memory_and_few_rows_of_the_in
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": (0,)}, r"samples: got \(0,\), allowed: at least one source"),
+        ({"samples": (0,)}, r"samples: got \(0,\), allowed: at least one set"),
         ({"samples": ()}, r"samples: got \(\), allowed"),
         ({"samples": (4, -1)}, r"samples: got \(4, -1\), allowed"),
         ({"global_batch_size": 0}, "global_batch_size: got 0, allowed: at least 1"),
         ({"seed": -1}, "seed: got -1, allowed: at least 0"),
-        ({"weights": (1,)}, r"weights: got \(1,\), allowed: .* 2 sources"),
+        ({"weights": (1,)}, r"weights: got \(1,\), allowed: .* 2 sets"),
         ({"weights": (1, 0)}, r"weights: got \(1, 0\), allowed"),
         ({"weights": (1, float("nan"))}, r"weights: got \(1, nan\), allowed"),
         ({"shuffle": "shard"}, "shuffle: got 'shard', allowed: global, window, none"),
         ({"window": 0}, "window: got 0, allowed: at least 1 shard"),
         ({"shuffle": "window"}, r"shards: got \(\) samples, allowed: \(4, 5\)"),
         ({"shards": (np.array([4]), np.array([4]))}, r"shards: got \(4, 4\) samples, allowed: \(4, 5\)"),
-        ({"groups": LengthGroups.from_columns(np.zeros(9), np.ones(9), 1)}, r"groups: got 9 samples, .* one source"),
+        ({"groups": LengthGroups.from_columns(np.zeros(9), np.ones(9), 1)}, r"groups: got 9 samples, .* one set"),
     ],
 )
 def test_what_makes_no_order_is_refused_by_name(changes: dict[str, Any], message: str):

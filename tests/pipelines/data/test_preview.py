@@ -42,20 +42,22 @@ def make_reader(stored: Shards, tokenizer: Path) -> Callable[[Shards], Reader]:
 def test_samples_are_those_of_the_micro_batches(make_reader: Callable[..., Reader]) -> None:
     reader = make_reader()
     samples = list(draw_samples(reader, "all", 100, seed=1, threads=2))
-    assert sorted(sample.place.sample for sample in samples) == list(range(22))
+    assert sorted(sample.stream_position.sample for sample in samples) == list(range(22))
     for sample in samples:
-        number, turn = divmod(sample.place.position, reader.micro_batch_size)
+        number, turn = divmod(sample.stream_position.position, reader.micro_batch_size)
         batch = reader(number)
-        assert batch["sample"][turn] == sample.place.sample
-        assert sample.place.batch == sample.place.position // GLOBAL_BATCH
+        assert batch["sample"][turn] == sample.stream_position.sample
+        assert sample.stream_position.batch == sample.stream_position.position // GLOBAL_BATCH
         assert sample.image is not None
-        assert sample.row is not None
+        assert sample.encoded is not None
         assert sample.problem == ""
         assert (batch["pixel_values"][turn] == sample.image).all()
         length = int(batch["attention_mask"][turn].sum())
         for name in ("input_ids", "labels"):
-            assert batch[name][turn, :length].tolist() == sample.row[name].tolist()
-    assert [sample.place for sample in draw_samples(reader, "all", 100, seed=1)] == [sample.place for sample in samples]
+            assert batch[name][turn, :length].tolist() == sample.encoded[name].tolist()
+    assert [sample.stream_position for sample in draw_samples(reader, "all", 100, seed=1)] == [
+        sample.stream_position for sample in samples
+    ]
 
 
 def test_unusable_samples_have_the_reason_of_training(
@@ -65,10 +67,10 @@ def test_unusable_samples_have_the_reason_of_training(
     damage(folder, 2)
     reader = make_reader(Shards(folder))
     reader = replace(reader, encode=make_conversation_encoder(TEMPLATES["vicuna_bare"], 90, 92))
-    samples = {sample.place.sample: sample for sample in draw_samples(reader, "all", 22, seed=0)}
+    samples = {sample.stream_position.sample: sample for sample in draw_samples(reader, "all", 22, seed=0)}
     assert samples[2].stored is None
     assert "checksum" in samples[2].problem
-    assert samples[1].row is None
+    assert samples[1].encoded is None
     assert "cut off after 92" in samples[1].problem
     assert samples[1].image is not None
 
@@ -79,11 +81,11 @@ def test_positions_are_those_of_the_order(weights: tuple[float, ...]) -> None:
     get_batch = functools.cache(order.get_batch)
     for source, samples in enumerate(order.samples):
         for count, batches in ((10, None), (1000, None), (1000, 3)):
-            places = draw_positions(order, source, count, seed=5, batches=batches)
+            positions = draw_positions(order, source, count, seed=5, batches=batches)
             if batches is None:
-                assert min(count, samples) - 1 <= len(places) <= count
-            assert len({place.sample for place in places}) == len(places)
-            for position, batch, sample in places:
+                assert min(count, samples) - 1 <= len(positions) <= count
+            assert len({found.sample for found in positions}) == len(positions)
+            for position, batch, sample in positions:
                 sources, numbers = get_batch(batch)
                 assert (sources[position % 16], numbers[position % 16]) == (source, sample)
                 assert batches is None or batch < batches
@@ -91,7 +93,7 @@ def test_positions_are_those_of_the_order(weights: tuple[float, ...]) -> None:
 
 def test_held_out_samples_are_not_drawn() -> None:
     order = Order(samples=(90,), global_batch_size=8, seed=0, held_out=(np.arange(0, 100, 10),))
-    drawn = {place.sample for place in draw_positions(order, 0, 90, seed=0)}
+    drawn = {found.sample for found in draw_positions(order, 0, 90, seed=0)}
     assert drawn == set(range(100)) - set(range(0, 100, 10))
 
 

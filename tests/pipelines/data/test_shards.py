@@ -142,7 +142,7 @@ def test_shards_made_on_ray_have_the_bytes_of_those_made_in_one_process(
 def test_an_image_is_an_image_whatever_its_file_is_called(
     in_process: Callable[[], AbstractContextManager[None]], records: list[dict], pictures: Path, tmp_path: Path
 ):
-    """A member .json would be the record, .pkl is never read, and .txt is no image."""
+    """A member .json would be the record, .pkl is never read, and .txt is not an image."""
     given = []
     for number, name in enumerate(["a.json", "b.pkl", "c.txt", "d.e.f", "g"]):
         (tmp_path / name).write_bytes((pictures / records[number]["image"]).read_bytes())

@@ -58,7 +58,7 @@ ASKED = len(load_questions("easy_vqa", LIMIT))
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with both modules on and random weights, large enough that answers differ."""
     folder = tmp_path_factory.mktemp("model")
-    words = train_word_tokenizer((question.prompt for question in easy_vqa.load_questions()), 160)
+    words = train_word_tokenizer((question.prompt for question in easy_vqa.load_test_questions()), 160)
     size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
     llava = build_model(
@@ -382,9 +382,11 @@ def test_a_traced_image_is_that_of_the_model_and_has_the_token_of_each_patch(eva
     assert len(traces) == len(images)
     for image, trace in zip(images, traces, strict=True):
         assert np.array_equal(np.asarray(trace.image).transpose(2, 0, 1), load_pixels(image, 16, "pad"))
-        assert trace.slot.shape == trace.merged.shape == (PATCHES,)
-        assert set(trace.slot) - {-1} == set(range(PATCHES // 2)), "half of the tokens reach the language model"
-        kept = trace.slot[~trace.merged & (trace.slot >= 0)]
+        assert trace.token_of_patch.shape == trace.merged.shape == (PATCHES,)
+        assert set(trace.token_of_patch) - {-1} == set(range(PATCHES // 2)), (
+            "half of the tokens reach the language model"
+        )
+        kept = trace.token_of_patch[~trace.merged & (trace.token_of_patch >= 0)]
         assert len(kept) == len(set(kept)) > 0, "a kept patch has a token of its own"
 
 
@@ -570,7 +572,7 @@ def test_prompts_with_instructions_are_own_questions_with_long_answers(tmp_path:
         (
             "mine",
             {"held_out": "a", "metric": "vqa"},
-            "metric: got vqa with held_out, allowed: exact, contains, anls, as a sample has one answer",
+            "metric: got vqa with held_out, allowed: exact, contains, anls, because a sample has one answer",
         ),
         ("mine", {"held_out": "a", "metric": "anls", "images": "b"}, "images: got b besides held_out, allowed: null"),
         (

@@ -50,7 +50,7 @@ def test_the_questions_are_those_of_the_records_and_the_images_are_as_stored(
 def test_samples_that_are_no_questions_are_left_out(
     in_process: InProcess, records: list[dict], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the ten held-out samples one has no words, one no image, one damaged bytes, and two the same image."""
+    """Ten samples are held out: one has no words, one no image, one damaged bytes, and two the same image."""
     held_out = select_held_out(20, 0.5, "odd").tolist()
     odd = [dict(record) for record in records[:20]]
     caption, text, damaged, first, second, *_ = held_out

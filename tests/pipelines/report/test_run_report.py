@@ -19,7 +19,7 @@ from pipelines.evaluation.tasks import TaskSettings
 from pipelines.report import run_report
 from pipelines.report.environment import ENVIRONMENT_FILE
 from pipelines.report.gallery import select_rows
-from pipelines.report.run_report import Report, ReportedModel, smooth_curve, write_report
+from pipelines.report.run_report import Report, ReportedModel, smooth_curve, write_run_report
 from pipelines.report.scores import JudgedRow, describe_scores, wilson_interval
 from redux.architecture import LanguageSizes, ModelSettings, TowerSizes
 from redux.configuration import build_config
@@ -151,7 +151,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def page(run: Path, model: ReportedModel | None = None, **options: Any) -> Page:
-    return Page(write_report(run, model=model, **options).path.read_text(encoding="utf-8"))
+    return Page(write_run_report(run, model=model, **options).path.read_text(encoding="utf-8"))
 
 
 def test_accuracy_by_type_equals_a_hand_count(run: Path):
@@ -336,7 +336,7 @@ def test_hostile_texts_leave_the_page_whole_and_small(run: Path):
     ]
     jsonl(run / "answers/mine.jsonl", rows)
     settings = {"mine": TaskSettings(file="mine.jsonl", metric="exact", images=str(run / "images"))}
-    written = write_report(run, tasks=settings, model=llava())
+    written = write_run_report(run, tasks=settings, model=llava())
     assert written.path.stat().st_size < 1_000_000
     read = Page(written.path.read_text(encoding="utf-8"))
     assert {"b", "script"}.isdisjoint(tag for tag, attrs in read.tags if not attrs) or read.words.count("→")
@@ -423,14 +423,14 @@ def test_the_page_stays_small_with_many_photos(run: Path):
         jsonl(run / f"answers/{task}.jsonl", rows)
     settings = {path.stem: TaskSettings(file="x.jsonl", metric="exact", images=str(run / "images"))
                 for path in (run / "answers").iterdir() if path.stem != "easy_vqa"}  # fmt: skip
-    written = write_report(run, tasks=settings, model=llava())
+    written = write_run_report(run, tasks=settings, model=llava())
     assert len(written.pictures) == 6 * 2 + 1, "two images of each own task, one of easy-VQA"
     assert written.path.stat().st_size < 4_000_000
 
 
 def test_filters_need_no_script(run: Path):
     jsonl(run / "answers/mine.jsonl", own_questions(run / "images", 8))
-    text = write_report(run).path.read_text(encoding="utf-8")
+    text = write_run_report(run).path.read_text(encoding="utf-8")
     read = Page(text)
     radios = {attrs["id"]: attrs["name"] for attrs in read.attributes("input")}
     assert {"task-1", "task-2", "only-wrong", "type-2-1", "type-2-2"} <= radios.keys()
@@ -450,7 +450,7 @@ def test_an_unfinished_run_shows_what_there_is(run: Path):
         "".join(json.dumps(row) + "\n" for row in answers()[:65]) + '{"id": "ha'
     )
     words = " ".join(page(run).words.split())
-    assert "not finished finished steps: shards, tower" in words
+    assert "not finished finished phases: shards, tower" in words
     assert "65 questions so far" in words
     assert f"redux run {run}/job.yaml" in words or "job.yaml --runs-dir" in words
 
@@ -515,7 +515,7 @@ def test_page_can_be_read_aloud(run: Path):
 
 def test_ids_are_unique_and_every_reference_within_the_page_is_met(run: Path):
     jsonl(run / "ledger.jsonl", events())
-    text = write_report(run, model=llava()).path.read_text(encoding="utf-8")
+    text = write_run_report(run, model=llava()).path.read_text(encoding="utf-8")
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="#|url\(#|aria-labelledby=")([^")]+)', text)) <= set(ids)
@@ -550,16 +550,16 @@ def test_odd_stages_are_drawn(run: Path, rows: list[dict[str, Any]]):
 
 def test_the_same_run_gives_the_same_bytes_and_leaves_no_other_file(run: Path):
     before = {file.name for file in run.iterdir()}
-    first = write_report(run, model=llava()).path.read_bytes()
-    assert write_report(run, model=llava()).path.read_bytes() == first
+    first = write_run_report(run, model=llava()).path.read_bytes()
+    assert write_run_report(run, model=llava()).path.read_bytes() == first
     assert {file.name for file in run.iterdir()} == before | {"report.html"}
 
 
 def test_a_report_that_fails_leaves_the_old_one(run: Path):
-    old = write_report(run).path.read_bytes()
+    old = write_run_report(run).path.read_bytes()
     (run / "metrics.jsonl").write_text("{half a line\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 1: got"):
-        write_report(run)
+        write_run_report(run)
     assert (run / "report.html").read_bytes() == old
 
 

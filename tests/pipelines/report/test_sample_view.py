@@ -64,7 +64,7 @@ def read_tokens(shown: SampleView) -> list[tuple[int | None, int | None, str, bo
     """List (position, id, kind, is_cut) of all tokens; those of an image are repeated."""
     return [
         (token.position if run.kind != "image" else (run.first or 0) + number, token.id, run.kind, run.is_cut)
-        for run in shown.runs
+        for run in shown.spans
         for number, token in enumerate(run.tokens * (run.length if run.kind == "image" else 1))
     ]
 
@@ -75,17 +75,20 @@ def test_tokens_labels_and_positions_are_those_of_a_worker(
 ) -> None:
     num_cut = 0
     for sample, shown in view(make_reader(max_length), max_length):
-        assert sample.row is not None
+        assert sample.encoded is not None
         tokens = read_tokens(shown)
         assert [position for position, *_ in tokens] == list(range(len(tokens)))
         kept = [(token, kind) for _, token, kind, is_cut in tokens if not is_cut]
-        assert [token for token, _ in kept] == sample.row["input_ids"].tolist()
-        learned = (sample.row["labels"] != IGNORE_INDEX).tolist()
+        assert [token for token, _ in kept] == sample.encoded["input_ids"].tolist()
+        learned = (sample.encoded["labels"] != IGNORE_INDEX).tolist()
         assert [kind == "learned" for _, kind in kept] == learned
         assert (shown.count("image"), shown.count("learned"), shown.num_tokens) == (5, sum(learned), len(kept))
         assert shown.count(is_cut=True) == len(tokens) - len(kept)
         num_cut += len(tokens) > len(kept)
-        assert shown.place == f"step {sample.place.batch + 1}, sample {sample.place.position % 8 + 1} of 8"
+        assert (
+            shown.position
+            == f"step {sample.stream_position.batch + 1}, sample {sample.stream_position.position % 8 + 1} of 8"
+        )
     assert bool(num_cut) == (max_length is not None)
 
 
@@ -93,11 +96,11 @@ def test_labels_are_those_that_the_reader_made(make_reader: Callable[..., Reader
     """A page that computed labels again would hide a fault of the encoder."""
     reader = make_reader()
     [sample] = draw_samples(reader, "all", 1, seed=0)
-    assert sample.row is not None
-    shifted = replace(sample, row={**sample.row, "labels": np.roll(sample.row["labels"], 1)})
+    assert sample.encoded is not None
+    shifted = replace(sample, encoded={**sample.encoded, "labels": np.roll(sample.encoded["labels"], 1)})
     shown = view_sample(shifted, reader, TEMPLATE, IMAGE_TOKENS, None, None)
     kinds = [kind for _, _, kind, _ in read_tokens(shown)]
-    assert [kind == "learned" for kind in kinds] == (shifted.row["labels"] != IGNORE_INDEX).tolist()  # type: ignore[index]
+    assert [kind == "learned" for kind in kinds] == (shifted.encoded["labels"] != IGNORE_INDEX).tolist()  # type: ignore[index]
 
 
 def test_an_unusable_sample_is_shown_with_its_reason(make_reader: Callable[..., Reader]) -> None:
@@ -108,10 +111,10 @@ def test_an_unusable_sample_is_shown_with_its_reason(make_reader: Callable[..., 
         assert sample.stored is not None
         assert json.loads(shown.record) == sample.stored.record
     broken = PreviewSample(
-        place=StreamPosition(0, 0, 7), problem="broken", stored=None, prepared=None, image=None, row=None
+        stream_position=StreamPosition(0, 0, 7), problem="broken", stored=None, prepared=None, image=None, encoded=None
     )
     shown = view_sample(broken, make_reader(), TEMPLATE, IMAGE_TOKENS, None, None)
-    assert (shown.title, shown.problem, shown.runs) == ("row 7", "broken", ())
+    assert (shown.title, shown.problem, shown.spans) == ("row 7", "broken", ())
 
 
 def test_notes_say_what_was_drawn(make_reader: Callable[..., Reader]) -> None:
@@ -119,7 +122,7 @@ def test_notes_say_what_was_drawn(make_reader: Callable[..., Reader]) -> None:
     for sample, shown in view(reader):
         assert sample.stored is not None
         assert sample.image is not None
-        plain = replace(reader, random_flip=False).prepare_sample(sample.stored, sample.place.position)[1]
+        plain = replace(reader, random_flip=False).prepare_sample(sample.stored, sample.stream_position.position)[1]
         is_mirrored = not np.array_equal(plain, sample.image)
         rounds = len(sample.stored.record["conversations"]) // 2
         assert ("mirrored" in shown.notes) == is_mirrored
@@ -130,10 +133,10 @@ def test_a_caption_is_shown_with_its_end_token(make_reader: Callable[..., Reader
     reader = make_reader(encode=encode_caption)
     for sample in draw_samples(reader, "all", 22, seed=0):
         shown = view_sample(sample, reader, None, IMAGE_TOKENS, None, None)
-        assert sample.row is not None
-        assert [token for _, token, _, _ in read_tokens(shown)] == sample.row["input_ids"].tolist()
-        assert [run.kind for run in shown.runs] == ["caption"]
-        assert shown.runs[0].tokens[-1].text == "</s>"
+        assert sample.encoded is not None
+        assert [token for _, token, _, _ in read_tokens(shown)] == sample.encoded["input_ids"].tolist()
+        assert [run.kind for run in shown.spans] == ["caption"]
+        assert shown.spans[0].tokens[-1].text == "</s>"
 
 
 def test_a_long_caption_shows_what_is_cut(make_reader: Callable[..., Reader]) -> None:
@@ -144,9 +147,9 @@ def test_a_long_caption_shows_what_is_cut(make_reader: Callable[..., Reader]) ->
     stored = StoredSample("k", sample.stored.image, {"conversations": turns})
     row = encode_caption(reader.get_tokenizer(), stored)
     shown = view_sample(
-        replace(sample, stored=stored, prepared=stored, row=row), reader, None, IMAGE_TOKENS, None, None
+        replace(sample, stored=stored, prepared=stored, encoded=row), reader, None, IMAGE_TOKENS, None, None
     )
-    kept, cut = shown.runs
+    kept, cut = shown.spans
     assert [token.id for token in kept.tokens] == row["input_ids"].tolist()
     assert (kept.length, cut.length, cut.is_cut) == (77, 45, True)
 
@@ -189,8 +192,8 @@ def test_a_set_without_a_tokenizer_shows_the_text(stored: Shards, records: list[
     for row, found in enumerate(read_stored(stored, range(22))):
         shown = view_stored(row, found, TEMPLATE, 16, "pad")
         text = "".join(piece for piece, _ in TEMPLATE.split_spans(records[row]["conversations"]))
-        assert "".join(run.tokens[0].text for run in shown.runs) == text
-        assert [run.kind for run in shown.runs][1:2] == ["image"]
+        assert "".join(run.tokens[0].text for run in shown.spans) == text
+        assert [run.kind for run in shown.spans][1:2] == ["image"]
         assert shown.image is not None
         assert shown.image.size == (16, 16)
     record = {"conversations": [{"from": "gpt", "value": "no"}]}
@@ -223,8 +226,8 @@ def test_the_page_needs_no_script_and_no_network(stages: list[StageView]) -> Non
 def test_a_sample_without_learned_tokens_says_so(make_reader: Callable[..., Reader]) -> None:
     reader = make_reader()
     [sample] = draw_samples(reader, "all", 1, seed=0)
-    assert sample.row is not None
-    masked = replace(sample, row={**sample.row, "labels": np.full_like(sample.row["labels"], IGNORE_INDEX)})
+    assert sample.encoded is not None
+    masked = replace(sample, encoded={**sample.encoded, "labels": np.full_like(sample.encoded["labels"], IGNORE_INDEX)})
     shown = view_sample(masked, reader, TEMPLATE, IMAGE_TOKENS, None, None)
     assert "0 learned" in shown.summary
     assert "0.0 % of them learned" in SetView(name="s", facts=(), samples=(shown,)).summary

@@ -22,7 +22,14 @@ from pipelines.report import columns as columns_module
 from pipelines.report.paper import TABLE_1, TABLE_3
 from pipelines.report.runs import find_families, read_finished_runs, read_run, select_changed_fields
 from pipelines.report.table_rows import TABLE_ROWS, matches, rescale_budget, write_command
-from pipelines.report.tables import ResultRow, ResultTable, build_tables, compare_prompts, name_model
+from pipelines.report.tables import (
+    ResultRow,
+    ResultTable,
+    build_tables,
+    compare_prompts,
+    drop_empty_columns,
+    name_model,
+)
 from pipelines.report.variants import group_variants
 from pipelines.training.files import MANIFEST
 from redux.benchmarks import Metric, Outcome, Row
@@ -592,7 +599,7 @@ def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) ->
     assert filled["later"] == set()
     assert filled["blip"] == {"InstructBLIP-7B, 64 tokens"}
     assert "LLaVA-1.5-{size}" in filled["plain"]
-    assert "| InstructBLIP | not trained here |" in write_tables([tmp_path], None, FIND_SCORER, 100)
+    assert "| InstructBLIP-7B | not trained here |" in write_tables([tmp_path], None, FIND_SCORER, 100)
 
 
 def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> None:
@@ -618,6 +625,25 @@ def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> N
             assert made.evaluate.template is None  # the model itself says how it was trained
         [again], _ = find_families([tmp_path], FIND_SCORER)
         assert sum(matches(model, row) for model in again.models) == 1
+
+
+def test_columns_without_a_number_are_left_out(tmp_path: Path) -> None:
+    """Runs without instructions have no columns of instruction following, in text and on the page."""
+    for name, preset in (("a", "llava"), ("b", "default")):
+        folder = write_run(tmp_path / "runs", name, **job_changes(PRESETS[preset]))
+        (folder / "answers/instructions.jsonl").unlink()
+    [family], _ = find_families([tmp_path / "runs"], FIND_SCORER)
+    [models] = [table for table in build_tables([family], 100) if table.key == "models"]
+    shown = drop_empty_columns(models)
+    assert {"IF", "right", "both"} <= {column.name for column in models.columns}
+    assert [column.name for column in shown.columns] == ["easy-VQA"]
+    # the cells stay below their columns
+    position = [column.name for column in models.columns].index("easy-VQA")
+    for before, after in zip(models.blocks[family.label], shown.blocks[family.label], strict=True):
+        assert after.cells == before.cells[position : position + 1]
+    text = write_tables([tmp_path / "runs"], tmp_path / "out", FIND_SCORER, 100)
+    assert "| | | easy-VQA |" in text
+    assert '<th scope="col">IF' not in (tmp_path / "out/tables.html").read_text()
 
 
 def test_models_that_were_asked_other_things_are_not_compared(tmp_path: Path) -> None:

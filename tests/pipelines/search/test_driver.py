@@ -53,7 +53,7 @@ def test_crashes_early_stops_and_results_have_their_states(ray_cluster: Any, tmp
     search_settings = settings(references={"paper": {"x": 1.0}}, prune=Prune(every=5, first=5, factor=2))
     trials = Trials(search_settings, "toy", tmp_path, lambda values: {})
     seen: list[int] = []
-    driver.run_search(trials, tmp_path, work, lambda reports: seen.append(len(reports.ended_attempts)))
+    driver.run_trials(trials, tmp_path, work, lambda reports: seen.append(len(reports.ended_attempts)))
     found = {trial.number: trial for trial in trials.study.trials}
     assert len(found) == 4 + 2, "two crashed and were tried again"
     assert seen[-1] == 4
@@ -89,7 +89,7 @@ def test_a_search_of_which_all_trials_fail_ends_with_the_reason(
     monkeypatch.setattr(trials_module, "MAX_CONSECUTIVE_FAILURES", 1)
     trials = Trials(settings(num_trials=2, max_concurrent_trials=1, retries=0), "toy", tmp_path, lambda values: {})
     with pytest.raises(ValueError, match=r"like all before it: data\.sets\.a: no such bucket"):
-        driver.run_search(trials, tmp_path, work, lambda reports: None)
+        driver.run_trials(trials, tmp_path, work, lambda reports: None)
     assert all(trial.state == TrialState.FAIL for trial in trials.study.trials)
 
 

@@ -18,7 +18,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pipelines.search import search_page, search_plots
-from pipelines.search.snapshot import Snapshot, format_value
+from pipelines.search.snapshot import Snapshot, format_parameter
 from tests.pipelines.report.test_run_report import ATTACK, Page
 
 UP, DOWN = "maximize", "minimize"
@@ -187,7 +187,7 @@ def test_a_trial_that_did_not_end_has_no_objective_in_the_table(tmp_path: Path):
 
 
 def test_the_summary_counts_what_became_of_the_trials():
-    sentences = search_page.write_summary(study([UP, DOWN], searched(), ["score.0", "flops"]))
+    sentences = search_page.summarize_search(study([UP, DOWN], searched(), ["score.0", "flops"]))
     assert sentences[0] == (
         "43 trials: 31 completed, 5 stopped early, 5 failed, 1 running and 1 waiting. "
         "Among them: 1 retry of a crashed trial and 1 reference."
@@ -201,7 +201,7 @@ def test_the_summary_counts_what_became_of_the_trials():
 def test_the_summary_names_the_best_and_what_beats_a_reference():
     trials = [trial([value]) for value in (0.5, 0.9, 0.7)]
     trials += [trial([0.6], reference="paper"), trial([0.95], reference="llava"), trial(state="FAIL", reference="spd")]
-    sentences = search_page.write_summary(study([UP], trials, ["accuracy"]))
+    sentences = search_page.summarize_search(study([UP], trials, ["accuracy"]))
     assert "Best: llava with accuracy 0.95." in sentences
     assert "Reference paper (accuracy 0.6): 3 trials are better: llava, trial 1 and trial 2." in sentences
     assert "Reference llava (accuracy 0.95): no trial is better." in sentences
@@ -211,7 +211,7 @@ def test_the_summary_names_the_best_and_what_beats_a_reference():
 def test_the_summary_counts_the_front_and_leaves_out_what_breaks_a_constraint():
     trials = [trial([0.9, 3.0]), trial([0.8, 2.0]), trial([0.7, 2.5]), trial([0.7, 3.0], reference="paper")]
     broken = trial([1.0, 1.0], constraints={"size <= 1": 2.0})
-    sentences = search_page.write_summary(study([UP, DOWN], [*trials, broken], ["accuracy", "flops"]))
+    sentences = search_page.summarize_search(study([UP, DOWN], [*trials, broken], ["accuracy", "flops"]))
     assert sentences[1].startswith("2 of 4 trials are on the front")
     assert sentences[1].endswith("1 completed trial is outside the constraints (size <= 1).")
     assert "Reference paper (accuracy 0.7, flops 3): 3 trials dominate it: trial 0, trial 1 and trial 2." in sentences
@@ -343,4 +343,4 @@ def test_axes_are_spaced_as_parameters_are_drawn_and_up_is_better():
      (3e-5, "3e-05"), (-2.5e12, "-2.5 T"), (True, "true"), (None, "null"), ("linear", "linear"), (math.inf, "inf")],
 )  # fmt: skip
 def test_numbers_are_written_with_four_digits_at_most(value: Any, text: str):
-    assert format_value(value) == text
+    assert format_parameter(value) == text

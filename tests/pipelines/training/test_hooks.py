@@ -97,7 +97,7 @@ def full_disk() -> Iterator[None]:
 
 def test_checkpoints_are_saved_at_their_steps_at_the_last_step_and_on_request(hook: CheckpointHook) -> None:
     finish_steps(hook, 1, 2)
-    finish_steps(hook, 3, save=True)
+    finish_steps(hook, 3, should_save=True)
     finish_steps(hook, 4, 5, 6)
     assert list_cursors(hook) == [2, 3, 4, 6]
     losses = {saved.manifest.cursor: saved.manifest.loss for saved in checkpoint.list_newest_first(hook.plan.folder)}
@@ -106,7 +106,7 @@ def test_checkpoints_are_saved_at_their_steps_at_the_last_step_and_on_request(ho
 
 def test_a_stop_saves_a_complete_checkpoint(hook: CheckpointHook) -> None:
     finish_steps(hook, 1, 2)
-    finish_steps(hook, 3, stopping=True)
+    finish_steps(hook, 3, should_stop=True)
     assert list_cursors(hook) == [2, 3]
 
 

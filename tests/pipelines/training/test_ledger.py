@@ -90,7 +90,7 @@ def test_a_lost_driver_costs_the_time_since_its_last_event():
 def test_after_an_orderly_stop_time_does_not_count_until_the_next_launch():
     late = [step(1026, 4, 0, 1), evaluate(1050, 20)]
     repeated = [launch(9000), start(9004, cursor=3), step(9010, 4, 2, 4)]
-    expected = parts(*THREE_STEPS) | {"restart": 6, "restarts": 1, "productive": 13, "other": 1.5}
+    expected = parts(*THREE_STEPS) | {"restart": 6, "resumes": 1, "productive": 13, "other": 1.5}
     assert parts(*THREE_STEPS, stop(1025), *late, *repeated) == expected
     assert account(*THREE_STEPS, stop(1025), *late).total == 25
 
@@ -135,7 +135,7 @@ def test_a_step_cannot_claim_more_time_than_has_passed():
 
 
 def test_an_account_without_steps_has_no_goodput():
-    assert asdict(account()) == dict.fromkeys([*ACCOUNT_PARTS, "restarts", "lost_steps"], 0)
+    assert asdict(account()) == dict.fromkeys([*ACCOUNT_PARTS, "restarts", "resumes", "lost_steps"], 0)
     assert account().goodput == account(launch(5)).goodput == 0
 
 
@@ -160,7 +160,9 @@ def compute_slowly(events: list[Event]) -> Counter[str]:
 
         known = event["stage"] in {kept[j]["stage"] for j in launches}
         regroup = event["event"] == "start" and "start" in kinds[launches[-1] :]
-        spent["restarts"] += (event["event"] == "launch" and known) or regroup
+        resumed = event["event"] == "launch" and known and kinds[-1:] == ["stop"]
+        spent["resumes"] += resumed
+        spent["restarts"] += ((event["event"] == "launch" and known) or regroup) and not resumed
         dead = (event["event"] == "launch" and (known or since[-1:] != ["end"])) or regroup
         void = event["event"] == "step" and any(
             later["stage"] == event["stage"]
@@ -238,7 +240,12 @@ def test_the_account_equals_the_slow_reference_and_its_parts_add_up_exactly(make
         assert asdict(fast) == {name: expected[name] for name in asdict(fast)}, seed
         assert fast.total == sum(expected[part] for part in ACCOUNT_PARTS)
         totals += expected
-    assert set(totals) == {*ACCOUNT_PARTS, "restarts", "lost_steps"}  # every part must occur in the drawn events
+    assert set(totals) == {
+        *ACCOUNT_PARTS,
+        "restarts",
+        "resumes",
+        "lost_steps",
+    }  # every part must occur in the drawn events
 
 
 def test_the_total_is_the_time_between_first_and_last_event_without_the_stops():
@@ -295,6 +302,13 @@ def test_several_threads_may_append_at_once(tmp_path: Path):
         appended = list(pool.map(lambda number: append_event(tmp_path, "step", "a", step=number), range(400)))
     lines = [json.loads(line) for line in (tmp_path / LEDGER_FILE).read_text().splitlines() if line]
     assert sorted(lines, key=lambda line: line["step"]) == appended
+
+
+def test_the_gauge_of_restarts_counts_faults_alone():
+    """A resume after a stop is none, as in the report."""
+    resumed = [stop(1025), launch(9000), start(9004, cursor=3), step(9010, 4, 2, 4)]
+    assert compute_gauges(account(*THREE_STEPS, *resumed))["redux_restarts"] == 0
+    assert compute_gauges(account(*THREE_STEPS, *resumed, start(9100, cursor=3)))["redux_restarts"] == 1
 
 
 def test_gauges_have_the_goodput_and_every_part():

@@ -9,7 +9,8 @@ import pytest
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import metrics
-from pipelines.training.metrics import METRICS_FILE, MetricsWriter
+from pipelines.training.files import METRICS_FILE
+from pipelines.training.metrics import MetricsWriter
 
 
 def write(run: Path, stage: str, cursor: int, stop: int, shift: float = 0) -> None:

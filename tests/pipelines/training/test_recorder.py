@@ -16,8 +16,9 @@ import pytest
 from pipelines.core.failures import Failure, Kind
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
-from pipelines.training import ledger, metrics, trackers
-from pipelines.training.recorder import WAIT, Recorder, RecorderSettings, StageStatus
+from pipelines.training import ledger, trackers
+from pipelines.training.files import METRICS_FILE
+from pipelines.training.recorder import NoStage, Recorder, RecorderSettings, StageStatus
 
 ENTRY = {"set": "a", "index": 0, "scheduled": 1, "used": 2, "reason": "broken image"}
 LOST_FAILURE = Failure(Kind.LOST, "OSError: away")
@@ -73,7 +74,7 @@ def test_late_steps_of_lost_workers_are_ignored(
     write_steps(recorder, 4, loss=7.0)
     write_steps(recorder, 2, 3)
     recorder.close("end")
-    steps = [(entry["step"], entry["loss"]) for entry in read_lines(settings.run / metrics.METRICS_FILE)]
+    steps = [(entry["step"], entry["loss"]) for entry in read_lines(settings.run / METRICS_FILE)]
     assert steps == [(1, 1.0), (2, 1.0), (3, 1.0)]
 
 
@@ -82,11 +83,11 @@ def test_late_steps_of_lost_workers_are_ignored(
 
 def test_workers_that_start_early_wait_for_their_stage(settings: RecorderSettings) -> None:
     recorder = Recorder()
-    assert recorder.find_stage(-1) == WAIT
+    assert recorder.find_stage(None) is NoStage.NOT_YET
     recorder.record_fault({0: LOST_FAILURE})
     assert recorder.poll() == StageStatus(0, None, [], "")
     recorder.open_stage(settings, "work")
-    assert recorder.find_stage(-1) == 0
+    assert recorder.find_stage(None) == 0
     assert recorder.get_work() == "work"
     recorder.close("stop")
 
@@ -104,8 +105,8 @@ def test_consecutive_faults_without_progress_end_the_run(make_recorder: Callable
         "train.tower: 3 faults in a row without a step beyond 3, allowed: 2, recovery.restarts; the last: "
         "rank 0: OSError: away; the checkpoint after step 2 is safe; the same command continues from there"
     )
-    assert recorder.poll().failed == expected
-    assert recorder.find_stage(-1) is None
+    assert recorder.poll().failure_reason == expected
+    assert recorder.find_stage(None) is NoStage.NO_MORE
     assert recorder.begin(0, 2, 2, 1.0, [], "") is None
 
 
@@ -113,9 +114,9 @@ def test_faults_before_the_first_start_end_the_run(make_recorder: Callable[..., 
     """Workers that are killed while they build the model never begin."""
     recorder = make_recorder(restarts=1)
     recorder.record_fault({0: LOST_FAILURE})
-    assert not recorder.poll().failed
+    assert not recorder.poll().failure_reason
     recorder.record_fault({0: LOST_FAILURE})
-    assert "without a step beyond 0" in recorder.poll().failed
+    assert "without a step beyond 0" in recorder.poll().failure_reason
 
 
 def test_progress_resets_the_count_of_faults(make_recorder: Callable[..., Recorder]) -> None:
@@ -126,7 +127,7 @@ def test_progress_resets_the_count_of_faults(make_recorder: Callable[..., Record
             recorder.record_fault({0: LOST_FAILURE})
         assert recorder.begin(0, 2, step - 1, 1.0, [], "") is not None
         write_steps(recorder, step)
-    assert not recorder.poll().failed
+    assert not recorder.poll().failure_reason
 
 
 def test_a_permanent_failure_is_not_retried(make_recorder: Callable[..., Recorder]) -> None:
@@ -137,11 +138,11 @@ def test_a_permanent_failure_is_not_retried(make_recorder: Callable[..., Recorde
     recorder.record_checkpoint(1)
     recorder.record_fault({0: LOST_FAILURE, 1: Failure(Kind.PERMANENT, "/data: No space left on device")})
     status = recorder.poll()
-    assert status.failed == (
+    assert status.failure_reason == (
         "train.tower: rank 1: /data: No space left on device; "
         "the checkpoint after step 1 is safe; the same command continues from there"
     )
-    assert status.messages == [], "the reason is no message"
+    assert status.messages == [], "the reason is not a message"
 
 
 def test_the_same_error_at_the_same_step_is_tried_once_more(make_recorder: Callable[..., Recorder]) -> None:
@@ -149,7 +150,7 @@ def test_the_same_error_at_the_same_step_is_tried_once_more(make_recorder: Calla
         recorder.record_fault(
             {0: LOST_FAILURE, 1: Failure(Kind.RAISED, f"RuntimeError: {number}.5 GiB at 0x{number:x}")}
         )
-        return recorder.poll().failed
+        return recorder.poll().failure_reason
 
     recorder = make_recorder(restarts=9)
     recorder.begin(0, 2, 0, 1.0, [], "")
@@ -168,7 +169,7 @@ def test_other_errors_at_the_same_step_and_lost_workers_are_tried_again(make_rec
     recorder.begin(0, 2, 0, 1.0, [], "")
     for kind, text in [(Kind.RAISED, "a"), (Kind.RAISED, "b"), (Kind.LOST, "killed"), (Kind.LOST, "killed")]:
         recorder.record_fault({0: Failure(kind, text)})
-        assert recorder.find_stage(-1) is not None
+        assert recorder.find_stage(None) == 0
 
 
 def test_a_fault_is_reported_if_the_ledger_cannot_be_written(
@@ -182,7 +183,7 @@ def test_a_fault_is_reported_if_the_ledger_cannot_be_written(
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "append_event", raise_disk_full)
         recorder.record_fault({0: Failure(Kind.PERMANENT, "disk full")})
-    assert "disk full" in recorder.poll().failed
+    assert "disk full" in recorder.poll().failure_reason
 
 
 def test_starts_without_a_fault_are_not_counted(make_recorder: Callable[..., Recorder]) -> None:
@@ -199,7 +200,7 @@ def test_a_new_launch_does_not_reset_an_exceeded_limit(make_recorder: Callable[.
     recorder.close("stop")
     second = make_recorder()
     assert second.begin(0, 2, 1, 1.0, [], "") is None
-    assert "4 samples were replaced" in second.poll().failed
+    assert "4 samples were replaced" in second.poll().failure_reason
 
 
 def test_after_a_failure_or_a_stop_no_workers_restart(make_recorder: Callable[..., Recorder]) -> None:
@@ -216,7 +217,7 @@ def test_the_first_failure_is_reported(make_recorder: Callable[..., Recorder]) -
     recorder = make_recorder()
     recorder.fail("a typo")
     recorder.fail("a consequence of it")
-    assert recorder.poll().failed == "a typo"
+    assert recorder.poll().failure_reason == "a typo"
 
 
 # Status and messages
@@ -227,7 +228,7 @@ def test_each_message_is_delivered_once(make_recorder: Callable[..., Recorder]) 
     assert recorder.begin(0, 2, 0, 1.0, ["tower: skipped step-000004"], "") is not None
     recorder.add_message("one")
     status = recorder.poll()
-    assert (status.step, status.loss, status.messages, status.failed) == (
+    assert (status.step, status.loss, status.messages, status.failure_reason) == (
         0,
         None,
         ["tower: skipped step-000004", "one"],
@@ -252,7 +253,7 @@ def test_values_that_are_not_finite_are_null_in_the_record(
     recorder.begin(0, 2, 0, 1.0, [], "")
     write_steps(recorder, 1, loss=math.nan, grad_norm=math.inf, skipped=1)
     recorder.sync()
-    [line] = (tmp_path / metrics.METRICS_FILE).read_text().splitlines()
+    [line] = (tmp_path / METRICS_FILE).read_text().splitlines()
     entry = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert (entry["loss"], entry["grad_norm"], entry["skipped"]) == (None, None, 1)
     status = recorder.poll()
@@ -269,7 +270,7 @@ def test_repeated_steps_are_recorded_once_and_count_as_lost(
     recorder.begin(0, 2, 1, 1.0, [], "")
     write_steps(recorder, 2, 3, 4)
     recorder.sync()
-    for file in (metrics.METRICS_FILE, consumed.CONSUMED_FILE):
+    for file in (METRICS_FILE, consumed.CONSUMED_FILE):
         assert [entry["step"] for entry in read_lines(tmp_path / file)] == [1, 2, 3, 4]
     spent = ledger.read_ledger(tmp_path).account
     assert (spent.restarts, spent.lost_steps) == (1, 2)
@@ -319,7 +320,7 @@ def test_too_many_replaced_samples_stop_the_workers_with_the_reason(
         f"train.tower: 4 samples were replaced, allowed: 3 (data.max_bad_fraction); the last: broken image; "
         f"{tmp_path / consumed.CONSUMED_FILE} lists them"
     )
-    assert recorder.poll().failed == expected
+    assert recorder.poll().failure_reason == expected
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_workers_with_the_reason(
@@ -333,7 +334,7 @@ def test_too_many_steps_that_are_not_finite_stop_the_workers_with_the_reason(
         "train.tower.max_nonfinite_steps: loss or gradient of 2 steps was not finite, the last at step 3, allowed: 1; "
         f"{tmp_path / consumed.CONSUMED_FILE} lists them"
     )
-    assert recorder.poll().failed == expected
+    assert recorder.poll().failure_reason == expected
 
 
 def test_replacements_of_repeated_steps_count_once(make_recorder: Callable[..., Recorder]) -> None:

@@ -79,7 +79,8 @@ def train_all(plans: list[StagePlan]) -> list[tuple[list[list[float]], dict[str,
             deepspeed_engine = engine.build_engine(plan, ranks.count_workers())
         reader, steps = build_ordered_reader(plan), []
         for step in range(len(IMAGE_COUNTS)):
-            engine.set_learning_rate(deepspeed_engine, lambda step: 1.0, 1)  # type: ignore[arg-type]
+            # a schedule without warmup begins with the peak
+            engine.set_learning_rate(deepspeed_engine, engine.LearningRateSchedule(len(IMAGE_COUNTS), 0.0), 1)
             batch = reader(step * ranks.count_workers() + deepspeed_engine.global_rank)
             update = worker.forward_backward(deepspeed_engine, plan, [batch])
             loss = worker.all_reduce_stats({"loss": update.loss}, deepspeed_engine.device)["loss"]

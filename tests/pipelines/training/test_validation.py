@@ -13,7 +13,8 @@ from pipelines.data.consumed import CONSUMED_FILE, verify_coverage
 from pipelines.data.held_out import select_held_out
 from pipelines.data.shard_index import Shards
 from pipelines.training import driver
-from pipelines.training.metrics import METRICS_FILE, VALIDATION_LOSS, read_validation_loss
+from pipelines.training.files import METRICS_FILE
+from pipelines.training.metrics import VALIDATION_LOSS, read_validation_loss
 from pipelines.training.plan import StagePlan
 from pipelines.training.stage import Lora
 from redux.conversation import IGNORE_INDEX

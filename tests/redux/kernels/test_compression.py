@@ -87,5 +87,5 @@ def test_patches_are_followed_through_a_stage_as_by_plain_code() -> None:
     for choice in PLAIN_AND_FUSED:
         set_kernels(choice)
         results.append(previous.then(slot, cluster))
-    assert torch.equal(results[0].slot, results[1].slot)
+    assert torch.equal(results[0].token_of_patch, results[1].token_of_patch)
     assert torch.equal(results[0].merged, results[1].merged)
