@@ -1,5 +1,6 @@
 """Fixtures and settings of all tests: number of processes, markers, and one Ray for each process."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ import pytest
 # Test processes, ranks and workers share the CPUs. Threads of OpenMP that wait for each other must not take CPU time
 # from others. Set here, since torch reads it when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Imports of a million objects that stay: the collector would look at all of them again and again.
+gc.disable()
 
 if shutil.which("nvidia-smi") is None:
     # without a GPU, tests of kernels interpret them; set here, since transformers imports triton, which reads it
@@ -65,6 +69,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("integration"):
             ranks.setdefault(item.path, len(LONGEST_FILES))
     items.sort(key=lambda item: ranks.get(item.path, len(LONGEST_FILES) + 1))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, but not among the objects of imported modules and collected tests."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

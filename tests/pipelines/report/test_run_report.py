@@ -586,6 +586,7 @@ def test_smoothing_keeps_a_constant_and_skips_what_is_no_number(length: int):
         assert smooth_curve(values) == pytest.approx(np.full(length, 2.5))
 
 
+@pytest.mark.integration
 def test_importing_the_settings_loads_nothing_heavy():
     heavy = {"torch", "ray", "matplotlib", "numpy", "PIL", "jinja2"}
     code = f"import sys, pipelines.report.run_report; print({heavy} & set(sys.modules))"
