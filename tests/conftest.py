@@ -34,22 +34,27 @@ PROCESS_FIXTURES = {"ray_cluster", "server"}
 """Fixtures that start processes: Ray, and the S3 server of tests/pipelines/conftest.py."""
 
 LONGEST_FILES = (
-    "jobs/cluster/test_submit.py",
     "jobs/test_run.py",
     "jobs/cluster/test_cluster.py",
-    "pipelines/training/test_layouts.py",
+    "jobs/cluster/test_submit.py",
     "pipelines/training/test_faults.py",
-    "pipelines/training/test_divided.py",
+    "jobs/test_recipe.py",
     "jobs/test_serve.py",
     "pipelines/training/test_group.py",
-    "jobs/test_recipe.py",
-    "pipelines/training/test_trackers.py",
-    "pipelines/training/test_validation.py",
-    "pipelines/training/test_worker.py",
-    "pipelines/training/test_packed.py",
-    "redux/test_compiled.py",
-    "jobs/bench/test_gpu.py",
+    "pipelines/data/test_elastic.py",
+    "pipelines/training/test_layouts.py",
     "test_house.py",
+    "pipelines/training/test_trackers.py",
+    "jobs/test_features.py",
+    "pipelines/training/test_validation.py",
+    "pipelines/training/test_divided.py",
+    "pipelines/training/test_skew.py",
+    "pipelines/training/test_memory.py",
+    "pipelines/training/test_packed.py",
+    "pipelines/training/test_worker.py",
+    "redux/test_compiled.py",
+    "jobs/bench/test_scripts.py",
+    "jobs/bench/test_gpu.py",
 )
 """Files that take about half a minute or more, the longest first."""
 
