@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,9 @@ def test_inhibition_in_the_smallest_size(variant: str, capsys: pytest.CaptureFix
 
 
 @pytest.mark.integration
-def test_packing_in_the_smallest_size(tmp_path: Path) -> None:
+def test_packing_in_the_smallest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = partial(packing.measure_speed, micro_batch_size=2, batch_size=8)
+    monkeypatch.setattr(packing, "measure_speed", few)
     packing.main(["--batches", "10", "--steps", "1", "--out", str(tmp_path / "out.jsonl")])
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert all(layout["packed"] <= 0.03 < layout["unpacked"] for layout in record["padding"])
