@@ -1,5 +1,6 @@
 """Fixtures and settings of all tests: number of processes, markers, and one Ray for each process."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ import pytest
 # Test processes, ranks and workers share the CPUs. Threads of OpenMP that wait for each other must not take CPU time
 # from others. Set here, since torch reads it when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Imports of a million objects that stay: the collector would look at all of them again and again.
+gc.disable()
 
 if shutil.which("nvidia-smi") is None:
     # without a GPU, tests of kernels interpret them; set here, since transformers imports triton, which reads it
@@ -30,22 +34,27 @@ PROCESS_FIXTURES = {"ray_cluster", "server"}
 """Fixtures that start processes: Ray, and the S3 server of tests/pipelines/conftest.py."""
 
 LONGEST_FILES = (
-    "jobs/cluster/test_submit.py",
     "jobs/test_run.py",
     "jobs/cluster/test_cluster.py",
-    "pipelines/training/test_layouts.py",
+    "jobs/cluster/test_submit.py",
     "pipelines/training/test_faults.py",
-    "pipelines/training/test_divided.py",
+    "jobs/test_recipe.py",
     "jobs/test_serve.py",
     "pipelines/training/test_group.py",
-    "jobs/test_recipe.py",
-    "pipelines/training/test_trackers.py",
-    "pipelines/training/test_validation.py",
-    "pipelines/training/test_worker.py",
-    "pipelines/training/test_packed.py",
-    "redux/test_compiled.py",
-    "jobs/bench/test_gpu.py",
+    "pipelines/data/test_elastic.py",
+    "pipelines/training/test_layouts.py",
     "test_house.py",
+    "pipelines/training/test_trackers.py",
+    "jobs/test_features.py",
+    "pipelines/training/test_validation.py",
+    "pipelines/training/test_divided.py",
+    "pipelines/training/test_skew.py",
+    "pipelines/training/test_memory.py",
+    "pipelines/training/test_packed.py",
+    "pipelines/training/test_worker.py",
+    "redux/test_compiled.py",
+    "jobs/bench/test_scripts.py",
+    "jobs/bench/test_gpu.py",
 )
 """Files that take about half a minute or more, the longest first."""
 
@@ -65,6 +74,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("integration"):
             ranks.setdefault(item.path, len(LONGEST_FILES))
     items.sort(key=lambda item: ranks.get(item.path, len(LONGEST_FILES) + 1))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, but not among the objects of imported modules and collected tests."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

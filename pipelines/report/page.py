@@ -9,6 +9,7 @@ Importing this module is cheap: Jinja is imported by the function that needs it.
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import math
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.core import storage
 
 if TYPE_CHECKING:
+    import jinja2
     import PIL.Image
 
 JPEG_QUALITY = 75
@@ -29,6 +31,12 @@ UNITS = {"T": 1e12, "G": 1e9, "M": 1e6}
 
 def render(template: str, **values: Any) -> str:
     """Render a template of pipelines/templates."""
+    return _load_environment().get_template(template).render(**values)
+
+
+@functools.cache
+def _load_environment() -> jinja2.Environment:
+    """Load Jinja. The environment keeps compiled templates, which take longer to compile than to render."""
     import jinja2
 
     # StrictUndefined: a misspelled name in a template is an error, not an empty text
@@ -40,7 +48,7 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(percent=format_percent, number=format_number, duration=format_duration, cut=cut_text)
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def write(path: Path, text: str) -> Path:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,19 @@ NO_SETS = ("data.sets={}", "data.source=easy-vqa", *(f"train.{name}.data=caption
 """Overrides by which a job makes its sets itself, so that none has to exist."""
 
 
+def load_job(parts: dict[str, str], path: Path, overrides: Sequence[str] = ()) -> Job:
+    """Write the job of the parts to a file, and load it with overrides."""
+    model = {part: parts[part] for part in ("tower", "language")}
+    data = {"source": None, "sets": {"talk": "nowhere"}}
+    train = {name: STAGE | stage for name, stage in STAGES.items()}
+    path.write_text(json.dumps({"name": "parts", "num_workers": 2, "data": data, "model": model, "train": train}))
+    return schema.load(path, overrides)
+
+
 @pytest.fixture
 def load(parts: dict[str, str], tmp_path: Path) -> Callable[..., Job]:
     """The job of the parts, with overrides."""
-
-    def load(*overrides: str) -> Job:
-        path = tmp_path / "parts.yaml"
-        model = {part: parts[part] for part in ("tower", "language")}
-        data = {"source": None, "sets": {"talk": "nowhere"}}
-        train = {name: STAGE | stage for name, stage in STAGES.items()}
-        path.write_text(json.dumps({"name": "parts", "num_workers": 2, "data": data, "model": model, "train": train}))
-        return schema.load(path, overrides)
-
-    return load
+    return lambda *overrides: load_job(parts, tmp_path / "parts.yaml", overrides)
 
 
 @pytest.fixture
@@ -255,17 +255,24 @@ def test_folders_become_absolute_and_hub_ids_stay(
     assert (model.tower, model.language) == (str(Path(parts["tower"]).resolve()), "some/hub-id")
 
 
+@pytest.fixture(scope="module")
+def assembled(parts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a model that a job has assembled; no test writes there."""
+    folder = tmp_path_factory.mktemp("made")
+    list_phases(load_job(parts, folder / "parts.yaml"), folder)["assemble"]()
+    return folder / "assembled"
+
+
 @pytest.fixture
-def checkpoint(load: Callable[..., Job], tmp_path: Path) -> Callable[..., str]:
-    """Assemble a model that records this training format."""
+def checkpoint(assembled: Path, tmp_path: Path) -> Callable[..., str]:
+    """Copy a model that records this training format."""
 
     def checkpoint(template: str | None, image_aspect_ratio: str | None) -> str:
-        folder = tmp_path / "made"
-        list_phases(load(), folder)["assemble"]()
-        config = folder / "assembled" / "config.json"
+        folder = shutil.copytree(assembled, tmp_path / "made")
+        config = folder / "config.json"
         saved_format = {"conversation_template": template, "image_aspect_ratio": image_aspect_ratio}
         config.write_text(json.dumps(json.loads(config.read_text()) | saved_format))
-        return str(folder / "assembled")
+        return str(folder)
 
     return checkpoint
 

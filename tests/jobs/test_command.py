@@ -66,6 +66,7 @@ def work(
     return replace
 
 
+@pytest.mark.integration
 def test_help_and_version_load_nothing_heavy() -> None:
     program = (
         "import sys\nfrom jobs.command import main\n"
@@ -187,6 +188,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
 
 
+@pytest.mark.integration
 def test_mistakes_in_a_job_are_one_line_for_each_key_before_ray_starts(tmp_path: Path) -> None:
     job, ray = tmp_path / "job.yaml", tmp_path / "ray"
     job.write_text("nmae: a\n")
@@ -217,6 +219,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.integration
 def test_a_misspelt_key_is_found_without_torch_or_ray(tmp_path: Path) -> None:
     """In all kinds of files. Torch and Ray take seconds to import."""
     for kind, text in MISTAKES.items():
@@ -332,6 +335,7 @@ def test_an_ignored_signal_stays_ignored(work: Any) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 def test_an_output_without_a_reader_is_no_error(name: str) -> None:
     """A `tee` dies of the Ctrl-C that the run makes a checkpoint on."""
@@ -345,12 +349,14 @@ def test_an_output_without_a_reader_is_no_error(name: str) -> None:
     assert process.returncode == 7
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_an_output_that_the_shell_has_closed_is_no_error(closed: str) -> None:
     ended = subprocess.run(["sh", "-c", f"{sys.executable} -m jobs.command schema {closed}"], cwd=ROOT)
     assert ended.returncode == 0
 
 
+@pytest.mark.integration
 def test_a_character_that_the_output_cannot_show_is_no_error() -> None:
     code = "from jobs import command; command._survive_lost_outputs(); print('caf\\udce9 ü')"
     for encoding, shown in (("utf-8", "caf\\udce9 ü"), ("ascii", "caf\\udce9 \\xfc")):

@@ -243,9 +243,11 @@ def test_another_job_under_the_same_name_is_refused(finished: tuple[Path, str], 
 def test_a_run_that_is_killed_and_then_stopped_resumes_to_the_same_end(finished: tuple[Path, str], job: Path) -> None:
     """First SIGKILL of the driver; then SIGTERM to its group, as of `timeout`, which makes a checkpoint in its grace.
 
-    Each leaves no process. The last start is in this process. The evaluation is left out: the model is the same.
+    Each leaves no process. The last start is in this process. The evaluation is left out: the model is the same. So are
+    the shards, which are those of the other run.
     """
     run, words = job.parent / "cut" / "tiny", [*list_words(job, "cut"), "evaluate=null"]
+    copy_shards(finished[0], run)
     assert start_and_stop(words, after=10, by=signal.SIGKILL) == -signal.SIGKILL
     assert start_and_stop(words, after=30, by=signal.SIGTERM) == 130
     before = ledger.read_ledger(run).account
@@ -261,6 +263,15 @@ def test_a_run_that_is_killed_and_then_stopped_resumes_to_the_same_end(finished:
     assert (run / "consumed.jsonl").read_text() == (undisturbed / "consumed.jsonl").read_text()
     model = Path("checkpoints", "instruct", "model", "model.safetensors")
     assert (run / model).read_bytes() == (undisturbed / model).read_bytes()
+
+
+def copy_shards(source: Path, run: Path) -> None:
+    """Make a run folder that has finished the first step of another one."""
+    for name in ("shards", "tokenizer"):
+        shutil.copytree(source / name, run / name)
+    first, *_ = (source / PROGRESS).read_text().splitlines(keepends=True)
+    assert json.loads(first)["step"] == "shards"
+    (run / PROGRESS).write_text(first)
 
 
 def start_and_stop(words: list[str], after: int, by: signal.Signals) -> int:

@@ -4,6 +4,7 @@ A fork server imports torch, transformers and DeepSpeed once for each test proce
 in milliseconds instead of seconds of CPU.
 """
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -55,6 +56,8 @@ def run_on_ranks(folder: Path, workers: int, work: Callable[..., Any], *args: An
 def _run_rank(
     rank: int, workers: int, store: Path, result: Path, work: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    # DeepSpeed collects garbage for each engine. The objects of the fork server would be looked at, and so copied.
+    gc.freeze()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)

@@ -252,6 +252,7 @@ def test_the_fast_way_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
         load_pixels(file(noise(8, 8)), SIDE, backend="fast")
 
 
+@pytest.mark.integration
 def test_the_exact_way_does_without_torch():
     read = "import sys; from redux.image import load_pixels; load_pixels(sys.stdin.buffer.read(), 4)"
     code = f"{read}; sys.exit('torch' in sys.modules)"

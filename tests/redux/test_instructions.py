@@ -261,10 +261,9 @@ def test_the_language_depends_on_the_text_alone(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_language_is_the_same_in_every_thread() -> None:
     instructions._load_language_detectors.cache_clear()
-    many = WOBBLY * 20
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda text: told([text])[0], many))
-    assert found == told(many)
+        found = list(pool.map(lambda text: told([text])[0], WOBBLY * 20))
+    assert found == told(WOBBLY) * 20
 
 
 def test_langdetects_own_state_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,10 +48,10 @@ def test_conversations_are_split_and_joined(seed: int) -> None:
     assert torch.equal(found.split_flags(torch.ones(3, length, dtype=torch.bool)), found.padding.bool())
 
 
-def build_model(cmai: CMAI, head_dim: int = 16) -> ReduxForConditionalGeneration:
+def build_model(cmai: CMAI, head_dim: int = 16, layers: int = 3) -> ReduxForConditionalGeneration:
     sizes: dict[str, Any] = {"hidden_size": 2 * head_dim, "intermediate_size": 32, "num_attention_heads": 2}
     tower = CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=16, patch_size=4)
-    text = LlamaConfig(**sizes, num_hidden_layers=3, vocab_size=64, num_key_value_heads=1)
+    text = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=64, num_key_value_heads=1)
     torch.manual_seed(0)
     config = ReduxConfig(
         vision_config=tower.to_dict(),

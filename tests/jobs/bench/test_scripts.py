@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def test_the_page_lists_every_script_with_its_record() -> None:
     assert all(record == (name if (folder / f"{name}.jsonl").exists() else "") for name, record in rows)
 
 
+@pytest.mark.integration
 def test_pixels_in_the_smallest_size(tmp_path: Path) -> None:
     pytest.importorskip("simplejpeg")
     pixels.main(["--images", "1", "--size", "28", "--out", str(tmp_path / "out.jsonl")])
@@ -45,12 +47,14 @@ def test_pixels_in_the_smallest_size(tmp_path: Path) -> None:
     assert {"exact", "fast", "prepared"} == record["ms"]["pad"].keys()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("variant", order.ORDER_VARIANTS)
 def test_order_in_the_smallest_size(variant: str, capsys: pytest.CaptureFixture[str]) -> None:
     order.main(["--global-batch-size", "8", "--variant", variant])
     assert json.loads(capsys.readouterr().out).keys() == {"first_ms", "median_ms", "worst_ms", "peak_mib"}
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of the process from /proc")
 @pytest.mark.parametrize("variant", inhibition.INHIBITION_VARIANTS)
 def test_inhibition_in_the_smallest_size(variant: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +62,10 @@ def test_inhibition_in_the_smallest_size(variant: str, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out).keys() == {"peak_mib", "seconds", "device"}
 
 
-def test_packing_in_the_smallest_size(tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_packing_in_the_smallest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = partial(packing.measure_speed, micro_batch_size=2, batch_size=8)
+    monkeypatch.setattr(packing, "measure_speed", few)
     packing.main(["--batches", "10", "--steps", "1", "--out", str(tmp_path / "out.jsonl")])
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert all(layout["packed"] <= 0.03 < layout["unpacked"] for layout in record["padding"])
@@ -73,6 +80,7 @@ def test_padding_and_waiting_are_shares() -> None:
     assert packing.measure_micro_batches(uneven) == {"padding": round(4 / 72, 5), "waiting": round(1 - 72 / 128, 5)}
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of the process from /proc")
 def test_a_large_set_is_opened_with_few_requests(tmp_path: Path) -> None:
     pytest.importorskip("s3fs")
@@ -90,6 +98,7 @@ def test_ranges_of_a_tiled_file_are_those_of_its_bytes() -> None:
     assert [file.read(*part) for part in ranges] == [whole[slice(*part)] for part in ranges]
 
 
+@pytest.mark.integration
 def test_passes_of_text_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skew, "REPEATS", 1)
     skew.train_tokenizer(tmp_path)
@@ -100,6 +109,7 @@ def test_passes_of_text_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert {number for step in counts for number in step} == set(skew.IMAGE_COUNTS)
 
 
+@pytest.mark.integration
 def test_launches_of_one_path(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton")
     launches.main(["--paths", "tower block, inference", "--verbose"])
@@ -110,6 +120,7 @@ def test_launches_of_one_path(capsys: pytest.CaptureFixture[str]) -> None:
     assert kernels == "Counter()"
 
 
+@pytest.mark.integration
 def test_serve_in_the_smallest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def start_locally(model: Path, tokens: int | None) -> Iterator[str]:

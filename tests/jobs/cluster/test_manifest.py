@@ -250,6 +250,7 @@ def test_the_grace_of_a_pod_exceeds_that_of_ray(render: Render, grace_s: float) 
     assert spec["terminationGracePeriodSeconds"] >= math.ceil(grace_s) + 10
 
 
+@pytest.mark.integration
 def test_ray_reads_the_grace_from_the_variable_of_the_pod(render: Render) -> None:
     [variable] = list_pods(parse(render(*QUICKSTART, "recovery.grace_s=44.5")))["worker"]["spec"]["containers"][0][
         "env"

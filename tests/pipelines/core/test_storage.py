@@ -404,6 +404,7 @@ def test_a_local_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypa
     assert storage.count_retries() == {}
 
 
+@pytest.mark.integration
 def test_a_local_write_that_is_killed_leaves_what_was_there(tmp_path: Path) -> None:
     url = str(tmp_path / "x")
     storage.write(url, b"old")

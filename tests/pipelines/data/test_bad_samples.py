@@ -383,12 +383,14 @@ def make_mixture(tokenizer: Path, small_set: Shards, damaged_set: Shards, world:
     return replace(reader, order=replace(reader.order, global_batch_size=4 * world))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_rank_says_the_same_of_what_all_used(gathered: dict[int, list[list[dict[str, Any]]]], world: int):
     assert len(gathered[world]) == world
     assert all(one == gathered[world][0] for one in gathered[world])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("world", [2, 3])
 def test_what_all_ranks_used_is_the_global_batch_by_set_with_replaced_ones_in_their_places(
     gathered: dict[int, list[list[dict[str, Any]]]], small_set: Shards, damaged_set: Shards, tokenizer: Path, world: int

@@ -429,6 +429,7 @@ def of_a_billion() -> None:
     print(json.dumps({"peak": int(peak) / 1024, "rows": rows}))
 
 
+@pytest.mark.integration
 def test_a_batch_of_a_billion_samples_takes_little_memory_and_few_rows_of_the_index():
     ended = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True)
     told = json.loads(ended.stdout)

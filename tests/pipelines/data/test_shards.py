@@ -301,6 +301,7 @@ def test_a_replaced_index_is_read_by_shards_constructed_later(tmp_path: Path):
     assert before.fingerprint != after.fingerprint
 
 
+@pytest.mark.integration
 def test_an_index_that_was_replaced_before_a_task_opens_it_is_an_error(tmp_path: Path):
     write_index(str(tmp_path), table(10))
     travelled = pickle.dumps(Shards(tmp_path))
@@ -310,6 +311,7 @@ def test_an_index_that_was_replaced_before_a_task_opens_it_is_an_error(tmp_path:
     assert f"ValueError: {tmp_path}: {INDEX_FILE} has 11 samples now, it had 10" in ended.stderr
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's own memory there")
 def test_a_process_that_looks_up_few_samples_does_not_hold_the_index(tmp_path: Path):
     """Pages of a mapped file belong to the page cache, so the private memory of the process is measured."""

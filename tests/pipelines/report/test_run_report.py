@@ -1,5 +1,6 @@
 """Tests of the report: it agrees with the run folder, needs no other file, and never runs a script."""
 
+import functools
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -150,8 +152,18 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+plot_loss = run_report._plot_loss
+
+
+@functools.cache
+def plot_loss_once(stage: str, rows: str) -> run_report.LossPlot:
+    """Draw a loss curve, which many tests share. The rows are JSON."""
+    return plot_loss(stage, json.loads(rows))
+
+
 def page(run: Path, model: ReportedModel | None = None, **options: Any) -> Page:
-    return Page(write_run_report(run, model=model, **options).path.read_text(encoding="utf-8"))
+    with patch.object(run_report, "_plot_loss", lambda stage, rows: plot_loss_once(stage, json.dumps(rows))):
+        return Page(write_run_report(run, model=model, **options).path.read_text(encoding="utf-8"))
 
 
 def test_accuracy_by_type_equals_a_hand_count(run: Path):
@@ -586,6 +598,7 @@ def test_smoothing_keeps_a_constant_and_skips_what_is_no_number(length: int):
         assert smooth_curve(values) == pytest.approx(np.full(length, 2.5))
 
 
+@pytest.mark.integration
 def test_importing_the_settings_loads_nothing_heavy():
     heavy = {"torch", "ray", "matplotlib", "numpy", "PIL", "jinja2"}
     code = f"import sys, pipelines.report.run_report; print({heavy} & set(sys.modules))"

@@ -268,6 +268,7 @@ def restore_one_parameter(folder: str) -> tuple[int | None, list[str], bool]:
     )
 
 
+@pytest.mark.integration
 def test_a_checkpoint_that_one_rank_finds_damaged_is_skipped_by_all(folder: str, tmp_path: Path) -> None:
     for cursor in (10, 20, 30):
         url = storage.join(folder, checkpoint.format_name(cursor))

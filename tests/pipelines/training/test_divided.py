@@ -14,9 +14,10 @@ from pipelines.training.plan import StagePlan
 from redux import model
 from redux.architecture import ModelSettings
 from tests.pipelines import ranks
-from tests.pipelines.small import STEPS
 
 pytestmark = pytest.mark.integration
+
+SAVED_STEP, STEPS = 2, 4
 
 OFFLOADED = [
     (1, "fp32", ("offload_optimizer",)),
@@ -63,7 +64,9 @@ def test_a_model_divided_among_ranks_trains_like_a_whole_one(
     start: Path, new_plan: Callable[..., StagePlan], tmp_path: Path
 ) -> None:
     plans = [
-        new_plan({"start": str(start)}, zero_stage=3, precision=precision, activation_checkpointing=recomputes)
+        new_plan(
+            {"start": str(start)}, steps=STEPS, zero_stage=3, precision=precision, activation_checkpointing=recomputes
+        )
         for precision, recomputes in (("fp32", False), ("bf16", True))
     ]
     jobs = [(plan, is_divided) for plan in plans for is_divided in (True, False)]
@@ -86,21 +89,21 @@ def train_and_resume(jobs: list[tuple[StagePlan, str]]) -> list[Any]:
     for plan, folder in jobs:
         plain = replace(plan, stage=replace(plan.stage, offload_optimizer=False, offload_parameters=False))
         runs = []
-        for first, second in ((plain, plain), (plan, plan), (plan, plain)):
+        for first, continuations in ((plain, (plain,)), (plan, (plan, plain))):
             saved = replace(first, checkpoints=f"{folder}/{len(runs)}")
             deepspeed_engine = engine.build_engine(first, ranks.count_workers())
-            losses = [
-                step.values["loss"] for step in itertools.islice(ranks.run_steps(deepspeed_engine, first, 0, STEPS), 3)
-            ]
-            ranks.save_checkpoint(deepspeed_engine, saved, 3)
+            steps = itertools.islice(ranks.run_steps(deepspeed_engine, first, 0, STEPS), SAVED_STEP)
+            losses = [step.values["loss"] for step in steps]
+            ranks.save_checkpoint(deepspeed_engine, saved, SAVED_STEP)
             del deepspeed_engine
-            resumed = engine.build_engine(second, ranks.count_workers())
-            local = fragments.local_fragments(resumed)
-            manifest, _ = checkpoint.restore_newest(saved.folder, local, lambda url, manifest: None)
-            assert manifest
-            fragments.copy_masters_to_model(resumed, manifest.updates)
-            losses += [step.values["loss"] for step in ranks.run_steps(resumed, second, 3, STEPS)]
-            runs.append((losses, ranks.gather_state(resumed)))
+            for second in continuations:
+                resumed = engine.build_engine(second, ranks.count_workers())
+                local = fragments.local_fragments(resumed)
+                manifest, _ = checkpoint.restore_newest(saved.folder, local, lambda url, manifest: None)
+                assert manifest
+                fragments.copy_masters_to_model(resumed, manifest.updates)
+                later = [step.values["loss"] for step in ranks.run_steps(resumed, second, SAVED_STEP, STEPS)]
+                runs.append((losses + later, ranks.gather_state(resumed)))
         results.append(runs)
     return results
 
@@ -109,7 +112,7 @@ def test_checkpoints_of_offloaded_states_continue_with_and_without_offloading(
     new_plan: Callable[..., StagePlan], tmp_path: Path
 ) -> None:
     plans = [
-        new_plan(zero_stage=zero_stage, precision=precision, **dict.fromkeys(names, True))
+        new_plan(steps=STEPS, zero_stage=zero_stage, precision=precision, **dict.fromkeys(names, True))
         for zero_stage, precision, names in OFFLOADED
     ]
     jobs = [(plan, str(tmp_path / str(number))) for number, plan in enumerate(plans)]

@@ -184,6 +184,7 @@ def test_steps_do_not_wait_for_uploads(hook: CheckpointHook, monkeypatch: pytest
     assert list_cursors(hook) == [2]
 
 
+@pytest.mark.integration
 def test_the_watchdog_ends_a_process_that_hangs_and_leaves_its_stacks(tmp_path: Path) -> None:
     program = (
         "import sys, threading; from pathlib import Path; from pipelines.training.hooks import Watchdog\n"

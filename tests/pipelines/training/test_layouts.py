@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipelines.training.plan import StagePlan
 from tests.pipelines import ranks
@@ -128,7 +129,10 @@ def load_and_resume(jobs: list[tuple[StagePlan, list[str]]]) -> list[Resumed]:
             assert manifest
             assert (manifest.cursor, skipped) == (SAVED_STEP, [])
             fragments.copy_masters_to_model(deepspeed_engine, manifest.updates)
-            run.loaded.append(ranks.gather_state(deepspeed_engine))
+            loaded = ranks.gather_state(deepspeed_engine)
+            if dist.get_rank() == 0:
+                # The other ranks have gathered the same.
+                run.loaded.append(loaded)
             if not run.losses:
                 steps = ranks.run_steps(deepspeed_engine, plan, SAVED_STEP, STEPS)
                 run.losses.extend(step.values["loss"] for step in steps)

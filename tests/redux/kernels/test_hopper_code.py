@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 
 def overwrites_operands(stages: int, code: str) -> bool:
     """Tell if products may outlast the tiles that they read.
@@ -23,6 +25,7 @@ def overwrites_operands(stages: int, code: str) -> bool:
     return max(pending, default=0) > 0 and min(tiles, default=stages) < stages
 
 
+@pytest.mark.integration
 def test_no_load_overwrites_the_operands_of_a_running_product() -> None:
     command = [sys.executable, "-m", "tests.redux.kernels.hopper_code"]
     kernels = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
