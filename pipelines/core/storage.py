@@ -25,16 +25,17 @@ import os
 import posixpath
 import shutil
 import stat
+import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from http.client import IncompleteRead
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from uuid import uuid4
 
 import fsspec
@@ -183,6 +184,33 @@ def write(url: str, data: bytes) -> None:
     _run_with_retries(url, lambda files, path, seconds: _call(files, "pipe_file", path, data, seconds=seconds))
 
 
+@contextmanager
+def open_writer(url: str) -> Iterator[IO[bytes]]:
+    """Open a file to write it in pieces. It appears or is replaced at the end of the block, atomically as by `write`.
+
+    Memory does not grow with the file: the pieces go to a file beside a local one, and for a store to one in the
+    machine's temporary folder. An error in the block leaves the previous file.
+    """
+    try:
+        with ExitStack() as stack:
+            file: IO[bytes]
+            if is_local(url):
+                file = _run_with_retries(url, lambda _, path, __: stack.enter_context(_open_replacement(path)))
+            else:
+                file = stack.enter_context(tempfile.NamedTemporaryFile())
+            yield file
+            file.flush()
+            if not is_local(url):
+                _run_with_retries(
+                    url, lambda files, path, seconds: _call(files, "put_file", file.name, path, seconds=seconds)
+                )
+    except OSError as error:
+        # an error of a write names no file, such as that of a full disk; errors of the block's other work do
+        if error.errno and not error.filename:
+            raise to_user_error(url, error, is_local=True) from None
+        raise
+
+
 def exists(url: str) -> bool:
     """Tell if a file exists. False for a folder, because object stores have no folders."""
 
@@ -304,20 +332,8 @@ class _LocalFiles:
 
     @staticmethod
     def pipe_file(path: str, data: bytes) -> None:
-        folder, name = os.path.split(os.path.abspath(path))
-        os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, f".{name}.{uuid4().hex}{PARTIAL_SUFFIX}")
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # before the rename: a crash must not keep the name and lose the bytes
-            os.replace(temporary, path)
-            _sync_folder(folder)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.remove(temporary)
-            raise
+        with _open_replacement(path) as file:
+            file.write(data)
 
     @staticmethod
     def info(path: str) -> dict[str, Any]:
@@ -333,6 +349,25 @@ class _LocalFiles:
             ]
 
     rm_file = os.remove
+
+
+@contextmanager
+def _open_replacement(path: str) -> Iterator[IO[bytes]]:
+    """Open a file beside a local one, which it replaces at the end of the block."""
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{uuid4().hex}{PARTIAL_SUFFIX}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: a crash must not keep the name and lose the bytes
+        os.replace(temporary, path)
+        _sync_folder(folder)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
 
 
 def _sync_folder(folder: str) -> None:

@@ -20,7 +20,7 @@ from pipelines.data import shard_writer
 from pipelines.data.ingest import Reader, make_conversation_encoder
 from pipelines.data.options import SetSource, ShardOptions
 from pipelines.data.order import Order
-from pipelines.data.quarantine import QuarantineError, explain_rejections
+from pipelines.data.quarantine import QuarantineError, RejectionSummary
 from pipelines.data.records import find_rejection
 from pipelines.data.shard_index import QUARANTINE_FILE, Shards
 from pipelines.data.shard_writer import make_shards
@@ -235,7 +235,7 @@ def test_a_record_with_several_images_is_listed_and_never_read_as_one(form: str,
     assert (entry["number"], entry["field"]) == (0, field)
     assert entry["reason"] in ("unsupported image", "several images", "several columns")
     # file, record, value and the way out
-    reason, example, advice = explain_rejections([entry])
+    reason, example, advice = RejectionSummary([entry]).explain()
     assert "image" in reason
     assert example.strip().startswith(f"record 0 ({entry['origin']})")
     assert re.match(
@@ -426,7 +426,7 @@ def test_rows_that_would_be_misread_are_listed_with_their_detail(tmp_path: Path)
     summary = make_set({"source": str(tmp_path / "a.csv")}, tmp_path / "out", max_bad_fraction=1)
     assert (summary["records"], summary["samples"]) == (5, 1)
     listed = [json.loads(line) for line in (tmp_path / "out" / QUARANTINE_FILE).read_text().splitlines()]
-    lines = "\n".join(explain_rejections(listed))
+    lines = "\n".join(RejectionSummary(listed).explain())
     for part in (
         'line 2): got [" two"]: more cells than columns: put a text with a separator into quotation marks',
         "line 4): image: got p.jpg: a git-lfs pointer; git lfs pull fetches the file",
