@@ -76,6 +76,9 @@ MAX_GAP_BYTES = 128 * 2**10
 MAX_BLOCK_BYTES = 8 * 2**20
 """Maximum size of a merged read, so that large reads still run in parallel."""
 
+CHUNK_BYTES = 4 * 2**20
+"""Size of the chunks in which a file is read from start to end."""
+
 PARTIAL_SUFFIX = ".partial"
 """Suffix of a local file that is being written. `list_files` skips such files."""
 
@@ -113,6 +116,13 @@ def read(url: str) -> bytes:
         return data
 
     return _run_with_retries(url, attempt)
+
+
+def read_chunks(url: str) -> Iterator[bytes]:
+    """Yield a file in chunks of CHUNK_BYTES, so that memory does not grow with it."""
+    size = get_size(url)
+    for start in range(0, size, CHUNK_BYTES):
+        yield from read_ranges([(url, start, min(start + CHUNK_BYTES, size))])
 
 
 def map_file(url: str) -> bytes | mmap.mmap:
@@ -341,12 +351,13 @@ class _LocalFiles:
         return {"size": about.st_size, "type": "file" if stat.S_ISREG(about.st_mode) else "other"}
 
     @staticmethod
-    def ls(path: str, detail: bool = True) -> list[dict[str, str]]:
-        with os.scandir(path) as entries:
-            return [
-                {"name": entry.name, "type": "file" if entry.is_file() else "directory" if entry.is_dir() else "other"}
-                for entry in entries
-            ]
+    def ls(path: str, detail: bool = True) -> Iterator[dict[str, str]]:
+        entries = os.scandir(path)  # here, so that a missing folder is an error at once
+        # one entry at a time: a folder may have millions
+        return (
+            {"name": entry.name, "type": "file" if entry.is_file() else "directory" if entry.is_dir() else "other"}
+            for entry in entries
+        )
 
     rm_file = os.remove
 
