@@ -293,7 +293,8 @@ def _check_stages(job: Job, folder: Path, options: CheckOptions, problems: Probl
         found: list[SetInspection] = []
         sizes = {}
         for name, work in stages.items():
-            shape = build_shape(work.plan, None if work.plan.stage.objective == "contrastive" else config)
+            features = work.plan.open_features(dict(work.reader.sources))
+            shape = build_shape(work.plan, None if work.plan.stage.objective == "contrastive" else config, features)
             sizes[name] = shape
             tower_tokens = count_tower_tokens(shape)
             stage_sets = [
@@ -304,7 +305,9 @@ def _check_stages(job: Job, folder: Path, options: CheckOptions, problems: Probl
             for inspected in stage_sets:
                 for line in inspections.list_problems(inspected, work.plan):
                     problems.add(line)
-            _print_stage(work, shape, stage_sets, options, device, capacity, problems)
+            # samples are checked by their images; memory is that of what training reads
+            training = work._replace(reader=replace(work.reader, features=features))
+            _print_stage(training, shape, stage_sets, options, device, capacity, problems)
         for line in inspections.list_image_problems(found):
             problems.add(line)
         _check_evaluation(job, stages, sizes, options, problems)

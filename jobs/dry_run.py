@@ -60,13 +60,12 @@ def open_stages(job: Job, folder: Path) -> Iterator[dict[str, StageWork]]:
         for name, plan in plans.items():
             plan = replace(plan, tokenizer=tokenizers[plan.tokenizer])
             mixture = {source: sources[source] for source in plan.stage.mixture}
-            if not any(isinstance(shards, UnmadeShards) for shards in mixture.values()):
-                plan.open_features(mixture)
-            # images are shown and checked, also where training reads stored features
-            plan = replace(plan, features={})
+            if any(isinstance(shards, UnmadeShards) for shards in mixture.values()):
+                plan = replace(plan, features={})  # features of a set can only be written when it is made
             for source, shards in mixture.items():
                 plan.check_prepared(source, shards.prepared_format)
-            reader = plan.build_reader(mixture)
+            # images are shown and checked, also where training reads stored features
+            reader = replace(plan.build_reader(mixture), features={})
             result[name] = StageWork(plan, reader, plan.count_steps(reader.order))
         yield result
 

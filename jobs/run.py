@@ -406,7 +406,7 @@ def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
         try:
             shard_writer.make_shards(opened, opened.images, sets[name], options)
         except quarantine.QuarantineError as error:
-            print("\n".join(quarantine.explain_rejections(error.entries)))
+            print("\n".join(error.rejections.explain()))
             raise
     generated = {name: easy_vqa.EASY_VQA_SETS[name]() for name in job.generated_sets}
     options = ShardOptions(samples_per_shard=job.data.samples_per_shard)

@@ -1,7 +1,6 @@
 """Make, index and verify sets of shards, and store features, from the command line (`redux shards`)."""
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,7 +40,7 @@ def make_set(arguments: argparse.Namespace) -> None:
         with cluster.open_session():
             summary = shard_writer.make_shards(entries, images, arguments.out, options)
     except quarantine.QuarantineError as error:
-        print("\n".join(quarantine.explain_rejections(error.entries)))
+        print("\n".join(error.rejections.explain()))
         raise
     if finished:
         print(
@@ -53,8 +52,8 @@ def make_set(arguments: argparse.Namespace) -> None:
         print(f"{count:>10} repaired, {reason}")
     if summary["quarantined"]:
         path = storage.join(arguments.out, shard_index.QUARANTINE_FILE)
-        listed = [json.loads(line) for line in storage.read(path).splitlines()]
-        print("\n".join([*quarantine.explain_rejections(listed), f"all are listed in {path}"]))
+        rejections = quarantine.RejectionSummary(quarantine.read_list(path))
+        print("\n".join([*rejections.explain(), f"all are listed in {path}"]))
 
 
 def _read_columns(arguments: argparse.Namespace) -> dict[ColumnName, str]:
@@ -82,11 +81,11 @@ def index_set(arguments: argparse.Namespace) -> None:
         with cluster.open_session():
             report = audit.index_tars(arguments.folder, arguments.max_bad_fraction)
     except quarantine.QuarantineError as error:
-        print("\n".join(quarantine.explain_rejections(error.entries)))
+        print("\n".join(error.rejections.explain()))
         raise
     print(f"{arguments.folder}: indexed {report.samples} samples in {report.tars} tars")
-    if report.listed:
-        print("\n".join(quarantine.explain_rejections(report.listed)))
+    if report.rejections.counts:
+        print("\n".join(report.rejections.explain()))
     print(f"{report.members:>10} members, of which")
     print(f"{report.used.total():>10} used{_format_counts(report.used)}")
     print(f"{report.ignored.total():>10} ignored{_format_counts(report.ignored)}")

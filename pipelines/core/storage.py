@@ -25,16 +25,17 @@ import os
 import posixpath
 import shutil
 import stat
+import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from http.client import IncompleteRead
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from uuid import uuid4
 
 import fsspec
@@ -75,6 +76,9 @@ MAX_GAP_BYTES = 128 * 2**10
 MAX_BLOCK_BYTES = 8 * 2**20
 """Maximum size of a merged read, so that large reads still run in parallel."""
 
+CHUNK_BYTES = 4 * 2**20
+"""Size of the chunks in which a file is read from start to end."""
+
 PARTIAL_SUFFIX = ".partial"
 """Suffix of a local file that is being written. `list_files` skips such files."""
 
@@ -112,6 +116,13 @@ def read(url: str) -> bytes:
         return data
 
     return _run_with_retries(url, attempt)
+
+
+def read_chunks(url: str) -> Iterator[bytes]:
+    """Yield a file in chunks of CHUNK_BYTES, so that memory does not grow with it."""
+    size = get_size(url)
+    for start in range(0, size, CHUNK_BYTES):
+        yield from read_ranges([(url, start, min(start + CHUNK_BYTES, size))])
 
 
 def map_file(url: str) -> bytes | mmap.mmap:
@@ -182,6 +193,33 @@ def write(url: str, data: bytes) -> None:
     Parent folders are created. On S3, up to 100 MB is one put; larger data is a multipart upload that appears at once.
     """
     _run_with_retries(url, lambda files, path, seconds: _call(files, "pipe_file", path, data, seconds=seconds))
+
+
+@contextmanager
+def open_writer(url: str) -> Iterator[IO[bytes]]:
+    """Open a file to write it in pieces. It appears or is replaced at the end of the block, atomically as by `write`.
+
+    Memory does not grow with the file: the pieces go to a file beside a local one, and for a store to one in the
+    machine's temporary folder. An error in the block leaves the previous file.
+    """
+    try:
+        with ExitStack() as stack:
+            file: IO[bytes]
+            if is_local(url):
+                file = _run_with_retries(url, lambda _, path, __: stack.enter_context(_open_replacement(path)))
+            else:
+                file = stack.enter_context(tempfile.NamedTemporaryFile())
+            yield file
+            file.flush()
+            if not is_local(url):
+                _run_with_retries(
+                    url, lambda files, path, seconds: _call(files, "put_file", file.name, path, seconds=seconds)
+                )
+    except OSError as error:
+        # an error of a write names no file, such as that of a full disk; errors of the block's other work do
+        if error.errno and not error.filename:
+            raise to_user_error(url, error, is_local=True) from None
+        raise
 
 
 def exists(url: str) -> bool:
@@ -305,20 +343,8 @@ class _LocalFiles:
 
     @staticmethod
     def pipe_file(path: str, data: bytes) -> None:
-        folder, name = os.path.split(os.path.abspath(path))
-        os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, f".{name}.{uuid4().hex}{PARTIAL_SUFFIX}")
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # before the rename: a crash must not keep the name and lose the bytes
-            os.replace(temporary, path)
-            _sync_folder(folder)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.remove(temporary)
-            raise
+        with _open_replacement(path) as file:
+            file.write(data)
 
     @staticmethod
     def info(path: str) -> dict[str, Any]:
@@ -326,14 +352,34 @@ class _LocalFiles:
         return {"size": about.st_size, "type": "file" if stat.S_ISREG(about.st_mode) else "other"}
 
     @staticmethod
-    def ls(path: str, detail: bool = True) -> list[dict[str, str]]:
-        with os.scandir(path) as entries:
-            return [
-                {"name": entry.name, "type": "file" if entry.is_file() else "directory" if entry.is_dir() else "other"}
-                for entry in entries
-            ]
+    def ls(path: str, detail: bool = True) -> Iterator[dict[str, str]]:
+        entries = os.scandir(path)  # here, so that a missing folder is an error at once
+        # one entry at a time: a folder may have millions
+        return (
+            {"name": entry.name, "type": "file" if entry.is_file() else "directory" if entry.is_dir() else "other"}
+            for entry in entries
+        )
 
     rm_file = os.remove
+
+
+@contextmanager
+def _open_replacement(path: str) -> Iterator[IO[bytes]]:
+    """Open a file beside a local one, which it replaces at the end of the block."""
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{uuid4().hex}{PARTIAL_SUFFIX}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: a crash must not keep the name and lose the bytes
+        os.replace(temporary, path)
+        _sync_folder(folder)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
 
 
 def _sync_folder(folder: str) -> None:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from pipelines.core import interrupts, storage
 from pipelines.data import images, records, tars
-from pipelines.data.index_file import INDEX_FILE, INDEX_SCHEMA
-from pipelines.data.quarantine import QuarantineError
+from pipelines.data.index_file import INDEX_FILE, INDEX_SCHEMA, IndexBuilder
+from pipelines.data.quarantine import QuarantineError, RejectionSummary
 from pipelines.data.shard_index import (
     QUARANTINE_FILE,
     SUMMARY_FILE,
@@ -27,7 +27,7 @@ from pipelines.data.shard_index import (
     Shards,
     read_summary,
 )
-from pipelines.data.shard_writer import BAR_FORMAT, to_ipc_bytes, write_index
+from pipelines.data.shard_writer import BAR_FORMAT, to_ipc_bytes
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 """Suffixes of compressed tars."""
@@ -37,20 +37,19 @@ COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"
 class IndexReport:
     """Counts of tars, samples and members of a new index.
 
-    samples: samples in the index. quarantined: rejected samples by reason. members: all members of the tars; each is
-    used, ignored or rejected. used, ignored: members by suffix or kind. rejected: members of rejected samples.
-    notes: lines about unexpected content. listed: entries of the quarantine list.
+    samples: samples in the index. rejections: the other samples. members: all members of the tars; each is used,
+    ignored or rejected. used, ignored: members by suffix or kind. rejected: members of rejected samples. notes: lines
+    about unexpected content.
     """
 
     tars: int = 0
     samples: int = 0
-    quarantined: Counter[str] = field(default_factory=Counter)
+    rejections: RejectionSummary = field(default_factory=RejectionSummary)
     members: int = 0
     used: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
     rejected: int = 0
     notes: list[str] = field(default_factory=list)
-    listed: list[dict[str, Any]] = field(default_factory=list)
 
 
 def index_tars(folder: str, max_bad_fraction: float = 0.0) -> IndexReport:
@@ -77,32 +76,40 @@ def index_tars(folder: str, max_bad_fraction: float = 0.0) -> IndexReport:
         raise ValueError(f"{folder}: an interrupted `redux shards make` is here, allowed: start that again instead")
     # one task per tar; errors are collected, so that the message can count them
     names, notes = _list_tars(folder)
-    report = IndexReport(tars=len(names), notes=notes)
-    tables, listed, errors = [], report.listed, []
-    for row in _map_tars([{"tar": storage.join(folder, name)} for name in names], _index_tar, "index"):
-        if row["error"]:
-            errors.append(row["error"])
-            continue
-        tables.append(ipc.open_file(row["index"]).read_all())
-        tar_report = json.loads(row["report"])
-        listed += tar_report["quarantine"]
-        report.notes += tar_report["notes"]
-        report.members += tar_report["members"]
-        report.rejected += tar_report["rejected"]
-        report.used += Counter(tar_report["used"])
-        report.ignored += Counter(tar_report["ignored"])
-    if errors:
-        raise ValueError(errors[0] + (f"; and {len(errors) - 1} more tars" if errors[1:] else ""))
-    # the quarantine list comes first: it explains a refusal
-    report.samples = sum(map(len, tables))
-    report.quarantined = Counter(entry["reason"] for entry in listed)
-    if report.members != report.used.total() + report.ignored.total() + report.rejected:
-        raise RuntimeError(f"{folder}: {report}: members do not add up")
-    storage.write(storage.join(folder, QUARANTINE_FILE), "".join(json.dumps(entry) + "\n" for entry in listed).encode())
-    if not report.samples or len(listed) > max_bad_fraction * (report.samples + len(listed)):
-        raise QuarantineError(_describe_refusal(folder, report, listed, max_bad_fraction), listed)
-    write_index(folder, pa.concat_tables(tables))
+    report, errors = IndexReport(tars=len(names), notes=notes), []
+    with IndexBuilder() as index:
+        # the quarantine list comes first: it explains a refusal
+        with storage.open_writer(storage.join(folder, QUARANTINE_FILE)) as quarantine_list:
+            for row in _map_tars([{"tar": storage.join(folder, name)} for name in names], _index_tar, "index"):
+                if row["error"]:
+                    errors.append(row["error"])
+                    continue
+                index.add(ipc.open_file(row["index"]).read_all())
+                for entry in _add_tar_report(report, json.loads(row["report"])):
+                    quarantine_list.write(json.dumps(entry).encode() + b"\n")
+            if errors:
+                raise ValueError(errors[0] + (f"; and {len(errors) - 1} more tars" if errors[1:] else ""))
+        report.samples = index.num_rows
+        if report.members != report.used.total() + report.ignored.total() + report.rejected:
+            raise RuntimeError(f"{folder}: {report}: members do not add up")
+        num_rejected = report.rejections.counts.total()
+        if not report.samples or num_rejected > max_bad_fraction * (report.samples + num_rejected):
+            raise QuarantineError(_describe_refusal(folder, report, max_bad_fraction), report.rejections)
+        index.write(folder)
     return report
+
+
+def _add_tar_report(report: IndexReport, tar_report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Add the counts of a tar to those of all. Returns its entries of the quarantine list."""
+    entries: list[dict[str, Any]] = tar_report["quarantine"]
+    for entry in entries:
+        report.rejections.add(entry)
+    report.notes += tar_report["notes"]
+    report.members += tar_report["members"]
+    report.rejected += tar_report["rejected"]
+    report.used += Counter(tar_report["used"])
+    report.ignored += Counter(tar_report["ignored"])
+    return entries
 
 
 def _list_tars(folder: str) -> tuple[list[str], list[str]]:
@@ -135,14 +142,15 @@ def _is_tar(name: str) -> bool:
     return name.lower().endswith(".tar")
 
 
-def _describe_refusal(folder: str, report: IndexReport, listed: list[dict[str, Any]], max_bad_fraction: float) -> str:
+def _describe_refusal(folder: str, report: IndexReport, max_bad_fraction: float) -> str:
     """Explain in one line why there is no index."""
-    if not listed:
+    rejected = report.rejections.counts
+    if not rejected:
         return f"{folder}: no samples in {report.tars} tars, allowed: at least one"
-    counts = ", ".join(f"{count} {reason}" for reason, count in report.quarantined.items())
-    first = listed[0]
+    counts = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
+    first = report.rejections.first
     # advice for the two usual mistakes: members that do not stand together, and records of another form
-    reasons, advice = set(report.quarantined), ""
+    reasons, advice = set(rejected), ""
     if "split sample" in reasons or ("no record" in reasons and reasons & {"tag without image", "missing image"}):
         advice = (
             "; members of a sample must stand together and share their path up to the first dot, KEY.jpg and KEY.json: "
@@ -155,8 +163,8 @@ def _describe_refusal(folder: str, report: IndexReport, listed: list[dict[str, A
         )
     example = f"{tars.escape_unprintable(first['key'])} of {first['shard']}: {first['explanation']}"
     return (
-        f"{folder}: {len(listed)} of {report.samples + len(listed)} samples cannot be used ({counts}; first {example}),"
-        f" allowed: {max_bad_fraction:.2%}{advice}; {storage.join(folder, QUARANTINE_FILE)} lists them"
+        f"{folder}: {rejected.total()} of {report.samples + rejected.total()} samples cannot be used ({counts}; first "
+        f"{example}), allowed: {max_bad_fraction:.2%}{advice}; {storage.join(folder, QUARANTINE_FILE)} lists them"
     )
 
 

@@ -53,7 +53,8 @@ class LengthGroups:
         if len(modality) != len(lengths):
             raise ValueError(f"lengths: got {len(lengths)}, allowed: {len(modality)}, one for each modality")
         counts = tuple(np.unique(modality, return_counts=True)[1].tolist())
-        numbers = np.argsort(modality, kind="stable")
+        # a process keeps these numbers as long as the stage runs: 4 bytes a sample
+        numbers = np.argsort(modality, kind="stable").astype(np.min_scalar_type(max(len(modality) - 1, 0)))
         return cls(counts=counts, lengths=lengths.__getitem__, megabatch=megabatch, numbers=numbers)
 
     def permute(
@@ -121,4 +122,4 @@ class LengthGroups:
     ) -> Int[np.ndarray, " ranks"]:
         """Return the samples at ranks of the modality's permutation."""
         rows = sum(self.counts[:modality]) + permute(ranks, self.counts[modality], seed, epoch, 1, modality)
-        return rows if self.numbers is None else self.numbers[rows]
+        return rows if self.numbers is None else self.numbers[rows].astype(np.int64)

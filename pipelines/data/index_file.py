@@ -17,11 +17,15 @@ Sets of earlier versions have that file of one record batch instead. It is read 
 import hashlib
 import io
 import json
+import mmap
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import IO, Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Int64, Shaped
 from pyarrow import ipc
 
@@ -92,11 +96,80 @@ class _DigestSink(io.RawIOBase):
         return len(data)
 
 
-def encode_index(table: pa.Table, fingerprint: str = "") -> bytes:
-    """Encode the rows of a set, a table of INDEX_SCHEMA, as an index file.
+class IndexBuilder:
+    """Index of a set from its parts, one after the other, in memory that does not grow with the set.
+
+    The fingerprint is that of one record batch, column after column, and stands in each block of rows. So the columns
+    are kept in scratch files in the machine's temporary folder, without names, and read as one mapped batch.
+    """
+
+    def __init__(self) -> None:
+        self.num_rows = self._num_key_bytes = 0
+        self._shards: dict[str, int] = {}
+        self._stack = ExitStack()
+        self._files: dict[str, IO[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        for name in ("key_ends", *INDEX_SCHEMA.names):
+            self._files[name] = self._stack.enter_context(tempfile.TemporaryFile())
+        self._files["key_ends"].write(bytes(8))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, part: pa.Table) -> None:
+        """Add the rows of a part, a table of INDEX_SCHEMA."""
+        rows = as_record_batch(part)
+        shard = rows["shard"]
+        numbers = [self._shards.setdefault(name, len(self._shards)) for name in shard.dictionary.to_pylist()]
+        ends = np.cumsum(pc.binary_length(rows["key"]).to_numpy()) + self._num_key_bytes
+        self._files["key_ends"].write(ends.astype("<i8").data)
+        self._files["key"].write("".join(rows["key"].to_pylist()).encode())
+        self._files["shard"].write(np.array(numbers, np.int32)[shard.indices.to_numpy()].data)
+        self._files["sha256"].write(b"".join(rows["sha256"].to_pylist()))
+        for name in INDEX_SCHEMA.names:
+            if pa.types.is_integer(rows.schema.field(name).type):
+                self._files[name].write(rows[name].to_numpy().data)
+        self.num_rows += rows.num_rows
+        self._num_key_bytes = int(ends[-1]) if len(ends) else self._num_key_bytes
+
+    def write(self, folder: str) -> None:
+        """Write the index, which makes the folder a set."""
+        write_index(folder, self._map_rows())
+
+    def _map_rows(self) -> pa.Table:
+        """Map the columns into memory as a table of one chunk."""
+        if not self.num_rows:
+            return INDEX_SCHEMA.empty_table()
+        buffers = {}
+        for name, file in self._files.items():
+            file.flush()
+            has_bytes = file.tell() > 0  # all keys may be ""
+            buffers[name] = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if has_bytes else b"")
+        columns = []
+        for name, kind in zip(INDEX_SCHEMA.names, INDEX_SCHEMA.types, strict=True):
+            parts = [None, *([buffers["key_ends"]] if name == "key" else []), buffers[name]]
+            stored_as = pa.int32() if name == "shard" else kind
+            column = pa.Array.from_buffers(stored_as, self.num_rows, parts, null_count=0)
+            if name == "shard":
+                column = pa.DictionaryArray.from_arrays(column, pa.array(list(self._shards), pa.string()))
+            columns.append(column)
+        return pa.Table.from_arrays(columns, schema=INDEX_SCHEMA)
+
+
+def write_index(folder: str, table: pa.Table, fingerprint: str = "") -> None:
+    """Write the index of a set, which makes the folder a set. See `write_blocks`."""
+    with storage.open_writer(storage.join(folder, INDEX_FILE)) as file:
+        write_blocks(file, table, fingerprint)
+
+
+def write_blocks(file: Any, table: pa.Table, fingerprint: str = "") -> None:
+    """Write the rows of a set as an index file.
 
     Args:
-        table: the rows.
+        file: the opened file.
+        table: the rows, a table of INDEX_SCHEMA.
         fingerprint: fingerprint of the set; "" computes it.
     """
     rows = as_record_batch(table)
@@ -110,11 +183,12 @@ def encode_index(table: pa.Table, fingerprint: str = "") -> bytes:
     }
     metadata = {name: json.dumps(value) for name, value in about.items()}
     at = table.schema.get_field_index("shard")
-    stored = pa.Table.from_batches([rows]).set_column(at, "shard", shard.indices).replace_schema_metadata(metadata)
-    file = io.BytesIO()
-    blocks = stored.to_batches(max_chunksize=ROWS_PER_BLOCK)
-    _write_file(file, blocks, stored.schema, {BLOCK_MARK: fingerprint[:MARK_LENGTH]})
-    return file.getvalue()
+    schema = table.schema.set(at, pa.field("shard", pa.int32())).with_metadata(metadata)
+    columns = [*rows.columns[:at], shard.indices, *rows.columns[at + 1 :]]
+    stored = pa.RecordBatch.from_arrays(columns, schema=schema)
+    # one block at a time: a list of all would grow with the set
+    blocks = (stored.slice(first, ROWS_PER_BLOCK) for first in range(0, stored.num_rows, ROWS_PER_BLOCK))
+    _write_file(file, blocks, schema, {BLOCK_MARK: fingerprint[:MARK_LENGTH]})
 
 
 def _count_shard_sizes(shard: pa.DictionaryArray) -> Int64[np.ndarray, " shards"]:
@@ -136,17 +210,18 @@ def rewrite_former(folder: str) -> bool:
     index = IndexFile(folder)
     table = index.read_former()
     if table is not None:
-        storage.write(path, encode_index(table, index.fingerprint))
+        write_index(folder, table, index.fingerprint)
     return table is not None
 
 
 def as_record_batch(table: pa.Table) -> pa.RecordBatch:
-    """Return a table as one record batch."""
-    return pa.RecordBatch.from_arrays([column.combine_chunks() for column in table.columns], schema=table.schema)
+    """Return a table as one record batch. Columns of one chunk are not copied."""
+    columns = [column.chunk(0) if column.num_chunks == 1 else column.combine_chunks() for column in table.columns]
+    return pa.RecordBatch.from_arrays(columns, schema=table.schema)
 
 
 def _write_file(
-    sink: Any, batches: Sequence[pa.RecordBatch], schema: pa.Schema, metadata: dict[str, str] | None = None
+    sink: Any, batches: Iterable[pa.RecordBatch], schema: pa.Schema, metadata: dict[str, str] | None = None
 ) -> None:
     with ipc.new_file(sink, schema) as file:
         for batch in batches:

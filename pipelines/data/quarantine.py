@@ -1,8 +1,11 @@
 """Explanation of rejected records: each reason with its count, three examples with field and value, and what to do."""
 
-from collections.abc import Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from pipelines.core import storage
 from pipelines.data import records, tars
 
 MAX_SHOWN_RECORDS = 3
@@ -39,37 +42,67 @@ REASON_ADVICE = {
 """Advice for each reason of RECORD_REASONS and TAR_REASONS."""
 
 
+class RejectionSummary:
+    """Counts and examples of the entries of a quarantine list, which may be longer than memory.
+
+    counts: number of entries of each reason. first: the first entry.
+    """
+
+    def __init__(self, entries: Iterable[dict[str, Any]] = ()) -> None:
+        self.counts = Counter[str]()
+        self.first: dict[str, Any] = {}
+        self._examples: dict[str, list[dict[str, Any]]] = {}
+        self._repairs: dict[str, tuple[int, str]] = {}  # number of repairable entries, and the repair of the first
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Count an entry."""
+        # entries of make have a number, those of index a key and a tar
+        reason = entry["reason"]
+        self.first = self.first or entry
+        self.counts[reason] += 1
+        if self.counts[reason] <= MAX_SHOWN_RECORDS:
+            self._examples.setdefault(reason, []).append(entry)
+        # entries know their repair even if --fix was not given
+        if repair := entry.get("repair"):
+            count, first = self._repairs.get(reason, (0, repair))
+            self._repairs[reason] = (count + 1, first)
+
+    def explain(self) -> list[str]:
+        """Explain the entries in lines, the most frequent reason first."""
+        lines = []
+        for reason, count in self.counts.most_common():
+            explanation = (tars.TAR_REASONS | records.RECORD_REASONS).get(reason, "rejected by an older version")
+            lines.append(f"{count:>10} {reason}: {explanation}")
+            lines += [f"{'':>11}{_describe_example(entry)}" for entry in self._examples[reason]]
+            if reason in REASON_ADVICE:
+                lines.append(f"{'':>11}what to do: {REASON_ADVICE[reason]}")
+            if reason in self._repairs:
+                repairable, repair = self._repairs[reason]
+                lines.append(f"{'':>11}--fix repairs {repairable} of them: it {repair}")
+        return lines
+
+
 class QuarantineError(ValueError):
     """Error of a set with too many rejected records. Its text is one line.
 
     Args:
         message: the line.
-        entries: entries of the quarantine list.
+        rejections: what was rejected.
     """
 
-    def __init__(self, message: str, entries: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, message: str, rejections: RejectionSummary) -> None:
         super().__init__(message)
-        self.entries = entries
+        self.rejections = rejections
 
 
-def explain_rejections(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """Explain the entries of a quarantine list in lines, the most frequent reason first."""
-    # entries of make have a number, those of index a key and a tar
-    by_reason: dict[str, list[dict[str, Any]]] = {}
-    for entry in entries:
-        by_reason.setdefault(entry["reason"], []).append(entry)
-    lines = []
-    for reason, found in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-        explanation = (tars.TAR_REASONS | records.RECORD_REASONS).get(reason, "rejected by an older version")
-        lines.append(f"{len(found):>10} {reason}: {explanation}")
-        lines += [f"{'':>11}{_describe_example(entry)}" for entry in found[:MAX_SHOWN_RECORDS]]
-        if reason in REASON_ADVICE:
-            lines.append(f"{'':>11}what to do: {REASON_ADVICE[reason]}")
-        # entries know their repair even if --fix was not given
-        repairs = [entry["repair"] for entry in found if entry.get("repair")]
-        if repairs:
-            lines.append(f"{'':>11}--fix repairs {len(repairs)} of them: it {repairs[0]}")
-    return lines
+def read_list(url: str) -> Iterator[dict[str, Any]]:
+    """Yield the entries of a quarantine list."""
+    data, start = storage.map_file(url), 0
+    while (end := data.find(b"\n", start)) >= 0:
+        yield json.loads(data[start:end])
+        start = end + 1
 
 
 def _describe_example(entry: dict[str, Any]) -> str:

@@ -23,7 +23,8 @@ import json
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -34,10 +35,11 @@ from pipelines.core import parallel, storage
 from pipelines.core.imports import import_without
 from pipelines.data import records as check
 from pipelines.data import tars
+from pipelines.data.digest_set import DIGEST_BYTES, DigestSet
 from pipelines.data.images import ImageFolder, OutsideError, check_image
-from pipelines.data.index_file import INDEX_FILE, INDEX_SCHEMA, as_record_batch, encode_index
+from pipelines.data.index_file import INDEX_SCHEMA, IndexBuilder, as_record_batch
 from pipelines.data.options import ShardOptions
-from pipelines.data.quarantine import QuarantineError
+from pipelines.data.quarantine import QuarantineError, RejectionSummary
 from pipelines.data.repairs import find_repair
 from pipelines.data.shard_index import (
     QUARANTINE_FILE,
@@ -65,7 +67,8 @@ def make_shards(records: Iterable[Any], images: str, out: str, options: ShardOpt
     with the missing shards, and a finished set is left unchanged. A run that failed before its first shard leaves
     nothing that a later run with other options must match.
 
-    Memory: the records of as many shards as there are CPUs, a digest of each record of the set, and its index.
+    Memory: the records of as many shards as there are CPUs. What grows with the set is in scratch files in the
+    temporary folder of the machine: a digest of each record, and the index until it is written.
 
     Args:
         records: records in LLaVA's form, of which `image` is a path within `images`; or a `RecordSource`. They are read
@@ -98,10 +101,11 @@ def make_shards(records: Iterable[Any], images: str, out: str, options: ShardOpt
     storage.write(storage.join(out, SUMMARY_FILE), _to_json({"settings": settings}))
     for folder in (out, storage.join(out, UNFINISHED_DIR)):
         storage.remove_partial(folder)
-    plan = _ShardPlan(records, out, options)
     title = f"shards {posixpath.basename(out.rstrip('/'))}"
     total = len(records) if isinstance(records, Sized) else None
-    with tqdm(desc=title, total=total, unit="record", bar_format=BAR_FORMAT if total else COUNT_FORMAT) as bar:
+    bar_format = BAR_FORMAT if total else COUNT_FORMAT
+    with DigestSet() as seen, tqdm(desc=title, total=total, unit="record", bar_format=bar_format) as bar:
+        plan = _ShardPlan(records, out, options, seen)
         for count in parallel.map_bounded(_write_shard, plan.iterate_tasks(bar.update), images, out, options):
             bar.update(count)
     return _merge_parts(plan, out, options, {**settings, "records": plan.digest})
@@ -178,14 +182,18 @@ def admit_record(
 
 
 class _ShardPlan:
-    """Tasks of the shards of a set. After their iteration, `count` and `digest` are those of all records."""
+    """Tasks of the shards of a set. After their iteration, `count` and `digest` are those of all records.
 
-    def __init__(self, records: Iterable[Any], out: str, options: ShardOptions) -> None:
+    Args:
+        records, out, options: as for `make_shards`.
+        seen: an empty set for the digests of the records. Copies are found here, since a task sees one shard.
+    """
+
+    def __init__(self, records: Iterable[Any], out: str, options: ShardOptions, seen: DigestSet) -> None:
         self.records, self.out, self.options = records, out, options
         self.count = self.shards = 0
         self._digest = _ListDigest()
-        # duplicates are known here only, since a task sees one shard
-        self._seen: set[bytes] = set()
+        self._seen = seen
 
     @property
     def digest(self) -> str:
@@ -238,11 +246,9 @@ class _ShardPlan:
         key = hashlib.sha256(text)
         if given.image is not None:  # the same words may be about several images
             key.update(hashlib.sha256(given.image).digest())
-        digest = key.digest()[:16]
-        if digest in self._seen:
-            return check.RecordRejection("duplicate", "", check.shorten(given.record))
-        self._seen.add(digest)
-        return None
+        if self._seen.add(key.digest()[:DIGEST_BYTES]):
+            return None
+        return check.RecordRejection("duplicate", "", check.shorten(given.record))
 
 
 def _read_part_digest(out: str, name: str) -> str | None:
@@ -373,39 +379,67 @@ def read_image(
     return None, suffix, image
 
 
+@dataclass
+class _MergedLists:
+    """Counts of the lists of all parts.
+
+    rejections: entries of the quarantine list. repaired: repaired records by reason. faulty_parts: parts with rejected
+    records.
+    """
+
+    rejections: RejectionSummary = field(default_factory=RejectionSummary)
+    repaired: Counter[str] = field(default_factory=Counter)
+    faulty_parts: list[str] = field(default_factory=list)
+
+
 def _merge_parts(plan: _ShardPlan, out: str, options: ShardOptions, settings: dict[str, Any]) -> dict[str, Any]:
     """Merge the parts of all shards into the quarantine list, the summary and the index."""
-    names = [storage.join(out, UNFINISHED_DIR, f"{number:06d}.arrow") for number in range(plan.shards)]
-    # local parts are mapped: they are in memory once only, as the index
-    parts = [ipc.open_file(pa.py_buffer(storage.map_file(name))).read_all() for name in names]
-    quarantined = [entry for part in parts for entry in _read_list(part, b"quarantine")]
-    _write_list(storage.join(out, QUARANTINE_FILE), quarantined)
-    repaired = [entry for part in parts for entry in _read_list(part, b"repaired")]
-    if options.fix:
-        _write_list(storage.join(out, REPAIRED_FILE), repaired)
-    # counts, and the decision if there is a set
-    reasons = dict(sorted(Counter(entry["reason"] for entry in quarantined).items()))
-    num_kept = sum(len(part) for part in parts)
-    summary = {"settings": settings, "records": plan.count, "samples": num_kept, "quarantined": reasons}
-    if options.fix:
-        summary["repaired"] = dict(sorted(Counter(entry["reason"] for entry in repaired).items()))
-    if num_kept + len(quarantined) != plan.count:
-        raise RuntimeError(
-            f"{out}: {plan.count} records became {num_kept} samples and {len(quarantined)} in quarantine"
-        )
-    num_bad = sum(entry["reason"] != "duplicate" for entry in quarantined) if options.fix else len(quarantined)
-    if num_bad > options.max_bad_fraction * plan.count:
-        for name, part in zip(names, parts, strict=True):
-            if _read_list(part, b"quarantine"):
+    with IndexBuilder() as index:
+        merged = _read_parts(plan, out, options, index)
+        # counts, and the decision if there is a set
+        rejected, num_kept = merged.rejections.counts, index.num_rows
+        reasons = dict(sorted(rejected.items()))
+        summary = {"settings": settings, "records": plan.count, "samples": num_kept, "quarantined": reasons}
+        if options.fix:
+            summary["repaired"] = dict(sorted(merged.repaired.items()))
+        if num_kept + rejected.total() != plan.count:
+            raise RuntimeError(
+                f"{out}: {plan.count} records became {num_kept} samples and {rejected.total()} in quarantine"
+            )
+        num_bad = rejected.total() - (rejected["duplicate"] if options.fix else 0)
+        if num_bad > options.max_bad_fraction * plan.count:
+            for name in merged.faulty_parts:
                 storage.remove(name)  # so that a second run checks these records again: files can be repaired
-        refusal = _describe_refusal(quarantined, plan.count, reasons, options)
-        raise QuarantineError(f"{out}: {refusal} {storage.join(out, QUARANTINE_FILE)}", quarantined)
-    # the index comes last: it makes the folder a set
-    storage.write(storage.join(out, SUMMARY_FILE), json.dumps(summary, indent=2).encode())
-    tables = [part.replace_schema_metadata() for part in parts] or [INDEX_SCHEMA.empty_table()]
-    write_index(out, pa.concat_tables(tables))
+            refusal = _describe_refusal(merged.rejections, plan.count, options)
+            raise QuarantineError(f"{out}: {refusal} {storage.join(out, QUARANTINE_FILE)}", merged.rejections)
+        # the index comes last: it makes the folder a set
+        storage.write(storage.join(out, SUMMARY_FILE), json.dumps(summary, indent=2).encode())
+        index.write(out)
     storage.remove_folder(storage.join(out, UNFINISHED_DIR))
     return summary
+
+
+def _read_parts(plan: _ShardPlan, out: str, options: ShardOptions, index: IndexBuilder) -> _MergedLists:
+    """Add the rows of all parts to the index, and write the quarantine list. One part is in memory at a time."""
+    merged = _MergedLists()
+    with ExitStack() as stack:
+        quarantine_list = stack.enter_context(storage.open_writer(storage.join(out, QUARANTINE_FILE)))
+        if options.fix:
+            repaired_list = stack.enter_context(storage.open_writer(storage.join(out, REPAIRED_FILE)))
+        for number in range(plan.shards):
+            name = storage.join(out, UNFINISHED_DIR, f"{number:06d}.arrow")
+            part = ipc.open_file(pa.py_buffer(storage.map_file(name))).read_all()
+            index.add(part)
+            quarantined = _read_list(part, b"quarantine")
+            merged.faulty_parts += [name] * bool(quarantined)
+            for entry in quarantined:
+                merged.rejections.add(entry)
+                quarantine_list.write(_to_json(entry) + b"\n")
+            # without fix there is nothing in the second list
+            for entry in _read_list(part, b"repaired") if options.fix else ():
+                merged.repaired[entry["reason"]] += 1
+                repaired_list.write(_to_json(entry) + b"\n")
+    return merged
 
 
 def _read_list(part: pa.Table, name: bytes) -> list[dict[str, Any]]:
@@ -414,28 +448,23 @@ def _read_list(part: pa.Table, name: bytes) -> list[dict[str, Any]]:
     return entries
 
 
-def _write_list(path: str, entries: list[dict[str, Any]]) -> None:
-    storage.write(path, b"".join(_to_json(entry) + b"\n" for entry in entries))
-
-
-def _describe_refusal(
-    quarantined: list[dict[str, Any]], num_records: int, reasons: dict[str, int], options: ShardOptions
-) -> str:
+def _describe_refusal(rejections: RejectionSummary, num_records: int, options: ShardOptions) -> str:
     """Explain with an example why there is no set. If all records fail alike, the form of the file is wrong."""
-    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    num_rejected = rejections.counts.total()
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(rejections.counts.items()))
     # parts of older versions lack some fields
-    first = {"field": "", "value": "", "explanation": quarantined[0]["reason"], **quarantined[0]}
+    first = {"field": "", "value": "", "explanation": rejections.first["reason"], **rejections.first}
     example = (
         f"record {first['number']}: {first['field'] or 'the record'}: got {first['value']}: {first['explanation']}"
     )
-    all_fail_alike = len(quarantined) == num_records and len(reasons) == 1
+    all_fail_alike = num_rejected == num_records and len(rejections.counts) == 1
     if all_fail_alike and first["reason"] not in ("missing image", "broken image"):
         return (
             f"all {num_records} records cannot be used for one reason ({counts}), so the form of the file is wrong; "
             f'{example}; allowed: a form of "Formats" in jobs/README.md, or a column map; all are listed in'
         )
     return (
-        f"{len(quarantined)} of {num_records} records cannot be used ({counts}), allowed: "
+        f"{num_rejected} of {num_records} records cannot be used ({counts}), allowed: "
         f"{options.max_bad_fraction:.2%}; first {example}; all are listed in"
     )
 
@@ -448,11 +477,6 @@ def _to_json(value: Any) -> bytes:
 def _describe_value(value: Any) -> str:
     """Describe a value of a table that JSON does not have."""
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
-
-
-def write_index(out: str, table: pa.Table) -> None:
-    """Write the index, which makes the folder a set."""
-    storage.write(storage.join(out, INDEX_FILE), encode_index(table))
 
 
 def to_ipc_bytes(table: pa.Table) -> bytes:

@@ -11,12 +11,13 @@ DeepSpeed 0.19 with the configuration of `engine.make_config`. Tests compare the
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from pipelines.data.features import FeatureFormat, StoredFeatures
 from pipelines.data.ingest import Segment
 from pipelines.training.engine import DTYPES, MAX_REDUCE_BUCKET_SIZE, add_loss, build_module, select_trained
 from pipelines.training.plan import StagePlan, StageWork
@@ -26,6 +27,7 @@ from pipelines.training.step_trace import (
     StepTrace,
     make_caption_batch,
     make_conversation_batch,
+    make_pixels,
     trace_shapes,
     trace_step,
 )
@@ -78,6 +80,7 @@ class ModelShape:
         trained: number of trained elements of each part that trains.
         frozen: number of other elements.
         image_id: id of the token `<image>`; -1 without a language model.
+        features: form of the stored features that the stage reads in place of pixels; None if its tower runs.
     """
 
     module: torch.nn.Module
@@ -85,6 +88,7 @@ class ModelShape:
     trained: tuple[int, ...]
     frozen: int
     image_id: int
+    features: FeatureFormat | None = None
 
     @property
     def num_trained(self) -> int:
@@ -110,12 +114,15 @@ class ModelShape:
         return width * self.num_elements, cost.kv_bytes + cost.focus_bytes
 
 
-def build_shape(plan: StagePlan, config: ReduxConfig | None) -> ModelShape:
+def build_shape(
+    plan: StagePlan, config: ReduxConfig | None, features: Mapping[str, StoredFeatures] | None = None
+) -> ModelShape:
     """Build the model of a stage without memory.
 
     Args:
         plan: plan of the stage, whose tokenizer exists.
         config: configuration of a pretrained model; None builds `plan.model`.
+        features: stored features of the sets, of one form.
     """
     dtype = DTYPES[plan.stage.precision]
     with torch.device("meta"), warnings.catch_warnings():
@@ -130,7 +137,8 @@ def build_shape(plan: StagePlan, config: ReduxConfig | None) -> ModelShape:
     elements = sum(parameter.numel() for parameter in module.parameters())
     llava = getattr(module, "llava", None)
     image_id = llava.config.image_token_id if llava is not None else -1
-    return ModelShape(module, plan, trained, elements - sum(trained), image_id)
+    stored = next(iter((features or {}).values()), None)
+    return ModelShape(module, plan, trained, elements - sum(trained), image_id, stored.format if stored else None)
 
 
 def trace(shape: ModelShape, samples: Sequence[SampleShape], device: Device, is_fused: bool) -> StepTrace:
@@ -141,7 +149,13 @@ def trace(shape: ModelShape, samples: Sequence[SampleShape], device: Device, is_
     def make_batch() -> dict[str, torch.Tensor]:
         if plan.stage.objective == "contrastive":
             return make_caption_batch(samples, plan.image_size, dtype)
-        return make_conversation_batch(samples, plan.image_tokens, shape.image_id, plan.image_size, dtype)
+        images = sum(sample.has_image for sample in samples)
+        if shape.features is not None:
+            features = torch.empty(images, shape.features.tokens, shape.features.width, dtype=dtype, device="meta")
+            columns = {"image_features": features}
+        else:
+            columns = {"pixel_values": make_pixels(images, plan.image_size, dtype)}
+        return columns | make_conversation_batch(samples, plan.image_tokens, shape.image_id)
 
     return trace_step(shape.module, make_batch, device, takes_gradients(plan), is_fused)
 

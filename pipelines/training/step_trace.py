@@ -313,17 +313,13 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def make_conversation_batch(
-    samples: Sequence[SampleShape], image_tokens: int, image_id: int, image_size: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Make a micro-batch of samples of given sizes, padded to the longest, as `move_to_device` does.
+def make_conversation_batch(samples: Sequence[SampleShape], image_tokens: int, image_id: int) -> dict[str, Tensor]:
+    """Make a micro-batch of samples of given sizes, padded to the longest, as `move_to_device` does, without images.
 
     Args:
         samples: sizes of the samples.
         image_tokens: tokens of an image.
         image_id: id of the token `<image>`.
-        image_size: side of an image in pixels.
-        dtype: dtype of the model.
     """
     length = max(sample.length for sample in samples)
     text_id = int(image_id == 0)
@@ -337,7 +333,6 @@ def make_conversation_batch(
         labels[row, sample.length - sample.learned : sample.length] = text_id
         mask[row, : sample.length] = 1
     return {
-        "pixel_values": _make_pixels(sum(sample.has_image for sample in samples), image_size, dtype),
         "input_ids": ids,
         "labels": labels,
         "attention_mask": mask,
@@ -346,18 +341,24 @@ def make_conversation_batch(
 
 
 def make_caption_batch(samples: Sequence[SampleShape], image_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Make a micro-batch of captions with images. Arguments as for `make_conversation_batch`."""
+    """Make a micro-batch of captions with images.
+
+    Args:
+        samples: sizes of the samples.
+        image_size: side of an image in pixels.
+        dtype: dtype of the model.
+    """
     length = max(sample.length for sample in samples)
     ids = torch.arange(len(samples) * length).view(len(samples), length) % 2
     return {
-        "pixel_values": _make_pixels(len(samples), image_size, dtype),
+        "pixel_values": make_pixels(len(samples), image_size, dtype),
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "weight": torch.empty(len(samples), device="meta"),
     }
 
 
-def _make_pixels(images: int, size: int, dtype: torch.dtype) -> Tensor:
+def make_pixels(images: int, size: int, dtype: torch.dtype) -> Tensor:
     """Make normalised pixels, with the tensors that lie in memory meanwhile: twice as bytes, three times as floats."""
     copies = [torch.empty(images, 3, size, size, 2, dtype=torch.uint8, device="meta")]
     copies += [torch.empty(images, 3, size, size, device="meta") for _ in range(3)]

@@ -269,9 +269,9 @@ def copy_shards(source: Path, run: Path) -> None:
     """Make a run folder that has finished the first step of another one."""
     for name in ("shards", "tokenizer"):
         shutil.copytree(source / name, run / name)
-    first, *_ = (source / PROGRESS).read_text().splitlines(keepends=True)
+    first, *_ = (source / PROGRESS_FILE).read_text().splitlines(keepends=True)
     assert json.loads(first)["step"] == "shards"
-    (run / PROGRESS).write_text(first)
+    (run / PROGRESS_FILE).write_text(first)
 
 
 def start_and_stop(words: list[str], after: int, by: signal.Signals) -> int:

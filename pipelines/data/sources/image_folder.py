@@ -1,6 +1,6 @@
 """Rows of folders of images: a caption file beside each image (img2dataset), or a table of Hugging Face's ImageFolder.
 
-00000/000000007.jpg, 000000007.txt, 000000007.json      the caption is the text, or `caption` in the JSON
+00000/000000007.jpg, 000000007.txt, 000000007.json      the caption is the text, or `caption` in the JSON; both are read
 metadata.jsonl (or metadata.csv, metadata.parquet)      {"file_name": "7.jpg", "text": "…"}
 """
 
@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipelines.core import storage
+from pipelines.data.records import RecordRejection
 from pipelines.data.sources.json_records import read_json_records
-from pipelines.data.sources.rows import KNOWN_COLUMNS
+from pipelines.data.sources.rows import KNOWN_COLUMNS, TEXT_COLUMNS, Columns
 from pipelines.data.sources.tables import read_csv, read_parquet
 from pipelines.data.tars import IMAGE_SUFFIXES
 
@@ -19,18 +20,38 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_FILE_SUFFIXES = ("txt", "caption")
 
 
-def read_image_folder(folder: str, below: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield file name and values of each image of a folder and of the folders below it, in the order of their names.
+FolderRow = tuple[str, dict[str, Any], RecordRejection | None]
+"""File name of an image, its values by the names of columns, and the reason to reject it."""
+
+
+def read_image_folder(
+    folder: str, columns: Columns, below: str = "", parents: frozenset[str] = frozenset()
+) -> Iterator[FolderRow]:
+    """Yield a row for each image of a folder and of the folders below it, in the order of their names.
+
+    The names of the files of one folder are in memory.
 
     Args:
         folder: the folder.
+        columns: names of columns that differ from the usual ones.
         below: folder in it; "" for itself.
+        parents: folders above this one, without links.
+
+    Raises:
+        ValueError: a link leads to a folder above it.
     """
+    place = storage.make_absolute(storage.join(folder, below))
+    if place in parents:
+        raise ValueError(
+            f"{storage.join(folder, below)}: a link to {place}, a folder above it, allowed: links to other "
+            "folders; remove the link"
+        )
     names = storage.list_files(storage.join(folder, below))
     table = next((name for name in METADATA_FILES if name in names), None)
     if table:
         # a table is about the images below it as well
-        yield from _read_metadata(folder, posixpath.join(below, table))
+        for origin, row in _read_metadata(folder, posixpath.join(below, table)):
+            yield origin, row, None
         return
     # caption files are looked up in the listing: a request for each would be slow on a store
     known = frozenset(names)
@@ -38,11 +59,11 @@ def read_image_folder(folder: str, below: str = "") -> Iterator[tuple[str, dict[
         stem, suffix = split_suffix(name)
         if suffix in IMAGE_SUFFIXES:
             path = posixpath.join(below, name)
-            row = {"id": posixpath.join(below, stem), "image": path}
-            yield path, {**_read_caption_file(folder, below, stem, known), **row}
+            row, rejection = _read_texts(storage.join(folder, below), stem, known, columns)
+            yield path, {**row, "id": posixpath.join(below, stem), "image": path}, rejection
     # folder after folder, so that the order is that of the paths
     for name in storage.list_folders(storage.join(folder, below)):
-        yield from read_image_folder(folder, posixpath.join(below, name))
+        yield from read_image_folder(folder, columns, posixpath.join(below, name), parents | {place})
 
 
 def split_suffix(name: str) -> tuple[str, str]:
@@ -51,19 +72,41 @@ def split_suffix(name: str) -> tuple[str, str]:
     return stem, suffix[1:].lower()
 
 
-def _read_caption_file(folder: str, below: str, stem: str, known: frozenset[str]) -> dict[str, Any]:
-    """Read the text or the JSON beside an image."""
-    for suffix in CAPTION_FILE_SUFFIXES:
-        if f"{stem}.{suffix}" in known:
-            text = storage.read(storage.join(folder, below, f"{stem}.{suffix}"))
-            return {"txt": text.decode("utf-8-sig", "surrogateescape")}
-    if f"{stem}.json" in known:
-        try:
-            value = json.loads(storage.read(storage.join(folder, below, f"{stem}.json")))
-        except (ValueError, RecursionError):
-            return {}
-        return value if isinstance(value, dict) else {}
-    return {}
+def _read_texts(
+    folder: str, stem: str, known: frozenset[str], columns: Columns
+) -> tuple[dict[str, Any], RecordRejection | None]:
+    """Read the text files and the JSON beside an image. Returns their values, and a reason to reject or None."""
+    names = {suffix: _find_file(stem, suffix, known) for suffix in (*CAPTION_FILE_SUFFIXES, "json")}
+    texts = {
+        suffix: storage.read(storage.join(folder, name)).decode("utf-8-sig", "surrogateescape")
+        for suffix, name in names.items()
+        if name and suffix != "json"
+    }
+    metadata = _read_object(storage.join(folder, names["json"])) if names["json"] else {}
+    # a column map may name any value; without text files, the JSON may be a whole record
+    if not texts or columns.keys() - {"image", "id"}:
+        return {**metadata, **texts}, None
+    # of the JSON beside a text, only captions count: it may be about something else, such as boxes
+    captions = {str(names[suffix]): text for suffix, text in texts.items()}
+    captions |= {f"{names['json']}[{key}]": metadata[key] for key in TEXT_COLUMNS if isinstance(metadata.get(key), str)}
+    if len({text.strip() for text in captions.values()}) > 1:
+        return texts, RecordRejection("several columns", " and ".join(captions), "captions that differ")
+    return {"txt": next(iter(texts.values()))}, None
+
+
+def _find_file(stem: str, suffix: str, known: frozenset[str]) -> str | None:
+    """Find the file of a stem with a suffix in small or capital letters."""
+    spellings = (f"{stem}.{spelling}" for spelling in (suffix, suffix.upper(), suffix.capitalize()))
+    return next((name for name in spellings if name in known), None)
+
+
+def _read_object(url: str) -> dict[str, Any]:
+    """Read a JSON object; {} for anything else."""
+    try:
+        value = json.loads(storage.read(url))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _read_metadata(folder: str, path: str) -> Iterator[tuple[str, dict[str, Any]]]:

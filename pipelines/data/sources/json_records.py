@@ -14,7 +14,6 @@ from typing import Any
 from pipelines.core import storage
 from pipelines.data.records import MAX_DEPTH, shorten, shorten_text
 
-CHUNK_BYTES = 2**22
 MAX_JSON_RECORD_CHARACTERS = 2**28
 """Maximum length of one record. A longer one is a damaged file: an open quotation mark makes one text of its rest."""
 
@@ -30,11 +29,7 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 def read_json_records(url: str, known_columns: frozenset[str]) -> Iterator[tuple[str, Any]]:
     """Yield the position and the value of each record of a file. See `iterate_json`."""
-    size = storage.get_size(url)
-    chunks = (
-        storage.read_ranges([(url, start, min(start + CHUNK_BYTES, size))])[0] for start in range(0, size, CHUNK_BYTES)
-    )
-    return iterate_json(chunks, url, known_columns)
+    return iterate_json(storage.read_chunks(url), url, known_columns)
 
 
 def parse_records(text: bytes, name: str) -> list[Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
+from braceexpand import braceexpand
 
 from pipelines.core import storage
 from pipelines.data.options import ColumnName
@@ -292,11 +293,19 @@ def _find_energon(folder: str) -> Layout:
     for name, value in (("split_parts.train", parts["train"]), ("exclude", exclude)):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"{path}: {name}: got {value!r}, allowed: a list of names")
-    names, excluded = _apply_exclusions(parts["train"], exclude)
+    names, excluded = _apply_exclusions(_expand_braces(path, parts["train"]), _expand_braces(path, exclude))
     files = tuple(storage.join(folder, name) for name in names)
     columns = _map_energon(storage.join(folder, ENERGON_DIR, "dataset.yaml"), description)
     keys = {storage.join(folder, name): frozenset(found) for name, found in excluded.items()}
     return Layout("tar", files, folder, columns, keys)
+
+
+def _expand_braces(path: str, names: list[str]) -> list[str]:
+    """Expand names such as "{00000..00009}.tar", as Energon does."""
+    try:
+        return [expanded for name in names for expanded in braceexpand(name)]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}, allowed: braces in pairs") from None
 
 
 def _apply_exclusions(train: list[str], exclude: list[str]) -> tuple[list[str], dict[str, set[str]]]:

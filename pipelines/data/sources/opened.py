@@ -43,8 +43,11 @@ class RecordSource:
 
     def _iterate(self) -> Iterator[SourceRecord]:
         if self.layout.kind == "images":
-            for origin, row in read_image_folder(self.layout.files[0]):
-                yield convert_row(row, self.columns, self.prompt, origin, may_be_record=False)
+            for origin, row, rejection in read_image_folder(self.layout.files[0], self.columns):
+                if rejection:
+                    yield SourceRecord(row, origin=origin, rejection=rejection)
+                else:
+                    yield convert_row(row, self.columns, self.prompt, origin, may_be_record=False)
             return
         for url in self.layout.files:
             size = min(storage.get_size(url), len(LFS_POINTER))

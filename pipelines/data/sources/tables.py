@@ -51,24 +51,42 @@ def read_csv(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     The key None has the cells of a row that come after its last column.
     """
-    try:
-        text = storage.read(url).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{url}: {error}, allowed: a table in UTF-8") from None
+    chunks = io.BufferedReader(_ChunkReader(storage.read_chunks(url)))
+    text = io.TextIOWrapper(chunks, "utf-8-sig", newline="")
     # captions may contain line breaks, so the reader splits the lines
     delimiter = "\t" if url.lower().endswith(".tsv") else ","
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     # strict: an open quotation mark would make one text of the lines after it
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
         _check_names(url, list(reader.fieldnames or ()))
         for row in reader:
             yield f"line {reader.line_num}", row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{url}: {error}, allowed: a table in UTF-8") from None
     except csv.Error as error:
         raise ValueError(
             f"{url}: the row after line {reader.line_num}: {error}, allowed: cells in pairs of quotation marks, or "
             "without any"
         ) from None
+
+
+class _ChunkReader(io.RawIOBase):
+    """File of chunks that are read when they are needed."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = memoryview(next(self._chunks, b""))
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
 
 
 def read_columns(url: str) -> list[str]:

@@ -77,6 +77,38 @@ def test_what_is_written_is_read_listed_and_removed(home: str) -> None:
     assert storage.count_retries() == {}
 
 
+def test_a_file_that_is_written_in_pieces_appears_at_once(home: str) -> None:
+    url = join(home, "set", "index")
+    for pieces in ([random_bytes(70_000, seed) for seed in range(3)], [], [b"x"]):
+        before = storage.read(url) if storage.exists(url) else None
+        with storage.open_writer(url) as file:
+            for piece in pieces:
+                file.write(piece)
+            assert (storage.read(url) if storage.exists(url) else None) == before
+        assert storage.read(url) == b"".join(pieces)
+    with pytest.raises(ZeroDivisionError), storage.open_writer(url) as file:
+        file.write(bytes(5 // file.tell()))
+    assert (storage.list_files(join(home, "set")), storage.read(url)) == (["index"], b"x")
+    if storage.is_local(url):
+        assert os.listdir(join(home, "set").removeprefix("file://")) == ["index"]
+
+
+def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    url = str(tmp_path / "index")
+
+    def fill_disk() -> None:
+        with storage.open_writer(url) as file, open("/dev/full", "wb") as full:
+            os.dup2(full.fileno(), file.fileno())
+            file.write(b"0")
+
+    with pytest.raises(OSError, match=f"No space left on device: '{url}'"):
+        fill_disk()
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="allowed: a path whose folders"), storage.open_writer(f"{tmp_path}/file/x"):
+        pass
+
+
 def test_ranges_come_in_order_and_whole_however_they_lie(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "MAX_GAP_BYTES", 50)
     monkeypatch.setattr(storage, "MAX_BLOCK_BYTES", 3000)
@@ -177,8 +209,15 @@ def test_a_fault_that_passes_is_waited_out(
     proxy: Any, bucket: str, fault: str, short_timeouts: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     url, data = join(bucket, "x"), random_bytes(5000)
+
+    def write_in_pieces() -> None:
+        with storage.open_writer(url) as file:
+            file.write(data[:3000])
+            file.write(data[3000:])
+
     acts: list[tuple[str, Callable[[], object], object]] = [
-        ("PUT", lambda: storage.write(url, data), None),
+        ("PUT", lambda: storage.write(url, random_bytes(50)), None),
+        ("PUT", write_in_pieces, None),
         ("range", lambda: storage.read_ranges([(url, 10, 4000)]), [data[10:4000]]),
         ("GET", lambda: storage.read(url), data),
         ("HEAD", lambda: storage.get_size(url), len(data)),

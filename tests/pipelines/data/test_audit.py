@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.data.audit import index_tars, verify_set
-from pipelines.data.index_file import INDEX_FILE, INDEX_SCHEMA, encode_index
+from pipelines.data.index_file import INDEX_FILE, INDEX_SCHEMA, write_index
 from pipelines.data.options import ShardOptions
 from pipelines.data.shard_index import QUARANTINE_FILE, SUMMARY_FILE, UNFINISHED_DIR, Shards
 from pipelines.data.shard_writer import make_shards
@@ -66,7 +66,7 @@ def test_an_index_that_differs_from_a_sample_is_found(copy: Shards, column: str)
     rows = copy.read_rows(range(len(copy)))
     rows[7][column] += 1
     path.unlink()
-    path.write_bytes(encode_index(pa.Table.from_pylist(rows, INDEX_SCHEMA)))
+    write_index(str(path.parent), pa.Table.from_pylist(rows, INDEX_SCHEMA))
     (found,) = verify_set(copy.folder)
     assert f"sample {copy.get_key(7)}: its row of the index differs from the tar" in found
 
@@ -103,7 +103,7 @@ def test_unusable_samples_are_listed_and_counted_or_the_set_is_refused(tmp_path:
         index_tars(str(tmp_path), max_bad_fraction=0.1)
     assert not (tmp_path / INDEX_FILE).exists()
     found = index_tars(str(tmp_path), max_bad_fraction=0.9)
-    assert (found.samples, dict(found.quarantined)) == (1, {"malformed": 5})
+    assert (found.samples, dict(found.rejections.counts)) == (1, {"malformed": 5})
     assert (found.members, found.used, found.ignored, found.rejected) == (18, {"json": 1, "jpg": 1}, {"txt": 1}, 15)
     listed = [json.loads(line) for line in (tmp_path / QUARANTINE_FILE).read_text().splitlines()]
     assert [(entry["shard"], entry["key"], entry["reason"]) for entry in listed] == [

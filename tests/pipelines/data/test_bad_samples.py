@@ -25,12 +25,12 @@ from pipelines.core import storage
 from pipelines.core.storage import Retry
 from pipelines.data import tars
 from pipelines.data.consumed import verify_coverage
-from pipelines.data.index_file import INDEX_SCHEMA
+from pipelines.data.index_file import INDEX_SCHEMA, write_index
 from pipelines.data.ingest import Reader, iterate_micro_batches, make_conversation_encoder, make_dataset
 from pipelines.data.options import ShardOptions
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards
-from pipelines.data.shard_writer import make_shards, write_index
+from pipelines.data.shard_writer import make_shards
 from redux.conversation import TEMPLATES
 
 SIDE = 16

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipelines.data.options import ShardOptions
-from pipelines.data.quarantine import REASON_ADVICE, QuarantineError, explain_rejections
+from pipelines.data.quarantine import REASON_ADVICE, QuarantineError
 from pipelines.data.records import RECORD_REASONS, find_rejection
 from pipelines.data.repairs import find_repair
 from pipelines.data.shard_index import REPAIRED_FILE, Shards
@@ -101,7 +101,7 @@ def test_fix_stores_repaired_records_and_lists_them(tmp_path: Path) -> None:
     with pytest.raises(QuarantineError, match="8 of 9 records cannot be used") as error:
         make_shards(records, str(tmp_path), str(out), ShardOptions(samples_per_shard=4))
     assert not (out / REPAIRED_FILE).exists()
-    lines = explain_rejections(error.value.entries)
+    lines = error.value.rejections.explain()
     assert lines[0] == f"         5 image without tag: {RECORD_REASONS['image without tag']}"
     assert lines[1] == "           record 1 (1): conversations[0].value: got Q?"
     assert len([line for line in lines if line.startswith("           record")]) == 3 + 3
@@ -150,7 +150,7 @@ def test_an_image_a_level_higher_or_lower_is_found(tmp_path: Path, folder: str, 
     record = record_of(ASK, SAY, image=path)
     with pytest.raises(QuarantineError) as error:
         make_shards([record], str(tmp_path / folder), str(tmp_path / "out"), ShardOptions())
-    lines = explain_rejections(error.value.entries)
+    lines = error.value.rejections.explain()
     assert lines[1] == f"           record 0: image: got {path}" + (f": {hint}" if hint else "")
 
 

@@ -16,11 +16,12 @@ import pytest
 import webdataset
 from pyarrow import parquet
 
+from pipelines.core import storage
 from pipelines.data import shard_writer
 from pipelines.data.ingest import Reader, make_conversation_encoder
 from pipelines.data.options import SetSource, ShardOptions
 from pipelines.data.order import Order
-from pipelines.data.quarantine import QuarantineError, explain_rejections
+from pipelines.data.quarantine import QuarantineError, RejectionSummary
 from pipelines.data.records import find_rejection
 from pipelines.data.shard_index import QUARANTINE_FILE, Shards
 from pipelines.data.shard_writer import make_shards
@@ -28,6 +29,7 @@ from pipelines.data.sources.json_records import parse_records
 from pipelines.data.sources.layouts import find_layout
 from pipelines.data.sources.opened import RecordSource
 from pipelines.data.sources.rows import SourceRecord, convert_row
+from pipelines.data.sources.tables import read_csv
 from redux.conversation import TEMPLATES, train_word_tokenizer
 from tests.pipelines.data import source_files
 from tests.pipelines.data.source_files import CAPTION_WRITERS, CONVERSATION_WRITERS, PROMPT, SEVERAL_IMAGE_WRITERS
@@ -235,7 +237,7 @@ def test_a_record_with_several_images_is_listed_and_never_read_as_one(form: str,
     assert (entry["number"], entry["field"]) == (0, field)
     assert entry["reason"] in ("unsupported image", "several images", "several columns")
     # file, record, value and the way out
-    reason, example, advice = explain_rejections([entry])
+    reason, example, advice = RejectionSummary([entry]).explain()
     assert "image" in reason
     assert example.strip().startswith(f"record 0 ({entry['origin']})")
     assert re.match(
@@ -426,7 +428,7 @@ def test_rows_that_would_be_misread_are_listed_with_their_detail(tmp_path: Path)
     summary = make_set({"source": str(tmp_path / "a.csv")}, tmp_path / "out", max_bad_fraction=1)
     assert (summary["records"], summary["samples"]) == (5, 1)
     listed = [json.loads(line) for line in (tmp_path / "out" / QUARANTINE_FILE).read_text().splitlines()]
-    lines = "\n".join(explain_rejections(listed))
+    lines = "\n".join(RejectionSummary(listed).explain())
     for part in (
         'line 2): got [" two"]: more cells than columns: put a text with a separator into quotation marks',
         "line 4): image: got p.jpg: a git-lfs pointer; git lfs pull fetches the file",
@@ -488,6 +490,18 @@ def test_entries_of_llama_factory_that_are_not_read_are_refused(
         find_layout(source_files.write_json(tmp_path / "dataset_info.json", entries) + name)
 
 
+def test_braces_in_the_names_of_energon_are_expanded(tmp_path: Path) -> None:
+    """As Energon does, in tars and in exclusions."""
+    description = {"sample_type": {"__class__": "CaptioningSample"}}
+    source_files.write_energon_files(tmp_path, description, ["{08..11}.tar", "x.tar"], ("{09..10}.tar", "x.tar/{a,b}"))
+    layout = find_layout(str(tmp_path))
+    assert [name.rpartition("/")[2] for name in layout.files] == ["08.tar", "11.tar", "x.tar"]
+    assert layout.excluded == {f"{tmp_path}/x.tar": frozenset("ab")}
+    (tmp_path / ".nv-meta" / "split.yaml").write_text(json.dumps({"split_parts": {"train": ["{0..2.tar"]}}))
+    with pytest.raises(ValueError, match=r"split.yaml: Unbalanced braces: '\{0\.\.2\.tar', allowed: braces in pairs"):
+        find_layout(str(tmp_path))
+
+
 def test_an_energon_sample_type_that_is_not_read_is_refused(tmp_path: Path) -> None:
     sample_type = {"__module__": "megatron.energon", "__class__": "MultiChoiceVQASample"}
     source_files.write_energon_files(tmp_path, {"sample_type": sample_type, "field_map": {"image": "jpg"}}, ["a.tar"])
@@ -515,6 +529,78 @@ def test_descriptions_of_energon_with_wrong_types_are_refused(
         (tmp_path / ".nv-meta" / "split.yaml").write_text(json.dumps(split))
     with pytest.raises(ValueError, match=message):
         find_layout(str(tmp_path))
+
+
+def write_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Write an image and the files beside it into a folder for each file's stem."""
+    for name, text in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.with_suffix(".jpg").write_bytes(SAMPLES[0].image)
+
+
+def read_captions(folder: Path, **settings: Any) -> dict[str, str]:
+    """Read the caption of each image of a folder, or the reason for which it is rejected, by the image's stem."""
+    found = {}
+    for given in RecordSource(SetSource(source=str(folder), **settings)):
+        rejection = given.rejection
+        text = f"{rejection.reason}: {rejection.field}" if rejection else given.record["conversations"][1]["value"]
+        found[given.origin.removesuffix(".jpg")] = text
+    return found
+
+
+def test_texts_beside_an_image_are_read_whatever_their_case(tmp_path: Path) -> None:
+    write_texts(tmp_path, {"a.txt": "1", "b.TXT": "2", "c.Caption": "3", "d.JSON": '{"caption": "4"}', "e.f.TXT": "5"})
+    assert read_captions(tmp_path) == {"a": "1", "b": "2", "c": "3", "d": "4", "e.f": "5"}
+
+
+def test_captions_beside_an_image_that_differ_are_listed(tmp_path: Path) -> None:
+    """As in tars: img2dataset writes the same caption twice."""
+    metadata = {"url": "u", "key": "0", "width": 8, "status": "success"}
+    write_texts(
+        tmp_path,
+        {
+            "a.txt": "one\n", "a.json": json.dumps({**metadata, "caption": "one"}),
+            "b.txt": "one", "b.json": json.dumps({**metadata, "caption": "two"}),
+            "c.txt": "one", "c.caption": "two",
+            # a JSON about something else
+            "d.txt": "one", "d.json": json.dumps({"imageData": "x", "shapes": [], "caption": None}),
+            "e.txt": "one", "e.json": "[1]",
+        },
+    )  # fmt: skip
+    assert read_captions(tmp_path) == {
+        "a": "one", "b": "several columns: b.txt and b.json[caption]", "c": "several columns: c.txt and c.caption",
+        "d": "one", "e": "one",
+    }  # fmt: skip
+    # the user's choice
+    chosen = read_captions(tmp_path, columns={"text": "caption"})
+    assert (chosen["a"], chosen["b"], chosen["c"]) == ("one", "two", "two")
+    assert chosen["d"].startswith("malformed")
+
+
+def test_a_link_to_a_folder_above_is_refused(tmp_path: Path) -> None:
+    write_texts(tmp_path / "photos", {"a/0.txt": "1", "b/1.txt": "2"})
+    # a link to a folder beside is read
+    (tmp_path / "photos" / "c").symlink_to(tmp_path / "photos" / "a")
+    assert read_captions(tmp_path / "photos") == {"a/0": "1", "b/1": "2", "c/0": "1"}
+    (tmp_path / "photos" / "b" / "up").symlink_to(tmp_path / "photos")
+    with pytest.raises(ValueError, match=r"photos/b/up: a link to .*/photos, a folder above it, allowed: ") as error:
+        read_captions(tmp_path / "photos")
+    assert len(str(error.value)) < 200 + 2 * len(str(tmp_path))
+
+
+def test_a_table_of_text_is_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [["a,b", 'say "yes"', "two\nlines", "é" * 9, "\r\n"][number % 5] for number in range(40)]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows(
+            [["image", "caption"], *([f"{number}.jpg", cell] for number, cell in enumerate(cells))]
+        )
+    whole = [row for _, row in read_csv(str(tmp_path / "a.csv"))]
+    assert [row["caption"] for row in whole] == cells
+    for size in (1, 2, 7, 100):
+        monkeypatch.setattr(storage, "CHUNK_BYTES", size)
+        assert [row for _, row in read_csv(str(tmp_path / "a.csv"))] == whole
 
 
 @pytest.mark.usefixtures("local_ray_data")

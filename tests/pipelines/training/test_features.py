@@ -19,12 +19,16 @@ from pipelines.core.storage import Retry
 from pipelines.data.features import StoredFeatures, name_file, read_format
 from pipelines.data.packing import Packing
 from pipelines.data.shard_index import Shards
-from pipelines.training import checkpoint, engine, feature_writer, worker
+from pipelines.training import checkpoint, engine, feature_writer, memory, worker
 from pipelines.training.plan import StagePlan
+from pipelines.training.step_trace import SampleShape
 from redux import model
+from redux.conversation import IGNORE_INDEX
 from redux.model import ReduxForConditionalGeneration
 from redux.settings import VMTC
-from tests.pipelines import small
+from tests.pipelines import ranks, small
+from tests.pipelines.training import memory_cases
+from tests.pipelines.training.measured import measure_all
 
 CPU = torch.device("cpu")
 PIXELS: dict[str, Any] = {"image_aspect_ratio": "pad", "image_backend": "exact"}
@@ -101,6 +105,28 @@ def test_loss_and_gradient_are_those_of_images(
                 for name, gradient in gradients.items():
                     assert (gradient - reference[name]).norm() <= 1e-5 * reference[name].norm() + 1e-8
     llava.float()
+
+
+@pytest.mark.integration
+def test_the_estimated_memory_is_that_of_features(new_plan: NewPlan, tmp_path: Path) -> None:
+    plan = memory_cases.make_plan(new_plan, "stage 2 of LLaVA, zero 3")
+    assert plan.model
+    llava = model.build_model(plan.model, AutoTokenizer.from_pretrained(plan.tokenizer)).to(torch.bfloat16)
+    stored = replace(plan, features={"set": write(plan, llava, tmp_path / "features")})
+    [measured] = ranks.run_on_ranks(tmp_path, 2, measure_all, [stored])[:1]
+    [peak] = [found.peak for found in measured]
+    samples = [
+        SampleShape(int(mask.sum()), int((labels[1:] != IGNORE_INDEX).sum()), True)
+        for labels, mask in zip(
+            *[plan.build_reader()(2 * 2)[name] for name in ("labels", "attention_mask")], strict=True
+        )
+    ]
+    features = stored.open_features(stored.open_sources())
+    with_features, with_pixels = (
+        memory.estimate_memory(memory.build_shape(plan, None, found), samples, 2, "cpu") for found in (features, None)
+    )
+    assert with_features.total == pytest.approx(peak, rel=0.1)
+    assert with_features.activations < with_pixels.activations
 
 
 def test_an_interrupted_run_continues_with_the_missing_shards(
