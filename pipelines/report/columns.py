@@ -47,6 +47,8 @@ MEASURE_COLUMNS = (
     Column("untaught", "instructions.strict_untaught", about="of the sixteen, those that no training text teaches"),
     Column("held out", "instructions_held_out.strict", about="constraints of other kinds, in no training text"),
     Column("held out, loose", "instructions_held_out.loose"),
+    Column("pairs", "instruction_pairs.strict", about="prompts with two of the sixteen: share of instructions followed"),
+    Column("pairs, both", "instruction_pairs.prompt_strict", about="share of these prompts that are followed completely"),
     Column("no image", "instructions_without_image.strict", about="the sixteen, asked by text alone without the image"),
     *CORRECTNESS_COLUMNS,
     Column("words", "instructions.words", 1.0, about="mean number of words of an answer"),
