@@ -36,6 +36,7 @@ from jobs.layout import locate_model, locate_sets
 from jobs.schema import Job, Name
 from jobs.type_text import format_value
 from pipelines.core import failures, storage
+from pipelines.training.stage import Stage
 from redux.settings import METHODS
 
 SHARED = "shared"
@@ -205,7 +206,7 @@ def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Jo
     if study.shared:
         seeded = {"seed": study.seeds[0], **tree}
         result[SHARED] = shared = build_job(seeded, {}, f"{study.name}-{SHARED}", f"{source}: job")
-        _check_templates(study, shared, source)
+        check_templates(study.shared, shared.train, source)
         result |= _list_applied(study, seeded, shared, folder, SHARED, study.seeds[0], source)
         tree = continue_from(tree, study.shared, shared, folder / SHARED)
     for seed in study.seeds:
@@ -214,20 +215,31 @@ def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Jo
                 continue
             name = format_run(variant, seed)
             seeded = {"seed": seed, **tree}
-            result[name] = job = build_job(seeded, changes, f"{study.name}-{name}", f"{source}: variants.{variant}")
+            label = f"{source}: variants.{variant}"
+            result[name] = job = build_job(seeded, changes, f"{study.name}-{name}", label)
+            if study.shared:
+                check_templates(study.shared, {**result[SHARED].train, **job.train}, label)
             # evaluations follow the run whose model they need
             result |= _list_applied(study, seeded, job, folder, variant, seed, source)
     return result
 
 
-def _check_templates(study: Study, shared: Job, source: str) -> None:
-    """Check that a stage with the chat template can start from the model of the shared stages; ValueError if not."""
-    last = study.shared[-1]
-    chat = [name for name, stage in shared.train.items() if name not in study.shared and stage.template == "chat"]
-    if chat and shared.train[last].template == "plain":
+def check_templates(shared: Sequence[str], stages: Mapping[str, Stage], source: str) -> None:
+    """Check that a stage with the chat template can start from the model of the shared stages.
+
+    Args:
+        shared: names of the shared stages; there may be none.
+        stages: all stages of a run, shared ones included.
+        source: beginning of an error message.
+
+    Raises:
+        ValueError: the model of the shared stages has no chat template.
+    """
+    chat = [name for name, stage in stages.items() if name not in shared and stage.template == "chat"]
+    if chat and shared and stages[shared[-1]].template == "plain":
         raise ValueError(
-            f"{source}: job.train.{last}.template: got plain before {chat[0]} with chat, allowed: chat, as a model "
-            "that was last trained with captions alone has no chat template"
+            f"{source}: job.train.{shared[-1]}.template: got plain before {chat[0]} with chat, allowed: chat, as a "
+            "model that was last trained with captions alone has no chat template"
         )
 
 

@@ -58,7 +58,7 @@ MEASURE_COLUMNS = (
         "instructions.dominance",
         1.0,
         number_format="{:.2f}",
-        about="attention to a text token over that to an image token",
+        about="attention to a text token over that to an image token, see redux/attention_mass.py",
     ),
 )
 """Measures of instruction following beside the paper's."""

@@ -63,11 +63,14 @@ METRIC_TITLES = {
     "words": "words per answer",
     "image_mass": "attention to image tokens",
     "dominance": "dominance index of text",
+    "dominance.early": "dominance index, first two layers",
+    "dominance.middle": "dominance index, middle two layers",
+    "dominance.late": "dominance index, last two layers",
     "perception": "perception, points",
     "cognition": "cognition, points",
 }
 QUANTITIES = ("words", "dominance")
-"""Metrics without a largest possible value."""
+"""Metrics without a largest possible value, and those of their parts."""
 
 LAYER_METRICS = "image_mass.layer_"
 """Beginning of the names of metrics by layer, which the lists of scores leave out."""
@@ -247,7 +250,7 @@ def make_score_line(name: str, metric: Metric, main: str) -> ScoreLine:
         metric: the metric.
         main: name of the main metric; "MAIN.TYPE" gets the title TYPE.
     """
-    is_quantity = name in QUANTITIES
+    is_quantity = name.partition(".")[0] in QUANTITIES
     if is_quantity:
         maximum = max(*(outcome.value for outcome in metric.outcomes), 1e-9)
         interval = bootstrap_interval([metric])

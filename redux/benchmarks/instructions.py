@@ -265,7 +265,7 @@ def count_words(response: str) -> int:
 
 
 def _attention_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
-    """Compute "image_mass", its mean over layers; "image_mass.layer_NN", from 0; and "dominance".
+    """Compute "image_mass", its mean over layers; "image_mass.layer_NN", from 0; "dominance", and by group of layers.
 
     Only rows with images and a measured attention count, each alike.
     """
@@ -276,6 +276,7 @@ def _attention_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
             values = {"image_mass": fmean(mass.image)}
             values |= {f"image_mass.layer_{layer:02}": value for layer, value in enumerate(mass.image)}
             values["dominance"] = mass.dominance
+            values |= {f"dominance.{group}": value for group, value in mass.dominance_by_group.items()}
             outcomes += [(name, Outcome("", row["unit"], value)) for name, value in values.items()]
     return group_metrics(outcomes)
 

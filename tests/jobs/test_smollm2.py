@@ -190,6 +190,19 @@ TRAINED_ELSEWHERE = {"data": {"source": None}, "model": {"checkpoint": "x"}, "tr
             {"job": yaml.safe_load(RECIPE.read_text().replace("template: chat  ", "template: plain"))["job"]},
             r"job\.train\.pretrain\.template: got plain before instruct with chat, allowed: chat",
         ),
+        (
+            {
+                "job": yaml.safe_load(
+                    RECIPE.read_text()
+                    .replace("template: chat  ", "template: plain")
+                    .replace("      template: chat\n", "      template: vicuna_v1\n")
+                )["job"],
+                "variants": {"llava": {}, "chat": {"train.instruct.template": "chat"}},
+                "repeated": None,
+                "applied": {},
+            },
+            r"variants\.chat: job\.train\.pretrain\.template: got plain before instruct with chat, allowed: chat",
+        ),
         ({"repeated": ["lava"]}, "repeated: got lava, allowed: llava"),
         (
             {"applied": {"x": {"variant": "lava", "changes": {}}}},

@@ -165,6 +165,9 @@ def test_attention_counts_where_it_was_measured() -> None:
     assert found["image_mass.layer_00"].score == pytest.approx(0.3)
     assert found["image_mass.layer_01"].score == pytest.approx(0.2)
     assert found["dominance"].score == pytest.approx(fmean(each.dominance for each in measured))
+    for group in ("early", "middle", "late"):
+        expected = fmean(each.dominance_by_group[group] for each in measured)
+        assert found[f"dominance.{group}"].score == pytest.approx(expected)
 
 
 def test_tasks_of_some_instructions_are_a_mean_of_their_own() -> None:
