@@ -10,6 +10,8 @@
     repeated: [llava]              # the other variants are trained with the first seed alone
     applied:                       # trained variants, evaluated with other settings
       llava-cmai: {variant: llava, changes: {model.cmai: {gamma_max: 0.6}}}
+    decisive_heads:                # CMAI of these runs is that of few heads alone, which training samples choose
+      {variants: [llava-cmai], share: 0.05, data: half_shown}
 
 runs/NAME/study.yaml       the resolved study
 runs/NAME/shared/          run of the shared stages
@@ -29,15 +31,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Ge, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from jobs import document
 from jobs.layout import locate_model, locate_sets
 from jobs.schema import Job, Name
 from jobs.type_text import format_value
 from pipelines.core import failures, storage
+from pipelines.data.easy_vqa import EASY_VQA_SETS
 from pipelines.training.stage import Stage
-from redux.settings import METHODS
+from redux.settings import CMAI, METHODS
 
 SHARED = "shared"
 STUDY_FILE = "study.yaml"
@@ -58,6 +61,24 @@ class AppliedVariant:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecisiveHeads:
+    """Heads of the language model that alone get CMAI: those that matter most for the answers to training samples.
+
+    Args:
+        variants: names of variants or of evaluations in `applied` whose model.cmai is restricted to these heads. The
+            heads are those of the model from which the run starts: that of the shared stages, or the trained variant.
+        share: share of all heads of the language model; at least one head.
+        data: set of the job, or of easy-VQA, whose samples are read. half_shown has images and instructions.
+        samples: number of samples, evenly spaced.
+    """
+
+    variants: Annotated[tuple[Name, ...], MinLen(1)]
+    share: Annotated[float, Gt(0), Le(1)] = 0.05
+    data: str
+    samples: Annotated[int, Ge(1)] = 128
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """Content of a study file.
 
@@ -70,6 +91,7 @@ class Study:
         repeated: names of the variants that are trained with every seed; the others have the first seed alone. null
             repeats all.
         applied: evaluations of trained variants with other settings, by name, with the seeds of the variant.
+        decisive_heads: choice of the few heads that get CMAI in some runs.
     """
 
     name: Name
@@ -79,6 +101,7 @@ class Study:
     variants: Annotated[dict[Name, dict[str, Any]], MinLen(1)]
     repeated: tuple[Name, ...] | None = None
     applied: dict[Name, AppliedVariant] = field(default_factory=dict)
+    decisive_heads: DecisiveHeads | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < len(self.seeds):
@@ -110,6 +133,11 @@ class Study:
             raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, as job.evaluate is null")
         if self.applied and not self.job.get("train"):
             raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, as job.train has no stages")
+        # before the shared stages a variant has no trained model whose heads could be measured
+        known = ", ".join([*(self.variants if self.shared else []), *self.applied])
+        for name in self.decisive_heads.variants if self.decisive_heads else ():
+            if name not in self.applied and not (self.shared and name in self.variants):
+                raise ValueError(f"decisive_heads.variants: got {name}, allowed: {known or 'none'}")
 
     def list_seeds(self, variant: str) -> tuple[int, ...]:
         """List the seeds of a variant."""
@@ -187,7 +215,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Load the study of a YAML file after overrides; ValueError if it or one of its jobs is wrong."""
     study = document.read(path, overrides, Study)
     # every job is built once, so that a wrong variant fails before hours of the others
-    list_jobs(study, Path(), str(path))
+    jobs = list_jobs(study, Path(), str(path))
+    _check_decisive_heads(study, jobs, str(path))
     return study
 
 
@@ -222,6 +251,20 @@ def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Jo
             # evaluations follow the run whose model they need
             result |= _list_applied(study, seeded, job, folder, variant, seed, source)
     return result
+
+
+def _check_decisive_heads(study: Study, jobs: Mapping[str, Job], source: str) -> None:
+    """Check that the runs for which heads are chosen have CMAI, and that the set is known; ValueError if not."""
+    settings = study.decisive_heads
+    if settings is None:
+        return
+    for name in settings.variants:
+        if not isinstance(jobs[format_run(name, study.seeds[0])].model.cmai, CMAI):
+            raise ValueError(f"{source}: decisive_heads.variants: got {name}, allowed: runs that set model.cmai")
+    first = next(iter(jobs.values()))
+    known = [*(EASY_VQA_SETS if first.data.source else ()), *first.data.set_names]
+    if settings.data not in known:
+        raise ValueError(f"{source}: decisive_heads.data: got {settings.data}, allowed: {', '.join(known)}")
 
 
 def check_templates(shared: Sequence[str], stages: Mapping[str, Stage], source: str) -> None:
@@ -344,7 +387,7 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Sh
     """
     selected = share.select(study)
     # imported late: a wrong study is reported before torch and Ray are loaded
-    from jobs import claims, model_parts, run, tables
+    from jobs import claims, decisive_heads, model_parts, run, tables
     from pipelines.core import cluster
 
     folder = folder.resolve()
@@ -356,11 +399,15 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Sh
     work = {name: job for name, job in runs.items() if name == SHARED or name in selected}
     for job in work.values():
         model_parts.locate_parts(job.model)  # a missing package is named before Ray starts
+    chosen = study.decisive_heads
+    with_heads = {format_run(name, seed) for name in (chosen.variants if chosen else ()) for seed in study.seeds}
     # one Ray for all runs, because its start takes seconds
     with cluster.open_session():
         for number, (name, job) in enumerate(work.items(), start=1):
             print(f"[{number}/{len(work)}] {name}", flush=True)
             until = study.shared[-1] if name == SHARED else None
+            if chosen and name in with_heads:
+                job = decisive_heads.choose_heads(job, folder / name, chosen)
             # another share may train the shared stages in the same folder
             patience_s = math.inf if name == SHARED and share.total > 1 else 0
             run.run(job, folder / name, allow_changes, until, patience_s=patience_s)
