@@ -1,8 +1,9 @@
 """Heads of the language model that decide how an answer goes on, for `CMAI.heads`.
 
-Few heads decide whether an instruction is followed, so a mean over heads may inhibit the wrong ones.  Instruction Anchor
-(arXiv 2602.03677, abstract) blocks 5 % of the heads, which degrades following; only its abstract was readable, so its
-way to find them is not used here.  Importance is that of Michel et al. 2019 (arXiv 1905.10650, eq. 2): the output of each head gets a factor xi = 1, and
+Few heads decide whether an instruction is followed, so a mean over heads may inhibit the wrong ones.  In Instruction
+Anchor (arXiv 2602.03677) blocking 5 % of the heads degrades following.  Only its abstract was readable, so its way to
+find the heads is not used here.  Importance is that of Michel et al. 2019 (arXiv 1905.10650, eq. 2): the output of each
+head gets a factor xi = 1, and
 
     I_h = mean over examples of | d loss / d xi_h |
 

@@ -77,11 +77,7 @@ def make_image_instructions(taught: Sequence[str] = INSTRUCTIONS_WITH_IMAGES) ->
             "train",
             image,
             path,
-            [
-                text
-                for pair in rng.sample(pairs, 2)
-                for text in formats.add_instruction(rng.choice(taught), *pair, rng)
-            ],
+            [text for pair in rng.sample(pairs, 2) for text in formats.add_instruction(rng.choice(taught), *pair, rng)],
         )
         for image, path, pairs in _load_images("train")
     ]

@@ -1,8 +1,8 @@
 """The sixteen instructions, pairs of them and the held-out constraints as tasks of lmms-eval, with a local file.
 
-`redux.benchmarks.instructions` writes the file of frozen prompts.  lmms-eval has no argument for the location of data.  So a task reads
-`instructions.jsonl`, and images from the folder `images`, in the working directory.  A task file of three lines that
-includes one of these tasks changes both:
+`redux.benchmarks.instructions` writes the file of frozen prompts.  lmms-eval has no argument for the location of data.
+So a task reads `instructions.jsonl`, and images from the folder `images`, in the working directory.  A task file of
+three lines that includes one of these tasks changes both:
 
     include: …/redux/lmms_eval/tasks/no_comma.yaml
     dataset_path: /data/prompts.jsonl
@@ -25,7 +25,6 @@ from PIL import Image
 from redux.benchmarks import Question
 from redux.benchmarks.instructions import pair_arguments, read_questions
 from redux.instructions import follows_loosely, follows_strictly
-
 
 PAIRS = "pairs"
 """`dataset_name` of the task whose prompts have two instructions."""

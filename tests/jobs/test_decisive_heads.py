@@ -85,4 +85,3 @@ def test_examples_are_training_samples_with_taught_instructions(job: Job) -> Non
         assert image
         assert image not in test_images
         assert {prompt, answer} <= prompts
-

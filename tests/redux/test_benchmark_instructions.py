@@ -305,7 +305,9 @@ def test_pairs_are_frozen_and_checked(tmp_path: Path) -> None:
     reference = {**made[0].reference, "instruction_id_list": ["punctuation:no_comma"] * 2}
     other = replace(made[0], prompt=f"{reference['question']} {twice} {twice}", reference=reference)
     write_questions([other], path)
-    with pytest.raises(ValueError, match="instruction_id_list: got punctuation:no_comma . punctuation:no_comma"):
+    with pytest.raises(
+        ValueError, match=re.escape("instruction_id_list: got punctuation:no_comma + punctuation:no_comma")
+    ):
         read_questions(path)
 
 
