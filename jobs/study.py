@@ -411,7 +411,9 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Sh
             # another share may train the shared stages in the same folder
             patience_s = math.inf if name == SHARED and share.total > 1 else 0
             run.run(job, folder / name, allow_changes, until, patience_s=patience_s)
-    tables.write_tables([folder / name for name in runs if name != SHARED], folder, tables.find_scorer)
+    # runs of other shares may have no folder here
+    finished = [folder / name for name in runs if name != SHARED and (folder / name).is_dir()]
+    tables.write_tables(finished, folder, tables.find_scorer)
     print(_describe_end(study, folder, share, [name for name in runs if name != SHARED and name not in selected]))
 
 
